@@ -1,0 +1,160 @@
+//! Which events go into one POST: as many as wait, up to a number, a size and a time.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use crate::payload::Format;
+
+/// The limits of a batch, from `[batch]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchPolicy {
+    /// Most events in a batch, at least 1.
+    pub max_events: usize,
+    /// Most bytes of a request body.
+    pub max_bytes: usize,
+    /// Longest that an event waits for company.
+    pub max_wait: Duration,
+}
+
+impl BatchPolicy {
+    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and holds two batches.
+    pub const MAX_EVENTS: i64 = 10_000;
+    /// The largest `max_bytes`: RabbitMQ 4 takes messages of at most 16 MiB, and a failed batch becomes one.
+    pub const MAX_BYTES: u64 = 12 * 1024 * 1024;
+}
+
+/// Collects items in order of arrival and cuts them into batches.
+#[derive(Debug)]
+pub struct Batcher<T> {
+    policy: BatchPolicy,
+    format: Format,
+    waiting: VecDeque<(T, usize, Instant)>,
+    /// How many of `waiting` make the front batch, and their bytes.
+    front: (usize, usize),
+    /// Whether the next item would not fit into the front batch.
+    front_is_full: bool,
+}
+
+impl<T> Batcher<T> {
+    pub fn new(policy: BatchPolicy, format: Format) -> Self {
+        Self { policy, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false }
+    }
+
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Whether an event of this many bytes fits into a request body at all.
+    pub fn fits(&self, bytes: usize) -> bool {
+        self.format.body_len(1, bytes) <= self.policy.max_bytes
+    }
+
+    /// Adds an item that [`fits`](Self::fits).
+    pub fn push(&mut self, item: T, bytes: usize, now: Instant) {
+        self.waiting.push_back((item, bytes, now));
+        self.extend_front(bytes);
+    }
+
+    /// When the front batch is due even if it stays small; `None` if nothing waits.
+    pub fn due(&self) -> Option<Instant> {
+        self.waiting.front().map(|(_, _, arrived)| *arrived + self.policy.max_wait)
+    }
+
+    /// Whether a batch may go now: it is full, or its oldest event has waited long enough.
+    pub fn ready(&self, now: Instant) -> bool {
+        self.front_is_full || self.due().is_some_and(|due| due <= now)
+    }
+
+    /// The front batch and the sum of its events' bytes, whether it is ready or not.
+    pub fn cut(&mut self) -> (Vec<T>, usize) {
+        let (events, bytes) = self.front;
+        let batch = self.waiting.drain(..events).map(|(item, _, _)| item).collect();
+        self.front = (0, 0);
+        self.front_is_full = false;
+        for n in 0..self.waiting.len() {
+            if self.front_is_full {
+                break;
+            }
+            self.extend_front(self.waiting[n].1);
+        }
+        (batch, bytes)
+    }
+
+    fn extend_front(&mut self, bytes: usize) {
+        if self.front_is_full {
+            return;
+        }
+        let (events, sum) = (self.front.0 + 1, self.front.1 + bytes);
+        let fits = self.format.body_len(events, sum) <= self.policy.max_bytes;
+        // The first item always belongs to the front: nothing may get stuck here.
+        if fits || self.front.0 == 0 {
+            self.front = (events, sum);
+        }
+        self.front_is_full = !fits || events >= self.policy.max_events;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn batcher(max_events: usize, max_bytes: usize, wait_ms: u64) -> Batcher<usize> {
+        Batcher::new(BatchPolicy { max_events, max_bytes, max_wait: Duration::from_millis(wait_ms) }, Format::Json)
+    }
+
+    #[test]
+    fn a_batch_is_ready_when_it_is_full_or_its_oldest_event_waited_long_enough() {
+        let t = Instant::now();
+        let mut b = batcher(3, 1000, 50);
+        assert_eq!((b.ready(t), b.due()), (false, None));
+        b.push(0, 10, t);
+        b.push(1, 10, t + Duration::from_millis(40));
+        assert!(!b.ready(t + Duration::from_millis(49)));
+        assert!(b.ready(t + Duration::from_millis(50)), "the oldest event has waited max_wait");
+        b.push(2, 10, t + Duration::from_millis(41));
+        assert!(b.ready(t + Duration::from_millis(41)), "three events are a full batch");
+        assert_eq!(b.cut(), (vec![0, 1, 2], 30));
+        assert!(b.is_empty());
+    }
+
+    #[test]
+    fn an_event_that_would_pass_max_bytes_closes_the_batch_before_it() {
+        let t = Instant::now();
+        let mut b = batcher(100, 33, 60_000); // 13 bytes of frame, so 20 for events and commas
+        b.push(0, 10, t);
+        assert!(!b.ready(t));
+        b.push(1, 10, t); // 10 + 10 + a comma = 21
+        assert!(b.ready(t));
+        assert_eq!(b.cut(), (vec![0], 10));
+        assert!(!b.ready(t));
+        assert!(b.fits(20) && !b.fits(21));
+    }
+
+    proptest! {
+        #[test]
+        fn batches_keep_the_order_and_the_limits(sizes in proptest::collection::vec(1_usize..40, 1..60), max_events in 1_usize..7) {
+            let t = Instant::now();
+            let mut b = batcher(max_events, 60, 0);
+            let mut seen = Vec::new();
+            for (n, size) in sizes.iter().enumerate() {
+                b.push(n, *size, t);
+                if n % 5 == 4 { seen.push(b.cut()); }
+            }
+            while !b.is_empty() { seen.push(b.cut()); }
+            for (batch, bytes) in &seen {
+                prop_assert!(batch.len() <= max_events && !batch.is_empty());
+                prop_assert_eq!(*bytes, batch.iter().map(|n| sizes[*n]).sum::<usize>());
+                prop_assert!(Format::Json.body_len(batch.len(), *bytes) <= 60);
+            }
+            let order: Vec<usize> = seen.into_iter().flat_map(|(batch, _)| batch).collect();
+            prop_assert_eq!(order, (0..sizes.len()).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! What counts as an audit event.
+//!
+//! An event is passed on with the bytes it was published with, so this looks at them without
+//! building a value: numbers such as 2^64-1 or 1e400 and escapes keep their spelling, because
+//! nobody ever parses and prints them again.
+
+use std::{borrow::Cow, fmt};
+
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
+
+/// The deepest nesting of objects and arrays that is passed on.
+///
+/// Receivers parse recursively; common parsers stop at depths between 100 and 1,000.
+pub const MAX_DEPTH: usize = 128;
+
+/// The longest event type in bytes: it travels as an AMQP routing key, which is a short string.
+pub const MAX_TYPE_LEN: usize = 255;
+
+/// Why a message body is not an event. The text ends up in the dead letter, for an operator to read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InvalidEvent {
+    Empty,
+    ByteOrderMark,
+    NotUtf8 { at: usize },
+    TooDeep,
+    NotAnObject,
+    NotJson(String),
+    TypeMissing,
+    TypeNotAString,
+    TypeTooLong(usize),
+}
+
+impl fmt::Display for InvalidEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => f.write_str("the message is empty"),
+            Self::ByteOrderMark => f.write_str("begins with a byte-order mark, which JSON does not allow"),
+            Self::NotUtf8 { at } => write!(f, "is not UTF-8 at byte {at}"),
+            Self::TooDeep => write!(f, "nests deeper than {MAX_DEPTH} levels"),
+            Self::NotAnObject => f.write_str("is JSON but not an object"),
+            Self::NotJson(why) => write!(f, "is not JSON: {why}"),
+            Self::TypeMissing => f.write_str("has no field `event`"),
+            Self::TypeNotAString => f.write_str("field `event` is not a string"),
+            Self::TypeTooLong(len) => {
+                write!(f, "field `event` has {len} bytes, more than the {MAX_TYPE_LEN} of a routing key")
+            }
+        }
+    }
+}
+
+impl std::error::Error for InvalidEvent {}
+
+/// Checks that `body` is one event and returns its type, the string field `event`.
+///
+/// Of several `event` fields the last one counts, as it does for common parsers.
+///
+/// # Errors
+/// Says what is wrong with the first thing found wrong.
+pub fn event_type(body: &[u8]) -> Result<Cow<'_, str>, InvalidEvent> {
+    if body.starts_with(b"\xef\xbb\xbf") {
+        return Err(InvalidEvent::ByteOrderMark);
+    }
+    let text = std::str::from_utf8(body).map_err(|e| InvalidEvent::NotUtf8 { at: e.valid_up_to() })?;
+    match text.trim_start_matches([' ', '\t', '\r', '\n']).as_bytes().first() {
+        None => return Err(InvalidEvent::Empty),
+        Some(b'{') if deeper_than(body, MAX_DEPTH) => return Err(InvalidEvent::TooDeep),
+        Some(b'{') => {}
+        Some(_) => {
+            return Err(match serde_json::from_str::<IgnoredAny>(text) {
+                Ok(_) => InvalidEvent::NotAnObject,
+                Err(e) => InvalidEvent::NotJson(e.to_string()),
+            });
+        }
+    }
+    let mut json = serde_json::Deserializer::from_str(text);
+    let found = json.deserialize_map(TypeField).and_then(|found| json.end().map(|()| found));
+    match found.map_err(|e| InvalidEvent::NotJson(e.to_string()))? {
+        Field::Missing => Err(InvalidEvent::TypeMissing),
+        Field::NotAString => Err(InvalidEvent::TypeNotAString),
+        Field::Text(t) if t.len() > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(t.len())),
+        Field::Text(t) => Ok(t),
+    }
+}
+
+/// Whether brackets outside strings nest deeper than `limit`. Exact for valid JSON; for anything
+/// else the answer does not matter, the parser refuses it.
+fn deeper_than(body: &[u8], limit: usize) -> bool {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for &b in body {
+        if in_string {
+            match b {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = true,
+                b'"' => in_string = false,
+                _ => {}
+            }
+            continue;
+        }
+        match b {
+            b'"' => in_string = true,
+            b'{' | b'[' => {
+                depth += 1;
+                if depth > limit {
+                    return true;
+                }
+            }
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    false
+}
+
+enum Field<'a> {
+    Missing,
+    NotAString,
+    Text(Cow<'a, str>),
+}
+
+/// Walks over the fields of the object and keeps only the last `event`.
+struct TypeField;
+
+impl<'de> Visitor<'de> for TypeField {
+    type Value = Field<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = Field::Missing;
+        while let Some(is_type) = map.next_key_seed(IsTypeKey)? {
+            if is_type {
+                found = map.next_value_seed(TypeValue)?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Compares a key with `event` without keeping it (a key may be written with escapes).
+struct IsTypeKey;
+
+impl<'de> serde::de::DeserializeSeed<'de> for IsTypeKey {
+    type Value = bool;
+    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<bool, D::Error> {
+        d.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for IsTypeKey {
+    type Value = bool;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+    fn visit_str<E>(self, key: &str) -> Result<bool, E> {
+        Ok(key == "event")
+    }
+}
+
+struct TypeValue;
+
+impl<'de> serde::de::DeserializeSeed<'de> for TypeValue {
+    type Value = Field<'de>;
+    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Field<'de>, D::Error> {
+        d.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for TypeValue {
+    type Value = Field<'de>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON value")
+    }
+    fn visit_borrowed_str<E>(self, v: &'de str) -> Result<Field<'de>, E> {
+        Ok(Field::Text(Cow::Borrowed(v)))
+    }
+    fn visit_str<E>(self, v: &str) -> Result<Field<'de>, E> {
+        Ok(Field::Text(Cow::Owned(v.to_owned())))
+    }
+    fn visit_bool<E>(self, _: bool) -> Result<Field<'de>, E> {
+        Ok(Field::NotAString)
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<Field<'de>, E> {
+        Ok(Field::NotAString)
+    }
+    fn visit_u64<E>(self, _: u64) -> Result<Field<'de>, E> {
+        Ok(Field::NotAString)
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<Field<'de>, E> {
+        Ok(Field::NotAString)
+    }
+    fn visit_unit<E>(self) -> Result<Field<'de>, E> {
+        Ok(Field::NotAString)
+    }
+    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Field<'de>, A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Field::NotAString)
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Field<'de>, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Field::NotAString)
+    }
+}
+
+/// An AMQP topic pattern: words between dots, `*` for exactly one word, `#` for any number of them.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Pattern(String);
+
+impl Pattern {
+    /// The pattern that matches every event type.
+    pub fn all() -> Self {
+        Self("#".to_owned())
+    }
+
+    /// # Errors
+    /// Says what is wrong: the broker would take `user*` as a literal word and match nothing.
+    pub fn try_new(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("an empty pattern matches only an empty event type".to_owned());
+        }
+        if text.len() > MAX_TYPE_LEN {
+            return Err(format!("a pattern has at most {MAX_TYPE_LEN} bytes"));
+        }
+        match text.split('.').find(|w| w.len() > 1 && w.contains(['*', '#'])) {
+            Some(word) => Err(format!("`{word}` mixes a wildcard with other characters; `*` and `#` stand for whole words between dots")),
+            None => Ok(Self(text.to_owned())),
+        }
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether the broker would route an event of this type to a queue bound with this pattern.
+    pub fn matches(&self, event_type: &str) -> bool {
+        fn go(pattern: &[&str], words: &[&str]) -> bool {
+            match (pattern.split_first(), words.split_first()) {
+                (None, None) => true,
+                (Some((&"#", rest)), _) => {
+                    // Runs of `#` match what one does; without this they would cost exponential time.
+                    let rest = &rest[rest.iter().take_while(|w| **w == "#").count()..];
+                    (0..=words.len()).any(|n| go(rest, &words[n..]))
+                }
+                (Some((&"*", rest)), Some((_, words))) => go(rest, words),
+                (Some((p, rest)), Some((w, words))) => p == w && go(rest, words),
+                _ => false,
+            }
+        }
+        let pattern: Vec<&str> = self.0.split('.').collect();
+        let words: Vec<&str> = event_type.split('.').collect();
+        go(&pattern, &words)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn nested(depth: usize) -> String {
+        // The outer object counts as the first level.
+        format!(r#"{{"event":"a","x":{}{}}}"#, "[".repeat(depth - 1), "]".repeat(depth - 1))
+    }
+
+    #[test]
+    fn an_object_with_a_string_event_is_an_event_whatever_else_it_holds() {
+        for (body, expected) in [
+            (r#"{"event":"a.b"}"#, "a.b"),
+            (" \t\r\n{\"event\":\"a\"}\n", "a"),
+            (r#"{"n":18446744073709551615,"m":1e400,"event":"a"}"#, "a"),
+            (r#"{"event":1,"event":"last"}"#, "last"),
+            (r#"{"\u0065vent":"escaped key"}"#, "escaped key"),
+            (r#"{"event":"\u00e9\n"}"#, "\u{e9}\n"),
+            (r#"{"event":"a","s":"\ud800"}"#, "a"),
+            (r#"{"x":"[[[{{{\"","event":"brackets in strings do not nest"}"#, "brackets in strings do not nest"),
+        ] {
+            assert_eq!(event_type(body.as_bytes()).as_deref(), Ok(expected), "{body}");
+        }
+        assert!(event_type(nested(MAX_DEPTH).as_bytes()).is_ok());
+    }
+
+    #[test]
+    fn everything_else_is_refused_with_its_reason() {
+        for (body, reason) in [
+            (&b""[..], "empty"),
+            (b"  \n", "empty"),
+            (b"\xef\xbb\xbf{\"event\":\"a\"}", "byte-order mark"),
+            (b"{\"event\":\"\xff\"}", "UTF-8 at byte 10"),
+            (b"not json", "not JSON"),
+            (b"[1]", "not an object"),
+            (b"\"event\"", "not an object"),
+            (b"NaN", "not JSON"),
+            (b"{\"event\":\"a\",\"x\":NaN}", "not JSON"),
+            (b"{\"event\":\"a\"} {\"event\":\"b\"}", "not JSON"),
+            (b"{\"event\":\"a\",}", "not JSON"),
+            (b"{\"event\":\"a\n\"}", "not JSON"),
+            (b"{\"x\":1}", "no field `event`"),
+            (b"{\"event\":null}", "not a string"),
+            (b"{\"event\":{\"a\":[1]}}", "not a string"),
+            (b"{\"event\":[\"a\"]}", "not a string"),
+            (b"{\"event\":\"first\",\"event\":2}", "not a string"),
+        ] {
+            let why = event_type(body).expect_err("must be refused").to_string();
+            assert!(why.contains(reason), "{}: {why}", String::from_utf8_lossy(body));
+        }
+        assert_eq!(event_type(nested(MAX_DEPTH + 1).as_bytes()), Err(InvalidEvent::TooDeep));
+        assert_eq!(event_type(nested(100_000).as_bytes()), Err(InvalidEvent::TooDeep));
+        let long = format!(r#"{{"event":"{}"}}"#, "x".repeat(256));
+        assert_eq!(event_type(long.as_bytes()), Err(InvalidEvent::TypeTooLong(256)));
+    }
+
+    #[test]
+    fn patterns_match_as_a_topic_exchange_does() {
+        for (pattern, event, expected) in [
+            ("#", "a", true),
+            ("#", "", true),
+            ("a.*", "a.b", true),
+            ("a.*", "a", false),
+            ("a.*", "a.b.c", false),
+            ("a.#", "a", true),
+            ("a.#", "a.b.c", true),
+            ("a.#.z", "a.z", true),
+            ("a.#.z", "a.b.c.z", true),
+            ("a.#.z", "a.b.c", false),
+            ("*.b", ".b", true),
+            ("#.#.#.#.x", "a.b.c.d.e.f.g", false),
+        ] {
+            let p = Pattern::try_new(pattern).expect("a pattern");
+            assert_eq!(p.matches(event), expected, "{pattern} on {event}");
+        }
+        for bad in ["", "user*", "a.#b", "a.**"] {
+            assert!(Pattern::try_new(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_parser_on_what_is_an_event(body in "\\PC{0,40}|[{}\\[\\]\",:a-e\\\\ 0-9]{0,40}") {
+            let parsed = serde_json::from_str::<serde_json::Value>(&body).ok();
+            let expected = parsed.as_ref().and_then(|v| v.get("event")).and_then(|v| v.as_str());
+            let found = event_type(body.as_bytes()).ok();
+            prop_assert_eq!(found.as_deref(), expected);
+        }
+    }
+}

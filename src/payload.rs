@@ -1,0 +1,120 @@
+//! The request body: events spliced together with the bytes they were published with.
+
+/// How the events of a batch stand in the request body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `{"events":[…]}`, `application/json`.
+    Json,
+    /// One event a line, each line ended, `application/jsonl` (<https://jsonlines.org>).
+    JsonLines,
+}
+
+const HEAD: &[u8] = br#"{"events":["#;
+const TAIL: &[u8] = b"]}";
+
+impl Format {
+    /// The `content-type` of a request in this format.
+    pub const fn content_type(self) -> &'static str {
+        match self {
+            Self::Json => "application/json",
+            Self::JsonLines => "application/jsonl",
+        }
+    }
+
+    /// The name that the config file has for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Json => "json",
+            Self::JsonLines => "jsonl",
+        }
+    }
+
+    /// An upper bound of the bytes of a body with `events` events of `bytes` bytes in all.
+    ///
+    /// Exact for JSON; JSON Lines may drop line breaks and end up shorter.
+    pub const fn body_len(self, events: usize, bytes: usize) -> usize {
+        match self {
+            Self::Json => HEAD.len() + TAIL.len() + bytes + events.saturating_sub(1),
+            Self::JsonLines => bytes + events,
+        }
+    }
+
+    /// Splices valid events into one body.
+    pub fn splice<'a>(self, events: impl ExactSizeIterator<Item = &'a [u8]>, bytes: usize) -> Vec<u8> {
+        let mut body = Vec::with_capacity(self.body_len(events.len(), bytes));
+        match self {
+            Self::Json => {
+                body.extend_from_slice(HEAD);
+                for (n, event) in events.enumerate() {
+                    if n > 0 {
+                        body.push(b',');
+                    }
+                    body.extend_from_slice(event);
+                }
+                body.extend_from_slice(TAIL);
+            }
+            Self::JsonLines => {
+                for event in events {
+                    // JSON has no raw line break inside a string, so each one stands between tokens
+                    // and can go without changing a value.
+                    for part in event.split(|b| matches!(b, b'\n' | b'\r')) {
+                        body.extend_from_slice(part);
+                    }
+                    body.push(b'\n');
+                }
+            }
+        }
+        body
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    fn splice(format: Format, events: &[&[u8]]) -> Vec<u8> {
+        format.splice(events.iter().copied(), events.iter().map(|e| e.len()).sum())
+    }
+
+    #[test]
+    fn json_keeps_every_byte_of_an_event() {
+        let a = br#"{"z":1,"event":"a","n":18446744073709551615,"s":"\u0041\/"}"#;
+        let b = b" {\n\"event\" : \"b\" } ";
+        let body = splice(Format::Json, &[a, b]);
+        let expected = [&b"{\"events\":["[..], a, b",", b, b"]}"].concat();
+        assert_eq!(body, expected);
+        assert_eq!(body.len(), Format::Json.body_len(2, a.len() + b.len()));
+    }
+
+    #[test]
+    fn json_lines_strips_only_the_line_breaks_between_tokens() {
+        let body = splice(Format::JsonLines, &[b"{\r\n \"event\":\n\"a\\n\" }\n", b"{\"event\":\"b\"}"]);
+        assert_eq!(body, b"{ \"event\":\"a\\n\" }\n{\"event\":\"b\"}\n");
+    }
+
+    fn event() -> impl Strategy<Value = String> {
+        ("[a-z.]{0,8}", "\\PC{0,12}", any::<u64>(), any::<bool>()).prop_map(|(t, s, n, pretty)| {
+            let v = serde_json::json!({"event": t, "s": s, "n": n, "a": [n, {"k": s}]});
+            if pretty { serde_json::to_string_pretty(&v) } else { serde_json::to_string(&v) }.expect("prints")
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_spliced_body_parses_to_the_values_of_its_events(events in proptest::collection::vec(event(), 1..8)) {
+            let raw: Vec<&[u8]> = events.iter().map(|e| e.as_bytes()).collect();
+            let values: Vec<Value> = events.iter().map(|e| serde_json::from_str(e).expect("json")).collect();
+
+            let json: Value = serde_json::from_slice(&splice(Format::Json, &raw)).expect("a JSON body");
+            prop_assert_eq!(&json["events"], &Value::Array(values.clone()));
+
+            let lines = splice(Format::JsonLines, &raw);
+            prop_assert!(lines.len() <= Format::JsonLines.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));
+            let text = std::str::from_utf8(&lines).expect("utf-8");
+            let parsed: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).expect("a line")).collect();
+            prop_assert_eq!(parsed, values);
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! When a failed batch is tried again.
+
+use std::time::{Duration, SystemTime};
+
+use backoff::{ExponentialBackoff, backoff::Backoff as _};
+
+/// The longest delay that the queue can hold, and the most of a `Retry-After` that is honoured.
+pub const MAX_DELAY: Duration = Duration::from_secs(72 * 3600);
+
+/// The retry schedule, from `[retry]`. The words are those of the `backoff` crate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RetryPolicy {
+    initial_interval: Duration,
+    multiplier: f64,
+    randomization_factor: f64,
+    max_interval: Duration,
+    max_attempts: u32,
+    max_elapsed_time: Duration,
+}
+
+/// What follows a failed attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Try again, not before this long from now.
+    After(Duration),
+    /// A limit is reached: no attempt more.
+    Exhausted,
+}
+
+/// The values of `[retry]`, unchecked.
+#[derive(Debug, Clone)]
+pub struct RetryOptions {
+    pub initial_interval: Duration,
+    pub multiplier: f64,
+    /// 0 to 1: an interval is spread by this share of itself to both sides.
+    pub randomization_factor: f64,
+    pub max_interval: Duration,
+    /// The first attempt included; 0: no limit.
+    pub max_attempts: u32,
+    /// Since the first attempt; zero: no limit.
+    pub max_elapsed_time: Duration,
+}
+
+impl Default for RetryOptions {
+    fn default() -> Self {
+        Self {
+            initial_interval: Duration::from_secs(5),
+            multiplier: 3.0,
+            randomization_factor: 0.2,
+            max_interval: Duration::from_secs(6 * 3600),
+            max_attempts: 16,
+            max_elapsed_time: MAX_DELAY,
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// # Errors
+    /// Names the key that is out of its range, and what would be right.
+    pub fn try_new(o: RetryOptions) -> Result<Self, (&'static str, String)> {
+        let check = |ok: bool, key, why: &str| if ok { Ok(()) } else { Err((key, why.to_owned())) };
+        check(!o.initial_interval.is_zero(), "initial_interval", "must be longer than 0; a retry at once would hammer the receiver")?;
+        check(o.multiplier >= 1.0 && o.multiplier <= 1000.0, "multiplier", "must be from 1 to 1000")?;
+        check((0.0..=1.0).contains(&o.randomization_factor), "randomization_factor", "must be from 0 to 1")?;
+        check(o.max_interval <= MAX_DELAY, "max_interval", "must be at most 72h, the longest delay that the queue can hold")?;
+        check(o.initial_interval <= o.max_interval, "max_interval", "must not be shorter than initial_interval")?;
+        Ok(Self {
+            initial_interval: o.initial_interval,
+            multiplier: o.multiplier,
+            randomization_factor: o.randomization_factor,
+            max_interval: o.max_interval,
+            max_attempts: o.max_attempts,
+            max_elapsed_time: o.max_elapsed_time,
+        })
+    }
+
+    pub fn options(&self) -> RetryOptions {
+        RetryOptions {
+            initial_interval: self.initial_interval,
+            multiplier: self.multiplier,
+            randomization_factor: self.randomization_factor,
+            max_interval: self.max_interval,
+            max_attempts: self.max_attempts,
+            max_elapsed_time: self.max_elapsed_time,
+        }
+    }
+
+    /// The interval after failed attempt `attempt` (from 1), before jitter.
+    pub fn interval(&self, attempt: u32) -> Duration {
+        // The crate's own jitter draws from a global generator and may pass `max_interval`; this
+        // policy takes its randomness as an argument, so the crate does the growth alone.
+        let mut growth = ExponentialBackoff {
+            current_interval: self.initial_interval,
+            initial_interval: self.initial_interval,
+            multiplier: self.multiplier,
+            randomization_factor: 0.0,
+            max_interval: self.max_interval,
+            max_elapsed_time: None, // its default of 15 minutes would end the schedule
+            ..ExponentialBackoff::default()
+        };
+        let mut interval = self.initial_interval;
+        for _ in 0..attempt {
+            let before = interval;
+            interval = growth.next_backoff().unwrap_or(self.max_interval);
+            if interval >= self.max_interval || (before == interval && self.multiplier <= 1.0) {
+                break;
+            }
+        }
+        interval.min(self.max_interval)
+    }
+
+    /// What follows failed attempt `attempt` (from 1) of a batch first tried at `first_attempt_at`.
+    ///
+    /// `retry_after` is what the receiver asked for; `random` is drawn from `0.0..1.0`.
+    pub fn next(&self, attempt: u32, first_attempt_at: SystemTime, now: SystemTime, retry_after: Option<Duration>, random: f64) -> Next {
+        if self.max_attempts != 0 && attempt >= self.max_attempts {
+            return Next::Exhausted;
+        }
+        let spread = 1.0 + self.randomization_factor * (2.0 * random - 1.0);
+        let jittered = self.interval(attempt).mul_f64(spread.max(0.0)).min(self.max_interval);
+        let delay = jittered.max(retry_after.unwrap_or_default()).min(MAX_DELAY);
+        let elapsed = now.duration_since(first_attempt_at).unwrap_or_default();
+        if !self.max_elapsed_time.is_zero() && elapsed + delay > self.max_elapsed_time {
+            return Next::Exhausted;
+        }
+        Next::After(delay)
+    }
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self::try_new(RetryOptions::default()).expect("the defaults are valid")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const T0: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn secs(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    fn policy(change: impl FnOnce(&mut RetryOptions)) -> RetryPolicy {
+        let mut o = RetryOptions::default();
+        change(&mut o);
+        RetryPolicy::try_new(o).expect("valid")
+    }
+
+    #[test]
+    fn the_default_schedule_ends_about_47_hours_after_the_first_attempt() {
+        let p = RetryPolicy::default();
+        let (mut at, mut delays) = (T0, Vec::new());
+        for attempt in 1.. {
+            match p.next(attempt, T0, at, None, 0.5) {
+                Next::After(d) => {
+                    at += d;
+                    delays.push(d.as_secs());
+                }
+                Next::Exhausted => break,
+            }
+        }
+        assert_eq!(delays[..9], [5, 15, 45, 135, 405, 1215, 3645, 10_935, 21_600]);
+        assert_eq!(delays.len(), 15, "16 attempts, the first one included");
+        let hours = at.duration_since(T0).expect("later").as_secs_f64() / 3600.0;
+        assert!((46.0..48.0).contains(&hours), "{hours}");
+    }
+
+    #[test]
+    fn a_retry_due_past_the_elapsed_limit_is_not_scheduled() {
+        let p = policy(|o| {
+            o.max_elapsed_time = secs(100);
+            o.initial_interval = secs(60);
+            o.multiplier = 1.0;
+            o.randomization_factor = 0.0;
+        });
+        assert_eq!(p.next(1, T0, T0 + secs(40), None, 0.5), Next::After(secs(60)));
+        assert_eq!(p.next(2, T0, T0 + secs(41), None, 0.5), Next::Exhausted);
+        assert_eq!(p.next(1, T0, T0, Some(secs(101)), 0.5), Next::Exhausted);
+    }
+
+    #[test]
+    fn zero_means_no_limit() {
+        let p = policy(|o| {
+            o.max_attempts = 0;
+            o.max_elapsed_time = Duration::ZERO;
+        });
+        assert_eq!(p.next(u32::MAX, T0, T0 + secs(1 << 40), None, 0.5), Next::After(secs(21_600)));
+        let constant = policy(|o| {
+            o.max_attempts = 0;
+            o.multiplier = 1.0;
+        });
+        assert_eq!(constant.interval(u32::MAX), secs(5));
+    }
+
+    #[test]
+    fn retry_after_delays_but_never_hastens_and_is_bounded() {
+        let p = policy(|o| o.max_elapsed_time = Duration::ZERO);
+        assert_eq!(p.next(1, T0, T0, Some(secs(1)), 0.5), Next::After(secs(5)));
+        assert_eq!(p.next(1, T0, T0, Some(secs(90)), 0.5), Next::After(secs(90)));
+        assert_eq!(p.next(1, T0, T0, Some(secs(1 << 30)), 0.5), Next::After(MAX_DELAY));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_does_not_end_the_schedule() {
+        assert_eq!(RetryPolicy::default().next(1, T0 + secs(1 << 20), T0, None, 0.5), Next::After(secs(5)));
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_name() {
+        for (change, key) in [
+            ((|o| o.initial_interval = Duration::ZERO) as fn(&mut RetryOptions), "initial_interval"),
+            (|o| o.multiplier = 0.5, "multiplier"),
+            (|o| o.multiplier = f64::NAN, "multiplier"),
+            (|o| o.randomization_factor = 1.5, "randomization_factor"),
+            (|o| o.max_interval = secs(1), "max_interval"),
+            (|o| o.max_interval = secs(73 * 3600), "max_interval"),
+        ] {
+            let mut o = RetryOptions::default();
+            change(&mut o);
+            assert_eq!(RetryPolicy::try_new(o).expect_err("out of range").0, key);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn jitter_stays_in_its_share_and_below_the_longest_interval(attempt in 1_u32..40, random in 0.0..1.0_f64) {
+            let p = policy(|o| { o.max_attempts = 0; o.max_elapsed_time = Duration::ZERO; });
+            let plain = p.interval(attempt).as_secs_f64();
+            let Next::After(d) = p.next(attempt, T0, T0, None, random) else { panic!("no limit") };
+            prop_assert!(d.as_secs_f64() >= plain * 0.8 - 1e-6);
+            prop_assert!(d.as_secs_f64() <= (plain * 1.2 + 1e-6).min(21_600.0));
+        }
+    }
+}

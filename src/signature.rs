@@ -1,0 +1,278 @@
+//! Signs request bodies, and verifies them as a receiver does.
+//!
+//! `standard-webhooks` follows the Standard Webhooks specification
+//! (<https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md>),
+//! symmetric signatures `v1`; `mailtrap` and the custom headers are a plain HMAC-SHA256 (RFC 2104)
+//! of the body.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+
+use crate::secret::Secret;
+
+/// What a `whsec_` secret may hold, from the specification: 24 to 64 bytes.
+pub const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
+
+/// The seconds by which a receiver should let a timestamp differ from its own clock.
+pub const TOLERANCE_SECONDS: u64 = 5 * 60;
+
+/// How a MAC is spelled in a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoding {
+    /// Lowercase.
+    Hex,
+    /// RFC 4648, section 4, with padding.
+    Base64,
+}
+
+/// One way of signing a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scheme {
+    StandardWebhooks,
+    Mailtrap,
+    Custom { header: String, prefix: String, encoding: Encoding },
+}
+
+/// The keys and schemes of one subscriber.
+#[derive(Clone)]
+pub struct Signer {
+    schemes: Vec<Scheme>,
+    /// One keyed state per secret, the current one first; empty unless `standard-webhooks` is used.
+    standard: Vec<Hmac<Sha256>>,
+    /// Of the current secret, its bytes as written; absent if there is no secret.
+    plain: Option<Hmac<Sha256>>,
+}
+
+impl std::fmt::Debug for Signer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Signer").field("schemes", &self.schemes).finish_non_exhaustive()
+    }
+}
+
+/// The bytes of a `whsec_…` secret.
+///
+/// # Errors
+/// Says what is wrong without quoting the secret.
+pub fn standard_key(secret: &Secret) -> Result<Vec<u8>, &'static str> {
+    let encoded = secret.expose().strip_prefix("whsec_").ok_or("does not begin with `whsec_`")?;
+    let key = BASE64.decode(encoded).map_err(|_| "is not base64 after `whsec_`")?;
+    if KEY_BYTES.contains(&key.len()) { Ok(key) } else { Err("does not hold 24 to 64 bytes") }
+}
+
+fn keyed(key: &[u8]) -> Hmac<Sha256> {
+    Hmac::new_from_slice(key).expect("HMAC takes a key of any length")
+}
+
+impl Signer {
+    /// # Errors
+    /// Names the secret by its index, and what is wrong with it.
+    pub fn try_new(schemes: Vec<Scheme>, secrets: &[Secret]) -> Result<Self, (usize, &'static str)> {
+        let standard = if schemes.contains(&Scheme::StandardWebhooks) {
+            let keys = secrets.iter().enumerate().map(|(n, s)| standard_key(s).map_err(|why| (n, why)));
+            keys.map(|key| key.map(|k| keyed(&k))).collect::<Result<_, _>>()?
+        } else {
+            Vec::new()
+        };
+        let plain = secrets.first().map(|s| keyed(s.expose().as_bytes()));
+        Ok(Self { schemes, standard, plain })
+    }
+
+    pub fn schemes(&self) -> &[Scheme] {
+        &self.schemes
+    }
+
+    /// The headers that go with `body`, sent at `timestamp` (Unix seconds) under `id`.
+    pub fn headers(&self, id: &str, timestamp: u64, body: &[u8]) -> Vec<(String, String)> {
+        let mut headers = Vec::with_capacity(4);
+        for scheme in &self.schemes {
+            match scheme {
+                Scheme::StandardWebhooks => {
+                    let signatures: Vec<String> = self
+                        .standard
+                        .iter()
+                        .map(|key| format!("v1,{}", BASE64.encode(standard_mac(key.clone(), id, timestamp, body))))
+                        .collect();
+                    headers.push(("webhook-id".to_owned(), id.to_owned()));
+                    headers.push(("webhook-timestamp".to_owned(), timestamp.to_string()));
+                    headers.push(("webhook-signature".to_owned(), signatures.join(" ")));
+                }
+                Scheme::Mailtrap => {
+                    headers.extend(self.plain_mac(body).map(|mac| ("mailtrap-signature".to_owned(), hex(&mac))));
+                }
+                Scheme::Custom { header, prefix, encoding } => {
+                    headers.extend(self.plain_mac(body).map(|mac| {
+                        let mac = match encoding {
+                            Encoding::Hex => hex(&mac),
+                            Encoding::Base64 => BASE64.encode(mac),
+                        };
+                        (header.clone(), format!("{prefix}{mac}"))
+                    }));
+                }
+            }
+        }
+        headers
+    }
+
+    fn plain_mac(&self, body: &[u8]) -> Option<[u8; 32]> {
+        let mut mac = self.plain.clone()?;
+        mac.update(body);
+        Some(mac.finalize().into_bytes().into())
+    }
+}
+
+fn standard_mac(mut mac: Hmac<Sha256>, id: &str, timestamp: u64, body: &[u8]) -> [u8; 32] {
+    mac.update(id.as_bytes());
+    mac.update(b".");
+    mac.update(timestamp.to_string().as_bytes());
+    mac.update(b".");
+    mac.update(body);
+    mac.finalize().into_bytes().into()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Why a request is not to be trusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unverified {
+    MissingHeader(&'static str),
+    BadTimestamp,
+    OldTimestamp,
+    FutureTimestamp,
+    NoMatch,
+}
+
+impl std::fmt::Display for Unverified {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::MissingHeader(name) => write!(f, "no header `{name}`"),
+            Self::BadTimestamp => f.write_str("`webhook-timestamp` is not a number of seconds"),
+            Self::OldTimestamp => write!(f, "`webhook-timestamp` is older than {TOLERANCE_SECONDS} s"),
+            Self::FutureTimestamp => write!(f, "`webhook-timestamp` is more than {TOLERANCE_SECONDS} s ahead"),
+            Self::NoMatch => f.write_str("the signature does not match: another secret, or a changed body"),
+        }
+    }
+}
+
+/// Verifies a request as a receiver does that knows `secret`. `header` looks a header up by its
+/// lowercase name; `now` is in Unix seconds.
+///
+/// Takes the scheme from the headers: `webhook-signature` first, else `mailtrap-signature`.
+///
+/// # Errors
+/// Says why the request is not verified.
+pub fn verify<'a>(secret: &Secret, header: impl Fn(&str) -> Option<&'a str>, body: &[u8], now: u64) -> Result<&'static str, Unverified> {
+    if let Some(signatures) = header("webhook-signature") {
+        let id = header("webhook-id").ok_or(Unverified::MissingHeader("webhook-id"))?;
+        let timestamp = header("webhook-timestamp").ok_or(Unverified::MissingHeader("webhook-timestamp"))?;
+        let timestamp: u64 = timestamp.parse().map_err(|_| Unverified::BadTimestamp)?;
+        if timestamp.saturating_add(TOLERANCE_SECONDS) < now {
+            return Err(Unverified::OldTimestamp);
+        }
+        if timestamp > now.saturating_add(TOLERANCE_SECONDS) {
+            return Err(Unverified::FutureTimestamp);
+        }
+        let key = standard_key(secret).map_err(|_| Unverified::NoMatch)?;
+        let given = signatures.split(' ').filter_map(|s| s.strip_prefix("v1,")).filter_map(|s| BASE64.decode(s).ok());
+        let expected = standard_mac(keyed(&key), id, timestamp, body);
+        return if given.fold(false, |ok, g| ok | same(&expected, &g)) { Ok("standard-webhooks") } else { Err(Unverified::NoMatch) };
+    }
+    let given = header("mailtrap-signature").ok_or(Unverified::MissingHeader("webhook-signature"))?;
+    let mut mac = keyed(secret.expose().as_bytes());
+    mac.update(body);
+    let expected = hex(&mac.finalize().into_bytes());
+    if same(expected.as_bytes(), given.as_bytes()) { Ok("mailtrap") } else { Err(Unverified::NoMatch) }
+}
+
+/// Compares in a time that depends on the lengths alone, so that it does not tell how far a guess was right.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0_u8, |diff, (x, y)| diff | (x ^ y)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The example of the specification's reference libraries.
+    const SPEC_SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    const SPEC_ID: &str = "msg_p5jXN8AQM9LWM0D4loKWxJek";
+    const SPEC_TIMESTAMP: u64 = 1_614_265_330;
+    const SPEC_BODY: &[u8] = br#"{"test": 2432232314}"#;
+    const SPEC_SIGNATURE: &str = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=";
+
+    fn signer(schemes: &[Scheme], secrets: &[&str]) -> Signer {
+        let secrets: Vec<Secret> = secrets.iter().map(|s| Secret::new(*s)).collect();
+        Signer::try_new(schemes.to_vec(), &secrets).expect("valid secrets")
+    }
+
+    fn check(headers: &[(String, String)], secret: &str, body: &[u8], now: u64) -> Result<&'static str, Unverified> {
+        verify(&Secret::new(secret), |name| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()), body, now)
+    }
+
+    #[test]
+    fn standard_webhooks_signs_as_the_reference_libraries_do() {
+        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        assert_eq!(
+            headers,
+            [
+                ("webhook-id".to_owned(), SPEC_ID.to_owned()),
+                ("webhook-timestamp".to_owned(), SPEC_TIMESTAMP.to_string()),
+                ("webhook-signature".to_owned(), SPEC_SIGNATURE.to_owned()),
+            ]
+        );
+    }
+
+    #[test]
+    fn plain_schemes_are_an_hmac_with_the_secret_as_it_is_written() {
+        // RFC 4231, test case 2.
+        let expected = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
+        let body = b"what do ya want for nothing?";
+        let custom = Scheme::Custom { header: "X-Hub-Signature-256".into(), prefix: "sha256=".into(), encoding: Encoding::Hex };
+        let base64 = Scheme::Custom { header: "X-Sig".into(), prefix: String::new(), encoding: Encoding::Base64 };
+        let headers = signer(&[Scheme::Mailtrap, custom, base64], &["Jefe"]).headers("msg_1", 1, body);
+        assert_eq!(headers[0], ("mailtrap-signature".to_owned(), expected.to_owned()));
+        assert_eq!(headers[1], ("X-Hub-Signature-256".to_owned(), format!("sha256={expected}")));
+        assert_eq!(headers[2], ("X-Sig".to_owned(), "W9zBRr9gdU5qBCQmCJV1x1oAPwidJzmDnexYuWTsOEM=".to_owned()));
+        assert_eq!(check(&headers, "Jefe", body, 1), Ok("mailtrap"));
+        assert_eq!(check(&headers, "jefe", body, 1), Err(Unverified::NoMatch));
+    }
+
+    #[test]
+    fn a_receiver_that_knows_either_of_two_secrets_verifies() {
+        let other = format!("whsec_{}", BASE64.encode([7; 32]));
+        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET, &other]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        for secret in [SPEC_SECRET, &other] {
+            assert_eq!(check(&headers, secret, SPEC_BODY, SPEC_TIMESTAMP), Ok("standard-webhooks"));
+        }
+        let third = format!("whsec_{}", BASE64.encode([8; 32]));
+        assert_eq!(check(&headers, &third, SPEC_BODY, SPEC_TIMESTAMP), Err(Unverified::NoMatch));
+        assert_eq!(check(&headers, SPEC_SECRET, b"changed", SPEC_TIMESTAMP), Err(Unverified::NoMatch));
+    }
+
+    #[test]
+    fn an_old_or_missing_timestamp_is_told() {
+        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        let at = |now| check(&headers, SPEC_SECRET, SPEC_BODY, now);
+        assert_eq!(at(SPEC_TIMESTAMP + TOLERANCE_SECONDS), Ok("standard-webhooks"));
+        assert_eq!(at(SPEC_TIMESTAMP + TOLERANCE_SECONDS + 1), Err(Unverified::OldTimestamp));
+        assert_eq!(at(SPEC_TIMESTAMP - TOLERANCE_SECONDS - 1), Err(Unverified::FutureTimestamp));
+        assert_eq!(check(&headers[2..], SPEC_SECRET, SPEC_BODY, 0), Err(Unverified::MissingHeader("webhook-id")));
+        assert_eq!(check(&[], SPEC_SECRET, SPEC_BODY, 0), Err(Unverified::MissingHeader("webhook-signature")));
+    }
+
+    #[test]
+    fn a_standard_secret_holds_24_to_64_bytes_of_base64() {
+        for (secret, ok) in [
+            (format!("whsec_{}", BASE64.encode([1; 24])), true),
+            (format!("whsec_{}", BASE64.encode([1; 64])), true),
+            (format!("whsec_{}", BASE64.encode([1; 23])), false),
+            (format!("whsec_{}", BASE64.encode([1; 65])), false),
+            (BASE64.encode([1; 32]), false),
+            ("whsec_***".to_owned(), false),
+        ] {
+            assert_eq!(standard_key(&Secret::new(&*secret)).is_ok(), ok, "{secret}");
+        }
+    }
+}
