@@ -1,6 +1,7 @@
 pub mod address;
 pub mod batch;
 pub mod circuit_breaker;
+pub mod config;
 pub mod event;
 pub mod payload;
 pub mod retry;

@@ -1,0 +1,721 @@
+//! The configuration file: raw TOML in, checked policies out, all mistakes at once.
+
+mod reader;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use url::{Host, Url};
+
+pub use reader::Problem;
+use reader::{Layers, Reader, Section, Source, Value};
+
+use crate::{
+    address::AddressPolicy,
+    batch::BatchPolicy,
+    circuit_breaker::BreakerPolicy,
+    event::Pattern,
+    payload::Format,
+    retry::{MAX_DELAY, RetryOptions, RetryPolicy},
+    secret::{Secret, SecretUrl},
+    signature::{Encoding, Scheme, Signer},
+};
+
+/// The commented default configuration, every key in it.
+pub const DEFAULT: &str = include_str!("../config/hooktrail.toml");
+
+/// Where the configuration is looked for when neither `--config` nor `$HOOKTRAIL_CONFIG` names a file.
+pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
+
+const ROOT_KEYS: &[&str] = &["include", "shutdown_timeout", "queue", "log", "batch", "http", "retry", "circuit_breaker", "subscriber"];
+const INCLUDED_KEYS: &[&str] = &["subscriber"];
+const QUEUE_KEYS: &[&str] = &["url", "exchange", "source_queue", "prefix"];
+const LOG_KEYS: &[&str] = &["format", "level"];
+const BATCH_KEYS: &[&str] = &["max_events", "max_bytes", "max_wait"];
+const HTTP_KEYS: &[&str] =
+    &["timeout", "connect_timeout", "concurrency", "success", "allow_http", "allow_private_addresses", "allow_addresses"];
+const RETRY_KEYS: &[&str] =
+    &["initial_interval", "multiplier", "randomization_factor", "max_interval", "max_attempts", "max_elapsed_time", "on_exhausted"];
+const BREAKER_KEYS: &[&str] = &["failures", "open_for", "max_open_for"];
+const SUBSCRIBER_KEYS: &[&str] = &["name", "url", "events", "format", "secrets", "signatures", "batch", "http", "retry", "circuit_breaker"];
+const SIGNATURE_KEYS: &[&str] = &["header", "prefix", "encoding"];
+
+/// The longest `[http] timeout`: a slot works through at most three prefetched batches, and the
+/// broker closes the channel of a consumer that holds a message for 30 minutes.
+const MAX_TIMEOUT: Duration = Duration::from_secs(4 * 60);
+const MAX_WAIT: Duration = Duration::from_secs(2 * 60);
+const MAX_CONCURRENCY: i64 = 100;
+const MAX_OPEN_FOR: Duration = Duration::from_secs(24 * 3600);
+
+/// Headers of a request that only hooktrail sets.
+const RESERVED_HEADERS: &[&str] = &[
+    "content-type",
+    "content-length",
+    "content-encoding",
+    "transfer-encoding",
+    "host",
+    "connection",
+    "user-agent",
+    "te",
+    "trailer",
+    "upgrade",
+    "expect",
+    "webhook-id",
+    "webhook-timestamp",
+    "webhook-signature",
+    "mailtrap-signature",
+    "x-hooktrail-attempt",
+];
+
+/// A checked configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub path: PathBuf,
+    /// For requests in flight when the daemon is told to stop.
+    pub shutdown_timeout: Duration,
+    pub queue: QueueConfig,
+    pub log: LogConfig,
+    /// In the order of the file.
+    pub subscribers: Vec<Arc<Subscriber>>,
+}
+
+/// From `[queue]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueConfig {
+    pub url: SecretUrl,
+    pub intake: Intake,
+    pub prefix: String,
+}
+
+/// Where events come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Intake {
+    /// Producers publish to this topic exchange.
+    Exchange(String),
+    /// An existing queue that a relay takes events from.
+    SourceQueue(String),
+}
+
+/// From `[log]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogConfig {
+    pub json: bool,
+    pub level: tracing::Level,
+}
+
+/// From `[http]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpPolicy {
+    /// Of a whole attempt, the answer's body included.
+    pub timeout: Duration,
+    pub connect_timeout: Duration,
+    /// Requests in flight to the subscriber.
+    pub concurrency: usize,
+    pub success: Success,
+    pub allow_http: bool,
+    pub addresses: AddressPolicy,
+}
+
+/// Which statuses mean that the batch was accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Success {
+    Any2xx,
+    Only200,
+}
+
+impl Success {
+    pub fn includes(self, status: u16) -> bool {
+        match self {
+            Self::Any2xx => (200..300).contains(&status),
+            Self::Only200 => status == 200,
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Any2xx => "2xx",
+            Self::Only200 => "200",
+        }
+    }
+}
+
+/// One `[[subscriber]]` with its groups' defaults filled in.
+#[derive(Debug, Clone)]
+pub struct Subscriber {
+    pub name: String,
+    pub url: SecretUrl,
+    pub events: Vec<Pattern>,
+    pub format: Format,
+    pub secrets: Vec<Secret>,
+    pub signer: Signer,
+    pub batch: BatchPolicy,
+    pub http: HttpPolicy,
+    pub retry: RetryPolicy,
+    pub circuit_breaker: BreakerPolicy,
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug)]
+pub struct ConfigError {
+    pub problems: Vec<Problem>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for p in &self.problems {
+            writeln!(f, "{p}")?;
+        }
+        let s = if self.problems.len() == 1 { "" } else { "s" };
+        write!(f, "{} problem{s} in the configuration; nothing was started", self.problems.len())
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// Reads and checks the configuration at `path`, its includes, and the secret files they name.
+///
+/// # Errors
+/// All that is wrong, each with file, line, column, key and what would be right.
+pub fn load(path: &Path) -> Result<Config, ConfigError> {
+    load_with(path, &|name| std::env::var(name).ok())
+}
+
+/// As [`load`], with the environment given.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        let hint = "name a configuration with --config FILE or $HOOKTRAIL_CONFIG";
+        let message = format!("cannot be read: {e}; {hint}");
+        ConfigError { problems: vec![Problem { file: path.to_owned(), place: None, key: String::new(), message }] }
+    })?;
+    let reader = Reader::new(env);
+    let source = Source { path: path.to_owned(), text };
+    let config = Loader { reader: &reader }.config(&source);
+    let problems = reader.into_problems();
+    match config {
+        Some(config) if problems.is_empty() => Ok(config),
+        _ => Err(ConfigError { problems }),
+    }
+}
+
+/// Turns sections into policies. A method returns `None` only after it has reported why.
+struct Loader<'r, 'e> {
+    reader: &'r Reader<'e>,
+}
+
+/// The top-level groups that apply to every subscriber.
+struct Defaults<'d> {
+    batch: Option<Section<'d>>,
+    http: Option<Section<'d>>,
+    retry: Option<Section<'d>>,
+    circuit_breaker: Option<Section<'d>>,
+}
+
+impl Loader<'_, '_> {
+    fn config(&self, source: &Source) -> Option<Config> {
+        let r = self.reader;
+        let document = r.parse(source);
+        let root = r.root(source, &document, ROOT_KEYS);
+        let shutdown_timeout = self.duration(root.get("shutdown_timeout"), 35, Some(Duration::from_secs(3600)));
+        let queue = self.queue(&root);
+        let log = self.log(&root);
+        let group = |key, keys| root.get(key).and_then(|v| r.section(&v, keys));
+        let defaults = Defaults {
+            batch: group("batch", BATCH_KEYS),
+            http: group("http", HTTP_KEYS),
+            retry: group("retry", RETRY_KEYS),
+            circuit_breaker: group("circuit_breaker", BREAKER_KEYS),
+        };
+        // A mistake in a default is one even if no subscriber uses it.
+        self.batch(&Layers { own: None, base: defaults.batch.clone() });
+        self.http(&Layers { own: None, base: defaults.http.clone() });
+        self.retry(&Layers { own: None, base: defaults.retry.clone() });
+        self.breaker(&Layers { own: None, base: defaults.circuit_breaker.clone() });
+
+        let mut names = HashMap::new();
+        let mut subscribers = self.subscribers(&root, &defaults, &mut names);
+        for file in self.included(&root) {
+            let text = match std::fs::read_to_string(&file) {
+                Ok(text) => text,
+                Err(e) => {
+                    r.report_file(&file, format!("cannot be read: {e}; it is named by `include` in {}", source.path.display()));
+                    continue;
+                }
+            };
+            let included = Source { path: file, text };
+            let document = r.parse(&included);
+            let root = r.root(&included, &document, INCLUDED_KEYS);
+            subscribers.extend(self.subscribers(&root, &defaults, &mut names));
+        }
+        Some(Config { path: source.path.clone(), shutdown_timeout: shutdown_timeout?, queue: queue?, log: log?, subscribers })
+    }
+
+    /// The files that `include` names, each once, in order.
+    fn included(&self, root: &Section<'_>) -> Vec<PathBuf> {
+        let Some(value) = root.get("include") else { return Vec::new() };
+        let mut files = Vec::new();
+        for item in self.reader.array(&value).unwrap_or_default() {
+            let Some(pattern) = self.reader.string(&item) else { continue };
+            let path = root.source.relative(&pattern);
+            match glob::glob(&path.to_string_lossy()) {
+                Err(e) => self.reader.report(&item, format!("is not a glob pattern: {e}")),
+                // A plain path that is not there is a mistake; a glob that matches nothing is fine.
+                Ok(_) if !pattern.contains(['*', '?', '[']) => files.push(path),
+                Ok(paths) => {
+                    for found in paths {
+                        match found {
+                            Ok(path) => files.push(path),
+                            Err(e) => self.reader.report(&item, format!("cannot look into {}: {}", e.path().display(), e.error())),
+                        }
+                    }
+                }
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        files.retain(|f| seen.insert(f.clone()));
+        files
+    }
+
+    fn queue(&self, root: &Section<'_>) -> Option<QueueConfig> {
+        let r = self.reader;
+        let missing = "is required: the URL of a RabbitMQ, such as \"amqp://user:password@127.0.0.1:5672/%2f\"";
+        let Some(section) = root.get("queue") else {
+            r.report_missing(root, "queue.url", missing);
+            return None;
+        };
+        let section = r.section(&section, QUEUE_KEYS)?;
+        let url = match section.get("url") {
+            None => {
+                r.report_missing(&section, "url", missing);
+                None
+            }
+            Some(v) => r.string(&v).and_then(|text| match text.parse::<Url>() {
+                Ok(url) if matches!(url.scheme(), "amqp" | "amqps") && url.host_str().is_some_and(|h| !h.is_empty()) => {
+                    Some(SecretUrl::new(url))
+                }
+                // The text is not quoted: it may hold a password.
+                _ if text.is_empty() => {
+                    r.report(&v, "is empty; give the URL of a RabbitMQ, amqp://… or amqps://…");
+                    None
+                }
+                _ if text == "embedded" => {
+                    r.report(&v, "the embedded queue is not part of this version; give the URL of a RabbitMQ, amqp://… or amqps://…");
+                    None
+                }
+                _ => {
+                    r.report(&v, "is not an amqp:// or amqps:// URL with a host");
+                    None
+                }
+            }),
+        };
+        let exchange = section.get("exchange");
+        let source_queue = section.get("source_queue");
+        let name = |v: &Value<'_>| {
+            let name = r.string(v)?;
+            if name.is_empty() || name.len() > 255 {
+                r.report(v, "must have 1 to 255 bytes");
+                return None;
+            }
+            Some(name)
+        };
+        let intake = match (exchange, source_queue) {
+            (Some(_), Some(v)) => {
+                r.report(&v, "cannot stand beside `exchange`; remove one of the two");
+                None
+            }
+            (None, Some(v)) => name(&v).map(Intake::SourceQueue),
+            (Some(v), None) => name(&v).map(Intake::Exchange),
+            (None, None) => Some(Intake::Exchange("audit".to_owned())),
+        };
+        let prefix = match section.get("prefix") {
+            None => Some("hooktrail".to_owned()),
+            Some(v) => r.string(&v).and_then(|p| {
+                let ok = (1..=64).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+                if !ok {
+                    r.report(&v, "must be 1 to 64 letters, digits, `-`, `_` or `.`");
+                }
+                ok.then_some(p)
+            }),
+        };
+        Some(QueueConfig { url: url?, intake: intake?, prefix: prefix? })
+    }
+
+    fn log(&self, root: &Section<'_>) -> Option<LogConfig> {
+        let r = self.reader;
+        let section = match root.get("log") {
+            Some(v) => Some(r.section(&v, LOG_KEYS)?),
+            None => None,
+        };
+        let get = |key| section.as_ref().and_then(|s| s.get(key));
+        let json = self.one_of(get("format"), &[("text", false), ("json", true)]);
+        let level = self.one_of(
+            get("level"),
+            &[
+                ("info", tracing::Level::INFO),
+                ("error", tracing::Level::ERROR),
+                ("warn", tracing::Level::WARN),
+                ("debug", tracing::Level::DEBUG),
+                ("trace", tracing::Level::TRACE),
+            ],
+        );
+        Some(LogConfig { json: json?, level: level? })
+    }
+
+    /// One of a few words; the first is the default.
+    fn one_of<T: Copy>(&self, value: Option<Value<'_>>, words: &[(&str, T)]) -> Option<T> {
+        let Some(value) = value else { return Some(words[0].1) };
+        let text = self.reader.string(&value)?;
+        let found = words.iter().find(|(word, _)| *word == text).map(|(_, v)| *v);
+        if found.is_none() {
+            let all: Vec<String> = words.iter().map(|(w, _)| format!("\"{w}\"")).collect();
+            self.reader.report(&value, format!("must be {}", all.join(" or ")));
+        }
+        found
+    }
+
+    fn duration(&self, value: Option<Value<'_>>, default_seconds: u64, max: Option<Duration>) -> Option<Duration> {
+        match value {
+            None => Some(Duration::from_secs(default_seconds)),
+            Some(v) => self.reader.duration(&v, max),
+        }
+    }
+
+    /// As [`duration`](Self::duration), and longer than zero.
+    fn positive_duration(&self, value: Option<Value<'_>>, default_seconds: u64, max: Duration) -> Option<Duration> {
+        let found = self.duration(value.clone(), default_seconds, Some(max))?;
+        if found.is_zero() {
+            self.reader.report(value.as_ref()?, "must be longer than 0");
+            return None;
+        }
+        Some(found)
+    }
+
+    fn integer(&self, value: Option<Value<'_>>, default: i64, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
+        match value {
+            None => Some(default),
+            Some(v) => self.reader.integer(&v, range),
+        }
+    }
+
+    fn bool(&self, value: Option<Value<'_>>) -> Option<bool> {
+        value.map_or(Some(false), |v| self.reader.bool(&v))
+    }
+
+    fn batch(&self, group: &Layers<'_>) -> Option<BatchPolicy> {
+        let max_events = self.integer(group.get("max_events"), 500, 1..=BatchPolicy::MAX_EVENTS);
+        let max_bytes = match group.get("max_bytes") {
+            None => Some(1024 * 1024),
+            Some(v) => self.reader.size(&v, 1024..=BatchPolicy::MAX_BYTES),
+        };
+        let max_wait = self.duration(group.get("max_wait"), 1, Some(MAX_WAIT));
+        Some(BatchPolicy {
+            max_events: usize::try_from(max_events?).ok()?,
+            max_bytes: usize::try_from(max_bytes?).ok()?,
+            max_wait: max_wait?,
+        })
+    }
+
+    fn http(&self, group: &Layers<'_>) -> Option<HttpPolicy> {
+        let timeout = self.positive_duration(group.get("timeout"), 30, MAX_TIMEOUT);
+        let connect_timeout = self.positive_duration(group.get("connect_timeout"), 5, MAX_TIMEOUT);
+        let concurrency = self.integer(group.get("concurrency"), 1, 1..=MAX_CONCURRENCY);
+        let success = self.one_of(group.get("success"), &[("2xx", Success::Any2xx), ("200", Success::Only200)]);
+        let allow_http = self.bool(group.get("allow_http"));
+        let allow_private = self.bool(group.get("allow_private_addresses"));
+        let mut allow = Some(Vec::new());
+        for item in group.get("allow_addresses").map(|v| self.reader.array(&v)).map_or(Some(vec![]), |a| a)? {
+            let parsed = self.reader.string(&item).and_then(|text| {
+                let net = text.parse().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(ipnet::IpNet::from));
+                if net.is_none() {
+                    self.reader.report(&item, format!("`{text}` is not a network; write one such as \"10.1.0.0/16\" or \"fd00::/8\""));
+                }
+                net
+            });
+            allow = allow.zip(parsed).map(|(mut all, net)| {
+                all.push(net);
+                all
+            });
+        }
+        Some(HttpPolicy {
+            timeout: timeout?,
+            connect_timeout: connect_timeout?,
+            concurrency: usize::try_from(concurrency?).ok()?,
+            success: success?,
+            allow_http: allow_http?,
+            addresses: AddressPolicy { allow_private: allow_private?, allow: allow? },
+        })
+    }
+
+    fn retry(&self, group: &Layers<'_>) -> Option<RetryPolicy> {
+        let d = RetryOptions::default();
+        let float = |key, default| group.get(key).map_or(Some(default), |v| self.reader.float(&v));
+        let initial_interval = self.duration(group.get("initial_interval"), d.initial_interval.as_secs(), Some(MAX_DELAY));
+        let max_interval = self.duration(group.get("max_interval"), d.max_interval.as_secs(), Some(MAX_DELAY));
+        let multiplier = float("multiplier", d.multiplier);
+        let randomization_factor = float("randomization_factor", d.randomization_factor);
+        let max_attempts = self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=1_000_000);
+        let max_elapsed_time = self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
+        self.one_of(group.get("on_exhausted"), &[("dead_letter", ())])?;
+        let options = RetryOptions {
+            initial_interval: initial_interval?,
+            multiplier: multiplier?,
+            randomization_factor: randomization_factor?,
+            max_interval: max_interval?,
+            max_attempts: u32::try_from(max_attempts?).ok()?,
+            max_elapsed_time: max_elapsed_time?,
+        };
+        match RetryPolicy::try_new(options) {
+            Ok(policy) => Some(policy),
+            Err((key, why)) => {
+                self.report_in_group(group, key, &why);
+                None
+            }
+        }
+    }
+
+    fn breaker(&self, group: &Layers<'_>) -> Option<BreakerPolicy> {
+        let failures = self.integer(group.get("failures"), 5, 0..=1_000_000);
+        let open_for = self.positive_duration(group.get("open_for"), 30, MAX_OPEN_FOR);
+        let max_open_for = self.positive_duration(group.get("max_open_for"), 600, MAX_OPEN_FOR);
+        let policy = BreakerPolicy { failures: u32::try_from(failures?).ok()?, open_for: open_for?, max_open_for: max_open_for? };
+        if policy.open_for > policy.max_open_for {
+            self.report_in_group(group, "max_open_for", "must not be shorter than open_for");
+            return None;
+        }
+        Some(policy)
+    }
+
+    /// Reports a value that is wrong together with others: at its own place, or at the group's if it is a default.
+    fn report_in_group(&self, group: &Layers<'_>, key: &str, why: &str) {
+        match (group.get(key), group.own.as_ref().or(group.base.as_ref())) {
+            (Some(value), _) => self.reader.report(&value, why),
+            (None, Some(section)) => self.reader.report_missing(section, key, why),
+            (None, None) => unreachable!("the defaults agree with each other"),
+        }
+    }
+
+    fn subscribers<'d>(&self, root: &Section<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Vec<Arc<Subscriber>> {
+        let Some(value) = root.get("subscriber") else { return Vec::new() };
+        let tables = self.reader.array(&value).unwrap_or_default();
+        tables.iter().filter_map(|table| self.subscriber(table, defaults, names).map(Arc::new)).collect()
+    }
+
+    fn subscriber<'d>(&self, table: &Value<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Option<Subscriber> {
+        let r = self.reader;
+        let section = r.section(table, SUBSCRIBER_KEYS)?;
+        let name = self.name(&section, names);
+        let group =
+            |key, keys, base: &Option<Section<'d>>| Layers { own: section.get(key).and_then(|v| r.section(&v, keys)), base: base.clone() };
+        let batch = self.batch(&group("batch", BATCH_KEYS, &defaults.batch));
+        let http = self.http(&group("http", HTTP_KEYS, &defaults.http));
+        let retry = self.retry(&group("retry", RETRY_KEYS, &defaults.retry));
+        let circuit_breaker = self.breaker(&group("circuit_breaker", BREAKER_KEYS, &defaults.circuit_breaker));
+        let url = self.url(&section, http.as_ref());
+        let events = match section.get("events") {
+            None => Some(vec![Pattern::all()]),
+            Some(v) => self.patterns(&v),
+        };
+        let format = self.one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
+        let signing = self.signing(&section);
+        let (secrets, signer) = signing?;
+        Some(Subscriber {
+            name: name?,
+            url: url?,
+            events: events?,
+            format: format?,
+            secrets,
+            signer,
+            batch: batch?,
+            http: http?,
+            retry: retry?,
+            circuit_breaker: circuit_breaker?,
+        })
+    }
+
+    fn name(&self, section: &Section<'_>, names: &mut HashMap<String, String>) -> Option<String> {
+        let r = self.reader;
+        let Some(value) = section.get("name") else {
+            r.report_missing(section, "name", "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues");
+            return None;
+        };
+        let name = r.string(&value)?;
+        if !is_subscriber_name(&name) {
+            r.report(&value, "must be 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues");
+            return None;
+        }
+        let here = format!("{}: {}", section.source.path.display(), value.key);
+        if let Some(first) = names.insert(name.clone(), here) {
+            r.report(&value, format!("`{name}` is already the name of {first}; names are unique"));
+            return None;
+        }
+        Some(name)
+    }
+
+    fn url(&self, section: &Section<'_>, http: Option<&HttpPolicy>) -> Option<SecretUrl> {
+        let r = self.reader;
+        let Some(value) = section.get("url") else {
+            r.report_missing(section, "url", "is required: where the batches go, such as \"https://siem.example.com/hooks\"");
+            return None;
+        };
+        // No message quotes the URL: its userinfo, path and query may be secrets.
+        let url = match r.string(&value)?.parse::<Url>() {
+            Ok(url) => url,
+            Err(e) => {
+                r.report(&value, format!("is not a URL: {e}"));
+                return None;
+            }
+        };
+        let http = http?;
+        match url.scheme() {
+            "https" => {}
+            "http" if http.allow_http => {}
+            "http" => {
+                r.report(&value, "plain http sends events unencrypted; use https, or set `http.allow_http = true` for this subscriber");
+                return None;
+            }
+            other => {
+                r.report(&value, format!("scheme `{other}` is not supported; use https"));
+                return None;
+            }
+        }
+        let literal = match url.host() {
+            Some(Host::Ipv4(ip)) => Some(ip.into()),
+            Some(Host::Ipv6(ip)) => Some(ip.into()),
+            Some(Host::Domain(_)) | None => None,
+        };
+        if let Some(Err(what)) = literal.map(|ip| http.addresses.check(ip)) {
+            let remedy = "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`";
+            r.report(&value, format!("its address is not a public one ({what}); {remedy}"));
+            return None;
+        }
+        Some(SecretUrl::new(url))
+    }
+
+    fn patterns(&self, value: &Value<'_>) -> Option<Vec<Pattern>> {
+        let items = self.reader.array(value)?;
+        if items.is_empty() {
+            self.reader.report(value, "no pattern matches nothing; leave `events` out for all events, or name some");
+            return None;
+        }
+        let pattern = |item: &Value<'_>| {
+            let text = self.reader.string(item)?;
+            Pattern::try_new(&text).map_err(|why| self.reader.report(item, why)).ok()
+        };
+        let patterns: Vec<Pattern> = items.iter().filter_map(pattern).collect();
+        (patterns.len() == items.len()).then_some(patterns)
+    }
+
+    fn signing(&self, section: &Section<'_>) -> Option<(Vec<Secret>, Signer)> {
+        let r = self.reader;
+        let schemes = match section.get("signatures") {
+            None => Some(vec![Scheme::StandardWebhooks]),
+            Some(v) => self.schemes(&v),
+        };
+        let items = match section.get("secrets") {
+            None => Vec::new(),
+            Some(v) => r.array(&v)?,
+        };
+        let secrets: Vec<Secret> = items.iter().filter_map(|item| self.secret(item)).collect();
+        let schemes = schemes?;
+        if secrets.len() != items.len() {
+            return None;
+        }
+        if secrets.is_empty() && !schemes.is_empty() {
+            let why = "is required for signing: one or two secrets, the current one first (make one with `hooktrail secret`); or sign nothing with `signatures = []`";
+            r.report_missing(section, "secrets", why);
+            return None;
+        }
+        match Signer::try_new(schemes, &secrets) {
+            Ok(signer) => Some((secrets, signer)),
+            Err((n, why)) => {
+                r.report(
+                    &items[n],
+                    format!("{why}; standard-webhooks needs `whsec_` and the base64 of 24 to 64 bytes: make one with `hooktrail secret`"),
+                );
+                None
+            }
+        }
+    }
+
+    fn secret(&self, item: &Value<'_>) -> Option<Secret> {
+        let text = self.reader.string(item)?;
+        let secret = match text.strip_prefix("file:") {
+            None => text,
+            Some(file) => {
+                let path = item.source.relative(file);
+                match std::fs::read_to_string(&path) {
+                    Ok(content) => content.strip_suffix('\n').map(|c| c.strip_suffix('\r').unwrap_or(c)).unwrap_or(&content).to_owned(),
+                    Err(e) => {
+                        self.reader.report(item, format!("secret file {} cannot be read: {e}", path.display()));
+                        return None;
+                    }
+                }
+            }
+        };
+        if secret.is_empty() {
+            self.reader.report(item, "the secret is empty; make one with `hooktrail secret`");
+            return None;
+        }
+        Some(Secret::new(secret))
+    }
+
+    fn schemes(&self, value: &Value<'_>) -> Option<Vec<Scheme>> {
+        let items = self.reader.array(value)?;
+        let scheme = |item: &Value<'_>| {
+            if Reader::is_string(item) {
+                let known = [("standard-webhooks", 0), ("mailtrap", 1)];
+                return self.one_of(Some(item.clone()), &known).map(|n| if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap });
+            }
+            let table = self.reader.section(item, SIGNATURE_KEYS)?;
+            let Some(header) = table.get("header") else {
+                self.reader.report_missing(&table, "header", "is required: the name of the header that carries the signature");
+                return None;
+            };
+            let name = self.reader.string(&header)?;
+            let ok = http::HeaderName::from_bytes(name.as_bytes());
+            match ok {
+                Err(_) => {
+                    self.reader.report(&header, "is not a valid header name");
+                    return None;
+                }
+                Ok(parsed) if RESERVED_HEADERS.contains(&parsed.as_str()) => {
+                    self.reader.report(&header, "is a header that hooktrail sets itself; choose another");
+                    return None;
+                }
+                Ok(_) => {}
+            }
+            let prefix = match table.get("prefix") {
+                None => String::new(),
+                Some(v) => {
+                    let prefix = self.reader.string(&v)?;
+                    if http::HeaderValue::from_str(&prefix).is_err() {
+                        self.reader.report(&v, "has characters that a header cannot carry");
+                        return None;
+                    }
+                    prefix
+                }
+            };
+            let encoding = self.one_of(table.get("encoding"), &[("hex", Encoding::Hex), ("base64", Encoding::Base64)])?;
+            Some(Scheme::Custom { header: name, prefix, encoding })
+        };
+        let schemes: Vec<Scheme> = items.iter().filter_map(scheme).collect();
+        (schemes.len() == items.len()).then_some(schemes)
+    }
+}
+
+/// Whether `name` can be a subscriber's: `[a-z0-9-]{1,64}`.
+///
+/// No dots: the name is the last word of routing keys in the delay ladder.
+pub fn is_subscriber_name(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+#[cfg(test)]
+mod tests;

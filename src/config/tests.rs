@@ -1,0 +1,235 @@
+use super::*;
+
+fn dir_with(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    for (name, text) in files {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("creates");
+        std::fs::write(path, text).expect("writes");
+    }
+    dir
+}
+
+fn env(name: &str) -> Option<String> {
+    match name {
+        "SECRET" => Some("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw".to_owned()),
+        "BAD_SECRET" => Some("tell-nobody".to_owned()),
+        _ => None,
+    }
+}
+
+fn load_text(text: &str) -> Result<Config, Vec<String>> {
+    let dir = dir_with(&[("h.toml", text)]);
+    load_with(&dir.path().join("h.toml"), &env).map_err(|e| {
+        let prefix = format!("{}/", dir.path().display());
+        e.problems.iter().map(|p| p.to_string().replace(&prefix, "")).collect()
+    })
+}
+
+const QUEUE: &str = "[queue]\nurl = \"amqp://127.0.0.1\"\n";
+const SUBSCRIBER: &str = "[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsecrets = [\"${SECRET}\"]\n";
+
+/// The problems of a configuration with one good subscriber and `extra` before it.
+fn problems(extra: &str) -> Vec<String> {
+    load_text(&format!("{extra}\n{SUBSCRIBER}")).expect_err("must be refused")
+}
+
+#[test]
+fn the_shipped_configuration_holds_every_key_and_the_defaults() {
+    let groups = [ROOT_KEYS, QUEUE_KEYS, LOG_KEYS, BATCH_KEYS, HTTP_KEYS, RETRY_KEYS, BREAKER_KEYS, SUBSCRIBER_KEYS, SIGNATURE_KEYS];
+    for key in groups.iter().flat_map(|keys| keys.iter()) {
+        let found = DEFAULT.lines().any(|l| {
+            let l = l.trim_start_matches("# ");
+            [format!("{key} = "), format!("[{key}]"), format!("[[{key}]]")].iter().any(|start| l.starts_with(start))
+                || l.contains(&format!("{{ {key} = "))
+                || l.contains(&format!(", {key} = "))
+                || (["batch", "http", "circuit_breaker"].contains(key) && l.contains("so for batch, http and circuit_breaker"))
+        });
+        assert!(found, "config/hooktrail.toml does not show `{key}`");
+    }
+    let shipped = load_text(DEFAULT).expect("the shipped configuration is valid");
+    let bare = load_text(QUEUE).expect("valid");
+    assert!(shipped.subscribers.is_empty());
+    assert_eq!(
+        (shipped.shutdown_timeout, shipped.log, &shipped.queue.intake, &shipped.queue.prefix),
+        (bare.shutdown_timeout, bare.log, &bare.queue.intake, &bare.queue.prefix)
+    );
+
+    // With its example subscriber uncommented and a subscriber that relies on the groups as shipped.
+    let example: String =
+        DEFAULT.lines().skip_while(|l| *l != "# [[subscriber]]").map(|l| l.trim_start_matches("# ").to_owned() + "\n").collect();
+    let with_example = DEFAULT.to_owned() + &example.replace("SIEM_SECRET", "SECRET") + SUBSCRIBER;
+    let a = load_text(&with_example).expect("the example is valid").subscribers[1].clone();
+    let b = load_text(&format!("{QUEUE}{SUBSCRIBER}")).expect("valid").subscribers[0].clone();
+    assert_eq!((&a.batch, &a.http, &a.retry, &a.circuit_breaker), (&b.batch, &b.http, &b.retry, &b.circuit_breaker));
+}
+
+#[test]
+fn a_subscriber_overrides_the_defaults_key_by_key() {
+    let text = format!(
+        "{QUEUE}[http]\nsuccess = \"200\"\nconcurrency = 3\n[retry]\nmax_attempts = 4\ninitial_interval = \"1m\"\n{SUBSCRIBER}http.concurrency = 7\nretry = {{ max_attempts = 9 }}\n"
+    );
+    let s = &load_text(&text).expect("valid").subscribers[0];
+    assert_eq!((s.http.concurrency, s.http.success), (7, Success::Only200));
+    let retry = s.retry.options();
+    assert_eq!((retry.max_attempts, retry.initial_interval), (9, Duration::from_secs(60)));
+}
+
+#[test]
+fn every_mistake_is_reported_at_once_with_its_place() {
+    let found = load_text(
+        r#"shutdown_timeout = 5
+[queue]
+url = ""
+exchnge = "x"
+[batch]
+max_events = 0
+max_bytes = "1XB"
+[retry]
+max_interval = "1s"
+[[subscriber]]
+name = "Bad Name"
+url = "http://example.com/"
+secrets = ["${NOT_SET}"]
+[[subscriber]]
+name = "b"
+url = "https://[::1]/"
+signatures = ["md5"]
+events = ["user*"]
+"#,
+    )
+    .expect_err("invalid");
+    let expected = [
+        ("h.toml:1:20: shutdown_timeout: ", "in quotes"),
+        ("h.toml:4:1: queue.exchnge: ", "did you mean `exchange`?"),
+        ("h.toml:3:7: queue.url: ", "is empty"),
+        ("h.toml:6:14: batch.max_events: ", "from 1 to 10000"),
+        ("h.toml:7:13: batch.max_bytes: ", "`1XB` is not a size"),
+        ("h.toml:9:16: retry.max_interval: ", "shorter than initial_interval"),
+        ("h.toml:11:8: subscriber[0].name: ", "a-z, 0-9"),
+        ("h.toml:12:7: subscriber[0].url: ", "allow_http"),
+        ("h.toml:13:12: subscriber[0].secrets[0]: ", "NOT_SET is not set"),
+        ("h.toml:16:7: subscriber[1].url: ", "loopback"),
+        ("h.toml:18:11: subscriber[1].events[0]: ", "mixes a wildcard"),
+        ("h.toml:17:15: subscriber[1].signatures[0]: ", "\"standard-webhooks\" or \"mailtrap\""),
+    ];
+    for (place, part) in expected {
+        assert!(found.iter().any(|p| p.starts_with(place) && p.contains(part)), "{place}…{part} is not in {found:#?}");
+    }
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+}
+
+#[test]
+fn a_key_of_a_feature_that_is_not_there_is_unknown() {
+    for (text, key) in [
+        (format!("{QUEUE}data_dir = \"d\"\n"), "queue.data_dir"),
+        (format!("{QUEUE}[admin]\nlisten = \"127.0.0.1:1\"\n"), "admin"),
+        (format!("{QUEUE}[http]\nproxy = \"http://p\"\n"), "http.proxy"),
+    ] {
+        let found = problems(&text);
+        assert!(found.len() == 1 && found[0].contains(&format!("{key}: unknown key")), "{found:?}");
+    }
+    let found = load_text(&format!("{QUEUE}{SUBSCRIBER}paused = true\n")).expect_err("unknown");
+    assert!(found[0].contains("h.toml:7:1: subscriber[0].paused: unknown key"), "{found:?}");
+}
+
+#[test]
+fn the_queue_is_required_and_never_guessed() {
+    for (text, part) in [
+        ("", "queue.url: is required"),
+        ("[queue]\n", "h.toml:1:1: queue.url: is required"),
+        ("[queue]\nurl = \"embedded\"\n", "not part of this version"),
+        ("[queue]\nurl = \"http://x\"\n", "not an amqp:// or amqps:// URL"),
+        ("[queue]\nurl = \"amqp://x\"\nexchange = \"a\"\nsource_queue = \"b\"\n", "queue.source_queue: cannot stand beside"),
+        ("[queue]\nurl = \"amqp://x\"\nprefix = \"a b\"\n", "queue.prefix: must be"),
+    ] {
+        let found = problems(text);
+        assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");
+    }
+}
+
+#[test]
+fn no_message_ever_quotes_a_secret() {
+    let found = load_text(&format!(
+        "[queue]\nurl = \"amqp//user:hunter2@x\"\n[[subscriber]]\nname = \"a\"\nurl = \"ftp://u:hunter2@example.com/hunter2\"\nsecrets = [\"${{BAD_SECRET}}\"]\n{}",
+        "[[subscriber]]\nname = \"b\"\nurl = \"https://10.0.0.1/hunter2\"\nsecrets = [\"hunter2\"]\n"
+    ))
+    .expect_err("invalid");
+    assert_eq!(found.len(), 5, "{found:#?}");
+    assert!(!found.iter().any(|p| p.contains("hunter2") || p.contains("tell-nobody")), "{found:#?}");
+    let good = load_text(&format!("{QUEUE}{SUBSCRIBER}")).expect("valid");
+    assert!(!format!("{good:?}").contains("MfKQ"));
+}
+
+#[test]
+fn secrets_come_from_files_relative_to_the_file_that_names_them() {
+    let subscriber = |name: &str, file: &str| {
+        format!(
+            "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsecrets = [\"file:{file}\"]\nsignatures = [\"mailtrap\"]\n"
+        )
+    };
+    let main = format!("include = [\"subs/*.toml\", \"none/*.toml\"]\n{QUEUE}{}", subscriber("a", "s1"));
+    let dir = dir_with(&[("h.toml", &main), ("subs/b.toml", &subscriber("b", "s2")), ("s1", "one\n"), ("subs/s2", "two\n\n")]);
+    let config = load_with(&dir.path().join("h.toml"), &env).expect("valid");
+    let secrets: Vec<&str> = config.subscribers.iter().map(|s| s.secrets[0].expose()).collect();
+    assert_eq!(secrets, ["one", "two\n"], "one trailing newline is dropped, no more");
+
+    std::fs::write(dir.path().join("subs/c.toml"), subscriber("a", "nope") + "[queue]\nurl = \"x\"\n").expect("writes");
+    let found = load_with(&dir.path().join("h.toml"), &env).expect_err("invalid").to_string();
+    for part in [
+        "c.toml:2:8: subscriber[0].name: `a` is already the name of",
+        "c.toml:4:12: subscriber[0].secrets[0]: secret file",
+        "c.toml:6:2: queue: unknown key; the only key here is `subscriber`",
+        "3 problems",
+    ] {
+        assert!(found.contains(part), "{part} is not in {found}");
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_or_not_toml_says_so() {
+    let e = load_with(Path::new("/nonexistent/h.toml"), &env).expect_err("no file").to_string();
+    assert!(e.contains("/nonexistent/h.toml: cannot be read") && e.contains("--config"), "{e}");
+    let found = problems("a = = 1\nb = \"\n");
+    assert!(found.iter().any(|p| p.starts_with("h.toml:1:") && p.contains("not valid TOML")), "{found:?}");
+    let found = problems("include = [\"gone.toml\"]\n[queue]\nurl = \"amqp://x\"\n");
+    assert!(found[0].starts_with("gone.toml: cannot be read"), "{found:?}");
+}
+
+#[test]
+fn addresses_named_as_exceptions_may_stand_in_a_url() {
+    let with = |http: &str| {
+        load_text(&format!("{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"http://127.0.0.1:9/\"\nsignatures = []\nhttp = {{ {http} }}\n"))
+    };
+    assert!(with("allow_http = true, allow_private_addresses = true").is_ok());
+    assert!(with("allow_http = true, allow_addresses = [\"127.0.0.0/8\"]").is_ok());
+    assert!(with("allow_http = true, allow_addresses = [\"127.0.0.1\"]").is_ok());
+    for (http, part) in [
+        ("allow_http = true", "loopback"),
+        ("allow_http = true, allow_addresses = [\"10.0.0.0/8\"]", "loopback"),
+        ("allow_http = true, allow_addresses = [\"ten\"]", "`ten` is not a network"),
+    ] {
+        let found = with(http).expect_err("refused");
+        assert!(found[0].contains(part), "{found:?}");
+    }
+}
+
+#[test]
+fn a_custom_signature_header_is_checked() {
+    let with = |signature: &str| {
+        load_text(&format!(
+            "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsecrets = [\"x\"]\nsignatures = [{signature}]\n"
+        ))
+    };
+    assert!(with(r#"{ header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }"#).is_ok());
+    for (signature, part) in [
+        (r#"{ prefix = "x" }"#, "signatures[0].header: is required"),
+        (r#"{ header = "a b" }"#, "not a valid header name"),
+        (r#"{ header = "Content-Type" }"#, "sets itself"),
+        (r#"{ header = "X", prefix = "a\nb" }"#, "cannot carry"),
+        (r#"{ header = "X", encoding = "rot13" }"#, "\"hex\" or \"base64\""),
+    ] {
+        let found = with(signature).expect_err("refused");
+        assert!(found.len() == 1 && found[0].contains(part), "{found:?}");
+    }
+}
