@@ -1,9 +1,15 @@
 pub mod address;
 pub mod batch;
 pub mod circuit_breaker;
+pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod event;
+pub mod lane;
 pub mod payload;
+pub mod queue;
 pub mod retry;
 pub mod secret;
 pub mod signature;
+pub mod supervisor;
+pub mod webhook;

@@ -1,1 +1,40 @@
-fn main() {}
+//! Parses the command line, runs the command, turns its result into an exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use hooktrail::cli::{Cli, Failed};
+
+fn main() -> ExitCode {
+    // One TLS stack for broker and receivers; whoever connects first expects it to be there.
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        unreachable!("nothing was installed before the first line of main");
+    }
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return fail(&Failed::Runtime(format!("the runtime does not start: {e}"))),
+    };
+    match runtime.block_on(cli.run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => fail(&failed),
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the place where errors are told")]
+fn fail(failed: &Failed) -> ExitCode {
+    match failed {
+        Failed::Usage(why) => {
+            eprintln!("hooktrail: {why}");
+            ExitCode::from(2)
+        }
+        Failed::Config(e) => {
+            eprintln!("{e}");
+            ExitCode::from(2)
+        }
+        Failed::Runtime(why) => {
+            eprintln!("hooktrail: {why}");
+            ExitCode::from(1)
+        }
+    }
+}

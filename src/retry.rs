@@ -133,6 +133,35 @@ impl Default for RetryPolicy {
     }
 }
 
+/// Growing pauses between attempts that are made without end: to reach a broker, to restart a lane.
+#[derive(Debug)]
+pub struct Pauses(ExponentialBackoff);
+
+impl Pauses {
+    pub fn new(first: Duration, longest: Duration) -> Self {
+        let mut policy = ExponentialBackoff {
+            initial_interval: first,
+            multiplier: 2.0,
+            randomization_factor: 0.2,
+            max_interval: longest,
+            max_elapsed_time: None,
+            ..ExponentialBackoff::default()
+        };
+        policy.reset();
+        Self(policy)
+    }
+
+    /// The next pause.
+    pub fn grow(&mut self) -> Duration {
+        self.0.next_backoff().unwrap_or(self.0.max_interval)
+    }
+
+    /// Begins anew, after a success.
+    pub fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -222,6 +251,19 @@ mod tests {
             let mut o = RetryOptions::default();
             change(&mut o);
             assert_eq!(RetryPolicy::try_new(o).expect_err("out of range").0, key);
+        }
+    }
+
+    #[test]
+    fn pauses_grow_without_end_and_begin_anew() {
+        let mut pauses = Pauses::new(secs(1), secs(10));
+        for _ in 0..2 {
+            let grown: Vec<f64> = (0..20).map(|_| pauses.grow().as_secs_f64()).collect();
+            for (n, pause) in grown.iter().enumerate() {
+                let plain = f64::from(1 << n.min(10)).min(10.0);
+                assert!((plain * 0.79..=plain * 1.21).contains(pause), "{grown:?}");
+            }
+            pauses.reset();
         }
     }
 

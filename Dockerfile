@@ -1,0 +1,23 @@
+# docker build -t hooktrail .
+FROM rust:1-bookworm AS builder
+WORKDIR /src
+COPY . .
+# The caches keep the dependencies over builds; what is in a cache is not in the image, so the program is copied out.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked && cp target/release/hooktrail /usr/local/bin/hooktrail
+
+# The same Debian as the builder's: the program is linked to its libc.
+FROM debian:bookworm-slim
+# hooktrail trusts the system's certificates for https:// and amqps://.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates \
+    && rm -rf /var/lib/apt/lists/*
+# A number, so that Kubernetes' runAsNonRoot can see that it is not root.
+RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin hooktrail
+COPY --from=builder /usr/local/bin/hooktrail /usr/local/bin/hooktrail
+USER 10001
+# Mount the configuration here. Give the container more time to stop than `shutdown_timeout`, or the drain is cut short.
+ENV HOOKTRAIL_CONFIG=/etc/hooktrail/hooktrail.toml
+ENTRYPOINT ["hooktrail"]
+CMD ["run"]

@@ -1,0 +1,181 @@
+//! The command line: one file a group of commands. What is printed is printed here.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line prints")]
+
+mod check;
+mod dead;
+mod listen;
+mod publish;
+mod run;
+
+use std::path::PathBuf;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::{
+    config::{self, Config, ConfigError, LogConfig, Subscriber},
+    queue::{
+        Queue as _, QueueError,
+        amqp::{AmqpQueue, Repaired},
+    },
+};
+
+/// Delivers audit events from RabbitMQ to webhooks: batched, signed, retried durably.
+///
+/// Exit codes: 0 done; 1 it failed at run time; 2 usage or configuration.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    /// The configuration file
+    #[arg(long, short, global = true, env = "HOOKTRAIL_CONFIG", default_value = config::DEFAULT_PATH, value_name = "FILE")]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon until SIGTERM or SIGINT, then let requests in flight finish
+    Run,
+    /// Read the configuration and print what it means for each subscriber
+    Check(check::Args),
+    /// Publish events, one JSON object a line, and wait until the broker has confirmed all of them
+    Publish(publish::Args),
+    /// A receiver for trying things out: verifies signatures, prints events, fails on request
+    Listen(listen::Args),
+    /// Make a secret for signing and print it
+    Secret,
+    /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not touched
+    Repair {
+        /// The subscriber's name
+        subscriber: String,
+    },
+    /// Look at dead letters, send them again, delete them
+    #[command(subcommand)]
+    Dead(dead::Command),
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug)]
+pub enum Failed {
+    /// Exit code 2.
+    Usage(String),
+    /// Exit code 2.
+    Config(ConfigError),
+    /// Exit code 1.
+    Runtime(String),
+}
+
+impl From<QueueError> for Failed {
+    fn from(e: QueueError) -> Self {
+        Self::Runtime(e.to_string())
+    }
+}
+
+impl From<std::io::Error> for Failed {
+    fn from(e: std::io::Error) -> Self {
+        Self::Runtime(e.to_string())
+    }
+}
+
+impl Cli {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// The reason that is to be told, with its exit code.
+    pub async fn run(self) -> Result<(), Failed> {
+        let load = || config::load(&self.config).map_err(Failed::Config);
+        match self.command {
+            Command::Run => run::run(load()?).await,
+            Command::Listen(args) => listen::run(args).await,
+            Command::Secret => {
+                println!("{}", new_secret());
+                Ok(())
+            }
+            other => {
+                log(LogConfig { json: false, level: tracing::Level::WARN });
+                let config = load()?;
+                match other {
+                    Command::Check(args) => check::run(&config, &args).await,
+                    Command::Publish(args) => publish::run(&config, args).await,
+                    Command::Repair { subscriber } => repair(&config, &subscriber).await,
+                    Command::Dead(command) => dead::run(&config, command).await,
+                    Command::Run | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
+                }
+            }
+        }
+    }
+}
+
+/// `whsec_` and the base64 of 32 random bytes.
+fn new_secret() -> String {
+    format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
+}
+
+/// Log events go to stderr. Only hooktrail's own: its libraries log whole messages, bodies included.
+fn log(config: LogConfig) {
+    let targets = Targets::new().with_target("hooktrail", config.level);
+    let registry = tracing_subscriber::registry().with(targets);
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
+    // A second initialisation in one process only happens in tests; the first one stays.
+    if config.json {
+        registry.with(layer.json().flatten_event(true).with_current_span(false)).try_init().ok();
+    } else {
+        registry.with(layer.with_ansi(ansi)).try_init().ok();
+    }
+}
+
+/// The queue, after a look whether it can be reached: a command must not wait for it without end.
+async fn reach(config: &Config) -> Result<AmqpQueue, Failed> {
+    let queue = AmqpQueue::new(config.queue.clone());
+    queue.ping().await?;
+    Ok(queue)
+}
+
+fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber, Failed> {
+    config.subscribers.iter().find(|s| s.name == name).map(AsRef::as_ref).ok_or_else(|| {
+        let names: Vec<&str> = config.subscribers.iter().map(|s| s.name.as_str()).collect();
+        Failed::Usage(format!("no subscriber `{name}` in {}; there are: {}", config.path.display(), names.join(", ")))
+    })
+}
+
+async fn repair(config: &Config, name: &str) -> Result<(), Failed> {
+    let subscriber = find(config, name)?;
+    let queue = reach(config).await?;
+    let report = queue.repair(subscriber).await?;
+    let mut sound = 0;
+    for repaired in &report {
+        match repaired {
+            Repaired::Sound(_) => sound += 1,
+            Repaired::Redeclared { queue, why } => println!("{queue}: deleted and declared anew; {why}"),
+        }
+    }
+    if sound == report.len() {
+        println!("all {sound} queues that `{name}` uses are sound; nothing was changed");
+    } else {
+        println!("{sound} queues are sound and were not touched; what was in the others is lost to the broker");
+    }
+    queue.close().await;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{secret::Secret, signature};
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_new_secret_is_one_for_standard_webhooks() {
+        let (a, b) = (new_secret(), new_secret());
+        assert_ne!(a, b);
+        assert_eq!(signature::standard_key(&Secret::new(a)).expect("valid").len(), 32);
+    }
+}

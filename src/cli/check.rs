@@ -1,0 +1,171 @@
+//! `check`: what a configuration means, and what there is in the broker.
+
+use std::fmt::Write as _;
+
+use super::{Failed, reach};
+use crate::{
+    config::{Config, Intake, Subscriber},
+    queue::{Queue as _, amqp::Finding},
+    signature::{Encoding, Scheme},
+};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Also ask the broker what it has; exit code 1 if it has something harmful
+    #[arg(long)]
+    connect: bool,
+}
+
+pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
+    print!("{}", effective(config));
+    if args.connect { connect(config).await } else { Ok(()) }
+}
+
+async fn connect(config: &Config) -> Result<(), Failed> {
+    let queue = reach(config).await?;
+    println!("\n# The broker at {} answers.", config.queue.url);
+    let mut harmful = 0;
+    let mut absent = Vec::new();
+    for finding in queue.inspect(&config.subscribers).await? {
+        match finding {
+            Finding::Queue { name, messages, consumers } if messages > 0 || consumers > 0 => {
+                println!("# {name}: {messages} messages, {consumers} consumers");
+            }
+            Finding::Queue { .. } => {}
+            Finding::Absent { name } => absent.push(name),
+            Finding::Harmful(why) => {
+                harmful += 1;
+                eprintln!("harmful: {why}");
+            }
+        }
+    }
+    if !absent.is_empty() {
+        println!("# not there yet, `run` declares them: {}", absent.join(", "));
+    }
+    queue.close().await;
+    if harmful > 0 {
+        return Err(Failed::Runtime(format!("{harmful} harmful findings; each says what to do")));
+    }
+    println!("# Nothing harmful was found.");
+    Ok(())
+}
+
+/// The configuration with all defaults filled in, as TOML, secrets left out.
+fn effective(config: &Config) -> String {
+    let mut out = String::new();
+    let mut line = |text: String| {
+        out.push_str(&text);
+        out.push('\n');
+    };
+    line(format!("# {}: valid", config.path.display()));
+    line(format!("shutdown_timeout = \"{}\"", humantime::format_duration(config.shutdown_timeout)));
+    line(format!("\n[queue]\nurl = \"{}\"  # the rest is not shown", config.queue.url));
+    line(match &config.queue.intake {
+        Intake::Exchange(name) => format!("exchange = {}", quoted(name)),
+        Intake::SourceQueue(name) => format!("source_queue = {}", quoted(name)),
+    });
+    line(format!("prefix = {}", quoted(&config.queue.prefix)));
+    line(format!("\n[log]\nformat = \"{}\"", if config.log.json { "json" } else { "text" }));
+    line(format!("level = \"{}\"", config.log.level.to_string().to_lowercase()));
+    if config.subscribers.is_empty() {
+        line("\n# no subscribers".to_owned());
+    }
+    for s in &config.subscribers {
+        line(subscriber(s));
+    }
+    out
+}
+
+fn quoted(text: &str) -> String {
+    // What JSON escapes, TOML does too, in the same way.
+    serde_json::Value::from(text).to_string().replace("${", "$${")
+}
+
+fn subscriber(s: &Subscriber) -> String {
+    let mut out = String::from("\n[[subscriber]]\n");
+    let mut pair = |key: &str, value: String| {
+        // Writing to a string cannot fail.
+        writeln!(out, "{key} = {value}").ok();
+    };
+    let duration = |d| format!("\"{}\"", humantime::format_duration(d));
+    let list = |items: Vec<String>| format!("[{}]", items.join(", "));
+    pair("name", quoted(&s.name));
+    pair("url", format!("\"{}\"  # the rest is not shown", s.url));
+    pair("events", list(s.events.iter().map(|p| quoted(p.as_str())).collect()));
+    pair("format", quoted(s.format.name()));
+    pair("secrets", list(s.secrets.iter().map(|_| "\"[redacted]\"".to_owned()).collect()));
+    pair("signatures", list(s.signer.schemes().iter().map(scheme).collect()));
+    pair("batch.max_events", s.batch.max_events.to_string());
+    pair("batch.max_bytes", format!("\"{}B\"", s.batch.max_bytes));
+    pair("batch.max_wait", duration(s.batch.max_wait));
+    pair("http.timeout", duration(s.http.timeout));
+    pair("http.connect_timeout", duration(s.http.connect_timeout));
+    pair("http.concurrency", s.http.concurrency.to_string());
+    pair("http.success", quoted(s.http.success.name()));
+    pair("http.allow_http", s.http.allow_http.to_string());
+    pair("http.allow_private_addresses", s.http.addresses.allow_private.to_string());
+    pair("http.allow_addresses", list(s.http.addresses.allow.iter().map(|n| quoted(&n.to_string())).collect()));
+    let r = s.retry.options();
+    pair("retry.initial_interval", duration(r.initial_interval));
+    pair("retry.multiplier", format!("{:?}", r.multiplier));
+    pair("retry.randomization_factor", format!("{:?}", r.randomization_factor));
+    pair("retry.max_interval", duration(r.max_interval));
+    pair("retry.max_attempts", r.max_attempts.to_string());
+    pair("retry.max_elapsed_time", duration(r.max_elapsed_time));
+    pair("retry.on_exhausted", quoted("dead_letter"));
+    pair("circuit_breaker.failures", s.circuit_breaker.failures.to_string());
+    pair("circuit_breaker.open_for", duration(s.circuit_breaker.open_for));
+    pair("circuit_breaker.max_open_for", duration(s.circuit_breaker.max_open_for));
+    out.pop();
+    out
+}
+
+fn scheme(scheme: &Scheme) -> String {
+    match scheme {
+        Scheme::StandardWebhooks => quoted("standard-webhooks"),
+        Scheme::Mailtrap => quoted("mailtrap"),
+        Scheme::Custom { header, prefix, encoding } => {
+            let encoding = match encoding {
+                Encoding::Hex => "hex",
+                Encoding::Base64 => "base64",
+            };
+            format!("{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}", quoted(header), quoted(prefix))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn what_is_printed_is_a_configuration_that_means_the_same_and_shows_no_secret() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let text = r#"
+            [queue]
+            url = "amqp://user:hunter2@127.0.0.1/v"
+            source_queue = "a.b"
+            [[subscriber]]
+            name = "a"
+            url = "https://u:hunter2@example.com/hunter2"
+            secrets = ["hunter2"]
+            events = ["x.*"]
+            signatures = ["mailtrap", { header = "X-A", prefix = "p=" }]
+            http = { allow_addresses = ["10.0.0.0/8"] }
+            batch = { max_bytes = "5KiB" }
+        "#;
+        let path = dir.path().join("h.toml");
+        std::fs::write(&path, text).expect("writes");
+        let a = config::load(&path).expect("valid");
+        let printed = effective(&a);
+        assert!(!printed.contains("hunter2"), "{printed}");
+        std::fs::write(&path, &printed).expect("writes");
+        let b = config::load(&path).unwrap_or_else(|e| panic!("{e}\n{printed}"));
+        assert_eq!(effective(&b), printed);
+        assert_eq!(
+            (&a.subscribers[0].batch, &a.subscribers[0].http, &a.queue.intake),
+            (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.intake)
+        );
+    }
+}

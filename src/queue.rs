@@ -1,0 +1,274 @@
+//! What delivery needs of a queue, in hooktrail's words.
+//!
+//! One implementation for each kind of queue; nothing outside of it knows the queue's protocol.
+
+pub mod amqp;
+
+use std::{
+    fmt,
+    future::Future,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+
+use crate::{config::Subscriber, payload::Format};
+
+/// The queue as the daemon uses it.
+pub trait Queue: Clone + Send + Sync + 'static {
+    type Source: Source;
+    type Settler: Settler;
+
+    /// Makes ready what the subscribers need and takes away what only earlier configurations needed.
+    /// Waits for the queue without end. What only one subscriber needs is a concern of [`open`](Self::open).
+    ///
+    /// # Errors
+    /// What there is cannot be used and will not change by itself.
+    fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<(), QueueError>> + Send;
+
+    /// What is to be done beside the lanes; without end.
+    fn chores(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = ()> + Send;
+
+    /// Says goodbye, when the lanes have ended.
+    fn close(&self) -> impl Future<Output = ()> + Send;
+
+    /// Begins to take from a subscriber's queue. What was taken before and not settled comes again.
+    fn open(
+        &self,
+        subscriber: &Subscriber,
+        window: Window,
+    ) -> impl Future<Output = Result<(Self::Source, Self::Settler), QueueError>> + Send;
+
+    /// Waits until retries and dead letters can be written again.
+    fn writable(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// How much may be taken and not yet settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    pub events: u16,
+    pub envelopes: u16,
+}
+
+/// The taking end of a subscriber's queue.
+pub trait Source: Send {
+    /// Waits for at least one message and appends those that are there, at most about `max`,
+    /// envelopes before events. Can be dropped while it waits without losing any.
+    ///
+    /// # Errors
+    /// The queue is gone: whatever was taken from this source comes again from the next.
+    fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> impl Future<Output = Result<(), QueueError>> + Send;
+
+    /// Ends deliveries; what was taken can still be settled.
+    fn stop(&mut self) -> impl Future<Output = ()> + Send;
+
+    /// Gives back what was not settled.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+/// The settling end. Clones settle for the same source.
+pub trait Settler: Clone + Send + Sync + 'static {
+    /// Makes the settlement durable, then takes the messages out of the queue.
+    ///
+    /// # Errors
+    /// The messages are still in the queue and come again.
+    fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> impl Future<Output = Result<(), SettleError>> + Send;
+}
+
+/// Stands for a message that was taken, at the source it was taken from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Receipt {
+    pub(crate) from: Kind,
+    pub(crate) tag: u64,
+}
+
+/// What a message holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Event,
+    Batch,
+}
+
+impl Kind {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Event => "event",
+            Self::Batch => "batch",
+        }
+    }
+}
+
+/// A message as it was taken.
+#[derive(Debug)]
+pub enum Taken {
+    Event(Event),
+    Envelope(Envelope, Receipt),
+    /// A message where an envelope should be, as the dead letter that it becomes.
+    NotAnEnvelope(DeadLetter, Receipt),
+}
+
+/// An event as it was published; whether it is a valid one is for the lane to say.
+#[derive(Debug)]
+pub struct Event {
+    pub body: Vec<u8>,
+    /// The producer's, if there is one.
+    pub message_id: Option<String>,
+    pub content_type: Option<String>,
+    pub receipt: Receipt,
+}
+
+/// A batch that failed at least once: everything that makes the next attempt the same request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Envelope {
+    pub batch_id: String,
+    /// The exact request body.
+    pub body: Bytes,
+    pub format: Format,
+    pub events: u32,
+    /// Attempts made; 0 after a replay.
+    pub attempts: u32,
+    /// Of the first attempt; `None` before it.
+    pub first_attempt_at: Option<SystemTime>,
+}
+
+/// Why something was given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    Exhausted,
+    InvalidEvent,
+    TooLarge,
+    /// The broker's own doing: more deliveries than a policy allows.
+    DeliveryLimit,
+    /// The broker's own doing: a policy's time to live.
+    Expired,
+}
+
+impl Reason {
+    pub const ALL: [Self; 5] = [Self::Exhausted, Self::InvalidEvent, Self::TooLarge, Self::DeliveryLimit, Self::Expired];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exhausted => "exhausted",
+            Self::InvalidEvent => "invalid_event",
+            Self::TooLarge => "too_large",
+            Self::DeliveryLimit => "delivery_limit",
+            Self::Expired => "expired",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|r| r.name() == name)
+    }
+}
+
+/// What could not be delivered, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetter {
+    pub kind: Kind,
+    pub reason: Reason,
+    /// The exact request body of a batch, or the event as it was published.
+    pub body: Bytes,
+    pub content_type: Option<String>,
+    /// The batch's id, or the producer's message id of an event.
+    pub id: Option<String>,
+    pub events: u32,
+    pub attempts: u32,
+    /// The last answer's.
+    pub status: Option<u16>,
+    /// For an operator to read; cut to [`MAX_ERROR_LEN`].
+    pub error: String,
+    pub first_attempt_at: Option<SystemTime>,
+    pub died_at: Option<SystemTime>,
+}
+
+/// The longest error that a dead letter carries, in bytes.
+pub const MAX_ERROR_LEN: usize = 1024;
+
+/// Cuts a text to [`MAX_ERROR_LEN`] at a character's border.
+pub fn cut_error(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_ERROR_LEN)]
+}
+
+/// What became of messages.
+#[derive(Debug)]
+pub enum Settlement {
+    Delivered,
+    /// Comes again as an envelope, not before `delay` from now.
+    Retry {
+        envelope: Envelope,
+        delay: Duration,
+    },
+    Dead(Vec<DeadLetter>),
+}
+
+/// Why a settlement did not happen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SettleError {
+    /// The source is gone and its messages with it: forget them, they come again.
+    Gone,
+    /// The queue did not confirm; nothing may be written for these messages until they come again.
+    Unconfirmed(String),
+}
+
+impl fmt::Display for SettleError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gone => f.write_str("the connection to the queue is gone"),
+            Self::Unconfirmed(why) => f.write_str(why),
+        }
+    }
+}
+
+impl std::error::Error for SettleError {}
+
+/// Something is wrong with the queue. Names the queue, says what was found and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueError {
+    text: String,
+    needs_operator: bool,
+}
+
+impl QueueError {
+    /// What may pass by itself.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), needs_operator: false }
+    }
+
+    /// What stays until somebody changes the queue or the configuration.
+    pub fn needs_operator(text: impl Into<String>) -> Self {
+        Self { text: text.into(), needs_operator: true }
+    }
+
+    pub fn is_for_operator(&self) -> bool {
+        self.needs_operator
+    }
+}
+
+impl fmt::Display for QueueError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for QueueError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_cut_at_a_character() {
+        let text = "é".repeat(600);
+        assert_eq!(cut_error(&text).len(), 1024);
+        assert_eq!(cut_error(&text[..1000]).len(), 1000);
+        assert_eq!(cut_error(&format!("x{text}")).len(), 1023);
+    }
+
+    #[test]
+    fn a_reason_has_one_name() {
+        for r in Reason::ALL {
+            assert_eq!(Reason::from_name(r.name()), Some(r));
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Looks at a dead queue, replays from it, purges it. One message at a time is held here, so that a
+//! hundred thousand of them need no memory.
+
+use bytes::Bytes;
+use lapin::options::BasicAckOptions;
+
+use super::{
+    AmqpQueue,
+    connection::{Lease, describe},
+    lane::retry_message,
+    message::{self, Message},
+    publisher::Fate,
+    relay::get,
+    topology::Broker,
+};
+use crate::{
+    clock,
+    payload::Format,
+    queue::{DeadLetter, Envelope, Kind, QueueError},
+};
+
+/// A walk through a dead queue, oldest first. What is neither replayed nor purged keeps its place.
+#[derive(Debug)]
+pub struct DeadLetters {
+    queue: AmqpQueue,
+    subscriber: String,
+    name: String,
+    lease: Lease,
+    left: u32,
+}
+
+/// A dead letter of this walk.
+#[derive(Debug)]
+pub struct Held {
+    pub letter: DeadLetter,
+    tag: u64,
+}
+
+impl DeadLetters {
+    /// # Errors
+    /// There is no such queue, or the broker cannot be reached.
+    pub(super) async fn open(queue: &AmqpQueue, subscriber: &str) -> Result<Self, QueueError> {
+        let lease = queue.pool().lease().await?;
+        let name = queue.topology().dead(subscriber);
+        let depth = Broker(lease.connection()).depth(&name).await?;
+        let depth = depth.ok_or_else(|| {
+            QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`"))
+        })?;
+        Ok(Self { queue: queue.clone(), subscriber: subscriber.to_owned(), name, lease, left: depth.messages })
+    }
+
+    /// How many there are still to come. Those that die during the walk are not part of it.
+    pub fn left(&self) -> u32 {
+        self.left
+    }
+
+    /// # Errors
+    /// The broker was lost; nothing has left the queue but what was replayed or purged.
+    pub async fn next(&mut self) -> Result<Option<Held>, QueueError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        self.left -= 1;
+        let delivery = get(&self.lease.channel, &self.name).await.map_err(|e| self.error(&e))?;
+        Ok(delivery.map(|d| Held { letter: message::read_dead_letter(&d), tag: d.delivery_tag }))
+    }
+
+    /// Sends letters on their way again: confirmed first, and only then out of the dead queue.
+    ///
+    /// # Errors
+    /// Those not confirmed are still in the dead queue.
+    pub async fn replay(&self, letters: Vec<Held>) -> Result<(), QueueError> {
+        let messages = letters.iter().map(|h| self.revived(&h.letter)).collect();
+        let fates = self.queue.publisher().publish(messages).await?;
+        let mut refused = None;
+        for (held, fate) in letters.iter().zip(fates) {
+            match fate {
+                Fate::Stored => self.ack(held.tag).await?,
+                Fate::Unroutable | Fate::Refused => refused = Some(held),
+            }
+        }
+        match refused {
+            None => Ok(()),
+            Some(h) => Err(QueueError::new(format!(
+                "the broker did not take `{}` back into the queue of `{}`; it is still a dead letter",
+                h.letter.id.as_deref().unwrap_or("an event"),
+                self.subscriber
+            ))),
+        }
+    }
+
+    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes through the main queue.
+    fn revived(&self, letter: &DeadLetter) -> Message {
+        match letter.kind {
+            Kind::Event => {
+                let (body, properties) = message::event_again(letter);
+                Message::to_queue(self.queue.topology().main(&self.subscriber), body, properties)
+            }
+            Kind::Batch => {
+                let format =
+                    [Format::Json, Format::JsonLines].into_iter().find(|f| letter.content_type.as_deref() == Some(f.content_type()));
+                let envelope = Envelope {
+                    batch_id: letter.id.clone().unwrap_or_else(clock::batch_id),
+                    body: Bytes::clone(&letter.body),
+                    format: format.unwrap_or(Format::Json),
+                    events: letter.events,
+                    attempts: 0,
+                    first_attempt_at: None,
+                };
+                retry_message(self.queue.topology(), &self.subscriber, &envelope, std::time::Duration::ZERO)
+            }
+        }
+    }
+
+    /// Deletes a letter for good.
+    ///
+    /// # Errors
+    /// The broker was lost; the letter is still there.
+    pub async fn purge(&self, held: &Held) -> Result<(), QueueError> {
+        self.ack(held.tag).await
+    }
+
+    async fn ack(&self, tag: u64) -> Result<(), QueueError> {
+        self.lease.channel.basic_ack(tag, BasicAckOptions::default()).await.map_err(|e| self.error(&e))
+    }
+
+    /// Gives back what was looked at, in its place.
+    ///
+    /// # Errors
+    /// The broker was lost before it answered; the letters are still there.
+    pub async fn close(self) -> Result<(), QueueError> {
+        self.lease.channel.close(200, "looked at".into()).await.map_err(|e| self.error(&e))
+    }
+
+    fn error(&self, e: &lapin::Error) -> QueueError {
+        QueueError::new(format!("queue `{}`: {}", self.name, describe(e)))
+    }
+}

@@ -1,0 +1,310 @@
+//! A subscriber's two queues as the lane sees them: a source and its settler.
+
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::{FutureExt as _, Stream as _, future::poll_fn};
+use lapin::{
+    Channel, Consumer,
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
+    types::FieldTable,
+};
+use tokio::{sync::Mutex, time::timeout};
+
+use super::{
+    connection::{Lease, RPC_TIMEOUT, describe},
+    ladder,
+    message::{self, Message},
+    publisher::{Fate, Publisher},
+    topology::Topology,
+};
+use crate::queue::{self, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window};
+
+/// Both ends of one channel, so that one `ack` with `multiple` cannot settle another queue's messages.
+struct Feed {
+    lease: Arc<Lease>,
+    consumer: Consumer,
+    queue: String,
+}
+
+impl Feed {
+    async fn open(lease: Lease, queue: String, prefetch: u16) -> Result<Self, QueueError> {
+        let open = async {
+            // Before consuming: the consumer's own buffer has no limit.
+            lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+            lease.channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+        };
+        match timeout(RPC_TIMEOUT, open).await {
+            Ok(Ok(consumer)) => Ok(Self { lease: Arc::new(lease), consumer, queue }),
+            Ok(Err(e)) => Err(QueueError::new(format!("queue `{queue}` cannot be consumed: {}", describe(&e)))),
+            Err(_) => Err(QueueError::new(format!(
+                "queue `{queue}` cannot be consumed: the broker did not answer within {} s",
+                RPC_TIMEOUT.as_secs()
+            ))),
+        }
+    }
+
+    /// The next delivery if there is one. The end of the stream in any form means that the channel is of no use any more.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<lapin::message::Delivery, QueueError>> {
+        Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
+            Some(Ok(delivery)) => Ok(delivery),
+            Some(Err(e)) => Err(QueueError::new(format!("the consumer of queue `{}` ended: {}", self.queue, describe(&e)))),
+            None => Err(QueueError::new(format!("the broker cancelled the consumer of queue `{}`: it was deleted or moved", self.queue))),
+        })
+    }
+
+    async fn stop(&self) {
+        let cancelled = self.lease.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default());
+        if let Ok(Err(e)) = timeout(RPC_TIMEOUT, cancelled).await {
+            tracing::debug!(queue = self.queue, error = %describe(&e), "the consumer was gone before it was cancelled");
+        }
+    }
+
+    async fn close(&self) {
+        if let Ok(Err(e)) = timeout(RPC_TIMEOUT, self.lease.channel.close(200, "given back".into())).await {
+            tracing::debug!(queue = self.queue, error = %describe(&e), "the channel was gone before it was closed");
+        }
+    }
+}
+
+/// Whether a queue can be consumed; takes nothing out of it.
+pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), QueueError> {
+    let fail = |why: String| QueueError::new(format!("queue `{queue}` cannot be consumed: {why}"));
+    let consume = async {
+        lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
+        lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await?;
+        lease.channel.close(200, "tried".into()).await
+    };
+    match timeout(RPC_TIMEOUT, consume).await {
+        Ok(done) => done.map_err(|e| fail(describe(&e))),
+        Err(_) => Err(fail(format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()))),
+    }
+}
+
+pub struct Source {
+    events: Feed,
+    envelopes: Feed,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source").field("queue", &self.events.queue).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    pub(super) async fn open(
+        [for_events, for_envelopes]: [Lease; 2],
+        topology: &Topology,
+        publisher: Publisher,
+        subscriber: &str,
+        window: Window,
+    ) -> Result<(Self, Settler), QueueError> {
+        let envelopes = Feed::open(for_envelopes, topology.retry(subscriber), window.envelopes).await?;
+        let events = Feed::open(for_events, topology.main(subscriber), window.events).await?;
+        let settler = Settler(Arc::new(Inner {
+            subscriber: subscriber.to_owned(),
+            topology: topology.clone(),
+            publisher,
+            finished: Mutex::new(Prefix::default()),
+            events: events.lease.clone(),
+            envelopes: envelopes.lease.clone(),
+        }));
+        Ok((Self { events, envelopes }, settler))
+    }
+}
+
+impl queue::Source for Source {
+    async fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> Result<(), QueueError> {
+        let before = into.len();
+        poll_fn(|cx| {
+            while into.len() - before < max {
+                match self.envelopes.poll(cx) {
+                    Poll::Ready(Ok(d)) => into.push(message::taken_envelope(d)),
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                    Poll::Pending => match self.events.poll(cx) {
+                        Poll::Ready(Ok(d)) => into.push(Taken::Event(message::taken_event(d))),
+                        Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                        Poll::Pending if into.len() == before => return Poll::Pending,
+                        Poll::Pending => break,
+                    },
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    async fn stop(&mut self) {
+        self.envelopes.stop().await;
+        self.events.stop().await;
+    }
+
+    async fn close(self) {
+        self.envelopes.close().await;
+        self.events.close().await;
+    }
+}
+
+#[derive(Clone)]
+pub struct Settler(Arc<Inner>);
+
+struct Inner {
+    subscriber: String,
+    topology: Topology,
+    publisher: Publisher,
+    /// Held over an ack, so that acks reach the broker in rising order.
+    finished: Mutex<Prefix>,
+    events: Arc<Lease>,
+    envelopes: Arc<Lease>,
+}
+
+impl std::fmt::Debug for Settler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Settler").field("subscriber", &self.0.subscriber).finish_non_exhaustive()
+    }
+}
+
+impl queue::Settler for Settler {
+    async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
+        let inner = &*self.0;
+        let all_alive = receipts.iter().all(|r| inner.lease(r.from).channel.status().connected());
+        if !all_alive {
+            return Err(SettleError::Gone);
+        }
+        let messages = inner.messages(settlement);
+        if !messages.is_empty() {
+            inner.store(messages).await?;
+        }
+        inner.ack(receipts).await.map_err(|_| SettleError::Gone)
+    }
+}
+
+impl Inner {
+    fn lease(&self, from: Kind) -> &Lease {
+        match from {
+            Kind::Event => &self.events,
+            Kind::Batch => &self.envelopes,
+        }
+    }
+
+    fn messages(&self, settlement: Settlement) -> Vec<Message> {
+        match settlement {
+            Settlement::Delivered => Vec::new(),
+            Settlement::Retry { envelope, delay } => vec![retry_message(&self.topology, &self.subscriber, &envelope, delay)],
+            Settlement::Dead(letters) => {
+                let dead = self.topology.dead(&self.subscriber);
+                letters
+                    .iter()
+                    .map(|letter| {
+                        let (body, properties) = message::dead_letter(letter);
+                        Message::to_queue(dead.clone(), body, properties)
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    async fn store(&self, messages: Vec<Message>) -> Result<(), SettleError> {
+        let place =
+            messages.first().map(|m| if m.exchange.is_empty() { m.routing_key.clone() } else { m.exchange.clone() }).unwrap_or_default();
+        let fates = self.publisher.publish(messages).await.map_err(|e| SettleError::Unconfirmed(e.to_string()))?;
+        match fates.into_iter().find(|f| *f != Fate::Stored) {
+            None => Ok(()),
+            Some(Fate::Unroutable) => Err(SettleError::Unconfirmed(format!("`{place}` does not exist any more; it is declared anew"))),
+            Some(_) => Err(SettleError::Unconfirmed(format!(
+                "the broker refuses messages for `{place}`: it is full by a policy, or unusable (hooktrail repair {})",
+                self.subscriber
+            ))),
+        }
+    }
+
+    async fn ack(&self, mut receipts: Vec<Receipt>) -> lapin::Result<()> {
+        receipts.sort_unstable();
+        let mut finished = self.finished.lock().await;
+        let before = finished.acked;
+        for r in &receipts {
+            match r.from {
+                Kind::Event => finished.finish(r.tag),
+                Kind::Batch => ack(&self.envelopes.channel, r.tag, false).await?,
+            }
+        }
+        if finished.acked > before {
+            ack(&self.events.channel, finished.acked, true).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn ack(channel: &Channel, tag: u64, multiple: bool) -> lapin::Result<()> {
+    channel.basic_ack(tag, BasicAckOptions { multiple }).await
+}
+
+/// The message that brings an envelope back after `delay`; at once if that is zero.
+pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &queue::Envelope, delay: Duration) -> Message {
+    let (body, properties) = message::envelope(envelope);
+    if delay.is_zero() {
+        return Message::to_queue(topology.retry(subscriber), body, properties);
+    }
+    let seconds = ladder::seconds(delay);
+    Message {
+        exchange: topology.level(ladder::entry_level(seconds)),
+        routing_key: ladder::routing_key(seconds, subscriber),
+        body,
+        properties,
+    }
+}
+
+/// Which delivery tags of a channel are finished: tags count up from 1, and one ack with `multiple`
+/// settles the longest prefix of finished ones.
+#[derive(Debug, Default)]
+struct Prefix {
+    acked: u64,
+    /// Of the tags after `acked`.
+    finished: VecDeque<bool>,
+}
+
+impl Prefix {
+    fn finish(&mut self, tag: u64) {
+        let Some(n) = tag.checked_sub(self.acked + 1).and_then(|n| usize::try_from(n).ok()) else { return };
+        if self.finished.len() <= n {
+            self.finished.resize(n + 1, false);
+        }
+        self.finished[n] = true;
+        while self.finished.front() == Some(&true) {
+            self.finished.pop_front();
+            self.acked += 1;
+        }
+    }
+}
+
+/// Reads what a consumer holds already, without waiting; for consumers of this module's siblings.
+pub(super) fn ready(consumer: &mut Consumer) -> Option<lapin::Result<lapin::message::Delivery>> {
+    futures_util::StreamExt::next(consumer).now_or_never().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn acks_cover_exactly_the_longest_finished_prefix(order in Just((1_u64..=40).collect::<Vec<_>>()).prop_shuffle()) {
+            let mut prefix = Prefix::default();
+            let mut done = std::collections::BTreeSet::new();
+            for tag in order {
+                prefix.finish(tag);
+                done.insert(tag);
+                let expected = (1..).take_while(|t| done.contains(t)).last().unwrap_or(0);
+                prop_assert_eq!(prefix.acked, expected);
+            }
+            prop_assert!(prefix.finished.is_empty());
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! How events, envelopes and dead letters look as AMQP messages.
+
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use lapin::{
+    BasicProperties,
+    message::Delivery,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+
+use crate::{
+    clock,
+    payload::Format,
+    queue::{DeadLetter, Envelope, Event, Kind, Reason, Receipt, Taken, cut_error},
+};
+
+const KIND: &str = "x-hooktrail-kind";
+const REASON: &str = "x-hooktrail-reason";
+const BATCH_ID: &str = "x-hooktrail-batch-id";
+const ATTEMPTS: &str = "x-hooktrail-attempts";
+const STATUS: &str = "x-hooktrail-status";
+const ERROR: &str = "x-hooktrail-error";
+const EVENTS: &str = "x-hooktrail-events";
+const FIRST_ATTEMPT_AT: &str = "x-hooktrail-first-attempt-at";
+const DIED_AT: &str = "x-hooktrail-died-at";
+
+/// A message to be published, with its place.
+#[derive(Debug, Clone)]
+pub(super) struct Message {
+    pub(super) exchange: String,
+    pub(super) routing_key: String,
+    pub(super) body: Bytes,
+    pub(super) properties: BasicProperties,
+}
+
+impl Message {
+    /// Goes straight into a queue.
+    pub(super) fn to_queue(queue: String, body: Bytes, properties: BasicProperties) -> Self {
+        Self { exchange: String::new(), routing_key: queue, body, properties }
+    }
+}
+
+/// Properties are always built anew: a copied `x-death`, `CC`, `expiration` or `user_id` would make
+/// the broker hold, misroute, drop or refuse the message.
+fn properties(content_type: Option<&str>, message_id: Option<&str>) -> BasicProperties {
+    let short = |s: &str| ShortString::try_new(s).ok();
+    let mut p = BasicProperties::default().with_delivery_mode(2);
+    if let Some(t) = content_type.and_then(short) {
+        p = p.with_content_type(t);
+    }
+    if let Some(id) = message_id.and_then(short) {
+        p = p.with_message_id(id);
+    }
+    p
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+fn time(value: SystemTime) -> AMQPValue {
+    text(&humantime::format_rfc3339_millis(value).to_string())
+}
+
+/// An event for the exchange.
+pub(super) fn event(body: Bytes, message_id: Option<&str>) -> (Bytes, BasicProperties) {
+    let now = clock::unix_seconds(clock::now());
+    (body, properties(Some("application/json"), message_id).with_timestamp(now))
+}
+
+/// An event from a source queue for the internal exchange: content type, message id, timestamp and
+/// `traceparent`, and nothing else of what it came with.
+pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
+    let id = from.message_id().as_ref().map(ShortString::as_str);
+    let mut p = properties(Some(from.content_type().as_ref().map_or("application/json", ShortString::as_str)), id);
+    if let Some(t) = from.timestamp() {
+        p = p.with_timestamp(*t);
+    }
+    if let Some(AMQPValue::LongString(trace)) = from.headers().as_ref().and_then(|h| h.inner().get("traceparent")) {
+        let mut headers = FieldTable::default();
+        headers.insert("traceparent".into(), AMQPValue::LongString(trace.clone()));
+        p = p.with_headers(headers);
+    }
+    p
+}
+
+/// A dead event as it goes back into the main queue.
+pub(super) fn event_again(letter: &DeadLetter) -> (Bytes, BasicProperties) {
+    (letter.body.clone(), properties(Some(letter.content_type.as_deref().unwrap_or("application/json")), letter.id.as_deref()))
+}
+
+pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
+    let mut h = FieldTable::default();
+    h.insert(BATCH_ID.into(), text(&e.batch_id));
+    h.insert(ATTEMPTS.into(), AMQPValue::LongLongInt(e.attempts.into()));
+    h.insert(EVENTS.into(), AMQPValue::LongLongInt(e.events.into()));
+    if let Some(at) = e.first_attempt_at {
+        h.insert(FIRST_ATTEMPT_AT.into(), time(at));
+    }
+    (e.body.clone(), properties(Some(e.format.content_type()), Some(&e.batch_id)).with_headers(h))
+}
+
+pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
+    let mut h = FieldTable::default();
+    h.insert(KIND.into(), text(d.kind.name()));
+    h.insert(REASON.into(), text(d.reason.name()));
+    if let (Kind::Batch, Some(id)) = (d.kind, &d.id) {
+        h.insert(BATCH_ID.into(), text(id));
+    }
+    h.insert(ATTEMPTS.into(), AMQPValue::LongLongInt(d.attempts.into()));
+    if let Some(status) = d.status {
+        h.insert(STATUS.into(), AMQPValue::LongLongInt(status.into()));
+    }
+    h.insert(ERROR.into(), text(cut_error(&d.error)));
+    h.insert(EVENTS.into(), AMQPValue::LongLongInt(d.events.into()));
+    if let Some(at) = d.first_attempt_at {
+        h.insert(FIRST_ATTEMPT_AT.into(), time(at));
+    }
+    if let Some(at) = d.died_at {
+        h.insert(DIED_AT.into(), time(at));
+    }
+    (d.body.clone(), properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h))
+}
+
+/// A message of hooktrail's own that goes on to another queue: its own headers and nothing of the broker's.
+pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
+    let from = &d.properties;
+    let short = |s: &Option<ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
+    let mut headers = FieldTable::default();
+    for (name, value) in from.headers().iter().flat_map(|h| h.inner()).filter(|(name, _)| name.as_str().starts_with("x-hooktrail-")) {
+        headers.insert(name.clone(), value.clone());
+    }
+    let p = properties(short(from.content_type()).as_deref(), short(from.message_id()).as_deref()).with_headers(headers);
+    (Bytes::from(d.data), p)
+}
+
+/// The headers of a message, read with the types that hooktrail writes.
+struct Headers<'a>(Option<&'a FieldTable>);
+
+impl Headers<'_> {
+    fn get(&self, name: &str) -> Option<&AMQPValue> {
+        self.0.and_then(|h| h.inner().get(name))
+    }
+
+    fn text(&self, name: &str) -> Result<Option<String>, String> {
+        match self.get(name) {
+            None => Ok(None),
+            Some(AMQPValue::LongString(s)) => Ok(Some(String::from_utf8_lossy(s.as_bytes()).into_owned())),
+            Some(AMQPValue::ShortString(s)) => Ok(Some(s.as_str().to_owned())),
+            Some(other) => Err(format!("header `{name}` is {:?}, not a string", other.get_type())),
+        }
+    }
+
+    /// Any integer type of AMQP: other clients choose theirs by the value.
+    fn integer(&self, name: &str) -> Result<Option<u32>, String> {
+        let n: i128 = match self.get(name) {
+            None => return Ok(None),
+            Some(AMQPValue::ShortShortInt(n)) => (*n).into(),
+            Some(AMQPValue::ShortShortUInt(n)) => (*n).into(),
+            Some(AMQPValue::ShortInt(n)) => (*n).into(),
+            Some(AMQPValue::ShortUInt(n)) => (*n).into(),
+            Some(AMQPValue::LongInt(n)) => (*n).into(),
+            Some(AMQPValue::LongUInt(n)) => (*n).into(),
+            Some(AMQPValue::LongLongInt(n)) => (*n).into(),
+            Some(other) => return Err(format!("header `{name}` is {:?}, not an integer", other.get_type())),
+        };
+        u32::try_from(n).map(Some).map_err(|_| format!("header `{name}` is {n}, out of range"))
+    }
+
+    fn time(&self, name: &str) -> Result<Option<SystemTime>, String> {
+        let Some(text) = self.text(name)? else { return Ok(None) };
+        humantime::parse_rfc3339(&text).map(Some).map_err(|_| format!("header `{name}` is not an RFC 3339 time"))
+    }
+}
+
+fn owned(s: &Option<ShortString>) -> Option<String> {
+    s.as_ref().map(|s| s.as_str().to_owned())
+}
+
+pub(super) fn taken_event(d: Delivery) -> Event {
+    let content_type = d.properties.content_type().as_ref().map(ShortString::as_str).filter(|t| *t != "application/json");
+    Event {
+        message_id: owned(d.properties.message_id()),
+        content_type: content_type.map(str::to_owned),
+        receipt: Receipt { from: Kind::Event, tag: d.delivery_tag },
+        body: d.data,
+    }
+}
+
+pub(super) fn taken_envelope(d: Delivery) -> Taken {
+    let receipt = Receipt { from: Kind::Batch, tag: d.delivery_tag };
+    match read_envelope(&d) {
+        Ok(envelope) => Taken::Envelope(envelope, receipt),
+        Err(why) => {
+            let letter = DeadLetter {
+                kind: Kind::Batch,
+                reason: Reason::InvalidEvent,
+                content_type: owned(d.properties.content_type()),
+                id: owned(d.properties.message_id()),
+                body: d.data.into(),
+                events: 0,
+                attempts: 0,
+                status: None,
+                error: format!("a message in the retry queue is not an envelope: {why}"),
+                first_attempt_at: None,
+                died_at: Some(clock::now()),
+            };
+            Taken::NotAnEnvelope(letter, receipt)
+        }
+    }
+}
+
+fn read_envelope(d: &Delivery) -> Result<Envelope, String> {
+    let h = Headers(d.properties.headers().as_ref());
+    let batch_id = h.text(BATCH_ID)?.ok_or_else(|| format!("it has no header `{BATCH_ID}`"))?;
+    let sound = (1..=255).contains(&batch_id.len()) && batch_id.bytes().all(|b| b.is_ascii_graphic() && b != b'.');
+    if !sound {
+        return Err(format!("header `{BATCH_ID}` is not 1 to 255 printable characters without a dot"));
+    }
+    if d.data.is_empty() {
+        return Err("it is empty".to_owned());
+    }
+    let content_type = d.properties.content_type().as_ref().map_or("", ShortString::as_str);
+    let format = [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
+    Ok(Envelope {
+        batch_id,
+        body: Bytes::copy_from_slice(&d.data),
+        format: format.ok_or_else(|| format!("its content type `{content_type}` is not that of a batch"))?,
+        events: h.integer(EVENTS)?.unwrap_or(0),
+        attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
+        first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
+    })
+}
+
+/// Reads whatever is in a dead queue; what the broker put there itself has no headers of hooktrail's.
+pub(super) fn read_dead_letter(d: &Delivery) -> DeadLetter {
+    let h = Headers(d.properties.headers().as_ref());
+    let ok = |r: Result<Option<String>, String>| r.ok().flatten();
+    let batch_id = ok(h.text(BATCH_ID));
+    let kind = match ok(h.text(KIND)).as_deref() {
+        Some("batch") => Kind::Batch,
+        Some(_) => Kind::Event,
+        None if batch_id.is_some() => Kind::Batch, // an envelope that the broker moved
+        None => Kind::Event,
+    };
+    let by_broker = match ok(h.text("x-first-death-reason")).as_deref() {
+        Some("expired") => Reason::Expired,
+        _ => Reason::DeliveryLimit,
+    };
+    let reason = ok(h.text(REASON)).and_then(|r| Reason::from_name(&r));
+    let moved = "moved here by the broker; a policy limits the queue (rabbitmqctl list_policies)";
+    DeadLetter {
+        kind,
+        error: ok(h.text(ERROR)).unwrap_or_else(|| if reason.is_none() { moved.to_owned() } else { String::new() }),
+        reason: reason.unwrap_or(by_broker),
+        content_type: owned(d.properties.content_type()),
+        id: batch_id.or_else(|| owned(d.properties.message_id())),
+        events: h.integer(EVENTS).ok().flatten().unwrap_or(1),
+        attempts: h.integer(ATTEMPTS).ok().flatten().unwrap_or(0),
+        status: h.integer(STATUS).ok().flatten().and_then(|n| u16::try_from(n).ok()),
+        first_attempt_at: h.time(FIRST_ATTEMPT_AT).ok().flatten(),
+        died_at: h.time(DIED_AT).ok().flatten(),
+        body: Bytes::copy_from_slice(&d.data),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn delivery(body: &[u8], properties: BasicProperties) -> Delivery {
+        let mut d = Delivery::mock(7, "".into(), "".into(), false, body.to_vec());
+        d.properties = properties;
+        d
+    }
+
+    fn an_envelope() -> Envelope {
+        Envelope {
+            batch_id: "msg_1".into(),
+            body: Bytes::from_static(b"{\"events\":[]}"),
+            format: Format::JsonLines,
+            events: 3,
+            attempts: 2,
+            first_attempt_at: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123)),
+        }
+    }
+
+    #[test]
+    fn an_envelope_survives_the_broker() {
+        let e = an_envelope();
+        let (body, properties) = envelope(&e);
+        match taken_envelope(delivery(&body, properties)) {
+            Taken::Envelope(found, receipt) => assert_eq!((found, receipt.tag), (e, 7)),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_not_an_envelope_becomes_a_dead_letter_that_says_why() {
+        let with = |name: &str, value: Option<AMQPValue>| {
+            let (_, p) = envelope(&an_envelope());
+            let mut h = FieldTable::default();
+            for (k, v) in p.headers().as_ref().expect("headers").inner() {
+                if k.as_str() != name {
+                    h.insert(k.clone(), v.clone());
+                }
+            }
+            if let Some(v) = value {
+                h.insert(name.into(), v);
+            }
+            p.with_headers(h)
+        };
+        let (_, plain) = envelope(&an_envelope());
+        for (body, properties, why) in [
+            (&b"x"[..], BasicProperties::default(), "no header `x-hooktrail-batch-id`"),
+            (b"", plain.clone(), "it is empty"),
+            (b"x", plain.with_content_type("text/plain".into()), "content type `text/plain`"),
+            (b"x", with(BATCH_ID, Some(AMQPValue::Boolean(true))), "is Boolean, not a string"),
+            (b"x", with(BATCH_ID, Some(text("a.b"))), "without a dot"),
+            (b"x", with(ATTEMPTS, None), "no header `x-hooktrail-attempts`"),
+            (b"x", with(ATTEMPTS, Some(text("2"))), "is LongString, not an integer"),
+            (b"x", with(ATTEMPTS, Some(AMQPValue::LongLongInt(-1))), "is -1, out of range"),
+            (b"x", with(EVENTS, Some(AMQPValue::Double(1.0))), "not an integer"),
+            (b"x", with(FIRST_ATTEMPT_AT, Some(text("yesterday"))), "not an RFC 3339 time"),
+        ] {
+            match taken_envelope(delivery(body, properties)) {
+                Taken::NotAnEnvelope(letter, _) => {
+                    assert!(letter.error.contains(why), "{}", letter.error);
+                    assert_eq!((letter.kind, letter.reason), (Kind::Batch, Reason::InvalidEvent));
+                    assert_eq!(&letter.body[..], body);
+                }
+                other => panic!("{why}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_dead_letter_survives_the_broker_and_stays_under_16_kib_of_headers() {
+        let letter = DeadLetter {
+            kind: Kind::Batch,
+            reason: Reason::Exhausted,
+            body: Bytes::from_static(b"body"),
+            content_type: Some("application/json".into()),
+            id: Some("msg_1".into()),
+            events: 3,
+            attempts: 16,
+            status: Some(503),
+            error: "e".repeat(5000),
+            first_attempt_at: Some(SystemTime::UNIX_EPOCH),
+            died_at: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(9)),
+        };
+        let (body, properties) = dead_letter(&letter);
+        let found = read_dead_letter(&delivery(&body, properties));
+        assert_eq!(found, DeadLetter { error: "e".repeat(1024), ..letter });
+    }
+
+    #[test]
+    fn what_the_broker_moved_itself_is_read_too() {
+        let mut h = FieldTable::default();
+        h.insert("x-first-death-reason".into(), text("expired"));
+        let found = read_dead_letter(&delivery(b"{}", BasicProperties::default().with_headers(h)));
+        assert_eq!((found.kind, found.reason), (Kind::Event, Reason::Expired));
+        let (body, p) = envelope(&an_envelope());
+        let found = read_dead_letter(&delivery(&body, p));
+        assert_eq!((found.kind, found.reason, found.id.as_deref(), found.attempts), (Kind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2));
+        assert!(found.error.contains("policy"));
+    }
+
+    #[test]
+    fn a_relayed_event_carries_four_things_and_no_more() {
+        let mut h = FieldTable::default();
+        for name in ["traceparent", "x-death", "CC", "other"] {
+            h.insert(name.into(), text(name));
+        }
+        let from = BasicProperties::default()
+            .with_message_id("id".into())
+            .with_timestamp(5)
+            .with_user_id("guest".into())
+            .with_expiration("1".into())
+            .with_headers(h);
+        let p = relayed(&from);
+        assert_eq!((p.message_id().as_ref().map(ShortString::as_str), *p.timestamp(), *p.delivery_mode()), (Some("id"), Some(5), Some(2)));
+        assert_eq!((p.user_id(), p.expiration()), (&None, &None));
+        assert_eq!(p.headers().as_ref().expect("headers").inner().len(), 1);
+    }
+}

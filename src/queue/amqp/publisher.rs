@@ -1,0 +1,338 @@
+//! Confirmed publishing, from one task on one channel of its own connection.
+//!
+//! One task, because several that publish on one channel mix up who was confirmed. A connection of
+//! its own, because the broker blocks a publishing connection as a whole (memory or disk alarm),
+//! acks on it included.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use lapin::{
+    Channel, Confirmation, Connection, Event,
+    message::BasicReturnMessage,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    connection::{Condition, close, connect_persistently, describe, pauses},
+    message::Message,
+    topology::Topology,
+};
+use crate::queue::QueueError;
+
+/// From handing a group over to the last of its confirms.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Groups whose confirms are awaited at once; more wait in line.
+const MAX_GROUPS: usize = 64;
+
+/// What the broker said of one message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// In every queue that it was routed to.
+    Stored,
+    /// In no queue: nothing is bound for it.
+    Unroutable,
+    /// Negatively acknowledged; a queue did not take it, others may have.
+    Refused,
+}
+
+struct Group {
+    messages: Vec<Message>,
+    reply: oneshot::Sender<Result<Vec<Fate>, QueueError>>,
+}
+
+/// Hands messages to the publishing task. Clones share it; the last one ends it.
+#[derive(Debug, Clone)]
+pub(super) struct Publisher {
+    groups: mpsc::Sender<Group>,
+    writable: watch::Receiver<bool>,
+    task: Arc<AbortOnDrop>,
+}
+
+#[derive(Debug)]
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Publisher {
+    /// Starts the task. On each new connection it looks first whether the shared topology is there.
+    pub(super) fn start(topology: Topology, role: &'static str) -> Self {
+        let (groups, inbox) = mpsc::channel(MAX_GROUPS);
+        let (state, writable) = watch::channel(false);
+        let task = tokio::spawn(Task { topology, role, inbox, state }.run());
+        Self { groups, writable, task: Arc::new(AbortOnDrop(task)) }
+    }
+
+    /// Publishes a group, mandatory, and returns the fate of each message in order.
+    ///
+    /// # Errors
+    /// The fate is unknown: not confirmed in time, or the connection was lost.
+    pub(super) async fn publish(&self, messages: Vec<Message>) -> Result<Vec<Fate>, QueueError> {
+        debug_assert!(!self.task.0.is_finished());
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            self.groups.send(Group { messages, reply }).await.ok()?;
+            answer.await.ok()
+        };
+        // If this gives up first, the dropped `answer` tells the task not to publish the group any more.
+        match timeout(CONFIRM_TIMEOUT, exchange).await {
+            Ok(Some(result)) => result,
+            Ok(None) => Err(QueueError::new("the connection to the broker was lost before it confirmed")),
+            Err(_) => Err(QueueError::new(format!("the broker did not confirm within {} s", CONFIRM_TIMEOUT.as_secs()))),
+        }
+    }
+
+    /// Waits until there is a connection that the broker does not block.
+    pub(super) async fn writable(&self) {
+        // An error means that the task has ended, and with it whoever would wait.
+        self.writable.clone().wait_for(|w| *w).await.ok();
+    }
+}
+
+struct Task {
+    topology: Topology,
+    role: &'static str,
+    inbox: mpsc::Receiver<Group>,
+    state: watch::Sender<bool>,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let condition = Condition::new(format!("broker connection ({})", self.role));
+        let mut pauses = pauses();
+        loop {
+            let connection = connect_persistently(self.topology.url(), self.role, &condition).await;
+            match self.open(&connection).await {
+                Ok(channel) => {
+                    pauses.reset();
+                    let why = Generation::new(channel, self.role).serve(&mut self.inbox, &self.state, connection.events_listener()).await;
+                    self.state.send_replace(false);
+                    match why {
+                        Some(why) => condition.is_bad(&why),
+                        None => {
+                            close(&connection).await;
+                            return;
+                        }
+                    }
+                }
+                Err(e) => condition.is_bad(&e),
+            }
+            close(&connection).await;
+            tokio::time::sleep(pauses.grow()).await;
+        }
+    }
+
+    async fn open(&self, connection: &Connection) -> Result<Channel, QueueError> {
+        self.topology.ensure_shared(connection).await?;
+        let open = async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel)
+        };
+        open.await.map_err(|e: lapin::Error| QueueError::new(format!("the broker opens no channel for publishing: {}", describe(&e))))
+    }
+}
+
+/// A group that waits for its confirms.
+struct Pending {
+    /// Exchange, routing key and message id of each message: how a returned one is recognised.
+    keys: Vec<(String, String, Option<String>)>,
+    fates: Vec<Option<Fate>>,
+    left: usize,
+    /// A return of another group came with one of its confirms, so one of its own may be elsewhere.
+    in_doubt: bool,
+    reply: oneshot::Sender<Result<Vec<Fate>, QueueError>>,
+    deadline: Instant,
+}
+
+type Confirmed = ((u64, usize), Result<Confirmation, lapin::Error>);
+
+/// The time from one connection to the next.
+struct Generation {
+    channel: Channel,
+    role: &'static str,
+    next_group: u64,
+    groups: HashMap<u64, Pending>,
+    confirms: FuturesUnordered<BoxFuture<'static, Confirmed>>,
+}
+
+impl Generation {
+    fn new(channel: Channel, role: &'static str) -> Self {
+        Self { channel, role, next_group: 0, groups: HashMap::new(), confirms: FuturesUnordered::new() }
+    }
+
+    /// Publishes what comes in until the connection fails; `None` when nobody can send any more.
+    async fn serve(
+        mut self,
+        inbox: &mut mpsc::Receiver<Group>,
+        state: &watch::Sender<bool>,
+        events: impl Stream<Item = Event>,
+    ) -> Option<QueueError> {
+        let mut events = std::pin::pin!(events);
+        let mut blocked = false;
+        state.send_replace(true);
+        loop {
+            let deadline = self.groups.values().map(|g| g.deadline).min();
+            tokio::select! {
+                biased;
+                Some(event) = events.next() => match event {
+                    Event::ConnectionBlocked(why) => {
+                        tracing::warn!(reason = why, "the broker blocks publishing ({}): no retries, dead letters or relayed events until it unblocks", self.role);
+                        blocked = true;
+                        state.send_replace(false);
+                    }
+                    Event::ConnectionUnblocked => {
+                        tracing::warn!("the broker unblocked publishing ({})", self.role);
+                        blocked = false;
+                        state.send_replace(true);
+                    }
+                    Event::Error(e) => return Some(self.fail(&e)),
+                    _ => {}
+                },
+                Some(confirmed) = self.confirms.next(), if !self.confirms.is_empty() => {
+                    if let Err(e) = self.confirmed(confirmed) {
+                        return Some(self.fail(&e));
+                    }
+                }
+                () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => self.expire(),
+                group = inbox.recv(), if !blocked && self.groups.len() < MAX_GROUPS => {
+                    let Some(group) = group else { return None };
+                    if let Err(e) = self.publish(group).await {
+                        return Some(self.fail(&e));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn publish(&mut self, group: Group) -> Result<(), lapin::Error> {
+        // Whoever asked has given up: its messages are being delivered again, a late copy would only repeat them.
+        if group.reply.is_closed() {
+            return Ok(());
+        }
+        let id = self.next_group;
+        self.next_group += 1;
+        let count = group.messages.len();
+        let mut pending = Pending {
+            keys: Vec::with_capacity(count),
+            fates: vec![None; count],
+            left: count,
+            in_doubt: false,
+            reply: group.reply,
+            deadline: Instant::from_std(crate::clock::instant()) + CONFIRM_TIMEOUT,
+        };
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        for (n, m) in group.messages.into_iter().enumerate() {
+            let message_id = m.properties.message_id().as_ref().map(|id| id.as_str().to_owned());
+            let confirm = self
+                .channel
+                .basic_publish(m.exchange.as_str().into(), m.routing_key.as_str().into(), options, &m.body, m.properties)
+                .await?;
+            pending.keys.push((m.exchange, m.routing_key, message_id));
+            self.confirms.push(async move { ((id, n), confirm.await) }.boxed());
+        }
+        self.groups.insert(id, pending);
+        self.finish(); // an empty group has nothing to wait for
+        Ok(())
+    }
+
+    /// Takes in a confirm and all others that are there: a message's return can come attached to a
+    /// confirm that was resolved just before its own, and must be known before its group ends.
+    fn confirmed(&mut self, first: Confirmed) -> Result<(), lapin::Error> {
+        let mut next = Some(first);
+        while let Some(((group, n), confirmation)) = next {
+            let (fate, returned) = match confirmation? {
+                Confirmation::Ack(returned) => (Fate::Stored, returned),
+                Confirmation::Nack(returned) => (Fate::Refused, returned),
+                // Not in confirm mode: cannot be, and if it were nothing would be known.
+                Confirmation::NotRequested => (Fate::Refused, None),
+            };
+            if let Some(pending) = self.groups.get_mut(&group) {
+                pending.left -= 1;
+                // A return may have settled it already.
+                pending.fates[n].get_or_insert(fate);
+            }
+            if let Some(returned) = returned {
+                self.returned(group, &returned);
+            }
+            next = self.confirms.next().now_or_never().flatten();
+        }
+        self.finish();
+        Ok(())
+    }
+
+    fn returned(&mut self, carrier: u64, returned: &BasicReturnMessage) {
+        let d = &returned.delivery;
+        let id = d.properties.message_id().as_ref().map(|id| id.as_str());
+        let find = |p: &Pending| {
+            let same = |(key, fate): (&(String, String, Option<String>), &Option<Fate>)| {
+                *fate != Some(Fate::Unroutable) && key.0 == d.exchange.as_str() && key.1 == d.routing_key.as_str() && key.2.as_deref() == id
+            };
+            p.keys.iter().zip(&p.fates).position(same)
+        };
+        if let Some(pending) = self.groups.get_mut(&carrier) {
+            if let Some(n) = find(pending) {
+                pending.fates[n] = Some(Fate::Unroutable);
+                return;
+            }
+            pending.in_doubt = true;
+        }
+        match self.groups.values_mut().find_map(|p| find(p).map(|n| (p, n))) {
+            Some((pending, n)) => pending.fates[n] = Some(Fate::Unroutable),
+            None => tracing::error!(
+                exchange = d.exchange.as_str(),
+                routing_key = d.routing_key.as_str(),
+                "the broker returned a message that nobody waits for"
+            ),
+        }
+    }
+
+    /// Answers the groups that are complete.
+    fn finish(&mut self) {
+        let done: Vec<u64> = self.groups.iter().filter(|(_, p)| p.left == 0).map(|(id, _)| *id).collect();
+        for id in done {
+            let Some(p) = self.groups.remove(&id) else { continue };
+            let result = if p.in_doubt {
+                Err(QueueError::new("the broker's answers could not be told apart"))
+            } else {
+                Ok(p.fates.into_iter().map(|f| f.unwrap_or(Fate::Refused)).collect())
+            };
+            p.reply.send(result).ok(); // whoever asked may have given up
+        }
+    }
+
+    /// Gives up on groups whose time is over. The others go on: one queue without a leader answers
+    /// nobody, and must not hold up the rest.
+    fn expire(&mut self) {
+        let now = Instant::from_std(crate::clock::instant());
+        let late: Vec<u64> = self.groups.iter().filter(|(_, p)| p.deadline <= now).map(|(id, _)| *id).collect();
+        for id in late {
+            let Some(p) = self.groups.remove(&id) else { continue };
+            let key = p.keys.first().map(|k| k.1.clone()).unwrap_or_default();
+            let why = format!("the broker did not confirm a message for `{key}` within {} s", CONFIRM_TIMEOUT.as_secs());
+            p.reply.send(Err(QueueError::new(why))).ok();
+        }
+    }
+
+    fn fail(&mut self, e: &lapin::Error) -> QueueError {
+        let why = QueueError::new(format!("the connection to the broker was lost before it confirmed: {}", describe(e)));
+        for (_, p) in self.groups.drain() {
+            p.reply.send(Err(why.clone())).ok();
+        }
+        why
+    }
+}
+
+fn far_future() -> Instant {
+    Instant::from_std(crate::clock::instant()) + Duration::from_secs(86_400)
+}

@@ -1,0 +1,420 @@
+//! Queues, exchanges and bindings: what they are called, and how they come to be.
+
+use lapin::{
+    Channel, Connection, ExchangeKind,
+    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
+};
+use tokio::time::timeout;
+
+use super::{
+    connection::{RPC_TIMEOUT, describe},
+    ladder,
+};
+use crate::{
+    config::{Intake, QueueConfig, Subscriber},
+    queue::QueueError,
+    secret::SecretUrl,
+};
+
+/// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the first
+/// requeue drops the message; and 4.x has a limit of 20 unless told otherwise.
+const DELIVERY_LIMIT: i64 = 1_000_000_000;
+
+/// Knows the names, and declares what is missing.
+#[derive(Debug, Clone)]
+pub(super) struct Topology {
+    config: QueueConfig,
+}
+
+/// What there is in a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Depth {
+    pub(super) messages: u32,
+    pub(super) consumers: u32,
+}
+
+impl Topology {
+    pub(super) fn new(config: QueueConfig) -> Self {
+        Self { config }
+    }
+
+    pub(super) fn url(&self) -> &SecretUrl {
+        &self.config.url
+    }
+
+    pub(super) fn intake(&self) -> &Intake {
+        &self.config.intake
+    }
+
+    fn named(&self, rest: &str) -> String {
+        format!("{}.{rest}", self.config.prefix)
+    }
+
+    pub(super) fn main(&self, subscriber: &str) -> String {
+        self.named(&format!("sub.{subscriber}"))
+    }
+
+    pub(super) fn retry(&self, subscriber: &str) -> String {
+        self.named(&format!("sub.{subscriber}.retry"))
+    }
+
+    pub(super) fn dead(&self, subscriber: &str) -> String {
+        self.named(&format!("sub.{subscriber}.dead"))
+    }
+
+    /// The queue and the exchange of a level of the ladder.
+    pub(super) fn level(&self, level: u32) -> String {
+        self.named(&format!("delay.{level:02}"))
+    }
+
+    /// The exchange at the end of the ladder.
+    pub(super) fn due(&self) -> String {
+        self.named("delay")
+    }
+
+    /// The queue and the exchange for what could not be routed back.
+    pub(super) fn orphans(&self) -> String {
+        self.named("orphans")
+    }
+
+    pub(super) fn state(&self) -> String {
+        self.named("state")
+    }
+
+    /// The exchange that subscribers' queues are bound to.
+    pub(super) fn events(&self) -> String {
+        match &self.config.intake {
+            Intake::Exchange(name) => name.clone(),
+            Intake::SourceQueue(_) => self.named("events"),
+        }
+    }
+
+    /// What belongs to no subscriber: the events' exchange, the ladder, the orphans.
+    pub(super) async fn ensure_shared(&self, connection: &Connection) -> Result<(), QueueError> {
+        let broker = Broker(connection);
+        self.find_source(&broker).await?;
+        self.ensure_events(&broker).await?;
+        let orphans = self.orphans();
+        broker.ensure_queue(&orphans, quorum(&[])).await?;
+        broker.exchange(&orphans, ExchangeKind::Fanout, FieldTable::default()).await?;
+        broker.bind(&orphans, &orphans, "").await?;
+        // Without it a message for a subscriber whose retry queue is gone would stick in a level, and 32 of them wedge it.
+        broker.exchange(&self.due(), ExchangeKind::Topic, table(&[("alternate-exchange", text(&orphans))])).await?;
+        for level in 0..ladder::LEVELS {
+            broker.exchange(&self.level(level), ExchangeKind::Topic, FieldTable::default()).await?;
+        }
+        for level in 0..ladder::LEVELS {
+            let name = self.level(level);
+            let below = if level == 0 { self.due() } else { self.level(level - 1) };
+            broker.ensure_queue(&name, self.level_arguments(level)).await?;
+            broker.bind(&name, &name, &ladder::binding_key(level, '1')).await?;
+            broker.bind_exchange(&below, &name, &ladder::binding_key(level, '0')).await?;
+        }
+        Ok(())
+    }
+
+    /// Looks at where events come from, and declares nothing that is not there.
+    pub(super) async fn inspect_intake(&self, connection: &Connection) -> Result<(), QueueError> {
+        let broker = Broker(connection);
+        match &self.config.intake {
+            Intake::Exchange(name) => match broker.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
+                Ok(()) => self.ensure_events(&broker).await,
+                Err(Refused::NotFound) => Ok(()),
+                Err(e) => Err(e.into_error("exchange", name)),
+            },
+            Intake::SourceQueue(_) => self.find_source(&broker).await,
+        }
+    }
+
+    async fn find_source(&self, broker: &Broker<'_>) -> Result<(), QueueError> {
+        match &self.config.intake {
+            Intake::SourceQueue(queue) if broker.depth(queue).await?.is_none() => Err(QueueError::needs_operator(format!(
+                "[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    async fn ensure_events(&self, broker: &Broker<'_>) -> Result<(), QueueError> {
+        let events = self.events();
+        broker.ensure_exchange(&events).await.map_err(|e| match (&e, &self.config.intake) {
+            (Refused::Inequivalent { argument, wanted, found }, Intake::Exchange(_)) if argument == "type" => {
+                QueueError::needs_operator(format!(
+                    "exchange `{events}` is of type {found}, not {wanted}: it cannot route by patterns; \
+                 bind a queue of your own to it and name that as [queue] source_queue instead of exchange"
+                ))
+            }
+            _ => e.into_error("exchange", &events),
+        })
+    }
+
+    fn level_arguments(&self, level: u32) -> FieldTable {
+        let below = if level == 0 { self.due() } else { self.level(level - 1) };
+        let ttl = i64::from(1_u32 << level) * 1000;
+        let [a, b, c] = at_least_once(&below);
+        quorum(&[("x-message-ttl", AMQPValue::LongLongInt(ttl)), a, b, c])
+    }
+
+    /// The arguments of a subscriber's main and retry queue: what a policy of the broker's owner makes
+    /// the broker throw out goes into the dead queue, at least once, instead of nowhere.
+    fn working_arguments(&self, subscriber: &str) -> FieldTable {
+        let [a, b, c] = at_least_once("");
+        quorum(&[("x-dead-letter-routing-key", text(&self.dead(subscriber))), a, b, c])
+    }
+
+    /// A subscriber's three queues and their bindings.
+    pub(super) async fn ensure_subscriber(&self, connection: &Connection, subscriber: &Subscriber) -> Result<(), QueueError> {
+        let broker = Broker(connection);
+        let name = &subscriber.name;
+        for (queue, arguments) in self.subscriber_queues(name) {
+            broker.ensure_queue(&queue, arguments).await?;
+        }
+        // The retry queue is bound before anything can be sent up the ladder for it.
+        broker.bind(&self.retry(name), &self.due(), &format!("#.{name}")).await?;
+        for pattern in &subscriber.events {
+            broker.bind(&self.main(name), &self.events(), pattern.as_str()).await?;
+        }
+        Ok(())
+    }
+
+    /// Every queue of a subscriber with its arguments, in the order they are to be declared.
+    pub(super) fn subscriber_queues(&self, name: &str) -> [(String, FieldTable); 3] {
+        [(self.dead(name), quorum(&[])), (self.retry(name), self.working_arguments(name)), (self.main(name), self.working_arguments(name))]
+    }
+
+    /// The queues that all subscribers share.
+    pub(super) fn shared_queues(&self) -> Vec<(String, FieldTable)> {
+        let levels = (0..ladder::LEVELS).map(|l| (self.level(l), self.level_arguments(l)));
+        std::iter::once((self.orphans(), quorum(&[]))).chain(levels).collect()
+    }
+
+    /// The stream of changes.
+    pub(super) async fn ensure_state(&self, connection: &Connection) -> Result<(), QueueError> {
+        let arguments = table(&[("x-queue-type", text("stream"))]);
+        Broker(connection).ensure_queue(&self.state(), arguments).await.map_err(|e| {
+            let hint =
+                if e.to_string().contains("feature flag") { "; enable it: rabbitmqctl enable_feature_flag stream_queue" } else { "" };
+            QueueError::new(format!("{e}{hint}"))
+        })
+    }
+}
+
+/// Dead-letters at least once. Without `reject-publish` the broker silently falls back to at most once.
+fn at_least_once(exchange: &str) -> [(&'static str, AMQPValue); 3] {
+    [("x-dead-letter-exchange", text(exchange)), ("x-dead-letter-strategy", text("at-least-once")), ("x-overflow", text("reject-publish"))]
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+fn table(pairs: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut t = FieldTable::default();
+    for (k, v) in pairs {
+        t.insert((*k).into(), v.clone());
+    }
+    t
+}
+
+fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut t = table(more);
+    t.insert("x-queue-type".into(), text("quorum"));
+    t.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(DELIVERY_LIMIT));
+    t
+}
+
+/// Why the broker did not do what it was asked.
+pub(super) enum Refused {
+    NotFound,
+    /// It exists with another value of an argument.
+    Inequivalent {
+        argument: String,
+        wanted: String,
+        found: String,
+    },
+    Forbidden(String),
+    Other(String),
+}
+
+impl Refused {
+    fn from_error(e: &lapin::Error) -> Self {
+        let message = describe(e);
+        match e.kind() {
+            lapin::ErrorKind::ProtocolError(p) => match p.get_id() {
+                404 => Self::NotFound,
+                403 => Self::Forbidden(message),
+                406 => inequivalent(&message).unwrap_or(Self::Other(message)),
+                _ => Self::Other(message),
+            },
+            _ => Self::Other(message),
+        }
+    }
+
+    fn into_error(self, what: &str, name: &str) -> QueueError {
+        match self {
+            Self::NotFound => QueueError::new(format!("{what} `{name}` does not exist")),
+            Self::Inequivalent { argument, wanted, found } => QueueError::needs_operator(format!(
+                "{what} `{name}` exists with {argument} = {found}, where hooktrail needs {wanted}: with that it can lose events; \
+                 delete it when it is empty, or choose another [queue] prefix"
+            )),
+            Self::Forbidden(why) => QueueError::needs_operator(format!("{what} `{name}`: the user of [queue] url may not do this: {why}")),
+            Self::Other(why) => QueueError::new(format!("{what} `{name}`: {why}")),
+        }
+    }
+}
+
+/// Reads the broker's `inequivalent arg 'A' for queue 'Q' in vhost 'V': received 'X' but current is 'Y'`.
+fn inequivalent(message: &str) -> Option<Refused> {
+    let rest = message.split_once("inequivalent arg '")?.1;
+    let (argument, rest) = rest.split_once('\'')?;
+    let (_, rest) = rest.split_once("received ")?;
+    let (wanted, found) = rest.split_once(" but current is ")?;
+    // "none", or "the value 'X' of type 'longstr'", or just "'X'".
+    let value = |s: &str| s.split('\'').nth(1).unwrap_or(s.split_whitespace().next().unwrap_or(s)).to_owned();
+    Some(Refused::Inequivalent { argument: argument.to_owned(), wanted: value(wanted), found: value(found) })
+}
+
+/// Requests on channels of their own: a refused one closes its channel.
+pub(super) struct Broker<'c>(pub(super) &'c Connection);
+
+impl Broker<'_> {
+    pub(super) async fn ask<T>(&self, request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>) -> Result<T, Refused> {
+        let asked = async {
+            let channel = self.0.create_channel().await?;
+            let answer = request(&channel).await;
+            if answer.is_ok() {
+                channel.close(200, "done".into()).await?;
+            }
+            answer
+        };
+        match timeout(RPC_TIMEOUT, asked).await {
+            Ok(answer) => answer.map_err(|e| Refused::from_error(&e)),
+            Err(_) => Err(Refused::Other(format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()))),
+        }
+    }
+
+    /// What is in a queue; `None` if there is no such queue.
+    pub(super) async fn depth(&self, queue: &str) -> Result<Option<Depth>, QueueError> {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        match self.ask(async |c| c.queue_declare(queue.into(), passive, FieldTable::default()).await).await {
+            Ok(q) => Ok(Some(Depth { messages: q.message_count(), consumers: q.consumer_count() })),
+            Err(Refused::NotFound) => Ok(None),
+            Err(other) => Err(other.into_error("queue", queue)),
+        }
+    }
+
+    /// Declares a queue if it is absent, and compares its arguments if it is there.
+    pub(super) async fn ensure_queue(&self, queue: &str, arguments: FieldTable) -> Result<(), QueueError> {
+        let existed = self.depth(queue).await?.is_some();
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        match self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await {
+            Ok(_) => {
+                if !existed {
+                    tracing::info!(queue, "declared");
+                }
+                Ok(())
+            }
+            // Whoever may not declare can still use what somebody else declared.
+            Err(Refused::Forbidden(_)) if existed => Ok(()),
+            Err(other) => Err(other.into_error("queue", queue)),
+        }
+    }
+
+    async fn declare_exchange(&self, name: &str, kind: ExchangeKind, passive: bool, arguments: FieldTable) -> Result<(), Refused> {
+        let options = ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
+        self.ask(async |c| c.exchange_declare(name.into(), kind, options, arguments).await).await
+    }
+
+    /// The exchange that producers publish to: declared if absent; otherwise only its type matters.
+    async fn ensure_exchange(&self, name: &str) -> Result<(), Refused> {
+        let existed = match self.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
+            Ok(()) => true,
+            Err(Refused::NotFound) => false,
+            Err(other) => return Err(other),
+        };
+        match self.declare_exchange(name, ExchangeKind::Topic, false, FieldTable::default()).await {
+            Ok(()) => Ok(()),
+            // An alternate exchange, say, or one that is deleted with its last binding: the owner's choice.
+            Err(Refused::Inequivalent { argument, .. }) if existed && argument != "type" => Ok(()),
+            Err(Refused::Forbidden(_)) if existed => Ok(()),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// An exchange of hooktrail's own.
+    async fn exchange(&self, name: &str, kind: ExchangeKind, arguments: FieldTable) -> Result<(), QueueError> {
+        let exists = self.declare_exchange(name, kind.clone(), true, FieldTable::default()).await.is_ok();
+        match self.declare_exchange(name, kind, false, arguments).await {
+            Err(Refused::Forbidden(_)) if exists => Ok(()),
+            answer => answer.map_err(|e| e.into_error("exchange", name)),
+        }
+    }
+
+    pub(super) async fn bind(&self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
+        let bound = self.ask(async |c| {
+            c.queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), FieldTable::default()).await
+        });
+        bound.await.map_err(|e| e.into_error("the binding of queue", queue))
+    }
+
+    pub(super) async fn unbind(&self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
+        let unbound = self.ask(async |c| c.queue_unbind(queue.into(), exchange.into(), key.into(), FieldTable::default()).await);
+        match unbound.await {
+            Ok(()) | Err(Refused::NotFound) => Ok(()),
+            Err(e) => Err(e.into_error("the binding of queue", queue)),
+        }
+    }
+
+    pub(super) async fn delete_queue(&self, queue: &str) -> Result<(), QueueError> {
+        let deleted = self.ask(async |c| c.queue_delete(queue.into(), QueueDeleteOptions::default()).await);
+        match deleted.await {
+            Ok(_) | Err(Refused::NotFound) => Ok(()),
+            Err(e) => Err(e.into_error("queue", queue)),
+        }
+    }
+
+    async fn bind_exchange(&self, to: &str, from: &str, key: &str) -> Result<(), QueueError> {
+        let bound = self.ask(async |c| {
+            c.exchange_bind(to.into(), from.into(), key.into(), ExchangeBindOptions::default(), FieldTable::default()).await
+        });
+        bound.await.map_err(|e| e.into_error("the binding of exchange", to))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_brokers_word_of_a_conflict_is_understood() {
+        for (message, argument, wanted, found) in [
+            (
+                "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'audit' in vhost '/': received 'topic' but current is 'fanout' (406)",
+                "type",
+                "topic",
+                "fanout",
+            ),
+            (
+                "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q' in vhost '/': received none but current is the value '5' of type 'signedint' (406)",
+                "x-delivery-limit",
+                "none",
+                "5",
+            ),
+            (
+                "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received the value 'quorum' of type 'longstr' but current is none (406)",
+                "x-queue-type",
+                "quorum",
+                "none",
+            ),
+        ] {
+            match inequivalent(message) {
+                Some(Refused::Inequivalent { argument: a, wanted: w, found: f }) => {
+                    assert_eq!((a.as_str(), w.as_str(), f.as_str()), (argument, wanted, found))
+                }
+                _ => panic!("{message}"),
+            }
+        }
+        assert!(inequivalent("PRECONDITION_FAILED - something else").is_none());
+    }
+}

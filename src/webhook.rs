@@ -1,0 +1,409 @@
+//! One attempt: a signed request to a receiver, and what came of it. Nothing else knows reqwest.
+
+use std::{
+    error::Error as _,
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use reqwest::{
+    Client, Url,
+    dns::{Addrs, Name, Resolve, Resolving},
+    header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
+    redirect, retry,
+};
+use url::Host;
+
+use crate::{
+    address::AddressPolicy,
+    clock,
+    config::{HttpPolicy, Subscriber, Success},
+    payload::Format,
+    retry::MAX_DELAY,
+    signature::Signer,
+};
+
+/// The most of an answer's body that is read, in bytes; what follows is not waited for.
+const MAX_ANSWER: usize = 64 * 1024;
+
+/// What of an answer's text is kept for logs and dead letters, in bytes.
+const MAX_EXCERPT: usize = 1024;
+
+/// What an attempt came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    Delivered { status: u16 },
+    Retry { failure: Failure, retry_after: Option<Duration> },
+}
+
+/// Why an attempt failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// An answer that is not a success, and the beginning of its text.
+    Status {
+        status: u16,
+        excerpt: String,
+    },
+    Dns(String),
+    AddressBlocked(String),
+    Connect(String),
+    Tls(String),
+    Timeout,
+    /// The connection ended before the answer did.
+    Reset(String),
+    /// What came is not HTTP.
+    BadAnswer(String),
+    /// The attempt could not be made at all.
+    Internal(String),
+}
+
+impl Failure {
+    /// A stable name for logs and metrics.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Status { .. } => "status",
+            Self::Dns(_) => "dns",
+            Self::AddressBlocked(_) => "address_blocked",
+            Self::Connect(_) => "connect",
+            Self::Tls(_) => "tls",
+            Self::Timeout => "timeout",
+            Self::Reset(_) => "reset",
+            Self::BadAnswer(_) => "bad_answer",
+            Self::Internal(_) => "internal",
+        }
+    }
+
+    pub const fn status(&self) -> Option<u16> {
+        match self {
+            Self::Status { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status { status, excerpt } if excerpt.is_empty() => write!(f, "status {status}"),
+            Self::Status { status, excerpt } => write!(f, "status {status}: {excerpt}"),
+            Self::Timeout => f.write_str("timeout"),
+            Self::Dns(why) | Self::Connect(why) | Self::Tls(why) | Self::Reset(why) | Self::BadAnswer(why) | Self::Internal(why) => {
+                write!(f, "{}: {why}", self.name())
+            }
+            Self::AddressBlocked(what) => write!(f, "address_blocked: {what}; see http.allow_addresses and http.allow_private_addresses"),
+        }
+    }
+}
+
+/// What is sent in one attempt.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub batch_id: String,
+    /// From 1.
+    pub attempt: u32,
+    pub format: Format,
+    pub body: Bytes,
+}
+
+/// A subscriber's endpoint: its own connections, so that no other's requests wait for them.
+#[derive(Debug, Clone)]
+pub struct Webhook {
+    client: Client,
+    url: Url,
+    signer: Signer,
+    success: Success,
+    timeout: Duration,
+    /// A literal address is not resolved, so the resolver never sees it.
+    literal_blocked: Option<&'static str>,
+}
+
+impl Webhook {
+    /// # Errors
+    /// The TLS configuration cannot be built, because the system has no root certificates for example.
+    pub fn try_new(subscriber: &Subscriber, tls: &TlsRoots) -> Result<Self, String> {
+        let HttpPolicy { timeout, connect_timeout, concurrency, success, addresses, .. } = &subscriber.http;
+        let client = Client::builder()
+            .tls_backend_preconfigured(tls.0.clone())
+            .user_agent(concat!("hooktrail/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(*connect_timeout)
+            .timeout(*timeout)
+            .pool_max_idle_per_host(*concurrency)
+            .pool_idle_timeout(Duration::from_secs(30))
+            .tcp_keepalive(Duration::from_secs(30))
+            .redirect(redirect::Policy::none())
+            .retry(retry::never())
+            .no_proxy()
+            .dns_resolver(Arc::new(GuardedResolver(addresses.clone())))
+            .build()
+            .map_err(|e| chain(&e.without_url()))?;
+        let url = subscriber.url.expose().clone();
+        let literal = match url.host() {
+            Some(Host::Ipv4(ip)) => Some(ip.into()),
+            Some(Host::Ipv6(ip)) => Some(ip.into()),
+            Some(Host::Domain(_)) | None => None,
+        };
+        let literal_blocked = literal.and_then(|ip| addresses.check(ip).err());
+        Ok(Self { client, url, signer: subscriber.signer.clone(), success: *success, timeout: *timeout, literal_blocked })
+    }
+
+    /// Makes one attempt. It ends within the configured timeout whatever the receiver does.
+    pub async fn send(&self, request: Request) -> Outcome {
+        if let Some(what) = self.literal_blocked {
+            return retry(Failure::AddressBlocked(format!("the URL's address is not a public one ({what})")));
+        }
+        // The client has the same limit; this one also bounds whatever it does besides.
+        let attempt = tokio::time::timeout(self.timeout + Duration::from_secs(1), self.attempt(request));
+        attempt.await.unwrap_or_else(|_| retry(Failure::Timeout))
+    }
+
+    async fn attempt(&self, request: Request) -> Outcome {
+        let now = clock::now();
+        let headers = match self.headers(&request, now) {
+            Ok(headers) => headers,
+            Err(e) => return retry(Failure::Internal(e)),
+        };
+        let sent = self.client.post(self.url.clone()).headers(headers).body(request.body).send().await;
+        let mut response = match sent {
+            Ok(response) => response,
+            Err(e) => return retry(classify(e)),
+        };
+        let status = response.status().as_u16();
+        let retry_after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| parse_retry_after(v, now));
+        let mut text = Vec::new();
+        let mut read = 0;
+        // The answer is read to its end, so that the connection can be used again and a receiver that
+        // breaks off is noticed, but only so far.
+        while read < MAX_ANSWER {
+            match response.chunk().await {
+                Ok(Some(chunk)) => {
+                    read += chunk.len();
+                    text.extend_from_slice(&chunk[..chunk.len().min(MAX_EXCERPT - text.len())]);
+                }
+                Ok(None) => break,
+                Err(e) => return retry(classify(e)),
+            }
+        }
+        if self.success.includes(status) {
+            return Outcome::Delivered { status };
+        }
+        Outcome::Retry { failure: Failure::Status { status, excerpt: excerpt(&text) }, retry_after }
+    }
+
+    fn headers(&self, request: &Request, now: SystemTime) -> Result<HeaderMap, String> {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
+        headers.insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
+        for (name, value) in self.signer.headers(&request.batch_id, clock::unix_seconds(now), &request.body) {
+            let name = HeaderName::try_from(name).map_err(|e| e.to_string())?;
+            headers.insert(name, HeaderValue::try_from(value).map_err(|e| e.to_string())?);
+        }
+        Ok(headers)
+    }
+}
+
+fn retry(failure: Failure) -> Outcome {
+    Outcome::Retry { failure, retry_after: None }
+}
+
+/// Readable on one line, whatever the receiver sent.
+fn excerpt(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>().trim().to_owned()
+}
+
+/// RFC 9110, section 10.2.3: a number of seconds or a date. At most [`MAX_DELAY`].
+pub fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    let value = value.trim();
+    let wait = if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
+        // More digits than a number holds are still a wish to wait long.
+        value.parse().map_or(MAX_DELAY, Duration::from_secs)
+    } else {
+        httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()
+    };
+    Some(wait.min(MAX_DELAY))
+}
+
+/// The causes of an error, without the URL.
+fn chain(e: &reqwest::Error) -> String {
+    let mut text = Vec::new();
+    let mut cause = e.source();
+    while let Some(c) = cause {
+        text.push(c.to_string());
+        cause = c.source();
+    }
+    // Each level repeats the next in its own text: the last one says it best.
+    text.pop().unwrap_or_else(|| e.to_string())
+}
+
+fn classify(e: reqwest::Error) -> Failure {
+    let e = e.without_url();
+    let mut cause = e.source();
+    while let Some(c) = cause {
+        if let Some(blocked) = c.downcast_ref::<Blocked>() {
+            return Failure::AddressBlocked(blocked.to_string());
+        }
+        if let Some(ResolveError(why)) = c.downcast_ref::<ResolveError>() {
+            return Failure::Dns(why.clone());
+        }
+        if let Some(tls) = tls_error(c) {
+            return Failure::Tls(tls);
+        }
+        cause = c.source();
+    }
+    if e.is_timeout() {
+        return Failure::Timeout;
+    }
+    let why = chain(&e);
+    if e.is_connect() {
+        Failure::Connect(why)
+    } else if e.is_builder() {
+        Failure::Internal(why)
+    } else if is_io(&e) {
+        Failure::Reset(why)
+    } else {
+        Failure::BadAnswer(why)
+    }
+}
+
+fn tls_error(e: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(tls) = e.downcast_ref::<rustls::Error>() {
+        return Some(tls.to_string());
+    }
+    let inner = e.downcast_ref::<std::io::Error>()?.get_ref()?;
+    inner.downcast_ref::<rustls::Error>().map(ToString::to_string)
+}
+
+/// Whether the connection broke, rather than what came over it being wrong.
+fn is_io(e: &reqwest::Error) -> bool {
+    let mut cause = e.source();
+    while let Some(c) = cause {
+        let text = c.to_string();
+        if c.downcast_ref::<std::io::Error>().is_some() || text.contains("connection closed") || text.contains("before message completed") {
+            return true;
+        }
+        cause = c.source();
+    }
+    false
+}
+
+/// Root certificates of the system, read once and shared by all subscribers.
+#[derive(Debug, Clone)]
+pub struct TlsRoots(rustls::ClientConfig);
+
+impl TlsRoots {
+    /// # Errors
+    /// The system has no usable root certificates.
+    pub fn of_system() -> Result<Self, String> {
+        let found = rustls_native_certs::load_native_certs();
+        let mut roots = rustls::RootCertStore::empty();
+        let (added, _) = roots.add_parsable_certificates(found.certs);
+        if added == 0 {
+            let why = found.errors.first().map(|e| format!(": {e}")).unwrap_or_default();
+            return Err(format!("the system has no root certificates for https{why}; install the package ca-certificates"));
+        }
+        let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        Ok(Self(config))
+    }
+}
+
+/// Resolves names and lets through only addresses that may be connected to: those that it returns
+/// are the ones connected to, so nothing can change between the look and the connection.
+#[derive(Debug)]
+struct GuardedResolver(AddressPolicy);
+
+#[derive(Debug)]
+struct Blocked {
+    address: std::net::IpAddr,
+    what: &'static str,
+}
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the name resolves to {}, which is not a public address ({})", self.address, self.what)
+    }
+}
+
+impl std::error::Error for Blocked {}
+
+#[derive(Debug)]
+struct ResolveError(String);
+
+impl fmt::Display for ResolveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ResolveError {}
+
+impl Resolve for GuardedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let policy = self.0.clone();
+        Box::pin(async move {
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await.map_err(|e| Box::new(ResolveError(e.to_string())))?;
+            Ok(permitted(&policy, found)?)
+        })
+    }
+}
+
+/// The addresses that may be connected to.
+fn permitted(policy: &AddressPolicy, found: impl Iterator<Item = SocketAddr>) -> Result<Addrs, Box<dyn std::error::Error + Send + Sync>> {
+    let mut blocked = None;
+    let mut allowed = Vec::new();
+    for address in found {
+        match policy.check(address.ip()) {
+            Ok(()) => allowed.push(address),
+            Err(what) => blocked = Some(Blocked { address: address.ip(), what }),
+        }
+    }
+    match (allowed.is_empty(), blocked) {
+        (true, Some(blocked)) => Err(Box::new(blocked)),
+        (true, None) => Err(Box::new(ResolveError("the name has no address".to_owned()))),
+        (false, _) => Ok(Box::new(allowed.into_iter())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777); // Sun, 06 Nov 1994 08:49:37 GMT
+        for (value, expected) in [
+            ("120", Some(120)),
+            (" 0 ", Some(0)),
+            ("Sun, 06 Nov 1994 08:50:37 GMT", Some(60)),
+            ("Sunday, 06-Nov-94 08:50:37 GMT", Some(60)),
+            ("Sun, 06 Nov 1994 08:00:00 GMT", Some(0)),
+            ("99999999999999999999999", Some(MAX_DELAY.as_secs())),
+            ("86400000", Some(MAX_DELAY.as_secs())),
+            ("", None),
+            ("-1", None),
+            ("1.5", None),
+            ("soon", None),
+        ] {
+            assert_eq!(parse_retry_after(value, now), expected.map(Duration::from_secs), "{value}");
+        }
+    }
+
+    #[test]
+    fn of_a_name_with_several_addresses_only_the_permitted_ones_are_connected_to() {
+        let of = |ips: &[&str]| {
+            let addresses: Vec<SocketAddr> = ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect();
+            permitted(&AddressPolicy::default(), addresses.into_iter()).map(|a| a.map(|a| a.ip().to_string()).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["1.1.1.1", "127.0.0.1"]).expect("one is public"), ["1.1.1.1"]);
+        let e = of(&["10.0.0.1", "::1"]).expect_err("none is public");
+        assert!(e.downcast_ref::<Blocked>().is_some(), "{e}");
+        assert!(of(&[]).expect_err("none at all").to_string().contains("no address"));
+    }
+
+    #[test]
+    fn an_excerpt_is_one_readable_line() {
+        assert_eq!(excerpt(b" a\r\n\x1b[31mb\xff\n"), "a   [31mb\u{fffd}");
+    }
+}
