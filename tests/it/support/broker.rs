@@ -1,0 +1,258 @@
+//! A RabbitMQ: the one that the environment names, or a private node that a test may kill.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::FieldTable,
+};
+
+use super::{eventually, free_port, unique};
+
+/// A broker and a name of its own in it.
+pub(crate) struct Broker {
+    pub(crate) url: String,
+    pub(crate) prefix: String,
+    pub(crate) exchange: String,
+    subscribers: std::sync::Mutex<Vec<String>>,
+    node: Option<Node>,
+}
+
+impl Broker {
+    /// The broker that all tests share; each has its own prefix and exchange there.
+    pub(crate) fn shared() -> Self {
+        let url = std::env::var("HOOKTRAIL_TEST_AMQP_URL").unwrap_or_else(|_| {
+            panic!("no broker to test with: run `scripts/test`, which finds or installs one, or set HOOKTRAIL_TEST_AMQP_URL")
+        });
+        Self::at(url, None)
+    }
+
+    /// A node of this test's own, on free ports.
+    pub(crate) async fn private() -> Self {
+        let node = Node::new();
+        node.start().await;
+        Self::at(node.url(), Some(node))
+    }
+
+    fn at(url: String, node: Option<Node>) -> Self {
+        let name = format!("t-{}", unique());
+        Self { url, prefix: name.clone(), exchange: name, subscribers: std::sync::Mutex::default(), node }
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        self.node.as_ref().expect("a private node")
+    }
+
+    pub(crate) async fn connect(&self) -> Connection {
+        connect(&self.url).await
+    }
+
+    pub(crate) async fn channel(&self) -> (Connection, Channel) {
+        let connection = self.connect().await;
+        let channel = connection.create_channel().await.expect("a channel");
+        (connection, channel)
+    }
+
+    /// Publishes to the exchange as a producer does, and waits for the confirms.
+    pub(crate) async fn publish<B: AsRef<[u8]>>(&self, event_type: &str, bodies: impl IntoIterator<Item = B>) {
+        self.publish_to(&self.exchange, event_type, bodies).await;
+    }
+
+    pub(crate) async fn publish_to<B: AsRef<[u8]>>(&self, exchange: &str, routing_key: &str, bodies: impl IntoIterator<Item = B>) {
+        let (connection, channel) = self.channel().await;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+        let mut confirms = Vec::new();
+        for body in bodies {
+            let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+            let sent = channel.basic_publish(exchange.into(), routing_key.into(), BasicPublishOptions::default(), body.as_ref(), properties);
+            confirms.push(sent.await.expect("publishes"));
+            if confirms.len() == 2000 {
+                for c in confirms.drain(..) {
+                    assert_eq!(c.await.expect("confirmed"), Confirmation::Ack(None));
+                }
+            }
+        }
+        for c in confirms {
+            assert_eq!(c.await.expect("confirmed"), Confirmation::Ack(None));
+        }
+        connection.close(200, "done".into()).await.expect("closes");
+    }
+
+    /// Messages ready in a queue of hooktrail's; `None` if it does not exist.
+    pub(crate) async fn depth(&self, rest: &str) -> Option<u32> {
+        let (connection, channel) = self.channel().await;
+        let queue = format!("{}.{rest}", self.prefix);
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+        connection.close(200, "done".into()).await.ok();
+        found.ok().map(|q| q.message_count())
+    }
+
+    /// Waits until a queue of hooktrail's holds so many.
+    pub(crate) async fn wait_depth(&self, rest: &str, expected: u32) {
+        eventually(&format!("{expected} messages in {rest}"), async || self.depth(rest).await == Some(expected)).await;
+    }
+
+    /// Takes one message out of a queue of hooktrail's.
+    pub(crate) async fn take(&self, rest: &str) -> Option<lapin::message::Delivery> {
+        let (connection, channel) = self.channel().await;
+        let queue = format!("{}.{rest}", self.prefix);
+        let got = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("gets");
+        connection.close(200, "done".into()).await.expect("closes");
+        got.map(|m| m.delivery)
+    }
+
+    /// The names to clean up after.
+    pub(crate) fn knows(&self, subscriber: &str) {
+        self.subscribers.lock().expect("not poisoned").push(subscriber.to_owned());
+    }
+}
+
+pub(crate) async fn connect(url: &str) -> Connection {
+    Connection::connect(url, ConnectionProperties::default()).await.unwrap_or_else(|e| panic!("the broker at {url} is not there: {e}"))
+}
+
+impl Drop for Broker {
+    /// Leaves nothing behind in a broker that others use too.
+    fn drop(&mut self) {
+        if self.node.is_some() {
+            return;
+        }
+        let (url, prefix, exchange) = (self.url.clone(), self.prefix.clone(), self.exchange.clone());
+        let subscribers = std::mem::take(&mut *self.subscribers.lock().expect("not poisoned"));
+        let clean = async move {
+            let connection = connect(&url).await;
+            let channel = connection.create_channel().await.expect("a channel");
+            let own = subscribers.iter().flat_map(|s| [format!("sub.{s}"), format!("sub.{s}.retry"), format!("sub.{s}.dead")]);
+            let levels: Vec<String> = (0..19).map(|n| format!("delay.{n:02}")).collect();
+            for queue in own.chain(levels.iter().cloned()).chain(["orphans".to_owned(), "state".to_owned()]) {
+                channel.queue_delete(format!("{prefix}.{queue}").as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+            }
+            for name in levels.iter().map(String::as_str).chain(["delay", "orphans", "events"]) {
+                channel.exchange_delete(format!("{prefix}.{name}").as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
+            }
+            channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
+            connection.close(200, "done".into()).await.expect("closes");
+        };
+        let done = std::thread::spawn(move || super::run(clean)).join();
+        if done.is_err() && !std::thread::panicking() {
+            panic!("the test's queues could not be deleted");
+        }
+    }
+}
+
+/// A RabbitMQ node of a test's own: ports, data, cookie and epmd are nobody else's.
+pub(crate) struct Node {
+    home: tempfile::TempDir,
+    port: u16,
+    dist_port: u16,
+    epmd_port: u16,
+    name: String,
+}
+
+impl Node {
+    fn new() -> Self {
+        let home = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, text: &str| std::fs::write(home.path().join(name), text).expect("writes");
+        write("plugins", "[].\n");
+        write("rabbitmq.conf", "disk_free_limit.absolute = 50MB\nvm_memory_high_watermark.absolute = 2GB\nloopback_users = none\n");
+        write("advanced.config", "[].\n");
+        write("env.conf", "");
+        Self { port: free_port(), dist_port: free_port(), epmd_port: free_port(), name: format!("t{}@localhost", unique()), home }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.port)
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let at = |name: &str| self.home.path().join(name);
+        let mut c = Command::new(sbin().join(program));
+        c.env("HOME", self.home.path())
+            .env("RABBITMQ_NODENAME", &self.name)
+            .env("RABBITMQ_NODE_PORT", self.port.to_string())
+            .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
+            .env("RABBITMQ_DIST_PORT", self.dist_port.to_string())
+            .env("ERL_EPMD_PORT", self.epmd_port.to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            .env("RABBITMQ_MNESIA_BASE", at("data"))
+            .env("RABBITMQ_LOG_BASE", at("log"))
+            .env("RABBITMQ_PID_FILE", at("pid"))
+            .env("RABBITMQ_ENABLED_PLUGINS_FILE", at("plugins"))
+            .env("RABBITMQ_CONFIG_FILE", at("rabbitmq.conf"))
+            .env("RABBITMQ_ADVANCED_CONFIG_FILE", at("advanced.config"))
+            .env("RABBITMQ_CONF_ENV_FILE", at("env.conf"))
+            .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+sbwt none +sbwtdcpu none +sbwtdio none")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        c
+    }
+
+    /// Boots the node and waits until it speaks AMQP.
+    pub(crate) async fn start(&self) {
+        std::fs::remove_file(self.home.path().join("pid")).ok();
+        let started = self.command("rabbitmq-server").arg("-detached").status().expect("rabbitmq-server starts");
+        assert!(started.success(), "rabbitmq-server -detached: {started}");
+        let url = self.url();
+        eventually("the private broker answers", async || {
+            Connection::connect(&url, ConnectionProperties::default()).await.is_ok() && self.pid().is_some()
+        })
+        .await;
+    }
+
+    fn pid(&self) -> Option<u32> {
+        std::fs::read_to_string(self.home.path().join("pid")).ok()?.trim().parse().ok()
+    }
+
+    /// Ends it as a power cut would.
+    pub(crate) async fn kill(&self) {
+        let pid = self.pid().expect("a pid file");
+        kill("-9", pid);
+        eventually("the broker is dead", async || !Path::new(&format!("/proc/{pid}")).exists()).await;
+    }
+
+    pub(crate) async fn restart_after_kill(&self) {
+        self.kill().await;
+        self.start().await;
+    }
+
+    pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
+        let output = self.command("rabbitmqctl").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("rabbitmqctl runs");
+        assert!(output.status.success(), "rabbitmqctl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(pid) = self.pid() {
+            kill("-9", pid);
+        }
+        // Its epmd serves nobody else: it listens on this node's own port.
+        let epmd = Command::new("epmd").env("ERL_EPMD_PORT", self.epmd_port.to_string()).args(["-port", &self.epmd_port.to_string(), "-kill"]).output();
+        drop(epmd);
+    }
+}
+
+pub(crate) fn kill(signal: &str, pid: u32) {
+    Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status().expect("kill runs");
+}
+
+fn sbin() -> PathBuf {
+    let base = Path::new("/usr/lib/rabbitmq/lib");
+    let found = std::fs::read_dir(base).into_iter().flatten().flatten().map(|e| e.path().join("sbin")).find(|p| p.join("rabbitmq-server").exists());
+    found.unwrap_or_else(|| panic!("rabbitmq-server is not installed below {}: run `scripts/test`, which installs it", base.display()))
+}
+
+/// A queue that was declared less than this ago may not survive a kill -9 of its broker.
+pub(crate) const SETTLING: Duration = Duration::from_millis(2500);

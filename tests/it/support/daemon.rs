@@ -1,0 +1,156 @@
+//! hooktrail as a real process, with a configuration of its own.
+
+use std::{
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Output, Stdio},
+};
+
+use super::{broker::Broker, broker::kill, eventually};
+
+pub(crate) const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+
+/// A configuration file and what is run with it.
+pub(crate) struct Setup {
+    dir: tempfile::TempDir,
+}
+
+impl Setup {
+    /// `[queue]` for the broker, then `rest`; short times unless `rest` says otherwise.
+    pub(crate) fn new(broker: &Broker, rest: &str) -> Self {
+        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", broker.url, broker.exchange, broker.prefix);
+        for line in rest.lines() {
+            if let Some(name) = line.trim().strip_prefix("name = \"") {
+                broker.knows(name.trim_end_matches('"'));
+            }
+        }
+        Self::with_text(&(queue + rest))
+    }
+
+    pub(crate) fn with_text(text: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("hooktrail.toml"), text).expect("writes");
+        Self { dir }
+    }
+
+    pub(crate) fn config(&self) -> PathBuf {
+        self.dir.path().join("hooktrail.toml")
+    }
+
+    pub(crate) fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text).expect("writes");
+        path
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
+        c.arg("--config").arg(self.config()).args(arguments).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
+        c
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).stdin(Stdio::null()).output().expect("hooktrail runs")
+    }
+
+    /// Runs a command that must succeed; its standard output.
+    pub(crate) fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Starts a daemon and waits until its lanes run.
+    pub(crate) async fn start(&self) -> Daemon {
+        let daemon = self.spawn();
+        daemon.wait_log("running").await;
+        daemon
+    }
+
+    /// Starts a daemon and does not wait.
+    pub(crate) fn spawn(&self) -> Daemon {
+        let log = self.dir.path().join(format!("{}.log", super::unique()));
+        let file = std::fs::File::create(&log).expect("a log file");
+        let child = self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
+        Daemon { child, log }
+    }
+}
+
+pub(crate) struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).expect("the log")
+    }
+
+    pub(crate) async fn wait_log(&self, text: &str) {
+        eventually(&format!("`{text}` in the log:\n{}", self.log()), async || self.log().contains(text)).await;
+    }
+
+    /// Ends it as a crash does.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("kills");
+        self.child.wait().expect("ends");
+    }
+
+    /// SIGTERM, and waits for its end.
+    pub(crate) async fn stop(mut self) -> ExitStatus {
+        self.terminate();
+        self.wait().await
+    }
+
+    pub(crate) fn terminate(&self) {
+        kill("-TERM", self.child.id());
+    }
+
+    pub(crate) async fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        eventually("the daemon ends", async || {
+            status = self.child.try_wait().expect("waits");
+            status.is_some()
+        })
+        .await;
+        status.expect("just seen")
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("waits").is_none()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log:\n{}", self.log());
+        }
+    }
+}
+
+/// A subscriber's table: local, unsigned checks aside as in production, with `more` lines.
+pub(crate) fn subscriber(name: &str, url: &str, more: &str) -> String {
+    format!("\n[[subscriber]]\nname = \"{name}\"\nurl = \"{url}\"\nsecrets = [\"{SECRET}\"]\n{more}\n")
+}
+
+/// Groups for tests: local receivers, short waits, a breaker that stays out of the way.
+pub(crate) const QUICK: &str = "
+[batch]
+max_wait = \"100ms\"
+[http]
+allow_http = true
+allow_private_addresses = true
+[retry]
+initial_interval = \"1s\"
+multiplier = 1.0
+randomization_factor = 0.0
+[circuit_breaker]
+failures = 0
+";

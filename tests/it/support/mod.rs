@@ -1,0 +1,43 @@
+//! What the tests stand on: a broker, daemons as real processes, receivers that do as they are told.
+
+#![allow(dead_code, reason = "the benchmark uses a part of it")]
+#![allow(clippy::disallowed_methods, reason = "tests look at the real clock")]
+
+pub(crate) mod broker;
+pub(crate) mod daemon;
+pub(crate) mod receiver;
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+/// How long a condition may take before its test fails: far more than it ever does.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `condition` holds; fails the test with `what` if it does not in time.
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !condition().await {
+        assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Runs a test's body on a runtime of its own.
+pub(crate) fn run(test: impl Future<Output = ()>) {
+    // The tests and the program's client library use the same TLS provider; the second test to come here finds it installed.
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    runtime.block_on(test);
+}
+
+/// A number that no other test uses.
+pub(crate) fn unique() -> String {
+    format!("{:08x}", rand::random::<u32>())
+}
+
+/// A port that nobody listens on now.
+pub(crate) fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+}
