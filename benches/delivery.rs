@@ -1,0 +1,224 @@
+//! What delivery costs, against the floor: a bare consumer of the same broker that drains the same
+//! number of the same events with multiple acks, and does nothing with them.
+//!
+//! `cargo bench --bench delivery` starts a broker of its own unless HOOKTRAIL_TEST_AMQP_URL names one.
+//! HOOKTRAIL_BENCH_EVENTS (200000), HOOKTRAIL_BENCH_ROUNDS (3) and HOOKTRAIL_BENCH_BACKLOG (500000,
+//! for the peak memory) change its size. Floor and hooktrail take turns; medians are printed.
+
+#![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr, reason = "a benchmark looks at the clock and prints")]
+
+#[path = "../tests/it/support/mod.rs"]
+mod support;
+
+use std::{
+    process::{Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use futures_util::StreamExt as _;
+use lapin::{
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable},
+};
+use support::{
+    broker::{Broker, connect},
+    daemon::Setup,
+    eventually,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
+
+/// 400 bytes, as the audit events of the field are.
+const EVENT: &str = concat!(
+    r#"{"event":"activity_log.user.updated","description":"updated the user profile","actor":{"id":783,"type":"user","name":"Jane Doe"},"#,
+    r#""resource":{"id":"783","type":"user","name":"Jane Doe"},"changes":{"name":{"to":"[FILTERED]","from":"[FILTERED]"},"#,
+    r#""time_zone":{"from":"Etc/UTC","to":"Europe/Kyiv"},"locale":{"from":"en","to":"de"},"theme":{"from":"light","to":"dark"},"#,
+    r#""newsletter":{"from":true,"to":false}},"timestamp":1733739084,"x":0}"#
+);
+const BATCH: usize = 100;
+const FRAME: usize = r#"{"events":[]}"#.len();
+
+/// What one run took.
+#[derive(Clone, Copy)]
+struct Figures {
+    seconds: f64,
+    cpu_seconds: f64,
+    peak_mib: f64,
+}
+
+fn main() {
+    match std::env::var("HOOKTRAIL_BENCH_FLOOR") {
+        Ok(arguments) => support::run(floor_process(arguments)),
+        Err(_) => support::run(compare()),
+    }
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+}
+
+async fn compare() {
+    let events = number("HOOKTRAIL_BENCH_EVENTS", 200_000);
+    let rounds = number("HOOKTRAIL_BENCH_ROUNDS", 3);
+    let backlog = number("HOOKTRAIL_BENCH_BACKLOG", 500_000);
+    let broker = if std::env::var("HOOKTRAIL_TEST_AMQP_URL").is_ok() { Broker::shared() } else { Broker::private().await };
+    println!("{events} events of {} bytes, batches of {BATCH}, {rounds} rounds; broker, worker and receiver on this machine", EVENT.len());
+    let mut floors = Vec::new();
+    let mut ours = Vec::new();
+    for _ in 0..rounds {
+        floors.push(floor(&broker, events).await);
+        ours.push(hooktrail(&broker, events).await);
+    }
+    let peak = hooktrail(&broker, backlog).await.peak_mib;
+    let median = |of: &dyn Fn(&Figures) -> f64, all: &[Figures]| {
+        let mut values: Vec<f64> = all.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let rate = |f: &Figures| events as f64 / f.seconds;
+    let cpu = |f: &Figures| f.cpu_seconds * 1e6 / events as f64;
+    println!("\n{:<12}{:>12}{:>16}{:>12}", "", "events/s", "CPU µs/event", "peak MiB");
+    for (name, all) in [("floor", &floors), ("hooktrail", &ours)] {
+        println!("{name:<12}{:>12.0}{:>16.2}{:>12.1}", median(&rate, all), median(&cpu, all), median(&|f| f.peak_mib, all));
+    }
+    println!("{:<12}{:>12.2}{:>16.2}", "ratio", median(&rate, &ours) / median(&rate, &floors), median(&cpu, &ours) / median(&cpu, &floors));
+    println!("\npeak memory of hooktrail with a backlog of {backlog} events: {peak:.1} MiB");
+}
+
+/// The floor, in a process of its own so that its CPU and memory can be told.
+async fn floor(broker: &Broker, events: u64) -> Figures {
+    let queue = format!("{}.floor", broker.prefix);
+    let (connection, channel) = broker.channel().await;
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    channel.queue_declare(queue.as_str().into(), durable, arguments).await.expect("declares");
+    broker.publish_to("", &queue, (0..events).map(|_| EVENT)).await;
+    let child = Command::new(std::env::current_exe().expect("this program"))
+        .env("HOOKTRAIL_BENCH_FLOOR", format!("{events} {queue} {}", broker.url))
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let output = tokio::task::spawn_blocking(|| child.wait_with_output()).await.expect("joins").expect("ends");
+    channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+    connection.close(200, "done".into()).await.expect("closes");
+    let text = String::from_utf8(output.stdout).expect("figures");
+    let values: Vec<f64> = text.split_whitespace().map(|v| v.parse().expect("a figure")).collect();
+    Figures { seconds: values[0], cpu_seconds: values[1], peak_mib: values[2] }
+}
+
+async fn floor_process(arguments: String) {
+    let mut parts = arguments.splitn(3, ' ');
+    let mut next = || parts.next().expect("three arguments");
+    let (events, queue, url): (u64, String, String) = (next().parse().expect("a number"), next().to_owned(), next().to_owned());
+    let connection = connect(&url).await;
+    let channel = connection.create_channel().await.expect("a channel");
+    channel.basic_qos(2000, BasicQosOptions::default()).await.expect("qos");
+    let start = Instant::now();
+    let mut consumer = channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await.expect("consumes");
+    let mut seen = 0;
+    while seen < events {
+        let delivery = consumer.next().await.expect("a delivery").expect("a delivery");
+        seen += 1;
+        if seen % 200 == 0 || seen == events {
+            channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true }).await.expect("acks");
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let (cpu, peak) = process_figures(std::process::id());
+    println!("{seconds} {cpu} {peak}");
+    connection.close(200, "done".into()).await.expect("closes");
+}
+
+/// CPU seconds and peak MiB of a process so far.
+fn process_figures(pid: u32) -> (f64, f64) {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
+    let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
+    let ticks: f64 = fields[11].parse::<f64>().expect("utime") + fields[12].parse::<f64>().expect("stime");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
+    let kib: f64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
+    (ticks / 100.0, kib / 1024.0) // Linux reports times in hundredths of a second
+}
+
+async fn hooktrail(broker: &Broker, events: u64) -> Figures {
+    let counter = Arc::new(Counter::default());
+    let url = receive(counter.clone()).await;
+    let text = format!(
+        "[http]\nallow_http = true\nallow_private_addresses = true\nconcurrency = 8\n[batch]\nmax_events = {BATCH}\nmax_wait = \"1s\"\n[log]\nlevel = \"info\"\n{}",
+        support::daemon::subscriber("bench", &url, "")
+    );
+    let setup = Setup::new(broker, &text);
+    // Declares the queues, so that the backlog is there before the daemon is.
+    let nothing = setup.write("nothing", "");
+    setup.ok(&["publish", nothing.to_str().expect("a path")]);
+    broker.publish("activity_log.user.updated", (0..events).map(|_| EVENT)).await;
+    let daemon = setup.spawn();
+    eventually("all events delivered", async || counter.events.load(Ordering::Relaxed) >= events).await;
+    let (cpu_seconds, peak_mib) = process_figures(daemon.pid());
+    let (first, last) = counter.times.lock().expect("not poisoned").expect("requests");
+    daemon.stop().await;
+    broker.wait_depth("sub.bench", 0).await;
+    Figures { seconds: (last - first).as_secs_f64(), cpu_seconds, peak_mib }
+}
+
+#[derive(Default)]
+struct Counter {
+    events: AtomicU64,
+    times: Mutex<Option<(Instant, Instant)>>,
+}
+
+impl Counter {
+    fn seen(&self, now: Instant) {
+        let mut times = self.times.lock().expect("not poisoned");
+        *times = Some((times.map_or(now, |(first, _)| first), now));
+    }
+}
+
+/// The cheapest receiver that is one: reads each request by its length and accepts it.
+async fn receive(counter: Arc<Counter>) -> String {
+    let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/", socket.local_addr().expect("an address"));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = socket.accept().await {
+            tokio::spawn(answer(stream, counter.clone()));
+        }
+    });
+    url
+}
+
+async fn answer(mut stream: TcpStream, counter: Arc<Counter>) {
+    let mut buffer = Vec::with_capacity(1 << 16);
+    loop {
+        let head = loop {
+            if let Some(at) = buffer.windows(4).position(|w| w == b"\r\n\r\n") {
+                break at + 4;
+            }
+            if stream.read_buf(&mut buffer).await.unwrap_or(0) == 0 {
+                return;
+            }
+        };
+        let text = std::str::from_utf8(&buffer[..head]).expect("a head").to_ascii_lowercase();
+        let length: usize = text.split("content-length: ").nth(1).and_then(|l| l.split("\r\n").next()).expect("a length").parse().expect("a number");
+        while buffer.len() < head + length {
+            if stream.read_buf(&mut buffer).await.unwrap_or(0) == 0 {
+                return;
+            }
+        }
+        buffer.drain(..head + length);
+        let now = Instant::now();
+        // All events have the same length, so the body's tells their number.
+        counter.events.fetch_add(((length - FRAME + 1) / (EVENT.len() + 1)) as u64, Ordering::Relaxed);
+        counter.seen(now);
+        if stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.is_err() {
+            return;
+        }
+    }
+}
+
