@@ -121,7 +121,10 @@ async fn floor_process(arguments: String) {
     let channel = connection.create_channel().await.expect("a channel");
     channel.basic_qos(2000, BasicQosOptions::default()).await.expect("qos");
     let start = Instant::now();
-    let mut consumer = channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await.expect("consumes");
+    let mut consumer = channel
+        .basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default())
+        .await
+        .expect("consumes");
     let mut seen = 0;
     while seen < events {
         let delivery = consumer.next().await.expect("a delivery").expect("a delivery");
@@ -205,7 +208,8 @@ async fn answer(mut stream: TcpStream, counter: Arc<Counter>) {
             }
         };
         let text = std::str::from_utf8(&buffer[..head]).expect("a head").to_ascii_lowercase();
-        let length: usize = text.split("content-length: ").nth(1).and_then(|l| l.split("\r\n").next()).expect("a length").parse().expect("a number");
+        let length: usize =
+            text.split("content-length: ").nth(1).and_then(|l| l.split("\r\n").next()).expect("a length").parse().expect("a number");
         while buffer.len() < head + length {
             if stream.read_buf(&mut buffer).await.unwrap_or(0) == 0 {
                 return;
@@ -221,4 +225,3 @@ async fn answer(mut stream: TcpStream, counter: Arc<Counter>) {
         }
     }
 }
-

@@ -69,7 +69,8 @@ impl Broker {
         let mut confirms = Vec::new();
         for body in bodies {
             let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
-            let sent = channel.basic_publish(exchange.into(), routing_key.into(), BasicPublishOptions::default(), body.as_ref(), properties);
+            let sent =
+                channel.basic_publish(exchange.into(), routing_key.into(), BasicPublishOptions::default(), body.as_ref(), properties);
             confirms.push(sent.await.expect("publishes"));
             if confirms.len() == 2000 {
                 for c in confirms.drain(..) {
@@ -134,7 +135,10 @@ impl Drop for Broker {
                 channel.queue_delete(format!("{prefix}.{queue}").as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
             }
             for name in levels.iter().map(String::as_str).chain(["delay", "orphans", "events"]) {
-                channel.exchange_delete(format!("{prefix}.{name}").as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
+                channel
+                    .exchange_delete(format!("{prefix}.{name}").as_str().into(), ExchangeDeleteOptions::default())
+                    .await
+                    .expect("deletes");
             }
             channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
             connection.close(200, "done".into()).await.expect("closes");
@@ -227,7 +231,8 @@ impl Node {
     }
 
     pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
-        let output = self.command("rabbitmqctl").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("rabbitmqctl runs");
+        let output =
+            self.command("rabbitmqctl").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("rabbitmqctl runs");
         assert!(output.status.success(), "rabbitmqctl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
@@ -239,7 +244,10 @@ impl Drop for Node {
             kill("-9", pid);
         }
         // Its epmd serves nobody else: it listens on this node's own port.
-        let epmd = Command::new("epmd").env("ERL_EPMD_PORT", self.epmd_port.to_string()).args(["-port", &self.epmd_port.to_string(), "-kill"]).output();
+        let epmd = Command::new("epmd")
+            .env("ERL_EPMD_PORT", self.epmd_port.to_string())
+            .args(["-port", &self.epmd_port.to_string(), "-kill"])
+            .output();
         drop(epmd);
     }
 }
@@ -250,7 +258,8 @@ pub(crate) fn kill(signal: &str, pid: u32) {
 
 fn sbin() -> PathBuf {
     let base = Path::new("/usr/lib/rabbitmq/lib");
-    let found = std::fs::read_dir(base).into_iter().flatten().flatten().map(|e| e.path().join("sbin")).find(|p| p.join("rabbitmq-server").exists());
+    let found =
+        std::fs::read_dir(base).into_iter().flatten().flatten().map(|e| e.path().join("sbin")).find(|p| p.join("rabbitmq-server").exists());
     found.unwrap_or_else(|| panic!("rabbitmq-server is not installed below {}: run `scripts/test`, which installs it", base.display()))
 }
 

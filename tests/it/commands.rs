@@ -1,0 +1,152 @@
+//! The commands that are not the daemon.
+
+use std::{io::Write as _, process::Stdio};
+
+use crate::support::{
+    broker::{Broker, kill},
+    daemon::{QUICK, SECRET, Setup, subscriber},
+    eventually, free_port,
+    receiver::{Receiver, event},
+    run,
+};
+
+#[test]
+fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"activity_log.#\"]")));
+        let mut lines: Vec<String> = (0..2500).map(event).collect();
+        lines.insert(7, "{\"no\":\"type\"}".to_owned());
+        lines.insert(9, String::new());
+        lines.push("{\"event\":\"other.thing\"}".to_owned());
+        let file = setup.write("events.jsonl", lines.join("\n"));
+        // Before the daemon has ever run: the events wait for it.
+        let output = setup.run(&["publish", file.to_str().expect("a path")]);
+        let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+        assert_eq!(output.status.code(), Some(1), "a line was bad");
+        assert!(out.contains("published 2501 events, all confirmed"), "{out}");
+        assert!(err.contains("events.jsonl:8: not published: the line has no field `event`"), "{err}");
+        assert!(err.contains("no subscriber's patterns match `other.thing` (1 events)"), "{err}");
+        let _daemon = setup.start().await;
+        receiver.wait_all(2500).await;
+        assert_eq!(receiver.accepted(), (0..2500).collect::<Vec<_>>());
+    });
+}
+
+#[test]
+fn a_wrong_configuration_ends_every_command_with_exit_code_2_and_its_places() {
+    let setup =
+        Setup::with_text("[queue]\nurl = \"amqp://127.0.0.1:1\"\n[http]\ntimeuot = \"1s\"\n[[subscriber]]\nname = \"a.b\"\nurl = \"x\"\n");
+    for command in [&["run"][..], &["check"], &["publish", "/dev/null"], &["dead", "list", "a"], &["repair", "a"]] {
+        let output = setup.run(command);
+        assert_eq!(output.status.code(), Some(2), "{command:?}");
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        for place in [
+            "hooktrail.toml:4:1: http.timeuot: unknown key; did you mean `timeout`?",
+            ":6:8: subscriber[0].name",
+            ":7:7: subscriber[0].url",
+            ":5:1: subscriber[0].secrets",
+            "4 problems",
+        ] {
+            assert!(told.contains(place), "{place} is not in {told}");
+        }
+    }
+    let usage = setup.run(&["dead", "list"]);
+    assert_eq!(usage.status.code(), Some(2));
+}
+
+#[test]
+fn check_prints_what_the_configuration_means_and_what_the_broker_has() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/token", "")));
+        let text = setup.ok(&["check"]);
+        assert!(
+            text.contains("http.timeout = \"30s\"") && text.contains("[redacted]") && !text.contains(SECRET) && !text.contains("token"),
+            "{text}"
+        );
+        let before = setup.ok(&["check", "--connect"]);
+        assert!(before.contains("not there yet") && before.contains("Nothing harmful was found"), "{before}");
+        assert_eq!(broker.depth("sub.a").await, None, "check declares nothing");
+        let daemon = setup.start().await;
+        eventually("the daemon consumes", async || setup.ok(&["check", "--connect"]).contains("sub.a: 0 messages, 1 consumers")).await;
+        drop(daemon);
+    });
+}
+
+#[test]
+fn commands_about_a_subscriber_that_is_not_there_say_so() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let repair = setup.run(&["repair", "b"]);
+        assert_eq!(repair.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&repair.stderr).contains("no subscriber `b`"), "{repair:?}");
+        let dead = setup.run(&["dead", "list", "b"]);
+        assert_eq!(dead.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&dead.stderr).contains("sub.b.dead` does not exist"), "{dead:?}");
+        let bad = setup.run(&["dead", "list", "b.c"]);
+        assert_eq!(bad.status.code(), Some(2));
+        assert_eq!(broker.depth("delay.00").await, None, "looking declares nothing");
+    });
+}
+
+#[test]
+fn listen_verifies_prints_and_fails_on_request() {
+    run(async {
+        let broker = Broker::shared();
+        let port = free_port();
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let secret = Setup::with_text(SECRET).config();
+        drop(secret);
+        let mut keeps = tempfile::NamedTempFile::new().expect("a file");
+        writeln!(keeps, "{SECRET}").expect("writes");
+        let mut listen = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+            .args([
+                "listen",
+                "--json",
+                "--fail-first",
+                "1",
+                "--addr",
+                &format!("127.0.0.1:{port}"),
+                "--secret",
+                &format!("file:{}", keeps.path().display()),
+            ])
+            .stdout(log.reopen().expect("opens"))
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("starts");
+        eventually("it listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()).await;
+        let url = format!("http://127.0.0.1:{port}/");
+        let other = "secrets = [\"whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\"]";
+        let stranger =
+            format!("\n[[subscriber]]\nname = \"stranger\"\nurl = \"{url}\"\n{other}\nevents = [\"x\"]\nretry = {{ max_attempts = 1 }}\n");
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &url, "") + &stranger));
+        let _daemon = setup.start().await;
+        broker.publish("a.b", [r#"{"event":"a.b","n":18446744073709551616}"#]).await;
+        let lines = || -> Vec<serde_json::Value> {
+            let text = std::fs::read_to_string(log.path()).expect("the log");
+            text.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+        };
+        eventually("two requests", async || lines().len() == 2).await;
+        let seen = lines();
+        assert_eq!((&seen[0]["status"], &seen[0]["verified"], &seen[0]["repeat"]), (&503.into(), &true.into(), &false.into()));
+        assert_eq!((&seen[1]["status"], &seen[1]["verified"], &seen[1]["repeat"]), (&200.into(), &true.into(), &true.into()));
+        assert_eq!((&seen[1]["attempt"], &seen[0]["batch_id"]), (&2.into(), &seen[1]["batch_id"]));
+        assert!(std::fs::read_to_string(log.path()).expect("the log").contains("18446744073709551616"));
+        broker.publish("x", [r#"{"event":"x"}"#]).await;
+        eventually("a third and a fourth", async || lines().len() == 4).await;
+        let refused = lines().into_iter().find(|l| l["verified"] == false).expect("one is not verified");
+        assert_eq!(refused["status"], 401);
+        assert!(refused["unverified_because"].as_str().expect("a reason").contains("does not match"), "{refused}");
+        kill("-TERM", listen.id());
+        assert!(listen.wait().expect("ends").success());
+    });
+}
+
+#[test]
+fn secret_prints_one_for_standard_webhooks() {
+    let text = Setup::with_text("").ok(&["secret"]);
+    assert!(text.starts_with("whsec_") && text.trim().len() == "whsec_".len() + 44, "{text}");
+}

@@ -1,0 +1,156 @@
+//! What is declared, what is found, and what is said about it.
+
+use lapin::{
+    ExchangeKind,
+    options::{ExchangeDeclareOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+
+use crate::support::{
+    broker::Broker,
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    receiver::{Receiver, event},
+    run,
+};
+
+async fn declare(broker: &Broker, queue: &str, arguments: &[(&str, AMQPValue)]) {
+    let (connection, channel) = broker.channel().await;
+    let mut table = FieldTable::default();
+    for (name, value) in arguments {
+        table.insert((*name).into(), value.clone());
+    }
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(format!("{}.{queue}", broker.prefix).as_str().into(), durable, table).await.expect("declares");
+    connection.close(200, "done".into()).await.expect("closes");
+}
+
+#[test]
+fn a_queue_with_harmful_arguments_is_named_with_both_values_and_harms_no_other_subscriber() {
+    run(async {
+        let broker = Broker::shared();
+        let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
+        declare(&broker, "sub.two", &[]).await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &one.url, "") + &subscriber("two", &two.url, "")));
+        let daemon = setup.start().await;
+        let needle = format!("queue `{}.sub.two` exists with", broker.prefix);
+        daemon.wait_log(&needle).await;
+        let log = daemon.log();
+        let line = log.lines().find(|l| l.contains(&needle)).expect("just seen");
+        assert!(line.contains("where hooktrail needs") && line.contains("delete it when it is empty"), "{line}");
+        broker.publish("a.b", (0..10).map(event)).await;
+        one.wait_all(10).await;
+        let check = setup.run(&["check", "--connect"]);
+        assert_eq!(check.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&check.stderr).contains(&needle));
+    });
+}
+
+#[test]
+fn an_exchange_that_cannot_route_by_patterns_is_an_error_that_suggests_a_source_queue() {
+    run(async {
+        let broker = Broker::shared();
+        let (connection, channel) = broker.channel().await;
+        let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        channel
+            .exchange_declare(broker.exchange.as_str().into(), ExchangeKind::Fanout, durable, FieldTable::default())
+            .await
+            .expect("declares");
+        connection.close(200, "done".into()).await.expect("closes");
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let output = setup.run(&["run"]);
+        assert_eq!(output.status.code(), Some(1));
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            told.contains(&format!("exchange `{}` is of type fanout, not topic", broker.exchange)) && told.contains("source_queue"),
+            "{told}"
+        );
+    });
+}
+
+#[test]
+fn an_exchange_with_an_alternate_exchange_of_its_own_is_fine() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let (connection, channel) = broker.channel().await;
+        let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        let mut arguments = FieldTable::default();
+        arguments.insert("alternate-exchange".into(), AMQPValue::LongString("amq.fanout".into()));
+        channel.exchange_declare(broker.exchange.as_str().into(), ExchangeKind::Topic, durable, arguments).await.expect("declares");
+        connection.close(200, "done".into()).await.expect("closes");
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let _daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+    });
+}
+
+#[test]
+fn a_missing_source_queue_is_an_error() {
+    run(async {
+        let broker = Broker::shared();
+        let text =
+            format!("[queue]\nurl = \"{}\"\nsource_queue = \"{}.nope\"\nprefix = \"{}\"\n", broker.url, broker.prefix, broker.prefix);
+        let setup = Setup::with_text(&(text + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let output = setup.run(&["run"]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(".nope` does not exist"), "{output:?}");
+    });
+}
+
+#[test]
+fn a_pattern_or_a_subscriber_that_is_not_configured_any_more_is_unbound_and_its_backlog_stays() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let with = |patterns: &str, b: &str| {
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, &format!("events = [{patterns}]")) + b))
+        };
+        let both = with(
+            "\"x.*\", \"y.*\"",
+            &subscriber("b", "http://127.0.0.1:9/", "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }"),
+        );
+        let first = both.start().await;
+        broker.publish("y.1", [event(0)]).await;
+        receiver.wait_all(1).await;
+        first.wait_log("circuit open").await;
+        broker.publish("y.2", [event(1)]).await;
+        broker.wait_depth("sub.b", 1).await;
+        assert!(first.stop().await.success());
+
+        let fewer = with("\"x.*\"", "");
+        let second = fewer.start().await;
+        assert!(second.log().contains("pattern=\"y.*\"") && second.log().contains("subscriber=\"b\""), "{}", second.log());
+        broker.publish("y.3", [event(2)]).await;
+        broker.publish("x.4", [event(3)]).await;
+        eventually("only the configured pattern is delivered", async || receiver.accepted() == [0, 1, 3]).await;
+        assert_eq!(broker.depth("sub.a").await, Some(0));
+        assert_eq!(broker.depth("sub.b").await, Some(1), "the backlog stays, and nothing was added");
+        assert!(second.stop().await.success());
+
+        let third = both.start().await;
+        broker.publish("y.5", [event(4)]).await;
+        eventually("bound again", async || receiver.accepted() == [0, 1, 3, 4]).await;
+        drop(third);
+    });
+}
+
+#[test]
+fn a_queue_that_is_deleted_under_the_daemon_is_declared_anew() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        let (connection, channel) = broker.channel().await;
+        channel.queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
+        daemon.wait_log("the lane lost its queue").await;
+        daemon.wait_log("the lane has its queue again").await;
+        broker.publish("a.b", [event(1)]).await;
+        receiver.wait_all(2).await;
+    });
+}
