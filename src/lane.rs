@@ -200,19 +200,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     async fn run(&mut self, mut source: Q::Source, drain: &mut watch::Receiver<bool>) -> End {
         let mut taken = Vec::with_capacity(TAKE);
-        let mut stopped = false;
         loop {
             self.begin();
-            if let Some(end) = &self.end {
-                if !stopped {
-                    stopped = true;
-                    if !matches!(end, End::Lost(_)) {
-                        source.stop().await;
-                    }
-                }
-                if self.tasks.is_empty() {
-                    break;
-                }
+            if self.end.is_some() && self.tasks.is_empty() {
+                break;
             }
             let open = self.end.is_none();
             let due = self.batcher.due().filter(|_| open && self.may_begin());

@@ -20,14 +20,14 @@ pub trait Queue: Clone + Send + Sync + 'static {
     type Source: Source;
     type Settler: Settler;
 
-    /// Makes ready what the subscribers need and takes away what only earlier configurations needed.
-    /// Waits for the queue without end. What only one subscriber needs is a concern of [`open`](Self::open).
+    /// Makes ready what the subscribers need. Waits for the queue without end. What only one subscriber needs is a concern of [`open`](Self::open).
     ///
     /// # Errors
     /// What there is cannot be used and will not change by itself.
     fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// What is to be done beside the lanes; without end.
+    /// What is to be done beside the lanes, such as taking away what only earlier configurations
+    /// needed; without end.
     fn chores(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = ()> + Send;
 
     /// Says goodbye, when the lanes have ended.
@@ -60,10 +60,7 @@ pub trait Source: Send {
     /// The queue is gone: whatever was taken from this source comes again from the next.
     fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Ends deliveries; what was taken can still be settled.
-    fn stop(&mut self) -> impl Future<Output = ()> + Send;
-
-    /// Gives back what was not settled.
+    /// Gives back what was not settled, to the places it had.
     fn close(self) -> impl Future<Output = ()> + Send;
 }
 

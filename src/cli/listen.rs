@@ -17,7 +17,7 @@ use axum::{
     extract::{DefaultBodyLimit, State},
     http::{HeaderMap, StatusCode},
 };
-use serde_json::{json, value::RawValue};
+use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 
 use super::Failed;
@@ -136,18 +136,19 @@ impl Listener {
         let events = events_of(body, header(headers, "content-type").unwrap_or_default());
         let at = humantime::format_rfc3339_millis(clock::now()).to_string();
         if self.args.json {
-            let line = json!({
-                "at": at,
-                "batch_id": id,
-                "attempt": attempt.and_then(|a| a.parse::<u64>().ok()),
-                "repeat": repeat,
-                "verified": verified.map(|v| v.is_ok()),
-                "unverified_because": verified.and_then(|v| v.err().map(|e| e.to_string())),
-                "status": status,
-                "bytes": body.len(),
-                "events": events.as_ref().ok(),
-                "error": events.as_ref().err(),
-            });
+            let line = Line {
+                at: &at,
+                batch_id: id,
+                attempt: attempt.and_then(|a| a.parse().ok()),
+                repeat,
+                verified: verified.map(|v| v.is_ok()),
+                unverified_because: verified.and_then(|v| v.err().map(|e| e.to_string())),
+                status,
+                bytes: body.len(),
+                error: events.as_ref().err(),
+                events: events.as_ref().ok(),
+            };
+            let line = serde_json::to_string(&line).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"));
             println!("{line}");
             return;
         }
@@ -178,6 +179,23 @@ impl Listener {
         }
         seen.insert(id.to_owned())
     }
+}
+
+/// A request as `--json` prints it; the events with the bytes they came with.
+#[derive(serde::Serialize)]
+struct Line<'a> {
+    at: &'a str,
+    batch_id: Option<&'a str>,
+    attempt: Option<u64>,
+    /// The id was seen before.
+    repeat: bool,
+    /// Absent without a secret.
+    verified: Option<bool>,
+    unverified_because: Option<String>,
+    status: u16,
+    bytes: usize,
+    error: Option<&'a String>,
+    events: Option<&'a Vec<Box<RawValue>>>,
 }
 
 /// The events of a body with their bytes as they came.

@@ -137,7 +137,7 @@ fn report(tally: &Tally) -> Result<(), Failed> {
     let unbound: usize = tally.unbound.values().sum();
     let mut failed = Vec::new();
     if tally.bad_lines > 0 {
-        failed.push(format!("{} lines are not events and were not published", tally.bad_lines));
+        failed.push(format!("not published, because they are not events: {} lines", tally.bad_lines));
     }
     if tally.refused > 0 {
         failed.push(format!(

@@ -116,7 +116,24 @@ impl AmqpQueue {
                 tracing::error!(subscriber = s.name, error = %e, "its queues are not ready");
             }
         }
-        state::reconcile(self.topology(), connection, self.publisher(), subscribers).await
+        Ok(())
+    }
+
+    /// Takes away what only earlier configurations had. Beside the lanes, because it has to publish,
+    /// and a broker that blocks publishing can still be consumed.
+    async fn reconcile(&self, subscribers: &[Arc<Subscriber>]) {
+        let mut pauses = pauses();
+        loop {
+            let reconciled = async {
+                let lease = self.pool().lease().await?;
+                state::reconcile(self.topology(), lease.connection(), self.publisher(), subscribers).await
+            };
+            match reconciled.await {
+                Ok(()) => return,
+                Err(e) => tracing::warn!(error = %e, "bindings of earlier configurations could not be looked at; trying again"),
+            }
+            tokio::time::sleep(pauses.grow()).await;
+        }
     }
 
     async fn relay(&self, subscribers: &[Arc<Subscriber>]) {
@@ -290,7 +307,7 @@ impl Queue for AmqpQueue {
     }
 
     async fn chores(&self, subscribers: &[Arc<Subscriber>]) {
-        tokio::join!(self.relay(subscribers), self.sweep(subscribers));
+        tokio::join!(self.reconcile(subscribers), self.relay(subscribers), self.sweep(subscribers));
     }
 
     async fn close(&self) {

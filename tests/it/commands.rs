@@ -98,8 +98,6 @@ fn listen_verifies_prints_and_fails_on_request() {
         let broker = Broker::shared();
         let port = free_port();
         let log = tempfile::NamedTempFile::new().expect("a file");
-        let secret = Setup::with_text(SECRET).config();
-        drop(secret);
         let mut keeps = tempfile::NamedTempFile::new().expect("a file");
         writeln!(keeps, "{SECRET}").expect("writes");
         let mut listen = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))

@@ -76,7 +76,7 @@ pub(super) async fn reconcile(
         let old = before.get(&s.name);
         for stale in old.into_iter().flatten().filter(|p| !patterns.contains(*p)) {
             broker.unbind(&topology.main(&s.name), &exchange, stale).await?;
-            tracing::info!(subscriber = s.name, pattern = stale, "unbound a pattern that is not configured any more");
+            tracing::warn!(subscriber = s.name, pattern = stale, "unbound a pattern that is not configured any more");
         }
         if old != Some(&patterns) {
             write(topology, publisher, &Record::Bound { subscriber: s.name.clone(), patterns, at: at.clone() }).await?;

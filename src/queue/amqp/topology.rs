@@ -311,7 +311,7 @@ impl Broker<'_> {
         match self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await {
             Ok(_) => {
                 if !existed {
-                    tracing::info!(queue, "declared");
+                    tracing::debug!(queue, "declared");
                 }
                 Ok(())
             }
