@@ -251,6 +251,9 @@ impl fmt::Display for QueueError {
 impl std::error::Error for QueueError {}
 
 #[cfg(test)]
+pub(crate) mod fake;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -113,3 +113,114 @@ async fn keep<Q: Queue>(subscriber: Arc<Subscriber>, webhook: Webhook, queue: Q,
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::{self, Config},
+        queue::{SettleError, fake::Fake},
+    };
+    use axum::{Router, http::StatusCode, routing::post};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::sync::oneshot;
+
+    /// A receiver that answers the n-th request with `status(n)`, and how many came.
+    async fn receiver(status: fn(usize) -> u16) -> (String, Arc<AtomicUsize>) {
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counter = count.clone();
+        let answer = move || {
+            let n = counter.fetch_add(1, Ordering::SeqCst);
+            async move { StatusCode::from_u16(status(n)).expect("a status") }
+        };
+        let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/", socket.local_addr().expect("an address"));
+        tokio::spawn(async move { axum::serve(socket, Router::new().route("/", post(answer))).await.expect("serves") });
+        (url, count)
+    }
+
+    fn config(names: &[&str], url: &str) -> Config {
+        let dir = tempfile::tempdir().expect("a directory");
+        let subscriber = |n: &&str| {
+            format!(
+                "[[subscriber]]\nname = \"{n}\"\nurl = \"{url}\"\nsignatures = []\nbatch.max_wait = \"0s\"\nhttp = {{ allow_http = true, allow_private_addresses = true }}\n"
+            )
+        };
+        let text = format!("[queue]\nurl = \"amqp://unused\"\n{}", names.iter().map(subscriber).collect::<String>());
+        let path = dir.path().join("h.toml");
+        std::fs::write(&path, text).expect("writes");
+        config::load(&path).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    async fn until(what: &str, condition: impl Fn() -> bool) {
+        let waiting = async {
+            while !condition() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+    }
+
+    async fn while_running<F: Future<Output = ()>>(queue: Fake, config: Config, test: F) {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let running = tokio::spawn(async move {
+            let shutdown = async { drop(stopped.await) };
+            run(queue, &config.subscribers, shutdown, Duration::from_secs(10)).await
+        });
+        test.await;
+        drop(stop);
+        assert_eq!(running.await.expect("does not panic").expect("runs"), Ended::Drained);
+    }
+
+    #[tokio::test]
+    async fn a_lane_that_panics_is_restarted_and_the_others_notice_nothing() {
+        let (url, requests) = receiver(|_| 200).await;
+        let queue = Fake::default();
+        queue.panic_once("bad");
+        queue.put("bad", &[r#"{"event":"a"}"#]);
+        while_running(queue.clone(), config(&["bad", "good"], &url), async {
+            queue.put("good", &[r#"{"event":"a"}"#]);
+            until("the good lane delivers", || requests.load(Ordering::SeqCst) >= 1).await;
+            until("the other one comes back and delivers too", || queue.is_empty()).await;
+            assert_eq!(requests.load(Ordering::SeqCst), 2);
+            assert_eq!(queue.opened(), 3, "two lanes, one of them opened again");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_failure_that_is_not_written_down_is_attempted_again_and_written_once() {
+        let (url, requests) = receiver(|n| if n < 2 { 500 } else { 200 }).await;
+        let queue = Fake::default();
+        queue.answer_next(SettleError::Unconfirmed("no confirm".to_owned()));
+        while_running(queue.clone(), config(&["a"], &url), async {
+            queue.put("a", &[r#"{"event":"a"}"#]);
+            until("the second failure is written down", || queue.retries().len() == 1).await;
+            assert_eq!(requests.load(Ordering::SeqCst), 2);
+            assert_eq!(queue.opened(), 2, "the queue was opened again before the event came again");
+            assert!(queue.is_empty());
+            let (envelope, delay) = queue.retries().remove(0);
+            assert_eq!((envelope.attempts, &envelope.body[..]), (1, &br#"{"events":[{"event":"a"}]}"#[..]));
+            assert!(delay >= Duration::from_secs(4), "{delay:?}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_batch_whose_source_is_gone_is_forgotten() {
+        let (url, requests) = receiver(|_| 500).await;
+        let queue = Fake::default();
+        queue.answer_next(SettleError::Gone);
+        while_running(queue.clone(), config(&["a"], &url), async {
+            queue.put("a", &[r#"{"event":"a"}"#]);
+            until("it was attempted", || requests.load(Ordering::SeqCst) == 1).await;
+            queue.put("a", &[r#"{"event":"b"}"#]);
+            until("the lane goes on", || requests.load(Ordering::SeqCst) == 2).await;
+            until("the other one is written down", || queue.retries().len() == 1).await;
+            assert_eq!(&queue.retries()[0].0.body[..], br#"{"events":[{"event":"b"}]}"#, "of the first there is no envelope");
+            assert!(!queue.is_empty(), "it is still in the queue");
+        })
+        .await;
+    }
+}

@@ -1,0 +1,132 @@
+//! A queue in memory for tests of what stands above the seam: it does as it is told, panics included.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use super::{Envelope, Event, Kind, Queue, QueueError, Receipt, SettleError, Settlement, Settler, Source, Taken, Window};
+use crate::config::Subscriber;
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Fake(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    next_tag: u64,
+    events: BTreeMap<String, VecDeque<String>>,
+    unsettled: BTreeMap<u64, (String, String)>,
+    /// Subscribers whose next `take` panics.
+    panics: Vec<String>,
+    /// What the next settlements answer; `Ok` when there is none left.
+    answers: VecDeque<SettleError>,
+    retries: Vec<(Envelope, Duration)>,
+    opened: usize,
+}
+
+impl Fake {
+    fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.0.lock().expect("not poisoned"))
+    }
+
+    pub(crate) fn put(&self, subscriber: &str, bodies: &[&str]) {
+        self.with(|s| s.events.entry(subscriber.to_owned()).or_default().extend(bodies.iter().map(|b| (*b).to_owned())));
+    }
+
+    pub(crate) fn panic_once(&self, subscriber: &str) {
+        self.with(|s| s.panics.push(subscriber.to_owned()));
+    }
+
+    pub(crate) fn answer_next(&self, answer: SettleError) {
+        self.with(|s| s.answers.push_back(answer));
+    }
+
+    /// Nothing waits and nothing is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.with(|s| s.unsettled.is_empty() && s.events.values().all(VecDeque::is_empty))
+    }
+
+    pub(crate) fn retries(&self) -> Vec<(Envelope, Duration)> {
+        self.with(|s| s.retries.clone())
+    }
+
+    pub(crate) fn opened(&self) -> usize {
+        self.with(|s| s.opened)
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct End {
+    fake: Fake,
+    subscriber: String,
+}
+
+impl Queue for Fake {
+    type Source = End;
+    type Settler = End;
+
+    async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        Ok(())
+    }
+
+    async fn chores(&self, _: &[Arc<Subscriber>]) {}
+
+    async fn close(&self) {}
+
+    async fn writable(&self) {}
+
+    async fn open(&self, subscriber: &Subscriber, _: Window) -> Result<(End, End), QueueError> {
+        self.with(|s| {
+            s.opened += 1;
+            // Whatever the last session held comes again.
+            let held: Vec<u64> = s.unsettled.iter().filter(|(_, (name, _))| *name == subscriber.name).map(|(tag, _)| *tag).collect();
+            for tag in held.into_iter().rev() {
+                let (name, body) = s.unsettled.remove(&tag).expect("just seen");
+                s.events.entry(name).or_default().push_front(body);
+            }
+        });
+        let end = End { fake: self.clone(), subscriber: subscriber.name.clone() };
+        Ok((end.clone(), end))
+    }
+}
+
+impl Source for End {
+    async fn take(&mut self, into: &mut Vec<Taken>, _: usize) -> Result<(), QueueError> {
+        loop {
+            let panics = self.fake.with(|s| s.panics.iter().position(|p| *p == self.subscriber).map(|n| s.panics.remove(n)).is_some());
+            assert!(!panics, "told to panic");
+            self.fake.with(|s| {
+                while let Some(body) = s.events.get_mut(&self.subscriber).and_then(VecDeque::pop_front) {
+                    s.next_tag += 1;
+                    s.unsettled.insert(s.next_tag, (self.subscriber.clone(), body.clone()));
+                    let receipt = Receipt { from: Kind::Event, tag: s.next_tag };
+                    into.push(Taken::Event(Event { body: body.into_bytes(), message_id: None, content_type: None, receipt }));
+                }
+            });
+            if !into.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn close(self) {}
+}
+
+impl Settler for End {
+    async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
+        self.fake.with(|s| {
+            if let Some(answer) = s.answers.pop_front() {
+                return Err(answer);
+            }
+            if let Settlement::Retry { envelope, delay } = settlement {
+                s.retries.push((envelope, delay));
+            }
+            for r in receipts {
+                assert!(s.unsettled.remove(&r.tag).is_some(), "settled twice");
+            }
+            Ok(())
+        })
+    }
+}
