@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_ready_when_it_is_full_or_its_oldest_event_waited_long_enough() {
-        let t = Instant::now();
+        let t = crate::clock::instant();
         let mut b = batcher(3, 1000, 50);
         assert_eq!((b.ready(t), b.due()), (false, None));
         b.push(0, 10, t);
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn an_event_that_would_pass_max_bytes_closes_the_batch_before_it() {
-        let t = Instant::now();
+        let t = crate::clock::instant();
         let mut b = batcher(100, 33, 60_000); // 13 bytes of frame, so 20 for events and commas
         b.push(0, 10, t);
         assert!(!b.ready(t));
@@ -140,7 +140,7 @@ mod tests {
     proptest! {
         #[test]
         fn batches_keep_the_order_and_the_limits(sizes in proptest::collection::vec(1_usize..40, 1..60), max_events in 1_usize..7) {
-            let t = Instant::now();
+            let t = crate::clock::instant();
             let mut b = batcher(max_events, 60, 0);
             let mut seen = Vec::new();
             for (n, size) in sizes.iter().enumerate() {

@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn consecutive_failures_open_it_and_a_success_between_them_does_not() {
-        let t = Instant::now();
+        let t = crate::clock::instant();
         let mut b = breaker(3);
         b.on_failure(t);
         b.on_failure(t);
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn failing_probes_double_the_wait_up_to_its_limit_and_a_good_one_closes_it() {
-        let mut t = Instant::now();
+        let mut t = crate::clock::instant();
         let mut b = breaker(1);
         b.on_failure(t);
         for wait in [30, 60, 100, 100] {
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn with_zero_failures_it_never_opens() {
-        let t = Instant::now();
+        let t = crate::clock::instant();
         let mut b = breaker(0);
         for _ in 0..1000 {
             assert_eq!(b.on_failure(t), None);
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn retry_after_holds_the_lane_for_at_most_max_open_for() {
-        let t = Instant::now();
+        let t = crate::clock::instant();
         let mut b = breaker(0);
         b.hold(t, secs(20));
         b.hold(t, secs(5));

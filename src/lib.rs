@@ -1,3 +1,61 @@
+//! hooktrail takes audit events from RabbitMQ, batches them for each subscriber, signs and POSTs the
+//! batches, retries what fails on a durable schedule, and keeps what cannot be delivered.
+//!
+//! # The way of an event
+//!
+//! ```text
+//! exchange ─► queue of a subscriber ─► lane: take ─ batch ─ splice ─ sign ─ POST ─► success: ack
+//! (the broker fans out)                 ▲                                 ├─ failed: envelope, confirmed, then ack ─► delay ladder ─┐
+//!                                       ├─ retry queue, read first ◄──────┼────────────────────────────────────────────────────────┘
+//!                                       │                                 └─ given up: dead letter, confirmed, then ack
+//!                                       └─ circuit open: the session ends, the backlog stays in the queue
+//! ```
+//!
+//! A first attempt is made from memory. A failed batch becomes ONE message, the envelope: the exact
+//! body, the batch id, the number of attempts. From then on bytes and id never change.
+//!
+//! # The files, by layer; each imports only from layers above it in this list
+//!
+//! | layer | files |
+//! |---|---|
+//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
+//! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying |
+//! | base | [`config`] raw TOML in, checked policies out, all mistakes at once |
+//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
+//! | flow | [`lane`] the worker of one subscriber |
+//! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
+//! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
+//!
+//! # Where to look
+//!
+//! - What do we say to the broker? [`queue::amqp`], one file a concern.
+//! - Why was this dead-lettered? [`lane`]: `sort` (never attempted) and `failed` (attempted).
+//! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
+//! - What happens when the broker goes away? The source ends, the lane's session ends and opens
+//!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
+//!
+//! # What always holds
+//!
+//! 1. A message is acked only after the next durable fact: a success answer, or a confirmed publish of
+//!    its envelope or dead letter ([`queue::Settler::settle`]).
+//! 2. What was taken from a source is settled at that source or not at all: when the channel is gone,
+//!    the batch is forgotten and comes again. Nothing survives a reconnect by its tag.
+//! 3. While a settlement waits for its confirm the lane begins nothing: a failure that cannot be
+//!    written down must not be made again and again.
+//! 4. Publishing is done by one task on one channel of a connection that does not consume.
+//! 5. Policies take `now` and randomness as arguments.
+//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer.
+//! 7. Secrets are of types that do not print themselves; no error quotes a URL or a secret.
+//! 8. An event's bytes are never parsed and printed again.
+//!
+//! # What is not here, on purpose
+//!
+//! - No dispatcher: the broker fans out, by one queue and its bindings for each subscriber.
+//! - No timers for retries: their times live in the broker.
+//! - No automatic recovery of lapin: after a forced close it acks messages nobody has processed.
+//! - No filter after the queue: what is in a subscriber's queue is delivered.
+//! - No database beside the broker.
+
 pub mod address;
 pub mod batch;
 pub mod circuit_breaker;

@@ -206,7 +206,7 @@ impl Generation {
                 }
                 () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => self.expire(),
                 group = inbox.recv(), if !blocked && self.groups.len() < MAX_GROUPS => {
-                    let Some(group) = group else { return None };
+                    let group = group?;
                     if let Err(e) = self.publish(group).await {
                         return Some(self.fail(&e));
                     }

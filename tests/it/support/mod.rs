@@ -1,7 +1,6 @@
 //! What the tests stand on: a broker, daemons as real processes, receivers that do as they are told.
 
 #![allow(dead_code, reason = "the benchmark uses a part of it")]
-#![allow(clippy::disallowed_methods, reason = "tests look at the real clock")]
 
 pub(crate) mod broker;
 pub(crate) mod daemon;
