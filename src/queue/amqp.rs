@@ -1,14 +1,14 @@
 //! The queue on RabbitMQ. Nothing outside of this module knows AMQP.
 //!
-//! - [`topology`]: names, declarations, conflicts
-//! - [`ladder`]: how any delay is made of 19 queues
-//! - [`message`]: events, envelopes and dead letters as messages
-//! - [`connection`]: connecting without end, channels shared among connections
-//! - [`publisher`]: confirmed publishing from one task
-//! - [`lane`]: source and settler of a subscriber
-//! - [`state`]: what earlier configurations bound
-//! - [`relay`]: the source queue, and the sweep of orphans
-//! - [`dead`]: looking at dead letters
+//! - `topology`: names, declarations, conflicts
+//! - `ladder`: how any delay is made of 19 queues
+//! - `message`: events, envelopes and dead letters as messages
+//! - `connection`: connecting without end, channels shared among connections
+//! - `publisher`: confirmed publishing from one task
+//! - `lane`: source and settler of a subscriber
+//! - `state`: what earlier configurations bound
+//! - `relay`: the source queue, and the sweep of orphans
+//! - `dead`: looking at dead letters
 
 mod connection;
 mod dead;
