@@ -38,8 +38,8 @@ use tokio::{
 const EVENT: &str = concat!(
     r#"{"event":"activity_log.user.updated","description":"updated the user profile","actor":{"id":783,"type":"user","name":"Jane Doe"},"#,
     r#""resource":{"id":"783","type":"user","name":"Jane Doe"},"changes":{"name":{"to":"[FILTERED]","from":"[FILTERED]"},"#,
-    r#""time_zone":{"from":"Etc/UTC","to":"Europe/Kyiv"},"locale":{"from":"en","to":"de"},"theme":{"from":"light","to":"dark"},"#,
-    r#""newsletter":{"from":true,"to":false}},"timestamp":1733739084,"x":0}"#
+    r#""time_zone":{"from":"Etc/UTC","to":"Europe/Kyiv"},"locale":{"from":"en","to":"de"},"theme":{"from":"light","to":"dark"}"#,
+    r#","x":"yyyyyy"},"timestamp":1733739084}"#
 );
 const BATCH: usize = 100;
 const FRAME: usize = r#"{"events":[]}"#.len();
@@ -51,6 +51,8 @@ struct Figures {
     cpu_seconds: f64,
     peak_mib: f64,
 }
+
+const _: () = assert!(EVENT.len() == 400);
 
 fn main() {
     match std::env::var("HOOKTRAIL_BENCH_FLOOR") {

@@ -19,8 +19,10 @@ pub struct BatchPolicy {
 }
 
 impl BatchPolicy {
-    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and holds two batches.
-    pub const MAX_EVENTS: i64 = 10_000;
+    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and holds at least a batch.
+    pub const MAX_EVENTS: i64 = 65_535;
+    /// The smallest `max_bytes`: less holds no event at all.
+    pub const MIN_BYTES: u64 = 64;
     /// The largest `max_bytes`: RabbitMQ 4 takes messages of at most 16 MiB, and a failed batch becomes one.
     pub const MAX_BYTES: u64 = 12 * 1024 * 1024;
 }

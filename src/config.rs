@@ -45,9 +45,9 @@ const BREAKER_KEYS: &[&str] = &["failures", "open_for", "max_open_for"];
 const SUBSCRIBER_KEYS: &[&str] = &["name", "url", "events", "format", "secrets", "signatures", "batch", "http", "retry", "circuit_breaker"];
 const SIGNATURE_KEYS: &[&str] = &["header", "prefix", "encoding"];
 
-/// The longest `[http] timeout`: a slot works through at most three prefetched batches, and the
-/// broker closes the channel of a consumer that holds a message for 30 minutes.
-const MAX_TIMEOUT: Duration = Duration::from_secs(4 * 60);
+/// The longest `[http] timeout`: a slot works through at most two prefetched batches, one after the
+/// other, and the broker closes the channel of a consumer that holds a message for 30 minutes.
+const MAX_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 const MAX_WAIT: Duration = Duration::from_secs(2 * 60);
 const MAX_CONCURRENCY: i64 = 100;
 const MAX_OPEN_FOR: Duration = Duration::from_secs(24 * 3600);
@@ -412,7 +412,7 @@ impl Loader<'_, '_> {
         let max_events = self.integer(group.get("max_events"), 500, 1..=BatchPolicy::MAX_EVENTS);
         let max_bytes = match group.get("max_bytes") {
             None => Some(1024 * 1024),
-            Some(v) => self.reader.size(&v, 1024..=BatchPolicy::MAX_BYTES),
+            Some(v) => self.reader.size(&v, BatchPolicy::MIN_BYTES..=BatchPolicy::MAX_BYTES),
         };
         let max_wait = self.duration(group.get("max_wait"), 1, Some(MAX_WAIT));
         Some(BatchPolicy {

@@ -415,7 +415,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     failure = failure.map(Failure::name),
                     error = failure.map(tracing::field::display),
                     duration_ms = took.as_millis() as u64,
-                    next_attempt_in_s = next.map(|d| d.as_secs_f64()),
+                    next_attempt_in_s = next.map(|d| d.as_millis() as f64 / 1000.0),
                     "attempt"
                 )
             };

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashSet,
-    net::SocketAddr,
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -37,7 +36,7 @@ const MAX_IDS: usize = 100_000;
 pub(super) struct Args {
     /// Where to listen; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:9000", value_name = "HOST:PORT")]
-    addr: SocketAddr,
+    addr: String,
     /// The secret to verify with, or `file:PATH` to keep it out of the process list; twice for a rotation.
     /// Without one nothing is verified. An unverified request is answered 401
     #[arg(long, env = "HOOKTRAIL_LISTEN_SECRET", hide_env_values = true, value_name = "SECRET")]
@@ -71,7 +70,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
         return Err(Failed::Usage("--fail-rate is a share from 0 to 1".to_owned()));
     }
     let secrets = args.secret.iter().map(|s| read_secret(s)).collect::<Result<Vec<_>, _>>()?;
-    let socket = TcpListener::bind(args.addr).await.map_err(|e| Failed::Runtime(format!("cannot listen on {}: {e}", args.addr)))?;
+    let socket = TcpListener::bind(&args.addr).await.map_err(|e| Failed::Runtime(format!("cannot listen on {}: {e}", args.addr)))?;
     eprintln!("listening on http://{}/{}", socket.local_addr()?, if secrets.is_empty() { ", verifying nothing (no --secret)" } else { "" });
     let listener = Arc::new(Listener { args, secrets, requests: AtomicU64::new(0), seen: Mutex::default() });
     let app = Router::new().fallback(receive).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(listener);

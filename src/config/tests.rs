@@ -103,7 +103,7 @@ events = ["user*"]
         ("h.toml:1:20: shutdown_timeout: ", "in quotes"),
         ("h.toml:4:1: queue.exchnge: ", "did you mean `exchange`?"),
         ("h.toml:3:7: queue.url: ", "is empty"),
-        ("h.toml:6:14: batch.max_events: ", "from 1 to 10000"),
+        ("h.toml:6:14: batch.max_events: ", "from 1 to 65535"),
         ("h.toml:7:13: batch.max_bytes: ", "`1XB` is not a size"),
         ("h.toml:9:16: retry.max_interval: ", "shorter than initial_interval"),
         ("h.toml:11:8: subscriber[0].name: ", "a-z, 0-9"),
