@@ -311,6 +311,9 @@ impl Queue for AmqpQueue {
     }
 
     async fn close(&self) {
+        if let Some(publisher) = self.0.publisher.get() {
+            publisher.close().await;
+        }
         self.pool().close().await;
     }
 

@@ -13,7 +13,7 @@ use lapin::{
     options::{BasicPublishOptions, ConfirmSelectOptions},
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
     time::{Instant, sleep_until, timeout},
 };
@@ -52,6 +52,7 @@ struct Group {
 pub(super) struct Publisher {
     groups: mpsc::Sender<Group>,
     writable: watch::Receiver<bool>,
+    stop: Arc<Notify>,
     task: Arc<AbortOnDrop>,
 }
 
@@ -69,8 +70,20 @@ impl Publisher {
     pub(super) fn start(topology: Topology, role: &'static str) -> Self {
         let (groups, inbox) = mpsc::channel(MAX_GROUPS);
         let (state, writable) = watch::channel(false);
-        let task = tokio::spawn(Task { topology, role, inbox, state }.run());
-        Self { groups, writable, task: Arc::new(AbortOnDrop(task)) }
+        let stop = Arc::new(Notify::new());
+        let task = tokio::spawn(Task { topology, role, inbox, state, stop: stop.clone() }.run());
+        Self { groups, writable, stop, task: Arc::new(AbortOnDrop(task)) }
+    }
+
+    /// Says goodbye to the broker, if it is there, and ends the task. Nothing can be published afterwards.
+    pub(super) async fn close(&self) {
+        let mut state = self.writable.clone();
+        if *state.borrow() {
+            self.stop.notify_one();
+            // The channel ends with the task.
+            let ended = async { while state.changed().await.is_ok() {} };
+            timeout(Duration::from_secs(3), ended).await.ok();
+        }
     }
 
     /// Publishes a group, mandatory, and returns the fate of each message in order.
@@ -104,6 +117,7 @@ struct Task {
     role: &'static str,
     inbox: mpsc::Receiver<Group>,
     state: watch::Sender<bool>,
+    stop: Arc<Notify>,
 }
 
 impl Task {
@@ -115,7 +129,9 @@ impl Task {
             match self.open(&connection).await {
                 Ok(channel) => {
                     pauses.reset();
-                    let why = Generation::new(channel, self.role).serve(&mut self.inbox, &self.state, connection.events_listener()).await;
+                    let why = Generation::new(channel, self.role)
+                        .serve(&mut self.inbox, &self.state, connection.events_listener(), &self.stop)
+                        .await;
                     self.state.send_replace(false);
                     match why {
                         Some(why) => condition.is_bad(&why),
@@ -171,12 +187,13 @@ impl Generation {
         Self { channel, role, next_group: 0, groups: HashMap::new(), confirms: FuturesUnordered::new() }
     }
 
-    /// Publishes what comes in until the connection fails; `None` when nobody can send any more.
+    /// Publishes what comes in until the connection fails; `None` when it was told to stop.
     async fn serve(
         mut self,
         inbox: &mut mpsc::Receiver<Group>,
         state: &watch::Sender<bool>,
         events: impl Stream<Item = Event>,
+        stop: &Notify,
     ) -> Option<QueueError> {
         let mut events = std::pin::pin!(events);
         let mut blocked = false;
@@ -185,6 +202,7 @@ impl Generation {
             let deadline = self.groups.values().map(|g| g.deadline).min();
             tokio::select! {
                 biased;
+                () = stop.notified() => return None,
                 Some(event) = events.next() => match event {
                     Event::ConnectionBlocked(why) => {
                         tracing::warn!(reason = why, "the broker blocks publishing ({}): no retries, dead letters or relayed events until it unblocks", self.role);
