@@ -32,6 +32,10 @@ use crate::{
 /// finished attempts in between.
 const TAKE: usize = 256;
 
+/// After a take that made no batch ready, how long events may gather before the next one. A wake-up for
+/// each event costs more than the event; a batch that may wait at all may wait this long.
+const GATHER: Duration = Duration::from_millis(1);
+
 /// Between two sessions when the queue fails.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -128,11 +132,11 @@ impl<Q: Queue> Lane<Q> {
         }
     }
 
-    /// How much to take: a batch for each request in flight and one that fills meanwhile; for a probe one batch.
+    /// How much to take: for each request in flight its batch and one that fills meanwhile; for a probe one batch.
     fn window(&self, probe: bool) -> Window {
         let batch = self.subscriber.batch.max_events;
         let slots = if probe { 1 } else { self.subscriber.http.concurrency };
-        let batches = if probe { 1 } else { slots + 1 };
+        let batches = if probe { 1 } else { 2 * slots };
         let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
         Window { events: clamp(batch * batches), envelopes: clamp(slots) }
     }
@@ -200,12 +204,15 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     async fn run(&mut self, mut source: Q::Source, drain: &mut watch::Receiver<bool>) -> End {
         let mut taken = Vec::with_capacity(TAKE);
+        let gathers = self.lane.subscriber.batch.max_wait > GATHER;
+        let mut gathering = None;
         loop {
             self.begin();
             if self.end.is_some() && self.tasks.is_empty() {
                 break;
             }
             let open = self.end.is_none();
+            let take = open && gathering.is_none();
             let due = self.batcher.due().filter(|_| open && self.may_begin());
             tokio::select! {
                 biased;
@@ -215,8 +222,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     // A panic of a task is one of the lane: the supervisor counts it and restarts.
                     Err(e) => std::panic::resume_unwind(e.into_panic()),
                 },
-                result = source.take(&mut taken, TAKE), if open => {
+                () = sleep_until(gathering.unwrap_or_else(clock::instant).into()), if gathering.is_some() => gathering = None,
+                result = source.take(&mut taken, TAKE), if take => {
                     self.sort(taken.drain(..));
+                    let now = clock::instant();
+                    gathering = (gathers && self.envelopes.is_empty() && !self.batcher.ready(now)).then_some(now + GATHER);
                     if let Err(e) = result {
                         self.end = Some(End::Lost(e));
                     }
