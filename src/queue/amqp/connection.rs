@@ -63,6 +63,18 @@ pub(super) fn describe(e: &lapin::Error) -> String {
     }
 }
 
+/// Waits for the broker's answer to a request, for at most [`RPC_TIMEOUT`]: a queue without a leader
+/// answers nobody, and lapin waits without end.
+///
+/// # Errors
+/// What the broker said, or that it said nothing.
+pub(super) async fn answer<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, String> {
+    match timeout(RPC_TIMEOUT, request).await {
+        Ok(answer) => answer.map_err(|e| describe(&e)),
+        Err(_) => Err(format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs())),
+    }
+}
+
 /// Between attempts to reach the broker.
 pub(super) fn pauses() -> Pauses {
     Pauses::new(Duration::from_millis(200), Duration::from_secs(10))
@@ -139,15 +151,13 @@ struct Slot {
 impl Slot {
     async fn lease(self: &Arc<Self>) -> Result<Lease, QueueError> {
         self.channels.fetch_add(1, Ordering::Relaxed);
-        let opened = timeout(RPC_TIMEOUT, self.connection.create_channel()).await;
-        match opened {
-            Ok(Ok(channel)) => return Ok(Lease { channel, slot: self.clone() }),
-            Ok(Err(_)) | Err(_) => self.channels.fetch_sub(1, Ordering::Relaxed),
-        };
-        Err(QueueError::new(match opened {
-            Ok(Err(e)) => format!("the broker opens no channel: {}", describe(&e)),
-            _ => format!("the broker opened no channel within {} s", RPC_TIMEOUT.as_secs()),
-        }))
+        match answer(self.connection.create_channel()).await {
+            Ok(channel) => Ok(Lease { channel, slot: self.clone() }),
+            Err(why) => {
+                self.channels.fetch_sub(1, Ordering::Relaxed);
+                Err(QueueError::new(format!("the broker opens no channel: {why}")))
+            }
+        }
     }
 }
 

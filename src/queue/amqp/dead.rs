@@ -6,7 +6,7 @@ use lapin::options::BasicAckOptions;
 
 use super::{
     AmqpQueue,
-    connection::{Lease, describe},
+    connection::{Lease, answer},
     lane::retry_message,
     message::{self, Message},
     publisher::Fate,
@@ -61,7 +61,7 @@ impl DeadLetters {
             return Ok(None);
         }
         self.left -= 1;
-        let delivery = get(&self.lease.channel, &self.name).await.map_err(|e| self.error(&e))?;
+        let delivery = get(&self.lease.channel, &self.name).await.map_err(|why| self.error(&why))?;
         Ok(delivery.map(|d| Held { letter: message::read_dead_letter(&d), tag: d.delivery_tag }))
     }
 
@@ -121,7 +121,7 @@ impl DeadLetters {
     }
 
     async fn ack(&self, tag: u64) -> Result<(), QueueError> {
-        self.lease.channel.basic_ack(tag, BasicAckOptions::default()).await.map_err(|e| self.error(&e))
+        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
     }
 
     /// Gives back what was looked at, in its place.
@@ -129,10 +129,10 @@ impl DeadLetters {
     /// # Errors
     /// The broker was lost before it answered; the letters are still there.
     pub async fn close(self) -> Result<(), QueueError> {
-        self.lease.channel.close(200, "looked at".into()).await.map_err(|e| self.error(&e))
+        answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
     }
 
-    fn error(&self, e: &lapin::Error) -> QueueError {
-        QueueError::new(format!("queue `{}`: {}", self.name, describe(e)))
+    fn error(&self, why: &str) -> QueueError {
+        QueueError::new(format!("queue `{}`: {why}", self.name))
     }
 }

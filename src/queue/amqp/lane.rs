@@ -14,10 +14,10 @@ use lapin::{
     options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
-use tokio::{sync::Mutex, time::timeout};
+use tokio::sync::Mutex;
 
 use super::{
-    connection::{Lease, RPC_TIMEOUT, describe},
+    connection::{Lease, answer, describe},
     ladder,
     message::{self, Message},
     publisher::{Fate, Publisher},
@@ -39,13 +39,9 @@ impl Feed {
             lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
             lease.channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
         };
-        match timeout(RPC_TIMEOUT, open).await {
-            Ok(Ok(consumer)) => Ok(Self { lease: Arc::new(lease), consumer, queue }),
-            Ok(Err(e)) => Err(QueueError::new(format!("queue `{queue}` cannot be consumed: {}", describe(&e)))),
-            Err(_) => Err(QueueError::new(format!(
-                "queue `{queue}` cannot be consumed: the broker did not answer within {} s",
-                RPC_TIMEOUT.as_secs()
-            ))),
+        match answer(open).await {
+            Ok(consumer) => Ok(Self { lease: Arc::new(lease), consumer, queue }),
+            Err(why) => Err(QueueError::new(format!("queue `{queue}` cannot be consumed: {why}"))),
         }
     }
 
@@ -61,24 +57,20 @@ impl Feed {
     /// Closing gives everything back at once and in its order. Cancelling the consumer first would
     /// not: what the broker has on its way then goes back before what was delivered earlier (measured).
     async fn close(&self) {
-        if let Ok(Err(e)) = timeout(RPC_TIMEOUT, self.lease.channel.close(200, "given back".into())).await {
-            tracing::debug!(queue = self.queue, error = %describe(&e), "the channel was gone before it was closed");
+        if let Err(why) = answer(self.lease.channel.close(200, "given back".into())).await {
+            tracing::debug!(queue = self.queue, error = why, "the channel was gone before it was closed");
         }
     }
 }
 
 /// Whether a queue can be consumed; takes nothing out of it.
 pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), QueueError> {
-    let fail = |why: String| QueueError::new(format!("queue `{queue}` cannot be consumed: {why}"));
     let consume = async {
         lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
         lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await?;
         lease.channel.close(200, "tried".into()).await
     };
-    match timeout(RPC_TIMEOUT, consume).await {
-        Ok(done) => done.map_err(|e| fail(describe(&e))),
-        Err(_) => Err(fail(format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()))),
-    }
+    answer(consume).await.map_err(|why| QueueError::new(format!("queue `{queue}` cannot be consumed: {why}")))
 }
 
 pub struct Source {
@@ -214,7 +206,7 @@ impl Inner {
         }
     }
 
-    async fn ack(&self, mut receipts: Vec<Receipt>) -> lapin::Result<()> {
+    async fn ack(&self, mut receipts: Vec<Receipt>) -> Result<(), String> {
         receipts.sort_unstable();
         let mut finished = self.finished.lock().await;
         let before = finished.acked;
@@ -231,8 +223,8 @@ impl Inner {
     }
 }
 
-async fn ack(channel: &Channel, tag: u64, multiple: bool) -> lapin::Result<()> {
-    channel.basic_ack(tag, BasicAckOptions { multiple }).await
+async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), String> {
+    answer(channel.basic_ack(tag, BasicAckOptions { multiple })).await
 }
 
 /// The message that brings an envelope back after `delay`; at once if that is zero.

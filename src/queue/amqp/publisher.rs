@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{Condition, close, connect_persistently, describe, pauses},
+    connection::{Condition, answer, close, connect_persistently, describe, pauses},
     message::Message,
     topology::Topology,
 };
@@ -155,7 +155,7 @@ impl Task {
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok(channel)
         };
-        open.await.map_err(|e: lapin::Error| QueueError::new(format!("the broker opens no channel for publishing: {}", describe(&e))))
+        answer(open).await.map_err(|why| QueueError::new(format!("the broker opens no channel for publishing: {why}")))
     }
 }
 
@@ -214,19 +214,21 @@ impl Generation {
                         blocked = false;
                         state.send_replace(true);
                     }
-                    Event::Error(e) => return Some(self.fail(&e)),
+                    Event::Error(e) => return Some(self.fail(&describe(&e))),
                     _ => {}
                 },
                 Some(confirmed) = self.confirms.next(), if !self.confirms.is_empty() => {
                     if let Err(e) = self.confirmed(confirmed) {
-                        return Some(self.fail(&e));
+                        return Some(self.fail(&describe(&e)));
                     }
                 }
                 () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => self.expire(),
                 group = inbox.recv(), if !blocked && self.groups.len() < MAX_GROUPS => {
                     let group = group?;
-                    if let Err(e) = self.publish(group).await {
-                        return Some(self.fail(&e));
+                    match timeout(CONFIRM_TIMEOUT, self.publish(group)).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(e)) => return Some(self.fail(&describe(&e))),
+                        Err(_) => return Some(self.fail("the broker takes no more bytes")),
                     }
                 }
             }
@@ -342,8 +344,8 @@ impl Generation {
         }
     }
 
-    fn fail(&mut self, e: &lapin::Error) -> QueueError {
-        let why = QueueError::new(format!("the connection to the broker was lost before it confirmed: {}", describe(e)));
+    fn fail(&mut self, why: &str) -> QueueError {
+        let why = QueueError::new(format!("the connection to the broker was lost before it confirmed: {why}"));
         for (_, p) in self.groups.drain() {
             p.reply.send(Err(why.clone())).ok();
         }

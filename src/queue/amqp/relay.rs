@@ -10,10 +10,9 @@ use lapin::{
     options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicQosOptions},
     types::FieldTable,
 };
-use tokio::time::timeout;
 
 use super::{
-    connection::{Pool, RPC_TIMEOUT, describe, pauses},
+    connection::{Pool, answer, describe, pauses},
     ladder,
     lane::ready,
     message::{self, Message},
@@ -32,11 +31,12 @@ const GROUP: usize = 250;
 /// Takes events from the source queue and republishes them by their type, until it fails.
 pub(super) async fn relay(topology: &Topology, pool: &Pool, publisher: &Publisher, queue: &str) -> Result<(), QueueError> {
     let lease = pool.lease().await?;
-    let fail = |e: lapin::Error| QueueError::new(format!("source queue `{queue}` cannot be consumed: {}", describe(&e)));
-    lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await.map_err(fail)?;
-    let consuming = lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default());
-    let mut consumer: Consumer =
-        timeout(RPC_TIMEOUT, consuming).await.map_err(|_| QueueError::new(format!("source queue `{queue}`: no answer")))?.map_err(fail)?;
+    let fail = |why: String| QueueError::new(format!("source queue `{queue}` cannot be consumed: {why}"));
+    let consume = async {
+        lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+        lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+    };
+    let mut consumer: Consumer = answer(consume).await.map_err(fail)?;
     tracing::info!(queue, "relaying events");
     loop {
         let first =
@@ -45,7 +45,7 @@ pub(super) async fn relay(topology: &Topology, pool: &Pool, publisher: &Publishe
         let mut messages = Vec::new();
         let mut next = Some(first);
         while let Some(delivery) = next {
-            let delivery = delivery.map_err(fail)?;
+            let delivery = delivery.map_err(|e| fail(describe(&e)))?;
             last = delivery.delivery_tag;
             messages.push(relayed(topology, delivery));
             next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
@@ -54,7 +54,7 @@ pub(super) async fn relay(topology: &Topology, pool: &Pool, publisher: &Publishe
         if unmatched > 0 {
             tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
         }
-        lease.channel.basic_ack(last, BasicAckOptions { multiple: true }).await.map_err(fail)?;
+        answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(fail)?;
     }
 }
 
@@ -119,7 +119,7 @@ pub(super) async fn sweep(
 ) -> Result<usize, QueueError> {
     let lease = pool.lease().await?;
     let orphans = topology.orphans();
-    let fail = |e: lapin::Error| QueueError::new(format!("queue `{orphans}` cannot be read: {}", describe(&e)));
+    let fail = |why: String| QueueError::new(format!("queue `{orphans}` cannot be read: {why}"));
     let mut moved = 0;
     // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;
     // it goes back to its place when the channel closes.
@@ -132,15 +132,15 @@ pub(super) async fn sweep(
         if stored != [Fate::Stored] {
             return Err(QueueError::new(format!("queue `{}` did not take an orphan", topology.retry(&subscriber))));
         }
-        lease.channel.basic_ack(tag, BasicAckOptions::default()).await.map_err(fail)?;
+        answer(lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(fail)?;
         moved += 1;
     }
-    lease.channel.close(200, "swept".into()).await.map_err(fail)?;
+    answer(lease.channel.close(200, "swept".into())).await.map_err(fail)?;
     Ok(moved)
 }
 
-pub(super) async fn get(channel: &Channel, queue: &str) -> lapin::Result<Option<Delivery>> {
-    Ok(channel.basic_get(queue.into(), BasicGetOptions::default()).await?.map(|m| m.delivery))
+pub(super) async fn get(channel: &Channel, queue: &str) -> Result<Option<Delivery>, String> {
+    answer(channel.basic_get(queue.into(), BasicGetOptions::default())).await.map(|got| got.map(|m| m.delivery))
 }
 
 /// Between two sweeps.

@@ -17,10 +17,9 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
 
 use super::{
-    connection::{RPC_TIMEOUT, describe},
+    connection::answer,
     message::Message,
     publisher::{Fate, Publisher},
     topology::{Broker, Topology},
@@ -127,7 +126,7 @@ async fn read(topology: &Topology, connection: &Connection, publisher: &Publishe
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     channel.close(200, "read".into()).await?;
-                    return Ok::<_, lapin::Error>(Some(bindings));
+                    return Ok(Some(bindings));
                 }
                 Ok(record) => apply(&mut bindings, record),
                 Err(e) => tracing::warn!(stream, error = %e, "a record is not understood and left alone"),
@@ -135,11 +134,10 @@ async fn read(topology: &Topology, connection: &Connection, publisher: &Publishe
         }
         Ok(None)
     };
-    match timeout(RPC_TIMEOUT, reading).await {
-        Ok(Ok(Some(bindings))) => Ok(bindings),
-        Ok(Ok(None)) => Err(fail("its consumer was cancelled".to_owned())),
-        Ok(Err(e)) => Err(fail(describe(&e))),
-        Err(_) => Err(fail(format!("its end was not reached within {} s", RPC_TIMEOUT.as_secs()))),
+    match answer(reading).await {
+        Ok(Some(bindings)) => Ok(bindings),
+        Ok(None) => Err(fail("its consumer was cancelled".to_owned())),
+        Err(why) => Err(fail(why)),
     }
 }
 
