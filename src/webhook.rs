@@ -343,7 +343,7 @@ impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let policy = self.0.clone();
         Box::pin(async move {
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await.map_err(|e| Box::new(ResolveError(e.to_string())))?;
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await.map_err(|e| ResolveError(e.to_string()))?;
             permitted(&policy, found)
         })
     }

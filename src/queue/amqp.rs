@@ -150,7 +150,7 @@ impl AmqpQueue {
                 }
                 drop(lease);
                 pauses.reset();
-                relay::relay(self.topology(), self.pool(), &publisher, queue).await
+                relay::relay(self.topology(), self.pool(), &publisher, queue, subscribers).await
             };
             if let Err(e) = run.await {
                 tracing::warn!(queue, error = %e, "the relay stopped; starting it again");

@@ -371,6 +371,10 @@ fn events_of_a_source_queue_are_relayed_by_their_type() {
         assert_eq!(invalid.data, b"not an event");
         broker.wait_depth("source", 0).await;
         daemon.wait_log("events that no subscriber's pattern matches").await;
+        // An event that somebody wants is not acked away when his queue is gone.
+        channel.queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default()).await.expect("deletes");
+        broker.publish_to("", &source, (100..200).map(event)).await;
+        receiver.wait_all(200).await;
         assert!(daemon.stop().await.success());
         channel.queue_delete(source.as_str().into(), Default::default()).await.expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");

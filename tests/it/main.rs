@@ -5,6 +5,7 @@ mod bad_input;
 mod commands;
 mod delivery;
 mod faults;
+mod hostile;
 mod layers;
 mod support;
 mod topology;

@@ -1,6 +1,6 @@
 //! Two chores beside the lanes: the relay from a source queue, and the sweep of orphans.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     clock,
+    config::Subscriber,
     event::event_type,
     queue::{DeadLetter, Kind, QueueError, Reason},
 };
@@ -29,7 +30,13 @@ const PREFETCH: u16 = 500;
 const GROUP: usize = 250;
 
 /// Takes events from the source queue and republishes them by their type, until it fails.
-pub(super) async fn relay(topology: &Topology, pool: &Pool, publisher: &Publisher, queue: &str) -> Result<(), QueueError> {
+pub(super) async fn relay(
+    topology: &Topology,
+    pool: &Pool,
+    publisher: &Publisher,
+    queue: &str,
+    subscribers: &[Arc<Subscriber>],
+) -> Result<(), QueueError> {
     let lease = pool.lease().await?;
     let fail = |why: String| QueueError::new(format!("source queue `{queue}` cannot be consumed: {why}"));
     let consume = async {
@@ -50,7 +57,7 @@ pub(super) async fn relay(topology: &Topology, pool: &Pool, publisher: &Publishe
             messages.push(relayed(topology, delivery));
             next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
         }
-        let unmatched = publish_all(publisher, messages).await?;
+        let unmatched = publish_all(publisher, messages, subscribers).await?;
         if unmatched > 0 {
             tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
         }
@@ -91,12 +98,22 @@ fn relayed(topology: &Topology, delivery: Delivery) -> Message {
 }
 
 /// Publishes until each message is stored or nobody wants it; returns how many nobody wants.
-async fn publish_all(publisher: &Publisher, mut messages: Vec<Message>) -> Result<usize, QueueError> {
+///
+/// # Errors
+/// Among others: one that a subscriber wants reached no queue, so a queue or its binding is gone.
+async fn publish_all(publisher: &Publisher, mut messages: Vec<Message>, subscribers: &[Arc<Subscriber>]) -> Result<usize, QueueError> {
     let mut unmatched = 0;
     let mut pauses = pauses();
     loop {
         let fates = publisher.publish(messages.clone()).await?;
-        unmatched += fates.iter().filter(|f| **f == Fate::Unroutable).count();
+        let unroutable = messages.iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Unroutable).map(|(m, _)| m);
+        for message in unroutable {
+            let wanting = subscribers.iter().find(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
+            if let Some(s) = wanting {
+                return Err(QueueError::new(format!("`{}` reached no queue although `{}` wants it", message.routing_key, s.name)));
+            }
+            unmatched += 1;
+        }
         let mut fates = fates.into_iter();
         messages.retain(|_| fates.next() == Some(Fate::Refused));
         let Some(refused) = messages.first() else { return Ok(unmatched) };
