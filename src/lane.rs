@@ -1,7 +1,7 @@
 //! The worker of one subscriber: take, batch, splice, sign, send, settle.
 //!
 //! A lane works in sessions. A session opens the queue, and ends when the lane drains, the circuit
-//! opens or closes, or the queue is lost; before it ends it waits for its requests in flight and
+//! opens, or the queue is lost; before it ends it waits for its requests in flight and
 //! settles what it can. What it has not settled is in the queue and comes again.
 
 use std::{
@@ -71,7 +71,7 @@ enum Done {
 #[derive(Debug)]
 enum End {
     Drained,
-    /// The circuit opened, closed or is held; what may be done now is the breaker's to say.
+    /// The circuit opened or is held; until when is the breaker's to say.
     Circuit,
     Lost(QueueError),
     Unsettled(String),
@@ -88,24 +88,20 @@ impl<Q: Queue> Lane<Q> {
         let mut pauses = Pauses::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut trouble = Trouble { subscriber: self.subscriber.name.clone(), now: false };
         loop {
-            let probe = match self.breaker.permit(clock::instant()) {
-                Permit::Flow => false,
-                Permit::Probe => true,
-                Permit::Wait(until) => {
-                    tokio::select! {
-                        () = sleep_until(until.into()) => continue,
-                        () = drained(&mut drain) => return,
-                    }
+            if let Permit::Wait(until) = self.breaker.permit(clock::instant()) {
+                tokio::select! {
+                    () = sleep_until(until.into()) => continue,
+                    () = drained(&mut drain) => return,
                 }
-            };
+            }
             let opened = tokio::select! {
-                opened = self.queue.open(&self.subscriber, self.window(probe)) => opened,
+                opened = self.queue.open(&self.subscriber, self.window()) => opened,
                 () = drained(&mut drain) => return,
             };
             let end = match opened {
                 Ok((source, settler)) => {
                     trouble.is_over();
-                    let mut session = Session::new(&mut self, settler, probe);
+                    let mut session = Session::new(&mut self, settler);
                     let end = session.run(source, &mut drain).await;
                     if session.settled {
                         pauses.reset();
@@ -132,13 +128,14 @@ impl<Q: Queue> Lane<Q> {
         }
     }
 
-    /// How much to take: for each request in flight its batch and one that fills meanwhile; for a probe one batch.
-    fn window(&self, probe: bool) -> Window {
-        let batch = self.subscriber.batch.max_events;
-        let slots = if probe { 1 } else { self.subscriber.http.concurrency };
-        let batches = if probe { 1 } else { 2 * slots };
+    /// How much to take: for each request in flight its batch and one that fills meanwhile.
+    ///
+    /// The same for a probe: a queue puts what it is given back behind all that it was given back
+    /// before, so a probe that took less would change the order of the backlog.
+    fn window(&self) -> Window {
+        let slots = self.subscriber.http.concurrency;
         let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
-        Window { events: clamp(batch * batches), envelopes: clamp(slots) }
+        Window { events: clamp(2 * slots * self.subscriber.batch.max_events), envelopes: clamp(slots) }
     }
 }
 
@@ -172,7 +169,6 @@ impl Trouble {
 struct Session<'l, Q: Queue> {
     lane: &'l mut Lane<Q>,
     settler: Q::Settler,
-    slots: usize,
     batcher: Batcher<Event>,
     envelopes: VecDeque<(Envelope, Receipt)>,
     tasks: JoinSet<Done>,
@@ -185,13 +181,11 @@ struct Session<'l, Q: Queue> {
 }
 
 impl<'l, Q: Queue> Session<'l, Q> {
-    fn new(lane: &'l mut Lane<Q>, settler: Q::Settler, probe: bool) -> Self {
-        let slots = if probe { 1 } else { lane.subscriber.http.concurrency };
+    fn new(lane: &'l mut Lane<Q>, settler: Q::Settler) -> Self {
         let batcher = Batcher::new(lane.subscriber.batch.clone(), lane.subscriber.format);
         Self {
             lane,
             settler,
-            slots,
             batcher,
             envelopes: VecDeque::new(),
             tasks: JoinSet::new(),
@@ -213,7 +207,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             }
             let open = self.end.is_none();
             let take = open && gathering.is_none();
-            let due = self.batcher.due().filter(|_| open && self.may_begin());
+            let due = if self.may_begin() { self.batcher.due() } else { None };
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
@@ -240,8 +234,13 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     /// While a settlement is not confirmed nothing new is begun: it may be the queue that fails, and
     /// then attempts would be made that have to be made again.
-    fn may_begin(&self) -> bool {
-        self.end.is_none() && self.settling == 0 && self.attempting < self.slots
+    fn may_begin(&mut self) -> bool {
+        let slots = match self.lane.breaker.permit(clock::instant()) {
+            Permit::Flow => self.lane.subscriber.http.concurrency,
+            Permit::Probe => 1,
+            Permit::Wait(_) => 0,
+        };
+        self.end.is_none() && self.settling == 0 && self.attempting < slots
     }
 
     /// Starts as many attempts as there are slots and full batches, retries first.
@@ -347,7 +346,6 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     fn attempted(&mut self, parcel: Parcel, outcome: Outcome, took: Duration) {
         let now = clock::instant();
-        let was_probe = matches!(self.lane.breaker.permit(now), Permit::Probe);
         let change = match &outcome {
             Outcome::Delivered { .. } => self.lane.breaker.on_success(),
             Outcome::Retry { retry_after, .. } => {
@@ -368,8 +366,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         if let Some(change) = change {
             self.log_change(change);
         }
-        let permit = self.lane.breaker.permit(now);
-        if matches!(permit, Permit::Wait(_)) || (was_probe && permit == Permit::Flow) {
+        if let Permit::Wait(_) = self.lane.breaker.permit(now) {
             self.end.get_or_insert(End::Circuit);
         }
     }

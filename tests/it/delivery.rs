@@ -239,6 +239,9 @@ fn purge_deletes_only_what_is_chosen_and_only_when_told() {
         let _daemon = setup.start().await;
         broker.publish(TYPE, [event(0), "not json".to_owned(), event(1)]).await;
         broker.wait_depth("sub.a.dead", 3).await;
+        let order = setup.ok(&["dead", "list", "a"]);
+        setup.ok(&["dead", "show", "a", "1"]);
+        assert_eq!(setup.ok(&["dead", "list", "a"]), order, "looking changes no order");
         let refused = setup.run(&["dead", "purge", "a"]);
         assert_eq!(refused.status.code(), Some(2), "nobody to ask");
         assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
@@ -288,7 +291,7 @@ fn while_the_circuit_is_open_the_backlog_stays_in_the_queue() {
         let daemon = setup.start().await;
         broker.publish(TYPE, (0..500).map(event)).await;
         daemon.wait_log("circuit open:").await;
-        // What the open lane held is back: all but the three batches that failed.
+        // What the open lane held is back, in its order: all but the three batches that failed.
         broker.wait_depth("sub.a", 470).await;
         assert_eq!(receiver.count(), 3);
         daemon.wait_log("circuit open again").await;

@@ -2,7 +2,7 @@
 //! hundred thousand of them need no memory.
 
 use bytes::Bytes;
-use lapin::options::BasicAckOptions;
+use lapin::options::{BasicAckOptions, BasicNackOptions};
 
 use super::{
     AmqpQueue,
@@ -19,7 +19,7 @@ use crate::{
     queue::{DeadLetter, Envelope, Kind, QueueError},
 };
 
-/// A walk through a dead queue, oldest first. What is neither replayed nor purged keeps its place.
+/// A walk through a dead queue, oldest first. What is neither replayed nor purged keeps its order.
 #[derive(Debug)]
 pub struct DeadLetters {
     queue: AmqpQueue,
@@ -124,11 +124,19 @@ impl DeadLetters {
         answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
     }
 
-    /// Gives back what was looked at, in its place.
+    /// Gives back what was looked at, in its order.
+    ///
+    /// Walks to the end first: a quorum queue puts what it is given back behind all that it was given
+    /// back before, so a part of the letters would change places with the rest. And gives back in one
+    /// answer: closing alone would shuffle them, since each `get` is a consumer of its own (both measured).
     ///
     /// # Errors
     /// The broker was lost before it answered; the letters are still there.
-    pub async fn close(self) -> Result<(), QueueError> {
+    pub async fn close(mut self) -> Result<(), QueueError> {
+        while self.next().await?.is_some() {}
+        // Tag 0 stands for all that this channel holds.
+        let all = BasicNackOptions { multiple: true, requeue: true };
+        answer(self.lease.channel.basic_nack(0, all)).await.map_err(|why| self.error(&why))?;
         answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
     }
 

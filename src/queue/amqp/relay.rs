@@ -7,7 +7,7 @@ use futures_util::StreamExt as _;
 use lapin::{
     Channel, Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions},
     types::FieldTable,
 };
 
@@ -139,7 +139,7 @@ pub(super) async fn sweep(
     let fail = |why: String| QueueError::new(format!("queue `{orphans}` cannot be read: {why}"));
     let mut moved = 0;
     // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;
-    // it goes back to its place when the channel closes.
+    // it is given back in one answer at the end, which keeps its order.
     while let Some(delivery) = get(&lease.channel, &orphans).await.map_err(fail)? {
         let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| configured.contains(*s));
         let Some(subscriber) = subscriber.map(str::to_owned) else { continue };
@@ -152,6 +152,7 @@ pub(super) async fn sweep(
         answer(lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(fail)?;
         moved += 1;
     }
+    answer(lease.channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true })).await.map_err(fail)?;
     answer(lease.channel.close(200, "swept".into())).await.map_err(fail)?;
     Ok(moved)
 }

@@ -1,0 +1,220 @@
+//! Whatever producers, other programs or a slip of the hand put into the queues.
+
+use lapin::{
+    BasicProperties, Confirmation,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    types::{AMQPValue, FieldTable},
+};
+
+use crate::support::{
+    broker::Broker,
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    receiver::{Receiver, event},
+    run,
+};
+
+fn nested(depth: usize) -> Vec<u8> {
+    format!(r#"{{"event":"deep","n":0,"x":{}{}}}"#, "[".repeat(depth - 1), "]".repeat(depth - 1)).into_bytes()
+}
+
+fn padded(bytes: usize) -> Vec<u8> {
+    format!(r#"{{"event":"large","pad":"{}"}}"#, "x".repeat(bytes)).into_bytes()
+}
+
+/// What is not an event, the reason it gets, and a part of the error.
+fn bad() -> Vec<(Vec<u8>, &'static str, &'static str)> {
+    vec![
+        (b"not json".to_vec(), "invalid_event", "is not JSON"),
+        (b"[1,2]".to_vec(), "invalid_event", "not an object"),
+        (b"{\"description\":\"x\"}".to_vec(), "invalid_event", "no field `event`"),
+        (b"{\"event\":7}".to_vec(), "invalid_event", "not a string"),
+        (b"{\"event\":\"a\",\"event\":null}".to_vec(), "invalid_event", "not a string"),
+        (b"{\"event\":\"\xff\xfe\"}".to_vec(), "invalid_event", "not UTF-8"),
+        (b"\xef\xbb\xbf{\"event\":\"a\"}".to_vec(), "invalid_event", "byte-order mark"),
+        (b"{\"event\":\"a\",\"x\":NaN}".to_vec(), "invalid_event", "is not JSON"),
+        (b"{\"event\":\"a\"}{\"event\":\"b\"}".to_vec(), "invalid_event", "is not JSON"),
+        (br#"{"event":"a type must be text \ud800"}"#.to_vec(), "invalid_event", "is not JSON"),
+        (Vec::new(), "invalid_event", "empty"),
+        (nested(129), "invalid_event", "deeper than 128"),
+        (nested(100_000), "invalid_event", "deeper than 128"),
+        (padded(10 << 20), "too_large", "batch.max_bytes"),
+        (padded(1 << 20), "too_large", "batch.max_bytes"),
+    ]
+}
+
+/// Odd, but events.
+fn odd() -> Vec<Vec<u8>> {
+    vec![
+        br#"{"event":1,"event":"the last one counts"}"#.to_vec(),
+        br#"{"n":18446744073709551615,"m":1e400,"event":"big","k":-0.0,"j":1.0}"#.to_vec(),
+        b" {\r\n\t\"z\" : \"\\u0041\\/\",\n\"event\" : \"line breaks\\n\"\n}\n".to_vec(),
+        nested(128),
+        br#"{"event":"odd","s":"a lone surrogate \ud800"}"#.to_vec(),
+        br#"{"event":""}"#.to_vec(),
+        padded((1 << 20) - 100),
+    ]
+}
+
+#[test]
+fn what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_batch_arrives_byte_for_byte() {
+    run(async {
+        let broker = Broker::shared();
+        let json = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("json", &json.url, "")));
+        let daemon = setup.start().await;
+        let (bad, odd) = (bad(), odd());
+        // Good, odd and bad ones in turns, so that they share batches.
+        let mut all: Vec<Vec<u8>> = Vec::new();
+        let mut good: Vec<Vec<u8>> = Vec::new();
+        for n in 0..bad.len() {
+            good.push(event(n as u64).into_bytes());
+            all.push(good.last().expect("just pushed").clone());
+            all.push(bad[n].0.clone());
+            if let Some(odd) = odd.get(n) {
+                good.push(odd.clone());
+                all.push(odd.clone());
+            }
+        }
+        broker.publish("x.y", &all).await;
+        let bodies = || -> Vec<Vec<u8>> { json.requests().iter().map(|r| r.body.to_vec()).collect() };
+        let expected: usize = good.iter().map(Vec::len).sum();
+        let frames = |bodies: &[Vec<u8>]| bodies.iter().map(|b| b.len() - br#"{"events":[]}"#.len()).sum::<usize>();
+        // Commas aside, every byte of the good ones arrives, in order.
+        eventually("the good ones arrive", async || frames(&bodies()) + bodies().len() == expected + good.len()).await;
+        let arrived: Vec<Vec<u8>> = bodies().iter().map(|b| b[br#"{"events":["#.len()..b.len() - 2].to_vec()).collect();
+        assert!(arrived.join(&b','.to_owned()) == good.join(&b','.to_owned()), "not the bytes that were published");
+        assert!(json.requests().iter().all(|r| r.verified()));
+
+        broker.wait_depth("sub.json.dead", u32::try_from(bad.len()).expect("few")).await;
+        let listed = setup.ok(&["dead", "list", "json", "--json"]);
+        for ((body, reason, error), line) in bad.iter().zip(listed.lines()) {
+            let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            assert_eq!((&line["kind"], &line["reason"]), (&"event".into(), &(*reason).into()), "{line}");
+            assert!(line["error"].as_str().expect("text").contains(error), "{line}");
+            assert_eq!(line["bytes"], body.len());
+        }
+        assert!(setup.ok(&["dead", "show", "json", "1"]).contains("not json"));
+        for (body, ..) in &bad {
+            let letter = broker.take("sub.json.dead").await.expect("a letter").data;
+            let shown = |b: &[u8]| String::from_utf8_lossy(&b[..b.len().min(60)]).into_owned();
+            assert!(letter == *body, "a dead letter is the exact bytes: {} is not {}", shown(&letter), shown(body));
+        }
+        broker.wait_depth("sub.json", 0).await;
+        assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
+fn json_lines_get_each_event_on_one_line_with_the_same_values() {
+    run(async {
+        let broker = Broker::shared();
+        let lines = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("lines", &lines.url, "format = \"jsonl\"")));
+        let _daemon = setup.start().await;
+        broker.publish("x.y", &odd()).await;
+        let body = || -> Vec<u8> { lines.requests().iter().flat_map(|r| r.body.to_vec()).collect() };
+        let count = |b: &[u8]| b.iter().filter(|c| **c == b'\n').count();
+        eventually("all lines", async || count(&body()) == odd().len()).await;
+        let text = String::from_utf8(body()).expect("UTF-8");
+        for (line, event) in text.lines().zip(odd()) {
+            let stripped: Vec<u8> = event.into_iter().filter(|b| !matches!(b, b'\n' | b'\r')).collect();
+            assert!(line.as_bytes() == stripped, "{line}");
+        }
+    });
+}
+
+fn headers(pairs: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in pairs {
+        table.insert(format!("x-hooktrail-{name}").as_str().into(), value.clone());
+    }
+    table
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+async fn put(broker: &Broker, exchange: &str, routing_key: &str, body: &[u8], content_type: &str, table: FieldTable) {
+    let (connection, channel) = broker.channel().await;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+    let properties = BasicProperties::default().with_delivery_mode(2).with_content_type(content_type.into()).with_headers(table);
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+    let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties).await.expect("publishes");
+    assert_eq!(sent.await.expect("confirmed"), Confirmation::Ack(None));
+    connection.close(200, "done".into()).await.expect("closes");
+}
+
+#[test]
+fn a_message_in_the_retry_queue_that_is_not_an_envelope_is_a_dead_letter_and_the_lane_goes_on() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let _daemon = setup.start().await;
+        let retry = format!("{}.sub.a.retry", broker.prefix);
+        let number = |n: i64| AMQPValue::LongLongInt(n);
+        let cases = [
+            (&b"body"[..], "application/json", headers(&[]), "no header `x-hooktrail-batch-id`"),
+            (
+                b"body",
+                "application/json",
+                headers(&[("batch-id", number(7)), ("attempts", number(1))]),
+                "`x-hooktrail-batch-id` is LongLongInt",
+            ),
+            (
+                b"body",
+                "application/json",
+                headers(&[("batch-id", text("msg_1")), ("attempts", text("one"))]),
+                "`x-hooktrail-attempts` is LongString",
+            ),
+            (b"body", "application/json", headers(&[("batch-id", text("msg_1")), ("attempts", number(-5))]), "out of range"),
+            (b"body", "text/html", headers(&[("batch-id", text("msg_1")), ("attempts", number(1))]), "content type `text/html`"),
+            (b"", "application/json", headers(&[("batch-id", text("msg_1")), ("attempts", number(1))]), "it is empty"),
+        ];
+        for (body, content_type, table, _) in &cases {
+            put(&broker, "", &retry, body, content_type, table.clone()).await;
+        }
+        broker.wait_depth("sub.a.dead", 6).await;
+        let listed = setup.ok(&["dead", "list", "a", "--json"]);
+        for line in listed.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            assert_eq!((&line["kind"], &line["reason"]), (&"batch".into(), &"invalid_event".into()), "{line}");
+        }
+        for (.., error) in &cases {
+            assert!(listed.contains(error), "{error} is not in {listed}");
+        }
+        // A sound one of another client, with a smaller integer type, after them.
+        let sound = headers(&[("batch-id", text("msg_sound")), ("attempts", AMQPValue::ShortInt(4))]);
+        put(&broker, "", &retry, b"{\"events\":[]}", "application/json", sound).await;
+        let request = receiver.wait_requests(1).await.remove(0);
+        assert_eq!((request.id(), request.attempt(), &request.body[..]), ("msg_sound", 5, &b"{\"events\":[]}"[..]));
+        assert_eq!(receiver.count(), 1);
+    });
+}
+
+#[test]
+fn an_envelope_whose_subscriber_is_gone_is_kept_and_delivered_when_it_is_there_again() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let one = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &receiver.url, "")));
+        let daemon = one.start().await;
+        let key = format!("{}1.gone", "0.".repeat(18));
+        let table =
+            headers(&[("batch-id", text("msg_orphan")), ("attempts", AMQPValue::LongLongInt(3)), ("events", AMQPValue::LongLongInt(1))]);
+        let level = format!("{}.delay.00", broker.prefix);
+        put(&broker, &level, &key, b"{\"events\":[{\"event\":\"x\"}]}", "application/json", table).await;
+        broker.wait_depth("orphans", 1).await;
+        assert!(one.ok(&["check", "--connect"]).contains("orphans: 1 messages"));
+        assert!(daemon.stop().await.success());
+        let both =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &receiver.url, "") + &subscriber("gone", &receiver.url, "")));
+        let daemon = both.start().await;
+        let request = receiver.wait_requests(1).await.remove(0);
+        assert_eq!((request.id(), request.attempt(), &request.body[..]), ("msg_orphan", 4, &b"{\"events\":[{\"event\":\"x\"}]}"[..]));
+        broker.wait_depth("orphans", 0).await;
+        daemon.wait_log("moved orphans back").await;
+    });
+}
