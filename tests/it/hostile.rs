@@ -16,10 +16,7 @@ use crate::support::{
 };
 
 /// Serves each connection with `behave`, after the request's head has come.
-async fn raw<F: Future<Output = std::io::Result<()>> + Send>(behave: fn(TcpStream) -> F) -> String
-where
-    F: 'static,
-{
+async fn raw<F: Future<Output = std::io::Result<()>> + Send + 'static>(behave: fn(TcpStream) -> F) -> String {
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/", socket.local_addr().expect("an address"));
     tokio::spawn(async move {

@@ -67,14 +67,12 @@ fn what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_bat
         // Good, odd and bad ones in turns, so that they share batches.
         let mut all: Vec<Vec<u8>> = Vec::new();
         let mut good: Vec<Vec<u8>> = Vec::new();
-        for n in 0..bad.len() {
-            good.push(event(n as u64).into_bytes());
-            all.push(good.last().expect("just pushed").clone());
-            all.push(bad[n].0.clone());
-            if let Some(odd) = odd.get(n) {
-                good.push(odd.clone());
-                all.push(odd.clone());
-            }
+        for (n, (body, ..)) in bad.iter().enumerate() {
+            let plain = event(n as u64).into_bytes();
+            all.extend([plain.clone(), body.clone()]);
+            good.push(plain);
+            all.extend(odd.get(n).cloned());
+            good.extend(odd.get(n).cloned());
         }
         broker.publish("x.y", &all).await;
         let bodies = || -> Vec<Vec<u8>> { json.requests().iter().map(|r| r.body.to_vec()).collect() };
