@@ -243,12 +243,16 @@ impl Drop for Node {
         if let Some(pid) = self.pid() {
             kill("-9", pid);
         }
-        // Its epmd serves nobody else: it listens on this node's own port.
-        let epmd = Command::new("epmd")
-            .env("ERL_EPMD_PORT", self.epmd_port.to_string())
-            .args(["-port", &self.epmd_port.to_string(), "-kill"])
-            .output();
-        drop(epmd);
+        // Its epmd serves nobody else: it listens on this node's own port. It obeys only after it has
+        // noticed that the node is gone.
+        let port = self.epmd_port.to_string();
+        for _ in 0..100 {
+            let told = Command::new("epmd").env("ERL_EPMD_PORT", &port).args(["-port", &port, "-kill"]).output();
+            match told {
+                Ok(told) if String::from_utf8_lossy(&told.stdout).contains("living nodes") => std::thread::sleep(Duration::from_millis(20)),
+                _ => break,
+            }
+        }
     }
 }
 
