@@ -110,6 +110,7 @@ impl<Q: Queue> Lane<Q> {
                 }
                 Err(e) => End::Lost(e),
             };
+            let unsettled = matches!(end, End::Unsettled(_));
             match end {
                 End::Drained => return,
                 End::Circuit => continue,
@@ -118,8 +119,10 @@ impl<Q: Queue> Lane<Q> {
             }
             let recover = async {
                 tokio::time::sleep(pauses.grow()).await;
-                // Attempts whose failure could not be written down would only be made again.
-                self.queue.writable().await;
+                if unsettled {
+                    // Attempts whose failure cannot be written down would only be made again.
+                    self.queue.writable().await;
+                }
             };
             tokio::select! {
                 () = recover => {}
