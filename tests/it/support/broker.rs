@@ -115,7 +115,10 @@ impl Broker {
 }
 
 pub(crate) async fn connect(url: &str) -> Connection {
-    Connection::connect(url, ConnectionProperties::default()).await.unwrap_or_else(|e| panic!("the broker at {url} is not there: {e}"))
+    let connecting = Connection::connect(url, ConnectionProperties::default());
+    let connected =
+        tokio::time::timeout(super::PATIENCE, connecting).await.unwrap_or_else(|_| panic!("the broker at {url} does not answer"));
+    connected.unwrap_or_else(|e| panic!("the broker at {url} is not there: {e}"))
 }
 
 impl Drop for Broker {
@@ -209,7 +212,10 @@ impl Node {
         assert!(started.success(), "rabbitmq-server -detached: {started}");
         let url = self.url();
         eventually("the private broker answers", async || {
-            Connection::connect(&url, ConnectionProperties::default()).await.is_ok() && self.pid().is_some()
+            // A node that is still booting can take a connection and say nothing; lapin would wait without end.
+            let connecting = Connection::connect(&url, ConnectionProperties::default());
+            let connected = tokio::time::timeout(Duration::from_secs(3), connecting).await;
+            matches!(connected, Ok(Ok(_))) && self.pid().is_some()
         })
         .await;
     }
