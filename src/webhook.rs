@@ -3,6 +3,7 @@
 use std::{
     error::Error as _,
     fmt,
+    io::ErrorKind,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -272,8 +273,8 @@ fn tls_error(e: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(tls) = e.downcast_ref::<rustls::Error>() {
         return Some(tls.to_string());
     }
-    let inner = e.downcast_ref::<std::io::Error>()?.get_ref()?;
-    inner.downcast_ref::<rustls::Error>().map(ToString::to_string)
+    // The connector puts the I/O error of the handshake into one of its own, and `source` passes by what is inside.
+    tls_error(e.downcast_ref::<std::io::Error>()?.get_ref()?)
 }
 
 /// Whether the connection broke, rather than what came over it being wrong.
@@ -281,7 +282,12 @@ fn is_io(e: &reqwest::Error) -> bool {
     let mut cause = e.source();
     while let Some(c) = cause {
         let text = c.to_string();
-        if c.downcast_ref::<std::io::Error>().is_some() || text.contains("connection closed") || text.contains("before message completed") {
+        let io = c.downcast_ref::<std::io::Error>();
+        // hyper reports malformed chunks as I/O errors of these kinds; no connection breaks with them.
+        if io.is_some_and(|e| matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData)) {
+            return false;
+        }
+        if io.is_some() || text.contains("connection closed") || text.contains("before message completed") {
             return true;
         }
         cause = c.source();
@@ -400,6 +406,17 @@ mod tests {
         let e = of(&["10.0.0.1", "::1"]).expect_err("none is public");
         assert!(e.downcast_ref::<Blocked>().is_some(), "{e}");
         assert!(of(&[]).expect_err("none at all").to_string().contains("no address"));
+    }
+
+    #[test]
+    fn a_tls_error_is_found_inside_of_io_errors() {
+        let tls = || rustls::Error::DecryptError;
+        let once = std::io::Error::other(tls());
+        let twice = std::io::Error::other(std::io::Error::other(tls()));
+        assert_eq!(tls_error(&once), Some(tls().to_string()));
+        assert_eq!(tls_error(&twice), Some(tls().to_string()));
+        assert_eq!(tls_error(&std::io::Error::other("something else")), None);
+        assert_eq!(tls_error(&std::io::Error::from(ErrorKind::ConnectionReset)), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The program as its users meet it: real processes, a real broker, real receivers.
 #![allow(clippy::disallowed_methods, clippy::print_stderr, reason = "tests look at the real clock and show a failed daemon's log")]
 
+mod bad_input;
 mod commands;
 mod delivery;
 mod faults;

@@ -1,0 +1,647 @@
+//! Bad input at its worst: what `input` and `hostile` leave out. There each kind of bad input has its own test;
+//! here they come in numbers, at the limits, and disguised as something sound.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use lapin::{
+    BasicProperties, Confirmation,
+    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions},
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
+
+use crate::support::{
+    broker::Broker,
+    daemon::{Daemon, QUICK, SECRET, Setup, subscriber},
+    eventually,
+    receiver::{Receiver, event, status},
+    run,
+};
+
+/// Far above what a debug build needs, far below what the inputs here would take if they were kept.
+const MOST_MIB: f64 = 150.0;
+
+/// The most memory that the daemon ever had, in MiB.
+fn peak_mib(daemon: &Daemon) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("the daemon runs");
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
+    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
+
+fn assert_bounded(daemon: &Daemon) {
+    let peak = peak_mib(daemon);
+    assert!(peak < MOST_MIB, "the daemon had {peak:.0} MiB");
+}
+
+/// The dead letters of a subscriber as `dead list --json` prints them.
+fn dead(setup: &Setup, name: &str) -> Vec<Value> {
+    setup.ok(&["dead", "list", name, "--json"]).lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+}
+
+/// Empties a queue of hooktrail's; the bodies of its messages.
+async fn take_all(broker: &Broker, rest: &str) -> Vec<Vec<u8>> {
+    let (connection, channel) = broker.channel().await;
+    let queue = format!("{}.{rest}", broker.prefix);
+    let mut bodies = Vec::new();
+    while let Some(m) = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("gets") {
+        bodies.push(m.delivery.data);
+    }
+    connection.close(200, "done".into()).await.expect("closes");
+    bodies
+}
+
+/// Publishes one message with properties of its own choice.
+async fn put(broker: &Broker, exchange: &str, routing_key: &str, body: &[u8], properties: BasicProperties) {
+    let (connection, channel) = broker.channel().await;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+    let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties.with_delivery_mode(2)).await;
+    assert_eq!(sent.expect("publishes").await.expect("confirmed"), Confirmation::Ack(None));
+    connection.close(200, "done".into()).await.expect("closes");
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+/// Headers by their names without the common beginning.
+fn headers(pairs: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in pairs {
+        table.insert(format!("x-hooktrail-{name}").as_str().into(), value.clone());
+    }
+    table
+}
+
+// ---- Configuration
+
+#[test]
+fn a_name_or_url_that_cannot_be_is_a_config_error_at_its_place_and_never_shows_its_password() {
+    let long = "x".repeat(65);
+    let name = |value: &str| (format!("name = \"{value}\"\nurl = \"https://example.com/\""), 4, "subscriber[0].name", "a-z, 0-9");
+    let url = |value: &str, part: &'static str| (format!("name = \"a\"\nurl = \"{value}\""), 5, "subscriber[0].url", part);
+    let cases = [
+        name("a.b"),
+        name("a b"),
+        name(" a"),
+        name("A"),
+        name(""),
+        name("\u{e9}"),
+        name("a#"),
+        name(&long),
+        url("https://127.0.0.1/", "loopback"),
+        // The same address in the spellings that a URL allows.
+        url("https://2130706433/", "loopback"),
+        url("https://0x7f.1/", "loopback"),
+        url("https://[::1]/", "loopback"),
+        url("https://[::ffff:127.0.0.1]/", "loopback"),
+        url("https://10.1.2.3/", "private"),
+        url("https://someone:hunter2@192.168.1.1/hunter2", "private"),
+        url("https://169.254.169.254/latest/meta-data", "link-local"),
+        url("https://[64:ff9b::a00:1]/", "private"),
+        url("http://example.com/", "allow_http"),
+        url("http://someone:hunter2@example.com/hunter2", "allow_http"),
+        url("ftp://someone:hunter2@example.com/hunter2", "http"),
+        url("example.com/hook", "URL"),
+        url("", "URL"),
+    ];
+    for (lines, line, key, part) in cases {
+        let setup =
+            Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:1\"\n[[subscriber]]\n{lines}\nsecrets = [\"{SECRET}\"]\n"));
+        for command in ["check", "run"] {
+            let output = setup.run(&[command]);
+            let told = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{command} with {lines}: {told}");
+            let column = if key.ends_with("name") { 8 } else { 7 };
+            let place = format!("hooktrail.toml:{line}:{column}: {key}: ");
+            let problem = told.lines().find(|l| l.contains(&place)).unwrap_or_else(|| panic!("no {place} in {told}"));
+            assert!(problem.contains(part), "no `{part}` in {problem}");
+            assert!(told.contains("1 problem in"), "{told}");
+            for secret in ["hunter2", "someone", SECRET] {
+                assert!(!told.contains(secret), "{told}");
+            }
+        }
+    }
+}
+
+// ---- Events
+
+#[test]
+fn bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_its_size() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        let bad = |n: u64| -> Vec<u8> {
+            match n % 5 {
+                0 => format!("{{\"no\":\"type\",\"n\":{n}}}").into_bytes(),
+                1 => format!("\u{feff}{}", event(n)).into_bytes(),
+                2 => [event(n).as_bytes(), b"\xff"].concat(),
+                3 => format!("{{\"event\":\"a\",\"n\":{n},\"x\":{}", "[".repeat(20_000)).into_bytes(),
+                _ => event(n).replacen(":783", ":NaN", 1).into_bytes(),
+            }
+        };
+        let all = (0..2000).flat_map(|n| [bad(n), event(n).into_bytes()]);
+        broker.publish("a.b", all).await;
+        receiver.wait_all(2000).await;
+        broker.wait_depth("sub.a.dead", 2000).await;
+        broker.wait_depth("sub.a", 0).await;
+        assert_eq!(receiver.accepted(), (0..2000).collect::<Vec<_>>(), "each good one once, in order");
+        assert_bounded(&daemon);
+        assert!(daemon.stop().await.success());
+        // Groups of dead letters are stored side by side, so only their number and bytes are fixed, not their order.
+        assert!(dead(&setup, "a").iter().all(|l| l["reason"] == "invalid_event"));
+        let mut expected: Vec<Vec<u8>> = (0..2000).map(bad).collect();
+        let mut found = take_all(&broker, "sub.a.dead").await;
+        expected.sort_unstable();
+        found.sort_unstable();
+        assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
+    });
+}
+
+#[test]
+fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        let huge = format!(r#"{{"event":"a","pad":"{}"}}"#, "x".repeat(10 << 20)).into_bytes();
+        let bad: Vec<(Vec<u8>, &str)> = vec![
+            (b"{\"event\":\"\xff\xfe\"}".to_vec(), "invalid_event"),
+            (b"".to_vec(), "invalid_event"),
+            (b"\0\0\0".to_vec(), "invalid_event"),
+            (b"\x1b[2J\r\n\x07".to_vec(), "invalid_event"),
+            ("\u{feff}{\"event\":\"a\"}".as_bytes().to_vec(), "invalid_event"),
+            (format!(r#"{{"event":"a","x":{}{}}}"#, "[".repeat(99_999), "]".repeat(99_999)).into_bytes(), "invalid_event"),
+            (huge.clone(), "too_large"),
+            (huge.clone(), "too_large"),
+            (huge, "too_large"),
+            (b"{\"event\":18446744073709551615,\"m\":1e400}".to_vec(), "invalid_event"),
+        ];
+        broker.publish("a.b", bad.iter().map(|(body, _)| body.clone()).chain([event(0).into_bytes()])).await;
+        receiver.wait_all(1).await;
+        broker.wait_depth("sub.a.dead", 10).await;
+        assert_bounded(&daemon);
+        let letters = dead(&setup, "a");
+        assert_eq!(letters.len(), bad.len());
+        let mut found: Vec<(String, String)> = Vec::new();
+        for (n, letter) in (1..).zip(&letters) {
+            let number = n.to_string();
+            let shown: Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", &number, "--json"])).expect("JSON");
+            for key in ["number", "reason", "error", "kind", "bytes"] {
+                assert_eq!(shown[key], letter[key], "`show` and `list` mean the same letter by {n}");
+            }
+            assert_eq!(shown["kind"], "event");
+            let word = |key: &str| shown[key].as_str().expect("text").to_owned();
+            assert!(setup.ok(&["dead", "show", "a", &number]).contains(&word("reason")));
+            found.push((word("body"), word("reason")));
+        }
+        let mut expected: Vec<(String, String)> =
+            bad.iter().map(|(body, reason)| (String::from_utf8_lossy(body).into_owned(), (*reason).to_owned())).collect();
+        found.sort_unstable();
+        expected.sort_unstable();
+        assert!(found == expected, "not the bodies that were published");
+        assert_eq!(setup.ok(&["dead", "list", "a"]).lines().count(), 1 + bad.len(), "one line a letter: an error has no line break");
+        assert_eq!(dead(&setup, "a"), letters, "looking changes nothing");
+    });
+}
+
+#[test]
+fn an_event_may_carry_any_properties_and_they_change_nothing() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let _daemon = setup.start().await;
+        let plain = BasicProperties::default;
+        // Headers with which an envelope or a dead letter would be taken for what it is not.
+        let disguised = headers(&[
+            ("kind", text("batch")),
+            ("batch-id", text("msg_disguised")),
+            ("attempts", AMQPValue::LongLongInt(15)),
+            ("reason", AMQPValue::Boolean(true)),
+        ]);
+        let mut death = FieldTable::default();
+        death.insert("x-death".into(), text("not an array"));
+        let long = "i".repeat(255);
+        let properties = [
+            plain(),
+            plain().with_content_type("text/plain".into()).with_content_encoding("gzip".into()),
+            plain().with_message_id(long.as_str().into()).with_priority(255).with_timestamp(u64::MAX),
+            plain().with_headers(disguised),
+            plain().with_headers(death),
+            plain().with_type("x".into()).with_reply_to("nobody".into()).with_correlation_id("x".into()),
+        ];
+        for (n, p) in (0..).zip(&properties) {
+            put(&broker, &broker.exchange, "a.b", event(n).as_bytes(), p.clone()).await;
+        }
+        receiver.wait_all(6).await;
+        assert_eq!(receiver.accepted(), (0..6).collect::<Vec<_>>());
+        assert!(receiver.requests().iter().all(|r| r.attempt() == 1 && r.id() != "msg_disguised"));
+        // And of a bad one the dead letter is an event's, with its id and type.
+        for p in &properties {
+            put(&broker, &broker.exchange, "a.b", b"bad", p.clone()).await;
+        }
+        broker.wait_depth("sub.a.dead", 6).await;
+        for (letter, p) in dead(&setup, "a").iter().zip(&properties) {
+            assert_eq!((&letter["kind"], &letter["reason"], &letter["attempts"]), (&"event".into(), &"invalid_event".into(), &0.into()));
+            assert_eq!(letter["id"].as_str(), p.message_id().as_ref().map(|id| id.as_str()));
+            assert_eq!(letter["content_type"].as_str(), Some(p.content_type().as_ref().map_or("application/json", |t| t.as_str())));
+        }
+    });
+}
+
+// ---- Envelopes
+
+#[test]
+fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_names_the_header() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { initial_interval = \"1h\" }")));
+        let daemon = setup.start().await;
+        let retry = format!("{}.sub.a.retry", broker.prefix);
+        let number = AMQPValue::LongLongInt;
+        let with = |id: &str, more: &[(&str, AMQPValue)]| {
+            let mut pairs = vec![("batch-id", text(id)), ("attempts", number(1))];
+            pairs.retain(|(name, _)| !more.iter().any(|(m, _)| m == name));
+            pairs.extend_from_slice(more);
+            headers(&pairs)
+        };
+        let json = || BasicProperties::default().with_content_type("application/json".into());
+        let beyond = [
+            (with("msg\r\nx-injected: 1", &[]), "x-hooktrail-batch-id"),
+            (with(&"m".repeat(256), &[]), "x-hooktrail-batch-id"),
+            (with("", &[]), "x-hooktrail-batch-id"),
+            (with("m", &[("batch-id", AMQPValue::LongString(b"\xff\xfe".to_vec().into()))]), "x-hooktrail-batch-id"),
+            (with("m", &[("batch-id", AMQPValue::FieldTable(FieldTable::default()))]), "x-hooktrail-batch-id"),
+            (with("m", &[("attempts", AMQPValue::Void)]), "x-hooktrail-attempts"),
+            (with("m", &[("attempts", number(1 << 32))]), "x-hooktrail-attempts"),
+            (with("m", &[("attempts", AMQPValue::Float(1.0))]), "x-hooktrail-attempts"),
+            (with("m", &[("events", text("three"))]), "x-hooktrail-events"),
+            (with("m", &[("events", number(-1))]), "x-hooktrail-events"),
+            (with("m", &[("first-attempt-at", AMQPValue::Timestamp(5))]), "x-hooktrail-first-attempt-at"),
+            (with("m", &[("first-attempt-at", text("9999999-01-01T00:00:00Z"))]), "x-hooktrail-first-attempt-at"),
+        ];
+        let body = br#"{"events":[{"event":"x","n":1}]}"#;
+        for (table, _) in &beyond {
+            put(&broker, "", &retry, body, json().with_headers(table.clone())).await;
+        }
+        put(&broker, "", &retry, body, BasicProperties::default().with_headers(with("m", &[]))).await;
+        broker.wait_depth("sub.a.dead", beyond.len() as u32 + 1).await;
+        assert_eq!(receiver.count(), 0, "none of them was sent");
+        let names = beyond.iter().map(|(_, name)| *name).chain(["content type"]);
+        for (letter, name) in dead(&setup, "a").iter().zip(names) {
+            assert_eq!((&letter["kind"], &letter["reason"]), (&"batch".into(), &"invalid_event".into()), "{letter}");
+            assert!(letter["error"].as_str().expect("text").contains(name), "no {name} in {letter}");
+            assert_eq!(letter["bytes"], body.len());
+        }
+
+        // At the limits each is sent once; what follows is the schedule's to say.
+        for (id, more) in [
+            ("msg_most", ("attempts", AMQPValue::LongUInt(u32::MAX))),
+            ("msg_old", ("first-attempt-at", text("1970-01-01T00:00:00Z"))),
+            ("msg_future", ("first-attempt-at", text("9999-12-31T23:59:59Z"))),
+        ] {
+            put(&broker, "", &retry, body, json().with_headers(with(id, &[more]))).await;
+        }
+        let mut sent: Vec<String> = receiver.wait_requests(3).await.iter().map(|r| r.id().to_owned()).collect();
+        sent.sort_unstable();
+        assert_eq!(sent, ["msg_future", "msg_most", "msg_old"]);
+        broker.wait_depth("sub.a.dead", beyond.len() as u32 + 3).await;
+        let exhausted: Vec<Value> = dead(&setup, "a").into_iter().filter(|l| l["reason"] == "exhausted").collect();
+        assert_eq!((&exhausted[0]["id"], &exhausted[1]["id"], exhausted.len()), (&"msg_most".into(), &"msg_old".into(), 2));
+        eventually("the third waits on the ladder", async || broker.depth("delay.11").await == Some(1)).await;
+
+        // A replay of what was no envelope makes one of it, under an id of its own.
+        receiver.now(|_, _| status(200));
+        setup.ok(&["dead", "replay", "a", "--reason", "invalid_event"]);
+        let requests = receiver.wait_requests(3 + beyond.len() + 1).await;
+        assert!(requests[3..].iter().all(|r| r.body[..] == body[..] && r.attempt() == 1 && r.id().starts_with("msg_")));
+        broker.wait_depth("sub.a.retry", 0).await;
+        assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
+fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let one = QUICK.to_owned() + &subscriber("one", &receiver.url, "");
+        let setup = Setup::new(&broker, &one);
+        let daemon = setup.start().await;
+        let first = format!("{}.delay.00", broker.prefix);
+        let to = |name: &str| format!("{}1.{name}", "0.".repeat(18));
+        let sound = |id: &str| {
+            let table = headers(&[("batch-id", text(id)), ("attempts", AMQPValue::LongLongInt(2))]);
+            BasicProperties::default().with_content_type("application/json".into()).with_headers(table)
+        };
+        let body = br#"{"events":[{"event":"x","n":7}]}"#;
+        put(&broker, &first, &to("gone"), body, sound("msg_1")).await;
+        put(&broker, &first, &to("gone"), b"junk", BasicProperties::default()).await;
+        put(&broker, &first, &to("never-there"), body, sound("msg_2")).await;
+        put(&broker, "", &format!("{}.orphans", broker.prefix), b"by hand", BasicProperties::default()).await;
+        broker.wait_depth("orphans", 4).await;
+        // A new daemon sweeps at its start; it takes none of them.
+        assert!(daemon.stop().await.success());
+        let daemon = setup.start().await;
+        eventually("swept and given back", async || setup.ok(&["check", "--connect"]).contains("orphans: 4 messages")).await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        assert!(daemon.stop().await.success());
+        broker.wait_depth("orphans", 4).await;
+
+        let both = Setup::new(&broker, &(one + &subscriber("gone", &receiver.url, "events = [\"nothing\"]")));
+        let daemon = both.start().await;
+        let request = receiver.wait_requests(2).await[1].clone();
+        assert_eq!((request.id(), request.attempt(), &request.body[..]), ("msg_1", 3, &body[..]));
+        broker.wait_depth("sub.gone.dead", 1).await;
+        let letter = &dead(&both, "gone")[0];
+        assert_eq!((&letter["kind"], &letter["reason"], &letter["bytes"]), (&"batch".into(), &"invalid_event".into(), &4.into()));
+        broker.wait_depth("orphans", 2).await;
+        assert!(daemon.stop().await.success());
+        broker.wait_depth("orphans", 2).await;
+        assert_eq!(receiver.count(), 2, "the others went nowhere");
+    });
+}
+
+// ---- Receivers
+
+type Behaviour = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
+
+/// A receiver that speaks no HTTP but what its behaviour writes. Counts its connections.
+struct Raw {
+    address: String,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Raw {
+    async fn start(behave: impl Fn(TcpStream) -> Behaviour + Send + 'static) -> Self {
+        let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = socket.local_addr().expect("an address").to_string();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let count = connections.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = socket.accept().await {
+                count.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(behave(stream));
+            }
+        });
+        Self { address, connections }
+    }
+}
+
+/// Reads one request and forgets it.
+async fn read_request(stream: &mut TcpStream) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    let head = String::from_utf8_lossy(&head).to_lowercase();
+    let length = head.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|n| n.parse().ok()).expect("a length");
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.map(drop)
+}
+
+/// Answers every request of a connection with the same bytes.
+fn always(answer: &'static [u8]) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+    move |mut stream| {
+        Box::pin(async move {
+            loop {
+                read_request(&mut stream).await?;
+                stream.write_all(answer).await?;
+            }
+        })
+    }
+}
+
+/// Answers a request with `begin` and then `block` without end, as fast as it is read.
+fn flood(begin: &'static [u8], block: Vec<u8>) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+    move |mut stream| {
+        let block = block.clone();
+        Box::pin(async move {
+            read_request(&mut stream).await?;
+            stream.write_all(begin).await?;
+            loop {
+                stream.write_all(&block).await?;
+            }
+        })
+    }
+}
+
+/// Answers whatever comes in plain HTTP, a TLS handshake too.
+fn plain(mut stream: TcpStream) -> Behaviour {
+    Box::pin(async move {
+        stream.read_u8().await?;
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await?;
+        std::future::pending().await
+    })
+}
+
+/// Accepts, reads the first byte and no more.
+fn deaf(mut stream: TcpStream) -> Behaviour {
+    Box::pin(async move {
+        stream.read_u8().await?;
+        std::future::pending().await
+    })
+}
+
+#[test]
+fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon() {
+    run(async {
+        let broker = Broker::shared();
+        let good = Receiver::accepting().await;
+        // Chunks of 64 KiB without end: more than a gibibyte if it were read.
+        let chunks = [&b"10000\r\n"[..], &[b'x'; 0x1_0000], b"\r\n"].concat();
+        let cases = [
+            // (name, receiver, outcome, a part of its attempt's line)
+            (
+                "ok-endless",
+                Raw::start(flood(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", chunks.clone())).await,
+                "delivered",
+                "status=200",
+            ),
+            (
+                "endless",
+                Raw::start(flood(b"HTTP/1.1 500 x\r\ntransfer-encoding: chunked\r\n\r\n", chunks)).await,
+                "retry",
+                "failure=\"status\"",
+            ),
+            ("continues", Raw::start(flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000))).await, "retry", "failure=\"timeout\""),
+            ("line", Raw::start(flood(b"HTTP/1.1 200 ", vec![b'x'; 1 << 16])).await, "retry", "failure=\"bad_answer\""),
+            ("header", Raw::start(flood(b"HTTP/1.1 200 OK\r\nx: ", vec![b'x'; 1 << 16])).await, "retry", "failure=\"bad_answer\""),
+            (
+                "lengths",
+                Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx")).await,
+                "retry",
+                "failure=\"bad_answer\"",
+            ),
+            ("negative", Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
+            (
+                "chunk",
+                Raw::start(always(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n")).await,
+                "retry",
+                "failure=\"bad_answer\"",
+            ),
+            (
+                "chunk-size",
+                Raw::start(always(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n")).await,
+                "retry",
+                "failure=\"bad_answer\"",
+            ),
+            ("version", Raw::start(always(b"HTTP/7.0 200 OK\r\ncontent-length: 0\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
+            ("zero", Raw::start(always(b"HTTP/1.1 000 x\r\ncontent-length: 0\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
+            ("nines", Raw::start(always(b"HTTP/1.1 999 x\r\ncontent-length: 0\r\n\r\n")).await, "retry", "status=999"),
+            ("upgrade", Raw::start(always(b"HTTP/1.1 101 x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")).await, "retry", "status=101"),
+            ("zeros", Raw::start(always(&[0; 4096])).await, "retry", "failure=\"bad_answer\""),
+            ("tls", Raw::start(plain).await, "retry", "failure=\"tls\""),
+            ("deaf", Raw::start(deaf).await, "retry", "failure=\"timeout\""),
+        ];
+        let mut text = QUICK.to_owned() + &subscriber("good", &good.url, "");
+        for (name, raw, ..) in &cases {
+            let scheme = if *name == "tls" { "https" } else { "http" };
+            let more = "batch = { max_bytes = \"12MiB\" }\nhttp = { timeout = \"3s\" }\nretry = { initial_interval = \"1h\" }";
+            text += &subscriber(name, &format!("{scheme}://{}/", raw.address), more);
+        }
+        let setup = Setup::new(&broker, &text);
+        let daemon = setup.start().await;
+        // Large enough that the kernel's buffers do not swallow a request that nobody reads.
+        let large = format!(r#"{{"event":"a.b","n":0,"pad":"{}"}}"#, "x".repeat(1 << 19));
+        let start = Instant::now();
+        broker.publish("a.b", [large.clone()]).await;
+        good.wait_all(1).await;
+        assert!(start.elapsed() < Duration::from_secs(3), "the good one waited {:?}", start.elapsed());
+        let attempt = |name: &str| {
+            let subscriber = format!("attempt subscriber=\"{name}\"");
+            daemon.log().lines().find(|l| l.contains(&subscriber)).map(str::to_owned)
+        };
+        for (name, _, outcome, part) in &cases {
+            eventually(&format!("{name} is attempted"), async || attempt(name).is_some()).await;
+            let line = attempt(name).expect("just seen");
+            assert!(line.contains(&format!("outcome=\"{outcome}\"")) && line.contains(part), "{name}: not {outcome} with {part}: {line}");
+            assert!(line.len() < 2048, "{name}: {} bytes of log", line.len());
+        }
+        assert!(start.elapsed() < Duration::from_secs(15), "the attempts took {:?}", start.elapsed());
+        // Meanwhile and afterwards the good one is served at once.
+        let start = Instant::now();
+        broker.publish("a.b", [event(1)]).await;
+        good.wait_all(2).await;
+        assert!(start.elapsed() < Duration::from_secs(3), "the good one waited {:?}", start.elapsed());
+        assert_bounded(&daemon);
+        // Nothing is lost: of each batch that failed, the first one's envelope waits on the ladder (for an hour and more).
+        let failed = cases.iter().filter(|(_, _, outcome, _)| *outcome == "retry").count() as u32;
+        eventually("the envelopes are on the ladder", async || broker.depth("delay.11").await >= Some(failed)).await;
+    });
+}
+
+#[test]
+fn an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request() {
+    run(async {
+        let broker = Broker::shared();
+        // Each answer brings a second one with it: taken for the answer to the next attempt, it would lose the batch.
+        let two = b"HTTP/1.1 500 x\r\ncontent-length: 0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+        let raw = Raw::start(always(two)).await;
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned() + &subscriber("a", &format!("http://{}/", raw.address), "retry = { max_attempts = 3 }")),
+        );
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        broker.wait_depth("sub.a.dead", 1).await;
+        assert!(!daemon.log().contains("outcome=\"delivered\""), "{}", daemon.log());
+        assert_eq!((&dead(&setup, "a")[0]["attempts"], &dead(&setup, "a")[0]["status"]), (&3.into(), &500.into()));
+    });
+}
+
+#[test]
+fn the_text_of_an_answer_makes_no_line_of_its_own_in_the_log() {
+    run(async {
+        let broker = Broker::shared();
+        let answer = "\r\n2026-01-01T00:00:00Z ERROR forged\n\u{1b}[31m\0\u{85}forged";
+        let receiver = Receiver::start(move |_, _| status(500).body(answer)).await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        broker.wait_depth("sub.a.dead", 1).await;
+        let log = daemon.log();
+        let line = log.lines().find(|l| l.contains("forged")).expect("the text is in the log");
+        assert!(line.contains("attempt subscriber=\"a\"") && line.matches("forged").count() == 2, "{log}");
+        assert!(!log.contains(['\u{1b}', '\0', '\u{85}']), "{log}");
+        let error = dead(&setup, "a")[0]["error"].as_str().expect("text").to_owned();
+        assert!(error.contains("forged") && !error.contains(char::is_control), "{error}");
+    });
+}
+
+#[test]
+fn a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits() {
+    run(async {
+        let broker = Broker::shared();
+        let good = Receiver::accepting().await;
+        let raw = Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).await;
+        let url = format!("http://{}/", raw.address.replace("127.0.0.1", "localhost"));
+        let more = "http = { allow_private_addresses = false }\nretry = { initial_interval = \"1h\" }";
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &url, more) + &subscriber("good", &good.url, "")));
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        good.wait_all(1).await;
+        daemon.wait_log("outcome=\"retry\" failure=\"address_blocked\"").await;
+        broker.wait_depth("delay.11", 1).await;
+        broker.wait_depth("sub.a", 0).await;
+        assert_eq!(raw.connections.load(Ordering::SeqCst), 0, "not even a connection");
+    });
+}
+
+#[test]
+fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it() {
+    run(async {
+        let broker = Broker::shared();
+        let accepting = Receiver::accepting().await;
+        let nonsense = Raw::start(always(b"nonsense\r\n\r\n")).await;
+        let userinfo = "some%40one:hunter%3A2%20x";
+        let refused = crate::support::free_port();
+        let hosts = [
+            ("sent", accepting.url.trim_start_matches("http://").to_owned()),
+            ("nonsense", format!("{}/token", nonsense.address)),
+            ("refused", format!("127.0.0.1:{refused}/token")),
+            ("unknown", "no-such-host.invalid/token".to_owned()),
+            ("blocked", format!("localhost:{refused}/token")),
+        ];
+        let mut text = format!("[log]\nlevel = \"trace\"\n{QUICK}");
+        for (name, host) in &hosts {
+            let more = format!("retry = {{ max_attempts = 1 }}\nhttp = {{ allow_private_addresses = {} }}", *name != "blocked");
+            text += &subscriber(name, &format!("http://{userinfo}@{host}"), &more);
+        }
+        let setup = Setup::new(&broker, &text);
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        let request = accepting.wait_requests(1).await.remove(0);
+        // The base64 of `some@one:hunter:2 x`.
+        assert_eq!(request.header("authorization"), "Basic c29tZUBvbmU6aHVudGVyOjIgeA==");
+        let mut shown = setup.ok(&["check"]) + &setup.ok(&["check", "--connect"]);
+        for (name, _) in &hosts[1..] {
+            broker.wait_depth(&format!("sub.{name}.dead"), 1).await;
+            shown += &setup.ok(&["dead", "list", name, "--json"]);
+            shown += &setup.ok(&["dead", "show", name, "1"]);
+        }
+        shown += &daemon.log();
+        for secret in ["some@one", "some%40one", "hunter", "c29tZUBvbmU6", "token"] {
+            assert!(!shown.contains(secret), "`{secret}` is in {shown}");
+        }
+        assert!(daemon.stop().await.success());
+    });
+}
