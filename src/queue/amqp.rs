@@ -3,6 +3,7 @@
 //! - `topology`: names, declarations, conflicts
 //! - `ladder`: how any delay is made of 19 queues
 //! - `message`: events, envelopes and dead letters as messages
+//! - `wire`: what no message may do to a connection
 //! - `connection`: connecting without end, channels shared among connections
 //! - `publisher`: confirmed publishing from one task
 //! - `lane`: source and settler of a subscriber
@@ -19,6 +20,7 @@ mod publisher;
 mod relay;
 mod state;
 mod topology;
+mod wire;
 
 use std::{
     collections::HashSet,

@@ -6,6 +6,7 @@ mod commands;
 mod delivery;
 mod faults;
 mod hostile;
+mod hostile_messages;
 mod input;
 mod layers;
 mod support;

@@ -11,6 +11,7 @@ use std::{
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
 use tokio::{sync::Mutex, time::timeout};
 
+use super::wire;
 use crate::{queue::QueueError, retry::Pauses, secret::SecretUrl};
 
 /// For the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its own here.
@@ -33,7 +34,7 @@ pub(super) async fn connect(url: &SecretUrl, role: &str) -> Result<Connection, Q
     let vhost = uri.vhost.clone();
     let name = format!("hooktrail {} {role}", env!("CARGO_PKG_VERSION"));
     let properties = ConnectionProperties::default().with_connection_name(name.as_str().into());
-    match timeout(CONNECT_TIMEOUT, Connection::connect_uri(uri, properties)).await {
+    match timeout(CONNECT_TIMEOUT, wire::connect(uri, properties)).await {
         Err(_) => Err(fail(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(e)) => Err(fail(explain(&e, &vhost))),

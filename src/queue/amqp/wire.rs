@@ -1,0 +1,503 @@
+//! Between the socket and lapin: makes of every message one that lapin can take.
+//!
+//! AMQP lets a producer put any bytes into a short string (a message id, a header's name) and nest
+//! tables as deep as a frame holds. lapin reads short strings as UTF-8 and gives up the whole connection
+//! over one that is not; it reads tables by recursion, and about two thousand levels end the process.
+//! Either message would come again, and end the next connection too, for every subscriber on it.
+//!
+//! Nothing of hooktrail's own depends on what is changed here: bodies are never touched.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
+use futures_util::{
+    Stream,
+    io::{AsyncRead, AsyncWrite},
+};
+use lapin::{
+    AsyncTcpStream, Connection, ConnectionProperties,
+    tcp::{AMQPUriTcpExt as _, TLSConfig},
+    uri::AMQPUri,
+};
+
+/// Deeper tables and arrays are shown to lapin as byte arrays.
+const MAX_DEPTH: u32 = 32;
+
+/// lapin refuses longer frames than it has agreed on, 128 KiB; these are not looked into.
+const MAX_FRAME: usize = 1 << 20;
+
+/// Bytes asked of the socket at once.
+const READ: usize = 64 * 1024;
+
+/// Connects as lapin does by itself, with the filter in between.
+pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+    let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Filtering(Tokio::current())));
+    let connect = async |uri: AMQPUri, _: Runtime<_>| {
+        let stream = uri.connect_with_config_async(TLSConfig::default(), &Runtime::tokio_current()).await?;
+        Ok(AsyncTcpStream::Plain(Filtered::new(stream)))
+    };
+    Connection::connector(uri, runtime, connect, properties).await
+}
+
+type Socket = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+
+/// tokio's reactor, but for the type of its streams, which is the only way to hand lapin another one.
+#[derive(Debug, Clone)]
+struct Filtering(Tokio);
+
+impl Reactor for Filtering {
+    type TcpStream = Filtered<Socket>;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    fn register<H: io::Read + io::Write + Send + 'static>(&self, _: H) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Filtered<Socket>, _>(io::ErrorKind::Unsupported.into()) // lapin brings no sockets of its own
+    }
+
+    fn sleep(&self, dur: Duration) -> Self::Sleep {
+        self.0.sleep(dur)
+    }
+
+    fn interval(&self, dur: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(dur)
+    }
+
+    fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(addr);
+        async { Ok(Filtered::new(AsyncTcpStream::Plain(connecting.await?))) }
+    }
+}
+
+/// A stream whose incoming frames are made harmless. It holds back at most one frame.
+struct Filtered<S> {
+    inner: S,
+    filter: Filter,
+    ended: bool,
+}
+
+impl<S> Filtered<S> {
+    fn new(inner: S) -> Self {
+        Self { inner, filter: Filter::default(), ended: false }
+    }
+}
+
+impl<S> fmt::Debug for Filtered<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Filtered").finish_non_exhaustive()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Filtered<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        loop {
+            let n = this.filter.give(out);
+            if n > 0 || this.ended || out.is_empty() {
+                return Poll::Ready(Ok(n));
+            }
+            let room = this.filter.room();
+            match Pin::new(&mut this.inner).poll_read(cx, room) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                Poll::Ready(Ok(0)) => {
+                    this.ended = true;
+                    this.filter.end();
+                }
+                Poll::Ready(Ok(n)) => this.filter.filled(n),
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Filtered<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_close(cx)
+    }
+}
+
+/// Incoming bytes: given away up to `given`, looked through up to `clean`, there up to `there`.
+#[derive(Default)]
+struct Filter {
+    bytes: Vec<u8>,
+    given: usize,
+    clean: usize,
+    there: usize,
+    /// Bytes to come that need no look: the rest of a body.
+    skip: usize,
+}
+
+/// Of a frame: its type, channel and length before the payload, and the end mark behind it.
+const FRAME_HEADER: usize = 7;
+const FRAME_END: usize = 1;
+
+impl Filter {
+    /// Hands out what has been looked through.
+    fn give(&mut self, out: &mut [u8]) -> usize {
+        let n = out.len().min(self.clean - self.given);
+        out[..n].copy_from_slice(&self.bytes[self.given..self.given + n]);
+        self.given += n;
+        n
+    }
+
+    /// Where the next bytes go; only when everything clean was given away.
+    fn room(&mut self) -> &mut [u8] {
+        self.bytes.copy_within(self.clean..self.there, 0);
+        self.there -= self.clean;
+        (self.given, self.clean) = (0, 0);
+        if self.bytes.len() < self.there + READ {
+            self.bytes.resize(self.there + READ, 0);
+        }
+        &mut self.bytes[self.there..]
+    }
+
+    fn filled(&mut self, n: usize) {
+        self.there += n;
+        loop {
+            let skipped = self.skip.min(self.there - self.clean);
+            self.skip -= skipped;
+            self.clean += skipped;
+            let rest = &mut self.bytes[self.clean..self.there];
+            let [kind, _, _, a, b, c, d, ..] = *rest else { return };
+            let payload = u32::from_be_bytes([a, b, c, d]) as usize;
+            let frame = payload + FRAME_HEADER + FRAME_END;
+            let look: fn(&mut [u8]) = match kind {
+                1 => method,
+                2 => content_header,
+                3 | 8 => |_| {}, // body, heartbeat
+                _ => {
+                    // Not AMQP 0-9-1 after all: for lapin to say.
+                    self.skip = usize::MAX;
+                    continue;
+                }
+            };
+            if matches!(kind, 3 | 8) || frame > MAX_FRAME {
+                self.skip = frame;
+                continue;
+            }
+            let Some(payload) = rest.get_mut(FRAME_HEADER..FRAME_HEADER + payload) else { return };
+            if self.there - self.clean < frame {
+                return;
+            }
+            look(payload);
+            self.clean += frame;
+        }
+    }
+
+    /// Nothing more comes: what is held back is a broken frame, and lapin may have it.
+    fn end(&mut self) {
+        self.clean = self.there;
+    }
+}
+
+/// The methods that carry a short string of somebody else's: a name or key of a producer's, or a
+/// text of the broker's, which cuts it at 255 bytes and not at a character.
+fn method(payload: &mut [u8]) {
+    let mut at = Cursor(payload);
+    let (Some(class), Some(method)) = (at.u16(), at.u16()) else { return };
+    let (fixed, strings) = match (class, method) {
+        (10, 50) | (20, 40) => (2, 1), // close of the connection, of a channel: code; text
+        (10, 60) => (0, 1),            // blocked: reason
+        (60, 50) => (2, 3),            // return: code; text, exchange, key
+        (60, 60) => {
+            // deliver: the consumer's tag; number, redelivered; exchange, key
+            at.short_string();
+            (9, 2)
+        }
+        (60, 71) => (9, 2), // get-ok: number, redelivered; exchange, key
+        _ => return,
+    };
+    at.take(fixed);
+    for _ in 0..strings {
+        at.short_string();
+    }
+}
+
+fn content_header(payload: &mut [u8]) {
+    let mut at = Cursor(payload);
+    at.take(12); // class, weight, body size
+    let Some(flags) = at.u16() else { return };
+    // In the order of the flags, from the highest bit.
+    for (n, property) in "sstbbsssslssss".chars().enumerate() {
+        if flags & (1 << (15 - n)) == 0 {
+            continue;
+        }
+        match property {
+            's' => drop(at.short_string()),
+            'b' => drop(at.take(1)),
+            'l' => drop(at.take(8)),
+            _ => drop(at.table(0)),
+        }
+    }
+}
+
+/// Reads on; `None` when the bytes are no AMQP, which is for lapin to say.
+struct Cursor<'a>(&'a mut [u8]);
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, n: usize) -> Option<&'a mut [u8]> {
+        let (taken, rest) = std::mem::take(&mut self.0).split_at_mut_checked(n)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        Some(u16::from_be_bytes(self.take(2)?.try_into().ok()?))
+    }
+
+    fn long(&mut self) -> Option<&'a mut [u8]> {
+        let n = u32::from_be_bytes(self.take(4)?.try_into().ok()?);
+        self.take(n as usize)
+    }
+
+    fn short_string(&mut self) -> Option<()> {
+        let n = self.take(1)?[0];
+        let mut rest = self.take(n.into())?;
+        while let Err(e) = std::str::from_utf8(rest) {
+            let bad = e.valid_up_to()..e.error_len().map_or(rest.len(), |n| e.valid_up_to() + n);
+            rest[bad.clone()].fill(b'?');
+            rest = &mut rest[bad.end..];
+        }
+        Some(())
+    }
+
+    fn table(&mut self, depth: u32) -> Option<()> {
+        let mut entries = Cursor(self.long()?);
+        while !entries.0.is_empty() {
+            entries.short_string()?;
+            entries.value(depth)?;
+        }
+        Some(())
+    }
+
+    fn array(&mut self, depth: u32) -> Option<()> {
+        let mut values = Cursor(self.long()?);
+        while !values.0.is_empty() {
+            values.value(depth)?;
+        }
+        Some(())
+    }
+
+    fn value(&mut self, depth: u32) -> Option<()> {
+        let kind = self.take(1)?;
+        match kind[0] {
+            b'F' | b'A' if depth == MAX_DEPTH => {
+                kind[0] = b'x';
+                self.long().map(drop)
+            }
+            b'F' => self.table(depth + 1),
+            b'A' => self.array(depth + 1),
+            b'S' | b'x' => self.long().map(drop),
+            fixed => {
+                let size = match fixed {
+                    b'V' => 0,
+                    b't' | b'b' | b'B' => 1,
+                    b's' | b'U' | b'u' => 2,
+                    b'I' | b'i' | b'f' => 4,
+                    b'D' => 5,
+                    b'L' | b'l' | b'd' | b'T' => 8,
+                    _ => return None,
+                };
+                self.take(size).map(drop)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lapin::{protocol::basic, types::AMQPValue};
+    use proptest::prelude::*;
+
+    fn short(text: &[u8]) -> Vec<u8> {
+        [&[u8::try_from(text.len()).expect("short")], text].concat()
+    }
+
+    fn long(bytes: &[u8]) -> Vec<u8> {
+        [&u32::try_from(bytes.len()).expect("long").to_be_bytes(), bytes].concat()
+    }
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        [&[kind, 0, 1][..], &long(payload), &[0xce]].concat()
+    }
+
+    fn header_frame(properties: &[u8]) -> Vec<u8> {
+        frame(2, &[&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5], properties].concat())
+    }
+
+    fn parsed(frame: &[u8]) -> lapin::BasicProperties {
+        let properties = &frame[FRAME_HEADER + 12..frame.len() - FRAME_END];
+        let (rest, properties) = basic::parse_properties(properties).expect("lapin reads them");
+        assert!(rest.is_empty());
+        properties
+    }
+
+    /// What comes out when the bytes come in pieces of these sizes.
+    fn through(bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
+        let mut filter = Filter::default();
+        let mut found = Vec::new();
+        let mut given = vec![0; out];
+        let mut rest = bytes;
+        let mut pieces = pieces.iter().cycle();
+        loop {
+            loop {
+                let n = filter.give(&mut given);
+                if n == 0 {
+                    break;
+                }
+                found.extend_from_slice(&given[..n]);
+            }
+            if rest.is_empty() {
+                return found;
+            }
+            let n = (*pieces.next().expect("cycles")).clamp(1, rest.len());
+            filter.room()[..n].copy_from_slice(&rest[..n]);
+            rest = &rest[n..];
+            filter.filled(n);
+            if rest.is_empty() {
+                filter.end();
+            }
+        }
+    }
+
+    fn nested(depth: usize, kinds: &[u8]) -> Vec<u8> {
+        let mut value = b"V".to_vec();
+        for n in 0..depth {
+            let kind = kinds[n % kinds.len()];
+            let inner = if kind == b'F' { [short(b"k"), value].concat() } else { value };
+            value = [vec![kind], long(&inner)].concat();
+        }
+        value
+    }
+
+    #[test]
+    fn a_table_that_is_too_deep_becomes_a_byte_array() {
+        for (kinds, deep) in [(&b"F"[..], 9_000), (b"A", 9_000), (b"FA", 9_000), (b"F", 33)] {
+            let table = [short(b"deep"), nested(deep, kinds), short(b"after"), b"t\x01".to_vec()].concat();
+            let frame = header_frame(&[vec![0x20, 0], long(&table)].concat());
+            let headers = parsed(&through(&frame, &[1000], 64)).headers().clone().expect("headers");
+            assert_eq!(headers.inner().get("after"), Some(&AMQPValue::Boolean(true)));
+            let mut levels = 0;
+            let mut value = headers.inner()["deep"].clone();
+            loop {
+                value = match value {
+                    AMQPValue::FieldTable(t) => t.inner()["k"].clone(),
+                    AMQPValue::FieldArray(a) => a.as_slice()[0].clone(),
+                    AMQPValue::ByteArray(_) => break,
+                    other => panic!("{other:?}"),
+                };
+                levels += 1;
+            }
+            assert_eq!(levels, MAX_DEPTH);
+        }
+        let shallow = header_frame(&[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat());
+        assert_eq!(through(&shallow, &[7], 64), shallow);
+    }
+
+    #[test]
+    fn the_strings_of_methods_are_made_utf_8() {
+        for (ids, fixed_1, strings_1, fixed_2, strings_2) in [
+            ([60, 60], 0, 1, 9, 2),
+            ([60, 71], 9, 2, 4, 0),
+            ([60, 50], 2, 3, 0, 0),
+            ([20, 40], 2, 1, 4, 0),
+            ([10, 50], 2, 1, 4, 0),
+            ([10, 60], 0, 1, 0, 0),
+        ] {
+            let build = |text: &[u8]| {
+                let strings = |n| short(text).repeat(n);
+                let ids = [0, ids[0], 0, ids[1]];
+                frame(1, &[ids.to_vec(), vec![0xff; fixed_1], strings(strings_1), vec![0xff; fixed_2], strings(strings_2)].concat())
+            };
+            assert_eq!(through(&build(b"a\xffb\xe2\x82"), &[5], 64), build(b"a?b??"), "{ids:?}");
+            assert_eq!(through(&build("é€".as_bytes()), &[5], 64), build("é€".as_bytes()), "{ids:?}");
+        }
+    }
+
+    fn value() -> impl Strategy<Value = Vec<u8>> {
+        let bytes = prop::collection::vec(any::<u8>(), 0..20);
+        let fixed = prop::sample::select(vec![
+            (b't', 1),
+            (b'b', 1),
+            (b'B', 1),
+            (b's', 2),
+            (b'u', 2),
+            (b'I', 4),
+            (b'f', 4),
+            (b'D', 5),
+            (b'l', 8),
+            (b'd', 8),
+            (b'T', 8),
+            (b'V', 0),
+        ]);
+        let leaf = prop_oneof![
+            (fixed, prop::collection::vec(any::<u8>(), 8)).prop_map(|((kind, n), bytes)| [&[kind], &bytes[..n]].concat()),
+            (prop::sample::select(vec![b'S', b'x']), bytes).prop_map(|(kind, bytes)| [vec![kind], long(&bytes)].concat()),
+        ];
+        leaf.prop_recursive(40, 60, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(|values| [b"A".to_vec(), long(&values.concat())].concat()),
+                prop::collection::vec((prop::collection::vec(any::<u8>(), 0..9), inner), 0..4).prop_map(|entries| {
+                    let entries: Vec<u8> = entries.into_iter().flat_map(|(k, v)| [short(&k), v].concat()).collect();
+                    [b"F".to_vec(), long(&entries)].concat()
+                }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn lapin_reads_whatever_a_producer_may_send(
+            flags in any::<u16>(),
+            texts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 14),
+            entries in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..9), value()), 0..5),
+            pieces in prop::collection::vec(1_usize..50, 1..9),
+            body in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut properties = flags.to_be_bytes().to_vec();
+            for (n, kind) in "sstbbsssslssss".chars().enumerate().filter(|(n, _)| flags & (1 << (15 - n)) != 0) {
+                properties.extend(match kind {
+                    's' => short(&texts[n]),
+                    'b' => vec![7],
+                    'l' => vec![0xff; 8],
+                    _ => long(&entries.iter().flat_map(|(k, v)| [short(k), v.clone()].concat()).collect::<Vec<_>>()),
+                });
+            }
+            let header = header_frame(&properties);
+            let stream = [&frame(3, &body)[..], &header, &frame(8, b""), &frame(3, &body), &header].concat();
+            let found = through(&stream, &pieces, 33);
+            prop_assert_eq!(found.len(), stream.len());
+            let at = frame(3, &body).len();
+            parsed(&found[at..at + header.len()]);
+            prop_assert_eq!(&found[..at], &stream[..at]);
+            prop_assert_eq!(&found[found.len() - header.len()..], &found[at..at + header.len()]);
+        }
+
+        #[test]
+        fn bytes_that_are_no_amqp_neither_panic_nor_get_lost(
+            bytes in prop::collection::vec(any::<u8>(), 0..600),
+            kind in 1_u8..9,
+            pieces in prop::collection::vec(1_usize..50, 1..9),
+        ) {
+            let stream = [frame(kind, &bytes), bytes].concat();
+            prop_assert_eq!(through(&stream, &pieces, 33).len(), stream.len());
+        }
+    }
+}
