@@ -50,6 +50,9 @@ enum Command {
     Repair {
         /// The subscriber's name
         subscriber: String,
+        /// Also those in which the broker still counts messages: they are lost
+        #[arg(long)]
+        yes: bool,
     },
     /// Look at dead letters, send them again, delete them
     #[command(subcommand)]
@@ -99,7 +102,7 @@ impl Cli {
                 match other {
                     Command::Check(args) => check::run(&config, &args).await,
                     Command::Publish(args) => publish::run(&config, args).await,
-                    Command::Repair { subscriber } => repair(&config, &subscriber).await,
+                    Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Dead(command) => dead::run(&config, command).await,
                     Command::Run | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
                 }
@@ -141,21 +144,24 @@ fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber, Failed> {
     })
 }
 
-async fn repair(config: &Config, name: &str) -> Result<(), Failed> {
+async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> {
     let subscriber = find(config, name)?;
     let queue = reach(config).await?;
-    let report = queue.repair(subscriber).await?;
+    let report = queue.repair(subscriber, force).await?;
     let mut sound = 0;
     for repaired in &report {
         match repaired {
             Repaired::Sound(_) => sound += 1,
-            Repaired::Redeclared { queue, why } => println!("{queue}: deleted and declared anew; {why}"),
+            Repaired::Declared(queue) => println!("{queue}: declared; it was missing"),
+            Repaired::Redeclared { queue, why } => {
+                println!("{queue}: deleted and declared anew, since the broker had lost the use of it: {why}")
+            }
         }
     }
     if sound == report.len() {
         println!("all {sound} queues that `{name}` uses are sound; nothing was changed");
     } else {
-        println!("{sound} queues are sound and were not touched; what was in the others is lost to the broker");
+        println!("{sound} queues are sound and were not touched");
     }
     queue.close().await;
     Ok(())

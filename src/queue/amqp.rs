@@ -24,16 +24,22 @@ mod wire;
 
 use std::{
     collections::HashSet,
+    panic::AssertUnwindSafe,
     sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::{FutureExt as _, future::try_join_all};
 
 use self::{
-    connection::{Lease, Pool, pauses},
+    connection::{Effort, Lease, NOT_FOUND, Pool},
+    lane::Unusable,
     message::Message,
     publisher::{Fate, Publisher},
-    topology::{Broker, Topology},
+    relay::{Relay, Sweep},
+    state::Reconciler,
+    topology::{Broker, Depth, Topology},
 };
 pub use self::{
     dead::{DeadLetters, Held},
@@ -42,6 +48,7 @@ pub use self::{
 use crate::{
     config::{Intake, QueueConfig, Subscriber},
     queue::{Queue, QueueError, Window},
+    retry::Pauses,
 };
 
 /// The broker and what hooktrail keeps in it. Clones are the same.
@@ -51,7 +58,10 @@ pub struct AmqpQueue(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     topology: Topology,
-    pool: Pool,
+    /// For the lanes and the relay.
+    consuming: Pool,
+    /// For requests that the broker may refuse, so that a refusal disturbs no delivery.
+    declaring: Arc<Pool>,
     publisher: OnceLock<Publisher>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
     suspects: Mutex<HashSet<String>>,
@@ -70,7 +80,12 @@ pub enum Published {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Repaired {
     Sound(String),
-    Redeclared { queue: String, why: String },
+    /// It was missing.
+    Declared(String),
+    Redeclared {
+        queue: String,
+        why: String,
+    },
 }
 
 /// A line of `check --connect`.
@@ -83,8 +98,10 @@ pub enum Finding {
 
 impl AmqpQueue {
     pub fn new(config: QueueConfig) -> Self {
-        let pool = Pool::new(config.url.clone(), "consuming");
-        Self(Arc::new(Inner { topology: Topology::new(config), pool, publisher: OnceLock::new(), suspects: Mutex::default() }))
+        let consuming = Pool::new(config.url.clone(), "consuming");
+        let declaring = Arc::new(Pool::new(config.url.clone(), "declaring"));
+        let topology = Topology::new(config);
+        Self(Arc::new(Inner { topology, consuming, declaring, publisher: OnceLock::new(), suspects: Mutex::default() }))
     }
 
     /// Looks once whether the broker can be reached, for commands that must not wait for it without end.
@@ -101,20 +118,24 @@ impl AmqpQueue {
         &self.0.topology
     }
 
-    fn pool(&self) -> &Pool {
-        &self.0.pool
+    fn broker(&self) -> Broker<'_> {
+        Broker::new(&self.0.declaring)
     }
 
     fn publisher(&self) -> &Publisher {
-        self.0.publisher.get_or_init(|| Publisher::start(self.0.topology.clone(), "publishing"))
+        self.0.publisher.get_or_init(|| self.new_publisher("publishing"))
+    }
+
+    fn new_publisher(&self, role: &'static str) -> Publisher {
+        Publisher::start(self.topology().clone(), self.0.declaring.clone(), role)
     }
 
     async fn try_prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        let lease = self.pool().lease().await?;
-        let connection = lease.connection();
-        self.topology().ensure_shared(connection).await?;
+        let mut broker = self.broker();
+        self.topology().find_source(&mut broker).await?;
+        self.topology().ensure_shared(&mut broker).await?;
         for s in subscribers {
-            if let Err(e) = self.topology().ensure_subscriber(connection, s).await {
+            if let Err(e) = self.topology().ensure_subscriber(&mut broker, s).await {
                 tracing::error!(subscriber = s.name, error = %e, "its queues are not ready");
             }
         }
@@ -124,52 +145,51 @@ impl AmqpQueue {
     /// Takes away what only earlier configurations had. Beside the lanes, because it has to publish,
     /// and a broker that blocks publishing can still be consumed.
     async fn reconcile(&self, subscribers: &[Arc<Subscriber>]) {
-        let mut pauses = pauses();
+        let mut reconciler = Reconciler::new(self.topology(), &self.0.declaring, self.publisher(), subscribers);
+        let mut following = Effort::new("the record of bindings");
         loop {
-            let reconciled = async {
-                let lease = self.pool().lease().await?;
-                state::reconcile(self.topology(), lease.connection(), self.publisher(), subscribers).await
-            };
-            match reconciled.await {
-                Ok(()) => return,
-                Err(e) => tracing::warn!(error = %e, "bindings of earlier configurations could not be looked at; trying again"),
-            }
-            tokio::time::sleep(pauses.grow()).await;
+            let Err(e) = reconciler.follow(&mut following).await;
+            following.failed(&e).await;
         }
     }
 
     async fn relay(&self, subscribers: &[Arc<Subscriber>]) {
         let Intake::SourceQueue(queue) = self.topology().intake() else { return };
         // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
-        let publisher = Publisher::start(self.topology().clone(), "relaying");
-        let mut pauses = pauses();
+        let publisher = self.new_publisher("relaying");
+        let relay = Relay { topology: self.topology(), pool: &self.0.consuming, publisher: &publisher, queue, subscribers };
+        let mut relaying = Effort::new(format!("the relay from queue `{queue}`"));
         loop {
-            let run = async {
-                let lease = self.pool().lease().await?;
+            let relayed = async {
                 // An event relayed before a queue is bound would pass that queue by.
+                let mut broker = self.broker();
                 for s in subscribers {
-                    self.topology().ensure_subscriber(lease.connection(), s).await?;
+                    self.topology().ensure_subscriber(&mut broker, s).await?;
                 }
-                drop(lease);
-                pauses.reset();
-                relay::relay(self.topology(), self.pool(), &publisher, queue, subscribers).await
+                drop(broker);
+                relay.run(&mut relaying).await
             };
-            if let Err(e) = run.await {
-                tracing::warn!(queue, error = %e, "the relay stopped; starting it again");
-            }
-            tokio::time::sleep(pauses.grow()).await;
+            let Err(e) = relayed.await;
+            relaying.failed(&e).await;
         }
     }
 
     async fn sweep(&self, subscribers: &[Arc<Subscriber>]) {
-        let names: HashSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
+        let configured = subscribers.iter().map(|s| s.name.as_str()).collect();
+        let mut sweep =
+            Sweep { topology: self.topology(), pool: &self.0.declaring, publisher: self.publisher(), configured, foreign: None };
+        let mut sweeping = Effort::new("the sweep of orphans");
         loop {
-            match relay::sweep(self.topology(), self.pool(), self.publisher(), &names).await {
-                Ok(0) => {}
-                Ok(moved) => tracing::warn!(batches = moved, "moved orphans back into their retry queues"),
-                Err(e) => tracing::warn!(error = %e, "orphans could not be looked at"),
+            match sweep.run().await {
+                Ok(moved) => {
+                    sweeping.goes_well();
+                    if moved > 0 {
+                        tracing::warn!(batches = moved, "moved orphans back into their retry queues");
+                    }
+                    tokio::time::sleep(relay::SWEEP_INTERVAL).await;
+                }
+                Err(e) => sweeping.failed(&e).await,
             }
-            tokio::time::sleep(relay::SWEEP_INTERVAL).await;
         }
     }
 
@@ -200,12 +220,11 @@ impl AmqpQueue {
     /// # Errors
     /// The broker refuses, and why.
     pub async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        let lease = self.pool().lease().await?;
-        let broker = Broker(lease.connection());
-        self.topology().ensure_shared(lease.connection()).await?;
+        let mut broker = self.broker();
+        self.topology().ensure_shared(&mut broker).await?;
         for s in subscribers {
             if broker.depth(&self.topology().main(&s.name)).await?.is_none() {
-                self.topology().ensure_subscriber(lease.connection(), s).await?;
+                self.topology().ensure_subscriber(&mut broker, s).await?;
             }
         }
         Ok(())
@@ -222,12 +241,11 @@ impl AmqpQueue {
     /// # Errors
     /// The broker cannot be asked.
     pub async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
-        let lease = self.pool().lease().await?;
-        let broker = Broker(lease.connection());
+        let mut broker = self.broker();
         let mut findings = Vec::new();
         let shared = self.topology().shared_queues();
         let own = subscribers.iter().flat_map(|s| self.topology().subscriber_queues(&s.name));
-        if let Err(e) = self.topology().inspect_intake(lease.connection()).await {
+        if let Err(e) = self.topology().inspect_intake(&mut broker).await {
             findings.push(Finding::Harmful(e.to_string()));
         }
         for (name, arguments) in own.chain(shared) {
@@ -247,49 +265,79 @@ impl AmqpQueue {
     }
 
     /// Deletes and redeclares those queues of a subscriber, and of the shared ones, that the broker
-    /// has lost the use of. Sound queues are not touched.
+    /// has lost the use of, and declares those that are missing. Sound queues are not touched; nor is
+    /// one with messages that may come back, unless `force` says so.
     ///
     /// # Errors
-    /// The broker cannot be reached or does not obey.
-    pub async fn repair(&self, subscriber: &Subscriber) -> Result<Vec<Repaired>, QueueError> {
-        let mut report = Vec::new();
+    /// The broker cannot be reached or does not obey; or what is wrong is not for this to change, which
+    /// is said, and nothing is changed.
+    pub async fn repair(&self, subscriber: &Subscriber, force: bool) -> Result<Vec<Repaired>, QueueError> {
+        let mut broker = self.broker();
         let own = self.topology().subscriber_queues(&subscriber.name);
-        let mut redeclared = false;
-        for (queue, arguments) in own.into_iter().chain(self.topology().shared_queues()) {
-            match self.usable(&queue).await? {
-                Ok(()) => report.push(Repaired::Sound(queue)),
-                Err(why) => {
-                    // A connection for each step: the broken queue may take it down.
-                    let q = self.pool().quarantine().await?.lease().await?;
-                    Broker(q.connection()).delete_queue(&queue).await?;
-                    let q = self.pool().quarantine().await?.lease().await?;
-                    Broker(q.connection()).ensure_queue(&queue, arguments).await?;
-                    report.push(Repaired::Redeclared { queue, why });
-                    redeclared = true;
-                }
+        let queues: Vec<_> = own.into_iter().chain(self.topology().shared_queues()).collect();
+        let states = try_join_all(queues.iter().map(|(queue, _)| self.usable(queue))).await?;
+        if states.iter().all(|s| s.as_ref().is_err_and(Unusable::is_broken)) {
+            return Err(QueueError::new(
+                "none of hooktrail's queues can be used: it is the broker that fails, or its cluster has no majority (rabbitmqctl cluster_status); nothing was changed",
+            ));
+        }
+        let mut broken = Vec::new();
+        for ((queue, arguments), state) in queues.iter().zip(states) {
+            let Err(unusable) = state else { continue };
+            let missing = unusable.why.code == Some(NOT_FOUND);
+            if !unusable.is_broken() && !missing {
+                let e = unusable.into_error(&subscriber.name);
+                return Err(QueueError::new(format!("{e}; that is not for `repair` to change, and nothing was changed")));
             }
+            let found = broker.depth(queue).await?;
+            if let Some(Depth { messages: messages @ 1.., .. }) = found
+                && !force
+            {
+                return Err(QueueError::new(format!(
+                    "queue `{queue}` does not answer, but the broker counts {messages} messages in it: they come back if a lost node does, \
+                     and are lost if the queue is declared anew; say --yes if that is meant. Nothing was changed"
+                )));
+            }
+            broken.push((queue, arguments, found.is_some(), unusable.why.to_string()));
         }
-        if redeclared {
-            let q = self.pool().quarantine().await?.lease().await?;
-            self.topology().ensure_shared(q.connection()).await?;
-            self.topology().ensure_subscriber(q.connection(), subscriber).await?;
+        let mut report: Vec<_> =
+            queues.iter().filter(|(q, _)| broken.iter().all(|b| b.0 != q)).map(|(q, _)| Repaired::Sound(q.clone())).collect();
+        for (queue, arguments, exists, why) in broken {
+            if exists {
+                broker.delete_queue(queue).await?;
+            }
+            broker.ensure_queue(queue, arguments.clone()).await?;
+            let queue = queue.clone();
+            report.push(if exists { Repaired::Redeclared { queue, why } } else { Repaired::Declared(queue) });
         }
+        // Their bindings.
+        self.topology().ensure_shared(&mut broker).await?;
+        self.topology().ensure_subscriber(&mut broker, subscriber).await?;
         Ok(report)
     }
 
-    /// Whether a queue can be consumed, tried on a connection of its own. An absent one cannot.
-    async fn usable(&self, queue: &str) -> Result<Result<(), String>, QueueError> {
-        let lease = self.pool().quarantine().await?.lease().await?;
-        Ok(lane::try_consume(&lease, queue).await.map_err(|e| e.to_string()))
+    /// Whether a queue can be consumed, tried on a connection of its own. Broken is what is broken
+    /// more than once: a queue whose process is just being restarted is not.
+    async fn usable(&self, queue: &str) -> Result<Result<(), Unusable>, QueueError> {
+        let mut pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(1));
+        let mut tries = 3;
+        loop {
+            let lease = self.0.consuming.quarantine().await?.lease().await?;
+            tries -= 1;
+            match lane::try_consume(&lease, queue).await {
+                Err(e) if e.is_broken() && !e.why.silent && tries > 0 => tokio::time::sleep(pauses.grow()).await,
+                tried => return Ok(tried),
+            }
+        }
     }
 
     /// Two channels for a subscriber's two queues.
     async fn leases(&self, suspect: bool) -> Result<[Lease; 2], QueueError> {
         if suspect {
-            let own = self.pool().quarantine().await?;
+            let own = self.0.consuming.quarantine().await?;
             return Ok([own.lease().await?, own.lease().await?]);
         }
-        Ok([self.pool().lease().await?, self.pool().lease().await?])
+        Ok([self.0.consuming.lease().await?, self.0.consuming.lease().await?])
     }
 }
 
@@ -298,48 +346,62 @@ impl Queue for AmqpQueue {
     type Settler = Settler;
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        let mut pauses = pauses();
+        let mut preparing = Effort::new("the broker's readiness");
         loop {
             match self.try_prepare(subscribers).await {
-                Err(e) if !e.is_for_operator() => tracing::warn!(error = %e, "the broker is not ready; trying again"),
+                Err(e) if !e.is_for_operator() => preparing.failed(&e).await,
                 done => return done,
             }
-            tokio::time::sleep(pauses.grow()).await;
         }
     }
 
     async fn chores(&self, subscribers: &[Arc<Subscriber>]) {
-        tokio::join!(self.reconcile(subscribers), self.relay(subscribers), self.sweep(subscribers));
+        tokio::join!(
+            kept("reconciling the bindings", || self.reconcile(subscribers)),
+            kept("the relay", || self.relay(subscribers)),
+            kept("the sweep of orphans", || self.sweep(subscribers)),
+        );
     }
 
     async fn close(&self) {
         if let Some(publisher) = self.0.publisher.get() {
             publisher.close().await;
         }
-        self.pool().close().await;
+        self.0.consuming.close().await;
+        self.0.declaring.close().await;
     }
 
     async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
         let name = &subscriber.name;
         let suspects = || self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
         let suspect = suspects().contains(name);
+        self.topology().ensure_subscriber(&mut self.broker(), subscriber).await?;
         let leases = self.leases(suspect).await?;
-        let opened = async {
-            self.topology().ensure_subscriber(leases[0].connection(), subscriber).await?;
-            Source::open(leases, self.topology(), self.publisher().clone(), name, window).await
-        };
-        let opened = opened.await;
-        match &opened {
-            Ok(_) => drop(suspects().remove(name)),
-            // The broker closes the whole connection over a queue that it has lost the use of.
-            Err(e) if e.to_string().contains("(541)") => drop(suspects().insert(name.clone())),
-            Err(_) => {}
+        match Source::open(leases, self.topology(), self.publisher().clone(), name, window).await {
+            Ok(opened) => {
+                suspects().remove(name);
+                Ok(opened)
+            }
+            Err(unusable) => {
+                if unusable.is_broken() {
+                    suspects().insert(name.clone());
+                }
+                Err(unusable.into_error(name))
+            }
         }
-        opened
     }
 
     async fn writable(&self) {
         self.publisher().writable().await;
+    }
+}
+
+/// Does a chore, over panics too.
+async fn kept<F: Future<Output = ()>>(what: &str, chore: impl Fn() -> F) {
+    let mut pauses = Pauses::new(Duration::from_secs(1), Duration::from_secs(60));
+    while AssertUnwindSafe(chore()).catch_unwind().await.is_err() {
+        tracing::error!("{what} panicked and begins again");
+        tokio::time::sleep(pauses.grow()).await;
     }
 }
 

@@ -1,8 +1,8 @@
 //! What is declared, what is found, and what is said about it.
 
 use lapin::{
-    ExchangeKind,
-    options::{ExchangeDeclareOptions, QueueDeclareOptions},
+    BasicProperties, Confirmation, ExchangeKind,
+    options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 
@@ -153,5 +153,101 @@ fn a_queue_that_is_deleted_under_the_daemon_is_declared_anew() {
         daemon.wait_log("the lane has its queue again").await;
         broker.publish("a.b", [event(1)]).await;
         receiver.wait_all(2).await;
+    });
+}
+
+#[test]
+fn a_queue_that_somebody_else_holds_is_not_for_repair_to_change() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let (connection, channel) = broker.channel().await;
+        let queue = format!("{}.sub.a", broker.prefix);
+        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(queue.as_str().into(), exclusive, FieldTable::default()).await.expect("declares");
+        channel
+            .basic_publish("".into(), queue.as_str().into(), BasicPublishOptions::default(), b"{}", BasicProperties::default())
+            .await
+            .expect("publishes");
+        for arguments in [&["repair", "a"][..], &["repair", "a", "--yes"]] {
+            let output = setup.run(arguments);
+            let told = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{told}");
+            assert!(told.contains(&queue) && told.contains("RESOURCE_LOCKED") && told.contains("nothing was changed"), "{told}");
+        }
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.expect("is there");
+        assert_eq!(found.message_count(), 1);
+        connection.close(200, "done".into()).await.expect("closes"); // its exclusive queue goes with it
+        assert!(setup.ok(&["repair", "a"]).contains("sub.a: declared"));
+        assert!(setup.ok(&["repair", "a"]).contains("are sound; nothing was changed"));
+    });
+}
+
+#[test]
+fn daemons_with_different_configurations_take_no_events_from_each_other() {
+    run(async {
+        let broker = Broker::shared();
+        let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
+        let text = |subscribers: &[String]| QUICK.to_owned() + &subscribers.concat();
+        let (a, b) = (subscriber("one", &one.url, ""), subscriber("two", &two.url, ""));
+        let both = Setup::new(&broker, &text(&[a.clone(), b.clone()]));
+        let first = both.start().await;
+        broker.publish("a.b", (0..5).map(event)).await;
+        two.wait_all(5).await;
+        // A daemon that does not have `two` may not unbind it while another works for it.
+        let only = Setup::new(&broker, &text(std::slice::from_ref(&a)));
+        let second = only.start().await;
+        second.wait_log("another daemon delivers its events").await;
+        broker.publish("a.b", (5..10).map(event)).await;
+        two.wait_all(10).await;
+        // Once nobody does, it is unbound, and who has it again puts it back.
+        assert!(first.stop().await.success());
+        assert!(second.stop().await.success());
+        let second = only.start().await;
+        second.wait_log("was unbound; its backlog stays").await;
+        let first = both.start().await;
+        broker.publish("a.b", (10..15).map(event)).await;
+        two.wait_all(15).await;
+        // One that has other patterns for it: both sides' patterns hold, and it is said.
+        let other = Setup::new(&broker, &text(&[a, subscriber("two", &two.url, "events = [\"x.*\"]")]));
+        let third = other.start().await;
+        first.wait_log("has another configuration of this subscriber").await;
+        eventually("both patterns are bound", async || {
+            broker.publish("a.b", [event(15)]).await;
+            two.accepted().contains(&15)
+        })
+        .await;
+        broker.publish("x.y", [event(16)]).await;
+        two.wait_all(17).await;
+        drop((first, second, third));
+    });
+}
+
+#[test]
+fn after_a_change_of_the_exchange_the_old_one_brings_nothing_any_more() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let text = QUICK.to_owned() + &subscriber("a", &receiver.url, "");
+        let before = Setup::new(&broker, &text);
+        let daemon = before.start().await;
+        eventually("its bindings are recorded", async || broker.depth("state").await.is_some_and(|n| n >= 2)).await;
+        assert!(daemon.stop().await.success());
+        let new = format!("{}-new", broker.exchange);
+        let changed = format!("[queue]\nurl = \"{}\"\nexchange = \"{new}\"\nprefix = \"{}\"\n{text}", broker.url, broker.prefix);
+        let changed = Setup::with_text(&changed);
+        let daemon = changed.start().await;
+        daemon.wait_log("unbound a pattern that is not configured any more").await;
+        broker.publish_to(&new, "a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        let (connection, channel) = broker.channel().await;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+        let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let sent = channel.basic_publish(broker.exchange.as_str().into(), "a.b".into(), mandatory, b"{}", BasicProperties::default());
+        let confirmed = sent.await.expect("publishes").await.expect("confirmed");
+        assert!(matches!(confirmed, Confirmation::Ack(Some(_))), "the old exchange still has a queue: {confirmed:?}");
+        channel.exchange_delete(new.as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
     });
 }

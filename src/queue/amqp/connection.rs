@@ -1,9 +1,10 @@
 //! Connections to the broker: made without end, shared by a bounded number of channels.
 
 use std::{
+    fmt,
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -51,16 +52,46 @@ fn explain(e: &lapin::Error, vhost: &str) -> String {
         let hint = if vhost.is_empty() { "; the default vhost is written %2f, as in amqp://host:5672/%2f" } else { "" };
         return format!("the broker does not let this user into vhost `{vhost}`{hint}");
     }
-    describe(e)
+    BrokerError::from(e).text
 }
 
-/// An error in the broker's words, without the URL.
-pub(super) fn describe(e: &lapin::Error) -> String {
-    match e.kind() {
-        ErrorKind::ProtocolError(e) => format!("{} ({})", e.get_message(), e.get_id()),
-        ErrorKind::IOError(e) => e.to_string(),
-        ErrorKind::MissingHeartbeatError => "the broker sent no heartbeat".to_owned(),
-        _ => e.to_string(),
+/// What the broker said to a request, or that it said nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct BrokerError {
+    /// AMQP's reply code.
+    pub(super) code: Option<u16>,
+    /// It did not answer in time.
+    pub(super) silent: bool,
+    text: String,
+}
+
+/// The reply code with which the broker closes a connection over a queue that it has lost the use of.
+pub(super) const INTERNAL_ERROR: u16 = 541;
+pub(super) const NOT_FOUND: u16 = 404;
+
+impl From<&lapin::Error> for BrokerError {
+    /// In the broker's words, without the URL.
+    fn from(e: &lapin::Error) -> Self {
+        match e.kind() {
+            ErrorKind::ProtocolError(e) => {
+                Self { code: Some(e.get_id()), silent: false, text: format!("{} ({})", e.get_message(), e.get_id()) }
+            }
+            ErrorKind::IOError(e) => Self { code: None, silent: false, text: e.to_string() },
+            ErrorKind::MissingHeartbeatError => Self { code: None, silent: false, text: "the broker sent no heartbeat".to_owned() },
+            _ => Self { code: None, silent: false, text: e.to_string() },
+        }
+    }
+}
+
+impl From<lapin::Error> for BrokerError {
+    fn from(e: lapin::Error) -> Self {
+        Self::from(&e)
+    }
+}
+
+impl fmt::Display for BrokerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
@@ -69,159 +100,181 @@ pub(super) fn describe(e: &lapin::Error) -> String {
 ///
 /// # Errors
 /// What the broker said, or that it said nothing.
-pub(super) async fn answer<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, String> {
+pub(super) async fn answer<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, BrokerError> {
     match timeout(RPC_TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(|e| describe(&e)),
-        Err(_) => Err(format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs())),
+        Ok(answer) => answer.map_err(BrokerError::from),
+        Err(_) => {
+            Err(BrokerError { code: None, silent: true, text: format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()) })
+        }
     }
 }
 
-/// Between attempts to reach the broker.
-pub(super) fn pauses() -> Pauses {
-    Pauses::new(Duration::from_millis(200), Duration::from_secs(10))
-}
-
-/// Logs a condition when it changes, not each time it is met.
+/// Something that is tried without end: pauses between the tries, and logs when it begins to fail and
+/// when it goes well again, not each try.
 #[derive(Debug)]
-pub(super) struct Condition {
+pub(super) struct Effort {
     what: String,
-    bad: AtomicBool,
+    failing: bool,
+    pauses: Pauses,
 }
 
-impl Condition {
+impl Effort {
     pub(super) fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), bad: AtomicBool::new(false) }
+        Self { what: what.into(), failing: false, pauses: Pauses::new(Duration::from_millis(200), Duration::from_secs(10)) }
     }
 
-    pub(super) fn is_bad(&self, why: &dyn std::fmt::Display) {
-        if self.bad.swap(true, Ordering::Relaxed) {
-            tracing::debug!(error = %why, "{} still failing", self.what);
+    /// Waits until it may be tried again.
+    pub(super) async fn failed(&mut self, why: &QueueError) {
+        if std::mem::replace(&mut self.failing, true) {
+            tracing::debug!(error = %why, "{} still fails", self.what);
         } else {
             tracing::warn!(error = %why, "{} lost; trying again without end", self.what);
         }
+        tokio::time::sleep(self.pauses.grow()).await;
     }
 
-    pub(super) fn is_good(&self) {
-        if self.bad.swap(false, Ordering::Relaxed) {
+    pub(super) fn goes_well(&mut self) {
+        self.pauses.reset();
+        if std::mem::take(&mut self.failing) {
             tracing::warn!("{} recovered", self.what);
         }
     }
 }
 
-/// Connects, trying again without end.
-pub(super) async fn connect_persistently(url: &SecretUrl, role: &str, condition: &Condition) -> Connection {
-    let mut pauses = pauses();
-    loop {
-        match connect(url, role).await {
-            Ok(connection) => {
-                condition.is_good();
-                return connection;
-            }
-            Err(e) => condition.is_bad(&e),
-        }
-        tokio::time::sleep(pauses.grow()).await;
-    }
-}
-
-/// A channel and what it keeps alive.
+/// A channel, and its share in the connection that it is on.
 #[derive(Debug)]
 pub(super) struct Lease {
     pub(super) channel: Channel,
-    slot: Arc<Slot>,
+    _seat: Seat,
 }
 
-impl Lease {
-    /// The connection that the channel is on.
-    pub(super) fn connection(&self) -> &Connection {
-        &self.slot.connection
+/// A connection that is shared by channels. It ends with the last of them.
+#[derive(Debug)]
+struct Slot {
+    connection: Connection,
+    open: AtomicUsize,
+    /// In all. A channel's number is not used twice: an error that the broker closed a channel with
+    /// stays with its number in lapin, and would answer the requests of the next that gets it.
+    opened: AtomicUsize,
+    numbers: usize,
+}
+
+impl Slot {
+    fn new(connection: Connection) -> Arc<Self> {
+        let numbers = match connection.configuration().channel_max() {
+            0 => usize::from(u16::MAX),
+            max => max.into(),
+        };
+        Arc::new(Self { connection, open: AtomicUsize::new(0), opened: AtomicUsize::new(0), numbers })
     }
-}
 
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.slot.channels.fetch_sub(1, Ordering::Relaxed);
+    /// A place for one more channel, if there is one. Called by one task at a time.
+    fn seat(self: &Arc<Self>) -> Option<Seat> {
+        let free = self.open.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION && self.opened.load(Ordering::Relaxed) < self.numbers;
+        free.then(|| {
+            self.open.fetch_add(1, Ordering::Relaxed);
+            self.opened.fetch_add(1, Ordering::Relaxed);
+            Seat(self.clone())
+        })
     }
 }
 
 #[derive(Debug)]
-struct Slot {
-    connection: Connection,
-    channels: AtomicUsize,
-}
+struct Seat(Arc<Slot>);
 
-impl Slot {
-    async fn lease(self: &Arc<Self>) -> Result<Lease, QueueError> {
-        self.channels.fetch_add(1, Ordering::Relaxed);
-        match answer(self.connection.create_channel()).await {
-            Ok(channel) => Ok(Lease { channel, slot: self.clone() }),
-            Err(why) => {
-                self.channels.fetch_sub(1, Ordering::Relaxed);
-                Err(QueueError::new(format!("the broker opens no channel: {why}")))
-            }
+impl Seat {
+    async fn open(self) -> Result<Lease, QueueError> {
+        match answer(self.0.connection.create_channel()).await {
+            Ok(channel) => Ok(Lease { channel, _seat: self }),
+            Err(why) => Err(QueueError::new(format!("the broker opens no channel: {why}"))),
         }
     }
 }
 
-/// The consuming connections: channels are leased from them, up to a number for each.
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Connections for one purpose, made when they are needed: channels are leased from them.
 #[derive(Debug)]
 pub(super) struct Pool {
     url: SecretUrl,
     role: &'static str,
-    slots: Mutex<Vec<Arc<Slot>>>,
-    condition: Condition,
+    state: Mutex<PoolState>,
+}
+
+#[derive(Debug)]
+struct PoolState {
+    slots: Vec<Weak<Slot>>,
+    connecting: Effort,
 }
 
 impl Pool {
     pub(super) fn new(url: SecretUrl, role: &'static str) -> Self {
-        Self { url, role, slots: Mutex::default(), condition: Condition::new(format!("broker connection ({role})")) }
+        let connecting = Effort::new(format!("broker connection ({role})"));
+        Self { url, role, state: Mutex::new(PoolState { slots: Vec::new(), connecting }) }
     }
 
     /// A channel on a shared connection. Waits for the broker without end.
     pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
+        self.seat().await.open().await
+    }
+
+    async fn seat(&self) -> Seat {
         // The lock is held while connecting: whoever comes meanwhile needs that connection too.
-        let mut slots = self.slots.lock().await;
-        slots.retain(|s| s.connection.status().connected());
-        let free = slots.iter().find(|s| s.channels.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION).cloned();
-        let slot = match free {
-            Some(slot) => slot,
-            None => {
-                let connection = connect_persistently(&self.url, self.role, &self.condition).await;
-                let slot = Arc::new(Slot { connection, channels: AtomicUsize::new(0) });
-                slots.push(slot.clone());
-                slot
+        let mut state = self.state.lock().await;
+        state.slots.retain(|s| s.upgrade().is_some_and(|s| s.connection.status().connected()));
+        let free = state.slots.iter().filter_map(Weak::upgrade).find_map(|s| s.seat());
+        if let Some(seat) = free {
+            return seat;
+        }
+        loop {
+            let connected = self.quarantine().await.and_then(|q| q.seat().map(|seat| (q, seat)));
+            match connected {
+                Ok((Quarantine(slot), seat)) => {
+                    state.connecting.goes_well();
+                    state.slots.push(Arc::downgrade(&slot));
+                    return seat;
+                }
+                Err(e) => state.connecting.failed(&e).await,
             }
-        };
-        drop(slots);
-        slot.lease().await
+        }
     }
 
-    /// A channel on a connection of its own, for a queue that may take its connection down with it.
-    /// Leases of the same quarantine share it.
+    /// A connection that is not shared with others, for a queue that may take it down.
     pub(super) async fn quarantine(&self) -> Result<Quarantine, QueueError> {
-        let connection = connect(&self.url, self.role).await?;
-        Ok(Quarantine(Arc::new(Slot { connection, channels: AtomicUsize::new(0) })))
+        Ok(Quarantine(Slot::new(connect(&self.url, self.role).await?)))
     }
 
+    /// Says goodbye on those connections that are still in use.
     pub(super) async fn close(&self) {
-        for slot in self.slots.lock().await.drain(..) {
+        // Whoever holds the lock is connecting, and has nothing to say goodbye to.
+        let Ok(mut state) = self.state.try_lock() else { return };
+        for slot in state.slots.drain(..).filter_map(|s| s.upgrade()) {
             close(&slot.connection).await;
         }
     }
 }
 
-/// A connection that is not shared with other subscribers.
+/// A connection for one subscriber alone.
 #[derive(Debug)]
 pub(super) struct Quarantine(Arc<Slot>);
 
 impl Quarantine {
     pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
-        self.0.lease().await
+        self.seat()?.open().await
+    }
+
+    fn seat(&self) -> Result<Seat, QueueError> {
+        self.0.seat().ok_or_else(|| QueueError::new("the broker allows no channel on a new connection; raise its channel_max"))
     }
 }
 
 /// Says goodbye, so that the broker logs no broken connection; it is gone either way.
 pub(super) async fn close(connection: &Connection) {
     if let Ok(Err(e)) = timeout(Duration::from_secs(2), connection.close(200, "bye".into())).await {
-        tracing::debug!(error = %describe(&e), "the connection was gone before it was closed");
+        tracing::debug!(error = %BrokerError::from(e), "the connection was gone before it was closed");
     }
 }

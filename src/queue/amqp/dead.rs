@@ -6,7 +6,7 @@ use lapin::options::{BasicAckOptions, BasicNackOptions};
 
 use super::{
     AmqpQueue,
-    connection::{Lease, answer},
+    connection::{BrokerError, Lease, answer},
     lane::retry_message,
     message::{self, Message},
     publisher::Fate,
@@ -40,12 +40,12 @@ impl DeadLetters {
     /// # Errors
     /// There is no such queue, or the broker cannot be reached.
     pub(super) async fn open(queue: &AmqpQueue, subscriber: &str) -> Result<Self, QueueError> {
-        let lease = queue.pool().lease().await?;
         let name = queue.topology().dead(subscriber);
-        let depth = Broker(lease.connection()).depth(&name).await?;
+        let depth = Broker::new(&queue.0.declaring).depth(&name).await?;
         let depth = depth.ok_or_else(|| {
             QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`"))
         })?;
+        let lease = queue.0.declaring.lease().await?;
         Ok(Self { queue: queue.clone(), subscriber: subscriber.to_owned(), name, lease, left: depth.messages })
     }
 
@@ -140,7 +140,7 @@ impl DeadLetters {
         answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
     }
 
-    fn error(&self, why: &str) -> QueueError {
+    fn error(&self, why: &BrokerError) -> QueueError {
         QueueError::new(format!("queue `{}`: {why}", self.name))
     }
 }

@@ -17,7 +17,7 @@ use lapin::{
 use tokio::sync::Mutex;
 
 use super::{
-    connection::{Lease, answer, describe},
+    connection::{BrokerError, INTERNAL_ERROR, Lease, answer},
     ladder,
     message::{self, Message},
     publisher::{Fate, Publisher},
@@ -33,7 +33,7 @@ struct Feed {
 }
 
 impl Feed {
-    async fn open(lease: Lease, queue: String, prefetch: u16) -> Result<Self, QueueError> {
+    async fn open(lease: Lease, queue: String, prefetch: u16) -> Result<Self, Unusable> {
         let open = async {
             // Before consuming: the consumer's own buffer has no limit.
             lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
@@ -41,7 +41,7 @@ impl Feed {
         };
         match answer(open).await {
             Ok(consumer) => Ok(Self { lease: Arc::new(lease), consumer, queue }),
-            Err(why) => Err(QueueError::new(format!("queue `{queue}` cannot be consumed: {why}"))),
+            Err(why) => Err(Unusable { queue, why }),
         }
     }
 
@@ -49,7 +49,7 @@ impl Feed {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<lapin::message::Delivery, QueueError>> {
         Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
             Some(Ok(delivery)) => Ok(delivery),
-            Some(Err(e)) => Err(QueueError::new(format!("the consumer of queue `{}` ended: {}", self.queue, describe(&e)))),
+            Some(Err(e)) => Err(QueueError::new(format!("the consumer of queue `{}` ended: {}", self.queue, BrokerError::from(e)))),
             None => Err(QueueError::new(format!("the broker cancelled the consumer of queue `{}`: it was deleted or moved", self.queue))),
         })
     }
@@ -58,19 +58,43 @@ impl Feed {
     /// not: what the broker has on its way then goes back before what was delivered earlier (measured).
     async fn close(&self) {
         if let Err(why) = answer(self.lease.channel.close(200, "given back".into())).await {
-            tracing::debug!(queue = self.queue, error = why, "the channel was gone before it was closed");
+            tracing::debug!(queue = self.queue, error = %why, "the channel was gone before it was closed");
         }
     }
 }
 
+/// A queue that cannot be consumed.
+#[derive(Debug)]
+pub(super) struct Unusable {
+    queue: String,
+    pub(super) why: BrokerError,
+}
+
+impl Unusable {
+    /// The broker has lost the use of the queue. It closes the whole connection of who consumes it, at
+    /// once or after a minute without an answer.
+    pub(super) fn is_broken(&self) -> bool {
+        self.why.silent || self.why.code == Some(INTERNAL_ERROR)
+    }
+
+    pub(super) fn into_error(self, subscriber: &str) -> QueueError {
+        let remedy = if self.is_broken() {
+            format!("; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` declares it anew")
+        } else {
+            String::new()
+        };
+        QueueError::new(format!("queue `{}` cannot be consumed: {}{remedy}", self.queue, self.why))
+    }
+}
+
 /// Whether a queue can be consumed; takes nothing out of it.
-pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), QueueError> {
+pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusable> {
     let consume = async {
         lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
         lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await?;
         lease.channel.close(200, "tried".into()).await
     };
-    answer(consume).await.map_err(|why| QueueError::new(format!("queue `{queue}` cannot be consumed: {why}")))
+    answer(consume).await.map_err(|why| Unusable { queue: queue.to_owned(), why })
 }
 
 pub struct Source {
@@ -91,7 +115,7 @@ impl Source {
         publisher: Publisher,
         subscriber: &str,
         window: Window,
-    ) -> Result<(Self, Settler), QueueError> {
+    ) -> Result<(Self, Settler), Unusable> {
         let envelopes = Feed::open(for_envelopes, topology.retry(subscriber), window.envelopes).await?;
         let events = Feed::open(for_events, topology.main(subscriber), window.events).await?;
         let settler = Settler(Arc::new(Inner {
@@ -206,7 +230,7 @@ impl Inner {
         }
     }
 
-    async fn ack(&self, mut receipts: Vec<Receipt>) -> Result<(), String> {
+    async fn ack(&self, mut receipts: Vec<Receipt>) -> Result<(), BrokerError> {
         receipts.sort_unstable();
         let mut finished = self.finished.lock().await;
         let before = finished.acked;
@@ -223,7 +247,7 @@ impl Inner {
     }
 }
 
-async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), String> {
+async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), BrokerError> {
     answer(channel.basic_ack(tag, BasicAckOptions { multiple })).await
 }
 

@@ -4,11 +4,11 @@
 //! its own, because the broker blocks a publishing connection as a whole (memory or disk alarm),
 //! acks on it included.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
-    Channel, Confirmation, Connection, Event,
+    Channel, Confirmation, Event,
     message::BasicReturnMessage,
     options::{BasicPublishOptions, ConfirmSelectOptions},
 };
@@ -19,17 +19,18 @@ use tokio::{
 };
 
 use super::{
-    connection::{Condition, answer, close, connect_persistently, describe, pauses},
+    connection::{BrokerError, Effort, Pool, answer, close, connect},
     message::Message,
-    topology::Topology,
+    topology::{Broker, Topology},
 };
 use crate::queue::QueueError;
 
 /// From handing a group over to the last of its confirms.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Groups whose confirms are awaited at once; more wait in line.
-const MAX_GROUPS: usize = 64;
+/// Groups that wait to be published; more wait to be handed over. How many wait for confirms has no
+/// limit here, or one queue that answers nobody would hold up all others: the requests in flight bound it.
+const MAX_INBOX: usize = 64;
 
 /// What the broker said of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,11 +68,11 @@ impl Drop for AbortOnDrop {
 
 impl Publisher {
     /// Starts the task. On each new connection it looks first whether the shared topology is there.
-    pub(super) fn start(topology: Topology, role: &'static str) -> Self {
-        let (groups, inbox) = mpsc::channel(MAX_GROUPS);
+    pub(super) fn start(topology: Topology, declaring: Arc<Pool>, role: &'static str) -> Self {
+        let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (state, writable) = watch::channel(false);
         let stop = Arc::new(Notify::new());
-        let task = tokio::spawn(Task { topology, role, inbox, state, stop: stop.clone() }.run());
+        let task = tokio::spawn(Task { topology, declaring, role, inbox, state, stop: stop.clone() }.keep());
         Self { groups, writable, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
@@ -114,6 +115,7 @@ impl Publisher {
 
 struct Task {
     topology: Topology,
+    declaring: Arc<Pool>,
     role: &'static str,
     inbox: mpsc::Receiver<Group>,
     state: watch::Sender<bool>,
@@ -121,41 +123,41 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self) {
-        let condition = Condition::new(format!("broker connection ({})", self.role));
-        let mut pauses = pauses();
+    /// Nothing is ever settled without this task, so not even a panic ends it.
+    async fn keep(mut self) {
+        let mut publishing = Effort::new(format!("broker connection ({})", self.role));
         loop {
-            let connection = connect_persistently(self.topology.url(), self.role, &condition).await;
-            match self.open(&connection).await {
-                Ok(channel) => {
-                    pauses.reset();
-                    let why = Generation::new(channel, self.role)
-                        .serve(&mut self.inbox, &self.state, connection.events_listener(), &self.stop)
-                        .await;
-                    self.state.send_replace(false);
-                    match why {
-                        Some(why) => condition.is_bad(&why),
-                        None => {
-                            close(&connection).await;
-                            return;
-                        }
-                    }
-                }
-                Err(e) => condition.is_bad(&e),
-            }
-            close(&connection).await;
-            tokio::time::sleep(pauses.grow()).await;
+            let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await {
+                Ok(Ok(())) => return,
+                Ok(Err(e)) => e,
+                Err(_) => QueueError::new("publishing panicked; what was not confirmed is delivered again"),
+            };
+            self.state.send_replace(false); // after a panic too
+            publishing.failed(&why).await;
         }
     }
 
-    async fn open(&self, connection: &Connection) -> Result<Channel, QueueError> {
-        self.topology.ensure_shared(connection).await?;
-        let open = async {
-            let channel = connection.create_channel().await?;
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(channel)
+    /// One connection, from its beginning to its end, which is an error unless it was asked for.
+    async fn generation(&mut self, publishing: &mut Effort) -> Result<(), QueueError> {
+        let connection = connect(self.topology.url(), self.role).await?;
+        let ended = async {
+            self.topology.ensure_shared(&mut Broker::new(&self.declaring)).await?;
+            let open = async {
+                let channel = connection.create_channel().await?;
+                channel.confirm_select(ConfirmSelectOptions::default()).await?;
+                Ok(channel)
+            };
+            let channel = answer(open).await;
+            let channel = channel.map_err(|why| QueueError::new(format!("the broker opens no channel for publishing: {why}")))?;
+            publishing.goes_well();
+            let generation = Generation::new(channel, self.role);
+            let why = generation.serve(&mut self.inbox, &self.state, connection.events_listener(), &self.stop).await;
+            why.map_or(Ok(()), Err)
         };
-        answer(open).await.map_err(|why| QueueError::new(format!("the broker opens no channel for publishing: {why}")))
+        let ended = ended.await;
+        self.state.send_replace(false);
+        close(&connection).await;
+        ended
     }
 }
 
@@ -214,20 +216,20 @@ impl Generation {
                         blocked = false;
                         state.send_replace(true);
                     }
-                    Event::Error(e) => return Some(self.fail(&describe(&e))),
+                    Event::Error(e) => return Some(self.fail(&BrokerError::from(e))),
                     _ => {}
                 },
                 Some(confirmed) = self.confirms.next(), if !self.confirms.is_empty() => {
                     if let Err(e) = self.confirmed(confirmed) {
-                        return Some(self.fail(&describe(&e)));
+                        return Some(self.fail(&BrokerError::from(e)));
                     }
                 }
                 () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => self.expire(),
-                group = inbox.recv(), if !blocked && self.groups.len() < MAX_GROUPS => {
+                group = inbox.recv(), if !blocked => {
                     let group = group?;
                     match timeout(CONFIRM_TIMEOUT, self.publish(group)).await {
                         Ok(Ok(())) => {}
-                        Ok(Err(e)) => return Some(self.fail(&describe(&e))),
+                        Ok(Err(e)) => return Some(self.fail(&BrokerError::from(e))),
                         Err(_) => return Some(self.fail("the broker takes no more bytes")),
                     }
                 }
@@ -344,7 +346,7 @@ impl Generation {
         }
     }
 
-    fn fail(&mut self, why: &str) -> QueueError {
+    fn fail(&mut self, why: &(impl fmt::Display + ?Sized)) -> QueueError {
         let why = QueueError::new(format!("the connection to the broker was lost before it confirmed: {why}"));
         for (_, p) in self.groups.drain() {
             p.reply.send(Err(why.clone())).ok();

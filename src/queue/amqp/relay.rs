@@ -1,6 +1,6 @@
 //! Two chores beside the lanes: the relay from a source queue, and the sweep of orphans.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -12,12 +12,12 @@ use lapin::{
 };
 
 use super::{
-    connection::{Pool, answer, describe, pauses},
+    connection::{BrokerError, Effort, Pool, answer},
     ladder,
     lane::ready,
     message::{self, Message},
     publisher::{Fate, Publisher},
-    topology::Topology,
+    topology::{Broker, Topology},
 };
 use crate::{
     clock,
@@ -29,39 +29,97 @@ use crate::{
 const PREFETCH: u16 = 500;
 const GROUP: usize = 250;
 
-/// Takes events from the source queue and republishes them by their type, until it fails.
-pub(super) async fn relay(
-    topology: &Topology,
-    pool: &Pool,
-    publisher: &Publisher,
-    queue: &str,
-    subscribers: &[Arc<Subscriber>],
-) -> Result<(), QueueError> {
-    let lease = pool.lease().await?;
-    let fail = |why: String| QueueError::new(format!("source queue `{queue}` cannot be consumed: {why}"));
-    let consume = async {
-        lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
-        lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
-    };
-    let mut consumer: Consumer = answer(consume).await.map_err(fail)?;
-    tracing::info!(queue, "relaying events");
-    loop {
-        let first =
-            consumer.next().await.ok_or_else(|| QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")))?;
-        let mut last = 0;
-        let mut messages = Vec::new();
-        let mut next = Some(first);
-        while let Some(delivery) = next {
-            let delivery = delivery.map_err(|e| fail(describe(&e)))?;
-            last = delivery.delivery_tag;
-            messages.push(relayed(topology, delivery));
-            next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
+/// Takes events from the source queue and republishes them by their type.
+pub(super) struct Relay<'a> {
+    pub(super) topology: &'a Topology,
+    pub(super) pool: &'a Pool,
+    pub(super) publisher: &'a Publisher,
+    pub(super) queue: &'a str,
+    pub(super) subscribers: &'a [Arc<Subscriber>],
+}
+
+impl Relay<'_> {
+    /// Relays until it fails.
+    pub(super) async fn run(&self, relaying: &mut Effort) -> Result<Infallible, QueueError> {
+        let queue = self.queue;
+        let lease = self.pool.lease().await?;
+        let fail = |why: BrokerError| QueueError::new(format!("source queue `{queue}` cannot be consumed: {why}"));
+        let consume = async {
+            lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+            lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+        };
+        let mut consumer: Consumer = answer(consume).await.map_err(fail)?;
+        tracing::debug!(queue, "relaying events");
+        loop {
+            let first = consumer.next().await;
+            let first = first.ok_or_else(|| QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")))?;
+            let mut last = 0;
+            let mut messages = Vec::new();
+            let mut next = Some(first);
+            while let Some(delivery) = next {
+                let delivery = delivery.map_err(|e| fail(e.into()))?;
+                last = delivery.delivery_tag;
+                messages.push(relayed(self.topology, delivery));
+                next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
+            }
+            let unmatched = self.publish(messages).await?;
+            if unmatched > 0 {
+                tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
+            }
+            answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(fail)?;
+            relaying.goes_well();
         }
-        let unmatched = publish_all(publisher, messages, subscribers).await?;
-        if unmatched > 0 {
-            tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
+    }
+
+    /// Publishes until each message is stored or nobody wants it; returns how many nobody wants.
+    ///
+    /// # Errors
+    /// Among others: one that a subscriber wants reached no queue, so a queue or its binding is gone.
+    async fn publish(&self, messages: Vec<Message>) -> Result<usize, QueueError> {
+        let mut unmatched = 0;
+        let mut refused = Vec::new();
+        let fates = self.publisher.publish(messages.clone()).await?;
+        for (message, fate) in messages.into_iter().zip(fates) {
+            let wanting = || self.subscribers.iter().filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
+            match (fate, wanting().next()) {
+                (Fate::Stored, _) => {}
+                (Fate::Unroutable, None) => unmatched += 1,
+                (Fate::Unroutable, Some(s)) => {
+                    return Err(QueueError::new(format!("`{}` reached no queue although `{}` wants it", message.routing_key, s.name)));
+                }
+                (Fate::Refused, Some(_)) if !message.exchange.is_empty() => {
+                    // Some queue has not taken it, and it is not said which; the others have. Each gets it
+                    // once more by itself, and only the one that refuses again gets it more often.
+                    let to_each =
+                        wanting().map(|s| Message::to_queue(self.topology.main(&s.name), message.body.clone(), message.properties.clone()));
+                    refused.extend(to_each);
+                }
+                (Fate::Refused, _) => refused.push(message),
+            }
         }
-        answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(fail)?;
+        self.insist(refused).await?;
+        Ok(unmatched)
+    }
+
+    /// Publishes what was refused until it is taken.
+    async fn insist(&self, mut refused: Vec<Message>) -> Result<(), QueueError> {
+        let mut handing_over = Effort::new("a queue's room for relayed events");
+        while !refused.is_empty() {
+            let fates = self.publisher.publish(refused.clone()).await?;
+            if let Some((m, _)) = refused.iter().zip(&fates).find(|(m, fate)| **fate == Fate::Unroutable && m.exchange.is_empty()) {
+                return Err(QueueError::new(format!("queue `{}` does not exist any more", m.routing_key)));
+            }
+            let mut fates = fates.into_iter();
+            refused.retain(|_| fates.next() == Some(Fate::Refused));
+            let Some(first) = refused.first() else { break };
+            let why = format!(
+                "`{}` refuses events, and the relay waits for it: it is full by a policy, or unusable (hooktrail repair SUBSCRIBER)",
+                first.routing_key
+            );
+            handing_over.failed(&QueueError::new(why)).await;
+        }
+        handing_over.goes_well();
+        Ok(())
     }
 }
 
@@ -97,69 +155,61 @@ fn relayed(topology: &Topology, delivery: Delivery) -> Message {
     }
 }
 
-/// Publishes until each message is stored or nobody wants it; returns how many nobody wants.
-///
-/// # Errors
-/// Among others: one that a subscriber wants reached no queue, so a queue or its binding is gone.
-async fn publish_all(publisher: &Publisher, mut messages: Vec<Message>, subscribers: &[Arc<Subscriber>]) -> Result<usize, QueueError> {
-    let mut unmatched = 0;
-    let mut pauses = pauses();
-    loop {
-        let fates = publisher.publish(messages.clone()).await?;
-        let unroutable = messages.iter().zip(&fates).filter(|(_, fate)| **fate == Fate::Unroutable).map(|(m, _)| m);
-        for message in unroutable {
-            let wanting = subscribers.iter().find(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
-            if let Some(s) = wanting {
-                return Err(QueueError::new(format!("`{}` reached no queue although `{}` wants it", message.routing_key, s.name)));
-            }
-            unmatched += 1;
-        }
-        let mut fates = fates.into_iter();
-        messages.retain(|_| fates.next() == Some(Fate::Refused));
-        let Some(refused) = messages.first() else { return Ok(unmatched) };
-        tracing::warn!(
-            events = messages.len(),
-            routing_key = refused.routing_key,
-            "a queue refuses relayed events, and the relay waits for it: it is full by a policy, or unusable (hooktrail check --connect names it)"
-        );
-        tokio::time::sleep(pauses.grow()).await;
-    }
-}
-
 /// Moves orphans of configured subscribers back into their retry queues; the others stay.
-/// Returns how many were moved.
-pub(super) async fn sweep(
-    topology: &Topology,
-    pool: &Pool,
-    publisher: &Publisher,
-    configured: &HashSet<String>,
-) -> Result<usize, QueueError> {
-    let lease = pool.lease().await?;
-    let orphans = topology.orphans();
-    let fail = |why: String| QueueError::new(format!("queue `{orphans}` cannot be read: {why}"));
-    let mut moved = 0;
-    // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;
-    // it is given back in one answer at the end, which keeps its order.
-    while let Some(delivery) = get(&lease.channel, &orphans).await.map_err(fail)? {
-        let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| configured.contains(*s));
-        let Some(subscriber) = subscriber.map(str::to_owned) else { continue };
-        let tag = delivery.delivery_tag;
-        let (body, properties) = message::untouched(delivery);
-        let stored = publisher.publish(vec![Message::to_queue(topology.retry(&subscriber), body, properties)]).await?;
-        if stored != [Fate::Stored] {
-            return Err(QueueError::new(format!("queue `{}` did not take an orphan", topology.retry(&subscriber))));
-        }
-        answer(lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(fail)?;
-        moved += 1;
-    }
-    answer(lease.channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true })).await.map_err(fail)?;
-    answer(lease.channel.close(200, "swept".into())).await.map_err(fail)?;
-    Ok(moved)
-}
-
-pub(super) async fn get(channel: &Channel, queue: &str) -> Result<Option<Delivery>, String> {
-    answer(channel.basic_get(queue.into(), BasicGetOptions::default())).await.map(|got| got.map(|m| m.delivery))
+pub(super) struct Sweep<'a> {
+    pub(super) topology: &'a Topology,
+    pub(super) pool: &'a Pool,
+    pub(super) publisher: &'a Publisher,
+    pub(super) configured: HashSet<&'a str>,
+    /// How many there were when none of them was of a configured subscriber, and how often that was looked at.
+    pub(super) foreign: Option<(u32, u32)>,
 }
 
 /// Between two sweeps.
 pub(super) const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+
+/// So many sweeps may rely on the number alone; the next one looks at every orphan again.
+const GLANCES: u32 = 60;
+
+impl Sweep<'_> {
+    /// Returns how many batches were moved.
+    pub(super) async fn run(&mut self) -> Result<usize, QueueError> {
+        let orphans = self.topology.orphans();
+        let Some(depth) = Broker::new(self.pool).depth(&orphans).await? else { return Ok(0) };
+        match &mut self.foreign {
+            _ if depth.messages == 0 => return Ok(0),
+            Some((number, glances)) if *number == depth.messages && *glances < GLANCES => {
+                *glances += 1;
+                return Ok(0);
+            }
+            _ => self.foreign = None,
+        }
+        let lease = self.pool.lease().await?;
+        let fail = |why: BrokerError| QueueError::new(format!("queue `{orphans}` cannot be read: {why}"));
+        let mut moved = 0;
+        // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;
+        // it is given back in one answer at the end, which keeps its order.
+        while let Some(delivery) = get(&lease.channel, &orphans).await.map_err(fail)? {
+            let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(s));
+            let Some(subscriber) = subscriber.map(str::to_owned) else { continue };
+            let tag = delivery.delivery_tag;
+            let (body, properties) = message::untouched(delivery);
+            let stored = self.publisher.publish(vec![Message::to_queue(self.topology.retry(&subscriber), body, properties)]).await?;
+            if stored != [Fate::Stored] {
+                return Err(QueueError::new(format!("queue `{}` did not take an orphan", self.topology.retry(&subscriber))));
+            }
+            answer(lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(fail)?;
+            moved += 1;
+        }
+        answer(lease.channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true })).await.map_err(fail)?;
+        answer(lease.channel.close(200, "swept".into())).await.map_err(fail)?;
+        if moved == 0 {
+            self.foreign = Some((depth.messages, 0));
+        }
+        Ok(moved)
+    }
+}
+
+pub(super) async fn get(channel: &Channel, queue: &str) -> Result<Option<Delivery>, BrokerError> {
+    answer(channel.basic_get(queue.into(), BasicGetOptions::default())).await.map(|got| got.map(|m| m.delivery))
+}

@@ -1,14 +1,13 @@
 //! Queues, exchanges and bindings: what they are called, and how they come to be.
 
 use lapin::{
-    Channel, Connection, ExchangeKind,
+    Channel, ExchangeKind,
     options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
-use tokio::time::timeout;
 
 use super::{
-    connection::{RPC_TIMEOUT, describe},
+    connection::{BrokerError, Lease, NOT_FOUND, Pool, answer},
     ladder,
 };
 use crate::{
@@ -91,10 +90,8 @@ impl Topology {
     }
 
     /// What belongs to no subscriber: the events' exchange, the ladder, the orphans.
-    pub(super) async fn ensure_shared(&self, connection: &Connection) -> Result<(), QueueError> {
-        let broker = Broker(connection);
-        self.find_source(&broker).await?;
-        self.ensure_events(&broker).await?;
+    pub(super) async fn ensure_shared(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        self.ensure_events(broker).await?;
         let orphans = self.orphans();
         broker.ensure_queue(&orphans, quorum(&[])).await?;
         broker.exchange(&orphans, ExchangeKind::Fanout, FieldTable::default()).await?;
@@ -115,19 +112,19 @@ impl Topology {
     }
 
     /// Looks at where events come from, and declares nothing that is not there.
-    pub(super) async fn inspect_intake(&self, connection: &Connection) -> Result<(), QueueError> {
-        let broker = Broker(connection);
+    pub(super) async fn inspect_intake(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         match &self.config.intake {
             Intake::Exchange(name) => match broker.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
-                Ok(()) => self.ensure_events(&broker).await,
+                Ok(()) => self.ensure_events(broker).await,
                 Err(Refused::NotFound) => Ok(()),
                 Err(e) => Err(e.into_error("exchange", name)),
             },
-            Intake::SourceQueue(_) => self.find_source(&broker).await,
+            Intake::SourceQueue(_) => self.find_source(broker).await,
         }
     }
 
-    async fn find_source(&self, broker: &Broker<'_>) -> Result<(), QueueError> {
+    /// Whether the source queue is there, if events come from one.
+    pub(super) async fn find_source(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         match &self.config.intake {
             Intake::SourceQueue(queue) if broker.depth(queue).await?.is_none() => Err(QueueError::needs_operator(format!(
                 "[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it"
@@ -136,7 +133,7 @@ impl Topology {
         }
     }
 
-    async fn ensure_events(&self, broker: &Broker<'_>) -> Result<(), QueueError> {
+    async fn ensure_events(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let events = self.events();
         broker.ensure_exchange(&events).await.map_err(|e| match (&e, &self.config.intake) {
             (Refused::Inequivalent { argument, wanted, found }, Intake::Exchange(_)) if argument == "type" => {
@@ -164,8 +161,7 @@ impl Topology {
     }
 
     /// A subscriber's three queues and their bindings.
-    pub(super) async fn ensure_subscriber(&self, connection: &Connection, subscriber: &Subscriber) -> Result<(), QueueError> {
-        let broker = Broker(connection);
+    pub(super) async fn ensure_subscriber(&self, broker: &mut Broker<'_>, subscriber: &Subscriber) -> Result<(), QueueError> {
         let name = &subscriber.name;
         for (queue, arguments) in self.subscriber_queues(name) {
             broker.ensure_queue(&queue, arguments).await?;
@@ -190,9 +186,9 @@ impl Topology {
     }
 
     /// The stream of changes.
-    pub(super) async fn ensure_state(&self, connection: &Connection) -> Result<(), QueueError> {
+    pub(super) async fn ensure_state(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let arguments = table(&[("x-queue-type", text("stream"))]);
-        Broker(connection).ensure_queue(&self.state(), arguments).await.map_err(|e| {
+        broker.ensure_queue(&self.state(), arguments).await.map_err(|e| {
             let hint =
                 if e.to_string().contains("feature flag") { "; enable it: rabbitmqctl enable_feature_flag stream_queue" } else { "" };
             QueueError::new(format!("{e}{hint}"))
@@ -238,15 +234,12 @@ pub(super) enum Refused {
 }
 
 impl Refused {
-    fn from_error(e: &lapin::Error) -> Self {
-        let message = describe(e);
-        match e.kind() {
-            lapin::ErrorKind::ProtocolError(p) => match p.get_id() {
-                404 => Self::NotFound,
-                403 => Self::Forbidden(message),
-                406 => inequivalent(&message).unwrap_or(Self::Other(message)),
-                _ => Self::Other(message),
-            },
+    fn from_error(e: &BrokerError) -> Self {
+        let message = e.to_string();
+        match e.code {
+            Some(NOT_FOUND) => Self::NotFound,
+            Some(403) => Self::Forbidden(message),
+            Some(406) => inequivalent(&message).unwrap_or(Self::Other(message)),
             _ => Self::Other(message),
         }
     }
@@ -275,27 +268,30 @@ fn inequivalent(message: &str) -> Option<Refused> {
     Some(Refused::Inequivalent { argument: argument.to_owned(), wanted: value(wanted), found: value(found) })
 }
 
-/// Requests on channels of their own: a refused one closes its channel.
-pub(super) struct Broker<'c>(pub(super) &'c Connection);
+/// Requests that the broker may refuse, one after the other. A refusal closes their channel, and the
+/// next request gets another.
+pub(super) struct Broker<'p> {
+    pool: &'p Pool,
+    lease: Option<Lease>,
+}
 
-impl Broker<'_> {
-    pub(super) async fn ask<T>(&self, request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>) -> Result<T, Refused> {
-        let asked = async {
-            let channel = self.0.create_channel().await?;
-            let answer = request(&channel).await;
-            if answer.is_ok() {
-                channel.close(200, "done".into()).await?;
-            }
-            answer
+impl<'p> Broker<'p> {
+    pub(super) fn new(pool: &'p Pool) -> Self {
+        Self { pool, lease: None }
+    }
+
+    async fn ask<T>(&mut self, request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>) -> Result<T, Refused> {
+        let lease = match self.lease.take().filter(|l| l.channel.status().connected()) {
+            Some(lease) => lease,
+            None => self.pool.lease().await.map_err(|e| Refused::Other(e.to_string()))?,
         };
-        match timeout(RPC_TIMEOUT, asked).await {
-            Ok(answer) => answer.map_err(|e| Refused::from_error(&e)),
-            Err(_) => Err(Refused::Other(format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()))),
-        }
+        let answer = answer(request(&lease.channel)).await.map_err(|e| Refused::from_error(&e))?;
+        self.lease = Some(lease);
+        Ok(answer)
     }
 
     /// What is in a queue; `None` if there is no such queue.
-    pub(super) async fn depth(&self, queue: &str) -> Result<Option<Depth>, QueueError> {
+    pub(super) async fn depth(&mut self, queue: &str) -> Result<Option<Depth>, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         match self.ask(async |c| c.queue_declare(queue.into(), passive, FieldTable::default()).await).await {
             Ok(q) => Ok(Some(Depth { messages: q.message_count(), consumers: q.consumer_count() })),
@@ -305,7 +301,7 @@ impl Broker<'_> {
     }
 
     /// Declares a queue if it is absent, and compares its arguments if it is there.
-    pub(super) async fn ensure_queue(&self, queue: &str, arguments: FieldTable) -> Result<(), QueueError> {
+    pub(super) async fn ensure_queue(&mut self, queue: &str, arguments: FieldTable) -> Result<(), QueueError> {
         let existed = self.depth(queue).await?.is_some();
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         match self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await {
@@ -321,13 +317,13 @@ impl Broker<'_> {
         }
     }
 
-    async fn declare_exchange(&self, name: &str, kind: ExchangeKind, passive: bool, arguments: FieldTable) -> Result<(), Refused> {
+    async fn declare_exchange(&mut self, name: &str, kind: ExchangeKind, passive: bool, arguments: FieldTable) -> Result<(), Refused> {
         let options = ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
         self.ask(async |c| c.exchange_declare(name.into(), kind, options, arguments).await).await
     }
 
     /// The exchange that producers publish to: declared if absent; otherwise only its type matters.
-    async fn ensure_exchange(&self, name: &str) -> Result<(), Refused> {
+    async fn ensure_exchange(&mut self, name: &str) -> Result<(), Refused> {
         let existed = match self.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
             Ok(()) => true,
             Err(Refused::NotFound) => false,
@@ -343,7 +339,7 @@ impl Broker<'_> {
     }
 
     /// An exchange of hooktrail's own.
-    async fn exchange(&self, name: &str, kind: ExchangeKind, arguments: FieldTable) -> Result<(), QueueError> {
+    async fn exchange(&mut self, name: &str, kind: ExchangeKind, arguments: FieldTable) -> Result<(), QueueError> {
         let exists = self.declare_exchange(name, kind.clone(), true, FieldTable::default()).await.is_ok();
         match self.declare_exchange(name, kind, false, arguments).await {
             Err(Refused::Forbidden(_)) if exists => Ok(()),
@@ -351,14 +347,14 @@ impl Broker<'_> {
         }
     }
 
-    pub(super) async fn bind(&self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
+    pub(super) async fn bind(&mut self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
         let bound = self.ask(async |c| {
             c.queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), FieldTable::default()).await
         });
         bound.await.map_err(|e| e.into_error("the binding of queue", queue))
     }
 
-    pub(super) async fn unbind(&self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
+    pub(super) async fn unbind(&mut self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
         let unbound = self.ask(async |c| c.queue_unbind(queue.into(), exchange.into(), key.into(), FieldTable::default()).await);
         match unbound.await {
             Ok(()) | Err(Refused::NotFound) => Ok(()),
@@ -366,7 +362,7 @@ impl Broker<'_> {
         }
     }
 
-    pub(super) async fn delete_queue(&self, queue: &str) -> Result<(), QueueError> {
+    pub(super) async fn delete_queue(&mut self, queue: &str) -> Result<(), QueueError> {
         let deleted = self.ask(async |c| c.queue_delete(queue.into(), QueueDeleteOptions::default()).await);
         match deleted.await {
             Ok(_) | Err(Refused::NotFound) => Ok(()),
@@ -374,7 +370,7 @@ impl Broker<'_> {
         }
     }
 
-    async fn bind_exchange(&self, to: &str, from: &str, key: &str) -> Result<(), QueueError> {
+    async fn bind_exchange(&mut self, to: &str, from: &str, key: &str) -> Result<(), QueueError> {
         let bound = self.ask(async |c| {
             c.exchange_bind(to.into(), from.into(), key.into(), ExchangeBindOptions::default(), FieldTable::default()).await
         });
