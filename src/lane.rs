@@ -324,7 +324,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let limit = self.lane.subscriber.batch.max_bytes;
             return Some((Reason::TooLarge, format!("its request body would have more than batch.max_bytes = {limit} bytes")));
         }
-        event_type(body).err().map(|e| (Reason::InvalidEvent, format!("the event {e}")))
+        event_type(body).err().map(|e| (Reason::InvalidEvent, e.to_string()))
     }
 
     fn done(&mut self, done: Done) {

@@ -78,7 +78,7 @@ async fn read(config: &Config, queue: &AmqpQueue, file: &PathBuf, group: &mut Gr
         }
         match event_type(&line) {
             Err(why) => {
-                eprintln!("{name}:{number}: not published: the line {why}");
+                eprintln!("{name}:{number}: not published: {why}");
                 tally.bad_lines += 1;
             }
             Ok(event_type) => {

@@ -26,7 +26,7 @@ fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types() {
         let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
         assert_eq!(output.status.code(), Some(1), "a line was bad");
         assert!(out.contains("published 2501 events, all confirmed"), "{out}");
-        assert!(err.contains("events.jsonl:8: not published: the line has no field `event`"), "{err}");
+        assert!(err.contains("events.jsonl:8: not published: the event has no field `event`"), "{err}");
         assert!(err.contains("no subscriber's patterns match `other.thing` (1 events)"), "{err}");
         let _daemon = setup.start().await;
         receiver.wait_all(2500).await;

@@ -26,7 +26,7 @@ fn bad() -> Vec<(Vec<u8>, &'static str, &'static str)> {
     vec![
         (b"not json".to_vec(), "invalid_event", "is not JSON"),
         (b"[1,2]".to_vec(), "invalid_event", "not an object"),
-        (b"{\"description\":\"x\"}".to_vec(), "invalid_event", "no field `event`"),
+        (b"{\"description\":\"x\"}".to_vec(), "invalid_event", "the event has no field `event`"),
         (b"{\"event\":7}".to_vec(), "invalid_event", "not a string"),
         (b"{\"event\":\"a\",\"event\":null}".to_vec(), "invalid_event", "not a string"),
         (b"{\"event\":\"\xff\xfe\"}".to_vec(), "invalid_event", "not UTF-8"),
@@ -34,7 +34,7 @@ fn bad() -> Vec<(Vec<u8>, &'static str, &'static str)> {
         (b"{\"event\":\"a\",\"x\":NaN}".to_vec(), "invalid_event", "is not JSON"),
         (b"{\"event\":\"a\"}{\"event\":\"b\"}".to_vec(), "invalid_event", "is not JSON"),
         (br#"{"event":"a type must be text \ud800"}"#.to_vec(), "invalid_event", "is not JSON"),
-        (Vec::new(), "invalid_event", "empty"),
+        (Vec::new(), "invalid_event", "the event is empty"),
         (nested(129), "invalid_event", "deeper than 128"),
         (nested(100_000), "invalid_event", "deeper than 128"),
         (padded(10 << 20), "too_large", "batch.max_bytes"),
