@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use url::{Host, Url};
+use url::Url;
 
 pub use reader::Problem;
 use reader::{Layers, Reader, Section, Source, Value};
@@ -585,12 +585,7 @@ impl Loader<'_, '_> {
                 return None;
             }
         }
-        let literal = match url.host() {
-            Some(Host::Ipv4(ip)) => Some(ip.into()),
-            Some(Host::Ipv6(ip)) => Some(ip.into()),
-            Some(Host::Domain(_)) | None => None,
-        };
-        if let Some(Err(what)) = literal.map(|ip| http.addresses.check(ip)) {
+        if let Err(what) = http.addresses.check_literal(&url) {
             let remedy = "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`";
             r.report(&value, format!("its address is not a public one ({what}); {remedy}"));
             return None;

@@ -16,7 +16,6 @@ use reqwest::{
     header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
     redirect, retry,
 };
-use url::Host;
 
 use crate::{
     address::AddressPolicy,
@@ -117,7 +116,8 @@ pub struct Webhook {
     signer: Signer,
     success: Success,
     timeout: Duration,
-    /// A literal address is not resolved, so the resolver never sees it.
+    /// A literal address is not resolved, so the resolver never sees it. The configuration refuses
+    /// one that is not allowed; this is for a subscriber that came another way.
     literal_blocked: Option<&'static str>,
 }
 
@@ -141,12 +141,7 @@ impl Webhook {
             .build()
             .map_err(|e| chain(&e.without_url()))?;
         let url = subscriber.url.expose().clone();
-        let literal = match url.host() {
-            Some(Host::Ipv4(ip)) => Some(ip.into()),
-            Some(Host::Ipv6(ip)) => Some(ip.into()),
-            Some(Host::Domain(_)) | None => None,
-        };
-        let literal_blocked = literal.and_then(|ip| addresses.check(ip).err());
+        let literal_blocked = addresses.check_literal(&url).err();
         Ok(Self { client, url, signer: subscriber.signer.clone(), success: *success, timeout: *timeout, literal_blocked })
     }
 
@@ -406,6 +401,31 @@ mod tests {
         let e = of(&["10.0.0.1", "::1"]).expect_err("none is public");
         assert!(e.downcast_ref::<Blocked>().is_some(), "{e}");
         assert!(of(&[]).expect_err("none at all").to_string().contains("no address"));
+    }
+
+    #[tokio::test]
+    async fn a_literal_address_that_is_not_allowed_is_not_connected_to_even_if_the_configuration_did_not_refuse_it() {
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        socket.set_nonblocking(true).expect("sets");
+        let url = format!("http://{}/", socket.local_addr().expect("an address"));
+        let text = format!(
+            "[queue]\nurl = \"amqp://unused\"\n[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, allow_private_addresses = true }}\n"
+        );
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("h.toml");
+        std::fs::write(&path, text).expect("writes");
+        let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
+        let mut subscriber = Subscriber::clone(&config.subscribers[0]);
+        subscriber.http.addresses = AddressPolicy::default();
+        let webhook = Webhook::try_new(&subscriber, &TlsRoots::of_system().expect("roots")).expect("builds");
+        let request = Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}") };
+        let outcome = webhook.send(request).await;
+        assert!(
+            matches!(&outcome, Outcome::Retry { failure: Failure::AddressBlocked(why), .. } if why.contains("loopback")),
+            "{outcome:?}"
+        );
+        assert_eq!(socket.accept().map(drop).map_err(|e| e.kind()), Err(ErrorKind::WouldBlock), "not even a connection");
     }
 
     #[test]
