@@ -424,7 +424,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    /// The one log event of an attempt: no body, no secret, no URL.
+    /// The one log event of an attempt: no body, no secret, no URL, and nothing that the receiver wrote,
+    /// which may be what it was sent; that is in the dead letter alone.
     fn log(&self, parcel: &Parcel, took: Duration, outcome: &str, status: Option<u16>, failure: Option<&Failure>, next: Option<Duration>) {
         macro_rules! attempt {
             ($level:ident) => {
@@ -437,7 +438,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     outcome,
                     status,
                     failure = failure.map(Failure::name),
-                    error = failure.map(tracing::field::display),
+                    error = failure.and_then(Failure::cause),
                     duration_ms = took.as_millis() as u64,
                     next_attempt_in_s = next.map(|d| d.as_millis() as f64 / 1000.0),
                     "attempt"

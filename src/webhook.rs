@@ -29,8 +29,10 @@ use crate::{
 /// The most of an answer's body that is read, in bytes; what follows is not waited for.
 const MAX_ANSWER: usize = 64 * 1024;
 
-/// What of an answer's text is kept for logs and dead letters, in bytes.
+/// What of an answer's text is kept for a dead letter, in bytes.
 const MAX_EXCERPT: usize = 1024;
+
+const EXCEPTIONS: &str = "see http.allow_addresses and http.allow_private_addresses";
 
 /// What an attempt came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,7 +44,7 @@ pub enum Outcome {
 /// Why an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// An answer that is not a success, and the beginning of its text.
+    /// An answer that is not a success, and the beginning of its text, on one line.
     Status {
         status: u16,
         excerpt: String,
@@ -82,18 +84,30 @@ impl Failure {
             _ => None,
         }
     }
+
+    /// What this side found out about it: nothing that the receiver wrote, so that it may be logged.
+    pub fn cause(&self) -> Option<&str> {
+        match self {
+            Self::Status { .. } | Self::Timeout => None,
+            Self::Dns(why)
+            | Self::AddressBlocked(why)
+            | Self::Connect(why)
+            | Self::Tls(why)
+            | Self::Reset(why)
+            | Self::BadAnswer(why)
+            | Self::Internal(why) => Some(why),
+        }
+    }
 }
 
+/// The whole story, for a dead letter: a receiver's text included.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
         match self {
-            Self::Status { status, excerpt } if excerpt.is_empty() => write!(f, "status {status}"),
-            Self::Status { status, excerpt } => write!(f, "status {status}: {excerpt}"),
-            Self::Timeout => f.write_str("timeout"),
-            Self::Dns(why) | Self::Connect(why) | Self::Tls(why) | Self::Reset(why) | Self::BadAnswer(why) | Self::Internal(why) => {
-                write!(f, "{}: {why}", self.name())
-            }
-            Self::AddressBlocked(what) => write!(f, "address_blocked: {what}; see http.allow_addresses and http.allow_private_addresses"),
+            Self::Status { status, excerpt } if excerpt.is_empty() => write!(f, " {status}"),
+            Self::Status { status, excerpt } => write!(f, " {status}: {excerpt}"),
+            _ => self.cause().map_or(Ok(()), |why| write!(f, ": {why}")),
         }
     }
 }
@@ -148,7 +162,7 @@ impl Webhook {
     /// Makes one attempt. It ends within the configured timeout whatever the receiver does.
     pub async fn send(&self, request: Request) -> Outcome {
         if let Some(what) = self.literal_blocked {
-            return retry(Failure::AddressBlocked(format!("the URL's address is not a public one ({what})")));
+            return retry(Failure::AddressBlocked(format!("the URL's address is not a public one ({what}); {EXCEPTIONS}")));
         }
         // The client has the same limit; this one also bounds whatever it does besides.
         let attempt = tokio::time::timeout(self.timeout + Duration::from_secs(1), self.attempt(request));
@@ -323,7 +337,7 @@ struct Blocked {
 
 impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the name resolves to {}, which is not a public address ({})", self.address, self.what)
+        write!(f, "the name resolves to {}, which is not a public address ({}); {EXCEPTIONS}", self.address, self.what)
     }
 }
 
