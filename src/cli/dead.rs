@@ -1,12 +1,16 @@
 //! `dead`: dead letters, one at a time, so that a hundred thousand of them need no memory.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    convert::Infallible,
+    io::{IsTerminal as _, Write as _},
+    str::FromStr,
+};
 
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use super::{Failed, reach};
+use super::{Failed, reach, visible};
 use crate::{
     config::{self, Config},
     queue::{
@@ -20,7 +24,7 @@ const REPLAY_GROUP: usize = 50;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a dead letter, oldest first
+    /// One line a dead letter, oldest first, each with its number, such as #2
     List {
         #[command(flatten)]
         which: Which,
@@ -32,8 +36,9 @@ pub(super) enum Command {
     Show {
         /// The subscriber's name
         subscriber: String,
-        /// Its id, or its number in `list`
-        letter: String,
+        /// Its id, or '#2' for the second of `list`; in quotes, since a shell takes # for a comment
+        letter: Name,
+        /// As a JSON object
         #[arg(long)]
         json: bool,
     },
@@ -69,9 +74,9 @@ pub(super) enum Command {
 pub(super) struct Which {
     /// The subscriber's name; one that is not configured any more is fine
     subscriber: String,
-    /// Only these, by id or by number in `list`
+    /// Only these: an id, or '#2' for the second of `list`; in quotes, since a shell takes # for a comment
     #[arg(value_name = "LETTER")]
-    letters: Vec<String>,
+    letters: Vec<Name>,
     /// Only those with this reason
     #[arg(long, value_parser = parse_reason)]
     reason: Option<Reason>,
@@ -81,11 +86,77 @@ fn parse_reason(name: &str) -> Result<Reason, String> {
     Reason::from_name(name).ok_or_else(|| format!("the reasons are {}", Reason::ALL.map(Reason::name).join(", ")))
 }
 
-impl Which {
-    fn includes(&self, number: usize, letter: &DeadLetter) -> bool {
-        let named = |l: &String| letter.id.as_ref() == Some(l) || l.parse() == Ok(number);
-        (self.letters.is_empty() || self.letters.iter().any(named)) && self.reason.is_none_or(|r| r == letter.reason)
+/// How a dead letter is named: an id may be any text, digits too, so a number has a sign of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Name {
+    Number(usize),
+    Id(String),
+}
+
+impl FromStr for Name {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let number = text.strip_prefix('#').and_then(|n| n.parse().ok());
+        Ok(number.map_or_else(|| Self::Id(text.to_owned()), Self::Number))
     }
+}
+
+impl Name {
+    fn is(&self, number: usize, letter: &DeadLetter) -> bool {
+        match self {
+            Self::Number(n) => *n == number,
+            Self::Id(id) => letter.id.as_ref() == Some(id),
+        }
+    }
+}
+
+/// Picks what is meant out of a walk, and knows which names it has not met.
+struct Choice<'w> {
+    which: &'w Which,
+    met: Vec<bool>,
+    /// Letters seen, so the number of the last one.
+    number: usize,
+}
+
+impl<'w> Choice<'w> {
+    fn new(which: &'w Which) -> Self {
+        Self { which, met: vec![false; which.letters.len()], number: 0 }
+    }
+
+    /// Whether the next letter of the walk is meant.
+    fn includes(&mut self, letter: &DeadLetter) -> bool {
+        self.number += 1;
+        if self.which.reason.is_some_and(|r| r != letter.reason) {
+            return false;
+        }
+        let mut named = self.which.letters.is_empty();
+        for (name, met) in self.which.letters.iter().zip(&mut self.met) {
+            if name.is(self.number, letter) {
+                named = true;
+                *met = true;
+            }
+        }
+        named
+    }
+
+    /// After the walk: an error if a name was not met.
+    fn complete(&self) -> Result<(), Failed> {
+        let names = self.which.letters.iter().zip(&self.met).filter(|(_, met)| !**met).map(|(name, _)| name);
+        let missing: Vec<&Name> = names.collect();
+        if missing.is_empty() { Ok(()) } else { Err(not_found(&self.which.subscriber, &missing, self.which.reason)) }
+    }
+}
+
+fn not_found(subscriber: &str, names: &[&Name], reason: Option<Reason>) -> Failed {
+    let with = reason.map(|r| format!(" with reason {}", r.name())).unwrap_or_default();
+    let told = names.iter().map(|name| match name {
+        Name::Number(n) => format!("no dead letter{with} is #{n}"),
+        Name::Id(id) => format!("no dead letter{with} has the id `{}`", visible(id)),
+    });
+    let told: Vec<String> = told.collect();
+    let hint = "shows ids and numbers; a number is written '#2', in quotes, since a shell takes # for a comment";
+    Failed::Runtime(format!("{}; `hooktrail dead list {subscriber}` {hint}", told.join(", ")))
 }
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
@@ -100,7 +171,7 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
     let letters = queue.dead_letters(subscriber).await?;
     match command {
         Command::List { which, json } => list(letters, &which, json).await,
-        Command::Show { letter, json, .. } => show(letters, &letter, json).await,
+        Command::Show { subscriber, letter, json } => show(letters, &subscriber, &letter, json).await,
         Command::Replay { which, dry_run, json } => replay(letters, &which, dry_run, json).await,
         Command::Purge { which, dry_run, yes, json } => purge(letters, &which, dry_run, yes, json).await,
     }?;
@@ -136,13 +207,13 @@ fn print(line: &str) -> bool {
 }
 
 async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(), Failed> {
-    let mut number = 0;
+    let mut choice = Choice::new(which);
     let mut shown = 0;
     while let Some(Held { letter: l, .. }) = letters.next().await? {
-        number += 1;
-        if !which.includes(number, &l) {
+        if !choice.includes(&l) {
             continue;
         }
+        let number = choice.number;
         if shown == 0
             && !json
             && !print(&format!(
@@ -150,7 +221,7 @@ async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(),
                 "NUMBER", "DIED AT", "REASON", "EVENTS", "ATTEMPTS", "ID"
             ))
         {
-            break;
+            return Ok(letters.close().await?);
         }
         shown += 1;
         let line = if json {
@@ -158,24 +229,26 @@ async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(),
         } else {
             let error: String = l.error.chars().map(|c| if c.is_control() { ' ' } else { c }).take(80).collect();
             let id = l.id.as_deref().unwrap_or("-");
+            let number = format!("#{number}");
             format!("{number:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {id:<36}  {error}", time(l.died_at), l.reason.name(), l.events, l.attempts)
         };
         if !print(&line) {
-            break;
+            return Ok(letters.close().await?);
         }
     }
     letters.close().await?;
+    choice.complete()?;
     if shown == 0 && !json {
         print("no dead letters");
     }
     Ok(())
 }
 
-async fn show(mut letters: DeadLetters, wanted: &str, json: bool) -> Result<(), Failed> {
+async fn show(mut letters: DeadLetters, subscriber: &str, wanted: &Name, json: bool) -> Result<(), Failed> {
     let mut number = 0;
     while let Some(Held { letter: l, .. }) = letters.next().await? {
         number += 1;
-        if l.id.as_deref() != Some(wanted) && wanted.parse() != Ok(number) {
+        if !wanted.is(number, &l) {
             continue;
         }
         letters.close().await?;
@@ -187,7 +260,7 @@ async fn show(mut letters: DeadLetters, wanted: &str, json: bool) -> Result<(), 
             return Ok(());
         }
         for (name, value) in [
-            ("number", number.to_string()),
+            ("number", format!("#{number}")),
             ("id", l.id.clone().unwrap_or_else(|| "-".to_owned())),
             ("kind", l.kind.name().to_owned()),
             ("reason", l.reason.name().to_owned()),
@@ -209,7 +282,7 @@ async fn show(mut letters: DeadLetters, wanted: &str, json: bool) -> Result<(), 
         return Ok(());
     }
     letters.close().await?;
-    Err(Failed::Runtime(format!("no dead letter `{wanted}`; `hooktrail dead list` shows those there are")))
+    Err(not_found(subscriber, &[wanted], None))
 }
 
 /// Shown when stderr is a terminal.
@@ -221,11 +294,10 @@ fn progress(total: u32) -> ProgressBar {
 
 async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bool) -> Result<(), Failed> {
     let bar = progress(letters.left());
-    let (mut number, mut replayed, mut group) = (0, 0, Vec::new());
+    let (mut choice, mut replayed, mut group) = (Choice::new(which), 0, Vec::new());
     while let Some(held) = letters.next().await? {
-        number += 1;
         bar.inc(1);
-        if !which.includes(number, &held.letter) {
+        if !choice.includes(&held.letter) {
             continue;
         }
         replayed += 1;
@@ -242,7 +314,7 @@ async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bo
     }
     bar.finish_and_clear();
     letters.close().await?;
-    finished("replay", replayed, number, dry_run, json, which)
+    finished("replay", replayed, &choice, dry_run, json)
 }
 
 async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool, json: bool) -> Result<(), Failed> {
@@ -250,11 +322,10 @@ async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool
         return Err(Failed::Usage("nothing was deleted".to_owned()));
     }
     let bar = progress(letters.left());
-    let (mut number, mut purged) = (0, 0);
+    let (mut choice, mut purged) = (Choice::new(which), 0);
     while let Some(held) = letters.next().await? {
-        number += 1;
         bar.inc(1);
-        if which.includes(number, &held.letter) {
+        if choice.includes(&held.letter) {
             purged += 1;
             if !dry_run {
                 letters.purge(&held).await?;
@@ -263,7 +334,7 @@ async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool
     }
     bar.finish_and_clear();
     letters.close().await?;
-    finished("purge", purged, number, dry_run, json, which)
+    finished("purge", purged, &choice, dry_run, json)
 }
 
 fn confirm(letters: &DeadLetters, which: &Which) -> Result<bool, Failed> {
@@ -279,7 +350,8 @@ fn confirm(letters: &DeadLetters, which: &Which) -> Result<bool, Failed> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-fn finished(what: &str, done: usize, of: usize, dry_run: bool, json: bool, which: &Which) -> Result<(), Failed> {
+fn finished(what: &str, done: usize, choice: &Choice<'_>, dry_run: bool, json: bool) -> Result<(), Failed> {
+    let (which, of) = (choice.which, choice.number);
     if json {
         print(&json!({ "command": what, "subscriber": which.subscriber, "dry_run": dry_run, "chosen": done, "of": of }).to_string());
     } else {
@@ -291,8 +363,5 @@ fn finished(what: &str, done: usize, of: usize, dry_run: bool, json: bool, which
         };
         print(&format!("{verb} {done} of {of} dead letters of `{}`", which.subscriber));
     }
-    if done < which.letters.len() {
-        return Err(Failed::Runtime(format!("{} of the letters named were not found", which.letters.len() - done)));
-    }
-    Ok(())
+    choice.complete()
 }

@@ -141,7 +141,7 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         assert_eq!(letters.len(), bad.len());
         let mut found: Vec<(String, String)> = Vec::new();
         for (n, letter) in (1..).zip(&letters) {
-            let number = n.to_string();
+            let number = format!("#{n}");
             let shown: Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", &number, "--json"])).expect("JSON");
             for key in ["number", "reason", "error", "kind", "bytes"] {
                 assert_eq!(shown[key], letter[key], "`show` and `list` mean the same letter by {n}");
@@ -510,7 +510,7 @@ fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it() {
         for (name, _) in &hosts[1..] {
             broker.wait_depth(&format!("sub.{name}.dead"), 1).await;
             shown += &setup.ok(&["dead", "list", name, "--json"]);
-            shown += &setup.ok(&["dead", "show", name, "1"]);
+            shown += &setup.ok(&["dead", "show", name, "#1"]);
         }
         shown += &daemon.log();
         for secret in ["some@one", "some%40one", "hunter", "c29tZUBvbmU6", "token"] {
