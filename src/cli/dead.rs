@@ -14,13 +14,14 @@ use super::{Failed, reach, visible};
 use crate::{
     config::{self, Config},
     queue::{
-        DeadLetter, Queue as _, Reason,
+        DeadLetter, Kind, Queue as _, Reason,
         amqp::{DeadLetters, Held},
     },
 };
 
-/// Letters that are replayed together, one confirm for all.
-const REPLAY_GROUP: usize = 50;
+/// Letters that are replayed together, one confirm for all: whichever is reached first.
+const GROUP_LETTERS: usize = 50;
+const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -292,29 +293,74 @@ fn progress(total: u32) -> ProgressBar {
     ProgressBar::with_draw_target(Some(total.into()), target).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
+/// Collects what is replayed together, so that large letters are held one at a time and small ones are quick.
+struct Group<T> {
+    items: Vec<T>,
+    bytes: usize,
+}
+
+impl<T> Group<T> {
+    fn new() -> Self {
+        Self { items: Vec::new(), bytes: 0 }
+    }
+
+    /// Adds an item; returns those that go first, if the item does not belong with them.
+    fn push(&mut self, item: T, bytes: usize) -> Option<Vec<T>> {
+        let full = self.items.len() == GROUP_LETTERS || self.bytes + bytes > GROUP_BYTES;
+        let before = if full { std::mem::replace(self, Self::new()).items } else { Vec::new() };
+        self.items.push(item);
+        self.bytes += bytes;
+        (!before.is_empty()).then_some(before)
+    }
+}
+
+/// Whether a letter may be sent at all. What came into the retry queue without being an envelope was
+/// never put together by hooktrail: as a batch it would be a request that no receiver understands.
+fn can_be_replayed(letter: &DeadLetter) -> bool {
+    (letter.kind, letter.reason) != (Kind::Batch, Reason::InvalidEvent)
+}
+
 async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bool) -> Result<(), Failed> {
     let bar = progress(letters.left());
-    let (mut choice, mut replayed, mut group) = (Choice::new(which), 0, Vec::new());
+    let (mut choice, mut replayed, mut skipped, mut group) = (Choice::new(which), 0, 0, Group::new());
     while let Some(held) = letters.next().await? {
         bar.inc(1);
         if !choice.includes(&held.letter) {
+            continue;
+        }
+        if !can_be_replayed(&held.letter) {
+            skipped += 1;
+            let number = choice.number;
+            let left = if dry_run { number } else { number - replayed };
+            let moved = if left == number { String::new() } else { format!(" (#{left} from now on)") };
+            bar.suspend(|| {
+                eprintln!(
+                    "#{number}{moved} is not replayed, it never was a batch of hooktrail's: {error}; look at it with `hooktrail dead show {name} '#{left}'`, then delete it with `hooktrail dead purge {name} '#{left}'`",
+                    error = visible(&held.letter.error),
+                    name = which.subscriber,
+                );
+            });
             continue;
         }
         replayed += 1;
         if dry_run {
             continue;
         }
-        group.push(held);
-        if group.len() == REPLAY_GROUP {
-            letters.replay(std::mem::take(&mut group)).await?;
+        let bytes = held.letter.body.len();
+        if let Some(full) = group.push(held, bytes) {
+            letters.replay(full).await?;
         }
     }
-    if !group.is_empty() {
-        letters.replay(group).await?;
+    if !group.items.is_empty() {
+        letters.replay(group.items).await?;
     }
     bar.finish_and_clear();
     letters.close().await?;
-    finished("replay", replayed, &choice, dry_run, json)
+    finished("replay", replayed, skipped, &choice, dry_run, json)?;
+    if skipped > 0 && !which.letters.is_empty() {
+        return Err(Failed::Runtime(format!("{skipped} of the letters named cannot be replayed; above is what to do")));
+    }
+    Ok(())
 }
 
 async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool, json: bool) -> Result<(), Failed> {
@@ -334,7 +380,7 @@ async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool
     }
     bar.finish_and_clear();
     letters.close().await?;
-    finished("purge", purged, &choice, dry_run, json)
+    finished("purge", purged, 0, &choice, dry_run, json)
 }
 
 fn confirm(letters: &DeadLetters, which: &Which) -> Result<bool, Failed> {
@@ -350,10 +396,13 @@ fn confirm(letters: &DeadLetters, which: &Which) -> Result<bool, Failed> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-fn finished(what: &str, done: usize, choice: &Choice<'_>, dry_run: bool, json: bool) -> Result<(), Failed> {
+fn finished(what: &str, done: usize, skipped: usize, choice: &Choice<'_>, dry_run: bool, json: bool) -> Result<(), Failed> {
     let (which, of) = (choice.which, choice.number);
     if json {
-        print(&json!({ "command": what, "subscriber": which.subscriber, "dry_run": dry_run, "chosen": done, "of": of }).to_string());
+        let result = json!({
+            "command": what, "subscriber": which.subscriber, "dry_run": dry_run, "chosen": done, "skipped": skipped, "of": of,
+        });
+        print(&result.to_string());
     } else {
         let verb = match (what, dry_run) {
             ("replay", false) => "replayed",
@@ -361,7 +410,28 @@ fn finished(what: &str, done: usize, choice: &Choice<'_>, dry_run: bool, json: b
             (_, false) => "purged",
             (_, true) => "would purge",
         };
-        print(&format!("{verb} {done} of {of} dead letters of `{}`", which.subscriber));
+        let rest = if skipped > 0 { format!(", skipped {skipped}") } else { String::new() };
+        print(&format!("{verb} {done} of {of} dead letters of `{}`{rest}", which.subscriber));
     }
     choice.complete()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_as_large_as_its_letters_or_bytes_allow_and_a_letter_is_never_too_large() {
+        let groups = |sizes: &[usize]| {
+            let mut group = Group::new();
+            let mut all: Vec<Vec<usize>> = sizes.iter().filter_map(|bytes| group.push(*bytes, *bytes)).collect();
+            all.push(group.items);
+            all.iter().map(Vec::len).collect::<Vec<_>>()
+        };
+        let mib = 1024 * 1024;
+        assert_eq!(groups(&[1000; 120]), [50, 50, 20]);
+        assert_eq!(groups(&[mib; 9]), [4, 4, 1]);
+        assert_eq!(groups(&[12 * mib; 3]), [1, 1, 1]);
+        assert_eq!(groups(&[1, 12 * mib, 1, 1]), [1, 1, 2]);
+    }
 }

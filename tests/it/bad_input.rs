@@ -281,13 +281,37 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         assert_eq!(exhausted, ["msg_most", "msg_old"]);
         eventually("the third waits on the ladder", async || broker.depth("delay.11").await == Some(1)).await;
 
-        // A replay of what was no envelope makes one of it, under an id of its own.
+        // What was no envelope is never sent, however it is asked for; what was one is.
+        broker.put("", &retry, b"junk", json()).await;
+        let junk = beyond.len() + 2;
+        broker.wait_depth("sub.a.dead", junk as u32 + 2).await;
+        let last = format!("#{}", junk + 2);
+        let replay = |arguments: &[&str]| {
+            let output = setup.run(&[&["dead", "replay", "a"], arguments].concat());
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            (output.status.code(), text(&output.stdout), text(&output.stderr))
+        };
+        let (code, out, told) = replay(&["--reason", "invalid_event", "--json"]);
+        let result: Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!((code, &result["chosen"], &result["skipped"], &result["of"]), (Some(0), &0.into(), &junk.into(), &(junk + 2).into()));
+        assert_eq!(told.lines().filter(|l| l.contains("never was a batch")).count(), junk, "{told}");
+        assert!(told.contains(&format!("`hooktrail dead show a '{last}'`")), "{told}");
+        for (more, begin) in [(&[][..], "replayed 0 of"), (&["--dry-run"], "would replay 0 of")] {
+            let (code, out, told) = replay(&[&[last.as_str()], more].concat());
+            assert!(code == Some(1) && out.starts_with(begin) && out.ends_with(", skipped 1\n"), "{out}");
+            assert!(told.contains("1 of the letters named cannot be replayed"), "{told}");
+        }
         receiver.now(|_, _| status(200));
-        setup.ok(&["dead", "replay", "a", "--reason", "invalid_event"]);
-        let requests = receiver.wait_requests(3 + beyond.len() + 1).await;
-        assert!(requests[3..].iter().all(|r| r.body[..] == body[..] && r.attempt() == 1 && r.id().starts_with("msg_")));
-        broker.wait_depth("sub.a.retry", 0).await;
+        let (code, out, told) = replay(&[]);
+        assert!(code == Some(0) && out.contains(&format!("replayed 2 of {} dead letters of `a`, skipped {junk}", junk + 2)), "{out}");
+        assert!(told.contains(&format!("{last} (#{junk} from now on) is not replayed")), "{told}");
+        let mut again: Vec<String> = receiver.wait_requests(5).await[3..].iter().map(|r| r.id().to_owned()).collect();
+        again.sort_unstable();
+        assert_eq!(again, ["msg_most", "msg_old"]);
+        broker.wait_depth("sub.a.dead", junk as u32).await;
+        assert!(setup.ok(&["dead", "show", "a", &format!("#{junk}")]).ends_with("\njunk\n"), "the number that was told");
         assert!(daemon.stop().await.success());
+        assert_eq!(receiver.count(), 5);
     });
 }
 
