@@ -69,7 +69,8 @@ pub enum Failed {
 
 impl From<QueueError> for Failed {
     fn from(e: QueueError) -> Self {
-        Self::Runtime(e.to_string())
+        // It may name what others chose: a message's id, a type of event.
+        Self::Runtime(visible(&e.to_string()))
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::json;
+use serde_json::{json, value::RawValue};
 
 use super::{Failed, reach, visible};
 use crate::{
@@ -228,8 +228,8 @@ async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(),
         let line = if json {
             as_json(number, &l).to_string()
         } else {
-            let error: String = l.error.chars().map(|c| if c.is_control() { ' ' } else { c }).take(80).collect();
-            let id = l.id.as_deref().unwrap_or("-");
+            let error: String = visible(&l.error).chars().take(80).collect();
+            let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
             let number = format!("#{number}");
             format!("{number:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {id:<36}  {error}", time(l.died_at), l.reason.name(), l.events, l.attempts)
         };
@@ -253,37 +253,69 @@ async fn show(mut letters: DeadLetters, subscriber: &str, wanted: &Name, json: b
             continue;
         }
         letters.close().await?;
-        let text = String::from_utf8_lossy(&l.body);
         if json {
             let mut value = as_json(number, &l);
-            value["body"] = json!(text);
+            value["body"] = json!(String::from_utf8_lossy(&l.body));
             print(&value.to_string());
             return Ok(());
         }
         for (name, value) in [
             ("number", format!("#{number}")),
-            ("id", l.id.clone().unwrap_or_else(|| "-".to_owned())),
+            ("id", l.id.as_deref().map_or_else(|| "-".to_owned(), visible)),
             ("kind", l.kind.name().to_owned()),
             ("reason", l.reason.name().to_owned()),
             ("status", l.status.map_or_else(|| "-".to_owned(), |s| s.to_string())),
-            ("error", l.error.clone()),
+            ("error", visible(&l.error)),
             ("events", l.events.to_string()),
             ("attempts", l.attempts.to_string()),
             ("first attempt at", time(l.first_attempt_at)),
             ("died at", time(l.died_at)),
-            ("content type", l.content_type.clone().unwrap_or_else(|| "-".to_owned())),
+            ("content type", l.content_type.as_deref().map_or_else(|| "-".to_owned(), visible)),
             ("bytes", l.body.len().to_string()),
         ] {
             print(&format!("{name:<17} {value}"));
         }
         print("");
-        // Pretty for reading; the stored bytes are those that were sent.
-        let pretty = serde_json::from_slice::<serde_json::Value>(&l.body).ok().and_then(|v| serde_json::to_string_pretty(&v).ok());
-        print(&pretty.unwrap_or_else(|| text.into_owned()));
+        print(&readable(&l.body));
         return Ok(());
     }
     letters.close().await?;
     Err(not_found(subscriber, &[wanted], None))
+}
+
+/// A body for reading: each token as it is stored, the events of a batch on a line each, and nothing
+/// that drives the terminal.
+fn readable(body: &[u8]) -> String {
+    let by_line = std::str::from_utf8(body).ok().and_then(event_a_line);
+    let mut out = String::new();
+    for chunk in by_line.as_deref().map_or(body, str::as_bytes).utf8_chunks() {
+        for (n, line) in chunk.valid().split('\n').enumerate() {
+            out.extend((n > 0).then_some('\n'));
+            out.push_str(&visible(line));
+        }
+        out.extend(chunk.invalid().iter().map(|b| format!("\\x{b:02x}")));
+    }
+    out
+}
+
+/// `{"events":[…]}` with a line break before each event and nothing else changed: what would be parsed
+/// and printed again loses the spelling of numbers and all but the last of two fields.
+fn event_a_line(body: &str) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Payload<'b> {
+        #[serde(borrow)]
+        events: Vec<&'b RawValue>,
+    }
+    let mut out = String::with_capacity(body.len());
+    let mut from = 0;
+    for event in serde_json::from_str::<Payload<'_>>(body).ok()?.events {
+        // The events are slices of the body.
+        let at = event.get().as_ptr() as usize - body.as_ptr() as usize;
+        out.push_str(&body[from..at]);
+        out.push('\n');
+        from = at;
+    }
+    Some(out + &body[from..])
 }
 
 /// Shown when stderr is a terminal.
@@ -433,5 +465,20 @@ mod tests {
         assert_eq!(groups(&[mib; 9]), [4, 4, 1]);
         assert_eq!(groups(&[12 * mib; 3]), [1, 1, 1]);
         assert_eq!(groups(&[1, 12 * mib, 1, 1]), [1, 1, 2]);
+    }
+
+    #[test]
+    fn a_body_is_shown_with_its_own_tokens() {
+        let batch = r#"{"events":[{"n":18446744073709551616,"a":1.0,"a":2},{"s":"\u001b\/[{,"} , {"x":[1,{"y":-0.0}]}]}"#;
+        let shown = readable(batch.as_bytes());
+        assert_eq!(shown.replace('\n', ""), batch);
+        let starts: Vec<&str> = shown.lines().map(|l| &l[..5]).collect();
+        assert_eq!(starts, [r#"{"eve"#, r#"{"n":"#, r#"{"s":"#, r#"{"x":"#]);
+        for other in
+            ["{\"event\":\"a\",\n\"n\":1e400}", "{\"event\":1}\n{\"event\":2}\n", "{\"events\":[", "{\"events\":[],\"events\":[1]}", ""]
+        {
+            assert_eq!(readable(other.as_bytes()), other);
+        }
+        assert_eq!(readable(b"a\x1b[2J\r\nb\xff\xfe \xc2\x9b c\0"), "a\\u{1b}[2J\\u{d}\nb\\xff\\xfe \\u{9b} c\\u{0}");
     }
 }

@@ -19,7 +19,7 @@ use axum::{
 use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 
-use super::Failed;
+use super::{Failed, visible};
 use crate::{
     clock,
     secret::Secret,
@@ -166,7 +166,7 @@ impl Listener {
         );
         match events {
             Ok(events) => events.iter().for_each(|e| println!("    {}", one_line(e.get()))),
-            Err(why) => println!("    not readable: {why}"),
+            Err(why) => println!("    not readable: {}", visible(&why)),
         }
     }
 
@@ -226,9 +226,10 @@ fn one_line(event: &str) -> String {
     match serde_json::from_str::<Audit>(event) {
         Ok(a) => {
             let resource = a.resource.map(|r| format!(" ({})", r.name)).unwrap_or_default();
-            format!("{:<40} {} {}{resource}", a.event, a.actor.name, a.description)
+            visible(&format!("{:<40} {} {}{resource}", a.event, a.actor.name, a.description))
         }
-        Err(_) => event.replace(['\n', '\r'], " "),
+        // A line break here stands between tokens.
+        Err(_) => visible(&event.replace(['\n', '\r'], " ")),
     }
 }
 
@@ -241,6 +242,10 @@ mod tests {
         let audit = r#"{"event":"activity_log.user.login","description":"logged in with SSO","actor":{"id":1,"type":"user","name":"John Doe"},"timestamp":1}"#;
         assert_eq!(one_line(audit), format!("{:<40} John Doe logged in with SSO", "activity_log.user.login"));
         assert_eq!(one_line("{\"event\":\n18446744073709551616}"), "{\"event\": 18446744073709551616}");
+        // Escaped or raw, nobody's event drives the terminal.
+        let hostile = audit.replace("John Doe", r"\u001b[2JJohn\nDoe");
+        assert_eq!(one_line(&hostile), format!(r"{:<40} \u{{1b}}[2JJohn\u{{a}}Doe logged in with SSO", "activity_log.user.login"));
+        assert_eq!(one_line("{\"event\":\"\u{9b}2J\u{7f}\"}"), r#"{"event":"\u{9b}2J\u{7f}"}"#);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Failed, reach};
+use super::{Failed, reach, visible};
 use crate::{
     clock,
     config::Config,
@@ -126,11 +126,12 @@ async fn flush(config: &Config, queue: &AmqpQueue, group: &mut Group, tally: &mu
 
 fn report(tally: &Tally) -> Result<(), Failed> {
     for (event_type, n) in &tally.unmatched {
-        eprintln!("warning: no subscriber's patterns match `{event_type}` ({n} events)");
+        eprintln!("warning: no subscriber's patterns match `{}` ({n} events)", visible(event_type));
     }
     for (event_type, n) in &tally.unbound {
         eprintln!(
-            "warning: `{event_type}` ({n} events) reached no queue although a pattern matches it; start `hooktrail run`, which binds the queues"
+            "warning: `{}` ({n} events) reached no queue although a pattern matches it; start `hooktrail run`, which binds the queues",
+            visible(event_type)
         );
     }
     println!("published {} events, all confirmed", tally.stored);

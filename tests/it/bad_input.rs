@@ -121,7 +121,7 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         let daemon = setup.start().await;
         let huge = format!(r#"{{"event":"a","pad":"{}"}}"#, "x".repeat(10 << 20)).into_bytes();
-        let bad: Vec<(Vec<u8>, &str)> = vec![
+        let mut bad: Vec<(Vec<u8>, &str)> = vec![
             (b"{\"event\":\"\xff\xfe\"}".to_vec(), "invalid_event"),
             (b"".to_vec(), "invalid_event"),
             (b"\0\0\0".to_vec(), "invalid_event"),
@@ -134,8 +134,13 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
             (b"{\"event\":18446744073709551615,\"m\":1e400}".to_vec(), "invalid_event"),
         ];
         broker.publish("a.b", bad.iter().map(|(body, _)| body.clone()).chain([event(0).into_bytes()])).await;
+        // Whoever publishes chooses these.
+        let (id, content_type) = ("\u{1b}]0;id\u{7}", "text/\u{9b}2J");
+        bad.push((b"{\"event\":[],\"a\":1.0,\"a\":18446744073709551616,\"s\":\"\xc2\x9b2J\x7f\"}".to_vec(), "invalid_event"));
+        let properties = BasicProperties::default().with_message_id(id.into()).with_content_type(content_type.into());
+        broker.put(&broker.exchange, "a.b", &bad[10].0, properties).await;
         receiver.wait_all(1).await;
-        broker.wait_depth("sub.a.dead", 10).await;
+        broker.wait_depth("sub.a.dead", 11).await;
         assert_bounded(&daemon);
         let letters = setup.dead("a");
         assert_eq!(letters.len(), bad.len());
@@ -148,7 +153,9 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
             }
             assert_eq!(shown["kind"], "event");
             let word = |key: &str| shown[key].as_str().expect("text").to_owned();
-            assert!(setup.ok(&["dead", "show", "a", &number]).contains(&word("reason")));
+            let text = setup.ok(&["dead", "show", "a", &number]);
+            assert!(text.contains(&word("reason")));
+            assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "a letter drives the terminal: {text:?}");
             found.push((word("body"), word("reason")));
         }
         let mut expected: Vec<(String, String)> =
@@ -156,7 +163,18 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         found.sort_unstable();
         expected.sort_unstable();
         assert!(found == expected, "not the bodies that were published");
-        assert_eq!(setup.ok(&["dead", "list", "a"]).lines().count(), 1 + bad.len(), "one line a letter: an error has no line break");
+        let listed = setup.ok(&["dead", "list", "a"]);
+        assert_eq!(listed.lines().count(), 1 + bad.len(), "one line a letter: an error has no line break");
+        assert!(!listed.contains(|c: char| c.is_control() && c != '\n') && listed.contains(r"\u{1b}]0;id\u{7}"), "{listed:?}");
+        let shown = setup.ok(&["dead", "show", "a", id]);
+        for part in [
+            "\nid                \\u{1b}]0;id\\u{7}\n",
+            "\ncontent type      text/\\u{9b}2J\n",
+            "\n{\"event\":[],\"a\":1.0,\"a\":18446744073709551616,\"s\":\"\\u{9b}2J\\u{7f}\"}\n",
+        ] {
+            assert!(shown.contains(part), "{part} is not in {shown}");
+        }
+        assert_eq!(letters.iter().filter(|l| l["id"] == id && l["content_type"] == content_type).count(), 1, "JSON is as it is");
         assert_eq!(setup.dead("a"), letters, "looking changes nothing");
     });
 }
