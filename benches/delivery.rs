@@ -146,10 +146,7 @@ fn process_figures(pid: u32) -> (f64, f64) {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
     let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
     let ticks: f64 = fields[11].parse::<f64>().expect("utime") + fields[12].parse::<f64>().expect("stime");
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
-    let kib: f64 = peak.trim().trim_end_matches(" kB").parse().expect("a number");
-    (ticks / 100.0, kib / 1024.0) // Linux reports times in hundredths of a second
+    (ticks / 100.0, support::peak_mib(pid)) // Linux reports times in hundredths of a second
 }
 
 async fn hooktrail(broker: &Broker, events: u64) -> Figures {

@@ -6,6 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use url::{Host, Url};
 
 /// The decision for one subscriber, from `[http]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -99,12 +100,24 @@ impl AddressPolicy {
         let named = |net: &IpNet| net.contains(&ip) || embedded.is_some_and(|v4| net.contains(&v4));
         if self.allow_private || self.allow.iter().any(named) { Ok(()) } else { Err(what) }
     }
+
+    /// Whether a request may go to the literal address of `url`. A name passes here: the addresses
+    /// that it resolves to are checked when they are connected to.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn check_literal(&self, url: &Url) -> Result<(), &'static str> {
+        match url.host() {
+            Some(Host::Ipv4(ip)) => self.check(ip.into()),
+            Some(Host::Ipv6(ip)) => self.check(ip.into()),
+            Some(Host::Domain(_)) | None => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use url::{Host, Url};
 
     /// The literal address that a URL with this host would be sent to.
     fn literal(host: &str) -> Option<IpAddr> {

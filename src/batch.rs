@@ -44,14 +44,6 @@ impl<T> Batcher<T> {
         Self { policy, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false }
     }
 
-    pub fn len(&self) -> usize {
-        self.waiting.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
     /// Whether an event of this many bytes fits into a request body at all.
     pub fn fits(&self, bytes: usize) -> bool {
         self.format.body_len(1, bytes) <= self.policy.max_bytes
@@ -123,7 +115,7 @@ mod tests {
         b.push(2, 10, t + Duration::from_millis(41));
         assert!(b.ready(t + Duration::from_millis(41)), "three events are a full batch");
         assert_eq!(b.cut(), (vec![0, 1, 2], 30));
-        assert!(b.is_empty());
+        assert_eq!(b.due(), None, "nothing waits");
     }
 
     #[test]
@@ -149,7 +141,7 @@ mod tests {
                 b.push(n, *size, t);
                 if n % 5 == 4 { seen.push(b.cut()); }
             }
-            while !b.is_empty() { seen.push(b.cut()); }
+            while b.due().is_some() { seen.push(b.cut()); }
             for (batch, bytes) in &seen {
                 prop_assert!(batch.len() <= max_events && !batch.is_empty());
                 prop_assert_eq!(*bytes, batch.iter().map(|n| sizes[*n]).sum::<usize>());

@@ -72,7 +72,8 @@ pub enum Failed {
 
 impl From<QueueError> for Failed {
     fn from(e: QueueError) -> Self {
-        Self::Runtime(e.to_string())
+        // It may name what others chose: a message's id, a type of event.
+        Self::Runtime(visible(&e.to_string()))
     }
 }
 
@@ -130,6 +131,15 @@ fn log(config: LogConfig) {
     }
 }
 
+/// A text as it can be shown: control characters could drive the terminal, so each is spelled out.
+fn visible(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { out.extend(c.escape_unicode()) } else { out.push(c) }
+    }
+    out
+}
+
 /// The queue, after a look whether it can be reached: a command must not wait for it without end.
 async fn reach(config: &Config) -> Result<AmqpQueue, Failed> {
     let queue = AmqpQueue::new(config.queue.clone());
@@ -176,6 +186,11 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn nothing_that_is_shown_drives_the_terminal() {
+        assert_eq!(visible("é \u{1b}[2J\u{7f}\u{9b}1m\t\r\n"), r"é \u{1b}[2J\u{7f}\u{9b}1m\u{9}\u{d}\u{a}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use url::{Host, Url};
+use url::Url;
 
 pub use reader::Problem;
 use reader::{Layers, Reader, Section, Source, Value};
@@ -23,7 +23,7 @@ use crate::{
     payload::Format,
     retry::{MAX_DELAY, RetryOptions, RetryPolicy},
     secret::{Secret, SecretUrl},
-    signature::{Encoding, Scheme, Signer},
+    signature::{Encoding, Scheme, Signer, standard_key},
 };
 
 /// The commented default configuration, every key in it.
@@ -428,29 +428,34 @@ impl Loader<'_, '_> {
         let concurrency = self.integer(group.get("concurrency"), 1, 1..=MAX_CONCURRENCY);
         let success = self.one_of(group.get("success"), &[("2xx", Success::Any2xx), ("200", Success::Only200)]);
         let allow_http = self.bool(group.get("allow_http"));
-        let allow_private = self.bool(group.get("allow_private_addresses"));
-        let mut allow = Some(Vec::new());
-        for item in group.get("allow_addresses").map(|v| self.reader.array(&v)).map_or(Some(vec![]), |a| a)? {
-            let parsed = self.reader.string(&item).and_then(|text| {
-                let net = text.parse().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(ipnet::IpNet::from));
-                if net.is_none() {
-                    self.reader.report(&item, format!("`{text}` is not a network; write one such as \"10.1.0.0/16\" or \"fd00::/8\""));
-                }
-                net
-            });
-            allow = allow.zip(parsed).map(|(mut all, net)| {
-                all.push(net);
-                all
-            });
-        }
+        let addresses = self.addresses(group);
         Some(HttpPolicy {
             timeout: timeout?,
             connect_timeout: connect_timeout?,
             concurrency: usize::try_from(concurrency?).ok()?,
             success: success?,
             allow_http: allow_http?,
-            addresses: AddressPolicy { allow_private: allow_private?, allow: allow? },
+            addresses: addresses?,
         })
+    }
+
+    fn addresses(&self, http: &Layers<'_>) -> Option<AddressPolicy> {
+        let allow_private = self.bool(http.get("allow_private_addresses"));
+        let network = |item: &Value<'_>| {
+            let text = self.reader.string(item)?;
+            let net = text.parse().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(ipnet::IpNet::from));
+            if net.is_none() {
+                self.reader.report(item, format!("`{text}` is not a network; write one such as \"10.1.0.0/16\" or \"fd00::/8\""));
+            }
+            net
+        };
+        let items = match http.get("allow_addresses") {
+            None => Vec::new(),
+            Some(v) => self.reader.array(&v)?,
+        };
+        let allow: Vec<_> = items.iter().filter_map(network).collect();
+        let all = allow.len() == items.len();
+        Some(AddressPolicy { allow_private: allow_private?, allow: all.then_some(allow)? })
     }
 
     fn retry(&self, group: &Layers<'_>) -> Option<RetryPolicy> {
@@ -462,34 +467,32 @@ impl Loader<'_, '_> {
         let randomization_factor = float("randomization_factor", d.randomization_factor);
         let max_attempts = self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=1_000_000);
         let max_elapsed_time = self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
-        self.one_of(group.get("on_exhausted"), &[("dead_letter", ())])?;
-        let options = RetryOptions {
-            initial_interval: initial_interval?,
-            multiplier: multiplier?,
-            randomization_factor: randomization_factor?,
-            max_interval: max_interval?,
-            max_attempts: u32::try_from(max_attempts?).ok()?,
-            max_elapsed_time: max_elapsed_time?,
-        };
-        match RetryPolicy::try_new(options) {
-            Ok(policy) => Some(policy),
-            Err((key, why)) => {
-                self.report_in_group(group, key, &why);
-                None
-            }
+        let on_exhausted = self.one_of(group.get("on_exhausted"), &[("dead_letter", ())]);
+        // What could not be read is reported already; for it stands a value that agrees with every other.
+        let checked = RetryPolicy::try_new(RetryOptions {
+            initial_interval: initial_interval.unwrap_or(Duration::from_nanos(1)),
+            multiplier: multiplier.unwrap_or(d.multiplier),
+            randomization_factor: randomization_factor.unwrap_or(d.randomization_factor),
+            max_interval: max_interval.unwrap_or(MAX_DELAY),
+            max_attempts: max_attempts.and_then(|n| u32::try_from(n).ok()).unwrap_or(d.max_attempts),
+            max_elapsed_time: max_elapsed_time.unwrap_or(d.max_elapsed_time),
+        });
+        for (key, why) in checked.as_ref().err().into_iter().flatten() {
+            self.report_in_group(group, key, why);
         }
+        let intervals = initial_interval.and(max_interval).and(multiplier).and(randomization_factor);
+        intervals.and(max_attempts).and(max_elapsed_time).and(on_exhausted).and(checked.ok())
     }
 
     fn breaker(&self, group: &Layers<'_>) -> Option<BreakerPolicy> {
         let failures = self.integer(group.get("failures"), 5, 0..=1_000_000);
         let open_for = self.positive_duration(group.get("open_for"), 30, MAX_OPEN_FOR);
         let max_open_for = self.positive_duration(group.get("max_open_for"), 600, MAX_OPEN_FOR);
-        let policy = BreakerPolicy { failures: u32::try_from(failures?).ok()?, open_for: open_for?, max_open_for: max_open_for? };
-        if policy.open_for > policy.max_open_for {
+        if open_for.zip(max_open_for).is_some_and(|(first, longest)| first > longest) {
             self.report_in_group(group, "max_open_for", "must not be shorter than open_for");
             return None;
         }
-        Some(policy)
+        Some(BreakerPolicy { failures: u32::try_from(failures?).ok()?, open_for: open_for?, max_open_for: max_open_for? })
     }
 
     /// Reports a value that is wrong together with others: at its own place, or at the group's if it is a default.
@@ -514,10 +517,11 @@ impl Loader<'_, '_> {
         let group =
             |key, keys, base: &Option<Section<'d>>| Layers { own: section.get(key).and_then(|v| r.section(&v, keys)), base: base.clone() };
         let batch = self.batch(&group("batch", BATCH_KEYS, &defaults.batch));
-        let http = self.http(&group("http", HTTP_KEYS, &defaults.http));
+        let http_group = group("http", HTTP_KEYS, &defaults.http);
+        let http = self.http(&http_group);
         let retry = self.retry(&group("retry", RETRY_KEYS, &defaults.retry));
         let circuit_breaker = self.breaker(&group("circuit_breaker", BREAKER_KEYS, &defaults.circuit_breaker));
-        let url = self.url(&section, http.as_ref());
+        let url = self.url(&section, &http_group);
         let events = match section.get("events") {
             None => Some(vec![Pattern::all()]),
             Some(v) => self.patterns(&v),
@@ -558,7 +562,8 @@ impl Loader<'_, '_> {
         Some(name)
     }
 
-    fn url(&self, section: &Section<'_>, http: Option<&HttpPolicy>) -> Option<SecretUrl> {
+    /// Of the `http` group only what the URL depends on is asked, so that no other mistake there hides one here.
+    fn url(&self, section: &Section<'_>, http: &Layers<'_>) -> Option<SecretUrl> {
         let r = self.reader;
         let Some(value) = section.get("url") else {
             r.report_missing(section, "url", "is required: where the batches go, such as \"https://siem.example.com/hooks\"");
@@ -572,30 +577,26 @@ impl Loader<'_, '_> {
                 return None;
             }
         };
-        let http = http?;
-        match url.scheme() {
-            "https" => {}
-            "http" if http.allow_http => {}
-            "http" => {
-                r.report(&value, "plain http sends events unencrypted; use https, or set `http.allow_http = true` for this subscriber");
-                return None;
-            }
+        let scheme_ok = match url.scheme() {
+            "https" => true,
+            // Where `allow_http` itself is wrong, nothing more can be said.
+            "http" => self.bool(http.get("allow_http")).is_none_or(|allowed| {
+                if !allowed {
+                    r.report(&value, "plain http sends events unencrypted; use https, or set `http.allow_http = true` for this subscriber");
+                }
+                allowed
+            }),
             other => {
                 r.report(&value, format!("scheme `{other}` is not supported; use https"));
-                return None;
+                false
             }
-        }
-        let literal = match url.host() {
-            Some(Host::Ipv4(ip)) => Some(ip.into()),
-            Some(Host::Ipv6(ip)) => Some(ip.into()),
-            Some(Host::Domain(_)) | None => None,
         };
-        if let Some(Err(what)) = literal.map(|ip| http.addresses.check(ip)) {
+        let blocked = self.addresses(http).and_then(|a| a.check_literal(&url).err());
+        if let Some(what) = blocked {
             let remedy = "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`";
             r.report(&value, format!("its address is not a public one ({what}); {remedy}"));
-            return None;
         }
-        Some(SecretUrl::new(url))
+        (scheme_ok && blocked.is_none()).then(|| SecretUrl::new(url))
     }
 
     fn patterns(&self, value: &Value<'_>) -> Option<Vec<Pattern>> {
@@ -622,26 +623,27 @@ impl Loader<'_, '_> {
             None => Vec::new(),
             Some(v) => r.array(&v)?,
         };
-        let secrets: Vec<Secret> = items.iter().filter_map(|item| self.secret(item)).collect();
-        let schemes = schemes?;
-        if secrets.len() != items.len() {
-            return None;
-        }
-        if secrets.is_empty() && !schemes.is_empty() {
+        if items.is_empty() && schemes.as_ref().is_none_or(|s| !s.is_empty()) {
             let why = "is required for signing: one or two secrets, the current one first (make one with `hooktrail secret`); or sign nothing with `signatures = []`";
             r.report_missing(section, "secrets", why);
             return None;
         }
-        match Signer::try_new(schemes, &secrets) {
-            Ok(signer) => Some((secrets, signer)),
-            Err((n, why)) => {
-                r.report(
-                    &items[n],
-                    format!("{why}; standard-webhooks needs `whsec_` and the base64 of 24 to 64 bytes: make one with `hooktrail secret`"),
-                );
-                None
+        let standard = schemes.as_ref().is_some_and(|s| s.contains(&Scheme::StandardWebhooks));
+        let sound = |item: &Value<'_>| {
+            let secret = self.secret(item)?;
+            if let (true, Err(why)) = (standard, standard_key(&secret)) {
+                let remedy = "standard-webhooks needs `whsec_` and the base64 of 24 to 64 bytes: make one with `hooktrail secret`";
+                r.report(item, format!("{why}; {remedy}"));
+                return None;
             }
+            Some(secret)
+        };
+        let secrets: Vec<Secret> = items.iter().filter_map(sound).collect();
+        if secrets.len() < items.len() {
+            return None;
         }
+        let signer = Signer::try_new(schemes?, &secrets).ok()?;
+        Some((secrets, signer))
     }
 
     fn secret(&self, item: &Value<'_>) -> Option<Secret> {
@@ -668,45 +670,58 @@ impl Loader<'_, '_> {
 
     fn schemes(&self, value: &Value<'_>) -> Option<Vec<Scheme>> {
         let items = self.reader.array(value)?;
-        let scheme = |item: &Value<'_>| {
-            if Reader::is_string(item) {
-                let known = [("standard-webhooks", 0), ("mailtrap", 1)];
-                return self.one_of(Some(item.clone()), &known).map(|n| if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap });
-            }
-            let table = self.reader.section(item, SIGNATURE_KEYS)?;
-            let Some(header) = table.get("header") else {
-                self.reader.report_missing(&table, "header", "is required: the name of the header that carries the signature");
-                return None;
+        let mut schemes: Vec<(Scheme, String)> = Vec::new();
+        let mut all = true;
+        for item in &items {
+            let Some((scheme, place)) = self.scheme(item) else {
+                all = false;
+                continue;
             };
-            let name = self.reader.string(&header)?;
-            let ok = http::HeaderName::from_bytes(name.as_bytes());
-            match ok {
-                Err(_) => {
-                    self.reader.report(&header, "is not a valid header name");
-                    return None;
-                }
-                Ok(parsed) if RESERVED_HEADERS.contains(&parsed.as_str()) => {
-                    self.reader.report(&header, "is a header that hooktrail sets itself; choose another");
-                    return None;
-                }
-                Ok(_) => {}
+            // The later of two headers of one name would silently take the place of the first.
+            if let Some((_, first)) = schemes.iter().find(|(s, _)| s.header().eq_ignore_ascii_case(scheme.header())) {
+                self.reader
+                    .report(&place, format!("its header is already that of {first}; remove one of the two, or choose another header"));
+                all = false;
+                continue;
             }
-            let prefix = match table.get("prefix") {
-                None => String::new(),
-                Some(v) => {
-                    let prefix = self.reader.string(&v)?;
-                    if http::HeaderValue::from_str(&prefix).is_err() {
-                        self.reader.report(&v, "has characters that a header cannot carry");
-                        return None;
-                    }
-                    prefix
-                }
+            schemes.push((scheme, item.key.clone()));
+        }
+        all.then(|| schemes.into_iter().map(|(scheme, _)| scheme).collect())
+    }
+
+    /// A scheme and the place of its header.
+    fn scheme<'d>(&self, item: &Value<'d>) -> Option<(Scheme, Value<'d>)> {
+        let r = self.reader;
+        if Reader::is_string(item) {
+            let known = [("standard-webhooks", 0), ("mailtrap", 1)];
+            let n = self.one_of(Some(item.clone()), &known)?;
+            return Some((if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap }, item.clone()));
+        }
+        let table = r.section(item, SIGNATURE_KEYS)?;
+        let header = table.get("header");
+        if header.is_none() {
+            r.report_missing(&table, "header", "is required: the name of the header that carries the signature");
+        }
+        let name = header.as_ref().and_then(|v| {
+            let name = r.string(v)?;
+            let wrong = match http::HeaderName::from_bytes(name.as_bytes()) {
+                Err(_) => "is not a valid header name; write one such as \"X-Signature\"",
+                Ok(parsed) if RESERVED_HEADERS.contains(&parsed.as_str()) => "is a header that hooktrail sets itself; choose another",
+                Ok(_) => return Some(name),
             };
-            let encoding = self.one_of(table.get("encoding"), &[("hex", Encoding::Hex), ("base64", Encoding::Base64)])?;
-            Some(Scheme::Custom { header: name, prefix, encoding })
-        };
-        let schemes: Vec<Scheme> = items.iter().filter_map(scheme).collect();
-        (schemes.len() == items.len()).then_some(schemes)
+            r.report(v, wrong);
+            None
+        });
+        let prefix = table.get("prefix").map_or(Some(String::new()), |v| {
+            let prefix = r.string(&v)?;
+            let ok = http::HeaderValue::from_str(&prefix).is_ok();
+            if !ok {
+                r.report(&v, "has characters that a header cannot carry; use visible ASCII, such as \"sha256=\"");
+            }
+            ok.then_some(prefix)
+        });
+        let encoding = self.one_of(table.get("encoding"), &[("hex", Encoding::Hex), ("base64", Encoding::Base64)]);
+        Some((Scheme::Custom { header: name?, prefix: prefix?, encoding: encoding? }, header?))
     }
 }
 

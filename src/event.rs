@@ -16,7 +16,7 @@ pub const MAX_DEPTH: usize = 128;
 /// The longest event type in bytes: it travels as an AMQP routing key, which is a short string.
 pub const MAX_TYPE_LEN: usize = 255;
 
-/// Why a message body is not an event. The text ends up in the dead letter, for an operator to read.
+/// Why a message body is not an event. The text is a whole sentence: it ends up in the dead letter, for an operator to read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InvalidEvent {
     Empty,
@@ -33,16 +33,16 @@ pub enum InvalidEvent {
 impl fmt::Display for InvalidEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Empty => f.write_str("the message is empty"),
-            Self::ByteOrderMark => f.write_str("begins with a byte-order mark, which JSON does not allow"),
-            Self::NotUtf8 { at } => write!(f, "is not UTF-8 at byte {at}"),
-            Self::TooDeep => write!(f, "nests deeper than {MAX_DEPTH} levels"),
-            Self::NotAnObject => f.write_str("is JSON but not an object"),
-            Self::NotJson(why) => write!(f, "is not JSON: {why}"),
-            Self::TypeMissing => f.write_str("has no field `event`"),
-            Self::TypeNotAString => f.write_str("field `event` is not a string"),
+            Self::Empty => f.write_str("the event is empty"),
+            Self::ByteOrderMark => f.write_str("the event begins with a byte-order mark, which JSON does not allow"),
+            Self::NotUtf8 { at } => write!(f, "the event is not UTF-8 at byte {at}"),
+            Self::TooDeep => write!(f, "the event nests deeper than {MAX_DEPTH} levels"),
+            Self::NotAnObject => f.write_str("the event is JSON but not an object"),
+            Self::NotJson(why) => write!(f, "the event is not JSON: {why}"),
+            Self::TypeMissing => f.write_str("the event has no field `event`"),
+            Self::TypeNotAString => f.write_str("the event's field `event` is not a string"),
             Self::TypeTooLong(len) => {
-                write!(f, "field `event` has {len} bytes, more than the {MAX_TYPE_LEN} of a routing key")
+                write!(f, "the event's field `event` has {len} bytes, more than the {MAX_TYPE_LEN} of a routing key")
             }
         }
     }
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn everything_else_is_refused_with_its_reason() {
         for (body, reason) in [
-            (&b""[..], "empty"),
+            (&b""[..], "the event is empty"),
             (b"  \n", "empty"),
             (b"\xef\xbb\xbf{\"event\":\"a\"}", "byte-order mark"),
             (b"{\"event\":\"\xff\"}", "UTF-8 at byte 10"),
@@ -304,7 +304,7 @@ mod tests {
             (b"{\"event\":\"first\",\"event\":2}", "not a string"),
         ] {
             let why = event_type(body).expect_err("must be refused").to_string();
-            assert!(why.contains(reason), "{}: {why}", String::from_utf8_lossy(body));
+            assert!(why.starts_with("the event") && why.contains(reason), "{}: {why}", String::from_utf8_lossy(body));
         }
         assert_eq!(event_type(nested(MAX_DEPTH + 1).as_bytes()), Err(InvalidEvent::TooDeep));
         assert_eq!(event_type(nested(100_000).as_bytes()), Err(InvalidEvent::TooDeep));

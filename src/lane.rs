@@ -40,12 +40,16 @@ const GATHER: Duration = Duration::from_millis(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// A session that has nothing to do for so long has its queue, although nothing came to prove it by.
+const STEADY: Duration = Duration::from_secs(3);
+
 #[derive(Debug)]
 pub struct Lane<Q> {
     subscriber: Arc<Subscriber>,
     queue: Q,
     webhook: Webhook,
     breaker: CircuitBreaker,
+    trouble: Trouble,
 }
 
 /// A batch on its way: everything that the next attempt or the dead letter needs.
@@ -80,13 +84,13 @@ enum End {
 impl<Q: Queue> Lane<Q> {
     pub fn new(subscriber: Arc<Subscriber>, queue: Q, webhook: Webhook) -> Self {
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
-        Self { subscriber, queue, webhook, breaker }
+        let trouble = Trouble { subscriber: subscriber.name.clone(), now: false };
+        Self { subscriber, queue, webhook, breaker, trouble }
     }
 
     /// Works until `drain` becomes true and what is in flight is settled.
     pub async fn run(mut self, mut drain: watch::Receiver<bool>) {
         let mut pauses = Pauses::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let mut trouble = Trouble { subscriber: self.subscriber.name.clone(), now: false };
         loop {
             if let Permit::Wait(until) = self.breaker.permit(clock::instant()) {
                 tokio::select! {
@@ -100,7 +104,6 @@ impl<Q: Queue> Lane<Q> {
             };
             let end = match opened {
                 Ok((source, settler)) => {
-                    trouble.is_over();
                     let mut session = Session::new(&mut self, settler);
                     let end = session.run(source, &mut drain).await;
                     if session.settled {
@@ -112,10 +115,13 @@ impl<Q: Queue> Lane<Q> {
             };
             let unsettled = matches!(end, End::Unsettled(_));
             match end {
-                End::Drained => return,
-                End::Circuit => continue,
-                End::Lost(e) => trouble.is(&e),
-                End::Unsettled(why) => trouble.is(&why),
+                End::Drained => return self.trouble.is_over(),
+                End::Circuit => {
+                    self.trouble.is_over();
+                    continue;
+                }
+                End::Lost(e) => self.trouble.is(&e),
+                End::Unsettled(why) => self.trouble.is(&why),
             }
             let recover = async {
                 tokio::time::sleep(pauses.grow()).await;
@@ -147,7 +153,9 @@ async fn drained(drain: &mut watch::Receiver<bool>) {
     drain.wait_for(|d| *d).await.ok();
 }
 
-/// Logs when the queue fails and when it works again, not each try.
+/// Logs when the queue fails and when it works again, not each try. That it can be opened does not
+/// mean that it works: some queues open each time and fail at the first use.
+#[derive(Debug)]
 struct Trouble {
     subscriber: String,
     now: bool,
@@ -203,6 +211,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let mut taken = Vec::with_capacity(TAKE);
         let gathers = self.lane.subscriber.batch.max_wait > GATHER;
         let mut gathering = None;
+        let opened = clock::instant();
         loop {
             self.begin();
             if self.end.is_some() && self.tasks.is_empty() {
@@ -211,6 +220,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let open = self.end.is_none();
             let take = open && gathering.is_none();
             let due = if self.may_begin() { self.batcher.due() } else { None };
+            let idle = self.tasks.is_empty() && self.envelopes.is_empty() && self.batcher.due().is_none();
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
@@ -229,6 +239,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     }
                 }
                 () = sleep_until(due.unwrap_or_else(clock::instant).into()), if due.is_some() => {}
+                () = sleep_until((opened + STEADY).into()), if self.lane.trouble.now && open && idle => self.lane.trouble.is_over(),
             }
         }
         source.close().await;
@@ -324,7 +335,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let limit = self.lane.subscriber.batch.max_bytes;
             return Some((Reason::TooLarge, format!("its request body would have more than batch.max_bytes = {limit} bytes")));
         }
-        event_type(body).err().map(|e| (Reason::InvalidEvent, format!("the event {e}")))
+        event_type(body).err().map(|e| (Reason::InvalidEvent, e.to_string()))
     }
 
     fn done(&mut self, done: Done) {
@@ -332,7 +343,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
             Done::Settled(result) => {
                 self.settling -= 1;
                 match result {
-                    Ok(()) => self.settled = true,
+                    Ok(()) => {
+                        self.settled = true;
+                        self.lane.trouble.is_over();
+                    }
                     // Its messages come again from the next session; the source itself says why it is gone.
                     Err(SettleError::Gone) => {}
                     Err(SettleError::Unconfirmed(why)) => {
@@ -410,7 +424,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    /// The one log event of an attempt: no body, no secret, no URL.
+    /// The one log event of an attempt: no body, no secret, no URL, and nothing that the receiver wrote,
+    /// which may be what it was sent; that is in the dead letter alone.
     fn log(&self, parcel: &Parcel, took: Duration, outcome: &str, status: Option<u16>, failure: Option<&Failure>, next: Option<Duration>) {
         macro_rules! attempt {
             ($level:ident) => {
@@ -423,7 +438,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     outcome,
                     status,
                     failure = failure.map(Failure::name),
-                    error = failure.map(tracing::field::display),
+                    error = failure.and_then(Failure::cause),
                     duration_ms = took.as_millis() as u64,
                     next_attempt_in_s = next.map(|d| d.as_millis() as f64 / 1000.0),
                     "attempt"

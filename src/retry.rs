@@ -56,14 +56,19 @@ impl Default for RetryOptions {
 
 impl RetryPolicy {
     /// # Errors
-    /// Names the key that is out of its range, and what would be right.
-    pub fn try_new(o: RetryOptions) -> Result<Self, (&'static str, String)> {
-        let check = |ok: bool, key, why: &str| if ok { Ok(()) } else { Err((key, why.to_owned())) };
-        check(!o.initial_interval.is_zero(), "initial_interval", "must be longer than 0; a retry at once would hammer the receiver")?;
-        check(o.multiplier >= 1.0 && o.multiplier <= 1000.0, "multiplier", "must be from 1 to 1000")?;
-        check((0.0..=1.0).contains(&o.randomization_factor), "randomization_factor", "must be from 0 to 1")?;
-        check(o.max_interval <= MAX_DELAY, "max_interval", "must be at most 72h, the longest delay that the queue can hold")?;
-        check(o.initial_interval <= o.max_interval, "max_interval", "must not be shorter than initial_interval")?;
+    /// Names each key that is out of its range, and what would be right.
+    pub fn try_new(o: RetryOptions) -> Result<Self, Vec<(&'static str, &'static str)>> {
+        let checks = [
+            (!o.initial_interval.is_zero(), "initial_interval", "must be longer than 0; a retry at once would hammer the receiver"),
+            ((1.0..=1000.0).contains(&o.multiplier), "multiplier", "must be from 1 to 1000"),
+            ((0.0..=1.0).contains(&o.randomization_factor), "randomization_factor", "must be from 0 to 1"),
+            (o.max_interval <= MAX_DELAY, "max_interval", "must be at most 72h, the longest delay that the queue can hold"),
+            (o.initial_interval <= o.max_interval, "max_interval", "must not be shorter than initial_interval"),
+        ];
+        let wrong: Vec<_> = checks.into_iter().filter(|(ok, ..)| !ok).map(|(_, key, why)| (key, why)).collect();
+        if !wrong.is_empty() {
+            return Err(wrong);
+        }
         Ok(Self {
             initial_interval: o.initial_interval,
             multiplier: o.multiplier,
@@ -250,7 +255,8 @@ mod tests {
         ] {
             let mut o = RetryOptions::default();
             change(&mut o);
-            assert_eq!(RetryPolicy::try_new(o).expect_err("out of range").0, key);
+            let wrong = RetryPolicy::try_new(o).expect_err("out of range");
+            assert!(wrong.len() == 1 && wrong[0].0 == key, "{wrong:?}");
         }
     }
 

@@ -34,6 +34,17 @@ pub enum Scheme {
     Custom { header: String, prefix: String, encoding: Encoding },
 }
 
+impl Scheme {
+    /// The header that carries the signature.
+    pub fn header(&self) -> &str {
+        match self {
+            Self::StandardWebhooks => "webhook-signature",
+            Self::Mailtrap => "mailtrap-signature",
+            Self::Custom { header, .. } => header,
+        }
+    }
+}
+
 /// The keys and schemes of one subscriber.
 #[derive(Clone)]
 pub struct Signer {
@@ -95,10 +106,10 @@ impl Signer {
                         .collect();
                     headers.push(("webhook-id".to_owned(), id.to_owned()));
                     headers.push(("webhook-timestamp".to_owned(), timestamp.to_string()));
-                    headers.push(("webhook-signature".to_owned(), signatures.join(" ")));
+                    headers.push((scheme.header().to_owned(), signatures.join(" ")));
                 }
                 Scheme::Mailtrap => {
-                    headers.extend(self.plain_mac(body).map(|mac| ("mailtrap-signature".to_owned(), hex(&mac))));
+                    headers.extend(self.plain_mac(body).map(|mac| (scheme.header().to_owned(), hex(&mac))));
                 }
                 Scheme::Custom { header, prefix, encoding } => {
                     headers.extend(self.plain_mac(body).map(|mac| {

@@ -208,6 +208,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_queue_that_opens_and_fails_again_and_again_is_told_once_when_it_fails_and_once_when_it_works() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let writer = std::sync::Mutex::new(file.reopen().expect("opens"));
+        let _logging = tracing::subscriber::set_default(tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish());
+        let told = |what: &str| std::fs::read_to_string(file.path()).expect("the log").matches(what).count();
+        let (lost, again) = ("the lane lost its queue", "the lane has its queue again");
+        let (url, requests) = receiver(|_| 200).await;
+        let queue = Fake::default();
+        while_running(queue.clone(), config(&["a"], &url), async {
+            for round in 1..3 {
+                let opened = queue.opened();
+                for _ in 0..3 {
+                    queue.answer_next(SettleError::Unconfirmed("no confirm".to_owned()));
+                }
+                queue.put("a", &[r#"{"event":"a"}"#]);
+                until("it is delivered", || queue.is_empty() && told(again) == round).await;
+                assert_eq!((told(lost), queue.opened() - opened), (round, if round == 1 { 4 } else { 3 }));
+            }
+            assert_eq!(requests.load(Ordering::SeqCst), 8);
+        })
+        .await;
+        assert_eq!((told(lost), told(again)), (2, 2));
+    }
+
+    #[tokio::test]
     async fn a_batch_whose_source_is_gone_is_forgotten() {
         let (url, requests) = receiver(|_| 500).await;
         let queue = Fake::default();

@@ -16,7 +16,6 @@ use reqwest::{
     header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
     redirect, retry,
 };
-use url::Host;
 
 use crate::{
     address::AddressPolicy,
@@ -30,8 +29,10 @@ use crate::{
 /// The most of an answer's body that is read, in bytes; what follows is not waited for.
 const MAX_ANSWER: usize = 64 * 1024;
 
-/// What of an answer's text is kept for logs and dead letters, in bytes.
+/// What of an answer's text is kept for a dead letter, in bytes.
 const MAX_EXCERPT: usize = 1024;
+
+const EXCEPTIONS: &str = "see http.allow_addresses and http.allow_private_addresses";
 
 /// What an attempt came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +44,7 @@ pub enum Outcome {
 /// Why an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// An answer that is not a success, and the beginning of its text.
+    /// An answer that is not a success, and the beginning of its text, on one line.
     Status {
         status: u16,
         excerpt: String,
@@ -83,18 +84,30 @@ impl Failure {
             _ => None,
         }
     }
+
+    /// What this side found out about it: nothing that the receiver wrote, so that it may be logged.
+    pub fn cause(&self) -> Option<&str> {
+        match self {
+            Self::Status { .. } | Self::Timeout => None,
+            Self::Dns(why)
+            | Self::AddressBlocked(why)
+            | Self::Connect(why)
+            | Self::Tls(why)
+            | Self::Reset(why)
+            | Self::BadAnswer(why)
+            | Self::Internal(why) => Some(why),
+        }
+    }
 }
 
+/// The whole story, for a dead letter: a receiver's text included.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
         match self {
-            Self::Status { status, excerpt } if excerpt.is_empty() => write!(f, "status {status}"),
-            Self::Status { status, excerpt } => write!(f, "status {status}: {excerpt}"),
-            Self::Timeout => f.write_str("timeout"),
-            Self::Dns(why) | Self::Connect(why) | Self::Tls(why) | Self::Reset(why) | Self::BadAnswer(why) | Self::Internal(why) => {
-                write!(f, "{}: {why}", self.name())
-            }
-            Self::AddressBlocked(what) => write!(f, "address_blocked: {what}; see http.allow_addresses and http.allow_private_addresses"),
+            Self::Status { status, excerpt } if excerpt.is_empty() => write!(f, " {status}"),
+            Self::Status { status, excerpt } => write!(f, " {status}: {excerpt}"),
+            _ => self.cause().map_or(Ok(()), |why| write!(f, ": {why}")),
         }
     }
 }
@@ -117,7 +130,8 @@ pub struct Webhook {
     signer: Signer,
     success: Success,
     timeout: Duration,
-    /// A literal address is not resolved, so the resolver never sees it.
+    /// A literal address is not resolved, so the resolver never sees it. The configuration refuses
+    /// one that is not allowed; this is for a subscriber that came another way.
     literal_blocked: Option<&'static str>,
 }
 
@@ -141,19 +155,14 @@ impl Webhook {
             .build()
             .map_err(|e| chain(&e.without_url()))?;
         let url = subscriber.url.expose().clone();
-        let literal = match url.host() {
-            Some(Host::Ipv4(ip)) => Some(ip.into()),
-            Some(Host::Ipv6(ip)) => Some(ip.into()),
-            Some(Host::Domain(_)) | None => None,
-        };
-        let literal_blocked = literal.and_then(|ip| addresses.check(ip).err());
+        let literal_blocked = addresses.check_literal(&url).err();
         Ok(Self { client, url, signer: subscriber.signer.clone(), success: *success, timeout: *timeout, literal_blocked })
     }
 
     /// Makes one attempt. It ends within the configured timeout whatever the receiver does.
     pub async fn send(&self, request: Request) -> Outcome {
         if let Some(what) = self.literal_blocked {
-            return retry(Failure::AddressBlocked(format!("the URL's address is not a public one ({what})")));
+            return retry(Failure::AddressBlocked(format!("the URL's address is not a public one ({what}); {EXCEPTIONS}")));
         }
         // The client has the same limit; this one also bounds whatever it does besides.
         let attempt = tokio::time::timeout(self.timeout + Duration::from_secs(1), self.attempt(request));
@@ -328,7 +337,7 @@ struct Blocked {
 
 impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the name resolves to {}, which is not a public address ({})", self.address, self.what)
+        write!(f, "the name resolves to {}, which is not a public address ({}); {EXCEPTIONS}", self.address, self.what)
     }
 }
 
@@ -406,6 +415,31 @@ mod tests {
         let e = of(&["10.0.0.1", "::1"]).expect_err("none is public");
         assert!(e.downcast_ref::<Blocked>().is_some(), "{e}");
         assert!(of(&[]).expect_err("none at all").to_string().contains("no address"));
+    }
+
+    #[tokio::test]
+    async fn a_literal_address_that_is_not_allowed_is_not_connected_to_even_if_the_configuration_did_not_refuse_it() {
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        socket.set_nonblocking(true).expect("sets");
+        let url = format!("http://{}/", socket.local_addr().expect("an address"));
+        let text = format!(
+            "[queue]\nurl = \"amqp://unused\"\n[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, allow_private_addresses = true }}\n"
+        );
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("h.toml");
+        std::fs::write(&path, text).expect("writes");
+        let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
+        let mut subscriber = Subscriber::clone(&config.subscribers[0]);
+        subscriber.http.addresses = AddressPolicy::default();
+        let webhook = Webhook::try_new(&subscriber, &TlsRoots::of_system().expect("roots")).expect("builds");
+        let request = Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}") };
+        let outcome = webhook.send(request).await;
+        assert!(
+            matches!(&outcome, Outcome::Retry { failure: Failure::AddressBlocked(why), .. } if why.contains("loopback")),
+            "{outcome:?}"
+        );
+        assert_eq!(socket.accept().map(drop).map_err(|e| e.kind()), Err(ErrorKind::WouldBlock), "not even a connection");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use axum::{
 use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 
-use super::Failed;
+use super::{Failed, visible};
 use crate::{
     clock,
     secret::Secret,
@@ -35,7 +35,7 @@ const MAX_IDS: usize = 100_000;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Where to listen; port 0 takes a free one
-    #[arg(long, default_value = "127.0.0.1:9000", value_name = "HOST:PORT")]
+    #[arg(long, default_value = "127.0.0.1:9000", value_parser = parse_addr, value_name = "HOST:PORT")]
     addr: String,
     /// The secret to verify with, or `file:PATH` to keep it out of the process list; twice for a rotation.
     /// Without one nothing is verified. An unverified request is answered 401
@@ -48,7 +48,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0, value_name = "N")]
     fail_first: u64,
     /// Answer 503 to this share of the requests, from 0 to 1
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    #[arg(long, default_value_t = 0.0, value_parser = parse_share, value_name = "P")]
     fail_rate: f64,
     /// Wait so long before each answer
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration, value_name = "DURATION")]
@@ -56,6 +56,15 @@ pub(super) struct Args {
     /// One JSON object a request instead of text
     #[arg(long)]
     json: bool,
+}
+
+fn parse_addr(text: &str) -> Result<String, &'static str> {
+    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+    port.map(|_| text.to_owned()).ok_or("write a host and a port from 0 to 65535, such as 127.0.0.1:9000 or [::1]:9000")
+}
+
+fn parse_share(text: &str) -> Result<f64, &'static str> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or("write a share from 0 to 1, such as 0.2")
 }
 
 struct Listener {
@@ -66,11 +75,10 @@ struct Listener {
 }
 
 pub(super) async fn run(args: Args) -> Result<(), Failed> {
-    if !(0.0..=1.0).contains(&args.fail_rate) {
-        return Err(Failed::Usage("--fail-rate is a share from 0 to 1".to_owned()));
-    }
     let secrets = args.secret.iter().map(|s| read_secret(s)).collect::<Result<Vec<_>, _>>()?;
-    let socket = TcpListener::bind(&args.addr).await.map_err(|e| Failed::Runtime(format!("cannot listen on {}: {e}", args.addr)))?;
+    let socket = TcpListener::bind(&args.addr).await.map_err(|e| {
+        Failed::Runtime(format!("cannot listen on {}: {e}; choose another with --addr HOST:PORT, port 0 takes a free one", args.addr))
+    })?;
     eprintln!("listening on http://{}/{}", socket.local_addr()?, if secrets.is_empty() { ", verifying nothing (no --secret)" } else { "" });
     let listener = Arc::new(Listener { args, secrets, requests: AtomicU64::new(0), seen: Mutex::default() });
     let app = Router::new().fallback(receive).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(listener);
@@ -166,7 +174,7 @@ impl Listener {
         );
         match events {
             Ok(events) => events.iter().for_each(|e| println!("    {}", one_line(e.get()))),
-            Err(why) => println!("    not readable: {why}"),
+            Err(why) => println!("    not readable: {}", visible(&why)),
         }
     }
 
@@ -226,9 +234,10 @@ fn one_line(event: &str) -> String {
     match serde_json::from_str::<Audit>(event) {
         Ok(a) => {
             let resource = a.resource.map(|r| format!(" ({})", r.name)).unwrap_or_default();
-            format!("{:<40} {} {}{resource}", a.event, a.actor.name, a.description)
+            visible(&format!("{:<40} {} {}{resource}", a.event, a.actor.name, a.description))
         }
-        Err(_) => event.replace(['\n', '\r'], " "),
+        // A line break here stands between tokens.
+        Err(_) => visible(&event.replace(['\n', '\r'], " ")),
     }
 }
 
@@ -241,6 +250,10 @@ mod tests {
         let audit = r#"{"event":"activity_log.user.login","description":"logged in with SSO","actor":{"id":1,"type":"user","name":"John Doe"},"timestamp":1}"#;
         assert_eq!(one_line(audit), format!("{:<40} John Doe logged in with SSO", "activity_log.user.login"));
         assert_eq!(one_line("{\"event\":\n18446744073709551616}"), "{\"event\": 18446744073709551616}");
+        // Escaped or raw, nobody's event drives the terminal.
+        let hostile = audit.replace("John Doe", r"\u001b[2JJohn\nDoe");
+        assert_eq!(one_line(&hostile), format!(r"{:<40} \u{{1b}}[2JJohn\u{{a}}Doe logged in with SSO", "activity_log.user.login"));
+        assert_eq!(one_line("{\"event\":\"\u{9b}2J\u{7f}\"}"), r#"{"event":"\u{9b}2J\u{7f}"}"#);
     }
 
     #[test]

@@ -2,22 +2,26 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader},
-    path::PathBuf,
+    io::{BufRead, BufReader, Read as _},
+    path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
 
-use super::{Failed, reach};
+use super::{Failed, reach, visible};
 use crate::{
+    batch::BatchPolicy,
     clock,
     config::Config,
-    event::event_type,
+    event::{InvalidEvent, event_type},
     queue::{
         Queue as _,
         amqp::{AmqpQueue, MAX_GROUP, Published},
     },
 };
+
+/// The longest line in bytes: no request body holds a larger event, so nobody could ever get it.
+const MAX_LINE: u64 = BatchPolicy::MAX_BYTES;
 
 /// The bytes of a group; its confirms are awaited together.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
@@ -43,6 +47,11 @@ struct Tally {
 type Group = Vec<(String, Bytes, Option<String>)>;
 
 pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
+    let unusable: Vec<String> =
+        args.files.iter().filter_map(|file| unusable(file).err().map(|e| format!("{}: {e}", file.display()))).collect();
+    if !unusable.is_empty() {
+        return Err(Failed::Usage(format!("{}; nothing was published: name files with one JSON event a line", unusable.join("; "))));
+    }
     let queue = reach(config).await?;
     queue.ensure(&config.subscribers).await?;
     let mut tally = Tally::default();
@@ -55,8 +64,21 @@ pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
     report(&tally)
 }
 
-async fn read(config: &Config, queue: &AmqpQueue, file: &PathBuf, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
-    let name = file.display();
+/// An error for what can be seen not to be readable before anything is published.
+fn unusable(file: &Path) -> std::io::Result<()> {
+    if file.as_os_str() == "-" {
+        return Ok(());
+    }
+    let found = std::fs::metadata(file)?;
+    if found.is_dir() {
+        return Err(std::io::ErrorKind::IsADirectory.into());
+    }
+    // A pipe is opened once: whoever writes into it would see it end.
+    if found.is_file() { std::fs::File::open(file).map(drop) } else { Ok(()) }
+}
+
+async fn read(config: &Config, queue: &AmqpQueue, file: &Path, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
+    let name = visible(&file.display().to_string());
     let mut input: Box<dyn BufRead + Send> = if file.as_os_str() == "-" {
         Box::new(BufReader::new(std::io::stdin()))
     } else {
@@ -65,20 +87,36 @@ async fn read(config: &Config, queue: &AmqpQueue, file: &PathBuf, group: &mut Gr
     let (mut number, mut bytes) = (0, 0);
     let mut line = Vec::new();
     loop {
-        line.clear();
-        if input.read_until(b'\n', &mut line).map_err(|e| Failed::Runtime(format!("{name}: {e}")))? == 0 {
-            return Ok(());
+        match read_line(&mut input, &mut line) {
+            Ok(0) => return Ok(()),
+            Ok(_) => number += 1,
+            Err(e) => {
+                flush(config, queue, group, tally).await?;
+                let stored = tally.stored;
+                return Err(Failed::Runtime(format!(
+                    "{name}: {e} after line {number}; {stored} events before it are published and confirmed"
+                )));
+            }
         }
-        number += 1;
         while line.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
             line.pop();
         }
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
+        if line.len() as u64 > MAX_LINE {
+            eprintln!("{name}:{number}: not published: the event has more than {MAX_LINE} bytes, the most of a request body; split it up");
+            tally.bad_lines += 1;
+            continue;
+        }
         match event_type(&line) {
             Err(why) => {
-                eprintln!("{name}:{number}: not published: the line {why}");
+                let remedy = match why {
+                    InvalidEvent::ByteOrderMark => "; save the file without one",
+                    InvalidEvent::NotUtf8 { .. } => "; save the file as UTF-8",
+                    _ => "",
+                };
+                eprintln!("{name}:{number}: not published: {why}{remedy}");
                 tally.bad_lines += 1;
             }
             Ok(event_type) => {
@@ -91,6 +129,18 @@ async fn read(config: &Config, queue: &AmqpQueue, file: &PathBuf, group: &mut Gr
             bytes = 0;
         }
     }
+}
+
+/// The next line, of a longer one only its beginning: a file without line breaks may be larger than the memory.
+fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io::Result<usize> {
+    line.clear();
+    // One byte more than fits, and the two of its end.
+    let most = MAX_LINE + 3;
+    let read = input.take(most).read_until(b'\n', line)?;
+    if read as u64 == most && !line.ends_with(b"\n") {
+        input.skip_until(b'\n')?;
+    }
+    Ok(read)
 }
 
 fn event_id() -> String {
@@ -126,18 +176,19 @@ async fn flush(config: &Config, queue: &AmqpQueue, group: &mut Group, tally: &mu
 
 fn report(tally: &Tally) -> Result<(), Failed> {
     for (event_type, n) in &tally.unmatched {
-        eprintln!("warning: no subscriber's patterns match `{event_type}` ({n} events)");
+        eprintln!("warning: no subscriber's patterns match `{}` ({n} events)", visible(event_type));
     }
     for (event_type, n) in &tally.unbound {
         eprintln!(
-            "warning: `{event_type}` ({n} events) reached no queue although a pattern matches it; start `hooktrail run`, which binds the queues"
+            "warning: `{}` ({n} events) reached no queue although a pattern matches it; start `hooktrail run`, which binds the queues",
+            visible(event_type)
         );
     }
     println!("published {} events, all confirmed", tally.stored);
     let unbound: usize = tally.unbound.values().sum();
     let mut failed = Vec::new();
     if tally.bad_lines > 0 {
-        failed.push(format!("not published, because they are not events: {} lines", tally.bad_lines));
+        failed.push(format!("{} lines were not published; above is why, line by line", tally.bad_lines));
     }
     if tally.refused > 0 {
         failed.push(format!(
@@ -149,4 +200,25 @@ fn report(tally: &Tally) -> Result<(), Failed> {
         failed.push(format!("{unbound} events reached no queue"));
     }
     if failed.is_empty() { Ok(()) } else { Err(Failed::Runtime(failed.join("; "))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_to_its_end_but_kept_only_as_far_as_it_can_be_used() {
+        let most = MAX_LINE as usize;
+        for len in [0, 1, most - 1, most, most + 1, most + 2, most + 3, most + 4, 2 * most] {
+            for end in ["\n", "\r\n", ""] {
+                let text = [&vec![b'x'; len], end.as_bytes()].concat();
+                let mut input = BufReader::new(&text[..]);
+                let mut line = Vec::new();
+                assert_eq!(read_line(&mut input, &mut line).expect("reads") == 0, text.is_empty());
+                let kept = line.iter().filter(|b| **b == b'x').count();
+                assert!(kept == len || kept > most && len > most && kept <= most + 3, "{kept} of {len}");
+                assert_eq!(read_line(&mut input, &mut line).expect("reads"), 0, "nothing is left of {len} and {end:?}");
+            }
+        }
+    }
 }

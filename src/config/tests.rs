@@ -112,11 +112,9 @@ events = ["user*"]
         ("h.toml:16:7: subscriber[1].url: ", "loopback"),
         ("h.toml:18:11: subscriber[1].events[0]: ", "mixes a wildcard"),
         ("h.toml:17:15: subscriber[1].signatures[0]: ", "\"standard-webhooks\" or \"mailtrap\""),
+        ("h.toml:14:1: subscriber[1].secrets: ", "is required"),
     ];
-    for (place, part) in expected {
-        assert!(found.iter().any(|p| p.starts_with(place) && p.contains(part)), "{place}…{part} is not in {found:#?}");
-    }
-    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    assert_found(&found, &expected);
 }
 
 #[test]
@@ -211,6 +209,123 @@ fn addresses_named_as_exceptions_may_stand_in_a_url() {
     ] {
         let found = with(http).expect_err("refused");
         assert!(found[0].contains(part), "{found:?}");
+    }
+}
+
+/// Asserts that exactly these are found: the beginning of each and a part of its text.
+#[track_caller]
+fn assert_found(found: &[String], expected: &[(&str, &str)]) {
+    for (place, part) in expected {
+        assert!(found.iter().any(|p| p.starts_with(place) && p.contains(part)), "{place}…{part} is not in {found:#?}");
+    }
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+}
+
+#[test]
+fn a_mistake_hides_no_other() {
+    let found = load_text(
+        r#"[queue]
+url = "amqp://x"
+[http]
+timeout = "0s"
+[retry]
+initial_interval = "0s"
+multiplier = 0.5
+randomization_factor = 2
+max_attempts = -1
+on_exhausted = "pause"
+[circuit_breaker]
+failures = -1
+open_for = "2h"
+max_open_for = "1h"
+[[subscriber]]
+name = "a"
+url = "http://10.0.0.1/"
+secrets = ["x", "${NOT_SET}", "whsec_"]
+[[subscriber]]
+name = "b"
+url = "http://10.0.0.1/"
+http = { allow_http = 1, allow_addresses = ["ten"] }
+retry = { initial_interval = "1m", max_interval = "1s", multiplier = "x" }
+signatures = [{ header = "a b", prefix = "\u0001", encoding = "rot13" }, "md5"]
+[[subscriber]]
+name = "c"
+url = "https://10.0.0.1/"
+http = { allow_private_addresses = "yes" }
+secrets = "x"
+signatures = ["md5"]
+"#,
+    )
+    .expect_err("invalid");
+    assert_found(
+        &found,
+        &[
+            ("h.toml:4:11: http.timeout: ", "longer than 0"),
+            ("h.toml:6:20: retry.initial_interval: ", "longer than 0"),
+            ("h.toml:7:14: retry.multiplier: ", "from 1 to 1000"),
+            ("h.toml:8:24: retry.randomization_factor: ", "from 0 to 1"),
+            ("h.toml:9:16: retry.max_attempts: ", "whole number"),
+            ("h.toml:10:16: retry.on_exhausted: ", "\"dead_letter\""),
+            ("h.toml:12:12: circuit_breaker.failures: ", "whole number"),
+            ("h.toml:14:16: circuit_breaker.max_open_for: ", "open_for"),
+            ("h.toml:17:7: subscriber[0].url: ", "allow_http"),
+            ("h.toml:17:7: subscriber[0].url: ", "private"),
+            ("h.toml:18:12: subscriber[0].secrets[0]: ", "does not begin with `whsec_`"),
+            ("h.toml:18:17: subscriber[0].secrets[1]: ", "NOT_SET"),
+            ("h.toml:18:31: subscriber[0].secrets[2]: ", "24 to 64 bytes"),
+            // Whether its address and plain http are allowed cannot be known here.
+            ("h.toml:22:23: subscriber[1].http.allow_http: ", "true or false"),
+            ("h.toml:22:45: subscriber[1].http.allow_addresses[0]: ", "not a network"),
+            ("h.toml:23:51: subscriber[1].retry.max_interval: ", "shorter than initial_interval"),
+            ("h.toml:23:70: subscriber[1].retry.multiplier: ", "must be a number"),
+            ("h.toml:24:26: subscriber[1].signatures[0].header: ", "not a valid header name"),
+            ("h.toml:24:42: subscriber[1].signatures[0].prefix: ", "cannot carry"),
+            ("h.toml:24:63: subscriber[1].signatures[0].encoding: ", "\"hex\" or \"base64\""),
+            ("h.toml:24:74: subscriber[1].signatures[1]: ", "must be \"standard-webhooks\""),
+            ("h.toml:19:1: subscriber[1].secrets: ", "is required"),
+            ("h.toml:28:36: subscriber[2].http.allow_private_addresses: ", "true or false"),
+            ("h.toml:29:11: subscriber[2].secrets: ", "must be an array"),
+            ("h.toml:30:15: subscriber[2].signatures[0]: ", "must be \"standard-webhooks\""),
+        ],
+    );
+}
+
+#[test]
+fn the_url_is_checked_beside_a_mistake_in_the_same_http_group() {
+    let with = |http: &str| {
+        load_text(&format!(
+            "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"http://10.0.0.1/\"\nsignatures = []\nhttp = {{ concurrency = 0, {http} }}\n"
+        ))
+        .expect_err("concurrency is wrong")
+    };
+    let concurrency = ("h.toml:7:24: subscriber[0].http.concurrency: ", "from 1 to 100");
+    let plain = ("h.toml:5:7: subscriber[0].url: ", "allow_http = true");
+    let private = ("h.toml:5:7: subscriber[0].url: ", "allow_private_addresses = true");
+    assert_found(&with("allow_http = false"), &[concurrency, plain, private]);
+    assert_found(&with("allow_http = true"), &[concurrency, private]);
+    assert_found(&with("allow_private_addresses = true"), &[concurrency, plain]);
+}
+
+#[test]
+fn no_two_signatures_share_a_header() {
+    let with = |signatures: &str| {
+        load_text(&format!("{QUEUE}{SUBSCRIBER}signatures = [{signatures}]\n")).map(drop).map_err(|mut found| {
+            assert_eq!(found.len(), 1, "{found:#?}");
+            found.remove(0)
+        })
+    };
+    assert_eq!(with(r#""standard-webhooks", "mailtrap", { header = "X-A" }, { header = "X-B" }"#), Ok(()));
+    for (signatures, place) in [
+        (r#"{ header = "X-Sig" }, { header = "x-sig", encoding = "base64" }"#, "h.toml:7:48: subscriber[0].signatures[1].header: "),
+        (r#""mailtrap", { header = "X-A" }, "mailtrap""#, "h.toml:7:47: subscriber[0].signatures[2]: "),
+        (r#""standard-webhooks", "standard-webhooks""#, "h.toml:7:36: subscriber[0].signatures[1]: "),
+    ] {
+        let found = with(signatures).expect_err("refused");
+        assert!(found.starts_with(place) && found.contains("already that of subscriber[0].signatures[0]"), "{place} is not {found}");
+    }
+    for reserved in ["Webhook-Signature", "mailtrap-signature", "X-Hooktrail-Attempt", "HOST"] {
+        let found = with(&format!("{{ header = \"{reserved}\" }}")).expect_err("refused");
+        assert!(found.contains("sets itself; choose another"), "{found}");
     }
 }
 

@@ -1,31 +1,19 @@
 //! Bad input at its worst: what `input` and `hostile` leave out. There each kind of bad input has its own test;
 //! here they come in numbers, at the limits, and disguised as something sound.
 
-use std::{
-    future::Future,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use lapin::{
-    BasicProperties, Confirmation,
-    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions},
+    BasicProperties,
     types::{AMQPValue, FieldTable},
 };
 use serde_json::Value;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
-};
 
 use crate::support::{
-    broker::Broker,
+    broker::{Broker, headers, text},
     daemon::{Daemon, QUICK, SECRET, Setup, subscriber},
     eventually,
+    raw::{Raw, always, deaf, flood, plain},
     receiver::{Receiver, event, status},
     run,
 };
@@ -33,56 +21,9 @@ use crate::support::{
 /// Far above what a debug build needs, far below what the inputs here would take if they were kept.
 const MOST_MIB: f64 = 150.0;
 
-/// The most memory that the daemon ever had, in MiB.
-fn peak_mib(daemon: &Daemon) -> f64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("the daemon runs");
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
-    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
-}
-
 fn assert_bounded(daemon: &Daemon) {
-    let peak = peak_mib(daemon);
+    let peak = daemon.peak_mib();
     assert!(peak < MOST_MIB, "the daemon had {peak:.0} MiB");
-}
-
-/// The dead letters of a subscriber as `dead list --json` prints them.
-fn dead(setup: &Setup, name: &str) -> Vec<Value> {
-    setup.ok(&["dead", "list", name, "--json"]).lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
-}
-
-/// Empties a queue of hooktrail's; the bodies of its messages.
-async fn take_all(broker: &Broker, rest: &str) -> Vec<Vec<u8>> {
-    let (connection, channel) = broker.channel().await;
-    let queue = format!("{}.{rest}", broker.prefix);
-    let mut bodies = Vec::new();
-    while let Some(m) = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("gets") {
-        bodies.push(m.delivery.data);
-    }
-    connection.close(200, "done".into()).await.expect("closes");
-    bodies
-}
-
-/// Publishes one message with properties of its own choice.
-async fn put(broker: &Broker, exchange: &str, routing_key: &str, body: &[u8], properties: BasicProperties) {
-    let (connection, channel) = broker.channel().await;
-    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
-    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-    let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties.with_delivery_mode(2)).await;
-    assert_eq!(sent.expect("publishes").await.expect("confirmed"), Confirmation::Ack(None));
-    connection.close(200, "done".into()).await.expect("closes");
-}
-
-fn text(value: &str) -> AMQPValue {
-    AMQPValue::LongString(value.into())
-}
-
-/// Headers by their names without the common beginning.
-fn headers(pairs: &[(&str, AMQPValue)]) -> FieldTable {
-    let mut table = FieldTable::default();
-    for (name, value) in pairs {
-        table.insert(format!("x-hooktrail-{name}").as_str().into(), value.clone());
-    }
-    table
 }
 
 // ---- Configuration
@@ -163,9 +104,9 @@ fn bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_its_size
         assert_bounded(&daemon);
         assert!(daemon.stop().await.success());
         // Groups of dead letters are stored side by side, so only their number and bytes are fixed, not their order.
-        assert!(dead(&setup, "a").iter().all(|l| l["reason"] == "invalid_event"));
+        assert!(setup.dead("a").iter().all(|l| l["reason"] == "invalid_event"));
         let mut expected: Vec<Vec<u8>> = (0..2000).map(bad).collect();
-        let mut found = take_all(&broker, "sub.a.dead").await;
+        let mut found = broker.take_all("sub.a.dead").await;
         expected.sort_unstable();
         found.sort_unstable();
         assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
@@ -180,7 +121,7 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         let daemon = setup.start().await;
         let huge = format!(r#"{{"event":"a","pad":"{}"}}"#, "x".repeat(10 << 20)).into_bytes();
-        let bad: Vec<(Vec<u8>, &str)> = vec![
+        let mut bad: Vec<(Vec<u8>, &str)> = vec![
             (b"{\"event\":\"\xff\xfe\"}".to_vec(), "invalid_event"),
             (b"".to_vec(), "invalid_event"),
             (b"\0\0\0".to_vec(), "invalid_event"),
@@ -193,21 +134,28 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
             (b"{\"event\":18446744073709551615,\"m\":1e400}".to_vec(), "invalid_event"),
         ];
         broker.publish("a.b", bad.iter().map(|(body, _)| body.clone()).chain([event(0).into_bytes()])).await;
+        // Whoever publishes chooses these.
+        let (id, content_type) = ("\u{1b}]0;id\u{7}", "text/\u{9b}2J");
+        bad.push((b"{\"event\":[],\"a\":1.0,\"a\":18446744073709551616,\"s\":\"\xc2\x9b2J\x7f\"}".to_vec(), "invalid_event"));
+        let properties = BasicProperties::default().with_message_id(id.into()).with_content_type(content_type.into());
+        broker.put(&broker.exchange, "a.b", &bad[10].0, properties).await;
         receiver.wait_all(1).await;
-        broker.wait_depth("sub.a.dead", 10).await;
+        broker.wait_depth("sub.a.dead", 11).await;
         assert_bounded(&daemon);
-        let letters = dead(&setup, "a");
+        let letters = setup.dead("a");
         assert_eq!(letters.len(), bad.len());
         let mut found: Vec<(String, String)> = Vec::new();
         for (n, letter) in (1..).zip(&letters) {
-            let number = n.to_string();
+            let number = format!("#{n}");
             let shown: Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", &number, "--json"])).expect("JSON");
             for key in ["number", "reason", "error", "kind", "bytes"] {
                 assert_eq!(shown[key], letter[key], "`show` and `list` mean the same letter by {n}");
             }
             assert_eq!(shown["kind"], "event");
             let word = |key: &str| shown[key].as_str().expect("text").to_owned();
-            assert!(setup.ok(&["dead", "show", "a", &number]).contains(&word("reason")));
+            let text = setup.ok(&["dead", "show", "a", &number]);
+            assert!(text.contains(&word("reason")));
+            assert!(!text.contains(|c: char| c.is_control() && c != '\n'), "a letter drives the terminal: {text:?}");
             found.push((word("body"), word("reason")));
         }
         let mut expected: Vec<(String, String)> =
@@ -215,8 +163,19 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         found.sort_unstable();
         expected.sort_unstable();
         assert!(found == expected, "not the bodies that were published");
-        assert_eq!(setup.ok(&["dead", "list", "a"]).lines().count(), 1 + bad.len(), "one line a letter: an error has no line break");
-        assert_eq!(dead(&setup, "a"), letters, "looking changes nothing");
+        let listed = setup.ok(&["dead", "list", "a"]);
+        assert_eq!(listed.lines().count(), 1 + bad.len(), "one line a letter: an error has no line break");
+        assert!(!listed.contains(|c: char| c.is_control() && c != '\n') && listed.contains(r"\u{1b}]0;id\u{7}"), "{listed:?}");
+        let shown = setup.ok(&["dead", "show", "a", id]);
+        for part in [
+            "\nid                \\u{1b}]0;id\\u{7}\n",
+            "\ncontent type      text/\\u{9b}2J\n",
+            "\n{\"event\":[],\"a\":1.0,\"a\":18446744073709551616,\"s\":\"\\u{9b}2J\\u{7f}\"}\n",
+        ] {
+            assert!(shown.contains(part), "{part} is not in {shown}");
+        }
+        assert_eq!(letters.iter().filter(|l| l["id"] == id && l["content_type"] == content_type).count(), 1, "JSON is as it is");
+        assert_eq!(setup.dead("a"), letters, "looking changes nothing");
     });
 }
 
@@ -247,21 +206,29 @@ fn an_event_may_carry_any_properties_and_they_change_nothing() {
             plain().with_type("x".into()).with_reply_to("nobody".into()).with_correlation_id("x".into()),
         ];
         for (n, p) in (0..).zip(&properties) {
-            put(&broker, &broker.exchange, "a.b", event(n).as_bytes(), p.clone()).await;
+            broker.put(&broker.exchange, "a.b", event(n).as_bytes(), p.clone()).await;
         }
         receiver.wait_all(6).await;
         assert_eq!(receiver.accepted(), (0..6).collect::<Vec<_>>());
         assert!(receiver.requests().iter().all(|r| r.attempt() == 1 && r.id() != "msg_disguised"));
         // And of a bad one the dead letter is an event's, with its id and type.
         for p in &properties {
-            put(&broker, &broker.exchange, "a.b", b"bad", p.clone()).await;
+            broker.put(&broker.exchange, "a.b", b"bad", p.clone()).await;
         }
         broker.wait_depth("sub.a.dead", 6).await;
-        for (letter, p) in dead(&setup, "a").iter().zip(&properties) {
+        let mut found: Vec<(Option<String>, String)> = Vec::new();
+        for letter in setup.dead("a") {
             assert_eq!((&letter["kind"], &letter["reason"], &letter["attempts"]), (&"event".into(), &"invalid_event".into(), &0.into()));
-            assert_eq!(letter["id"].as_str(), p.message_id().as_ref().map(|id| id.as_str()));
-            assert_eq!(letter["content_type"].as_str(), Some(p.content_type().as_ref().map_or("application/json", |t| t.as_str())));
+            found.push((letter["id"].as_str().map(str::to_owned), letter["content_type"].as_str().expect("a type").to_owned()));
         }
+        let expected = properties.iter().map(|p| {
+            let content_type = p.content_type().as_ref().map_or("application/json", |t| t.as_str());
+            (p.message_id().as_ref().map(|id| id.as_str().to_owned()), content_type.to_owned())
+        });
+        let mut expected: Vec<_> = expected.collect();
+        found.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(found, expected);
     });
 }
 
@@ -299,17 +266,20 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         ];
         let body = br#"{"events":[{"event":"x","n":1}]}"#;
         for (table, _) in &beyond {
-            put(&broker, "", &retry, body, json().with_headers(table.clone())).await;
+            broker.put("", &retry, body, json().with_headers(table.clone())).await;
         }
-        put(&broker, "", &retry, body, BasicProperties::default().with_headers(with("m", &[]))).await;
+        broker.put("", &retry, body, BasicProperties::default().with_headers(with("m", &[]))).await;
         broker.wait_depth("sub.a.dead", beyond.len() as u32 + 1).await;
         assert_eq!(receiver.count(), 0, "none of them was sent");
-        let names = beyond.iter().map(|(_, name)| *name).chain(["content type"]);
-        for (letter, name) in dead(&setup, "a").iter().zip(names) {
+        let mut names: Vec<&str> = beyond.iter().map(|(_, name)| *name).chain(["content type"]).collect();
+        for letter in setup.dead("a") {
             assert_eq!((&letter["kind"], &letter["reason"]), (&"batch".into(), &"invalid_event".into()), "{letter}");
-            assert!(letter["error"].as_str().expect("text").contains(name), "no {name} in {letter}");
             assert_eq!(letter["bytes"], body.len());
+            let error = letter["error"].as_str().expect("text");
+            let named = names.iter().position(|name| error.contains(name)).unwrap_or_else(|| panic!("none of {names:?} in {letter}"));
+            names.swap_remove(named);
         }
+        assert!(names.is_empty(), "no letter names {names:?}");
 
         // At the limits each is sent once; what follows is the schedule's to say.
         for (id, more) in [
@@ -317,23 +287,49 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
             ("msg_old", ("first-attempt-at", text("1970-01-01T00:00:00Z"))),
             ("msg_future", ("first-attempt-at", text("9999-12-31T23:59:59Z"))),
         ] {
-            put(&broker, "", &retry, body, json().with_headers(with(id, &[more]))).await;
+            broker.put("", &retry, body, json().with_headers(with(id, &[more]))).await;
         }
         let mut sent: Vec<String> = receiver.wait_requests(3).await.iter().map(|r| r.id().to_owned()).collect();
         sent.sort_unstable();
         assert_eq!(sent, ["msg_future", "msg_most", "msg_old"]);
         broker.wait_depth("sub.a.dead", beyond.len() as u32 + 3).await;
-        let exhausted: Vec<Value> = dead(&setup, "a").into_iter().filter(|l| l["reason"] == "exhausted").collect();
-        assert_eq!((&exhausted[0]["id"], &exhausted[1]["id"], exhausted.len()), (&"msg_most".into(), &"msg_old".into(), 2));
+        let exhausted = setup.dead("a").into_iter().filter(|l| l["reason"] == "exhausted");
+        let mut exhausted: Vec<String> = exhausted.map(|l| l["id"].as_str().expect("an id").to_owned()).collect();
+        exhausted.sort_unstable();
+        assert_eq!(exhausted, ["msg_most", "msg_old"]);
         eventually("the third waits on the ladder", async || broker.depth("delay.11").await == Some(1)).await;
 
-        // A replay of what was no envelope makes one of it, under an id of its own.
+        // What was no envelope is never sent, however it is asked for; what was one is.
+        broker.put("", &retry, b"junk", json()).await;
+        let junk = beyond.len() + 2;
+        broker.wait_depth("sub.a.dead", junk as u32 + 2).await;
+        let last = format!("#{}", junk + 2);
+        let replay = |arguments: &[&str]| {
+            let output = setup.run(&[&["dead", "replay", "a"], arguments].concat());
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            (output.status.code(), text(&output.stdout), text(&output.stderr))
+        };
+        let (code, out, told) = replay(&["--reason", "invalid_event", "--json"]);
+        let result: Value = serde_json::from_str(&out).expect("JSON");
+        assert_eq!((code, &result["chosen"], &result["skipped"], &result["of"]), (Some(0), &0.into(), &junk.into(), &(junk + 2).into()));
+        assert_eq!(told.lines().filter(|l| l.contains("never was a batch")).count(), junk, "{told}");
+        assert!(told.contains(&format!("`hooktrail dead show a '{last}'`")), "{told}");
+        for (more, begin) in [(&[][..], "replayed 0 of"), (&["--dry-run"], "would replay 0 of")] {
+            let (code, out, told) = replay(&[&[last.as_str()], more].concat());
+            assert!(code == Some(1) && out.starts_with(begin) && out.ends_with(", skipped 1\n"), "{out}");
+            assert!(told.contains("1 of the letters named cannot be replayed"), "{told}");
+        }
         receiver.now(|_, _| status(200));
-        setup.ok(&["dead", "replay", "a", "--reason", "invalid_event"]);
-        let requests = receiver.wait_requests(3 + beyond.len() + 1).await;
-        assert!(requests[3..].iter().all(|r| r.body[..] == body[..] && r.attempt() == 1 && r.id().starts_with("msg_")));
-        broker.wait_depth("sub.a.retry", 0).await;
+        let (code, out, told) = replay(&[]);
+        assert!(code == Some(0) && out.contains(&format!("replayed 2 of {} dead letters of `a`, skipped {junk}", junk + 2)), "{out}");
+        assert!(told.contains(&format!("{last} (#{junk} from now on) is not replayed")), "{told}");
+        let mut again: Vec<String> = receiver.wait_requests(5).await[3..].iter().map(|r| r.id().to_owned()).collect();
+        again.sort_unstable();
+        assert_eq!(again, ["msg_most", "msg_old"]);
+        broker.wait_depth("sub.a.dead", junk as u32).await;
+        assert!(setup.ok(&["dead", "show", "a", &format!("#{junk}")]).ends_with("\njunk\n"), "the number that was told");
         assert!(daemon.stop().await.success());
+        assert_eq!(receiver.count(), 5);
     });
 }
 
@@ -352,10 +348,10 @@ fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody(
             BasicProperties::default().with_content_type("application/json".into()).with_headers(table)
         };
         let body = br#"{"events":[{"event":"x","n":7}]}"#;
-        put(&broker, &first, &to("gone"), body, sound("msg_1")).await;
-        put(&broker, &first, &to("gone"), b"junk", BasicProperties::default()).await;
-        put(&broker, &first, &to("never-there"), body, sound("msg_2")).await;
-        put(&broker, "", &format!("{}.orphans", broker.prefix), b"by hand", BasicProperties::default()).await;
+        broker.put(&first, &to("gone"), body, sound("msg_1")).await;
+        broker.put(&first, &to("gone"), b"junk", BasicProperties::default()).await;
+        broker.put(&first, &to("never-there"), body, sound("msg_2")).await;
+        broker.put("", &format!("{}.orphans", broker.prefix), b"by hand", BasicProperties::default()).await;
         broker.wait_depth("orphans", 4).await;
         // A new daemon sweeps at its start; it takes none of them.
         assert!(daemon.stop().await.success());
@@ -371,7 +367,7 @@ fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody(
         let request = receiver.wait_requests(2).await[1].clone();
         assert_eq!((request.id(), request.attempt(), &request.body[..]), ("msg_1", 3, &body[..]));
         broker.wait_depth("sub.gone.dead", 1).await;
-        let letter = &dead(&both, "gone")[0];
+        let letter = &both.dead("gone")[0];
         assert_eq!((&letter["kind"], &letter["reason"], &letter["bytes"]), (&"batch".into(), &"invalid_event".into(), &4.into()));
         broker.wait_depth("orphans", 2).await;
         assert!(daemon.stop().await.success());
@@ -381,85 +377,6 @@ fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody(
 }
 
 // ---- Receivers
-
-type Behaviour = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
-
-/// A receiver that speaks no HTTP but what its behaviour writes. Counts its connections.
-struct Raw {
-    address: String,
-    connections: Arc<AtomicUsize>,
-}
-
-impl Raw {
-    async fn start(behave: impl Fn(TcpStream) -> Behaviour + Send + 'static) -> Self {
-        let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address = socket.local_addr().expect("an address").to_string();
-        let connections = Arc::new(AtomicUsize::new(0));
-        let count = connections.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = socket.accept().await {
-                count.fetch_add(1, Ordering::SeqCst);
-                tokio::spawn(behave(stream));
-            }
-        });
-        Self { address, connections }
-    }
-}
-
-/// Reads one request and forgets it.
-async fn read_request(stream: &mut TcpStream) -> std::io::Result<()> {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        head.push(stream.read_u8().await?);
-    }
-    let head = String::from_utf8_lossy(&head).to_lowercase();
-    let length = head.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|n| n.parse().ok()).expect("a length");
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await.map(drop)
-}
-
-/// Answers every request of a connection with the same bytes.
-fn always(answer: &'static [u8]) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
-    move |mut stream| {
-        Box::pin(async move {
-            loop {
-                read_request(&mut stream).await?;
-                stream.write_all(answer).await?;
-            }
-        })
-    }
-}
-
-/// Answers a request with `begin` and then `block` without end, as fast as it is read.
-fn flood(begin: &'static [u8], block: Vec<u8>) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
-    move |mut stream| {
-        let block = block.clone();
-        Box::pin(async move {
-            read_request(&mut stream).await?;
-            stream.write_all(begin).await?;
-            loop {
-                stream.write_all(&block).await?;
-            }
-        })
-    }
-}
-
-/// Answers whatever comes in plain HTTP, a TLS handshake too.
-fn plain(mut stream: TcpStream) -> Behaviour {
-    Box::pin(async move {
-        stream.read_u8().await?;
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await?;
-        std::future::pending().await
-    })
-}
-
-/// Accepts, reads the first byte and no more.
-fn deaf(mut stream: TcpStream) -> Behaviour {
-    Box::pin(async move {
-        stream.read_u8().await?;
-        std::future::pending().await
-    })
-}
 
 #[test]
 fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon() {
@@ -556,34 +473,33 @@ fn an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request() {
         // Each answer brings a second one with it: taken for the answer to the next attempt, it would lose the batch.
         let two = b"HTTP/1.1 500 x\r\ncontent-length: 0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
         let raw = Raw::start(always(two)).await;
-        let setup = Setup::new(
-            &broker,
-            &(QUICK.to_owned() + &subscriber("a", &format!("http://{}/", raw.address), "retry = { max_attempts = 3 }")),
-        );
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &raw.url(), "retry = { max_attempts = 3 }")));
         let daemon = setup.start().await;
         broker.publish("a.b", [event(0)]).await;
         broker.wait_depth("sub.a.dead", 1).await;
         assert!(!daemon.log().contains("outcome=\"delivered\""), "{}", daemon.log());
-        assert_eq!((&dead(&setup, "a")[0]["attempts"], &dead(&setup, "a")[0]["status"]), (&3.into(), &500.into()));
+        assert_eq!((&setup.dead("a")[0]["attempts"], &setup.dead("a")[0]["status"]), (&3.into(), &500.into()));
     });
 }
 
 #[test]
-fn the_text_of_an_answer_makes_no_line_of_its_own_in_the_log() {
+fn the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_log() {
     run(async {
         let broker = Broker::shared();
-        let answer = "\r\n2026-01-01T00:00:00Z ERROR forged\n\u{1b}[31m\0\u{85}forged";
+        // Many a receiver sends back what it was sent.
+        let answer = "\r\n2026-01-01T00:00:00Z ERROR no such user Jane Doe\n\u{1b}[31m\0\u{85}forged";
         let receiver = Receiver::start(move |_, _| status(500).body(answer)).await;
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
         let daemon = setup.start().await;
         broker.publish("a.b", [event(0)]).await;
         broker.wait_depth("sub.a.dead", 1).await;
         let log = daemon.log();
-        let line = log.lines().find(|l| l.contains("forged")).expect("the text is in the log");
-        assert!(line.contains("attempt subscriber=\"a\"") && line.matches("forged").count() == 2, "{log}");
-        assert!(!log.contains(['\u{1b}', '\0', '\u{85}']), "{log}");
-        let error = dead(&setup, "a")[0]["error"].as_str().expect("text").to_owned();
-        assert!(error.contains("forged") && !error.contains(char::is_control), "{error}");
+        let line = log.lines().find(|l| l.contains("attempt subscriber=\"a\"")).expect("one line for the attempt");
+        assert!(line.contains("outcome=\"dead_letter\" status=500 failure=\"status\" duration_ms="), "{line}");
+        assert!(!log.contains("Jane Doe") && !log.contains("forged") && !log.contains(['\u{1b}', '\0', '\u{85}']), "{log}");
+        let error = setup.dead("a")[0]["error"].as_str().expect("text").to_owned();
+        assert!(error.starts_with("status 500: ") && error.contains("Jane Doe") && error.contains("forged"), "{error}");
+        assert!(!error.contains(char::is_control), "{error}");
     });
 }
 
@@ -593,7 +509,7 @@ fn a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits()
         let broker = Broker::shared();
         let good = Receiver::accepting().await;
         let raw = Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).await;
-        let url = format!("http://{}/", raw.address.replace("127.0.0.1", "localhost"));
+        let url = raw.url().replace("127.0.0.1", "localhost");
         let more = "http = { allow_private_addresses = false }\nretry = { initial_interval = \"1h\" }";
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &url, more) + &subscriber("good", &good.url, "")));
         let daemon = setup.start().await;
@@ -602,7 +518,7 @@ fn a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits()
         daemon.wait_log("outcome=\"retry\" failure=\"address_blocked\"").await;
         broker.wait_depth("delay.11", 1).await;
         broker.wait_depth("sub.a", 0).await;
-        assert_eq!(raw.connections.load(Ordering::SeqCst), 0, "not even a connection");
+        assert_eq!(raw.connections(), 0, "not even a connection");
     });
 }
 
@@ -636,7 +552,7 @@ fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it() {
         for (name, _) in &hosts[1..] {
             broker.wait_depth(&format!("sub.{name}.dead"), 1).await;
             shown += &setup.ok(&["dead", "list", name, "--json"]);
-            shown += &setup.ok(&["dead", "show", name, "1"]);
+            shown += &setup.ok(&["dead", "show", name, "#1"]);
         }
         shown += &daemon.log();
         for secret in ["some@one", "some%40one", "hunter", "c29tZUBvbmU6", "token"] {

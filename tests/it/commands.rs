@@ -26,12 +26,80 @@ fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types() {
         let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
         assert_eq!(output.status.code(), Some(1), "a line was bad");
         assert!(out.contains("published 2501 events, all confirmed"), "{out}");
-        assert!(err.contains("events.jsonl:8: not published: the line has no field `event`"), "{err}");
+        assert!(err.contains("events.jsonl:8: not published: the event has no field `event`"), "{err}");
         assert!(err.contains("no subscriber's patterns match `other.thing` (1 events)"), "{err}");
         let _daemon = setup.start().await;
         receiver.wait_all(2500).await;
         assert_eq!(receiver.accepted(), (0..2500).collect::<Vec<_>>());
     });
+}
+
+#[test]
+fn publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_published() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let large = [br#"{"event":"a","pad":""#.to_vec(), vec![b'x'; 20 << 20], b"\"}\n{\"event\":\"after\"}\n".to_vec()].concat();
+        let utf16: Vec<u8> = "\u{feff}{\"event\":\"a\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        // (file, its bytes, events published, the line that is not, why, what to do)
+        for (name, bytes, published, bad) in [
+            ("crlf", b"{\"event\":\"a\"}\r\n\r\n{\"event\":\"b\"}\r\n".to_vec(), 2, None),
+            (
+                "bom",
+                b"\xef\xbb\xbf{\"event\":\"a\"}\n{\"event\":\"b\"}".to_vec(),
+                1,
+                Some(["byte-order mark", "save the file without one"]),
+            ),
+            ("utf16", utf16, 0, Some(["not UTF-8 at byte 0", "save the file as UTF-8"])),
+            ("large", large, 1, Some(["more than 12582912 bytes", "split it up"])),
+        ] {
+            let file = setup.write(name, bytes);
+            let output = setup.run(&["publish", file.to_str().expect("a path")]);
+            let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+            assert!(out.contains(&format!("published {published} events, all confirmed")), "{name}: {out}{err}");
+            assert_eq!(output.status.code(), Some(i32::from(bad.is_some())), "{name}: {err}");
+            for part in bad.iter().flatten() {
+                assert!(
+                    err.contains(&format!("{name}:1: not published: the event")) && err.contains(part),
+                    "{name}: {part} is not in {err}"
+                );
+                assert!(err.contains("1 lines were not published"), "{name}: {err}");
+            }
+        }
+        assert_eq!(broker.depth("sub.a").await, Some(4));
+
+        // A file that cannot be read is noticed before anything of the others is published.
+        let good = setup.write("good", event(0));
+        let [good, folder] = [good.as_path(), good.parent().expect("a folder")].map(|p| p.to_str().expect("a path"));
+        let output = setup.run(&["publish", good, folder, "nowhere.jsonl"]);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        for part in [&format!("{folder}: is a directory"), "nowhere.jsonl: No such file", "nothing was published"] {
+            assert!(told.contains(part), "{part} is not in {told}");
+        }
+        assert_eq!(broker.depth("sub.a").await, Some(4));
+    });
+}
+
+#[test]
+fn listen_refuses_what_it_cannot_do_and_says_what_it_can() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let taken = taken.local_addr().map(|a| (a.to_string(), taken)).expect("an address");
+    for (arguments, code, parts) in [
+        (["--fail-rate", "2"], 2, ["--fail-rate", "from 0 to 1"]),
+        (["--fail-rate", "NaN"], 2, ["--fail-rate", "from 0 to 1"]),
+        (["--status", "99"], 2, ["--status", "200..=599"]),
+        (["--addr", "nonsense"], 2, ["--addr", "such as 127.0.0.1:9000"]),
+        (["--addr", "127.0.0.1:99999"], 2, ["--addr", "from 0 to 65535"]),
+        (["--addr", &taken.0], 1, [&taken.0, "choose another with --addr"]),
+        (["--delay", "soon"], 2, ["--delay", "soon"]),
+        (["--secret", "file:/nowhere"], 2, ["/nowhere", "cannot be read"]),
+    ] {
+        let output = Setup::with_text("").run(&[&["listen"], &arguments[..]].concat());
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {told}");
+        assert!(parts.iter().all(|part| told.contains(part)), "{arguments:?}: {told}");
+    }
 }
 
 #[test]

@@ -2,60 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
-};
-
 use crate::support::{
     broker::Broker,
-    daemon::{Daemon, QUICK, Setup, subscriber},
+    daemon::{QUICK, Setup, subscriber},
     eventually,
+    raw::{Raw, deaf, drip, flood, once},
     receiver::{Receiver, event, status},
     run,
 };
-
-/// Serves each connection with `behave`, after the request's head has come.
-async fn raw<F: Future<Output = std::io::Result<()>> + Send + 'static>(behave: fn(TcpStream) -> F) -> String {
-    let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}/", socket.local_addr().expect("an address"));
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = socket.accept().await {
-            tokio::spawn(async move {
-                let mut head = [0; 1024];
-                // A client that has gone away ends the behaviour, as it does with a real server.
-                if stream.read(&mut head).await.is_ok_and(|n| n > 0) {
-                    behave(stream).await.ok();
-                }
-            });
-        }
-    });
-    url
-}
-
-async fn a_gibibyte(mut stream: TcpStream, status: &str) -> std::io::Result<()> {
-    stream.write_all(format!("HTTP/1.1 {status} x\r\ncontent-length: 1073741824\r\n\r\n").as_bytes()).await?;
-    let block = vec![b'x'; 1 << 20];
-    for _ in 0..1024 {
-        stream.write_all(&block).await?;
-    }
-    Ok(())
-}
-
-async fn drip(mut stream: TcpStream, begin: &str, byte: &[u8]) -> std::io::Result<()> {
-    stream.write_all(begin.as_bytes()).await?;
-    loop {
-        stream.write_all(byte).await?;
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-/// The most memory that the daemon ever had, in MiB.
-fn peak_mib(daemon: &Daemon) -> f64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("the daemon runs");
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
-    line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
-}
 
 /// Runs a hostile receiver beside a good one and returns the log line of its first attempt.
 async fn beside_a_good_one(url: &str) -> String {
@@ -74,7 +28,7 @@ async fn beside_a_good_one(url: &str) -> String {
     eventually("the attempt ends", async || attempt(&daemon.log()).is_some()).await;
     assert!(start.elapsed() < Duration::from_secs(10), "the attempt took {:?}", start.elapsed());
     let line = attempt(&daemon.log()).expect("just seen");
-    assert!(peak_mib(&daemon) < 100.0, "{} MiB", peak_mib(&daemon));
+    assert!(daemon.peak_mib() < 100.0, "{} MiB", daemon.peak_mib());
     // Nothing is lost: accepted, or an envelope waits on the ladder (for an hour and more, at its first level).
     if line.contains("outcome=\"retry\"") {
         eventually("the envelope is on the ladder", async || broker.depth("delay.11").await == Some(1)).await;
@@ -91,63 +45,53 @@ fn assert_retry(line: &str, failure: &str) {
 #[test]
 fn an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts() {
     run(async {
-        let line = beside_a_good_one(&raw(|s| a_gibibyte(s, "200")).await).await;
+        let block = || vec![b'x'; 1 << 20];
+        let accepts = Raw::start(flood(b"HTTP/1.1 200 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
+        let line = beside_a_good_one(&accepts.url()).await;
         assert!(line.contains("outcome=\"delivered\""), "{line}");
-        let line = beside_a_good_one(&raw(|s| a_gibibyte(s, "500")).await).await;
+        let refuses = Raw::start(flood(b"HTTP/1.1 500 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
+        let line = beside_a_good_one(&refuses.url()).await;
         assert_retry(&line, "status");
-        assert!(line.len() < 2048, "of the answer's text only the beginning is kept: {} bytes", line.len());
+        assert!(line.len() < 512 && !line.contains("xx"), "the answer's text is not logged: {} bytes", line.len());
     });
 }
 
 #[test]
 fn an_answer_that_never_ends_ends_with_the_timeout() {
     run(async {
-        assert_retry(
-            &beside_a_good_one(&raw(|s| drip(s, "HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", b"x")).await).await,
-            "timeout",
-        );
+        let raw = Raw::start(drip(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", b"x")).await;
+        assert_retry(&beside_a_good_one(&raw.url()).await, "timeout");
     });
 }
 
 #[test]
 fn headers_without_end_end_with_the_timeout_or_their_number() {
     run(async {
-        let line = beside_a_good_one(&raw(|s| drip(s, "HTTP/1.1 200 OK\r\n", b"x-header: and another one\r\n")).await).await;
-        assert_retry(&line, "timeout");
-        let flood = |mut s: TcpStream| async move {
-            s.write_all(b"HTTP/1.1 200 OK\r\n").await?;
-            loop {
-                s.write_all("x-header: and another one\r\n".repeat(1000).as_bytes()).await?;
-            }
-        };
-        assert_retry(&beside_a_good_one(&raw(flood).await).await, "bad_answer");
+        let header = b"x-header: and another one\r\n";
+        let slow = Raw::start(drip(b"HTTP/1.1 200 OK\r\n", header)).await;
+        assert_retry(&beside_a_good_one(&slow.url()).await, "timeout");
+        let fast = Raw::start(flood(b"HTTP/1.1 200 OK\r\n", header.repeat(1000))).await;
+        assert_retry(&beside_a_good_one(&fast.url()).await, "bad_answer");
     });
 }
 
 #[test]
 fn an_answer_without_a_status_line_is_a_bad_answer() {
     run(async {
-        let nonsense = |mut s: TcpStream| async move { s.write_all(b"SSH-2.0-OpenSSH_9.6\r\n\r\n").await };
-        assert_retry(&beside_a_good_one(&raw(nonsense).await).await, "bad_answer");
+        let raw = Raw::start(once(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")).await;
+        assert_retry(&beside_a_good_one(&raw.url()).await, "bad_answer");
     });
 }
 
 #[test]
 fn a_receiver_that_never_answers_is_a_timeout_and_one_that_hangs_up_a_reset() {
     run(async {
-        let silent = |s: TcpStream| async move {
-            std::future::pending::<()>().await;
-            drop(s);
-            Ok(())
-        };
-        assert_retry(&beside_a_good_one(&raw(silent).await).await, "timeout");
-        let hangs_up = |s: TcpStream| async move {
-            drop(s);
-            Ok(())
-        };
-        assert_retry(&beside_a_good_one(&raw(hangs_up).await).await, "reset");
-        let breaks_off = |mut s: TcpStream| async move { s.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf").await };
-        assert_retry(&beside_a_good_one(&raw(breaks_off).await).await, "reset");
+        let silent = Raw::start(deaf).await;
+        assert_retry(&beside_a_good_one(&silent.url()).await, "timeout");
+        let hangs_up = Raw::start(once(b"")).await;
+        assert_retry(&beside_a_good_one(&hangs_up.url()).await, "reset");
+        let breaks_off = Raw::start(once(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")).await;
+        assert_retry(&beside_a_good_one(&breaks_off.url()).await, "reset");
     });
 }
 

@@ -9,7 +9,7 @@ use std::{
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
     options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions},
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
 };
 
 use super::{eventually, free_port, unique};
@@ -84,6 +84,16 @@ impl Broker {
         connection.close(200, "done".into()).await.expect("closes");
     }
 
+    /// Publishes one message with properties of its own choice; a queue must take it.
+    pub(crate) async fn put(&self, exchange: &str, routing_key: &str, body: &[u8], properties: BasicProperties) {
+        let (connection, channel) = self.channel().await;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties.with_delivery_mode(2)).await;
+        assert_eq!(sent.expect("publishes").await.expect("confirmed"), Confirmation::Ack(None));
+        connection.close(200, "done".into()).await.expect("closes");
+    }
+
     /// Messages ready in a queue of hooktrail's; `None` if it does not exist.
     pub(crate) async fn depth(&self, rest: &str) -> Option<u32> {
         let (connection, channel) = self.channel().await;
@@ -99,6 +109,18 @@ impl Broker {
         eventually(&format!("{expected} messages in {rest}"), async || self.depth(rest).await == Some(expected)).await;
     }
 
+    /// Empties a queue of hooktrail's; the bodies of its messages.
+    pub(crate) async fn take_all(&self, rest: &str) -> Vec<Vec<u8>> {
+        let (connection, channel) = self.channel().await;
+        let queue = format!("{}.{rest}", self.prefix);
+        let mut bodies = Vec::new();
+        while let Some(m) = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("gets") {
+            bodies.push(m.delivery.data);
+        }
+        connection.close(200, "done".into()).await.expect("closes");
+        bodies
+    }
+
     /// Takes one message out of a queue of hooktrail's.
     pub(crate) async fn take(&self, rest: &str) -> Option<lapin::message::Delivery> {
         let (connection, channel) = self.channel().await;
@@ -112,6 +134,19 @@ impl Broker {
     pub(crate) fn knows(&self, subscriber: &str) {
         self.subscribers.lock().expect("not poisoned").push(subscriber.to_owned());
     }
+}
+
+/// Headers of a message by their names without the common beginning.
+pub(crate) fn headers(pairs: &[(&str, AMQPValue)]) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in pairs {
+        table.insert(format!("x-hooktrail-{name}").as_str().into(), value.clone());
+    }
+    table
+}
+
+pub(crate) fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
 }
 
 pub(crate) async fn connect(url: &str) -> Connection {

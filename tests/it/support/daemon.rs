@@ -65,6 +65,11 @@ impl Setup {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// The dead letters of a subscriber as `dead list --json` prints them.
+    pub(crate) fn dead(&self, subscriber: &str) -> Vec<serde_json::Value> {
+        self.ok(&["dead", "list", subscriber, "--json"]).lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+    }
+
     /// Starts a daemon and waits until its lanes run.
     pub(crate) async fn start(&self) -> Daemon {
         let daemon = self.spawn();
@@ -89,6 +94,10 @@ pub(crate) struct Daemon {
 impl Daemon {
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    pub(crate) fn peak_mib(&self) -> f64 {
+        super::peak_mib(self.pid())
     }
 
     pub(crate) fn log(&self) -> String {

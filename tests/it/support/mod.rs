@@ -4,6 +4,7 @@
 
 pub(crate) mod broker;
 pub(crate) mod daemon;
+pub(crate) mod raw;
 pub(crate) mod raw_amqp;
 pub(crate) mod receiver;
 
@@ -30,6 +31,13 @@ pub(crate) fn run(test: impl Future<Output = ()>) {
     rustls::crypto::ring::default_provider().install_default().ok();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     runtime.block_on(test);
+}
+
+/// The most memory that a process ever had, in MiB.
+pub(crate) fn peak_mib(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
+    peak.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
 }
 
 /// A number that no other test uses.
