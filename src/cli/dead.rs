@@ -25,7 +25,7 @@ const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a dead letter, oldest first, each with its number, such as #2
+    /// One line a dead letter, oldest first, each with its number, such as @2
     List {
         #[command(flatten)]
         which: Which,
@@ -37,7 +37,7 @@ pub(super) enum Command {
     Show {
         /// The subscriber's name
         subscriber: String,
-        /// Its id, or '#2' for the second of `list`; in quotes, since a shell takes # for a comment
+        /// Its id, or `@2` for the second of `list`
         letter: Name,
         /// As a JSON object
         #[arg(long)]
@@ -75,7 +75,7 @@ pub(super) enum Command {
 pub(super) struct Which {
     /// The subscriber's name; one that is not configured any more is fine
     subscriber: String,
-    /// Only these: an id, or '#2' for the second of `list`; in quotes, since a shell takes # for a comment
+    /// Only these: an id, or `@2` for the second of `list`
     #[arg(value_name = "LETTER")]
     letters: Vec<Name>,
     /// Only those with this reason
@@ -98,7 +98,7 @@ impl FromStr for Name {
     type Err = Infallible;
 
     fn from_str(text: &str) -> Result<Self, Infallible> {
-        let number = text.strip_prefix('#').and_then(|n| n.parse().ok());
+        let number = text.strip_prefix('@').and_then(|n| n.parse().ok());
         Ok(number.map_or_else(|| Self::Id(text.to_owned()), Self::Number))
     }
 }
@@ -152,11 +152,11 @@ impl<'w> Choice<'w> {
 fn not_found(subscriber: &str, names: &[&Name], reason: Option<Reason>) -> Failed {
     let with = reason.map(|r| format!(" with reason {}", r.name())).unwrap_or_default();
     let told = names.iter().map(|name| match name {
-        Name::Number(n) => format!("no dead letter{with} is #{n}"),
+        Name::Number(n) => format!("no dead letter{with} is @{n}"),
         Name::Id(id) => format!("no dead letter{with} has the id `{}`", visible(id)),
     });
     let told: Vec<String> = told.collect();
-    let hint = "shows ids and numbers; a number is written '#2', in quotes, since a shell takes # for a comment";
+    let hint = "shows ids and numbers; a number is written @2";
     Failed::Runtime(format!("{}; `hooktrail dead list {subscriber}` {hint}", told.join(", ")))
 }
 
@@ -230,7 +230,7 @@ async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(),
         } else {
             let error: String = visible(&l.error).chars().take(80).collect();
             let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
-            let number = format!("#{number}");
+            let number = format!("@{number}");
             format!("{number:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {id:<36}  {error}", time(l.died_at), l.reason.name(), l.events, l.attempts)
         };
         if !print(&line) {
@@ -260,7 +260,7 @@ async fn show(mut letters: DeadLetters, subscriber: &str, wanted: &Name, json: b
             return Ok(());
         }
         for (name, value) in [
-            ("number", format!("#{number}")),
+            ("number", format!("@{number}")),
             ("id", l.id.as_deref().map_or_else(|| "-".to_owned(), visible)),
             ("kind", l.kind.name().to_owned()),
             ("reason", l.reason.name().to_owned()),
@@ -364,10 +364,10 @@ async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bo
             skipped += 1;
             let number = choice.number;
             let left = if dry_run { number } else { number - replayed };
-            let moved = if left == number { String::new() } else { format!(" (#{left} from now on)") };
+            let moved = if left == number { String::new() } else { format!(" (@{left} from now on)") };
             bar.suspend(|| {
                 eprintln!(
-                    "#{number}{moved} is not replayed, it never was a batch of hooktrail's: {error}; look at it with `hooktrail dead show {name} '#{left}'`, then delete it with `hooktrail dead purge {name} '#{left}'`",
+                    "@{number}{moved} is not replayed, it never was a batch of hooktrail's: {error}; look at it with `hooktrail dead show {name} @{left}`, then delete it with `hooktrail dead purge {name} @{left}`",
                     error = visible(&held.letter.error),
                     name = which.subscriber,
                 );

@@ -552,7 +552,7 @@ fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it() {
         for (name, _) in &hosts[1..] {
             broker.wait_depth(&format!("sub.{name}.dead"), 1).await;
             shown += &setup.ok(&["dead", "list", name, "--json"]);
-            shown += &setup.ok(&["dead", "show", name, "#1"]);
+            shown += &setup.ok(&["dead", "show", name, "@1"]);
         }
         shown += &daemon.log();
         for secret in ["some@one", "some%40one", "hunter", "c29tZUBvbmU6", "token"] {

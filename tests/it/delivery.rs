@@ -242,14 +242,14 @@ fn purge_deletes_only_what_is_chosen_and_only_when_told() {
         broker.publish(TYPE, [event(0), "not json".to_owned(), event(1)]).await;
         broker.wait_depth("sub.a.dead", 3).await;
         let order = setup.ok(&["dead", "list", "a"]);
-        setup.ok(&["dead", "show", "a", "#1"]);
+        setup.ok(&["dead", "show", "a", "@1"]);
         assert_eq!(setup.ok(&["dead", "list", "a"]), order, "looking changes no order");
         let refused = setup.run(&["dead", "purge", "a"]);
         assert_eq!(refused.status.code(), Some(2), "nobody to ask");
         assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
         assert!(setup.ok(&["dead", "purge", "a", "--reason", "invalid_event", "--yes"]).contains("purged 1 of 3"));
         broker.wait_depth("sub.a.dead", 2).await;
-        assert!(setup.ok(&["dead", "purge", "a", "#1", "--yes"]).contains("purged 1 of 2"));
+        assert!(setup.ok(&["dead", "purge", "a", "@1", "--yes"]).contains("purged 1 of 2"));
         assert!(setup.ok(&["dead", "purge", "a", "--yes", "--json"]).contains("\"chosen\":1"));
         broker.wait_depth("sub.a.dead", 0).await;
         assert!(setup.ok(&["dead", "list", "a"]).contains("no dead letters"));
@@ -263,34 +263,34 @@ fn an_argument_is_an_id_and_only_with_its_sign_a_number() {
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let _daemon = setup.start().await;
         // Producers choose the ids of events: here each looks like the number of another.
-        for (n, id) in (1..).zip(["3", "1", "2", "#4"]) {
+        for (n, id) in (1..).zip(["3", "1", "2", "@4"]) {
             broker.put(&broker.exchange, TYPE, b"bad", BasicProperties::default().with_message_id(id.into())).await;
             broker.wait_depth("sub.a.dead", n).await;
         }
         let ids = || -> Vec<String> { setup.dead("a").iter().map(|l| l["id"].as_str().expect("an id").to_owned()).collect() };
         let listed = setup.ok(&["dead", "list", "a"]);
-        for (line, start) in listed.lines().skip(1).zip(["#1 ", "#2 ", "#3 ", "#4 "]) {
+        for (line, start) in listed.lines().skip(1).zip(["@1 ", "@2 ", "@3 ", "@4 "]) {
             assert!(line.trim_start().starts_with(start), "{listed}");
         }
-        assert!(setup.ok(&["dead", "show", "a", "2"]).starts_with("number            #3\n"));
-        assert!(setup.ok(&["dead", "show", "a", "#2"]).contains("\nid                1\n"));
-        assert!(setup.ok(&["dead", "replay", "a", "1", "#1", "--dry-run"]).contains("would replay 2 of 4"));
+        assert!(setup.ok(&["dead", "show", "a", "2"]).starts_with("number            @3\n"));
+        assert!(setup.ok(&["dead", "show", "a", "@2"]).contains("\nid                1\n"));
+        assert!(setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would replay 2 of 4"));
         assert!(setup.ok(&["dead", "purge", "a", "2", "--yes"]).contains("purged 1 of 4"));
-        assert_eq!(ids(), ["3", "1", "#4"]);
-        assert!(setup.ok(&["dead", "purge", "a", "#2", "--yes"]).contains("purged 1 of 3"));
-        assert_eq!(ids(), ["3", "#4"]);
+        assert_eq!(ids(), ["3", "1", "@4"]);
+        assert!(setup.ok(&["dead", "purge", "a", "@2", "--yes"]).contains("purged 1 of 3"));
+        assert_eq!(ids(), ["3", "@4"]);
         for (arguments, part) in [
             (&["show", "a", "2"][..], "no dead letter has the id `2`;"),
-            (&["list", "a", "#3"], "no dead letter is #3;"),
-            (&["purge", "a", "#4", "1", "--yes"], "no dead letter is #4, no dead letter has the id `1`;"),
+            (&["list", "a", "@3"], "no dead letter is @3;"),
+            (&["purge", "a", "@4", "1", "--yes"], "no dead letter is @4, no dead letter has the id `1`;"),
             (&["replay", "a", "3", "--reason", "exhausted"], "no dead letter with reason exhausted has the id `3`;"),
         ] {
             let output = setup.run(&[&["dead"], arguments].concat());
             assert_eq!(output.status.code(), Some(1), "{arguments:?}");
             let told = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(told.contains(part) && told.contains("a number is written '#2'"), "{arguments:?}: {told}");
+            assert!(told.contains(part) && told.contains("a number is written @2"), "{arguments:?}: {told}");
         }
-        assert_eq!(ids(), ["3", "#4"], "nothing else was touched");
+        assert_eq!(ids(), ["3", "@4"], "nothing else was touched");
     });
 }
 
