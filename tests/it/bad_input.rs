@@ -146,7 +146,7 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         assert_eq!(letters.len(), bad.len());
         let mut found: Vec<(String, String)> = Vec::new();
         for (n, letter) in (1..).zip(&letters) {
-            let number = format!("#{n}");
+            let number = format!("@{n}");
             let shown: Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", &number, "--json"])).expect("JSON");
             for key in ["number", "reason", "error", "kind", "bytes"] {
                 assert_eq!(shown[key], letter[key], "`show` and `list` mean the same letter by {n}");
@@ -303,7 +303,7 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         broker.put("", &retry, b"junk", json()).await;
         let junk = beyond.len() + 2;
         broker.wait_depth("sub.a.dead", junk as u32 + 2).await;
-        let last = format!("#{}", junk + 2);
+        let last = format!("@{}", junk + 2);
         let replay = |arguments: &[&str]| {
             let output = setup.run(&[&["dead", "replay", "a"], arguments].concat());
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -313,7 +313,7 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         let result: Value = serde_json::from_str(&out).expect("JSON");
         assert_eq!((code, &result["chosen"], &result["skipped"], &result["of"]), (Some(0), &0.into(), &junk.into(), &(junk + 2).into()));
         assert_eq!(told.lines().filter(|l| l.contains("never was a batch")).count(), junk, "{told}");
-        assert!(told.contains(&format!("`hooktrail dead show a '{last}'`")), "{told}");
+        assert!(told.contains(&format!("`hooktrail dead show a {last}`")), "{told}");
         for (more, begin) in [(&[][..], "replayed 0 of"), (&["--dry-run"], "would replay 0 of")] {
             let (code, out, told) = replay(&[&[last.as_str()], more].concat());
             assert!(code == Some(1) && out.starts_with(begin) && out.ends_with(", skipped 1\n"), "{out}");
@@ -322,12 +322,12 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         receiver.now(|_, _| status(200));
         let (code, out, told) = replay(&[]);
         assert!(code == Some(0) && out.contains(&format!("replayed 2 of {} dead letters of `a`, skipped {junk}", junk + 2)), "{out}");
-        assert!(told.contains(&format!("{last} (#{junk} from now on) is not replayed")), "{told}");
+        assert!(told.contains(&format!("{last} (@{junk} from now on) is not replayed")), "{told}");
         let mut again: Vec<String> = receiver.wait_requests(5).await[3..].iter().map(|r| r.id().to_owned()).collect();
         again.sort_unstable();
         assert_eq!(again, ["msg_most", "msg_old"]);
         broker.wait_depth("sub.a.dead", junk as u32).await;
-        assert!(setup.ok(&["dead", "show", "a", &format!("#{junk}")]).ends_with("\njunk\n"), "the number that was told");
+        assert!(setup.ok(&["dead", "show", "a", &format!("@{junk}")]).ends_with("\njunk\n"), "the number that was told");
         assert!(daemon.stop().await.success());
         assert_eq!(receiver.count(), 5);
     });

@@ -5,6 +5,8 @@ use std::{
     time::Duration,
 };
 
+use lapin::{options::QueueDeclareOptions, types::FieldTable};
+
 use crate::support::{
     broker::{Broker, SETTLING},
     daemon::{Daemon, QUICK, Setup, subscriber},
@@ -239,5 +241,43 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
         broker.publish("other.thing", (0..10).map(event)).await;
         two.wait_all(10).await;
         assert!(both.ok(&["repair", "two"]).contains("are sound; nothing was changed"));
+    });
+}
+
+#[test]
+fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_than_one_copy() {
+    run(async {
+        let broker = Broker::private().await;
+        let good = Receiver::accepting().await;
+        let full = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await; // holds its lane up
+        let queue = format!("[queue]\nurl = \"{}\"\nsource_queue = \"source\"\nprefix = \"{}\"\n", broker.url, broker.prefix);
+        let text = queue
+            + "[log]\nlevel = \"debug\"\n"
+            + QUICK
+            + &subscriber("good", &good.url, "")
+            + &subscriber("full", &full.url, "batch = { max_events = 1 }\nhttp = { timeout = \"1s\" }");
+        let setup = Setup::with_text(&text);
+        let (connection, channel) = broker.channel().await;
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare("source".into(), durable, FieldTable::default()).await.expect("declares");
+        broker.node().ctl(&["set_policy", "limit", r"\.sub\.full$", r#"{"max-length":3}"#, "--apply-to", "queues"]);
+        let daemon = setup.start().await;
+        // The limit is a soft one: the broker refuses some time after it was passed.
+        let refused = || daemon.log().contains("sub.full` refuses events, and the relay waits for it");
+        let mut sent = 0;
+        while !refused() && sent < 1000 {
+            broker.publish_to("", "source", (sent..sent + 10).map(event)).await;
+            sent += 10;
+            eventually("relayed or refused", async || refused() || good.accepted().len() as u64 >= sent).await;
+        }
+        eventually("it is tried again", async || daemon.log().matches("room for relayed events still fails").count() >= 3).await;
+        good.wait_all(sent).await;
+        full.now(|_, _| status(200));
+        full.wait_all(sent).await;
+        // Of the group in which one was refused each event came once more; not of the others.
+        let copies = repeated(&good);
+        assert!(copies <= 10, "{copies} of {sent} arrived again");
+        broker.wait_depth("sub.full", 0).await;
+        connection.close(200, "done".into()).await.expect("closes");
     });
 }

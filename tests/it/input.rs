@@ -92,7 +92,7 @@ fn what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_bat
             assert!(letters.iter().any(fits), "no letter with {} bytes, {reason}, {error}: {letters:?}", body.len());
         }
         assert!(letters.iter().all(|l| l["kind"] == "event"));
-        let number = format!("#{}", letters.iter().find(|l| l["bytes"] == b"not json".len()).expect("just found")["number"]);
+        let number = format!("@{}", letters.iter().find(|l| l["bytes"] == b"not json".len()).expect("just found")["number"]);
         assert!(setup.ok(&["dead", "show", "json", &number]).contains("not json"));
         let mut found = broker.take_all("sub.json.dead").await;
         let mut expected: Vec<Vec<u8>> = bad.into_iter().map(|(body, ..)| body).collect();

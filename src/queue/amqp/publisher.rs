@@ -220,7 +220,7 @@ impl Generation {
                     _ => {}
                 },
                 Some(confirmed) = self.confirms.next(), if !self.confirms.is_empty() => {
-                    if let Err(e) = self.confirmed(confirmed) {
+                    if let Err(e) = self.confirmed(confirmed).await {
                         return Some(self.fail(&BrokerError::from(e)));
                     }
                 }
@@ -270,8 +270,9 @@ impl Generation {
 
     /// Takes in a confirm and all others that are there: a message's return can come attached to a
     /// confirm that was resolved just before its own, and must be known before its group ends.
-    fn confirmed(&mut self, first: Confirmed) -> Result<(), lapin::Error> {
+    async fn confirmed(&mut self, first: Confirmed) -> Result<(), lapin::Error> {
         let mut next = Some(first);
+        let mut again = true;
         while let Some(((group, n), confirmation)) = next {
             let (fate, returned) = match confirmation? {
                 Confirmation::Ack(returned) => (Fate::Stored, returned),
@@ -288,6 +289,11 @@ impl Generation {
                 self.returned(group, &returned);
             }
             next = self.confirms.next().now_or_never().flatten();
+            if next.is_none() && std::mem::take(&mut again) {
+                // lapin's thread may be about to hand over the confirm that the return came with.
+                tokio::task::yield_now().await;
+                next = self.confirms.next().now_or_never().flatten();
+            }
         }
         self.finish();
         Ok(())

@@ -14,7 +14,7 @@ use std::{
 };
 
 /// How long a condition may take before its test fails: far more than it ever does.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Waits until `condition` holds; fails the test with `what` if it does not in time.
 pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
