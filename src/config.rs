@@ -54,6 +54,7 @@ const MAX_OPEN_FOR: Duration = Duration::from_secs(24 * 3600);
 
 /// Headers of a request that only hooktrail sets.
 const RESERVED_HEADERS: &[&str] = &[
+    "authorization",
     "content-type",
     "content-length",
     "content-encoding",

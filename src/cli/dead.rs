@@ -14,7 +14,7 @@ use super::{Failed, reach, visible};
 use crate::{
     config::{self, Config},
     queue::{
-        DeadLetter, Kind, Queue as _, Reason,
+        DeadLetter, Kind, Queue as _, QueueError, Reason,
         amqp::{DeadLetters, Held},
     },
 };
@@ -355,39 +355,40 @@ fn can_be_replayed(letter: &DeadLetter) -> bool {
 async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bool) -> Result<(), Failed> {
     let bar = progress(letters.left());
     let (mut choice, mut replayed, mut skipped, mut group) = (Choice::new(which), 0, 0, Group::new());
-    while let Some(held) = letters.next().await? {
-        bar.inc(1);
-        if !choice.includes(&held.letter) {
-            continue;
-        }
-        if !can_be_replayed(&held.letter) {
-            skipped += 1;
-            let number = choice.number;
-            let left = if dry_run { number } else { number - replayed };
-            let moved = if left == number { String::new() } else { format!(" (@{left} from now on)") };
-            bar.suspend(|| {
+    let walk = async {
+        while let Some(held) = letters.next().await? {
+            bar.inc(1);
+            if !choice.includes(&held.letter) {
+                continue;
+            }
+            if !can_be_replayed(&held.letter) {
+                skipped += 1;
+                let number = choice.number;
+                let left = if dry_run { number } else { number - replayed };
+                let moved = if left == number { String::new() } else { format!(" (@{left} from now on)") };
+                bar.suspend(|| {
                 eprintln!(
                     "@{number}{moved} is not replayed, it never was a batch of hooktrail's: {error}; look at it with `hooktrail dead show {name} @{left}`, then delete it with `hooktrail dead purge {name} @{left}`",
                     error = visible(&held.letter.error),
                     name = which.subscriber,
                 );
             });
-            continue;
+                continue;
+            }
+            replayed += 1;
+            if dry_run {
+                continue;
+            }
+            let bytes = held.letter.body.len();
+            if let Some(full) = group.push(held, bytes) {
+                letters.replay(full).await?;
+            }
         }
-        replayed += 1;
-        if dry_run {
-            continue;
-        }
-        let bytes = held.letter.body.len();
-        if let Some(full) = group.push(held, bytes) {
-            letters.replay(full).await?;
-        }
-    }
-    if !group.items.is_empty() {
-        letters.replay(group.items).await?;
-    }
+        if group.items.is_empty() { Ok(()) } else { letters.replay(group.items).await }
+    };
+    let walked = walk.await;
     bar.finish_and_clear();
-    letters.close().await?;
+    close(letters, walked).await?;
     finished("replay", replayed, skipped, &choice, dry_run, json)?;
     if skipped > 0 && !which.letters.is_empty() {
         return Err(Failed::Runtime(format!("{skipped} of the letters named cannot be replayed; above is what to do")));
@@ -401,18 +402,29 @@ async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool
     }
     let bar = progress(letters.left());
     let (mut choice, mut purged) = (Choice::new(which), 0);
-    while let Some(held) = letters.next().await? {
-        bar.inc(1);
-        if choice.includes(&held.letter) {
-            purged += 1;
-            if !dry_run {
-                letters.purge(&held).await?;
+    let walk = async {
+        while let Some(held) = letters.next().await? {
+            bar.inc(1);
+            if choice.includes(&held.letter) {
+                purged += 1;
+                if !dry_run {
+                    letters.purge(&held).await?;
+                }
             }
         }
-    }
+        Ok(())
+    };
+    let walked = walk.await;
     bar.finish_and_clear();
-    letters.close().await?;
+    close(letters, walked).await?;
     finished("purge", purged, 0, &choice, dry_run, json)
+}
+
+/// Gives the letters back, also after a walk that failed half-way: without that they would change places.
+async fn close(letters: DeadLetters, walked: Result<(), QueueError>) -> Result<(), Failed> {
+    let closed = letters.close().await;
+    walked?;
+    Ok(closed?)
 }
 
 fn confirm(letters: &DeadLetters, which: &Which) -> Result<bool, Failed> {
