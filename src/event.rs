@@ -250,7 +250,8 @@ impl Pattern {
             }
         }
         let pattern: Vec<&str> = self.0.split('.').collect();
-        let words: Vec<&str> = event_type.split('.').collect();
+        // To a broker an empty key has no word, not one that is empty.
+        let words: Vec<&str> = if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
         go(&pattern, &words)
     }
 }
@@ -317,6 +318,8 @@ mod tests {
         for (pattern, event, expected) in [
             ("#", "a", true),
             ("#", "", true),
+            ("*", "", false),
+            ("#.*", "", false),
             ("a.*", "a.b", true),
             ("a.*", "a", false),
             ("a.*", "a.b.c", false),

@@ -33,13 +33,13 @@ use bytes::Bytes;
 use futures_util::{FutureExt as _, future::try_join_all};
 
 use self::{
-    connection::{Effort, Lease, NOT_FOUND, Pool},
+    connection::{Effort, Lease, NOT_FOUND, Pool, Role},
     lane::Unusable,
     message::Message,
     publisher::{Fate, Publisher},
     relay::{Relay, Sweep},
     state::Reconciler,
-    topology::{Broker, Depth, Topology},
+    topology::{Broker, Topology},
 };
 pub use self::{
     dead::{DeadLetters, Held},
@@ -58,14 +58,15 @@ pub struct AmqpQueue(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     topology: Topology,
-    /// For the lanes and the relay.
     consuming: Pool,
-    /// For requests that the broker may refuse, so that a refusal disturbs no delivery.
     declaring: Arc<Pool>,
     publisher: OnceLock<Publisher>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
     suspects: Mutex<HashSet<String>>,
 }
+
+/// So many subscribers may have a connection of their own.
+const MAX_QUARANTINES: usize = 8;
 
 /// What became of published events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +99,8 @@ pub enum Finding {
 
 impl AmqpQueue {
     pub fn new(config: QueueConfig) -> Self {
-        let consuming = Pool::new(config.url.clone(), "consuming");
-        let declaring = Arc::new(Pool::new(config.url.clone(), "declaring"));
+        let consuming = Pool::new(config.url.clone(), Role::Consuming);
+        let declaring = Arc::new(Pool::new(config.url.clone(), Role::Declaring));
         let topology = Topology::new(config);
         Self(Arc::new(Inner { topology, consuming, declaring, publisher: OnceLock::new(), suspects: Mutex::default() }))
     }
@@ -109,7 +110,7 @@ impl AmqpQueue {
     /// # Errors
     /// It cannot, and why.
     pub async fn ping(&self) -> Result<(), QueueError> {
-        let connection = connection::connect(self.0.topology.url(), "ping").await?;
+        let connection = connection::connect(self.0.topology.url(), Role::Declaring).await?;
         connection::close(&connection).await;
         Ok(())
     }
@@ -123,10 +124,10 @@ impl AmqpQueue {
     }
 
     fn publisher(&self) -> &Publisher {
-        self.0.publisher.get_or_init(|| self.new_publisher("publishing"))
+        self.0.publisher.get_or_init(|| self.new_publisher(Role::Publishing))
     }
 
-    fn new_publisher(&self, role: &'static str) -> Publisher {
+    fn new_publisher(&self, role: Role) -> Publisher {
         Publisher::start(self.topology().clone(), self.0.declaring.clone(), role)
     }
 
@@ -156,13 +157,14 @@ impl AmqpQueue {
     async fn relay(&self, subscribers: &[Arc<Subscriber>]) {
         let Intake::SourceQueue(queue) = self.topology().intake() else { return };
         // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
-        let publisher = self.new_publisher("relaying");
+        let publisher = self.new_publisher(Role::Relaying);
         let relay = Relay { topology: self.topology(), pool: &self.0.consuming, publisher: &publisher, queue, subscribers };
         let mut relaying = Effort::new(format!("the relay from queue `{queue}`"));
         loop {
             let relayed = async {
                 // An event relayed before a queue is bound would pass that queue by.
                 let mut broker = self.broker();
+                self.topology().ensure_shared(&mut broker).await?;
                 for s in subscribers {
                     self.topology().ensure_subscriber(&mut broker, s).await?;
                 }
@@ -176,8 +178,14 @@ impl AmqpQueue {
 
     async fn sweep(&self, subscribers: &[Arc<Subscriber>]) {
         let configured = subscribers.iter().map(|s| s.name.as_str()).collect();
-        let mut sweep =
-            Sweep { topology: self.topology(), pool: &self.0.declaring, publisher: self.publisher(), configured, foreign: None };
+        let mut sweep = Sweep {
+            topology: self.topology(),
+            consuming: &self.0.consuming,
+            declaring: &self.0.declaring,
+            publisher: self.publisher(),
+            configured,
+            foreign: None,
+        };
         let mut sweeping = Effort::new("the sweep of orphans");
         loop {
             match sweep.run().await {
@@ -274,31 +282,30 @@ impl AmqpQueue {
     pub async fn repair(&self, subscriber: &Subscriber, force: bool) -> Result<Vec<Repaired>, QueueError> {
         let mut broker = self.broker();
         let own = self.topology().subscriber_queues(&subscriber.name);
+        let own_names = own.clone().map(|(queue, _)| queue);
         let queues: Vec<_> = own.into_iter().chain(self.topology().shared_queues()).collect();
         let states = try_join_all(queues.iter().map(|(queue, _)| self.usable(queue))).await?;
-        if states.iter().all(|s| s.as_ref().is_err_and(Unusable::is_broken)) {
-            return Err(QueueError::new(
-                "none of hooktrail's queues can be used: it is the broker that fails, or its cluster has no majority (rabbitmqctl cluster_status); nothing was changed",
-            ));
-        }
         let mut broken = Vec::new();
         for ((queue, arguments), state) in queues.iter().zip(states) {
             let Err(unusable) = state else { continue };
-            let missing = unusable.why.code == Some(NOT_FOUND);
-            if !unusable.is_broken() && !missing {
+            let exists = unusable.why.code != Some(NOT_FOUND);
+            if exists && !unusable.is_broken() {
                 let e = unusable.into_error(&subscriber.name);
                 return Err(QueueError::new(format!("{e}; that is not for `repair` to change, and nothing was changed")));
             }
-            let found = broker.depth(queue).await?;
-            if let Some(Depth { messages: messages @ 1.., .. }) = found
-                && !force
-            {
+            broken.push((queue, arguments, exists, unusable.why.to_string()));
+        }
+        // The broker cannot say what is in a queue that it cannot use. But when those that all subscribers
+        // share are dumb too, or it counts messages, a node is missing rather than the queue lost.
+        let shared_is_dumb = broken.iter().any(|(queue, _, exists, _)| *exists && own_names.iter().all(|own| own != *queue));
+        for (queue, _, exists, _) in &broken {
+            let messages = if *exists { broker.depth(queue).await?.map_or(0, |d| d.messages) } else { 0 };
+            if !force && *exists && (shared_is_dumb || messages > 0) {
                 return Err(QueueError::new(format!(
-                    "queue `{queue}` does not answer, but the broker counts {messages} messages in it: they come back if a lost node does, \
-                     and are lost if the queue is declared anew; say --yes if that is meant. Nothing was changed"
+                    "queue `{queue}` does not answer, and what is in it may come back: is a node of the cluster missing (rabbitmqctl cluster_status)? \
+                     If it is declared anew its events are lost; say --yes if that is meant. Nothing was changed"
                 )));
             }
-            broken.push((queue, arguments, found.is_some(), unusable.why.to_string()));
         }
         let mut report: Vec<_> =
             queues.iter().filter(|(q, _)| broken.iter().all(|b| b.0 != q)).map(|(q, _)| Repaired::Sound(q.clone())).collect();
@@ -320,12 +327,12 @@ impl AmqpQueue {
     /// more than once: a queue whose process is just being restarted is not.
     async fn usable(&self, queue: &str) -> Result<Result<(), Unusable>, QueueError> {
         let mut pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(1));
-        let mut tries = 3;
+        let mut tries = 2;
         loop {
             let lease = self.0.consuming.quarantine().await?.lease().await?;
             tries -= 1;
             match lane::try_consume(&lease, queue).await {
-                Err(e) if e.is_broken() && !e.why.silent && tries > 0 => tokio::time::sleep(pauses.grow()).await,
+                Err(e) if e.is_broken() && tries > 0 => tokio::time::sleep(pauses.grow()).await,
                 tried => return Ok(tried),
             }
         }
@@ -374,14 +381,12 @@ impl Queue for AmqpQueue {
     async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
         let name = &subscriber.name;
         let suspects = || self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
-        let suspect = suspects().contains(name);
+        // With many of them it is the broker that fails, and more connections would not help it.
+        let suspect = Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
         self.topology().ensure_subscriber(&mut self.broker(), subscriber).await?;
         let leases = self.leases(suspect).await?;
         match Source::open(leases, self.topology(), self.publisher().clone(), name, window).await {
-            Ok(opened) => {
-                suspects().remove(name);
-                Ok(opened)
-            }
+            Ok(opened) => Ok(opened),
             Err(unusable) => {
                 if unusable.is_broken() {
                     suspects().insert(name.clone());

@@ -9,8 +9,11 @@ use crate::support::{
     run,
 };
 
+/// Makes a header frame of 128 KiB and its own 8 bytes: 12 and 2 before the table, 4 of its length, 6 of the name, 5 of the value.
+const LARGEST: usize = 128 * 1024 - 12 - 2 - 4 - 6 - 5;
+
 /// Properties that lapin could not read: each with what makes it so.
-fn poisons() -> [Vec<u8>; 5] {
+fn poisons() -> [Vec<u8>; 6] {
     let headers = |table: Vec<u8>| [vec![0x20, 0], long(&table)].concat();
     [
         [&[0x00, 0x80][..], &short(b"\xff\xfeid")].concat(),           // message id
@@ -18,6 +21,7 @@ fn poisons() -> [Vec<u8>; 5] {
         headers([short(b"na\xffme"), b"V".to_vec()].concat()),
         headers([short(b"deep"), deep_table(9_000)].concat()),
         headers([short(b"short"), b"s\x00\x07".to_vec()].concat()), // RabbitMQ's 16-bit integer: a short string in the standard
+        headers([short(b"large"), b"S".to_vec(), long(&vec![b'x'; LARGEST])].concat()), // a frame that RabbitMQ takes, and lapin does not
     ]
 }
 
@@ -37,10 +41,10 @@ fn properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody() {
         for (n, properties) in poisons().iter().enumerate() {
             raw.publish(broker.exchange.as_bytes(), b"a.b", properties, event(n as u64).as_bytes());
         }
-        raw.publish(broker.exchange.as_bytes(), b"a.\xff", &[0, 0], event(5).as_bytes());
-        broker.publish("a.b", [event(6)]).await;
+        raw.publish(broker.exchange.as_bytes(), b"a.\xff", &[0, 0], event(6).as_bytes());
+        broker.publish("a.b", [event(7)]).await;
         for receiver in [&one, &two] {
-            receiver.wait_all(7).await;
+            receiver.wait_all(8).await;
         }
         quiet(&daemon);
     });
@@ -63,15 +67,15 @@ fn the_relay_the_orphans_and_the_dead_letters_take_them_too() {
             raw.publish(b"", &queue("sub.one.retry"), properties, b"no envelope");
         }
         let listed = setup.ok(&["dead", "list", "one", "--json"]);
-        assert_eq!(listed.lines().count(), 5, "{listed}");
-        broker.wait_depth("sub.one.dead", 5).await;
+        assert_eq!(listed.lines().count(), 6, "{listed}");
+        broker.wait_depth("sub.one.dead", 6).await;
 
         let relaying = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n{text}", broker.url, broker.prefix);
         let relaying = Setup::with_text(&relaying);
         let daemon = relaying.start().await;
-        receiver.wait_all(5).await;
+        receiver.wait_all(6).await;
         // What was in the retry queue became dead letters, which are relayed as invalid events: to the orphans.
-        broker.wait_depth("orphans", 10).await;
+        broker.wait_depth("orphans", 12).await;
         quiet(&daemon);
     });
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
 use tokio::{sync::Mutex, time::timeout};
 
@@ -27,13 +28,45 @@ const HEARTBEAT: u16 = 10;
 /// A connection's frame loop looks at every channel for each frame: more of them slow all down.
 const CHANNELS_PER_CONNECTION: usize = 100;
 
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Consuming,
+    Publishing,
+    /// Retries and dead letters have a publishing connection without the relay's stream before them.
+    Relaying,
+    /// For requests that the broker may refuse, so that a refusal disturbs no delivery.
+    Declaring,
+}
+
+impl Role {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Consuming => "consuming",
+            Self::Publishing => "publishing",
+            Self::Relaying => "relaying",
+            Self::Declaring => "declaring",
+        }
+    }
+
+    /// The longest frame, in bytes: RabbitMQ's own default where messages come and go. lapin has buffers
+    /// of 64 times that.
+    const fn frame_max(self) -> u32 {
+        match self {
+            Self::Declaring => 8 * 1024,
+            Self::Consuming | Self::Publishing | Self::Relaying => 128 * 1024,
+        }
+    }
+}
+
 /// One attempt to connect.
-pub(super) async fn connect(url: &SecretUrl, role: &str) -> Result<Connection, QueueError> {
+pub(super) async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> {
     let fail = |why: String| QueueError::new(format!("cannot connect to the broker at {url}: {why}"));
     let mut uri: AMQPUri = url.expose().as_str().parse().map_err(|_| fail("[queue] url is not a valid AMQP URL".to_owned()))?;
     uri.query.heartbeat = Some(HEARTBEAT);
+    uri.query.frame_max = Some(uri.query.frame_max.filter(|max| *max > 0).unwrap_or(u32::MAX).min(role.frame_max()));
     let vhost = uri.vhost.clone();
-    let name = format!("hooktrail {} {role}", env!("CARGO_PKG_VERSION"));
+    let name = format!("hooktrail {} {}", env!("CARGO_PKG_VERSION"), role.name());
     let properties = ConnectionProperties::default().with_connection_name(name.as_str().into());
     match timeout(CONNECT_TIMEOUT, wire::connect(uri, properties)).await {
         Err(_) => Err(fail(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
@@ -148,7 +181,7 @@ pub(super) struct Lease {
     _seat: Seat,
 }
 
-/// A connection that is shared by channels. It ends with the last of them.
+/// A connection that is shared by channels. It ends with the last of them, unless it is the newest.
 #[derive(Debug)]
 struct Slot {
     connection: Connection,
@@ -201,20 +234,22 @@ impl Drop for Seat {
 #[derive(Debug)]
 pub(super) struct Pool {
     url: SecretUrl,
-    role: &'static str,
+    role: Role,
     state: Mutex<PoolState>,
 }
 
 #[derive(Debug)]
 struct PoolState {
     slots: Vec<Weak<Slot>>,
+    /// Stays when no channel is on it: somebody will soon want one again.
+    newest: Option<Arc<Slot>>,
     connecting: Effort,
 }
 
 impl Pool {
-    pub(super) fn new(url: SecretUrl, role: &'static str) -> Self {
-        let connecting = Effort::new(format!("broker connection ({role})"));
-        Self { url, role, state: Mutex::new(PoolState { slots: Vec::new(), connecting }) }
+    pub(super) fn new(url: SecretUrl, role: Role) -> Self {
+        let connecting = Effort::new(format!("broker connection ({})", role.name()));
+        Self { url, role, state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }) }
     }
 
     /// A channel on a shared connection. Waits for the broker without end.
@@ -236,6 +271,7 @@ impl Pool {
                 Ok((Quarantine(slot), seat)) => {
                     state.connecting.goes_well();
                     state.slots.push(Arc::downgrade(&slot));
+                    state.newest = Some(slot);
                     return seat;
                 }
                 Err(e) => state.connecting.failed(&e).await,
@@ -252,9 +288,8 @@ impl Pool {
     pub(super) async fn close(&self) {
         // Whoever holds the lock is connecting, and has nothing to say goodbye to.
         let Ok(mut state) = self.state.try_lock() else { return };
-        for slot in state.slots.drain(..).filter_map(|s| s.upgrade()) {
-            close(&slot.connection).await;
-        }
+        let slots: Vec<_> = state.slots.drain(..).filter_map(|s| s.upgrade()).collect();
+        join_all(slots.iter().map(|s| close(&s.connection))).await;
     }
 }
 
@@ -276,5 +311,28 @@ impl Quarantine {
 pub(super) async fn close(connection: &Connection) {
     if let Ok(Err(e)) = timeout(Duration::from_secs(2), connection.close(200, "bye".into())).await {
         tracing::debug!(error = %BrokerError::from(e), "the connection was gone before it was closed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_connection_to_a_peer_that_says_nothing_leaves_nothing_behind() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        for scheme in ["amqp", "amqps"] {
+            let port = listener.local_addr().expect("an address").port();
+            let url = SecretUrl::new(format!("{scheme}://u:p@127.0.0.1:{port}/v").parse().expect("a URL"));
+            let connecting = tokio::spawn(async move { connect(&url, Role::Consuming).await });
+            let (mut peer, _) = listener.accept().expect("connects");
+            peer.set_read_timeout(Some(Duration::from_secs(30))).expect("a limit");
+            let mut first = [0; 1];
+            peer.read_exact(&mut first).expect("it begins");
+            connecting.abort(); // as the timeout does
+            // The socket is closed, and with it the thread that read from it has ended.
+            peer.read_to_end(&mut Vec::new()).expect("closed, not open for ever");
+        }
     }
 }

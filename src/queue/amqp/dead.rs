@@ -45,7 +45,7 @@ impl DeadLetters {
         let depth = depth.ok_or_else(|| {
             QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`"))
         })?;
-        let lease = queue.0.declaring.lease().await?;
+        let lease = queue.0.consuming.lease().await?;
         Ok(Self { queue: queue.clone(), subscriber: subscriber.to_owned(), name, lease, left: depth.messages })
     }
 

@@ -77,13 +77,18 @@ pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
     if let Some(t) = from.timestamp() {
         p = p.with_timestamp(*t);
     }
-    if let Some(AMQPValue::LongString(trace)) = from.headers().as_ref().and_then(|h| h.inner().get("traceparent")) {
+    if let Some(AMQPValue::LongString(trace)) = from.headers().as_ref().and_then(|h| h.inner().get("traceparent"))
+        && trace.as_bytes().len() <= MAX_TRACEPARENT
+    {
         let mut headers = FieldTable::default();
         headers.insert("traceparent".into(), AMQPValue::LongString(trace.clone()));
         p = p.with_headers(headers);
     }
     p
 }
+
+/// W3C Trace Context has 55 characters; what is far longer is something else.
+const MAX_TRACEPARENT: usize = 256;
 
 /// A dead event as it goes back into the main queue.
 pub(super) fn event_again(letter: &DeadLetter) -> (Bytes, BasicProperties) {

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{BrokerError, Effort, Pool, answer, close, connect},
+    connection::{BrokerError, Effort, Pool, Role, answer, close, connect},
     message::Message,
     topology::{Broker, Topology},
 };
@@ -68,7 +68,7 @@ impl Drop for AbortOnDrop {
 
 impl Publisher {
     /// Starts the task. On each new connection it looks first whether the shared topology is there.
-    pub(super) fn start(topology: Topology, declaring: Arc<Pool>, role: &'static str) -> Self {
+    pub(super) fn start(topology: Topology, declaring: Arc<Pool>, role: Role) -> Self {
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (state, writable) = watch::channel(false);
         let stop = Arc::new(Notify::new());
@@ -116,7 +116,7 @@ impl Publisher {
 struct Task {
     topology: Topology,
     declaring: Arc<Pool>,
-    role: &'static str,
+    role: Role,
     inbox: mpsc::Receiver<Group>,
     state: watch::Sender<bool>,
     stop: Arc<Notify>,
@@ -125,7 +125,7 @@ struct Task {
 impl Task {
     /// Nothing is ever settled without this task, so not even a panic ends it.
     async fn keep(mut self) {
-        let mut publishing = Effort::new(format!("broker connection ({})", self.role));
+        let mut publishing = Effort::new(format!("broker connection ({})", self.role.name()));
         loop {
             let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await {
                 Ok(Ok(())) => return,
@@ -178,14 +178,14 @@ type Confirmed = ((u64, usize), Result<Confirmation, lapin::Error>);
 /// The time from one connection to the next.
 struct Generation {
     channel: Channel,
-    role: &'static str,
+    role: Role,
     next_group: u64,
     groups: HashMap<u64, Pending>,
     confirms: FuturesUnordered<BoxFuture<'static, Confirmed>>,
 }
 
 impl Generation {
-    fn new(channel: Channel, role: &'static str) -> Self {
+    fn new(channel: Channel, role: Role) -> Self {
         Self { channel, role, next_group: 0, groups: HashMap::new(), confirms: FuturesUnordered::new() }
     }
 
@@ -207,12 +207,12 @@ impl Generation {
                 () = stop.notified() => return None,
                 Some(event) = events.next() => match event {
                     Event::ConnectionBlocked(why) => {
-                        tracing::warn!(reason = why, "the broker blocks publishing ({}): no retries, dead letters or relayed events until it unblocks", self.role);
+                        tracing::warn!(reason = why, "the broker blocks publishing ({}): no retries, dead letters or relayed events until it unblocks", self.role.name());
                         blocked = true;
                         state.send_replace(false);
                     }
                     Event::ConnectionUnblocked => {
-                        tracing::warn!("the broker unblocked publishing ({})", self.role);
+                        tracing::warn!("the broker unblocked publishing ({})", self.role.name());
                         blocked = false;
                         state.send_replace(true);
                     }

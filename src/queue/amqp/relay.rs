@@ -12,7 +12,7 @@ use lapin::{
 };
 
 use super::{
-    connection::{BrokerError, Effort, Pool, answer},
+    connection::{BrokerError, Effort, Lease, Pool, answer},
     ladder,
     lane::ready,
     message::{self, Message},
@@ -62,7 +62,7 @@ impl Relay<'_> {
                 messages.push(relayed(self.topology, delivery));
                 next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
             }
-            let unmatched = self.publish(messages).await?;
+            let unmatched = self.publish(&lease, messages).await?;
             if unmatched > 0 {
                 tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
             }
@@ -74,46 +74,66 @@ impl Relay<'_> {
     /// Publishes until each message is stored or nobody wants it; returns how many nobody wants.
     ///
     /// # Errors
-    /// Among others: one that a subscriber wants reached no queue, so a queue or its binding is gone.
-    async fn publish(&self, messages: Vec<Message>) -> Result<usize, QueueError> {
+    /// Among others: a queue is gone.
+    async fn publish(&self, lease: &Lease, messages: Vec<Message>) -> Result<usize, QueueError> {
         let mut unmatched = 0;
         let mut refused = Vec::new();
         let fates = self.publisher.publish(messages.clone()).await?;
         for (message, fate) in messages.into_iter().zip(fates) {
+            if message.exchange.is_empty() {
+                match fate {
+                    Fate::Stored => {}
+                    Fate::Refused => refused.push(message),
+                    Fate::Unroutable => return Err(gone(&message)),
+                }
+                continue;
+            }
             let wanting = || self.subscribers.iter().filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
             match (fate, wanting().next()) {
                 (Fate::Stored, _) => {}
                 (Fate::Unroutable, None) => unmatched += 1,
-                (Fate::Unroutable, Some(s)) => {
-                    return Err(QueueError::new(format!("`{}` reached no queue although `{}` wants it", message.routing_key, s.name)));
-                }
-                (Fate::Refused, Some(_)) if !message.exchange.is_empty() => {
-                    // Some queue has not taken it, and it is not said which; the others have. Each gets it
-                    // once more by itself, and only the one that refuses again gets it more often.
+                (Fate::Refused, None) => refused.push(message),
+                // Some queue has not taken it, and it is not said which; the others have. Each gets it
+                // once more by itself, and only the one that refuses again gets it more often. And if
+                // none is bound for what is wanted, what is wanted arrives all the same.
+                (Fate::Refused | Fate::Unroutable, Some(s)) => {
+                    if fate == Fate::Unroutable {
+                        tracing::warn!(
+                            routing_key = message.routing_key,
+                            subscriber = s.name,
+                            "no queue is bound for an event that is wanted; it goes there directly"
+                        );
+                    }
                     let to_each =
                         wanting().map(|s| Message::to_queue(self.topology.main(&s.name), message.body.clone(), message.properties.clone()));
                     refused.extend(to_each);
                 }
-                (Fate::Refused, _) => refused.push(message),
             }
         }
-        self.insist(refused).await?;
+        self.insist(lease, refused).await?;
         Ok(unmatched)
     }
 
     /// Publishes what was refused until it is taken.
-    async fn insist(&self, mut refused: Vec<Message>) -> Result<(), QueueError> {
+    async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
         let mut handing_over = Effort::new("a queue's room for relayed events");
         while !refused.is_empty() {
             let fates = self.publisher.publish(refused.clone()).await?;
             if let Some((m, _)) = refused.iter().zip(&fates).find(|(m, fate)| **fate == Fate::Unroutable && m.exchange.is_empty()) {
-                return Err(QueueError::new(format!("queue `{}` does not exist any more", m.routing_key)));
+                return Err(gone(m));
+            }
+            if !lease.channel.status().connected() {
+                // They are somebody else's now, or come again.
+                return Err(QueueError::new(format!(
+                    "the channel of source queue `{}` was lost while another queue refused events",
+                    self.queue
+                )));
             }
             let mut fates = fates.into_iter();
             refused.retain(|_| fates.next() == Some(Fate::Refused));
             let Some(first) = refused.first() else { break };
             let why = format!(
-                "`{}` refuses events, and the relay waits for it: it is full by a policy, or unusable (hooktrail repair SUBSCRIBER)",
+                "`{}` refuses events, and the relay waits for it, so all subscribers do: it is full by a policy, or unusable (hooktrail repair SUBSCRIBER)",
                 first.routing_key
             );
             handing_over.failed(&QueueError::new(why)).await;
@@ -121,6 +141,10 @@ impl Relay<'_> {
         handing_over.goes_well();
         Ok(())
     }
+}
+
+fn gone(message: &Message) -> QueueError {
+    QueueError::new(format!("queue `{}` does not exist any more; it is declared anew", message.routing_key))
 }
 
 /// Where a message of the source queue goes: on by its type, or to the orphans with the reason.
@@ -158,7 +182,8 @@ fn relayed(topology: &Topology, delivery: Delivery) -> Message {
 /// Moves orphans of configured subscribers back into their retry queues; the others stay.
 pub(super) struct Sweep<'a> {
     pub(super) topology: &'a Topology,
-    pub(super) pool: &'a Pool,
+    pub(super) consuming: &'a Pool,
+    pub(super) declaring: &'a Pool,
     pub(super) publisher: &'a Publisher,
     pub(super) configured: HashSet<&'a str>,
     /// How many there were when none of them was of a configured subscriber, and how often that was looked at.
@@ -175,7 +200,7 @@ impl Sweep<'_> {
     /// Returns how many batches were moved.
     pub(super) async fn run(&mut self) -> Result<usize, QueueError> {
         let orphans = self.topology.orphans();
-        let Some(depth) = Broker::new(self.pool).depth(&orphans).await? else { return Ok(0) };
+        let Some(depth) = Broker::new(self.declaring).depth(&orphans).await? else { return Ok(0) };
         match &mut self.foreign {
             _ if depth.messages == 0 => return Ok(0),
             Some((number, glances)) if *number == depth.messages && *glances < GLANCES => {
@@ -184,7 +209,8 @@ impl Sweep<'_> {
             }
             _ => self.foreign = None,
         }
-        let lease = self.pool.lease().await?;
+        // A connection of its own: if the broker has lost the use of the orphans, no lane shall notice.
+        let lease = self.consuming.quarantine().await?.lease().await?;
         let fail = |why: BrokerError| QueueError::new(format!("queue `{orphans}` cannot be read: {why}"));
         let mut moved = 0;
         // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;

@@ -89,6 +89,10 @@ pub(super) struct Reconciler<'a> {
     wanted: Bindings,
     /// Subscribers about whom an operator was told already that daemons do not agree.
     told: BTreeSet<String>,
+    /// Subscribers that this daemon has unbound, and those of them that another then bound again.
+    removed: BTreeSet<String>,
+    wanted_elsewhere: BTreeSet<String>,
+    reconciled: bool,
 }
 
 impl<'a> Reconciler<'a> {
@@ -96,7 +100,17 @@ impl<'a> Reconciler<'a> {
         let bound =
             |s: &Subscriber| Bound { exchange: topology.events(), patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect() };
         let wanted = subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
-        Self { topology, pool, publisher, subscribers, wanted, told: BTreeSet::new() }
+        Self {
+            topology,
+            pool,
+            publisher,
+            subscribers,
+            wanted,
+            told: BTreeSet::new(),
+            removed: BTreeSet::new(),
+            wanted_elsewhere: BTreeSet::new(),
+            reconciled: false,
+        }
     }
 
     /// Reads the stream from its first record, takes away what only earlier configurations had, and
@@ -130,7 +144,7 @@ impl<'a> Reconciler<'a> {
                 Ok(record) => {
                     let about = apply(&mut recorded, record, &self.topology.events());
                     if let Some(name) = about.filter(|_| up_to_date) {
-                        self.compare(&mut broker, &recorded, &name).await?;
+                        self.compare(&mut broker, &mut recorded, &name).await?;
                     }
                 }
                 Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
@@ -150,31 +164,43 @@ impl<'a> Reconciler<'a> {
         Ok((lease, consumer))
     }
 
+    /// Once in the life of the process: from then on what another daemon says is no earlier configuration.
     async fn reconcile(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings) -> Result<(), QueueError> {
-        for (name, wanted) in &self.wanted {
-            let old = recorded.get(name);
+        if self.reconciled {
+            for s in self.subscribers {
+                self.compare(broker, recorded, &s.name).await?;
+            }
+            return self.unbind_removed(broker, recorded).await;
+        }
+        for s in self.subscribers {
+            let Some(wanted) = self.wanted.get(&s.name) else { continue };
+            let old = recorded.get(&s.name);
             if old == Some(wanted) {
                 continue;
             }
+            // Another daemon may have unbound what this one had bound when it began.
+            self.topology.ensure_subscriber(broker, s).await?;
             if let Some(Bound { exchange, patterns }) = old {
                 for pattern in patterns {
                     if *exchange == wanted.exchange && wanted.patterns.contains(pattern) {
                         continue;
                     }
-                    broker.unbind(&self.topology.main(name), exchange, pattern).await?;
-                    tracing::warn!(subscriber = name, exchange, pattern, "unbound a pattern that is not configured any more");
+                    broker.unbind(&self.topology.main(&s.name), exchange, pattern).await?;
+                    tracing::warn!(subscriber = s.name, exchange, pattern, "unbound a pattern that is not configured any more");
                 }
             }
-            let Bound { exchange, patterns } = wanted.clone();
-            self.write(&Record::Bound { subscriber: name.clone(), exchange: Some(exchange), patterns, at: now() }).await?;
-            recorded.insert(name.clone(), wanted.clone());
+            let wanted = wanted.clone();
+            self.record(recorded, &s.name, wanted).await?;
         }
-        self.unbind_removed(broker, recorded).await
+        self.unbind_removed(broker, recorded).await?;
+        self.reconciled = true;
+        Ok(())
     }
 
-    /// Unbinds subscribers that are not configured here, unless another daemon still works for them.
+    /// Unbinds subscribers that are not configured here, unless another daemon works for them or wants them back.
     async fn unbind_removed(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings) -> Result<(), QueueError> {
-        let removed: Vec<String> = recorded.keys().filter(|name| !self.wanted.contains_key(*name)).cloned().collect();
+        let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains(name);
+        let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
         for name in removed {
             let queue = self.topology.main(&name);
             if broker.depth(&queue).await?.is_some_and(|d| d.consumers > 0) {
@@ -195,16 +221,25 @@ impl<'a> Reconciler<'a> {
             self.write(&Record::Removed { subscriber: name.clone(), removed: true, at: now() }).await?;
             recorded.remove(&name);
             self.told.remove(&name);
+            self.removed.insert(name);
         }
         Ok(())
     }
 
     /// Another daemon has changed a subscriber. If this one has it too and says otherwise, its own
-    /// bindings are put back, since without them it loses events; nothing is written, since two daemons
-    /// would answer each other without end.
-    async fn compare(&mut self, broker: &mut Broker<'_>, recorded: &Bindings, name: &str) -> Result<(), QueueError> {
-        let Some(s) = self.subscribers.iter().find(|s| s.name == name) else { return Ok(()) };
-        if recorded.get(name) == self.wanted.get(name) {
+    /// bindings are put back, since without them it loses events, and recorded beside the other's: what is
+    /// bound is always in the record, or nobody would ever unbind it. Whose patterns are in the record
+    /// writes nothing, so that two daemons do not answer each other without end.
+    async fn compare(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings, name: &str) -> Result<(), QueueError> {
+        let Some(s) = self.subscribers.iter().find(|s| s.name == name) else {
+            if self.removed.contains(name) && recorded.contains_key(name) {
+                self.wanted_elsewhere.insert(name.to_owned());
+            }
+            return Ok(());
+        };
+        let Some(wanted) = self.wanted.get(name).cloned() else { return Ok(()) };
+        let found = recorded.get(name);
+        if found == Some(&wanted) {
             self.told.remove(name);
             return Ok(());
         }
@@ -215,7 +250,26 @@ impl<'a> Reconciler<'a> {
                  its queue is bound with what both say: give all daemons the same configuration and restart them"
             );
         }
-        self.topology.ensure_subscriber(broker, s).await
+        self.topology.ensure_subscriber(broker, s).await?;
+        match found {
+            Some(found) if found.exchange == wanted.exchange => {
+                if wanted.patterns.is_subset(&found.patterns) {
+                    return Ok(());
+                }
+                let both = Bound { patterns: &wanted.patterns | &found.patterns, ..wanted };
+                self.record(recorded, name, both).await
+            }
+            // Two exchanges do not fit into one record; who is restarted last is right.
+            Some(_) => Ok(()),
+            None => self.record(recorded, name, wanted).await,
+        }
+    }
+
+    async fn record(&self, recorded: &mut Bindings, name: &str, bound: Bound) -> Result<(), QueueError> {
+        let Bound { exchange, patterns } = bound.clone();
+        self.write(&Record::Bound { subscriber: name.to_owned(), exchange: Some(exchange), patterns, at: now() }).await?;
+        recorded.insert(name.to_owned(), bound);
+        Ok(())
     }
 
     async fn write(&self, record: &Record) -> Result<(), QueueError> {

@@ -11,6 +11,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     pin::Pin,
+    sync::{Mutex, PoisonError},
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -18,6 +19,7 @@ use std::{
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
 use futures_util::{
     Stream,
+    future::{Either, select},
     io::{AsyncRead, AsyncWrite},
 };
 use lapin::{
@@ -25,24 +27,42 @@ use lapin::{
     tcp::{AMQPUriTcpExt as _, TLSConfig},
     uri::AMQPUri,
 };
+use tokio::sync::oneshot;
 
 /// Deeper tables and arrays are shown to lapin as byte arrays.
 const MAX_DEPTH: u32 = 32;
 
-/// lapin refuses longer frames than it has agreed on, 128 KiB; these are not looked into.
-const MAX_FRAME: usize = 1 << 20;
-
 /// Bytes asked of the socket at once.
 const READ: usize = 64 * 1024;
 
-/// Connects as lapin does by itself, with the filter in between.
+/// Connects as lapin does by itself, with the filter in between. lapin goes on by itself when whoever
+/// waits for it gives up, so that ends its socket too.
 pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
     let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Filtering(Tokio::current())));
-    let connect = async |uri: AMQPUri, _: Runtime<_>| {
-        let stream = uri.connect_with_config_async(TLSConfig::default(), &Runtime::tokio_current()).await?;
-        Ok(AsyncTcpStream::Plain(Filtered::new(stream)))
+    let frame_max = uri.query.frame_max.map_or(usize::MAX, |max| max as usize);
+    let (connected, waiting) = oneshot::channel();
+    let waiting = Mutex::new(Some(waiting));
+    let connect = async move |uri: AMQPUri, _: Runtime<_>| {
+        // Taken once: there is no reconnecting.
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let tokio = Runtime::tokio_current();
+        let connecting = Box::pin(uri.connect_with_config_async(TLSConfig::default(), &tokio));
+        let stream = match &mut waiting {
+            None => connecting.await?,
+            Some(waiting) => match select(connecting, waiting).await {
+                Either::Left((stream, _)) => stream?,
+                Either::Right(_) => return Err(gone().into()),
+            },
+        };
+        Ok(AsyncTcpStream::Plain(Filtered { waiting, ..Filtered::new(stream, frame_max) }))
     };
-    Connection::connector(uri, runtime, connect, properties).await
+    let connection = Connection::connector(uri, runtime, connect, properties).await?;
+    connected.send(()).ok(); // a stream that is gone already says so by itself
+    Ok(connection)
+}
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "nobody waits for this connection any more")
 }
 
 type Socket = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
@@ -69,7 +89,7 @@ impl Reactor for Filtering {
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(addr);
-        async { Ok(Filtered::new(AsyncTcpStream::Plain(connecting.await?))) }
+        async { Ok(Filtered::new(AsyncTcpStream::Plain(connecting.await?), usize::MAX)) }
     }
 }
 
@@ -78,11 +98,13 @@ struct Filtered<S> {
     inner: S,
     filter: Filter,
     ended: bool,
+    /// Until the handshake is over: says so, or that nobody waits for it any more.
+    waiting: Option<oneshot::Receiver<()>>,
 }
 
 impl<S> Filtered<S> {
-    fn new(inner: S) -> Self {
-        Self { inner, filter: Filter::default(), ended: false }
+    fn new(inner: S, frame_max: usize) -> Self {
+        Self { inner, filter: Filter::new(frame_max), ended: false, waiting: None }
     }
 }
 
@@ -95,6 +117,12 @@ impl<S> fmt::Debug for Filtered<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Filtered<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
+        if let Some(Poll::Ready(over)) = this.waiting.as_mut().map(|w| Pin::new(w).poll(cx)) {
+            this.waiting = None;
+            if over.is_err() {
+                return Poll::Ready(Err(gone()));
+            }
+        }
         loop {
             let n = this.filter.give(out);
             if n > 0 || this.ended || out.is_empty() {
@@ -133,8 +161,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Filtered<S> {
 }
 
 /// Incoming bytes: given away up to `given`, looked through up to `clean`, there up to `there`.
-#[derive(Default)]
 struct Filter {
+    /// The longest frame that lapin takes.
+    frame_max: usize,
     bytes: Vec<u8>,
     given: usize,
     clean: usize,
@@ -143,11 +172,18 @@ struct Filter {
     skip: usize,
 }
 
+/// Longer frames are not waited for: lapin refuses them.
+const MAX_LOOK: usize = 1 << 20;
+
 /// Of a frame: its type, channel and length before the payload, and the end mark behind it.
 const FRAME_HEADER: usize = 7;
 const FRAME_END: usize = 1;
 
 impl Filter {
+    fn new(frame_max: usize) -> Self {
+        Self { frame_max, bytes: Vec::new(), given: 0, clean: 0, there: 0, skip: 0 }
+    }
+
     /// Hands out what has been looked through.
     fn give(&mut self, out: &mut [u8]) -> usize {
         let n = out.len().min(self.clean - self.given);
@@ -177,26 +213,25 @@ impl Filter {
             let [kind, _, _, a, b, c, d, ..] = *rest else { return };
             let payload = u32::from_be_bytes([a, b, c, d]) as usize;
             let frame = payload + FRAME_HEADER + FRAME_END;
-            let look: fn(&mut [u8]) = match kind {
-                1 => method,
-                2 => content_header,
-                3 | 8 => |_| {}, // body, heartbeat
-                _ => {
-                    // Not AMQP 0-9-1 after all: for lapin to say.
-                    self.skip = usize::MAX;
-                    continue;
+            match kind {
+                1 | 2 if frame > MAX_LOOK => self.skip = frame,
+                1 | 2 if rest.len() < frame => return,
+                1 => {
+                    if let Some(agreed) = method(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]) {
+                        self.frame_max = self.frame_max.min(agreed);
+                    }
+                    self.clean += frame;
                 }
-            };
-            if matches!(kind, 3 | 8) || frame > MAX_FRAME {
-                self.skip = frame;
-                continue;
+                2 => {
+                    content_header(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]);
+                    let left = if frame > self.frame_max { without_headers(&mut rest[..frame]) } else { frame };
+                    self.bytes.copy_within(self.clean + frame..self.there, self.clean + left);
+                    self.there -= frame - left;
+                    self.clean += left;
+                }
+                3 | 8 => self.skip = frame,  // body, heartbeat
+                _ => self.skip = usize::MAX, // not AMQP 0-9-1 after all: for lapin to say
             }
-            let Some(payload) = rest.get_mut(FRAME_HEADER..FRAME_HEADER + payload) else { return };
-            if self.there - self.clean < frame {
-                return;
-            }
-            look(payload);
-            self.clean += frame;
         }
     }
 
@@ -207,27 +242,66 @@ impl Filter {
 }
 
 /// The methods that carry a short string of somebody else's: a name or key of a producer's, or a
-/// text of the broker's, which cuts it at 255 bytes and not at a character.
-fn method(payload: &mut [u8]) {
+/// text of the broker's, which cuts it at 255 bytes and not at a character. Returns the broker's longest
+/// frame when it says that.
+fn method(payload: &mut [u8]) -> Option<usize> {
     let mut at = Cursor(payload);
-    let (Some(class), Some(method)) = (at.u16(), at.u16()) else { return };
+    let (class, method) = (at.u16()?, at.u16()?);
     let (fixed, strings) = match (class, method) {
         (10, 50) | (20, 40) => (2, 1), // close of the connection, of a channel: code; text
         (10, 60) => (0, 1),            // blocked: reason
-        (60, 50) => (2, 3),            // return: code; text, exchange, key
+        (10, 30) => {
+            // tune: channels, longest frame (0: any), heartbeat
+            at.u16()?;
+            let max = u32::from_be_bytes(at.take(4)?.try_into().ok()?);
+            return (max > 0).then_some(max as usize);
+        }
+        (60, 50) => (2, 3), // return: code; text, exchange, key
         (60, 60) => {
             // deliver: the consumer's tag; number, redelivered; exchange, key
             at.short_string();
             (9, 2)
         }
         (60, 71) => (9, 2), // get-ok: number, redelivered; exchange, key
-        _ => return,
+        _ => return None,
     };
-    at.take(fixed);
+    at.take(fixed)?;
     for _ in 0..strings {
-        at.short_string();
+        at.short_string()?;
     }
+    None
 }
+
+/// Takes the table of headers out of a frame that is too long for lapin, as RabbitMQ makes it when it
+/// adds headers of its own to a message that had the longest there may be; returns the frame's new length.
+fn without_headers(frame: &mut [u8]) -> usize {
+    let length = frame.len();
+    let mut at = Cursor(&mut frame[FRAME_HEADER..length - FRAME_END]);
+    let found = (|| {
+        at.take(12)?;
+        let flags = at.u16()?;
+        // Content type and encoding stand before it.
+        for bit in [1 << 15, 1 << 14] {
+            if flags & bit != 0 {
+                at.short_string()?;
+            }
+        }
+        let table = at.0.len();
+        at.long()?;
+        (flags & HEADERS != 0).then_some((flags & !HEADERS, table, at.0.len()))
+    })();
+    let Some((flags, before, after)) = found else { return length };
+    let end = length - FRAME_END;
+    frame.copy_within(end - after.., end - before);
+    let left = length - (before - after);
+    frame[FRAME_HEADER + 12..FRAME_HEADER + 14].copy_from_slice(&flags.to_be_bytes());
+    let payload = u32::try_from(left - FRAME_HEADER - FRAME_END).unwrap_or(0);
+    frame[3..7].copy_from_slice(&payload.to_be_bytes());
+    left
+}
+
+/// The flag of the property `headers`.
+const HEADERS: u16 = 1 << 13;
 
 fn content_header(payload: &mut [u8]) {
     let mut at = Cursor(payload);
@@ -351,7 +425,11 @@ mod tests {
 
     /// What comes out when the bytes come in pieces of these sizes.
     fn through(bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
-        let mut filter = Filter::default();
+        limited(usize::MAX, bytes, pieces, out)
+    }
+
+    fn limited(frame_max: usize, bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
+        let mut filter = Filter::new(frame_max);
         let mut found = Vec::new();
         let mut given = vec![0; out];
         let mut rest = bytes;
@@ -409,6 +487,31 @@ mod tests {
         }
         let shallow = header_frame(&[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat());
         assert_eq!(through(&shallow, &[7], 64), shallow);
+    }
+
+    #[test]
+    fn a_header_frame_that_lapin_would_refuse_loses_its_headers_and_nothing_else() {
+        let tune = |max: u32| frame(1, &[&[0, 10, 0, 30, 0, 9][..], &max.to_be_bytes(), &[0, 10]].concat());
+        for pad in [0, 150, 151, 400] {
+            let table = long(&[short(b"pad"), b"S".to_vec(), long(&vec![b'x'; pad])].concat());
+            let header = header_frame(&[vec![0xa0, 0x80], short(b"a/b"), table, short(b"the id")].concat());
+            let stream = [tune(200), header.clone(), frame(3, b"body"), header.clone()].concat();
+            let found = limited(4096, &stream, &[7], 64);
+            let at = tune(200).len();
+            let length = if header.len() > 200 {
+                header_frame(&[vec![0x80, 0x80], short(b"a/b"), short(b"the id")].concat()).len()
+            } else {
+                header.len()
+            };
+            let first = &found[at..at + length];
+            let properties = parsed(first);
+            assert_eq!(
+                (properties.content_type().as_ref().map(|t| t.as_str()), properties.message_id().as_ref().map(|t| t.as_str())),
+                (Some("a/b"), Some("the id"))
+            );
+            assert_eq!(properties.headers().is_some(), header.len() <= 200, "{}", header.len());
+            assert_eq!(found[at + length..], [&frame(3, b"body")[..], first].concat());
+        }
     }
 
     #[test]
