@@ -33,6 +33,7 @@
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
+//! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
 //!
 //! # What always holds
 //!
