@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
-    config::{self, Config, ConfigError, LogConfig, Subscriber},
+    config::{self, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
     queue::{
         Queue as _, QueueError,
         amqp::{AmqpQueue, Repaired},
@@ -37,7 +37,11 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the daemon until SIGTERM or SIGINT, then let requests in flight finish
-    Run,
+    Run {
+        /// Also when the embedded queue holds undelivered events and [queue] url is a RabbitMQ: they stay there
+        #[arg(long)]
+        force: bool,
+    },
     /// Read the configuration and print what it means for each subscriber
     Check(check::Args),
     /// Publish events, one JSON object a line, and wait until the broker has confirmed all of them
@@ -91,7 +95,7 @@ impl Cli {
     pub async fn run(self) -> Result<(), Failed> {
         let load = || config::load(&self.config).map_err(Failed::Config);
         match self.command {
-            Command::Run => run::run(load()?).await,
+            Command::Run { force } => run::run(load()?, force).await,
             Command::Listen(args) => listen::run(args).await,
             Command::Secret => {
                 println!("{}", new_secret());
@@ -105,7 +109,7 @@ impl Cli {
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Dead(command) => dead::run(&config, command).await,
-                    Command::Run | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
+                    Command::Run { .. } | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
                 }
             }
         }
@@ -140,9 +144,9 @@ fn visible(text: &str) -> String {
     out
 }
 
-/// The queue, after a look whether it can be reached: a command must not wait for it without end.
-async fn reach(config: &Config) -> Result<AmqpQueue, Failed> {
-    let queue = AmqpQueue::new(config.queue.clone());
+/// The broker, after a look whether it can be reached: a command must not wait for it without end.
+async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
+    let queue = AmqpQueue::new(config.clone());
     queue.ping().await?;
     Ok(queue)
 }
@@ -156,7 +160,12 @@ fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber, Failed> {
 
 async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> {
     let subscriber = find(config, name)?;
-    let queue = reach(config).await?;
+    let Backend::Amqp(amqp) = &config.queue.backend else {
+        return Err(Failed::Usage(
+            "`repair` is for the queues of a RabbitMQ; [queue] url is \"embedded\", where an error says itself what to do".to_owned(),
+        ));
+    };
+    let queue = reach(amqp).await?;
     let report = queue.repair(subscriber, force).await?;
     let mut sound = 0;
     for repaired in &report {

@@ -34,7 +34,7 @@ pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
 
 const ROOT_KEYS: &[&str] = &["include", "shutdown_timeout", "queue", "log", "batch", "http", "retry", "circuit_breaker", "subscriber"];
 const INCLUDED_KEYS: &[&str] = &["subscriber"];
-const QUEUE_KEYS: &[&str] = &["url", "exchange", "source_queue", "prefix"];
+const QUEUE_KEYS: &[&str] = &["url", "data_dir", "retention", "exchange", "source_queue", "prefix"];
 const LOG_KEYS: &[&str] = &["format", "level"];
 const BATCH_KEYS: &[&str] = &["max_events", "max_bytes", "max_wait"];
 const HTTP_KEYS: &[&str] =
@@ -88,6 +88,29 @@ pub struct Config {
 /// From `[queue]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueConfig {
+    pub backend: Backend,
+    /// Whatever the backend: events may be left there from before a change.
+    pub embedded: EmbeddedConfig,
+}
+
+/// Which queue `[queue] url` names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backend {
+    Embedded,
+    Amqp(AmqpConfig),
+}
+
+/// Of `[queue]` what the embedded queue needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmbeddedConfig {
+    pub data_dir: PathBuf,
+    /// Of events that every subscriber is done with.
+    pub retention: Duration,
+}
+
+/// Of `[queue]` what RabbitMQ needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AmqpConfig {
     pub url: SecretUrl,
     pub intake: Intake,
     pub prefix: String,
@@ -286,7 +309,7 @@ impl Loader<'_, '_> {
 
     fn queue(&self, root: &Section<'_>) -> Option<QueueConfig> {
         let r = self.reader;
-        let missing = "is required: the URL of a RabbitMQ, such as \"amqp://user:password@127.0.0.1:5672/%2f\"";
+        let missing = "is required: \"embedded\", or the URL of a RabbitMQ, such as \"amqp://user:password@127.0.0.1:5672/%2f\"";
         let Some(section) = root.get("queue") else {
             r.report_missing(root, "queue.url", missing);
             return None;
@@ -299,19 +322,16 @@ impl Loader<'_, '_> {
             }
             Some(v) => r.string(&v).and_then(|text| match text.parse::<Url>() {
                 Ok(url) if matches!(url.scheme(), "amqp" | "amqps") && url.host_str().is_some_and(|h| !h.is_empty()) => {
-                    Some(SecretUrl::new(url))
+                    Some(Some(SecretUrl::new(url)))
                 }
+                _ if text == "embedded" => Some(None),
                 // The text is not quoted: it may hold a password.
                 _ if text.is_empty() => {
-                    r.report(&v, "is empty; give the URL of a RabbitMQ, amqp://… or amqps://…");
-                    None
-                }
-                _ if text == "embedded" => {
-                    r.report(&v, "the embedded queue is not part of this version; give the URL of a RabbitMQ, amqp://… or amqps://…");
+                    r.report(&v, "is empty; give \"embedded\", or the URL of a RabbitMQ, amqp://… or amqps://…");
                     None
                 }
                 _ => {
-                    r.report(&v, "is not an amqp:// or amqps:// URL with a host");
+                    r.report(&v, "is neither \"embedded\" nor an amqp:// or amqps:// URL with a host");
                     None
                 }
             }),
@@ -345,7 +365,23 @@ impl Loader<'_, '_> {
                 ok.then_some(p)
             }),
         };
-        Some(QueueConfig { url: url?, intake: intake?, prefix: prefix? })
+        let data_dir = match section.get("data_dir") {
+            None => Some(root.source.relative("data")),
+            Some(v) => r.string(&v).and_then(|dir| {
+                if dir.is_empty() {
+                    r.report(&v, "is empty; name a directory for the embedded queue");
+                }
+                (!dir.is_empty()).then(|| section.source.relative(&dir))
+            }),
+        };
+        let retention = match section.get("retention") {
+            None => Some(Duration::from_secs(7 * 24 * 3600)),
+            Some(v) => r.duration(&v, None),
+        };
+        let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention? };
+        let (intake, prefix) = (intake?, prefix?);
+        let backend = url?.map_or(Backend::Embedded, |url| Backend::Amqp(AmqpConfig { url, intake, prefix }));
+        Some(QueueConfig { backend, embedded })
     }
 
     fn log(&self, root: &Section<'_>) -> Option<LogConfig> {

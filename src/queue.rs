@@ -3,6 +3,7 @@
 //! One implementation for each kind of queue; nothing outside of it knows the queue's protocol.
 
 pub mod amqp;
+pub mod embedded;
 
 use std::{
     fmt,
@@ -13,12 +14,13 @@ use std::{
 
 use bytes::Bytes;
 
-use crate::{config::Subscriber, payload::Format};
+use crate::{clock, config::Subscriber, payload::Format};
 
 /// The queue as the daemon uses it.
 pub trait Queue: Clone + Send + Sync + 'static {
     type Source: Source;
     type Settler: Settler;
+    type DeadLetters: DeadLetters;
 
     /// Makes ready what the subscribers need. Waits for the queue without end. What only one subscriber needs is a concern of [`open`](Self::open).
     ///
@@ -42,6 +44,105 @@ pub trait Queue: Clone + Send + Sync + 'static {
 
     /// Waits until retries and dead letters can be written again.
     fn writable(&self) -> impl Future<Output = ()> + Send;
+
+    /// Makes ready what is missing for events to wait for a daemon that has not run yet. Changes nothing
+    /// that is there.
+    ///
+    /// # Errors
+    /// The queue refuses, and why.
+    fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<(), QueueError>> + Send;
+
+    /// Stores events for all whose patterns match them, and returns when that is durable: what became of
+    /// each, in order. At most [`MAX_GROUP`] at once.
+    ///
+    /// # Errors
+    /// It is not known whether they are stored.
+    fn publish(&self, events: Vec<NewEvent>) -> impl Future<Output = Result<Vec<Published>, QueueError>> + Send;
+
+    /// Whether events come faster than they are stored, so that new ones should come later.
+    fn is_behind(&self) -> bool {
+        false
+    }
+
+    /// # Errors
+    /// Nothing is known of such a subscriber, or the queue cannot be reached.
+    fn dead_letters(&self, subscriber: &str) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
+
+    /// What there is for this configuration, without changing anything.
+    ///
+    /// # Errors
+    /// The queue cannot be asked.
+    fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
+}
+
+/// An event on its way into the queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewEvent {
+    pub event_type: String,
+    pub message_id: Option<String>,
+    pub body: Bytes,
+}
+
+/// How many events are best published in one call: they become durable together.
+pub const MAX_GROUP: usize = 1000;
+
+/// What became of published events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Published {
+    Stored,
+    /// No pattern matches its type, so nobody gets it.
+    Unmatched,
+    Refused,
+}
+
+/// What a look at the queue found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    Queue {
+        name: String,
+        messages: u32,
+        /// Where that is known.
+        consumers: Option<u32>,
+    },
+    Absent {
+        name: String,
+    },
+    Harmful(String),
+}
+
+/// A walk through a subscriber's dead letters, oldest first. What is neither replayed nor purged keeps its order.
+pub trait DeadLetters: Send {
+    /// How many there are still to come. Those that die during the walk are not part of it.
+    fn left(&self) -> u32;
+
+    /// # Errors
+    /// The queue was lost; nothing has gone but what was replayed or purged.
+    fn next(&mut self) -> impl Future<Output = Result<Option<Held>, QueueError>> + Send;
+
+    /// Sends letters on their way again: durable first, and only then no dead letters any more.
+    ///
+    /// # Errors
+    /// Those that are not on their way are still dead letters.
+    fn replay(&self, letters: Vec<Held>) -> impl Future<Output = Result<(), QueueError>> + Send;
+
+    /// Deletes a letter for good.
+    ///
+    /// # Errors
+    /// The queue was lost; the letter is still there.
+    fn purge(&self, held: &Held) -> impl Future<Output = Result<(), QueueError>> + Send;
+
+    /// Gives back what was looked at, in its order.
+    ///
+    /// # Errors
+    /// The queue was lost before it answered; the letters are still there.
+    fn close(self) -> impl Future<Output = Result<(), QueueError>> + Send;
+}
+
+/// A dead letter of a walk.
+#[derive(Debug)]
+pub struct Held {
+    pub letter: DeadLetter,
+    pub(crate) tag: u64,
 }
 
 /// How much may be taken and not yet settled.
@@ -177,6 +278,21 @@ pub struct DeadLetter {
     pub error: String,
     pub first_attempt_at: Option<SystemTime>,
     pub died_at: Option<SystemTime>,
+}
+
+impl DeadLetter {
+    /// A batch as it comes back: under its id, with attempts and elapsed time begun anew.
+    pub(crate) fn to_envelope(&self) -> Envelope {
+        let format = [Format::Json, Format::JsonLines].into_iter().find(|f| self.content_type.as_deref() == Some(f.content_type()));
+        Envelope {
+            batch_id: self.id.clone().unwrap_or_else(clock::batch_id),
+            body: self.body.clone(),
+            format: format.unwrap_or(Format::Json),
+            events: self.events,
+            attempts: 0,
+            first_attempt_at: None,
+        }
+    }
 }
 
 /// The longest error that a dead letter carries, in bytes.

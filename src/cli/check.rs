@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use super::{Failed, reach};
 use crate::{
-    config::{Config, Intake, Subscriber},
-    queue::{Queue as _, amqp::Finding},
+    config::{Backend, Config, EmbeddedConfig, Intake, Subscriber},
+    queue::{Finding, Queue, embedded::EmbeddedQueue},
     signature::{Encoding, Scheme},
 };
 
@@ -22,15 +22,30 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
 }
 
 async fn connect(config: &Config) -> Result<(), Failed> {
-    let queue = reach(config).await?;
-    println!("\n# The broker at {} answers.", config.queue.url);
+    match &config.queue.backend {
+        Backend::Amqp(amqp) => {
+            let queue = reach(amqp).await?;
+            println!("\n# The broker at {} answers.", amqp.url);
+            inspect(queue, config).await
+        }
+        Backend::Embedded => {
+            let embedded = &config.queue.embedded;
+            let queue = EmbeddedQueue::existing(embedded)?;
+            println!("\n# The embedded queue in {} can be read.", embedded.data_dir.display());
+            inspect(queue, config).await
+        }
+    }
+}
+
+async fn inspect(queue: impl Queue, config: &Config) -> Result<(), Failed> {
     let mut harmful = 0;
     let mut absent = Vec::new();
     for finding in queue.inspect(&config.subscribers).await? {
         match finding {
-            Finding::Queue { name, messages, consumers } if messages > 0 || consumers > 0 => {
+            Finding::Queue { name, messages, consumers: Some(consumers) } if messages > 0 || consumers > 0 => {
                 println!("# {name}: {messages} messages, {consumers} consumers");
             }
+            Finding::Queue { name, messages, consumers: None } => println!("# {name}: {messages}"),
             Finding::Queue { .. } => {}
             Finding::Absent { name } => absent.push(name),
             Finding::Harmful(why) => {
@@ -59,12 +74,22 @@ fn effective(config: &Config) -> String {
     };
     line(format!("# {}: valid", config.path.display()));
     line(format!("shutdown_timeout = \"{}\"", humantime::format_duration(config.shutdown_timeout)));
-    line(format!("\n[queue]\nurl = \"{}\"  # the rest is not shown", config.queue.url));
-    line(match &config.queue.intake {
-        Intake::Exchange(name) => format!("exchange = {}", quoted(name)),
-        Intake::SourceQueue(name) => format!("source_queue = {}", quoted(name)),
-    });
-    line(format!("prefix = {}", quoted(&config.queue.prefix)));
+    let EmbeddedConfig { data_dir, retention } = &config.queue.embedded;
+    let data_dir = format!("data_dir = {}", quoted(&data_dir.display().to_string()));
+    match &config.queue.backend {
+        Backend::Embedded => {
+            line(format!("\n[queue]\nurl = \"embedded\"\n{data_dir}"));
+            line(format!("retention = \"{}\"", humantime::format_duration(*retention)));
+        }
+        Backend::Amqp(amqp) => {
+            line(format!("\n[queue]\nurl = \"{}\"  # the rest is not shown\n{data_dir}", amqp.url));
+            line(match &amqp.intake {
+                Intake::Exchange(name) => format!("exchange = {}", quoted(name)),
+                Intake::SourceQueue(name) => format!("source_queue = {}", quoted(name)),
+            });
+            line(format!("prefix = {}", quoted(&amqp.prefix)));
+        }
+    }
     line(format!("\n[log]\nformat = \"{}\"", if config.log.json { "json" } else { "text" }));
     line(format!("level = \"{}\"", config.log.level.to_string().to_lowercase()));
     if config.subscribers.is_empty() {
@@ -164,8 +189,8 @@ mod tests {
         let b = config::load(&path).unwrap_or_else(|e| panic!("{e}\n{printed}"));
         assert_eq!(effective(&b), printed);
         assert_eq!(
-            (&a.subscribers[0].batch, &a.subscribers[0].http, &a.queue.intake),
-            (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.intake)
+            (&a.subscribers[0].batch, &a.subscribers[0].http, &a.queue.embedded),
+            (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.embedded)
         );
     }
 }

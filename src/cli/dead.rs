@@ -12,11 +12,8 @@ use serde_json::{json, value::RawValue};
 
 use super::{Failed, reach, visible};
 use crate::{
-    config::{self, Config},
-    queue::{
-        DeadLetter, Kind, Queue as _, QueueError, Reason,
-        amqp::{DeadLetters, Held},
-    },
+    config::{self, Backend, Config},
+    queue::{DeadLetter, DeadLetters, Held, Kind, Queue, QueueError, Reason, embedded::EmbeddedQueue},
 };
 
 /// Letters that are replayed together, one confirm for all: whichever is reached first.
@@ -68,6 +65,15 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+impl Command {
+    fn subscriber(&self) -> &str {
+        match self {
+            Self::Show { subscriber, .. } => subscriber,
+            Self::List { which, .. } | Self::Replay { which, .. } | Self::Purge { which, .. } => &which.subscriber,
+        }
+    }
 }
 
 /// Which dead letters are meant: all of a subscriber's, unless ids or a reason narrow it down.
@@ -161,15 +167,18 @@ fn not_found(subscriber: &str, names: &[&Name], reason: Option<Reason>) -> Faile
 }
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
-    let subscriber = match &command {
-        Command::Show { subscriber, .. } => subscriber,
-        Command::List { which, .. } | Command::Replay { which, .. } | Command::Purge { which, .. } => &which.subscriber,
-    };
+    let subscriber = command.subscriber();
     if !config::is_subscriber_name(subscriber) {
         return Err(Failed::Usage(format!("`{subscriber}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`")));
     }
-    let queue = reach(config).await?;
-    let letters = queue.dead_letters(subscriber).await?;
+    match &config.queue.backend {
+        Backend::Amqp(amqp) => walk(reach(amqp).await?, command).await,
+        Backend::Embedded => walk(EmbeddedQueue::existing(&config.queue.embedded)?, command).await,
+    }
+}
+
+async fn walk(queue: impl Queue, command: Command) -> Result<(), Failed> {
+    let letters = queue.dead_letters(command.subscriber()).await?;
     match command {
         Command::List { which, json } => list(letters, &which, json).await,
         Command::Show { subscriber, letter, json } => show(letters, &subscriber, &letter, json).await,
@@ -207,7 +216,7 @@ fn print(line: &str) -> bool {
     writeln!(std::io::stdout(), "{line}").is_ok()
 }
 
-async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(), Failed> {
+async fn list(mut letters: impl DeadLetters, which: &Which, json: bool) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut shown = 0;
     while let Some(Held { letter: l, .. }) = letters.next().await? {
@@ -245,7 +254,7 @@ async fn list(mut letters: DeadLetters, which: &Which, json: bool) -> Result<(),
     Ok(())
 }
 
-async fn show(mut letters: DeadLetters, subscriber: &str, wanted: &Name, json: bool) -> Result<(), Failed> {
+async fn show(mut letters: impl DeadLetters, subscriber: &str, wanted: &Name, json: bool) -> Result<(), Failed> {
     let mut number = 0;
     while let Some(Held { letter: l, .. }) = letters.next().await? {
         number += 1;
@@ -352,7 +361,7 @@ fn can_be_replayed(letter: &DeadLetter) -> bool {
     (letter.kind, letter.reason) != (Kind::Batch, Reason::InvalidEvent)
 }
 
-async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bool) -> Result<(), Failed> {
+async fn replay(mut letters: impl DeadLetters, which: &Which, dry_run: bool, json: bool) -> Result<(), Failed> {
     let bar = progress(letters.left());
     let (mut choice, mut replayed, mut skipped, mut group) = (Choice::new(which), 0, 0, Group::new());
     let walk = async {
@@ -396,7 +405,7 @@ async fn replay(mut letters: DeadLetters, which: &Which, dry_run: bool, json: bo
     Ok(())
 }
 
-async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool, json: bool) -> Result<(), Failed> {
+async fn purge(mut letters: impl DeadLetters, which: &Which, dry_run: bool, yes: bool, json: bool) -> Result<(), Failed> {
     if !dry_run && !yes && !confirm(&letters, which)? {
         return Err(Failed::Usage("nothing was deleted".to_owned()));
     }
@@ -421,13 +430,13 @@ async fn purge(mut letters: DeadLetters, which: &Which, dry_run: bool, yes: bool
 }
 
 /// Gives the letters back, also after a walk that failed half-way: without that they would change places.
-async fn close(letters: DeadLetters, walked: Result<(), QueueError>) -> Result<(), Failed> {
+async fn close(letters: impl DeadLetters, walked: Result<(), QueueError>) -> Result<(), Failed> {
     let closed = letters.close().await;
     walked?;
     Ok(closed?)
 }
 
-fn confirm(letters: &DeadLetters, which: &Which) -> Result<bool, Failed> {
+fn confirm(letters: &impl DeadLetters, which: &Which) -> Result<bool, Failed> {
     if !std::io::stdin().is_terminal() {
         return Err(Failed::Usage(
             "purge deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned(),

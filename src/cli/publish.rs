@@ -12,12 +12,9 @@ use super::{Failed, reach, visible};
 use crate::{
     batch::BatchPolicy,
     clock,
-    config::Config,
+    config::{Backend, Config},
     event::{InvalidEvent, event_type},
-    queue::{
-        Queue as _,
-        amqp::{AmqpQueue, MAX_GROUP, Published},
-    },
+    queue::{MAX_GROUP, NewEvent, Published, Queue, embedded::EmbeddedQueue},
 };
 
 /// The longest line in bytes: no request body holds a larger event, so nobody could ever get it.
@@ -44,7 +41,7 @@ struct Tally {
     unbound: BTreeMap<String, usize>,
 }
 
-type Group = Vec<(String, Bytes, Option<String>)>;
+type Group = Vec<NewEvent>;
 
 pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
     let unusable: Vec<String> =
@@ -52,11 +49,17 @@ pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
     if !unusable.is_empty() {
         return Err(Failed::Usage(format!("{}; nothing was published: name files with one JSON event a line", unusable.join("; "))));
     }
-    let queue = reach(config).await?;
+    match &config.queue.backend {
+        Backend::Amqp(amqp) => publish(reach(amqp).await?, config, &args.files).await,
+        Backend::Embedded => publish(EmbeddedQueue::for_publishing(&config.queue.embedded)?, config, &args.files).await,
+    }
+}
+
+async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Result<(), Failed> {
     queue.ensure(&config.subscribers).await?;
     let mut tally = Tally::default();
     let mut group = Group::new();
-    for file in &args.files {
+    for file in files {
         read(config, &queue, file, &mut group, &mut tally).await?;
     }
     flush(config, &queue, &mut group, &mut tally).await?;
@@ -77,7 +80,7 @@ fn unusable(file: &Path) -> std::io::Result<()> {
     if found.is_file() { std::fs::File::open(file).map(drop) } else { Ok(()) }
 }
 
-async fn read(config: &Config, queue: &AmqpQueue, file: &Path, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
+async fn read(config: &Config, queue: &impl Queue, file: &Path, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
     let name = visible(&file.display().to_string());
     let mut input: Box<dyn BufRead + Send> = if file.as_os_str() == "-" {
         Box::new(BufReader::new(std::io::stdin()))
@@ -121,7 +124,8 @@ async fn read(config: &Config, queue: &AmqpQueue, file: &Path, group: &mut Group
             }
             Ok(event_type) => {
                 bytes += line.len();
-                group.push((event_type.into_owned(), Bytes::copy_from_slice(&line), Some(event_id())));
+                let event_type = event_type.into_owned();
+                group.push(NewEvent { event_type, message_id: Some(event_id()), body: Bytes::copy_from_slice(&line) });
             }
         }
         if group.len() >= MAX_GROUP || bytes >= MAX_GROUP_BYTES {
@@ -147,13 +151,13 @@ fn event_id() -> String {
     clock::batch_id().replacen("msg_", "evt_", 1)
 }
 
-async fn flush(config: &Config, queue: &AmqpQueue, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
+async fn flush(config: &Config, queue: &impl Queue, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
     if group.is_empty() {
         return Ok(());
     }
-    let types: Vec<String> = group.iter().map(|(t, _, _)| t.clone()).collect();
+    let types: Vec<String> = group.iter().map(|e| e.event_type.clone()).collect();
     let count = group.len();
-    let fates = queue.publish_events(std::mem::take(group)).await.map_err(|e| {
+    let fates = queue.publish(std::mem::take(group)).await.map_err(|e| {
         Failed::Runtime(format!(
             "{e}; {} events before were confirmed, it is not known whether the {count} after them were taken: publishing those again may repeat them",
             tally.stored

@@ -3,14 +3,38 @@
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failed, log};
-use crate::{config::Config, queue::amqp::AmqpQueue, supervisor};
+use crate::{
+    config::{Backend, Config},
+    queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    supervisor,
+};
 
-pub(super) async fn run(config: Config) -> Result<(), Failed> {
+pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
     log(config.log);
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
     }
-    let queue = AmqpQueue::new(config.queue.clone());
+    match &config.queue.backend {
+        Backend::Embedded => {
+            let data_dir = config.queue.embedded.data_dir.display();
+            tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
+            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, &config).await
+        }
+        Backend::Amqp(amqp) => {
+            if !force && EmbeddedQueue::holds_undelivered(&config.queue.embedded).await? {
+                return Err(Failed::Usage(format!(
+                    "the embedded queue in `{}` holds events that are not delivered; run with [queue] url = \"embedded\" until they are, \
+                     or with --force, which leaves them there",
+                    config.queue.embedded.data_dir.display()
+                )));
+            }
+            tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), broker = %amqp.url, "starting");
+            deliver(AmqpQueue::new(amqp.clone()), &config).await
+        }
+    }
+}
+
+async fn deliver(queue: impl Queue, config: &Config) -> Result<(), Failed> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let shutdown = async move {
         tokio::select! {
@@ -18,7 +42,6 @@ pub(super) async fn run(config: Config) -> Result<(), Failed> {
             _ = int.recv() => {}
         }
     };
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), broker = %config.queue.url, "starting");
     supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout).await?;
     Ok(())
 }

@@ -51,8 +51,8 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     let bare = load_text(QUEUE).expect("valid");
     assert!(shipped.subscribers.is_empty());
     assert_eq!(
-        (shipped.shutdown_timeout, shipped.log, &shipped.queue.intake, &shipped.queue.prefix),
-        (bare.shutdown_timeout, bare.log, &bare.queue.intake, &bare.queue.prefix)
+        (shipped.shutdown_timeout, shipped.log, &shipped.queue.backend, shipped.queue.embedded.retention),
+        (bare.shutdown_timeout, bare.log, &Backend::Embedded, bare.queue.embedded.retention)
     );
 
     // With its example subscriber uncommented and a subscriber that relies on the groups as shipped.
@@ -120,7 +120,7 @@ events = ["user*"]
 #[test]
 fn a_key_of_a_feature_that_is_not_there_is_unknown() {
     for (text, key) in [
-        (format!("{QUEUE}data_dir = \"d\"\n"), "queue.data_dir"),
+        (format!("{QUEUE}management_url = \"http://m\"\n"), "queue.management_url"),
         (format!("{QUEUE}[admin]\nlisten = \"127.0.0.1:1\"\n"), "admin"),
         (format!("{QUEUE}[http]\nproxy = \"http://p\"\n"), "http.proxy"),
     ] {
@@ -136,8 +136,10 @@ fn the_queue_is_required_and_never_guessed() {
     for (text, part) in [
         ("", "queue.url: is required"),
         ("[queue]\n", "h.toml:1:1: queue.url: is required"),
-        ("[queue]\nurl = \"embedded\"\n", "not part of this version"),
-        ("[queue]\nurl = \"http://x\"\n", "not an amqp:// or amqps:// URL"),
+        ("[queue]\nurl = \"\"\n", "h.toml:2:7: queue.url: is empty"),
+        ("[queue]\nurl = \"Embedded\"\n", "neither \"embedded\" nor an amqp"),
+        ("[queue]\nurl = \"embedded\"\ndata_dir = \"\"\n", "queue.data_dir: is empty"),
+        ("[queue]\nurl = \"http://x\"\n", "nor an amqp:// or amqps:// URL"),
         ("[queue]\nurl = \"amqp://x\"\nexchange = \"a\"\nsource_queue = \"b\"\n", "queue.source_queue: cannot stand beside"),
         ("[queue]\nurl = \"amqp://x\"\nprefix = \"a b\"\n", "queue.prefix: must be"),
     ] {

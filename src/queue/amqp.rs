@@ -29,7 +29,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use futures_util::{FutureExt as _, future::try_join_all};
 
 use self::{
@@ -42,12 +41,12 @@ use self::{
     topology::{Broker, Topology},
 };
 pub use self::{
-    dead::{DeadLetters, Held},
+    dead::DeadLetters,
     lane::{Settler, Source},
 };
 use crate::{
-    config::{Intake, QueueConfig, Subscriber},
-    queue::{Queue, QueueError, Window},
+    config::{AmqpConfig, Intake, Subscriber},
+    queue::{Finding, NewEvent, Published, Queue, QueueError, Window},
     retry::Pauses,
 };
 
@@ -68,15 +67,6 @@ struct Inner {
 /// So many subscribers may have a connection of their own.
 const MAX_QUARANTINES: usize = 8;
 
-/// What became of published events.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Published {
-    Stored,
-    /// No queue is bound for its type.
-    Unmatched,
-    Refused,
-}
-
 /// What `repair` did with a queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Repaired {
@@ -89,16 +79,8 @@ pub enum Repaired {
     },
 }
 
-/// A line of `check --connect`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Finding {
-    Queue { name: String, messages: u32, consumers: u32 },
-    Absent { name: String },
-    Harmful(String),
-}
-
 impl AmqpQueue {
-    pub fn new(config: QueueConfig) -> Self {
+    pub fn new(config: AmqpConfig) -> Self {
         let consuming = Pool::new(config.url.clone(), Role::Consuming);
         let declaring = Arc::new(Pool::new(config.url.clone(), Role::Declaring));
         let topology = Topology::new(config);
@@ -201,77 +183,6 @@ impl AmqpQueue {
         }
     }
 
-    /// Publishes events with their types as producers do, each confirmed.
-    ///
-    /// # Errors
-    /// Not known to be stored: the broker was lost or did not answer in time.
-    pub async fn publish_events(&self, events: Vec<(String, Bytes, Option<String>)>) -> Result<Vec<Published>, QueueError> {
-        let messages = events.into_iter().map(|(event_type, body, id)| {
-            let (body, properties) = message::event(body, id.as_deref());
-            match self.topology().intake() {
-                Intake::Exchange(exchange) => Message { exchange: exchange.clone(), routing_key: event_type, body, properties },
-                Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
-            }
-        });
-        let fates = self.publisher().publish(messages.collect()).await?;
-        let published = |fate| match fate {
-            Fate::Stored => Published::Stored,
-            Fate::Unroutable => Published::Unmatched,
-            Fate::Refused => Published::Refused,
-        };
-        Ok(fates.into_iter().map(published).collect())
-    }
-
-    /// Declares the subscribers' queues where they are missing, so that events published before the
-    /// daemon's first run wait for it.
-    ///
-    /// # Errors
-    /// The broker refuses, and why.
-    pub async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        let mut broker = self.broker();
-        self.topology().ensure_shared(&mut broker).await?;
-        for s in subscribers {
-            if broker.depth(&self.topology().main(&s.name)).await?.is_none() {
-                self.topology().ensure_subscriber(&mut broker, s).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// # Errors
-    /// There is no such queue, or the broker cannot be reached.
-    pub async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
-        DeadLetters::open(self, subscriber).await
-    }
-
-    /// What is in the broker for this configuration, without changing anything.
-    ///
-    /// # Errors
-    /// The broker cannot be asked.
-    pub async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
-        let mut broker = self.broker();
-        let mut findings = Vec::new();
-        let shared = self.topology().shared_queues();
-        let own = subscribers.iter().flat_map(|s| self.topology().subscriber_queues(&s.name));
-        if let Err(e) = self.topology().inspect_intake(&mut broker).await {
-            findings.push(Finding::Harmful(e.to_string()));
-        }
-        for (name, arguments) in own.chain(shared) {
-            match broker.depth(&name).await {
-                Ok(None) => findings.push(Finding::Absent { name }),
-                Err(e) => findings.push(Finding::Harmful(e.to_string())),
-                Ok(Some(depth)) => {
-                    // It exists, so this declares nothing and compares its arguments.
-                    if let Err(e) = broker.ensure_queue(&name, arguments).await {
-                        findings.push(Finding::Harmful(e.to_string()));
-                    }
-                    findings.push(Finding::Queue { name, messages: depth.messages, consumers: depth.consumers });
-                }
-            }
-        }
-        Ok(findings)
-    }
-
     /// Deletes and redeclares those queues of a subscriber, and of the shared ones, that the broker
     /// has lost the use of, and declares those that are missing. Sound queues are not touched; nor is
     /// one with messages that may come back, unless `force` says so.
@@ -351,6 +262,7 @@ impl AmqpQueue {
 impl Queue for AmqpQueue {
     type Source = Source;
     type Settler = Settler;
+    type DeadLetters = DeadLetters;
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
         let mut preparing = Effort::new("the broker's readiness");
@@ -399,6 +311,62 @@ impl Queue for AmqpQueue {
     async fn writable(&self) {
         self.publisher().writable().await;
     }
+
+    async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        let mut broker = self.broker();
+        self.topology().ensure_shared(&mut broker).await?;
+        for s in subscribers {
+            if broker.depth(&self.topology().main(&s.name)).await?.is_none() {
+                self.topology().ensure_subscriber(&mut broker, s).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
+        let messages = events.into_iter().map(|NewEvent { event_type, message_id, body }| {
+            let (body, properties) = message::event(body, message_id.as_deref());
+            match self.topology().intake() {
+                Intake::Exchange(exchange) => Message { exchange: exchange.clone(), routing_key: event_type, body, properties },
+                Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
+            }
+        });
+        let fates = self.publisher().publish(messages.collect()).await?;
+        let published = |fate| match fate {
+            Fate::Stored => Published::Stored,
+            Fate::Unroutable => Published::Unmatched,
+            Fate::Refused => Published::Refused,
+        };
+        Ok(fates.into_iter().map(published).collect())
+    }
+
+    async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
+        DeadLetters::open(self, subscriber).await
+    }
+
+    async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
+        let mut broker = self.broker();
+        let mut findings = Vec::new();
+        let shared = self.topology().shared_queues();
+        let own = subscribers.iter().flat_map(|s| self.topology().subscriber_queues(&s.name));
+        if let Err(e) = self.topology().inspect_intake(&mut broker).await {
+            findings.push(Finding::Harmful(e.to_string()));
+        }
+        for (name, arguments) in own.chain(shared) {
+            match broker.depth(&name).await {
+                Ok(None) => findings.push(Finding::Absent { name }),
+                Err(e) => findings.push(Finding::Harmful(e.to_string())),
+                Ok(Some(depth)) => {
+                    // It exists, so this declares nothing and compares its arguments.
+                    if let Err(e) = broker.ensure_queue(&name, arguments).await {
+                        findings.push(Finding::Harmful(e.to_string()));
+                    }
+                    findings.push(Finding::Queue { name, messages: depth.messages, consumers: Some(depth.consumers) });
+                }
+            }
+        }
+        Ok(findings)
+    }
 }
 
 /// Does a chore, over panics too.
@@ -409,6 +377,3 @@ async fn kept<F: Future<Output = ()>>(what: &str, chore: impl Fn() -> F) {
         tokio::time::sleep(pauses.grow()).await;
     }
 }
-
-/// How many events are best published in one call: the confirms of all of them are awaited together.
-pub const MAX_GROUP: usize = 1000;

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Envelope, Event, Kind, Queue, QueueError, Receipt, SettleError, Settlement, Settler, Source, Taken, Window};
+use super::{
+    DeadLetters, Envelope, Event, Finding, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
+    Source, Taken, Window,
+};
 use crate::config::Subscriber;
 
 #[derive(Debug, Clone, Default)]
@@ -65,6 +68,7 @@ pub(crate) struct End {
 impl Queue for Fake {
     type Source = End;
     type Settler = End;
+    type DeadLetters = End;
 
     async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<(), QueueError> {
         Ok(())
@@ -75,6 +79,22 @@ impl Queue for Fake {
     async fn close(&self) {}
 
     async fn writable(&self) {}
+
+    async fn ensure(&self, _: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        Ok(())
+    }
+
+    async fn publish(&self, _: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
+        Err(QueueError::new("not part of this fake"))
+    }
+
+    async fn dead_letters(&self, _: &str) -> Result<End, QueueError> {
+        Err(QueueError::new("not part of this fake"))
+    }
+
+    async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
+        Ok(Vec::new())
+    }
 
     async fn open(&self, subscriber: &Subscriber, _: Window) -> Result<(End, End), QueueError> {
         self.with(|s| {
@@ -112,6 +132,28 @@ impl Source for End {
     }
 
     async fn close(self) {}
+}
+
+impl DeadLetters for End {
+    fn left(&self) -> u32 {
+        0
+    }
+
+    async fn next(&mut self) -> Result<Option<Held>, QueueError> {
+        Ok(None)
+    }
+
+    async fn replay(&self, _: Vec<Held>) -> Result<(), QueueError> {
+        Ok(())
+    }
+
+    async fn purge(&self, _: &Held) -> Result<(), QueueError> {
+        Ok(())
+    }
+
+    async fn close(self) -> Result<(), QueueError> {
+        Ok(())
+    }
 }
 
 impl Settler for End {

@@ -92,6 +92,7 @@ fn a_module_imports_only_from_layers_below_its_own() {
 fn each_protocol_is_known_in_one_place() {
     for (name, allowed) in [
         ("lapin", "src/queue/amqp"),
+        ("rusqlite", "src/queue/embedded"),
         ("reqwest", "src/webhook.rs"),
         ("toml::", "src/config"),
         ("backoff::", "src/retry.rs"),

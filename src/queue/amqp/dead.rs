@@ -1,7 +1,6 @@
 //! Looks at a dead queue, replays from it, purges it. One message at a time is held here, so that a
 //! hundred thousand of them need no memory.
 
-use bytes::Bytes;
 use lapin::options::{BasicAckOptions, BasicNackOptions};
 
 use super::{
@@ -13,11 +12,7 @@ use super::{
     relay::get,
     topology::Broker,
 };
-use crate::{
-    clock,
-    payload::Format,
-    queue::{DeadLetter, Envelope, Kind, QueueError},
-};
+use crate::queue::{self, DeadLetter, Held, Kind, QueueError};
 
 /// A walk through a dead queue, oldest first. What is neither replayed nor purged keeps its order.
 #[derive(Debug)]
@@ -27,13 +22,6 @@ pub struct DeadLetters {
     name: String,
     lease: Lease,
     left: u32,
-}
-
-/// A dead letter of this walk.
-#[derive(Debug)]
-pub struct Held {
-    pub letter: DeadLetter,
-    tag: u64,
 }
 
 impl DeadLetters {
@@ -49,14 +37,32 @@ impl DeadLetters {
         Ok(Self { queue: queue.clone(), subscriber: subscriber.to_owned(), name, lease, left: depth.messages })
     }
 
-    /// How many there are still to come. Those that die during the walk are not part of it.
-    pub fn left(&self) -> u32 {
+    async fn ack(&self, tag: u64) -> Result<(), QueueError> {
+        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
+    }
+
+    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes through the main queue.
+    fn revived(&self, letter: &DeadLetter) -> Message {
+        match letter.kind {
+            Kind::Event => {
+                let (body, properties) = message::event_again(letter);
+                Message::to_queue(self.queue.topology().main(&self.subscriber), body, properties)
+            }
+            Kind::Batch => retry_message(self.queue.topology(), &self.subscriber, &letter.to_envelope(), std::time::Duration::ZERO),
+        }
+    }
+
+    fn error(&self, why: &BrokerError) -> QueueError {
+        QueueError::new(format!("queue `{}`: {why}", self.name))
+    }
+}
+
+impl queue::DeadLetters for DeadLetters {
+    fn left(&self) -> u32 {
         self.left
     }
 
-    /// # Errors
-    /// The broker was lost; nothing has left the queue but what was replayed or purged.
-    pub async fn next(&mut self) -> Result<Option<Held>, QueueError> {
+    async fn next(&mut self) -> Result<Option<Held>, QueueError> {
         if self.left == 0 {
             return Ok(None);
         }
@@ -65,11 +71,7 @@ impl DeadLetters {
         Ok(delivery.map(|d| Held { letter: message::read_dead_letter(&d), tag: d.delivery_tag }))
     }
 
-    /// Sends letters on their way again: confirmed first, and only then out of the dead queue.
-    ///
-    /// # Errors
-    /// Those not confirmed are still in the dead queue.
-    pub async fn replay(&self, letters: Vec<Held>) -> Result<(), QueueError> {
+    async fn replay(&self, letters: Vec<Held>) -> Result<(), QueueError> {
         let messages = letters.iter().map(|h| self.revived(&h.letter)).collect();
         let fates = self.queue.publisher().publish(messages).await?;
         let mut refused = None;
@@ -89,39 +91,8 @@ impl DeadLetters {
         }
     }
 
-    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes through the main queue.
-    fn revived(&self, letter: &DeadLetter) -> Message {
-        match letter.kind {
-            Kind::Event => {
-                let (body, properties) = message::event_again(letter);
-                Message::to_queue(self.queue.topology().main(&self.subscriber), body, properties)
-            }
-            Kind::Batch => {
-                let format =
-                    [Format::Json, Format::JsonLines].into_iter().find(|f| letter.content_type.as_deref() == Some(f.content_type()));
-                let envelope = Envelope {
-                    batch_id: letter.id.clone().unwrap_or_else(clock::batch_id),
-                    body: Bytes::clone(&letter.body),
-                    format: format.unwrap_or(Format::Json),
-                    events: letter.events,
-                    attempts: 0,
-                    first_attempt_at: None,
-                };
-                retry_message(self.queue.topology(), &self.subscriber, &envelope, std::time::Duration::ZERO)
-            }
-        }
-    }
-
-    /// Deletes a letter for good.
-    ///
-    /// # Errors
-    /// The broker was lost; the letter is still there.
-    pub async fn purge(&self, held: &Held) -> Result<(), QueueError> {
+    async fn purge(&self, held: &Held) -> Result<(), QueueError> {
         self.ack(held.tag).await
-    }
-
-    async fn ack(&self, tag: u64) -> Result<(), QueueError> {
-        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
     }
 
     /// Gives back what was looked at, in its order.
@@ -129,18 +100,11 @@ impl DeadLetters {
     /// Walks to the end first: a quorum queue puts what it is given back behind all that it was given
     /// back before, so a part of the letters would change places with the rest. And gives back in one
     /// answer: closing alone would shuffle them, since each `get` is a consumer of its own (both measured).
-    ///
-    /// # Errors
-    /// The broker was lost before it answered; the letters are still there.
-    pub async fn close(mut self) -> Result<(), QueueError> {
-        while self.next().await?.is_some() {}
+    async fn close(mut self) -> Result<(), QueueError> {
+        while queue::DeadLetters::next(&mut self).await?.is_some() {}
         // Tag 0 stands for all that this channel holds.
         let all = BasicNackOptions { multiple: true, requeue: true };
         answer(self.lease.channel.basic_nack(0, all)).await.map_err(|why| self.error(&why))?;
         answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
-    }
-
-    fn error(&self, why: &BrokerError) -> QueueError {
-        QueueError::new(format!("queue `{}`: {why}", self.name))
     }
 }

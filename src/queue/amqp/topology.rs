@@ -11,7 +11,7 @@ use super::{
     ladder,
 };
 use crate::{
-    config::{Intake, QueueConfig, Subscriber},
+    config::{AmqpConfig, Intake, Subscriber},
     queue::QueueError,
     secret::SecretUrl,
 };
@@ -23,7 +23,7 @@ const DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// Knows the names, and declares what is missing.
 #[derive(Debug, Clone)]
 pub(super) struct Topology {
-    config: QueueConfig,
+    config: AmqpConfig,
 }
 
 /// What there is in a queue.
@@ -34,7 +34,7 @@ pub(super) struct Depth {
 }
 
 impl Topology {
-    pub(super) fn new(config: QueueConfig) -> Self {
+    pub(super) fn new(config: AmqpConfig) -> Self {
         Self { config }
     }
 

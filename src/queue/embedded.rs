@@ -1,0 +1,349 @@
+//! The embedded queue: one ordered log of events for all subscribers, a cursor for each, retries with
+//! their due times and dead letters, in one SQLite database. Nothing outside of this module knows SQLite.
+//!
+//! - `store`: the file, its schema, commits in groups
+//! - `lane`: source and settler of a subscriber
+//! - `dead`: looking at dead letters
+//!
+//! The log is filtered when it is read, by the patterns that were configured when the event came: a
+//! segment of the log for each time that they changed.
+
+mod dead;
+mod lane;
+mod store;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use rusqlite::{Connection, OptionalExtension as _, params};
+use tokio::sync::watch;
+
+use self::store::{Access, Store};
+pub use self::{
+    dead::DeadLetters,
+    lane::{Settler, Source},
+};
+use crate::{
+    clock,
+    config::{EmbeddedConfig, Subscriber},
+    event::Pattern,
+    queue::{Finding, NewEvent, Published, Queue, QueueError, Window},
+    retry::Pauses,
+};
+
+/// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Between two rounds of deleting what every subscriber is done with.
+const TRIM_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Events deleted in one transaction: few, so that none waits long behind them.
+const TRIM_STEP: u32 = 500;
+
+/// The database. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct EmbeddedQueue(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    store: Store,
+    retention: Duration,
+    /// Of all segments that have no end.
+    patterns: Mutex<Arc<[Pattern]>>,
+    /// Counts commits that may bring a lane something to do.
+    news: watch::Sender<u64>,
+}
+
+impl EmbeddedQueue {
+    /// For the daemon, which has the database for itself.
+    ///
+    /// # Errors
+    /// It cannot be opened, or another daemon has it.
+    pub fn for_daemon(config: &EmbeddedConfig) -> Result<Self, QueueError> {
+        Self::open(config, Access::Daemon)
+    }
+
+    /// For publishing, beside a daemon or without one.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn for_publishing(config: &EmbeddedConfig) -> Result<Self, QueueError> {
+        Self::open(config, Access::Create)
+    }
+
+    /// For looking at what there is.
+    ///
+    /// # Errors
+    /// It cannot be opened, or there is none.
+    pub fn existing(config: &EmbeddedConfig) -> Result<Self, QueueError> {
+        Self::open(config, Access::Existing)
+    }
+
+    fn open(config: &EmbeddedConfig, access: Access) -> Result<Self, QueueError> {
+        let store = Store::open(&config.data_dir, access)?;
+        let news = watch::Sender::new(0);
+        let patterns = Mutex::new(Arc::from([]));
+        let retention = config.retention;
+        Ok(Self(Arc::new(Inner { store, retention, patterns, news })))
+    }
+
+    /// Whether the database in a directory holds what was not delivered, if there is one.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub async fn holds_undelivered(config: &EmbeddedConfig) -> Result<bool, QueueError> {
+        if !store::exists(&config.data_dir) {
+            return Ok(false);
+        }
+        let queue = Self::existing(config)?;
+        queue
+            .store()
+            .read(|db| {
+                let retries: bool = db.query_row("SELECT EXISTS (SELECT 1 FROM retry)", [], |r| r.get(0))?;
+                Ok(retries || !backlogs(db)?.iter().all(|(_, n)| *n == 0))
+            })
+            .await
+    }
+
+    fn store(&self) -> &Store {
+        &self.0.store
+    }
+
+    /// Ends the segments of configurations that are no more and begins those of today's.
+    async fn bind(&self, subscribers: &[Arc<Subscriber>], only_missing: bool) -> Result<(), QueueError> {
+        let wanted: Vec<(String, String)> = subscribers.iter().map(|s| (s.name.clone(), patterns_text(&s.events))).collect();
+        let changes = self.store().write(move |db| sync_segments(db, &wanted, only_missing)).await?;
+        for change in changes {
+            tracing::warn!("{change}");
+        }
+        let open = self.store().read(open_patterns).await?;
+        *self.0.patterns.lock().unwrap_or_else(PoisonError::into_inner) = open.into();
+        Ok(())
+    }
+
+    /// Deletes events that every subscriber is done with, when they are older than the retention.
+    async fn trim(&self) -> Result<(), QueueError> {
+        let old = clock::now().checked_sub(self.0.retention).unwrap_or(SystemTime::UNIX_EPOCH);
+        let old = millis(old);
+        loop {
+            let deleted = self.store().write(move |db| trim_step(db, old)).await?;
+            if deleted < TRIM_STEP as usize {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn trim_again_and_again(&self) {
+        let mut failing = false;
+        loop {
+            match self.trim().await {
+                Ok(()) => failing = false,
+                Err(e) if !std::mem::replace(&mut failing, true) => {
+                    tracing::warn!(error = %e, "delivered events cannot be deleted; trying again")
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(TRIM_INTERVAL).await;
+        }
+    }
+
+    /// Wakes the lanes after another process's commit and after this one's.
+    async fn look_for_news(&self) {
+        let mut commits = self.store().commits();
+        let mut version = 0;
+        loop {
+            tokio::select! {
+                changed = commits.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(LOOK) => {
+                    let now = self.store().read(|db| db.pragma_query_value(None, "data_version", |row| row.get::<_, i64>(0))).await;
+                    match now {
+                        Ok(now) if now != version => version = now,
+                        _ => continue,
+                    }
+                }
+            }
+            self.0.news.send_modify(|n| *n += 1);
+        }
+    }
+}
+
+impl Queue for EmbeddedQueue {
+    type Source = Source;
+    type Settler = Settler;
+    type DeadLetters = DeadLetters;
+
+    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        self.bind(subscribers, false).await
+    }
+
+    async fn chores(&self, _: &[Arc<Subscriber>]) {
+        tokio::join!(self.look_for_news(), self.trim_again_and_again());
+    }
+
+    async fn close(&self) {}
+
+    async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
+        lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window).await
+    }
+
+    async fn writable(&self) {
+        let mut pauses = Pauses::new(Duration::from_millis(200), Duration::from_secs(10));
+        // A page that is written and taken back: what a full disk refuses.
+        let probe =
+            |db: &Connection| db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe");
+        while self.store().write(probe).await.is_err() {
+            tokio::time::sleep(pauses.grow()).await;
+        }
+    }
+
+    async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        self.bind(subscribers, true).await
+    }
+
+    async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
+        let patterns = self.0.patterns.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let matched = |e: &NewEvent| patterns.iter().any(|p| p.matches(&e.event_type));
+        let fates = events.iter().map(|e| if matched(e) { Published::Stored } else { Published::Unmatched }).collect();
+        let events: Vec<NewEvent> = events.into_iter().filter(matched).collect();
+        if !events.is_empty() {
+            let at = millis(clock::now());
+            let insert = move |db: &Connection| {
+                let mut insert = db.prepare_cached("INSERT INTO event (type, message_id, at, body) VALUES (?1, ?2, ?3, ?4)")?;
+                for e in &events {
+                    insert.execute(params![e.event_type, e.message_id, at, &e.body[..]])?;
+                }
+                Ok(())
+            };
+            self.store().write(insert).await?;
+        }
+        Ok(fates)
+    }
+
+    fn is_behind(&self) -> bool {
+        self.store().is_behind()
+    }
+
+    async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
+        DeadLetters::open(self.store().clone(), subscriber).await
+    }
+
+    async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
+        let counts = self.store().read(|db| {
+            let mut counts = backlogs(db)?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
+            for (table, what) in [("retry", "batches to try again"), ("dead", "dead letters")] {
+                let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"))?;
+                let rows = query.query_map([], |r| Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?)))?;
+                counts.extend(rows.collect::<rusqlite::Result<Vec<(String, u32)>>>()?);
+            }
+            Ok(counts)
+        });
+        let finding = |(name, messages)| Finding::Queue { name, messages, consumers: None };
+        Ok(counts.await?.into_iter().map(finding).collect())
+    }
+}
+
+fn millis(at: SystemTime) -> i64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn from_millis(millis: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(millis).unwrap_or(0))
+}
+
+/// As a JSON array: a pattern may have any character.
+fn patterns_text(patterns: &[Pattern]) -> String {
+    serde_json::Value::from(patterns.iter().map(Pattern::as_str).collect::<Vec<_>>()).to_string()
+}
+
+fn parse_patterns(text: &str) -> Vec<Pattern> {
+    let texts: Vec<String> = serde_json::from_str(text).unwrap_or_default();
+    texts.iter().filter_map(|p| Pattern::try_new(p).ok()).collect()
+}
+
+/// The number of the newest event there ever was.
+fn newest(db: &Connection) -> rusqlite::Result<i64> {
+    let seq = db.query_row("SELECT seq FROM sqlite_sequence WHERE name = 'event'", [], |r| r.get(0)).optional()?;
+    Ok(seq.unwrap_or(0))
+}
+
+/// Returns what was changed, for the log.
+fn sync_segments(db: &Connection, wanted: &[(String, String)], only_missing: bool) -> rusqlite::Result<Vec<String>> {
+    let newest = newest(db)?;
+    let open: Vec<(i64, String, String)> = db
+        .prepare("SELECT id, subscriber, patterns FROM segment WHERE upto IS NULL")?
+        .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    let mut changes = Vec::new();
+    for (name, patterns) in wanted {
+        let old = open.iter().find(|(_, n, _)| n == name);
+        match old {
+            Some((_, _, old)) if old == patterns || only_missing => continue,
+            Some((id, ..)) => {
+                end_segment(db, *id, newest)?;
+                changes.push(format!("subscriber `{name}`: its patterns have changed, for events from now on"));
+            }
+            None => {}
+        }
+        db.execute("INSERT INTO segment (subscriber, patterns, after) VALUES (?1, ?2, ?3)", params![name, patterns, newest])?;
+    }
+    if !only_missing {
+        for (id, name, _) in open.iter().filter(|(_, n, _)| wanted.iter().all(|(w, _)| w != n)) {
+            end_segment(db, *id, newest)?;
+            changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
+        }
+    }
+    Ok(changes)
+}
+
+fn end_segment(db: &Connection, id: i64, newest: i64) -> rusqlite::Result<()> {
+    db.execute("UPDATE segment SET upto = ?2 WHERE id = ?1", params![id, newest])?;
+    db.execute("DELETE FROM segment WHERE id = ?1 AND after >= upto", params![id])?;
+    Ok(())
+}
+
+fn open_patterns(db: &Connection) -> rusqlite::Result<Vec<Pattern>> {
+    let texts = db
+        .prepare("SELECT patterns FROM segment WHERE upto IS NULL")?
+        .query_map([], |r| r.get(0))?
+        .collect::<rusqlite::Result<Vec<String>>>()?;
+    Ok(texts.iter().flat_map(|t| parse_patterns(t)).collect())
+}
+
+/// How many events each subscriber has still to get.
+fn backlogs(db: &Connection) -> rusqlite::Result<Vec<(String, u32)>> {
+    let mut found: Vec<(String, u32)> = Vec::new();
+    let segments = db
+        .prepare("SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807) FROM segment ORDER BY subscriber, after")?
+        .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?
+        .collect::<rusqlite::Result<Vec<(String, String, i64, i64)>>>()?;
+    for (subscriber, patterns, after, upto) in segments {
+        let patterns = parse_patterns(&patterns);
+        let mut query = db.prepare_cached("SELECT type, only_for FROM event WHERE seq > ?1 AND seq <= ?2")?;
+        let mut rows = query.query(params![after, upto])?;
+        let mut waiting = 0;
+        while let Some(row) = rows.next()? {
+            let (event_type, only_for): (String, Option<String>) = (row.get(0)?, row.get(1)?);
+            waiting += u32::from(is_for(&subscriber, &patterns, &event_type, only_for.as_deref()));
+        }
+        match found.last_mut() {
+            Some((name, n)) if *name == subscriber => *n += waiting,
+            _ => found.push((subscriber, waiting)),
+        }
+    }
+    Ok(found)
+}
+
+fn is_for(subscriber: &str, patterns: &[Pattern], event_type: &str, only_for: Option<&str>) -> bool {
+    only_for.map_or_else(|| patterns.iter().any(|p| p.matches(event_type)), |only| only == subscriber)
+}
+
+fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
+    // What nobody has a segment for, nobody waits for.
+    let done: Option<i64> = db.query_row("SELECT min(after) FROM segment", [], |r| r.get(0))?;
+    let mut delete =
+        db.prepare_cached("DELETE FROM event WHERE seq IN (SELECT seq FROM event WHERE seq <= ?1 AND at < ?2 ORDER BY seq LIMIT ?3)")?;
+    delete.execute(params![done.unwrap_or(i64::MAX), old, TRIM_STEP])
+}

@@ -1,0 +1,146 @@
+//! Looks at a subscriber's dead letters, replays them, purges them.
+
+use bytes::Bytes;
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use super::{from_millis, lane::insert_retry, millis, store::Store};
+use crate::{
+    clock,
+    event::event_type,
+    queue::{self, DeadLetter, Held, Kind, QueueError, Reason},
+};
+
+/// A walk through a subscriber's dead letters, oldest first.
+#[derive(Debug)]
+pub struct DeadLetters {
+    store: Store,
+    subscriber: String,
+    /// The last one that was looked at.
+    after: i64,
+    /// The last one of this walk.
+    upto: i64,
+    left: u32,
+}
+
+impl DeadLetters {
+    pub(super) async fn open(store: Store, subscriber: &str) -> Result<Self, QueueError> {
+        let name = subscriber.to_owned();
+        let (left, upto, known) = store
+            .read(move |db| {
+                let (left, upto) = db.query_row("SELECT count(*), coalesce(max(id), 0) FROM dead WHERE subscriber = ?1", [&name], |r| {
+                    Ok((r.get(0)?, r.get(1)?))
+                })?;
+                let known: bool = db.query_row(
+                    "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1) OR EXISTS (SELECT 1 FROM retry WHERE subscriber = ?1)",
+                    [&name],
+                    |r| r.get(0),
+                )?;
+                Ok((left, upto, known || left > 0))
+            })
+            .await?;
+        if !known {
+            return Err(QueueError::new(format!(
+                "the embedded queue knows no subscriber `{subscriber}`: the daemon has never run with one"
+            )));
+        }
+        Ok(Self { store, subscriber: subscriber.to_owned(), after: 0, upto, left })
+    }
+}
+
+impl queue::DeadLetters for DeadLetters {
+    fn left(&self) -> u32 {
+        self.left
+    }
+
+    async fn next(&mut self) -> Result<Option<Held>, QueueError> {
+        let (subscriber, after, upto) = (self.subscriber.clone(), self.after, self.upto);
+        let found = self.store.read(move |db| {
+            db.prepare_cached(
+                "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body \
+                 FROM dead WHERE subscriber = ?1 AND id > ?2 AND id <= ?3 ORDER BY id LIMIT 1",
+            )?
+            .query_row(params![subscriber, after, upto], read)
+            .optional()
+        });
+        let found = found.await?;
+        if let Some(held) = &found {
+            self.after = held.tag.cast_signed();
+            self.left = self.left.saturating_sub(1);
+        }
+        Ok(found)
+    }
+
+    async fn replay(&self, letters: Vec<Held>) -> Result<(), QueueError> {
+        let subscriber = self.subscriber.clone();
+        let now = millis(clock::now());
+        self.store
+            .write(move |db| {
+                for held in &letters {
+                    // Another command may have been quicker.
+                    if delete(db, held)? {
+                        revive(db, &subscriber, &held.letter, now)?;
+                    }
+                }
+                Ok(())
+            })
+            .await
+    }
+
+    async fn purge(&self, held: &Held) -> Result<(), QueueError> {
+        let tag = held.tag;
+        self.store.write(move |db| db.execute("DELETE FROM dead WHERE id = ?1", [tag.cast_signed()])).await?;
+        Ok(())
+    }
+
+    async fn close(self) -> Result<(), QueueError> {
+        Ok(())
+    }
+}
+
+fn delete(db: &Connection, held: &Held) -> rusqlite::Result<bool> {
+    Ok(db.prepare_cached("DELETE FROM dead WHERE id = ?1")?.execute([held.tag.cast_signed()])? > 0)
+}
+
+/// A batch comes back under its id with attempts and elapsed time begun anew; an event goes into the log again, for this subscriber alone.
+fn revive(db: &Connection, subscriber: &str, letter: &DeadLetter, now: i64) -> rusqlite::Result<()> {
+    match letter.kind {
+        Kind::Batch => insert_retry(db, subscriber, &letter.to_envelope(), now),
+        Kind::Event => {
+            let event_type = event_type(&letter.body).map(|t| t.into_owned()).unwrap_or_default();
+            db.prepare_cached("INSERT INTO event (type, message_id, at, only_for, body) VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
+                event_type,
+                letter.id,
+                now,
+                subscriber,
+                &letter.body[..]
+            ])?;
+            // One that is not configured now gets it when it is again.
+            let seq = db.last_insert_rowid();
+            db.prepare_cached(
+                "INSERT INTO segment (subscriber, patterns, after, upto) SELECT ?1, '[]', ?2 - 1, ?2 \
+                 WHERE NOT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)",
+            )?
+            .execute(params![subscriber, seq])?;
+            Ok(())
+        }
+    }
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Held> {
+    let (kind, reason): (String, String) = (row.get(1)?, row.get(2)?);
+    let time = |n| row.get::<_, Option<i64>>(n).map(|t| t.map(from_millis));
+    let letter = DeadLetter {
+        kind: if kind == Kind::Batch.name() { Kind::Batch } else { Kind::Event },
+        reason: Reason::from_name(&reason).unwrap_or(Reason::Exhausted),
+        id: row.get(3)?,
+        content_type: row.get(4)?,
+        events: row.get(5)?,
+        attempts: row.get(6)?,
+        status: row.get(7)?,
+        error: row.get(8)?,
+        first_attempt_at: time(9)?,
+        died_at: time(10)?,
+        body: Bytes::from(row.get::<_, Vec<u8>>(11)?),
+    };
+    Ok(Held { letter, tag: row.get::<_, i64>(0)?.unsigned_abs() })
+}
