@@ -3,6 +3,7 @@
 
 mod check;
 mod dead;
+mod demo;
 mod listen;
 mod publish;
 mod run;
@@ -58,6 +59,8 @@ enum Command {
         #[arg(long)]
         yes: bool,
     },
+    /// The whole thing on this machine with no set-up: a queue, two receivers, events, retries, dead letters
+    Demo(demo::Args),
     /// Look at dead letters, send them again, delete them
     #[command(subcommand)]
     Dead(dead::Command),
@@ -97,6 +100,7 @@ impl Cli {
         match self.command {
             Command::Run { force } => run::run(load()?, force).await,
             Command::Listen(args) => listen::run(args).await,
+            Command::Demo(args) => Box::pin(demo::run(args)).await,
             Command::Secret => {
                 println!("{}", new_secret());
                 Ok(())
@@ -109,7 +113,7 @@ impl Cli {
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Dead(command) => dead::run(&config, command).await,
-                    Command::Run { .. } | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
+                    Command::Run { .. } | Command::Demo(_) | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
                 }
             }
         }

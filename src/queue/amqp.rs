@@ -183,6 +183,23 @@ impl AmqpQueue {
         }
     }
 
+    /// Deletes everything that is declared under this prefix for these subscribers, and the exchange too.
+    ///
+    /// # Errors
+    /// The broker cannot be reached or does not obey.
+    pub async fn remove(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        let mut broker = self.broker();
+        let own = subscribers.iter().flat_map(|s| self.topology().subscriber_queues(&s.name));
+        for (queue, _) in own.chain(self.topology().shared_queues()) {
+            broker.delete_queue(&queue).await?;
+        }
+        broker.delete_queue(&self.topology().state()).await?;
+        for exchange in self.topology().exchanges() {
+            broker.delete_exchange(&exchange).await?;
+        }
+        Ok(())
+    }
+
     /// Deletes and redeclares those queues of a subscriber, and of the shared ones, that the broker
     /// has lost the use of, and declares those that are missing. Sound queues are not touched; nor is
     /// one with messages that may come back, unless `force` says so.

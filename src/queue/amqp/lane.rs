@@ -100,6 +100,7 @@ pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusab
 pub struct Source {
     events: Feed,
     envelopes: Feed,
+    settler: Settler,
 }
 
 impl std::fmt::Debug for Source {
@@ -126,7 +127,7 @@ impl Source {
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
         }));
-        Ok((Self { events, envelopes }, settler))
+        Ok((Self { events, envelopes, settler: settler.clone() }, settler))
     }
 }
 
@@ -152,6 +153,9 @@ impl queue::Source for Source {
     }
 
     async fn close(self) {
+        if let Err(why) = self.settler.0.ack_stragglers().await {
+            tracing::debug!(queue = self.events.queue, error = %why, "what was finished out of order comes again");
+        }
         self.envelopes.close().await;
         self.events.close().await;
     }
@@ -245,6 +249,16 @@ impl Inner {
         }
         Ok(())
     }
+
+    /// Acks what is finished behind something that is not, one by one: given back it would come again,
+    /// and a dead letter would be written each time that a circuit is probed.
+    async fn ack_stragglers(&self) -> Result<(), BrokerError> {
+        let finished = self.finished.lock().await;
+        for tag in finished.stragglers() {
+            ack(&self.events.channel, tag, false).await?;
+        }
+        Ok(())
+    }
 }
 
 async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), BrokerError> {
@@ -287,6 +301,11 @@ impl Prefix {
             self.acked += 1;
         }
     }
+
+    /// The finished ones after the first that is not.
+    fn stragglers(&self) -> impl Iterator<Item = u64> {
+        (self.acked + 1..).zip(&self.finished).filter(|(_, done)| **done).map(|(tag, _)| tag)
+    }
 }
 
 /// Reads what a consumer holds already, without waiting; for consumers of this module's siblings.
@@ -309,6 +328,8 @@ mod tests {
                 done.insert(tag);
                 let expected = (1..).take_while(|t| done.contains(t)).last().unwrap_or(0);
                 prop_assert_eq!(prefix.acked, expected);
+                let behind: Vec<u64> = done.iter().copied().filter(|t| *t > expected).collect();
+                prop_assert_eq!(prefix.stragglers().collect::<Vec<_>>(), behind);
             }
             prop_assert!(prefix.finished.is_empty());
         }

@@ -2,7 +2,9 @@
 
 use lapin::{
     Channel, ExchangeKind,
-    options::{ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
+    options::{
+        ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    },
     types::{AMQPValue, FieldTable},
 };
 
@@ -183,6 +185,11 @@ impl Topology {
     pub(super) fn shared_queues(&self) -> Vec<(String, FieldTable)> {
         let levels = (0..ladder::LEVELS).map(|l| (self.level(l), self.level_arguments(l)));
         std::iter::once((self.orphans(), quorum(&[]))).chain(levels).collect()
+    }
+
+    /// Every exchange, the one that producers publish to among them.
+    pub(super) fn exchanges(&self) -> Vec<String> {
+        (0..ladder::LEVELS).map(|l| self.level(l)).chain([self.due(), self.orphans(), self.events()]).collect()
     }
 
     /// The stream of changes.
@@ -368,6 +375,11 @@ impl<'p> Broker<'p> {
             Ok(_) | Err(Refused::NotFound) => Ok(()),
             Err(e) => Err(e.into_error("queue", queue)),
         }
+    }
+
+    pub(super) async fn delete_exchange(&mut self, exchange: &str) -> Result<(), QueueError> {
+        let deleted = self.ask(async |c| c.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await);
+        deleted.await.map_err(|e| e.into_error("exchange", exchange))
     }
 
     async fn bind_exchange(&mut self, to: &str, from: &str, key: &str) -> Result<(), QueueError> {

@@ -49,6 +49,8 @@ struct Shared {
 struct InHand {
     /// Of events, in order: whether each is finished.
     events: VecDeque<(i64, bool)>,
+    /// What a source before this one finished after something that it did not.
+    finished: BTreeSet<i64>,
     /// Up to here the log was looked through.
     looked_at: i64,
     /// What the database has.
@@ -67,10 +69,14 @@ impl InHand {
         for (seq, done) in &mut self.events {
             *done |= finished.contains(seq);
         }
+        self.forget_finished();
+        self.cursor = self.cursor.max(cursor);
+    }
+
+    fn forget_finished(&mut self) {
         while self.events.front().is_some_and(|(_, done)| *done) {
             self.events.pop_front();
         }
-        self.cursor = self.cursor.max(cursor);
     }
 }
 
@@ -87,12 +93,13 @@ pub(super) async fn open(
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
     let name = subscriber.to_owned();
-    let segments: VecDeque<Segment> = store.read(move |db| segments(db, &name)).await?.into();
+    let (segments, finished) = store.read(move |db| Ok((segments(db, &name)?, finished(db, &name)?))).await?;
+    let segments = VecDeque::from(segments);
     let cursor = segments.front().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
         subscriber: subscriber.to_owned(),
-        taken: Mutex::new(InHand { looked_at: cursor, cursor, ..InHand::default() }),
+        taken: Mutex::new(InHand { looked_at: cursor, cursor, finished, ..InHand::default() }),
         writing: AsyncMutex::default(),
         room: Notify::new(),
     });
@@ -105,6 +112,10 @@ fn segments(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<Segment>>
             Ok(Segment { patterns: parse_patterns(&r.get::<_, String>(0)?).into(), after: r.get(1)?, upto: r.get(2)? })
         })?
         .collect()
+}
+
+fn finished(db: &Connection, subscriber: &str) -> rusqlite::Result<BTreeSet<i64>> {
+    db.prepare("SELECT seq FROM finished WHERE subscriber = ?1")?.query_map([subscriber], |r| r.get(0))?.collect()
 }
 
 #[derive(Debug)]
@@ -136,7 +147,7 @@ impl queue::Source for Source {
             let room = shared.room.notified();
             let found = self.look(max).await?;
             let next_due = found.next_due;
-            let more = found.more;
+            let more = found.more || !found.events.is_empty(); // those that are finished already are not handed over
             let before = into.len();
             self.hand_over(found, into);
             if into.len() > before {
@@ -215,9 +226,14 @@ impl Source {
             });
         }
         for event in found.events {
-            taken.events.push_back((event.receipt.tag.cast_signed(), false));
-            into.push(Taken::Event(event));
+            let seq = event.receipt.tag.cast_signed();
+            let done = taken.finished.remove(&seq);
+            taken.events.push_back((seq, done));
+            if !done {
+                into.push(Taken::Event(event));
+            }
         }
+        taken.forget_finished();
     }
 
     /// Writes down how far the log was looked through when nothing of it was for this subscriber, so
@@ -342,6 +358,7 @@ impl queue::Settler for Settler {
             let cursor = taken.cursor_after(&events);
             (cursor, cursor > taken.cursor)
         };
+        let stragglers: Vec<i64> = events.range(cursor + 1..).copied().collect();
         let (subscriber, settled) = (shared.subscriber.clone(), envelopes.clone());
         let now = clock::now();
         let settle = move |db: &Connection| {
@@ -352,6 +369,9 @@ impl queue::Settler for Settler {
                 Settlement::Delivered => {}
                 Settlement::Retry { envelope, delay } => insert_retry(db, &subscriber, envelope, millis(now + *delay))?,
                 Settlement::Dead(letters) => letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?,
+            }
+            for seq in &stragglers {
+                db.prepare_cached("INSERT OR IGNORE INTO finished (subscriber, seq) VALUES (?1, ?2)")?.execute(params![subscriber, seq])?;
             }
             if moved { set_cursor(db, &subscriber, cursor) } else { Ok(()) }
         };
@@ -369,6 +389,7 @@ impl queue::Settler for Settler {
 
 fn set_cursor(db: &Connection, subscriber: &str, cursor: i64) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE segment SET after = ?2 WHERE subscriber = ?1 AND after < ?2")?.execute(params![subscriber, cursor])?;
+    db.prepare_cached("DELETE FROM finished WHERE subscriber = ?1 AND seq <= ?2")?.execute(params![subscriber, cursor])?;
     db.prepare_cached("DELETE FROM segment WHERE subscriber = ?1 AND upto <= ?2")?.execute(params![subscriber, cursor])?;
     Ok(())
 }

@@ -35,6 +35,12 @@ const MIGRATIONS: &[&str] = &["
         upto INTEGER
     );
     CREATE INDEX segment_subscriber ON segment (subscriber, after);
+    -- What is finished after something that is not, and so not covered by `after`.
+    CREATE TABLE finished (
+        subscriber TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        PRIMARY KEY (subscriber, seq)
+    ) WITHOUT ROWID;
     CREATE TABLE retry (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         subscriber TEXT NOT NULL,
