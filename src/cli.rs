@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-/// Delivers audit events from RabbitMQ to webhooks: batched, signed, retried durably.
+/// Delivers audit events to webhooks: batched, signed, retried durably, nothing lost.
 ///
 /// Exit codes: 0 done; 1 it failed at run time; 2 usage or configuration.
 #[derive(Debug, Parser)]

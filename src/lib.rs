@@ -1,4 +1,4 @@
-//! hooktrail takes audit events from RabbitMQ, batches them for each subscriber, signs and POSTs the
+//! hooktrail takes audit events from a queue, RabbitMQ or one of its own, batches them for each subscriber, signs and POSTs the
 //! batches, retries what fails on a durable schedule, and keeps what cannot be delivered.
 //!
 //! # The way of an event
@@ -21,14 +21,14 @@
 //! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once |
-//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
+//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
 //!
-//! - What do we say to the broker? [`queue::amqp`], one file a concern.
+//! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite? [`queue::embedded`].
 //! - Why was this dead-lettered? [`lane`]: `sort` (never attempted) and `failed` (attempted).
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
@@ -55,7 +55,7 @@
 //! - No timers for retries: their times live in the broker.
 //! - No automatic recovery of lapin: after a forced close it acks messages nobody has processed.
 //! - No filter after the queue: what is in a subscriber's queue is delivered.
-//! - No database beside the broker.
+//! - No database beside the broker: the embedded queue is one or the other.
 
 pub mod address;
 pub mod batch;

@@ -253,7 +253,7 @@ async fn receive(State(e): State<Arc<Endpoint>>, headers: HeaderMap, body: Bytes
         let ids = event_ids(&body);
         let attempt = header("x-hooktrail-attempt").unwrap_or("?");
         let attempt = if attempt == "1" { String::new() } else { format!(", attempt {attempt}") };
-        let what = format!("accepted {} events, {}, signature verified{attempt}", ids.len(), ByteSize(body.len() as u64));
+        let what = format!("accepted {}, {}, signature verified{attempt}", events(ids.len()), ByteSize(body.len() as u64));
         e.stage.tell(e.name, Tone::Good, &what);
         let mut accepted = e.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         for id in ids {
@@ -261,6 +261,10 @@ async fn receive(State(e): State<Arc<Endpoint>>, headers: HeaderMap, body: Bytes
         }
     }
     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+fn events(n: usize) -> String {
+    if n == 1 { "1 event".to_owned() } else { format!("{n} events") }
 }
 
 /// The ids that the demo gave the events of a batch, or a single event.
@@ -449,7 +453,7 @@ impl Play<'_> {
             let lost = self.missing(r, &dead, published);
             missing += lost.len();
             self.stage.say(&format!(
-                "  {:<6} {} delivered + {} dead letters' events = {}{}",
+                "  {:<6} {} delivered + {} in dead letters = {}{}",
                 r.name,
                 accepted.len(),
                 dead.len(),

@@ -21,6 +21,8 @@ use crate::{
 /// Rows of the log looked at in one query: a pattern that matches little must not hold up other readers.
 const SCAN: u32 = 1000;
 
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
 /// So far the cursor may lag behind what was looked at and matched nothing.
 const LAG: i64 = 10_000;
 
@@ -157,16 +159,9 @@ impl queue::Source for Source {
             if more {
                 continue;
             }
-            let due = async {
-                match next_due {
-                    Some(at) => {
-                        let wait = from_millis(at).duration_since(clock::now()).unwrap_or_default();
-                        // The clock can be set: look again at least once a minute.
-                        tokio::time::sleep(wait.clamp(Duration::from_millis(5), Duration::from_secs(60))).await;
-                    }
-                    None => std::future::pending().await,
-                }
-            };
+            // The clock can be set, and whoever brings the news can fail: look again every few seconds.
+            let until_due = next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
+            let due = tokio::time::sleep(until_due.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(5), LOOK_AGAIN));
             tokio::select! {
                 changed = self.news.changed() => {
                     if changed.is_err() {
