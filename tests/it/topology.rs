@@ -10,7 +10,7 @@ use crate::support::{
     broker::Broker,
     daemon::{QUICK, Setup, subscriber},
     eventually,
-    receiver::{Receiver, event},
+    receiver::{Receiver, event, status},
     run,
 };
 
@@ -254,5 +254,27 @@ fn after_a_change_of_the_exchange_the_old_one_brings_nothing_any_more() {
         assert!(matches!(confirmed, Confirmation::Ack(Some(_))), "the old exchange still has a queue: {confirmed:?}");
         channel.exchange_delete(new.as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
+    });
+}
+
+#[test]
+fn what_is_finished_behind_a_batch_that_waits_is_finished_for_good() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let breaker = "circuit_breaker = { failures = 1, open_for = \"300ms\", max_open_for = \"300ms\" }\nbatch = { max_events = 5, max_bytes = \"1KiB\" }";
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, breaker)));
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        daemon.wait_log("circuit open").await;
+        // While the circuit is probed with one batch, the others wait, and what is behind them is for nobody.
+        let large = format!(r#"{{"event":"a.b","pad":"{}"}}"#, "x".repeat(2000));
+        broker.publish("a.b", (1..9).map(event).chain([large])).await; // as many as are taken at once
+        receiver.wait_requests(6).await;
+        broker.wait_depth("sub.a.dead", 1).await;
+        receiver.now(|_, _| status(200));
+        receiver.wait_all(9).await;
+        broker.wait_depth("sub.a", 0).await;
+        assert_eq!(broker.depth("sub.a.dead").await, Some(1), "written once, not at each probe");
     });
 }
