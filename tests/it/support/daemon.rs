@@ -5,7 +5,7 @@ use std::{
     process::{Child, Command, ExitStatus, Output, Stdio},
 };
 
-use super::{broker::Broker, broker::kill, eventually};
+use super::{broker::kill, eventually, queue::Section};
 
 pub(crate) const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
@@ -15,15 +15,12 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// `[queue]` for the broker, then `rest`; short times unless `rest` says otherwise.
-    pub(crate) fn new(broker: &Broker, rest: &str) -> Self {
-        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", broker.url, broker.exchange, broker.prefix);
-        for line in rest.lines() {
-            if let Some(name) = line.trim().strip_prefix("name = \"") {
-                broker.knows(name.trim_end_matches('"'));
-            }
-        }
-        Self::with_text(&(queue + rest))
+    /// `[queue]` for this one, then `rest`; short times unless `rest` says otherwise.
+    pub(crate) fn new(queue: &impl Section, rest: &str) -> Self {
+        let name = |line: &'_ str| line.trim().strip_prefix("name = \"").map(|n| n.trim_end_matches('"').to_owned());
+        let names: Vec<String> = rest.lines().filter_map(name).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        Self::with_text(&(queue.section(&names) + rest))
     }
 
     pub(crate) fn with_text(text: &str) -> Self {
@@ -110,6 +107,10 @@ impl Daemon {
 
     /// Ends it as a crash does.
     pub(crate) fn kill(mut self) {
+        self.end();
+    }
+
+    pub(crate) fn end(&mut self) {
         self.child.kill().expect("kills");
         self.child.wait().expect("ends");
     }
