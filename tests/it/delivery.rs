@@ -26,6 +26,7 @@ on_both_queues!(
     an_argument_is_an_id_and_only_with_its_sign_a_number,
     a_hanging_subscriber_does_not_slow_another,
     while_the_circuit_is_open_the_backlog_stays_in_the_queue,
+    an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew,
     all_signature_schemes_stand_side_by_side,
 );
 
@@ -308,6 +309,22 @@ async fn while_the_circuit_is_open_the_backlog_stays_in_the_queue(queue: Queue) 
     daemon.wait_log("circuit closed").await;
     eventually("the backlog is delivered", async || receiver.accepted().len() == 460).await;
     assert_eq!(receiver.accepted(), numbers(40..500));
+}
+
+async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(500)).await;
+    let more = "batch = { max_events = 5, max_bytes = \"3KiB\" }\ncircuit_breaker = { failures = 1, open_for = \"1s\", max_open_for = \"1s\" }\nretry = { initial_interval = \"60s\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    let large = format!(r#"{{"event":"a","n":99,"pad":"{}"}}"#, "x".repeat(4096));
+    queue.publish(TYPE, (0..20).map(event).chain([large]).chain((20..30).map(event))).await;
+    eventually("the circuit opens a third time", async || daemon.log().matches("circuit open again").count() >= 2).await;
+    receiver.now(|_, _| status(200));
+    eventually("the rest is delivered", async || receiver.accepted().contains(&29)).await;
+    queue.wait_backlog("a", 0).await;
+    assert_eq!(queue.dead("a").await, 1);
+    assert_eq!(setup.dead("a")[0]["reason"], "too_large");
+    assert_eq!(receiver.accepted(), numbers(15..30), "the others in order, each once");
 }
 
 async fn all_signature_schemes_stand_side_by_side(queue: Queue) {

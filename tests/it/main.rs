@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod delivery;
+mod embedded;
 mod faults;
 mod hostile;
 mod hostile_messages;

@@ -74,11 +74,29 @@ impl Setup {
         daemon
     }
 
+    /// Runs a command to its end by a line for the shell, in which `"$0" "$@"` stands for it.
+    pub(crate) fn run_as(&self, shell: &str, arguments: &[&str]) -> Output {
+        self.by_shell(shell, arguments).stdin(Stdio::null()).output().expect("a shell runs")
+    }
+
+    fn by_shell(&self, shell: &str, arguments: &[&str]) -> Command {
+        let plain = self.command(arguments);
+        let mut c = Command::new("sh");
+        c.args(["-c", shell]).arg(plain.get_program()).args(plain.get_args()).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
+        c
+    }
+
     /// Starts a daemon and does not wait.
     pub(crate) fn spawn(&self) -> Daemon {
+        self.spawn_as("exec \"$0\" \"$@\"")
+    }
+
+    /// Starts a daemon by a line for the shell, which must become it.
+    pub(crate) fn spawn_as(&self, shell: &str) -> Daemon {
         let log = self.dir.path().join(format!("{}.log", super::unique()));
         let file = std::fs::File::create(&log).expect("a log file");
-        let child = self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
+        let child =
+            self.by_shell(shell, &["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
         Daemon { child, log }
     }
 }

@@ -113,6 +113,10 @@ impl Embedded {
         found.iter().find_map(count).unwrap_or(0)
     }
 
+    pub(crate) async fn wait(&self, what: &str, condition: impl AsyncFnMut() -> bool) {
+        eventually(&format!("{what} in {}", self.file().display()), condition).await;
+    }
+
     pub(crate) async fn backlog(&self, subscriber: &str) -> u32 {
         self.count(&format!("{subscriber}: events to deliver")).await
     }
