@@ -50,8 +50,8 @@ pub struct EmbeddedQueue(Arc<Inner>);
 struct Inner {
     store: Store,
     retention: Duration,
-    /// Of all segments that have no end.
-    patterns: Mutex<Arc<[Pattern]>>,
+    /// Of all segments that have no end: as they stand in the database, and parsed.
+    patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
     /// Counts commits that may bring a lane something to do.
     news: watch::Sender<u64>,
 }
@@ -84,7 +84,7 @@ impl EmbeddedQueue {
     fn open(config: &EmbeddedConfig, access: Access) -> Result<Self, QueueError> {
         let store = Store::open(&config.data_dir, access)?;
         let news = watch::Sender::new(0);
-        let patterns = Mutex::new(Arc::from([]));
+        let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let retention = config.retention;
         Ok(Self(Arc::new(Inner { store, retention, patterns, news })))
     }
@@ -118,9 +118,22 @@ impl EmbeddedQueue {
         for change in changes {
             tracing::warn!("{change}");
         }
-        let open = self.store().read(open_patterns).await?;
-        *self.0.patterns.lock().unwrap_or_else(PoisonError::into_inner) = open.into();
         Ok(())
+    }
+
+    /// What is wanted of today's log. Another process may change that at any time, so it is asked within
+    /// the transaction that writes events.
+    fn open_patterns(&self, db: &Connection) -> rusqlite::Result<Arc<[Pattern]>> {
+        let texts = db
+            .prepare_cached("SELECT patterns FROM segment WHERE upto IS NULL ORDER BY id")?
+            .query_map([], |r| r.get(0))?
+            .collect::<rusqlite::Result<Vec<String>>>()?;
+        let mut known = self.0.patterns.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.0 != texts {
+            known.1 = texts.iter().flat_map(|t| parse_patterns(t)).collect();
+            known.0 = texts;
+        }
+        Ok(known.1.clone())
     }
 
     /// Deletes events that every subscriber is done with, when they are older than the retention.
@@ -203,22 +216,22 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
-        let patterns = self.0.patterns.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let matched = |e: &NewEvent| patterns.iter().any(|p| p.matches(&e.event_type));
-        let fates = events.iter().map(|e| if matched(e) { Published::Stored } else { Published::Unmatched }).collect();
-        let events: Vec<NewEvent> = events.into_iter().filter(matched).collect();
-        if !events.is_empty() {
-            let at = millis(clock::now());
-            let insert = move |db: &Connection| {
-                let mut insert = db.prepare_cached("INSERT INTO event (type, message_id, at, body) VALUES (?1, ?2, ?3, ?4)")?;
-                for e in &events {
+        let at = millis(clock::now());
+        let queue = self.clone();
+        let insert = move |db: &Connection| {
+            let patterns = queue.open_patterns(db)?;
+            let mut insert = db.prepare_cached("INSERT INTO event (type, message_id, at, body) VALUES (?1, ?2, ?3, ?4)")?;
+            let mut fates = Vec::with_capacity(events.len());
+            for e in &events {
+                let matched = patterns.iter().any(|p| p.matches(&e.event_type));
+                if matched {
                     insert.execute(params![e.event_type, e.message_id, at, &e.body[..]])?;
                 }
-                Ok(())
-            };
-            self.store().write(insert).await?;
-        }
-        Ok(fates)
+                fates.push(if matched { Published::Stored } else { Published::Unmatched });
+            }
+            Ok(fates)
+        };
+        self.store().write(insert).await
     }
 
     fn is_behind(&self) -> bool {
@@ -281,8 +294,8 @@ fn sync_segments(db: &Connection, wanted: &[(String, String)], only_missing: boo
         let old = open.iter().find(|(_, n, _)| n == name);
         match old {
             Some((_, _, old)) if old == patterns || only_missing => continue,
-            Some((id, ..)) => {
-                end_segment(db, *id, newest)?;
+            Some((id, _, old)) => {
+                end_segment(db, *id, name, &parse_patterns(old), newest)?;
                 changes.push(format!("subscriber `{name}`: its patterns have changed, for events from now on"));
             }
             None => {}
@@ -290,26 +303,27 @@ fn sync_segments(db: &Connection, wanted: &[(String, String)], only_missing: boo
         db.execute("INSERT INTO segment (subscriber, patterns, after) VALUES (?1, ?2, ?3)", params![name, patterns, newest])?;
     }
     if !only_missing {
-        for (id, name, _) in open.iter().filter(|(_, n, _)| wanted.iter().all(|(w, _)| w != n)) {
-            end_segment(db, *id, newest)?;
+        for (id, name, patterns) in open.iter().filter(|(_, n, _)| wanted.iter().all(|(w, _)| w != n)) {
+            end_segment(db, *id, name, &parse_patterns(patterns), newest)?;
             changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
         }
     }
     Ok(changes)
 }
 
-fn end_segment(db: &Connection, id: i64, newest: i64) -> rusqlite::Result<()> {
-    db.execute("UPDATE segment SET upto = ?2 WHERE id = ?1", params![id, newest])?;
-    db.execute("DELETE FROM segment WHERE id = ?1 AND after >= upto", params![id])?;
+/// Keeps of a segment what is still to be delivered of it: what nobody waits for must not be kept for it.
+fn end_segment(db: &Connection, id: i64, subscriber: &str, patterns: &[Pattern], newest: i64) -> rusqlite::Result<()> {
+    let after: i64 = db.query_row("SELECT after FROM segment WHERE id = ?1", [id], |r| r.get(0))?;
+    let mut first = None;
+    each_waiting(db, subscriber, patterns, after, newest, |seq| {
+        first = Some(seq);
+        false
+    })?;
+    match first {
+        Some(seq) => db.execute("UPDATE segment SET after = ?2, upto = ?3 WHERE id = ?1", params![id, seq - 1, newest])?,
+        None => db.execute("DELETE FROM segment WHERE id = ?1", [id])?,
+    };
     Ok(())
-}
-
-fn open_patterns(db: &Connection) -> rusqlite::Result<Vec<Pattern>> {
-    let texts = db
-        .prepare("SELECT patterns FROM segment WHERE upto IS NULL")?
-        .query_map([], |r| r.get(0))?
-        .collect::<rusqlite::Result<Vec<String>>>()?;
-    Ok(texts.iter().flat_map(|t| parse_patterns(t)).collect())
 }
 
 /// How many events each subscriber has still to get.
@@ -320,20 +334,39 @@ fn backlogs(db: &Connection) -> rusqlite::Result<Vec<(String, u32)>> {
         .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?
         .collect::<rusqlite::Result<Vec<(String, String, i64, i64)>>>()?;
     for (subscriber, patterns, after, upto) in segments {
-        let patterns = parse_patterns(&patterns);
-        let mut query = db.prepare_cached("SELECT type, only_for FROM event WHERE seq > ?1 AND seq <= ?2")?;
-        let mut rows = query.query(params![after, upto])?;
         let mut waiting = 0;
-        while let Some(row) = rows.next()? {
-            let (event_type, only_for): (String, Option<String>) = (row.get(0)?, row.get(1)?);
-            waiting += u32::from(is_for(&subscriber, &patterns, &event_type, only_for.as_deref()));
-        }
+        each_waiting(db, &subscriber, &parse_patterns(&patterns), after, upto, |_| {
+            waiting += 1;
+            true
+        })?;
         match found.last_mut() {
             Some((name, n)) if *name == subscriber => *n += waiting,
             _ => found.push((subscriber, waiting)),
         }
     }
     Ok(found)
+}
+
+/// Calls `found` with the number of each event of a segment that its subscriber has still to get, until that returns false.
+fn each_waiting(
+    db: &Connection,
+    subscriber: &str,
+    patterns: &[Pattern],
+    after: i64,
+    upto: i64,
+    mut found: impl FnMut(i64) -> bool,
+) -> rusqlite::Result<()> {
+    let ahead = lane::ahead(db, subscriber)?;
+    let mut query = db.prepare_cached("SELECT seq, type, only_for FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq")?;
+    let mut rows = query.query(params![after, upto])?;
+    while let Some(row) = rows.next()? {
+        let seq = row.get(0)?;
+        let waits = is_for(subscriber, patterns, row.get_ref(1)?.as_str()?, row.get_ref(2)?.as_str_or_null()?);
+        if waits && !ahead.iter().any(|run| run.contains(&seq)) && !found(seq) {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn is_for(subscriber: &str, patterns: &[Pattern], event_type: &str, only_for: Option<&str>) -> bool {
@@ -343,7 +376,10 @@ fn is_for(subscriber: &str, patterns: &[Pattern], event_type: &str, only_for: Op
 fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
     // What nobody has a segment for, nobody waits for.
     let done: Option<i64> = db.query_row("SELECT min(after) FROM segment", [], |r| r.get(0))?;
-    let mut delete =
-        db.prepare_cached("DELETE FROM event WHERE seq IN (SELECT seq FROM event WHERE seq <= ?1 AND at < ?2 ORDER BY seq LIMIT ?3)")?;
+    // Looks at no more than it may delete: what is kept may be much, and writers wait meanwhile.
+    let mut delete = db.prepare_cached(
+        "DELETE FROM event WHERE seq IN \
+         (SELECT seq FROM (SELECT seq, at FROM event WHERE seq <= ?1 ORDER BY seq LIMIT ?3) WHERE at < ?2)",
+    )?;
     delete.execute(params![done.unwrap_or(i64::MAX), old, TRIM_STEP])
 }

@@ -13,10 +13,20 @@ use crate::support::{
     broker::{Broker, headers, text},
     daemon::{Daemon, QUICK, SECRET, Setup, subscriber},
     eventually,
+    queue::{Queue, on_both_queues},
     raw::{Raw, always, deaf, flood, plain},
     receiver::{Receiver, event, status},
     run,
 };
+
+on_both_queues!(
+    bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_its_size,
+    a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon,
+    an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request,
+    the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_log,
+    a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits,
+    userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it,
+);
 
 /// Far above what a debug build needs, far below what the inputs here would take if they were kept.
 const MOST_MIB: f64 = 150.0;
@@ -79,38 +89,34 @@ fn a_name_or_url_that_cannot_be_is_a_config_error_at_its_place_and_never_shows_i
 
 // ---- Events
 
-#[test]
-fn bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_its_size() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::accepting().await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
-        let daemon = setup.start().await;
-        let bad = |n: u64| -> Vec<u8> {
-            match n % 5 {
-                0 => format!("{{\"no\":\"type\",\"n\":{n}}}").into_bytes(),
-                1 => format!("\u{feff}{}", event(n)).into_bytes(),
-                2 => [event(n).as_bytes(), b"\xff"].concat(),
-                3 => format!("{{\"event\":\"a\",\"n\":{n},\"x\":{}", "[".repeat(20_000)).into_bytes(),
-                _ => event(n).replacen(":783", ":NaN", 1).into_bytes(),
-            }
-        };
-        let all = (0..2000).flat_map(|n| [bad(n), event(n).into_bytes()]);
-        broker.publish("a.b", all).await;
-        receiver.wait_all(2000).await;
-        broker.wait_depth("sub.a.dead", 2000).await;
-        broker.wait_depth("sub.a", 0).await;
-        assert_eq!(receiver.accepted(), (0..2000).collect::<Vec<_>>(), "each good one once, in order");
-        assert_bounded(&daemon);
-        assert!(daemon.stop().await.success());
-        // Groups of dead letters are stored side by side, so only their number and bytes are fixed, not their order.
-        assert!(setup.dead("a").iter().all(|l| l["reason"] == "invalid_event"));
-        let mut expected: Vec<Vec<u8>> = (0..2000).map(bad).collect();
-        let mut found = broker.take_all("sub.a.dead").await;
-        expected.sort_unstable();
-        found.sort_unstable();
-        assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
-    });
+async fn bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_its_size(queue: Queue) {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+    let daemon = setup.start().await;
+    let bad = |n: u64| -> Vec<u8> {
+        match n % 5 {
+            0 => format!("{{\"no\":\"type\",\"n\":{n}}}").into_bytes(),
+            1 => format!("\u{feff}{}", event(n)).into_bytes(),
+            2 => [event(n).as_bytes(), b"\xff"].concat(),
+            3 => format!("{{\"event\":\"a\",\"n\":{n},\"x\":{}", "[".repeat(20_000)).into_bytes(),
+            _ => event(n).replacen(":783", ":NaN", 1).into_bytes(),
+        }
+    };
+    let all = (0..2000).flat_map(|n| [bad(n), event(n).into_bytes()]);
+    queue.publish("a.b", all).await;
+    receiver.wait_all(2000).await;
+    queue.wait_dead("a", 2000).await;
+    queue.wait_backlog("a", 0).await;
+    assert_eq!(receiver.accepted(), (0..2000).collect::<Vec<_>>(), "each good one once, in order");
+    assert_bounded(&daemon);
+    assert!(daemon.stop().await.success());
+    // Groups of dead letters are stored side by side, so only their number and bytes are fixed, not their order.
+    assert!(setup.dead("a").iter().all(|l| l["reason"] == "invalid_event"));
+    let mut expected: Vec<Vec<u8>> = (0..2000).map(bad).collect();
+    let mut found = queue.take_dead("a").await;
+    expected.sort_unstable();
+    found.sort_unstable();
+    assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
 }
 
 #[test]
@@ -378,186 +384,173 @@ fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody(
 
 // ---- Receivers
 
-#[test]
-fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon() {
-    run(async {
-        let broker = Broker::shared();
-        let good = Receiver::accepting().await;
-        // Chunks of 64 KiB without end: more than a gibibyte if it were read.
-        let chunks = [&b"10000\r\n"[..], &[b'x'; 0x1_0000], b"\r\n"].concat();
-        let cases = [
-            // (name, receiver, outcome, a part of its attempt's line)
-            (
-                "ok-endless",
-                Raw::start(flood(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", chunks.clone())).await,
-                "delivered",
-                "status=200",
-            ),
-            (
-                "endless",
-                Raw::start(flood(b"HTTP/1.1 500 x\r\ntransfer-encoding: chunked\r\n\r\n", chunks)).await,
-                "retry",
-                "failure=\"status\"",
-            ),
-            ("continues", Raw::start(flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000))).await, "retry", "failure=\"timeout\""),
-            ("line", Raw::start(flood(b"HTTP/1.1 200 ", vec![b'x'; 1 << 16])).await, "retry", "failure=\"bad_answer\""),
-            ("header", Raw::start(flood(b"HTTP/1.1 200 OK\r\nx: ", vec![b'x'; 1 << 16])).await, "retry", "failure=\"bad_answer\""),
-            (
-                "lengths",
-                Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx")).await,
-                "retry",
-                "failure=\"bad_answer\"",
-            ),
-            ("negative", Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
-            (
-                "chunk",
-                Raw::start(always(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n")).await,
-                "retry",
-                "failure=\"bad_answer\"",
-            ),
-            (
-                "chunk-size",
-                Raw::start(always(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n")).await,
-                "retry",
-                "failure=\"bad_answer\"",
-            ),
-            ("version", Raw::start(always(b"HTTP/7.0 200 OK\r\ncontent-length: 0\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
-            ("zero", Raw::start(always(b"HTTP/1.1 000 x\r\ncontent-length: 0\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
-            ("nines", Raw::start(always(b"HTTP/1.1 999 x\r\ncontent-length: 0\r\n\r\n")).await, "retry", "status=999"),
-            ("upgrade", Raw::start(always(b"HTTP/1.1 101 x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")).await, "retry", "status=101"),
-            ("zeros", Raw::start(always(&[0; 4096])).await, "retry", "failure=\"bad_answer\""),
-            ("tls", Raw::start(plain).await, "retry", "failure=\"tls\""),
-            ("deaf", Raw::start(deaf).await, "retry", "failure=\"timeout\""),
-        ];
-        let mut text = QUICK.to_owned() + &subscriber("good", &good.url, "");
-        for (name, raw, ..) in &cases {
-            let scheme = if *name == "tls" { "https" } else { "http" };
-            let more = "batch = { max_bytes = \"12MiB\" }\nhttp = { timeout = \"3s\" }\nretry = { initial_interval = \"1h\" }";
-            text += &subscriber(name, &format!("{scheme}://{}/", raw.address), more);
+async fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon(queue: Queue) {
+    let good = Receiver::accepting().await;
+    // Chunks of 64 KiB without end: more than a gibibyte if it were read.
+    let chunks = [&b"10000\r\n"[..], &[b'x'; 0x1_0000], b"\r\n"].concat();
+    let cases = [
+        // (name, receiver, outcome, a part of its attempt's line)
+        (
+            "ok-endless",
+            Raw::start(flood(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", chunks.clone())).await,
+            "delivered",
+            "status=200",
+        ),
+        (
+            "endless",
+            Raw::start(flood(b"HTTP/1.1 500 x\r\ntransfer-encoding: chunked\r\n\r\n", chunks)).await,
+            "retry",
+            "failure=\"status\"",
+        ),
+        ("continues", Raw::start(flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000))).await, "retry", "failure=\"timeout\""),
+        ("line", Raw::start(flood(b"HTTP/1.1 200 ", vec![b'x'; 1 << 16])).await, "retry", "failure=\"bad_answer\""),
+        ("header", Raw::start(flood(b"HTTP/1.1 200 OK\r\nx: ", vec![b'x'; 1 << 16])).await, "retry", "failure=\"bad_answer\""),
+        (
+            "lengths",
+            Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx")).await,
+            "retry",
+            "failure=\"bad_answer\"",
+        ),
+        ("negative", Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
+        (
+            "chunk",
+            Raw::start(always(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nnonsense\r\n")).await,
+            "retry",
+            "failure=\"bad_answer\"",
+        ),
+        (
+            "chunk-size",
+            Raw::start(always(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n")).await,
+            "retry",
+            "failure=\"bad_answer\"",
+        ),
+        ("version", Raw::start(always(b"HTTP/7.0 200 OK\r\ncontent-length: 0\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
+        ("zero", Raw::start(always(b"HTTP/1.1 000 x\r\ncontent-length: 0\r\n\r\n")).await, "retry", "failure=\"bad_answer\""),
+        ("nines", Raw::start(always(b"HTTP/1.1 999 x\r\ncontent-length: 0\r\n\r\n")).await, "retry", "status=999"),
+        ("upgrade", Raw::start(always(b"HTTP/1.1 101 x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n")).await, "retry", "status=101"),
+        ("zeros", Raw::start(always(&[0; 4096])).await, "retry", "failure=\"bad_answer\""),
+        ("tls", Raw::start(plain).await, "retry", "failure=\"tls\""),
+        ("deaf", Raw::start(deaf).await, "retry", "failure=\"timeout\""),
+    ];
+    let mut text = QUICK.to_owned() + &subscriber("good", &good.url, "");
+    for (name, raw, ..) in &cases {
+        let scheme = if *name == "tls" { "https" } else { "http" };
+        let more = "batch = { max_bytes = \"12MiB\" }\nhttp = { timeout = \"3s\" }\nretry = { initial_interval = \"1h\" }";
+        text += &subscriber(name, &format!("{scheme}://{}/", raw.address), more);
+    }
+    let setup = Setup::new(&queue, &text);
+    let daemon = setup.start().await;
+    // Large enough that the kernel's buffers do not swallow a request that nobody reads.
+    let large = format!(r#"{{"event":"a.b","n":0,"pad":"{}"}}"#, "x".repeat(1 << 19));
+    let start = Instant::now();
+    queue.publish("a.b", [large.clone()]).await;
+    good.wait_all(1).await;
+    assert!(start.elapsed() < Duration::from_secs(3), "the good one waited {:?}", start.elapsed());
+    let attempt = |name: &str| {
+        let subscriber = format!("attempt subscriber=\"{name}\"");
+        daemon.log().lines().find(|l| l.contains(&subscriber)).map(str::to_owned)
+    };
+    for (name, _, outcome, part) in &cases {
+        eventually(&format!("{name} is attempted"), async || attempt(name).is_some()).await;
+        let line = attempt(name).expect("just seen");
+        assert!(line.contains(&format!("outcome=\"{outcome}\"")) && line.contains(part), "{name}: not {outcome} with {part}: {line}");
+        assert!(line.len() < 2048, "{name}: {} bytes of log", line.len());
+    }
+    assert!(start.elapsed() < Duration::from_secs(15), "the attempts took {:?}", start.elapsed());
+    // Meanwhile and afterwards the good one is served at once.
+    let start = Instant::now();
+    queue.publish("a.b", [event(1)]).await;
+    good.wait_all(2).await;
+    assert!(start.elapsed() < Duration::from_secs(3), "the good one waited {:?}", start.elapsed());
+    assert_bounded(&daemon);
+    // Nothing is lost: of each batch that failed, the first one's envelope waits on the ladder (for an hour and more).
+    let failed = cases.iter().filter(|(_, _, outcome, _)| *outcome == "retry").count() as u32;
+    match &queue {
+        Queue::Amqp(broker) => eventually("the envelopes are on the ladder", async || broker.depth("delay.11").await >= Some(failed)).await,
+        Queue::Embedded(embedded) => {
+            for (name, ..) in cases.iter().filter(|(_, _, outcome, _)| *outcome == "retry") {
+                embedded.wait("a batch to try again", async || embedded.retries(name).await >= 1).await;
+            }
         }
-        let setup = Setup::new(&broker, &text);
-        let daemon = setup.start().await;
-        // Large enough that the kernel's buffers do not swallow a request that nobody reads.
-        let large = format!(r#"{{"event":"a.b","n":0,"pad":"{}"}}"#, "x".repeat(1 << 19));
-        let start = Instant::now();
-        broker.publish("a.b", [large.clone()]).await;
-        good.wait_all(1).await;
-        assert!(start.elapsed() < Duration::from_secs(3), "the good one waited {:?}", start.elapsed());
-        let attempt = |name: &str| {
-            let subscriber = format!("attempt subscriber=\"{name}\"");
-            daemon.log().lines().find(|l| l.contains(&subscriber)).map(str::to_owned)
-        };
-        for (name, _, outcome, part) in &cases {
-            eventually(&format!("{name} is attempted"), async || attempt(name).is_some()).await;
-            let line = attempt(name).expect("just seen");
-            assert!(line.contains(&format!("outcome=\"{outcome}\"")) && line.contains(part), "{name}: not {outcome} with {part}: {line}");
-            assert!(line.len() < 2048, "{name}: {} bytes of log", line.len());
-        }
-        assert!(start.elapsed() < Duration::from_secs(15), "the attempts took {:?}", start.elapsed());
-        // Meanwhile and afterwards the good one is served at once.
-        let start = Instant::now();
-        broker.publish("a.b", [event(1)]).await;
-        good.wait_all(2).await;
-        assert!(start.elapsed() < Duration::from_secs(3), "the good one waited {:?}", start.elapsed());
-        assert_bounded(&daemon);
-        // Nothing is lost: of each batch that failed, the first one's envelope waits on the ladder (for an hour and more).
-        let failed = cases.iter().filter(|(_, _, outcome, _)| *outcome == "retry").count() as u32;
-        eventually("the envelopes are on the ladder", async || broker.depth("delay.11").await >= Some(failed)).await;
-    });
+    }
 }
 
-#[test]
-fn an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request() {
-    run(async {
-        let broker = Broker::shared();
-        // Each answer brings a second one with it: taken for the answer to the next attempt, it would lose the batch.
-        let two = b"HTTP/1.1 500 x\r\ncontent-length: 0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
-        let raw = Raw::start(always(two)).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &raw.url(), "retry = { max_attempts = 3 }")));
-        let daemon = setup.start().await;
-        broker.publish("a.b", [event(0)]).await;
-        broker.wait_depth("sub.a.dead", 1).await;
-        assert!(!daemon.log().contains("outcome=\"delivered\""), "{}", daemon.log());
-        assert_eq!((&setup.dead("a")[0]["attempts"], &setup.dead("a")[0]["status"]), (&3.into(), &500.into()));
-    });
+async fn an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request(queue: Queue) {
+    // Each answer brings a second one with it: taken for the answer to the next attempt, it would lose the batch.
+    let two = b"HTTP/1.1 500 x\r\ncontent-length: 0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+    let raw = Raw::start(always(two)).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &raw.url(), "retry = { max_attempts = 3 }")));
+    let daemon = setup.start().await;
+    queue.publish("a.b", [event(0)]).await;
+    queue.wait_dead("a", 1).await;
+    assert!(!daemon.log().contains("outcome=\"delivered\""), "{}", daemon.log());
+    assert_eq!((&setup.dead("a")[0]["attempts"], &setup.dead("a")[0]["status"]), (&3.into(), &500.into()));
 }
 
-#[test]
-fn the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_log() {
-    run(async {
-        let broker = Broker::shared();
-        // Many a receiver sends back what it was sent.
-        let answer = "\r\n2026-01-01T00:00:00Z ERROR no such user Jane Doe\n\u{1b}[31m\0\u{85}forged";
-        let receiver = Receiver::start(move |_, _| status(500).body(answer)).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
-        let daemon = setup.start().await;
-        broker.publish("a.b", [event(0)]).await;
-        broker.wait_depth("sub.a.dead", 1).await;
-        let log = daemon.log();
-        let line = log.lines().find(|l| l.contains("attempt subscriber=\"a\"")).expect("one line for the attempt");
-        assert!(line.contains("outcome=\"dead_letter\" status=500 failure=\"status\" duration_ms="), "{line}");
-        assert!(!log.contains("Jane Doe") && !log.contains("forged") && !log.contains(['\u{1b}', '\0', '\u{85}']), "{log}");
-        let error = setup.dead("a")[0]["error"].as_str().expect("text").to_owned();
-        assert!(error.starts_with("status 500: ") && error.contains("Jane Doe") && error.contains("forged"), "{error}");
-        assert!(!error.contains(char::is_control), "{error}");
-    });
+async fn the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_log(queue: Queue) {
+    // Many a receiver sends back what it was sent.
+    let answer = "\r\n2026-01-01T00:00:00Z ERROR no such user Jane Doe\n\u{1b}[31m\0\u{85}forged";
+    let receiver = Receiver::start(move |_, _| status(500).body(answer)).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
+    let daemon = setup.start().await;
+    queue.publish("a.b", [event(0)]).await;
+    queue.wait_dead("a", 1).await;
+    let log = daemon.log();
+    let line = log.lines().find(|l| l.contains("attempt subscriber=\"a\"")).expect("one line for the attempt");
+    assert!(line.contains("outcome=\"dead_letter\" status=500 failure=\"status\" duration_ms="), "{line}");
+    assert!(!log.contains("Jane Doe") && !log.contains("forged") && !log.contains(['\u{1b}', '\0', '\u{85}']), "{log}");
+    let error = setup.dead("a")[0]["error"].as_str().expect("text").to_owned();
+    assert!(error.starts_with("status 500: ") && error.contains("Jane Doe") && error.contains("forged"), "{error}");
+    assert!(!error.contains(char::is_control), "{error}");
 }
 
-#[test]
-fn a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits() {
-    run(async {
-        let broker = Broker::shared();
-        let good = Receiver::accepting().await;
-        let raw = Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).await;
-        let url = raw.url().replace("127.0.0.1", "localhost");
-        let more = "http = { allow_private_addresses = false }\nretry = { initial_interval = \"1h\" }";
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &url, more) + &subscriber("good", &good.url, "")));
-        let daemon = setup.start().await;
-        broker.publish("a.b", [event(0)]).await;
-        good.wait_all(1).await;
-        daemon.wait_log("outcome=\"retry\" failure=\"address_blocked\"").await;
-        broker.wait_depth("delay.11", 1).await;
-        broker.wait_depth("sub.a", 0).await;
-        assert_eq!(raw.connections(), 0, "not even a connection");
-    });
+async fn a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits(queue: Queue) {
+    let good = Receiver::accepting().await;
+    let raw = Raw::start(always(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")).await;
+    let url = raw.url().replace("127.0.0.1", "localhost");
+    let more = "http = { allow_private_addresses = false }\nretry = { initial_interval = \"1h\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &url, more) + &subscriber("good", &good.url, "")));
+    let daemon = setup.start().await;
+    queue.publish("a.b", [event(0)]).await;
+    good.wait_all(1).await;
+    daemon.wait_log("outcome=\"retry\" failure=\"address_blocked\"").await;
+    queue.wait_retries("a", 11, 1).await;
+    queue.wait_backlog("a", 0).await;
+    assert_eq!(raw.connections(), 0, "not even a connection");
 }
 
-#[test]
-fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it() {
-    run(async {
-        let broker = Broker::shared();
-        let accepting = Receiver::accepting().await;
-        let nonsense = Raw::start(always(b"nonsense\r\n\r\n")).await;
-        let userinfo = "some%40one:hunter%3A2%20x";
-        let refused = crate::support::free_port();
-        let hosts = [
-            ("sent", accepting.url.trim_start_matches("http://").to_owned()),
-            ("nonsense", format!("{}/token", nonsense.address)),
-            ("refused", format!("127.0.0.1:{refused}/token")),
-            ("unknown", "no-such-host.invalid/token".to_owned()),
-            ("blocked", format!("localhost:{refused}/token")),
-        ];
-        let mut text = format!("[log]\nlevel = \"trace\"\n{QUICK}");
-        for (name, host) in &hosts {
-            let more = format!("retry = {{ max_attempts = 1 }}\nhttp = {{ allow_private_addresses = {} }}", *name != "blocked");
-            text += &subscriber(name, &format!("http://{userinfo}@{host}"), &more);
-        }
-        let setup = Setup::new(&broker, &text);
-        let daemon = setup.start().await;
-        broker.publish("a.b", [event(0)]).await;
-        let request = accepting.wait_requests(1).await.remove(0);
-        // The base64 of `some@one:hunter:2 x`.
-        assert_eq!(request.header("authorization"), "Basic c29tZUBvbmU6aHVudGVyOjIgeA==");
-        let mut shown = setup.ok(&["check"]) + &setup.ok(&["check", "--connect"]);
-        for (name, _) in &hosts[1..] {
-            broker.wait_depth(&format!("sub.{name}.dead"), 1).await;
-            shown += &setup.ok(&["dead", "list", name, "--json"]);
-            shown += &setup.ok(&["dead", "show", name, "@1"]);
-        }
-        shown += &daemon.log();
-        for secret in ["some@one", "some%40one", "hunter", "c29tZUBvbmU6", "token"] {
-            assert!(!shown.contains(secret), "`{secret}` is in {shown}");
-        }
-        assert!(daemon.stop().await.success());
-    });
+async fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it(queue: Queue) {
+    let accepting = Receiver::accepting().await;
+    let nonsense = Raw::start(always(b"nonsense\r\n\r\n")).await;
+    let userinfo = "some%40one:hunter%3A2%20x";
+    let refused = crate::support::free_port();
+    let hosts = [
+        ("sent", accepting.url.trim_start_matches("http://").to_owned()),
+        ("nonsense", format!("{}/token", nonsense.address)),
+        ("refused", format!("127.0.0.1:{refused}/token")),
+        ("unknown", "no-such-host.invalid/token".to_owned()),
+        ("blocked", format!("localhost:{refused}/token")),
+    ];
+    let mut text = format!("[log]\nlevel = \"trace\"\n{QUICK}");
+    for (name, host) in &hosts {
+        let more = format!("retry = {{ max_attempts = 1 }}\nhttp = {{ allow_private_addresses = {} }}", *name != "blocked");
+        text += &subscriber(name, &format!("http://{userinfo}@{host}"), &more);
+    }
+    let setup = Setup::new(&queue, &text);
+    let daemon = setup.start().await;
+    queue.publish("a.b", [event(0)]).await;
+    let request = accepting.wait_requests(1).await.remove(0);
+    // The base64 of `some@one:hunter:2 x`.
+    assert_eq!(request.header("authorization"), "Basic c29tZUBvbmU6aHVudGVyOjIgeA==");
+    let mut shown = setup.ok(&["check"]) + &setup.ok(&["check", "--connect"]);
+    for (name, _) in &hosts[1..] {
+        queue.wait_dead(name, 1).await;
+        shown += &setup.ok(&["dead", "list", name, "--json"]);
+        shown += &setup.ok(&["dead", "show", name, "@1"]);
+    }
+    shown += &daemon.log();
+    for secret in ["some@one", "some%40one", "hunter", "c29tZUBvbmU6", "token"] {
+        assert!(!shown.contains(secret), "`{secret}` is in {shown}");
+    }
+    assert!(daemon.stop().await.success());
 }

@@ -6,79 +6,70 @@ use crate::support::{
     broker::{Broker, kill},
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually, free_port,
+    queue::{Queue, on_both_queues},
     receiver::{Receiver, event},
     run,
 };
 
-#[test]
-fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::accepting().await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"activity_log.#\"]")));
-        let mut lines: Vec<String> = (0..2500).map(event).collect();
-        lines.insert(7, "{\"no\":\"type\"}".to_owned());
-        lines.insert(9, String::new());
-        lines.push("{\"event\":\"other.thing\"}".to_owned());
-        let file = setup.write("events.jsonl", lines.join("\n"));
-        // Before the daemon has ever run: the events wait for it.
-        let output = setup.run(&["publish", file.to_str().expect("a path")]);
-        let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
-        assert_eq!(output.status.code(), Some(1), "a line was bad");
-        assert!(out.contains("published 2501 events, all confirmed"), "{out}");
-        assert!(err.contains("events.jsonl:8: not published: the event has no field `event`"), "{err}");
-        assert!(err.contains("no subscriber's patterns match `other.thing` (1 events)"), "{err}");
-        let _daemon = setup.start().await;
-        receiver.wait_all(2500).await;
-        assert_eq!(receiver.accepted(), (0..2500).collect::<Vec<_>>());
-    });
+on_both_queues!(
+    publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types,
+    publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_published,
+    listen_verifies_prints_and_fails_on_request,
+);
+
+async fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types(queue: Queue) {
+    let receiver = Receiver::accepting().await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"activity_log.#\"]")));
+    let mut lines: Vec<String> = (0..2500).map(event).collect();
+    lines.insert(7, "{\"no\":\"type\"}".to_owned());
+    lines.insert(9, String::new());
+    lines.push("{\"event\":\"other.thing\"}".to_owned());
+    let file = setup.write("events.jsonl", lines.join("\n"));
+    // Before the daemon has ever run: the events wait for it.
+    let output = setup.run(&["publish", file.to_str().expect("a path")]);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+    assert_eq!(output.status.code(), Some(1), "a line was bad");
+    assert!(out.contains("published 2501 events, all confirmed"), "{out}");
+    assert!(err.contains("events.jsonl:8: not published: the event has no field `event`"), "{err}");
+    assert!(err.contains("no subscriber's patterns match `other.thing` (1 events)"), "{err}");
+    let _daemon = setup.start().await;
+    receiver.wait_all(2500).await;
+    assert_eq!(receiver.accepted(), (0..2500).collect::<Vec<_>>());
 }
 
-#[test]
-fn publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_published() {
-    run(async {
-        let broker = Broker::shared();
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
-        let large = [br#"{"event":"a","pad":""#.to_vec(), vec![b'x'; 20 << 20], b"\"}\n{\"event\":\"after\"}\n".to_vec()].concat();
-        let utf16: Vec<u8> = "\u{feff}{\"event\":\"a\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
-        // (file, its bytes, events published, the line that is not, why, what to do)
-        for (name, bytes, published, bad) in [
-            ("crlf", b"{\"event\":\"a\"}\r\n\r\n{\"event\":\"b\"}\r\n".to_vec(), 2, None),
-            (
-                "bom",
-                b"\xef\xbb\xbf{\"event\":\"a\"}\n{\"event\":\"b\"}".to_vec(),
-                1,
-                Some(["byte-order mark", "save the file without one"]),
-            ),
-            ("utf16", utf16, 0, Some(["not UTF-8 at byte 0", "save the file as UTF-8"])),
-            ("large", large, 1, Some(["more than 12582912 bytes", "split it up"])),
-        ] {
-            let file = setup.write(name, bytes);
-            let output = setup.run(&["publish", file.to_str().expect("a path")]);
-            let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
-            assert!(out.contains(&format!("published {published} events, all confirmed")), "{name}: {out}{err}");
-            assert_eq!(output.status.code(), Some(i32::from(bad.is_some())), "{name}: {err}");
-            for part in bad.iter().flatten() {
-                assert!(
-                    err.contains(&format!("{name}:1: not published: the event")) && err.contains(part),
-                    "{name}: {part} is not in {err}"
-                );
-                assert!(err.contains("1 lines were not published"), "{name}: {err}");
-            }
+async fn publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_published(queue: Queue) {
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+    let large = [br#"{"event":"a","pad":""#.to_vec(), vec![b'x'; 20 << 20], b"\"}\n{\"event\":\"after\"}\n".to_vec()].concat();
+    let utf16: Vec<u8> = "\u{feff}{\"event\":\"a\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    // (file, its bytes, events published, the line that is not, why, what to do)
+    for (name, bytes, published, bad) in [
+        ("crlf", b"{\"event\":\"a\"}\r\n\r\n{\"event\":\"b\"}\r\n".to_vec(), 2, None),
+        ("bom", b"\xef\xbb\xbf{\"event\":\"a\"}\n{\"event\":\"b\"}".to_vec(), 1, Some(["byte-order mark", "save the file without one"])),
+        ("utf16", utf16, 0, Some(["not UTF-8 at byte 0", "save the file as UTF-8"])),
+        ("large", large, 1, Some(["more than 12582912 bytes", "split it up"])),
+    ] {
+        let file = setup.write(name, bytes);
+        let output = setup.run(&["publish", file.to_str().expect("a path")]);
+        let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+        assert!(out.contains(&format!("published {published} events, all confirmed")), "{name}: {out}{err}");
+        assert_eq!(output.status.code(), Some(i32::from(bad.is_some())), "{name}: {err}");
+        for part in bad.iter().flatten() {
+            assert!(err.contains(&format!("{name}:1: not published: the event")) && err.contains(part), "{name}: {part} is not in {err}");
+            assert!(err.contains("1 lines were not published"), "{name}: {err}");
         }
-        assert_eq!(broker.depth("sub.a").await, Some(4));
+    }
+    assert_eq!(queue.backlog("a").await, 4);
 
-        // A file that cannot be read is noticed before anything of the others is published.
-        let good = setup.write("good", event(0));
-        let [good, folder] = [good.as_path(), good.parent().expect("a folder")].map(|p| p.to_str().expect("a path"));
-        let output = setup.run(&["publish", good, folder, "nowhere.jsonl"]);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(2), "{told}");
-        for part in [&format!("{folder}: is a directory"), "nowhere.jsonl: No such file", "nothing was published"] {
-            assert!(told.contains(part), "{part} is not in {told}");
-        }
-        assert_eq!(broker.depth("sub.a").await, Some(4));
-    });
+    // A file that cannot be read is noticed before anything of the others is published.
+    let good = setup.write("good", event(0));
+    let [good, folder] = [good.as_path(), good.parent().expect("a folder")].map(|p| p.to_str().expect("a path"));
+    let output = setup.run(&["publish", good, folder, "nowhere.jsonl"]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    for part in [&format!("{folder}: is a directory"), "nowhere.jsonl: No such file", "nothing was published"] {
+        assert!(told.contains(part), "{part} is not in {told}");
+    }
+    assert_eq!(queue.backlog("a").await, 4);
 }
 
 #[test]
@@ -160,55 +151,51 @@ fn commands_about_a_subscriber_that_is_not_there_say_so() {
     });
 }
 
-#[test]
-fn listen_verifies_prints_and_fails_on_request() {
-    run(async {
-        let broker = Broker::shared();
-        let port = free_port();
-        let log = tempfile::NamedTempFile::new().expect("a file");
-        let mut keeps = tempfile::NamedTempFile::new().expect("a file");
-        writeln!(keeps, "{SECRET}").expect("writes");
-        let mut listen = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
-            .args([
-                "listen",
-                "--json",
-                "--fail-first",
-                "1",
-                "--addr",
-                &format!("127.0.0.1:{port}"),
-                "--secret",
-                &format!("file:{}", keeps.path().display()),
-            ])
-            .stdout(log.reopen().expect("opens"))
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("starts");
-        eventually("it listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()).await;
-        let url = format!("http://127.0.0.1:{port}/");
-        let other = "secrets = [\"whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\"]";
-        let stranger =
-            format!("\n[[subscriber]]\nname = \"stranger\"\nurl = \"{url}\"\n{other}\nevents = [\"x\"]\nretry = {{ max_attempts = 1 }}\n");
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &url, "") + &stranger));
-        let _daemon = setup.start().await;
-        broker.publish("a.b", [r#"{"event":"a.b","n":18446744073709551616}"#]).await;
-        let lines = || -> Vec<serde_json::Value> {
-            let text = std::fs::read_to_string(log.path()).expect("the log");
-            text.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
-        };
-        eventually("two requests", async || lines().len() == 2).await;
-        let seen = lines();
-        assert_eq!((&seen[0]["status"], &seen[0]["verified"], &seen[0]["repeat"]), (&503.into(), &true.into(), &false.into()));
-        assert_eq!((&seen[1]["status"], &seen[1]["verified"], &seen[1]["repeat"]), (&200.into(), &true.into(), &true.into()));
-        assert_eq!((&seen[1]["attempt"], &seen[0]["batch_id"]), (&2.into(), &seen[1]["batch_id"]));
-        assert!(std::fs::read_to_string(log.path()).expect("the log").contains("18446744073709551616"));
-        broker.publish("x", [r#"{"event":"x"}"#]).await;
-        eventually("a third and a fourth", async || lines().len() == 4).await;
-        let refused = lines().into_iter().find(|l| l["verified"] == false).expect("one is not verified");
-        assert_eq!(refused["status"], 401);
-        assert!(refused["unverified_because"].as_str().expect("a reason").contains("does not match"), "{refused}");
-        kill("-TERM", listen.id());
-        assert!(listen.wait().expect("ends").success());
-    });
+async fn listen_verifies_prints_and_fails_on_request(queue: Queue) {
+    let port = free_port();
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let mut keeps = tempfile::NamedTempFile::new().expect("a file");
+    writeln!(keeps, "{SECRET}").expect("writes");
+    let mut listen = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+        .args([
+            "listen",
+            "--json",
+            "--fail-first",
+            "1",
+            "--addr",
+            &format!("127.0.0.1:{port}"),
+            "--secret",
+            &format!("file:{}", keeps.path().display()),
+        ])
+        .stdout(log.reopen().expect("opens"))
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    eventually("it listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()).await;
+    let url = format!("http://127.0.0.1:{port}/");
+    let other = "secrets = [\"whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\"]";
+    let stranger =
+        format!("\n[[subscriber]]\nname = \"stranger\"\nurl = \"{url}\"\n{other}\nevents = [\"x\"]\nretry = {{ max_attempts = 1 }}\n");
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &url, "") + &stranger));
+    let _daemon = setup.start().await;
+    queue.publish("a.b", [r#"{"event":"a.b","n":18446744073709551616}"#]).await;
+    let lines = || -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(log.path()).expect("the log");
+        text.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+    };
+    eventually("two requests", async || lines().len() == 2).await;
+    let seen = lines();
+    assert_eq!((&seen[0]["status"], &seen[0]["verified"], &seen[0]["repeat"]), (&503.into(), &true.into(), &false.into()));
+    assert_eq!((&seen[1]["status"], &seen[1]["verified"], &seen[1]["repeat"]), (&200.into(), &true.into(), &true.into()));
+    assert_eq!((&seen[1]["attempt"], &seen[0]["batch_id"]), (&2.into(), &seen[1]["batch_id"]));
+    assert!(std::fs::read_to_string(log.path()).expect("the log").contains("18446744073709551616"));
+    queue.publish("x", [r#"{"event":"x"}"#]).await;
+    eventually("a third and a fourth", async || lines().len() == 4).await;
+    let refused = lines().into_iter().find(|l| l["verified"] == false).expect("one is not verified");
+    assert_eq!(refused["status"], 401);
+    assert!(refused["unverified_because"].as_str().expect("a reason").contains("does not match"), "{refused}");
+    kill("-TERM", listen.id());
+    assert!(listen.wait().expect("ends").success());
 }
 
 #[test]

@@ -5,15 +5,30 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use lapin::BasicProperties;
-
 use crate::support::{
     broker::Broker,
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually,
+    queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
     run,
 };
+
+on_both_queues!(
+    every_event_arrives_once_in_order_signed_and_byte_for_byte,
+    batches_keep_to_their_number_size_and_time,
+    each_subscriber_gets_the_events_that_its_patterns_match,
+    a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early,
+    retries_go_before_the_backlog,
+    retry_after_holds_the_batch_and_the_lane,
+    an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed,
+    purge_deletes_only_what_is_chosen_and_only_when_told,
+    an_argument_is_an_id_and_only_with_its_sign_a_number,
+    a_hanging_subscriber_does_not_slow_another,
+    while_the_circuit_is_open_the_backlog_stays_in_the_queue,
+    an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew,
+    all_signature_schemes_stand_side_by_side,
+);
 
 const TYPE: &str = "activity_log.user.updated";
 
@@ -21,190 +36,161 @@ fn numbers(range: std::ops::Range<u64>) -> Vec<u64> {
     range.collect()
 }
 
-#[test]
-fn every_event_arrives_once_in_order_signed_and_byte_for_byte() {
-    run(async {
-        let broker = Broker::shared();
-        let json = Receiver::accepting().await;
-        let lines = Receiver::accepting().await;
-        let setup = Setup::new(
-            &broker,
-            &(QUICK.to_owned() + &subscriber("json", &json.url, "") + &subscriber("lines", &lines.url, "format = \"jsonl\"")),
-        );
-        let daemon = setup.start().await;
-        broker.publish(TYPE, (0..3000).map(event)).await;
-        json.wait_all(3000).await;
-        lines.wait_all(3000).await;
-        for receiver in [&json, &lines] {
-            assert_eq!(receiver.accepted(), numbers(0..3000), "each once, in order");
-            for request in receiver.requests() {
-                assert!(request.verified(), "{request:?}");
-                assert_eq!(request.attempt(), 1);
-                assert!(request.header("user-agent").starts_with("hooktrail/"));
-                assert!(request.id().starts_with("msg_") && !request.id().contains('.'));
-                let events: Vec<String> = request.numbers().into_iter().map(event).collect();
-                let expected = match request.header("content-type") {
-                    "application/json" => format!("{{\"events\":[{}]}}", events.join(",")),
-                    "application/jsonl" => events.join("\n") + "\n",
-                    other => panic!("content type {other}"),
-                };
-                assert_eq!(request.body, expected.as_bytes());
-            }
-            let ids: HashSet<String> = receiver.requests().iter().map(|r| r.id().to_owned()).collect();
-            assert_eq!(ids.len(), receiver.count(), "each batch has an id of its own");
+async fn every_event_arrives_once_in_order_signed_and_byte_for_byte(queue: Queue) {
+    let json = Receiver::accepting().await;
+    let lines = Receiver::accepting().await;
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("json", &json.url, "") + &subscriber("lines", &lines.url, "format = \"jsonl\"")),
+    );
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..3000).map(event)).await;
+    json.wait_all(3000).await;
+    lines.wait_all(3000).await;
+    for receiver in [&json, &lines] {
+        assert_eq!(receiver.accepted(), numbers(0..3000), "each once, in order");
+        for request in receiver.requests() {
+            assert!(request.verified(), "{request:?}");
+            assert_eq!(request.attempt(), 1);
+            assert!(request.header("user-agent").starts_with("hooktrail/"));
+            assert!(request.id().starts_with("msg_") && !request.id().contains('.'));
+            let events: Vec<String> = request.numbers().into_iter().map(event).collect();
+            let expected = match request.header("content-type") {
+                "application/json" => format!("{{\"events\":[{}]}}", events.join(",")),
+                "application/jsonl" => events.join("\n") + "\n",
+                other => panic!("content type {other}"),
+            };
+            assert_eq!(request.body, expected.as_bytes());
         }
-        assert!(daemon.stop().await.success());
-        assert_eq!(broker.depth("sub.json").await, Some(0), "all were acked");
-    });
+        let ids: HashSet<String> = receiver.requests().iter().map(|r| r.id().to_owned()).collect();
+        assert_eq!(ids.len(), receiver.count(), "each batch has an id of its own");
+    }
+    assert!(daemon.stop().await.success());
+    assert_eq!(queue.backlog("json").await, 0, "all were acked");
 }
 
-#[test]
-fn batches_keep_to_their_number_size_and_time() {
-    run(async {
-        let broker = Broker::shared();
-        let few = Receiver::accepting().await;
-        let small = Receiver::accepting().await;
-        let patient = Receiver::accepting().await;
-        let text = QUICK.to_owned()
-            + &subscriber("few", &few.url, "batch = { max_events = 7 }")
-            + &subscriber("small", &small.url, "batch = { max_bytes = \"2KiB\" }")
-            + &subscriber("patient", &patient.url, "batch = { max_wait = \"3s\", max_events = 50 }");
-        let setup = Setup::new(&broker, &text);
-        let _daemon = setup.start().await;
-        let start = Instant::now();
-        broker.publish(TYPE, (0..60).map(event)).await;
-        few.wait_all(60).await;
-        small.wait_all(60).await;
-        assert!(few.requests().iter().all(|r| r.events().len() <= 7));
-        assert!(few.requests().iter().any(|r| r.events().len() == 7), "batches are filled");
-        assert!(small.requests().iter().all(|r| r.body.len() <= 2048));
-        assert!(small.requests().iter().any(|r| r.events().len() > 1), "and not smaller than they must be");
-        patient.wait_all(50).await;
-        assert!(start.elapsed() < Duration::from_secs(3), "a full batch does not wait");
-        patient.wait_all(60).await;
-        assert!(start.elapsed() >= Duration::from_secs(3), "the rest waits for company");
-        assert_eq!(patient.count(), 2);
-    });
+async fn batches_keep_to_their_number_size_and_time(queue: Queue) {
+    let few = Receiver::accepting().await;
+    let small = Receiver::accepting().await;
+    let patient = Receiver::accepting().await;
+    let text = QUICK.to_owned()
+        + &subscriber("few", &few.url, "batch = { max_events = 7 }")
+        + &subscriber("small", &small.url, "batch = { max_bytes = \"2KiB\" }")
+        + &subscriber("patient", &patient.url, "batch = { max_wait = \"3s\", max_events = 50 }");
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    let start = Instant::now();
+    queue.publish(TYPE, (0..60).map(event)).await;
+    few.wait_all(60).await;
+    small.wait_all(60).await;
+    assert!(few.requests().iter().all(|r| r.events().len() <= 7));
+    assert!(few.requests().iter().any(|r| r.events().len() == 7), "batches are filled");
+    assert!(small.requests().iter().all(|r| r.body.len() <= 2048));
+    assert!(small.requests().iter().any(|r| r.events().len() > 1), "and not smaller than they must be");
+    patient.wait_all(50).await;
+    assert!(start.elapsed() < Duration::from_secs(3), "a full batch does not wait");
+    patient.wait_all(60).await;
+    assert!(start.elapsed() >= Duration::from_secs(3), "the rest waits for company");
+    assert_eq!(patient.count(), 2);
 }
 
-#[test]
-fn each_subscriber_gets_the_events_that_its_patterns_match() {
-    run(async {
-        let broker = Broker::shared();
-        let users = Receiver::accepting().await;
-        let all = Receiver::accepting().await;
-        let text =
-            QUICK.to_owned() + &subscriber("users", &users.url, "events = [\"activity_log.user.*\"]") + &subscriber("all", &all.url, "");
-        let setup = Setup::new(&broker, &text);
-        let _daemon = setup.start().await;
-        broker.publish("activity_log.user.updated", [event(1)]).await;
-        broker.publish("activity_log.billing.paid", [event(2)]).await;
-        broker.publish("activity_log.user.role.changed", [event(3)]).await;
-        eventually("three events at `all`", async || all.accepted().len() == 3).await;
-        eventually("one event at `users`", async || users.accepted() == [1]).await;
-        assert_eq!(broker.depth("sub.users").await, Some(0), "the broker filters: nothing else came into its queue");
-    });
+async fn each_subscriber_gets_the_events_that_its_patterns_match(queue: Queue) {
+    let users = Receiver::accepting().await;
+    let all = Receiver::accepting().await;
+    let text = QUICK.to_owned() + &subscriber("users", &users.url, "events = [\"activity_log.user.*\"]") + &subscriber("all", &all.url, "");
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    queue.publish("activity_log.user.updated", [event(1)]).await;
+    queue.publish("activity_log.billing.paid", [event(2)]).await;
+    queue.publish("activity_log.user.role.changed", [event(3)]).await;
+    eventually("three events at `all`", async || all.accepted().len() == 3).await;
+    eventually("one event at `users`", async || users.accepted() == [1]).await;
+    queue.wait_backlog("users", 0).await; // nothing else is kept for it
 }
 
-#[test]
-fn a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, n| status(if n < 2 { 503 } else { 200 })).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { initial_interval = \"2s\" }")));
-        let daemon = setup.start().await;
-        broker.publish(TYPE, (0..5).map(event)).await;
-        let requests = receiver.wait_requests(3).await;
-        for (n, request) in requests.iter().enumerate() {
-            assert_eq!((request.id(), &request.body), (requests[0].id(), &requests[0].body));
-            assert_eq!(request.attempt() as usize, n + 1);
-            assert!(request.verified(), "the timestamp is the attempt's");
-        }
-        for pair in requests.windows(2) {
-            let gap = pair[1].at.duration_since(pair[0].at).expect("in order");
-            assert!(gap >= Duration::from_secs(2), "came after {gap:?}, before it was due");
-        }
-        broker.wait_depth("sub.a.retry", 0).await;
-        assert!(daemon.log().contains("outcome=\"retry\"") && daemon.log().contains("outcome=\"delivered\""));
-        assert_eq!(receiver.accepted(), numbers(0..5));
-    });
+async fn a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early(queue: Queue) {
+    let receiver = Receiver::start(|_, n| status(if n < 2 { 503 } else { 200 })).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { initial_interval = \"2s\" }")));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..5).map(event)).await;
+    let requests = receiver.wait_requests(3).await;
+    for (n, request) in requests.iter().enumerate() {
+        assert_eq!((request.id(), &request.body), (requests[0].id(), &requests[0].body));
+        assert_eq!(request.attempt() as usize, n + 1);
+        assert!(request.verified(), "the timestamp is the attempt's");
+    }
+    for pair in requests.windows(2) {
+        let gap = pair[1].at.duration_since(pair[0].at).expect("in order");
+        assert!(gap >= Duration::from_secs(2), "came after {gap:?}, before it was due");
+    }
+    queue.wait_empty("a").await;
+    assert!(daemon.log().contains("outcome=\"retry\"") && daemon.log().contains("outcome=\"delivered\""));
+    assert_eq!(receiver.accepted(), numbers(0..5));
 }
 
-#[test]
-fn retries_go_before_the_backlog() {
-    run(async {
-        let broker = Broker::shared();
-        // The first batch fails once; then each request takes a while, so that a backlog stands when its retry is due.
-        let receiver = Receiver::start(|_, n| if n == 0 { status(500) } else { status(200).after(Duration::from_millis(100)) }).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 10 }")));
-        let _daemon = setup.start().await;
-        broker.publish(TYPE, (0..400).map(event)).await;
-        receiver.wait_all(400).await;
-        let order: Vec<u32> = receiver.requests().iter().map(|r| r.attempt()).collect();
-        let retry = order.iter().position(|a| *a == 2).expect("a second attempt");
-        assert!(retry < 25, "the retry came as request {retry} of {}", order.len());
-    });
+async fn retries_go_before_the_backlog(queue: Queue) {
+    // The first batch fails once; then each request takes a while, so that a backlog stands when its retry is due.
+    let receiver = Receiver::start(|_, n| if n == 0 { status(500) } else { status(200).after(Duration::from_millis(100)) }).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 10 }")));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, (0..400).map(event)).await;
+    receiver.wait_all(400).await;
+    let order: Vec<u32> = receiver.requests().iter().map(|r| r.attempt()).collect();
+    let retry = order.iter().position(|a| *a == 2).expect("a second attempt");
+    assert!(retry < 25, "the retry came as request {retry} of {}", order.len());
 }
 
-#[test]
-fn retry_after_holds_the_batch_and_the_lane() {
-    run(async {
-        let broker = Broker::shared();
-        let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(4));
-        let seconds = Receiver::start(|_, n| if n == 0 { status(429).header("retry-after", "3") } else { status(200) }).await;
-        let dated = Receiver::start(move |_, n| if n == 0 { status(503).header("retry-after", date()) } else { status(200) }).await;
-        let text = QUICK.to_owned() + &subscriber("seconds", &seconds.url, "") + &subscriber("dated", &dated.url, "");
-        let setup = Setup::new(&broker, &text);
-        let _daemon = setup.start().await;
-        broker.publish(TYPE, [event(0)]).await;
-        seconds.wait_requests(1).await;
-        dated.wait_requests(1).await;
-        broker.publish(TYPE, [event(1)]).await;
-        for (receiver, least) in [(&seconds, 3000), (&dated, 3000)] {
-            receiver.wait_all(2).await;
-            let requests = receiver.requests();
-            let gap = requests[1].at.duration_since(requests[0].at).expect("in order");
-            assert!(gap >= Duration::from_millis(least), "another request after {gap:?}");
-        }
-    });
+async fn retry_after_holds_the_batch_and_the_lane(queue: Queue) {
+    let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(4));
+    let seconds = Receiver::start(|_, n| if n == 0 { status(429).header("retry-after", "3") } else { status(200) }).await;
+    let dated = Receiver::start(move |_, n| if n == 0 { status(503).header("retry-after", date()) } else { status(200) }).await;
+    let text = QUICK.to_owned() + &subscriber("seconds", &seconds.url, "") + &subscriber("dated", &dated.url, "");
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    seconds.wait_requests(1).await;
+    dated.wait_requests(1).await;
+    queue.publish(TYPE, [event(1)]).await;
+    for (receiver, least) in [(&seconds, 3000), (&dated, 3000)] {
+        receiver.wait_all(2).await;
+        let requests = receiver.requests();
+        let gap = requests[1].at.duration_since(requests[0].at).expect("in order");
+        assert!(gap >= Duration::from_millis(least), "another request after {gap:?}");
+    }
 }
 
-#[test]
-fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, _| status(500).body("the database is\ndown")).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 2 }")));
-        let _daemon = setup.start().await;
-        broker.publish(TYPE, (0..3).map(event)).await;
-        broker.wait_depth("sub.a.dead", 1).await;
-        let first = receiver.requests()[0].clone();
-        assert_eq!(receiver.count(), 2);
+async fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(500).body("the database is\ndown")).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 2 }")));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, (0..3).map(event)).await;
+    queue.wait_dead("a", 1).await;
+    let first = receiver.requests()[0].clone();
+    assert_eq!(receiver.count(), 2);
 
-        let listed: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "list", "a", "--json"])).expect("one JSON line");
-        for (key, expected) in [
-            ("id", serde_json::json!(first.id())),
-            ("kind", "batch".into()),
-            ("reason", "exhausted".into()),
-            ("status", 500.into()),
-            ("attempts", 2.into()),
-            ("events", 3.into()),
-            ("error", "status 500: the database is down".into()),
-        ] {
-            assert_eq!(listed[key], expected, "{key} in {listed}");
-        }
-        let shown: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", first.id(), "--json"])).expect("JSON");
-        assert_eq!(shown["body"].as_str().map(str::as_bytes), Some(&first.body[..]), "the exact request body");
-        assert!(setup.ok(&["dead", "list", "a"]).contains("exhausted"));
-        assert!(setup.ok(&["dead", "replay", "a", "--dry-run"]).contains("would replay 1 of 1"));
-        assert_eq!(broker.depth("sub.a.dead").await, Some(1), "looking takes nothing away");
+    let listed: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "list", "a", "--json"])).expect("one JSON line");
+    for (key, expected) in [
+        ("id", serde_json::json!(first.id())),
+        ("kind", "batch".into()),
+        ("reason", "exhausted".into()),
+        ("status", 500.into()),
+        ("attempts", 2.into()),
+        ("events", 3.into()),
+        ("error", "status 500: the database is down".into()),
+    ] {
+        assert_eq!(listed[key], expected, "{key} in {listed}");
+    }
+    let shown: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", first.id(), "--json"])).expect("JSON");
+    assert_eq!(shown["body"].as_str().map(str::as_bytes), Some(&first.body[..]), "the exact request body");
+    assert!(setup.ok(&["dead", "list", "a"]).contains("exhausted"));
+    assert!(setup.ok(&["dead", "replay", "a", "--dry-run"]).contains("would replay 1 of 1"));
+    assert_eq!(queue.dead("a").await, 1, "looking takes nothing away");
 
-        receiver.now(|_, _| status(200));
-        assert!(setup.ok(&["dead", "replay", "a"]).contains("replayed 1 of 1"));
-        let again = receiver.wait_requests(3).await[2].clone();
-        assert_eq!((again.id(), &again.body, again.attempt()), (first.id(), &first.body, 1), "the same request, attempts begun anew");
-        broker.wait_depth("sub.a.dead", 0).await;
-    });
+    receiver.now(|_, _| status(200));
+    assert!(setup.ok(&["dead", "replay", "a"]).contains("replayed 1 of 1"));
+    let again = receiver.wait_requests(3).await[2].clone();
+    assert_eq!((again.id(), &again.body, again.attempt()), (first.id(), &first.body, 1), "the same request, attempts begun anew");
+    queue.wait_dead("a", 0).await;
 }
 
 #[test]
@@ -229,143 +215,138 @@ fn a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers() {
     });
 }
 
-#[test]
-fn purge_deletes_only_what_is_chosen_and_only_when_told() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, _| status(500)).await;
-        let setup = Setup::new(
-            &broker,
-            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 1 }\nretry = { max_attempts = 1 }")),
-        );
-        let _daemon = setup.start().await;
-        broker.publish(TYPE, [event(0), "not json".to_owned(), event(1)]).await;
-        broker.wait_depth("sub.a.dead", 3).await;
-        let order = setup.ok(&["dead", "list", "a"]);
-        setup.ok(&["dead", "show", "a", "@1"]);
-        assert_eq!(setup.ok(&["dead", "list", "a"]), order, "looking changes no order");
-        let refused = setup.run(&["dead", "purge", "a"]);
-        assert_eq!(refused.status.code(), Some(2), "nobody to ask");
-        assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
-        assert!(setup.ok(&["dead", "purge", "a", "--reason", "invalid_event", "--yes"]).contains("purged 1 of 3"));
-        broker.wait_depth("sub.a.dead", 2).await;
-        assert!(setup.ok(&["dead", "purge", "a", "@1", "--yes"]).contains("purged 1 of 2"));
-        assert!(setup.ok(&["dead", "purge", "a", "--yes", "--json"]).contains("\"chosen\":1"));
-        broker.wait_depth("sub.a.dead", 0).await;
-        assert!(setup.ok(&["dead", "list", "a"]).contains("no dead letters"));
-    });
+async fn purge_deletes_only_what_is_chosen_and_only_when_told(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(500)).await;
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 1 }\nretry = { max_attempts = 1 }")),
+    );
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(0), "not json".to_owned(), event(1)]).await;
+    queue.wait_dead("a", 3).await;
+    let order = setup.ok(&["dead", "list", "a"]);
+    setup.ok(&["dead", "show", "a", "@1"]);
+    assert_eq!(setup.ok(&["dead", "list", "a"]), order, "looking changes no order");
+    let refused = setup.run(&["dead", "purge", "a"]);
+    assert_eq!(refused.status.code(), Some(2), "nobody to ask");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
+    assert!(setup.ok(&["dead", "purge", "a", "--reason", "invalid_event", "--yes"]).contains("purged 1 of 3"));
+    queue.wait_dead("a", 2).await;
+    assert!(setup.ok(&["dead", "purge", "a", "@1", "--yes"]).contains("purged 1 of 2"));
+    assert!(setup.ok(&["dead", "purge", "a", "--yes", "--json"]).contains("\"chosen\":1"));
+    queue.wait_dead("a", 0).await;
+    assert!(setup.ok(&["dead", "list", "a"]).contains("no dead letters"));
 }
 
-#[test]
-fn an_argument_is_an_id_and_only_with_its_sign_a_number() {
-    run(async {
-        let broker = Broker::shared();
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
-        let _daemon = setup.start().await;
-        // Producers choose the ids of events: here each looks like the number of another.
-        for (n, id) in (1..).zip(["3", "1", "2", "@4"]) {
-            broker.put(&broker.exchange, TYPE, b"bad", BasicProperties::default().with_message_id(id.into())).await;
-            broker.wait_depth("sub.a.dead", n).await;
-        }
-        let ids = || -> Vec<String> { setup.dead("a").iter().map(|l| l["id"].as_str().expect("an id").to_owned()).collect() };
-        let listed = setup.ok(&["dead", "list", "a"]);
-        for (line, start) in listed.lines().skip(1).zip(["@1 ", "@2 ", "@3 ", "@4 "]) {
-            assert!(line.trim_start().starts_with(start), "{listed}");
-        }
-        assert!(setup.ok(&["dead", "show", "a", "2"]).starts_with("number            @3\n"));
-        assert!(setup.ok(&["dead", "show", "a", "@2"]).contains("\nid                1\n"));
-        assert!(setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would replay 2 of 4"));
-        assert!(setup.ok(&["dead", "purge", "a", "2", "--yes"]).contains("purged 1 of 4"));
-        assert_eq!(ids(), ["3", "1", "@4"]);
-        assert!(setup.ok(&["dead", "purge", "a", "@2", "--yes"]).contains("purged 1 of 3"));
-        assert_eq!(ids(), ["3", "@4"]);
-        for (arguments, part) in [
-            (&["show", "a", "2"][..], "no dead letter has the id `2`;"),
-            (&["list", "a", "@3"], "no dead letter is @3;"),
-            (&["purge", "a", "@4", "1", "--yes"], "no dead letter is @4, no dead letter has the id `1`;"),
-            (&["replay", "a", "3", "--reason", "exhausted"], "no dead letter with reason exhausted has the id `3`;"),
-        ] {
-            let output = setup.run(&[&["dead"], arguments].concat());
-            assert_eq!(output.status.code(), Some(1), "{arguments:?}");
-            let told = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(told.contains(part) && told.contains("a number is written @2"), "{arguments:?}: {told}");
-        }
-        assert_eq!(ids(), ["3", "@4"], "nothing else was touched");
-    });
+async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+    let _daemon = setup.start().await;
+    // Producers choose the ids of events: here each looks like the number of another.
+    for (n, id) in (1..).zip(["3", "1", "2", "@4"]) {
+        queue.publish_as(id, TYPE, b"bad").await;
+        queue.wait_dead("a", n).await;
+    }
+    let ids = || -> Vec<String> { setup.dead("a").iter().map(|l| l["id"].as_str().expect("an id").to_owned()).collect() };
+    let listed = setup.ok(&["dead", "list", "a"]);
+    for (line, start) in listed.lines().skip(1).zip(["@1 ", "@2 ", "@3 ", "@4 "]) {
+        assert!(line.trim_start().starts_with(start), "{listed}");
+    }
+    assert!(setup.ok(&["dead", "show", "a", "2"]).starts_with("number            @3\n"));
+    assert!(setup.ok(&["dead", "show", "a", "@2"]).contains("\nid                1\n"));
+    assert!(setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would replay 2 of 4"));
+    assert!(setup.ok(&["dead", "purge", "a", "2", "--yes"]).contains("purged 1 of 4"));
+    assert_eq!(ids(), ["3", "1", "@4"]);
+    assert!(setup.ok(&["dead", "purge", "a", "@2", "--yes"]).contains("purged 1 of 3"));
+    assert_eq!(ids(), ["3", "@4"]);
+    for (arguments, part) in [
+        (&["show", "a", "2"][..], "no dead letter has the id `2`;"),
+        (&["list", "a", "@3"], "no dead letter is @3;"),
+        (&["purge", "a", "@4", "1", "--yes"], "no dead letter is @4, no dead letter has the id `1`;"),
+        (&["replay", "a", "3", "--reason", "exhausted"], "no dead letter with reason exhausted has the id `3`;"),
+    ] {
+        let output = setup.run(&[&["dead"], arguments].concat());
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(told.contains(part) && told.contains("a number is written @2"), "{arguments:?}: {told}");
+    }
+    assert_eq!(ids(), ["3", "@4"], "nothing else was touched");
 }
 
-#[test]
-fn a_hanging_subscriber_does_not_slow_another() {
-    run(async {
-        let broker = Broker::shared();
-        let hanging = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
-        let good = Receiver::accepting().await;
-        let text =
-            QUICK.to_owned() + &subscriber("hanging", &hanging.url, "http = { concurrency = 4 }") + &subscriber("good", &good.url, "");
-        let setup = Setup::new(&broker, &text);
-        let mut daemon = setup.start().await;
-        broker.publish(TYPE, (0..200).map(event)).await;
-        hanging.wait_requests(1).await;
-        good.wait_all(200).await;
-        let start = Instant::now();
-        broker.publish(TYPE, (200..400).map(event)).await;
-        good.wait_all(400).await;
-        assert!(start.elapsed() < Duration::from_secs(5), "took {:?} beside a receiver that never answers", start.elapsed());
-        assert_eq!(good.accepted(), numbers(0..400));
-        daemon.terminate();
-        assert!(daemon.is_running(), "the hanging request gets its time");
-        drop(hanging);
-        assert!(daemon.wait().await.success());
-    });
+async fn a_hanging_subscriber_does_not_slow_another(queue: Queue) {
+    let hanging = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
+    let good = Receiver::accepting().await;
+    let text = QUICK.to_owned() + &subscriber("hanging", &hanging.url, "http = { concurrency = 4 }") + &subscriber("good", &good.url, "");
+    let setup = Setup::new(&queue, &text);
+    let mut daemon = setup.start().await;
+    queue.publish(TYPE, (0..200).map(event)).await;
+    hanging.wait_requests(1).await;
+    good.wait_all(200).await;
+    let start = Instant::now();
+    queue.publish(TYPE, (200..400).map(event)).await;
+    good.wait_all(400).await;
+    assert!(start.elapsed() < Duration::from_secs(5), "took {:?} beside a receiver that never answers", start.elapsed());
+    assert_eq!(good.accepted(), numbers(0..400));
+    daemon.terminate();
+    assert!(daemon.is_running(), "the hanging request gets its time");
+    drop(hanging);
+    assert!(daemon.wait().await.success());
 }
 
-#[test]
-fn while_the_circuit_is_open_the_backlog_stays_in_the_queue() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, _| status(500)).await;
-        let more = "batch = { max_events = 10 }\ncircuit_breaker = { failures = 3, open_for = \"2s\", max_open_for = \"60s\" }\nretry = { initial_interval = \"60s\" }";
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
-        let daemon = setup.start().await;
-        broker.publish(TYPE, (0..500).map(event)).await;
-        daemon.wait_log("circuit open:").await;
-        // What the open lane held is back, in its order: all but the three batches that failed.
-        broker.wait_depth("sub.a", 470).await;
-        assert_eq!(receiver.count(), 3);
-        daemon.wait_log("circuit open again").await;
-        broker.wait_depth("sub.a", 460).await;
-        assert_eq!(receiver.count(), 4, "one probe of one batch");
-        receiver.now(|_, _| status(200));
-        daemon.wait_log("circuit closed").await;
-        eventually("the backlog is delivered", async || receiver.accepted().len() == 460).await;
-        assert_eq!(receiver.accepted(), numbers(40..500));
-    });
+async fn while_the_circuit_is_open_the_backlog_stays_in_the_queue(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(500)).await;
+    let more = "batch = { max_events = 10 }\ncircuit_breaker = { failures = 3, open_for = \"2s\", max_open_for = \"60s\" }\nretry = { initial_interval = \"60s\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..500).map(event)).await;
+    daemon.wait_log("circuit open:").await;
+    // What the open lane held is back, in its order: all but the three batches that failed.
+    queue.wait_backlog("a", 470).await;
+    assert_eq!(receiver.count(), 3);
+    daemon.wait_log("circuit open again").await;
+    queue.wait_backlog("a", 460).await;
+    assert_eq!(receiver.count(), 4, "one probe of one batch");
+    receiver.now(|_, _| status(200));
+    daemon.wait_log("circuit closed").await;
+    eventually("the backlog is delivered", async || receiver.accepted().len() == 460).await;
+    assert_eq!(receiver.accepted(), numbers(40..500));
 }
 
-#[test]
-fn all_signature_schemes_stand_side_by_side() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::accepting().await;
-        let more =
-            r#"signatures = ["standard-webhooks", "mailtrap", { header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }]"#;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
-        let _daemon = setup.start().await;
-        broker.publish(TYPE, [event(1)]).await;
-        let request = receiver.wait_requests(1).await.remove(0);
-        assert!(request.verified());
-        // What an independent implementation says of the same body and key.
-        let openssl = std::process::Command::new("openssl")
-            .args(["dgst", "-sha256", "-hmac", SECRET])
-            .arg(setup.write("body", &request.body))
-            .output()
-            .expect("openssl runs");
-        let text = String::from_utf8(openssl.stdout).expect("text");
-        let mac = text.trim().rsplit(' ').next().expect("a digest");
-        assert_eq!(mac.len(), 64, "{text}");
-        assert_eq!(request.header("mailtrap-signature"), mac);
-        assert_eq!(request.header("x-hub-signature-256"), format!("sha256={mac}"));
-    });
+async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(500)).await;
+    let more = "batch = { max_events = 5, max_bytes = \"3KiB\" }\ncircuit_breaker = { failures = 1, open_for = \"1s\", max_open_for = \"1s\" }\nretry = { initial_interval = \"60s\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    let large = format!(r#"{{"event":"a","n":99,"pad":"{}"}}"#, "x".repeat(4096));
+    queue.publish(TYPE, (0..20).map(event).chain([large]).chain((20..30).map(event))).await;
+    eventually("the circuit opens a third time", async || daemon.log().matches("circuit open again").count() >= 2).await;
+    receiver.now(|_, _| status(200));
+    eventually("the rest is delivered", async || receiver.accepted().contains(&29)).await;
+    queue.wait_backlog("a", 0).await;
+    assert_eq!(queue.dead("a").await, 1);
+    assert_eq!(setup.dead("a")[0]["reason"], "too_large");
+    assert_eq!(receiver.accepted(), numbers(15..30), "the others in order, each once");
+}
+
+async fn all_signature_schemes_stand_side_by_side(queue: Queue) {
+    let receiver = Receiver::accepting().await;
+    let more =
+        r#"signatures = ["standard-webhooks", "mailtrap", { header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }]"#;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(1)]).await;
+    let request = receiver.wait_requests(1).await.remove(0);
+    assert!(request.verified());
+    // What an independent implementation says of the same body and key.
+    let openssl = std::process::Command::new("openssl")
+        .args(["dgst", "-sha256", "-hmac", SECRET])
+        .arg(setup.write("body", &request.body))
+        .output()
+        .expect("openssl runs");
+    let text = String::from_utf8(openssl.stdout).expect("text");
+    let mac = text.trim().rsplit(' ').next().expect("a digest");
+    assert_eq!(mac.len(), 64, "{text}");
+    assert_eq!(request.header("mailtrap-signature"), mac);
+    assert_eq!(request.header("x-hub-signature-256"), format!("sha256={mac}"));
 }
 
 #[test]

@@ -11,9 +11,17 @@ use crate::support::{
     broker::{Broker, SETTLING},
     daemon::{Daemon, QUICK, Setup, subscriber},
     eventually,
+    queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
     run,
 };
+
+on_both_queues!(
+    a_batch_is_the_same_after_a_crash_and_when_another_daemon_takes_over,
+    sigterm_in_mid_flow_loses_nothing_and_exits_0,
+    at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing,
+    kill_9_at_twenty_random_moments_during_100_000_events_loses_none,
+);
 
 const TYPE: &str = "activity_log.user.updated";
 
@@ -23,110 +31,90 @@ fn repeated(receiver: &Receiver) -> usize {
     accepted.len() - accepted.iter().collect::<HashSet<_>>().len()
 }
 
-#[test]
-fn a_batch_is_the_same_after_a_crash_and_when_another_daemon_takes_over() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, _| status(503)).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
-        let first = setup.start().await;
-        broker.publish(TYPE, (0..5).map(event)).await;
-        receiver.wait_requests(1).await;
-        // The envelope is confirmed and its events are acked: from here on the batch keeps its identity.
-        broker.wait_depth("sub.a", 0).await;
-        eventually("the envelope is on the ladder", async || broker.depth("delay.00").await == Some(1)).await;
-        first.kill();
-        let second = setup.start().await;
-        let requests = receiver.wait_requests(3).await;
-        let third = setup.start().await;
-        second.kill();
-        receiver.now(|_, _| status(200));
-        receiver.wait_all(5).await;
-        let last = receiver.requests();
-        for request in requests.iter().chain(&last) {
-            assert_eq!((request.id(), &request.body), (requests[0].id(), &requests[0].body));
-        }
-        let attempts: Vec<u32> = last.iter().map(|r| r.attempt()).collect();
-        assert!(attempts.windows(2).all(|p| p[1] == p[0] + 1 || p[1] == p[0]), "{attempts:?}");
-        drop(third);
-    });
+async fn a_batch_is_the_same_after_a_crash_and_when_another_daemon_takes_over(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(503)).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+    let first = setup.start().await;
+    queue.publish(TYPE, (0..5).map(event)).await;
+    receiver.wait_requests(1).await;
+    // The envelope is confirmed and its events are acked: from here on the batch keeps its identity.
+    queue.wait_backlog("a", 0).await;
+    queue.wait_retries("a", 0, 1).await;
+    first.kill();
+    let mut daemon = setup.start().await;
+    let requests = receiver.wait_requests(3).await;
+    queue.take_over(&setup, &mut daemon);
+    receiver.now(|_, _| status(200));
+    receiver.wait_all(5).await;
+    let last = receiver.requests();
+    for request in requests.iter().chain(&last) {
+        assert_eq!((request.id(), &request.body), (requests[0].id(), &requests[0].body));
+    }
+    let attempts: Vec<u32> = last.iter().map(|r| r.attempt()).collect();
+    assert!(attempts.windows(2).all(|p| p[1] == p[0] + 1 || p[1] == p[0]), "{attempts:?}");
+    drop(daemon);
 }
 
-#[test]
-fn sigterm_in_mid_flow_loses_nothing_and_exits_0() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, _| status(200).after(Duration::from_millis(30))).await;
-        let setup = Setup::new(
-            &broker,
-            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 20 }\nhttp = { concurrency = 4 }")),
-        );
-        let daemon = setup.start().await;
-        broker.publish(TYPE, (0..5000).map(event)).await;
-        receiver.wait_requests(10).await;
-        assert!(daemon.stop().await.success());
-        let seen = receiver.accepted().len() as u64;
-        assert!(seen < 5000, "it was still in mid-flow");
-        assert_eq!(repeated(&receiver), 0);
-        broker.wait_depth("sub.a", u32::try_from(5000 - seen).expect("small")).await;
-        let _next = setup.start().await;
-        receiver.wait_all(5000).await;
-        assert_eq!(repeated(&receiver), 0, "what was in flight was settled before the end");
-    });
+async fn sigterm_in_mid_flow_loses_nothing_and_exits_0(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(200).after(Duration::from_millis(30))).await;
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 20 }\nhttp = { concurrency = 4 }")),
+    );
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..5000).map(event)).await;
+    receiver.wait_requests(10).await;
+    assert!(daemon.stop().await.success());
+    let seen = receiver.accepted().len() as u64;
+    assert!(seen < 5000, "it was still in mid-flow");
+    assert_eq!(repeated(&receiver), 0);
+    queue.wait_backlog("a", u32::try_from(5000 - seen).expect("small")).await;
+    let _next = setup.start().await;
+    receiver.wait_all(5000).await;
+    assert_eq!(repeated(&receiver), 0, "what was in flight was settled before the end");
 }
 
-#[test]
-fn at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing() {
-    run(async {
-        let broker = Broker::shared();
-        let receiver = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("slow", &receiver.url, "")));
-        let text = std::fs::read_to_string(setup.config()).expect("the configuration");
-        setup.write("hooktrail.toml", format!("shutdown_timeout = \"1s\"\n{text}"));
-        let mut daemon = setup.start().await;
-        broker.publish(TYPE, (0..3).map(event)).await;
-        receiver.wait_requests(1).await;
-        daemon.terminate();
-        assert!(daemon.wait().await.success());
-        assert!(daemon.log().contains("stopped at the deadline") && daemon.log().contains("{\"slow\"}"), "{}", daemon.log());
-        broker.wait_depth("sub.slow", 3).await;
-    });
+async fn at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("slow", &receiver.url, "")));
+    let text = std::fs::read_to_string(setup.config()).expect("the configuration");
+    setup.write("hooktrail.toml", format!("shutdown_timeout = \"1s\"\n{text}"));
+    let mut daemon = setup.start().await;
+    queue.publish(TYPE, (0..3).map(event)).await;
+    receiver.wait_requests(1).await;
+    daemon.terminate();
+    assert!(daemon.wait().await.success());
+    assert!(daemon.log().contains("stopped at the deadline") && daemon.log().contains("{\"slow\"}"), "{}", daemon.log());
+    queue.wait_backlog("slow", 3).await;
 }
 
-#[test]
-fn kill_9_at_twenty_random_moments_during_100_000_events_loses_none() {
-    run(async {
-        const EVENTS: u64 = 100_000;
-        let broker = Broker::shared();
-        // One request in ten fails, so that kills also fall between envelopes and acks.
-        let receiver = Receiver::start(|_, n| status(if n % 10 == 9 { 503 } else { 200 }).after(Duration::from_millis(5))).await;
-        let setup = Setup::new(
-            &broker,
-            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 100 }\nhttp = { concurrency = 4 }")),
-        );
-        let mut daemon = setup.start().await;
-        let publishing = broker.publish(TYPE, (0..EVENTS).map(event));
-        let killing = async {
-            for _ in 0..20 {
-                let before = receiver.count();
-                let moment = 5 + rand::random_range(0..60);
-                eventually("the flow goes on", async || receiver.count() >= before + moment).await;
-                let next = setup.spawn();
-                std::mem::replace(&mut daemon, next).kill();
-            }
-        };
-        tokio::join!(publishing, killing);
-        receiver.wait_all(EVENTS).await;
-        println!("20 kills, {EVENTS} events, 0 lost, {} arrived twice", repeated(&receiver));
-        // A batch that came again under one id has the same bytes.
-        let mut bodies = HashMap::new();
-        for request in receiver.requests() {
-            assert_eq!(bodies.entry(request.id().to_owned()).or_insert_with(|| request.body.clone()), &request.body);
+async fn kill_9_at_twenty_random_moments_during_100_000_events_loses_none(queue: Queue) {
+    const EVENTS: u64 = 100_000;
+    // One request in ten fails, so that kills also fall between envelopes and acks.
+    let receiver = Receiver::start(|_, n| status(if n % 10 == 9 { 503 } else { 200 }).after(Duration::from_millis(5))).await;
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 100 }\nhttp = { concurrency = 4 }")),
+    );
+    let mut daemon = setup.start().await;
+    let publishing = queue.publish(TYPE, (0..EVENTS).map(event));
+    let killing = async {
+        for _ in 0..20 {
+            let before = receiver.count();
+            let moment = 5 + rand::random_range(0..60);
+            eventually("the flow goes on", async || receiver.count() >= before + moment).await;
+            queue.take_over(&setup, &mut daemon);
         }
-        for queue in ["sub.a", "sub.a.retry", "sub.a.dead", "orphans"] {
-            broker.wait_depth(queue, 0).await;
-        }
-    });
+    };
+    tokio::join!(publishing, killing);
+    receiver.wait_all(EVENTS).await;
+    println!("20 kills, {EVENTS} events, 0 lost, {} arrived twice", repeated(&receiver));
+    // A batch that came again under one id has the same bytes.
+    let mut bodies = HashMap::new();
+    for request in receiver.requests() {
+        assert_eq!(bodies.entry(request.id().to_owned()).or_insert_with(|| request.body.clone()), &request.body);
+    }
+    queue.wait_empty("a").await;
 }
 
 async fn flow(broker: &Broker, receiver: &Receiver, from: u64, to: u64) {

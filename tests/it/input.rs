@@ -9,9 +9,15 @@ use crate::support::{
     broker::{Broker, headers, text},
     daemon::{QUICK, Setup, subscriber},
     eventually,
+    queue::{Queue, on_both_queues},
     receiver::{Receiver, event},
     run,
 };
+
+on_both_queues!(
+    what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_batch_arrives_byte_for_byte,
+    json_lines_get_each_event_on_one_line_with_the_same_values,
+);
 
 fn nested(depth: usize) -> Vec<u8> {
     format!(r#"{{"event":"deep","n":0,"x":{}{}}}"#, "[".repeat(depth - 1), "]".repeat(depth - 1)).into_bytes()
@@ -55,72 +61,64 @@ fn odd() -> Vec<Vec<u8>> {
     ]
 }
 
-#[test]
-fn what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_batch_arrives_byte_for_byte() {
-    run(async {
-        let broker = Broker::shared();
-        let json = Receiver::accepting().await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("json", &json.url, "")));
-        let daemon = setup.start().await;
-        let (bad, odd) = (bad(), odd());
-        // Good, odd and bad ones in turns, so that they share batches.
-        let mut all: Vec<Vec<u8>> = Vec::new();
-        let mut good: Vec<Vec<u8>> = Vec::new();
-        for (n, (body, ..)) in bad.iter().enumerate() {
-            let plain = event(n as u64).into_bytes();
-            all.extend([plain.clone(), body.clone()]);
-            good.push(plain);
-            all.extend(odd.get(n).cloned());
-            good.extend(odd.get(n).cloned());
-        }
-        broker.publish("x.y", &all).await;
-        let bodies = || -> Vec<Vec<u8>> { json.requests().iter().map(|r| r.body.to_vec()).collect() };
-        let expected: usize = good.iter().map(Vec::len).sum();
-        let frames = |bodies: &[Vec<u8>]| bodies.iter().map(|b| b.len() - br#"{"events":[]}"#.len()).sum::<usize>();
-        // Commas aside, every byte of the good ones arrives, in order.
-        eventually("the good ones arrive", async || frames(&bodies()) + bodies().len() == expected + good.len()).await;
-        let arrived: Vec<Vec<u8>> = bodies().iter().map(|b| b[br#"{"events":["#.len()..b.len() - 2].to_vec()).collect();
-        assert!(arrived.join(&b','.to_owned()) == good.join(&b','.to_owned()), "not the bytes that were published");
-        assert!(json.requests().iter().all(|r| r.verified()));
+async fn what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_batch_arrives_byte_for_byte(queue: Queue) {
+    let json = Receiver::accepting().await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("json", &json.url, "")));
+    let daemon = setup.start().await;
+    let (bad, odd) = (bad(), odd());
+    // Good, odd and bad ones in turns, so that they share batches.
+    let mut all: Vec<Vec<u8>> = Vec::new();
+    let mut good: Vec<Vec<u8>> = Vec::new();
+    for (n, (body, ..)) in bad.iter().enumerate() {
+        let plain = event(n as u64).into_bytes();
+        all.extend([plain.clone(), body.clone()]);
+        good.push(plain);
+        all.extend(odd.get(n).cloned());
+        good.extend(odd.get(n).cloned());
+    }
+    queue.publish("x.y", &all).await;
+    let bodies = || -> Vec<Vec<u8>> { json.requests().iter().map(|r| r.body.to_vec()).collect() };
+    let expected: usize = good.iter().map(Vec::len).sum();
+    let frames = |bodies: &[Vec<u8>]| bodies.iter().map(|b| b.len() - br#"{"events":[]}"#.len()).sum::<usize>();
+    // Commas aside, every byte of the good ones arrives, in order.
+    eventually("the good ones arrive", async || frames(&bodies()) + bodies().len() == expected + good.len()).await;
+    let arrived: Vec<Vec<u8>> = bodies().iter().map(|b| b[br#"{"events":["#.len()..b.len() - 2].to_vec()).collect();
+    assert!(arrived.join(&b','.to_owned()) == good.join(&b','.to_owned()), "not the bytes that were published");
+    assert!(json.requests().iter().all(|r| r.verified()));
 
-        broker.wait_depth("sub.json.dead", u32::try_from(bad.len()).expect("few")).await;
-        // Groups of dead letters are stored side by side, so only the letters are fixed, not their order.
-        let letters = setup.dead("json");
-        let told = |l: &serde_json::Value| l["error"].as_str().expect("text").to_owned();
-        for (body, reason, error) in &bad {
-            let fits = |l: &serde_json::Value| l["bytes"] == body.len() && l["reason"] == *reason && told(l).contains(error);
-            assert!(letters.iter().any(fits), "no letter with {} bytes, {reason}, {error}: {letters:?}", body.len());
-        }
-        assert!(letters.iter().all(|l| l["kind"] == "event"));
-        let number = format!("@{}", letters.iter().find(|l| l["bytes"] == b"not json".len()).expect("just found")["number"]);
-        assert!(setup.ok(&["dead", "show", "json", &number]).contains("not json"));
-        let mut found = broker.take_all("sub.json.dead").await;
-        let mut expected: Vec<Vec<u8>> = bad.into_iter().map(|(body, ..)| body).collect();
-        found.sort_unstable();
-        expected.sort_unstable();
-        assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
-        broker.wait_depth("sub.json", 0).await;
-        assert!(daemon.stop().await.success());
-    });
+    queue.wait_dead("json", u32::try_from(bad.len()).expect("few")).await;
+    // Groups of dead letters are stored side by side, so only the letters are fixed, not their order.
+    let letters = setup.dead("json");
+    let told = |l: &serde_json::Value| l["error"].as_str().expect("text").to_owned();
+    for (body, reason, error) in &bad {
+        let fits = |l: &serde_json::Value| l["bytes"] == body.len() && l["reason"] == *reason && told(l).contains(error);
+        assert!(letters.iter().any(fits), "no letter with {} bytes, {reason}, {error}: {letters:?}", body.len());
+    }
+    assert!(letters.iter().all(|l| l["kind"] == "event"));
+    let number = format!("@{}", letters.iter().find(|l| l["bytes"] == b"not json".len()).expect("just found")["number"]);
+    assert!(setup.ok(&["dead", "show", "json", &number]).contains("not json"));
+    let mut found = queue.take_dead("json").await;
+    let mut expected: Vec<Vec<u8>> = bad.into_iter().map(|(body, ..)| body).collect();
+    found.sort_unstable();
+    expected.sort_unstable();
+    assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
+    queue.wait_backlog("json", 0).await;
+    assert!(daemon.stop().await.success());
 }
 
-#[test]
-fn json_lines_get_each_event_on_one_line_with_the_same_values() {
-    run(async {
-        let broker = Broker::shared();
-        let lines = Receiver::accepting().await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("lines", &lines.url, "format = \"jsonl\"")));
-        let _daemon = setup.start().await;
-        broker.publish("x.y", &odd()).await;
-        let body = || -> Vec<u8> { lines.requests().iter().flat_map(|r| r.body.to_vec()).collect() };
-        let count = |b: &[u8]| b.iter().filter(|c| **c == b'\n').count();
-        eventually("all lines", async || count(&body()) == odd().len()).await;
-        let text = String::from_utf8(body()).expect("UTF-8");
-        for (line, event) in text.lines().zip(odd()) {
-            let stripped: Vec<u8> = event.into_iter().filter(|b| !matches!(b, b'\n' | b'\r')).collect();
-            assert!(line.as_bytes() == stripped, "{line}");
-        }
-    });
+async fn json_lines_get_each_event_on_one_line_with_the_same_values(queue: Queue) {
+    let lines = Receiver::accepting().await;
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("lines", &lines.url, "format = \"jsonl\"")));
+    let _daemon = setup.start().await;
+    queue.publish("x.y", &odd()).await;
+    let body = || -> Vec<u8> { lines.requests().iter().flat_map(|r| r.body.to_vec()).collect() };
+    let count = |b: &[u8]| b.iter().filter(|c| **c == b'\n').count();
+    eventually("all lines", async || count(&body()) == odd().len()).await;
+    let text = String::from_utf8(body()).expect("UTF-8");
+    for (line, event) in text.lines().zip(odd()) {
+        let stripped: Vec<u8> = event.into_iter().filter(|b| !matches!(b, b'\n' | b'\r')).collect();
+        assert!(line.as_bytes() == stripped, "{line}");
+    }
 }
 
 fn of_type(content_type: &str, table: FieldTable) -> BasicProperties {

@@ -5,6 +5,7 @@ mod bad_input;
 mod commands;
 mod delivery;
 mod demo;
+mod embedded;
 mod faults;
 mod hostile;
 mod hostile_messages;

@@ -2,8 +2,9 @@
 
 use std::{
     collections::{BTreeSet, HashSet, VecDeque},
+    ops::RangeInclusive,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -25,6 +26,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// So far the cursor may lag behind what was looked at and matched nothing.
 const LAG: i64 = 10_000;
+
+/// And so long.
+const LAG_TIME: Duration = Duration::from_secs(5);
+
+/// The bytes of events after which one look takes no more.
+const LOOK_BYTES: usize = 16 << 20;
 
 /// A part of the log with the patterns that hold there.
 #[derive(Debug)]
@@ -51,16 +58,40 @@ struct Shared {
 struct InHand {
     /// Of events, in order: whether each is finished.
     events: VecDeque<(i64, bool)>,
-    /// What a source before this one finished after something that it did not.
-    finished: BTreeSet<i64>,
     /// Up to here the log was looked through.
     looked_at: i64,
     /// What the database has.
     cursor: i64,
+    /// Finished beyond the cursor in earlier sessions.
+    ahead: Runs,
+    /// All that is finished beyond the cursor, as the database has it.
+    written: Vec<RangeInclusive<i64>>,
     envelopes: HashSet<i64>,
 }
 
+/// Of numbers of the log.
+type Runs = Arc<[RangeInclusive<i64>]>;
+
 impl InHand {
+    /// What is finished beyond a cursor once these are: it must not come again when the session ends.
+    /// Between two events of a run there is none for this subscriber that is not finished.
+    fn runs_after(&self, finished: &BTreeSet<i64>, cursor: i64) -> Vec<RangeInclusive<i64>> {
+        let mut runs: Vec<_> = self.ahead.iter().filter(|run| *run.end() > cursor).cloned().collect();
+        let mut run: Option<RangeInclusive<i64>> = None;
+        for (seq, done) in self.events.iter().filter(|(seq, _)| *seq > cursor) {
+            run = match (run, *done || finished.contains(seq)) {
+                (Some(run), true) => Some(*run.start()..=*seq),
+                (None, true) => Some(*seq..=*seq),
+                (run, false) => {
+                    runs.extend(run);
+                    None
+                }
+            };
+        }
+        runs.extend(run);
+        runs
+    }
+
     /// The cursor once these are finished too.
     fn cursor_after(&self, finished: &BTreeSet<i64>) -> i64 {
         let is_open = |(seq, done): &&(i64, bool)| !done && !finished.contains(seq);
@@ -71,14 +102,10 @@ impl InHand {
         for (seq, done) in &mut self.events {
             *done |= finished.contains(seq);
         }
-        self.forget_finished();
-        self.cursor = self.cursor.max(cursor);
-    }
-
-    fn forget_finished(&mut self) {
         while self.events.front().is_some_and(|(_, done)| *done) {
             self.events.pop_front();
         }
+        self.cursor = self.cursor.max(cursor);
     }
 }
 
@@ -95,17 +122,24 @@ pub(super) async fn open(
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
     let name = subscriber.to_owned();
-    let (segments, finished) = store.read(move |db| Ok((segments(db, &name)?, finished(db, &name)?))).await?;
-    let segments = VecDeque::from(segments);
+    let (segments, runs) = store.read(move |db| Ok((segments(db, &name)?, ahead(db, &name)?))).await?;
+    let segments: VecDeque<Segment> = segments.into();
     let cursor = segments.front().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
         subscriber: subscriber.to_owned(),
-        taken: Mutex::new(InHand { looked_at: cursor, cursor, finished, ..InHand::default() }),
+        taken: Mutex::new(InHand { looked_at: cursor, cursor, ahead: runs.clone().into(), written: runs, ..InHand::default() }),
         writing: AsyncMutex::default(),
         room: Notify::new(),
     });
-    Ok((Source { shared: shared.clone(), segments, news, window }, Settler(shared)))
+    Ok((Source { shared: shared.clone(), segments, news, window, behind_since: None }, Settler(shared)))
+}
+
+/// What a subscriber is done with beyond its cursor.
+pub(super) fn ahead(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<RangeInclusive<i64>>> {
+    db.prepare_cached("SELECT first, last FROM ahead WHERE subscriber = ?1 ORDER BY first")?
+        .query_map([subscriber], |r| Ok(r.get(0)?..=r.get(1)?))?
+        .collect()
 }
 
 fn segments(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<Segment>> {
@@ -116,16 +150,14 @@ fn segments(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<Segment>>
         .collect()
 }
 
-fn finished(db: &Connection, subscriber: &str) -> rusqlite::Result<BTreeSet<i64>> {
-    db.prepare("SELECT seq FROM finished WHERE subscriber = ?1")?.query_map([subscriber], |r| r.get(0))?.collect()
-}
-
 #[derive(Debug)]
 pub struct Source {
     shared: Arc<Shared>,
     segments: VecDeque<Segment>,
     news: watch::Receiver<u64>,
     window: Window,
+    /// When the database's cursor began to lag behind what was looked at.
+    behind_since: Option<Instant>,
 }
 
 /// What a look at the database brought.
@@ -149,16 +181,22 @@ impl queue::Source for Source {
             let room = shared.room.notified();
             let found = self.look(max).await?;
             let next_due = found.next_due;
-            let more = found.more || !found.events.is_empty(); // those that are finished already are not handed over
+            let more = found.more;
             let before = into.len();
             self.hand_over(found, into);
             if into.len() > before {
                 return Ok(());
             }
-            self.advance().await?;
+            let advance = self.advance().await;
             if more {
                 continue;
             }
+            let advance = async {
+                match advance {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             // The clock can be set, and whoever brings the news can fail: look again every few seconds.
             let until_due = next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
             let due = tokio::time::sleep(until_due.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(5), LOOK_AGAIN));
@@ -170,6 +208,7 @@ impl queue::Source for Source {
                 }
                 () = room => {}
                 () = due => {}
+                () = advance => {}
             }
         }
     }
@@ -181,10 +220,10 @@ impl Source {
     /// Looks for due retries, and for events as far as there is room for them. Changes nothing, so it
     /// can be dropped while it waits.
     async fn look(&mut self, max: usize) -> Result<Found, QueueError> {
-        let (looked_at, events_room, held) = {
+        let (looked_at, events_room, held, ahead) = {
             let taken = self.shared.taken();
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
-            (taken.looked_at, room.min(max), taken.envelopes.iter().copied().collect::<Vec<_>>())
+            (taken.looked_at, room.min(max), taken.envelopes.iter().copied().collect::<Vec<_>>(), taken.ahead.clone())
         };
         while self.segments.len() > 1 && self.segments.front().is_some_and(|s| looked_at >= s.upto) {
             self.segments.pop_front();
@@ -201,7 +240,10 @@ impl Source {
                 found.next_due =
                     if envelopes_room > 0 { due(db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)? } else { None };
                 if let (Some((patterns, after, upto)), 1..) = (segment, events_room) {
-                    let end = scan(db, &subscriber, &patterns, after, upto, events_room, &mut found)?;
+                    let wanted = |seq: i64, event_type: &str, only_for: Option<&str>| {
+                        is_for(&subscriber, &patterns, event_type, only_for) && !ahead.iter().any(|run| run.contains(&seq))
+                    };
+                    let end = scan(db, wanted, after, upto, events_room, &mut found)?;
                     found.more |= end && !last;
                 }
                 Ok(found)
@@ -221,31 +263,39 @@ impl Source {
             });
         }
         for event in found.events {
-            let seq = event.receipt.tag.cast_signed();
-            let done = taken.finished.remove(&seq);
-            taken.events.push_back((seq, done));
-            if !done {
-                into.push(Taken::Event(event));
-            }
+            taken.events.push_back((event.receipt.tag.cast_signed(), false));
+            into.push(Taken::Event(event));
         }
-        taken.forget_finished();
     }
 
     /// Writes down how far the log was looked through when nothing of it was for this subscriber, so
-    /// that it can be trimmed.
-    async fn advance(&self) -> Result<(), QueueError> {
-        let to = {
+    /// that it can be trimmed. Returns when to come again, if that is still to be done.
+    async fn advance(&mut self) -> Option<Instant> {
+        let (cursor, behind) = {
             let taken = self.shared.taken();
             let cursor = taken.cursor_after(&BTreeSet::new());
-            (taken.events.is_empty() && cursor - taken.cursor > LAG).then_some(cursor)
+            // What is in hand moves the cursor itself when it is settled.
+            (cursor, if taken.events.is_empty() { cursor - taken.cursor } else { 0 })
         };
-        let Some(cursor) = to else { return Ok(()) };
+        if behind == 0 {
+            self.behind_since = None;
+            return None;
+        }
+        let now = clock::instant();
+        let due = *self.behind_since.get_or_insert(now) + LAG_TIME;
+        if behind <= LAG && now < due {
+            return Some(due);
+        }
         let _writing = self.shared.writing.lock().await;
         let subscriber = self.shared.subscriber.clone();
-        self.shared.store.write(move |db| set_cursor(db, &subscriber, cursor)).await?;
-        let mut taken = self.shared.taken();
-        taken.cursor = taken.cursor.max(cursor);
-        Ok(())
+        let written = self.shared.store.write(move |db| set_cursor(db, &subscriber, cursor)).await;
+        // One that fails is no reason to end a session: nothing waits for it.
+        self.behind_since = written.is_err().then_some(now);
+        if written.is_ok() {
+            let mut taken = self.shared.taken();
+            taken.cursor = taken.cursor.max(cursor);
+        }
+        self.behind_since.map(|since| since + LAG_TIME)
     }
 }
 
@@ -302,8 +352,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
 /// Looks through a segment; true if that brought it to the segment's end.
 fn scan(
     db: &Connection,
-    subscriber: &str,
-    patterns: &[Pattern],
+    wanted: impl Fn(i64, &str, Option<&str>) -> bool,
     after: i64,
     upto: i64,
     room: usize,
@@ -313,8 +362,9 @@ fn scan(
         db.prepare_cached("SELECT seq, type, message_id, only_for, body FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3")?;
     let mut rows = query.query(params![after, upto, SCAN])?;
     let mut looked_at = 0;
+    let mut bytes = 0;
     while let Some(row) = rows.next()? {
-        if found.events.len() == room {
+        if found.events.len() == room || bytes >= LOOK_BYTES {
             return Ok(false);
         }
         looked_at += 1;
@@ -322,9 +372,11 @@ fn scan(
         found.looked_at = seq;
         let event_type = row.get_ref(1)?.as_str()?;
         let only_for = row.get_ref(3)?.as_str_or_null()?;
-        if is_for(subscriber, patterns, event_type, only_for) {
+        if wanted(seq, event_type, only_for) {
+            let body: Vec<u8> = row.get(4)?;
+            bytes += body.len();
             found.events.push(Event {
-                body: row.get(4)?,
+                body,
                 message_id: row.get(2)?,
                 content_type: None,
                 receipt: Receipt { from: Kind::Event, tag: seq.unsigned_abs() },
@@ -348,12 +400,14 @@ impl queue::Settler for Settler {
         let of = |kind| receipts.iter().filter(move |r| r.from == kind).map(|r| r.tag.cast_signed());
         let events: BTreeSet<i64> = of(Kind::Event).collect();
         let envelopes: Vec<i64> = of(Kind::Batch).collect();
-        let (cursor, moved) = {
+        let (cursor, moved, runs, changed) = {
             let taken = shared.taken();
             let cursor = taken.cursor_after(&events);
-            (cursor, cursor > taken.cursor)
+            let runs = taken.runs_after(&events, cursor);
+            let changed = runs != taken.written;
+            (cursor, cursor > taken.cursor, runs, changed)
         };
-        let stragglers: Vec<i64> = events.range(cursor + 1..).copied().collect();
+        let written = runs.clone();
         let (subscriber, settled) = (shared.subscriber.clone(), envelopes.clone());
         let now = clock::now();
         let settle = move |db: &Connection| {
@@ -362,17 +416,18 @@ impl queue::Settler for Settler {
             }
             match &settlement {
                 Settlement::Delivered => {}
-                Settlement::Retry { envelope, delay } => insert_retry(db, &subscriber, envelope, millis(now + *delay))?,
+                Settlement::Retry { envelope, delay } => insert_retry(db, &subscriber, envelope, millis(now + *delay) + 1)?, // never early
                 Settlement::Dead(letters) => letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?,
             }
-            for seq in &stragglers {
-                db.prepare_cached("INSERT OR IGNORE INTO finished (subscriber, seq) VALUES (?1, ?2)")?.execute(params![subscriber, seq])?;
+            if changed {
+                set_ahead(db, &subscriber, &runs)?;
             }
             if moved { set_cursor(db, &subscriber, cursor) } else { Ok(()) }
         };
         shared.store.write(settle).await.map_err(|e| SettleError::Unconfirmed(e.to_string()))?;
         let mut taken = shared.taken();
         taken.finish(&events, cursor);
+        taken.written = written;
         for id in &envelopes {
             taken.envelopes.remove(id);
         }
@@ -384,9 +439,14 @@ impl queue::Settler for Settler {
 
 fn set_cursor(db: &Connection, subscriber: &str, cursor: i64) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE segment SET after = ?2 WHERE subscriber = ?1 AND after < ?2")?.execute(params![subscriber, cursor])?;
-    db.prepare_cached("DELETE FROM finished WHERE subscriber = ?1 AND seq <= ?2")?.execute(params![subscriber, cursor])?;
     db.prepare_cached("DELETE FROM segment WHERE subscriber = ?1 AND upto <= ?2")?.execute(params![subscriber, cursor])?;
     Ok(())
+}
+
+fn set_ahead(db: &Connection, subscriber: &str, runs: &[RangeInclusive<i64>]) -> rusqlite::Result<()> {
+    db.prepare_cached("DELETE FROM ahead WHERE subscriber = ?1")?.execute([subscriber])?;
+    let mut insert = db.prepare_cached("INSERT INTO ahead (subscriber, first, last) VALUES (?1, ?2, ?3)")?;
+    runs.iter().try_for_each(|run| insert.execute(params![subscriber, run.start(), run.end()]).map(drop))
 }
 
 pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due: i64) -> rusqlite::Result<()> {
@@ -438,6 +498,10 @@ mod tests {
                 left.retain(|seq| !finished.contains(seq));
                 let cursor = hand.cursor_after(&finished);
                 prop_assert_eq!(cursor, left.first().map_or(130, |seq| seq - 1));
+                let runs = hand.runs_after(&finished, cursor);
+                for seq in order.iter().filter(|seq| **seq > cursor) {
+                    prop_assert_eq!(runs.iter().any(|run| run.contains(seq)), !left.contains(seq));
+                }
                 hand.finish(&finished, cursor);
             }
             prop_assert!(hand.events.is_empty());

@@ -3,6 +3,7 @@
 
 use std::{
     fs::{File, TryLockError},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -35,11 +36,12 @@ const MIGRATIONS: &[&str] = &["
         upto INTEGER
     );
     CREATE INDEX segment_subscriber ON segment (subscriber, after);
-    -- What is finished after something that is not, and so not covered by `after`.
-    CREATE TABLE finished (
+    -- What of the log a subscriber is done with beyond what comes before it: runs of numbers.
+    CREATE TABLE ahead (
         subscriber TEXT NOT NULL,
-        seq INTEGER NOT NULL,
-        PRIMARY KEY (subscriber, seq)
+        first INTEGER NOT NULL,
+        last INTEGER NOT NULL,
+        PRIMARY KEY (subscriber, first)
     ) WITHOUT ROWID;
     CREATE TABLE retry (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -126,7 +128,11 @@ impl Store {
                 data_dir.display()
             )));
         }
-        std::fs::create_dir_all(data_dir)
+        // Events are nobody else's to read.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(data_dir)
             .map_err(|e| QueueError::needs_operator(format!("[queue] data_dir `{}` cannot be made: {e}", data_dir.display())))?;
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
@@ -251,7 +257,8 @@ fn migrate(db: &mut Connection, path: &Path) -> Result<(), QueueError> {
     let change = db.transaction_with_behavior(TransactionBehavior::Immediate).map_err(error)?;
     let version: u32 = change.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(error)?;
     let id: i32 = change.pragma_query_value(None, "application_id", |row| row.get(0)).map_err(error)?;
-    if version > 0 && id != APPLICATION_ID {
+    let is_empty: bool = change.query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0)).map_err(error)?;
+    if id != APPLICATION_ID && (version > 0 || id != 0 || !is_empty) {
         return Err(QueueError::needs_operator(format!(
             "`{}` is a database of another program; choose another [queue] data_dir",
             path.display()

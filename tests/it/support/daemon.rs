@@ -5,7 +5,7 @@ use std::{
     process::{Child, Command, ExitStatus, Output, Stdio},
 };
 
-use super::{broker::Broker, broker::kill, eventually};
+use super::{broker::kill, eventually, queue::Section};
 
 pub(crate) const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
@@ -15,15 +15,12 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// `[queue]` for the broker, then `rest`; short times unless `rest` says otherwise.
-    pub(crate) fn new(broker: &Broker, rest: &str) -> Self {
-        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", broker.url, broker.exchange, broker.prefix);
-        for line in rest.lines() {
-            if let Some(name) = line.trim().strip_prefix("name = \"") {
-                broker.knows(name.trim_end_matches('"'));
-            }
-        }
-        Self::with_text(&(queue + rest))
+    /// `[queue]` for this one, then `rest`; short times unless `rest` says otherwise.
+    pub(crate) fn new(queue: &impl Section, rest: &str) -> Self {
+        let name = |line: &'_ str| line.trim().strip_prefix("name = \"").map(|n| n.trim_end_matches('"').to_owned());
+        let names: Vec<String> = rest.lines().filter_map(name).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        Self::with_text(&(queue.section(&names) + rest))
     }
 
     pub(crate) fn with_text(text: &str) -> Self {
@@ -77,11 +74,29 @@ impl Setup {
         daemon
     }
 
+    /// Runs a command to its end by a line for the shell, in which `"$0" "$@"` stands for it.
+    pub(crate) fn run_as(&self, shell: &str, arguments: &[&str]) -> Output {
+        self.by_shell(shell, arguments).stdin(Stdio::null()).output().expect("a shell runs")
+    }
+
+    fn by_shell(&self, shell: &str, arguments: &[&str]) -> Command {
+        let plain = self.command(arguments);
+        let mut c = Command::new("sh");
+        c.args(["-c", shell]).arg(plain.get_program()).args(plain.get_args()).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
+        c
+    }
+
     /// Starts a daemon and does not wait.
     pub(crate) fn spawn(&self) -> Daemon {
+        self.spawn_as("exec \"$0\" \"$@\"")
+    }
+
+    /// Starts a daemon by a line for the shell, which must become it.
+    pub(crate) fn spawn_as(&self, shell: &str) -> Daemon {
         let log = self.dir.path().join(format!("{}.log", super::unique()));
         let file = std::fs::File::create(&log).expect("a log file");
-        let child = self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
+        let child =
+            self.by_shell(shell, &["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
         Daemon { child, log }
     }
 }
@@ -110,6 +125,10 @@ impl Daemon {
 
     /// Ends it as a crash does.
     pub(crate) fn kill(mut self) {
+        self.end();
+    }
+
+    pub(crate) fn end(&mut self) {
         self.child.kill().expect("kills");
         self.child.wait().expect("ends");
     }

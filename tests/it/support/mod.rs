@@ -4,6 +4,7 @@
 
 pub(crate) mod broker;
 pub(crate) mod daemon;
+pub(crate) mod queue;
 pub(crate) mod raw;
 pub(crate) mod raw_amqp;
 pub(crate) mod receiver;

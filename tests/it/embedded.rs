@@ -1,0 +1,246 @@
+//! What only the embedded queue promises: one daemon, one file, and what becomes of both.
+
+use std::{
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use rusqlite::Connection;
+
+use crate::support::{
+    broker::Broker,
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    queue::{Embedded, Section as _},
+    receiver::{Receiver, event, status},
+    run,
+};
+
+const TYPE: &str = "activity_log.user.updated";
+const NOWHERE: &str = "http://127.0.0.1:9/";
+
+fn events(range: std::ops::Range<u64>) -> impl Iterator<Item = Bytes> {
+    range.map(|n| event(n).into())
+}
+
+/// A command that must fail: its exit code and what it said.
+fn refused(output: &Output) -> (Option<i32>, String) {
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn one(queue: &Embedded, url: &str) -> Setup {
+    Setup::new(queue, &(QUICK.to_owned() + &subscriber("a", url, "")))
+}
+
+#[test]
+fn a_second_daemon_is_refused_and_the_first_notices_nothing() {
+    run(async {
+        let queue = Embedded::new();
+        let receiver = Receiver::accepting().await;
+        let setup = one(&queue, &receiver.url);
+        let daemon = setup.start().await;
+        let (code, told) = refused(&setup.run(&["run"]));
+        assert_eq!(code, Some(1), "{told}");
+        for part in ["another daemon works on", queue.data_dir().to_str().expect("a path"), "several share a RabbitMQ"] {
+            assert!(told.contains(part), "{part} is not in {told}");
+        }
+        queue.publish(TYPE, None, events(0..10)).await;
+        receiver.wait_all(10).await;
+        daemon.kill();
+        // The lock ends with its process, however that ended.
+        let next = setup.start().await;
+        assert!(next.stop().await.success());
+    });
+}
+
+#[test]
+fn a_change_to_a_broker_with_events_left_behind_is_refused_unless_it_is_forced() {
+    run(async {
+        let queue = Embedded::new();
+        let receiver = Receiver::accepting().await;
+        let embedded = one(&queue, &receiver.url);
+        let nothing = embedded.write("nothing", "");
+        embedded.ok(&["publish", nothing.to_str().expect("a path")]);
+        queue.publish(TYPE, None, events(0..3)).await;
+        let broker = Broker::shared();
+        let section = broker.section(&["a"]) + &format!("data_dir = \"{}\"\n", queue.data_dir().display());
+        let amqp = Setup::with_text(&(section + QUICK + &subscriber("a", &receiver.url, "")));
+        let (code, told) = refused(&amqp.run(&["run"]));
+        assert_eq!(code, Some(2), "{told}");
+        for part in ["holds events that are not delivered", queue.data_dir().to_str().expect("a path"), "--force"] {
+            assert!(told.contains(part), "{part} is not in {told}");
+        }
+        let forced = amqp.spawn_as("exec \"$0\" \"$@\" --force");
+        forced.wait_log("running").await;
+        assert!(forced.stop().await.success());
+        assert_eq!(queue.backlog("a").await, 3, "they stay where they are");
+        // Once they are delivered, nothing stands in the way.
+        let daemon = embedded.start().await;
+        receiver.wait_all(3).await;
+        assert!(daemon.stop().await.success());
+        assert!(amqp.start().await.stop().await.success());
+        assert_eq!(receiver.count(), 1);
+    });
+}
+
+#[test]
+fn a_backlog_keeps_the_patterns_under_which_it_came_and_a_gap_stays_a_gap() {
+    run(async {
+        let queue = Embedded::new();
+        let hanging = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
+        let all = Receiver::accepting().await;
+        let setup = |patterns: Option<&str>, url: &str| {
+            let a = patterns.map_or_else(String::new, |p| subscriber("a", url, &format!("events = [\"{p}\"]")));
+            Setup::new(&queue, &(QUICK.to_owned() + &subscriber("all", &all.url, "") + &a))
+        };
+        let (old, new, none) = (setup(Some("x.*"), &hanging.url), setup(Some("y.*"), &hanging.url), setup(None, ""));
+        let mut next = 0;
+        let mut changes = Vec::new();
+        for setup in [&old, &new, &none] {
+            let daemon = setup.start().await;
+            queue.publish("x.1", None, events(next..next + 3)).await;
+            queue.publish("y.1", None, events(next + 3..next + 6)).await;
+            next += 6;
+            all.wait_all(next).await;
+            queue.wait("all is settled", async || queue.backlog("all").await == 0).await;
+            changes.push(daemon.log());
+            daemon.kill(); // what hangs was not delivered
+        }
+        assert!(changes[1].contains("subscriber `a`: its patterns have changed"), "{}", changes[1]);
+        assert!(changes[2].contains("subscriber `a` is not configured any more"), "{}", changes[2]);
+        assert_eq!(queue.backlog("a").await, 6);
+        let receiver = Receiver::accepting().await;
+        let again = setup(Some("y.*"), &receiver.url);
+        let daemon = again.start().await;
+        queue.publish("y.1", None, events(next..next + 3)).await;
+        eventually("nine events", async || receiver.accepted().len() >= 9).await;
+        assert!(daemon.stop().await.success());
+        assert_eq!(receiver.accepted(), [0, 1, 2, 9, 10, 11, 18, 19, 20]);
+        assert_eq!(queue.backlog("a").await, 0);
+    });
+}
+
+#[test]
+fn a_damaged_file_is_named_and_what_to_do_is_told() {
+    run(async {
+        let queue = Embedded::new();
+        let setup = one(&queue, NOWHERE);
+        std::fs::create_dir_all(queue.data_dir()).expect("a directory");
+        std::fs::write(queue.file(), "this was a database once ".repeat(1000)).expect("writes");
+        let event = setup.write("event", event(0));
+        for command in [&["run"][..], &["publish", event.to_str().expect("a path")], &["dead", "list", "a"], &["check", "--connect"]] {
+            let (code, told) = refused(&setup.run(command));
+            assert_eq!(code, Some(1), "{command:?}: {told}");
+            for part in [queue.file().to_str().expect("a path"), "the file is damaged", "keep a copy", ".recover"] {
+                assert!(told.contains(part), "{command:?}: {part} is not in {told}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_file_of_a_later_version_or_of_another_program_is_refused_and_an_empty_one_is_used() {
+    run(async {
+        let queue = Embedded::new();
+        let receiver = Receiver::accepting().await;
+        let setup = one(&queue, &receiver.url);
+        let refuses = |part: &str| {
+            for command in [&["run"][..], &["dead", "list", "a"]] {
+                let (code, told) = refused(&setup.run(command));
+                assert_eq!(code, Some(1), "{command:?}: {told}");
+                assert!(told.contains(part) && told.contains(queue.file().to_str().expect("a path")), "{command:?}: {told}");
+            }
+        };
+        std::fs::create_dir_all(queue.data_dir()).expect("a directory");
+        let db = |sql: &str| Connection::open(queue.file()).expect("opens").execute_batch(sql).expect("runs");
+        for sql in ["CREATE TABLE other (x)", "PRAGMA user_version = 7", "PRAGMA application_id = 7"] {
+            db(sql);
+            refuses("another program");
+            std::fs::remove_file(queue.file()).expect("removes");
+        }
+        // Nothing in it: that is how a file begins.
+        std::fs::write(queue.file(), "").expect("writes");
+        let daemon = setup.start().await;
+        queue.publish(TYPE, None, events(0..3)).await;
+        receiver.wait_all(3).await;
+        assert!(daemon.stop().await.success());
+        let version: i64 =
+            Connection::open(queue.file()).expect("opens").pragma_query_value(None, "user_version", |r| r.get(0)).expect("a version");
+        db(&format!("PRAGMA user_version = {}", version + 1));
+        refuses("was written by a later version of hooktrail");
+        db(&format!("PRAGMA user_version = {version}"));
+        assert!(setup.start().await.stop().await.success());
+        assert_eq!(receiver.accepted(), [0, 1, 2], "each once");
+    });
+}
+
+#[test]
+fn what_other_processes_write_is_picked_up_within_a_second() {
+    run(async {
+        let queue = Embedded::new();
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
+        let _daemon = setup.start().await;
+        let file = setup.write("event", event(0));
+        tokio::time::sleep(Duration::from_millis(500)).await; // nothing goes on any more
+        setup.ok(&["publish", file.to_str().expect("a path")]);
+        let start = Instant::now();
+        receiver.wait_requests(1).await;
+        assert!(start.elapsed() < Duration::from_secs(1), "an event waited {:?}", start.elapsed());
+        queue.wait("a dead letter", async || queue.dead("a").await == 1).await;
+        receiver.now(|_, _| status(200));
+        setup.ok(&["dead", "replay", "a"]);
+        let start = Instant::now();
+        receiver.wait_requests(2).await;
+        assert!(start.elapsed() < Duration::from_secs(1), "a replay waited {:?}", start.elapsed());
+        queue.wait("it is settled", async || queue.retries("a").await == 0).await;
+    });
+}
+
+/// Ignores the signal that comes before the error.
+const LIMITED: &str = "trap '' XFSZ; exec";
+
+#[test]
+fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
+    run(async {
+        const LIMIT: &str = "--fsize=65536"; // far less than what is written already
+        let queue = Embedded::new();
+        let receiver = Receiver::accepting().await;
+        let setup = one(&queue, &receiver.url);
+        let daemon = setup.spawn_as(&format!("{LIMITED} \"$0\" \"$@\""));
+        daemon.wait_log("running").await;
+        queue.publish(TYPE, None, events(0..500)).await;
+        receiver.wait_all(500).await;
+        queue.wait("they are settled", async || queue.backlog("a").await == 0).await;
+
+        let limit = |value: &str| {
+            let done = Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), value]).status().expect("prlimit runs");
+            assert!(done.success());
+        };
+        limit(&format!("{LIMIT}:"));
+        // The producer finds it full too.
+        let file = setup.write("events", (500..600).map(|n| event(n) + "\n").collect::<String>());
+        let publish = ["publish", file.to_str().expect("a path")];
+        let (code, told) = refused(&setup.run_as(&format!("{LIMITED} prlimit {LIMIT} \"$0\" \"$@\""), &publish));
+        assert!(code == Some(1) && told.contains("disk") && told.contains("0 events before were confirmed"), "{told}");
+        assert_eq!(queue.backlog("a").await, 0, "all or nothing");
+
+        // Delivered, and that cannot be written down: they are not delivered over and over.
+        let before = receiver.count();
+        setup.ok(&publish);
+        daemon.wait_log("lost its queue").await;
+        let log = daemon.log();
+        assert!(log.contains("disk") && log.contains(queue.file().to_str().expect("a path")), "{log}");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(receiver.count() - before <= 4, "{} requests whose end could not be written down", receiver.count() - before);
+        assert_eq!(queue.backlog("a").await, 100);
+
+        limit("--fsize=unlimited:");
+        daemon.wait_log("has its queue again").await;
+        receiver.wait_all(600).await;
+        queue.wait("all are settled", async || queue.backlog("a").await == 0).await;
+        assert_eq!(queue.dead("a").await, 0);
+        assert!(daemon.stop().await.success());
+    });
+}
