@@ -23,6 +23,11 @@ pub fn random() -> f64 {
     rand::random()
 }
 
+/// A new identifier of an event, for one that its producer gave none: `evt_` and 32 hexadecimal digits.
+pub fn event_id() -> String {
+    format!("evt_{:032x}", rand::random::<u128>())
+}
+
 /// A new identifier with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which
 /// Standard Webhooks uses as a separator.
 pub fn batch_id() -> String {

@@ -5,6 +5,7 @@ mod reader;
 use std::{
     collections::HashMap,
     fmt,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -32,9 +33,11 @@ pub const DEFAULT: &str = include_str!("../config/hooktrail.toml");
 /// Where the configuration is looked for when neither `--config` nor `$HOOKTRAIL_CONFIG` names a file.
 pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
 
-const ROOT_KEYS: &[&str] = &["include", "shutdown_timeout", "queue", "log", "batch", "http", "retry", "circuit_breaker", "subscriber"];
+const ROOT_KEYS: &[&str] =
+    &["include", "shutdown_timeout", "queue", "admin", "log", "batch", "http", "retry", "circuit_breaker", "subscriber"];
 const INCLUDED_KEYS: &[&str] = &["subscriber"];
 const QUEUE_KEYS: &[&str] = &["url", "data_dir", "retention", "exchange", "source_queue", "prefix"];
+const ADMIN_KEYS: &[&str] = &["listen", "token"];
 const LOG_KEYS: &[&str] = &["format", "level"];
 const BATCH_KEYS: &[&str] = &["max_events", "max_bytes", "max_wait"];
 const HTTP_KEYS: &[&str] =
@@ -80,6 +83,7 @@ pub struct Config {
     /// For requests in flight when the daemon is told to stop.
     pub shutdown_timeout: Duration,
     pub queue: QueueConfig,
+    pub admin: AdminConfig,
     pub log: LogConfig,
     /// In the order of the file.
     pub subscribers: Vec<Arc<Subscriber>>,
@@ -123,6 +127,14 @@ pub enum Intake {
     Exchange(String),
     /// An existing queue that a relay takes events from.
     SourceQueue(String),
+}
+
+/// From `[admin]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdminConfig {
+    pub listen: SocketAddr,
+    /// Of whoever uses `/api`; never `None` where others than this machine's can connect.
+    pub token: Option<Secret>,
 }
 
 /// From `[log]`.
@@ -249,6 +261,7 @@ impl Loader<'_, '_> {
         let root = r.root(source, &document, ROOT_KEYS);
         let shutdown_timeout = self.duration(root.get("shutdown_timeout"), 35, Some(Duration::from_secs(3600)));
         let queue = self.queue(&root);
+        let admin = self.admin(&root);
         let log = self.log(&root);
         let group = |key, keys| root.get(key).and_then(|v| r.section(&v, keys));
         let defaults = Defaults {
@@ -278,7 +291,14 @@ impl Loader<'_, '_> {
             let root = r.root(&included, &document, INCLUDED_KEYS);
             subscribers.extend(self.subscribers(&root, &defaults, &mut names));
         }
-        Some(Config { path: source.path.clone(), shutdown_timeout: shutdown_timeout?, queue: queue?, log: log?, subscribers })
+        Some(Config {
+            path: source.path.clone(),
+            shutdown_timeout: shutdown_timeout?,
+            queue: queue?,
+            admin: admin?,
+            log: log?,
+            subscribers,
+        })
     }
 
     /// The files that `include` names, each once, in order.
@@ -382,6 +402,42 @@ impl Loader<'_, '_> {
         let (intake, prefix) = (intake?, prefix?);
         let backend = url?.map_or(Backend::Embedded, |url| Backend::Amqp(AmqpConfig { url, intake, prefix }));
         Some(QueueConfig { backend, embedded })
+    }
+
+    fn admin(&self, root: &Section<'_>) -> Option<AdminConfig> {
+        let r = self.reader;
+        let section = match root.get("admin") {
+            Some(v) => Some(r.section(&v, ADMIN_KEYS)?),
+            None => None,
+        };
+        let get = |key| section.as_ref().and_then(|s| s.get(key));
+        let listen = match get("listen") {
+            None => Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 8787))),
+            Some(v) => r.string(&v).and_then(|text| {
+                let found = text.parse().ok();
+                if found.is_none() {
+                    r.report(&v, format!("`{text}` is not an address; write an IP address and a port such as \"127.0.0.1:8787\" or \"[::1]:8787\"; port 0 takes a free one"));
+                }
+                found
+            }),
+        };
+        let token = match get("token") {
+            None => Some(None),
+            Some(v) => r.string(&v).and_then(|text| {
+                // It is not quoted: it is a secret, also when it is a bad one.
+                let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+                if !ok {
+                    r.report(&v, "must be one or more visible ASCII characters without spaces, which is what a header can carry; leave the key out for no token");
+                }
+                ok.then(|| Some(Secret::new(text)))
+            }),
+        };
+        let (listen, token) = (listen?, token?);
+        if let (None, Some(v)) = (&token, get("listen").filter(|_| !listen.ip().to_canonical().is_loopback())) {
+            r.report(&v, format!("{listen} is not a loopback address, so others could publish events; set `token`, such as \"${{HOOKTRAIL_ADMIN_TOKEN}}\", or listen on \"127.0.0.1:8787\""));
+            return None;
+        }
+        Some(AdminConfig { listen, token })
     }
 
     fn log(&self, root: &Section<'_>) -> Option<LogConfig> {

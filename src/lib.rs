@@ -11,6 +11,8 @@
 //!                                       └─ circuit open: the session ends, the backlog stays in the queue
 //! ```
 //!
+//! Events that come over HTTP ([`admin`]) are published into the same queues, confirmed before the answer.
+//!
 //! A first attempt is made from memory. A failed batch becomes ONE message, the envelope: the exact
 //! body, the batch id, the number of attempts. From then on bytes and id never change.
 //!
@@ -24,6 +26,7 @@
 //! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
+//! | surface | [`admin`] the HTTP listener: health, readiness, and the intake of events |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
@@ -33,6 +36,7 @@
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
+//! - What does a producer get for its POST? [`admin`]: `take_events` and what it calls.
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
 //!
 //! # What always holds
@@ -45,7 +49,7 @@
 //!    written down must not be made again and again.
 //! 4. Publishing is done by one task on one channel of a connection that does not consume.
 //! 5. Policies take `now` and randomness as arguments.
-//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer.
+//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer, bodies taken in.
 //! 7. Secrets are of types that do not print themselves; no error quotes a URL or a secret.
 //! 8. An event's bytes are never parsed and printed again.
 //!
@@ -58,6 +62,7 @@
 //! - No database beside the broker: the embedded queue is one or the other.
 
 pub mod address;
+pub mod admin;
 pub mod batch;
 pub mod circuit_breaker;
 pub mod cli;

@@ -15,6 +15,16 @@ use crate::{
     webhook::{TlsRoots, Webhook},
 };
 
+/// How far a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The queue is being made ready.
+    Starting,
+    Running,
+    /// Nothing new is begun.
+    Draining,
+}
+
 /// How a run ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -26,6 +36,8 @@ pub enum Ended {
 
 /// Runs a lane for each subscriber until `shutdown` completes, then drains them for at most `shutdown_timeout`.
 ///
+/// `beside` is whatever else uses the queue, told by `phase` what to do: the queue stays open until it completes.
+///
 /// # Errors
 /// The queue is of no use and will not change by itself, or https cannot be spoken.
 pub async fn run<Q: Queue>(
@@ -33,6 +45,8 @@ pub async fn run<Q: Queue>(
     subscribers: &[Arc<Subscriber>],
     shutdown: impl Future<Output = ()>,
     shutdown_timeout: Duration,
+    phase: &watch::Sender<Phase>,
+    beside: impl Future<Output = ()>,
 ) -> Result<Ended, QueueError> {
     let tls = TlsRoots::of_system().map_err(QueueError::needs_operator)?;
     let mut lanes = Vec::new();
@@ -50,6 +64,7 @@ pub async fn run<Q: Queue>(
     for (subscriber, webhook) in lanes {
         keepers.spawn(keep(subscriber, webhook, queue.clone(), draining.clone()));
     }
+    phase.send_replace(Phase::Running);
     tracing::info!(subscribers = subscribers.len(), "running");
     let mut chores = JoinSet::new();
     let doing = (queue.clone(), subscribers.to_vec());
@@ -66,15 +81,16 @@ pub async fn run<Q: Queue>(
         }
     }
     tracing::info!(timeout_s = shutdown_timeout.as_secs_f64(), "stopping: nothing new is taken, requests in flight finish");
+    phase.send_replace(Phase::Draining);
     chores.shutdown().await;
     drain.send_replace(true);
     let mut busy: BTreeSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
-    let all = async {
+    let lanes = async {
         while let Some(ended) = keepers.join_next().await {
             busy.remove(&ended.unwrap_or_else(resume));
         }
     };
-    let in_time = tokio::time::timeout(shutdown_timeout, all).await.is_ok();
+    let in_time = tokio::time::timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok();
     if !in_time {
         keepers.shutdown().await;
     }
@@ -83,7 +99,7 @@ pub async fn run<Q: Queue>(
         tracing::info!("stopped");
         return Ok(Ended::Drained);
     }
-    tracing::warn!(subscribers = ?busy, "stopped at the deadline with requests in flight; their events are delivered again");
+    tracing::warn!(subscribers = ?busy, "stopped at the deadline with requests in flight; their events are delivered again, producers without an answer must send again");
     Ok(Ended::Deadline(busy))
 }
 
@@ -166,7 +182,8 @@ mod tests {
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let shutdown = async { drop(stopped.await) };
-            run(queue, &config.subscribers, shutdown, Duration::from_secs(10)).await
+            let (phase, _) = watch::channel(Phase::Starting);
+            run(queue, &config.subscribers, shutdown, Duration::from_secs(10), &phase, std::future::ready(())).await
         });
         test.await;
         drop(stop);

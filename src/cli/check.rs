@@ -90,6 +90,10 @@ fn effective(config: &Config) -> String {
             line(format!("prefix = {}", quoted(&amqp.prefix)));
         }
     }
+    line(format!("\n[admin]\nlisten = \"{}\"", config.admin.listen));
+    if config.admin.token.is_some() {
+        line("token = \"[redacted]\"".to_owned());
+    }
     line(format!("\n[log]\nformat = \"{}\"", if config.log.json { "json" } else { "text" }));
     line(format!("level = \"{}\"", config.log.level.to_string().to_lowercase()));
     if config.subscribers.is_empty() {
@@ -171,6 +175,9 @@ mod tests {
             [queue]
             url = "amqp://user:hunter2@127.0.0.1/v"
             source_queue = "a.b"
+            [admin]
+            listen = "[::]:1234"
+            token = "hunter2"
             [[subscriber]]
             name = "a"
             url = "https://u:hunter2@example.com/hunter2"
@@ -189,8 +196,8 @@ mod tests {
         let b = config::load(&path).unwrap_or_else(|e| panic!("{e}\n{printed}"));
         assert_eq!(effective(&b), printed);
         assert_eq!(
-            (&a.subscribers[0].batch, &a.subscribers[0].http, &a.queue.embedded),
-            (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.embedded)
+            (&a.subscribers[0].batch, &a.subscribers[0].http, &a.queue.embedded, a.admin.listen),
+            (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.embedded, b.admin.listen)
         );
     }
 }

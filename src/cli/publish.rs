@@ -125,7 +125,7 @@ async fn read(config: &Config, queue: &impl Queue, file: &Path, group: &mut Grou
             Ok(event_type) => {
                 bytes += line.len();
                 let event_type = event_type.into_owned();
-                group.push(NewEvent { event_type, message_id: Some(event_id()), body: Bytes::copy_from_slice(&line) });
+                group.push(NewEvent { event_type, message_id: Some(clock::event_id()), body: Bytes::copy_from_slice(&line) });
             }
         }
         if group.len() >= MAX_GROUP || bytes >= MAX_GROUP_BYTES {
@@ -145,10 +145,6 @@ fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io
         input.skip_until(b'\n')?;
     }
     Ok(read)
-}
-
-fn event_id() -> String {
-    clock::batch_id().replacen("msg_", "evt_", 1)
 }
 
 async fn flush(config: &Config, queue: &impl Queue, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {

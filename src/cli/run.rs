@@ -1,12 +1,16 @@
 //! `run`: the daemon.
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
 use super::{Failed, log};
 use crate::{
+    admin::Admin,
     config::{Backend, Config},
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    supervisor,
+    supervisor::{self, Phase},
 };
 
 pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
@@ -42,6 +46,11 @@ async fn deliver(queue: impl Queue, config: &Config) -> Result<(), Failed> {
             _ = int.recv() => {}
         }
     };
-    supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout).await?;
+    let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
+    let (phase, phases) = watch::channel(Phase::Starting);
+    let serving = admin.serve(queue.clone(), &config.subscribers, phases);
+    let beside = serving.done_with_the_queue();
+    supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout, &phase, beside).await?;
+    serving.close().await;
     Ok(())
 }

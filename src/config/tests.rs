@@ -36,7 +36,8 @@ fn problems(extra: &str) -> Vec<String> {
 
 #[test]
 fn the_shipped_configuration_holds_every_key_and_the_defaults() {
-    let groups = [ROOT_KEYS, QUEUE_KEYS, LOG_KEYS, BATCH_KEYS, HTTP_KEYS, RETRY_KEYS, BREAKER_KEYS, SUBSCRIBER_KEYS, SIGNATURE_KEYS];
+    let groups =
+        [ROOT_KEYS, QUEUE_KEYS, ADMIN_KEYS, LOG_KEYS, BATCH_KEYS, HTTP_KEYS, RETRY_KEYS, BREAKER_KEYS, SUBSCRIBER_KEYS, SIGNATURE_KEYS];
     for key in groups.iter().flat_map(|keys| keys.iter()) {
         let found = DEFAULT.lines().any(|l| {
             let l = l.trim_start_matches("# ");
@@ -51,8 +52,8 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     let bare = load_text(QUEUE).expect("valid");
     assert!(shipped.subscribers.is_empty());
     assert_eq!(
-        (shipped.shutdown_timeout, shipped.log, &shipped.queue.backend, shipped.queue.embedded.retention),
-        (bare.shutdown_timeout, bare.log, &Backend::Embedded, bare.queue.embedded.retention)
+        (shipped.shutdown_timeout, shipped.log, &shipped.admin, &shipped.queue.backend, shipped.queue.embedded.retention),
+        (bare.shutdown_timeout, bare.log, &bare.admin, &Backend::Embedded, bare.queue.embedded.retention)
     );
 
     // With its example subscriber uncommented and a subscriber that relies on the groups as shipped.
@@ -121,7 +122,6 @@ events = ["user*"]
 fn a_key_of_a_feature_that_is_not_there_is_unknown() {
     for (text, key) in [
         (format!("{QUEUE}management_url = \"http://m\"\n"), "queue.management_url"),
-        (format!("{QUEUE}[admin]\nlisten = \"127.0.0.1:1\"\n"), "admin"),
         (format!("{QUEUE}[http]\nproxy = \"http://p\"\n"), "http.proxy"),
     ] {
         let found = problems(&text);
@@ -145,6 +145,32 @@ fn the_queue_is_required_and_never_guessed() {
     ] {
         let found = problems(text);
         assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");
+    }
+}
+
+#[test]
+fn whoever_can_connect_from_elsewhere_needs_a_token() {
+    let with = |admin: &str| load_text(&format!("{QUEUE}[admin]\n{admin}\n")).map(|c| c.admin);
+    let default = load_text(QUEUE).expect("valid").admin;
+    assert_eq!((default.listen.to_string(), &default.token), ("127.0.0.1:8787".to_owned(), &None));
+    assert_eq!(with("").expect("valid"), default);
+    for listen in ["127.0.0.1:0", "127.9.9.9:1", "[::1]:8787", "[::ffff:127.0.0.1]:1"] {
+        assert_eq!(with(&format!("listen = \"{listen}\"")).expect("valid").listen.to_string(), listen);
+    }
+    let open = with("listen = \"0.0.0.0:8787\"\ntoken = \"${SECRET}\"").expect("valid");
+    assert!(open.token.is_some() && !format!("{open:?}").contains("MfKQ"));
+    for (admin, part) in [
+        ("listen = \"0.0.0.0:8787\"", "h.toml:4:10: admin.listen: 0.0.0.0:8787 is not a loopback address"),
+        ("listen = \"[::]:8787\"", "set `token`"),
+        ("listen = \"\"", "h.toml:4:10: admin.listen: `` is not an address"),
+        ("listen = \"localhost:8787\"", "write an IP address and a port"),
+        ("listen = 8787", "must be a string"),
+        ("token = \"\"", "h.toml:4:9: admin.token: must be one or more visible"),
+        ("token = \"hunter 2\"", "without spaces"),
+        ("tokn = \"x\"", "did you mean `token`?"),
+    ] {
+        let found = with(admin).expect_err("refused");
+        assert!(found.len() == 1 && found[0].contains(part) && !found[0].contains("hunter"), "{admin}: {found:?}");
     }
 }
 

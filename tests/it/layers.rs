@@ -13,6 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["queue", "webhook"],
     &["lane"],
     &["supervisor"],
+    &["admin"],
     &["cli"],
 ];
 
@@ -97,6 +98,7 @@ fn each_protocol_is_known_in_one_place() {
         ("toml::", "src/config"),
         ("backoff::", "src/retry.rs"),
         ("clap::", "src/cli"),
+        ("flate2", "src/admin.rs"),
     ] {
         let mut users = 0;
         for (_, path, code) in modules() {

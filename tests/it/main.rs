@@ -10,6 +10,7 @@ mod faults;
 mod hostile;
 mod hostile_messages;
 mod input;
+mod intake;
 mod layers;
 mod support;
 mod topology;

@@ -23,7 +23,10 @@ impl Setup {
         Self::with_text(&(queue.section(&names) + rest))
     }
 
+    /// The whole text, and a free port to listen on unless it says which.
     pub(crate) fn with_text(text: &str) -> Self {
+        let admin = if text.contains("[admin]") { "" } else { "\n[admin]\nlisten = \"127.0.0.1:0\"\n" };
+        let text = format!("{text}{admin}");
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join("hooktrail.toml"), text).expect("writes");
         Self { dir }
