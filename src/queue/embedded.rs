@@ -383,3 +383,164 @@ fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
     )?;
     delete.execute(params![done.unwrap_or(i64::MAX), old, TRIM_STEP])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::{Receipt, Settlement, Settler as _, Source as _, Taken};
+
+    const WINDOW: Window = Window { events: 1000, envelopes: 10 };
+
+    fn config(dir: &tempfile::TempDir, retention: Duration) -> EmbeddedConfig {
+        EmbeddedConfig { data_dir: dir.path().to_owned(), retention }
+    }
+
+    fn subscribers(of: &[(&str, &str)]) -> Vec<Arc<Subscriber>> {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let table = |(name, pattern): &(&str, &str)| {
+            format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\nevents = [\"{pattern}\"]\n")
+        };
+        let text = "[queue]\nurl = \"embedded\"\n".to_owned() + &of.iter().map(table).collect::<String>();
+        std::fs::write(file.path(), text).expect("writes");
+        crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}")).subscribers
+    }
+
+    async fn publish(queue: &EmbeddedQueue, event_type: &str, count: usize) -> Vec<Published> {
+        let event =
+            NewEvent { event_type: event_type.to_owned(), message_id: None, body: format!("{{\"event\":\"{event_type}\"}}").into() };
+        queue.publish(vec![event; count]).await.expect("publishes")
+    }
+
+    /// What comes within a moment.
+    async fn take(source: &mut Source) -> Vec<Receipt> {
+        let mut taken = Vec::new();
+        tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
+        let receipt = |t: &Taken| match t {
+            Taken::Event(e) => e.receipt,
+            Taken::Envelope(_, receipt) | Taken::NotAnEnvelope(_, receipt) => *receipt,
+        };
+        taken.iter().map(receipt).collect()
+    }
+
+    async fn stored(queue: &EmbeddedQueue) -> u32 {
+        queue.store().read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0))).await.expect("counts")
+    }
+
+    #[tokio::test]
+    async fn retention_deletes_what_all_are_done_with_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let both = subscribers(&[("a", "#"), ("b", "x")]);
+        let (a, b) = (both[0].clone(), both[1].clone());
+        {
+            let patient = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+            patient.prepare(&both).await.expect("prepares");
+            publish(&patient, "x", 10).await;
+            let (mut source, settler) = patient.open(&a, WINDOW).await.expect("opens");
+            let receipts = take(&mut source).await;
+            assert_eq!(receipts.len(), 10);
+            settler.settle(receipts, Settlement::Delivered).await.expect("settles");
+            patient.trim().await.expect("trims");
+            assert_eq!(stored(&patient).await, 10, "not older than the retention");
+        }
+        let queue = EmbeddedQueue::for_publishing(&config(&dir, Duration::ZERO)).expect("opens");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        queue.trim().await.expect("trims");
+        assert_eq!(stored(&queue).await, 10, "the other one has not got them");
+        let (mut source, settler) = queue.open(&b, WINDOW).await.expect("opens");
+        let receipts = take(&mut source).await;
+        settler.settle(receipts[..4].to_vec(), Settlement::Delivered).await.expect("settles");
+        queue.trim().await.expect("trims");
+        assert_eq!(stored(&queue).await, 6);
+        settler.settle(receipts[4..].to_vec(), Settlement::Delivered).await.expect("settles");
+        queue.trim().await.expect("trims");
+        assert_eq!(stored(&queue).await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_subscriber_that_is_gone_keeps_only_its_backlog() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::ZERO)).expect("opens");
+        let all = subscribers(&[("a", "#"), ("nothing", "y"), ("last", "z")]);
+        queue.prepare(&all).await.expect("prepares");
+        publish(&queue, "x", 5).await;
+        publish(&queue, "z", 1).await;
+        queue.prepare(&all[..1]).await.expect("prepares");
+        let (mut source, settler) = queue.open(&all[0], WINDOW).await.expect("opens");
+        let receipts = take(&mut source).await;
+        settler.settle(receipts, Settlement::Delivered).await.expect("settles");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        queue.trim().await.expect("trims");
+        assert_eq!(stored(&queue).await, 1, "that of `last`");
+        let left = queue.store().read(backlogs).await.expect("counts");
+        assert_eq!(left, [("a".to_owned(), 0), ("last".to_owned(), 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_long_running_producer_notices_that_patterns_have_changed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let config = config(&dir, Duration::ZERO);
+        let producer = EmbeddedQueue::for_publishing(&config).expect("opens");
+        producer.ensure(&subscribers(&[("a", "x")])).await.expect("makes ready");
+        assert_eq!(publish(&producer, "y", 1).await, [Published::Unmatched]);
+        let daemon = EmbeddedQueue::for_daemon(&config).expect("opens");
+        daemon.prepare(&subscribers(&[("a", "y")])).await.expect("prepares");
+        assert_eq!(publish(&producer, "y", 1).await, [Published::Stored]);
+        assert_eq!(publish(&producer, "x", 1).await, [Published::Unmatched]);
+    }
+
+    #[tokio::test]
+    async fn what_is_settled_out_of_order_does_not_come_again() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::ZERO)).expect("opens");
+        let a = subscribers(&[("a", "x")]);
+        queue.prepare(&a).await.expect("prepares");
+        for _ in 0..3 {
+            publish(&queue, "x", 3).await;
+            publish(&queue, "y", 2).await;
+        }
+        let mut expected: Vec<_> = Vec::new();
+        for round in 0..4 {
+            let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
+            let receipts = take(&mut source).await;
+            if round == 0 {
+                expected.clone_from(&receipts);
+                assert_eq!(expected.len(), 9);
+            }
+            assert_eq!(receipts, expected, "in round {round}");
+            // The last and the middle one, never the first.
+            for at in [expected.len() - 1, expected.len() / 2] {
+                let receipt = expected.remove(at);
+                settler.settle(vec![receipt], Settlement::Delivered).await.expect("settles");
+            }
+            let left = queue.store().read(backlogs).await.expect("counts");
+            assert_eq!(left, [("a".to_owned(), u32::try_from(expected.len()).expect("few"))]);
+        }
+        let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
+        let last = take(&mut source).await;
+        assert_eq!(last, expected);
+        settler.settle(last, Settlement::Delivered).await.expect("settles");
+        publish(&queue, "x", 1).await;
+        let rows: u32 = queue.store().read(|db| db.query_row("SELECT count(*) FROM ahead", [], |r| r.get(0))).await.expect("counts");
+        assert_eq!(rows, 0, "nothing is ahead of the cursor any more");
+        let (mut source, _) = queue.open(&a[0], WINDOW).await.expect("opens");
+        assert_eq!(take(&mut source).await.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_cursor_follows_what_is_for_nobody_here() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::ZERO)).expect("opens");
+        let both = subscribers(&[("a", "x"), ("b", "y")]);
+        queue.prepare(&both).await.expect("prepares");
+        publish(&queue, "y", 5).await;
+        let (mut source, _settler) = queue.open(&both[0], WINDOW).await.expect("opens");
+        let mut taken = Vec::new();
+        tokio::time::timeout(Duration::from_secs(6), source.take(&mut taken, 100)).await.expect_err("nothing is for it");
+        let after: i64 = queue
+            .store()
+            .read(|db| db.query_row("SELECT after FROM segment WHERE subscriber = 'a'", [], |r| r.get(0)))
+            .await
+            .expect("a segment");
+        assert_eq!(after, 5);
+    }
+}
