@@ -97,7 +97,16 @@ impl Admin {
                 config.listen
             )
         };
-        let socket = TcpListener::bind(config.listen).await.map_err(why)?;
+        let bound = TcpListener::bind(config.listen).await;
+        let socket = match bound {
+            // Several daemons on one machine need no key for it to deliver.
+            Err(e) if config.is_default && e.kind() == std::io::ErrorKind::AddrInUse => {
+                tracing::warn!(addr = %config.listen, "the default of [admin] listen is taken, by another daemon perhaps; a free port is used instead");
+                TcpListener::bind((config.listen.ip(), 0)).await
+            }
+            bound => bound,
+        };
+        let socket = socket.map_err(why)?;
         tracing::info!(addr = %socket.local_addr().map_err(why)?, "admin listening");
         Ok(Self { socket, token: config.token.clone() })
     }

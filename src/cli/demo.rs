@@ -21,7 +21,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
 };
 use tracing::field::{Field, Visit};
 use tracing_subscriber::{
@@ -37,7 +37,8 @@ use crate::{
     config::{self, Backend, Config},
     queue::{DeadLetters as _, NewEvent, Queue, embedded::EmbeddedQueue},
     secret::Secret,
-    signature, supervisor,
+    signature,
+    supervisor::{self, Phase},
 };
 
 /// For what is under way when no more events come; with the default of `--for` all ends within 30 s.
@@ -361,7 +362,9 @@ impl Play<'_> {
         queue.ensure(&self.config.subscribers).await?;
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async move { drop(stopped.await) };
-        let daemon = supervisor::run(queue.clone(), &self.config.subscribers, shutdown, Duration::from_secs(5));
+        let phase = watch::Sender::new(Phase::Starting);
+        let nothing = std::future::ready(());
+        let daemon = supervisor::run(queue.clone(), &self.config.subscribers, shutdown, Duration::from_secs(5), &phase, nothing);
         let show = async {
             let published = self.publish(&queue).await?;
             self.drain(&queue, &published).await?;
