@@ -64,6 +64,9 @@ const LEAST_ROOM: u32 = 16;
 /// How long a request waits for room before it is told to come again.
 const WAIT_FOR_ROOM: Duration = Duration::from_secs(1);
 
+/// How long a request waits for a queue that cannot be reached: it may be about to come back.
+const WAIT_FOR_QUEUE: Duration = Duration::from_secs(1);
+
 /// How long a body may take to come: less than the time that a drain has by default.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -115,6 +118,7 @@ impl Admin {
     pub fn serve<Q: Queue>(self, queue: Q, subscribers: &[Arc<Subscriber>], phase: watch::Receiver<Phase>) -> Serving {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
+        let (readiness, asked) = (phase.clone(), queue.clone());
         let intake =
             Intake { queue, subscribers: subscribers.to_vec(), phase: phase.clone(), room: room.clone(), failing: AtomicBool::new(false) };
         let api = Router::new()
@@ -122,10 +126,9 @@ impl Admin {
             .with_state(Arc::new(intake))
             .fallback(not_found)
             .layer(middleware::from_fn_with_state(token, authorized));
-        let readiness = phase.clone();
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))
-            .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow()))))
+            .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable()))))
             .nest("/api", api)
             .fallback(not_found);
         let (close, closing) = oneshot::channel::<()>();
@@ -163,8 +166,9 @@ impl Serving {
     }
 }
 
-fn ready(phase: Phase) -> (StatusCode, &'static str) {
+fn ready(phase: Phase, reachable: bool) -> (StatusCode, &'static str) {
     match phase {
+        Phase::Running if !reachable => (StatusCode::SERVICE_UNAVAILABLE, "without its queue\n"),
         Phase::Running => (StatusCode::OK, "ready\n"),
         Phase::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
         Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
@@ -328,6 +332,10 @@ impl<Q: Queue> Intake<Q> {
         let running = *phase.borrow_and_update();
         if running != Phase::Running {
             return Err(Refusal::not_running(running));
+        }
+        if !self.queue.is_reachable() && timeout(WAIT_FOR_QUEUE, self.queue.writable()).await.is_err() {
+            let why = "the queue cannot be reached, or takes nothing; nothing of this request was taken, send it again later";
+            return Err(Refusal::unavailable(why.to_owned()));
         }
         let body = tokio::select! {
             body = timeout(READ_TIMEOUT, read(body, length)) => {

@@ -59,6 +59,11 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// It is not known whether they are stored.
     fn publish(&self, events: Vec<NewEvent>) -> impl Future<Output = Result<Vec<Published>, QueueError>> + Send;
 
+    /// Whether events could be stored now, as far as is known without asking.
+    fn is_reachable(&self) -> bool {
+        true
+    }
+
     /// Whether events come faster than they are stored, so that new ones should come later.
     fn is_behind(&self) -> bool {
         false

@@ -105,6 +105,7 @@ impl AmqpQueue {
         Broker::new(&self.0.declaring)
     }
 
+    /// Connects by itself when it is first asked for.
     fn publisher(&self) -> &Publisher {
         self.0.publisher.get_or_init(|| self.new_publisher(Role::Publishing))
     }
@@ -282,6 +283,7 @@ impl Queue for AmqpQueue {
     type DeadLetters = DeadLetters;
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        self.publisher(); // connects meanwhile
         let mut preparing = Effort::new("the broker's readiness");
         loop {
             match self.try_prepare(subscribers).await {
@@ -355,6 +357,10 @@ impl Queue for AmqpQueue {
             Fate::Refused => Published::Refused,
         };
         Ok(fates.into_iter().map(published).collect())
+    }
+
+    fn is_reachable(&self) -> bool {
+        self.publisher().is_writable()
     }
 
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {

@@ -106,6 +106,11 @@ impl Publisher {
         }
     }
 
+    /// Whether there is a connection that the broker does not block.
+    pub(super) fn is_writable(&self) -> bool {
+        *self.writable.borrow()
+    }
+
     /// Waits until there is a connection that the broker does not block.
     pub(super) async fn writable(&self) {
         // An error means that the task has ended, and with it whoever would wait.
