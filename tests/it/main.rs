@@ -1,5 +1,10 @@
 //! The program as its users meet it: real processes, a real broker, real receivers.
-#![allow(clippy::disallowed_methods, clippy::print_stderr, reason = "tests look at the real clock and show a failed daemon's log")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "tests look at the real clock, and show what they found and a failed daemon's log"
+)]
 
 mod bad_input;
 mod commands;

@@ -1,6 +1,6 @@
 //! What the tests stand on: a broker, daemons as real processes, receivers that do as they are told.
 
-#![allow(dead_code, reason = "the benchmark uses a part of it")]
+#![allow(dead_code, unused_macros, unused_imports, reason = "the benchmark uses a part of it")]
 
 pub(crate) mod broker;
 pub(crate) mod daemon;
