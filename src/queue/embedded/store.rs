@@ -346,3 +346,20 @@ fn explain(e: &rusqlite::Error) -> String {
     };
     format!("{e}: {remedy}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_may_open_a_new_file_at_once() {
+        for _ in 0..5 {
+            let dir = tempfile::tempdir().expect("a directory");
+            std::thread::scope(|all| {
+                for _ in 0..12 {
+                    all.spawn(|| Store::open(&dir.path().join("data"), Access::Create).unwrap_or_else(|e| panic!("{e}")));
+                }
+            });
+        }
+    }
+}
