@@ -12,7 +12,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::queue::QueueError;
+use crate::{clock, queue::QueueError};
 
 /// Each takes the schema one version further; the first from an empty file. Never changed once released.
 const MIGRATIONS: &[&str] = &["
@@ -238,7 +238,20 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
     }
 }
 
+/// SQLite does not wait for another process by itself where that makes the file a write-ahead-logged one.
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let give_up = clock::instant() + BUSY;
+    loop {
+        match try_connect(path) {
+            Err(e) if e.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) && clock::instant() < give_up => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn try_connect(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(path, flags)?;
     db.busy_timeout(BUSY)?;
