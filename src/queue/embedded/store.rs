@@ -12,7 +12,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::queue::QueueError;
+use crate::{clock, queue::QueueError};
 
 /// Each takes the schema one version further; the first from an empty file. Never changed once released.
 const MIGRATIONS: &[&str] = &["
@@ -79,6 +79,7 @@ const APPLICATION_ID: i32 = 0x686f_6f6b;
 
 const FILE: &str = "hooktrail.db";
 const LOCK: &str = "hooktrail.lock";
+const OPENING: &str = "hooktrail.opening";
 
 /// How long one process waits for another's transaction.
 const BUSY: Duration = Duration::from_secs(10);
@@ -135,6 +136,8 @@ impl Store {
             .create(data_dir)
             .map_err(|e| QueueError::needs_operator(format!("[queue] data_dir `{}` cannot be made: {e}", data_dir.display())))?;
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
+        // SQLite does not wait for another process where that makes a new file a write-ahead-logged one.
+        let _opening = opening(data_dir)?;
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
         let mut writer = connect(&path).map_err(error)?;
         migrate(&mut writer, &path)?;
@@ -217,6 +220,16 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
 
 pub(super) fn exists(data_dir: &Path) -> bool {
     data_dir.join(FILE).exists()
+}
+
+/// Waits until no other process opens the database; as long as the file lives, none does.
+fn opening(data_dir: &Path) -> Result<File, QueueError> {
+    let path = data_dir.join(OPENING);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let locked = file.and_then(|file| file.lock().map(|()| file));
+    locked.map_err(|e| {
+        QueueError::needs_operator(format!("`{}` cannot be locked: {e}; check the permissions of the directory", path.display()))
+    })
 }
 
 /// The lock ends with the process, however that ends.
@@ -345,4 +358,21 @@ fn explain(e: &rusqlite::Error) -> String {
         _ => return e.to_string(),
     };
     format!("{e}: {remedy}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_may_open_a_new_file_at_once() {
+        for _ in 0..5 {
+            let dir = tempfile::tempdir().expect("a directory");
+            std::thread::scope(|all| {
+                for _ in 0..12 {
+                    all.spawn(|| Store::open(&dir.path().join("data"), Access::Create).unwrap_or_else(|e| panic!("{e}")));
+                }
+            });
+        }
+    }
 }
