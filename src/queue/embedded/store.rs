@@ -12,7 +12,7 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{clock, queue::QueueError};
+use crate::queue::QueueError;
 
 /// Each takes the schema one version further; the first from an empty file. Never changed once released.
 const MIGRATIONS: &[&str] = &["
