@@ -122,7 +122,8 @@ pub(super) async fn open(
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
     let name = subscriber.to_owned();
-    let (segments, runs) = store.read(move |db| Ok((segments(db, &name)?, ahead(db, &name)?))).await?;
+    // Asked where writes are done in their order: what a lane that panicked had begun to write is seen.
+    let (segments, runs) = store.write(move |db| Ok((segments(db, &name)?, ahead(db, &name)?))).await?;
     let segments: VecDeque<Segment> = segments.into();
     let cursor = segments.front().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
