@@ -4,6 +4,7 @@
 use std::{
     fs::{File, TryLockError},
     os::unix::fs::DirBuilderExt as _,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -148,7 +149,8 @@ impl Store {
         let (read_jobs, mut inbox) = mpsc::channel::<ReadJob>(JOBS);
         thread("hooktrail-reader", move || {
             while let Some(job) = inbox.blocking_recv() {
-                job(&reader);
+                // A query that panics is that query's end; whoever asked is told by the dropped reply.
+                catch_unwind(AssertUnwindSafe(|| job(&reader))).ok();
             }
         });
         Ok(Self(Arc::new(Inner { path, writer: write_jobs, reader: read_jobs, commits: committed, _lock: lock })))
@@ -300,13 +302,18 @@ fn write(db: &Connection, mut inbox: mpsc::Receiver<WriteJob>, commits: &watch::
         let begun = db.execute_batch("BEGIN IMMEDIATE").map_err(|e| explain(&e));
         let mut done = Vec::new();
         let mut next = Some(first);
+        let mut panicked = false;
         while let Some(job) = next {
-            done.push(job(db));
+            match catch_unwind(AssertUnwindSafe(|| job(db))) {
+                Ok(answer) => done.push(answer),
+                // It may have stopped anywhere: the group is not committed, and its asker told by the dropped reply.
+                Err(_) => panicked = true,
+            }
             // A full disk can end the whole transaction: what follows must not be committed by itself.
-            next = if done.len() < GROUP && !db.is_autocommit() { inbox.try_recv().ok() } else { None };
+            next = if done.len() < GROUP && !panicked && !db.is_autocommit() { inbox.try_recv().ok() } else { None };
         }
         let committed = begun.and_then(|()| {
-            if db.is_autocommit() {
+            if panicked || db.is_autocommit() {
                 return Err("the transaction was rolled back".to_owned());
             }
             db.execute_batch("COMMIT").map_err(|e| explain(&e))
@@ -374,5 +381,16 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[tokio::test]
+    async fn a_part_that_panics_ends_neither_the_threads_nor_what_comes_after_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path(), Access::Daemon).expect("opens");
+        assert!(store.write(|_| -> rusqlite::Result<()> { panic!("told to") }).await.is_err());
+        assert!(store.read(|_| -> rusqlite::Result<()> { panic!("told to") }).await.is_err());
+        store.write(|db| db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, x'')", [])).await.expect("writes");
+        let count: u32 = store.read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0))).await.expect("reads");
+        assert_eq!(count, 1);
     }
 }
