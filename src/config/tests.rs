@@ -52,8 +52,15 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     let bare = load_text(QUEUE).expect("valid");
     assert!(shipped.subscribers.is_empty());
     assert_eq!(
-        (shipped.shutdown_timeout, shipped.log, &shipped.admin, &shipped.queue.backend, shipped.queue.embedded.retention),
-        (bare.shutdown_timeout, bare.log, &bare.admin, &Backend::Embedded, bare.queue.embedded.retention)
+        (
+            shipped.shutdown_timeout,
+            shipped.log,
+            shipped.admin.listen,
+            &shipped.admin.token,
+            &shipped.queue.backend,
+            shipped.queue.embedded.retention
+        ),
+        (bare.shutdown_timeout, bare.log, bare.admin.listen, &bare.admin.token, &Backend::Embedded, bare.queue.embedded.retention)
     );
 
     // With its example subscriber uncommented and a subscriber that relies on the groups as shipped.
