@@ -318,12 +318,12 @@ fn what_was_answered_202_arrives_although_the_daemon_is_killed_again_and_again()
             })
             .collect();
         let so_far = || taken.lock().expect("not poisoned").len();
-        for _ in 0..5 {
+        for _ in 0..20 {
             let before = so_far();
             let daemon = setup.start().await;
             eventually("events are taken", async || so_far() > before).await;
             // The moment is what is tried out.
-            tokio::time::sleep(Duration::from_millis(rand::random_range(0..700))).await;
+            tokio::time::sleep(Duration::from_millis(rand::random_range(0..300))).await;
             daemon.kill();
         }
         stop.store(true, Ordering::Relaxed);
