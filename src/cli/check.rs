@@ -30,6 +30,10 @@ async fn connect(config: &Config) -> Result<(), Failed> {
         }
         Backend::Embedded => {
             let embedded = &config.queue.embedded;
+            if !EmbeddedQueue::exists(embedded) {
+                println!("\n# There is no embedded queue in {} yet; `run` makes it.", embedded.data_dir.display());
+                return Ok(());
+            }
             let queue = EmbeddedQueue::existing(embedded)?;
             println!("\n# The embedded queue in {} can be read.", embedded.data_dir.display());
             inspect(queue, config).await

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     io::{IsTerminal as _, Write as _},
+    os::unix::fs::DirBuilderExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -55,7 +56,9 @@ pub(super) struct Args {
     /// How long events come, such as 10m
     #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "15s")]
     publish_for: Duration,
-    /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at its end
+    /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at its
+    /// end. Others on this machine can see the command line: a URL with a password of worth belongs into
+    /// the variable
     #[arg(long, value_name = "URL", env = "HOOKTRAIL_DEMO_AMQP_URL", hide_env_values = true)]
     amqp: Option<String>,
 }
@@ -102,7 +105,11 @@ struct Home(std::path::PathBuf);
 impl Home {
     fn new() -> Result<Self, Failed> {
         let path = std::env::temp_dir().join(format!("hooktrail-demo-{:08x}", rand::random::<u32>()));
-        std::fs::create_dir(&path).map_err(|e| Failed::Runtime(format!("{} cannot be made: {e}; set TMPDIR", path.display())))?;
+        // The URL of a RabbitMQ is written there, its password included.
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(|e| Failed::Runtime(format!("{} cannot be made: {e}; set TMPDIR", path.display())))?;
         Ok(Self(path))
     }
 
@@ -570,4 +577,19 @@ fn audit_event(id: usize) -> NewEvent {
     body["timestamp"] = now().into();
     body["demo_id"] = demo_id(id).into();
     new_event(event_type, id, &body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn nobody_else_reads_the_url_that_the_demo_writes_down() {
+        let home = Home::new().expect("makes a directory");
+        assert_eq!(std::fs::metadata(&home.0).expect("is there").mode() & 0o777, 0o700);
+        let path = home.0.clone();
+        drop(home);
+        assert!(!path.exists());
+    }
 }

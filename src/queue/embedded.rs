@@ -81,6 +81,11 @@ impl EmbeddedQueue {
         Self::open(config, Access::Existing)
     }
 
+    /// Whether there is one to look at.
+    pub fn exists(config: &EmbeddedConfig) -> bool {
+        store::exists(&config.data_dir)
+    }
+
     fn open(config: &EmbeddedConfig, access: Access) -> Result<Self, QueueError> {
         let store = Store::open(&config.data_dir, access)?;
         let news = watch::Sender::new(0);
@@ -94,7 +99,7 @@ impl EmbeddedQueue {
     /// # Errors
     /// It cannot be read.
     pub async fn holds_undelivered(config: &EmbeddedConfig) -> Result<bool, QueueError> {
-        if !store::exists(&config.data_dir) {
+        if !Self::exists(config) {
             return Ok(false);
         }
         let queue = Self::existing(config)?;
@@ -206,7 +211,8 @@ impl Queue for EmbeddedQueue {
         // A page that is written and taken back: what a full disk refuses.
         let probe =
             |db: &Connection| db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe");
-        while self.store().write(probe).await.is_err() {
+        while let Err(e) = self.store().write(probe).await {
+            tracing::debug!(error = %e, "the embedded queue still takes nothing");
             tokio::time::sleep(pauses.grow()).await;
         }
     }

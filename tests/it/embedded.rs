@@ -39,6 +39,7 @@ fn a_second_daemon_is_refused_and_the_first_notices_nothing() {
         let queue = Embedded::new();
         let receiver = Receiver::accepting().await;
         let setup = one(&queue, &receiver.url);
+        assert!(setup.ok(&["check", "--connect"]).contains("There is no embedded queue in"), "before the first run");
         let daemon = setup.start().await;
         let (code, told) = refused(&setup.run(&["run"]));
         assert_eq!(code, Some(1), "{told}");
@@ -183,16 +184,19 @@ fn what_other_processes_write_is_picked_up_within_a_second() {
         let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
         let _daemon = setup.start().await;
         let file = setup.write("event", event(0));
-        tokio::time::sleep(Duration::from_millis(500)).await; // nothing goes on any more
-        setup.ok(&["publish", file.to_str().expect("a path")]);
-        let start = Instant::now();
-        receiver.wait_requests(1).await;
-        assert!(start.elapsed() < Duration::from_secs(1), "an event waited {:?}", start.elapsed());
+        let publish = ["publish", file.to_str().expect("a path")];
+        // Once the first is settled nothing of the daemon's own goes on any more that could wake it.
+        setup.ok(&publish);
         queue.wait("a dead letter", async || queue.dead("a").await == 1).await;
-        receiver.now(|_, _| status(200));
-        setup.ok(&["dead", "replay", "a"]);
+        setup.ok(&publish);
         let start = Instant::now();
         receiver.wait_requests(2).await;
+        assert!(start.elapsed() < Duration::from_secs(1), "an event waited {:?}", start.elapsed());
+        queue.wait("another one", async || queue.dead("a").await == 2).await;
+        receiver.now(|_, _| status(200));
+        setup.ok(&["dead", "replay", "a", "@1"]);
+        let start = Instant::now();
+        receiver.wait_requests(3).await;
         assert!(start.elapsed() < Duration::from_secs(1), "a replay waited {:?}", start.elapsed());
         queue.wait("it is settled", async || queue.retries("a").await == 0).await;
     });
@@ -207,7 +211,7 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         const LIMIT: &str = "--fsize=65536"; // far less than what is written already
         let queue = Embedded::new();
         let receiver = Receiver::accepting().await;
-        let setup = one(&queue, &receiver.url);
+        let setup = Setup::new(&queue, &("[log]\nlevel = \"debug\"\n".to_owned() + QUICK + &subscriber("a", &receiver.url, "")));
         let daemon = setup.spawn_as(&format!("{LIMITED} \"$0\" \"$@\""));
         daemon.wait_log("running").await;
         queue.publish(TYPE, None, events(0..500)).await;
@@ -232,7 +236,8 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         daemon.wait_log("lost its queue").await;
         let log = daemon.log();
         assert!(log.contains("disk") && log.contains(queue.file().to_str().expect("a path")), "{log}");
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        let tries = || daemon.log().matches("the embedded queue still takes nothing").count();
+        queue.wait("it was tried again", async || tries() >= 5).await;
         assert!(receiver.count() - before <= 4, "{} requests whose end could not be written down", receiver.count() - before);
         assert_eq!(queue.backlog("a").await, 100);
 

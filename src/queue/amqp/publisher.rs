@@ -32,6 +32,9 @@ const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 /// limit here, or one queue that answers nobody would hold up all others: the requests in flight bound it.
 const MAX_INBOX: usize = 64;
 
+/// A queue that never answers leaves its confirms behind; with so many of them the connection is made anew.
+const MAX_ABANDONED: usize = 10_000;
+
 /// What the broker said of one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
@@ -187,11 +190,13 @@ struct Generation {
     next_group: u64,
     groups: HashMap<u64, Pending>,
     confirms: FuturesUnordered<BoxFuture<'static, Confirmed>>,
+    /// Confirms that nobody waits for any more and that have not come.
+    abandoned: usize,
 }
 
 impl Generation {
     fn new(channel: Channel, role: Role) -> Self {
-        Self { channel, role, next_group: 0, groups: HashMap::new(), confirms: FuturesUnordered::new() }
+        Self { channel, role, next_group: 0, groups: HashMap::new(), confirms: FuturesUnordered::new(), abandoned: 0 }
     }
 
     /// Publishes what comes in until the connection fails; `None` when it was told to stop.
@@ -229,7 +234,12 @@ impl Generation {
                         return Some(self.fail(&BrokerError::from(e)));
                     }
                 }
-                () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => self.expire(),
+                () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => {
+                    self.expire();
+                    if self.abandoned > MAX_ABANDONED {
+                        return Some(self.fail("too many messages were never confirmed"));
+                    }
+                }
                 group = inbox.recv(), if !blocked => {
                     let group = group?;
                     match timeout(CONFIRM_TIMEOUT, self.publish(group)).await {
@@ -285,10 +295,13 @@ impl Generation {
                 // Not in confirm mode: cannot be, and if it were nothing would be known.
                 Confirmation::NotRequested => (Fate::Refused, None),
             };
-            if let Some(pending) = self.groups.get_mut(&group) {
-                pending.left -= 1;
-                // A return may have settled it already.
-                pending.fates[n].get_or_insert(fate);
+            match self.groups.get_mut(&group) {
+                Some(pending) => {
+                    pending.left -= 1;
+                    // A return may have settled it already.
+                    pending.fates[n].get_or_insert(fate);
+                }
+                None => self.abandoned = self.abandoned.saturating_sub(1),
             }
             if let Some(returned) = returned {
                 self.returned(group, &returned);
@@ -352,6 +365,7 @@ impl Generation {
         for id in late {
             let Some(p) = self.groups.remove(&id) else { continue };
             let key = p.keys.first().map(|k| k.1.clone()).unwrap_or_default();
+            self.abandoned += p.left;
             let why = format!("the broker did not confirm a message for `{key}` within {} s", CONFIRM_TIMEOUT.as_secs());
             p.reply.send(Err(QueueError::new(why))).ok();
         }

@@ -186,7 +186,7 @@ impl Store {
         }
         match answer.await {
             Ok(result) => result.map_err(|why| self.error(&why)),
-            Err(_) => Err(self.error("its writing thread has ended")),
+            Err(_) => Err(self.error("the change was given up, by a panic or at the end; nothing of it is stored")),
         }
     }
 
@@ -206,7 +206,7 @@ impl Store {
         }
         match answer.await {
             Ok(result) => result.map_err(|e| self.error(&explain(&e))),
-            Err(_) => Err(self.error("its reading thread has ended")),
+            Err(_) => Err(self.error("the query was given up, by a panic or at the end")),
         }
     }
 
