@@ -1,8 +1,11 @@
-//! The admin listener: whether the daemon is alive and ready, and the intake, which takes events over HTTP.
+//! The admin listener: whether the daemon is alive and ready, pausing and resuming (`control`), and the
+//! intake, which takes events over HTTP.
 //!
 //! What it answers 202 is durable; what it refuses with another status than 503 has left no trace.
 //! It asks for `content-type`s that a browser does not send to another origin without asking first,
 //! so that no web page can publish to a listener on its visitor's machine.
+
+mod control;
 
 use std::{
     future::Future,
@@ -119,11 +122,13 @@ impl Admin {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
         let (readiness, asked) = (phase.clone(), queue.clone());
+        let control = control::routes(queue.clone(), subscribers);
         let intake =
             Intake { queue, subscribers: subscribers.to_vec(), phase: phase.clone(), room: room.clone(), failing: AtomicBool::new(false) };
         let api = Router::new()
             .route("/v1/events", post(take_events::<Q>))
             .with_state(Arc::new(intake))
+            .merge(control)
             .fallback(not_found)
             .layer(middleware::from_fn_with_state(token, authorized));
         let app = Router::new()
@@ -197,6 +202,15 @@ async fn authorized(State(token): State<Option<Arc<Secret>>>, request: Request, 
 
 fn header_text(headers: &HeaderMap, name: HeaderName) -> &str {
     headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+}
+
+/// Without its parameters, in lower case.
+fn media_type(headers: &HeaderMap) -> String {
+    header_text(headers, header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    media_type(headers) == "application/json"
 }
 
 /// Reads a body that nobody wants: a client that still sends when the connection closes may never see
@@ -419,8 +433,7 @@ impl<Q: Queue> Intake<Q> {
 
 impl Encoding {
     fn of(headers: &HeaderMap) -> Result<Self, Refusal> {
-        let media_type = header_text(headers, header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        let lines = match media_type.as_str() {
+        let lines = match media_type(headers).as_str() {
             "application/json" => false,
             "application/jsonl" | "application/x-ndjson" => true,
             _ => {

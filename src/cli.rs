@@ -2,11 +2,13 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line prints")]
 
 mod check;
+mod daemon;
 mod dead;
 mod demo;
 mod listen;
 mod publish;
 mod run;
+mod test;
 
 use std::path::PathBuf;
 
@@ -49,8 +51,28 @@ enum Command {
     Publish(publish::Args),
     /// A receiver for trying things out: verifies signatures, prints events, fails on request
     Listen(listen::Args),
+    /// Send one signed event to a subscriber at once, without queue or daemon, and show what comes of it
+    Test(test::Args),
     /// Make a secret for signing and print it
     Secret,
+    /// Print the JSON Schema of what receivers get
+    Schema {
+        /// Of one event, or of the body of a request
+        of: Schema,
+    },
+    /// Ask the running daemon to send nothing to a subscriber until it is resumed; its events wait in the queue
+    Pause {
+        /// The subscriber's name
+        subscriber: String,
+        /// For whoever asks later
+        #[arg(long, value_name = "TEXT")]
+        why: Option<String>,
+    },
+    /// Ask the running daemon to deliver to a paused subscriber again
+    Resume {
+        /// The subscriber's name
+        subscriber: String,
+    },
     /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not touched
     Repair {
         /// The subscriber's name
@@ -64,6 +86,22 @@ enum Command {
     /// Look at dead letters, send them again, delete them
     #[command(subcommand)]
     Dead(dead::Command),
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Schema {
+    Event,
+    Payload,
+}
+
+impl Schema {
+    /// As it stands in the documents.
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Event => include_str!("../docs/schema/event.json"),
+            Self::Payload => include_str!("../docs/schema/payload.json"),
+        }
+    }
 }
 
 /// Why a command did not do what it was asked.
@@ -105,6 +143,10 @@ impl Cli {
                 println!("{}", new_secret());
                 Ok(())
             }
+            Command::Schema { of } => {
+                print!("{}", of.text());
+                Ok(())
+            }
             other => {
                 log(LogConfig { json: false, level: tracing::Level::WARN });
                 let config = load()?;
@@ -112,8 +154,13 @@ impl Cli {
                     Command::Check(args) => check::run(&config, &args).await,
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
+                    Command::Test(args) => test::run(&config, &args).await,
+                    Command::Pause { subscriber, why } => daemon::pause(&config, &subscriber, why).await,
+                    Command::Resume { subscriber } => daemon::resume(&config, &subscriber).await,
                     Command::Dead(command) => dead::run(&config, command).await,
-                    Command::Run { .. } | Command::Demo(_) | Command::Listen(_) | Command::Secret => unreachable!("handled above"),
+                    Command::Run { .. } | Command::Demo(_) | Command::Listen(_) | Command::Secret | Command::Schema { .. } => {
+                        unreachable!("handled above")
+                    }
                 }
             }
         }

@@ -11,6 +11,8 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use http::{HeaderName, HeaderValue};
 use url::Url;
 
 pub use reader::Problem;
@@ -18,13 +20,15 @@ use reader::{Layers, Reader, Section, Source, Value};
 
 use crate::{
     address::AddressPolicy,
+    answer::Success,
     batch::BatchPolicy,
     circuit_breaker::BreakerPolicy,
     event::Pattern,
     payload::Format,
-    retry::{MAX_DELAY, RetryOptions, RetryPolicy},
+    retry::{Exhausted, MAX_DELAY, RetryOptions, RetryPolicy},
     secret::{Secret, SecretUrl},
     signature::{Encoding, Scheme, Signer, standard_key},
+    tls::{self, BadIdentity, Identity, TlsPolicy},
 };
 
 /// The commented default configuration, every key in it.
@@ -41,12 +45,48 @@ const ADMIN_KEYS: &[&str] = &["listen", "token"];
 const LOG_KEYS: &[&str] = &["format", "level"];
 const BATCH_KEYS: &[&str] = &["max_events", "max_bytes", "max_wait"];
 const HTTP_KEYS: &[&str] =
-    &["timeout", "connect_timeout", "concurrency", "success", "allow_http", "allow_private_addresses", "allow_addresses"];
+    &["timeout", "connect_timeout", "concurrency", "success", "allow_http", "allow_private_addresses", "allow_addresses", "proxy"];
 const RETRY_KEYS: &[&str] =
     &["initial_interval", "multiplier", "randomization_factor", "max_interval", "max_attempts", "max_elapsed_time", "on_exhausted"];
 const BREAKER_KEYS: &[&str] = &["failures", "open_for", "max_open_for"];
-const SUBSCRIBER_KEYS: &[&str] = &["name", "url", "events", "format", "secrets", "signatures", "batch", "http", "retry", "circuit_breaker"];
+const SUBSCRIBER_KEYS: &[&str] = &[
+    "name",
+    "url",
+    "events",
+    "format",
+    "secrets",
+    "signatures",
+    "headers",
+    "auth",
+    "tls",
+    "event_ids",
+    "preset",
+    "paused",
+    "batch",
+    "http",
+    "retry",
+    "circuit_breaker",
+];
+const AUTH_KEYS: &[&str] = &["basic", "bearer"];
+const BASIC_KEYS: &[&str] = &["username", "password"];
+const TLS_KEYS: &[&str] = &["ca_file", "client_cert_file", "client_key_file"];
+const PRESET_KEYS: &[&str] = &["signatures", "batch", "http", "retry", "circuit_breaker"];
 const SIGNATURE_KEYS: &[&str] = &["header", "prefix", "encoding"];
+
+/// `preset = "mailtrap"`: what the hosted service does, between a subscriber's own keys and the top-level groups.
+const MAILTRAP: &str = r#"
+signatures = ["mailtrap"]
+batch = { max_events = 500, max_wait = "30s" }
+http = { success = "200", timeout = "30s" }
+circuit_breaker = { failures = 0 }
+[retry]
+max_attempts = 41
+initial_interval = "5m"
+multiplier = 1
+randomization_factor = 0
+max_elapsed_time = "0s"
+on_exhausted = "pause"
+"#;
 
 /// The longest `[http] timeout`: a slot works through at most two prefetched batches, one after the
 /// other, and the broker closes the channel of a consumer that holds a message for 30 minutes.
@@ -57,13 +97,15 @@ const MAX_OPEN_FOR: Duration = Duration::from_secs(24 * 3600);
 
 /// Headers of a request that only hooktrail sets.
 const RESERVED_HEADERS: &[&str] = &[
-    "authorization",
     "content-type",
     "content-length",
     "content-encoding",
     "transfer-encoding",
     "host",
     "connection",
+    "keep-alive",
+    "proxy-authorization",
+    "proxy-connection",
     "user-agent",
     "te",
     "trailer",
@@ -157,27 +199,27 @@ pub struct HttpPolicy {
     pub success: Success,
     pub allow_http: bool,
     pub addresses: AddressPolicy,
+    /// Then it decides about the addresses of names.
+    pub proxy: Option<SecretUrl>,
 }
 
-/// Which statuses mean that the batch was accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Success {
-    Any2xx,
-    Only200,
+/// How a request says whom it is from, from `auth`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Auth {
+    /// RFC 7617.
+    Basic { username: String, password: Secret },
+    /// RFC 6750.
+    Bearer(Secret),
 }
 
-impl Success {
-    pub fn includes(self, status: u16) -> bool {
+impl Auth {
+    /// The value of the header `authorization`.
+    pub fn header(&self) -> Secret {
         match self {
-            Self::Any2xx => (200..300).contains(&status),
-            Self::Only200 => status == 200,
-        }
-    }
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Any2xx => "2xx",
-            Self::Only200 => "200",
+            Self::Basic { username, password } => {
+                Secret::new(format!("Basic {}", BASE64.encode(format!("{username}:{}", password.expose()))))
+            }
+            Self::Bearer(token) => Secret::new(format!("Bearer {}", token.expose())),
         }
     }
 }
@@ -191,10 +233,18 @@ pub struct Subscriber {
     pub format: Format,
     pub secrets: Vec<Secret>,
     pub signer: Signer,
+    /// What the configuration adds to each request; the values may be secrets.
+    pub headers: Vec<(HeaderName, Secret)>,
+    pub auth: Option<Auth>,
+    pub tls: TlsPolicy,
     pub batch: BatchPolicy,
     pub http: HttpPolicy,
     pub retry: RetryPolicy,
     pub circuit_breaker: BreakerPolicy,
+    /// Events that have no field `event_id` get one: the producer's message id.
+    pub event_ids: bool,
+    /// Whatever the queue's record says.
+    pub paused: bool,
 }
 
 /// Everything that is wrong with a configuration.
@@ -254,6 +304,8 @@ struct Defaults<'d> {
     http: Option<Section<'d>>,
     retry: Option<Section<'d>>,
     circuit_breaker: Option<Section<'d>>,
+    /// The one preset there is.
+    mailtrap: Section<'d>,
 }
 
 impl Loader<'_, '_> {
@@ -266,17 +318,20 @@ impl Loader<'_, '_> {
         let admin = self.admin(&root);
         let log = self.log(&root);
         let group = |key, keys| root.get(key).and_then(|v| r.section(&v, keys));
+        let preset = Source { path: PathBuf::from("preset \"mailtrap\""), text: MAILTRAP.to_owned() };
+        let preset_document = r.parse(&preset);
         let defaults = Defaults {
+            mailtrap: r.root(&preset, &preset_document, PRESET_KEYS),
             batch: group("batch", BATCH_KEYS),
             http: group("http", HTTP_KEYS),
             retry: group("retry", RETRY_KEYS),
             circuit_breaker: group("circuit_breaker", BREAKER_KEYS),
         };
         // A mistake in a default is one even if no subscriber uses it.
-        self.batch(&Layers { own: None, base: defaults.batch.clone() });
-        self.http(&Layers { own: None, base: defaults.http.clone() });
-        self.retry(&Layers { own: None, base: defaults.retry.clone() });
-        self.breaker(&Layers { own: None, base: defaults.circuit_breaker.clone() });
+        self.batch(&Layers { own: None, preset: None, base: defaults.batch.clone() });
+        self.http(&Layers { own: None, preset: None, base: defaults.http.clone() });
+        self.retry(&Layers { own: None, preset: None, base: defaults.retry.clone() });
+        self.breaker(&Layers { own: None, preset: None, base: defaults.circuit_breaker.clone() });
 
         let mut names = HashMap::new();
         let mut subscribers = self.subscribers(&root, &defaults, &mut names);
@@ -524,6 +579,7 @@ impl Loader<'_, '_> {
         let success = self.one_of(group.get("success"), &[("2xx", Success::Any2xx), ("200", Success::Only200)]);
         let allow_http = self.bool(group.get("allow_http"));
         let addresses = self.addresses(group);
+        let proxy = self.proxy(group);
         Some(HttpPolicy {
             timeout: timeout?,
             connect_timeout: connect_timeout?,
@@ -531,7 +587,23 @@ impl Loader<'_, '_> {
             success: success?,
             allow_http: allow_http?,
             addresses: addresses?,
+            proxy: proxy?,
         })
+    }
+
+    /// An empty one takes back that of the top level.
+    fn proxy(&self, http: &Layers<'_>) -> Option<Option<SecretUrl>> {
+        let Some(value) = http.get("proxy") else { return Some(None) };
+        let text = self.reader.string(&value)?;
+        if text.is_empty() {
+            return Some(None);
+        }
+        // The URL is not quoted: it may hold a password.
+        let url = text.parse::<Url>().ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
+        if url.is_none() {
+            self.reader.report(&value, "is not the URL of a proxy; write one such as \"http://proxy.internal:3128\", or \"\" for none");
+        }
+        url.map(|url| Some(SecretUrl::new(url)))
     }
 
     fn addresses(&self, http: &Layers<'_>) -> Option<AddressPolicy> {
@@ -562,7 +634,7 @@ impl Loader<'_, '_> {
         let randomization_factor = float("randomization_factor", d.randomization_factor);
         let max_attempts = self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=1_000_000);
         let max_elapsed_time = self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
-        let on_exhausted = self.one_of(group.get("on_exhausted"), &[("dead_letter", ())]);
+        let on_exhausted = self.one_of(group.get("on_exhausted"), &[("dead_letter", Exhausted::DeadLetter), ("pause", Exhausted::Pause)]);
         // What could not be read is reported already; for it stands a value that agrees with every other.
         let checked = RetryPolicy::try_new(RetryOptions {
             initial_interval: initial_interval.unwrap_or(Duration::from_nanos(1)),
@@ -571,6 +643,7 @@ impl Loader<'_, '_> {
             max_interval: max_interval.unwrap_or(MAX_DELAY),
             max_attempts: max_attempts.and_then(|n| u32::try_from(n).ok()).unwrap_or(d.max_attempts),
             max_elapsed_time: max_elapsed_time.unwrap_or(d.max_elapsed_time),
+            on_exhausted: on_exhausted.unwrap_or(d.on_exhausted),
         });
         for (key, why) in checked.as_ref().err().into_iter().flatten() {
             self.report_in_group(group, key, why);
@@ -609,8 +682,11 @@ impl Loader<'_, '_> {
         let r = self.reader;
         let section = r.section(table, SUBSCRIBER_KEYS)?;
         let name = self.name(&section, names);
-        let group =
-            |key, keys, base: &Option<Section<'d>>| Layers { own: section.get(key).and_then(|v| r.section(&v, keys)), base: base.clone() };
+        let preset = section.get("preset").and_then(|v| self.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
+        let group = |key, keys, base: &Option<Section<'d>>| {
+            let of = |s: &Section<'d>| s.get(key).and_then(|v| r.section(&v, keys));
+            Layers { own: of(&section), preset: preset.and_then(of), base: base.clone() }
+        };
         let batch = self.batch(&group("batch", BATCH_KEYS, &defaults.batch));
         let http_group = group("http", HTTP_KEYS, &defaults.http);
         let http = self.http(&http_group);
@@ -622,7 +698,14 @@ impl Loader<'_, '_> {
             Some(v) => self.patterns(&v),
         };
         let format = self.one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
-        let signing = self.signing(&section);
+        let headers = section.get("headers").map_or(Some(Vec::new()), |v| self.headers(&v));
+        let auth = section.get("auth").map_or(Some(None), |v| self.auth(&v).map(Some));
+        let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| self.tls(&v));
+        let event_ids = self.bool(section.get("event_ids"));
+        let paused = self.bool(section.get("paused"));
+        let signatures = section.get("signatures").or_else(|| preset.and_then(|p| p.get("signatures")));
+        let signing = self.signing(&section, signatures);
+        self.agree_on_headers(&section, url.as_ref(), headers.as_deref(), signing.as_ref().map(|(_, signer)| signer.schemes()));
         let (secrets, signer) = signing?;
         Some(Subscriber {
             name: name?,
@@ -631,11 +714,138 @@ impl Loader<'_, '_> {
             format: format?,
             secrets,
             signer,
+            headers: headers?,
+            auth: auth?,
+            tls: tls?,
             batch: batch?,
             http: http?,
             retry: retry?,
             circuit_breaker: circuit_breaker?,
+            event_ids: event_ids?,
+            paused: paused?,
         })
+    }
+
+    fn headers(&self, value: &Value<'_>) -> Option<Vec<(HeaderName, Secret)>> {
+        let r = self.reader;
+        let entries = r.entries(value)?;
+        let mut headers: Vec<(HeaderName, Secret)> = Vec::new();
+        for (name, value) in &entries {
+            let Some(text) = r.string(value) else { continue };
+            let wrong = match HeaderName::from_bytes(name.as_bytes()) {
+                Err(_) => "is not a valid header name; write one such as \"X-Tenant\"",
+                Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => "is a header that hooktrail sets itself; remove it",
+                Ok(name) if headers.iter().any(|(n, _)| *n == name) => "is there twice; case makes no difference in a header's name",
+                Ok(_) if HeaderValue::from_str(&text).is_err() || !text.is_ascii() => {
+                    "has a value that a header cannot carry; use visible ASCII characters and spaces"
+                }
+                Ok(name) => {
+                    headers.push((name, Secret::new(text)));
+                    continue;
+                }
+            };
+            r.report(value, wrong);
+        }
+        (headers.len() == entries.len()).then_some(headers)
+    }
+
+    fn auth(&self, value: &Value<'_>) -> Option<Auth> {
+        let r = self.reader;
+        let section = r.section(value, AUTH_KEYS)?;
+        match (section.get("basic"), section.get("bearer")) {
+            (Some(basic), None) => {
+                let basic = r.section(&basic, BASIC_KEYS)?;
+                let required = |key| {
+                    let found = basic.get(key);
+                    if found.is_none() {
+                        r.report_missing(&basic, key, "is required beside the other of `username` and `password`");
+                    }
+                    found
+                };
+                let (username, password) = (required("username"), required("password"));
+                let username = username.and_then(|v| {
+                    let text = r.string(&v)?;
+                    let ok = !text.contains(':') && !text.contains(char::is_control);
+                    if !ok {
+                        r.report(&v, "must have no `:` and no control characters (RFC 7617)");
+                    }
+                    ok.then_some(text)
+                });
+                let password = password.and_then(|v| self.secret(&v));
+                Some(Auth::Basic { username: username?, password: password? })
+            }
+            (None, Some(bearer)) => {
+                let token = self.secret(&bearer)?;
+                let ok = token.expose().bytes().all(|b| b.is_ascii_graphic());
+                if !ok {
+                    r.report(&bearer, "must be visible ASCII characters without spaces, which is what a header can carry");
+                }
+                ok.then_some(Auth::Bearer(token))
+            }
+            (Some(_), Some(_)) | (None, None) => {
+                r.report(value, "must be either { basic = { username = \"…\", password = \"…\" } } or { bearer = \"…\" }");
+                None
+            }
+        }
+    }
+
+    fn tls(&self, value: &Value<'_>) -> Option<TlsPolicy> {
+        let r = self.reader;
+        let section = r.section(value, TLS_KEYS)?;
+        let read = |v: &Value<'_>| {
+            let path = v.source.relative(&r.string(v)?);
+            std::fs::read(&path).map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display()))).ok()
+        };
+        let roots = match section.get("ca_file") {
+            None => Some(None),
+            Some(v) => read(&v).and_then(|pem| tls::roots(&pem).map(Some).map_err(|why| r.report(&v, why)).ok()),
+        };
+        let identity = match (section.get("client_cert_file"), section.get("client_key_file")) {
+            (None, None) => Some(None),
+            (Some(v), None) | (None, Some(v)) => {
+                r.report(&v, "needs the other of `client_cert_file` and `client_key_file` beside it");
+                None
+            }
+            (Some(cert), Some(key)) => read(&cert).zip(read(&key)).and_then(|(chain, secret)| match Identity::try_new(&chain, &secret) {
+                Ok(identity) => Some(Some(identity)),
+                Err(BadIdentity::Certificate(why)) => {
+                    r.report(&cert, why);
+                    None
+                }
+                Err(BadIdentity::Key(why)) => {
+                    r.report(&key, why);
+                    None
+                }
+            }),
+        };
+        let file = |key: &&'static str| Some((*key, section.get(key).and_then(|v| Some(v.source.relative(&r.string(&v)?)))?));
+        Some(TlsPolicy { roots: roots?, identity: identity?, files: TLS_KEYS.iter().filter_map(file).collect() })
+    }
+
+    /// Of two headers of one name the later would silently take the place of the first.
+    fn agree_on_headers(
+        &self,
+        section: &Section<'_>,
+        url: Option<&SecretUrl>,
+        headers: Option<&[(HeaderName, Secret)]>,
+        schemes: Option<&[Scheme]>,
+    ) {
+        let r = self.reader;
+        let in_url = url.is_some_and(|url| !url.expose().username().is_empty() || url.expose().password().is_some());
+        let own = headers.is_some_and(|all| all.iter().any(|(name, _)| *name == http::header::AUTHORIZATION));
+        match (section.get("auth"), section.get("headers")) {
+            (Some(auth), _) if in_url => r.report(&auth, "cannot stand beside a user or password in `url`; remove one of the two"),
+            (Some(auth), _) if own => r.report(&auth, "cannot stand beside `Authorization` in `headers`; remove one of the two"),
+            (None, Some(headers)) if own && in_url => {
+                r.report(&headers, "cannot have `Authorization` beside a user or password in `url`; remove one of the two");
+            }
+            _ => {}
+        }
+        let signed = |name: &HeaderName| schemes.is_some_and(|all| all.iter().any(|s| s.header().eq_ignore_ascii_case(name.as_str())));
+        if let (Some((name, _)), Some(value)) = (headers.and_then(|all| all.iter().find(|(name, _)| signed(name))), section.get("headers"))
+        {
+            r.report(&value, format!("`{name}` is the header of a signature; choose another name for one of the two"));
+        }
     }
 
     fn name(&self, section: &Section<'_>, names: &mut HashMap<String, String>) -> Option<String> {
@@ -708,9 +918,9 @@ impl Loader<'_, '_> {
         (patterns.len() == items.len()).then_some(patterns)
     }
 
-    fn signing(&self, section: &Section<'_>) -> Option<(Vec<Secret>, Signer)> {
+    fn signing<'d>(&self, section: &Section<'d>, signatures: Option<Value<'d>>) -> Option<(Vec<Secret>, Signer)> {
         let r = self.reader;
-        let schemes = match section.get("signatures") {
+        let schemes = match signatures {
             None => Some(vec![Scheme::StandardWebhooks]),
             Some(v) => self.schemes(&v),
         };
@@ -801,7 +1011,9 @@ impl Loader<'_, '_> {
             let name = r.string(v)?;
             let wrong = match http::HeaderName::from_bytes(name.as_bytes()) {
                 Err(_) => "is not a valid header name; write one such as \"X-Signature\"",
-                Ok(parsed) if RESERVED_HEADERS.contains(&parsed.as_str()) => "is a header that hooktrail sets itself; choose another",
+                Ok(parsed) if parsed == http::header::AUTHORIZATION || RESERVED_HEADERS.contains(&parsed.as_str()) => {
+                    "is a header that hooktrail sets itself; choose another"
+                }
                 Ok(_) => return Some(name),
             };
             r.report(v, wrong);

@@ -82,6 +82,19 @@ pub fn event_type(body: &[u8]) -> Result<Cow<'_, str>, InvalidEvent> {
     }
 }
 
+/// The field that [`with_id`] adds.
+const ID_FIELD: &str = "event_id";
+
+/// The event with a last field `event_id` that holds `id`; `None` if it has a field of that name, or is no event.
+/// All other bytes stay as they are.
+pub fn with_id(body: &[u8], id: &str) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(body).ok()?;
+    let has_id = serde_json::Deserializer::from_str(text).deserialize_map(HasKey(ID_FIELD)).ok()?;
+    let end = text.rfind('}').filter(|_| !has_id)?;
+    let id = serde_json::Value::from(id).to_string();
+    Some([&text[..end], ",\"", ID_FIELD, "\":", &id, &text[end..]].concat().into_bytes())
+}
+
 /// Whether brackets outside strings nest deeper than `limit`. Exact for valid JSON; for anything
 /// else the answer does not matter, the parser refuses it.
 fn deeper_than(body: &[u8], limit: usize) -> bool {
@@ -129,7 +142,7 @@ impl<'de> Visitor<'de> for TypeField {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found = Field::Missing;
-        while let Some(is_type) = map.next_key_seed(IsTypeKey)? {
+        while let Some(is_type) = map.next_key_seed(IsKey("event"))? {
             if is_type {
                 found = map.next_value_seed(TypeValue)?;
             } else {
@@ -140,23 +153,43 @@ impl<'de> Visitor<'de> for TypeField {
     }
 }
 
-/// Compares a key with `event` without keeping it (a key may be written with escapes).
-struct IsTypeKey;
+/// Walks over the fields of the object and tells whether one has this name.
+struct HasKey(&'static str);
 
-impl<'de> serde::de::DeserializeSeed<'de> for IsTypeKey {
+impl<'de> Visitor<'de> for HasKey {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
+        let mut found = false;
+        while let Some(is_it) = map.next_key_seed(IsKey(self.0))? {
+            found |= is_it;
+            map.next_value::<IgnoredAny>()?;
+        }
+        Ok(found)
+    }
+}
+
+/// Compares a key without keeping it (it may be written with escapes).
+struct IsKey(&'static str);
+
+impl<'de> serde::de::DeserializeSeed<'de> for IsKey {
     type Value = bool;
     fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<bool, D::Error> {
         d.deserialize_str(self)
     }
 }
 
-impl Visitor<'_> for IsTypeKey {
+impl Visitor<'_> for IsKey {
     type Value = bool;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a key")
     }
     fn visit_str<E>(self, key: &str) -> Result<bool, E> {
-        Ok(key == "event")
+        Ok(key == self.0)
     }
 }
 
@@ -311,6 +344,20 @@ mod tests {
         assert_eq!(event_type(nested(100_000).as_bytes()), Err(InvalidEvent::TooDeep));
         let long = format!(r#"{{"event":"{}"}}"#, "x".repeat(256));
         assert_eq!(event_type(long.as_bytes()), Err(InvalidEvent::TypeTooLong(256)));
+    }
+
+    #[test]
+    fn an_event_without_an_id_gets_one_and_keeps_its_bytes() {
+        for (body, expected) in [
+            (r#"{"event":"a"}"#, Some(r#"{"event":"a","event_id":"x\"\\é"}"#)),
+            ("{ \"event\" : \"a\" ,\n\"n\":1e400 }\n", Some("{ \"event\" : \"a\" ,\n\"n\":1e400 ,\"event_id\":\"x\\\"\\\\é\"}\n")),
+            (r#"{"event":"a","x":{"event_id":1},"s":"}"}"#, Some(r#"{"event":"a","x":{"event_id":1},"s":"}","event_id":"x\"\\é"}"#)),
+            (r#"{"event_id":null,"event":"a"}"#, None),
+            (r#"{"event":"a","\u0065vent_id":"has one"}"#, None),
+        ] {
+            let found = with_id(body.as_bytes(), "x\"\\é").map(|b| String::from_utf8(b).expect("utf-8"));
+            assert_eq!(found.as_deref(), expected, "{body}");
+        }
     }
 
     #[test]

@@ -15,16 +15,18 @@ use bytes::Bytes;
 use tokio::{sync::watch, task::JoinSet, time::sleep_until};
 
 use crate::{
-    batch::Batcher,
+    answer::Health,
+    batch::{Batcher, half_id, is_half},
     circuit_breaker::{Change, CircuitBreaker, Permit},
     clock,
     config::Subscriber,
-    event::event_type,
+    event::{event_type, with_id},
     payload::Format,
     queue::{
-        DeadLetter, Envelope, Event, Kind, Queue, QueueError, Reason, Receipt, SettleError, Settlement, Settler, Source, Taken, Window,
+        DeadLetter, Envelope, Event, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement, Settler, Source, Standing,
+        Standings, Taken, Window,
     },
-    retry::{Next, Pauses},
+    retry::{Exhausted, Next, Waits},
     webhook::{Failure, Outcome, Request, Webhook},
 };
 
@@ -37,11 +39,14 @@ const TAKE: usize = 256;
 const GATHER: Duration = Duration::from_millis(1);
 
 /// Between two sessions when the queue fails.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 /// A session that has nothing to do for so long has its queue, although nothing came to prove it by.
 const STEADY: Duration = Duration::from_secs(3);
+
+/// After so long it is told that the lane waits for the record of pauses.
+const STATE_IS_LATE: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub struct Lane<Q> {
@@ -49,6 +54,8 @@ pub struct Lane<Q> {
     queue: Q,
     webhook: Webhook,
     breaker: CircuitBreaker,
+    health: Health,
+    standings: watch::Receiver<Option<Standings>>,
     trouble: Trouble,
 }
 
@@ -64,6 +71,51 @@ struct Parcel {
     receipts: Vec<Receipt>,
 }
 
+impl Parcel {
+    /// The batch as it comes again: the same bytes under the same id.
+    fn envelope(&self) -> Envelope {
+        Envelope {
+            batch_id: self.batch_id.clone(),
+            body: self.body.clone(),
+            format: self.format,
+            events: self.events,
+            attempts: self.attempt,
+            first_attempt_at: Some(self.first_attempt_at),
+        }
+    }
+
+    /// Its halves, as batches that were never attempted, though their time runs from the whole one's
+    /// first attempt; `None` of a single event.
+    fn halves(&self) -> Option<Vec<Envelope>> {
+        let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
+        let (first, second) = events.split_at(events.len().div_ceil(2));
+        let half = |events: &[&[u8]], second| Envelope {
+            batch_id: half_id(&self.batch_id, second),
+            body: self.format.splice(events.iter().copied(), events.iter().map(|e| e.len()).sum()).into(),
+            events: u32::try_from(events.len()).unwrap_or(u32::MAX),
+            attempts: 0,
+            ..self.envelope()
+        };
+        Some(vec![half(first, false), half(second, true)])
+    }
+
+    fn dead_letter(&self, reason: Reason, failure: &Failure, now: SystemTime) -> DeadLetter {
+        DeadLetter {
+            kind: Kind::Batch,
+            reason,
+            body: self.body.clone(),
+            content_type: Some(self.format.content_type().to_owned()),
+            id: Some(self.batch_id.clone()),
+            events: self.events,
+            attempts: self.attempt,
+            status: failure.status(),
+            error: failure.to_string(),
+            first_attempt_at: Some(self.first_attempt_at),
+            died_at: Some(now),
+        }
+    }
+}
+
 /// What a task of the session has done.
 #[derive(Debug)]
 enum Done {
@@ -77,6 +129,8 @@ enum End {
     Drained,
     /// The circuit opened or is held; until when is the breaker's to say.
     Circuit,
+    /// Until it is resumed.
+    Paused,
     Lost(QueueError),
     Unsettled(String),
 }
@@ -85,13 +139,18 @@ impl<Q: Queue> Lane<Q> {
     pub fn new(subscriber: Arc<Subscriber>, queue: Q, webhook: Webhook) -> Self {
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
         let trouble = Trouble { subscriber: subscriber.name.clone(), now: false };
-        Self { subscriber, queue, webhook, breaker, trouble }
+        let standings = queue.standings();
+        Self { subscriber, queue, webhook, breaker, health: Health::default(), standings, trouble }
     }
 
     /// Works until `drain` becomes true and what is in flight is settled.
     pub async fn run(mut self, mut drain: watch::Receiver<bool>) {
-        let mut pauses = Pauses::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut waits = Waits::new(FIRST_WAIT, LONGEST_WAIT);
         loop {
+            tokio::select! {
+                () = self.allowed() => {}
+                () = drained(&mut drain) => return,
+            }
             if let Permit::Wait(until) = self.breaker.permit(clock::instant()) {
                 tokio::select! {
                     () = sleep_until(until.into()) => continue,
@@ -107,7 +166,7 @@ impl<Q: Queue> Lane<Q> {
                     let mut session = Session::new(&mut self, settler);
                     let end = session.run(source, &mut drain).await;
                     if session.settled {
-                        pauses.reset();
+                        waits.reset();
                     }
                     end
                 }
@@ -116,7 +175,7 @@ impl<Q: Queue> Lane<Q> {
             let unsettled = matches!(end, End::Unsettled(_));
             match end {
                 End::Drained => return self.trouble.is_over(),
-                End::Circuit => {
+                End::Circuit | End::Paused => {
                     self.trouble.is_over();
                     continue;
                 }
@@ -124,7 +183,7 @@ impl<Q: Queue> Lane<Q> {
                 End::Unsettled(why) => self.trouble.is(&why),
             }
             let recover = async {
-                tokio::time::sleep(pauses.grow()).await;
+                tokio::time::sleep(waits.grow()).await;
                 if unsettled {
                     // Attempts whose failure cannot be written down would only be made again.
                     self.queue.writable().await;
@@ -137,6 +196,40 @@ impl<Q: Queue> Lane<Q> {
         }
     }
 
+    /// Waits until it is known that the subscriber is not paused.
+    async fn allowed(&mut self) {
+        let name = &self.subscriber.name;
+        if self.subscriber.paused {
+            tracing::warn!(
+                subscriber = name,
+                by = "configuration",
+                "paused: its events wait in the queue until `paused = true` is taken out"
+            );
+            return std::future::pending().await;
+        }
+        let known = tokio::time::timeout(STATE_IS_LATE, wait_for(&mut self.standings, |all| all.is_some()));
+        if known.await.is_err() {
+            tracing::warn!(subscriber = name, "nothing is sent before the queue has told whether the subscriber is paused");
+        }
+        let found = wait_for(&mut self.standings, |all| all.is_some()).await;
+        let Some(pause) = found.as_ref().and_then(|all| pause_of(all, name)) else { return };
+        let (why, by) = (&pause.why, &pause.by);
+        tracing::warn!(subscriber = name, why, by, "paused: its events wait in the queue until `hooktrail resume {name}`");
+        wait_for(&mut self.standings, |all| all.as_ref().is_some_and(|all| pause_of(all, name).is_none())).await;
+        tracing::warn!(subscriber = name, "resumed");
+        // What was known of the endpoint is of another time.
+        self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
+        self.health = Health::default();
+    }
+
+    /// Batches first attempted before then begin anew.
+    fn resumed_at(&self) -> Option<SystemTime> {
+        match self.standings.borrow().as_ref()?.get(&self.subscriber.name)? {
+            Standing::Resumed { at } => Some(*at),
+            Standing::Paused(_) => None,
+        }
+    }
+
     /// How much to take: for each request in flight its batch and one that fills meanwhile.
     ///
     /// The same for a probe: a queue puts what it is given back behind all that it was given back
@@ -146,6 +239,24 @@ impl<Q: Queue> Lane<Q> {
         let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
         Window { events: clamp(2 * slots * self.subscriber.batch.max_events), envelopes: clamp(slots) }
     }
+}
+
+fn pause_of<'s>(standings: &'s Standings, subscriber: &str) -> Option<&'s Pause> {
+    standings.get(subscriber).and_then(Standing::pause)
+}
+
+/// What the record says when it says what was waited for. If nobody writes it any more, nobody is left to work for.
+async fn wait_for(standings: &mut watch::Receiver<Option<Standings>>, wanted: impl FnMut(&Option<Standings>) -> bool) -> Option<Standings> {
+    let found = standings.wait_for(wanted).await.map(|found| found.clone());
+    match found {
+        Ok(found) => found,
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Completes when the subscriber is paused.
+async fn paused(mut standings: watch::Receiver<Option<Standings>>, subscriber: &str) {
+    wait_for(&mut standings, |all| all.as_ref().is_some_and(|all| pause_of(all, subscriber).is_some())).await;
 }
 
 /// Completes when the lane is to end. If the sender is gone, nobody is left to work for.
@@ -212,6 +323,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let gathers = self.lane.subscriber.batch.max_wait > GATHER;
         let mut gathering = None;
         let opened = clock::instant();
+        let subscriber = self.lane.subscriber.clone();
+        let mut paused = std::pin::pin!(paused(self.lane.standings.clone(), &subscriber.name));
         loop {
             self.begin();
             if self.end.is_some() && self.tasks.is_empty() {
@@ -224,6 +337,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
+                () = &mut paused, if open => self.end = Some(End::Paused),
                 Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => match done {
                     Ok(done) => self.done(done),
                     // A panic of a task is one of the lane: the supervisor counts it and restarts.
@@ -260,7 +374,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// Starts as many attempts as there are slots and full batches, retries first.
     fn begin(&mut self) {
         while self.may_begin() {
-            if let Some((envelope, receipt)) = self.envelopes.pop_front() {
+            if let Some((mut envelope, receipt)) = self.envelopes.pop_front() {
+                if self.lane.resumed_at().zip(envelope.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
+                    (envelope.attempts, envelope.first_attempt_at) = (0, None);
+                }
                 let parcel = Parcel {
                     batch_id: envelope.batch_id,
                     body: envelope.body,
@@ -308,12 +425,12 @@ impl<'l, Q: Queue> Session<'l, Q> {
             match item {
                 Taken::Envelope(envelope, receipt) => self.envelopes.push_back((envelope, receipt)),
                 Taken::NotAnEnvelope(letter, receipt) => dead.push((receipt, letter)),
-                Taken::Event(event) => match self.refusal(&event.body) {
-                    None => {
+                Taken::Event(mut event) => match self.admit(&mut event) {
+                    Ok(()) => {
                         let bytes = event.body.len();
                         self.batcher.push(event, bytes, now);
                     }
-                    Some((reason, error)) => dead.push((event.receipt, dead_event(event, reason, error))),
+                    Err((reason, error)) => dead.push((event.receipt, dead_event(event, reason, error))),
                 },
             }
         }
@@ -330,12 +447,22 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    fn refusal(&self, body: &[u8]) -> Option<(Reason, String)> {
-        if !self.batcher.fits(body.len()) {
-            let limit = self.lane.subscriber.batch.max_bytes;
-            return Some((Reason::TooLarge, format!("its request body would have more than batch.max_bytes = {limit} bytes")));
+    /// Makes of an event what goes into a batch. One that cannot go stays as it was published.
+    fn admit(&self, event: &mut Event) -> Result<(), (Reason, String)> {
+        let subscriber = &self.lane.subscriber;
+        let too_large = || format!("its request body would have more than batch.max_bytes = {} bytes", subscriber.batch.max_bytes);
+        if !self.batcher.fits(event.body.len()) {
+            return Err((Reason::TooLarge, too_large()));
         }
-        event_type(body).err().map(|e| (Reason::InvalidEvent, e.to_string()))
+        event_type(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?;
+        let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
+        if let Some(body) = id.and_then(|id| with_id(&event.body, id)) {
+            if !self.batcher.fits(body.len()) {
+                return Err((Reason::TooLarge, format!("with its event_id {}", too_large())));
+            }
+            event.body = body;
+        }
+        Ok(())
     }
 
     fn done(&mut self, done: Done) {
@@ -349,9 +476,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     }
                     // Its messages come again from the next session; the source itself says why it is gone.
                     Err(SettleError::Gone) => {}
-                    Err(SettleError::Unconfirmed(why)) => {
-                        self.end.get_or_insert(End::Unsettled(why));
-                    }
+                    // Whatever else ends the session: after this the next one begins later.
+                    Err(SettleError::Unconfirmed(why)) => match self.end {
+                        None | Some(End::Circuit | End::Paused) => self.end = Some(End::Unsettled(why)),
+                        Some(End::Drained | End::Lost(_) | End::Unsettled(_)) => {}
+                    },
                 }
             }
             Done::Attempted { parcel, outcome, took } => {
@@ -362,66 +491,110 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     fn attempted(&mut self, parcel: Parcel, outcome: Outcome, took: Duration) {
-        let now = clock::instant();
-        let change = match &outcome {
-            Outcome::Delivered { .. } => self.lane.breaker.on_success(),
-            Outcome::Retry { retry_after, .. } => {
-                let change = self.lane.breaker.on_failure(now);
-                if let Some(wait) = retry_after {
-                    self.lane.breaker.hold(now, *wait);
-                }
-                change
-            }
-        };
         match outcome {
             Outcome::Delivered { status } => {
                 self.log(&parcel, took, "delivered", Some(status), None, None);
+                self.lane.health.on_accepted();
+                self.count(&parcel, CircuitBreaker::on_success);
                 self.settle(parcel.receipts, Settlement::Delivered);
             }
-            Outcome::Retry { failure, retry_after } => self.failed(parcel, &failure, retry_after, took),
+            Outcome::Retry { failure, retry_after } => {
+                self.lane.health.on_failed();
+                self.failed(parcel, &failure, retry_after, took);
+            }
+            Outcome::Refused { failure, retry_after } => {
+                if self.lane.health.on_refused() {
+                    self.split(parcel, Reason::Refused, &failure, retry_after, took);
+                } else {
+                    self.failed(parcel, &failure, retry_after, took);
+                }
+            }
+            Outcome::TooLarge { failure, retry_after } => self.split(parcel, Reason::TooLarge, &failure, retry_after, took),
+            Outcome::Gone { failure } => {
+                self.log(&parcel, took, "paused", failure.status(), Some(&failure), None);
+                self.pause(parcel, "the receiver answered 410 Gone".to_owned(), "receiver");
+            }
         }
-        if let Some(change) = change {
+        if let Permit::Wait(_) = self.lane.breaker.permit(clock::instant()) {
+            self.end.get_or_insert(End::Circuit);
+        }
+    }
+
+    /// Tells the breaker, but not of the parts of a batch that was split: they say something of the batch.
+    fn count(&mut self, parcel: &Parcel, happened: impl FnOnce(&mut CircuitBreaker) -> Option<Change>) {
+        if !is_half(&parcel.batch_id)
+            && let Some(change) = happened(&mut self.lane.breaker)
+        {
             self.log_change(change);
         }
-        if let Permit::Wait(_) = self.lane.breaker.permit(now) {
-            self.end.get_or_insert(End::Circuit);
+    }
+
+    /// Sends nothing for a while, because the receiver asked for it.
+    fn hold(&mut self, retry_after: Option<Duration>) {
+        if let Some(wait) = retry_after {
+            self.lane.breaker.hold(clock::instant(), wait);
         }
     }
 
     fn failed(&mut self, parcel: Parcel, failure: &Failure, retry_after: Option<Duration>, took: Duration) {
         let now = clock::now();
-        let next = self.lane.subscriber.retry.next(parcel.attempt, parcel.first_attempt_at, now, retry_after, clock::random());
-        match next {
-            Next::After(delay) => {
+        self.count(&parcel, |breaker| breaker.on_failure(clock::instant()));
+        self.hold(retry_after);
+        let retry = &self.lane.subscriber.retry;
+        match (retry.next(parcel.attempt, parcel.first_attempt_at, now, retry_after, clock::random()), retry.on_exhausted()) {
+            (Next::After(delay), _) => {
                 self.log(&parcel, took, "retry", failure.status(), Some(failure), Some(delay));
-                let envelope = Envelope {
-                    batch_id: parcel.batch_id,
-                    body: parcel.body,
-                    format: parcel.format,
-                    events: parcel.events,
-                    attempts: parcel.attempt,
-                    first_attempt_at: Some(parcel.first_attempt_at),
-                };
-                self.settle(parcel.receipts, Settlement::Retry { envelope, delay });
+                let envelopes = vec![parcel.envelope()];
+                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay });
             }
-            Next::Exhausted => {
-                self.log(&parcel, took, "dead_letter", failure.status(), Some(failure), None);
-                let letter = DeadLetter {
-                    kind: Kind::Batch,
-                    reason: Reason::Exhausted,
-                    body: parcel.body,
-                    content_type: Some(parcel.format.content_type().to_owned()),
-                    id: Some(parcel.batch_id),
-                    events: parcel.events,
-                    attempts: parcel.attempt,
-                    status: failure.status(),
-                    error: failure.to_string(),
-                    first_attempt_at: Some(parcel.first_attempt_at),
-                    died_at: Some(now),
-                };
-                self.settle(parcel.receipts, Settlement::Dead(vec![letter]));
+            (Next::Exhausted, Exhausted::DeadLetter) => self.bury(parcel, Reason::Exhausted, failure, took),
+            (Next::Exhausted, Exhausted::Pause) => {
+                self.log(&parcel, took, "paused", failure.status(), Some(failure), None);
+                let status = failure.status().map(|s| format!(" {s}")).unwrap_or_default();
+                let why = format!(
+                    "attempt {} of a batch failed and was the last that [retry] allows: {}{status}",
+                    parcel.attempt,
+                    failure.name()
+                );
+                self.pause(parcel, why, "retry.on_exhausted");
             }
         }
+    }
+
+    /// Sends the halves on, each for itself; a single event is what the answer was about.
+    fn split(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, retry_after: Option<Duration>, took: Duration) {
+        self.hold(retry_after);
+        match parcel.halves() {
+            None => self.bury(parcel, reason, failure, took),
+            Some(envelopes) => {
+                let delay = retry_after.unwrap_or_default();
+                self.log(&parcel, took, "split", failure.status(), Some(failure), Some(delay));
+                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay });
+            }
+        }
+    }
+
+    fn bury(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, took: Duration) {
+        self.log(&parcel, took, "dead_letter", failure.status(), Some(failure), None);
+        let letter = parcel.dead_letter(reason, failure, clock::now());
+        self.settle(parcel.receipts, Settlement::Dead(vec![letter]));
+    }
+
+    /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is recorded
+    /// first: a batch alone would be attempted again at once.
+    fn pause(&mut self, parcel: Parcel, why: String, by: &str) {
+        self.end.get_or_insert(End::Paused);
+        let (queue, settler, name) = (self.lane.queue.clone(), self.settler.clone(), self.lane.subscriber.name.clone());
+        let known = self.lane.standings.borrow().as_ref().is_some_and(|all| pause_of(all, &name).is_some());
+        let pause = Standing::Paused(Pause { why, since: clock::now(), by: by.to_owned() });
+        let kept = Settlement::Retry { envelopes: vec![parcel.envelope()], delay: Duration::ZERO };
+        self.settling += 1;
+        self.tasks.spawn(async move {
+            if !known && let Err(e) = queue.record(&name, pause).await {
+                return Done::Settled(Err(SettleError::Unconfirmed(e.to_string())));
+            }
+            Done::Settled(settler.settle(parcel.receipts, kept).await)
+        });
     }
 
     /// The one log event of an attempt: no body, no secret, no URL, and nothing that the receiver wrote,

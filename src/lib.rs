@@ -20,8 +20,8 @@
 //!
 //! | layer | files |
 //! |---|---|
-//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
-//! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying |
+//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
+//! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once |
 //! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
 //! | flow | [`lane`] the worker of one subscriber |
@@ -63,6 +63,7 @@
 
 pub mod address;
 pub mod admin;
+pub mod answer;
 pub mod batch;
 pub mod circuit_breaker;
 pub mod cli;
@@ -76,4 +77,5 @@ pub mod retry;
 pub mod secret;
 pub mod signature;
 pub mod supervisor;
+pub mod tls;
 pub mod webhook;

@@ -66,6 +66,37 @@ impl Format {
         }
         body
     }
+
+    /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` of any other body.
+    pub fn events(self, body: &[u8]) -> Option<Vec<&[u8]>> {
+        match self {
+            Self::Json => between_commas(body.strip_prefix(HEAD)?.strip_suffix(TAIL)?),
+            Self::JsonLines => Some(body.strip_suffix(b"\n")?.split(|b| *b == b'\n').collect()),
+        }
+    }
+}
+
+/// What stands between the commas that are in no string, object or array; `None` if brackets do not match.
+fn between_commas(text: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut parts = Vec::new();
+    let (mut start, mut depth, mut in_string, mut escaped) = (0, 0_usize, false, false);
+    for (at, b) in text.iter().enumerate() {
+        match b {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth = depth.checked_sub(1)?,
+            b',' if depth == 0 => {
+                parts.push(&text[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&text[start..]);
+    (depth == 0 && !in_string).then_some(parts)
 }
 
 #[cfg(test)]
@@ -94,6 +125,14 @@ mod tests {
         assert_eq!(body, b"{ \"event\":\"a\\n\" }\n{\"event\":\"b\"}\n");
     }
 
+    #[test]
+    fn the_events_of_a_foreign_body_are_not_guessed() {
+        for body in [&b""[..], b"{}", b"{ \"events\":[]}", b"{\"events\":[{]}", b"{\"events\":[\"]}", b"{\"events\":[}]}"] {
+            assert_eq!(Format::Json.events(body), None, "{}", String::from_utf8_lossy(body));
+        }
+        assert_eq!(Format::JsonLines.events(b"{}"), None, "each line is ended");
+    }
+
     fn event() -> impl Strategy<Value = String> {
         ("[a-z.]{0,8}", "\\PC{0,12}", any::<u64>(), any::<bool>()).prop_map(|(t, s, n, pretty)| {
             let v = serde_json::json!({"event": t, "s": s, "n": n, "a": [n, {"k": s}]});
@@ -109,12 +148,17 @@ mod tests {
 
             let json: Value = serde_json::from_slice(&splice(Format::Json, &raw)).expect("a JSON body");
             prop_assert_eq!(&json["events"], &Value::Array(values.clone()));
+            let body = splice(Format::Json, &raw);
+            prop_assert_eq!(Format::Json.events(&body).expect("made by splice"), raw.clone());
 
             let lines = splice(Format::JsonLines, &raw);
             prop_assert!(lines.len() <= Format::JsonLines.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));
             let text = std::str::from_utf8(&lines).expect("utf-8");
             let parsed: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).expect("a line")).collect();
             prop_assert_eq!(parsed, values);
+            let found = Format::JsonLines.events(&lines).expect("made by splice");
+            prop_assert_eq!(splice(Format::JsonLines, &found), lines.clone());
+            prop_assert_eq!(found.len(), raw.len());
         }
     }
 }

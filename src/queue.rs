@@ -6,6 +6,7 @@ pub mod amqp;
 pub mod embedded;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     future::Future,
     sync::Arc,
@@ -13,6 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use tokio::sync::watch;
 
 use crate::{clock, config::Subscriber, payload::Format};
 
@@ -69,6 +71,15 @@ pub trait Queue: Clone + Send + Sync + 'static {
         false
     }
 
+    /// Who is paused and who was resumed, as every daemon on the same queues records it; `None` until that is known.
+    fn standings(&self) -> watch::Receiver<Option<Standings>>;
+
+    /// Records that a subscriber is paused or resumed, and returns when that is durable and in [`standings`](Self::standings).
+    ///
+    /// # Errors
+    /// It is not known whether it was recorded.
+    fn record(&self, subscriber: &str, standing: Standing) -> impl Future<Output = Result<(), QueueError>> + Send;
+
     /// # Errors
     /// Nothing is known of such a subscriber, or the queue cannot be reached.
     fn dead_letters(&self, subscriber: &str) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
@@ -78,6 +89,38 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// # Errors
     /// The queue cannot be asked.
     fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
+}
+
+/// Of each subscriber that was ever paused, what was recorded last.
+pub type Standings = Arc<BTreeMap<String, Standing>>;
+
+/// Whether a subscriber gets what waits for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    Paused(Pause),
+    /// Attempts and elapsed time of batches from before then begin anew.
+    Resumed {
+        at: SystemTime,
+    },
+}
+
+impl Standing {
+    pub fn pause(&self) -> Option<&Pause> {
+        match self {
+            Self::Paused(pause) => Some(pause),
+            Self::Resumed { .. } => None,
+        }
+    }
+}
+
+/// Why a subscriber gets nothing until it is resumed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pause {
+    /// For an operator to read.
+    pub why: String,
+    pub since: SystemTime,
+    /// `receiver`, `retry.on_exhausted` or `operator`.
+    pub by: String,
 }
 
 /// An event on its way into the queue.
@@ -239,6 +282,8 @@ pub struct Envelope {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     Exhausted,
+    /// The receiver does not accept it, and accepts others.
+    Refused,
     InvalidEvent,
     TooLarge,
     /// The broker's own doing: more deliveries than a policy allows.
@@ -248,11 +293,12 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Self; 5] = [Self::Exhausted, Self::InvalidEvent, Self::TooLarge, Self::DeliveryLimit, Self::Expired];
+    pub const ALL: [Self; 6] = [Self::Exhausted, Self::Refused, Self::InvalidEvent, Self::TooLarge, Self::DeliveryLimit, Self::Expired];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Exhausted => "exhausted",
+            Self::Refused => "refused",
             Self::InvalidEvent => "invalid_event",
             Self::TooLarge => "too_large",
             Self::DeliveryLimit => "delivery_limit",
@@ -312,9 +358,9 @@ pub fn cut_error(text: &str) -> &str {
 #[derive(Debug)]
 pub enum Settlement {
     Delivered,
-    /// Comes again as an envelope, not before `delay` from now.
+    /// Comes again as envelopes, in their order, not before `delay` from now.
     Retry {
-        envelope: Envelope,
+        envelopes: Vec<Envelope>,
         delay: Duration,
     },
     Dead(Vec<DeadLetter>),

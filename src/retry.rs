@@ -16,6 +16,25 @@ pub struct RetryPolicy {
     max_interval: Duration,
     max_attempts: u32,
     max_elapsed_time: Duration,
+    on_exhausted: Exhausted,
+}
+
+/// What becomes of a batch when no attempt is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exhausted {
+    DeadLetter,
+    /// The batch is kept and the subscriber gets nothing more until it is resumed.
+    Pause,
+}
+
+impl Exhausted {
+    /// The name that the config file has for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::DeadLetter => "dead_letter",
+            Self::Pause => "pause",
+        }
+    }
 }
 
 /// What follows a failed attempt.
@@ -39,6 +58,7 @@ pub struct RetryOptions {
     pub max_attempts: u32,
     /// Since the first attempt; zero: no limit.
     pub max_elapsed_time: Duration,
+    pub on_exhausted: Exhausted,
 }
 
 impl Default for RetryOptions {
@@ -50,6 +70,7 @@ impl Default for RetryOptions {
             max_interval: Duration::from_secs(6 * 3600),
             max_attempts: 16,
             max_elapsed_time: MAX_DELAY,
+            on_exhausted: Exhausted::DeadLetter,
         }
     }
 }
@@ -76,6 +97,7 @@ impl RetryPolicy {
             max_interval: o.max_interval,
             max_attempts: o.max_attempts,
             max_elapsed_time: o.max_elapsed_time,
+            on_exhausted: o.on_exhausted,
         })
     }
 
@@ -87,7 +109,12 @@ impl RetryPolicy {
             max_interval: self.max_interval,
             max_attempts: self.max_attempts,
             max_elapsed_time: self.max_elapsed_time,
+            on_exhausted: self.on_exhausted,
         }
+    }
+
+    pub fn on_exhausted(&self) -> Exhausted {
+        self.on_exhausted
     }
 
     /// The interval after failed attempt `attempt` (from 1), before jitter.
@@ -138,11 +165,11 @@ impl Default for RetryPolicy {
     }
 }
 
-/// Growing pauses between attempts that are made without end: to reach a broker, to restart a lane.
+/// Growing waits between attempts that are made without end: to reach a broker, to restart a lane.
 #[derive(Debug)]
-pub struct Pauses(ExponentialBackoff);
+pub struct Waits(ExponentialBackoff);
 
-impl Pauses {
+impl Waits {
     pub fn new(first: Duration, longest: Duration) -> Self {
         let mut policy = ExponentialBackoff {
             initial_interval: first,
@@ -156,7 +183,7 @@ impl Pauses {
         Self(policy)
     }
 
-    /// The next pause.
+    /// The next one.
     pub fn grow(&mut self) -> Duration {
         self.0.next_backoff().unwrap_or(self.0.max_interval)
     }
@@ -261,15 +288,15 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_without_end_and_begin_anew() {
-        let mut pauses = Pauses::new(secs(1), secs(10));
+    fn waits_grow_without_end_and_begin_anew() {
+        let mut waits = Waits::new(secs(1), secs(10));
         for _ in 0..2 {
-            let grown: Vec<f64> = (0..20).map(|_| pauses.grow().as_secs_f64()).collect();
-            for (n, pause) in grown.iter().enumerate() {
+            let grown: Vec<f64> = (0..20).map(|_| waits.grow().as_secs_f64()).collect();
+            for (n, wait) in grown.iter().enumerate() {
                 let plain = f64::from(1 << n.min(10)).min(10.0);
-                assert!((plain * 0.79..=plain * 1.21).contains(pause), "{grown:?}");
+                assert!((plain * 0.79..=plain * 1.21).contains(wait), "{grown:?}");
             }
-            pauses.reset();
+            waits.reset();
         }
     }
 

@@ -14,6 +14,9 @@ use crate::secret::Secret;
 /// What a `whsec_` secret may hold, from the specification: 24 to 64 bytes.
 pub const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 
+/// Of HMAC-SHA256.
+const MAC_BYTES: usize = 32;
+
 /// The seconds by which a receiver should let a timestamp differ from its own clock.
 pub const TOLERANCE_SECONDS: u64 = 5 * 60;
 
@@ -152,6 +155,10 @@ pub enum Unverified {
     BadTimestamp,
     OldTimestamp,
     FutureTimestamp,
+    /// The one who verifies has a secret that this scheme cannot have.
+    BadSecret(&'static str),
+    /// The header holds nothing that could be a signature.
+    BadSignature(&'static str),
     NoMatch,
 }
 
@@ -162,6 +169,8 @@ impl std::fmt::Display for Unverified {
             Self::BadTimestamp => f.write_str("`webhook-timestamp` is not a number of seconds"),
             Self::OldTimestamp => write!(f, "`webhook-timestamp` is older than {TOLERANCE_SECONDS} s"),
             Self::FutureTimestamp => write!(f, "`webhook-timestamp` is more than {TOLERANCE_SECONDS} s ahead"),
+            Self::BadSecret(why) => write!(f, "the receiver's own secret {why}, so it is none for standard-webhooks"),
+            Self::BadSignature(form) => write!(f, "the signature has not the form `{form}`"),
             Self::NoMatch => f.write_str("the signature does not match: another secret, or a changed body"),
         }
     }
@@ -185,12 +194,19 @@ pub fn verify<'a>(secret: &Secret, header: impl Fn(&str) -> Option<&'a str>, bod
         if timestamp > now.saturating_add(TOLERANCE_SECONDS) {
             return Err(Unverified::FutureTimestamp);
         }
-        let key = standard_key(secret).map_err(|_| Unverified::NoMatch)?;
+        let key = standard_key(secret).map_err(Unverified::BadSecret)?;
         let given = signatures.split(' ').filter_map(|s| s.strip_prefix("v1,")).filter_map(|s| BASE64.decode(s).ok());
+        let given: Vec<_> = given.filter(|mac| mac.len() == MAC_BYTES).collect();
+        if given.is_empty() {
+            return Err(Unverified::BadSignature("v1,<base64 of 32 bytes>"));
+        }
         let expected = standard_mac(keyed(&key), id, timestamp, body);
-        return if given.fold(false, |ok, g| ok | same(&expected, &g)) { Ok("standard-webhooks") } else { Err(Unverified::NoMatch) };
+        return if given.iter().fold(false, |ok, g| ok | same(&expected, g)) { Ok("standard-webhooks") } else { Err(Unverified::NoMatch) };
     }
     let given = header("mailtrap-signature").ok_or(Unverified::MissingHeader("webhook-signature"))?;
+    if given.len() != 2 * MAC_BYTES || !given.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        return Err(Unverified::BadSignature("64 lowercase hexadecimal digits"));
+    }
     let mut mac = keyed(secret.expose().as_bytes());
     mac.update(body);
     let expected = hex(&mac.finalize().into_bytes());
@@ -271,6 +287,20 @@ mod tests {
         assert_eq!(at(SPEC_TIMESTAMP - TOLERANCE_SECONDS - 1), Err(Unverified::FutureTimestamp));
         assert_eq!(check(&headers[2..], SPEC_SECRET, SPEC_BODY, 0), Err(Unverified::MissingHeader("webhook-id")));
         assert_eq!(check(&[], SPEC_SECRET, SPEC_BODY, 0), Err(Unverified::MissingHeader("webhook-signature")));
+    }
+
+    #[test]
+    fn what_is_no_signature_or_no_secret_is_told_apart_from_one_that_does_not_match() {
+        let mut headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        let bad_secret = check(&headers, "Jefe", SPEC_BODY, SPEC_TIMESTAMP).expect_err("no secret for it");
+        assert!(bad_secret.to_string().contains("does not begin with `whsec_`"), "{bad_secret}");
+        for signature in ["", "v1,", "v1,AAAA", "v2,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="] {
+            headers[2].1 = signature.to_owned();
+            let found = check(&headers, SPEC_SECRET, SPEC_BODY, SPEC_TIMESTAMP);
+            assert!(matches!(found, Err(Unverified::BadSignature(_))), "{signature}: {found:?}");
+        }
+        let short = [("mailtrap-signature".to_owned(), "abc".to_owned())];
+        assert!(matches!(check(&short, "Jefe", b"", 1), Err(Unverified::BadSignature(_))));
     }
 
     #[test]

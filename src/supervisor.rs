@@ -11,8 +11,9 @@ use crate::{
     config::Subscriber,
     lane::Lane,
     queue::{Queue, QueueError},
-    retry::Pauses,
-    webhook::{TlsRoots, Webhook},
+    retry::Waits,
+    tls::SystemRoots,
+    webhook::Webhook,
 };
 
 /// How far a run is.
@@ -48,7 +49,7 @@ pub async fn run<Q: Queue>(
     phase: &watch::Sender<Phase>,
     beside: impl Future<Output = ()>,
 ) -> Result<Ended, QueueError> {
-    let tls = TlsRoots::of_system().map_err(QueueError::needs_operator)?;
+    let tls = SystemRoots::load().map_err(QueueError::needs_operator)?;
     let mut lanes = Vec::new();
     for s in subscribers {
         let webhook = Webhook::try_new(s, &tls).map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
@@ -110,7 +111,7 @@ fn resume(e: JoinError) -> String {
 
 /// Runs a lane, and runs it again after a panic. Returns the subscriber's name.
 async fn keep<Q: Queue>(subscriber: Arc<Subscriber>, webhook: Webhook, queue: Q, mut drain: watch::Receiver<bool>) -> String {
-    let mut pauses = Pauses::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
     loop {
         let lane = Lane::new(subscriber.clone(), queue.clone(), webhook.clone());
         // A set of one: when the keeper is stopped at the deadline, so is the lane.
@@ -118,10 +119,10 @@ async fn keep<Q: Queue>(subscriber: Arc<Subscriber>, webhook: Webhook, queue: Q,
         task.spawn(lane.run(drain.clone()));
         match task.join_next().await {
             Some(Err(e)) => {
-                let pause = pauses.grow();
-                tracing::error!(subscriber = subscriber.name, error = %e, again_in_s = pause.as_secs_f64(), "the lane panicked; what it held comes again");
+                let wait = waits.grow();
+                tracing::error!(subscriber = subscriber.name, error = %e, again_in_s = wait.as_secs_f64(), "the lane panicked; what it held comes again");
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
+                    () = tokio::time::sleep(wait) => {}
                     _ = drain.wait_for(|d| *d) => return subscriber.name.clone(),
                 }
             }

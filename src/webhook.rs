@@ -10,20 +10,23 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use reqwest::{
-    Client, Url,
+    Client, Proxy, Url,
     dns::{Addrs, Name, Resolve, Resolving},
-    header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
+    header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT},
     redirect, retry,
 };
 
 use crate::{
     address::AddressPolicy,
+    answer::{Answer, Success},
     clock,
-    config::{HttpPolicy, Subscriber, Success},
+    config::{HttpPolicy, Subscriber},
     payload::Format,
     retry::MAX_DELAY,
     signature::Signer,
+    tls::SystemRoots,
 };
 
 /// The most of an answer's body that is read, in bytes; what follows is not waited for.
@@ -37,8 +40,27 @@ const EXCEPTIONS: &str = "see http.allow_addresses and http.allow_private_addres
 /// What an attempt came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    Delivered { status: u16 },
-    Retry { failure: Failure, retry_after: Option<Duration> },
+    Delivered {
+        status: u16,
+    },
+    Retry {
+        failure: Failure,
+        retry_after: Option<Duration>,
+    },
+    /// The endpoint asks to be left alone.
+    Gone {
+        failure: Failure,
+    },
+    /// The batch, or its one event, is more than the receiver takes at once.
+    TooLarge {
+        failure: Failure,
+        retry_after: Option<Duration>,
+    },
+    /// Something in the batch is not accepted, or nothing is.
+    Refused {
+        failure: Failure,
+        retry_after: Option<Duration>,
+    },
 }
 
 /// Why an attempt failed.
@@ -122,11 +144,31 @@ pub struct Request {
     pub body: Bytes,
 }
 
+/// What came back.
+struct Response {
+    status: u16,
+    retry_after: Option<Duration>,
+    /// Its beginning.
+    text: Vec<u8>,
+}
+
+/// An attempt as an operator looks at it.
+#[derive(Debug)]
+pub struct Rehearsal {
+    /// What was sent; `None` is a secret.
+    pub headers: Vec<(String, Option<String>)>,
+    /// The status, and the beginning of the text on one line.
+    pub answer: Option<(u16, String)>,
+    pub outcome: Outcome,
+}
+
 /// A subscriber's endpoint: its own connections, so that no other's requests wait for them.
 #[derive(Debug, Clone)]
 pub struct Webhook {
     client: Client,
     url: Url,
+    /// Those that the configuration names, `authorization` among them.
+    own_headers: HeaderMap,
     signer: Signer,
     success: Success,
     timeout: Duration,
@@ -138,72 +180,111 @@ pub struct Webhook {
 impl Webhook {
     /// # Errors
     /// The TLS configuration cannot be built, because the system has no root certificates for example.
-    pub fn try_new(subscriber: &Subscriber, tls: &TlsRoots) -> Result<Self, String> {
-        let HttpPolicy { timeout, connect_timeout, concurrency, success, addresses, .. } = &subscriber.http;
+    pub fn try_new(subscriber: &Subscriber, system: &SystemRoots) -> Result<Self, String> {
+        Self::with_lookup(subscriber, system, Lookup::of_system())
+    }
+
+    fn with_lookup(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {
+        let HttpPolicy { timeout, connect_timeout, concurrency, success, addresses, proxy, .. } = &subscriber.http;
         let client = Client::builder()
-            .tls_backend_preconfigured(tls.0.clone())
-            .user_agent(concat!("hooktrail/", env!("CARGO_PKG_VERSION")))
+            .tls_backend_preconfigured(subscriber.tls.client_config(system)?)
             .connect_timeout(*connect_timeout)
             .timeout(*timeout)
             .pool_max_idle_per_host(*concurrency)
             .pool_idle_timeout(Duration::from_secs(30))
             .tcp_keepalive(Duration::from_secs(30))
+            // Over HTTP/2 one connection is all there is: one that died in silence is not to be waited for twice.
+            .http2_keep_alive_interval(Some(*timeout / 3))
+            .http2_keep_alive_timeout(*connect_timeout)
             .redirect(redirect::Policy::none())
             .retry(retry::never())
-            .no_proxy()
-            .dns_resolver(Arc::new(GuardedResolver(addresses.clone())))
-            .build()
-            .map_err(|e| chain(&e.without_url()))?;
+            .no_proxy();
+        let client = match proxy {
+            None => client.dns_resolver(Arc::new(GuardedResolver { policy: addresses.clone(), lookup })),
+            // It alone is resolved here, and where it leads is its own decision.
+            Some(proxy) => client.proxy(Proxy::all(proxy.expose().clone()).map_err(|e| chain(&e.without_url()))?),
+        };
+        let client = client.build().map_err(|e| chain(&e.without_url()))?;
         let url = subscriber.url.expose().clone();
         let literal_blocked = addresses.check_literal(&url).err();
-        Ok(Self { client, url, signer: subscriber.signer.clone(), success: *success, timeout: *timeout, literal_blocked })
+        let own_headers = own_headers(subscriber)?;
+        Ok(Self { client, url, own_headers, signer: subscriber.signer.clone(), success: *success, timeout: *timeout, literal_blocked })
     }
 
     /// Makes one attempt. It ends within the configured timeout whatever the receiver does.
     pub async fn send(&self, request: Request) -> Outcome {
-        if let Some(what) = self.literal_blocked {
-            return retry(Failure::AddressBlocked(format!("the URL's address is not a public one ({what}); {EXCEPTIONS}")));
+        match self.request(&request) {
+            Ok(headers) => self.judge(self.exchange(headers, request.body).await),
+            Err(failure) => retry(failure),
         }
-        // The client has the same limit; this one also bounds whatever it does besides.
-        let attempt = tokio::time::timeout(self.timeout + Duration::from_secs(1), self.attempt(request));
-        attempt.await.unwrap_or_else(|_| retry(Failure::Timeout))
     }
 
-    async fn attempt(&self, request: Request) -> Outcome {
-        let now = clock::now();
-        let headers = match self.headers(&request, now) {
+    /// As [`send`](Self::send), and tells what was sent and what came back.
+    pub async fn rehearse(&self, request: Request) -> Rehearsal {
+        let headers = match self.request(&request) {
             Ok(headers) => headers,
-            Err(e) => return retry(Failure::Internal(e)),
+            Err(failure) => return Rehearsal { headers: Vec::new(), answer: None, outcome: retry(failure) },
         };
-        let sent = self.client.post(self.url.clone()).headers(headers).body(request.body).send().await;
-        let mut response = match sent {
-            Ok(response) => response,
-            Err(e) => return retry(classify(e)),
+        let shown = |(name, value): (&HeaderName, &HeaderValue)| {
+            let value = if value.is_sensitive() { None } else { value.to_str().ok().map(str::to_owned) };
+            (name.to_string(), value)
         };
-        let status = response.status().as_u16();
-        let retry_after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| parse_retry_after(v, now));
-        let mut text = Vec::new();
-        let mut read = 0;
-        // The answer is read to its end, so that the connection can be used again and a receiver that
-        // breaks off is noticed, but only so far.
-        while read < MAX_ANSWER {
-            match response.chunk().await {
-                Ok(Some(chunk)) => {
-                    read += chunk.len();
-                    text.extend_from_slice(&chunk[..chunk.len().min(MAX_EXCERPT - text.len())]);
-                }
-                Ok(None) => break,
-                Err(e) => return retry(classify(e)),
+        let sent = headers.iter().map(shown).collect();
+        let result = self.exchange(headers, request.body).await;
+        let answer = result.as_ref().ok().map(|r| (r.status, excerpt(&r.text)));
+        Rehearsal { headers: sent, answer, outcome: self.judge(result) }
+    }
+
+    /// The headers of an attempt that is made now, if it may be made at all.
+    fn request(&self, request: &Request) -> Result<HeaderMap, Failure> {
+        if let Some(what) = self.literal_blocked {
+            return Err(Failure::AddressBlocked(format!("the URL's address is not a public one ({what}); {EXCEPTIONS}")));
+        }
+        self.headers(request, clock::now()).map_err(Failure::Internal)
+    }
+
+    /// Sends a request and reads the answer, within the timeout.
+    async fn exchange(&self, headers: HeaderMap, body: Bytes) -> Result<Response, Failure> {
+        // The client has the same limit; this one also bounds whatever it does besides.
+        let limit = self.timeout + Duration::from_secs(1);
+        let exchange = async {
+            let mut response = self.client.post(self.url.clone()).headers(headers).body(body).send().await?;
+            let status = response.status().as_u16();
+            let now = clock::now();
+            let retry_after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| parse_retry_after(v, now));
+            let mut text = Vec::new();
+            let mut read = 0;
+            // The answer is read to its end, so that the connection can be used again and a receiver that
+            // breaks off is noticed, but only so far.
+            while read < MAX_ANSWER
+                && let Some(chunk) = response.chunk().await?
+            {
+                read += chunk.len();
+                text.extend_from_slice(&chunk[..chunk.len().min(MAX_EXCERPT - text.len())]);
             }
+            Ok(Response { status, retry_after, text })
+        };
+        tokio::time::timeout(limit, exchange).await.map_err(|_| Failure::Timeout)?.map_err(classify)
+    }
+
+    fn judge(&self, result: Result<Response, Failure>) -> Outcome {
+        let Response { status, retry_after, text } = match result {
+            Ok(response) => response,
+            Err(failure) => return retry(failure),
+        };
+        let failure = Failure::Status { status, excerpt: excerpt(&text) };
+        match Answer::of(status, self.success) {
+            Answer::Accepted => Outcome::Delivered { status },
+            Answer::Later => Outcome::Retry { failure, retry_after },
+            Answer::Gone => Outcome::Gone { failure },
+            Answer::TooLarge => Outcome::TooLarge { failure, retry_after },
+            Answer::Refused => Outcome::Refused { failure, retry_after },
         }
-        if self.success.includes(status) {
-            return Outcome::Delivered { status };
-        }
-        Outcome::Retry { failure: Failure::Status { status, excerpt: excerpt(&text) }, retry_after }
     }
 
     fn headers(&self, request: &Request, now: SystemTime) -> Result<HeaderMap, String> {
-        let mut headers = HeaderMap::new();
+        let mut headers = self.own_headers.clone();
+        headers.insert(USER_AGENT, HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
         headers.insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
         for (name, value) in self.signer.headers(&request.batch_id, clock::unix_seconds(now), &request.body) {
@@ -212,6 +293,19 @@ impl Webhook {
         }
         Ok(headers)
     }
+}
+
+/// The headers that every request of a subscriber has. Marked as sensitive, so that they are not printed, and
+/// HTTP/2 does not put them into its table.
+fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
+    let authorization = subscriber.auth.as_ref().map(|auth| (AUTHORIZATION, auth.header()));
+    let mut headers = HeaderMap::new();
+    for (name, value) in subscriber.headers.iter().cloned().chain(authorization) {
+        let mut value = HeaderValue::try_from(value.expose()).map_err(|_| format!("header `{name}` cannot be sent"))?;
+        value.set_sensitive(true);
+        headers.insert(name, value);
+    }
+    Ok(headers)
 }
 
 fn retry(failure: Failure) -> Outcome {
@@ -304,30 +398,31 @@ fn is_io(e: &reqwest::Error) -> bool {
     false
 }
 
-/// Root certificates of the system, read once and shared by all subscribers.
-#[derive(Debug, Clone)]
-pub struct TlsRoots(rustls::ClientConfig);
-
-impl TlsRoots {
-    /// # Errors
-    /// The system has no usable root certificates.
-    pub fn of_system() -> Result<Self, String> {
-        let found = rustls_native_certs::load_native_certs();
-        let mut roots = rustls::RootCertStore::empty();
-        let (added, _) = roots.add_parsable_certificates(found.certs);
-        if added == 0 {
-            let why = found.errors.first().map(|e| format!(": {e}")).unwrap_or_default();
-            return Err(format!("the system has no root certificates for https{why}; install the package ca-certificates"));
-        }
-        let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-        Ok(Self(config))
-    }
-}
-
 /// Resolves names and lets through only addresses that may be connected to: those that it returns
 /// are the ones connected to, so nothing can change between the look and the connection.
 #[derive(Debug)]
-struct GuardedResolver(AddressPolicy);
+struct GuardedResolver {
+    policy: AddressPolicy,
+    lookup: Lookup,
+}
+
+type Found = BoxFuture<'static, std::io::Result<Vec<SocketAddr>>>;
+
+/// Asks for the addresses of a name.
+#[derive(Clone)]
+struct Lookup(Arc<dyn Fn(String) -> Found + Send + Sync>);
+
+impl Lookup {
+    fn of_system() -> Self {
+        Self(Arc::new(|name| Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) })))
+    }
+}
+
+impl fmt::Debug for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Lookup")
+    }
+}
 
 #[derive(Debug)]
 struct Blocked {
@@ -356,10 +451,11 @@ impl std::error::Error for ResolveError {}
 
 impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let policy = self.0.clone();
+        let policy = self.policy.clone();
+        let found = (self.lookup.0)(name.as_str().to_owned());
         Box::pin(async move {
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await.map_err(|e| ResolveError(e.to_string()))?;
-            permitted(&policy, found)
+            let found = found.await.map_err(|e| ResolveError(e.to_string()))?;
+            permitted(&policy, found.into_iter())
         })
     }
 }
@@ -384,6 +480,14 @@ fn permitted(policy: &AddressPolicy, found: impl Iterator<Item = SocketAddr>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{
+        collections::VecDeque,
+        sync::{
+            Mutex,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     #[test]
     fn retry_after_is_seconds_or_a_date() {
@@ -417,29 +521,100 @@ mod tests {
         assert!(of(&[]).expect_err("none at all").to_string().contains("no address"));
     }
 
-    #[tokio::test]
-    async fn a_literal_address_that_is_not_allowed_is_not_connected_to_even_if_the_configuration_did_not_refuse_it() {
+    /// A subscriber with this URL that may connect to what `http` allows.
+    fn subscriber(url: &str, http: &str) -> Subscriber {
         rustls::crypto::ring::default_provider().install_default().ok();
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        socket.set_nonblocking(true).expect("sets");
-        let url = format!("http://{}/", socket.local_addr().expect("an address"));
         let text = format!(
-            "[queue]\nurl = \"amqp://unused\"\n[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, allow_private_addresses = true }}\n"
+            "[queue]\nurl = \"amqp://unused\"\n[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, {http} }}\n"
         );
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("h.toml");
         std::fs::write(&path, text).expect("writes");
         let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
-        let mut subscriber = Subscriber::clone(&config.subscribers[0]);
+        Subscriber::clone(&config.subscribers[0])
+    }
+
+    fn request() -> Request {
+        Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}") }
+    }
+
+    #[tokio::test]
+    async fn a_literal_address_that_is_not_allowed_is_not_connected_to_even_if_the_configuration_did_not_refuse_it() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        socket.set_nonblocking(true).expect("sets");
+        let url = format!("http://{}/", socket.local_addr().expect("an address"));
+        let mut subscriber = subscriber(&url, "allow_private_addresses = true");
         subscriber.http.addresses = AddressPolicy::default();
-        let webhook = Webhook::try_new(&subscriber, &TlsRoots::of_system().expect("roots")).expect("builds");
-        let request = Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}") };
-        let outcome = webhook.send(request).await;
+        let webhook = Webhook::try_new(&subscriber, &SystemRoots::load().expect("roots")).expect("builds");
+        let outcome = webhook.send(request()).await;
         assert!(
             matches!(&outcome, Outcome::Retry { failure: Failure::AddressBlocked(why), .. } if why.contains("loopback")),
             "{outcome:?}"
         );
         assert_eq!(socket.accept().map(drop).map_err(|e| e.kind()), Err(ErrorKind::WouldBlock), "not even a connection");
+    }
+
+    /// Answers each connection once and counts them.
+    async fn counting(address: &str) -> (SocketAddr, Arc<AtomicUsize>) {
+        let socket = tokio::net::TcpListener::bind(address).await.expect("a port");
+        let (local, count) = (socket.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
+        let counter = count.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = socket.accept().await {
+                counter.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(async move {
+                    let mut request = [0; 4096];
+                    let _read = stream.read(&mut request).await?;
+                    stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await
+                });
+            }
+        });
+        (local, count)
+    }
+
+    /// What an attempt comes to when a name is answered with these addresses, one answer after the other.
+    async fn attempts(port: u16, answers: &[&[&str]]) -> Vec<Outcome> {
+        // Of the loopback addresses one stands for those that may be connected to.
+        let subscriber = subscriber(&format!("http://rebinding.example:{port}/"), "allow_addresses = [\"127.0.0.1\"]");
+        let of = |ips: &&[&str]| ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect();
+        let answers: Arc<Mutex<VecDeque<Vec<SocketAddr>>>> = Arc::new(Mutex::new(answers.iter().map(of).collect()));
+        let asked = answers.clone();
+        let lookup = Lookup(Arc::new(move |name| {
+            assert_eq!(name, "rebinding.example");
+            let answer = asked.lock().expect("not poisoned").pop_front().expect("is asked no more often");
+            Box::pin(async move { Ok(answer) })
+        }));
+        let webhook = Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup).expect("builds");
+        let mut outcomes = Vec::new();
+        while !answers.lock().expect("not poisoned").is_empty() {
+            outcomes.push(webhook.send(request()).await);
+        }
+        outcomes
+    }
+
+    #[tokio::test]
+    async fn the_address_that_was_checked_is_the_one_that_is_connected_to_at_each_attempt() {
+        let (allowed, to_allowed) = counting("127.0.0.1:0").await;
+        let (_, to_blocked) = counting(&format!("127.0.0.2:{}", allowed.port())).await;
+        let outcomes =
+            attempts(allowed.port(), &[&["127.0.0.1"], &["127.0.0.2"], &["127.0.0.2", "127.0.0.1"], &["127.0.0.2", "::1"]]).await;
+        let delivered = |o: &Outcome| *o == Outcome::Delivered { status: 200 };
+        let blocked = |o: &Outcome| matches!(o, Outcome::Retry { failure: Failure::AddressBlocked(_), .. });
+        assert!(delivered(&outcomes[0]) && blocked(&outcomes[1]), "a name that changes: {outcomes:?}");
+        assert!(delivered(&outcomes[2]) && blocked(&outcomes[3]), "a name with several addresses: {outcomes:?}");
+        assert_eq!((to_allowed.load(Ordering::SeqCst), to_blocked.load(Ordering::SeqCst)), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn no_spelling_of_localhost_as_a_name_gets_through() {
+        for name in ["localhost", "LOCALHOST", "LocalHost", "localhost.", "a.localhost", "localhost.localdomain", "ip6-localhost"] {
+            let url: Url = format!("http://{name}/").parse().expect("a URL");
+            let resolver = GuardedResolver { policy: AddressPolicy::default(), lookup: Lookup::of_system() };
+            let name: Name = url.host_str().expect("a host").parse().expect("a name");
+            let resolved = resolver.resolve(name).await.map(|a| a.collect::<Vec<_>>());
+            let e = resolved.expect_err(url.as_str());
+            assert!(e.is::<Blocked>() || e.is::<ResolveError>(), "{url}: {e}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{Failed, reach};
 use crate::{
-    config::{Backend, Config, EmbeddedConfig, Intake, Subscriber},
+    config::{Auth, Backend, Config, EmbeddedConfig, Intake, Subscriber},
     queue::{Finding, Queue, embedded::EmbeddedQueue},
     signature::{Encoding, Scheme},
 };
@@ -128,6 +128,24 @@ fn subscriber(s: &Subscriber) -> String {
     pair("format", quoted(s.format.name()));
     pair("secrets", list(s.secrets.iter().map(|_| "\"[redacted]\"".to_owned()).collect()));
     pair("signatures", list(s.signer.schemes().iter().map(scheme).collect()));
+    let redacted = || quoted("[redacted]");
+    if !s.headers.is_empty() {
+        let header = |(name, _): &(_, _)| format!("{} = {}", quoted(&format!("{name}")), redacted());
+        pair("headers", format!("{{ {} }}", s.headers.iter().map(header).collect::<Vec<_>>().join(", ")));
+    }
+    match &s.auth {
+        None => {}
+        Some(Auth::Basic { username, .. }) => {
+            pair("auth", format!("{{ basic = {{ username = {}, password = {} }} }}", quoted(username), redacted()))
+        }
+        Some(Auth::Bearer(_)) => pair("auth", format!("{{ bearer = {} }}", redacted())),
+    }
+    if !s.tls.files.is_empty() {
+        let file = |(key, path): &(&str, std::path::PathBuf)| format!("{key} = {}", quoted(&path.display().to_string()));
+        pair("tls", format!("{{ {} }}", s.tls.files.iter().map(file).collect::<Vec<_>>().join(", ")));
+    }
+    pair("event_ids", s.event_ids.to_string());
+    pair("paused", s.paused.to_string());
     pair("batch.max_events", s.batch.max_events.to_string());
     pair("batch.max_bytes", format!("\"{}B\"", s.batch.max_bytes));
     pair("batch.max_wait", duration(s.batch.max_wait));
@@ -138,6 +156,9 @@ fn subscriber(s: &Subscriber) -> String {
     pair("http.allow_http", s.http.allow_http.to_string());
     pair("http.allow_private_addresses", s.http.addresses.allow_private.to_string());
     pair("http.allow_addresses", list(s.http.addresses.allow.iter().map(|n| quoted(&n.to_string())).collect()));
+    if let Some(proxy) = &s.http.proxy {
+        pair("http.proxy", format!("\"{proxy}\"  # the rest is not shown"));
+    }
     let r = s.retry.options();
     pair("retry.initial_interval", duration(r.initial_interval));
     pair("retry.multiplier", format!("{:?}", r.multiplier));
@@ -145,7 +166,7 @@ fn subscriber(s: &Subscriber) -> String {
     pair("retry.max_interval", duration(r.max_interval));
     pair("retry.max_attempts", r.max_attempts.to_string());
     pair("retry.max_elapsed_time", duration(r.max_elapsed_time));
-    pair("retry.on_exhausted", quoted("dead_letter"));
+    pair("retry.on_exhausted", quoted(r.on_exhausted.name()));
     pair("circuit_breaker.failures", s.circuit_breaker.failures.to_string());
     pair("circuit_breaker.open_for", duration(s.circuit_breaker.open_for));
     pair("circuit_breaker.max_open_for", duration(s.circuit_breaker.max_open_for));

@@ -84,16 +84,17 @@ pub(super) struct Value<'d> {
     value: &'d DeValue<'d>,
 }
 
-/// A group of a subscriber over the group of the same name at top level.
+/// A group of a subscriber over that of its preset over the group of the same name at top level.
 pub(super) struct Layers<'d> {
     pub(super) own: Option<Section<'d>>,
+    pub(super) preset: Option<Section<'d>>,
     pub(super) base: Option<Section<'d>>,
 }
 
 impl<'d> Layers<'d> {
     pub(super) fn get(&self, key: &str) -> Option<Value<'d>> {
         let of = |s: &Option<Section<'d>>| s.as_ref().and_then(|s| s.get(key));
-        of(&self.own).or_else(|| of(&self.base))
+        of(&self.own).or_else(|| of(&self.preset)).or_else(|| of(&self.base))
     }
 }
 
@@ -182,6 +183,17 @@ impl<'e> Reader<'e> {
         let section = Section { source: value.source, path: value.key.clone(), span: value.span.clone(), table };
         self.check_keys(&section, keys);
         Some(section)
+    }
+
+    /// The keys and values of a table whose keys are free.
+    pub(super) fn entries<'d>(&self, value: &Value<'d>) -> Option<Vec<(&'d str, Value<'d>)>> {
+        let Some(table) = value.value.as_table() else {
+            self.report(value, format!("must be a table, not {}", a(value.value)));
+            return None;
+        };
+        let section = Section { source: value.source, path: value.key.clone(), span: value.span.clone(), table };
+        let entry = |name: &'d str| Some((name, section.get(name)?));
+        Some(table.keys().filter_map(|name| entry(name.get_ref().as_ref())).collect())
     }
 
     pub(super) fn array<'d>(&self, value: &Value<'d>) -> Option<Vec<Value<'d>>> {

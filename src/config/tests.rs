@@ -13,6 +13,7 @@ fn dir_with(files: &[(&str, &str)]) -> tempfile::TempDir {
 fn env(name: &str) -> Option<String> {
     match name {
         "SECRET" => Some("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw".to_owned()),
+        "PASSWORD" => Some("tell-nobody".to_owned()),
         "BAD_SECRET" => Some("tell-nobody".to_owned()),
         _ => None,
     }
@@ -36,8 +37,22 @@ fn problems(extra: &str) -> Vec<String> {
 
 #[test]
 fn the_shipped_configuration_holds_every_key_and_the_defaults() {
-    let groups =
-        [ROOT_KEYS, QUEUE_KEYS, ADMIN_KEYS, LOG_KEYS, BATCH_KEYS, HTTP_KEYS, RETRY_KEYS, BREAKER_KEYS, SUBSCRIBER_KEYS, SIGNATURE_KEYS];
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let groups = [
+        ROOT_KEYS,
+        QUEUE_KEYS,
+        ADMIN_KEYS,
+        LOG_KEYS,
+        BATCH_KEYS,
+        HTTP_KEYS,
+        RETRY_KEYS,
+        BREAKER_KEYS,
+        SUBSCRIBER_KEYS,
+        SIGNATURE_KEYS,
+        AUTH_KEYS,
+        BASIC_KEYS,
+        TLS_KEYS,
+    ];
     for key in groups.iter().flat_map(|keys| keys.iter()) {
         let found = DEFAULT.lines().any(|l| {
             let l = l.trim_start_matches("# ");
@@ -67,7 +82,9 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     let example: String =
         DEFAULT.lines().skip_while(|l| *l != "# [[subscriber]]").map(|l| l.trim_start_matches("# ").to_owned() + "\n").collect();
     let with_example = DEFAULT.to_owned() + &example.replace("SIEM_SECRET", "SECRET") + SUBSCRIBER;
-    let a = load_text(&with_example).expect("the example is valid").subscribers[1].clone();
+    let (cert, key) = certificate();
+    let dir = dir_with(&[("h.toml", &with_example), ("ca.pem", &cert), ("c.pem", &cert), ("k.pem", &key)]);
+    let a = load_with(&dir.path().join("h.toml"), &env).unwrap_or_else(|e| panic!("the example is valid: {e}")).subscribers[1].clone();
     let b = load_text(&format!("{QUEUE}{SUBSCRIBER}")).expect("valid").subscribers[0].clone();
     assert_eq!((&a.batch, &a.http, &a.retry, &a.circuit_breaker), (&b.batch, &b.http, &b.retry, &b.circuit_breaker));
 }
@@ -129,13 +146,203 @@ events = ["user*"]
 fn a_key_of_a_feature_that_is_not_there_is_unknown() {
     for (text, key) in [
         (format!("{QUEUE}management_url = \"http://m\"\n"), "queue.management_url"),
-        (format!("{QUEUE}[http]\nproxy = \"http://p\"\n"), "http.proxy"),
+        (format!("{QUEUE}[http]\nversion = 3\n"), "http.version"),
     ] {
         let found = problems(&text);
         assert!(found.len() == 1 && found[0].contains(&format!("{key}: unknown key")), "{found:?}");
     }
-    let found = load_text(&format!("{QUEUE}{SUBSCRIBER}paused = true\n")).expect_err("unknown");
-    assert!(found[0].contains("h.toml:7:1: subscriber[0].paused: unknown key"), "{found:?}");
+    let found = load_text(&format!("{QUEUE}{SUBSCRIBER}tls_ca = true\n")).expect_err("unknown");
+    assert!(found[0].contains("h.toml:7:1: subscriber[0].tls_ca: unknown key"), "{found:?}");
+}
+
+#[test]
+fn the_preset_wins_over_the_defaults_and_the_subscribers_own_keys_over_it() {
+    let defaults = "[batch]\nmax_events = 7\nmax_bytes = \"5KiB\"\n[http]\nsuccess = \"2xx\"\nconcurrency = 3\n[retry]\nmax_attempts = 2\n";
+    let plain = format!("{QUEUE}{defaults}{SUBSCRIBER}preset = \"mailtrap\"\n");
+    let s = load_text(&plain).expect("valid").subscribers.remove(0);
+    assert_eq!((s.batch.max_events, s.batch.max_wait, s.batch.max_bytes), (500, Duration::from_secs(30), 5 * 1024));
+    assert_eq!((s.http.success, s.http.timeout, s.http.concurrency), (Success::Only200, Duration::from_secs(30), 3));
+    let r = s.retry.options();
+    assert_eq!((r.max_attempts, r.initial_interval, r.multiplier, r.randomization_factor), (41, Duration::from_secs(300), 1.0, 0.0));
+    assert_eq!((r.max_elapsed_time, r.on_exhausted), (Duration::ZERO, Exhausted::Pause));
+    assert_eq!(s.circuit_breaker.failures, 0);
+    assert_eq!(s.signer.schemes(), [Scheme::Mailtrap]);
+
+    let own = "signatures = [\"standard-webhooks\"]\nretry = { max_attempts = 3 }\nhttp.success = \"2xx\"\nbatch.max_wait = \"0s\"\n";
+    let s = load_text(&(plain + own)).expect("valid").subscribers.remove(0);
+    assert_eq!((s.batch.max_events, s.batch.max_wait, s.http.success), (500, Duration::ZERO, Success::Any2xx));
+    assert_eq!((s.retry.options().max_attempts, s.retry.options().initial_interval), (3, Duration::from_secs(300)));
+    assert_eq!(s.signer.schemes(), [Scheme::StandardWebhooks]);
+
+    let found = load_text(&format!("{QUEUE}{SUBSCRIBER}preset = \"other\"\n")).expect_err("unknown");
+    assert!(found.len() == 1 && found[0].contains("h.toml:7:10: subscriber[0].preset: must be \"mailtrap\""), "{found:?}");
+}
+
+/// A key and a certificate of it, as PEM.
+fn certificate() -> (String, String) {
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let certificate = rcgen::CertificateParams::new(vec!["a.example".to_owned()]).expect("names").self_signed(&key).expect("signs");
+    (certificate.pem(), key.serialize_pem())
+}
+
+#[test]
+fn endpoints_are_checked_and_show_no_secret() {
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let (cert, key) = certificate();
+    let (_, other) = certificate();
+    let file = |name: &str| format!("{QUEUE}[http]\nproxy = \"http://u:hunter2@proxy.internal:3128\"\n{SUBSCRIBER}{name}");
+    let load = |more: &str| {
+        let text = file(more);
+        let dir = dir_with(&[("h.toml", &text), ("c.pem", &cert), ("k.pem", &key), ("other.pem", &other), ("token", "hunter2\n")]);
+        load_with(&dir.path().join("h.toml"), &env).map_err(|e| e.to_string())
+    };
+    for good in [
+        "headers = { X-A = \"hunter2\", Authorization = \"Splunk hunter2\" }",
+        "auth = { basic = { username = \"u\", password = \"hunter2\" } }",
+        "auth = { bearer = \"file:token\" }",
+        "tls = { ca_file = \"c.pem\", client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }",
+        "http.proxy = \"\"",
+    ] {
+        let config = load(good).unwrap_or_else(|e| panic!("{good}: {e}"));
+        let shown = format!("{config:?}");
+        assert!(!shown.contains("hunter2") && !shown.contains("PRIVATE"), "{shown}");
+        assert_eq!(config.subscribers[0].http.proxy.is_none(), good.contains("proxy"));
+    }
+    for (bad, part) in [
+        ("headers = { \"a b\" = \"x\" }", "subscriber[0].headers.a b: is not a valid header name"),
+        ("headers = { X-A = \"x\\ny\" }", "a value that a header cannot carry"),
+        ("headers = { X-A = \"x\", x-a = \"y\" }", "is there twice"),
+        ("headers = { Content-Type = \"x\" }", "subscriber[0].headers.Content-Type: is a header that hooktrail sets itself"),
+        ("headers = { Webhook-Id = \"x\" }", "sets itself"),
+        ("headers = { X-A = 1 }", "must be a string"),
+        ("headers = [\"X-A\"]", "must be a table"),
+        ("headers = { X-S = \"x\" }\nsignatures = [\"standard-webhooks\", { header = \"x-s\" }]", "is the header of a signature"),
+        ("headers = { authorization = \"x\" }\nauth = { bearer = \"y\" }", "cannot stand beside `Authorization`"),
+        ("auth = {}", "must be either"),
+        ("auth = { basic = { username = \"u\", password = \"p\" }, bearer = \"y\" }", "must be either"),
+        ("auth = { basic = { username = \"u\" } }", "subscriber[0].auth.basic.password: is required"),
+        ("auth = { basic = { username = \"a:b\", password = \"p\" } }", "no `:`"),
+        ("auth = { bearer = \"hunter2 x\" }", "visible ASCII"),
+        ("auth = { bearer = \"file:nowhere\" }", "cannot be read"),
+        ("tls = { ca_file = \"nowhere.pem\" }", "nowhere.pem cannot be read"),
+        ("tls = { ca_file = \"k.pem\" }", "holds no certificate"),
+        ("tls = { client_cert_file = \"c.pem\" }", "needs the other"),
+        ("tls = { client_cert_file = \"c.pem\", client_key_file = \"c.pem\" }", "subscriber[0].tls.client_key_file: holds no private key"),
+        ("tls = { client_cert_file = \"c.pem\", client_key_file = \"other.pem\" }", "is not the key of the certificate"),
+        ("http.proxy = \"socks5://hunter2\"", "is not the URL of a proxy"),
+    ] {
+        let told = load(bad).expect_err(bad);
+        assert!(told.contains(part) && told.contains("1 problem in") && !told.contains("hunter2"), "{bad}: {told}");
+    }
+    let in_url = file("auth = { bearer = \"x\" }\n").replace("https://example.com", "https://u@example.com");
+    assert!(load_text(&in_url).expect_err("two").concat().contains("cannot stand beside a user or password in `url`"));
+}
+
+#[test]
+fn a_url_with_an_address_that_is_not_public_is_refused_however_it_is_spelled() {
+    let load = |url: &str| load_text(&format!("{QUEUE}{}", SUBSCRIBER.replace("https://example.com/", url)));
+    // Addresses that are not public, and spellings that are none.
+    for url in [
+        "https://127.0.0.1/",
+        "https://127.0.0.1./",
+        "https://127.1/",
+        "https://2130706433/",
+        "https://0x7f000001/",
+        "https://0x7F.0.0.1/",
+        "https://0177.0.0.1/",
+        "https://0000177.0.0.01/",
+        "https://127.0.0.1:8443/",
+        "https://user:password@127.0.0.1/",
+        "https://1.1.1.1@127.0.0.1/",
+        "https://example.com@10.0.0.1/",
+        "https://example.com:pass@[::1]/",
+        "https:\\\\127.0.0.1\\hook",
+        "https:/127.0.0.1/",
+        "https:127.0.0.1/",
+        "https:///127.0.0.1/",
+        "  https://127.0.0.1/  ",
+        "https://127.0\t.0.1/",
+        "https://%31%32%37.0.0.1/",
+        "https://１２７.0.0.1/",
+        "https://127。0。0。1/",
+        "https://①②⑦.0.0.1/",
+        "https://0/",
+        "https://0.0.0.0/",
+        "https://10.0.0.1/",
+        "https://10.255.255.254/",
+        "https://012.0.0.1/",
+        "https://172.16.0.1/",
+        "https://172.31.255.255/",
+        "https://192.168.1.1/",
+        "https://192.168.257/",
+        "https://3232235777/",
+        "https://100.64.0.1/",
+        "https://100.100.100.200/",
+        "https://169.254.169.254/latest/meta-data/",
+        "https://169.254.170.2/",
+        "https://2852039166/",
+        "https://0xa9.0xfe.0xa9.0xfe/",
+        "https://0251.0376.0251.0376/",
+        "https://168.63.129.16/",
+        "https://192.0.0.192/",
+        "https://192.0.2.7/",
+        "https://198.18.0.1/",
+        "https://198.51.100.1/",
+        "https://203.0.113.1/",
+        "https://224.0.0.1/",
+        "https://255.255.255.255/",
+        "https://[::]/",
+        "https://[::1]/",
+        "https://[0:0:0:0:0:0:0:1]/",
+        "https://[0000:0000:0000:0000:0000:0000:0000:0001]:443/",
+        "https://[::ffff:127.0.0.1]/",
+        "https://[::ffff:7f00:1]/",
+        "https://[::FFFF:169.254.169.254]/",
+        "https://[::127.0.0.1]/",
+        "https://[::ffff:0:127.0.0.1]/",
+        "https://[64:ff9b::10.0.0.1]/",
+        "https://[64:ff9b::a9fe:a9fe]/",
+        "https://[64:ff9b:1::1]/",
+        "https://[2002:7f00:1::]/",
+        "https://[2002:a9fe:a9fe::1]/",
+        "https://[2001:0:7f00:1::]/",
+        "https://[2001:db8::1]/",
+        "https://[fc00::1]/",
+        "https://[fd00:ec2::254]/",
+        "https://[fd20:ce::254]/",
+        "https://[fe80::1]/",
+        "https://[fe80::a9fe:a9fe]/",
+        "https://[fec0::1]/",
+        "https://[ff02::1]/",
+        "https://[fe80::1%25eth0]/",
+        "https://[fe80::1%eth0]/",
+        "https://[::1%25lo]/",
+        "https://[::1/",
+        "https://256.1.1.1/",
+        "https://1.1.1.1.1/",
+        "https://0x7f.0.0.0x1ff/",
+        "https://exa mple.com/",
+        "https:///",
+    ] {
+        let found = load(&url.replace('\\', "\\\\")).expect_err(url).concat();
+        assert!(
+            found.contains("subscriber[0].url: ") && (found.contains("not a public one") || found.contains("is not a URL")),
+            "{url}: {found}"
+        );
+    }
+    for url in [
+        "https://1.1.1.1/",
+        "https://16843009/",
+        "https://[2606:4700::1111]/",
+        "https://[64:ff9b::1.1.1.1]/",
+        // Names: what they resolve to is looked at when they are connected to.
+        "https://localhost/",
+        "https://127.0.0.1.nip.io/",
+        "https://metadata.google.internal/",
+        "https://127.0.0.1.example/",
+    ] {
+        assert!(load(url).is_ok(), "{url}");
+    }
 }
 
 #[test]
@@ -268,7 +475,7 @@ initial_interval = "0s"
 multiplier = 0.5
 randomization_factor = 2
 max_attempts = -1
-on_exhausted = "pause"
+on_exhausted = "stop"
 [circuit_breaker]
 failures = -1
 open_for = "2h"

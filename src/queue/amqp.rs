@@ -30,6 +30,7 @@ use std::{
 };
 
 use futures_util::{FutureExt as _, future::try_join_all};
+use tokio::sync::watch;
 
 use self::{
     connection::{Effort, Lease, NOT_FOUND, Pool, Role},
@@ -46,8 +47,8 @@ pub use self::{
 };
 use crate::{
     config::{AmqpConfig, Intake, Subscriber},
-    queue::{Finding, NewEvent, Published, Queue, QueueError, Window},
-    retry::Pauses,
+    queue::{Finding, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
+    retry::Waits,
 };
 
 /// The broker and what hooktrail keeps in it. Clones are the same.
@@ -60,6 +61,7 @@ struct Inner {
     consuming: Pool,
     declaring: Arc<Pool>,
     publisher: OnceLock<Publisher>,
+    standings: watch::Sender<Option<Standings>>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
     suspects: Mutex<HashSet<String>>,
 }
@@ -84,7 +86,8 @@ impl AmqpQueue {
         let consuming = Pool::new(config.url.clone(), Role::Consuming);
         let declaring = Arc::new(Pool::new(config.url.clone(), Role::Declaring));
         let topology = Topology::new(config);
-        Self(Arc::new(Inner { topology, consuming, declaring, publisher: OnceLock::new(), suspects: Mutex::default() }))
+        let standings = watch::Sender::new(None);
+        Self(Arc::new(Inner { topology, consuming, declaring, publisher: OnceLock::new(), standings, suspects: Mutex::default() }))
     }
 
     /// Looks once whether the broker can be reached, for commands that must not wait for it without end.
@@ -126,11 +129,11 @@ impl AmqpQueue {
         Ok(())
     }
 
-    /// Takes away what only earlier configurations had. Beside the lanes, because it has to publish,
-    /// and a broker that blocks publishing can still be consumed.
-    async fn reconcile(&self, subscribers: &[Arc<Subscriber>]) {
-        let mut reconciler = Reconciler::new(self.topology(), &self.0.declaring, self.publisher(), subscribers);
-        let mut following = Effort::new("the record of bindings");
+    /// Follows the record: who is paused, and what only earlier configurations had, which it takes away.
+    /// Beside the lanes, because it has to publish, and a broker that blocks publishing can still be consumed.
+    async fn follow_state(&self, subscribers: &[Arc<Subscriber>]) {
+        let mut reconciler = Reconciler::new(self.topology(), &self.0.declaring, self.publisher(), &self.0.standings, subscribers);
+        let mut following = Effort::new("the record of bindings and pauses");
         loop {
             let Err(e) = reconciler.follow(&mut following).await;
             following.failed(&e).await;
@@ -255,13 +258,13 @@ impl AmqpQueue {
     /// Whether a queue can be consumed, tried on a connection of its own. Broken is what is broken
     /// more than once: a queue whose process is just being restarted is not.
     async fn usable(&self, queue: &str) -> Result<Result<(), Unusable>, QueueError> {
-        let mut pauses = Pauses::new(Duration::from_millis(500), Duration::from_secs(1));
+        let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(1));
         let mut tries = 2;
         loop {
             let lease = self.0.consuming.quarantine().await?.lease().await?;
             tries -= 1;
             match lane::try_consume(&lease, queue).await {
-                Err(e) if e.is_broken() && tries > 0 => tokio::time::sleep(pauses.grow()).await,
+                Err(e) if e.is_broken() && tries > 0 => tokio::time::sleep(waits.grow()).await,
                 tried => return Ok(tried),
             }
         }
@@ -295,7 +298,7 @@ impl Queue for AmqpQueue {
 
     async fn chores(&self, subscribers: &[Arc<Subscriber>]) {
         tokio::join!(
-            kept("reconciling the bindings", || self.reconcile(subscribers)),
+            kept("following the record", || self.follow_state(subscribers)),
             kept("the relay", || self.relay(subscribers)),
             kept("the sweep of orphans", || self.sweep(subscribers)),
         );
@@ -363,6 +366,21 @@ impl Queue for AmqpQueue {
         self.publisher().is_writable()
     }
 
+    fn standings(&self) -> watch::Receiver<Option<Standings>> {
+        self.0.standings.subscribe()
+    }
+
+    async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
+        state::record(self.topology(), self.publisher(), subscriber, &standing).await?;
+        // What is followed brings it too, a little later.
+        self.0.standings.send_modify(|all| {
+            if let Some(all) = all {
+                Arc::make_mut(all).insert(subscriber.to_owned(), standing);
+            }
+        });
+        Ok(())
+    }
+
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
         DeadLetters::open(self, subscriber).await
     }
@@ -394,9 +412,9 @@ impl Queue for AmqpQueue {
 
 /// Does a chore, over panics too.
 async fn kept<F: Future<Output = ()>>(what: &str, chore: impl Fn() -> F) {
-    let mut pauses = Pauses::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
     while AssertUnwindSafe(chore()).catch_unwind().await.is_err() {
         tracing::error!("{what} panicked and begins again");
-        tokio::time::sleep(pauses.grow()).await;
+        tokio::time::sleep(waits.grow()).await;
     }
 }

@@ -13,6 +13,7 @@ mod lane;
 mod store;
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -29,8 +30,8 @@ use crate::{
     clock,
     config::{EmbeddedConfig, Subscriber},
     event::Pattern,
-    queue::{Finding, NewEvent, Published, Queue, QueueError, Window},
-    retry::Pauses,
+    queue::{Finding, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, Window},
+    retry::Waits,
 };
 
 /// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.
@@ -54,6 +55,7 @@ struct Inner {
     patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
     /// Counts commits that may bring a lane something to do.
     news: watch::Sender<u64>,
+    standings: watch::Sender<Option<Standings>>,
 }
 
 impl EmbeddedQueue {
@@ -91,7 +93,7 @@ impl EmbeddedQueue {
         let news = watch::Sender::new(0);
         let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let retention = config.retention;
-        Ok(Self(Arc::new(Inner { store, retention, patterns, news })))
+        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings: watch::Sender::new(None) })))
     }
 
     /// Whether the database in a directory holds what was not delivered, if there is one.
@@ -193,7 +195,10 @@ impl Queue for EmbeddedQueue {
     type DeadLetters = DeadLetters;
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        self.bind(subscribers, false).await
+        self.bind(subscribers, false).await?;
+        let found = self.store().read(standings).await?;
+        self.0.standings.send_replace(Some(Arc::new(found)));
+        Ok(())
     }
 
     async fn chores(&self, _: &[Arc<Subscriber>]) {
@@ -207,13 +212,13 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn writable(&self) {
-        let mut pauses = Pauses::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
         // A page that is written and taken back: what a full disk refuses.
         let probe =
             |db: &Connection| db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe");
         while let Err(e) = self.store().write(probe).await {
             tracing::debug!(error = %e, "the embedded queue still takes nothing");
-            tokio::time::sleep(pauses.grow()).await;
+            tokio::time::sleep(waits.grow()).await;
         }
     }
 
@@ -244,6 +249,21 @@ impl Queue for EmbeddedQueue {
         self.store().is_behind()
     }
 
+    fn standings(&self) -> watch::Receiver<Option<Standings>> {
+        self.0.standings.subscribe()
+    }
+
+    async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
+        let name = subscriber.to_owned();
+        let write = move |db: &Connection| {
+            set_standing(db, &name, &standing)?;
+            standings(db)
+        };
+        let found = self.store().write(write).await?;
+        self.0.standings.send_replace(Some(Arc::new(found)));
+        Ok(())
+    }
+
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
         DeadLetters::open(self.store().clone(), subscriber).await
     }
@@ -261,6 +281,29 @@ impl Queue for EmbeddedQueue {
         let finding = |(name, messages)| Finding::Queue { name, messages, consumers: None };
         Ok(counts.await?.into_iter().map(finding).collect())
     }
+}
+
+fn standings(db: &Connection) -> rusqlite::Result<BTreeMap<String, Standing>> {
+    let mut query = db.prepare_cached("SELECT subscriber, why, by, since, resumed_at FROM standing")?;
+    let rows = query.query_map([], |r| {
+        let standing = match r.get::<_, Option<i64>>(4)? {
+            Some(at) => Standing::Resumed { at: from_millis(at) },
+            None => Standing::Paused(Pause { why: r.get(1)?, by: r.get(2)?, since: from_millis(r.get(3)?) }),
+        };
+        Ok((r.get(0)?, standing))
+    })?;
+    rows.collect()
+}
+
+fn set_standing(db: &Connection, subscriber: &str, standing: &Standing) -> rusqlite::Result<()> {
+    let mut set =
+        db.prepare_cached("INSERT OR REPLACE INTO standing (subscriber, why, by, since, resumed_at) VALUES (?1, ?2, ?3, ?4, ?5)")?;
+    let none = None::<i64>;
+    match standing {
+        Standing::Paused(Pause { why, by, since }) => set.execute(params![subscriber, why, by, millis(*since), none])?,
+        Standing::Resumed { at } => set.execute(params![subscriber, none, none, none, millis(*at)])?,
+    };
+    Ok(())
 }
 
 fn millis(at: SystemTime) -> i64 {

@@ -8,15 +8,26 @@ use std::{
 
 use super::{
     DeadLetters, Envelope, Event, Finding, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
-    Source, Taken, Window,
+    Source, Standing, Standings, Taken, Window,
 };
+use tokio::sync::watch;
+
 use crate::config::Subscriber;
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Fake(Arc<Mutex<State>>);
+
+impl Default for Fake {
+    fn default() -> Self {
+        let state = State::default();
+        state.standings.send_replace(Some(Standings::default()));
+        Self(Arc::new(Mutex::new(state)))
+    }
+}
 
 #[derive(Debug, Default)]
 struct State {
+    standings: watch::Sender<Option<Standings>>,
     next_tag: u64,
     events: BTreeMap<String, VecDeque<String>>,
     unsettled: BTreeMap<u64, (String, String)>,
@@ -86,6 +97,18 @@ impl Queue for Fake {
 
     async fn publish(&self, _: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
         Err(QueueError::new("not part of this fake"))
+    }
+
+    fn standings(&self) -> watch::Receiver<Option<Standings>> {
+        self.with(|s| s.standings.subscribe())
+    }
+
+    async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
+        self.with(|s| {
+            s.standings
+                .send_modify(|all| Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing).map_or((), drop))
+        });
+        Ok(())
     }
 
     async fn dead_letters(&self, _: &str) -> Result<End, QueueError> {
@@ -162,8 +185,8 @@ impl Settler for End {
             if let Some(answer) = s.answers.pop_front() {
                 return Err(answer);
             }
-            if let Settlement::Retry { envelope, delay } = settlement {
-                s.retries.push((envelope, delay));
+            if let Settlement::Retry { envelopes, delay } = settlement {
+                s.retries.extend(envelopes.into_iter().map(|e| (e, delay)));
             }
             for r in receipts {
                 assert!(s.unsettled.remove(&r.tag).is_some(), "settled twice");

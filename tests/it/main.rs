@@ -6,16 +6,21 @@
     reason = "tests look at the real clock, tell what they measured and show a failed daemon's log"
 )]
 
+mod answers;
 mod bad_input;
 mod commands;
 mod delivery;
 mod demo;
 mod embedded;
+mod endpoints;
 mod faults;
 mod hostile;
 mod hostile_messages;
+mod hostile_receivers;
 mod input;
 mod intake;
 mod layers;
 mod support;
 mod topology;
+mod trying;
+mod verifiers;

@@ -14,7 +14,7 @@ use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
 use tokio::{sync::Mutex, time::timeout};
 
 use super::wire;
-use crate::{queue::QueueError, retry::Pauses, secret::SecretUrl};
+use crate::{queue::QueueError, retry::Waits, secret::SecretUrl};
 
 /// For the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its own here.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -142,18 +142,18 @@ pub(super) async fn answer<T>(request: impl Future<Output = lapin::Result<T>>) -
     }
 }
 
-/// Something that is tried without end: pauses between the tries, and logs when it begins to fail and
+/// Something that is tried without end: waits between the tries, and logs when it begins to fail and
 /// when it goes well again, not each try.
 #[derive(Debug)]
 pub(super) struct Effort {
     what: String,
     failing: bool,
-    pauses: Pauses,
+    waits: Waits,
 }
 
 impl Effort {
     pub(super) fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), failing: false, pauses: Pauses::new(Duration::from_millis(200), Duration::from_secs(10)) }
+        Self { what: what.into(), failing: false, waits: Waits::new(Duration::from_millis(200), Duration::from_secs(10)) }
     }
 
     /// Waits until it may be tried again.
@@ -163,11 +163,11 @@ impl Effort {
         } else {
             tracing::warn!(error = %why, "{} lost; trying again without end", self.what);
         }
-        tokio::time::sleep(self.pauses.grow()).await;
+        tokio::time::sleep(self.waits.grow()).await;
     }
 
     pub(super) fn goes_well(&mut self) {
-        self.pauses.reset();
+        self.waits.reset();
         if std::mem::take(&mut self.failing) {
             tracing::warn!("{} recovered", self.what);
         }

@@ -206,7 +206,9 @@ impl Inner {
     fn messages(&self, settlement: Settlement) -> Vec<Message> {
         match settlement {
             Settlement::Delivered => Vec::new(),
-            Settlement::Retry { envelope, delay } => vec![retry_message(&self.topology, &self.subscriber, &envelope, delay)],
+            Settlement::Retry { envelopes, delay } => {
+                envelopes.iter().map(|e| retry_message(&self.topology, &self.subscriber, e, delay)).collect()
+            }
             Settlement::Dead(letters) => {
                 let dead = self.topology.dead(&self.subscriber);
                 letters

@@ -1,4 +1,5 @@
-//! What earlier configurations bound, remembered in a stream next to the queues, which every daemon follows.
+//! What earlier configurations bound and who is paused, remembered in a stream next to the queues, which
+//! every daemon follows.
 //!
 //! The broker does not tell which patterns a queue is bound with. Without this record a pattern that
 //! was taken out of the configuration would go on filling the queue, and so would the patterns of a
@@ -8,7 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -19,7 +20,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::{sync::watch, time::sleep};
 
 use super::{
     connection::{BrokerError, Effort, Lease, Pool, RPC_TIMEOUT, answer},
@@ -27,10 +28,17 @@ use super::{
     publisher::{Fate, Publisher},
     topology::{Broker, Topology},
 };
-use crate::{clock, config::Subscriber, queue::QueueError};
+use crate::{
+    clock,
+    config::Subscriber,
+    queue::{Pause, QueueError, Standing, Standings},
+};
 
 /// How often it is looked whether another daemon still works for a subscriber that this one does not have.
 const RECHECK: Duration = Duration::from_secs(60);
+
+/// After so long without a record all that the stream held has come.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds are kept apart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +57,18 @@ enum Record {
         removed: bool,
         at: String,
     },
-    /// Written before reading, to know where the end is.
+    Standing {
+        subscriber: String,
+        paused: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
+        /// Since when.
+        #[serde(with = "rfc3339")]
+        at: SystemTime,
+    },
+    /// Written when reading begins, to know where the end is.
     Mark {
         mark: String,
     },
@@ -64,19 +83,84 @@ struct Bound {
 
 type Bindings = BTreeMap<String, Bound>;
 
-/// Takes a record in; the subscriber that it is about.
-fn apply(bindings: &mut Bindings, record: Record, exchange: &str) -> Option<String> {
-    match record {
-        Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
-            let exchange = bound_to.unwrap_or_else(|| exchange.to_owned());
-            bindings.insert(subscriber.clone(), Bound { exchange, patterns });
-            Some(subscriber)
+impl Record {
+    fn of(subscriber: &str, standing: &Standing) -> Self {
+        let subscriber = subscriber.to_owned();
+        match standing.clone() {
+            Standing::Paused(Pause { why, since, by }) => {
+                Self::Standing { subscriber, paused: true, why: Some(why), by: Some(by), at: since }
+            }
+            Standing::Resumed { at } => Self::Standing { subscriber, paused: false, why: None, by: None, at },
         }
-        Record::Removed { subscriber, .. } => {
-            bindings.remove(&subscriber);
-            Some(subscriber)
+    }
+}
+
+/// All that the stream says.
+#[derive(Debug, Default)]
+struct Recorded {
+    bindings: Bindings,
+    standings: Standings,
+}
+
+/// What a record was about.
+#[derive(Debug, PartialEq, Eq)]
+enum About {
+    Bindings(String),
+    Standing,
+    Nothing,
+}
+
+impl Recorded {
+    fn apply(&mut self, record: Record, exchange: &str) -> About {
+        match record {
+            Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
+                let exchange = bound_to.unwrap_or_else(|| exchange.to_owned());
+                self.bindings.insert(subscriber.clone(), Bound { exchange, patterns });
+                About::Bindings(subscriber)
+            }
+            Record::Removed { subscriber, .. } => {
+                self.bindings.remove(&subscriber);
+                About::Bindings(subscriber)
+            }
+            Record::Standing { subscriber, paused, why, by, at } => {
+                let pause = || Pause { why: why.unwrap_or_default(), since: at, by: by.unwrap_or_default() };
+                let standing = if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
+                Arc::make_mut(&mut self.standings).insert(subscriber, standing);
+                About::Standing
+            }
+            Record::Mark { .. } => About::Nothing,
         }
-        Record::Mark { .. } => None,
+    }
+}
+
+mod rfc3339 {
+    use std::time::SystemTime;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(at: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(&humantime::format_rfc3339_millis(*at))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {
+        humantime::parse_rfc3339(&String::deserialize(d)?).map_err(D::Error::custom)
+    }
+}
+
+/// Records that a subscriber is paused or resumed; returns when that is confirmed.
+pub(super) async fn record(topology: &Topology, publisher: &Publisher, subscriber: &str, standing: &Standing) -> Result<(), QueueError> {
+    write(topology, publisher, &Record::of(subscriber, standing)).await
+}
+
+async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> Result<(), QueueError> {
+    let stream = topology.state();
+    let error = |why: &dyn std::fmt::Display| QueueError::new(format!("stream `{stream}`: {why}"));
+    let body = serde_json::to_vec(record).map_err(|e| error(&e))?;
+    let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+    let message = Message::to_queue(stream.clone(), Bytes::from(body), properties);
+    match publisher.publish(vec![message]).await?[..] {
+        [Fate::Stored] => Ok(()),
+        _ => Err(error(&"the broker did not take a record")),
     }
 }
 
@@ -85,6 +169,7 @@ pub(super) struct Reconciler<'a> {
     topology: &'a Topology,
     pool: &'a Pool,
     publisher: &'a Publisher,
+    standings: &'a watch::Sender<Option<Standings>>,
     subscribers: &'a [Arc<Subscriber>],
     wanted: Bindings,
     /// Subscribers about whom an operator was told already that daemons do not agree.
@@ -96,7 +181,13 @@ pub(super) struct Reconciler<'a> {
 }
 
 impl<'a> Reconciler<'a> {
-    pub(super) fn new(topology: &'a Topology, pool: &'a Pool, publisher: &'a Publisher, subscribers: &'a [Arc<Subscriber>]) -> Self {
+    pub(super) fn new(
+        topology: &'a Topology,
+        pool: &'a Pool,
+        publisher: &'a Publisher,
+        standings: &'a watch::Sender<Option<Standings>>,
+        subscribers: &'a [Arc<Subscriber>],
+    ) -> Self {
         let bound =
             |s: &Subscriber| Bound { exchange: topology.events(), patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect() };
         let wanted = subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
@@ -104,6 +195,7 @@ impl<'a> Reconciler<'a> {
             topology,
             pool,
             publisher,
+            standings,
             subscribers,
             wanted,
             told: BTreeSet::new(),
@@ -118,38 +210,71 @@ impl<'a> Reconciler<'a> {
     pub(super) async fn follow(&mut self, following: &mut Effort) -> Result<Infallible, QueueError> {
         let mut broker = Broker::new(self.pool);
         self.topology.ensure_state(&mut broker).await?;
-        let mark = clock::batch_id();
-        self.write(&Record::Mark { mark: mark.clone() }).await?;
         let (lease, mut records) = self.open().await?;
-        let mut recorded = Bindings::new();
+        let mark = clock::batch_id();
+        let (topology, publisher, last) = (self.topology, self.publisher, Record::Mark { mark: mark.clone() });
+        let mut marking = std::pin::pin!(write(topology, publisher, &last));
+        let mut marked = false;
+        let mut recorded = Recorded::default();
         let mut up_to_date = false;
+        let mut latest = clock::instant();
         loop {
-            let next = match timeout(if up_to_date { RECHECK } else { RPC_TIMEOUT }, records.next()).await {
-                Ok(next) => next.ok_or_else(|| self.error("its consumer was cancelled"))?,
-                Err(_) if up_to_date => {
-                    self.unbind_removed(&mut broker, &mut recorded).await?;
+            let next = tokio::select! {
+                wrote = &mut marking, if !marked => {
+                    marked = true;
+                    if let Err(e) = wrote {
+                        let quiet = clock::instant() - latest > QUIET;
+                        if quiet && lease.channel.status().connected() {
+                            self.without_mark(&recorded);
+                        }
+                        return Err(e);
+                    }
                     continue;
                 }
-                Err(_) => return Err(self.error("the broker sent no more records before the last one")),
+                next = records.next() => next.ok_or_else(|| self.error("its consumer was cancelled"))?,
+                () = sleep(RECHECK), if up_to_date => {
+                    self.unbind_removed(&mut broker, &mut recorded.bindings).await?;
+                    continue;
+                }
+                () = sleep(RPC_TIMEOUT), if marked && !up_to_date => {
+                    return Err(self.error("the broker sent no more records before the last one"));
+                }
             };
             let delivery = next.map_err(|e| self.error(&BrokerError::from(e)))?;
+            latest = clock::instant();
             let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
             answer(acked).await.map_err(|why| self.error(&why))?;
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
-                    self.reconcile(&mut broker, &mut recorded).await?;
+                    self.standings.send_replace(Some(recorded.standings.clone()));
+                    self.reconcile(&mut broker, &mut recorded.bindings).await?;
                     following.goes_well();
                 }
-                Ok(record) => {
-                    let about = apply(&mut recorded, record, &self.topology.events());
-                    if let Some(name) = about.filter(|_| up_to_date) {
-                        self.compare(&mut broker, &mut recorded, &name).await?;
-                    }
-                }
+                Ok(record) => match recorded.apply(record, &self.topology.events()) {
+                    About::Bindings(name) if up_to_date => self.compare(&mut broker, &mut recorded.bindings, &name).await?,
+                    About::Standing if up_to_date => drop(self.standings.send_replace(Some(recorded.standings.clone()))),
+                    About::Bindings(_) | About::Standing | About::Nothing => {}
+                },
                 Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
             }
         }
+    }
+
+    /// A broker that blocks publishing takes no mark, and still sends what it has: after a silence that is
+    /// all. Otherwise nothing would be delivered by a daemon that starts meanwhile.
+    fn without_mark(&self, recorded: &Recorded) {
+        self.standings.send_if_modified(|known| {
+            let first = known.is_none();
+            if first {
+                tracing::warn!(
+                    stream = self.topology.state(),
+                    "the broker takes no messages now; who is paused is taken from the records that have come"
+                );
+                *known = Some(recorded.standings.clone());
+            }
+            first
+        });
     }
 
     async fn open(&self) -> Result<(Lease, Consumer), QueueError> {
@@ -273,13 +398,7 @@ impl<'a> Reconciler<'a> {
     }
 
     async fn write(&self, record: &Record) -> Result<(), QueueError> {
-        let body = serde_json::to_vec(record).map_err(|e| self.error(&e))?;
-        let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
-        let message = Message::to_queue(self.topology.state(), Bytes::from(body), properties);
-        match self.publisher.publish(vec![message]).await?[..] {
-            [Fate::Stored] => Ok(()),
-            _ => Err(self.error(&"the broker did not take a record")),
-        }
+        write(self.topology, self.publisher, record).await
     }
 
     fn error(&self, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
@@ -297,7 +416,7 @@ mod tests {
 
     #[test]
     fn the_last_record_of_a_subscriber_counts() {
-        let mut bindings = Bindings::new();
+        let mut recorded = Recorded::default();
         for line in [
             r##"{"subscriber":"a","patterns":["x.*"],"at":"2026-01-01T00:00:00Z"}"##,
             r##"{"subscriber":"b","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
@@ -306,13 +425,30 @@ mod tests {
             r##"{"subscriber":"a","patterns":["y.#","z"],"at":"2026-01-02T00:00:00Z","new":"field"}"##,
             r#"{"subscriber":"b","removed":true,"at":"2026-01-02T00:00:00Z"}"#,
         ] {
-            apply(&mut bindings, serde_json::from_str(line).expect("a record"), "today's");
+            let about = recorded.apply(serde_json::from_str(line).expect("a record"), "today's");
+            assert_eq!(about == About::Nothing, line.contains("mark"));
         }
         let bound = |exchange: &str, patterns: &[&str]| Bound {
             exchange: exchange.to_owned(),
             patterns: patterns.iter().map(|p| (*p).to_owned()).collect(),
         };
         let expected = [("a".to_owned(), bound("today's", &["y.#", "z"])), ("c".to_owned(), bound("old", &["#"]))];
-        assert_eq!(bindings, Bindings::from(expected));
+        assert_eq!(recorded.bindings, Bindings::from(expected));
+    }
+
+    #[test]
+    fn a_pause_is_recorded_beside_the_bindings_and_read_as_it_was() {
+        let since = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
+        let paused = Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
+        let resumed = Standing::Resumed { at: since };
+        let mut recorded = Recorded::default();
+        recorded
+            .apply(serde_json::from_str(r##"{"subscriber":"a","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##).expect("a record"), "x");
+        for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
+            let line = serde_json::to_string(&Record::of(name, standing)).expect("prints");
+            assert_eq!(recorded.apply(serde_json::from_str(&line).expect("a record"), "x"), About::Standing, "{line}");
+        }
+        assert_eq!(*recorded.standings, [("a".to_owned(), paused), ("b".to_owned(), resumed)].into());
+        assert_eq!(recorded.bindings.len(), 1);
     }
 }

@@ -417,7 +417,10 @@ impl queue::Settler for Settler {
             }
             match &settlement {
                 Settlement::Delivered => {}
-                Settlement::Retry { envelope, delay } => insert_retry(db, &subscriber, envelope, millis(now + *delay) + 1)?, // never early
+                Settlement::Retry { envelopes, delay } => {
+                    let due = millis(now + *delay) + 1; // never early
+                    envelopes.iter().try_for_each(|e| insert_retry(db, &subscriber, e, due))?;
+                }
                 Settlement::Dead(letters) => letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?,
             }
             if changed {

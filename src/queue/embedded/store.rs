@@ -16,7 +16,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::queue::QueueError;
 
 /// Each takes the schema one version further; the first from an empty file. Never changed once released.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE event (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         type TEXT NOT NULL,
@@ -73,7 +74,18 @@ const MIGRATIONS: &[&str] = &["
         body BLOB NOT NULL
     );
     CREATE INDEX dead_subscriber ON dead (subscriber, id);
-"];
+",
+    "
+    -- Who is paused, and who was resumed when; times in Unix milliseconds.
+    CREATE TABLE standing (
+        subscriber TEXT PRIMARY KEY,
+        why TEXT,
+        by TEXT,
+        since INTEGER,
+        resumed_at INTEGER
+    ) WITHOUT ROWID;
+",
+];
 
 /// Marks the file as hooktrail's (`PRAGMA application_id`).
 const APPLICATION_ID: i32 = 0x686f_6f6b;

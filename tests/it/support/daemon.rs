@@ -72,8 +72,13 @@ impl Setup {
 
     /// Starts a daemon and waits until its lanes run.
     pub(crate) async fn start(&self) -> Daemon {
-        let daemon = self.spawn();
-        daemon.wait_log("running").await;
+        let mut daemon = self.spawn();
+        eventually("the lanes run", async || {
+            let ended = !daemon.is_running();
+            assert!(!ended, "the daemon ended at once: {}", daemon.log());
+            daemon.log().contains("running")
+        })
+        .await;
         daemon
     }
 

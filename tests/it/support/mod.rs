@@ -8,6 +8,7 @@ pub(crate) mod queue;
 pub(crate) mod raw;
 pub(crate) mod raw_amqp;
 pub(crate) mod receiver;
+pub(crate) mod tls;
 
 use std::{
     future::Future,

@@ -201,6 +201,14 @@ impl Queue {
         .await;
     }
 
+    /// Waits until so many batches of a subscriber wait to be taken.
+    pub(crate) async fn wait_retries_ready(&self, subscriber: &str, expected: u32) {
+        match self {
+            Self::Amqp(broker) => broker.wait_depth(&format!("sub.{subscriber}.retry"), expected).await,
+            Self::Embedded(_) => self.wait_retries(subscriber, 0, expected).await,
+        }
+    }
+
     /// Waits until nothing is in the queue that a subscriber might still get, dead letters included.
     pub(crate) async fn wait_empty(&self, subscriber: &str) {
         self.wait_backlog(subscriber, 0).await;

@@ -124,3 +124,50 @@ pub(crate) fn deaf(mut stream: TcpStream) -> Behaviour {
         std::future::pending().await
     })
 }
+
+/// One thing that a receiver does with a connection.
+#[derive(Debug, Clone)]
+pub(crate) enum Step {
+    /// Reads a whole request.
+    Read,
+    /// Reads so many bytes.
+    ReadSome(usize),
+    Send(&'static [u8]),
+    /// Three bytes a second.
+    Slowly(&'static [u8]),
+    /// Without end, as fast as it is read.
+    Forever(Vec<u8>),
+    /// Ends the connection with a reset.
+    Reset,
+    /// Does nothing more and keeps the connection.
+    Wait,
+}
+
+/// Does these things with each connection, one after the other, and closes it.
+pub(crate) fn script(steps: impl Into<Vec<Step>>) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+    let steps = steps.into();
+    move |mut stream| {
+        let steps = steps.clone();
+        Box::pin(async move {
+            for step in steps {
+                match step {
+                    Step::Read => read_request(&mut stream).await?,
+                    Step::ReadSome(n) => stream.read_exact(&mut vec![0; n]).await.map(drop)?,
+                    Step::Send(bytes) => stream.write_all(bytes).await?,
+                    Step::Slowly(bytes) => {
+                        for byte in bytes {
+                            stream.write_u8(*byte).await?;
+                            tokio::time::sleep(Duration::from_millis(333)).await;
+                        }
+                    }
+                    Step::Forever(block) => loop {
+                        stream.write_all(&block).await?;
+                    },
+                    Step::Reset => return stream.set_zero_linger(),
+                    Step::Wait => std::future::pending().await,
+                }
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,217 @@
+//! `test` and `listen`: trying it out, without a queue and without a daemon.
+
+use std::process::{Child, Command, Stdio};
+
+use hooktrail::{
+    secret::Secret,
+    signature::{Scheme, Signer},
+};
+use serde_json::{Value, json};
+
+use crate::support::{
+    broker::kill,
+    daemon::{QUICK, SECRET, Setup, subscriber},
+    eventually, free_port,
+    receiver::{Answer, Receiver, status},
+    run,
+    tls::{Authority, TlsReceiver},
+};
+
+type MakeAnswer = fn() -> Answer;
+
+/// A configuration whose broker nobody needs.
+fn setup(rest: &str) -> Setup {
+    Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n{QUICK}{rest}", free_port()))
+}
+
+fn as_json(setup: &Setup, code: i32) -> Value {
+    let output = setup.run(&["test", "a", "--json"]);
+    assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("a JSON object")
+}
+
+#[test]
+fn a_test_event_is_signed_sent_and_shown_without_secrets() {
+    run(async {
+        let receiver = Receiver::start(|_, _| status(202).body("thank\u{1b}[2J you")).await;
+        let more = "auth = { bearer = \"hunter2\" }\nheaders = { X-Key = \"hunter2\" }\nevent_ids = true";
+        let setup = setup(&subscriber("a", &receiver.url, more));
+        let shown = setup.ok(&["test", "a"]);
+        let request = receiver.wait_requests(1).await.remove(0);
+        assert!(request.verified() && request.attempt() == 1, "{request:?}");
+        assert_eq!((request.header("authorization"), request.header("x-key")), ("Bearer hunter2", "hunter2"));
+        let event = request.events().remove(0);
+        assert_eq!((&event["event"], &event["actor"]["name"]), (&json!("hooktrail.test"), &json!("hooktrail")));
+        assert!(event["event_id"].as_str().is_some_and(|id| id.starts_with("evt_")), "{event}");
+        for part in [
+            receiver.url.trim_end_matches("/hook/token"),
+            request.id(),
+            request.header("webhook-signature"),
+            "authorization: [redacted]",
+            "x-key: [redacted]",
+            &String::from_utf8_lossy(&request.body),
+            "answer:  202  thank [2J you",
+            "outcome: delivered",
+            "user-agent: hooktrail/",
+        ] {
+            assert!(shown.contains(part), "{part:?} is not in {shown}");
+        }
+        assert!(!shown.contains("hunter2") && !shown.contains("/hook/token") && !shown.contains('\u{1b}'), "{shown}");
+    });
+}
+
+#[test]
+fn the_outcome_is_what_the_daemon_would_make_of_the_answer() {
+    run(async {
+        let receiver = Receiver::accepting().await;
+        let plain = setup(&subscriber("a", &receiver.url, ""));
+        let last = setup(&subscriber("a", &receiver.url, "retry = { max_attempts = 1 }"));
+        let pausing = setup(&subscriber("a", &receiver.url, "retry = { max_attempts = 1, on_exhausted = \"pause\" }"));
+        let only_200 = setup(&subscriber("a", &receiver.url, "http.success = \"200\""));
+        let cases: [(&Setup, MakeAnswer, &str, &str); 11] = [
+            (&plain, || status(200), "delivered", "delivered"),
+            (&only_200, || status(204), "retry", "the same batch again after about 1s, at most 16 attempts in all"),
+            (&plain, || status(302).header("location", "http://127.0.0.1/"), "retry", "again after about 1s"),
+            (&plain, || status(503), "retry", "again after about 1s"),
+            (
+                &plain,
+                || status(429).header("retry-after", "90"),
+                "retry",
+                "again after about 1m 30s, at most 16 attempts in all; Retry-After: nothing else would be sent to it for 1m 30s",
+            ),
+            (&plain, || status(410), "paused", "until `hooktrail resume`"),
+            (&plain, || status(413), "too_large", "reason `too_large`"),
+            (&plain, || status(400), "refused", "reason `refused`"),
+            (&plain, || status(422).body("no"), "refused", "again after about 1s"),
+            (&last, || status(500), "dead_letter", "reason `exhausted`"),
+            (&pausing, || status(500), "paused", "on_exhausted is \"pause\""),
+        ];
+        for (setup, answer, outcome, part) in cases {
+            receiver.now(move |_, _| answer());
+            let found = as_json(setup, i32::from(outcome != "delivered"));
+            assert_eq!((&found["outcome"], &found["status"]), (&json!(outcome), &json!(answer().status)), "{found}");
+            assert!(found["verdict"].as_str().expect("a text").contains(part), "{part}: {found}");
+        }
+        let count = receiver.count();
+        assert_eq!(count, cases.len(), "one request each");
+    });
+}
+
+#[test]
+fn what_keeps_a_test_event_from_arriving_is_told() {
+    run(async {
+        let authority = Authority::new();
+        let stranger = TlsReceiver::start(authority.server(&authority.sign("127.0.0.1"), false), &["h2"]).await;
+        let receiver = Receiver::accepting().await;
+        let named = receiver.url.replace("127.0.0.1", "localhost");
+        for (url, more, failure, error) in [
+            (format!("https://127.0.0.1:{}/", stranger.port), "", "tls", "UnknownIssuer"),
+            (format!("http://127.0.0.1:{}/", free_port()), "", "connect", "refused"),
+            ("http://nobody.invalid/".to_owned(), "", "dns", ""),
+            (named, "http = { allow_private_addresses = false }", "address_blocked", "loopback"),
+        ] {
+            let found = as_json(&setup(&subscriber("a", &url, more)), 1);
+            assert_eq!(
+                (&found["failure"], &found["outcome"], &found["status"]),
+                (&json!(failure), &json!("retry"), &Value::Null),
+                "{found}"
+            );
+            assert!(found["error"].as_str().expect("a text").contains(error), "{found}");
+        }
+        assert_eq!(receiver.count(), 0);
+        let unknown = setup("").run(&["test", "nobody"]);
+        assert_eq!(unknown.status.code(), Some(2));
+    });
+}
+
+/// `listen` as a process.
+struct Listen(Child, String);
+
+impl Listen {
+    async fn start(arguments: &[&str]) -> Self {
+        let port = free_port();
+        let url = format!("127.0.0.1:{port}");
+        let child = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+            .args(["listen", "--json", "--addr", &url])
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("hooktrail runs");
+        eventually("it listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()).await;
+        Self(child, format!("http://{url}/"))
+    }
+
+    /// Ends it; what it printed.
+    fn lines(mut self) -> Vec<Value> {
+        kill("-TERM", self.0.id());
+        let output = std::io::read_to_string(self.0.stdout.take().expect("piped")).expect("text");
+        self.0.wait().expect("ends");
+        output.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+    }
+}
+
+#[test]
+fn listen_says_why_a_request_is_not_verified() {
+    run(async {
+        let listen = Listen::start(&["--secret", SECRET]).await;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
+        let body = r#"{"events":[{"event":"a"}]}"#;
+        let other = "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+        let client = reqwest::Client::new();
+        for (secret, at, sent, change) in [
+            (SECRET, now, body, ""),
+            (other, now, body, ""),
+            (SECRET, now, r#"{"events":[{"event":"b"}]}"#, ""),
+            (SECRET, now - 3600, body, ""),
+            (SECRET, now + 3600, body, ""),
+            (SECRET, now, body, "webhook-signature"),
+            (SECRET, now, body, "webhook-timestamp"),
+        ] {
+            let signer = Signer::try_new(vec![Scheme::StandardWebhooks], &[Secret::new(secret)]).expect("a signer");
+            let mut request = client.post(&listen.1).header("content-type", "application/json").body(sent);
+            for (name, value) in signer.headers("msg_1", at, body.as_bytes()) {
+                request = request.header(&name, if name == change { "nonsense".to_owned() } else { value });
+            }
+            let answer = request.send().await.expect("an answer").status().as_u16();
+            let right = secret == SECRET && at == now && sent == body && change.is_empty();
+            assert_eq!(answer, if right { 200 } else { 401 });
+        }
+        let told: Vec<String> = listen.lines().iter().map(|l| l["unverified_because"].as_str().unwrap_or("verified").to_owned()).collect();
+        let parts = [
+            "verified",
+            "another secret, or a changed body",
+            "another secret, or a changed body",
+            "older than 300 s",
+            "more than 300 s ahead",
+            "not the form `v1,",
+            "not a number of seconds",
+        ];
+        assert_eq!(told.len(), parts.len());
+        for (told, part) in told.iter().zip(parts) {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+    });
+}
+
+#[test]
+fn listen_answers_what_it_is_told_to() {
+    run(async {
+        for (arguments, statuses) in [
+            (&["--status", "418"][..], &[418_u64, 418, 418][..]),
+            (&["--fail-first", "2"], &[503, 503, 200]),
+            (&["--fail-rate", "1"], &[503, 503, 503]),
+            (&["--fail-rate", "0", "--delay", "300ms"], &[200, 200, 200]),
+        ] {
+            let listen = Listen::start(arguments).await;
+            let setup = setup(&subscriber("a", &listen.1, ""));
+            for status in statuses {
+                let found = as_json(&setup, i32::from(*status != 200));
+                assert_eq!(found["status"], *status, "{arguments:?}");
+                assert!(!arguments.contains(&"--delay") || found["duration_ms"].as_u64().is_some_and(|ms| ms >= 300), "{found}");
+            }
+            let printed = listen.lines();
+            assert_eq!(printed.iter().map(|l| l["status"].as_u64().expect("a status")).collect::<Vec<_>>(), statuses);
+        }
+    });
+}

@@ -1,0 +1,39 @@
+// Verifies recorded requests with libraries that are not hooktrail's.
+//
+// usage: node verify.mjs REQUESTS.json; prints a JSON object a line: {"library", "version", "case", "verified"}
+
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+
+// They are installed beside this run's target folder, not beside this file.
+const load = createRequire(process.env.VERIFIERS + "/package.json");
+const standard = load("standardwebhooks");
+const svix = load("svix");
+const mailtrap = load("mailtrap");
+
+const version = (name) => JSON.parse(readFileSync(`${process.env.VERIFIERS}/node_modules/${name}/package.json`)).version;
+
+function told(library, request, check) {
+  let verified = true;
+  try {
+    verified = check() !== false;
+  } catch (e) {
+    if (!(e instanceof standard.WebhookVerificationError || e instanceof svix.WebhookVerificationError)) throw e;
+    verified = false;
+  }
+  console.log(JSON.stringify({ library: `${library} (npm)`, version: version(library), case: request.case, verified }));
+}
+
+for (const request of JSON.parse(readFileSync(process.argv[2]))) {
+  const body = Buffer.from(request.body, "base64");
+  const { headers, secret } = request;
+  if (headers["webhook-signature"]) {
+    // Both parse the body as one JSON document unless they are told that it is none.
+    const options = { jsonParse: headers["content-type"] === "application/json" };
+    told("standardwebhooks", request, () => new standard.Webhook(secret).verify(body, headers, options) && null);
+    if (options.jsonParse) told("svix", request, () => new svix.Webhook(secret).verify(body, headers) && null);
+  }
+  if (headers["mailtrap-signature"]) {
+    told("mailtrap", request, () => mailtrap.verifyWebhookSignature(body, headers["mailtrap-signature"], secret));
+  }
+}
