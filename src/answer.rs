@@ -77,7 +77,7 @@ impl Health {
     /// Returns whether the refusal is to be believed.
     pub fn on_refused(&mut self) -> bool {
         self.refusals = self.refusals.saturating_add(1);
-        true
+        self.healthy && self.refusals <= Self::MAX_REFUSALS
     }
 }
 

@@ -1,6 +1,6 @@
 //! Pausing and resuming subscribers over HTTP.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -22,6 +22,9 @@ use crate::{
 
 /// The longest body, and so about the longest reason.
 const MAX_REQUEST: usize = 4096;
+
+/// After a start the queue has to tell who is paused before that can be changed.
+const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
 
 struct Control<Q> {
     queue: Q,
@@ -78,7 +81,9 @@ impl<Q: Queue> Control<Q> {
             let why = format!("`{name}` is paused by the configuration; take `paused = true` out of it and restart");
             return Err(Refusal::new(StatusCode::CONFLICT, why));
         }
-        let Some(known) = self.queue.standings().borrow().clone() else {
+        let mut standings = self.queue.standings();
+        let known = timeout(WAIT_FOR_STANDINGS, standings.wait_for(Option::is_some)).await;
+        let Some(known) = known.ok().and_then(Result::ok).and_then(|known| known.clone()) else {
             return Err(Refusal::unavailable("who is paused is not known yet; try again".to_owned()));
         };
         let before = known.get(name).and_then(Standing::pause).cloned();

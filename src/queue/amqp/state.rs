@@ -106,7 +106,7 @@ struct Recorded {
 #[derive(Debug, PartialEq, Eq)]
 enum About {
     Bindings(String),
-    Standing,
+    Standing(String),
     Nothing,
 }
 
@@ -125,8 +125,8 @@ impl Recorded {
             Record::Standing { subscriber, paused, why, by, at } => {
                 let pause = || Pause { why: why.unwrap_or_default(), since: at, by: by.unwrap_or_default() };
                 let standing = if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
-                Arc::make_mut(&mut self.standings).insert(subscriber, standing);
-                About::Standing
+                Arc::make_mut(&mut self.standings).insert(subscriber.clone(), standing);
+                About::Standing(subscriber)
             }
             Record::Mark { .. } => About::Nothing,
         }
@@ -253,11 +253,18 @@ impl<'a> Reconciler<'a> {
                 }
                 Ok(record) => match recorded.apply(record, &self.topology.events()) {
                     About::Bindings(name) if up_to_date => self.compare(&mut broker, &mut recorded.bindings, &name).await?,
-                    About::Standing if up_to_date => drop(self.standings.send_replace(Some(recorded.standings.clone()))),
-                    About::Bindings(_) | About::Standing | About::Nothing => {}
+                    About::Standing(name) if up_to_date => self.stands(&name, &recorded),
+                    About::Bindings(_) | About::Standing(_) | About::Nothing => {}
                 },
                 Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
             }
+        }
+    }
+
+    /// Tells of one subscriber alone: of another this daemon may have recorded something that is still to come.
+    fn stands(&self, name: &str, recorded: &Recorded) {
+        if let Some(standing) = recorded.standings.get(name).cloned() {
+            self.standings.send_modify(|all| drop(Arc::make_mut(all.get_or_insert_default()).insert(name.to_owned(), standing)));
         }
     }
 
@@ -446,7 +453,7 @@ mod tests {
             .apply(serde_json::from_str(r##"{"subscriber":"a","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##).expect("a record"), "x");
         for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
             let line = serde_json::to_string(&Record::of(name, standing)).expect("prints");
-            assert_eq!(recorded.apply(serde_json::from_str(&line).expect("a record"), "x"), About::Standing, "{line}");
+            assert_eq!(recorded.apply(serde_json::from_str(&line).expect("a record"), "x"), About::Standing(name.to_owned()), "{line}");
         }
         assert_eq!(*recorded.standings, [("a".to_owned(), paused), ("b".to_owned(), resumed)].into());
         assert_eq!(recorded.bindings.len(), 1);
