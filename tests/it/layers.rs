@@ -9,7 +9,7 @@ use std::{
 const LAYERS: &[&[&str]] = &[
     &["address", "answer", "circuit_breaker", "clock", "event", "payload", "retry", "secret"],
     &["batch", "signature", "tls"],
-    &["config"],
+    &["config", "metrics"],
     &["queue", "webhook"],
     &["lane"],
     &["supervisor"],
@@ -100,6 +100,7 @@ fn each_protocol_is_known_in_one_place() {
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),
         ("flate2", &["src/admin.rs"]),
+        ("prometheus_client", &["src/metrics.rs"]),
     ] {
         let mut users = 0;
         for (_, path, code) in modules() {
