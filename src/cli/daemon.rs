@@ -1,9 +1,11 @@
-//! `pause` and `resume`: what is asked of the running daemon, over its admin listener.
+//! What is asked of the running daemon, over its admin listener; `pause` and `resume`.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
+
+use serde_json::{Value, json};
 
 use super::{Failed, find, visible};
 use crate::config::{AdminConfig, Config};
@@ -12,8 +14,9 @@ use crate::config::{AdminConfig, Config};
 const TIMEOUT: Duration = Duration::from_secs(45);
 
 pub(super) async fn pause(config: &Config, name: &str, why: Option<String>) -> Result<(), Failed> {
-    let wish = why.map_or_else(|| serde_json::json!({}), |why| serde_json::json!({ "why": why }));
-    let answer = ask(config, name, "pause", &wish).await?;
+    find(config, name)?;
+    let wish = why.map_or_else(|| json!({}), |why| json!({ "why": why }));
+    let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
     let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
     let already = if answer["changed"] == true { "is paused" } else { "was paused already" };
     println!("`{name}` {already}, since {}, by {}: {}", text("since"), text("by"), text("why"));
@@ -22,7 +25,8 @@ pub(super) async fn pause(config: &Config, name: &str, why: Option<String>) -> R
 }
 
 pub(super) async fn resume(config: &Config, name: &str) -> Result<(), Failed> {
-    let answer = ask(config, name, "resume", &serde_json::json!({})).await?;
+    find(config, name)?;
+    let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/resume"), &json!({})).await?;
     if answer["changed"] == true {
         println!("`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew.");
     } else {
@@ -31,27 +35,51 @@ pub(super) async fn resume(config: &Config, name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-async fn ask(config: &Config, name: &str, what: &str, wish: &serde_json::Value) -> Result<serde_json::Value, Failed> {
-    find(config, name)?;
-    let AdminConfig { listen, token, .. } = &config.admin;
-    let address = reachable(*listen)?;
-    let no_daemon = |why: &dyn std::fmt::Display| {
-        Failed::Runtime(format!("no daemon answers at {address} ([admin] listen), and only a running one can {what} a subscriber: {why}"))
-    };
-    let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(&e))?;
-    let mut request = client.post(format!("http://{address}/api/v1/subscribers/{name}/{what}"));
-    if let Some(token) = token {
-        request = request.bearer_auth(token.expose());
+/// The running daemon of a configuration, as far as one answers.
+#[derive(Debug)]
+pub(super) struct Daemon<'c> {
+    config: &'c AdminConfig,
+    address: SocketAddr,
+    client: reqwest::Client,
+}
+
+impl<'c> Daemon<'c> {
+    pub(super) fn of(config: &'c Config) -> Result<Self, Failed> {
+        let address = reachable(config.admin.listen)?;
+        let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(address, &e))?;
+        Ok(Self { config: &config.admin, address, client })
     }
-    let request = request.header("content-type", "application/json").body(wish.to_string());
-    let answer = request.send().await.map_err(|e| no_daemon(&e.without_url()))?;
-    let status = answer.status();
-    let body: serde_json::Value = answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
-    if status.is_success() {
-        return Ok(body);
+
+    /// What there is at a path below `/api/v1/`.
+    pub(super) async fn get(&self, path: &str) -> Result<Value, Failed> {
+        self.ask(self.client.get(self.url(path))).await
     }
-    let why = body["error"].as_str().map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
-    Err(Failed::Runtime(format!("the daemon at {address} answered {status}: {why}")))
+
+    pub(super) async fn post(&self, path: &str, wish: &Value) -> Result<Value, Failed> {
+        self.ask(self.client.post(self.url(path)).header("content-type", "application/json").body(wish.to_string())).await
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}/api/v1/{path}", self.address)
+    }
+
+    async fn ask(&self, mut request: reqwest::RequestBuilder) -> Result<Value, Failed> {
+        if let Some(token) = &self.config.token {
+            request = request.bearer_auth(token.expose());
+        }
+        let answer = request.send().await.map_err(|e| no_daemon(self.address, &e.without_url()))?;
+        let status = answer.status();
+        let body: Value = answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+        if status.is_success() {
+            return Ok(body);
+        }
+        let why = body["error"].as_str().map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
+        Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
+    }
+}
+
+fn no_daemon(address: SocketAddr, why: &dyn std::fmt::Display) -> Failed {
+    Failed::Runtime(format!("no daemon answers at {address} ([admin] listen), and only a running one can tell or do this: {why}"))
 }
 
 /// Where a listener on this machine is reached.

@@ -20,6 +20,8 @@ mod hostile_receivers;
 mod input;
 mod intake;
 mod layers;
+mod operating;
+mod reload;
 mod support;
 mod topology;
 mod trying;
