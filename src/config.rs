@@ -116,6 +116,7 @@ const RESERVED_HEADERS: &[&str] = &[
     "webhook-signature",
     "mailtrap-signature",
     "x-hooktrail-attempt",
+    "x-hooktrail-replay",
 ];
 
 /// A checked configuration.

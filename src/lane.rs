@@ -23,8 +23,8 @@ use crate::{
     event::{event_type, with_id},
     payload::Format,
     queue::{
-        DeadLetter, Envelope, Event, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement, Settler, Source, Standing,
-        Standings, Taken, Window,
+        CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement,
+        Settler, Source, Standing, Standings, Story, Taken, Window,
     },
     retry::{Exhausted, Next, Waits},
     webhook::{Failure, Outcome, Request, Webhook},
@@ -68,6 +68,9 @@ struct Parcel {
     events: u32,
     attempt: u32,
     first_attempt_at: SystemTime,
+    /// Without this attempt, until it has failed.
+    story: Story,
+    replay: bool,
     receipts: Vec<Receipt>,
 }
 
@@ -81,7 +84,14 @@ impl Parcel {
             events: self.events,
             attempts: self.attempt,
             first_attempt_at: Some(self.first_attempt_at),
+            story: self.story.clone(),
+            replay: self.replay,
         }
+    }
+
+    fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
+        let came_to = failure.status().map_or_else(|| CameTo::Failure(failure.name().to_owned()), CameTo::Status);
+        self.story.add(FailedAttempt { number: self.attempt, at, came_to });
     }
 
     /// Its halves, as batches that were never attempted, though their time runs from the whole one's
@@ -112,6 +122,7 @@ impl Parcel {
             error: failure.to_string(),
             first_attempt_at: Some(self.first_attempt_at),
             died_at: Some(now),
+            story: self.story.clone(),
         }
     }
 }
@@ -385,6 +396,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     events: envelope.events,
                     attempt: envelope.attempts.saturating_add(1),
                     first_attempt_at: envelope.first_attempt_at.unwrap_or_else(clock::now),
+                    story: envelope.story,
+                    replay: envelope.replay,
                     receipts: vec![receipt],
                 };
                 self.attempt(async move { parcel });
@@ -404,8 +417,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.tasks.spawn(async move {
             let parcel = parcel.await;
             let started = clock::instant();
-            let request =
-                Request { batch_id: parcel.batch_id.clone(), attempt: parcel.attempt, format: parcel.format, body: parcel.body.clone() };
+            let Parcel { attempt, format, replay, .. } = parcel;
+            let request = Request { batch_id: parcel.batch_id.clone(), attempt, format, body: parcel.body.clone(), replay };
             let outcome = webhook.send(request).await;
             Done::Attempted { parcel, outcome, took: clock::instant() - started }
         });
@@ -490,7 +503,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    fn attempted(&mut self, parcel: Parcel, outcome: Outcome, took: Duration) {
+    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration) {
+        if let Some(failure) = outcome.failure() {
+            parcel.has_failed(failure, clock::now());
+        }
         match outcome {
             Outcome::Delivered { status } => {
                 self.log(&parcel, took, "delivered", Some(status), None, None);
@@ -647,6 +663,8 @@ fn first_parcel(format: Format, events: &[Event], bytes: usize) -> Parcel {
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
         attempt: 1,
         first_attempt_at: clock::now(),
+        story: Story::default(),
+        replay: false,
         receipts: events.iter().map(|e| e.receipt).collect(),
     }
 }
@@ -664,5 +682,6 @@ fn dead_event(event: Event, reason: Reason, error: String) -> DeadLetter {
         error,
         first_attempt_at: None,
         died_at: Some(clock::now()),
+        story: Story::default(),
     }
 }

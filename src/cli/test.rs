@@ -27,7 +27,7 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     let subscriber = find(config, &args.subscriber)?;
     let webhook = Webhook::try_new(subscriber, &SystemRoots::load().map_err(Failed::Runtime)?).map_err(Failed::Runtime)?;
     let body = body(subscriber);
-    let request = Request { batch_id: clock::batch_id(), attempt: 1, format: subscriber.format, body: body.clone().into() };
+    let request = Request { batch_id: clock::batch_id(), attempt: 1, format: subscriber.format, body: body.clone().into(), replay: false };
     let started = clock::instant();
     let rehearsal = webhook.rehearse(request).await;
     let took = clock::instant() - started;

@@ -1,0 +1,171 @@
+//! A look at each message of a queue in their order, however many there are.
+//!
+//! A queue shows its head alone, so what was passed by stays unacknowledged until the end of the walk, at the broker: here
+//! a few messages are held, and one bit of the rest. `basic.get` would not do: for a quorum queue each is a consumer of its own,
+//! and 74,000 of them took ten minutes (measured); consumers of a few messages each, one after the other, take seconds.
+
+use std::{collections::VecDeque, time::Duration};
+
+use futures_util::StreamExt as _;
+use lapin::{
+    Consumer,
+    message::Delivery,
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions},
+    types::FieldTable,
+};
+use tokio::time::timeout;
+
+use super::connection::{BrokerError, Lease, answer};
+use crate::queue::QueueError;
+
+/// Messages that one consumer takes. What is given back of it must be in its order, and RabbitMQ 3.10 keeps
+/// that of up to 32 messages: it collects them in an Erlang map, which is sorted only while it is that small.
+const WINDOW: u16 = 32;
+
+/// Fewer, if the last ones were so large that 32 would be more than this, in bytes.
+const WINDOW_BYTES: usize = 8 * 1024 * 1024;
+
+/// When nothing has come for so long the queue is asked whether there is anything: somebody else may hold what was counted.
+const SILENCE: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Walk {
+    lease: Lease,
+    queue: String,
+    /// Still in the queue.
+    left: u32,
+    ready: VecDeque<Delivery>,
+    window: u16,
+    /// The last delivery tag of each consumer.
+    ends: Vec<u64>,
+    /// By delivery tag, from 1: whether the broker waits for an answer.
+    held: Vec<bool>,
+}
+
+impl Walk {
+    /// Looks at so many messages. The channel is for this walk alone.
+    pub(super) fn new(lease: Lease, queue: String, messages: u32) -> Self {
+        Self { lease, queue, left: messages, ready: VecDeque::new(), window: WINDOW, ends: Vec::new(), held: Vec::new() }
+    }
+
+    /// How many are still to come.
+    pub(super) fn left(&self) -> u32 {
+        self.left.saturating_add(u32::try_from(self.ready.len()).unwrap_or(u32::MAX))
+    }
+
+    /// # Errors
+    /// The queue was lost; what was not acked is still in it.
+    pub(super) async fn next(&mut self) -> Result<Option<Delivery>, QueueError> {
+        if self.ready.is_empty() && self.left > 0 {
+            self.fill().await?;
+        }
+        Ok(self.ready.pop_front())
+    }
+
+    /// Takes a message out of the queue for good.
+    pub(super) async fn ack(&mut self, tag: u64) -> Result<(), QueueError> {
+        self.set(tag, false);
+        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
+    }
+
+    /// Gives back what was looked at, in its order.
+    ///
+    /// Walks to the end first: a quorum queue puts what it is given back behind all that it was given
+    /// back before, so a part of the letters would change places with the rest. And gives back one consumer's messages after
+    /// the other: closing alone would shuffle the consumers (both measured).
+    pub(super) async fn close(mut self) -> Result<(), QueueError> {
+        while self.left > 0 {
+            self.fill().await?;
+            self.ready.clear();
+        }
+        let back = BasicNackOptions { multiple: true, requeue: true };
+        let mut after = 0;
+        for end in &self.ends {
+            // The broker closes the channel over a tag that it has an answer for.
+            if let Some(tag) = (after + 1..=*end).rev().find(|tag| self.is_held(*tag)) {
+                answer(self.lease.channel.basic_nack(tag, back)).await.map_err(|why| self.error(&why))?;
+            }
+            after = *end;
+        }
+        answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
+    }
+
+    /// Gets the next few with a consumer that takes no more than these.
+    async fn fill(&mut self) -> Result<(), QueueError> {
+        let wanted = self.window.min(u16::try_from(self.left).unwrap_or(u16::MAX));
+        // If this process is killed the broker gives back by these names, as long as they are few.
+        let name = format!("walk-{:08}", self.ends.len());
+        let (channel, fail) = (self.lease.channel.clone(), |why: BrokerError| Self::failed(&self.queue, &why));
+        let consume = async {
+            channel.basic_qos(wanted, BasicQosOptions::default()).await?;
+            channel
+                .basic_consume(self.queue.as_str().into(), name.as_str().into(), BasicConsumeOptions::default(), FieldTable::default())
+                .await
+        };
+        let mut consumer = answer(consume).await.map_err(fail)?;
+        let mut came = Vec::with_capacity(wanted.into());
+        while came.len() < usize::from(wanted)
+            && let Ok(next) = timeout(SILENCE, consumer.next()).await
+        {
+            let gone = || QueueError::new(format!("the broker cancelled the consumer of queue `{}`: it was deleted or moved", self.queue));
+            came.push(next.ok_or_else(gone)?.map_err(|e| fail(e.into()))?);
+        }
+        answer(channel.basic_cancel(name.as_str().into(), BasicCancelOptions::default())).await.map_err(fail)?;
+        rest(&mut consumer, &mut came).await.map_err(|e| fail(e.into()))?;
+        let found = u32::try_from(came.len()).unwrap_or(u32::MAX);
+        self.left = if found < u32::from(wanted) {
+            // It may only have been slow.
+            let got = answer(channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default())).await.map_err(fail)?;
+            self.take(came);
+            let more = got.is_some();
+            self.take(got.map(|got| got.delivery));
+            if more { self.left.saturating_sub(found + 1) } else { 0 }
+        } else {
+            self.take(came);
+            self.left.saturating_sub(found)
+        };
+        Ok(())
+    }
+
+    /// Takes in what one consumer was sent.
+    fn take(&mut self, came: impl IntoIterator<Item = Delivery>) {
+        let (mut last, mut largest) = (None, 1);
+        for delivery in came {
+            self.set(delivery.delivery_tag, true);
+            (last, largest) = (Some(delivery.delivery_tag), largest.max(delivery.data.len()));
+            self.ready.push_back(delivery);
+        }
+        if let Some(last) = last {
+            self.ends.push(last);
+            self.window = u16::try_from(WINDOW_BYTES / largest).unwrap_or(WINDOW).clamp(1, WINDOW);
+        }
+    }
+
+    fn set(&mut self, tag: u64, held: bool) {
+        let at = usize::try_from(tag).unwrap_or(0).saturating_sub(1);
+        if self.held.len() <= at {
+            self.held.resize(at + 1, false);
+        }
+        self.held[at] = held;
+    }
+
+    fn is_held(&self, tag: u64) -> bool {
+        usize::try_from(tag - 1).ok().and_then(|at| self.held.get(at)).is_some_and(|held| *held)
+    }
+
+    fn error(&self, why: &BrokerError) -> QueueError {
+        Self::failed(&self.queue, why)
+    }
+
+    fn failed(queue: &str, why: &BrokerError) -> QueueError {
+        QueueError::new(format!("queue `{queue}`: {why}"))
+    }
+}
+
+/// What the broker had sent before it heard of the cancelling; then the stream ends.
+async fn rest(consumer: &mut Consumer, into: &mut Vec<Delivery>) -> lapin::Result<()> {
+    while let Some(delivery) = consumer.next().await {
+        into.push(delivery?);
+    }
+    Ok(())
+}
