@@ -198,6 +198,14 @@ pub struct Held {
     pub(crate) tag: u64,
 }
 
+#[cfg(test)]
+impl Held {
+    /// For a queue that needs no tag.
+    pub(crate) fn new(letter: DeadLetter, subscriber: Option<String>) -> Self {
+        Self { letter, subscriber, tag: 0 }
+    }
+}
+
 /// How much may be taken and not yet settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {

@@ -508,6 +508,8 @@ struct Replay<'r> {
     told: &'r Told,
     dry_run: bool,
     pace: Option<Pace>,
+    /// How long a round may take.
+    round: Duration,
     group: Group<Held>,
     bar: ProgressBar,
     /// Those of the letters seen that were meant and can go.
@@ -523,7 +525,7 @@ impl<'r> Replay<'r> {
         let most = rate.map_or(GROUP_LETTERS, |rate| (rate as usize).clamp(1, GROUP_LETTERS));
         let pace = rate.filter(|_| !dry_run).map(|rate| Pace { rate, next: clock::instant() });
         let (choice, group) = (Choice::new(which), Group::new(most));
-        Self { choice, told, dry_run, pace, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
+        Self { choice, told, dry_run, pace, round: ROUND, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
     }
 
     async fn run<D: DeadLetters>(mut self, first: D, open: impl AsyncFn() -> Result<D, QueueError>, json: bool) -> Result<(), Failed> {
@@ -562,13 +564,15 @@ impl<'r> Replay<'r> {
 
     /// Goes on where the last round ended; true if there is to be another one.
     async fn round(&mut self, letters: &mut impl DeadLetters, total: usize) -> Result<bool, QueueError> {
-        let end = self.pace.as_ref().map(|_| clock::instant() + ROUND);
+        let end = self.pace.as_ref().map(|_| clock::instant() + self.round);
         // What the rounds before have passed by comes first again.
         for _ in 0..self.choice.number - self.replayed {
             letters.next().await?;
         }
+        let before = self.choice.number;
         while self.choice.number < total && !self.told.to_stop() {
-            if end.is_some_and(|end| clock::instant() >= end) {
+            // Each round looks at one letter at least.
+            if self.choice.number > before && end.is_some_and(|end| clock::instant() >= end) {
                 let rest = self.group.take();
                 self.send(letters, rest).await?;
                 return Ok(true);
@@ -721,6 +725,89 @@ fn finished(what: &str, done: usize, skipped: usize, of: usize, choice: &Choice<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{cli::Cli, queue::DeadLetter};
+    use clap::Parser as _;
+    use std::{
+        collections::VecDeque,
+        sync::{
+            Arc, Mutex,
+            atomic::{AtomicU16, Ordering},
+        },
+    };
+
+    /// Dead letters in memory: those of a walk are what there was when it began.
+    struct Fake {
+        queue: Arc<Mutex<Vec<DeadLetter>>>,
+        sent: Arc<Mutex<Vec<String>>>,
+        walk: VecDeque<DeadLetter>,
+    }
+
+    impl DeadLetters for Fake {
+        fn left(&self) -> u32 {
+            self.walk.len() as u32
+        }
+
+        async fn next(&mut self) -> Result<Option<Held>, QueueError> {
+            Ok(self.walk.pop_front().map(|letter| Held::new(letter, Some("a".to_owned()))))
+        }
+
+        async fn replay(&mut self, letters: Vec<Held>) -> Result<Vec<Held>, QueueError> {
+            for id in letters.into_iter().filter_map(|held| held.letter.id) {
+                self.queue.lock().expect("not poisoned").retain(|l| l.id.as_ref() != Some(&id));
+                self.sent.lock().expect("not poisoned").push(id);
+            }
+            Ok(Vec::new())
+        }
+
+        async fn purge(&mut self, _: Vec<Held>) -> Result<(), QueueError> {
+            unreachable!("nothing is purged here")
+        }
+
+        async fn close(self) -> Result<(), QueueError> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_replay_begins_anew_again_and_again_and_goes_on_where_it_was() {
+        let letter = |n: u16| DeadLetter {
+            kind: Kind::Batch,
+            reason: Reason::Exhausted,
+            body: bytes::Bytes::new(),
+            content_type: None,
+            id: Some(format!("msg_{n}")),
+            events: 1,
+            attempts: 1,
+            status: Some(500 + n % 2),
+            error: String::new(),
+            first_attempt_at: None,
+            died_at: None,
+            story: Story::default(),
+        };
+        let queue = Arc::new(Mutex::new((1..=20).map(letter).collect::<Vec<_>>()));
+        let sent = Arc::new(Mutex::new(Vec::new()));
+        let opened = AtomicU16::new(0);
+        let open = async || {
+            // More of them die meanwhile; they are not of this walk.
+            let n = opened.fetch_add(1, Ordering::Relaxed);
+            queue.lock().expect("not poisoned").extend((n > 0).then(|| letter(99 + 2 * n)));
+            let walk = queue.lock().expect("not poisoned").clone().into();
+            Ok(Fake { queue: queue.clone(), sent: sent.clone(), walk })
+        };
+        let (_told, never) = watch::channel(0);
+        let told = Told(never);
+        let command = Cli::parse_from(["hooktrail", "dead", "replay", "a", "@1", "@3", "@4", "@11", "@19", "--status", "501"]);
+        let crate::cli::Command::Dead(command) = command.command else { unreachable!("parsed") };
+        let (which, _) = command.split().expect("sound");
+        let mut replay = Replay::new(&which, Some(100_000.0), false, &told);
+        replay.round = Duration::ZERO;
+        // One that is named is let through by no filter.
+        let done = replay.run(open().await.expect("opens"), open, true).await;
+        assert!(matches!(done, Err(Failed::Runtime(why)) if why.contains("no dead letter with status 501 is @4;")));
+        assert_eq!(*sent.lock().expect("not poisoned"), ["msg_1", "msg_3", "msg_11", "msg_19"]);
+        assert_eq!(opened.load(Ordering::Relaxed), 20, "a round for each letter");
+        assert_eq!(queue.lock().expect("not poisoned").len(), 20 - 4 + 19);
+    }
 
     #[test]
     fn a_group_is_as_large_as_its_letters_or_bytes_allow_and_a_letter_is_never_too_large() {
