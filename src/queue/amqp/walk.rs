@@ -10,7 +10,9 @@ use futures_util::StreamExt as _;
 use lapin::{
     Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions},
+    options::{
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions,
+    },
     types::FieldTable,
 };
 use tokio::time::timeout;
@@ -18,12 +20,22 @@ use tokio::time::timeout;
 use super::connection::{BrokerError, Lease, answer};
 use crate::queue::QueueError;
 
-/// Messages that one consumer takes. What is given back of it must be in its order, and RabbitMQ 3.10 keeps
-/// that of up to 32 messages: it collects them in an Erlang map, which is sorted only while it is that small.
-const WINDOW: u16 = 32;
-
-/// Fewer, if the last ones were so large that 32 would be more than this, in bytes.
+/// Messages that one consumer takes: so many at first, up to so many while they are small, and never more
+/// than the last ones' size makes of [`WINDOW_BYTES`].
+const FIRST_WINDOW: u16 = 32;
+const MAX_WINDOW: u16 = 128;
 const WINDOW_BYTES: usize = 8 * 1024 * 1024;
+
+/// Messages of one consumer that are given back in one answer. RabbitMQ 3.10 collects them in an Erlang
+/// map, which is in order only while it is that small.
+const BACK: usize = 32;
+
+/// Answers that may be on their way to the queue. Beyond 32 a channel holds them back, and sends them
+/// on by consumer in whatever order (measured).
+const UNDER_WAY: usize = 16;
+
+/// How long the queue may take to have back what it was given back.
+const BACK_TIME: Duration = Duration::from_secs(5);
 
 /// When nothing has come for so long the queue is asked whether there is anything: somebody else may hold what was counted.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -45,7 +57,7 @@ pub(super) struct Walk {
 impl Walk {
     /// Looks at so many messages. The channel is for this walk alone.
     pub(super) fn new(lease: Lease, queue: String, messages: u32) -> Self {
-        Self { lease, queue, left: messages, ready: VecDeque::new(), window: WINDOW, ends: Vec::new(), held: Vec::new() }
+        Self { lease, queue, left: messages, ready: VecDeque::new(), window: FIRST_WINDOW, ends: Vec::new(), held: Vec::new() }
     }
 
     /// How many are still to come.
@@ -68,26 +80,56 @@ impl Walk {
         answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
     }
 
-    /// Gives back what was looked at, in its order.
+    /// Gives back what was looked at, in its order, and returns when it can be looked at again.
     ///
     /// Walks to the end first: a quorum queue puts what it is given back behind all that it was given
-    /// back before, so a part of the letters would change places with the rest. And gives back one consumer's messages after
-    /// the other: closing alone would shuffle the consumers (both measured).
+    /// back before, so a part of the messages would change places with the rest. And gives back one consumer's messages
+    /// after the other's: closing alone would shuffle the consumers (both measured).
     pub(super) async fn close(mut self) -> Result<(), QueueError> {
         while self.left > 0 {
             self.fill().await?;
             self.ready.clear();
         }
-        let back = BasicNackOptions { multiple: true, requeue: true };
-        let mut after = 0;
+        let mut expected = self.depth().await?;
+        let (mut after, mut under_way, mut wait) = (0, 0, true);
         for end in &self.ends {
-            // The broker closes the channel over a tag that it has an answer for.
-            if let Some(tag) = (after + 1..=*end).rev().find(|tag| self.is_held(*tag)) {
-                answer(self.lease.channel.basic_nack(tag, back)).await.map_err(|why| self.error(&why))?;
-            }
+            let held: Vec<u64> = (after + 1..=*end).filter(|tag| self.is_held(*tag)).collect();
             after = *end;
+            for part in held.chunks(BACK) {
+                // The broker closes the channel over a tag that it has an answer for, so the last one that is held.
+                let Some(last) = part.last() else { continue };
+                let back = BasicNackOptions { multiple: true, requeue: true };
+                answer(self.lease.channel.basic_nack(*last, back)).await.map_err(|why| self.error(&why))?;
+                expected = expected.saturating_add(u32::try_from(part.len()).unwrap_or(u32::MAX));
+                under_way += 1;
+                if under_way == UNDER_WAY && wait {
+                    // If somebody else takes them meanwhile there is no order to keep.
+                    wait = self.has_back(expected).await?;
+                    under_way = 0;
+                }
+            }
+        }
+        if wait {
+            self.has_back(expected).await?;
         }
         answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
+    }
+
+    /// Waits until the queue shows so many; false if it does not in time.
+    async fn has_back(&self, expected: u32) -> Result<bool, QueueError> {
+        let shows = async {
+            while self.depth().await? < expected {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Ok(())
+        };
+        timeout(BACK_TIME, shows).await.map_or(Ok(false), |shown| shown.map(|()| true))
+    }
+
+    async fn depth(&self) -> Result<u32, QueueError> {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let asked = self.lease.channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
+        Ok(answer(asked).await.map_err(|why| self.error(&why))?.message_count())
     }
 
     /// Gets the next few with a consumer that takes no more than these.
@@ -137,7 +179,7 @@ impl Walk {
         }
         if let Some(last) = last {
             self.ends.push(last);
-            self.window = u16::try_from(WINDOW_BYTES / largest).unwrap_or(WINDOW).clamp(1, WINDOW);
+            self.window = u16::try_from(WINDOW_BYTES / largest).unwrap_or(MAX_WINDOW).clamp(1, (2 * self.window).min(MAX_WINDOW));
         }
     }
 
