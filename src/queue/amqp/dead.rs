@@ -41,7 +41,7 @@ impl DeadLetters {
     async fn open(queue: &AmqpQueue, of: Of, name: String, absent: &str) -> Result<Self, QueueError> {
         let depth = Broker::new(&queue.0.declaring).depth(&name).await?;
         let depth = depth.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
-        let walk = Walk::new(queue.0.consuming.lease().await?, name, depth.messages);
+        let walk = Walk::new(queue.0.consuming.quarantine().await?, name, depth.messages);
         Ok(Self { queue: queue.clone(), of, walk })
     }
 

@@ -212,8 +212,8 @@ impl Sweep<'_> {
             _ => self.foreign = None,
         }
         // A connection of its own: if the broker has lost the use of the orphans, no lane shall notice.
-        let lease = self.consuming.quarantine().await?.lease().await?;
-        let mut walk = Walk::new(lease, orphans, depth.messages);
+        let connection = self.consuming.quarantine().await?;
+        let mut walk = Walk::new(connection, orphans, depth.messages);
         let mut moved = 0;
         while let Some(delivery) = walk.next().await? {
             let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(s));
