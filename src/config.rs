@@ -117,6 +117,7 @@ const RESERVED_HEADERS: &[&str] = &[
     "webhook-signature",
     "mailtrap-signature",
     "x-hooktrail-attempt",
+    "x-hooktrail-replay",
 ];
 
 /// Those that are configured, in the order of the file.

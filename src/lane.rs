@@ -25,8 +25,8 @@ use crate::{
     event::{head, with_id},
     payload::Format,
     queue::{
-        DeadLetter, Envelope, Event, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement, Settler, Source, Standing,
-        Standings, Taken, Window,
+        CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement,
+        Settler, Source, Standing, Standings, Story, Taken, Window,
     },
     retry::{Exhausted, Next, Waits},
     status::{Circuit, Ended, LaneStatus, LastError},
@@ -92,6 +92,9 @@ struct Parcel {
     events: u32,
     attempt: u32,
     first_attempt_at: SystemTime,
+    /// Without this attempt, until it has failed.
+    story: Story,
+    replay: bool,
     receipts: Vec<Receipt>,
     /// Of its first event: the field `timestamp`.
     happened_at: Option<SystemTime>,
@@ -112,7 +115,14 @@ impl Parcel {
             attempts: self.attempt,
             first_attempt_at: Some(self.first_attempt_at),
             traceparent: self.traceparent.clone(),
+            story: self.story.clone(),
+            replay: self.replay,
         }
+    }
+
+    fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
+        let came_to = failure.status().map_or_else(|| CameTo::Failure(failure.name().to_owned()), CameTo::Status);
+        self.story.add(FailedAttempt { number: self.attempt, at, came_to });
     }
 
     /// Its halves, as batches that were never attempted, though their time runs from the whole one's
@@ -143,6 +153,7 @@ impl Parcel {
             error: failure.to_string(),
             first_attempt_at: Some(self.first_attempt_at),
             died_at: Some(now),
+            story: self.story.clone(),
         }
     }
 }
@@ -494,6 +505,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     events: envelope.events,
                     attempt: envelope.attempts.saturating_add(1),
                     first_attempt_at,
+                    story: envelope.story,
+                    replay: envelope.replay,
                     receipts: vec![receipt],
                 };
                 self.attempt(events.into(), arrived_at, async move { parcel });
@@ -517,8 +530,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let parcel = parcel.await;
             status.begins(&parcel.batch_id, parcel.events, parcel.body.len());
             let started = clock::instant();
-            let request =
-                Request { batch_id: parcel.batch_id.clone(), attempt: parcel.attempt, format: parcel.format, body: parcel.body.clone() };
+            let Parcel { attempt, format, replay, .. } = parcel;
+            let request = Request { batch_id: parcel.batch_id.clone(), attempt, format, body: parcel.body.clone(), replay };
             let outcome = webhook.send(request).await;
             Done::Attempted { number, parcel: Box::new(parcel), outcome, took: clock::instant() - started }
         });
@@ -631,7 +644,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    fn attempted(&mut self, parcel: Parcel, outcome: Outcome, took: Duration) {
+    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration) {
+        if let Some(failure) = outcome.failure() {
+            parcel.has_failed(failure, clock::now());
+        }
         match outcome {
             Outcome::Delivered { status } => {
                 self.log(&parcel, took, "delivered", Some(status), None, None);
@@ -820,6 +836,8 @@ fn first_parcel(format: Format, mut events: Vec<Admitted>, bytes: usize) -> Parc
         happened_at,
         arrived_at,
         traceparent,
+        story: Story::default(),
+        replay: false,
     }
 }
 
@@ -841,5 +859,6 @@ fn dead_event(event: Event, reason: Reason, error: String) -> DeadLetter {
         error,
         first_attempt_at: None,
         died_at: Some(clock::now()),
+        story: Story::default(),
     }
 }

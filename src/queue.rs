@@ -211,7 +211,9 @@ pub enum Finding {
     Harmful(String),
 }
 
-/// A walk through a subscriber's dead letters, oldest first. What is neither replayed nor purged keeps its order.
+/// A walk through dead letters, oldest first. What is neither replayed nor purged keeps its order.
+///
+/// Takes no memory for what it has passed by, however many there are.
 pub trait DeadLetters: Send {
     /// How many there are still to come. Those that die during the walk are not part of it.
     fn left(&self) -> u32;
@@ -220,17 +222,18 @@ pub trait DeadLetters: Send {
     /// The queue was lost; nothing has gone but what was replayed or purged.
     fn next(&mut self) -> impl Future<Output = Result<Option<Held>, QueueError>> + Send;
 
-    /// Sends letters on their way again: durable first, and only then no dead letters any more.
+    /// Sends letters on their way again: durable first, and only then no dead letters any more. Returns
+    /// those whose subscriber has no queue any more: they stay where they are.
     ///
     /// # Errors
     /// Those that are not on their way are still dead letters.
-    fn replay(&self, letters: Vec<Held>) -> impl Future<Output = Result<(), QueueError>> + Send;
+    fn replay(&mut self, letters: Vec<Held>) -> impl Future<Output = Result<Vec<Held>, QueueError>> + Send;
 
-    /// Deletes a letter for good.
+    /// Deletes letters for good.
     ///
     /// # Errors
-    /// The queue was lost; the letter is still there.
-    fn purge(&self, held: &Held) -> impl Future<Output = Result<(), QueueError>> + Send;
+    /// The queue was lost; those that are not deleted are still there.
+    fn purge(&mut self, letters: Vec<Held>) -> impl Future<Output = Result<(), QueueError>> + Send;
 
     /// Gives back what was looked at, in its order.
     ///
@@ -243,7 +246,17 @@ pub trait DeadLetters: Send {
 #[derive(Debug)]
 pub struct Held {
     pub letter: DeadLetter,
+    /// Whose it is; of an orphan that is not always known.
+    pub subscriber: Option<String>,
     pub(crate) tag: u64,
+}
+
+#[cfg(test)]
+impl Held {
+    /// For a queue that needs no tag.
+    pub(crate) fn new(letter: DeadLetter, subscriber: Option<String>) -> Self {
+        Self { letter, subscriber, tag: 0 }
+    }
 }
 
 /// How much may be taken and not yet settled.
@@ -335,6 +348,108 @@ pub struct Envelope {
     pub first_attempt_at: Option<SystemTime>,
     /// Of the first event's producer, as W3C Trace Context has it.
     pub traceparent: Option<String>,
+    pub story: Story,
+    /// An operator has sent it again: it was a dead letter once.
+    pub replay: bool,
+}
+
+/// The failed attempts of a batch, the first and the last of them: enough to see how it went, and bounded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Story {
+    attempts: Vec<FailedAttempt>,
+    left_out: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailedAttempt {
+    /// As the request told it: begins anew with a replay or a resume, and for the parts of a split batch.
+    pub number: u32,
+    /// When it was over.
+    pub at: SystemTime,
+    pub came_to: CameTo,
+}
+
+/// What a failed attempt came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CameTo {
+    Status(u16),
+    /// The stable name of a failure without an answer, such as `timeout`.
+    Failure(String),
+}
+
+impl fmt::Display for CameTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "{status}"),
+            Self::Failure(name) => f.write_str(name),
+        }
+    }
+}
+
+impl Story {
+    /// So many from the beginning are kept, and so many from the end.
+    pub const FIRST: usize = 5;
+    pub const LAST: usize = 45;
+
+    /// A failure's name may have as many bytes.
+    const MAX_NAME: usize = 32;
+
+    pub fn add(&mut self, attempt: FailedAttempt) {
+        if self.attempts.len() == Self::FIRST + Self::LAST {
+            self.attempts.remove(Self::FIRST);
+            self.left_out = self.left_out.saturating_add(1);
+        }
+        self.attempts.push(attempt);
+    }
+
+    /// The first and the last attempts, and how many are left out between them.
+    pub fn parts(&self) -> (&[FailedAttempt], u32, &[FailedAttempt]) {
+        let (first, last) = self.attempts.split_at(self.attempts.len().min(Self::FIRST));
+        (first, self.left_out, last)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.attempts.is_empty()
+    }
+
+    /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times in Unix
+    /// milliseconds, and `+7` where seven are left out.
+    pub(crate) fn to_text(&self) -> String {
+        let (first, left_out, last) = self.parts();
+        let one = |a: &FailedAttempt| {
+            let at = a.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+            format!("{}@{at}={}", a.number, a.came_to)
+        };
+        let gap = (left_out > 0).then(|| format!("+{left_out}"));
+        first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect::<Vec<_>>().join(",")
+    }
+
+    /// What cannot be read is no part of it: a story is for looking at, and must not keep its batch from being sent.
+    pub(crate) fn from_text(text: &str) -> Self {
+        let mut story = Self::default();
+        for part in text.split(',') {
+            if let Some(left_out) = part.strip_prefix('+').and_then(|n| n.parse::<u32>().ok()) {
+                story.left_out = story.left_out.saturating_add(left_out);
+            } else if let Some(attempt) = Self::attempt(part) {
+                story.add(attempt);
+            }
+        }
+        story
+    }
+
+    fn attempt(text: &str) -> Option<FailedAttempt> {
+        let (number, rest) = text.split_once('@')?;
+        let (at, came_to) = rest.split_once('=')?;
+        // As far as RFC 3339 goes: a later time could not be shown.
+        let at = at.parse().ok().filter(|ms| *ms < 253_402_300_800_000)?;
+        let is_name =
+            !came_to.is_empty() && came_to.len() <= Self::MAX_NAME && came_to.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        let came_to = match came_to.parse() {
+            Ok(status) => CameTo::Status(status),
+            Err(_) => CameTo::Failure(is_name.then(|| came_to.to_owned())?),
+        };
+        Some(FailedAttempt { number: number.parse().ok()?, at: SystemTime::UNIX_EPOCH + Duration::from_millis(at), came_to })
+    }
 }
 
 /// Why something was given up.
@@ -388,20 +503,27 @@ pub struct DeadLetter {
     pub error: String,
     pub first_attempt_at: Option<SystemTime>,
     pub died_at: Option<SystemTime>,
+    pub story: Story,
 }
 
 impl DeadLetter {
-    /// A batch as it comes back: under its id, with attempts and elapsed time begun anew.
+    /// How the events stand in the body of a batch, if its content type says so.
+    pub fn format(&self) -> Option<Format> {
+        [Format::Json, Format::JsonLines].into_iter().find(|f| self.content_type.as_deref() == Some(f.content_type()))
+    }
+
+    /// A batch as it comes back: under its id, with attempts and elapsed time begun anew, and marked.
     pub(crate) fn to_envelope(&self) -> Envelope {
-        let format = [Format::Json, Format::JsonLines].into_iter().find(|f| self.content_type.as_deref() == Some(f.content_type()));
         Envelope {
             batch_id: self.id.clone().unwrap_or_else(clock::batch_id),
             body: self.body.clone(),
-            format: format.unwrap_or(Format::Json),
+            format: self.format().unwrap_or(Format::Json),
             events: self.events,
             attempts: 0,
             first_attempt_at: None,
             traceparent: None,
+            story: self.story.clone(),
+            replay: true,
         }
     }
 }
@@ -490,6 +612,41 @@ mod tests {
         assert_eq!(cut_error(&text).len(), 1024);
         assert_eq!(cut_error(&text[..1000]).len(), 1000);
         assert_eq!(cut_error(&format!("x{text}")).len(), 1023);
+    }
+
+    fn attempt(number: u32, came_to: CameTo) -> FailedAttempt {
+        FailedAttempt { number, at: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::from(number) + 1_735_830_138_000), came_to }
+    }
+
+    #[test]
+    fn a_story_keeps_the_first_and_the_last_attempts_however_many_there_are() {
+        let mut story = Story::default();
+        for n in 1..=50 {
+            story.add(attempt(n, CameTo::Status(503)));
+        }
+        assert_eq!((story.parts().1, story.parts().2.len()), (0, 45));
+        for n in 51..=u32::from(u16::MAX) {
+            story.add(attempt(n, CameTo::Failure("address_blocked".to_owned())));
+        }
+        let (first, left_out, last) = story.parts();
+        let numbers = |attempts: &[FailedAttempt]| attempts.iter().map(|a| a.number).collect::<Vec<_>>();
+        assert_eq!(numbers(first), [1, 2, 3, 4, 5]);
+        assert_eq!(left_out, 65_535 - 50);
+        assert_eq!(numbers(last), (65_491..=65_535).collect::<Vec<_>>());
+        assert!(story.to_text().len() < 3 * 1024, "{} bytes", story.to_text().len());
+        assert_eq!(Story::from_text(&story.to_text()), story);
+    }
+
+    #[test]
+    fn of_a_story_that_somebody_else_wrote_only_what_can_be_read_is_taken() {
+        let text =
+            "1@1735830138001=503,,2@x=503,3@1735830138003=timeout,4@5=\u{1b}[2J,5@5,+x,6@5=A,7@253402300800000=500,+4294967295,+9,-1@5=503";
+        let story = Story::from_text(text);
+        let expected = [attempt(1, CameTo::Status(503)), attempt(3, CameTo::Failure("timeout".to_owned()))];
+        assert_eq!(story.parts(), (&expected[..], u32::MAX, &[][..]));
+        assert_eq!(Story::from_text(""), Story::default());
+        let many: String = (1..100_000).map(|n| format!("{n}@1=500,")).collect();
+        assert_eq!(Story::from_text(&many).attempts.len(), Story::FIRST + Story::LAST);
     }
 
     #[test]

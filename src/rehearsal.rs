@@ -34,7 +34,7 @@ pub struct Report {
 pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
     let webhook = Webhook::try_new(subscriber, &SystemRoots::load()?)?;
     let body = body(subscriber);
-    let request = Request { batch_id: clock::batch_id(), attempt: 1, format: subscriber.format, body: body.clone().into() };
+    let request = Request { batch_id: clock::batch_id(), attempt: 1, format: subscriber.format, body: body.clone().into(), replay: false };
     let started = clock::instant();
     let rehearsal = webhook.rehearse(request).await;
     let took = clock::instant() - started;

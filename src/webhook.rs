@@ -63,6 +63,17 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    pub const fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Delivered { .. } => None,
+            Self::Retry { failure, .. } | Self::Gone { failure } | Self::TooLarge { failure, .. } | Self::Refused { failure, .. } => {
+                Some(failure)
+            }
+        }
+    }
+}
+
 /// Why an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
@@ -142,6 +153,8 @@ pub struct Request {
     pub attempt: u32,
     pub format: Format,
     pub body: Bytes,
+    /// An operator has sent the batch again.
+    pub replay: bool,
 }
 
 /// What came back.
@@ -307,6 +320,9 @@ impl Webhook {
         headers.insert(USER_AGENT, HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
         headers.insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
+        if request.replay {
+            headers.insert(HeaderName::from_static("x-hooktrail-replay"), HeaderValue::from_static("true"));
+        }
         for (name, value) in self.signer.headers(&request.batch_id, clock::unix_seconds(now), &request.body) {
             let name = HeaderName::try_from(name).map_err(|e| e.to_string())?;
             headers.insert(name, HeaderValue::try_from(value).map_err(|e| e.to_string())?);
@@ -555,7 +571,7 @@ mod tests {
     }
 
     fn request() -> Request {
-        Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}") }
+        Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}"), replay: false }
     }
 
     #[tokio::test]

@@ -1,24 +1,39 @@
-//! `dead`: dead letters, one at a time, so that a hundred thousand of them need no memory.
+//! `dead`: dead letters and orphans, one at a time, so that a hundred thousand of them need no memory.
+
+mod choice;
 
 use std::{
-    convert::Infallible,
     io::{IsTerminal as _, Write as _},
-    str::FromStr,
+    time::{Duration, Instant, SystemTime},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{json, value::RawValue};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
+use self::choice::{Choice, Name, Which};
 use super::{Failed, reach, visible};
 use crate::{
-    config::{self, Backend, Config},
-    queue::{DeadLetter, DeadLetters, Held, Kind, Queue, QueueError, Reason, embedded::EmbeddedQueue},
+    clock,
+    config::{Backend, Config},
+    queue::{CameTo, DeadLetters, FailedAttempt, Held, Kind, Queue as _, QueueError, Reason, Story, embedded::EmbeddedQueue},
 };
 
 /// Letters that are replayed together, one confirm for all: whichever is reached first.
 const GROUP_LETTERS: usize = 50;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
+
+/// After so long a slow replay gives back what it has passed by and begins anew: a broker closes the
+/// channel of who holds a message for half an hour.
+const ROUND: Duration = Duration::from_secs(600);
+
+/// So many letters that cannot be replayed are told one by one.
+const TOLD: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -30,20 +45,35 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Everything about one dead letter, its body included
+    /// Everything about one dead letter: the story of its attempts, and its body
     Show {
-        /// The subscriber's name
+        /// The subscriber's name; with --orphans it may be left out
         subscriber: String,
         /// Its id, or `@2` for the second of `list`
-        letter: Name,
+        #[arg(required_unless_present = "orphans")]
+        letter: Option<Name>,
+        /// One of what could not be routed back to its subscriber (RabbitMQ only)
+        #[arg(long)]
+        orphans: bool,
         /// As a JSON object
         #[arg(long)]
         json: bool,
     },
+    /// Print dead letters as JSON Lines, bodies included: `body` as text, or `body_base64` where it is not UTF-8
+    Export {
+        #[command(flatten)]
+        which: Which,
+    },
     /// Send dead letters again: a batch with the same bytes under the same id, attempts begun anew
+    ///
+    /// Interrupted it finishes what it is at, and leaves the rest as it was; run it again for that.
+    /// After a crash in the middle at most 50 letters come twice, under the same ids.
     Replay {
         #[command(flatten)]
         which: Which,
+        /// At most so many letters a second, each one request; less than 1 is fine
+        #[arg(long, value_name = "N", value_parser = parse_rate)]
+        rate: Option<f64>,
         /// Say what would be replayed, and do nothing
         #[arg(long)]
         dry_run: bool,
@@ -67,136 +97,137 @@ pub(super) enum Command {
     },
 }
 
+fn parse_rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate| (0.001..=100_000.0).contains(rate));
+    rate.ok_or_else(|| "a number of letters a second, from 0.001 to 100000".to_owned())
+}
+
+/// What is to be done with the letters that are meant.
+enum Task {
+    List { json: bool },
+    Show { json: bool },
+    Export,
+    Replay { rate: Option<f64>, dry_run: bool, json: bool },
+    Purge { dry_run: bool, yes: bool, json: bool },
+}
+
 impl Command {
-    fn subscriber(&self) -> &str {
-        match self {
-            Self::Show { subscriber, .. } => subscriber,
-            Self::List { which, .. } | Self::Replay { which, .. } | Self::Purge { which, .. } => &which.subscriber,
-        }
+    fn split(self) -> Result<(Which, Task), Failed> {
+        Ok(match self {
+            Self::List { which, json } => (which.checked()?, Task::List { json }),
+            Self::Show { subscriber, letter, orphans, json } => (Which::one(subscriber, letter, orphans)?, Task::Show { json }),
+            Self::Export { which } => (which.checked()?, Task::Export),
+            Self::Replay { which, rate, dry_run, json } => (which.checked()?, Task::Replay { rate, dry_run, json }),
+            Self::Purge { which, dry_run, yes, json } => (which.checked()?, Task::Purge { dry_run, yes, json }),
+        })
     }
-}
-
-/// Which dead letters are meant: all of a subscriber's, unless ids or a reason narrow it down.
-#[derive(Debug, clap::Args)]
-pub(super) struct Which {
-    /// The subscriber's name; one that is not configured any more is fine
-    subscriber: String,
-    /// Only these: an id, or `@2` for the second of `list`
-    #[arg(value_name = "LETTER")]
-    letters: Vec<Name>,
-    /// Only those with this reason
-    #[arg(long, value_parser = parse_reason)]
-    reason: Option<Reason>,
-}
-
-fn parse_reason(name: &str) -> Result<Reason, String> {
-    Reason::from_name(name).ok_or_else(|| format!("the reasons are {}", Reason::ALL.map(Reason::name).join(", ")))
-}
-
-/// How a dead letter is named: an id may be any text, digits too, so a number has a sign of its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Name {
-    Number(usize),
-    Id(String),
-}
-
-impl FromStr for Name {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        let number = text.strip_prefix('@').and_then(|n| n.parse().ok());
-        Ok(number.map_or_else(|| Self::Id(text.to_owned()), Self::Number))
-    }
-}
-
-impl Name {
-    fn is(&self, number: usize, letter: &DeadLetter) -> bool {
-        match self {
-            Self::Number(n) => *n == number,
-            Self::Id(id) => letter.id.as_ref() == Some(id),
-        }
-    }
-}
-
-/// Picks what is meant out of a walk, and knows which names it has not met.
-struct Choice<'w> {
-    which: &'w Which,
-    met: Vec<bool>,
-    /// Letters seen, so the number of the last one.
-    number: usize,
-}
-
-impl<'w> Choice<'w> {
-    fn new(which: &'w Which) -> Self {
-        Self { which, met: vec![false; which.letters.len()], number: 0 }
-    }
-
-    /// Whether the next letter of the walk is meant.
-    fn includes(&mut self, letter: &DeadLetter) -> bool {
-        self.number += 1;
-        if self.which.reason.is_some_and(|r| r != letter.reason) {
-            return false;
-        }
-        let mut named = self.which.letters.is_empty();
-        for (name, met) in self.which.letters.iter().zip(&mut self.met) {
-            if name.is(self.number, letter) {
-                named = true;
-                *met = true;
-            }
-        }
-        named
-    }
-
-    /// After the walk: an error if a name was not met.
-    fn complete(&self) -> Result<(), Failed> {
-        let names = self.which.letters.iter().zip(&self.met).filter(|(_, met)| !**met).map(|(name, _)| name);
-        let missing: Vec<&Name> = names.collect();
-        if missing.is_empty() { Ok(()) } else { Err(not_found(&self.which.subscriber, &missing, self.which.reason)) }
-    }
-}
-
-fn not_found(subscriber: &str, names: &[&Name], reason: Option<Reason>) -> Failed {
-    let with = reason.map(|r| format!(" with reason {}", r.name())).unwrap_or_default();
-    let told = names.iter().map(|name| match name {
-        Name::Number(n) => format!("no dead letter{with} is @{n}"),
-        Name::Id(id) => format!("no dead letter{with} has the id `{}`", visible(id)),
-    });
-    let told: Vec<String> = told.collect();
-    let hint = "shows ids and numbers; a number is written @2";
-    Failed::Runtime(format!("{}; `hooktrail dead list {subscriber}` {hint}", told.join(", ")))
 }
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
-    let subscriber = command.subscriber();
-    if !config::is_subscriber_name(subscriber) {
-        return Err(Failed::Usage(format!("`{subscriber}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`")));
+    let (which, task) = command.split()?;
+    match (&config.queue.backend, which.subscriber()) {
+        (Backend::Amqp(amqp), Some(subscriber)) if !which.orphans() => {
+            let queue = reach(amqp).await?;
+            walk(async || queue.dead_letters(subscriber).await, &which, task).await?;
+            queue.close().await;
+        }
+        (Backend::Amqp(amqp), _) => {
+            let queue = reach(amqp).await?;
+            walk(async || queue.orphans().await, &which, task).await?;
+            queue.close().await;
+        }
+        (Backend::Embedded, Some(subscriber)) if !which.orphans() => {
+            let queue = EmbeddedQueue::existing(&config.queue.embedded)?;
+            walk(async || queue.dead_letters(subscriber).await, &which, task).await?;
+        }
+        (Backend::Embedded, _) => return no_orphans(&which),
     }
-    match &config.queue.backend {
-        Backend::Amqp(amqp) => walk(reach(amqp).await?, command).await,
-        Backend::Embedded => walk(EmbeddedQueue::existing(&config.queue.embedded)?, command).await,
-    }
-}
-
-async fn walk(queue: impl Queue, command: Command) -> Result<(), Failed> {
-    let letters = queue.dead_letters(command.subscriber()).await?;
-    match command {
-        Command::List { which, json } => list(letters, &which, json).await,
-        Command::Show { subscriber, letter, json } => show(letters, &subscriber, &letter, json).await,
-        Command::Replay { which, dry_run, json } => replay(letters, &which, dry_run, json).await,
-        Command::Purge { which, dry_run, yes, json } => purge(letters, &which, dry_run, yes, json).await,
-    }?;
-    queue.close().await;
     Ok(())
 }
 
-fn time(at: Option<std::time::SystemTime>) -> String {
+fn no_orphans(which: &Which) -> Result<(), Failed> {
+    let why = "there are no orphans: only a RabbitMQ has them, and [queue] url is \"embedded\", where nothing is routed back";
+    if which.has_names() {
+        return Err(Failed::Runtime(why.to_owned()));
+    }
+    eprintln!("{why}");
+    Ok(())
+}
+
+async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, which: &Which, task: Task) -> Result<(), Failed> {
+    let letters = open().await?;
+    if let Task::Purge { dry_run: false, yes: false, .. } = task
+        && !confirm(letters.left(), which)?
+    {
+        return Err(Failed::Usage("nothing was deleted".to_owned()));
+    }
+    let told = Told::listen()?;
+    let walked = async {
+        match task {
+            Task::List { json } => list(letters, which, json, &told).await,
+            Task::Show { json } => show(letters, which, json, &told).await,
+            Task::Export => export(letters, which, &told).await,
+            Task::Replay { rate, dry_run, json } => Replay::new(which, rate, dry_run, &told).run(letters, open, json).await,
+            Task::Purge { dry_run, json, .. } => purge(letters, which, dry_run, json, &told).await,
+        }
+    };
+    tokio::select! {
+        walked = walked => walked,
+        () = told.times(2) => Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
+    }
+}
+
+/// Whether somebody asked to stop, by Ctrl-C or SIGTERM. A walk heeds it between two letters, so that it can
+/// give back in order what it has passed by.
+struct Told(watch::Receiver<u32>);
+
+impl Told {
+    fn listen() -> Result<Self, Failed> {
+        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let (count, told) = watch::channel(0);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = term.recv() => {}
+                    _ = int.recv() => {}
+                }
+                count.send_modify(|n| *n += 1);
+            }
+        });
+        Ok(Self(told))
+    }
+
+    fn to_stop(&self) -> bool {
+        *self.0.borrow() > 0
+    }
+
+    /// Completes when it was told so often.
+    async fn times(&self, n: u32) {
+        let mut told = self.0.clone();
+        if told.wait_for(|count| *count >= n).await.is_err() {
+            std::future::pending().await // nobody listens any more
+        }
+    }
+
+    /// After a walk: an error if it ended early.
+    fn finished(&self) -> Result<(), Failed> {
+        if self.to_stop() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
+    }
+}
+
+fn time(at: Option<SystemTime>) -> String {
     at.map_or_else(|| "-".to_owned(), |t| humantime::format_rfc3339_seconds(t).to_string())
 }
 
-fn as_json(number: usize, l: &DeadLetter) -> serde_json::Value {
-    let rfc3339 = |t: Option<std::time::SystemTime>| t.map(|t| humantime::format_rfc3339_millis(t).to_string());
+fn rfc3339(at: SystemTime) -> String {
+    humantime::format_rfc3339_millis(at).to_string()
+}
+
+fn as_json(number: usize, held: &Held) -> serde_json::Value {
+    let l = &held.letter;
     json!({
         "number": number,
+        "subscriber": held.subscriber,
         "id": l.id,
         "kind": l.kind.name(),
         "reason": l.reason.name(),
@@ -204,11 +235,33 @@ fn as_json(number: usize, l: &DeadLetter) -> serde_json::Value {
         "error": l.error,
         "events": l.events,
         "attempts": l.attempts,
-        "first_attempt_at": rfc3339(l.first_attempt_at),
-        "died_at": rfc3339(l.died_at),
+        "first_attempt_at": l.first_attempt_at.map(rfc3339),
+        "died_at": l.died_at.map(rfc3339),
         "content_type": l.content_type,
         "bytes": l.body.len(),
     })
+}
+
+/// With the story and the body.
+fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
+    let mut value = as_json(number, held);
+    value["story"] = story_as_json(&held.letter.story);
+    match std::str::from_utf8(&held.letter.body) {
+        Ok(text) => value["body"] = text.into(),
+        Err(_) => value["body_base64"] = BASE64.encode(&held.letter.body).into(),
+    }
+    value
+}
+
+/// The failed attempts; where some are left out there is one element that says how many.
+fn story_as_json(story: &Story) -> serde_json::Value {
+    let one = |a: &FailedAttempt| match &a.came_to {
+        CameTo::Status(status) => json!({ "attempt": a.number, "at": rfc3339(a.at), "status": status }),
+        CameTo::Failure(name) => json!({ "attempt": a.number, "at": rfc3339(a.at), "failure": name }),
+    };
+    let (first, left_out, last) = story.parts();
+    let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
+    first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect()
 }
 
 /// Prints a line; false when nobody reads any more, as with `| head`.
@@ -216,80 +269,146 @@ fn print(line: &str) -> bool {
     writeln!(std::io::stdout(), "{line}").is_ok()
 }
 
-async fn list(mut letters: impl DeadLetters, which: &Which, json: bool) -> Result<(), Failed> {
-    let mut choice = Choice::new(which);
+/// Gives the letters back, also after a walk that failed half-way: without that they would change places.
+async fn close<T>(letters: impl DeadLetters, walked: Result<T, QueueError>) -> Result<T, Failed> {
+    let closed = letters.close().await;
+    let walked = walked?;
+    closed?;
+    Ok(walked)
+}
+
+/// Shows each letter that is meant by a function that returns false when nobody reads any more; how
+/// many were shown, or `None` of a walk that ended early.
+async fn each<D: DeadLetters>(
+    mut letters: D,
+    choice: &mut Choice<'_>,
+    told: &Told,
+    mut show: impl FnMut(usize, &Held) -> bool,
+) -> Result<Option<usize>, Failed> {
     let mut shown = 0;
-    while let Some(Held { letter: l, .. }) = letters.next().await? {
-        if !choice.includes(&l) {
-            continue;
+    let walked = async {
+        while !told.to_stop()
+            && let Some(held) = letters.next().await?
+        {
+            if choice.includes(&held) {
+                if !show(choice.number, &held) {
+                    return Ok(None);
+                }
+                shown += 1;
+            }
         }
-        let number = choice.number;
-        if shown == 0
-            && !json
+        Ok(Some(shown))
+    };
+    let walked = walked.await;
+    let shown = close(letters, walked).await?;
+    told.finished()?;
+    Ok(shown)
+}
+
+async fn list(letters: impl DeadLetters, which: &Which, json: bool, told: &Told) -> Result<(), Failed> {
+    let mut choice = Choice::new(which);
+    let mut head = !json;
+    // Whose an orphan is, is a column; of dead letters it was said.
+    let whose = |text: &str| if which.orphans() { format!("{text:<16}  ") } else { String::new() };
+    let row = |number: usize, held: &Held| {
+        if json {
+            return print(&as_json(number, held).to_string());
+        }
+        if std::mem::take(&mut head)
             && !print(&format!(
-                "{:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {:<36}  ERROR",
-                "NUMBER", "DIED AT", "REASON", "EVENTS", "ATTEMPTS", "ID"
+                "{:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {}{:<36}  ERROR",
+                "NUMBER",
+                "DIED AT",
+                "REASON",
+                "EVENTS",
+                "ATTEMPTS",
+                whose("SUBSCRIBER"),
+                "ID"
             ))
         {
-            return Ok(letters.close().await?);
+            return false;
         }
-        shown += 1;
-        let line = if json {
-            as_json(number, &l).to_string()
-        } else {
-            let error: String = visible(&l.error).chars().take(80).collect();
-            let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
-            let number = format!("@{number}");
-            format!("{number:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {id:<36}  {error}", time(l.died_at), l.reason.name(), l.events, l.attempts)
-        };
-        if !print(&line) {
-            return Ok(letters.close().await?);
-        }
-    }
-    letters.close().await?;
+        let l = &held.letter;
+        let error: String = visible(&l.error).chars().take(80).collect();
+        let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
+        let number = format!("@{number}");
+        let (died, whose) = (time(l.died_at), whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)));
+        print(&format!("{number:>6}  {died:<20}  {:<14}  {:>6}  {:>8}  {whose}{id:<36}  {error}", l.reason.name(), l.events, l.attempts))
+    };
+    let Some(shown) = each(letters, &mut choice, told, row).await? else { return Ok(()) };
     choice.complete()?;
     if shown == 0 && !json {
-        print("no dead letters");
+        print(if which.orphans() { "no orphans" } else { "no dead letters" });
     }
     Ok(())
 }
 
-async fn show(mut letters: impl DeadLetters, subscriber: &str, wanted: &Name, json: bool) -> Result<(), Failed> {
-    let mut number = 0;
-    while let Some(Held { letter: l, .. }) = letters.next().await? {
-        number += 1;
-        if !wanted.is(number, &l) {
-            continue;
-        }
-        letters.close().await?;
-        if json {
-            let mut value = as_json(number, &l);
-            value["body"] = json!(String::from_utf8_lossy(&l.body));
-            print(&value.to_string());
-            return Ok(());
-        }
-        for (name, value) in [
-            ("number", format!("@{number}")),
-            ("id", l.id.as_deref().map_or_else(|| "-".to_owned(), visible)),
-            ("kind", l.kind.name().to_owned()),
-            ("reason", l.reason.name().to_owned()),
-            ("status", l.status.map_or_else(|| "-".to_owned(), |s| s.to_string())),
-            ("error", visible(&l.error)),
-            ("events", l.events.to_string()),
-            ("attempts", l.attempts.to_string()),
-            ("first attempt at", time(l.first_attempt_at)),
-            ("died at", time(l.died_at)),
-            ("content type", l.content_type.as_deref().map_or_else(|| "-".to_owned(), visible)),
-            ("bytes", l.body.len().to_string()),
-        ] {
-            print(&format!("{name:<17} {value}"));
-        }
-        print("");
-        print(&readable(&l.body));
-        return Ok(());
+async fn export(letters: impl DeadLetters, which: &Which, told: &Told) -> Result<(), Failed> {
+    let mut choice = Choice::new(which);
+    let line = |number, held: &Held| print(&all_as_json(number, held).to_string());
+    match each(letters, &mut choice, told, line).await? {
+        None => Ok(()),
+        Some(_) => choice.complete(),
     }
-    letters.close().await?;
-    Err(not_found(subscriber, &[wanted], None))
+}
+
+async fn show(letters: impl DeadLetters, which: &Which, json: bool, told: &Told) -> Result<(), Failed> {
+    let mut choice = Choice::new(which);
+    let mut found = None;
+    // Of several with one id it is the first.
+    let keep = |number, held: &Held| {
+        found = Some(if json {
+            let mut value = all_as_json(number, held);
+            if value.get("body").is_none() {
+                value["body"] = String::from_utf8_lossy(&held.letter.body).into();
+            }
+            value.to_string()
+        } else {
+            for_reading(number, held)
+        });
+        false
+    };
+    each(letters, &mut choice, told, keep).await?;
+    match found {
+        Some(text) => {
+            print(&text);
+            Ok(())
+        }
+        None => choice.complete(),
+    }
+}
+
+fn for_reading(number: usize, held: &Held) -> String {
+    let l = &held.letter;
+    let mut lines: Vec<String> = Vec::new();
+    let whose = held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible);
+    for (name, value) in [
+        ("number", format!("@{number}")),
+        ("subscriber", whose),
+        ("id", l.id.as_deref().map_or_else(|| "-".to_owned(), visible)),
+        ("kind", l.kind.name().to_owned()),
+        ("reason", l.reason.name().to_owned()),
+        ("status", l.status.map_or_else(|| "-".to_owned(), |s| s.to_string())),
+        ("error", visible(&l.error)),
+        ("events", l.events.to_string()),
+        ("attempts", l.attempts.to_string()),
+        ("first attempt at", time(l.first_attempt_at)),
+        ("died at", time(l.died_at)),
+        ("content type", l.content_type.as_deref().map_or_else(|| "-".to_owned(), visible)),
+        ("bytes", l.body.len().to_string()),
+    ] {
+        lines.push(format!("{name:<17} {value}"));
+    }
+    let (first, left_out, last) = l.story.parts();
+    if !first.is_empty() {
+        lines.extend([String::new(), "the failed attempts:".to_owned()]);
+    }
+    let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, rfc3339(a.at), a.came_to);
+    lines.extend(first.iter().map(one));
+    lines.extend((left_out > 0).then(|| format!("     …  {left_out} attempts are left out here")));
+    lines.extend(last.iter().map(one));
+    lines.extend([String::new(), readable(&l.body)]);
+    lines.join("\n")
 }
 
 /// A body for reading: each token as it is stored, the events of a batch on a line each, and nothing
@@ -330,155 +449,372 @@ fn event_a_line(body: &str) -> Option<String> {
 /// Shown when stderr is a terminal.
 fn progress(total: u32) -> ProgressBar {
     let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} dead letters, {per_sec}, {eta} left");
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} letters, {per_sec}, {eta} left");
     ProgressBar::with_draw_target(Some(total.into()), target).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Collects what is replayed together, so that large letters are held one at a time and small ones are quick.
+/// Collects what goes together, so that large letters are held one at a time and small ones are quick.
 struct Group<T> {
     items: Vec<T>,
     bytes: usize,
+    most: usize,
 }
 
 impl<T> Group<T> {
-    fn new() -> Self {
-        Self { items: Vec::new(), bytes: 0 }
+    fn new(most: usize) -> Self {
+        Self { items: Vec::new(), bytes: 0, most }
     }
 
     /// Adds an item; returns those that go first, if the item does not belong with them.
     fn push(&mut self, item: T, bytes: usize) -> Option<Vec<T>> {
-        let full = self.items.len() == GROUP_LETTERS || self.bytes + bytes > GROUP_BYTES;
-        let before = if full { std::mem::replace(self, Self::new()).items } else { Vec::new() };
+        let full = self.items.len() == self.most || self.bytes + bytes > GROUP_BYTES;
+        let before = if full { self.take() } else { Vec::new() };
         self.items.push(item);
         self.bytes += bytes;
         (!before.is_empty()).then_some(before)
     }
+
+    fn take(&mut self) -> Vec<T> {
+        self.bytes = 0;
+        std::mem::take(&mut self.items)
+    }
 }
 
-/// Whether a letter may be sent at all. What came into the retry queue without being an envelope was
-/// never put together by hooktrail: as a batch it would be a request that no receiver understands.
-fn can_be_replayed(letter: &DeadLetter) -> bool {
-    (letter.kind, letter.reason) != (Kind::Batch, Reason::InvalidEvent)
+/// Why a letter cannot be sent at all, if that is so. What came into the retry queue without being an
+/// envelope was never put together by hooktrail: as a batch it would be a request that no receiver understands.
+fn cannot_be_replayed(held: &Held, orphans: bool) -> Option<&'static str> {
+    match (held.letter.kind, held.letter.reason) {
+        (Kind::Batch, Reason::InvalidEvent) => Some("it never was a batch of hooktrail's"),
+        (Kind::Event, _) if orphans => Some("it is no batch, so no subscriber waits for it"),
+        _ if held.subscriber.is_none() => Some("nothing says whose it is"),
+        _ => None,
+    }
 }
 
-async fn replay(mut letters: impl DeadLetters, which: &Which, dry_run: bool, json: bool) -> Result<(), Failed> {
-    let bar = progress(letters.left());
-    let (mut choice, mut replayed, mut skipped, mut group) = (Choice::new(which), 0, 0, Group::new());
-    let walk = async {
-        while let Some(held) = letters.next().await? {
-            bar.inc(1);
-            if !choice.includes(&held.letter) {
+/// When the next letters may go.
+struct Pace {
+    rate: f64,
+    next: Instant,
+}
+
+impl Pace {
+    fn sent(&mut self, letters: usize) {
+        self.next = self.next.max(clock::instant()) + Duration::from_secs_f64(letters as f64 / self.rate);
+    }
+}
+
+struct Replay<'r> {
+    choice: Choice<'r>,
+    told: &'r Told,
+    dry_run: bool,
+    pace: Option<Pace>,
+    /// How long a round may take.
+    round: Duration,
+    group: Group<Held>,
+    bar: ProgressBar,
+    /// Those of the letters seen that were meant and can go.
+    chosen: usize,
+    replayed: usize,
+    /// Those that were meant and stay.
+    skipped: usize,
+}
+
+impl<'r> Replay<'r> {
+    fn new(which: &'r Which, rate: Option<f64>, dry_run: bool, told: &'r Told) -> Self {
+        // Letters of a slow replay go one by one, or a second's together.
+        let most = rate.map_or(GROUP_LETTERS, |rate| (rate as usize).clamp(1, GROUP_LETTERS));
+        let pace = rate.filter(|_| !dry_run).map(|rate| Pace { rate, next: clock::instant() });
+        let (choice, group) = (Choice::new(which), Group::new(most));
+        Self { choice, told, dry_run, pace, round: ROUND, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
+    }
+
+    async fn run<D: DeadLetters>(mut self, first: D, open: impl AsyncFn() -> Result<D, QueueError>, json: bool) -> Result<(), Failed> {
+        let total = first.left();
+        self.bar = progress(total);
+        let mut letters = first;
+        loop {
+            let walked = self.round(&mut letters, total as usize).await;
+            let again = close(letters, walked).await.map_err(|e| self.failed(e))?;
+            if !again {
+                break;
+            }
+            letters = open().await?;
+        }
+        self.bar.finish_and_clear();
+        let of = if self.told.to_stop() { total as usize } else { self.choice.number };
+        let done = if self.dry_run { self.chosen } else { self.replayed };
+        finished("replay", done, self.skipped, of, &self.choice, self.dry_run, json);
+        if self.told.to_stop() {
+            return Err(Failed::Runtime("interrupted: the others are where they were, in their order; run it again for them".to_owned()));
+        }
+        self.choice.complete()?;
+        if self.skipped > 0 && self.choice.which.has_names() {
+            return Err(Failed::Runtime(format!("{} of the letters named cannot be replayed; above is what to do", self.skipped)));
+        }
+        Ok(())
+    }
+
+    fn failed(&self, why: Failed) -> Failed {
+        self.bar.finish_and_clear();
+        match why {
+            Failed::Runtime(why) if self.replayed > 0 => Failed::Runtime(format!("{why}; {} were replayed before", self.replayed)),
+            other => other,
+        }
+    }
+
+    /// Goes on where the last round ended; true if there is to be another one.
+    async fn round(&mut self, letters: &mut impl DeadLetters, total: usize) -> Result<bool, QueueError> {
+        let end = self.pace.as_ref().map(|_| clock::instant() + self.round);
+        // What the rounds before have passed by comes first again.
+        for _ in 0..self.choice.number - self.replayed {
+            letters.next().await?;
+        }
+        let before = self.choice.number;
+        while self.choice.number < total && !self.told.to_stop() {
+            // Each round looks at one letter at least.
+            if self.choice.number > before && end.is_some_and(|end| clock::instant() >= end) {
+                let rest = self.group.take();
+                self.send(letters, rest).await?;
+                return Ok(true);
+            }
+            let Some(held) = letters.next().await? else { break };
+            self.bar.inc(1);
+            if !self.choice.includes(&held) {
                 continue;
             }
-            if !can_be_replayed(&held.letter) {
-                skipped += 1;
-                let number = choice.number;
-                let left = if dry_run { number } else { number - replayed };
-                let moved = if left == number { String::new() } else { format!(" (@{left} from now on)") };
-                bar.suspend(|| {
-                eprintln!(
-                    "@{number}{moved} is not replayed, it never was a batch of hooktrail's: {error}; look at it with `hooktrail dead show {name} @{left}`, then delete it with `hooktrail dead purge {name} @{left}`",
-                    error = visible(&held.letter.error),
-                    name = which.subscriber,
-                );
+            if let Some(why) = cannot_be_replayed(&held, self.choice.which.orphans()) {
+                self.skipped += 1;
+                self.tell(&held, why);
+                continue;
+            }
+            self.chosen += 1;
+            if self.dry_run {
+                continue;
+            }
+            let bytes = held.letter.body.len();
+            if let Some(full) = self.group.push(held, bytes) {
+                self.send(letters, full).await?;
+            }
+        }
+        let rest = self.group.take();
+        self.send(letters, rest).await?;
+        Ok(false)
+    }
+
+    /// Sends a group when its time has come, unless it was told to stop before.
+    async fn send(&mut self, letters: &mut impl DeadLetters, group: Vec<Held>) -> Result<(), QueueError> {
+        if let Some(pace) = &self.pace {
+            tokio::select! {
+                () = tokio::time::sleep_until(pace.next.into()) => {}
+                () = self.told.times(1) => {}
+            }
+        }
+        if group.is_empty() || self.told.to_stop() {
+            return Ok(());
+        }
+        let count = group.len();
+        if let Some(pace) = &mut self.pace {
+            pace.sent(count);
+        }
+        let left = letters.replay(group).await?;
+        self.replayed += count - left.len();
+        for held in left {
+            self.skipped += 1;
+            self.tell(&held, "its subscriber has no retry queue any more: when it is configured again its daemon takes it back");
+        }
+        Ok(())
+    }
+
+    /// Says of a letter that it stays, and by which number.
+    fn tell(&self, held: &Held, why: &str) {
+        if self.skipped > TOLD {
+            if self.skipped == TOLD + 1 {
+                self.bar.suspend(|| eprintln!("more such letters follow, which are counted and not told"));
+            }
+            return;
+        }
+        let (number, which) = (self.choice.number, self.choice.which);
+        let arguments = which.arguments();
+        let error = visible(&held.letter.error);
+        if which.orphans() {
+            let name = held.letter.id.as_deref().map_or_else(|| format!("@{number}"), visible);
+            self.bar.suspend(|| {
+                eprintln!("`{name}` is not replayed: {why} ({error}); look at it with `hooktrail dead show {arguments} {name}`, delete it with `hooktrail dead purge {arguments} {name}`");
             });
+            return;
+        }
+        let left = if self.dry_run { number } else { number - self.chosen };
+        let moved = if left == number { String::new() } else { format!(" (@{left} from now on)") };
+        self.bar.suspend(|| {
+            eprintln!(
+                "@{number}{moved} is not replayed, {why}: {error}; look at it with `hooktrail dead show {arguments} @{left}`, then delete it with `hooktrail dead purge {arguments} @{left}`"
+            );
+        });
+    }
+}
+
+async fn purge(mut letters: impl DeadLetters, which: &Which, dry_run: bool, json: bool, told: &Told) -> Result<(), Failed> {
+    let total = letters.left() as usize;
+    let bar = progress(letters.left());
+    let (mut choice, mut purged, mut group) = (Choice::new(which), 0, Group::new(GROUP_LETTERS));
+    let walk = async {
+        while !told.to_stop()
+            && let Some(held) = letters.next().await?
+        {
+            bar.inc(1);
+            if !choice.includes(&held) {
                 continue;
             }
-            replayed += 1;
             if dry_run {
+                purged += 1;
                 continue;
             }
             let bytes = held.letter.body.len();
             if let Some(full) = group.push(held, bytes) {
-                letters.replay(full).await?;
+                purged += full.len();
+                letters.purge(full).await?;
             }
         }
-        if group.items.is_empty() { Ok(()) } else { letters.replay(group.items).await }
+        let rest = group.take();
+        purged += rest.len();
+        if rest.is_empty() { Ok(()) } else { letters.purge(rest).await }
     };
     let walked = walk.await;
     bar.finish_and_clear();
     close(letters, walked).await?;
-    finished("replay", replayed, skipped, &choice, dry_run, json)?;
-    if skipped > 0 && !which.letters.is_empty() {
-        return Err(Failed::Runtime(format!("{skipped} of the letters named cannot be replayed; above is what to do")));
-    }
-    Ok(())
+    let of = if told.to_stop() { total } else { choice.number };
+    finished("purge", purged, 0, of, &choice, dry_run, json);
+    told.finished()?;
+    choice.complete()
 }
 
-async fn purge(mut letters: impl DeadLetters, which: &Which, dry_run: bool, yes: bool, json: bool) -> Result<(), Failed> {
-    if !dry_run && !yes && !confirm(&letters, which)? {
-        return Err(Failed::Usage("nothing was deleted".to_owned()));
-    }
-    let bar = progress(letters.left());
-    let (mut choice, mut purged) = (Choice::new(which), 0);
-    let walk = async {
-        while let Some(held) = letters.next().await? {
-            bar.inc(1);
-            if choice.includes(&held.letter) {
-                purged += 1;
-                if !dry_run {
-                    letters.purge(&held).await?;
-                }
-            }
-        }
-        Ok(())
-    };
-    let walked = walk.await;
-    bar.finish_and_clear();
-    close(letters, walked).await?;
-    finished("purge", purged, 0, &choice, dry_run, json)
-}
-
-/// Gives the letters back, also after a walk that failed half-way: without that they would change places.
-async fn close(letters: impl DeadLetters, walked: Result<(), QueueError>) -> Result<(), Failed> {
-    let closed = letters.close().await;
-    walked?;
-    Ok(closed?)
-}
-
-fn confirm(letters: &impl DeadLetters, which: &Which) -> Result<bool, Failed> {
+fn confirm(left: u32, which: &Which) -> Result<bool, Failed> {
     if !std::io::stdin().is_terminal() {
         return Err(Failed::Usage(
             "purge deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned(),
         ));
     }
-    let some = if which.letters.is_empty() && which.reason.is_none() { "all" } else { "the chosen ones of" };
-    eprint!("Delete {some} {} dead letters of `{}` for good? [y/N] ", letters.left(), which.subscriber);
+    // How many match is known only after a look at each.
+    let (what, whose) = (if which.all() { "all" } else { "the chosen ones of" }, which.what());
+    eprint!("Delete {what} {left} {whose} for good? [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-fn finished(what: &str, done: usize, skipped: usize, choice: &Choice<'_>, dry_run: bool, json: bool) -> Result<(), Failed> {
-    let (which, of) = (choice.which, choice.number);
+fn finished(what: &str, done: usize, skipped: usize, of: usize, choice: &Choice<'_>, dry_run: bool, json: bool) {
+    let which = choice.which;
     if json {
         let result = json!({
-            "command": what, "subscriber": which.subscriber, "dry_run": dry_run, "chosen": done, "skipped": skipped, "of": of,
+            "command": what, "subscriber": which.subscriber(), "orphans": which.orphans(), "dry_run": dry_run,
+            "chosen": done, "skipped": skipped, "of": of,
         });
         print(&result.to_string());
-    } else {
-        let verb = match (what, dry_run) {
-            ("replay", false) => "replayed",
-            ("replay", true) => "would replay",
-            (_, false) => "purged",
-            (_, true) => "would purge",
-        };
-        let rest = if skipped > 0 { format!(", skipped {skipped}") } else { String::new() };
-        print(&format!("{verb} {done} of {of} dead letters of `{}`{rest}", which.subscriber));
+        return;
     }
-    choice.complete()
+    let verb = match (what, dry_run) {
+        ("replay", false) => "replayed",
+        ("replay", true) => "would replay",
+        (_, false) => "purged",
+        (_, true) => "would purge",
+    };
+    let rest = if skipped > 0 { format!(", skipped {skipped}") } else { String::new() };
+    print(&format!("{verb} {done} of {of} {}{rest}", which.what()));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{cli::Cli, queue::DeadLetter};
+    use clap::Parser as _;
+    use std::{
+        collections::VecDeque,
+        sync::{
+            Arc, Mutex,
+            atomic::{AtomicU16, Ordering},
+        },
+    };
+
+    /// Dead letters in memory: those of a walk are what there was when it began.
+    struct Fake {
+        queue: Arc<Mutex<Vec<DeadLetter>>>,
+        sent: Arc<Mutex<Vec<String>>>,
+        walk: VecDeque<DeadLetter>,
+    }
+
+    impl DeadLetters for Fake {
+        fn left(&self) -> u32 {
+            self.walk.len() as u32
+        }
+
+        async fn next(&mut self) -> Result<Option<Held>, QueueError> {
+            Ok(self.walk.pop_front().map(|letter| Held::new(letter, Some("a".to_owned()))))
+        }
+
+        async fn replay(&mut self, letters: Vec<Held>) -> Result<Vec<Held>, QueueError> {
+            for id in letters.into_iter().filter_map(|held| held.letter.id) {
+                self.queue.lock().expect("not poisoned").retain(|l| l.id.as_ref() != Some(&id));
+                self.sent.lock().expect("not poisoned").push(id);
+            }
+            Ok(Vec::new())
+        }
+
+        async fn purge(&mut self, _: Vec<Held>) -> Result<(), QueueError> {
+            unreachable!("nothing is purged here")
+        }
+
+        async fn close(self) -> Result<(), QueueError> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_replay_begins_anew_again_and_again_and_goes_on_where_it_was() {
+        let letter = |n: u16| DeadLetter {
+            kind: Kind::Batch,
+            reason: Reason::Exhausted,
+            body: bytes::Bytes::new(),
+            content_type: None,
+            id: Some(format!("msg_{n}")),
+            events: 1,
+            attempts: 1,
+            status: Some(500 + n % 2),
+            error: String::new(),
+            first_attempt_at: None,
+            died_at: None,
+            story: Story::default(),
+        };
+        let queue = Arc::new(Mutex::new((1..=20).map(letter).collect::<Vec<_>>()));
+        let sent = Arc::new(Mutex::new(Vec::new()));
+        let opened = AtomicU16::new(0);
+        let open = async || {
+            // More of them die meanwhile; they are not of this walk.
+            let n = opened.fetch_add(1, Ordering::Relaxed);
+            queue.lock().expect("not poisoned").extend((n > 0).then(|| letter(99 + 2 * n)));
+            let walk = queue.lock().expect("not poisoned").clone().into();
+            Ok(Fake { queue: queue.clone(), sent: sent.clone(), walk })
+        };
+        let (_told, never) = watch::channel(0);
+        let told = Told(never);
+        let command = Cli::parse_from(["hooktrail", "dead", "replay", "a", "@1", "@3", "@4", "@11", "@19", "--status", "501"]);
+        let crate::cli::Command::Dead(command) = command.command else { unreachable!("parsed") };
+        let (which, _) = command.split().expect("sound");
+        let mut replay = Replay::new(&which, Some(100_000.0), false, &told);
+        replay.round = Duration::ZERO;
+        // One that is named is let through by no filter.
+        let done = replay.run(open().await.expect("opens"), open, true).await;
+        assert!(matches!(done, Err(Failed::Runtime(why)) if why.contains("no dead letter with status 501 is @4;")));
+        assert_eq!(*sent.lock().expect("not poisoned"), ["msg_1", "msg_3", "msg_11", "msg_19"]);
+        assert_eq!(opened.load(Ordering::Relaxed), 20, "a round for each letter");
+        assert_eq!(queue.lock().expect("not poisoned").len(), 20 - 4 + 19);
+    }
 
     #[test]
     fn a_group_is_as_large_as_its_letters_or_bytes_allow_and_a_letter_is_never_too_large() {
         let groups = |sizes: &[usize]| {
-            let mut group = Group::new();
+            let mut group = Group::new(GROUP_LETTERS);
             let mut all: Vec<Vec<usize>> = sizes.iter().filter_map(|bytes| group.push(*bytes, *bytes)).collect();
-            all.push(group.items);
+            all.push(group.take());
             all.iter().map(Vec::len).collect::<Vec<_>>()
         };
         let mib = 1024 * 1024;

@@ -9,7 +9,8 @@
 //! - `lane`: source and settler of a subscriber
 //! - `state`: what earlier configurations bound
 //! - `relay`: the source queue, and the sweep of orphans
-//! - `dead`: looking at dead letters
+//! - `walk`: a look at each message of a queue, in their order
+//! - `dead`: looking at dead letters and orphans
 
 mod connection;
 mod dead;
@@ -20,6 +21,7 @@ mod publisher;
 mod relay;
 mod state;
 mod topology;
+mod walk;
 mod wire;
 
 use std::{
@@ -334,6 +336,14 @@ impl AmqpQueue {
         Ok(there.then(|| Depth { events: of(events), retries: of(retries), dead: of(dead) }))
     }
 
+    /// What could not be routed back to its subscriber, and invalid events of a source queue.
+    ///
+    /// # Errors
+    /// The broker cannot be reached, or no daemon has run with this prefix.
+    pub async fn orphans(&self) -> Result<DeadLetters, QueueError> {
+        DeadLetters::of_orphans(self).await
+    }
+
     /// Two channels for a subscriber's two queues.
     async fn leases(&self, suspect: bool) -> Result<[Lease; 2], QueueError> {
         if suspect {
@@ -448,7 +458,7 @@ impl Queue for AmqpQueue {
     }
 
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
-        DeadLetters::open(self, subscriber).await
+        DeadLetters::of_subscriber(self, subscriber).await
     }
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {

@@ -182,11 +182,11 @@ impl DeadLetters for End {
         Ok(None)
     }
 
-    async fn replay(&self, _: Vec<Held>) -> Result<(), QueueError> {
-        Ok(())
+    async fn replay(&mut self, _: Vec<Held>) -> Result<Vec<Held>, QueueError> {
+        Ok(Vec::new())
     }
 
-    async fn purge(&self, _: &Held) -> Result<(), QueueError> {
+    async fn purge(&mut self, _: Vec<Held>) -> Result<(), QueueError> {
         Ok(())
     }
 

@@ -209,7 +209,7 @@ fn a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers() {
         let headers = letter.properties.headers().clone().expect("headers");
         // The broker adds one of its own to what was looked at before.
         let names: Vec<&str> = headers.inner().keys().map(|k| k.as_str()).filter(|k| *k != "x-delivery-count").collect();
-        let expected = ["attempts", "batch-id", "died-at", "error", "events", "first-attempt-at", "kind", "reason", "status"];
+        let expected = ["attempts", "batch-id", "died-at", "error", "events", "first-attempt-at", "kind", "reason", "status", "story"];
         assert_eq!(names, expected.map(|n| format!("x-hooktrail-{n}")));
         assert!(daemon.log().contains("outcome=\"dead_letter\""));
     });

@@ -154,7 +154,8 @@ fn what_is_refused_leaves_no_trace() {
         let large = format!("{{\"event\":\"activity_log.x\",\"n\":9,\"pad\":\"{}\"}}", "x".repeat(12 << 20));
         assert_refused(&post(&addr, JSON, large.clone()).await, 413, "12582912 bytes");
         let mut raw = TcpStream::connect(&addr).await.expect("connects");
-        let head_of_chunks = format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ntransfer-encoding: chunked\r\n\r\n");
+        let head_of_chunks =
+            format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ntransfer-encoding: chunked\r\n\r\n");
         raw.write_all(head_of_chunks.as_bytes()).await.expect("sends");
         for chunk in large.as_bytes().chunks(1 << 20) {
             raw.write_all(format!("{:x}\r\n", chunk.len()).as_bytes()).await.expect("sends");
@@ -186,8 +187,9 @@ async fn head(stream: &mut TcpStream) -> String {
 /// Sends the head of a request with a body of so many bytes, and nothing of that.
 async fn begin(addr: &str, length: usize) -> TcpStream {
     let mut stream = TcpStream::connect(addr).await.expect("connects");
-    let head =
-        format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ncontent-length: {length}\r\nexpect: 100-continue\r\n\r\n");
+    let head = format!(
+        "POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ncontent-length: {length}\r\nexpect: 100-continue\r\n\r\n"
+    );
     stream.write_all(head.as_bytes()).await.expect("sends");
     stream
 }

@@ -9,6 +9,7 @@
 mod answers;
 mod bad_input;
 mod commands;
+mod dead_letters;
 mod delivery;
 mod demo;
 mod embedded;

@@ -1,110 +1,120 @@
-//! Looks at a dead queue, replays from it, purges it. One message at a time is held here, so that a
-//! hundred thousand of them need no memory.
-
-use lapin::options::{BasicAckOptions, BasicNackOptions};
+//! Looks at dead letters and orphans, replays them, purges them.
 
 use super::{
-    AmqpQueue,
-    connection::{BrokerError, Lease, answer},
+    AmqpQueue, ladder,
     lane::retry_message,
     message::{self, Message},
     publisher::Fate,
-    relay::get,
     topology::Broker,
+    walk::Walk,
 };
-use crate::queue::{self, DeadLetter, Held, Kind, QueueError};
+use crate::queue::{self, Held, Kind, QueueError};
 
-/// A walk through a dead queue, oldest first. What is neither replayed nor purged keeps its order.
+/// A walk through a dead queue or the orphans, oldest first. What is neither replayed nor purged keeps its order.
 #[derive(Debug)]
 pub struct DeadLetters {
     queue: AmqpQueue,
-    subscriber: String,
-    name: String,
-    lease: Lease,
-    left: u32,
+    of: Of,
+    walk: Walk,
+}
+
+#[derive(Debug)]
+enum Of {
+    Subscriber(String),
+    Orphans,
 }
 
 impl DeadLetters {
     /// # Errors
     /// There is no such queue, or the broker cannot be reached.
-    pub(super) async fn open(queue: &AmqpQueue, subscriber: &str) -> Result<Self, QueueError> {
-        let name = queue.topology().dead(subscriber);
+    pub(super) async fn of_subscriber(queue: &AmqpQueue, subscriber: &str) -> Result<Self, QueueError> {
+        let absent = format!("the daemon has never run with a subscriber `{subscriber}`");
+        Self::open(queue, Of::Subscriber(subscriber.to_owned()), queue.topology().dead(subscriber), &absent).await
+    }
+
+    /// # Errors
+    /// There is no such queue, or the broker cannot be reached.
+    pub(super) async fn of_orphans(queue: &AmqpQueue) -> Result<Self, QueueError> {
+        Self::open(queue, Of::Orphans, queue.topology().orphans(), "the daemon has never run with this [queue] prefix").await
+    }
+
+    async fn open(queue: &AmqpQueue, of: Of, name: String, absent: &str) -> Result<Self, QueueError> {
         let depth = Broker::new(&queue.0.declaring).depth(&name).await?;
-        let depth = depth.ok_or_else(|| {
-            QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`"))
-        })?;
-        let lease = queue.0.consuming.lease().await?;
-        Ok(Self { queue: queue.clone(), subscriber: subscriber.to_owned(), name, lease, left: depth.messages })
+        let depth = depth.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
+        let walk = Walk::new(queue.0.consuming.quarantine().await?, name, depth.messages);
+        Ok(Self { queue: queue.clone(), of, walk })
     }
 
-    async fn ack(&self, tag: u64) -> Result<(), QueueError> {
-        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
-    }
-
-    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes through the main queue.
-    fn revived(&self, letter: &DeadLetter) -> Message {
-        match letter.kind {
-            Kind::Event => {
-                let (body, properties) = message::event_again(letter);
-                Message::to_queue(self.queue.topology().main(&self.subscriber), body, properties)
+    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes through the
+    /// main queue. `None` if it is nobody's, or an orphan that is no batch: no subscriber has asked for it.
+    fn revived(&self, held: &Held) -> Option<Message> {
+        let (topology, subscriber) = (self.queue.topology(), held.subscriber.as_deref()?);
+        match (held.letter.kind, &self.of) {
+            (Kind::Batch, _) => Some(retry_message(topology, subscriber, &held.letter.to_envelope(), std::time::Duration::ZERO)),
+            (Kind::Event, Of::Subscriber(_)) => {
+                let (body, properties) = message::event_again(&held.letter);
+                Some(Message::to_queue(topology.main(subscriber), body, properties))
             }
-            Kind::Batch => retry_message(self.queue.topology(), &self.subscriber, &letter.to_envelope(), std::time::Duration::ZERO),
+            (Kind::Event, Of::Orphans) => None,
         }
-    }
-
-    fn error(&self, why: &BrokerError) -> QueueError {
-        QueueError::new(format!("queue `{}`: {why}", self.name))
     }
 }
 
 impl queue::DeadLetters for DeadLetters {
     fn left(&self) -> u32 {
-        self.left
+        self.walk.left()
     }
 
     async fn next(&mut self) -> Result<Option<Held>, QueueError> {
-        if self.left == 0 {
-            return Ok(None);
-        }
-        self.left -= 1;
-        let delivery = get(&self.lease.channel, &self.name).await.map_err(|why| self.error(&why))?;
-        Ok(delivery.map(|d| Held { letter: message::read_dead_letter(&d), tag: d.delivery_tag }))
+        let Some(delivery) = self.walk.next().await? else { return Ok(None) };
+        let tag = delivery.delivery_tag;
+        Ok(Some(match &self.of {
+            Of::Subscriber(name) => Held { subscriber: Some(name.clone()), tag, letter: message::read_dead_letter(delivery) },
+            Of::Orphans => {
+                let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).map(str::to_owned);
+                Held { tag, letter: message::read_orphan(delivery, subscriber.as_deref()), subscriber }
+            }
+        }))
     }
 
-    async fn replay(&self, letters: Vec<Held>) -> Result<(), QueueError> {
-        let messages = letters.iter().map(|h| self.revived(&h.letter)).collect();
+    async fn replay(&mut self, letters: Vec<Held>) -> Result<Vec<Held>, QueueError> {
+        let (mut messages, mut sent, mut left) = (Vec::new(), Vec::new(), Vec::new());
+        for held in letters {
+            match self.revived(&held) {
+                Some(message) => {
+                    messages.push(message);
+                    sent.push(held);
+                }
+                None => left.push(held),
+            }
+        }
         let fates = self.queue.publisher().publish(messages).await?;
         let mut refused = None;
-        for (held, fate) in letters.iter().zip(fates) {
-            match fate {
-                Fate::Stored => self.ack(held.tag).await?,
-                Fate::Unroutable | Fate::Refused => refused = Some(held),
+        for (held, fate) in sent.into_iter().zip(fates) {
+            match (fate, &self.of) {
+                (Fate::Stored, _) => self.walk.ack(held.tag).await?,
+                (Fate::Unroutable, Of::Orphans) => left.push(held),
+                (Fate::Unroutable | Fate::Refused, _) => refused = Some(held),
             }
         }
         match refused {
-            None => Ok(()),
+            None => Ok(left),
             Some(h) => Err(QueueError::new(format!(
-                "the broker did not take `{}` back into the queue of `{}`; it is still a dead letter",
+                "the broker did not take `{}` back into the queue of `{}`; it stays where it is",
                 h.letter.id.as_deref().unwrap_or("an event"),
-                self.subscriber
+                h.subscriber.as_deref().unwrap_or("nobody")
             ))),
         }
     }
 
-    async fn purge(&self, held: &Held) -> Result<(), QueueError> {
-        self.ack(held.tag).await
+    async fn purge(&mut self, letters: Vec<Held>) -> Result<(), QueueError> {
+        for held in letters {
+            self.walk.ack(held.tag).await?;
+        }
+        Ok(())
     }
 
-    /// Gives back what was looked at, in its order.
-    ///
-    /// Walks to the end first: a quorum queue puts what it is given back behind all that it was given
-    /// back before, so a part of the letters would change places with the rest. And gives back in one
-    /// answer: closing alone would shuffle them, since each `get` is a consumer of its own (both measured).
-    async fn close(mut self) -> Result<(), QueueError> {
-        while queue::DeadLetters::next(&mut self).await?.is_some() {}
-        // Tag 0 stands for all that this channel holds.
-        let all = BasicNackOptions { multiple: true, requeue: true };
-        answer(self.lease.channel.basic_nack(0, all)).await.map_err(|why| self.error(&why))?;
-        answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
+    async fn close(self) -> Result<(), QueueError> {
+        self.walk.close().await
     }
 }

@@ -12,7 +12,7 @@ use lapin::{
 use crate::{
     clock,
     payload::Format,
-    queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Taken, cut_error},
+    queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Story, Taken, cut_error},
 };
 
 const KIND: &str = "x-hooktrail-kind";
@@ -26,6 +26,10 @@ const FIRST_ATTEMPT_AT: &str = "x-hooktrail-first-attempt-at";
 const DIED_AT: &str = "x-hooktrail-died-at";
 /// W3C Trace Context, as producers write it beside a message.
 const TRACEPARENT: &str = "traceparent";
+/// See [`Story::to_text`].
+const STORY: &str = "x-hooktrail-story";
+/// `true` in what an operator has sent again; otherwise absent.
+const REPLAY: &str = "x-hooktrail-replay";
 
 /// A message to be published, with its place.
 #[derive(Debug, Clone)]
@@ -115,6 +119,12 @@ pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
     if let Some(trace) = &e.traceparent {
         h.insert(TRACEPARENT.into(), text(trace));
     }
+    if !e.story.is_empty() {
+        h.insert(STORY.into(), text(&e.story.to_text()));
+    }
+    if e.replay {
+        h.insert(REPLAY.into(), text("true"));
+    }
     (e.body.clone(), properties(Some(e.format.content_type()), Some(&e.batch_id)).with_headers(h))
 }
 
@@ -136,6 +146,9 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     }
     if let Some(at) = d.died_at {
         h.insert(DIED_AT.into(), time(at));
+    }
+    if !d.story.is_empty() {
+        h.insert(STORY.into(), text(&d.story.to_text()));
     }
     (d.body.clone(), properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h))
 }
@@ -193,6 +206,11 @@ impl Headers<'_> {
         let Some(text) = self.text(name)? else { return Ok(None) };
         humantime::parse_rfc3339(&text).map(Some).map_err(|_| format!("header `{name}` is not an RFC 3339 time"))
     }
+
+    /// Of an earlier version's message there is none.
+    fn story(&self) -> Story {
+        self.text(STORY).ok().flatten().map(|text| Story::from_text(&text)).unwrap_or_default()
+    }
 }
 
 fn owned(s: &Option<ShortString>) -> Option<String> {
@@ -228,6 +246,7 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
                 error: format!("a message in the retry queue is not an envelope: {why}"),
                 first_attempt_at: None,
                 died_at: Some(clock::now()),
+                story: Story::default(),
             };
             Taken::NotAnEnvelope(letter, receipt)
         }
@@ -254,11 +273,13 @@ fn read_envelope(d: &Delivery) -> Result<Envelope, String> {
         attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
         first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
         traceparent: traceparent(&d.properties),
+        story: h.story(),
+        replay: h.text(REPLAY).ok().flatten().as_deref() == Some("true"),
     })
 }
 
 /// Reads whatever is in a dead queue; what the broker put there itself has no headers of hooktrail's.
-pub(super) fn read_dead_letter(d: &Delivery) -> DeadLetter {
+pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     let h = Headers(d.properties.headers().as_ref());
     let ok = |r: Result<Option<String>, String>| r.ok().flatten();
     let batch_id = ok(h.text(BATCH_ID));
@@ -285,14 +306,40 @@ pub(super) fn read_dead_letter(d: &Delivery) -> DeadLetter {
         status: h.integer(STATUS).ok().flatten().and_then(|n| u16::try_from(n).ok()),
         first_attempt_at: h.time(FIRST_ATTEMPT_AT).ok().flatten(),
         died_at: h.time(DIED_AT).ok().flatten(),
-        body: Bytes::copy_from_slice(&d.data),
+        story: h.story(),
+        body: d.data.into(),
     }
+}
+
+/// Reads whatever is among the orphans: batches that could not be routed back, and invalid events of a source queue.
+pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
+    let is_dead_letter = Headers(d.properties.headers().as_ref()).get(REASON).is_some();
+    let letter = read_dead_letter(d);
+    if is_dead_letter {
+        return letter;
+    }
+    let error = match subscriber {
+        Some(name) => format!("when its time came the retry queue of `{name}` was not there"),
+        None => "nothing says whose it is".to_owned(),
+    };
+    DeadLetter { reason: Reason::Expired, error, ..letter }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::{CameTo, FailedAttempt};
     use std::time::Duration;
+
+    /// As long as one can be.
+    fn a_story() -> Story {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_millis(253_402_300_799_999);
+        let mut story = Story::default();
+        for n in 0..100 {
+            story.add(FailedAttempt { number: u32::MAX - n, at, came_to: CameTo::Failure("a_failure_of_thirty_two_letters_".to_owned()) });
+        }
+        story
+    }
 
     fn delivery(body: &[u8], properties: BasicProperties) -> Delivery {
         let mut d = Delivery::mock(7, "".into(), "".into(), false, body.to_vec());
@@ -309,6 +356,8 @@ mod tests {
             attempts: 2,
             first_attempt_at: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123)),
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
+            story: a_story(),
+            replay: true,
         }
     }
 
@@ -319,6 +368,24 @@ mod tests {
         match taken_envelope(delivery(&body, properties)) {
             Taken::Envelope(found, receipt) => assert_eq!((found, receipt.tag), (e, 7)),
             other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_envelope_of_an_earlier_version_has_no_story_and_one_that_cannot_be_read_is_none() {
+        let e = Envelope { story: Story::default(), replay: false, ..an_envelope() };
+        let (body, properties) = envelope(&e);
+        let mut h = properties.headers().clone().expect("headers");
+        assert!(!h.contains_key(STORY) && !h.contains_key(REPLAY), "as the earlier version wrote it");
+        for value in [None, Some(AMQPValue::Boolean(true)), Some(text("what is this"))] {
+            if let Some(value) = value {
+                h.insert(STORY.into(), value.clone());
+                h.insert(REPLAY.into(), value);
+            }
+            match taken_envelope(delivery(&body, properties.clone().with_headers(h.clone()))) {
+                Taken::Envelope(found, _) => assert_eq!(found, e),
+                other => panic!("{other:?}"),
+            }
         }
     }
 
@@ -368,16 +435,20 @@ mod tests {
             reason: Reason::Exhausted,
             body: Bytes::from_static(b"body"),
             content_type: Some("application/json".into()),
-            id: Some("msg_1".into()),
+            id: Some("m".repeat(255)),
             events: 3,
             attempts: 16,
             status: Some(503),
             error: "e".repeat(5000),
             first_attempt_at: Some(SystemTime::UNIX_EPOCH),
             died_at: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(9)),
+            story: a_story(),
         };
         let (body, properties) = dead_letter(&letter);
-        let found = read_dead_letter(&delivery(&body, properties));
+        let value = |v: &AMQPValue| if let AMQPValue::LongString(s) = v { s.as_bytes().len() } else { 8 };
+        let headers: usize = properties.headers().iter().flat_map(FieldTable::inner).map(|(k, v)| k.as_str().len() + 6 + value(v)).sum();
+        assert!(headers < 8 * 1024, "{headers} bytes");
+        let found = read_dead_letter(delivery(&body, properties));
         assert_eq!(found, DeadLetter { error: "e".repeat(1024), ..letter });
     }
 
@@ -385,10 +456,10 @@ mod tests {
     fn what_the_broker_moved_itself_is_read_too() {
         let mut h = FieldTable::default();
         h.insert("x-first-death-reason".into(), text("expired"));
-        let found = read_dead_letter(&delivery(b"{}", BasicProperties::default().with_headers(h)));
+        let found = read_dead_letter(delivery(b"{}", BasicProperties::default().with_headers(h)));
         assert_eq!((found.kind, found.reason), (Kind::Event, Reason::Expired));
         let (body, p) = envelope(&an_envelope());
-        let found = read_dead_letter(&delivery(&body, p));
+        let found = read_dead_letter(delivery(&body, p));
         assert_eq!((found.kind, found.reason, found.id.as_deref(), found.attempts), (Kind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2));
         assert!(found.error.contains("policy"));
     }

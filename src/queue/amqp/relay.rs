@@ -5,9 +5,9 @@ use std::{collections::HashSet, convert::Infallible, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use lapin::{
-    Channel, Consumer,
+    Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
     types::FieldTable,
 };
 use tokio::sync::watch;
@@ -19,13 +19,14 @@ use super::{
     message::{self, Message},
     publisher::{Fate, Publisher},
     topology::{Broker, Topology},
+    walk::Walk,
 };
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
     event::event_type,
     metrics::Metrics,
-    queue::{DeadLetter, Kind, QueueError, Reason},
+    queue::{DeadLetter, Kind, QueueError, Reason, Story},
 };
 
 const PREFETCH: u16 = 500;
@@ -179,6 +180,7 @@ fn relayed(topology: &Topology, delivery: Delivery) -> Message {
                 error: why.to_string(),
                 first_attempt_at: None,
                 died_at: Some(clock::now()),
+                story: Story::default(),
             };
             tracing::warn!(error = letter.error, "an invalid event in the source queue goes to `{}`", topology.orphans());
             let (body, properties) = message::dead_letter(&letter);
@@ -227,12 +229,10 @@ impl Sweep<'_> {
             _ => self.foreign = None,
         }
         // A connection of its own: if the broker has lost the use of the orphans, no lane shall notice.
-        let lease = self.consuming.quarantine().await?.lease().await?;
-        let fail = |why: BrokerError| QueueError::new(format!("queue `{orphans}` cannot be read: {why}"));
+        let connection = self.consuming.quarantine().await?;
+        let mut walk = Walk::new(connection, orphans, depth.messages);
         let mut moved = 0;
-        // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;
-        // it is given back in one answer at the end, which keeps its order.
-        while let Some(delivery) = get(&lease.channel, &orphans).await.map_err(fail)? {
+        while let Some(delivery) = walk.next().await? {
             let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(*s));
             let Some(subscriber) = subscriber.map(str::to_owned) else { continue };
             let tag = delivery.delivery_tag;
@@ -241,18 +241,13 @@ impl Sweep<'_> {
             if stored != [Fate::Stored] {
                 return Err(QueueError::new(format!("queue `{}` did not take an orphan", self.topology.retry(&subscriber))));
             }
-            answer(lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(fail)?;
+            walk.ack(tag).await?;
             moved += 1;
         }
-        answer(lease.channel.basic_nack(0, BasicNackOptions { multiple: true, requeue: true })).await.map_err(fail)?;
-        answer(lease.channel.close(200, "swept".into())).await.map_err(fail)?;
+        walk.close().await?;
         if moved == 0 {
             self.foreign = Some((depth.messages, 0));
         }
         Ok(moved)
     }
-}
-
-pub(super) async fn get(channel: &Channel, queue: &str) -> Result<Option<Delivery>, BrokerError> {
-    answer(channel.basic_get(queue.into(), BasicGetOptions::default())).await.map(|got| got.map(|m| m.delivery))
 }

@@ -3,7 +3,12 @@
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::{from_millis, lane::insert_retry, millis, store::Store};
+use super::{
+    from_millis,
+    lane::{insert_retry, read_story},
+    millis,
+    store::Store,
+};
 use crate::{
     clock,
     event::event_type,
@@ -56,10 +61,10 @@ impl queue::DeadLetters for DeadLetters {
         let (subscriber, after, upto) = (self.subscriber.clone(), self.after, self.upto);
         let found = self.store.read(move |db| {
             db.prepare_cached(
-                "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body \
+                "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story \
                  FROM dead WHERE subscriber = ?1 AND id > ?2 AND id <= ?3 ORDER BY id LIMIT 1",
             )?
-            .query_row(params![subscriber, after, upto], read)
+            .query_row(params![subscriber, after, upto], |row| read(row, &subscriber))
             .optional()
         });
         let found = found.await?;
@@ -70,7 +75,7 @@ impl queue::DeadLetters for DeadLetters {
         Ok(found)
     }
 
-    async fn replay(&self, letters: Vec<Held>) -> Result<(), QueueError> {
+    async fn replay(&mut self, letters: Vec<Held>) -> Result<Vec<Held>, QueueError> {
         let subscriber = self.subscriber.clone();
         let now = millis(clock::now());
         self.store
@@ -81,15 +86,13 @@ impl queue::DeadLetters for DeadLetters {
                         revive(db, &subscriber, &held.letter, now)?;
                     }
                 }
-                Ok(())
+                Ok(Vec::new()) // there is always a place for them
             })
             .await
     }
 
-    async fn purge(&self, held: &Held) -> Result<(), QueueError> {
-        let tag = held.tag;
-        self.store.write(move |db| db.execute("DELETE FROM dead WHERE id = ?1", [tag.cast_signed()])).await?;
-        Ok(())
+    async fn purge(&mut self, letters: Vec<Held>) -> Result<(), QueueError> {
+        self.store.write(move |db| letters.iter().try_for_each(|held| delete(db, held).map(drop))).await
     }
 
     async fn close(self) -> Result<(), QueueError> {
@@ -126,7 +129,7 @@ fn revive(db: &Connection, subscriber: &str, letter: &DeadLetter, now: i64) -> r
     }
 }
 
-fn read(row: &Row<'_>) -> rusqlite::Result<Held> {
+fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
     let (kind, reason): (String, String) = (row.get(1)?, row.get(2)?);
     let time = |n| row.get::<_, Option<i64>>(n).map(|t| t.map(from_millis));
     let letter = DeadLetter {
@@ -141,6 +144,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Held> {
         first_attempt_at: time(9)?,
         died_at: time(10)?,
         body: Bytes::from(row.get::<_, Vec<u8>>(11)?),
+        story: read_story(row, 12)?,
     };
-    Ok(Held { letter, tag: row.get::<_, i64>(0)?.unsigned_abs() })
+    Ok(Held { letter, subscriber: Some(subscriber.to_owned()), tag: row.get::<_, i64>(0)?.unsigned_abs() })
 }

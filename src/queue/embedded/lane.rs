@@ -16,7 +16,7 @@ use crate::{
     clock,
     event::Pattern,
     payload::Format,
-    queue::{self, DeadLetter, Envelope, Event, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window},
+    queue::{self, DeadLetter, Envelope, Event, Kind, QueueError, Receipt, SettleError, Settlement, Story, Taken, Window},
 };
 
 /// Rows of the log looked at in one query: a pattern that matches little must not hold up other readers.
@@ -306,7 +306,8 @@ fn due(
     into: &mut Vec<(i64, Result<Envelope, DeadLetter>)>,
 ) -> rusqlite::Result<Option<i64>> {
     let mut query = db.prepare_cached(
-        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, traceparent FROM retry WHERE subscriber = ?1 ORDER BY due, id",
+        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent \
+         FROM retry WHERE subscriber = ?1 ORDER BY due, id",
     )?;
     let mut rows = query.query([subscriber])?;
     while let Some(row) = rows.next()? {
@@ -328,8 +329,11 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
     let format = [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
     let first_attempt_at = row.get::<_, Option<i64>>(6)?.map(from_millis);
     let (batch_id, events, attempts, body) = (row.get(2)?, row.get(4)?, row.get(5)?, Bytes::from(row.get::<_, Vec<u8>>(7)?));
+    let (story, replay) = (read_story(row, 8)?, row.get(9)?);
     Ok(match format {
-        Some(format) => Ok(Envelope { batch_id, body, format, events, attempts, first_attempt_at, traceparent: row.get(8)? }),
+        Some(format) => {
+            Ok(Envelope { batch_id, body, format, events, attempts, first_attempt_at, story, replay, traceparent: row.get(10)? })
+        }
         None => Err(DeadLetter {
             kind: Kind::Batch,
             reason: queue::Reason::InvalidEvent,
@@ -342,8 +346,18 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
             status: None,
             first_attempt_at,
             died_at: Some(clock::now()),
+            story,
         }),
     })
+}
+
+/// A story that was kept with a batch or a dead letter.
+pub(super) fn read_story(row: &Row<'_>, column: usize) -> rusqlite::Result<Story> {
+    Ok(row.get_ref(column)?.as_str_or_null()?.map(Story::from_text).unwrap_or_default())
+}
+
+fn story_text(story: &Story) -> Option<String> {
+    (!story.is_empty()).then(|| story.to_text())
 }
 
 /// Looks through a segment; true if that brought it to the segment's end.
@@ -454,8 +468,8 @@ fn set_ahead(db: &Connection, subscriber: &str, runs: &[RangeInclusive<i64>]) ->
 
 pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due: i64) -> rusqlite::Result<()> {
     db.prepare_cached(
-        "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, traceparent) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
     )?
     .execute(params![
         subscriber,
@@ -466,6 +480,8 @@ pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due:
         e.attempts,
         e.first_attempt_at.map(millis),
         &e.body[..],
+        story_text(&e.story),
+        e.replay,
         e.traceparent
     ])?;
     Ok(())
@@ -473,8 +489,8 @@ pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due:
 
 fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::Result<()> {
     db.prepare_cached(
-        "INSERT INTO dead (subscriber, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+        "INSERT INTO dead (subscriber, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
     )?
     .execute(params![
         subscriber,
@@ -488,7 +504,8 @@ fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::R
         queue::cut_error(&l.error),
         l.first_attempt_at.map(millis),
         l.died_at.map(millis),
-        &l.body[..]
+        &l.body[..],
+        story_text(&l.story)
     ])?;
     Ok(())
 }

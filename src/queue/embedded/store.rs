@@ -89,6 +89,11 @@ const MIGRATIONS: &[&str] = &[
     -- As W3C Trace Context has it; of a retry that of its first event.
     ALTER TABLE event ADD COLUMN traceparent TEXT;
     ALTER TABLE retry ADD COLUMN traceparent TEXT;
+    -- The failed attempts, as `Story::to_text` writes them; NULL where there is none, as before this version.
+    ALTER TABLE retry ADD COLUMN story TEXT;
+    -- An operator has sent it again.
+    ALTER TABLE retry ADD COLUMN replay INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE dead ADD COLUMN story TEXT;
 ",
 ];
 
@@ -422,6 +427,29 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[tokio::test]
+    async fn what_an_earlier_version_wrote_is_read_without_a_story() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let old = connect(&dir.path().join(FILE)).expect("opens");
+        old.execute_batch(&MIGRATIONS[..2].concat()).expect("the schema of then");
+        old.pragma_update(None, "user_version", 2).expect("sets");
+        old.pragma_update(None, "application_id", APPLICATION_ID).expect("sets");
+        old.execute_batch(
+            "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, body) VALUES ('a', 0, 'msg_1', 'application/json', 1, 3, x'7b7d');
+             INSERT INTO dead (subscriber, kind, reason, events, attempts, error, body) VALUES ('a', 'batch', 'exhausted', 1, 3, '', x'7b7d');",
+        )
+        .expect("writes");
+        drop(old);
+        let store = Store::open(dir.path(), Access::Existing).expect("opens");
+        let query = |db: &Connection| {
+            let retry: (u32, Option<String>, bool) =
+                db.query_row("SELECT attempts, story, replay FROM retry", [], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?;
+            let dead: (u32, Option<String>) = db.query_row("SELECT attempts, story FROM dead", [], |r| Ok((r.get(0)?, r.get(1)?)))?;
+            Ok((retry, dead))
+        };
+        assert_eq!(store.read(query).await.expect("reads"), ((3, None, false), (3, None)));
     }
 
     #[tokio::test]

@@ -232,8 +232,8 @@ impl Queue {
                 let mut letters = embedded.open().dead_letters(subscriber).await.unwrap_or_else(|e| panic!("{e}"));
                 let mut bodies = Vec::new();
                 while let Some(held) = letters.next().await.expect("a letter") {
-                    letters.purge(&held).await.expect("purges");
                     bodies.push(held.letter.body.to_vec());
+                    letters.purge(vec![held]).await.expect("purges");
                 }
                 bodies
             }

@@ -1,0 +1,329 @@
+//! Which letters of a walk are meant.
+
+use std::{convert::Infallible, str::FromStr, time::SystemTime};
+
+use super::super::{Failed, visible};
+use crate::{
+    clock, config,
+    event::{Pattern, event_type},
+    queue::{DeadLetter, Held, Kind, Reason},
+};
+
+/// All of a subscriber's, unless names or filters narrow them down.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Which {
+    /// The subscriber's name; one that is not configured any more is fine. With --orphans it may be left out
+    #[arg(required_unless_present = "orphans")]
+    subscriber: Option<String>,
+    /// Only these: an id, or `@2` for the second of `list`
+    #[arg(value_name = "LETTER")]
+    letters: Vec<Name>,
+    #[command(flatten)]
+    filters: Filters,
+    /// Instead of dead letters what could not be routed back to its subscriber, and invalid events of a
+    /// source queue (RabbitMQ only)
+    #[arg(long)]
+    orphans: bool,
+}
+
+/// Letters that all of them let through are meant.
+#[derive(Debug, Default, clap::Args)]
+struct Filters {
+    /// Only those with this reason
+    #[arg(long, value_parser = parse_reason)]
+    reason: Option<Reason>,
+    /// Only those whose last answer had this status, such as 503
+    #[arg(long, value_parser = clap::value_parser!(u16).range(100..1000))]
+    status: Option<u16>,
+    /// Only those with an event of such a type, an AMQP topic pattern such as `user.*`
+    #[arg(long = "type", value_name = "PATTERN", value_parser = Pattern::try_new)]
+    event_type: Option<Pattern>,
+    /// Only those that died then or later: an RFC 3339 time, or so long ago, such as 2h
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    since: Option<SystemTime>,
+    /// Only those that died then or earlier
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    until: Option<SystemTime>,
+}
+
+fn parse_reason(name: &str) -> Result<Reason, String> {
+    Reason::from_name(name).ok_or_else(|| format!("the reasons are {}", Reason::ALL.map(Reason::name).join(", ")))
+}
+
+fn parse_time(text: &str) -> Result<SystemTime, String> {
+    time_before(text, clock::now())
+}
+
+/// A point in time, or how long before `now` it was; nothing died before 1970.
+fn time_before(text: &str, now: SystemTime) -> Result<SystemTime, String> {
+    const EXPECTED: &str = "it is neither a time such as 2026-01-31T08:00:00Z nor one so long ago, such as 2h or 3days";
+    if let Ok(ago) = humantime::parse_duration(text) {
+        return Ok(now.checked_sub(ago).unwrap_or(SystemTime::UNIX_EPOCH).max(SystemTime::UNIX_EPOCH));
+    }
+    // RFC 3339 with an offset is the local time: what the clock would show at UTC is earlier by it.
+    let digits = |at: usize| text.get(at..at + 2).and_then(|n| n.parse::<u64>().ok());
+    let offset = text.len().checked_sub(6).filter(|at| text.is_char_boundary(*at) && *at > 10);
+    let sign = offset.and_then(|at| Some((at, *text.as_bytes().get(at)?))).filter(|(_, sign)| matches!(sign, b'+' | b'-'));
+    let Some((at, sign)) = sign else { return humantime::parse_rfc3339(text).map_err(|_| EXPECTED.to_owned()) };
+    let local = humantime::parse_rfc3339(&format!("{}Z", &text[..at])).map_err(|_| EXPECTED.to_owned())?;
+    let (hours, minutes) = digits(at + 1).zip(digits(at + 4)).filter(|(h, m)| *h < 24 && *m < 60).ok_or(EXPECTED)?;
+    let by = std::time::Duration::from_secs(hours * 3600 + minutes * 60);
+    let utc = if sign == b'+' { local.checked_sub(by) } else { local.checked_add(by) };
+    utc.map(|utc| utc.max(SystemTime::UNIX_EPOCH)).ok_or_else(|| EXPECTED.to_owned())
+}
+
+impl Filters {
+    fn let_through(&self, letter: &DeadLetter) -> bool {
+        let died = |fits: &dyn Fn(SystemTime) -> bool| letter.died_at.is_some_and(fits);
+        self.reason.is_none_or(|r| r == letter.reason)
+            && self.status.is_none_or(|s| letter.status == Some(s))
+            && self.since.is_none_or(|since| died(&|at| at >= since))
+            && self.until.is_none_or(|until| died(&|at| at <= until))
+            && self.event_type.as_ref().is_none_or(|pattern| has_event(letter, pattern))
+    }
+
+    /// In words, for what nothing was found of.
+    fn describe(&self) -> String {
+        let time = |at: &SystemTime| humantime::format_rfc3339_seconds(*at).to_string();
+        let all = [
+            self.reason.map(|r| format!("with reason {}", r.name())),
+            self.status.map(|s| format!("with status {s}")),
+            self.event_type.as_ref().map(|p| format!("with an event of type `{}`", visible(p.as_str()))),
+            self.since.as_ref().map(|at| format!("since {}", time(at))),
+            self.until.as_ref().map(|at| format!("until {}", time(at))),
+        ];
+        all.into_iter().flatten().map(|text| format!(" {text}")).collect()
+    }
+
+    fn are_none(&self) -> bool {
+        self.describe().is_empty()
+    }
+}
+
+/// Whether an event of the letter has a type that the pattern matches.
+fn has_event(letter: &DeadLetter, pattern: &Pattern) -> bool {
+    let matches = |event: &[u8]| event_type(event).is_ok_and(|t| pattern.matches(&t));
+    match letter.kind {
+        Kind::Event => matches(&letter.body),
+        Kind::Batch => {
+            let events = letter.format().and_then(|format| format.events(&letter.body));
+            events.is_some_and(|events| events.into_iter().any(matches))
+        }
+    }
+}
+
+/// How a letter is named: an id may be any text, digits too, so a number has a sign of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::cli) enum Name {
+    Number(usize),
+    Id(String),
+}
+
+impl FromStr for Name {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let number = text.strip_prefix('@').and_then(|n| n.parse().ok());
+        Ok(number.map_or_else(|| Self::Id(text.to_owned()), Self::Number))
+    }
+}
+
+impl Name {
+    fn is(&self, number: usize, letter: &DeadLetter) -> bool {
+        match self {
+            Self::Number(n) => *n == number,
+            Self::Id(id) => letter.id.as_ref() == Some(id),
+        }
+    }
+}
+
+impl Which {
+    /// One letter, for a command that takes no filters. With `--orphans` the first word may be the letter.
+    pub(super) fn one(first: String, second: Option<Name>, orphans: bool) -> Result<Self, Failed> {
+        let (subscriber, letters) = match second {
+            Some(letter) => (Some(first), vec![letter]),
+            None => (None, vec![first.parse().unwrap_or(Name::Id(first))]),
+        };
+        Self { subscriber, letters, filters: Filters::default(), orphans }.checked()
+    }
+
+    /// With `--orphans` the first word is a letter unless it can be a subscriber's name.
+    pub(super) fn checked(mut self) -> Result<Self, Failed> {
+        match self.subscriber.take() {
+            Some(name) if config::is_subscriber_name(&name) => self.subscriber = Some(name),
+            Some(letter) if self.orphans => self.letters.insert(0, letter.parse().unwrap_or(Name::Id(letter))),
+            Some(name) => {
+                let name = visible(&name);
+                return Err(Failed::Usage(format!("`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`")));
+            }
+            None => {}
+        }
+        Ok(self)
+    }
+
+    pub(super) fn subscriber(&self) -> Option<&str> {
+        self.subscriber.as_deref()
+    }
+
+    pub(super) fn orphans(&self) -> bool {
+        self.orphans
+    }
+
+    pub(super) fn has_names(&self) -> bool {
+        !self.letters.is_empty()
+    }
+
+    /// Whether all letters of the walk are meant.
+    pub(super) fn all(&self) -> bool {
+        self.letters.is_empty() && self.filters.are_none() && !(self.orphans && self.subscriber.is_some())
+    }
+
+    /// In words, as in `3 dead letters of ‘a’`.
+    pub(super) fn what(&self) -> String {
+        let what = if self.orphans { "orphans" } else { "dead letters" };
+        self.subscriber.as_ref().map_or_else(|| what.to_owned(), |name| format!("{what} of `{name}`"))
+    }
+
+    /// What follows `hooktrail dead list`.
+    pub(super) fn arguments(&self) -> String {
+        let orphans = self.orphans.then_some("--orphans");
+        self.subscriber.as_deref().into_iter().chain(orphans).collect::<Vec<_>>().join(" ")
+    }
+
+    fn not_found(&self, names: &[&Name]) -> Failed {
+        let (what, with) = (if self.orphans { "orphan" } else { "dead letter" }, self.filters.describe());
+        let told = names.iter().map(|name| match name {
+            Name::Number(n) => format!("no {what}{with} is @{n}"),
+            Name::Id(id) => format!("no {what}{with} has the id `{}`", visible(id)),
+        });
+        let told: Vec<String> = told.collect();
+        let hint = "shows ids and numbers; a number is written @2";
+        Failed::Runtime(format!("{}; `hooktrail dead list {}` {hint}", told.join(", "), self.arguments()))
+    }
+}
+
+/// Picks what is meant out of a walk, and knows which names it has not met.
+pub(super) struct Choice<'w> {
+    pub(super) which: &'w Which,
+    met: Vec<bool>,
+    /// Letters seen, so the number of the last one.
+    pub(super) number: usize,
+}
+
+impl<'w> Choice<'w> {
+    pub(super) fn new(which: &'w Which) -> Self {
+        Self { which, met: vec![false; which.letters.len()], number: 0 }
+    }
+
+    /// Whether the next letter of the walk is meant.
+    pub(super) fn includes(&mut self, held: &Held) -> bool {
+        self.number += 1;
+        let which = self.which;
+        if which.orphans && which.subscriber.is_some() && which.subscriber != held.subscriber {
+            return false;
+        }
+        if !which.filters.let_through(&held.letter) {
+            return false;
+        }
+        let mut named = which.letters.is_empty();
+        for (name, met) in which.letters.iter().zip(&mut self.met) {
+            if name.is(self.number, &held.letter) {
+                named = true;
+                *met = true;
+            }
+        }
+        named
+    }
+
+    /// After the walk: an error if a name was not met.
+    pub(super) fn complete(&self) -> Result<(), Failed> {
+        let names = self.which.letters.iter().zip(&self.met).filter(|(_, met)| !**met).map(|(name, _)| name);
+        let missing: Vec<&Name> = names.collect();
+        if missing.is_empty() { Ok(()) } else { Err(self.which.not_found(&missing)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use std::time::Duration;
+
+    fn at(text: &str) -> SystemTime {
+        humantime::parse_rfc3339(text).expect("a time")
+    }
+
+    #[test]
+    fn a_time_is_a_point_or_so_long_ago() {
+        let now = at("2026-03-01T12:00:00Z");
+        for (text, expected) in [
+            ("2h", "2026-03-01T10:00:00Z"),
+            ("1day 30m", "2026-02-28T11:30:00Z"),
+            ("0s", "2026-03-01T12:00:00Z"),
+            ("2026-02-28T23:59:59Z", "2026-02-28T23:59:59Z"),
+            ("2026-02-28T23:59:59.5Z", "2026-02-28T23:59:59.5Z"),
+            ("2026-03-01T01:30:00+02:00", "2026-02-28T23:30:00Z"),
+            ("2026-02-28T18:30:00-05:30", "2026-03-01T00:00:00Z"),
+            ("1970-01-01T01:00:00+02:00", "1970-01-01T00:00:00Z"),
+            ("9999years", "1970-01-01T00:00:00Z"),
+        ] {
+            assert_eq!(time_before(text, now), Ok(at(expected)), "{text}");
+        }
+        for text in
+            ["", "yesterday", "2026-02-30T00:00:00Z", "2026-02-28", "2026-02-28T23:59:59", "2026-02-28T23:59:59+25:00", "+02:00", "é2:00€"]
+        {
+            assert!(time_before(text, now).is_err_and(|e| e.contains("such as 2h")), "{text}");
+        }
+    }
+
+    fn letter(kind: Kind, content_type: &str, body: &'static str) -> DeadLetter {
+        DeadLetter {
+            kind,
+            reason: Reason::Exhausted,
+            body: Bytes::from_static(body.as_bytes()),
+            content_type: Some(content_type.to_owned()),
+            id: None,
+            events: 1,
+            attempts: 1,
+            status: Some(503),
+            error: String::new(),
+            first_attempt_at: None,
+            died_at: Some(at("2026-03-01T12:00:00Z")),
+            story: crate::queue::Story::default(),
+        }
+    }
+
+    #[test]
+    fn filters_are_met_together() {
+        let batch = letter(Kind::Batch, "application/json", r#"{"events":[{"event":"a.b"},{"event":"user.deleted"}]}"#);
+        let lines = letter(Kind::Batch, "application/jsonl", "{\"event\":\"a.b\"}\n{\"event\":\"user.deleted\"}\n");
+        let event = letter(Kind::Event, "application/json", r#"{"event":"user.deleted"}"#);
+        let bad = letter(Kind::Event, "application/json", "user.deleted");
+        let of_type = |p: &str| Filters { event_type: Some(Pattern::try_new(p).expect("a pattern")), ..Filters::default() };
+        for (pattern, expected) in [("user.*", true), ("a.b", true), ("#", true), ("user", false), ("*", false)] {
+            assert_eq!(of_type(pattern).let_through(&batch), expected, "{pattern}");
+            assert_eq!(of_type(pattern).let_through(&lines), expected, "{pattern}");
+        }
+        assert!(of_type("user.*").let_through(&event) && !of_type("a.*").let_through(&event) && !of_type("#").let_through(&bad));
+        let died = at("2026-03-01T12:00:00Z");
+        let all =
+            || Filters { reason: Some(Reason::Exhausted), status: Some(503), since: Some(died), until: Some(died), ..of_type("user.*") };
+        assert!(all().let_through(&batch));
+        for (one, wrong) in [
+            ("reason", Filters { reason: Some(Reason::Refused), ..all() }),
+            ("status", Filters { status: Some(500), ..all() }),
+            ("since", Filters { since: Some(died + Duration::from_millis(1)), ..all() }),
+            ("until", Filters { until: Some(died - Duration::from_millis(1)), ..all() }),
+            ("type", Filters { event_type: of_type("x").event_type, ..all() }),
+        ] {
+            assert!(!wrong.let_through(&batch), "{one}");
+        }
+        let undated = DeadLetter { died_at: None, status: None, ..batch };
+        assert!(!Filters { until: Some(died), ..Filters::default() }.let_through(&undated), "it is not known when it died");
+        assert!(Filters::default().let_through(&undated));
+        assert_eq!(
+            all().describe(),
+            " with reason exhausted with status 503 with an event of type `user.*` since 2026-03-01T12:00:00Z until 2026-03-01T12:00:00Z"
+        );
+    }
+}
