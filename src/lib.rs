@@ -20,13 +20,13 @@
 //!
 //! | layer | files |
 //! |---|---|
-//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
+//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once |
-//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
+//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
-//! | surface | [`admin`] the HTTP listener: health, readiness, and the intake of events |
+//! | surface | [`doctor`] the look at the queue when the daemon has started · [`admin`] the HTTP listener: health, readiness, and the intake of events |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
@@ -69,7 +69,10 @@ pub mod circuit_breaker;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod doctor;
+pub mod endpoint;
 pub mod event;
+pub mod finding;
 pub mod lane;
 pub mod payload;
 pub mod queue;

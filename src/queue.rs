@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::{clock, config::Subscriber, payload::Format};
+use crate::{clock, config::Subscriber, finding::Finding, payload::Format};
 
 /// The queue as the daemon uses it.
 pub trait Queue: Clone + Send + Sync + 'static {
@@ -84,10 +84,11 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// Nothing is known of such a subscriber, or the queue cannot be reached.
     fn dead_letters(&self, subscriber: &str) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
 
-    /// What there is for this configuration, without changing anything.
+    /// What there is for this configuration and what can go wrong with it, without changing anything; what could not
+    /// be looked at is said. In bounded time, but for the time that a broker takes which answers slowly.
     ///
     /// # Errors
-    /// The queue cannot be asked.
+    /// The queue cannot be asked at all.
     fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
 }
 
@@ -141,21 +142,6 @@ pub enum Published {
     /// No pattern matches its type, so nobody gets it.
     Unmatched,
     Refused,
-}
-
-/// What a look at the queue found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Finding {
-    Queue {
-        name: String,
-        messages: u32,
-        /// Where that is known.
-        consumers: Option<u32>,
-    },
-    Absent {
-        name: String,
-    },
-    Harmful(String),
 }
 
 /// A walk through a subscriber's dead letters, oldest first. What is neither replayed nor purged keeps its order.

@@ -9,6 +9,7 @@ use super::{Failed, log};
 use crate::{
     admin::Admin,
     config::{Backend, Config},
+    doctor,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     supervisor::{self, Phase},
 };
@@ -49,6 +50,7 @@ async fn deliver(queue: impl Queue, config: &Config) -> Result<(), Failed> {
     let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
     let (phase, phases) = watch::channel(Phase::Starting);
     let serving = admin.serve(queue.clone(), &config.subscribers, phases);
+    doctor::look_once(queue.clone(), &config.subscribers, phase.subscribe());
     let beside = serving.done_with_the_queue();
     supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout, &phase, beside).await?;
     serving.close().await;

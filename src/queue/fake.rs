@@ -7,12 +7,12 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Envelope, Event, Finding, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
-    Source, Standing, Standings, Taken, Window,
+    DeadLetters, Envelope, Event, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler, Source,
+    Standing, Standings, Taken, Window,
 };
 use tokio::sync::watch;
 
-use crate::config::Subscriber;
+use crate::{config::Subscriber, finding::Finding};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Fake(Arc<Mutex<State>>);

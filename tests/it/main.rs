@@ -11,6 +11,7 @@ mod bad_input;
 mod commands;
 mod delivery;
 mod demo;
+mod doctor;
 mod embedded;
 mod endpoints;
 mod faults;

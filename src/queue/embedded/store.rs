@@ -91,7 +91,7 @@ const MIGRATIONS: &[&str] = &[
 const APPLICATION_ID: i32 = 0x686f_6f6b;
 
 const FILE: &str = "hooktrail.db";
-const LOCK: &str = "hooktrail.lock";
+pub(super) const LOCK: &str = "hooktrail.lock";
 const OPENING: &str = "hooktrail.opening";
 
 /// How long one process waits for another's transaction.
@@ -166,6 +166,10 @@ impl Store {
             }
         });
         Ok(Self(Arc::new(Inner { path, writer: write_jobs, reader: read_jobs, commits: committed, _lock: lock })))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
     }
 
     /// Counts this process's commits.
