@@ -108,6 +108,11 @@ impl AmqpQueue {
         &self.0.topology
     }
 
+    /// For requests that the broker may refuse.
+    fn pool(&self) -> &Pool {
+        &self.0.declaring
+    }
+
     fn broker(&self) -> Broker<'_> {
         Broker::new(&self.0.declaring)
     }

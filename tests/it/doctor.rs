@@ -296,6 +296,9 @@ fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_the
         .await;
         assert!(text(look.expect("warning", "subscriber `gone`", ""), "remedy").contains("hooktrail prune"));
         assert_eq!(look.code, Some(0), "they are not lost: {:#?}", look.findings);
+        // Without the API the daemons' record tells of them.
+        let by_amqp = Look::at(&Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", ""))));
+        by_amqp.expect("warning", "subscriber `gone`", "hold 2 events");
     });
 }
 
@@ -441,7 +444,7 @@ fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
         std::fs::write(queue.file(), bytes).expect("writes");
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1), "{:#?}", look.findings);
-        assert!(text(look.expect("harmful", "database", "is damaged"), "remedy").contains(".recover"));
+        assert!(text(look.expect("harmful", "database", "its pages are damaged"), "remedy").contains(".recover"));
     });
 }
 

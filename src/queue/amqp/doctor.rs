@@ -21,6 +21,7 @@ use super::{
     AmqpQueue,
     connection::{self, BrokerError, Role},
     management::{Binding, Management, Row, Unseen},
+    state,
     topology::{Broker, DELIVERY_LIMIT, Part, Refused, Topology},
 };
 use crate::{
@@ -45,7 +46,7 @@ const STATISTICS: Duration = Duration::from_secs(20);
 /// Queues whose bindings are asked for at once.
 const AT_ONCE: usize = 4;
 
-const NOT_SEEN: &str = "policies, bindings, alarms of other nodes, replicas, queues of subscribers that are not configured";
+const NOT_SEEN: &str = "policies, bindings, alarms of other nodes, replicas";
 
 /// # Errors
 /// The broker cannot be reached.
@@ -58,6 +59,11 @@ pub(super) async fn inspect(queue: &AmqpQueue, subscribers: &[Arc<Subscriber>]) 
     look.permissions(&mut queue.broker()).await;
     look.queues(&mut queue.broker()).await;
     let seen = look.management().await;
+    if seen.is_none()
+        && let Err(e) = look.not_configured_any_more(queue).await
+    {
+        look.found(Finding::unseen("queues of subscribers that are not configured any more", e, "hooktrail prune tells of them"));
+    }
     look.at_least_once(seen.as_ref()).await;
     look.hold();
     Ok(summarized(look.findings))
@@ -374,7 +380,7 @@ impl Look<'_> {
 
     /// Of subscribers that only earlier configurations had.
     fn not_configured(&mut self, rows: &[Row]) {
-        let mut left: BTreeMap<&str, [u64; 3]> = BTreeMap::new();
+        let mut left: BTreeMap<String, [u64; 3]> = BTreeMap::new();
         for row in rows {
             let (name, kind) = match self.topology.part(&row.name) {
                 Some(Part::Main(s)) => (s, 0),
@@ -383,9 +389,39 @@ impl Look<'_> {
                 _ => continue,
             };
             if self.subscribers.iter().all(|s| s.name != name) {
-                left.entry(name).or_default()[kind] += row.messages;
+                left.entry(name.to_owned()).or_default()[kind] += row.messages;
             }
         }
+        self.left(left);
+    }
+
+    /// The same by the daemons' own record, which the broker's list of queues would make needless.
+    async fn not_configured_any_more(&mut self, queue: &AmqpQueue) -> Result<(), QueueError> {
+        let mut broker = queue.broker();
+        let Some(record) = broker.depth(&self.topology.state()).await? else { return Ok(()) };
+        let mut left = BTreeMap::new();
+        for name in state::ever_bound(self.topology, queue.pool(), record.messages).await? {
+            if self.subscribers.iter().any(|s| s.name == name) {
+                continue;
+            }
+            let names = [self.topology.main(&name), self.topology.retry(&name), self.topology.dead(&name)];
+            let mut counts = [0; 3];
+            let mut exists = false;
+            for (count, queue) in counts.iter_mut().zip(names) {
+                if let Some(depth) = broker.depth(&queue).await? {
+                    (*count, exists) = (u64::from(depth.messages), true);
+                }
+            }
+            if exists {
+                left.insert(name, counts);
+            }
+        }
+        self.left(left);
+        Ok(())
+    }
+
+    /// Events, batches and dead letters of each.
+    fn left(&mut self, left: BTreeMap<String, [u64; 3]>) {
         let findings = left.into_iter().map(|(name, [events, batches, dead])| {
             let about = format!("subscriber `{name}`");
             if events + batches + dead == 0 {

@@ -164,6 +164,39 @@ async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> R
     }
 }
 
+/// The record from its beginning.
+async fn open(topology: &Topology, pool: &Pool) -> Result<(Lease, Consumer), QueueError> {
+    let lease = pool.lease().await?;
+    let open = async {
+        lease.channel.basic_qos(100, BasicQosOptions::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+        lease.channel.basic_consume(topology.state().as_str().into(), "".into(), BasicConsumeOptions::default(), arguments).await
+    };
+    let consumer = answer(open).await.map_err(|why| error(topology, &why))?;
+    Ok((lease, consumer))
+}
+
+fn error(topology: &Topology, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
+    QueueError::new(format!("stream `{}`: {why}", topology.state()))
+}
+
+/// All subscribers whose bindings were ever recorded, for a look that writes nothing: it reads `records`, or until no more come.
+pub(super) async fn ever_bound(topology: &Topology, pool: &Pool, records: u32) -> Result<BTreeSet<String>, QueueError> {
+    let (lease, mut consumer) = open(topology, pool).await?;
+    let mut found = BTreeSet::new();
+    for _ in 0..records {
+        let Ok(Some(next)) = tokio::time::timeout(QUIET, consumer.next()).await else { break };
+        let delivery = next.map_err(|e| error(topology, &BrokerError::from(e)))?;
+        let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+        answer(acked).await.map_err(|why| error(topology, &why))?;
+        if let Ok(Record::Bound { subscriber, .. }) = serde_json::from_slice(&delivery.data) {
+            found.insert(subscriber);
+        }
+    }
+    Ok(found)
+}
+
 /// Keeps the bindings as the configuration says, now that the new ones are in place.
 pub(super) struct Reconciler<'a> {
     topology: &'a Topology,
@@ -285,15 +318,7 @@ impl<'a> Reconciler<'a> {
     }
 
     async fn open(&self) -> Result<(Lease, Consumer), QueueError> {
-        let lease = self.pool.lease().await?;
-        let open = async {
-            lease.channel.basic_qos(100, BasicQosOptions::default()).await?;
-            let mut arguments = FieldTable::default();
-            arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
-            lease.channel.basic_consume(self.topology.state().as_str().into(), "".into(), BasicConsumeOptions::default(), arguments).await
-        };
-        let consumer = answer(open).await.map_err(|why| self.error(&why))?;
-        Ok((lease, consumer))
+        open(self.topology, self.pool).await
     }
 
     /// Once in the life of the process: from then on what another daemon says is no earlier configuration.
@@ -409,7 +434,7 @@ impl<'a> Reconciler<'a> {
     }
 
     fn error(&self, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
-        QueueError::new(format!("stream `{}`: {why}", self.topology.state()))
+        error(self.topology, why)
     }
 }
 
