@@ -78,8 +78,7 @@ impl<'s> Endpoint<'s> {
             Err(e) => e.mended("see http.proxy of this subscriber"),
         };
         let rest = "what is behind the proxy: only a request would show it";
-        let look = format!("hooktrail test {} sends a request", self.subscriber.name);
-        vec![reached, Finding::unseen(&self.about, rest, look)]
+        vec![reached, Finding::unseen(&self.about, rest, "`hooktrail test SUBSCRIBER` sends a request")]
     }
 
     async fn addresses(&self, url: &Url) -> Result<Vec<SocketAddr>, Finding> {
@@ -135,8 +134,9 @@ impl<'s> Endpoint<'s> {
         let no_answer = || format!("no connection within {}", humantime::format_duration(self.limit));
         let connected = timeout(self.limit, connecting).await.unwrap_or_else(|_| Err(no_answer()));
         connected.map_err(|why| {
-            let look = format!("look at the receiver and what is between; hooktrail test {} tries it", self.subscriber.name);
-            Finding::warning(&self.about, why).risking("attempts fail and are made again as [retry] says, until that ends").mended(look)
+            Finding::warning(&self.about, why)
+                .risking("attempts fail and are made again as [retry] says, until that ends")
+                .mended("look at the receiver and what is between; `hooktrail test SUBSCRIBER` sends a request")
         })
     }
 

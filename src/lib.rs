@@ -36,6 +36,8 @@
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
+//! - What can be wrong with a queue, and what mends it? `queue/amqp/doctor.rs` and `queue/embedded/doctor.rs`;
+//!   with an endpoint: [`endpoint`].
 //! - What does a producer get for its POST? [`admin`]: `take_events` and what it calls.
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
 //!

@@ -144,10 +144,7 @@ events = ["user*"]
 
 #[test]
 fn a_key_of_a_feature_that_is_not_there_is_unknown() {
-    for (text, key) in [
-        (format!("{QUEUE}management_url = \"http://m\"\n"), "queue.management_url"),
-        (format!("{QUEUE}[http]\nversion = 3\n"), "http.version"),
-    ] {
+    for (text, key) in [(format!("{QUEUE}stream = \"s\"\n"), "queue.stream"), (format!("{QUEUE}[http]\nversion = 3\n"), "http.version")] {
         let found = problems(&text);
         assert!(found.len() == 1 && found[0].contains(&format!("{key}: unknown key")), "{found:?}");
     }

@@ -552,13 +552,13 @@ impl Look<'_> {
     /// The nodes' own setting is shown by nothing but `rabbitmqctl`.
     fn hold(&mut self) {
         let Some((hold, subscriber)) = longest_hold(self.subscribers) else { return };
-        let about = format!(
-            "hooktrail holds a message for at most {} (`{subscriber}`); RabbitMQ's default of 30 min is enough for that, and the nodes' own \
-             setting is shown by no API",
+        let found = format!(
+            "the nodes' own setting is shown by no API and not looked at; RabbitMQ's default is 30 min, and hooktrail holds a message for at \
+             most {} (`{subscriber}`)",
             humantime::format_duration(hold)
         );
         let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
-        self.found(Finding::unseen("consumer_timeout", about, look));
+        self.found(Finding::note("consumer_timeout", found).mended(look));
     }
 }
 
