@@ -41,7 +41,7 @@ pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
 const ROOT_KEYS: &[&str] =
     &["include", "shutdown_timeout", "queue", "admin", "log", "batch", "http", "retry", "circuit_breaker", "subscriber"];
 const INCLUDED_KEYS: &[&str] = &["subscriber"];
-const QUEUE_KEYS: &[&str] = &["url", "data_dir", "retention", "exchange", "source_queue", "prefix"];
+const QUEUE_KEYS: &[&str] = &["url", "data_dir", "retention", "exchange", "source_queue", "prefix", "management_url"];
 const ADMIN_KEYS: &[&str] = &["listen", "token"];
 const LOG_KEYS: &[&str] = &["format", "level"];
 const BATCH_KEYS: &[&str] = &["max_events", "max_bytes", "max_wait"];
@@ -167,6 +167,8 @@ pub struct AmqpConfig {
     pub url: SecretUrl,
     pub intake: Intake,
     pub prefix: String,
+    /// Of the management plugin's HTTP API, for a look at what AMQP does not show.
+    pub management_url: Option<Box<SecretUrl>>,
 }
 
 /// Where events come from.
@@ -472,9 +474,26 @@ impl Loader<'_, '_> {
             Some(v) => r.duration(&v, None),
         };
         let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention? };
-        let (intake, prefix) = (intake?, prefix?);
-        let backend = url?.map_or(Backend::Embedded, |url| Backend::Amqp(AmqpConfig { url, intake, prefix }));
+        let management_url = match section.get("management_url") {
+            None => Some(None),
+            Some(v) => self.management_url(&v).map(|url| Some(Box::new(url))),
+        };
+        let (intake, prefix, management_url) = (intake?, prefix?, management_url?);
+        let backend = url?.map_or(Backend::Embedded, |url| Backend::Amqp(AmqpConfig { url, intake, prefix, management_url }));
         Some(QueueConfig { backend, embedded })
+    }
+
+    fn management_url(&self, value: &Value<'_>) -> Option<SecretUrl> {
+        let url = self.reader.string(value)?.parse::<Url>().ok();
+        let found = url.filter(|url| {
+            let has_host = url.host_str().is_some_and(|h| !h.is_empty());
+            matches!(url.scheme(), "http" | "https") && has_host && url.query().is_none() && url.fragment().is_none()
+        });
+        if found.is_none() {
+            // The text is not quoted: it may hold a password.
+            self.reader.report(value, "is not the URL of a RabbitMQ's management plugin; write one such as \"http://127.0.0.1:15672\"");
+        }
+        found.map(SecretUrl::new)
     }
 
     fn admin(&self, root: &Section<'_>) -> Option<AdminConfig> {

@@ -20,15 +20,15 @@
 //!
 //! | layer | files |
 //! |---|---|
-//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
+//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
-//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest · [`signal`] signals of the system, files that change |
+//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one · [`signal`] signals of the system, files that change |
 //! | edge | [`status`] what lanes and queue say of themselves · [`rehearsal`] one test event |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them |
 //! | process | [`reload`] reads the configuration again and hands it to the supervisor |
-//! | surface | [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events |
+//! | surface | [`doctor`] the look at the queue when the daemon has started · [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
@@ -38,6 +38,8 @@
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
+//! - What can be wrong with a queue, and what mends it? `queue/amqp/doctor.rs` and `queue/embedded/doctor.rs`;
+//!   with an endpoint: [`endpoint`].
 //! - What happens on SIGHUP? [`reload::Reloader::reload`], then `Fleet::reconcile` in [`supervisor`]; each lane takes over what is
 //!   new in `Lane::adopt`, the broker's bindings in `queue/amqp/state.rs`. The start goes the same way.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`.
@@ -74,7 +76,10 @@ pub mod circuit_breaker;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod doctor;
+pub mod endpoint;
 pub mod event;
+pub mod finding;
 pub mod lane;
 pub mod metrics;
 pub mod payload;

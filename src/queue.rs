@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
+    finding::Finding,
     payload::Format,
 };
 
@@ -102,10 +103,11 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// Somebody still works for it, or the queue cannot be asked.
     fn prune(&self, subscriber: &str) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// What there is for this configuration, without changing anything.
+    /// What there is for this configuration and what can go wrong with it, without changing anything; what could not
+    /// be looked at is said. In bounded time, but for the time that a broker takes which answers slowly.
     ///
     /// # Errors
-    /// The queue cannot be asked.
+    /// The queue cannot be asked at all.
     fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
 }
 
@@ -194,21 +196,6 @@ pub enum Published {
     /// No pattern matches its type, so nobody gets it.
     Unmatched,
     Refused,
-}
-
-/// What a look at the queue found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Finding {
-    Queue {
-        name: String,
-        messages: u32,
-        /// Where that is known.
-        consumers: Option<u32>,
-    },
-    Absent {
-        name: String,
-    },
-    Harmful(String),
 }
 
 /// A walk through dead letters, oldest first. What is neither replayed nor purged keeps its order.

@@ -1,10 +1,15 @@
 //! Whom an https connection trusts, and as whom it presents itself.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::{
     ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    client::{WebPkiServerVerifier, danger::ServerCertVerifier as _},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
 };
 
 /// What ALPN (RFC 7301) offers; the receiver chooses.
@@ -118,6 +123,24 @@ impl TlsPolicy {
     /// The identity is of no use.
     pub fn client_config(&self, system: &SystemRoots) -> Result<ClientConfig, String> {
         self.checked(&system.0).map_err(|e| e.to_string())
+    }
+
+    /// Whether a chain that a server presents, its own certificate first, will do at a point in time.
+    ///
+    /// # Errors
+    /// It will not, and why.
+    pub fn verify_at(
+        &self,
+        system: &SystemRoots,
+        chain: &[CertificateDer<'_>],
+        server: &ServerName<'_>,
+        at: SystemTime,
+    ) -> Result<(), rustls::Error> {
+        let roots = self.roots.as_ref().unwrap_or(&system.0).clone();
+        let verifier = WebPkiServerVerifier::builder(roots).build().map_err(|e| rustls::Error::General(e.to_string()))?;
+        let (own, intermediates) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        let at = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        verifier.verify_server_cert(own, intermediates, server, &[], UnixTime::since_unix_epoch(at)).map(drop)
     }
 
     fn checked(&self, system: &Arc<RootCertStore>) -> Result<ClientConfig, rustls::Error> {

@@ -1,72 +1,114 @@
-//! `check`: what a configuration means, and what there is in the broker.
+//! `check`: what a configuration means, and what can go wrong with the queue and the endpoints that it names.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
-use super::{Failed, reach};
+use super::{Failed, visible};
 use crate::{
+    clock,
     config::{Auth, Backend, Config, EmbeddedConfig, Intake, Subscriber},
-    queue::{Finding, Queue, embedded::EmbeddedQueue},
+    endpoint,
+    finding::{Finding, Severity, summarized},
+    metrics::Metrics,
+    queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
     signature::{Encoding, Scheme},
 };
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Also ask the broker what it has; exit code 1 if it has something harmful
+    /// Also look at the queue and at each subscriber's endpoint, without sending a request: what can go wrong, and what
+    /// mends it; exit code 1 if something is harmful
     #[arg(long)]
     connect: bool,
+    /// Print what is found as JSON, one finding a line, and nothing else
+    #[arg(long, requires = "connect")]
+    json: bool,
 }
+
+/// For all that a queue is asked; a thousand subscribers take some seconds.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
-    print!("{}", effective(config));
-    if args.connect { connect(config).await } else { Ok(()) }
+    if !args.json {
+        print!("{}", effective(config));
+    }
+    if args.connect { connect(config, args.json).await } else { Ok(()) }
 }
 
-async fn connect(config: &Config) -> Result<(), Failed> {
-    match &config.queue.backend {
-        Backend::Amqp(amqp) => {
-            let queue = reach(amqp).await?;
-            println!("\n# The broker at {} answers.", amqp.url);
-            inspect(queue, config).await
+async fn connect(config: &Config, json: bool) -> Result<(), Failed> {
+    let (mut findings, endpoints) = tokio::join!(look(config), endpoint::inspect(&config.subscribers));
+    findings.extend(endpoints);
+    let findings = summarized(findings);
+    if !json {
+        println!();
+    }
+    for finding in &findings {
+        if json {
+            println!("{}", serde_json::to_string(finding).map_err(|e| Failed::Runtime(e.to_string()))?);
+        } else {
+            tell(finding);
         }
+    }
+    match findings.iter().filter(|f| f.severity == Severity::Harmful).count() {
+        0 if json => Ok(()),
+        0 => {
+            println!("# Nothing harmful was found.");
+            Ok(())
+        }
+        harmful => {
+            let s = if harmful == 1 { "" } else { "s" };
+            Err(Failed::Runtime(format!("{harmful} harmful finding{s}: events can be lost, or cannot be delivered; each says what to do")))
+        }
+    }
+}
+
+/// What is good goes behind the configuration as comments, what is bad to stderr.
+fn tell(finding: &Finding) {
+    let mut text = format!("{}: {}: {}", finding.severity.name(), finding.names(), finding.found);
+    for (what, more) in [("risk", &finding.risk), ("mend", &finding.remedy)] {
+        if let Some(more) = more {
+            // Writing to a string cannot fail.
+            write!(text, "\n  {what}: {more}").ok();
+        }
+    }
+    for line in text.split('\n').map(visible) {
+        match finding.severity {
+            Severity::Ok | Severity::Note => println!("# {line}"),
+            Severity::Warning | Severity::Harmful => eprintln!("{line}"),
+        }
+    }
+}
+
+async fn look(config: &Config) -> Vec<Finding> {
+    match &config.queue.backend {
+        Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), config).await,
         Backend::Embedded => {
             let embedded = &config.queue.embedded;
             if !EmbeddedQueue::exists(embedded) {
-                println!("\n# There is no embedded queue in {} yet; `run` makes it.", embedded.data_dir.display());
-                return Ok(());
+                return vec![Finding::note(
+                    "data_dir",
+                    format!("there is no embedded queue in {} yet; `run` makes it", embedded.data_dir.display()),
+                )];
             }
-            let queue = EmbeddedQueue::existing(embedded)?;
-            println!("\n# The embedded queue in {} can be read.", embedded.data_dir.display());
-            inspect(queue, config).await
+            match EmbeddedQueue::existing(embedded) {
+                Ok(queue) => inspect(queue, config).await,
+                Err(e) => vec![no_queue(&e)],
+            }
         }
     }
 }
 
-async fn inspect(queue: impl Queue, config: &Config) -> Result<(), Failed> {
-    let mut harmful = 0;
-    let mut absent = Vec::new();
-    for finding in queue.inspect(&config.subscribers).await? {
-        match finding {
-            Finding::Queue { name, messages, consumers: Some(consumers) } if messages > 0 || consumers > 0 => {
-                println!("# {name}: {messages} messages, {consumers} consumers");
-            }
-            Finding::Queue { name, messages, consumers: None } => println!("# {name}: {messages}"),
-            Finding::Queue { .. } => {}
-            Finding::Absent { name } => absent.push(name),
-            Finding::Harmful(why) => {
-                harmful += 1;
-                eprintln!("harmful: {why}");
-            }
-        }
-    }
-    if !absent.is_empty() {
-        println!("# not there yet, `run` declares them: {}", absent.join(", "));
-    }
+async fn inspect(queue: impl Queue, config: &Config) -> Vec<Finding> {
+    let findings = match tokio::time::timeout(PATIENCE, queue.inspect(&config.subscribers)).await {
+        Ok(Ok(findings)) => findings,
+        Ok(Err(e)) => vec![no_queue(&e)],
+        Err(_) => vec![Finding::harmful("queue", format!("did not answer all questions within {} s", PATIENCE.as_secs()))],
+    };
     queue.close().await;
-    if harmful > 0 {
-        return Err(Failed::Runtime(format!("{harmful} harmful findings; each says what to do")));
-    }
-    println!("# Nothing harmful was found.");
-    Ok(())
+    findings
+}
+
+fn no_queue(e: &QueueError) -> Finding {
+    Finding::harmful("queue", e.to_string()).risking("nothing is taken in or delivered")
 }
 
 /// The configuration with all defaults filled in, as TOML, secrets left out.
@@ -92,6 +134,9 @@ fn effective(config: &Config) -> String {
                 Intake::SourceQueue(name) => format!("source_queue = {}", quoted(name)),
             });
             line(format!("prefix = {}", quoted(&amqp.prefix)));
+            if let Some(url) = &amqp.management_url {
+                line(format!("management_url = \"{url}\"  # the rest is not shown"));
+            }
         }
     }
     line(format!("\n[admin]\nlisten = \"{}\"", config.admin.listen));
@@ -200,6 +245,7 @@ mod tests {
             [queue]
             url = "amqp://user:hunter2@127.0.0.1/v"
             source_queue = "a.b"
+            management_url = "https://user:hunter2@127.0.0.1:15671/hunter2"
             [admin]
             listen = "[::]:1234"
             token = "hunter2"

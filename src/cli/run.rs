@@ -7,6 +7,7 @@ use crate::{
     admin::Admin,
     clock,
     config::{Backend, Config},
+    doctor,
     metrics::Metrics,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     reload::Reloader,
@@ -49,6 +50,7 @@ async fn deliver(queue: impl Queue, config: Config, metrics: Metrics) -> Result<
     let (reloader, changes) = Reloader::new(config, metrics);
     let (phase, phases) = watch::channel(Phase::Starting);
     let serving = admin.serve(queue.clone(), &reloader, &board, phases);
+    doctor::look_once(queue.clone(), &subscribers, phase.subscribe());
     let mut asking = JoinSet::new();
     asking.spawn(reload_when_told(reloader.clone(), hangups));
     asking.spawn(reload_when_files_change(reloader.clone()));

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use serde::Serialize;
 
 use super::{Backend, Config, Intake, Subscriber};
+use crate::secret::SecretUrl;
 
 /// What a reload changes, or would.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -76,11 +77,19 @@ impl Config {
         restart("admin.listen", self.admin.listen == new.admin.listen);
         restart("admin.token", self.admin.token == new.admin.token);
         restart("log", self.log == new.log);
+        restart("queue.management_url", self.queue.management_url() == new.queue.management_url());
         Ok(Changes { changes, needs_restart })
     }
 }
 
 impl super::QueueConfig {
+    fn management_url(&self) -> Option<&SecretUrl> {
+        match &self.backend {
+            Backend::Embedded => None,
+            Backend::Amqp(amqp) => amqp.management_url.as_deref(),
+        }
+    }
+
     fn differences(&self, new: &Self) -> Vec<&'static str> {
         let mut keys = Vec::new();
         let mut compare = |key, same: bool| {
@@ -231,10 +240,11 @@ mod tests {
     fn who_comes_and_goes_is_told_and_what_needs_a_restart() {
         let before = load(BEFORE);
         let other = BEFORE.replace("name = \"a\"", "name = \"b\"");
+        let other = other.replace("[queue]", "[queue]\nmanagement_url = \"http://127.0.0.1:15672\"");
         let found = before.changes_to(&load(&format!("admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"))).expect("can be");
         let told: Vec<_> = found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
         assert_eq!(told, [("a", Kind::Removed), ("b", Kind::Added)]);
-        assert_eq!(found.needs_restart, ["admin.listen", "log"]);
+        assert_eq!(found.needs_restart, ["admin.listen", "log", "queue.management_url"]);
         let json = serde_json::to_value(&found).expect("prints");
         assert_eq!(json["changes"][1]["change"], "added");
     }

@@ -144,10 +144,7 @@ events = ["user*"]
 
 #[test]
 fn a_key_of_a_feature_that_is_not_there_is_unknown() {
-    for (text, key) in [
-        (format!("{QUEUE}management_url = \"http://m\"\n"), "queue.management_url"),
-        (format!("{QUEUE}[http]\nversion = 3\n"), "http.version"),
-    ] {
+    for (text, key) in [(format!("{QUEUE}stream = \"s\"\n"), "queue.stream"), (format!("{QUEUE}[http]\nversion = 3\n"), "http.version")] {
         let found = problems(&text);
         assert!(found.len() == 1 && found[0].contains(&format!("{key}: unknown key")), "{found:?}");
     }
@@ -356,6 +353,8 @@ fn the_queue_is_required_and_never_guessed() {
         ("[queue]\nurl = \"http://x\"\n", "nor an amqp:// or amqps:// URL"),
         ("[queue]\nurl = \"amqp://x\"\nexchange = \"a\"\nsource_queue = \"b\"\n", "queue.source_queue: cannot stand beside"),
         ("[queue]\nurl = \"amqp://x\"\nprefix = \"a b\"\n", "queue.prefix: must be"),
+        ("[queue]\nurl = \"amqp://x\"\nmanagement_url = \"u:hunter2@x:15672\"\n", "queue.management_url: is not the URL"),
+        ("[queue]\nurl = \"amqp://x\"\nmanagement_url = \"http://x/?a\"\n", "queue.management_url: is not the URL"),
     ] {
         let found = problems(text);
         assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");

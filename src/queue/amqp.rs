@@ -11,11 +11,14 @@
 //! - `relay`: the source queue, and the sweep of orphans
 //! - `walk`: a look at each message of a queue, in their order
 //! - `dead`: looking at dead letters and orphans
+//! - `doctor`: what of all that can lose or hold up events; `management`: the HTTP API that it asks
 
 mod connection;
 mod dead;
+mod doctor;
 mod ladder;
 mod lane;
+mod management;
 mod message;
 mod publisher;
 mod relay;
@@ -52,8 +55,9 @@ pub use self::{
 };
 use crate::{
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
+    finding::Finding,
     metrics::Metrics,
-    queue::{Depth, Depths, Finding, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
+    queue::{Depth, Depths, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
     retry::Waits,
 };
 
@@ -123,6 +127,11 @@ impl AmqpQueue {
 
     fn topology(&self) -> &Topology {
         &self.0.topology
+    }
+
+    /// For requests that the broker may refuse.
+    fn pool(&self) -> &Pool {
+        &self.0.declaring
     }
 
     fn broker(&self) -> Broker<'_> {
@@ -501,27 +510,7 @@ impl Queue for AmqpQueue {
     }
 
     async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
-        let mut broker = self.broker();
-        let mut findings = Vec::new();
-        let shared = self.topology().shared_queues();
-        let own = subscribers.iter().flat_map(|s| self.topology().subscriber_queues(&s.name));
-        if let Err(e) = self.topology().inspect_intake(&mut broker).await {
-            findings.push(Finding::Harmful(e.to_string()));
-        }
-        for (name, arguments) in own.chain(shared) {
-            match broker.depth(&name).await {
-                Ok(None) => findings.push(Finding::Absent { name }),
-                Err(e) => findings.push(Finding::Harmful(e.to_string())),
-                Ok(Some(depth)) => {
-                    // It exists, so this declares nothing and compares its arguments.
-                    if let Err(e) = broker.ensure_queue(&name, arguments).await {
-                        findings.push(Finding::Harmful(e.to_string()));
-                    }
-                    findings.push(Finding::Queue { name, messages: depth.messages, consumers: Some(depth.consumers) });
-                }
-            }
-        }
-        Ok(findings)
+        doctor::inspect(self, subscribers).await
     }
 }
 

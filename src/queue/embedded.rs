@@ -4,11 +4,13 @@
 //! - `store`: the file, its schema, commits in groups
 //! - `lane`: source and settler of a subscriber
 //! - `dead`: looking at dead letters
+//! - `doctor`: what of the files can lose or hold up events
 //!
 //! The log is filtered when it is read, by the patterns that were configured when the event came: a
 //! segment of the log for each time that they changed.
 
 mod dead;
+mod doctor;
 mod lane;
 mod store;
 
@@ -30,7 +32,8 @@ use crate::{
     clock,
     config::{EmbeddedConfig, Subscriber, Subscribers},
     event::Pattern,
-    queue::{Depth, Depths, Finding, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, Window},
+    finding::Finding,
+    queue::{Depth, Depths, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, Window},
     retry::Waits,
 };
 
@@ -116,6 +119,23 @@ impl EmbeddedQueue {
 
     fn store(&self) -> &Store {
         &self.0.store
+    }
+
+    /// What there is of each kind for each subscriber, by names such as `siem: events to deliver`.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn counts(&self) -> Result<Vec<(String, u32)>, QueueError> {
+        let count = |db: &Connection| {
+            let mut counts = backlogs(db)?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
+            for (table, what) in [("retry", "batches to try again"), ("dead", "dead letters")] {
+                let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"))?;
+                let rows = query.query_map([], |r| Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?)))?;
+                counts.extend(rows.collect::<rusqlite::Result<Vec<(String, u32)>>>()?);
+            }
+            Ok(counts)
+        };
+        self.store().read(count).await
     }
 
     /// Ends the segments of configurations that are no more and begins those of today's.
@@ -300,18 +320,8 @@ impl Queue for EmbeddedQueue {
         )))
     }
 
-    async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
-        let counts = self.store().read(|db| {
-            let mut counts = backlogs(db)?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
-            for (table, what) in [("retry", "batches to try again"), ("dead", "dead letters")] {
-                let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"))?;
-                let rows = query.query_map([], |r| Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?)))?;
-                counts.extend(rows.collect::<rusqlite::Result<Vec<(String, u32)>>>()?);
-            }
-            Ok(counts)
-        });
-        let finding = |(name, messages)| Finding::Queue { name, messages, consumers: None };
-        Ok(counts.await?.into_iter().map(finding).collect())
+    async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
+        Ok(doctor::inspect(self, subscribers).await)
     }
 }
 

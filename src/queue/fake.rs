@@ -7,12 +7,15 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Depths, Envelope, Event, Finding, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement,
-    Settler, Source, Standing, Standings, Taken, Window,
+    DeadLetters, Depths, Envelope, Event, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
+    Source, Standing, Standings, Taken, Window,
 };
 use tokio::sync::watch;
 
-use crate::config::{Subscriber, Subscribers};
+use crate::{
+    config::{Subscriber, Subscribers},
+    finding::Finding,
+};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Fake(Arc<Mutex<State>>);

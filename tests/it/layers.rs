@@ -7,15 +7,15 @@ use std::{
 
 /// Each file below `src/` and its layer; a file imports only from lower ones.
 const LAYERS: &[&[&str]] = &[
-    &["address", "answer", "circuit_breaker", "clock", "event", "payload", "retry", "secret"],
+    &["address", "answer", "circuit_breaker", "clock", "event", "finding", "payload", "retry", "secret"],
     &["batch", "signature", "tls"],
     &["config", "metrics"],
-    &["queue", "signal", "webhook"],
+    &["endpoint", "queue", "signal", "webhook"],
     &["rehearsal", "status"],
     &["lane"],
     &["supervisor"],
     &["reload"],
-    &["admin"],
+    &["admin", "doctor"],
     &["cli"],
 ];
 
@@ -96,8 +96,10 @@ fn each_protocol_is_known_in_one_place() {
     for (name, allowed) in [
         ("lapin", &["src/queue/amqp"][..]),
         ("rusqlite", &["src/queue/embedded"]),
-        // The command line asks the daemon with it.
-        ("reqwest", &["src/webhook.rs", "src/cli/daemon.rs"]),
+        // The command line asks the daemon with it, and the look at a broker its management API.
+        ("reqwest", &["src/webhook.rs", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
+        ("tokio_rustls", &["src/endpoint.rs"]),
+        ("rustix", &["src/queue/embedded"]),
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),

@@ -12,6 +12,7 @@ mod commands;
 mod dead_letters;
 mod delivery;
 mod demo;
+mod doctor;
 mod embedded;
 mod endpoints;
 mod faults;

@@ -42,6 +42,7 @@ fn a_queue_with_harmful_arguments_is_named_with_both_values_and_harms_no_other_s
         one.wait_all(10).await;
         let check = setup.run(&["check", "--connect"]);
         assert_eq!(check.status.code(), Some(1));
+        let needle = format!("harmful: queue `{}.sub.two`: exists with", broker.prefix);
         assert!(String::from_utf8_lossy(&check.stderr).contains(&needle));
     });
 }

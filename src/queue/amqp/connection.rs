@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
 use tokio::{sync::Mutex, time::timeout};
 
-use super::wire;
+use super::wire::{self, Greeting};
 use crate::{
     metrics::{Metrics, OpenConnection},
     queue::QueueError,
@@ -81,6 +81,11 @@ impl Dialer {
 }
 
 async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> {
+    greeted(url, role).await.map(|(connection, _)| connection)
+}
+
+/// As [`connect`], with what the broker says of itself.
+pub(super) async fn greeted(url: &SecretUrl, role: Role) -> Result<(Connection, Greeting), QueueError> {
     let fail = |why: String| QueueError::new(format!("cannot connect to the broker at {url}: {why}"));
     let mut uri: AMQPUri = url.expose().as_str().parse().map_err(|_| fail("[queue] url is not a valid AMQP URL".to_owned()))?;
     uri.query.heartbeat = Some(HEARTBEAT);
@@ -90,7 +95,7 @@ async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> 
     let properties = ConnectionProperties::default().with_connection_name(name.as_str().into());
     match timeout(CONNECT_TIMEOUT, wire::connect(uri, properties)).await {
         Err(_) => Err(fail(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
-        Ok(Ok(connection)) => Ok(connection),
+        Ok(Ok(greeted)) => Ok(greeted),
         Ok(Err(e)) => Err(fail(explain(&e, &vhost))),
     }
 }

@@ -226,6 +226,22 @@ async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> R
     }
 }
 
+/// All subscribers whose bindings were ever recorded, for a look that writes nothing: it reads `records`, or until no more come.
+pub(super) async fn ever_bound(topology: &Topology, pool: &Pool, records: u32) -> Result<BTreeSet<String>, QueueError> {
+    let (lease, mut consumer) = open(pool, topology).await?;
+    let mut found = BTreeSet::new();
+    for _ in 0..records {
+        let Ok(Some(next)) = timeout(QUIET, consumer.next()).await else { break };
+        let delivery = next.map_err(|e| error(topology, &BrokerError::from(e)))?;
+        let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+        answer(acked).await.map_err(|why| error(topology, &why))?;
+        if let Ok(Record::Bound { subscriber, .. }) = serde_json::from_slice(&delivery.data) {
+            found.insert(subscriber);
+        }
+    }
+    Ok(found)
+}
+
 /// Keeps the bindings as the configuration says, now that the new ones are in place.
 pub(super) struct Reconciler<'a> {
     queue: &'a AmqpQueue,

@@ -3,7 +3,8 @@
 use lapin::{
     Channel, ExchangeKind,
     options::{
-        ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+        BasicGetOptions, ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, ExchangeUnbindOptions, QueueBindOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -13,18 +14,31 @@ use super::{
     ladder,
 };
 use crate::{
+    clock,
     config::{AmqpConfig, Intake, Subscriber},
     queue::QueueError,
+    secret::SecretUrl,
 };
 
 /// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the first
 /// requeue drops the message; and 4.x has a limit of 20 unless told otherwise.
-const DELIVERY_LIMIT: i64 = 1_000_000_000;
+pub(super) const DELIVERY_LIMIT: i64 = 1_000_000_000;
 
 /// Knows the names, and declares what is missing.
 #[derive(Debug, Clone)]
 pub(super) struct Topology {
     config: AmqpConfig,
+}
+
+/// What a queue is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part<'n> {
+    Main(&'n str),
+    Retry(&'n str),
+    Dead(&'n str),
+    Level(u32),
+    Orphans,
+    State,
 }
 
 /// What there is in a queue.
@@ -37,6 +51,18 @@ pub(super) struct Depth {
 impl Topology {
     pub(super) fn new(config: AmqpConfig) -> Self {
         Self { config }
+    }
+
+    pub(super) fn url(&self) -> &SecretUrl {
+        &self.config.url
+    }
+
+    pub(super) fn management_url(&self) -> Option<&SecretUrl> {
+        self.config.management_url.as_deref()
+    }
+
+    pub(super) fn prefix(&self) -> &str {
+        &self.config.prefix
     }
 
     pub(super) fn intake(&self) -> &Intake {
@@ -76,6 +102,11 @@ impl Topology {
 
     pub(super) fn state(&self) -> String {
         self.named("state")
+    }
+
+    /// A queue that nobody has and nobody will.
+    pub(super) fn nobodys(&self) -> String {
+        self.named(&format!("nobodys-{}", clock::batch_id()))
     }
 
     /// The exchange that subscribers' queues are bound to.
@@ -182,6 +213,20 @@ impl Topology {
         std::iter::once((self.orphans(), quorum(&[]))).chain(levels).collect()
     }
 
+    /// What a queue's name says that it is for.
+    pub(super) fn part<'n>(&self, queue: &'n str) -> Option<Part<'n>> {
+        let rest = queue.strip_prefix(&self.config.prefix)?.strip_prefix('.')?;
+        match rest.split('.').collect::<Vec<_>>()[..] {
+            ["sub", name] => Some(Part::Main(name)),
+            ["sub", name, "retry"] => Some(Part::Retry(name)),
+            ["sub", name, "dead"] => Some(Part::Dead(name)),
+            ["delay", level] => level.parse().ok().map(Part::Level),
+            ["orphans"] => Some(Part::Orphans),
+            ["state"] => Some(Part::State),
+            _ => None,
+        }
+    }
+
     /// Every exchange, the one that producers publish to among them.
     pub(super) fn exchanges(&self) -> Vec<String> {
         (0..ladder::LEVELS).map(|l| self.level(l)).chain([self.due(), self.orphans(), self.events()]).collect()
@@ -246,7 +291,7 @@ impl Refused {
         }
     }
 
-    fn into_error(self, what: &str, name: &str) -> QueueError {
+    pub(super) fn into_error(self, what: &str, name: &str) -> QueueError {
         match self {
             Self::NotFound => QueueError::new(format!("{what} `{name}` does not exist")),
             Self::Inequivalent { argument, wanted, found } => QueueError::needs_operator(format!(
@@ -322,6 +367,41 @@ impl<'p> Broker<'p> {
             Err(Refused::Forbidden(_)) if existed => Ok(()),
             Err(other) => Err(other.into_error("queue", queue)),
         }
+    }
+
+    /// Compares the arguments of a queue that is there. Whoever may not declare it cannot.
+    pub(super) async fn compare(&mut self, queue: &str, arguments: FieldTable) -> Result<(), Refused> {
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await.map(drop)
+    }
+
+    /// What the user may not do of what hooktrail does: tried with a queue and a routing key that nobody has, so
+    /// that nothing changes. RabbitMQ looks at permissions before it looks whether there is such a thing.
+    pub(super) async fn forbidden(&mut self, queue: &str, exchange: &str) -> Vec<String> {
+        let mut forbidden = Vec::new();
+        let mut refused = |what: &str, answer: Result<(), Refused>| {
+            if let Err(Refused::Forbidden(_)) = answer {
+                forbidden.push(what.to_owned());
+            }
+        };
+        let unused = QueueDeleteOptions { if_unused: true, if_empty: true, ..QueueDeleteOptions::default() };
+        refused("configure its queues", self.ask(async |c| c.queue_delete(queue.into(), unused).await.map(drop)).await);
+        refused("read its queues", self.ask(async |c| c.basic_get(queue.into(), BasicGetOptions::default()).await.map(drop)).await);
+        let unbound = self.ask(async |c| c.queue_unbind(queue.into(), exchange.into(), queue.into(), FieldTable::default()).await).await;
+        let reads_exchange = format!("read exchange `{exchange}`");
+        match &unbound {
+            Err(Refused::Forbidden(why)) if why.contains("exchange '") => refused(&reads_exchange, unbound),
+            _ => refused("write to its queues", unbound),
+        }
+        let writes = self.ask(async |c| {
+            let (to, from) = (exchange.into(), exchange.into());
+            c.exchange_unbind(to, from, queue.into(), ExchangeUnbindOptions::default(), FieldTable::default()).await
+        });
+        let writes = writes.await;
+        if !forbidden.contains(&reads_exchange) && matches!(writes, Err(Refused::Forbidden(_))) {
+            forbidden.push(format!("write to exchange `{exchange}`"));
+        }
+        forbidden
     }
 
     async fn declare_exchange(&mut self, name: &str, kind: ExchangeKind, passive: bool, arguments: FieldTable) -> Result<(), Refused> {

@@ -11,7 +11,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     pin::Pin,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -25,6 +25,7 @@ use futures_util::{
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
     tcp::{AMQPUriTcpExt as _, TLSConfig},
+    types::FieldTable,
     uri::AMQPUri,
 };
 use tokio::sync::oneshot;
@@ -35,13 +36,33 @@ const MAX_DEPTH: u32 = 32;
 /// Bytes asked of the socket at once.
 const READ: usize = 64 * 1024;
 
+/// What the broker said first: the method `connection.start`, which lapin reads and does not hand out.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Greeting(Arc<OnceLock<Vec<u8>>>);
+
+impl Greeting {
+    /// Such as product and version.
+    pub(super) fn server_properties(&self) -> Option<FieldTable> {
+        let arguments = self.0.get()?.get(4..)?; // behind class and method
+        lapin::protocol::connection::parse_start(arguments).ok().map(|(_, start)| start.server_properties)
+    }
+
+    fn heard(&self, payload: &[u8]) {
+        if payload.starts_with(&[0, 10, 0, 10]) {
+            self.0.set(payload.to_vec()).ok(); // it is said once
+        }
+    }
+}
+
 /// Connects as lapin does by itself, with the filter in between. lapin goes on by itself when whoever
 /// waits for it gives up, so that ends its socket too.
-pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<Connection> {
+pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<(Connection, Greeting)> {
     let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Filtering(Tokio::current())));
     let frame_max = uri.query.frame_max.map_or(usize::MAX, |max| max as usize);
     let (connected, waiting) = oneshot::channel();
     let waiting = Mutex::new(Some(waiting));
+    let greeting = Greeting::default();
+    let hears = greeting.clone();
     let connect = async move |uri: AMQPUri, _: Runtime<_>| {
         // Taken once: there is no reconnecting.
         let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -54,11 +75,12 @@ pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> l
                 Either::Right(_) => return Err(gone().into()),
             },
         };
-        Ok(AsyncTcpStream::Plain(Filtered { waiting, ..Filtered::new(stream, frame_max) }))
+        let filter = Filter { greeting: hears.clone(), ..Filter::new(frame_max) };
+        Ok(AsyncTcpStream::Plain(Filtered { waiting, filter, ..Filtered::new(stream, frame_max) }))
     };
     let connection = Connection::connector(uri, runtime, connect, properties).await?;
     connected.send(()).ok(); // a stream that is gone already says so by itself
-    Ok(connection)
+    Ok((connection, greeting))
 }
 
 fn gone() -> io::Error {
@@ -170,6 +192,7 @@ struct Filter {
     there: usize,
     /// Bytes to come that need no look: the rest of a body.
     skip: usize,
+    greeting: Greeting,
 }
 
 /// Longer frames are not waited for: lapin refuses them.
@@ -181,7 +204,7 @@ const FRAME_END: usize = 1;
 
 impl Filter {
     fn new(frame_max: usize) -> Self {
-        Self { frame_max, bytes: Vec::new(), given: 0, clean: 0, there: 0, skip: 0 }
+        Self { frame_max, bytes: Vec::new(), given: 0, clean: 0, there: 0, skip: 0, greeting: Greeting::default() }
     }
 
     /// Hands out what has been looked through.
@@ -217,6 +240,7 @@ impl Filter {
                 1 | 2 if frame > MAX_LOOK => self.skip = frame,
                 1 | 2 if rest.len() < frame => return,
                 1 => {
+                    self.greeting.heard(&rest[FRAME_HEADER..FRAME_HEADER + payload]);
                     if let Some(agreed) = method(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]) {
                         self.frame_max = self.frame_max.min(agreed);
                     }

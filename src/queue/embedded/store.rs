@@ -101,7 +101,7 @@ const MIGRATIONS: &[&str] = &[
 const APPLICATION_ID: i32 = 0x686f_6f6b;
 
 const FILE: &str = "hooktrail.db";
-const LOCK: &str = "hooktrail.lock";
+pub(super) const LOCK: &str = "hooktrail.lock";
 const OPENING: &str = "hooktrail.opening";
 
 /// How long one process waits for another's transaction.
@@ -172,6 +172,10 @@ impl Store {
         thread("hooktrail-writer", move || write(&writer, inbox, &commits));
         let (reader, looker) = (read("hooktrail-reader", reader), read("hooktrail-looker", looker));
         Ok(Self(Arc::new(Inner { path, writer: write_jobs, reader, looker, commits: committed, _lock: lock })))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0.path
     }
 
     /// Counts this process's commits.

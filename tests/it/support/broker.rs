@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -11,6 +12,7 @@ use lapin::{
     options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
+use tokio::sync::Mutex;
 
 use super::{eventually, free_port, unique};
 
@@ -20,8 +22,11 @@ pub(crate) struct Broker {
     pub(crate) prefix: String,
     pub(crate) exchange: String,
     subscribers: std::sync::Mutex<Vec<String>>,
-    node: Option<Node>,
+    node: Option<Arc<Node>>,
 }
+
+/// The node with a management plugin that tests share as long as one of them needs it.
+static MANAGED: Mutex<Weak<Node>> = Mutex::const_new(Weak::new());
 
 impl Broker {
     /// The broker that all tests share; each has its own prefix and exchange there.
@@ -34,18 +39,40 @@ impl Broker {
 
     /// A node of this test's own, on free ports.
     pub(crate) async fn private() -> Self {
-        let node = Node::new();
+        let node = Node::new(false);
         node.start().await;
+        Self::at(node.url(), Some(Arc::new(node)))
+    }
+
+    /// As [`private`](Self::private), with the management plugin.
+    pub(crate) async fn private_and_managed() -> Self {
+        let node = Node::new(true);
+        node.start().await;
+        Self::at(node.url(), Some(Arc::new(node)))
+    }
+
+    /// A name of its own on a node with the management plugin that other tests use too.
+    pub(crate) async fn managed() -> Self {
+        let mut shared = MANAGED.lock().await;
+        let node = match shared.upgrade() {
+            Some(node) => node,
+            None => {
+                let node = Arc::new(Node::new(true));
+                node.start().await;
+                *shared = Arc::downgrade(&node);
+                node
+            }
+        };
         Self::at(node.url(), Some(node))
     }
 
-    fn at(url: String, node: Option<Node>) -> Self {
+    fn at(url: String, node: Option<Arc<Node>>) -> Self {
         let name = format!("t-{}", unique());
         Self { url, prefix: name.clone(), exchange: name, subscribers: std::sync::Mutex::default(), node }
     }
 
     pub(crate) fn node(&self) -> &Node {
-        self.node.as_ref().expect("a private node")
+        self.node.as_deref().expect("a private node")
     }
 
     pub(crate) async fn connect(&self) -> Connection {
@@ -194,18 +221,29 @@ pub(crate) struct Node {
     port: u16,
     dist_port: u16,
     epmd_port: u16,
+    management_port: Option<u16>,
     name: String,
 }
 
 impl Node {
-    fn new() -> Self {
+    fn new(managed: bool) -> Self {
         let home = tempfile::tempdir().expect("a directory");
         let write = |name: &str, text: &str| std::fs::write(home.path().join(name), text).expect("writes");
-        write("plugins", "[].\n");
-        write("rabbitmq.conf", "disk_free_limit.absolute = 50MB\nvm_memory_high_watermark.absolute = 2GB\nloopback_users = none\n");
+        let management_port = managed.then(free_port);
+        let listener = management_port.map(|port| format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n"));
+        write("plugins", if managed { "[rabbitmq_management].\n" } else { "[].\n" });
+        let limits = "disk_free_limit.absolute = 50MB\nvm_memory_high_watermark.absolute = 2GB\nloopback_users = none\n";
+        write("rabbitmq.conf", &(limits.to_owned() + &listener.unwrap_or_default()));
         write("advanced.config", "[].\n");
         write("env.conf", "");
-        Self { port: free_port(), dist_port: free_port(), epmd_port: free_port(), name: format!("t{}@localhost", unique()), home }
+        Self {
+            port: free_port(),
+            dist_port: free_port(),
+            epmd_port: free_port(),
+            name: format!("t{}@localhost", unique()),
+            management_port,
+            home,
+        }
     }
 
     pub(crate) fn url(&self) -> String {
@@ -214,6 +252,11 @@ impl Node {
 
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Of the management plugin.
+    pub(crate) fn management_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.management_port.expect("a node with the management plugin"))
     }
 
     fn command(&self, program: &str) -> Command {

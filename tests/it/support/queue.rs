@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use bytes::Bytes;
 use hooktrail::{
     config::EmbeddedConfig,
-    queue::{DeadLetters as _, Finding, MAX_GROUP, NewEvent, Queue as _, embedded::EmbeddedQueue},
+    queue::{DeadLetters as _, MAX_GROUP, NewEvent, Queue as _, embedded::EmbeddedQueue},
 };
 use lapin::BasicProperties;
 
@@ -106,12 +106,8 @@ impl Embedded {
 
     /// What `check --connect` counts under this name.
     pub(crate) async fn count(&self, name: &str) -> u32 {
-        let found = self.open().inspect(&[]).await.unwrap_or_else(|e| panic!("{e}"));
-        let count = |f: &Finding| match f {
-            Finding::Queue { name: n, messages, .. } if n == name => Some(*messages),
-            _ => None,
-        };
-        found.iter().find_map(count).unwrap_or(0)
+        let found = self.open().counts().await.unwrap_or_else(|e| panic!("{e}"));
+        found.iter().find(|(n, _)| n == name).map_or(0, |(_, count)| *count)
     }
 
     pub(crate) async fn wait(&self, what: &str, condition: impl AsyncFnMut() -> bool) {

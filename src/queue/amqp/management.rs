@@ -1,0 +1,228 @@
+//! The HTTP API of RabbitMQ's management plugin: what the broker knows and AMQP does not show. Only ever read.
+
+use std::{error::Error as _, fmt, time::Duration};
+
+use lapin::uri::AMQPUri;
+use reqwest::{Client, StatusCode, Url, redirect, retry};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+
+use crate::{
+    secret::{Secret, SecretUrl},
+    tls::{SystemRoots, TlsPolicy},
+};
+
+/// For one answer, all of it.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The longest answer that is read, in bytes: far more than a page of queues.
+const MAX_ANSWER: usize = 32 << 20;
+
+/// Queues asked for at once; the most that the API allows.
+const PAGE: usize = 500;
+
+const MAX_PAGES: usize = 200;
+
+/// Why something could not be looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Unseen {
+    /// Nobody answers there who is a management plugin.
+    Unreachable(String),
+    /// It answers, but not to this question of this user.
+    Refused(String),
+}
+
+impl fmt::Display for Unseen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Unreachable(why) | Self::Refused(why)) = self;
+        f.write_str(why)
+    }
+}
+
+/// A queue as the API lists it. Figures and policies come with the statistics, some seconds after the queue.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Row {
+    pub(super) name: String,
+    #[serde(default)]
+    pub(super) messages: u64,
+    #[serde(default)]
+    pub(super) policy: Option<String>,
+    #[serde(default)]
+    pub(super) operator_policy: Option<String>,
+    /// Of both policies; `None` as long as there are no statistics.
+    #[serde(default, rename = "effective_policy_definition")]
+    pub(super) definition: Option<Definition>,
+    #[serde(default)]
+    pub(super) arguments: Definition,
+    /// The nodes with a replica of a quorum queue, and those of them that work.
+    #[serde(default)]
+    pub(super) members: Vec<String>,
+    #[serde(default)]
+    pub(super) online: Vec<String>,
+}
+
+/// Keys and values; an empty one is a list in some versions.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(from = "Value")]
+pub(super) struct Definition(pub(super) Map<String, Value>);
+
+impl From<Value> for Definition {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::Object(map) => Self(map),
+            _ => Self::default(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Binding {
+    pub(super) source: String,
+    pub(super) routing_key: String,
+}
+
+/// A resource that some node has too little of.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Alarm {
+    pub(super) node: String,
+    /// `memory`, `disk` or `file_descriptor_limit`.
+    pub(super) resource: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Flag {
+    pub(super) name: String,
+    pub(super) state: String,
+}
+
+/// The API of one broker, about one vhost.
+#[derive(Debug)]
+pub(super) struct Management {
+    client: Client,
+    base: Url,
+    /// Unless the URL has its own.
+    user: Option<(String, Secret)>,
+    vhost: String,
+}
+
+impl Management {
+    /// User, password and vhost are those of the AMQP URL unless this one has its own user.
+    pub(super) fn try_new(url: &SecretUrl, amqp: &AMQPUri) -> Result<Self, Unseen> {
+        let unusable = |why: String| Unseen::Unreachable(why);
+        let base = url.expose().clone();
+        let mut client = Client::builder()
+            .no_proxy()
+            .redirect(redirect::Policy::none())
+            .retry(retry::never())
+            .timeout(TIMEOUT)
+            .connect_timeout(TIMEOUT / 3);
+        if base.scheme() == "https" {
+            let tls = SystemRoots::load().and_then(|roots| TlsPolicy::default().client_config(&roots));
+            client = client.tls_backend_preconfigured(tls.map_err(unusable)?);
+        }
+        let client = client.build().map_err(|e| unusable(e.without_url().to_string()))?;
+        let userinfo = &amqp.authority.userinfo;
+        let user = base.username().is_empty().then(|| (userinfo.username.clone(), Secret::new(userinfo.password.clone())));
+        Ok(Self { client, base, user, vhost: amqp.vhost.clone() })
+    }
+
+    /// All queues below a prefix.
+    pub(super) async fn queues(&self, prefix: &str) -> Result<Vec<Row>, Unseen> {
+        #[derive(Deserialize)]
+        struct Page {
+            items: Vec<Row>,
+            page_count: usize,
+        }
+        let name = format!(r"^{}\.", prefix.replace('.', r"\."));
+        let columns = "name,messages,policy,operator_policy,effective_policy_definition,arguments,members,online";
+        let mut rows = Vec::new();
+        for page in 1..=MAX_PAGES {
+            let (number, size) = (page.to_string(), PAGE.to_string());
+            let query = [("page", &*number), ("page_size", &*size), ("name", &*name), ("use_regex", "true"), ("columns", columns)];
+            let Page { items, page_count } = self.get(&["queues", &self.vhost], &query).await?;
+            rows.extend(items);
+            if page >= page_count {
+                break;
+            }
+        }
+        Ok(rows)
+    }
+
+    /// What a queue is bound with, the default exchange left out.
+    pub(super) async fn bindings(&self, queue: &str) -> Result<Vec<Binding>, Unseen> {
+        let mut found: Vec<Binding> = self.get(&["queues", &self.vhost, queue, "bindings"], &[("columns", "source,routing_key")]).await?;
+        found.retain(|b| !b.source.is_empty());
+        Ok(found)
+    }
+
+    pub(super) async fn alarms(&self) -> Result<Vec<Alarm>, Unseen> {
+        #[derive(Deserialize)]
+        struct Health {
+            #[serde(default)]
+            alarms: Vec<Alarm>,
+        }
+        let health: Health = self.get(&["health", "checks", "alarms"], &[]).await?;
+        Ok(health.alarms)
+    }
+
+    /// For an administrator alone.
+    pub(super) async fn feature_flags(&self) -> Result<Vec<Flag>, Unseen> {
+        self.get(&["feature-flags"], &[]).await
+    }
+
+    /// The names of all nodes of the cluster; for whoever may monitor it.
+    pub(super) async fn nodes(&self) -> Result<Vec<String>, Unseen> {
+        #[derive(Deserialize)]
+        struct Node {
+            name: String,
+        }
+        let nodes: Vec<Node> = self.get(&["nodes"], &[("columns", "name")]).await?;
+        Ok(nodes.into_iter().map(|n| n.name).collect())
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &[&str], query: &[(&str, &str)]) -> Result<T, Unseen> {
+        let mut url = self.base.clone();
+        match url.path_segments_mut() {
+            Ok(mut segments) => drop(segments.pop_if_empty().push("api").extend(path)),
+            Err(()) => return Err(Unseen::Unreachable("[queue] management_url cannot have a path".to_owned())),
+        }
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        let mut request = self.client.get(url);
+        if let Some((user, password)) = &self.user {
+            request = request.basic_auth(user, Some(password.expose()));
+        }
+        let unreachable = |e: reqwest::Error| Unseen::Unreachable(cause(&e.without_url()));
+        let mut response = request.send().await.map_err(unreachable)?;
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
+            body.extend_from_slice(&chunk);
+            if body.len() > MAX_ANSWER {
+                return Err(Unseen::Refused(format!("its answer is longer than {} MiB", MAX_ANSWER >> 20)));
+            }
+        }
+        let status = response.status();
+        // A health check that fails says so by its status, and why in its body.
+        if status.is_success() || status == StatusCode::SERVICE_UNAVAILABLE {
+            return serde_json::from_slice(&body)
+                .map_err(|_| Unseen::Unreachable(format!("what answered ({status}) is not RabbitMQ's management plugin")));
+        }
+        let reason = serde_json::from_slice::<Value>(&body).ok().and_then(|v| Some(v.get("reason")?.as_str()?.to_owned()));
+        match reason {
+            Some(reason) => Err(Unseen::Refused(format!("it answered {status}: {reason}"))),
+            None => Err(Unseen::Unreachable(format!("what answered ({status}) is not RabbitMQ's management plugin"))),
+        }
+    }
+}
+
+/// The innermost cause says it best.
+fn cause(e: &reqwest::Error) -> String {
+    let mut cause = e.source();
+    let mut text = e.to_string();
+    while let Some(c) = cause {
+        text = c.to_string();
+        cause = c.source();
+    }
+    text
+}

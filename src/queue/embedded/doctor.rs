@@ -1,0 +1,229 @@
+//! A look at the embedded queue's files for what can lose or hold up events. Changes nothing.
+
+use std::{
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use rusqlite::{Connection, ErrorCode, InterruptHandle, OpenFlags};
+
+use super::{EmbeddedQueue, store};
+use crate::{
+    config::Subscriber,
+    finding::{Finding, shell_word, summarized},
+};
+
+/// For reading the whole database: a large one is not read to its end.
+const CHECK: Duration = Duration::from_secs(5);
+
+/// Mistakes of the database that are told.
+const MISTAKES: u32 = 3;
+
+/// Less room than that is told of, in bytes; and less than the database itself takes.
+const LITTLE: u64 = 1 << 30;
+
+/// With less the next burst of events finds no room, in bytes.
+const TOO_LITTLE: u64 = 64 << 20;
+
+pub(super) async fn inspect(queue: &EmbeddedQueue, subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    match queue.counts().await {
+        Ok(counts) => {
+            for (what, n) in &counts {
+                findings.push(Finding::ok(what, n.to_string()));
+            }
+            findings.extend(not_configured(&counts, subscribers));
+        }
+        Err(e) => {
+            findings.push(Finding::harmful("database", e.to_string()).risking("its events cannot be read, so they are not delivered"))
+        }
+    }
+    let file = queue.store().path().to_owned();
+    let dir = file.parent().unwrap_or(Path::new(".")).to_owned();
+    findings.push(holder(&dir));
+    findings.extend(room(&dir, &file));
+    findings.extend(file_system(&dir));
+    findings.push(privacy(&dir, &file));
+    findings.push(integrity(&file).await);
+    summarized(findings)
+}
+
+fn not_configured(counts: &[(String, u32)], subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let gone = |what: &&(String, u32)| what.1 > 0 && subscribers.iter().all(|s| what.0.split(':').next() != Some(s.name.as_str()));
+    let finding = |(what, n): &(String, u32)| {
+        let (name, what) = what.split_once(": ").unwrap_or((what, ""));
+        Finding::warning(format!("subscriber `{name}`"), format!("is not configured, and the queue holds {n} {what} for it"))
+            .risking("nobody delivers them, and they take room")
+            .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
+    };
+    // Whoever looks without subscribers does not ask about them.
+    if subscribers.is_empty() { Vec::new() } else { counts.iter().filter(gone).map(finding).collect() }
+}
+
+fn unseen(what: &str, why: impl std::fmt::Display, look: impl Into<String>) -> Finding {
+    Finding::unseen(what, why, look)
+}
+
+/// Which process has the daemon's lock. Looked up, not tried: a daemon that starts at this moment would not get it.
+fn holder(dir: &Path) -> Finding {
+    let about = "data_dir";
+    let look = format!("fuser {}", shell_word(&dir.join(store::LOCK).display().to_string()));
+    let Ok(lock) = std::fs::metadata(dir.join(store::LOCK)) else { return Finding::ok(about, "no daemon has run with it yet") };
+    match std::fs::read_to_string("/proc/locks") {
+        Ok(locks) => match lock_holder(&locks, lock.ino()) {
+            Some(pid) => Finding::ok(about, format!("a daemon works with it: process {pid}")),
+            None => Finding::ok(about, "no daemon is seen that works with it"),
+        },
+        Err(e) => unseen("whether a daemon works with data_dir", format!("/proc/locks: {e}"), look),
+    }
+}
+
+/// From lines such as `1: FLOCK  ADVISORY  WRITE 4711 08:01:131 0 EOF`. The device is not compared: some file systems
+/// show another one there than elsewhere.
+fn lock_holder(locks: &str, inode: u64) -> Option<u32> {
+    locks.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let &[_, "FLOCK", _, "WRITE", pid, place, ..] = &fields[..] else { return None };
+        (place.rsplit(':').next()?.parse() == Ok(inode)).then(|| pid.parse().ok())?
+    })
+}
+
+fn room(dir: &Path, file: &Path) -> Option<Finding> {
+    let about = "disk";
+    let look = format!("df -h {}", shell_word(&dir.display().to_string()));
+    let free = match rustix::fs::statvfs(dir) {
+        Ok(fs) => fs.f_bavail.saturating_mul(fs.f_frsize),
+        Err(e) => return Some(unseen("free space", e, look)),
+    };
+    let size = |suffix: &str| {
+        let mut name = file.as_os_str().to_owned();
+        name.push(suffix);
+        std::fs::metadata(name).map_or(0, |m| m.len())
+    };
+    Some(judge_room(about, free, size("") + size("-wal"), look))
+}
+
+fn judge_room(about: &str, free: u64, used: u64, look: String) -> Finding {
+    let show = |n: u64| ByteSize(n).display().iec().to_string();
+    let found = format!("{} are free where the database is, which takes {}", show(free), show(used));
+    let risk = "on a full disk new events are refused, and neither retries nor dead letters can be written; what is stored stays";
+    if free < TOO_LITTLE {
+        Finding::harmful(about, found).risking(risk).mended(format!("make room: {look}"))
+    } else if free < LITTLE.max(used) {
+        Finding::warning(about, found).risking(risk).mended(format!("make room, or shorten [queue] retention: {look}"))
+    } else {
+        Finding::ok(about, found)
+    }
+}
+
+/// SQLite's write-ahead log needs memory that is shared on one machine, and locks that hold.
+fn file_system(dir: &Path) -> Option<Finding> {
+    let about = "file system";
+    // Of linux/magic.h and of the file systems' own sources.
+    let kinds: [(u64, &str, bool); 7] = [
+        (0x6969, "NFS", true),
+        (0x517b, "SMB", true),
+        (0xff53_4d42, "CIFS", true),
+        (0xfe53_4d42, "SMB", true),
+        (0x00c3_6400, "Ceph", false),
+        (0x0bd0_0bd0, "Lustre", false),
+        (0x6573_5546, "FUSE", false),
+    ];
+    let kind = match rustix::fs::statfs(dir) {
+        // The type's width differs among architectures; the numbers have 32 bits.
+        Ok(fs) => u64::try_from(fs.f_type & 0xffff_ffff).unwrap_or_default(),
+        Err(e) => return Some(unseen(about, e, format!("df -T {}", shell_word(&dir.display().to_string())))),
+    };
+    let (_, name, known_bad) = kinds.iter().find(|(magic, ..)| *magic == kind)?;
+    let found = format!("data_dir is on {name}");
+    let finding = if *known_bad { Finding::harmful(about, found) } else { Finding::warning(about, found) };
+    Some(
+        finding
+            .risking("SQLite's write-ahead log and its locks are for one machine's own disk: the database can be damaged")
+            .mended("stop hooktrail, move [queue] data_dir to a local disk, or use a RabbitMQ"),
+    )
+}
+
+fn privacy(dir: &Path, file: &Path) -> Finding {
+    let mode = |path: &Path| std::fs::metadata(path).map(|m| m.permissions().mode());
+    match (mode(dir), mode(file)) {
+        (Ok(d), Ok(f)) if d & 0o001 != 0 && f & 0o004 != 0 => {
+            Finding::warning("data_dir", format!("everybody on this machine can read `{}`", file.display()))
+                .risking("events and dead letters are read by whom they are not for")
+                .mended(format!("chmod 700 {}", shell_word(&dir.display().to_string())))
+        }
+        (Ok(_), Ok(_)) => Finding::ok("data_dir", "others cannot read it"),
+        (Err(e), _) | (_, Err(e)) => unseen("permissions of data_dir", e, format!("ls -ld {}", shell_word(&dir.display().to_string()))),
+    }
+}
+
+/// Ends a check that nobody waits for any more.
+struct Interrupt(InterruptHandle);
+
+impl Drop for Interrupt {
+    fn drop(&mut self) {
+        self.0.interrupt();
+    }
+}
+
+/// On a connection of its own, so that nobody waits behind it.
+async fn integrity(file: &Path) -> Finding {
+    let about = "database";
+    let by_hand = format!("when no daemon runs: sqlite3 {} 'PRAGMA quick_check'", shell_word(&file.display().to_string()));
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = match Connection::open_with_flags(file, flags) {
+        Ok(db) => db,
+        Err(e) => return damaged(about, &e.to_string(), file),
+    };
+    let interrupt = Interrupt(db.get_interrupt_handle());
+    let check = tokio::task::spawn_blocking(move || {
+        let mut query = db.prepare(&format!("PRAGMA quick_check({MISTAKES})"))?;
+        let rows = query.query_map([], |r| r.get(0))?;
+        rows.collect::<rusqlite::Result<Vec<String>>>()
+    });
+    let checked = tokio::time::timeout(CHECK, check).await;
+    drop(interrupt);
+    match checked {
+        Ok(Ok(Ok(rows))) if rows == ["ok"] => Finding::ok(about, "its pages are sound (quick_check)"),
+        Ok(Ok(Ok(rows))) => damaged(about, &rows.join("; "), file),
+        Ok(Ok(Err(e))) if e.sqlite_error_code() == Some(ErrorCode::DatabaseCorrupt) => damaged(about, &e.to_string(), file),
+        Ok(Ok(Err(e))) => unseen("database's integrity", e, by_hand),
+        Ok(Err(e)) => unseen("database's integrity", e, by_hand),
+        Err(_) => unseen("database's integrity", format!("checking all of it takes longer than {} s", CHECK.as_secs()), by_hand),
+    }
+}
+
+fn damaged(about: &str, why: &str, file: &Path) -> Finding {
+    Finding::harmful(about, format!("its pages are damaged: {why}"))
+        .risking("events in the damaged part cannot be delivered")
+        .mended(format!("stop hooktrail, keep a copy, and recover it: sqlite3 {} .recover", shell_word(&file.display().to_string())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finding::Severity;
+
+    #[test]
+    fn the_holder_of_a_lock_is_found_by_the_files_number() {
+        let locks = "1: POSIX  ADVISORY  WRITE 7 fe:01:131 0 EOF\n2: FLOCK  ADVISORY  READ 8 fe:01:131 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 4711 fe:01:131 0 EOF\n4: FLOCK  ADVISORY  WRITE 5 fe:01:1310 0 EOF\n";
+        assert_eq!((lock_holder(locks, 131), lock_holder(locks, 1310), lock_holder(locks, 31)), (Some(4711), Some(5), None));
+    }
+
+    #[test]
+    fn room_is_judged_by_what_is_free_and_what_the_database_takes() {
+        let judge = |free, used| judge_room("disk", free, used, String::new()).severity;
+        for (free, used, severity) in [
+            (10 << 30, 1 << 20, Severity::Ok),
+            (2 << 30, 3 << 30, Severity::Warning),
+            (512 << 20, 1 << 20, Severity::Warning),
+            (10 << 20, 1 << 20, Severity::Harmful),
+        ] {
+            assert_eq!(judge(free, used), severity, "{free} bytes free, {used} used");
+        }
+    }
+}

@@ -1,0 +1,456 @@
+//! `check --connect` as a doctor: what it finds, what it says can go wrong, and the command that mends it.
+
+use std::process::Command;
+
+use lapin::{
+    options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use serde_json::Value;
+
+use crate::support::{
+    broker::Broker,
+    daemon::{QUICK, SECRET, Setup, subscriber},
+    eventually, free_port,
+    queue::{Embedded, Section},
+    receiver::{Receiver, event},
+    run,
+    tls::{Authority, TlsReceiver},
+};
+
+/// What a look found.
+struct Look {
+    code: Option<i32>,
+    findings: Vec<Value>,
+}
+
+impl Look {
+    fn at(setup: &Setup) -> Self {
+        let output = setup.run(&["check", "--connect", "--json"]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!text.contains(SECRET) && !text.contains("guest:"), "{text}");
+        let findings = text.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{l}: {e}"))).collect();
+        Self { code: output.status.code(), findings }
+    }
+
+    /// The finding of this severity that says this of that, `""` being anything.
+    fn find(&self, severity: &str, about: &str, found: &str) -> Option<&Value> {
+        let names = |f: &Value| f["about"].as_array().is_some_and(|all| all.iter().any(|a| a.as_str().is_some_and(|a| a.contains(about))));
+        self.findings.iter().find(|f| f["severity"] == severity && names(f) && f["found"].as_str().is_some_and(|f| f.contains(found)))
+    }
+
+    fn expect(&self, severity: &str, about: &str, found: &str) -> &Value {
+        self.find(severity, about, found).unwrap_or_else(|| panic!("no {severity} of `{about}`: `{found}`, but {:#?}", self.findings))
+    }
+
+    fn none(&self, severity: &str) {
+        assert!(self.find(severity, "", "").is_none(), "{:#?}", self.findings);
+    }
+}
+
+fn text(finding: &Value, key: &str) -> String {
+    finding[key].as_str().unwrap_or_else(|| panic!("no {key}: {finding}")).to_owned()
+}
+
+/// With the management API of the test's node.
+fn managed(broker: &Broker, rest: &str) -> Setup {
+    Setup::new(broker, &format!("management_url = \"{}\"\n{rest}", broker.node().management_url()))
+}
+
+/// Runs a remedy's first command on the test's node, split into words as a shell does.
+fn obey(broker: &Broker, remedy: &str) {
+    let command = remedy.split(';').next().expect("a command").strip_prefix("rabbitmqctl ").expect("one of rabbitmqctl");
+    let split = Command::new("sh").args(["-c", &format!("printf '%s\\n' {command}")]).output().expect("a shell");
+    let words = String::from_utf8(split.stdout).expect("text");
+    broker.node().ctl(&words.lines().collect::<Vec<_>>());
+}
+
+fn queue(broker: &Broker, rest: &str) -> ShortString {
+    format!("{}.{rest}", broker.prefix).as_str().into()
+}
+
+#[test]
+fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() {
+    run(async {
+        let broker = Broker::managed().await;
+        let receiver = Receiver::accepting().await;
+        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"a.*\", \"b.#\"]")));
+        let before = Look::at(&setup);
+        assert_eq!(before.code, Some(0));
+        assert!(text(before.expect("note", "queues", "not there yet, `run` declares them"), "found").contains("sub.a.retry"));
+        assert_eq!(broker.depth("sub.a").await, None, "a look declares nothing");
+
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        eventually("the record is there", async || broker.depth("state").await.is_some()).await;
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+        look.none("harmful");
+        look.none("warning");
+        for (about, found) in [
+            ("broker", "RabbitMQ "),
+            ("broker", "takes messages"),
+            ("user `guest`", "may do what hooktrail does"),
+            ("sub.a", "0 messages, 1 consumers"),
+            ("queues", "23 have the arguments"),
+            ("policies", "looked at on 24 queues"),
+            ("bindings", "those of 1 subscribers are as configured"),
+            ("at-least-once dead-lettering", "its feature flag is on"),
+            ("endpoint of `a`", "takes connections, without TLS"),
+        ] {
+            look.expect("ok", about, found);
+        }
+        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 100ms (`a`)");
+        assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));
+        let told = setup.ok(&["check", "--connect"]);
+        assert!(told.contains("# ok: broker: RabbitMQ ") && told.contains("# Nothing harmful was found."), "{told}");
+        assert_eq!(receiver.requests().len(), 1, "a look sends no request");
+        assert!(!daemon.log().contains("a look at the queue found"), "{}", daemon.log());
+        assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
+fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon() {
+    run(async {
+        let broker = Broker::managed().await;
+        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let node = broker.node();
+        let (limits, ttl) = (format!("limits of {}", broker.prefix), format!("ttl-{}", broker.prefix));
+        let pattern = format!("^{}\\.sub\\.", broker.prefix);
+        let policy = r#"{"max-length":10,"overflow":"drop-head","delivery-limit":5}"#;
+        node.ctl(&["set_policy", "--apply-to", "queues", &limits, &pattern, policy]);
+        node.ctl(&["set_operator_policy", "--apply-to", "queues", &ttl, &format!("{pattern}a.dead$"), r#"{"expires":86400000}"#]);
+        let daemon = setup.start().await;
+        daemon.wait_log("sets max-length = 10").await;
+        let log = daemon.log();
+        let line = log.lines().find(|l| l.contains("sets max-length = 10")).expect("just seen");
+        assert!(line.contains("WARN") && line.contains("clear_policy") && line.contains("severity=\"harmful\""), "{line}");
+
+        let mut look = Look::at(&setup);
+        eventually("the broker's statistics are there", async || {
+            look = Look::at(&setup);
+            look.find("harmful", "sub.a.dead", "sets expires").is_some() && look.find("harmful", "sub.a", "sets max-length").is_some()
+        })
+        .await;
+        assert_eq!(look.code, Some(1));
+        let full = look.expect("harmful", "sub.a`", "sets max-length = 10");
+        assert!(text(full, "found").contains(&limits) && text(full, "risk").contains("refuses events"), "{full}");
+        look.expect("harmful", "sub.a.retry`", "sets max-length = 10");
+        look.expect("harmful", "sub.a`", "sets delivery-limit = 5");
+        let dead = look.expect("harmful", "sub.a.dead`", "sets delivery-limit = 5");
+        assert!(text(dead, "risk").contains("a dead letter that was looked at so often is dropped"), "{dead}");
+        let both = text(look.expect("harmful", "sub.a.dead`", "sets expires"), "remedy");
+        assert!(both.contains("clear_operator_policy"), "{both}");
+
+        let alone = setup.run(&["check", "--connect"]);
+        let told = String::from_utf8_lossy(&alone.stderr).into_owned();
+        assert!(told.contains("sets max-length = 10\n  risk: ") && told.contains("\n  mend: rabbitmqctl clear_policy"), "{told}");
+        obey(&broker, &text(full, "remedy"));
+        node.ctl(&["clear_operator_policy", &ttl]);
+        eventually("they are gone", async || Look::at(&setup).code == Some(0)).await;
+        drop(daemon);
+    });
+}
+
+#[test]
+fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let (connection, channel) = broker.channel().await;
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(queue(&broker, "sub.a"), durable, FieldTable::default()).await.expect("declares");
+        // As it should be, but for its dead-lettering.
+        let mut quorum = FieldTable::default();
+        quorum.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        quorum.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000_000));
+        channel.queue_declare(queue(&broker, "sub.a.retry"), durable, quorum).await.expect("declares");
+        connection.close(200, "done".into()).await.expect("closes");
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        let classic = look.expect("harmful", "sub.a`", "where hooktrail needs");
+        assert!(text(classic, "risk").contains("lose events") && text(classic, "remedy").contains("delete_queue"), "{classic}");
+        look.expect("harmful", "sub.a.retry`", "where hooktrail needs");
+    });
+}
+
+#[test]
+fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindings_are_told() {
+    run(async {
+        let broker = Broker::managed().await;
+        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "events = [\"a.*\", \"b.#\"]")));
+        let daemon = setup.start().await;
+        eventually("the record is there", async || broker.depth("state").await.is_some()).await;
+        assert!(daemon.stop().await.success());
+        let (connection, channel) = broker.channel().await;
+        let exchange: ShortString = broker.exchange.as_str().into();
+        channel.queue_unbind(queue(&broker, "sub.a"), exchange.clone(), "b.#".into(), FieldTable::default()).await.expect("unbinds");
+        channel
+            .queue_bind(queue(&broker, "sub.a"), exchange, "surplus.*".into(), QueueBindOptions::default(), FieldTable::default())
+            .await
+            .expect("binds");
+        channel.queue_delete(queue(&broker, "sub.a.dead"), QueueDeleteOptions::default()).await.expect("deletes");
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        let unbound = look.expect("harmful", "sub.a`", "is not bound to exchange");
+        assert!(text(unbound, "found").contains("`b.#`") && text(unbound, "remedy") == "hooktrail repair a", "{unbound}");
+        look.expect("warning", "sub.a`", "with `surplus.*` too, which is not configured");
+        look.expect("warning", "sub.a.dead`", "is missing");
+        setup.ok(&["repair", "a"]);
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+
+        // Without the queue itself all that is published passes the subscriber by.
+        channel.queue_delete(queue(&broker, "sub.a"), QueueDeleteOptions::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        assert!(text(look.expect("harmful", "sub.a`", "is missing"), "risk").contains("pass `a` by"));
+    });
+}
+
+#[test]
+fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_them() {
+    run(async {
+        let broker = Broker::managed().await;
+        let (node, user) = (broker.node(), format!("u-{}", broker.prefix));
+        node.ctl(&["add_user", &user, "hunter2"]);
+        node.ctl(&["set_permissions", &user, "^$", "^$", "^$"]);
+        let url = broker.url.replace("guest:guest", &format!("{user}:hunter2"));
+        let section = broker.section(&["a"]).replace(&broker.url, &url);
+        let management = format!("management_url = \"{}\"\n", node.management_url());
+        let setup = Setup::with_text(&(section + &management + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        let forbidden =
+            look.expect("harmful", &user, "may not configure its queues, read its queues, write to its queues, write to exchange");
+        look.expect("harmful", &user, "write to exchange `amq.default`");
+        // The API is there, but not for this user: what it would have shown is named, and AMQP's part is not held up.
+        look.expect("warning", "policies", "Not management user");
+        look.expect("ok", "broker", "RabbitMQ ");
+        obey(&broker, &text(forbidden, "remedy"));
+        node.ctl(&["set_user_tags", &user, "management"]);
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+        look.expect("ok", &user, "may do what hooktrail does");
+        look.expect("note", "at-least-once dead-lettering", "not looked at");
+        // And the daemon can do with these permissions all that it has to.
+        let daemon = setup.start().await;
+        broker.wait_depth("sub.a", 0).await;
+        eventually("all is there", async || broker.depth("state").await.is_some() && broker.depth("delay.18").await.is_some()).await;
+        look_is_sound(&setup).await;
+        assert!(daemon.stop().await.success());
+    });
+}
+
+async fn look_is_sound(setup: &Setup) {
+    eventually("a look finds nothing harmful", async || Look::at(setup).code == Some(0)).await;
+}
+
+#[test]
+fn an_alarm_that_blocks_publishing_is_harmful_until_it_ends() {
+    run(async {
+        let broker = Broker::private_and_managed().await;
+        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        // Without the API it is seen all the same.
+        let by_amqp = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        broker.node().ctl(&["set_vm_memory_high_watermark", "0"]);
+        let mut look = Look::at(&setup);
+        eventually("the alarm is raised", async || {
+            look = Look::at(&setup);
+            look.code == Some(1)
+        })
+        .await;
+        look.expect("harmful", "broker", "blocks publishing");
+        look.expect("harmful", "broker", "too little memory on node");
+        let look = Look::at(&by_amqp);
+        assert_eq!(look.code, Some(1));
+        look.expect("harmful", "broker", "blocks publishing");
+        look.expect("note", "policies, bindings", "[queue] management_url is not set");
+        broker.node().ctl(&["set_vm_memory_high_watermark", "absolute", "2GB"]);
+        look_is_sound(&setup).await;
+    });
+}
+
+#[test]
+fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_they_hold() {
+    run(async {
+        let broker = Broker::managed().await;
+        let away = "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }";
+        let both = subscriber("a", "http://127.0.0.1:9/", away) + &subscriber("gone", "http://127.0.0.1:9/", away);
+        let before = managed(&broker, &(QUICK.to_owned() + &both));
+        let daemon = before.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        daemon.wait_log("circuit open").await;
+        broker.publish("a.b", [event(1), event(2)]).await;
+        broker.wait_depth("sub.gone", 2).await;
+        assert!(daemon.stop().await.success());
+        let fewer = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let mut look = Look::at(&fewer);
+        eventually("the broker has counted them", async || {
+            look = Look::at(&fewer);
+            look.find("warning", "subscriber `gone`", "hold 2 events").is_some()
+        })
+        .await;
+        assert!(text(look.expect("warning", "subscriber `gone`", ""), "remedy").contains("hooktrail prune"));
+        assert_eq!(look.code, Some(0), "they are not lost: {:#?}", look.findings);
+        // Without the API the daemons' record tells of them.
+        let by_amqp = Look::at(&Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", ""))));
+        by_amqp.expect("warning", "subscriber `gone`", "hold 2 events");
+    });
+}
+
+#[test]
+fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
+    run(async {
+        let broker = Broker::shared();
+        let rest = format!("{QUICK}{}", subscriber("a", "http://127.0.0.1:9/", ""));
+        let at = |url: &str| Setup::new(&broker, &format!("management_url = \"{url}\"\n{rest}"));
+        let nobody = format!("http://u:hunter2@127.0.0.1:{}", free_port());
+        let stranger = Receiver::accepting().await;
+        for url in [nobody, stranger.url.clone()] {
+            let look = Look::at(&at(&url));
+            let unseen = look.expect("warning", "policies, bindings", "management_url http://127.0.0.1:");
+            assert!(!unseen.to_string().contains("hunter2"), "{unseen}");
+            assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+            look.expect("ok", "broker", "RabbitMQ ");
+            look.expect("note", "queues", "not there yet");
+        }
+    });
+}
+
+#[test]
+fn a_broker_that_cannot_be_reached_is_harmful_and_the_endpoints_are_looked_at_all_the_same() {
+    run(async {
+        let receiver = Receiver::accepting().await;
+        let text = format!("[queue]\nurl = \"amqp://guest:hunter2@127.0.0.1:{}\"\n{QUICK}", free_port());
+        let setup = Setup::with_text(&(text + &subscriber("a", &receiver.url, "")));
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        let away = look.expect("harmful", "queue", "cannot connect to the broker");
+        assert!(!away.to_string().contains("hunter2"), "{away}");
+        look.expect("ok", "endpoint of `a`", "takes connections");
+    });
+}
+
+/// A receiver that presents a certificate that is good from a day on and until another.
+async fn valid(authority: &Authority, from: (i32, u8, u8), until: (i32, u8, u8)) -> TlsReceiver {
+    let certificate = authority.sign_with("127.0.0.1", |params| {
+        params.not_before = rcgen::date_time_ymd(from.0, from.1, from.2);
+        params.not_after = rcgen::date_time_ymd(until.0, until.1, until.2);
+    });
+    TlsReceiver::start(authority.server(&certificate, false), &["http/1.1"]).await
+}
+
+#[test]
+fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
+    run(async {
+        let queue = Embedded::new();
+        let authority = Authority::new();
+        let good = valid(&authority, (2020, 1, 1), (4000, 1, 1)).await;
+        let expired = valid(&authority, (2020, 1, 1), (2021, 2, 3)).await;
+        let other = authority.sign("other.example");
+        let other = TlsReceiver::start(authority.server(&other, false), &["http/1.1"]).await;
+        let plain = Receiver::accepting().await;
+        let ours = "tls = { ca_file = \"ca.pem\" }";
+        let https = |port: u16| format!("https://127.0.0.1:{port}/hook");
+        let nobody = free_port();
+        let rest = [
+            subscriber("good", &https(good.port), ours),
+            subscriber("expired", &https(expired.port), ours),
+            subscriber("untrusted", &https(good.port), ""),
+            subscriber("other-name", &https(other.port), ours),
+            subscriber("no-tls", &plain.url.replace("http://", "https://"), ours),
+            subscriber("blocked", &format!("https://localhost:{}/", good.port), "http = { allow_private_addresses = false }"),
+            subscriber("unknown", "https://nobody.invalid/hook", ""),
+            subscriber("away", &https(nobody), ours),
+        ];
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &rest.concat()));
+        setup.write("ca.pem", &authority.pem);
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        look.expect("ok", "endpoint of `good`", "its certificate is good for more than 30 days");
+        look.expect("harmful", "endpoint of `expired`", "has expired, at 2021-02-03T00:00:00Z");
+        let untrusted = look.expect("harmful", "endpoint of `untrusted`", "is not trusted");
+        assert!(text(untrusted, "remedy").contains("tls.ca_file"), "{untrusted}");
+        look.expect("harmful", "endpoint of `other-name`", "is for another name");
+        look.expect("harmful", "endpoint of `no-tls`", "the TLS handshake failed");
+        let blocked = look.expect("harmful", "endpoint of `blocked`", "which is not a public address (loopback)");
+        assert!(text(blocked, "remedy").contains("http.allow_addresses"), "{blocked}");
+        look.expect("harmful", "endpoint of `unknown`", "the name `nobody.invalid` is not resolved");
+        look.expect("warning", "endpoint of `away`", "takes no connection");
+        assert!(good.requests().is_empty() && plain.requests().is_empty(), "no request was sent");
+    });
+}
+
+#[test]
+fn a_certificate_that_expires_soon_is_a_warning() {
+    run(async {
+        let authority = Authority::new();
+        // A day that is 10 days off, whatever today is.
+        let in_days = |days: u64| {
+            let at = std::time::SystemTime::now() + std::time::Duration::from_secs(days * 24 * 3600);
+            let text = humantime::format_rfc3339_seconds(at).to_string();
+            let part = |range: std::ops::Range<usize>| text[range].parse::<i32>().expect("a number");
+            (part(0..4), u8::try_from(part(5..7)).expect("a month"), u8::try_from(part(8..10)).expect("a day"))
+        };
+        let soon = valid(&authority, (2020, 1, 1), in_days(11)).await;
+        let setup = Setup::new(
+            &Embedded::new(),
+            &(QUICK.to_owned() + &subscriber("a", &format!("https://127.0.0.1:{}/", soon.port), "tls = { ca_file = \"ca.pem\" }")),
+        );
+        setup.write("ca.pem", &authority.pem);
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+        look.expect("warning", "endpoint of `a`", "expires in 10 days");
+    });
+}
+
+#[test]
+fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
+    run(async {
+        let queue = Embedded::new();
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "paused = true")));
+        let before = Look::at(&setup);
+        assert_eq!(before.code, Some(0));
+        before.expect("note", "data_dir", "`run` makes it");
+        assert!(!queue.data_dir().exists(), "a look makes nothing");
+
+        let daemon = setup.start().await;
+        let large = format!(r#"{{"event":"a.b","pad":"{}"}}"#, "x".repeat(3000));
+        queue.publish("a.b", None, (0..200).map(|_| large.clone().into())).await;
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+        look.none("harmful");
+        look.expect("ok", "a: events to deliver", "200");
+        look.expect("ok", "data_dir", &format!("a daemon works with it: process {}", daemon.pid()));
+        look.expect("ok", "data_dir", "others cannot read it");
+        look.expect("ok", "database", "its pages are sound");
+        assert!(daemon.stop().await.success());
+        Look::at(&setup).expect("ok", "data_dir", "no daemon is seen");
+
+        open_to_all(&queue);
+        let look = Look::at(&setup);
+        assert!(text(look.expect("warning", "data_dir", "everybody on this machine can read"), "remedy").starts_with("chmod 700"));
+        // What a failing disk does to the pages in the middle, once they are in the file.
+        let db = rusqlite::Connection::open(queue.file()).expect("opens");
+        db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("writes them there");
+        db.close().expect("closes");
+        let mut bytes = std::fs::read(queue.file()).expect("the database");
+        let middle = bytes.len() / 2;
+        bytes[middle..middle + 8192].fill(0xff);
+        std::fs::write(queue.file(), bytes).expect("writes");
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1), "{:#?}", look.findings);
+        assert!(text(look.expect("harmful", "database", "its pages are damaged"), "remedy").contains(".recover"));
+    });
+}
+
+fn open_to_all(queue: &Embedded) {
+    use std::os::unix::fs::PermissionsExt as _;
+    for (path, mode) in [(queue.data_dir(), 0o755), (queue.file(), 0o644)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("changes");
+    }
+}
