@@ -653,7 +653,7 @@ enum Probe {
     Silent,
 }
 
-/// Publishes a message that goes nowhere: an alarm shows itself to those who publish, and to nobody else.
+/// Publishes messages that go nowhere: an alarm shows itself to those who publish, and to nobody else.
 async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
     let mut blocked = std::pin::pin!(connection.events_listener().filter_map(|event| {
         ready(match event {
@@ -664,10 +664,16 @@ async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
     let publish = async {
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let properties = BasicProperties::default();
-        channel.basic_publish("".into(), to_nobody.into(), BasicPublishOptions::default(), b"", properties).await?.await
+        let one = async || {
+            let properties = BasicProperties::default();
+            channel.basic_publish("".into(), to_nobody.into(), BasicPublishOptions::default(), b"", properties).await?.await
+        };
+        // An alarm takes effect with the first, which may still be confirmed; the second is not.
+        one().await?;
+        one().await
     };
     tokio::select! {
+        biased;
         Some(why) = blocked.next() => Probe::Blocked(why),
         taken = timeout(CONFIRM, publish) => match taken {
             Ok(Ok(_)) => Probe::Taken,
