@@ -26,7 +26,7 @@
 //! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
-//! | surface | [`admin`] the HTTP listener: health, readiness, and the intake of events |
+//! | surface | [`admin`] the HTTP listener: health, readiness, and the intake of events · [`systemd`] tells the service manager how far the daemon is |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
@@ -77,5 +77,6 @@ pub mod retry;
 pub mod secret;
 pub mod signature;
 pub mod supervisor;
+pub mod systemd;
 pub mod tls;
 pub mod webhook;

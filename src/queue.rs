@@ -200,6 +200,15 @@ pub struct Window {
     pub envelopes: u16,
 }
 
+impl Window {
+    /// Of a subscriber: for each request in flight its batch and one that fills meanwhile.
+    pub fn of(subscriber: &Subscriber) -> Self {
+        let slots = subscriber.http.concurrency;
+        let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
+        Self { events: clamp(2 * slots * subscriber.batch.max_events), envelopes: clamp(slots) }
+    }
+}
+
 /// The taking end of a subscriber's queue.
 pub trait Source: Send {
     /// Waits for at least one message and appends those that are there, at most about `max`,

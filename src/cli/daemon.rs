@@ -1,4 +1,4 @@
-//! `pause` and `resume`: what is asked of the running daemon, over its admin listener.
+//! What is asked of the running daemon, over its admin listener.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -66,4 +66,54 @@ fn reachable(listen: SocketAddr) -> Result<SocketAddr, Failed> {
         ip => ip,
     };
     Ok(SocketAddr::new(ip, listen.port()))
+}
+
+/// Nothing is waited for but the reading of some files.
+const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a reload of the running daemon would do.
+pub(super) enum Foreseen {
+    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`; and `needs_restart`.
+    Changes { address: SocketAddr, answer: serde_json::Value },
+    /// The daemon says what is wrong with its configuration.
+    Refused { address: SocketAddr, error: String },
+    /// No daemon tells.
+    Unknown { why: String },
+}
+
+/// Asks the daemon what a reload would change; it changes nothing.
+pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> {
+    let AdminConfig { listen, token, .. } = &config.admin;
+    let address = match reachable(*listen) {
+        Ok(address) => address,
+        Err(Failed::Usage(why)) => return Ok(Foreseen::Unknown { why }),
+        Err(other) => return Err(other),
+    };
+    let no_daemon = |e: reqwest::Error| {
+        let why = e.without_url();
+        Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") }
+    };
+    let client = match reqwest::Client::builder().no_proxy().timeout(PLAN_TIMEOUT).build() {
+        Ok(client) => client,
+        Err(e) => return Ok(no_daemon(e)),
+    };
+    let mut request = client.get(format!("http://{address}/api/v1/reload"));
+    if let Some(token) = token {
+        request = request.bearer_auth(token.expose());
+    }
+    let answer = match request.send().await {
+        Ok(answer) => answer,
+        Err(e) => return Ok(no_daemon(e)),
+    };
+    let status = answer.status().as_u16();
+    let answer: serde_json::Value = answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    let error = answer["error"].as_str().map(str::to_owned);
+    Ok(match (status, error) {
+        (200, None) if answer["changes"].is_array() => Foreseen::Changes { address, answer },
+        (422, Some(error)) => Foreseen::Refused { address, error },
+        (_, error) => {
+            let error = error.map_or_else(|| "it is no hooktrail, or one of another version, perhaps".to_owned(), |e| visible(&e));
+            Foreseen::Unknown { why: format!("what listens at {address} answered {status}: {error}") }
+        }
+    })
 }

@@ -11,6 +11,7 @@ use crate::{
     config::{Backend, Config},
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     supervisor::{self, Phase},
+    systemd,
 };
 
 pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
@@ -48,6 +49,7 @@ async fn deliver(queue: impl Queue, config: &Config) -> Result<(), Failed> {
     };
     let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
     let (phase, phases) = watch::channel(Phase::Starting);
+    tokio::spawn(systemd::follow(phases.clone()));
     let serving = admin.serve(queue.clone(), &config.subscribers, phases);
     let beside = serving.done_with_the_queue();
     supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout, &phase, beside).await?;

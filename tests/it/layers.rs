@@ -13,7 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["queue", "webhook"],
     &["lane"],
     &["supervisor"],
-    &["admin"],
+    &["admin", "systemd"],
     &["cli"],
 ];
 
@@ -99,6 +99,7 @@ fn each_protocol_is_known_in_one_place() {
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),
+        ("sd_notify::", &["src/systemd.rs"]),
         ("flate2", &["src/admin.rs"]),
     ] {
         let mut users = 0;

@@ -20,6 +20,7 @@ mod hostile_receivers;
 mod input;
 mod intake;
 mod layers;
+mod setting_up;
 mod support;
 mod topology;
 mod trying;
