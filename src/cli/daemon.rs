@@ -90,7 +90,12 @@ pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> 
         Err(other) => return Err(other),
     };
     let no_daemon = |e: reqwest::Error| {
-        let why = e.without_url();
+        let e = e.without_url();
+        // "error sending request" says nothing; the first cause does.
+        let mut why: &dyn std::error::Error = &e;
+        while let Some(cause) = why.source() {
+            why = cause;
+        }
         Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") }
     };
     let client = match reqwest::Client::builder().no_proxy().timeout(PLAN_TIMEOUT).build() {

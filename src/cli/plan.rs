@@ -315,12 +315,15 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     line(format!("  {}", circuit(&s.circuit_breaker)));
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
     line(format!(
-        "  memory: {} with full batches; {} if each of the {} events and {} failed batches that it takes at once is as large as a body \
-         may be (batch.max_bytes = {})",
+        "  memory: {} with full batches; {} if each of the {} events and {} that it takes at once is as large as a body may be \
+         (batch.max_bytes = {})",
         size(bounds.usual),
         size(bounds.worst),
         grouped(bounds.window.events.into()),
-        bounds.window.envelopes,
+        match bounds.window.envelopes {
+            1 => "1 failed batch".to_owned(),
+            n => format!("{n} failed batches"),
+        },
         size(s.batch.max_bytes as u64)
     ));
     if *ladder {
@@ -625,7 +628,7 @@ mod tests {
             " 16 6h 1m (4h 48m to 6h 1m) 46h 38m 4 then it ",
             "becomes a dead letter (reason `exhausted`), 46h 38m after the first attempt (37h 16m to 47h 36m by the jitter): retry.max_attempts = 16 is reached",
             "opens after 5 failed attempts in a row; nothing is sent for 30s, then one batch is tried; twice as long after each failed probe, 10m at most",
-            "memory: 3.0 MiB with full batches; 1001.0 MiB if each of the 1,000 events and 1 failed batches",
+            "memory: 3.0 MiB with full batches; 1001.0 MiB if each of the 1,000 events and 1 failed batch that",
             "longest hold of a message: 1m 1s with full batches",
             "batches of fewer than 17 events",
             "is not known: nobody was asked",
@@ -687,7 +690,7 @@ mod tests {
         let elapsed =
             text(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"1h\", multiplier = 1, initial_interval = \"10m\" }"));
         assert!(
-            elapsed.contains("1h after the first attempt (48m to 1h by the jitter, with 6 to 8 attempts): another would come later than retry.max_elapsed_time = 1h"),
+            elapsed.contains("1h after the first attempt (56m to 1h by the jitter, with 6 to 8 attempts): another would come later than retry.max_elapsed_time = 1h"),
             "{elapsed}"
         );
         let pause = text(&loaded(EMBEDDED, "preset = \"mailtrap\""));
