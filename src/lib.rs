@@ -22,7 +22,7 @@
 //! |---|---|
 //! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`tls`] whom to trust |
-//! | base | [`config`] raw TOML in, checked policies out, all mistakes at once |
+//! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
 //! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
@@ -71,6 +71,7 @@ pub mod clock;
 pub mod config;
 pub mod event;
 pub mod lane;
+pub mod metrics;
 pub mod payload;
 pub mod queue;
 pub mod retry;

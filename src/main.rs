@@ -5,13 +5,19 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use hooktrail::cli::{Cli, Failed};
 
+/// The least number of the runtime's threads. A receiver that floods its connection, with 1xx answers say, keeps a
+/// thread busy for as long as a hundred reads take: as many of them as there are threads would hold up every other
+/// subscriber. The system shares the cores among threads fairly, so there are more threads than cores.
+const WORKERS: usize = 8;
+
 fn main() -> ExitCode {
     // One TLS stack for broker and receivers; whoever connects first expects it to be there.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         unreachable!("nothing was installed before the first line of main");
     }
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let workers = std::thread::available_parallelism().map_or(WORKERS, |n| n.get().max(WORKERS));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return fail(&Failed::Runtime(format!("the runtime does not start: {e}"))),
     };

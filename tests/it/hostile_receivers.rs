@@ -474,7 +474,9 @@ fn twenty_hostile_subscribers_together_leave_a_good_one_its_pace() {
         waits.sort_unstable();
         let (median, p99) = (waits[50], waits[98]);
         println!("beside 20 hostile subscribers: median {median:?}, p99 {p99:?}, peak {:.0} MiB", daemon.peak_mib());
-        assert!(p99 < Duration::from_secs(1), "{p99:?}");
+        // With as many threads as cores the median was 400 ms: those that flood take turns with the good one only
+        // because the system makes them.
+        assert!(median < Duration::from_millis(250) && p99 < Duration::from_secs(1), "{median:?} {p99:?}");
         assert!(daemon.peak_mib() < 150.0, "{} MiB", daemon.peak_mib());
     });
 }

@@ -9,7 +9,7 @@ use std::{
 const LAYERS: &[&[&str]] = &[
     &["address", "answer", "circuit_breaker", "clock", "event", "payload", "retry", "secret"],
     &["batch", "signature", "tls"],
-    &["config"],
+    &["config", "metrics"],
     &["queue", "webhook"],
     &["lane"],
     &["supervisor"],
@@ -101,6 +101,7 @@ fn each_protocol_is_known_in_one_place() {
         ("clap::", &["src/cli"]),
         ("sd_notify::", &["src/systemd.rs"]),
         ("flate2", &["src/admin.rs"]),
+        ("prometheus_client", &["src/metrics.rs"]),
     ] {
         let mut users = 0;
         for (_, path, code) in modules() {
