@@ -1,4 +1,4 @@
-//! What is asked of the running daemon, over its admin listener.
+//! `pause` and `resume`: what is asked of the running daemon, over its admin listener.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

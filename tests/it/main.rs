@@ -20,6 +20,7 @@ mod hostile_receivers;
 mod input;
 mod intake;
 mod layers;
+mod monitoring;
 mod packaging;
 mod setting_up;
 mod support;

@@ -30,7 +30,9 @@ fn rules() -> Vec<Value> {
 #[test]
 fn every_metric_that_alerts_and_dashboard_name_exists() {
     let known = series();
-    for (path, least) in [("packaging/prometheus/alerts.yml", 10), ("packaging/prometheus/alerts_test.yml", 5), ("packaging/grafana/hooktrail.json", 25)] {
+    for (path, least) in
+        [("packaging/prometheus/alerts.yml", 10), ("packaging/prometheus/alerts_test.yml", 5), ("packaging/grafana/hooktrail.json", 25)]
+    {
         let named = names(&file(path));
         let unknown: Vec<_> = named.difference(&known).collect();
         assert!(unknown.is_empty(), "{path} names what is not in src/metrics.rs: {unknown:?}");
