@@ -10,7 +10,8 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use crate::supervisor::Phase;
 
 /// Tells each phase, and that the daemon lives as often as the unit's `WatchdogSec` asks for it. It is a
-/// task of the runtime that does the work: when that stands still, the pings end with it.
+/// task of the runtime that does the work: when that stands still, the pings end with it. Completes when the
+/// last phase is told and none can follow.
 pub async fn follow(mut phases: watch::Receiver<Phase>) {
     let mut watchdog = pin!(ping(sd_notify::watchdog_enabled()));
     loop {

@@ -216,7 +216,7 @@ struct Bounds {
     hold: Duration,
     /// With fewer events in a batch than this, and each attempt at its limit, a message could be held
     /// for longer than RabbitMQ allows.
-    fewest: u64,
+    fewest: usize,
 }
 
 impl Bounds {
@@ -224,17 +224,21 @@ impl Bounds {
         let window = Window::of(subscriber);
         let (events, envelopes) = (u64::from(window.events), u64::from(window.envelopes));
         let (slots, body) = (subscriber.http.concurrency as u64, subscriber.batch.max_bytes as u64);
-        let wait = subscriber.batch.max_wait;
-        let rounds = |in_a_batch: u64| u32::try_from(events.div_ceil(slots * in_a_batch)).unwrap_or(u32::MAX);
-        let allowed = CONSUMER_TIMEOUT.saturating_sub(wait).as_millis() / subscriber.http.timeout.as_millis().max(1);
-        let full = subscriber.batch.max_events as u64;
+        let hold = |in_a_batch| window.longest_hold(subscriber, in_a_batch);
+        let full = subscriber.batch.max_events;
+        // The more events in a batch, the fewer attempts, so that the hold only falls.
+        let (mut few, mut enough) = (0, full);
+        while enough - few > 1 {
+            let middle = few + (enough - few) / 2;
+            if hold(middle) > CONSUMER_TIMEOUT { few = middle } else { enough = middle }
+        }
         Self {
             window,
             requests: subscriber.http.concurrency,
             usual: (2 * slots).min(events) * body + envelopes * body,
             worst: (events + envelopes) * body,
-            hold: wait + subscriber.http.timeout.saturating_mul(rounds(full)),
-            fewest: u64::try_from(u128::from(events).div_ceil(u128::from(slots) * allowed.max(1))).unwrap_or(u64::MAX),
+            hold: hold(full),
+            fewest: enough,
         }
     }
 }
@@ -334,7 +338,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
             span(CONSUMER_TIMEOUT),
             match bounds.fewest {
                 0 | 1 => String::new(),
-                n => format!(", which batches of fewer than {} events could pass if they all took so long", grouped_u64(n)),
+                n => format!(", which batches of fewer than {} events could pass if they all took so long", grouped_u64(n as u64)),
             }
         ));
     }

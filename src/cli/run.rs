@@ -49,10 +49,12 @@ async fn deliver(queue: impl Queue, config: &Config) -> Result<(), Failed> {
     };
     let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
     let (phase, phases) = watch::channel(Phase::Starting);
-    tokio::spawn(systemd::follow(phases.clone()));
+    let told = tokio::spawn(systemd::follow(phases.clone()));
     let serving = admin.serve(queue.clone(), &config.subscribers, phases);
     let beside = serving.done_with_the_queue();
     supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout, &phase, beside).await?;
     serving.close().await;
-    Ok(())
+    // It ends when it has told the last phase.
+    drop(phase);
+    told.await.map_err(|e| Failed::Runtime(e.to_string()))
 }
