@@ -67,6 +67,20 @@ impl<T> Batcher<T> {
         self.extend_front(bytes);
     }
 
+    /// How many items wait.
+    pub fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// The item that came first of those that wait.
+    pub fn front(&self) -> Option<&T> {
+        self.waiting.front().map(|(item, ..)| item)
+    }
+
     /// When the front batch is due even if it stays small; `None` if nothing waits.
     pub fn due(&self) -> Option<Instant> {
         self.waiting.front().map(|(_, _, arrived)| *arrived + self.policy.max_wait)

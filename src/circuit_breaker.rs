@@ -16,8 +16,9 @@ pub struct BreakerPolicy {
     pub max_open_for: Duration,
 }
 
+/// What the circuit is, however long a receiver asked to be left alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+pub enum State {
     Closed { failures: u32 },
     Open { until: Instant, open_for: Duration },
     HalfOpen { open_for: Duration },
@@ -53,6 +54,27 @@ pub struct CircuitBreaker {
 impl CircuitBreaker {
     pub fn new(policy: BreakerPolicy) -> Self {
         Self { policy, state: State::Closed { failures: 0 }, hold_until: None }
+    }
+
+    /// Goes on under another policy: a circuit that would not have opened closes, one that would be open for less is.
+    pub fn set_policy(&mut self, policy: BreakerPolicy, now: Instant) {
+        let longest = now + policy.max_open_for;
+        self.hold_until = self.hold_until.map(|until| until.min(longest));
+        self.state = match self.state {
+            _ if policy.failures == 0 => State::Closed { failures: 0 },
+            State::Open { until, open_for } => State::Open { until: until.min(longest), open_for: open_for.min(policy.max_open_for) },
+            state => state,
+        };
+        self.policy = policy;
+    }
+
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Until when the receiver asked to be left alone, as far as that counts.
+    pub fn held_until(&self) -> Option<Instant> {
+        self.hold_until
     }
 
     /// What may be sent at `now`. An open circuit whose time is over becomes half-open.
@@ -164,6 +186,27 @@ mod tests {
             assert_eq!(b.on_failure(t), None);
         }
         assert_eq!(b.permit(t), Permit::Flow);
+    }
+
+    #[test]
+    fn another_policy_holds_for_a_circuit_that_is_open_already() {
+        let t = crate::clock::instant();
+        let policy = |failures, max| BreakerPolicy { failures, open_for: secs(30), max_open_for: secs(max) };
+        let mut b = breaker(1);
+        b.on_failure(t);
+        b.hold(t, secs(90));
+        b.set_policy(policy(1, 10), t);
+        assert_eq!(b.permit(t), Permit::Wait(t + secs(10)));
+        assert_eq!(b.permit(t + secs(10)), Permit::Probe);
+        b.set_policy(policy(0, 10), t + secs(10));
+        assert_eq!(b.permit(t + secs(10)), Permit::Flow);
+        b.set_policy(policy(2, 10), t);
+        b.on_failure(t);
+        b.set_policy(policy(3, 10), t);
+        b.on_failure(t);
+        assert_eq!(b.permit(t), Permit::Flow, "failures are counted on");
+        b.on_failure(t);
+        assert_eq!(b.permit(t), Permit::Wait(t + secs(30)));
     }
 
     #[test]

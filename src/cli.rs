@@ -8,8 +8,10 @@ mod demo;
 mod init;
 mod listen;
 mod plan;
+mod prune;
 mod publish;
 mod run;
+mod status;
 mod test;
 
 use std::path::PathBuf;
@@ -19,7 +21,9 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
+    clock,
     config::{self, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
+    metrics::Metrics,
     queue::{
         Queue as _, QueueError,
         amqp::{AmqpQueue, Repaired},
@@ -71,6 +75,8 @@ enum Command {
         /// Whose
         shell: clap_complete::Shell,
     },
+    /// Ask the running daemon how each subscriber is: state, backlog, retries, dead letters, rates, last error
+    Status(status::Args),
     /// Ask the running daemon to send nothing to a subscriber until it is resumed; its events wait in the queue
     Pause {
         /// The subscriber's name
@@ -84,6 +90,8 @@ enum Command {
         /// The subscriber's name
         subscriber: String,
     },
+    /// Delete the queues of subscribers that are not configured any more
+    Prune(prune::Args),
     /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not touched
     Repair {
         /// The subscriber's name
@@ -173,6 +181,8 @@ impl Cli {
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Test(args) => test::run(&config, &args).await,
+                    Command::Status(args) => status::run(&config, &args).await,
+                    Command::Prune(args) => prune::run(&config, &args).await,
                     Command::Pause { subscriber, why } => daemon::pause(&config, &subscriber, why).await,
                     Command::Resume { subscriber } => daemon::resume(&config, &subscriber).await,
                     Command::Dead(command) => dead::run(&config, command).await,
@@ -219,7 +229,7 @@ fn visible(text: &str) -> String {
 
 /// The broker, after a look whether it can be reached: a command must not wait for it without end.
 async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
-    let queue = AmqpQueue::new(config.clone());
+    let queue = AmqpQueue::new(config.clone(), Metrics::new(clock::now()));
     queue.ping().await?;
     Ok(queue)
 }

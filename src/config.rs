@@ -1,5 +1,6 @@
 //! The configuration file: raw TOML in, checked policies out, all mistakes at once.
 
+pub mod changes;
 mod reader;
 
 use std::{
@@ -118,17 +119,22 @@ const RESERVED_HEADERS: &[&str] = &[
     "x-hooktrail-attempt",
 ];
 
+/// Those that are configured, in the order of the file.
+pub type Subscribers = Arc<[Arc<Subscriber>]>;
+
 /// A checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub path: PathBuf,
+    /// All that was read for it: the file, its includes and the folders they are looked for in, secrets, certificates.
+    pub files: Vec<PathBuf>,
     /// For requests in flight when the daemon is told to stop.
     pub shutdown_timeout: Duration,
     pub queue: QueueConfig,
     pub admin: AdminConfig,
     pub log: LogConfig,
     /// In the order of the file.
-    pub subscribers: Vec<Arc<Subscriber>>,
+    pub subscribers: Subscribers,
 }
 
 /// From `[queue]`.
@@ -251,6 +257,8 @@ pub struct Subscriber {
 #[derive(Debug)]
 pub struct ConfigError {
     pub problems: Vec<Problem>,
+    /// As far as they were read; see [`Config::files`].
+    pub files: Vec<PathBuf>,
 }
 
 impl fmt::Display for ConfigError {
@@ -281,15 +289,17 @@ pub fn load_with(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Co
     let text = std::fs::read_to_string(path).map_err(|e| {
         let hint = "name a configuration with --config FILE or $HOOKTRAIL_CONFIG";
         let message = format!("cannot be read: {e}; {hint}");
-        ConfigError { problems: vec![Problem { file: path.to_owned(), place: None, key: String::new(), message }] }
+        let problem = Problem { file: path.to_owned(), place: None, key: String::new(), message };
+        ConfigError { problems: vec![problem], files: vec![path.to_owned()] }
     })?;
     let reader = Reader::new(env);
     let source = Source { path: path.to_owned(), text };
+    reader.depends_on(path);
     let config = Loader { reader: &reader }.config(&source);
-    let problems = reader.into_problems();
+    let (problems, files) = reader.finish();
     match config {
-        Some(config) if problems.is_empty() => Ok(config),
-        _ => Err(ConfigError { problems }),
+        Some(config) if problems.is_empty() => Ok(Config { files, ..config }),
+        _ => Err(ConfigError { problems, files }),
     }
 }
 
@@ -336,6 +346,7 @@ impl Loader<'_, '_> {
         let mut names = HashMap::new();
         let mut subscribers = self.subscribers(&root, &defaults, &mut names);
         for file in self.included(&root) {
+            r.depends_on(&file);
             let text = match std::fs::read_to_string(&file) {
                 Ok(text) => text,
                 Err(e) => {
@@ -350,11 +361,12 @@ impl Loader<'_, '_> {
         }
         Some(Config {
             path: source.path.clone(),
+            files: Vec::new(),
             shutdown_timeout: shutdown_timeout?,
             queue: queue?,
             admin: admin?,
             log: log?,
-            subscribers,
+            subscribers: subscribers.into(),
         })
     }
 
@@ -365,6 +377,9 @@ impl Loader<'_, '_> {
         for item in self.reader.array(&value).unwrap_or_default() {
             let Some(pattern) = self.reader.string(&item) else { continue };
             let path = root.source.relative(&pattern);
+            // A file that comes or goes is a change of its folder.
+            let wild = |p: &Path| p.to_string_lossy().contains(['*', '?', '[']);
+            path.ancestors().skip(1).find(|p| !wild(p)).into_iter().for_each(|folder| self.reader.depends_on(folder));
             match glob::glob(&path.to_string_lossy()) {
                 Err(e) => self.reader.report(&item, format!("is not a glob pattern: {e}")),
                 // A plain path that is not there is a mistake; a glob that matches nothing is fine.
@@ -794,6 +809,7 @@ impl Loader<'_, '_> {
         let section = r.section(value, TLS_KEYS)?;
         let read = |v: &Value<'_>| {
             let path = v.source.relative(&r.string(v)?);
+            r.depends_on(&path);
             std::fs::read(&path).map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display()))).ok()
         };
         let roots = match section.get("ca_file") {
@@ -957,6 +973,7 @@ impl Loader<'_, '_> {
             None => text,
             Some(file) => {
                 let path = item.source.relative(file);
+                self.reader.depends_on(&path);
                 match std::fs::read_to_string(&path) {
                     Ok(content) => content.strip_suffix('\n').map(|c| c.strip_suffix('\r').unwrap_or(c)).unwrap_or(&content).to_owned(),
                     Err(e) => {

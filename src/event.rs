@@ -7,6 +7,7 @@
 use std::{borrow::Cow, fmt};
 
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
 /// The deepest nesting of objects and arrays that is passed on.
 ///
@@ -50,13 +51,30 @@ impl fmt::Display for InvalidEvent {
 
 impl std::error::Error for InvalidEvent {}
 
-/// Checks that `body` is one event and returns its type, the string field `event`.
+/// What is to be known of an event.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Head<'e> {
+    /// Its type, the string field `event`.
+    pub event_type: Cow<'e, str>,
+    /// When it happened: the field `timestamp` in Unix seconds, if it is a whole number.
+    pub timestamp: Option<u64>,
+}
+
+/// Checks that `body` is one event and returns its type.
 ///
-/// Of several `event` fields the last one counts, as it does for common parsers.
+/// # Errors
+/// As [`head`].
+pub fn event_type(body: &[u8]) -> Result<Cow<'_, str>, InvalidEvent> {
+    head(body).map(|head| head.event_type)
+}
+
+/// Checks that `body` is one event.
+///
+/// Of several fields of one name the last one counts, as it does for common parsers.
 ///
 /// # Errors
 /// Says what is wrong with the first thing found wrong.
-pub fn event_type(body: &[u8]) -> Result<Cow<'_, str>, InvalidEvent> {
+pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err(InvalidEvent::ByteOrderMark);
     }
@@ -73,23 +91,25 @@ pub fn event_type(body: &[u8]) -> Result<Cow<'_, str>, InvalidEvent> {
         }
     }
     let mut json = serde_json::Deserializer::from_str(text);
-    let found = json.deserialize_map(TypeField).and_then(|found| json.end().map(|()| found));
-    match found.map_err(|e| InvalidEvent::NotJson(e.to_string()))? {
+    let found = json.deserialize_map(HeadFields).and_then(|found| json.end().map(|()| found));
+    let (event_type, timestamp) = found.map_err(|e| InvalidEvent::NotJson(e.to_string()))?;
+    match event_type {
         Field::Missing => Err(InvalidEvent::TypeMissing),
         Field::NotAString => Err(InvalidEvent::TypeNotAString),
         Field::Text(t) if t.len() > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(t.len())),
-        Field::Text(t) => Ok(t),
+        Field::Text(event_type) => Ok(Head { event_type, timestamp }),
     }
 }
 
 /// The field that [`with_id`] adds.
 const ID_FIELD: &str = "event_id";
+const ID_FIELDS: &[&str] = &[ID_FIELD];
 
 /// The event with a last field `event_id` that holds `id`; `None` if it has a field of that name, or is no event.
 /// All other bytes stay as they are.
 pub fn with_id(body: &[u8], id: &str) -> Option<Vec<u8>> {
     let text = std::str::from_utf8(body).ok()?;
-    let has_id = serde_json::Deserializer::from_str(text).deserialize_map(HasKey(ID_FIELD)).ok()?;
+    let has_id = serde_json::Deserializer::from_str(text).deserialize_map(HasKey(ID_FIELDS)).ok()?;
     let end = text.rfind('}').filter(|_| !has_id)?;
     let id = serde_json::Value::from(id).to_string();
     Some([&text[..end], ",\"", ID_FIELD, "\":", &id, &text[end..]].concat().into_bytes())
@@ -130,31 +150,34 @@ enum Field<'a> {
     Text(Cow<'a, str>),
 }
 
-/// Walks over the fields of the object and keeps only the last `event`.
-struct TypeField;
+/// Walks over the fields of the object and keeps only the last `event` and the last `timestamp`.
+struct HeadFields;
 
-impl<'de> Visitor<'de> for TypeField {
-    type Value = Field<'de>;
+impl<'de> Visitor<'de> for HeadFields {
+    type Value = (Field<'de>, Option<u64>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut found = Field::Missing;
-        while let Some(is_type) = map.next_key_seed(IsKey("event"))? {
-            if is_type {
-                found = map.next_value_seed(TypeValue)?;
-            } else {
-                map.next_value::<IgnoredAny>()?;
+        let (mut event_type, mut timestamp) = (Field::Missing, None);
+        while let Some(which) = map.next_key_seed(WhichKey(&["event", "timestamp"]))? {
+            match which {
+                Some(0) => event_type = map.next_value_seed(TypeValue)?,
+                // Any value may stand there, numbers that are no number to Rust included.
+                Some(_) => timestamp = map.next_value::<&RawValue>()?.get().parse().ok(),
+                None => {
+                    map.next_value::<IgnoredAny>()?;
+                }
             }
         }
-        Ok(found)
+        Ok((event_type, timestamp))
     }
 }
 
-/// Walks over the fields of the object and tells whether one has this name.
-struct HasKey(&'static str);
+/// Walks over the fields of the object and tells whether one has such a name.
+struct HasKey(&'static [&'static str]);
 
 impl<'de> Visitor<'de> for HasKey {
     type Value = bool;
@@ -165,31 +188,31 @@ impl<'de> Visitor<'de> for HasKey {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
         let mut found = false;
-        while let Some(is_it) = map.next_key_seed(IsKey(self.0))? {
-            found |= is_it;
+        while let Some(which) = map.next_key_seed(WhichKey(self.0))? {
+            found |= which.is_some();
             map.next_value::<IgnoredAny>()?;
         }
         Ok(found)
     }
 }
 
-/// Compares a key without keeping it (it may be written with escapes).
-struct IsKey(&'static str);
+/// Finds a key among some without keeping it (it may be written with escapes).
+struct WhichKey(&'static [&'static str]);
 
-impl<'de> serde::de::DeserializeSeed<'de> for IsKey {
-    type Value = bool;
-    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<bool, D::Error> {
+impl<'de> serde::de::DeserializeSeed<'de> for WhichKey {
+    type Value = Option<usize>;
+    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
         d.deserialize_str(self)
     }
 }
 
-impl Visitor<'_> for IsKey {
-    type Value = bool;
+impl Visitor<'_> for WhichKey {
+    type Value = Option<usize>;
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a key")
     }
-    fn visit_str<E>(self, key: &str) -> Result<bool, E> {
-        Ok(key == self.0)
+    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(self.0.iter().position(|k| *k == key))
     }
 }
 
@@ -344,6 +367,22 @@ mod tests {
         assert_eq!(event_type(nested(100_000).as_bytes()), Err(InvalidEvent::TooDeep));
         let long = format!(r#"{{"event":"{}"}}"#, "x".repeat(256));
         assert_eq!(event_type(long.as_bytes()), Err(InvalidEvent::TypeTooLong(256)));
+    }
+
+    #[test]
+    fn the_time_of_an_event_is_its_last_timestamp_if_that_is_whole_seconds() {
+        for (body, expected) in [
+            (r#"{"event":"a","timestamp":1733739084}"#, Some(1_733_739_084)),
+            (r#"{"timestamp":1,"event":"a","tim\u0065stamp": 2 }"#, Some(2)),
+            (r#"{"event":"a","timestamp":1,"timestamp":"soon"}"#, None),
+            (r#"{"event":"a","timestamp":1e400}"#, None),
+            (r#"{"event":"a","timestamp":-1,"x":{"timestamp":3}}"#, None),
+            (r#"{"event":"a","timestamp":[{"timestamp":4}]}"#, None),
+            (r#"{"event":"a"}"#, None),
+        ] {
+            assert_eq!(head(body.as_bytes()).expect("an event").timestamp, expected, "{body}");
+        }
+        assert!(head(br#"{"event":"a","timestamp":}"#).is_err());
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The worker of one subscriber: take, batch, splice, sign, send, settle.
 //!
 //! A lane works in sessions. A session opens the queue, and ends when the lane drains, the circuit
-//! opens, or the queue is lost; before it ends it waits for its requests in flight and
-//! settles what it can. What it has not settled is in the queue and comes again.
+//! opens, the queue is lost, or what it was opened with is configured anew; before it ends it waits for its requests
+//! in flight and settles what it can. What it has not settled is in the queue and comes again.
+//!
+//! Everything else that is configured anew is used from the next attempt on, in the same session.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -17,16 +19,17 @@ use tokio::{sync::watch, task::JoinSet, time::sleep_until};
 use crate::{
     answer::Health,
     batch::{Batcher, half_id, is_half},
-    circuit_breaker::{Change, CircuitBreaker, Permit},
+    circuit_breaker::{Change, CircuitBreaker, Permit, State},
     clock,
     config::Subscriber,
-    event::{event_type, with_id},
+    event::{head, with_id},
     payload::Format,
     queue::{
         DeadLetter, Envelope, Event, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement, Settler, Source, Standing,
         Standings, Taken, Window,
     },
     retry::{Exhausted, Next, Waits},
+    status::{Circuit, Ended, LaneStatus, LastError},
     webhook::{Failure, Outcome, Request, Webhook},
 };
 
@@ -48,15 +51,36 @@ const STEADY: Duration = Duration::from_secs(3);
 /// After so long it is told that the lane waits for the record of pauses.
 const STATE_IS_LATE: Duration = Duration::from_secs(10);
 
+/// A subscriber as it is configured, and its endpoint.
+#[derive(Debug, Clone)]
+pub struct Served {
+    pub subscriber: Arc<Subscriber>,
+    pub webhook: Webhook,
+}
+
 #[derive(Debug)]
 pub struct Lane<Q> {
+    configured: watch::Receiver<Served>,
+    /// What was configured when the lane last looked.
     subscriber: Arc<Subscriber>,
-    queue: Q,
     webhook: Webhook,
+    queue: Q,
     breaker: CircuitBreaker,
     health: Health,
     standings: watch::Receiver<Option<Standings>>,
+    /// Of which the log has told.
+    pause: Option<Pause>,
     trouble: Trouble,
+    status: LaneStatus,
+}
+
+/// An event that may go into a batch.
+#[derive(Debug)]
+struct Admitted {
+    event: Event,
+    /// Its field `timestamp`.
+    happened_at: Option<SystemTime>,
+    arrived_at: SystemTime,
 }
 
 /// A batch on its way: everything that the next attempt or the dead letter needs.
@@ -69,6 +93,12 @@ struct Parcel {
     attempt: u32,
     first_attempt_at: SystemTime,
     receipts: Vec<Receipt>,
+    /// Of its first event: the field `timestamp`.
+    happened_at: Option<SystemTime>,
+    /// Of its first event, as far as the queue tells.
+    arrived_at: SystemTime,
+    /// Of its first event.
+    traceparent: Option<String>,
 }
 
 impl Parcel {
@@ -81,6 +111,7 @@ impl Parcel {
             events: self.events,
             attempts: self.attempt,
             first_attempt_at: Some(self.first_attempt_at),
+            traceparent: self.traceparent.clone(),
         }
     }
 
@@ -119,7 +150,7 @@ impl Parcel {
 /// What a task of the session has done.
 #[derive(Debug)]
 enum Done {
-    Attempted { parcel: Parcel, outcome: Outcome, took: Duration },
+    Attempted { number: u64, parcel: Box<Parcel>, outcome: Outcome, took: Duration },
     Settled(Result<(), SettleError>),
 }
 
@@ -131,16 +162,19 @@ enum End {
     Circuit,
     /// Until it is resumed.
     Paused,
+    /// What the session was opened with is configured anew.
+    Configured,
     Lost(QueueError),
     Unsettled(String),
 }
 
 impl<Q: Queue> Lane<Q> {
-    pub fn new(subscriber: Arc<Subscriber>, queue: Q, webhook: Webhook) -> Self {
+    pub fn new(configured: watch::Receiver<Served>, queue: Q, status: LaneStatus) -> Self {
+        let Served { subscriber, webhook } = configured.borrow().clone();
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
-        let trouble = Trouble { subscriber: subscriber.name.clone(), now: false };
+        let trouble = Trouble { subscriber: subscriber.name.clone(), now: false, status: status.clone() };
         let standings = queue.standings();
-        Self { subscriber, queue, webhook, breaker, health: Health::default(), standings, trouble }
+        Self { configured, subscriber, webhook, queue, breaker, health: Health::default(), standings, pause: None, trouble, status }
     }
 
     /// Works until `drain` becomes true and what is in flight is settled.
@@ -151,9 +185,12 @@ impl<Q: Queue> Lane<Q> {
                 () = self.allowed() => {}
                 () = drained(&mut drain) => return,
             }
-            if let Permit::Wait(until) = self.breaker.permit(clock::instant()) {
+            let permit = self.breaker.permit(clock::instant());
+            self.tell_circuit();
+            if let Permit::Wait(until) = permit {
                 tokio::select! {
                     () = sleep_until(until.into()) => continue,
+                    () = changed(&mut self.configured) => continue,
                     () = drained(&mut drain) => return,
                 }
             }
@@ -168,6 +205,7 @@ impl<Q: Queue> Lane<Q> {
                     if session.settled {
                         waits.reset();
                     }
+                    self.status.gave_back();
                     end
                 }
                 Err(e) => End::Lost(e),
@@ -175,7 +213,7 @@ impl<Q: Queue> Lane<Q> {
             let unsettled = matches!(end, End::Unsettled(_));
             match end {
                 End::Drained => return self.trouble.is_over(),
-                End::Circuit | End::Paused => {
+                End::Circuit | End::Paused | End::Configured => {
                     self.trouble.is_over();
                     continue;
                 }
@@ -196,30 +234,77 @@ impl<Q: Queue> Lane<Q> {
         }
     }
 
+    /// Takes over what is configured now. Returns whether a session has to be opened anew for it.
+    fn adopt(&mut self) -> bool {
+        let Served { subscriber, webhook } = self.configured.borrow_and_update().clone();
+        let old = std::mem::replace(&mut self.subscriber, subscriber);
+        self.webhook = webhook;
+        let new = &self.subscriber;
+        if old.url != new.url {
+            // What was known of the endpoint is of another one.
+            self.breaker = CircuitBreaker::new(new.circuit_breaker.clone());
+            self.health = Health::default();
+        } else if old.circuit_breaker != new.circuit_breaker {
+            self.breaker.set_policy(new.circuit_breaker.clone(), clock::instant());
+        }
+        self.tell_circuit();
+        let opened_with = |s: &Subscriber| (s.batch.clone(), s.format, s.event_ids, s.http.concurrency, s.paused);
+        opened_with(&old) != opened_with(new)
+    }
+
     /// Waits until it is known that the subscriber is not paused.
     async fn allowed(&mut self) {
-        let name = &self.subscriber.name;
-        if self.subscriber.paused {
-            tracing::warn!(
-                subscriber = name,
-                by = "configuration",
-                "paused: its events wait in the queue until `paused = true` is taken out"
-            );
-            return std::future::pending().await;
+        loop {
+            self.adopt();
+            let name = self.subscriber.name.clone();
+            if self.subscriber.paused {
+                let why = "`paused = true` in the configuration".to_owned();
+                let since = self.pause.as_ref().filter(|p| p.why == why).map_or_else(clock::now, |p| p.since);
+                self.is_paused(Pause { why, since, by: "configuration".to_owned() });
+                changed(&mut self.configured).await;
+                continue;
+            }
+            let known = wait_for(&mut self.standings, |all| all.is_some());
+            if tokio::time::timeout(STATE_IS_LATE, known).await.is_err() {
+                tracing::warn!(subscriber = name, "nothing is sent before the queue has told whether the subscriber is paused");
+            }
+            let found = wait_for(&mut self.standings, |all| all.is_some()).await;
+            let Some(pause) = found.as_ref().and_then(|all| pause_of(all, &name)).cloned() else { break };
+            self.is_paused(pause);
+            tokio::select! {
+                _ = wait_for(&mut self.standings, |all| all.as_ref().is_some_and(|all| pause_of(all, &name).is_none())) => {}
+                () = changed(&mut self.configured) => {}
+            }
         }
-        let known = tokio::time::timeout(STATE_IS_LATE, wait_for(&mut self.standings, |all| all.is_some()));
-        if known.await.is_err() {
-            tracing::warn!(subscriber = name, "nothing is sent before the queue has told whether the subscriber is paused");
+        self.status.paused(None);
+        if self.pause.take().is_some() {
+            tracing::warn!(subscriber = self.subscriber.name, "resumed");
+            // What was known of the endpoint is of another time.
+            self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
+            self.health = Health::default();
         }
-        let found = wait_for(&mut self.standings, |all| all.is_some()).await;
-        let Some(pause) = found.as_ref().and_then(|all| pause_of(all, name)) else { return };
-        let (why, by) = (&pause.why, &pause.by);
-        tracing::warn!(subscriber = name, why, by, "paused: its events wait in the queue until `hooktrail resume {name}`");
-        wait_for(&mut self.standings, |all| all.as_ref().is_some_and(|all| pause_of(all, name).is_none())).await;
-        tracing::warn!(subscriber = name, "resumed");
-        // What was known of the endpoint is of another time.
-        self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
-        self.health = Health::default();
+    }
+
+    fn is_paused(&mut self, pause: Pause) {
+        self.status.paused(Some(pause.clone()));
+        if self.pause.as_ref() != Some(&pause) {
+            let (name, why, by) = (&self.subscriber.name, &pause.why, &pause.by);
+            let until = if by == "configuration" { "that is taken out of it".to_owned() } else { format!("`hooktrail resume {name}`") };
+            tracing::warn!(subscriber = name, why, by, "paused: its events wait in the queue until {until}");
+            self.pause = Some(pause);
+        }
+    }
+
+    fn tell_circuit(&self) {
+        let (now, time) = (clock::instant(), clock::now());
+        let at = |until: Instant| time + until.saturating_duration_since(now);
+        let circuit = match self.breaker.state() {
+            State::Closed { .. } => Circuit::Closed,
+            State::Open { until, .. } => Circuit::Open { until: at(until) },
+            State::HalfOpen { .. } => Circuit::HalfOpen,
+        };
+        self.status.circuit(circuit, time);
+        self.status.held(self.breaker.held_until().map(at));
     }
 
     /// Batches first attempted before then begin anew.
@@ -252,6 +337,13 @@ async fn wait_for(standings: &mut watch::Receiver<Option<Standings>>, wanted: im
     }
 }
 
+/// Completes when something else is configured. If nobody configures any more, that is never.
+async fn changed(configured: &mut watch::Receiver<Served>) {
+    if configured.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Completes when the subscriber is paused.
 async fn paused(mut standings: watch::Receiver<Option<Standings>>, subscriber: &str) {
     wait_for(&mut standings, |all| all.as_ref().is_some_and(|all| pause_of(all, subscriber).is_some())).await;
@@ -268,10 +360,12 @@ async fn drained(drain: &mut watch::Receiver<bool>) {
 struct Trouble {
     subscriber: String,
     now: bool,
+    status: LaneStatus,
 }
 
 impl Trouble {
     fn is(&mut self, why: &dyn fmt::Display) {
+        self.status.trouble(Some(why.to_string()));
         if std::mem::replace(&mut self.now, true) {
             tracing::debug!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
         } else {
@@ -281,6 +375,7 @@ impl Trouble {
 
     fn is_over(&mut self) {
         if std::mem::take(&mut self.now) {
+            self.status.trouble(None);
             tracing::warn!(subscriber = self.subscriber, "the lane has its queue again");
         }
     }
@@ -289,10 +384,12 @@ impl Trouble {
 struct Session<'l, Q: Queue> {
     lane: &'l mut Lane<Q>,
     settler: Q::Settler,
-    batcher: Batcher<Event>,
+    batcher: Batcher<Admitted>,
     envelopes: VecDeque<(Envelope, Receipt)>,
     tasks: JoinSet<Done>,
-    attempting: usize,
+    attempts: u64,
+    /// By number: the events of the batch, and when the first had arrived.
+    attempting: BTreeMap<u64, (u64, SystemTime)>,
     settling: usize,
     /// Set once; from then on nothing is taken or begun.
     end: Option<End>,
@@ -309,7 +406,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
             batcher,
             envelopes: VecDeque::new(),
             tasks: JoinSet::new(),
-            attempting: 0,
+            attempts: 0,
+            attempting: BTreeMap::new(),
             settling: 0,
             end: None,
             settled: false,
@@ -325,6 +423,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let mut paused = std::pin::pin!(paused(self.lane.standings.clone(), &subscriber.name));
         loop {
             self.begin();
+            self.tell_what_is_held();
             if self.end.is_some() && self.tasks.is_empty() {
                 break;
             }
@@ -336,6 +435,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
                 () = &mut paused, if open => self.end = Some(End::Paused),
+                () = changed(&mut self.lane.configured), if open => {
+                    if self.lane.adopt() {
+                        self.end = Some(End::Configured);
+                    }
+                }
                 Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => match done {
                     Ok(done) => self.done(done),
                     // A panic of a task is one of the lane: the supervisor counts it and restarts.
@@ -366,7 +470,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             Permit::Probe => 1,
             Permit::Wait(_) => 0,
         };
-        self.end.is_none() && self.settling == 0 && self.attempting < slots
+        self.end.is_none() && self.settling == 0 && self.attempting.len() < slots
     }
 
     /// Starts as many attempts as there are slots and full batches, retries first.
@@ -376,61 +480,94 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 if self.lane.resumed_at().zip(envelope.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
                     (envelope.attempts, envelope.first_attempt_at) = (0, None);
                 }
+                let first_attempt_at = envelope.first_attempt_at.unwrap_or_else(clock::now);
+                let (events, arrived_at) = (envelope.events, first_attempt_at);
                 let parcel = Parcel {
+                    happened_at: envelope.format.first_event(&envelope.body).and_then(|event| happened_at(head(event).ok()?.timestamp)),
+                    arrived_at,
+                    traceparent: envelope.traceparent,
                     batch_id: envelope.batch_id,
                     body: envelope.body,
                     format: envelope.format,
                     events: envelope.events,
                     attempt: envelope.attempts.saturating_add(1),
-                    first_attempt_at: envelope.first_attempt_at.unwrap_or_else(clock::now),
+                    first_attempt_at,
                     receipts: vec![receipt],
                 };
-                self.attempt(async move { parcel });
+                self.attempt(events.into(), arrived_at, async move { parcel });
             } else if self.batcher.ready(clock::instant()) {
                 let (events, bytes) = self.batcher.cut();
                 let format = self.lane.subscriber.format;
-                self.attempt(async move { first_parcel(format, &events, bytes) });
+                let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
+                self.attempt(events.len() as u64, arrived_at, async move { first_parcel(format, events, bytes) });
             } else {
                 return;
             }
         }
     }
 
-    fn attempt(&mut self, parcel: impl Future<Output = Parcel> + Send + 'static) {
-        let webhook = self.lane.webhook.clone();
-        self.attempting += 1;
+    fn attempt(&mut self, events: u64, arrived_at: SystemTime, parcel: impl Future<Output = Parcel> + Send + 'static) {
+        let (webhook, status) = (self.lane.webhook.clone(), self.lane.status.clone());
+        self.attempts += 1;
+        let number = self.attempts;
+        self.attempting.insert(number, (events, arrived_at));
         self.tasks.spawn(async move {
             let parcel = parcel.await;
+            status.begins(&parcel.batch_id, parcel.events, parcel.body.len());
             let started = clock::instant();
             let request =
                 Request { batch_id: parcel.batch_id.clone(), attempt: parcel.attempt, format: parcel.format, body: parcel.body.clone() };
             let outcome = webhook.send(request).await;
-            Done::Attempted { parcel, outcome, took: clock::instant() - started }
+            Done::Attempted { number, parcel: Box::new(parcel), outcome, took: clock::instant() - started }
         });
     }
 
-    fn settle(&mut self, receipts: Vec<Receipt>, settlement: Settlement) {
-        let settler = self.settler.clone();
+    /// `settled` tells the status of it once it is durable.
+    fn settle(&mut self, receipts: Vec<Receipt>, settlement: Settlement, settled: impl FnOnce(&LaneStatus) + Send + 'static) {
+        let (settler, status) = (self.settler.clone(), self.lane.status.clone());
         self.settling += 1;
-        self.tasks.spawn(async move { Done::Settled(settler.settle(receipts, settlement).await) });
+        self.tasks.spawn(async move {
+            let result = settler.settle(receipts, settlement).await;
+            if result.is_ok() {
+                settled(&status);
+            }
+            Done::Settled(result)
+        });
+    }
+
+    fn tell_what_is_held(&self) {
+        let front = self.batcher.front().map(|e| e.arrived_at);
+        let envelopes = self.envelopes.iter().filter_map(|(e, _)| e.first_attempt_at);
+        let oldest = self.attempting.values().map(|(_, at)| *at).chain(front).chain(envelopes).min();
+        let attempted: u64 = self.attempting.values().map(|(events, _)| events).sum();
+        let envelopes: u64 = self.envelopes.iter().map(|(e, _)| u64::from(e.events)).sum();
+        self.lane.status.holds(attempted + envelopes + self.batcher.len() as u64, oldest);
     }
 
     /// Puts what was taken where it belongs; what can never be delivered becomes a dead letter at once.
     fn sort(&mut self, taken: impl Iterator<Item = Taken>) {
-        let now = clock::instant();
+        let (now, time) = (clock::instant(), clock::now());
         let mut dead = Vec::new();
+        let mut received = 0;
         for item in taken {
             match item {
                 Taken::Envelope(envelope, receipt) => self.envelopes.push_back((envelope, receipt)),
                 Taken::NotAnEnvelope(letter, receipt) => dead.push((receipt, letter)),
-                Taken::Event(mut event) => match self.admit(&mut event) {
-                    Ok(()) => {
-                        let bytes = event.body.len();
-                        self.batcher.push(event, bytes, now);
+                Taken::Event(mut event) => {
+                    received += 1;
+                    match self.admit(&mut event) {
+                        Ok(timestamp) => {
+                            let bytes = event.body.len();
+                            let arrived_at = event.published_at.unwrap_or(time);
+                            self.batcher.push(Admitted { event, happened_at: happened_at(timestamp), arrived_at }, bytes, now);
+                        }
+                        Err((reason, error)) => dead.push((event.receipt, dead_event(event, reason, error))),
                     }
-                    Err((reason, error)) => dead.push((event.receipt, dead_event(event, reason, error))),
-                },
+                }
             }
+        }
+        if received > 0 {
+            self.lane.status.received(received);
         }
         if let Some((_, first)) = dead.first() {
             tracing::warn!(
@@ -440,19 +577,22 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 error = first.error,
                 "dead-lettered without an attempt"
             );
+            let reasons: Vec<Reason> = dead.iter().map(|(_, letter)| letter.reason).collect();
             let (receipts, letters) = dead.into_iter().unzip();
-            self.settle(receipts, Settlement::Dead(letters));
+            self.settle(receipts, Settlement::Dead(letters), move |status| {
+                reasons.iter().for_each(|reason| status.dead(reason.name(), 1));
+            });
         }
     }
 
-    /// Makes of an event what goes into a batch. One that cannot go stays as it was published.
-    fn admit(&self, event: &mut Event) -> Result<(), (Reason, String)> {
+    /// Makes of an event what goes into a batch, and returns its timestamp. One that cannot go stays as it was published.
+    fn admit(&self, event: &mut Event) -> Result<Option<u64>, (Reason, String)> {
         let subscriber = &self.lane.subscriber;
         let too_large = || format!("its request body would have more than batch.max_bytes = {} bytes", subscriber.batch.max_bytes);
         if !self.batcher.fits(event.body.len()) {
             return Err((Reason::TooLarge, too_large()));
         }
-        event_type(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?;
+        let timestamp = head(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?.timestamp;
         let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
         if let Some(body) = id.and_then(|id| with_id(&event.body, id)) {
             if !self.batcher.fits(body.len()) {
@@ -460,7 +600,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             }
             event.body = body;
         }
-        Ok(())
+        Ok(timestamp)
     }
 
     fn done(&mut self, done: Done) {
@@ -476,14 +616,15 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     Err(SettleError::Gone) => {}
                     // Whatever else ends the session: after this the next one begins later.
                     Err(SettleError::Unconfirmed(why)) => match self.end {
-                        None | Some(End::Circuit | End::Paused) => self.end = Some(End::Unsettled(why)),
+                        None | Some(End::Circuit | End::Paused | End::Configured) => self.end = Some(End::Unsettled(why)),
                         Some(End::Drained | End::Lost(_) | End::Unsettled(_)) => {}
                     },
                 }
             }
-            Done::Attempted { parcel, outcome, took } => {
-                self.attempting -= 1;
-                self.attempted(parcel, outcome, took);
+            Done::Attempted { number, parcel, outcome, took } => {
+                self.attempting.remove(&number);
+                self.attempted(*parcel, outcome, took);
+                self.lane.tell_circuit();
             }
         }
     }
@@ -494,7 +635,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 self.log(&parcel, took, "delivered", Some(status), None, None);
                 self.lane.health.on_accepted();
                 self.count(&parcel, CircuitBreaker::on_success);
-                self.settle(parcel.receipts, Settlement::Delivered);
+                let (now, time) = (clock::instant(), clock::now());
+                let since = |at: SystemTime| time.duration_since(at).ok();
+                let (lag, since_arrival) = (parcel.happened_at.and_then(since), since(parcel.arrived_at));
+                self.lane.status.delivered(parcel.events, lag, since_arrival, now, time);
+                self.settle(parcel.receipts, Settlement::Delivered, |_| {});
             }
             Outcome::Retry { failure, retry_after } => {
                 self.lane.health.on_failed();
@@ -542,8 +687,12 @@ impl<'l, Q: Queue> Session<'l, Q> {
         match (retry.next(parcel.attempt, parcel.first_attempt_at, now, retry_after, clock::random()), retry.on_exhausted()) {
             (Next::After(delay), _) => {
                 self.log(&parcel, took, "retry", failure.status(), Some(failure), Some(delay));
+                let (batch_id, arrived_at) = (parcel.batch_id.clone(), parcel.arrived_at);
                 let envelopes = vec![parcel.envelope()];
-                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay });
+                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay }, move |status| {
+                    let now = clock::now();
+                    status.scheduled(&batch_id, now + delay, arrived_at, now);
+                });
             }
             (Next::Exhausted, Exhausted::DeadLetter) => self.bury(parcel, Reason::Exhausted, failure, took),
             (Next::Exhausted, Exhausted::Pause) => {
@@ -567,7 +716,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
             Some(envelopes) => {
                 let delay = retry_after.unwrap_or_default();
                 self.log(&parcel, took, "split", failure.status(), Some(failure), Some(delay));
-                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay });
+                let (ids, arrived_at): (Vec<String>, _) = (envelopes.iter().map(|e| e.batch_id.clone()).collect(), parcel.arrived_at);
+                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay }, move |status| {
+                    let now = clock::now();
+                    ids.iter().for_each(|id| status.scheduled(id, now + delay, arrived_at, now));
+                });
             }
         }
     }
@@ -575,7 +728,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
     fn bury(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, took: Duration) {
         self.log(&parcel, took, "dead_letter", failure.status(), Some(failure), None);
         let letter = parcel.dead_letter(reason, failure, clock::now());
-        self.settle(parcel.receipts, Settlement::Dead(vec![letter]));
+        self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
     }
 
     /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is recorded
@@ -595,9 +748,21 @@ impl<'l, Q: Queue> Session<'l, Q> {
         });
     }
 
-    /// The one log event of an attempt: no body, no secret, no URL, and nothing that the receiver wrote,
+    /// The one log event of an attempt, and what the status has of it: no body, no secret, no URL, and nothing that the receiver wrote,
     /// which may be what it was sent; that is in the dead letter alone.
-    fn log(&self, parcel: &Parcel, took: Duration, outcome: &str, status: Option<u16>, failure: Option<&Failure>, next: Option<Duration>) {
+    fn log(
+        &self,
+        parcel: &Parcel,
+        took: Duration,
+        outcome: &'static str,
+        status: Option<u16>,
+        failure: Option<&Failure>,
+        next: Option<Duration>,
+    ) {
+        let last_error =
+            |f: &Failure| LastError { at: clock::now(), failure: f.name(), status: f.status(), cause: f.cause().map(str::to_owned) };
+        let ended = Ended { outcome, failure: failure.map(last_error), took };
+        self.lane.status.ended(ended, clock::instant());
         macro_rules! attempt {
             ($level:ident) => {
                 tracing::$level!(
@@ -612,6 +777,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     error = failure.and_then(Failure::cause),
                     duration_ms = took.as_millis() as u64,
                     next_attempt_in_s = next.map(|d| d.as_millis() as f64 / 1000.0),
+                    traceparent = parcel.traceparent,
                     "attempt"
                 )
             };
@@ -637,16 +803,27 @@ impl<'l, Q: Queue> Session<'l, Q> {
 }
 
 /// The batch of a first attempt; from here on its bytes and its id do not change.
-fn first_parcel(format: Format, events: &[Event], bytes: usize) -> Parcel {
+fn first_parcel(format: Format, mut events: Vec<Admitted>, bytes: usize) -> Parcel {
+    let first = events.first_mut();
+    let (happened_at, arrived_at, traceparent) =
+        first.map_or_else(|| (None, clock::now(), None), |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()));
     Parcel {
         batch_id: clock::batch_id(),
-        body: format.splice(events.iter().map(|e| e.body.as_slice()), bytes).into(),
+        body: format.splice(events.iter().map(|e| e.event.body.as_slice()), bytes).into(),
         format,
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
         attempt: 1,
         first_attempt_at: clock::now(),
-        receipts: events.iter().map(|e| e.receipt).collect(),
+        receipts: events.iter().map(|e| e.event.receipt).collect(),
+        happened_at,
+        arrived_at,
+        traceparent,
     }
+}
+
+/// A time far beyond every clock is none.
+fn happened_at(timestamp: Option<u64>) -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(timestamp?))
 }
 
 fn dead_event(event: Event, reason: Reason, error: String) -> DeadLetter {

@@ -23,10 +23,12 @@
 //! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
-//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest |
+//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that knows reqwest · [`signal`] signals of the system, files that change |
+//! | edge | [`status`] what lanes and queue say of themselves · [`rehearsal`] one test event |
 //! | flow | [`lane`] the worker of one subscriber |
-//! | process | [`supervisor`] wires lanes to a queue, restarts those that panic, drains them |
-//! | surface | [`admin`] the HTTP listener: health, readiness, and the intake of events · [`systemd`] tells the service manager how far the daemon is |
+//! | process | [`supervisor`] wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them |
+//! | process | [`reload`] reads the configuration again and hands it to the supervisor |
+//! | surface | [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events · [`systemd`] tells the service manager how far the daemon is |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
@@ -36,7 +38,10 @@
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
-//! - What does a producer get for its POST? [`admin`]: `take_events` and what it calls.
+//! - What happens on SIGHUP? [`reload::Reloader::reload`], then `Fleet::reconcile` in [`supervisor`]; each lane takes over what is
+//!   new in `Lane::adopt`, the broker's bindings in `queue/amqp/state.rs`. The start goes the same way.
+//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`.
+//! - What is counted, and what is it called? [`metrics`], all of it.
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
 //!
 //! # What always holds
@@ -74,9 +79,13 @@ pub mod lane;
 pub mod metrics;
 pub mod payload;
 pub mod queue;
+pub mod rehearsal;
+pub mod reload;
 pub mod retry;
 pub mod secret;
+pub mod signal;
 pub mod signature;
+pub mod status;
 pub mod supervisor;
 pub mod systemd;
 pub mod tls;

@@ -324,9 +324,11 @@ impl Metrics {
         self.gauge("queue_up", &[]).set(f64::from(up));
     }
 
-    /// A handle to count the open connections of a role with.
-    pub fn connections(&self, role: &'static str) -> Float {
-        self.gauge("broker_connections", &[("role", role)])
+    /// A connection of this role is open until the guard is dropped.
+    pub fn connection(&self, role: &'static str) -> OpenConnection {
+        let open = self.gauge("broker_connections", &[("role", role)]);
+        open.inc();
+        OpenConnection(open)
     }
 
     pub fn connected(&self, role: &'static str, ok: bool) {
@@ -433,6 +435,16 @@ pub const FAILURES: [&str; 9] = ["status", "dns", "address_blocked", "connect", 
 pub const REASONS: [&str; 4] = ["exhausted", "refused", "invalid_event", "too_large"];
 
 pub const CIRCUIT_STATES: [&str; 3] = ["closed", "open", "half_open"];
+
+/// Counts a connection as open.
+#[derive(Debug)]
+pub struct OpenConnection(Float);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
 
 /// The handles of one subscriber.
 #[derive(Debug, Clone)]
@@ -568,13 +580,16 @@ mod tests {
         m.set_delayed_retries(1);
         m.set_orphans(2);
         m.set_queue_up(true);
-        m.connections("publishing").set(1.0);
+        let open = m.connection("publishing");
+        assert!(m.expose().contains("hooktrail_broker_connections{role=\"publishing\"} 1"));
+        drop(open);
         m.connected("publishing", true);
         m.accepted(1, 2);
         m.relayed("routed", 1);
         m.configured(1, SystemTime::UNIX_EPOCH);
         m.reloaded(false);
         let text = m.expose();
+        assert!(text.contains("hooktrail_broker_connections{role=\"publishing\"} 0"));
         assert_eq!(exposed(&text), ALL.iter().map(|d| format!("{PREFIX}{}", d.name)).collect());
         for d in ALL {
             assert!(text.contains(&format!("\n{}", d.exposed())) || text.starts_with(&d.exposed()), "{}", d.exposed());

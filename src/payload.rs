@@ -67,6 +67,18 @@ impl Format {
         body
     }
 
+    /// The first event of a body that [`splice`](Self::splice) made.
+    pub fn first_event(self, body: &[u8]) -> Option<&[u8]> {
+        match self {
+            Self::Json => {
+                let events = body.strip_prefix(HEAD)?;
+                let first = serde_json::Deserializer::from_slice(events).into_iter::<&serde_json::value::RawValue>().next()?;
+                Some(first.ok()?.get().as_bytes())
+            }
+            Self::JsonLines => body.split(|b| *b == b'\n').next(),
+        }
+    }
+
     /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` of any other body.
     pub fn events(self, body: &[u8]) -> Option<Vec<&[u8]>> {
         match self {
@@ -155,10 +167,13 @@ mod tests {
             prop_assert!(lines.len() <= Format::JsonLines.body_len(raw.len(), raw.iter().map(|e| e.len()).sum()));
             let text = std::str::from_utf8(&lines).expect("utf-8");
             let parsed: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).expect("a line")).collect();
-            prop_assert_eq!(parsed, values);
+            prop_assert_eq!(&parsed, &values);
             let found = Format::JsonLines.events(&lines).expect("made by splice");
             prop_assert_eq!(splice(Format::JsonLines, &found), lines.clone());
             prop_assert_eq!(found.len(), raw.len());
+            prop_assert_eq!(Format::JsonLines.first_event(&lines), found.first().copied());
+            let first: Value = serde_json::from_slice(Format::Json.first_event(&body).expect("made by splice")).expect("an event");
+            prop_assert_eq!(Some(&first), values.first());
         }
     }
 }

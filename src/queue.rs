@@ -16,7 +16,11 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::{clock, config::Subscriber, payload::Format};
+use crate::{
+    clock,
+    config::{Subscriber, Subscribers},
+    payload::Format,
+};
 
 /// The queue as the daemon uses it.
 pub trait Queue: Clone + Send + Sync + 'static {
@@ -24,7 +28,9 @@ pub trait Queue: Clone + Send + Sync + 'static {
     type Settler: Settler;
     type DeadLetters: DeadLetters;
 
-    /// Makes ready what the subscribers need. Waits for the queue without end. What only one subscriber needs is a concern of [`open`](Self::open).
+    /// Makes ready what the subscribers need, at the start and each time that others are configured; what they need no
+    /// more stays until [`chores`](Self::chores) sees to it. Waits for the queue without end. What only one subscriber
+    /// needs is a concern of [`open`](Self::open).
     ///
     /// # Errors
     /// What there is cannot be used and will not change by itself.
@@ -32,7 +38,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
 
     /// What is to be done beside the lanes, such as taking away what only earlier configurations
     /// needed; without end.
-    fn chores(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = ()> + Send;
+    fn chores(&self, subscribers: watch::Receiver<Subscribers>) -> impl Future<Output = ()> + Send;
 
     /// Says goodbye, when the lanes have ended.
     fn close(&self) -> impl Future<Output = ()> + Send;
@@ -84,6 +90,18 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// Nothing is known of such a subscriber, or the queue cannot be reached.
     fn dead_letters(&self, subscriber: &str) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
 
+    /// How much there is in the queues of these subscribers, and what is left of others.
+    ///
+    /// # Errors
+    /// The queue cannot be asked.
+    fn depths(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Depths, QueueError>> + Send;
+
+    /// Deletes what there is of a subscriber that is not configured any more, whatever it holds.
+    ///
+    /// # Errors
+    /// Somebody still works for it, or the queue cannot be asked.
+    fn prune(&self, subscriber: &str) -> impl Future<Output = Result<(), QueueError>> + Send;
+
     /// What there is for this configuration, without changing anything.
     ///
     /// # Errors
@@ -129,7 +147,42 @@ pub struct NewEvent {
     pub event_type: String,
     pub message_id: Option<String>,
     pub body: Bytes,
+    /// The producer's, as W3C Trace Context has it.
+    pub traceparent: Option<String>,
 }
+
+/// How much a subscriber has in its queues, without what lanes have taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Depth {
+    /// Events to deliver.
+    pub events: u64,
+    /// Batches whose time to be tried again has come; with the embedded queue, all that wait for it.
+    pub retries: u64,
+    pub dead: u64,
+}
+
+impl Depth {
+    pub fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+}
+
+/// How much there is in the queues.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Depths {
+    /// By subscriber; those without queues are not there.
+    pub subscribers: BTreeMap<String, Depth>,
+    /// Of subscribers that are not configured any more and were not pruned.
+    pub removed: BTreeMap<String, Depth>,
+    /// Batches of all subscribers whose time to be tried again has not come; `None` where they are among the
+    /// [`retries`](Depth::retries) of each.
+    pub delayed: Option<u64>,
+    /// What could not be routed back.
+    pub orphans: u64,
+}
+
+/// W3C Trace Context has 55 characters; what is far longer is something else.
+pub const MAX_TRACEPARENT: usize = 256;
 
 /// How many events are best published in one call: they become durable together.
 pub const MAX_GROUP: usize = 1000;
@@ -279,6 +332,10 @@ pub struct Event {
     /// The producer's, if there is one.
     pub message_id: Option<String>,
     pub content_type: Option<String>,
+    /// When it was published, where the queue tells that.
+    pub published_at: Option<SystemTime>,
+    /// The producer's, as W3C Trace Context has it.
+    pub traceparent: Option<String>,
     pub receipt: Receipt,
 }
 
@@ -294,6 +351,8 @@ pub struct Envelope {
     pub attempts: u32,
     /// Of the first attempt; `None` before it.
     pub first_attempt_at: Option<SystemTime>,
+    /// Of the first event's producer, as W3C Trace Context has it.
+    pub traceparent: Option<String>,
 }
 
 /// Why something was given up.
@@ -360,6 +419,7 @@ impl DeadLetter {
             events: self.events,
             attempts: 0,
             first_attempt_at: None,
+            traceparent: None,
         }
     }
 }

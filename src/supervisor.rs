@@ -1,20 +1,39 @@
-//! Wires lanes to a queue, restarts those that panic, drains them at the end.
+//! Wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them at the end.
+//!
+//! The start is a change from nothing: both go through [`Fleet::reconcile`].
 
-use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
-    sync::watch,
+    sync::{mpsc, oneshot, watch},
     task::{JoinError, JoinSet},
+    time::timeout,
 };
 
 use crate::{
-    config::Subscriber,
-    lane::Lane,
+    clock,
+    config::{Subscriber, Subscribers},
+    lane::{Lane, Served},
     queue::{Queue, QueueError},
     retry::Waits,
+    status::{Board, LaneStatus},
     tls::SystemRoots,
     webhook::Webhook,
 };
+
+/// How long a change waits for the queue. Lanes and chores do what is left to do when it is there again.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often the queues are looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A look that takes long is not repeated at once: at most this part of the time is spent looking.
+const LOOK_SHARE: u32 = 20;
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +45,16 @@ pub enum Phase {
     Draining,
 }
 
+impl Phase {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Draining => "draining",
+        }
+    }
+}
+
 /// How a run ended.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -33,6 +62,24 @@ pub enum Ended {
     Drained,
     /// These subscribers still had requests in flight at the deadline; they are delivered again.
     Deadline(BTreeSet<String>),
+}
+
+/// Other subscribers than before, and whom to tell when they are served.
+#[derive(Debug)]
+pub struct Change {
+    pub subscribers: Subscribers,
+    /// An error means that nothing was changed.
+    pub done: oneshot::Sender<Result<(), QueueError>>,
+}
+
+/// What a run is given from outside.
+#[derive(Debug)]
+pub struct Controls<'a> {
+    pub phase: &'a watch::Sender<Phase>,
+    pub changes: mpsc::Receiver<Change>,
+    pub board: Board,
+    /// For requests in flight at the end; what it says then counts.
+    pub shutdown_timeout: watch::Receiver<Duration>,
 }
 
 /// Runs a lane for each subscriber until `shutdown` completes, then drains them for at most `shutdown_timeout`.
@@ -43,33 +90,27 @@ pub enum Ended {
 /// The queue is of no use and will not change by itself, or https cannot be spoken.
 pub async fn run<Q: Queue>(
     queue: Q,
-    subscribers: &[Arc<Subscriber>],
+    subscribers: Subscribers,
     shutdown: impl Future<Output = ()>,
-    shutdown_timeout: Duration,
-    phase: &watch::Sender<Phase>,
+    controls: Controls<'_>,
     beside: impl Future<Output = ()>,
 ) -> Result<Ended, QueueError> {
-    let tls = SystemRoots::load().map_err(QueueError::needs_operator)?;
-    let mut lanes = Vec::new();
-    for s in subscribers {
-        let webhook = Webhook::try_new(s, &tls).map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
-        lanes.push((s.clone(), webhook));
-    }
+    let Controls { phase, mut changes, board, shutdown_timeout } = controls;
+    let mut fleet = Fleet::new(queue.clone(), board.clone())?;
     let mut shutdown = std::pin::pin!(shutdown);
+    let plan = fleet.plan(&subscribers)?;
     tokio::select! {
-        ready = queue.prepare(subscribers) => ready?,
+        ready = queue.prepare(&subscribers) => ready?,
         () = &mut shutdown => return Ok(Ended::Drained),
     }
-    let (drain, draining) = watch::channel(false);
-    let mut keepers = JoinSet::new();
-    for (subscriber, webhook) in lanes {
-        keepers.spawn(keep(subscriber, webhook, queue.clone(), draining.clone()));
-    }
+    fleet.reconcile(subscribers, plan);
     phase.send_replace(Phase::Running);
-    tracing::info!(subscribers = subscribers.len(), "running");
+    tracing::info!(subscribers = fleet.lanes.len(), "running");
     let mut chores = JoinSet::new();
-    let doing = (queue.clone(), subscribers.to_vec());
-    chores.spawn(async move { doing.0.chores(&doing.1).await });
+    let (doing, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
+    chores.spawn(async move { doing.chores(subscribers).await });
+    let (looking, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
+    chores.spawn(async move { look_again_and_again(&looking, subscribers, &board).await });
 
     loop {
         tokio::select! {
@@ -79,21 +120,30 @@ pub async fn run<Q: Queue>(
                     tracing::error!(error = %e, "a chore beside the lanes panicked and is not done any more until a restart");
                 }
             }
+            Some(ended) = fleet.keepers.join_next() => fleet.ended(&ended.unwrap_or_else(resume)),
+            Some(Change { subscribers, done }) = changes.recv() => {
+                let changed = tokio::select! {
+                    changed = fleet.change(subscribers) => changed,
+                    () = &mut shutdown => break,
+                };
+                // Who asked may be gone; the change stays.
+                drop(done.send(changed));
+            }
         }
     }
+    let shutdown_timeout = *shutdown_timeout.borrow();
     tracing::info!(timeout_s = shutdown_timeout.as_secs_f64(), "stopping: nothing new is taken, requests in flight finish");
     phase.send_replace(Phase::Draining);
     chores.shutdown().await;
-    drain.send_replace(true);
-    let mut busy: BTreeSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
+    let mut busy = fleet.drain();
     let lanes = async {
-        while let Some(ended) = keepers.join_next().await {
+        while let Some(ended) = fleet.keepers.join_next().await {
             busy.remove(&ended.unwrap_or_else(resume));
         }
     };
-    let in_time = tokio::time::timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok();
+    let in_time = timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok();
     if !in_time {
-        keepers.shutdown().await;
+        fleet.keepers.shutdown().await;
     }
     queue.close().await;
     if in_time {
@@ -109,24 +159,152 @@ fn resume(e: JoinError) -> String {
     std::panic::resume_unwind(e.into_panic())
 }
 
+/// The lanes that run.
+struct Fleet<Q> {
+    queue: Q,
+    tls: SystemRoots,
+    board: Board,
+    subscribers: watch::Sender<Subscribers>,
+    lanes: BTreeMap<String, Running>,
+    keepers: JoinSet<String>,
+}
+
+/// A lane and what it is told.
+struct Running {
+    configured: watch::Sender<Served>,
+    drain: watch::Sender<bool>,
+    /// It drains because its subscriber was removed, and was configured again before that was done.
+    again: Option<Served>,
+}
+
+/// What is made ready before anything is changed: the endpoints of subscribers that are new or changed.
+type Endpoints = BTreeMap<String, Served>;
+
+impl<Q: Queue> Fleet<Q> {
+    fn new(queue: Q, board: Board) -> Result<Self, QueueError> {
+        let tls = SystemRoots::load().map_err(QueueError::needs_operator)?;
+        Ok(Self {
+            queue,
+            tls,
+            board,
+            subscribers: watch::Sender::new(Subscribers::default()),
+            lanes: BTreeMap::new(),
+            keepers: JoinSet::new(),
+        })
+    }
+
+    /// What these subscribers need that those before did not.
+    fn plan(&self, subscribers: &[Arc<Subscriber>]) -> Result<Endpoints, QueueError> {
+        let mut endpoints = Endpoints::new();
+        for s in subscribers {
+            let old = self.lanes.get(&s.name).filter(|lane| !*lane.drain.borrow()).map(|lane| lane.configured.borrow().clone());
+            let webhook = match old {
+                Some(old) if old.subscriber.differences(s).is_empty() => continue,
+                Some(old) => old.webhook.renewed(&old.subscriber, s, &self.tls),
+                None => Webhook::try_new(s, &self.tls),
+            };
+            let webhook = webhook.map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
+            endpoints.insert(s.name.clone(), Served { subscriber: s.clone(), webhook });
+        }
+        Ok(endpoints)
+    }
+
+    async fn change(&mut self, subscribers: Subscribers) -> Result<(), QueueError> {
+        let plan = self.plan(&subscribers)?;
+        // What is bound anew is bound before anything is unbound, which is a chore.
+        match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
+            Ok(ready) => ready?,
+            Err(_) => tracing::warn!("the queue cannot be reached; what is configured anew is bound when it can be"),
+        }
+        self.reconcile(subscribers, plan);
+        Ok(())
+    }
+
+    /// Makes the lanes those of `subscribers`. A lane without a part in `endpoints` is not touched.
+    fn reconcile(&mut self, subscribers: Subscribers, endpoints: Endpoints) {
+        let names: BTreeSet<&str> = subscribers.iter().map(|s| s.name.as_str()).collect();
+        for (name, lane) in &mut self.lanes {
+            if !names.contains(name.as_str()) {
+                lane.again = None;
+                if !lane.drain.send_replace(true) {
+                    tracing::warn!(subscriber = name, "removed: its requests in flight finish, its backlog stays until `hooktrail prune`");
+                }
+            }
+        }
+        for (name, served) in endpoints {
+            match self.lanes.get_mut(&name) {
+                Some(lane) if *lane.drain.borrow() => lane.again = Some(served),
+                Some(lane) => drop(lane.configured.send_replace(served)),
+                None => self.start(name, served),
+            }
+        }
+        self.subscribers.send_replace(subscribers);
+    }
+
+    fn start(&mut self, name: String, served: Served) {
+        let (configured, drain) = (watch::Sender::new(served), watch::Sender::new(false));
+        self.keepers.spawn(keep(name.clone(), configured.subscribe(), self.queue.clone(), self.board.lane(&name), drain.subscribe()));
+        self.lanes.insert(name, Running { configured, drain, again: None });
+    }
+
+    /// A lane has drained.
+    fn ended(&mut self, name: &str) {
+        match self.lanes.remove(name).and_then(|lane| lane.again) {
+            Some(served) => self.start(name.to_owned(), served),
+            None => self.board.forget(name),
+        }
+    }
+
+    /// Tells all lanes to come to an end; returns whose they are.
+    fn drain(&self) -> BTreeSet<String> {
+        for lane in self.lanes.values() {
+            lane.drain.send_replace(true);
+        }
+        self.lanes.keys().cloned().collect()
+    }
+}
+
 /// Runs a lane, and runs it again after a panic. Returns the subscriber's name.
-async fn keep<Q: Queue>(subscriber: Arc<Subscriber>, webhook: Webhook, queue: Q, mut drain: watch::Receiver<bool>) -> String {
+async fn keep<Q: Queue>(
+    name: String,
+    configured: watch::Receiver<Served>,
+    queue: Q,
+    status: LaneStatus,
+    mut drain: watch::Receiver<bool>,
+) -> String {
     let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
     loop {
-        let lane = Lane::new(subscriber.clone(), queue.clone(), webhook.clone());
+        let lane = Lane::new(configured.clone(), queue.clone(), status.clone());
         // A set of one: when the keeper is stopped at the deadline, so is the lane.
         let mut task = JoinSet::new();
         task.spawn(lane.run(drain.clone()));
         match task.join_next().await {
             Some(Err(e)) => {
+                status.panicked();
                 let wait = waits.grow();
-                tracing::error!(subscriber = subscriber.name, error = %e, again_in_s = wait.as_secs_f64(), "the lane panicked; what it held comes again");
+                tracing::error!(subscriber = name, error = %e, again_in_s = wait.as_secs_f64(), "the lane panicked; what it held comes again");
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
-                    _ = drain.wait_for(|d| *d) => return subscriber.name.clone(),
+                    _ = drain.wait_for(|d| *d) => return name,
                 }
             }
-            Some(Ok(())) | None => return subscriber.name.clone(),
+            Some(Ok(())) | None => return name,
+        }
+    }
+}
+
+/// Looks at the queues now and then, and puts what it sees on the board.
+async fn look_again_and_again(queue: &impl Queue, mut subscribers: watch::Receiver<Subscribers>, board: &Board) {
+    loop {
+        let begun = clock::instant();
+        let current = subscribers.borrow_and_update().clone();
+        let found = queue.depths(&current).await;
+        let took = clock::instant() - begun;
+        board.metrics().set_queue_up(queue.is_reachable());
+        board.looked(clock::now(), found.map_err(|e| e.to_string()));
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_INTERVAL.max(took * LOOK_SHARE)) => {}
+            Ok(()) = subscribers.changed() => {}
         }
     }
 }
@@ -136,6 +314,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{self, Config},
+        metrics::Metrics,
         queue::{SettleError, fake::Fake},
     };
     use axum::{Router, http::StatusCode, routing::post};
@@ -183,8 +362,11 @@ mod tests {
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let shutdown = async { drop(stopped.await) };
-            let (phase, _) = watch::channel(Phase::Starting);
-            run(queue, &config.subscribers, shutdown, Duration::from_secs(10), &phase, std::future::ready(())).await
+            let (phase, changes) = (watch::Sender::new(Phase::Starting), mpsc::channel(1).1);
+            let board = Board::new(Metrics::new(clock::now()));
+            let shutdown_timeout = watch::Sender::new(Duration::from_secs(10)).subscribe();
+            let controls = Controls { phase: &phase, changes, board, shutdown_timeout };
+            run(queue, config.subscribers, shutdown, controls, std::future::ready(())).await
         });
         test.await;
         drop(stop);

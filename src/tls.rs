@@ -103,6 +103,17 @@ impl Identity {
 }
 
 impl TlsPolicy {
+    /// Whether both trust the same authorities and present the same identity, whatever files these came from.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let subjects = |p: &Self| p.roots.as_ref().map(|r| r.roots.clone());
+        let same_identity = match (&self.identity, &other.identity) {
+            (None, None) => true,
+            (Some(Identity(a)), Some(Identity(b))) => a.chain == b.chain && a.key.secret_der() == b.key.secret_der(),
+            _ => false,
+        };
+        same_identity && subjects(self) == subjects(other)
+    }
+
     /// # Errors
     /// The identity is of no use.
     pub fn client_config(&self, system: &SystemRoots) -> Result<ClientConfig, String> {

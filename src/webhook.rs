@@ -184,8 +184,23 @@ impl Webhook {
         Self::with_lookup(subscriber, system, Lookup::of_system())
     }
 
+    /// The same endpoint under another configuration. Where that leaves alone what connections are made of, they are kept.
+    ///
+    /// # Errors
+    /// As [`try_new`](Self::try_new).
+    pub fn renewed(&self, old: &Subscriber, new: &Subscriber, system: &SystemRoots) -> Result<Self, String> {
+        let made_of = |s: &Subscriber| {
+            let HttpPolicy { timeout, connect_timeout, concurrency, addresses, proxy, .. } = s.http.clone();
+            (timeout, connect_timeout, concurrency, addresses, proxy)
+        };
+        if made_of(old) == made_of(new) && old.tls.is_same(&new.tls) {
+            return Self::with_client(self.client.clone(), new);
+        }
+        Self::try_new(new, system)
+    }
+
     fn with_lookup(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {
-        let HttpPolicy { timeout, connect_timeout, concurrency, success, addresses, proxy, .. } = &subscriber.http;
+        let HttpPolicy { timeout, connect_timeout, concurrency, addresses, proxy, .. } = &subscriber.http;
         let client = Client::builder()
             .tls_backend_preconfigured(subscriber.tls.client_config(system)?)
             .connect_timeout(*connect_timeout)
@@ -205,10 +220,15 @@ impl Webhook {
             Some(proxy) => client.proxy(Proxy::all(proxy.expose().clone()).map_err(|e| chain(&e.without_url()))?),
         };
         let client = client.build().map_err(|e| chain(&e.without_url()))?;
+        Self::with_client(client, subscriber)
+    }
+
+    fn with_client(client: Client, subscriber: &Subscriber) -> Result<Self, String> {
         let url = subscriber.url.expose().clone();
-        let literal_blocked = addresses.check_literal(&url).err();
-        let own_headers = own_headers(subscriber)?;
-        Ok(Self { client, url, own_headers, signer: subscriber.signer.clone(), success: *success, timeout: *timeout, literal_blocked })
+        let literal_blocked = subscriber.http.addresses.check_literal(&url).err();
+        let (own_headers, signer) = (own_headers(subscriber)?, subscriber.signer.clone());
+        let HttpPolicy { timeout, success, .. } = subscriber.http;
+        Ok(Self { client, url, own_headers, signer, success, timeout, literal_blocked })
     }
 
     /// Makes one attempt. It ends within the configured timeout whatever the receiver does.

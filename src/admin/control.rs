@@ -1,23 +1,34 @@
-//! Pausing and resuming subscribers over HTTP.
+//! What an operator asks of the running daemon: how the subscribers are, to pause and resume them, to send a test event, to
+//! look at dead letters, to read the configuration again.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use axum::{
     Router,
     body::Body,
-    extract::{Path, State},
+    extract::{Path, Query, State},
     http::{HeaderMap, StatusCode},
     response::{IntoResponse as _, Response},
-    routing::post,
+    routing::{get, post},
 };
-use serde_json::json;
-use tokio::time::timeout;
+use serde_json::{Value, json};
+use tokio::{
+    sync::{Mutex, watch},
+    time::timeout,
+};
 
 use super::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
 use crate::{
     clock,
-    config::Subscriber,
-    queue::{Pause, Queue, Standing},
+    config::{Subscriber, changes::Changes},
+    queue::{DeadLetter, DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
+    rehearsal,
+    reload::{Reloader, Unchanged},
+    status::{Board, Circuit, Looked, State as LaneState, View},
+    supervisor::Phase,
 };
 
 /// The longest body, and so about the longest reason.
@@ -26,9 +37,16 @@ const MAX_REQUEST: usize = 4096;
 /// After a start the queue has to tell who is paused before that can be changed.
 const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
 
+/// Dead letters in one answer, unless fewer are asked for.
+const MAX_DEAD: usize = 100;
+
 struct Control<Q> {
     queue: Q,
-    subscribers: Vec<Arc<Subscriber>>,
+    reloader: Reloader,
+    board: Board,
+    phase: watch::Receiver<Phase>,
+    /// A look at dead letters holds all of them for a moment, so there is one at a time; so with test events.
+    one_at_a_time: Mutex<()>,
 }
 
 /// What a request may hold.
@@ -38,32 +56,91 @@ struct Wish {
     why: Option<String>,
 }
 
-pub(super) fn routes<Q: Queue>(queue: Q, subscribers: &[Arc<Subscriber>]) -> Router {
-    let control = Arc::new(Control { queue, subscribers: subscribers.to_vec() });
-    let pause = async |State(control): State<Arc<Control<Q>>>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
-        control.answer(&name, &headers, body, true).await
+/// Which dead letters.
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Selection {
+    limit: Option<usize>,
+}
+
+pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase: watch::Receiver<Phase>) -> Router {
+    type This<Q> = State<Arc<Control<Q>>>;
+    let control = Arc::new(Control { queue, reloader, board, phase, one_at_a_time: Mutex::default() });
+    let all = async |State(control): This<Q>| control.all();
+    let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name));
+    let dead = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
+        answer(control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await)
     };
-    let resume = async |State(control): State<Arc<Control<Q>>>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
-        control.answer(&name, &headers, body, false).await
+    let pause = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+        control.wished(&headers, body, async |wish| control.change(&name, wish, true).await).await
+    };
+    let resume = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+        control.wished(&headers, body, async |wish| control.change(&name, wish, false).await).await
+    };
+    let test = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+        control.wished(&headers, body, async |_| control.test(&name).await).await
+    };
+    let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(told).map_err(unchanged));
+    let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
+        let reload = async |_| control.reloader.reload("the API").await.map(told).map_err(unchanged);
+        control.wished(&headers, body, reload).await
     };
     Router::new()
+        .route("/v1/subscribers", get(all))
+        .route("/v1/subscribers/{name}", get(one))
         .route("/v1/subscribers/{name}/pause", post(pause))
         .route("/v1/subscribers/{name}/resume", post(resume))
+        .route("/v1/subscribers/{name}/test", post(test))
+        .route("/v1/subscribers/{name}/dead", get(dead))
+        .route("/v1/reload", get(preview).post(reload))
         .with_state(control)
 }
 
+fn answer(result: Result<Value, Refusal>) -> Response {
+    match result {
+        Ok(found) => json_answer(StatusCode::OK, &found),
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+fn told(changes: Changes) -> Value {
+    json!({ "changes": changes.changes, "needs_restart": changes.needs_restart })
+}
+
+fn unchanged(why: Unchanged) -> Refusal {
+    match why {
+        Unchanged::Wrong(_) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, why.to_string()),
+        Unchanged::Stopping => Refusal::unavailable(why.to_string()),
+    }
+}
+
+fn queue_fails(e: &QueueError) -> Refusal {
+    Refusal::unavailable(e.to_string())
+}
+
+fn rfc3339(at: SystemTime) -> String {
+    humantime::format_rfc3339_millis(at).to_string()
+}
+
+/// To the millisecond.
+fn seconds(d: Duration) -> f64 {
+    d.as_millis() as f64 / 1000.0
+}
+
 impl<Q: Queue> Control<Q> {
-    async fn answer(&self, name: &str, headers: &HeaderMap, mut body: Body, pause: bool) -> Response {
-        match self.change(name, headers, &mut body, pause).await {
-            Ok(answer) => json_answer(StatusCode::OK, &answer),
-            Err(refusal) => {
-                discard(headers, body).await;
-                refusal.into_response()
-            }
+    /// Does what a request asks for that may change something.
+    async fn wished(&self, headers: &HeaderMap, mut body: Body, does: impl AsyncFnOnce(Wish) -> Result<Value, Refusal>) -> Response {
+        let done = match self.wish(headers, &mut body).await {
+            Ok(wish) => does(wish).await,
+            Err(refusal) => Err(refusal),
+        };
+        if done.is_err() {
+            discard(headers, body).await;
         }
+        answer(done)
     }
 
-    async fn change(&self, name: &str, headers: &HeaderMap, body: &mut Body, pause: bool) -> Result<serde_json::Value, Refusal> {
+    async fn wish(&self, headers: &HeaderMap, body: &mut Body) -> Result<Wish, Refusal> {
         // A browser does not send this to another origin without asking first.
         if !is_json(headers) {
             let why = "the content-type must be application/json; the body is {}, or for a pause {\"why\":\"…\"}";
@@ -73,12 +150,86 @@ impl<Q: Queue> Control<Q> {
         let too_long = || Refusal::bad(format!("the body has more than {MAX_REQUEST} bytes, or did not come whole"));
         let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
         let wish = if body.is_empty() { Ok(Wish::default()) } else { serde_json::from_slice(&body) };
-        let wish: Wish = wish.map_err(|e| Refusal::bad(format!("the body is not {{}} or {{\"why\":\"…\"}}: {e}")))?;
-        let Some(subscriber) = self.subscribers.iter().find(|s| s.name == name) else {
-            return Err(Refusal::new(StatusCode::NOT_FOUND, "no subscriber of that name is configured".to_owned()));
+        wish.map_err(|e| Refusal::bad(format!("the body is not {{}} or {{\"why\":\"…\"}}: {e}")))
+    }
+
+    fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
+        let config = self.reloader.config();
+        let found = config.subscribers.iter().find(|s| s.name == name).cloned();
+        found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, "no subscriber of that name is configured".to_owned()))
+    }
+
+    fn all(&self) -> Response {
+        let looked = self.board.depths();
+        let config = self.reloader.config();
+        let subscribers: Vec<Value> = config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
+        let depths = looked.as_ref().and_then(|l| l.found.as_ref().ok());
+        let removed = depths.iter().flat_map(|d| &d.removed);
+        let removed: Vec<Value> =
+            removed.map(|(name, d)| json!({ "subscriber": name, "events": d.events, "retries": d.retries, "dead": d.dead })).collect();
+        let found = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "phase": self.phase.borrow().name(),
+            "config": { "file": config.path.display().to_string(), "problem": self.reloader.problem() },
+            "queue": {
+                "up": self.queue.is_reachable(),
+                "looked_at": looked.as_ref().map(|l| rfc3339(l.at)),
+                "error": looked.as_ref().and_then(|l| l.found.as_ref().err()),
+                "delayed_retries": depths.and_then(|d| d.delayed),
+                "orphans": depths.map(|d| d.orphans),
+            },
+            "subscribers": subscribers,
+            "removed": removed,
+        });
+        json_answer(StatusCode::OK, &found)
+    }
+
+    fn one(&self, name: &str) -> Result<Value, Refusal> {
+        Ok(self.subscriber_view(&*self.subscriber(name)?, self.board.depths().as_ref()))
+    }
+
+    fn subscriber_view(&self, subscriber: &Subscriber, looked: Option<&Looked>) -> Value {
+        let name = &subscriber.name;
+        let depths = looked.and_then(|l| l.found.as_ref().ok());
+        let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
+        // On RabbitMQ those whose time has not come are counted for all subscribers together.
+        let counts_all = depths.is_some_and(|d| d.delayed.is_none());
+        let view = self.board.view(name, clock::instant(), clock::now());
+        view.map_or_else(|| json!({ "subscriber": name, "state": "starting" }), |view| as_json(name, &view, depth, counts_all))
+    }
+
+    async fn test(&self, name: &str) -> Result<Value, Refusal> {
+        let subscriber = self.subscriber(name)?;
+        let _one = self.one_at_a_time.lock().await;
+        let report = rehearsal::rehearse(&subscriber).await;
+        Ok(report.map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))?.as_json())
+    }
+
+    /// The oldest ones. To read some is to walk to the end of the queue, which keeps their order.
+    async fn dead(&self, name: &str, limit: usize) -> Result<Value, Refusal> {
+        self.subscriber(name)?;
+        let _one = self.one_at_a_time.lock().await;
+        let mut letters = self.queue.dead_letters(name).await.map_err(|e| queue_fails(&e))?;
+        let in_all = letters.left();
+        let mut found = Vec::new();
+        let walk = async {
+            while found.len() < limit.min(MAX_DEAD)
+                && let Some(held) = letters.next().await?
+            {
+                found.push(letter_as_json(found.len() + 1, &held.letter));
+            }
+            Ok(())
         };
+        let walked: Result<(), QueueError> = walk.await;
+        let closed = letters.close().await;
+        walked.and(closed).map_err(|e| queue_fails(&e))?;
+        Ok(json!({ "subscriber": name, "dead": in_all, "letters": found }))
+    }
+
+    async fn change(&self, name: &str, wish: Wish, pause: bool) -> Result<Value, Refusal> {
+        let subscriber = self.subscriber(name)?;
         if subscriber.paused && !pause {
-            let why = format!("`{name}` is paused by the configuration; take `paused = true` out of it and restart");
+            let why = format!("`{name}` is paused by the configuration; take `paused = true` out of it");
             return Err(Refusal::new(StatusCode::CONFLICT, why));
         }
         let mut standings = self.queue.standings();
@@ -103,10 +254,75 @@ impl<Q: Queue> Control<Q> {
         }
         Ok(match after {
             Some(Pause { why, since, by }) => {
-                let since = humantime::format_rfc3339_millis(since).to_string();
+                let since = rfc3339(since);
                 json!({ "subscriber": name, "state": "paused", "changed": changed, "why": why, "since": since, "by": by })
             }
             None => json!({ "subscriber": name, "state": "running", "changed": changed }),
         })
     }
+}
+
+fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> Value {
+    let now = clock::now();
+    let pause = match &view.state {
+        LaneState::Paused(p) => Some(json!({ "why": p.why, "since": rfc3339(p.since), "by": p.by })),
+        _ => None,
+    };
+    let error = match &view.state {
+        LaneState::QueueFails(why) => Some(why),
+        _ => None,
+    };
+    let held = match view.state {
+        LaneState::Held { until } => Some(rfc3339(until)),
+        _ => None,
+    };
+    let until = match view.circuit {
+        Circuit::Open { until } => Some(rfc3339(until)),
+        Circuit::Closed | Circuit::HalfOpen => None,
+    };
+    let last_error =
+        view.last_error.as_ref().map(|e| json!({ "at": rfc3339(e.at), "failure": e.failure, "status": e.status, "cause": e.cause }));
+    let scheduled = view.retries_scheduled as u64;
+    let in_retry = depth.map(|d| if counts_all { d.retries } else { d.retries + scheduled });
+    let thousandths = |n: u64| n as f64 / 1000.0;
+    json!({
+        "subscriber": name,
+        "state": view.state.name(),
+        "paused": pause,
+        "circuit": { "state": view.circuit.name(), "until": until },
+        "held_until": held,
+        "queue_error": error,
+        "backlog": depth.map(|d| d.events),
+        "in_hand": view.in_hand,
+        "in_retry": in_retry,
+        "next_retry_at": view.next_retry_at.map(rfc3339),
+        "dead": depth.map(|d| d.dead),
+        "delivered": view.delivered,
+        "delivered_per_s": thousandths(view.delivered_per_s_milli),
+        "success_rate": view.success_milli.map(thousandths),
+        "p50_s": view.p50.map(seconds),
+        "p99_s": view.p99.map(seconds),
+        "oldest_event_at": view.oldest_event_at.map(rfc3339),
+        "oldest_event_age_s": view.oldest_event_at.map(|at| seconds(now.duration_since(at).unwrap_or_default())),
+        "last_delivered_at": view.last_delivered_at.map(rfc3339),
+        "last_error": last_error,
+    })
+}
+
+/// Without its body.
+fn letter_as_json(number: usize, l: &DeadLetter) -> Value {
+    json!({
+        "number": number,
+        "id": l.id,
+        "kind": l.kind.name(),
+        "reason": l.reason.name(),
+        "status": l.status,
+        "error": l.error,
+        "events": l.events,
+        "attempts": l.attempts,
+        "first_attempt_at": l.first_attempt_at.map(rfc3339),
+        "died_at": l.died_at.map(rfc3339),
+        "content_type": l.content_type,
+        "bytes": l.body.len(),
+    })
 }

@@ -103,7 +103,7 @@ fn effective(config: &Config) -> String {
     if config.subscribers.is_empty() {
         line("\n# no subscribers".to_owned());
     }
-    for s in &config.subscribers {
+    for s in config.subscribers.iter() {
         line(subscriber(s));
     }
     out

@@ -1,9 +1,11 @@
-//! `pause` and `resume`: what is asked of the running daemon, over its admin listener.
+//! What is asked of the running daemon, over its admin listener; `pause` and `resume`.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
+
+use serde_json::{Value, json};
 
 use super::{Failed, find, visible};
 use crate::config::{AdminConfig, Config};
@@ -12,8 +14,9 @@ use crate::config::{AdminConfig, Config};
 const TIMEOUT: Duration = Duration::from_secs(45);
 
 pub(super) async fn pause(config: &Config, name: &str, why: Option<String>) -> Result<(), Failed> {
-    let wish = why.map_or_else(|| serde_json::json!({}), |why| serde_json::json!({ "why": why }));
-    let answer = ask(config, name, "pause", &wish).await?;
+    find(config, name)?;
+    let wish = why.map_or_else(|| json!({}), |why| json!({ "why": why }));
+    let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
     let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
     let already = if answer["changed"] == true { "is paused" } else { "was paused already" };
     println!("`{name}` {already}, since {}, by {}: {}", text("since"), text("by"), text("why"));
@@ -22,7 +25,8 @@ pub(super) async fn pause(config: &Config, name: &str, why: Option<String>) -> R
 }
 
 pub(super) async fn resume(config: &Config, name: &str) -> Result<(), Failed> {
-    let answer = ask(config, name, "resume", &serde_json::json!({})).await?;
+    find(config, name)?;
+    let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/resume"), &json!({})).await?;
     if answer["changed"] == true {
         println!("`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew.");
     } else {
@@ -31,27 +35,64 @@ pub(super) async fn resume(config: &Config, name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-async fn ask(config: &Config, name: &str, what: &str, wish: &serde_json::Value) -> Result<serde_json::Value, Failed> {
-    find(config, name)?;
-    let AdminConfig { listen, token, .. } = &config.admin;
-    let address = reachable(*listen)?;
-    let no_daemon = |why: &dyn std::fmt::Display| {
-        Failed::Runtime(format!("no daemon answers at {address} ([admin] listen), and only a running one can {what} a subscriber: {why}"))
-    };
-    let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(&e))?;
-    let mut request = client.post(format!("http://{address}/api/v1/subscribers/{name}/{what}"));
-    if let Some(token) = token {
-        request = request.bearer_auth(token.expose());
+/// The running daemon of a configuration, as far as one answers.
+#[derive(Debug)]
+pub(super) struct Daemon<'c> {
+    config: &'c AdminConfig,
+    address: SocketAddr,
+    client: reqwest::Client,
+}
+
+impl<'c> Daemon<'c> {
+    pub(super) fn of(config: &'c Config) -> Result<Self, Failed> {
+        let address = reachable(config.admin.listen)?;
+        let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(address, &e))?;
+        Ok(Self { config: &config.admin, address, client })
     }
-    let request = request.header("content-type", "application/json").body(wish.to_string());
-    let answer = request.send().await.map_err(|e| no_daemon(&e.without_url()))?;
-    let status = answer.status();
-    let body: serde_json::Value = answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
-    if status.is_success() {
-        return Ok(body);
+
+    /// What there is at a path below `/api/v1/`.
+    pub(super) async fn get(&self, path: &str) -> Result<Value, Failed> {
+        self.ask(self.client.get(self.url(path))).await
     }
-    let why = body["error"].as_str().map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
-    Err(Failed::Runtime(format!("the daemon at {address} answered {status}: {why}")))
+
+    pub(super) async fn post(&self, path: &str, wish: &Value) -> Result<Value, Failed> {
+        self.ask(self.client.post(self.url(path)).header("content-type", "application/json").body(wish.to_string())).await
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://{}/api/v1/{path}", self.address)
+    }
+
+    async fn ask(&self, request: reqwest::RequestBuilder) -> Result<Value, Failed> {
+        let (status, body) = self.send(request).await.map_err(|e| no_daemon(self.address, &e))?;
+        if status.is_success() {
+            return Ok(body);
+        }
+        let why = body["error"].as_str().map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
+        Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
+    }
+
+    /// What it answers, whatever that is; else what is in the way.
+    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
+        if let Some(token) = &self.config.token {
+            request = request.bearer_auth(token.expose());
+        }
+        let answer = request.send().await.map_err(|e| {
+            // "error sending request" says nothing; what is behind it does.
+            let e = e.without_url();
+            let mut why: &dyn std::error::Error = &e;
+            while let Some(cause) = why.source() {
+                why = cause;
+            }
+            why.to_string()
+        })?;
+        let status = answer.status();
+        Ok((status, answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()))
+    }
+}
+
+fn no_daemon(address: SocketAddr, why: &dyn std::fmt::Display) -> Failed {
+    Failed::Runtime(format!("no daemon answers at {address} ([admin] listen), and only a running one can tell or do this: {why}"))
 }
 
 /// Where a listener on this machine is reached.
@@ -74,7 +115,7 @@ const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a reload of the running daemon would do.
 pub(super) enum Foreseen {
     /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`; and `needs_restart`.
-    Changes { address: SocketAddr, answer: serde_json::Value },
+    Changes { address: SocketAddr, answer: Value },
     /// The daemon says what is wrong with its configuration.
     Refused { address: SocketAddr, error: String },
     /// No daemon tells.
@@ -83,40 +124,21 @@ pub(super) enum Foreseen {
 
 /// Asks the daemon what a reload would change; it changes nothing.
 pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> {
-    let AdminConfig { listen, token, .. } = &config.admin;
-    let address = match reachable(*listen) {
-        Ok(address) => address,
+    let daemon = match Daemon::of(config) {
+        Ok(daemon) => daemon,
         Err(Failed::Usage(why)) => return Ok(Foreseen::Unknown { why }),
         Err(other) => return Err(other),
     };
-    let no_daemon = |e: reqwest::Error| {
-        let e = e.without_url();
-        // "error sending request" says nothing; the first cause does.
-        let mut why: &dyn std::error::Error = &e;
-        while let Some(cause) = why.source() {
-            why = cause;
-        }
-        Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") }
+    let address = daemon.address;
+    let (status, answer) = match daemon.send(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT)).await {
+        Ok(answered) => answered,
+        Err(why) => return Ok(Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") }),
     };
-    let client = match reqwest::Client::builder().no_proxy().timeout(PLAN_TIMEOUT).build() {
-        Ok(client) => client,
-        Err(e) => return Ok(no_daemon(e)),
-    };
-    let mut request = client.get(format!("http://{address}/api/v1/reload"));
-    if let Some(token) = token {
-        request = request.bearer_auth(token.expose());
-    }
-    let answer = match request.send().await {
-        Ok(answer) => answer,
-        Err(e) => return Ok(no_daemon(e)),
-    };
-    let status = answer.status().as_u16();
-    let answer: serde_json::Value = answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
     let error = answer["error"].as_str().map(str::to_owned);
-    Ok(match (status, error) {
+    Ok(match (status.as_u16(), error) {
         (200, None) if answer["changes"].is_array() => Foreseen::Changes { address, answer },
         (422, Some(error)) => Foreseen::Refused { address, error },
-        (_, error) => {
+        (status, error) => {
             let error = error.map_or_else(|| "it is no hooktrail, or one of another version, perhaps".to_owned(), |e| visible(&e));
             Foreseen::Unknown { why: format!("what listens at {address} answered {status}: {error}") }
         }

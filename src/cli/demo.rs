@@ -36,10 +36,12 @@ use super::{Failed, reach, visible};
 use crate::{
     clock,
     config::{self, Backend, Config},
+    metrics::Metrics,
     queue::{DeadLetters as _, NewEvent, Queue, embedded::EmbeddedQueue},
     secret::Secret,
     signature,
-    supervisor::{self, Phase},
+    status::Board,
+    supervisor::{self, Controls, Phase},
 };
 
 /// For what is under way when no more events come; with the default of `--for` all ends within 30 s.
@@ -371,7 +373,13 @@ impl Play<'_> {
         let shutdown = async move { drop(stopped.await) };
         let phase = watch::Sender::new(Phase::Starting);
         let nothing = std::future::ready(());
-        let daemon = supervisor::run(queue.clone(), &self.config.subscribers, shutdown, Duration::from_secs(5), &phase, nothing);
+        let controls = Controls {
+            phase: &phase,
+            changes: mpsc::channel(1).1, // nobody changes anything
+            board: Board::new(Metrics::new(clock::now())),
+            shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
+        };
+        let daemon = supervisor::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
         let show = async {
             let published = self.publish(&queue).await?;
             self.drain(&queue, &published).await?;
@@ -502,7 +510,7 @@ async fn dead_ids(queue: &impl Queue, subscriber: &str) -> Result<BTreeSet<Strin
 const ODD: [fn(usize) -> NewEvent; 3] = [refused_event, large_event, invalid_event];
 
 fn new_event(event_type: &str, id: usize, body: &Value) -> NewEvent {
-    NewEvent { event_type: event_type.to_owned(), message_id: Some(demo_id(id)), body: body.to_string().into() }
+    NewEvent { event_type: event_type.to_owned(), message_id: Some(demo_id(id)), body: body.to_string().into(), traceparent: None }
 }
 
 fn demo_id(id: usize) -> String {

@@ -125,7 +125,12 @@ async fn read(config: &Config, queue: &impl Queue, file: &Path, group: &mut Grou
             Ok(event_type) => {
                 bytes += line.len();
                 let event_type = event_type.into_owned();
-                group.push(NewEvent { event_type, message_id: Some(clock::event_id()), body: Bytes::copy_from_slice(&line) });
+                group.push(NewEvent {
+                    event_type,
+                    message_id: Some(clock::event_id()),
+                    body: Bytes::copy_from_slice(&line),
+                    traceparent: None,
+                });
             }
         }
         if group.len() >= MAX_GROUP || bytes >= MAX_GROUP_BYTES {

@@ -1,16 +1,18 @@
 //! `run`: the daemon.
 
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-};
+use tokio::{sync::watch, task::JoinSet};
 
 use super::{Failed, log};
 use crate::{
     admin::Admin,
+    clock,
     config::{Backend, Config},
+    metrics::Metrics,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    supervisor::{self, Phase},
+    reload::Reloader,
+    signal::{self, Files, Hangups},
+    status::Board,
+    supervisor::{self, Controls, Phase},
     systemd,
 };
 
@@ -19,11 +21,12 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
     }
+    let metrics = Metrics::new(clock::now());
     match &config.queue.backend {
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
-            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, &config).await
+            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, metrics).await
         }
         Backend::Amqp(amqp) => {
             if !force && EmbeddedQueue::holds_undelivered(&config.queue.embedded).await? {
@@ -34,27 +37,52 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
                 )));
             }
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), broker = %amqp.url, "starting");
-            deliver(AmqpQueue::new(amqp.clone()), &config).await
+            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, metrics).await
         }
     }
 }
 
-async fn deliver(queue: impl Queue, config: &Config) -> Result<(), Failed> {
-    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let shutdown = async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
-    };
+async fn deliver(queue: impl Queue, config: Config, metrics: Metrics) -> Result<(), Failed> {
+    let (shutdown, hangups) = (signal::stop()?, Hangups::listen()?);
     let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
+    let board = Board::new(metrics.clone());
+    let subscribers = config.subscribers.clone();
+    let (reloader, changes) = Reloader::new(config, metrics);
     let (phase, phases) = watch::channel(Phase::Starting);
     let told = tokio::spawn(systemd::follow(phases.clone()));
-    let serving = admin.serve(queue.clone(), &config.subscribers, phases);
+    let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
+    let mut asking = JoinSet::new();
+    asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
+    asking.spawn(reload_when_files_change(reloader.clone()));
+    let controls = Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout() };
     let beside = serving.done_with_the_queue();
-    supervisor::run(queue, &config.subscribers, shutdown, config.shutdown_timeout, &phase, beside).await?;
+    supervisor::run(queue, subscribers, shutdown, controls, beside).await?;
     serving.close().await;
     // It ends when it has told the last phase.
     drop(phase);
     told.await.map_err(|e| Failed::Runtime(e.to_string()))
+}
+
+async fn reload_when_told(reloader: Reloader, mut hangups: Hangups, phases: watch::Receiver<Phase>) {
+    let is_running = || *phases.borrow() == Phase::Running;
+    loop {
+        hangups.next().await;
+        let running = is_running();
+        if running {
+            systemd::reloading();
+        }
+        // The log has told what came of it.
+        drop(reloader.reload("SIGHUP").await);
+        if running && is_running() {
+            systemd::ready();
+        }
+    }
+}
+
+async fn reload_when_files_change(reloader: Reloader) {
+    let mut files = Files::new(reloader.files());
+    loop {
+        files.changed().await;
+        drop(reloader.reload("a file of the configuration has changed").await);
+    }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     cell::RefCell,
+    collections::BTreeSet,
     fmt,
     ops::Range,
     path::{Path, PathBuf},
@@ -64,6 +65,7 @@ impl Source {
 pub(super) struct Reader<'e> {
     env: &'e dyn Fn(&str) -> Option<String>,
     problems: RefCell<Vec<Problem>>,
+    files: RefCell<BTreeSet<PathBuf>>,
 }
 
 /// A table and the keys it may have.
@@ -112,10 +114,21 @@ impl<'d> Section<'d> {
 
 impl<'e> Reader<'e> {
     pub(super) fn new(env: &'e dyn Fn(&str) -> Option<String>) -> Self {
-        Self { env, problems: RefCell::default() }
+        Self { env, problems: RefCell::default(), files: RefCell::default() }
     }
 
-    pub(super) fn into_problems(self) -> Vec<Problem> {
+    /// Notes that the configuration is made of this file, or of what is in this folder.
+    pub(super) fn depends_on(&self, path: &Path) {
+        self.files.borrow_mut().insert(path.to_owned());
+    }
+
+    /// The problems, and the files it depends on.
+    pub(super) fn finish(self) -> (Vec<Problem>, Vec<PathBuf>) {
+        let files = self.files.take().into_iter().collect();
+        (self.into_problems(), files)
+    }
+
+    fn into_problems(self) -> Vec<Problem> {
         let mut seen: Vec<Problem> = Vec::new();
         for p in self.problems.into_inner() {
             // A mistake in a default is met again by every subscriber that it applies to.

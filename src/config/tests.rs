@@ -159,7 +159,7 @@ fn a_key_of_a_feature_that_is_not_there_is_unknown() {
 fn the_preset_wins_over_the_defaults_and_the_subscribers_own_keys_over_it() {
     let defaults = "[batch]\nmax_events = 7\nmax_bytes = \"5KiB\"\n[http]\nsuccess = \"2xx\"\nconcurrency = 3\n[retry]\nmax_attempts = 2\n";
     let plain = format!("{QUEUE}{defaults}{SUBSCRIBER}preset = \"mailtrap\"\n");
-    let s = load_text(&plain).expect("valid").subscribers.remove(0);
+    let s = load_text(&plain).expect("valid").subscribers[0].clone();
     assert_eq!((s.batch.max_events, s.batch.max_wait, s.batch.max_bytes), (500, Duration::from_secs(30), 5 * 1024));
     assert_eq!((s.http.success, s.http.timeout, s.http.concurrency), (Success::Only200, Duration::from_secs(30), 3));
     let r = s.retry.options();
@@ -169,7 +169,7 @@ fn the_preset_wins_over_the_defaults_and_the_subscribers_own_keys_over_it() {
     assert_eq!(s.signer.schemes(), [Scheme::Mailtrap]);
 
     let own = "signatures = [\"standard-webhooks\"]\nretry = { max_attempts = 3 }\nhttp.success = \"2xx\"\nbatch.max_wait = \"0s\"\n";
-    let s = load_text(&(plain + own)).expect("valid").subscribers.remove(0);
+    let s = load_text(&(plain + own)).expect("valid").subscribers[0].clone();
     assert_eq!((s.batch.max_events, s.batch.max_wait, s.http.success), (500, Duration::ZERO, Success::Any2xx));
     assert_eq!((s.retry.options().max_attempts, s.retry.options().initial_interval), (3, Duration::from_secs(300)));
     assert_eq!(s.signer.schemes(), [Scheme::StandardWebhooks]);

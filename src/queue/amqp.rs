@@ -23,9 +23,12 @@ mod topology;
 mod wire;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashMap, HashSet},
     panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -33,7 +36,7 @@ use futures_util::{FutureExt as _, future::try_join_all};
 use tokio::sync::watch;
 
 use self::{
-    connection::{Effort, Lease, NOT_FOUND, Pool, Role},
+    connection::{Dialer, Effort, Lease, NOT_FOUND, Pool, Role},
     lane::Unusable,
     message::Message,
     publisher::{Fate, Publisher},
@@ -47,8 +50,9 @@ pub use self::{
     lane::{Settler, Source},
 };
 use crate::{
-    config::{AmqpConfig, Intake, Subscriber},
-    queue::{Finding, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
+    config::{AmqpConfig, Intake, Subscriber, Subscribers},
+    metrics::Metrics,
+    queue::{Depth, Depths, Finding, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
     retry::Waits,
 };
 
@@ -59,10 +63,17 @@ pub struct AmqpQueue(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     topology: Topology,
+    dialer: Dialer,
     consuming: Pool,
     declaring: Arc<Pool>,
     publisher: OnceLock<Publisher>,
     standings: watch::Sender<Option<Standings>>,
+    /// Subscribers that the record says were removed.
+    removed: watch::Sender<BTreeSet<String>>,
+    /// The record is followed, so nobody has to read it.
+    follows: AtomicBool,
+    /// How often this daemon consumes the queue of a subscriber now.
+    consumers: Mutex<HashMap<String, u32>>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
     suspects: Mutex<HashSet<String>>,
 }
@@ -83,12 +94,20 @@ pub enum Repaired {
 }
 
 impl AmqpQueue {
-    pub fn new(config: AmqpConfig) -> Self {
-        let consuming = Pool::new(config.url.clone(), Role::Consuming);
-        let declaring = Arc::new(Pool::new(config.url.clone(), Role::Declaring));
-        let topology = Topology::new(config);
-        let standings = watch::Sender::new(None);
-        Self(Arc::new(Inner { topology, consuming, declaring, publisher: OnceLock::new(), standings, suspects: Mutex::default() }))
+    pub fn new(config: AmqpConfig, metrics: Metrics) -> Self {
+        let dialer = Dialer { url: config.url.clone(), metrics };
+        Self(Arc::new(Inner {
+            consuming: Pool::new(dialer.clone(), Role::Consuming),
+            declaring: Arc::new(Pool::new(dialer.clone(), Role::Declaring)),
+            dialer,
+            topology: Topology::new(config),
+            publisher: OnceLock::new(),
+            standings: watch::Sender::new(None),
+            removed: watch::Sender::default(),
+            follows: AtomicBool::new(false),
+            consumers: Mutex::default(),
+            suspects: Mutex::default(),
+        }))
     }
 
     /// Looks once whether the broker can be reached, for commands that must not wait for it without end.
@@ -96,7 +115,7 @@ impl AmqpQueue {
     /// # Errors
     /// It cannot, and why.
     pub async fn ping(&self) -> Result<(), QueueError> {
-        let connection = connection::connect(self.0.topology.url(), Role::Declaring).await?;
+        let (connection, _open) = self.0.dialer.connect(Role::Declaring).await?;
         connection::close(&connection).await;
         Ok(())
     }
@@ -115,7 +134,7 @@ impl AmqpQueue {
     }
 
     fn new_publisher(&self, role: Role) -> Publisher {
-        Publisher::start(self.topology().clone(), self.0.declaring.clone(), role)
+        Publisher::start(self.topology().clone(), self.0.dialer.clone(), self.0.declaring.clone(), role)
     }
 
     async fn try_prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
@@ -132,8 +151,9 @@ impl AmqpQueue {
 
     /// Follows the record: who is paused, and what only earlier configurations had, which it takes away.
     /// Beside the lanes, because it has to publish, and a broker that blocks publishing can still be consumed.
-    async fn follow_state(&self, subscribers: &[Arc<Subscriber>]) {
-        let mut reconciler = Reconciler::new(self.topology(), &self.0.declaring, self.publisher(), &self.0.standings, subscribers);
+    async fn follow_state(&self, subscribers: watch::Receiver<Subscribers>) {
+        self.0.follows.store(true, Ordering::Relaxed);
+        let mut reconciler = Reconciler::new(self, subscribers);
         let mut following = Effort::new("the record of bindings and pauses");
         loop {
             let Err(e) = reconciler.follow(&mut following).await;
@@ -141,18 +161,26 @@ impl AmqpQueue {
         }
     }
 
-    async fn relay(&self, subscribers: &[Arc<Subscriber>]) {
+    async fn relay(&self, subscribers: watch::Receiver<Subscribers>) {
         let Intake::SourceQueue(queue) = self.topology().intake() else { return };
         // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
         let publisher = self.new_publisher(Role::Relaying);
-        let relay = Relay { topology: self.topology(), pool: &self.0.consuming, publisher: &publisher, queue, subscribers };
+        let relay = Relay {
+            topology: self.topology(),
+            pool: &self.0.consuming,
+            publisher: &publisher,
+            metrics: &self.0.dialer.metrics,
+            queue,
+            subscribers: &subscribers,
+        };
         let mut relaying = Effort::new(format!("the relay from queue `{queue}`"));
         loop {
             let relayed = async {
                 // An event relayed before a queue is bound would pass that queue by.
                 let mut broker = self.broker();
                 self.topology().ensure_shared(&mut broker).await?;
-                for s in subscribers {
+                let current = subscribers.borrow().clone();
+                for s in current.iter() {
                     self.topology().ensure_subscriber(&mut broker, s).await?;
                 }
                 drop(broker);
@@ -163,25 +191,28 @@ impl AmqpQueue {
         }
     }
 
-    async fn sweep(&self, subscribers: &[Arc<Subscriber>]) {
-        let configured = subscribers.iter().map(|s| s.name.as_str()).collect();
+    async fn sweep(&self, mut subscribers: watch::Receiver<Subscribers>) {
         let mut sweep = Sweep {
             topology: self.topology(),
             consuming: &self.0.consuming,
             declaring: &self.0.declaring,
             publisher: self.publisher(),
-            configured,
+            configured: HashSet::new(),
             foreign: None,
         };
         let mut sweeping = Effort::new("the sweep of orphans");
         loop {
+            sweep.configure(&subscribers.borrow_and_update());
             match sweep.run().await {
                 Ok(moved) => {
                     sweeping.goes_well();
                     if moved > 0 {
                         tracing::warn!(batches = moved, "moved orphans back into their retry queues");
                     }
-                    tokio::time::sleep(relay::SWEEP_INTERVAL).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(relay::SWEEP_INTERVAL) => {}
+                        Ok(()) = subscribers.changed() => {}
+                    }
                 }
                 Err(e) => sweeping.failed(&e).await,
             }
@@ -271,6 +302,39 @@ impl AmqpQueue {
         }
     }
 
+    /// Until the guard is dropped, this daemon consumes the queue of a subscriber.
+    fn consumes(&self, subscriber: &str) -> Consumes {
+        *self.consumers().entry(subscriber.to_owned()).or_default() += 1;
+        Consumes { queue: self.clone(), subscriber: subscriber.to_owned() }
+    }
+
+    fn consumers(&self) -> MutexGuard<'_, HashMap<String, u32>> {
+        self.0.consumers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often it does now.
+    fn consumers_of(&self, subscriber: &str) -> u32 {
+        self.consumers().get(subscriber).copied().unwrap_or(0)
+    }
+
+    /// Who was removed and not pruned. A daemon follows the record; a command reads it.
+    async fn removed(&self) -> Result<BTreeSet<String>, QueueError> {
+        let followed = self.0.follows.load(Ordering::Relaxed);
+        if followed { Ok(self.0.removed.borrow().clone()) } else { state::removed(self).await }
+    }
+
+    async fn depth(&self, broker: &mut Broker<'_>, subscriber: &str) -> Result<Option<Depth>, QueueError> {
+        let topology = self.topology();
+        let (events, retries, dead) = (
+            broker.messages(&topology.main(subscriber)).await?,
+            broker.messages(&topology.retry(subscriber)).await?,
+            broker.messages(&topology.dead(subscriber)).await?,
+        );
+        let of = |n: Option<u64>| n.unwrap_or(0);
+        let there = events.is_some() || retries.is_some() || dead.is_some();
+        Ok(there.then(|| Depth { events: of(events), retries: of(retries), dead: of(dead) }))
+    }
+
     /// Two channels for a subscriber's two queues.
     async fn leases(&self, suspect: bool) -> Result<[Lease; 2], QueueError> {
         if suspect {
@@ -297,11 +361,11 @@ impl Queue for AmqpQueue {
         }
     }
 
-    async fn chores(&self, subscribers: &[Arc<Subscriber>]) {
+    async fn chores(&self, subscribers: watch::Receiver<Subscribers>) {
         tokio::join!(
-            kept("following the record", || self.follow_state(subscribers)),
-            kept("the relay", || self.relay(subscribers)),
-            kept("the sweep of orphans", || self.sweep(subscribers)),
+            kept("following the record", || self.follow_state(subscribers.clone())),
+            kept("the relay", || self.relay(subscribers.clone())),
+            kept("the sweep of orphans", || self.sweep(subscribers.clone())),
         );
     }
 
@@ -320,7 +384,9 @@ impl Queue for AmqpQueue {
         let suspect = Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
         self.topology().ensure_subscriber(&mut self.broker(), subscriber).await?;
         let leases = self.leases(suspect).await?;
-        match Source::open(leases, self.topology(), self.publisher().clone(), name, window).await {
+        // Counted before the broker counts it.
+        let consumes = self.consumes(name);
+        match Source::open(leases, self.topology(), self.publisher().clone(), name, window, consumes).await {
             Ok(opened) => Ok(opened),
             Err(unusable) => {
                 if unusable.is_broken() {
@@ -347,8 +413,8 @@ impl Queue for AmqpQueue {
     }
 
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
-        let messages = events.into_iter().map(|NewEvent { event_type, message_id, body }| {
-            let (body, properties) = message::event(body, message_id.as_deref());
+        let messages = events.into_iter().map(|NewEvent { event_type, message_id, body, traceparent }| {
+            let (body, properties) = message::event(body, message_id.as_deref(), traceparent.as_deref());
             match self.topology().intake() {
                 Intake::Exchange(exchange) => Message { exchange: exchange.clone(), routing_key: event_type, body, properties },
                 Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
@@ -386,6 +452,45 @@ impl Queue for AmqpQueue {
         DeadLetters::open(self, subscriber).await
     }
 
+    async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
+        let mut broker = self.broker();
+        let mut depths = Depths::default();
+        for s in subscribers {
+            if let Some(depth) = self.depth(&mut broker, &s.name).await? {
+                depths.subscribers.insert(s.name.clone(), depth);
+            }
+        }
+        let removed = self.removed().await?;
+        for name in removed.into_iter().filter(|name| !depths.subscribers.contains_key(name)) {
+            if let Some(depth) = self.depth(&mut broker, &name).await? {
+                depths.removed.insert(name, depth);
+            }
+        }
+        let mut delayed = 0;
+        for level in 0..ladder::LEVELS {
+            delayed += broker.messages(&self.topology().level(level)).await?.unwrap_or(0);
+        }
+        depths.delayed = Some(delayed);
+        depths.orphans = broker.messages(&self.topology().orphans()).await?.unwrap_or(0);
+        Ok(depths)
+    }
+
+    async fn prune(&self, subscriber: &str) -> Result<(), QueueError> {
+        let mut broker = self.broker();
+        let main = self.topology().main(subscriber);
+        if broker.depth(&main).await?.is_some_and(|d| d.consumers > 0) {
+            return Err(QueueError::new(format!(
+                "a daemon still delivers from queue `{main}`; take `{subscriber}` out of its configuration and reload it first"
+            )));
+        }
+        for (queue, _) in self.topology().subscriber_queues(subscriber) {
+            broker.delete_queue(&queue).await?;
+        }
+        state::forget(self.topology(), self.publisher(), subscriber).await?;
+        self.0.removed.send_if_modified(|all| all.remove(subscriber));
+        Ok(())
+    }
+
     async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
         let mut broker = self.broker();
         let mut findings = Vec::new();
@@ -408,6 +513,25 @@ impl Queue for AmqpQueue {
             }
         }
         Ok(findings)
+    }
+}
+
+/// Counts as a consumer of a subscriber's queue.
+#[derive(Debug)]
+struct Consumes {
+    queue: AmqpQueue,
+    subscriber: String,
+}
+
+impl Drop for Consumes {
+    fn drop(&mut self) {
+        let mut consumers = self.queue.consumers();
+        if let Some(n) = consumers.get_mut(&self.subscriber) {
+            *n -= 1;
+            if *n == 0 {
+                consumers.remove(&self.subscriber);
+            }
+        }
     }
 }
 

@@ -28,9 +28,9 @@ pub use self::{
 };
 use crate::{
     clock,
-    config::{EmbeddedConfig, Subscriber},
+    config::{EmbeddedConfig, Subscriber, Subscribers},
     event::Pattern,
-    queue::{Finding, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, Window},
+    queue::{Depth, Depths, Finding, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, Window},
     retry::Waits,
 };
 
@@ -201,7 +201,7 @@ impl Queue for EmbeddedQueue {
         Ok(())
     }
 
-    async fn chores(&self, _: &[Arc<Subscriber>]) {
+    async fn chores(&self, _: watch::Receiver<Subscribers>) {
         tokio::join!(self.look_for_news(), self.trim_again_and_again());
     }
 
@@ -231,12 +231,14 @@ impl Queue for EmbeddedQueue {
         let queue = self.clone();
         let insert = move |db: &Connection| {
             let patterns = queue.open_patterns(db)?;
-            let mut insert = db.prepare_cached("INSERT INTO event (type, message_id, at, body) VALUES (?1, ?2, ?3, ?4)")?;
+            let mut insert =
+                db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent) VALUES (?1, ?2, ?3, ?4, ?5)")?;
             let mut fates = Vec::with_capacity(events.len());
             for e in &events {
                 let matched = patterns.iter().any(|p| p.matches(&e.event_type));
                 if matched {
-                    insert.execute(params![e.event_type, e.message_id, at, &e.body[..]])?;
+                    let traceparent = e.traceparent.as_ref().filter(|t| t.len() <= MAX_TRACEPARENT);
+                    insert.execute(params![e.event_type, e.message_id, at, &e.body[..], traceparent])?;
                 }
                 fates.push(if matched { Published::Stored } else { Published::Unmatched });
             }
@@ -268,6 +270,36 @@ impl Queue for EmbeddedQueue {
         DeadLetters::open(self.store().clone(), subscriber).await
     }
 
+    async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
+        let mut found = self.store().look(depths).await?;
+        let (mut configured, mut removed) = (BTreeMap::new(), BTreeMap::new());
+        for s in subscribers {
+            configured.insert(s.name.clone(), found.remove(&s.name).unwrap_or_default());
+        }
+        removed.extend(found.into_iter().filter(|(_, depth)| !depth.is_empty()));
+        Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0 })
+    }
+
+    async fn prune(&self, subscriber: &str) -> Result<(), QueueError> {
+        let name = subscriber.to_owned();
+        let delete = move |db: &Connection| {
+            let open: bool =
+                db.query_row("SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)", [&name], |r| r.get(0))?;
+            if !open {
+                for table in ["segment", "ahead", "retry", "dead", "standing"] {
+                    db.execute(&format!("DELETE FROM {table} WHERE subscriber = ?1"), [&name])?;
+                }
+            }
+            Ok(!open)
+        };
+        if self.store().write(delete).await? {
+            return Ok(());
+        }
+        Err(QueueError::new(format!(
+            "`{subscriber}` still gets events; take it out of the configuration, and start or reload the daemon once with that"
+        )))
+    }
+
     async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
         let counts = self.store().read(|db| {
             let mut counts = backlogs(db)?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
@@ -281,6 +313,22 @@ impl Queue for EmbeddedQueue {
         let finding = |(name, messages)| Finding::Queue { name, messages, consumers: None };
         Ok(counts.await?.into_iter().map(finding).collect())
     }
+}
+
+/// Of everybody who has anything.
+fn depths(db: &Connection) -> rusqlite::Result<BTreeMap<String, Depth>> {
+    let mut depths: BTreeMap<String, Depth> = BTreeMap::new();
+    for (name, events) in backlogs(db)? {
+        depths.entry(name).or_default().events = events.into();
+    }
+    for (table, of) in [("retry", (|d| &mut d.retries) as fn(&mut Depth) -> &mut u64), ("dead", |d| &mut d.dead)] {
+        let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1"))?;
+        let mut rows = query.query([])?;
+        while let Some(row) = rows.next()? {
+            *of(depths.entry(row.get(0)?).or_default()) = row.get::<_, i64>(1)?.unsigned_abs();
+        }
+    }
+    Ok(depths)
 }
 
 fn standings(db: &Connection) -> rusqlite::Result<BTreeMap<String, Standing>> {
@@ -444,7 +492,7 @@ mod tests {
         EmbeddedConfig { data_dir: dir.path().to_owned(), retention }
     }
 
-    fn subscribers(of: &[(&str, &str)]) -> Vec<Arc<Subscriber>> {
+    fn subscribers(of: &[(&str, &str)]) -> Subscribers {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let table = |(name, pattern): &(&str, &str)| {
             format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\nevents = [\"{pattern}\"]\n")
@@ -455,8 +503,12 @@ mod tests {
     }
 
     async fn publish(queue: &EmbeddedQueue, event_type: &str, count: usize) -> Vec<Published> {
-        let event =
-            NewEvent { event_type: event_type.to_owned(), message_id: None, body: format!("{{\"event\":\"{event_type}\"}}").into() };
+        let event = NewEvent {
+            event_type: event_type.to_owned(),
+            message_id: None,
+            body: format!("{{\"event\":\"{event_type}\"}}").into(),
+            traceparent: None,
+        };
         queue.publish(vec![event; count]).await.expect("publishes")
     }
 

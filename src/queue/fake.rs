@@ -7,12 +7,12 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Envelope, Event, Finding, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
-    Source, Standing, Standings, Taken, Window,
+    DeadLetters, Depths, Envelope, Event, Finding, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement,
+    Settler, Source, Standing, Standings, Taken, Window,
 };
 use tokio::sync::watch;
 
-use crate::config::Subscriber;
+use crate::config::{Subscriber, Subscribers};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Fake(Arc<Mutex<State>>);
@@ -85,7 +85,7 @@ impl Queue for Fake {
         Ok(())
     }
 
-    async fn chores(&self, _: &[Arc<Subscriber>]) {}
+    async fn chores(&self, _: watch::Receiver<Subscribers>) {}
 
     async fn close(&self) {}
 
@@ -113,6 +113,14 @@ impl Queue for Fake {
 
     async fn dead_letters(&self, _: &str) -> Result<End, QueueError> {
         Err(QueueError::new("not part of this fake"))
+    }
+
+    async fn depths(&self, _: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
+        Ok(Depths::default())
+    }
+
+    async fn prune(&self, _: &str) -> Result<(), QueueError> {
+        Ok(())
     }
 
     async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
@@ -144,7 +152,15 @@ impl Source for End {
                     s.next_tag += 1;
                     s.unsettled.insert(s.next_tag, (self.subscriber.clone(), body.clone()));
                     let receipt = Receipt { from: Kind::Event, tag: s.next_tag };
-                    into.push(Taken::Event(Event { body: body.into_bytes(), message_id: None, content_type: None, receipt }));
+                    let (message_id, content_type, published_at, traceparent) = (None, None, None, None);
+                    into.push(Taken::Event(Event {
+                        body: body.into_bytes(),
+                        message_id,
+                        content_type,
+                        published_at,
+                        traceparent,
+                        receipt,
+                    }));
                 }
             });
             if !into.is_empty() {

@@ -10,9 +10,11 @@ const LAYERS: &[&[&str]] = &[
     &["address", "answer", "circuit_breaker", "clock", "event", "payload", "retry", "secret"],
     &["batch", "signature", "tls"],
     &["config", "metrics"],
-    &["queue", "webhook"],
+    &["queue", "signal", "webhook"],
+    &["rehearsal", "status"],
     &["lane"],
     &["supervisor"],
+    &["reload"],
     &["admin", "systemd"],
     &["cli"],
 ];
@@ -99,8 +101,8 @@ fn each_protocol_is_known_in_one_place() {
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),
+        ("flate2", &["src/admin/intake.rs"]),
         ("sd_notify::", &["src/systemd.rs"]),
-        ("flate2", &["src/admin.rs"]),
         ("prometheus_client", &["src/metrics.rs"]),
     ] {
         let mut users = 0;

@@ -126,19 +126,19 @@ async fn sent() -> Vec<Case> {
 }
 
 /// Where `scripts/verifiers` puts things.
-fn verifiers() -> PathBuf {
+pub(crate) fn verifiers() -> PathBuf {
     let target = Path::new(env!("CARGO_BIN_EXE_hooktrail")).ancestors().nth(2).expect("the target folder");
     let folder = target.join("verifiers");
     assert!(folder.join("stamp").exists(), "{} is not there: run scripts/verifiers, as scripts/test does", folder.display());
     folder
 }
 
-fn repository() -> PathBuf {
+pub(crate) fn repository() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// Runs a command that must succeed; its standard output.
-fn output(command: &mut Command) -> String {
+pub(crate) fn output(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("UTF-8")

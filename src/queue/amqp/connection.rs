@@ -14,7 +14,12 @@ use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
 use tokio::{sync::Mutex, time::timeout};
 
 use super::wire;
-use crate::{queue::QueueError, retry::Waits, secret::SecretUrl};
+use crate::{
+    metrics::{Metrics, OpenConnection},
+    queue::QueueError,
+    retry::Waits,
+    secret::SecretUrl,
+};
 
 /// For the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its own here.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -59,8 +64,23 @@ impl Role {
     }
 }
 
-/// One attempt to connect.
-pub(super) async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> {
+/// Connects to the one broker there is, and counts.
+#[derive(Debug, Clone)]
+pub(super) struct Dialer {
+    pub(super) url: SecretUrl,
+    pub(super) metrics: Metrics,
+}
+
+impl Dialer {
+    /// One attempt. The connection counts as open as long as the second value lives.
+    pub(super) async fn connect(&self, role: Role) -> Result<(Connection, OpenConnection), QueueError> {
+        let connected = connect(&self.url, role).await;
+        self.metrics.connected(role.name(), connected.is_ok());
+        Ok((connected?, self.metrics.connection(role.name())))
+    }
+}
+
+async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> {
     let fail = |why: String| QueueError::new(format!("cannot connect to the broker at {url}: {why}"));
     let mut uri: AMQPUri = url.expose().as_str().parse().map_err(|_| fail("[queue] url is not a valid AMQP URL".to_owned()))?;
     uri.query.heartbeat = Some(HEARTBEAT);
@@ -190,15 +210,16 @@ struct Slot {
     /// stays with its number in lapin, and would answer the requests of the next that gets it.
     opened: AtomicUsize,
     numbers: usize,
+    _counted: OpenConnection,
 }
 
 impl Slot {
-    fn new(connection: Connection) -> Arc<Self> {
+    fn new((connection, counted): (Connection, OpenConnection)) -> Arc<Self> {
         let numbers = match connection.configuration().channel_max() {
             0 => usize::from(u16::MAX),
             max => max.into(),
         };
-        Arc::new(Self { connection, open: AtomicUsize::new(0), opened: AtomicUsize::new(0), numbers })
+        Arc::new(Self { connection, open: AtomicUsize::new(0), opened: AtomicUsize::new(0), numbers, _counted: counted })
     }
 
     /// A place for one more channel, if there is one. Called by one task at a time.
@@ -233,7 +254,7 @@ impl Drop for Seat {
 /// Connections for one purpose, made when they are needed: channels are leased from them.
 #[derive(Debug)]
 pub(super) struct Pool {
-    url: SecretUrl,
+    dialer: Dialer,
     role: Role,
     state: Mutex<PoolState>,
 }
@@ -247,9 +268,9 @@ struct PoolState {
 }
 
 impl Pool {
-    pub(super) fn new(url: SecretUrl, role: Role) -> Self {
+    pub(super) fn new(dialer: Dialer, role: Role) -> Self {
         let connecting = Effort::new(format!("broker connection ({})", role.name()));
-        Self { url, role, state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }) }
+        Self { dialer, role, state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }) }
     }
 
     /// A channel on a shared connection. Waits for the broker without end.
@@ -281,7 +302,7 @@ impl Pool {
 
     /// A connection that is not shared with others, for a queue that may take it down.
     pub(super) async fn quarantine(&self) -> Result<Quarantine, QueueError> {
-        Ok(Quarantine(Slot::new(connect(&self.url, self.role).await?)))
+        Ok(Quarantine(Slot::new(self.dialer.connect(self.role).await?)))
     }
 
     /// Says goodbye on those connections that are still in use.

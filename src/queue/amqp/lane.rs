@@ -17,6 +17,7 @@ use lapin::{
 use tokio::sync::Mutex;
 
 use super::{
+    Consumes,
     connection::{BrokerError, INTERNAL_ERROR, Lease, answer},
     ladder,
     message::{self, Message},
@@ -101,6 +102,8 @@ pub struct Source {
     events: Feed,
     envelopes: Feed,
     settler: Settler,
+    /// Until the channels are closed.
+    _consumes: Consumes,
 }
 
 impl std::fmt::Debug for Source {
@@ -116,6 +119,7 @@ impl Source {
         publisher: Publisher,
         subscriber: &str,
         window: Window,
+        consumes: Consumes,
     ) -> Result<(Self, Settler), Unusable> {
         let envelopes = Feed::open(for_envelopes, topology.retry(subscriber), window.envelopes).await?;
         let events = Feed::open(for_events, topology.main(subscriber), window.events).await?;
@@ -127,7 +131,7 @@ impl Source {
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
         }));
-        Ok((Self { events, envelopes, settler: settler.clone() }, settler))
+        Ok((Self { events, envelopes, settler: settler.clone(), _consumes: consumes }, settler))
     }
 }
 

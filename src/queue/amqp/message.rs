@@ -1,6 +1,6 @@
 //! How events, envelopes and dead letters look as AMQP messages.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use lapin::{
@@ -12,7 +12,7 @@ use lapin::{
 use crate::{
     clock,
     payload::Format,
-    queue::{DeadLetter, Envelope, Event, Kind, Reason, Receipt, Taken, cut_error},
+    queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Taken, cut_error},
 };
 
 const KIND: &str = "x-hooktrail-kind";
@@ -24,6 +24,8 @@ const ERROR: &str = "x-hooktrail-error";
 const EVENTS: &str = "x-hooktrail-events";
 const FIRST_ATTEMPT_AT: &str = "x-hooktrail-first-attempt-at";
 const DIED_AT: &str = "x-hooktrail-died-at";
+/// W3C Trace Context, as producers write it beside a message.
+const TRACEPARENT: &str = "traceparent";
 
 /// A message to be published, with its place.
 #[derive(Debug, Clone)]
@@ -64,9 +66,21 @@ fn time(value: SystemTime) -> AMQPValue {
 }
 
 /// An event for the exchange.
-pub(super) fn event(body: Bytes, message_id: Option<&str>) -> (Bytes, BasicProperties) {
+pub(super) fn event(body: Bytes, message_id: Option<&str>, traceparent: Option<&str>) -> (Bytes, BasicProperties) {
     let now = clock::unix_seconds(clock::now());
-    (body, properties(Some("application/json"), message_id).with_timestamp(now))
+    let mut p = properties(Some("application/json"), message_id).with_timestamp(now);
+    if let Some(trace) = traceparent.filter(|t| t.len() <= MAX_TRACEPARENT) {
+        let mut headers = FieldTable::default();
+        headers.insert(TRACEPARENT.into(), text(trace));
+        p = p.with_headers(headers);
+    }
+    (body, p)
+}
+
+/// As a producer, or hooktrail, wrote it beside a message.
+fn traceparent(p: &BasicProperties) -> Option<String> {
+    let headers = Headers(p.headers().as_ref());
+    headers.text(TRACEPARENT).ok().flatten().filter(|t| t.len() <= MAX_TRACEPARENT)
 }
 
 /// An event from a source queue for the internal exchange: content type, message id, timestamp and
@@ -77,18 +91,13 @@ pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
     if let Some(t) = from.timestamp() {
         p = p.with_timestamp(*t);
     }
-    if let Some(AMQPValue::LongString(trace)) = from.headers().as_ref().and_then(|h| h.inner().get("traceparent"))
-        && trace.as_bytes().len() <= MAX_TRACEPARENT
-    {
+    if let Some(trace) = traceparent(from) {
         let mut headers = FieldTable::default();
-        headers.insert("traceparent".into(), AMQPValue::LongString(trace.clone()));
+        headers.insert(TRACEPARENT.into(), text(&trace));
         p = p.with_headers(headers);
     }
     p
 }
-
-/// W3C Trace Context has 55 characters; what is far longer is something else.
-const MAX_TRACEPARENT: usize = 256;
 
 /// A dead event as it goes back into the main queue.
 pub(super) fn event_again(letter: &DeadLetter) -> (Bytes, BasicProperties) {
@@ -102,6 +111,9 @@ pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
     h.insert(EVENTS.into(), AMQPValue::LongLongInt(e.events.into()));
     if let Some(at) = e.first_attempt_at {
         h.insert(FIRST_ATTEMPT_AT.into(), time(at));
+    }
+    if let Some(trace) = &e.traceparent {
+        h.insert(TRACEPARENT.into(), text(trace));
     }
     (e.body.clone(), properties(Some(e.format.content_type()), Some(&e.batch_id)).with_headers(h))
 }
@@ -128,12 +140,16 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     (d.body.clone(), properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h))
 }
 
+fn is_own(header: &str) -> bool {
+    header.starts_with("x-hooktrail-") || header == TRACEPARENT
+}
+
 /// A message of hooktrail's own that goes on to another queue: its own headers and nothing of the broker's.
 pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
     let from = &d.properties;
     let short = |s: &Option<ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
     let mut headers = FieldTable::default();
-    for (name, value) in from.headers().iter().flat_map(|h| h.inner()).filter(|(name, _)| name.as_str().starts_with("x-hooktrail-")) {
+    for (name, value) in from.headers().iter().flat_map(|h| h.inner()).filter(|(name, _)| is_own(name.as_str())) {
         headers.insert(name.clone(), value.clone());
     }
     let p = properties(short(from.content_type()).as_deref(), short(from.message_id()).as_deref()).with_headers(headers);
@@ -188,6 +204,8 @@ pub(super) fn taken_event(d: Delivery) -> Event {
     Event {
         message_id: owned(d.properties.message_id()),
         content_type: content_type.map(str::to_owned),
+        published_at: d.properties.timestamp().and_then(|t| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(t))),
+        traceparent: traceparent(&d.properties),
         receipt: Receipt { from: Kind::Event, tag: d.delivery_tag },
         body: d.data,
     }
@@ -235,6 +253,7 @@ fn read_envelope(d: &Delivery) -> Result<Envelope, String> {
         events: h.integer(EVENTS)?.unwrap_or(0),
         attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
         first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
+        traceparent: traceparent(&d.properties),
     })
 }
 
@@ -289,6 +308,7 @@ mod tests {
             events: 3,
             attempts: 2,
             first_attempt_at: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123)),
+            traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
         }
     }
 

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{BrokerError, Effort, Pool, Role, answer, close, connect},
+    connection::{BrokerError, Dialer, Effort, Pool, Role, answer, close},
     message::Message,
     topology::{Broker, Topology},
 };
@@ -71,11 +71,11 @@ impl Drop for AbortOnDrop {
 
 impl Publisher {
     /// Starts the task. On each new connection it looks first whether the shared topology is there.
-    pub(super) fn start(topology: Topology, declaring: Arc<Pool>, role: Role) -> Self {
+    pub(super) fn start(topology: Topology, dialer: Dialer, declaring: Arc<Pool>, role: Role) -> Self {
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (state, writable) = watch::channel(false);
         let stop = Arc::new(Notify::new());
-        let task = tokio::spawn(Task { topology, declaring, role, inbox, state, stop: stop.clone() }.keep());
+        let task = tokio::spawn(Task { topology, dialer, declaring, role, inbox, state, stop: stop.clone() }.keep());
         Self { groups, writable, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
@@ -123,6 +123,7 @@ impl Publisher {
 
 struct Task {
     topology: Topology,
+    dialer: Dialer,
     declaring: Arc<Pool>,
     role: Role,
     inbox: mpsc::Receiver<Group>,
@@ -147,7 +148,7 @@ impl Task {
 
     /// One connection, from its beginning to its end, which is an error unless it was asked for.
     async fn generation(&mut self, publishing: &mut Effort) -> Result<(), QueueError> {
-        let connection = connect(self.topology.url(), self.role).await?;
+        let (connection, _open) = self.dialer.connect(self.role).await?;
         let ended = async {
             self.topology.ensure_shared(&mut Broker::new(&self.declaring)).await?;
             let open = async {

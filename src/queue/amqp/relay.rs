@@ -10,6 +10,7 @@ use lapin::{
     options::{BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions},
     types::FieldTable,
 };
+use tokio::sync::watch;
 
 use super::{
     connection::{BrokerError, Effort, Lease, Pool, answer},
@@ -21,8 +22,9 @@ use super::{
 };
 use crate::{
     clock,
-    config::Subscriber,
+    config::{Subscriber, Subscribers},
     event::event_type,
+    metrics::Metrics,
     queue::{DeadLetter, Kind, QueueError, Reason},
 };
 
@@ -34,8 +36,9 @@ pub(super) struct Relay<'a> {
     pub(super) topology: &'a Topology,
     pub(super) pool: &'a Pool,
     pub(super) publisher: &'a Publisher,
+    pub(super) metrics: &'a Metrics,
     pub(super) queue: &'a str,
-    pub(super) subscribers: &'a [Arc<Subscriber>],
+    pub(super) subscribers: &'a watch::Receiver<Subscribers>,
 }
 
 impl Relay<'_> {
@@ -62,7 +65,11 @@ impl Relay<'_> {
                 messages.push(relayed(self.topology, delivery));
                 next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
             }
+            let (all, invalid) = (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
             let unmatched = self.publish(&lease, messages).await?;
+            self.metrics.relayed("invalid", invalid as u64);
+            self.metrics.relayed("unmatched", unmatched as u64);
+            self.metrics.relayed("routed", (all - invalid - unmatched) as u64);
             if unmatched > 0 {
                 tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
             }
@@ -78,6 +85,7 @@ impl Relay<'_> {
     async fn publish(&self, lease: &Lease, messages: Vec<Message>) -> Result<usize, QueueError> {
         let mut unmatched = 0;
         let mut refused = Vec::new();
+        let subscribers = self.subscribers.borrow().clone();
         let fates = self.publisher.publish(messages.clone()).await?;
         for (message, fate) in messages.into_iter().zip(fates) {
             if message.exchange.is_empty() {
@@ -88,7 +96,7 @@ impl Relay<'_> {
                 }
                 continue;
             }
-            let wanting = || self.subscribers.iter().filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
+            let wanting = || subscribers.iter().filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
             match (fate, wanting().next()) {
                 (Fate::Stored, _) => {}
                 (Fate::Unroutable, None) => unmatched += 1,
@@ -185,7 +193,7 @@ pub(super) struct Sweep<'a> {
     pub(super) consuming: &'a Pool,
     pub(super) declaring: &'a Pool,
     pub(super) publisher: &'a Publisher,
-    pub(super) configured: HashSet<&'a str>,
+    pub(super) configured: HashSet<String>,
     /// How many there were when none of them was of a configured subscriber, and how often that was looked at.
     pub(super) foreign: Option<(u32, u32)>,
 }
@@ -197,6 +205,15 @@ pub(super) const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 const GLANCES: u32 = 60;
 
 impl Sweep<'_> {
+    /// From now on these are configured.
+    pub(super) fn configure(&mut self, subscribers: &[Arc<Subscriber>]) {
+        let configured: HashSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
+        if configured != self.configured {
+            self.configured = configured;
+            self.foreign = None;
+        }
+    }
+
     /// Returns how many batches were moved.
     pub(super) async fn run(&mut self) -> Result<usize, QueueError> {
         let orphans = self.topology.orphans();
@@ -216,7 +233,7 @@ impl Sweep<'_> {
         // What is looked at and not moved stays unacknowledged, so that the next look sees the next one;
         // it is given back in one answer at the end, which keeps its order.
         while let Some(delivery) = get(&lease.channel, &orphans).await.map_err(fail)? {
-            let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(s));
+            let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(*s));
             let Some(subscriber) = subscriber.map(str::to_owned) else { continue };
             let tag = delivery.delivery_tag;
             let (body, properties) = message::untouched(delivery);

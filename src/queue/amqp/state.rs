@@ -20,9 +20,13 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 use serde::{Deserialize, Serialize};
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{
+    AmqpQueue,
     connection::{BrokerError, Effort, Lease, Pool, RPC_TIMEOUT, answer},
     message::Message,
     publisher::{Fate, Publisher},
@@ -30,12 +34,13 @@ use super::{
 };
 use crate::{
     clock,
-    config::Subscriber,
+    config::{Subscriber, Subscribers},
     queue::{Pause, QueueError, Standing, Standings},
 };
 
 /// How often it is looked whether another daemon still works for a subscriber that this one does not have.
 const RECHECK: Duration = Duration::from_secs(60);
+const RECHECK_SOON: Duration = Duration::from_secs(2);
 
 /// After so long without a record all that the stream held has come.
 const QUIET: Duration = Duration::from_secs(5);
@@ -55,6 +60,9 @@ enum Record {
     Removed {
         subscriber: String,
         removed: bool,
+        /// Its queues were deleted.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        pruned: bool,
         at: String,
     },
     Standing {
@@ -69,9 +77,7 @@ enum Record {
         at: SystemTime,
     },
     /// Written when reading begins, to know where the end is.
-    Mark {
-        mark: String,
-    },
+    Mark { mark: String },
 }
 
 /// What a subscriber's queue is bound with.
@@ -100,6 +106,8 @@ impl Record {
 struct Recorded {
     bindings: Bindings,
     standings: Standings,
+    /// Whose queues may still be there.
+    removed: BTreeSet<String>,
 }
 
 /// What a record was about.
@@ -115,11 +123,17 @@ impl Recorded {
         match record {
             Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
                 let exchange = bound_to.unwrap_or_else(|| exchange.to_owned());
+                self.removed.remove(&subscriber);
                 self.bindings.insert(subscriber.clone(), Bound { exchange, patterns });
                 About::Bindings(subscriber)
             }
-            Record::Removed { subscriber, .. } => {
+            Record::Removed { subscriber, pruned, .. } => {
                 self.bindings.remove(&subscriber);
+                if pruned {
+                    self.removed.remove(&subscriber)
+                } else {
+                    self.removed.insert(subscriber.clone())
+                };
                 About::Bindings(subscriber)
             }
             Record::Standing { subscriber, paused, why, by, at } => {
@@ -152,67 +166,124 @@ pub(super) async fn record(topology: &Topology, publisher: &Publisher, subscribe
     write(topology, publisher, &Record::of(subscriber, standing)).await
 }
 
+/// Records that a removed subscriber's queues are no more.
+pub(super) async fn forget(topology: &Topology, publisher: &Publisher, subscriber: &str) -> Result<(), QueueError> {
+    let pruned = Record::Removed { subscriber: subscriber.to_owned(), removed: true, pruned: true, at: now() };
+    write(topology, publisher, &pruned).await
+}
+
+/// Reads the stream for who was removed and not pruned; for commands, which do not follow it.
+pub(super) async fn removed(queue: &AmqpQueue) -> Result<BTreeSet<String>, QueueError> {
+    let topology = queue.topology();
+    if Broker::new(&queue.0.declaring).depth(&topology.state()).await?.is_none() {
+        return Ok(BTreeSet::new());
+    }
+    let (lease, mut records) = open(&queue.0.declaring, topology).await?;
+    let mark = clock::batch_id();
+    write(topology, queue.publisher(), &Record::Mark { mark: mark.clone() }).await?;
+    let mut recorded = Recorded::default();
+    loop {
+        let next = timeout(RPC_TIMEOUT, records.next()).await.ok().flatten();
+        let delivery = match next {
+            Some(Ok(delivery)) => delivery,
+            Some(Err(e)) => return Err(error(topology, &BrokerError::from(e))),
+            None => return Err(error(topology, "the broker sent no more records before the last one")),
+        };
+        let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+        answer(acked).await.map_err(|why| error(topology, &why))?;
+        match serde_json::from_slice::<Record>(&delivery.data) {
+            Ok(Record::Mark { mark: found }) if found == mark => return Ok(recorded.removed),
+            Ok(record) => drop(recorded.apply(record, &topology.events())),
+            // One of a later version, which says something else.
+            Err(_) => {}
+        }
+    }
+}
+
+async fn open(pool: &Pool, topology: &Topology) -> Result<(Lease, Consumer), QueueError> {
+    let lease = pool.lease().await?;
+    let open = async {
+        lease.channel.basic_qos(100, BasicQosOptions::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+        lease.channel.basic_consume(topology.state().as_str().into(), "".into(), BasicConsumeOptions::default(), arguments).await
+    };
+    let consumer = answer(open).await.map_err(|why| error(topology, &why))?;
+    Ok((lease, consumer))
+}
+
+fn error(topology: &Topology, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
+    QueueError::new(format!("stream `{}`: {why}", topology.state()))
+}
+
 async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> Result<(), QueueError> {
-    let stream = topology.state();
-    let error = |why: &dyn std::fmt::Display| QueueError::new(format!("stream `{stream}`: {why}"));
-    let body = serde_json::to_vec(record).map_err(|e| error(&e))?;
+    let body = serde_json::to_vec(record).map_err(|e| error(topology, &e))?;
     let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
-    let message = Message::to_queue(stream.clone(), Bytes::from(body), properties);
+    let message = Message::to_queue(topology.state(), Bytes::from(body), properties);
     match publisher.publish(vec![message]).await?[..] {
         [Fate::Stored] => Ok(()),
-        _ => Err(error(&"the broker did not take a record")),
+        _ => Err(error(topology, "the broker did not take a record")),
     }
 }
 
 /// Keeps the bindings as the configuration says, now that the new ones are in place.
 pub(super) struct Reconciler<'a> {
+    queue: &'a AmqpQueue,
     topology: &'a Topology,
-    pool: &'a Pool,
-    publisher: &'a Publisher,
-    standings: &'a watch::Sender<Option<Standings>>,
-    subscribers: &'a [Arc<Subscriber>],
+    configured: watch::Receiver<Subscribers>,
+    /// What was configured when it was last looked.
+    subscribers: Subscribers,
     wanted: Bindings,
     /// Subscribers about whom an operator was told already that daemons do not agree.
     told: BTreeSet<String>,
     /// Subscribers that this daemon has unbound, and those of them that another then bound again.
     removed: BTreeSet<String>,
     wanted_elsewhere: BTreeSet<String>,
+    /// How often it was seen that another daemon works for a subscriber that is not configured here.
+    looks: BTreeMap<String, u32>,
+    /// Of what is configured now.
     reconciled: bool,
 }
 
 impl<'a> Reconciler<'a> {
-    pub(super) fn new(
-        topology: &'a Topology,
-        pool: &'a Pool,
-        publisher: &'a Publisher,
-        standings: &'a watch::Sender<Option<Standings>>,
-        subscribers: &'a [Arc<Subscriber>],
-    ) -> Self {
-        let bound =
-            |s: &Subscriber| Bound { exchange: topology.events(), patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect() };
-        let wanted = subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
-        Self {
-            topology,
-            pool,
-            publisher,
-            standings,
-            subscribers,
-            wanted,
+    pub(super) fn new(queue: &'a AmqpQueue, configured: watch::Receiver<Subscribers>) -> Self {
+        let mut new = Self {
+            queue,
+            topology: queue.topology(),
+            configured,
+            subscribers: Subscribers::default(),
+            wanted: Bindings::new(),
             told: BTreeSet::new(),
             removed: BTreeSet::new(),
             wanted_elsewhere: BTreeSet::new(),
+            looks: BTreeMap::new(),
             reconciled: false,
-        }
+        };
+        new.adopt();
+        new
+    }
+
+    /// Takes over what is configured now.
+    fn adopt(&mut self) {
+        self.subscribers = self.configured.borrow_and_update().clone();
+        let events = self.topology.events();
+        let bound = |s: &Subscriber| Bound { exchange: events.clone(), patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect() };
+        self.wanted = self.subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
+        self.told.clear();
+        self.removed.retain(|name| !self.wanted.contains_key(name));
+        self.wanted_elsewhere.retain(|name| !self.wanted.contains_key(name));
+        self.looks.clear();
+        self.reconciled = false;
     }
 
     /// Reads the stream from its first record, takes away what only earlier configurations had, and
     /// then follows what other daemons write, until it fails.
     pub(super) async fn follow(&mut self, following: &mut Effort) -> Result<Infallible, QueueError> {
-        let mut broker = Broker::new(self.pool);
+        let mut broker = Broker::new(&self.queue.0.declaring);
         self.topology.ensure_state(&mut broker).await?;
-        let (lease, mut records) = self.open().await?;
+        let (lease, mut records) = open(&self.queue.0.declaring, self.topology).await?;
         let mark = clock::batch_id();
-        let (topology, publisher, last) = (self.topology, self.publisher, Record::Mark { mark: mark.clone() });
+        let (topology, publisher, last) = (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
         let mut marking = std::pin::pin!(write(topology, publisher, &last));
         let mut marked = false;
         let mut recorded = Recorded::default();
@@ -232,8 +303,13 @@ impl<'a> Reconciler<'a> {
                     continue;
                 }
                 next = records.next() => next.ok_or_else(|| self.error("its consumer was cancelled"))?,
-                () = sleep(RECHECK), if up_to_date => {
-                    self.unbind_removed(&mut broker, &mut recorded.bindings).await?;
+                Ok(()) = self.configured.changed(), if up_to_date => {
+                    self.adopt();
+                    self.reconcile(&mut broker, &mut recorded).await?;
+                    continue;
+                }
+                () = sleep(if self.looks.values().any(|n| *n < 2) { RECHECK_SOON } else { RECHECK }), if up_to_date => {
+                    self.unbind_removed(&mut broker, &mut recorded).await?;
                     continue;
                 }
                 () = sleep(RPC_TIMEOUT), if marked && !up_to_date => {
@@ -247,12 +323,16 @@ impl<'a> Reconciler<'a> {
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
-                    self.standings.send_replace(Some(recorded.standings.clone()));
-                    self.reconcile(&mut broker, &mut recorded.bindings).await?;
+                    self.tell_removed(&recorded);
+                    self.queue.0.standings.send_replace(Some(recorded.standings.clone()));
+                    self.reconcile(&mut broker, &mut recorded).await?;
                     following.goes_well();
                 }
                 Ok(record) => match recorded.apply(record, &self.topology.events()) {
-                    About::Bindings(name) if up_to_date => self.compare(&mut broker, &mut recorded.bindings, &name).await?,
+                    About::Bindings(name) if up_to_date => {
+                        self.tell_removed(&recorded);
+                        self.compare(&mut broker, &mut recorded.bindings, &name).await?;
+                    }
                     About::Standing(name) if up_to_date => self.stands(&name, &recorded),
                     About::Bindings(_) | About::Standing(_) | About::Nothing => {}
                 },
@@ -264,14 +344,14 @@ impl<'a> Reconciler<'a> {
     /// Tells of one subscriber alone: of another this daemon may have recorded something that is still to come.
     fn stands(&self, name: &str, recorded: &Recorded) {
         if let Some(standing) = recorded.standings.get(name).cloned() {
-            self.standings.send_modify(|all| drop(Arc::make_mut(all.get_or_insert_default()).insert(name.to_owned(), standing)));
+            self.queue.0.standings.send_modify(|all| drop(Arc::make_mut(all.get_or_insert_default()).insert(name.to_owned(), standing)));
         }
     }
 
     /// A broker that blocks publishing takes no mark, and still sends what it has: after a silence that is
     /// all. Otherwise nothing would be delivered by a daemon that starts meanwhile.
     fn without_mark(&self, recorded: &Recorded) {
-        self.standings.send_if_modified(|known| {
+        self.queue.0.standings.send_if_modified(|known| {
             let first = known.is_none();
             if first {
                 tracing::warn!(
@@ -284,27 +364,27 @@ impl<'a> Reconciler<'a> {
         });
     }
 
-    async fn open(&self) -> Result<(Lease, Consumer), QueueError> {
-        let lease = self.pool.lease().await?;
-        let open = async {
-            lease.channel.basic_qos(100, BasicQosOptions::default()).await?;
-            let mut arguments = FieldTable::default();
-            arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
-            lease.channel.basic_consume(self.topology.state().as_str().into(), "".into(), BasicConsumeOptions::default(), arguments).await
-        };
-        let consumer = answer(open).await.map_err(|why| self.error(&why))?;
-        Ok((lease, consumer))
+    fn tell_removed(&self, recorded: &Recorded) {
+        self.queue.0.removed.send_if_modified(|known| {
+            let new = *known != recorded.removed;
+            if new {
+                known.clone_from(&recorded.removed);
+            }
+            new
+        });
     }
 
-    /// Once in the life of the process: from then on what another daemon says is no earlier configuration.
-    async fn reconcile(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings) -> Result<(), QueueError> {
+    /// Once for each configuration: from then on what another daemon says is no earlier one.
+    async fn reconcile(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
+        let recorded = &mut all.bindings;
+        let subscribers = self.subscribers.clone();
         if self.reconciled {
-            for s in self.subscribers {
+            for s in subscribers.iter() {
                 self.compare(broker, recorded, &s.name).await?;
             }
-            return self.unbind_removed(broker, recorded).await;
+            return self.unbind_removed(broker, all).await;
         }
-        for s in self.subscribers {
+        for s in subscribers.iter() {
             let Some(wanted) = self.wanted.get(&s.name) else { continue };
             let old = recorded.get(&s.name);
             if old == Some(wanted) {
@@ -324,19 +404,25 @@ impl<'a> Reconciler<'a> {
             let wanted = wanted.clone();
             self.record(recorded, &s.name, wanted).await?;
         }
-        self.unbind_removed(broker, recorded).await?;
+        self.unbind_removed(broker, all).await?;
         self.reconciled = true;
         Ok(())
     }
 
     /// Unbinds subscribers that are not configured here, unless another daemon works for them or wants them back.
-    async fn unbind_removed(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings) -> Result<(), QueueError> {
+    async fn unbind_removed(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
+        let recorded = &mut all.bindings;
         let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains(name);
         let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
         for name in removed {
             let queue = self.topology.main(&name);
-            if broker.depth(&queue).await?.is_some_and(|d| d.consumers > 0) {
-                if self.told.insert(name.clone()) {
+            // This daemon's own lane may still finish its requests.
+            let own = self.queue.consumers_of(&name);
+            if broker.depth(&queue).await?.is_some_and(|d| d.consumers > own) {
+                let looks = self.looks.entry(name.clone()).or_default();
+                *looks += 1;
+                // The first may have seen this daemon's own consumer a moment too long.
+                if *looks == 2 {
                     tracing::warn!(
                         subscriber = name,
                         "not configured here, but another daemon delivers its events: it stays bound until nobody does"
@@ -350,8 +436,10 @@ impl<'a> Reconciler<'a> {
                 }
             }
             tracing::warn!(subscriber = name, queue, "a subscriber that is not configured any more was unbound; its backlog stays");
-            self.write(&Record::Removed { subscriber: name.clone(), removed: true, at: now() }).await?;
+            self.write(&Record::Removed { subscriber: name.clone(), removed: true, pruned: false, at: now() }).await?;
             recorded.remove(&name);
+            all.removed.insert(name.clone());
+            self.looks.remove(&name);
             self.told.remove(&name);
             self.removed.insert(name);
         }
@@ -405,11 +493,11 @@ impl<'a> Reconciler<'a> {
     }
 
     async fn write(&self, record: &Record) -> Result<(), QueueError> {
-        write(self.topology, self.publisher, record).await
+        write(self.topology, self.queue.publisher(), record).await
     }
 
     fn error(&self, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
-        QueueError::new(format!("stream `{}`: {why}", self.topology.state()))
+        error(self.topology, why)
     }
 }
 

@@ -15,7 +15,6 @@ use super::{
 use crate::{
     config::{AmqpConfig, Intake, Subscriber},
     queue::QueueError,
-    secret::SecretUrl,
 };
 
 /// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the first
@@ -38,10 +37,6 @@ pub(super) struct Depth {
 impl Topology {
     pub(super) fn new(config: AmqpConfig) -> Self {
         Self { config }
-    }
-
-    pub(super) fn url(&self) -> &SecretUrl {
-        &self.config.url
     }
 
     pub(super) fn intake(&self) -> &Intake {
@@ -305,6 +300,11 @@ impl<'p> Broker<'p> {
             Err(Refused::NotFound) => Ok(None),
             Err(other) => Err(other.into_error("queue", queue)),
         }
+    }
+
+    /// How many messages are ready in a queue; `None` if there is no such queue.
+    pub(super) async fn messages(&mut self, queue: &str) -> Result<Option<u64>, QueueError> {
+        Ok(self.depth(queue).await?.map(|d| d.messages.into()))
     }
 
     /// Declares a queue if it is absent, and compares its arguments if it is there.

@@ -124,8 +124,7 @@ pub(super) async fn open(
     let name = subscriber.to_owned();
     // Asked where writes are done in their order: what a lane that panicked had begun to write is seen.
     let (segments, runs) = store.write(move |db| Ok((segments(db, &name)?, ahead(db, &name)?))).await?;
-    let segments: VecDeque<Segment> = segments.into();
-    let cursor = segments.front().map_or(0, |s| s.after);
+    let cursor = segments.first().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
         subscriber: subscriber.to_owned(),
@@ -133,7 +132,7 @@ pub(super) async fn open(
         writing: AsyncMutex::default(),
         room: Notify::new(),
     });
-    Ok((Source { shared: shared.clone(), segments, news, window, behind_since: None }, Settler(shared)))
+    Ok((Source { shared: shared.clone(), news, window, behind_since: None }, Settler(shared)))
 }
 
 /// What a subscriber is done with beyond its cursor.
@@ -154,7 +153,6 @@ fn segments(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<Segment>>
 #[derive(Debug)]
 pub struct Source {
     shared: Arc<Shared>,
-    segments: VecDeque<Segment>,
     news: watch::Receiver<u64>,
     window: Window,
     /// When the database's cursor began to lag behind what was looked at.
@@ -226,26 +224,24 @@ impl Source {
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
             (taken.looked_at, room.min(max), taken.envelopes.iter().copied().collect::<Vec<_>>(), taken.ahead.clone())
         };
-        while self.segments.len() > 1 && self.segments.front().is_some_and(|s| looked_at >= s.upto) {
-            self.segments.pop_front();
-        }
-        let segment = self.segments.front().map(|s| (s.patterns.clone(), s.after.max(looked_at), s.upto));
-        let last = self.segments.len() <= 1;
         let envelopes_room = usize::from(self.window.envelopes).saturating_sub(held.len());
         let subscriber = self.shared.subscriber.clone();
         let now = millis(clock::now());
         self.shared
             .store
             .read(move |db| {
+                // One snapshot: patterns can change at any time, and an event is for whom it was when it came.
+                let db = db.unchecked_transaction()?;
                 let mut found = Found { looked_at, ..Found::default() };
                 found.next_due =
-                    if envelopes_room > 0 { due(db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)? } else { None };
-                if let (Some((patterns, after, upto)), 1..) = (segment, events_room) {
+                    if envelopes_room > 0 { due(&db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)? } else { None };
+                let mut segments = segments(&db, &subscriber)?.into_iter().filter(|s| looked_at < s.upto);
+                if let (Some(Segment { patterns, after, upto }), 1..) = (segments.next(), events_room) {
                     let wanted = |seq: i64, event_type: &str, only_for: Option<&str>| {
                         is_for(&subscriber, &patterns, event_type, only_for) && !ahead.iter().any(|run| run.contains(&seq))
                     };
-                    let end = scan(db, wanted, after, upto, events_room, &mut found)?;
-                    found.more |= end && !last;
+                    let end = scan(&db, wanted, after.max(looked_at), upto, events_room, &mut found)?;
+                    found.more |= end && segments.next().is_some();
                 }
                 Ok(found)
             })
@@ -310,7 +306,7 @@ fn due(
     into: &mut Vec<(i64, Result<Envelope, DeadLetter>)>,
 ) -> rusqlite::Result<Option<i64>> {
     let mut query = db.prepare_cached(
-        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body FROM retry WHERE subscriber = ?1 ORDER BY due, id",
+        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, traceparent FROM retry WHERE subscriber = ?1 ORDER BY due, id",
     )?;
     let mut rows = query.query([subscriber])?;
     while let Some(row) = rows.next()? {
@@ -333,7 +329,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
     let first_attempt_at = row.get::<_, Option<i64>>(6)?.map(from_millis);
     let (batch_id, events, attempts, body) = (row.get(2)?, row.get(4)?, row.get(5)?, Bytes::from(row.get::<_, Vec<u8>>(7)?));
     Ok(match format {
-        Some(format) => Ok(Envelope { batch_id, body, format, events, attempts, first_attempt_at }),
+        Some(format) => Ok(Envelope { batch_id, body, format, events, attempts, first_attempt_at, traceparent: row.get(8)? }),
         None => Err(DeadLetter {
             kind: Kind::Batch,
             reason: queue::Reason::InvalidEvent,
@@ -359,8 +355,9 @@ fn scan(
     room: usize,
     found: &mut Found,
 ) -> rusqlite::Result<bool> {
-    let mut query =
-        db.prepare_cached("SELECT seq, type, message_id, only_for, body FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3")?;
+    let mut query = db.prepare_cached(
+        "SELECT seq, type, message_id, only_for, body, at, traceparent FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3",
+    )?;
     let mut rows = query.query(params![after, upto, SCAN])?;
     let mut looked_at = 0;
     let mut bytes = 0;
@@ -380,6 +377,8 @@ fn scan(
                 body,
                 message_id: row.get(2)?,
                 content_type: None,
+                published_at: Some(from_millis(row.get(5)?)),
+                traceparent: row.get(6)?,
                 receipt: Receipt { from: Kind::Event, tag: seq.unsigned_abs() },
             });
         }
@@ -455,9 +454,20 @@ fn set_ahead(db: &Connection, subscriber: &str, runs: &[RangeInclusive<i64>]) ->
 
 pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due: i64) -> rusqlite::Result<()> {
     db.prepare_cached(
-        "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, traceparent) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
     )?
-    .execute(params![subscriber, due, e.batch_id, e.format.content_type(), e.events, e.attempts, e.first_attempt_at.map(millis), &e.body[..]])?;
+    .execute(params![
+        subscriber,
+        due,
+        e.batch_id,
+        e.format.content_type(),
+        e.events,
+        e.attempts,
+        e.first_attempt_at.map(millis),
+        &e.body[..],
+        e.traceparent
+    ])?;
     Ok(())
 }
 

@@ -85,6 +85,11 @@ const MIGRATIONS: &[&str] = &[
         resumed_at INTEGER
     ) WITHOUT ROWID;
 ",
+    "
+    -- As W3C Trace Context has it; of a retry that of its first event.
+    ALTER TABLE event ADD COLUMN traceparent TEXT;
+    ALTER TABLE retry ADD COLUMN traceparent TEXT;
+",
 ];
 
 /// Marks the file as hooktrail's (`PRAGMA application_id`).
@@ -112,6 +117,8 @@ struct Inner {
     path: PathBuf,
     writer: mpsc::Sender<WriteJob>,
     reader: mpsc::Sender<ReadJob>,
+    /// For queries that may take long: no lane waits behind them.
+    looker: mpsc::Sender<ReadJob>,
     /// Counts the commits of this process.
     commits: watch::Receiver<u64>,
     /// Held by the daemon.
@@ -154,18 +161,12 @@ impl Store {
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
         let mut writer = connect(&path).map_err(error)?;
         migrate(&mut writer, &path)?;
-        let reader = connect(&path).map_err(error)?;
+        let (reader, looker) = (connect(&path).map_err(error)?, connect(&path).map_err(error)?);
         let (write_jobs, inbox) = mpsc::channel(JOBS);
         let (commits, committed) = watch::channel(0);
         thread("hooktrail-writer", move || write(&writer, inbox, &commits));
-        let (read_jobs, mut inbox) = mpsc::channel::<ReadJob>(JOBS);
-        thread("hooktrail-reader", move || {
-            while let Some(job) = inbox.blocking_recv() {
-                // A query that panics is that query's end; whoever asked is told by the dropped reply.
-                catch_unwind(AssertUnwindSafe(|| job(&reader))).ok();
-            }
-        });
-        Ok(Self(Arc::new(Inner { path, writer: write_jobs, reader: read_jobs, commits: committed, _lock: lock })))
+        let (reader, looker) = (read("hooktrail-reader", reader), read("hooktrail-looker", looker));
+        Ok(Self(Arc::new(Inner { path, writer: write_jobs, reader, looker, commits: committed, _lock: lock })))
     }
 
     /// Counts this process's commits.
@@ -211,9 +212,25 @@ impl Store {
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, QueueError> {
+        self.ask(&self.0.reader, query).await
+    }
+
+    /// As [`read`](Self::read), for what may take long.
+    pub(super) async fn look<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, QueueError> {
+        self.ask(&self.0.looker, query).await
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        thread: &mpsc::Sender<ReadJob>,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, QueueError> {
         let (reply, answer) = oneshot::channel();
         let job: ReadJob = Box::new(move |db| drop(reply.send(query(db))));
-        if self.0.reader.send(job).await.is_err() {
+        if thread.send(job).await.is_err() {
             return Err(self.error("its reading thread has ended"));
         }
         match answer.await {
@@ -225,6 +242,18 @@ impl Store {
     fn error(&self, why: &str) -> QueueError {
         QueueError::new(format!("embedded queue `{}`: {why}", self.0.path.display()))
     }
+}
+
+/// Starts a thread that answers queries, one after the other.
+fn read(name: &str, db: Connection) -> mpsc::Sender<ReadJob> {
+    let (jobs, mut inbox) = mpsc::channel::<ReadJob>(JOBS);
+    thread(name, move || {
+        while let Some(job) = inbox.blocking_recv() {
+            // A query that panics is that query's end; whoever asked is told by the dropped reply.
+            catch_unwind(AssertUnwindSafe(|| job(&db))).ok();
+        }
+    });
+    jobs
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unused_macros, unused_imports, reason = "the benchmarks use a part of it")]
 
+pub(crate) mod api;
 pub(crate) mod broker;
 pub(crate) mod daemon;
 pub(crate) mod queue;

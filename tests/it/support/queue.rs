@@ -96,7 +96,8 @@ impl Embedded {
     /// Stores events as they are, invalid ones too.
     pub(crate) async fn publish(&self, event_type: &str, message_id: Option<&str>, bodies: impl IntoIterator<Item = Bytes>) {
         let queue = self.open();
-        let event = |body| NewEvent { event_type: event_type.to_owned(), message_id: message_id.map(str::to_owned), body };
+        let event =
+            |body| NewEvent { event_type: event_type.to_owned(), message_id: message_id.map(str::to_owned), body, traceparent: None };
         let mut bodies = bodies.into_iter().map(event).peekable();
         while bodies.peek().is_some() {
             queue.publish(bodies.by_ref().take(MAX_GROUP).collect()).await.unwrap_or_else(|e| panic!("{e}"));

@@ -1,6 +1,8 @@
 //! A receiver on a port of its own that records what comes and answers as it is told.
 
 use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
@@ -8,7 +10,7 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{DefaultBodyLimit, State},
+    extract::{ConnectInfo, DefaultBodyLimit, State},
     http::{HeaderMap, Response},
 };
 use hooktrail::{secret::Secret, signature};
@@ -24,6 +26,8 @@ pub(crate) struct Request {
     pub(crate) at: SystemTime,
     /// What was answered.
     pub(crate) status: u16,
+    /// Of the connection that it came over.
+    pub(crate) peer: SocketAddr,
 }
 
 impl Request {
@@ -114,7 +118,11 @@ impl Receiver {
         let shared = Arc::new(Shared { script: Mutex::new(Arc::new(Box::new(script))), requests: Mutex::default() });
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/hook/token", socket.local_addr().expect("an address"));
-        let app = Router::new().fallback(receive).layer(DefaultBodyLimit::max(64 << 20)).with_state(shared.clone());
+        let app = Router::new()
+            .fallback(receive)
+            .layer(DefaultBodyLimit::max(64 << 20))
+            .with_state(shared.clone())
+            .into_make_service_with_connect_info::<SocketAddr>();
         let server = tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });
         Self { url, shared, server }
     }
@@ -130,6 +138,11 @@ impl Receiver {
 
     pub(crate) fn requests(&self) -> Vec<Request> {
         self.shared.requests.lock().expect("not poisoned").clone()
+    }
+
+    /// How many connections the requests came over.
+    pub(crate) fn connections(&self) -> usize {
+        self.requests().iter().map(|r| r.peer).collect::<BTreeSet<_>>().len()
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -166,8 +179,13 @@ impl Drop for Receiver {
     }
 }
 
-async fn receive(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes) -> Response<Body> {
-    let mut request = Request { headers, body, at: SystemTime::now(), status: 0 };
+async fn receive(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response<Body> {
+    let mut request = Request { headers, body, at: SystemTime::now(), status: 0, peer };
     let script = shared.script.lock().expect("not poisoned").clone();
     let answer = {
         let mut requests = shared.requests.lock().expect("not poisoned");

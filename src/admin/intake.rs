@@ -1,0 +1,506 @@
+//! The intake: events over HTTP.
+//!
+//! What it answers 202 is durable; what it refuses with another status than 503 has left no trace.
+
+use std::{
+    io::Read as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, HeaderName, StatusCode, header},
+    response::{IntoResponse as _, Response},
+};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::{json, value::RawValue};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit, watch},
+    time::timeout,
+};
+
+use super::{BadEvent, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type};
+use crate::{
+    batch::BatchPolicy,
+    clock,
+    config::Subscribers,
+    event::{InvalidEvent, event_type},
+    metrics::Metrics,
+    queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
+    supervisor::Phase,
+};
+
+/// The longest body in bytes, inflated or not: that of a request to a receiver, so that no event is
+/// taken that nobody could ever get.
+pub const MAX_BODY: usize = BatchPolicy::MAX_BYTES as usize;
+
+/// The most events of one request.
+pub const MAX_EVENTS: usize = 50_000;
+
+/// The bad events that an answer lists.
+const MAX_REPORTED: usize = 100;
+
+/// Bodies that are held at once, in units of 1 KiB.
+pub(super) const ROOM: u32 = 64 * 1024;
+
+/// What even a small request counts for, in the same units: its events cost more than their bytes.
+const LEAST_ROOM: u32 = 16;
+
+/// How long a request waits for room before it is told to come again.
+const WAIT_FOR_ROOM: Duration = Duration::from_secs(1);
+
+/// How long a request waits for a queue that cannot be reached: it may be about to come back.
+const WAIT_FOR_QUEUE: Duration = Duration::from_secs(1);
+
+/// Bodies that are looked at in place; longer ones would hold up others on the same thread.
+const QUICK: usize = 64 * 1024;
+
+/// What takes events.
+pub(super) struct Intake<Q> {
+    queue: Q,
+    subscribers: watch::Receiver<Subscribers>,
+    phase: watch::Receiver<Phase>,
+    metrics: Metrics,
+    room: Arc<Semaphore>,
+    /// So that the log tells the beginning and the end of a failure, not each request of it.
+    failing: AtomicBool,
+}
+
+/// How a body is to be read.
+#[derive(Debug, Clone, Copy)]
+struct Encoding {
+    lines: bool,
+    gzip: bool,
+}
+
+pub(super) async fn take_events<Q: Queue>(State(intake): State<Arc<Intake<Q>>>, request: Request) -> Response {
+    let (parts, mut body) = request.into_parts();
+    match intake.take(&parts.headers, &mut body).await {
+        Ok(answer) => json_answer(StatusCode::ACCEPTED, &answer),
+        Err(refusal) => {
+            discard(&parts.headers, body).await;
+            refusal.into_response()
+        }
+    }
+}
+
+impl<Q: Queue> Intake<Q> {
+    /// Whoever has all the [`ROOM`] knows that nothing is being taken.
+    pub(super) fn new(
+        queue: Q,
+        subscribers: watch::Receiver<Subscribers>,
+        phase: watch::Receiver<Phase>,
+        metrics: Metrics,
+        room: Arc<Semaphore>,
+    ) -> Self {
+        Self { queue, subscribers, phase, metrics, room, failing: AtomicBool::new(false) }
+    }
+
+    async fn take(&self, headers: &HeaderMap, body: &mut Body) -> Result<serde_json::Value, Refusal> {
+        let encoding = Encoding::of(headers)?;
+        let length: Option<usize> = header_text(headers, header::CONTENT_LENGTH).parse().ok();
+        if length.is_some_and(|l| l > MAX_BODY) {
+            return Err(Refusal::too_large());
+        }
+        let _room = self.room(length, encoding).await?;
+        // Looked at with the room taken: a drain waits for what came before it.
+        let mut phase = self.phase.clone();
+        let running = *phase.borrow_and_update();
+        if running != Phase::Running {
+            return Err(Refusal::not_running(running));
+        }
+        if !self.queue.is_reachable() && timeout(WAIT_FOR_QUEUE, self.queue.writable()).await.is_err() {
+            let why = "the queue cannot be reached, or takes nothing; nothing of this request was taken, send it again later";
+            return Err(Refusal::unavailable(why.to_owned()));
+        }
+        let body = tokio::select! {
+            body = timeout(READ_TIMEOUT, read(body, length)) => {
+                let late = || Refusal::new(StatusCode::REQUEST_TIMEOUT, format!("the body did not come within {} s", READ_TIMEOUT.as_secs()));
+                body.map_err(|_| late())??
+            }
+            _ = phase.wait_for(|p| *p != Phase::Running) => return Err(Refusal::not_running(Phase::Draining)),
+        };
+        let events = if body.len() <= QUICK && !encoding.gzip {
+            events_of(&body, encoding)?
+        } else {
+            let parsing = tokio::task::spawn_blocking(move || inflated(body, encoding).and_then(|body| events_of(&body, encoding)));
+            parsing.await.map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the body could not be read".to_owned()))??
+        };
+        self.publish(with_trace(events, headers)).await
+    }
+
+    async fn room(&self, length: Option<usize>, encoding: Encoding) -> Result<SemaphorePermit<'_>, Refusal> {
+        let most = |length: Option<usize>| length.unwrap_or(MAX_BODY) + if encoding.gzip { MAX_BODY } else { 0 };
+        let units = u32::try_from(most(length).div_ceil(1024)).unwrap_or(ROOM).clamp(LEAST_ROOM, ROOM);
+        if self.queue.is_behind() {
+            return Err(Refusal::behind());
+        }
+        match timeout(WAIT_FOR_ROOM, self.room.acquire_many(units)).await {
+            Ok(Ok(room)) => Ok(room),
+            _ => Err(Refusal::behind()),
+        }
+    }
+
+    /// Returns when all events are durable.
+    async fn publish(&self, events: Vec<NewEvent>) -> Result<serde_json::Value, Refusal> {
+        let count = events.len();
+        let (mut stored, mut unmatched, mut refused, mut unbound) = (0, 0, 0, 0);
+        let mut events = events.into_iter();
+        loop {
+            let group: Vec<NewEvent> = events.by_ref().take(MAX_GROUP).collect();
+            if group.is_empty() {
+                break;
+            }
+            let matched: Vec<bool> = group.iter().map(|e| self.matches(&e.event_type)).collect();
+            let fates = match self.queue.publish(group).await {
+                Ok(fates) => fates,
+                Err(e) => {
+                    if !self.failing.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(error = %e, "events cannot be stored; producers are answered 503");
+                    }
+                    return Err(Refusal::unavailable(format!(
+                        "{e}; {stored} of the {count} events were stored before, and of the rest a part may have been: \
+                         send the request again later, which may repeat events"
+                    )));
+                }
+            };
+            for (fate, matched) in fates.into_iter().zip(matched) {
+                match fate {
+                    Published::Refused => refused += 1,
+                    // The broker has lost a binding, or has none yet.
+                    Published::Unmatched if matched => unbound += 1,
+                    Published::Stored | Published::Unmatched => {
+                        stored += 1;
+                        unmatched += usize::from(!matched);
+                    }
+                }
+            }
+        }
+        if self.failing.swap(false, Ordering::Relaxed) {
+            tracing::info!("events are stored again");
+        }
+        if refused + unbound > 0 {
+            return Err(Refusal::unavailable(format!(
+                "the queue refused {refused} of the {count} events, and {unbound} reached no subscriber's queue although a pattern matches \
+                 them (hooktrail check --connect); the other {stored} were stored: send the request again later, which repeats those"
+            )));
+        }
+        self.metrics.accepted((stored - unmatched) as u64, unmatched as u64);
+        Ok(json!({ "accepted": stored, "unmatched": unmatched }))
+    }
+
+    fn matches(&self, event_type: &str) -> bool {
+        self.subscribers.borrow().iter().any(|s| s.events.iter().any(|p| p.matches(event_type)))
+    }
+}
+
+impl Encoding {
+    fn of(headers: &HeaderMap) -> Result<Self, Refusal> {
+        let lines = match media_type(headers).as_str() {
+            "application/json" => false,
+            "application/jsonl" | "application/x-ndjson" => true,
+            _ => {
+                let why = "the content-type must be application/json (one event, or {\"events\":[…]}), or application/jsonl or \
+                           application/x-ndjson (one event a line)";
+                return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why.to_owned()));
+            }
+        };
+        let gzip = match header_text(headers, header::CONTENT_ENCODING).trim().to_ascii_lowercase().as_str() {
+            "" | "identity" if headers.get_all(header::CONTENT_ENCODING).iter().count() <= 1 => false,
+            "gzip" | "x-gzip" if headers.get_all(header::CONTENT_ENCODING).iter().count() == 1 => true,
+            _ => {
+                let why = "the content-encoding must be gzip, or none";
+                return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why.to_owned()));
+            }
+        };
+        Ok(Self { lines, gzip })
+    }
+}
+
+/// The request is what the producer's trace knows of each of its events.
+fn with_trace(mut events: Vec<NewEvent>, headers: &HeaderMap) -> Vec<NewEvent> {
+    let trace = header_text(headers, HeaderName::from_static("traceparent"));
+    if !trace.is_empty() && trace.len() <= MAX_TRACEPARENT {
+        events.iter_mut().for_each(|e| e.traceparent = Some(trace.to_owned()));
+    }
+    events
+}
+
+async fn read(body: &mut Body, length: Option<usize>) -> Result<Bytes, Refusal> {
+    // Not all at once: who only says that much is coming gets no memory for it.
+    let mut bytes = BytesMut::with_capacity(length.unwrap_or(0).min(QUICK));
+    let mut chunks = std::mem::take(body).into_data_stream();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|e| Refusal::bad(format!("the body ended early: {e}")))?;
+        if bytes.len() + chunk.len() > MAX_BODY {
+            // The rest is for whoever discards it.
+            *body = Body::from_stream(chunks);
+            return Err(Refusal::too_large());
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes.freeze())
+}
+
+fn inflated(body: Bytes, encoding: Encoding) -> Result<Bytes, Refusal> {
+    if !encoding.gzip {
+        return Ok(body);
+    }
+    let mut out = Vec::new();
+    let mut decoder = flate2::read::MultiGzDecoder::new(&body[..]).take(MAX_BODY as u64 + 1);
+    decoder.read_to_end(&mut out).map_err(|e| Refusal::bad(format!("the body is not gzip, as its content-encoding says: {e}")))?;
+    if out.len() > MAX_BODY { Err(Refusal::too_large()) } else { Ok(out.into()) }
+}
+
+/// The events of a body, each with its bytes as they came.
+fn events_of(body: &Bytes, encoding: Encoding) -> Result<Vec<NewEvent>, Refusal> {
+    let mut found = Found::default();
+    if encoding.lines {
+        for (n, line) in body.split(|b| *b == b'\n').enumerate() {
+            if !line.trim_ascii().is_empty() {
+                found.add(body, line.trim_ascii(), Some(n + 1));
+            }
+        }
+    } else {
+        match shape(body)? {
+            Shape::Event => found.add(body, body.trim_ascii(), None),
+            Shape::Events(events) => events.0.iter().for_each(|e| found.add(body, e.get().as_bytes(), None)),
+        }
+    }
+    found.into_events()
+}
+
+#[derive(Default)]
+struct Found {
+    events: Vec<NewEvent>,
+    bad: Vec<BadEvent>,
+    count: usize,
+    bad_count: usize,
+}
+
+impl Found {
+    fn add(&mut self, body: &Bytes, event: &[u8], line: Option<usize>) {
+        let index = self.count;
+        self.count += 1;
+        match event_type(event) {
+            Err(why) => {
+                self.bad_count += 1;
+                if self.bad.len() < MAX_REPORTED {
+                    self.bad.push(BadEvent { index, line, reason: why.to_string() });
+                }
+            }
+            // What is not taken is not kept.
+            Ok(_) if self.bad_count > 0 || index >= MAX_EVENTS => self.events.clear(),
+            Ok(event_type) => {
+                let event_type = event_type.into_owned();
+                self.events.push(NewEvent {
+                    event_type,
+                    message_id: Some(clock::event_id()),
+                    body: body.slice_ref(event),
+                    traceparent: None,
+                });
+            }
+        }
+    }
+
+    fn into_events(self) -> Result<Vec<NewEvent>, Refusal> {
+        if self.count > MAX_EVENTS {
+            return Err(Refusal::too_many(self.count));
+        }
+        if self.bad_count > 0 {
+            let why = format!("{} of the {} events are not valid; nothing of this request was taken", self.bad_count, self.count);
+            return Err(Refusal { invalid: Some((self.bad, self.bad_count)), ..Refusal::bad(why) });
+        }
+        if self.events.is_empty() {
+            return Err(Refusal::bad("there is no event in the body"));
+        }
+        Ok(self.events)
+    }
+}
+
+/// What a JSON body is.
+enum Shape<'a> {
+    Event,
+    Events(Elements<'a>),
+}
+
+/// What has a field `event` is an event, whatever its other fields.
+fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
+    if body.starts_with(b"\xef\xbb\xbf") {
+        return Err(Refusal::bad(InvalidEvent::ByteOrderMark.to_string()));
+    }
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let fields = json.deserialize_map(Fields { event: false, events: Vec::new() }).and_then(|fields| json.end().map(|()| fields));
+    let fields = fields.map_err(|e| Refusal::bad(format!("the body is not a JSON object: {e}")))?;
+    match fields.events[..] {
+        _ if fields.event => Ok(Shape::Event),
+        [events] => match serde_json::from_str::<Elements<'_>>(events.get()) {
+            Ok(events) if events.1 > MAX_EVENTS => Err(Refusal::too_many(events.1)),
+            Ok(events) => Ok(Shape::Events(events)),
+            Err(_) => Err(Refusal::bad("the field `events` is not an array")),
+        },
+        // To take one of them would be to lose the other's.
+        [_, _, ..] => Err(Refusal::bad("there are two fields `events`")),
+        [] => Err(Refusal::bad("the body has neither a field `event`, as an event has, nor `events`, an array of events")),
+    }
+}
+
+struct Fields<'a> {
+    event: bool,
+    /// At most two.
+    events: Vec<&'a RawValue>,
+}
+
+impl<'de> Visitor<'de> for Fields<'de> {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("one event or {\"events\":[…]}")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "events" && self.events.len() < 2 {
+                self.events.push(map.next_value()?);
+            } else {
+                self.event |= key == "event";
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// At most [`MAX_EVENTS`] of an array's elements, and how many it has.
+struct Elements<'a>(Vec<&'a RawValue>, usize);
+
+impl<'de: 'a, 'a> serde::Deserialize<'de> for Elements<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_seq(Self(Vec::new(), 0))
+    }
+}
+
+impl<'de: 'a, 'a> Visitor<'de> for Elements<'a> {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<Self, A::Error> {
+        while let Some(element) = seq.next_element::<&'a RawValue>()? {
+            self.1 += 1;
+            if self.0.len() < MAX_EVENTS {
+                self.0.push(element);
+            }
+        }
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{admin::AGAIN_LATER, queue::fake::Fake};
+
+    const JSON: Encoding = Encoding { lines: false, gzip: false };
+    const LINES: Encoding = Encoding { lines: true, gzip: false };
+
+    fn bodies(body: &'static str, encoding: Encoding) -> Vec<String> {
+        let events = events_of(&Bytes::from_static(body.as_bytes()), encoding).unwrap_or_else(|e| panic!("{body}: {}", e.why));
+        events.iter().map(|e| String::from_utf8(e.body.to_vec()).expect("text")).collect()
+    }
+
+    fn refusal(body: impl AsRef<[u8]>, encoding: Encoding) -> Refusal {
+        events_of(&Bytes::copy_from_slice(body.as_ref()), encoding).expect_err("must be refused")
+    }
+
+    #[test]
+    fn events_keep_their_bytes() {
+        let odd = r#"{ "n":18446744073709551616,"event" : "a","s":"\u00e9\/", "events":[1] }"#;
+        assert_eq!(
+            bodies(concat!("\n", r#"{ "n":18446744073709551616,"event" : "a","s":"\u00e9\/", "events":[1] }"#, " \r\n"), JSON),
+            [odd]
+        );
+        assert_eq!(
+            bodies(r#" {"sent_at":1,"events" : [ {"event":"a","x":1e400} ,{"y":[ 1 ],"event":"b"}]}"#, JSON),
+            [r#"{"event":"a","x":1e400}"#, r#"{"y":[ 1 ],"event":"b"}"#]
+        );
+        assert_eq!(bodies("{\"event\":\"a\"}\r\n\n  \n {\"event\": \"b\"}", LINES), [r#"{"event":"a"}"#, r#"{"event": "b"}"#]);
+        let events = events_of(&Bytes::from_static(br#"{"event":"x.\u0079"}"#), JSON).expect("an event");
+        assert_eq!(events[0].event_type, "x.y");
+        assert!(events[0].message_id.as_deref().is_some_and(|id| id.starts_with("evt_") && id.len() == 36));
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place_and_nothing_is_taken() {
+        for (body, part) in [
+            ("", "not a JSON object"),
+            ("[]", "not a JSON object"),
+            ("7", "not a JSON object"),
+            ("{\"event\":\"a\"} {\"event\":\"b\"}", "not a JSON object: trailing characters"),
+            ("{}", "neither a field `event`"),
+            ("{\"events\":{}}", "not an array"),
+            ("{\"events\":[]}", "no event in the body"),
+            ("{\"events\":[{\"event\":\"a\"}],\"events\":[]}", "two fields `events`"),
+            ("{\"events\":[{\"event\":\"a\"},]}", "not a JSON object"),
+            ("\u{feff}{\"event\":\"a\"}", "byte-order mark"),
+        ] {
+            let refusal = refusal(body, JSON);
+            assert!(refusal.status == 400 && refusal.why.contains(part), "{body}: {refusal:?}");
+        }
+        let told = refusal(r#"{"events":[{"event":"a"},{"x":1},7,{"event":"b"}]}"#, JSON).invalid.expect("a list");
+        assert_eq!(told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(), [(1, None), (2, None)]);
+        let told = refusal("{\"event\":\"a\"}\n\nnonsense\n{\"event\":\"\u{0}\"}", LINES).invalid.expect("a list");
+        assert_eq!(told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(), [(1, Some(3)), (2, Some(4))]);
+        assert!(told.0[0].reason.contains("not JSON"), "{told:?}");
+        let one = refusal(r#"{"event":7}"#, JSON).invalid.expect("a list");
+        assert_eq!((one.0[0].index, one.1), (0, 1));
+        let many = refusal("x\n".repeat(MAX_EVENTS), LINES).invalid.expect("a list");
+        assert_eq!((many.0.len(), many.1), (MAX_REPORTED, MAX_EVENTS));
+        for (body, encoding) in
+            [(format!("{{\"events\":[{}1]}}", "1,".repeat(MAX_EVENTS)), JSON), ("{\"event\":\"a\"}\n".repeat(MAX_EVENTS + 1), LINES)]
+        {
+            assert_eq!(refusal(body, encoding).status, 413);
+        }
+        let deep = format!("{{\"events\":[{}{}]}}", "[".repeat(1_000_000), "]".repeat(1_000_000));
+        assert!(refusal(deep, JSON).why.contains("1 of the 1"));
+    }
+
+    #[tokio::test]
+    async fn what_the_queue_does_not_take_is_answered_with_what_may_have_happened() {
+        let (_phase, phase) = watch::channel(Phase::Running);
+        let room = Arc::new(Semaphore::new(ROOM as usize));
+        let nobody = watch::Sender::new(Subscribers::default()).subscribe();
+        let intake = Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room);
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json; charset=utf-8"));
+        let refusal = intake.take(&headers, &mut Body::from(r#"{"event":"a"}"#)).await.expect_err("the fake takes none");
+        assert_eq!((refusal.status, refusal.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(AGAIN_LATER)));
+        assert!(refusal.why.contains("0 of the 1 events were stored before, and of the rest a part may have been"), "{}", refusal.why);
+    }
+
+    #[test]
+    fn a_compressed_body_is_inflated_no_further_than_a_plain_one_may_be_long() {
+        use std::io::Write as _;
+        let gzip = |bytes: &[u8]| {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            encoder.write_all(bytes).expect("writes");
+            Bytes::from(encoder.finish().expect("ends"))
+        };
+        let encoding = Encoding { lines: false, gzip: true };
+        assert_eq!(inflated(gzip(b"{}"), encoding).expect("inflates"), "{}");
+        assert_eq!(inflated(gzip(&vec![b' '; MAX_BODY]), encoding).expect("inflates").len(), MAX_BODY);
+        assert_eq!(inflated(gzip(&vec![b' '; 20 * MAX_BODY]), encoding).expect_err("too long").status, 413);
+        assert!(inflated(Bytes::from_static(b"{}"), encoding).expect_err("not gzip").why.contains("not gzip"));
+        let cut = gzip(b"{\"event\":\"a\"}");
+        assert_eq!(inflated(cut.slice(..cut.len() - 4), encoding).expect_err("cut").status, 400);
+    }
+}

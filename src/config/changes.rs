@@ -1,0 +1,255 @@
+//! What is different between two configurations: keys, never values.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use serde::Serialize;
+
+use super::{Backend, Config, Intake, Subscriber};
+
+/// What a reload changes, or would.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Changes {
+    /// By name.
+    pub changes: Vec<Change>,
+    /// Keys whose new values are not used before a restart.
+    pub needs_restart: Vec<&'static str>,
+}
+
+/// What happens to one subscriber.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Change {
+    pub subscriber: String,
+    pub change: Kind,
+    /// Of one that is changed: which keys are, groups as in `retry.max_interval`.
+    pub keys: Vec<&'static str>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Added,
+    Changed,
+    Removed,
+}
+
+impl Kind {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Added => "added",
+            Self::Changed => "changed",
+            Self::Removed => "removed",
+        }
+    }
+}
+
+impl Config {
+    /// From this one to `new`.
+    ///
+    /// # Errors
+    /// Keys that a running daemon cannot change, because its queues hang on them.
+    pub fn changes_to(&self, new: &Self) -> Result<Changes, Vec<&'static str>> {
+        let refused = self.queue.differences(&new.queue);
+        if !refused.is_empty() {
+            return Err(refused);
+        }
+        let by_name = |c: &Self| c.subscribers.iter().map(|s| (s.name.clone(), s.clone())).collect::<BTreeMap<_, Arc<Subscriber>>>();
+        let (old_ones, new_ones) = (by_name(self), by_name(new));
+        let mut changes: Vec<Change> = Vec::new();
+        for (name, subscriber) in &new_ones {
+            let (change, keys) = match old_ones.get(name) {
+                None => (Kind::Added, Vec::new()),
+                Some(old) => (Kind::Changed, old.differences(subscriber)),
+            };
+            if change == Kind::Added || !keys.is_empty() {
+                changes.push(Change { subscriber: name.clone(), change, keys });
+            }
+        }
+        let removed = old_ones.into_keys().filter(|name| !new_ones.contains_key(name));
+        changes.extend(removed.map(|subscriber| Change { subscriber, change: Kind::Removed, keys: Vec::new() }));
+        changes.sort_by(|a, b| a.subscriber.cmp(&b.subscriber));
+        let mut needs_restart = Vec::new();
+        let mut restart = |key, same: bool| {
+            if !same {
+                needs_restart.push(key)
+            }
+        };
+        restart("admin.listen", self.admin.listen == new.admin.listen);
+        restart("admin.token", self.admin.token == new.admin.token);
+        restart("log", self.log == new.log);
+        Ok(Changes { changes, needs_restart })
+    }
+}
+
+impl super::QueueConfig {
+    fn differences(&self, new: &Self) -> Vec<&'static str> {
+        let mut keys = Vec::new();
+        let mut compare = |key, same: bool| {
+            if !same {
+                keys.push(key)
+            }
+        };
+        match (&self.backend, &new.backend) {
+            (Backend::Embedded, Backend::Embedded) => {
+                compare("queue.data_dir", self.embedded.data_dir == new.embedded.data_dir);
+                compare("queue.retention", self.embedded.retention == new.embedded.retention);
+            }
+            (Backend::Amqp(old), Backend::Amqp(new)) => {
+                compare("queue.url", old.url == new.url);
+                compare("queue.prefix", old.prefix == new.prefix);
+                let key = match (&old.intake, &new.intake) {
+                    (_, Intake::Exchange(_)) => "queue.exchange",
+                    (_, Intake::SourceQueue(_)) => "queue.source_queue",
+                };
+                compare(key, old.intake == new.intake);
+            }
+            _ => compare("queue.url", false),
+        }
+        keys
+    }
+}
+
+impl Subscriber {
+    /// The keys whose values differ.
+    pub fn differences(&self, new: &Self) -> Vec<&'static str> {
+        let mut keys = Vec::new();
+        let mut compare = |key, same: bool| {
+            if !same {
+                keys.push(key)
+            }
+        };
+        // Whatever is added to a subscriber has to be named here: the compiler asks for it.
+        let Self { name, url, events, format, secrets, signer, headers, auth, tls, batch, http, retry, circuit_breaker, event_ids, paused } =
+            self;
+        debug_assert_eq!(*name, new.name);
+        compare("url", *url == new.url);
+        compare("events", events.iter().map(|p| p.as_str()).eq(new.events.iter().map(|p| p.as_str())));
+        compare("format", *format == new.format);
+        compare("secrets", *secrets == new.secrets);
+        compare("signatures", signer.schemes() == new.signer.schemes());
+        compare("headers", *headers == new.headers);
+        compare("auth", *auth == new.auth);
+        compare("tls", tls.is_same(&new.tls));
+        compare("event_ids", *event_ids == new.event_ids);
+        compare("paused", *paused == new.paused);
+        compare("batch.max_events", batch.max_events == new.batch.max_events);
+        compare("batch.max_bytes", batch.max_bytes == new.batch.max_bytes);
+        compare("batch.max_wait", batch.max_wait == new.batch.max_wait);
+        compare("http.timeout", http.timeout == new.http.timeout);
+        compare("http.connect_timeout", http.connect_timeout == new.http.connect_timeout);
+        compare("http.concurrency", http.concurrency == new.http.concurrency);
+        compare("http.success", http.success == new.http.success);
+        compare("http.allow_http", http.allow_http == new.http.allow_http);
+        compare("http.allow_private_addresses", http.addresses.allow_private == new.http.addresses.allow_private);
+        compare("http.allow_addresses", http.addresses.allow == new.http.addresses.allow);
+        compare("http.proxy", http.proxy == new.http.proxy);
+        let (r, n) = (retry.options(), new.retry.options());
+        compare("retry.initial_interval", r.initial_interval == n.initial_interval);
+        compare("retry.multiplier", r.multiplier == n.multiplier);
+        compare("retry.randomization_factor", r.randomization_factor == n.randomization_factor);
+        compare("retry.max_interval", r.max_interval == n.max_interval);
+        compare("retry.max_attempts", r.max_attempts == n.max_attempts);
+        compare("retry.max_elapsed_time", r.max_elapsed_time == n.max_elapsed_time);
+        compare("retry.on_exhausted", r.on_exhausted == n.on_exhausted);
+        compare("circuit_breaker.failures", circuit_breaker.failures == new.circuit_breaker.failures);
+        compare("circuit_breaker.open_for", circuit_breaker.open_for == new.circuit_breaker.open_for);
+        compare("circuit_breaker.max_open_for", circuit_breaker.max_open_for == new.circuit_breaker.max_open_for);
+        keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BEFORE: &str = r#"
+        [queue]
+        url = "amqp://u:hunter2@localhost/"
+        [[subscriber]]
+        name = "a"
+        url = "https://example.com/one"
+        secrets = ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
+    "#;
+
+    fn load(text: &str) -> Config {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("h.toml");
+        std::fs::write(&path, text).expect("writes");
+        super::super::load(&path).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Of a configuration with these lines in its subscriber, and with these in place of those before.
+    fn keys(lines: &str) -> Vec<&'static str> {
+        let before = load(BEFORE);
+        let key = lines.split([' ', '=']).next().expect("a key");
+        let without: String = BEFORE.lines().filter(|l| !l.trim().starts_with(&format!("{key} ="))).map(|l| format!("{l}\n")).collect();
+        let without = if key == "url" { BEFORE.replace("url = \"https://example.com/one\"", "") } else { without };
+        let mut found = before.changes_to(&load(&format!("{without}{lines}\n"))).expect("can be changed").changes;
+        assert!(found.len() <= 1 && found.iter().all(|c| c.change == Kind::Changed), "{found:?}");
+        found.pop().map(|c| c.keys).unwrap_or_default()
+    }
+
+    #[test]
+    fn each_key_of_a_subscriber_is_told_when_it_changes_and_no_other() {
+        for (key, value) in [
+            ("url", "\"https://example.com/two\""),
+            ("events", "[\"a.*\"]"),
+            ("format", "\"jsonl\""),
+            ("secrets", "[\"whsec_bmV3IG5ldyBuZXcgbmV3IG5ldyBuZXcgbmV3IG5ldyE=\"]"),
+            ("signatures", "[\"mailtrap\"]"),
+            ("headers", "{ X-A = \"b\" }"),
+            ("auth", "{ bearer = \"t\" }"),
+            ("event_ids", "true"),
+            ("paused", "true"),
+            ("batch.max_events", "1"),
+            ("batch.max_bytes", "\"2KiB\""),
+            ("batch.max_wait", "\"2s\""),
+            ("http.timeout", "\"7s\""),
+            ("http.connect_timeout", "\"3s\""),
+            ("http.concurrency", "3"),
+            ("http.success", "\"200\""),
+            ("http.allow_http", "true"),
+            ("http.allow_private_addresses", "true"),
+            ("http.allow_addresses", "[\"10.0.0.0/8\"]"),
+            ("http.proxy", "\"http://proxy.example:3128\""),
+            ("retry.initial_interval", "\"6s\""),
+            ("retry.multiplier", "2.0"),
+            ("retry.randomization_factor", "0.1"),
+            ("retry.max_interval", "\"5h\""),
+            ("retry.max_attempts", "15"),
+            ("retry.max_elapsed_time", "\"71h\""),
+            ("retry.on_exhausted", "\"pause\""),
+            ("circuit_breaker.failures", "4"),
+            ("circuit_breaker.open_for", "\"29s\""),
+            ("circuit_breaker.max_open_for", "\"9m\""),
+        ] {
+            assert_eq!(keys(&format!("{key} = {value}")), [key]);
+        }
+        assert!(keys("paused = false").is_empty(), "what is written out and means the same is no change");
+    }
+
+    #[test]
+    fn who_comes_and_goes_is_told_and_what_needs_a_restart() {
+        let before = load(BEFORE);
+        let other = BEFORE.replace("name = \"a\"", "name = \"b\"");
+        let found = before.changes_to(&load(&format!("admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"))).expect("can be");
+        let told: Vec<_> = found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
+        assert_eq!(told, [("a", Kind::Removed), ("b", Kind::Added)]);
+        assert_eq!(found.needs_restart, ["admin.listen", "log"]);
+        let json = serde_json::to_value(&found).expect("prints");
+        assert_eq!(json["changes"][1]["change"], "added");
+    }
+
+    #[test]
+    fn what_the_queues_hang_on_cannot_be_changed() {
+        let before = load(BEFORE);
+        for (line, key) in
+            [("prefix = \"p\"", "queue.prefix"), ("exchange = \"e\"", "queue.exchange"), ("source_queue = \"q\"", "queue.source_queue")]
+        {
+            let after = load(&BEFORE.replace("[queue]", &format!("[queue]\n{line}")));
+            assert_eq!(before.changes_to(&after), Err(vec![key]));
+        }
+        for url in ["amqp://u:other@localhost/", "embedded"] {
+            assert_eq!(before.changes_to(&load(&BEFORE.replace("amqp://u:hunter2@localhost/", url))), Err(vec!["queue.url"]));
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! What tells the daemon to do something: signals of the system, and files that change.
+
+use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt as _, path::PathBuf, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+/// How often the files are looked at. What changed has to look the same twice: an editor or a
+/// deployment writes more than once.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Completes when the process is asked to end.
+///
+/// # Errors
+/// The system does not let it listen.
+pub fn stop() -> io::Result<impl Future<Output = ()>> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
+}
+
+/// Asked to read the configuration again, by SIGHUP.
+#[derive(Debug)]
+pub struct Hangups(tokio::signal::unix::Signal);
+
+impl Hangups {
+    /// From now on the signal does not end the process.
+    ///
+    /// # Errors
+    /// The system does not let it listen.
+    pub fn listen() -> io::Result<Self> {
+        Ok(Self(signal(SignalKind::hangup())?))
+    }
+
+    pub async fn next(&mut self) {
+        if self.0.recv().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Looks at files and folders by their names, links followed: so it notices an editor that puts a new file in the place
+/// of the old one, and the swapped link of a Kubernetes volume, on any file system.
+#[derive(Debug)]
+pub struct Files {
+    names: watch::Receiver<Vec<PathBuf>>,
+    seen: Look,
+}
+
+/// What tells one content of a file from another, as far as the file system does.
+type Look = BTreeMap<PathBuf, Option<(i64, i64, u64, u64, u64)>>;
+
+fn look(names: &[PathBuf]) -> Look {
+    let of = |path: &PathBuf| {
+        let found = std::fs::metadata(path).ok();
+        (path.clone(), found.map(|m| (m.mtime(), m.mtime_nsec(), m.len(), m.ino(), m.dev())))
+    };
+    names.iter().map(of).collect()
+}
+
+impl Files {
+    /// As they are now.
+    pub fn new(mut names: watch::Receiver<Vec<PathBuf>>) -> Self {
+        let seen = look(&names.borrow_and_update());
+        Self { names, seen }
+    }
+
+    /// Waits until a file is another than when this was asked last, and has been left alone for a moment.
+    pub async fn changed(&mut self) {
+        let mut before: Option<Look> = None;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let names = self.names.borrow_and_update().clone();
+            // A file system can take its time.
+            let Ok(now) = tokio::task::spawn_blocking(move || look(&names)).await else { continue };
+            // Of files that are looked at for the first time it is not known how they were.
+            self.seen.retain(|path, _| now.contains_key(path));
+            if before.is_none() {
+                for (path, found) in &now {
+                    self.seen.entry(path.clone()).or_insert(*found);
+                }
+            }
+            if now == self.seen {
+                before = None;
+            } else if before.as_ref() == Some(&now) {
+                self.seen = now;
+                return;
+            } else {
+                before = Some(now);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        path::Path,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+
+    async fn until(what: &str, condition: impl Fn() -> bool) {
+        let waiting = async {
+            while !condition() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+    }
+
+    fn link(to: &Path, at: &Path) {
+        let new = at.with_extension("new");
+        std::os::unix::fs::symlink(to, &new).expect("links");
+        std::fs::rename(&new, at).expect("renames");
+    }
+
+    #[tokio::test]
+    async fn files_that_are_written_replaced_linked_anew_added_or_gone_are_noticed_once_each() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| dir.path().join(name);
+        for (folder, text) in [("one", "1"), ("two", "1")] {
+            std::fs::create_dir(path(folder)).expect("a folder");
+            std::fs::write(path(folder).join("x"), text).expect("writes");
+        }
+        link(&path("one"), &path("data"));
+        link(&path("data").join("x"), &path("x"));
+        std::fs::create_dir(path("more")).expect("a folder");
+        std::fs::write(path("plain"), "1").expect("writes");
+        let names = watch::Sender::new(vec![path("plain"), path("x"), path("more"), path("missing")]);
+        let mut files = Files::new(names.subscribe());
+        let count = Arc::new(AtomicUsize::new(0));
+        let counter = count.clone();
+        let watching = tokio::spawn(async move {
+            loop {
+                files.changed().await;
+                counter.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let changes: [(&str, &dyn Fn()); 6] = [
+            ("written", &|| std::fs::write(path("plain"), "22").expect("writes")),
+            ("replaced", &|| {
+                std::fs::write(path("other"), "33").expect("writes");
+                std::fs::rename(path("other"), path("plain")).expect("renames");
+            }),
+            ("the folder behind a link swapped", &|| link(&path("two"), &path("data"))),
+            ("a file more in a folder", &|| std::fs::write(path("more").join("a.toml"), "").expect("writes")),
+            ("one that was missing", &|| std::fs::write(path("missing"), "").expect("writes")),
+            ("gone", &|| std::fs::remove_file(path("plain")).expect("removes")),
+        ];
+        for (n, (what, change)) in changes.into_iter().enumerate() {
+            change();
+            until(what, || count.load(Ordering::SeqCst) > n).await;
+            assert_eq!(count.load(Ordering::SeqCst), n + 1, "{what}");
+        }
+        watching.abort();
+    }
+}

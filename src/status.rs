@@ -1,0 +1,514 @@
+//! What lanes and queue say of themselves: for `/metrics`, for `hooktrail status`, for the API.
+//!
+//! A lane reports to its [`LaneStatus`] what it does; whoever asks gets a [`View`] of it. The figures are this daemon's
+//! own: with several on the same queues each knows what it did itself.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use crate::{
+    metrics::{Metrics, SubscriberMetrics},
+    queue::{Depth, Depths, Pause},
+};
+
+/// Rates are those of so long.
+const RECENT: Duration = Duration::from_secs(60);
+
+/// Success rate and percentiles are those of the latest attempts: so many, and none older than this.
+const ATTEMPTS: usize = 500;
+const ATTEMPTS_AGE: Duration = Duration::from_secs(15 * 60);
+
+/// Retries that are remembered until they come again; what is beyond that is not counted.
+const MAX_SCHEDULED: usize = 100_000;
+
+/// A retry that did not come so long after it was due went to another daemon.
+const MISSED: Duration = Duration::from_secs(15 * 60);
+
+/// All that is known of the lanes and the queue. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Board(Arc<BoardInner>);
+
+#[derive(Debug)]
+struct BoardInner {
+    metrics: Metrics,
+    lanes: Mutex<BTreeMap<String, LaneStatus>>,
+    depths: Mutex<Option<Looked>>,
+}
+
+/// The latest look at the queues.
+#[derive(Debug, Clone)]
+pub struct Looked {
+    pub at: SystemTime,
+    /// Why they could not be looked at.
+    pub found: Result<Depths, String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Board {
+    pub fn new(metrics: Metrics) -> Self {
+        Self(Arc::new(BoardInner { metrics, lanes: Mutex::default(), depths: Mutex::default() }))
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    /// Of a subscriber that is configured now.
+    pub fn lane(&self, subscriber: &str) -> LaneStatus {
+        let new = || LaneStatus(Arc::new(Mutex::new(Seen::new(self.0.metrics.subscriber(subscriber)))));
+        lock(&self.0.lanes).entry(subscriber.to_owned()).or_insert_with(new).clone()
+    }
+
+    /// It is not configured any more and nothing of it is under way.
+    pub fn forget(&self, subscriber: &str) {
+        lock(&self.0.lanes).remove(subscriber);
+        self.0.metrics.forget(subscriber);
+    }
+
+    pub fn view(&self, subscriber: &str, now: Instant, time: SystemTime) -> Option<View> {
+        let lane = lock(&self.0.lanes).get(subscriber)?.clone();
+        Some(lane.view(now, time))
+    }
+
+    /// What a look at the queues found.
+    pub fn looked(&self, at: SystemTime, found: Result<Depths, String>) {
+        if let Ok(depths) = &found {
+            let metrics = &self.0.metrics;
+            let all_retries = || depths.subscribers.values().map(|d| d.retries).sum();
+            metrics.set_delayed_retries(depths.delayed.unwrap_or_else(all_retries));
+            metrics.set_orphans(depths.orphans);
+            metrics.set_removed(&depths.removed.iter().map(|(name, d)| (name.clone(), d.events + d.retries + d.dead)).collect());
+            for (name, lane) in &*lock(&self.0.lanes) {
+                let Depth { events, retries, dead } = depths.subscribers.get(name).copied().unwrap_or_default();
+                lock(&lane.0).metrics.queues([events, retries, dead]);
+            }
+        }
+        *lock(&self.0.depths) = Some(Looked { at, found });
+    }
+
+    pub fn depths(&self) -> Option<Looked> {
+        lock(&self.0.depths).clone()
+    }
+}
+
+/// What one lane says of itself. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct LaneStatus(Arc<Mutex<Seen>>);
+
+#[derive(Debug)]
+struct Seen {
+    metrics: SubscriberMetrics,
+    paused: Option<Pause>,
+    circuit: Circuit,
+    circuit_since: Option<SystemTime>,
+    held_until: Option<SystemTime>,
+    trouble: Option<String>,
+    in_hand: u64,
+    /// When what was given back with a circuit that opened, or with a queue that was lost, had arrived.
+    oldest: Option<SystemTime>,
+    /// By batch id: when it is due, and when its first event had arrived.
+    scheduled: BTreeMap<String, (SystemTime, SystemTime)>,
+    attempts: VecDeque<Attempt>,
+    /// Events delivered in each of the last seconds, the latest last.
+    delivered: VecDeque<(Instant, u64)>,
+    delivered_in_all: u64,
+    last_delivered_at: Option<SystemTime>,
+    last_error: Option<LastError>,
+    failing: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Attempt {
+    at: Instant,
+    took: Duration,
+    ok: bool,
+}
+
+/// What the circuit breaker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Circuit {
+    Closed,
+    /// Nothing is sent before then.
+    Open {
+        until: SystemTime,
+    },
+    HalfOpen,
+}
+
+impl Circuit {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Open { .. } => "open",
+            Self::HalfOpen => "half_open",
+        }
+    }
+}
+
+/// The latest attempt that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastError {
+    pub at: SystemTime,
+    /// As [`crate::webhook::Failure`] names it; nothing that the receiver wrote.
+    pub failure: &'static str,
+    pub status: Option<u16>,
+    pub cause: Option<String>,
+}
+
+/// An attempt that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub outcome: &'static str,
+    pub failure: Option<LastError>,
+    pub took: Duration,
+}
+
+/// How a lane is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    pub state: State,
+    pub circuit: Circuit,
+    /// Events that the lane has taken and not settled.
+    pub in_hand: u64,
+    /// Batches whose time to be tried again has not come, as far as this daemon knows.
+    pub retries_scheduled: usize,
+    pub next_retry_at: Option<SystemTime>,
+    pub delivered: u64,
+    /// In thousandths of an event a second.
+    pub delivered_per_s_milli: u64,
+    /// Of the latest attempts, in thousandths; `None` without any.
+    pub success_milli: Option<u64>,
+    pub p50: Option<Duration>,
+    pub p99: Option<Duration>,
+    pub oldest_event_at: Option<SystemTime>,
+    pub last_delivered_at: Option<SystemTime>,
+    pub last_error: Option<LastError>,
+}
+
+/// What an operator has to know first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    Ok,
+    /// The latest attempt failed.
+    Retrying,
+    CircuitOpen {
+        until: SystemTime,
+    },
+    /// The receiver asked for it with `Retry-After`.
+    Held {
+        until: SystemTime,
+    },
+    Paused(Pause),
+    /// The lane cannot use its queue.
+    QueueFails(String),
+}
+
+impl State {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Retrying => "retrying",
+            Self::CircuitOpen { .. } => "circuit_open",
+            Self::Held { .. } => "held",
+            Self::Paused(_) => "paused",
+            Self::QueueFails(_) => "queue_fails",
+        }
+    }
+}
+
+impl Seen {
+    fn new(metrics: SubscriberMetrics) -> Self {
+        metrics.circuit(Circuit::Closed.name(), None);
+        metrics.up(true);
+        Self {
+            metrics,
+            paused: None,
+            circuit: Circuit::Closed,
+            circuit_since: None,
+            held_until: None,
+            trouble: None,
+            in_hand: 0,
+            oldest: None,
+            scheduled: BTreeMap::new(),
+            attempts: VecDeque::new(),
+            delivered: VecDeque::new(),
+            delivered_in_all: 0,
+            last_delivered_at: None,
+            last_error: None,
+            failing: false,
+        }
+    }
+
+    fn oldest(&self) -> Option<SystemTime> {
+        self.scheduled.values().map(|(_, arrived)| *arrived).chain(self.oldest).min()
+    }
+
+    fn tell_retries(&self) {
+        self.metrics.retries(self.scheduled.len(), self.scheduled.values().map(|(due, _)| *due).min());
+    }
+}
+
+impl LaneStatus {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        lock(&self.0)
+    }
+
+    pub fn received(&self, events: u64) {
+        self.seen().metrics.received(events);
+    }
+
+    pub fn begins(&self, batch_id: &str, events: u32, bytes: usize) {
+        let mut seen = self.seen();
+        seen.metrics.attempt_begins(events, bytes);
+        if seen.scheduled.remove(batch_id).is_some() {
+            seen.tell_retries();
+        }
+    }
+
+    pub fn ended(&self, ended: Ended, now: Instant) {
+        let mut seen = self.seen();
+        seen.metrics.attempt_ends(ended.outcome, ended.failure.as_ref().map(|e| e.failure), ended.took);
+        seen.failing = ended.failure.is_some();
+        if seen.attempts.len() == ATTEMPTS {
+            seen.attempts.pop_front();
+        }
+        seen.attempts.push_back(Attempt { at: now, took: ended.took, ok: ended.failure.is_none() });
+        if ended.failure.is_some() {
+            seen.last_error = ended.failure;
+        }
+    }
+
+    /// Those that were under way are gone with their lane.
+    pub fn panicked(&self) {
+        let mut seen = self.seen();
+        seen.metrics.attempts_are_gone();
+        seen.metrics.panicked();
+        (seen.in_hand, seen.oldest) = (0, None);
+    }
+
+    pub fn delivered(&self, events: u32, lag: Option<Duration>, since_arrival: Option<Duration>, now: Instant, time: SystemTime) {
+        let mut seen = self.seen();
+        seen.metrics.delivered(events, lag, since_arrival);
+        seen.delivered_in_all += u64::from(events);
+        seen.last_delivered_at = Some(time);
+        match seen.delivered.back_mut() {
+            Some((second, count)) if now.saturating_duration_since(*second) < Duration::from_secs(1) => *count += u64::from(events),
+            _ => seen.delivered.push_back((now, events.into())),
+        }
+        while seen.delivered.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > RECENT) {
+            seen.delivered.pop_front();
+        }
+    }
+
+    /// `reason` is a name of [`crate::queue::Reason`].
+    pub fn dead(&self, reason: &str, letters: u64) {
+        self.seen().metrics.dead(reason, letters);
+    }
+
+    /// A batch comes again at `due`; its first event had arrived at `arrived`.
+    pub fn scheduled(&self, batch_id: &str, due: SystemTime, arrived: SystemTime, time: SystemTime) {
+        let mut seen = self.seen();
+        if seen.scheduled.len() >= MAX_SCHEDULED {
+            seen.scheduled.retain(|_, (due, _)| *due + MISSED > time);
+        }
+        if seen.scheduled.len() < MAX_SCHEDULED {
+            seen.scheduled.insert(batch_id.to_owned(), (due, arrived));
+            seen.tell_retries();
+        }
+    }
+
+    /// What the lane holds now: so many events, the oldest of which arrived at `oldest`.
+    pub fn holds(&self, events: u64, oldest: Option<SystemTime>) {
+        let mut seen = self.seen();
+        (seen.in_hand, seen.oldest) = (events, oldest);
+        seen.metrics.oldest(seen.oldest());
+    }
+
+    /// All that it held was given back; its oldest event still waits.
+    pub fn gave_back(&self) {
+        self.seen().in_hand = 0;
+    }
+
+    pub fn circuit(&self, circuit: Circuit, time: SystemTime) {
+        let mut seen = self.seen();
+        if circuit == seen.circuit {
+            return;
+        }
+        seen.circuit = circuit;
+        seen.circuit_since = if circuit == Circuit::Closed { None } else { seen.circuit_since.or(Some(time)) };
+        seen.metrics.circuit(circuit.name(), seen.circuit_since);
+    }
+
+    pub fn held(&self, until: Option<SystemTime>) {
+        self.seen().held_until = until;
+    }
+
+    pub fn paused(&self, pause: Option<Pause>) {
+        let mut seen = self.seen();
+        seen.metrics.paused(pause.is_some());
+        seen.paused = pause;
+    }
+
+    /// Why the lane cannot use its queue.
+    pub fn trouble(&self, why: Option<String>) {
+        let mut seen = self.seen();
+        seen.metrics.up(why.is_none());
+        seen.trouble = why;
+    }
+
+    fn view(&self, now: Instant, time: SystemTime) -> View {
+        let mut seen = self.seen();
+        let before = seen.scheduled.len();
+        seen.scheduled.retain(|_, (due, _)| *due + MISSED > time);
+        if seen.scheduled.len() < before {
+            seen.tell_retries();
+        }
+        let state = match (&seen.paused, &seen.trouble, seen.circuit, seen.held_until) {
+            (Some(pause), ..) => State::Paused(pause.clone()),
+            (_, Some(why), ..) => State::QueueFails(why.clone()),
+            (_, _, Circuit::Open { until }, _) => State::CircuitOpen { until },
+            (_, _, _, Some(until)) if until > time => State::Held { until },
+            _ if seen.failing => State::Retrying,
+            _ => State::Ok,
+        };
+        let recent = |a: &&Attempt| now.saturating_duration_since(a.at) <= ATTEMPTS_AGE;
+        let attempts: Vec<&Attempt> = seen.attempts.iter().filter(recent).collect();
+        let mut durations: Vec<Duration> = attempts.iter().map(|a| a.took).collect();
+        durations.sort_unstable();
+        let ok = attempts.iter().filter(|a| a.ok).count() as u64;
+        let events: u64 = seen.delivered.iter().filter(|(at, _)| now.saturating_duration_since(*at) <= RECENT).map(|(_, n)| n).sum();
+        View {
+            state,
+            circuit: seen.circuit,
+            in_hand: seen.in_hand,
+            retries_scheduled: seen.scheduled.values().filter(|(due, _)| *due > time).count(),
+            next_retry_at: seen.scheduled.values().map(|(due, _)| *due).min(),
+            delivered: seen.delivered_in_all,
+            delivered_per_s_milli: events * 1000 / RECENT.as_secs(),
+            success_milli: (!attempts.is_empty()).then(|| ok * 1000 / attempts.len() as u64),
+            p50: percentile(&durations, 50),
+            p99: percentile(&durations, 99),
+            oldest_event_at: seen.oldest(),
+            last_delivered_at: seen.last_delivered_at,
+            last_error: seen.last_error.clone(),
+        }
+    }
+}
+
+/// The smallest value that is not exceeded by so many of a hundred.
+fn percentile(sorted: &[Duration], percent: usize) -> Option<Duration> {
+    sorted.get((sorted.len() * percent).div_ceil(100).saturating_sub(1)).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock;
+
+    fn secs(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    fn board() -> Board {
+        Board::new(Metrics::new(SystemTime::UNIX_EPOCH))
+    }
+
+    fn failed(at: SystemTime) -> Option<LastError> {
+        Some(LastError { at, failure: "status", status: Some(503), cause: None })
+    }
+
+    #[test]
+    fn the_state_is_what_an_operator_has_to_know_first() {
+        let (board, now, time) = (board(), clock::instant(), clock::now());
+        let lane = board.lane("a");
+        let state = || board.view("a", now, time).expect("it is there").state;
+        assert_eq!(state(), State::Ok);
+        let ended = |failure| Ended { outcome: "retry", failure, took: secs(1) };
+        lane.ended(ended(failed(time)), now);
+        assert_eq!(state(), State::Retrying);
+        lane.held(Some(time + secs(5)));
+        assert_eq!(state(), State::Held { until: time + secs(5) });
+        lane.circuit(Circuit::Open { until: time + secs(9) }, time);
+        assert_eq!(state(), State::CircuitOpen { until: time + secs(9) });
+        lane.trouble(Some("gone".to_owned()));
+        assert_eq!(state(), State::QueueFails("gone".to_owned()));
+        let pause = Pause { why: "w".to_owned(), since: time, by: "operator".to_owned() };
+        lane.paused(Some(pause.clone()));
+        assert_eq!(state(), State::Paused(pause));
+        lane.paused(None);
+        lane.trouble(None);
+        lane.circuit(Circuit::Closed, time);
+        lane.held(Some(time));
+        lane.ended(Ended { outcome: "delivered", ..ended(None) }, now);
+        assert_eq!(state(), State::Ok, "a time that has come holds nothing");
+        assert_eq!(board.view("a", now, time).expect("it is there").last_error, failed(time), "it is still told");
+        assert_eq!(board.view("b", now, time), None);
+    }
+
+    #[test]
+    fn rates_and_percentiles_are_of_the_latest() {
+        let (board, start, time) = (board(), clock::instant(), clock::now());
+        let lane = board.lane("a");
+        for n in 0..100 {
+            let failure = if n % 10 == 0 { failed(time) } else { None };
+            lane.ended(Ended { outcome: if n % 10 == 0 { "retry" } else { "delivered" }, failure, took: secs(n) }, start);
+            lane.delivered(3, Some(secs(1)), None, start + Duration::from_millis(n * 100), time);
+        }
+        let view = board.view("a", start + secs(10), time).expect("it is there");
+        assert_eq!((view.delivered, view.delivered_per_s_milli, view.success_milli), (300, 5000, Some(900)));
+        assert_eq!((view.p50, view.p99), (Some(secs(49)), Some(secs(98))));
+        let later = board.view("a", start + secs(1000), time).expect("it is there");
+        assert_eq!((later.delivered, later.delivered_per_s_milli, later.success_milli, later.p50), (300, 0, None, None));
+    }
+
+    #[test]
+    fn the_oldest_event_is_in_hand_or_in_a_retry() {
+        let (board, now, time) = (board(), clock::instant(), clock::now());
+        let lane = board.lane("a");
+        lane.holds(2, Some(time - secs(10)));
+        lane.scheduled("msg_1", time + secs(60), time - secs(30), time);
+        lane.scheduled("msg_2", time + secs(30), time - secs(20), time);
+        let view = board.view("a", now, time).expect("it is there");
+        assert_eq!((view.oldest_event_at, view.retries_scheduled), (Some(time - secs(30)), 2));
+        assert_eq!(view.next_retry_at, Some(time + secs(30)));
+        lane.begins("msg_1", 1, 1);
+        lane.gave_back();
+        let view = board.view("a", now, time).expect("it is there");
+        assert_eq!((view.oldest_event_at, view.in_hand, view.retries_scheduled), (Some(time - secs(20)), 0, 1));
+        let text = board.metrics().expose();
+        assert!(text.contains("hooktrail_retries_waiting{subscriber=\"a\"} 1"), "{text}");
+        let view = board.view("a", now, time + secs(3600)).expect("it is there");
+        assert_eq!(view.retries_scheduled, 0, "another daemon had it");
+    }
+
+    #[test]
+    fn a_look_at_the_queues_is_told_by_subscriber() {
+        let board = board();
+        board.lane("a");
+        let depth = Depth { events: 5, retries: 1, dead: 2 };
+        let depths = Depths {
+            subscribers: [("a".to_owned(), depth)].into(),
+            removed: [("gone".to_owned(), depth)].into(),
+            delayed: Some(3),
+            orphans: 4,
+        };
+        board.looked(clock::now(), Ok(depths));
+        let text = board.metrics().expose();
+        for line in [
+            "hooktrail_queue_messages{subscriber=\"a\",queue=\"dead\"} 2",
+            "hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 8",
+            "hooktrail_delayed_retries 3",
+            "hooktrail_orphans 4",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        board.forget("a");
+        assert!(!board.metrics().expose().contains("subscriber=\"a\""));
+    }
+}

@@ -1,0 +1,271 @@
+//! What an operator sees of a running daemon: status, metrics, the API.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
+
+use serde_json::json;
+
+use crate::support::{
+    api::Api,
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    queue::{Queue, on_both_queues},
+    receiver::{Receiver, event, status},
+    run,
+};
+use crate::verifiers::{output, repository, verifiers};
+
+on_both_queues!(
+    status_says_how_each_subscriber_is_and_why,
+    metrics_count_what_happens,
+    the_api_answers_what_it_is_asked_and_nothing_to_web_pages,
+);
+
+const TYPE: &str = "activity_log.user.updated";
+
+async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
+    let good = Receiver::accepting().await;
+    let bad = Receiver::start(|_, _| status(503)).await;
+    let held = Receiver::start(|_, _| status(429).header("retry-after", "60")).await;
+    let dying = Receiver::start(|_, _| status(500)).await;
+    let api = Api::new();
+    let text = QUICK.to_owned()
+        + &api.section()
+        + &subscriber("good", &good.url, "")
+        + &subscriber("open", &bad.url, "circuit_breaker = { failures = 1, open_for = \"10m\" }")
+        + &subscriber("held", &held.url, "")
+        + &subscriber("dying", &dying.url, "retry = { max_attempts = 1 }")
+        + &subscriber("paused", &good.url, "paused = true");
+    let setup = Setup::new(&queue, &text);
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..5).map(event)).await;
+    api.wait("good", "ok", |s| s["state"] == "ok" && s["delivered"] == 5 && s["success_rate"] == 1.0).await;
+    api.wait("open", "open", |s| s["state"] == "circuit_open" && s["circuit"]["until"].is_string()).await;
+    api.wait("open", "one in retry", |s| s["in_retry"] == 1 && s["next_retry_at"].is_string()).await;
+    api.wait("held", "held", |s| s["state"] == "held" && s["held_until"].is_string()).await;
+    api.wait("dying", "a dead letter", |s| s["dead"] == 1 && s["state"] == "retrying").await;
+    api.wait("paused", "paused, with its backlog", |s| s["state"] == "paused" && s["backlog"] == 5).await;
+    let open = api.subscriber("open").await;
+    assert_eq!((&open["last_error"]["failure"], &open["last_error"]["status"]), (&json!("status"), &json!(503)), "{open}");
+    assert!(open["oldest_event_age_s"].as_f64().is_some_and(|age| age < 60.0), "{open}");
+    assert!(open["p50_s"].is_number() && open["success_rate"] == 0.0, "{open}");
+    let shown = setup.ok(&["status"]);
+    for part in
+        ["good        ok", "circuit open, probe in", "held by Retry-After, until in", "paused by configuration", "retrying (status 500)"]
+    {
+        assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&setup.ok(&["status", "--json"])).expect("JSON");
+    assert_eq!((&json["phase"], json["subscribers"].as_array().map(Vec::len)), (&json!("running"), Some(5)));
+    assert!(daemon.stop().await.success());
+    let alone = setup.run(&["status"]);
+    assert!(alone.status.code() == Some(1) && String::from_utf8_lossy(&alone.stderr).contains("no daemon answers at"));
+}
+
+async fn metrics_count_what_happens(queue: Queue) {
+    let good = Receiver::accepting().await;
+    let bad = Receiver::start(|_, n| status(if n == 0 { 503 } else { 400 })).await;
+    let api = Api::new();
+    let text = QUICK.to_owned()
+        + &api.section()
+        + &subscriber("good", &good.url, "")
+        + &subscriber("bad", &bad.url, "retry = { max_attempts = 2 }\ncircuit_breaker = { failures = 2 }");
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, (0..7).map(event)).await;
+    queue.publish(TYPE, ["no event"]).await;
+    let answer = api.post("/api/v1/events", &event(7)).await;
+    assert_eq!(answer.status, 202);
+    good.wait_all(8).await;
+    let is = async |series: &str, value: f64| {
+        eventually(&format!("{series} is {value}"), async || api.metric(series).await == Some(value)).await;
+    };
+    is("hooktrail_events_delivered_total{subscriber=\"good\"}", 8.0).await;
+    is("hooktrail_events_received_total{subscriber=\"good\"}", 9.0).await;
+    is("hooktrail_dead_letters_total{subscriber=\"good\",reason=\"invalid_event\"}", 1.0).await;
+    is("hooktrail_dead_letters_total{subscriber=\"bad\",reason=\"invalid_event\"}", 1.0).await;
+    eventually("the bad one's batches are dead letters", async || {
+        let all = api.metric("hooktrail_dead_letters_total{subscriber=\"bad\",reason=\"exhausted\"}").await;
+        all.is_some_and(|n| n >= 1.0)
+    })
+    .await;
+    is("hooktrail_attempts_total{subscriber=\"bad\",outcome=\"delivered\"}", 0.0).await;
+    is("hooktrail_circuit_state{subscriber=\"bad\",state=\"open\"}", 1.0).await;
+    is("hooktrail_circuit_state{subscriber=\"good\",state=\"closed\"}", 1.0).await;
+    is("hooktrail_events_accepted_total{matched=\"true\"}", 1.0).await;
+    is("hooktrail_requests_in_flight{subscriber=\"good\"}", 0.0).await;
+    is("hooktrail_queue_up", 1.0).await;
+    is("hooktrail_subscribers", 2.0).await;
+    is("hooktrail_queue_messages{subscriber=\"good\",queue=\"dead\"}", 1.0).await;
+    // The events' own timestamps are of 2024, so each is beyond the last bucket.
+    assert!(api.metric("hooktrail_delivery_lag_seconds_bucket{le=\"259200.0\",subscriber=\"good\"}").await.is_none_or(|n| n == 0.0));
+    let exposed = api.get("/metrics").await;
+    assert!(exposed.content_type.starts_with("application/openmetrics-text"), "{exposed:?}");
+    assert!(!exposed.text.contains("/hook/token"), "no URL");
+}
+
+async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(410).body("gone")).await;
+    let api = Api::new();
+    let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }");
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    let tested = api.post("/api/v1/subscribers/a/test", "{}").await;
+    assert_eq!((tested.status, &tested.json()["outcome"]), (200, &json!("paused")), "{tested:?}");
+    assert_eq!(receiver.count(), 1);
+    receiver.now(|_, _| status(500).body("out of order"));
+    queue.publish(TYPE, [event(0)]).await;
+    eventually("a dead letter", async || api.get("/api/v1/subscribers/a/dead").await.json()["dead"] == 1).await;
+    let dead = api.get("/api/v1/subscribers/a/dead?limit=5").await.json();
+    assert_eq!((&dead["letters"][0]["reason"], &dead["letters"][0]["status"]), (&json!("exhausted"), &json!(500)), "{dead}");
+
+    // Nothing is changed by a GET, or from a page of somebody else's.
+    for path in ["/api/v1/subscribers/a/pause", "/api/v1/subscribers/a/resume", "/api/v1/subscribers/a/test", "/api/v1/events"] {
+        assert_eq!(api.get(path).await.status, 405, "{path}");
+        let json = ("content-type", "application/json");
+        for headers in [
+            &[json, ("origin", "http://evil.example")][..],
+            &[json, ("sec-fetch-site", "cross-site")],
+            &[json, ("host", "rebound.example")],
+        ] {
+            let answer = api.send("POST", path, headers, &event(1)).await;
+            assert_eq!(answer.status, 403, "{path} {headers:?}");
+        }
+        let answer = api.send("POST", path, &[("content-type", "text/plain")], &event(1)).await;
+        assert_eq!(answer.status, 415, "{path}: what a browser sends without asking");
+    }
+    assert_eq!(api.get("/api/v1/subscribers/nobody").await.status, 404);
+    assert_eq!(api.get("/api/v2").await.status, 404);
+    assert_eq!(api.subscriber("a").await["state"], "retrying");
+}
+
+#[test]
+fn the_producers_trace_is_in_the_log_of_each_attempt() {
+    run(async {
+        let queue = Queue::embedded();
+        let receiver = Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
+        let api = Api::new();
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let headers = [("content-type", "application/json"), ("traceparent", trace)];
+        assert_eq!(api.send("POST", "/api/v1/events", &headers, &event(0)).await.status, 202);
+        receiver.wait_requests(2).await;
+        daemon.wait_log("outcome=\"delivered\"").await;
+        let attempts: Vec<String> = daemon.log().lines().filter(|l| l.contains("outcome=")).map(str::to_owned).collect();
+        assert_eq!(attempts.len(), 2);
+        assert!(attempts.iter().all(|l| l.contains(&format!("traceparent=\"{trace}\""))), "{attempts:?}");
+    });
+}
+
+#[test]
+fn status_watches() {
+    run(async {
+        let queue = Queue::embedded();
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let _daemon = setup.start().await;
+        let mut watching = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+            .args(["status", "--json", "--watch", "100ms", "--config"])
+            .arg(setup.config())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("hooktrail runs");
+        let lines = BufReader::new(watching.stdout.take().expect("piped")).lines();
+        for line in lines.take(3) {
+            let line = line.expect("a line");
+            assert!(line.contains("\"phase\":\"running\""), "{line}");
+        }
+        // Nobody reads any more: it ends by itself.
+        eventually("it ends", async || watching.try_wait().expect("waits").is_some()).await;
+    });
+}
+
+#[test]
+fn the_api_is_as_its_document_describes_it() {
+    run(async {
+        let queue = Queue::embedded();
+        let receiver = Receiver::start(|_, n| status(if n % 2 == 0 { 500 } else { 200 })).await;
+        let api = Api::new();
+        let text = QUICK.to_owned()
+            + &api.section()
+            + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")
+            + &subscriber("b", &receiver.url, "paused = true")
+            + &subscriber("open", "http://127.0.0.1:9/", "circuit_breaker = { failures = 1 }");
+        let setup = Setup::new(&queue, &text);
+        let _daemon = setup.start().await;
+        queue.publish(TYPE, [event(0)]).await;
+        eventually("a dead letter", async || api.get("/api/v1/subscribers/a/dead").await.json()["dead"] == 1).await;
+        api.wait("open", "open", |s| s["state"] == "circuit_open").await;
+        for path in [
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            "/api/v1/subscribers",
+            "/api/v1/reload",
+            "/api/v1/subscribers/nobody",
+            "/api/v1/subscribers/nobody/dead",
+        ] {
+            api.get(path).await;
+        }
+        let json = ("content-type", "application/json");
+        let posts =
+            ["events", "subscribers/a/pause", "subscribers/a/resume", "subscribers/a/test", "reload"].map(|p| format!("/api/v1/{p}"));
+        for path in &posts {
+            api.send("POST", path, &[json, ("origin", "http://evil.example")], "{}").await;
+            api.send("POST", path, &[("content-type", "text/plain")], "{}").await;
+            api.post(path, "[").await;
+            api.post(path, if path.ends_with("events") { r#"{"event":"x.y"}"# } else { "{}" }).await;
+            api.post(&path.replace("/a/", "/nobody/"), "{}").await;
+            api.send("DELETE", path, &[json], "").await;
+        }
+        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload"] {
+            api.send("GET", path, &[("sec-fetch-site", "cross-site")], "").await;
+        }
+        api.post("/api/v1/events", r#"{"events":[{"event":"x"},{"x":1}]}"#).await;
+        api.post("/api/v1/events", &format!("{{\"events\":[{}1]}}", "1,".repeat(60_000))).await;
+        api.post("/api/v1/subscribers/b/resume", "{}").await;
+        api.get("/api/v1/subscribers/a/dead?limit=many").await;
+        setup.write("hooktrail.toml", "nonsense");
+        api.get("/api/v1/reload").await;
+        api.post("/api/v1/reload", "{}").await;
+        api.get("/api/v1/subscribers").await;
+        api.get("/readyz").await;
+
+        let with_token = Api::new();
+        let guarded = Setup::new(
+            &Queue::embedded(),
+            &(with_token.section()
+                + "token = \"t\"\n"
+                + &subscriber("a", &receiver.url, "http = { allow_http = true, allow_private_addresses = true }")),
+        );
+        let _guarded = guarded.start().await;
+        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload"] {
+            assert_eq!(with_token.get(path).await.status, 401);
+            let answer = with_token.send("GET", path, &[("authorization", "Bearer t"), ("host", "any.name.example")], "").await;
+            assert_eq!(answer.status, 200);
+        }
+        for path in &posts {
+            assert_eq!(with_token.post(path, "{}").await.status, 401);
+        }
+        assert_eq!(with_token.get("/healthz").await.status, 200);
+
+        let mut exchanges = api.exchanges.lock().expect("not poisoned").clone();
+        exchanges.append(&mut with_token.exchanges.lock().expect("not poisoned"));
+        let file = setup.write("exchanges.json", serde_json::Value::from(exchanges).to_string());
+        let script = repository().join("tests/verifiers/admin.py");
+        let told = output(Command::new(verifiers().join("python/bin/python")).arg(script).arg(repository().join("docs")).arg(&file));
+        let told: Vec<serde_json::Value> = told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+        let (missed, exchanges) = told.split_last().expect("a last line");
+        for exchange in exchanges {
+            assert_eq!(exchange["valid"], true, "{exchange}");
+        }
+        let missed: Vec<&str> = missed["missed"].as_array().expect("a list").iter().filter_map(|m| m.as_str()).collect();
+        // What only an overloaded, starting or failing daemon answers.
+        let rest: Vec<&&str> = missed.iter().filter(|m| !["408", "429", "500", "503"].iter().any(|s| m.ends_with(s))).collect();
+        assert!(rest.is_empty(), "no exchange was about {rest:?}");
+    });
+}
