@@ -4,7 +4,8 @@
 //! own: with several on the same queues each knows what it did itself.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -21,8 +22,8 @@ const RECENT: Duration = Duration::from_secs(60);
 const ATTEMPTS: usize = 500;
 const ATTEMPTS_AGE: Duration = Duration::from_secs(15 * 60);
 
-/// Retries that are remembered until they come again; what is beyond that is not counted.
-const MAX_SCHEDULED: usize = 100_000;
+/// Retries of a subscriber that are remembered until they come again; what is beyond that is not counted.
+const MAX_SCHEDULED: usize = 10_000;
 
 /// A retry that did not come so long after it was due went to another daemon.
 const MISSED: Duration = Duration::from_secs(15 * 60);
@@ -112,8 +113,7 @@ struct Seen {
     in_hand: u64,
     /// When what was given back with a circuit that opened, or with a queue that was lost, had arrived.
     oldest: Option<SystemTime>,
-    /// By batch id: when it is due, and when its first event had arrived.
-    scheduled: BTreeMap<String, (SystemTime, SystemTime)>,
+    scheduled: Scheduled,
     attempts: VecDeque<Attempt>,
     /// Events delivered in each of the last seconds, the latest last.
     delivered: VecDeque<(Instant, u64)>,
@@ -128,6 +128,74 @@ struct Attempt {
     at: Instant,
     took: Duration,
     ok: bool,
+}
+
+/// Retries that have not come again.
+#[derive(Debug, Default)]
+struct Scheduled {
+    /// By what stands for the batch's id: when it is due, and when its first event had arrived.
+    batches: HashMap<u64, (SystemTime, SystemTime)>,
+    dues: Times,
+    arrivals: Times,
+}
+
+impl Scheduled {
+    fn key(batch_id: &str) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        batch_id.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn insert(&mut self, batch_id: &str, due: SystemTime, arrived: SystemTime) {
+        self.remove(Self::key(batch_id));
+        self.batches.insert(Self::key(batch_id), (due, arrived));
+        self.dues.add(due);
+        self.arrivals.add(arrived);
+    }
+
+    fn remove(&mut self, key: u64) -> bool {
+        let found = self.batches.remove(&key);
+        if let Some((due, arrived)) = found {
+            self.dues.remove(due);
+            self.arrivals.remove(arrived);
+        }
+        found.is_some()
+    }
+
+    /// Forgets those that went to another daemon.
+    fn forget_missed(&mut self, time: SystemTime) -> bool {
+        if self.dues.first().is_none_or(|due| due + MISSED > time) {
+            return false;
+        }
+        let missed: Vec<u64> = self.batches.iter().filter(|(_, (due, _))| *due + MISSED <= time).map(|(key, _)| *key).collect();
+        for key in missed {
+            self.remove(key);
+        }
+        true
+    }
+}
+
+/// Points in time, of which the first is known at once.
+#[derive(Debug, Default)]
+struct Times(BTreeMap<SystemTime, u32>);
+
+impl Times {
+    fn add(&mut self, at: SystemTime) {
+        *self.0.entry(at).or_default() += 1;
+    }
+
+    fn remove(&mut self, at: SystemTime) {
+        if let Some(n) = self.0.get_mut(&at) {
+            *n -= 1;
+            if *n == 0 {
+                self.0.remove(&at);
+            }
+        }
+    }
+
+    fn first(&self) -> Option<SystemTime> {
+        self.0.keys().next().copied()
+    }
 }
 
 /// What the circuit breaker does.
@@ -235,7 +303,7 @@ impl Seen {
             trouble: None,
             in_hand: 0,
             oldest: None,
-            scheduled: BTreeMap::new(),
+            scheduled: Scheduled::default(),
             attempts: VecDeque::new(),
             delivered: VecDeque::new(),
             delivered_in_all: 0,
@@ -246,11 +314,11 @@ impl Seen {
     }
 
     fn oldest(&self) -> Option<SystemTime> {
-        self.scheduled.values().map(|(_, arrived)| *arrived).chain(self.oldest).min()
+        self.scheduled.arrivals.first().into_iter().chain(self.oldest).min()
     }
 
     fn tell_retries(&self) {
-        self.metrics.retries(self.scheduled.len(), self.scheduled.values().map(|(due, _)| *due).min());
+        self.metrics.retries(self.scheduled.batches.len(), self.scheduled.dues.first());
     }
 }
 
@@ -266,7 +334,7 @@ impl LaneStatus {
     pub fn begins(&self, batch_id: &str, events: u32, bytes: usize) {
         let mut seen = self.seen();
         seen.metrics.attempt_begins(events, bytes);
-        if seen.scheduled.remove(batch_id).is_some() {
+        if seen.scheduled.remove(Scheduled::key(batch_id)) {
             seen.tell_retries();
         }
     }
@@ -314,11 +382,9 @@ impl LaneStatus {
     /// A batch comes again at `due`; its first event had arrived at `arrived`.
     pub fn scheduled(&self, batch_id: &str, due: SystemTime, arrived: SystemTime, time: SystemTime) {
         let mut seen = self.seen();
-        if seen.scheduled.len() >= MAX_SCHEDULED {
-            seen.scheduled.retain(|_, (due, _)| *due + MISSED > time);
-        }
-        if seen.scheduled.len() < MAX_SCHEDULED {
-            seen.scheduled.insert(batch_id.to_owned(), (due, arrived));
+        seen.scheduled.forget_missed(time);
+        if seen.scheduled.batches.len() < MAX_SCHEDULED {
+            seen.scheduled.insert(batch_id, due, arrived);
             seen.tell_retries();
         }
     }
@@ -364,9 +430,7 @@ impl LaneStatus {
 
     fn view(&self, now: Instant, time: SystemTime) -> View {
         let mut seen = self.seen();
-        let before = seen.scheduled.len();
-        seen.scheduled.retain(|_, (due, _)| *due + MISSED > time);
-        if seen.scheduled.len() < before {
+        if seen.scheduled.forget_missed(time) {
             seen.tell_retries();
         }
         let state = match (&seen.paused, &seen.trouble, seen.circuit, seen.held_until) {
@@ -387,8 +451,8 @@ impl LaneStatus {
             state,
             circuit: seen.circuit,
             in_hand: seen.in_hand,
-            retries_scheduled: seen.scheduled.values().filter(|(due, _)| *due > time).count(),
-            next_retry_at: seen.scheduled.values().map(|(due, _)| *due).min(),
+            retries_scheduled: seen.scheduled.batches.values().filter(|(due, _)| *due > time).count(),
+            next_retry_at: seen.scheduled.dues.first(),
             delivered: seen.delivered_in_all,
             delivered_per_s_milli: events * 1000 / RECENT.as_secs(),
             success_milli: (!attempts.is_empty()).then(|| ok * 1000 / attempts.len() as u64),
