@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use hooktrail::metrics::{ALL, Kind};
 use serde_json::Value;
 
-use crate::packaging::{anchors, file, yaml};
+use crate::{
+    packaging::{anchors, file, yaml},
+    support::{api::Api, daemon::Setup, eventually, free_port, run},
+};
 
 /// The names of series that a text mentions.
 fn names(text: &str) -> BTreeSet<String> {
@@ -99,4 +102,15 @@ fn the_dashboard_is_one_that_grafana_can_show() {
             assert_eq!(panel["datasource"]["uid"], "${datasource}", "{title} asks a data source of its own");
         }
     }
+}
+
+#[test]
+fn a_daemon_that_never_had_its_queue_is_one_to_alert_of() {
+    run(async {
+        let api = Api::new();
+        let setup = Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n{}", free_port(), api.section()));
+        let daemon = setup.spawn();
+        daemon.wait_log("admin listening").await;
+        eventually("the queue is told to be away", async || api.metric("hooktrail_queue_up").await == Some(0.0)).await;
+    });
 }

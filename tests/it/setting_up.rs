@@ -7,7 +7,11 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use crate::support::daemon::{QUICK, Setup, subscriber};
+use crate::support::{
+    api::Api,
+    daemon::{QUICK, Setup, subscriber},
+    run,
+};
 
 /// In a directory where there is nothing.
 fn alone(dir: &std::path::Path, arguments: &[&str]) -> Output {
@@ -116,6 +120,22 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
     let told = String::from_utf8_lossy(&refused.stdout).into_owned();
     assert!(told.contains("would refuse a reload") && told.contains("  h.toml:1:1: url: unknown\n  1 problem"), "{told}");
     assert!(!told.contains("a: a batch"), "only b was asked for: {told}");
+}
+
+#[test]
+fn plan_and_the_daemon_understand_each_other() {
+    run(async {
+        let api = Api::new();
+        let text = format!("[queue]\nurl = \"embedded\"\n{}{}", api.section(), subscriber("a", "https://example.com/", ""));
+        let setup = Setup::with_text(&text);
+        let _daemon = setup.start().await;
+        let told = setup.ok(&["plan"]);
+        assert!(told.contains(&format!("a reload of the daemon at 127.0.0.1:{} would change nothing", api.port)), "{told}");
+        // The daemon may see the new file before it is asked: of this key it says the same then.
+        setup.write("hooktrail.toml", text + "[log]\nformat = \"json\"\n");
+        let told = setup.ok(&["plan"]);
+        assert!(told.contains("only a restart changes: log"), "{told}");
+    });
 }
 
 #[test]
