@@ -5,7 +5,9 @@ mod check;
 mod daemon;
 mod dead;
 mod demo;
+mod init;
 mod listen;
+mod plan;
 mod prune;
 mod publish;
 mod run;
@@ -15,7 +17,7 @@ mod test;
 use std::path::PathBuf;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use crate::{
@@ -35,7 +37,7 @@ use crate::{
 #[command(version, max_term_width = 100)]
 pub struct Cli {
     /// The configuration file
-    #[arg(long, short, global = true, env = "HOOKTRAIL_CONFIG", default_value = config::DEFAULT_PATH, value_name = "FILE")]
+    #[arg(long, short, global = true, env = "HOOKTRAIL_CONFIG", default_value = config::DEFAULT_PATH, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     config: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -51,6 +53,10 @@ enum Command {
     },
     /// Read the configuration and print what it means for each subscriber
     Check(check::Args),
+    /// Show what the configuration would do: retries until a dead letter, memory, requests, and what a reload would change
+    Plan(plan::Args),
+    /// Write the commented default configuration
+    Init(init::Args),
     /// Publish events, one JSON object a line, and wait until the broker has confirmed all of them
     Publish(publish::Args),
     /// A receiver for trying things out: verifies signatures, prints events, fails on request
@@ -63,6 +69,11 @@ enum Command {
     Schema {
         /// Of one event, or of the body of a request
         of: Schema,
+    },
+    /// Print the completions of a shell for this program
+    Completions {
+        /// Whose
+        shell: clap_complete::Shell,
     },
     /// Ask the running daemon how each subscriber is: state, backlog, retries, dead letters, rates, last error
     Status(status::Args),
@@ -147,6 +158,12 @@ impl Cli {
             Command::Run { force } => run::run(load()?, force).await,
             Command::Listen(args) => listen::run(args).await,
             Command::Demo(args) => Box::pin(demo::run(args)).await,
+            Command::Init(args) => init::run(args, &self.config),
+            Command::Completions { shell } => {
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "hooktrail", &mut script);
+                Ok(std::io::Write::write_all(&mut std::io::stdout(), &script)?)
+            }
             Command::Secret => {
                 println!("{}", new_secret());
                 Ok(())
@@ -160,6 +177,7 @@ impl Cli {
                 let config = load()?;
                 match other {
                     Command::Check(args) => check::run(&config, &args).await,
+                    Command::Plan(args) => plan::run(&config, &args).await,
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Test(args) => test::run(&config, &args).await,
@@ -168,9 +186,13 @@ impl Cli {
                     Command::Pause { subscriber, why } => daemon::pause(&config, &subscriber, why).await,
                     Command::Resume { subscriber } => daemon::resume(&config, &subscriber).await,
                     Command::Dead(command) => dead::run(&config, command).await,
-                    Command::Run { .. } | Command::Demo(_) | Command::Listen(_) | Command::Secret | Command::Schema { .. } => {
-                        unreachable!("handled above")
-                    }
+                    Command::Run { .. }
+                    | Command::Demo(_)
+                    | Command::Init(_)
+                    | Command::Completions { .. }
+                    | Command::Listen(_)
+                    | Command::Secret
+                    | Command::Schema { .. } => unreachable!("handled above"),
                 }
             }
         }
@@ -251,7 +273,6 @@ async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> 
 mod tests {
     use super::*;
     use crate::{secret::Secret, signature};
-    use clap::CommandFactory as _;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -326,14 +326,12 @@ impl<Q: Queue> Lane<Q> {
         }
     }
 
-    /// How much to take: for each request in flight its batch and one that fills meanwhile.
+    /// How much to take.
     ///
     /// The same for a probe: a queue puts what it is given back behind all that it was given back
     /// before, so a probe that took less would change the order of the backlog.
     fn window(&self) -> Window {
-        let slots = self.subscriber.http.concurrency;
-        let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
-        Window { events: clamp(2 * slots * self.subscriber.batch.max_events), envelopes: clamp(slots) }
+        Window::of(&self.subscriber)
     }
 }
 

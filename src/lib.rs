@@ -28,7 +28,7 @@
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them |
 //! | process | [`reload`] reads the configuration again and hands it to the supervisor |
-//! | surface | [`doctor`] the look at the queue when the daemon has started · [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events |
+//! | surface | [`doctor`] the look at the queue when the daemon has started · [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events · [`systemd`] tells the service manager how far the daemon is |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
 //!
 //! # Where to look
@@ -92,5 +92,6 @@ pub mod signal;
 pub mod signature;
 pub mod status;
 pub mod supervisor;
+pub mod systemd;
 pub mod tls;
 pub mod webhook;

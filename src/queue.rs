@@ -253,6 +253,24 @@ pub struct Window {
     pub envelopes: u16,
 }
 
+impl Window {
+    /// Of a subscriber: for each request in flight its batch and one that fills meanwhile.
+    pub fn of(subscriber: &Subscriber) -> Self {
+        let slots = subscriber.http.concurrency;
+        let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
+        Self { events: clamp(2 * slots * subscriber.batch.max_events), envelopes: clamp(slots) }
+    }
+
+    /// The longest that a message of this window is held before it is settled, if each batch has so many
+    /// events and each attempt takes all the time it may: its wait for company, the attempts before its
+    /// own, and that. Retries that are due come on top.
+    pub fn longest_hold(self, subscriber: &Subscriber, events_in_a_batch: usize) -> Duration {
+        let at_once = subscriber.http.concurrency * events_in_a_batch.max(1);
+        let attempts = usize::from(self.events).div_ceil(at_once).max(1);
+        subscriber.batch.max_wait + subscriber.http.timeout.saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
+    }
+}
+
 /// The taking end of a subscriber's queue.
 pub trait Source: Send {
     /// Waits for at least one message and appends those that are there, at most about `max`,

@@ -138,7 +138,9 @@ impl RetryPolicy {
                 break;
             }
         }
-        interval.min(self.max_interval)
+        // The crate adds up to a nanosecond at random even without jitter; an interval is always the same.
+        let micros = u64::try_from((interval.as_nanos() + 500) / 1000).unwrap_or(u64::MAX).max(1);
+        Duration::from_micros(micros).min(self.max_interval)
     }
 
     /// What follows failed attempt `attempt` (from 1) of a batch first tried at `first_attempt_at`.
@@ -241,6 +243,14 @@ mod tests {
         assert_eq!(p.next(1, T0, T0 + secs(40), None, 0.5), Next::After(secs(60)));
         assert_eq!(p.next(2, T0, T0 + secs(41), None, 0.5), Next::Exhausted);
         assert_eq!(p.next(1, T0, T0, Some(secs(101)), 0.5), Next::Exhausted);
+    }
+
+    #[test]
+    fn an_interval_is_the_same_whenever_it_is_asked_for() {
+        let p = policy(|o| o.initial_interval = secs(7));
+        for attempt in 1..8 {
+            assert!((0..50).all(|_| p.interval(attempt) == secs(7 * 3_u64.pow(attempt - 1))), "{attempt}");
+        }
     }
 
     #[test]

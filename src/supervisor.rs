@@ -99,6 +99,8 @@ pub async fn run<Q: Queue>(
     let mut fleet = Fleet::new(queue.clone(), board.clone())?;
     let mut shutdown = std::pin::pin!(shutdown);
     let plan = fleet.plan(&subscribers)?;
+    // Told before it is known to be up: a daemon that never gets its queue is one to alert of.
+    board.metrics().set_queue_up(false);
     tokio::select! {
         ready = queue.prepare(&subscribers) => ready?,
         () = &mut shutdown => return Ok(Ended::Drained),

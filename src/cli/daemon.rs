@@ -63,18 +63,31 @@ impl<'c> Daemon<'c> {
         format!("http://{}/api/v1/{path}", self.address)
     }
 
-    async fn ask(&self, mut request: reqwest::RequestBuilder) -> Result<Value, Failed> {
-        if let Some(token) = &self.config.token {
-            request = request.bearer_auth(token.expose());
-        }
-        let answer = request.send().await.map_err(|e| no_daemon(self.address, &e.without_url()))?;
-        let status = answer.status();
-        let body: Value = answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    async fn ask(&self, request: reqwest::RequestBuilder) -> Result<Value, Failed> {
+        let (status, body) = self.send(request).await.map_err(|e| no_daemon(self.address, &e))?;
         if status.is_success() {
             return Ok(body);
         }
         let why = body["error"].as_str().map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
         Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
+    }
+
+    /// What it answers, whatever that is; else what is in the way.
+    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
+        if let Some(token) = &self.config.token {
+            request = request.bearer_auth(token.expose());
+        }
+        let answer = request.send().await.map_err(|e| {
+            // "error sending request" says nothing; what is behind it does.
+            let e = e.without_url();
+            let mut why: &dyn std::error::Error = &e;
+            while let Some(cause) = why.source() {
+                why = cause;
+            }
+            why.to_string()
+        })?;
+        let status = answer.status();
+        Ok((status, answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()))
     }
 }
 
@@ -94,4 +107,40 @@ fn reachable(listen: SocketAddr) -> Result<SocketAddr, Failed> {
         ip => ip,
     };
     Ok(SocketAddr::new(ip, listen.port()))
+}
+
+/// Nothing is waited for but the reading of some files.
+const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a reload of the running daemon would do.
+pub(super) enum Foreseen {
+    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`; and `needs_restart`.
+    Changes { address: SocketAddr, answer: Value },
+    /// The daemon says what is wrong with its configuration.
+    Refused { address: SocketAddr, error: String },
+    /// No daemon tells.
+    Unknown { why: String },
+}
+
+/// Asks the daemon what a reload would change; it changes nothing.
+pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> {
+    let daemon = match Daemon::of(config) {
+        Ok(daemon) => daemon,
+        Err(Failed::Usage(why)) => return Ok(Foreseen::Unknown { why }),
+        Err(other) => return Err(other),
+    };
+    let address = daemon.address;
+    let (status, answer) = match daemon.send(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT)).await {
+        Ok(answered) => answered,
+        Err(why) => return Ok(Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") }),
+    };
+    let error = answer["error"].as_str().map(str::to_owned);
+    Ok(match (status.as_u16(), error) {
+        (200, None) if answer["changes"].is_array() => Foreseen::Changes { address, answer },
+        (422, Some(error)) => Foreseen::Refused { address, error },
+        (status, error) => {
+            let error = error.map_or_else(|| "it is no hooktrail, or one of another version, perhaps".to_owned(), |e| visible(&e));
+            Foreseen::Unknown { why: format!("what listens at {address} answered {status}: {error}") }
+        }
+    })
 }

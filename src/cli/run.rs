@@ -14,6 +14,7 @@ use crate::{
     signal::{self, Files, Hangups},
     status::Board,
     supervisor::{self, Controls, Phase},
+    systemd,
 };
 
 pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
@@ -49,23 +50,34 @@ async fn deliver(queue: impl Queue, config: Config, metrics: Metrics) -> Result<
     let subscribers = config.subscribers.clone();
     let (reloader, changes) = Reloader::new(config, metrics);
     let (phase, phases) = watch::channel(Phase::Starting);
-    let serving = admin.serve(queue.clone(), &reloader, &board, phases);
+    let told = tokio::spawn(systemd::follow(phases.clone()));
+    let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
     doctor::look_once(queue.clone(), &subscribers, phase.subscribe());
     let mut asking = JoinSet::new();
-    asking.spawn(reload_when_told(reloader.clone(), hangups));
+    asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
     asking.spawn(reload_when_files_change(reloader.clone()));
     let controls = Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout() };
     let beside = serving.done_with_the_queue();
     supervisor::run(queue, subscribers, shutdown, controls, beside).await?;
     serving.close().await;
-    Ok(())
+    // It ends when it has told the last phase.
+    drop(phase);
+    told.await.map_err(|e| Failed::Runtime(e.to_string()))
 }
 
-async fn reload_when_told(reloader: Reloader, mut hangups: Hangups) {
+async fn reload_when_told(reloader: Reloader, mut hangups: Hangups, phases: watch::Receiver<Phase>) {
+    let is_running = || *phases.borrow() == Phase::Running;
     loop {
         hangups.next().await;
+        let running = is_running();
+        if running {
+            systemd::reloading();
+        }
         // The log has told what came of it.
         drop(reloader.reload("SIGHUP").await);
+        if running && is_running() {
+            systemd::ready();
+        }
     }
 }
 

@@ -51,6 +51,7 @@ use self::{
 };
 pub use self::{
     dead::DeadLetters,
+    ladder::{Hold, hold},
     lane::{Settler, Source},
 };
 use crate::{

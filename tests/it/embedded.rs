@@ -133,7 +133,7 @@ fn a_damaged_file_is_named_and_what_to_do_is_told() {
         for command in [&["run"][..], &["publish", event.to_str().expect("a path")], &["dead", "list", "a"], &["check", "--connect"]] {
             let (code, told) = refused(&setup.run(command));
             assert_eq!(code, Some(1), "{command:?}: {told}");
-            for part in [queue.file().to_str().expect("a path"), "the file is damaged", "keep a copy", ".recover"] {
+            for part in [queue.file().to_str().expect("a path"), "the file is damaged", "keep a copy", "Disaster recovery"] {
                 assert!(told.contains(part), "{command:?}: {part} is not in {told}");
             }
         }

@@ -15,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["lane"],
     &["supervisor"],
     &["reload"],
-    &["admin", "doctor"],
+    &["admin", "doctor", "systemd"],
     &["cli"],
 ];
 
@@ -104,6 +104,7 @@ fn each_protocol_is_known_in_one_place() {
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),
         ("flate2", &["src/admin/intake.rs"]),
+        ("sd_notify::", &["src/systemd.rs"]),
         ("prometheus_client", &["src/metrics.rs"]),
     ] {
         let mut users = 0;

@@ -23,6 +23,24 @@ pub(super) fn seconds(delay: Duration) -> u32 {
     n
 }
 
+/// How the ladder holds a message back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hold {
+    /// From the confirmed publish until the message is in the retry queue, by the levels' times to live alone.
+    pub delay: Duration,
+    /// Levels that it waits in; each is a republish by the broker.
+    pub hops: u32,
+}
+
+/// What becomes of a retry that is not due before `delay`.
+pub fn hold(delay: Duration) -> Hold {
+    if delay.is_zero() {
+        return Hold { delay, hops: 0 };
+    }
+    let seconds = seconds(delay);
+    Hold { delay: Duration::from_secs(seconds.into()), hops: seconds.count_ones() }
+}
+
 /// The highest level that the message goes through, where it enters the ladder.
 pub(super) fn entry_level(seconds: u32) -> u32 {
     seconds.ilog2()
@@ -59,6 +77,14 @@ mod tests {
         }
         assert_eq!(seconds(Duration::ZERO), 1);
         assert_eq!(seconds(Duration::from_millis(1001)), 2);
+    }
+
+    #[test]
+    fn a_hold_waits_in_the_levels_of_its_bits() {
+        for (ms, seconds, hops) in [(0, 0, 0), (1, 1, 1), (5000, 5, 2), (15_000, 15, 4), (31_000, 32, 1), (405_000, 408, 4)] {
+            let expected = Hold { delay: Duration::from_secs(seconds), hops };
+            assert_eq!(hold(Duration::from_millis(ms)), expected, "{ms} ms");
+        }
     }
 
     #[test]

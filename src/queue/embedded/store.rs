@@ -405,7 +405,7 @@ fn explain(e: &rusqlite::Error) -> String {
     let remedy = match e.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => "the disk is full; nothing is lost, and it goes on when there is room again",
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-            "the file is damaged: stop hooktrail, keep a copy, and recover it with `sqlite3 hooktrail.db .recover`, or move it away to begin anew"
+            "the file is damaged: stop hooktrail, keep a copy, and save what can be read of it (docs/operations.md, \"Disaster recovery\"), or move it away to begin anew"
         }
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
             "check the permissions of the directory and its files"

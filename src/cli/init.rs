@@ -1,0 +1,105 @@
+//! `init`: the commented default configuration as a file of one's own.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use super::Failed;
+use crate::config;
+
+/// The file may come to hold secrets; who else is to read it is for its owner to say.
+const MODE: u32 = 0o600;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Where to write it; left out: where --config points
+    #[arg(value_name = "PATH", value_hint = clap::ValueHint::FilePath)]
+    path: Option<PathBuf>,
+    /// Also when there is a file: it is replaced
+    #[arg(long)]
+    force: bool,
+}
+
+pub(super) fn run(args: Args, configured: &Path) -> Result<(), Failed> {
+    let path = args.path.as_deref().unwrap_or(configured);
+    write(path, args.force).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => {
+            Failed::Usage(format!("{} exists and was left as it is; name another path, or --force to replace it", path.display()))
+        }
+        _ => Failed::Runtime(format!("{} cannot be written: {e}", path.display())),
+    })?;
+    let it = quoted(path);
+    println!(
+        "wrote {path}, every key with its default and what it means; only you can read it
+
+Next:
+  1. Describe a subscriber: the end of the file shows one. `hooktrail secret` makes its secret.
+  2. hooktrail --config {it} check       tells everything that is wrong with it
+  3. hooktrail --config {it} plan        tells what it would do: retries, memory, dead letters
+  4. hooktrail --config {it} test NAME   sends one signed event to a subscriber
+  5. hooktrail --config {it} run         the daemon",
+        path = path.display(),
+    );
+    Ok(())
+}
+
+/// A daemon that watches the file never sees a part of it.
+fn write(path: &Path, force: bool) -> io::Result<()> {
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
+        // As a kind of its own: a file in the way of a directory is not the file that was asked for.
+        made.map_err(|e| io::Error::other(format!("the directory {}: {e}", parent.display())))?;
+    }
+    if !force {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+        return fill(&mut file).inspect_err(|_| drop(fs::remove_file(path)));
+    }
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}.new", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(&beside)?;
+    fill(&mut file).and_then(|()| fs::rename(&beside, path)).inspect_err(|_| drop(fs::remove_file(&beside)))
+}
+
+fn fill(file: &mut File) -> io::Result<()> {
+    file.write_all(config::DEFAULT.as_bytes())?;
+    file.sync_all()
+}
+
+/// As a shell reads it.
+fn quoted(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c));
+    if plain { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_file_is_written_for_its_owner_alone_and_never_over_another_unless_forced() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("a/b/h.toml");
+        write(&path, false).expect("writes");
+        assert_eq!(fs::read_to_string(&path).expect("text"), config::DEFAULT);
+        assert_eq!(fs::metadata(&path).expect("it is there").permissions().mode() & 0o777, 0o600);
+        fs::write(&path, "mine").expect("writes");
+        assert_eq!(write(&path, false).expect_err("it exists").kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read_to_string(&path).expect("text"), "mine");
+        write(&path, true).expect("replaces");
+        assert_eq!(fs::read_to_string(&path).expect("text"), config::DEFAULT);
+        assert_eq!(fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(), 1, "nothing is left beside it");
+        config::load_with(&path, &|_| None).expect("it is valid as it is");
+    }
+
+    #[test]
+    fn a_path_is_shown_as_a_shell_reads_it() {
+        for (path, shown) in [("config/h.toml", "config/h.toml"), ("my dir/h", "'my dir/h'"), ("it's", r"'it'\''s'"), ("$(x)", "'$(x)'")] {
+            assert_eq!(quoted(Path::new(path)), shown);
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! From nothing to a configuration, and what it would do: `init`, `completions`, `plan`.
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    net::TcpListener,
+    os::unix::fs::PermissionsExt as _,
+    process::{Command, Output, Stdio},
+};
+
+use crate::support::{
+    api::Api,
+    daemon::{QUICK, Setup, subscriber},
+    run,
+};
+
+/// In a directory where there is nothing.
+fn alone(dir: &std::path::Path, arguments: &[&str]) -> Output {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
+    c.args(arguments).env_remove("HOOKTRAIL_CONFIG").current_dir(dir).stdin(Stdio::null()).output().expect("hooktrail runs")
+}
+
+fn out(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let told = out(&alone(dir.path(), &["init"]));
+    assert!(told.contains("wrote config/hooktrail.toml") && told.contains("hooktrail --config config/hooktrail.toml check"), "{told}");
+    let file = dir.path().join("config/hooktrail.toml");
+    assert_eq!(std::fs::metadata(&file).expect("it is there").permissions().mode() & 0o777, 0o600);
+    assert!(out(&alone(dir.path(), &["check"])).contains("no subscribers"));
+    assert!(out(&alone(dir.path(), &["plan"])).contains("nothing would be delivered"));
+
+    std::fs::write(&file, "mine").expect("writes");
+    let again = alone(dir.path(), &["init"]);
+    assert_eq!(again.status.code(), Some(2));
+    assert!(err(&again).contains("exists and was left as it is") && err(&again).contains("--force"), "{again:?}");
+    assert_eq!(std::fs::read_to_string(&file).expect("text"), "mine");
+    out(&alone(dir.path(), &["init", "--force"]));
+    assert!(std::fs::read_to_string(&file).expect("text").starts_with("# The configuration of hooktrail."));
+
+    out(&alone(dir.path(), &["--config", "else where/h.toml", "init"]));
+    let told = out(&alone(dir.path(), &["init", "else where/i.toml"]));
+    assert!(told.contains("hooktrail --config 'else where/i.toml' run"), "{told}");
+    let bad = alone(dir.path(), &["init", "config/hooktrail.toml/x"]);
+    assert_eq!(bad.status.code(), Some(1));
+    assert!(err(&bad).contains("config/hooktrail.toml/x cannot be written"), "{bad:?}");
+}
+
+#[test]
+fn completions_of_every_shell_name_the_commands_without_any_configuration() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = out(&alone(dir.path(), &["--config", "nowhere.toml", "completions", shell]));
+        assert!(script.contains("hooktrail") && script.contains("publish") && script.contains("connect"), "{shell}: {script}");
+    }
+    let bash = out(&alone(dir.path(), &["completions", "bash"]));
+    let mut check = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().expect("bash runs");
+    check.stdin.take().expect("its input").write_all(bash.as_bytes()).expect("writes");
+    assert!(check.wait().expect("ends").success(), "what bash reads is a script");
+    assert_eq!(alone(dir.path(), &["completions", "csh"]).status.code(), Some(2));
+}
+
+/// Answers one request; what it asked.
+fn daemon_that_answers(status: u16, body: &'static str) -> (String, std::thread::JoinHandle<String>) {
+    let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = socket.local_addr().expect("an address").to_string();
+    let serving = std::thread::spawn(move || {
+        let (stream, _) = socket.accept().expect("a connection");
+        let mut head = String::new();
+        let mut lines = BufReader::new(stream.try_clone().expect("a second handle"));
+        while !head.ends_with("\r\n\r\n") {
+            assert!(lines.read_line(&mut head).expect("reads") > 0, "the request ended early");
+        }
+        let length = body.len();
+        write!(
+            &stream,
+            "HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+        )
+        .expect("answers");
+        head
+    });
+    (address, serving)
+}
+
+fn setup(listen: &str) -> Setup {
+    let rest = subscriber("a", "https://example.com/", "") + &subscriber("b", "https://example.com/", "");
+    Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{listen}\"\ntoken = \"quite-secret\"\n{QUICK}{rest}"))
+}
+
+#[test]
+fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
+    let changes = r#"{"changes":[{"subscriber":"a","change":"changed","keys":["retry.max_interval"]}],"needs_restart":["queue.url"]}"#;
+    let (listen, asked) = daemon_that_answers(200, changes);
+    let told = setup(&listen).ok(&["plan"]);
+    let asked = asked.join().expect("answers");
+    assert!(asked.starts_with("GET /api/v1/reload ") && asked.contains("authorization: Bearer quite-secret"), "{asked}");
+    for part in [
+        "a: a batch that fails each time",
+        "b: a batch",
+        "all 2 subscribers",
+        "  a: changed: retry.max_interval",
+        "only a restart changes: queue.url",
+    ] {
+        assert!(told.contains(part), "{part} is not in {told}");
+    }
+    assert!(!told.contains("quite-secret"));
+
+    let (listen, asked) = daemon_that_answers(422, r#"{"error":"h.toml:1:1: url: unknown\n1 problem"}"#);
+    let refused = setup(&listen).run(&["plan", "b"]);
+    asked.join().expect("answers");
+    assert_eq!(refused.status.code(), Some(1), "what would be refused is no plan that can be carried out");
+    let told = String::from_utf8_lossy(&refused.stdout).into_owned();
+    assert!(told.contains("would refuse a reload") && told.contains("  h.toml:1:1: url: unknown\n  1 problem"), "{told}");
+    assert!(!told.contains("a: a batch"), "only b was asked for: {told}");
+}
+
+#[test]
+fn plan_and_the_daemon_understand_each_other() {
+    run(async {
+        let api = Api::new();
+        let text = format!("[queue]\nurl = \"embedded\"\n{}{}", api.section(), subscriber("a", "https://example.com/", ""));
+        let setup = Setup::with_text(&text);
+        let _daemon = setup.start().await;
+        let told = setup.ok(&["plan"]);
+        assert!(told.contains(&format!("a reload of the daemon at 127.0.0.1:{} would change nothing", api.port)), "{told}");
+        // The daemon may see the new file before it is asked: of this key it says the same then.
+        setup.write("hooktrail.toml", text + "[log]\nformat = \"json\"\n");
+        let told = setup.ok(&["plan"]);
+        assert!(told.contains("only a restart changes: log"), "{told}");
+    });
+}
+
+#[test]
+fn plan_needs_no_daemon_and_says_when_there_is_none() {
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string();
+    let told = setup(&free).ok(&["plan"]);
+    assert!(told.contains(&format!("no daemon answers at {free} ([admin] listen)")), "{told}");
+    let (listen, asked) = daemon_that_answers(401, r#"{"error":"another token"}"#);
+    let told = setup(&listen).ok(&["plan"]);
+    asked.join().expect("answers");
+    assert!(told.contains("answered 401: another token"), "{told}");
+    assert!(setup("127.0.0.1:0").ok(&["plan"]).contains("port 0"));
+    assert_eq!(setup(&free).run(&["plan", "c"]).status.code(), Some(2));
+}
+
+#[test]
+fn plan_as_json_has_each_attempt_and_the_end() {
+    let setup = Setup::with_text(&("[queue]\nurl = \"amqp://127.0.0.1\"\n".to_owned() + &subscriber("a", "https://example.com/", "")));
+    let plan: serde_json::Value = serde_json::from_str(&setup.ok(&["plan", "--json"])).expect("JSON");
+    let a = &plan["subscribers"][0];
+    assert_eq!(a["attempts"].as_array().map(Vec::len), Some(16));
+    assert_eq!(
+        a["attempts"][1],
+        serde_json::json!({ "attempt": 2, "after_s": 5.0, "after_min_s": 4.0, "after_max_s": 6.0, "since_first_s": 5.0, "hops": 2 })
+    );
+    assert_eq!((&a["end"]["because"], &a["end"]["then"]), (&"max_attempts".into(), &"dead_letter".into()));
+    assert_eq!(a["circuit_open_s"], serde_json::json!([30.0, 60.0, 120.0, 240.0, 480.0, 600.0]));
+    assert_eq!(plan["memory_bytes"]["full_batches"], 3 << 20);
+    assert_eq!(plan["daemon"]["reload"], serde_json::Value::Null);
+}
