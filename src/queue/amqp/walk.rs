@@ -34,6 +34,10 @@ const BACK: usize = 32;
 /// on by consumer in whatever order (measured).
 const UNDER_WAY: usize = 16;
 
+/// The first answers of a channel that go one by one: acks may still be under way there, more than it sends
+/// on at once. When the first is through these are sent, when the second is through they have arrived.
+const ALONE: u32 = 2;
+
 /// How long the queue may take to have back what it was given back.
 const BACK_TIME: Duration = Duration::from_secs(5);
 
@@ -138,17 +142,26 @@ impl Walk {
         }
         let mut expected = self.depth().await?;
         let (mut after, mut under_way, mut wait) = (0, 0, true);
+        // The channel that the last answers went over, and how many.
+        let (mut over, mut answers) = (None, 0);
         for end in &self.ends {
             let held: Vec<u64> = (after + 1..=*end).filter(|tag| self.is_held(*tag)).collect();
             after = *end;
             for part in held.chunks(BACK) {
                 // The broker closes the channel over a tag that it has an answer for, so the last one that is held.
                 let Some((channel, last)) = part.last().and_then(|last| self.place(*last)) else { continue };
+                if over != Some(channel.id()) {
+                    // Two channels overtake each other.
+                    if under_way > 0 && wait {
+                        wait = self.has_back(expected).await?;
+                    }
+                    (over, answers, under_way) = (Some(channel.id()), 0, 0);
+                }
                 let back = BasicNackOptions { multiple: true, requeue: true };
                 answer(channel.basic_nack(last, back)).await.map_err(|why| self.error(&why))?;
                 expected = expected.saturating_add(u32::try_from(part.len()).unwrap_or(u32::MAX));
-                under_way += 1;
-                if under_way == UNDER_WAY && wait {
+                (answers, under_way) = (answers + 1, under_way + 1);
+                if (answers <= ALONE || under_way == UNDER_WAY) && wait {
                     // If somebody else takes them meanwhile there is no order to keep.
                     wait = self.has_back(expected).await?;
                     under_way = 0;
