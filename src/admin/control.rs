@@ -24,7 +24,7 @@ use super::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
 use crate::{
     clock,
     config::{Subscriber, changes::Changes},
-    queue::{DeadLetter, DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
+    queue::{DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
     rehearsal,
     reload::{Reloader, Unchanged},
     status::{Board, Circuit, Looked, State as LaneState, View},
@@ -216,7 +216,7 @@ impl<Q: Queue> Control<Q> {
             while found.len() < limit.min(MAX_DEAD)
                 && let Some(held) = letters.next().await?
             {
-                found.push(letter_as_json(found.len() + 1, &held.letter));
+                found.push(held.as_json(found.len() + 1));
             }
             Ok(())
         };
@@ -306,23 +306,5 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
         "oldest_event_age_s": view.oldest_event_at.map(|at| seconds(now.duration_since(at).unwrap_or_default())),
         "last_delivered_at": view.last_delivered_at.map(rfc3339),
         "last_error": last_error,
-    })
-}
-
-/// Without its body.
-fn letter_as_json(number: usize, l: &DeadLetter) -> Value {
-    json!({
-        "number": number,
-        "id": l.id,
-        "kind": l.kind.name(),
-        "reason": l.reason.name(),
-        "status": l.status,
-        "error": l.error,
-        "events": l.events,
-        "attempts": l.attempts,
-        "first_attempt_at": l.first_attempt_at.map(rfc3339),
-        "died_at": l.died_at.map(rfc3339),
-        "content_type": l.content_type,
-        "bytes": l.body.len(),
     })
 }

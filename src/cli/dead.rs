@@ -223,28 +223,9 @@ fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_millis(at).to_string()
 }
 
-fn as_json(number: usize, held: &Held) -> serde_json::Value {
-    let l = &held.letter;
-    json!({
-        "number": number,
-        "subscriber": held.subscriber,
-        "id": l.id,
-        "kind": l.kind.name(),
-        "reason": l.reason.name(),
-        "status": l.status,
-        "error": l.error,
-        "events": l.events,
-        "attempts": l.attempts,
-        "first_attempt_at": l.first_attempt_at.map(rfc3339),
-        "died_at": l.died_at.map(rfc3339),
-        "content_type": l.content_type,
-        "bytes": l.body.len(),
-    })
-}
-
 /// With the story and the body.
 fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
-    let mut value = as_json(number, held);
+    let mut value = held.as_json(number);
     value["story"] = story_as_json(&held.letter.story);
     match std::str::from_utf8(&held.letter.body) {
         Ok(text) => value["body"] = text.into(),
@@ -312,7 +293,7 @@ async fn list(letters: impl DeadLetters, which: &Which, json: bool, told: &Told)
     let whose = |text: &str| if which.orphans() { format!("{text:<16}  ") } else { String::new() };
     let row = |number: usize, held: &Held| {
         if json {
-            return print(&as_json(number, held).to_string());
+            return print(&held.as_json(number).to_string());
         }
         if std::mem::take(&mut head)
             && !print(&format!(

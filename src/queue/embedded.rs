@@ -135,7 +135,7 @@ impl EmbeddedQueue {
             }
             Ok(counts)
         };
-        self.store().read(count).await
+        self.store().look(count).await
     }
 
     /// Ends the segments of configurations that are no more and begins those of today's.
