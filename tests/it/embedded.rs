@@ -39,7 +39,7 @@ fn a_second_daemon_is_refused_and_the_first_notices_nothing() {
         let queue = Embedded::new();
         let receiver = Receiver::accepting().await;
         let setup = one(&queue, &receiver.url);
-        assert!(setup.ok(&["check", "--connect"]).contains("There is no embedded queue in"), "before the first run");
+        assert!(setup.ok(&["check", "--connect"]).contains("there is no embedded queue in"), "before the first run");
         let daemon = setup.start().await;
         let (code, told) = refused(&setup.run(&["run"]));
         assert_eq!(code, Some(1), "{told}");
