@@ -82,6 +82,11 @@ impl Admin {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
+        let (exposed, looked_at) = (board.metrics().clone(), queue.clone());
+        let expose = move || {
+            exposed.set_queue_up(looked_at.is_reachable());
+            exposed.expose()
+        };
         let control = control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
         let intake = Intake::new(queue, reloader.subscribers(), phase.clone(), board.metrics().clone(), room.clone());
         let api = Router::new()
@@ -91,11 +96,10 @@ impl Admin {
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
             .layer(middleware::from_fn_with_state(token, authorized));
-        let exposed = board.metrics().clone();
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))
             .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), reloads.problem()))))
-            .route("/metrics", get(async move || ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], exposed.expose())))
+            .route("/metrics", get(async move || ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], expose())))
             .nest("/api", api)
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method);

@@ -58,6 +58,10 @@ pub struct Served {
     pub webhook: Webhook,
 }
 
+/// Keys that say what a request is, or whom it reaches.
+const MAKES_REQUESTS: &[&str] =
+    &["url", "format", "secrets", "signatures", "headers", "auth", "tls", "event_ids", "http.success", "http.proxy"];
+
 #[derive(Debug)]
 pub struct Lane<Q> {
     configured: watch::Receiver<Served>,
@@ -67,6 +71,8 @@ pub struct Lane<Q> {
     queue: Q,
     breaker: CircuitBreaker,
     health: Health,
+    /// Counts what requests are made of: an answer to one of before says nothing of those that are made now.
+    generation: u64,
     standings: watch::Receiver<Option<Standings>>,
     /// Of which the log has told.
     pause: Option<Pause>,
@@ -165,6 +171,15 @@ enum Done {
     Settled(Result<(), SettleError>),
 }
 
+/// An attempt whose outcome is not known.
+#[derive(Debug)]
+struct UnderWay {
+    events: u64,
+    /// Of the first event.
+    arrived_at: SystemTime,
+    generation: u64,
+}
+
 /// Why a session ends.
 #[derive(Debug)]
 enum End {
@@ -185,7 +200,19 @@ impl<Q: Queue> Lane<Q> {
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
         let trouble = Trouble { subscriber: subscriber.name.clone(), now: false, status: status.clone() };
         let standings = queue.standings();
-        Self { configured, subscriber, webhook, queue, breaker, health: Health::default(), standings, pause: None, trouble, status }
+        Self {
+            configured,
+            subscriber,
+            webhook,
+            queue,
+            breaker,
+            health: Health::default(),
+            generation: 0,
+            standings,
+            pause: None,
+            trouble,
+            status,
+        }
     }
 
     /// Works until `drain` becomes true and what is in flight is settled.
@@ -251,10 +278,14 @@ impl<Q: Queue> Lane<Q> {
         let old = std::mem::replace(&mut self.subscriber, subscriber);
         self.webhook = webhook;
         let new = &self.subscriber;
+        if old.differences(new).iter().any(|key| MAKES_REQUESTS.contains(key)) {
+            // A receiver that refuses them now may mean the new secret, and no event.
+            self.generation += 1;
+            self.health = Health::default();
+        }
         if old.url != new.url {
             // What was known of the endpoint is of another one.
             self.breaker = CircuitBreaker::new(new.circuit_breaker.clone());
-            self.health = Health::default();
         } else if old.circuit_breaker != new.circuit_breaker {
             self.breaker.set_policy(new.circuit_breaker.clone(), clock::instant());
         }
@@ -399,8 +430,8 @@ struct Session<'l, Q: Queue> {
     envelopes: VecDeque<(Envelope, Receipt)>,
     tasks: JoinSet<Done>,
     attempts: u64,
-    /// By number: the events of the batch, and when the first had arrived.
-    attempting: BTreeMap<u64, (u64, SystemTime)>,
+    /// By number.
+    attempting: BTreeMap<u64, UnderWay>,
     settling: usize,
     /// Set once; from then on nothing is taken or begun.
     end: Option<End>,
@@ -523,7 +554,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let (webhook, status) = (self.lane.webhook.clone(), self.lane.status.clone());
         self.attempts += 1;
         let number = self.attempts;
-        self.attempting.insert(number, (events, arrived_at));
+        self.attempting.insert(number, UnderWay { events, arrived_at, generation: self.lane.generation });
         self.tasks.spawn(async move {
             let parcel = parcel.await;
             status.begins(&parcel.batch_id, parcel.events, parcel.body.len());
@@ -551,8 +582,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
     fn tell_what_is_held(&self) {
         let front = self.batcher.front().map(|e| e.arrived_at);
         let envelopes = self.envelopes.iter().filter_map(|(e, _)| e.first_attempt_at);
-        let oldest = self.attempting.values().map(|(_, at)| *at).chain(front).chain(envelopes).min();
-        let attempted: u64 = self.attempting.values().map(|(events, _)| events).sum();
+        let oldest = self.attempting.values().map(|a| a.arrived_at).chain(front).chain(envelopes).min();
+        let attempted: u64 = self.attempting.values().map(|a| a.events).sum();
         let envelopes: u64 = self.envelopes.iter().map(|(e, _)| u64::from(e.events)).sum();
         self.lane.status.holds(attempted + envelopes + self.batcher.len() as u64, oldest);
     }
@@ -635,22 +666,25 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 }
             }
             Done::Attempted { number, parcel, outcome, took } => {
-                self.attempting.remove(&number);
-                self.attempted(*parcel, outcome, took);
+                let current = self.attempting.remove(&number).is_some_and(|a| a.generation == self.lane.generation);
+                self.attempted(*parcel, outcome, took, current);
                 self.lane.tell_circuit();
             }
         }
     }
 
-    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration) {
+    /// `current`: requests are made as this one was.
+    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration, current: bool) {
         if let Some(failure) = outcome.failure() {
             parcel.has_failed(failure, clock::now());
         }
         match outcome {
             Outcome::Delivered { status } => {
                 self.log(&parcel, took, "delivered", Some(status), None, None);
-                self.lane.health.on_accepted();
-                self.count(&parcel, CircuitBreaker::on_success);
+                if current {
+                    self.lane.health.on_accepted();
+                    self.count(&parcel, CircuitBreaker::on_success);
+                }
                 let (now, time) = (clock::instant(), clock::now());
                 let since = |at: SystemTime| time.duration_since(at).ok();
                 let (lag, since_arrival) = (parcel.happened_at.and_then(since), since(parcel.arrived_at));
@@ -658,14 +692,16 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 self.settle(parcel.receipts, Settlement::Delivered, |_| {});
             }
             Outcome::Retry { failure, retry_after } => {
-                self.lane.health.on_failed();
-                self.failed(parcel, &failure, retry_after, took);
+                if current {
+                    self.lane.health.on_failed();
+                }
+                self.failed(parcel, &failure, retry_after, took, current);
             }
             Outcome::Refused { failure, retry_after } => {
-                if self.lane.health.on_refused() {
+                if current && self.lane.health.on_refused() {
                     self.split(parcel, Reason::Refused, &failure, retry_after, took);
                 } else {
-                    self.failed(parcel, &failure, retry_after, took);
+                    self.failed(parcel, &failure, retry_after, took, current);
                 }
             }
             Outcome::TooLarge { failure, retry_after } => self.split(parcel, Reason::TooLarge, &failure, retry_after, took),
@@ -695,9 +731,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    fn failed(&mut self, parcel: Parcel, failure: &Failure, retry_after: Option<Duration>, took: Duration) {
+    fn failed(&mut self, parcel: Parcel, failure: &Failure, retry_after: Option<Duration>, took: Duration, current: bool) {
         let now = clock::now();
-        self.count(&parcel, |breaker| breaker.on_failure(clock::instant()));
+        if current {
+            self.count(&parcel, |breaker| breaker.on_failure(clock::instant()));
+        }
         self.hold(retry_after);
         let retry = &self.lane.subscriber.retry;
         match (retry.next(parcel.attempt, parcel.first_attempt_at, now, retry_after, clock::random()), retry.on_exhausted()) {

@@ -97,11 +97,12 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// The queue cannot be asked.
     fn depths(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Depths, QueueError>> + Send;
 
-    /// Deletes what there is of a subscriber that is not configured any more, whatever it holds.
+    /// Deletes what there is of a subscriber that is not configured any more.
     ///
     /// # Errors
-    /// Somebody still works for it, or the queue cannot be asked.
-    fn prune(&self, subscriber: &str) -> impl Future<Output = Result<(), QueueError>> + Send;
+    /// Somebody still works with it; or it holds something, unless `with_events` says that this is to be lost; or the queue
+    /// cannot be asked.
+    fn prune(&self, subscriber: &str, with_events: bool) -> impl Future<Output = Result<(), QueueError>> + Send;
 
     /// What there is for this configuration and what can go wrong with it, without changing anything; what could not
     /// be looked at is said. In bounded time, but for the time that a broker takes which answers slowly.

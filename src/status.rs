@@ -79,6 +79,8 @@ impl Board {
 
     /// What a look at the queues found.
     pub fn looked(&self, at: SystemTime, found: Result<Depths, String>) {
+        // A lane that has nothing to do says nothing.
+        lock(&self.0.lanes).values().for_each(|lane| lane.forget_missed(at));
         if let Ok(depths) = &found {
             let metrics = &self.0.metrics;
             let all_retries = || depths.subscribers.values().map(|d| d.retries).sum();
@@ -428,11 +430,17 @@ impl LaneStatus {
         seen.trouble = why;
     }
 
-    fn view(&self, now: Instant, time: SystemTime) -> View {
+    fn forget_missed(&self, time: SystemTime) {
         let mut seen = self.seen();
         if seen.scheduled.forget_missed(time) {
             seen.tell_retries();
+            seen.metrics.oldest(seen.oldest());
         }
+    }
+
+    fn view(&self, now: Instant, time: SystemTime) -> View {
+        self.forget_missed(time);
+        let seen = self.seen();
         let state = match (&seen.paused, &seen.trouble, seen.circuit, seen.held_until) {
             (Some(pause), ..) => State::Paused(pause.clone()),
             (_, Some(why), ..) => State::QueueFails(why.clone()),
@@ -549,6 +557,11 @@ mod tests {
         assert!(text.contains("hooktrail_retries_waiting{subscriber=\"a\"} 1"), "{text}");
         let view = board.view("a", now, time + secs(3600)).expect("it is there");
         assert_eq!(view.retries_scheduled, 0, "another daemon had it");
+        lane.holds(0, None);
+        lane.scheduled("msg_3", time, time, time);
+        assert!(!board.metrics().expose().contains("hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0"));
+        board.looked(time + secs(3600), Err("away".to_owned()));
+        assert!(board.metrics().expose().contains("hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0"), "nobody has to ask");
     }
 
     #[test]

@@ -27,10 +27,13 @@ use crate::{
 };
 
 /// How long a change waits for the queue. Lanes and chores do what is left to do when it is there again.
-const PREPARE_TIMEOUT: Duration = Duration::from_secs(10);
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often the queues are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// For one look.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A look that takes long is not repeated at once: at most this part of the time is spent looking.
 const LOOK_SHARE: u32 = 20;
@@ -216,7 +219,7 @@ impl<Q: Queue> Fleet<Q> {
         // What is bound anew is bound before anything is unbound, which is a chore.
         match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
             Ok(ready) => ready?,
-            Err(_) => tracing::warn!("the queue cannot be reached; what is configured anew is bound when it can be"),
+            Err(_) => tracing::warn!("the queue does not get ready; what is configured anew is bound when it does"),
         }
         self.reconcile(subscribers, plan);
         Ok(())
@@ -300,12 +303,16 @@ async fn look_again_and_again(queue: &impl Queue, mut subscribers: watch::Receiv
     loop {
         let begun = clock::instant();
         let current = subscribers.borrow_and_update().clone();
-        let found = queue.depths(&current).await;
-        let took = clock::instant() - begun;
+        // A broker that is away is waited for without end.
+        let found = timeout(LOOK_TIMEOUT, queue.depths(&current)).await;
+        let late = || format!("the queue did not answer within {} s", LOOK_TIMEOUT.as_secs());
+        let found = found.map_err(|_| late()).and_then(|found| found.map_err(|e| e.to_string()));
+        // Without an answer it cost nothing but time.
+        let rest = if found.is_ok() { (clock::instant() - begun) * LOOK_SHARE } else { LOOK_INTERVAL };
         board.metrics().set_queue_up(queue.is_reachable());
-        board.looked(clock::now(), found.map_err(|e| e.to_string()));
+        board.looked(clock::now(), found);
         tokio::select! {
-            () = tokio::time::sleep(LOOK_INTERVAL.max(took * LOOK_SHARE)) => {}
+            () = tokio::time::sleep(rest.max(LOOK_INTERVAL)) => {}
             Ok(()) = subscribers.changed() => {}
         }
     }

@@ -46,7 +46,8 @@ struct Control<Q> {
     board: Board,
     phase: watch::Receiver<Phase>,
     /// A look at dead letters holds all of them for a moment, so there is one at a time; so with test events.
-    one_at_a_time: Mutex<()>,
+    looking: Mutex<()>,
+    testing: Mutex<()>,
 }
 
 /// What a request may hold.
@@ -65,11 +66,11 @@ struct Selection {
 
 pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase: watch::Receiver<Phase>) -> Router {
     type This<Q> = State<Arc<Control<Q>>>;
-    let control = Arc::new(Control { queue, reloader, board, phase, one_at_a_time: Mutex::default() });
+    let control = Arc::new(Control { queue, reloader, board, phase, looking: Mutex::default(), testing: Mutex::default() });
     let all = async |State(control): This<Q>| control.all();
     let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name));
     let dead = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-        answer(control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await)
+        answer(to_its_end(async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await }).await)
     };
     let pause = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
         control.wished(&headers, body, async |wish| control.change(&name, wish, true).await).await
@@ -82,8 +83,9 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
     };
     let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(told).map_err(unchanged));
     let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
-        let reload = async |_| control.reloader.reload("the API").await.map(told).map_err(unchanged);
-        control.wished(&headers, body, reload).await
+        let reloader = control.reloader.clone();
+        let reload = async move { reloader.reload("the API").await.map(told).map_err(unchanged) };
+        control.wished(&headers, body, async |_| to_its_end(reload).await).await
     };
     Router::new()
         .route("/v1/subscribers", get(all))
@@ -101,6 +103,12 @@ fn answer(result: Result<Value, Refusal>) -> Response {
         Ok(found) => json_answer(StatusCode::OK, &found),
         Err(refusal) => refusal.into_response(),
     }
+}
+
+/// Goes on when the client has gone: what is half done would be worse.
+async fn to_its_end(work: impl Future<Output = Result<Value, Refusal>> + Send + 'static) -> Result<Value, Refusal> {
+    let gave_up = |_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "it was given up, by a panic or at the end".to_owned());
+    tokio::spawn(work).await.map_err(gave_up)?
 }
 
 fn told(changes: Changes) -> Value {
@@ -200,7 +208,7 @@ impl<Q: Queue> Control<Q> {
 
     async fn test(&self, name: &str) -> Result<Value, Refusal> {
         let subscriber = self.subscriber(name)?;
-        let _one = self.one_at_a_time.lock().await;
+        let _one = self.testing.lock().await;
         let report = rehearsal::rehearse(&subscriber).await;
         Ok(report.map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))?.as_json())
     }
@@ -208,7 +216,7 @@ impl<Q: Queue> Control<Q> {
     /// The oldest ones. To read some is to walk to the end of the queue, which keeps their order.
     async fn dead(&self, name: &str, limit: usize) -> Result<Value, Refusal> {
         self.subscriber(name)?;
-        let _one = self.one_at_a_time.lock().await;
+        let _one = self.looking.lock().await;
         let mut letters = self.queue.dead_letters(name).await.map_err(|e| queue_fails(&e))?;
         let in_all = letters.left();
         let mut found = Vec::new();

@@ -70,7 +70,7 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     }
     let mut pruned = Vec::new();
     for (name, _) in delete.iter().filter(|_| !args.dry_run) {
-        queue.prune(name).await?;
+        queue.prune(name, args.with_events).await?;
         pruned.push(name.as_str());
     }
     queue.close().await;

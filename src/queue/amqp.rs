@@ -186,19 +186,21 @@ impl AmqpQueue {
         };
         let mut relaying = Effort::new(format!("the relay from queue `{queue}`"));
         loop {
+            let mut configured = subscribers.clone();
             let relayed = async {
                 // An event relayed before a queue is bound would pass that queue by.
                 let mut broker = self.broker();
                 self.topology().ensure_shared(&mut broker).await?;
-                let current = subscribers.borrow().clone();
+                let current = configured.borrow_and_update().clone();
                 for s in current.iter() {
                     self.topology().ensure_subscriber(&mut broker, s).await?;
                 }
                 drop(broker);
-                relay.run(&mut relaying).await
+                relay.run(&mut relaying, &mut configured).await
             };
-            let Err(e) = relayed.await;
-            relaying.failed(&e).await;
+            if let Err(e) = relayed.await {
+                relaying.failed(&e).await;
+            }
         }
     }
 
@@ -494,16 +496,29 @@ impl Queue for AmqpQueue {
         Ok(depths)
     }
 
-    async fn prune(&self, subscriber: &str) -> Result<(), QueueError> {
+    async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {
         let mut broker = self.broker();
-        let main = self.topology().main(subscriber);
-        if broker.depth(&main).await?.is_some_and(|d| d.consumers > 0) {
-            return Err(QueueError::new(format!(
-                "a daemon still delivers from queue `{main}`; take `{subscriber}` out of its configuration and reload it first"
-            )));
+        let topology = self.topology();
+        // Retries that come due from now on become orphans instead of going with their queue.
+        topology.unbind_retry(&mut broker, subscriber).await?;
+        let queues = topology.subscriber_queues(subscriber).map(|(queue, _)| queue);
+        for queue in &queues {
+            let Some(depth) = broker.depth(queue).await? else { continue };
+            if depth.consumers > 0 {
+                return Err(QueueError::new(format!(
+                    "somebody still works with queue `{queue}`; take `{subscriber}` out of every daemon's configuration first"
+                )));
+            }
+            // What a walk holds is not counted.
+            if broker.is_walked(queue).await? {
+                return Err(QueueError::new(format!("a `hooktrail dead` command is looking at queue `{queue}`; wait for its end")));
+            }
+            if depth.messages > 0 && !with_events {
+                return Err(QueueError::new(format!("queue `{queue}` holds {} messages by now; nothing was deleted", depth.messages)));
+            }
         }
-        for (queue, _) in self.topology().subscriber_queues(subscriber) {
-            broker.delete_queue(&queue).await?;
+        for queue in &queues {
+            broker.delete_queue(queue).await?;
         }
         state::forget(self.topology(), self.publisher(), subscriber).await?;
         self.0.removed.send_if_modified(|all| all.remove(subscriber));

@@ -148,6 +148,21 @@ impl EmbeddedQueue {
         Ok(())
     }
 
+    /// What was configured anew is bound already, unless the file could not be written just then.
+    async fn bind_again(&self, mut subscribers: watch::Receiver<Subscribers>) {
+        while subscribers.changed().await.is_ok() {
+            let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
+            loop {
+                let current = subscribers.borrow_and_update().clone();
+                match self.bind(&current, false).await {
+                    Ok(()) => break,
+                    Err(e) => tracing::warn!(error = %e, "what is configured anew is not bound yet; trying again"),
+                }
+                tokio::time::sleep(waits.grow()).await;
+            }
+        }
+    }
+
     /// What is wanted of today's log. Another process may change that at any time, so it is asked within
     /// the transaction that writes events.
     fn open_patterns(&self, db: &Connection) -> rusqlite::Result<Arc<[Pattern]>> {
@@ -216,13 +231,16 @@ impl Queue for EmbeddedQueue {
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
         self.bind(subscribers, false).await?;
-        let found = self.store().read(standings).await?;
-        self.0.standings.send_replace(Some(Arc::new(found)));
+        // From then on this daemon alone changes them.
+        if self.0.standings.borrow().is_none() {
+            let found = self.store().read(standings).await?;
+            self.0.standings.send_replace(Some(Arc::new(found)));
+        }
         Ok(())
     }
 
-    async fn chores(&self, _: watch::Receiver<Subscribers>) {
-        tokio::join!(self.look_for_news(), self.trim_again_and_again());
+    async fn chores(&self, subscribers: watch::Receiver<Subscribers>) {
+        tokio::join!(self.look_for_news(), self.trim_again_and_again(), self.bind_again(subscribers));
     }
 
     async fn close(&self) {}
@@ -276,13 +294,9 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
-        let name = subscriber.to_owned();
-        let write = move |db: &Connection| {
-            set_standing(db, &name, &standing)?;
-            standings(db)
-        };
-        let found = self.store().write(write).await?;
-        self.0.standings.send_replace(Some(Arc::new(found)));
+        let (name, stands) = (subscriber.to_owned(), standing.clone());
+        self.store().write(move |db: &Connection| set_standing(db, &name, &stands)).await?;
+        self.0.standings.send_modify(|all| drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing)));
         Ok(())
     }
 
@@ -300,29 +314,44 @@ impl Queue for EmbeddedQueue {
         Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0 })
     }
 
-    async fn prune(&self, subscriber: &str) -> Result<(), QueueError> {
+    async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {
         let name = subscriber.to_owned();
         let delete = move |db: &Connection| {
             let open: bool =
                 db.query_row("SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)", [&name], |r| r.get(0))?;
-            if !open {
+            // In the same transaction: what came since somebody looked is seen.
+            let full = !with_events && depths(db)?.get(&name).is_some_and(|d| !d.is_empty());
+            if open || full {
+                return Ok(if open { Pruned::StillOpen } else { Pruned::Full });
+            }
+            {
                 for table in ["segment", "ahead", "retry", "dead", "standing"] {
                     db.execute(&format!("DELETE FROM {table} WHERE subscriber = ?1"), [&name])?;
                 }
             }
-            Ok(!open)
+            Ok(Pruned::Done)
         };
-        if self.store().write(delete).await? {
-            return Ok(());
+        match self.store().write(delete).await? {
+            Pruned::Done => Ok(()),
+            Pruned::Full => Err(QueueError::new(format!("`{subscriber}` holds something by now; nothing was deleted"))),
+            Pruned::StillOpen => Err(QueueError::new(format!(
+                "`{subscriber}` still gets events; take it out of the configuration, and start or reload the daemon once with that"
+            ))),
         }
-        Err(QueueError::new(format!(
-            "`{subscriber}` still gets events; take it out of the configuration, and start or reload the daemon once with that"
-        )))
     }
 
     async fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
         Ok(doctor::inspect(self, subscribers).await)
     }
+}
+
+/// What came of deleting a subscriber's.
+enum Pruned {
+    Done,
+    /// It holds something.
+    Full,
+    /// It is configured.
+    StillOpen,
 }
 
 /// Of everybody who has anything.

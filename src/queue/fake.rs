@@ -122,7 +122,7 @@ impl Queue for Fake {
         Ok(Depths::default())
     }
 
-    async fn prune(&self, _: &str) -> Result<(), QueueError> {
+    async fn prune(&self, _: &str, _: bool) -> Result<(), QueueError> {
         Ok(())
     }
 

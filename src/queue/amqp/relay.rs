@@ -1,6 +1,6 @@
 //! Two chores beside the lanes: the relay from a source queue, and the sweep of orphans.
 
-use std::{collections::HashSet, convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -43,8 +43,8 @@ pub(super) struct Relay<'a> {
 }
 
 impl Relay<'_> {
-    /// Relays until it fails.
-    pub(super) async fn run(&self, relaying: &mut Effort) -> Result<Infallible, QueueError> {
+    /// Relays until it fails, or until others are configured: their queues have to be bound before more is relayed.
+    pub(super) async fn run(&self, relaying: &mut Effort, configured: &mut watch::Receiver<Subscribers>) -> Result<(), QueueError> {
         let queue = self.queue;
         let lease = self.pool.lease().await?;
         let fail = |why: BrokerError| QueueError::new(format!("source queue `{queue}` cannot be consumed: {why}"));
@@ -55,7 +55,10 @@ impl Relay<'_> {
         let mut consumer: Consumer = answer(consume).await.map_err(fail)?;
         tracing::debug!(queue, "relaying events");
         loop {
-            let first = consumer.next().await;
+            let first = tokio::select! {
+                first = consumer.next() => first,
+                Ok(()) = configured.changed() => return Ok(()),
+            };
             let first = first.ok_or_else(|| QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")))?;
             let mut last = 0;
             let mut messages = Vec::new();

@@ -114,6 +114,7 @@ struct Recorded {
 #[derive(Debug, PartialEq, Eq)]
 enum About {
     Bindings(String),
+    Pruned(String),
     Standing(String),
     Nothing,
 }
@@ -129,12 +130,14 @@ impl Recorded {
             }
             Record::Removed { subscriber, pruned, .. } => {
                 self.bindings.remove(&subscriber);
-                if pruned {
-                    self.removed.remove(&subscriber)
-                } else {
-                    self.removed.insert(subscriber.clone())
-                };
-                About::Bindings(subscriber)
+                if !pruned {
+                    self.removed.insert(subscriber.clone());
+                    return About::Bindings(subscriber);
+                }
+                self.removed.remove(&subscriber);
+                // One of the same name begins from nothing.
+                Arc::make_mut(&mut self.standings).remove(&subscriber);
+                About::Pruned(subscriber)
             }
             Record::Standing { subscriber, paused, why, by, at } => {
                 let pause = || Pause { why: why.unwrap_or_default(), since: at, by: by.unwrap_or_default() };
@@ -255,6 +258,8 @@ pub(super) struct Reconciler<'a> {
     /// Subscribers that this daemon has unbound, and those of them that another then bound again.
     removed: BTreeSet<String>,
     wanted_elsewhere: BTreeSet<String>,
+    /// Records of bindings that this daemon has written and not read yet.
+    echoes: BTreeMap<String, u32>,
     /// How often it was seen that another daemon works for a subscriber that is not configured here.
     looks: BTreeMap<String, u32>,
     /// Of what is configured now.
@@ -272,6 +277,7 @@ impl<'a> Reconciler<'a> {
             told: BTreeSet::new(),
             removed: BTreeSet::new(),
             wanted_elsewhere: BTreeSet::new(),
+            echoes: BTreeMap::new(),
             looks: BTreeMap::new(),
             reconciled: false,
         };
@@ -297,6 +303,7 @@ impl<'a> Reconciler<'a> {
     pub(super) async fn follow(&mut self, following: &mut Effort) -> Result<Infallible, QueueError> {
         let mut broker = Broker::new(&self.queue.0.declaring);
         self.topology.ensure_state(&mut broker).await?;
+        self.echoes.clear();
         let (lease, mut records) = open(&self.queue.0.declaring, self.topology).await?;
         let mark = clock::batch_id();
         let (topology, publisher, last) = (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
@@ -347,10 +354,16 @@ impl<'a> Reconciler<'a> {
                 Ok(record) => match recorded.apply(record, &self.topology.events()) {
                     About::Bindings(name) if up_to_date => {
                         self.tell_removed(&recorded);
-                        self.compare(&mut broker, &mut recorded.bindings, &name).await?;
+                        let by_another = !self.is_echo(&name, &recorded);
+                        self.compare(&mut broker, &mut recorded.bindings, &name, by_another).await?;
+                    }
+                    About::Pruned(name) if up_to_date => {
+                        self.tell_removed(&recorded);
+                        self.queue.0.standings.send_modify(|all| drop(all.as_mut().map(|all| Arc::make_mut(all).remove(&name))));
+                        self.compare(&mut broker, &mut recorded.bindings, &name, false).await?;
                     }
                     About::Standing(name) if up_to_date => self.stands(&name, &recorded),
-                    About::Bindings(_) | About::Standing(_) | About::Nothing => {}
+                    About::Bindings(_) | About::Pruned(_) | About::Standing(_) | About::Nothing => {}
                 },
                 Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
             }
@@ -380,6 +393,12 @@ impl<'a> Reconciler<'a> {
         });
     }
 
+    /// Whether a record of bindings that was just read is one that this daemon has written.
+    fn is_echo(&mut self, name: &str, recorded: &Recorded) -> bool {
+        let written = recorded.bindings.contains_key(name);
+        written && self.echoes.get_mut(name).is_some_and(|n| std::mem::replace(n, n.saturating_sub(1)) > 0)
+    }
+
     fn tell_removed(&self, recorded: &Recorded) {
         self.queue.0.removed.send_if_modified(|known| {
             let new = *known != recorded.removed;
@@ -396,7 +415,7 @@ impl<'a> Reconciler<'a> {
         let subscribers = self.subscribers.clone();
         if self.reconciled {
             for s in subscribers.iter() {
-                self.compare(broker, recorded, &s.name).await?;
+                self.compare(broker, recorded, &s.name, false).await?;
             }
             return self.unbind_removed(broker, all).await;
         }
@@ -466,9 +485,10 @@ impl<'a> Reconciler<'a> {
     /// bindings are put back, since without them it loses events, and recorded beside the other's: what is
     /// bound is always in the record, or nobody would ever unbind it. Whose patterns are in the record
     /// writes nothing, so that two daemons do not answer each other without end.
-    async fn compare(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings, name: &str) -> Result<(), QueueError> {
-        let Some(s) = self.subscribers.iter().find(|s| s.name == name) else {
-            if self.removed.contains(name) && recorded.contains_key(name) {
+    async fn compare(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings, name: &str, by_another: bool) -> Result<(), QueueError> {
+        let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else {
+            // Who writes that is alive, also if it consumes nothing just now.
+            if recorded.contains_key(name) && by_another {
                 self.wanted_elsewhere.insert(name.to_owned());
             }
             return Ok(());
@@ -486,7 +506,7 @@ impl<'a> Reconciler<'a> {
                  its queue is bound with what both say: give all daemons the same configuration and restart them"
             );
         }
-        self.topology.ensure_subscriber(broker, s).await?;
+        self.topology.ensure_subscriber(broker, &s).await?;
         match found {
             Some(found) if found.exchange == wanted.exchange => {
                 if wanted.patterns.is_subset(&found.patterns) {
@@ -501,8 +521,9 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    async fn record(&self, recorded: &mut Bindings, name: &str, bound: Bound) -> Result<(), QueueError> {
+    async fn record(&mut self, recorded: &mut Bindings, name: &str, bound: Bound) -> Result<(), QueueError> {
         let Bound { exchange, patterns } = bound.clone();
+        *self.echoes.entry(name.to_owned()).or_default() += 1;
         self.write(&Record::Bound { subscriber: name.to_owned(), exchange: Some(exchange), patterns, at: now() }).await?;
         recorded.insert(name.to_owned(), bound);
         Ok(())

@@ -202,6 +202,11 @@ impl Topology {
         Ok(())
     }
 
+    /// From then on nothing comes back from the ladder for this subscriber.
+    pub(super) async fn unbind_retry(&self, broker: &mut Broker<'_>, name: &str) -> Result<(), QueueError> {
+        broker.unbind(&self.retry(name), &self.due(), &format!("#.{name}")).await
+    }
+
     /// Every queue of a subscriber with its arguments, in the order they are to be declared.
     pub(super) fn subscriber_queues(&self, name: &str) -> [(String, FieldTable); 3] {
         [(self.dead(name), quorum(&[])), (self.retry(name), self.working_arguments(name)), (self.main(name), self.working_arguments(name))]
@@ -241,6 +246,12 @@ impl Topology {
             QueueError::new(format!("{e}{hint}"))
         })
     }
+}
+
+/// An exclusive queue that lives as long as a walk through `queue`: what a walk has passed by is unacknowledged and not
+/// counted, so that the queue looks empty to everybody else.
+pub(super) fn walk_of(queue: &str) -> String {
+    format!("{queue}.walk")
 }
 
 /// Dead-letters at least once. Without `reject-publish` the broker silently falls back to at most once.
@@ -344,6 +355,18 @@ impl<'p> Broker<'p> {
             Ok(q) => Ok(Some(Depth { messages: q.message_count(), consumers: q.consumer_count() })),
             Err(Refused::NotFound) => Ok(None),
             Err(other) => Err(other.into_error("queue", queue)),
+        }
+    }
+
+    /// Whether a walk goes through a queue; see [`walk_of`].
+    pub(super) async fn is_walked(&mut self, queue: &str) -> Result<bool, QueueError> {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let walk = walk_of(queue);
+        match self.ask(async |c| c.queue_declare(walk.as_str().into(), passive, FieldTable::default()).await).await {
+            Ok(_) => Ok(true),
+            Err(Refused::NotFound) => Ok(false),
+            Err(Refused::Other(why)) if why.contains("RESOURCE_LOCKED") => Ok(true),
+            Err(other) => Err(other.into_error("queue", &walk)),
         }
     }
 

@@ -17,7 +17,10 @@ use lapin::{
 };
 use tokio::time::timeout;
 
-use super::connection::{BrokerError, Lease, Quarantine, answer};
+use super::{
+    connection::{BrokerError, Lease, Quarantine, answer},
+    topology::walk_of,
+};
 use crate::queue::QueueError;
 
 /// Messages that one consumer takes: so many at first, up to so many while they are small, and never more
@@ -66,6 +69,8 @@ pub(super) struct Walk {
     ends: Vec<u64>,
     /// By message, from 1: whether the broker waits for an answer.
     held: Vec<bool>,
+    /// Tells others of the walk; see [`walk_of`].
+    marked: bool,
 }
 
 impl Walk {
@@ -81,6 +86,7 @@ impl Walk {
             window: FIRST_WINDOW,
             ends: Vec::new(),
             held: Vec::new(),
+            marked: false,
         }
     }
 
@@ -197,6 +203,9 @@ impl Walk {
 
     /// Gets the next few with a consumer that takes no more than these.
     async fn fill(&mut self) -> Result<(), QueueError> {
+        if !std::mem::replace(&mut self.marked, true) {
+            self.mark().await?;
+        }
         let wanted = self.window.min(u16::try_from(self.left).unwrap_or(u16::MAX));
         // If this process is killed the broker gives back by these names, as long as they are few.
         let name = format!("walk-{:08}", self.ends.len());
@@ -230,6 +239,17 @@ impl Walk {
             self.take(came);
             self.left.saturating_sub(found)
         };
+        Ok(())
+    }
+
+    /// Until the connection ends. If another walk has marked the queue, or the user may not, it goes without.
+    async fn mark(&self) -> Result<(), QueueError> {
+        let lease = self.connection.lease().await?;
+        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        let declared = lease.channel.queue_declare(walk_of(&self.queue).as_str().into(), exclusive, FieldTable::default());
+        if let Err(why) = answer(declared).await {
+            tracing::debug!(queue = self.queue, error = %why, "the walk is not marked");
+        }
         Ok(())
     }
 
