@@ -15,7 +15,7 @@ mod lane;
 mod store;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -59,6 +59,8 @@ struct Inner {
     /// Counts commits that may bring a lane something to do.
     news: watch::Sender<u64>,
     standings: watch::Sender<Option<Standings>>,
+    /// For whom this was made ready last.
+    prepared: Mutex<BTreeSet<String>>,
 }
 
 impl EmbeddedQueue {
@@ -96,7 +98,7 @@ impl EmbeddedQueue {
         let news = watch::Sender::new(0);
         let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let retention = config.retention;
-        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings: watch::Sender::new(None) })))
+        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings: watch::Sender::new(None), prepared: Mutex::default() })))
     }
 
     /// Whether the database in a directory holds what was not delivered, if there is one.
@@ -231,11 +233,21 @@ impl Queue for EmbeddedQueue {
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
         self.bind(subscribers, false).await?;
-        // From then on this daemon alone changes them.
-        if self.0.standings.borrow().is_none() {
-            let found = self.store().read(standings).await?;
-            self.0.standings.send_replace(Some(Arc::new(found)));
-        }
+        let names: BTreeSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
+        let before = std::mem::replace(&mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner), names.clone());
+        let mut found = self.store().read(standings).await?;
+        self.0.standings.send_modify(|all| match all {
+            None => *all = Some(Arc::new(found)),
+            // This daemon alone changes them, but of who comes now: a command may have pruned one of that name.
+            Some(all) => {
+                for name in names.difference(&before) {
+                    match found.remove(name) {
+                        Some(standing) => drop(Arc::make_mut(all).insert(name.clone(), standing)),
+                        None => drop(Arc::make_mut(all).remove(name)),
+                    }
+                }
+            }
+        });
         Ok(())
     }
 

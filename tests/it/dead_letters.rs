@@ -18,10 +18,10 @@ use serde_json::{Value, json};
 use crate::support::{
     broker::{Broker, headers, kill, text},
     daemon::{QUICK, Setup, subscriber},
-    eventually, peak_mib,
+    eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
-    run,
+    run, try_peak_mib,
 };
 
 on_both_queues!(
@@ -386,8 +386,8 @@ fn measured(setup: &Setup, arguments: &[&str]) -> (Output, Duration, f64) {
     let watch = std::thread::spawn(move || {
         let mut peak = 0.0;
         // It only rises, so what was seen last is what it came to, but for the last few milliseconds.
-        while std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|s| s.contains("VmHWM")) {
-            peak = peak_mib(pid);
+        while let Some(now) = try_peak_mib(pid) {
+            peak = now;
             std::thread::sleep(Duration::from_millis(5));
         }
         peak

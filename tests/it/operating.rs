@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::support::{
     api::Api,
+    broker::Broker,
     daemon::{QUICK, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
@@ -157,6 +158,30 @@ fn the_producers_trace_is_in_the_log_of_each_attempt() {
         let attempts: Vec<String> = daemon.log().lines().filter(|l| l.contains("outcome=")).map(str::to_owned).collect();
         assert_eq!(attempts.len(), 2);
         assert!(attempts.iter().all(|l| l.contains(&format!("traceparent=\"{trace}\""))), "{attempts:?}");
+    });
+}
+
+#[test]
+fn while_the_broker_is_away_metrics_and_status_say_so() {
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        // A lane without work notices nothing by itself.
+        let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "paused = true");
+        let setup = Setup::new(&broker, &text);
+        let _daemon = setup.start().await;
+        let is = async |value: f64| {
+            eventually(&format!("queue_up is {value}"), async || api.metric("hooktrail_queue_up").await == Some(value)).await;
+        };
+        is(1.0).await;
+        broker.node().kill().await;
+        is(0.0).await;
+        assert_eq!(api.get("/api/v1/subscribers").await.json()["queue"]["up"], false);
+        assert!(setup.ok(&["status"]).contains("The queue cannot be reached"));
+        assert_eq!(api.get("/readyz").await.status, 503);
+        broker.node().start().await;
+        is(1.0).await;
     });
 }
 

@@ -6,11 +6,12 @@ use serde_json::json;
 
 use crate::support::{
     api::Api,
-    broker::kill,
+    broker::{Broker, kill},
     daemon::{Daemon, QUICK, SECRET, Setup, subscriber},
     eventually,
     queue::{Queue, Section, on_both_queues},
     receiver::{Receiver, event, status},
+    run,
 };
 
 on_both_queues!(
@@ -19,16 +20,20 @@ on_both_queues!(
     changed_patterns_hold_for_what_is_published_from_then_on,
     a_wrong_file_changes_nothing_and_is_told_until_it_is_mended,
     secrets_batches_and_pauses_change_without_a_restart,
+    refusals_after_a_change_of_secrets_cost_no_event,
 );
 
 const TYPE: &str = "activity_log.user.updated";
 
 /// Writes a configuration in the place of that before, as editors do, and waits until it is in use.
 async fn rewrite(setup: &Setup, daemon: &Daemon, text: &str) {
-    let before = daemon.log().matches("reloaded").count();
+    let before = daemon.log().matches(RELOADED).count();
     replace(setup, text);
-    eventually("reloaded", async || daemon.log().matches("reloaded").count() > before).await;
+    eventually("reloaded", async || daemon.log().matches(RELOADED).count() > before).await;
 }
+
+/// What the log has for each subscriber that a reload was about.
+const RELOADED: &str = " reloaded because=";
 
 fn replace(setup: &Setup, text: &str) {
     let new = setup.write("new.toml", text);
@@ -36,8 +41,11 @@ fn replace(setup: &Setup, text: &str) {
 }
 
 async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched(queue: Queue) {
-    const EVENTS: u64 = 8000;
-    let steady = Receiver::accepting().await;
+    const A_TICK: u64 = 200;
+    const TICKS: u64 = 50;
+    const EVENTS: u64 = A_TICK * TICKS;
+    const SLOW: Duration = Duration::from_millis(400);
+    let steady = Receiver::start(|_, _| status(200).after(SLOW)).await;
     let failing = Receiver::start(|_, n| status(if n % 3 == 0 { 503 } else { 200 })).await;
     let api = Api::new();
     let text = |retry: &str| {
@@ -45,40 +53,56 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
         queue.section(&["steady", "failing"])
             + &groups
             + &api.section()
-            + &subscriber("steady", &steady.url, "retry = { initial_interval = \"1s\", max_attempts = 9 }")
+            + &subscriber("steady", &steady.url, "retry = { initial_interval = \"1s\", max_attempts = 9 }\nbatch = { max_events = 2000 }")
             + &subscriber("failing", &failing.url, "batch = { max_events = 50 }")
     };
     let setup = Setup::with_text(&text("initial_interval = \"1s\""));
     let daemon = setup.start().await;
-    // About 2,000 events a second for four seconds, and a change in each of them.
-    for second in 0..4 {
-        let start = std::time::Instant::now();
-        let publish = queue.publish(TYPE, (second * EVENTS / 4..(second + 1) * EVENTS / 4).map(event));
-        let change = async {
-            let attempts = 100 + second;
-            rewrite(&setup, &daemon, &text(&format!("initial_interval = \"2s\"\nmax_attempts = {attempts}"))).await;
-        };
-        tokio::join!(publish, change);
-        tokio::time::sleep(Duration::from_secs(1).saturating_sub(start.elapsed())).await;
-    }
+    // 2,000 events a second for five seconds, and four changes meanwhile.
+    let publish = async {
+        let begun = tokio::time::Instant::now();
+        for tick in 0..TICKS {
+            queue.publish(TYPE, (tick * A_TICK..(tick + 1) * A_TICK).map(event)).await;
+            tokio::time::sleep_until(begun + Duration::from_millis(100) * (tick as u32 + 1)).await;
+        }
+        begun.elapsed()
+    };
+    let change = async {
+        let mut at = Vec::new();
+        for attempts in 100..104 {
+            steady.wait_requests(steady.count() + 1).await;
+            replace(&setup, &text(&format!("initial_interval = \"2s\"\nmax_attempts = {attempts}")));
+            kill("-HUP", daemon.pid());
+            eventually("reloaded", async || daemon.log().matches(RELOADED).count() > at.len()).await;
+            at.push(std::time::SystemTime::now());
+        }
+        at
+    };
+    let (took, changed_at) = tokio::join!(publish, change);
     steady.wait_all(EVENTS).await;
     failing.wait_all(EVENTS).await;
     queue.wait_empty("steady").await;
     queue.wait_empty("failing").await;
-    let (changes, log) = (daemon.log().matches("reloaded").count(), daemon.log());
+    let log = daemon.log();
+    let under_way = |at: &std::time::SystemTime| steady.requests().iter().any(|r| r.at <= *at && *at <= r.at + SLOW);
+    let over_a_request = changed_at.iter().filter(|at| under_way(at)).count();
     println!(
-        "{changes} changes in {} requests; connections: {} to the one that was not changed, {} to the one that was",
-        steady.count() + failing.count(),
+        "{} changes in {EVENTS} events, {:.0} a second, {over_a_request} of them while a request to `steady` was open; connections: {} to the one \
+         that was not changed, {} to the one that was",
+        changed_at.len(),
+        EVENTS as f64 / took.as_secs_f64(),
         steady.connections(),
         failing.connections()
     );
+    assert!(over_a_request > 0, "no change came while a request was under way");
     assert_eq!(steady.connections(), 1, "its pool was not touched");
     assert_eq!(failing.connections(), 1, "[retry] is none of what connections are made of");
     assert!(!log.contains("subscriber=\"steady\" change"), "{log}");
     assert!(log.contains("keys=\"retry.initial_interval, retry.max_attempts\""), "{log}");
-    let once: BTreeSet<u64> = failing.accepted().into_iter().collect();
-    assert_eq!(once.len() as u64, EVENTS);
-    assert_eq!(failing.accepted().len() as u64, EVENTS, "nothing came twice");
+    for receiver in [&steady, &failing] {
+        let once: BTreeSet<u64> = receiver.accepted().into_iter().collect();
+        assert_eq!((once.len() as u64, receiver.accepted().len() as u64), (EVENTS, EVENTS), "each came, and none twice");
+    }
     // What fails from now on waits as long as is configured now.
     failing.now(|r, _| status(if r.attempt() == 1 { 503 } else { 200 }));
     let before = failing.count();
@@ -98,7 +122,10 @@ async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(qu
     rewrite(&setup, &daemon, &with).await;
     queue.publish(TYPE, (0..4).map(event)).await;
     slow.wait_requests(1).await;
-    rewrite(&setup, &daemon, &base).await;
+    setup.ok(&["pause", "comes"]);
+    // While its request is under way.
+    replace(&setup, &base);
+    assert_eq!(api.post("/api/v1/reload", "{}").await.status, 200);
     daemon.wait_log("its backlog stays").await;
     // Its request in flight finishes, and nothing new is begun.
     queue.wait_backlog("comes", 3).await;
@@ -126,7 +153,7 @@ async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(qu
     assert!(setup.ok(&["prune", "--with-events", "--dry-run"]).contains("comes: 3 events"));
     assert!(setup.ok(&["prune", "comes", "--with-events", "--yes"]).contains("deleted the queues of 1 removed"));
     assert!(setup.ok(&["prune", "--yes"]).contains("deleted the queues of 0 removed"));
-    // Once more under the same name, from nothing.
+    // Once more under the same name, from nothing: not paused either.
     let fresh = Receiver::accepting().await;
     rewrite(&setup, &daemon, &format!("{base}{}", subscriber("comes", &fresh.url, ""))).await;
     queue.publish(TYPE, (6..8).map(event)).await;
@@ -161,15 +188,17 @@ async fn a_wrong_file_changes_nothing_and_is_told_until_it_is_mended(queue: Queu
     let right = queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, "");
     let setup = Setup::with_text(&right);
     let daemon = setup.start().await;
-    for (wrong, part) in [
-        (right.replace("max_wait = \"100ms\"", "max_wait = \"soon\""), "batch.max_wait"),
-        (right.replace("[queue]", "[queue]\nprefix = \"another\""), "needs a restart"),
-    ] {
-        if wrong.matches("prefix").count() == 2 || (part == "needs a restart" && !wrong.contains("amqp")) {
-            continue; // on a broker the section names its prefix already, and the embedded queue has none
-        }
+    let another_queue = match &queue {
+        Queue::Amqp(_) => right.replace("prefix = \"", "prefix = \"another-"),
+        Queue::Embedded(_) => right.replace("data_dir = \"", "data_dir = \"another-"),
+    };
+    for (wrong, part) in
+        [(right.replace("max_wait = \"100ms\"", "max_wait = \"soon\""), "batch.max_wait"), (another_queue, "needs a restart")]
+    {
+        assert_ne!(wrong, right);
+        let before = daemon.log().matches("the configuration was not reloaded").count();
         replace(&setup, &wrong);
-        daemon.wait_log("the configuration was not reloaded").await;
+        eventually("it is told", async || daemon.log().matches("the configuration was not reloaded").count() > before).await;
         let ready = api.get("/readyz").await;
         assert!(ready.status == 200 && ready.text.contains(part), "{ready:?}");
         assert_eq!(api.metric("hooktrail_config_last_reload_successful").await, Some(0.0));
@@ -218,4 +247,58 @@ async fn secrets_batches_and_pauses_change_without_a_restart(queue: Queue) {
     assert_eq!(sizes, [2, 2, 2]);
     let answer = api.post("/api/v1/reload", "{}").await;
     assert_eq!((answer.status, answer.json()), (200, json!({ "changes": [], "needs_restart": [] })));
+}
+
+async fn refusals_after_a_change_of_secrets_cost_no_event(queue: Queue) {
+    let receiver = Receiver::start(|r, _| status(if r.verified() { 200 } else { 400 })).await;
+    let api = Api::new();
+    let right = queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, "");
+    let setup = Setup::with_text(&right);
+    let daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    receiver.wait_all(1).await;
+    // It has just accepted something, and refuses from now on: because of the secret, not because of an event.
+    rewrite(&setup, &daemon, &right.replace(SECRET, "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")).await;
+    queue.publish(TYPE, (1..20).map(event)).await;
+    daemon.wait_log("outcome=\"retry\" status=400").await;
+    assert_eq!(queue.dead("a").await, 0);
+    rewrite(&setup, &daemon, &right).await;
+    receiver.wait_all(20).await;
+    assert_eq!(queue.dead("a").await, 0);
+    assert!(!daemon.log().contains("outcome=\"split\""), "{}", daemon.log());
+}
+
+/// What a walk has passed by is not counted by the broker, and would go with its queue.
+#[test]
+fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        let base = broker.section(&["stays", "gone"]) + QUICK + &api.section() + &subscriber("stays", &receiver.url, "");
+        let setup = Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "")));
+        let daemon = setup.start().await;
+        broker.publish(TYPE, (0..600).map(|_| "no event, and so a dead letter")).await;
+        broker.wait_depth("sub.gone.dead", 600).await;
+        rewrite(&setup, &daemon, &base).await;
+        daemon.wait_log("its backlog stays").await;
+        // Nobody reads what it prints, so it stops in the middle.
+        let mut looking = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+            .args(["dead", "export", "gone", "--config"])
+            .arg(setup.config())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("hooktrail runs");
+        eventually("it holds some", async || broker.depth("sub.gone.dead").await < Some(600)).await;
+        let refused = setup.run(&["prune", "gone", "--with-events", "--yes"]);
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        // Whichever is seen first: the walk's consumer, or its mark.
+        let seen = told.contains("is looking at queue") || told.contains("still works with queue");
+        assert!(refused.status.code() == Some(1) && seen, "{told}");
+        let printed = std::io::read_to_string(looking.stdout.take().expect("piped")).expect("text");
+        assert!(looking.wait().expect("ends").success() && printed.lines().count() == 600);
+        broker.wait_depth("sub.gone.dead", 600).await;
+        setup.ok(&["prune", "gone", "--with-events", "--yes"]);
+        assert_eq!(broker.depth("sub.gone.dead").await, None);
+    });
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 /// How long a condition may take before its test fails: far more than it ever does.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Waits until `condition` holds; fails the test with `what` if it does not in time.
 pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
@@ -38,9 +38,14 @@ pub(crate) fn run(test: impl Future<Output = ()>) {
 
 /// The most memory that a process ever had, in MiB.
 pub(crate) fn peak_mib(pid: u32) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
-    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
-    peak.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+    try_peak_mib(pid).expect("the process runs")
+}
+
+/// As [`peak_mib`]; `None` of one that has ended.
+pub(crate) fn try_peak_mib(pid: u32) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(peak.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0)
 }
 
 /// A number that no other test uses.
@@ -48,7 +53,13 @@ pub(crate) fn unique() -> String {
     format!("{:08x}", rand::random::<u32>())
 }
 
-/// A port that nobody listens on now.
+/// A port that nobody listens on now. Not one of those that the system gives to whoever connects: another test's
+/// connection could take it before it is used.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+    loop {
+        let port = rand::random_range(15_000..32_000);
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
