@@ -214,7 +214,7 @@ async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
     for (attempt, request) in story().iter().zip(&sent) {
         let at = humantime::parse_rfc3339(attempt["at"].as_str().expect("a time")).expect("RFC 3339");
         assert!(
-            at + Duration::from_millis(1) >= request.at && at < request.at + Duration::from_millis(900),
+            at + Duration::from_millis(1) >= request.at && at < request.at + Duration::from_secs(30),
             "{attempt} is not when it was over"
         );
     }
@@ -334,15 +334,15 @@ async fn an_interrupted_replay_gives_the_rest_back_in_order_and_can_be_run_again
     for (signal, chosen) in [("-INT", 501), ("-TERM", 502)] {
         let before = ids(&setup.dead("a"));
         // Most of them are passed by, and have to come back in their order too.
-        let replay = start(&setup, &["dead", "replay", "a", "--rate", "20", "--status", &chosen.to_string(), "--until", DIED_AT]);
-        wait_replayed(&queue, 20).await;
+        let replay = start(&setup, &["dead", "replay", "a", "--rate", "5", "--status", &chosen.to_string(), "--until", DIED_AT]);
+        wait_replayed(&queue, 5).await;
         kill(signal, replay.id());
         let Output { status, stdout, stderr } = replay.wait_with_output().expect("ends");
         let (out, err) = (String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned());
         assert!(status.code() == Some(1) && err.contains("interrupted: the others are where they were"), "{out}{err}");
         let sent = take_retries(&queue).await;
         assert!(out.starts_with(&format!("replayed {} of {} dead letters of `a`", sent.len(), before.len())), "{out}");
-        assert!((20..57).contains(&sent.len()), "{}", sent.len());
+        assert!((5..57).contains(&sent.len()), "{}", sent.len());
         let meant: Vec<&String> = before.iter().filter(|id| status_of(id) == chosen).take(sent.len()).collect();
         assert_eq!(sent.iter().collect::<Vec<_>>(), meant);
         let left: Vec<String> = before.iter().filter(|id| !sent.contains(id)).cloned().collect();
