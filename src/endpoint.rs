@@ -90,7 +90,8 @@ impl<'s> Endpoint<'s> {
             None => "",
         };
         let unknown = |why: String| {
-            Finding::harmful(&self.about, format!("the name `{name}` is not resolved: {why}"))
+            // A resolver can be away as a receiver can.
+            Finding::warning(&self.about, format!("the name `{name}` is not resolved: {why}"))
                 .risking(FATE)
                 .mended(format!("correct the URL or the DNS: getent ahosts {name}"))
         };

@@ -379,7 +379,7 @@ fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
         look.expect("harmful", "endpoint of `no-tls`", "the TLS handshake failed");
         let blocked = look.expect("harmful", "endpoint of `blocked`", "which is not a public address (loopback)");
         assert!(text(blocked, "remedy").contains("http.allow_addresses"), "{blocked}");
-        look.expect("harmful", "endpoint of `unknown`", "the name `nobody.invalid` is not resolved");
+        look.expect("warning", "endpoint of `unknown`", "the name `nobody.invalid` is not resolved");
         look.expect("warning", "endpoint of `away`", "takes no connection");
         assert!(good.requests().is_empty() && plain.requests().is_empty(), "no request was sent");
     });
