@@ -321,6 +321,7 @@ impl Seen {
 
     fn tell_retries(&self) {
         self.metrics.retries(self.scheduled.batches.len(), self.scheduled.dues.first());
+        self.metrics.oldest(self.oldest());
     }
 }
 
@@ -434,7 +435,6 @@ impl LaneStatus {
         let mut seen = self.seen();
         if seen.scheduled.forget_missed(time) {
             seen.tell_retries();
-            seen.metrics.oldest(seen.oldest());
         }
     }
 
