@@ -15,6 +15,10 @@ use crate::{
 /// For one answer, all of it.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
+/// A list answers 500 when a queue on it is deleted meanwhile (seen on 3.10), and is asked for again.
+const TRIES: u32 = 4;
+const AGAIN: Duration = Duration::from_millis(500);
+
 /// The longest answer that is read, in bytes: far more than a page of queues.
 const MAX_ANSWER: usize = 32 << 20;
 
@@ -180,15 +184,7 @@ impl Management {
         Ok(nodes.into_iter().map(|n| n.name).collect())
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &[&str], query: &[(&str, &str)]) -> Result<T, Unseen> {
-        let mut url = self.base.clone();
-        match url.path_segments_mut() {
-            Ok(mut segments) => drop(segments.pop_if_empty().push("api").extend(path)),
-            Err(()) => return Err(Unseen::Unreachable("[queue] management_url cannot have a path".to_owned())),
-        }
-        if !query.is_empty() {
-            url.query_pairs_mut().extend_pairs(query);
-        }
+    async fn ask(&self, url: Url) -> Result<(StatusCode, Vec<u8>), Unseen> {
         let mut request = self.client.get(url);
         if let Some((user, password)) = &self.user {
             request = request.basic_auth(user, Some(password.expose()));
@@ -202,7 +198,27 @@ impl Management {
                 return Err(Unseen::Refused(format!("its answer is longer than {} MiB", MAX_ANSWER >> 20)));
             }
         }
-        let status = response.status();
+        Ok((response.status(), body))
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &[&str], query: &[(&str, &str)]) -> Result<T, Unseen> {
+        let mut url = self.base.clone();
+        match url.path_segments_mut() {
+            Ok(mut segments) => drop(segments.pop_if_empty().push("api").extend(path)),
+            Err(()) => return Err(Unseen::Unreachable("[queue] management_url cannot have a path".to_owned())),
+        }
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        let mut tries = TRIES;
+        let (status, body) = loop {
+            let (status, body) = self.ask(url.clone()).await?;
+            tries -= 1;
+            if status != StatusCode::INTERNAL_SERVER_ERROR || tries == 0 {
+                break (status, body);
+            }
+            tokio::time::sleep(AGAIN).await;
+        };
         // A health check that fails says so by its status, and why in its body.
         if status.is_success() || status == StatusCode::SERVICE_UNAVAILABLE {
             return serde_json::from_slice(&body)

@@ -41,6 +41,9 @@ const UNDER_WAY: usize = 16;
 /// on at once. When the first is through these are sent, when the second is through they have arrived.
 const ALONE: u32 = 2;
 
+/// Acks that a channel sends on to a quorum queue before the queue has answered.
+const SENT_ON: usize = 32;
+
 /// How long the queue may take to have back what it was given back.
 const BACK_TIME: Duration = Duration::from_secs(5);
 
@@ -146,6 +149,7 @@ impl Walk {
         if self.channels.is_empty() {
             return Ok(()); // nothing was looked at
         }
+        self.acks_arrive().await?;
         let mut expected = self.depth().await?;
         let (mut after, mut under_way, mut wait) = (0, 0, true);
         // The channel that the last answers went over, and how many.
@@ -179,6 +183,26 @@ impl Walk {
         }
         for (lease, _) in &self.channels {
             answer(lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the queue has every ack. A channel sends on [`SENT_ON`] at a time and drops the rest when it is closed: what
+    /// was acked would be there again. Nothing tells when they have arrived; but a `get` is answered by the queue itself,
+    /// behind what the channel had sent on by then.
+    async fn acks_arrive(&self) -> Result<(), QueueError> {
+        let ends = self.channels.iter().skip(1).map(|(_, before)| *before).chain([self.held.len() as u64]);
+        for ((lease, before), end) in self.channels.iter().zip(ends) {
+            let acked = (before + 1..=end).filter(|tag| !self.is_held(*tag)).count();
+            let rounds = if acked == 0 { 0 } else { acked / SENT_ON + 2 };
+            for _ in 0..rounds {
+                let got = lease.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
+                if let Some(new) = answer(got).await.map_err(|why| self.error(&why))? {
+                    // The walk is at its end, so this came just now.
+                    let back = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+                    answer(lease.channel.basic_nack(new.delivery.delivery_tag, back)).await.map_err(|why| self.error(&why))?;
+                }
+            }
         }
         Ok(())
     }
