@@ -330,6 +330,32 @@ impl AmqpQueue {
         self.consumers().get(subscriber).copied().unwrap_or(0)
     }
 
+    /// Whether nobody works with these queues and nothing is in them that is not meant to be lost.
+    async fn may_be_pruned(
+        &self,
+        broker: &mut Broker<'_>,
+        subscriber: &str,
+        queues: &[String],
+        with_events: bool,
+    ) -> Result<(), QueueError> {
+        for queue in queues {
+            let Some(depth) = broker.depth(queue).await? else { continue };
+            if depth.consumers > 0 {
+                return Err(QueueError::new(format!(
+                    "somebody still works with queue `{queue}`; take `{subscriber}` out of every daemon's configuration first"
+                )));
+            }
+            // What a walk holds is not counted.
+            if broker.is_walked(queue).await? {
+                return Err(QueueError::new(format!("a `hooktrail dead` command is looking at queue `{queue}`; wait for its end")));
+            }
+            if depth.messages > 0 && !with_events {
+                return Err(QueueError::new(format!("queue `{queue}` holds {} messages by now; nothing was deleted", depth.messages)));
+            }
+        }
+        Ok(())
+    }
+
     /// Who was removed and not pruned. A daemon follows the record; a command reads it.
     async fn removed(&self) -> Result<BTreeSet<String>, QueueError> {
         let followed = self.0.follows.load(Ordering::Relaxed);
@@ -499,23 +525,14 @@ impl Queue for AmqpQueue {
     async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {
         let mut broker = self.broker();
         let topology = self.topology();
-        // Retries that come due from now on become orphans instead of going with their queue.
-        topology.unbind_retry(&mut broker, subscriber).await?;
         let queues = topology.subscriber_queues(subscriber).map(|(queue, _)| queue);
-        for queue in &queues {
-            let Some(depth) = broker.depth(queue).await? else { continue };
-            if depth.consumers > 0 {
-                return Err(QueueError::new(format!(
-                    "somebody still works with queue `{queue}`; take `{subscriber}` out of every daemon's configuration first"
-                )));
-            }
-            // What a walk holds is not counted.
-            if broker.is_walked(queue).await? {
-                return Err(QueueError::new(format!("a `hooktrail dead` command is looking at queue `{queue}`; wait for its end")));
-            }
-            if depth.messages > 0 && !with_events {
-                return Err(QueueError::new(format!("queue `{queue}` holds {} messages by now; nothing was deleted", depth.messages)));
-            }
+        self.may_be_pruned(&mut broker, subscriber, &queues, with_events).await?;
+        // Retries that come due from now on become orphans instead of going with their queue; what came before is seen.
+        topology.unbind_retry(&mut broker, subscriber).await?;
+        if let Err(e) = self.may_be_pruned(&mut broker, subscriber, &queues, with_events).await {
+            // If this fails, whoever configures it again binds it.
+            topology.bind_retry(&mut broker, subscriber).await.ok();
+            return Err(e);
         }
         for queue in &queues {
             broker.delete_queue(queue).await?;

@@ -195,11 +195,15 @@ impl Topology {
             broker.ensure_queue(&queue, arguments).await?;
         }
         // The retry queue is bound before anything can be sent up the ladder for it.
-        broker.bind(&self.retry(name), &self.due(), &format!("#.{name}")).await?;
+        self.bind_retry(broker, name).await?;
         for pattern in &subscriber.events {
             broker.bind(&self.main(name), &self.events(), pattern.as_str()).await?;
         }
         Ok(())
+    }
+
+    pub(super) async fn bind_retry(&self, broker: &mut Broker<'_>, name: &str) -> Result<(), QueueError> {
+        broker.bind(&self.retry(name), &self.due(), &format!("#.{name}")).await
     }
 
     /// From then on nothing comes back from the ladder for this subscriber.
