@@ -14,7 +14,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates \
     && rm -rf /var/lib/apt/lists/*
 # A number, so that Kubernetes' runAsNonRoot can see that it is not root.
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin hooktrail
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin hooktrail
 # For [queue] data_dir = "/var/lib/hooktrail" of the embedded queue, with a volume there: a new volume gets this owner.
 RUN install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/hooktrail
 COPY --from=builder /usr/local/bin/hooktrail /usr/local/bin/hooktrail

@@ -197,8 +197,10 @@ fn floor(events: u64, commits: u64) -> (f64, u64) {
 
 fn request(events: usize) -> Vec<u8> {
     let body = format!("{{\"events\":[{}]}}", [EVENT].repeat(events).join(","));
-    let head =
-        format!("POST /api/v1/events HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "POST /api/v1/events HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
     (head + &body).into_bytes()
 }
 

@@ -5,6 +5,7 @@
 //! refused, what changes something needs a `content-type` that a browser does not send there without asking first, and
 //! where there is no token, a name that somebody else made lead here is not answered either.
 
+mod connections;
 mod control;
 mod intake;
 
@@ -29,9 +30,17 @@ use tokio::{
     time::timeout,
 };
 
-use self::intake::{Intake, ROOM};
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::intake::read_all;
 pub use self::intake::{MAX_BODY, MAX_EVENTS};
+use self::{
+    connections::Bounds,
+    intake::{Intake, ROOM},
+};
 use crate::{config::AdminConfig, metrics, queue::Queue, reload::Reloader, secret::Secret, status::Board, supervisor::Phase};
+
+/// A client that keeps its connection between requests asks at least that often, a scrape of Prometheus each minute.
+const BOUNDS: Bounds = Bounds { at_a_time: 256, head_within: Duration::from_secs(75), read_within: READ_TIMEOUT };
 
 /// How long a body may take to come: less than the time that a drain has by default.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
@@ -104,8 +113,7 @@ impl Admin {
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method);
         let (close, closing) = oneshot::channel::<()>();
-        let serving = axum::serve(self.socket, app).with_graceful_shutdown(async move { drop(closing.await) });
-        Serving { room, phase, close, server: tokio::spawn(serving.into_future()) }
+        Serving { room, phase, close, server: tokio::spawn(connections::serve(self.socket, app, BOUNDS, closing)) }
     }
 }
 
@@ -115,7 +123,7 @@ pub struct Serving {
     room: Arc<Semaphore>,
     phase: watch::Receiver<Phase>,
     close: oneshot::Sender<()>,
-    server: JoinHandle<std::io::Result<()>>,
+    server: JoinHandle<()>,
 }
 
 impl Serving {

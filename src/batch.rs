@@ -43,6 +43,8 @@ pub fn is_half(batch_id: &str) -> bool {
 #[derive(Debug)]
 pub struct Batcher<T> {
     policy: BatchPolicy,
+    /// Most events and bytes of the batches now, within the policy.
+    limits: (usize, usize),
     format: Format,
     waiting: VecDeque<(T, usize, Instant)>,
     /// How many of `waiting` make the front batch, and their bytes.
@@ -53,7 +55,18 @@ pub struct Batcher<T> {
 
 impl<T> Batcher<T> {
     pub fn new(policy: BatchPolicy, format: Format) -> Self {
-        Self { policy, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false }
+        let limits = (policy.max_events, policy.max_bytes);
+        Self { policy, limits, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false }
+    }
+
+    /// From now on batches have at most so many events and bytes, where the policy allows more. An event that has more bytes, and
+    /// [`fits`](Self::fits), is a batch of its own.
+    pub fn limit(&mut self, max_events: usize, max_bytes: usize) {
+        let limits = (max_events.clamp(1, self.policy.max_events), max_bytes.min(self.policy.max_bytes));
+        if limits != self.limits {
+            self.limits = limits;
+            self.find_front();
+        }
     }
 
     /// Whether an event of this many bytes fits into a request body at all.
@@ -95,6 +108,11 @@ impl<T> Batcher<T> {
     pub fn cut(&mut self) -> (Vec<T>, usize) {
         let (events, bytes) = self.front;
         let batch = self.waiting.drain(..events).map(|(item, _, _)| item).collect();
+        self.find_front();
+        (batch, bytes)
+    }
+
+    fn find_front(&mut self) {
         self.front = (0, 0);
         self.front_is_full = false;
         for n in 0..self.waiting.len() {
@@ -103,7 +121,6 @@ impl<T> Batcher<T> {
             }
             self.extend_front(self.waiting[n].1);
         }
-        (batch, bytes)
     }
 
     fn extend_front(&mut self, bytes: usize) {
@@ -111,12 +128,12 @@ impl<T> Batcher<T> {
             return;
         }
         let (events, sum) = (self.front.0 + 1, self.front.1 + bytes);
-        let fits = self.format.body_len(events, sum) <= self.policy.max_bytes;
+        let fits = self.format.body_len(events, sum) <= self.limits.1;
         // The first item always belongs to the front: nothing may get stuck here.
         if fits || self.front.0 == 0 {
             self.front = (events, sum);
         }
-        self.front_is_full = !fits || events >= self.policy.max_events;
+        self.front_is_full = !fits || events >= self.limits.0;
     }
 }
 
@@ -158,6 +175,29 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_within_the_policy_holds_for_what_waits_already_and_can_be_lifted() {
+        let t = crate::clock::instant();
+        let mut b = batcher(4, 1000, 60_000);
+        (0..3).for_each(|n| b.push(n, 10, t));
+        assert!(!b.ready(t));
+        b.limit(1, 1000);
+        assert!(b.ready(t));
+        assert_eq!(b.cut(), (vec![0], 10));
+        b.limit(9, 34); // 13 bytes of frame, so two of 10 and a comma
+        assert!(!b.ready(t));
+        b.push(3, 10, t);
+        assert_eq!(b.cut(), (vec![1, 2], 20));
+        b.push(4, 500, t);
+        assert!(b.fits(500) && b.ready(t));
+        assert_eq!((b.cut(), b.cut()), ((vec![3], 10), (vec![4], 500)), "what fits by the policy goes alone");
+        b.limit(9, 9999);
+        (5..8).for_each(|n| b.push(n, 10, t));
+        assert!(!b.ready(t));
+        b.push(8, 10, t);
+        assert_eq!(b.cut().0, [5, 6, 7, 8], "never more than the policy");
+    }
+
+    #[test]
     fn the_id_of_a_half_tells_where_it_comes_from() {
         let parent = crate::clock::batch_id();
         assert!(!is_half(&parent) && !is_half("msg_0101"));
@@ -168,12 +208,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn batches_keep_the_order_and_the_limits(sizes in proptest::collection::vec(1_usize..40, 1..60), max_events in 1_usize..7) {
+        fn batches_keep_the_order_and_the_limits(
+            sizes in proptest::collection::vec(1_usize..40, 1..60),
+            max_events in 1_usize..7,
+            limits in proptest::collection::vec((0_usize..9, 0_usize..90), 60),
+        ) {
             let t = crate::clock::instant();
             let mut b = batcher(max_events, 60, 0);
             let mut seen = Vec::new();
             for (n, size) in sizes.iter().enumerate() {
                 b.push(n, *size, t);
+                if n % 3 == 2 { b.limit(limits[n].0, limits[n].1); }
                 if n % 5 == 4 { seen.push(b.cut()); }
             }
             while b.due().is_some() { seen.push(b.cut()); }

@@ -2,6 +2,9 @@
 //!
 //! Closed: attempts flow. Open: nothing is sent, the backlog stays in the queue. Half-open: one
 //! probe of one batch decides which of the two comes next.
+//!
+//! When it closes, a backlog waits, and the receiver may have just started: a ramp leads from one small batch at a time to all
+//! that is configured.
 
 use std::time::{Duration, Instant};
 
@@ -43,17 +46,55 @@ pub enum Change {
     Closed,
 }
 
+/// Where a ramp begins: the largest batch is an eighth of what is configured. Three successes lead to all of it, as they do with eight
+/// requests at once, so that what is in flight grows by four each time and not by more; and a batch of the default 500 events begins
+/// at 63, which costs a receiver that is still slow little to refuse.
+const SMALLEST: usize = 8;
+
+/// How much of what is configured may be used after the circuit was open: what may be in flight, and in a batch, doubles with
+/// each success.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ramp {
+    doublings: u32,
+}
+
+impl Ramp {
+    const BEGIN: Self = Self { doublings: 0 };
+
+    /// Requests in flight, of those that are configured.
+    pub fn requests(self, all: usize) -> usize {
+        self.part(1, all)
+    }
+
+    /// A limit of a batch, its events or bytes, of what is configured.
+    pub fn batch(self, whole: usize) -> usize {
+        self.part(whole.div_ceil(SMALLEST), whole)
+    }
+
+    fn part(self, first: usize, whole: usize) -> usize {
+        2_usize.checked_pow(self.doublings).map_or(whole, |n| first.saturating_mul(n)).min(whole)
+    }
+
+    /// After a success; `None` at its end, when as many requests as are configured may be in flight, and batches are whole.
+    fn next(self, requests: usize) -> Option<Self> {
+        let next = Self { doublings: self.doublings + 1 };
+        (next.requests(requests) < requests || next.requests(SMALLEST) < SMALLEST).then_some(next)
+    }
+}
+
 #[derive(Debug)]
 pub struct CircuitBreaker {
     policy: BreakerPolicy,
     state: State,
+    /// Since it was opened, until it was closed for long enough.
+    ramp: Option<Ramp>,
     /// Asked for by the receiver with `Retry-After`; independent of failures.
     hold_until: Option<Instant>,
 }
 
 impl CircuitBreaker {
     pub fn new(policy: BreakerPolicy) -> Self {
-        Self { policy, state: State::Closed { failures: 0 }, hold_until: None }
+        Self { policy, state: State::Closed { failures: 0 }, ramp: None, hold_until: None }
     }
 
     /// Goes on under another policy: a circuit that would not have opened closes, one that would be open for less is.
@@ -61,7 +102,10 @@ impl CircuitBreaker {
         let longest = now + policy.max_open_for;
         self.hold_until = self.hold_until.map(|until| until.min(longest));
         self.state = match self.state {
-            _ if policy.failures == 0 => State::Closed { failures: 0 },
+            _ if policy.failures == 0 => {
+                self.ramp = None;
+                State::Closed { failures: 0 }
+            }
             State::Open { until, open_for } => State::Open { until: until.min(longest), open_for: open_for.min(policy.max_open_for) },
             state => state,
         };
@@ -70,6 +114,11 @@ impl CircuitBreaker {
 
     pub fn state(&self) -> State {
         self.state
+    }
+
+    /// How much of what is configured may be used; `None`: all of it.
+    pub fn ramp(&self) -> Option<Ramp> {
+        self.ramp
     }
 
     /// Until when the receiver asked to be left alone, as far as that counts.
@@ -102,15 +151,28 @@ impl CircuitBreaker {
         self.hold_until = Some(self.hold_until.map_or(until, |u| u.max(until)));
     }
 
-    pub fn on_success(&mut self) -> Option<Change> {
+    /// `requests`: how many may be in flight as it is configured.
+    pub fn on_success(&mut self, requests: usize) -> Option<Change> {
         let before = std::mem::replace(&mut self.state, State::Closed { failures: 0 });
-        (!matches!(before, State::Closed { .. })).then_some(Change::Closed)
+        if matches!(before, State::Closed { .. }) {
+            self.ramp = self.ramp.and_then(|ramp| ramp.next(requests));
+            return None;
+        }
+        Some(Change::Closed)
     }
 
     pub fn on_failure(&mut self, now: Instant) -> Option<Change> {
         if self.policy.failures == 0 {
             return None;
         }
+        let failed = self.failed(now);
+        if failed.is_some() || self.ramp.is_some() {
+            self.ramp = Some(Ramp::BEGIN);
+        }
+        failed
+    }
+
+    fn failed(&mut self, now: Instant) -> Option<Change> {
         match self.state {
             State::Closed { failures } if failures + 1 < self.policy.failures => {
                 self.state = State::Closed { failures: failures + 1 };
@@ -135,6 +197,7 @@ impl CircuitBreaker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn secs(n: u64) -> Duration {
         Duration::from_secs(n)
@@ -150,7 +213,7 @@ mod tests {
         let mut b = breaker(3);
         b.on_failure(t);
         b.on_failure(t);
-        assert_eq!(b.on_success(), None, "it was closed all along");
+        assert_eq!(b.on_success(1), None, "it was closed all along");
         b.on_failure(t);
         b.on_failure(t);
         assert_eq!(b.permit(t), Permit::Flow);
@@ -173,7 +236,7 @@ mod tests {
         }
         t += secs(100);
         assert_eq!(b.permit(t), Permit::Probe);
-        assert_eq!(b.on_success(), Some(Change::Closed));
+        assert_eq!(b.on_success(1), Some(Change::Closed));
         assert_eq!(b.permit(t), Permit::Flow);
         assert_eq!(b.on_failure(t), Some(Change::Opened { failures: 1, open_for: secs(30) }), "the wait begins anew");
     }
@@ -219,5 +282,86 @@ mod tests {
         assert_eq!(b.permit(t + secs(20)), Permit::Flow);
         b.hold(t, secs(1 << 20));
         assert_eq!(b.permit(t), Permit::Wait(t + secs(100)));
+    }
+
+    /// A circuit that was open and has just closed.
+    fn closed_again(failures: u32, t: Instant) -> CircuitBreaker {
+        let mut b = breaker(failures);
+        while b.on_failure(t).is_none() {}
+        assert_eq!(b.permit(t + secs(30)), Permit::Probe);
+        assert_eq!(b.on_success(4), Some(Change::Closed));
+        b
+    }
+
+    fn allowed(b: &CircuitBreaker, requests: usize, events: usize) -> (usize, usize) {
+        b.ramp().map_or((requests, events), |ramp| (ramp.requests(requests), ramp.batch(events)))
+    }
+
+    #[test]
+    fn after_it_was_open_what_may_be_sent_doubles_with_each_success_and_a_failure_begins_it_again() {
+        let t = crate::clock::instant();
+        let mut b = closed_again(2, t);
+        for expected in [(1, 63), (2, 126), (4, 252), (4, 500)] {
+            assert_eq!(allowed(&b, 4, 500), expected);
+            b.on_success(4);
+        }
+        assert_eq!(b.ramp(), None);
+        b.on_failure(t);
+        assert_eq!(b.ramp(), None, "one failure in the flow slows nothing down");
+
+        let mut b = closed_again(2, t);
+        b.on_success(4);
+        b.on_success(4);
+        assert_eq!(b.on_failure(t), None);
+        assert_eq!((b.permit(t), allowed(&b, 4, 500)), (Permit::Flow, (1, 63)));
+        b.set_policy(BreakerPolicy { failures: 0, ..b.policy.clone() }, t);
+        assert_eq!(b.ramp(), None, "without a breaker there is nothing to come back from");
+    }
+
+    #[test]
+    fn a_circuit_that_never_opened_has_no_ramp_and_an_open_one_is_at_its_beginning() {
+        let t = crate::clock::instant();
+        let mut b = breaker(3);
+        b.on_failure(t);
+        b.on_failure(t);
+        b.on_success(4);
+        assert_eq!(b.ramp(), None);
+        let mut b = breaker(1);
+        b.on_failure(t);
+        assert_eq!(allowed(&b, 4, 500), (1, 63));
+        assert_eq!(b.permit(t + secs(30)), Permit::Probe);
+        assert_eq!(allowed(&b, 4, 500), (1, 63), "the probe too is a small batch");
+    }
+
+    proptest! {
+        #[test]
+        fn a_ramp_begins_with_one_request_stays_below_what_is_configured_and_reaches_it_by_doubling(
+            requests in 1_usize..2000,
+            whole in 1_usize..20_000_000,
+            again in prop::option::of(0_u32..20),
+        ) {
+            let t = crate::clock::instant();
+            let mut b = closed_again(1000, t);
+            if let Some(successes) = again {
+                (0..successes).for_each(|_| { b.on_success(requests); });
+                b.on_failure(t);
+                if b.ramp().is_none() {
+                    return Ok(());
+                }
+            }
+            let mut last = allowed(&b, requests, whole);
+            prop_assert_eq!(last, (1, whole.div_ceil(8)));
+            let mut successes = 0;
+            while b.ramp().is_some() {
+                prop_assert_eq!(b.on_success(requests), None);
+                successes += 1;
+                let next = allowed(&b, requests, whole);
+                prop_assert_eq!(next.0, (2 * last.0).min(requests));
+                prop_assert!(last.1 <= next.1 && next.1 <= (2 * last.1).min(whole), "{:?} after {:?}", next, last);
+                last = next;
+            }
+            prop_assert_eq!(last, (requests, whole));
+            prop_assert_eq!(successes, requests.next_power_of_two().ilog2().max(3));
+        }
     }
 }

@@ -14,7 +14,7 @@ mod run;
 mod status;
 mod test;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -22,7 +22,7 @@ use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::Subsc
 
 use crate::{
     clock,
-    config::{self, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
+    config::{self, AdminConfig, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
     metrics::Metrics,
     queue::{
         Queue as _, QueueError,
@@ -96,7 +96,8 @@ enum Command {
     Repair {
         /// The subscriber's name
         subscriber: String,
-        /// Also those in which the broker still counts messages: they are lost
+        /// Also those whose events may come back, because the broker still counts some or a node of the cluster seems to be missing: they are
+        /// lost
         #[arg(long)]
         yes: bool,
     },
@@ -172,6 +173,9 @@ impl Cli {
                 print!("{}", of.text());
                 Ok(())
             }
+            Command::Status(args) => status::run(&asked(&self.config, None)?, &args).await,
+            Command::Pause { subscriber, why } => daemon::pause(&asked(&self.config, Some(&subscriber))?, &subscriber, why).await,
+            Command::Resume { subscriber } => daemon::resume(&asked(&self.config, Some(&subscriber))?, &subscriber).await,
             other => {
                 log(LogConfig { json: false, level: tracing::Level::WARN });
                 let config = load()?;
@@ -181,10 +185,7 @@ impl Cli {
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Test(args) => test::run(&config, &args).await,
-                    Command::Status(args) => status::run(&config, &args).await,
                     Command::Prune(args) => prune::run(&config, &args).await,
-                    Command::Pause { subscriber, why } => daemon::pause(&config, &subscriber, why).await,
-                    Command::Resume { subscriber } => daemon::resume(&config, &subscriber).await,
                     Command::Dead(command) => dead::run(&config, command).await,
                     Command::Run { .. }
                     | Command::Demo(_)
@@ -192,6 +193,9 @@ impl Cli {
                     | Command::Completions { .. }
                     | Command::Listen(_)
                     | Command::Secret
+                    | Command::Status(_)
+                    | Command::Pause { .. }
+                    | Command::Resume { .. }
                     | Command::Schema { .. } => unreachable!("handled above"),
                 }
             }
@@ -232,6 +236,27 @@ async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
     let queue = AmqpQueue::new(config.clone(), Metrics::new(clock::now()));
     queue.ping().await?;
     Ok(queue)
+}
+
+/// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and that is no time to be out
+/// of reach.
+fn asked(path: &Path, subscriber: Option<&str>) -> Result<AdminConfig, Failed> {
+    let problems = match config::load(path) {
+        Ok(config) => {
+            subscriber.map_or(Ok(()), |name| find(&config, name).map(drop))?;
+            return Ok(config.admin);
+        }
+        Err(problems) => problems,
+    };
+    // What a name is made of; the rest of the check is the daemon's.
+    let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    match config::admin_of(path).filter(|_| subscriber.is_none_or(is_name)) {
+        Some(admin) => {
+            eprintln!("warning: the configuration has mistakes, see `hooktrail check`; a daemon that runs goes on with the one before");
+            Ok(admin)
+        }
+        None => Err(Failed::Config(problems)),
+    }
 }
 
 fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber, Failed> {

@@ -290,19 +290,53 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 /// As [`load`].
 pub fn load_with(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|e| {
-        let hint = "name a configuration with --config FILE or $HOOKTRAIL_CONFIG";
-        let message = format!("cannot be read: {e}; {hint}");
+        let message = format!("cannot be read: {e}; {}", way_out(e.kind()));
         let problem = Problem { file: path.to_owned(), place: None, key: String::new(), message };
         ConfigError { problems: vec![problem], files: vec![path.to_owned()] }
     })?;
-    let reader = Reader::new(env);
-    let source = Source { path: path.to_owned(), text };
-    reader.depends_on(path);
-    let config = Loader { reader: &reader }.config(&source);
+    checked(&Source { path: path.to_owned(), text }, Reader::new(env))
+}
+
+/// A configuration `text` whose only other files are `files`: what it names cannot be on the disk.
+///
+/// # Errors
+/// As [`load`].
+#[cfg(any(test, fuzzing))]
+pub(crate) fn from_text(text: &str, env: &dyn Fn(&str) -> Option<String>, files: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    checked(&Source { path: PathBuf::from("hooktrail.toml"), text: text.to_owned() }, Reader::without_disk(env, files))
+}
+
+fn checked(source: &Source, reader: Reader<'_>) -> Result<Config, ConfigError> {
+    reader.depends_on(&source.path);
+    let config = Loader { reader: &reader }.config(source);
     let (problems, files) = reader.finish();
     match config {
         Some(config) if problems.is_empty() => Ok(Config { files, ..config }),
         _ => Err(ConfigError { problems, files }),
+    }
+}
+
+/// What `[admin]` says, in a configuration that has mistakes elsewhere: the daemon that runs, with the one before, is reached
+/// there all the same.
+pub fn admin_of(path: &Path) -> Option<AdminConfig> {
+    let env = |name: &str| std::env::var(name).ok();
+    let reader = Reader::new(&env);
+    let source = Source { path: path.to_owned(), text: std::fs::read_to_string(path).ok()? };
+    let document = reader.parse(&source);
+    let whole = reader.is_clean();
+    let root = reader.root(&source, &document, ROOT_KEYS);
+    // Where a part cannot be read, what is not found may stand there.
+    if !whole && root.get("admin").is_none() {
+        return None;
+    }
+    Loader { reader: &reader }.admin(&root)
+}
+
+/// What to do about a configuration that cannot be read.
+fn way_out(why: std::io::ErrorKind) -> &'static str {
+    match why {
+        std::io::ErrorKind::PermissionDenied => "run this as a user who may, such as the service's (sudo -u hooktrail …)",
+        _ => "name a configuration with --config FILE or $HOOKTRAIL_CONFIG",
     }
 }
 
@@ -349,8 +383,7 @@ impl Loader<'_, '_> {
         let mut names = HashMap::new();
         let mut subscribers = self.subscribers(&root, &defaults, &mut names);
         for file in self.included(&root) {
-            r.depends_on(&file);
-            let text = match std::fs::read_to_string(&file) {
+            let text = match r.read_to_string(&file) {
                 Ok(text) => text,
                 Err(e) => {
                     r.report_file(&file, format!("cannot be read: {e}; it is named by `include` in {}", source.path.display()));
@@ -387,6 +420,7 @@ impl Loader<'_, '_> {
                 Err(e) => self.reader.report(&item, format!("is not a glob pattern: {e}")),
                 // A plain path that is not there is a mistake; a glob that matches nothing is fine.
                 Ok(_) if !pattern.contains(['*', '?', '[']) => files.push(path),
+                Ok(_) if !self.reader.has_disk() => {}
                 Ok(paths) => {
                     for found in paths {
                         match found {
@@ -829,8 +863,7 @@ impl Loader<'_, '_> {
         let section = r.section(value, TLS_KEYS)?;
         let read = |v: &Value<'_>| {
             let path = v.source.relative(&r.string(v)?);
-            r.depends_on(&path);
-            std::fs::read(&path).map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display()))).ok()
+            r.read(&path).map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display()))).ok()
         };
         let roots = match section.get("ca_file") {
             None => Some(None),
@@ -993,8 +1026,7 @@ impl Loader<'_, '_> {
             None => text,
             Some(file) => {
                 let path = item.source.relative(file);
-                self.reader.depends_on(&path);
-                match std::fs::read_to_string(&path) {
+                match self.reader.read_to_string(&path) {
                     Ok(content) => content.strip_suffix('\n').map(|c| c.strip_suffix('\r').unwrap_or(c)).unwrap_or(&content).to_owned(),
                     Err(e) => {
                         self.reader.report(item, format!("secret file {} cannot be read: {e}", path.display()));

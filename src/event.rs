@@ -93,12 +93,19 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     let mut json = serde_json::Deserializer::from_str(text);
     let found = json.deserialize_map(HeadFields).and_then(|found| json.end().map(|()| found));
     let (event_type, timestamp) = found.map_err(|e| InvalidEvent::NotJson(e.to_string()))?;
-    match event_type {
-        Field::Missing => Err(InvalidEvent::TypeMissing),
-        Field::NotAString => Err(InvalidEvent::TypeNotAString),
-        Field::Text(t) if t.len() > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(t.len())),
-        Field::Text(event_type) => Ok(Head { event_type, timestamp }),
+    let event_type = event_type.ok_or(InvalidEvent::TypeMissing)?;
+    let event_type = string(event_type.get()).ok_or(InvalidEvent::TypeNotAString)?;
+    let event_type = event_type.map_err(|e| InvalidEvent::NotJson(format!("its field `event`, read alone: {e}")))?;
+    match event_type.len() {
+        len if len > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(len)),
+        _ => Ok(Head { event_type, timestamp: timestamp.and_then(|t| t.get().parse().ok()) }),
     }
+}
+
+/// The text of a JSON string; `None` if the value is of another type.
+fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
+    let text = json.strip_prefix('"')?.strip_suffix('"')?;
+    Some(if text.contains('\\') { serde_json::from_str(json).map(Cow::Owned) } else { Ok(Cow::Borrowed(text)) })
 }
 
 /// The field that [`with_id`] adds.
@@ -144,29 +151,23 @@ fn deeper_than(body: &[u8], limit: usize) -> bool {
     false
 }
 
-enum Field<'a> {
-    Missing,
-    NotAString,
-    Text(Cow<'a, str>),
-}
-
 /// Walks over the fields of the object and keeps only the last `event` and the last `timestamp`.
 struct HeadFields;
 
 impl<'de> Visitor<'de> for HeadFields {
-    type Value = (Field<'de>, Option<u64>);
+    type Value = (Option<&'de RawValue>, Option<&'de RawValue>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let (mut event_type, mut timestamp) = (Field::Missing, None);
+        let (mut event_type, mut timestamp) = (None, None);
         while let Some(which) = map.next_key_seed(WhichKey(&["event", "timestamp"]))? {
+            // Raw: any JSON may stand there, numbers that are no number to Rust included, and be followed by what counts.
             match which {
-                Some(0) => event_type = map.next_value_seed(TypeValue)?,
-                // Any value may stand there, numbers that are no number to Rust included.
-                Some(_) => timestamp = map.next_value::<&RawValue>()?.get().parse().ok(),
+                Some(0) => event_type = Some(map.next_value()?),
+                Some(_) => timestamp = Some(map.next_value()?),
                 None => {
                     map.next_value::<IgnoredAny>()?;
                 }
@@ -216,51 +217,6 @@ impl Visitor<'_> for WhichKey {
     }
 }
 
-struct TypeValue;
-
-impl<'de> serde::de::DeserializeSeed<'de> for TypeValue {
-    type Value = Field<'de>;
-    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Field<'de>, D::Error> {
-        d.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for TypeValue {
-    type Value = Field<'de>;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("any JSON value")
-    }
-    fn visit_borrowed_str<E>(self, v: &'de str) -> Result<Field<'de>, E> {
-        Ok(Field::Text(Cow::Borrowed(v)))
-    }
-    fn visit_str<E>(self, v: &str) -> Result<Field<'de>, E> {
-        Ok(Field::Text(Cow::Owned(v.to_owned())))
-    }
-    fn visit_bool<E>(self, _: bool) -> Result<Field<'de>, E> {
-        Ok(Field::NotAString)
-    }
-    fn visit_i64<E>(self, _: i64) -> Result<Field<'de>, E> {
-        Ok(Field::NotAString)
-    }
-    fn visit_u64<E>(self, _: u64) -> Result<Field<'de>, E> {
-        Ok(Field::NotAString)
-    }
-    fn visit_f64<E>(self, _: f64) -> Result<Field<'de>, E> {
-        Ok(Field::NotAString)
-    }
-    fn visit_unit<E>(self) -> Result<Field<'de>, E> {
-        Ok(Field::NotAString)
-    }
-    fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Field<'de>, A::Error> {
-        while seq.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(Field::NotAString)
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Field<'de>, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Field::NotAString)
-    }
-}
-
 /// An AMQP topic pattern: words between dots, `*` for exactly one word, `#` for any number of them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pattern(String);
@@ -292,23 +248,24 @@ impl Pattern {
 
     /// Whether the broker would route an event of this type to a queue bound with this pattern.
     pub fn matches(&self, event_type: &str) -> bool {
-        fn go(pattern: &[&str], words: &[&str]) -> bool {
-            match (pattern.split_first(), words.split_first()) {
-                (None, None) => true,
-                (Some((&"#", rest)), _) => {
-                    // Runs of `#` match what one does; without this they would cost exponential time.
-                    let rest = &rest[rest.iter().take_while(|w| **w == "#").count()..];
-                    (0..=words.len()).any(|n| go(rest, &words[n..]))
-                }
-                (Some((&"*", rest)), Some((_, words))) => go(rest, words),
-                (Some((p, rest)), Some((w, words))) => p == w && go(rest, words),
-                _ => false,
-            }
-        }
-        let pattern: Vec<&str> = self.0.split('.').collect();
         // To a broker an empty key has no word, not one that is empty.
         let words: Vec<&str> = if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
-        go(&pattern, &words)
+        // Whether the pattern as far as it was read matches the first so many words: all ways are followed at once, for
+        // to try one after the other costs exponential time with many `#`.
+        let mut reached = vec![false; words.len() + 1];
+        reached[0] = true;
+        for part in self.0.split('.') {
+            if part == "#" {
+                let first = reached.iter().position(|r| *r).unwrap_or(reached.len());
+                reached[first..].fill(true);
+            } else {
+                for n in (0..words.len()).rev() {
+                    reached[n + 1] = reached[n] && (part == "*" || part == words[n]);
+                }
+                reached[0] = false;
+            }
+        }
+        reached[words.len()]
     }
 }
 
@@ -329,6 +286,10 @@ mod tests {
             (" \t\r\n{\"event\":\"a\"}\n", "a"),
             (r#"{"n":18446744073709551615,"m":1e400,"event":"a"}"#, "a"),
             (r#"{"event":1,"event":"last"}"#, "last"),
+            (
+                r#"{"event":1e400,"event":"\ud800","event":{"\ud800":1},"event":"last of what only others can read"}"#,
+                "last of what only others can read",
+            ),
             (r#"{"\u0065vent":"escaped key"}"#, "escaped key"),
             (r#"{"event":"\u00e9\n"}"#, "\u{e9}\n"),
             (r#"{"event":"a","s":"\ud800"}"#, "a"),
@@ -356,6 +317,8 @@ mod tests {
             (b"{\"event\":\"a\n\"}", "not JSON"),
             (b"{\"x\":1}", "no field `event`"),
             (b"{\"event\":null}", "not a string"),
+            (b"{\"event\":1e400}", "not a string"),
+            (b"{\"event\":\"\\ud800\"}", "field `event`, read alone: unexpected end of hex escape"),
             (b"{\"event\":{\"a\":[1]}}", "not a string"),
             (b"{\"event\":[\"a\"]}", "not a string"),
             (b"{\"event\":\"first\",\"event\":2}", "not a string"),
@@ -423,6 +386,13 @@ mod tests {
         for bad in ["", "user*", "a.#b", "a.**"] {
             assert!(Pattern::try_new(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_pattern_with_many_wildcards_is_not_tried_in_every_way() {
+        let pattern = Pattern::try_new(&format!("{}b", "#.a.".repeat(60))).expect("a pattern");
+        assert!(!pattern.matches(&["a"; 128].join(".")), "and says so before the end of time");
+        assert!(pattern.matches(&format!("{}.b", ["a"; 120].join("."))));
     }
 
     proptest! {

@@ -7,7 +7,7 @@
 //! Everything else that is configured anew is used from the next attempt on, in the same session.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -23,6 +23,7 @@ use crate::{
     clock,
     config::Subscriber,
     event::{head, with_id},
+    failpoint::{Step, reached},
     payload::Format,
     queue::{
         CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement,
@@ -198,7 +199,7 @@ impl<Q: Queue> Lane<Q> {
     pub fn new(configured: watch::Receiver<Served>, queue: Q, status: LaneStatus) -> Self {
         let Served { subscriber, webhook } = configured.borrow().clone();
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
-        let trouble = Trouble { subscriber: subscriber.name.clone(), now: false, status: status.clone() };
+        let trouble = Trouble { subscriber: subscriber.name.clone(), told: BTreeSet::new(), status: status.clone() };
         let standings = queue.standings();
         Self {
             configured,
@@ -396,27 +397,40 @@ async fn drained(drain: &mut watch::Receiver<bool>) {
     drain.wait_for(|d| *d).await.ok();
 }
 
-/// Logs when the queue fails and when it works again, not each try. That it can be opened does not
-/// mean that it works: some queues open each time and fail at the first use.
+/// Logs when the queue fails, when it fails for another reason, and when it works again, not each try. That it can be
+/// opened does not mean that it works: some queues open each time and fail at the first use.
 #[derive(Debug)]
 struct Trouble {
     subscriber: String,
-    now: bool,
+    /// The reasons that were told since it works no more.
+    told: BTreeSet<String>,
     status: LaneStatus,
 }
 
+/// More reasons than these are not told.
+const REASONS: usize = 5;
+
 impl Trouble {
     fn is(&mut self, why: &dyn fmt::Display) {
-        self.status.trouble(Some(why.to_string()));
-        if std::mem::replace(&mut self.now, true) {
+        let why = why.to_string();
+        self.status.trouble(Some(why.clone()));
+        let again = self.is_now();
+        if self.told.len() >= REASONS || !self.told.insert(why.clone()) {
             tracing::debug!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
+        } else if again {
+            // A broker that comes back may have lost the queue: that asks for something else than the first reason did.
+            tracing::warn!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
         } else {
             tracing::warn!(subscriber = self.subscriber, error = %why, "the lane lost its queue; it opens it again");
         }
     }
 
+    fn is_now(&self) -> bool {
+        !self.told.is_empty()
+    }
+
     fn is_over(&mut self) {
-        if std::mem::take(&mut self.now) {
+        if !std::mem::take(&mut self.told).is_empty() {
             self.status.trouble(None);
             tracing::warn!(subscriber = self.subscriber, "the lane has its queue again");
         }
@@ -497,7 +511,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     }
                 }
                 () = sleep_until(due.unwrap_or_else(clock::instant).into()), if due.is_some() => {}
-                () = sleep_until((opened + STEADY).into()), if self.lane.trouble.now && open && idle => self.lane.trouble.is_over(),
+                () = sleep_until((opened + STEADY).into()), if self.lane.trouble.is_now() && open && idle => self.lane.trouble.is_over(),
             }
         }
         source.close().await;
@@ -508,7 +522,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// then attempts would be made that have to be made again.
     fn may_begin(&mut self) -> bool {
         let slots = match self.lane.breaker.permit(clock::instant()) {
-            Permit::Flow => self.lane.subscriber.http.concurrency,
+            Permit::Flow => {
+                let all = self.lane.subscriber.http.concurrency;
+                self.lane.breaker.ramp().map_or(all, |ramp| ramp.requests(all))
+            }
             Permit::Probe => 1,
             Permit::Wait(_) => 0,
         };
@@ -517,6 +534,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     /// Starts as many attempts as there are slots and full batches, retries first.
     fn begin(&mut self) {
+        self.limit_batches();
         while self.may_begin() {
             if let Some((mut envelope, receipt)) = self.envelopes.pop_front() {
                 if self.lane.resumed_at().zip(envelope.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
@@ -550,6 +568,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
+    /// Until a circuit that was open has been closed for long enough, first attempts are of small batches. An envelope stays as it is.
+    fn limit_batches(&mut self) {
+        let batch = &self.lane.subscriber.batch;
+        let whole = (batch.max_events, batch.max_bytes);
+        let (events, bytes) = self.lane.breaker.ramp().map_or(whole, |ramp| (ramp.batch(whole.0), ramp.batch(whole.1)));
+        self.batcher.limit(events, bytes);
+    }
+
     fn attempt(&mut self, events: u64, arrived_at: SystemTime, parcel: impl Future<Output = Parcel> + Send + 'static) {
         let (webhook, status) = (self.lane.webhook.clone(), self.lane.status.clone());
         self.attempts += 1;
@@ -561,7 +587,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let started = clock::instant();
             let Parcel { attempt, format, replay, .. } = parcel;
             let request = Request { batch_id: parcel.batch_id.clone(), attempt, format, body: parcel.body.clone(), replay };
+            reached(Step::Attempting);
             let outcome = webhook.send(request).await;
+            reached(Step::Answered);
             Done::Attempted { number, parcel: Box::new(parcel), outcome, took: clock::instant() - started }
         });
     }
@@ -591,12 +619,17 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// Puts what was taken where it belongs; what can never be delivered becomes a dead letter at once.
     fn sort(&mut self, taken: impl Iterator<Item = Taken>) {
         let (now, time) = (clock::instant(), clock::now());
-        let mut dead = Vec::new();
-        let mut received = 0;
+        let (mut dead, mut known) = (Vec::new(), Vec::new());
+        let (mut received, mut recognised) = (0, 0);
         for item in taken {
             match item {
                 Taken::Envelope(envelope, receipt) => self.envelopes.push_back((envelope, receipt)),
                 Taken::NotAnEnvelope(letter, receipt) => dead.push((receipt, letter)),
+                Taken::Known { events, receipt } => {
+                    recognised += u64::from(events);
+                    received += u64::from(receipt.from == Kind::Event);
+                    known.push(receipt);
+                }
                 Taken::Event(mut event) => {
                     received += 1;
                     match self.admit(&mut event) {
@@ -612,6 +645,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
         if received > 0 {
             self.lane.status.received(received);
+        }
+        if !known.is_empty() {
+            tracing::debug!(
+                subscriber = self.lane.subscriber.name,
+                events = recognised,
+                "came again and were known: acked without an attempt"
+            );
+            self.settle(known, Settlement::Delivered, move |status| status.recognised(recognised));
         }
         if let Some((_, first)) = dead.first() {
             tracing::warn!(
@@ -683,7 +724,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 self.log(&parcel, took, "delivered", Some(status), None, None);
                 if current {
                     self.lane.health.on_accepted();
-                    self.count(&parcel, CircuitBreaker::on_success);
+                    let requests = self.lane.subscriber.http.concurrency;
+                    self.count(&parcel, |breaker| breaker.on_success(requests));
                 }
                 let (now, time) = (clock::instant(), clock::now());
                 let since = |at: SystemTime| time.duration_since(at).ok();
@@ -896,5 +938,48 @@ fn dead_event(event: Event, reason: Reason, error: String) -> DeadLetter {
         first_attempt_at: None,
         died_at: Some(clock::now()),
         story: Story::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{metrics::Metrics, status::Board};
+    use std::sync::Mutex;
+
+    #[test]
+    fn each_reason_why_a_queue_fails_is_told_once_until_it_works_again() {
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let writer = {
+            let log = log.clone();
+            move || -> Box<dyn std::io::Write> { Box::new(Shared(log.clone())) }
+        };
+        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_ansi(false).with_writer(writer).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let status = Board::new(Metrics::new(SystemTime::UNIX_EPOCH)).lane("a");
+            let mut trouble = Trouble { subscriber: "a".to_owned(), told: BTreeSet::new(), status };
+            for why in ["reset", "refused", "refused", "reset", "broken", "broken"] {
+                trouble.is(&why);
+            }
+            trouble.is_over();
+            trouble.is(&"reset");
+        });
+        let log = String::from_utf8(log.lock().expect("no panic").clone()).expect("text");
+        let told: Vec<&str> = log.lines().filter_map(|l| l.split("error=").nth(1)).collect();
+        assert_eq!(told, ["reset", "refused", "broken", "reset"], "{log}");
+        assert_eq!((log.matches("lost its queue").count(), log.matches("has its queue again").count()), (2, 1), "{log}");
+    }
+
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("no panic").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
     }
 }

@@ -20,7 +20,7 @@
 //!
 //! | layer | files |
 //! |---|---|
-//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it |
+//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it · [`failpoint`] where a test can end a debug build |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
 //! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one · [`signal`] signals of the system, files that change |
@@ -30,6 +30,7 @@
 //! | process | [`reload`] reads the configuration again and hands it to the supervisor |
 //! | surface | [`doctor`] the look at the queue when the daemon has started · [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events · [`systemd`] tells the service manager how far the daemon is |
 //! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
+//! | tests | `fuzzing.rs` what must hold for bytes that strangers write: `fuzz/` and the unit tests run it, no program holds it |
 //!
 //! # Where to look
 //!
@@ -42,21 +43,25 @@
 //!   with an endpoint: [`endpoint`].
 //! - What happens on SIGHUP? [`reload::Reloader::reload`], then `Fleet::reconcile` in [`supervisor`]; each lane takes over what is
 //!   new in `Lane::adopt`, the broker's bindings in `queue/amqp/state.rs`. The start goes the same way.
-//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`.
+//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How many may connect, and for how
+//!   long? `admin/connections.rs`.
 //! - What is counted, and what is it called? [`metrics`], all of it.
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
+//! - Who may do what, and what keeps everybody else from it? SECURITY.md.
 //!
 //! # What always holds
 //!
 //! 1. A message is acked only after the next durable fact: a success answer, or a confirmed publish of
 //!    its envelope or dead letter ([`queue::Settler::settle`]).
 //! 2. What was taken from a source is settled at that source or not at all: when the channel is gone,
-//!    the batch is forgotten and comes again. Nothing survives a reconnect by its tag.
+//!    the batch is forgotten and comes again. Nothing survives a reconnect by its tag; what was settled without its ack is
+//!    known again by what it is, where that is sure: `queue/amqp/repeats.rs`.
 //! 3. While a settlement waits for its confirm the lane begins nothing: a failure that cannot be
 //!    written down must not be made again and again.
 //! 4. Publishing is done by one task on one channel of a connection that does not consume.
 //! 5. Policies take `now` and randomness as arguments.
-//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer, bodies taken in.
+//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer, names asked for at once, bodies taken
+//!    in, connections of the admin listener.
 //! 7. Secrets are of types that do not print themselves; no error quotes a URL or a secret.
 //! 8. An event's bytes are never parsed and printed again.
 //!
@@ -67,6 +72,8 @@
 //! - No automatic recovery of lapin: after a forced close it acks messages nobody has processed.
 //! - No filter after the queue: what is in a subscriber's queue is delivered.
 //! - No database beside the broker: the embedded queue is one or the other.
+
+#![forbid(unsafe_code)]
 
 pub mod address;
 pub mod admin;
@@ -79,7 +86,10 @@ pub mod config;
 pub mod doctor;
 pub mod endpoint;
 pub mod event;
+pub mod failpoint;
 pub mod finding;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod lane;
 pub mod metrics;
 pub mod payload;

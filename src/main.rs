@@ -1,5 +1,7 @@
 //! Parses the command line, runs the command, turns its result into an exit code.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -21,7 +23,11 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(e) => return fail(&Failed::Runtime(format!("the runtime does not start: {e}"))),
     };
-    match runtime.block_on(cli.run()) {
+    let ended = runtime.block_on(cli.run());
+    // All that counts is done. What is left of it ends with the process: a runtime that is dropped cancels tasks, and the thread of
+    // a connection to the broker that was not closed yet panics over its own.
+    std::mem::forget(runtime);
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(failed) => fail(&failed),
     }

@@ -80,6 +80,11 @@ const SUBSCRIBER: &[&str] = &["subscriber"];
 pub const ALL: &[Definition] = &[
     counter("events_received", SUBSCRIBER, "Events taken from the subscriber's queue; one that is given back and taken again counts again"),
     counter("events_delivered", SUBSCRIBER, "Events that the receiver has accepted"),
+    counter(
+        "events_recognised",
+        SUBSCRIBER,
+        "Events that came again after a lost connection to the broker and were acked without a request: the receiver had accepted them, and only the ack was lost",
+    ),
     counter("attempts", &["subscriber", "outcome"], "Attempts by what they came to: delivered, retry, split, dead_letter, paused"),
     counter(
         "attempt_failures",
@@ -123,7 +128,11 @@ pub const ALL: &[Definition] = &[
         "Messages in the subscriber's queues, without those that a lane has taken: main, retry (due), dead",
     ),
     gauge("delayed_retries", &[], "Batches of all subscribers whose time to be tried again has not come"),
-    gauge("orphans", &[], "Messages in the queue of what could not be routed back"),
+    gauge(
+        "orphans",
+        &[],
+        "Messages in the queue of orphans: retries without their subscriber's queue, and what is no event in a source queue",
+    ),
     gauge(
         "removed_subscriber_messages",
         SUBSCRIBER,
@@ -271,6 +280,7 @@ impl Metrics {
         SubscriberMetrics {
             received: self.counter("events_received", &of),
             delivered: self.counter("events_delivered", &of),
+            recognised: self.counter("events_recognised", &of),
             attempts: OUTCOMES.map(outcomes).into(),
             failures: FAILURES.map(failures).into(),
             dead_letters: REASONS.map(reasons).into(),
@@ -451,6 +461,7 @@ impl Drop for OpenConnection {
 pub struct SubscriberMetrics {
     received: Counter,
     delivered: Counter,
+    recognised: Counter,
     attempts: BTreeMap<&'static str, Counter>,
     failures: BTreeMap<&'static str, Counter>,
     dead_letters: BTreeMap<&'static str, Counter>,
@@ -474,6 +485,10 @@ pub struct SubscriberMetrics {
 impl SubscriberMetrics {
     pub fn received(&self, events: u64) {
         self.received.inc_by(events);
+    }
+
+    pub fn recognised(&self, events: u64) {
+        self.recognised.inc_by(events);
     }
 
     pub fn attempt_begins(&self, events: u32, bytes: usize) {

@@ -6,7 +6,7 @@ pub mod amqp;
 pub mod embedded;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     future::Future,
     sync::Arc,
@@ -31,15 +31,15 @@ pub trait Queue: Clone + Send + Sync + 'static {
 
     /// Makes ready what the subscribers need, at the start and each time that others are configured; what they need no
     /// more stays until [`chores`](Self::chores) sees to it. Waits for the queue without end. What only one subscriber
-    /// needs is a concern of [`open`](Self::open).
+    /// needs is a concern of [`open`](Self::open): returns the names of those who do not have it yet.
     ///
     /// # Errors
     /// What there is cannot be used and will not change by itself.
-    fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<(), QueueError>> + Send;
+    fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<BTreeSet<String>, QueueError>> + Send;
 
     /// What is to be done beside the lanes, such as taking away what only earlier configurations
-    /// needed; without end.
-    fn chores(&self, subscribers: watch::Receiver<Subscribers>) -> impl Future<Output = ()> + Send;
+    /// needed. Ends soon after `stopping` became true, with nothing half done that would be done twice.
+    fn chores(&self, subscribers: watch::Receiver<Subscribers>, stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send;
 
     /// Says goodbye, when the lanes have ended.
     fn close(&self) -> impl Future<Output = ()> + Send;
@@ -151,7 +151,7 @@ pub struct NewEvent {
     pub message_id: Option<String>,
     pub body: Bytes,
     /// The producer's, as W3C Trace Context has it.
-    pub traceparent: Option<String>,
+    pub traceparent: Option<Arc<str>>,
 }
 
 /// How much a subscriber has in its queues, without what lanes have taken.
@@ -347,6 +347,11 @@ pub enum Taken {
     Envelope(Envelope, Receipt),
     /// A message where an envelope should be, as the dead letter that it becomes.
     NotAnEnvelope(DeadLetter, Receipt),
+    /// What comes again although it was settled: only its ack was lost. To be acked, and not attempted.
+    Known {
+        events: u32,
+        receipt: Receipt,
+    },
 }
 
 /// An event as it was published; whether it is a valid one is for the lane to say.
@@ -463,7 +468,8 @@ impl Story {
                 story.add(attempt);
             }
         }
-        story
+        // Nothing is left out between no attempts.
+        if story.is_empty() { Self::default() } else { story }
     }
 
     fn attempt(text: &str) -> Option<FailedAttempt> {
@@ -674,6 +680,7 @@ mod tests {
         let expected = [attempt(1, CameTo::Status(503)), attempt(3, CameTo::Failure("timeout".to_owned()))];
         assert_eq!(story.parts(), (&expected[..], u32::MAX, &[][..]));
         assert_eq!(Story::from_text(""), Story::default());
+        assert_eq!(Story::from_text("+7,x"), Story::default());
         let many: String = (1..100_000).map(|n| format!("{n}@1=500,")).collect();
         assert_eq!(Story::from_text(&many).attempts.len(), Story::FIRST + Story::LAST);
     }

@@ -1,6 +1,6 @@
 //! Reads the configuration again and hands it to the supervisor; whatever asks for it goes through here.
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
@@ -29,6 +29,14 @@ struct Inner {
     metrics: Metrics,
     /// One after the other.
     reloading: Mutex<()>,
+}
+
+/// What a reload has changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reloaded {
+    pub changes: Changes,
+    /// Subscribers whose queue could not be bound: that is tried again without end, and events of an exchange pass it by until then.
+    pub not_bound: BTreeSet<String>,
 }
 
 /// Why the configuration was not changed.
@@ -115,15 +123,15 @@ impl Reloader {
     ///
     /// # Errors
     /// Nothing was changed, and why; [`problem`](Self::problem) tells it until it is mended.
-    pub async fn reload(&self, because: &str) -> Result<Changes, Unchanged> {
+    pub async fn reload(&self, because: &str) -> Result<Reloaded, Unchanged> {
         let _one = self.0.reloading.lock().await;
         let reloaded = self.try_reload().await;
         match &reloaded {
-            Ok(changes) => {
+            Ok(Reloaded { changes, not_bound }) => {
                 self.0.problem.send_replace(None);
                 self.0.metrics.reloaded(true);
                 self.0.metrics.configured(self.config().subscribers.len(), clock::now());
-                tell(changes, because);
+                tell(changes, not_bound, because);
             }
             Err(Unchanged::Wrong(why)) => {
                 self.0.problem.send_replace(Some(why.clone()));
@@ -136,7 +144,7 @@ impl Reloader {
         reloaded
     }
 
-    async fn try_reload(&self) -> Result<Changes, Unchanged> {
+    async fn try_reload(&self) -> Result<Reloaded, Unchanged> {
         let new = match self.read().await {
             Ok(new) => new,
             Err(e) => {
@@ -145,15 +153,17 @@ impl Reloader {
                 return Err(e.into());
             }
         };
-        let changes = self.compare(&new);
-        if changes.is_err() {
-            self.watch_files(new.files);
-            return changes;
-        }
+        let changes = match self.compare(&new) {
+            Ok(changes) => changes,
+            Err(refused) => {
+                self.watch_files(new.files);
+                return Err(refused);
+            }
+        };
         let (done, answer) = oneshot::channel();
         let change = Change { subscribers: new.subscribers.clone(), done };
         self.0.changes.send(change).await.map_err(|_| Unchanged::Stopping)?;
-        answer.await.map_err(|_| Unchanged::Stopping)??;
+        let not_bound = answer.await.map_err(|_| Unchanged::Stopping)??;
         let old = self.config();
         // What is not used before a restart stays as it is, so that it is told each time.
         let new = Config { queue: old.queue.clone(), admin: old.admin.clone(), log: old.log, ..new };
@@ -161,7 +171,7 @@ impl Reloader {
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
         self.0.current.send_replace(Arc::new(new));
-        changes
+        Ok(Reloaded { changes, not_bound })
     }
 
     async fn read(&self) -> Result<Config, ConfigError> {
@@ -190,12 +200,19 @@ impl Reloader {
     }
 }
 
-fn tell(changes: &Changes, because: &str) {
+fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
     if changes.changes.is_empty() {
         tracing::info!(because, "the configuration was read again; it means the same");
     }
     for c in &changes.changes {
         tracing::warn!(because, subscriber = c.subscriber, change = c.change.name(), keys = c.keys.join(", "), "reloaded");
+    }
+    for subscriber in not_bound {
+        tracing::error!(
+            because,
+            subscriber,
+            "not bound yet, which is tried again without end: until then events of an exchange pass it by, and a relay waits"
+        );
     }
     if !changes.needs_restart.is_empty() {
         tracing::warn!(keys = changes.needs_restart.join(", "), "these keys have changed and are used after a restart");

@@ -10,6 +10,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use tokio::sync::{Notify, watch};
+
 use crate::{
     metrics::{Metrics, SubscriberMetrics},
     queue::{Depth, Depths, Pause},
@@ -28,6 +30,9 @@ const MAX_SCHEDULED: usize = 10_000;
 /// A retry that did not come so long after it was due went to another daemon.
 const MISSED: Duration = Duration::from_secs(15 * 60);
 
+/// Whoever asks for the depths of the queues gets none that are older, unless a look takes longer.
+const FRESH: Duration = Duration::from_secs(1);
+
 /// All that is known of the lanes and the queue. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct Board(Arc<BoardInner>);
@@ -36,7 +41,8 @@ pub struct Board(Arc<BoardInner>);
 struct BoardInner {
     metrics: Metrics,
     lanes: Mutex<BTreeMap<String, LaneStatus>>,
-    depths: Mutex<Option<Looked>>,
+    depths: watch::Sender<Option<Looked>>,
+    wanted: Notify,
 }
 
 /// The latest look at the queues.
@@ -53,7 +59,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Board {
     pub fn new(metrics: Metrics) -> Self {
-        Self(Arc::new(BoardInner { metrics, lanes: Mutex::default(), depths: Mutex::default() }))
+        Self(Arc::new(BoardInner { metrics, lanes: Mutex::default(), depths: watch::Sender::default(), wanted: Notify::new() }))
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -92,11 +98,23 @@ impl Board {
                 lock(&lane.0).metrics.queues([events, retries, dead]);
             }
         }
-        *lock(&self.0.depths) = Some(Looked { at, found });
+        self.0.depths.send_replace(Some(Looked { at, found }));
     }
 
-    pub fn depths(&self) -> Option<Looked> {
-        lock(&self.0.depths).clone()
+    /// The latest look at the queues, after a new one if that comes soon.
+    pub async fn depths(&self, now: SystemTime) -> Option<Looked> {
+        let mut depths = self.0.depths.subscribe();
+        let found = depths.borrow_and_update().clone();
+        if found.as_ref().is_some_and(|l| now.duration_since(l.at).is_ok_and(|age| age >= FRESH)) {
+            self.0.wanted.notify_one();
+            let _in_time = tokio::time::timeout(FRESH, depths.changed()).await.is_ok();
+        }
+        depths.borrow().clone()
+    }
+
+    /// Until somebody asks for the depths and they are old.
+    pub async fn wanted(&self) {
+        self.0.wanted.notified().await;
     }
 }
 
@@ -332,6 +350,11 @@ impl LaneStatus {
 
     pub fn received(&self, events: u64) {
         self.seen().metrics.received(events);
+    }
+
+    /// Came again, and were settled already.
+    pub fn recognised(&self, events: u64) {
+        self.seen().metrics.recognised(events);
     }
 
     pub fn begins(&self, batch_id: &str, events: u32, bytes: usize) {

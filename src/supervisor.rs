@@ -29,6 +29,9 @@ use crate::{
 /// How long a change waits for the queue. Lanes and chores do what is left to do when it is there again.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long at most the end of a daemon waits for what is done beside its lanes.
+const CHORES_GOODBYE: Duration = Duration::from_secs(5);
+
 /// How often the queues are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -37,6 +40,9 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A look that takes long is not repeated at once: at most this part of the time is spent looking.
 const LOOK_SHARE: u32 = 20;
+
+/// And the longest rest: it may have waited for a broker that was away, which says nothing of the next look.
+const LOOK_REST: Duration = Duration::from_secs(60);
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,8 +77,8 @@ pub enum Ended {
 #[derive(Debug)]
 pub struct Change {
     pub subscribers: Subscribers,
-    /// An error means that nothing was changed.
-    pub done: oneshot::Sender<Result<(), QueueError>>,
+    /// Who of them is not bound yet; an error means that nothing was changed.
+    pub done: oneshot::Sender<Result<BTreeSet<String>, QueueError>>,
 }
 
 /// What a run is given from outside.
@@ -105,7 +111,8 @@ pub async fn run<Q: Queue>(
     // Told before it is known to be up: a daemon that never gets its queue is one to alert of.
     board.metrics().set_queue_up(false);
     tokio::select! {
-        ready = queue.prepare(&subscribers) => ready?,
+        // Who is not ready is in the log, and its lane tells of it.
+        ready = queue.prepare(&subscribers) => drop(ready?),
         () = &mut shutdown => return Ok(Ended::Drained),
     }
     fleet.reconcile(subscribers, plan);
@@ -113,9 +120,10 @@ pub async fn run<Q: Queue>(
     tracing::info!(subscribers = fleet.lanes.len(), "running");
     let mut chores = JoinSet::new();
     let (doing, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
-    chores.spawn(async move { doing.chores(subscribers).await });
+    let (stop, stopping) = watch::channel(false);
+    chores.spawn(async move { doing.chores(subscribers, stopping).await });
     let (looking, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
-    chores.spawn(async move { look_again_and_again(&looking, subscribers, &board).await });
+    let look = chores.spawn(async move { look_again_and_again(&looking, subscribers, &board).await });
 
     loop {
         tokio::select! {
@@ -139,14 +147,20 @@ pub async fn run<Q: Queue>(
     let shutdown_timeout = *shutdown_timeout.borrow();
     tracing::info!(timeout_s = shutdown_timeout.as_secs_f64(), "stopping: nothing new is taken, requests in flight finish");
     phase.send_replace(Phase::Draining);
-    chores.shutdown().await;
+    stop.send_replace(true);
+    look.abort();
+    let chores_end = async { while chores.join_next().await.is_some() {} };
     let mut busy = fleet.drain();
     let lanes = async {
         while let Some(ended) = fleet.keepers.join_next().await {
             busy.remove(&ended.unwrap_or_else(resume));
         }
     };
-    let in_time = timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok();
+    let (in_time, _) = tokio::join!(
+        async { timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok() },
+        timeout(shutdown_timeout.min(CHORES_GOODBYE), chores_end)
+    );
+    chores.shutdown().await;
     if !in_time {
         fleet.keepers.shutdown().await;
     }
@@ -214,15 +228,26 @@ impl<Q: Queue> Fleet<Q> {
         Ok(endpoints)
     }
 
-    async fn change(&mut self, subscribers: Subscribers) -> Result<(), QueueError> {
+    /// Returns who is not bound yet, as far as that is known.
+    async fn change(&mut self, subscribers: Subscribers) -> Result<BTreeSet<String>, QueueError> {
         let plan = self.plan(&subscribers)?;
         // What is bound anew is bound before anything is unbound, which is a chore.
-        match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
+        let not_bound = match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
             Ok(ready) => ready?,
-            Err(_) => tracing::warn!("the queue does not get ready; what is configured anew is bound when it does"),
-        }
+            Err(_) => {
+                tracing::warn!("the queue does not get ready; what is configured anew is bound when it does");
+                self.to_be_bound(&subscribers)
+            }
+        };
         self.reconcile(subscribers, plan);
-        Ok(())
+        Ok(not_bound)
+    }
+
+    /// Those who are new, or want other events than before.
+    fn to_be_bound(&self, subscribers: &[Arc<Subscriber>]) -> BTreeSet<String> {
+        let before = self.subscribers.borrow();
+        let is_bound = |s: &Subscriber| before.iter().any(|old| old.name == s.name && !old.differences(s).contains(&"events"));
+        subscribers.iter().filter(|s| !is_bound(s)).map(|s| s.name.clone()).collect()
     }
 
     /// Makes the lanes those of `subscribers`. A lane without a part in `endpoints` is not touched.
@@ -308,11 +333,12 @@ async fn look_again_and_again(queue: &impl Queue, mut subscribers: watch::Receiv
         let late = || format!("the queue did not answer within {} s", LOOK_TIMEOUT.as_secs());
         let found = found.map_err(|_| late()).and_then(|found| found.map_err(|e| e.to_string()));
         // Without an answer it cost nothing but time.
-        let rest = if found.is_ok() { (clock::instant() - begun) * LOOK_SHARE } else { LOOK_INTERVAL };
+        let rest = if found.is_ok() { ((clock::instant() - begun) * LOOK_SHARE).min(LOOK_REST) } else { LOOK_INTERVAL };
         board.metrics().set_queue_up(queue.is_reachable());
         board.looked(clock::now(), found);
         tokio::select! {
             () = tokio::time::sleep(rest.max(LOOK_INTERVAL)) => {}
+            () = async { tokio::time::sleep(rest).await; board.wanted().await } => {}
             Ok(()) = subscribers.changed() => {}
         }
     }

@@ -18,6 +18,8 @@ use reqwest::{
     redirect, retry,
 };
 
+use tokio::sync::Semaphore;
+
 use crate::{
     address::AddressPolicy,
     answer::{Answer, Success},
@@ -420,13 +422,14 @@ fn tls_error(e: &(dyn std::error::Error + 'static)) -> Option<String> {
 fn is_io(e: &reqwest::Error) -> bool {
     let mut cause = e.source();
     while let Some(c) = cause {
-        let text = c.to_string();
         let io = c.downcast_ref::<std::io::Error>();
         // hyper reports malformed chunks as I/O errors of these kinds; no connection breaks with them.
         if io.is_some_and(|e| matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData)) {
             return false;
         }
-        if io.is_some() || text.contains("connection closed") || text.contains("before message completed") {
+        // Canceled: it was gone before the request was on its way.
+        let ended = |e: &hyper::Error| e.is_canceled() || e.is_closed() || e.is_incomplete_message();
+        if io.is_some() || c.downcast_ref().is_some_and(ended) {
             return true;
         }
         cause = c.source();
@@ -448,9 +451,30 @@ type Found = BoxFuture<'static, std::io::Result<Vec<SocketAddr>>>;
 #[derive(Clone)]
 struct Lookup(Arc<dyn Fn(String) -> Found + Send + Sync>);
 
+/// Names that are asked for at once for a subscriber. The system's resolver has a thread for each, also when nobody waits for its
+/// answer any more; all subscribers share 512 of them, and a name server that hangs must not use them up.
+const LOOKUPS: usize = 4;
+
 impl Lookup {
     fn of_system() -> Self {
-        Self(Arc::new(|name| Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) })))
+        Self(Arc::new(|name| Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) }))).at_a_time(LOOKUPS)
+    }
+
+    /// Each counts until it has its answer, whoever still waits for that.
+    fn at_a_time(self, limit: usize) -> Self {
+        let room = Arc::new(Semaphore::new(limit));
+        Self(Arc::new(move |name| {
+            let (room, lookup) = (room.clone(), self.0.clone());
+            Box::pin(async move {
+                let permit = room.acquire_owned().await;
+                let found = tokio::spawn(async move {
+                    let found = lookup(name).await;
+                    drop(permit);
+                    found
+                });
+                found.await.map_err(std::io::Error::other)?
+            })
+        }))
     }
 }
 
@@ -651,6 +675,29 @@ mod tests {
             let e = resolved.expect_err(url.as_str());
             assert!(e.is::<Blocked>() || e.is::<ResolveError>(), "{url}: {e}");
         }
+    }
+
+    #[tokio::test]
+    async fn lookups_that_hang_use_up_no_more_than_their_share_of_threads_whoever_still_waits_for_them() {
+        let (asked, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
+        let (counts, waits) = (asked.clone(), answers.clone());
+        let hangs = Lookup(Arc::new(move |_| {
+            counts.fetch_add(1, Ordering::SeqCst);
+            let waits = waits.clone();
+            Box::pin(async move {
+                waits.acquire().await.expect("open").forget();
+                Ok(Vec::new())
+            })
+        }));
+        let lookup = hangs.at_a_time(2);
+        for _ in 0..10 {
+            let given_up = tokio::time::timeout(Duration::from_millis(10), (lookup.0)("a.example".to_owned())).await;
+            assert!(given_up.is_err());
+        }
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+        answers.add_permits(3);
+        assert_eq!((lookup.0)("a.example".to_owned()).await.expect("answers"), []);
+        assert_eq!(asked.load(Ordering::SeqCst), 3);
     }
 
     #[test]

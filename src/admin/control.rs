@@ -26,7 +26,7 @@ use crate::{
     config::{Subscriber, changes::Changes},
     queue::{DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
     rehearsal,
-    reload::{Reloader, Unchanged},
+    reload::{Reloaded, Reloader, Unchanged},
     status::{Board, Circuit, Looked, State as LaneState, View},
     supervisor::Phase,
 };
@@ -67,16 +67,18 @@ struct Selection {
 pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase: watch::Receiver<Phase>) -> Router {
     type This<Q> = State<Arc<Control<Q>>>;
     let control = Arc::new(Control { queue, reloader, board, phase, looking: Mutex::default(), testing: Mutex::default() });
-    let all = async |State(control): This<Q>| control.all();
-    let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name));
+    let all = async |State(control): This<Q>| control.all().await;
+    let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name).await);
     let dead = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
         answer(to_its_end(async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await }).await)
     };
     let pause = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
-        control.wished(&headers, body, async |wish| control.change(&name, wish, true).await).await
+        let changing = control.clone();
+        control.wished(&headers, body, async |wish| to_its_end(async move { changing.change(&name, wish, true).await }).await).await
     };
     let resume = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
-        control.wished(&headers, body, async |wish| control.change(&name, wish, false).await).await
+        let changing = control.clone();
+        control.wished(&headers, body, async |wish| to_its_end(async move { changing.change(&name, wish, false).await }).await).await
     };
     let test = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
         control.wished(&headers, body, async |_| control.test(&name).await).await
@@ -84,7 +86,7 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
     let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(told).map_err(unchanged));
     let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
         let reloader = control.reloader.clone();
-        let reload = async move { reloader.reload("the API").await.map(told).map_err(unchanged) };
+        let reload = async move { reloader.reload("the API").await.map(told_after).map_err(unchanged) };
         control.wished(&headers, body, async |_| to_its_end(reload).await).await
     };
     Router::new()
@@ -113,6 +115,10 @@ async fn to_its_end(work: impl Future<Output = Result<Value, Refusal>> + Send + 
 
 fn told(changes: Changes) -> Value {
     json!({ "changes": changes.changes, "needs_restart": changes.needs_restart })
+}
+
+fn told_after(Reloaded { changes, not_bound }: Reloaded) -> Value {
+    json!({ "changes": changes.changes, "needs_restart": changes.needs_restart, "not_bound": not_bound })
 }
 
 fn unchanged(why: Unchanged) -> Refusal {
@@ -167,8 +173,8 @@ impl<Q: Queue> Control<Q> {
         found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, "no subscriber of that name is configured".to_owned()))
     }
 
-    fn all(&self) -> Response {
-        let looked = self.board.depths();
+    async fn all(&self) -> Response {
+        let looked = self.board.depths(clock::now()).await;
         let config = self.reloader.config();
         let subscribers: Vec<Value> = config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
         let depths = looked.as_ref().and_then(|l| l.found.as_ref().ok());
@@ -192,8 +198,9 @@ impl<Q: Queue> Control<Q> {
         json_answer(StatusCode::OK, &found)
     }
 
-    fn one(&self, name: &str) -> Result<Value, Refusal> {
-        Ok(self.subscriber_view(&*self.subscriber(name)?, self.board.depths().as_ref()))
+    async fn one(&self, name: &str) -> Result<Value, Refusal> {
+        let subscriber = self.subscriber(name)?;
+        Ok(self.subscriber_view(&subscriber, self.board.depths(clock::now()).await.as_ref()))
     }
 
     fn subscriber_view(&self, subscriber: &Subscriber, looked: Option<&Looked>) -> Value {
@@ -315,4 +322,127 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
         "last_delivered_at": view.last_delivered_at.map(rfc3339),
         "last_error": last_error,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use axum::{
+        extract::Request,
+        middleware::{self, Next},
+    };
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::{TcpListener, TcpStream},
+        sync::mpsc,
+    };
+
+    use super::*;
+    use crate::{
+        config::{self, Config},
+        metrics::Metrics,
+        queue::fake::Fake,
+        supervisor::Change,
+    };
+
+    /// Long enough for any machine.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn config(dir: &tempfile::TempDir, names: &[&str]) -> Config {
+        let table = |name: &&str| format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n");
+        let text = "[queue]\nurl = \"embedded\"\n".to_owned() + &names.iter().map(table).collect::<String>();
+        let path = dir.path().join("hooktrail.toml");
+        std::fs::write(&path, text).expect("writes");
+        config::load(&path).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// The API on a port of its own; tells of each request that nobody works on any more.
+    struct Served {
+        queue: Fake,
+        reloader: Reloader,
+        changes: mpsc::Receiver<Change>,
+        listens: std::net::SocketAddr,
+        ended: mpsc::UnboundedReceiver<()>,
+    }
+
+    /// Tells when it goes.
+    struct Ends(mpsc::UnboundedSender<()>);
+
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            self.0.send(()).ok();
+        }
+    }
+
+    async fn serve(config: Config) -> Served {
+        let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
+        let (reloader, changes) = Reloader::new(config, metrics.clone());
+        let phase = watch::Sender::new(Phase::Running).subscribe();
+        let (ends, ended) = mpsc::unbounded_channel();
+        let watched = middleware::from_fn(move |request: Request, next: Next| {
+            let ends = Ends(ends.clone());
+            async move {
+                let _ends = ends;
+                next.run(request).await
+            }
+        });
+        let app = routes(queue.clone(), reloader.clone(), Board::new(metrics), phase).layer(watched);
+        let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let listens = socket.local_addr().expect("an address");
+        tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });
+        Served { queue, reloader, changes, listens, ended }
+    }
+
+    impl Served {
+        async fn post(&self, path: &str) -> TcpStream {
+            let mut client = TcpStream::connect(self.listens).await.expect("connects");
+            let request =
+                format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{{}}");
+            client.write_all(request.as_bytes()).await.expect("asks");
+            client
+        }
+
+        /// The client goes away while its request is worked on, and that is noticed.
+        async fn goes_away(&mut self, client: TcpStream) {
+            drop(client);
+            timeout(PATIENCE, self.ended.recv()).await.expect("it is noticed").expect("a request");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pause_and_a_resume_are_made_although_the_client_has_gone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut served = serve(config(&dir, &["a"])).await;
+        let mut standings = served.queue.standings();
+        for (path, paused) in [("/v1/subscribers/a/pause", true), ("/v1/subscribers/a/resume", false)] {
+            let recording = served.queue.hold_record();
+            let client = served.post(path).await;
+            recording.begun().await;
+            served.goes_away(client).await;
+            recording.go_on();
+            let is_made = |all: &Option<_>| {
+                all.as_ref().and_then(|all: &crate::queue::Standings| all.get("a").map(|s| s.pause().is_some())) == Some(paused)
+            };
+            timeout(PATIENCE, standings.wait_for(is_made)).await.expect("it is made to its end").expect("the queue is there");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reload_is_made_although_the_client_has_gone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut served = serve(config(&dir, &["a"])).await;
+        config(&dir, &["a", "b"]);
+        let client = served.post("/v1/reload").await;
+        let change = timeout(PATIENCE, served.changes.recv()).await.expect("it begins").expect("a change");
+        served.goes_away(client).await;
+        change.done.send(Ok(BTreeSet::new())).ok(); // the lanes are as is configured now
+        let mut subscribers = served.reloader.subscribers();
+        timeout(PATIENCE, subscribers.wait_for(|all| all.len() == 2)).await.expect("it is made to its end").expect("the reloader is there");
+        // Whoever asks next is answered with what is in use.
+        let mut client = served.post("/v1/subscribers/b/pause").await;
+        let mut answer = [0; 15];
+        client.read_exact(&mut answer).await.expect("an answer");
+        assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    }
 }

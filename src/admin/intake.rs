@@ -32,6 +32,7 @@ use crate::{
     clock,
     config::Subscribers,
     event::{InvalidEvent, event_type},
+    failpoint::{Step, reached},
     metrics::Metrics,
     queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
     supervisor::Phase,
@@ -52,6 +53,9 @@ pub(super) const ROOM: u32 = 64 * 1024;
 
 /// What even a small request counts for, in the same units: its events cost more than their bytes.
 const LEAST_ROOM: u32 = 16;
+
+/// What an event takes beside the bytes that it came in: its type, its id, and what holds them.
+const EVENT_COST: usize = 256;
 
 /// How long a request waits for room before it is told to come again.
 const WAIT_FOR_ROOM: Duration = Duration::from_secs(1);
@@ -109,7 +113,7 @@ impl<Q: Queue> Intake<Q> {
         if length.is_some_and(|l| l > MAX_BODY) {
             return Err(Refusal::too_large());
         }
-        let _room = self.room(length, encoding).await?;
+        let room = self.room(length, encoding).await?;
         // Looked at with the room taken: a drain waits for what came before it.
         let mut phase = self.phase.clone();
         let running = *phase.borrow_and_update();
@@ -133,7 +137,15 @@ impl<Q: Queue> Intake<Q> {
             let parsing = tokio::task::spawn_blocking(move || inflated(body, encoding).and_then(|body| events_of(&body, encoding)));
             parsing.await.map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the body could not be read".to_owned()))??
         };
+        let _more = self.room_of(&events, room.num_permits())?;
         self.publish(with_trace(events, headers)).await
+    }
+
+    /// Many small events take more than the bytes that they came in. Nobody waits for that while holding room that others wait for.
+    fn room_of(&self, events: &[NewEvent], has: usize) -> Result<Option<SemaphorePermit<'_>>, Refusal> {
+        let needed = (events.len() * EVENT_COST).div_ceil(1024).min(ROOM as usize);
+        let Some(more) = needed.checked_sub(has).and_then(|more| u32::try_from(more).ok()) else { return Ok(None) };
+        self.room.try_acquire_many(more).map(Some).map_err(|_| Refusal::behind())
     }
 
     async fn room(&self, length: Option<usize>, encoding: Encoding) -> Result<SemaphorePermit<'_>, Refusal> {
@@ -183,6 +195,7 @@ impl<Q: Queue> Intake<Q> {
                 }
             }
         }
+        reached(Step::Stored);
         if self.failing.swap(false, Ordering::Relaxed) {
             tracing::info!("events are stored again");
         }
@@ -228,7 +241,8 @@ impl Encoding {
 fn with_trace(mut events: Vec<NewEvent>, headers: &HeaderMap) -> Vec<NewEvent> {
     let trace = header_text(headers, HeaderName::from_static("traceparent"));
     if !trace.is_empty() && trace.len() <= MAX_TRACEPARENT {
-        events.iter_mut().for_each(|e| e.traceparent = Some(trace.to_owned()));
+        let trace: Arc<str> = trace.into();
+        events.iter_mut().for_each(|e| e.traceparent = Some(trace.clone()));
     }
     events
 }
@@ -264,17 +278,26 @@ fn events_of(body: &Bytes, encoding: Encoding) -> Result<Vec<NewEvent>, Refusal>
     let mut found = Found::default();
     if encoding.lines {
         for (n, line) in body.split(|b| *b == b'\n').enumerate() {
-            if !line.trim_ascii().is_empty() {
-                found.add(body, line.trim_ascii(), Some(n + 1));
+            match trimmed(line) {
+                b"" => {}
+                event => found.add(body, event, Some(n + 1)),
             }
         }
     } else {
         match shape(body)? {
-            Shape::Event => found.add(body, body.trim_ascii(), None),
+            Shape::Event => found.add(body, trimmed(body), None),
             Shape::Events(events) => events.0.iter().for_each(|e| found.add(body, e.get().as_bytes(), None)),
         }
     }
     found.into_events()
+}
+
+/// Without the white space around it: JSON's (RFC 8259, section 2), which is less than that of ASCII.
+fn trimmed(mut text: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t' | b'\n' | b'\r', rest @ ..] | [rest @ .., b' ' | b'\t' | b'\n' | b'\r'] = text {
+        text = rest;
+    }
+    text
 }
 
 #[derive(Default)]
@@ -336,7 +359,9 @@ fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err(Refusal::bad(InvalidEvent::ByteOrderMark.to_string()));
     }
-    let mut json = serde_json::Deserializer::from_slice(body);
+    // What stands around the events is JSON too, though nobody looks at it.
+    let text = std::str::from_utf8(body).map_err(|e| Refusal::bad(format!("the body is not UTF-8 at byte {}", e.valid_up_to())))?;
+    let mut json = serde_json::Deserializer::from_str(text);
     let fields = json.deserialize_map(Fields { event: false, events: Vec::new() }).and_then(|fields| json.end().map(|()| fields));
     let fields = fields.map_err(|e| Refusal::bad(format!("the body is not a JSON object: {e}")))?;
     match fields.events[..] {
@@ -405,6 +430,24 @@ impl<'de: 'a, 'a> Visitor<'de> for Elements<'a> {
     }
 }
 
+/// A body as it was inflated, and what is read of it: the events, or the status of the refusal and the places of the bad ones.
+#[cfg(any(test, fuzzing))]
+pub(crate) type Read = (Bytes, Result<Vec<NewEvent>, (u16, Vec<usize>)>);
+
+/// `None` if the body cannot be inflated.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn read_all(body: &[u8], lines: bool, gzip: bool) -> Option<Read> {
+    let encoding = Encoding { lines, gzip };
+    let body = inflated(Bytes::copy_from_slice(body), encoding).ok()?;
+    let places = |refusal: Refusal| {
+        let (bad, count) = refusal.invalid.unwrap_or_default();
+        assert!(bad.len() == count.min(MAX_REPORTED) && bad.iter().all(|b| b.line.is_some() == lines));
+        (refusal.status.as_u16(), bad.iter().map(|b| b.index).collect())
+    };
+    let events = events_of(&body, encoding).map_err(places);
+    Some((body, events))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -456,6 +499,9 @@ mod tests {
             let refusal = refusal(body, JSON);
             assert!(refusal.status == 400 && refusal.why.contains(part), "{body}: {refusal:?}");
         }
+        assert_eq!(refusal(b"{\"events\":[{\"event\":\"a\"}],\"by\":\"\xff\"}", JSON).why, "the body is not UTF-8 at byte 32");
+        let told = refusal("{\"event\":\"a\"}\n\x0c{\"event\":\"b\"}\x0c\n", LINES).invalid.expect("a list");
+        assert_eq!(told.0.iter().map(|b| b.line).collect::<Vec<_>>(), [Some(2)], "a form feed is no white space of JSON");
         let told = refusal(r#"{"events":[{"event":"a"},{"x":1},7,{"event":"b"}]}"#, JSON).invalid.expect("a list");
         assert_eq!(told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(), [(1, None), (2, None)]);
         let told = refusal("{\"event\":\"a\"}\n\nnonsense\n{\"event\":\"\u{0}\"}", LINES).invalid.expect("a list");
@@ -485,6 +531,28 @@ mod tests {
         let refusal = intake.take(&headers, &mut Body::from(r#"{"event":"a"}"#)).await.expect_err("the fake takes none");
         assert_eq!((refusal.status, refusal.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(AGAIN_LATER)));
         assert!(refusal.why.contains("0 of the 1 events were stored before, and of the rest a part may have been"), "{}", refusal.why);
+    }
+
+    #[tokio::test]
+    async fn many_small_events_count_for_what_they_take_in_memory() {
+        let (_phase, phase) = watch::channel(Phase::Running);
+        let room = Arc::new(Semaphore::new(ROOM as usize));
+        let nobody = watch::Sender::new(Subscribers::default()).subscribe();
+        let intake = Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room.clone());
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/jsonl"));
+        let lines = "{\"event\":\"a\"}\n".repeat(MAX_EVENTS);
+        headers.insert(header::CONTENT_LENGTH, lines.len().into());
+        let (few, many) = ("{\"event\":\"a\"}\n", lines.as_str());
+        let status =
+            async |body: &str| intake.take(&headers, &mut Body::from(body.to_owned())).await.expect_err("the fake takes none").status;
+        // Three of them are on their way, and there is room for the bytes of many more.
+        let others = room.clone().acquire_many_owned(3 * (MAX_EVENTS * EVENT_COST / 1024) as u32).await.expect("open");
+        assert_eq!(status(many).await, StatusCode::SERVICE_UNAVAILABLE, "it comes as far as the queue");
+        let more = room.clone().acquire_many_owned(16 * 1024).await.expect("open");
+        assert_eq!((status(many).await, status(few).await), (StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE));
+        drop((others, more));
+        assert_eq!(room.available_permits(), ROOM as usize, "all of it is given back");
     }
 
     #[test]

@@ -7,14 +7,13 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Failed, find, visible};
+use super::{Failed, visible};
 use crate::config::{AdminConfig, Config};
 
 /// Longer than the daemon waits for a broker's confirm.
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-pub(super) async fn pause(config: &Config, name: &str, why: Option<String>) -> Result<(), Failed> {
-    find(config, name)?;
+pub(super) async fn pause(config: &AdminConfig, name: &str, why: Option<String>) -> Result<(), Failed> {
     let wish = why.map_or_else(|| json!({}), |why| json!({ "why": why }));
     let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
     let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
@@ -24,8 +23,7 @@ pub(super) async fn pause(config: &Config, name: &str, why: Option<String>) -> R
     Ok(())
 }
 
-pub(super) async fn resume(config: &Config, name: &str) -> Result<(), Failed> {
-    find(config, name)?;
+pub(super) async fn resume(config: &AdminConfig, name: &str) -> Result<(), Failed> {
     let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/resume"), &json!({})).await?;
     if answer["changed"] == true {
         println!("`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew.");
@@ -44,10 +42,10 @@ pub(super) struct Daemon<'c> {
 }
 
 impl<'c> Daemon<'c> {
-    pub(super) fn of(config: &'c Config) -> Result<Self, Failed> {
-        let address = reachable(config.admin.listen)?;
+    pub(super) fn of(config: &'c AdminConfig) -> Result<Self, Failed> {
+        let address = reachable(config.listen)?;
         let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(address, &e))?;
-        Ok(Self { config: &config.admin, address, client })
+        Ok(Self { config, address, client })
     }
 
     /// What there is at a path below `/api/v1/`.
@@ -124,7 +122,7 @@ pub(super) enum Foreseen {
 
 /// Asks the daemon what a reload would change; it changes nothing.
 pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> {
-    let daemon = match Daemon::of(config) {
+    let daemon = match Daemon::of(&config.admin) {
         Ok(daemon) => daemon,
         Err(Failed::Usage(why)) => return Ok(Foreseen::Unknown { why }),
         Err(other) => return Err(other),

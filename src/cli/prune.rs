@@ -51,7 +51,10 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     let removed = queue.depths(&config.subscribers).await?.removed;
     let unknown: Vec<&String> = args.subscribers.iter().filter(|name| !removed.contains_key(*name)).collect();
     if let Some(name) = unknown.first() {
-        return Err(Failed::Runtime(format!("there is nothing of a removed subscriber `{name}`")));
+        return Err(Failed::Runtime(format!(
+            "there is nothing of a removed subscriber `{name}`; if it was taken out of the configuration only just now, a running daemon \
+             has to let go of it first: its log says so within seconds"
+        )));
     }
     let chosen = removed.iter().filter(|(name, _)| args.subscribers.is_empty() || args.subscribers.contains(name));
     let (empty, full): (Vec<_>, Vec<_>) = chosen.partition(|(_, depth)| depth.is_empty());

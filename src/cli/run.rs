@@ -18,6 +18,8 @@ use crate::{
 };
 
 pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
+    // First of all: a signal that comes while the daemon starts must not end it in another way than later.
+    let signals = (signal::stop()?, Hangups::listen()?);
     log(config.log);
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
@@ -27,7 +29,7 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
-            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, metrics).await
+            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, metrics, signals).await
         }
         Backend::Amqp(amqp) => {
             if !force && EmbeddedQueue::holds_undelivered(&config.queue.embedded).await? {
@@ -38,13 +40,17 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
                 )));
             }
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), broker = %amqp.url, "starting");
-            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, metrics).await
+            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, metrics, signals).await
         }
     }
 }
 
-async fn deliver(queue: impl Queue, config: Config, metrics: Metrics) -> Result<(), Failed> {
-    let (shutdown, hangups) = (signal::stop()?, Hangups::listen()?);
+async fn deliver(
+    queue: impl Queue,
+    config: Config,
+    metrics: Metrics,
+    (shutdown, hangups): (impl Future<Output = ()>, Hangups),
+) -> Result<(), Failed> {
     let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
     let board = Board::new(metrics.clone());
     let subscribers = config.subscribers.clone();

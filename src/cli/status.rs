@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 
 use super::{Failed, daemon::Daemon, visible};
-use crate::{clock, config::Config};
+use crate::{clock, config::AdminConfig};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -21,7 +21,7 @@ pub(super) struct Args {
     watch: Option<Duration>,
 }
 
-pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
+pub(super) async fn run(config: &AdminConfig, args: &Args) -> Result<(), Failed> {
     let daemon = Daemon::of(config)?;
     loop {
         let asked = daemon.get("subscribers").await;
@@ -64,6 +64,14 @@ fn table(found: &Value) -> String {
     let mut rows = vec![COLUMNS.map(str::to_owned)];
     let subscribers = found["subscribers"].as_array().map(Vec::as_slice).unwrap_or_default();
     rows.extend(subscribers.iter().map(row));
+    // A long reason would push the figures off the screen; it is told below.
+    let mut long = Vec::new();
+    for row in &mut rows {
+        if row[1].chars().count() > STATE_WIDTH {
+            long.push(format!("\n`{}`: {}", row[0], row[1]));
+            row[1] = row[1].chars().take(STATE_WIDTH - 1).chain(['…']).collect();
+        }
+    }
     let widths: [usize; COLUMNS.len()] = std::array::from_fn(|n| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0));
     for row in &rows {
         let cell = |(n, (text, width)): (usize, (&String, &usize))| {
@@ -71,8 +79,14 @@ fn table(found: &Value) -> String {
         };
         line(&row.iter().zip(&widths).enumerate().map(cell).collect::<Vec<_>>().join("  "));
     }
+    long.iter().for_each(|text| line(text));
     if subscribers.is_empty() {
         line("no subscriber is configured");
+    }
+    // A look at many queues, or at a broker that is away, takes its time.
+    let age = found["queue"]["looked_at"].as_str().and_then(|at| clock::now().duration_since(humantime::parse_rfc3339(at).ok()?).ok());
+    if let Some(age) = age.filter(|age| *age >= OLD) {
+        line(&format!("\nBACKLOG and DEAD are of {} ago: the queues have not been looked at since.", span(age)));
     }
     for r in found["removed"].as_array().into_iter().flatten() {
         let name = text(&r["subscriber"]);
@@ -82,13 +96,22 @@ fn table(found: &Value) -> String {
         ));
     }
     if found["queue"]["orphans"].as_u64().is_some_and(|n| n > 0) {
-        line(&format!("\n{} orphans: retries whose queue was gone (hooktrail dead list --orphans)", found["queue"]["orphans"]));
+        line(&format!(
+            "\n{} orphans: retries whose queue was gone, or no events in the source queue (hooktrail dead list --orphans)",
+            found["queue"]["orphans"]
+        ));
     }
     out
 }
 
 const COLUMNS: [&str; 12] =
     ["SUBSCRIBER", "STATE", "BACKLOG", "IN HAND", "IN RETRY", "NEXT DUE", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
+
+/// More of a state is not in the table.
+const STATE_WIDTH: usize = 50;
+
+/// From this age on what is told of the queues is told with its age.
+const OLD: Duration = Duration::from_secs(3);
 
 const NUMBERS: [&str; 9] = ["BACKLOG", "IN HAND", "IN RETRY", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
 
@@ -122,6 +145,8 @@ fn state(s: &Value) -> String {
     };
     match s["state"].as_str().unwrap_or_default() {
         "ok" => "ok".to_owned(),
+        // Its batch was given up, or another daemon has it.
+        "retrying" if s["in_retry"] == 0 && s["in_hand"] == 0 => format!("last attempt failed{}", last_error()),
         "retrying" => format!("retrying{}", last_error()),
         "circuit_open" => format!("circuit open, probe {}{}", s["circuit"]["until"].as_str().map_or_else(String::new, until), last_error()),
         "held" => format!("held by Retry-After, until {}", s["held_until"].as_str().map_or_else(String::new, until)),
@@ -166,7 +191,7 @@ mod tests {
         let found = json!({
             "phase": "draining",
             "config": { "problem": "h.toml:3:1: x: is wrong\nanother \u{1b}[2J" },
-            "queue": { "up": false, "error": null, "orphans": 2 },
+            "queue": { "up": false, "error": null, "orphans": 2, "looked_at": "2020-01-01T00:00:00Z" },
             "subscribers": [
                 { "subscriber": "a", "state": "ok", "backlog": 3, "in_hand": 1, "in_retry": 0, "next_retry_at": null, "dead": 0,
                   "delivered_per_s": 12.34, "success_rate": 0.995, "p50_s": 0.012, "p99_s": 61.0, "oldest_event_age_s": 3700.5 },
@@ -175,6 +200,8 @@ mod tests {
                 { "subscriber": "d", "state": "circuit_open", "circuit": { "until": "2020-01-01T00:00:00Z" },
                   "last_error": { "failure": "connect", "status": null, "cause": "refused" } },
                 { "subscriber": "e", "state": "starting" },
+                { "subscriber": "g", "state": "paused", "paused": { "why": "they are migrating to another region this week", "by": "operator" } },
+                { "subscriber": "f", "state": "retrying", "in_hand": 0, "in_retry": 0, "last_error": { "failure": "timeout" } },
             ],
             "removed": [{ "subscriber": "gone", "events": 5, "retries": 0, "dead": 1 }],
         });
@@ -190,6 +217,10 @@ mod tests {
             "retrying (status 503)",
             "circuit open, probe now (connect: refused)",
             "e           starting",
+            "last attempt failed (timeout)",
+            "g           paused by operator: they are migrating to another… ",
+            "\n`g`: paused by operator: they are migrating to another region this week\n",
+            "BACKLOG and DEAD are of ",
             "`gone` is not configured any more; there are left 5 events",
             "2 orphans",
         ] {

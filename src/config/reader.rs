@@ -6,7 +6,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeSet,
-    fmt,
+    fmt, io,
     ops::Range,
     path::{Path, PathBuf},
     time::Duration,
@@ -64,6 +64,8 @@ impl Source {
 /// Collects the problems and knows the environment.
 pub(super) struct Reader<'e> {
     env: &'e dyn Fn(&str) -> Option<String>,
+    /// Where there is no disk: the files that there are.
+    memory: Option<&'e [(&'e str, &'e str)]>,
     problems: RefCell<Vec<Problem>>,
     files: RefCell<BTreeSet<PathBuf>>,
 }
@@ -114,12 +116,42 @@ impl<'d> Section<'d> {
 
 impl<'e> Reader<'e> {
     pub(super) fn new(env: &'e dyn Fn(&str) -> Option<String>) -> Self {
-        Self { env, problems: RefCell::default(), files: RefCell::default() }
+        Self { env, memory: None, problems: RefCell::default(), files: RefCell::default() }
+    }
+
+    /// For a configuration that a stranger wrote, whose paths may name anything.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn without_disk(env: &'e dyn Fn(&str) -> Option<String>, files: &'e [(&'e str, &'e str)]) -> Self {
+        Self { memory: Some(files), ..Self::new(env) }
+    }
+
+    pub(super) fn has_disk(&self) -> bool {
+        self.memory.is_none()
+    }
+
+    /// A file that the configuration is made of.
+    pub(super) fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.depends_on(path);
+        let Some(files) = self.memory else { return std::fs::read(path) };
+        files
+            .iter()
+            .find(|(name, _)| path == Path::new(name))
+            .map(|(_, text)| text.as_bytes().to_vec())
+            .ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    /// As [`read`](Self::read).
+    pub(super) fn read_to_string(&self, path: &Path) -> io::Result<String> {
+        String::from_utf8(self.read(path)?).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
     }
 
     /// Notes that the configuration is made of this file, or of what is in this folder.
     pub(super) fn depends_on(&self, path: &Path) {
         self.files.borrow_mut().insert(path.to_owned());
+    }
+
+    pub(super) fn is_clean(&self) -> bool {
+        self.problems.borrow().is_empty()
     }
 
     /// The problems, and the files it depends on.
@@ -152,7 +184,16 @@ impl<'e> Reader<'e> {
     }
 
     pub(super) fn report(&self, value: &Value<'_>, message: impl Into<String>) {
-        self.report_at(value.source, value.span.start, value.key.clone(), message.into());
+        self.report_at(value.source, value.span.start, value.key.clone(), self.as_written(value, message.into()));
+    }
+
+    /// What the environment holds is shown by the name of its variable: it may be a secret that stands where it does not belong.
+    fn as_written(&self, value: &Value<'_>, message: String) -> String {
+        let Some(written) = value.value.as_str().filter(|text| text.contains("${")) else { return message };
+        let Ok(meant) = interpolate(written, self.env) else { return message };
+        let message = message.replace(&format!("`{meant}`"), &format!("`{written}`"));
+        // What is shorter is no secret, and may be a word of the message.
+        if meant.len() < 8 { message } else { message.replace(&meant, written) }
     }
 
     pub(super) fn report_missing(&self, section: &Section<'_>, key: &str, message: &str) {

@@ -401,6 +401,27 @@ fn no_message_ever_quotes_a_secret() {
 }
 
 #[test]
+fn a_secret_of_the_environment_that_stands_where_it_does_not_belong_is_named_and_not_shown() {
+    let secret = "${BAD_SECRET}";
+    for (n, text) in [
+        format!("{QUEUE}{SUBSCRIBER}events = [\"{secret}.x*\"]\n"),
+        format!("{QUEUE}[log]\nlevel = \"{secret}\"\n{SUBSCRIBER}"),
+        format!("{QUEUE}[retry]\ninitial_interval = \"{secret}\"\non_exhausted = \"{secret}\"\n{SUBSCRIBER}"),
+        format!("{QUEUE}[batch]\nmax_bytes = \"{secret}\"\n{SUBSCRIBER}"),
+        format!("{QUEUE}[http]\nallow_addresses = [\"{secret}\"]\nproxy = \"{secret}\"\nsuccess = \"{secret}\"\n{SUBSCRIBER}"),
+        format!("{QUEUE}[admin]\nlisten = \"{secret}\"\n{SUBSCRIBER}"),
+        format!("{QUEUE}{SUBSCRIBER}format = \"{secret}\"\nsignatures = [\"{secret}\"]\npreset = \"{secret}\"\n"),
+        format!("{QUEUE}[[subscriber]]\nname = \"{secret}!\"\nurl = \"{secret}\"\nsignatures = []\n"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let found = load_text(text).expect_err("refused");
+        assert!(!found.iter().any(|p| p.contains("tell-nobody")), "{n}: {found:#?}");
+    }
+}
+
+#[test]
 fn secrets_come_from_files_relative_to_the_file_that_names_them() {
     let subscriber = |name: &str, file: &str| {
         format!(
@@ -433,6 +454,8 @@ fn a_file_that_is_not_there_or_not_toml_says_so() {
     assert!(found.iter().any(|p| p.starts_with("h.toml:1:") && p.contains("not valid TOML")), "{found:?}");
     let found = problems("include = [\"gone.toml\"]\n[queue]\nurl = \"amqp://x\"\n");
     assert!(found[0].starts_with("gone.toml: cannot be read"), "{found:?}");
+    // Root, who runs tests in a container, may read everything.
+    assert!(way_out(std::io::ErrorKind::PermissionDenied).contains("sudo -u hooktrail"));
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! - `connection`: connecting without end, channels shared among connections
 //! - `publisher`: confirmed publishing from one task
 //! - `lane`: source and settler of a subscriber
+//! - `repeats`: what was settled and comes again, because its ack was lost
 //! - `state`: what earlier configurations bound
 //! - `relay`: the source queue, and the sweep of orphans
 //! - `walk`: a look at each message of a queue, in their order
@@ -16,12 +17,15 @@
 mod connection;
 mod dead;
 mod doctor;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod ladder;
 mod lane;
 mod management;
 mod message;
 mod publisher;
 mod relay;
+mod repeats;
 mod state;
 mod topology;
 mod walk;
@@ -46,6 +50,7 @@ use self::{
     message::Message,
     publisher::{Fate, Publisher},
     relay::{Relay, Sweep},
+    repeats::Remembered,
     state::Reconciler,
     topology::{Broker, Topology},
 };
@@ -55,6 +60,7 @@ pub use self::{
     lane::{Settler, Source},
 };
 use crate::{
+    clock,
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
     finding::Finding,
     metrics::Metrics,
@@ -74,14 +80,20 @@ struct Inner {
     declaring: Arc<Pool>,
     publisher: OnceLock<Publisher>,
     standings: watch::Sender<Option<Standings>>,
+    /// What this daemon has recorded of whom, until it has read that: it counts already.
+    recorded: Mutex<HashMap<String, Standing>>,
     /// Subscribers that the record says were removed.
     removed: watch::Sender<BTreeSet<String>>,
+    /// The patterns of those for whom this was made ready last: what they want is not unbound.
+    prepared: tokio::sync::Mutex<HashMap<String, BTreeSet<String>>>,
     /// The record is followed, so nobody has to read it.
     follows: AtomicBool,
     /// How often this daemon consumes the queue of a subscriber now.
     consumers: Mutex<HashMap<String, u32>>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
     suspects: Mutex<HashSet<String>>,
+    /// By subscriber.
+    remembered: Mutex<HashMap<String, Arc<Remembered>>>,
 }
 
 /// So many subscribers may have a connection of their own.
@@ -109,10 +121,13 @@ impl AmqpQueue {
             topology: Topology::new(config),
             publisher: OnceLock::new(),
             standings: watch::Sender::new(None),
+            recorded: Mutex::default(),
             removed: watch::Sender::default(),
+            prepared: tokio::sync::Mutex::default(),
             follows: AtomicBool::new(false),
             consumers: Mutex::default(),
             suspects: Mutex::default(),
+            remembered: Mutex::default(),
         }))
     }
 
@@ -148,16 +163,25 @@ impl AmqpQueue {
         Publisher::start(self.topology().clone(), self.0.dialer.clone(), self.0.declaring.clone(), role)
     }
 
-    async fn try_prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+    fn recorded(&self) -> MutexGuard<'_, HashMap<String, Standing>> {
+        self.0.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns whose queues are not ready.
+    async fn try_prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
+        let patterns = |s: &Arc<Subscriber>| (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect());
+        *self.0.prepared.lock().await = subscribers.iter().map(patterns).collect();
         let mut broker = self.broker();
         self.topology().find_source(&mut broker).await?;
         self.topology().ensure_shared(&mut broker).await?;
+        let mut unready = BTreeSet::new();
         for s in subscribers {
             if let Err(e) = self.topology().ensure_subscriber(&mut broker, s).await {
                 tracing::error!(subscriber = s.name, error = %e, "its queues are not ready");
+                unready.insert(s.name.clone());
             }
         }
-        Ok(())
+        Ok(unready)
     }
 
     /// Follows the record: who is paused, and what only earlier configurations had, which it takes away.
@@ -172,7 +196,7 @@ impl AmqpQueue {
         }
     }
 
-    async fn relay(&self, subscribers: watch::Receiver<Subscribers>) {
+    async fn relay(&self, subscribers: watch::Receiver<Subscribers>, stopping: watch::Receiver<bool>) {
         let Intake::SourceQueue(queue) = self.topology().intake() else { return };
         // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
         let publisher = self.new_publisher(Role::Relaying);
@@ -183,11 +207,12 @@ impl AmqpQueue {
             metrics: &self.0.dialer.metrics,
             queue,
             subscribers: &subscribers,
+            stopping: &stopping,
         };
         let mut relaying = Effort::new(format!("the relay from queue `{queue}`"));
         loop {
             let mut configured = subscribers.clone();
-            let relayed = async {
+            let opened = async {
                 // An event relayed before a queue is bound would pass that queue by.
                 let mut broker = self.broker();
                 self.topology().ensure_shared(&mut broker).await?;
@@ -196,10 +221,20 @@ impl AmqpQueue {
                     self.topology().ensure_subscriber(&mut broker, s).await?;
                 }
                 drop(broker);
-                relay.run(&mut relaying, &mut configured).await
+                relay.open().await
             };
-            if let Err(e) = relayed.await {
-                relaying.failed(&e).await;
+            let relayed = tokio::select! {
+                () = stopped(stopping.clone()) => return,
+                opened = opened => match opened {
+                    Ok(opened) => relay.run(opened, &mut relaying, &mut configured).await,
+                    Err(e) => Err(e),
+                },
+            };
+            if let Err(e) = relayed {
+                tokio::select! {
+                    () = stopped(stopping.clone()) => return,
+                    () = relaying.failed(&e) => {}
+                }
             }
         }
     }
@@ -306,13 +341,17 @@ impl AmqpQueue {
         let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(1));
         let mut tries = 2;
         loop {
-            let lease = self.0.consuming.quarantine().await?.lease().await?;
             tries -= 1;
-            match lane::try_consume(&lease, queue).await {
+            match self.try_once(queue).await? {
                 Err(e) if e.is_broken() && tries > 0 => tokio::time::sleep(waits.grow()).await,
                 tried => return Ok(tried),
             }
         }
+    }
+
+    async fn try_once(&self, queue: &str) -> Result<Result<(), Unusable>, QueueError> {
+        let lease = self.0.consuming.quarantine().await?.lease().await?;
+        Ok(lane::try_consume(&lease, queue).await)
     }
 
     /// Until the guard is dropped, this daemon consumes the queue of a subscriber.
@@ -323,6 +362,14 @@ impl AmqpQueue {
 
     fn consumers(&self) -> MutexGuard<'_, HashMap<String, u32>> {
         self.0.consumers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What its lost sessions have left.
+    fn remembered(&self, subscriber: &str) -> Arc<Remembered> {
+        let mut all = self.0.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = clock::instant();
+        all.retain(|_, left| Arc::strong_count(left) > 1 || !left.is_empty(now));
+        all.entry(subscriber.to_owned()).or_default().clone()
     }
 
     /// How often it does now.
@@ -397,7 +444,7 @@ impl Queue for AmqpQueue {
     type Settler = Settler;
     type DeadLetters = DeadLetters;
 
-    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
         self.publisher(); // connects meanwhile
         let mut preparing = Effort::new("the broker's readiness");
         loop {
@@ -408,12 +455,19 @@ impl Queue for AmqpQueue {
         }
     }
 
-    async fn chores(&self, subscribers: watch::Receiver<Subscribers>) {
-        tokio::join!(
-            kept("following the record", || self.follow_state(subscribers.clone())),
-            kept("the relay", || self.relay(subscribers.clone())),
-            kept("the sweep of orphans", || self.sweep(subscribers.clone())),
-        );
+    async fn chores(&self, subscribers: watch::Receiver<Subscribers>, stopping: watch::Receiver<bool>) {
+        let relay = kept("the relay", || self.relay(subscribers.clone(), stopping.clone()));
+        let others = async {
+            tokio::join!(
+                kept("following the record", || self.follow_state(subscribers.clone())),
+                kept("the sweep of orphans", || self.sweep(subscribers.clone())),
+            )
+        };
+        tokio::select! {
+            // What is stored and not acked would be relayed again by the next daemon.
+            _ = async { tokio::join!(relay, stopped(stopping.clone())) } => {}
+            _ = others => {}
+        }
     }
 
     async fn close(&self) {
@@ -433,7 +487,7 @@ impl Queue for AmqpQueue {
         let leases = self.leases(suspect).await?;
         // Counted before the broker counts it.
         let consumes = self.consumes(name);
-        match Source::open(leases, self.topology(), self.publisher().clone(), name, window, consumes).await {
+        match Source::open(leases, self.topology(), self.publisher().clone(), name, window, self.remembered(name), consumes).await {
             Ok(opened) => Ok(opened),
             Err(unusable) => {
                 if unusable.is_broken() {
@@ -485,7 +539,11 @@ impl Queue for AmqpQueue {
     }
 
     async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
-        state::record(self.topology(), self.publisher(), subscriber, &standing).await?;
+        self.recorded().insert(subscriber.to_owned(), standing.clone());
+        if let Err(e) = state::record(self.topology(), self.publisher(), subscriber, &standing).await {
+            self.recorded().remove(subscriber);
+            return Err(e);
+        }
         // What is followed brings it too, a little later.
         self.0.standings.send_modify(|all| {
             if let Some(all) = all {
@@ -564,6 +622,10 @@ impl Drop for Consumes {
             }
         }
     }
+}
+
+async fn stopped(mut stopping: watch::Receiver<bool>) {
+    stopping.wait_for(|stops| *stops).await.ok();
 }
 
 /// Does a chore, over panics too.

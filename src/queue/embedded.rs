@@ -231,11 +231,12 @@ impl Queue for EmbeddedQueue {
     type Settler = Settler;
     type DeadLetters = DeadLetters;
 
-    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
+        // Before anything is changed: what is refused has changed nothing.
+        let mut found = self.store().read(standings).await?;
         self.bind(subscribers, false).await?;
         let names: BTreeSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
         let before = std::mem::replace(&mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner), names.clone());
-        let mut found = self.store().read(standings).await?;
         self.0.standings.send_modify(|all| match all {
             None => *all = Some(Arc::new(found)),
             // This daemon alone changes them, but of who comes now: a command may have pruned one of that name.
@@ -248,11 +249,16 @@ impl Queue for EmbeddedQueue {
                 }
             }
         });
-        Ok(())
+        Ok(BTreeSet::new())
     }
 
-    async fn chores(&self, subscribers: watch::Receiver<Subscribers>) {
-        tokio::join!(self.look_for_news(), self.trim_again_and_again(), self.bind_again(subscribers));
+    async fn chores(&self, subscribers: watch::Receiver<Subscribers>, mut stopping: watch::Receiver<bool>) {
+        // Each step is a transaction.
+        let chores = async { tokio::join!(self.look_for_news(), self.trim_again_and_again(), self.bind_again(subscribers)) };
+        tokio::select! {
+            _ = stopping.wait_for(|stops| *stops) => {}
+            _ = chores => {}
+        }
     }
 
     async fn close(&self) {}
@@ -287,7 +293,7 @@ impl Queue for EmbeddedQueue {
             for e in &events {
                 let matched = patterns.iter().any(|p| p.matches(&e.event_type));
                 if matched {
-                    let traceparent = e.traceparent.as_ref().filter(|t| t.len() <= MAX_TRACEPARENT);
+                    let traceparent = e.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
                     insert.execute(params![e.event_type, e.message_id, at, &e.body[..], traceparent])?;
                 }
                 fates.push(if matched { Published::Stored } else { Published::Unmatched });
@@ -569,7 +575,7 @@ mod tests {
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
         let receipt = |t: &Taken| match t {
             Taken::Event(e) => e.receipt,
-            Taken::Envelope(_, receipt) | Taken::NotAnEnvelope(_, receipt) => *receipt,
+            Taken::Envelope(_, receipt) | Taken::NotAnEnvelope(_, receipt) | Taken::Known { receipt, .. } => *receipt,
         };
         taken.iter().map(receipt).collect()
     }
@@ -694,5 +700,165 @@ mod tests {
             .await
             .expect("a segment");
         assert_eq!(after, 5);
+    }
+
+    #[tokio::test]
+    async fn of_two_pauses_at_once_neither_is_lost_whichever_is_heard_of_first() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::ZERO)).expect("opens");
+        queue.prepare(&subscribers(&[("a", "x"), ("b", "x")])).await.expect("prepares");
+        // Both are written in one go, once both have been asked for.
+        let (go_on, held) = std::sync::mpsc::channel::<()>();
+        let store = queue.store().clone();
+        let holding = tokio::spawn(async move { store.write(move |_| Ok(held.recv().ok())).await });
+        let paused = |by: &str| Standing::Paused(Pause { why: "asked".to_owned(), since: SystemTime::UNIX_EPOCH, by: by.to_owned() });
+        tokio::task::yield_now().await;
+        let mut a = std::pin::pin!(queue.record("a", paused("one")));
+        let mut b = std::pin::pin!(queue.record("b", paused("two")));
+        tokio::select! {
+            biased;
+            _ = &mut a => panic!("it is held"),
+            _ = &mut b => panic!("it is held"),
+            () = std::future::ready(()) => {}
+        }
+        go_on.send(()).expect("it is held");
+        holding.await.expect("does not panic").expect("writes");
+        b.await.expect("is recorded");
+        a.await.expect("is recorded");
+        let known = queue.standings().borrow().clone().expect("known");
+        assert_eq!(*known, [("a".to_owned(), paused("one")), ("b".to_owned(), paused("two"))].into());
+        assert_eq!(queue.store().read(standings).await.expect("reads"), *known);
+    }
+
+    /// Whether a subscriber gets events that come now.
+    async fn is_bound(queue: &EmbeddedQueue, subscriber: &'static str) -> bool {
+        let open = "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)";
+        queue.store().read(move |db| db.query_row(open, [subscriber], |r| r.get(0))).await.expect("reads")
+    }
+
+    async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+        let waiting = async {
+            while !condition().await {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+    }
+
+    #[tokio::test]
+    async fn who_was_removed_and_comes_back_is_bound_again_even_if_the_file_takes_nothing_at_first() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let both = subscribers(&[("a", "x"), ("b", "x")]);
+        queue.prepare(&both).await.expect("prepares");
+        publish(&queue, "x", 2).await;
+        // A change that was not prepared: that had taken too long.
+        let configured = watch::Sender::new(both.clone());
+        let (chores, subscribers) = (queue.clone(), configured.subscribe());
+        let (_stop, stopping) = watch::channel(false);
+        let chores = tokio::spawn(async move { chores.chores(subscribers, stopping).await });
+        configured.send_replace(both[..1].into());
+        until("b is unbound", async || !is_bound(&queue, "b").await).await;
+        publish(&queue, "x", 3).await;
+        let refuse = "CREATE TRIGGER refuse BEFORE INSERT ON segment BEGIN SELECT RAISE(ABORT, 'not now'); END";
+        queue.store().write(|db| db.execute_batch(refuse)).await.expect("writes");
+        let commits = queue.store().commits();
+        let before = *commits.borrow();
+        configured.send_replace(both.clone());
+        // One may still be that of the trigger.
+        until("it was tried", async || *commits.borrow() >= before + 2).await;
+        assert!(!is_bound(&queue, "b").await);
+        queue.store().write(|db| db.execute_batch("DROP TRIGGER refuse")).await.expect("writes");
+        until("b is bound again", async || is_bound(&queue, "b").await).await;
+        assert_eq!(publish(&queue, "x", 4).await, [Published::Stored; 4]);
+        let (mut source, settler) = queue.open(&both[1], WINDOW).await.expect("opens");
+        let mut receipts = take(&mut source).await;
+        receipts.extend(take(&mut source).await);
+        assert_eq!(receipts.len(), 6, "what had come before it was removed, and what comes now");
+        settler.settle(receipts, Settlement::Delivered).await.expect("settles");
+        assert_eq!(queue.store().read(backlogs).await.expect("counts"), [("a".to_owned(), 9), ("b".to_owned(), 0)]);
+        chores.abort();
+    }
+
+    #[tokio::test]
+    async fn unbinding_that_is_tried_again_spares_who_has_come_back_meanwhile() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let both = subscribers(&[("a", "x"), ("b", "x")]);
+        queue.prepare(&both).await.expect("prepares");
+        publish(&queue, "x", 1).await;
+        let segment = async || {
+            let of_b = "SELECT id, upto FROM segment WHERE subscriber = 'b'";
+            let read = |db: &Connection| db.query_row(of_b, [], |r| Ok::<(i64, Option<i64>), rusqlite::Error>((r.get(0)?, r.get(1)?)));
+            queue.store().read(read).await.expect("reads")
+        };
+        let before = segment().await;
+        let configured = watch::Sender::new(both.clone());
+        let (chores, told) = (queue.clone(), configured.subscribe());
+        let (_stop, stopping) = watch::channel(false);
+        let chores = tokio::spawn(async move { chores.chores(told, stopping).await });
+        let refuse = "CREATE TRIGGER refuse BEFORE UPDATE ON segment BEGIN SELECT RAISE(ABORT, 'not now'); END";
+        queue.store().write(|db| db.execute_batch(refuse)).await.expect("writes");
+        let commits = queue.store().commits();
+        let commits_before = *commits.borrow();
+        configured.send_replace(both[..1].into());
+        // One may still be that of the trigger.
+        until("it was tried", async || *commits.borrow() >= commits_before + 2).await;
+        queue.prepare(&both).await.expect("it is bound still");
+        configured.send_replace(both.clone());
+        queue.store().write(|db| db.execute_batch("DROP TRIGGER refuse")).await.expect("writes");
+        // One more, who is bound after what was still to be tried again.
+        configured.send_replace(subscribers(&[("a", "x"), ("b", "x"), ("c", "x")]));
+        until("another one is bound", async || is_bound(&queue, "c").await).await;
+        assert_eq!(segment().await, before);
+        chores.abort();
+    }
+
+    #[tokio::test]
+    async fn a_preparation_that_fails_has_changed_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let both = subscribers(&[("a", "x"), ("b", "x")]);
+        queue.prepare(&both).await.expect("prepares");
+        let rename = async |from: &'static str, to: &'static str| {
+            let rename = move |db: &Connection| db.execute_batch(&format!("ALTER TABLE {from} RENAME TO {to}"));
+            queue.store().write(rename).await.expect("writes");
+        };
+        rename("standing", "hidden").await;
+        queue.prepare(&both[..1]).await.expect_err("nobody knows who is paused");
+        rename("hidden", "standing").await;
+        publish(&queue, "x", 1).await;
+        let (mut source, _settler) = queue.open(&both[1], WINDOW).await.expect("opens");
+        assert_eq!(take(&mut source).await.len(), 1, "who was to be taken out still gets events");
+    }
+
+    #[tokio::test]
+    async fn a_prune_that_refuses_changes_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let both = subscribers(&[("a", "x"), ("b", "x")]);
+        queue.prepare(&both).await.expect("prepares");
+        publish(&queue, "x", 2).await;
+        let paused = Standing::Paused(Pause { why: "asked".to_owned(), since: SystemTime::UNIX_EPOCH, by: "operator".to_owned() });
+        queue.record("b", paused.clone()).await.expect("is recorded");
+        let everything = async || {
+            let segments = "SELECT group_concat(subscriber || ' ' || patterns || ' ' || after || ' ' || coalesce(upto, '-')) FROM segment";
+            let all = |db: &Connection| Ok((db.query_row(segments, [], |r| r.get::<_, String>(0))?, backlogs(db)?, standings(db)?));
+            queue.store().read(all).await.expect("reads")
+        };
+        let before = everything().await;
+        let refused = async |with_events| queue.prune("b", with_events).await.expect_err("refuses").to_string();
+        assert!(refused(true).await.contains("still gets events"));
+        assert_eq!(everything().await, before);
+        queue.prepare(&both[..1]).await.expect("prepares");
+        let before = everything().await;
+        assert!(refused(false).await.contains("holds something by now"));
+        assert_eq!(everything().await, before);
+        queue.prepare(&both).await.expect("prepares");
+        publish(&queue, "x", 1).await;
+        let (mut source, _settler) = queue.open(&both[1], WINDOW).await.expect("opens");
+        let taken = take(&mut source).await.len() + take(&mut source).await.len();
+        assert_eq!(taken, 3, "it is as if nobody had asked");
+        assert_eq!(queue.standings().borrow().as_ref().and_then(|all| all.get("b").cloned()), Some(paused));
     }
 }

@@ -1,7 +1,7 @@
 //! A queue in memory for tests of what stands above the seam: it does as it is told, panics included.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -10,7 +10,7 @@ use super::{
     DeadLetters, Depths, Envelope, Event, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
     Source, Standing, Standings, Taken, Window,
 };
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::{
     config::{Subscriber, Subscribers},
@@ -40,6 +40,26 @@ struct State {
     answers: VecDeque<SettleError>,
     retries: Vec<(Envelope, Duration)>,
     opened: usize,
+    /// The next record waits for it.
+    held: Option<HeldRecord>,
+}
+
+/// A record that is begun and not made before it is told to be.
+#[derive(Debug, Clone)]
+pub(crate) struct HeldRecord {
+    begun: Arc<Semaphore>,
+    goes_on: Arc<Semaphore>,
+}
+
+impl HeldRecord {
+    /// Waits until it is begun.
+    pub(crate) async fn begun(&self) {
+        self.begun.acquire().await.expect("is not closed").forget();
+    }
+
+    pub(crate) fn go_on(&self) {
+        self.goes_on.add_permits(1);
+    }
 }
 
 impl Fake {
@@ -57,6 +77,13 @@ impl Fake {
 
     pub(crate) fn answer_next(&self, answer: SettleError) {
         self.with(|s| s.answers.push_back(answer));
+    }
+
+    /// Holds up what is recorded next.
+    pub(crate) fn hold_record(&self) -> HeldRecord {
+        let held = HeldRecord { begun: Arc::new(Semaphore::new(0)), goes_on: Arc::new(Semaphore::new(0)) };
+        self.with(|s| s.held = Some(held.clone()));
+        held
     }
 
     /// Nothing waits and nothing is held.
@@ -84,11 +111,11 @@ impl Queue for Fake {
     type Settler = End;
     type DeadLetters = End;
 
-    async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        Ok(())
+    async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
+        Ok(BTreeSet::new())
     }
 
-    async fn chores(&self, _: watch::Receiver<Subscribers>) {}
+    async fn chores(&self, _: watch::Receiver<Subscribers>, _: watch::Receiver<bool>) {}
 
     async fn close(&self) {}
 
@@ -107,6 +134,10 @@ impl Queue for Fake {
     }
 
     async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
+        if let Some(held) = self.with(|s| s.held.take()) {
+            held.begun.add_permits(1);
+            held.goes_on.acquire().await.expect("is not closed").forget();
+        }
         self.with(|s| {
             s.standings
                 .send_modify(|all| Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing).map_or((), drop))

@@ -26,6 +26,7 @@ on_both_queues!(
     an_argument_is_an_id_and_only_with_its_sign_a_number,
     a_hanging_subscriber_does_not_slow_another,
     while_the_circuit_is_open_the_backlog_stays_in_the_queue,
+    after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_success,
     an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew,
     all_signature_schemes_stand_side_by_side,
 );
@@ -303,12 +304,38 @@ async fn while_the_circuit_is_open_the_backlog_stays_in_the_queue(queue: Queue) 
     queue.wait_backlog("a", 470).await;
     assert_eq!(receiver.count(), 3);
     daemon.wait_log("circuit open again").await;
-    queue.wait_backlog("a", 460).await;
-    assert_eq!(receiver.count(), 4, "one probe of one batch");
+    queue.wait_backlog("a", 468).await;
+    assert_eq!(receiver.count(), 4, "one probe of one small batch");
     receiver.now(|_, _| status(200));
     daemon.wait_log("circuit closed").await;
-    eventually("the backlog is delivered", async || receiver.accepted().len() == 460).await;
-    assert_eq!(receiver.accepted(), numbers(40..500));
+    eventually("the backlog is delivered", async || receiver.accepted().len() == 468).await;
+    assert_eq!(receiver.accepted(), numbers(32..500));
+}
+
+async fn after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_success(queue: Queue) {
+    const TAKES: Duration = Duration::from_millis(150);
+    let receiver = Receiver::start(|_, _| status(503)).await;
+    let more = "batch = { max_events = 80 }\nhttp = { concurrency = 4 }\ncircuit_breaker = { failures = 1, open_for = \"2s\" }\nretry = { initial_interval = \"1h\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..3000).map(event)).await;
+    daemon.wait_log("circuit open").await;
+    receiver.now(|_, _| status(200).after(TAKES));
+    eventually("most of the backlog is delivered", async || receiver.accepted().len() > 2000).await;
+    let up: Vec<_> = receiver.requests().into_iter().filter(|r| r.status == 200).collect();
+    let (mut at_once, mut largest) = (0, 0);
+    for request in &up {
+        // What has begun before, and what had been answered before.
+        let begun = up.iter().filter(|r| r.at <= request.at).count();
+        let answered = up.iter().filter(|r| r.at + TAKES <= request.at).count();
+        // The probe closes the circuit, the successes after it double both.
+        let ramp = 1 << answered.saturating_sub(1).min(8);
+        assert!(begun - answered <= ramp.min(4), "{} at once after {answered} successes", begun - answered);
+        assert!(request.numbers().len() <= (10 * ramp).min(80), "{} events after {answered} successes", request.numbers().len());
+        at_once = at_once.max(begun - answered);
+        largest = largest.max(request.numbers().len());
+    }
+    assert_eq!((at_once, largest), (4, 80), "then all that is configured");
 }
 
 async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew(queue: Queue) {
@@ -324,7 +351,8 @@ async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_be
     queue.wait_backlog("a", 0).await;
     assert_eq!(queue.dead("a").await, 1);
     assert_eq!(setup.dead("a")[0]["reason"], "too_large");
-    assert_eq!(receiver.accepted(), numbers(15..30), "the others in order, each once");
+    let failed = receiver.requests().iter().filter(|r| r.status == 500).map(|r| r.numbers().len() as u64).sum();
+    assert_eq!(receiver.accepted(), numbers(failed..30), "the others in order, each once");
 }
 
 async fn all_signature_schemes_stand_side_by_side(queue: Queue) {

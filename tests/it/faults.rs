@@ -5,15 +5,17 @@ use std::{
     time::Duration,
 };
 
-use lapin::{options::QueueDeclareOptions, types::FieldTable};
+use lapin::{BasicProperties, options::QueueDeclareOptions, types::FieldTable};
 
 use crate::support::{
-    broker::{Broker, SETTLING},
+    api::Api,
+    broker::{Broker, Node, SETTLING},
     daemon::{Daemon, QUICK, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
-    receiver::{Receiver, event, status},
+    receiver::{Receiver, Request, event, status},
     run,
+    wire::Wire,
 };
 
 on_both_queues!(
@@ -56,7 +58,9 @@ async fn a_batch_is_the_same_after_a_crash_and_when_another_daemon_takes_over(qu
 }
 
 async fn sigterm_in_mid_flow_loses_nothing_and_exits_0(queue: Queue) {
-    let receiver = Receiver::start(|_, _| status(200).after(Duration::from_millis(30))).await;
+    // Slow enough at the end that publishing, on whatever machine, does not take longer than delivering.
+    let slow = |n| if n < 40 { Duration::from_millis(30) } else { Duration::from_secs(1) };
+    let receiver = Receiver::start(move |_, n| status(200).after(slow(n))).await;
     let setup = Setup::new(
         &queue,
         &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 20 }\nhttp = { concurrency = 4 }")),
@@ -65,6 +69,7 @@ async fn sigterm_in_mid_flow_loses_nothing_and_exits_0(queue: Queue) {
     queue.publish(TYPE, (0..5000).map(event)).await;
     receiver.wait_requests(10).await;
     assert!(daemon.stop().await.success());
+    receiver.now(|_, _| status(200));
     let seen = receiver.accepted().len() as u64;
     assert!(seen < 5000, "it was still in mid-flow");
     assert_eq!(repeated(&receiver), 0);
@@ -72,6 +77,35 @@ async fn sigterm_in_mid_flow_loses_nothing_and_exits_0(queue: Queue) {
     let _next = setup.start().await;
     receiver.wait_all(5000).await;
     assert_eq!(repeated(&receiver), 0, "what was in flight was settled before the end");
+}
+
+#[test]
+fn sigterm_while_events_are_relayed_has_none_relayed_twice() {
+    run(async {
+        const EVENTS: u64 = 30_000;
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let source = format!("{}.source", broker.prefix);
+        let (_connection, channel) = broker.channel().await;
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(source.as_str().into(), durable, FieldTable::default()).await.expect("declares");
+        broker.knows("a");
+        let queue = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n", broker.url, broker.prefix);
+        let setup = Setup::with_text(&(queue + QUICK + &subscriber("a", &receiver.url, "http = { concurrency = 4 }")));
+        broker.publish_to("", &source, (0..EVENTS).map(event)).await;
+        let mut stops = 0;
+        while (receiver.accepted().len() as u64) < EVENTS - 5000 {
+            let before = receiver.count();
+            let daemon = setup.start().await;
+            eventually("the flow goes on", async || receiver.count() >= before + 3).await;
+            assert!(daemon.stop().await.success());
+            stops += 1;
+        }
+        assert!(stops >= 3, "{stops} stops in mid-flow");
+        let _last = setup.start().await;
+        receiver.wait_all(EVENTS).await;
+        assert_eq!(repeated(&receiver), 0, "after {stops} stops");
+    });
 }
 
 async fn at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing(queue: Queue) {
@@ -149,6 +183,87 @@ fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
 }
 
 #[test]
+fn what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it() {
+    run(async {
+        const NAMED: u64 = 10_000;
+        const TWINS: u64 = 5_000;
+        let broker = Broker::shared();
+        let wire = Wire::to(&broker.url).await;
+        // Many acks wait behind a slow batch, and many answers come when the connection is gone.
+        let receiver = Receiver::start(|_, n| status(200).after(Duration::from_millis(if n % 8 == 3 { 300 } else { 15 }))).await;
+        let api = Api::new();
+        broker.knows("a");
+        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", wire.url, broker.exchange, broker.prefix);
+        let more = "batch = { max_events = 50 }\nhttp = { concurrency = 4 }";
+        let setup = Setup::with_text(&(queue + QUICK + &api.section() + &subscriber("a", &receiver.url, more)));
+        let daemon = setup.start().await;
+        // Two events that look the same and have no id are two.
+        let named = (0..NAMED).map(|n| (Some(format!("e{n}")), event(n)));
+        let twins = (NAMED..NAMED + TWINS).flat_map(|n| [(None, event(n)), (None, event(n))]);
+        let mut twins = twins.peekable();
+        let mixed = named.flat_map(|named| [Some(named), twins.next()]).flatten().collect::<Vec<_>>();
+        broker.publish_named(&broker.exchange, TYPE, mixed).await;
+        let mut cuts = 0;
+        while cuts < 40 && (receiver.accepted().len() as u64) < NAMED + 2 * TWINS - 2000 {
+            let before = receiver.count();
+            let moment = 4 + rand::random_range(0..8);
+            eventually("the flow goes on", async || receiver.count() >= before + moment).await;
+            wire.cut(Duration::from_millis(if cuts % 2 == 0 { 0 } else { 30 })).await;
+            cuts += 1;
+        }
+        let wanted = |n: u64| if n < NAMED { 1 } else { 2 };
+        let mut times = HashMap::<u64, u64>::new();
+        eventually("no event is lost, and no twin", async || {
+            times.clear();
+            receiver.accepted().into_iter().for_each(|n| *times.entry(n).or_default() += 1);
+            (0..NAMED + TWINS).all(|n| times.get(&n).is_some_and(|times| *times >= wanted(n)))
+        })
+        .await;
+        let repeats: u64 = times.iter().map(|(n, times)| times - wanted(*n)).sum();
+        let known = api.metric("hooktrail_events_recognised_total{subscriber=\"a\"}").await.expect("the metric");
+        println!("{cuts} cuts, {} events, 0 lost, {repeats} accepted again, {known} recognised instead", NAMED + 2 * TWINS);
+        // Without it all of those would have been accepted again.
+        assert!(cuts >= 10 && known > repeats as f64, "{cuts} cuts, {repeats} accepted again, {known} recognised");
+        assert!(daemon.stop().await.success());
+        assert_eq!(broker.depth("sub.a").await, Some(0), "all are settled");
+    });
+}
+
+#[test]
+fn a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_cut_connection_brings_it_again() {
+    run(async {
+        let broker = Broker::shared();
+        let wire = Wire::to(&broker.url).await;
+        let slow = |request: &Request| request.numbers() == [1] && request.attempt() == 2;
+        let receiver = Receiver::start(move |request, _| match request.attempt() {
+            1 => status(500),
+            _ if slow(request) => status(500).after(Duration::from_secs(2)),
+            _ => status(200),
+        })
+        .await;
+        broker.knows("a");
+        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", wire.url, broker.exchange, broker.prefix);
+        let more = "batch = { max_events = 1 }\nhttp = { concurrency = 2 }";
+        let setup = Setup::with_text(&(queue + QUICK + &subscriber("a", &receiver.url, more)));
+        let daemon = setup.start().await;
+        // The first delivery of its queue is none of hooktrail's, and counts as much as the others there.
+        broker.put("", &format!("{}.sub.a.retry", broker.prefix), b"no envelope", BasicProperties::default()).await;
+        broker.wait_depth("sub.a.dead", 1).await;
+        broker.publish(TYPE, [event(0), event(1)]).await;
+        eventually("one is accepted while the other waits for its answer", async || {
+            receiver.accepted() == [0] && receiver.requests().iter().any(slow)
+        })
+        .await;
+        wire.cut(Duration::ZERO).await;
+        eventually("the other is not lost", async || receiver.accepted().contains(&1)).await;
+        assert!(daemon.stop().await.success());
+        for queue in ["sub.a", "sub.a.retry"] {
+            assert_eq!(broker.depth(queue).await, Some(0), "{queue}");
+        }
+    });
+}
+
+#[test]
 fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
     run(async {
         let broker = Broker::private().await;
@@ -218,6 +333,7 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
         let daemon = both.spawn();
         broker.publish(TYPE, (0..100).map(event)).await;
         one.wait_all(100).await;
+        let looked = both.run(&["check", "--connect"]);
         let report = both.ok(&["repair", "two"]);
         if report.contains("all ") {
             // This time the broker has kept it; there is nothing to see.
@@ -225,10 +341,33 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
             return;
         }
         assert!(report.contains("sub.two") && report.contains("deleted and declared anew"), "{report}");
+        let looked = String::from_utf8_lossy(&looked.stderr).into_owned();
+        assert!(looked.contains("cannot be consumed") && looked.contains("hooktrail repair two"), "{looked}");
         assert!(daemon.log().contains("subscriber=\"two\"") && daemon.log().contains("sub.two"), "it was named:\n{}", daemon.log());
         broker.publish("other.thing", (0..10).map(event)).await;
         two.wait_all(10).await;
         assert!(both.ok(&["repair", "two"]).contains("are sound; nothing was changed"));
+    });
+}
+
+#[test]
+fn a_limit_on_the_queue_of_dead_letters_throws_none_away() {
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let more = "batch = { max_events = 1 }\nretry = { max_attempts = 1 }";
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+        let daemon = setup.start().await;
+        broker.publish(TYPE, (0..5).map(event)).await;
+        broker.wait_depth("sub.a.dead", 5).await;
+        broker.node().ctl(&["set_policy", "short", r"\.dead$", r#"{"max-length":2}"#, "--apply-to", "queues"]);
+        broker.publish(TYPE, (5..8).map(event)).await;
+        daemon.wait_log("sub.a.dead`: it is full by a policy").await;
+        assert_eq!(broker.depth("sub.a.dead").await, Some(5), "what was there stays");
+        broker.node().ctl(&["clear_policy", "short"]);
+        // A channel that was refused once is refused by RabbitMQ 3.10 until the queue is shorter, whatever the policy says then.
+        broker.node().ctl(&["close_all_connections", "a test"]);
+        broker.wait_depth("sub.a.dead", 8).await;
     });
 }
 
@@ -267,5 +406,37 @@ fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_th
         assert!(copies <= 10, "{copies} of {sent} arrived again");
         broker.wait_depth("sub.full", 0).await;
         connection.close(200, "done".into()).await.expect("closes");
+    });
+}
+
+#[test]
+fn a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it() {
+    run(async {
+        let mut nodes = Node::cluster(3, "").await.into_iter();
+        let broker = Broker::on(nodes.next().expect("a node"));
+        let receiver = Receiver::start(|_, n| status(if n % 7 == 6 { 500 } else { 200 }).after(Duration::from_millis(20))).await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 50 }")));
+        let daemon = setup.start().await;
+        tokio::time::sleep(SETTLING).await; // a queue younger than this may not survive, whatever anybody does
+        flow(&broker, &receiver, 0, 2000).await;
+        let other = nodes.next().expect("a node");
+        other.kill().await;
+        receiver.wait_all(2000).await;
+        flow(&broker, &receiver, 2000, 3000).await;
+        receiver.wait_all(3000).await;
+        other.start().await;
+        // Now events, envelopes and delays are to outlive the node at which they were published.
+        receiver.now(|_, _| status(503));
+        let failed = receiver.count() + 2;
+        broker.publish(TYPE, (3000..4000).map(event)).await;
+        receiver.wait_requests(failed).await;
+        broker.node().kill().await;
+        drop::<Daemon>(daemon);
+        receiver.now(|_, _| status(200));
+        let third = nodes.next().expect("a node");
+        let text = std::fs::read_to_string(setup.config()).expect("the configuration").replace(&broker.url, &third.url());
+        let moved = Setup::with_text(&text);
+        let _daemon = moved.start().await;
+        receiver.wait_all(4000).await;
     });
 }

@@ -1,7 +1,8 @@
 //! Whatever producers, other programs or a slip of the hand put into the queues.
 
 use lapin::{
-    BasicProperties,
+    BasicProperties, Confirmation,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 
@@ -170,6 +171,47 @@ fn a_message_in_the_retry_queue_that_is_not_an_envelope_is_a_dead_letter_and_the
         let request = receiver.wait_requests(1).await.remove(0);
         assert_eq!((request.id(), request.attempt(), &request.body[..]), ("msg_sound", 5, &b"{\"events\":[]}"[..]));
         assert_eq!(receiver.count(), 1);
+    });
+}
+
+#[test]
+fn an_orphan_that_its_queue_does_not_take_keeps_no_other_from_coming_back() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let one = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &receiver.url, "")));
+        let daemon = one.start().await;
+        for (n, name) in [(1, "full"), (2, "well")] {
+            let id = format!("msg_{name}");
+            let table = headers(&[("batch-id", text(&id)), ("attempts", AMQPValue::LongLongInt(3)), ("events", AMQPValue::LongLongInt(1))]);
+            let (level, key) = (format!("{}.delay.00", broker.prefix), format!("{}1.{name}", "0.".repeat(18)));
+            broker.put(&level, &key, b"{\"events\":[{\"event\":\"x\"}]}", of_type("application/json", table)).await;
+            broker.wait_depth("orphans", n).await;
+        }
+        assert!(daemon.stop().await.success());
+        // A queue that takes no more.
+        let (_connection, channel) = broker.channel().await;
+        let retry = format!("{}.sub.full.retry", broker.prefix);
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), text("quorum"));
+        arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+        arguments.insert("x-overflow".into(), text("reject-publish"));
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(retry.as_str().into(), durable, arguments).await.expect("declares");
+        channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+        eventually("the queue is full", async || {
+            let options = BasicPublishOptions::default();
+            let published = channel.basic_publish("".into(), retry.as_str().into(), options, b"x", BasicProperties::default());
+            matches!(published.await.expect("publishes").await.expect("answers"), Confirmation::Nack(_))
+        })
+        .await;
+        let all = ["one", "full", "well"].map(|name| subscriber(name, &receiver.url, "")).concat();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &all));
+        let daemon = setup.start().await;
+        let request = receiver.wait_requests(1).await.remove(0);
+        assert_eq!((request.id(), request.attempt()), ("msg_well", 4));
+        daemon.wait_log(&format!("queue `{retry}` did not take an orphan")).await;
+        broker.wait_depth("orphans", 1).await;
     });
 }
 

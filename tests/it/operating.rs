@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use serde_json::json;
@@ -53,13 +54,24 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     assert!(open["oldest_event_age_s"].as_f64().is_some_and(|age| age < 60.0), "{open}");
     assert!(open["p50_s"].is_number() && open["success_rate"] == 0.0, "{open}");
     let shown = setup.ok(&["status"]);
-    for part in
-        ["good        ok", "circuit open, probe in", "held by Retry-After, until in", "paused by configuration", "retrying (status 500)"]
-    {
+    for part in [
+        "good        ok",
+        "circuit open, probe in",
+        "held by Retry-After, until in",
+        "paused by configuration",
+        "last attempt failed (status 500)",
+    ] {
         assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
     }
     let json: serde_json::Value = serde_json::from_str(&setup.ok(&["status", "--json"])).expect("JSON");
     assert_eq!((&json["phase"], json["subscribers"].as_array().map(Vec::len)), (&json!("running"), Some(5)));
+    // What has just happened is in it, though the daemon itself looks at the queues every 10 s.
+    let looked_at = async || api.get("/api/v1/subscribers").await.json()["queue"]["looked_at"].clone();
+    let before = looked_at().await;
+    eventually("a look", async || looked_at().await != before).await;
+    queue.publish(TYPE, (5..8).map(event)).await;
+    let told = api.wait("paused", "what came since", |s| s["backlog"] == 8);
+    tokio::time::timeout(Duration::from_secs(5), told).await.expect("it is told soon");
     assert!(daemon.stop().await.success());
     let alone = setup.run(&["status"]);
     assert!(alone.status.code() == Some(1) && String::from_utf8_lossy(&alone.stderr).contains("no daemon answers at"));
@@ -140,6 +152,30 @@ async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue)
     assert_eq!(api.get("/api/v1/subscribers/nobody").await.status, 404);
     assert_eq!(api.get("/api/v2").await.status, 404);
     assert_eq!(api.subscriber("a").await["state"], "retrying");
+}
+
+#[test]
+fn a_daemon_whose_configuration_was_given_a_mistake_is_still_asked_and_told() {
+    run(async {
+        let api = Api::new();
+        let text = format!("[queue]\nurl = \"embedded\"\n{QUICK}{}{}", api.section(), subscriber("a", "http://127.0.0.1:9/", ""));
+        let setup = Setup::with_text(&text);
+        let daemon = setup.start().await;
+        for mistake in ["[batch_]\n", "[retry\n"] {
+            std::fs::write(setup.config(), text.clone() + mistake).expect("writes");
+            let paused = setup.run(&["pause", "a"]);
+            assert!(paused.status.success(), "{paused:?}");
+            assert!(String::from_utf8_lossy(&paused.stderr).contains("the configuration has mistakes"), "{paused:?}");
+            eventually("the mistake is told", async || setup.ok(&["status"]).contains("The configuration was not reloaded")).await;
+            setup.ok(&["resume", "a"]);
+        }
+        assert_eq!(setup.run(&["pause", "../a"]).status.code(), Some(2));
+        // Where the daemon is must be known.
+        let without = text.replace(&api.section(), "");
+        std::fs::write(setup.config(), without + "[retry\n").expect("writes");
+        assert_eq!(setup.run(&["status"]).status.code(), Some(2));
+        assert!(daemon.stop().await.success());
+    });
 }
 
 #[test]

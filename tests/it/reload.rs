@@ -2,6 +2,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+use lapin::{
+    options::{QueueDeclareOptions, QueueDeleteOptions},
+    types::FieldTable,
+};
 use serde_json::json;
 
 use crate::support::{
@@ -12,6 +16,7 @@ use crate::support::{
     queue::{Queue, Section, on_both_queues},
     receiver::{Receiver, event, status},
     run,
+    tap::{QUEUE_UNBIND, Tap},
 };
 
 on_both_queues!(
@@ -21,6 +26,7 @@ on_both_queues!(
     a_wrong_file_changes_nothing_and_is_told_until_it_is_mended,
     secrets_batches_and_pauses_change_without_a_restart,
     refusals_after_a_change_of_secrets_cost_no_event,
+    who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -126,7 +132,7 @@ async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(qu
     // While its request is under way.
     replace(&setup, &base);
     assert_eq!(api.post("/api/v1/reload", "{}").await.status, 200);
-    daemon.wait_log("its backlog stays").await;
+    daemon.wait_log("removed: its requests in flight finish").await;
     // Its request in flight finishes, and nothing new is begun.
     queue.wait_backlog("comes", 3).await;
     assert_eq!(slow.count(), 1);
@@ -246,7 +252,7 @@ async fn secrets_batches_and_pauses_change_without_a_restart(queue: Queue) {
     let sizes: Vec<usize> = receiver.requests()[2..].iter().map(|r| r.numbers().len()).collect();
     assert_eq!(sizes, [2, 2, 2]);
     let answer = api.post("/api/v1/reload", "{}").await;
-    assert_eq!((answer.status, answer.json()), (200, json!({ "changes": [], "needs_restart": [] })));
+    assert_eq!((answer.status, answer.json()), (200, json!({ "changes": [], "needs_restart": [], "not_bound": [] })));
 }
 
 async fn refusals_after_a_change_of_secrets_cost_no_event(queue: Queue) {
@@ -268,6 +274,128 @@ async fn refusals_after_a_change_of_secrets_cost_no_event(queue: Queue) {
     assert!(!daemon.log().contains("outcome=\"split\""), "{}", daemon.log());
 }
 
+async fn who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then(queue: Queue) {
+    let (stays, comes) = (Receiver::accepting().await, Receiver::accepting().await);
+    let api = Api::new();
+    let base = queue.section(&["stays", "comes"]) + QUICK + &api.section() + &subscriber("stays", &stays.url, "");
+    let paused = base.clone() + &subscriber("comes", &comes.url, "paused = true");
+    let setup = Setup::with_text(&paused);
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, (0..3).map(event)).await;
+    queue.wait_backlog("comes", 3).await;
+    let reload = async |text: &str, change: &str| {
+        replace(&setup, text);
+        let answer = api.post("/api/v1/reload", "{}").await.json();
+        assert_eq!(answer["changes"], json!([{ "subscriber": "comes", "change": change, "keys": [] }]));
+    };
+    for round in 0..3 {
+        reload(&base, "removed").await;
+        // Unbinding is done beside the answer; it may not undo what the next one binds.
+        if round == 2 {
+            eventually("it gets no more", async || {
+                let before = queue.backlog("comes").await;
+                queue.publish(TYPE, [event(99)]).await;
+                queue.backlog("comes").await == before
+            })
+            .await;
+        }
+        reload(&paused, "added").await;
+        let before = queue.backlog("comes").await;
+        queue.publish(TYPE, [event(3 + round)]).await;
+        queue.wait_backlog("comes", before + 1).await;
+    }
+    reload_to(&setup, &api, &(base + &subscriber("comes", &comes.url, ""))).await;
+    eventually("all that was for it", async || {
+        let accepted: BTreeSet<u64> = comes.accepted().into_iter().filter(|n| *n != 99).collect();
+        accepted.into_iter().eq(0..6)
+    })
+    .await;
+}
+
+/// Makes the daemon read this; the names of those whose queue is not bound yet.
+async fn reload_to(setup: &Setup, api: &Api, text: &str) -> serde_json::Value {
+    replace(setup, text);
+    let answer = api.post("/api/v1/reload", "{}").await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.json()["not_bound"].clone()
+}
+
+/// A queue that cannot be used does not hold up a reload, so the relay has to wait for it.
+#[test]
+fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
+    run(async {
+        let broker = Broker::shared();
+        let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
+        let api = Api::new();
+        let (connection, channel) = broker.channel().await;
+        let queue = async |name: &str| {
+            let name = format!("{}.{name}", broker.prefix);
+            let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+            channel.queue_declare(name.as_str().into(), durable, FieldTable::default()).await.expect("declares");
+            name
+        };
+        let source = queue("source").await;
+        broker.knows("one");
+        broker.knows("two");
+        let base = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n{QUICK}", broker.url, broker.prefix)
+            + &api.section()
+            + &subscriber("one", &one.url, "");
+        let setup = Setup::with_text(&base);
+        let daemon = setup.start().await;
+        broker.publish_to("", &source, (0..3).map(event)).await;
+        one.wait_all(3).await;
+        // One that hooktrail does not take, until somebody deletes it.
+        let unusable = queue("sub.two").await;
+        let both = base + &subscriber("two", &two.url, "");
+        assert_eq!(reload_to(&setup, &api, &both).await, json!(["two"]));
+        daemon.wait_log("not bound yet, which is tried again without end").await;
+        broker.publish_to("", &source, (3..6).map(event)).await;
+        daemon.wait_log(&format!("the relay from queue `{source}` lost")).await;
+        channel.queue_delete(unusable.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        one.wait_all(6).await;
+        eventually("the other one too", async || two.accepted().into_iter().collect::<BTreeSet<_>>() == [3, 4, 5].into()).await;
+        assert_eq!(reload_to(&setup, &api, &(both + "paused = true\n")).await, json!([]));
+        assert!(daemon.stop().await.success());
+        channel.queue_delete(source.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
+    });
+}
+
+#[test]
+fn a_prune_that_refuses_gives_retries_their_way_back() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        let base = broker.section(&["stays", "gone"]) + QUICK + &api.section() + &subscriber("stays", &receiver.url, "");
+        let setup = Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "")));
+        let daemon = setup.start().await;
+        // A mark, and who is bound.
+        eventually("both are recorded", async || broker.depth("state").await >= Some(3)).await;
+        reload_to(&setup, &api, &base).await;
+        daemon.wait_log("was unbound; its backlog stays").await;
+        eventually("that is recorded", async || broker.depth("state").await >= Some(4)).await;
+        assert!(daemon.stop().await.success());
+        let tap = Tap::before(QUEUE_UNBIND, &broker.url).await;
+        let through = Setup::with_text(&base.replace(&broker.url, tap.url()));
+        let pruning = tokio::task::spawn_blocking(move || through.run(&["prune", "gone", "--yes"]));
+        // It has seen that nothing is there, and is about to take the way away.
+        tap.reached().await;
+        broker.publish_to("", &format!("{}.sub.gone", broker.prefix), [event(0)]).await;
+        broker.wait_depth("sub.gone", 1).await;
+        tap.go_on();
+        let refused = pruning.await.expect("runs");
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(1) && told.contains("holds 1 messages by now; nothing was deleted"), "{told}");
+        // What comes down the ladder now.
+        broker.publish_to(&format!("{}.delay", broker.prefix), "0.1.gone", ["{}"]).await;
+        let came = async |queue| broker.depth(queue).await == Some(1);
+        eventually("it has come", async || came("sub.gone.retry").await || came("orphans").await).await;
+        assert!(came("sub.gone.retry").await, "it is an orphan");
+        assert_eq!(broker.depth("sub.gone").await, Some(1));
+    });
+}
+
 /// What a walk has passed by is not counted by the broker, and would go with its queue.
 #[test]
 fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
@@ -281,7 +409,7 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
         broker.publish(TYPE, (0..600).map(|_| "no event, and so a dead letter")).await;
         broker.wait_depth("sub.gone.dead", 600).await;
         rewrite(&setup, &daemon, &base).await;
-        daemon.wait_log("its backlog stays").await;
+        daemon.wait_log("was unbound; its backlog stays").await;
         // Nobody reads what it prints, so it stops in the middle.
         let mut looking = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
             .args(["dead", "export", "gone", "--config"])
@@ -300,5 +428,8 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
         broker.wait_depth("sub.gone.dead", 600).await;
         setup.ok(&["prune", "gone", "--with-events", "--yes"]);
         assert_eq!(broker.depth("sub.gone.dead").await, None);
+        let nothing = setup.run(&["prune", "gone", "--yes"]);
+        let told = String::from_utf8_lossy(&nothing.stderr).into_owned();
+        assert!(nothing.status.code() == Some(1) && told.contains("a running daemon has to let go of it first"), "{told}");
     });
 }

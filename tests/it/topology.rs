@@ -7,6 +7,7 @@ use lapin::{
 };
 
 use crate::support::{
+    api::Api,
     broker::Broker,
     daemon::{QUICK, Setup, subscriber},
     eventually,
@@ -227,6 +228,47 @@ fn daemons_with_different_configurations_take_no_events_from_each_other() {
         let last = other.start().await;
         last.wait_log("unbound a pattern that is not configured any more subscriber=\"two\"").await;
         drop((second, last));
+    });
+}
+
+/// A paused subscriber's queue has no consumer, so that it looks as if nobody worked for it.
+#[test]
+fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let (here, there) = (Api::new(), Api::new());
+        let one = QUICK.to_owned() + &subscriber("one", &receiver.url, "");
+        let zz = subscriber("zz", &receiver.url, "");
+        let has_it = Setup::new(&broker, &(here.section() + &one + &subscriber("two", &receiver.url, "paused = true")));
+        let first = has_it.start().await;
+        // A mark and what is bound.
+        eventually("it is recorded", async || broker.depth("state").await >= Some(3)).await;
+        // What only an operator can mend of one subscriber keeps nobody from asking, and no other from being unbound.
+        declare(&broker, "sub.refused", &[]).await;
+        let has_not = Setup::new(&broker, &(there.section() + &one + &subscriber("refused", &receiver.url, "") + &zz));
+        let second = has_not.start().await;
+        let logged = |what: &str, name: &str| {
+            let name = format!("subscriber=\"{name}\"");
+            second.log().lines().filter(|l| l.contains(what) && l.contains(&name)).count()
+        };
+        let mut published = 0;
+        eventually("it asks, and is answered", async || {
+            broker.publish("a.b", [event(published)]).await;
+            published += 1;
+            logged("another daemon has it: it stays bound", "two") == 1
+        })
+        .await;
+        let text = std::fs::read_to_string(has_not.config()).expect("text").replace(&zz, "");
+        assert!(text.contains(&(there.section() + &one)) && !text.contains("zz"), "{text}");
+        has_not.write("hooktrail.toml", text);
+        assert_eq!(there.post("/api/v1/reload", "{}").await.status, 200);
+        // They are looked at by their names.
+        eventually("one that nobody has is removed", async || logged("was unbound; its backlog stays", "zz") == 1).await;
+        broker.publish("a.b", [event(published)]).await;
+        assert_eq!(broker.depth("sub.two").await, Some(u32::try_from(published).expect("few") + 1), "all are there");
+        assert_eq!(logged("was unbound", "two"), 0);
+        assert!(!first.log().contains("was unbound"), "{}", first.log());
     });
 }
 

@@ -12,6 +12,7 @@ use std::{
 use futures_util::future::join_all;
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
 use tokio::{sync::Mutex, time::timeout};
+use url::Host;
 
 use super::wire::{self, Greeting};
 use crate::{
@@ -87,7 +88,7 @@ async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> 
 /// As [`connect`], with what the broker says of itself.
 pub(super) async fn greeted(url: &SecretUrl, role: Role) -> Result<(Connection, Greeting), QueueError> {
     let fail = |why: String| QueueError::new(format!("cannot connect to the broker at {url}: {why}"));
-    let mut uri: AMQPUri = url.expose().as_str().parse().map_err(|_| fail("[queue] url is not a valid AMQP URL".to_owned()))?;
+    let mut uri = parsed(url).ok_or_else(|| fail("[queue] url is not a valid AMQP URL".to_owned()))?;
     uri.query.heartbeat = Some(HEARTBEAT);
     uri.query.frame_max = Some(uri.query.frame_max.filter(|max| *max > 0).unwrap_or(u32::MAX).min(role.frame_max()));
     let vhost = uri.vhost.clone();
@@ -100,6 +101,15 @@ pub(super) async fn greeted(url: &SecretUrl, role: Role) -> Result<(Connection, 
     }
 }
 
+fn parsed(url: &SecretUrl) -> Option<AMQPUri> {
+    let mut uri: AMQPUri = url.expose().as_str().parse().ok()?;
+    // lapin leaves out such a host, and connects, password and all, to `localhost` instead.
+    if let Some(Host::Ipv6(ip)) = url.expose().host() {
+        uri.authority.host = ip.to_string();
+    }
+    Some(uri)
+}
+
 /// What an error of the broker means and what to do, where that is known.
 fn explain(e: &lapin::Error, vhost: &str) -> String {
     let text = e.to_string();
@@ -109,6 +119,9 @@ fn explain(e: &lapin::Error, vhost: &str) -> String {
     if text.contains("NOT_ALLOWED") || text.contains("vhost") {
         let hint = if vhost.is_empty() { "; the default vhost is written %2f, as in amqp://host:5672/%2f" } else { "" };
         return format!("the broker does not let this user into vhost `{vhost}`{hint}");
+    }
+    if text.contains("InvalidContentType") {
+        return "what answers there speaks no TLS; amqps:// is mostly for port 5671, amqp:// for 5672".to_owned();
     }
     BrokerError::from(e).text
 }
@@ -343,7 +356,15 @@ pub(super) async fn close(connection: &Connection) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read as _;
+    use std::io::{Read as _, Write as _};
+
+    #[test]
+    fn the_host_is_the_one_that_is_written() {
+        for (written, meant) in [("[2001:db8::7]", "2001:db8::7"), ("192.0.2.7", "192.0.2.7"), ("broker.example", "broker.example")] {
+            let url = SecretUrl::new(format!("amqps://u:p@{written}:5671/v").parse().expect("a URL"));
+            assert_eq!(parsed(&url).expect("a URL").authority.host, meant);
+        }
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_connection_to_a_peer_that_says_nothing_leaves_nothing_behind() {
@@ -360,5 +381,19 @@ mod tests {
             // The socket is closed, and with it the thread that read from it has ended.
             peer.read_to_end(&mut Vec::new()).expect("closed, not open for ever");
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_port_that_speaks_no_tls_is_told() {
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let url = SecretUrl::new(format!("amqps://u:p@127.0.0.1:{port}/v").parse().expect("a URL"));
+        let connecting = tokio::spawn(async move { connect(&url, Role::Consuming).await });
+        let (mut peer, _) = listener.accept().expect("connects");
+        peer.read_exact(&mut [0; 1]).expect("it begins");
+        peer.write_all(b"AMQP\x00\x00\x09\x01").expect("answers as a broker does to what is no AMQP");
+        let refused = connecting.await.expect("no panic").expect_err("no TLS").to_string();
+        assert!(refused.contains("speaks no TLS"), "{refused}");
     }
 }

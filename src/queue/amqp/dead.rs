@@ -8,7 +8,10 @@ use super::{
     topology::Broker,
     walk::Walk,
 };
-use crate::queue::{self, Held, Kind, QueueError};
+use crate::{
+    failpoint::{Step, reached},
+    queue::{self, Held, Kind, QueueError},
+};
 
 /// A walk through a dead queue or the orphans, oldest first. What is neither replayed nor purged keeps its order.
 #[derive(Debug)]
@@ -89,6 +92,7 @@ impl queue::DeadLetters for DeadLetters {
             }
         }
         let fates = self.queue.publisher().publish(messages).await?;
+        reached(Step::Moved);
         let mut refused = None;
         for (held, fate) in sent.into_iter().zip(fates) {
             match (fate, &self.of) {

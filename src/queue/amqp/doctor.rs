@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -29,6 +30,7 @@ use crate::{
     config::{Intake, Subscriber},
     finding::{Finding, Severity, shell_word, summarized},
     queue::QueueError,
+    secret::SecretUrl,
 };
 
 /// The oldest RabbitMQ whose quorum queues dead-letter at least once.
@@ -43,8 +45,11 @@ const CONFIRM: Duration = Duration::from_secs(5);
 /// The broker's statistics, policies among them, come some seconds after a queue is declared.
 const STATISTICS: Duration = Duration::from_secs(20);
 
-/// Queues whose bindings are asked for at once.
+/// Queues whose bindings are asked for at once, or that are tried at once.
 const AT_ONCE: usize = 4;
+
+/// For trying to consume queues: one that does not work takes 20 s to say nothing.
+const TRIES: Duration = Duration::from_secs(60);
 
 const NOT_SEEN: &str = "policies, bindings, alarms of other nodes, replicas";
 
@@ -54,10 +59,12 @@ pub(super) async fn inspect(queue: &AmqpQueue, subscribers: &[Arc<Subscriber>]) 
     let topology = queue.topology();
     // It was parsed before, or there would be no connection.
     let uri: AMQPUri = topology.url().expose().as_str().parse().map_err(|_| QueueError::new("[queue] url is not a valid AMQP URL"))?;
-    let mut look = Look { topology, subscribers, uri, version: None, there: BTreeSet::new(), findings: Vec::new() };
+    let mut look = Look { topology, subscribers, uri, version: None, there: BTreeSet::new(), idle: Vec::new(), findings: Vec::new() };
     look.broker().await?;
+    look.findings.extend(in_the_clear(topology.url()));
     look.permissions(&mut queue.broker()).await;
     look.queues(&mut queue.broker()).await;
+    look.idle(queue).await;
     let seen = look.management().await;
     if seen.is_none()
         && let Err(e) = look.not_configured_any_more(queue).await
@@ -69,6 +76,18 @@ pub(super) async fn inspect(queue: &AmqpQueue, subscribers: &[Arc<Subscriber>]) 
     Ok(summarized(look.findings))
 }
 
+/// For an operator to know, who may have a network that nobody else is on.
+fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
+    let url = url.expose();
+    let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+    (url.scheme() == "amqp" && !here).then(|| {
+        Finding::note("connection", "goes to another machine, and is not encrypted")
+            .risking("who is on the network between can read password and events")
+            .mended("amqps://… as [queue] url, where the broker has TLS")
+    })
+}
+
 struct Look<'a> {
     topology: &'a Topology,
     subscribers: &'a [Arc<Subscriber>],
@@ -76,6 +95,8 @@ struct Look<'a> {
     version: Option<(u32, u32)>,
     /// Queues that were found, of those that there should be.
     there: BTreeSet<String>,
+    /// Those of them that nobody consumes and in which nothing is.
+    idle: Vec<String>,
     findings: Vec<Finding>,
 }
 
@@ -170,6 +191,10 @@ impl Look<'_> {
                         Ok(()) => sound += 1,
                         Err(e) => self.differs(&name, e),
                     }
+                    // One that holds something would give it out to whoever tries, and it would come back out of its order.
+                    if depth.consumers == 0 && depth.messages == 0 {
+                        self.idle.push(name.clone());
+                    }
                     self.there.insert(name);
                 }
             }
@@ -185,6 +210,49 @@ impl Look<'_> {
                 self.found(Finding::warning(self.topology.state(), format!("does not answer: {e}")).risking("who is paused is not known"))
             }
         }
+    }
+
+    /// The broker answers all questions about a queue that it has lost the use of; only who consumes it, or publishes to it,
+    /// gets no answer. One that is consumed works.
+    async fn idle(&mut self, queue: &AmqpQueue) {
+        // A daemon's lanes consume what it works with, and tell of it themselves. To try it beside them would take an event out of its
+        // order.
+        if !queue.0.prepared.lock().await.is_empty() {
+            return;
+        }
+        let names = std::mem::take(&mut self.idle);
+        let in_all = names.len();
+        let attempt = |name: String| async move {
+            let outcome = queue.try_once(&name).await;
+            (name, outcome)
+        };
+        let mut tries = stream::iter(names).map(attempt).buffer_unordered(AT_ONCE);
+        let mut tried = 0;
+        let all = timeout(TRIES, async {
+            while let Some((name, outcome)) = tries.next().await {
+                tried += 1;
+                match outcome {
+                    Ok(Err(unusable)) if unusable.is_broken() => self.broken(&name, &unusable.why),
+                    Ok(_) => {}
+                    Err(e) => self.found(Finding::unseen(format!("queue `{name}`"), e, "hooktrail repair SUBSCRIBER tries it too")),
+                }
+            }
+        });
+        if all.await.is_err() {
+            let left = format!("{} were not tried within {} s", in_all - tried, TRIES.as_secs());
+            self.found(Finding::warning("queues", left).risking("what is in those that do not work is not delivered"));
+        }
+    }
+
+    fn broken(&mut self, name: &str, why: &BrokerError) {
+        let whose = match self.topology.part(name) {
+            Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => s,
+            _ => "SUBSCRIBER, of any subscriber",
+        };
+        let finding = Finding::harmful(format!("queue `{name}`"), format!("cannot be consumed: {why}"))
+            .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
+            .mended(format!("rabbitmqctl cluster_status; if no node is missing and it stays so: hooktrail repair {whose}"));
+        self.found(finding);
     }
 
     fn differs(&mut self, name: &str, refused: Refused) {
@@ -699,6 +767,22 @@ mod tests {
         ] {
             let (number, finding) = product(name, version);
             assert_eq!((number, finding.severity), expected, "{name} {version}");
+        }
+    }
+
+    #[test]
+    fn a_connection_in_the_clear_to_another_machine_is_told_of() {
+        for (url, told) in [
+            ("amqp://u:p@127.0.0.1:5672/v", false),
+            ("amqp://localhost", false),
+            ("amqp://[::1]", false),
+            ("amqp://u:p@broker.example/v", true),
+            ("amqp://192.0.2.7", true),
+            ("amqp://[2001:db8::7]:5672", true),
+            ("amqps://u:p@broker.example/v", false),
+        ] {
+            let found = in_the_clear(&SecretUrl::new(url.parse().expect("a URL")));
+            assert_eq!(found.is_some_and(|f| f.severity == Severity::Note), told, "{url}");
         }
     }
 

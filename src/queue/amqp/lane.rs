@@ -1,9 +1,8 @@
 //! A subscriber's two queues as the lane sees them: a source and its settler.
 
 use std::{
-    collections::VecDeque,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -11,8 +10,9 @@ use std::{
 use futures_util::{FutureExt as _, Stream as _, future::poll_fn};
 use lapin::{
     Channel, Consumer,
+    message::Delivery,
     options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
-    types::FieldTable,
+    types::{FieldTable, ShortString},
 };
 use tokio::sync::Mutex;
 
@@ -22,9 +22,14 @@ use super::{
     ladder,
     message::{self, Message},
     publisher::{Fate, Publisher},
+    repeats::{Mark, Remembered, Track},
     topology::Topology,
 };
-use crate::queue::{self, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window};
+use crate::{
+    clock,
+    failpoint::{Step, reached},
+    queue::{self, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window},
+};
 
 /// Both ends of one channel, so that one `ack` with `multiple` cannot settle another queue's messages.
 struct Feed {
@@ -47,7 +52,7 @@ impl Feed {
     }
 
     /// The next delivery if there is one. The end of the stream in any form means that the channel is of no use any more.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<lapin::message::Delivery, QueueError>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, QueueError>> {
         Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
             Some(Ok(delivery)) => Ok(delivery),
             Some(Err(e)) => Err(QueueError::new(format!("the consumer of queue `{}` ended: {}", self.queue, BrokerError::from(e)))),
@@ -57,10 +62,13 @@ impl Feed {
 
     /// Closing gives everything back at once and in its order. Cancelling the consumer first would
     /// not: what the broker has on its way then goes back before what was delivered earlier (measured).
-    async fn close(&self) {
-        if let Err(why) = answer(self.lease.channel.close(200, "given back".into())).await {
+    /// Returns whether the broker has answered, and so has taken all acks before.
+    async fn close(&self) -> bool {
+        let closed = answer(self.lease.channel.close(200, "given back".into())).await;
+        if let Err(why) = &closed {
             tracing::debug!(queue = self.queue, error = %why, "the channel was gone before it was closed");
         }
+        closed.is_ok()
     }
 }
 
@@ -92,7 +100,8 @@ impl Unusable {
 pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusable> {
     let consume = async {
         lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
-        lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await?;
+        // Held until the channel is closed: dropped before, it is cancelled, and a channel that closes takes that for an error.
+        let _consumer = lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await?;
         lease.channel.close(200, "tried".into()).await
     };
     answer(consume).await.map_err(|why| Unusable { queue: queue.to_owned(), why })
@@ -119,6 +128,7 @@ impl Source {
         publisher: Publisher,
         subscriber: &str,
         window: Window,
+        remembered: Arc<Remembered>,
         consumes: Consumes,
     ) -> Result<(Self, Settler), Unusable> {
         let envelopes = Feed::open(for_envelopes, topology.retry(subscriber), window.envelopes).await?;
@@ -127,10 +137,13 @@ impl Source {
             subscriber: subscriber.to_owned(),
             topology: topology.clone(),
             publisher,
-            finished: Mutex::new(Prefix::default()),
+            acks: Mutex::default(),
+            tracks: std::sync::Mutex::new(Tracks { events: Track::new(window.events), envelopes: Track::new(window.envelopes) }),
+            remembered,
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
         }));
+        settler.0.remembered.opened(clock::instant());
         Ok((Self { events, envelopes, settler: settler.clone(), _consumes: consumes }, settler))
     }
 }
@@ -138,13 +151,14 @@ impl Source {
 impl queue::Source for Source {
     async fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> Result<(), QueueError> {
         let before = into.len();
+        let inner = &*self.settler.0;
         poll_fn(|cx| {
             while into.len() - before < max {
                 match self.envelopes.poll(cx) {
-                    Poll::Ready(Ok(d)) => into.push(message::taken_envelope(d)),
+                    Poll::Ready(Ok(d)) => into.push(inner.taken_envelope(d)),
                     Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
                     Poll::Pending => match self.events.poll(cx) {
-                        Poll::Ready(Ok(d)) => into.push(Taken::Event(message::taken_event(d))),
+                        Poll::Ready(Ok(d)) => into.push(inner.taken_event(d)),
                         Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
                         Poll::Pending if into.len() == before => return Poll::Pending,
                         Poll::Pending => break,
@@ -157,11 +171,17 @@ impl queue::Source for Source {
     }
 
     async fn close(self) {
-        if let Err(why) = self.settler.0.ack_stragglers().await {
+        let inner = &*self.settler.0;
+        if let Err(why) = inner.ack_stragglers().await {
             tracing::debug!(queue = self.events.queue, error = %why, "what was finished out of order comes again");
         }
-        self.envelopes.close().await;
-        self.events.close().await;
+        let closed = [self.envelopes.close().await, self.events.close().await];
+        let tracks = inner.tracks();
+        for (track, closed) in [&tracks.envelopes, &tracks.events].into_iter().zip(closed) {
+            if !closed {
+                inner.remembered.add(track, clock::instant());
+            }
+        }
     }
 }
 
@@ -173,9 +193,25 @@ struct Inner {
     topology: Topology,
     publisher: Publisher,
     /// Held over an ack, so that acks reach the broker in rising order.
-    finished: Mutex<Prefix>,
+    acks: Mutex<()>,
+    tracks: std::sync::Mutex<Tracks>,
+    remembered: Arc<Remembered>,
     events: Arc<Lease>,
     envelopes: Arc<Lease>,
+}
+
+struct Tracks {
+    events: Track,
+    envelopes: Track,
+}
+
+impl Tracks {
+    fn of(&mut self, from: Kind) -> &mut Track {
+        match from {
+            Kind::Event => &mut self.events,
+            Kind::Batch => &mut self.envelopes,
+        }
+    }
 }
 
 impl std::fmt::Debug for Settler {
@@ -187,24 +223,66 @@ impl std::fmt::Debug for Settler {
 impl queue::Settler for Settler {
     async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
         let inner = &*self.0;
-        let all_alive = receipts.iter().all(|r| inner.lease(r.from).channel.status().connected());
-        if !all_alive {
+        let accepted = matches!(settlement, Settlement::Delivered);
+        if !inner.are_alive(&receipts) {
+            if accepted {
+                inner.settled(&receipts, accepted);
+            }
             return Err(SettleError::Gone);
         }
         let messages = inner.messages(settlement);
         if !messages.is_empty() {
             inner.store(messages).await?;
+            reached(Step::Confirmed);
         }
-        inner.ack(receipts).await.map_err(|_| SettleError::Gone)
+        inner.ack(receipts, accepted).await?;
+        reached(Step::Acked);
+        Ok(())
     }
 }
 
 impl Inner {
-    fn lease(&self, from: Kind) -> &Lease {
+    fn channel(&self, from: Kind) -> &Channel {
         match from {
-            Kind::Event => &self.events,
-            Kind::Batch => &self.envelopes,
+            Kind::Event => &self.events.channel,
+            Kind::Batch => &self.envelopes.channel,
         }
+    }
+
+    fn are_alive(&self, receipts: &[Receipt]) -> bool {
+        receipts.iter().all(|r| self.channel(r.from).status().connected())
+    }
+
+    fn tracks(&self) -> MutexGuard<'_, Tracks> {
+        self.tracks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn taken_event(&self, d: Delivery) -> Taken {
+        let mark = Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
+        let known = self.track(Kind::Event, d.delivery_tag, Some(mark), d.redelivered);
+        let event = message::taken_event(d);
+        if known { Taken::Known { events: 1, receipt: event.receipt } } else { Taken::Event(event) }
+    }
+
+    fn taken_envelope(&self, d: Delivery) -> Taken {
+        let (tag, redelivered) = (d.delivery_tag, d.redelivered);
+        let taken = message::taken_envelope(d);
+        let mark = match &taken {
+            Taken::Envelope(envelope, _) => Some(Mark::envelope(&envelope.batch_id, envelope.attempts)),
+            _ => None,
+        };
+        let known = self.track(Kind::Batch, tag, mark, redelivered);
+        match taken {
+            Taken::Envelope(e, receipt) if known => Taken::Known { events: e.events, receipt },
+            other => other,
+        }
+    }
+
+    /// Keeps track of a delivery, whatever it is. Returns whether it was settled before and has come again.
+    fn track(&self, from: Kind, tag: u64, mark: Option<Mark>, redelivered: bool) -> bool {
+        let known = mark.filter(|_| redelivered).and_then(|mark| self.remembered.knows(mark, clock::instant()));
+        self.tracks().of(from).taken(tag, mark, known);
+        known.is_some()
     }
 
     fn messages(&self, settlement: Settlement) -> Vec<Message> {
@@ -240,18 +318,28 @@ impl Inner {
         }
     }
 
-    async fn ack(&self, mut receipts: Vec<Receipt>) -> Result<(), BrokerError> {
-        receipts.sort_unstable();
-        let mut finished = self.finished.lock().await;
-        let before = finished.acked;
-        for r in &receipts {
-            match r.from {
-                Kind::Event => finished.finish(r.tag),
-                Kind::Batch => ack(&self.envelopes.channel, r.tag, false).await?,
-            }
+    fn settled(&self, receipts: &[Receipt], accepted: bool) {
+        let mut tracks = self.tracks();
+        for r in receipts {
+            tracks.of(r.from).settled(r.tag, accepted);
         }
-        if finished.acked > before {
-            ack(&self.events.channel, finished.acked, true).await?;
+    }
+
+    async fn ack(&self, receipts: Vec<Receipt>, accepted: bool) -> Result<(), SettleError> {
+        let _rising = self.acks.lock().await;
+        self.settled(&receipts, accepted);
+        // To a channel that is gone no ack is written.
+        if !self.are_alive(&receipts) {
+            return Err(SettleError::Gone);
+        }
+        let now = clock::instant();
+        for r in receipts.iter().filter(|r| r.from == Kind::Batch) {
+            self.tracks().envelopes.acks(r.tag, now);
+            ack(&self.envelopes.channel, r.tag, false).await.map_err(|_| SettleError::Gone)?;
+        }
+        let prefix = self.tracks().events.acks_prefix(now);
+        if let Some(tag) = prefix {
+            ack(&self.events.channel, tag, true).await.map_err(|_| SettleError::Gone)?;
         }
         Ok(())
     }
@@ -259,9 +347,13 @@ impl Inner {
     /// Acks what is finished behind something that is not, one by one: given back it would come again,
     /// and a dead letter would be written each time that a circuit is probed.
     async fn ack_stragglers(&self) -> Result<(), BrokerError> {
-        let finished = self.finished.lock().await;
-        for tag in finished.stragglers() {
-            ack(&self.events.channel, tag, false).await?;
+        let _rising = self.acks.lock().await;
+        let stragglers = self.tracks().events.stragglers();
+        for tag in stragglers {
+            if self.events.channel.status().connected() {
+                self.tracks().events.acks(tag, clock::instant());
+                ack(&self.events.channel, tag, false).await?;
+            }
         }
         Ok(())
     }
@@ -286,58 +378,7 @@ pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &qu
     }
 }
 
-/// Which delivery tags of a channel are finished: tags count up from 1, and one ack with `multiple`
-/// settles the longest prefix of finished ones.
-#[derive(Debug, Default)]
-struct Prefix {
-    acked: u64,
-    /// Of the tags after `acked`.
-    finished: VecDeque<bool>,
-}
-
-impl Prefix {
-    fn finish(&mut self, tag: u64) {
-        let Some(n) = tag.checked_sub(self.acked + 1).and_then(|n| usize::try_from(n).ok()) else { return };
-        if self.finished.len() <= n {
-            self.finished.resize(n + 1, false);
-        }
-        self.finished[n] = true;
-        while self.finished.front() == Some(&true) {
-            self.finished.pop_front();
-            self.acked += 1;
-        }
-    }
-
-    /// The finished ones after the first that is not.
-    fn stragglers(&self) -> impl Iterator<Item = u64> {
-        (self.acked + 1..).zip(&self.finished).filter(|(_, done)| **done).map(|(tag, _)| tag)
-    }
-}
-
 /// Reads what a consumer holds already, without waiting; for consumers of this module's siblings.
-pub(super) fn ready(consumer: &mut Consumer) -> Option<lapin::Result<lapin::message::Delivery>> {
+pub(super) fn ready(consumer: &mut Consumer) -> Option<lapin::Result<Delivery>> {
     futures_util::StreamExt::next(consumer).now_or_never().flatten()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn acks_cover_exactly_the_longest_finished_prefix(order in Just((1_u64..=40).collect::<Vec<_>>()).prop_shuffle()) {
-            let mut prefix = Prefix::default();
-            let mut done = std::collections::BTreeSet::new();
-            for tag in order {
-                prefix.finish(tag);
-                done.insert(tag);
-                let expected = (1..).take_while(|t| done.contains(t)).last().unwrap_or(0);
-                prop_assert_eq!(prefix.acked, expected);
-                let behind: Vec<u64> = done.iter().copied().filter(|t| *t > expected).collect();
-                prop_assert_eq!(prefix.stragglers().collect::<Vec<_>>(), behind);
-            }
-            prop_assert!(prefix.finished.is_empty());
-        }
-    }
 }

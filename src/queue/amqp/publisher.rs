@@ -23,7 +23,10 @@ use super::{
     message::Message,
     topology::{Broker, Topology},
 };
-use crate::queue::QueueError;
+use crate::{
+    failpoint::{Step, reached},
+    queue::QueueError,
+};
 
 /// From handing a group over to the last of its confirms.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
@@ -280,6 +283,7 @@ impl Generation {
             self.confirms.push(async move { ((id, n), confirm.await) }.boxed());
         }
         self.groups.insert(id, pending);
+        reached(Step::Published);
         self.finish(); // an empty group has nothing to wait for
         Ok(())
     }

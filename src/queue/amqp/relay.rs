@@ -1,6 +1,10 @@
 //! Two chores beside the lanes: the relay from a source queue, and the sweep of orphans.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -18,6 +22,7 @@ use super::{
     lane::ready,
     message::{self, Message},
     publisher::{Fate, Publisher},
+    stopped,
     topology::{Broker, Topology},
     walk::Walk,
 };
@@ -25,6 +30,7 @@ use crate::{
     clock,
     config::{Subscriber, Subscribers},
     event::event_type,
+    failpoint::{Step, reached},
     metrics::Metrics,
     queue::{DeadLetter, Kind, QueueError, Reason, Story},
 };
@@ -40,34 +46,55 @@ pub(super) struct Relay<'a> {
     pub(super) metrics: &'a Metrics,
     pub(super) queue: &'a str,
     pub(super) subscribers: &'a watch::Receiver<Subscribers>,
+    pub(super) stopping: &'a watch::Receiver<bool>,
 }
 
 impl Relay<'_> {
-    /// Relays until it fails, or until others are configured: their queues have to be bound before more is relayed.
-    pub(super) async fn run(&self, relaying: &mut Effort, configured: &mut watch::Receiver<Subscribers>) -> Result<(), QueueError> {
+    fn error(&self, why: &BrokerError) -> QueueError {
+        QueueError::new(format!("source queue `{}` cannot be consumed: {why}", self.queue))
+    }
+
+    pub(super) async fn open(&self) -> Result<(Lease, Consumer), QueueError> {
         let queue = self.queue;
         let lease = self.pool.lease().await?;
-        let fail = |why: BrokerError| QueueError::new(format!("source queue `{queue}` cannot be consumed: {why}"));
         let consume = async {
             lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
             lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
         };
-        let mut consumer: Consumer = answer(consume).await.map_err(fail)?;
+        let consumer = answer(consume).await.map_err(|why| self.error(&why))?;
         tracing::debug!(queue, "relaying events");
+        Ok((lease, consumer))
+    }
+
+    /// Relays until it fails, until it is to stop, or until others are configured: their queues have to be bound before more is
+    /// relayed. What it has begun to publish it acks first.
+    pub(super) async fn run(
+        &self,
+        (lease, mut consumer): (Lease, Consumer),
+        relaying: &mut Effort,
+        configured: &mut watch::Receiver<Subscribers>,
+    ) -> Result<(), QueueError> {
+        let queue = self.queue;
         loop {
             let first = tokio::select! {
-                first = consumer.next() => first,
+                biased;
+                () = stopped(self.stopping.clone()) => return Ok(()),
                 Ok(()) = configured.changed() => return Ok(()),
+                first = consumer.next() => first,
             };
             let first = first.ok_or_else(|| QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")))?;
             let mut last = 0;
             let mut messages = Vec::new();
             let mut next = Some(first);
             while let Some(delivery) = next {
-                let delivery = delivery.map_err(|e| fail(e.into()))?;
+                let delivery = delivery.map_err(|e| self.error(&e.into()))?;
                 last = delivery.delivery_tag;
                 messages.push(relayed(self.topology, delivery));
                 next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
+            }
+            // Whoever was told that others are configured may have published one of these since.
+            if configured.has_changed().unwrap_or(false) {
+                return Ok(());
             }
             let (all, invalid) = (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
             let unmatched = self.publish(&lease, messages).await?;
@@ -77,7 +104,8 @@ impl Relay<'_> {
             if unmatched > 0 {
                 tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
             }
-            answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(fail)?;
+            reached(Step::Relayed);
+            answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(|why| self.error(&why))?;
             relaying.goes_well();
         }
     }
@@ -148,7 +176,11 @@ impl Relay<'_> {
                 "`{}` refuses events, and the relay waits for it, so all subscribers do: it is full by a policy, or unusable (hooktrail repair SUBSCRIBER)",
                 first.routing_key
             );
-            handing_over.failed(&QueueError::new(why)).await;
+            let why = QueueError::new(why);
+            tokio::select! {
+                () = stopped(self.stopping.clone()) => return Err(QueueError::new("the daemon stops while a queue refuses relayed events")),
+                () = handing_over.failed(&why) => {}
+            }
         }
         handing_over.goes_well();
         Ok(())
@@ -235,19 +267,33 @@ impl Sweep<'_> {
         let connection = self.consuming.quarantine().await?;
         let mut walk = Walk::new(connection, orphans, depth.messages);
         let mut moved = 0;
+        // Who does not take one now takes no other, and keeps nobody from getting theirs.
+        let mut failed = BTreeMap::new();
         while let Some(delivery) = walk.next().await? {
             let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(*s));
-            let Some(subscriber) = subscriber.map(str::to_owned) else { continue };
+            let Some(subscriber) = subscriber.filter(|s| !failed.contains_key(*s)).map(str::to_owned) else { continue };
             let tag = delivery.delivery_tag;
             let (body, properties) = message::untouched(delivery);
-            let stored = self.publisher.publish(vec![Message::to_queue(self.topology.retry(&subscriber), body, properties)]).await?;
-            if stored != [Fate::Stored] {
-                return Err(QueueError::new(format!("queue `{}` did not take an orphan", self.topology.retry(&subscriber))));
+            let queue = self.topology.retry(&subscriber);
+            let why = match self.publisher.publish(vec![Message::to_queue(queue.clone(), body, properties)]).await {
+                Ok(fates) if fates == [Fate::Stored] => None,
+                Ok(_) => Some(format!("queue `{queue}` did not take an orphan")),
+                // Nor would any other.
+                Err(e) if !self.publisher.is_writable() => return Err(e),
+                Err(e) => Some(e.to_string()),
+            };
+            if let Some(why) = why {
+                failed.insert(subscriber, why);
+                continue;
             }
+            reached(Step::Moved);
             walk.ack(tag).await?;
             moved += 1;
         }
         walk.close().await?;
+        if !failed.is_empty() {
+            return Err(QueueError::new(failed.into_values().collect::<Vec<_>>().join("; ")));
+        }
         if moved == 0 {
             self.foreign = Some((depth.messages, 0));
         }

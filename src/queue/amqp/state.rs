@@ -9,7 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -35,12 +35,19 @@ use super::{
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
+    failpoint::{Step, reached},
     queue::{Pause, QueueError, Standing, Standings},
 };
 
 /// How often it is looked whether another daemon still works for a subscriber that this one does not have.
 const RECHECK: Duration = Duration::from_secs(60);
 const RECHECK_SOON: Duration = Duration::from_secs(2);
+
+/// Who is asked whether it works for a subscriber has answered by then; a look comes each [`RECHECK_SOON`].
+const ANSWERED: Duration = Duration::from_millis(1500);
+
+/// How long another daemon is believed to have a subscriber after it said so.
+const BELIEVED: Duration = Duration::from_secs(3600);
 
 /// After so long without a record all that the stream held has come.
 const QUIET: Duration = Duration::from_secs(5);
@@ -76,6 +83,8 @@ enum Record {
         #[serde(with = "rfc3339")]
         at: SystemTime,
     },
+    /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has bound.
+    Asked { asked: String },
     /// Written when reading begins, to know where the end is.
     Mark { mark: String },
 }
@@ -108,6 +117,8 @@ struct Recorded {
     standings: Standings,
     /// Whose queues may still be there.
     removed: BTreeSet<String>,
+    /// Of whom it was asked who works for them, without an answer yet.
+    asked: BTreeSet<String>,
 }
 
 /// What a record was about.
@@ -116,6 +127,7 @@ enum About {
     Bindings(String),
     Pruned(String),
     Standing(String),
+    Asked(String),
     Nothing,
 }
 
@@ -125,11 +137,13 @@ impl Recorded {
             Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
                 let exchange = bound_to.unwrap_or_else(|| exchange.to_owned());
                 self.removed.remove(&subscriber);
+                self.asked.remove(&subscriber);
                 self.bindings.insert(subscriber.clone(), Bound { exchange, patterns });
                 About::Bindings(subscriber)
             }
             Record::Removed { subscriber, pruned, .. } => {
                 self.bindings.remove(&subscriber);
+                self.asked.remove(&subscriber);
                 if !pruned {
                     self.removed.insert(subscriber.clone());
                     return About::Bindings(subscriber);
@@ -144,6 +158,10 @@ impl Recorded {
                 let standing = if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
                 Arc::make_mut(&mut self.standings).insert(subscriber.clone(), standing);
                 About::Standing(subscriber)
+            }
+            Record::Asked { asked } => {
+                self.asked.insert(asked.clone());
+                About::Asked(asked)
             }
             Record::Mark { .. } => About::Nothing,
         }
@@ -224,7 +242,10 @@ async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> R
     let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
     let message = Message::to_queue(topology.state(), Bytes::from(body), properties);
     match publisher.publish(vec![message]).await?[..] {
-        [Fate::Stored] => Ok(()),
+        [Fate::Stored] => {
+            reached(Step::Recorded);
+            Ok(())
+        }
         _ => Err(error(topology, "the broker did not take a record")),
     }
 }
@@ -257,11 +278,15 @@ pub(super) struct Reconciler<'a> {
     told: BTreeSet<String>,
     /// Subscribers that this daemon has unbound, and those of them that another then bound again.
     removed: BTreeSet<String>,
-    wanted_elsewhere: BTreeSet<String>,
+    wanted_elsewhere: BTreeMap<String, Instant>,
     /// Records of bindings that this daemon has written and not read yet.
     echoes: BTreeMap<String, u32>,
     /// How often it was seen that another daemon works for a subscriber that is not configured here.
     looks: BTreeMap<String, u32>,
+    /// When the others were asked whether they work for a subscriber that nobody consumes.
+    asked: BTreeMap<String, Instant>,
+    /// What was told already of queues that only an operator can mend.
+    refused: BTreeSet<String>,
     /// Of what is configured now.
     reconciled: bool,
 }
@@ -276,9 +301,11 @@ impl<'a> Reconciler<'a> {
             wanted: Bindings::new(),
             told: BTreeSet::new(),
             removed: BTreeSet::new(),
-            wanted_elsewhere: BTreeSet::new(),
+            wanted_elsewhere: BTreeMap::new(),
             echoes: BTreeMap::new(),
             looks: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            refused: BTreeSet::new(),
             reconciled: false,
         };
         new.adopt();
@@ -293,8 +320,10 @@ impl<'a> Reconciler<'a> {
         self.wanted = self.subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
         self.told.clear();
         self.removed.retain(|name| !self.wanted.contains_key(name));
-        self.wanted_elsewhere.retain(|name| !self.wanted.contains_key(name));
+        self.wanted_elsewhere.retain(|name, _| !self.wanted.contains_key(name));
         self.looks.clear();
+        self.asked.clear();
+        self.refused.clear();
         self.reconciled = false;
     }
 
@@ -304,6 +333,8 @@ impl<'a> Reconciler<'a> {
         let mut broker = Broker::new(&self.queue.0.declaring);
         self.topology.ensure_state(&mut broker).await?;
         self.echoes.clear();
+        // Answers may have been missed.
+        self.asked.clear();
         let (lease, mut records) = open(&self.queue.0.declaring, self.topology).await?;
         let mark = clock::batch_id();
         let (topology, publisher, last) = (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
@@ -313,6 +344,7 @@ impl<'a> Reconciler<'a> {
         let mut up_to_date = false;
         let mut latest = clock::instant();
         loop {
+            let next_look = self.until_next_look();
             let next = tokio::select! {
                 wrote = &mut marking, if !marked => {
                     marked = true;
@@ -331,8 +363,12 @@ impl<'a> Reconciler<'a> {
                     self.reconcile(&mut broker, &mut recorded).await?;
                     continue;
                 }
-                () = sleep(if self.looks.values().any(|n| *n < 2) { RECHECK_SOON } else { RECHECK }), if up_to_date => {
-                    self.unbind_removed(&mut broker, &mut recorded).await?;
+                () = sleep(next_look), if up_to_date => {
+                    if self.reconciled {
+                        self.unbind_removed(&mut broker, &mut recorded).await?;
+                    } else {
+                        self.reconcile(&mut broker, &mut recorded).await?;
+                    }
                     continue;
                 }
                 () = sleep(RPC_TIMEOUT), if marked && !up_to_date => {
@@ -347,26 +383,54 @@ impl<'a> Reconciler<'a> {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
                     self.tell_removed(&recorded);
-                    self.queue.0.standings.send_replace(Some(recorded.standings.clone()));
+                    self.stand_all(&recorded);
+                    // Asked while this daemon did not listen.
+                    for name in std::mem::take(&mut recorded.asked) {
+                        self.answer(&mut recorded.bindings, &name).await?;
+                    }
                     self.reconcile(&mut broker, &mut recorded).await?;
                     following.goes_well();
                 }
                 Ok(record) => match recorded.apply(record, &self.topology.events()) {
                     About::Bindings(name) if up_to_date => {
                         self.tell_removed(&recorded);
-                        let by_another = !self.is_echo(&name, &recorded);
-                        self.compare(&mut broker, &mut recorded.bindings, &name, by_another).await?;
+                        self.has_come(&mut broker, &mut recorded, &name).await?;
                     }
                     About::Pruned(name) if up_to_date => {
                         self.tell_removed(&recorded);
                         self.queue.0.standings.send_modify(|all| drop(all.as_mut().map(|all| Arc::make_mut(all).remove(&name))));
                         self.compare(&mut broker, &mut recorded.bindings, &name, false).await?;
                     }
-                    About::Standing(name) if up_to_date => self.stands(&name, &recorded),
-                    About::Bindings(_) | About::Pruned(_) | About::Standing(_) | About::Nothing => {}
+                    About::Standing(name) => {
+                        self.has_read(&name, &recorded);
+                        if up_to_date {
+                            self.stands(&name, &recorded);
+                        }
+                    }
+                    About::Asked(name) if up_to_date => self.answer(&mut recorded.bindings, &name).await?,
+                    About::Bindings(_) | About::Pruned(_) | About::Asked(_) | About::Nothing => {}
                 },
                 Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
             }
+        }
+    }
+
+    /// The record has been read to its end. What this daemon has recorded since then is still to come, and counts already.
+    fn stand_all(&self, recorded: &Recorded) {
+        let mut all = recorded.standings.clone();
+        for (name, standing) in self.queue.recorded().iter() {
+            Arc::make_mut(&mut all).insert(name.clone(), standing.clone());
+        }
+        self.queue.0.standings.send_replace(Some(all));
+    }
+
+    /// A standing was read. If this daemon has written it, it need not be remembered any more.
+    fn has_read(&self, name: &str, recorded: &Recorded) {
+        let mut own = self.queue.recorded();
+        // As they are written, which has milliseconds.
+        let text = |standing: &Standing| serde_json::to_string(&Record::of(name, standing)).ok();
+        if own.get(name).is_some_and(|own| text(own) == recorded.standings.get(name).and_then(text)) {
+            own.remove(name);
         }
     }
 
@@ -391,6 +455,12 @@ impl<'a> Reconciler<'a> {
             }
             first
         });
+    }
+
+    /// A record of a subscriber's bindings was just read.
+    async fn has_come(&mut self, broker: &mut Broker<'_>, recorded: &mut Recorded, name: &str) -> Result<(), QueueError> {
+        let by_another = !self.is_echo(name, recorded);
+        self.compare(broker, &mut recorded.bindings, name, by_another).await
     }
 
     /// Whether a record of bindings that was just read is one that this daemon has written.
@@ -419,41 +489,74 @@ impl<'a> Reconciler<'a> {
             }
             return self.unbind_removed(broker, all).await;
         }
+        let mut all_done = true;
         for s in subscribers.iter() {
-            let Some(wanted) = self.wanted.get(&s.name) else { continue };
+            let Some(wanted) = self.wanted.get(&s.name).cloned() else { continue };
             let old = recorded.get(&s.name);
-            if old == Some(wanted) {
+            if old == Some(&wanted) {
                 continue;
             }
             // Another daemon may have unbound what this one had bound when it began.
-            self.topology.ensure_subscriber(broker, s).await?;
+            if !self.ensure(broker, s).await? {
+                all_done = false;
+                continue;
+            }
             if let Some(Bound { exchange, patterns }) = old {
                 for pattern in patterns {
                     if *exchange == wanted.exchange && wanted.patterns.contains(pattern) {
                         continue;
                     }
-                    broker.unbind(&self.topology.main(&s.name), exchange, pattern).await?;
+                    self.unbind(broker, &s.name, exchange, pattern).await?;
                     tracing::warn!(subscriber = s.name, exchange, pattern, "unbound a pattern that is not configured any more");
                 }
             }
-            let wanted = wanted.clone();
             self.record(recorded, &s.name, wanted).await?;
         }
         self.unbind_removed(broker, all).await?;
-        self.reconciled = true;
+        self.reconciled = all_done;
         Ok(())
+    }
+
+    /// Declares and binds. What only an operator can mend of one subscriber keeps this from no other.
+    async fn ensure(&mut self, broker: &mut Broker<'_>, s: &Subscriber) -> Result<bool, QueueError> {
+        match self.topology.ensure_subscriber(broker, s).await {
+            Err(e) if e.is_for_operator() => {
+                if self.refused.insert(e.to_string()) {
+                    tracing::error!(subscriber = s.name, error = %e, "its bindings cannot be put right; looked at again each minute");
+                }
+                Ok(false)
+            }
+            done => done.map(|()| true),
+        }
+    }
+
+    /// Unbinds a pattern, unless it is just being bound: a reload that wants it again may have been answered before this
+    /// has heard of it.
+    async fn unbind(&self, broker: &mut Broker<'_>, name: &str, exchange: &str, pattern: &str) -> Result<(), QueueError> {
+        // Held until it is unbound, so that what is bound later stays.
+        let prepared = self.queue.0.prepared.lock().await;
+        if exchange == self.topology.events() && prepared.get(name).is_some_and(|patterns| patterns.contains(pattern)) {
+            return Ok(());
+        }
+        broker.unbind(&self.topology.main(name), exchange, pattern).await
     }
 
     /// Unbinds subscribers that are not configured here, unless another daemon works for them or wants them back.
     async fn unbind_removed(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
         let recorded = &mut all.bindings;
-        let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains(name);
+        self.asked.retain(|name, _| recorded.contains_key(name));
+        // Who has answered may be gone by now, and is asked again.
+        let moment = clock::instant();
+        self.wanted_elsewhere.retain(|_, since| moment - *since < BELIEVED);
+        let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains_key(name);
         let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
+        let alone = removed.is_empty() || self.is_alone(broker).await?;
         for name in removed {
             let queue = self.topology.main(&name);
             // This daemon's own lane may still finish its requests.
             let own = self.queue.consumers_of(&name);
             if broker.depth(&queue).await?.is_some_and(|d| d.consumers > own) {
+                self.asked.remove(&name);
                 let looks = self.looks.entry(name.clone()).or_default();
                 *looks += 1;
                 // The first may have seen this daemon's own consumer a moment too long.
@@ -465,9 +568,22 @@ impl<'a> Reconciler<'a> {
                 }
                 continue;
             }
+            // Who works for it consumes nothing while the receiver is down, or the subscriber paused.
+            if !alone {
+                let now = clock::instant();
+                let Some(asked) = self.asked.get(&name) else {
+                    self.asked.insert(name.clone(), now);
+                    self.write(&Record::Asked { asked: name }).await?;
+                    continue;
+                };
+                if now - *asked < ANSWERED {
+                    continue;
+                }
+            }
+            self.asked.remove(&name);
             if let Some(bound) = recorded.get(&name) {
                 for pattern in &bound.patterns {
-                    broker.unbind(&queue, &bound.exchange, pattern).await?;
+                    self.unbind(broker, &name, &bound.exchange, pattern).await?;
                 }
             }
             tracing::warn!(subscriber = name, queue, "a subscriber that is not configured any more was unbound; its backlog stays");
@@ -481,6 +597,32 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
+    /// Whether it looks as if there were no other daemon: of those who read a stream the broker tells nothing, but they consume the
+    /// queues that this one consumes. If it consumes none, as when all receivers are down, that says nothing.
+    async fn is_alone(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
+        let mut consumes = false;
+        for s in self.subscribers.iter() {
+            let own = self.queue.consumers_of(&s.name);
+            consumes |= own > 0;
+            if broker.depth(&self.topology.main(&s.name)).await?.is_some_and(|d| d.consumers > own) {
+                return Ok(false);
+            }
+        }
+        Ok(consumes)
+    }
+
+    fn until_next_look(&self) -> Duration {
+        let soon = !self.asked.is_empty() || self.looks.values().any(|n| *n < 2);
+        if soon { RECHECK_SOON } else { RECHECK }
+    }
+
+    /// Another daemon asks who works for a subscriber.
+    async fn answer(&mut self, recorded: &mut Bindings, name: &str) -> Result<(), QueueError> {
+        let Some(wanted) = self.wanted.get(name) else { return Ok(()) };
+        let bound = recorded.get(name).unwrap_or(wanted).clone();
+        self.record(recorded, name, bound).await
+    }
+
     /// Another daemon has changed a subscriber. If this one has it too and says otherwise, its own
     /// bindings are put back, since without them it loses events, and recorded beside the other's: what is
     /// bound is always in the record, or nobody would ever unbind it. Whose patterns are in the record
@@ -489,7 +631,10 @@ impl<'a> Reconciler<'a> {
         let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else {
             // Who writes that is alive, also if it consumes nothing just now.
             if recorded.contains_key(name) && by_another {
-                self.wanted_elsewhere.insert(name.to_owned());
+                let asked = self.asked.remove(name).is_some();
+                if self.wanted_elsewhere.insert(name.to_owned(), clock::instant()).is_none() && asked {
+                    tracing::warn!(subscriber = name, "not configured here, but another daemon has it: it stays bound");
+                }
             }
             return Ok(());
         };
@@ -506,7 +651,10 @@ impl<'a> Reconciler<'a> {
                  its queue is bound with what both say: give all daemons the same configuration and restart them"
             );
         }
-        self.topology.ensure_subscriber(broker, &s).await?;
+        let found = found.cloned();
+        if !self.ensure(broker, &s).await? {
+            return Ok(());
+        }
         match found {
             Some(found) if found.exchange == wanted.exchange => {
                 if wanted.patterns.is_subset(&found.patterns) {
@@ -582,5 +730,54 @@ mod tests {
         }
         assert_eq!(*recorded.standings, [("a".to_owned(), paused), ("b".to_owned(), resumed)].into());
         assert_eq!(recorded.bindings.len(), 1);
+    }
+
+    fn without_a_broker() -> (AmqpQueue, watch::Receiver<Subscribers>) {
+        let text =
+            "[queue]\nurl = \"amqp://nobody.invalid\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), text).expect("writes");
+        let config = crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}"));
+        let crate::config::Backend::Amqp(amqp) = config.queue.backend else { panic!("another queue") };
+        let queue = AmqpQueue::new(amqp, crate::metrics::Metrics::new(clock::now()));
+        (queue, watch::Sender::new(config.subscribers).subscribe())
+    }
+
+    #[tokio::test]
+    async fn what_this_daemon_has_recorded_counts_until_it_has_read_it() {
+        let (queue, configured) = without_a_broker();
+        let reconciler = Reconciler::new(&queue, configured);
+        let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
+        let (paused, resumed) = (Pause { why: "410".to_owned(), since: at, by: "receiver".to_owned() }, Standing::Resumed { at });
+        let mut recorded = Recorded::default();
+        let mut read = |standing: &Standing| {
+            let line = serde_json::to_string(&Record::of("a", standing)).expect("prints");
+            recorded.apply(serde_json::from_str(&line).expect("a record"), "x");
+            reconciler.has_read("a", &recorded);
+            reconciler.stand_all(&recorded);
+            queue.0.standings.borrow().clone().expect("known").get("a").cloned().expect("a standing")
+        };
+        read(&resumed);
+        // It is confirmed, and stands behind the mark.
+        queue.recorded().insert("a".to_owned(), Standing::Paused(paused.clone()));
+        assert_eq!(read(&resumed), Standing::Paused(paused.clone()));
+        assert!(matches!(read(&Standing::Paused(paused)), Standing::Paused(_)));
+        assert!(matches!(read(&resumed), Standing::Resumed { .. }), "another daemon's, written later");
+    }
+
+    #[tokio::test]
+    async fn what_another_daemon_binds_is_wanted_elsewhere_and_the_echo_of_this_ones_own_record_is_not() {
+        let (queue, configured) = without_a_broker();
+        let mut reconciler = Reconciler::new(&queue, configured);
+        let mut broker = Broker::new(&queue.0.declaring);
+        let mut recorded = Recorded::default();
+        // `gone` was recorded by this daemon and taken out of its configuration before that was read.
+        reconciler.echoes.insert("gone".to_owned(), 1);
+        for (by, elsewhere) in [("this one", false), ("another", true)] {
+            let line = r##"{"subscriber":"gone","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##;
+            recorded.apply(serde_json::from_str(line).expect("a record"), "x");
+            reconciler.has_come(&mut broker, &mut recorded, "gone").await.expect("asks nobody");
+            assert_eq!(reconciler.wanted_elsewhere.contains_key("gone"), elsewhere, "bound by {by}");
+        }
     }
 }

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     clock,
     config::{AmqpConfig, Intake, Subscriber},
+    failpoint::{Step, reached},
     queue::QueueError,
     secret::SecretUrl,
 };
@@ -121,7 +122,7 @@ impl Topology {
     pub(super) async fn ensure_shared(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         self.ensure_events(broker).await?;
         let orphans = self.orphans();
-        broker.ensure_queue(&orphans, quorum(&[])).await?;
+        broker.ensure_queue(&orphans, keeping_arguments()).await?;
         broker.exchange(&orphans, ExchangeKind::Fanout, FieldTable::default()).await?;
         broker.bind(&orphans, &orphans, "").await?;
         // Without it a message for a subscriber whose retry queue is gone would stick in a level, and 32 of them wedge it.
@@ -213,13 +214,14 @@ impl Topology {
 
     /// Every queue of a subscriber with its arguments, in the order they are to be declared.
     pub(super) fn subscriber_queues(&self, name: &str) -> [(String, FieldTable); 3] {
-        [(self.dead(name), quorum(&[])), (self.retry(name), self.working_arguments(name)), (self.main(name), self.working_arguments(name))]
+        let working = || self.working_arguments(name);
+        [(self.dead(name), keeping_arguments()), (self.retry(name), working()), (self.main(name), working())]
     }
 
     /// The queues that all subscribers share.
     pub(super) fn shared_queues(&self) -> Vec<(String, FieldTable)> {
         let levels = (0..ladder::LEVELS).map(|l| (self.level(l), self.level_arguments(l)));
-        std::iter::once((self.orphans(), quorum(&[]))).chain(levels).collect()
+        std::iter::once((self.orphans(), keeping_arguments())).chain(levels).collect()
     }
 
     /// What a queue's name says that it is for.
@@ -282,6 +284,12 @@ fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
     t
 }
 
+/// The arguments of a queue that keeps what it has: under a policy of the broker's owner that limits its length it takes no more, where
+/// by default it would throw out the oldest.
+fn keeping_arguments() -> FieldTable {
+    quorum(&[("x-overflow", text("reject-publish"))])
+}
+
 /// Why the broker did not do what it was asked.
 pub(super) enum Refused {
     NotFound,
@@ -326,7 +334,10 @@ fn inequivalent(message: &str) -> Option<Refused> {
     let (_, rest) = rest.split_once("received ")?;
     let (wanted, found) = rest.split_once(" but current is ")?;
     // "none", or "the value 'X' of type 'longstr'", or just "'X'".
-    let value = |s: &str| s.split('\'').nth(1).unwrap_or(s.split_whitespace().next().unwrap_or(s)).to_owned();
+    let value = |s: &str| match s.split('\'').nth(1).unwrap_or(s.split_whitespace().next().unwrap_or(s)) {
+        "" => "\"\"".to_owned(), // the default exchange
+        value => value.to_owned(),
+    };
     Some(Refused::Inequivalent { argument: argument.to_owned(), wanted: value(wanted), found: value(found) })
 }
 
@@ -349,6 +360,7 @@ impl<'p> Broker<'p> {
         };
         let answer = answer(request(&lease.channel)).await.map_err(|e| Refused::from_error(&e))?;
         self.lease = Some(lease);
+        reached(Step::Declared);
         Ok(answer)
     }
 
@@ -382,6 +394,7 @@ impl<'p> Broker<'p> {
     /// Declares a queue if it is absent, and compares its arguments if it is there.
     pub(super) async fn ensure_queue(&mut self, queue: &str, arguments: FieldTable) -> Result<(), QueueError> {
         let existed = self.depth(queue).await?.is_some();
+        let keeps = arguments == keeping_arguments();
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         match self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await {
             Ok(_) => {
@@ -392,6 +405,8 @@ impl<'p> Broker<'p> {
             }
             // Whoever may not declare can still use what somebody else declared.
             Err(Refused::Forbidden(_)) if existed => Ok(()),
+            // What keeps dead letters and has no limit serves as well without it.
+            Err(Refused::Inequivalent { argument, .. }) if keeps && argument == "x-overflow" => Ok(()),
             Err(other) => Err(other.into_error("queue", queue)),
         }
     }
@@ -520,6 +535,12 @@ mod tests {
                 "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received the value 'quorum' of type 'longstr' but current is none (406)",
                 "x-queue-type",
                 "quorum",
+                "none",
+            ),
+            (
+                "PRECONDITION_FAILED - inequivalent arg 'x-dead-letter-exchange' for queue 'q' in vhost '/': received the value '' of type 'longstr' but current is none (406)",
+                "x-dead-letter-exchange",
+                "\"\"",
                 "none",
             ),
         ] {

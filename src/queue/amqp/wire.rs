@@ -1,4 +1,4 @@
-//! Between the socket and lapin: makes of every message one that lapin can take.
+//! Between the socket and lapin: TLS where the URL asks for it, and makes of every message one that lapin can take.
 //!
 //! AMQP lets a producer put any bytes into a short string (a message id, a header's name) and nest
 //! tables as deep as a frame holds. lapin reads short strings as UTF-8 and gives up the whole connection
@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use async_compat::Compat;
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
 use futures_util::{
     Stream,
@@ -24,11 +25,14 @@ use futures_util::{
 };
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
-    tcp::{AMQPUriTcpExt as _, TLSConfig},
     types::FieldTable,
-    uri::AMQPUri,
+    uri::{AMQPScheme, AMQPUri},
 };
-use tokio::sync::oneshot;
+use rustls::pki_types::ServerName;
+use tokio::{net::TcpStream, sync::oneshot};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::tls::{SystemRoots, TlsPolicy};
 
 /// Deeper tables and arrays are shown to lapin as byte arrays.
 const MAX_DEPTH: u32 = 32;
@@ -54,11 +58,15 @@ impl Greeting {
     }
 }
 
-/// Connects as lapin does by itself, with the filter in between. lapin goes on by itself when whoever
+/// Connects as lapin does by itself, with TLS and the filter in between. lapin goes on by itself when whoever
 /// waits for it gives up, so that ends its socket too.
 pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<(Connection, Greeting)> {
     let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Filtering(Tokio::current())));
     let frame_max = uri.query.frame_max.map_or(usize::MAX, |max| max as usize);
+    let trust = match uri.scheme {
+        AMQPScheme::AMQP => None,
+        AMQPScheme::AMQPS => Some(Trust::of(&uri.authority.host).await?),
+    };
     let (connected, waiting) = oneshot::channel();
     let waiting = Mutex::new(Some(waiting));
     let greeting = Greeting::default();
@@ -67,7 +75,7 @@ pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> l
         // Taken once: there is no reconnecting.
         let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
         let tokio = Runtime::tokio_current();
-        let connecting = Box::pin(uri.connect_with_config_async(TLSConfig::default(), &tokio));
+        let connecting = Box::pin(dial(uri, trust.clone(), &tokio));
         let stream = match &mut waiting {
             None => connecting.await?,
             Some(waiting) => match select(connecting, waiting).await {
@@ -87,7 +95,33 @@ fn gone() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "nobody waits for this connection any more")
 }
 
-type Socket = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
+type Socket = Either<Compat<TcpStream>, Compat<TlsStream<TcpStream>>>;
+
+async fn dial(uri: AMQPUri, trust: Option<Trust>, runtime: &Runtime<Tokio>) -> io::Result<Socket> {
+    let stream = runtime.tcp_connect(runtime.to_socket_addrs((uri.authority.host, uri.authority.port))).await?;
+    match trust {
+        None => Ok(Either::Left(stream)),
+        Some(Trust { connector, server }) => Ok(Either::Right(Compat::new(connector.connect(server, stream.into_inner()).await?))),
+    }
+}
+
+/// Whom an `amqps://` broker's certificate must be of, and who may have signed it. lapin's own TLS would be the same
+/// rustls, but brings a whole older generation of cryptography along, for key stores that nobody has here.
+#[derive(Clone)]
+struct Trust {
+    connector: TlsConnector,
+    server: ServerName<'static>,
+}
+
+impl Trust {
+    async fn of(host: &str) -> io::Result<Self> {
+        let server = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        let roots = tokio::task::spawn_blocking(SystemRoots::load).await.map_err(io::Error::other)?;
+        let mut config = TlsPolicy::default().client_config(&roots.map_err(io::Error::other)?).map_err(io::Error::other)?;
+        config.alpn_protocols.clear(); // those of HTTP
+        Ok(Self { connector: TlsConnector::from(Arc::new(config)), server })
+    }
+}
 
 /// tokio's reactor, but for the type of its streams, which is the only way to hand lapin another one.
 #[derive(Debug, Clone)]
@@ -111,7 +145,7 @@ impl Reactor for Filtering {
 
     fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(addr);
-        async { Ok(Filtered::new(AsyncTcpStream::Plain(connecting.await?), usize::MAX)) }
+        async { Ok(Filtered::new(Either::Left(connecting.await?), usize::MAX)) }
     }
 }
 
@@ -183,7 +217,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Filtered<S> {
 }
 
 /// Incoming bytes: given away up to `given`, looked through up to `clean`, there up to `there`.
-struct Filter {
+pub(super) struct Filter {
     /// The longest frame that lapin takes.
     frame_max: usize,
     bytes: Vec<u8>,
@@ -199,16 +233,16 @@ struct Filter {
 const MAX_LOOK: usize = 1 << 20;
 
 /// Of a frame: its type, channel and length before the payload, and the end mark behind it.
-const FRAME_HEADER: usize = 7;
-const FRAME_END: usize = 1;
+pub(super) const FRAME_HEADER: usize = 7;
+pub(super) const FRAME_END: usize = 1;
 
 impl Filter {
-    fn new(frame_max: usize) -> Self {
+    pub(super) fn new(frame_max: usize) -> Self {
         Self { frame_max, bytes: Vec::new(), given: 0, clean: 0, there: 0, skip: 0, greeting: Greeting::default() }
     }
 
     /// Hands out what has been looked through.
-    fn give(&mut self, out: &mut [u8]) -> usize {
+    pub(super) fn give(&mut self, out: &mut [u8]) -> usize {
         let n = out.len().min(self.clean - self.given);
         out[..n].copy_from_slice(&self.bytes[self.given..self.given + n]);
         self.given += n;
@@ -216,7 +250,7 @@ impl Filter {
     }
 
     /// Where the next bytes go; only when everything clean was given away.
-    fn room(&mut self) -> &mut [u8] {
+    pub(super) fn room(&mut self) -> &mut [u8] {
         self.bytes.copy_within(self.clean..self.there, 0);
         self.there -= self.clean;
         (self.given, self.clean) = (0, 0);
@@ -226,7 +260,7 @@ impl Filter {
         &mut self.bytes[self.there..]
     }
 
-    fn filled(&mut self, n: usize) {
+    pub(super) fn filled(&mut self, n: usize) {
         self.there += n;
         loop {
             let skipped = self.skip.min(self.there - self.clean);
@@ -240,10 +274,10 @@ impl Filter {
                 1 | 2 if frame > MAX_LOOK => self.skip = frame,
                 1 | 2 if rest.len() < frame => return,
                 1 => {
-                    self.greeting.heard(&rest[FRAME_HEADER..FRAME_HEADER + payload]);
                     if let Some(agreed) = method(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]) {
                         self.frame_max = self.frame_max.min(agreed);
                     }
+                    self.greeting.heard(&rest[FRAME_HEADER..FRAME_HEADER + payload]);
                     self.clean += frame;
                 }
                 2 => {
@@ -260,7 +294,7 @@ impl Filter {
     }
 
     /// Nothing more comes: what is held back is a broken frame, and lapin may have it.
-    fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         self.clean = self.there;
     }
 }
@@ -274,6 +308,12 @@ fn method(payload: &mut [u8]) -> Option<usize> {
     let (fixed, strings) = match (class, method) {
         (10, 50) | (20, 40) => (2, 1), // close of the connection, of a channel: code; text
         (10, 60) => (0, 1),            // blocked: reason
+        (10, 10) => {
+            // start: version; table of whatever answers at the broker's address
+            at.take(2)?;
+            at.table(0);
+            return None;
+        }
         (10, 30) => {
             // tune: channels, longest frame (0: any), heartbeat
             at.u16()?;
@@ -421,6 +461,7 @@ impl<'a> Cursor<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::queue::amqp::fuzzing::through as limited;
     use lapin::{protocol::basic, types::AMQPValue};
     use proptest::prelude::*;
 
@@ -450,33 +491,6 @@ mod tests {
     /// What comes out when the bytes come in pieces of these sizes.
     fn through(bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
         limited(usize::MAX, bytes, pieces, out)
-    }
-
-    fn limited(frame_max: usize, bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
-        let mut filter = Filter::new(frame_max);
-        let mut found = Vec::new();
-        let mut given = vec![0; out];
-        let mut rest = bytes;
-        let mut pieces = pieces.iter().cycle();
-        loop {
-            loop {
-                let n = filter.give(&mut given);
-                if n == 0 {
-                    break;
-                }
-                found.extend_from_slice(&given[..n]);
-            }
-            if rest.is_empty() {
-                return found;
-            }
-            let n = (*pieces.next().expect("cycles")).clamp(1, rest.len());
-            filter.room()[..n].copy_from_slice(&rest[..n]);
-            rest = &rest[n..];
-            filter.filled(n);
-            if rest.is_empty() {
-                filter.end();
-            }
-        }
     }
 
     fn nested(depth: usize, kinds: &[u8]) -> Vec<u8> {
@@ -511,6 +525,17 @@ mod tests {
         }
         let shallow = header_frame(&[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat());
         assert_eq!(through(&shallow, &[7], 64), shallow);
+    }
+
+    #[test]
+    fn a_greeting_that_is_too_deep_does_not_end_the_process() {
+        let table = [short(b"deep"), nested(9_000, b"F"), short(b"product"), b"S".to_vec(), long(b"R")].concat();
+        let start = frame(1, &[&[0, 10, 0, 10, 0, 9][..], &long(&table), &long(b"PLAIN"), &long(b"en_US")].concat());
+        let mut filter = Filter::new(usize::MAX);
+        filter.room()[..start.len()].copy_from_slice(&start);
+        filter.filled(start.len());
+        let properties = filter.greeting.server_properties().expect("lapin reads them");
+        assert_eq!(properties.inner().get("product"), Some(&AMQPValue::LongString("R".into())));
     }
 
     #[test]

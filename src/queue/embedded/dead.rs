@@ -107,7 +107,7 @@ fn delete(db: &Connection, held: &Held) -> rusqlite::Result<bool> {
 /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes into the log again, for this subscriber alone.
 fn revive(db: &Connection, subscriber: &str, letter: &DeadLetter, now: i64) -> rusqlite::Result<()> {
     match letter.kind {
-        Kind::Batch => insert_retry(db, subscriber, &letter.to_envelope(), now),
+        Kind::Batch => insert_retry(db, subscriber, &letter.to_envelope(), now, now),
         Kind::Event => {
             let event_type = event_type(&letter.body).map(|t| t.into_owned()).unwrap_or_default();
             db.prepare_cached("INSERT INTO event (type, message_id, at, only_for, body) VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![

@@ -197,9 +197,9 @@ async fn integrity(file: &Path) -> Finding {
 }
 
 fn damaged(about: &str, why: &str, file: &Path) -> Finding {
-    Finding::harmful(about, format!("its pages are damaged: {why}"))
-        .risking("events in the damaged part cannot be delivered")
-        .mended(format!("stop hooktrail, keep a copy, and recover it: sqlite3 {} .recover", shell_word(&file.display().to_string())))
+    Finding::harmful(about, format!("its pages are damaged: {why}")).risking("events in the damaged part cannot be delivered").mended(
+        format!("stop hooktrail, keep a copy of {}, and save what can be read (docs/operations.md, \"Disaster recovery\")", file.display()),
+    )
 }
 
 #[cfg(test)]

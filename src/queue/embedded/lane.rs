@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeSet, HashSet, VecDeque},
     ops::RangeInclusive,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -29,6 +29,9 @@ const LAG: i64 = 10_000;
 
 /// And so long.
 const LAG_TIME: Duration = Duration::from_secs(5);
+
+/// A clock that lags so far behind was set; what is less is a correction of its pace.
+const CLOCK_STEP: Duration = Duration::from_secs(1);
 
 /// The bytes of events after which one look takes no more.
 const LOOK_BYTES: usize = 16 << 20;
@@ -123,7 +126,13 @@ pub(super) async fn open(
 ) -> Result<(Source, Settler), QueueError> {
     let name = subscriber.to_owned();
     // Asked where writes are done in their order: what a lane that panicked had begun to write is seen.
-    let (segments, runs) = store.write(move |db| Ok((segments(db, &name)?, ahead(db, &name)?))).await?;
+    let began = (clock::instant(), clock::now());
+    let now = millis(began.1);
+    let look = move |db: &Connection| {
+        reschedule(db, &name, now)?;
+        Ok((segments(db, &name)?, ahead(db, &name)?))
+    };
+    let (segments, runs) = store.write(look).await?;
     let cursor = segments.first().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
@@ -132,7 +141,14 @@ pub(super) async fn open(
         writing: AsyncMutex::default(),
         room: Notify::new(),
     });
-    Ok((Source { shared: shared.clone(), news, window, behind_since: None }, Settler(shared)))
+    Ok((Source { shared: shared.clone(), news, window, behind_since: None, looked_last: began }, Settler(shared)))
+}
+
+/// The clock was set back: what was scheduled by it as it was would wait for as long as it had been ahead.
+fn reschedule(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE retry SET due = due - (scheduled_at - ?2), scheduled_at = ?2 WHERE subscriber = ?1 AND scheduled_at > ?2")?
+        .execute(params![subscriber, now])?;
+    Ok(())
 }
 
 /// What a subscriber is done with beyond its cursor.
@@ -157,6 +173,8 @@ pub struct Source {
     window: Window,
     /// When the database's cursor began to lag behind what was looked at.
     behind_since: Option<Instant>,
+    /// By both clocks, of which one can be set.
+    looked_last: (Instant, SystemTime),
 }
 
 /// What a look at the database brought.
@@ -178,6 +196,7 @@ impl queue::Source for Source {
             self.news.borrow_and_update();
             let shared = self.shared.clone();
             let room = shared.room.notified();
+            self.mind_the_clock().await?;
             let found = self.look(max).await?;
             let next_due = found.next_due;
             let more = found.more;
@@ -216,6 +235,18 @@ impl queue::Source for Source {
 }
 
 impl Source {
+    /// Nothing waits longer because the clock was set back.
+    async fn mind_the_clock(&mut self) -> Result<(), QueueError> {
+        let (instant, time) = (clock::instant(), clock::now());
+        let (last_instant, last_time) = self.looked_last;
+        if time + CLOCK_STEP < last_time + (instant - last_instant) {
+            let subscriber = self.shared.subscriber.clone();
+            self.shared.store.write(move |db| reschedule(db, &subscriber, millis(time))).await?;
+        }
+        self.looked_last = (instant, time);
+        Ok(())
+    }
+
     /// Looks for due retries, and for events as far as there is room for them. Changes nothing, so it
     /// can be dropped while it waits.
     async fn look(&mut self, max: usize) -> Result<Found, QueueError> {
@@ -432,7 +463,7 @@ impl queue::Settler for Settler {
                 Settlement::Delivered => {}
                 Settlement::Retry { envelopes, delay } => {
                     let due = millis(now + *delay) + 1; // never early
-                    envelopes.iter().try_for_each(|e| insert_retry(db, &subscriber, e, due))?;
+                    envelopes.iter().try_for_each(|e| insert_retry(db, &subscriber, e, millis(now), due))?;
                 }
                 Settlement::Dead(letters) => letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?,
             }
@@ -466,10 +497,10 @@ fn set_ahead(db: &Connection, subscriber: &str, runs: &[RangeInclusive<i64>]) ->
     runs.iter().try_for_each(|run| insert.execute(params![subscriber, run.start(), run.end()]).map(drop))
 }
 
-pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due: i64) -> rusqlite::Result<()> {
+pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, now: i64, due: i64) -> rusqlite::Result<()> {
     db.prepare_cached(
-        "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, \
+         scheduled_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
     )?
     .execute(params![
         subscriber,
@@ -482,7 +513,8 @@ pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, due:
         &e.body[..],
         story_text(&e.story),
         e.replay,
-        e.traceparent
+        e.traceparent,
+        now
     ])?;
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{File, TryLockError},
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
@@ -13,7 +13,10 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::queue::QueueError;
+use crate::{
+    failpoint::{Step, reached},
+    queue::QueueError,
+};
 
 /// Each takes the schema one version further; the first from an empty file. Never changed once released.
 const MIGRATIONS: &[&str] = &[
@@ -95,6 +98,10 @@ const MIGRATIONS: &[&str] = &[
     ALTER TABLE retry ADD COLUMN replay INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE dead ADD COLUMN story TEXT;
 ",
+    "
+    -- Unix milliseconds; NULL of those from before this version. Later than now: the clock was set back since.
+    ALTER TABLE retry ADD COLUMN scheduled_at INTEGER;
+",
 ];
 
 /// Marks the file as hooktrail's (`PRAGMA application_id`).
@@ -163,6 +170,9 @@ impl Store {
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
         // SQLite does not wait for another process where that makes a new file a write-ahead-logged one.
         let _opening = opening(data_dir)?;
+        // In a directory that was there before, too. SQLite gives what it puts beside the file the same mode, and says better
+        // than this what is wrong with a file that cannot be opened.
+        File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
         let mut writer = connect(&path).map_err(error)?;
         migrate(&mut writer, &path)?;
@@ -366,7 +376,10 @@ fn write(db: &Connection, mut inbox: mpsc::Receiver<WriteJob>, commits: &watch::
             if panicked || db.is_autocommit() {
                 return Err("the transaction was rolled back".to_owned());
             }
-            db.execute_batch("COMMIT").map_err(|e| explain(&e))
+            reached(Step::Committing);
+            let committed = db.execute_batch("COMMIT").map_err(|e| explain(&e));
+            reached(Step::Committed);
+            committed
         });
         if committed.is_err() && !db.is_autocommit() {
             db.execute_batch("ROLLBACK").ok(); // if that fails too, the next BEGIN says so

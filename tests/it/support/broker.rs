@@ -1,6 +1,8 @@
 //! A RabbitMQ: the one that the environment names, or a private node that a test may kill.
 
 use std::{
+    fs::Permissions,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Weak},
@@ -39,16 +41,22 @@ impl Broker {
 
     /// A node of this test's own, on free ports.
     pub(crate) async fn private() -> Self {
+        Self::private_with("").await
+    }
+
+    /// As [`private`](Self::private), with settings of RabbitMQ's own, as Erlang terms.
+    pub(crate) async fn private_with(settings: &str) -> Self {
         let node = Node::new(false);
+        node.set(settings);
         node.start().await;
-        Self::at(node.url(), Some(Arc::new(node)))
+        Self::on(node)
     }
 
     /// As [`private`](Self::private), with the management plugin.
     pub(crate) async fn private_and_managed() -> Self {
         let node = Node::new(true);
         node.start().await;
-        Self::at(node.url(), Some(Arc::new(node)))
+        Self::on(node)
     }
 
     /// A name of its own on a node with the management plugin that other tests use too.
@@ -64,6 +72,16 @@ impl Broker {
             }
         };
         Self::at(node.url(), Some(node))
+    }
+
+    /// A name of its own on a node, which the test gets at by [`node`](Self::node).
+    pub(crate) fn on(node: Node) -> Self {
+        Self::at(node.url(), Some(Arc::new(node)))
+    }
+
+    /// Another name of its own on the same private node.
+    pub(crate) fn beside(&self) -> Self {
+        Self::at(self.url.clone(), self.node.clone())
     }
 
     fn at(url: String, node: Option<Arc<Node>>) -> Self {
@@ -91,11 +109,24 @@ impl Broker {
     }
 
     pub(crate) async fn publish_to<B: AsRef<[u8]>>(&self, exchange: &str, routing_key: &str, bodies: impl IntoIterator<Item = B>) {
+        self.publish_named(exchange, routing_key, bodies.into_iter().map(|body| (None, body))).await;
+    }
+
+    /// Each with the id that it has.
+    pub(crate) async fn publish_named<B: AsRef<[u8]>>(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        events: impl IntoIterator<Item = (Option<String>, B)>,
+    ) {
         let (connection, channel) = self.channel().await;
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         let mut confirms = Vec::new();
-        for body in bodies {
-            let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+        for (id, body) in events {
+            let mut properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+            if let Some(id) = id {
+                properties = properties.with_message_id(id.into());
+            }
             let sent =
                 channel.basic_publish(exchange.into(), routing_key.into(), BasicPublishOptions::default(), body.as_ref(), properties);
             confirms.push(sent.await.expect("publishes"));
@@ -215,35 +246,75 @@ impl Drop for Broker {
     }
 }
 
-/// A RabbitMQ node of a test's own: ports, data, cookie and epmd are nobody else's.
+/// A RabbitMQ node of a test's own: ports, data and cookie are nobody else's, epmd is at most its cluster's.
 pub(crate) struct Node {
     home: tempfile::TempDir,
     port: u16,
     dist_port: u16,
-    epmd_port: u16,
+    epmd: Arc<Epmd>,
     management_port: Option<u16>,
     name: String,
 }
 
+/// What nodes find each other by; it serves the nodes of one cluster and ends with the last of them.
+struct Epmd {
+    port: u16,
+}
+
 impl Node {
     fn new(managed: bool) -> Self {
+        Self::member(managed, &format!("t{}@localhost", unique()), &unique(), Arc::new(Epmd { port: free_port() }), None)
+    }
+
+    /// `first` is the node of the cluster that this one joins when it boots for the first time.
+    fn member(managed: bool, name: &str, cookie: &str, epmd: Arc<Epmd>, first: Option<&str>) -> Self {
         let home = tempfile::tempdir().expect("a directory");
         let write = |name: &str, text: &str| std::fs::write(home.path().join(name), text).expect("writes");
         let management_port = managed.then(free_port);
-        let listener = management_port.map(|port| format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n"));
-        write("plugins", if managed { "[rabbitmq_management].\n" } else { "[].\n" });
-        let limits = "disk_free_limit.absolute = 50MB\nvm_memory_high_watermark.absolute = 2GB\nloopback_users = none\n";
-        write("rabbitmq.conf", &(limits.to_owned() + &listener.unwrap_or_default()));
-        write("advanced.config", "[].\n");
-        write("env.conf", "");
-        Self {
-            port: free_port(),
-            dist_port: free_port(),
-            epmd_port: free_port(),
-            name: format!("t{}@localhost", unique()),
-            management_port,
-            home,
+        let mut conf = "disk_free_limit.absolute = 50MB\nvm_memory_high_watermark.absolute = 2GB\nloopback_users = none\n".to_owned();
+        if let Some(port) = management_port {
+            conf += &format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
         }
+        if let Some(first) = first {
+            conf +=
+                &format!("cluster_formation.peer_discovery_backend = classic_config\ncluster_formation.classic_config.nodes.1 = {first}\n");
+        }
+        write("plugins", if managed { "[rabbitmq_management].\n" } else { "[].\n" });
+        write("rabbitmq.conf", &conf);
+        write("env.conf", "");
+        write(".erlang.cookie", cookie);
+        // Erlang refuses a cookie that others may read.
+        std::fs::set_permissions(home.path().join(".erlang.cookie"), Permissions::from_mode(0o400)).expect("permissions");
+        let node = Self { port: free_port(), dist_port: free_port(), epmd, name: name.to_owned(), management_port, home };
+        node.set("");
+        node
+    }
+
+    /// So many nodes in one cluster. Each can be killed and started again by itself; after a loss of all of them start them
+    /// at once, since a node may wait for the one that was the last to die.
+    pub(crate) async fn cluster(size: usize, settings: &str) -> Vec<Self> {
+        let (cookie, epmd) = (unique(), Arc::new(Epmd { port: free_port() }));
+        let names: Vec<String> = (0..size).map(|_| format!("t{}@localhost", unique())).collect();
+        let nodes: Vec<Self> =
+            names.iter().map(|name| Self::member(false, name, &cookie, Arc::clone(&epmd), names.first().map(String::as_str))).collect();
+        for node in &nodes {
+            node.set(settings);
+            node.start().await;
+        }
+        // A node that cannot join says nothing and works alone.
+        for node in &nodes {
+            node.ctl(&["await_online_nodes", &size.to_string(), "--timeout", "60"]);
+        }
+        nodes
+    }
+
+    /// Settings of RabbitMQ's own, as Erlang terms; from the next start on.
+    fn set(&self, settings: &str) {
+        // A node that dies takes with it the confirm of a message that was on its way from one queue to another, and RabbitMQ
+        // sends it again only after this time: by default 3 minutes, as long as a test waits for anything.
+        let soon = "{dead_letter_worker_publisher_confirm_timeout, 4000}";
+        let all = if settings.is_empty() { soon.to_owned() } else { format!("{soon}, {settings}") };
+        std::fs::write(self.home.path().join("advanced.config"), format!("[{{rabbit, [{all}]}}].\n")).expect("writes");
     }
 
     pub(crate) fn url(&self) -> String {
@@ -261,16 +332,17 @@ impl Node {
 
     fn command(&self, program: &str) -> Command {
         let at = |name: &str| self.home.path().join(name);
-        let mut c = Command::new(sbin().join(program));
+        let mut c = installed(self.home.path(), &sbin().join(program));
         c.env("HOME", self.home.path())
             .env("RABBITMQ_NODENAME", &self.name)
             .env("RABBITMQ_NODE_PORT", self.port.to_string())
             .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
             .env("RABBITMQ_DIST_PORT", self.dist_port.to_string())
-            .env("ERL_EPMD_PORT", self.epmd_port.to_string())
+            .env("ERL_EPMD_PORT", self.epmd.port.to_string())
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
             .env("RABBITMQ_MNESIA_BASE", at("data"))
             .env("RABBITMQ_LOG_BASE", at("log"))
+            .env("ERL_CRASH_DUMP", at("erl_crash.dump"))
             .env("RABBITMQ_PID_FILE", at("pid"))
             .env("RABBITMQ_ENABLED_PLUGINS_FILE", at("plugins"))
             .env("RABBITMQ_CONFIG_FILE", at("rabbitmq.conf"))
@@ -327,11 +399,16 @@ impl Drop for Node {
         if let Some(pid) = self.pid() {
             kill("-9", pid);
         }
-        // Its epmd serves nobody else: it listens on this node's own port. It obeys only after it has
-        // noticed that the node is gone.
-        let port = self.epmd_port.to_string();
+    }
+}
+
+impl Drop for Epmd {
+    /// It obeys only after it has noticed that its nodes are gone.
+    fn drop(&mut self) {
+        let port = self.port.to_string();
         for _ in 0..100 {
-            let told = Command::new("epmd").env("ERL_EPMD_PORT", &port).args(["-port", &port, "-kill"]).output();
+            let mut epmd = installed(&std::env::temp_dir(), Path::new("epmd"));
+            let told = epmd.env("ERL_EPMD_PORT", &port).args(["-port", &port, "-kill"]).output();
             match told {
                 Ok(told) if String::from_utf8_lossy(&told.stdout).contains("living nodes") => std::thread::sleep(Duration::from_millis(20)),
                 _ => break,
@@ -344,11 +421,34 @@ pub(crate) fn kill(signal: &str, pid: u32) {
     Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status().expect("kill runs");
 }
 
+/// The folder that has another RabbitMQ than this system's, and all that it needs; see `scripts/broker --help`.
+fn root() -> Option<PathBuf> {
+    std::env::var_os("HOOKTRAIL_TEST_RABBITMQ_ROOT").filter(|r| !r.is_empty()).map(PathBuf::from)
+}
+
+/// A program that was installed with RabbitMQ; it sees the folder `needs` whatever its root is.
+fn installed(needs: &Path, program: &Path) -> Command {
+    let Some(root) = root() else {
+        return Command::new(program);
+    };
+    let mut c = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/broker"));
+    c.arg("in").args([root.as_path(), needs, program]);
+    c
+}
+
+/// Where RabbitMQ's own programs are, below the root that they run in.
 fn sbin() -> PathBuf {
-    let base = Path::new("/usr/lib/rabbitmq/lib");
+    let root = root().unwrap_or_else(|| PathBuf::from("/"));
+    let base = root.join("usr/lib/rabbitmq/lib");
+    let found = std::fs::read_dir(&base)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path().join("sbin"))
+        .find(|p| p.join("rabbitmq-server").exists());
     let found =
-        std::fs::read_dir(base).into_iter().flatten().flatten().map(|e| e.path().join("sbin")).find(|p| p.join("rabbitmq-server").exists());
-    found.unwrap_or_else(|| panic!("rabbitmq-server is not installed below {}: run `scripts/test`, which installs it", base.display()))
+        found.unwrap_or_else(|| panic!("rabbitmq-server is not installed below {}: run `scripts/test`, which installs it", base.display()));
+    Path::new("/").join(found.strip_prefix(&root).expect("below"))
 }
 
 /// A queue that was declared less than this ago may not survive a kill -9 of its broker.

@@ -43,7 +43,7 @@ impl Setup {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
+        let mut c = Command::new(program());
         c.arg("--config").arg(self.config()).args(arguments).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
         c
     }
@@ -107,6 +107,11 @@ impl Setup {
             self.by_shell(shell, &["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
         Daemon { child, log }
     }
+}
+
+/// What is tested: the program that was built with the tests, or the one that the environment names, as an installed one.
+fn program() -> PathBuf {
+    std::env::var_os("HOOKTRAIL_TEST_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_hooktrail").into(), PathBuf::from)
 }
 
 pub(crate) struct Daemon {

@@ -9,10 +9,14 @@ pub(crate) mod queue;
 pub(crate) mod raw;
 pub(crate) mod raw_amqp;
 pub(crate) mod receiver;
+pub(crate) mod tap;
 pub(crate) mod tls;
+pub(crate) mod wire;
 
 use std::{
+    collections::BTreeSet,
     future::Future,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -54,11 +58,13 @@ pub(crate) fn unique() -> String {
 }
 
 /// A port that nobody listens on now. Not one of those that the system gives to whoever connects: another test's
-/// connection could take it before it is used.
+/// connection could take it before it is used. And none twice: it may be that of a node that is just being started again.
 pub(crate) fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(15_000..32_000);
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let is_new = GIVEN.lock().expect("no panic with it held").insert(port);
+        if is_new && std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }
     }

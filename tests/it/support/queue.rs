@@ -89,8 +89,22 @@ impl Embedded {
 
     /// As another process beside the daemon.
     pub(crate) fn open(&self) -> EmbeddedQueue {
-        let config = EmbeddedConfig { data_dir: self.data_dir(), retention: Duration::from_secs(3600) };
-        EmbeddedQueue::for_publishing(&config).unwrap_or_else(|e| panic!("{e}"))
+        EmbeddedQueue::for_publishing(&self.config()).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub(crate) fn config(&self) -> EmbeddedConfig {
+        EmbeddedConfig { data_dir: self.data_dir(), retention: Duration::from_secs(3600) }
+    }
+
+    /// Takes away a subscriber's dead letters; their bodies.
+    pub(crate) async fn take_dead(&self, subscriber: &str) -> Vec<Vec<u8>> {
+        let mut letters = self.open().dead_letters(subscriber).await.unwrap_or_else(|e| panic!("{e}"));
+        let mut bodies = Vec::new();
+        while let Some(held) = letters.next().await.expect("a letter") {
+            bodies.push(held.letter.body.to_vec());
+            letters.purge(vec![held]).await.expect("purges");
+        }
+        bodies
     }
 
     /// Stores events as they are, invalid ones too.
@@ -224,15 +238,7 @@ impl Queue {
     pub(crate) async fn take_dead(&self, subscriber: &str) -> Vec<Vec<u8>> {
         match self {
             Self::Amqp(broker) => broker.take_all(&format!("sub.{subscriber}.dead")).await,
-            Self::Embedded(embedded) => {
-                let mut letters = embedded.open().dead_letters(subscriber).await.unwrap_or_else(|e| panic!("{e}"));
-                let mut bodies = Vec::new();
-                while let Some(held) = letters.next().await.expect("a letter") {
-                    bodies.push(held.letter.body.to_vec());
-                    letters.purge(vec![held]).await.expect("purges");
-                }
-                bodies
-            }
+            Self::Embedded(embedded) => embedded.take_dead(subscriber).await,
         }
     }
 

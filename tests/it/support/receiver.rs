@@ -140,6 +140,11 @@ impl Receiver {
         self.shared.requests.lock().expect("not poisoned").clone()
     }
 
+    /// What came since this was asked last; it is forgotten.
+    pub(crate) fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut *self.shared.requests.lock().expect("not poisoned"))
+    }
+
     /// How many connections the requests came over.
     pub(crate) fn connections(&self) -> usize {
         self.requests().iter().map(|r| r.peer).collect::<BTreeSet<_>>().len()

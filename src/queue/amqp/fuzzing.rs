@@ -1,0 +1,168 @@
+//! What must hold for bytes that a broker sends; see `src/fuzzing.rs`.
+
+use std::time::{Duration, SystemTime};
+
+use lapin::{
+    BasicProperties,
+    message::Delivery,
+    protocol::{basic, parse_class},
+    types::{AMQPValue, FieldTable, ShortString},
+};
+
+use super::{
+    message::{self, dead_letter, read_dead_letter, taken_envelope},
+    wire::{FRAME_END, FRAME_HEADER, Filter},
+};
+use crate::queue::{DeadLetter, Envelope, Kind, MAX_TRACEPARENT, Reason, Taken, cut_error};
+
+/// What comes out of the filter when the bytes come in pieces of these sizes, and are asked for so many at once.
+pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) -> Vec<u8> {
+    let mut filter = Filter::new(frame_max);
+    let mut found = Vec::new();
+    let mut given = vec![0; at_once];
+    let mut rest = bytes;
+    let mut pieces = pieces.iter().cycle();
+    loop {
+        loop {
+            let n = filter.give(&mut given);
+            if n == 0 {
+                break;
+            }
+            found.extend_from_slice(&given[..n]);
+        }
+        if rest.is_empty() {
+            return found;
+        }
+        let room = filter.room();
+        let n = (*pieces.next().expect("at least one size")).clamp(1, rest.len().min(room.len()));
+        room[..n].copy_from_slice(&rest[..n]);
+        rest = &rest[n..];
+        filter.filled(n);
+        if rest.is_empty() {
+            filter.end();
+        }
+    }
+}
+
+/// The frames that are whole, and what comes behind them.
+fn frames(mut bytes: &[u8]) -> (Vec<&[u8]>, &[u8]) {
+    let mut frames = Vec::new();
+    while let [1 | 2 | 3 | 8, _, _, a, b, c, d, ..] = *bytes {
+        let length = u32::from_be_bytes([a, b, c, d]) as usize + FRAME_HEADER + FRAME_END;
+        let Some((frame, rest)) = bytes.split_at_checked(length) else { break };
+        frames.push(frame);
+        bytes = rest;
+    }
+    (frames, bytes)
+}
+
+/// In whatever pieces bytes come, the same goes on to lapin, which reads it or refuses it and does not fall over it.
+pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) {
+    let whole = through(frame_max, bytes, &[usize::MAX], bytes.len().max(1));
+    assert_eq!(through(frame_max, bytes, pieces, at_once), whole, "pieces of {pieces:?} bytes make a difference");
+    assert_eq!(through(frame_max, &whole, &[usize::MAX], bytes.len().max(1)), whole, "what is harmless is changed again");
+
+    let ((came, came_last), (went, went_last)) = (frames(bytes), frames(&whole));
+    assert_eq!((came.len(), came_last), (went.len(), went_last));
+    for (came, went) in came.into_iter().zip(went) {
+        assert_eq!(came[..3], went[..3], "type and channel");
+        let payload = &went[FRAME_HEADER..went.len() - FRAME_END];
+        match came[0] {
+            1 => {
+                assert_eq!(came.len(), went.len());
+                parse_class(payload).ok();
+            }
+            2 => {
+                // Only the table of headers is ever taken out.
+                let fixed = FRAME_HEADER + 12;
+                assert!(came.len() == went.len() || came.len() > went.len() && came[FRAME_HEADER..fixed] == went[FRAME_HEADER..fixed]);
+                payload.get(12..).map(|properties| basic::parse_properties(properties).ok());
+            }
+            _ => assert_eq!(came, went, "a body is touched"),
+        }
+    }
+}
+
+fn delivery(body: &[u8], properties: &BasicProperties) -> Delivery {
+    let mut d = Delivery::mock(7, "".into(), "".into(), false, body.to_vec());
+    d.properties = properties.clone();
+    d
+}
+
+/// As precise as a time is written.
+fn in_millis(time: SystemTime) -> SystemTime {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn headers_len(properties: &BasicProperties) -> usize {
+    let value = |v: &AMQPValue| if let AMQPValue::LongString(s) = v { s.as_bytes().len() } else { 8 };
+    properties.headers().iter().flat_map(FieldTable::inner).map(|(k, v)| k.as_str().len() + 6 + value(v)).sum()
+}
+
+/// Properties as they stand in a content header, and a body: whatever queue of hooktrail's such a message lies in, it is
+/// read as something, with its bytes, and what is written of that is read as the same.
+pub(crate) fn message(properties: &[u8], body: &[u8]) {
+    let header = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], properties].concat();
+    let Ok(length) = u32::try_from(header.len()) else { return };
+    let frame = [&[2, 0, 1][..], &length.to_be_bytes(), &header, &[0xce]].concat();
+    let frame = through(usize::MAX, &frame, &[usize::MAX], frame.len());
+    let Ok((_, properties)) = basic::parse_properties(&frame[FRAME_HEADER + 12..frame.len() - FRAME_END]) else { return };
+    let came = || delivery(body, &properties);
+
+    let event = message::taken_event(came());
+    assert_eq!(event.body, body);
+    let again = message::taken_event(delivery(body, &message::relayed(&properties)));
+    assert_eq!((again.message_id, again.traceparent.clone()), (event.message_id, event.traceparent), "the relay keeps them");
+    assert!(again.traceparent.is_none_or(|t| t.len() <= MAX_TRACEPARENT));
+
+    let (kept, own) = message::untouched(came());
+    assert_eq!(kept, body);
+    match taken_envelope(came()) {
+        Taken::Envelope(envelope, _) => {
+            assert_eq!(read(taken_envelope(delivery(&kept, &own))), envelope, "as an orphan that is put back");
+            let envelope = Envelope { first_attempt_at: envelope.first_attempt_at.map(in_millis), ..envelope };
+            let (body, properties) = message::envelope(&envelope);
+            assert_eq!(read(taken_envelope(delivery(&body, &properties))), envelope);
+        }
+        Taken::NotAnEnvelope(letter, _) => {
+            assert!(letter.body == body && letter.reason == Reason::InvalidEvent && !letter.error.is_empty());
+            keeps(letter);
+        }
+        other => panic!("in a retry queue: {other:?}"),
+    }
+
+    for letter in [read_dead_letter(came()), message::read_orphan(came(), Some("a")), message::read_orphan(came(), None)] {
+        assert_eq!(letter.body, body);
+        keeps(letter);
+    }
+}
+
+fn read(taken: Taken) -> Envelope {
+    match taken {
+        Taken::Envelope(envelope, _) => envelope,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn keeps(letter: DeadLetter) {
+    let (body, properties) = dead_letter(&letter);
+    // Of a batch, hooktrail's own id comes in a header, which may be longer than one of its own.
+    let long_id = letter.id.as_ref().is_some_and(|id| id.len() > 255);
+    assert!(long_id || headers_len(&properties) < 16 * 1024, "{} bytes of headers", headers_len(&properties));
+    if letter.kind == Kind::Batch {
+        let envelope = letter.to_envelope();
+        let (again, _) = message::envelope(&envelope);
+        assert!(again == letter.body && envelope.replay && envelope.attempts == 0);
+    } else {
+        assert_eq!(message::event_again(&letter).0, letter.body);
+    }
+    let as_written = DeadLetter {
+        error: cut_error(&letter.error).to_owned(),
+        id: letter.id.filter(|id| letter.kind == Kind::Batch || ShortString::try_new(id.as_str()).is_ok()),
+        first_attempt_at: letter.first_attempt_at.map(in_millis),
+        died_at: letter.died_at.map(in_millis),
+        ..letter
+    };
+    assert_eq!(read_dead_letter(delivery(&body, &properties)), as_written);
+}

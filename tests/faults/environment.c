@@ -1,0 +1,66 @@
+/* What a process may have to live with, put between it and the system: a disk that is full or fails, a clock that jumps.
+ *
+ * Loaded into a daemon by LD_PRELOAD. The file that HOOKTRAIL_TEST_ENVIRONMENT names says what holds now; it is mapped, so a
+ * test changes it while the daemon runs. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+struct control {
+    volatile int32_t error;    /* errno of failing writes; 0: none fails */
+    volatile int32_t one_in;   /* so many writes go well between two that fail */
+    volatile int64_t jump_s;   /* what the clock is ahead, in seconds */
+    volatile int32_t count;
+    int32_t unused;
+};
+
+static struct control *control;
+
+__attribute__((constructor)) static void begin(void) {
+    const char *path = getenv("HOOKTRAIL_TEST_ENVIRONMENT");
+    int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
+    if (fd < 0) return;
+    void *map = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (map != MAP_FAILED) control = map;
+}
+
+/* Only files of the embedded queue fail. */
+static int fails(int fd) {
+    if (!control || !control->error) return 0;
+    char link[64], path[512];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, sizeof path - 1);
+    if (n <= 0) return 0;
+    path[n] = 0;
+    if (!strstr(path, "hooktrail.db")) return 0;
+    if (__sync_add_and_fetch(&control->count, 1) % (control->one_in + 1)) return 0;
+    errno = control->error;
+    return 1;
+}
+
+#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+ssize_t write(int fd, const void *data, size_t n) { return fails(fd) ? -1 : NEXT(write)(fd, data, n); }
+ssize_t pwrite(int fd, const void *data, size_t n, off_t at) { return fails(fd) ? -1 : NEXT(pwrite)(fd, data, n, at); }
+ssize_t pwrite64(int fd, const void *data, size_t n, off64_t at) { return fails(fd) ? -1 : NEXT(pwrite64)(fd, data, n, at); }
+int fsync(int fd) { return fails(fd) ? -1 : NEXT(fsync)(fd); }
+int fdatasync(int fd) { return fails(fd) ? -1 : NEXT(fdatasync)(fd); }
+int ftruncate(int fd, off_t n) { return fails(fd) ? -1 : NEXT(ftruncate)(fd, n); }
+int ftruncate64(int fd, off64_t n) { return fails(fd) ? -1 : NEXT(ftruncate64)(fd, n); }
+
+int clock_gettime(clockid_t id, struct timespec *ts) {
+    static __typeof__(&clock_gettime) next;
+    if (!next) next = NEXT(clock_gettime);
+    int done = next(id, ts);
+    if (!done && control && id == CLOCK_REALTIME) ts->tv_sec += control->jump_s;
+    return done;
+}

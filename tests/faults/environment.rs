@@ -1,0 +1,61 @@
+//! A disk that fails and a clock that jumps, for one daemon: see `environment.c`.
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// As `errno` has them.
+pub(crate) const EIO: i32 = 5;
+pub(crate) const ENOSPC: i32 = 28;
+
+/// The library, compiled once: a machine that builds SQLite has a C compiler.
+fn library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/environment.c");
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("environment-{}.so", std::process::id()));
+        let mut cc = Command::new("cc");
+        cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"]).arg(&library).arg(source).arg("-ldl");
+        let done = cc.status().expect("a C compiler");
+        assert!(done.success(), "environment.c does not compile");
+        library
+    })
+}
+
+pub(crate) struct Environment {
+    dir: tempfile::TempDir,
+    control: File,
+}
+
+impl Environment {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join("control"), [0; 24]).expect("writes");
+        let control = File::options().write(true).read(true).open(dir.path().join("control")).expect("opens");
+        Self { dir, control }
+    }
+
+    /// What to put before `exec` in a line for the shell.
+    pub(crate) fn variables(&self) -> String {
+        format!("LD_PRELOAD={} HOOKTRAIL_TEST_ENVIRONMENT={}/control", library().display(), self.dir.path().display())
+    }
+
+    /// Writes to the embedded queue fail with `error`, but for so many between two of them.
+    pub(crate) fn disk_fails(&self, error: i32, one_in: i32) {
+        self.control.write_all_at(&one_in.to_ne_bytes(), 4).expect("writes");
+        self.control.write_all_at(&error.to_ne_bytes(), 0).expect("writes");
+    }
+
+    pub(crate) fn disk_works(&self) {
+        self.disk_fails(0, 0);
+    }
+
+    /// The clock is so many seconds ahead, or behind.
+    pub(crate) fn clock_is_ahead(&self, seconds: i64) {
+        self.control.write_all_at(&seconds.to_ne_bytes(), 8).expect("writes");
+    }
+}

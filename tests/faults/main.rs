@@ -1,0 +1,184 @@
+//! Rounds of faults from a seed, and the question at the end of each: was anything lost?
+//!
+//! `scripts/faults --help` says how to run many of them.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tests look at the real clock, and tell what they measured"
+)]
+
+mod environment;
+mod oracle;
+mod relay;
+mod round;
+mod soak;
+mod steps;
+mod subscribers;
+#[path = "../it/support/mod.rs"]
+mod support;
+mod world;
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use lapin::{options::QueueDeclareOptions, types::FieldTable};
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use round::Round;
+use subscribers::Kind;
+use support::{
+    broker::{Broker, Node, SETTLING},
+    queue::Embedded,
+    run,
+};
+use world::{Place, Shape, World};
+
+/// A number from the environment.
+fn setting(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|e| panic!("{name}={text}: {e}")),
+        Err(_) => default,
+    }
+}
+
+fn shape(rng: &mut StdRng) -> Shape {
+    Shape {
+        concurrency: rng.random_range(1..6),
+        max_events: rng.random_range(5..60),
+        daemons: if rng.random_bool(0.3) { 2 } else { 1 },
+        rate: *subscribers::pick(&[100, 300, 600], rng),
+    }
+}
+
+/// Rounds, one after the other, each from a seed of its own.
+async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) -> Place) {
+    let first_seed = setting("HOOKTRAIL_FAULTS_SEED", rand::random::<u32>().into());
+    let length = Duration::from_secs(setting("HOOKTRAIL_FAULTS_SECONDS", 8));
+    let (mut published, mut same_id, mut explained, mut dead, mut all_lost, mut failed) = (0, 0, 0, 0, 0, Vec::new());
+    let mut all_faults: BTreeMap<String, usize> = BTreeMap::new();
+    for number in 0..count {
+        let seed = first_seed + number;
+        let begun = Instant::now();
+        let mut rng = StdRng::seed_from_u64(seed);
+        let place = place(&mut rng).await;
+        let mut shape = shape(&mut rng);
+        if matches!(place, Place::Embedded(_)) {
+            shape.daemons = 1;
+        }
+        let mut world = World::new(place, shape, &Kind::ALL, &mut rng).await;
+        // In one of four there is nothing that can be why something comes again.
+        let calm = seed.is_multiple_of(4);
+        let outcome = Round::new(&mut world, rng).calm(calm).run(number * 1_000_000, length).await;
+        let sum = |of: fn(&oracle::Verdict) -> usize| outcome.verdicts.iter().map(of).sum::<usize>();
+        let lost = sum(|v| v.lost.len());
+        println!(
+            "{what}, seed {seed}{}: {} faults {:?}; {} events confirmed, {} unknown; per subscriber: {} dead, {} again under one id, {} under another with a fault, LOST {lost}; all arrived {:.1} s after the last fault; {:.1} s in all",
+            if calm { ", calm" } else { "" },
+            outcome.faults.values().sum::<usize>(),
+            outcome.faults,
+            outcome.ledger.confirmed.len(),
+            outcome.ledger.unknown.len(),
+            sum(|v| v.dead),
+            sum(|v| v.same_id),
+            sum(|v| v.explained),
+            outcome.drained_in.as_secs_f64(),
+            begun.elapsed().as_secs_f64(),
+        );
+        published += outcome.ledger.confirmed.len();
+        all_lost += lost;
+        same_id += sum(|v| v.same_id);
+        explained += sum(|v| v.explained);
+        dead += sum(|v| v.dead);
+        for (fault, n) in &outcome.faults {
+            *all_faults.entry(fault.clone()).or_default() += n;
+        }
+        if !outcome.is_good() {
+            let evidence = world.keep_evidence(&format!("faults-{what}-{seed}"), &outcome.story);
+            let verdicts: Vec<String> = outcome.verdicts.iter().filter(|v| !v.is_good()).map(ToString::to_string).collect();
+            let why = format!(
+                "{what}, seed {seed} (HOOKTRAIL_FAULTS_SEED={seed}): {verdicts:#?}\nleft: {:?}\n{:#?}\nevidence in {}",
+                outcome.left,
+                outcome.complaints,
+                evidence.display()
+            );
+            println!("FAILED: {why}");
+            failed.push(why);
+            if failed.len() as u64 >= setting("HOOKTRAIL_FAULTS_STOP_AFTER", 1) {
+                break;
+            }
+        }
+    }
+    println!(
+        "{what}: {count} rounds, {} faults {all_faults:?}; {published} events × {} subscribers, {dead} dead, {all_lost} lost, {same_id} came again under one id, {explained} under another",
+        all_faults.values().sum::<usize>(),
+        Kind::ALL.len()
+    );
+    assert!(failed.is_empty(), "{} rounds failed:\n{}", failed.len(), failed.join("\n"));
+}
+
+fn count() -> u64 {
+    setting("HOOKTRAIL_FAULTS_ROUNDS", 1)
+}
+
+/// Little patience with consumers.
+fn impatient() -> String {
+    format!("{{consumer_timeout, {}}}, {{channel_tick_interval, 1000}}", round::IMPATIENT.as_millis())
+}
+
+async fn broker() -> Arc<Broker> {
+    Arc::new(Broker::private_with(&impatient()).await)
+}
+
+async fn on_a_broker(what: &str, broker: Arc<Broker>, others: Arc<Vec<Node>>, source_queue: bool) {
+    let place = || Place::Broker { broker: broker.clone(), source_queue, others: others.clone() };
+    prepare(place(), &mut StdRng::seed_from_u64(0)).await;
+    rounds(what, count(), async |_| place()).await;
+    let left = broker.node().ctl(&["list_connections", "client_properties"]);
+    assert!(!left.contains("hooktrail"), "{left}");
+}
+
+/// Declares what there is to declare, and waits: queues that are younger may not survive a kill -9 of the broker, whatever
+/// anybody does.
+async fn prepare(place: Place, rng: &mut StdRng) {
+    if let Place::Broker { broker, source_queue: true, .. } = &place {
+        let (connection, channel) = broker.channel().await;
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), support::broker::text("quorum"));
+        channel.queue_declare("source".into(), durable, arguments).await.expect("declares");
+        connection.close(200, "done".into()).await.expect("closes");
+    }
+    let mut world = World::new(place, Shape { concurrency: 1, max_events: 1, daemons: 1, rate: 0 }, &Kind::ALL, rng).await;
+    world.spawn(0, None);
+    world.wait_running(0).await;
+    tokio::time::sleep(SETTLING).await;
+    world.stop(0).await;
+}
+
+#[test]
+fn mixed_faults_on_rabbitmq_lose_nothing() {
+    run(async { on_a_broker("rabbitmq", broker().await, Arc::default(), false).await });
+}
+
+#[test]
+fn mixed_faults_with_a_source_queue_lose_nothing() {
+    run(async { on_a_broker("source-queue", broker().await, Arc::default(), true).await });
+}
+
+#[test]
+fn mixed_faults_on_a_cluster_lose_nothing() {
+    run(async {
+        let mut nodes = Node::cluster(3, &impatient()).await;
+        let first = Arc::new(Broker::on(nodes.remove(0)));
+        on_a_broker("cluster", first, Arc::new(nodes), false).await;
+    });
+}
+
+#[test]
+fn mixed_faults_on_the_embedded_queue_lose_nothing() {
+    run(rounds("embedded", count(), async |_| Place::Embedded(Embedded::new())));
+}

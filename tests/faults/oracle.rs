@@ -1,0 +1,214 @@
+//! What must be true at the end: published = accepted ∪ dead letters, and each repeat has a fault that explains it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use crate::support::receiver::Request;
+
+/// What a producer knows of its events.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Ledger {
+    /// Confirmed: in every subscriber's queue.
+    pub(crate) confirmed: BTreeSet<u64>,
+    /// Handed over and not confirmed: nothing is known of them.
+    pub(crate) unknown: BTreeSet<u64>,
+}
+
+/// A time in which something was done to somebody.
+#[derive(Debug, Clone)]
+pub(crate) struct Disturbance {
+    pub(crate) what: String,
+    /// The subscriber that it was done to, unless it was done to all.
+    pub(crate) whom: Option<String>,
+    pub(crate) from: SystemTime,
+    /// When it was over and what it did had been noticed.
+    pub(crate) to: SystemTime,
+}
+
+/// How long before a fault an event may have been accepted without being acked: behind a request that takes all of its time.
+const UNACKED: Duration = Duration::from_secs(6);
+
+/// What there is of one subscriber.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) name: String,
+    pub(crate) requests: Vec<Request>,
+    /// Events in its dead letters.
+    pub(crate) dead: BTreeSet<u64>,
+}
+
+/// What is wrong, and what may be.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    pub(crate) subscriber: String,
+    pub(crate) accepted: usize,
+    pub(crate) dead: usize,
+    /// Confirmed, and nowhere.
+    pub(crate) lost: Vec<u64>,
+    /// Never published.
+    pub(crate) strangers: Vec<u64>,
+    /// Accepted again under the same id: whoever remembers ids sees it once.
+    pub(crate) same_id: usize,
+    /// Accepted again under another id, or dead as well, and a fault explains it.
+    pub(crate) explained: usize,
+    /// … and none does.
+    pub(crate) unexplained: Vec<String>,
+    /// One id with two bodies.
+    pub(crate) changed: Vec<String>,
+}
+
+impl Verdict {
+    pub(crate) fn is_good(&self) -> bool {
+        self.lost.is_empty() && self.strangers.is_empty() && self.unexplained.is_empty() && self.changed.is_empty()
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let some = |list: &[u64]| format!("{} {:?}", list.len(), &list[..list.len().min(20)]);
+        let first = |list: &[String]| format!("{} {:#?}", list.len(), &list[..list.len().min(5)]);
+        write!(f, "{}: {} accepted, {} dead, ", self.subscriber, self.accepted, self.dead)?;
+        write!(f, "{} again under one id, {} under another with a fault, lost {}", self.same_id, self.explained, some(&self.lost))?;
+        if !self.is_good() {
+            let (strangers, unexplained, changed) = (some(&self.strangers), first(&self.unexplained), first(&self.changed));
+            write!(f, ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The numbers of a dead letter's events.
+pub(crate) fn numbers_in(body: &[u8]) -> Vec<u64> {
+    let values = serde_json::Deserializer::from_slice(body).into_iter::<serde_json::Value>();
+    let mut numbers = Vec::new();
+    for value in values {
+        let value = value.unwrap_or_else(|e| panic!("a dead letter of no JSON: {e}: {}", String::from_utf8_lossy(body)));
+        let events = value["events"].as_array().cloned().unwrap_or_else(|| vec![value]);
+        numbers.extend(events.iter().map(|e| e["n"].as_u64().expect("a number")));
+    }
+    numbers
+}
+
+pub(crate) fn accepted(requests: &[Request]) -> BTreeSet<u64> {
+    requests.iter().filter(|r| r.status < 300).flat_map(Request::numbers).collect()
+}
+
+pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) -> Verdict {
+    let mut verdict = Verdict { subscriber: seen.name.clone(), dead: seen.dead.len(), ..Verdict::default() };
+    let mut bodies = HashMap::new();
+    for request in &seen.requests {
+        if *bodies.entry(request.id()).or_insert(&request.body) != &request.body {
+            verdict.changed.push(request.id().to_owned());
+        }
+    }
+    // All requests that an event was in, and whether they were accepted.
+    let mut by_event: BTreeMap<u64, Vec<(&str, SystemTime, bool)>> = BTreeMap::new();
+    for request in &seen.requests {
+        for n in request.numbers() {
+            by_event.entry(n).or_default().push((request.id(), request.at, request.status < 300));
+        }
+    }
+    let accepted: BTreeSet<u64> = accepted(&seen.requests);
+    verdict.accepted = accepted.len();
+    let known = |n: &u64| accepted.contains(n) || seen.dead.contains(n);
+    verdict.lost = ledger.confirmed.iter().copied().filter(|n| !known(n)).collect();
+    let published = |n: &u64| ledger.confirmed.contains(n) || ledger.unknown.contains(n);
+    verdict.strangers = by_event.keys().chain(&seen.dead).copied().filter(|n| !published(n)).collect();
+    for (n, requests) in &by_event {
+        // An ack or a confirm for it can have been outstanding when something was done, whatever came of the request.
+        let fault = |before: SystemTime| {
+            let concerns = |d: &&Disturbance| d.whom.as_ref().is_none_or(|whom| *whom == seen.name);
+            let touched = |at: SystemTime| {
+                disturbances.iter().filter(concerns).any(|d| d.from <= at + UNACKED && d.to + UNACKED >= at && d.from <= before)
+            };
+            requests.iter().any(|(_, at, _)| *at <= before && touched(*at))
+        };
+        // Whatever was answered: a batch that is tried again keeps its id, and so do the halves of one that is split.
+        let mut tried: BTreeSet<&str> = BTreeSet::new();
+        let mut ids: BTreeSet<&str> = BTreeSet::new();
+        for (id, at, accepted) in requests {
+            let is_known = |before: &&str| is_of(id, before);
+            if !tried.is_empty() && !tried.iter().any(is_known) {
+                if fault(*at) {
+                    verdict.explained += usize::from(*accepted && !ids.is_empty());
+                } else {
+                    let at = humantime::format_rfc3339_millis(*at);
+                    verdict.unexplained.push(format!("event {n}, sent as {tried:?}, accepted as {ids:?}, came again as {id} at {at}"));
+                }
+            } else if *accepted && !ids.is_empty() {
+                verdict.same_id += 1;
+            }
+            tried.insert(id);
+            if *accepted {
+                ids.insert(id);
+            }
+        }
+        // Tried again after it was accepted: the answer was lost, and whatever came of it later is right.
+        let was_unheard = || {
+            let accepted = requests.iter().position(|(.., accepted)| *accepted);
+            accepted.is_some_and(|first| requests[first + 1..].iter().any(|(id, ..)| is_of(id, requests[first].0)))
+        };
+        if !ids.is_empty() && seen.dead.contains(n) {
+            if fault(SystemTime::now()) || was_unheard() {
+                verdict.explained += 1;
+            } else {
+                verdict.unexplained.push(format!("event {n}, accepted as {ids:?}, is dead too"));
+            }
+        }
+    }
+    verdict
+}
+
+/// Whether a batch of this id is that one, or a part of it.
+fn is_of(id: &str, whole: &str) -> bool {
+    id.strip_prefix(whole).is_some_and(|part| part.is_empty() || part.trim_start_matches('_').bytes().all(|b| matches!(b, b'0' | b'1')))
+}
+
+/// What a receiver has accepted, without the bodies: for runs that are too long to keep them.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    /// By event, how often.
+    times: Vec<u8>,
+    /// Of the batches that came last.
+    ids: HashMap<String, u64>,
+    pub(crate) accepted: u64,
+    same_id: usize,
+}
+
+impl Tally {
+    pub(crate) fn take(&mut self, request: &Request) {
+        let numbers = request.numbers();
+        self.accepted += numbers.len() as u64;
+        if self.ids.insert(request.id().to_owned(), self.accepted).is_some() {
+            self.same_id += numbers.len();
+        }
+        if self.ids.len() > 100_000 {
+            let recent = self.accepted - 1_000_000.min(self.accepted);
+            self.ids.retain(|_, at| *at > recent);
+        }
+        for n in numbers {
+            let n = usize::try_from(n).expect("small");
+            if self.times.len() <= n {
+                self.times.resize(n + 1, 0);
+            }
+            self.times[n] = self.times[n].saturating_add(1);
+        }
+    }
+
+    pub(crate) fn verdict(&self, subscriber: String, ledger: &Ledger, dead: &BTreeSet<u64>) -> Verdict {
+        let times = |n: u64| usize::try_from(n).ok().and_then(|n| self.times.get(n)).copied().unwrap_or(0);
+        let again: usize = self.times.iter().map(|t| usize::from(t.saturating_sub(1))).sum();
+        Verdict {
+            subscriber,
+            accepted: self.times.iter().filter(|t| **t > 0).count(),
+            dead: dead.len(),
+            lost: ledger.confirmed.iter().copied().filter(|n| times(*n) == 0 && !dead.contains(n)).collect(),
+            same_id: self.same_id,
+            explained: again.saturating_sub(self.same_id),
+            ..Verdict::default()
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The receivers of a round, and the moods they have.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use crate::{
+    relay::Relay,
+    support::{
+        daemon::SECRET,
+        receiver::{Answer, Receiver, Request, status},
+    },
+};
+
+/// How a receiver is now.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Mood {
+    /// Shares of the requests.
+    fails: f64,
+    hangs: f64,
+    /// Answers 410.
+    leaves: f64,
+    /// Of failures: with `Retry-After`.
+    asks_to_wait: f64,
+    /// More events than that are too many in one request.
+    most: usize,
+    /// Refuses batches with an event whose number leaves this remainder divided by 101.
+    refuses: Option<u64>,
+    /// The longest before an answer, in milliseconds.
+    slow: u64,
+}
+
+const GOOD: Mood = Mood { fails: 0.0, hangs: 0.0, leaves: 0.0, asks_to_wait: 0.0, most: usize::MAX, refuses: None, slow: 15 };
+
+impl Mood {
+    /// The requests of lines are under way side by side and end in another order than they began: what is open while others
+    /// behind it are done must not be forgotten.
+    fn good(kind: Kind) -> Self {
+        match kind {
+            Kind::Lines => Self { slow: 150, ..GOOD },
+            Kind::Steady | Kind::Busy | Kind::Picky | Kind::Doomed | Kind::Leaving => GOOD,
+        }
+    }
+
+    /// One that a subscriber of this kind may have.
+    fn bad(kind: Kind, rng: &mut StdRng) -> Self {
+        let good = Self::good(kind);
+        match kind {
+            Kind::Steady => good,
+            Kind::Busy => Self { fails: rng.random_range(0.0..0.5), slow: 120, asks_to_wait: 0.2, hangs: 0.03, ..good },
+            Kind::Picky => Self { most: rng.random_range(3..20), refuses: Some(rng.random_range(0..101)), slow: 30, fails: 0.02, ..good },
+            Kind::Lines => Self { fails: *pick(&[0.0, 0.2, 1.0], rng), hangs: 0.1, ..good },
+            Kind::Doomed => Self { fails: rng.random_range(0.3..1.0), asks_to_wait: 0.1, ..good },
+            Kind::Leaving => Self { leaves: 0.1, fails: 0.2, ..good },
+        }
+    }
+
+    /// Hangs can make the broker lose its patience with a consumer.
+    pub(crate) fn hangs(&self) -> bool {
+        self.hangs > 0.0
+    }
+}
+
+pub(crate) fn pick<'a, T>(of: &'a [T], rng: &mut StdRng) -> &'a T {
+    &of[rng.random_range(0..of.len())]
+}
+
+/// What a subscriber is there to try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Accepts all: what goes wrong with it is nobody's fault but ours.
+    Steady,
+    /// Several requests at once, of which some fail.
+    Busy,
+    /// 413 and 400: batches are split.
+    Picky,
+    /// JSON Lines, over a network that fails.
+    Lines,
+    /// Gives up after two attempts; the breaker opens.
+    Doomed,
+    /// 410, and a pause when it has failed too often.
+    Leaving,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Self; 6] = [Self::Steady, Self::Busy, Self::Picky, Self::Lines, Self::Doomed, Self::Leaving];
+
+    pub(crate) fn name(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+
+    /// The lines of its table that are its own.
+    fn settings(self, concurrency: usize, max_events: usize) -> String {
+        match self {
+            Self::Steady => "batch = { max_events = 50 }".to_owned(),
+            Self::Busy => format!("http = {{ concurrency = {concurrency} }}\nbatch = {{ max_events = {max_events} }}"),
+            Self::Picky => "http = { concurrency = 2 }\nbatch = { max_events = 40 }".to_owned(),
+            Self::Lines => {
+                "format = \"jsonl\"\nhttp = { concurrency = 2, timeout = \"1s\" }\ncircuit_breaker = { failures = 3 }".to_owned()
+            }
+            Self::Doomed => "retry = { max_attempts = 2 }\ncircuit_breaker = { failures = 4 }".to_owned(),
+            Self::Leaving => "retry = { max_attempts = 3, on_exhausted = \"pause\" }\nbatch = { max_wait = \"0s\" }".to_owned(),
+        }
+    }
+}
+
+/// A subscriber's receiver, behind a network of its own.
+pub(crate) struct Subscriber {
+    pub(crate) kind: Kind,
+    pub(crate) receiver: Receiver,
+    pub(crate) network: Relay,
+    mood: Arc<Mutex<Mood>>,
+}
+
+impl Subscriber {
+    pub(crate) async fn start(kind: Kind, seed: u64) -> Self {
+        let mood = Arc::new(Mutex::new(Mood::good(kind)));
+        let (now, rng) = (mood.clone(), Mutex::new(StdRng::seed_from_u64(seed)));
+        let receiver =
+            Receiver::start(move |request, _| answer(request, *now.lock().expect("a mood"), &mut rng.lock().expect("a die"))).await;
+        let address = receiver.url.trim_start_matches("http://").split('/').next().expect("an address").parse().expect("an address");
+        Self { kind, receiver, network: Relay::to(vec![address]).await, mood }
+    }
+
+    fn mood(&self, mood: Mood) {
+        *self.mood.lock().expect("a mood") = mood;
+    }
+
+    pub(crate) fn good_mood(&self) {
+        self.mood(Mood::good(self.kind));
+    }
+
+    pub(crate) fn bad_mood(&self, rng: &mut StdRng) -> Mood {
+        let mood = Mood::bad(self.kind, rng);
+        self.mood(mood);
+        mood
+    }
+
+    pub(crate) fn table(&self, concurrency: usize, max_events: usize) -> String {
+        let (name, port, settings) = (self.kind.name(), self.network.port, self.kind.settings(concurrency, max_events));
+        format!("\n[[subscriber]]\nname = \"{name}\"\nurl = \"http://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{settings}\n")
+    }
+}
+
+fn answer(request: &Request, mood: Mood, rng: &mut StdRng) -> Answer {
+    let after = Duration::from_millis(rng.random_range(0..=mood.slow));
+    let numbers = request.numbers();
+    let answer = if numbers.len() > mood.most {
+        status(413)
+    } else if mood.refuses.is_some_and(|r| numbers.iter().any(|n| n % 101 == r)) {
+        status(*pick(&[400, 422], rng))
+    } else if rng.random_bool(mood.hangs) {
+        return status(200).after(Duration::from_secs(4));
+    } else if rng.random_bool(mood.leaves) {
+        status(410)
+    } else if rng.random_bool(mood.fails) {
+        let failed = status(*pick(&[500, 502, 503, 429, 404, 301], rng));
+        if rng.random_bool(mood.asks_to_wait) { failed.header("retry-after", rng.random_range(1..4_u32).to_string()) } else { failed }
+    } else {
+        status(200)
+    };
+    answer.after(after)
+}

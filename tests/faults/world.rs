@@ -1,0 +1,483 @@
+//! Daemons, receivers, a queue and a producer, for one round.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    process::Output,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use hooktrail::{
+    failpoint,
+    queue::{MAX_GROUP, NewEvent, Published, Queue as _},
+};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    types::FieldTable,
+};
+use rand::{RngExt as _, rngs::StdRng};
+use tokio::{sync::RwLock, task::JoinHandle, time::timeout};
+
+use crate::{
+    environment::Environment,
+    oracle::Ledger,
+    relay::Relay,
+    subscribers::{Kind, Subscriber},
+    support::{
+        broker::{Broker, Node},
+        daemon::{Daemon, Setup},
+        eventually, free_port,
+        queue::Embedded,
+        receiver::event,
+    },
+};
+
+pub(crate) const TYPE: &str = "activity_log.user.updated";
+
+/// Where the events of a round wait.
+pub(crate) enum Place {
+    /// A private node, or a cluster with others, that many rounds share, one after the other.
+    Broker {
+        broker: Arc<Broker>,
+        source_queue: bool,
+        others: Arc<Vec<Node>>,
+    },
+    Embedded(Embedded),
+}
+
+impl Place {
+    pub(crate) fn node(&self) -> Option<&Node> {
+        self.nodes().first().copied()
+    }
+
+    pub(crate) fn nodes(&self) -> Vec<&Node> {
+        match self {
+            Self::Broker { broker, others, .. } => std::iter::once(broker.node()).chain(others.iter()).collect(),
+            Self::Embedded(_) => Vec::new(),
+        }
+    }
+}
+
+/// What may be different from round to round, and does not change in it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) concurrency: usize,
+    pub(crate) max_events: usize,
+    pub(crate) daemons: usize,
+    /// Events a second.
+    pub(crate) rate: u64,
+}
+
+pub(crate) struct World {
+    pub(crate) place: Place,
+    pub(crate) network: Option<Relay>,
+    pub(crate) subscribers: Vec<Subscriber>,
+    pub(crate) environment: Environment,
+    pub(crate) shape: Shape,
+    pub(crate) daemons: Vec<Option<Daemon>>,
+    ports: Vec<u16>,
+    setup: Setup,
+    /// Held by whoever publishes; a fault that takes away an empty queue must not take an event with it.
+    pub(crate) publishing: Arc<RwLock<()>>,
+    /// Logs of daemons that have ended.
+    logs: Vec<String>,
+}
+
+impl World {
+    pub(crate) async fn new(place: Place, shape: Shape, kinds: &[Kind], rng: &mut StdRng) -> Self {
+        let mut subscribers = Vec::new();
+        for kind in kinds {
+            subscribers.push(Subscriber::start(*kind, rng.random()).await);
+        }
+        let nodes: Vec<SocketAddr> = place.nodes().iter().map(|node| SocketAddr::from(([127, 0, 0, 1], node.port()))).collect();
+        let network = if nodes.is_empty() { None } else { Some(Relay::to(nodes).await) };
+        let ports = (0..shape.daemons).map(|_| free_port()).collect();
+        let daemons = (0..shape.daemons).map(|_| None).collect();
+        let setup = Setup::with_text("[admin]\n");
+        let environment = Environment::new();
+        let publishing = Arc::default();
+        let world = Self { place, network, subscribers, environment, shape, daemons, ports, setup, publishing, logs: Vec::new() };
+        world.configure(1.5, "");
+        world
+    }
+
+    /// Runs a command beside daemon `n`, to its end.
+    pub(crate) fn command(&self, n: usize, variables: &str, arguments: &[&str]) -> Output {
+        self.setup.run_as(&format!("PORT={} {variables}exec timeout -k 5 120 \"$0\" \"$@\"", self.ports[n]), arguments)
+    }
+
+    /// Writes the configuration, in the place of that before.
+    pub(crate) fn configure(&self, multiplier: f64, more: &str) {
+        self.write_configuration(multiplier, None, more);
+    }
+
+    pub(crate) fn configure_without(&self, multiplier: f64, kind: Option<Kind>) {
+        self.write_configuration(multiplier, kind, "");
+    }
+
+    fn write_configuration(&self, multiplier: f64, without: Option<Kind>, more: &str) {
+        let queue = match (&self.place, &self.network) {
+            (Place::Embedded(e), _) => format!("url = \"embedded\"\ndata_dir = \"{}\"\n", e.data_dir().display()),
+            (Place::Broker { broker, source_queue, .. }, Some(network)) => {
+                let intake =
+                    if *source_queue { "source_queue = \"source\"".to_owned() } else { format!("exchange = \"{}\"", broker.exchange) };
+                format!("url = \"amqp://guest:guest@127.0.0.1:{}/%2f\"\nprefix = \"{}\"\n{intake}\n", network.port, broker.prefix)
+            }
+            (Place::Broker { .. }, None) => unreachable!("a broker has a network"),
+        };
+        let tables: String = self
+            .subscribers
+            .iter()
+            .filter(|s| Some(s.kind) != without)
+            .map(|s| s.table(self.shape.concurrency, self.shape.max_events))
+            .collect();
+        // What a reload changes is the batches too: what has gathered for one is not to be forgotten.
+        let max_wait = if multiplier > 1.7 { 150 } else { 50 };
+        let text = format!(
+            "[queue]\n{queue}
+[admin]
+listen = \"127.0.0.1:${{PORT}}\"
+[log]
+level = \"debug\"
+[batch]
+max_wait = \"{max_wait}ms\"
+max_events = 100
+[http]
+timeout = \"2s\"
+connect_timeout = \"1s\"
+allow_http = true
+allow_private_addresses = true
+[retry]
+initial_interval = \"1s\"
+multiplier = {multiplier:.2}
+randomization_factor = 0.3
+max_interval = \"3s\"
+max_attempts = 0
+max_elapsed_time = \"0s\"
+[circuit_breaker]
+failures = 8
+open_for = \"1s\"
+max_open_for = \"2s\"
+{tables}{more}"
+        );
+        let new = self.setup.write("new.toml", text);
+        std::fs::rename(new, self.setup.config()).expect("renames");
+    }
+
+    /// Starts daemon `n`, which ends itself at a step if it is told to.
+    pub(crate) fn spawn(&mut self, n: usize, dies_at: Option<(failpoint::Step, u32)>) {
+        let dies = dies_at.map(|(step, after)| format!("{}={step:?}:{after} ", failpoint::VARIABLE)).unwrap_or_default();
+        let line = format!("{dies}PORT={} {} exec \"$0\" \"$@\"", self.ports[n], self.environment.variables());
+        let before = self.daemons[n].replace(self.setup.spawn_as(&line));
+        self.keep_log(before);
+    }
+
+    fn keep_log(&mut self, daemon: Option<Daemon>) {
+        if let Some(daemon) = daemon {
+            self.logs.push(daemon.log());
+        }
+    }
+
+    pub(crate) async fn wait_running(&mut self, n: usize) {
+        let Some(daemon) = self.daemons[n].as_mut() else { return };
+        eventually("the daemon runs", async || {
+            let is_running = daemon.is_running();
+            assert!(is_running, "the daemon ended at its start:\n{}", daemon.log());
+            daemon.log().contains("running")
+        })
+        .await;
+    }
+
+    pub(crate) fn kill(&mut self, n: usize) {
+        if let Some(mut daemon) = self.daemons[n].take() {
+            daemon.end();
+            self.keep_log(Some(daemon));
+        }
+    }
+
+    /// SIGTERM; the daemon must end well.
+    pub(crate) async fn stop(&mut self, n: usize) {
+        let Some(mut daemon) = self.daemons[n].take() else { return };
+        if daemon.is_running() {
+            daemon.terminate();
+            let status = timeout(Duration::from_secs(60), daemon.wait()).await;
+            let status = status.unwrap_or_else(|_| panic!("it does not end at SIGTERM:\n{}", daemon.log()));
+            // One that could not start at all, on a disk that fails say, has ended by itself.
+            assert!(status.success() || !daemon.log().contains("running"), "{status} after SIGTERM:\n{}", daemon.log());
+        }
+        self.keep_log(Some(daemon));
+    }
+
+    /// Kills a daemon and puts another in its place: on a broker while the other runs already, where the embedded queue is for one
+    /// at a time.
+    pub(crate) async fn take_over(&mut self, n: usize) {
+        let old = self.daemons[n].take();
+        let kill = |old: Option<Daemon>| {
+            old.map(|mut daemon| {
+                daemon.end();
+                daemon
+            })
+        };
+        if let Place::Embedded(_) = self.place {
+            self.keep_log(kill(old));
+            self.spawn(n, None);
+        } else {
+            // The other still has the port of before.
+            self.ports[n] = free_port();
+            self.spawn(n, None);
+            // Not for ever: what else is wrong may keep it from that.
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(3) && !self.daemons[n].as_ref().is_some_and(|d| d.log().contains("running")) {
+                tokio::time::sleep(TICK).await;
+            }
+            self.keep_log(kill(old));
+        }
+    }
+
+    pub(crate) fn has_ended(&mut self, n: usize) -> bool {
+        self.daemons[n].as_mut().is_none_or(|d| !d.is_running())
+    }
+
+    pub(crate) fn port(&self, n: usize) -> u16 {
+        self.ports[n]
+    }
+
+    /// Keeps what is needed to see what happened; where.
+    pub(crate) fn keep_evidence(&mut self, name: &str, story: &str) -> PathBuf {
+        for n in 0..self.daemons.len() {
+            let daemon = self.daemons[n].take();
+            self.keep_log(daemon);
+        }
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::create_dir_all(&dir).expect("a directory");
+        for (n, log) in self.logs.iter().enumerate() {
+            std::fs::write(dir.join(format!("daemon-{n}.log")), log).expect("writes");
+        }
+        std::fs::copy(self.setup.config(), dir.join("hooktrail.toml")).expect("copies");
+        std::fs::write(dir.join("story"), story).expect("writes");
+        for subscriber in &self.subscribers {
+            let line = |r: &crate::support::receiver::Request| {
+                format!(
+                    "{} {} {} {} {:?}\n",
+                    humantime::format_rfc3339_millis(r.at),
+                    r.status,
+                    r.id(),
+                    r.header("x-hooktrail-attempt"),
+                    r.numbers()
+                )
+            };
+            let text: String = subscriber.receiver.requests().iter().map(line).collect();
+            std::fs::write(dir.join(format!("{}.requests", subscriber.kind.name())), text).expect("writes");
+        }
+        dir
+    }
+
+    pub(crate) fn log_of_all(&self) -> String {
+        self.logs.concat() + &self.daemons.iter().flatten().map(Daemon::log).collect::<String>()
+    }
+
+    /// What is left in the queues: by name, without dead letters.
+    pub(crate) async fn left(&self) -> Vec<(String, u32)> {
+        let mut left = Vec::new();
+        let names: Vec<String> = self.subscribers.iter().map(|s| s.kind.name()).collect();
+        match &self.place {
+            Place::Embedded(embedded) => {
+                let counts = embedded.open().counts().await.unwrap_or_else(|e| panic!("{e}"));
+                let ours = |name: &str| names.iter().any(|n| name.starts_with(&format!("{n}:"))) && !name.contains("dead letters");
+                left.extend(counts.into_iter().filter(|(name, count)| *count > 0 && ours(name)));
+            }
+            Place::Broker { broker, source_queue, .. } => {
+                let (connection, channel) = broker.channel().await;
+                let mut queues: Vec<String> = names.iter().flat_map(|n| [format!("sub.{n}"), format!("sub.{n}.retry")]).collect();
+                queues.extend((0..4).map(|n| format!("delay.{n:02}")));
+                queues.push("orphans".to_owned());
+                let mut queues: Vec<String> = queues.iter().map(|q| format!("{}.{q}", broker.prefix)).collect();
+                if *source_queue {
+                    queues.push("source".to_owned());
+                }
+                for queue in queues {
+                    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+                    let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+                    let count = found.unwrap_or_else(|e| panic!("{queue}: {e}")).message_count();
+                    if count > 0 {
+                        left.push((queue, count));
+                    }
+                }
+                connection.close(200, "done".into()).await.ok();
+            }
+        }
+        left
+    }
+
+    /// Takes away a subscriber's dead letters; their bodies.
+    pub(crate) async fn take_dead(&self, kind: Kind) -> Vec<Vec<u8>> {
+        match &self.place {
+            Place::Broker { broker, .. } => broker.take_all(&format!("sub.{}.dead", kind.name())).await,
+            Place::Embedded(embedded) => embedded.take_dead(&kind.name()).await,
+        }
+    }
+
+    /// Begins to publish, until it is told to stop.
+    pub(crate) fn producer(&self, first: u64) -> Producer {
+        let ledger = Arc::new(Mutex::new(Ledger::default()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let way = match &self.place {
+            Place::Broker { broker, source_queue, .. } => {
+                let target = if *source_queue { (String::new(), "source".to_owned()) } else { (broker.exchange.clone(), TYPE.to_owned()) };
+                Way::Amqp { url: broker.url.clone(), target, open: Box::default() }
+            }
+            Place::Embedded(embedded) => Way::Embedded(embedded.config()),
+        };
+        let publish = Publish {
+            ledger: ledger.clone(),
+            stop: stop.clone(),
+            next: first,
+            way,
+            // A relay takes events from its queue alone.
+            ports: if matches!(self.place, Place::Broker { source_queue: true, .. }) { Vec::new() } else { self.ports.clone() },
+            gate: self.publishing.clone(),
+            rate: self.shape.rate,
+        };
+        Producer { ledger, stop, task: tokio::spawn(publish.run()) }
+    }
+}
+
+pub(crate) struct Producer {
+    ledger: Arc<Mutex<Ledger>>,
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl Producer {
+    pub(crate) fn ledger(&self) -> Ledger {
+        self.ledger.lock().expect("not poisoned").clone()
+    }
+
+    pub(crate) async fn finish(self) -> Ledger {
+        self.stop.store(true, Ordering::SeqCst);
+        self.task.await.expect("the producer");
+        std::mem::take(&mut *self.ledger.lock().expect("not poisoned"))
+    }
+}
+
+enum Way {
+    Amqp { url: String, target: (String, String), open: Box<Option<(Connection, Channel)>> },
+    Embedded(hooktrail::config::EmbeddedConfig),
+}
+
+struct Publish {
+    ledger: Arc<Mutex<Ledger>>,
+    stop: Arc<AtomicBool>,
+    next: u64,
+    way: Way,
+    /// Of the daemons that take events over HTTP.
+    ports: Vec<u16>,
+    gate: Arc<RwLock<()>>,
+    rate: u64,
+}
+
+/// How often groups are published.
+const TICK: Duration = Duration::from_millis(50);
+
+impl Publish {
+    async fn run(mut self) {
+        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build().expect("a client");
+        let begun = Instant::now();
+        let mut published = 0;
+        let mut turn = 0_usize;
+        while !self.stop.load(Ordering::SeqCst) {
+            // What a fault has held up is not made up for: it would be another load.
+            let due = (begun.elapsed().as_millis() as u64 * self.rate / 1000).saturating_sub(published).min(self.rate / 5);
+            if due > 0 {
+                published = begun.elapsed().as_millis() as u64 * self.rate / 1000;
+                let gate = self.gate.clone();
+                let _publishing = gate.read().await;
+                let group: Vec<u64> = (self.next..self.next + due).collect();
+                self.next += due;
+                turn += 1;
+                let confirmed = if !self.ports.is_empty() && turn.is_multiple_of(3) {
+                    let port = self.ports[turn / 3 % self.ports.len()];
+                    over_http(&client, port, &group).await
+                } else {
+                    self.directly(&group).await
+                };
+                let mut ledger = self.ledger.lock().expect("not poisoned");
+                for (n, confirmed) in group.into_iter().zip(confirmed) {
+                    if confirmed {
+                        ledger.confirmed.insert(n)
+                    } else {
+                        ledger.unknown.insert(n)
+                    };
+                }
+            }
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    async fn directly(&mut self, group: &[u64]) -> Vec<bool> {
+        match &mut self.way {
+            Way::Amqp { url, target, open } => {
+                let done = timeout(Duration::from_secs(5), over_amqp(url, target, open, group)).await;
+                done.unwrap_or_default().unwrap_or_else(|| {
+                    // Whatever was confirmed of it: that is not known.
+                    **open = None;
+                    vec![false; group.len()]
+                })
+            }
+            Way::Embedded(config) => {
+                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config) else { return vec![false; group.len()] };
+                let events = group.iter().map(|n| NewEvent {
+                    event_type: TYPE.to_owned(),
+                    message_id: (n % 2 == 0).then(|| format!("event-{n}")),
+                    body: Bytes::from(event(*n)),
+                    traceparent: None,
+                });
+                assert!(group.len() <= MAX_GROUP);
+                let fates = queue.publish(events.collect()).await;
+                fates.map_or_else(|_| vec![false; group.len()], |fates| fates.iter().map(|f| *f == Published::Stored).collect())
+            }
+        }
+    }
+}
+
+async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Connection, Channel)>, group: &[u64]) -> Option<Vec<bool>> {
+    if open.as_ref().is_none_or(|(_, channel)| !channel.status().connected()) {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await.ok()?;
+        let channel = connection.create_channel().await.ok()?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.ok()?;
+        *open = Some((connection, channel));
+    }
+    let (_, channel) = open.as_ref()?;
+    let mut confirms = Vec::new();
+    for n in group {
+        let mut properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+        if n % 2 == 0 {
+            properties = properties.with_message_id(format!("event-{n}").as_str().into());
+        }
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let (exchange, key) = target;
+        confirms.push(
+            channel.basic_publish(exchange.as_str().into(), key.as_str().into(), options, event(*n).as_bytes(), properties).await.ok()?,
+        );
+    }
+    let mut confirmed = Vec::new();
+    for confirm in confirms {
+        confirmed.push(matches!(confirm.await.ok()?, Confirmation::Ack(None)));
+    }
+    Some(confirmed)
+}
+
+/// 202 and all of it is durable; after anything else a part may be.
+async fn over_http(client: &reqwest::Client, port: u16, group: &[u64]) -> Vec<bool> {
+    let events: Vec<String> = group.iter().map(|n| event(*n)).collect();
+    let body = format!("{{\"events\":[{}]}}", events.join(","));
+    let request = client.post(format!("http://127.0.0.1:{port}/api/v1/events")).header("content-type", "application/json").body(body);
+    let accepted = request.send().await.is_ok_and(|answer| answer.status() == 202);
+    vec![accepted; group.len()]
+}
