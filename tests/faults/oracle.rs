@@ -55,7 +55,9 @@ pub(crate) struct Verdict {
     /// Accepted again under another id, or dead as well, and a fault explains it.
     pub(crate) explained: usize,
     /// … and none does.
-    pub(crate) unexplained: Vec<String>,
+    pub(crate) unexplained: Vec<(u64, String)>,
+    /// The events that came again because of what was done to all.
+    repeated: BTreeSet<u64>,
     /// One id with two bodies.
     pub(crate) changed: Vec<String>,
 }
@@ -69,11 +71,13 @@ impl Verdict {
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let some = |list: &[u64]| format!("{} {:?}", list.len(), &list[..list.len().min(20)]);
-        let first = |list: &[String]| format!("{} {:#?}", list.len(), &list[..list.len().min(5)]);
+        let first = |list: &[&String]| format!("{} {:#?}", list.len(), &list[..list.len().min(5)]);
         write!(f, "{}: {} accepted, {} dead, ", self.subscriber, self.accepted, self.dead)?;
         write!(f, "{} again under one id, {} under another with a fault, lost {}", self.same_id, self.explained, some(&self.lost))?;
         if !self.is_good() {
-            let (strangers, unexplained, changed) = (some(&self.strangers), first(&self.unexplained), first(&self.changed));
+            let unexplained: Vec<&String> = self.unexplained.iter().map(|(_, why)| why).collect();
+            let (strangers, unexplained) = (some(&self.strangers), first(&unexplained));
+            let changed = first(&self.changed.iter().collect::<Vec<_>>());
             write!(f, ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}")?;
         }
         Ok(())
@@ -104,11 +108,15 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
             verdict.changed.push(request.id().to_owned());
         }
     }
-    // All requests that an event was in, and whether they were accepted.
-    let mut by_event: BTreeMap<u64, Vec<(&str, SystemTime, bool)>> = BTreeMap::new();
+    // All requests that an event was in, whether they were accepted, and whether it was in one of them twice.
+    let mut by_event: BTreeMap<u64, Vec<(&str, SystemTime, bool, bool)>> = BTreeMap::new();
     for request in &seen.requests {
+        let mut copies: BTreeMap<u64, usize> = BTreeMap::new();
         for n in request.numbers() {
-            by_event.entry(n).or_default().push((request.id(), request.at, request.status < 300));
+            *copies.entry(n).or_default() += 1;
+        }
+        for (n, copies) in copies {
+            by_event.entry(n).or_default().push((request.id(), request.at, request.status < 300, copies > 1));
         }
     }
     let accepted: BTreeSet<u64> = accepted(&seen.requests);
@@ -119,24 +127,32 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
     verdict.strangers = by_event.keys().chain(&seen.dead).copied().filter(|n| !published(n)).collect();
     for (n, requests) in &by_event {
         // An ack or a confirm for it can have been outstanding when something was done, whatever came of the request.
-        let fault = |before: SystemTime| {
+        let faults = |before: SystemTime| {
             let concerns = |d: &&Disturbance| d.whom.as_ref().is_none_or(|whom| *whom == seen.name);
-            let touched = |at: SystemTime| {
-                disturbances.iter().filter(concerns).any(|d| d.from <= at + UNACKED && d.to + UNACKED >= at && d.from <= before)
-            };
-            requests.iter().any(|(_, at, _)| *at <= before && touched(*at))
+            let touches = move |d: &Disturbance, at: SystemTime| d.from <= at + UNACKED && d.to + UNACKED >= at && d.from <= before;
+            let touched = move |d: &&Disturbance| requests.iter().any(|(_, at, ..)| *at <= before && touches(d, *at));
+            disturbances.iter().filter(concerns).filter(touched)
+        };
+        let mut explain = |before: SystemTime| {
+            if faults(before).any(|d| d.whom.is_none()) {
+                verdict.repeated.insert(*n);
+            }
+            faults(before).next().is_some()
         };
         // Whatever was answered: a batch that is tried again keeps its id, and so do the halves of one that is split.
         let mut tried: BTreeSet<&str> = BTreeSet::new();
         let mut ids: BTreeSet<&str> = BTreeSet::new();
-        for (id, at, accepted) in requests {
+        for (id, at, accepted, twice) in requests {
             let is_known = |before: &&str| is_of(id, before);
-            if !tried.is_empty() && !tried.iter().any(is_known) {
-                if fault(*at) {
+            let is_new = !tried.iter().any(is_known);
+            if is_new && (!tried.is_empty() || *twice) {
+                if explain(*at) {
                     verdict.explained += usize::from(*accepted && !ids.is_empty());
                 } else {
                     let at = humantime::format_rfc3339_millis(*at);
-                    verdict.unexplained.push(format!("event {n}, sent as {tried:?}, accepted as {ids:?}, came again as {id} at {at}"));
+                    let twice = if *twice { ", twice" } else { "" };
+                    let why = format!("event {n}, sent as {tried:?}, accepted as {ids:?}, came again as {id} at {at}{twice}");
+                    verdict.unexplained.push((*n, why));
                 }
             } else if *accepted && !ids.is_empty() {
                 verdict.same_id += 1;
@@ -148,18 +164,30 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
         }
         // Tried again after it was accepted: the answer was lost, and whatever came of it later is right.
         let was_unheard = || {
-            let accepted = requests.iter().position(|(.., accepted)| *accepted);
+            let accepted = requests.iter().position(|(.., accepted, _)| *accepted);
             accepted.is_some_and(|first| requests[first + 1..].iter().any(|(id, ..)| is_of(id, requests[first].0)))
         };
         if !ids.is_empty() && seen.dead.contains(n) {
-            if fault(SystemTime::now()) || was_unheard() {
+            if explain(SystemTime::now()) || was_unheard() {
                 verdict.explained += 1;
             } else {
-                verdict.unexplained.push(format!("event {n}, accepted as {ids:?}, is dead too"));
+                verdict.unexplained.push((*n, format!("event {n}, accepted as {ids:?}, is dead too")));
             }
         }
     }
     verdict
+}
+
+/// What a relay had published and not acked when something was done, it publishes again, and everybody gets it twice: at once who
+/// keeps up, and long after the fault who is behind. So what came again to one of them because of what was done to all is why
+/// it came again to the others.
+pub(crate) fn excuse_what_was_relayed_twice(verdicts: &mut [Verdict]) {
+    let repeated: BTreeSet<u64> = verdicts.iter().flat_map(|v| &v.repeated).copied().collect();
+    for verdict in verdicts {
+        let before = verdict.unexplained.len();
+        verdict.unexplained.retain(|(n, _)| !repeated.contains(n));
+        verdict.explained += before - verdict.unexplained.len();
+    }
 }
 
 /// Whether a batch of this id is that one, or a part of it.
@@ -210,5 +238,50 @@ impl Tally {
             explained: again.saturating_sub(self.same_id),
             ..Verdict::default()
         }
+    }
+}
+
+#[test]
+fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
+    let begun = SystemTime::now() - Duration::from_secs(1000);
+    let request = |second: u64, id: &str, numbers: &[u64]| {
+        let events: Vec<String> = numbers.iter().map(|n| format!("{{\"n\":{n}}}")).collect();
+        let mut headers = axum::http::HeaderMap::new();
+        headers.insert("webhook-id", id.parse().expect("a header"));
+        let (body, at) = (format!("{{\"events\":[{}]}}", events.join(",")).into(), begun + Duration::from_secs(second));
+        Request { headers, body, at, status: 200, peer: ([127, 0, 0, 1], 1).into() }
+    };
+    let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), unknown: BTreeSet::new() };
+    let kill = |from: u64, to: u64| {
+        let at = |second| begun + Duration::from_secs(second);
+        Disturbance { what: "kill".to_owned(), whom: None, from: at(from), to: at(to) }
+    };
+    let saw = |requests: &[Request], disturbances: &[Disturbance]| {
+        let seen = Seen { name: "busy".to_owned(), requests: requests.to_vec(), dead: BTreeSet::from([3]) };
+        judge(&ledger, &seen, disturbances)
+    };
+    assert!(saw(&[request(10, "a", &[1, 2])], &[]).is_good());
+    assert_eq!(saw(&[request(10, "a", &[1])], &[]).lost, [2]);
+    assert_eq!(saw(&[request(10, "a", &[1, 2, 4])], &[]).strangers, [4]);
+    assert_eq!(saw(&[request(10, "a", &[1, 2]), request(11, "a", &[1])], &[]).changed, ["a"]);
+    // Halves of a batch, or all of it, under its id or what is made of it.
+    assert!(saw(&[request(10, "a", &[1, 2]), request(11, "a_0", &[1]), request(12, "a", &[1, 2])], &[]).is_good());
+
+    let again = [request(10, "a", &[1, 2]), request(30, "b", &[2])];
+    assert!(!saw(&again, &[]).is_good());
+    assert!(!saw(&again, &[kill(20, 22)]).is_good(), "its ack had arrived long before");
+    assert!(!saw(&again, &[kill(31, 32)]).is_good(), "it comes before the fault");
+    assert!(saw(&again, &[kill(12, 13)]).is_good());
+    let twice_in_one = [request(10, "a", &[1, 2, 2])];
+    assert!(!saw(&twice_in_one, &[]).is_good());
+    assert!(saw(&twice_in_one, &[kill(9, 10)]).is_good());
+    assert!(!saw(&[request(10, "a", &[1, 2, 3])], &[]).is_good(), "accepted, and dead too");
+
+    // Relayed twice: who is behind gets both long after the fault.
+    let behind = || saw(&[request(90, "c", &[1, 2]), request(91, "d", &[2])], &[kill(12, 13)]);
+    for (others, good) in [(saw(&again, &[kill(12, 13)]), true), (saw(&[request(10, "a", &[1, 2])], &[kill(12, 13)]), false)] {
+        let mut verdicts = [others, behind()];
+        excuse_what_was_relayed_twice(&mut verdicts);
+        assert_eq!(verdicts[1].is_good(), good, "{verdicts:?}");
     }
 }

@@ -14,7 +14,7 @@ use rand::{RngExt as _, rngs::StdRng};
 
 use crate::{
     environment::{EIO, ENOSPC},
-    oracle::{Disturbance, Ledger, Seen, Tally, Verdict, accepted, judge, numbers_in},
+    oracle::{Disturbance, Ledger, Seen, Tally, Verdict, accepted, excuse_what_was_relayed_twice, judge, numbers_in},
     relay::{Way, Weather},
     soak::Sample,
     subscribers::{Kind, pick},
@@ -983,6 +983,9 @@ impl<'w> Round<'w> {
         for (subscriber, dead) in self.world.subscribers.iter().zip(dead) {
             let seen = Seen { name: subscriber.kind.name(), requests: subscriber.receiver.requests(), dead };
             verdicts.push(judge(&ledger, &seen, &self.disturbances));
+        }
+        if matches!(self.world.place, Place::Broker { source_queue: true, .. }) {
+            excuse_what_was_relayed_twice(&mut verdicts);
         }
         for d in &self.disturbances {
             let at = |t| humantime::format_rfc3339_millis(t);
