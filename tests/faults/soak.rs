@@ -9,7 +9,7 @@ use std::{
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
-    broker, prepare,
+    SEED, broker, prepare,
     round::{Fault, Round},
     setting,
     subscribers::Kind,
@@ -71,7 +71,7 @@ fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
         let length = Duration::from_secs(setting("HOOKTRAIL_SOAK_SECONDS", 20));
         let between = Duration::from_secs(setting("HOOKTRAIL_SOAK_FAULT_EVERY", 4));
         let rate = setting("HOOKTRAIL_SOAK_RATE", 300);
-        let seed = setting("HOOKTRAIL_FAULTS_SEED", rand::random::<u32>().into());
+        let seed = setting("HOOKTRAIL_FAULTS_SEED", SEED);
         let mut rng = StdRng::seed_from_u64(seed);
         let broker = broker().await;
         let place = || Place::Broker { broker: broker.clone(), source_queue: false, others: std::sync::Arc::default() };

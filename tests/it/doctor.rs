@@ -3,17 +3,18 @@
 use std::process::Command;
 
 use lapin::{
+    BasicProperties,
     options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::Value;
 
 use crate::support::{
-    broker::Broker,
+    broker::{Broker, Node},
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually, free_port,
     queue::{Embedded, Section},
-    receiver::{Receiver, event},
+    receiver::{Receiver, event, status},
     run,
     tls::{Authority, TlsReceiver},
 };
@@ -258,6 +259,39 @@ fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_t
 
 async fn look_is_sound(setup: &Setup) {
     eventually("a look finds nothing harmful", async || Look::at(setup).code == Some(0)).await;
+}
+
+#[test]
+fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() {
+    run(async {
+        let mut nodes = Node::managed_cluster(3).await.into_iter();
+        let broker = Broker::on(nodes.next().expect("a node"));
+        let receiver = Receiver::start(|_, _| status(200)).await;
+        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        daemon.kill();
+        // The broker is to hand over what was delayed, and the queue that it is for refuses it.
+        let full = [r"\.retry$", r#"{"max-length":0}"#, "--apply-to", "queues"];
+        broker.node().ctl(&[&["set_policy", "full"], &full[..]].concat());
+        let key = format!("{}1.a", "0.".repeat(18));
+        for _ in 0..2 {
+            broker.put(&format!("{}.delay.00", broker.prefix), &key, b"{}", BasicProperties::default()).await;
+            broker.wait_depth("sub.a.retry", 1).await; // it is full with the first
+        }
+        let told = async |about: &str, found: &str| {
+            eventually(found, async || Look::at(&setup).find("warning", about, found).is_some()).await;
+        };
+        let other = nodes.next().expect("a node");
+        other.kill().await;
+        told("sub.a`", "has 2 of 3 replicas, without").await;
+        told("delay.00`", "1 due batch").await;
+        other.start().await;
+        eventually("no more is said of it", async || {
+            let look = Look::at(&setup);
+            look.find("warning", "", "replicas").is_none() && look.find("warning", "", "due batch").is_none()
+        })
+        .await;
+    });
 }
 
 #[test]

@@ -432,11 +432,22 @@ fn a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it() {
         receiver.wait_requests(failed).await;
         broker.node().kill().await;
         drop::<Daemon>(daemon);
+        let tried: HashSet<u64> = receiver.requests().iter().flat_map(Request::numbers).collect();
         receiver.now(|_, _| status(200));
         let third = nodes.next().expect("a node");
         let text = std::fs::read_to_string(setup.config()).expect("the configuration").replace(&broker.url, &third.url());
         let moved = Setup::with_text(&text);
         let _daemon = moved.start().await;
+        if third.generation() < 4 {
+            // While a node is lost, RabbitMQ 3 may hold back what it hands over to a queue that has elected another leader (see
+            // docs/operations.md). What was not tried yet does not wait for that.
+            let come = async || {
+                let accepted: HashSet<u64> = receiver.accepted().into_iter().collect();
+                (0..4000).all(|n| tried.contains(&n) || accepted.contains(&n))
+            };
+            eventually("what was not tried yet is delivered", come).await;
+            broker.node().start().await;
+        }
         receiver.wait_all(4000).await;
     });
 }

@@ -512,6 +512,16 @@ impl Look<'_> {
                 .risking("with fewer than half of them it takes and gives nothing")
                 .mended("rabbitmqctl cluster_status; bring the node back");
             self.found(finding);
+            // With all nodes there that is a matter of milliseconds.
+            let held_back = row.handed_over();
+            if held_back > 0 && matches!(self.topology.part(&row.name), Some(Part::Level(_))) {
+                let batches = if held_back == 1 { "1 due batch".to_owned() } else { format!("{held_back} due batches") };
+                let found = format!("RabbitMQ cannot hand over {batches} to the next queue");
+                let finding = Finding::warning(format!("queue `{}`", row.name), found)
+                    .risking("retries come late: RabbitMQ 3 can hold them back as long as a node is lost")
+                    .mended("bring the node back; docs/operations.md tells how to do without it");
+                self.found(finding);
+            }
         }
         let single: Vec<_> = rows.iter().filter(|r| r.members.len() == 1).collect();
         if single.is_empty() {

@@ -50,6 +50,10 @@ pub(super) struct Row {
     #[serde(default)]
     pub(super) messages: u64,
     #[serde(default)]
+    messages_ready: u64,
+    #[serde(default)]
+    messages_unacknowledged: u64,
+    #[serde(default)]
     pub(super) policy: Option<String>,
     #[serde(default)]
     pub(super) operator_policy: Option<String>,
@@ -63,6 +67,13 @@ pub(super) struct Row {
     pub(super) members: Vec<String>,
     #[serde(default)]
     pub(super) online: Vec<String>,
+}
+
+impl Row {
+    /// What has left the queue for another one that has not taken it yet.
+    pub(super) fn handed_over(&self) -> u64 {
+        self.messages.saturating_sub(self.messages_ready + self.messages_unacknowledged)
+    }
 }
 
 /// Keys and values; an empty one is a list in some versions.
@@ -138,7 +149,8 @@ impl Management {
             page_count: usize,
         }
         let name = format!(r"^{}\.", prefix.replace('.', r"\."));
-        let columns = "name,messages,policy,operator_policy,effective_policy_definition,arguments,members,online";
+        let columns = "name,messages,messages_ready,messages_unacknowledged,policy,operator_policy,effective_policy_definition,\
+            arguments,members,online";
         let mut rows = Vec::new();
         for page in 1..=MAX_PAGES {
             let (number, size) = (page.to_string(), PAGE.to_string());

@@ -293,10 +293,20 @@ impl Node {
     /// So many nodes in one cluster. Each can be killed and started again by itself; after a loss of all of them start them
     /// at once, since a node may wait for the one that was the last to die.
     pub(crate) async fn cluster(size: usize, settings: &str) -> Vec<Self> {
+        Self::members(size, settings, false).await
+    }
+
+    /// As [`cluster`](Self::cluster); the first has the management plugin.
+    pub(crate) async fn managed_cluster(size: usize) -> Vec<Self> {
+        Self::members(size, "", true).await
+    }
+
+    async fn members(size: usize, settings: &str, managed: bool) -> Vec<Self> {
         let (cookie, epmd) = (unique(), Arc::new(Epmd { port: free_port() }));
         let names: Vec<String> = (0..size).map(|_| format!("t{}@localhost", unique())).collect();
-        let nodes: Vec<Self> =
-            names.iter().map(|name| Self::member(false, name, &cookie, Arc::clone(&epmd), names.first().map(String::as_str))).collect();
+        let first = names.first().map(String::as_str);
+        let member = |(n, name): (usize, &String)| Self::member(managed && n == 0, name, &cookie, Arc::clone(&epmd), first);
+        let nodes: Vec<Self> = names.iter().enumerate().map(member).collect();
         for node in &nodes {
             node.set(settings);
             node.start().await;
@@ -353,6 +363,12 @@ impl Node {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         c
+    }
+
+    /// The first number of its version.
+    pub(crate) fn generation(&self) -> u32 {
+        let version = self.ctl(&["version"]);
+        version.split('.').next().and_then(|n| n.trim().parse().ok()).unwrap_or_else(|| panic!("no version: {version}"))
     }
 
     /// Boots the node and waits until it speaks AMQP.
