@@ -521,7 +521,9 @@ impl Queue for AmqpQueue {
                 Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
             }
         });
-        let fates = self.publisher().publish(messages.collect()).await?;
+        let publisher = self.publisher();
+        publisher.ready().await?;
+        let fates = publisher.publish(messages.collect()).await?;
         let published = |fate| match fate {
             Fate::Stored => Published::Stored,
             Fate::Unroutable => Published::Unmatched,

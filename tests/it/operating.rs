@@ -222,6 +222,38 @@ fn while_the_broker_is_away_metrics_and_status_say_so() {
 }
 
 #[test]
+fn what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_moved() {
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let api = Api::new();
+        let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }");
+        let setup = Setup::new(&broker, &text);
+        let _daemon = setup.start().await;
+        broker.publish(TYPE, [event(1)]).await;
+        broker.wait_depth("sub.a.dead", 1).await;
+        let events = setup.write("events", event(2));
+        broker.node().ctl(&["set_permissions", "guest", ".*", "^$", ".*"]);
+        let events = events.to_str().expect("a path");
+        // To a channel that is open the broker goes on allowing what it did.
+        broker.node().ctl(&["close_all_connections", "a test"]);
+        let says_why = |command: &[&str]| {
+            let ended = setup.run(command);
+            ended.status.code() == Some(1) && String::from_utf8_lossy(&ended.stderr).contains("ACCESS_REFUSED")
+        };
+        for command in [&["dead", "replay", "a"][..], &["publish", events], &["prune", "--yes"]] {
+            assert!(says_why(command), "{command:?}");
+        }
+        eventually("a pause is refused", async || says_why(&["pause", "a"])).await;
+        broker.node().ctl(&["set_permissions", "guest", ".*", ".*", ".*"]);
+        assert_eq!(broker.depth("sub.a.dead").await, Some(1));
+        receiver.now(|_, _| status(200));
+        setup.ok(&["dead", "replay", "a"]);
+        receiver.wait_all(1).await;
+    });
+}
+
+#[test]
 fn status_watches() {
     run(async {
         let queue = Queue::embedded();

@@ -91,7 +91,9 @@ impl queue::DeadLetters for DeadLetters {
                 None => left.push(held),
             }
         }
-        let fates = self.queue.publisher().publish(messages).await?;
+        let publisher = self.queue.publisher();
+        publisher.ready().await?;
+        let fates = publisher.publish(messages).await?;
         reached(Step::Moved);
         let mut refused = None;
         for (held, fate) in sent.into_iter().zip(fates) {

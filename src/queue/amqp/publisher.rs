@@ -49,6 +49,31 @@ pub(super) enum Fate {
     Refused,
 }
 
+/// Whether messages can be published now.
+#[derive(Debug, Clone)]
+enum State {
+    Writable,
+    /// By the broker, with its reason.
+    Blocked(String),
+    /// There is no connection that can be used; why, once that is known.
+    Away(Option<QueueError>),
+}
+
+impl State {
+    fn is_writable(&self) -> bool {
+        matches!(self, Self::Writable)
+    }
+
+    /// What keeps the broker from confirming.
+    fn why_not(&self) -> String {
+        match self {
+            Self::Blocked(why) => format!(": it blocks publishing ({why})"),
+            Self::Away(Some(why)) => format!(": {why}"),
+            Self::Writable | Self::Away(None) => String::new(),
+        }
+    }
+}
+
 struct Group {
     messages: Vec<Message>,
     reply: oneshot::Sender<Result<Vec<Fate>, QueueError>>,
@@ -58,7 +83,7 @@ struct Group {
 #[derive(Debug, Clone)]
 pub(super) struct Publisher {
     groups: mpsc::Sender<Group>,
-    writable: watch::Receiver<bool>,
+    state: watch::Receiver<State>,
     stop: Arc<Notify>,
     task: Arc<AbortOnDrop>,
 }
@@ -76,16 +101,16 @@ impl Publisher {
     /// Starts the task. On each new connection it looks first whether the shared topology is there.
     pub(super) fn start(topology: Topology, dialer: Dialer, declaring: Arc<Pool>, role: Role) -> Self {
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
-        let (state, writable) = watch::channel(false);
+        let (tells, state) = watch::channel(State::Away(None));
         let stop = Arc::new(Notify::new());
-        let task = tokio::spawn(Task { topology, dialer, declaring, role, inbox, state, stop: stop.clone() }.keep());
-        Self { groups, writable, stop, task: Arc::new(AbortOnDrop(task)) }
+        let task = tokio::spawn(Task { topology, dialer, declaring, role, inbox, state: tells, stop: stop.clone() }.keep());
+        Self { groups, state, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
     /// Says goodbye to the broker, if it is there, and ends the task. Nothing can be published afterwards.
     pub(super) async fn close(&self) {
-        let mut state = self.writable.clone();
-        if *state.borrow() {
+        let mut state = self.state.clone();
+        if state.borrow().is_writable() {
             self.stop.notify_one();
             // The channel ends with the task.
             let ended = async { while state.changed().await.is_ok() {} };
@@ -108,19 +133,42 @@ impl Publisher {
         match timeout(CONFIRM_TIMEOUT, exchange).await {
             Ok(Some(result)) => result,
             Ok(None) => Err(QueueError::new("the connection to the broker was lost before it confirmed")),
-            Err(_) => Err(QueueError::new(format!("the broker did not confirm within {} s", CONFIRM_TIMEOUT.as_secs()))),
+            Err(_) => Err(self.too_late()),
+        }
+    }
+
+    fn too_late(&self) -> QueueError {
+        QueueError::new(format!("the broker did not confirm within {} s{}", CONFIRM_TIMEOUT.as_secs(), self.state.borrow().why_not()))
+    }
+
+    /// Waits until it can publish. For those who publish because somebody asked for it and waits: what others hold is safe meanwhile,
+    /// and they rather wait for an operator too.
+    ///
+    /// # Errors
+    /// That takes an operator, or too long.
+    pub(super) async fn ready(&self) -> Result<(), QueueError> {
+        let mut state = self.state.clone();
+        let decided = state.wait_for(|s| s.is_writable() || matches!(s, State::Away(Some(why)) if why.is_for_operator()));
+        match timeout(CONFIRM_TIMEOUT, decided).await {
+            Ok(Ok(state)) => match &*state {
+                State::Away(Some(why)) => Err(QueueError::new(why.to_string())),
+                _ => Ok(()),
+            },
+            // The task has ended, and `publish` says so.
+            Ok(Err(_)) => Ok(()),
+            Err(_) => Err(self.too_late()),
         }
     }
 
     /// Whether there is a connection that the broker does not block.
     pub(super) fn is_writable(&self) -> bool {
-        *self.writable.borrow()
+        self.state.borrow().is_writable()
     }
 
     /// Waits until there is a connection that the broker does not block.
     pub(super) async fn writable(&self) {
         // An error means that the task has ended, and with it whoever would wait.
-        self.writable.clone().wait_for(|w| *w).await.ok();
+        self.state.clone().wait_for(State::is_writable).await.ok();
     }
 }
 
@@ -130,7 +178,7 @@ struct Task {
     declaring: Arc<Pool>,
     role: Role,
     inbox: mpsc::Receiver<Group>,
-    state: watch::Sender<bool>,
+    state: watch::Sender<State>,
     stop: Arc<Notify>,
 }
 
@@ -144,7 +192,7 @@ impl Task {
                 Ok(Err(e)) => e,
                 Err(_) => QueueError::new("publishing panicked; what was not confirmed is delivered again"),
             };
-            self.state.send_replace(false); // after a panic too
+            self.state.send_replace(State::Away(Some(why.clone()))); // after a panic too
             publishing.failed(&why).await;
         }
     }
@@ -167,7 +215,7 @@ impl Task {
             why.map_or(Ok(()), Err)
         };
         let ended = ended.await;
-        self.state.send_replace(false);
+        self.state.send_replace(State::Away(ended.as_ref().err().cloned()));
         close(&connection).await;
         ended
     }
@@ -207,13 +255,13 @@ impl Generation {
     async fn serve(
         mut self,
         inbox: &mut mpsc::Receiver<Group>,
-        state: &watch::Sender<bool>,
+        state: &watch::Sender<State>,
         events: impl Stream<Item = Event>,
         stop: &Notify,
     ) -> Option<QueueError> {
         let mut events = std::pin::pin!(events);
         let mut blocked = false;
-        state.send_replace(true);
+        state.send_replace(State::Writable);
         loop {
             let deadline = self.groups.values().map(|g| g.deadline).min();
             tokio::select! {
@@ -223,12 +271,12 @@ impl Generation {
                     Event::ConnectionBlocked(why) => {
                         tracing::warn!(reason = why, "the broker blocks publishing ({}): no retries, dead letters or relayed events until it unblocks", self.role.name());
                         blocked = true;
-                        state.send_replace(false);
+                        state.send_replace(State::Blocked(why));
                     }
                     Event::ConnectionUnblocked => {
                         tracing::warn!("the broker unblocked publishing ({})", self.role.name());
                         blocked = false;
-                        state.send_replace(true);
+                        state.send_replace(State::Writable);
                     }
                     Event::Error(e) => return Some(self.fail(&BrokerError::from(e))),
                     _ => {}

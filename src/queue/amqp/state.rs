@@ -241,6 +241,7 @@ async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> R
     let body = serde_json::to_vec(record).map_err(|e| error(topology, &e))?;
     let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
     let message = Message::to_queue(topology.state(), Bytes::from(body), properties);
+    publisher.ready().await?;
     match publisher.publish(vec![message]).await?[..] {
         [Fate::Stored] => {
             reached(Step::Recorded);
