@@ -147,15 +147,20 @@ impl Publisher {
     /// # Errors
     /// That takes an operator, or too long.
     pub(super) async fn ready(&self) -> Result<(), QueueError> {
-        let mut state = self.state.clone();
-        let decided = state.wait_for(|s| s.is_writable() || matches!(s, State::Away(Some(why)) if why.is_for_operator()));
+        let refused = |s: &State| matches!(s, State::Away(Some(why)) if why.is_for_operator());
+        let decided = async {
+            let mut state = self.state.clone();
+            // What it was refused for a moment ago may be mended: the next try tells.
+            if refused(&state.borrow_and_update()) {
+                state.changed().await.ok()?;
+            }
+            let state = state.wait_for(|s| s.is_writable() || refused(s)).await.ok()?;
+            if let State::Away(why) = &*state { why.clone() } else { None }
+        };
         match timeout(CONFIRM_TIMEOUT, decided).await {
-            Ok(Ok(state)) => match &*state {
-                State::Away(Some(why)) => Err(QueueError::new(why.to_string())),
-                _ => Ok(()),
-            },
-            // The task has ended, and `publish` says so.
-            Ok(Err(_)) => Ok(()),
+            Ok(None) => Ok(()), // also when the task has ended: `publish` says so
+            // It is whoever asked that fails, not the daemon.
+            Ok(Some(why)) => Err(QueueError::new(why.to_string())),
             Err(_) => Err(self.too_late()),
         }
     }
