@@ -7,9 +7,9 @@ use std::{
 };
 
 use hooktrail::failpoint::{self, Step};
-use lapin::BasicProperties;
 use lapin::options::{BasicPublishOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel};
 use rand::{RngExt as _, rngs::StdRng};
 
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
     relay::{Way, Weather},
     soak::Sample,
     subscribers::{Kind, pick},
-    support::broker::kill,
+    support::broker::{Broker, kill},
     world::{Place, Producer, World},
 };
 
@@ -653,13 +653,16 @@ impl<'w> Round<'w> {
                 let file = embedded.file();
                 let holds = Duration::from_millis(self.rng.random_range(100..3000));
                 self.tell(&format!("another process locks the database for {holds:?}"));
-                tokio::task::spawn_blocking(move || {
-                    let Ok(db) = rusqlite::Connection::open(file) else { return };
-                    db.busy_timeout(Duration::from_secs(5)).ok();
-                    if db.execute_batch("BEGIN IMMEDIATE").is_ok() {
-                        std::thread::sleep(holds);
-                        db.execute_batch("ROLLBACK").ok();
-                    }
+                let lock = tokio::task::spawn_blocking(move || {
+                    let db = rusqlite::Connection::open(file).ok()?;
+                    db.busy_timeout(Duration::from_secs(5)).ok()?;
+                    db.execute_batch("BEGIN IMMEDIATE").ok()?;
+                    Some(db)
+                });
+                tokio::spawn(async move {
+                    let locked = lock.await;
+                    tokio::time::sleep(holds).await; // the fault itself
+                    drop(locked); // rolls back
                 });
                 self.disturbances.push(Disturbance { what: "locked".to_owned(), whom: None, from: now, to: now + holds + NOTICED });
             }
@@ -800,18 +803,8 @@ impl<'w> Round<'w> {
             tokio::time::sleep(Duration::from_millis(self.rng.random_range(0..2500))).await;
         }
         if let Place::Broker { broker, source_queue, .. } = &self.world.place {
-            // As with a queue that was deleted: it does not matter who binds it first.
-            let exchange = if *source_queue { format!("{}.events", broker.prefix) } else { broker.exchange.clone() };
-            let queue = format!("{}.sub.{}", broker.prefix, kind.name());
             let (connection, channel) = broker.channel().await;
-            let bound = channel.queue_bind(
-                queue.as_str().into(),
-                exchange.as_str().into(),
-                "#".into(),
-                QueueBindOptions::default(),
-                FieldTable::default(),
-            );
-            bound.await.expect("binds");
+            bind(&channel, broker, *source_queue, kind).await;
             connection.close(200, "done".into()).await.ok();
         }
         drop(held);
@@ -825,8 +818,7 @@ impl<'w> Round<'w> {
         if self.lasting.iter().any(|l| l.disturbs) || self.world.daemons.iter_mut().any(|d| d.as_mut().is_none_or(|d| !d.is_running())) {
             return false;
         }
-        let (broker, exchange) =
-            (broker.clone(), if *source_queue { format!("{}.events", broker.prefix) } else { broker.exchange.clone() });
+        let (broker, source_queue) = (broker.clone(), *source_queue);
         let gate = self.world.publishing.clone();
         let held = gate.write().await;
         let Some(steady) = self.world.subscribers.iter().find(|s| s.kind == Kind::Steady) else { return false };
@@ -850,15 +842,7 @@ impl<'w> Round<'w> {
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.is_ok();
             if found && which == "sub.steady" {
-                // The same binding as the daemon's own, so that it does not matter which of the two comes first.
-                let bound = channel.queue_bind(
-                    queue.as_str().into(),
-                    exchange.as_str().into(),
-                    "#".into(),
-                    QueueBindOptions::default(),
-                    FieldTable::default(),
-                );
-                bound.await.expect("binds");
+                bind(&channel, &broker, source_queue, Kind::Steady).await;
             }
             connection.close(200, "done".into()).await.ok();
             found
@@ -993,4 +977,12 @@ impl<'w> Round<'w> {
         }
         Outcome { verdicts, story: self.story, ledger, drained_in, faults, left, complaints }
     }
+}
+
+/// Binds a subscriber's queue as its daemon does, so that it does not matter which of the two comes first.
+async fn bind(channel: &Channel, broker: &Broker, source_queue: bool, kind: Kind) {
+    let exchange = if source_queue { format!("{}.events", broker.prefix) } else { broker.exchange.clone() };
+    let queue = format!("{}.sub.{}", broker.prefix, kind.name());
+    let (queue, exchange) = (queue.as_str().into(), exchange.as_str().into());
+    channel.queue_bind(queue, exchange, "#".into(), QueueBindOptions::default(), FieldTable::default()).await.expect("binds");
 }
