@@ -12,6 +12,7 @@ mod prune;
 mod publish;
 mod run;
 mod status;
+mod terminal;
 mod test;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ use crate::{
         Queue as _, QueueError,
         amqp::{AmqpQueue, Repaired},
     },
+    wording::{agreed, counted},
 };
 
 /// Delivers audit events to webhooks: batched, signed, retried durably, nothing lost.
@@ -275,7 +277,7 @@ async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> 
     };
     let queue = reach(amqp).await?;
     let report = queue.repair(subscriber, force).await?;
-    let mut sound = 0;
+    let mut sound = 0_usize;
     for repaired in &report {
         match repaired {
             Repaired::Sound(_) => sound += 1,
@@ -288,7 +290,7 @@ async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> 
     if sound == report.len() {
         println!("all {sound} queues that `{name}` uses are sound; nothing was changed");
     } else {
-        println!("{sound} queues are sound and were not touched");
+        println!("{} sound and {} not touched", counted(sound, "queue(s) (is|are)"), agreed(&sound, "(was|were)"));
     }
     queue.close().await;
     Ok(())

@@ -30,6 +30,7 @@ use crate::{
     secret::{Secret, SecretUrl},
     signature::{Encoding, Scheme, Signer, standard_key},
     tls::{self, BadIdentity, Identity, TlsPolicy},
+    wording::counted,
 };
 
 /// The commented default configuration, every key in it.
@@ -269,8 +270,7 @@ impl fmt::Display for ConfigError {
         for p in &self.problems {
             writeln!(f, "{p}")?;
         }
-        let s = if self.problems.len() == 1 { "" } else { "s" };
-        write!(f, "{} problem{s} in the configuration; nothing was started", self.problems.len())
+        write!(f, "{} in the configuration; nothing was started", counted(self.problems.len(), "problem(s)"))
     }
 }
 

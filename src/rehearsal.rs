@@ -11,6 +11,7 @@ use crate::{
     retry::{Exhausted, MAX_DELAY, Next},
     tls::SystemRoots,
     webhook::{Failure, Outcome, Rehearsal, Request, Webhook},
+    wording::counted,
 };
 
 /// What came of it.
@@ -126,7 +127,7 @@ fn after_failure(subscriber: &Subscriber, retry_after: Option<Duration>) -> (&'s
         (Next::After(delay), _) => {
             let most = match retry.options().max_attempts {
                 0 => "as often as it takes".to_owned(),
-                most => format!("at most {most} attempts in all"),
+                most => format!("at most {} in all", counted(most, "attempt(s)")),
             };
             ("retry", format!("retry: the same batch again after about {}, {most}", humantime::format_duration(delay)))
         }

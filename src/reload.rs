@@ -10,6 +10,7 @@ use crate::{
     metrics::Metrics,
     queue::QueueError,
     supervisor::Change,
+    wording::{agreed, counted},
 };
 
 /// What is configured, and how that is changed. Clones are the same.
@@ -60,8 +61,8 @@ impl fmt::Display for Unchanged {
 impl From<ConfigError> for Unchanged {
     fn from(e: ConfigError) -> Self {
         let problems: Vec<String> = e.problems.iter().map(ToString::to_string).collect();
-        let s = if problems.len() == 1 { "" } else { "s" };
-        Self::Wrong(format!("{}\n{} problem{s} in the configuration; the one before it stays in use", problems.join("\n"), problems.len()))
+        let count = counted(problems.len(), "problem(s)");
+        Self::Wrong(format!("{}\n{count} in the configuration; the one before it stays in use", problems.join("\n")))
     }
 }
 
@@ -184,10 +185,10 @@ impl Reloader {
     fn compare(&self, new: &Config) -> Result<Changes, Unchanged> {
         let changed = self.config().changes_to(new);
         changed.map_err(|keys| {
-            let s = if keys.len() == 1 { " has" } else { "s have" };
             Unchanged::Wrong(format!(
-                "{}: the key{s} changed, which needs a restart: events wait in the queues of before; nothing of the new configuration is in use",
-                keys.join(", ")
+                "{}: the {} changed, which needs a restart: events wait in the queues of before; nothing of the new configuration is in use",
+                keys.join(", "),
+                agreed(&keys.len(), "key(s) (has|have)")
             ))
         })
     }
@@ -205,7 +206,7 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
         tracing::info!(because, "the configuration was read again; it means the same");
     }
     for c in &changes.changes {
-        tracing::warn!(because, subscriber = c.subscriber, change = c.change.name(), keys = c.keys.join(", "), "reloaded");
+        tracing::info!(because, subscriber = c.subscriber, change = c.change.name(), keys = c.keys.join(", "), "reloaded");
     }
     for subscriber in not_bound {
         tracing::error!(

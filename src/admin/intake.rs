@@ -36,6 +36,7 @@ use crate::{
     metrics::Metrics,
     queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
     supervisor::Phase,
+    wording::{agreed, counted},
 };
 
 /// The longest body in bytes, inflated or not: that of a request to a receiver, so that no event is
@@ -178,8 +179,10 @@ impl<Q: Queue> Intake<Q> {
                         tracing::warn!(error = %e, "events cannot be stored; producers are answered 503");
                     }
                     return Err(Refusal::unavailable(format!(
-                        "{e}; {stored} of the {count} events were stored before, and of the rest a part may have been: \
-                         send the request again later, which may repeat events"
+                        "{e}; {stored} of {} {} stored before, and of the rest a part may have been: \
+                         send the request again later, which may repeat events",
+                        counted(count, "event(s)"),
+                        agreed(&stored, "(was|were)")
                     )));
                 }
             };
@@ -201,8 +204,10 @@ impl<Q: Queue> Intake<Q> {
         }
         if refused + unbound > 0 {
             return Err(Refusal::unavailable(format!(
-                "the queue refused {refused} of the {count} events, and {unbound} reached no subscriber's queue although a pattern matches \
-                 them (hooktrail check --connect); the other {stored} were stored: send the request again later, which repeats those"
+                "the queue refused {refused} of {}, and {unbound} reached no subscriber's queue although a pattern matches (hooktrail check \
+                 --connect); the other {stored} {} stored: send the request again later, which repeats those",
+                counted(count, "event(s)"),
+                agreed(&stored, "(was|were)")
             )));
         }
         self.metrics.accepted((stored - unmatched) as u64, unmatched as u64);
@@ -338,7 +343,8 @@ impl Found {
             return Err(Refusal::too_many(self.count));
         }
         if self.bad_count > 0 {
-            let why = format!("{} of the {} events are not valid; nothing of this request was taken", self.bad_count, self.count);
+            let (bad, all) = (self.bad_count, counted(self.count, "event(s)"));
+            let why = format!("{bad} of {all} {} not valid; nothing of this request was taken", agreed(&bad, "(is|are)"));
             return Err(Refusal { invalid: Some((self.bad, self.bad_count)), ..Refusal::bad(why) });
         }
         if self.events.is_empty() {
@@ -517,7 +523,7 @@ mod tests {
             assert_eq!(refusal(body, encoding).status, 413);
         }
         let deep = format!("{{\"events\":[{}{}]}}", "[".repeat(1_000_000), "]".repeat(1_000_000));
-        assert!(refusal(deep, JSON).why.contains("1 of the 1"));
+        assert!(refusal(deep, JSON).why.contains("1 of 1 event is not valid"));
     }
 
     #[tokio::test]
@@ -530,7 +536,7 @@ mod tests {
         headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json; charset=utf-8"));
         let refusal = intake.take(&headers, &mut Body::from(r#"{"event":"a"}"#)).await.expect_err("the fake takes none");
         assert_eq!((refusal.status, refusal.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(AGAIN_LATER)));
-        assert!(refusal.why.contains("0 of the 1 events were stored before, and of the rest a part may have been"), "{}", refusal.why);
+        assert!(refusal.why.contains("0 of 1 event were stored before, and of the rest a part may have been"), "{}", refusal.why);
     }
 
     #[tokio::test]

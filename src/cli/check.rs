@@ -11,6 +11,7 @@ use crate::{
     metrics::Metrics,
     queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
     signature::{Encoding, Scheme},
+    wording::counted,
 };
 
 #[derive(Debug, clap::Args)]
@@ -54,10 +55,10 @@ async fn connect(config: &Config, json: bool) -> Result<(), Failed> {
             println!("# Nothing harmful was found.");
             Ok(())
         }
-        harmful => {
-            let s = if harmful == 1 { "" } else { "s" };
-            Err(Failed::Runtime(format!("{harmful} harmful finding{s}: events can be lost, or cannot be delivered; each says what to do")))
-        }
+        harmful => Err(Failed::Runtime(format!(
+            "{}: events can be lost, or cannot be delivered; each says what to do",
+            counted(harmful, "harmful finding(s)")
+        ))),
     }
 }
 

@@ -22,6 +22,7 @@ use crate::{
     clock,
     config::{Backend, Config},
     queue::{CameTo, DeadLetters, FailedAttempt, Held, Kind, Queue as _, QueueError, Reason, Story, embedded::EmbeddedQueue},
+    wording::counted,
 };
 
 /// Letters that are replayed together, one confirm for all: whichever is reached first.
@@ -386,7 +387,7 @@ fn for_reading(number: usize, held: &Held) -> String {
     }
     let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, rfc3339(a.at), a.came_to);
     lines.extend(first.iter().map(one));
-    lines.extend((left_out > 0).then(|| format!("     …  {left_out} attempts are left out here")));
+    lines.extend((left_out > 0).then(|| format!("     …  {} left out here", counted(left_out, "attempt(s) (is|are)"))));
     lines.extend(last.iter().map(one));
     lines.extend([String::new(), readable(&l.body)]);
     lines.join("\n")
@@ -530,7 +531,7 @@ impl<'r> Replay<'r> {
         }
         self.choice.complete()?;
         if self.skipped > 0 && self.choice.which.has_names() {
-            return Err(Failed::Runtime(format!("{} of the letters named cannot be replayed; above is what to do", self.skipped)));
+            return Err(Failed::Runtime(format!("{} cannot be replayed; above is what to do", counted(self.skipped, "letter(s)"))));
         }
         Ok(())
     }
@@ -676,7 +677,7 @@ fn confirm(left: u32, which: &Which) -> Result<bool, Failed> {
         ));
     }
     // How many match is known only after a look at each.
-    let (what, whose) = (if which.all() { "all" } else { "the chosen ones of" }, which.what());
+    let (what, whose) = (if which.all() { "all" } else { "the chosen ones of" }, which.what(left as usize));
     eprint!("Delete {what} {left} {whose} for good? [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
@@ -700,7 +701,7 @@ fn finished(what: &str, done: usize, skipped: usize, of: usize, choice: &Choice<
         (_, true) => "would purge",
     };
     let rest = if skipped > 0 { format!(", skipped {skipped}") } else { String::new() };
-    print(&format!("{verb} {done} of {of} {}{rest}", which.what()));
+    print(&format!("{verb} {done} of {of} {}{rest}", which.what(of)));
 }
 
 #[cfg(test)]

@@ -42,6 +42,7 @@ use crate::{
     signature,
     status::Board,
     supervisor::{self, Controls, Phase},
+    wording::counted,
 };
 
 /// For what is under way when no more events come; with the default of `--for` all ends within 30 s.
@@ -263,7 +264,7 @@ async fn receive(State(e): State<Arc<Endpoint>>, headers: HeaderMap, body: Bytes
         let ids = event_ids(&body);
         let attempt = header("x-hooktrail-attempt").unwrap_or("?");
         let attempt = if attempt == "1" { String::new() } else { format!(", attempt {attempt}") };
-        let what = format!("accepted {}, {}, signature verified{attempt}", events(ids.len()), ByteSize(body.len() as u64));
+        let what = format!("accepted {}, {}, signature verified{attempt}", counted(ids.len(), "event(s)"), ByteSize(body.len() as u64));
         e.stage.tell(e.name, Tone::Good, &what);
         let mut accepted = e.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         for id in ids {
@@ -271,10 +272,6 @@ async fn receive(State(e): State<Arc<Endpoint>>, headers: HeaderMap, body: Bytes
         }
     }
     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
-}
-
-fn events(n: usize) -> String {
-    if n == 1 { "1 event".to_owned() } else { format!("{n} events") }
 }
 
 /// The ids that the demo gave the events of a batch, or a single event.
@@ -324,6 +321,7 @@ fn tap() -> mpsc::UnboundedReceiver<Map<String, Value>> {
 fn narrate(stage: &Stage, notice: &Map<String, Value>) {
     let text = |name: &str| notice.get(name).and_then(Value::as_str).unwrap_or_default();
     let number = |name: &str| notice.get(name).map(ToString::to_string).unwrap_or_default();
+    let events = || counted(notice.get("events").and_then(Value::as_u64).unwrap_or_default(), "event(s)");
     let who = text("subscriber");
     let failure = match (notice.get("status"), text("failure")) {
         (Some(status), _) => format!("answered {status}"),
@@ -333,15 +331,12 @@ fn narrate(stage: &Stage, notice: &Map<String, Value>) {
     match (message, text("outcome")) {
         ("attempt", "retry") => {
             let again = notice.get("next_attempt_in_s").and_then(Value::as_f64).unwrap_or_default();
-            let what = format!("{failure}: attempt {} of a batch of {} events, again in {again:.1} s", number("attempt"), number("events"));
+            let what = format!("{failure}: attempt {} of a batch of {}, again in {again:.1} s", number("attempt"), events());
             stage.tell(who, Tone::Waiting, &what);
         }
         ("attempt", "dead_letter") => {
-            let what = format!(
-                "{failure}: attempt {} was the last; a batch of {} events is a dead letter (exhausted)",
-                number("attempt"),
-                number("events")
-            );
+            let what =
+                format!("{failure}: attempt {} was the last; a batch of {} is a dead letter (exhausted)", number("attempt"), events());
             stage.tell(who, Tone::Bad, &what);
         }
         ("attempt", _) => {} // the receiver tells
@@ -425,7 +420,7 @@ impl Play<'_> {
             queue.publish(events).await?;
             if self.stage.elapsed() >= told_at + Duration::from_secs(1) {
                 told_at = self.stage.elapsed();
-                self.stage.say(&format!("{:>5.1}s  {since_told} events published", told_at.as_secs_f64()));
+                self.stage.say(&format!("{:>5.1}s  {} published", told_at.as_secs_f64(), counted(since_told, "event(s)")));
                 since_told = 0;
             }
             self.stage.status(self.counts(published.len()));
@@ -450,7 +445,7 @@ impl Play<'_> {
             if left == 0 {
                 return Ok(());
             }
-            self.stage.status(format!("{}; {left} deliveries under way", self.counts(published.len())));
+            self.stage.status(format!("{}; {} under way", self.counts(published.len()), counted(left, "deliver(y|ies)")));
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
         Ok(())
@@ -462,7 +457,7 @@ impl Play<'_> {
     }
 
     async fn account(&self, queue: &impl Queue, published: &BTreeSet<String>) -> Result<(), Failed> {
-        self.stage.say(&format!("\n{} events published to each subscriber:", published.len()));
+        self.stage.say(&format!("\n{} published to each subscriber:", counted(published.len(), "event(s)")));
         let mut missing = 0;
         for r in self.receivers {
             let dead = dead_ids(queue, r.name).await?;
@@ -483,7 +478,7 @@ impl Play<'_> {
             }
         }
         if missing > 0 {
-            return Err(Failed::Runtime(format!("{missing} deliveries are not accounted for")));
+            return Err(Failed::Runtime(format!("{} not accounted for", counted(missing, "deliver(y is|ies are)"))));
         }
         self.stage.say(
             "Every event is accounted for.\n\nTry next:\n  \

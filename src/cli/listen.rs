@@ -24,6 +24,7 @@ use crate::{
     clock,
     secret::Secret,
     signature::{self, Unverified},
+    wording::counted,
 };
 
 /// Larger than any request that hooktrail sends.
@@ -167,10 +168,11 @@ impl Listener {
         let count = events.as_ref().map_or(0, Vec::len);
         let repeat = if repeat { ", seen before" } else { "" };
         println!(
-            "{at}  {}  attempt {}{repeat}: {count} events, {} bytes, {verified}, answered {status}",
+            "{at}  {}  attempt {}{repeat}: {}, {}, {verified}, answered {status}",
             id.unwrap_or("(no webhook-id)"),
             attempt.unwrap_or("?"),
-            body.len()
+            counted(count, "event(s)"),
+            counted(body.len(), "byte(s)")
         );
         match events {
             Ok(events) => events.iter().for_each(|e| println!("    {}", one_line(e.get()))),

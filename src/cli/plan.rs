@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use super::{
     Failed,
     daemon::{self, Foreseen},
-    find, visible,
+    find,
+    terminal::{self, wrapped},
+    visible,
 };
 use crate::{
     circuit_breaker::{BreakerPolicy, Change, CircuitBreaker},
@@ -19,6 +21,7 @@ use crate::{
         amqp::{self, Hold},
     },
     retry::{Exhausted, Next, RetryOptions, RetryPolicy},
+    wording::agreed,
 };
 
 /// RabbitMQ's default: a consumer that holds a message for longer loses its channel.
@@ -34,9 +37,6 @@ const TAIL: u32 = 3;
 
 /// No more rows than this go into JSON.
 const MAX_ROWS: u32 = 1000;
-
-/// Columns of the text.
-const WIDTH: usize = 100;
 
 /// When all first attempts are made; a plan knows no other time.
 const FIRST: SystemTime = SystemTime::UNIX_EPOCH;
@@ -61,7 +61,7 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     if args.json {
         println!("{:#}", as_json(config, &plans, &foreseen));
     } else {
-        print!("{}", as_text(config, &plans, &foreseen));
+        print!("{}", as_text(config, &plans, &foreseen, terminal::width().unwrap_or(terminal::USUAL)));
     }
     match foreseen {
         Foreseen::Refused { .. } => {
@@ -261,10 +261,10 @@ fn open_times(policy: &BreakerPolicy) -> Vec<Duration> {
     times
 }
 
-fn as_text(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) -> String {
+fn as_text(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen, width: usize) -> String {
     let mut out = String::new();
     let mut line = |text: String| {
-        out.push_str(&wrapped(&text));
+        out.push_str(&wrapped(&text, width));
         out.push('\n');
     };
     if plans.is_empty() {
@@ -278,7 +278,7 @@ fn as_text(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) -> String {
         let sum = |of: fn(&Bounds) -> u64| size(plans.iter().map(|p| of(&p.bounds)).sum());
         let requests: usize = plans.iter().map(|p| p.bounds.requests).sum();
         line(format!(
-            "all {} subscribers together: {requests} requests open at once, {} of events with full batches, {} at worst",
+            "all {} subscribers together: {requests} requests open at once; memory for events: {} with full batches, {} at worst",
             plans.len(),
             sum(|b| b.usual),
             sum(|b| b.worst)
@@ -295,8 +295,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     if s.paused {
         line("  (paused = true: nothing is attempted before that is taken out)".to_owned());
     }
-    let hops = |text: &str| if *ladder { format!("  {text:>4}") } else { String::new() };
-    line(format!("  {:>7}  {:<24}  {:>15}{}", "attempt", "after", "since the first", hops("hops")));
+    line(format!("  {:>7}  {:<28}  {:>15}", "attempt", "after", "since the first"));
     let mut before = 0;
     for number in middle.rows(WHOLE) {
         if number != before + 1 {
@@ -304,14 +303,20 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
         }
         before = number;
         let a = middle.attempt(number);
-        let (after, hop) = if number == 1 { (String::new(), String::new()) } else { (interval(middle, &a), a.hops.to_string()) };
-        line(format!("  {:>7}  {after:<24}  {:>15}{}", grouped(number), span(a.since_first), hops(&hop)).trim_end().to_owned());
+        let after = if number == 1 { String::new() } else { interval(middle, &a) };
+        // A table is not broken between its words.
+        line(format!("  {:>7}  {after:<28}  {:>15}", grouped(number), span(a.since_first)));
+    }
+    if *ladder {
+        line(
+            "  (in the queues of RabbitMQ a retry waits up to 1 s and 12.5 % longer than [retry] says; that is in these times)".to_owned(),
+        );
     }
     line(format!("  {}", ending(plan)));
     if let Some(end) = middle.end().filter(|end| end.number > 1) {
         let longest = s.http.timeout.saturating_mul(end.number);
         line(format!(
-            "  the attempts' own time comes on top: up to {} each (http.timeout), {} in all",
+            "  each attempt itself can take up to {} more (http.timeout), all of them together {}",
             span(s.http.timeout),
             span(longest)
         ));
@@ -319,28 +324,35 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     line(format!("  {}", circuit(&s.circuit_breaker)));
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
     line(format!(
-        "  memory: {} with full batches; {} if each of the {} events and {} that it takes at once is as large as a body may be \
+        "  memory: {} with full batches. It takes up to {} {} and {} {} at once: {} if each is as large as a body may be \
          (batch.max_bytes = {})",
         size(bounds.usual),
-        size(bounds.worst),
         grouped(bounds.window.events.into()),
-        match bounds.window.envelopes {
-            1 => "1 failed batch".to_owned(),
-            n => format!("{n} failed batches"),
-        },
+        agreed(&bounds.window.events, "event(s)"),
+        grouped(bounds.window.envelopes.into()),
+        agreed(&bounds.window.envelopes, "failed batch(es)"),
+        size(bounds.worst),
         size(s.batch.max_bytes as u64)
     ));
     if *ladder {
-        line(format!(
-            "  longest hold of a message: {} with full batches, each attempt at its limit; RabbitMQ's consumer_timeout is {} unless \
-             changed{}",
-            span(bounds.hold),
-            span(CONSUMER_TIMEOUT),
-            match bounds.fewest {
-                0 | 1 => String::new(),
-                n => format!(", which batches of fewer than {} events could pass if they all took so long", grouped_u64(n as u64)),
-            }
-        ));
+        line(format!("  {}", hold(bounds)));
+    }
+}
+
+/// How long RabbitMQ can have to wait for the answer about a message, and what follows if that is too long.
+fn hold(bounds: &Bounds) -> String {
+    let (longest, allowed) = (span(bounds.hold), span(CONSUMER_TIMEOUT));
+    let held = format!(
+        "hold: with full batches a message waits at most {longest} for its ack, when each attempt takes as long as http.timeout lets it. \
+         RabbitMQ's consumer_timeout is {allowed}, unless it was changed"
+    );
+    match bounds.fewest {
+        0 | 1 => held,
+        fewest => format!(
+            "{held}. With fewer than {} events in each batch, and attempts that slow, it can wait for longer: then RabbitMQ closes the \
+             channel, and what it held comes again",
+            grouped_u64(fewest as u64)
+        ),
     }
 }
 
@@ -382,7 +394,7 @@ fn ending(plan: &Plan<'_>) -> String {
             };
             format!("{what}, {} after the first attempt{range}: {why}", span(end.since_first))
         }
-        (Last::Beyond, _) => format!("… and on; an interval that grows so slowly is computed for {} attempts alone", grouped(MAX_RAMP)),
+        (Last::Beyond, _) => format!("… and so on; where the interval grows so slowly, only {} attempts are computed", grouped(MAX_RAMP)),
         _ => "and so on without end: neither retry.max_attempts nor retry.max_elapsed_time is set, so no batch is given up".to_owned(),
     }
 }
@@ -404,14 +416,15 @@ fn circuit(policy: &BreakerPolicy) -> String {
         return "circuit: never opens (circuit_breaker.failures = 0)".to_owned();
     };
     let longer = if first == last {
-        "so again after each failed probe".to_owned()
+        "If that fails too, it stays open as long again".to_owned()
     } else {
-        format!("twice as long after each failed probe, {} at most", span(*last))
+        format!("If that fails too, it stays open for twice as long, up to {}", span(*last))
     };
     format!(
-        "circuit: opens after {} failed attempts in a row; nothing is sent for {}, then one batch is tried; {longer}. Batches that are \
-         due wait for it, on top of the times above, and none is given up while it waits",
+        "circuit: opens after {} {} in a row. Then nothing is sent for {}, and after that one batch is tried. {longer}. Meanwhile \
+         batches that are due wait, on top of the times above; none is given up while it waits",
         grouped(policy.failures),
+        agreed(&policy.failures, "failed attempt(s)"),
         span(*first)
     )
 }
@@ -509,28 +522,6 @@ fn subscriber_as_json(plan: &Plan<'_>) -> Value {
     })
 }
 
-/// Broken between words where it is too long to read, and indented further there.
-fn wrapped(text: &str) -> String {
-    let words = text.trim_start_matches(' ');
-    let indent = text.len() - words.len();
-    let mut out = " ".repeat(indent);
-    let mut column = indent;
-    for (n, word) in words.split(' ').enumerate() {
-        let length = word.chars().count();
-        if n > 0 && column + 1 + length > WIDTH {
-            out.push('\n');
-            out.push_str(&" ".repeat(indent + 2));
-            column = indent + 2;
-        } else if n > 0 {
-            out.push(' ');
-            column += 1;
-        }
-        out.push_str(word);
-        column += length;
-    }
-    out
-}
-
 fn size(bytes: u64) -> String {
     ByteSize::b(bytes).display().iec().to_string()
 }
@@ -609,7 +600,7 @@ mod tests {
     fn plain(config: &Config) -> String {
         let ladder = matches!(config.queue.backend, Backend::Amqp(_));
         let plans: Vec<Plan<'_>> = config.subscribers.iter().map(|s| Plan::new(s, ladder)).collect();
-        as_text(config, &plans, &Foreseen::Unknown { why: "nobody was asked".to_owned() })
+        as_text(config, &plans, &Foreseen::Unknown { why: "nobody was asked".to_owned() }, 80)
     }
 
     fn exact(delay: Duration) -> Hold {
@@ -625,16 +616,17 @@ mod tests {
         let hours = end.since_first.as_secs_f64() / 3600.0;
         assert!((46.5..47.5).contains(&hours), "{hours}");
         let shown = plain(&config);
-        assert!(shown.lines().all(|l| l.chars().count() <= WIDTH), "{shown}");
+        assert!(shown.lines().all(|l| l.chars().count() <= 80), "{shown}");
         let text = text(&config);
         for part in [
-            " 2 5s (4s to 6s) 5s 2 3 15s ",
-            " 16 6h 1m (4h 48m to 6h 1m) 46h 38m 4 then it ",
-            "becomes a dead letter (reason `exhausted`), 46h 38m after the first attempt (37h 16m to 47h 36m by the jitter): retry.max_attempts = 16 is reached",
-            "opens after 5 failed attempts in a row; nothing is sent for 30s, then one batch is tried; twice as long after each failed probe, 10m at most",
-            "memory: 3.0 MiB with full batches; 1001.0 MiB if each of the 1,000 events and 1 failed batch that",
-            "longest hold of a message: 1m 1s with full batches",
-            "batches of fewer than 17 events",
+            " 2 5s (4s to 6s) 5s 3 15s ",
+            " 16 6h 1m (4h 48m to 6h 1m) 46h 38m (in the queues of RabbitMQ ",
+            "then it becomes a dead letter (reason `exhausted`), 46h 38m after the first attempt (37h 16m to 47h 36m by the jitter): retry.max_attempts = 16 is reached",
+            "opens after 5 failed attempts in a row. Then nothing is sent for 30s, and after that one batch is tried. If that fails too, it stays open for twice as long, up to 10m.",
+            "memory: 3.0 MiB with full batches. It takes up to 1,000 events and 1 failed batch at once: 1001.0 MiB if each",
+            "with full batches a message waits at most 1m 1s",
+            "With fewer than 17 events in each batch",
+            "consumer_timeout is 30m",
             "is not known: nobody was asked",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
@@ -646,9 +638,9 @@ mod tests {
     fn with_the_embedded_queue_there_is_no_ladder_and_no_rounding() {
         let config = loaded(EMBEDDED, "retry = { initial_interval = \"405s\", multiplier = 1, randomization_factor = 0 }");
         let embedded = text(&config);
-        assert!(!embedded.contains("hops") && !embedded.contains("consumer_timeout") && embedded.contains("2 6m 45s "), "{embedded}");
+        assert!(!embedded.contains("RabbitMQ") && embedded.contains("2 6m 45s "), "{embedded}");
         let amqp = text(&loaded(AMQP, "retry = { initial_interval = \"405s\", multiplier = 1, randomization_factor = 0 }"));
-        assert!(amqp.contains("hops") && amqp.contains("2 6m 48s "), "{amqp}");
+        assert!(!amqp.contains("hops") && amqp.contains("2 6m 48s ") && amqp.contains("12.5 %"), "{amqp}");
     }
 
     #[test]
@@ -686,7 +678,7 @@ mod tests {
         assert!(long.contains(" … 999,998 6h 24999"), "{long}");
         assert!(plain(&config).lines().count() < 40, "{long}");
         let slow = text(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"0s\", multiplier = 1.00001 }"));
-        assert!(slow.contains("computed for 2,000 attempts alone"), "{slow}");
+        assert!(slow.contains("only 2,000 attempts are computed"), "{slow}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::{Failed, reach};
 use crate::{
     config::{self, Backend, Config},
     queue::{Depth, Queue, embedded::EmbeddedQueue},
+    wording::{agreed, counted},
 };
 
 #[derive(Debug, clap::Args)]
@@ -82,14 +83,14 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
         let chosen: Vec<&str> = delete.iter().map(|(name, _)| name.as_str()).collect();
         println!("{}", json!({ "command": "prune", "dry_run": args.dry_run, "chosen": chosen, "pruned": pruned, "kept": kept }));
     } else if args.dry_run {
-        println!("would delete the queues of {} removed subscribers", delete.len());
+        println!("would delete the queues of {}", counted(delete.len(), "removed subscriber(s)"));
     } else {
-        println!("deleted the queues of {} removed subscribers", pruned.len());
+        println!("deleted the queues of {}", counted(pruned.len(), "removed subscriber(s)"));
     }
     if !kept.is_empty() {
         return Err(Failed::Runtime(format!(
-            "{} hold events and were kept: {}; configure them again to deliver, look with `hooktrail dead list NAME`, or say --with-events to lose them",
-            kept.len(),
+            "{} kept, with events: {}; configure again to deliver, look with `hooktrail dead list NAME`, or say --with-events to lose them",
+            counted(kept.len(), "subscriber(s) (was|were)"),
             kept.join(", ")
         )));
     }
@@ -98,7 +99,8 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
 
 fn told(depth: Depth) -> String {
     let Depth { events, retries, dead } = depth;
-    format!("{events} events, {retries} batches to retry, {dead} dead letters")
+    let (events, retries) = (counted(events, "event(s)"), counted(retries, "batch(es) to retry"));
+    format!("{events}, {retries}, {}", counted(dead, "dead letter(s)"))
 }
 
 fn confirm(number: usize) -> Result<bool, Failed> {
@@ -107,7 +109,7 @@ fn confirm(number: usize) -> Result<bool, Failed> {
             "prune deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned(),
         ));
     }
-    eprint!("Delete the queues of these {number} subscribers for good? [y/N] ");
+    eprint!("Delete the queues of {} for good? [y/N] ", agreed(&number, &format!("(this subscriber|these {number} subscribers)")));
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))

@@ -15,6 +15,7 @@ use crate::{
     config::{Backend, Config},
     event::{InvalidEvent, event_type},
     queue::{MAX_GROUP, NewEvent, Published, Queue, embedded::EmbeddedQueue},
+    wording::counted,
 };
 
 /// The longest line in bytes: no request body holds a larger event, so nobody could ever get it.
@@ -97,7 +98,8 @@ async fn read(config: &Config, queue: &impl Queue, file: &Path, group: &mut Grou
                 flush(config, queue, group, tally).await?;
                 let stored = tally.stored;
                 return Err(Failed::Runtime(format!(
-                    "{name}: {e} after line {number}; {stored} events before it are published and confirmed"
+                    "{name}: {e} after line {number}; before it {} published and confirmed",
+                    counted(stored, "event(s) (is|are)")
                 )));
             }
         }
@@ -160,8 +162,8 @@ async fn flush(config: &Config, queue: &impl Queue, group: &mut Group, tally: &m
     let count = group.len();
     let fates = queue.publish(std::mem::take(group)).await.map_err(|e| {
         Failed::Runtime(format!(
-            "{e}; {} events before were confirmed, it is not known whether the {count} after them were taken: publishing those again may repeat them",
-            tally.stored
+            "{e}; {} confirmed before, it is not known of the next {count} whether the broker took them: publishing those again may repeat them",
+            counted(tally.stored, "event(s) (was|were)")
         ))
     })?;
     for (event_type, fate) in types.into_iter().zip(fates) {
@@ -181,28 +183,29 @@ async fn flush(config: &Config, queue: &impl Queue, group: &mut Group, tally: &m
 
 fn report(tally: &Tally) -> Result<(), Failed> {
     for (event_type, n) in &tally.unmatched {
-        eprintln!("warning: no subscriber's patterns match `{}` ({n} events)", visible(event_type));
+        eprintln!("warning: no subscriber's patterns match `{}` ({})", visible(event_type), counted(*n, "event(s)"));
     }
     for (event_type, n) in &tally.unbound {
         eprintln!(
-            "warning: `{}` ({n} events) reached no queue although a pattern matches it; start `hooktrail run`, which binds the queues",
-            visible(event_type)
+            "warning: `{}` ({}) reached no queue although a pattern matches it; start `hooktrail run`, which binds the queues",
+            visible(event_type),
+            counted(*n, "event(s)")
         );
     }
-    println!("published {} events, all confirmed", tally.stored);
+    println!("published {}, all confirmed", counted(tally.stored, "event(s)"));
     let unbound: usize = tally.unbound.values().sum();
     let mut failed = Vec::new();
     if tally.bad_lines > 0 {
-        failed.push(format!("{} lines were not published; above is why, line by line", tally.bad_lines));
+        failed.push(format!("{} not published; above is why, line by line", counted(tally.bad_lines, "line(s) (was|were)")));
     }
     if tally.refused > 0 {
         failed.push(format!(
-            "the broker refused {} events: a queue is full by a policy, or unusable (hooktrail check --connect)",
-            tally.refused
+            "the broker refused {}: a queue is full by a policy, or unusable (hooktrail check --connect)",
+            counted(tally.refused, "event(s)")
         ));
     }
     if unbound > 0 {
-        failed.push(format!("{unbound} events reached no queue"));
+        failed.push(format!("{} reached no queue", counted(unbound, "event(s)")));
     }
     if failed.is_empty() { Ok(()) } else { Err(Failed::Runtime(failed.join("; "))) }
 }

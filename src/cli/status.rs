@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 
 use super::{Failed, daemon::Daemon, visible};
-use crate::{clock, config::AdminConfig};
+use crate::{clock, config::AdminConfig, wording::counted};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -91,14 +91,16 @@ fn table(found: &Value) -> String {
     for r in found["removed"].as_array().into_iter().flatten() {
         let name = text(&r["subscriber"]);
         line(&format!(
-            "\n`{name}` is not configured any more; there are left {} events, {} batches to retry, {} dead letters (hooktrail prune {name})",
-            r["events"], r["retries"], r["dead"]
+            "\n`{name}` is not configured any more; there are left {}, {}, {} (hooktrail prune {name})",
+            count(&r["events"], "event(s)"),
+            count(&r["retries"], "batch(es) to retry"),
+            count(&r["dead"], "dead letter(s)")
         ));
     }
-    if found["queue"]["orphans"].as_u64().is_some_and(|n| n > 0) {
+    if let Some(orphans) = found["queue"]["orphans"].as_u64().filter(|n| *n > 0) {
         line(&format!(
-            "\n{} orphans: retries whose queue was gone, or no events in the source queue (hooktrail dead list --orphans)",
-            found["queue"]["orphans"]
+            "\n{}: retries whose queue was gone, or no events in the source queue (hooktrail dead list --orphans)",
+            counted(orphans, "orphan(s)")
         ));
     }
     out
@@ -149,11 +151,15 @@ fn state(s: &Value) -> String {
         "retrying" if s["in_retry"] == 0 && s["in_hand"] == 0 => format!("last attempt failed{}", last_error()),
         "retrying" => format!("retrying{}", last_error()),
         "circuit_open" => format!("circuit open, probe {}{}", s["circuit"]["until"].as_str().map_or_else(String::new, until), last_error()),
-        "held" => format!("held by Retry-After, until {}", s["held_until"].as_str().map_or_else(String::new, until)),
+        "held" => format!("held by Retry-After{}", s["held_until"].as_str().map_or_else(String::new, still)),
         "paused" => format!("paused by {}: {}", text(&s["paused"]["by"]), text(&s["paused"]["why"])),
         "queue_fails" => format!("its queue fails: {}", text(&s["queue_error"])),
         other => visible(other),
     }
+}
+
+fn count(value: &Value, what: &str) -> String {
+    counted(value.as_u64().unwrap_or_default(), what)
 }
 
 fn text(value: &Value) -> String {
@@ -170,6 +176,12 @@ fn until(at: &str) -> String {
         Ok(at) => at.duration_since(clock::now()).map_or_else(|_| "now".to_owned(), |d| format!("in {}", span(d))),
         Err(_) => visible(at),
     }
+}
+
+/// For how long from now, of a time in RFC 3339.
+fn still(until: &str) -> String {
+    let left = humantime::parse_rfc3339(until).ok().map(|at| at.duration_since(clock::now()).unwrap_or_default());
+    left.filter(|left| !left.is_zero()).map_or_else(String::new, |left| format!(" for another {}", span(left)))
 }
 
 /// Two figures are enough for a look.

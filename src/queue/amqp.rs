@@ -66,6 +66,7 @@ use crate::{
     metrics::Metrics,
     queue::{Depth, Depths, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
     retry::Waits,
+    wording::counted,
 };
 
 /// The broker and what hooktrail keeps in it. Clones are the same.
@@ -255,7 +256,7 @@ impl AmqpQueue {
                 Ok(moved) => {
                     sweeping.goes_well();
                     if moved > 0 {
-                        tracing::warn!(batches = moved, "moved orphans back into their retry queues");
+                        tracing::info!(batches = moved, "moved orphans back into their retry queues");
                     }
                     tokio::select! {
                         () = tokio::time::sleep(relay::SWEEP_INTERVAL) => {}
@@ -397,7 +398,10 @@ impl AmqpQueue {
                 return Err(QueueError::new(format!("a `hooktrail dead` command is looking at queue `{queue}`; wait for its end")));
             }
             if depth.messages > 0 && !with_events {
-                return Err(QueueError::new(format!("queue `{queue}` holds {} messages by now; nothing was deleted", depth.messages)));
+                return Err(QueueError::new(format!(
+                    "queue `{queue}` holds {} by now; nothing was deleted",
+                    counted(depth.messages, "message(s)")
+                )));
             }
         }
         Ok(())

@@ -31,7 +31,7 @@ async fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_typ
     assert_eq!(output.status.code(), Some(1), "a line was bad");
     assert!(out.contains("published 2501 events, all confirmed"), "{out}");
     assert!(err.contains("events.jsonl:8: not published: the event has no field `event`"), "{err}");
-    assert!(err.contains("no subscriber's patterns match `other.thing` (1 events)"), "{err}");
+    assert!(err.contains("no subscriber's patterns match `other.thing` (1 event)"), "{err}");
     let _daemon = setup.start().await;
     receiver.wait_all(2500).await;
     assert_eq!(receiver.accepted(), (0..2500).collect::<Vec<_>>());
@@ -51,11 +51,12 @@ async fn publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_pub
         let file = setup.write(name, bytes);
         let output = setup.run(&["publish", file.to_str().expect("a path")]);
         let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
-        assert!(out.contains(&format!("published {published} events, all confirmed")), "{name}: {out}{err}");
+        let events = if published == 1 { "event" } else { "events" };
+        assert!(out.contains(&format!("published {published} {events}, all confirmed")), "{name}: {out}{err}");
         assert_eq!(output.status.code(), Some(i32::from(bad.is_some())), "{name}: {err}");
         for part in bad.iter().flatten() {
             assert!(err.contains(&format!("{name}:1: not published: the event")) && err.contains(part), "{name}: {part} is not in {err}");
-            assert!(err.contains("1 lines were not published"), "{name}: {err}");
+            assert!(err.contains("1 line was not published"), "{name}: {err}");
         }
     }
     assert_eq!(queue.backlog("a").await, 4);
@@ -129,7 +130,7 @@ fn check_prints_what_the_configuration_means_and_what_the_broker_has() {
         assert!(before.contains("not there yet") && before.contains("Nothing harmful was found"), "{before}");
         assert_eq!(broker.depth("sub.a").await, None, "check declares nothing");
         let daemon = setup.start().await;
-        eventually("the daemon consumes", async || setup.ok(&["check", "--connect"]).contains("sub.a: 0 messages, 1 consumers")).await;
+        eventually("the daemon consumes", async || setup.ok(&["check", "--connect"]).contains("sub.a: 0 messages, 1 consumer")).await;
         drop(daemon);
     });
 }

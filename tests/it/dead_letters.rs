@@ -278,7 +278,7 @@ async fn a_replayed_batch_is_marked_in_each_request_until_it_arrives(queue: Queu
     queue.wait_dead("a", 1).await;
     assert!(receiver.requests().iter().all(|r| r.header("x-hooktrail-replay").is_empty()), "it is no replay yet");
     receiver.now(|_, n| status(if n == 2 { 500 } else { 200 }));
-    assert!(setup.ok(&["dead", "replay", "a", "--rate", "5"]).contains("replayed 1 of 1 dead letters of `a`"));
+    assert!(setup.ok(&["dead", "replay", "a", "--rate", "5"]).contains("replayed 1 of 1 dead letter of `a`"));
     let requests = receiver.wait_requests(4).await;
     for (n, r) in requests[2..].iter().enumerate() {
         assert_eq!((r.header("x-hooktrail-replay"), r.attempt() as usize), ("true", n + 1));

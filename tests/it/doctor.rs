@@ -104,10 +104,10 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             ("broker", "RabbitMQ "),
             ("broker", "takes messages"),
             ("user `guest`", "may do what hooktrail does"),
-            ("sub.a", "0 messages, 1 consumers"),
+            ("sub.a", "0 messages, 1 consumer"),
             ("queues", "23 have the arguments"),
             ("policies", "looked at on 24 queues"),
-            ("bindings", "those of 1 subscribers are as configured"),
+            ("bindings", "those of 1 subscriber are as configured"),
             ("endpoint of `a`", "takes connections, without TLS"),
         ] {
             look.expect("ok", about, found);

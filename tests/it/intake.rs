@@ -139,7 +139,7 @@ fn what_is_refused_leaves_no_trace() {
         let addr = address(&daemon).await;
         let (good, typeless) = (event(7), "{\"n\":8}");
         let told = post(&addr, JSON, format!("{{\"events\":[{good},{typeless},7]}}")).await;
-        assert_refused(&told, 400, "2 of the 3 events are not valid; nothing of this request was taken");
+        assert_refused(&told, 400, "2 of 3 events are not valid; nothing of this request was taken");
         assert_eq!(told.body["invalid"], 2);
         assert_eq!((&told.body["events"][0]["index"], &told.body["events"][1]["index"]), (&1.into(), &2.into()));
         assert!(told.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"), "{}", told.body);

@@ -7,7 +7,7 @@ use std::{
 
 /// Each file below `src/` and its layer; a file imports only from lower ones.
 const LAYERS: &[&[&str]] = &[
-    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret"],
+    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "wording"],
     &["batch", "signature", "tls"],
     &["config", "metrics"],
     &["endpoint", "queue", "signal", "webhook"],
@@ -103,7 +103,7 @@ fn each_protocol_is_known_in_one_place() {
         ("tokio_rustls", &["src/endpoint.rs", "src/queue/amqp/wire.rs"]),
         // Of its own, it makes the admin listener; of reqwest's errors, it says what they were.
         ("hyper::", &["src/admin/connections.rs", "src/webhook.rs"]),
-        ("rustix", &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs"]),
+        ("rustix", &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs", "src/cli/terminal.rs"]),
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),

@@ -57,7 +57,7 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     for part in [
         "good        ok",
         "circuit open, probe in",
-        "held by Retry-After, until in",
+        "held by Retry-After for another ",
         "paused by configuration",
         "last attempt failed (status 500)",
     ] {

@@ -95,18 +95,36 @@ fn setup(listen: &str) -> Setup {
     Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{listen}\"\ntoken = \"quite-secret\"\n{QUICK}{rest}"))
 }
 
+/// What `plan` tells, however it is broken into lines.
+fn plan(setup: &Setup) -> String {
+    setup.ok(&["plan"]).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn plan_fits_the_terminal() {
+    let setup = setup("127.0.0.1:0");
+    let widest = |text: &str| text.lines().map(|l| l.chars().count()).max().unwrap_or_default();
+    let unknown = setup.ok(&["plan"]);
+    assert!((60..=80).contains(&widest(&unknown)), "{unknown}");
+    for columns in [60, 100, 140] {
+        let output = setup.run_as(&format!("COLUMNS={columns} exec \"$0\" \"$@\""), &["plan"]);
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert!((columns - 20..=columns).contains(&widest(&told)), "{columns}:\n{told}");
+    }
+}
+
 #[test]
 fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
     let changes = r#"{"changes":[{"subscriber":"a","change":"changed","keys":["retry.max_interval"]}],"needs_restart":["queue.url"]}"#;
     let (listen, asked) = daemon_that_answers(200, changes);
-    let told = setup(&listen).ok(&["plan"]);
+    let told = plan(&setup(&listen));
     let asked = asked.join().expect("answers");
     assert!(asked.starts_with("GET /api/v1/reload ") && asked.contains("authorization: Bearer quite-secret"), "{asked}");
     for part in [
         "a: a batch that fails each time",
         "b: a batch",
         "all 2 subscribers",
-        "  a: changed: retry.max_interval",
+        " a: changed: retry.max_interval",
         "only a restart changes: queue.url",
     ] {
         assert!(told.contains(part), "{part} is not in {told}");
@@ -129,11 +147,11 @@ fn plan_and_the_daemon_understand_each_other() {
         let text = format!("[queue]\nurl = \"embedded\"\n{}{}", api.section(), subscriber("a", "https://example.com/", ""));
         let setup = Setup::with_text(&text);
         let _daemon = setup.start().await;
-        let told = setup.ok(&["plan"]);
+        let told = plan(&setup);
         assert!(told.contains(&format!("a reload of the daemon at 127.0.0.1:{} would change nothing", api.port)), "{told}");
         // The daemon may see the new file before it is asked: of this key it says the same then.
         setup.write("hooktrail.toml", text + "[log]\nformat = \"json\"\n");
-        let told = setup.ok(&["plan"]);
+        let told = plan(&setup);
         assert!(told.contains("only a restart changes: log"), "{told}");
     });
 }
@@ -141,13 +159,13 @@ fn plan_and_the_daemon_understand_each_other() {
 #[test]
 fn plan_needs_no_daemon_and_says_when_there_is_none() {
     let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string();
-    let told = setup(&free).ok(&["plan"]);
+    let told = plan(&setup(&free));
     assert!(told.contains(&format!("no daemon answers at {free} ([admin] listen)")), "{told}");
     let (listen, asked) = daemon_that_answers(401, r#"{"error":"another token"}"#);
-    let told = setup(&listen).ok(&["plan"]);
+    let told = plan(&setup(&listen));
     asked.join().expect("answers");
     assert!(told.contains("answered 401: another token"), "{told}");
-    assert!(setup("127.0.0.1:0").ok(&["plan"]).contains("port 0"));
+    assert!(plan(&setup("127.0.0.1:0")).contains("port 0"));
     assert_eq!(setup(&free).run(&["plan", "c"]).status.code(), Some(2));
 }
 

@@ -7,6 +7,7 @@ use crate::{
     clock, config,
     event::{Pattern, event_type},
     queue::{DeadLetter, Held, Kind, Reason},
+    wording,
 };
 
 /// All of a subscriber's, unless names or filters narrow them down.
@@ -178,10 +179,11 @@ impl Which {
         self.letters.is_empty() && self.filters.are_none() && !(self.orphans && self.subscriber.is_some())
     }
 
-    /// In words, as in `3 dead letters of ‘a’`.
-    pub(super) fn what(&self) -> String {
-        let what = if self.orphans { "orphans" } else { "dead letters" };
-        self.subscriber.as_ref().map_or_else(|| what.to_owned(), |name| format!("{what} of `{name}`"))
+    /// What so many are, in words: `dead letters of ‘a’`.
+    pub(super) fn what(&self, n: usize) -> String {
+        let what = if self.orphans { "orphan(s)" } else { "dead letter(s)" };
+        let what = wording::agreed(&n, what);
+        self.subscriber.as_ref().map_or_else(|| what.clone(), |name| format!("{what} of `{name}`"))
     }
 
     /// What follows `hooktrail dead list`.

@@ -207,7 +207,7 @@ impl Effort {
     pub(super) fn goes_well(&mut self) {
         self.waits.reset();
         if std::mem::take(&mut self.failing) {
-            tracing::warn!("{} recovered", self.what);
+            tracing::info!("{} recovered", self.what);
         }
     }
 }

@@ -31,6 +31,7 @@ use crate::{
     finding::{Finding, Severity, shell_word, summarized},
     queue::QueueError,
     secret::SecretUrl,
+    wording::counted,
 };
 
 /// The oldest RabbitMQ whose quorum queues dead-letter at least once.
@@ -185,7 +186,10 @@ impl Look<'_> {
                 ),
                 Ok(Some(depth)) => {
                     if depth.messages > 0 || depth.consumers > 0 {
-                        self.found(Finding::ok(&name, format!("{} messages, {} consumers", depth.messages, depth.consumers)));
+                        self.found(Finding::ok(
+                            &name,
+                            format!("{}, {}", counted(depth.messages, "message(s)"), counted(depth.consumers, "consumer(s)")),
+                        ));
                     }
                     match broker.compare(&name, arguments).await {
                         Ok(()) => sound += 1,
@@ -415,10 +419,10 @@ impl Look<'_> {
         let missing = rows.iter().filter(|r| r.definition.is_none() && self.there.contains(&r.name)).count();
         if missing > 0 {
             let look = format!("ask again; rabbitmqctl list_queues -p {} name policy effective_policy_definition", self.vhost());
-            self.found(Finding::unseen("policies", format!("the broker has no statistics of {missing} queues yet"), look));
+            self.found(Finding::unseen("policies", format!("the broker has no statistics of {} yet", counted(missing, "queue(s)")), look));
         }
         if looked_at > 0 {
-            self.found(Finding::ok("policies", format!("looked at on {looked_at} queues")));
+            self.found(Finding::ok("policies", format!("looked at on {}", counted(looked_at, "queue(s)"))));
         }
     }
 
@@ -495,8 +499,12 @@ impl Look<'_> {
             if events + batches + dead == 0 {
                 return Finding::note(about, "is not configured; its queues are empty").mended("hooktrail prune deletes them");
             }
-            let found =
-                format!("is not configured, and its queues hold {events} events, {batches} batches to try again and {dead} dead letters");
+            let found = format!(
+                "is not configured, and its queues hold {}, {} and {}",
+                counted(events, "event(s)"),
+                counted(batches, "batch(es) to try again"),
+                counted(dead, "dead letter(s)")
+            );
             Finding::warning(about, found)
                 .risking("nobody delivers them, and if they are still bound they grow")
                 .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
@@ -515,8 +523,7 @@ impl Look<'_> {
             // With all nodes there that is a matter of milliseconds.
             let held_back = row.handed_over();
             if held_back > 0 && matches!(self.topology.part(&row.name), Some(Part::Level(_))) {
-                let batches = if held_back == 1 { "1 due batch".to_owned() } else { format!("{held_back} due batches") };
-                let found = format!("RabbitMQ cannot hand over {batches} to the next queue");
+                let found = format!("RabbitMQ cannot hand over {} to the next queue", counted(held_back, "due batch(es)"));
                 let finding = Finding::warning(format!("queue `{}`", row.name), found)
                     .risking("retries come late: RabbitMQ 3 can hold them back as long as a node is lost")
                     .mended("bring the node back; docs/operations.md tells how to do without it");
@@ -565,7 +572,7 @@ impl Look<'_> {
             }
         }
         if sound > 0 {
-            self.found(Finding::ok("bindings", format!("those of {sound} subscribers are as configured")));
+            self.found(Finding::ok("bindings", format!("those of {} are as configured", counted(sound, "subscriber(s)"))));
         }
         Ok(())
     }

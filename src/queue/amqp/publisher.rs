@@ -279,7 +279,7 @@ impl Generation {
                         state.send_replace(State::Blocked(why));
                     }
                     Event::ConnectionUnblocked => {
-                        tracing::warn!("the broker unblocked publishing ({})", self.role.name());
+                        tracing::info!("the broker unblocked publishing ({})", self.role.name());
                         blocked = false;
                         state.send_replace(State::Writable);
                     }

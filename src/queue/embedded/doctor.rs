@@ -14,6 +14,7 @@ use super::{EmbeddedQueue, store};
 use crate::{
     config::Subscriber,
     finding::{Finding, shell_word, summarized},
+    wording::counted,
 };
 
 /// For reading the whole database: a large one is not read to its end.
@@ -55,7 +56,14 @@ fn not_configured(counts: &[(String, u32)], subscribers: &[Arc<Subscriber>]) -> 
     let gone = |what: &&(String, u32)| what.1 > 0 && subscribers.iter().all(|s| what.0.split(':').next() != Some(s.name.as_str()));
     let finding = |(what, n): &(String, u32)| {
         let (name, what) = what.split_once(": ").unwrap_or((what, ""));
-        Finding::warning(format!("subscriber `{name}`"), format!("is not configured, and the queue holds {n} {what} for it"))
+        let what = match what {
+            "events to deliver" => "event(s) to deliver",
+            "batches to try again" => "batch(es) to try again",
+            "dead letters" => "dead letter(s)",
+            other => other,
+        };
+        let found = format!("is not configured, and the queue holds {} for it", counted(*n, what));
+        Finding::warning(format!("subscriber `{name}`"), found)
             .risking("nobody delivers them, and they take room")
             .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
     };

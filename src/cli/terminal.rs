@@ -1,0 +1,63 @@
+//! How wide a terminal is, and text that fits it.
+
+/// What is taken where nobody says how wide it is.
+pub(super) const USUAL: usize = 80;
+
+/// Narrower than this nothing can be read.
+const LEAST: usize = 40;
+
+/// Columns: those that `$COLUMNS` says, else those of the terminal that is standard output; `None` where it is neither.
+pub(super) fn width() -> Option<usize> {
+    let said = std::env::var("COLUMNS").ok().and_then(|n| n.parse().ok());
+    let is = || rustix::termios::tcgetwinsize(std::io::stdout()).ok().map(|size| usize::from(size.ws_col));
+    said.or_else(is).filter(|columns| *columns > 0).map(|columns| columns.max(LEAST))
+}
+
+/// Broken between words so that no line is longer than `width`; what is left of the line before stands two columns further in.
+pub(super) fn wrapped(text: &str, width: usize) -> String {
+    let words = text.trim_start_matches(' ');
+    hanging(text, width, text.len() - words.len() + 2)
+}
+
+/// As [`wrapped`], with what is left of a line at column `further`.
+pub(super) fn hanging(text: &str, width: usize, further: usize) -> String {
+    let words = text.trim_start_matches(' ');
+    let indent = text.len() - words.len();
+    let mut out = " ".repeat(indent);
+    let (mut column, mut begin) = (indent, indent);
+    for (n, word) in words.split(' ').enumerate() {
+        let length = word.chars().count();
+        if n > 0 && column + 1 + length > width && column > begin {
+            out.truncate(out.trim_end_matches(' ').len());
+            out.push('\n');
+            out.push_str(&" ".repeat(further));
+            (column, begin) = (further, further);
+        } else if n > 0 {
+            out.push(' ');
+            column += 1;
+        }
+        out.push_str(word);
+        column += length;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_broken_between_words_and_a_word_that_is_too_long_stays_whole() {
+        assert_eq!(wrapped("  one two three four", 11), "  one two\n    three\n    four");
+        assert_eq!(wrapped("one", 1), "one");
+        assert_eq!(wrapped("", 10), "");
+        assert_eq!(wrapped("a averylongwordindeed b", 10), "a\n  averylongwordindeed\n  b");
+        assert_eq!(wrapped("über alle Maßen", 10), "über alle\n  Maßen");
+        assert_eq!(hanging("name:  one two three", 14, 7), "name:  one two\n       three");
+        for width in 1..60 {
+            let text = "   each word is there, in its order, however  narrow it is";
+            let back = wrapped(text, width).split_whitespace().collect::<Vec<_>>().join(" ");
+            assert_eq!(back, text.split_whitespace().collect::<Vec<_>>().join(" "));
+        }
+    }
+}
