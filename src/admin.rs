@@ -8,6 +8,7 @@
 mod connections;
 mod control;
 mod intake;
+mod introduction;
 
 use std::{future::Future, net::IpAddr, sync::Arc, time::Duration};
 
@@ -59,31 +60,18 @@ const AGAIN_LATER: u32 = 5;
 #[derive(Debug)]
 pub struct Admin {
     socket: TcpListener,
+    port: u16,
     token: Option<Secret>,
 }
 
 impl Admin {
     /// # Errors
-    /// The address cannot be listened on: which, why, and what to do.
-    pub async fn bind(config: &AdminConfig) -> Result<Self, String> {
-        let why = |e: std::io::Error| {
-            format!(
-                "cannot listen on {}: {e}; is another daemon running? choose another address as [admin] listen, port 0 takes a free one",
-                config.listen
-            )
-        };
-        let bound = TcpListener::bind(config.listen).await;
-        let socket = match bound {
-            // Several daemons on one machine need no key for it to deliver.
-            Err(e) if config.is_default && e.kind() == std::io::ErrorKind::AddrInUse => {
-                tracing::warn!(addr = %config.listen, "the default of [admin] listen is taken, by another daemon perhaps; a free port is used instead");
-                TcpListener::bind((config.listen.ip(), 0)).await
-            }
-            bound => bound,
-        };
-        let socket = socket.map_err(why)?;
-        tracing::info!(addr = %socket.local_addr().map_err(why)?, "admin listening");
-        Ok(Self { socket, token: config.token.clone() })
+    /// The address cannot be listened on. No other one takes its place: commands would then ask, and give the token to, whoever has it.
+    pub async fn bind(config: &AdminConfig) -> std::io::Result<Self> {
+        let socket = TcpListener::bind(config.listen).await?;
+        let listens = socket.local_addr()?;
+        tracing::info!(addr = %listens, "admin listening");
+        Ok(Self { socket, port: listens.port(), token: config.token.clone() })
     }
 
     /// Serves from now on, and takes events for `queue` while `phase` is [`Phase::Running`].
@@ -96,6 +84,7 @@ impl Admin {
             exposed.set_queue_up(looked_at.is_reachable());
             exposed.expose()
         };
+        let introduction = introduction::routes(token.clone(), self.port, &reloader.config().path);
         let control = control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
         let intake = Intake::new(queue, reloader.subscribers(), phase.clone(), board.metrics().clone(), room.clone());
         let api = Router::new()
@@ -104,7 +93,8 @@ impl Admin {
             .merge(control)
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
-            .layer(middleware::from_fn_with_state(token, authorized));
+            .layer(middleware::from_fn_with_state(token, authorized))
+            .merge(introduction);
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))
             .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), reloads.problem()))))
@@ -199,16 +189,29 @@ async fn authorized(State(token): State<Option<Arc<Secret>>>, request: Request, 
     if let Some(why) = from_elsewhere(request.headers(), token.is_some()) {
         let (parts, body) = request.into_parts();
         discard(&parts.headers, body).await;
-        return Refusal::new(StatusCode::FORBIDDEN, format!("this request is refused: {why}")).into_response();
+        return forbidden(why);
     }
     let Some(token) = token else { return next.run(request).await };
-    let given = header_text(request.headers(), header::AUTHORIZATION).split_once(' ');
-    let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map_or("", |(_, given)| given.trim());
-    if bool::from(given.as_bytes().ct_eq(token.expose().as_bytes())) {
+    if carries(request.headers(), &token) {
         return next.run(request).await;
     }
     let (parts, body) = request.into_parts();
     discard(&parts.headers, body).await;
+    unauthorized()
+}
+
+fn forbidden(why: &str) -> Response {
+    Refusal::new(StatusCode::FORBIDDEN, format!("this request is refused: {why}")).into_response()
+}
+
+/// Whether a request has the token; compared in constant time.
+fn carries(headers: &HeaderMap, token: &Secret) -> bool {
+    let given = header_text(headers, header::AUTHORIZATION).split_once(' ');
+    let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map_or("", |(_, given)| given.trim());
+    bool::from(given.as_bytes().ct_eq(token.expose().as_bytes()))
+}
+
+fn unauthorized() -> Response {
     let why = "give the token of [admin] token, as `authorization: Bearer TOKEN`";
     let mut answer = Refusal::new(StatusCode::UNAUTHORIZED, why.to_owned()).into_response();
     answer.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));

@@ -21,9 +21,10 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
+use self::daemon::Asked;
 use crate::{
     clock,
-    config::{self, AdminConfig, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
+    config::{self, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
     metrics::Metrics,
     queue::{
         Queue as _, QueueError,
@@ -242,11 +243,12 @@ async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
 
 /// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and that is no time to be out
 /// of reach.
-fn asked(path: &Path, subscriber: Option<&str>) -> Result<AdminConfig, Failed> {
+fn asked(path: &Path, subscriber: Option<&str>) -> Result<Asked, Failed> {
+    let of = |admin| Asked { admin, config: path.to_owned() };
     let problems = match config::load(path) {
         Ok(config) => {
             subscriber.map_or(Ok(()), |name| find(&config, name).map(drop))?;
-            return Ok(config.admin);
+            return Ok(of(config.admin));
         }
         Err(problems) => problems,
     };
@@ -255,7 +257,7 @@ fn asked(path: &Path, subscriber: Option<&str>) -> Result<AdminConfig, Failed> {
     match config::admin_of(path).filter(|_| subscriber.is_none_or(is_name)) {
         Some(admin) => {
             eprintln!("warning: the configuration has mistakes, see `hooktrail check`; a daemon that runs goes on with the one before");
-            Ok(admin)
+            Ok(of(admin))
         }
         None => Err(Failed::Config(problems)),
     }

@@ -185,8 +185,6 @@ pub enum Intake {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdminConfig {
     pub listen: SocketAddr,
-    /// Nobody has asked for this address: if it is taken, another one does.
-    pub is_default: bool,
     /// Of whoever uses `/api`; never `None` where others than this machine's can connect.
     pub token: Option<Secret>,
 }
@@ -563,7 +561,7 @@ impl Loader<'_, '_> {
             r.report(&v, format!("{listen} is not a loopback address, so others could publish events; set `token`, such as \"${{HOOKTRAIL_ADMIN_TOKEN}}\", or listen on \"127.0.0.1:8787\""));
             return None;
         }
-        Some(AdminConfig { listen, is_default: get("listen").is_none(), token })
+        Some(AdminConfig { listen, token })
     }
 
     fn log(&self, root: &Section<'_>) -> Option<LogConfig> {

@@ -2,20 +2,34 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use serde_json::{Value, json};
 
 use super::{Failed, visible};
-use crate::config::{AdminConfig, Config};
+use crate::{
+    config::{AdminConfig, Config},
+    handshake::{self, Side},
+};
+
+/// The daemon says at once who it is.
+const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Longer than the daemon waits for a broker's confirm.
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-pub(super) async fn pause(config: &AdminConfig, name: &str, why: Option<String>) -> Result<(), Failed> {
+/// Whose daemon a command asks: what its configuration says of it, and which file that is.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) admin: AdminConfig,
+    pub(super) config: PathBuf,
+}
+
+pub(super) async fn pause(asked: &Asked, name: &str, why: Option<String>) -> Result<(), Failed> {
     let wish = why.map_or_else(|| json!({}), |why| json!({ "why": why }));
-    let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
+    let answer = Daemon::of(asked)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
     let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
     let already = if answer["changed"] == true { "is paused" } else { "was paused already" };
     println!("`{name}` {already}, since {}, by {}: {}", text("since"), text("by"), text("why"));
@@ -23,8 +37,8 @@ pub(super) async fn pause(config: &AdminConfig, name: &str, why: Option<String>)
     Ok(())
 }
 
-pub(super) async fn resume(config: &AdminConfig, name: &str) -> Result<(), Failed> {
-    let answer = Daemon::of(config)?.post(&format!("subscribers/{name}/resume"), &json!({})).await?;
+pub(super) async fn resume(asked: &Asked, name: &str) -> Result<(), Failed> {
+    let answer = Daemon::of(asked)?.post(&format!("subscribers/{name}/resume"), &json!({})).await?;
     if answer["changed"] == true {
         println!("`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew.");
     } else {
@@ -36,16 +50,34 @@ pub(super) async fn resume(config: &AdminConfig, name: &str) -> Result<(), Faile
 /// The running daemon of a configuration, as far as one answers.
 #[derive(Debug)]
 pub(super) struct Daemon<'c> {
-    config: &'c AdminConfig,
+    asked: &'c Asked,
     address: SocketAddr,
     client: reqwest::Client,
 }
 
+/// What listens at the address that a configuration names, as far as it says so.
+#[derive(Debug, serde::Deserialize)]
+struct Introduction {
+    /// Absolute.
+    config: String,
+    pid: u32,
+    /// That it knows the token.
+    proof: Option<String>,
+}
+
+/// Why nothing is asked of what listens there.
+enum Stranger {
+    /// Nothing answers.
+    Absent(String),
+    /// It is another one.
+    Other(String),
+}
+
 impl<'c> Daemon<'c> {
-    pub(super) fn of(config: &'c AdminConfig) -> Result<Self, Failed> {
-        let address = reachable(config.listen)?;
+    pub(super) fn of(asked: &'c Asked) -> Result<Self, Failed> {
+        let address = reachable(asked.admin.listen)?;
         let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(address, &e))?;
-        Ok(Self { config, address, client })
+        Ok(Self { asked, address, client })
     }
 
     /// What there is at a path below `/api/v1/`.
@@ -62,7 +94,11 @@ impl<'c> Daemon<'c> {
     }
 
     async fn ask(&self, request: reqwest::RequestBuilder) -> Result<Value, Failed> {
-        let (status, body) = self.send(request).await.map_err(|e| no_daemon(self.address, &e))?;
+        self.meet().await.map_err(|stranger| match stranger {
+            Stranger::Absent(why) => no_daemon(self.address, &why),
+            Stranger::Other(why) => Failed::Runtime(why),
+        })?;
+        let (status, body) = self.authorized(request).await.map_err(|e| no_daemon(self.address, &e))?;
         if status.is_success() {
             return Ok(body);
         }
@@ -70,22 +106,112 @@ impl<'c> Daemon<'c> {
         Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
     }
 
-    /// What it answers, whatever that is; else what is in the way.
-    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
-        if let Some(token) = &self.config.token {
+    /// Makes sure that what listens there is the daemon of this configuration. Before that nothing is asked of it, and it is not given
+    /// the token.
+    async fn meet(&self) -> Result<(), Stranger> {
+        let address = self.address;
+        let other = |why: &str| Err(Stranger::Other(format!("what listens at {address} ([admin] listen) {why}")));
+        let challenge = handshake::challenge();
+        let (status, answer) = self.introduced(&challenge).await.map_err(Stranger::Absent)?;
+        if status == reqwest::StatusCode::UNAUTHORIZED {
+            return other(match self.asked.admin.token {
+                Some(_) => {
+                    "has another token than [admin] token of this configuration; a daemon uses a changed token after a restart. \
+                     The token was not sent"
+                }
+                None => "asks for a token; set [admin] token to that of its daemon",
+            });
+        }
+        let Some(it) = answer.filter(|_| status.is_success()) else {
+            return other(
+                "is no hooktrail, or one of another version: nothing was asked of it. Find out which program it is with `ss -ltnp`, or give \
+                 this configuration another [admin] listen",
+            );
+        };
+        if let Some(token) = &self.asked.admin.token
+            && !it.proof.is_some_and(|proof| handshake::is_proven(token, Side::Daemon, &challenge, address.port(), &proof))
+        {
+            return other(
+                "does not know [admin] token of this configuration, which was not sent to it. If it is your daemon: it was started before \
+                 the token was set, restart it. Otherwise find out which program it is with `ss -ltnp`",
+            );
+        }
+        if is_same_file(&self.asked.config, Path::new(&it.config)) {
+            return Ok(());
+        }
+        other(&format!(
+            "is the daemon of another configuration, {} (process {}): nothing was asked of it. Name that one with --config, or give this one, \
+             {}, an [admin] listen of its own, and start its daemon",
+            visible(&it.config),
+            it.pid,
+            self.asked.config.display()
+        ))
+    }
+
+    /// Asks what listens there which daemon it is, without telling it the token.
+    async fn introduced(&self, challenge: &str) -> Result<(reqwest::StatusCode, Option<Introduction>), String> {
+        let mut request = self.client.get(self.url("daemon")).timeout(INTRODUCTION_TIMEOUT);
+        if let Some(token) = &self.asked.admin.token {
+            let proof = handshake::proof(token, Side::Command, challenge, self.address.port());
+            request = request.header(handshake::CHALLENGE, challenge).header(handshake::PROOF, proof);
+        }
+        let (status, answer) = send(request).await?;
+        Ok((status, serde_json::from_value(answer).ok()))
+    }
+
+    /// What the daemon answers to a request with the token, whatever that is; else what is in the way. Only after
+    /// [`meet`](Self::meet).
+    async fn authorized(&self, mut request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
+        if let Some(token) = &self.asked.admin.token {
             request = request.bearer_auth(token.expose());
         }
-        let answer = request.send().await.map_err(|e| {
-            // "error sending request" says nothing; what is behind it does.
-            let e = e.without_url();
-            let mut why: &dyn std::error::Error = &e;
-            while let Some(cause) = why.source() {
-                why = cause;
-            }
-            why.to_string()
-        })?;
-        let status = answer.status();
-        Ok((status, answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()))
+        send(request).await
+    }
+}
+
+async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
+    let answer = request.send().await.map_err(|e| {
+        // "error sending request" says nothing; what is behind it does.
+        let e = e.without_url();
+        let mut why: &dyn std::error::Error = &e;
+        while let Some(cause) = why.source() {
+            why = cause;
+        }
+        why.to_string()
+    })?;
+    let status = answer.status();
+    Ok((status, answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()))
+}
+
+/// Whether two paths name the same configuration: as they are written, or by where their links lead.
+fn is_same_file(ours: &Path, theirs: &Path) -> bool {
+    let written = std::path::absolute(ours).is_ok_and(|ours| ours.display().to_string() == theirs.display().to_string());
+    written || std::fs::canonicalize(ours).is_ok_and(|ours| std::fs::canonicalize(theirs).is_ok_and(|theirs| ours == theirs))
+}
+
+/// Why a daemon cannot listen where its configuration says: who is there already, and what to do.
+pub(super) async fn cannot_listen(config: &Config, why: &std::io::Error) -> Failed {
+    let listen = config.admin.listen;
+    let who = if why.kind() == std::io::ErrorKind::AddrInUse { format!(", {}", holder(config).await) } else { String::new() };
+    let next = SocketAddr::new(listen.ip(), listen.port().checked_add(1).unwrap_or(8787));
+    Failed::Runtime(format!(
+        "cannot listen on {listen} ([admin] listen): {why}{who}; end it, or give this configuration an address of its own, such as \
+         [admin] listen = \"{next}\""
+    ))
+}
+
+/// Who has the address of a configuration.
+async fn holder(config: &Config) -> String {
+    let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
+    let program = || format!("by a program that `ss -ltnp 'sport = :{}'` shows", config.admin.listen.port());
+    let Ok(daemon) = Daemon::of(&asked) else { return program() };
+    match daemon.introduced(&handshake::challenge()).await {
+        Ok((_, Some(it))) if is_same_file(&config.path, Path::new(&it.config)) => {
+            format!("by a daemon that runs with this configuration already (process {})", it.pid)
+        }
+        Ok((_, Some(it))) => format!("by the daemon of another configuration, {} (process {})", visible(&it.config), it.pid),
+        Ok((reqwest::StatusCode::UNAUTHORIZED, None)) => format!("perhaps by a daemon with another [admin] token, {}", program()),
+        Ok(_) | Err(_) => program(),
     }
 }
 
@@ -122,15 +248,22 @@ pub(super) enum Foreseen {
 
 /// Asks the daemon what a reload would change; it changes nothing.
 pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> {
-    let daemon = match Daemon::of(&config.admin) {
+    let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
+    let daemon = match Daemon::of(&asked) {
         Ok(daemon) => daemon,
         Err(Failed::Usage(why)) => return Ok(Foreseen::Unknown { why }),
         Err(other) => return Err(other),
     };
     let address = daemon.address;
-    let (status, answer) = match daemon.send(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT)).await {
+    let absent = |why: String| Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") };
+    match daemon.meet().await {
+        Ok(()) => {}
+        Err(Stranger::Absent(why)) => return Ok(absent(why)),
+        Err(Stranger::Other(why)) => return Ok(Foreseen::Unknown { why }),
+    }
+    let (status, answer) = match daemon.authorized(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT)).await {
         Ok(answered) => answered,
-        Err(why) => return Ok(Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") }),
+        Err(why) => return Ok(absent(why)),
     };
     let error = answer["error"].as_str().map(str::to_owned);
     Ok(match (status.as_u16(), error) {

@@ -2,7 +2,7 @@
 
 use tokio::{sync::watch, task::JoinSet};
 
-use super::{Failed, log};
+use super::{Failed, daemon, log};
 use crate::{
     admin::Admin,
     clock,
@@ -51,7 +51,10 @@ async fn deliver(
     metrics: Metrics,
     (shutdown, hangups): (impl Future<Output = ()>, Hangups),
 ) -> Result<(), Failed> {
-    let admin = Admin::bind(&config.admin).await.map_err(Failed::Runtime)?;
+    let admin = match Admin::bind(&config.admin).await {
+        Ok(admin) => admin,
+        Err(why) => return Err(daemon::cannot_listen(&config, &why).await),
+    };
     let board = Board::new(metrics.clone());
     let subscribers = config.subscribers.clone();
     let (reloader, changes) = Reloader::new(config, metrics);

@@ -8,8 +8,12 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Failed, daemon::Daemon, visible};
-use crate::{clock, config::AdminConfig, wording::counted};
+use super::{
+    Failed,
+    daemon::{Asked, Daemon},
+    visible,
+};
+use crate::{clock, wording::counted};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -21,16 +25,16 @@ pub(super) struct Args {
     watch: Option<Duration>,
 }
 
-pub(super) async fn run(config: &AdminConfig, args: &Args) -> Result<(), Failed> {
-    let daemon = Daemon::of(config)?;
+pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
+    let daemon = Daemon::of(asked)?;
     loop {
-        let asked = daemon.get("subscribers").await;
-        let shown = match (&asked, args.json) {
+        let answer = daemon.get("subscribers").await;
+        let shown = match (&answer, args.json) {
             (Ok(found), true) => format!("{found}\n"),
             (Ok(found), false) => table(found),
             // Who watches waits for the daemon to come back.
             (Err(Failed::Runtime(why)), _) if args.watch.is_some() => format!("{why}\n"),
-            (Err(_), _) => return asked.map(drop),
+            (Err(_), _) => return answer.map(drop),
         };
         if args.watch.is_some() && !args.json && std::io::stdout().is_terminal() {
             // From the top, and what was there before goes.

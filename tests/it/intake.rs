@@ -229,7 +229,7 @@ fn a_port_that_is_taken_is_an_error_before_anything_is_started() {
         let output = embedded(&format!("[admin]\nlisten = \"{addr}\"\n")).run(&["run"]);
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{told}");
-        assert!(told.contains(&format!("cannot listen on {addr}: ")) && told.contains("[admin] listen"), "{told}");
+        assert!(told.contains(&format!("cannot listen on {addr}")) && told.contains("[admin] listen"), "{told}");
     });
 }
 
@@ -337,23 +337,5 @@ fn what_was_answered_202_arrives_although_the_daemon_is_killed_again_and_again()
         eventually("all that was taken arrives", async || missing() == 0).await;
         println!("{} events were taken, {} sent", so_far(), next.load(Ordering::Relaxed));
         assert!(daemon.stop().await.success());
-    });
-}
-
-#[test]
-fn a_default_port_that_is_taken_keeps_no_daemon_from_delivering_and_one_that_was_asked_for_does() {
-    run(async {
-        let taken = std::net::TcpListener::bind("127.0.0.1:8787");
-        let text = |listen: &str| format!("{listen}[queue]\nurl = \"embedded\"\n");
-        let daemon = Setup::with_text(&text(
-            "# [admin] is left out.
-",
-        ));
-        let daemon = daemon.start().await;
-        daemon.wait_log("the default of [admin] listen is taken").await;
-        let asked = Setup::with_text(&text("[admin]\nlisten = \"127.0.0.1:8787\"\n")).run(&["run"]);
-        let told = String::from_utf8_lossy(&asked.stderr).into_owned();
-        assert!(asked.status.code() == Some(1) && told.contains("cannot listen on 127.0.0.1:8787"), "{told}");
-        drop(taken); // an error means that somebody else has it, which is as good
     });
 }

@@ -8,7 +8,7 @@ use std::{
 /// Each file below `src/` and its layer; a file imports only from lower ones.
 const LAYERS: &[&[&str]] = &[
     &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "wording"],
-    &["batch", "signature", "tls"],
+    &["batch", "handshake", "signature", "tls"],
     &["config", "metrics"],
     &["endpoint", "queue", "signal", "webhook"],
     &["rehearsal", "status"],

@@ -32,3 +32,4 @@ mod support;
 mod topology;
 mod trying;
 mod verifiers;
+mod which_daemon;

@@ -6,6 +6,10 @@ use std::{
     time::Duration,
 };
 
+use hooktrail::{
+    handshake::{self, Side},
+    secret::Secret,
+};
 use serde_json::json;
 
 use crate::support::{
@@ -302,6 +306,7 @@ fn the_api_is_as_its_document_describes_it() {
             "/metrics",
             "/api/v1/subscribers",
             "/api/v1/reload",
+            "/api/v1/daemon",
             "/api/v1/subscribers/nobody",
             "/api/v1/subscribers/nobody/dead",
         ] {
@@ -318,7 +323,7 @@ fn the_api_is_as_its_document_describes_it() {
             api.post(&path.replace("/a/", "/nobody/"), "{}").await;
             api.send("DELETE", path, &[json], "").await;
         }
-        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload"] {
+        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload", "/api/v1/daemon"] {
             api.send("GET", path, &[("sec-fetch-site", "cross-site")], "").await;
         }
         api.post("/api/v1/events", r#"{"events":[{"event":"x"},{"x":1}]}"#).await;
@@ -339,11 +344,19 @@ fn the_api_is_as_its_document_describes_it() {
                 + &subscriber("a", &receiver.url, "http = { allow_http = true, allow_private_addresses = true }")),
         );
         let _guarded = guarded.start().await;
-        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload"] {
+        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload", "/api/v1/daemon"] {
             assert_eq!(with_token.get(path).await.status, 401);
             let answer = with_token.send("GET", path, &[("authorization", "Bearer t"), ("host", "any.name.example")], "").await;
             assert_eq!(answer.status, 200);
         }
+        let challenge = handshake::challenge();
+        let proof = handshake::proof(&Secret::new("t"), Side::Command, &challenge, with_token.port);
+        let headers = [(handshake::CHALLENGE, challenge.as_str()), (handshake::PROOF, proof.as_str())];
+        let shown = with_token.send("GET", "/api/v1/daemon", &headers, "").await.json();
+        let given = shown["proof"].as_str().expect("a proof");
+        assert!(handshake::is_proven(&Secret::new("t"), Side::Daemon, &challenge, with_token.port, given), "{shown}");
+        // It opens nothing else.
+        assert_eq!(with_token.send("GET", "/api/v1/subscribers", &headers, "").await.status, 401);
         for path in &posts {
             assert_eq!(with_token.post(path, "{}").await.status, 401);
         }

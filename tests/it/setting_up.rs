@@ -1,15 +1,18 @@
 //! From nothing to a configuration, and what it would do: `init`, `completions`, `plan`.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::Write as _,
     net::TcpListener,
     os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
     process::{Command, Output, Stdio},
+    sync::{Arc, OnceLock},
 };
 
 use crate::support::{
     api::Api,
     daemon::{QUICK, Setup, subscriber},
+    impostor::{Impostor, introduction},
     run,
 };
 
@@ -68,31 +71,24 @@ fn completions_of_every_shell_name_the_commands_without_any_configuration() {
     assert_eq!(alone(dir.path(), &["completions", "csh"]).status.code(), Some(2));
 }
 
-/// Answers one request; what it asked.
-fn daemon_that_answers(status: u16, body: &'static str) -> (String, std::thread::JoinHandle<String>) {
-    let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = socket.local_addr().expect("an address").to_string();
-    let serving = std::thread::spawn(move || {
-        let (stream, _) = socket.accept().expect("a connection");
-        let mut head = String::new();
-        let mut lines = BufReader::new(stream.try_clone().expect("a second handle"));
-        while !head.ends_with("\r\n\r\n") {
-            assert!(lines.read_line(&mut head).expect("reads") > 0, "the request ended early");
-        }
-        let length = body.len();
-        write!(
-            &stream,
-            "HTTP/1.1 {status} x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
-        )
-        .expect("answers");
-        head
+/// Tells a command of its configuration that it is its daemon, and answers what it asks then.
+fn daemon_that_answers(status: u16, body: &'static str) -> (Impostor, Setup) {
+    let config: Arc<OnceLock<PathBuf>> = Arc::default();
+    let knows = config.clone();
+    let daemon = Impostor::start(move |head, port| match head.contains(" /api/v1/daemon ") {
+        true => (200, introduction(head, port, knows.get().expect("it is set before anybody asks"), TOKEN)),
+        false => (status, serde_json::from_str(body).expect("JSON")),
     });
-    (address, serving)
+    let setup = setup(&daemon.address().to_string());
+    config.set(setup.config()).expect("set once");
+    (daemon, setup)
 }
+
+const TOKEN: &str = "quite-secret";
 
 fn setup(listen: &str) -> Setup {
     let rest = subscriber("a", "https://example.com/", "") + &subscriber("b", "https://example.com/", "");
-    Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{listen}\"\ntoken = \"quite-secret\"\n{QUICK}{rest}"))
+    Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{listen}\"\ntoken = \"{TOKEN}\"\n{QUICK}{rest}"))
 }
 
 /// What `plan` tells, however it is broken into lines.
@@ -116,9 +112,11 @@ fn plan_fits_the_terminal() {
 #[test]
 fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
     let changes = r#"{"changes":[{"subscriber":"a","change":"changed","keys":["retry.max_interval"]}],"needs_restart":["queue.url"]}"#;
-    let (listen, asked) = daemon_that_answers(200, changes);
-    let told = plan(&setup(&listen));
-    let asked = asked.join().expect("answers");
+    let (daemon, setup) = daemon_that_answers(200, changes);
+    let told = plan(&setup);
+    let asked = daemon.asked();
+    let [met, asked] = &asked[..] else { panic!("two requests: {asked:?}") };
+    assert!(met.starts_with("GET /api/v1/daemon ") && !met.contains(TOKEN), "{met}");
     assert!(asked.starts_with("GET /api/v1/reload ") && asked.contains("authorization: Bearer quite-secret"), "{asked}");
     for part in [
         "a: a batch that fails each time",
@@ -131,9 +129,8 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
     }
     assert!(!told.contains("quite-secret"));
 
-    let (listen, asked) = daemon_that_answers(422, r#"{"error":"h.toml:1:1: url: unknown\n1 problem"}"#);
-    let refused = setup(&listen).run(&["plan", "b"]);
-    asked.join().expect("answers");
+    let (_daemon, setup) = daemon_that_answers(422, r#"{"error":"h.toml:1:1: url: unknown\n1 problem"}"#);
+    let refused = setup.run(&["plan", "b"]);
     assert_eq!(refused.status.code(), Some(1), "what would be refused is no plan that can be carried out");
     let told = String::from_utf8_lossy(&refused.stdout).into_owned();
     assert!(told.contains("would refuse a reload") && told.contains("  h.toml:1:1: url: unknown\n  1 problem"), "{told}");
@@ -161,10 +158,9 @@ fn plan_needs_no_daemon_and_says_when_there_is_none() {
     let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string();
     let told = plan(&setup(&free));
     assert!(told.contains(&format!("no daemon answers at {free} ([admin] listen)")), "{told}");
-    let (listen, asked) = daemon_that_answers(401, r#"{"error":"another token"}"#);
-    let told = plan(&setup(&listen));
-    asked.join().expect("answers");
-    assert!(told.contains("answered 401: another token"), "{told}");
+    let (_daemon, answering) = daemon_that_answers(500, r#"{"error":"out of order"}"#);
+    let told = plan(&answering);
+    assert!(told.contains("answered 500") && told.contains("out of order"), "{told}");
     assert!(plan(&setup("127.0.0.1:0")).contains("port 0"));
     assert_eq!(setup(&free).run(&["plan", "c"]).status.code(), Some(2));
 }

@@ -5,6 +5,7 @@
 pub(crate) mod api;
 pub(crate) mod broker;
 pub(crate) mod daemon;
+pub(crate) mod impostor;
 pub(crate) mod queue;
 pub(crate) mod raw;
 pub(crate) mod raw_amqp;
