@@ -79,9 +79,9 @@ impl Admin {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
-        let (exposed, looked_at) = (board.metrics().clone(), queue.clone());
+        let (exposed, looked_at) = (board.clone(), queue.clone());
         let expose = move || {
-            exposed.set_queue_up(looked_at.is_reachable());
+            exposed.metrics().set_queue_up(looked_at.is_reachable());
             exposed.expose()
         };
         let introduction = introduction::routes(token.clone(), self.port, &reloader.config().path);

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     metrics::{Metrics, SubscriberMetrics},
-    queue::{Depth, Depths, Pause},
+    queue::{Depth, Depths, Pause, Troubles},
 };
 
 /// Rates are those of so long.
@@ -43,6 +43,7 @@ struct BoardInner {
     lanes: Mutex<BTreeMap<String, LaneStatus>>,
     depths: watch::Sender<Option<Looked>>,
     wanted: Notify,
+    troubles: Mutex<Option<watch::Receiver<Troubles>>>,
 }
 
 /// The latest look at the queues.
@@ -59,7 +60,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Board {
     pub fn new(metrics: Metrics) -> Self {
-        Self(Arc::new(BoardInner { metrics, lanes: Mutex::default(), depths: watch::Sender::default(), wanted: Notify::new() }))
+        Self(Arc::new(BoardInner { metrics, lanes: Mutex::default(), depths: watch::Sender::default(), wanted: Notify::new(), troubles: Mutex::default() }))
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -78,9 +79,40 @@ impl Board {
         self.0.metrics.forget(subscriber);
     }
 
+    /// From now on these are the queue's own.
+    pub fn follow(&self, troubles: watch::Receiver<Troubles>) {
+        *lock(&self.0.troubles) = Some(troubles);
+    }
+
+    fn troubles(&self) -> Troubles {
+        lock(&self.0.troubles).as_ref().map(|troubles| troubles.borrow().clone()).unwrap_or_default()
+    }
+
+    /// What is wrong with the queue: what it says of itself, or else why it could not be looked at.
+    pub fn queue_error(&self) -> Option<String> {
+        self.troubles().of_queue().or_else(|| self.0.depths.borrow().as_ref()?.found.as_ref().err().cloned())
+    }
+
     pub fn view(&self, subscriber: &str, now: Instant, time: SystemTime) -> Option<View> {
         let lane = lock(&self.0.lanes).get(subscriber)?.clone();
-        Some(lane.view(now, time))
+        let mut view = lane.view(now, time);
+        // What the queue says comes before what the lane has seen of it, which may be an earlier error.
+        if !matches!(view.state, State::Paused(_))
+            && let Some(why) = self.troubles().of_subscriber(subscriber)
+        {
+            view.state = State::QueueFails(why.to_owned());
+        }
+        Some(view)
+    }
+
+    /// All metrics in the text format, as they are now.
+    pub fn expose(&self) -> String {
+        let troubles = self.troubles();
+        for (name, lane) in &*lock(&self.0.lanes) {
+            let seen = lock(&lane.0);
+            seen.metrics.up(seen.trouble.is_none() && (seen.paused.is_some() || troubles.of_subscriber(name).is_none()));
+        }
+        self.metrics().expose()
     }
 
     /// What a look at the queues found.

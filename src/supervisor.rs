@@ -110,6 +110,7 @@ pub async fn run<Q: Queue>(
     let plan = fleet.plan(&subscribers)?;
     // Told before it is known to be up: a daemon that never gets its queue is one to alert of.
     board.metrics().set_queue_up(false);
+    board.follow(queue.troubles());
     tokio::select! {
         // Who is not ready is in the log, and its lane tells of it.
         ready = queue.prepare(&subscribers) => drop(ready?),

@@ -188,7 +188,7 @@ impl<Q: Queue> Control<Q> {
             "queue": {
                 "up": self.queue.is_reachable(),
                 "looked_at": looked.as_ref().map(|l| rfc3339(l.at)),
-                "error": looked.as_ref().and_then(|l| l.found.as_ref().err()),
+                "error": self.board.queue_error(),
                 "delayed_retries": depths.and_then(|d| d.delayed),
                 "orphans": depths.map(|d| d.orphans),
             },

@@ -59,11 +59,11 @@ fn table(found: &Value) -> String {
     if found["phase"] != "running" {
         line(&format!("The daemon is {}.\n", text(&found["phase"])));
     }
+    let why = found["queue"]["error"].as_str().map(|why| format!(": {}", visible(why))).unwrap_or_default();
     if found["queue"]["up"] == false {
-        line("The queue cannot be reached, or takes nothing: nothing is delivered that fails, and no events are taken.\n");
-    }
-    if let Some(why) = found["queue"]["error"].as_str() {
-        line(&format!("The queues cannot be looked at: {}\n", visible(why)));
+        line(&format!("The queue cannot be used{why}\nNothing is taken in or given up meanwhile; it goes on by itself when the queue can be used again.\n"));
+    } else if !why.is_empty() {
+        line(&format!("The queue is not as it should be{why}\n"));
     }
     let mut rows = vec![COLUMNS.map(str::to_owned)];
     let subscribers = found["subscribers"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -225,7 +225,7 @@ mod tests {
         for part in [
             "h.toml:3:1: x: is wrong\nanother \\u{1b}[2J",
             "The daemon is draining.",
-            "The queue cannot be reached",
+            "The queue cannot be used",
             "a           ok",
             "12.3    99.5%  12ms  1m 1s",
             "1h 1m",

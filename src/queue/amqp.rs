@@ -9,6 +9,7 @@
 //! - `lane`: source and settler of a subscriber
 //! - `repeats`: what was settled and comes again, because its ack was lost
 //! - `state`: what earlier configurations bound
+//! - `upkeep`: what somebody has deleted is put back
 //! - `relay`: the source queue, and the sweep of orphans
 //! - `walk`: a look at each message of a queue, in their order
 //! - `dead`: looking at dead letters and orphans
@@ -28,6 +29,7 @@ mod relay;
 mod repeats;
 mod state;
 mod topology;
+mod upkeep;
 mod walk;
 mod wire;
 
@@ -38,11 +40,11 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{FutureExt as _, future::try_join_all};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use self::{
     connection::{Dialer, Effort, Lease, NOT_FOUND, Pool, Role},
@@ -53,6 +55,7 @@ use self::{
     repeats::Remembered,
     state::Reconciler,
     topology::{Broker, Topology},
+    upkeep::Patterns,
 };
 pub use self::{
     dead::DeadLetters,
@@ -64,7 +67,7 @@ use crate::{
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
     finding::Finding,
     metrics::Metrics,
-    queue::{Depth, Depths, NewEvent, Published, Queue, QueueError, Standing, Standings, Window},
+    queue::{Depth, Depths, Harms, NewEvent, Published, Queue, QueueError, Standing, Standings, Troubles, Window},
     retry::Waits,
     wording::counted,
 };
@@ -95,6 +98,21 @@ struct Inner {
     suspects: Mutex<HashSet<String>>,
     /// By subscriber.
     remembered: Mutex<HashMap<String, Arc<Remembered>>>,
+    troubles: watch::Sender<Troubles>,
+    /// What the record says that is bound to the exchange of the events, once a daemon has read it; of a command what it is configured with.
+    bound: Mutex<Patterns>,
+    /// Whether the witness was there at the start.
+    witnessed: OnceLock<bool>,
+    /// There was a record before this daemon began.
+    was_recorded: AtomicBool,
+    /// When all that should be bound was last seen to.
+    sound: Mutex<Option<SystemTime>>,
+    /// A message found no queue, or a lane no exchange.
+    unbound: Notify,
+    /// A settlement found no queue, and that could not be put right at once.
+    damaged: watch::Sender<bool>,
+    /// Held by whoever puts back what is missing.
+    mending: tokio::sync::Mutex<()>,
 }
 
 /// So many subscribers may have a connection of their own.
@@ -115,9 +133,10 @@ pub enum Repaired {
 impl AmqpQueue {
     pub fn new(config: AmqpConfig, metrics: Metrics) -> Self {
         let dialer = Dialer { url: config.url.clone(), metrics };
+        let troubles = watch::Sender::default();
         Self(Arc::new(Inner {
-            consuming: Pool::new(dialer.clone(), Role::Consuming),
-            declaring: Arc::new(Pool::new(dialer.clone(), Role::Declaring)),
+            consuming: Pool::new(dialer.clone(), Role::Consuming, &troubles),
+            declaring: Arc::new(Pool::new(dialer.clone(), Role::Declaring, &troubles)),
             dialer,
             topology: Topology::new(config),
             publisher: OnceLock::new(),
@@ -129,6 +148,14 @@ impl AmqpQueue {
             consumers: Mutex::default(),
             suspects: Mutex::default(),
             remembered: Mutex::default(),
+            troubles,
+            bound: Mutex::default(),
+            witnessed: OnceLock::new(),
+            was_recorded: AtomicBool::new(false),
+            sound: Mutex::default(),
+            unbound: Notify::new(),
+            damaged: watch::Sender::new(false),
+            mending: tokio::sync::Mutex::default(),
         }))
     }
 
@@ -161,7 +188,24 @@ impl AmqpQueue {
     }
 
     fn new_publisher(&self, role: Role) -> Publisher {
-        Publisher::start(self.topology().clone(), self.0.dialer.clone(), self.0.declaring.clone(), role)
+        Publisher::start(self.topology().clone(), self.0.dialer.clone(), self.0.declaring.clone(), role, &self.0.troubles)
+    }
+
+    fn effort(&self, what: impl Into<String>) -> Effort {
+        Effort::reporting(what, Harms::Queue, &self.0.troubles)
+    }
+
+    fn bound(&self) -> MutexGuard<'_, Patterns> {
+        self.0.bound.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is a daemon, which follows the record.
+    fn follows(&self) -> bool {
+        self.0.follows.load(Ordering::Relaxed)
+    }
+
+    fn was_recorded(&self) -> bool {
+        self.0.was_recorded.load(Ordering::Relaxed)
     }
 
     fn recorded(&self) -> MutexGuard<'_, HashMap<String, Standing>> {
@@ -175,6 +219,7 @@ impl AmqpQueue {
         let mut broker = self.broker();
         self.topology().find_source(&mut broker).await?;
         self.topology().ensure_shared(&mut broker).await?;
+        self.first_witness(&mut broker).await;
         let mut unready = BTreeSet::new();
         for s in subscribers {
             if let Err(e) = self.topology().ensure_subscriber(&mut broker, s).await {
@@ -190,7 +235,7 @@ impl AmqpQueue {
     async fn follow_state(&self, subscribers: watch::Receiver<Subscribers>) {
         self.0.follows.store(true, Ordering::Relaxed);
         let mut reconciler = Reconciler::new(self, subscribers);
-        let mut following = Effort::new("the record of bindings and pauses");
+        let mut following = self.effort("following the record of bindings and pauses");
         loop {
             let Err(e) = reconciler.follow(&mut following).await;
             following.failed(&e).await;
@@ -209,13 +254,16 @@ impl AmqpQueue {
             queue,
             subscribers: &subscribers,
             stopping: &stopping,
+            unbound: &self.0.unbound,
+            troubles: &self.0.troubles,
         };
-        let mut relaying = Effort::new(format!("the relay from queue `{queue}`"));
+        let mut relaying = self.effort(format!("the relay from queue `{queue}`"));
         loop {
             let mut configured = subscribers.clone();
             let opened = async {
                 // An event relayed before a queue is bound would pass that queue by.
                 let mut broker = self.broker();
+                self.topology().find_source(&mut broker).await?;
                 self.topology().ensure_shared(&mut broker).await?;
                 let current = configured.borrow_and_update().clone();
                 for s in current.iter() {
@@ -249,7 +297,7 @@ impl AmqpQueue {
             configured: HashSet::new(),
             foreign: None,
         };
-        let mut sweeping = Effort::new("the sweep of orphans");
+        let mut sweeping = self.effort("the sweep of orphans");
         loop {
             sweep.configure(&subscribers.borrow_and_update());
             match sweep.run().await {
@@ -266,6 +314,20 @@ impl AmqpQueue {
                 Err(e) => sweeping.failed(&e).await,
             }
         }
+    }
+
+    /// What no queue has taken is in none, and can be published again once what should be bound is.
+    async fn publish_again(&self, messages: &[Message], fates: &mut [Fate]) -> Result<(), QueueError> {
+        let is_event = |m: &Message| m.exchange == self.topology().events();
+        let lost: Vec<usize> =
+            (0..fates.len()).filter(|n| fates[*n] == Fate::Unroutable && messages.get(*n).is_some_and(is_event)).collect();
+        let types = lost.iter().map(|n| messages[*n].routing_key.clone()).collect();
+        if lost.is_empty() || !self.bind_again(&types).await? {
+            return Ok(());
+        }
+        let again = self.publisher().publish(lost.iter().map(|n| messages[*n].clone()).collect()).await?;
+        lost.into_iter().zip(again).for_each(|(n, fate)| fates[n] = fate);
+        Ok(())
     }
 
     /// Deletes everything that is declared under this prefix for these subscribers, and the exchange too.
@@ -409,8 +471,7 @@ impl AmqpQueue {
 
     /// Who was removed and not pruned. A daemon follows the record; a command reads it.
     async fn removed(&self) -> Result<BTreeSet<String>, QueueError> {
-        let followed = self.0.follows.load(Ordering::Relaxed);
-        if followed { Ok(self.0.removed.borrow().clone()) } else { state::removed(self).await }
+        if self.follows() { Ok(self.0.removed.borrow().clone()) } else { state::removed(self).await }
     }
 
     async fn depth(&self, broker: &mut Broker<'_>, subscriber: &str) -> Result<Option<Depth>, QueueError> {
@@ -450,7 +511,7 @@ impl Queue for AmqpQueue {
 
     async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
         self.publisher(); // connects meanwhile
-        let mut preparing = Effort::new("the broker's readiness");
+        let mut preparing = self.effort("making queues and bindings ready");
         loop {
             match self.try_prepare(subscribers).await {
                 Err(e) if !e.is_for_operator() => preparing.failed(&e).await,
@@ -464,6 +525,7 @@ impl Queue for AmqpQueue {
         let others = async {
             tokio::join!(
                 kept("following the record", || self.follow_state(subscribers.clone())),
+                kept("the upkeep of the delay ladder", || self.keep_own()),
                 kept("the sweep of orphans", || self.sweep(subscribers.clone())),
             )
         };
@@ -487,7 +549,11 @@ impl Queue for AmqpQueue {
         let suspects = || self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
         // With many of them it is the broker that fails, and more connections would not help it.
         let suspect = Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
-        self.topology().ensure_subscriber(&mut self.broker(), subscriber).await?;
+        if let Err(e) = self.topology().ensure_subscriber(&mut self.broker(), subscriber).await {
+            // The exchange itself, perhaps, which no lane declares.
+            self.0.unbound.notify_one();
+            return Err(e);
+        }
         let leases = self.leases(suspect).await?;
         // Counted before the broker counts it.
         let consumes = self.consumes(name);
@@ -503,10 +569,20 @@ impl Queue for AmqpQueue {
     }
 
     async fn writable(&self) {
-        self.publisher().writable().await;
+        let mut damaged = self.0.damaged.subscribe();
+        loop {
+            // An error means that whoever tells it is gone.
+            damaged.wait_for(|damaged| !damaged).await.ok();
+            self.publisher().writable().await;
+            if !*damaged.borrow() {
+                return;
+            }
+        }
     }
 
     async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+        let patterns = |s: &Arc<Subscriber>| (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect());
+        *self.bound() = subscribers.iter().map(patterns).collect();
         let mut broker = self.broker();
         self.topology().ensure_shared(&mut broker).await?;
         for s in subscribers {
@@ -518,16 +594,23 @@ impl Queue for AmqpQueue {
     }
 
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
-        let messages = events.into_iter().map(|NewEvent { event_type, message_id, body, traceparent }| {
+        let message = |NewEvent { event_type, message_id, body, traceparent }| {
             let (body, properties) = message::event(body, message_id.as_deref(), traceparent.as_deref());
             match self.topology().intake() {
                 Intake::Exchange(exchange) => Message { exchange: exchange.clone(), routing_key: event_type, body, properties },
                 Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
             }
-        });
+        };
+        let messages: Vec<Message> = events.into_iter().map(message).collect();
         let publisher = self.publisher();
         publisher.ready().await?;
-        let fates = publisher.publish(messages.collect()).await?;
+        let published = publisher.publish(messages.clone()).await;
+        if published.is_err() {
+            // The exchange may be gone, which costs the channel.
+            self.0.unbound.notify_one();
+        }
+        let mut fates = published?;
+        self.publish_again(&messages, &mut fates).await?;
         let published = |fate| match fate {
             Fate::Stored => Published::Stored,
             Fate::Unroutable => Published::Unmatched,
@@ -537,7 +620,11 @@ impl Queue for AmqpQueue {
     }
 
     fn is_reachable(&self) -> bool {
-        self.publisher().is_writable()
+        self.publisher().is_writable() && !self.0.troubles.borrow().has(&Role::Consuming.connection())
+    }
+
+    fn troubles(&self) -> watch::Receiver<Troubles> {
+        self.0.troubles.subscribe()
     }
 
     fn standings(&self) -> watch::Receiver<Option<Standings>> {

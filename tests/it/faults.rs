@@ -174,8 +174,8 @@ fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
         receiver.wait_all(6000).await;
         println!("{} of 6000 arrived twice", repeated(&receiver));
         let log = daemon.log();
-        assert!(log.contains("lost; trying again without end") && log.contains("recovered"), "{log}");
-        let complaints = log.lines().filter(|l| l.contains("lost; trying again")).count();
+        assert!(log.contains("fails; it is tried again without end") && log.contains("works again"), "{log}");
+        let complaints = log.lines().filter(|l| l.contains("fails; it is tried again")).count();
         assert!(complaints <= 6, "logged {complaints} times, once per change of state is enough:\n{log}");
         assert!(daemon.stop().await.success());
         assert_eq!(broker.depth("sub.a").await, Some(0));
@@ -271,10 +271,10 @@ fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         broker.node().kill().await;
         let waiting = setup.spawn();
-        waiting.wait_log("lost; trying again without end").await;
+        waiting.wait_log("fails; it is tried again without end").await;
         assert!(waiting.stop().await.success());
         let daemon = setup.spawn();
-        daemon.wait_log("lost; trying again without end").await;
+        daemon.wait_log("fails; it is tried again without end").await;
         let publish = setup.run(&["publish", "/dev/null"]);
         assert_eq!(publish.status.code(), Some(1), "a command does not wait");
         let told = String::from_utf8_lossy(&publish.stderr).into_owned();

@@ -31,5 +31,6 @@ mod setting_up;
 mod support;
 mod topology;
 mod trying;
+mod upkeep;
 mod verifiers;
 mod which_daemon;

@@ -11,13 +11,17 @@ use std::{
 
 use futures_util::future::join_all;
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
-use tokio::{sync::Mutex, time::timeout};
+use tokio::{
+    sync::{Mutex, MutexGuard, watch},
+    time::timeout,
+};
 use url::Host;
 
 use super::wire::{self, Greeting};
 use crate::{
     metrics::{Metrics, OpenConnection},
-    queue::QueueError,
+    finding::shell_word,
+    queue::{Harms, QueueError, Troubles},
     retry::Waits,
     secret::SecretUrl,
 };
@@ -55,6 +59,21 @@ impl Role {
         }
     }
 
+    /// What is tried again and again as long as there is no such connection.
+    pub(super) fn effort(self, troubles: &watch::Sender<Troubles>) -> Effort {
+        let harms = match self {
+            // What a lane needs to take anything: to declare its queues, and to consume them.
+            Self::Consuming | Self::Declaring => Harms::Lanes,
+            Self::Publishing | Self::Relaying => Harms::Queue,
+        };
+        Effort::reporting(self.connection(), harms, troubles)
+    }
+
+    /// What the connection is called in logs and among the [`Troubles`].
+    pub(super) fn connection(self) -> String {
+        format!("broker connection ({})", self.name())
+    }
+
     /// The longest frame, in bytes: RabbitMQ's own default where messages come and go. lapin has buffers
     /// of 64 times that.
     const fn frame_max(self) -> u32 {
@@ -87,17 +106,22 @@ async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> 
 
 /// As [`connect`], with what the broker says of itself.
 pub(super) async fn greeted(url: &SecretUrl, role: Role) -> Result<(Connection, Greeting), QueueError> {
-    let fail = |why: String| QueueError::new(format!("cannot connect to the broker at {url}: {why}"));
-    let mut uri = parsed(url).ok_or_else(|| fail("[queue] url is not a valid AMQP URL".to_owned()))?;
+    let fail = |why: Why| QueueError::new(format!("cannot connect to the broker at {url}: {}", why.why)).remedied(why.remedy);
+    let invalid = || Why::new("[queue] url is not a valid AMQP URL", "write it as amqp://USER:PASSWORD@HOST:5672/VHOST");
+    let mut uri = parsed(url).ok_or_else(|| fail(invalid()))?;
     uri.query.heartbeat = Some(HEARTBEAT);
     uri.query.frame_max = Some(uri.query.frame_max.filter(|max| *max > 0).unwrap_or(u32::MAX).min(role.frame_max()));
-    let vhost = uri.vhost.clone();
+    let whom = Whom { host: uri.authority.host.clone(), vhost: uri.vhost.clone(), user: uri.authority.userinfo.username.clone() };
     let name = format!("hooktrail {} {}", env!("CARGO_PKG_VERSION"), role.name());
     let properties = ConnectionProperties::default().with_connection_name(name.as_str().into());
     match timeout(CONNECT_TIMEOUT, wire::connect(uri, properties)).await {
-        Err(_) => Err(fail(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()))),
+        Err(_) => Err(fail(Why::new(
+            format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
+            "see that host and port are those of the broker and that no firewall drops them; a broker out of file descriptors, or under an \
+             alarm, does not answer either: rabbitmq-diagnostics status",
+        ))),
         Ok(Ok(greeted)) => Ok(greeted),
-        Ok(Err(e)) => Err(fail(explain(&e, &vhost))),
+        Ok(Err(e)) => Err(fail(explain(&e, &whom))),
     }
 }
 
@@ -110,20 +134,87 @@ fn parsed(url: &SecretUrl) -> Option<AMQPUri> {
     Some(uri)
 }
 
-/// What an error of the broker means and what to do, where that is known.
-fn explain(e: &lapin::Error, vhost: &str) -> String {
-    let text = e.to_string();
+/// Whom a connection is to, as far as that can be shown.
+struct Whom {
+    host: String,
+    vhost: String,
+    user: String,
+}
+
+/// Why there is no connection, and what puts that right.
+#[derive(Debug)]
+struct Why {
+    why: String,
+    remedy: String,
+}
+
+impl Why {
+    fn new(why: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { why: why.into(), remedy: remedy.into() }
+    }
+}
+
+/// What an error of connecting means and what to do. The broker's own words are kept: one code stands for several things.
+fn explain(e: &lapin::Error, whom: &Whom) -> Why {
+    let text = BrokerError::from(e).text;
+    let Whom { host, vhost, user } = whom;
+    let (v, u) = (shell_word(vhost), shell_word(user));
     if text.contains("ACCESS_REFUSED") {
-        return "the broker refused user name or password; check [queue] url and `rabbitmqctl list_users`".to_owned();
+        let why = format!("the broker refused user name or password: {text}");
+        return Why::new(why, format!("check [queue] url; rabbitmqctl authenticate_user {u}; rabbitmqctl list_users"));
     }
-    if text.contains("NOT_ALLOWED") || text.contains("vhost") {
-        let hint = if vhost.is_empty() { "; the default vhost is written %2f, as in amqp://host:5672/%2f" } else { "" };
-        return format!("the broker does not let this user into vhost `{vhost}`{hint}");
+    if text.contains("NOT_ALLOWED") {
+        return not_allowed(&text, whom);
     }
-    if text.contains("InvalidContentType") {
-        return "what answers there speaks no TLS; amqps:// is mostly for port 5671, amqp:// for 5672".to_owned();
+    let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
+    if has(&["InvalidContentType"]) {
+        return Why::new("what answers there speaks no TLS", "amqps:// is mostly for port 5671, amqp:// for 5672");
     }
-    BrokerError::from(e).text
+    if matches!(e.kind(), ErrorKind::ParsingError(_)) || has(&["ParserErrors"]) {
+        let why = "what answers there speaks no AMQP";
+        return Why::new(why, "amqp:// is mostly for port 5672, amqps:// for 5671; 15672 is the management plugin's, for [queue] management_url");
+    }
+    if has(&["invalid peer certificate", "certificate"]) {
+        return Why::new(
+            format!("its certificate is not accepted: {text}"),
+            format!("the certificate has to be for the name `{host}` and signed by an authority of this system, or of the file that SSL_CERT_FILE names"),
+        );
+    }
+    if has(&["lookup address", "resolve"]) {
+        return Why::new(text, format!("see that the name `{host}` in [queue] url is right: getent hosts {}", shell_word(host)));
+    }
+    if has(&["Connection refused"]) {
+        return Why::new(text, "see that the broker runs, and listens on that host and port: rabbitmqctl status");
+    }
+    let remedy = if vhost.is_empty() {
+        "the default vhost is written %2f, as in amqp://host:5672/%2f".to_owned()
+    } else {
+        format!("see the broker's log; rabbitmqctl status; rabbitmqctl list_permissions -p {v}")
+    };
+    Why::new(text, remedy)
+}
+
+/// The broker knows the user and does not let it in: for one of several reasons.
+fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
+    let (v, u) = (shell_word(vhost), shell_word(user));
+    if vhost.is_empty() {
+        return Why::new(text, "the default vhost is written %2f, as in amqp://host:5672/%2f");
+    }
+    if text.contains("limit") {
+        return Why::new(
+            format!("the broker allows no more connections: {text}"),
+            format!("raise the limit, or end other connections: rabbitmqctl list_vhost_limits -p {v}; rabbitmqctl list_user_limits --user {u}"),
+        );
+    }
+    if text.contains("not found") {
+        let remedy = format!("rabbitmqctl add_vhost {v}, or correct the path of [queue] url; rabbitmqctl list_vhosts");
+        return Why::new(format!("there is no vhost `{vhost}`: {text}"), remedy);
+    }
+    if text.contains("is down") {
+        return Why::new(text, format!("rabbitmqctl restart_vhost -p {v}"));
+    }
+    let why = format!("the broker does not let this user into vhost `{vhost}`: {text}");
+    Why::new(why, format!("rabbitmqctl list_permissions -p {v}; docs/operations.md has the command that gives them (The broker's user)"))
 }
 
 /// What the broker said to a request, or that it said nothing.
@@ -180,35 +271,60 @@ pub(super) async fn answer<T>(request: impl Future<Output = lapin::Result<T>>) -
     }
 }
 
-/// Something that is tried without end: waits between the tries, and logs when it begins to fail and
-/// when it goes well again, not each try.
+/// Something that is tried without end: waits between the tries, logs when it begins to fail and when it goes well again,
+/// not each try, and reports why it fails as long as it does.
 #[derive(Debug)]
 pub(super) struct Effort {
     what: String,
     failing: bool,
     waits: Waits,
+    harms: Harms,
+    troubles: watch::Sender<Troubles>,
 }
 
 impl Effort {
-    pub(super) fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), failing: false, waits: Waits::new(Duration::from_millis(200), Duration::from_secs(10)) }
+    pub(super) fn reporting(what: impl Into<String>, harms: Harms, troubles: &watch::Sender<Troubles>) -> Self {
+        let waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
+        Self { what: what.into(), failing: false, waits, harms, troubles: troubles.clone() }
     }
 
     /// Waits until it may be tried again.
     pub(super) async fn failed(&mut self, why: &QueueError) {
+        self.fails(why);
+        tokio::time::sleep(self.waits.grow()).await;
+    }
+
+    /// As [`failed`](Self::failed), for whoever waits in another way.
+    pub(super) fn fails(&mut self, why: &QueueError) {
+        self.troubles.send_if_modified(|all| all.begins(&self.what, self.harms.clone(), why.to_string()));
         if std::mem::replace(&mut self.failing, true) {
             tracing::debug!(error = %why, "{} still fails", self.what);
         } else {
-            tracing::warn!(error = %why, "{} lost; trying again without end", self.what);
+            tracing::warn!(error = %why, "{} fails; it is tried again without end", self.what);
         }
-        tokio::time::sleep(self.waits.grow()).await;
     }
 
     pub(super) fn goes_well(&mut self) {
         self.waits.reset();
-        if std::mem::take(&mut self.failing) {
-            tracing::info!("{} recovered", self.what);
+        if self.is_over() {
+            tracing::info!("{} works again", self.what);
         }
+    }
+
+    /// Returns whether it failed until now.
+    fn is_over(&mut self) -> bool {
+        let failed = std::mem::take(&mut self.failing);
+        if failed {
+            self.troubles.send_if_modified(|all| all.ends(&self.what));
+        }
+        failed
+    }
+}
+
+impl Drop for Effort {
+    /// What nobody tries any more is nobody's trouble.
+    fn drop(&mut self) {
+        self.is_over();
     }
 }
 
@@ -285,9 +401,18 @@ struct PoolState {
     connecting: Effort,
 }
 
+/// Somebody waits for a connection. When nobody does any more, that there is none is no trouble.
+struct Trying<'p>(MutexGuard<'p, PoolState>);
+
+impl Drop for Trying<'_> {
+    fn drop(&mut self) {
+        self.0.connecting.is_over();
+    }
+}
+
 impl Pool {
-    pub(super) fn new(dialer: Dialer, role: Role) -> Self {
-        let connecting = Effort::new(format!("broker connection ({})", role.name()));
+    pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
+        let connecting = role.effort(troubles);
         Self { dialer, role, state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }) }
     }
 
@@ -298,7 +423,8 @@ impl Pool {
 
     async fn seat(&self) -> Seat {
         // The lock is held while connecting: whoever comes meanwhile needs that connection too.
-        let mut state = self.state.lock().await;
+        let mut trying = Trying(self.state.lock().await);
+        let state = &mut *trying.0;
         state.slots.retain(|s| s.upgrade().is_some_and(|s| s.connection.status().connected()));
         let free = state.slots.iter().filter_map(Weak::upgrade).find_map(|s| s.seat());
         if let Some(seat) = free {

@@ -17,7 +17,7 @@ use lapin::{
 use tokio::sync::Mutex;
 
 use super::{
-    Consumes,
+    AmqpQueue, Consumes,
     connection::{BrokerError, INTERNAL_ERROR, Lease, answer},
     ladder,
     message::{self, Message},
@@ -134,6 +134,7 @@ impl Source {
         let envelopes = Feed::open(for_envelopes, topology.retry(subscriber), window.envelopes).await?;
         let events = Feed::open(for_events, topology.main(subscriber), window.events).await?;
         let settler = Settler(Arc::new(Inner {
+            queue: consumes.queue.clone(),
             subscriber: subscriber.to_owned(),
             topology: topology.clone(),
             publisher,
@@ -189,6 +190,7 @@ impl queue::Source for Source {
 pub struct Settler(Arc<Inner>);
 
 struct Inner {
+    queue: AmqpQueue,
     subscriber: String,
     topology: Topology,
     publisher: Publisher,
@@ -307,15 +309,29 @@ impl Inner {
     async fn store(&self, messages: Vec<Message>) -> Result<(), SettleError> {
         let place =
             messages.first().map(|m| if m.exchange.is_empty() { m.routing_key.clone() } else { m.exchange.clone() }).unwrap_or_default();
-        let fates = self.publisher.publish(messages).await.map_err(|e| SettleError::Unconfirmed(e.to_string()))?;
-        match fates.into_iter().find(|f| *f != Fate::Stored) {
-            None => Ok(()),
-            Some(Fate::Unroutable) => Err(SettleError::Unconfirmed(format!("`{place}` does not exist any more; it is declared anew"))),
-            Some(_) => Err(SettleError::Unconfirmed(format!(
-                "the broker refuses messages for `{place}`: it is full by a policy, or unusable (hooktrail repair {})",
-                self.subscriber
-            ))),
+        let unconfirmed = |e: QueueError| SettleError::Unconfirmed(e.to_string());
+        let mut left = messages;
+        for put_back in [true, false] {
+            let fates = self.publisher.publish(left.clone()).await.map_err(unconfirmed)?;
+            if fates.contains(&Fate::Refused) {
+                return Err(SettleError::Unconfirmed(format!(
+                    "the broker refuses messages for `{place}`: it is full by a policy, or unusable (hooktrail repair {})",
+                    self.subscriber
+                )));
+            }
+            // What came back is in no queue, so that it can be published again without becoming two.
+            let mut fates = fates.into_iter();
+            left.retain(|_| fates.next() != Some(Fate::Stored));
+            if left.is_empty() {
+                return Ok(());
+            }
+            if put_back {
+                self.queue.put_back(&self.subscriber).await.map_err(|e| {
+                    SettleError::Unconfirmed(format!("a queue behind `{place}` does not exist any more and cannot be declared: {e}"))
+                })?;
+            }
         }
+        Err(SettleError::Unconfirmed(format!("what is written to `{place}` finds no queue, although all of them are there")))
     }
 
     fn settled(&self, receipts: &[Receipt], accepted: bool) {

@@ -96,6 +96,13 @@ pub(super) struct Binding {
     pub(super) routing_key: String,
 }
 
+/// The same from the other end.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Destination {
+    pub(super) destination: String,
+    pub(super) routing_key: String,
+}
+
 /// A resource that some node has too little of.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Alarm {
@@ -169,6 +176,12 @@ impl Management {
         let mut found: Vec<Binding> = self.get(&["queues", &self.vhost, queue, "bindings"], &[("columns", "source,routing_key")]).await?;
         found.retain(|b| !b.source.is_empty());
         Ok(found)
+    }
+
+    /// What is bound to an exchange.
+    pub(super) async fn bindings_of(&self, exchange: &str) -> Result<Vec<Destination>, Unseen> {
+        let path = ["exchanges", &self.vhost, exchange, "bindings", "source"];
+        self.get(&path, &[("columns", "destination,routing_key")]).await
     }
 
     pub(super) async fn alarms(&self) -> Result<Vec<Alarm>, Unseen> {

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     failpoint::{Step, reached},
-    queue::QueueError,
+    queue::{QueueError, Troubles},
 };
 
 /// From handing a group over to the last of its confirms.
@@ -98,12 +98,13 @@ impl Drop for AbortOnDrop {
 }
 
 impl Publisher {
-    /// Starts the task. On each new connection it looks first whether the shared topology is there.
-    pub(super) fn start(topology: Topology, dialer: Dialer, declaring: Arc<Pool>, role: Role) -> Self {
+    /// Starts the task. On each new connection it sees first that hooktrail's own shared queues and exchanges are there.
+    pub(super) fn start(topology: Topology, dialer: Dialer, declaring: Arc<Pool>, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
+        let publishing = role.effort(troubles);
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (tells, state) = watch::channel(State::Away(None));
         let stop = Arc::new(Notify::new());
-        let task = tokio::spawn(Task { topology, dialer, declaring, role, inbox, state: tells, stop: stop.clone() }.keep());
+        let task = tokio::spawn(Task { topology, dialer, declaring, role, inbox, state: tells, stop: stop.clone() }.keep(publishing));
         Self { groups, state, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
@@ -189,8 +190,7 @@ struct Task {
 
 impl Task {
     /// Nothing is ever settled without this task, so not even a panic ends it.
-    async fn keep(mut self) {
-        let mut publishing = Effort::new(format!("broker connection ({})", self.role.name()));
+    async fn keep(mut self, mut publishing: Effort) {
         loop {
             let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await {
                 Ok(Ok(())) => return,
@@ -206,7 +206,8 @@ impl Task {
     async fn generation(&mut self, publishing: &mut Effort) -> Result<(), QueueError> {
         let (connection, _open) = self.dialer.connect(self.role).await?;
         let ended = async {
-            self.topology.ensure_shared(&mut Broker::new(&self.declaring)).await?;
+            // Not the producers' exchange: whoever deletes it to declare it anew must find none of ours in its place.
+            self.topology.ensure_own(&mut Broker::new(&self.declaring)).await?;
             let open = async {
                 let channel = connection.create_channel().await?;
                 channel.confirm_select(ConfirmSelectOptions::default()).await?;

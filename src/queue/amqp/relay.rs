@@ -11,10 +11,10 @@ use futures_util::StreamExt as _;
 use lapin::{
     Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::FieldTable,
 };
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::{
     connection::{BrokerError, Effort, Lease, Pool, answer},
@@ -23,7 +23,7 @@ use super::{
     message::{self, Message},
     publisher::{Fate, Publisher},
     stopped,
-    topology::{Broker, Topology},
+    topology::{Broker, Topology, source_is_stream},
     walk::Walk,
 };
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
     event::event_type,
     failpoint::{Step, reached},
     metrics::Metrics,
-    queue::{DeadLetter, Kind, QueueError, Reason, Story},
+    queue::{DeadLetter, Harms, Kind, QueueError, Reason, Story, Troubles},
 };
 
 const PREFETCH: u16 = 500;
@@ -47,6 +47,9 @@ pub(super) struct Relay<'a> {
     pub(super) queue: &'a str,
     pub(super) subscribers: &'a watch::Receiver<Subscribers>,
     pub(super) stopping: &'a watch::Receiver<bool>,
+    /// To be told of when no queue is bound for what is wanted.
+    pub(super) unbound: &'a Notify,
+    pub(super) troubles: &'a watch::Sender<Troubles>,
 }
 
 impl Relay<'_> {
@@ -75,6 +78,7 @@ impl Relay<'_> {
         configured: &mut watch::Receiver<Subscribers>,
     ) -> Result<(), QueueError> {
         let queue = self.queue;
+        let mut is_known = false;
         loop {
             let first = tokio::select! {
                 biased;
@@ -88,6 +92,10 @@ impl Relay<'_> {
             let mut next = Some(first);
             while let Some(delivery) = next {
                 let delivery = delivery.map_err(|e| self.error(&e.into()))?;
+                // Who may not declare the queue is told only now what it is.
+                if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&lease, &delivery).await? {
+                    return Err(source_is_stream(queue));
+                }
                 last = delivery.delivery_tag;
                 messages.push(relayed(self.topology, delivery));
                 next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
@@ -108,6 +116,17 @@ impl Relay<'_> {
             answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(|why| self.error(&why))?;
             relaying.goes_well();
         }
+    }
+
+    /// Whether the source is a stream: it marks each message with its place, which a shovel may have copied, and the broker counts none of
+    /// its consumers.
+    async fn is_of_stream(&self, lease: &Lease, delivery: &Delivery) -> Result<bool, QueueError> {
+        if !delivery.properties.headers().as_ref().is_some_and(|headers| headers.contains_key("x-stream-offset")) {
+            return Ok(false);
+        }
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let found = answer(lease.channel.queue_declare(self.queue.into(), passive, FieldTable::default())).await;
+        Ok(found.map_err(|why| self.error(&why))?.consumer_count() == 0)
     }
 
     /// Publishes until each message is stored or nobody wants it; returns how many nobody wants.
@@ -138,6 +157,7 @@ impl Relay<'_> {
                 // none is bound for what is wanted, what is wanted arrives all the same.
                 (Fate::Refused | Fate::Unroutable, Some(s)) => {
                     if fate == Fate::Unroutable {
+                        self.unbound.notify_one();
                         tracing::warn!(
                             routing_key = message.routing_key,
                             subscriber = s.name,
@@ -156,7 +176,7 @@ impl Relay<'_> {
 
     /// Publishes what was refused until it is taken.
     async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
-        let mut handing_over = Effort::new("a queue's room for relayed events");
+        let mut handing_over = Effort::reporting("a queue's room for relayed events", Harms::Queue, self.troubles);
         while !refused.is_empty() {
             let fates = self.publisher.publish(refused.clone()).await?;
             if let Some((m, _)) = refused.iter().zip(&fates).find(|(m, fate)| **fate == Fate::Unroutable && m.exchange.is_empty()) {

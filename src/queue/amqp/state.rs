@@ -31,6 +31,7 @@ use super::{
     message::Message,
     publisher::{Fate, Publisher},
     topology::{Broker, Topology},
+    upkeep::{Patterns, Upkeep},
 };
 use crate::{
     clock,
@@ -98,6 +99,15 @@ struct Bound {
 
 type Bindings = BTreeMap<String, Bound>;
 
+/// Why a subscriber that is configured here is not in the record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unrecorded {
+    /// Another daemon, or `prune`, has taken it out.
+    Removed,
+    /// Nobody has: the record itself was lost, or a part of it.
+    Lost,
+}
+
 impl Record {
     fn of(subscriber: &str, standing: &Standing) -> Self {
         let subscriber = subscriber.to_owned();
@@ -132,6 +142,12 @@ enum About {
 }
 
 impl Recorded {
+    /// What is bound to this exchange, by subscriber.
+    fn bound_to(&self, exchange: &str) -> Patterns {
+        let bound = self.bindings.iter().filter(|(_, bound)| bound.exchange == exchange);
+        bound.map(|(name, bound)| (name.clone(), bound.patterns.clone())).collect()
+    }
+
     fn apply(&mut self, record: Record, exchange: &str) -> About {
         match record {
             Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
@@ -195,9 +211,18 @@ pub(super) async fn forget(topology: &Topology, publisher: &Publisher, subscribe
 
 /// Reads the stream for who was removed and not pruned; for commands, which do not follow it.
 pub(super) async fn removed(queue: &AmqpQueue) -> Result<BTreeSet<String>, QueueError> {
+    Ok(read(queue).await?.removed)
+}
+
+/// Reads the stream for what is bound to the exchange of the events; for commands, which do not follow it.
+pub(super) async fn bound(queue: &AmqpQueue) -> Result<Patterns, QueueError> {
+    Ok(read(queue).await?.bound_to(&queue.topology().events()))
+}
+
+async fn read(queue: &AmqpQueue) -> Result<Recorded, QueueError> {
     let topology = queue.topology();
     if Broker::new(&queue.0.declaring).depth(&topology.state()).await?.is_none() {
-        return Ok(BTreeSet::new());
+        return Ok(Recorded::default());
     }
     let (lease, mut records) = open(&queue.0.declaring, topology).await?;
     let mark = clock::batch_id();
@@ -213,7 +238,7 @@ pub(super) async fn removed(queue: &AmqpQueue) -> Result<BTreeSet<String>, Queue
         let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
         answer(acked).await.map_err(|why| error(topology, &why))?;
         match serde_json::from_slice::<Record>(&delivery.data) {
-            Ok(Record::Mark { mark: found }) if found == mark => return Ok(recorded.removed),
+            Ok(Record::Mark { mark: found }) if found == mark => return Ok(recorded),
             Ok(record) => drop(recorded.apply(record, &topology.events())),
             // One of a later version, which says something else.
             Err(_) => {}
@@ -275,8 +300,8 @@ pub(super) struct Reconciler<'a> {
     /// What was configured when it was last looked.
     subscribers: Subscribers,
     wanted: Bindings,
-    /// Subscribers about whom an operator was told already that daemons do not agree.
-    told: BTreeSet<String>,
+    /// Subscribers about whom it was logged already that daemons do not agree.
+    differing: BTreeSet<String>,
     /// Subscribers that this daemon has unbound, and those of them that another then bound again.
     removed: BTreeSet<String>,
     wanted_elsewhere: BTreeMap<String, Instant>,
@@ -286,10 +311,17 @@ pub(super) struct Reconciler<'a> {
     looks: BTreeMap<String, u32>,
     /// When the others were asked whether they work for a subscriber that nobody consumes.
     asked: BTreeMap<String, Instant>,
-    /// What was told already of queues that only an operator can mend.
+    /// What was logged already of what cannot be bound or unbound.
     refused: BTreeSet<String>,
+    /// Subscribers that are bound to the exchange that is configured now, and in the record to an earlier one, which cannot be unbound.
+    between: BTreeSet<String>,
+    /// Subscribers that are not configured any more and cannot be unbound.
+    stuck: BTreeSet<String>,
     /// Of what is configured now.
     reconciled: bool,
+    /// The record has been read to its end at least once.
+    has_read: bool,
+    upkeep: Upkeep<'a>,
 }
 
 impl<'a> Reconciler<'a> {
@@ -300,14 +332,18 @@ impl<'a> Reconciler<'a> {
             configured,
             subscribers: Subscribers::default(),
             wanted: Bindings::new(),
-            told: BTreeSet::new(),
+            differing: BTreeSet::new(),
             removed: BTreeSet::new(),
             wanted_elsewhere: BTreeMap::new(),
             echoes: BTreeMap::new(),
             looks: BTreeMap::new(),
             asked: BTreeMap::new(),
             refused: BTreeSet::new(),
+            between: BTreeSet::new(),
+            stuck: BTreeSet::new(),
             reconciled: false,
+            has_read: false,
+            upkeep: Upkeep::new(queue),
         };
         new.adopt();
         new
@@ -319,12 +355,14 @@ impl<'a> Reconciler<'a> {
         let events = self.topology.events();
         let bound = |s: &Subscriber| Bound { exchange: events.clone(), patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect() };
         self.wanted = self.subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
-        self.told.clear();
+        self.differing.clear();
         self.removed.retain(|name| !self.wanted.contains_key(name));
         self.wanted_elsewhere.retain(|name, _| !self.wanted.contains_key(name));
         self.looks.clear();
         self.asked.clear();
         self.refused.clear();
+        self.between.clear();
+        self.stuck.clear();
         self.reconciled = false;
     }
 
@@ -345,6 +383,10 @@ impl<'a> Reconciler<'a> {
         let mut up_to_date = false;
         let mut latest = clock::instant();
         loop {
+            if up_to_date {
+                let bound = self.to_be_bound(&recorded);
+                *self.queue.bound() = bound;
+            }
             let next_look = self.until_next_look();
             let next = tokio::select! {
                 wrote = &mut marking, if !marked => {
@@ -362,6 +404,10 @@ impl<'a> Reconciler<'a> {
                 Ok(()) = self.configured.changed(), if up_to_date => {
                     self.adopt();
                     self.reconcile(&mut broker, &mut recorded).await?;
+                    continue;
+                }
+                () = self.upkeep.due(), if up_to_date => {
+                    self.keep_bound(&mut broker, &recorded).await;
                     continue;
                 }
                 () = sleep(next_look), if up_to_date => {
@@ -383,6 +429,7 @@ impl<'a> Reconciler<'a> {
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
+                    self.write_lost(&mut recorded).await?;
                     self.tell_removed(&recorded);
                     self.stand_all(&recorded);
                     // Asked while this daemon did not listen.
@@ -400,7 +447,7 @@ impl<'a> Reconciler<'a> {
                     About::Pruned(name) if up_to_date => {
                         self.tell_removed(&recorded);
                         self.queue.0.standings.send_modify(|all| drop(all.as_mut().map(|all| Arc::make_mut(all).remove(&name))));
-                        self.compare(&mut broker, &mut recorded.bindings, &name, false).await?;
+                        self.compare(&mut broker, &mut recorded, &name, Unrecorded::Removed).await?;
                     }
                     About::Standing(name) => {
                         self.has_read(&name, &recorded);
@@ -458,10 +505,61 @@ impl<'a> Reconciler<'a> {
         });
     }
 
+    /// Sees to it that what the record says of those who are configured here is bound: what another daemon has removed stays
+    /// removed, and what somebody else has taken away comes back.
+    async fn keep_bound(&mut self, broker: &mut Broker<'_>, recorded: &Recorded) {
+        let (subscribers, patterns) = (self.subscribers.clone(), self.to_be_bound(recorded));
+        self.upkeep.check(broker, &subscribers, &patterns).await;
+    }
+
+    fn to_be_bound(&self, recorded: &Recorded) -> Patterns {
+        let mut patterns = recorded.bound_to(&self.topology.events());
+        patterns.retain(|name, _| self.wanted.contains_key(name));
+        for (name, wanted) in &self.wanted {
+            let bound = patterns.entry(name.clone()).or_default();
+            if self.between.contains(name) {
+                bound.clone_from(&wanted.patterns);
+            } else {
+                // What another configuration wants besides is the other daemon's to keep.
+                bound.retain(|pattern| wanted.patterns.contains(pattern));
+            }
+        }
+        patterns.retain(|_, bound| !bound.is_empty());
+        patterns
+    }
+
+    /// When the stream was deleted and declared again, this daemon is the one that knows what stood there. Who is bound is written
+    /// when that is reconciled.
+    async fn write_lost(&mut self, recorded: &mut Recorded) -> Result<(), QueueError> {
+        let began = std::mem::replace(&mut self.has_read, true);
+        if !began {
+            self.queue.0.was_recorded.store(!recorded.bindings.is_empty(), std::sync::atomic::Ordering::Relaxed);
+        }
+        let known = self.queue.0.standings.borrow().clone().unwrap_or_default();
+        if !began || !recorded.bindings.is_empty() || self.wanted.is_empty() {
+            return Ok(());
+        }
+        tracing::warn!(
+            stream = self.topology.state(),
+            "the record is empty, so somebody has deleted it; what is bound and who is paused is written again"
+        );
+        for (name, standing) in known.iter().filter(|(name, _)| !recorded.standings.contains_key(*name)) {
+            self.write(&Record::of(name, standing)).await?;
+        }
+        let mut all = known;
+        for (name, standing) in recorded.standings.iter() {
+            Arc::make_mut(&mut all).insert(name.clone(), standing.clone());
+        }
+        recorded.standings = all;
+        Ok(())
+    }
+
     /// A record of a subscriber's bindings was just read.
     async fn has_come(&mut self, broker: &mut Broker<'_>, recorded: &mut Recorded, name: &str) -> Result<(), QueueError> {
-        let by_another = !self.is_echo(name, recorded);
-        self.compare(broker, &mut recorded.bindings, name, by_another).await
+        if !self.is_echo(name, recorded) {
+            self.is_elsewhere(name, recorded);
+        }
+        self.compare(broker, recorded, name, Unrecorded::Removed).await
     }
 
     /// Whether a record of bindings that was just read is one that this daemon has written.
@@ -482,64 +580,98 @@ impl<'a> Reconciler<'a> {
 
     /// Once for each configuration: from then on what another daemon says is no earlier one.
     async fn reconcile(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
-        let recorded = &mut all.bindings;
         let subscribers = self.subscribers.clone();
         if self.reconciled {
             for s in subscribers.iter() {
-                self.compare(broker, recorded, &s.name, false).await?;
+                let unrecorded = if all.removed.contains(&s.name) { Unrecorded::Removed } else { Unrecorded::Lost };
+                self.compare(broker, all, &s.name, unrecorded).await?;
             }
             return self.unbind_removed(broker, all).await;
         }
+        let recorded = &mut all.bindings;
         let mut all_done = true;
         for s in subscribers.iter() {
             let Some(wanted) = self.wanted.get(&s.name).cloned() else { continue };
-            let old = recorded.get(&s.name);
-            if old == Some(&wanted) {
+            let old = recorded.get(&s.name).cloned();
+            if old.as_ref() == Some(&wanted) {
                 continue;
             }
             // Another daemon may have unbound what this one had bound when it began.
-            if !self.ensure(broker, s).await? {
+            if !self.ensure(broker, s).await {
                 all_done = false;
                 continue;
             }
-            if let Some(Bound { exchange, patterns }) = old {
-                for pattern in patterns {
-                    if *exchange == wanted.exchange && wanted.patterns.contains(pattern) {
-                        continue;
+            // What stays bound stays in the record, so that it is tried again.
+            let left = self.unbind_old(broker, &s.name, old.as_ref(), &wanted).await;
+            match old {
+                Some(old) if !left.is_empty() && old.exchange != wanted.exchange => {
+                    all_done = false;
+                    self.between.insert(s.name.clone());
+                }
+                _ => {
+                    all_done &= left.is_empty();
+                    let bound = Bound { patterns: &wanted.patterns | &left, ..wanted };
+                    if recorded.get(&s.name) != Some(&bound) {
+                        self.record(recorded, &s.name, bound).await?;
                     }
-                    self.unbind(broker, &s.name, exchange, pattern).await?;
-                    tracing::warn!(subscriber = s.name, exchange, pattern, "unbound a pattern that is not configured any more");
+                    self.between.remove(&s.name);
                 }
             }
-            self.record(recorded, &s.name, wanted).await?;
         }
         self.unbind_removed(broker, all).await?;
         self.reconciled = all_done;
         Ok(())
     }
 
-    /// Declares and binds. What only an operator can mend of one subscriber keeps this from no other.
-    async fn ensure(&mut self, broker: &mut Broker<'_>, s: &Subscriber) -> Result<bool, QueueError> {
-        match self.topology.ensure_subscriber(broker, s).await {
-            Err(e) if e.is_for_operator() => {
-                if self.refused.insert(e.to_string()) {
-                    tracing::error!(subscriber = s.name, error = %e, "its bindings cannot be put right; looked at again each minute");
-                }
-                Ok(false)
+    /// Unbinds what was bound and is not wanted any more; returns the patterns for which that fails.
+    async fn unbind_old(&mut self, broker: &mut Broker<'_>, name: &str, old: Option<&Bound>, wanted: &Bound) -> BTreeSet<String> {
+        let mut left = BTreeSet::new();
+        let Some(Bound { exchange, patterns }) = old else { return left };
+        for pattern in patterns {
+            if *exchange == wanted.exchange && wanted.patterns.contains(pattern) {
+                continue;
             }
-            done => done.map(|()| true),
+            if self.unbind(broker, name, exchange, pattern).await {
+                tracing::warn!(subscriber = name, exchange, pattern, "unbound a pattern that is not configured any more");
+            } else {
+                left.insert(pattern.clone());
+            }
         }
+        if *exchange != wanted.exchange
+            && let Err(e) = self.topology.release_witness(broker, exchange).await
+        {
+            tracing::debug!(exchange, error = %e, "the witness stays bound to an exchange that is not configured any more");
+        }
+        left
+    }
+
+    /// Declares and binds. What goes wrong with one subscriber keeps this from no other: it is tried again each minute.
+    async fn ensure(&mut self, broker: &mut Broker<'_>, s: &Subscriber) -> bool {
+        let done = self.topology.ensure_subscriber(broker, s).await;
+        self.told(&s.name, done)
+    }
+
+    /// Whether that went well. If not, it is logged once for each reason.
+    fn told(&mut self, subscriber: &str, done: Result<(), QueueError>) -> bool {
+        if let Err(e) = &done
+            && self.refused.insert(format!("{subscriber}: {e}"))
+        {
+            tracing::error!(subscriber, error = %e, "its bindings cannot be put right; it is tried again each minute");
+        }
+        done.is_ok()
     }
 
     /// Unbinds a pattern, unless it is just being bound: a reload that wants it again may have been answered before this
     /// has heard of it.
-    async fn unbind(&self, broker: &mut Broker<'_>, name: &str, exchange: &str, pattern: &str) -> Result<(), QueueError> {
+    async fn unbind(&mut self, broker: &mut Broker<'_>, name: &str, exchange: &str, pattern: &str) -> bool {
         // Held until it is unbound, so that what is bound later stays.
         let prepared = self.queue.0.prepared.lock().await;
         if exchange == self.topology.events() && prepared.get(name).is_some_and(|patterns| patterns.contains(pattern)) {
-            return Ok(());
+            return true;
         }
-        broker.unbind(&self.topology.main(name), exchange, pattern).await
+        let unbound = broker.unbind(&self.topology.main(name), exchange, pattern).await;
+        drop(prepared);
+        self.told(name, unbound)
     }
 
     /// Unbinds subscribers that are not configured here, unless another daemon works for them or wants them back.
@@ -551,12 +683,19 @@ impl<'a> Reconciler<'a> {
         self.wanted_elsewhere.retain(|_, since| moment - *since < BELIEVED);
         let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains_key(name);
         let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
-        let alone = removed.is_empty() || self.is_alone(broker).await?;
+        let alone = removed.is_empty() || self.is_alone(broker).await;
         for name in removed {
             let queue = self.topology.main(&name);
             // This daemon's own lane may still finish its requests.
             let own = self.queue.consumers_of(&name);
-            if broker.depth(&queue).await?.is_some_and(|d| d.consumers > own) {
+            let depth = match broker.depth(&queue).await {
+                Ok(depth) => depth,
+                Err(e) => {
+                    self.told(&name, Err(e));
+                    continue;
+                }
+            };
+            if depth.is_some_and(|d| d.consumers > own) {
                 self.asked.remove(&name);
                 let looks = self.looks.entry(name.clone()).or_default();
                 *looks += 1;
@@ -581,18 +720,25 @@ impl<'a> Reconciler<'a> {
                     continue;
                 }
             }
-            self.asked.remove(&name);
+            let mut unbound = true;
             if let Some(bound) = recorded.get(&name) {
                 for pattern in &bound.patterns {
-                    self.unbind(broker, &name, &bound.exchange, pattern).await?;
+                    unbound &= self.unbind(broker, &name, &bound.exchange, pattern).await;
                 }
             }
+            if !unbound {
+                // It stays in the record, and is tried again, without asking the others again.
+                self.stuck.insert(name);
+                continue;
+            }
+            self.asked.remove(&name);
+            self.stuck.remove(&name);
             tracing::warn!(subscriber = name, queue, "a subscriber that is not configured any more was unbound; its backlog stays");
             self.write(&Record::Removed { subscriber: name.clone(), removed: true, pruned: false, at: now() }).await?;
             recorded.remove(&name);
             all.removed.insert(name.clone());
             self.looks.remove(&name);
-            self.told.remove(&name);
+            self.differing.remove(&name);
             self.removed.insert(name);
         }
         Ok(())
@@ -600,20 +746,22 @@ impl<'a> Reconciler<'a> {
 
     /// Whether it looks as if there were no other daemon: of those who read a stream the broker tells nothing, but they consume the
     /// queues that this one consumes. If it consumes none, as when all receivers are down, that says nothing.
-    async fn is_alone(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
+    async fn is_alone(&self, broker: &mut Broker<'_>) -> bool {
         let mut consumes = false;
         for s in self.subscribers.iter() {
             let own = self.queue.consumers_of(&s.name);
             consumes |= own > 0;
-            if broker.depth(&self.topology.main(&s.name)).await?.is_some_and(|d| d.consumers > own) {
-                return Ok(false);
+            match broker.depth(&self.topology.main(&s.name)).await {
+                Ok(depth) if depth.is_none_or(|d| d.consumers <= own) => {}
+                // Or it does not answer, which says nothing.
+                Ok(_) | Err(_) => return false,
             }
         }
-        Ok(consumes)
+        consumes
     }
 
     fn until_next_look(&self) -> Duration {
-        let soon = !self.asked.is_empty() || self.looks.values().any(|n| *n < 2);
+        let soon = self.asked.keys().any(|name| !self.stuck.contains(name)) || self.looks.values().any(|n| *n < 2);
         if soon { RECHECK_SOON } else { RECHECK }
     }
 
@@ -624,28 +772,39 @@ impl<'a> Reconciler<'a> {
         self.record(recorded, name, bound).await
     }
 
+    /// Another daemon has written of a subscriber. Who writes that is alive, also if it consumes nothing just now.
+    fn is_elsewhere(&mut self, name: &str, recorded: &Recorded) {
+        if self.wanted.contains_key(name) || !recorded.bindings.contains_key(name) {
+            return;
+        }
+        let asked = self.asked.remove(name).is_some();
+        if self.wanted_elsewhere.insert(name.to_owned(), clock::instant()).is_none() && asked {
+            tracing::warn!(subscriber = name, "not configured here, but another daemon has it: it stays bound");
+        }
+    }
+
     /// Another daemon has changed a subscriber. If this one has it too and says otherwise, its own
     /// bindings are put back, since without them it loses events, and recorded beside the other's: what is
     /// bound is always in the record, or nobody would ever unbind it. Whose patterns are in the record
     /// writes nothing, so that two daemons do not answer each other without end.
-    async fn compare(&mut self, broker: &mut Broker<'_>, recorded: &mut Bindings, name: &str, by_another: bool) -> Result<(), QueueError> {
-        let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else {
-            // Who writes that is alive, also if it consumes nothing just now.
-            if recorded.contains_key(name) && by_another {
-                let asked = self.asked.remove(name).is_some();
-                if self.wanted_elsewhere.insert(name.to_owned(), clock::instant()).is_none() && asked {
-                    tracing::warn!(subscriber = name, "not configured here, but another daemon has it: it stays bound");
-                }
-            }
-            return Ok(());
-        };
+    async fn compare(
+        &mut self,
+        broker: &mut Broker<'_>,
+        recorded: &mut Recorded,
+        name: &str,
+        unrecorded: Unrecorded,
+    ) -> Result<(), QueueError> {
+        let recorded = &mut recorded.bindings;
+        let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else { return Ok(()) };
         let Some(wanted) = self.wanted.get(name).cloned() else { return Ok(()) };
         let found = recorded.get(name);
         if found == Some(&wanted) {
-            self.told.remove(name);
+            self.differing.remove(name);
             return Ok(());
         }
-        if self.told.insert(name.to_owned()) {
+        if found.is_none() && unrecorded == Unrecorded::Lost {
+            tracing::warn!(subscriber = name, stream = self.topology.state(), "it is not in the record any more, and is written again");
+        } else if self.differing.insert(name.to_owned()) {
             tracing::error!(
                 subscriber = name,
                 "another daemon with the same [queue] prefix has another configuration of this subscriber, or none; \
@@ -653,7 +812,7 @@ impl<'a> Reconciler<'a> {
             );
         }
         let found = found.cloned();
-        if !self.ensure(broker, &s).await? {
+        if !self.ensure(broker, &s).await {
             return Ok(());
         }
         match found {

@@ -1,5 +1,7 @@
 //! Queues, exchanges and bindings: what they are called, and how they come to be.
 
+use std::collections::BTreeSet;
+
 use lapin::{
     Channel, ExchangeKind,
     options::{
@@ -118,9 +120,19 @@ impl Topology {
         }
     }
 
+    /// The exchange of [`witness`](Self::ensure_witness).
+    pub(super) fn witness(&self) -> String {
+        self.named("witness")
+    }
+
     /// What belongs to no subscriber: the events' exchange, the ladder, the orphans.
     pub(super) async fn ensure_shared(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         self.ensure_events(broker).await?;
+        self.ensure_own(broker).await
+    }
+
+    /// What of that nobody else has any business with: the ladder and the orphans.
+    pub(super) async fn ensure_own(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let orphans = self.orphans();
         broker.ensure_queue(&orphans, keeping_arguments()).await?;
         broker.exchange(&orphans, ExchangeKind::Fanout, FieldTable::default()).await?;
@@ -140,29 +152,72 @@ impl Topology {
         Ok(())
     }
 
+    /// Whether the exchange that producers publish to is there.
+    pub(super) async fn has_events(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
+        let events = self.events();
+        match broker.declare_exchange(&events, ExchangeKind::Topic, true, FieldTable::default()).await {
+            Ok(()) => Ok(true),
+            Err(Refused::NotFound) => Ok(false),
+            Err(e) => Err(e.into_error("exchange", &events)),
+        }
+    }
+
+    /// Whether the witness is there: an exchange that nobody publishes to, bound to the one of the events. It is deleted with its last
+    /// binding, and so with that exchange: whoever deletes the events' exchange and declares it anew takes all bindings away, and
+    /// this is the only thing that AMQP shows of it.
+    pub(super) async fn has_witness(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
+        let witness = self.witness();
+        match broker.declare_exchange(&witness, ExchangeKind::Fanout, true, FieldTable::default()).await {
+            Ok(()) => Ok(true),
+            Err(Refused::NotFound) => Ok(false),
+            Err(e) => Err(e.into_error("exchange", &witness)),
+        }
+    }
+
+    /// Declares the witness. Who may not bind it has one that never goes, and so tells nothing.
+    pub(super) async fn ensure_witness(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        let witness = self.witness();
+        let options = ExchangeDeclareOptions { durable: true, auto_delete: true, ..ExchangeDeclareOptions::default() };
+        let declared = broker
+            .ask(async |c| c.exchange_declare(witness.as_str().into(), ExchangeKind::Fanout, options, FieldTable::default()).await)
+            .await;
+        declared.map_err(|e| e.into_error("exchange", &witness))?;
+        broker.bind_exchange(&self.events(), &witness, "").await
+    }
+
+    /// From then on the witness is not one of that exchange any more.
+    pub(super) async fn release_witness(&self, broker: &mut Broker<'_>, exchange: &str) -> Result<(), QueueError> {
+        let witness = self.witness();
+        let unbound = broker.ask(async |c| {
+            let options = ExchangeUnbindOptions::default();
+            c.exchange_unbind(exchange.into(), witness.as_str().into(), "".into(), options, FieldTable::default()).await
+        });
+        match unbound.await {
+            Ok(()) | Err(Refused::NotFound) => Ok(()),
+            Err(e) => Err(e.into_error("exchange", &witness)),
+        }
+    }
+
     /// Looks at where events come from, and declares nothing that is not there.
     pub(super) async fn inspect_intake(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         match &self.config.intake {
-            Intake::Exchange(name) => match broker.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
-                Ok(()) => self.ensure_events(broker).await,
-                Err(Refused::NotFound) => Ok(()),
-                Err(e) => Err(e.into_error("exchange", name)),
-            },
+            Intake::Exchange(_) => if self.has_events(broker).await? { self.ensure_events(broker).await } else { Ok(()) },
             Intake::SourceQueue(_) => self.find_source(broker).await,
         }
     }
 
-    /// Whether the source queue is there, if events come from one.
+    /// Whether the source queue is there, if events come from one, and can be taken from without a loss.
     pub(super) async fn find_source(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
-        match &self.config.intake {
-            Intake::SourceQueue(queue) if broker.depth(queue).await?.is_none() => Err(QueueError::needs_operator(format!(
-                "[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it"
-            ))),
-            _ => Ok(()),
+        let Intake::SourceQueue(queue) = &self.config.intake else { return Ok(()) };
+        if broker.depth(queue).await?.is_none() {
+            let missing =
+                format!("[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it");
+            return Err(QueueError::needs_operator(missing));
         }
+        if broker.is_stream(queue).await { Err(source_is_stream(queue)) } else { Ok(()) }
     }
 
-    async fn ensure_events(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+    pub(super) async fn ensure_events(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let events = self.events();
         broker.ensure_exchange(&events).await.map_err(|e| match (&e, &self.config.intake) {
             (Refused::Inequivalent { argument, wanted, found }, Intake::Exchange(_)) if argument == "type" => {
@@ -189,6 +244,15 @@ impl Topology {
         quorum(&[("x-dead-letter-routing-key", text(&self.dead(subscriber))), a, b, c])
     }
 
+    /// What a subscriber needs beside its events: where its retries and dead letters go.
+    pub(super) async fn ensure_ways_back(&self, broker: &mut Broker<'_>, subscriber: &str) -> Result<(), QueueError> {
+        let [dead, retry, _] = self.subscriber_queues(subscriber);
+        for (queue, arguments) in [dead, retry] {
+            broker.ensure_queue(&queue, arguments).await?;
+        }
+        self.bind_retry(broker, subscriber).await
+    }
+
     /// A subscriber's three queues and their bindings.
     pub(super) async fn ensure_subscriber(&self, broker: &mut Broker<'_>, subscriber: &Subscriber) -> Result<(), QueueError> {
         let name = &subscriber.name;
@@ -199,6 +263,25 @@ impl Topology {
         self.bind_retry(broker, name).await?;
         for pattern in &subscriber.events {
             broker.bind(&self.main(name), &self.events(), pattern.as_str()).await?;
+        }
+        Ok(())
+    }
+
+    /// The same for a subscriber that had them: declares of its queues those that are missing, and binds `patterns`.
+    pub(super) async fn put_back_subscriber(
+        &self,
+        broker: &mut Broker<'_>,
+        name: &str,
+        patterns: &BTreeSet<String>,
+    ) -> Result<(), QueueError> {
+        for (queue, arguments) in self.subscriber_queues(name) {
+            if broker.depth(&queue).await?.is_none() {
+                broker.ensure_queue(&queue, arguments).await?;
+            }
+        }
+        self.bind_retry(broker, name).await?;
+        for pattern in patterns {
+            broker.bind(&self.main(name), &self.events(), pattern).await?;
         }
         Ok(())
     }
@@ -290,6 +373,15 @@ fn keeping_arguments() -> FieldTable {
     quorum(&[("x-overflow", text("reject-publish"))])
 }
 
+/// A stream keeps what was taken: who comes back reads it again from its beginning, or misses what came meanwhile.
+pub(super) fn source_is_stream(queue: &str) -> QueueError {
+    QueueError::needs_operator(format!(
+        "[queue] source_queue `{queue}` is a stream: hooktrail keeps no position in it, so that what comes while no daemon reads it \
+         would never be delivered"
+    ))
+    .remedied("bind a quorum queue to the exchange that fills the stream, and name that as source_queue")
+}
+
 /// Why the broker did not do what it was asked.
 pub(super) enum Refused {
     NotFound,
@@ -346,11 +438,18 @@ fn inequivalent(message: &str) -> Option<Refused> {
 pub(super) struct Broker<'p> {
     pool: &'p Pool,
     lease: Option<Lease>,
+    /// Queues and exchanges that were not there and are now.
+    declared: Vec<String>,
 }
 
 impl<'p> Broker<'p> {
     pub(super) fn new(pool: &'p Pool) -> Self {
-        Self { pool, lease: None }
+        Self { pool, lease: None, declared: Vec::new() }
+    }
+
+    /// Queues and exchanges that were declared since this was asked last.
+    pub(super) fn take_declared(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.declared)
     }
 
     async fn ask<T>(&mut self, request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>) -> Result<T, Refused> {
@@ -386,6 +485,13 @@ impl<'p> Broker<'p> {
         }
     }
 
+    /// Whether a queue that is there is a stream: the broker says so when it is declared with a type that does not exist, which
+    /// declares nothing. Who may not declare it is not told.
+    pub(super) async fn is_stream(&mut self, queue: &str) -> bool {
+        let asked = self.compare(queue, table(&[("x-queue-type", text("hooktrail-asks"))])).await;
+        matches!(asked, Err(Refused::Inequivalent { argument, found, .. }) if argument == "x-queue-type" && found == "stream")
+    }
+
     /// How many messages are ready in a queue; `None` if there is no such queue.
     pub(super) async fn messages(&mut self, queue: &str) -> Result<Option<u64>, QueueError> {
         Ok(self.depth(queue).await?.map(|d| d.messages.into()))
@@ -400,6 +506,7 @@ impl<'p> Broker<'p> {
             Ok(_) => {
                 if !existed {
                     tracing::debug!(queue, "declared");
+                    self.declared.push(queue.to_owned());
                 }
                 Ok(())
             }
@@ -459,7 +566,12 @@ impl<'p> Broker<'p> {
             Err(other) => return Err(other),
         };
         match self.declare_exchange(name, ExchangeKind::Topic, false, FieldTable::default()).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                if !existed {
+                    self.declared.push(name.to_owned());
+                }
+                Ok(())
+            }
             // An alternate exchange, say, or one that is deleted with its last binding: the owner's choice.
             Err(Refused::Inequivalent { argument, .. }) if existed && argument != "type" => Ok(()),
             Err(Refused::Forbidden(_)) if existed => Ok(()),
@@ -472,6 +584,10 @@ impl<'p> Broker<'p> {
         let exists = self.declare_exchange(name, kind.clone(), true, FieldTable::default()).await.is_ok();
         match self.declare_exchange(name, kind, false, arguments).await {
             Err(Refused::Forbidden(_)) if exists => Ok(()),
+            Ok(()) if !exists => {
+                self.declared.push(name.to_owned());
+                Ok(())
+            }
             answer => answer.map_err(|e| e.into_error("exchange", name)),
         }
     }

@@ -1,0 +1,389 @@
+//! What somebody deletes under the daemon is put back: bindings, the ladder, queues. Checked each minute, and at once when a
+//! message finds no queue.
+//!
+//! AMQP tells nobody whether a binding exists, and binding what is bound changes nothing. So bindings are simply made again,
+//! and what was missing is known only where something shows it: a queue or an exchange that is not there, the witness
+//! ([`Topology::ensure_witness`]), a message that came back, or the management API.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::time::timeout;
+
+use super::{
+    AmqpQueue,
+    connection::Effort,
+    management::Management,
+    state,
+    topology::{Broker, Topology},
+};
+use crate::{
+    clock,
+    config::Subscriber,
+    event::Pattern,
+    queue::{Harms, QueueError},
+};
+
+/// Between two checks when nothing seems to be missing.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// Between two checks whatever happens.
+const SOONEST: Duration = Duration::from_secs(5);
+
+/// How long an exchange has to be absent before it is declared: a producer that deletes it, to declare it with other arguments,
+/// would be refused if another one were there.
+const SECOND_LOOK: Duration = Duration::from_secs(10);
+
+/// For putting back what a settlement found missing.
+const MENDING: Duration = Duration::from_secs(30);
+
+/// Patterns of subscribers' queues, by subscriber, as far as they are the record's.
+pub(super) type Patterns = BTreeMap<String, BTreeSet<String>>;
+
+/// When the next check is due, and what an absent exchange asks for.
+#[derive(Debug, Default)]
+struct Schedule {
+    last: Option<Instant>,
+    absent_since: Option<Instant>,
+    /// Somebody has seen that something is missing; or the last check could not put it right.
+    soon: bool,
+}
+
+impl Schedule {
+    /// `None`: at once.
+    fn due(&self) -> Option<Instant> {
+        let last = self.last?;
+        let next = last + if self.soon { SOONEST } else { INTERVAL };
+        let second_look = self.absent_since.map(|since| since + SECOND_LOOK).filter(|at| *at > last);
+        Some(second_look.map_or(next, |at| at.min(next)))
+    }
+
+    fn checked(&mut self, now: Instant, well: bool) {
+        (self.last, self.soon) = (Some(now), !well);
+    }
+
+    /// The exchange is absent. Returns whether it is to be declared now.
+    fn absent(&mut self, now: Instant) -> bool {
+        now.saturating_duration_since(*self.absent_since.get_or_insert(now)) >= SECOND_LOOK
+    }
+
+    fn present(&mut self) {
+        self.absent_since = None;
+    }
+}
+
+/// Keeps subscribers' queues and bindings in place.
+pub(super) struct Upkeep<'a> {
+    queue: &'a AmqpQueue,
+    topology: &'a Topology,
+    schedule: Schedule,
+    api: Option<Management>,
+    /// The witness was there after the last check.
+    witnessed: bool,
+    told: BTreeSet<String>,
+}
+
+/// What a check found missing.
+#[derive(Debug, Default)]
+struct Missing {
+    /// The exchange was deleted, with all its bindings.
+    exchange: bool,
+    declared: Vec<String>,
+    /// As the management API shows them.
+    bindings: Vec<String>,
+}
+
+impl<'a> Upkeep<'a> {
+    pub(super) fn new(queue: &'a AmqpQueue) -> Self {
+        let topology = queue.topology();
+        let uri = topology.url().expose().as_str().parse().ok();
+        let api = topology.management_url().zip(uri).and_then(|(url, uri)| Management::try_new(url, &uri).ok());
+        Self { queue, topology, schedule: Schedule::default(), api, witnessed: false, told: BTreeSet::new() }
+    }
+
+    /// Waits until the next check is due.
+    pub(super) async fn due(&mut self) {
+        loop {
+            let due = self.schedule.due().unwrap_or_else(clock::instant);
+            tokio::select! {
+                () = tokio::time::sleep_until(due.into()) => return,
+                () = self.queue.0.unbound.notified() => self.schedule.soon = true,
+            }
+        }
+    }
+
+    /// Sees to it that the exchange is there, and that each of these subscribers has its queues, and `patterns` of the record bound
+    /// to it. What goes wrong with one keeps this from no other.
+    pub(super) async fn check(&mut self, broker: &mut Broker<'_>, subscribers: &[Arc<Subscriber>], patterns: &Patterns) {
+        broker.take_declared();
+        let mut missing = Missing::default();
+        let exchange = self.exchange(broker, !patterns.is_empty(), &mut missing).await;
+        let well = match exchange {
+            Ok(true) => self.subscribers(broker, subscribers, patterns, &mut missing).await,
+            Ok(false) => true,
+            Err(e) => {
+                self.fails("the exchange of the events", Harms::Lanes, &e);
+                false
+            }
+        };
+        missing.declared = broker.take_declared();
+        // What is declared by the first check is new.
+        let mut sound = self.queue.0.sound.lock().unwrap_or_else(PoisonError::into_inner);
+        if sound.is_some() || missing.exchange {
+            missing.tell(self.topology, *sound);
+        }
+        if well && self.schedule.absent_since.is_none() {
+            *sound = Some(clock::now());
+        }
+        self.schedule.checked(clock::instant(), well);
+    }
+
+    /// Whether the exchange is there, by now.
+    async fn exchange(&mut self, broker: &mut Broker<'_>, was_bound: bool, missing: &mut Missing) -> Result<bool, QueueError> {
+        let topology = self.topology;
+        if !topology.has_events(broker).await? {
+            if !self.schedule.absent(clock::instant()) {
+                let why = format!(
+                    "exchange `{}` does not exist any more, so that producers cannot publish; unless its owner declares it, that is done here in {} s",
+                    topology.events(),
+                    SECOND_LOOK.as_secs()
+                );
+                self.fails("the exchange of the events", Harms::Lanes, &QueueError::new(why));
+                return Ok(false);
+            }
+            topology.ensure_events(broker).await?;
+        }
+        self.schedule.present();
+        let there = topology.has_witness(broker).await?;
+        if !there {
+            missing.exchange = self.witnessed;
+            self.queue.witness(broker).await;
+        } else if !self.witnessed {
+            // At a start the record tells that there were bindings, and so a witness.
+            missing.exchange = was_bound && self.queue.was_recorded() && self.queue.0.witnessed.get() == Some(&false);
+        }
+        self.witnessed = true;
+        self.ends("the exchange of the events");
+        Ok(true)
+    }
+
+    /// Returns whether all is in place.
+    async fn subscribers(
+        &mut self,
+        broker: &mut Broker<'_>,
+        subscribers: &[Arc<Subscriber>],
+        patterns: &Patterns,
+        missing: &mut Missing,
+    ) -> bool {
+        let events = self.topology.events();
+        let known = match &self.api {
+            Some(api) => api.bindings_of(&events).await.ok(),
+            None => None,
+        };
+        let mut well = true;
+        for s in subscribers {
+            let Some(patterns) = patterns.get(&s.name) else { continue };
+            if let Some(known) = &known {
+                let main = self.topology.main(&s.name);
+                let unbound = patterns.iter().filter(|p| !known.iter().any(|b| b.destination == main && b.routing_key == **p));
+                missing.bindings.extend(unbound.map(|p| format!("{main} <- {p}")));
+            }
+            let about = format!("subscriber `{}`", s.name);
+            match self.topology.put_back_subscriber(broker, &s.name, patterns).await {
+                Ok(()) => self.ends(&about),
+                Err(e) => {
+                    well &= e.is_for_operator();
+                    self.fails(&about, Harms::Subscriber(s.name.clone()), &e);
+                }
+            }
+        }
+        well
+    }
+
+    fn fails(&mut self, about: &str, harms: Harms, e: &QueueError) {
+        self.queue.0.troubles.send_if_modified(|all| all.begins(about, harms, e.to_string()));
+        if self.told.insert(format!("{about}: {e}")) {
+            tracing::error!(error = %e, "{about}: not as it should be; checked again");
+        }
+    }
+
+    fn ends(&mut self, about: &str) {
+        self.told.retain(|told| !told.starts_with(about));
+        if self.queue.0.troubles.send_if_modified(|all| all.ends(about)) {
+            tracing::info!("{about}: as it should be again");
+        }
+    }
+}
+
+impl Drop for Upkeep<'_> {
+    /// What nobody checks any more is not known.
+    fn drop(&mut self) {
+        self.queue.0.troubles.send_if_modified(|all| all.retain(|about| !is_of_upkeep(about)));
+    }
+}
+
+fn is_of_upkeep(about: &str) -> bool {
+    about == "the exchange of the events" || about.starts_with("subscriber `")
+}
+
+impl Missing {
+    fn tell(&self, topology: &Topology, sound: Option<SystemTime>) {
+        let since = sound.map_or_else(|| "a time when no daemon ran".to_owned(), |at| humantime::format_rfc3339_seconds(at).to_string());
+        if self.exchange {
+            tracing::error!(
+                exchange = topology.events(),
+                since,
+                "the exchange was deleted, and its bindings with it, and declared again: they are put back; what was published meanwhile may be lost"
+            );
+        } else if !self.bindings.is_empty() {
+            let bindings = self.bindings.join(", ");
+            tracing::error!(bindings, since, "bindings were missing and are put back: what was published for them meanwhile is lost");
+        }
+        for name in &self.declared {
+            tracing::error!(name, since, "was missing and is declared again: what was in it, and what was published for it meanwhile, is lost");
+        }
+    }
+}
+
+impl AmqpQueue {
+    /// Declares the witness. Who may not bind it goes without.
+    async fn witness(&self, broker: &mut Broker<'_>) {
+        if let Err(e) = self.topology().ensure_witness(broker).await {
+            tracing::debug!(error = %e, "whether the exchange is deleted and declared again cannot be noticed");
+        }
+    }
+
+    /// Looks at a start whether there is a witness, before anything is bound and recorded, and declares it.
+    pub(super) async fn first_witness(&self, broker: &mut Broker<'_>) {
+        if self.0.witnessed.get().is_none()
+            && let Ok(there) = self.topology().has_witness(broker).await
+        {
+            self.0.witnessed.set(there).ok();
+            self.witness(broker).await;
+        }
+    }
+
+    /// Keeps the ladder and the orphans in place.
+    pub(super) async fn keep_own(&self) {
+        let mut keeping = Effort::reporting("the delay ladder", Harms::Lanes, &self.0.troubles);
+        loop {
+            let mended = self.mend(None).await;
+            match mended {
+                Ok(()) => {
+                    keeping.goes_well();
+                    self.0.damaged.send_replace(false);
+                    let mut damaged = self.0.damaged.subscribe();
+                    tokio::select! {
+                        () = tokio::time::sleep(INTERVAL) => {}
+                        _ = damaged.wait_for(|damaged| *damaged) => {}
+                    }
+                }
+                Err(e) => keeping.failed(&e).await,
+            }
+        }
+    }
+
+    /// What a settlement is written to was not there: puts back what a subscriber shares with all others, and its own ways back.
+    ///
+    /// # Errors
+    /// It cannot be put back; from then on nothing is [`writable`](crate::queue::Queue::writable) before it can.
+    pub(super) async fn put_back(&self, subscriber: &str) -> Result<(), QueueError> {
+        let late = || QueueError::new(format!("what is missing could not be declared within {} s", MENDING.as_secs()));
+        let mended = timeout(MENDING, self.mend(Some(subscriber))).await.unwrap_or_else(|_| Err(late()));
+        if mended.is_err() {
+            self.0.damaged.send_replace(true);
+        }
+        mended
+    }
+
+    async fn mend(&self, subscriber: Option<&str>) -> Result<(), QueueError> {
+        // One after the other: what one of many lanes declares, the others find.
+        let _one = self.0.mending.lock().await;
+        let mut broker = self.broker();
+        let topology = self.topology();
+        let mut mended = topology.ensure_own(&mut broker).await;
+        if let (Ok(()), Some(subscriber)) = (&mended, subscriber) {
+            mended = topology.ensure_ways_back(&mut broker, subscriber).await;
+        }
+        for name in broker.take_declared() {
+            tracing::error!(name, "was missing and is declared again: batches or dead letters that were in it are lost");
+        }
+        mended
+    }
+
+    /// Binds again, as the record says, what events of these types should have reached and did not; returns whether there was such
+    /// a thing.
+    ///
+    /// # Errors
+    /// It cannot be bound, or the record cannot be read.
+    pub(super) async fn bind_again(&self, types: &BTreeSet<String>) -> Result<bool, QueueError> {
+        let matches = |pattern: &str| Pattern::try_new(pattern).is_ok_and(|p| types.iter().any(|t| p.matches(t)));
+        let mut bound = self.bound().clone();
+        // What a command knows is what it is configured with.
+        if !self.follows() {
+            if !bound.values().flatten().any(|p| matches(p)) {
+                return Ok(false);
+            }
+            bound = state::bound(self).await?;
+        }
+        let wanted: Vec<(&String, &String)> =
+            bound.iter().flat_map(|(name, all)| all.iter().filter(|p| matches(p)).map(move |p| (name, p))).collect();
+        let mut broker = self.broker();
+        for (name, pattern) in &wanted {
+            broker.bind(&self.topology().main(name), &self.topology().events(), pattern).await?;
+        }
+        if let Some((subscriber, pattern)) = wanted.first() {
+            let sound = *self.0.sound.lock().unwrap_or_else(PoisonError::into_inner);
+            let since = sound.map(|at| humantime::format_rfc3339_seconds(at).to_string());
+            tracing::error!(
+                subscriber,
+                pattern,
+                since,
+                "an event reached no queue although a pattern matches it: bindings were missing and are put back; what was published \
+                 meanwhile may be lost"
+            );
+        }
+        // For what else may be missing.
+        self.0.unbound.notify_one();
+        Ok(!wanted.is_empty())
+    }
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_check_comes_each_minute_and_sooner_when_something_is_missing() {
+        let now = clock::instant();
+        let mut schedule = Schedule::default();
+        assert_eq!(schedule.due(), None, "the first at once");
+        schedule.checked(now, true);
+        assert_eq!(schedule.due(), Some(now + INTERVAL));
+        schedule.soon = true; // a message came back
+        assert_eq!(schedule.due(), Some(now + SOONEST));
+        schedule.checked(now + SOONEST, false);
+        assert_eq!(schedule.due(), Some(now + 2 * SOONEST), "it could not be put right");
+        schedule.checked(now + 2 * SOONEST, true);
+        assert_eq!(schedule.due(), Some(now + 2 * SOONEST + INTERVAL));
+    }
+
+    #[test]
+    fn an_absent_exchange_is_declared_at_the_second_look_and_not_if_somebody_declared_it_meanwhile() {
+        let now = clock::instant();
+        let mut schedule = Schedule::default();
+        assert!(!schedule.absent(now));
+        schedule.checked(now, true);
+        assert_eq!(schedule.due(), Some(now + SECOND_LOOK));
+        assert!(!schedule.absent(now + SOONEST), "somebody asked for a check in between");
+        assert!(schedule.absent(now + SECOND_LOOK));
+        schedule.present();
+        schedule.checked(now + SECOND_LOOK, true);
+        assert_eq!(schedule.due(), Some(now + SECOND_LOOK + INTERVAL));
+        assert!(!schedule.absent(now + 2 * INTERVAL), "another time, another first look");
+    }
+}
