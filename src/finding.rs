@@ -32,6 +32,9 @@ impl Severity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     pub severity: Severity,
+    /// It was not looked at, so that what could be wrong with it is not known.
+    #[serde(skip)]
+    pub(crate) unseen: bool,
     /// Of what it was found; of several where it is the same.
     pub about: Vec<String>,
     pub found: String,
@@ -48,7 +51,7 @@ const SHOWN: usize = 3;
 
 impl Finding {
     pub fn ok(about: impl Into<String>, found: impl Into<String>) -> Self {
-        Self { severity: Severity::Ok, about: vec![about.into()], found: found.into(), risk: None, remedy: None }
+        Self { severity: Severity::Ok, unseen: false, about: vec![about.into()], found: found.into(), risk: None, remedy: None }
     }
 
     pub fn note(about: impl Into<String>, found: impl Into<String>) -> Self {
@@ -65,7 +68,12 @@ impl Finding {
 
     /// What could not be looked at, and why; `look` says how an operator can.
     pub fn unseen(what: impl Into<String>, why: impl fmt::Display, look: impl Into<String>) -> Self {
-        Self::note(what, format!("not looked at: {why}")).mended(look)
+        Self { unseen: true, ..Self::note(what, format!("not looked at: {why}")).mended(look) }
+    }
+
+    /// Whether it says that something was not looked at.
+    pub fn is_unseen(&self) -> bool {
+        self.unseen
     }
 
     #[must_use]

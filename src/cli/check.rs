@@ -52,7 +52,12 @@ async fn connect(config: &Config, json: bool) -> Result<(), Failed> {
     match findings.iter().filter(|f| f.severity == Severity::Harmful).count() {
         0 if json => Ok(()),
         0 => {
-            println!("# Nothing harmful was found.");
+            let unseen: Vec<String> = findings.iter().filter(|f| f.is_unseen()).map(Finding::names).collect();
+            if unseen.is_empty() {
+                println!("# Nothing harmful was found.");
+            } else {
+                println!("# Nothing harmful was found in what was looked at. Not looked at, so not known: {}.", visible(&unseen.join("; ")));
+            }
             Ok(())
         }
         harmful => Err(Failed::Runtime(format!(
@@ -109,7 +114,11 @@ async fn inspect(queue: impl Queue, config: &Config) -> Vec<Finding> {
 }
 
 fn no_queue(e: &QueueError) -> Finding {
-    Finding::harmful("queue", e.to_string()).risking("nothing is taken in or delivered")
+    let finding = Finding::harmful("queue", e.what()).risking("nothing is taken in or delivered");
+    match e.remedy() {
+        Some(remedy) => finding.mended(remedy),
+        None => finding,
+    }
 }
 
 /// The configuration with all defaults filled in, as TOML, secrets left out.

@@ -209,7 +209,7 @@ fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindi
         let unbound = look.expect("harmful", "sub.a`", "is not bound to exchange");
         assert!(text(unbound, "found").contains("`b.#`") && text(unbound, "remedy") == "hooktrail repair a", "{unbound}");
         look.expect("warning", "sub.a`", "with `surplus.*` too, which is not configured");
-        look.expect("warning", "sub.a.dead`", "is missing");
+        look.expect("harmful", "sub.a.dead`", "is missing");
         setup.ok(&["repair", "a"]);
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(0), "{:#?}", look.findings);

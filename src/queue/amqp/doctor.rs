@@ -170,7 +170,11 @@ impl Look<'_> {
     /// What AMQP shows of queues and exchange: whether they are there, and with which arguments.
     async fn queues(&mut self, broker: &mut Broker<'_>) {
         if let Err(e) = self.topology.inspect_intake(broker).await {
-            self.found(Finding::harmful("[queue]", e.to_string()).risking("no event comes in from there"));
+            let finding = Finding::harmful("[queue]", e.what()).risking("no event comes in from there");
+            self.found(match e.remedy() {
+                Some(remedy) => finding.mended(remedy),
+                None => finding,
+            });
         }
         let own = self.subscribers.iter().flat_map(|s| self.topology.subscriber_queues(&s.name));
         let expected: Vec<_> = own.chain(self.topology.shared_queues()).collect();
@@ -206,12 +210,36 @@ impl Look<'_> {
         if sound > 0 {
             self.found(Finding::ok("queues", format!("{sound} have the arguments that hooktrail gives them")));
         }
-        self.absent(absent);
         match broker.depth(&self.topology.state()).await {
             Ok(Some(_)) => drop(self.there.insert(self.topology.state())),
             Ok(None) => {}
             Err(e) => {
                 self.found(Finding::warning(self.topology.state(), format!("does not answer: {e}")).risking("who is paused is not known"))
+            }
+        }
+        self.absent(absent);
+        if !self.there.is_empty() {
+            self.exchanges(broker).await;
+        }
+    }
+
+    /// Of a prefix that a daemon has run with: those that it has declared and that somebody has deleted.
+    async fn exchanges(&mut self, broker: &mut Broker<'_>) {
+        for name in self.topology.exchanges() {
+            let about = format!("exchange `{name}`");
+            match broker.has_exchange(&name).await {
+                Ok(true) => {}
+                Ok(false) if name == self.topology.events() => self.found(
+                    Finding::harmful(about, "is missing, while a daemon has run with it")
+                        .risking("producers cannot publish, or what they publish is lost")
+                        .mended("let its owner declare it; a running daemon does after 10 s, `hooktrail repair SUBSCRIBER` at once"),
+                ),
+                Ok(false) => self.found(
+                    Finding::harmful(about, "is missing, while others that belong to it are there")
+                        .risking("batches that wait for their next attempt have no way")
+                        .mended("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
+                ),
+                Err(e) => self.found(Finding::unseen(about, e, format!("rabbitmqctl list_exchanges -p {}", self.vhost()))),
             }
         }
     }
@@ -282,7 +310,8 @@ impl Look<'_> {
 
     /// A subscriber that was never seen, and a broker that is new, will get what they need from `run`.
     fn absent(&mut self, absent: Vec<String>) {
-        let shared_are_there = self.topology.shared_queues().iter().any(|(q, _)| self.there.contains(q));
+        // Any of them: a policy may have deleted all that are seldom used.
+        let has_run = !self.there.is_empty();
         let mut waits_for_run = Vec::new();
         for name in absent {
             let subscriber = match self.topology.part(&name) {
@@ -291,7 +320,7 @@ impl Look<'_> {
             };
             let others_are_there = match &subscriber {
                 Some(s) => self.topology.subscriber_queues(s).iter().any(|(q, _)| self.there.contains(q)),
-                None => shared_are_there,
+                None => has_run,
             };
             if !others_are_there {
                 waits_for_run.push(name);
@@ -303,12 +332,12 @@ impl Look<'_> {
                 (Some(Part::Main(_)), Some(s)) => Finding::harmful(about, missing)
                     .risking(format!("events that are published now pass `{s}` by"))
                     .mended(format!("hooktrail repair {s}")),
-                (_, Some(s)) => Finding::warning(about, missing)
-                    .risking("what is to be tried again, or kept as a dead letter, has no place")
-                    .mended(format!("hooktrail repair {s}")),
-                (_, None) => Finding::warning(about, missing)
-                    .risking("batches that wait for their next attempt have no place")
-                    .mended("hooktrail repair SUBSCRIBER, of any subscriber"),
+                (_, Some(s)) => Finding::harmful(about, missing)
+                    .risking("what was in it is lost; what is to be tried again, or kept as a dead letter, has no place")
+                    .mended(format!("a running daemon declares it within a minute; without one: hooktrail repair {s}")),
+                (_, None) => Finding::harmful(about, missing)
+                    .risking("what was in it is lost, and batches that wait for their next attempt have no place")
+                    .mended("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
             };
             self.found(finding);
         }

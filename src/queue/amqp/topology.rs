@@ -154,24 +154,14 @@ impl Topology {
 
     /// Whether the exchange that producers publish to is there.
     pub(super) async fn has_events(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
-        let events = self.events();
-        match broker.declare_exchange(&events, ExchangeKind::Topic, true, FieldTable::default()).await {
-            Ok(()) => Ok(true),
-            Err(Refused::NotFound) => Ok(false),
-            Err(e) => Err(e.into_error("exchange", &events)),
-        }
+        broker.has_exchange(&self.events()).await
     }
 
     /// Whether the witness is there: an exchange that nobody publishes to, bound to the one of the events. It is deleted with its last
     /// binding, and so with that exchange: whoever deletes the events' exchange and declares it anew takes all bindings away, and
     /// this is the only thing that AMQP shows of it.
     pub(super) async fn has_witness(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
-        let witness = self.witness();
-        match broker.declare_exchange(&witness, ExchangeKind::Fanout, true, FieldTable::default()).await {
-            Ok(()) => Ok(true),
-            Err(Refused::NotFound) => Ok(false),
-            Err(e) => Err(e.into_error("exchange", &witness)),
-        }
+        broker.has_exchange(&self.witness()).await
     }
 
     /// Declares the witness. Who may not bind it has one that never goes, and so tells nothing.
@@ -556,6 +546,15 @@ impl<'p> Broker<'p> {
     async fn declare_exchange(&mut self, name: &str, kind: ExchangeKind, passive: bool, arguments: FieldTable) -> Result<(), Refused> {
         let options = ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
         self.ask(async |c| c.exchange_declare(name.into(), kind, options, arguments).await).await
+    }
+
+    /// Whether there is such an exchange, of whatever type.
+    pub(super) async fn has_exchange(&mut self, name: &str) -> Result<bool, QueueError> {
+        match self.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
+            Ok(()) => Ok(true),
+            Err(Refused::NotFound) => Ok(false),
+            Err(e) => Err(e.into_error("exchange", name)),
+        }
     }
 
     /// The exchange that producers publish to: declared if absent; otherwise only its type matters.
