@@ -112,7 +112,7 @@ pub const ALL: &[Definition] = &[
     gauge(
         "lane_up",
         SUBSCRIBER,
-        "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails",
+        "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails, its bindings or the ways of its retries are missing",
     ),
     counter("lane_panics", SUBSCRIBER, "Panics of the lane; it is restarted each time"),
     gauge("retries_waiting", SUBSCRIBER, "Batches that wait for their next attempt, as far as this daemon knows"),
@@ -138,7 +138,7 @@ pub const ALL: &[Definition] = &[
         SUBSCRIBER,
         "What still waits in the queues of a subscriber that is not configured any more, until `hooktrail prune`",
     ),
-    gauge("queue_up", &[], "1 while the queue takes what is published, else 0"),
+    gauge("queue_up", &[], "1 while the queue takes what is published and gives what waits, else 0"),
     gauge("broker_connections", &["role"], "Open connections to the broker: consuming, publishing, relaying, declaring"),
     counter("broker_connects", &["role", "result"], "Connections to the broker that were tried: ok, failed"),
     counter(

@@ -60,7 +60,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Board {
     pub fn new(metrics: Metrics) -> Self {
-        Self(Arc::new(BoardInner { metrics, lanes: Mutex::default(), depths: watch::Sender::default(), wanted: Notify::new(), troubles: Mutex::default() }))
+        Self(Arc::new(BoardInner {
+            metrics,
+            lanes: Mutex::default(),
+            depths: watch::Sender::default(),
+            wanted: Notify::new(),
+            troubles: Mutex::default(),
+        }))
     }
 
     pub fn metrics(&self) -> &Metrics {

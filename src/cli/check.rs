@@ -56,7 +56,10 @@ async fn connect(config: &Config, json: bool) -> Result<(), Failed> {
             if unseen.is_empty() {
                 println!("# Nothing harmful was found.");
             } else {
-                println!("# Nothing harmful was found in what was looked at. Not looked at, so not known: {}.", visible(&unseen.join("; ")));
+                println!(
+                    "# Nothing harmful was found in what was looked at. Not looked at, so not known: {}.",
+                    visible(&unseen.join("; "))
+                );
             }
             Ok(())
         }

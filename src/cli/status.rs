@@ -61,7 +61,9 @@ fn table(found: &Value) -> String {
     }
     let why = found["queue"]["error"].as_str().map(|why| format!(": {}", visible(why))).unwrap_or_default();
     if found["queue"]["up"] == false {
-        line(&format!("The queue cannot be used{why}\nNothing is taken in or given up meanwhile; it goes on by itself when the queue can be used again.\n"));
+        line(&format!(
+            "The queue cannot be used{why}\nNothing is taken in or given up meanwhile; it goes on by itself when the queue can be used again.\n"
+        ));
     } else if !why.is_empty() {
         line(&format!("The queue is not as it should be{why}\n"));
     }

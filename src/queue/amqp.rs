@@ -103,8 +103,6 @@ struct Inner {
     bound: Mutex<Patterns>,
     /// Whether the witness was there at the start.
     witnessed: OnceLock<bool>,
-    /// There was a record before this daemon began.
-    was_recorded: AtomicBool,
     /// When all that should be bound was last seen to.
     sound: Mutex<Option<SystemTime>>,
     /// A message found no queue, or a lane no exchange.
@@ -151,7 +149,6 @@ impl AmqpQueue {
             troubles,
             bound: Mutex::default(),
             witnessed: OnceLock::new(),
-            was_recorded: AtomicBool::new(false),
             sound: Mutex::default(),
             unbound: Notify::new(),
             damaged: watch::Sender::new(false),
@@ -204,10 +201,6 @@ impl AmqpQueue {
         self.0.follows.load(Ordering::Relaxed)
     }
 
-    fn was_recorded(&self) -> bool {
-        self.0.was_recorded.load(Ordering::Relaxed)
-    }
-
     fn recorded(&self) -> MutexGuard<'_, HashMap<String, Standing>> {
         self.0.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -227,6 +220,7 @@ impl AmqpQueue {
                 unready.insert(s.name.clone());
             }
         }
+        *self.0.sound.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::now());
         Ok(unready)
     }
 

@@ -218,7 +218,7 @@ fn while_the_broker_is_away_metrics_and_status_say_so() {
         broker.node().kill().await;
         is(0.0).await;
         assert_eq!(api.get("/api/v1/subscribers").await.json()["queue"]["up"], false);
-        assert!(setup.ok(&["status"]).contains("The queue cannot be reached"));
+        assert!(setup.ok(&["status"]).contains("The queue cannot be used"));
         assert_eq!(api.get("/readyz").await.status, 503);
         broker.node().start().await;
         is(1.0).await;

@@ -350,7 +350,7 @@ fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
         assert_eq!(reload_to(&setup, &api, &both).await, json!(["two"]));
         daemon.wait_log("not bound yet, which is tried again without end").await;
         broker.publish_to("", &source, (3..6).map(event)).await;
-        daemon.wait_log(&format!("the relay from queue `{source}` lost")).await;
+        daemon.wait_log(&format!("the relay from queue `{source}` fails")).await;
         channel.queue_delete(unusable.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
         one.wait_all(6).await;
         eventually("the other one too", async || two.accepted().into_iter().collect::<BTreeSet<_>>() == [3, 4, 5].into()).await;

@@ -40,10 +40,7 @@ async fn delete_exchange(broker: &Broker) {
 async fn declare_exchange(broker: &Broker) {
     let (connection, channel) = broker.channel().await;
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    channel
-        .exchange_declare(broker.exchange.as_str().into(), ExchangeKind::Topic, durable, FieldTable::default())
-        .await
-        .expect("declares");
+    channel.exchange_declare(broker.exchange.as_str().into(), ExchangeKind::Topic, durable, FieldTable::default()).await.expect("declares");
     connection.close(200, "done".into()).await.expect("closes");
 }
 
@@ -90,7 +87,7 @@ fn an_exchange_that_is_deleted_and_declared_again_is_bound_again_and_an_event_th
         let daemon = setup.start().await;
         eventually("both are recorded, and bound by the record", async || broker.depth("state").await >= Some(3)).await;
         // The first check has been made.
-        eventually("there is a witness", async || api.subscriber("a").await["state"] == "ok").await;
+        eventually("its lane works", async || api.subscriber("a").await["state"] == "ok").await;
         delete_exchange(&broker).await;
         declare_exchange(&broker).await;
         // Nobody is bound. What comes over HTTP shows it, and is published again.
@@ -273,7 +270,9 @@ fn a_stream_is_no_source_queue() {
         let mut stream = FieldTable::default();
         stream.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
         channel.queue_declare(named(&broker, "log"), durable, stream).await.expect("declares");
-        let section = broker.section(&["a"]).replace(&format!("exchange = \"{}\"", broker.exchange), &format!("source_queue = \"{}.log\"", broker.prefix));
+        let section = broker
+            .section(&["a"])
+            .replace(&format!("exchange = \"{}\"", broker.exchange), &format!("source_queue = \"{}.log\"", broker.prefix));
         let setup = Setup::with_text(&(section + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")));
         for arguments in [&["run"][..], &["check", "--connect"]] {
             let output = setup.run(arguments);
@@ -325,7 +324,8 @@ fn a_connection_that_the_broker_does_not_allow_shows_in_readiness_metric_and_sta
         broker.node().ctl(&["set_vhost_limits", r#"{"max-connections":2}"#]);
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
         let daemon = setup.start().await;
-        let says_why = |text: &Value| text.as_str().is_some_and(|t| t.contains("connection limit (2) is reached") && t.contains("list_vhost_limits"));
+        let says_why =
+            |text: &Value| text.as_str().is_some_and(|t| t.contains("connection limit (2) is reached") && t.contains("list_vhost_limits"));
         api.wait("a", "is not well", |s| s["state"] == "queue_fails" && says_why(&s["queue_error"])).await;
         let all = api.get("/api/v1/subscribers").await.json();
         assert!(all["queue"]["up"] == false && says_why(&all["queue"]["error"]), "{all}");

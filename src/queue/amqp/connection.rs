@@ -19,8 +19,8 @@ use url::Host;
 
 use super::wire::{self, Greeting};
 use crate::{
-    metrics::{Metrics, OpenConnection},
     finding::shell_word,
+    metrics::{Metrics, OpenConnection},
     queue::{Harms, QueueError, Troubles},
     retry::Waits,
     secret::SecretUrl,
@@ -172,12 +172,17 @@ fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     }
     if matches!(e.kind(), ErrorKind::ParsingError(_)) || has(&["ParserErrors"]) {
         let why = "what answers there speaks no AMQP";
-        return Why::new(why, "amqp:// is mostly for port 5672, amqps:// for 5671; 15672 is the management plugin's, for [queue] management_url");
+        return Why::new(
+            why,
+            "amqp:// is mostly for port 5672, amqps:// for 5671; 15672 is the management plugin's, for [queue] management_url",
+        );
     }
     if has(&["invalid peer certificate", "certificate"]) {
         return Why::new(
             format!("its certificate is not accepted: {text}"),
-            format!("the certificate has to be for the name `{host}` and signed by an authority of this system, or of the file that SSL_CERT_FILE names"),
+            format!(
+                "the certificate has to be for the name `{host}` and signed by an authority of this system, or of the file that SSL_CERT_FILE names"
+            ),
         );
     }
     if has(&["lookup address", "resolve"]) {
@@ -203,7 +208,9 @@ fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
     if text.contains("limit") {
         return Why::new(
             format!("the broker allows no more connections: {text}"),
-            format!("raise the limit, or end other connections: rabbitmqctl list_vhost_limits -p {v}; rabbitmqctl list_user_limits --user {u}"),
+            format!(
+                "raise the limit, or end other connections: rabbitmqctl list_vhost_limits -p {v}; rabbitmqctl list_user_limits --user {u}"
+            ),
         );
     }
     if text.contains("not found") {

@@ -237,7 +237,9 @@ impl Look<'_> {
                 Ok(false) => self.found(
                     Finding::harmful(about, "is missing, while others that belong to it are there")
                         .risking("batches that wait for their next attempt have no way")
-                        .mended("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
+                        .mended(
+                            "a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber",
+                        ),
                 ),
                 Err(e) => self.found(Finding::unseen(about, e, format!("rabbitmqctl list_exchanges -p {}", self.vhost()))),
             }

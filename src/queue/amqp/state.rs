@@ -532,8 +532,8 @@ impl<'a> Reconciler<'a> {
     /// when that is reconciled.
     async fn write_lost(&mut self, recorded: &mut Recorded) -> Result<(), QueueError> {
         let began = std::mem::replace(&mut self.has_read, true);
-        if !began {
-            self.queue.0.was_recorded.store(!recorded.bindings.is_empty(), std::sync::atomic::Ordering::Relaxed);
+        if !began && !recorded.bindings.is_empty() {
+            self.upkeep.began_with_record();
         }
         let known = self.queue.0.standings.borrow().clone().unwrap_or_default();
         if !began || !recorded.bindings.is_empty() || self.wanted.is_empty() {

@@ -191,7 +191,13 @@ impl Topology {
     /// Looks at where events come from, and declares nothing that is not there.
     pub(super) async fn inspect_intake(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         match &self.config.intake {
-            Intake::Exchange(_) => if self.has_events(broker).await? { self.ensure_events(broker).await } else { Ok(()) },
+            Intake::Exchange(_) => {
+                if self.has_events(broker).await? {
+                    self.ensure_events(broker).await
+                } else {
+                    Ok(())
+                }
+            }
             Intake::SourceQueue(_) => self.find_source(broker).await,
         }
     }
@@ -200,8 +206,7 @@ impl Topology {
     pub(super) async fn find_source(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let Intake::SourceQueue(queue) = &self.config.intake else { return Ok(()) };
         if broker.depth(queue).await?.is_none() {
-            let missing =
-                format!("[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it");
+            let missing = format!("[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it");
             return Err(QueueError::needs_operator(missing));
         }
         if broker.is_stream(queue).await { Err(source_is_stream(queue)) } else { Ok(()) }
@@ -595,7 +600,12 @@ impl<'p> Broker<'p> {
         let bound = self.ask(async |c| {
             c.queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), FieldTable::default()).await
         });
-        bound.await.map_err(|e| e.into_error("the binding of queue", queue))
+        bound.await.map_err(|e| match e {
+            Refused::NotFound => {
+                QueueError::new(format!("queue `{queue}` cannot be bound: exchange `{exchange}` does not exist, or the queue does not"))
+            }
+            e => e.into_error("the binding of queue", queue),
+        })
     }
 
     pub(super) async fn unbind(&mut self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {

@@ -44,25 +44,28 @@ const MENDING: Duration = Duration::from_secs(30);
 pub(super) type Patterns = BTreeMap<String, BTreeSet<String>>;
 
 /// When the next check is due, and what an absent exchange asks for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Schedule {
-    last: Option<Instant>,
+    last: Instant,
     absent_since: Option<Instant>,
     /// Somebody has seen that something is missing; or the last check could not put it right.
     soon: bool,
 }
 
 impl Schedule {
-    /// `None`: at once.
-    fn due(&self) -> Option<Instant> {
-        let last = self.last?;
-        let next = last + if self.soon { SOONEST } else { INTERVAL };
-        let second_look = self.absent_since.map(|since| since + SECOND_LOOK).filter(|at| *at > last);
-        Some(second_look.map_or(next, |at| at.min(next)))
+    /// What is bound at the start counts as the first check.
+    fn new(now: Instant) -> Self {
+        Self { last: now, absent_since: None, soon: false }
+    }
+
+    fn due(&self) -> Instant {
+        let next = self.last + if self.soon { SOONEST } else { INTERVAL };
+        let second_look = self.absent_since.map(|since| since + SECOND_LOOK).filter(|at| *at > self.last);
+        second_look.map_or(next, |at| at.min(next))
     }
 
     fn checked(&mut self, now: Instant, well: bool) {
-        (self.last, self.soon) = (Some(now), !well);
+        (self.last, self.soon) = (now, !well);
     }
 
     /// The exchange is absent. Returns whether it is to be declared now.
@@ -81,8 +84,6 @@ pub(super) struct Upkeep<'a> {
     topology: &'a Topology,
     schedule: Schedule,
     api: Option<Management>,
-    /// The witness was there after the last check.
-    witnessed: bool,
     told: BTreeSet<String>,
 }
 
@@ -101,13 +102,20 @@ impl<'a> Upkeep<'a> {
         let topology = queue.topology();
         let uri = topology.url().expose().as_str().parse().ok();
         let api = topology.management_url().zip(uri).and_then(|(url, uri)| Management::try_new(url, &uri).ok());
-        Self { queue, topology, schedule: Schedule::default(), api, witnessed: false, told: BTreeSet::new() }
+        Self { queue, topology, schedule: Schedule::new(clock::instant()), api, told: BTreeSet::new() }
+    }
+
+    /// A record that was there before tells that there were bindings, and so a witness.
+    pub(super) fn began_with_record(&self) {
+        if self.queue.0.witnessed.get() == Some(&false) {
+            Missing { exchange: true, ..Missing::default() }.tell(self.topology, None);
+        }
     }
 
     /// Waits until the next check is due.
     pub(super) async fn due(&mut self) {
         loop {
-            let due = self.schedule.due().unwrap_or_else(clock::instant);
+            let due = self.schedule.due();
             tokio::select! {
                 () = tokio::time::sleep_until(due.into()) => return,
                 () = self.queue.0.unbound.notified() => self.schedule.soon = true,
@@ -120,7 +128,7 @@ impl<'a> Upkeep<'a> {
     pub(super) async fn check(&mut self, broker: &mut Broker<'_>, subscribers: &[Arc<Subscriber>], patterns: &Patterns) {
         broker.take_declared();
         let mut missing = Missing::default();
-        let exchange = self.exchange(broker, !patterns.is_empty(), &mut missing).await;
+        let exchange = self.exchange(broker, &mut missing).await;
         let well = match exchange {
             Ok(true) => self.subscribers(broker, subscribers, patterns, &mut missing).await,
             Ok(false) => true,
@@ -130,11 +138,8 @@ impl<'a> Upkeep<'a> {
             }
         };
         missing.declared = broker.take_declared();
-        // What is declared by the first check is new.
         let mut sound = self.queue.0.sound.lock().unwrap_or_else(PoisonError::into_inner);
-        if sound.is_some() || missing.exchange {
-            missing.tell(self.topology, *sound);
-        }
+        missing.tell(self.topology, *sound);
         if well && self.schedule.absent_since.is_none() {
             *sound = Some(clock::now());
         }
@@ -142,7 +147,7 @@ impl<'a> Upkeep<'a> {
     }
 
     /// Whether the exchange is there, by now.
-    async fn exchange(&mut self, broker: &mut Broker<'_>, was_bound: bool, missing: &mut Missing) -> Result<bool, QueueError> {
+    async fn exchange(&mut self, broker: &mut Broker<'_>, missing: &mut Missing) -> Result<bool, QueueError> {
         let topology = self.topology;
         if !topology.has_events(broker).await? {
             if !self.schedule.absent(clock::instant()) {
@@ -157,15 +162,10 @@ impl<'a> Upkeep<'a> {
             topology.ensure_events(broker).await?;
         }
         self.schedule.present();
-        let there = topology.has_witness(broker).await?;
-        if !there {
-            missing.exchange = self.witnessed;
+        if !topology.has_witness(broker).await? {
+            missing.exchange = true;
             self.queue.witness(broker).await;
-        } else if !self.witnessed {
-            // At a start the record tells that there were bindings, and so a witness.
-            missing.exchange = was_bound && self.queue.was_recorded() && self.queue.0.witnessed.get() == Some(&false);
         }
-        self.witnessed = true;
         self.ends("the exchange of the events");
         Ok(true)
     }
@@ -243,7 +243,11 @@ impl Missing {
             tracing::error!(bindings, since, "bindings were missing and are put back: what was published for them meanwhile is lost");
         }
         for name in &self.declared {
-            tracing::error!(name, since, "was missing and is declared again: what was in it, and what was published for it meanwhile, is lost");
+            tracing::error!(
+                name,
+                since,
+                "was missing and is declared again: what was in it, and what was published for it meanwhile, is lost"
+            );
         }
     }
 }
@@ -269,20 +273,17 @@ impl AmqpQueue {
     /// Keeps the ladder and the orphans in place.
     pub(super) async fn keep_own(&self) {
         let mut keeping = Effort::reporting("the delay ladder", Harms::Lanes, &self.0.troubles);
+        let mut damaged = self.0.damaged.subscribe();
         loop {
-            let mended = self.mend(None).await;
-            match mended {
-                Ok(()) => {
-                    keeping.goes_well();
-                    self.0.damaged.send_replace(false);
-                    let mut damaged = self.0.damaged.subscribe();
-                    tokio::select! {
-                        () = tokio::time::sleep(INTERVAL) => {}
-                        _ = damaged.wait_for(|damaged| *damaged) => {}
-                    }
-                }
-                Err(e) => keeping.failed(&e).await,
+            tokio::select! {
+                () = tokio::time::sleep(INTERVAL) => {}
+                _ = damaged.wait_for(|damaged| *damaged) => {}
             }
+            while let Err(e) = self.mend(None).await {
+                keeping.failed(&e).await;
+            }
+            keeping.goes_well();
+            self.0.damaged.send_replace(false);
         }
     }
 
@@ -352,7 +353,6 @@ impl AmqpQueue {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,30 +360,28 @@ mod tests {
     #[test]
     fn a_check_comes_each_minute_and_sooner_when_something_is_missing() {
         let now = clock::instant();
-        let mut schedule = Schedule::default();
-        assert_eq!(schedule.due(), None, "the first at once");
-        schedule.checked(now, true);
-        assert_eq!(schedule.due(), Some(now + INTERVAL));
+        let mut schedule = Schedule::new(now);
+        assert_eq!(schedule.due(), now + INTERVAL);
         schedule.soon = true; // a message came back
-        assert_eq!(schedule.due(), Some(now + SOONEST));
+        assert_eq!(schedule.due(), now + SOONEST);
         schedule.checked(now + SOONEST, false);
-        assert_eq!(schedule.due(), Some(now + 2 * SOONEST), "it could not be put right");
+        assert_eq!(schedule.due(), now + 2 * SOONEST, "it could not be put right");
         schedule.checked(now + 2 * SOONEST, true);
-        assert_eq!(schedule.due(), Some(now + 2 * SOONEST + INTERVAL));
+        assert_eq!(schedule.due(), now + 2 * SOONEST + INTERVAL);
     }
 
     #[test]
     fn an_absent_exchange_is_declared_at_the_second_look_and_not_if_somebody_declared_it_meanwhile() {
         let now = clock::instant();
-        let mut schedule = Schedule::default();
+        let mut schedule = Schedule::new(now);
         assert!(!schedule.absent(now));
         schedule.checked(now, true);
-        assert_eq!(schedule.due(), Some(now + SECOND_LOOK));
+        assert_eq!(schedule.due(), now + SECOND_LOOK);
         assert!(!schedule.absent(now + SOONEST), "somebody asked for a check in between");
         assert!(schedule.absent(now + SECOND_LOOK));
         schedule.present();
         schedule.checked(now + SECOND_LOOK, true);
-        assert_eq!(schedule.due(), Some(now + SECOND_LOOK + INTERVAL));
+        assert_eq!(schedule.due(), now + SECOND_LOOK + INTERVAL);
         assert!(!schedule.absent(now + 2 * INTERVAL), "another time, another first look");
     }
 }
