@@ -1,5 +1,7 @@
 //! What a receiver's answer means for the batch.
 
+use std::time::SystemTime;
+
 /// Which statuses mean that the batch was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Success {
@@ -49,24 +51,27 @@ impl Answer {
     }
 }
 
-/// Whether a refusal is about the batch or about everything: only a healthy endpoint's word is taken for it.
+/// What is known of an endpoint, and what of its answers is believed for it.
 ///
-/// Healthy is one that has accepted something since it last failed in another way; after a start nobody knows.
+/// Healthy is one that has accepted something since it last failed in another way than by a refusal; after a start nobody knows.
 #[derive(Debug, Default)]
 pub struct Health {
     healthy: bool,
-    /// Since it last accepted something.
+    /// Refusals since it last accepted something.
     refusals: u32,
+    /// Single events that it called too large since it last accepted something.
+    too_large: u32,
+    accepted_at: Option<SystemTime>,
 }
 
 impl Health {
     /// An endpoint that was healthy and now refuses everything is found out by this many refusals in a
     /// row: fewer would stop at a batch with as many bad events in places apart, more would condemn more
-    /// events that are good.
+    /// events that are good. The same for single events that are too large.
     pub const MAX_REFUSALS: u32 = 64;
 
-    pub fn on_accepted(&mut self) {
-        *self = Self { healthy: true, refusals: 0 };
+    pub fn on_accepted(&mut self, at: SystemTime) {
+        *self = Self { healthy: true, accepted_at: Some(at), ..Self::default() };
     }
 
     /// An attempt failed in any way but a refusal.
@@ -74,10 +79,28 @@ impl Health {
         self.healthy = false;
     }
 
-    /// Returns whether the refusal is to be believed.
-    pub fn on_refused(&mut self) -> bool {
+    pub fn on_refused(&mut self) {
         self.refusals = self.refusals.saturating_add(1);
-        self.healthy && self.refusals <= Self::MAX_REFUSALS
+    }
+
+    /// A single event was too large for it.
+    pub fn on_too_large(&mut self) {
+        self.too_large = self.too_large.saturating_add(1);
+    }
+
+    /// Whether the next refusal is about the batch, and not about everything.
+    pub fn believes_refusal(&self) -> bool {
+        self.healthy && self.refusals < Self::MAX_REFUSALS
+    }
+
+    /// Whether the next single event that is called too large is given up.
+    pub fn believes_too_large(&self) -> bool {
+        self.too_large < Self::MAX_REFUSALS
+    }
+
+    /// Whether it accepted something after `at`; what is not known is no.
+    pub fn accepted_since(&self, at: Option<SystemTime>) -> bool {
+        self.accepted_at.zip(at).is_some_and(|(accepted, at)| accepted > at)
     }
 }
 
@@ -106,25 +129,41 @@ mod tests {
         }
     }
 
+    const T0: SystemTime = SystemTime::UNIX_EPOCH;
+
     #[test]
-    fn a_refusal_is_believed_of_who_accepted_something_since_it_last_failed() {
+    fn a_refusal_is_believed_of_an_endpoint_that_accepted_something_since_it_last_failed() {
         let mut h = Health::default();
-        assert!(!h.on_refused(), "nothing is known after a start");
-        h.on_accepted();
-        assert!(h.on_refused() && h.on_refused());
+        assert!(!h.believes_refusal(), "nothing is known after a start");
+        h.on_accepted(T0);
+        h.on_refused();
+        assert!(h.believes_refusal());
         h.on_failed();
-        assert!(!h.on_refused());
-        h.on_accepted();
-        assert!(h.on_refused());
+        assert!(!h.believes_refusal());
+        h.on_accepted(T0);
+        assert!(h.believes_refusal());
     }
 
     #[test]
-    fn who_refuses_everything_is_not_believed_for_long() {
+    fn an_endpoint_that_refuses_everything_or_calls_everything_too_large_is_not_believed_for_long() {
         let mut h = Health::default();
-        h.on_accepted();
-        let believed = (0..1000).filter(|_| h.on_refused()).count();
-        assert_eq!(believed, Health::MAX_REFUSALS as usize);
-        h.on_accepted();
-        assert!(h.on_refused(), "until it accepts something");
+        h.on_accepted(T0);
+        for _ in 0..Health::MAX_REFUSALS {
+            assert!(h.believes_refusal() && h.believes_too_large());
+            h.on_refused();
+            h.on_too_large();
+        }
+        assert!(!h.believes_refusal() && !h.believes_too_large());
+        h.on_accepted(T0);
+        assert!(h.believes_refusal() && h.believes_too_large(), "it accepted something");
+    }
+
+    #[test]
+    fn what_was_accepted_since_a_failure_is_known_after_the_first_acceptance_only() {
+        let later = T0 + std::time::Duration::from_secs(1);
+        let mut h = Health::default();
+        assert!(!h.accepted_since(Some(T0)) && !h.accepted_since(None));
+        h.on_accepted(later);
+        assert!(h.accepted_since(Some(T0)) && !h.accepted_since(Some(later)) && !h.accepted_since(None));
     }
 }

@@ -38,6 +38,16 @@ pub enum Permit {
     Wait(Instant),
 }
 
+/// What an attempt was when it began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begun {
+    /// By [`Permit::Probe`]. Only such an attempt decides what follows on half-open: one from before the circuit opened says nothing
+    /// of the endpoint after that.
+    pub probe: bool,
+    /// Of events that were never attempted before. A batch that has failed before may fail for a reason of its own.
+    pub first: bool,
+}
+
 /// A change of state worth a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -151,29 +161,46 @@ impl CircuitBreaker {
         self.hold_until = Some(self.hold_until.map_or(until, |u| u.max(until)));
     }
 
-    /// `requests`: how many may be in flight as it is configured.
-    pub fn on_success(&mut self, requests: usize) -> Option<Change> {
-        let before = std::mem::replace(&mut self.state, State::Closed { failures: 0 });
-        if matches!(before, State::Closed { .. }) {
-            self.ramp = self.ramp.and_then(|ramp| ramp.next(requests));
-            return None;
+    /// Ends a wish to be left alone, and has an open circuit probed at once, because an operator says that the endpoint works again.
+    pub fn resume(&mut self) {
+        self.hold_until = None;
+        if let State::Open { .. } = self.state {
+            self.state = State::HalfOpen { open_for: self.policy.open_for };
         }
-        Some(Change::Closed)
     }
 
-    pub fn on_failure(&mut self, now: Instant) -> Option<Change> {
+    /// `requests`: how many may be in flight as it is configured.
+    pub fn on_success(&mut self, begun: Begun, requests: usize) -> Option<Change> {
+        match self.state {
+            State::Closed { .. } => {
+                self.state = State::Closed { failures: 0 };
+                self.ramp = self.ramp.and_then(|ramp| ramp.next(requests));
+                None
+            }
+            State::HalfOpen { .. } if begun.probe => {
+                self.state = State::Closed { failures: 0 };
+                Some(Change::Closed)
+            }
+            State::Open { .. } | State::HalfOpen { .. } => None,
+        }
+    }
+
+    /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint; a probe that fails opens the
+    /// circuit again all the same, so that there is one in each interval, and for twice as long only if it was a first attempt.
+    pub fn on_failure(&mut self, begun: Begun, counts: bool, now: Instant) -> Option<Change> {
         if self.policy.failures == 0 {
             return None;
         }
-        let failed = self.failed(now);
-        if failed.is_some() || self.ramp.is_some() {
+        let failed = self.failed(begun, counts, now);
+        if failed.is_some() || (counts && self.ramp.is_some()) {
             self.ramp = Some(Ramp::BEGIN);
         }
         failed
     }
 
-    fn failed(&mut self, now: Instant) -> Option<Change> {
+    fn failed(&mut self, begun: Begun, counts: bool, now: Instant) -> Option<Change> {
         match self.state {
+            State::Closed { .. } if !counts => None,
             State::Closed { failures } if failures + 1 < self.policy.failures => {
                 self.state = State::Closed { failures: failures + 1 };
                 None
@@ -183,13 +210,13 @@ impl CircuitBreaker {
                 self.state = State::Open { until: now + open_for, open_for };
                 Some(Change::Opened { failures: failures + 1, open_for })
             }
-            // Attempts that were in flight when it opened say nothing new.
-            State::Open { .. } => None,
-            State::HalfOpen { open_for } => {
-                let open_for = (open_for * 2).min(self.policy.max_open_for);
+            State::HalfOpen { open_for } if begun.probe => {
+                let open_for = if begun.first { (open_for * 2).min(self.policy.max_open_for) } else { open_for };
                 self.state = State::Open { until: now + open_for, open_for };
                 Some(Change::StillOpen { open_for })
             }
+            // Attempts that were in flight when it opened say nothing new.
+            State::Open { .. } | State::HalfOpen { .. } => None,
         }
     }
 }
@@ -203,6 +230,10 @@ mod tests {
         Duration::from_secs(n)
     }
 
+    const FLOW: Begun = Begun { probe: false, first: true };
+    const PROBE: Begun = Begun { probe: true, first: true };
+    const RETRIED_PROBE: Begun = Begun { probe: true, first: false };
+
     fn breaker(failures: u32) -> CircuitBreaker {
         CircuitBreaker::new(BreakerPolicy { failures, open_for: secs(30), max_open_for: secs(100) })
     }
@@ -211,13 +242,13 @@ mod tests {
     fn consecutive_failures_open_it_and_a_success_between_them_does_not() {
         let t = crate::clock::instant();
         let mut b = breaker(3);
-        b.on_failure(t);
-        b.on_failure(t);
-        assert_eq!(b.on_success(1), None, "it was closed all along");
-        b.on_failure(t);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
+        b.on_failure(FLOW, true, t);
+        assert_eq!(b.on_success(FLOW, 1), None, "it was closed all along");
+        b.on_failure(FLOW, true, t);
+        b.on_failure(FLOW, true, t);
         assert_eq!(b.permit(t), Permit::Flow);
-        assert_eq!(b.on_failure(t), Some(Change::Opened { failures: 3, open_for: secs(30) }));
+        assert_eq!(b.on_failure(FLOW, true, t), Some(Change::Opened { failures: 3, open_for: secs(30) }));
         assert_eq!(b.permit(t), Permit::Wait(t + secs(30)));
     }
 
@@ -225,20 +256,67 @@ mod tests {
     fn failing_probes_double_the_wait_up_to_its_limit_and_a_good_one_closes_it() {
         let mut t = crate::clock::instant();
         let mut b = breaker(1);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         for wait in [30, 60, 100, 100] {
             assert_eq!(b.permit(t), Permit::Wait(t + secs(wait)));
-            assert_eq!(b.on_failure(t), None, "an attempt from before it opened changes nothing");
+            assert_eq!(b.on_failure(FLOW, true, t), None, "an attempt from before it opened changes nothing");
             t += secs(wait);
             assert_eq!(b.permit(t), Permit::Probe);
             assert_eq!(b.permit(t), Permit::Probe, "until its outcome is known");
-            assert!(matches!(b.on_failure(t), Some(Change::StillOpen { .. })));
+            assert_eq!(b.on_failure(FLOW, true, t), None, "an attempt from before it opened is no probe");
+            assert_eq!(b.on_success(FLOW, 1), None, "nor does its success close the circuit");
+            assert!(matches!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { .. })));
         }
         t += secs(100);
         assert_eq!(b.permit(t), Permit::Probe);
-        assert_eq!(b.on_success(1), Some(Change::Closed));
+        assert_eq!(b.on_success(PROBE, 1), Some(Change::Closed));
         assert_eq!(b.permit(t), Permit::Flow);
-        assert_eq!(b.on_failure(t), Some(Change::Opened { failures: 1, open_for: secs(30) }), "the wait begins anew");
+        assert_eq!(b.on_failure(FLOW, true, t), Some(Change::Opened { failures: 1, open_for: secs(30) }), "the wait begins anew");
+    }
+
+    #[test]
+    fn a_probe_with_a_batch_that_failed_before_opens_the_circuit_again_for_no_longer() {
+        let mut t = crate::clock::instant();
+        let mut b = breaker(1);
+        b.on_failure(FLOW, true, t);
+        for counts in [true, false, true] {
+            t += secs(30);
+            assert_eq!(b.permit(t), Permit::Probe);
+            assert_eq!(b.on_failure(RETRIED_PROBE, counts, t), Some(Change::StillOpen { open_for: secs(30) }));
+            assert_eq!(b.permit(t), Permit::Wait(t + secs(30)), "one probe in each interval");
+        }
+        t += secs(30);
+        assert_eq!(b.permit(t), Permit::Probe);
+        assert_eq!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { open_for: secs(60) }));
+    }
+
+    #[test]
+    fn what_does_not_count_neither_opens_a_closed_circuit_nor_slows_down_its_ramp() {
+        let t = crate::clock::instant();
+        let mut b = breaker(2);
+        (0..100).for_each(|_| assert_eq!(b.on_failure(FLOW, false, t), None));
+        assert_eq!(b.permit(t), Permit::Flow);
+        let mut b = closed_again(2, t);
+        b.on_success(FLOW, 4);
+        let before = allowed(&b, 4, 500);
+        b.on_failure(FLOW, false, t);
+        assert_eq!(allowed(&b, 4, 500), before);
+    }
+
+    #[test]
+    fn an_operator_ends_a_hold_and_has_an_open_circuit_probed_at_once() {
+        let t = crate::clock::instant();
+        let mut b = breaker(1);
+        b.on_failure(FLOW, true, t);
+        b.hold(t, secs(90));
+        b.resume();
+        assert_eq!(b.permit(t), Permit::Probe);
+        assert_eq!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { open_for: secs(60) }));
+        let mut b = breaker(2);
+        b.on_failure(FLOW, true, t);
+        b.hold(t, secs(90));
+        b.resume();
+        assert_eq!(b.permit(t), Permit::Flow);
     }
 
     #[test]
@@ -246,7 +324,7 @@ mod tests {
         let t = crate::clock::instant();
         let mut b = breaker(0);
         for _ in 0..1000 {
-            assert_eq!(b.on_failure(t), None);
+            assert_eq!(b.on_failure(FLOW, true, t), None);
         }
         assert_eq!(b.permit(t), Permit::Flow);
     }
@@ -256,7 +334,7 @@ mod tests {
         let t = crate::clock::instant();
         let policy = |failures, max| BreakerPolicy { failures, open_for: secs(30), max_open_for: secs(max) };
         let mut b = breaker(1);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         b.hold(t, secs(90));
         b.set_policy(policy(1, 10), t);
         assert_eq!(b.permit(t), Permit::Wait(t + secs(10)));
@@ -264,11 +342,11 @@ mod tests {
         b.set_policy(policy(0, 10), t + secs(10));
         assert_eq!(b.permit(t + secs(10)), Permit::Flow);
         b.set_policy(policy(2, 10), t);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         b.set_policy(policy(3, 10), t);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         assert_eq!(b.permit(t), Permit::Flow, "failures are counted on");
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         assert_eq!(b.permit(t), Permit::Wait(t + secs(30)));
     }
 
@@ -287,9 +365,9 @@ mod tests {
     /// A circuit that was open and has just closed.
     fn closed_again(failures: u32, t: Instant) -> CircuitBreaker {
         let mut b = breaker(failures);
-        while b.on_failure(t).is_none() {}
+        while b.on_failure(FLOW, true, t).is_none() {}
         assert_eq!(b.permit(t + secs(30)), Permit::Probe);
-        assert_eq!(b.on_success(4), Some(Change::Closed));
+        assert_eq!(b.on_success(PROBE, 4), Some(Change::Closed));
         b
     }
 
@@ -303,16 +381,16 @@ mod tests {
         let mut b = closed_again(2, t);
         for expected in [(1, 63), (2, 126), (4, 252), (4, 500)] {
             assert_eq!(allowed(&b, 4, 500), expected);
-            b.on_success(4);
+            b.on_success(FLOW, 4);
         }
         assert_eq!(b.ramp(), None);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         assert_eq!(b.ramp(), None, "one failure in the flow slows nothing down");
 
         let mut b = closed_again(2, t);
-        b.on_success(4);
-        b.on_success(4);
-        assert_eq!(b.on_failure(t), None);
+        b.on_success(FLOW, 4);
+        b.on_success(FLOW, 4);
+        assert_eq!(b.on_failure(FLOW, true, t), None);
         assert_eq!((b.permit(t), allowed(&b, 4, 500)), (Permit::Flow, (1, 63)));
         b.set_policy(BreakerPolicy { failures: 0, ..b.policy.clone() }, t);
         assert_eq!(b.ramp(), None, "without a breaker there is nothing to come back from");
@@ -322,12 +400,12 @@ mod tests {
     fn a_circuit_that_never_opened_has_no_ramp_and_an_open_one_is_at_its_beginning() {
         let t = crate::clock::instant();
         let mut b = breaker(3);
-        b.on_failure(t);
-        b.on_failure(t);
-        b.on_success(4);
+        b.on_failure(FLOW, true, t);
+        b.on_failure(FLOW, true, t);
+        b.on_success(FLOW, 4);
         assert_eq!(b.ramp(), None);
         let mut b = breaker(1);
-        b.on_failure(t);
+        b.on_failure(FLOW, true, t);
         assert_eq!(allowed(&b, 4, 500), (1, 63));
         assert_eq!(b.permit(t + secs(30)), Permit::Probe);
         assert_eq!(allowed(&b, 4, 500), (1, 63), "the probe too is a small batch");
@@ -343,8 +421,8 @@ mod tests {
             let t = crate::clock::instant();
             let mut b = closed_again(1000, t);
             if let Some(successes) = again {
-                (0..successes).for_each(|_| { b.on_success(requests); });
-                b.on_failure(t);
+                (0..successes).for_each(|_| { b.on_success(FLOW, requests); });
+                b.on_failure(FLOW, true, t);
                 if b.ramp().is_none() {
                     return Ok(());
                 }
@@ -353,7 +431,7 @@ mod tests {
             prop_assert_eq!(last, (1, whole.div_ceil(8)));
             let mut successes = 0;
             while b.ramp().is_some() {
-                prop_assert_eq!(b.on_success(requests), None);
+                prop_assert_eq!(b.on_success(FLOW, requests), None);
                 successes += 1;
                 let next = allowed(&b, requests, whole);
                 prop_assert_eq!(next.0, (2 * last.0).min(requests));

@@ -19,18 +19,20 @@ use tokio::{sync::watch, task::JoinSet, time::sleep_until};
 use crate::{
     answer::Health,
     batch::{Batcher, half_id, is_half},
-    circuit_breaker::{Change, CircuitBreaker, Permit, State},
+    circuit_breaker::{Begun, Change, CircuitBreaker, Permit, State},
     clock,
     config::Subscriber,
     event::{head, with_id},
     failpoint::{Step, reached},
     payload::Format,
     queue::{
-        CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, Pause, Queue, QueueError, Reason, Receipt, SettleError, Settlement,
-        Settler, Source, Standing, Standings, Story, Taken, Window,
+        CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, MAX_ERROR_LEN, Pause, Queue, QueueError, Reason, Receipt, SettleError,
+        Settlement, Settler, Source, Standing, Standings, Story, Taken, Window,
     },
-    retry::{Exhausted, Next, Waits},
+    retry::Waits,
     status::{Circuit, Ended, LaneStatus, LastError},
+    turn::{Slots, Turn, Turns, Waiting},
+    verdict::{self, Attempt, Cause, Disposition, Evidence, Origin, Verdict, decide},
     webhook::{Failure, Outcome, Request, Webhook},
 };
 
@@ -75,8 +77,10 @@ pub struct Lane<Q> {
     /// Counts what requests are made of: an answer to one of before says nothing of those that are made now.
     generation: u64,
     standings: watch::Receiver<Option<Standings>>,
-    /// Of which the log has told.
+    /// The pause that was last logged.
     pause: Option<Pause>,
+    /// When the subscriber was last resumed, as far as the lane has acted on it.
+    resumed: Option<SystemTime>,
     trouble: Trouble,
     status: LaneStatus,
 }
@@ -109,9 +113,21 @@ struct Parcel {
     arrived_at: SystemTime,
     /// Of its first event.
     traceparent: Option<String>,
+    turn: Turn,
 }
 
 impl Parcel {
+    /// The attempt that has just been made; what it came to is not in the story yet.
+    fn as_attempt(&self) -> Attempt {
+        let last = self.story.last();
+        let was_reset = last.is_some_and(|a| matches!(&a.came_to, CameTo::Failure(name) if name == "reset"));
+        let origin = match self.turn {
+            Turn::First => Origin::First,
+            Turn::Retry => Origin::Again { part: is_half(&self.batch_id), failed_at: last.map(|a| a.at), was_reset },
+        };
+        Attempt { number: self.attempt, first_attempt_at: self.first_attempt_at, events: self.events, body_bytes: self.body.len(), origin }
+    }
+
     /// The batch as it comes again: the same bytes under the same id.
     fn envelope(&self) -> Envelope {
         Envelope {
@@ -147,7 +163,12 @@ impl Parcel {
         Some(vec![half(first, false), half(second, true)])
     }
 
-    fn dead_letter(&self, reason: Reason, failure: &Failure, now: SystemTime) -> DeadLetter {
+    /// `shortened`: the receiver asked for a wait of so long, which the schedule did not grant.
+    fn dead_letter(&self, reason: Reason, failure: &Failure, shortened: Option<Duration>, now: SystemTime) -> DeadLetter {
+        let note = shortened.map(|wish| format!("; its Retry-After of {} s ends after retry.max_elapsed_time", wish.as_secs()));
+        let note = note.unwrap_or_default();
+        let failure_text = failure.to_string();
+        let error = format!("{}{note}", &failure_text[..failure_text.floor_char_boundary(MAX_ERROR_LEN - note.len())]);
         DeadLetter {
             kind: Kind::Batch,
             reason,
@@ -157,7 +178,7 @@ impl Parcel {
             events: self.events,
             attempts: self.attempt,
             status: failure.status(),
-            error: failure.to_string(),
+            error,
             first_attempt_at: Some(self.first_attempt_at),
             died_at: Some(now),
             story: self.story.clone(),
@@ -179,6 +200,7 @@ struct UnderWay {
     /// Of the first event.
     arrived_at: SystemTime,
     generation: u64,
+    begun: Begun,
 }
 
 /// Why a session ends.
@@ -193,6 +215,8 @@ enum End {
     Configured,
     Lost(QueueError),
     Unsettled(String),
+    /// For a lack of the daemon's own a request could not be sent: why.
+    Unsent(String),
 }
 
 impl<Q: Queue> Lane<Q> {
@@ -211,6 +235,7 @@ impl<Q: Queue> Lane<Q> {
             generation: 0,
             standings,
             pause: None,
+            resumed: None,
             trouble,
             status,
         }
@@ -227,9 +252,11 @@ impl<Q: Queue> Lane<Q> {
             let permit = self.breaker.permit(clock::instant());
             self.tell_circuit();
             if let Permit::Wait(until) = permit {
+                let spoken = spoken(self.standings.clone(), self.subscriber.clone(), self.resumed);
                 tokio::select! {
                     () = sleep_until(until.into()) => continue,
                     () = changed(&mut self.configured) => continue,
+                    () = spoken => continue,
                     () = drained(&mut drain) => return,
                 }
             }
@@ -258,6 +285,9 @@ impl<Q: Queue> Lane<Q> {
                 }
                 End::Lost(e) => self.trouble.is(&e),
                 End::Unsettled(why) => self.trouble.is(&why),
+                End::Unsent(why) => {
+                    tracing::warn!(subscriber = self.subscriber.name, error = why, "a request could not be sent; its batch was given back");
+                }
             }
             let recover = async {
                 tokio::time::sleep(waits.grow()).await;
@@ -320,11 +350,16 @@ impl<Q: Queue> Lane<Q> {
             }
         }
         self.status.paused(None);
+        let resumed = self.resumed_at();
+        let is_new = std::mem::replace(&mut self.resumed, resumed) != resumed;
         if self.pause.take().is_some() {
-            tracing::warn!(subscriber = self.subscriber.name, "resumed");
+            tracing::info!(subscriber = self.subscriber.name, "resumed");
             // What was known of the endpoint is of another time.
             self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
             self.health = Health::default();
+        } else if is_new && self.breaker.permit(clock::instant()) != Permit::Flow {
+            tracing::info!(subscriber = self.subscriber.name, "resumed: one batch is tried now");
+            self.breaker.resume();
         }
     }
 
@@ -387,9 +422,24 @@ async fn changed(configured: &mut watch::Receiver<Served>) {
     }
 }
 
-/// Completes when the subscriber is paused.
-async fn paused(mut standings: watch::Receiver<Option<Standings>>, subscriber: &str) {
-    wait_for(&mut standings, |all| all.as_ref().is_some_and(|all| pause_of(all, subscriber).is_some())).await;
+/// Completes when the subscriber is paused, and says why.
+async fn paused(mut standings: watch::Receiver<Option<Standings>>, subscriber: &str) -> Pause {
+    loop {
+        let all = wait_for(&mut standings, |all| all.as_ref().is_some_and(|all| pause_of(all, subscriber).is_some())).await;
+        if let Some(pause) = all.as_ref().and_then(|all| pause_of(all, subscriber)) {
+            return pause.clone();
+        }
+    }
+}
+
+/// Completes when the subscriber is paused, or resumed at another time than `known`.
+async fn spoken(mut standings: watch::Receiver<Option<Standings>>, subscriber: Arc<Subscriber>, known: Option<SystemTime>) {
+    let is_news = |all: &Option<Standings>| match all.as_ref().and_then(|all| all.get(&subscriber.name)) {
+        Some(Standing::Paused(_)) => true,
+        Some(Standing::Resumed { at }) => Some(*at) != known,
+        None => false,
+    };
+    wait_for(&mut standings, is_news).await;
 }
 
 /// Completes when the lane is to end. If the sender is gone, nobody is left to work for.
@@ -432,7 +482,7 @@ impl Trouble {
     fn is_over(&mut self) {
         if !std::mem::take(&mut self.told).is_empty() {
             self.status.trouble(None);
-            tracing::warn!(subscriber = self.subscriber, "the lane has its queue again");
+            tracing::info!(subscriber = self.subscriber, "the lane has its queue again");
         }
     }
 }
@@ -446,6 +496,7 @@ struct Session<'l, Q: Queue> {
     attempts: u64,
     /// By number.
     attempting: BTreeMap<u64, UnderWay>,
+    turns: Turns,
     settling: usize,
     /// Set once; from then on nothing is taken or begun.
     end: Option<End>,
@@ -464,6 +515,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             tasks: JoinSet::new(),
             attempts: 0,
             attempting: BTreeMap::new(),
+            turns: Turns::default(),
             settling: 0,
             end: None,
             settled: false,
@@ -477,6 +529,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let opened = clock::instant();
         let subscriber = self.lane.subscriber.clone();
         let mut paused = std::pin::pin!(paused(self.lane.standings.clone(), &subscriber.name));
+        let mut is_paused = false;
         loop {
             self.begin();
             self.tell_what_is_held();
@@ -485,12 +538,17 @@ impl<'l, Q: Queue> Session<'l, Q> {
             }
             let open = self.end.is_none();
             let take = open && gathering.is_none();
-            let due = if self.may_begin() { self.batcher.due() } else { None };
+            let due = self.wakes_at();
             let idle = self.tasks.is_empty() && self.envelopes.is_empty() && self.batcher.due().is_none();
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
-                () = &mut paused, if open => self.end = Some(End::Paused),
+                pause = &mut paused, if !is_paused => {
+                    is_paused = true;
+                    // It holds from now on, also while requests in flight finish.
+                    self.lane.is_paused(pause);
+                    self.end.get_or_insert(End::Paused);
+                }
                 () = changed(&mut self.lane.configured), if open => {
                     if self.lane.adopt() {
                         self.end = Some(End::Configured);
@@ -518,54 +576,76 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.end.take().unwrap_or(End::Drained)
     }
 
-    /// While a settlement is not confirmed nothing new is begun: it may be the queue that fails, and
-    /// then attempts would be made that have to be made again.
-    fn may_begin(&mut self) -> bool {
-        let slots = match self.lane.breaker.permit(clock::instant()) {
+    /// How many requests may be in flight; `None` if nothing may be begun. While a settlement is not confirmed nothing is: it may be
+    /// the queue that fails, and then attempts would be made that have to be made again.
+    fn slots(&mut self) -> Option<Slots> {
+        if self.end.is_some() || self.settling > 0 {
+            return None;
+        }
+        match self.lane.breaker.permit(clock::instant()) {
             Permit::Flow => {
                 let all = self.lane.subscriber.http.concurrency;
-                self.lane.breaker.ramp().map_or(all, |ramp| ramp.requests(all))
+                Some(Slots::Flow(self.lane.breaker.ramp().map_or(all, |ramp| ramp.requests(all))))
             }
-            Permit::Probe => 1,
-            Permit::Wait(_) => 0,
-        };
-        self.end.is_none() && self.settling == 0 && self.attempting.len() < slots
+            Permit::Probe => Some(Slots::Probe),
+            Permit::Wait(_) => None,
+        }
     }
 
-    /// Starts as many attempts as there are slots and full batches, retries first.
+    fn waiting(&self, now: Instant) -> Waiting {
+        let first_due = if self.batcher.ready(now) { Some(now) } else { self.batcher.due() };
+        Waiting { first_due, retries: !self.envelopes.is_empty() }
+    }
+
+    /// When something may be begun although nothing happens.
+    fn wakes_at(&mut self) -> Option<Instant> {
+        let (slots, now) = (self.slots()?, clock::instant());
+        self.turns.wakes_at(slots, self.waiting(now), now)
+    }
+
+    /// Starts as many attempts as there are slots and batches to send.
     fn begin(&mut self) {
         self.limit_batches();
-        while self.may_begin() {
-            if let Some((mut envelope, receipt)) = self.envelopes.pop_front() {
-                if self.lane.resumed_at().zip(envelope.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
-                    (envelope.attempts, envelope.first_attempt_at) = (0, None);
-                }
-                let first_attempt_at = envelope.first_attempt_at.unwrap_or_else(clock::now);
-                let (events, arrived_at) = (envelope.events, first_attempt_at);
-                let parcel = Parcel {
-                    happened_at: envelope.format.first_event(&envelope.body).and_then(|event| happened_at(head(event).ok()?.timestamp)),
-                    arrived_at,
-                    traceparent: envelope.traceparent,
-                    batch_id: envelope.batch_id,
-                    body: envelope.body,
-                    format: envelope.format,
-                    events: envelope.events,
-                    attempt: envelope.attempts.saturating_add(1),
-                    first_attempt_at,
-                    story: envelope.story,
-                    replay: envelope.replay,
-                    receipts: vec![receipt],
-                };
-                self.attempt(events.into(), arrived_at, async move { parcel });
-            } else if self.batcher.ready(clock::instant()) {
-                let (events, bytes) = self.batcher.cut();
-                let format = self.lane.subscriber.format;
-                let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
-                self.attempt(events.len() as u64, arrived_at, async move { first_parcel(format, events, bytes) });
-            } else {
-                return;
+        while let Some(slots) = self.slots() {
+            let now = clock::instant();
+            match self.turns.choose(slots, self.waiting(now), now) {
+                Some(Turn::Retry) => self.begin_retry(slots),
+                Some(Turn::First) => self.begin_first(slots),
+                None => return,
             }
         }
+    }
+
+    fn begin_retry(&mut self, slots: Slots) {
+        let Some((mut envelope, receipt)) = self.envelopes.pop_front() else { return };
+        if self.lane.resumed_at().zip(envelope.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
+            (envelope.attempts, envelope.first_attempt_at) = (0, None);
+        }
+        let first_attempt_at = envelope.first_attempt_at.unwrap_or_else(clock::now);
+        let (events, arrived_at) = (envelope.events, first_attempt_at);
+        let parcel = Parcel {
+            happened_at: envelope.format.first_event(&envelope.body).and_then(|event| happened_at(head(event).ok()?.timestamp)),
+            arrived_at,
+            traceparent: envelope.traceparent,
+            batch_id: envelope.batch_id,
+            body: envelope.body,
+            format: envelope.format,
+            events: envelope.events,
+            attempt: envelope.attempts.saturating_add(1),
+            first_attempt_at,
+            story: envelope.story,
+            replay: envelope.replay,
+            receipts: vec![receipt],
+            turn: Turn::Retry,
+        };
+        self.attempt(events.into(), arrived_at, Turn::Retry, slots, async move { parcel });
+    }
+
+    fn begin_first(&mut self, slots: Slots) {
+        let (events, bytes) = self.batcher.cut();
+        let format = self.lane.subscriber.format;
+        let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
+        self.attempt(events.len() as u64, arrived_at, Turn::First, slots, async move { first_parcel(format, events, bytes) });
     }
 
     /// Until a circuit that was open has been closed for long enough, first attempts are of small batches. An envelope stays as it is.
@@ -576,11 +656,20 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.batcher.limit(events, bytes);
     }
 
-    fn attempt(&mut self, events: u64, arrived_at: SystemTime, parcel: impl Future<Output = Parcel> + Send + 'static) {
+    fn attempt(
+        &mut self,
+        events: u64,
+        arrived_at: SystemTime,
+        turn: Turn,
+        slots: Slots,
+        parcel: impl Future<Output = Parcel> + Send + 'static,
+    ) {
         let (webhook, status) = (self.lane.webhook.clone(), self.lane.status.clone());
         self.attempts += 1;
         let number = self.attempts;
-        self.attempting.insert(number, UnderWay { events, arrived_at, generation: self.lane.generation });
+        let begun = Begun { probe: slots == Slots::Probe, first: turn == Turn::First };
+        self.attempting.insert(number, UnderWay { events, arrived_at, generation: self.lane.generation, begun });
+        self.turns.begun(turn, clock::instant());
         self.tasks.spawn(async move {
             let parcel = parcel.await;
             status.begins(&parcel.batch_id, parcel.events, parcel.body.len());
@@ -702,97 +791,83 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     // Whatever else ends the session: after this the next one begins later.
                     Err(SettleError::Unconfirmed(why)) => match self.end {
                         None | Some(End::Circuit | End::Paused | End::Configured) => self.end = Some(End::Unsettled(why)),
-                        Some(End::Drained | End::Lost(_) | End::Unsettled(_)) => {}
+                        Some(End::Drained | End::Lost(_) | End::Unsettled(_) | End::Unsent(_)) => {}
                     },
                 }
             }
             Done::Attempted { number, parcel, outcome, took } => {
-                let current = self.attempting.remove(&number).is_some_and(|a| a.generation == self.lane.generation);
-                self.attempted(*parcel, outcome, took, current);
+                self.turns.ended(parcel.turn, clock::instant());
+                if let Some(under_way) = self.attempting.remove(&number) {
+                    self.attempted(*parcel, outcome, took, &under_way);
+                }
                 self.lane.tell_circuit();
             }
         }
     }
 
-    /// `current`: requests are made as this one was.
-    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration, current: bool) {
+    /// Decides what follows, logs it, and does it.
+    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration, under_way: &UnderWay) {
+        // Requests are still made as this one was.
+        let current = under_way.generation == self.lane.generation;
+        let (attempt, now) = (parcel.as_attempt(), clock::now());
+        let verdict = decide(&attempt, &outcome, current, &self.lane.health, &self.lane.subscriber.retry, now, clock::random());
+        if current {
+            verdict::learn(&mut self.lane.health, &attempt, &outcome, now);
+        }
+        if let Outcome::Unsent { why } = outcome {
+            self.lane.status.not_sent();
+            self.end.get_or_insert(End::Unsent(why));
+            return;
+        }
         if let Some(failure) = outcome.failure() {
-            parcel.has_failed(failure, clock::now());
+            parcel.has_failed(failure, now);
         }
-        match outcome {
-            Outcome::Delivered { status } => {
-                self.log(&parcel, took, "delivered", Some(status), None, None);
-                if current {
-                    self.lane.health.on_accepted();
-                    let requests = self.lane.subscriber.http.concurrency;
-                    self.count(&parcel, |breaker| breaker.on_success(requests));
-                }
-                let (now, time) = (clock::instant(), clock::now());
-                let since = |at: SystemTime| time.duration_since(at).ok();
-                let (lag, since_arrival) = (parcel.happened_at.and_then(since), since(parcel.arrived_at));
-                self.lane.status.delivered(parcel.events, lag, since_arrival, now, time);
-                self.settle(parcel.receipts, Settlement::Delivered, |_| {});
-            }
-            Outcome::Retry { failure, retry_after } => {
-                if current {
-                    self.lane.health.on_failed();
-                }
-                self.failed(parcel, &failure, retry_after, took, current);
-            }
-            Outcome::Refused { failure, retry_after } => {
-                if current && self.lane.health.on_refused() {
-                    self.split(parcel, Reason::Refused, &failure, retry_after, took);
-                } else {
-                    self.failed(parcel, &failure, retry_after, took, current);
-                }
-            }
-            Outcome::TooLarge { failure, retry_after } => self.split(parcel, Reason::TooLarge, &failure, retry_after, took),
-            Outcome::Gone { failure } => {
-                self.log(&parcel, took, "paused", failure.status(), Some(&failure), None);
-                self.pause(parcel, "the receiver answered 410 Gone".to_owned(), "receiver");
-            }
+        self.log(&parcel, took, &outcome, &verdict);
+        self.count(under_way.begun, &verdict);
+        if let Some(wait) = verdict.hold {
+            self.lane.breaker.hold(clock::instant(), wait);
         }
+        self.follow(parcel, &outcome, &verdict);
         if let Permit::Wait(_) = self.lane.breaker.permit(clock::instant()) {
             self.end.get_or_insert(End::Circuit);
         }
     }
 
-    /// Tells the breaker, but not of the parts of a batch that was split: they say something of the batch.
-    fn count(&mut self, parcel: &Parcel, happened: impl FnOnce(&mut CircuitBreaker) -> Option<Change>) {
-        if !is_half(&parcel.batch_id)
-            && let Some(change) = happened(&mut self.lane.breaker)
-        {
+    /// Reports to the breaker what the attempt says of the endpoint.
+    fn count(&mut self, begun: Begun, verdict: &Verdict) {
+        let now = clock::instant();
+        let change = match verdict.evidence {
+            Evidence::Accepted => self.lane.breaker.on_success(begun, self.lane.subscriber.http.concurrency),
+            Evidence::Failed { counts } => self.lane.breaker.on_failure(begun, counts, now),
+            Evidence::None => None,
+        };
+        if let Some(change) = change {
             self.log_change(change);
         }
-    }
-
-    /// Sends nothing for a while, because the receiver asked for it.
-    fn hold(&mut self, retry_after: Option<Duration>) {
-        if let Some(wait) = retry_after {
-            self.lane.breaker.hold(clock::instant(), wait);
+        if begun.probe && matches!(verdict.disposition, Disposition::Split { .. }) {
+            self.turns.probe_was_split(now);
         }
     }
 
-    fn failed(&mut self, parcel: Parcel, failure: &Failure, retry_after: Option<Duration>, took: Duration, current: bool) {
-        let now = clock::now();
-        if current {
-            self.count(&parcel, |breaker| breaker.on_failure(clock::instant()));
-        }
-        self.hold(retry_after);
-        let retry = &self.lane.subscriber.retry;
-        match (retry.next(parcel.attempt, parcel.first_attempt_at, now, retry_after, clock::random()), retry.on_exhausted()) {
-            (Next::After(delay), _) => {
-                self.log(&parcel, took, "retry", failure.status(), Some(failure), Some(delay));
-                let (batch_id, arrived_at) = (parcel.batch_id.clone(), parcel.arrived_at);
+    /// Does with the batch what was decided.
+    fn follow(&mut self, parcel: Parcel, outcome: &Outcome, verdict: &Verdict) {
+        match (verdict.disposition, outcome.failure()) {
+            (Disposition::Delivered, _) => self.delivered(parcel),
+            (Disposition::Retry { delay }, _) => {
                 let envelopes = vec![parcel.envelope()];
-                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay }, move |status| {
-                    let now = clock::now();
-                    status.scheduled(&batch_id, now + delay, arrived_at, now);
-                });
+                self.again(parcel, envelopes, delay);
             }
-            (Next::Exhausted, Exhausted::DeadLetter) => self.bury(parcel, Reason::Exhausted, failure, took),
-            (Next::Exhausted, Exhausted::Pause) => {
-                self.log(&parcel, took, "paused", failure.status(), Some(failure), None);
+            (Disposition::Split { delay }, _) => {
+                // A batch whose body cannot be taken apart, although it was made here, comes again whole.
+                let envelopes = parcel.halves().unwrap_or_else(|| vec![parcel.envelope()]);
+                self.again(parcel, envelopes, delay);
+            }
+            (Disposition::DeadLetter(reason), Some(failure)) => {
+                let letter = parcel.dead_letter(reason, failure, verdict.shortened, clock::now());
+                self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
+            }
+            (Disposition::Paused(Cause::Gone), _) => self.pause(parcel, "the receiver answered 410 Gone".to_owned(), "receiver"),
+            (Disposition::Paused(Cause::Exhausted), Some(failure)) => {
                 let status = failure.status().map(|s| format!(" {s}")).unwrap_or_default();
                 let why = format!(
                     "attempt {} of a batch failed and was the last that [retry] allows: {}{status}",
@@ -801,30 +876,26 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 );
                 self.pause(parcel, why, "retry.on_exhausted");
             }
+            // Only what failed is given up; what was not sent has ended the session.
+            (Disposition::DeadLetter(_) | Disposition::Paused(Cause::Exhausted), None) | (Disposition::GivenBack, _) => {}
         }
     }
 
-    /// Sends the halves on, each for itself; a single event is what the answer was about.
-    fn split(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, retry_after: Option<Duration>, took: Duration) {
-        self.hold(retry_after);
-        match parcel.halves() {
-            None => self.bury(parcel, reason, failure, took),
-            Some(envelopes) => {
-                let delay = retry_after.unwrap_or_default();
-                self.log(&parcel, took, "split", failure.status(), Some(failure), Some(delay));
-                let (ids, arrived_at): (Vec<String>, _) = (envelopes.iter().map(|e| e.batch_id.clone()).collect(), parcel.arrived_at);
-                self.settle(parcel.receipts, Settlement::Retry { envelopes, delay }, move |status| {
-                    let now = clock::now();
-                    ids.iter().for_each(|id| status.scheduled(id, now + delay, arrived_at, now));
-                });
-            }
-        }
+    fn delivered(&mut self, parcel: Parcel) {
+        let (now, time) = (clock::instant(), clock::now());
+        let since = |at: SystemTime| time.duration_since(at).ok();
+        let (lag, since_arrival) = (parcel.happened_at.and_then(since), since(parcel.arrived_at));
+        self.lane.status.delivered(parcel.events, lag, since_arrival, now, time);
+        self.settle(parcel.receipts, Settlement::Delivered, |_| {});
     }
 
-    fn bury(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, took: Duration) {
-        self.log(&parcel, took, "dead_letter", failure.status(), Some(failure), None);
-        let letter = parcel.dead_letter(reason, failure, clock::now());
-        self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
+    /// Has these come again after `delay`, in place of the parcel.
+    fn again(&mut self, parcel: Parcel, envelopes: Vec<Envelope>, delay: Duration) {
+        let (ids, arrived_at): (Vec<String>, _) = (envelopes.iter().map(|e| e.batch_id.clone()).collect(), parcel.arrived_at);
+        self.settle(parcel.receipts, Settlement::Retry { envelopes, delay }, move |status| {
+            let now = clock::now();
+            ids.iter().for_each(|id| status.scheduled(id, now + delay, arrived_at, now));
+        });
     }
 
     /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is recorded
@@ -846,19 +917,18 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     /// The one log event of an attempt, and what the status has of it: no body, no secret, no URL, and nothing that the receiver wrote,
     /// which may be what it was sent; that is in the dead letter alone.
-    fn log(
-        &self,
-        parcel: &Parcel,
-        took: Duration,
-        outcome: &'static str,
-        status: Option<u16>,
-        failure: Option<&Failure>,
-        next: Option<Duration>,
-    ) {
+    fn log(&self, parcel: &Parcel, took: Duration, outcome: &Outcome, verdict: &Verdict) {
+        let failure = outcome.failure();
+        let status = match outcome {
+            Outcome::Delivered { status } => Some(*status),
+            _ => failure.and_then(Failure::status),
+        };
+        let name = verdict.disposition.name();
         let last_error =
             |f: &Failure| LastError { at: clock::now(), failure: f.name(), status: f.status(), cause: f.cause().map(str::to_owned) };
-        let ended = Ended { outcome, failure: failure.map(last_error), took };
+        let ended = Ended { outcome: name, failure: failure.map(last_error), took };
         self.lane.status.ended(ended, clock::instant());
+        let seconds = |d: Duration| d.as_millis() as f64 / 1000.0;
         macro_rules! attempt {
             ($level:ident) => {
                 tracing::$level!(
@@ -867,12 +937,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     attempt = parcel.attempt,
                     events = parcel.events,
                     bytes = parcel.body.len(),
-                    outcome,
+                    outcome = name,
+                    reason = verdict.disposition.reason().map(Reason::name),
                     status,
                     failure = failure.map(Failure::name),
                     error = failure.and_then(Failure::cause),
                     duration_ms = took.as_millis() as u64,
-                    next_attempt_in_s = next.map(|d| d.as_millis() as f64 / 1000.0),
+                    next_attempt_in_s = verdict.disposition.delay().map(seconds),
+                    retry_after_shortened_from_s = verdict.shortened.map(seconds),
                     traceparent = parcel.traceparent,
                     "attempt"
                 )
@@ -893,7 +965,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             Change::StillOpen { open_for } => {
                 tracing::warn!(subscriber, open_for_s = open_for.as_secs_f64(), "circuit open again: the probe failed")
             }
-            Change::Closed => tracing::warn!(subscriber, "circuit closed: the subscriber accepts batches again"),
+            Change::Closed => tracing::info!(subscriber, "circuit closed: the subscriber accepts batches again"),
         }
     }
 }
@@ -916,6 +988,7 @@ fn first_parcel(format: Format, mut events: Vec<Admitted>, bytes: usize) -> Parc
         traceparent,
         story: Story::default(),
         replay: false,
+        turn: Turn::First,
     }
 }
 
@@ -954,7 +1027,7 @@ mod tests {
             let log = log.clone();
             move || -> Box<dyn std::io::Write> { Box::new(Shared(log.clone())) }
         };
-        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_ansi(false).with_writer(writer).finish();
+        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_ansi(false).with_writer(writer).finish();
         tracing::subscriber::with_default(subscriber, || {
             let status = Board::new(Metrics::new(SystemTime::UNIX_EPOCH)).lane("a");
             let mut trouble = Trouble { subscriber: "a".to_owned(), told: BTreeSet::new(), status };

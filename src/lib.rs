@@ -20,11 +20,12 @@
 //!
 //! | layer | files |
 //! |---|---|
-//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it · [`failpoint`] where a test can end a debug build · [`wording`] numbers and their nouns |
+//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means, and when it is believed · [`turn`] what a free request slot gets · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it · [`failpoint`] where a test can end a debug build · [`wording`] numbers and their nouns |
 //! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`handshake`] whether a command and a daemon know the same token · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
 //! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one · [`signal`] signals of the system, files that change |
-//! | edge | [`status`] what lanes and queue say of themselves · [`rehearsal`] one test event |
+//! | edge | [`status`] what lanes and queue say of themselves · [`verdict`] what follows from an attempt's outcome |
+//! | edge | [`rehearsal`] one test event |
 //! | flow | [`lane`] the worker of one subscriber |
 //! | process | [`supervisor`] wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them |
 //! | process | [`reload`] reads the configuration again and hands it to the supervisor |
@@ -35,7 +36,8 @@
 //! # Where to look
 //!
 //! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite? [`queue::embedded`].
-//! - Why was this dead-lettered? [`lane`]: `sort` (never attempted) and `failed` (attempted).
+//! - Why was this dead-lettered? [`verdict::decide`]; of what was never attempted: `sort` in [`lane`].
+//! - Which batch is sent next? [`turn::Turns::choose`].
 //! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
@@ -105,5 +107,7 @@ pub mod status;
 pub mod supervisor;
 pub mod systemd;
 pub mod tls;
+pub mod turn;
+pub mod verdict;
 pub mod webhook;
 pub mod wording;

@@ -507,6 +507,11 @@ impl SubscriberMetrics {
         }
     }
 
+    /// An attempt that had begun, and of which nothing was sent.
+    pub fn attempt_was_none(&self) {
+        self.in_flight.dec();
+    }
+
     /// An attempt that nobody will hear the outcome of: its lane is gone.
     pub fn attempts_are_gone(&self) {
         self.in_flight.set(0.0);

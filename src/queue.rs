@@ -508,6 +508,10 @@ impl Story {
         self.attempts.is_empty()
     }
 
+    pub fn last(&self) -> Option<&FailedAttempt> {
+        self.attempts.last()
+    }
+
     /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times in Unix
     /// milliseconds, and `+7` where seven are left out.
     pub(crate) fn to_text(&self) -> String {

@@ -1,15 +1,17 @@
 //! One signed test event to a subscriber, at once, and what the daemon would make of the answer.
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
 use serde_json::json;
 
 use crate::{
+    answer::Health,
     clock,
     config::Subscriber,
     event,
-    retry::{Exhausted, MAX_DELAY, Next},
+    queue::Reason,
     tls::SystemRoots,
+    verdict::{Attempt, Cause, Disposition, Origin, decide},
     webhook::{Failure, Outcome, Rehearsal, Request, Webhook},
     wording::counted,
 };
@@ -39,7 +41,7 @@ pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
     let started = clock::instant();
     let rehearsal = webhook.rehearse(request).await;
     let took = clock::instant() - started;
-    let (outcome, verdict) = verdict(subscriber, &rehearsal.outcome);
+    let (outcome, verdict) = verdict(subscriber, &rehearsal.outcome, body.len());
     Ok(Report { subscriber: subscriber.name.clone(), url: subscriber.url.to_string(), body, rehearsal, took, outcome, verdict })
 }
 
@@ -49,13 +51,7 @@ impl Report {
     }
 
     pub fn failure(&self) -> Option<&Failure> {
-        match &self.rehearsal.outcome {
-            Outcome::Delivered { .. } => None,
-            Outcome::Retry { failure, .. }
-            | Outcome::Gone { failure }
-            | Outcome::TooLarge { failure, .. }
-            | Outcome::Refused { failure, .. } => Some(failure),
-        }
+        self.rehearsal.outcome.failure()
     }
 
     /// Without what is secret.
@@ -93,55 +89,56 @@ fn body(subscriber: &Subscriber) -> Vec<u8> {
     subscriber.format.splice([event.as_slice()].into_iter(), event.len())
 }
 
-/// What the daemon would make of it, in one word and for people.
-fn verdict(subscriber: &Subscriber, outcome: &Outcome) -> (&'static str, String) {
+/// What the daemon would make of it, in one word and for people: what it decides of a first attempt with one event.
+fn verdict(subscriber: &Subscriber, outcome: &Outcome, body_bytes: usize) -> (&'static str, String) {
+    let now = clock::now();
+    let attempt = Attempt { number: 1, first_attempt_at: now, events: 1, body_bytes, origin: Origin::First };
+    let decided = decide(&attempt, outcome, true, &Health::default(), &subscriber.retry, now, 0.5);
+    let word = match outcome {
+        // They depend on what else the endpoint answers, so the answer has the word.
+        Outcome::TooLarge { .. } => "too_large",
+        Outcome::Refused { .. } => "refused",
+        _ => decided.disposition.name(),
+    };
+    let mut text = disposition_text(subscriber, decided.disposition);
     match outcome {
-        Outcome::Delivered { .. } => ("delivered", "delivered: the batch would be done".to_owned()),
-        Outcome::Retry { retry_after, .. } => {
-            let (word, text) = after_failure(subscriber, *retry_after);
-            (word, format!("{text}{}", held(subscriber, *retry_after)))
-        }
-        Outcome::Gone { .. } => {
-            let text = "paused: the batch would be kept, and nothing sent until `hooktrail resume`, since 410 asks to be left alone";
-            ("paused", text.to_owned())
-        }
-        Outcome::TooLarge { .. } => (
-            "too_large",
-            "dead letter, reason `too_large`: even one event is too much for it; a batch of several would be sent in halves".to_owned(),
+        Outcome::TooLarge { .. } => text.push_str("; a batch of several events would be sent in halves"),
+        Outcome::Refused { .. } => text.push_str(
+            "; but if the endpoint had accepted something since it last failed in another way: dead letter, reason `refused`, \
+             and of a batch of several only those that it refuses",
         ),
-        Outcome::Refused { retry_after, .. } => {
-            let (_, text) = after_failure(subscriber, *retry_after);
-            let text = format!(
-                "{text}; but if the endpoint had accepted something since it last failed in another way: dead letter, reason `refused`, \
-                 and of a batch of several only those that it refuses"
-            );
-            ("refused", text)
+        Outcome::Unsent { why } => {
+            write!(text, ": {why}").unwrap_or_default();
         }
+        Outcome::Delivered { .. } | Outcome::Retry { .. } | Outcome::Gone { .. } => {}
     }
+    let for_humans = |d: Duration| humantime::format_duration(d).to_string();
+    if let Some(wish) = decided.shortened {
+        write!(text, "; Retry-After asked for {}, which is past retry.max_elapsed_time", for_humans(wish)).unwrap_or_default();
+    }
+    if let Some(wait) = decided.hold {
+        let hold = wait.min(subscriber.circuit_breaker.max_open_for);
+        write!(text, "; Retry-After: nothing else would be sent to it for {}", for_humans(hold)).unwrap_or_default();
+    }
+    (word, text)
 }
 
-fn after_failure(subscriber: &Subscriber, retry_after: Option<Duration>) -> (&'static str, String) {
-    let retry = &subscriber.retry;
-    let now = clock::now();
-    match (retry.next(1, now, now, retry_after, 0.5), retry.on_exhausted()) {
-        (Next::After(delay), _) => {
-            let most = match retry.options().max_attempts {
+fn disposition_text(subscriber: &Subscriber, disposition: Disposition) -> String {
+    match disposition {
+        Disposition::Delivered => "delivered: the batch would be done".to_owned(),
+        Disposition::Retry { delay } | Disposition::Split { delay } => {
+            let most = match subscriber.retry.options().max_attempts {
                 0 => "as often as it takes".to_owned(),
                 most => format!("at most {} in all", counted(most, "attempt(s)")),
             };
-            ("retry", format!("retry: the same batch again after about {}, {most}", humantime::format_duration(delay)))
+            format!("retry: the same batch again after about {}, {most}", humantime::format_duration(delay))
         }
-        (Next::Exhausted, Exhausted::DeadLetter) => {
-            ("dead_letter", "dead letter, reason `exhausted`: [retry] allows no other attempt".to_owned())
+        Disposition::DeadLetter(Reason::TooLarge) => "dead letter, reason `too_large`: even one event is too much for it".to_owned(),
+        Disposition::DeadLetter(reason) => format!("dead letter, reason `{}`: [retry] allows no other attempt", reason.name()),
+        Disposition::Paused(Cause::Gone) => {
+            "paused: the batch would be kept, and nothing sent until `hooktrail resume`, since 410 asks to be left alone".to_owned()
         }
-        (Next::Exhausted, Exhausted::Pause) => {
-            ("paused", "paused: [retry] allows no other attempt, and on_exhausted is \"pause\"".to_owned())
-        }
+        Disposition::Paused(Cause::Exhausted) => "paused: [retry] allows no other attempt, and on_exhausted is \"pause\"".to_owned(),
+        Disposition::GivenBack => "not sent, and no attempt: the queue would get the batch back as it was".to_owned(),
     }
-}
-
-fn held(subscriber: &Subscriber, retry_after: Option<Duration>) -> String {
-    let Some(wait) = retry_after else { return String::new() };
-    let hold = wait.min(MAX_DELAY).min(subscriber.circuit_breaker.max_open_for);
-    format!("; Retry-After: nothing else would be sent to it for {}", humantime::format_duration(hold))
 }

@@ -119,10 +119,14 @@ impl RetryPolicy {
 
     /// The interval after failed attempt `attempt` (from 1), before jitter.
     pub fn interval(&self, attempt: u32) -> Duration {
+        // In one step, however many attempts there were: their number comes from a message.
+        let growth = self.multiplier.powf(f64::from(attempt.max(1) - 1));
+        let grown = (self.initial_interval.as_secs_f64() * growth).min(self.max_interval.as_secs_f64());
+        let current = Duration::from_secs_f64(grown);
         // The crate's own jitter draws from a global generator and may pass `max_interval`; this
-        // policy takes its randomness as an argument, so the crate does the growth alone.
-        let mut growth = ExponentialBackoff {
-            current_interval: self.initial_interval,
+        // policy takes its randomness as an argument, so the crate does without.
+        let mut backoff = ExponentialBackoff {
+            current_interval: current,
             initial_interval: self.initial_interval,
             multiplier: self.multiplier,
             randomization_factor: 0.0,
@@ -130,14 +134,7 @@ impl RetryPolicy {
             max_elapsed_time: None, // its default of 15 minutes would end the schedule
             ..ExponentialBackoff::default()
         };
-        let mut interval = self.initial_interval;
-        for _ in 0..attempt {
-            let before = interval;
-            interval = growth.next_backoff().unwrap_or(self.max_interval);
-            if interval >= self.max_interval || (before == interval && self.multiplier <= 1.0) {
-                break;
-            }
-        }
+        let interval = backoff.next_backoff().unwrap_or(self.max_interval);
         // The crate adds up to a nanosecond at random even without jitter; an interval is always the same.
         let micros = u64::try_from((interval.as_nanos() + 500) / 1000).unwrap_or(u64::MAX).max(1);
         Duration::from_micros(micros).min(self.max_interval)
@@ -145,19 +142,30 @@ impl RetryPolicy {
 
     /// What follows failed attempt `attempt` (from 1) of a batch first tried at `first_attempt_at`.
     ///
-    /// `retry_after` is what the receiver asked for; `random` is drawn from `0.0..1.0`.
+    /// `retry_after` is what the receiver asked for: it makes the delay longer, never shorter, and never ends the schedule, so that
+    /// the next attempt may come earlier than it asked for. `random` is drawn from `0.0..1.0`.
     pub fn next(&self, attempt: u32, first_attempt_at: SystemTime, now: SystemTime, retry_after: Option<Duration>, random: f64) -> Next {
         if self.max_attempts != 0 && attempt >= self.max_attempts {
             return Next::Exhausted;
         }
         let spread = 1.0 + self.randomization_factor * (2.0 * random - 1.0);
-        let jittered = self.interval(attempt).mul_f64(spread.max(0.0)).min(self.max_interval);
-        let delay = jittered.max(retry_after.unwrap_or_default()).min(MAX_DELAY);
-        let elapsed = now.duration_since(first_attempt_at).unwrap_or_default();
-        if !self.max_elapsed_time.is_zero() && elapsed + delay > self.max_elapsed_time {
-            return Next::Exhausted;
+        let own = self.interval(attempt).mul_f64(spread.max(0.0)).min(self.max_interval);
+        match self.time_left(first_attempt_at, now) {
+            Some(left) if own > left => Next::Exhausted,
+            _ => Next::After(own.max(self.granted(first_attempt_at, now, retry_after))),
         }
-        Next::After(delay)
+    }
+
+    /// How much of a wish to wait is granted: at most [`MAX_DELAY`] and what is left of `max_elapsed_time`.
+    pub fn granted(&self, first_attempt_at: SystemTime, now: SystemTime, retry_after: Option<Duration>) -> Duration {
+        let left = self.time_left(first_attempt_at, now).unwrap_or(MAX_DELAY);
+        retry_after.unwrap_or_default().min(left).min(MAX_DELAY)
+    }
+
+    /// What is left of `max_elapsed_time`; `None` without a limit.
+    fn time_left(&self, first_attempt_at: SystemTime, now: SystemTime) -> Option<Duration> {
+        let elapsed = now.duration_since(first_attempt_at).unwrap_or_default();
+        (!self.max_elapsed_time.is_zero()).then(|| self.max_elapsed_time.saturating_sub(elapsed))
     }
 }
 
@@ -242,7 +250,34 @@ mod tests {
         });
         assert_eq!(p.next(1, T0, T0 + secs(40), None, 0.5), Next::After(secs(60)));
         assert_eq!(p.next(2, T0, T0 + secs(41), None, 0.5), Next::Exhausted);
-        assert_eq!(p.next(1, T0, T0, Some(secs(101)), 0.5), Next::Exhausted);
+    }
+
+    #[test]
+    fn a_wish_to_wait_never_shortens_the_schedule() {
+        let p = RetryPolicy::default();
+        let hours = |n: u64| secs(n * 3600);
+        for wish in [72, 73, 1_000_000] {
+            assert_eq!(p.next(1, T0, T0 + secs(1), Some(hours(wish)), 0.5), Next::After(hours(72) - secs(1)), "{wish} h");
+        }
+        assert_eq!(p.next(2, T0, T0 + hours(71), Some(hours(72)), 0.5), Next::After(hours(1)));
+        assert_eq!(p.next(2, T0, T0 + hours(72), Some(hours(72)), 0.5), Next::Exhausted);
+        let short = policy(|o| o.max_elapsed_time = secs(10));
+        assert_eq!(short.next(1, T0, T0 + secs(4), Some(secs(100)), 0.5), Next::After(secs(6)), "earlier than asked");
+        assert_eq!(short.granted(T0, T0 + secs(4), Some(secs(3))), secs(3));
+    }
+
+    #[test]
+    fn the_interval_of_any_attempt_is_known_at_once() {
+        let p = policy(|o| {
+            o.max_attempts = 0;
+            o.multiplier = 1.000_000_01;
+        });
+        let begun = crate::clock::instant();
+        let grown: Vec<Duration> = [1, 1000, 100_000_000, 2_000_000_000, u32::MAX].map(|n| p.interval(n)).into();
+        assert!(begun.elapsed() < secs(1), "a loop over the attempts takes minutes");
+        assert!(grown.is_sorted() && grown[0] == secs(5) && grown[4] == p.max_interval, "{grown:?}");
+        assert_eq!(policy(|o| o.multiplier = 1000.0).interval(u32::MAX), p.max_interval, "beyond every number");
+        assert_eq!(p.interval(0), secs(5));
     }
 
     #[test]

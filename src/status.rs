@@ -416,6 +416,11 @@ impl LaneStatus {
         }
     }
 
+    /// An attempt that had begun was none: nothing of it was sent.
+    pub fn not_sent(&self) {
+        self.seen().metrics.attempt_was_none();
+    }
+
     /// Those that were under way are gone with their lane.
     pub fn panicked(&self) {
         let mut seen = self.seen();

@@ -63,12 +63,16 @@ pub enum Outcome {
         failure: Failure,
         retry_after: Option<Duration>,
     },
+    /// Nothing of the request was sent, for a lack of this daemon's own: it was no attempt.
+    Unsent {
+        why: String,
+    },
 }
 
 impl Outcome {
     pub const fn failure(&self) -> Option<&Failure> {
         match self {
-            Self::Delivered { .. } => None,
+            Self::Delivered { .. } | Self::Unsent { .. } => None,
             Self::Retry { failure, .. } | Self::Gone { failure } | Self::TooLarge { failure, .. } | Self::Refused { failure, .. } => {
                 Some(failure)
             }
@@ -89,8 +93,12 @@ pub enum Failure {
     Connect(String),
     Tls(String),
     Timeout,
-    /// The connection ended before the answer did.
-    Reset(String),
+    /// The connection ended before a status was read.
+    Reset {
+        why: String,
+        /// The body was still being sent.
+        while_sending: bool,
+    },
     /// What came is not HTTP.
     BadAnswer(String),
     /// The attempt could not be made at all.
@@ -107,7 +115,7 @@ impl Failure {
             Self::Connect(_) => "connect",
             Self::Tls(_) => "tls",
             Self::Timeout => "timeout",
-            Self::Reset(_) => "reset",
+            Self::Reset { .. } => "reset",
             Self::BadAnswer(_) => "bad_answer",
             Self::Internal(_) => "internal",
         }
@@ -128,7 +136,7 @@ impl Failure {
             | Self::AddressBlocked(why)
             | Self::Connect(why)
             | Self::Tls(why)
-            | Self::Reset(why)
+            | Self::Reset { why, .. }
             | Self::BadAnswer(why)
             | Self::Internal(why) => Some(why),
         }
@@ -404,7 +412,7 @@ fn classify(e: reqwest::Error) -> Failure {
     } else if e.is_builder() {
         Failure::Internal(why)
     } else if is_io(&e) {
-        Failure::Reset(why)
+        Failure::Reset { why, while_sending: false }
     } else {
         Failure::BadAnswer(why)
     }

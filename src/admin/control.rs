@@ -253,7 +253,7 @@ impl<Q: Queue> Control<Q> {
             return Err(Refusal::unavailable("who is paused is not known yet; try again".to_owned()));
         };
         let before = known.get(name).and_then(Standing::pause).cloned();
-        let changed = before.is_some() != pause;
+        let changed = before.is_some() != pause || (!pause && self.waits(name));
         let now = clock::now();
         let after = match (pause, before) {
             (true, Some(before)) => Some(before), // the first reason counts
@@ -274,6 +274,12 @@ impl<Q: Queue> Control<Q> {
             }
             None => json!({ "subscriber": name, "state": "running", "changed": changed }),
         })
+    }
+
+    /// Its circuit is open, or the receiver asked to be left alone: an operator who resumes it wants it tried now.
+    fn waits(&self, name: &str) -> bool {
+        let view = self.board.view(name, clock::instant(), clock::now());
+        view.is_some_and(|view| view.circuit != Circuit::Closed || matches!(view.state, LaneState::Held { .. }))
     }
 }
 

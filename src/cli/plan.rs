@@ -13,7 +13,7 @@ use super::{
     visible,
 };
 use crate::{
-    circuit_breaker::{BreakerPolicy, Change, CircuitBreaker},
+    circuit_breaker::{Begun, BreakerPolicy, Change, CircuitBreaker},
     clock,
     config::{Backend, Config, Subscriber},
     queue::{
@@ -250,7 +250,8 @@ fn open_times(policy: &BreakerPolicy) -> Vec<Duration> {
     }
     let mut breaker = CircuitBreaker::new(BreakerPolicy { failures: 1, ..policy.clone() });
     let (mut now, mut times) = (clock::instant(), Vec::new());
-    while let Some(Change::Opened { open_for, .. } | Change::StillOpen { open_for }) = breaker.on_failure(now) {
+    let first_attempt = Begun { probe: true, first: true };
+    while let Some(Change::Opened { open_for, .. } | Change::StillOpen { open_for }) = breaker.on_failure(first_attempt, true, now) {
         if times.last() == Some(&open_for) {
             break;
         }

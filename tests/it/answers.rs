@@ -8,10 +8,11 @@ use std::{
 use serde_json::json;
 
 use crate::support::{
-    broker::Broker,
+    api::Api,
+    broker::{Broker, kill},
     daemon::{QUICK, Setup, subscriber},
     eventually, free_port,
-    queue::{Queue, on_both_queues},
+    queue::{Queue, Section as _, on_both_queues},
     receiver::{Answer, Receiver, Request, event, status},
     run,
 };
@@ -27,6 +28,12 @@ on_both_queues!(
     an_operator_pauses_and_resumes,
     a_retry_after_that_is_a_date_holds_the_lane_for_at_most_max_open_for,
     an_event_gets_the_producers_id_when_it_has_none,
+    batches_that_always_fail_do_not_keep_new_events_away,
+    a_wish_to_wait_that_ends_after_the_schedule_costs_no_attempt,
+    a_late_failure_of_the_url_before_says_nothing_of_the_one_that_is_configured,
+    a_pause_and_a_resume_are_heard_while_the_circuit_is_open_and_while_a_retry_after_holds,
+    attempts_from_before_the_circuit_opened_are_no_probes,
+    a_dead_letter_has_its_reason_in_the_log,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -280,6 +287,137 @@ async fn an_event_gets_the_producers_id_when_it_has_none(queue: Queue) {
     );
     assert!(bodies(&with).contains(own) && bodies(&without).contains(plain) && bodies(&without).contains(own));
     assert!(with.requests().iter().all(Request::verified));
+}
+
+async fn batches_that_always_fail_do_not_keep_new_events_away(queue: Queue) {
+    const BAD: u64 = 36;
+    let is_bad = |n: &u64| n.is_multiple_of(2) && *n < 2 * BAD;
+    let receiver = Receiver::start(move |request, _| status(if request.numbers().iter().any(is_bad) { 500 } else { 200 })).await;
+    let more = "batch = { max_events = 1, max_wait = \"0s\" }\n\
+                circuit_breaker = { failures = 3, open_for = \"1s\", max_open_for = \"10m\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..2 * BAD).map(event)).await;
+    // One of the bad ones is always due, and nothing new comes: each probe is one.
+    eventually("six probes", async || daemon.log().matches("circuit open again").count() >= 6).await;
+    let log = daemon.log();
+    let open_for: BTreeSet<&str> =
+        log.lines().filter(|l| l.contains("circuit open again")).filter_map(|l| l.split("open_for_s=").nth(1)?.split(' ').next()).collect();
+    assert!(open_for.contains("1.0"), "{open_for:?}");
+    let published = SystemTime::now();
+    queue.publish(TYPE, (BAD..BAD + 60).map(event)).await;
+    eventually("all new ones accepted", async || receiver.accepted().len() == 60).await;
+    let took = published.elapsed().expect("later");
+    assert!(took < Duration::from_secs(60), "new events waited for {took:?} behind batches that always fail");
+    assert!(daemon.log().contains("circuit closed"), "{}", daemon.log());
+}
+
+async fn a_wish_to_wait_that_ends_after_the_schedule_costs_no_attempt(queue: Queue) {
+    let receiver = Receiver::start(|_, n| if n == 0 { status(503).header("retry-after", "345600") } else { status(200) }).await;
+    let more = "retry = { max_elapsed_time = \"4s\" }\ncircuit_breaker = { open_for = \"1s\", max_open_for = \"1s\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    let requests = receiver.wait_requests(2).await;
+    assert_eq!((requests[1].id(), requests[1].attempt()), (requests[0].id(), 2));
+    assert_eq!(queue.dead("a").await, 0);
+    let log = daemon.log();
+    assert!(log.contains("outcome=\"retry\"") && log.contains("retry_after_shortened_from_s="), "{log}");
+
+    receiver.now(|_, _| status(503).header("retry-after", "345600"));
+    let tried = setup.run(&["test", "a", "--json"]);
+    let tried: serde_json::Value = serde_json::from_slice(&tried.stdout).expect("a JSON object");
+    assert_eq!(tried["outcome"], "retry", "as the daemon does: {tried}");
+    queue.publish(TYPE, [event(1)]).await;
+    queue.wait_dead("a", 1).await;
+    let dead = setup.dead("a").remove(0);
+    assert_eq!((&dead["reason"], &dead["attempts"]), (&json!("exhausted"), &json!(2)), "{dead}");
+    assert!(dead["error"].as_str().is_some_and(|e| e.contains("503") && e.contains("Retry-After")), "{dead}");
+}
+
+async fn a_late_failure_of_the_url_before_says_nothing_of_the_one_that_is_configured(queue: Queue) {
+    for (late, name) in [(status(410), "gone"), (status(503).header("retry-after", "600"), "held"), (status(413), "dead")] {
+        let old = Receiver::start(move |_, _| late.clone().after(Duration::from_secs(2))).await;
+        let new = Receiver::accepting().await;
+        let (queue, api) = (queue.another(), Api::new());
+        let text = |url: &str| queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", url, "");
+        let setup = Setup::with_text(&text(&old.url));
+        let daemon = setup.start().await;
+        queue.publish(TYPE, [event(0)]).await;
+        old.wait_requests(1).await;
+        setup.write("hooktrail.toml", text(&new.url));
+        kill("-HUP", daemon.pid());
+        daemon.wait_log("keys=\"url\"").await;
+        new.wait_all(1).await;
+        let again = &new.requests()[0];
+        assert_eq!((again.id(), again.attempt()), (old.requests()[0].id(), 2), "{name}: an ordinary retry");
+        queue.publish(TYPE, [event(1)]).await;
+        new.wait_all(2).await;
+        queue.wait_empty("a").await;
+        assert_eq!(api.subscriber("a").await["state"], "ok", "{name}");
+        assert_eq!(old.count(), 1, "{name}");
+    }
+}
+
+async fn a_pause_and_a_resume_are_heard_while_the_circuit_is_open_and_while_a_retry_after_holds(queue: Queue) {
+    let failing = Receiver::start(|_, _| status(500)).await;
+    let holding = Receiver::start(|_, n| if n == 0 { status(503).header("retry-after", "600") } else { status(200) }).await;
+    let api = Api::new();
+    let open = "circuit_breaker = { failures = 1, open_for = \"10m\" }";
+    let text = QUICK.to_owned() + &api.section() + &subscriber("open", &failing.url, open) + &subscriber("held", &holding.url, "");
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    for (name, state, receiver) in [("open", "circuit_open", &failing), ("held", "held", &holding)] {
+        api.wait(name, state, |s| s["state"] == state).await;
+        setup.ok(&["pause", name]);
+        api.wait(name, "paused", |s| s["state"] == "paused").await;
+        let series = format!("hooktrail_paused{{subscriber=\"{name}\"}}");
+        assert_eq!(api.metric(&series).await, Some(1.0), "{series}");
+        let before = receiver.count();
+        queue.publish(TYPE, [event(1)]).await;
+        setup.ok(&["resume", name]);
+        receiver.wait_requests(before + 1).await;
+    }
+    // Without a pause before it: the circuit is open again.
+    api.wait("open", "circuit_open", |s| s["state"] == "circuit_open").await;
+    failing.now(|_, _| status(200));
+    let before = failing.count();
+    let said = setup.ok(&["resume", "open"]);
+    assert!(said.contains("`open` is resumed"), "{said}");
+    failing.wait_requests(before + 1).await;
+    failing.wait_all(2).await;
+    eventually("the held one too", async || holding.accepted().contains(&1)).await;
+    api.wait("open", "ok", |s| s["circuit"]["state"] == "closed").await;
+}
+
+async fn attempts_from_before_the_circuit_opened_are_no_probes(queue: Queue) {
+    // The first four answers come together, the others long after them: attempts that began when the circuit was closed.
+    let slow = Duration::from_secs(4);
+    let receiver = Receiver::start(move |_, n| if n < 4 { status(500) } else { status(500).after(slow) }).await;
+    let api = Api::new();
+    let more = "batch = { max_events = 1, max_wait = \"0s\" }\nhttp = { concurrency = 12 }\nretry = { initial_interval = \"1h\", max_interval = \"1h\" }\n\
+                circuit_breaker = { failures = 4, open_for = \"1s\", max_open_for = \"10m\" }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..12).map(event)).await;
+    daemon.wait_log("circuit open:").await;
+    eventually("all answered", async || daemon.log().matches("outcome=\"retry\"").count() >= 12).await;
+    assert!(receiver.count() == 12, "no probe was sent: nothing is due");
+    assert!(!daemon.log().contains("circuit open again"), "and none failed: {}", daemon.log());
+}
+
+async fn a_dead_letter_has_its_reason_in_the_log(queue: Queue) {
+    let receiver = Receiver::start(|r, _| status(if r.numbers()[0] == 0 { 500 } else { 413 })).await;
+    let more = "retry = { max_attempts = 1 }\nbatch = { max_events = 1 }";
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..2).map(event)).await;
+    queue.wait_dead("a", 2).await;
+    for reason in ["exhausted", "too_large"] {
+        let line = format!("outcome=\"dead_letter\" reason=\"{reason}\"");
+        assert!(daemon.log().contains(&line), "{line}: {}", daemon.log());
+    }
 }
 
 #[test]

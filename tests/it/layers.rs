@@ -7,11 +7,12 @@ use std::{
 
 /// Each file below `src/` and its layer; a file imports only from lower ones.
 const LAYERS: &[&[&str]] = &[
-    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "wording"],
+    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "turn", "wording"],
     &["batch", "handshake", "signature", "tls"],
     &["config", "metrics"],
     &["endpoint", "queue", "signal", "webhook"],
-    &["rehearsal", "status"],
+    &["status", "verdict"],
+    &["rehearsal"],
     &["lane"],
     &["supervisor"],
     &["reload"],
