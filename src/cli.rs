@@ -10,6 +10,7 @@ mod listen;
 mod plan;
 mod prune;
 mod publish;
+mod retry;
 mod run;
 mod status;
 mod terminal;
@@ -106,6 +107,9 @@ enum Command {
     },
     /// The whole thing on this machine with no set-up: a queue, two receivers, events, retries, dead letters
     Demo(demo::Args),
+    /// Look at what waits for its next attempt, and make that due now
+    #[command(subcommand)]
+    Retry(retry::Command),
     /// Look at dead letters, send them again, delete them
     #[command(subcommand)]
     Dead(dead::Command),
@@ -189,6 +193,7 @@ impl Cli {
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
                     Command::Test(args) => test::run(&config, &args).await,
                     Command::Prune(args) => prune::run(&config, &args).await,
+                    Command::Retry(command) => retry::run(&config, command).await,
                     Command::Dead(command) => dead::run(&config, command).await,
                     Command::Run { .. }
                     | Command::Demo(_)

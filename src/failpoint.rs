@@ -18,7 +18,7 @@ pub enum Step {
     Acked,
     /// Events of the source queue are confirmed in the subscribers' queues, and not acked.
     Relayed,
-    /// Orphans or dead letters are confirmed where they go, and not acked where they were.
+    /// Orphans, dead letters or retries are confirmed where they go, and not acked where they were.
     Moved,
     /// A record about a subscriber is confirmed, and whoever asked for it does not know.
     Recorded,

@@ -4,6 +4,7 @@
 
 pub mod amqp;
 pub mod embedded;
+mod waiting;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,6 +17,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::watch;
 
+pub use self::waiting::{Hastened, Waiting, WaitingList};
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
@@ -95,6 +97,20 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// # Errors
     /// Nothing is known of such a subscriber, or the queue cannot be reached.
     fn dead_letters(&self, subscriber: &str) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
+
+    /// What waits for its next attempt, what is due and not taken yet among it.
+    ///
+    /// # Errors
+    /// Nothing is known of such a subscriber, or the queue cannot be reached; nothing has changed.
+    fn waiting(&self, subscriber: &str) -> impl Future<Output = Result<WaitingList, QueueError>> + Send;
+
+    /// Makes the next attempt due now, of all that waits or of the batches with these ids. Bytes, ids and attempts stay as they are;
+    /// what waits for other subscribers keeps its order and its time.
+    ///
+    /// # Errors
+    /// Nothing is known of such a subscriber, or the queue was lost. What was not moved by then still waits as it did; how
+    /// many were, the error says.
+    fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<String>>) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
 
     /// How much there is in the queues of these subscribers, and what is left of others.
     ///
@@ -508,6 +524,7 @@ impl Story {
         self.attempts.is_empty()
     }
 
+    /// The last attempt that failed.
     pub fn last(&self) -> Option<&FailedAttempt> {
         self.attempts.last()
     }

@@ -1,6 +1,6 @@
 //! `dead`: dead letters and orphans, one at a time, so that a hundred thousand of them need no memory.
 
-mod choice;
+pub(super) mod choice;
 
 use std::{
     io::{IsTerminal as _, Write as _},

@@ -13,6 +13,7 @@
 //! - `relay`: the source queue, and the sweep of orphans
 //! - `walk`: a look at each message of a queue, in their order
 //! - `dead`: looking at dead letters and orphans
+//! - `waiting`: looking at what waits for its next attempt, and making that due now
 //! - `doctor`: what of all that can lose or hold up events; `management`: the HTTP API that it asks
 
 mod connection;
@@ -30,6 +31,7 @@ mod repeats;
 mod state;
 mod topology;
 mod upkeep;
+mod waiting;
 mod walk;
 mod wire;
 
@@ -67,7 +69,7 @@ use crate::{
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
     finding::Finding,
     metrics::Metrics,
-    queue::{Depth, Depths, Harms, NewEvent, Published, Queue, QueueError, Standing, Standings, Troubles, Window},
+    queue::{Depth, Depths, Harms, Hastened, NewEvent, Published, Queue, QueueError, Standing, Standings, Troubles, WaitingList, Window},
     retry::Waits,
     wording::counted,
 };
@@ -642,6 +644,14 @@ impl Queue for AmqpQueue {
 
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
         DeadLetters::of_subscriber(self, subscriber).await
+    }
+
+    async fn waiting(&self, subscriber: &str) -> Result<WaitingList, QueueError> {
+        waiting::list(self, subscriber).await
+    }
+
+    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+        waiting::hasten(self, subscriber, ids).await
     }
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {

@@ -4,6 +4,7 @@
 //! - `store`: the file, its schema, commits in groups
 //! - `lane`: source and settler of a subscriber
 //! - `dead`: looking at dead letters
+//! - `waiting`: looking at what waits for its next attempt, and making that due now
 //! - `doctor`: what of the files can lose or hold up events
 //!
 //! The log is filtered when it is read, by the patterns that were configured when the event came: a
@@ -13,6 +14,7 @@ mod dead;
 mod doctor;
 mod lane;
 mod store;
+mod waiting;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,7 +35,9 @@ use crate::{
     config::{EmbeddedConfig, Subscriber, Subscribers},
     event::Pattern,
     finding::Finding,
-    queue::{Depth, Depths, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, Window},
+    queue::{
+        Depth, Depths, Hastened, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, WaitingList, Window,
+    },
     retry::Waits,
 };
 
@@ -320,6 +324,14 @@ impl Queue for EmbeddedQueue {
 
     async fn dead_letters(&self, subscriber: &str) -> Result<DeadLetters, QueueError> {
         DeadLetters::open(self.store().clone(), subscriber).await
+    }
+
+    async fn waiting(&self, subscriber: &str) -> Result<WaitingList, QueueError> {
+        waiting::list(self, subscriber).await
+    }
+
+    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+        waiting::hasten(self, subscriber, ids).await
     }
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {

@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Depths, Envelope, Event, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement, Settler,
-    Source, Standing, Standings, Taken, Window,
+    DeadLetters, Depths, Envelope, Event, Hastened, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement,
+    Settler, Source, Standing, Standings, Taken, WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -146,6 +146,14 @@ impl Queue for Fake {
     }
 
     async fn dead_letters(&self, _: &str) -> Result<End, QueueError> {
+        Err(QueueError::new("not part of this fake"))
+    }
+
+    async fn waiting(&self, _: &str) -> Result<WaitingList, QueueError> {
+        Ok(WaitingList::default())
+    }
+
+    async fn hasten(&self, _: &str, _: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
         Err(QueueError::new("not part of this fake"))
     }
 

@@ -26,6 +26,7 @@ mod monitoring;
 mod operating;
 mod packaging;
 mod reload;
+mod retrying;
 mod security;
 mod setting_up;
 mod support;

@@ -237,6 +237,8 @@ pub(super) struct BrokerError {
 /// The reply code with which the broker closes a connection over a queue that it has lost the use of.
 pub(super) const INTERNAL_ERROR: u16 = 541;
 pub(super) const NOT_FOUND: u16 = 404;
+/// Another connection has it for itself.
+pub(super) const RESOURCE_LOCKED: u16 = 405;
 
 impl From<&lapin::Error> for BrokerError {
     /// In the broker's words, without the URL.

@@ -386,6 +386,7 @@ pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &qu
         return Message::to_queue(topology.retry(subscriber), body, properties);
     }
     let seconds = ladder::seconds(delay);
+    let properties = message::with_due(properties, clock::now() + Duration::from_secs(seconds.into()));
     Message {
         exchange: topology.level(ladder::entry_level(seconds)),
         routing_key: ladder::routing_key(seconds, subscriber),

@@ -12,7 +12,7 @@ use lapin::{
 use crate::{
     clock,
     payload::Format,
-    queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Story, Taken, cut_error},
+    queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Story, Taken, Waiting, cut_error},
 };
 
 const KIND: &str = "x-hooktrail-kind";
@@ -30,6 +30,8 @@ const TRACEPARENT: &str = "traceparent";
 const STORY: &str = "x-hooktrail-story";
 /// `true` in what an operator has sent again; otherwise absent.
 const REPLAY: &str = "x-hooktrail-replay";
+/// When the ladder gives a retry back, in Unix milliseconds; not in envelopes of earlier versions.
+const DUE_AT: &str = "x-hooktrail-due-at";
 
 /// A message to be published, with its place.
 #[derive(Debug, Clone)]
@@ -128,6 +130,14 @@ pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
     (e.body.clone(), properties(Some(e.format.content_type()), Some(&e.batch_id)).with_headers(h))
 }
 
+/// Says of an envelope when it comes back.
+pub(super) fn with_due(properties: BasicProperties, due: SystemTime) -> BasicProperties {
+    let millis = due.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+    let mut headers = properties.headers().clone().unwrap_or_default();
+    headers.insert(DUE_AT.into(), AMQPValue::LongLongInt(i64::try_from(millis).unwrap_or(i64::MAX)));
+    properties.with_headers(headers)
+}
+
 pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     let mut h = FieldTable::default();
     h.insert(KIND.into(), text(d.kind.name()));
@@ -169,6 +179,16 @@ pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
     (Bytes::from(d.data), p)
 }
 
+/// As [`untouched`], of a retry that is not to wait any longer.
+pub(super) fn due_now(d: Delivery) -> (Bytes, BasicProperties) {
+    let (body, properties) = untouched(d);
+    let mut headers = FieldTable::default();
+    for (name, value) in properties.headers().iter().flat_map(FieldTable::inner).filter(|(name, _)| name.as_str() != DUE_AT) {
+        headers.insert(name.clone(), value.clone());
+    }
+    (body, properties.with_headers(headers))
+}
+
 /// The headers of a message, read with the types that hooktrail writes.
 struct Headers<'a>(Option<&'a FieldTable>);
 
@@ -186,8 +206,13 @@ impl Headers<'_> {
         }
     }
 
-    /// Any integer type of AMQP: other clients choose theirs by the value.
     fn integer(&self, name: &str) -> Result<Option<u32>, String> {
+        let Some(n) = self.any_integer(name)? else { return Ok(None) };
+        u32::try_from(n).map(Some).map_err(|_| format!("header `{name}` is {n}, out of range"))
+    }
+
+    /// Any integer type of AMQP: other clients choose theirs by the value.
+    fn any_integer(&self, name: &str) -> Result<Option<i128>, String> {
         let n: i128 = match self.get(name) {
             None => return Ok(None),
             Some(AMQPValue::ShortShortInt(n)) => (*n).into(),
@@ -199,7 +224,13 @@ impl Headers<'_> {
             Some(AMQPValue::LongLongInt(n)) => (*n).into(),
             Some(other) => return Err(format!("header `{name}` is {:?}, not an integer", other.get_type())),
         };
-        u32::try_from(n).map(Some).map_err(|_| format!("header `{name}` is {n}, out of range"))
+        Ok(Some(n))
+    }
+
+    /// As far as RFC 3339 goes: a later time could not be shown.
+    fn unix_millis(&self, name: &str) -> Option<SystemTime> {
+        let millis = u64::try_from(self.any_integer(name).ok()??).ok().filter(|ms| *ms < 253_402_300_800_000)?;
+        Some(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
     }
 
     fn time(&self, name: &str) -> Result<Option<SystemTime>, String> {
@@ -276,6 +307,12 @@ fn read_envelope(d: &Delivery) -> Result<Envelope, String> {
         story: h.story(),
         replay: h.text(REPLAY).ok().flatten().as_deref() == Some("true"),
     })
+}
+
+/// What an envelope tells of itself where it waits; `None` if it is none.
+pub(super) fn waiting(d: &Delivery) -> Option<Waiting> {
+    let envelope = read_envelope(d).ok()?;
+    Some(Waiting::new(&envelope, Headers(d.properties.headers().as_ref()).unix_millis(DUE_AT)))
 }
 
 /// Reads whatever is in a dead queue; what the broker put there itself has no headers of hooktrail's.

@@ -1,0 +1,251 @@
+//! `retry`: what waits for its next attempt, and the next attempt now.
+
+use std::{
+    collections::BTreeSet,
+    io::Write as _,
+    time::{Duration, SystemTime},
+};
+
+use clap::Subcommand;
+use serde_json::json;
+
+use super::{Failed, dead::choice::Name, reach, visible};
+use crate::{
+    clock,
+    config::{self, Backend, Config},
+    queue::{Hastened, Queue, Waiting, WaitingList, embedded::EmbeddedQueue},
+    wording::counted,
+};
+
+/// So many ids that nothing has are named.
+const NAMED: usize = 10;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// One line a batch that waits for its next attempt, the first due first, each with its number, such as @2
+    ///
+    /// On RabbitMQ the queues in which retries wait are looked through, each for 10 s at most, while none of its batches comes due.
+    List {
+        /// The subscriber's name; one that is not configured any more is fine
+        subscriber: String,
+        /// One JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the next attempt due now: of all batches that wait, or of some. Bytes, ids and attempts stay as they are
+    ///
+    /// Works with or without a daemon; a running one sends them at once, unless the subscriber is paused or its circuit is open
+    /// (`hooktrail status`). After a crash in the middle some may come twice, under the same ids; run it again for the rest.
+    Now {
+        /// The subscriber's name; one that is not configured any more is fine
+        subscriber: String,
+        /// Only these: an id, or `@2` for the second of `retry list`
+        #[arg(value_name = "BATCH")]
+        batches: Vec<Name>,
+        /// Say what would be due now, and do nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// The result as a JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+impl Command {
+    fn subscriber(&self) -> &str {
+        let (Self::List { subscriber, .. } | Self::Now { subscriber, .. }) = self;
+        subscriber
+    }
+}
+
+pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
+    let name = command.subscriber();
+    if !config::is_subscriber_name(name) {
+        return Err(Failed::Usage(format!("`{}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`", visible(name))));
+    }
+    match &config.queue.backend {
+        Backend::Amqp(amqp) => {
+            let queue = reach(amqp).await?;
+            let done = on(&queue, command).await;
+            queue.close().await;
+            done
+        }
+        Backend::Embedded => on(&EmbeddedQueue::existing(&config.queue.embedded)?, command).await,
+    }
+}
+
+async fn on(queue: &impl Queue, command: Command) -> Result<(), Failed> {
+    match command {
+        Command::List { subscriber, json } => list(&subscriber, &queue.waiting(&subscriber).await?, json),
+        Command::Now { subscriber, batches, dry_run, json } => Now { subscriber, dry_run, json }.run(queue, &batches).await,
+    }
+}
+
+/// Prints a line; false when nobody reads any more, as with `| head`.
+fn print(line: &str) -> bool {
+    writeln!(std::io::stdout(), "{line}").is_ok()
+}
+
+fn time(at: Option<SystemTime>) -> String {
+    at.map_or_else(|| "unknown".to_owned(), |t| humantime::format_rfc3339_seconds(t).to_string())
+}
+
+/// How long it is until then, in at most two units.
+fn until(due: Option<SystemTime>, now: SystemTime) -> String {
+    let Some(due) = due else { return "unknown".to_owned() };
+    let left = due.duration_since(now).unwrap_or_default();
+    if left.is_zero() {
+        return "now".to_owned();
+    }
+    let seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
+    let text = humantime::format_duration(Duration::from_secs(seconds)).to_string();
+    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+fn unseen(n: u64, subscriber: &str) -> Result<(), Failed> {
+    if n == 0 {
+        return Ok(());
+    }
+    Err(Failed::Runtime(format!(
+        "{} of all subscribers could not be looked at in the time for which a queue of retries may be held, and there may be some of \
+         `{subscriber}` among them",
+        counted(n, "message(s)")
+    )))
+}
+
+fn list(subscriber: &str, found: &WaitingList, json: bool) -> Result<(), Failed> {
+    let now = clock::now();
+    if json {
+        let _read = found.batches.iter().enumerate().all(|(n, waiting)| print(&waiting.as_json(n + 1).to_string()));
+        return unseen(found.unseen, subscriber);
+    }
+    if found.batches.is_empty() {
+        print("nothing waits for another attempt");
+        return unseen(found.unseen, subscriber);
+    }
+    let head = format!("{:>6}  {:<20}  {:<12}  {:>6}  {:>8}  {:<16}  ID", "NUMBER", "DUE AT", "IN", "EVENTS", "ATTEMPTS", "LAST ANSWER");
+    let row = |(n, w): (usize, &Waiting)| {
+        let last = w.last.as_ref().map_or_else(|| "-".to_owned(), |last| visible(&last.came_to.to_string()));
+        let (number, at, left) = (format!("@{}", n + 1), time(w.due), until(w.due, now));
+        let id = visible(&w.batch_id);
+        print(&format!("{number:>6}  {at:<20}  {left:<12}  {:>6}  {:>8}  {last:<16}  {id}", w.events, w.attempts))
+    };
+    let _read = print(&head) && found.batches.iter().enumerate().all(row);
+    unseen(found.unseen, subscriber)
+}
+
+struct Now {
+    subscriber: String,
+    dry_run: bool,
+    json: bool,
+}
+
+impl Now {
+    async fn run(self, queue: &impl Queue, names: &[Name]) -> Result<(), Failed> {
+        let by_number = names.iter().any(|name| matches!(name, Name::Number(_)));
+        let list = if by_number || self.dry_run { Some(queue.waiting(&self.subscriber).await?) } else { None };
+        let (ids, mut missing) = resolve(names, list.as_ref());
+        let ids = (!names.is_empty()).then_some(ids);
+        let mut hastened = match (&list, &ids) {
+            (Some(list), _) if self.dry_run => foreseen(list, ids.as_ref()),
+            // Every number was one too many.
+            (_, Some(ids)) if ids.is_empty() => Hastened::default(),
+            _ => queue.hasten(&self.subscriber, ids).await?,
+        };
+        missing.append(&mut hastened.missing);
+        self.tell(&hastened, &missing);
+        if !missing.is_empty() {
+            return Err(self.not_found(&missing));
+        }
+        unseen(hastened.unseen, &self.subscriber)
+    }
+
+    fn tell(&self, done: &Hastened, missing: &[String]) {
+        let name = &self.subscriber;
+        if self.json {
+            let result = json!({
+                "command": "now", "subscriber": name, "dry_run": self.dry_run, "moved": done.moved, "already_due": done.due,
+                "not_found": missing, "unseen": done.unseen,
+            });
+            print(&result.to_string());
+            return;
+        }
+        let (would, were) = if self.dry_run { ("would be", "are") } else { ("made", "were") };
+        let already = if done.due > 0 { format!("; {} {were} due already", done.due) } else { String::new() };
+        let what = counted(done.moved, "batch(es)");
+        print(&match self.dry_run {
+            true => format!("{what} of `{name}` {would} due now{already}"),
+            false => format!("{would} {what} of `{name}` due now{already}"),
+        });
+    }
+
+    fn not_found(&self, missing: &[String]) -> Failed {
+        let named: Vec<String> = missing.iter().take(NAMED).map(|id| format!("`{}`", visible(id))).collect();
+        let more = if missing.len() > NAMED { format!(" and {} more", missing.len() - NAMED) } else { String::new() };
+        Failed::Runtime(format!(
+            "no batch of `{0}` that waits for another attempt is {1}{more}; `hooktrail retry list {0}` shows ids and numbers; a number is \
+             written @2",
+            self.subscriber,
+            named.join(", ")
+        ))
+    }
+}
+
+/// The ids that are meant, and the numbers that nothing has.
+fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<String>, Vec<String>) {
+    let (mut ids, mut missing) = (BTreeSet::new(), Vec::new());
+    for name in names {
+        match name {
+            Name::Id(id) => drop(ids.insert(id.clone())),
+            Name::Number(n) => match list.and_then(|list| list.batches.get(n.checked_sub(1)?)) {
+                Some(waiting) => drop(ids.insert(waiting.batch_id.clone())),
+                None => missing.push(format!("@{n}")),
+            },
+        }
+    }
+    (ids, missing)
+}
+
+/// What would come of it.
+fn foreseen(list: &WaitingList, ids: Option<&BTreeSet<String>>) -> Hastened {
+    let now = clock::now();
+    let meant: Vec<&Waiting> = list.batches.iter().filter(|w| ids.is_none_or(|ids| ids.contains(&w.batch_id))).collect();
+    let due = meant.iter().filter(|w| w.is_due(now)).count() as u64;
+    let is_missing = |id: &&String| meant.iter().all(|w| w.batch_id != **id);
+    let missing = ids.into_iter().flatten().filter(is_missing).cloned().collect();
+    Hastened { moved: meant.len() as u64 - due, due, missing, unseen: list.unseen }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(id: &str, due: Option<SystemTime>) -> Waiting {
+        Waiting { batch_id: id.to_owned(), events: 1, attempts: 2, last: None, first_attempt_at: None, due, bytes: 7 }
+    }
+
+    #[test]
+    fn names_are_ids_and_numbers_of_the_list_and_what_is_not_there_is_said() {
+        let now = clock::now();
+        let later = Some(now + Duration::from_secs(3600));
+        let list = WaitingList { batches: vec![waiting("a", Some(now)), waiting("b", later), waiting("c", None)], unseen: 0 };
+        let names = |texts: &[&str]| texts.iter().map(|t| t.parse::<Name>().expect("a name")).collect::<Vec<_>>();
+        let (ids, missing) = resolve(&names(&["@2", "c", "@0", "@4", "b", "x"]), Some(&list));
+        assert_eq!(ids, ["b", "c", "x"].map(str::to_owned).into());
+        assert_eq!(missing, ["@0", "@4"]);
+        let some = foreseen(&list, Some(&ids));
+        assert_eq!((some.moved, some.due, some.missing), (2, 0, vec!["x".to_owned()]));
+        let all = foreseen(&list, None);
+        assert_eq!((all.moved, all.due, all.missing), (2, 1, Vec::new()));
+    }
+
+    #[test]
+    fn how_long_it_is_until_then_is_short() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (ms, text) in [(0, "now"), (1, "1s"), (61_000, "1m 1s"), (21_599_001, "6h"), (90_061_000, "1day 1h")] {
+            assert_eq!(until(Some(now + Duration::from_millis(ms)), now), text);
+        }
+        assert_eq!(until(Some(now - Duration::from_secs(5)), now), "now");
+        assert_eq!(until(None, now), "unknown");
+    }
+}

@@ -1,0 +1,97 @@
+//! What waits for its next attempt: looked at, and made due now. A row's time is all that changes, so that whatever ends this
+//! half-way has changed nothing; the lanes of a daemon see the commit as they see every other.
+
+use std::collections::BTreeSet;
+
+use rusqlite::{Connection, OptionalExtension as _, params};
+
+use super::{EmbeddedQueue, from_millis, lane::read_story, millis};
+use crate::{
+    clock,
+    queue::{Hastened, QueueError, Waiting, WaitingList},
+};
+
+pub(super) async fn list(queue: &EmbeddedQueue, subscriber: &str) -> Result<WaitingList, QueueError> {
+    let name = subscriber.to_owned();
+    let batches = queue
+        .store()
+        .look(move |db| {
+            let batches = db
+                .prepare_cached(
+                    "SELECT batch_id, events, attempts, first_attempt_at, due, length(body), story FROM retry WHERE subscriber = ?1 \
+                     ORDER BY due, id",
+                )?
+                .query_map([&name], |row| {
+                    Ok(Waiting {
+                        batch_id: row.get(0)?,
+                        events: row.get(1)?,
+                        attempts: row.get(2)?,
+                        first_attempt_at: row.get::<_, Option<i64>>(3)?.map(from_millis),
+                        due: Some(from_millis(row.get(4)?)),
+                        bytes: usize::try_from(row.get::<_, i64>(5)?).unwrap_or_default(),
+                        last: read_story(row, 6)?.last().cloned(),
+                    })
+                })?
+                .collect::<rusqlite::Result<Vec<_>>>()?;
+            Ok((!batches.is_empty() || is_known(db, &name)?).then_some(batches))
+        })
+        .await?;
+    match batches {
+        Some(batches) => Ok(WaitingList { batches, unseen: 0 }),
+        None => Err(unknown(subscriber)),
+    }
+}
+
+pub(super) async fn hasten(queue: &EmbeddedQueue, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+    let name = subscriber.to_owned();
+    let now = millis(clock::now());
+    let hastened = queue
+        .store()
+        .write(move |db| {
+            let hastened = match ids {
+                None => all(db, &name, now)?,
+                Some(ids) => these(db, &name, &ids, now)?,
+            };
+            let found = hastened.moved + hastened.due > 0;
+            Ok((found || is_known(db, &name)?).then_some(hastened))
+        })
+        .await?;
+    hastened.ok_or_else(|| unknown(subscriber))
+}
+
+/// Scheduled now too: a clock that is set back later takes them along.
+const DUE_NOW: &str = "UPDATE retry SET due = ?2, scheduled_at = ?2 WHERE subscriber = ?1 AND due > ?2";
+
+fn all(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<Hastened> {
+    let count = "SELECT count(*) FROM retry WHERE subscriber = ?1 AND due <= ?2";
+    let due: i64 = db.prepare_cached(count)?.query_row(params![subscriber, now], |r| r.get(0))?;
+    let moved = db.prepare_cached(DUE_NOW)?.execute(params![subscriber, now])?;
+    Ok(Hastened { moved: moved as u64, due: due.unsigned_abs(), ..Hastened::default() })
+}
+
+fn these(db: &Connection, subscriber: &str, ids: &BTreeSet<String>, now: i64) -> rusqlite::Result<Hastened> {
+    let mut due = db.prepare_cached("SELECT count(*) FROM retry WHERE subscriber = ?1 AND due <= ?2 AND batch_id = ?3")?;
+    let mut move_up = db.prepare_cached(&format!("{DUE_NOW} AND batch_id = ?3"))?;
+    let mut hastened = Hastened::default();
+    for id in ids {
+        let were_due: i64 = due.query_row(params![subscriber, now, id], |r| r.get(0))?;
+        let moved = move_up.execute(params![subscriber, now, id])?;
+        if were_due == 0 && moved == 0 {
+            hastened.missing.push(id.clone());
+        }
+        hastened.due += were_due.unsigned_abs();
+        hastened.moved += moved as u64;
+    }
+    Ok(hastened)
+}
+
+/// Whether a daemon has ever run with such a subscriber.
+fn is_known(db: &Connection, subscriber: &str) -> rusqlite::Result<bool> {
+    let known = "SELECT 1 FROM segment WHERE subscriber = ?1 UNION ALL SELECT 1 FROM retry WHERE subscriber = ?1 \
+                 UNION ALL SELECT 1 FROM dead WHERE subscriber = ?1 LIMIT 1";
+    Ok(db.prepare_cached(known)?.query_row([subscriber], |_| Ok(())).optional()?.is_some())
+}
+
+fn unknown(subscriber: &str) -> QueueError {
+    QueueError::new(format!("the embedded queue knows no subscriber `{subscriber}`: the daemon has never run with one"))
+}

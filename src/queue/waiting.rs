@@ -1,0 +1,83 @@
+//! What waits for its next attempt, as an operator sees it.
+
+use std::time::SystemTime;
+
+use super::{CameTo, Envelope, FailedAttempt};
+
+/// A batch that waits for its next attempt, without its body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    pub batch_id: String,
+    pub events: u32,
+    /// Attempts made; 0 after a replay.
+    pub attempts: u32,
+    /// The last attempt that failed, as far as the batch tells.
+    pub last: Option<FailedAttempt>,
+    pub first_attempt_at: Option<SystemTime>,
+    /// When the next attempt is due; `None` where the batch does not tell.
+    pub due: Option<SystemTime>,
+    /// Of the request body.
+    pub bytes: usize,
+}
+
+impl Waiting {
+    pub(crate) fn new(envelope: &Envelope, due: Option<SystemTime>) -> Self {
+        Self {
+            batch_id: envelope.batch_id.clone(),
+            events: envelope.events,
+            attempts: envelope.attempts,
+            last: envelope.story.last().cloned(),
+            first_attempt_at: envelope.first_attempt_at,
+            due,
+            bytes: envelope.body.len(),
+        }
+    }
+
+    pub fn is_due(&self, now: SystemTime) -> bool {
+        self.due.is_some_and(|due| due <= now)
+    }
+
+    /// For programs; `number` is its place in the list, from 1.
+    pub fn as_json(&self, number: usize) -> serde_json::Value {
+        let rfc3339 = |at| humantime::format_rfc3339_millis(at).to_string();
+        let (status, failure) = match self.last.as_ref().map(|last| &last.came_to) {
+            Some(CameTo::Status(status)) => (Some(*status), None),
+            Some(CameTo::Failure(name)) => (None, Some(name)),
+            None => (None, None),
+        };
+        serde_json::json!({
+            "number": number,
+            "id": self.batch_id,
+            "events": self.events,
+            "attempts": self.attempts,
+            "status": status,
+            "failure": failure,
+            "first_attempt_at": self.first_attempt_at.map(rfc3339),
+            "last_attempt_at": self.last.as_ref().map(|last| rfc3339(last.at)),
+            "due_at": self.due.map(rfc3339),
+            "bytes": self.bytes,
+        })
+    }
+}
+
+/// All that waits for a subscriber's next attempts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WaitingList {
+    /// The first due first; those that do not tell when are the last.
+    pub batches: Vec<Waiting>,
+    /// Messages, of whichever subscriber, that could not be reached in the time that a queue may be held.
+    pub unseen: u64,
+}
+
+/// What came of asking for the next attempts now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hastened {
+    /// Batches whose next attempt is due now and was not before.
+    pub moved: u64,
+    /// Those that were due already.
+    pub due: u64,
+    /// Ids that were asked for and that nothing has that waits.
+    pub missing: Vec<String>,
+    /// As of a [`WaitingList`].
+    pub unseen: u64,
+}

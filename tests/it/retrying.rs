@@ -1,0 +1,356 @@
+//! What waits for its next attempt, as an operator sees and moves it, on both queues.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant, SystemTime},
+};
+
+use lapin::{BasicProperties, types::AMQPValue};
+use serde_json::{Value, json};
+
+use crate::support::{
+    broker::{Broker, headers, text},
+    daemon::{Setup, subscriber},
+    eventually,
+    queue::{Queue, on_both_queues},
+    receiver::{Receiver, Request, event, status},
+    run,
+};
+
+on_both_queues!(
+    what_waits_is_listed_with_its_attempts_its_last_answer_and_its_time,
+    a_batch_that_is_to_be_sent_now_is_the_same_request_and_its_attempts_go_on,
+    only_what_is_named_is_sent_now_and_the_others_keep_order_and_time,
+    what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage,
+    a_command_that_is_killed_loses_nothing,
+);
+
+const TYPE: &str = "activity_log.user.updated";
+
+/// A failed batch of one event waits for an hour.
+const SLOW: &str = "
+[batch]
+max_events = 1
+max_wait = \"0s\"
+[http]
+allow_http = true
+allow_private_addresses = true
+[retry]
+initial_interval = \"1h\"
+max_interval = \"1h\"
+multiplier = 1.0
+randomization_factor = 0.0
+[circuit_breaker]
+failures = 0
+";
+
+fn waiting(setup: &Setup, subscriber: &str) -> Vec<Value> {
+    let listed = setup.ok(&["retry", "list", subscriber, "--json"]);
+    listed.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+}
+
+async fn wait_waiting(setup: &Setup, subscriber: &str, expected: usize) -> Vec<Value> {
+    let mut found = Vec::new();
+    eventually(&format!("{expected} batches of {subscriber} wait"), async || {
+        found = waiting(setup, subscriber);
+        found.len() == expected
+    })
+    .await;
+    found
+}
+
+fn texts(batches: &[Value], key: &str) -> Vec<String> {
+    batches.iter().map(|b| b[key].as_str().unwrap_or_else(|| panic!("{b} has no {key}")).to_owned()).collect()
+}
+
+fn ids(batches: &[Value]) -> Vec<String> {
+    texts(batches, "id")
+}
+
+/// Id and time of each, in order.
+fn times(batches: &[Value]) -> Vec<(String, String)> {
+    ids(batches).into_iter().zip(texts(batches, "due_at")).collect()
+}
+
+fn err(output: &std::process::Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Two subscribers whose receiver fails, a daemon, and so many batches of each that wait for an hour.
+async fn failing(queue: &Queue, more: &str, batches: u64) -> (Setup, crate::support::daemon::Daemon, [Receiver; 2]) {
+    let [a, b] = [Receiver::start(|_, _| status(503)).await, Receiver::start(|_, _| status(503)).await];
+    let setup = Setup::new(queue, &(SLOW.to_owned() + more + &subscriber("a", &a.url, "") + &subscriber("b", &b.url, "")));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, (0..batches).map(event)).await;
+    let count = usize::try_from(batches).expect("few");
+    for name in ["a", "b"] {
+        wait_waiting(&setup, name, count).await;
+    }
+    (setup, daemon, [a, b])
+}
+
+/// By id: what an attempt was made with.
+fn by_id(requests: &[Request]) -> BTreeMap<String, Vec<(u32, Vec<u8>)>> {
+    let mut found: BTreeMap<String, Vec<(u32, Vec<u8>)>> = BTreeMap::new();
+    for r in requests {
+        found.entry(r.id().to_owned()).or_default().push((r.attempt(), r.body.to_vec()));
+    }
+    found
+}
+
+async fn what_waits_is_listed_with_its_attempts_its_last_answer_and_its_time(queue: Queue) {
+    let begun = SystemTime::now();
+    let (setup, daemon, [a, _b]) = failing(&queue, "", 3).await;
+    let listed = waiting(&setup, "a");
+    let sent: BTreeSet<String> = a.requests().iter().map(|r| r.id().to_owned()).collect();
+    assert_eq!(ids(&listed).into_iter().collect::<BTreeSet<_>>(), sent, "those of `a`, and no others");
+    for (n, batch) in (1..).zip(&listed) {
+        let told = json!([batch["number"], batch["events"], batch["attempts"], batch["status"], batch["failure"]]);
+        assert_eq!(told, json!([n, 1, 1, 503, null]));
+        let due = humantime::parse_rfc3339(batch["due_at"].as_str().expect("a time")).expect("RFC 3339");
+        let (hour, late) = (Duration::from_secs(3600), SystemTime::now() + Duration::from_secs(4060));
+        assert!(due >= begun + hour && due <= late, "never early, and late by 1 s and an eighth at most: {batch}");
+        assert!(batch["last_attempt_at"].is_string() && batch["first_attempt_at"].is_string() && batch["bytes"].as_u64() > Some(300));
+    }
+    assert!(texts(&listed, "due_at").is_sorted(), "the first due first");
+    let shown = setup.ok(&["retry", "list", "a"]);
+    assert_eq!(shown.lines().count(), 4, "{shown}");
+    let first = shown.lines().nth(1).expect("a line");
+    for part in ["@1 ", " 503 ", &ids(&listed)[0]] {
+        assert!(first.contains(part), "{part} is not in {first}");
+    }
+    // Without a daemon it is the same, and looking changes nothing.
+    assert!(daemon.stop().await.success());
+    assert_eq!(waiting(&setup, "a"), listed);
+    assert_eq!(waiting(&setup, "a"), listed);
+}
+
+async fn a_batch_that_is_to_be_sent_now_is_the_same_request_and_its_attempts_go_on(queue: Queue) {
+    let (setup, _daemon, [a, b]) = failing(&queue, "", 5).await;
+    let (before, others) = (by_id(&a.requests()), times(&waiting(&setup, "b")));
+    let all = ["retry", "now", "a"];
+    let foreseen: Value = serde_json::from_str(&setup.ok(&[&all[..], &["--dry-run", "--json"]].concat())).expect("JSON");
+    assert_eq!((&foreseen["moved"], &foreseen["dry_run"]), (&json!(5), &json!(true)));
+    assert_eq!(a.count(), 5, "nothing was done");
+    // Those that fail again wait for their own time, and are not sent again and again.
+    a.now(|r, _| status(if r.numbers() == [2] { 502 } else { 200 }));
+    let asked = Instant::now();
+    let said = setup.ok(&all);
+    assert!(said.contains("5 batches of `a` due now"), "{said}");
+    let sent = a.wait_requests(10).await;
+    assert!(asked.elapsed() < Duration::from_secs(600), "long before their hour");
+    let left = wait_waiting(&setup, "a", 1).await;
+    assert_eq!(json!([left[0]["attempts"], left[0]["status"]]), json!([2, 502]));
+    for (id, attempts) in by_id(&sent) {
+        let [first, second] = &attempts[..] else { panic!("{id} was sent {} times", attempts.len()) };
+        assert_eq!((first, second.0), (&before[&id][0], 2));
+        assert_eq!(first.1, second.1, "the same bytes under the same id");
+    }
+    assert_eq!(a.count(), 10);
+    assert_eq!(times(&waiting(&setup, "b")), others, "nobody else's has changed");
+    assert_eq!(b.count(), 5);
+}
+
+async fn only_what_is_named_is_sent_now_and_the_others_keep_order_and_time(queue: Queue) {
+    let (setup, daemon, [a, _b]) = failing(&queue, "", 6).await;
+    let (mut own, others) = (times(&waiting(&setup, "a")), times(&waiting(&setup, "b")));
+    a.now(|_, _| status(200));
+    let by_id = own[4].0.clone();
+    let said: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", "@2", &by_id, "--json"])).expect("JSON");
+    assert_eq!(json!([said["moved"], said["already_due"], said["not_found"]]), json!([2, 0, []]));
+    a.wait_requests(8).await;
+    let expected: BTreeSet<String> = [own.remove(4).0, own.remove(1).0].into();
+    let accepted = |r: &Request| (r.status == 200).then(|| r.id().to_owned());
+    assert_eq!(a.requests().iter().filter_map(accepted).collect::<BTreeSet<_>>(), expected);
+    wait_waiting(&setup, "a", 4).await;
+    assert!(daemon.stop().await.success());
+    assert_eq!(times(&waiting(&setup, "a")), own);
+    // Without a daemon they wait to be taken, and one that is due already is said to be.
+    let said = setup.ok(&["retry", "now", "a", "@4"]);
+    assert!(said.contains("1 batch of `a` due now"), "{said}");
+    let now = waiting(&setup, "a");
+    assert_eq!(now[0]["id"], own[3].0, "it is the first");
+    let due = humantime::parse_rfc3339(now[0]["due_at"].as_str().expect("a time")).expect("RFC 3339");
+    assert!(due <= SystemTime::now());
+    let again: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", &own[3].0, "--json"])).expect("JSON");
+    assert_eq!(json!([again["moved"], again["already_due"]]), json!([0, 1]));
+    assert_eq!(times(&waiting(&setup, "a"))[1..], own[..3]);
+    assert_eq!(times(&waiting(&setup, "b")), others);
+    let _daemon = setup.start().await;
+    a.wait_requests(9).await;
+}
+
+async fn what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage(queue: Queue) {
+    let (setup, _daemon, [a, _b]) = failing(&queue, "", 2).await;
+    a.now(|_, _| status(200));
+    let own = times(&waiting(&setup, "a"));
+    for dry_run in [true, false] {
+        let flags = if dry_run { &["--json", "--dry-run"][..] } else { &["--json"] };
+        let output = setup.run(&[&["retry", "now", "a", "msg_nobody", "@1", "@9"], flags].concat());
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let told: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(json!([told["moved"], told["not_found"]]), json!([1, ["@9", "msg_nobody"]]));
+        for part in ["msg_nobody", "@9", "hooktrail retry list a"] {
+            assert!(err(&output).contains(part), "{part} is not in {}", err(&output));
+        }
+    }
+    a.wait_requests(3).await;
+    assert_eq!(times(&wait_waiting(&setup, "a", 1).await)[0], own[1], "what was found was sent");
+    let of_another = setup.run(&["retry", "now", "b", &own[1].0]);
+    assert_eq!(of_another.status.code(), Some(1), "it is nobody else's: {of_another:?}");
+    for command in [&["retry", "list", "nobody"][..], &["retry", "now", "nobody"]] {
+        let output = setup.run(command);
+        assert!(output.status.code() == Some(1) && err(&output).contains("`nobody`"), "{output:?}");
+    }
+    for command in [&["retry", "list", "No_Name"][..], &["retry", "now", "a/b"], &["retry", "now"], &["retry", "list", "a", "@1"]] {
+        assert_eq!(setup.run(command).status.code(), Some(2), "{command:?}");
+    }
+}
+
+/// Where a command can be ended between two durable facts.
+fn steps(queue: &Queue) -> &'static [&'static str] {
+    match queue {
+        Queue::Amqp(_) => &["Published:0", "Moved:0"],
+        Queue::Embedded(_) => &["Committing:0", "Committed:0"],
+    }
+}
+
+async fn a_command_that_is_killed_loses_nothing(queue: Queue) {
+    let (setup, daemon, [a, b]) = failing(&queue, "", 8).await;
+    let (own, others) = (times(&waiting(&setup, "a")), times(&waiting(&setup, "b")));
+    assert!(daemon.stop().await.success());
+    for step in steps(&queue) {
+        let killed = setup.run_as(&format!("HOOKTRAIL_DIE_AT={step} exec \"$0\" \"$@\""), &["retry", "now", "a", "@1", "@3", "@8"]);
+        assert_eq!(killed.status.code(), None, "{step}: it was to be killed: {killed:?}");
+        // The broker needs a moment to notice, and to have back what was held.
+        let mut left = BTreeSet::new();
+        eventually("all are there", async || {
+            left = ids(&waiting(&setup, "a")).into_iter().collect();
+            left.len() == own.len()
+        })
+        .await;
+        assert_eq!(left, own.iter().map(|(id, _)| id.clone()).collect(), "{step}");
+        assert_eq!(times(&waiting(&setup, "b")), others, "{step}: in their order and at their time");
+    }
+    a.now(|_, _| status(200));
+    b.now(|_, _| status(200));
+    for name in ["a", "b"] {
+        setup.ok(&["retry", "now", name]);
+        setup.ok(&["retry", "now", name]);
+    }
+    let _daemon = setup.start().await;
+    for receiver in [&a, &b] {
+        receiver.wait_all(8).await;
+        // One that was killed between publishing and taking out has sent some twice, under one id and with the same bytes.
+        for (id, attempts) in by_id(&receiver.requests()) {
+            assert!(attempts.iter().all(|(_, body)| *body == attempts[0].1), "{id} is always the same");
+        }
+    }
+    for name in ["a", "b"] {
+        wait_waiting(&setup, name, 0).await;
+    }
+}
+
+#[test]
+fn with_two_daemons_each_batch_is_sent_once() {
+    run(async {
+        let queue = Queue::amqp();
+        let (setup, _first, [a, _b]) = failing(&queue, "", 40).await;
+        let _second = setup.start().await;
+        a.now(|_, _| status(200));
+        setup.ok(&["retry", "now", "a"]);
+        a.wait_all(40).await;
+        wait_waiting(&setup, "a", 0).await;
+        for (id, attempts) in by_id(&a.requests()) {
+            assert_eq!(attempts.iter().map(|(n, _)| *n).collect::<Vec<_>>(), [1, 2], "{id}");
+        }
+    });
+}
+
+/// A batch as an earlier version sent it up the ladder, if it has no time.
+fn envelope(id: &str, attempts: i64) -> BasicProperties {
+    let table = headers(&[("batch-id", text(id)), ("attempts", AMQPValue::LongLongInt(attempts)), ("events", AMQPValue::LongLongInt(1))]);
+    BasicProperties::default().with_content_type("application/json".into()).with_message_id(id.into()).with_headers(table)
+}
+
+/// The way of a message that waits in one level alone.
+fn way(level: usize, subscriber: &str) -> String {
+    let bits: String = (0..19).rev().map(|n| if n == level { "1." } else { "0." }).collect();
+    bits + subscriber
+}
+
+/// Two subscribers whose queues are there, and no daemon.
+async fn alone(broker: &Broker) -> Setup {
+    let both = subscriber("a", "http://127.0.0.1:9/", "paused = true") + &subscriber("b", "http://127.0.0.1:9/", "paused = true");
+    let setup = Setup::new(broker, &(SLOW.to_owned() + &both));
+    assert!(setup.start().await.stop().await.success());
+    setup
+}
+
+#[test]
+fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_all_the_same() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = alone(&broker).await;
+        let level = format!("{}.delay.12", broker.prefix);
+        for (id, name) in [("msg_1", "a"), ("msg_2", "b"), ("msg_3", "a")] {
+            broker.put(&level, &way(12, name), br#"{"events":[{"n":1}]}"#, envelope(id, 3)).await;
+        }
+        broker.put(&level, &way(12, "a"), b"no envelope", BasicProperties::default()).await;
+        broker.wait_depth("delay.12", 4).await;
+        let listed = waiting(&setup, "a");
+        let told: Vec<Value> = listed.iter().map(|b| json!([b["id"], b["attempts"], b["status"], b["due_at"]])).collect();
+        assert_eq!(json!(told), json!([["msg_1", 3, null, null], ["msg_3", 3, null, null]]));
+        assert!(setup.ok(&["retry", "list", "a"]).contains("unknown"));
+        let said = setup.ok(&["retry", "now", "a", "@2"]);
+        assert!(said.contains("1 batch of `a` due now"), "{said}");
+        let moved = broker.take("sub.a.retry").await.expect("it is there");
+        assert_eq!(
+            (&moved.data[..], moved.properties.message_id().as_ref().map(|id| id.as_str())),
+            (&br#"{"events":[{"n":1}]}"#[..], Some("msg_3"))
+        );
+        assert_eq!(broker.depth("delay.12").await, Some(3), "the others wait");
+        assert_eq!(ids(&waiting(&setup, "b")), ["msg_2"]);
+    });
+}
+
+#[test]
+fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = alone(&broker).await;
+        let level = format!("{}.delay.04", broker.prefix);
+        let begun = Instant::now();
+        for n in 0..60 {
+            let name = if n % 3 == 0 { "a" } else { "b" };
+            let body = n.to_string();
+            broker.put(&level, &way(4, name), body.as_bytes(), envelope(&format!("msg_{n}"), 1)).await;
+        }
+        let published = Instant::now();
+        let sixteen = Duration::from_secs(16);
+        // As often as there is time for it.
+        let mut looks = 0;
+        while looks < 3 || published.elapsed() < Duration::from_secs(8) {
+            setup.ok(&["retry", "list", "b"]);
+            looks += 1;
+        }
+        let moved: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
+        let in_time = begun.elapsed() < sixteen;
+        if in_time {
+            assert_eq!(moved["moved"], 20);
+        }
+        let mut first = None;
+        eventually("all of b are due", async || {
+            let due = broker.depth("sub.b.retry").await;
+            if due > Some(0) {
+                first.get_or_insert_with(|| begun.elapsed());
+            }
+            due == Some(40)
+        })
+        .await;
+        assert!(first.is_some_and(|first| first >= sixteen), "none came early: {first:?}");
+        let expected: Vec<Vec<u8>> = (0..60).filter(|n| n % 3 != 0).map(|n| n.to_string().into_bytes()).collect();
+        assert_eq!(broker.take_all("sub.b.retry").await, expected);
+        println!("the first after {first:?}, the last after {:?}, {looks} looks, moved in time: {in_time}", begun.elapsed());
+    });
+}
