@@ -1,6 +1,8 @@
 //! What an operator asks of the running daemon: how the subscribers are, to pause and resume them, to send a test event, to
 //! look at dead letters, to read the configuration again.
 
+mod waiting;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
@@ -48,6 +50,21 @@ struct Control<Q> {
     /// A look at dead letters holds all of them for a moment, so there is one at a time; so with test events.
     looking: Mutex<()>,
     testing: Mutex<()>,
+    /// So with what waits for its next attempt.
+    retrying: Mutex<()>,
+}
+
+/// The body of a request that may change something.
+trait Asked: serde::de::DeserializeOwned + Default {
+    /// Bytes.
+    const MAX: usize;
+    /// For whoever sent another.
+    const SHAPE: &'static str;
+}
+
+impl Asked for Wish {
+    const MAX: usize = MAX_REQUEST;
+    const SHAPE: &'static str = "{}, or for a pause {\"why\":\"…\"}";
 }
 
 /// What a request may hold.
@@ -66,7 +83,15 @@ struct Selection {
 
 pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase: watch::Receiver<Phase>) -> Router {
     type This<Q> = State<Arc<Control<Q>>>;
-    let control = Arc::new(Control { queue, reloader, board, phase, looking: Mutex::default(), testing: Mutex::default() });
+    let control = Arc::new(Control {
+        queue,
+        reloader,
+        board,
+        phase,
+        looking: Mutex::default(),
+        testing: Mutex::default(),
+        retrying: Mutex::default(),
+    });
     let all = async |State(control): This<Q>| control.all().await;
     let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name).await);
     let dead = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
@@ -81,13 +106,20 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
         control.wished(&headers, body, async |wish| to_its_end(async move { changing.change(&name, wish, false).await }).await).await
     };
     let test = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
-        control.wished(&headers, body, async |_| control.test(&name).await).await
+        control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
+    };
+    let waiting = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
+        answer(to_its_end(async move { control.waiting(&name, some.limit).await }).await)
+    };
+    let retry = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+        let moving = control.clone();
+        control.wished(&headers, body, async |which| to_its_end(async move { moving.retry_now(&name, which).await }).await).await
     };
     let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(told).map_err(unchanged));
     let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
         let reloader = control.reloader.clone();
         let reload = async move { reloader.reload("the API").await.map(told_after).map_err(unchanged) };
-        control.wished(&headers, body, async |_| to_its_end(reload).await).await
+        control.wished(&headers, body, async |_: Wish| to_its_end(reload).await).await
     };
     Router::new()
         .route("/v1/subscribers", get(all))
@@ -95,6 +127,7 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
         .route("/v1/subscribers/{name}/pause", post(pause))
         .route("/v1/subscribers/{name}/resume", post(resume))
         .route("/v1/subscribers/{name}/test", post(test))
+        .route("/v1/subscribers/{name}/retry", get(waiting).post(retry))
         .route("/v1/subscribers/{name}/dead", get(dead))
         .route("/v1/reload", get(preview).post(reload))
         .with_state(control)
@@ -143,7 +176,7 @@ fn seconds(d: Duration) -> f64 {
 
 impl<Q: Queue> Control<Q> {
     /// Does what a request asks for that may change something.
-    async fn wished(&self, headers: &HeaderMap, mut body: Body, does: impl AsyncFnOnce(Wish) -> Result<Value, Refusal>) -> Response {
+    async fn wished<W: Asked>(&self, headers: &HeaderMap, mut body: Body, does: impl AsyncFnOnce(W) -> Result<Value, Refusal>) -> Response {
         let done = match self.wish(headers, &mut body).await {
             Ok(wish) => does(wish).await,
             Err(refusal) => Err(refusal),
@@ -154,17 +187,17 @@ impl<Q: Queue> Control<Q> {
         answer(done)
     }
 
-    async fn wish(&self, headers: &HeaderMap, body: &mut Body) -> Result<Wish, Refusal> {
+    async fn wish<W: Asked>(&self, headers: &HeaderMap, body: &mut Body) -> Result<W, Refusal> {
         // A browser does not send this to another origin without asking first.
         if !is_json(headers) {
-            let why = "the content-type must be application/json; the body is {}, or for a pause {\"why\":\"…\"}";
-            return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why.to_owned()));
+            let why = format!("the content-type must be application/json; the body is {}", W::SHAPE);
+            return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
         }
-        let reading = timeout(READ_TIMEOUT, axum::body::to_bytes(std::mem::take(body), MAX_REQUEST));
-        let too_long = || Refusal::bad(format!("the body has more than {MAX_REQUEST} bytes, or did not come whole"));
+        let reading = timeout(READ_TIMEOUT, axum::body::to_bytes(std::mem::take(body), W::MAX));
+        let too_long = || Refusal::bad(format!("the body has more than {} bytes, or did not come whole", W::MAX));
         let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
-        let wish = if body.is_empty() { Ok(Wish::default()) } else { serde_json::from_slice(&body) };
-        wish.map_err(|e| Refusal::bad(format!("the body is not {{}} or {{\"why\":\"…\"}}: {e}")))
+        let wish = if body.is_empty() { Ok(W::default()) } else { serde_json::from_slice(&body) };
+        wish.map_err(|e| Refusal::bad(format!("the body is not {}: {e}", W::SHAPE)))
     }
 
     fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {

@@ -309,12 +309,15 @@ fn the_api_is_as_its_document_describes_it() {
             "/api/v1/daemon",
             "/api/v1/subscribers/nobody",
             "/api/v1/subscribers/nobody/dead",
+            "/api/v1/subscribers/nobody/retry",
+            "/api/v1/subscribers/open/retry",
+            "/api/v1/subscribers/a/retry?limit=many",
         ] {
             api.get(path).await;
         }
         let json = ("content-type", "application/json");
-        let posts =
-            ["events", "subscribers/a/pause", "subscribers/a/resume", "subscribers/a/test", "reload"].map(|p| format!("/api/v1/{p}"));
+        let posts = ["events", "subscribers/a/pause", "subscribers/a/resume", "subscribers/a/retry", "subscribers/a/test", "reload"]
+            .map(|p| format!("/api/v1/{p}"));
         for path in &posts {
             api.send("POST", path, &[json, ("origin", "http://evil.example")], "{}").await;
             api.send("POST", path, &[("content-type", "text/plain")], "{}").await;

@@ -9,6 +9,7 @@ use lapin::{BasicProperties, types::AMQPValue};
 use serde_json::{Value, json};
 
 use crate::support::{
+    api::Api,
     broker::{Broker, headers, text},
     daemon::{Setup, subscriber},
     eventually,
@@ -23,6 +24,7 @@ on_both_queues!(
     only_what_is_named_is_sent_now_and_the_others_keep_order_and_time,
     what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage,
     a_command_that_is_killed_loses_nothing,
+    the_api_lists_what_waits_and_sends_it_now,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -249,6 +251,32 @@ async fn a_command_that_is_killed_loses_nothing(queue: Queue) {
     for name in ["a", "b"] {
         wait_waiting(&setup, name, 0).await;
     }
+}
+
+async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
+    let api = Api::new();
+    let (setup, _daemon, [a, _b]) = failing(&queue, &api.section(), 4).await;
+    let path = "/api/v1/subscribers/a/retry";
+    let listed = api.get(path).await.json();
+    assert_eq!(json!([listed["subscriber"], listed["waiting"], listed["unseen"]]), json!(["a", 4, 0]));
+    assert_eq!(listed["batches"].as_array().expect("batches")[..], waiting(&setup, "a")[..]);
+    assert_eq!(api.get(&format!("{path}?limit=1")).await.json()["batches"].as_array().map(Vec::len), Some(1));
+    a.now(|_, _| status(200));
+    let second = listed["batches"][1]["id"].as_str().expect("an id");
+    let moved = api.post(path, &json!({ "ids": [second, "msg_nobody"] }).to_string()).await.json();
+    assert_eq!(moved, json!({ "subscriber": "a", "moved": 1, "already_due": 0, "not_found": ["msg_nobody"], "unseen": 0 }));
+    assert_eq!(a.wait_requests(5).await[4].id(), second);
+    let none = api.post(path, r#"{"ids":[]}"#).await.json();
+    assert_eq!(none["moved"], 0, "none are named, so none are meant");
+    for (body, status) in [("[", 400), (r#"{"ids":"x"}"#, 400), (r#"{"why":"x"}"#, 400)] {
+        assert_eq!(api.post(path, body).await.status, status, "{body}");
+    }
+    assert_eq!(api.send("POST", path, &[("content-type", "text/plain")], "{}").await.status, 415);
+    assert_eq!(api.post("/api/v1/subscribers/nobody/retry", "{}").await.status, 404);
+    let all = api.post(path, "{}").await.json();
+    assert_eq!(all["moved"], 3);
+    a.wait_requests(8).await;
+    eventually("nothing waits", async || api.get(path).await.json()["waiting"] == 0).await;
 }
 
 #[test]

@@ -4,6 +4,8 @@
 //! highest first, the subscriber last: at each level a topic exchange sends it through the level's
 //! queue (bit 1) or past it (bit 0) to the next lower exchange. So that tuning retries changes no
 //! topology, and no message waits behind another with a longer time.
+//!
+//! An operator's look takes a level's messages and gives them back: they keep their place and their time (measured; `waiting.rs`).
 
 use std::time::Duration;
 

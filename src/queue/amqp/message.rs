@@ -409,6 +409,25 @@ mod tests {
     }
 
     #[test]
+    fn a_retry_tells_when_it_comes_back_until_it_is_sent_now_and_a_time_that_makes_no_sense_is_none() {
+        let e = an_envelope();
+        let due = SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123);
+        let (body, plain) = envelope(&e);
+        let told = with_due(plain.clone(), due);
+        let found = waiting(&delivery(&body, told.clone())).expect("an envelope");
+        assert_eq!(found, Waiting::new(&e, Some(due)));
+        assert_eq!((found.batch_id.as_str(), found.attempts, found.last.as_ref()), ("msg_1", 2, e.story.last()));
+        let (sent, properties) = due_now(delivery(&body, told));
+        assert_eq!((&sent, &properties), (&body, &plain), "but for the time it is the same");
+        for odd in [AMQPValue::LongLongInt(-1), AMQPValue::LongLongInt(i64::MAX), text("soon"), AMQPValue::Boolean(true)] {
+            let mut h = plain.headers().clone().expect("headers");
+            h.insert(DUE_AT.into(), odd);
+            assert_eq!(waiting(&delivery(&body, plain.clone().with_headers(h))).expect("an envelope").due, None);
+        }
+        assert_eq!(waiting(&delivery(b"no envelope", BasicProperties::default())), None);
+    }
+
+    #[test]
     fn an_envelope_of_an_earlier_version_has_no_story_and_one_that_cannot_be_read_is_none() {
         let e = Envelope { story: Story::default(), replay: false, ..an_envelope() };
         let (body, properties) = envelope(&e);
