@@ -42,11 +42,15 @@ use crate::{
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
 
-/// A queue of retries is held no longer than this at a time: nothing in it comes due meanwhile.
+/// A queue of retries is held no longer than this at a time: nothing in it comes due meanwhile. Only where more was given back earlier
+/// than can be taken in that time it takes longer, since a part of that would lose its place: about 70,000 messages.
 const HOLD: Duration = Duration::from_secs(10);
 
-/// Of that for taking and moving messages; the rest is for giving the others back.
+/// Of that for taking messages; the rest is for giving the others back.
 const LOOK: Duration = Duration::from_secs(7);
+
+/// And for moving them: what is behind is only passed by then, which is far quicker.
+const MOVE: Duration = Duration::from_secs(5);
 
 /// A publish begins only if so much of [`HOLD`] is left after it at the worst.
 const GIVING_BACK: Duration = Duration::from_secs(1);
@@ -65,7 +69,7 @@ const CONSUMERS: u32 = 30;
 const SILENCE: Duration = Duration::from_millis(300);
 
 /// Messages that are moved together, one confirm for all: whichever is reached first.
-const GROUP: usize = 50;
+const GROUP: usize = 200;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
 /// Acks that a channel sends on to a quorum queue before the queue has answered.
@@ -154,25 +158,35 @@ impl Moving<'_> {
         loop {
             let Some(mut look) = looks.at(self.queue.topology().level(level)).await? else { return Ok(()) };
             let taken = self.take(&mut look).await;
-            let left = look.left;
+            let left = u64::from(look.left);
             let closed = look.close().await;
-            let taken = taken?;
+            let (taken, passed) = taken?;
             closed?;
             if taken == 0 {
-                self.unseen += u64::from(left);
+                self.unseen += left + passed;
                 return Ok(());
             }
-            if left > 0 {
+            if left + passed > 0 {
                 tokio::time::sleep(BREATH).await;
             }
         }
     }
 
-    /// How many messages were taken out of the level.
-    async fn take(&mut self, look: &mut Look) -> Result<usize, QueueError> {
-        let (mut group, mut bytes, mut taken) = (Vec::new(), 0, 0);
+    /// How many messages were taken out of the level, and how many that are asked for were passed by in the end.
+    async fn take(&mut self, look: &mut Look) -> Result<(usize, u64), QueueError> {
+        let (mut group, mut bytes, mut taken, mut passed) = (Vec::new(), 0, 0, 0);
         while let Some(delivery) = look.next().await? {
-            match self.wanted(&delivery) {
+            let wanted = self.wanted(&delivery);
+            // Some are moved at each look, so that the next one is at its beginning further on.
+            if look.held() > MOVE && !group.is_empty() {
+                taken += self.send(look, std::mem::take(&mut group)).await?;
+            }
+            let limit = if taken > 0 { MOVE } else { LOOK };
+            if look.held() > limit && !matches!(wanted, Wanted::Leave) {
+                passed += 1;
+                continue;
+            }
+            match wanted {
                 Wanted::Leave => continue,
                 Wanted::Drop => {
                     look.ack(delivery.delivery_tag).await?;
@@ -188,7 +202,7 @@ impl Moving<'_> {
                 }
             }
         }
-        Ok(taken + self.send(look, group).await?)
+        Ok((taken + self.send(look, group).await?, passed))
     }
 
     fn wanted(&self, delivery: &Delivery) -> Wanted {
@@ -340,11 +354,14 @@ impl Look {
         }
     }
 
+    fn held(&self) -> Duration {
+        clock::instant().saturating_duration_since(self.began)
+    }
+
     /// The next message; `None` at the end, or when the time is over.
     async fn next(&mut self) -> Result<Option<Delivery>, QueueError> {
         while self.ready.is_empty() && self.left > 0 {
-            let held = clock::instant().saturating_duration_since(self.began);
-            if held >= HOLD - GIVING_BACK || (held >= LOOK && !self.amid_returned) {
+            if self.held() >= LOOK && !self.amid_returned {
                 break;
             }
             self.fill().await?;
