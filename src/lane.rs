@@ -365,7 +365,9 @@ impl<Q: Queue> Lane<Q> {
 
     fn is_paused(&mut self, pause: Pause) {
         self.status.paused(Some(pause.clone()));
-        if self.pause.as_ref() != Some(&pause) {
+        // Read back from its record it is a little older: times are kept there less exactly.
+        let is_logged = self.pause.as_ref().is_some_and(|last| (&last.why, &last.by) == (&pause.why, &pause.by));
+        if !is_logged {
             let (name, why, by) = (&self.subscriber.name, &pause.why, &pause.by);
             let until = if by == "configuration" { "that is taken out of it".to_owned() } else { format!("`hooktrail resume {name}`") };
             tracing::warn!(subscriber = name, why, by, "paused: its events wait in the queue until {until}");
