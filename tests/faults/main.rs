@@ -9,6 +9,7 @@
 )]
 
 mod environment;
+mod front;
 mod oracle;
 mod relay;
 mod round;
@@ -28,7 +29,7 @@ use std::{
 use lapin::{options::QueueDeclareOptions, types::FieldTable};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
-use round::Round;
+use round::{Fault, Round};
 use subscribers::Kind;
 use support::{
     broker::{Broker, Node, SETTLING},
@@ -75,7 +76,9 @@ async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) 
         let mut world = World::new(place, shape, &Kind::ALL, &mut rng).await;
         // In one of four there is nothing that can be why something comes again.
         let calm = seed.is_multiple_of(4);
-        let outcome = Round::new(&mut world, rng).calm(calm).run(number * 1_000_000, length).await;
+        let wanted = std::env::var("HOOKTRAIL_FAULTS_WITH").ok();
+        let dealt = Fault::dealt(&world.place, calm, seed, wanted.as_deref());
+        let outcome = Round::new(&mut world, rng).calm(calm).begins_with(dealt).run(number * 1_000_000, length).await;
         let sum = |of: fn(&oracle::Verdict) -> usize| outcome.verdicts.iter().map(of).sum::<usize>();
         let lost = sum(|v| v.lost.len());
         println!(

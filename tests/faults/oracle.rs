@@ -15,6 +15,18 @@ pub(crate) struct Ledger {
     pub(crate) confirmed: BTreeSet<u64>,
     /// Handed over and not confirmed: nothing is known of them.
     pub(crate) unknown: BTreeSet<u64>,
+    /// Returned, or answered for, as events that nobody is bound for, although nobody's binding had been taken away.
+    pub(crate) unmatched: BTreeSet<u64>,
+    /// By subscriber: what was published while its binding was taken away, and may have passed it by.
+    pub(crate) not_for: BTreeMap<String, BTreeSet<u64>>,
+}
+
+impl Ledger {
+    /// What a subscriber must have got.
+    pub(crate) fn is_for(&self, subscriber: &str) -> impl Iterator<Item = u64> {
+        let passed_by = self.not_for.get(subscriber);
+        self.confirmed.iter().copied().filter(move |n| passed_by.is_none_or(|those| !those.contains(n)))
+    }
 }
 
 /// A time in which something was done to somebody.
@@ -38,6 +50,33 @@ pub(crate) struct Seen {
     pub(crate) requests: Vec<Request>,
     /// Events in its dead letters.
     pub(crate) dead: BTreeSet<u64>,
+    /// Whether it answers each request with a success, and is heard.
+    pub(crate) is_always_heard: bool,
+    /// When a queue was deleted in which its retries wait, with all that was in it.
+    pub(crate) retries_deleted: Vec<SystemTime>,
+}
+
+/// The longest that a batch waits for its time in a round, and what it takes to get there.
+const LONGEST_RETRY: Duration = Duration::from_secs(8);
+
+/// An event may come under so many ids that are new while retries cannot be written down. Without end is more.
+const NEW_IDS: usize = 3;
+
+/// What a disturbance is called while which retries cannot be written down.
+pub(crate) const LEVEL_DELETED: &str = "a level of the ladder is deleted";
+
+impl Seen {
+    /// Whether it was lost with a queue that was deleted: it had failed shortly before, and had not come again.
+    pub(crate) fn was_deleted(&self, n: u64) -> bool {
+        if self.retries_deleted.is_empty() {
+            return false;
+        }
+        let requests: Vec<&Request> = self.requests.iter().filter(|r| r.numbers().contains(&n)).collect();
+        self.retries_deleted.iter().any(|deleted| {
+            let before = || requests.iter().filter(|r| r.at <= *deleted);
+            before().all(|r| r.status >= 300) && before().any(|r| r.at + LONGEST_RETRY >= *deleted)
+        })
+    }
 }
 
 /// What is wrong, and what may be.
@@ -60,11 +99,19 @@ pub(crate) struct Verdict {
     repeated: BTreeSet<u64>,
     /// One id with two bodies.
     pub(crate) changed: Vec<String>,
+    /// Deleted by the test, with the queue that they were in.
+    pub(crate) deleted: usize,
+    /// An attempt failed, or what was accepted came again, although nothing went wrong; or something came again without end.
+    pub(crate) needless: Vec<String>,
 }
 
 impl Verdict {
     pub(crate) fn is_good(&self) -> bool {
-        self.lost.is_empty() && self.strangers.is_empty() && self.unexplained.is_empty() && self.changed.is_empty()
+        self.lost.is_empty()
+            && self.strangers.is_empty()
+            && self.unexplained.is_empty()
+            && self.changed.is_empty()
+            && self.needless.is_empty()
     }
 }
 
@@ -78,7 +125,8 @@ impl fmt::Display for Verdict {
             let unexplained: Vec<&String> = self.unexplained.iter().map(|(_, why)| why).collect();
             let (strangers, unexplained) = (some(&self.strangers), first(&unexplained));
             let changed = first(&self.changed.iter().collect::<Vec<_>>());
-            write!(f, ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}")?;
+            let needless = first(&self.needless.iter().collect::<Vec<_>>());
+            write!(f, ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}, needless {needless}")?;
         }
         Ok(())
     }
@@ -122,8 +170,12 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
     let accepted: BTreeSet<u64> = accepted(&seen.requests);
     verdict.accepted = accepted.len();
     let known = |n: &u64| accepted.contains(n) || seen.dead.contains(n);
-    verdict.lost = ledger.confirmed.iter().copied().filter(|n| !known(n)).collect();
-    let published = |n: &u64| ledger.confirmed.contains(n) || ledger.unknown.contains(n);
+    let (deleted, lost): (Vec<u64>, Vec<u64>) = ledger.is_for(&seen.name).filter(|n| !known(n)).partition(|n| seen.was_deleted(*n));
+    (verdict.lost, verdict.deleted) = (lost, deleted.len());
+    if seen.is_always_heard {
+        verdict.needless = failed_attempts(&seen.requests);
+    }
+    let published = |n: &u64| [&ledger.confirmed, &ledger.unknown, &ledger.unmatched].iter().any(|some| some.contains(n));
     verdict.strangers = by_event.keys().chain(&seen.dead).copied().filter(|n| !published(n)).collect();
     for (n, requests) in &by_event {
         // An ack or a confirm for it can have been outstanding when something was done, whatever came of the request.
@@ -156,10 +208,25 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
                 }
             } else if *accepted && !ids.is_empty() {
                 verdict.same_id += 1;
+                if seen.is_always_heard && !explain(*at) {
+                    verdict.needless.push(format!("event {n} was accepted as {ids:?}, and came again as {id} although that was heard"));
+                }
             }
             tried.insert(id);
             if *accepted {
                 ids.insert(id);
+            }
+        }
+        for d in disturbances.iter().filter(|d| d.what == LEVEL_DELETED) {
+            let mut before: Vec<&str> = Vec::new();
+            let mut new = 0;
+            for (id, at, ..) in requests {
+                let is_new = !before.iter().any(|b| is_of(id, b));
+                new += usize::from(is_new && !before.is_empty() && d.from <= *at && *at <= d.to);
+                before.push(id);
+            }
+            if new > NEW_IDS {
+                verdict.needless.push(format!("event {n} came under {new} new ids while {}", d.what));
             }
         }
         // Tried again after it was accepted: the answer was lost, and whatever came of it later is right.
@@ -176,6 +243,16 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
         }
     }
     verdict
+}
+
+/// Requests that say that an attempt before them had failed.
+fn failed_attempts(requests: &[Request]) -> Vec<String> {
+    let again = |r: &&Request| r.header("x-hooktrail-attempt").parse::<u32>().is_ok_and(|attempt| attempt > 1);
+    let tell = |r: &Request| {
+        let (at, attempt) = (humantime::format_rfc3339_millis(r.at), r.header("x-hooktrail-attempt"));
+        format!("{} came as attempt {attempt} at {at}, and none of those before can have failed", r.id())
+    };
+    requests.iter().filter(again).map(tell).collect()
 }
 
 /// What a relay had published and not acked when something was done, it publishes again, and everybody gets it twice: at once who
@@ -251,13 +328,13 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
         let (body, at) = (format!("{{\"events\":[{}]}}", events.join(",")).into(), begun + Duration::from_secs(second));
         Request { headers, body, at, status: 200, peer: ([127, 0, 0, 1], 1).into() }
     };
-    let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), unknown: BTreeSet::new() };
+    let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), ..Ledger::default() };
     let kill = |from: u64, to: u64| {
         let at = |second| begun + Duration::from_secs(second);
         Disturbance { what: "kill".to_owned(), whom: None, from: at(from), to: at(to) }
     };
     let saw = |requests: &[Request], disturbances: &[Disturbance]| {
-        let seen = Seen { name: "busy".to_owned(), requests: requests.to_vec(), dead: BTreeSet::from([3]) };
+        let seen = Seen { name: "busy".to_owned(), requests: requests.to_vec(), dead: BTreeSet::from([3]), ..Seen::default() };
         judge(&ledger, &seen, disturbances)
     };
     assert!(saw(&[request(10, "a", &[1, 2])], &[]).is_good());
@@ -284,4 +361,54 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
         excuse_what_was_relayed_twice(&mut verdicts);
         assert_eq!(verdicts[1].is_good(), good, "{verdicts:?}");
     }
+}
+
+#[test]
+fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_beside_a_deleted_queue() {
+    let begun = SystemTime::now() - Duration::from_secs(1000);
+    let at = |second| begun + Duration::from_secs(second);
+    let request = |second: u64, id: &str, status: u16, attempt: u32, numbers: &[u64]| {
+        let events: Vec<String> = numbers.iter().map(|n| format!("{{\"n\":{n}}}")).collect();
+        let mut headers = axum::http::HeaderMap::new();
+        headers.insert("webhook-id", id.parse().expect("a header"));
+        headers.insert("x-hooktrail-attempt", attempt.into());
+        let body = format!("{{\"events\":[{}]}}", events.join(",")).into();
+        Request { headers, body, at: at(second), status, peer: ([127, 0, 0, 1], 1).into() }
+    };
+    let passed_by = BTreeMap::from([("busy".to_owned(), BTreeSet::from([3]))]);
+    let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), not_for: passed_by, ..Ledger::default() };
+    let saw = |requests: &[Request], is_always_heard, deleted: &[u64], disturbances: &[Disturbance]| {
+        let retries_deleted = deleted.iter().map(|s| at(*s)).collect();
+        let seen =
+            Seen { name: "busy".to_owned(), requests: requests.to_vec(), is_always_heard, retries_deleted, ..Seen::default() };
+        judge(&ledger, &seen, disturbances)
+    };
+    // Accepted twice under one id: its answer was lost, which of one that is heard can be only with a fault.
+    let twice = [request(10, "a", 200, 1, &[1, 2]), request(11, "a", 200, 1, &[1, 2])];
+    assert!(saw(&twice, false, &[], &[]).is_good(), "the third passed it by");
+    assert!(!saw(&twice, true, &[], &[]).is_good());
+    let kill = Disturbance { what: "kill".to_owned(), whom: None, from: at(10), to: at(11) };
+    assert!(saw(&twice, true, &[], std::slice::from_ref(&kill)).is_good());
+    let failed = [request(10, "a", 200, 2, &[1, 2])];
+    assert!(saw(&failed, false, &[], &[]).is_good());
+    assert!(!saw(&failed, true, &[], &[kill]).is_good(), "no fault makes an attempt of it fail");
+
+    // Lost with the queue that it waited in; not what had been accepted, had failed long before, or was never attempted.
+    let waited = [request(10, "a", 500, 1, &[1]), request(10, "b", 200, 1, &[2])];
+    assert_eq!(saw(&waited, false, &[], &[]).lost, [1]);
+    let verdict = saw(&waited, false, &[12], &[]);
+    assert!(verdict.is_good() && verdict.deleted == 1, "{verdict}");
+    for deleted in [9, 30] {
+        assert_eq!(saw(&waited, false, &[deleted], &[]).lost, [1]);
+    }
+    assert_eq!(saw(&waited[1..], false, &[12], &[]).lost, [1]);
+
+    // A fault explains that it comes again, but not without end.
+    let deleted = Disturbance { what: LEVEL_DELETED.to_owned(), whom: None, from: at(10), to: at(40) };
+    let ids = ["a", "b", "c", "d", "e", "f"];
+    let again: Vec<Request> = ids.iter().zip(11..).map(|(id, second)| request(second, id, 500, 1, &[1])).collect();
+    let rest = request(50, "z", 200, 1, &[2]);
+    let saw = |times: usize| saw(&[&again[..times], &[request(50, ids[times - 1], 200, 2, &[1]), rest.clone()]].concat(), false, &[], std::slice::from_ref(&deleted));
+    assert!(saw(3).is_good(), "{}", saw(3));
+    assert!(!saw(6).is_good());
 }

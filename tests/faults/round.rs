@@ -1,5 +1,7 @@
 //! One round: faults from a seed while events flow, then peace, then the verdict.
 
+mod deeds;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
@@ -17,7 +19,7 @@ use crate::{
     oracle::{Disturbance, Ledger, Seen, Tally, Verdict, accepted, excuse_what_was_relayed_twice, judge, numbers_in},
     relay::{Way, Weather},
     soak::Sample,
-    subscribers::{Kind, pick},
+    subscribers::{Kind, Subscriber, pick},
     support::broker::{Broker, kill},
     world::{Place, Producer, World},
 };
@@ -38,6 +40,12 @@ pub(crate) enum Fault {
     Command,
     /// A subscriber is taken out of the configuration, and comes back.
     Removed,
+    /// The folder that the subscribers are included from is away for some seconds.
+    FolderGone,
+    /// The file that they are in ends between two of them, for a moment.
+    FileCut,
+    /// Nobody reads the daemons' logs.
+    LogUnread,
     // The broker and the way to it.
     Cut,
     HalfClose,
@@ -54,13 +62,18 @@ pub(crate) enum Fault {
     Orphans,
     /// Another program puts something into a retry queue.
     Foreign,
+    /// A producer deletes its exchange and declares it again, without the bindings.
+    ExchangeRedeclared,
+    QueueUnbound,
+    /// A queue of the ladder is deleted, with the retries in it.
+    LevelDeleted,
     // The embedded queue.
     DiskFails,
     Locked,
 }
 
 impl Fault {
-    const COMMON: [Self; 12] = [
+    const COMMON: [Self; 15] = [
         Self::KillDaemon,
         Self::StopDaemon,
         Self::DieAtStep,
@@ -73,9 +86,12 @@ impl Fault {
         Self::Command,
         Self::Command,
         Self::Removed,
+        Self::FolderGone,
+        Self::FileCut,
+        Self::LogUnread,
     ];
     /// After none of these may anything come again that a subscriber has answered for.
-    const CALM: [Self; 10] = [
+    const CALM: [Self; 13] = [
         Self::StopDaemon,
         Self::StopDaemon,
         Self::Mood,
@@ -86,8 +102,11 @@ impl Fault {
         Self::Reload,
         Self::Command,
         Self::Removed,
+        Self::FolderGone,
+        Self::FileCut,
+        Self::LogUnread,
     ];
-    const BROKER: [Self; 17] = [
+    const BROKER: [Self; 20] = [
         Self::TakeOver,
         Self::Clock,
         Self::Cut,
@@ -105,8 +124,33 @@ impl Fault {
         Self::Orphans,
         Self::Foreign,
         Self::Foreign,
+        Self::ExchangeRedeclared,
+        Self::QueueUnbound,
+        Self::LevelDeleted,
     ];
+    /// What others do to queue and configuration. A round begins with two of these, so that a few rounds have had them all.
+    const DEALT: [Self; 6] =
+        [Self::ExchangeRedeclared, Self::LevelDeleted, Self::FolderGone, Self::LogUnread, Self::QueueUnbound, Self::FileCut];
+    const DEALT_EMBEDDED: [Self; 3] = [Self::FolderGone, Self::LogUnread, Self::FileCut];
     const EMBEDDED: [Self; 5] = [Self::Clock, Self::DiskFails, Self::DiskFails, Self::Locked, Self::TakeOver];
+
+    /// What the round of a seed begins with; `wanted` are the names of others that it is to begin with instead.
+    pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {
+        if let Some(wanted) = wanted {
+            let all = || Self::COMMON.into_iter().chain(Self::BROKER).chain(Self::EMBEDDED);
+            let named = |name: &str| all().find(|f| format!("{f:?}") == name).unwrap_or_else(|| panic!("no fault `{name}`"));
+            return wanted.split(',').map(named).collect();
+        }
+        let (all, first): (&[Self], u64) = match place {
+            Place::Embedded(_) => (&Self::DEALT_EMBEDDED, 0),
+            Place::Broker { .. } if calm => (&Self::DEALT_EMBEDDED, 0),
+            Place::Broker { others, .. } if !others.is_empty() => (&Self::DEALT, 4),
+            Place::Broker { source_queue: true, .. } => (&Self::DEALT, 2),
+            Place::Broker { .. } => (&Self::DEALT, 0),
+        };
+        let at = |n: u64| all[usize::try_from((2 * seed + first + n) % all.len() as u64).expect("small")];
+        vec![at(0), at(1)]
+    }
 
     fn draw(place: &Place, rng: &mut StdRng) -> Self {
         let own: &[Self] = if matches!(place, Place::Embedded(_)) { &Self::EMBEDDED } else { &Self::BROKER };
@@ -136,6 +180,8 @@ enum Heal {
     DeliveryLimit,
     Orphans(Kind),
     Disk,
+    Folder,
+    Log,
 }
 
 struct Lasting {
@@ -163,6 +209,10 @@ pub(crate) struct Round<'w> {
     calm: bool,
     /// A subscriber that comes and goes.
     guest: bool,
+    /// What it begins with.
+    dealt: Vec<Fault>,
+    /// When a queue was deleted in which retries were.
+    retries_deleted: Vec<SystemTime>,
     complaints: Vec<String>,
 }
 
@@ -215,12 +265,18 @@ impl<'w> Round<'w> {
             multiplier: 1.5,
             calm: false,
             guest: false,
+            dealt: Vec::new(),
+            retries_deleted: Vec::new(),
             complaints: Vec::new(),
         }
     }
 
     pub(crate) fn calm(self, calm: bool) -> Self {
         Self { calm, ..self }
+    }
+
+    pub(crate) fn begins_with(self, faults: Vec<Fault>) -> Self {
+        Self { dealt: faults, ..self }
     }
 
     /// Faults for as long as `length`, then peace.
@@ -240,6 +296,11 @@ impl<'w> Round<'w> {
         }
         let producer = self.world.producer(first_event);
         let mut faults = BTreeMap::new();
+        for fault in std::mem::take(&mut self.dealt) {
+            if self.inflict(fault, &producer).await {
+                *faults.entry(format!("{fault:?}")).or_default() += 1;
+            }
+        }
         let begun = Instant::now();
         while begun.elapsed() < length {
             self.look_after().await;
@@ -437,6 +498,8 @@ impl<'w> Round<'w> {
             }
             Heal::Orphans(kind) => self.retries_come_back(kind, true).await,
             Heal::Disk => self.world.environment.disk_works(),
+            Heal::Folder => self.world.folder_is_away(false),
+            Heal::Log => self.world.nobody_reads_the_logs(false),
         }
         if one.disturbs {
             self.disturbed(&one.what, one.from, noticed);
@@ -498,7 +561,7 @@ impl<'w> Round<'w> {
             Fault::Mood => self.bad_mood(),
             Fault::ReceiverCut => {
                 let subscriber = pick(&self.world.subscribers, &mut self.rng);
-                if subscriber.kind == Kind::Steady {
+                if subscriber.kind.is_always_heard() {
                     return false;
                 }
                 subscriber.network.cut();
@@ -507,7 +570,7 @@ impl<'w> Round<'w> {
             }
             Fault::ReceiverWeather => {
                 let n = self.rng.random_range(0..self.world.subscribers.len());
-                if self.world.subscribers[n].kind == Kind::Steady || self.lasting.iter().any(|l| l.heal == Heal::ReceiverWeather(n)) {
+                if self.world.subscribers[n].kind.is_always_heard() || self.lasting.iter().any(|l| l.heal == Heal::ReceiverWeather(n)) {
                     return false;
                 }
                 let weather = self.weather();
@@ -518,6 +581,10 @@ impl<'w> Round<'w> {
                 self.lasts(Heal::ReceiverWeather(n), what, disturbs, 4000);
             }
             Fault::Reload => {
+                // An operator who asks for it gets what is there then.
+                if self.has(&Heal::Folder) {
+                    return false;
+                }
                 self.multiplier = if self.multiplier == 1.5 { 2.0 } else { 1.5 };
                 self.guest = self.rng.random_bool(0.5);
                 let guest =
@@ -636,7 +703,18 @@ impl<'w> Round<'w> {
                 self.retries_come_back(kind, false).await;
                 self.lasts(Heal::Orphans(kind), format!("retries of {kind:?} do not come back"), false, 4000);
             }
-            Fault::Command => self.command(daemon),
+            Fault::Command => {
+                if self.has(&Heal::Folder) {
+                    return false;
+                }
+                self.command(daemon);
+            }
+            Fault::FolderGone => return self.take_the_folder_away(),
+            Fault::FileCut => return self.cut_the_file().await,
+            Fault::LogUnread => return self.leave_the_logs_unread(daemon).await,
+            Fault::ExchangeRedeclared => return self.redeclare_exchange().await,
+            Fault::QueueUnbound => return self.unbind_queue().await,
+            Fault::LevelDeleted => return self.delete_level().await,
             Fault::Removed => return self.remove_for_a_while().await,
             Fault::QueueDeleted => return self.delete_empty_queue(producer).await,
             Fault::DiskFails => {
@@ -767,20 +845,14 @@ impl<'w> Round<'w> {
     /// Its events and retries wait for it. Nobody publishes meanwhile: it would not be for it.
     async fn remove_for_a_while(&mut self) -> bool {
         let is_quiet = self.lasting.iter().all(|l| !l.disturbs) && self.world.daemons.len() == 1;
-        if !is_quiet || self.world.has_ended(0) || !self.world.daemons[0].as_ref().is_some_and(|d| d.log().contains("running")) {
+        if !is_quiet || self.has(&Heal::Folder) || self.world.has_ended(0) || !self.world.daemons[0].as_ref().is_some_and(|d| d.log().contains("running")) {
             return false;
         }
         let gate = self.world.publishing.clone();
         let held = gate.write().await;
         // What is still to be relayed is for those who are configured then.
-        for tries in 0.. {
-            let queues = self.ctl(&["list_queues", "--quiet", "--no-table-headers", "name", "messages"]).await;
-            if !queues.lines().any(|l| l.strip_prefix("source\t").is_some_and(|n| n != "0")) {
-                break;
-            }
-            if tries == 5 {
-                return false;
-            }
+        if !self.all_is_relayed().await {
+            return false;
         }
         let kind = *pick(&Kind::ALL, &mut self.rng);
         for without in [Some(kind), None] {
@@ -858,6 +930,7 @@ impl<'w> Round<'w> {
         for one in std::mem::take(&mut self.lasting) {
             self.heal(one).await;
         }
+        self.bindings_come_back().await;
         self.world.configure(1.5, "");
         if self.calm {
             // Those that run go on: a new one would deliver what they have forgotten.
@@ -882,8 +955,9 @@ impl<'w> Round<'w> {
 
     /// Waits until each confirmed event was accepted or is a dead letter, or until nothing moves any more.
     async fn drain(&mut self, ledger: &Ledger) -> (Vec<BTreeSet<u64>>, Duration, Option<String>) {
-        let begun = Instant::now();
         let mut dead = vec![BTreeSet::new(); self.world.subscribers.len()];
+        self.poison_starves_nobody(ledger, &mut dead).await;
+        let begun = Instant::now();
         let (mut empty_since, mut clean_since) = (None, None::<Instant>);
         loop {
             let left = self.world.left().await;
@@ -891,8 +965,9 @@ impl<'w> Round<'w> {
             for (n, subscriber) in self.world.subscribers.iter().enumerate() {
                 let bodies = if left.is_empty() { self.world.take_dead(subscriber.kind).await } else { Vec::new() };
                 dead[n].extend(bodies.iter().flat_map(|b| numbers_in(b)));
-                let got = accepted(&subscriber.receiver.requests());
-                missing += ledger.confirmed.iter().filter(|e| !got.contains(e) && !dead[n].contains(e)).count();
+                let seen = self.seen(n, BTreeSet::new());
+                let got = accepted(&seen.requests);
+                missing += ledger.is_for(&seen.name).filter(|e| !got.contains(e) && !dead[n].contains(e) && !seen.was_deleted(*e)).count();
             }
             // What is just handed from one queue to another is counted nowhere: a copy of what has arrived long ago may be.
             let settled = left.is_empty() && missing == 0;
@@ -916,6 +991,13 @@ impl<'w> Round<'w> {
             self.resume_who_is_paused().await;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    /// What there is of a subscriber.
+    fn seen(&self, n: usize, dead: BTreeSet<u64>) -> Seen {
+        let Subscriber { kind, receiver, .. } = &self.world.subscribers[n];
+        let (name, requests, retries_deleted) = (kind.name(), receiver.requests(), self.retries_deleted.clone());
+        Seen { name, requests, dead, is_always_heard: kind.is_always_heard(), retries_deleted }
     }
 
     async fn resume_who_is_paused(&mut self) {
@@ -957,6 +1039,7 @@ impl<'w> Round<'w> {
             let closed = async || self.world.network.as_ref().is_none_or(|network| network.connections() == 0);
             crate::support::eventually("the connections of the daemons are closed", closed).await;
         }
+        complaints.append(&mut self.world.complaints);
         let left = self.world.left().await;
         // A lane that panics is restarted, and nothing is lost; but it should not.
         let log = self.world.log_of_all();
@@ -964,9 +1047,12 @@ impl<'w> Round<'w> {
             complaints.push(format!("a panic: {line}"));
         }
         let mut verdicts = Vec::new();
-        for (subscriber, dead) in self.world.subscribers.iter().zip(dead) {
-            let seen = Seen { name: subscriber.kind.name(), requests: subscriber.receiver.requests(), dead };
-            verdicts.push(judge(&ledger, &seen, &self.disturbances));
+        for (n, dead) in dead.into_iter().enumerate() {
+            verdicts.push(judge(&ledger, &self.seen(n, dead), &self.disturbances));
+        }
+        if let Some(first) = ledger.unmatched.first() {
+            let count = ledger.unmatched.len();
+            complaints.push(format!("{count} events from {first} on reached nobody, though nobody had taken a binding away"));
         }
         if matches!(self.world.place, Place::Broker { source_queue: true, .. }) {
             excuse_what_was_relayed_twice(&mut verdicts);

@@ -8,6 +8,7 @@ use std::{
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
+    front::{Front, Manners},
     relay::Relay,
     support::{
         daemon::SECRET,
@@ -29,11 +30,16 @@ pub(crate) struct Mood {
     most: usize,
     /// Refuses batches with an event whose number leaves this remainder divided by 101.
     refuses: Option<u64>,
+    /// Fails at batches with an event whose number leaves this remainder divided by [`POISON`], and at no other for that.
+    poison: Option<u64>,
     /// The longest before an answer, in milliseconds.
     slow: u64,
 }
 
-const GOOD: Mood = Mood { fails: 0.0, hangs: 0.0, leaves: 0.0, asks_to_wait: 0.0, most: usize::MAX, refuses: None, slow: 15 };
+const GOOD: Mood = Mood { fails: 0.0, hangs: 0.0, leaves: 0.0, asks_to_wait: 0.0, most: usize::MAX, refuses: None, poison: None, slow: 15 };
+
+/// One event of so many is poison: about one batch of seven.
+const POISON: u64 = 61;
 
 impl Mood {
     /// The requests of lines are under way side by side and end in another order than they began: what is open while others
@@ -41,7 +47,8 @@ impl Mood {
     fn good(kind: Kind) -> Self {
         match kind {
             Kind::Lines => Self { slow: 150, ..GOOD },
-            Kind::Steady | Kind::Busy | Kind::Picky | Kind::Doomed | Kind::Leaving => GOOD,
+            Kind::Poisoned => Self { poison: Some(7), ..GOOD },
+            Kind::Steady | Kind::Busy | Kind::Picky | Kind::Doomed | Kind::Leaving | Kind::Abrupt | Kind::Draining => GOOD,
         }
     }
 
@@ -49,12 +56,13 @@ impl Mood {
     fn bad(kind: Kind, rng: &mut StdRng) -> Self {
         let good = Self::good(kind);
         match kind {
-            Kind::Steady => good,
+            Kind::Steady | Kind::Abrupt | Kind::Draining => good,
             Kind::Busy => Self { fails: rng.random_range(0.0..0.5), slow: 120, asks_to_wait: 0.2, hangs: 0.03, ..good },
             Kind::Picky => Self { most: rng.random_range(3..20), refuses: Some(rng.random_range(0..101)), slow: 30, fails: 0.02, ..good },
             Kind::Lines => Self { fails: *pick(&[0.0, 0.2, 1.0], rng), hangs: 0.1, ..good },
             Kind::Doomed => Self { fails: rng.random_range(0.3..1.0), asks_to_wait: 0.1, ..good },
             Kind::Leaving => Self { leaves: 0.1, fails: 0.2, ..good },
+            Kind::Poisoned => Self { fails: rng.random_range(0.0..0.2), ..good },
         }
     }
 
@@ -83,19 +91,48 @@ pub(crate) enum Kind {
     Doomed,
     /// 410, and a pause when it has failed too often.
     Leaving,
+    /// Fails at one kind of event as long as the round lasts, and accepts all others.
+    Poisoned,
+    /// Accepts all, by https; its connections do not end well.
+    Abrupt,
+    /// Accepts all that it processes, by HTTP/2; its connections end with requests unprocessed.
+    Draining,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 6] = [Self::Steady, Self::Busy, Self::Picky, Self::Lines, Self::Doomed, Self::Leaving];
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Steady,
+        Self::Busy,
+        Self::Picky,
+        Self::Lines,
+        Self::Doomed,
+        Self::Leaving,
+        Self::Poisoned,
+        Self::Abrupt,
+        Self::Draining,
+    ];
 
     pub(crate) fn name(self) -> String {
         format!("{self:?}").to_lowercase()
     }
 
+    /// Whether all of its answers are successes and arrive: then no attempt of it fails, and nothing that it has accepted comes again.
+    pub(crate) fn is_always_heard(self) -> bool {
+        matches!(self, Self::Steady | Self::Abrupt | Self::Draining)
+    }
+
+    fn manners(self) -> Option<Manners> {
+        match self {
+            Self::Abrupt => Some(Manners::Abrupt),
+            Self::Draining => Some(Manners::Draining),
+            _ => None,
+        }
+    }
+
     /// The lines of its table that are its own.
     fn settings(self, concurrency: usize, max_events: usize) -> String {
         match self {
-            Self::Steady => "batch = { max_events = 50 }".to_owned(),
+            Self::Steady => format!("{PATIENT}\nbatch = {{ max_events = 50 }}"),
             Self::Busy => format!("http = {{ concurrency = {concurrency} }}\nbatch = {{ max_events = {max_events} }}"),
             Self::Picky => "http = { concurrency = 2 }\nbatch = { max_events = 40 }".to_owned(),
             Self::Lines => {
@@ -103,15 +140,23 @@ impl Kind {
             }
             Self::Doomed => "retry = { max_attempts = 2 }\ncircuit_breaker = { failures = 4 }".to_owned(),
             Self::Leaving => "retry = { max_attempts = 3, on_exhausted = \"pause\" }\nbatch = { max_wait = \"0s\" }".to_owned(),
+            // So low that the batches that always fail would open it at once, if they alone decided.
+            Self::Poisoned => format!("{PATIENT}\nbatch = {{ max_events = 10 }}\ncircuit_breaker = {{ failures = 3 }}"),
+            Self::Abrupt => PATIENT.to_owned(),
+            Self::Draining => format!("{PATIENT}\nbatch = {{ max_events = 10 }}").replace("http = {", "http = { concurrency = 4,"),
         }
     }
 }
+
+/// Of a receiver that answers: however busy the machine is, it is heard.
+const PATIENT: &str = "http = { timeout = \"30s\", connect_timeout = \"20s\" }";
 
 /// A subscriber's receiver, behind a network of its own.
 pub(crate) struct Subscriber {
     pub(crate) kind: Kind,
     pub(crate) receiver: Receiver,
     pub(crate) network: Relay,
+    front: Option<Front>,
     mood: Arc<Mutex<Mood>>,
 }
 
@@ -122,7 +167,12 @@ impl Subscriber {
         let receiver =
             Receiver::start(move |request, _| answer(request, *now.lock().expect("a mood"), &mut rng.lock().expect("a die"))).await;
         let address = receiver.url.trim_start_matches("http://").split('/').next().expect("an address").parse().expect("an address");
-        Self { kind, receiver, network: Relay::to(vec![address]).await, mood }
+        let front = match kind.manners() {
+            Some(manners) => Some(Front::to(address, manners, seed).await),
+            None => None,
+        };
+        let network = Relay::to(vec![front.as_ref().map_or(address, |front| front.address)]).await;
+        Self { kind, receiver, network, front, mood }
     }
 
     fn mood(&self, mood: Mood) {
@@ -133,6 +183,11 @@ impl Subscriber {
         self.mood(Mood::good(self.kind));
     }
 
+    /// Poison is accepted too.
+    pub(crate) fn is_cured(&self) {
+        self.mood(Mood { poison: None, ..Mood::good(self.kind) });
+    }
+
     pub(crate) fn bad_mood(&self, rng: &mut StdRng) -> Mood {
         let mood = Mood::bad(self.kind, rng);
         self.mood(mood);
@@ -141,9 +196,16 @@ impl Subscriber {
 
     pub(crate) fn table(&self, concurrency: usize, max_events: usize) -> String {
         let (name, port, settings) = (self.kind.name(), self.network.port, self.kind.settings(concurrency, max_events));
-        format!("\n[[subscriber]]\nname = \"{name}\"\nurl = \"http://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{settings}\n")
+        let (scheme, tls) = match &self.front {
+            Some(front) => ("https", format!("tls = {{ ca_file = \"{}\" }}\n", front.ca_file().display())),
+            None => ("http", String::new()),
+        };
+        format!("{TABLE}\nname = \"{name}\"\nurl = \"{scheme}://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{tls}{settings}\n")
     }
 }
+
+/// What each subscriber's table begins with.
+pub(crate) const TABLE: &str = "\n[[subscriber]]";
 
 fn answer(request: &Request, mood: Mood, rng: &mut StdRng) -> Answer {
     let after = Duration::from_millis(rng.random_range(0..=mood.slow));
@@ -152,6 +214,8 @@ fn answer(request: &Request, mood: Mood, rng: &mut StdRng) -> Answer {
         status(413)
     } else if mood.refuses.is_some_and(|r| numbers.iter().any(|n| n % 101 == r)) {
         status(*pick(&[400, 422], rng))
+    } else if mood.poison.is_some_and(|r| numbers.iter().any(|n| n % POISON == r)) {
+        status(500)
     } else if rng.random_bool(mood.hangs) {
         return status(200).after(Duration::from_secs(4));
     } else if rng.random_bool(mood.leaves) {

@@ -1,8 +1,9 @@
 //! Daemons, receivers, a queue and a producer, for one round.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Output,
     sync::{
         Arc, Mutex,
@@ -28,7 +29,7 @@ use crate::{
     environment::Environment,
     oracle::Ledger,
     relay::Relay,
-    subscribers::{Kind, Subscriber},
+    subscribers::{Kind, Subscriber, TABLE},
     support::{
         broker::{Broker, Node},
         daemon::{Daemon, Setup},
@@ -85,6 +86,10 @@ pub(crate) struct World {
     setup: Setup,
     /// Held by whoever publishes; a fault that takes away an empty queue must not take an event with it.
     pub(crate) publishing: Arc<RwLock<()>>,
+    /// Subscribers whose binding was taken away: what is published now may pass them by.
+    pub(crate) passed_by: Arc<Mutex<BTreeSet<String>>>,
+    /// What daemons did that they must not.
+    pub(crate) complaints: Vec<String>,
     /// Logs of daemons that have ended.
     logs: Vec<String>,
 }
@@ -101,8 +106,10 @@ impl World {
         let daemons = (0..shape.daemons).map(|_| None).collect();
         let setup = Setup::with_text("[admin]\n");
         let environment = Environment::new();
-        let publishing = Arc::default();
-        let world = Self { place, network, subscribers, environment, shape, daemons, ports, setup, publishing, logs: Vec::new() };
+        std::fs::create_dir(folder_of(&setup).join(INCLUDED)).expect("a folder");
+        let (publishing, passed_by, complaints, logs) = (Arc::default(), Arc::default(), Vec::new(), Vec::new());
+        let world =
+            Self { place, network, subscribers, environment, shape, daemons, ports, setup, publishing, passed_by, complaints, logs };
         world.configure(1.5, "");
         world
     }
@@ -131,16 +138,13 @@ impl World {
             }
             (Place::Broker { .. }, None) => unreachable!("a broker has a network"),
         };
-        let tables: String = self
-            .subscribers
-            .iter()
-            .filter(|s| Some(s.kind) != without)
-            .map(|s| s.table(self.shape.concurrency, self.shape.max_events))
-            .collect();
+        self.write_included(&self.tables(without));
         // What a reload changes is the batches too: what has gathered for one is not to be forgotten.
         let max_wait = if multiplier > 1.7 { 150 } else { 50 };
         let text = format!(
-            "[queue]\n{queue}
+            "include = [\"{INCLUDED}/*.toml\"]
+[queue]
+{queue}
 [admin]
 listen = \"127.0.0.1:${{PORT}}\"
 [log]
@@ -164,18 +168,59 @@ max_elapsed_time = \"0s\"
 failures = 8
 open_for = \"1s\"
 max_open_for = \"2s\"
-{tables}{more}"
+{more}"
         );
         let new = self.setup.write("new.toml", text);
         std::fs::rename(new, self.setup.config()).expect("renames");
+    }
+
+    /// The tables of the subscribers.
+    fn tables(&self, without: Option<Kind>) -> String {
+        let subscribers = self.subscribers.iter().filter(|s| Some(s.kind) != without);
+        subscribers.map(|s| s.table(self.shape.concurrency, self.shape.max_events)).collect()
+    }
+
+    /// The folder that the configuration includes files of.
+    fn included(&self) -> PathBuf {
+        folder_of(&self.setup).join(INCLUDED)
+    }
+
+    /// Puts a file in the place of that before.
+    fn write_included(&self, text: &str) {
+        let new = self.setup.write("new.toml", text);
+        std::fs::rename(new, self.included().join("all.toml")).expect("renames");
+    }
+
+    /// Takes the folder away that the subscribers are in, or puts it back.
+    pub(crate) fn folder_is_away(&self, away: bool) {
+        let (at, elsewhere) = (self.included(), folder_of(&self.setup).join("elsewhere"));
+        let (from, to) = if away { (at, elsewhere) } else { (elsewhere, at) };
+        std::fs::rename(from, to).expect("renames");
+    }
+
+    /// The file that the subscribers are in ends before one of the tables, as one that is being copied; `None`: it is whole.
+    pub(crate) fn file_is_cut(&self, before: Option<usize>) {
+        let all = self.tables(None);
+        let end = before.and_then(|n| all.match_indices(TABLE).nth(n)).map_or(all.len(), |(at, _)| at);
+        std::fs::write(self.included().join("all.toml"), &all[..end]).expect("writes");
     }
 
     /// Starts daemon `n`, which ends itself at a step if it is told to.
     pub(crate) fn spawn(&mut self, n: usize, dies_at: Option<(failpoint::Step, u32)>) {
         let dies = dies_at.map(|(step, after)| format!("{}={step:?}:{after} ", failpoint::VARIABLE)).unwrap_or_default();
         let line = format!("{dies}PORT={} {} exec \"$0\" \"$@\"", self.ports[n], self.environment.variables());
-        let before = self.daemons[n].replace(self.setup.spawn_as(&line));
+        let before = self.daemons[n].replace(self.setup.spawn_piped(&line));
         self.keep_log(before);
+    }
+
+    /// Whoever reads the logs stops doing so, or goes on.
+    pub(crate) fn nobody_reads_the_logs(&self, nobody: bool) {
+        self.daemons.iter().flatten().for_each(|daemon| daemon.nobody_reads(nobody));
+    }
+
+    /// Whether all daemons run, and have read their configuration.
+    pub(crate) fn all_run(&mut self) -> bool {
+        self.daemons.iter_mut().all(|d| d.as_mut().is_some_and(|d| d.is_running() && d.log().contains("running")))
     }
 
     fn keep_log(&mut self, daemon: Option<Daemon>) {
@@ -206,10 +251,15 @@ max_open_for = \"2s\"
         let Some(mut daemon) = self.daemons[n].take() else { return };
         if daemon.is_running() {
             daemon.terminate();
-            let status = timeout(Duration::from_secs(60), daemon.wait()).await;
-            let status = status.unwrap_or_else(|_| panic!("it does not end at SIGTERM:\n{}", daemon.log()));
-            // One that could not start at all, on a disk that fails say, has ended by itself.
-            assert!(status.success() || !daemon.log().contains("running"), "{status} after SIGTERM:\n{}", daemon.log());
+            match timeout(Duration::from_secs(60), daemon.wait()).await {
+                // One that could not start at all, on a disk that fails say, has ended by itself.
+                Ok(status) if status.success() || !daemon.log().contains("running") => {}
+                Ok(status) => self.complaints.push(format!("a daemon ended with {status} after SIGTERM")),
+                Err(_) => {
+                    self.complaints.push("a daemon does not end at SIGTERM".to_owned());
+                    daemon.end();
+                }
+            }
         }
         self.keep_log(Some(daemon));
     }
@@ -260,6 +310,7 @@ max_open_for = \"2s\"
             std::fs::write(dir.join(format!("daemon-{n}.log")), log).expect("writes");
         }
         std::fs::copy(self.setup.config(), dir.join("hooktrail.toml")).expect("copies");
+        std::fs::write(dir.join("included.toml"), self.tables(None)).expect("writes");
         std::fs::write(dir.join("story"), story).expect("writes");
         for subscriber in &self.subscribers {
             let line = |r: &crate::support::receiver::Request| {
@@ -342,6 +393,7 @@ max_open_for = \"2s\"
             // A relay takes events from its queue alone.
             ports: if matches!(self.place, Place::Broker { source_queue: true, .. }) { Vec::new() } else { self.ports.clone() },
             gate: self.publishing.clone(),
+            passed_by: self.passed_by.clone(),
             rate: self.shape.rate,
         };
         Producer { ledger, stop, task: tokio::spawn(publish.run()) }
@@ -379,7 +431,24 @@ struct Publish {
     /// Of the daemons that take events over HTTP.
     ports: Vec<u16>,
     gate: Arc<RwLock<()>>,
+    passed_by: Arc<Mutex<BTreeSet<String>>>,
     rate: u64,
+}
+
+/// What became of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Confirmed,
+    Unknown,
+    /// Nobody's pattern matches it, or nobody is bound for it.
+    Unmatched,
+}
+
+/// The folder below the configuration that the subscribers are in.
+const INCLUDED: &str = "subscribers";
+
+fn folder_of(setup: &Setup) -> PathBuf {
+    setup.config().parent().map(Path::to_owned).expect("a folder")
 }
 
 /// How often groups are published.
@@ -401,37 +470,45 @@ impl Publish {
                 let group: Vec<u64> = (self.next..self.next + due).collect();
                 self.next += due;
                 turn += 1;
-                let confirmed = if !self.ports.is_empty() && turn.is_multiple_of(3) {
+                let passed_by = self.passed_by.lock().expect("not poisoned").clone();
+                let fates = if !self.ports.is_empty() && turn.is_multiple_of(3) {
                     let port = self.ports[turn / 3 % self.ports.len()];
                     over_http(&client, port, &group).await
                 } else {
                     self.directly(&group).await
                 };
-                let mut ledger = self.ledger.lock().expect("not poisoned");
-                for (n, confirmed) in group.into_iter().zip(confirmed) {
-                    if confirmed {
-                        ledger.confirmed.insert(n)
-                    } else {
-                        ledger.unknown.insert(n)
-                    };
-                }
+                self.note(&group, &fates, &passed_by);
             }
             tokio::time::sleep(TICK).await;
         }
     }
 
-    async fn directly(&mut self, group: &[u64]) -> Vec<bool> {
+    fn note(&self, group: &[u64], fates: &[Fate], passed_by: &BTreeSet<String>) {
+        let mut ledger = self.ledger.lock().expect("not poisoned");
+        for (n, fate) in group.iter().zip(fates) {
+            match fate {
+                Fate::Confirmed => ledger.confirmed.insert(*n),
+                Fate::Unmatched if passed_by.is_empty() => ledger.unmatched.insert(*n),
+                Fate::Unmatched | Fate::Unknown => ledger.unknown.insert(*n),
+            };
+            for subscriber in passed_by {
+                ledger.not_for.entry(subscriber.clone()).or_default().insert(*n);
+            }
+        }
+    }
+
+    async fn directly(&mut self, group: &[u64]) -> Vec<Fate> {
         match &mut self.way {
             Way::Amqp { url, target, open } => {
                 let done = timeout(Duration::from_secs(5), over_amqp(url, target, open, group)).await;
                 done.unwrap_or_default().unwrap_or_else(|| {
                     // Whatever was confirmed of it: that is not known.
                     **open = None;
-                    vec![false; group.len()]
+                    vec![Fate::Unknown; group.len()]
                 })
             }
             Way::Embedded(config) => {
-                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config) else { return vec![false; group.len()] };
+                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config) else { return vec![Fate::Unknown; group.len()] };
                 let events = group.iter().map(|n| NewEvent {
                     event_type: TYPE.to_owned(),
                     message_id: (n % 2 == 0).then(|| format!("event-{n}")),
@@ -440,13 +517,18 @@ impl Publish {
                 });
                 assert!(group.len() <= MAX_GROUP);
                 let fates = queue.publish(events.collect()).await;
-                fates.map_or_else(|_| vec![false; group.len()], |fates| fates.iter().map(|f| *f == Published::Stored).collect())
+                let fate = |f: &Published| match f {
+                    Published::Stored => Fate::Confirmed,
+                    Published::Unmatched => Fate::Unmatched,
+                    Published::Refused => Fate::Unknown,
+                };
+                fates.map_or_else(|_| vec![Fate::Unknown; group.len()], |fates| fates.iter().map(fate).collect())
             }
         }
     }
 }
 
-async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Connection, Channel)>, group: &[u64]) -> Option<Vec<bool>> {
+async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Connection, Channel)>, group: &[u64]) -> Option<Vec<Fate>> {
     if open.as_ref().is_none_or(|(_, channel)| !channel.status().connected()) {
         let connection = Connection::connect(url, ConnectionProperties::default()).await.ok()?;
         let channel = connection.create_channel().await.ok()?;
@@ -466,18 +548,37 @@ async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Conn
             channel.basic_publish(exchange.as_str().into(), key.as_str().into(), options, event(*n).as_bytes(), properties).await.ok()?,
         );
     }
-    let mut confirmed = Vec::new();
+    // What is returned comes with a confirm, which may be that of another message.
+    let (mut fates, mut returned) = (Vec::new(), BTreeSet::new());
     for confirm in confirms {
-        confirmed.push(matches!(confirm.await.ok()?, Confirmation::Ack(None)));
+        fates.push(match confirm.await.ok()? {
+            Confirmation::Ack(message) => {
+                let body = message.map(|m| serde_json::from_slice::<serde_json::Value>(&m.delivery.data).expect("an event"));
+                returned.extend(body.and_then(|event| event["n"].as_u64()));
+                Fate::Confirmed
+            }
+            _ => Fate::Unknown,
+        });
     }
-    Some(confirmed)
+    let fate = |(n, fate)| if returned.contains(n) { Fate::Unmatched } else { fate };
+    Some(group.iter().zip(fates).map(fate).collect())
 }
 
 /// 202 and all of it is durable; after anything else a part may be.
-async fn over_http(client: &reqwest::Client, port: u16, group: &[u64]) -> Vec<bool> {
+async fn over_http(client: &reqwest::Client, port: u16, group: &[u64]) -> Vec<Fate> {
     let events: Vec<String> = group.iter().map(|n| event(*n)).collect();
     let body = format!("{{\"events\":[{}]}}", events.join(","));
     let request = client.post(format!("http://127.0.0.1:{port}/api/v1/events")).header("content-type", "application/json").body(body);
-    let accepted = request.send().await.is_ok_and(|answer| answer.status() == 202);
-    vec![accepted; group.len()]
+    let fate = match request.send().await {
+        Ok(answer) if answer.status() == 202 => {
+            let done = answer.bytes().await.ok().and_then(|body| serde_json::from_slice::<serde_json::Value>(&body).ok());
+            match done.map(|done| done["unmatched"].clone()) {
+                Some(unmatched) if unmatched == 0 => Fate::Confirmed,
+                Some(unmatched) if unmatched == group.len() => Fate::Unmatched,
+                _ => Fate::Unknown,
+            }
+        }
+        _ => Fate::Unknown,
+    };
+    vec![fate; group.len()]
 }

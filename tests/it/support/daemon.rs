@@ -1,8 +1,16 @@
 //! hooktrail as a real process, with a configuration of its own.
 
 use std::{
+    io::{Read as _, Write as _},
+    os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
 };
 
 use super::{broker::kill, eventually, queue::Section};
@@ -105,7 +113,47 @@ impl Setup {
         let file = std::fs::File::create(&log).expect("a log file");
         let child =
             self.by_shell(shell, &["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
-        Daemon { child, log }
+        Daemon { child, log, reader: None }
+    }
+
+    /// As [`spawn_as`](Self::spawn_as); its log is a pipe that somebody reads, or not: see [`Daemon::nobody_reads`].
+    pub(crate) fn spawn_piped(&self, shell: &str) -> Daemon {
+        let log = self.dir.path().join(format!("{}.log", super::unique()));
+        let mut file = std::fs::File::create(&log).expect("a log file");
+        let mut command = self.by_shell(shell, &["run"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the daemon starts");
+        let mut stderr = child.stderr.take().expect("a pipe");
+        let pipe = stderr.as_fd().try_clone_to_owned().expect("a descriptor");
+        let stands = Arc::new(AtomicBool::new(false));
+        let still = stands.clone();
+        let task = std::thread::spawn(move || {
+            let mut buffer = [0; 16 << 10];
+            loop {
+                while still.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                match stderr.read(&mut buffer) {
+                    Ok(n @ 1..) => file.write_all(&buffer[..n]).expect("writes"),
+                    _ => return,
+                }
+            }
+        });
+        Daemon { child, log, reader: Some(Reader { stands, pipe, task: Some(task) }) }
+    }
+}
+
+/// Who reads a daemon's log.
+struct Reader {
+    /// Whether it reads nothing now.
+    stands: Arc<AtomicBool>,
+    pipe: OwnedFd,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.stands.store(false, Ordering::SeqCst);
     }
 }
 
@@ -117,6 +165,8 @@ fn program() -> PathBuf {
 pub(crate) struct Daemon {
     child: Child,
     log: PathBuf,
+    /// Of a log that is a pipe.
+    reader: Option<Reader>,
 }
 
 impl Daemon {
@@ -144,6 +194,27 @@ impl Daemon {
     pub(crate) fn end(&mut self) {
         self.child.kill().expect("kills");
         self.child.wait().expect("ends");
+        self.is_read_to_the_end();
+    }
+
+    /// From now on nobody reads its log, or somebody does again.
+    pub(crate) fn nobody_reads(&self, nobody: bool) {
+        self.reader.as_ref().expect("a pipe").stands.store(nobody, Ordering::SeqCst);
+    }
+
+    /// How much of its log nobody has read yet, in bytes.
+    pub(crate) fn unread(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.reader.as_ref().expect("a pipe").pipe).expect("a pipe")
+    }
+
+    /// It has ended: all that it has written is in the log then.
+    fn is_read_to_the_end(&mut self) {
+        if let Some(reader) = &mut self.reader {
+            reader.stands.store(false, Ordering::SeqCst);
+            if let Some(task) = reader.task.take() {
+                task.join().expect("the reader of the log");
+            }
+        }
     }
 
     /// SIGTERM, and waits for its end.
@@ -163,6 +234,7 @@ impl Daemon {
             status.is_some()
         })
         .await;
+        self.is_read_to_the_end();
         status.expect("just seen")
     }
 
