@@ -59,7 +59,7 @@ impl Round<'_> {
         let keeps = self.rng.random_range(1..self.world.subscribers.len());
         self.tell(&format!("the file with the subscribers ends behind {keeps} of them"));
         self.world.file_is_cut(Some(keeps));
-        let moment = self.rng.random_range(1000..3500);
+        let moment = self.rng.random_range(1500..4500);
         tokio::time::sleep(Duration::from_millis(moment)).await; // the fault itself
         self.world.file_is_cut(None);
         self.tell("the file is whole");
