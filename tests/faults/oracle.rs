@@ -379,8 +379,7 @@ fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_besid
     let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), not_for: passed_by, ..Ledger::default() };
     let saw = |requests: &[Request], is_always_heard, deleted: &[u64], disturbances: &[Disturbance]| {
         let retries_deleted = deleted.iter().map(|s| at(*s)).collect();
-        let seen =
-            Seen { name: "busy".to_owned(), requests: requests.to_vec(), is_always_heard, retries_deleted, ..Seen::default() };
+        let seen = Seen { name: "busy".to_owned(), requests: requests.to_vec(), is_always_heard, retries_deleted, ..Seen::default() };
         judge(&ledger, &seen, disturbances)
     };
     // Accepted twice under one id: its answer was lost, which of one that is heard can be only with a fault.
@@ -408,7 +407,14 @@ fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_besid
     let ids = ["a", "b", "c", "d", "e", "f"];
     let again: Vec<Request> = ids.iter().zip(11..).map(|(id, second)| request(second, id, 500, 1, &[1])).collect();
     let rest = request(50, "z", 200, 1, &[2]);
-    let saw = |times: usize| saw(&[&again[..times], &[request(50, ids[times - 1], 200, 2, &[1]), rest.clone()]].concat(), false, &[], std::slice::from_ref(&deleted));
+    let saw = |times: usize| {
+        saw(
+            &[&again[..times], &[request(50, ids[times - 1], 200, 2, &[1]), rest.clone()]].concat(),
+            false,
+            &[],
+            std::slice::from_ref(&deleted),
+        )
+    };
     assert!(saw(3).is_good(), "{}", saw(3));
     assert!(!saw(6).is_good());
 }

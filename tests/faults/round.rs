@@ -845,7 +845,11 @@ impl<'w> Round<'w> {
     /// Its events and retries wait for it. Nobody publishes meanwhile: it would not be for it.
     async fn remove_for_a_while(&mut self) -> bool {
         let is_quiet = self.lasting.iter().all(|l| !l.disturbs) && self.world.daemons.len() == 1;
-        if !is_quiet || self.has(&Heal::Folder) || self.world.has_ended(0) || !self.world.daemons[0].as_ref().is_some_and(|d| d.log().contains("running")) {
+        if !is_quiet
+            || self.has(&Heal::Folder)
+            || self.world.has_ended(0)
+            || !self.world.daemons[0].as_ref().is_some_and(|d| d.log().contains("running"))
+        {
             return false;
         }
         let gate = self.world.publishing.clone();

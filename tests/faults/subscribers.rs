@@ -100,17 +100,8 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 9] = [
-        Self::Steady,
-        Self::Busy,
-        Self::Picky,
-        Self::Lines,
-        Self::Doomed,
-        Self::Leaving,
-        Self::Poisoned,
-        Self::Abrupt,
-        Self::Draining,
-    ];
+    pub(crate) const ALL: [Self; 9] =
+        [Self::Steady, Self::Busy, Self::Picky, Self::Lines, Self::Doomed, Self::Leaving, Self::Poisoned, Self::Abrupt, Self::Draining];
 
     pub(crate) fn name(self) -> String {
         format!("{self:?}").to_lowercase()

@@ -508,7 +508,9 @@ impl Publish {
                 })
             }
             Way::Embedded(config) => {
-                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config) else { return vec![Fate::Unknown; group.len()] };
+                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config) else {
+                    return vec![Fate::Unknown; group.len()];
+                };
                 let events = group.iter().map(|n| NewEvent {
                     event_type: TYPE.to_owned(),
                     message_id: (n % 2 == 0).then(|| format!("event-{n}")),

@@ -211,7 +211,9 @@ impl Round<'_> {
         let begun = Instant::now();
         loop {
             let bound = self.ctl(&["list_bindings", "--quiet", "--no-table-headers", "source_name", "destination_name"]).await;
-            let is_bound = |name: &String| bound.lines().any(|l| l.split_once('\t').is_some_and(|(s, d)| s == exchange && d.ends_with(&format!(".sub.{name}"))));
+            let is_bound = |name: &String| {
+                bound.lines().any(|l| l.split_once('\t').is_some_and(|(s, d)| s == exchange && d.ends_with(&format!(".sub.{name}"))))
+            };
             let gone: Vec<&String> = missing.iter().filter(|name| !is_bound(name)).collect();
             if gone.is_empty() {
                 break;
@@ -285,7 +287,8 @@ impl Round<'_> {
             }
             if begun.elapsed() > STARVED {
                 let requests = looked_at - requests_before;
-                let why = format!("{name} is starved: {waiting} events were never tried, in {STARVED:?} with {requests} requests for others");
+                let why =
+                    format!("{name} is starved: {waiting} events were never tried, in {STARVED:?} with {requests} requests for others");
                 self.complaints.push(why);
                 break;
             }
