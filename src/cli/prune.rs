@@ -126,15 +126,14 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     let removed = queue.depths(&config.subscribers).await?.removed;
     let mut bound = queue.bound().await?;
     bound.retain(|name| config.subscribers.iter().all(|s| s.name != *name));
-    let unknown: Vec<&String> = args.subscribers.iter().filter(|name| !removed.contains_key(*name)).collect();
-    if let Some(name) = unknown.first() {
-        return Err(Failed::Runtime(if bound.contains(*name) {
-            still_bound(name)
-        } else {
-            format!("there is nothing of a removed subscriber `{name}`; nothing was deleted")
-        }));
+    if let Some(name) = args.subscribers.iter().find(|name| bound.contains(*name)) {
+        return Err(Failed::Runtime(still_bound(name)));
     }
-    let chosen = removed.iter().filter(|(name, _)| args.subscribers.is_empty() || args.subscribers.contains(name));
+    if let Some(name) = args.subscribers.iter().find(|name| !removed.contains_key(*name)) {
+        return Err(Failed::Runtime(format!("there is nothing of a removed subscriber `{name}`; nothing was deleted")));
+    }
+    let is_meant = |name: &String| if args.subscribers.is_empty() { !bound.contains(name) } else { args.subscribers.contains(name) };
+    let chosen = removed.iter().filter(|(name, _)| is_meant(name));
     let (empty, full): (Vec<_>, Vec<_>) = chosen.partition(|(_, depth)| depth.is_empty());
     let delete: Vec<_> = if args.with_events { empty.iter().chain(&full).collect() } else { empty.iter().collect() };
     if !args.json {
