@@ -118,6 +118,12 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// The queue cannot be asked.
     fn depths(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Depths, QueueError>> + Send;
 
+    /// Who gets events, as the queue has it recorded: for commands, which do not know whether a daemon runs and with which configuration.
+    ///
+    /// # Errors
+    /// The queue cannot be asked.
+    fn bound(&self) -> impl Future<Output = Result<BTreeSet<String>, QueueError>> + Send;
+
     /// Deletes what there is of a subscriber that is not configured any more.
     ///
     /// # Errors
@@ -370,6 +376,18 @@ impl Window {
         let at_once = subscriber.http.concurrency * events_in_a_batch.max(1);
         let attempts = usize::from(self.events).div_ceil(at_once).max(1);
         subscriber.batch.max_wait + subscriber.http.timeout.saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
+    }
+
+    /// With fewer events in each batch than this a message of this window could be held for longer than `limit`; with as many as a
+    /// batch may have that is not looked at.
+    pub fn fewest_events(self, subscriber: &Subscriber, limit: Duration) -> usize {
+        // The more events in a batch, the fewer attempts, so that the hold only falls.
+        let (mut few, mut enough) = (0, subscriber.batch.max_events);
+        while enough - few > 1 {
+            let middle = few + (enough - few) / 2;
+            if self.longest_hold(subscriber, middle) > limit { few = middle } else { enough = middle }
+        }
+        enough
     }
 }
 

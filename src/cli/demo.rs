@@ -96,7 +96,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
         Backend::Amqp(amqp) => {
             let queue = reach(amqp).await?;
             let played = Box::pin(play.run(queue.clone(), notices)).await;
-            queue.remove(&config.subscribers).await?;
+            queue.remove(config.subscribers.iter().map(|s| &s.name), true).await?;
             played
         }
     }

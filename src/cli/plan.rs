@@ -15,17 +15,14 @@ use super::{
 use crate::{
     circuit_breaker::{Begun, BreakerPolicy, Change, CircuitBreaker},
     clock,
-    config::{Backend, Config, Subscriber},
+    config::{Backend, Config, Intake, Subscriber},
     queue::{
         Window,
-        amqp::{self, Hold},
+        amqp::{self, CONSUMER_TIMEOUT, Footprint, Hold},
     },
     retry::{Exhausted, Next, RetryOptions, RetryPolicy},
-    wording::agreed,
+    wording::{agreed, counted},
 };
-
-/// RabbitMQ's default: a consumer that holds a message for longer loses its channel.
-const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// An interval that still grows after so many attempts is not followed further.
 const MAX_RAMP: u32 = 2000;
@@ -224,21 +221,13 @@ impl Bounds {
         let window = Window::of(subscriber);
         let (events, envelopes) = (u64::from(window.events), u64::from(window.envelopes));
         let (slots, body) = (subscriber.http.concurrency as u64, subscriber.batch.max_bytes as u64);
-        let hold = |in_a_batch| window.longest_hold(subscriber, in_a_batch);
-        let full = subscriber.batch.max_events;
-        // The more events in a batch, the fewer attempts, so that the hold only falls.
-        let (mut few, mut enough) = (0, full);
-        while enough - few > 1 {
-            let middle = few + (enough - few) / 2;
-            if hold(middle) > CONSUMER_TIMEOUT { few = middle } else { enough = middle }
-        }
         Self {
             window,
             requests: subscriber.http.concurrency,
             usual: (2 * slots).min(events) * body + envelopes * body,
             worst: (events + envelopes) * body,
-            hold: hold(full),
-            fewest: enough,
+            hold: window.longest_hold(subscriber, subscriber.batch.max_events),
+            fewest: window.fewest_events(subscriber, CONSUMER_TIMEOUT),
         }
     }
 }
@@ -286,8 +275,31 @@ fn as_text(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen, width: usiz
         ));
         line(String::new());
     }
+    if let Some(footprint) = footprint(config) {
+        line(in_the_broker(footprint, config.subscribers.len()));
+        line(String::new());
+    }
     foreseen_as_text(foreseen, &mut line);
     out
+}
+
+/// What the whole configuration needs of a RabbitMQ.
+fn footprint(config: &Config) -> Option<Footprint> {
+    match &config.queue.backend {
+        Backend::Amqp(amqp) => Some(amqp::footprint(config.subscribers.len(), matches!(amqp.intake, Intake::SourceQueue(_)))),
+        Backend::Embedded => None,
+    }
+}
+
+fn in_the_broker(Footprint { queues, shared, descriptors, connections }: Footprint, subscribers: usize) -> String {
+    format!(
+        "in RabbitMQ: {} (3 for each of {}, {} for all), which take about {} file descriptors of each node; and {} of each daemon",
+        counted(queues, "queue(s)"),
+        counted(subscribers, "subscriber(s)"),
+        grouped_u64(shared as u64),
+        grouped_u64(descriptors as u64),
+        counted(connections, "connection(s)")
+    )
 }
 
 fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
@@ -472,6 +484,11 @@ fn as_json(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) -> Value {
             "full_batches": plans.iter().map(|p| p.bounds.usual).sum::<u64>(),
             "largest_events": plans.iter().map(|p| p.bounds.worst).sum::<u64>(),
         },
+        "rabbitmq": footprint(config).map(|f| json!({
+            "queues": f.queues,
+            "file_descriptors": f.descriptors,
+            "connections": f.connections,
+        })),
         "daemon": daemon,
     })
 }
@@ -633,6 +650,19 @@ mod tests {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
         }
         assert!(!text.contains('…'), "16 attempts are shown whole:\n{text}");
+    }
+
+    #[test]
+    fn what_it_needs_of_the_broker_is_told() {
+        let one = text(&loaded(AMQP, ""));
+        assert!(
+            one.contains("in RabbitMQ: 24 queues (3 for each of 1 subscriber, 21 for all), which take about 72 file descriptors"),
+            "{one}"
+        );
+        assert!(one.contains("3 connections of each daemon"), "{one}");
+        let footprint = amqp::footprint(300, true);
+        assert_eq!((footprint.queues, footprint.descriptors, footprint.connections), (921, 2763, 10));
+        assert!(!text(&loaded(EMBEDDED, "")).contains("RabbitMQ: "));
     }
 
     #[test]

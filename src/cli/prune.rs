@@ -1,13 +1,13 @@
-//! `prune`: deletes what is left of subscribers that are not configured any more.
+//! `prune`: deletes what is left of subscribers that are not configured any more, or everything.
 
 use std::io::IsTerminal as _;
 
 use serde_json::json;
 
-use super::{Failed, reach};
+use super::{Failed, reach, visible};
 use crate::{
-    config::{self, Backend, Config},
-    queue::{Depth, Queue, embedded::EmbeddedQueue},
+    config::{self, AmqpConfig, Backend, Config, Intake},
+    queue::{Depth, Depths, Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     wording::{agreed, counted},
 };
 
@@ -16,6 +16,10 @@ pub(super) struct Args {
     /// Only these; without any name all that are not configured any more
     #[arg(value_name = "SUBSCRIBER")]
     subscribers: Vec<String>,
+    /// Everything that hooktrail has made for this configuration, also of subscribers that are configured: to be rid of it. No daemon may
+    /// run. The exchange that producers publish to stays
+    #[arg(long, conflicts_with_all = ["subscribers", "with_events"])]
+    all: bool,
     /// Also those that still hold events, retries or dead letters: they are lost
     #[arg(long)]
     with_events: bool,
@@ -31,6 +35,12 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
+    if args.all {
+        return match &config.queue.backend {
+            Backend::Amqp(amqp) => all_of_broker(&reach(amqp).await?, config, args).await,
+            Backend::Embedded => all_of_file(config, args).await,
+        };
+    }
     for name in &args.subscribers {
         if !config::is_subscriber_name(name) {
             return Err(Failed::Usage(format!("`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`")));
@@ -48,16 +58,82 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     }
 }
 
+/// Of a prefix in RabbitMQ.
+async fn all_of_broker(queue: &AmqpQueue, config: &Config, args: &Args) -> Result<(), Failed> {
+    let Backend::Amqp(AmqpConfig { prefix, intake, .. }) = &config.queue.backend else { return Ok(()) };
+    let depths = queue.everything(&config.subscribers).await?;
+    let what = format!("everything that hooktrail has declared under prefix `{prefix}`");
+    if say_what_goes(&depths, &what, args)? {
+        queue.remove(depths.subscribers.keys(), false).await?;
+    }
+    queue.close().await;
+    if let (Intake::Exchange(exchange), false) = (intake, args.json) {
+        println!("exchange `{}` stays: producers publish to it", visible(exchange));
+    }
+    Ok(())
+}
+
+/// Of an embedded queue.
+async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
+    let embedded = &config.queue.embedded;
+    let dir = visible(&embedded.data_dir.display().to_string());
+    if !EmbeddedQueue::exists(embedded) {
+        return Err(Failed::Runtime(format!("there is no embedded queue in {dir}; nothing was deleted")));
+    }
+    // As a daemon does, so that there is none.
+    let queue = EmbeddedQueue::for_daemon(embedded)?;
+    let depths = queue.everything().await?;
+    if say_what_goes(&depths, &format!("the embedded queue in {dir}"), args)? {
+        queue.delete()?;
+    }
+    Ok(())
+}
+
+/// Shows what would be lost, and asks. Returns whether it is to be deleted.
+fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Failed> {
+    let delete = !args.dry_run;
+    if !args.json {
+        for (name, depth) in &depths.subscribers {
+            println!("{name}: {}", told(*depth));
+        }
+        for (number, of) in
+            [(depths.delayed.unwrap_or(0), "batch(es) that wait(s) for (its|their) next attempt"), (depths.orphans, "orphan(s)")]
+        {
+            if number > 0 {
+                println!("{}", counted(number, of));
+            }
+        }
+    }
+    if delete && !args.yes && !asked(&format!("Delete {what}, with all of this, for good?"))? {
+        return Err(Failed::Usage("nothing was deleted".to_owned()));
+    }
+    if args.json {
+        let subscriber =
+            |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.retries, "dead": d.dead });
+        let subscribers: Vec<_> = depths.subscribers.iter().map(subscriber).collect();
+        let (delayed, orphans) = (depths.delayed, depths.orphans);
+        println!(
+            "{}",
+            json!({ "command": "prune", "all": true, "dry_run": args.dry_run, "subscribers": subscribers, "delayed_retries": delayed, "orphans": orphans })
+        );
+    } else {
+        println!("{} {what}", if delete { "deleting" } else { "would delete" });
+    }
+    Ok(delete)
+}
+
 async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Failed> {
     let removed = queue.depths(&config.subscribers).await?.removed;
-    let unknown: Vec<&String> = args.subscribers.iter().filter(|name| !removed.contains_key(*name)).collect();
-    if let Some(name) = unknown.first() {
-        return Err(Failed::Runtime(format!(
-            "there is nothing of a removed subscriber `{name}`; if it was taken out of the configuration only just now, a running daemon \
-             has to let go of it first: its log says so within seconds"
-        )));
+    let mut bound = queue.bound().await?;
+    bound.retain(|name| config.subscribers.iter().all(|s| s.name != *name));
+    if let Some(name) = args.subscribers.iter().find(|name| bound.contains(*name)) {
+        return Err(Failed::Runtime(still_bound(name)));
     }
-    let chosen = removed.iter().filter(|(name, _)| args.subscribers.is_empty() || args.subscribers.contains(name));
+    if let Some(name) = args.subscribers.iter().find(|name| !removed.contains_key(*name)) {
+        return Err(Failed::Runtime(format!("there is nothing of a removed subscriber `{name}`; nothing was deleted")));
+    }
+    let is_meant = |name: &String| if args.subscribers.is_empty() { !bound.contains(name) } else { args.subscribers.contains(name) };
+    let chosen = removed.iter().filter(|(name, _)| is_meant(name));
     let (empty, full): (Vec<_>, Vec<_>) = chosen.partition(|(_, depth)| depth.is_empty());
     let delete: Vec<_> = if args.with_events { empty.iter().chain(&full).collect() } else { empty.iter().collect() };
     if !args.json {
@@ -87,6 +163,9 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     } else {
         println!("deleted the queues of {}", counted(pruned.len(), "removed subscriber(s)"));
     }
+    if !bound.is_empty() && args.subscribers.is_empty() {
+        return Err(Failed::Runtime(still_bound(&bound.into_iter().collect::<Vec<_>>().join("`, `"))));
+    }
     if !kept.is_empty() {
         return Err(Failed::Runtime(format!(
             "{} kept, with events: {}; configure again to deliver, look with `hooktrail dead list NAME`, or say --with-events to lose them",
@@ -97,6 +176,14 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     Ok(())
 }
 
+/// Nobody has unbound it yet.
+fn still_bound(names: &str) -> String {
+    format!(
+        "`{names}`: not configured here, and still gets events: a daemon has to let go first. Reload or start one with this configuration; \
+         within seconds its log says `was unbound`, and then prune deletes what is left"
+    )
+}
+
 fn told(depth: Depth) -> String {
     let Depth { events, retries, dead } = depth;
     let (events, retries) = (counted(events, "event(s)"), counted(retries, "batch(es) to retry"));
@@ -104,12 +191,16 @@ fn told(depth: Depth) -> String {
 }
 
 fn confirm(number: usize) -> Result<bool, Failed> {
+    asked(&format!("Delete the queues of {} for good?", agreed(&number, &format!("(this subscriber|these {number} subscribers)"))))
+}
+
+fn asked(question: &str) -> Result<bool, Failed> {
     if !std::io::stdin().is_terminal() {
         return Err(Failed::Usage(
             "prune deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned(),
         ));
     }
-    eprint!("Delete the queues of {} for good? [y/N] ", agreed(&number, &format!("(this subscriber|these {number} subscribers)")));
+    eprint!("{question} [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))

@@ -63,6 +63,7 @@ pub use self::{
     dead::DeadLetters,
     ladder::{Hold, hold},
     lane::{Settler, Source},
+    topology::{Footprint, footprint},
 };
 use crate::{
     clock,
@@ -114,6 +115,9 @@ struct Inner {
     /// Held by whoever puts back what is missing.
     mending: tokio::sync::Mutex<()>,
 }
+
+/// RabbitMQ's default: a consumer that holds a message for longer loses its channel.
+pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// So many subscribers may have a connection of their own.
 const MAX_QUARANTINES: usize = 8;
@@ -326,20 +330,62 @@ impl AmqpQueue {
         Ok(())
     }
 
-    /// Deletes everything that is declared under this prefix for these subscribers, and the exchange too.
+    /// Deletes everything that is declared under this prefix for these subscribers. The exchange that producers publish to goes too
+    /// `with_exchange`; where events come from a source queue that is hooktrail's own.
     ///
     /// # Errors
     /// The broker cannot be reached or does not obey.
-    pub async fn remove(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
+    pub async fn remove<S: AsRef<str>>(&self, subscribers: impl IntoIterator<Item = S>, with_exchange: bool) -> Result<(), QueueError> {
+        let topology = self.topology();
         let mut broker = self.broker();
-        let own = subscribers.iter().flat_map(|s| self.topology().subscriber_queues(&s.name));
-        for (queue, _) in own.chain(self.topology().shared_queues()) {
+        let own = subscribers.into_iter().flat_map(|name| topology.subscriber_queues(name.as_ref()));
+        for (queue, _) in own.chain(topology.shared_queues()) {
             broker.delete_queue(&queue).await?;
         }
-        broker.delete_queue(&self.topology().state()).await?;
-        for exchange in self.topology().exchanges() {
+        broker.delete_queue(&topology.state()).await?;
+        let is_own = with_exchange || matches!(topology.intake(), Intake::SourceQueue(_));
+        for exchange in topology.exchanges().into_iter().filter(|name| is_own || *name != topology.events()) {
             broker.delete_exchange(&exchange).await?;
         }
+        broker.delete_exchange(&topology.witness()).await
+    }
+
+    /// What there is under this prefix, of every subscriber that the record, this configuration or the management API knows.
+    ///
+    /// # Errors
+    /// The broker cannot be asked; or a daemon or a command works with the prefix: which queue, or which subscriber, shows it.
+    pub async fn everything(&self, configured: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
+        let topology = self.topology();
+        let mut names: BTreeSet<String> = configured.iter().map(|s| s.name.clone()).collect();
+        names.extend(doctor::names_below(topology).await);
+        let asked = state::who_works(self).await?;
+        names.extend(asked.known);
+        if let Some(name) = asked.works {
+            return Err(QueueError::new(format!(
+                "a daemon works with prefix `{}`: it answers for `{name}`. Stop every daemon that has this prefix first",
+                topology.prefix()
+            )));
+        }
+        let mut broker = self.broker();
+        let mut depths = Depths::default();
+        for name in names {
+            let queues = topology.subscriber_queues(&name).map(|(queue, _)| queue);
+            self.may_be_pruned(&mut broker, &name, &queues, true).await?;
+            if let Some(depth) = self.depth(&mut broker, &name).await? {
+                depths.subscribers.insert(name, depth);
+            }
+        }
+        self.shared_depths(&mut broker, &mut depths).await?;
+        Ok(depths)
+    }
+
+    async fn shared_depths(&self, broker: &mut Broker<'_>, depths: &mut Depths) -> Result<(), QueueError> {
+        let mut delayed = 0;
+        for level in 0..ladder::LEVELS {
+            delayed += broker.messages(&self.topology().level(level)).await?.unwrap_or(0);
+        }
+        depths.delayed = Some(delayed);
+        depths.orphans = broker.messages(&self.topology().orphans()).await?.unwrap_or(0);
         Ok(())
     }
 
@@ -668,13 +714,12 @@ impl Queue for AmqpQueue {
                 depths.removed.insert(name, depth);
             }
         }
-        let mut delayed = 0;
-        for level in 0..ladder::LEVELS {
-            delayed += broker.messages(&self.topology().level(level)).await?.unwrap_or(0);
-        }
-        depths.delayed = Some(delayed);
-        depths.orphans = broker.messages(&self.topology().orphans()).await?.unwrap_or(0);
+        self.shared_depths(&mut broker, &mut depths).await?;
         Ok(depths)
+    }
+
+    async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
+        state::all_bound(self).await
     }
 
     async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {

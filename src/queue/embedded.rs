@@ -127,6 +127,22 @@ impl EmbeddedQueue {
         &self.0.store
     }
 
+    /// Deletes the database with all that is in it. For whoever has it [for itself](Self::for_daemon).
+    ///
+    /// # Errors
+    /// A file cannot be deleted.
+    pub fn delete(self) -> Result<(), QueueError> {
+        store::delete(self.store().path())
+    }
+
+    /// How much there is for each subscriber, whether it is configured or not.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn everything(&self) -> Result<Depths, QueueError> {
+        self.store().read(|db| Ok(Depths { subscribers: depths(db)?, ..Depths::default() })).await
+    }
+
     /// What there is of each kind for each subscriber, by names such as `siem: events to deliver`.
     ///
     /// # Errors
@@ -342,6 +358,14 @@ impl Queue for EmbeddedQueue {
         }
         removed.extend(found.into_iter().filter(|(_, depth)| !depth.is_empty()));
         Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0 })
+    }
+
+    async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
+        let open = |db: &Connection| {
+            let mut query = db.prepare("SELECT DISTINCT subscriber FROM segment WHERE upto IS NULL")?;
+            query.query_map([], |r| r.get(0))?.collect()
+        };
+        self.store().read(open).await
     }
 
     async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {

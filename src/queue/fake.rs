@@ -161,6 +161,10 @@ impl Queue for Fake {
         Ok(Depths::default())
     }
 
+    async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
+        Ok(BTreeSet::new())
+    }
+
     async fn prune(&self, _: &str, _: bool) -> Result<(), QueueError> {
         Ok(())
     }

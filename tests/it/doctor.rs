@@ -113,7 +113,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             look.expect("ok", about, found);
         }
         look.expect_of_streams("ok", "its feature flag is on");
-        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 100ms (`a`)");
+        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 100ms with full batches (`a`)");
         assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));
         let told = setup.ok(&["check", "--connect"]);
         assert!(told.contains("# ok: broker: RabbitMQ ") && told.contains("# Nothing harmful was found."), "{told}");
@@ -498,4 +498,88 @@ fn open_to_all(queue: &Embedded) {
     for (path, mode) in [(queue.data_dir(), 0o755), (queue.file(), 0o644)] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("changes");
     }
+}
+
+#[test]
+fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
+    run(async {
+        let broker = Broker::private().await;
+        let http = Receiver::accepting().await;
+        broker.node().ctl(&["add_user", "stranger", "hunter2"]);
+        let port = broker.node().port();
+        let own = |user: &str, vhost: &str| format!("amqp://{user}@127.0.0.1:{port}/{vhost}");
+        for (url, found, remedy) in [
+            (format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port()), "Connection refused", "rabbitmqctl status"),
+            (http.url.replace("http://", "amqp://guest:guest@"), "speaks no AMQP", "5672"),
+            (format!("amqps://guest:guest@127.0.0.1:{port}/%2f"), "speaks no TLS", "5671"),
+            ("amqp://guest:guest@nobody.invalid/%2f".to_owned(), "lookup address", "getent hosts nobody.invalid"),
+            (own("guest:guest", "nope"), "there is no vhost `nope`", "rabbitmqctl add_vhost nope"),
+            (own("guest:wrong", "%2f"), "refused user name or password", "rabbitmqctl authenticate_user guest"),
+            (own("stranger:hunter2", "%2f"), "does not let this user into vhost `/`: NOT_ALLOWED", "list_permissions"),
+        ] {
+            let section = format!("[queue]\nurl = \"{url}\"\n{QUICK}");
+            let look = Look::at(&Setup::with_text(&(section + &subscriber("a", &http.url, ""))));
+            assert_eq!(look.code, Some(1), "{url}");
+            let finding = look.expect("harmful", "queue", found);
+            assert!(text(finding, "remedy").contains(remedy) && !finding.to_string().contains("hunter2"), "{url}: {finding}");
+        }
+    });
+}
+
+#[test]
+fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
+    run(async {
+        let broker = Broker::private_and_managed().await;
+        let rest = QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "");
+        let (by_amqp, by_api) = (Setup::new(&broker, &rest), managed(&broker, &rest));
+        Look::at(&by_api).expect("ok", "node ", "file descriptors");
+        broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":10}"#]);
+        let by_api = Look::at(&by_api);
+        assert_eq!(by_api.code, Some(1));
+        // 3 of the subscriber, 19 levels, the orphans, the record.
+        let few = by_api.expect("harmful", "vhost `/`", "may have 10 queues and has 0; 24 more are needed");
+        assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
+        broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":0}"#]);
+        let look = Look::at(&by_amqp);
+        assert_eq!(look.code, Some(1));
+        look.expect("harmful", "vhost `/`", "queue limit");
+        broker.node().ctl(&["set_vhost_limits", r#"{"max-connections":3}"#]);
+        assert_eq!(Look::at(&by_amqp).code, Some(0), "as many as a daemon needs");
+        broker.node().ctl(&["set_vhost_limits", r#"{"max-connections":2}"#]);
+        let look = Look::at(&by_amqp);
+        assert_eq!(look.code, Some(1));
+        let few = look.expect("harmful", "broker connection (consuming)", "connection limit (2) is reached");
+        assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
+    });
+}
+
+#[test]
+fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
+    run(async {
+        let broker = Broker::shared();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let daemon = setup.start().await;
+        eventually("the record is there", async || broker.depth("state").await.is_some()).await;
+        assert!(daemon.stop().await.success());
+        // As a policy with `expires` on all of hooktrail's does.
+        let (connection, channel) = broker.channel().await;
+        let levels = (0..19).map(|n| format!("delay.{n:02}"));
+        for name in levels.chain(["orphans".to_owned(), "sub.a.dead".to_owned()]) {
+            channel.queue_delete(queue(&broker, &name), QueueDeleteOptions::default()).await.expect("deletes");
+        }
+        channel.exchange_delete(queue(&broker, "delay"), Default::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
+        let look = Look::at(&setup);
+        assert_eq!(look.code, Some(1));
+        look.expect("harmful", "delay.07`", "is missing");
+        look.expect("harmful", "sub.a.dead`", "is missing");
+        look.expect("harmful", &format!("exchange `{}.delay`", broker.prefix), "is missing");
+        // What was not looked at is not called sound.
+        setup.ok(&["repair", "a"]);
+        let told = setup.ok(&["check", "--connect"]);
+        assert!(
+            told.contains("Not looked at, so not known") && told.contains("bindings") && !told.contains("Nothing harmful was found.\n"),
+            "{told}"
+        );
+    });
 }

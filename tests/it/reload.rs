@@ -27,6 +27,8 @@ on_both_queues!(
     secrets_batches_and_pauses_change_without_a_restart,
     refusals_after_a_change_of_secrets_cost_no_event,
     who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then,
+    prune_says_that_a_daemon_has_to_let_go_first,
+    prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_lost,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -430,6 +432,66 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
         assert_eq!(broker.depth("sub.gone.dead").await, None);
         let nothing = setup.run(&["prune", "gone", "--yes"]);
         let told = String::from_utf8_lossy(&nothing.stderr).into_owned();
-        assert!(nothing.status.code() == Some(1) && told.contains("a running daemon has to let go of it first"), "{told}");
+        assert!(nothing.status.code() == Some(1) && told.contains("there is nothing of a removed subscriber `gone`"), "{told}");
     });
+}
+
+async fn prune_says_that_a_daemon_has_to_let_go_first(queue: Queue) {
+    let receiver = Receiver::accepting().await;
+    let api = Api::new();
+    let base = queue.section(&["stays", "gone"]) + QUICK + &api.section() + &subscriber("stays", &receiver.url, "");
+    let setup = Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "paused = true")));
+    let daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    receiver.wait_requests(1).await;
+    assert!(daemon.stop().await.success());
+    // Nobody has heard of it.
+    setup.write("hooktrail.toml", &base);
+    for arguments in [&["prune", "--yes"][..], &["prune", "gone", "--yes"]] {
+        let refused = setup.run(arguments);
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(1) && told.contains("`gone`") && told.contains("let go"), "{told}");
+    }
+    let daemon = setup.start().await;
+    eventually("it has let go", async || setup.run(&["prune", "--with-events", "--dry-run"]).status.success()).await;
+    assert!(setup.ok(&["prune", "gone", "--with-events", "--yes"]).contains("deleted the queues of 1 removed subscriber"));
+    assert!(daemon.stop().await.success());
+}
+
+async fn prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_lost(queue: Queue) {
+    let receiver = Receiver::start(|_, _| status(500)).await;
+    let api = Api::new();
+    let more = "paused = true";
+    let text =
+        queue.section(&["a", "b"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, more) + &subscriber("b", &receiver.url, more);
+    let setup = Setup::with_text(&text);
+    let daemon = setup.start().await;
+    if let Queue::Amqp(broker) = &queue {
+        eventually("both are recorded", async || broker.depth("state").await >= Some(3)).await;
+    }
+    queue.publish(TYPE, (0..3).map(event)).await;
+    // Nobody consumes: who is paused works all the same.
+    let refused = setup.run(&["prune", "--all", "--yes"]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && told.contains("daemon works"), "{told}");
+    assert!(daemon.stop().await.success());
+    assert_eq!(setup.run(&["prune", "--all"]).status.code(), Some(2), "it cannot ask here");
+    let shown = setup.ok(&["prune", "--all", "--dry-run"]);
+    assert!(shown.contains("a: 3 events") && shown.contains("b: 3 events") && shown.contains("would delete"), "{shown}");
+    assert_eq!(queue.backlog("a").await, 3);
+    setup.ok(&["prune", "--all", "--yes"]);
+    match &queue {
+        Queue::Amqp(broker) => {
+            let names = ["sub.a", "sub.a.retry", "sub.a.dead", "sub.b", "delay.00", "delay.18", "orphans", "state"];
+            for name in names {
+                assert_eq!(broker.depth(name).await, None, "{name}");
+            }
+            // Its owner's.
+            broker.publish(TYPE, [event(0)]).await;
+        }
+        Queue::Embedded(embedded) => {
+            let left: Vec<_> = std::fs::read_dir(embedded.data_dir()).expect("the directory").collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
 }

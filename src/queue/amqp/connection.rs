@@ -36,7 +36,7 @@ pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(20);
 const HEARTBEAT: u16 = 10;
 
 /// A connection's frame loop looks at every channel for each frame: more of them slow all down.
-const CHANNELS_PER_CONNECTION: usize = 100;
+pub(super) const CHANNELS_PER_CONNECTION: usize = 100;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,17 +19,17 @@ use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    AmqpQueue,
+    AmqpQueue, CONSUMER_TIMEOUT,
     connection::{self, BrokerError, Role},
-    management::{Binding, Management, Row, Unseen},
+    management::{Binding, Management, Node, Row, Unseen},
     state,
-    topology::{Broker, DELIVERY_LIMIT, Part, Refused, Topology},
+    topology::{Broker, DELIVERY_LIMIT, DESCRIPTORS_PER_QUEUE, Part, Refused, Topology},
 };
 use crate::{
     clock,
     config::{Intake, Subscriber},
     finding::{Finding, Severity, shell_word, summarized},
-    queue::QueueError,
+    queue::{QueueError, Window},
     secret::SecretUrl,
     wording::counted,
 };
@@ -52,7 +52,7 @@ const AT_ONCE: usize = 4;
 /// For trying to consume queues: one that does not work takes 20 s to say nothing.
 const TRIES: Duration = Duration::from_secs(60);
 
-const NOT_SEEN: &str = "policies, bindings, alarms of other nodes, replicas";
+const NOT_SEEN: &str = "policies, bindings, alarms of other nodes, replicas, file descriptors of nodes";
 
 /// # Errors
 /// The broker cannot be reached.
@@ -60,12 +60,23 @@ pub(super) async fn inspect(queue: &AmqpQueue, subscribers: &[Arc<Subscriber>]) 
     let topology = queue.topology();
     // It was parsed before, or there would be no connection.
     let uri: AMQPUri = topology.url().expose().as_str().parse().map_err(|_| QueueError::new("[queue] url is not a valid AMQP URL"))?;
-    let mut look = Look { topology, subscribers, uri, version: None, there: BTreeSet::new(), idle: Vec::new(), findings: Vec::new() };
+    let mut look = Look {
+        topology,
+        subscribers,
+        uri,
+        version: None,
+        there: BTreeSet::new(),
+        missing: 0,
+        consumed: false,
+        idle: Vec::new(),
+        findings: Vec::new(),
+    };
     look.broker().await?;
     look.findings.extend(in_the_clear(topology.url()));
     look.permissions(&mut queue.broker()).await;
     look.queues(&mut queue.broker()).await;
     look.idle(queue).await;
+    look.start(queue).await;
     let seen = look.management().await;
     if seen.is_none()
         && let Err(e) = look.not_configured_any_more(queue).await
@@ -89,6 +100,20 @@ fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
     })
 }
 
+/// Subscribers that have queues under the prefix, as far as the management API tells.
+pub(super) async fn names_below(topology: &Topology) -> BTreeSet<String> {
+    let rows = async {
+        let uri = topology.url().expose().as_str().parse().ok()?;
+        Management::try_new(topology.management_url()?, &uri).ok()?.queues(topology.prefix()).await.ok()
+    };
+    let rows = rows.await.unwrap_or_default();
+    let name = |row: &Row| match topology.part(&row.name) {
+        Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => Some(s.to_owned()),
+        _ => None,
+    };
+    rows.iter().filter_map(name).collect()
+}
+
 struct Look<'a> {
     topology: &'a Topology,
     subscribers: &'a [Arc<Subscriber>],
@@ -96,6 +121,10 @@ struct Look<'a> {
     version: Option<(u32, u32)>,
     /// Queues that were found, of those that there should be.
     there: BTreeSet<String>,
+    /// How many were not found.
+    missing: usize,
+    /// Somebody consumes one of them.
+    consumed: bool,
     /// Those of them that nobody consumes and in which nothing is.
     idle: Vec<String>,
     findings: Vec<Finding>,
@@ -189,6 +218,7 @@ impl Look<'_> {
                         .mended("rabbitmqctl cluster_status; if no node is missing: hooktrail repair SUBSCRIBER"),
                 ),
                 Ok(Some(depth)) => {
+                    self.consumed |= depth.consumers > 0;
                     if depth.messages > 0 || depth.consumers > 0 {
                         self.found(Finding::ok(
                             &name,
@@ -212,11 +242,12 @@ impl Look<'_> {
         }
         match broker.depth(&self.topology.state()).await {
             Ok(Some(_)) => drop(self.there.insert(self.topology.state())),
-            Ok(None) => {}
+            Ok(None) => self.missing += 1,
             Err(e) => {
                 self.found(Finding::warning(self.topology.state(), format!("does not answer: {e}")).risking("who is paused is not known"))
             }
         }
+        self.missing += absent.len();
         self.absent(absent);
         if !self.there.is_empty() {
             self.exchanges(broker).await;
@@ -276,6 +307,65 @@ impl Look<'_> {
             let left = format!("{} were not tried within {} s", in_all - tried, TRIES.as_secs());
             self.found(Finding::warning("queues", left).risking("what is in those that do not work is not delivered"));
         }
+    }
+
+    /// What can keep a daemon from starting: limits of the vhost and of the user, which show themselves to those who come to them.
+    async fn start(&mut self, queue: &AmqpQueue) {
+        // A daemon that runs has what it needs; beside it this would count what it has.
+        if self.consumed || !queue.0.prepared.lock().await.is_empty() {
+            return;
+        }
+        if self.missing > 0
+            && let Err(Refused::Other(why)) = queue.broker().try_declare(&self.topology.nobodys()).await
+            && why.contains("limit")
+        {
+            let finding = self.too_few_queues(format!("does not let this user declare a queue: {why}"));
+            self.found(finding);
+        }
+        // Together with the one that this asks on.
+        let relays = matches!(self.topology.intake(), Intake::SourceQueue(_)).then_some(Role::Relaying);
+        let mut open = Vec::new();
+        for role in [Role::Publishing, Role::Consuming].into_iter().chain(relays) {
+            match connection::greeted(self.topology.url(), role).await {
+                Ok((connection, _)) => open.push(connection),
+                Err(e) => {
+                    let finding = Finding::harmful(role.connection(), e.what())
+                        .risking("a daemon needs one to publish, one to declare, one to consume, and one to relay, at the same time");
+                    self.found(finding.mended(e.remedy().unwrap_or("see the broker's log")));
+                    break;
+                }
+            }
+        }
+        for connection in open {
+            connection::close(&connection).await;
+        }
+    }
+
+    fn too_few_queues(&self, found: String) -> Finding {
+        Finding::harmful(format!("vhost `{}`", self.uri.vhost), found)
+            .risking("hooktrail cannot declare what it needs, and does not start")
+            .mended(format!(
+                "rabbitmqctl list_vhost_limits -p {0}; rabbitmqctl set_vhost_limits -p {0} '{{\"max-queues\":N}}'",
+                self.vhost()
+            ))
+    }
+
+    /// What the nodes and the vhost have left for the queues that are still to be declared.
+    async fn room(&mut self, api: &Management) -> Result<(), Unseen> {
+        match api.queue_limit().await {
+            Ok(Some((max, now))) if now.saturating_add(self.missing as u64) > max => {
+                let found = format!("may have {max} queues and has {now}; {} more are needed", self.missing);
+                let finding = self.too_few_queues(found);
+                self.found(finding);
+            }
+            Ok(_) => {}
+            Err(e) => self.refused("limits of the vhost", e, &format!("rabbitmqctl list_vhost_limits -p {}", self.vhost()))?,
+        }
+        match nodes(api).await {
+            Ok(nodes) => self.findings.extend(nodes.iter().filter_map(|node| descriptors(node, self.missing))),
+            Err(e) => self.refused("file descriptors of nodes", e, "rabbitmq-diagnostics status")?,
+        }
+        Ok(())
     }
 
     fn broken(&mut self, name: &str, why: &BrokerError) {
@@ -390,6 +480,7 @@ impl Look<'_> {
                 Vec::new()
             }
         };
+        self.room(api).await?;
         self.policies(&rows);
         self.not_configured(&rows);
         if let Err(e) = self.replicas(api, &rows).await {
@@ -427,7 +518,7 @@ impl Look<'_> {
 
     fn policies(&mut self, rows: &[Row]) {
         let mut looked_at = 0;
-        let longest = longest_hold(self.subscribers).map(|(hold, _)| hold).unwrap_or_default();
+        let longest = Held::longest(self.subscribers);
         for row in rows {
             let Some(part) = self.topology.part(&row.name) else { continue };
             // A limit on how long a message may be held can be an argument too, of a queue that was declared by hand.
@@ -667,12 +758,20 @@ impl Look<'_> {
 
     /// The nodes' own setting is shown by nothing but `rabbitmqctl`.
     fn hold(&mut self) {
-        let Some((hold, subscriber)) = longest_hold(self.subscribers) else { return };
-        let found = format!(
+        let hold = |s: &Subscriber| Window::of(s).longest_hold(s, s.batch.max_events);
+        let Some((hold, s)) = self.subscribers.iter().map(|s| (hold(s), s)).max_by_key(|(hold, _)| *hold) else { return };
+        let fewest = Window::of(s).fewest_events(s, CONSUMER_TIMEOUT);
+        let mut found = format!(
             "the nodes' own setting is shown by no API and not looked at; RabbitMQ's default is 30 min, and hooktrail holds a message for at \
-             most {} (`{subscriber}`)",
-            humantime::format_duration(hold)
+             most {} with full batches (`{}`)",
+            humantime::format_duration(hold),
+            s.name
         );
+        if fewest > 1 {
+            found += &format!(
+                "; with fewer than {fewest} events in each, and attempts as slow as http.timeout allows, for longer than that default"
+            );
+        }
         let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
         self.found(Finding::note("consumer_timeout", found).mended(look));
     }
@@ -706,15 +805,58 @@ fn resource(name: &str) -> &str {
     if name == "disk" { "disk space" } else { name }
 }
 
-/// The longest that a lane holds a message: a slot works through two prefetched batches, one after the other, and
-/// the first of them may have waited for company.
-fn longest_hold(subscribers: &[Arc<Subscriber>]) -> Option<(Duration, &str)> {
-    subscribers.iter().map(|s| (2 * s.http.timeout + s.batch.max_wait, s.name.as_str())).max()
+/// The longest that lanes hold a message.
+#[derive(Debug, Clone, Copy, Default)]
+struct Held {
+    full_batches: Duration,
+    single_events: Duration,
+}
+
+impl Held {
+    fn longest(subscribers: &[Arc<Subscriber>]) -> Self {
+        let longest = |events: fn(&Subscriber) -> usize| {
+            subscribers.iter().map(|s| Window::of(s).longest_hold(s, events(s))).max().unwrap_or_default()
+        };
+        Self { full_batches: longest(|s| s.batch.max_events), single_events: longest(|_| 1) }
+    }
+}
+
+/// The nodes with their figures, which are waited for a little.
+async fn nodes(api: &Management) -> Result<Vec<Node>, Unseen> {
+    let begun = clock::instant();
+    loop {
+        let nodes = api.nodes().await?;
+        if nodes.iter().all(Node::is_complete) || clock::instant() - begun > STATISTICS {
+            return Ok(nodes);
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// Whether a node has file descriptors for the queues that are missing, if it tells.
+fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
+    let Node { name, fd_total, fd_used, .. } = node;
+    if *fd_total == 0 {
+        return None;
+    }
+    let needed = (DESCRIPTORS_PER_QUEUE * missing) as u64;
+    let (about, found) = (format!("node {name}"), format!("uses {fd_used} of {fd_total} file descriptors"));
+    let risk = "a broker without file descriptors answers no new connection, to anybody, and logs nothing";
+    let mend = "raise the limit of the broker's process (LimitNOFILE in its unit, ulimit -n where it is started) and restart it; \
+        docs/operations.md tells how many are needed";
+    if fd_used + needed >= *fd_total {
+        let found = format!("{found}; the {missing} queues that are to be declared take about {needed}");
+        return Some(Finding::harmful(about, found).risking(risk).mended(mend));
+    }
+    if (fd_used + needed) * 5 > fd_total * 4 {
+        return Some(Finding::warning(about, found).risking(risk).mended(mend));
+    }
+    Some(Finding::ok(about, found))
 }
 
 /// What a policy's key does to a queue, if that is bad. Arguments win over policies, but for numbers, where the
 /// smaller wins: so the keys that hooktrail's arguments hold do nothing.
-fn judge(part: Part<'_>, key: &str, value: &Value, longest_hold: Duration) -> Option<(Severity, String)> {
+fn judge(part: Part<'_>, key: &str, value: &Value, held: Held) -> Option<(Severity, String)> {
     use Severity::{Harmful, Warning};
     let number = value.as_i64().unwrap_or(i64::MAX);
     let works = matches!(part, Part::Main(_) | Part::Retry(_));
@@ -747,14 +889,22 @@ fn judge(part: Part<'_>, key: &str, value: &Value, longest_hold: Duration) -> Op
         "dead-letter-routing-key" if matches!(part, Part::Level(_)) => (Harmful, "batches lose their way through the ladder"),
         "consumer-timeout" if works => {
             let limit = Duration::from_millis(u64::try_from(number).unwrap_or(0));
-            if limit >= longest_hold {
-                return None;
+            let told = |hold, which| {
+                let hold = humantime::format_duration(hold);
+                format!(
+                    "hooktrail holds a message for up to {hold} {which}: the broker takes it back meanwhile, and it is sent again and again"
+                )
+            };
+            if limit < held.full_batches {
+                return Some((Harmful, told(held.full_batches, "with full batches")));
             }
-            let risk = format!(
-                "hooktrail holds a message for up to {} (two requests and batch.max_wait): the broker takes it back meanwhile, and it is sent again and again",
-                humantime::format_duration(longest_hold)
-            );
-            return Some((Harmful, risk));
+            if limit < held.single_events {
+                return Some((
+                    Warning,
+                    told(held.single_events, "when batches are of single events and attempts as slow as http.timeout allows"),
+                ));
+            }
+            return None;
         }
         _ => return None,
     };
@@ -835,9 +985,24 @@ mod tests {
     }
 
     #[test]
+    fn a_node_whose_file_descriptors_do_not_suffice_is_named() {
+        for (total, used, missing, expected) in [
+            (0, 0, 300, None), // it does not tell
+            (927, 30, 10, Some(Severity::Ok)),
+            (927, 30, 298, Some(Severity::Warning)),
+            (927, 30, 299, Some(Severity::Harmful)),
+            (927, 800, 0, Some(Severity::Warning)),
+            (65_536, 900, 3000, Some(Severity::Ok)),
+        ] {
+            let node = Node::new("n", total, used);
+            assert_eq!(descriptors(&node, missing).map(|f| f.severity), expected, "{used} of {total}, {missing} missing");
+        }
+    }
+
+    #[test]
     fn a_policys_key_is_judged_by_what_the_queue_is_for() {
         use Severity::{Harmful, Warning};
-        let hold = Duration::from_secs(61);
+        let hold = Held { full_batches: Duration::from_secs(61), single_events: Duration::from_secs(600) };
         for (part, key, value, expected) in [
             (Part::Main("a"), "max-length", json!(10), Some(Harmful)),
             (Part::Retry("a"), "max-length-bytes", json!(10), Some(Harmful)),
@@ -862,7 +1027,8 @@ mod tests {
             (Part::Main("a"), "dead-letter-strategy", json!("at-most-once"), None),
             (Part::Main("a"), "queue-leader-locator", json!("balanced"), None),
             (Part::Main("a"), "consumer-timeout", json!(60_999), Some(Harmful)),
-            (Part::Main("a"), "consumer-timeout", json!(61_000), None),
+            (Part::Main("a"), "consumer-timeout", json!(61_000), Some(Warning)),
+            (Part::Main("a"), "consumer-timeout", json!(600_000), None),
             (Part::Dead("a"), "consumer-timeout", json!(1), None),
         ] {
             let found = judge(part, key, &value, hold);

@@ -103,6 +103,32 @@ pub(super) struct Destination {
     pub(super) routing_key: String,
 }
 
+/// A node of the cluster, with its file descriptors where it tells them.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Node {
+    pub(super) name: String,
+    #[serde(default)]
+    running: bool,
+    #[serde(default)]
+    uptime: u64,
+    #[serde(default)]
+    pub(super) fd_total: u64,
+    #[serde(default)]
+    pub(super) fd_used: u64,
+}
+
+impl Node {
+    #[cfg(test)]
+    pub(super) fn new(name: &str, fd_total: u64, fd_used: u64) -> Self {
+        Self { name: name.to_owned(), running: true, uptime: 1, fd_total, fd_used }
+    }
+
+    /// Its figures are there, which come some seconds after its start; of one that is down there are none.
+    pub(super) fn is_complete(&self) -> bool {
+        !self.running || self.uptime > 0
+    }
+}
+
 /// A resource that some node has too little of.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Alarm {
@@ -199,14 +225,26 @@ impl Management {
         self.get(&["feature-flags"], &[]).await
     }
 
-    /// The names of all nodes of the cluster; for whoever may monitor it.
-    pub(super) async fn nodes(&self) -> Result<Vec<String>, Unseen> {
+    /// All nodes of the cluster; for whoever may monitor it.
+    pub(super) async fn nodes(&self) -> Result<Vec<Node>, Unseen> {
+        self.get(&["nodes"], &[("columns", "name,running,uptime,fd_total,fd_used")]).await
+    }
+
+    /// How many queues the vhost may have and has, if there is a limit.
+    pub(super) async fn queue_limit(&self) -> Result<Option<(u64, u64)>, Unseen> {
         #[derive(Deserialize)]
-        struct Node {
-            name: String,
+        struct Limits {
+            value: Definition,
         }
-        let nodes: Vec<Node> = self.get(&["nodes"], &[("columns", "name")]).await?;
-        Ok(nodes.into_iter().map(|n| n.name).collect())
+        #[derive(Deserialize)]
+        struct All {
+            total_count: u64,
+        }
+        let limits: Vec<Limits> = self.get(&["vhost-limits", &self.vhost], &[]).await?;
+        // A negative one is none.
+        let Some(max) = limits.iter().find_map(|l| l.value.0.get("max-queues")?.as_u64()) else { return Ok(None) };
+        let All { total_count } = self.get(&["queues", &self.vhost], &[("page", "1"), ("page_size", "1"), ("columns", "name")]).await?;
+        Ok(Some((max, total_count)))
     }
 
     async fn ask(&self, url: Url) -> Result<(StatusCode, Vec<u8>), Unseen> {

@@ -16,13 +16,14 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use lapin::{
     BasicProperties, Consumer,
+    message::Delivery,
     options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
     types::{AMQPValue, FieldTable},
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::watch,
-    time::{sleep, timeout},
+    time::{sleep, sleep_until, timeout},
 };
 
 use super::{
@@ -214,6 +215,46 @@ pub(super) async fn removed(queue: &AmqpQueue) -> Result<BTreeSet<String>, Queue
     Ok(read(queue).await?.removed)
 }
 
+/// Reads the stream for who is bound; for commands, which do not follow it.
+pub(super) async fn all_bound(queue: &AmqpQueue) -> Result<BTreeSet<String>, QueueError> {
+    Ok(read(queue).await?.bindings.into_keys().collect())
+}
+
+/// What daemons that follow the record say of themselves.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// All subscribers that the record tells of.
+    pub(super) known: BTreeSet<String>,
+    /// One for which a daemon works now.
+    pub(super) works: Option<String>,
+}
+
+/// Asks every daemon whether it works for one of those that are bound, and waits a little for an answer.
+pub(super) async fn who_works(queue: &AmqpQueue) -> Result<Asked, QueueError> {
+    let topology = queue.topology();
+    if Broker::new(&queue.0.declaring).depth(&topology.state()).await?.is_none() {
+        return Ok(Asked::default());
+    }
+    let (lease, mut records) = open(&queue.0.declaring, topology).await?;
+    let recorded = read_to_end(queue, &lease, &mut records).await?;
+    for name in recorded.bindings.keys() {
+        write(topology, queue.publisher(), &Record::Asked { asked: name.clone() }).await?;
+    }
+    let answered = async {
+        while let Ok(delivery) = next_record(topology, &lease, &mut records).await {
+            if let Ok(Record::Bound { subscriber, .. }) = serde_json::from_slice(&delivery.data) {
+                return Some(subscriber);
+            }
+        }
+        None
+    };
+    let works = timeout(2 * ANSWERED, answered).await.ok().flatten();
+    let mut known: BTreeSet<String> = recorded.bindings.into_keys().collect();
+    known.extend(recorded.removed);
+    known.extend(recorded.standings.keys().cloned());
+    Ok(Asked { known, works })
+}
+
 /// Reads the stream for what is bound to the exchange of the events; for commands, which do not follow it.
 pub(super) async fn bound(queue: &AmqpQueue) -> Result<Patterns, QueueError> {
     Ok(read(queue).await?.bound_to(&queue.topology().events()))
@@ -225,18 +266,27 @@ async fn read(queue: &AmqpQueue) -> Result<Recorded, QueueError> {
         return Ok(Recorded::default());
     }
     let (lease, mut records) = open(&queue.0.declaring, topology).await?;
+    read_to_end(queue, &lease, &mut records).await
+}
+
+async fn next_record(topology: &Topology, lease: &Lease, records: &mut Consumer) -> Result<Delivery, QueueError> {
+    let delivery = match timeout(RPC_TIMEOUT, records.next()).await.ok().flatten() {
+        Some(Ok(delivery)) => delivery,
+        Some(Err(e)) => return Err(error(topology, &BrokerError::from(e))),
+        None => return Err(error(topology, "the broker sent no more records before the last one")),
+    };
+    let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
+    answer(acked).await.map_err(|why| error(topology, &why))?;
+    Ok(delivery)
+}
+
+async fn read_to_end(queue: &AmqpQueue, lease: &Lease, records: &mut Consumer) -> Result<Recorded, QueueError> {
+    let topology = queue.topology();
     let mark = clock::batch_id();
     write(topology, queue.publisher(), &Record::Mark { mark: mark.clone() }).await?;
     let mut recorded = Recorded::default();
     loop {
-        let next = timeout(RPC_TIMEOUT, records.next()).await.ok().flatten();
-        let delivery = match next {
-            Some(Ok(delivery)) => delivery,
-            Some(Err(e)) => return Err(error(topology, &BrokerError::from(e))),
-            None => return Err(error(topology, "the broker sent no more records before the last one")),
-        };
-        let acked = lease.channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default());
-        answer(acked).await.map_err(|why| error(topology, &why))?;
+        let delivery = next_record(topology, lease, records).await?;
         match serde_json::from_slice::<Record>(&delivery.data) {
             Ok(Record::Mark { mark: found }) if found == mark => return Ok(recorded),
             Ok(record) => drop(recorded.apply(record, &topology.events())),
@@ -382,12 +432,14 @@ impl<'a> Reconciler<'a> {
         let mut recorded = Recorded::default();
         let mut up_to_date = false;
         let mut latest = clock::instant();
+        // What commands write, one after the other, must not put it off.
+        let mut looked = latest;
         loop {
             if up_to_date {
                 let bound = self.to_be_bound(&recorded);
                 *self.queue.bound() = bound;
             }
-            let next_look = self.until_next_look();
+            let next_look = looked + self.until_next_look();
             let next = tokio::select! {
                 wrote = &mut marking, if !marked => {
                     marked = true;
@@ -404,13 +456,15 @@ impl<'a> Reconciler<'a> {
                 Ok(()) = self.configured.changed(), if up_to_date => {
                     self.adopt();
                     self.reconcile(&mut broker, &mut recorded).await?;
+                    looked = clock::instant();
                     continue;
                 }
                 () = self.upkeep.due(), if up_to_date => {
                     self.keep_bound(&mut broker, &recorded).await;
                     continue;
                 }
-                () = sleep(next_look), if up_to_date => {
+                () = sleep_until(next_look.into()), if up_to_date => {
+                    looked = clock::instant();
                     if self.reconciled {
                         self.unbind_removed(&mut broker, &mut recorded).await?;
                     } else {
@@ -437,6 +491,7 @@ impl<'a> Reconciler<'a> {
                         self.answer(&mut recorded.bindings, &name).await?;
                     }
                     self.reconcile(&mut broker, &mut recorded).await?;
+                    looked = clock::instant();
                     following.goes_well();
                 }
                 Ok(record) => match recorded.apply(record, &self.topology.events()) {

@@ -12,7 +12,7 @@ use lapin::{
 };
 
 use super::{
-    connection::{BrokerError, Lease, NOT_FOUND, Pool, answer},
+    connection::{BrokerError, CHANNELS_PER_CONNECTION, Lease, NOT_FOUND, Pool, answer},
     ladder,
 };
 use crate::{
@@ -31,6 +31,32 @@ pub(super) const DELIVERY_LIMIT: i64 = 1_000_000_000;
 #[derive(Debug, Clone)]
 pub(super) struct Topology {
     config: AmqpConfig,
+}
+
+/// What a configuration needs of the broker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    pub queues: usize,
+    /// How many of them all subscribers share.
+    pub shared: usize,
+    /// Of each node that has a copy of each queue; about.
+    pub descriptors: usize,
+    /// Of each daemon.
+    pub connections: usize,
+}
+
+/// File descriptors that a quorum queue takes of a node (measured on 3.10: about 300 queues exhaust 927).
+pub(super) const DESCRIPTORS_PER_QUEUE: usize = 3;
+
+/// What so many subscribers need of the broker; `relays`: their events come from a source queue.
+pub fn footprint(subscribers: usize, relays: bool) -> Footprint {
+    // The ladder, the orphans, the record.
+    let shared = ladder::LEVELS as usize + 2;
+    let queues = 3 * subscribers + shared;
+    let consuming = (2 * subscribers + usize::from(relays)).div_ceil(CHANNELS_PER_CONNECTION);
+    // One to publish, one to declare.
+    let connections = 2 + usize::from(relays) + consuming;
+    Footprint { queues, shared, descriptors: DESCRIPTORS_PER_QUEUE * queues, connections }
 }
 
 /// What a queue is for.
@@ -511,6 +537,13 @@ impl<'p> Broker<'p> {
             Err(Refused::Inequivalent { argument, .. }) if keeps && argument == "x-overflow" => Ok(()),
             Err(other) => Err(other.into_error("queue", queue)),
         }
+    }
+
+    /// Whether one more queue could be declared: tried with one that only this connection has and that is deleted at once.
+    pub(super) async fn try_declare(&mut self, name: &str) -> Result<(), Refused> {
+        let exclusive = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
+        self.ask(async |c| c.queue_declare(name.into(), exclusive, FieldTable::default()).await).await?;
+        self.ask(async |c| c.queue_delete(name.into(), QueueDeleteOptions::default()).await).await.map(drop)
     }
 
     /// Compares the arguments of a queue that is there. Whoever may not declare it cannot.

@@ -294,6 +294,25 @@ fn opening(data_dir: &Path) -> Result<File, QueueError> {
     })
 }
 
+/// Deletes the database and what is beside it; the lock that keeps daemons away goes last.
+pub(super) fn delete(path: &Path) -> Result<(), QueueError> {
+    let beside = |suffix: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let dir = path.parent().unwrap_or(Path::new("."));
+    for file in [path.to_owned(), beside("-wal"), beside("-shm"), dir.join(OPENING), dir.join(LOCK)] {
+        match std::fs::remove_file(&file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(QueueError::needs_operator(format!("`{}` cannot be deleted: {e}", file.display())));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// The lock ends with the process, however that ends.
 fn lock(data_dir: &Path) -> Result<File, QueueError> {
     let path = data_dir.join(LOCK);
