@@ -180,10 +180,10 @@ async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, whi
 
 /// Whether somebody asked to stop, by Ctrl-C or SIGTERM. A walk heeds it between two letters, so that it can
 /// give back in order what it has passed by.
-struct Told(watch::Receiver<u32>);
+pub(super) struct Told(watch::Receiver<u32>);
 
 impl Told {
-    fn listen() -> Result<Self, Failed> {
+    pub(super) fn listen() -> Result<Self, Failed> {
         let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let (count, told) = watch::channel(0);
         tokio::spawn(async move {
@@ -203,7 +203,7 @@ impl Told {
     }
 
     /// Completes when it was told so often.
-    async fn times(&self, n: u32) {
+    pub(super) async fn times(&self, n: u32) {
         let mut told = self.0.clone();
         if told.wait_for(|count| *count >= n).await.is_err() {
             std::future::pending().await // nobody listens any more

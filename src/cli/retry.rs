@@ -9,7 +9,11 @@ use std::{
 use clap::Subcommand;
 use serde_json::json;
 
-use super::{Failed, dead::choice::Name, reach, visible};
+use super::{
+    Failed,
+    dead::{Told, choice::Name},
+    reach, visible,
+};
 use crate::{
     clock,
     config::{self, Backend, Config},
@@ -66,11 +70,25 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
     match &config.queue.backend {
         Backend::Amqp(amqp) => {
             let queue = reach(amqp).await?;
-            let done = on(&queue, command).await;
+            let done = to_its_end(on(&queue, command)).await;
             queue.close().await;
             done
         }
         Backend::Embedded => on(&EmbeddedQueue::existing(&config.queue.embedded)?, command).await,
+    }
+}
+
+/// A queue that is left half looked through can lose its order: one Ctrl-C or SIGTERM lets the work go on to its end, a second ends it.
+async fn to_its_end(work: impl Future<Output = Result<(), Failed>>) -> Result<(), Failed> {
+    let told = Told::listen()?;
+    let interrupted = async {
+        told.times(1).await;
+        eprintln!("interrupted: it goes on to its end, so that no batch loses its place; once more ends it at once");
+        told.times(2).await;
+    };
+    tokio::select! {
+        done = work => done,
+        () = interrupted => Err(Failed::Runtime("interrupted twice: nothing is lost, but batches may have changed places".to_owned())),
     }
 }
 

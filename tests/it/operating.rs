@@ -326,7 +326,14 @@ fn the_api_is_as_its_document_describes_it() {
             api.post(&path.replace("/a/", "/nobody/"), "{}").await;
             api.send("DELETE", path, &[json], "").await;
         }
-        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload", "/api/v1/daemon"] {
+        for path in [
+            "/api/v1/subscribers",
+            "/api/v1/subscribers/a",
+            "/api/v1/subscribers/a/dead",
+            "/api/v1/subscribers/a/retry",
+            "/api/v1/reload",
+            "/api/v1/daemon",
+        ] {
             api.send("GET", path, &[("sec-fetch-site", "cross-site")], "").await;
         }
         api.post("/api/v1/events", r#"{"events":[{"event":"x"},{"x":1}]}"#).await;
@@ -347,7 +354,14 @@ fn the_api_is_as_its_document_describes_it() {
                 + &subscriber("a", &receiver.url, "http = { allow_http = true, allow_private_addresses = true }")),
         );
         let _guarded = guarded.start().await;
-        for path in ["/api/v1/subscribers", "/api/v1/subscribers/a", "/api/v1/subscribers/a/dead", "/api/v1/reload", "/api/v1/daemon"] {
+        for path in [
+            "/api/v1/subscribers",
+            "/api/v1/subscribers/a",
+            "/api/v1/subscribers/a/dead",
+            "/api/v1/subscribers/a/retry",
+            "/api/v1/reload",
+            "/api/v1/daemon",
+        ] {
             assert_eq!(with_token.get(path).await.status, 401);
             let answer = with_token.send("GET", path, &[("authorization", "Bearer t"), ("host", "any.name.example")], "").await;
             assert_eq!(answer.status, 200);

@@ -7,7 +7,7 @@
 //!   One whose time passes while it is held goes on when it is given back, and is late by that.
 //! - What is given back comes before what was never taken, and after what was given back earlier. So a look may end after a message
 //!   that comes for the first time; else it goes on to the end. A message out of its place would wait for all before it, and
-//!   a level can hold some back for days.
+//!   a level can hold some back for days. Who is killed half-way through a level that was looked at before leaves it so.
 //! - When a channel ends, however that happens, the broker gives back what it held consumer by consumer and each one's in order. The
 //!   consumers are in the order of their names as long as there are at most 32 of them: 2,000 messages held by 16 of them came
 //!   back as they were after a kill -9, held by 63 they did not.
