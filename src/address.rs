@@ -45,10 +45,15 @@ const BLOCKED_V4: &[(Ipv4Net, &str)] = &[
     (v4(240, 0, 0, 0, 4), "reserved"),
 ];
 
+/// All that is assigned as global unicast (IANA, Internet Protocol Version 6 Address Space). What is outside of it, the
+/// forms that carry a public IPv4 address aside, leads nowhere or into somebody's own network.
+const GLOBAL_V6: Ipv6Net = v6(0x2000, 0, 0, 0, 0, 3);
+
 /// The same for IPv6; forms that carry an IPv4 address are judged by that one first.
 const BLOCKED_V6: &[(Ipv6Net, &str)] = &[
     (v6(0, 0, 0, 0, 0, 128), "unspecified"),
     (v6(0, 0, 0, 0, 1, 128), "loopback"),
+    (v6(0, 0, 0, 0, 0, 96), "IPv4-compatible"), // deprecated by RFC 4291, section 2.5.5.1
     (v6(0x64, 0xff9b, 1, 0, 0, 48), "local NAT64"),
     (v6(0x100, 0, 0, 0, 0, 64), "discard"),
     (v6(0x2001, 0, 0, 0, 0, 23), "protocol assignments"), // Teredo among them
@@ -66,11 +71,10 @@ fn embedded_v4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let s = ip.segments();
     let of = |hi: u16, lo: u16| Ipv4Addr::from((u32::from(hi) << 16) | u32::from(lo));
     match s {
-        [0, 0, 0, 0, 0, 0xffff, hi, lo] => Some(of(hi, lo)),       // mapped
-        [0, 0, 0, 0, 0xffff, 0, hi, lo] => Some(of(hi, lo)),       // translated, RFC 2765
-        [0, 0, 0, 0, 0, 0, hi, lo] if hi != 0 => Some(of(hi, lo)), // compatible, RFC 4291
-        [0x64, 0xff9b, 0, 0, 0, 0, hi, lo] => Some(of(hi, lo)),    // NAT64, RFC 6052
-        [0x2002, hi, lo, ..] => Some(of(hi, lo)),                  // 6to4, RFC 3056
+        [0, 0, 0, 0, 0, 0xffff, hi, lo] => Some(of(hi, lo)),    // mapped
+        [0, 0, 0, 0, 0xffff, 0, hi, lo] => Some(of(hi, lo)),    // translated, RFC 2765
+        [0x64, 0xff9b, 0, 0, 0, 0, hi, lo] => Some(of(hi, lo)), // NAT64, RFC 6052
+        [0x2002, hi, lo, ..] => Some(of(hi, lo)),               // 6to4, RFC 3056
         _ => None,
     }
 }
@@ -81,7 +85,10 @@ pub fn not_public(ip: IpAddr) -> Option<&'static str> {
         IpAddr::V4(ip) => BLOCKED_V4.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what),
         IpAddr::V6(ip) => match embedded_v4(ip) {
             Some(v4) => not_public(IpAddr::V4(v4)),
-            None => BLOCKED_V6.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what),
+            None => {
+                let special = BLOCKED_V6.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what);
+                special.or_else(|| (!GLOBAL_V6.contains(&ip)).then_some("not global unicast"))
+            }
         },
     }
 }
@@ -174,6 +181,18 @@ mod tests {
             "[::ffff:7f00:1]",
             "[::ffff:10.0.0.1]",
             "[::127.0.0.1]",
+            "[::5]",
+            "[::ffff]",
+            "[::1:0]",
+            "[::8.8.8.8]",
+            "[1::1]",
+            "[200::1]",
+            "[1fff::1]",
+            "[4000::1]",
+            "[e000::1]",
+            "[0:0:0:1::]",
+            "[::ff:0:1]",
+            "[64:ff9b:0:1::1]",
             "[::ffff:0:127.0.0.1]",
             "[64:ff9b::127.0.0.1]",
             "[64:ff9b::a9fe:a9fe]",

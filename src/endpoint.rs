@@ -7,8 +7,12 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use rustls::{CertificateError, pki_types::ServerName};
-use tokio::{net::TcpStream, time::timeout};
+use rustls::{AlertDescription, CertificateError, PeerIncompatible, pki_types::ServerName};
+use tokio::{
+    net::TcpStream,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use url::{Host, Url};
 
@@ -19,6 +23,9 @@ const AT_ONCE: usize = 16;
 
 /// A certificate that is good for less is told of.
 const SOON: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// After so long without an answer the next address is tried as well (RFC 8305, section 8).
+const STAGGER: Duration = Duration::from_millis(250);
 
 const EXCEPTIONS: &str = "if that is where it shall go: http.allow_addresses or http.allow_private_addresses";
 const FATE: &str = "each attempt fails, and its events become dead letters when [retry] ends";
@@ -122,18 +129,8 @@ impl<'s> Endpoint<'s> {
 
     /// A receiver that is away now may come back, so this is no more than a warning.
     async fn connect(&self, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Finding> {
-        let connecting = async {
-            let mut why = String::new();
-            for address in addresses {
-                match TcpStream::connect(address).await {
-                    Ok(stream) => return Ok((stream, *address)),
-                    Err(e) => why = format!("{address} takes no connection: {e}"),
-                }
-            }
-            Err(why)
-        };
         let no_answer = || format!("no connection within {}", humantime::format_duration(self.limit));
-        let connected = timeout(self.limit, connecting).await.unwrap_or_else(|_| Err(no_answer()));
+        let connected = timeout(self.limit, first_of(addresses)).await.unwrap_or_else(|_| Err(no_answer()));
         connected.map_err(|why| {
             Finding::warning(&self.about, why)
                 .risking("attempts fail and are made again as [retry] says, until that ends")
@@ -180,11 +177,12 @@ impl<'s> Endpoint<'s> {
                 format!("its certificate is for another name: {e}"),
                 "correct the URL, or have the receiver get a certificate for this name",
             ),
-            rustls::Error::InvalidCertificate(_) => (format!("its certificate is not accepted: {e}"), "the receiver must renew it"),
-            _ => (
-                format!("the TLS handshake failed: {e}"),
-                "does it speak TLS 1.2 or 1.3 at this port, and does it want tls.client_cert_file?",
+            rustls::Error::InvalidCertificate(e) if format!("{e:?}").contains("CaUsedAsEndEntity") => (
+                "its certificate is self-signed, or an authority's own (CA:TRUE), and not one that is trusted by itself".to_owned(),
+                "put exactly this certificate into tls.ca_file of this subscriber, or have the receiver get one that an authority signs",
             ),
+            rustls::Error::InvalidCertificate(_) => (format!("its certificate is not accepted: {e}"), "the receiver must renew it"),
+            _ => (format!("the TLS handshake failed: {e}"), handshake_remedy(e, self.subscriber.tls.identity.is_some())),
         };
         Finding::harmful(&self.about, found).risking(FATE).mended(remedy)
     }
@@ -203,6 +201,109 @@ impl<'s> Endpoint<'s> {
     }
 }
 
+/// What to do about a handshake that failed for another reason than the receiver's certificate.
+const fn handshake_remedy(e: &rustls::Error, has_identity: bool) -> &'static str {
+    match e {
+        // In TLS 1.2 some servers say the same when a client certificate is missing.
+        rustls::Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity) if !has_identity => {
+            "the receiver takes none of the ciphers that are offered: it must allow AES-GCM or ChaCha20 with an ECDHE key exchange; \
+             or it wants a client certificate: tls.client_cert_file"
+        }
+        rustls::Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity)
+        | rustls::Error::PeerIncompatible(PeerIncompatible::NoCipherSuitesInCommon | PeerIncompatible::NoKxGroupsInCommon) => {
+            "the receiver takes none of the ciphers that are offered: it must allow AES-GCM or ChaCha20 with an ECDHE key exchange"
+        }
+        rustls::Error::AlertReceived(AlertDescription::ProtocolVersion)
+        | rustls::Error::PeerIncompatible(
+            PeerIncompatible::ServerDoesNotSupportTls12Or13
+            | PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig
+            | PeerIncompatible::Tls12NotOffered
+            | PeerIncompatible::Tls12NotOfferedOrEnabled
+            | PeerIncompatible::Tls13RequiredForQuic,
+        ) => "the receiver must speak TLS 1.2 or 1.3",
+        rustls::Error::AlertReceived(
+            AlertDescription::CertificateRequired
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnknownCA
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::AccessDenied,
+        ) => "the receiver wants a client certificate that it accepts: tls.client_cert_file and tls.client_key_file",
+        rustls::Error::AlertReceived(AlertDescription::UnrecognisedName) => "the receiver knows no such name: correct the URL's host",
+        _ => "does it speak TLS 1.2 or 1.3 at this port?",
+    }
+}
+
+/// Connects to the first address that takes a connection. One that does not answer does not keep the others waiting,
+/// as it does not for requests.
+async fn first_of(addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), String> {
+    let mut left = addresses.iter().copied();
+    let (mut trying, mut why) = (JoinSet::new(), "it has no address".to_owned());
+    let mut next = left.next();
+    loop {
+        if let Some(address) = next.take() {
+            trying.spawn(async move { (TcpStream::connect(address).await, address) });
+        }
+        tokio::select! {
+            Some(tried) = trying.join_next() => match tried {
+                Ok((Ok(stream), address)) => return Ok((stream, address)),
+                Ok((Err(e), address)) => {
+                    why = format!("{address} takes no connection: {e}");
+                    next = left.next();
+                }
+                Err(e) => why = e.to_string(),
+            },
+            () = sleep(STAGGER), if left.len() > 0 => next = left.next(),
+            else => return Err(why),
+        }
+    }
+}
+
 fn date(unix_seconds: u64) -> String {
     humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(unix_seconds)).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_to_do_about_a_handshake_that_failed_is_what_it_failed_for() {
+        let alert = |alert| rustls::Error::AlertReceived(alert);
+        for (e, has_identity, part, not) in [
+            (alert(AlertDescription::HandshakeFailure), true, "ciphers", "client"),
+            (alert(AlertDescription::HandshakeFailure), false, "ciphers", "1.3"),
+            (rustls::Error::PeerIncompatible(PeerIncompatible::NoCipherSuitesInCommon), false, "ciphers", "client"),
+            (alert(AlertDescription::ProtocolVersion), false, "TLS 1.2 or 1.3", "client"),
+            (alert(AlertDescription::CertificateRequired), false, "tls.client_cert_file", "cipher"),
+        ] {
+            let remedy = handshake_remedy(&e, has_identity);
+            assert!(remedy.contains(part) && !remedy.contains(not), "{e}: {remedy}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_does_not_hide_one_that_does() {
+        // A queue of connections that is full: the system answers no further one.
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind("127.0.0.1:0".parse().expect("an address")).expect("binds");
+        let silent = socket.listen(1).expect("listens");
+        let swallows = silent.local_addr().expect("an address");
+        let mut held = Vec::new();
+        while let Ok(Ok(stream)) = timeout(Duration::from_millis(300), TcpStream::connect(swallows)).await {
+            held.push(stream);
+        }
+        let good = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr();
+        let refuses = good.expect("an address");
+        let takes = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let good = takes.local_addr().expect("an address");
+        for addresses in [&[swallows, good][..], &[swallows, refuses, good], &[refuses, swallows, good], &[good, swallows]] {
+            let first = timeout(Duration::from_secs(60), first_of(addresses)).await.expect("in time");
+            assert_eq!(first.map(|(_, address)| address), Ok(good), "{addresses:?}");
+        }
+        let why = first_of(&[refuses]).await.expect_err("nobody listens there");
+        assert!(why.contains(&refuses.to_string()), "{why}");
+    }
 }

@@ -817,7 +817,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             verdict::learn(&mut self.lane.health, &attempt, &outcome, now);
         }
         if let Outcome::Unsent { why } = outcome {
-            self.lane.status.not_sent();
+            self.lane.status.not_sent(&why, now);
             self.end.get_or_insert(End::Unsent(why));
             return;
         }

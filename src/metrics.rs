@@ -91,6 +91,11 @@ pub const ALL: &[Definition] = &[
         &["subscriber", "failure"],
         "Failed attempts by why: status (any answer that is no success), dns, address_blocked, connect, tls, timeout, reset, bad_answer, internal",
     ),
+    counter(
+        "unsent_requests",
+        SUBSCRIBER,
+        "Requests of which nothing could be sent, for a lack of this machine's own (file descriptors, ports) or because over HTTP/2 no stream got free; they are no attempts",
+    ),
     histogram("attempt_duration_seconds", SUBSCRIBER, "From the beginning of an attempt to its outcome"),
     histogram("batch_events", SUBSCRIBER, "Events in the batch of an attempt"),
     histogram("batch_bytes", SUBSCRIBER, "Bytes of the request body of an attempt"),
@@ -283,6 +288,7 @@ impl Metrics {
             recognised: self.counter("events_recognised", &of),
             attempts: OUTCOMES.map(outcomes).into(),
             failures: FAILURES.map(failures).into(),
+            unsent: self.counter("unsent_requests", &of),
             dead_letters: REASONS.map(reasons).into(),
             attempt_duration: self.histogram("attempt_duration_seconds", &of),
             batch_events: self.histogram("batch_events", &of),
@@ -464,6 +470,7 @@ pub struct SubscriberMetrics {
     recognised: Counter,
     attempts: BTreeMap<&'static str, Counter>,
     failures: BTreeMap<&'static str, Counter>,
+    unsent: Counter,
     dead_letters: BTreeMap<&'static str, Counter>,
     attempt_duration: Histogram,
     batch_events: Histogram,
@@ -510,6 +517,7 @@ impl SubscriberMetrics {
     /// An attempt that had begun, and of which nothing was sent.
     pub fn attempt_was_none(&self) {
         self.in_flight.dec();
+        self.unsent.inc();
     }
 
     /// An attempt that nobody will hear the outcome of: its lane is gone.

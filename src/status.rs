@@ -417,8 +417,10 @@ impl LaneStatus {
     }
 
     /// An attempt that had begun was none: nothing of it was sent.
-    pub fn not_sent(&self) {
-        self.seen().metrics.attempt_was_none();
+    pub fn not_sent(&self, why: &str, at: SystemTime) {
+        let mut seen = self.seen();
+        seen.metrics.attempt_was_none();
+        seen.last_error = Some(LastError { at, failure: "internal", status: None, cause: Some(why.to_owned()) });
     }
 
     /// Those that were under way are gone with their lane.

@@ -7,30 +7,105 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, RootCertStore,
-    client::{WebPkiServerVerifier, danger::ServerCertVerifier as _},
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_name,
+    },
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _},
+    server::ParsedCertificate,
 };
 
 /// What ALPN (RFC 7301) offers; the receiver chooses.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
+/// Certificates that are trusted: as authorities, and each as the server's own too.
+#[derive(Debug)]
+pub struct Roots {
+    authorities: Arc<RootCertStore>,
+    /// As they were read. An authority's certificate is accepted of a server only if it is one of these byte for byte.
+    certificates: Vec<CertificateDer<'static>>,
+}
+
+impl Roots {
+    fn verifier(self: &Arc<Self>) -> Result<Verifier, rustls::Error> {
+        let signed = WebPkiServerVerifier::builder(self.authorities.clone()).build();
+        let signed = signed.map_err(|e| rustls::Error::General(e.to_string()))?;
+        Ok(Verifier { signed, roots: self.clone() })
+    }
+}
+
+/// Accepts what an authority has signed, and a self-signed certificate that is trusted itself. `openssl req -x509` marks
+/// those as authorities (CA:TRUE), and webpki refuses every authority as a server.
+#[derive(Debug)]
+struct Verifier {
+    signed: Arc<WebPkiServerVerifier>,
+    roots: Arc<Roots>,
+}
+
+/// webpki's own error, which rustls hands on without a type to compare it with. It is found after the dates were checked
+/// (`check_issuer_independent_properties` in webpki's `verify_cert.rs`), and before the name is.
+fn is_authority(e: &rustls::Error) -> bool {
+    matches!(e, rustls::Error::InvalidCertificate(CertificateError::Other(other)) if format!("{other:?}").contains("CaUsedAsEndEntity"))
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        own: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        match self.signed.verify_server_cert(own, intermediates, server, ocsp, now) {
+            Err(e) if is_authority(&e) && self.roots.certificates.contains(own) => {
+                verify_server_name(&ParsedCertificate::try_from(own)?, server).map(|()| ServerCertVerified::assertion())
+            }
+            verified => verified,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        own: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signed.verify_tls12_signature(message, own, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        own: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.signed.verify_tls13_signature(message, own, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.signed.supported_verify_schemes()
+    }
+}
+
 /// Root certificates of the system, read once and shared by all subscribers.
 #[derive(Debug, Clone)]
-pub struct SystemRoots(Arc<RootCertStore>);
+pub struct SystemRoots(Arc<Roots>);
 
 impl SystemRoots {
     /// # Errors
     /// The system has no usable root certificates.
     pub fn load() -> Result<Self, String> {
         let found = rustls_native_certs::load_native_certs();
-        let mut roots = RootCertStore::empty();
-        let (added, _) = roots.add_parsable_certificates(found.certs);
+        let mut authorities = RootCertStore::empty();
+        let (added, _) = authorities.add_parsable_certificates(found.certs.iter().cloned());
         if added == 0 {
             let why = found.errors.first().map(|e| format!(": {e}")).unwrap_or_default();
             return Err(format!("the system has no root certificates for https{why}; install the package ca-certificates"));
         }
-        Ok(Self(Arc::new(roots)))
+        Ok(Self(Arc::new(Roots { authorities: Arc::new(authorities), certificates: found.certs })))
     }
 }
 
@@ -38,7 +113,7 @@ impl SystemRoots {
 #[derive(Debug, Clone, Default)]
 pub struct TlsPolicy {
     /// Trusted instead of the system's.
-    pub roots: Option<Arc<RootCertStore>>,
+    pub roots: Option<Arc<Roots>>,
     pub identity: Option<Identity>,
     /// The keys that named files, and the files.
     pub files: Vec<(&'static str, PathBuf)>,
@@ -63,12 +138,13 @@ impl std::fmt::Debug for Certified {
 ///
 /// # Errors
 /// Says what is wrong with the file.
-pub fn roots(pem: &[u8]) -> Result<Arc<RootCertStore>, String> {
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(pem)? {
-        roots.add(certificate).map_err(|e| format!("holds a certificate that cannot be used: {e}"))?;
+pub fn roots(pem: &[u8]) -> Result<Arc<Roots>, String> {
+    let certificates = certificates(pem)?;
+    let mut authorities = RootCertStore::empty();
+    for certificate in &certificates {
+        authorities.add(certificate.clone()).map_err(|e| format!("holds a certificate that cannot be used: {e}"))?;
     }
-    Ok(Arc::new(roots))
+    Ok(Arc::new(Roots { authorities: Arc::new(authorities), certificates }))
 }
 
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -97,26 +173,42 @@ impl Identity {
         let no_key = "holds no private key in PEM form without a password (-----BEGIN PRIVATE KEY-----)";
         let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| BadIdentity::Key(no_key.to_owned()))?;
         let identity = Self(Arc::new(Certified { chain, key }));
-        let alone = TlsPolicy { roots: Some(Arc::new(RootCertStore::empty())), identity: Some(identity.clone()), ..TlsPolicy::default() };
-        match alone.checked(&RootCertStore::empty().into()) {
-            Ok(_) => Ok(identity),
+        match identity.checked() {
+            Ok(()) => Ok(identity),
             Err(rustls::Error::InconsistentKeys(_)) => Err(BadIdentity::Key("is not the key of the certificate".to_owned())),
-            Err(e @ rustls::Error::InvalidCertificate(_)) => Err(BadIdentity::Certificate(format!("cannot be used: {e}"))),
+            Err(rustls::Error::InvalidCertificate(e)) => Err(BadIdentity::Certificate(unusable(&e))),
             Err(_) => Err(BadIdentity::Key("holds a key that cannot be used; make an RSA, ECDSA or Ed25519 key".to_owned())),
         }
     }
+
+    /// Whether a connection could present it.
+    fn checked(&self) -> Result<(), rustls::Error> {
+        let Self(own) = self;
+        let nobody = ClientConfig::builder().with_root_certificates(RootCertStore::empty());
+        nobody.with_client_auth_cert(own.chain.clone(), own.key.clone_key()).map(drop)
+    }
+}
+
+/// Why a client's own certificate is of no use. rustls words its errors for certificates of a peer.
+fn unusable(e: &CertificateError) -> String {
+    if format!("{e:?}").contains("UnsupportedCertVersion") {
+        let remedy = "sign it as version 3: `openssl x509 -req` does so if an extension is given, for example with \
+                      `-extfile <(echo extendedKeyUsage=clientAuth)`";
+        return format!("this client certificate is of X.509 version 1, which TLS here does not take; {remedy}");
+    }
+    format!("this client certificate cannot be used: {e}")
 }
 
 impl TlsPolicy {
     /// Whether both trust the same authorities and present the same identity, whatever files these came from.
     pub fn is_same(&self, other: &Self) -> bool {
-        let subjects = |p: &Self| p.roots.as_ref().map(|r| r.roots.clone());
+        let trusted = |p: &Self| p.roots.as_ref().map(|r| r.certificates.clone());
         let same_identity = match (&self.identity, &other.identity) {
             (None, None) => true,
             (Some(Identity(a)), Some(Identity(b))) => a.chain == b.chain && a.key.secret_der() == b.key.secret_der(),
             _ => false,
         };
-        same_identity && subjects(self) == subjects(other)
+        same_identity && trusted(self) == trusted(other)
     }
 
     /// # Errors
@@ -136,15 +228,16 @@ impl TlsPolicy {
         server: &ServerName<'_>,
         at: SystemTime,
     ) -> Result<(), rustls::Error> {
-        let roots = self.roots.as_ref().unwrap_or(&system.0).clone();
-        let verifier = WebPkiServerVerifier::builder(roots).build().map_err(|e| rustls::Error::General(e.to_string()))?;
+        let verifier = self.roots.as_ref().unwrap_or(&system.0).verifier()?;
         let (own, intermediates) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
         let at = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
         verifier.verify_server_cert(own, intermediates, server, &[], UnixTime::since_unix_epoch(at)).map(drop)
     }
 
-    fn checked(&self, system: &Arc<RootCertStore>) -> Result<ClientConfig, rustls::Error> {
-        let builder = ClientConfig::builder().with_root_certificates(self.roots.as_ref().unwrap_or(system).clone());
+    fn checked(&self, system: &Arc<Roots>) -> Result<ClientConfig, rustls::Error> {
+        let verifier = self.roots.as_ref().unwrap_or(system).verifier()?;
+        // As strict as rustls' own; it is called dangerous because it could be less.
+        let builder = ClientConfig::builder().dangerous().with_custom_certificate_verifier(Arc::new(verifier));
         let mut config = match &self.identity {
             None => builder.with_no_client_auth(),
             Some(Identity(own)) => builder.with_client_auth_cert(own.chain.clone(), own.key.clone_key())?,

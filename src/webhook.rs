@@ -1,31 +1,34 @@
 //! One attempt: a signed request to a receiver, and what came of it. Nothing else knows reqwest.
 
+mod body;
+mod connections;
+mod errors;
+mod resolver;
+
 use std::{
-    error::Error as _,
     fmt,
-    io::ErrorKind,
-    net::SocketAddr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
 use reqwest::{
-    Client, Proxy, Url,
-    dns::{Addrs, Name, Resolve, Resolving},
+    Body, Url,
     header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT},
-    redirect, retry,
 };
 
-use tokio::sync::Semaphore;
-
+use self::{
+    body::{Late, Outgoing, Progress},
+    connections::Connections,
+    errors::NotAnswered,
+    resolver::Lookup,
+};
 use crate::{
-    address::AddressPolicy,
     answer::{Answer, Success},
     clock,
     config::{HttpPolicy, Subscriber},
     payload::Format,
+    resources,
     retry::MAX_DELAY,
     signature::Signer,
     tls::SystemRoots,
@@ -34,8 +37,15 @@ use crate::{
 /// The most of an answer's body that is read, in bytes; what follows is not waited for.
 const MAX_ANSWER: usize = 64 * 1024;
 
+/// How long an answer's body is waited for. Its status has said all that counts; the rest is for the connection, which can
+/// be used again then, and for a dead letter's reader.
+const BODY_TIME: Duration = Duration::from_secs(1);
+
 /// What of an answer's text is kept for a dead letter, in bytes.
 const MAX_EXCERPT: usize = 1024;
+
+const NO_STREAM: &str = "over HTTP/2 the receiver allows fewer requests at once, and none of them ended within http.timeout: \
+                         set http.concurrency to what it allows";
 
 const EXCEPTIONS: &str = "see http.allow_addresses and http.allow_private_addresses";
 
@@ -188,7 +198,7 @@ pub struct Rehearsal {
 /// A subscriber's endpoint: its own connections, so that no other's requests wait for them.
 #[derive(Debug, Clone)]
 pub struct Webhook {
-    client: Client,
+    connections: Arc<Connections>,
     url: Url,
     /// Those that the configuration names, `authorization` among them.
     own_headers: HeaderMap,
@@ -217,47 +227,31 @@ impl Webhook {
             (timeout, connect_timeout, concurrency, addresses, proxy)
         };
         if made_of(old) == made_of(new) && old.tls.is_same(&new.tls) {
-            return Self::with_client(self.client.clone(), new);
+            return Self::with_connections(self.connections.clone(), new);
         }
         Self::try_new(new, system)
     }
 
     fn with_lookup(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {
-        let HttpPolicy { timeout, connect_timeout, concurrency, addresses, proxy, .. } = &subscriber.http;
-        let client = Client::builder()
-            .tls_backend_preconfigured(subscriber.tls.client_config(system)?)
-            .connect_timeout(*connect_timeout)
-            .timeout(*timeout)
-            .pool_max_idle_per_host(*concurrency)
-            .pool_idle_timeout(Duration::from_secs(30))
-            .tcp_keepalive(Duration::from_secs(30))
-            // Over HTTP/2 one connection is all there is: one that died in silence is not to be waited for twice.
-            .http2_keep_alive_interval(Some(*timeout / 3))
-            .http2_keep_alive_timeout(*connect_timeout)
-            .redirect(redirect::Policy::none())
-            .retry(retry::never())
-            .no_proxy();
-        let client = match proxy {
-            None => client.dns_resolver(Arc::new(GuardedResolver { policy: addresses.clone(), lookup })),
-            // It alone is resolved here, and where it leads is its own decision.
-            Some(proxy) => client.proxy(Proxy::all(proxy.expose().clone()).map_err(|e| chain(&e.without_url()))?),
-        };
-        let client = client.build().map_err(|e| chain(&e.without_url()))?;
-        Self::with_client(client, subscriber)
+        Self::with_connections(Arc::new(Connections::try_new(subscriber, system, lookup)?), subscriber)
     }
 
-    fn with_client(client: Client, subscriber: &Subscriber) -> Result<Self, String> {
+    fn with_connections(connections: Arc<Connections>, subscriber: &Subscriber) -> Result<Self, String> {
         let url = subscriber.url.expose().clone();
         let literal_blocked = subscriber.http.addresses.check_literal(&url).err();
         let (own_headers, signer) = (own_headers(subscriber)?, subscriber.signer.clone());
         let HttpPolicy { timeout, success, .. } = subscriber.http;
-        Ok(Self { client, url, own_headers, signer, success, timeout, literal_blocked })
+        Ok(Self { connections, url, own_headers, signer, success, timeout, literal_blocked })
     }
 
     /// Makes one attempt. It ends within the configured timeout whatever the receiver does.
     pub async fn send(&self, request: Request) -> Outcome {
+        self.send_at(request, clock::instant()).await
+    }
+
+    async fn send_at(&self, request: Request, now: Instant) -> Outcome {
         match self.request(&request) {
-            Ok(headers) => self.judge(self.exchange(headers, request.body).await),
+            Ok(headers) => self.judge(self.exchange(headers, request.body, now).await),
             Err(failure) => retry(failure),
         }
     }
@@ -273,7 +267,7 @@ impl Webhook {
             (name.to_string(), value)
         };
         let sent = headers.iter().map(shown).collect();
-        let result = self.exchange(headers, request.body).await;
+        let result = self.exchange(headers, request.body, clock::instant()).await;
         let answer = result.as_ref().ok().map(|r| (r.status, excerpt(&r.text)));
         Rehearsal { headers: sent, answer, outcome: self.judge(result) }
     }
@@ -287,33 +281,61 @@ impl Webhook {
     }
 
     /// Sends a request and reads the answer, within the timeout.
-    async fn exchange(&self, headers: HeaderMap, body: Bytes) -> Result<Response, Failure> {
-        // The client has the same limit; this one also bounds whatever it does besides.
-        let limit = self.timeout + Duration::from_secs(1);
-        let exchange = async {
-            let mut response = self.client.post(self.url.clone()).headers(headers).body(body).send().await?;
-            let status = response.status().as_u16();
-            let now = clock::now();
-            let retry_after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| parse_retry_after(v, now));
-            let mut text = Vec::new();
-            let mut read = 0;
-            // The answer is read to its end, so that the connection can be used again and a receiver that
-            // breaks off is noticed, but only so far.
-            while read < MAX_ANSWER
-                && let Some(chunk) = response.chunk().await?
-            {
-                read += chunk.len();
-                text.extend_from_slice(&chunk[..chunk.len().min(MAX_EXCERPT - text.len())]);
-            }
-            Ok(Response { status, retry_after, text })
+    async fn exchange(&self, headers: HeaderMap, body: Bytes, now: Instant) -> Result<Response, NotAnswered> {
+        let progress = Arc::new(Progress::default());
+        let response = tokio::select! {
+            response = self.answer(headers, body, &progress, now) => response?,
+            late = progress.late(self.timeout) => return Err(match late {
+                Late::Unsent => NotAnswered::Unsent(NO_STREAM.to_owned()),
+                Late::Unanswered => NotAnswered::Failed(Failure::Timeout),
+            }),
         };
-        tokio::time::timeout(limit, exchange).await.map_err(|_| Failure::Timeout)?.map_err(classify)
+        let now = clock::now();
+        let retry_after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| parse_retry_after(v, now));
+        Ok(Response { status: response.status().as_u16(), retry_after, text: beginning(response).await })
     }
 
-    fn judge(&self, result: Result<Response, Failure>) -> Outcome {
+    /// The answer as far as its headers. A request that the receiver has not processed is sent again at once, on a connection
+    /// of its own.
+    async fn answer(
+        &self,
+        headers: HeaderMap,
+        body: Bytes,
+        progress: &Arc<Progress>,
+        now: Instant,
+    ) -> Result<reqwest::Response, NotAnswered> {
+        let internal = |why| NotAnswered::Failed(Failure::Internal(why));
+        let kept = self.connections.kept(now).map_err(internal)?;
+        let mut client = kept.client;
+        for sent in 1.. {
+            let body = Body::wrap(Outgoing::new(body.clone(), progress.clone()));
+            let answer = client.post(self.url.clone()).headers(headers.clone()).body(body).send().await;
+            match answer {
+                Ok(response) => {
+                    kept.answered.add(&response);
+                    return Ok(response);
+                }
+                Err(e) if sent <= errors::resends(&e, progress, &kept.answered) => {
+                    client = self.connections.single().map_err(internal)?;
+                    progress.again();
+                }
+                Err(e) => {
+                    let not_answered = errors::classify(e, progress, self.connections.only_v4(&self.url));
+                    if let NotAnswered::Unsent(why) = &not_answered {
+                        resources::report(why, clock::instant());
+                    }
+                    return Err(not_answered);
+                }
+            }
+        }
+        unreachable!("it is sent until it is answered or has failed")
+    }
+
+    fn judge(&self, result: Result<Response, NotAnswered>) -> Outcome {
         let Response { status, retry_after, text } = match result {
             Ok(response) => response,
-            Err(failure) => return retry(failure),
+            Err(NotAnswered::Failed(failure)) => return retry(failure),
+            Err(NotAnswered::Unsent(why)) => return Outcome::Unsent { why },
         };
         let failure = Failure::Status { status, excerpt: excerpt(&text) };
         match Answer::of(status, self.success) {
@@ -354,6 +376,23 @@ fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
     Ok(headers)
 }
 
+/// The beginning of an answer's body. It is read to its end, so that the connection can be used again, but only so far and
+/// for so long. Whatever goes wrong there costs the connection and nothing else: the status was said before.
+async fn beginning(mut response: reqwest::Response) -> Vec<u8> {
+    let mut text = Vec::new();
+    let reading = async {
+        let mut read = 0;
+        while read < MAX_ANSWER
+            && let Ok(Some(chunk)) = response.chunk().await
+        {
+            read += chunk.len();
+            text.extend_from_slice(&chunk[..chunk.len().min(MAX_EXCERPT - text.len())]);
+        }
+    };
+    tokio::time::timeout(BODY_TIME, reading).await.ok();
+    text
+}
+
 fn retry(failure: Failure) -> Outcome {
     Outcome::Retry { failure, retry_after: None }
 }
@@ -376,186 +415,29 @@ pub fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     Some(wait.min(MAX_DELAY))
 }
 
-/// The causes of an error, without the URL.
-fn chain(e: &reqwest::Error) -> String {
-    let mut text = Vec::new();
-    let mut cause = e.source();
-    while let Some(c) = cause {
-        text.push(c.to_string());
-        cause = c.source();
-    }
-    // Each level repeats the next in its own text: the last one says it best.
-    text.pop().unwrap_or_else(|| e.to_string())
-}
-
-fn classify(e: reqwest::Error) -> Failure {
-    let e = e.without_url();
-    let mut cause = e.source();
-    while let Some(c) = cause {
-        if let Some(blocked) = c.downcast_ref::<Blocked>() {
-            return Failure::AddressBlocked(blocked.to_string());
-        }
-        if let Some(ResolveError(why)) = c.downcast_ref::<ResolveError>() {
-            return Failure::Dns(why.clone());
-        }
-        if let Some(tls) = tls_error(c) {
-            return Failure::Tls(tls);
-        }
-        cause = c.source();
-    }
-    if e.is_timeout() {
-        return Failure::Timeout;
-    }
-    let why = chain(&e);
-    if e.is_connect() {
-        Failure::Connect(why)
-    } else if e.is_builder() {
-        Failure::Internal(why)
-    } else if is_io(&e) {
-        Failure::Reset { why, while_sending: false }
-    } else {
-        Failure::BadAnswer(why)
-    }
-}
-
-fn tls_error(e: &(dyn std::error::Error + 'static)) -> Option<String> {
-    if let Some(tls) = e.downcast_ref::<rustls::Error>() {
-        return Some(tls.to_string());
-    }
-    // The connector puts the I/O error of the handshake into one of its own, and `source` passes by what is inside.
-    tls_error(e.downcast_ref::<std::io::Error>()?.get_ref()?)
-}
-
-/// Whether the connection broke, rather than what came over it being wrong.
-fn is_io(e: &reqwest::Error) -> bool {
-    let mut cause = e.source();
-    while let Some(c) = cause {
-        let io = c.downcast_ref::<std::io::Error>();
-        // hyper reports malformed chunks as I/O errors of these kinds; no connection breaks with them.
-        if io.is_some_and(|e| matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData)) {
-            return false;
-        }
-        // Canceled: it was gone before the request was on its way.
-        let ended = |e: &hyper::Error| e.is_canceled() || e.is_closed() || e.is_incomplete_message();
-        if io.is_some() || c.downcast_ref().is_some_and(ended) {
-            return true;
-        }
-        cause = c.source();
-    }
-    false
-}
-
-/// Resolves names and lets through only addresses that may be connected to: those that it returns
-/// are the ones connected to, so nothing can change between the look and the connection.
-#[derive(Debug)]
-struct GuardedResolver {
-    policy: AddressPolicy,
-    lookup: Lookup,
-}
-
-type Found = BoxFuture<'static, std::io::Result<Vec<SocketAddr>>>;
-
-/// Asks for the addresses of a name.
-#[derive(Clone)]
-struct Lookup(Arc<dyn Fn(String) -> Found + Send + Sync>);
-
-/// Names that are asked for at once for a subscriber. The system's resolver has a thread for each, also when nobody waits for its
-/// answer any more; all subscribers share 512 of them, and a name server that hangs must not use them up.
-const LOOKUPS: usize = 4;
-
-impl Lookup {
-    fn of_system() -> Self {
-        Self(Arc::new(|name| Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) }))).at_a_time(LOOKUPS)
-    }
-
-    /// Each counts until it has its answer, whoever still waits for that.
-    fn at_a_time(self, limit: usize) -> Self {
-        let room = Arc::new(Semaphore::new(limit));
-        Self(Arc::new(move |name| {
-            let (room, lookup) = (room.clone(), self.0.clone());
-            Box::pin(async move {
-                let permit = room.acquire_owned().await;
-                let found = tokio::spawn(async move {
-                    let found = lookup(name).await;
-                    drop(permit);
-                    found
-                });
-                found.await.map_err(std::io::Error::other)?
-            })
-        }))
-    }
-}
-
-impl fmt::Debug for Lookup {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Lookup")
-    }
-}
-
-#[derive(Debug)]
-struct Blocked {
-    address: std::net::IpAddr,
-    what: &'static str,
-}
-
-impl fmt::Display for Blocked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the name resolves to {}, which is not a public address ({}); {EXCEPTIONS}", self.address, self.what)
-    }
-}
-
-impl std::error::Error for Blocked {}
-
-#[derive(Debug)]
-struct ResolveError(String);
-
-impl fmt::Display for ResolveError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for ResolveError {}
-
-impl Resolve for GuardedResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        let policy = self.policy.clone();
-        let found = (self.lookup.0)(name.as_str().to_owned());
-        Box::pin(async move {
-            let found = found.await.map_err(|e| ResolveError(e.to_string()))?;
-            permitted(&policy, found.into_iter())
-        })
-    }
-}
-
-/// The addresses that may be connected to.
-fn permitted(policy: &AddressPolicy, found: impl Iterator<Item = SocketAddr>) -> Result<Addrs, Box<dyn std::error::Error + Send + Sync>> {
-    let mut blocked = None;
-    let mut allowed = Vec::new();
-    for address in found {
-        match policy.check(address.ip()) {
-            Ok(()) => allowed.push(address),
-            Err(what) => blocked = Some(Blocked { address: address.ip(), what }),
-        }
-    }
-    match (allowed.is_empty(), blocked) {
-        (true, Some(blocked)) => Err(Box::new(blocked)),
-        (true, None) => Err(Box::new(ResolveError("the name has no address".to_owned()))),
-        (false, _) => Ok(Box::new(allowed.into_iter())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        connections::MAX_AGE,
+        errors::tls_error,
+        resolver::{Blocked, GuardedResolver, ResolveError, permitted},
+        *,
+    };
+    use crate::address::AddressPolicy;
+    use reqwest::dns::{Name, Resolve as _};
     use std::{
         collections::VecDeque,
+        io::ErrorKind,
+        net::SocketAddr,
         sync::{
             Mutex,
             atomic::{AtomicUsize, Ordering},
         },
     };
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        sync::Semaphore,
+    };
 
     #[test]
     fn retry_after_is_seconds_or_a_date() {
@@ -673,11 +555,60 @@ mod tests {
         assert_eq!((to_allowed.load(Ordering::SeqCst), to_blocked.load(Ordering::SeqCst)), (2, 0));
     }
 
+    /// Answers each request of each connection, and counts the connections.
+    async fn keeping(address: &str) -> (SocketAddr, Arc<AtomicUsize>) {
+        let socket = tokio::net::TcpListener::bind(address).await.expect("a port");
+        let (local, count) = (socket.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
+        let counter = count.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = socket.accept().await {
+                counter.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(async move {
+                    let mut read = Vec::new();
+                    loop {
+                        read.push(stream.read_u8().await?);
+                        // The body of a request of these tests.
+                        if read.ends_with(b"\r\n\r\n{}") {
+                            read.clear();
+                            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await?;
+                        }
+                    }
+                    #[allow(unreachable_code, reason = "says what the errors are")]
+                    std::io::Result::Ok(())
+                });
+            }
+        });
+        (local, count)
+    }
+
+    #[tokio::test]
+    async fn no_request_goes_over_a_connection_that_is_old_so_that_a_name_that_leads_elsewhere_is_followed() {
+        let (first, to_first) = keeping("127.0.0.1:0").await;
+        let (_, to_second) = keeping(&format!("127.0.0.2:{}", first.port())).await;
+        let subscriber = subscriber(&format!("http://moving.example:{}/", first.port()), "allow_private_addresses = true");
+        let leads_to = Arc::new(Mutex::new("127.0.0.1"));
+        let now_leads_to = leads_to.clone();
+        let lookup = Lookup(Arc::new(move |_| {
+            let ip = leads_to.lock().expect("not poisoned").parse().expect("an address");
+            Box::pin(async move { Ok(vec![SocketAddr::new(ip, 0)]) })
+        }));
+        let webhook = Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup).expect("builds");
+        let start = clock::instant();
+        let reached = || (to_first.load(Ordering::SeqCst), to_second.load(Ordering::SeqCst));
+        for (age, expected) in [(0, (1, 0)), (299, (1, 0)), (301, (1, 1)), (302, (1, 1))] {
+            let outcome = webhook.send_at(request(), start + Duration::from_secs(age)).await;
+            assert_eq!(outcome, Outcome::Delivered { status: 200 });
+            assert_eq!(reached(), expected, "after {age} s");
+            *now_leads_to.lock().expect("not poisoned") = "127.0.0.2";
+        }
+        assert_eq!(MAX_AGE, Duration::from_secs(300));
+    }
+
     #[tokio::test]
     async fn no_spelling_of_localhost_as_a_name_gets_through() {
         for name in ["localhost", "LOCALHOST", "LocalHost", "localhost.", "a.localhost", "localhost.localdomain", "ip6-localhost"] {
             let url: Url = format!("http://{name}/").parse().expect("a URL");
-            let resolver = GuardedResolver { policy: AddressPolicy::default(), lookup: Lookup::of_system() };
+            let resolver = GuardedResolver::new(AddressPolicy::default(), Lookup::of_system());
             let name: Name = url.host_str().expect("a host").parse().expect("a name");
             let resolved = resolver.resolve(name).await.map(|a| a.collect::<Vec<_>>());
             let e = resolved.expect_err(url.as_str());

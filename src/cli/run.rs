@@ -11,6 +11,7 @@ use crate::{
     metrics::Metrics,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     reload::Reloader,
+    resources,
     signal::{self, Files, Hangups},
     status::Board,
     supervisor::{self, Controls, Phase},
@@ -21,6 +22,7 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
     // First of all: a signal that comes while the daemon starts must not end it in another way than later.
     let signals = (signal::stop()?, Hangups::listen()?);
     log(config.log);
+    resources::raise_open_files();
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
     }

@@ -182,6 +182,39 @@ fn certificate() -> (String, String) {
     (certificate.pem(), key.serialize_pem())
 }
 
+/// Made with `openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=client` and
+/// `openssl x509 -req -signkey` with no extension, which is of version 1.
+const VERSION_1: (&str, &str) = (
+    "-----BEGIN CERTIFICATE-----\n\
+     MIIBHTCBxQIUBJ0yVRxxGxkPtiMpq74BM0+o83EwCgYIKoZIzj0EAwIwETEPMA0G\n\
+     A1UEAwwGY2xpZW50MCAXDTI2MTEyNjA5MDAyMVoYDzIxMjYxMTAyMDkwMDIxWjAR\n\
+     MQ8wDQYDVQQDDAZjbGllbnQwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAATMG/8V\n\
+     eosYNHkmJrsF1qT+ziOcHtkCd/pQXBU0viikyAZBcaDuPwXOC+awNQvIVduY9T7n\n\
+     7WgWBwbgVIsqw+10MAoGCCqGSM49BAMCA0cAMEQCIEspT8730QvPBS8niAOi35af\n\
+     lmhf5Y+Bj645EwE4ItonAiA1NMWSr9W/dlTM9HSBM7u/RSSj3z7UDewWEQfuKLKh\n\
+     tg==\n\
+     -----END CERTIFICATE-----\n\
+     ",
+    "-----BEGIN PRIVATE KEY-----\n\
+     MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgw/xoKonWERxmQ1tf\n\
+     cykapXvPXC+a0jfGk7mGw1gl0yGhRANCAATMG/8VeosYNHkmJrsF1qT+ziOcHtkC\n\
+     d/pQXBU0viikyAZBcaDuPwXOC+awNQvIVduY9T7n7WgWBwbgVIsqw+10\n\
+     -----END PRIVATE KEY-----\n\
+     ",
+);
+
+#[test]
+fn a_client_certificate_of_version_1_is_named_as_that_and_as_the_client_s() {
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let text = format!("{QUEUE}{SUBSCRIBER}tls = {{ client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }}\n");
+    let dir = dir_with(&[("h.toml", text.as_str()), ("c.pem", VERSION_1.0), ("k.pem", VERSION_1.1)]);
+    let found = load_with(&dir.path().join("h.toml"), &env).expect_err("version 1").to_string();
+    for part in ["subscriber[0].tls.client_cert_file: ", "client certificate", "version 1", "version 3", "openssl x509"] {
+        assert!(found.contains(part), "{found}");
+    }
+    assert!(!found.contains("peer"), "{found}");
+}
+
 #[test]
 fn endpoints_are_checked_and_show_no_secret() {
     rustls::crypto::ring::default_provider().install_default().ok();

@@ -11,7 +11,8 @@ use crate::support::{
     daemon::{Daemon, QUICK, Setup, subscriber},
     eventually,
     queue::Queue,
-    raw::{Behaviour, Raw, Step, Step::*, deaf, plain, script},
+    raw::{Behaviour, Raw, Step, Step::*, deaf, plain, read_head, read_request, script},
+    raw_http2::{CANCEL, NO_ERROR, REFUSED_STREAM, RawHttp2, Reaction},
     receiver::{Receiver, event, status},
     run,
     tls::{Authority, TlsReceiver},
@@ -106,13 +107,25 @@ fn big_chunk() -> Vec<u8> {
     [&b"10000\r\n"[..], &[b'x'; 0x10000], b"\r\n"].concat()
 }
 
+static MANY_HEADERS: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+    let lines: String = (0..300).map(|n| format!("x-trace-{n}: {n}\r\n")).collect();
+    format!("HTTP/1.1 200 OK\r\n{lines}content-length: 0\r\n\r\n")
+});
+
 scripts! {
     // Time.
     a_status_line_that_drips_ends_with_the_timeout: [Read, Slowly(b"HTTP/1.1 200 OK\r\n\r\n")] => "timeout";
     headers_that_drip_end_with_the_timeout: [Read, Send(b"HTTP/1.1 200 OK\r\n"), Slowly(b"content-length: 0\r\n\r\n")] => "timeout";
-    a_body_that_drips_ends_with_the_timeout: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"), Slowly(b"012345678")] => "timeout";
-    a_chunked_body_without_its_last_chunk_ends_with_the_timeout:
-        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n"), Wait] => "timeout";
+    // Once the status is there it counts, whatever becomes of the body.
+    a_body_that_drips_costs_the_connection_and_its_status_counts:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"), Slowly(b"012345678")] => "delivered";
+    a_chunked_body_without_its_last_chunk_costs_the_connection_and_its_status_counts:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n"), Wait] => "delivered";
+    a_failure_whose_body_drips_is_that_failure:
+        [Read, Send(b"HTTP/1.1 503 x\r\ncontent-length: 9\r\n\r\n"), Slowly(b"012345678")] => "503";
+    a_failure_whose_body_is_cut_off_is_that_failure: [Read, Send(b"HTTP/1.1 429 x\r\ncontent-length: 9\r\n\r\nok")] => "429";
+    a_failure_whose_body_ends_with_a_reset_is_that_failure:
+        [Read, Send(b"HTTP/1.1 500 x\r\ncontent-length: 9\r\n\r\nok"), Reset] => "500";
     // Size.
     a_header_line_without_end_is_a_bad_answer: [Read, Send(b"HTTP/1.1 200 OK\r\nx: "), Forever(vec![b'a'; 1 << 16])] => "bad_answer";
     a_status_line_without_end_is_a_bad_answer: [Read, Send(b"HTTP/1.1 200 "), Forever(vec![b'a'; 1 << 16])] => "bad_answer";
@@ -120,23 +133,26 @@ scripts! {
         [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"), Forever(big_chunk())] => "delivered";
     a_body_until_the_connection_ends_is_cut_off_and_its_status_counts:
         [Read, Send(b"HTTP/1.1 503 x\r\n\r\n"), Forever(vec![b'x'; 1 << 16])] => "503";
-    trailers_without_end_are_a_bad_answer:
-        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"), Forever(b"x: y\r\n".repeat(1000))] => "bad_answer" | "reset";
-    chunk_extensions_without_end_are_a_bad_answer:
-        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;"), Forever(vec![b'a'; 1 << 16])] => "bad_answer" | "reset";
+    trailers_without_end_are_cut_off_and_the_status_counts:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"), Forever(b"x: y\r\n".repeat(1000))] => "delivered";
+    chunk_extensions_without_end_are_cut_off_and_the_status_counts:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;"), Forever(vec![b'a'; 1 << 16])] => "delivered";
     // Framing.
-    a_chunk_size_that_is_no_number_is_a_bad_answer:
-        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"), Wait] => "bad_answer";
-    a_chunk_size_of_too_many_digits_is_a_bad_answer:
-        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffffffff\r\n"), Wait] => "bad_answer";
-    a_chunk_without_its_line_break_is_a_bad_answer:
-        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nokXX0\r\n\r\n"), Wait] => "bad_answer";
+    behind_a_success_a_chunk_size_that_is_no_number_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"), Wait] => "delivered";
+    behind_a_success_a_chunk_size_of_too_many_digits_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nfffffffffffffffffffff\r\n"), Wait] => "delivered";
+    behind_a_success_a_chunk_without_its_line_break_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nokXX0\r\n\r\n"), Wait] => "delivered";
+    behind_a_failure_a_chunk_size_that_is_no_number_does_not_matter:
+        [Read, Send(b"HTTP/1.1 400 x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"), Wait] => "400";
     a_negative_content_length_is_a_bad_answer: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n"), Wait] => "bad_answer";
     a_content_length_beyond_all_numbers_is_a_bad_answer:
         [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999999\r\n\r\n"), Wait] => "bad_answer";
     two_content_lengths_are_a_bad_answer:
         [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok"), Wait] => "bad_answer";
-    a_content_length_that_is_too_long_is_a_reset: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok")] => "reset";
+    behind_a_success_an_end_before_its_content_length_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nok")] => "delivered";
     a_content_length_that_is_too_short_is_what_counts: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok and more"), Wait] => "delivered";
     // Resets.
     a_connection_that_is_closed_at_once_is_a_reset: [] => "reset";
@@ -146,14 +162,27 @@ scripts! {
     a_reset_in_the_status_line_is_a_reset: [Read, Send(b"HTTP/1.1 2"), Reset] => "reset";
     a_reset_in_the_headers_is_a_reset: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-le"), Reset] => "reset";
     an_end_in_the_headers_is_a_reset: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-le")] => "reset";
-    a_reset_in_the_body_is_a_reset: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok"), Reset] => "reset";
+    behind_a_success_a_reset_in_the_body_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok"), Reset] => "delivered";
     // What is no answer.
     another_protocol_is_a_bad_answer: [Read, Send(b"SSH-2.0-OpenSSH_9.6\r\n"), Wait] => "bad_answer";
     http_0_9_is_a_bad_answer: [Read, Send(b"<html>ok</html>\r\n")] => "bad_answer" | "reset";
     a_preface_of_http_2_is_a_bad_answer: [Read, Send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Wait] => "bad_answer";
     http_3_in_a_status_line_is_a_bad_answer: [Read, Send(b"HTTP/3.0 200 OK\r\ncontent-length: 0\r\n\r\n"), Wait] => "bad_answer";
     nul_bytes_are_a_bad_answer: [Read, Send(&[0; 256]), Wait] => "bad_answer";
+    // Header lines, of which only Retry-After is used.
     a_nul_in_a_header_is_a_bad_answer: [Read, Send(b"HTTP/1.1 200 OK\r\nx: a\0b\r\ncontent-length: 0\r\n\r\n"), Wait] => "bad_answer";
+    a_folded_header_line_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\nx-policy: default-src 'self';\r\n  img-src *\r\ncontent-length: 0\r\n\r\n"), Wait] => "delivered";
+    a_line_break_alone_inside_of_a_header_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\nx-policy: default-src 'self';\n  img-src *\r\ncontent-length: 0\r\n\r\n"), Wait] => "delivered";
+    a_space_before_the_colon_of_a_header_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\nx-a : b\r\ncontent-length : 0\r\n\r\n"), Wait] => "delivered";
+    a_header_line_without_a_colon_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\nno colon here\r\ncontent-length: 0\r\n\r\n"), Wait] => "delivered";
+    a_header_name_that_is_none_does_not_matter:
+        [Read, Send(b"HTTP/1.1 200 OK\r\n(x): y\r\n\xc3\xa4: y\r\ncontent-length: 0\r\n\r\n"), Wait] => "delivered";
+    three_hundred_header_lines_do_not_matter: [Read, Send(MANY_HEADERS.as_bytes()), Wait] => "delivered";
     garbage_before_the_request_is_not_taken_for_an_answer: [Send(b"garbage\r\n"), Read, Send(OK), Wait] => "bad_answer" | "reset";
     // Statuses.
     a_status_of_99_is_a_bad_answer: [Read, Send(b"HTTP/1.1 099 x\r\ncontent-length: 0\r\n\r\n"), Wait] => "bad_answer";
@@ -213,6 +242,81 @@ fn certificates_that_are_not_to_be_trusted_are_refused() {
         }
         let good = TlsReceiver::start(authority.server(&authority.sign("127.0.0.1"), false), &["h2"]).await;
         assert_eq!(beside_a_good_one(&format!("https://127.0.0.1:{}/", good.port), &own).await, "delivered");
+    });
+}
+
+#[test]
+fn a_self_signed_certificate_is_accepted_if_it_is_the_one_in_ca_file_and_its_name_and_dates_are_good() {
+    run(async {
+        let dir = tempfile::tempdir().expect("a directory");
+        let past = |c: &mut rcgen::CertificateParams| {
+            (c.not_before, c.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2020, 12, 31));
+        };
+        let good = Authority::of_itself("127.0.0.1", |_| {});
+        let trusted = good.0.pem.clone();
+        for (what, (authority, own), in_file, expected) in [
+            ("trusted", good, None, "delivered"),
+            ("another", Authority::of_itself("127.0.0.1", |_| {}), Some(trusted), "tls"),
+            ("of another name", Authority::of_itself("another.example", |_| {}), None, "tls"),
+            ("expired", Authority::of_itself("127.0.0.1", past), None, "tls"),
+        ] {
+            let ca = dir.path().join("ca.pem");
+            std::fs::write(&ca, in_file.as_ref().unwrap_or(&authority.pem)).expect("writes");
+            let server = TlsReceiver::start(authority.server(&own, false), &["h2", "http/1.1"]).await;
+            let tls = format!("tls = {{ ca_file = \"{}\" }}", ca.display());
+            assert_eq!(beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &tls).await, expected, "{what}");
+        }
+    });
+}
+
+/// Python's `http.server` behind `ssl` ends a connection so (`send_response(200); end_headers()`), and its answer has no
+/// length: it lasts until the end, and the end is not announced.
+#[test]
+fn a_status_over_tls_counts_although_the_end_of_the_connection_is_not_announced() {
+    run(async {
+        for (answer, expected) in [
+            (&b"HTTP/1.0 200 OK\r\nserver: BaseHTTP\r\n\r\n"[..], "delivered"),
+            (b"HTTP/1.1 200 OK\r\n\r\naccepted", "delivered"),
+            (b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nok", "delivered"),
+            (b"HTTP/1.1 503 x\r\n\r\nbusy", "503"),
+            (b"HTTP/1.1 503 x\r\ncontent-length: 10\r\n\r\nno", "503"),
+        ] {
+            let authority = Authority::new();
+            let dir = tempfile::tempdir().expect("a directory");
+            let ca = dir.path().join("ca.pem");
+            std::fs::write(&ca, &authority.pem).expect("writes");
+            let config = std::sync::Arc::new(authority.server(&authority.sign("127.0.0.1"), false));
+            let raw = Raw::start(move |stream| {
+                let acceptor = tokio_rustls::TlsAcceptor::from(config.clone());
+                Box::pin(async move {
+                    let mut stream = acceptor.accept(stream).await?;
+                    read_request(&mut stream).await?;
+                    stream.write_all(answer).await?;
+                    stream.flush().await?;
+                    // Without close_notify.
+                    let (tcp, _) = stream.into_inner();
+                    drop(tcp);
+                    Ok(())
+                })
+            })
+            .await;
+            let tls = format!("tls = {{ ca_file = \"{}\" }}", ca.display());
+            let outcome = beside_a_good_one(&raw.url().replace("http:", "https:"), &tls).await;
+            assert_eq!(outcome, expected, "{}", String::from_utf8_lossy(answer));
+        }
+    });
+}
+
+#[test]
+fn retry_after_is_heard_behind_header_lines_that_are_none() {
+    run(async {
+        const ANSWER: &[u8] = b"HTTP/1.1 503 x\r\nx-policy: a\r\n b\r\nno colon\r\nretry-after : 3600\r\ncontent-length: 0\r\n\r\n";
+        let queue = Queue::embedded();
+        let raw = Raw::start(script([Read, Send(ANSWER), Wait])).await;
+        let (_setup, daemon) = one_by_one(&queue, &raw.url(), "").await;
+        queue.publish("a.b", [event(0)]).await;
+        daemon.wait_log("next_attempt_in_s=3600.0").await;
+        assert_eq!(attempts(&daemon, "retry"), 1);
     });
 }
 
@@ -315,6 +419,172 @@ async fn one_by_one(queue: &Queue, url: &str, more: &str) -> (Setup, Daemon) {
 
 fn attempts(daemon: &Daemon, outcome: &str) -> usize {
     daemon.log().lines().filter(|l| l.contains("attempt subscriber=\"bad\"") && field(l, "outcome") == outcome).count()
+}
+
+/// Ends each connection that has answered as soon as the next request has come over it, as a server does that closes an
+/// idle connection just then.
+#[test]
+fn a_request_that_meets_the_end_of_a_connection_that_was_used_before_is_sent_again_within_its_attempt() {
+    run(async {
+        let queue = Queue::embedded();
+        for last in [vec![Read], vec![ReadSome(1), Reset]] {
+            let raw = Raw::start(script([vec![Read, Send(OK), Read, Send(OK)], last].concat())).await;
+            let (_setup, daemon) = one_by_one(&queue, &raw.url(), "").await;
+            queue.publish("a.b", (0..20).map(event)).await;
+            eventually("all are delivered", async || attempts(&daemon, "delivered") >= 20).await;
+            assert_eq!(attempts(&daemon, "retry"), 0, "{}", daemon.log());
+            // Two on a connection of the pool; the third ends it, and gets one that no other request has.
+            assert!(raw.connections() > 10, "{} connections", raw.connections());
+            queue.wait_backlog("bad", 0).await;
+            assert!(daemon.stop().await.success());
+        }
+    });
+}
+
+#[test]
+fn a_request_whose_own_connection_ends_is_not_sent_again_within_its_attempt_and_the_second_end_is_a_failure() {
+    run(async {
+        let queue = Queue::embedded();
+        let ends = Raw::start(script([Read])).await;
+        let (_setup, daemon) = one_by_one(&queue, &ends.url(), "retry.initial_interval = \"1h\"").await;
+        queue.publish("a.b", [event(0)]).await;
+        daemon.wait_log("failure=\"reset\"").await;
+        assert_eq!(ends.connections(), 1);
+        assert!(daemon.stop().await.success());
+
+        let queue = Queue::embedded();
+        // The first connection answers once; it and all others end with the next request.
+        let first = std::sync::atomic::AtomicBool::new(true);
+        let ends = Raw::start(move |stream| {
+            let answers = first.swap(false, std::sync::atomic::Ordering::SeqCst);
+            if answers { script([Read, Send(OK), Read])(stream) } else { script([Read])(stream) }
+        })
+        .await;
+        let (_setup, daemon) = one_by_one(&queue, &ends.url(), "retry.initial_interval = \"1h\"").await;
+        queue.publish("a.b", [event(0)]).await;
+        eventually("the first is delivered", async || attempts(&daemon, "delivered") == 1).await;
+        queue.publish("a.b", [event(1)]).await;
+        daemon.wait_log("failure=\"reset\"").await;
+        assert_eq!((attempts(&daemon, "retry"), ends.connections()), (1, 2));
+    });
+}
+
+/// A daemon with one subscriber, an event a request and sixteen of them at once.
+async fn sixteen_at_once(queue: &Queue, receiver: &RawHttp2, timeout: &str, more: &str) -> (Setup, Daemon) {
+    let own = format!(
+        "batch.max_events = 1\nhttp = {{ concurrency = 16, timeout = \"{timeout}\" }}\ntls = {{ ca_file = \"ca.pem\" }}\n\
+         circuit_breaker.failures = 3\n{more}"
+    );
+    let setup = Setup::new(queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url(), &own)));
+    setup.write("ca.pem", &receiver.authority.pem);
+    let daemon = setup.start().await;
+    (setup, daemon)
+}
+
+/// As nginx does it after `keepalive_requests`, and while it is reloaded.
+#[test]
+fn streams_that_a_receiver_over_http_2_has_not_processed_are_sent_again_within_their_attempts() {
+    run(async {
+        for end in [Reaction::GoAway(NO_ERROR), Reaction::Reset(REFUSED_STREAM)] {
+            let queue = Queue::embedded();
+            let receiver =
+                RawHttp2::start(None, move |_, request| if request % 20 == 19 { end } else { Reaction::Accept(Duration::ZERO) }).await;
+            let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "20s", "").await;
+            queue.publish("a.b", (0..300).map(event)).await;
+            eventually("all are delivered", async || attempts(&daemon, "delivered") == 300).await;
+            assert_eq!(attempts(&daemon, "retry"), 0, "{end:?}: {}", daemon.log());
+            assert!(receiver.accepted() >= 300 && receiver.connections() > 10, "{end:?}: {} connections", receiver.connections());
+            assert!(!daemon.log().contains("circuit open"));
+            queue.wait_backlog("bad", 0).await;
+        }
+    });
+}
+
+#[test]
+fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_without_end_and_its_text_is_not_logged() {
+    run(async {
+        for (end, most) in
+            [(Reaction::GoAway(NO_ERROR), 4), (Reaction::Reset(REFUSED_STREAM), 4), (Reaction::Reset(CANCEL), 1), (Reaction::GoAway(1), 1)]
+        {
+            let queue = Queue::embedded();
+            let receiver = RawHttp2::start(None, move |_, _| end).await;
+            let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "20s", "retry.initial_interval = \"1h\"").await;
+            queue.publish("a.b", [event(0)]).await;
+            daemon.wait_log("outcome=\"retry\"").await;
+            assert!(daemon.log().contains("failure=\"reset\""), "{end:?}: {}", daemon.log());
+            assert_eq!(receiver.connections(), most, "{end:?}");
+            assert!(!daemon.log().contains("secret-text"));
+        }
+    });
+}
+
+#[test]
+fn what_waits_for_a_stream_of_http_2_is_no_attempt_of_the_receiver_s_and_its_time_begins_with_its_body() {
+    run(async {
+        let queue = Queue::embedded();
+        // One at a time, which takes most of the time of an attempt: the second waits for it.
+        let receiver = RawHttp2::start(Some(1), |_, _| Reaction::Accept(Duration::from_millis(1500))).await;
+        let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "2s", "").await;
+        queue.publish("a.b", (0..5).map(event)).await;
+        eventually("all are delivered", async || attempts(&daemon, "delivered") >= 5).await;
+        let log = daemon.log();
+        assert!(!log.contains("outcome=\"retry\"") && !log.contains("circuit open"), "{log}");
+        assert!(log.contains("http.concurrency"), "{log}");
+        queue.wait_backlog("bad", 0).await;
+    });
+}
+
+/// The answer may be lost with the reset: then only what was still to be sent tells that the batch was too large.
+#[test]
+fn a_batch_whose_body_is_reset_on_its_way_is_halved_until_it_is_small_enough() {
+    run(async {
+        let queue = Queue::embedded();
+        let receiver = Raw::start(|mut stream| {
+            Box::pin(async move {
+                let length = read_head(&mut stream).await?;
+                if length > 4 << 20 {
+                    return stream.set_zero_linger();
+                }
+                tokio::io::AsyncReadExt::read_exact(&mut stream, &mut vec![0; length]).await?;
+                stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await
+            })
+        })
+        .await;
+        let own = "batch = { max_bytes = \"12MiB\", max_wait = \"2s\" }\nhttp.timeout = \"10s\"";
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url(), own)));
+        let daemon = setup.start().await;
+        let large = format!(r#"{{"event":"a","pad":"{}"}}"#, "x".repeat(1 << 20));
+        queue.publish("a", (0..11).map(|_| large.as_str())).await;
+        eventually("it is halved", async || attempts(&daemon, "split") >= 1).await;
+        eventually("all are delivered", async || {
+            let log = daemon.log();
+            let delivered = log.lines().filter(|l| field(l, "outcome") == "delivered");
+            delivered.map(|l| field(l, "events").parse::<usize>().expect("a number")).sum::<usize>() == 11
+        })
+        .await;
+        assert!(daemon.log().contains("failure=\"reset\""));
+        queue.wait_backlog("bad", 0).await;
+    });
+}
+
+#[test]
+fn a_daemon_without_file_descriptors_counts_no_attempt_and_opens_no_circuit() {
+    run(async {
+        let queue = Queue::embedded();
+        // They close each connection, so that each request needs a descriptor; and hold it for a while.
+        let receiver = Receiver::start(|_, _| status(200).header("connection", "close").after(Duration::from_millis(300))).await;
+        let own = "batch.max_events = 1\nhttp.concurrency = 40\ncircuit_breaker.failures = 3";
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url, own)));
+        let mut daemon = setup.spawn_as("ulimit -n 48 && exec \"$0\" \"$@\"");
+        daemon.wait_log("running").await;
+        queue.publish("a.b", (0..120).map(event)).await;
+        receiver.wait_all(120).await;
+        let log = daemon.log();
+        assert!(log.contains("EMFILE"), "{log}");
+        assert!(!log.contains("outcome=\"retry\"") && !log.contains("circuit open"), "{log}");
+        assert!(receiver.requests().iter().all(|r| r.attempt() == 1), "an attempt was counted");
+        assert!(daemon.is_running());
+    });
 }
 
 /// The danger of a second answer: taken for that of the next request it would lose that one's events.

@@ -7,7 +7,21 @@ use std::{
 
 /// Each file below `src/` and its layer; a file imports only from lower ones.
 const LAYERS: &[&[&str]] = &[
-    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "turn", "wording"],
+    &[
+        "address",
+        "answer",
+        "circuit_breaker",
+        "clock",
+        "event",
+        "failpoint",
+        "finding",
+        "payload",
+        "resources",
+        "retry",
+        "secret",
+        "turn",
+        "wording",
+    ],
     &["batch", "handshake", "signature", "tls"],
     &["config", "metrics"],
     &["endpoint", "queue", "signal", "webhook"],
@@ -100,11 +114,12 @@ fn each_protocol_is_known_in_one_place() {
         ("lapin", &["src/queue/amqp"][..]),
         ("rusqlite", &["src/queue/embedded"]),
         // The command line asks the daemon with it, and the look at a broker its management API.
-        ("reqwest", &["src/webhook.rs", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
+        ("reqwest", &["src/webhook", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
         ("tokio_rustls", &["src/endpoint.rs", "src/queue/amqp/wire.rs"]),
         // Of its own, it makes the admin listener; of reqwest's errors, it says what they were.
-        ("hyper::", &["src/admin/connections.rs", "src/webhook.rs"]),
-        ("rustix", &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs", "src/cli/terminal.rs"]),
+        ("hyper::", &["src/admin/connections.rs", "src/webhook"]),
+        ("h2::", &["src/webhook/errors.rs"]),
+        ("rustix", &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs", "src/cli/terminal.rs", "src/resources.rs"]),
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),

@@ -9,6 +9,7 @@ pub(crate) mod impostor;
 pub(crate) mod queue;
 pub(crate) mod raw;
 pub(crate) mod raw_amqp;
+pub(crate) mod raw_http2;
 pub(crate) mod receiver;
 pub(crate) mod tap;
 pub(crate) mod tls;

@@ -12,7 +12,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
 };
 
@@ -49,15 +49,19 @@ impl Raw {
 }
 
 /// Reads one request and forgets it.
-async fn read_request(stream: &mut TcpStream) -> Result<()> {
+pub(crate) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> Result<()> {
+    let length = read_head(stream).await?;
+    stream.read_exact(&mut vec![0; length]).await.map(drop)
+}
+
+/// Reads the head of a request; the length of its body.
+pub(crate) async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> Result<usize> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await?);
     }
     let head = String::from_utf8_lossy(&head).to_lowercase();
-    let length = head.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|n| n.parse().ok()).expect("a length");
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await.map(drop)
+    Ok(head.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|n| n.parse().ok()).expect("a length"))
 }
 
 /// Answers every request of a connection with the same bytes.

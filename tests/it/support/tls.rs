@@ -43,6 +43,17 @@ impl Authority {
         Self { issuer: Issuer::new(params, key), pem }
     }
 
+    /// One that signs itself as `openssl req -x509` does: it is an authority (CA:TRUE) of this name, and the server's own.
+    pub(crate) fn of_itself(name: &str, change: impl FnOnce(&mut CertificateParams)) -> (Self, Certificate) {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        change(&mut params);
+        let pem = params.self_signed(&key).expect("signs").pem();
+        let own = Certificate { pem: pem.clone(), key: key.serialize_pem() };
+        (Self { issuer: Issuer::new(params, key), pem }, own)
+    }
+
     pub(crate) fn sign(&self, name: &str) -> Certificate {
         self.sign_with(name, |_| {})
     }

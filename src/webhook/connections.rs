@@ -1,0 +1,171 @@
+//! The connections to an endpoint: how long they live, and which of them have answered before.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use hyper_util::client::legacy::{self, connect::HttpInfo};
+use reqwest::{Client, Proxy, Response, Url, redirect, retry};
+use url::Host;
+
+use super::{
+    errors,
+    resolver::{GuardedResolver, Lookup},
+};
+use crate::{
+    clock,
+    config::{HttpPolicy, Subscriber},
+    tls::SystemRoots,
+};
+
+/// No request goes over a connection that is older: a name that leads elsewhere by then is followed, also under steady
+/// traffic. As long as the TTL of many names.
+pub(super) const MAX_AGE: Duration = Duration::from_secs(5 * 60);
+
+/// Header lines of an answer. One that has more is refused whole, and nothing of them is used but `Retry-After`; the client's
+/// own limit of 100 is less than some proxies write. About 64 bytes of memory each, while an answer is read.
+const MAX_HEADERS: usize = 1000;
+
+/// Connections of which it is kept that they have answered; with more, that is forgotten of all.
+const MAX_ANSWERED: usize = 4096;
+
+/// What connections are made of, and those that there are.
+#[derive(Debug)]
+pub(super) struct Connections {
+    tls: rustls::ClientConfig,
+    http: HttpPolicy,
+    route: Route,
+    kept: Mutex<Kept>,
+    /// Keeps no connection: each request has one of its own.
+    single: OnceLock<Client>,
+}
+
+#[derive(Debug)]
+enum Route {
+    Direct(Arc<GuardedResolver>),
+    /// It alone is resolved here, and where it leads is its own decision.
+    Through(Box<Proxy>),
+}
+
+/// A client that keeps its connections for the next request.
+#[derive(Debug, Clone)]
+pub(super) struct Kept {
+    pub(super) client: Client,
+    since: Instant,
+    pub(super) answered: Arc<Answered>,
+}
+
+impl Connections {
+    /// # Errors
+    /// The TLS configuration cannot be built.
+    pub(super) fn try_new(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {
+        let tls = subscriber.tls.client_config(system)?;
+        let http = subscriber.http.clone();
+        let route = match &http.proxy {
+            None => Route::Direct(Arc::new(GuardedResolver::new(http.addresses.clone(), lookup))),
+            Some(proxy) => Route::Through(Box::new(Proxy::all(proxy.expose().clone()).map_err(|e| errors::chain(&e.without_url()))?)),
+        };
+        let client = client(&tls, &http, &route, http.concurrency)?;
+        let kept = Mutex::new(Kept { client, since: clock::instant(), answered: Arc::default() });
+        Ok(Self { tls, http, route, kept, single: OnceLock::new() })
+    }
+
+    /// A client none of whose connections is older than [`MAX_AGE`]. Requests that are under way keep the one they have.
+    ///
+    /// # Errors
+    /// As [`try_new`](Self::try_new).
+    pub(super) fn kept(&self, now: Instant) -> Result<Kept, String> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.saturating_duration_since(kept.since) >= MAX_AGE {
+            let client = client(&self.tls, &self.http, &self.route, self.http.concurrency)?;
+            *kept = Kept { client, since: now, answered: Arc::default() };
+        }
+        Ok(kept.clone())
+    }
+
+    /// Whether all addresses of an endpoint are of IPv4, as far as that is known.
+    pub(super) fn only_v4(&self, url: &Url) -> bool {
+        match (&self.route, url.host()) {
+            (Route::Direct(_), Some(Host::Ipv4(_))) => true,
+            (Route::Direct(resolver), Some(Host::Domain(_))) => resolver.only_v4.load(Ordering::Relaxed),
+            _ => false,
+        }
+    }
+
+    /// A client that makes a connection for each request.
+    ///
+    /// # Errors
+    /// As [`try_new`](Self::try_new).
+    pub(super) fn single(&self) -> Result<Client, String> {
+        if let Some(single) = self.single.get() {
+            return Ok(single.clone());
+        }
+        let client = client(&self.tls, &self.http, &self.route, 0)?;
+        Ok(self.single.get_or_init(|| client).clone())
+    }
+}
+
+fn client(tls: &rustls::ClientConfig, http: &HttpPolicy, route: &Route, idle: usize) -> Result<Client, String> {
+    let HttpPolicy { timeout, connect_timeout, .. } = http;
+    let client = Client::builder()
+        .tls_backend_preconfigured(tls.clone())
+        // Within the time of an attempt, so that what waits longer is known to wait for something else.
+        .connect_timeout(*connect_timeout.min(timeout))
+        .pool_max_idle_per_host(idle)
+        .pool_idle_timeout(Duration::from_secs(30))
+        .tcp_keepalive(Duration::from_secs(30))
+        // Over HTTP/2 one connection is all there is: one that died in silence is not to be waited for twice.
+        .http2_keep_alive_interval(Some(*timeout / 3))
+        .http2_keep_alive_timeout(*connect_timeout)
+        // A receiver that has accepted a batch must not be refused for how its proxy writes headers (RFC 9112, sections 5.1
+        // and 5.2, lets a user agent read them so).
+        .http1_allow_obsolete_multiline_headers_in_responses(true)
+        .http1_allow_spaces_after_header_name_in_responses(true)
+        .http1_ignore_invalid_headers_in_responses(true)
+        .http1_max_headers(MAX_HEADERS)
+        .redirect(redirect::Policy::none())
+        .retry(retry::never())
+        .no_proxy();
+    let client = match route {
+        Route::Direct(resolver) => client.dns_resolver(resolver.clone()),
+        Route::Through(proxy) => client.proxy(Proxy::clone(proxy)),
+    };
+    client.build().map_err(|e| errors::chain(&e.without_url()))
+}
+
+/// The two ends of a connection.
+type Ends = (SocketAddr, SocketAddr);
+
+/// Connections that have answered, so that a request on one of them was not its first. The next request may meet the
+/// receiver's closing it.
+#[derive(Debug, Default)]
+pub(super) struct Answered(Mutex<HashSet<Ends>>);
+
+impl Answered {
+    pub(super) fn add(&self, response: &Response) {
+        if let Some(info) = response.extensions().get::<HttpInfo>() {
+            self.add_ends((info.local_addr(), info.remote_addr()));
+        }
+    }
+
+    fn add_ends(&self, ends: Ends) {
+        let mut answered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if answered.len() >= MAX_ANSWERED {
+            answered.clear();
+        }
+        answered.insert(ends);
+    }
+
+    /// Whether it was one of them that a request failed on.
+    pub(super) fn has(&self, e: &legacy::Error) -> bool {
+        let mut known = http::Extensions::new();
+        if let Some(connected) = e.connect_info() {
+            connected.get_extras(&mut known);
+        }
+        let ends = known.get::<HttpInfo>().map(|info| (info.local_addr(), info.remote_addr()));
+        ends.is_some_and(|ends| self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&ends))
+    }
+}
