@@ -10,7 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "turn", "wording"],
     &["batch", "handshake", "signature", "tls"],
     &["config", "metrics"],
-    &["endpoint", "queue", "signal", "webhook"],
+    &["endpoint", "log", "queue", "signal", "webhook"],
     &["status", "verdict"],
     &["rehearsal"],
     &["lane"],
