@@ -79,9 +79,10 @@ impl Admin {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
-        let (exposed, looked_at) = (board.clone(), queue.clone());
+        let (exposed, looked_at, holds) = (board.clone(), queue.clone(), reloader.clone());
         let expose = move || {
             exposed.metrics().set_queue_up(looked_at.is_reachable());
+            exposed.metrics().set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));
             exposed.expose()
         };
         let introduction = introduction::routes(token.clone(), self.port, &reloader.config().path);
@@ -97,7 +98,7 @@ impl Admin {
             .merge(introduction);
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))
-            .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), reloads.problem()))))
+            .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), &reloads))))
             .route("/metrics", get(async move || ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], expose())))
             .nest("/api", api)
             .fallback(not_found)
@@ -137,15 +138,20 @@ impl Serving {
 }
 
 /// A configuration that is wrong is no reason to take the daemon out of service: it works with the one before.
-fn ready(phase: Phase, reachable: bool, problem: Option<String>) -> (StatusCode, String) {
-    let (status, word) = match phase {
+fn ready(phase: Phase, reachable: bool, reloads: &Reloader) -> (StatusCode, String) {
+    let (status, word) = readiness(phase, reachable);
+    let problem = reloads.problem().map(|why| format!("the configuration was not reloaded:\n{why}\n")).unwrap_or_default();
+    let held = reloads.held().map(|held| format!("removals wait for an operator: {}\n", held.why)).unwrap_or_default();
+    (status, format!("{word}\n{problem}{held}"))
+}
+
+fn readiness(phase: Phase, reachable: bool) -> (StatusCode, &'static str) {
+    match phase {
         Phase::Running if !reachable => (StatusCode::SERVICE_UNAVAILABLE, "without its queue"),
         Phase::Running => (StatusCode::OK, "ready"),
         Phase::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting"),
         Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
-    };
-    let problem = problem.map(|why| format!("the configuration was not reloaded:\n{why}\n")).unwrap_or_default();
-    (status, format!("{word}\n{problem}"))
+    }
 }
 
 async fn not_found() -> Refusal {
@@ -354,11 +360,22 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_wrong_configuration_is_told_and_takes_nothing_out_of_service() {
-        assert_eq!(ready(Phase::Running, true, None), (StatusCode::OK, "ready\n".to_owned()));
-        let (status, text) = ready(Phase::Running, true, Some("h.toml:1:1: key: is wrong".to_owned()));
-        assert_eq!((status, text.as_str()), (StatusCode::OK, "ready\nthe configuration was not reloaded:\nh.toml:1:1: key: is wrong\n"));
-        assert_eq!(ready(Phase::Running, false, None).0, StatusCode::SERVICE_UNAVAILABLE);
+    #[tokio::test]
+    async fn a_wrong_configuration_and_one_that_is_held_back_are_reported_and_take_nothing_out_of_service() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("h.toml");
+        let write = |text: &str| std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{text}")).expect("writes");
+        write("[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n");
+        let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
+        let metrics = metrics::Metrics::new(crate::clock::now());
+        let (reloader, _changes) = Reloader::new(config, metrics, crate::queue::Removals::default(), crate::log::Level::default());
+        assert_eq!(ready(Phase::Running, true, &reloader), (StatusCode::OK, "ready\n".to_owned()));
+        for (text, parts) in [("[x]\n", ["not reloaded", "h.toml:3:2: x"]), ("", ["wait for an operator", "(a)"])] {
+            write(text);
+            assert!(reloader.reload(crate::reload::Because::Files("test")).await.is_err());
+            let (status, told) = ready(Phase::Running, true, &reloader);
+            assert!(status == StatusCode::OK && told.starts_with("ready\n") && parts.iter().all(|p| told.contains(p)), "{told}");
+        }
+        assert_eq!(readiness(Phase::Running, false).0, StatusCode::SERVICE_UNAVAILABLE);
     }
 }

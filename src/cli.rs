@@ -16,16 +16,19 @@ mod status;
 mod terminal;
 mod test;
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use clap::{CommandFactory as _, Parser, Subcommand};
-use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 use self::daemon::Asked;
 use crate::{
     clock,
-    config::{self, AmqpConfig, Backend, Config, ConfigError, LogConfig, Subscriber},
+    config::{self, AmqpConfig, Backend, Config, ConfigError, Subscriber},
+    log,
     metrics::Metrics,
     queue::{
         Queue as _, QueueError,
@@ -94,6 +97,10 @@ enum Command {
         /// The subscriber's name
         subscriber: String,
     },
+    /// Ask the running daemon to read its configuration again, and print what that has changed
+    ///
+    /// Unlike a file that changes, this also removes all subscribers, or most of many.
+    Reload,
     /// Delete the queues of subscribers that are not configured any more
     Prune(prune::Args),
     /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not touched
@@ -140,6 +147,30 @@ pub enum Failed {
     Config(ConfigError),
     /// Exit code 1.
     Runtime(String),
+    /// The log has it; with this exit code.
+    Logged(u8),
+}
+
+impl Failed {
+    /// 2 for usage and configuration, 1 for what failed at run time.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Config(_) => 2,
+            Self::Runtime(_) => 1,
+            Self::Logged(code) => *code,
+        }
+    }
+}
+
+/// As it is printed; nothing of what the log has.
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Usage(why) | Self::Runtime(why) => write!(f, "hooktrail: {why}"),
+            Self::Config(e) => write!(f, "{e}"),
+            Self::Logged(_) => Ok(()),
+        }
+    }
 }
 
 impl From<QueueError> for Failed {
@@ -163,7 +194,7 @@ impl Cli {
     pub async fn run(self) -> Result<(), Failed> {
         let load = || config::load(&self.config).map_err(Failed::Config);
         match self.command {
-            Command::Run { force } => run::run(load()?, force).await,
+            Command::Run { force } => run::run(&self.config, force).await,
             Command::Listen(args) => listen::run(args).await,
             Command::Demo(args) => Box::pin(demo::run(args)).await,
             Command::Init(args) => init::run(args, &self.config),
@@ -182,9 +213,10 @@ impl Cli {
             }
             Command::Status(args) => status::run(&asked(&self.config, None)?, &args).await,
             Command::Pause { subscriber, why } => daemon::pause(&asked(&self.config, Some(&subscriber))?, &subscriber, why).await,
+            Command::Reload => daemon::reload(&asked(&self.config, None)?).await,
             Command::Resume { subscriber } => daemon::resume(&asked(&self.config, Some(&subscriber))?, &subscriber).await,
             other => {
-                log(LogConfig { json: false, level: tracing::Level::WARN });
+                log::to_stderr(tracing::Level::WARN);
                 let config = load()?;
                 match other {
                     Command::Check(args) => check::run(&config, &args).await,
@@ -203,6 +235,7 @@ impl Cli {
                     | Command::Secret
                     | Command::Status(_)
                     | Command::Pause { .. }
+                    | Command::Reload
                     | Command::Resume { .. }
                     | Command::Schema { .. } => unreachable!("handled above"),
                 }
@@ -214,20 +247,6 @@ impl Cli {
 /// `whsec_` and the base64 of 32 random bytes.
 fn new_secret() -> String {
     format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
-}
-
-/// Log events go to stderr. Only hooktrail's own: its libraries log whole messages, bodies included.
-fn log(config: LogConfig) {
-    let targets = Targets::new().with_target("hooktrail", config.level);
-    let registry = tracing_subscriber::registry().with(targets);
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
-    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
-    // A second initialisation in one process only happens in tests; the first one stays.
-    if config.json {
-        registry.with(layer.json().flatten_event(true).with_current_span(false)).try_init().ok();
-    } else {
-        registry.with(layer.with_ansi(ansi)).try_init().ok();
-    }
 }
 
 /// A text as it can be shown: control characters could drive the terminal, so each is spelled out.

@@ -1,6 +1,7 @@
 //! The configuration file: raw TOML in, checked policies out, all mistakes at once.
 
 pub mod changes;
+mod include;
 mod reader;
 
 use std::{
@@ -130,6 +131,8 @@ pub struct Config {
     pub path: PathBuf,
     /// All that was read for it: the file, its includes and the folders they are looked for in, secrets, certificates.
     pub files: Vec<PathBuf>,
+    /// Those of the folders in which a pattern of `include` has found a file.
+    pub folders: Vec<PathBuf>,
     /// For requests in flight when the daemon is told to stop.
     pub shutdown_timeout: Duration,
     pub queue: QueueConfig,
@@ -282,17 +285,30 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
     load_with(path, &|name| std::env::var(name).ok())
 }
 
+/// As [`load`], for a daemon that runs: its subscribers came from these [`folders`](Config::folders).
+///
+/// # Errors
+/// As [`load`]; and one of the folders is not there, which at a first start would be nothing to complain of.
+pub fn load_again(path: &Path, folders: &[PathBuf]) -> Result<Config, ConfigError> {
+    let env = |name: &str| std::env::var(name).ok();
+    checked(&read(path)?, Reader::after(&env, folders))
+}
+
 /// As [`load`], with the environment given.
 ///
 /// # Errors
 /// As [`load`].
 pub fn load_with(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
+    checked(&read(path)?, Reader::new(env))
+}
+
+fn read(path: &Path) -> Result<Source, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|e| {
         let message = format!("cannot be read: {e}; {}", way_out(e.kind()));
         let problem = Problem { file: path.to_owned(), place: None, key: String::new(), message };
         ConfigError { problems: vec![problem], files: vec![path.to_owned()] }
     })?;
-    checked(&Source { path: path.to_owned(), text }, Reader::new(env))
+    Ok(Source { path: path.to_owned(), text })
 }
 
 /// A configuration `text` whose only other files are `files`: what it names cannot be on the disk.
@@ -307,9 +323,10 @@ pub(crate) fn from_text(text: &str, env: &dyn Fn(&str) -> Option<String>, files:
 fn checked(source: &Source, reader: Reader<'_>) -> Result<Config, ConfigError> {
     reader.depends_on(&source.path);
     let config = Loader { reader: &reader }.config(source);
+    let folders = reader.used();
     let (problems, files) = reader.finish();
     match config {
-        Some(config) if problems.is_empty() => Ok(Config { files, ..config }),
+        Some(config) if problems.is_empty() => Ok(Config { files, folders, ..config }),
         _ => Err(ConfigError { problems, files }),
     }
 }
@@ -328,6 +345,16 @@ pub fn admin_of(path: &Path) -> Option<AdminConfig> {
         return None;
     }
     Loader { reader: &reader }.admin(&root)
+}
+
+/// What `[log]` says, in a configuration that has mistakes elsewhere; the defaults where that is wrong too.
+pub fn log_of(path: &Path) -> LogConfig {
+    let default = LogConfig { json: false, level: tracing::Level::INFO };
+    let env = |name: &str| std::env::var(name).ok();
+    let reader = Reader::new(&env);
+    let Ok(source) = read(path) else { return default };
+    let document = reader.parse(&source);
+    Loader { reader: &reader }.log(&reader.root(&source, &document, ROOT_KEYS)).unwrap_or(default)
 }
 
 /// What to do about a configuration that cannot be read.
@@ -396,6 +423,7 @@ impl Loader<'_, '_> {
         Some(Config {
             path: source.path.clone(),
             files: Vec::new(),
+            folders: Vec::new(),
             shutdown_timeout: shutdown_timeout?,
             queue: queue?,
             admin: admin?,
@@ -406,32 +434,51 @@ impl Loader<'_, '_> {
 
     /// The files that `include` names, each once, in order.
     fn included(&self, root: &Section<'_>) -> Vec<PathBuf> {
+        let r = self.reader;
         let Some(value) = root.get("include") else { return Vec::new() };
         let mut files = Vec::new();
-        for item in self.reader.array(&value).unwrap_or_default() {
-            let Some(pattern) = self.reader.string(&item) else { continue };
-            let path = root.source.relative(&pattern);
-            // A file that comes or goes is a change of its folder.
-            let wild = |p: &Path| p.to_string_lossy().contains(['*', '?', '[']);
-            path.ancestors().skip(1).find(|p| !wild(p)).into_iter().for_each(|folder| self.reader.depends_on(folder));
-            match glob::glob(&path.to_string_lossy()) {
-                Err(e) => self.reader.report(&item, format!("is not a glob pattern: {e}")),
-                // A plain path that is not there is a mistake; a glob that matches nothing is fine.
-                Ok(_) if !pattern.contains(['*', '?', '[']) => files.push(path),
-                Ok(_) if !self.reader.has_disk() => {}
-                Ok(paths) => {
-                    for found in paths {
-                        match found {
-                            Ok(path) => files.push(path),
-                            Err(e) => self.reader.report(&item, format!("cannot look into {}: {}", e.path().display(), e.error())),
-                        }
-                    }
-                }
+        for item in r.array(&value).unwrap_or_default() {
+            let Some(pattern) = r.string(&item) else { continue };
+            if include::is_wild(&pattern) {
+                files.extend(self.matching(&item, &pattern, root.source.folder()));
+            } else {
+                // That it is not there is a mistake, reported when it is read. A file that comes or goes is a change of its folder.
+                let path = root.source.relative(&pattern);
+                path.parent().into_iter().for_each(|folder| r.depends_on(folder));
+                files.push(path);
             }
         }
         let mut seen = std::collections::HashSet::new();
         files.retain(|f| seen.insert(f.clone()));
         files
+    }
+
+    /// What a pattern of `include` matches. That it matches nothing is fine, unless a folder is away that the configuration in use
+    /// came from: all of its subscribers would be removed.
+    fn matching(&self, item: &Value<'_>, pattern: &str, base: &Path) -> Vec<PathBuf> {
+        let r = self.reader;
+        if !r.has_disk() {
+            return Vec::new();
+        }
+        let found = match include::find(base, pattern) {
+            Ok(found) => found,
+            Err(e) => {
+                r.report(item, format!("is not a glob pattern: {e}"));
+                return Vec::new();
+            }
+        };
+        found.folders.iter().for_each(|folder| r.depends_on(folder));
+        let remedy = "put it right, or take the pattern out of `include`";
+        for (path, why) in &found.errors {
+            r.report(item, format!("cannot look into {}: {why}; {remedy}", path.display()));
+        }
+        if found.prefix_is_absent && r.is_in_use(&found.prefix) {
+            r.report(item, format!("the folder {} is not there, and subscribers in use come from it; {remedy}", found.prefix.display()));
+        }
+        if !found.files.is_empty() {
+            r.uses(&found.prefix);
+        }
+        found.files
     }
 
     fn queue(&self, root: &Section<'_>) -> Option<QueueConfig> {

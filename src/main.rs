@@ -35,18 +35,9 @@ fn main() -> ExitCode {
 
 #[expect(clippy::print_stderr, reason = "the place where errors are told")]
 fn fail(failed: &Failed) -> ExitCode {
-    match failed {
-        Failed::Usage(why) => {
-            eprintln!("hooktrail: {why}");
-            ExitCode::from(2)
-        }
-        Failed::Config(e) => {
-            eprintln!("{e}");
-            ExitCode::from(2)
-        }
-        Failed::Runtime(why) => {
-            eprintln!("hooktrail: {why}");
-            ExitCode::from(1)
-        }
+    // A reader of the log that hangs must not hold up the end of the daemon.
+    if !matches!(failed, Failed::Logged(_)) {
+        eprintln!("{failed}");
     }
+    ExitCode::from(failed.exit_code())
 }

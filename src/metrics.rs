@@ -160,6 +160,16 @@ pub const ALL: &[Definition] = &[
     ),
     gauge("config_last_reload_success_timestamp_seconds", &[], "When the configuration in use was read, in Unix seconds"),
     gauge("subscribers", &[], "Subscribers that are configured"),
+    gauge(
+        "held_removals",
+        &[],
+        "Subscribers that the configuration does not have any more and that are served or bound all the same: so many are not removed by a changed file or a start, but by a reload that an operator asks for",
+    ),
+    counter(
+        "log_lines_dropped",
+        &[],
+        "Lines of the log that nobody has read in time; one that says how many is logged when somebody reads again",
+    ),
     gauge("process_start_time_seconds", &[], "When the process started, in Unix seconds"),
     counter("process_cpu_seconds", &[], "Time of CPUs that the process has used, user and system"),
     gauge("process_resident_memory_bytes", &[], "Memory that the process holds"),
@@ -334,6 +344,18 @@ impl Metrics {
 
     pub fn set_orphans(&self, messages: u64) {
         self.gauge("orphans", &[]).set(messages as f64);
+    }
+
+    pub fn set_held_removals(&self, subscribers: usize) {
+        self.gauge("held_removals", &[]).set(subscribers as f64);
+    }
+
+    /// Counts lines of the log that were dropped.
+    pub fn dropped_lines(&self) -> impl Fn(u64) + Send + Sync + use<> {
+        let dropped = self.counter("log_lines_dropped", &[]);
+        move |lines| {
+            dropped.inc_by(lines);
+        }
     }
 
     pub fn set_queue_up(&self, up: bool) {
@@ -614,6 +636,8 @@ mod tests {
         m.connected("publishing", true);
         m.accepted(1, 2);
         m.relayed("routed", 1);
+        m.set_held_removals(1);
+        m.dropped_lines()(1);
         m.configured(1, SystemTime::UNIX_EPOCH);
         m.reloaded(false);
         let text = m.expose();

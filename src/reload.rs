@@ -6,12 +6,19 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::{
     clock,
-    config::{self, Config, ConfigError, Subscribers, changes::Changes},
+    config::{
+        self, Config, ConfigError, LogConfig, Subscribers,
+        changes::{Changes, Kind, is_drastic},
+    },
+    log,
     metrics::Metrics,
-    queue::QueueError,
+    queue::{QueueError, Removals, some_of},
     supervisor::Change,
     wording::{agreed, counted},
 };
+
+/// Of each kind of change so many subscribers are named in the line about a reload.
+const SHOWN: usize = 10;
 
 /// What is configured, and how that is changed. Clones are the same.
 #[derive(Debug, Clone)]
@@ -26,10 +33,40 @@ struct Inner {
     files: watch::Sender<Vec<PathBuf>>,
     /// What was wrong with the configuration when it was last read, unless it was right.
     problem: watch::Sender<Option<String>>,
+    /// What would be removed if an operator asked for it.
+    held: watch::Sender<Option<Held>>,
+    removals: Removals,
+    level: log::Level,
     changes: mpsc::Sender<Change>,
     metrics: Metrics,
     /// One after the other.
     reloading: Mutex<()>,
+}
+
+/// Who asks for a reload; the text is for the log.
+#[derive(Debug, Clone, Copy)]
+pub enum Because {
+    /// A file has changed, and may be one of many that are on their way.
+    Files(&'static str),
+    /// An operator wants what the files say now.
+    Operator(&'static str),
+}
+
+impl Because {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Files(text) | Self::Operator(text) => text,
+        }
+    }
+}
+
+/// Removals that wait for an operator's word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// Whose.
+    pub subscribers: BTreeSet<String>,
+    /// What waits, and what makes it happen.
+    pub why: String,
 }
 
 /// What a reload has changed.
@@ -45,6 +82,8 @@ pub struct Reloaded {
 pub enum Unchanged {
     /// It is wrong, or what it wants cannot be had without a restart.
     Wrong(String),
+    /// It would remove so many subscribers that an operator has to ask for it.
+    Held(Held),
     /// The daemon does not take changes now.
     Stopping,
 }
@@ -52,7 +91,7 @@ pub enum Unchanged {
 impl fmt::Display for Unchanged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Wrong(why) => f.write_str(why),
+            Self::Wrong(why) | Self::Held(Held { why, .. }) => f.write_str(why),
             Self::Stopping => f.write_str("hooktrail is starting or stopping; try again"),
         }
     }
@@ -74,7 +113,7 @@ impl From<QueueError> for Unchanged {
 
 impl Reloader {
     /// With the configuration that the daemon starts with; the supervisor takes what comes out of the receiver.
-    pub fn new(config: Config, metrics: Metrics) -> (Self, mpsc::Receiver<Change>) {
+    pub fn new(config: Config, metrics: Metrics, removals: Removals, level: log::Level) -> (Self, mpsc::Receiver<Change>) {
         let (changes, receiver) = mpsc::channel(1);
         metrics.configured(config.subscribers.len(), clock::now());
         let inner = Inner {
@@ -83,6 +122,9 @@ impl Reloader {
             files: watch::Sender::new(config.files.clone()),
             current: watch::Sender::new(Arc::new(config)),
             problem: watch::Sender::new(None),
+            held: watch::Sender::new(None),
+            removals,
+            level,
             changes,
             metrics,
             reloading: Mutex::default(),
@@ -111,25 +153,34 @@ impl Reloader {
         self.0.problem.borrow().clone()
     }
 
-    /// What a reload would change now.
+    /// Who was not removed, because nobody has asked for the removal of so many: by a reload, or by the start.
+    pub fn held(&self) -> Option<Held> {
+        let by_reload = self.0.held.borrow().clone();
+        by_reload.or_else(|| self.0.removals.held().map(|held| Held { why: held.to_string(), subscribers: held.missing }))
+    }
+
+    /// What a reload would change now, and whether a changed file alone would not do it.
     ///
     /// # Errors
     /// It would change nothing, and why.
-    pub async fn preview(&self) -> Result<Changes, Unchanged> {
-        let read = self.read().await;
-        self.compare(&read?)
+    pub async fn preview(&self) -> Result<(Changes, bool), Unchanged> {
+        let new = self.read().await?;
+        let changes = self.compare(&new)?;
+        Ok((changes, self.is_drastic(&new).is_some()))
     }
 
-    /// Reads the configuration and puts it into use; `because` is for the log.
+    /// Reads the configuration and puts it into use.
     ///
     /// # Errors
-    /// Nothing was changed, and why; [`problem`](Self::problem) tells it until it is mended.
-    pub async fn reload(&self, because: &str) -> Result<Reloaded, Unchanged> {
+    /// Nothing was changed, and why; [`problem`](Self::problem) or [`held`](Self::held) tells it until that is put right.
+    pub async fn reload(&self, because: Because) -> Result<Reloaded, Unchanged> {
         let _one = self.0.reloading.lock().await;
-        let reloaded = self.try_reload().await;
+        let reloaded = self.try_reload(because).await;
+        let because = because.text();
         match &reloaded {
             Ok(Reloaded { changes, not_bound }) => {
                 self.0.problem.send_replace(None);
+                self.0.held.send_replace(None);
                 self.0.metrics.reloaded(true);
                 self.0.metrics.configured(self.config().subscribers.len(), clock::now());
                 tell(changes, not_bound, because);
@@ -140,34 +191,49 @@ impl Reloader {
                 let problems = why.lines().collect::<Vec<_>>().join("; ");
                 tracing::error!(because, problems, "the configuration was not reloaded");
             }
+            Err(Unchanged::Held(held)) => {
+                self.0.problem.send_replace(None);
+                self.0.metrics.reloaded(false);
+                if self.0.held.send_replace(Some(held.clone())).as_ref() != Some(held) {
+                    tracing::error!(because, subscribers = ?held.subscribers, "the configuration was not reloaded: {}", held.why);
+                }
+            }
             Err(Unchanged::Stopping) => {}
         }
         reloaded
     }
 
-    async fn try_reload(&self) -> Result<Reloaded, Unchanged> {
+    async fn try_reload(&self, because: Because) -> Result<Reloaded, Unchanged> {
         let new = match self.read().await {
             Ok(new) => new,
             Err(e) => {
-                // So that it is noticed when one of these is mended.
+                // So that it is noticed when one of these is put right.
                 self.watch_files(e.files.clone());
                 return Err(e.into());
             }
         };
-        let changes = match self.compare(&new) {
+        let by_operator = matches!(because, Because::Operator(_));
+        let held = self.is_drastic(&new).filter(|_| !by_operator).map(Unchanged::Held);
+        let changes = match self.compare(&new).and_then(|changes| held.map_or(Ok(changes), Err)) {
             Ok(changes) => changes,
             Err(refused) => {
                 self.watch_files(new.files);
                 return Err(refused);
             }
         };
-        let (done, answer) = oneshot::channel();
-        let change = Change { subscribers: new.subscribers.clone(), done };
-        self.0.changes.send(change).await.map_err(|_| Unchanged::Stopping)?;
-        let not_bound = answer.await.map_err(|_| Unchanged::Stopping)??;
+        let before = self.0.removals.configure(new.names(), by_operator);
+        let not_bound = match self.change(new.subscribers.clone()).await {
+            Ok(not_bound) => not_bound,
+            Err(failed) => {
+                self.0.removals.restore(before);
+                return Err(failed);
+            }
+        };
+        self.0.level.set(new.log.level);
         let old = self.config();
-        // What is not used before a restart stays as it is, so that it is told each time.
-        let new = Config { queue: old.queue.clone(), admin: old.admin.clone(), log: old.log, ..new };
+        // What is not used before a restart stays as it is, so that it is reported each time.
+        let log = LogConfig { level: new.log.level, ..old.log };
+        let new = Config { queue: old.queue.clone(), admin: old.admin.clone(), log, ..new };
         self.0.files.send_replace(new.files.clone());
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
@@ -175,11 +241,34 @@ impl Reloader {
         Ok(Reloaded { changes, not_bound })
     }
 
+    /// Gives the supervisor other subscribers; returns who is not bound yet.
+    async fn change(&self, subscribers: Subscribers) -> Result<BTreeSet<String>, Unchanged> {
+        let (done, answer) = oneshot::channel();
+        self.0.changes.send(Change { subscribers, done }).await.map_err(|_| Unchanged::Stopping)?;
+        Ok(answer.await.map_err(|_| Unchanged::Stopping)??)
+    }
+
     async fn read(&self) -> Result<Config, ConfigError> {
-        let path = self.config().path.clone();
-        let reading = tokio::task::spawn_blocking(move || config::load(&path)).await;
+        let current = self.config();
+        let reading = tokio::task::spawn_blocking(move || config::load_again(&current.path, &current.folders)).await;
         // A panic while reading is one of the caller.
         reading.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+    }
+
+    /// Whether so many subscribers would go that it may be files that are away.
+    fn is_drastic(&self, new: &Config) -> Option<Held> {
+        let (before, after) = (self.config().names(), new.names());
+        let subscribers = &before - &after;
+        is_drastic(&before, &after).then(|| Held {
+            why: format!(
+                "it has {} of the {} subscribers in use no more ({}). A changed file alone does not remove so many: if it is meant, run \
+                 `hooktrail reload`, or send SIGHUP or POST /api/v1/reload; until then the configuration before it stays in use",
+                subscribers.len(),
+                before.len(),
+                some_of(&subscribers)
+            ),
+            subscribers,
+        })
     }
 
     fn compare(&self, new: &Config) -> Result<Changes, Unchanged> {
@@ -201,12 +290,25 @@ impl Reloader {
     }
 }
 
+/// A line for each reload, however many subscribers it is about.
 fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
-    if changes.changes.is_empty() {
+    let Changes { changes, settings, needs_restart } = changes;
+    if changes.is_empty() && settings.is_empty() {
         tracing::info!(because, "the configuration was read again; it means the same");
+    } else {
+        let of = |kind: Kind| {
+            let all: Vec<_> = changes.iter().filter(|c| c.change == kind).collect();
+            let keys = |keys: &[&str]| if keys.is_empty() { String::new() } else { format!(" ({})", keys.join(", ")) };
+            let mut text: Vec<String> = all.iter().take(SHOWN).map(|c| format!("{}{}", c.subscriber, keys(&c.keys))).collect();
+            text.extend((all.len() > SHOWN).then(|| format!("{} more", all.len() - SHOWN)));
+            (!text.is_empty()).then(|| text.join(", "))
+        };
+        let settings = (!settings.is_empty()).then(|| settings.join(", "));
+        let (added, changed, removed) = (of(Kind::Added), of(Kind::Changed), of(Kind::Removed));
+        tracing::info!(because, added, changed, removed, settings, "reloaded");
     }
-    for c in &changes.changes {
-        tracing::info!(because, subscriber = c.subscriber, change = c.change.name(), keys = c.keys.join(", "), "reloaded");
+    for c in changes {
+        tracing::debug!(because, subscriber = c.subscriber, change = c.change.name(), keys = c.keys.join(", "), "reloaded a subscriber");
     }
     for subscriber in not_bound {
         tracing::error!(
@@ -215,7 +317,7 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
             "not bound yet, which is tried again without end: until then events of an exchange pass it by, and a relay waits"
         );
     }
-    if !changes.needs_restart.is_empty() {
-        tracing::warn!(keys = changes.needs_restart.join(", "), "these keys have changed and are used after a restart");
+    if !needs_restart.is_empty() {
+        tracing::warn!(keys = needs_restart.join(", "), "these keys have changed and are used after a restart");
     }
 }

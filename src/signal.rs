@@ -11,6 +11,10 @@ use tokio::{
 /// deployment writes more than once.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// What has shrunk, or is gone, has to look the same for so long: a slow copy that begins with an empty file can rest just between two
+/// subscribers, which is valid and takes the others away.
+const SHRUNK: Duration = Duration::from_secs(10);
+
 /// Completes when the process is asked to end.
 ///
 /// # Errors
@@ -56,6 +60,15 @@ pub struct Files {
 /// What tells one content of a file from another, as far as the file system does.
 type Look = BTreeMap<PathBuf, Option<(i64, i64, u64, u64, u64)>>;
 
+/// Whether a file is shorter than before, or is gone.
+fn has_shrunk(before: &Look, now: &Look) -> bool {
+    before.iter().any(|(path, before)| match (before, now.get(path)) {
+        (Some((_, _, before, ..)), Some(Some((_, _, now, ..)))) => now < before,
+        (Some(_), Some(None)) => true,
+        (_, None) | (None, _) => false,
+    })
+}
+
 fn look(names: &[PathBuf]) -> Look {
     let of = |path: &PathBuf| {
         let found = std::fs::metadata(path).ok();
@@ -71,9 +84,9 @@ impl Files {
         Self { names, seen }
     }
 
-    /// Waits until a file is another than when this was asked last, and has been left alone for a moment.
+    /// Waits until a file is another than when this was asked last, and has been left alone for a moment; for longer if it has shrunk.
     pub async fn changed(&mut self) {
-        let mut before: Option<Look> = None;
+        let mut change = Change::default();
         loop {
             tokio::time::sleep(LOOK).await;
             let names = self.names.borrow_and_update().clone();
@@ -81,20 +94,42 @@ impl Files {
             let Ok(now) = tokio::task::spawn_blocking(move || look(&names)).await else { continue };
             // Of files that are looked at for the first time it is not known how they were.
             self.seen.retain(|path, _| now.contains_key(path));
-            if before.is_none() {
+            if change.last.is_none() {
                 for (path, found) in &now {
                     self.seen.entry(path.clone()).or_insert(*found);
                 }
             }
-            if now == self.seen {
-                before = None;
-            } else if before.as_ref() == Some(&now) {
+            if change.is_over(&self.seen, &now) {
                 self.seen = now;
                 return;
-            } else {
-                before = Some(now);
             }
         }
+    }
+}
+
+/// A change that may still go on.
+#[derive(Debug, Default)]
+struct Change {
+    /// Where something was another than before it.
+    last: Option<Look>,
+    /// So long it has looked like that.
+    alone_for: Duration,
+    /// Something was, at any time of it.
+    shrunk: bool,
+}
+
+impl Change {
+    /// Told of each look, [`LOOK`] apart; `before` is how the files were.
+    fn is_over(&mut self, before: &Look, now: &Look) -> bool {
+        if now == before {
+            *self = Self::default();
+            return false;
+        }
+        self.shrunk |= has_shrunk(before, now);
+        let same = self.last.as_ref() == Some(now);
+        self.alone_for = if same { self.alone_for + LOOK } else { Duration::ZERO };
+        self.last = Some(now.clone());
+        self.alone_for >= if self.shrunk { SHRUNK } else { LOOK }
     }
 }
 
@@ -116,6 +151,29 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(30), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+    }
+
+    #[test]
+    fn a_file_that_has_shrunk_is_a_change_when_it_has_been_left_alone_for_a_while() {
+        let of = |bytes: Option<u64>| Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))]);
+        // After so many looks at these lengths; `None` is no file.
+        let after = |before: Option<u64>, looks: Vec<Option<u64>>| {
+            let mut change = Change::default();
+            looks.into_iter().position(|now| change.is_over(&of(before), &of(now))).map(|n| n + 1)
+        };
+        let rests = usize::try_from(SHRUNK.as_secs() / LOOK.as_secs()).expect("small");
+        let for_ever = |bytes| vec![bytes; 1000];
+        assert_eq!(after(Some(10), for_ever(Some(11))), Some(2), "one that has grown");
+        assert_eq!(after(None, for_ever(Some(11))), Some(2), "one that has come");
+        assert_eq!(after(Some(10), for_ever(Some(9))), Some(rests + 1), "one that is shorter now");
+        assert_eq!(after(Some(10), for_ever(None)), Some(rests + 1), "one that is gone");
+        assert_eq!(after(Some(10), for_ever(Some(10))), None);
+        // A slow copy: nothing, then a part that rests, then the rest of it.
+        let pause = rests - 1;
+        let copy = [Some(0), Some(3), Some(7)].into_iter().flat_map(|bytes| std::iter::repeat_n(bytes, pause));
+        assert_eq!(after(Some(10), copy.chain(for_ever(Some(12))).collect()), Some(3 * pause + rests + 1));
+        let back = std::iter::repeat_n(Some(3), pause).chain([Some(10)]).chain(for_ever(Some(11)));
+        assert_eq!(after(Some(10), back.collect()), Some(pause + 3), "what is as it was is no change");
     }
 
     fn link(to: &Path, at: &Path) {

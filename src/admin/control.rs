@@ -28,7 +28,7 @@ use crate::{
     config::{Subscriber, changes::Changes},
     queue::{DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
     rehearsal,
-    reload::{Reloaded, Reloader, Unchanged},
+    reload::{Because, Held, Reloaded, Reloader, Unchanged},
     status::{Board, Circuit, Looked, State as LaneState, View},
     supervisor::Phase,
 };
@@ -115,10 +115,10 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
         let moving = control.clone();
         control.wished(&headers, body, async |which| to_its_end(async move { moving.retry_now(&name, which).await }).await).await
     };
-    let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(told).map_err(unchanged));
+    let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(previewed).map_err(unchanged));
     let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
         let reloader = control.reloader.clone();
-        let reload = async move { reloader.reload("the API").await.map(told_after).map_err(unchanged) };
+        let reload = async move { reloader.reload(Because::Operator("the API")).await.map(told_after).map_err(unchanged) };
         control.wished(&headers, body, async |_: Wish| to_its_end(reload).await).await
     };
     Router::new()
@@ -146,17 +146,23 @@ async fn to_its_end(work: impl Future<Output = Result<Value, Refusal>> + Send + 
     tokio::spawn(work).await.map_err(gave_up)?
 }
 
-fn told(changes: Changes) -> Value {
-    json!({ "changes": changes.changes, "needs_restart": changes.needs_restart })
+fn previewed((changes, waits): (Changes, bool)) -> Value {
+    let Changes { changes, settings, needs_restart } = changes;
+    json!({ "changes": changes, "settings": settings, "needs_restart": needs_restart, "waits_for_operator": waits })
 }
 
 fn told_after(Reloaded { changes, not_bound }: Reloaded) -> Value {
-    json!({ "changes": changes.changes, "needs_restart": changes.needs_restart, "not_bound": not_bound })
+    let Changes { changes, settings, needs_restart } = changes;
+    json!({ "changes": changes, "settings": settings, "needs_restart": needs_restart, "not_bound": not_bound })
+}
+
+fn held(Held { subscribers, why }: Held) -> Value {
+    json!({ "subscribers": subscribers, "why": why })
 }
 
 fn unchanged(why: Unchanged) -> Refusal {
     match why {
-        Unchanged::Wrong(_) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, why.to_string()),
+        Unchanged::Wrong(_) | Unchanged::Held(_) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, why.to_string()),
         Unchanged::Stopping => Refusal::unavailable(why.to_string()),
     }
 }
@@ -217,7 +223,7 @@ impl<Q: Queue> Control<Q> {
         let found = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "phase": self.phase.borrow().name(),
-            "config": { "file": config.path.display().to_string(), "problem": self.reloader.problem() },
+            "config": { "file": config.path.display().to_string(), "problem": self.reloader.problem(), "held": self.reloader.held().map(held) },
             "queue": {
                 "up": self.queue.is_reachable(),
                 "looked_at": looked.as_ref().map(|l| rfc3339(l.at)),
@@ -380,6 +386,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{self, Config},
+        log,
         metrics::Metrics,
         queue::fake::Fake,
         supervisor::Change,
@@ -416,7 +423,7 @@ mod tests {
 
     async fn serve(config: Config) -> Served {
         let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
-        let (reloader, changes) = Reloader::new(config, metrics.clone());
+        let (reloader, changes) = Reloader::new(config, metrics.clone(), queue.removals().clone(), log::Level::default());
         let phase = watch::Sender::new(Phase::Running).subscribe();
         let (ends, ended) = mpsc::unbounded_channel();
         let watched = middleware::from_fn(move |request: Request, next: Next| {

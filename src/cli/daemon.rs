@@ -47,6 +47,39 @@ pub(super) async fn resume(asked: &Asked, name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {
+    let answer = Daemon::of(asked)?.post("reload", &json!({})).await?;
+    print!("{}", reloaded(&answer));
+    Ok(())
+}
+
+/// What a reload has changed, a line for each.
+fn reloaded(answer: &Value) -> String {
+    let array = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let words = |value: &Value| array(value).iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join(", ");
+    let mut lines = Vec::new();
+    for change in array(&answer["changes"]) {
+        let (name, keys) = (visible(change["subscriber"].as_str().unwrap_or_default()), words(&change["keys"]));
+        let keys = if keys.is_empty() { keys } else { format!(": {keys}") };
+        lines.push(format!("{} `{name}`{keys}", change["change"].as_str().map(visible).unwrap_or_default()));
+    }
+    let settings = words(&answer["settings"]);
+    if !settings.is_empty() {
+        lines.push(format!("changed {settings}"));
+    }
+    if lines.is_empty() {
+        lines.push("Nothing has changed.".to_owned());
+    }
+    let (restart, unbound) = (words(&answer["needs_restart"]), words(&answer["not_bound"]));
+    if !restart.is_empty() {
+        lines.push(format!("Used after a restart: {restart}"));
+    }
+    if !unbound.is_empty() {
+        lines.push(format!("Not bound yet, which is tried again without end; the log says why: {unbound}"));
+    }
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
 /// The running daemon of a configuration, as far as one answers.
 #[derive(Debug)]
 pub(super) struct Daemon<'c> {

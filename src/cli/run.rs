@@ -1,16 +1,19 @@
 //! `run`: the daemon.
 
+use std::path::Path;
+
 use tokio::{sync::watch, task::JoinSet};
 
-use super::{Failed, daemon, log};
+use super::{Failed, daemon};
 use crate::{
     admin::Admin,
     clock,
-    config::{Backend, Config},
+    config::{self, Backend, Config},
     doctor,
+    log::{Level, Log},
     metrics::Metrics,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    reload::Reloader,
+    reload::{Because, Reloader},
     resources,
     signal::{self, Files, Hangups},
     status::Board,
@@ -18,20 +21,47 @@ use crate::{
     systemd,
 };
 
-pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
+pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
     // First of all: a signal that comes while the daemon starts must not end it in another way than later.
     let signals = (signal::stop()?, Hangups::listen()?);
-    log(config.log);
+    let config = config::load(path);
+    let format = config.as_ref().map_or_else(|_| config::log_of(path), |config| config.log);
+    let metrics = Metrics::new(clock::now());
+    let (log, level) = Log::start(format, metrics.dropped_lines())?;
+    let ended = match config {
+        Ok(config) => start(config, level, metrics, force, signals).await,
+        Err(e) => Err(Failed::Config(e)),
+    };
+    // Not printed: nothing may wait for a log that nobody reads.
+    let ended = ended.map_err(|failed| {
+        let error = match &failed {
+            Failed::Usage(why) | Failed::Runtime(why) => why.clone(),
+            Failed::Config(e) => e.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+            Failed::Logged(_) => String::new(),
+        };
+        log.fatal(&error, &failed.to_string());
+        Failed::Logged(failed.exit_code())
+    });
+    log.finish();
+    ended
+}
+
+async fn start(
+    config: Config,
+    level: Level,
+    metrics: Metrics,
+    force: bool,
+    signals: (impl Future<Output = ()>, Hangups),
+) -> Result<(), Failed> {
     resources::raise_open_files();
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
     }
-    let metrics = Metrics::new(clock::now());
     match &config.queue.backend {
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
-            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, metrics, signals).await
+            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, level, metrics, signals).await
         }
         Backend::Amqp(amqp) => {
             if !force && EmbeddedQueue::holds_undelivered(&config.queue.embedded).await? {
@@ -42,7 +72,7 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
                 )));
             }
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), broker = %amqp.url, "starting");
-            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, metrics, signals).await
+            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, level, metrics, signals).await
         }
     }
 }
@@ -50,6 +80,7 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
 async fn deliver(
     queue: impl Queue,
     config: Config,
+    level: Level,
     metrics: Metrics,
     (shutdown, hangups): (impl Future<Output = ()>, Hangups),
 ) -> Result<(), Failed> {
@@ -59,7 +90,7 @@ async fn deliver(
     };
     let board = Board::new(metrics.clone());
     let subscribers = config.subscribers.clone();
-    let (reloader, changes) = Reloader::new(config, metrics);
+    let (reloader, changes) = Reloader::new(config, metrics, queue.removals().clone(), level);
     let (phase, phases) = watch::channel(Phase::Starting);
     let told = tokio::spawn(systemd::follow(phases.clone()));
     let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
@@ -85,7 +116,7 @@ async fn reload_when_told(reloader: Reloader, mut hangups: Hangups, phases: watc
             systemd::reloading();
         }
         // The log has told what came of it.
-        drop(reloader.reload("SIGHUP").await);
+        drop(reloader.reload(Because::Operator("SIGHUP")).await);
         if running && is_running() {
             systemd::ready();
         }
@@ -96,6 +127,6 @@ async fn reload_when_files_change(reloader: Reloader) {
     let mut files = Files::new(reloader.files());
     loop {
         files.changed().await;
-        drop(reloader.reload("a file of the configuration has changed").await);
+        drop(reloader.reload(Because::Files("a file of the configuration has changed")).await);
     }
 }

@@ -56,6 +56,9 @@ fn table(found: &Value) -> String {
     if let Some(problem) = found["config"]["problem"].as_str() {
         line(&format!("The configuration was not reloaded; the one before it is in use:\n{}\n", lines(problem)));
     }
+    if let Some(why) = found["config"]["held"]["why"].as_str() {
+        line(&format!("Removals wait for an operator: {}\n", visible(why)));
+    }
     if found["phase"] != "running" {
         line(&format!("The daemon is {}.\n", text(&found["phase"])));
     }
@@ -208,7 +211,7 @@ mod tests {
     fn the_table_says_what_is_wrong_and_drives_no_terminal() {
         let found = json!({
             "phase": "draining",
-            "config": { "problem": "h.toml:3:1: x: is wrong\nanother \u{1b}[2J" },
+            "config": { "problem": "h.toml:3:1: x: is wrong\nanother \u{1b}[2J", "held": { "subscribers": ["x"], "why": "2 of 2 (x)" } },
             "queue": { "up": false, "error": null, "orphans": 2, "looked_at": "2020-01-01T00:00:00Z" },
             "subscribers": [
                 { "subscriber": "a", "state": "ok", "backlog": 3, "in_hand": 1, "in_retry": 0, "next_retry_at": null, "dead": 0,
@@ -226,6 +229,7 @@ mod tests {
         let shown = table(&found);
         for part in [
             "h.toml:3:1: x: is wrong\nanother \\u{1b}[2J",
+            "wait for an operator: 2 of 2 (x)",
             "The daemon is draining.",
             "The queue cannot be used",
             "a           ok",

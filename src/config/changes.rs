@@ -1,17 +1,22 @@
 //! What is different between two configurations: keys, never values.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde::Serialize;
 
-use super::{Backend, Config, Intake, Subscriber};
-use crate::secret::SecretUrl;
+use super::{Backend, Config, HttpPolicy, Intake, Subscriber};
+use crate::{address::AddressPolicy, batch::BatchPolicy, circuit_breaker::BreakerPolicy, retry::RetryOptions, secret::SecretUrl};
 
 /// What a reload changes, or would.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Changes {
     /// By name.
     pub changes: Vec<Change>,
+    /// Keys of no subscriber whose new values are used.
+    pub settings: Vec<&'static str>,
     /// Keys whose new values are not used before a restart.
     pub needs_restart: Vec<&'static str>,
 }
@@ -43,7 +48,30 @@ impl Kind {
     }
 }
 
+/// From how many subscribers on the loss of more than half of them is one that somebody has to ask for.
+const FEW: usize = 4;
+
+/// Whether so many subscribers go at once that it looks like files that are away rather than like a wish: all of them, or more than half
+/// of at least four. A lone one that another takes the place of was given another name.
+pub fn is_drastic(before: &BTreeSet<String>, after: &BTreeSet<String>) -> bool {
+    let gone = before.difference(after).count();
+    let all = gone > 0 && gone == before.len() && (gone > 1 || after.is_empty());
+    all || (before.len() >= FEW && gone * 2 > before.len())
+}
+
+impl Changes {
+    /// Who would be removed.
+    pub fn removed(&self) -> BTreeSet<String> {
+        self.changes.iter().filter(|c| c.change == Kind::Removed).map(|c| c.subscriber.clone()).collect()
+    }
+}
+
 impl Config {
+    /// By name.
+    pub fn names(&self) -> BTreeSet<String> {
+        self.subscribers.iter().map(|s| s.name.clone()).collect()
+    }
+
     /// From this one to `new`.
     ///
     /// # Errors
@@ -68,17 +96,18 @@ impl Config {
         let removed = old_ones.into_keys().filter(|name| !new_ones.contains_key(name));
         changes.extend(removed.map(|subscriber| Change { subscriber, change: Kind::Removed, keys: Vec::new() }));
         changes.sort_by(|a, b| a.subscriber.cmp(&b.subscriber));
-        let mut needs_restart = Vec::new();
-        let mut restart = |key, same: bool| {
-            if !same {
-                needs_restart.push(key)
-            }
-        };
-        restart("admin.listen", self.admin.listen == new.admin.listen);
-        restart("admin.token", self.admin.token == new.admin.token);
-        restart("log", self.log == new.log);
-        restart("queue.management_url", self.queue.management_url() == new.queue.management_url());
-        Ok(Changes { changes, needs_restart })
+        let differing = |keys: &[(&'static str, bool)]| keys.iter().filter(|(_, same)| !same).map(|(key, _)| *key).collect::<Vec<_>>();
+        let settings = differing(&[
+            ("shutdown_timeout", self.shutdown_timeout == new.shutdown_timeout),
+            ("log.level", self.log.level == new.log.level),
+        ]);
+        let needs_restart = differing(&[
+            ("admin.listen", self.admin.listen == new.admin.listen),
+            ("admin.token", self.admin.token == new.admin.token),
+            ("log.format", self.log.json == new.log.json),
+            ("queue.management_url", self.queue.management_url() == new.queue.management_url()),
+        ]);
+        Ok(Changes { changes, settings, needs_restart })
     }
 }
 
@@ -129,6 +158,12 @@ impl Subscriber {
         // Whatever is added to a subscriber has to be named here: the compiler asks for it.
         let Self { name, url, events, format, secrets, signer, headers, auth, tls, batch, http, retry, circuit_breaker, event_ids, paused } =
             self;
+        let BatchPolicy { max_events, max_bytes, max_wait } = batch;
+        let HttpPolicy { timeout, connect_timeout, concurrency, success, allow_http, addresses, proxy } = http;
+        let AddressPolicy { allow_private, allow } = addresses;
+        let BreakerPolicy { failures, open_for, max_open_for } = circuit_breaker;
+        let RetryOptions { initial_interval, multiplier, randomization_factor, max_interval, max_attempts, max_elapsed_time, on_exhausted } =
+            retry.options();
         debug_assert_eq!(*name, new.name);
         compare("url", *url == new.url);
         compare("events", events.iter().map(|p| p.as_str()).eq(new.events.iter().map(|p| p.as_str())));
@@ -140,28 +175,28 @@ impl Subscriber {
         compare("tls", tls.is_same(&new.tls));
         compare("event_ids", *event_ids == new.event_ids);
         compare("paused", *paused == new.paused);
-        compare("batch.max_events", batch.max_events == new.batch.max_events);
-        compare("batch.max_bytes", batch.max_bytes == new.batch.max_bytes);
-        compare("batch.max_wait", batch.max_wait == new.batch.max_wait);
-        compare("http.timeout", http.timeout == new.http.timeout);
-        compare("http.connect_timeout", http.connect_timeout == new.http.connect_timeout);
-        compare("http.concurrency", http.concurrency == new.http.concurrency);
-        compare("http.success", http.success == new.http.success);
-        compare("http.allow_http", http.allow_http == new.http.allow_http);
-        compare("http.allow_private_addresses", http.addresses.allow_private == new.http.addresses.allow_private);
-        compare("http.allow_addresses", http.addresses.allow == new.http.addresses.allow);
-        compare("http.proxy", http.proxy == new.http.proxy);
-        let (r, n) = (retry.options(), new.retry.options());
-        compare("retry.initial_interval", r.initial_interval == n.initial_interval);
-        compare("retry.multiplier", r.multiplier == n.multiplier);
-        compare("retry.randomization_factor", r.randomization_factor == n.randomization_factor);
-        compare("retry.max_interval", r.max_interval == n.max_interval);
-        compare("retry.max_attempts", r.max_attempts == n.max_attempts);
-        compare("retry.max_elapsed_time", r.max_elapsed_time == n.max_elapsed_time);
-        compare("retry.on_exhausted", r.on_exhausted == n.on_exhausted);
-        compare("circuit_breaker.failures", circuit_breaker.failures == new.circuit_breaker.failures);
-        compare("circuit_breaker.open_for", circuit_breaker.open_for == new.circuit_breaker.open_for);
-        compare("circuit_breaker.max_open_for", circuit_breaker.max_open_for == new.circuit_breaker.max_open_for);
+        compare("batch.max_events", *max_events == new.batch.max_events);
+        compare("batch.max_bytes", *max_bytes == new.batch.max_bytes);
+        compare("batch.max_wait", *max_wait == new.batch.max_wait);
+        compare("http.timeout", *timeout == new.http.timeout);
+        compare("http.connect_timeout", *connect_timeout == new.http.connect_timeout);
+        compare("http.concurrency", *concurrency == new.http.concurrency);
+        compare("http.success", *success == new.http.success);
+        compare("http.allow_http", *allow_http == new.http.allow_http);
+        compare("http.allow_private_addresses", *allow_private == new.http.addresses.allow_private);
+        compare("http.allow_addresses", *allow == new.http.addresses.allow);
+        compare("http.proxy", *proxy == new.http.proxy);
+        let n = new.retry.options();
+        compare("retry.initial_interval", initial_interval == n.initial_interval);
+        compare("retry.multiplier", multiplier == n.multiplier);
+        compare("retry.randomization_factor", randomization_factor == n.randomization_factor);
+        compare("retry.max_interval", max_interval == n.max_interval);
+        compare("retry.max_attempts", max_attempts == n.max_attempts);
+        compare("retry.max_elapsed_time", max_elapsed_time == n.max_elapsed_time);
+        compare("retry.on_exhausted", on_exhausted == n.on_exhausted);
+        compare("circuit_breaker.failures", *failures == new.circuit_breaker.failures);
+        compare("circuit_breaker.open_for", *open_for == new.circuit_breaker.open_for);
+        compare("circuit_breaker.max_open_for", *max_open_for == new.circuit_breaker.max_open_for);
         keys
     }
 }
@@ -237,6 +272,27 @@ mod tests {
     }
 
     #[test]
+    fn who_loses_all_subscribers_or_most_of_many_has_to_be_asked() {
+        let names = |text: &str| text.split_whitespace().map(str::to_owned).collect::<BTreeSet<_>>();
+        for (before, after, drastic) in [
+            ("", "", false),
+            ("", "a", false),
+            ("a", "a", false),
+            ("a", "", true),
+            ("a", "b", false),
+            ("a b", "c d", true),
+            ("a b", "b", false),
+            ("a b c", "c", false),
+            ("a b c d", "a b", false),
+            ("a b c d", "a", true),
+            ("a b c d", "a x y z", true),
+            ("a b c d e", "a b c x", false),
+        ] {
+            assert_eq!(is_drastic(&names(before), &names(after)), drastic, "{before} -> {after}");
+        }
+    }
+
+    #[test]
     fn who_comes_and_goes_is_told_and_what_needs_a_restart() {
         let before = load(BEFORE);
         let other = BEFORE.replace("name = \"a\"", "name = \"b\"");
@@ -244,9 +300,12 @@ mod tests {
         let found = before.changes_to(&load(&format!("admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"))).expect("can be");
         let told: Vec<_> = found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
         assert_eq!(told, [("a", Kind::Removed), ("b", Kind::Added)]);
-        assert_eq!(found.needs_restart, ["admin.listen", "log", "queue.management_url"]);
+        assert_eq!(found.needs_restart, ["admin.listen", "log.format", "queue.management_url"]);
         let json = serde_json::to_value(&found).expect("prints");
         assert_eq!(json["changes"][1]["change"], "added");
+        let found = before.changes_to(&load(&format!("shutdown_timeout = \"1s\"\nlog.level = \"debug\"\n{BEFORE}"))).expect("can be");
+        assert!(found.changes.is_empty() && found.needs_restart.is_empty());
+        assert_eq!(found.settings, ["shutdown_timeout", "log.level"]);
     }
 
     #[test]

@@ -57,7 +57,11 @@ impl Source {
 
     /// A path that this file names: relative ones are relative to it.
     pub(super) fn relative(&self, path: &str) -> PathBuf {
-        self.path.parent().unwrap_or(Path::new("")).join(path)
+        self.folder().join(path)
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
     }
 }
 
@@ -66,8 +70,11 @@ pub(super) struct Reader<'e> {
     env: &'e dyn Fn(&str) -> Option<String>,
     /// Where there is no disk: the files that there are.
     memory: Option<&'e [(&'e str, &'e str)]>,
+    /// Folders that subscribers in use came from.
+    before: &'e [PathBuf],
     problems: RefCell<Vec<Problem>>,
     files: RefCell<BTreeSet<PathBuf>>,
+    folders: RefCell<BTreeSet<PathBuf>>,
 }
 
 /// A table and the keys it may have.
@@ -116,7 +123,12 @@ impl<'d> Section<'d> {
 
 impl<'e> Reader<'e> {
     pub(super) fn new(env: &'e dyn Fn(&str) -> Option<String>) -> Self {
-        Self { env, memory: None, problems: RefCell::default(), files: RefCell::default() }
+        Self { env, memory: None, before: &[], problems: RefCell::default(), files: RefCell::default(), folders: RefCell::default() }
+    }
+
+    /// For a daemon whose subscribers came from these folders.
+    pub(super) fn after(env: &'e dyn Fn(&str) -> Option<String>, before: &'e [PathBuf]) -> Self {
+        Self { before, ..Self::new(env) }
     }
 
     /// For a configuration that a stranger wrote, whose paths may name anything.
@@ -148,6 +160,21 @@ impl<'e> Reader<'e> {
     /// Notes that the configuration is made of this file, or of what is in this folder.
     pub(super) fn depends_on(&self, path: &Path) {
         self.files.borrow_mut().insert(path.to_owned());
+    }
+
+    /// Whether subscribers in use came from this folder.
+    pub(super) fn is_in_use(&self, folder: &Path) -> bool {
+        self.before.iter().any(|f| f == folder)
+    }
+
+    /// Notes that subscribers come from this folder.
+    pub(super) fn uses(&self, folder: &Path) {
+        self.folders.borrow_mut().insert(folder.to_owned());
+    }
+
+    /// What [`uses`](Self::uses) has noted.
+    pub(super) fn used(&self) -> Vec<PathBuf> {
+        self.folders.borrow().iter().cloned().collect()
     }
 
     pub(super) fn is_clean(&self) -> bool {

@@ -70,7 +70,10 @@ use crate::{
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
     finding::Finding,
     metrics::Metrics,
-    queue::{Depth, Depths, Harms, Hastened, NewEvent, Published, Queue, QueueError, Standing, Standings, Troubles, WaitingList, Window},
+    queue::{
+        Depth, Depths, Harms, Hastened, NewEvent, Published, Queue, QueueError, Removals, Standing, Standings, Troubles, WaitingList,
+        Window,
+    },
     retry::Waits,
     wording::counted,
 };
@@ -89,6 +92,7 @@ struct Inner {
     standings: watch::Sender<Option<Standings>>,
     /// What this daemon has recorded of whom, until it has read that: it counts already.
     recorded: Mutex<HashMap<String, Standing>>,
+    removals: Removals,
     /// Subscribers that the record says were removed.
     removed: watch::Sender<BTreeSet<String>>,
     /// The patterns of those for whom this was made ready last: what they want is not unbound.
@@ -146,6 +150,7 @@ impl AmqpQueue {
             publisher: OnceLock::new(),
             standings: watch::Sender::new(None),
             recorded: Mutex::default(),
+            removals: Removals::default(),
             removed: watch::Sender::default(),
             prepared: tokio::sync::Mutex::default(),
             follows: AtomicBool::new(false),
@@ -667,6 +672,10 @@ impl Queue for AmqpQueue {
 
     fn troubles(&self) -> watch::Receiver<Troubles> {
         self.0.troubles.subscribe()
+    }
+
+    fn removals(&self) -> &Removals {
+        &self.0.removals
     }
 
     fn standings(&self) -> watch::Receiver<Option<Standings>> {

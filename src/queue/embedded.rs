@@ -36,7 +36,8 @@ use crate::{
     event::Pattern,
     finding::Finding,
     queue::{
-        Depth, Depths, Hastened, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Standing, Standings, WaitingList, Window,
+        Depth, Depths, Hastened, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Removals, Standing, Standings,
+        WaitingList, Window,
     },
     retry::Waits,
 };
@@ -63,6 +64,7 @@ struct Inner {
     /// Counts commits that may bring a lane something to do.
     news: watch::Sender<u64>,
     standings: watch::Sender<Option<Standings>>,
+    removals: Removals,
     /// For whom this was made ready last.
     prepared: Mutex<BTreeSet<String>>,
 }
@@ -102,7 +104,8 @@ impl EmbeddedQueue {
         let news = watch::Sender::new(0);
         let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let retention = config.retention;
-        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings: watch::Sender::new(None), prepared: Mutex::default() })))
+        let (standings, removals, prepared) = (watch::Sender::new(None), Removals::default(), Mutex::default());
+        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings, removals, prepared })))
     }
 
     /// Whether the database in a directory holds what was not delivered, if there is one.
@@ -163,7 +166,8 @@ impl EmbeddedQueue {
     /// Ends the segments of configurations that are no more and begins those of today's.
     async fn bind(&self, subscribers: &[Arc<Subscriber>], only_missing: bool) -> Result<(), QueueError> {
         let wanted: Vec<(String, String)> = subscribers.iter().map(|s| (s.name.clone(), patterns_text(&s.events))).collect();
-        let changes = self.store().write(move |db| sync_segments(db, &wanted, only_missing)).await?;
+        let removals = (!only_missing).then(|| self.0.removals.clone());
+        let changes = self.store().write(move |db| sync_segments(db, &wanted, removals.as_ref())).await?;
         for change in changes {
             tracing::warn!("{change}");
         }
@@ -172,7 +176,12 @@ impl EmbeddedQueue {
 
     /// What was configured anew is bound already, unless the file could not be written just then.
     async fn bind_again(&self, mut subscribers: watch::Receiver<Subscribers>) {
-        while subscribers.changed().await.is_ok() {
+        let mut removals = self.0.removals.changes();
+        loop {
+            tokio::select! {
+                changed = subscribers.changed() => if changed.is_err() { return },
+                Ok(()) = removals.changed() => {}
+            }
             let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
             loop {
                 let current = subscribers.borrow_and_update().clone();
@@ -327,6 +336,10 @@ impl Queue for EmbeddedQueue {
         self.store().is_behind()
     }
 
+    fn removals(&self) -> &Removals {
+        &self.0.removals
+    }
+
     fn standings(&self) -> watch::Receiver<Option<Standings>> {
         self.0.standings.subscribe()
     }
@@ -472,8 +485,8 @@ fn newest(db: &Connection) -> rusqlite::Result<i64> {
     Ok(seq.unwrap_or(0))
 }
 
-/// Returns what was changed, for the log.
-fn sync_segments(db: &Connection, wanted: &[(String, String)], only_missing: bool) -> rusqlite::Result<Vec<String>> {
+/// Returns what was changed, for the log. Without `removals` only what is missing is added.
+fn sync_segments(db: &Connection, wanted: &[(String, String)], removals: Option<&Removals>) -> rusqlite::Result<Vec<String>> {
     let newest = newest(db)?;
     let open: Vec<(i64, String, String)> = db
         .prepare("SELECT id, subscriber, patterns FROM segment WHERE upto IS NULL")?
@@ -483,7 +496,7 @@ fn sync_segments(db: &Connection, wanted: &[(String, String)], only_missing: boo
     for (name, patterns) in wanted {
         let old = open.iter().find(|(_, n, _)| n == name);
         match old {
-            Some((_, _, old)) if old == patterns || only_missing => continue,
+            Some((_, _, old)) if old == patterns || removals.is_none() => continue,
             Some((id, _, old)) => {
                 end_segment(db, *id, name, &parse_patterns(old), newest)?;
                 changes.push(format!("subscriber `{name}`: its patterns have changed, for events from now on"));
@@ -492,8 +505,10 @@ fn sync_segments(db: &Connection, wanted: &[(String, String)], only_missing: boo
         }
         db.execute("INSERT INTO segment (subscriber, patterns, after) VALUES (?1, ?2, ?3)", params![name, patterns, newest])?;
     }
-    if !only_missing {
-        for (id, name, patterns) in open.iter().filter(|(_, n, _)| wanted.iter().all(|(w, _)| w != n)) {
+    if let Some(removals) = removals {
+        let wanted: BTreeSet<String> = wanted.iter().map(|(name, _)| name.clone()).collect();
+        removals.judge(&open.iter().map(|(_, name, _)| name.clone()).collect(), &wanted);
+        for (id, name, patterns) in open.iter().filter(|(_, name, _)| !wanted.contains(name) && removals.may_unbind(name)) {
             end_segment(db, *id, name, &parse_patterns(patterns), newest)?;
             changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
         }
@@ -616,6 +631,11 @@ mod tests {
         taken.iter().map(receipt).collect()
     }
 
+    /// As a reload does before it gives the queue other subscribers.
+    fn configure(queue: &EmbeddedQueue, subscribers: &[Arc<Subscriber>]) {
+        queue.removals().configure(subscribers.iter().map(|s| s.name.clone()).collect(), true);
+    }
+
     async fn stored(queue: &EmbeddedQueue) -> u32 {
         queue.store().read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0))).await.expect("counts")
     }
@@ -658,6 +678,7 @@ mod tests {
         queue.prepare(&all).await.expect("prepares");
         publish(&queue, "x", 5).await;
         publish(&queue, "z", 1).await;
+        configure(&queue, &all[..1]);
         queue.prepare(&all[..1]).await.expect("prepares");
         let (mut source, settler) = queue.open(&all[0], WINDOW).await.expect("opens");
         let receipts = take(&mut source).await;
@@ -793,6 +814,7 @@ mod tests {
         let (chores, subscribers) = (queue.clone(), configured.subscribe());
         let (_stop, stopping) = watch::channel(false);
         let chores = tokio::spawn(async move { chores.chores(subscribers, stopping).await });
+        configure(&queue, &both[..1]);
         configured.send_replace(both[..1].into());
         until("b is unbound", async || !is_bound(&queue, "b").await).await;
         publish(&queue, "x", 3).await;
@@ -800,6 +822,7 @@ mod tests {
         queue.store().write(|db| db.execute_batch(refuse)).await.expect("writes");
         let commits = queue.store().commits();
         let before = *commits.borrow();
+        configure(&queue, &both);
         configured.send_replace(both.clone());
         // One may still be that of the trigger.
         until("it was tried", async || *commits.borrow() >= before + 2).await;
@@ -837,10 +860,13 @@ mod tests {
         queue.store().write(|db| db.execute_batch(refuse)).await.expect("writes");
         let commits = queue.store().commits();
         let commits_before = *commits.borrow();
+        configure(&queue, &both[..1]);
         configured.send_replace(both[..1].into());
         // One may still be that of the trigger.
         until("it was tried", async || *commits.borrow() >= commits_before + 2).await;
+        configure(&queue, &both);
         queue.prepare(&both).await.expect("it is bound still");
+        configure(&queue, &both);
         configured.send_replace(both.clone());
         queue.store().write(|db| db.execute_batch("DROP TRIGGER refuse")).await.expect("writes");
         // One more, who is bound after what was still to be tried again.
@@ -861,6 +887,7 @@ mod tests {
             queue.store().write(rename).await.expect("writes");
         };
         rename("standing", "hidden").await;
+        configure(&queue, &both[..1]);
         queue.prepare(&both[..1]).await.expect_err("nobody knows who is paused");
         rename("hidden", "standing").await;
         publish(&queue, "x", 1).await;
@@ -886,6 +913,7 @@ mod tests {
         let refused = async |with_events| queue.prune("b", with_events).await.expect_err("refuses").to_string();
         assert!(refused(true).await.contains("still gets events"));
         assert_eq!(everything().await, before);
+        configure(&queue, &both[..1]);
         queue.prepare(&both[..1]).await.expect("prepares");
         let before = everything().await;
         assert!(refused(false).await.contains("holds something by now"));

@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Depths, Envelope, Event, Hastened, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, SettleError, Settlement,
-    Settler, Source, Standing, Standings, Taken, WaitingList, Window,
+    DeadLetters, Depths, Envelope, Event, Hastened, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, Removals, SettleError,
+    Settlement, Settler, Source, Standing, Standings, Taken, WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -18,13 +18,13 @@ use crate::{
 };
 
 #[derive(Debug, Clone)]
-pub(crate) struct Fake(Arc<Mutex<State>>);
+pub(crate) struct Fake(Arc<Mutex<State>>, Removals);
 
 impl Default for Fake {
     fn default() -> Self {
         let state = State::default();
         state.standings.send_replace(Some(Standings::default()));
-        Self(Arc::new(Mutex::new(state)))
+        Self(Arc::new(Mutex::new(state)), Removals::default())
     }
 }
 
@@ -127,6 +127,10 @@ impl Queue for Fake {
 
     async fn publish(&self, _: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
         Err(QueueError::new("not part of this fake"))
+    }
+
+    fn removals(&self) -> &Removals {
+        &self.1
     }
 
     fn standings(&self) -> watch::Receiver<Option<Standings>> {

@@ -24,7 +24,7 @@ const LAYERS: &[&[&str]] = &[
     ],
     &["batch", "handshake", "signature", "tls"],
     &["config", "metrics"],
-    &["endpoint", "queue", "signal", "webhook"],
+    &["endpoint", "log", "queue", "signal", "webhook"],
     &["status", "verdict"],
     &["rehearsal"],
     &["lane"],

@@ -429,6 +429,7 @@ impl<'a> Reconciler<'a> {
         let (topology, publisher, last) = (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
         let mut marking = std::pin::pin!(write(topology, publisher, &last));
         let mut marked = false;
+        let mut removals = self.queue.0.removals.changes();
         let mut recorded = Recorded::default();
         let mut up_to_date = false;
         let mut latest = clock::instant();
@@ -463,7 +464,7 @@ impl<'a> Reconciler<'a> {
                     self.keep_bound(&mut broker, &recorded).await;
                     continue;
                 }
-                () = sleep_until(next_look.into()), if up_to_date => {
+                () = async { tokio::select! { () = sleep_until(next_look.into()) => {}, Ok(()) = removals.changed() => {} } }, if up_to_date => {
                     looked = clock::instant();
                     if self.reconciled {
                         self.unbind_removed(&mut broker, &mut recorded).await?;
@@ -635,6 +636,7 @@ impl<'a> Reconciler<'a> {
 
     /// Once for each configuration: from then on what another daemon says is no earlier one.
     async fn reconcile(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
+        self.queue.0.removals.judge(&all.bindings.keys().cloned().collect(), &self.wanted.keys().cloned().collect());
         let subscribers = self.subscribers.clone();
         if self.reconciled {
             for s in subscribers.iter() {
@@ -736,7 +738,8 @@ impl<'a> Reconciler<'a> {
         // Who has answered may be gone by now, and is asked again.
         let moment = clock::instant();
         self.wanted_elsewhere.retain(|_, since| moment - *since < BELIEVED);
-        let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains_key(name);
+        let may_unbind = |name: &String| self.queue.0.removals.may_unbind(name);
+        let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains_key(name) && may_unbind(name);
         let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
         let alone = removed.is_empty() || self.is_alone(broker).await;
         for name in removed {

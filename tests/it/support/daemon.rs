@@ -1,10 +1,10 @@
 //! hooktrail as a real process, with a configuration of its own.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
-    process::{Child, Command, ExitStatus, Output, Stdio},
+    process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -107,6 +107,14 @@ impl Setup {
         self.spawn_as("exec \"$0\" \"$@\"")
     }
 
+    /// Starts a daemon whose log goes into a pipe: whoever takes its other end reads it, or does not.
+    pub(crate) fn piped(&self) -> Piped {
+        let mut child =
+            self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the daemon starts");
+        let log = BufReader::new(child.stderr.take().expect("piped"));
+        Piped { child, log }
+    }
+
     /// Starts a daemon by a line for the shell, which must become it.
     pub(crate) fn spawn_as(&self, shell: &str) -> Daemon {
         let log = self.dir.path().join(format!("{}.log", super::unique()));
@@ -154,6 +162,43 @@ struct Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         self.stands.store(false, Ordering::SeqCst);
+    }
+}
+
+/// A daemon whose log is read only when a test asks for it.
+pub(crate) struct Piped {
+    child: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl Piped {
+    /// Reads until a line has this text; that line.
+    pub(crate) fn read_until(&mut self, text: &str) -> String {
+        let mut line = String::new();
+        while !line.contains(text) {
+            line.clear();
+            assert!(self.log.read_line(&mut line).expect("text") > 0, "the log ended without `{text}`");
+        }
+        line
+    }
+
+    /// SIGTERM, and waits for its end, whoever reads.
+    pub(crate) async fn stop(&mut self) -> ExitStatus {
+        kill("-TERM", self.child.id());
+        let mut status = None;
+        eventually("the daemon ends", async || {
+            status = self.child.try_wait().expect("waits");
+            status.is_some()
+        })
+        .await;
+        status.expect("just seen")
+    }
+}
+
+impl Drop for Piped {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
 
