@@ -25,6 +25,7 @@ mod layers;
 mod monitoring;
 mod operating;
 mod packaging;
+mod readme;
 mod reload;
 mod security;
 mod setting_up;
