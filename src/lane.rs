@@ -352,8 +352,10 @@ impl<Q: Queue> Lane<Q> {
         self.status.paused(None);
         let resumed = self.resumed_at();
         let is_new = std::mem::replace(&mut self.resumed, resumed) != resumed;
-        if self.pause.take().is_some() {
-            tracing::info!(subscriber = self.subscriber.name, "resumed");
+        if let Some(pause) = self.pause.take() {
+            // What is recorded only an operator takes back.
+            let by = if pause.by == "configuration" { "configuration" } else { "operator" };
+            tracing::info!(subscriber = self.subscriber.name, by, paused_by = pause.by, "resumed");
             // What was known of the endpoint is of another time.
             self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
             self.health = Health::default();

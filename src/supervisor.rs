@@ -114,7 +114,12 @@ pub async fn run<Q: Queue>(
     tokio::select! {
         // Who is not ready is in the log, and its lane tells of it.
         ready = queue.prepare(&subscribers) => drop(ready?),
-        () = &mut shutdown => return Ok(Ended::Drained),
+        () = &mut shutdown => {
+            tracing::info!("stopping: the queue was not ready yet, and nothing was begun");
+            phase.send_replace(Phase::Draining);
+            tracing::info!("stopped");
+            return Ok(Ended::Drained);
+        }
     }
     fleet.reconcile(subscribers, plan);
     phase.send_replace(Phase::Running);

@@ -39,6 +39,9 @@ const MAX_REQUEST: usize = 4096;
 /// After a start the queue has to tell who is paused before that can be changed.
 const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
 
+/// Who pauses by a request.
+const OPERATOR: &str = "operator";
+
 /// Dead letters in one answer, unless fewer are asked for.
 const MAX_DEAD: usize = 100;
 
@@ -280,6 +283,15 @@ impl<Q: Queue> Control<Q> {
         Ok(json!({ "subscriber": name, "dead": in_all, "letters": found }))
     }
 
+    /// As the status has it. The lane may not have noticed yet that it is resumed, and begins as one without failures.
+    fn resumed_state(&self, name: &str) -> &'static str {
+        match self.board.view(name, clock::instant(), clock::now()).map(|view| view.state) {
+            None => "starting",
+            Some(LaneState::Paused(_)) => LaneState::Ok.name(),
+            Some(state) => state.name(),
+        }
+    }
+
     async fn change(&self, name: &str, wish: Wish, pause: bool) -> Result<Value, Refusal> {
         let subscriber = self.subscriber(name)?;
         if subscriber.paused && !pause {
@@ -294,15 +306,17 @@ impl<Q: Queue> Control<Q> {
         let before = known.get(name).and_then(Standing::pause).cloned();
         let changed = before.is_some() != pause || (!pause && self.waits(name));
         let now = clock::now();
-        let after = match (pause, before) {
-            (true, Some(before)) => Some(before), // the first reason counts
+        let after = match (pause, before.clone()) {
+            // An operator's own reason can be replaced; what a receiver said stays.
+            (true, Some(before)) if before.by == OPERATOR => Some(Pause { why: wish.why.unwrap_or(before.why), ..before }),
+            (true, Some(before)) => Some(before),
             (true, None) => {
                 let why = wish.why.unwrap_or_else(|| "an operator asked for it".to_owned());
-                Some(Pause { why, since: now, by: "operator".to_owned() })
+                Some(Pause { why, since: now, by: OPERATOR.to_owned() })
             }
             (false, _) => None,
         };
-        if changed {
+        if after != before {
             let standing = after.clone().map_or(Standing::Resumed { at: now }, Standing::Paused);
             self.queue.record(name, standing).await.map_err(|e| Refusal::unavailable(format!("it could not be recorded: {e}")))?;
         }
@@ -311,7 +325,7 @@ impl<Q: Queue> Control<Q> {
                 let since = rfc3339(since);
                 json!({ "subscriber": name, "state": "paused", "changed": changed, "why": why, "since": since, "by": by })
             }
-            None => json!({ "subscriber": name, "state": "running", "changed": changed }),
+            None => json!({ "subscriber": name, "state": self.resumed_state(name), "changed": changed }),
         })
     }
 

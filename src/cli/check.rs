@@ -92,11 +92,18 @@ async fn look(config: &Config) -> Vec<Finding> {
         Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), config).await,
         Backend::Embedded => {
             let embedded = &config.queue.embedded;
-            if !EmbeddedQueue::exists(embedded) {
-                return vec![Finding::note(
-                    "data_dir",
-                    format!("there is no embedded queue in {} yet; `run` makes it", embedded.data_dir.display()),
-                )];
+            match EmbeddedQueue::exists(embedded) {
+                Ok(true) => {}
+                Ok(false) => {
+                    return vec![Finding::note(
+                        "data_dir",
+                        format!("there is no embedded queue in {} yet; `run` makes it", embedded.data_dir.display()),
+                    )];
+                }
+                Err(e) => {
+                    let risk = "nothing of it was looked at, so it is not known whether events can be lost";
+                    return vec![Finding::harmful("data_dir", e.to_string()).risking(risk)];
+                }
             }
             match EmbeddedQueue::existing(embedded) {
                 Ok(queue) => inspect(queue, config).await,

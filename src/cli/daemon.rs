@@ -28,11 +28,14 @@ pub(super) struct Asked {
 }
 
 pub(super) async fn pause(asked: &Asked, name: &str, why: Option<String>) -> Result<(), Failed> {
-    let wish = why.map_or_else(|| json!({}), |why| json!({ "why": why }));
+    let wish = why.as_ref().map_or_else(|| json!({}), |why| json!({ "why": why }));
     let answer = Daemon::of(asked)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
     let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
     let already = if answer["changed"] == true { "is paused" } else { "was paused already" };
     println!("`{name}` {already}, since {}, by {}: {}", text("since"), text("by"), text("why"));
+    if why.is_some_and(|why| answer["why"] != why.as_str()) {
+        println!("Your reason was not recorded: an operator did not pause it, and the reason above stays.");
+    }
     println!("Its events wait in the queue until `hooktrail resume {name}`.");
     Ok(())
 }

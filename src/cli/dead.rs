@@ -29,6 +29,9 @@ use crate::{
 const GROUP_LETTERS: usize = 50;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
+/// So many groups of a replay with a rate go in a second at most, as long as a group has room.
+const GROUPS_A_SECOND: f64 = 20.0;
+
 /// After so long a slow replay gives back what it has passed by and begins anew: a broker closes the
 /// channel of who holds a message for half an hour.
 const ROUND: Duration = Duration::from_secs(600);
@@ -64,6 +67,9 @@ pub(super) enum Command {
     Export {
         #[command(flatten)]
         which: Which,
+        /// As the other commands have it; an export is JSON Lines without it too
+        #[arg(long)]
+        json: bool,
     },
     /// Send dead letters again: a batch with the same bytes under the same id, attempts begun anew
     ///
@@ -117,7 +123,7 @@ impl Command {
         Ok(match self {
             Self::List { which, json } => (which.checked()?, Task::List { json }),
             Self::Show { subscriber, letter, orphans, json } => (Which::one(subscriber, letter, orphans)?, Task::Show { json }),
-            Self::Export { which } => (which.checked()?, Task::Export),
+            Self::Export { which, json: _ } => (which.checked()?, Task::Export),
             Self::Replay { which, rate, dry_run, json } => (which.checked()?, Task::Replay { rate, dry_run, json }),
             Self::Purge { which, dry_run, yes, json } => (which.checked()?, Task::Purge { dry_run, yes, json }),
         })
@@ -156,20 +162,29 @@ fn no_orphans(which: &Which) -> Result<(), Failed> {
 }
 
 async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, which: &Which, task: Task) -> Result<(), Failed> {
-    let letters = open().await?;
-    if let Task::Purge { dry_run: false, yes: false, .. } = task
-        && !confirm(letters.left(), which)?
-    {
-        return Err(Failed::Usage("nothing was deleted".to_owned()));
-    }
+    let mut letters = open().await?;
     let told = Told::listen()?;
+    let mut most = usize::MAX;
+    if let Task::Purge { dry_run: false, yes: false, .. } = task {
+        can_ask()?;
+        most = letters.left() as usize;
+        if !which.all() {
+            most = each(letters, &mut Choice::new(which), &told, |_, _| true).await?.unwrap_or_default();
+            letters = open().await?;
+        }
+        // Of nothing there is nothing to ask; the walk says what was not found.
+        if most > 0 && !confirm(most, which)? {
+            close(letters, Ok(())).await?;
+            return Err(Failed::Usage("nothing was deleted".to_owned()));
+        }
+    }
     let walked = async {
         match task {
             Task::List { json } => list(letters, which, json, &told).await,
             Task::Show { json } => show(letters, which, json, &told).await,
             Task::Export => export(letters, which, &told).await,
             Task::Replay { rate, dry_run, json } => Replay::new(which, rate, dry_run, &told).run(letters, open, json).await,
-            Task::Purge { dry_run, json, .. } => purge(letters, which, dry_run, json, &told).await,
+            Task::Purge { dry_run, json, .. } => purge(letters, which, (dry_run, most), json, &told).await,
         }
     };
     tokio::select! {
@@ -503,8 +518,8 @@ struct Replay<'r> {
 
 impl<'r> Replay<'r> {
     fn new(which: &'r Which, rate: Option<f64>, dry_run: bool, told: &'r Told) -> Self {
-        // Letters of a slow replay go one by one, or a second's together.
-        let most = rate.map_or(GROUP_LETTERS, |rate| (rate as usize).clamp(1, GROUP_LETTERS));
+        // What goes together is no burst: one letter, or as many as are due within a twentieth of a second.
+        let most = rate.map_or(GROUP_LETTERS, |rate| ((rate / GROUPS_A_SECOND) as usize).clamp(1, GROUP_LETTERS));
         let pace = rate.filter(|_| !dry_run).map(|rate| Pace { rate, next: clock::instant() });
         let (choice, group) = (Choice::new(which), Group::new(most));
         Self { choice, told, dry_run, pace, round: ROUND, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
@@ -585,13 +600,16 @@ impl<'r> Replay<'r> {
 
     /// Sends a group when its time has come, unless it was told to stop before.
     async fn send(&mut self, letters: &mut impl DeadLetters, group: Vec<Held>) -> Result<(), QueueError> {
+        if group.is_empty() {
+            return Ok(());
+        }
         if let Some(pace) = &self.pace {
             tokio::select! {
                 () = tokio::time::sleep_until(pace.next.into()) => {}
                 () = self.told.times(1) => {}
             }
         }
-        if group.is_empty() || self.told.to_stop() {
+        if self.told.to_stop() {
             return Ok(());
         }
         let count = group.len();
@@ -635,12 +653,20 @@ impl<'r> Replay<'r> {
     }
 }
 
-async fn purge(mut letters: impl DeadLetters, which: &Which, dry_run: bool, json: bool, told: &Told) -> Result<(), Failed> {
+/// At most `most` of them: what died since they were counted was not asked about.
+async fn purge(
+    mut letters: impl DeadLetters,
+    which: &Which,
+    (dry_run, most): (bool, usize),
+    json: bool,
+    told: &Told,
+) -> Result<(), Failed> {
     let total = letters.left() as usize;
     let bar = progress(letters.left());
     let (mut choice, mut purged, mut group) = (Choice::new(which), 0, Group::new(GROUP_LETTERS));
     let walk = async {
         while !told.to_stop()
+            && purged + group.items.len() < most
             && let Some(held) = letters.next().await?
         {
             bar.inc(1);
@@ -664,21 +690,22 @@ async fn purge(mut letters: impl DeadLetters, which: &Which, dry_run: bool, json
     let walked = walk.await;
     bar.finish_and_clear();
     close(letters, walked).await?;
-    let of = if told.to_stop() { total } else { choice.number };
+    let of = if told.to_stop() || most < usize::MAX { total } else { choice.number };
     finished("purge", purged, 0, of, &choice, dry_run, json);
     told.finished()?;
     choice.complete()
 }
 
-fn confirm(left: u32, which: &Which) -> Result<bool, Failed> {
-    if !std::io::stdin().is_terminal() {
-        return Err(Failed::Usage(
-            "purge deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned(),
-        ));
+fn can_ask() -> Result<(), Failed> {
+    if std::io::stdin().is_terminal() {
+        return Ok(());
     }
-    // How many match is known only after a look at each.
-    let (what, whose) = (if which.all() { "all" } else { "the chosen ones of" }, which.what(left as usize));
-    eprint!("Delete {what} {left} {whose} for good? [y/N] ");
+    Err(Failed::Usage("purge deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned()))
+}
+
+fn confirm(chosen: usize, which: &Which) -> Result<bool, Failed> {
+    let all = if which.all() { "all " } else { "" };
+    eprint!("Delete {all}{chosen} {} for good? [y/N] ", which.what(chosen));
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
@@ -695,8 +722,9 @@ fn finished(what: &str, done: usize, skipped: usize, of: usize, choice: &Choice<
         return;
     }
     let verb = match (what, dry_run) {
-        ("replay", false) => "replayed",
-        ("replay", true) => "would replay",
+        // What comes of it the receiver says later.
+        ("replay", false) => "queued",
+        ("replay", true) => "would queue",
         (_, false) => "purged",
         (_, true) => "would purge",
     };
@@ -752,20 +780,6 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_replay_begins_anew_again_and_again_and_goes_on_where_it_was() {
-        let letter = |n: u16| DeadLetter {
-            kind: Kind::Batch,
-            reason: Reason::Exhausted,
-            body: bytes::Bytes::new(),
-            content_type: None,
-            id: Some(format!("msg_{n}")),
-            events: 1,
-            attempts: 1,
-            status: Some(500 + n % 2),
-            error: String::new(),
-            first_attempt_at: None,
-            died_at: None,
-            story: Story::default(),
-        };
         let queue = Arc::new(Mutex::new((1..=20).map(letter).collect::<Vec<_>>()));
         let sent = Arc::new(Mutex::new(Vec::new()));
         let opened = AtomicU16::new(0);
@@ -789,6 +803,48 @@ mod tests {
         assert_eq!(*sent.lock().expect("not poisoned"), ["msg_1", "msg_3", "msg_11", "msg_19"]);
         assert_eq!(opened.load(Ordering::Relaxed), 20, "a round for each letter");
         assert_eq!(queue.lock().expect("not poisoned").len(), 20 - 4 + 19);
+    }
+
+    #[tokio::test]
+    async fn a_replay_with_a_rate_is_spread_over_the_second() {
+        for (rate, most) in [(0.5, 1), (5.0, 1), (39.0, 1), (100.0, 5), (100_000.0, GROUP_LETTERS)] {
+            let (_told, never) = watch::channel(0);
+            assert_eq!(Replay::new(&all_of_a(), Some(rate), false, &Told(never)).group.most, most, "{rate}");
+        }
+        let queue = Arc::new(Mutex::new((1..=6).map(letter).collect::<Vec<_>>()));
+        let fake = Fake { queue: queue.clone(), sent: Arc::default(), walk: queue.lock().expect("not poisoned").clone().into() };
+        let (_told, never) = watch::channel(0);
+        let (which, told) = (all_of_a(), Told(never));
+        let begin = clock::instant();
+        let open = async || Err(QueueError::new("it is opened once"));
+        Replay::new(&which, Some(20.0), false, &told).run(fake, open, true).await.expect("replays");
+        // The first at once, each of the others a twentieth of a second after the one before.
+        let took = clock::instant() - begin;
+        assert!(took >= Duration::from_millis(5 * 50), "{took:?}");
+    }
+
+    fn all_of_a() -> Which {
+        let crate::cli::Command::Dead(command) = Cli::parse_from(["hooktrail", "dead", "replay", "a"]).command else {
+            unreachable!("parsed")
+        };
+        command.split().expect("sound").0
+    }
+
+    fn letter(n: u16) -> DeadLetter {
+        DeadLetter {
+            kind: Kind::Batch,
+            reason: Reason::Exhausted,
+            body: bytes::Bytes::new(),
+            content_type: None,
+            id: Some(format!("msg_{n}")),
+            events: 1,
+            attempts: 1,
+            status: Some(500 + n % 2),
+            error: String::new(),
+            first_attempt_at: None,
+            died_at: None,
+            story: Story::default(),
+        }
     }
 
     #[test]

@@ -334,9 +334,13 @@ fn narrate(stage: &Stage, notice: &Map<String, Value>) {
             let what = format!("{failure}: attempt {} of a batch of {}, again in {again:.1} s", number("attempt"), events());
             stage.tell(who, Tone::Waiting, &what);
         }
+        ("attempt", "split") => {
+            stage.tell(who, Tone::Waiting, &format!("{failure}: a batch of {} is halved, each half is sent by itself", events()));
+        }
         ("attempt", "dead_letter") => {
-            let what =
-                format!("{failure}: attempt {} was the last; a batch of {} is a dead letter (exhausted)", number("attempt"), events());
+            // Only of one that ran out of attempts it says something that this was the last.
+            let last = if text("reason") == "exhausted" { format!("attempt {} was the last; ", number("attempt")) } else { String::new() };
+            let what = format!("{failure}: {last}a batch of {} is a dead letter ({})", events(), text("reason"));
             stage.tell(who, Tone::Bad, &what);
         }
         ("attempt", _) => {} // the receiver tells

@@ -104,9 +104,30 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
 }
 
 fn read_secret(given: &str) -> Result<Secret, Failed> {
-    let Some(path) = given.strip_prefix("file:") else { return Ok(Secret::new(given)) };
-    let text = std::fs::read_to_string(Path::new(path)).map_err(|e| Failed::Usage(format!("--secret file {path} cannot be read: {e}")))?;
-    Ok(Secret::new(text.strip_suffix('\n').unwrap_or(&text)))
+    let (secret, whence) = match given.strip_prefix("file:") {
+        None => (given.to_owned(), "--secret".to_owned()),
+        Some(path) => {
+            let text = std::fs::read_to_string(Path::new(path));
+            let text = text.map_err(|e| Failed::Usage(format!("--secret file {path} cannot be read: {e}")))?;
+            // As the daemon reads it.
+            let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
+            (text.to_owned(), format!("--secret file {path}"))
+        }
+    };
+    let bad = |why: &str| Err(Failed::Usage(format!("{whence} {why}; `hooktrail secret` makes one, without --secret nothing is verified")));
+    if secret.trim().is_empty() {
+        return bad("(or $HOOKTRAIL_LISTEN_SECRET) is empty");
+    }
+    let secret = Secret::new(secret);
+    match signature::standard_key(&secret) {
+        Err(why) if secret.expose().starts_with("whsec_") => bad(why),
+        // The signature `mailtrap` takes any text.
+        Err(_) => {
+            eprintln!("{whence} does not begin with `whsec_`: it verifies `mailtrap-signature`, and nothing signed as Standard Webhooks");
+            Ok(secret)
+        }
+        Ok(_) => Ok(secret),
+    }
 }
 
 async fn receive(State(listener): State<Arc<Listener>>, headers: HeaderMap, body: Bytes) -> StatusCode {
@@ -256,6 +277,23 @@ mod tests {
         let hostile = audit.replace("John Doe", r"\u001b[2JJohn\nDoe");
         assert_eq!(one_line(&hostile), format!(r"{:<40} \u{{1b}}[2JJohn\u{{a}}Doe logged in with SSO", "activity_log.user.login"));
         assert_eq!(one_line("{\"event\":\"\u{9b}2J\u{7f}\"}"), r#"{"event":"\u{9b}2J\u{7f}"}"#);
+    }
+
+    #[test]
+    fn a_secret_is_read_as_the_daemon_reads_it_and_an_unusable_one_refused() {
+        let good = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let named = format!("file:{}", file.path().display());
+        for end in ["", "\n", "\r\n"] {
+            std::fs::write(file.path(), format!("{good}{end}")).expect("writes");
+            assert_eq!(read_secret(&named).unwrap_or_else(|e| panic!("{e:?}")).expose(), good);
+        }
+        assert_eq!(read_secret("any text").unwrap_or_else(|e| panic!("{e:?}")).expose(), "any text", "of `mailtrap`");
+        std::fs::write(file.path(), "\n").expect("writes");
+        for bad in ["", " ", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64", &named] {
+            let Err(Failed::Usage(why)) = read_secret(bad) else { panic!("{bad} is taken") };
+            assert!(why.contains("--secret") && (bad.len() < 7 || !why.contains(bad) || bad == named), "{why}");
+        }
     }
 
     #[test]

@@ -64,7 +64,13 @@ async fn start(
             deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, level, metrics, signals).await
         }
         Backend::Amqp(amqp) => {
-            if !force && EmbeddedQueue::holds_undelivered(&config.queue.embedded).await? {
+            let holds_undelivered = async || {
+                let held = EmbeddedQueue::holds_undelivered(&config.queue.embedded).await;
+                held.map_err(|e| {
+                    Failed::Runtime(format!("{e}; whether it holds undelivered events is not known, --force starts without asking"))
+                })
+            };
+            if !force && holds_undelivered().await? {
                 return Err(Failed::Usage(format!(
                     "the embedded queue in `{}` holds events that are not delivered; run with [queue] url = \"embedded\" until they are, \
                      or with --force, which leaves them there",

@@ -95,7 +95,10 @@ impl EmbeddedQueue {
     }
 
     /// Whether there is one to look at.
-    pub fn exists(config: &EmbeddedConfig) -> bool {
+    ///
+    /// # Errors
+    /// Who asks may not look.
+    pub fn exists(config: &EmbeddedConfig) -> Result<bool, QueueError> {
         store::exists(&config.data_dir)
     }
 
@@ -113,7 +116,7 @@ impl EmbeddedQueue {
     /// # Errors
     /// It cannot be read.
     pub async fn holds_undelivered(config: &EmbeddedConfig) -> Result<bool, QueueError> {
-        if !Self::exists(config) {
+        if !Self::exists(config)? {
             return Ok(false);
         }
         let queue = Self::existing(config)?;

@@ -322,14 +322,14 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         assert_eq!((code, &result["chosen"], &result["skipped"], &result["of"]), (Some(0), &0.into(), &junk.into(), &(junk + 2).into()));
         assert_eq!(told.lines().filter(|l| l.contains("never was a batch")).count(), junk, "{told}");
         assert!(told.contains(&format!("`hooktrail dead show a {last}`")), "{told}");
-        for (more, begin) in [(&[][..], "replayed 0 of"), (&["--dry-run"], "would replay 0 of")] {
+        for (more, begin) in [(&[][..], "queued 0 of"), (&["--dry-run"], "would queue 0 of")] {
             let (code, out, told) = replay(&[&[last.as_str()], more].concat());
             assert!(code == Some(1) && out.starts_with(begin) && out.ends_with(", skipped 1\n"), "{out}");
             assert!(told.contains("1 of the letters named cannot be replayed"), "{told}");
         }
         receiver.now(|_, _| status(200));
         let (code, out, told) = replay(&[]);
-        assert!(code == Some(0) && out.contains(&format!("replayed 2 of {} dead letters of `a`, skipped {junk}", junk + 2)), "{out}");
+        assert!(code == Some(0) && out.contains(&format!("queued 2 of {} dead letters of `a`, skipped {junk}", junk + 2)), "{out}");
         assert!(told.contains(&format!("{last} (@{junk} from now on) is not replayed")), "{told}");
         let mut again: Vec<String> = receiver.wait_requests(5).await[3..].iter().map(|r| r.id().to_owned()).collect();
         again.sort_unstable();

@@ -86,6 +86,8 @@ fn listen_refuses_what_it_cannot_do_and_says_what_it_can() {
         (["--addr", &taken.0], 1, [&taken.0, "choose another with --addr"]),
         (["--delay", "soon"], 2, ["--delay", "soon"]),
         (["--secret", "file:/nowhere"], 2, ["/nowhere", "cannot be read"]),
+        (["--secret", ""], 2, ["--secret", "is empty"]),
+        (["--secret", "whsec_c2hvcnQ="], 2, ["--secret", "24 to 64 bytes"]),
     ] {
         let output = Setup::with_text("").run(&[&["listen"], &arguments[..]].concat());
         let told = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -183,7 +183,7 @@ async fn filters_are_met_together_and_numbers_are_those_of_the_whole_list(queue:
         let found = setup.ok(&[&["dead", "list", "a", "--json"], filters].concat());
         let numbers: Vec<Value> = lines(&found).into_iter().map(|l| l["number"].clone()).collect();
         assert_eq!(json!(numbers), json!(expected), "{filters:?}");
-        let count = format!("would replay {} of 4", expected.len());
+        let count = format!("would queue {} of 4", expected.len());
         assert!(setup.ok(&[&["dead", "replay", "a", "--dry-run"], filters].concat()).contains(&count), "{filters:?}");
         let exported = lines(&setup.ok(&[&["dead", "export", "a"], filters].concat()));
         assert_eq!(exported.len(), expected.len(), "{filters:?}");
@@ -278,7 +278,7 @@ async fn a_replayed_batch_is_marked_in_each_request_until_it_arrives(queue: Queu
     queue.wait_dead("a", 1).await;
     assert!(receiver.requests().iter().all(|r| r.header("x-hooktrail-replay").is_empty()), "it is no replay yet");
     receiver.now(|_, n| status(if n == 2 { 500 } else { 200 }));
-    assert!(setup.ok(&["dead", "replay", "a", "--rate", "5"]).contains("replayed 1 of 1 dead letter of `a`"));
+    assert!(setup.ok(&["dead", "replay", "a", "--rate", "5"]).contains("queued 1 of 1 dead letter of `a`"));
     let requests = receiver.wait_requests(4).await;
     for (n, r) in requests[2..].iter().enumerate() {
         assert_eq!((r.header("x-hooktrail-replay"), r.attempt() as usize), ("true", n + 1));
@@ -302,7 +302,7 @@ async fn what_is_looked_at_or_purged_in_part_keeps_its_order(queue: Queue) {
         expected.retain(|letter| status_of(letter) != gone);
         assert_eq!(ids(&setup.dead("a")), expected);
     }
-    assert!(setup.ok(&["dead", "replay", "a", "--status", "500"]).contains("replayed 72 of"));
+    assert!(setup.ok(&["dead", "replay", "a", "--status", "500"]).contains("queued 72 of"));
     let (sent, left) = expected.iter().cloned().partition::<Vec<_>, _>(|letter| status_of(letter) == 500);
     assert_eq!(ids(&setup.dead("a")), left);
     assert_eq!(take_retries(&queue).await, sent);
@@ -341,7 +341,7 @@ async fn an_interrupted_replay_gives_the_rest_back_in_order_and_can_be_run_again
         let (out, err) = (String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned());
         assert!(status.code() == Some(1) && err.contains("interrupted: the others are where they were"), "{out}{err}");
         let sent = take_retries(&queue).await;
-        assert!(out.starts_with(&format!("replayed {} of {} dead letters of `a`", sent.len(), before.len())), "{out}");
+        assert!(out.starts_with(&format!("queued {} of {} dead letters of `a`", sent.len(), before.len())), "{out}");
         assert!((5..57).contains(&sent.len()), "{}", sent.len());
         let meant: Vec<&String> = before.iter().filter(|id| status_of(id) == chosen).take(sent.len()).collect();
         assert_eq!(sent.iter().collect::<Vec<_>>(), meant);
@@ -416,12 +416,12 @@ async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
         assert!(took < Duration::from_secs(90), "{figures}");
     };
     look(&["dead", "list", "a"], &|out| out.lines().count() as u64 == many + 1);
-    look(&["dead", "replay", "a", "--dry-run"], &|out| out.starts_with(&format!("would replay {many} of {many}")));
+    look(&["dead", "replay", "a", "--dry-run"], &|out| out.starts_with(&format!("would queue {many} of {many}")));
     look(&["dead", "export", "a"], &|out| {
         out.lines().count() as u64 == many && out.lines().zip(0..).all(|(l, n)| l.contains(&format!("\"id\":\"{}\"", id(n))))
     });
     look(&["dead", "purge", "a", "--status", "503", "--yes"], &|out| out.starts_with(&format!("purged {purged} of {many}")));
-    look(&["dead", "replay", "a", "--status", "504"], &|out| out.starts_with(&format!("replayed {replayed} of {}", many - purged)));
+    look(&["dead", "replay", "a", "--status", "504"], &|out| out.starts_with(&format!("queued {replayed} of {}", many - purged)));
     queue.wait_dead("a", (many - purged - replayed) as u32).await;
     println!("{many} dead letters in {}:\n{figures}", if matches!(queue, Queue::Amqp(_)) { "RabbitMQ" } else { "the embedded queue" });
 }
@@ -478,7 +478,7 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
 
         let output = setup.run(&["dead", "replay", "--orphans"]);
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(out.contains("replayed 1 of 4 orphans, skipped 3") && output.status.success(), "{out}{err}");
+        assert!(out.contains("queued 1 of 4 orphans, skipped 3") && output.status.success(), "{out}{err}");
         for part in ["`msg_1` is not replayed: its subscriber has no retry queue", "`msg_3` is not", "`@4` is not replayed: it is no batch"]
         {
             assert!(err.contains(part), "{part} is not in {err}");

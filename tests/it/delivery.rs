@@ -184,11 +184,12 @@ async fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed(
     let shown: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", first.id(), "--json"])).expect("JSON");
     assert_eq!(shown["body"].as_str().map(str::as_bytes), Some(&first.body[..]), "the exact request body");
     assert!(setup.ok(&["dead", "list", "a"]).contains("exhausted"));
-    assert!(setup.ok(&["dead", "replay", "a", "--dry-run"]).contains("would replay 1 of 1"));
+    assert_eq!(setup.ok(&["dead", "export", "a", "--json"]), setup.ok(&["dead", "export", "a"]), "both are JSON Lines");
+    assert!(setup.ok(&["dead", "replay", "a", "--dry-run"]).contains("would queue 1 of 1"));
     assert_eq!(queue.dead("a").await, 1, "looking takes nothing away");
 
     receiver.now(|_, _| status(200));
-    assert!(setup.ok(&["dead", "replay", "a"]).contains("replayed 1 of 1"));
+    assert!(setup.ok(&["dead", "replay", "a"]).contains("queued 1 of 1"));
     let again = receiver.wait_requests(3).await[2].clone();
     assert_eq!((again.id(), &again.body, again.attempt()), (first.id(), &first.body, 1), "the same request, attempts begun anew");
     queue.wait_dead("a", 0).await;
@@ -254,7 +255,7 @@ async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
     }
     assert!(setup.ok(&["dead", "show", "a", "2"]).starts_with("number            @3\n"));
     assert!(setup.ok(&["dead", "show", "a", "@2"]).contains("\nid                1\n"));
-    assert!(setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would replay 2 of 4"));
+    assert!(setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would queue 2 of 4"));
     assert!(setup.ok(&["dead", "purge", "a", "2", "--yes"]).contains("purged 1 of 4"));
     assert_eq!(ids(), ["3", "1", "@4"]);
     assert!(setup.ok(&["dead", "purge", "a", "@2", "--yes"]).contains("purged 1 of 3"));

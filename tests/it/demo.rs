@@ -20,7 +20,8 @@ fn shows_everything(output: &Output) {
         "circuit open",
         "circuit closed",
         "a dead letter (too_large)",
-        "is a dead letter (exhausted)",
+        "is halved",
+        "is a dead letter (refused)",
         "Every event is accounted for.",
         "Try next:",
     ] {

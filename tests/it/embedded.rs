@@ -1,6 +1,9 @@
 //! What only the embedded queue promises: one daemon, one file, and what becomes of both.
 
 use std::{
+    fs::Permissions,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::Path,
     process::{Command, Output},
     time::{Duration, Instant},
 };
@@ -247,5 +250,36 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         queue.wait("all are settled", async || queue.backlog("a").await == 0).await;
         assert_eq!(queue.dead("a").await, 0);
         assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
+fn who_may_not_read_the_database_is_told_so_and_not_that_there_is_none() {
+    run(async {
+        let embedded = Embedded::new();
+        let setup = Setup::new(&embedded, &(QUICK.to_owned() + &subscriber("a", NOWHERE, "")));
+        let file = setup.write("event.jsonl", event(0));
+        setup.ok(&["publish", file.to_str().expect("a path")]);
+        let data_dir = embedded.data_dir();
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("its own");
+        // Root may read everything, unless it gives that up.
+        let is_root = std::fs::metadata("/proc/self").expect("is there").uid() == 0;
+        let as_anybody = match is_root {
+            true => "exec setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-all \"$0\" \"$@\"",
+            false => "exec \"$0\" \"$@\"",
+        };
+        // The directory as `StateDirectory` makes it for somebody else, and the file alone.
+        for (path, hidden, seen) in [(data_dir.clone(), 0o000, 0o700), (data_dir.join("hooktrail.db"), 0o000, 0o600)] {
+            mode(&path, hidden);
+            for command in [&["dead", "list", "a"][..], &["publish", "/dev/null"], &["check", "--connect"], &["run"], &["prune"]] {
+                let output = setup.run_as(as_anybody, command);
+                let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+                assert_eq!(output.status.code(), Some(1), "{command:?}: {told}");
+                assert!(told.contains("service's user") && !told.contains("there is no embedded queue"), "{command:?}: {told}");
+                assert!(!told.contains("Nothing harmful"), "{command:?}: {told}");
+            }
+            mode(&path, seen);
+        }
+        assert!(setup.ok(&["check", "--connect"]).contains("a: events to deliver: 1"));
     });
 }

@@ -26,6 +26,7 @@ mod log;
 mod monitoring;
 mod operating;
 mod packaging;
+mod readme;
 mod reload;
 mod removals;
 mod retrying;

@@ -16,7 +16,7 @@ use crate::support::{
     api::Api,
     broker::Broker,
     daemon::{QUICK, Setup, subscriber},
-    eventually,
+    eventually, free_port,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
     run,
@@ -179,6 +179,51 @@ fn a_daemon_whose_configuration_was_given_a_mistake_is_still_asked_and_told() {
         std::fs::write(setup.config(), without + "[retry\n").expect("writes");
         assert_eq!(setup.run(&["status"]).status.code(), Some(2));
         assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
+fn a_pause_says_whose_reason_counts_and_a_resume_by_whom_it_was() {
+    run(async {
+        let gone = Receiver::start(|_, _| status(410)).await;
+        let queue = Queue::embedded();
+        let api = Api::new();
+        let text = QUICK.to_owned() + &api.section() + &subscriber("a", "http://127.0.0.1:9/", "") + &subscriber("gone", &gone.url, "");
+        let setup = Setup::new(&queue, &text);
+        let daemon = setup.start().await;
+        assert!(setup.ok(&["pause", "a", "--why", "first"]).contains("first"));
+        let again = setup.ok(&["pause", "a", "--why", "second"]);
+        assert!(again.contains("was paused already") && again.contains("second") && !again.contains("first"), "{again}");
+        // Without a reason the one before stays.
+        assert!(setup.ok(&["pause", "a"]).contains("second"));
+        api.wait("a", "paused for the second reason", |s| s["paused"]["why"] == "second").await;
+        let resumed = api.post("/api/v1/subscribers/a/resume", "{}").await.json();
+        assert_eq!((&resumed["state"], &resumed["changed"]), (&json!("ok"), &json!(true)), "as the status has it: {resumed}");
+        eventually("the log says who resumed it", async || {
+            daemon.log().lines().any(|l| l.contains("resumed") && l.contains("by=\"operator\""))
+        })
+        .await;
+
+        queue.publish(TYPE, [event(0)]).await;
+        api.wait("gone", "paused by its receiver", |s| s["state"] == "paused").await;
+        let kept = setup.ok(&["pause", "gone", "--why", "mine"]);
+        assert!(kept.contains("by receiver") && kept.contains("410") && kept.contains("not recorded"), "{kept}");
+        assert!(!setup.ok(&["pause", "gone"]).contains("not recorded"));
+        assert!(daemon.stop().await.success());
+    });
+}
+
+#[test]
+fn a_daemon_that_is_stopped_while_it_starts_says_so() {
+    run(async {
+        let setup = Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n", free_port()));
+        let mut daemon = setup.spawn();
+        daemon.wait_log("admin listening").await;
+        daemon.terminate();
+        assert!(daemon.wait().await.success());
+        let log = daemon.log();
+        let at = |word: &str| log.find(word).unwrap_or_else(|| panic!("{word} is not in {log}"));
+        assert!(at("stopping") < at("stopped"), "{log}");
     });
 }
 

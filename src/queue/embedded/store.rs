@@ -155,7 +155,7 @@ pub(super) enum Access {
 impl Store {
     pub(super) fn open(data_dir: &Path, access: Access) -> Result<Self, QueueError> {
         let path = data_dir.join(FILE);
-        if access == Access::Existing && !exists(data_dir) {
+        if access == Access::Existing && !exists(data_dir)? {
             return Err(QueueError::needs_operator(format!(
                 "there is no embedded queue in `{}`: nothing was ever published to it, or [queue] data_dir means another directory",
                 data_dir.display()
@@ -166,7 +166,7 @@ impl Store {
             .recursive(true)
             .mode(0o700)
             .create(data_dir)
-            .map_err(|e| QueueError::needs_operator(format!("[queue] data_dir `{}` cannot be made: {e}", data_dir.display())))?;
+            .map_err(|e| denied(&format!("[queue] data_dir `{}` cannot be made", data_dir.display()), &e))?;
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
         // SQLite does not wait for another process where that makes a new file a write-ahead-logged one.
         let _opening = opening(data_dir)?;
@@ -280,8 +280,25 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
     std::thread::Builder::new().name(name.to_owned()).spawn(body).expect("a thread for the embedded queue");
 }
 
-pub(super) fn exists(data_dir: &Path) -> bool {
-    data_dir.join(FILE).exists()
+/// Whether there is a database.
+///
+/// # Errors
+/// Who asks may not read it, or not even see whether it is there.
+pub(super) fn exists(data_dir: &Path) -> Result<bool, QueueError> {
+    let file = data_dir.join(FILE);
+    // What reads it writes too: to the write-ahead log's index.
+    let usable = || rustix::fs::access(&file, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
+    let looked = file.try_exists().and_then(|there| if there { usable().map(|()| true).map_err(Into::into) } else { Ok(false) });
+    looked.map_err(|e| denied(&format!("the embedded queue `{}` cannot be read", file.display()), &e))
+}
+
+/// Why a file is of no use to this process, and what to do about it.
+fn denied(what: &str, e: &std::io::Error) -> QueueError {
+    let remedy = match e.kind() {
+        std::io::ErrorKind::PermissionDenied => "; run this as the service's user (sudo -u hooktrail …)",
+        _ => "",
+    };
+    QueueError::needs_operator(format!("{what}: {e}{remedy}"))
 }
 
 /// Waits until no other process opens the database; as long as the file lives, none does.
@@ -289,9 +306,7 @@ fn opening(data_dir: &Path) -> Result<File, QueueError> {
     let path = data_dir.join(OPENING);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let locked = file.and_then(|file| file.lock().map(|()| file));
-    locked.map_err(|e| {
-        QueueError::needs_operator(format!("`{}` cannot be locked: {e}; check the permissions of the directory", path.display()))
-    })
+    locked.map_err(|e| denied(&format!("`{}` cannot be locked", path.display()), &e))
 }
 
 /// Deletes the database and what is beside it; the lock that keeps daemons away goes last.
@@ -328,7 +343,7 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
             "another daemon works on `{}`: the embedded queue is for one; several share a RabbitMQ ([queue] url)",
             data_dir.display()
         ))),
-        Err(e) => Err(QueueError::needs_operator(format!("`{}` cannot be locked: {e}", path.display()))),
+        Err(e) => Err(denied(&format!("`{}` cannot be locked", path.display()), &e)),
     }
 }
 
@@ -440,7 +455,7 @@ fn explain(e: &rusqlite::Error) -> String {
             "the file is damaged: stop hooktrail, keep a copy, and save what can be read of it (docs/operations.md, \"Disaster recovery\"), or move it away to begin anew"
         }
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
-            "check the permissions of the directory and its files"
+            "check the permissions of the directory and its files, and run this as the service's user (sudo -u hooktrail …)"
         }
         Some(ErrorCode::SystemIoFailure) => "the disk failed or is full; check it",
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => "another process holds it",

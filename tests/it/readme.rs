@@ -1,0 +1,124 @@
+//! What the README tells its reader to type works as it stands there.
+
+use std::{
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use crate::support::{broker::kill, free_port};
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A fenced block for the shell, with what stands right before it if that says why it is not run here.
+#[derive(Debug)]
+struct Block {
+    text: String,
+    not_run: Option<String>,
+}
+
+fn blocks(document: &str) -> Vec<Block> {
+    let mut found = Vec::new();
+    let mut before = "";
+    let mut lines = document.lines();
+    while let Some(line) = lines.next() {
+        if line == "```sh" {
+            let text: Vec<&str> = lines.by_ref().take_while(|l| *l != "```").collect();
+            let not_run = before.strip_prefix("<!-- not run: ").and_then(|why| why.strip_suffix(" -->")).map(str::to_owned);
+            found.push(Block { text: text.join("\n") + "\n", not_run });
+        }
+        before = line;
+    }
+    found
+}
+
+#[test]
+fn its_commands_work_in_a_clean_shell_one_after_the_other() {
+    let blocks = blocks(&std::fs::read_to_string(repository().join("README.md")).expect("text"));
+    let left_out: Vec<&str> = blocks.iter().filter_map(|b| b.not_run.as_deref()).collect();
+    assert_eq!(left_out.len(), 2, "what is not run says why, and is the clone and the tests: {left_out:?}");
+    let run: Vec<&str> = blocks.iter().filter(|b| b.not_run.is_none()).map(|b| b.text.as_str()).collect();
+    assert_eq!(run.len(), 2, "trying it, and an event over HTTP: {run:?}");
+
+    let home = tempfile::tempdir().expect("a directory");
+    let built = home.path().join("target/release");
+    std::fs::create_dir_all(&built).expect("makes it");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_hooktrail"), built.join("hooktrail")).expect("links");
+    // It was built already.
+    let tools = home.path().join("tools");
+    std::fs::create_dir(&tools).expect("makes it");
+    std::fs::write(tools.join("cargo"), "#!/bin/sh\n[ \"$*\" = 'build --release' ]\n").expect("writes");
+    std::fs::set_permissions(tools.join("cargo"), std::fs::Permissions::from_mode(0o755)).expect("its own");
+
+    // The reader's machine has these ports free; this one may not.
+    let (admin, receiver) = (free_port(), free_port());
+    let moved = |text: &str| {
+        let text = text.replace("127.0.0.1:9000", &format!("127.0.0.1:{receiver}"));
+        text.replace("127.0.0.1:8787", &format!("127.0.0.1:{admin}"))
+    };
+    let with_port = moved(run[0]).replacen("[queue]\n", &format!("[admin]\nlisten = \"127.0.0.1:{admin}\"\n[queue]\n"), 1);
+    assert!(with_port.contains("[admin]"), "it has a configuration");
+    // A reader types the second block when the daemon has long been there; and sees what the receiver prints.
+    let ready = format!("until curl -fsS http://127.0.0.1:{admin}/readyz; do sleep 0.2; done\n");
+    let arrived = "until [ \"$(grep -c 'logged in' printed)\" -ge 2 ]; do sleep 0.2; done\n";
+    let (trying, over_http) = (&with_port, moved(run[1]));
+    let script = format!("exec > printed 2>&1\n{trying}{ready}{over_http}{arrived}echo; echo all of it worked\n");
+
+    let path = format!("{}:{}", tools.display(), std::env::var("PATH").unwrap_or_default());
+    let mut shell = Command::new("bash")
+        .args(["--noprofile", "--norc", "-eu", "-o", "pipefail", "-c", &script])
+        .env_clear()
+        .envs([("PATH", path.as_str()), ("HOME", home.path().to_str().expect("text"))])
+        .current_dir(home.path())
+        .stdin(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .expect("bash runs");
+    let ended = ended_in_time(&mut shell);
+    // The receiver and the daemon are in its group, which no other process is in.
+    let group = i32::try_from(shell.id()).expect("a process id");
+    Command::new("kill").args(["-TERM", "--", &format!("-{group}")]).status().expect("kill runs");
+    let printed = std::fs::read_to_string(home.path().join("printed")).unwrap_or_default();
+    assert!(ended && printed.contains("all of it worked"), "{printed}");
+    for part in ["verified (standard-webhooks)", "published 1 event", "202 Accepted", "\"accepted\":1", "name = \"siem\""] {
+        assert!(printed.contains(part), "`{part}` is not in:\n{printed}");
+    }
+    assert!(!printed.contains("NOT VERIFIED") && !printed.contains("whsec_"), "{printed}");
+}
+
+/// Whether it ended well; one that hangs is ended.
+fn ended_in_time(shell: &mut std::process::Child) -> bool {
+    let begin = std::time::Instant::now();
+    loop {
+        if let Some(status) = shell.try_wait().expect("waits") {
+            return status.success();
+        }
+        if begin.elapsed() > crate::support::PATIENCE {
+            kill("-KILL", shell.id());
+            shell.wait().expect("ends");
+            return false;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn every_block_for_the_shell_is_a_script_that_bash_reads() {
+    let mut documents: Vec<PathBuf> = std::fs::read_dir(repository().join("docs"))
+        .expect("a folder")
+        .map(|e| e.expect("an entry").path())
+        .filter(|p| p.extension().is_some_and(|e| e == "md"))
+        .collect();
+    documents.extend(["README.md", "SECURITY.md", "CHANGELOG.md"].map(|name| repository().join(name)));
+    let mut seen = 0;
+    for document in documents {
+        for block in blocks(&std::fs::read_to_string(&document).expect("text")) {
+            let read = Command::new("bash").args(["-n", "-c", &block.text]).output().expect("bash runs");
+            assert!(read.status.success(), "{}: {}\n{}", document.display(), String::from_utf8_lossy(&read.stderr), block.text);
+            seen += 1;
+        }
+    }
+    assert!(seen > 15, "only {seen} were found: this test reads the documents wrongly");
+}
