@@ -57,7 +57,7 @@ const REFUSED: &str = "activity_log.export.requested";
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// How long events come, such as 10m
-    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "15s")]
+    #[arg(long = "for", value_name = "DURATION", value_parser = super::duration, default_value = "15s")]
     publish_for: Duration,
     /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at its
     /// end. Others on this machine can see the command line: a URL with a password of worth belongs into

@@ -21,7 +21,7 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     /// Ask again and again, every so often
-    #[arg(long, value_name = "EVERY", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "EVERY", num_args = 0..=1, default_missing_value = "2s", value_parser = super::duration)]
     watch: Option<Duration>,
 }
 

@@ -183,6 +183,45 @@ fn a_daemon_whose_configuration_was_given_a_mistake_is_still_asked_and_told() {
 }
 
 #[test]
+fn several_or_all_subscribers_are_paused_and_resumed_by_one_command() {
+    run(async {
+        let queue = Queue::embedded();
+        let api = Api::new();
+        let of = |name: &str, more: &str| subscriber(name, "http://127.0.0.1:9/", more);
+        let text = QUICK.to_owned() + &api.section() + &of("a", "") + &of("b", "") + &of("c", "") + &of("fixed", "paused = true");
+        let setup = Setup::new(&queue, &text);
+        let _daemon = setup.start().await;
+        let paused = async || {
+            let found = api.get("/api/v1/subscribers").await.json();
+            let of = found["subscribers"].as_array().expect("a list").iter().filter(|s| s["state"] == "paused");
+            of.map(|s| s["subscriber"].as_str().expect("a name").to_owned()).collect::<Vec<_>>().join(" ")
+        };
+        let become_paused = async |names: &str| eventually(&format!("paused: {names}"), async || paused().await == names).await;
+        become_paused("fixed").await;
+        let told = setup.ok(&["pause", "a", "c", "--why", "migration"]);
+        assert!(told.contains("`a` is paused") && told.contains("`c` is paused") && told.contains("migration"), "{told}");
+        become_paused("a c fixed").await;
+        // One that is not there is noticed before anything is changed.
+        let unknown = setup.run(&["resume", "a", "nobody"]);
+        assert!(unknown.status.code() == Some(2) && paused().await == "a c fixed", "{unknown:?}");
+        let told = setup.ok(&["pause", "--all"]);
+        assert!(told.contains("`b` is paused") && told.contains("`a` was paused already"), "{told}");
+        become_paused("a b c fixed").await;
+        // What the configuration pauses no command resumes; the others are.
+        let resumed = setup.run(&["resume", "b", "fixed"]);
+        let why = String::from_utf8_lossy(&resumed.stderr).into_owned();
+        assert!(resumed.status.code() == Some(1) && why.contains("`fixed`: ") && why.contains("1 subscriber was not resumed"), "{why}");
+        become_paused("a c fixed").await;
+        let told = setup.run(&["resume", "--all"]);
+        assert!(told.status.success() && String::from_utf8_lossy(&told.stdout).contains("`fixed` stays paused"), "{told:?}");
+        become_paused("fixed").await;
+        for wrong in [&["pause"][..], &["resume"], &["pause", "a", "--all"]] {
+            assert_eq!(setup.run(wrong).status.code(), Some(2), "{wrong:?}");
+        }
+    });
+}
+
+#[test]
 fn the_producers_trace_is_in_the_log_of_each_attempt() {
     run(async {
         let queue = Queue::embedded();
