@@ -373,6 +373,7 @@ impl Play<'_> {
             changes: mpsc::channel(1).1, // nobody changes anything
             board: Board::new(Metrics::new(clock::now())),
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
+            hurry: Box::pin(std::future::pending()),
         };
         let daemon = supervisor::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
         let show = async {

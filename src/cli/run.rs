@@ -11,7 +11,7 @@ use crate::{
     metrics::Metrics,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     reload::Reloader,
-    signal::{self, Files, Hangups},
+    signal::{self, Files, Hangups, Stops},
     status::Board,
     supervisor::{self, Controls, Phase},
     systemd,
@@ -45,12 +45,7 @@ pub(super) async fn run(config: Config, force: bool) -> Result<(), Failed> {
     }
 }
 
-async fn deliver(
-    queue: impl Queue,
-    config: Config,
-    metrics: Metrics,
-    (shutdown, hangups): (impl Future<Output = ()>, Hangups),
-) -> Result<(), Failed> {
+async fn deliver(queue: impl Queue, config: Config, metrics: Metrics, (stops, hangups): (Stops, Hangups)) -> Result<(), Failed> {
     let admin = match Admin::bind(&config.admin).await {
         Ok(admin) => admin,
         Err(why) => return Err(daemon::cannot_listen(&config, &why).await),
@@ -65,10 +60,14 @@ async fn deliver(
     let mut asking = JoinSet::new();
     asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
     asking.spawn(reload_when_files_change(reloader.clone()));
-    let controls = Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout() };
+    let controls =
+        Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout(), hurry: Box::pin(stops.times(2)) };
     let beside = serving.done_with_the_queue();
-    supervisor::run(queue, subscribers, shutdown, controls, beside).await?;
-    serving.close().await;
+    supervisor::run(queue, subscribers, stops.times(1), controls, beside).await?;
+    tokio::select! {
+        () = serving.close() => {}
+        () = stops.times(2) => {}
+    }
     // It ends when it has told the last phase.
     drop(phase);
     told.await.map_err(|e| Failed::Runtime(e.to_string()))

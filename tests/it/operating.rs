@@ -420,3 +420,38 @@ fn the_api_is_as_its_document_describes_it() {
         assert!(rest.is_empty(), "no exchange was about {rest:?}");
     });
 }
+
+#[test]
+fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it_at_once() {
+    run(async {
+        let queue = Queue::embedded();
+        // It takes the request and never answers.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/", silent.local_addr().expect("an address"));
+        let text = "shutdown_timeout = \"4m\"\n".to_owned();
+        let section = crate::support::queue::Section::section(&queue, &["slow", "idle"]);
+        let more = "[batch]\nmax_wait = \"0s\"\n[http]\nallow_http = true\nallow_private_addresses = true\ntimeout = \"4m\"\n";
+        let all =
+            text + &section + more + &subscriber("slow", &url, "") + &subscriber("idle", "http://127.0.0.1:9/", "events = [\"none\"]");
+        let setup = Setup::with_text(&all);
+        let mut daemon = setup.start().await;
+        queue.publish(TYPE, [event(0)]).await;
+        let (_held, _) = tokio::time::timeout(Duration::from_secs(60), silent.accept()).await.expect("a request").expect("a connection");
+        daemon.terminate();
+        daemon.wait_log("stopping").await;
+        let log = daemon.log();
+        let line = log.lines().find(|l| l.contains("stopping")).expect("just seen");
+        for part in ["requests=1", "slow", "deadline=", "timeout_s=240", "second signal"] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+        assert!(!line.contains("idle") && daemon.is_running(), "{line}");
+        let begun = std::time::Instant::now();
+        daemon.terminate();
+        assert!(daemon.wait().await.success());
+        assert!(begun.elapsed() < Duration::from_secs(120), "it did not wait for the deadline");
+        let log = daemon.log();
+        assert!(log.contains("stopped at once") && log.contains("slow"), "{log}");
+        // Nothing is lost by it.
+        assert_eq!(queue.backlog("slow").await, 1);
+    });
+}

@@ -35,7 +35,7 @@ pub(super) async fn list(queue: impl Queue, config: &Config, which: &Which, json
     if json {
         tallies.iter().all(|t| print(&as_json(t).to_string()));
     } else {
-        print(as_text(&tallies, depths.orphans.into()).trim_end());
+        print(as_text(&tallies, depths.orphans).trim_end());
     }
     Ok(())
 }
