@@ -7,6 +7,7 @@ mod dead;
 mod demo;
 mod init;
 mod listen;
+mod pause;
 mod plan;
 mod prune;
 mod publish;
@@ -19,6 +20,7 @@ mod test;
 use std::{
     fmt,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -84,18 +86,18 @@ enum Command {
     },
     /// Ask the running daemon how each subscriber is: state, backlog, retries, dead letters, rates, last error
     Status(status::Args),
-    /// Ask the running daemon to send nothing to a subscriber until it is resumed; its events wait in the queue
+    /// Ask the running daemon to send nothing to subscribers until they are resumed; their events wait in the queue
     Pause {
-        /// The subscriber's name
-        subscriber: String,
+        #[command(flatten)]
+        whom: pause::Whom,
         /// For whoever asks later
         #[arg(long, value_name = "TEXT")]
         why: Option<String>,
     },
-    /// Ask the running daemon to deliver to a paused subscriber again
+    /// Ask the running daemon to deliver to paused subscribers again
     Resume {
-        /// The subscriber's name
-        subscriber: String,
+        #[command(flatten)]
+        whom: pause::Whom,
     },
     /// Ask the running daemon to read its configuration again, and print what that has changed
     ///
@@ -211,10 +213,10 @@ impl Cli {
                 print!("{}", of.text());
                 Ok(())
             }
-            Command::Status(args) => status::run(&asked(&self.config, None)?, &args).await,
-            Command::Pause { subscriber, why } => daemon::pause(&asked(&self.config, Some(&subscriber))?, &subscriber, why).await,
-            Command::Reload => daemon::reload(&asked(&self.config, None)?).await,
-            Command::Resume { subscriber } => daemon::resume(&asked(&self.config, Some(&subscriber))?, &subscriber).await,
+            Command::Status(args) => status::run(&asked(&self.config, &[])?, &args).await,
+            Command::Pause { whom, why } => pause::pause(&asked(&self.config, &whom.subscribers)?, &whom, why).await,
+            Command::Reload => daemon::reload(&asked(&self.config, &[])?).await,
+            Command::Resume { whom } => pause::resume(&asked(&self.config, &whom.subscribers)?, &whom).await,
             other => {
                 log::to_stderr(tracing::Level::WARN);
                 let config = load()?;
@@ -249,6 +251,17 @@ fn new_secret() -> String {
     format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
 }
 
+/// A length of time as it is written on the command line: a number alone is of seconds.
+fn duration(text: &str) -> Result<Duration, &'static str> {
+    const EXPECTED: &str = "write seconds, such as 2 or 0.5, or a time with its unit, such as 500ms, 10s or 1m 30s";
+    if text.bytes().all(|b| b.is_ascii_digit() || b == b'.')
+        && let Ok(seconds) = text.parse()
+    {
+        return Duration::try_from_secs_f64(seconds).map_err(|_| EXPECTED);
+    }
+    humantime::parse_duration(text).map_err(|_| EXPECTED)
+}
+
 /// A text as it can be shown: control characters could drive the terminal, so each is spelled out.
 fn visible(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -267,18 +280,18 @@ async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
 
 /// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and that is no time to be out
 /// of reach.
-fn asked(path: &Path, subscriber: Option<&str>) -> Result<Asked, Failed> {
+fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed> {
     let of = |admin| Asked { admin, config: path.to_owned() };
     let problems = match config::load(path) {
         Ok(config) => {
-            subscriber.map_or(Ok(()), |name| find(&config, name).map(drop))?;
+            subscribers.iter().try_for_each(|name| find(&config, name).map(drop))?;
             return Ok(of(config.admin));
         }
         Err(problems) => problems,
     };
     // What a name is made of; the rest of the check is the daemon's.
     let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
-    match config::admin_of(path).filter(|_| subscriber.is_none_or(is_name)) {
+    match config::admin_of(path).filter(|_| subscribers.iter().all(|name| is_name(name))) {
         Some(admin) => {
             eprintln!("warning: the configuration has mistakes, see `hooktrail check`; a daemon that runs goes on with the one before");
             Ok(of(admin))
@@ -330,6 +343,19 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_number_alone_is_of_seconds() {
+        let ms = Duration::from_millis;
+        for (text, expected) in
+            [("2", ms(2000)), ("0", ms(0)), ("0.5", ms(500)), ("500ms", ms(500)), ("1m 30s", ms(90_000)), ("2s", ms(2000))]
+        {
+            assert_eq!(duration(text), Ok(expected), "{text}");
+        }
+        for text in ["", ".", "1.2.3", "-1", "soon", "1e3", "999999999999999999999999", "inf"] {
+            assert!(duration(text).is_err_and(|e| e.contains("500ms")), "{text}");
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Report {
     subscriber: String,
-    /// Its origin.
+    /// Its origin and path, without what looks like a token.
     pub url: String,
     pub body: Vec<u8>,
     pub rehearsal: Rehearsal,
@@ -42,7 +42,7 @@ pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
     let rehearsal = webhook.rehearse(request).await;
     let took = clock::instant() - started;
     let (outcome, verdict) = verdict(subscriber, &rehearsal.outcome, body.len());
-    Ok(Report { subscriber: subscriber.name.clone(), url: subscriber.url.to_string(), body, rehearsal, took, outcome, verdict })
+    Ok(Report { subscriber: subscriber.name.clone(), url: subscriber.url.with_path(), body, rehearsal, took, outcome, verdict })
 }
 
 impl Report {

@@ -15,18 +15,39 @@ const LOOK: Duration = Duration::from_secs(1);
 /// subscribers, which is valid and takes the others away.
 const SHRUNK: Duration = Duration::from_secs(10);
 
-/// Completes when the process is asked to end.
+/// How often the process was asked to end, by SIGTERM or SIGINT. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Stops(watch::Receiver<u32>);
+
+/// Listens from now on: neither signal ends the process by itself any more.
 ///
 /// # Errors
 /// The system does not let it listen.
-pub fn stop() -> io::Result<impl Future<Output = ()>> {
+pub fn stop() -> io::Result<Stops> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    Ok(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
+    let (count, stops) = watch::channel(0);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            count.send_modify(|n| *n += 1);
         }
-    })
+    });
+    Ok(Stops(stops))
+}
+
+impl Stops {
+    /// Completes when the process was asked so often.
+    pub fn times(&self, n: u32) -> impl Future<Output = ()> + use<> {
+        let mut stops = self.0.clone();
+        async move {
+            if stops.wait_for(|count| *count >= n).await.is_err() {
+                std::future::pending().await // nobody asks any more
+            }
+        }
+    }
 }
 
 /// Asked to read the configuration again, by SIGHUP.

@@ -121,6 +121,12 @@ impl Board {
         self.metrics().expose()
     }
 
+    /// Requests without an answer, of each subscriber that has any.
+    pub fn in_flight(&self) -> BTreeMap<String, u32> {
+        let lanes = lock(&self.0.lanes);
+        lanes.iter().map(|(name, lane)| (name.clone(), lane.seen().in_flight)).filter(|(_, n)| *n > 0).collect()
+    }
+
     /// What a look at the queues found.
     pub fn looked(&self, at: SystemTime, found: Result<Depths, String>) {
         // A lane that has nothing to do says nothing.
@@ -169,6 +175,8 @@ struct Seen {
     held_until: Option<SystemTime>,
     trouble: Option<String>,
     in_hand: u64,
+    /// Requests without an answer.
+    in_flight: u32,
     /// When what was given back with a circuit that opened, or with a queue that was lost, had arrived.
     oldest: Option<SystemTime>,
     scheduled: Scheduled,
@@ -360,6 +368,7 @@ impl Seen {
             held_until: None,
             trouble: None,
             in_hand: 0,
+            in_flight: 0,
             oldest: None,
             scheduled: Scheduled::default(),
             attempts: VecDeque::new(),
@@ -398,6 +407,7 @@ impl LaneStatus {
     pub fn begins(&self, batch_id: &str, events: u32, bytes: usize) {
         let mut seen = self.seen();
         seen.metrics.attempt_begins(events, bytes);
+        seen.in_flight += 1;
         if seen.scheduled.remove(Scheduled::key(batch_id)) {
             seen.tell_retries();
         }
@@ -406,6 +416,7 @@ impl LaneStatus {
     pub fn ended(&self, ended: Ended, now: Instant) {
         let mut seen = self.seen();
         seen.metrics.attempt_ends(ended.outcome, ended.failure.as_ref().map(|e| e.failure), ended.took);
+        seen.in_flight = seen.in_flight.saturating_sub(1);
         seen.failing = ended.failure.is_some();
         if seen.attempts.len() == ATTEMPTS {
             seen.attempts.pop_front();
@@ -428,7 +439,7 @@ impl LaneStatus {
         let mut seen = self.seen();
         seen.metrics.attempts_are_gone();
         seen.metrics.panicked();
-        (seen.in_hand, seen.oldest) = (0, None);
+        (seen.in_hand, seen.in_flight, seen.oldest) = (0, 0, None);
     }
 
     pub fn delivered(&self, events: u32, lag: Option<Duration>, since_arrival: Option<Duration>, now: Instant, time: SystemTime) {

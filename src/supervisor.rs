@@ -4,11 +4,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     future::Future,
     sync::Arc,
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{JoinError, JoinSet},
@@ -31,6 +33,9 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long at most the end of a daemon waits for what is done beside its lanes.
 const CHORES_GOODBYE: Duration = Duration::from_secs(5);
+
+/// And the queue's goodbye, when somebody is in a hurry.
+const HURRIED_GOODBYE: Duration = Duration::from_secs(1);
 
 /// How often the queues are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -69,7 +74,7 @@ impl Phase {
 pub enum Ended {
     /// Everything in flight was settled.
     Drained,
-    /// These subscribers still had requests in flight at the deadline; they are delivered again.
+    /// These subscribers still had requests in flight at the deadline, or when somebody was in a hurry; they are delivered again.
     Deadline(BTreeSet<String>),
 }
 
@@ -82,13 +87,20 @@ pub struct Change {
 }
 
 /// What a run is given from outside.
-#[derive(Debug)]
 pub struct Controls<'a> {
     pub phase: &'a watch::Sender<Phase>,
     pub changes: mpsc::Receiver<Change>,
     pub board: Board,
     /// For requests in flight at the end; what it says then counts.
     pub shutdown_timeout: watch::Receiver<Duration>,
+    /// Ends the drain at once, whatever is in flight.
+    pub hurry: BoxFuture<'a, ()>,
+}
+
+impl fmt::Debug for Controls<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Controls").field("phase", &*self.phase.borrow()).finish_non_exhaustive()
+    }
 }
 
 /// Runs a lane for each subscriber until `shutdown` completes, then drains them for at most `shutdown_timeout`.
@@ -104,7 +116,7 @@ pub async fn run<Q: Queue>(
     controls: Controls<'_>,
     beside: impl Future<Output = ()>,
 ) -> Result<Ended, QueueError> {
-    let Controls { phase, mut changes, board, shutdown_timeout } = controls;
+    let Controls { phase, mut changes, board, shutdown_timeout, mut hurry } = controls;
     let mut fleet = Fleet::new(queue.clone(), board.clone())?;
     let mut shutdown = std::pin::pin!(shutdown);
     let plan = fleet.plan(&subscribers)?;
@@ -129,7 +141,8 @@ pub async fn run<Q: Queue>(
     let (stop, stopping) = watch::channel(false);
     chores.spawn(async move { doing.chores(subscribers, stopping).await });
     let (looking, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
-    let look = chores.spawn(async move { look_again_and_again(&looking, subscribers, &board).await });
+    let seen = board.clone();
+    let look = chores.spawn(async move { look_again_and_again(&looking, subscribers, &seen).await });
 
     loop {
         tokio::select! {
@@ -151,7 +164,7 @@ pub async fn run<Q: Queue>(
         }
     }
     let shutdown_timeout = *shutdown_timeout.borrow();
-    tracing::info!(timeout_s = shutdown_timeout.as_secs_f64(), "stopping: nothing new is taken, requests in flight finish");
+    say_what_is_waited_for(&board.in_flight(), shutdown_timeout);
     phase.send_replace(Phase::Draining);
     stop.send_replace(true);
     look.abort();
@@ -162,13 +175,26 @@ pub async fn run<Q: Queue>(
             busy.remove(&ended.unwrap_or_else(resume));
         }
     };
-    let (in_time, _) = tokio::join!(
-        async { timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok() },
-        timeout(shutdown_timeout.min(CHORES_GOODBYE), chores_end)
-    );
+    let drained = async {
+        tokio::join!(
+            async { timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok() },
+            timeout(shutdown_timeout.min(CHORES_GOODBYE), chores_end)
+        )
+    };
+    let (in_time, hurried) = tokio::select! {
+        biased;
+        (in_time, _) = drained => (in_time, false),
+        () = &mut hurry => (false, true),
+    };
     chores.shutdown().await;
     if !in_time {
         fleet.keepers.shutdown().await;
+    }
+    if hurried {
+        // A broker that is away does not hold it up.
+        timeout(HURRIED_GOODBYE, queue.close()).await.ok();
+        tracing::warn!(subscribers = ?busy, "stopped at once, by a second signal, with requests in flight; their events are delivered again, producers without an answer must send again");
+        return Ok(Ended::Deadline(busy));
     }
     queue.close().await;
     if in_time {
@@ -177,6 +203,19 @@ pub async fn run<Q: Queue>(
     }
     tracing::warn!(subscribers = ?busy, "stopped at the deadline with requests in flight; their events are delivered again, producers without an answer must send again");
     Ok(Ended::Deadline(busy))
+}
+
+/// For whoever watches it end: what it is that takes the time, how long at most, and how to have it shorter.
+fn say_what_is_waited_for(in_flight: &BTreeMap<String, u32>, shutdown_timeout: Duration) {
+    let requests: u32 = in_flight.values().sum();
+    let deadline = clock::now().checked_add(shutdown_timeout).map(|at| humantime::format_rfc3339_seconds(at).to_string());
+    tracing::info!(
+        timeout_s = shutdown_timeout.as_secs_f64(),
+        deadline,
+        requests,
+        subscribers = ?in_flight,
+        "stopping: nothing new is taken, requests in flight finish; a second signal ends it at once"
+    );
 }
 
 /// A keeper holds no code that panics; if it does, so does the process.
@@ -406,7 +445,7 @@ mod tests {
             let (phase, changes) = (watch::Sender::new(Phase::Starting), mpsc::channel(1).1);
             let board = Board::new(Metrics::new(clock::now()));
             let shutdown_timeout = watch::Sender::new(Duration::from_secs(10)).subscribe();
-            let controls = Controls { phase: &phase, changes, board, shutdown_timeout };
+            let controls = Controls { phase: &phase, changes, board, shutdown_timeout, hurry: Box::pin(std::future::pending()) };
             run(queue, config.subscribers, shutdown, controls, std::future::ready(())).await
         });
         test.await;

@@ -1,4 +1,4 @@
-//! What is asked of the running daemon, over its admin listener; `pause` and `resume`.
+//! What is asked of the running daemon, over its admin listener.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{Failed, visible};
 use crate::{
@@ -25,29 +25,6 @@ const TIMEOUT: Duration = Duration::from_secs(45);
 pub(super) struct Asked {
     pub(super) admin: AdminConfig,
     pub(super) config: PathBuf,
-}
-
-pub(super) async fn pause(asked: &Asked, name: &str, why: Option<String>) -> Result<(), Failed> {
-    let wish = why.as_ref().map_or_else(|| json!({}), |why| json!({ "why": why }));
-    let answer = Daemon::of(asked)?.post(&format!("subscribers/{name}/pause"), &wish).await?;
-    let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
-    let already = if answer["changed"] == true { "is paused" } else { "was paused already" };
-    println!("`{name}` {already}, since {}, by {}: {}", text("since"), text("by"), text("why"));
-    if why.is_some_and(|why| answer["why"] != why.as_str()) {
-        println!("Your reason was not recorded: an operator did not pause it, and the reason above stays.");
-    }
-    println!("Its events wait in the queue until `hooktrail resume {name}`.");
-    Ok(())
-}
-
-pub(super) async fn resume(asked: &Asked, name: &str) -> Result<(), Failed> {
-    let answer = Daemon::of(asked)?.post(&format!("subscribers/{name}/resume"), &json!({})).await?;
-    if answer["changed"] == true {
-        println!("`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew.");
-    } else {
-        println!("`{name}` was not paused.");
-    }
-    Ok(())
 }
 
 pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {

@@ -1,6 +1,7 @@
 //! `dead`: dead letters and orphans, one at a time, so that a hundred thousand of them need no memory.
 
 pub(super) mod choice;
+mod summary;
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -41,7 +42,7 @@ const TOLD: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a dead letter, oldest first, each with its number, such as @2
+    /// One line a dead letter, oldest first, each with its number, such as @2; without a name how many each subscriber has, and why
     List {
         #[command(flatten)]
         which: Which,
@@ -123,15 +124,21 @@ impl Command {
         Ok(match self {
             Self::List { which, json } => (which.checked()?, Task::List { json }),
             Self::Show { subscriber, letter, orphans, json } => (Which::one(subscriber, letter, orphans)?, Task::Show { json }),
-            Self::Export { which, json: _ } => (which.checked()?, Task::Export),
-            Self::Replay { which, rate, dry_run, json } => (which.checked()?, Task::Replay { rate, dry_run, json }),
-            Self::Purge { which, dry_run, yes, json } => (which.checked()?, Task::Purge { dry_run, yes, json }),
+            Self::Export { which, json: _ } => (which.of_one()?, Task::Export),
+            Self::Replay { which, rate, dry_run, json } => (which.of_one()?, Task::Replay { rate, dry_run, json }),
+            Self::Purge { which, dry_run, yes, json } => (which.of_one()?, Task::Purge { dry_run, yes, json }),
         })
     }
 }
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
     let (which, task) = command.split()?;
+    if let (Task::List { json }, None, false) = (&task, which.subscriber(), which.orphans()) {
+        return match &config.queue.backend {
+            Backend::Amqp(amqp) => summary::list(reach(amqp).await?, config, &which, *json).await,
+            Backend::Embedded => summary::list(EmbeddedQueue::existing(&config.queue.embedded)?, config, &which, *json).await,
+        };
+    }
     match (&config.queue.backend, which.subscriber()) {
         (Backend::Amqp(amqp), Some(subscriber)) if !which.orphans() => {
             let queue = reach(amqp).await?;

@@ -57,7 +57,7 @@ const REFUSED: &str = "activity_log.export.requested";
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// How long events come, such as 10m
-    #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "15s")]
+    #[arg(long = "for", value_name = "DURATION", value_parser = super::duration, default_value = "15s")]
     publish_for: Duration,
     /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at its
     /// end. Others on this machine can see the command line: a URL with a password of worth belongs into
@@ -377,6 +377,7 @@ impl Play<'_> {
             changes: mpsc::channel(1).1, // nobody changes anything
             board: Board::new(Metrics::new(clock::now())),
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
+            hurry: Box::pin(std::future::pending()),
         };
         let daemon = supervisor::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
         let show = async {

@@ -1,7 +1,8 @@
 //! `listen`: a receiver for trying things out.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
+    fmt,
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
@@ -14,14 +15,16 @@ use axum::{
     Router,
     body::Bytes,
     extract::{DefaultBodyLimit, State},
-    http::{HeaderMap, StatusCode},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
 };
 use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 
 use super::{Failed, visible};
 use crate::{
+    batch::is_half,
     clock,
+    event::{Pattern, event_type},
     secret::Secret,
     signature::{self, Unverified},
     wording::counted,
@@ -51,12 +54,25 @@ pub(super) struct Args {
     /// Answer 503 to this share of the requests, from 0 to 1
     #[arg(long, default_value_t = 0.0, value_parser = parse_share, value_name = "P")]
     fail_rate: f64,
+    /// Refuse, with 422, each request that has an event of such a type, an AMQP topic pattern such as `user.*`; as often as wanted.
+    /// Of an endpoint that accepts others the daemon halves such a batch until the refused events are alone
+    #[arg(long, value_name = "PATTERN", value_parser = Pattern::try_new)]
+    refuse: Vec<Pattern>,
     /// Wait so long before each answer
-    #[arg(long, default_value = "0s", value_parser = humantime::parse_duration, value_name = "DURATION")]
+    #[arg(long, default_value = "0s", value_parser = super::duration, value_name = "DURATION")]
     delay: Duration,
+    /// Ask for a pause of so long, by `Retry-After`, in each answer that is no success
+    #[arg(long, value_parser = super::duration, value_name = "DURATION")]
+    retry_after: Option<Duration>,
+    /// A header of each answer, such as `x-request-id=7`; as often as wanted
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
+    header: Vec<(HeaderName, HeaderValue)>,
     /// One JSON object a request instead of text
     #[arg(long)]
     json: bool,
+    /// Print nothing of each request, and at the end how many there were
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 fn parse_addr(text: &str) -> Result<String, &'static str> {
@@ -68,11 +84,45 @@ fn parse_share(text: &str) -> Result<f64, &'static str> {
     text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or("write a share from 0 to 1, such as 0.2")
 }
 
+fn parse_header(text: &str) -> Result<(HeaderName, HeaderValue), &'static str> {
+    const EXPECTED: &str = "write a name and a value, such as x-request-id=7";
+    let (name, value) = text.split_once('=').ok_or(EXPECTED)?;
+    let (name, value) = (name.trim().parse::<HeaderName>(), HeaderValue::from_str(value.trim()));
+    let (name, value) = name.ok().zip(value.ok()).ok_or(EXPECTED)?;
+    if [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION].contains(&name) {
+        return Err("this header says how the answer itself is sent; choose another");
+    }
+    Ok((name, value))
+}
+
 struct Listener {
     args: Args,
     secrets: Vec<Secret>,
     requests: AtomicU64,
     seen: Mutex<HashSet<String>>,
+    totals: Mutex<Totals>,
+}
+
+/// What `--quiet` tells at the end.
+#[derive(Debug, Default, serde::Serialize)]
+struct Totals {
+    requests: u64,
+    /// Those whose id was seen before.
+    repeats: u64,
+    events: u64,
+    /// How many got which status.
+    statuses: BTreeMap<u16, u64>,
+}
+
+impl fmt::Display for Totals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let statuses: Vec<String> = self.statuses.iter().map(|(status, n)| format!("{status} {}", counted(*n, "time(s)"))).collect();
+        write!(f, "{} with {}", counted(self.requests, "request(s)"), counted(self.events, "event(s)"))?;
+        if self.repeats > 0 {
+            write!(f, ", {} an id seen before", counted(self.repeats, "of them (has|have)"))?;
+        }
+        if statuses.is_empty() { Ok(()) } else { write!(f, "; answered {}", statuses.join(", ")) }
+    }
 }
 
 pub(super) async fn run(args: Args) -> Result<(), Failed> {
@@ -81,8 +131,8 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
         Failed::Runtime(format!("cannot listen on {}: {e}; choose another with --addr HOST:PORT, port 0 takes a free one", args.addr))
     })?;
     eprintln!("listening on http://{}/{}", socket.local_addr()?, if secrets.is_empty() { ", verifying nothing (no --secret)" } else { "" });
-    let listener = Arc::new(Listener { args, secrets, requests: AtomicU64::new(0), seen: Mutex::default() });
-    let app = Router::new().fallback(receive).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(listener);
+    let listener = Arc::new(Listener { args, secrets, requests: AtomicU64::new(0), seen: Mutex::default(), totals: Mutex::default() });
+    let app = Router::new().fallback(receive).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(listener.clone());
     let stop = async {
         let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
         let terminated = async {
@@ -99,7 +149,10 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
     // Not gracefully: the daemon keeps connections open, and a receiver for trying out stops at once.
     tokio::select! {
         served = axum::serve(socket, app) => served.map_err(Failed::from),
-        () = stop => Ok(()),
+        () = stop => {
+            listener.sum_up();
+            Ok(())
+        }
     }
 }
 
@@ -130,22 +183,59 @@ fn read_secret(given: &str) -> Result<Secret, Failed> {
     }
 }
 
-async fn receive(State(listener): State<Arc<Listener>>, headers: HeaderMap, body: Bytes) -> StatusCode {
+async fn receive(State(listener): State<Arc<Listener>>, headers: HeaderMap, body: Bytes) -> (StatusCode, HeaderMap) {
     let nth = listener.requests.fetch_add(1, Ordering::Relaxed);
+    let args = &listener.args;
     let verified = listener.verify(&headers, &body);
-    tokio::time::sleep(listener.args.delay).await;
-    let status = if nth < listener.args.fail_first || clock::random() < listener.args.fail_rate {
+    let events = events_of(&body, text(&headers, "content-type").unwrap_or_default());
+    let refused = args.refused(events.as_deref().unwrap_or_default());
+    tokio::time::sleep(args.delay).await;
+    let status = if nth < args.fail_first || clock::random() < args.fail_rate {
         503
     } else if matches!(verified, Some(Err(_))) {
         401
+    } else if refused.is_empty() {
+        args.status
     } else {
-        listener.args.status
+        422
     };
-    listener.show(&headers, &body, verified, status);
-    StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    listener.show(&headers, body.len(), &Seen { verified, events, refused, status });
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    (status, args.answer_headers(status))
 }
 
-fn header<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+/// What a request was, and what became of it.
+struct Seen {
+    /// `None` without a secret.
+    verified: Option<Result<&'static str, Unverified>>,
+    events: Result<Vec<Box<RawValue>>, String>,
+    /// The types of the events that `--refuse` is about, by the events' places.
+    refused: BTreeMap<usize, String>,
+    status: u16,
+}
+
+impl Args {
+    fn refused(&self, events: &[Box<RawValue>]) -> BTreeMap<usize, String> {
+        let types = events.iter().enumerate().filter_map(|(n, event)| Some((n, event_type(event.get().as_bytes()).ok()?)));
+        let is_refused = |name: &str| self.refuse.iter().any(|pattern| pattern.matches(name));
+        types.filter(|(_, name)| is_refused(name)).map(|(n, name)| (n, name.into_owned())).collect()
+    }
+
+    fn answer_headers(&self, status: StatusCode) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in &self.header {
+            headers.append(name, value.clone());
+        }
+        if let Some(wait) = self.retry_after.filter(|_| !status.is_success()) {
+            // Whole seconds are all that it can say.
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        headers
+    }
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name).and_then(|v| v.to_str().ok())
 }
 
@@ -153,16 +243,21 @@ impl Listener {
     /// `None` without a secret. With several any one of them will do.
     fn verify(&self, headers: &HeaderMap, body: &[u8]) -> Option<Result<&'static str, Unverified>> {
         let now = clock::unix_seconds(clock::now());
-        let mut results = self.secrets.iter().map(|s| signature::verify(s, |name| header(headers, name), body, now));
+        let mut results = self.secrets.iter().map(|s| signature::verify(s, |name| text(headers, name), body, now));
         let first = results.next()?;
         Some(results.fold(first, |best, next| if best.is_ok() { best } else { next.or(best) }))
     }
 
-    fn show(&self, headers: &HeaderMap, body: &[u8], verified: Option<Result<&'static str, Unverified>>, status: u16) {
-        let id = header(headers, "webhook-id");
-        let attempt = header(headers, "x-hooktrail-attempt");
+    fn show(&self, headers: &HeaderMap, bytes: usize, seen: &Seen) {
+        let Seen { verified, events, refused, status } = seen;
+        let id = text(headers, "webhook-id");
+        let attempt = text(headers, "x-hooktrail-attempt");
         let repeat = id.is_some_and(|id| !self.remember(id));
-        let events = events_of(body, header(headers, "content-type").unwrap_or_default());
+        let count = events.as_ref().map_or(0, Vec::len);
+        self.count(count, repeat, *status);
+        if self.args.quiet {
+            return;
+        }
         let at = humantime::format_rfc3339_millis(clock::now()).to_string();
         if self.args.json {
             let line = Line {
@@ -172,8 +267,9 @@ impl Listener {
                 repeat,
                 verified: verified.map(|v| v.is_ok()),
                 unverified_because: verified.and_then(|v| v.err().map(|e| e.to_string())),
-                status,
-                bytes: body.len(),
+                status: *status,
+                refused: refused.values().collect(),
+                bytes,
                 error: events.as_ref().err(),
                 events: events.as_ref().ok(),
             };
@@ -186,18 +282,45 @@ impl Listener {
             Some(Ok(scheme)) => format!("verified ({scheme})"),
             Some(Err(why)) => format!("NOT VERIFIED: {why}"),
         };
-        let count = events.as_ref().map_or(0, Vec::len);
+        let part = if id.is_some_and(is_half) { ", a part of a batch that was halved" } else { "" };
         let repeat = if repeat { ", seen before" } else { "" };
         println!(
-            "{at}  {}  attempt {}{repeat}: {}, {}, {verified}, answered {status}",
-            id.unwrap_or("(no webhook-id)"),
-            attempt.unwrap_or("?"),
+            "{at}  {}  attempt {}{part}{repeat}: {}, {}, {verified}, answered {status}",
+            id.map_or_else(|| "(no webhook-id)".to_owned(), visible),
+            attempt.map_or_else(|| "?".to_owned(), visible),
             counted(count, "event(s)"),
-            counted(body.len(), "byte(s)")
+            counted(bytes, "byte(s)")
         );
         match events {
-            Ok(events) => events.iter().for_each(|e| println!("    {}", one_line(e.get()))),
-            Err(why) => println!("    not readable: {}", visible(&why)),
+            Ok(events) => {
+                for (n, event) in events.iter().enumerate() {
+                    let mark = if refused.contains_key(&n) { "refused" } else { "" };
+                    let indent = if refused.is_empty() { "    ".to_owned() } else { format!("    {mark:<8}") };
+                    println!("{indent}{}", one_line(event.get()));
+                }
+            }
+            Err(why) => println!("    not readable: {}", visible(why)),
+        }
+    }
+
+    fn count(&self, events: usize, repeat: bool, status: u16) {
+        let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        totals.requests += 1;
+        totals.events += events as u64;
+        totals.repeats += u64::from(repeat);
+        *totals.statuses.entry(status).or_default() += 1;
+    }
+
+    /// At the end, where nothing was told before.
+    fn sum_up(&self) {
+        if !self.args.quiet {
+            return;
+        }
+        let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.args.json {
+            println!("{}", serde_json::json!(*totals));
+        } else {
+            println!("{totals}");
         }
     }
 
@@ -223,6 +346,8 @@ struct Line<'a> {
     verified: Option<bool>,
     unverified_because: Option<String>,
     status: u16,
+    /// The types of the events that were refused.
+    refused: Vec<&'a String>,
     bytes: usize,
     error: Option<&'a String>,
     events: Option<&'a Vec<Box<RawValue>>>,
@@ -267,6 +392,7 @@ fn one_line(event: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser as _;
 
     #[test]
     fn events_are_shown_for_people_or_as_they_are() {
@@ -294,6 +420,34 @@ mod tests {
             let Err(Failed::Usage(why)) = read_secret(bad) else { panic!("{bad} is taken") };
             assert!(why.contains("--secret") && (bad.len() < 7 || !why.contains(bad) || bad == named), "{why}");
         }
+    }
+
+    #[test]
+    fn what_is_refused_is_told_event_by_event_and_what_is_added_to_an_answer_is_sound() {
+        let args = |more: &[&str]| {
+            let words = ["hooktrail", "listen"].iter().chain(more).copied();
+            let crate::cli::Command::Listen(args) = crate::cli::Cli::try_parse_from(words).map_err(|e| e.to_string())?.command else {
+                unreachable!("parsed")
+            };
+            Ok::<_, String>(args)
+        };
+        let refusing =
+            args(&["--refuse", "user.*", "--refuse", "billing.#", "--retry-after", "1500ms", "--header", "X-A=1=2"]).expect("sound");
+        let events = events_of(br#"{"events":[{"event":"a.b"},{"event":"user.deleted"},{"event":"billing.paid.late"},{"n":1}]}"#, "");
+        let refused = refusing.refused(&events.expect("events"));
+        assert_eq!(refused.into_iter().collect::<Vec<_>>(), [(1, "user.deleted".to_owned()), (2, "billing.paid.late".to_owned())]);
+        let (bad, good) = (refusing.answer_headers(StatusCode::TOO_MANY_REQUESTS), refusing.answer_headers(StatusCode::OK));
+        assert_eq!(
+            (&bad["retry-after"], &bad["x-a"], good.get("retry-after")),
+            (&HeaderValue::from(2), &HeaderValue::from_static("1=2"), None)
+        );
+        for header in ["x", "=1", "a b=1", "x=\u{1}", "content-length=3", "Connection=close"] {
+            assert!(args(&["--header", header]).is_err_and(|e| e.contains("--header")), "{header}");
+        }
+        let mut totals = Totals { requests: 3, events: 1, repeats: 1, ..Totals::default() };
+        totals.statuses.extend([(200, 2), (422, 1)]);
+        assert_eq!(totals.to_string(), "3 requests with 1 event, 1 of them has an id seen before; answered 200 2 times, 422 1 time");
+        assert_eq!(Totals::default().to_string(), "0 requests with 0 events");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     reload::{Because, Reloader},
     resources,
-    signal::{self, Files, Hangups},
+    signal::{self, Files, Hangups, Stops},
     status::Board,
     supervisor::{self, Controls, Phase},
     systemd,
@@ -46,13 +46,7 @@ pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
     ended
 }
 
-async fn start(
-    config: Config,
-    level: Level,
-    metrics: Metrics,
-    force: bool,
-    signals: (impl Future<Output = ()>, Hangups),
-) -> Result<(), Failed> {
+async fn start(config: Config, level: Level, metrics: Metrics, force: bool, signals: (Stops, Hangups)) -> Result<(), Failed> {
     resources::raise_open_files();
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
@@ -88,7 +82,7 @@ async fn deliver(
     config: Config,
     level: Level,
     metrics: Metrics,
-    (shutdown, hangups): (impl Future<Output = ()>, Hangups),
+    (stops, hangups): (Stops, Hangups),
 ) -> Result<(), Failed> {
     let admin = match Admin::bind(&config.admin).await {
         Ok(admin) => admin,
@@ -104,10 +98,14 @@ async fn deliver(
     let mut asking = JoinSet::new();
     asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
     asking.spawn(reload_when_files_change(reloader.clone()));
-    let controls = Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout() };
+    let controls =
+        Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout(), hurry: Box::pin(stops.times(2)) };
     let beside = serving.done_with_the_queue();
-    supervisor::run(queue, subscribers, shutdown, controls, beside).await?;
-    serving.close().await;
+    supervisor::run(queue, subscribers, stops.times(1), controls, beside).await?;
+    tokio::select! {
+        () = serving.close() => {}
+        () = stops.times(2) => {}
+    }
     // It ends when it has told the last phase.
     drop(phase);
     told.await.map_err(|e| Failed::Runtime(e.to_string()))

@@ -1,4 +1,6 @@
-//! `status`: how each subscriber is, in one table.
+//! `status`: how each subscriber is, in one table, or one of them with its story.
+
+mod story;
 
 use std::{
     fmt::Write as _,
@@ -8,35 +10,66 @@ use std::{
 
 use serde_json::Value;
 
+use self::story::story;
 use super::{
     Failed,
     daemon::{Asked, Daemon},
+    terminal::{self, wrapped},
     visible,
 };
-use crate::{clock, wording::counted};
+use crate::{clock, config, wording::counted};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
+    /// Only this subscriber: since when it is so, and why, what waits, the last error, and what to do
+    subscriber: Option<String>,
     /// What the daemon answers, as one JSON object
     #[arg(long)]
     json: bool,
     /// Ask again and again, every so often
-    #[arg(long, value_name = "EVERY", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration)]
-    watch: Option<Duration>,
+    #[arg(long, value_name = "EVERY", num_args = 0..=1, default_missing_value = "2s", value_parser = watch)]
+    watch: Option<Watch>,
 }
 
+/// What stands behind `--watch`.
+#[derive(Debug, Clone)]
+enum Watch {
+    Every(Duration),
+    /// No time: it is the subscriber's name, and the time is the usual one.
+    Of(String),
+}
+
+fn watch(text: &str) -> Result<Watch, String> {
+    match super::duration(text) {
+        Ok(every) => Ok(Watch::Every(every)),
+        Err(_) if config::is_subscriber_name(text) && !text.as_bytes()[0].is_ascii_digit() => Ok(Watch::Of(text.to_owned())),
+        Err(why) => Err(why.to_owned()),
+    }
+}
+
+/// How often `--watch` alone asks.
+const EVERY: Duration = Duration::from_secs(2);
+
 pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
+    let (every, named) = match &args.watch {
+        None => (None, None),
+        Some(Watch::Every(every)) => (Some(*every), None),
+        Some(Watch::Of(name)) => (Some(EVERY), Some(name)),
+    };
+    let name = match (&args.subscriber, named) {
+        (Some(_), Some(_)) => return Err(Failed::Usage("name one subscriber, or none for all".to_owned())),
+        (one, other) => one.as_ref().or(other),
+    };
     let daemon = Daemon::of(asked)?;
     loop {
         let answer = daemon.get("subscribers").await;
-        let shown = match (&answer, args.json) {
-            (Ok(found), true) => format!("{found}\n"),
-            (Ok(found), false) => table(found),
+        let shown = match &answer {
+            Ok(found) => shown(found, name, args.json)?,
             // Who watches waits for the daemon to come back.
-            (Err(Failed::Runtime(why)), _) if args.watch.is_some() => format!("{why}\n"),
-            (Err(_), _) => return answer.map(drop),
+            Err(Failed::Runtime(why)) if every.is_some() => format!("{why}\n"),
+            Err(_) => return answer.map(drop),
         };
-        if args.watch.is_some() && !args.json && std::io::stdout().is_terminal() {
+        if every.is_some() && !args.json && std::io::stdout().is_terminal() {
             // From the top, and what was there before goes.
             print!("\u{1b}[H\u{1b}[2J");
         }
@@ -44,12 +77,25 @@ pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
         if shown.is_err() {
             return Ok(()); // nobody reads any more, as with `| head`
         }
-        let Some(every) = args.watch else { return Ok(()) };
+        let Some(every) = every else { return Ok(()) };
         tokio::time::sleep(every.max(Duration::from_millis(100))).await;
     }
 }
 
-fn table(found: &Value) -> String {
+fn shown(found: &Value, name: Option<&String>, json: bool) -> Result<String, Failed> {
+    let Some(name) = name else {
+        return Ok(if json { format!("{found}\n") } else { table(found, terminal::width()) });
+    };
+    let all = found["subscribers"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let Some(one) = all.iter().find(|s| s["subscriber"] == name.as_str()) else {
+        let names: Vec<String> = all.iter().map(|s| text(&s["subscriber"])).collect();
+        return Err(Failed::Usage(format!("the daemon has no subscriber `{}`; it has: {}", visible(name), names.join(", "))));
+    };
+    Ok(if json { format!("{one}\n") } else { preface(found) + &story(one, terminal::width().unwrap_or(terminal::USUAL)) })
+}
+
+/// What is wrong with the daemon itself.
+fn preface(found: &Value) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
     let mut line = |text: &str| writeln!(out, "{}", text.trim_end()).unwrap_or_default();
@@ -70,25 +116,29 @@ fn table(found: &Value) -> String {
     } else if !why.is_empty() {
         line(&format!("The queue is not as it should be{why}\n"));
     }
-    let mut rows = vec![COLUMNS.map(str::to_owned)];
+    out
+}
+
+fn table(found: &Value, width: Option<usize>) -> String {
+    let mut out = preface(found);
+    // Writing to a string cannot fail.
+    let mut line = |text: &str| writeln!(out, "{}", text.trim_end()).unwrap_or_default();
     let subscribers = found["subscribers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    rows.extend(subscribers.iter().map(row));
+    let rows: Vec<Row> = std::iter::once(COLUMNS.map(str::to_owned)).chain(subscribers.iter().map(row)).collect();
+    let fit = Fit::of(&rows, width);
     // A long reason would push the figures off the screen; it is told below.
     let mut long = Vec::new();
-    for row in &mut rows {
-        if row[1].chars().count() > STATE_WIDTH {
-            long.push(format!("\n`{}`: {}", row[0], row[1]));
-            row[1] = row[1].chars().take(STATE_WIDTH - 1).chain(['…']).collect();
-        }
-    }
-    let widths: [usize; COLUMNS.len()] = std::array::from_fn(|n| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0));
     for row in &rows {
-        let cell = |(n, (text, width)): (usize, (&String, &usize))| {
-            if NUMBERS.contains(&COLUMNS[n]) { format!("{text:>width$}") } else { format!("{text:<width$}") }
-        };
-        line(&row.iter().zip(&widths).enumerate().map(cell).collect::<Vec<_>>().join("  "));
+        if row[1].chars().count() > fit.widths[1] {
+            long.push(format!("\n`{}`: {}", row[0], row[1]));
+        }
+        fit.lines(row).iter().for_each(|l| line(l));
     }
-    long.iter().for_each(|text| line(text));
+    long.iter().for_each(|text| line(&width.map_or_else(|| text.clone(), |width| wrapped(text, width))));
+    if !fit.left_out.is_empty() {
+        let left_out = format!("\n(not shown, for the width: {}; `hooktrail status NAME` shows all of one)", fit.left_out.join(", "));
+        line(&wrapped(&left_out, width.unwrap_or(terminal::USUAL)));
+    }
     if subscribers.is_empty() {
         line("no subscriber is configured");
     }
@@ -118,15 +168,76 @@ fn table(found: &Value) -> String {
 const COLUMNS: [&str; 12] =
     ["SUBSCRIBER", "STATE", "BACKLOG", "IN HAND", "IN RETRY", "NEXT DUE", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
 
+type Row = [String; COLUMNS.len()];
+
 /// More of a state is not in the table.
 const STATE_WIDTH: usize = 50;
+
+/// So much of a state is, before figures are left out.
+const STATE_LEAST: usize = 20;
+
+/// Which columns are left out of a table that is too wide, the first ones first.
+const LEFT_OUT: [&str; 7] = ["P99", "P50", "SUCCESS", "IN HAND", "DELIVERED/S", "NEXT DUE", "OLDEST"];
+
+/// A table in the width that there is.
+struct Fit {
+    /// Of each column; 0 of one that is left out.
+    widths: [usize; COLUMNS.len()],
+    left_out: Vec<&'static str>,
+}
+
+impl Fit {
+    fn of(rows: &[Row], width: Option<usize>) -> Self {
+        let longest = |n: usize| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0);
+        let mut fit = Self { widths: std::array::from_fn(longest), left_out: Vec::new() };
+        let state = fit.widths[1].min(STATE_WIDTH);
+        fit.widths[1] = state;
+        let Some(width) = width else { return fit };
+        fit.widths[1] = state.min(STATE_LEAST);
+        for column in LEFT_OUT {
+            if fit.total() <= width {
+                break;
+            }
+            let n = COLUMNS.iter().position(|c| *c == column).unwrap_or_default();
+            fit.widths[n] = 0;
+            fit.left_out.push(column);
+        }
+        // A name that is too long gets a line of its own: it is what a command is given.
+        fit.widths[0] -= fit.total().saturating_sub(width).min(fit.widths[0].saturating_sub("SUBSCRIBER".len()));
+        fit.widths[1] = (fit.widths[1] + width.saturating_sub(fit.total())).min(state);
+        fit
+    }
+
+    fn total(&self) -> usize {
+        self.widths.iter().filter(|w| **w > 0).map(|w| w + 2).sum::<usize>().saturating_sub(2)
+    }
+
+    fn lines(&self, row: &Row) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut cells = Vec::new();
+        for (n, (text, width)) in row.iter().zip(self.widths).enumerate().filter(|(_, (_, width))| *width > 0) {
+            let is_long = text.chars().count() > width;
+            cells.push(match n {
+                0 if is_long => {
+                    lines.push(text.clone());
+                    " ".repeat(width)
+                }
+                1 if is_long => text.chars().take(width - 1).chain(['…']).collect(),
+                _ if NUMBERS.contains(&COLUMNS[n]) => format!("{text:>width$}"),
+                _ => format!("{text:<width$}"),
+            });
+        }
+        lines.push(cells.join("  "));
+        lines
+    }
+}
 
 /// From this age on what is told of the queues is told with its age.
 const OLD: Duration = Duration::from_secs(3);
 
 const NUMBERS: [&str; 9] = ["BACKLOG", "IN HAND", "IN RETRY", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
 
-fn row(s: &Value) -> [String; COLUMNS.len()] {
+fn row(s: &Value) -> Row {
     let number = |key: &str| s[key].as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string());
     let seconds = |key: &str| s[key].as_f64().map_or_else(|| "-".to_owned(), |n| span(Duration::from_secs_f64(n.max(0.0))));
     let share = |n: f64| format!("{:.1}%", n * 100.0);
@@ -226,7 +337,7 @@ mod tests {
             ],
             "removed": [{ "subscriber": "gone", "events": 5, "retries": 0, "dead": 1 }],
         });
-        let shown = table(&found);
+        let shown = table(&found, None);
         for part in [
             "h.toml:3:1: x: is wrong\nanother \\u{1b}[2J",
             "wait for an operator: 2 of 2 (x)",
@@ -249,6 +360,46 @@ mod tests {
             assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
         }
         assert!(!shown.contains('\u{1b}'));
-        assert!(table(&json!({ "phase": "running", "queue": { "up": true } })).contains("no subscriber is configured"));
+        assert!(table(&json!({ "phase": "running", "queue": { "up": true } }), None).contains("no subscriber is configured"));
+    }
+
+    #[test]
+    fn the_table_fits_the_terminal_and_no_name_is_cut() {
+        let long = "a-subscriber-with-a-name-that-is-as-long-as-a-name-may-be-64-xxx";
+        let one = |name: &str, state: &str| {
+            json!({ "subscriber": name, "state": state, "backlog": 123_456, "in_hand": 500, "in_retry": 12, "dead": 1234,
+                "next_retry_at": "2020-01-01T00:00:00Z", "delivered_per_s": 1234.5, "success_rate": 0.995, "p50_s": 0.012, "p99_s": 61.0,
+                "oldest_event_age_s": 3700.5, "last_error": { "failure": "connect", "status": null, "cause": "Connection refused (os error 111)" } })
+        };
+        let found = json!({ "phase": "running", "queue": { "up": true },
+            "subscribers": [one("siem", "ok"), one(long, "retrying"), one("crm", "retrying")] });
+        for width in [60, 80, 100, 120, 140, 200] {
+            let shown = table(&found, Some(width));
+            for line in shown.lines() {
+                assert!(line.chars().count() <= width || line.trim() == long || line.contains("`a-sub"), "{width}:\n{shown}");
+            }
+            for part in [long, "123456", "1234", "siem", "crm", "Connection refused (os error 111)"] {
+                assert!(shown.split_whitespace().collect::<Vec<_>>().join(" ").contains(part), "{width}: {part} is not in\n{shown}");
+            }
+            assert!(shown.contains("P99"), "{width}: in the head, or named below:\n{shown}");
+        }
+        let narrow = table(&found, Some(80));
+        assert!(narrow.contains("(not shown, for the width: P99,") && narrow.contains("OLDEST"), "{narrow}");
+        assert!(!table(&found, Some(200)).contains("not shown") && !table(&found, None).contains("not shown"));
+    }
+
+    #[test]
+    fn watch_takes_a_time_or_leaves_a_name() {
+        assert!(matches!(watch("2"), Ok(Watch::Every(every)) if every == Duration::from_secs(2)));
+        assert!(matches!(watch("siem"), Ok(Watch::Of(name)) if name == "siem"));
+        assert!(watch("2 parsecs").is_err() && watch("2x").is_err());
+    }
+
+    #[test]
+    fn one_that_is_not_there_is_told_with_those_that_are() {
+        let found = json!({ "phase": "running", "queue": { "up": true }, "subscribers": [{ "subscriber": "a", "state": "ok" }] });
+        assert_eq!(shown(&found, Some(&"a".to_owned()), false).expect("it is there"), "a: ok\n");
+        let why = shown(&found, Some(&"b".to_owned()), true).expect_err("it is not there");
+        assert!(matches!(why, Failed::Usage(why) if why.contains("`b`") && why.contains("it has: a")));
     }
 }

@@ -32,7 +32,7 @@ fn as_text(report: &Report) -> String {
     let rehearsal = &report.rehearsal;
     let mut out = String::new();
     let mut line = |text: String| writeln!(out, "{text}").unwrap_or_default();
-    line(format!("POST {}  (the rest of the URL is not shown)", report.url));
+    line(format!("POST {}", report.url));
     for (name, value) in &rehearsal.headers {
         line(format!("{name}: {}", value.as_deref().map_or_else(|| "[redacted]".to_owned(), visible)));
     }

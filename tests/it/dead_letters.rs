@@ -33,6 +33,7 @@ on_both_queues!(
     an_interrupted_replay_gives_the_rest_back_in_order_and_can_be_run_again,
     a_replay_that_is_killed_loses_nothing_and_repeats_at_most_a_group,
     very_many_are_handled_in_little_memory_and_time,
+    without_a_name_the_list_says_how_many_each_has_and_why,
 );
 
 /// A dead letter to be put into a queue.
@@ -170,6 +171,7 @@ async fn filters_are_met_together_and_numbers_are_those_of_the_whole_list(queue:
         (&[][..], &[1, 2, 3, 4][..]),
         (&["--reason", "invalid_event"], &[3]),
         (&["--status", "503"], &[2]),
+        (&["--status", "5xx"], &[1, 2, 4]),
         (&["--type", "user.*"], &[1, 2]),
         (&["--type", "#", "--status", "500"], &[1, 4]),
         (&["--type", "user.*", "--reason", "invalid_event"], &[]),
@@ -196,6 +198,43 @@ async fn filters_are_met_together_and_numbers_are_those_of_the_whole_list(queue:
     }
     assert!(setup.ok(&["dead", "purge", "a", "--type", "user.*", "--yes"]).contains("purged 2 of 4 dead letters of `a`"));
     assert_eq!(setup.dead("a").iter().map(|l| l["reason"].clone()).collect::<Vec<_>>(), ["invalid_event", "exhausted"]);
+}
+
+async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
+    let receiver = Receiver::start(|r, _| status(if r.events()[0]["event"] == "user.deleted" { 503 } else { 200 })).await;
+    let more = "batch = { max_events = 1 }\nretry = { max_attempts = 1 }";
+    let of = |name: &str, events: &str| subscriber(name, &receiver.url, &format!("{more}\nevents = [\"{events}\"]"));
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &of("a", "user.*") + &of("b", "user.deleted") + &of("good", "user.created")));
+    let daemon = setup.start().await;
+    assert_eq!(setup.ok(&["dead", "list"]).trim_end(), "no dead letters");
+    for (n, body) in (1..).zip([r#"{"event":"user.deleted"}"#, "not json", r#"{"event":"user.deleted"}"#]) {
+        queue.publish("user.deleted", [body]).await;
+        queue.wait_dead("a", n).await;
+        queue.wait_dead("b", n).await;
+    }
+    let summary = |more: &[&str]| lines(&setup.ok(&[&["dead", "list", "--json"], more].concat()));
+    let all = summary(&[]);
+    let of: Vec<Value> = all.iter().map(|l| json!([l["subscriber"], l["dead"], l["reasons"], l["configured"]])).collect();
+    let reasons = json!({ "exhausted": 2, "invalid_event": 1 });
+    assert_eq!(json!(of), json!([["a", 3, reasons, true], ["b", 3, reasons, true]]));
+    let oldest = setup.dead("a")[0]["died_at"].clone();
+    assert_eq!(all[0]["oldest_died_at"], oldest);
+    for (filters, expected) in [
+        (&["--status", "5xx"][..], json!([2, 2])),
+        (&["--status", "4xx"], json!([])),
+        (&["--reason", "invalid_event"], json!([1, 1])),
+        (&["--since", oldest.as_str().expect("a time").split_once('T').expect("a date").0], json!([3, 3])),
+    ] {
+        let found: Vec<Value> = summary(filters).iter().map(|l| l["dead"].clone()).collect();
+        assert_eq!(json!(found), expected, "{filters:?}");
+    }
+    let shown = setup.ok(&["dead", "list"]);
+    assert!(shown.contains("2 exhausted, 1 invalid_event") && shown.contains("6 dead letters of 2 subscribers"), "{shown}");
+    for command in ["export", "replay", "purge"] {
+        assert_eq!(setup.run(&["dead", command]).status.code(), Some(2), "{command}: whose is to be said");
+    }
+    assert_eq!(setup.dead("a").len(), 3, "what was looked at is still there");
+    assert!(daemon.stop().await.success());
 }
 
 async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {

@@ -228,6 +228,45 @@ fn a_daemon_that_is_stopped_while_it_starts_says_so() {
 }
 
 #[test]
+fn several_or_all_subscribers_are_paused_and_resumed_by_one_command() {
+    run(async {
+        let queue = Queue::embedded();
+        let api = Api::new();
+        let of = |name: &str, more: &str| subscriber(name, "http://127.0.0.1:9/", more);
+        let text = QUICK.to_owned() + &api.section() + &of("a", "") + &of("b", "") + &of("c", "") + &of("fixed", "paused = true");
+        let setup = Setup::new(&queue, &text);
+        let _daemon = setup.start().await;
+        let paused = async || {
+            let found = api.get("/api/v1/subscribers").await.json();
+            let of = found["subscribers"].as_array().expect("a list").iter().filter(|s| s["state"] == "paused");
+            of.map(|s| s["subscriber"].as_str().expect("a name").to_owned()).collect::<Vec<_>>().join(" ")
+        };
+        let become_paused = async |names: &str| eventually(&format!("paused: {names}"), async || paused().await == names).await;
+        become_paused("fixed").await;
+        let told = setup.ok(&["pause", "a", "c", "--why", "migration"]);
+        assert!(told.contains("`a` is paused") && told.contains("`c` is paused") && told.contains("migration"), "{told}");
+        become_paused("a c fixed").await;
+        // One that is not there is noticed before anything is changed.
+        let unknown = setup.run(&["resume", "a", "nobody"]);
+        assert!(unknown.status.code() == Some(2) && paused().await == "a c fixed", "{unknown:?}");
+        let told = setup.ok(&["pause", "--all"]);
+        assert!(told.contains("`b` is paused") && told.contains("`a` was paused already"), "{told}");
+        become_paused("a b c fixed").await;
+        // What the configuration pauses no command resumes; the others are.
+        let resumed = setup.run(&["resume", "b", "fixed"]);
+        let why = String::from_utf8_lossy(&resumed.stderr).into_owned();
+        assert!(resumed.status.code() == Some(1) && why.contains("`fixed`: ") && why.contains("1 subscriber was not resumed"), "{why}");
+        become_paused("a c fixed").await;
+        let told = setup.run(&["resume", "--all"]);
+        assert!(told.status.success() && String::from_utf8_lossy(&told.stdout).contains("`fixed` stays paused"), "{told:?}");
+        become_paused("fixed").await;
+        for wrong in [&["pause"][..], &["resume"], &["pause", "a", "--all"]] {
+            assert_eq!(setup.run(wrong).status.code(), Some(2), "{wrong:?}");
+        }
+    });
+}
+
+#[test]
 fn the_producers_trace_is_in_the_log_of_each_attempt() {
     run(async {
         let queue = Queue::embedded();
@@ -438,5 +477,40 @@ fn the_api_is_as_its_document_describes_it() {
         // What only an overloaded, starting or failing daemon answers.
         let rest: Vec<&&str> = missed.iter().filter(|m| !["408", "429", "500", "503"].iter().any(|s| m.ends_with(s))).collect();
         assert!(rest.is_empty(), "no exchange was about {rest:?}");
+    });
+}
+
+#[test]
+fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it_at_once() {
+    run(async {
+        let queue = Queue::embedded();
+        // It takes the request and never answers.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/", silent.local_addr().expect("an address"));
+        let text = "shutdown_timeout = \"4m\"\n".to_owned();
+        let section = crate::support::queue::Section::section(&queue, &["slow", "idle"]);
+        let more = "[batch]\nmax_wait = \"0s\"\n[http]\nallow_http = true\nallow_private_addresses = true\ntimeout = \"4m\"\n";
+        let all =
+            text + &section + more + &subscriber("slow", &url, "") + &subscriber("idle", "http://127.0.0.1:9/", "events = [\"none\"]");
+        let setup = Setup::with_text(&all);
+        let mut daemon = setup.start().await;
+        queue.publish(TYPE, [event(0)]).await;
+        let (_held, _) = tokio::time::timeout(Duration::from_secs(60), silent.accept()).await.expect("a request").expect("a connection");
+        daemon.terminate();
+        daemon.wait_log("stopping").await;
+        let log = daemon.log();
+        let line = log.lines().find(|l| l.contains("stopping")).expect("just seen");
+        for part in ["requests=1", "slow", "deadline=", "timeout_s=240", "second signal"] {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+        assert!(!line.contains("idle") && daemon.is_running(), "{line}");
+        let begun = std::time::Instant::now();
+        daemon.terminate();
+        assert!(daemon.wait().await.success());
+        assert!(begun.elapsed() < Duration::from_secs(120), "it did not wait for the deadline");
+        let log = daemon.log();
+        assert!(log.contains("stopped at once") && log.contains("slow"), "{log}");
+        // Nothing is lost by it.
+        assert_eq!(queue.backlog("slow").await, 1);
     });
 }

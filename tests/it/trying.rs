@@ -12,6 +12,7 @@ use crate::support::{
     broker::kill,
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually, free_port,
+    queue::Queue,
     receiver::{Answer, Receiver, status},
     run,
     tls::{Authority, TlsReceiver},
@@ -35,16 +36,25 @@ fn a_test_event_is_signed_sent_and_shown_without_secrets() {
     run(async {
         let receiver = Receiver::start(|_, _| status(202).body("thank\u{1b}[2J you")).await;
         let more = "auth = { bearer = \"hunter2\" }\nheaders = { X-Key = \"hunter2\" }\nevent_ids = true";
+        let url = receiver.url.replace("http://", "http://jane:hunter2@") + "/4fd6f2a1b0c94e3c8d77?key=hunter2";
+        let more = more.replace("auth = { bearer = \"hunter2\" }\n", "");
+        let setup_with_all = setup(&subscriber("a", &url, &more));
+        let shown = setup_with_all.ok(&["test", "a"]);
+        assert!(shown.contains(&format!("POST {}/[redacted]\n", receiver.url)), "{shown}");
+        assert!(!shown.contains("hunter2") && !shown.contains("4fd6f2a1b0c94e3c8d77") && !shown.contains("jane"), "{shown}");
+        receiver.wait_requests(1).await;
+
+        let more = "auth = { bearer = \"hunter2\" }\nheaders = { X-Key = \"hunter2\" }\nevent_ids = true";
         let setup = setup(&subscriber("a", &receiver.url, more));
         let shown = setup.ok(&["test", "a"]);
-        let request = receiver.wait_requests(1).await.remove(0);
+        let request = receiver.wait_requests(2).await.remove(1);
         assert!(request.verified() && request.attempt() == 1, "{request:?}");
         assert_eq!((request.header("authorization"), request.header("x-key")), ("Bearer hunter2", "hunter2"));
         let event = request.events().remove(0);
         assert_eq!((&event["event"], &event["actor"]["name"]), (&json!("hooktrail.test"), &json!("hooktrail")));
         assert!(event["event_id"].as_str().is_some_and(|id| id.starts_with("evt_")), "{event}");
         for part in [
-            receiver.url.trim_end_matches("/hook/token"),
+            &receiver.url,
             request.id(),
             request.header("webhook-signature"),
             "authorization: [redacted]",
@@ -56,7 +66,7 @@ fn a_test_event_is_signed_sent_and_shown_without_secrets() {
         ] {
             assert!(shown.contains(part), "{part:?} is not in {shown}");
         }
-        assert!(!shown.contains("hunter2") && !shown.contains("/hook/token") && !shown.contains('\u{1b}'), "{shown}");
+        assert!(!shown.contains("hunter2") && !shown.contains('\u{1b}'), "{shown}");
     });
 }
 
@@ -201,7 +211,9 @@ fn listen_answers_what_it_is_told_to() {
             (&["--status", "418"][..], &[418_u64, 418, 418][..]),
             (&["--fail-first", "2"], &[503, 503, 200]),
             (&["--fail-rate", "1"], &[503, 503, 503]),
-            (&["--fail-rate", "0", "--delay", "300ms"], &[200, 200, 200]),
+            (&["--fail-rate", "0", "--delay", "0.3"], &[200, 200, 200]),
+            (&["--refuse", "hooktrail.*", "--retry-after", "90", "--header", "x-a=b"], &[422, 422]),
+            (&["--refuse", "other.*"], &[200]),
         ] {
             let listen = Listen::start(arguments).await;
             let setup = setup(&subscriber("a", &listen.1, ""));
@@ -213,5 +225,50 @@ fn listen_answers_what_it_is_told_to() {
             let printed = listen.lines();
             assert_eq!(printed.iter().map(|l| l["status"].as_u64().expect("a status")).collect::<Vec<_>>(), statuses);
         }
+    });
+}
+
+#[test]
+fn listen_adds_what_it_is_told_to_and_sums_up_when_it_is_quiet() {
+    run(async {
+        let arguments = ["--quiet", "--status", "503", "--retry-after", "2500ms", "--header", "x-a=b", "--header", "x-a=c"];
+        let listen = Listen::start(&arguments).await;
+        let client = reqwest::Client::new();
+        for _ in 0..2 {
+            let request = client.post(&listen.1).header("content-type", "application/json").header("webhook-id", "msg_1");
+            let answer = request.body(r#"{"events":[{"event":"a"},{"event":"b"}]}"#).send().await.expect("an answer");
+            let headers = answer.headers();
+            assert_eq!((answer.status().as_u16(), &headers["retry-after"]), (503, &"3".parse().expect("a value")));
+            assert_eq!(headers.get_all("x-a").iter().collect::<Vec<_>>(), ["b", "c"]);
+        }
+        assert_eq!(listen.lines(), [json!({ "requests": 2, "repeats": 1, "events": 4, "statuses": { "503": 2 } })]);
+    });
+}
+
+#[test]
+fn what_listen_refuses_is_halved_until_it_is_alone() {
+    run(async {
+        let listen = Listen::start(&["--refuse", "user.deleted"]).await;
+        let queue = Queue::embedded();
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &listen.1, "batch = { max_events = 4 }")));
+        let daemon = setup.start().await;
+        // Only of who accepts others a refusal is about the events.
+        queue.publish("user.created", [r#"{"event":"user.created","n":0}"#]).await;
+        daemon.wait_log("outcome=\"delivered\"").await;
+        let events: Vec<String> =
+            (1..5).map(|n| format!("{{\"event\":\"{}\",\"n\":{n}}}", if n == 3 { "user.deleted" } else { "user.created" })).collect();
+        queue.publish("user.any", events).await;
+        queue.wait_dead("a", 1).await;
+        eventually("the last half arrives", async || daemon.log().matches("outcome=\"delivered\"").count() == 3).await;
+        let dead: Vec<Value> = setup.ok(&["dead", "export", "a"]).lines().map(|l| serde_json::from_str(l).expect("JSON")).collect();
+        assert_eq!((&dead[0]["reason"], &dead[0]["events"]), (&json!("refused"), &json!(1)), "{dead:?}");
+        assert!(dead[0]["body"].as_str().is_some_and(|body| body.contains("\"n\":3")), "{dead:?}");
+        drop(daemon);
+        let lines = listen.lines();
+        let refused: Vec<&Value> = lines.iter().filter(|l| l["status"] == 422).collect();
+        assert!(refused.iter().all(|l| l["refused"] == json!(["user.deleted"])), "{lines:?}");
+        let sizes: Vec<usize> = refused.iter().map(|l| l["events"].as_array().map_or(0, Vec::len)).collect();
+        assert!(sizes.is_sorted_by(|a, b| a > b) && sizes.last() == Some(&1) && sizes.len() > 1, "{sizes:?}");
+        assert!(refused.last().expect("one")["batch_id"].as_str().is_some_and(|id| id.contains("_1")), "{refused:?}");
     });
 }

@@ -1,6 +1,13 @@
 //! Which letters of a walk are meant.
 
-use std::{convert::Infallible, str::FromStr, time::SystemTime};
+use std::{
+    convert::Infallible,
+    fmt,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use super::super::{Failed, visible};
 use crate::{
@@ -13,8 +20,7 @@ use crate::{
 /// All of a subscriber's, unless names or filters narrow them down.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Which {
-    /// The subscriber's name; one that is not configured any more is fine. With --orphans it may be left out
-    #[arg(required_unless_present = "orphans")]
+    /// The subscriber's name; one that is not configured any more is fine. With --orphans, and for `list`, it may be left out
     subscriber: Option<String>,
     /// Only these: an id, or `@2` for the second of `list`
     #[arg(value_name = "LETTER")]
@@ -31,33 +37,87 @@ pub(in crate::cli) struct Which {
 #[derive(Debug, Default, clap::Args)]
 struct Filters {
     /// Only those with this reason
-    #[arg(long, value_parser = parse_reason)]
+    #[arg(long, value_parser = reasons())]
     reason: Option<Reason>,
-    /// Only those whose last answer had this status, such as 503
-    #[arg(long, value_parser = clap::value_parser!(u16).range(100..1000))]
-    status: Option<u16>,
+    /// Only those whose last answer had this status, such as 503, or one of its class, such as 5xx
+    #[arg(long)]
+    status: Option<Statuses>,
     /// Only those with an event of such a type, an AMQP topic pattern such as `user.*`
     #[arg(long = "type", value_name = "PATTERN", value_parser = Pattern::try_new)]
     event_type: Option<Pattern>,
-    /// Only those that died then or later: an RFC 3339 time, or so long ago, such as 2h
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    /// Only those that died then or later: so long ago, such as 2h, a day (UTC), such as 2026-01-31, or an RFC 3339 time
+    #[arg(long, value_name = "TIME", value_parser = parse_since)]
     since: Option<SystemTime>,
-    /// Only those that died then or earlier
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    /// Only those that died then or earlier; a day is one to its end
+    #[arg(long, value_name = "TIME", value_parser = parse_until)]
     until: Option<SystemTime>,
 }
 
-fn parse_reason(name: &str) -> Result<Reason, String> {
-    Reason::from_name(name).ok_or_else(|| format!("the reasons are {}", Reason::ALL.map(Reason::name).join(", ")))
+/// Their names, for help and completions too.
+fn reasons() -> impl TypedValueParser<Value = Reason> {
+    PossibleValuesParser::new(Reason::ALL.map(Reason::name)).try_map(|name| Reason::from_name(&name).ok_or("not a reason"))
 }
 
-fn parse_time(text: &str) -> Result<SystemTime, String> {
+/// A status, or all of a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Statuses {
+    One(u16),
+    /// By its first digit.
+    Class(u16),
+}
+
+impl Statuses {
+    fn include(self, status: u16) -> bool {
+        match self {
+            Self::One(one) => status == one,
+            Self::Class(class) => status / 100 == class,
+        }
+    }
+}
+
+impl FromStr for Statuses {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let class = text.strip_suffix("xx").or_else(|| text.strip_suffix("XX"));
+        let found = match class {
+            Some(class) => class.parse().ok().filter(|class| (1..10).contains(class)).map(Self::Class),
+            None => text.parse().ok().filter(|status| (100..1000).contains(status)).map(Self::One),
+        };
+        found.ok_or("write a status, such as 503, or a class of them, such as 5xx")
+    }
+}
+
+impl fmt::Display for Statuses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(status) => write!(f, "{status}"),
+            Self::Class(class) => write!(f, "{class}xx"),
+        }
+    }
+}
+
+fn parse_since(text: &str) -> Result<SystemTime, String> {
     time_before(text, clock::now())
+}
+
+fn parse_until(text: &str) -> Result<SystemTime, String> {
+    let end_of_day = |day| day + Duration::from_millis(24 * 3600 * 1000 - 1);
+    day(text).map_or_else(|| time_before(text, clock::now()), |day| Ok(end_of_day(day)))
+}
+
+/// The beginning of a day, such as 2026-01-31, in UTC.
+fn day(text: &str) -> Option<SystemTime> {
+    humantime::parse_rfc3339(&format!("{text}T00:00:00Z")).ok().filter(|_| text.len() == 10)
 }
 
 /// A point in time, or how long before `now` it was; nothing died before 1970.
 fn time_before(text: &str, now: SystemTime) -> Result<SystemTime, String> {
-    const EXPECTED: &str = "it is neither a time such as 2026-01-31T08:00:00Z nor one so long ago, such as 2h or 3days";
+    const EXPECTED: &str =
+        "it is neither so long ago, such as 2h or 3days, nor a day such as 2026-01-31, nor a time such as 2026-01-31T08:00:00Z";
+    if let Some(day) = day(text) {
+        return Ok(day);
+    }
     if let Ok(ago) = humantime::parse_duration(text) {
         return Ok(now.checked_sub(ago).unwrap_or(SystemTime::UNIX_EPOCH).max(SystemTime::UNIX_EPOCH));
     }
@@ -68,7 +128,7 @@ fn time_before(text: &str, now: SystemTime) -> Result<SystemTime, String> {
     let Some((at, sign)) = sign else { return humantime::parse_rfc3339(text).map_err(|_| EXPECTED.to_owned()) };
     let local = humantime::parse_rfc3339(&format!("{}Z", &text[..at])).map_err(|_| EXPECTED.to_owned())?;
     let (hours, minutes) = digits(at + 1).zip(digits(at + 4)).filter(|(h, m)| *h < 24 && *m < 60).ok_or(EXPECTED)?;
-    let by = std::time::Duration::from_secs(hours * 3600 + minutes * 60);
+    let by = Duration::from_secs(hours * 3600 + minutes * 60);
     let utc = if sign == b'+' { local.checked_sub(by) } else { local.checked_add(by) };
     utc.map(|utc| utc.max(SystemTime::UNIX_EPOCH)).ok_or_else(|| EXPECTED.to_owned())
 }
@@ -77,7 +137,7 @@ impl Filters {
     fn let_through(&self, letter: &DeadLetter) -> bool {
         let died = |fits: &dyn Fn(SystemTime) -> bool| letter.died_at.is_some_and(fits);
         self.reason.is_none_or(|r| r == letter.reason)
-            && self.status.is_none_or(|s| letter.status == Some(s))
+            && self.status.is_none_or(|s| letter.status.is_some_and(|status| s.include(status)))
             && self.since.is_none_or(|since| died(&|at| at >= since))
             && self.until.is_none_or(|until| died(&|at| at <= until))
             && self.event_type.as_ref().is_none_or(|pattern| has_event(letter, pattern))
@@ -160,6 +220,15 @@ impl Which {
             None => {}
         }
         Ok(self)
+    }
+
+    /// For what is done with the letters of one subscriber alone, or with orphans.
+    pub(super) fn of_one(self) -> Result<Self, Failed> {
+        if self.subscriber.is_none() && !self.orphans {
+            let why = "whose dead letters? name a subscriber; `hooktrail dead list` shows who has any, and --orphans are those of nobody";
+            return Err(Failed::Usage(why.to_owned()));
+        }
+        self.checked()
     }
 
     pub(super) fn subscriber(&self) -> Option<&str> {
@@ -249,7 +318,6 @@ impl<'w> Choice<'w> {
 mod tests {
     use super::*;
     use bytes::Bytes;
-    use std::time::Duration;
 
     fn at(text: &str) -> SystemTime {
         humantime::parse_rfc3339(text).expect("a time")
@@ -268,13 +336,44 @@ mod tests {
             ("2026-02-28T18:30:00-05:30", "2026-03-01T00:00:00Z"),
             ("1970-01-01T01:00:00+02:00", "1970-01-01T00:00:00Z"),
             ("9999years", "1970-01-01T00:00:00Z"),
+            ("2026-02-28", "2026-02-28T00:00:00Z"),
         ] {
             assert_eq!(time_before(text, now), Ok(at(expected)), "{text}");
         }
-        for text in
-            ["", "yesterday", "2026-02-30T00:00:00Z", "2026-02-28", "2026-02-28T23:59:59", "2026-02-28T23:59:59+25:00", "+02:00", "é2:00€"]
-        {
+        for text in [
+            "",
+            "yesterday",
+            "2026-02-30T00:00:00Z",
+            "2026-02-30",
+            "2026-2-8",
+            "26-02-28",
+            "2026-02-28T23:59:59",
+            "2026-02-28T23:59:59+25:00",
+            "+02:00",
+            "é2:00€",
+        ] {
             assert!(time_before(text, now).is_err_and(|e| e.contains("such as 2h")), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_day_is_from_its_begin_to_its_end() {
+        let day = (parse_since("2026-02-28"), parse_until("2026-02-28"));
+        assert_eq!(day, (Ok(at("2026-02-28T00:00:00Z")), Ok(at("2026-02-28T23:59:59.999Z"))));
+        assert_eq!(parse_until("2026-02-28T08:00:00Z"), Ok(at("2026-02-28T08:00:00Z")));
+    }
+
+    #[test]
+    fn a_status_is_one_or_a_class() {
+        let statuses = |text: &str| text.parse::<Statuses>();
+        for (text, of, not) in [("503", &[503][..], &[500, 504][..]), ("5xx", &[500, 503, 599], &[499, 600]), ("4XX", &[400, 499], &[500])]
+        {
+            let found = statuses(text).expect("sound");
+            assert!(of.iter().all(|s| found.include(*s)) && !not.iter().any(|s| found.include(*s)), "{text}");
+            assert_eq!(found.to_string(), text.to_lowercase());
+        }
+        for text in ["", "xx", "0xx", "10xx", "99", "1000", "5x", "50x", "-5xx", "5xxx"] {
+            assert!(statuses(text).is_err_and(|e| e.contains("5xx")), "{text}");
         }
     }
 
@@ -308,12 +407,17 @@ mod tests {
         }
         assert!(of_type("user.*").let_through(&event) && !of_type("a.*").let_through(&event) && !of_type("#").let_through(&bad));
         let died = at("2026-03-01T12:00:00Z");
-        let all =
-            || Filters { reason: Some(Reason::Exhausted), status: Some(503), since: Some(died), until: Some(died), ..of_type("user.*") };
+        let all = || Filters {
+            reason: Some(Reason::Exhausted),
+            status: Some(Statuses::One(503)),
+            since: Some(died),
+            until: Some(died),
+            ..of_type("user.*")
+        };
         assert!(all().let_through(&batch));
         for (one, wrong) in [
             ("reason", Filters { reason: Some(Reason::Refused), ..all() }),
-            ("status", Filters { status: Some(500), ..all() }),
+            ("status", Filters { status: Some(Statuses::One(500)), ..all() }),
             ("since", Filters { since: Some(died + Duration::from_millis(1)), ..all() }),
             ("until", Filters { until: Some(died - Duration::from_millis(1)), ..all() }),
             ("type", Filters { event_type: of_type("x").event_type, ..all() }),
