@@ -321,7 +321,6 @@ impl Held {
     /// For programs, without its body and its story; `number` is its place in the walk, from 1.
     pub fn as_json(&self, number: usize) -> serde_json::Value {
         let l = &self.letter;
-        let rfc3339 = |at| humantime::format_rfc3339_millis(at).to_string();
         serde_json::json!({
             "number": number,
             "subscriber": self.subscriber,
@@ -332,8 +331,8 @@ impl Held {
             "error": l.error,
             "events": l.events,
             "attempts": l.attempts,
-            "first_attempt_at": l.first_attempt_at.map(rfc3339),
-            "died_at": l.died_at.map(rfc3339),
+            "first_attempt_at": l.first_attempt_at.map(clock::rfc3339),
+            "died_at": l.died_at.map(clock::rfc3339),
             "content_type": l.content_type,
             "bytes": l.body.len(),
         })

@@ -142,7 +142,7 @@ impl Listener {
         let attempt = header(headers, "x-hooktrail-attempt");
         let repeat = id.is_some_and(|id| !self.remember(id));
         let events = events_of(body, header(headers, "content-type").unwrap_or_default());
-        let at = humantime::format_rfc3339_millis(clock::now()).to_string();
+        let at = clock::rfc3339(clock::now());
         if self.args.json {
             let line = Line {
                 at: &at,

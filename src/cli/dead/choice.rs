@@ -85,7 +85,7 @@ impl Filters {
 
     /// In words, for what nothing was found of.
     fn describe(&self) -> String {
-        let time = |at: &SystemTime| humantime::format_rfc3339_seconds(*at).to_string();
+        let time = |at: &SystemTime| clock::rfc3339_seconds(*at);
         let all = [
             self.reason.map(|r| format!("with reason {}", r.name())),
             self.status.map(|s| format!("with status {s}")),

@@ -1,6 +1,6 @@
 //! How events, envelopes and dead letters look as AMQP messages.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use lapin::{
@@ -68,7 +68,7 @@ fn text(value: &str) -> AMQPValue {
 }
 
 fn time(value: SystemTime) -> AMQPValue {
-    text(&humantime::format_rfc3339_millis(value).to_string())
+    text(&clock::rfc3339(value))
 }
 
 /// An event for the exchange.
@@ -253,7 +253,7 @@ pub(super) fn taken_event(d: Delivery) -> Event {
     Event {
         message_id: owned(d.properties.message_id()),
         content_type: content_type.map(str::to_owned),
-        published_at: d.properties.timestamp().and_then(|t| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(t))),
+        published_at: d.properties.timestamp().and_then(|t| clock::sane(t, clock::now())),
         traceparent: traceparent(&d.properties),
         receipt: Receipt { from: Kind::Event, tag: d.delivery_tag },
         body: d.data,
@@ -518,6 +518,17 @@ mod tests {
         let found = read_dead_letter(delivery(&body, p));
         assert_eq!((found.kind, found.reason, found.id.as_deref(), found.attempts), (Kind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2));
         assert!(found.error.contains("policy"));
+    }
+
+    #[test]
+    fn a_timestamp_that_cannot_be_meant_is_none() {
+        let published_at = |t: u64| taken_event(delivery(b"{}", BasicProperties::default().with_timestamp(t))).published_at;
+        let now = clock::unix_seconds(clock::now());
+        assert_eq!(published_at(now).map(clock::unix_seconds), Some(now));
+        // Some clients write milliseconds, some 0 for none.
+        for wrong in [0, now * 1000, now + 7 * 24 * 3600, u64::MAX] {
+            assert_eq!(published_at(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -422,7 +422,7 @@ fn scan(
                 body,
                 message_id: row.get(2)?,
                 content_type: None,
-                published_at: Some(from_millis(row.get(5)?)),
+                published_at: Some(from_millis(row.get(5)?)).filter(|at| clock::is_sane(*at, clock::now())),
                 traceparent: row.get(6)?,
                 receipt: Receipt { from: Kind::Event, tag: seq.unsigned_abs() },
             });
