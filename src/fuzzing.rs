@@ -58,8 +58,9 @@ impl<'de: 'a, 'a> Visitor<'de> for Fields<'a> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
-        while let Some(field) = map.next_entry()? {
-            self.0.push(field);
+        while let Some((key, value)) = map.next_entry::<&RawValue, _>()? {
+            // One with half of a surrogate pair is its text, which is no name that is looked for.
+            self.0.push((serde_json::from_str(key.get()).unwrap_or_else(|_| key.get().to_owned()), value));
         }
         Ok(self)
     }

@@ -377,6 +377,7 @@ fn for_reading(number: usize, held: &Held) -> String {
     ] {
         lines.push(format!("{name:<17} {value}"));
     }
+    lines.extend(l.content_encoding.iter().map(|encoding| format!("{:<17} {}", "content encoding", visible(encoding))));
     let (first, left_out, last) = l.story.parts();
     if !first.is_empty() {
         lines.extend([String::new(), "the failed attempts:".to_owned()]);
@@ -753,6 +754,7 @@ mod tests {
             reason: Reason::Exhausted,
             body: bytes::Bytes::new(),
             content_type: None,
+            content_encoding: None,
             id: Some(format!("msg_{n}")),
             events: 1,
             attempts: 1,

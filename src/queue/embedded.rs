@@ -615,7 +615,7 @@ mod tests {
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
         let receipt = |t: &Taken| match t {
             Taken::Event(e) => e.receipt,
-            Taken::Envelope(_, receipt) | Taken::NotAnEnvelope(_, receipt) | Taken::Known { receipt, .. } => *receipt,
+            Taken::Envelope(_, receipt) | Taken::Unusable(_, receipt) | Taken::Known { receipt, .. } => *receipt,
         };
         taken.iter().map(receipt).collect()
     }

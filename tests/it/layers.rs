@@ -7,7 +7,7 @@ use std::{
 
 /// Each file below `src/` and its layer; a file imports only from lower ones.
 const LAYERS: &[&[&str]] = &[
-    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "payload", "retry", "secret", "turn", "wording"],
+    &["address", "answer", "circuit_breaker", "clock", "event", "failpoint", "finding", "inflate", "payload", "retry", "secret", "turn", "wording"],
     &["batch", "handshake", "signature", "tls"],
     &["config", "metrics"],
     &["endpoint", "queue", "signal", "webhook"],
@@ -108,7 +108,7 @@ fn each_protocol_is_known_in_one_place() {
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),
-        ("flate2", &["src/admin/intake.rs"]),
+        ("flate2", &["src/inflate.rs"]),
         ("sd_notify::", &["src/systemd.rs"]),
         ("prometheus_client", &["src/metrics.rs"]),
     ] {

@@ -284,6 +284,7 @@ mod tests {
             reason: Reason::Exhausted,
             body: Bytes::from_static(body.as_bytes()),
             content_type: Some(content_type.to_owned()),
+            content_encoding: None,
             id: None,
             events: 1,
             attempts: 1,

@@ -146,7 +146,7 @@ struct Inner {
     /// Counts the commits of this process.
     commits: watch::Receiver<u64>,
     /// Held by the daemon.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 /// For a thread.
@@ -209,7 +209,7 @@ impl Store {
         let empties = access == Access::Daemon;
         thread("hooktrail-writer", move || write(writer, inbox, &commits, empties));
         let (reader, looker) = (read("hooktrail-reader", reader), read("hooktrail-looker", looker));
-        Ok(Self(Arc::new(Inner { path, place: Arc::new(place), writer: write_jobs, reader, looker, commits: committed, _lock: lock })))
+        Ok(Self(Arc::new(Inner { path, place: Arc::new(place), writer: write_jobs, reader, looker, commits: committed, lock })))
     }
 
     /// Where its files were when they were opened.
@@ -220,6 +220,10 @@ impl Store {
     /// Closes the connections: what a daemon has written is in the database itself then, and not in the log beside it.
     /// Nothing can be asked or written afterwards.
     pub(super) async fn close(&self) {
+        // These are its files no more; the log among them goes with the last connection to it.
+        if let Some(Err(e)) = self.0.lock.as_ref().map(|lock| lock.set_len(0)) {
+            tracing::debug!(error = %e, "the lock still names the files");
+        }
         let (reader, looker, writer) = (&self.0.reader, &self.0.looker, &self.0.writer);
         // The writer last, so that nobody here keeps it from emptying the log.
         tokio::join!(end(reader), end(looker));
@@ -376,7 +380,7 @@ fn lost_by_a_daemon(data_dir: &Path) -> Option<QueueError> {
     let text = std::io::read_to_string(&lock).ok()?;
     let (file, pid) = other_than(&text, data_dir)?;
     Some(QueueError::needs_operator(format!(
-        "the daemon that works on `{}` (process {pid}) has another file open than `{}`, which was deleted, moved or replaced under it;          nothing was written. Its log says how to copy what it holds (docs/operations.md, \"The embedded queue's file is lost\")",
+        "the daemon that works on `{}` (process {pid}) has another file open than `{}`, which was deleted, moved or replaced under it; nothing was written. Its log says how to copy what it holds (docs/operations.md, \"The embedded queue's file is lost\")",
         data_dir.display(),
         file.display()
     )))
