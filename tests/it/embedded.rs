@@ -242,10 +242,13 @@ fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_hold
             rest[..rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '/').expect("an end")].to_owned()
         };
         kill("-STOP", daemon.pid());
+        // First, for those that are still at their places are the ones that are copied.
+        for left in ["hooktrail.db", "hooktrail.db-wal", "hooktrail.db-shm"] {
+            std::fs::remove_file(queue.data_dir().join(left)).ok();
+        }
         std::fs::copy(open("hooktrail.db"), queue.file()).expect("copies");
         std::fs::copy(open("hooktrail.db-wal"), queue.data_dir().join("hooktrail.db-wal")).expect("copies");
         daemon.end();
-        std::fs::remove_file(queue.data_dir().join("hooktrail.db-shm")).ok();
         receiver.now(|_, _| status(200));
         let next = setup.start().await;
         eventually("what was pending is delivered", async || receiver.accepted().contains(&0)).await;
