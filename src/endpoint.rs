@@ -262,7 +262,8 @@ async fn first_of(addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), S
 }
 
 fn date(unix_seconds: u64) -> String {
-    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(unix_seconds)).to_string()
+    let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(unix_seconds));
+    at.map_or_else(|| "the end of time".to_owned(), clock::rfc3339_seconds)
 }
 
 #[cfg(test)]

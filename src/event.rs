@@ -6,7 +6,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize as _, Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// The deepest nesting of objects and arrays that is passed on.
@@ -197,23 +197,36 @@ impl<'de> Visitor<'de> for HasKey {
     }
 }
 
-/// Finds a key among some without keeping it (it may be written with escapes).
+/// A key as it stands in an object. One with half of a surrogate pair, which not everybody can read, is JSON all the same
+/// (RFC 8259, 8.2), as such a value is.
+#[derive(Debug)]
+pub struct Key<'e>(&'e RawValue);
+
+impl Key<'_> {
+    /// Whether it is this one; it may be written with escapes.
+    pub fn is(&self, name: &str) -> bool {
+        let text = self.0.get();
+        if text.contains('\\') {
+            return serde_json::from_str::<Cow<'_, str>>(text).is_ok_and(|key| key == name);
+        }
+        text.strip_prefix('"').and_then(|t| t.strip_suffix('"')) == Some(name)
+    }
+}
+
+impl<'de: 'e, 'e> serde::Deserialize<'de> for Key<'e> {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        <&RawValue>::deserialize(d).map(Self)
+    }
+}
+
+/// Finds a key among some.
 struct WhichKey(&'static [&'static str]);
 
 impl<'de> serde::de::DeserializeSeed<'de> for WhichKey {
     type Value = Option<usize>;
     fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
-        d.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for WhichKey {
-    type Value = Option<usize>;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-        Ok(self.0.iter().position(|k| *k == key))
+        let key = Key::deserialize(d)?;
+        Ok(self.0.iter().position(|name| key.is(name)))
     }
 }
 
@@ -293,6 +306,7 @@ mod tests {
             (r#"{"\u0065vent":"escaped key"}"#, "escaped key"),
             (r#"{"event":"\u00e9\n"}"#, "\u{e9}\n"),
             (r#"{"event":"a","s":"\ud800"}"#, "a"),
+            (r#"{"\ud800":1,"event":"a","\udc00\ud800x":{"\ud800":1}}"#, "a"),
             (r#"{"x":"[[[{{{\"","event":"brackets in strings do not nest"}"#, "brackets in strings do not nest"),
         ] {
             assert_eq!(event_type(body.as_bytes()).as_deref(), Ok(expected), "{body}");
@@ -315,6 +329,9 @@ mod tests {
             (b"{\"event\":\"a\"} {\"event\":\"b\"}", "not JSON"),
             (b"{\"event\":\"a\",}", "not JSON"),
             (b"{\"event\":\"a\n\"}", "not JSON"),
+            (b"{\"event\":\"a\",\"\n\":1}", "not JSON"),
+            (b"{\"event\":\"a\",\"\\ud80x\":1}", "not JSON"),
+            (b"{\"event\":\"a\",\"\\x\":1}", "not JSON"),
             (b"{\"x\":1}", "no field `event`"),
             (b"{\"event\":null}", "not a string"),
             (b"{\"event\":1e400}", "not a string"),
@@ -356,6 +373,7 @@ mod tests {
             (r#"{"event":"a","x":{"event_id":1},"s":"}"}"#, Some(r#"{"event":"a","x":{"event_id":1},"s":"}","event_id":"x\"\\é"}"#)),
             (r#"{"event_id":null,"event":"a"}"#, None),
             (r#"{"event":"a","\u0065vent_id":"has one"}"#, None),
+            (r#"{"event":"a","\ud800":"\ud800"}"#, Some(r#"{"event":"a","\ud800":"\ud800","event_id":"x\"\\é"}"#)),
         ] {
             let found = with_id(body.as_bytes(), "x\"\\é").map(|b| String::from_utf8(b).expect("utf-8"));
             assert_eq!(found.as_deref(), expected, "{body}");

@@ -174,6 +174,7 @@ impl Parcel {
             reason,
             body: self.body.clone(),
             content_type: Some(self.format.content_type().to_owned()),
+            content_encoding: None,
             id: Some(self.batch_id.clone()),
             events: self.events,
             attempts: self.attempt,
@@ -717,7 +718,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
         for item in taken {
             match item {
                 Taken::Envelope(envelope, receipt) => self.envelopes.push_back((envelope, receipt)),
-                Taken::NotAnEnvelope(letter, receipt) => dead.push((receipt, letter)),
+                Taken::Unusable(letter, receipt) => {
+                    received += u64::from(receipt.from == Kind::Event);
+                    dead.push((receipt, letter));
+                }
                 Taken::Known { events, receipt } => {
                     recognised += u64::from(events);
                     received += u64::from(receipt.from == Kind::Event);
@@ -1007,6 +1011,7 @@ fn dead_event(event: Event, reason: Reason, error: String) -> DeadLetter {
         reason,
         body: event.body.into(),
         content_type: Some(event.content_type.unwrap_or_else(|| "application/json".to_owned())),
+        content_encoding: None,
         id: event.message_id,
         events: 1,
         attempts: 0,

@@ -439,7 +439,6 @@ impl Held {
     /// For programs, without its body and its story; `number` is its place in the walk, from 1.
     pub fn as_json(&self, number: usize) -> serde_json::Value {
         let l = &self.letter;
-        let rfc3339 = |at| humantime::format_rfc3339_millis(at).to_string();
         serde_json::json!({
             "number": number,
             "subscriber": self.subscriber,
@@ -450,9 +449,10 @@ impl Held {
             "error": l.error,
             "events": l.events,
             "attempts": l.attempts,
-            "first_attempt_at": l.first_attempt_at.map(rfc3339),
-            "died_at": l.died_at.map(rfc3339),
+            "first_attempt_at": l.first_attempt_at.map(clock::rfc3339),
+            "died_at": l.died_at.map(clock::rfc3339),
             "content_type": l.content_type,
+            "content_encoding": l.content_encoding,
             "bytes": l.body.len(),
         })
     }
@@ -553,8 +553,8 @@ impl Kind {
 pub enum Taken {
     Event(Event),
     Envelope(Envelope, Receipt),
-    /// A message where an envelope should be, as the dead letter that it becomes.
-    NotAnEnvelope(DeadLetter, Receipt),
+    /// A message that is no envelope where one should be, or no event that can be read, as the dead letter that it becomes.
+    Unusable(DeadLetter, Receipt),
     /// What comes again although it was settled: only its ack was lost. To be acked, and not attempted.
     Known {
         events: u32,
@@ -741,6 +741,8 @@ pub struct DeadLetter {
     /// The exact request body of a batch, or the event as it was published.
     pub body: Bytes,
     pub content_type: Option<String>,
+    /// Of an event that is still as its producer encoded it, in the producer's words.
+    pub content_encoding: Option<String>,
     /// The batch's id, or the producer's message id of an event.
     pub id: Option<String>,
     pub events: u32,

@@ -208,7 +208,7 @@ pub async fn run<Q: Queue>(
 /// For whoever watches it end: what it is that takes the time, how long at most, and how to have it shorter.
 fn say_what_is_waited_for(in_flight: &BTreeMap<String, u32>, shutdown_timeout: Duration) {
     let requests: u32 = in_flight.values().sum();
-    let deadline = clock::now().checked_add(shutdown_timeout).map(|at| humantime::format_rfc3339_seconds(at).to_string());
+    let deadline = clock::now().checked_add(shutdown_timeout).map(clock::rfc3339_seconds);
     tracing::info!(
         timeout_s = shutdown_timeout.as_secs_f64(),
         deadline,

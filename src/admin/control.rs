@@ -3,10 +3,7 @@
 
 mod waiting;
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -24,7 +21,7 @@ use tokio::{
 
 use super::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
 use crate::{
-    clock,
+    clock::{self, rfc3339},
     config::{Subscriber, changes::Changes},
     queue::{DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
     rehearsal,
@@ -172,10 +169,6 @@ fn unchanged(why: Unchanged) -> Refusal {
 
 fn queue_fails(e: &QueueError) -> Refusal {
     Refusal::unavailable(e.to_string())
-}
-
-fn rfc3339(at: SystemTime) -> String {
-    humantime::format_rfc3339_millis(at).to_string()
 }
 
 /// To the millisecond.

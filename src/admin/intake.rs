@@ -3,7 +3,6 @@
 //! What it answers 202 is durable; what it refuses with another status than 503 has left no trace.
 
 use std::{
-    io::Read as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -31,8 +30,9 @@ use crate::{
     batch::BatchPolicy,
     clock,
     config::Subscribers,
-    event::{InvalidEvent, event_type},
+    event::{InvalidEvent, Key, event_type},
     failpoint::{Step, reached},
+    inflate::{Broken, gunzip},
     metrics::Metrics,
     queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
     supervisor::Phase,
@@ -272,10 +272,11 @@ fn inflated(body: Bytes, encoding: Encoding) -> Result<Bytes, Refusal> {
     if !encoding.gzip {
         return Ok(body);
     }
-    let mut out = Vec::new();
-    let mut decoder = flate2::read::MultiGzDecoder::new(&body[..]).take(MAX_BODY as u64 + 1);
-    decoder.read_to_end(&mut out).map_err(|e| Refusal::bad(format!("the body is not gzip, as its content-encoding says: {e}")))?;
-    if out.len() > MAX_BODY { Err(Refusal::too_large()) } else { Ok(out.into()) }
+    match gunzip(&body, MAX_BODY) {
+        Ok(body) => Ok(body.into()),
+        Err(Broken::TooLong) => Err(Refusal::too_large()),
+        Err(Broken::Bytes(e)) => Err(Refusal::bad(format!("the body is not gzip, as its content-encoding says: {e}"))),
+    }
 }
 
 /// The events of a body, each with its bytes as they came.
@@ -397,11 +398,11 @@ impl<'de> Visitor<'de> for Fields<'de> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
-        while let Some(key) = map.next_key::<String>()? {
-            if key == "events" && self.events.len() < 2 {
+        while let Some(key) = map.next_key::<Key<'_>>()? {
+            if key.is("events") && self.events.len() < 2 {
                 self.events.push(map.next_value()?);
             } else {
-                self.event |= key == "event";
+                self.event |= key.is("event");
                 map.next_value::<IgnoredAny>()?;
             }
         }
@@ -482,6 +483,7 @@ mod tests {
             bodies(r#" {"sent_at":1,"events" : [ {"event":"a","x":1e400} ,{"y":[ 1 ],"event":"b"}]}"#, JSON),
             [r#"{"event":"a","x":1e400}"#, r#"{"y":[ 1 ],"event":"b"}"#]
         );
+        assert_eq!(bodies(r#"{"\ud800":1,"\u0065vents":[{"\udc00":2,"event":"a"}]}"#, JSON), [r#"{"\udc00":2,"event":"a"}"#]);
         assert_eq!(bodies("{\"event\":\"a\"}\r\n\n  \n {\"event\": \"b\"}", LINES), [r#"{"event":"a"}"#, r#"{"event": "b"}"#]);
         let events = events_of(&Bytes::from_static(br#"{"event":"x.\u0079"}"#), JSON).expect("an event");
         assert_eq!(events[0].event_type, "x.y");

@@ -239,11 +239,7 @@ impl Told {
 }
 
 fn time(at: Option<SystemTime>) -> String {
-    at.map_or_else(|| "-".to_owned(), |t| humantime::format_rfc3339_seconds(t).to_string())
-}
-
-fn rfc3339(at: SystemTime) -> String {
-    humantime::format_rfc3339_millis(at).to_string()
+    at.map_or_else(|| "-".to_owned(), clock::rfc3339_seconds)
 }
 
 /// With the story and the body.
@@ -260,8 +256,8 @@ fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
 /// The failed attempts; where some are left out there is one element that says how many.
 fn story_as_json(story: &Story) -> serde_json::Value {
     let one = |a: &FailedAttempt| match &a.came_to {
-        CameTo::Status(status) => json!({ "attempt": a.number, "at": rfc3339(a.at), "status": status }),
-        CameTo::Failure(name) => json!({ "attempt": a.number, "at": rfc3339(a.at), "failure": name }),
+        CameTo::Status(status) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status }),
+        CameTo::Failure(name) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name }),
     };
     let (first, left_out, last) = story.parts();
     let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
@@ -403,11 +399,12 @@ fn for_reading(number: usize, held: &Held) -> String {
     ] {
         lines.push(format!("{name:<17} {value}"));
     }
+    lines.extend(l.content_encoding.iter().map(|encoding| format!("{:<17} {}", "content encoding", visible(encoding))));
     let (first, left_out, last) = l.story.parts();
     if !first.is_empty() {
         lines.extend([String::new(), "the failed attempts:".to_owned()]);
     }
-    let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, rfc3339(a.at), a.came_to);
+    let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, clock::rfc3339(a.at), a.came_to);
     lines.extend(first.iter().map(one));
     lines.extend((left_out > 0).then(|| format!("     …  {} left out here", counted(left_out, "attempt(s) (is|are)"))));
     lines.extend(last.iter().map(one));
@@ -839,6 +836,7 @@ mod tests {
 
     fn letter(n: u16) -> DeadLetter {
         DeadLetter {
+            content_encoding: None,
             kind: Kind::Batch,
             reason: Reason::Exhausted,
             body: bytes::Bytes::new(),

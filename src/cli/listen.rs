@@ -258,7 +258,7 @@ impl Listener {
         if self.args.quiet {
             return;
         }
-        let at = humantime::format_rfc3339_millis(clock::now()).to_string();
+        let at = clock::rfc3339(clock::now());
         if self.args.json {
             let line = Line {
                 at: &at,

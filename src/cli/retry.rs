@@ -105,7 +105,7 @@ fn print(line: &str) -> bool {
 }
 
 fn time(at: Option<SystemTime>) -> String {
-    at.map_or_else(|| "unknown".to_owned(), |t| humantime::format_rfc3339_seconds(t).to_string())
+    at.map_or_else(|| "unknown".to_owned(), clock::rfc3339_seconds)
 }
 
 /// How long it is until then, in at most two units.

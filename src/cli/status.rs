@@ -239,7 +239,7 @@ const NUMBERS: [&str; 9] = ["BACKLOG", "IN HAND", "IN RETRY", "DEAD", "DELIVERED
 
 fn row(s: &Value) -> Row {
     let number = |key: &str| s[key].as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string());
-    let seconds = |key: &str| s[key].as_f64().map_or_else(|| "-".to_owned(), |n| span(Duration::from_secs_f64(n.max(0.0))));
+    let seconds = |key: &str| s[key].as_f64().map_or_else(|| "-".to_owned(), |n| span(Duration::try_from_secs_f64(n).unwrap_or_default()));
     let share = |n: f64| format!("{:.1}%", n * 100.0);
     [
         text(&s["subscriber"]),

@@ -604,7 +604,7 @@ impl Queue for AmqpQueue {
         let leases = self.leases(suspect).await?;
         // Counted before the broker counts it.
         let consumes = self.consumes(name);
-        match Source::open(leases, self.topology(), self.publisher().clone(), name, window, self.remembered(name), consumes).await {
+        match Source::open(leases, self.topology(), self.publisher().clone(), subscriber, window, self.remembered(name), consumes).await {
             Ok(opened) => Ok(opened),
             Err(unusable) => {
                 if unusable.is_broken() {

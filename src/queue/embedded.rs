@@ -2,6 +2,7 @@
 //! their due times and dead letters, in one SQLite database. Nothing outside of this module knows SQLite.
 //!
 //! - `store`: the file, its schema, commits in groups
+//! - `place`: whether the files that are open still are those at their paths
 //! - `lane`: source and settler of a subscriber
 //! - `dead`: looking at dead letters
 //! - `waiting`: looking at what waits for its next attempt, and making that due now
@@ -13,6 +14,7 @@
 mod dead;
 mod doctor;
 mod lane;
+mod place;
 mod store;
 mod waiting;
 
@@ -44,6 +46,9 @@ use crate::{
 
 /// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How often it is checked that the files are where they were, beside each time that events are stored.
+const CHECK_PLACE: Duration = Duration::from_secs(10);
 
 /// Between two rounds of deleting what every subscriber is done with.
 const TRIM_INTERVAL: Duration = Duration::from_secs(60);
@@ -238,6 +243,20 @@ impl EmbeddedQueue {
         }
     }
 
+    /// Nobody has to publish anything for it to be known that the file is lost.
+    async fn check_place(&self) {
+        loop {
+            let place = self.store().place();
+            // By a thread that may wait for the disk. An error is that thread's end.
+            let check = move |_: &_| {
+                drop(place.check());
+                Ok(())
+            };
+            self.store().read(check).await.ok();
+            tokio::time::sleep(CHECK_PLACE).await;
+        }
+    }
+
     /// Wakes the lanes after another process's commit and after this one's.
     async fn look_for_news(&self) {
         let mut commits = self.store().commits();
@@ -286,14 +305,17 @@ impl Queue for EmbeddedQueue {
 
     async fn chores(&self, subscribers: watch::Receiver<Subscribers>, mut stopping: watch::Receiver<bool>) {
         // Each step is a transaction.
-        let chores = async { tokio::join!(self.look_for_news(), self.trim_again_and_again(), self.bind_again(subscribers)) };
+        let chores =
+            async { tokio::join!(self.look_for_news(), self.trim_again_and_again(), self.bind_again(subscribers), self.check_place()) };
         tokio::select! {
             _ = stopping.wait_for(|stops| *stops) => {}
             _ = chores => {}
         }
     }
 
-    async fn close(&self) {}
+    async fn close(&self) {
+        self.store().close().await;
+    }
 
     async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
         lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window).await
@@ -318,6 +340,10 @@ impl Queue for EmbeddedQueue {
         let at = millis(clock::now());
         let queue = self.clone();
         let insert = move |db: &Connection| {
+            // Lanes go on with a lost file, as long as there is a process that has it; to take more is to lose it.
+            if let Some(lost) = queue.store().place().check_before_storing() {
+                return Ok(Err(lost));
+            }
             let patterns = queue.open_patterns(db)?;
             let mut insert =
                 db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent) VALUES (?1, ?2, ?3, ?4, ?5)")?;
@@ -330,9 +356,13 @@ impl Queue for EmbeddedQueue {
                 }
                 fates.push(if matched { Published::Stored } else { Published::Unmatched });
             }
-            Ok(fates)
+            Ok(Ok(fates))
         };
-        self.store().write(insert).await
+        self.store().write(insert).await?.map_err(QueueError::needs_operator)
+    }
+
+    fn is_reachable(&self) -> bool {
+        !self.store().place().is_lost()
     }
 
     fn is_behind(&self) -> bool {
@@ -367,7 +397,10 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
-        let mut found = self.store().look(depths).await?;
+        let place = self.store().place();
+        // What was asked and not answered is told as the queue's error: status and log say the same.
+        let found = self.store().look(move |db| place.check().map_or_else(|| depths(db).map(Ok), |lost| Ok(Err(lost)))).await?;
+        let mut found = found.map_err(QueueError::needs_operator)?;
         let (mut configured, mut removed) = (BTreeMap::new(), BTreeMap::new());
         for s in subscribers {
             configured.insert(s.name.clone(), found.remove(&s.name).unwrap_or_default());
@@ -629,7 +662,7 @@ mod tests {
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
         let receipt = |t: &Taken| match t {
             Taken::Event(e) => e.receipt,
-            Taken::Envelope(_, receipt) | Taken::NotAnEnvelope(_, receipt) | Taken::Known { receipt, .. } => *receipt,
+            Taken::Envelope(_, receipt) | Taken::Unusable(_, receipt) | Taken::Known { receipt, .. } => *receipt,
         };
         taken.iter().map(receipt).collect()
     }

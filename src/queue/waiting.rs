@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use super::{CameTo, Envelope, FailedAttempt};
+use crate::clock;
 
 /// A batch that waits for its next attempt, without its body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +40,6 @@ impl Waiting {
 
     /// For programs; `number` is its place in the list, from 1.
     pub fn as_json(&self, number: usize) -> serde_json::Value {
-        let rfc3339 = |at| humantime::format_rfc3339_millis(at).to_string();
         let (status, failure) = match self.last.as_ref().map(|last| &last.came_to) {
             Some(CameTo::Status(status)) => (Some(*status), None),
             Some(CameTo::Failure(name)) => (None, Some(name)),
@@ -52,9 +52,9 @@ impl Waiting {
             "attempts": self.attempts,
             "status": status,
             "failure": failure,
-            "first_attempt_at": self.first_attempt_at.map(rfc3339),
-            "last_attempt_at": self.last.as_ref().map(|last| rfc3339(last.at)),
-            "due_at": self.due.map(rfc3339),
+            "first_attempt_at": self.first_attempt_at.map(clock::rfc3339),
+            "last_attempt_at": self.last.as_ref().map(|last| clock::rfc3339(last.at)),
+            "due_at": self.due.map(clock::rfc3339),
             "bytes": self.bytes,
         })
     }

@@ -201,7 +201,7 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
                 if explain(*at) {
                     verdict.explained += usize::from(*accepted && !ids.is_empty());
                 } else {
-                    let at = humantime::format_rfc3339_millis(*at);
+                    let at = hooktrail::clock::rfc3339(*at);
                     let twice = if *twice { ", twice" } else { "" };
                     let why = format!("event {n}, sent as {tried:?}, accepted as {ids:?}, came again as {id} at {at}{twice}");
                     verdict.unexplained.push((*n, why));

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use hooktrail::failpoint::{self, Step};
+use hooktrail::{
+    clock,
+    failpoint::{self, Step},
+};
 use lapin::options::{BasicPublishOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel};
@@ -430,7 +433,7 @@ impl<'w> Round<'w> {
     }
 
     fn tell(&mut self, what: &str) {
-        let now = humantime::format_rfc3339_millis(SystemTime::now());
+        let now = clock::rfc3339(SystemTime::now());
         writeln!(self.story, "{now} {:7.3} {what}", self.begun.elapsed().as_secs_f64()).expect("a string");
     }
 
@@ -1062,7 +1065,7 @@ impl<'w> Round<'w> {
             excuse_what_was_relayed_twice(&mut verdicts);
         }
         for d in &self.disturbances {
-            let at = |t| humantime::format_rfc3339_millis(t);
+            let at = clock::rfc3339;
             writeln!(self.story, "disturbance {} to {}: {}", at(d.from), at(d.to), d.what).expect("a string");
         }
         Outcome { verdicts, story: self.story, ledger, drained_in, faults, left, complaints }

@@ -316,7 +316,7 @@ max_open_for = \"2s\"
             let line = |r: &crate::support::receiver::Request| {
                 format!(
                     "{} {} {} {} {:?}\n",
-                    humantime::format_rfc3339_millis(r.at),
+                    hooktrail::clock::rfc3339(r.at),
                     r.status,
                     r.id(),
                     r.header("x-hooktrail-attempt"),

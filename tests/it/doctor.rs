@@ -437,7 +437,7 @@ fn a_certificate_that_expires_soon_is_a_warning() {
         // A day that is 10 days off, whatever today is.
         let in_days = |days: u64| {
             let at = std::time::SystemTime::now() + std::time::Duration::from_secs(days * 24 * 3600);
-            let text = humantime::format_rfc3339_seconds(at).to_string();
+            let text = hooktrail::clock::rfc3339_seconds(at);
             let part = |range: std::ops::Range<usize>| text[range].parse::<i32>().expect("a number");
             (part(0..4), u8::try_from(part(5..7)).expect("a month"), u8::try_from(part(8..10)).expect("a day"))
         };

@@ -12,7 +12,8 @@ use bytes::Bytes;
 use rusqlite::Connection;
 
 use crate::support::{
-    broker::Broker,
+    api::Api,
+    broker::{Broker, kill},
     daemon::{QUICK, Setup, subscriber},
     eventually,
     queue::{Embedded, Section as _},
@@ -202,6 +203,63 @@ fn what_other_processes_write_is_picked_up_within_a_second() {
         receiver.wait_requests(3).await;
         assert!(start.elapsed() < Duration::from_secs(1), "a replay waited {:?}", start.elapsed());
         queue.wait("it is settled", async || queue.retries("a").await == 0).await;
+    });
+}
+
+#[test]
+fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_holds_can_be_copied_out() {
+    run(async {
+        let (queue, api) = (Embedded::new(), Api::new());
+        let receiver = Receiver::start(|_, _| status(500)).await;
+        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let mut daemon = setup.start().await;
+        assert_eq!(api.post("/api/v1/events", &event(0)).await.status, 202);
+        receiver.wait_requests(1).await;
+        std::fs::remove_file(queue.file()).expect("removes");
+
+        let mut refused_with = String::new();
+        eventually("events are refused", async || {
+            let answer = api.post("/api/v1/events", &event(1)).await;
+            refused_with = answer.text;
+            answer.status == 503
+        })
+        .await;
+        assert!(refused_with.contains("is lost") && refused_with.contains("/proc/"), "{refused_with}");
+        assert_eq!(api.get("/readyz").await.status, 503);
+        assert_eq!(api.metric("hooktrail_queue_up").await, Some(0.0));
+        eventually("status says so", async || {
+            api.get("/api/v1/subscribers").await.json()["queue"]["error"].as_str().is_some_and(|why| why.contains("is lost"))
+        })
+        .await;
+        let file = setup.write("event", event(2));
+        for command in [&["publish", file.to_str().expect("a path")][..], &["dead", "list", "a"]] {
+            let (code, told) = refused(&setup.run(command));
+            assert!(code == Some(1) && told.contains("is lost") && told.contains(&daemon.pid().to_string()), "{command:?}: {told}");
+        }
+        assert!(!queue.file().exists(), "no new file beside the daemon's");
+
+        // As the log says, and the page that it names.
+        let log = daemon.log();
+        let open = |name: &str| {
+            let (_, rest) = log.split_once(&format!("{name} is ")).unwrap_or_else(|| panic!("{name} is not in {log}"));
+            rest[..rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '/').expect("an end")].to_owned()
+        };
+        kill("-STOP", daemon.pid());
+        // First, for those that are still at their places are the ones that are copied.
+        for left in ["hooktrail.db", "hooktrail.db-wal", "hooktrail.db-shm"] {
+            std::fs::remove_file(queue.data_dir().join(left)).ok();
+        }
+        std::fs::copy(open("hooktrail.db"), queue.file()).expect("copies");
+        std::fs::copy(open("hooktrail.db-wal"), queue.data_dir().join("hooktrail.db-wal")).expect("copies");
+        daemon.end();
+        receiver.now(|_, _| status(200));
+        let next = setup.start().await;
+        eventually("what was pending is delivered", async || receiver.accepted().contains(&0)).await;
+        assert_eq!(api.post("/api/v1/events", &event(3)).await.status, 202);
+        eventually("and what comes", async || receiver.accepted().contains(&3)).await;
+        assert!(next.stop().await.success());
+        let wal = std::fs::metadata(queue.data_dir().join("hooktrail.db-wal"));
+        assert!(wal.is_err(), "a clean stop leaves everything in the database itself");
     });
 }
 

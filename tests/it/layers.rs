@@ -15,6 +15,7 @@ const LAYERS: &[&[&str]] = &[
         "event",
         "failpoint",
         "finding",
+        "inflate",
         "payload",
         "resources",
         "retry",
@@ -123,7 +124,7 @@ fn each_protocol_is_known_in_one_place() {
         ("toml::", &["src/config"]),
         ("backoff::", &["src/retry.rs"]),
         ("clap::", &["src/cli"]),
-        ("flate2", &["src/admin/intake.rs"]),
+        ("flate2", &["src/inflate.rs"]),
         ("sd_notify::", &["src/systemd.rs"]),
         ("prometheus_client", &["src/metrics.rs"]),
     ] {

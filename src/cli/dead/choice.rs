@@ -145,7 +145,7 @@ impl Filters {
 
     /// In words, for what nothing was found of.
     fn describe(&self) -> String {
-        let time = |at: &SystemTime| humantime::format_rfc3339_seconds(*at).to_string();
+        let time = |at: &SystemTime| clock::rfc3339_seconds(*at);
         let all = [
             self.reason.map(|r| format!("with reason {}", r.name())),
             self.status.map(|s| format!("with status {s}")),
@@ -383,6 +383,7 @@ mod tests {
             reason: Reason::Exhausted,
             body: Bytes::from_static(body.as_bytes()),
             content_type: Some(content_type.to_owned()),
+            content_encoding: None,
             id: None,
             events: 1,
             attempts: 1,

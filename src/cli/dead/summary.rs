@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{Failed, Told, choice::Choice, choice::Which, each, print, rfc3339, time};
-use crate::{config::Config, queue::Queue, wording::counted};
+use super::{Failed, Told, choice::Choice, choice::Which, each, print, time};
+use crate::{clock, config::Config, queue::Queue, wording::counted};
 
 /// The dead letters of one subscriber that the filters let through.
 struct Tally {
@@ -62,8 +62,8 @@ fn as_json(t: &Tally) -> Value {
         "configured": t.configured,
         "dead": t.letters,
         "reasons": t.reasons,
-        "oldest_died_at": t.oldest.map(rfc3339),
-        "newest_died_at": t.newest.map(rfc3339),
+        "oldest_died_at": t.oldest.map(clock::rfc3339),
+        "newest_died_at": t.newest.map(clock::rfc3339),
     })
 }
 

@@ -83,6 +83,9 @@ pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: us
     }
 }
 
+/// The bytes of an event here.
+const MOST: usize = 64 * 1024;
+
 fn delivery(body: &[u8], properties: &BasicProperties) -> Delivery {
     let mut d = Delivery::mock(7, "".into(), "".into(), false, body.to_vec());
     d.properties = properties.clone();
@@ -110,11 +113,23 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     let Ok((_, properties)) = basic::parse_properties(&frame[FRAME_HEADER + 12..frame.len() - FRAME_END]) else { return };
     let came = || delivery(body, &properties);
 
-    let event = message::taken_event(came());
-    assert_eq!(event.body, body);
-    let again = message::taken_event(delivery(body, &message::relayed(&properties)));
-    assert_eq!((again.message_id, again.traceparent.clone()), (event.message_id, event.traceparent), "the relay keeps them");
-    assert!(again.traceparent.is_none_or(|t| t.len() <= MAX_TRACEPARENT));
+    match message::taken_event(came(), MOST) {
+        Taken::Event(event) => {
+            let as_decoded = message::decoded(&properties, body, MOST).ok().flatten();
+            assert_eq!(event.body, as_decoded.as_deref().unwrap_or(body));
+            let Taken::Event(again) = message::taken_event(delivery(&event.body, &message::relayed(&properties)), MOST) else {
+                panic!("what is relayed is plain")
+            };
+            assert_eq!(again.body, event.body);
+            assert_eq!((again.message_id, again.traceparent.clone()), (event.message_id, event.traceparent), "the relay keeps them");
+            assert!(again.traceparent.is_none_or(|t| t.len() <= MAX_TRACEPARENT));
+        }
+        Taken::Unusable(letter, _) => {
+            assert!(letter.body == body && letter.content_encoding.is_some() && !letter.error.is_empty());
+            keeps(letter);
+        }
+        other => panic!("in a main queue: {other:?}"),
+    }
 
     let (kept, own) = message::untouched(came());
     assert_eq!(kept, body);
@@ -125,7 +140,7 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
             let (body, properties) = message::envelope(&envelope);
             assert_eq!(read(taken_envelope(delivery(&body, &properties))), envelope);
         }
-        Taken::NotAnEnvelope(letter, _) => {
+        Taken::Unusable(letter, _) => {
             assert!(letter.body == body && letter.reason == Reason::InvalidEvent && !letter.error.is_empty());
             keeps(letter);
         }

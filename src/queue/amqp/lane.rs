@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     clock,
+    config::Subscriber,
     failpoint::{Step, reached},
     queue::{self, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
@@ -126,16 +127,18 @@ impl Source {
         [for_events, for_envelopes]: [Lease; 2],
         topology: &Topology,
         publisher: Publisher,
-        subscriber: &str,
+        subscriber: &Subscriber,
         window: Window,
         remembered: Arc<Remembered>,
         consumes: Consumes,
     ) -> Result<(Self, Settler), Unusable> {
-        let envelopes = Feed::open(for_envelopes, topology.retry(subscriber), window.envelopes).await?;
-        let events = Feed::open(for_events, topology.main(subscriber), window.events).await?;
+        let name = &subscriber.name;
+        let envelopes = Feed::open(for_envelopes, topology.retry(name), window.envelopes).await?;
+        let events = Feed::open(for_events, topology.main(name), window.events).await?;
         let settler = Settler(Arc::new(Inner {
             queue: consumes.queue.clone(),
-            subscriber: subscriber.to_owned(),
+            subscriber: name.clone(),
+            most: subscriber.batch.max_bytes,
             topology: topology.clone(),
             publisher,
             acks: Mutex::default(),
@@ -192,6 +195,8 @@ pub struct Settler(Arc<Inner>);
 struct Inner {
     queue: AmqpQueue,
     subscriber: String,
+    /// The bytes that an event of it can have.
+    most: usize,
     topology: Topology,
     publisher: Publisher,
     /// Held over an ack, so that acks reach the broker in rising order.
@@ -262,8 +267,10 @@ impl Inner {
     fn taken_event(&self, d: Delivery) -> Taken {
         let mark = Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
         let known = self.track(Kind::Event, d.delivery_tag, Some(mark), d.redelivered);
-        let event = message::taken_event(d);
-        if known { Taken::Known { events: 1, receipt: event.receipt } } else { Taken::Event(event) }
+        if known {
+            return Taken::Known { events: 1, receipt: Receipt { from: Kind::Event, tag: d.delivery_tag } };
+        }
+        message::taken_event(d, self.most)
     }
 
     fn taken_envelope(&self, d: Delivery) -> Taken {

@@ -11,6 +11,8 @@ use lapin::{
 
 use crate::{
     clock,
+    event::event_type,
+    inflate::{Broken, Coding, inflate},
     payload::Format,
     queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Story, Taken, Waiting, cut_error},
 };
@@ -20,12 +22,15 @@ const REASON: &str = "x-hooktrail-reason";
 const BATCH_ID: &str = "x-hooktrail-batch-id";
 const ATTEMPTS: &str = "x-hooktrail-attempts";
 const STATUS: &str = "x-hooktrail-status";
+const CONTENT_ENCODING: &str = "x-hooktrail-content-encoding";
 const ERROR: &str = "x-hooktrail-error";
 const EVENTS: &str = "x-hooktrail-events";
 const FIRST_ATTEMPT_AT: &str = "x-hooktrail-first-attempt-at";
 const DIED_AT: &str = "x-hooktrail-died-at";
 /// W3C Trace Context, as producers write it beside a message.
 const TRACEPARENT: &str = "traceparent";
+/// Where kombu says how it compressed a body; its `content_encoding` is the charset.
+const COMPRESSION: &str = "compression";
 /// See [`Story::to_text`].
 const STORY: &str = "x-hooktrail-story";
 /// `true` in what an operator has sent again; otherwise absent.
@@ -68,7 +73,7 @@ fn text(value: &str) -> AMQPValue {
 }
 
 fn time(value: SystemTime) -> AMQPValue {
-    text(&humantime::format_rfc3339_millis(value).to_string())
+    text(&clock::rfc3339(value))
 }
 
 /// An event for the exchange.
@@ -107,7 +112,15 @@ pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
 
 /// A dead event as it goes back into the main queue.
 pub(super) fn event_again(letter: &DeadLetter) -> (Bytes, BasicProperties) {
-    (letter.body.clone(), properties(Some(letter.content_type.as_deref().unwrap_or("application/json")), letter.id.as_deref()))
+    let p = properties(Some(letter.content_type.as_deref().unwrap_or("application/json")), letter.id.as_deref());
+    (letter.body.clone(), encoded(p, letter.content_encoding.as_deref()))
+}
+
+fn encoded(p: BasicProperties, encoding: Option<&str>) -> BasicProperties {
+    match encoding.and_then(|e| ShortString::try_new(e).ok()) {
+        Some(encoding) => p.with_content_encoding(encoding),
+        None => p,
+    }
 }
 
 pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
@@ -149,6 +162,9 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     if let Some(status) = d.status {
         h.insert(STATUS.into(), AMQPValue::LongLongInt(status.into()));
     }
+    if let Some(encoding) = &d.content_encoding {
+        h.insert(CONTENT_ENCODING.into(), text(encoding));
+    }
     h.insert(ERROR.into(), text(cut_error(&d.error)));
     h.insert(EVENTS.into(), AMQPValue::LongLongInt(d.events.into()));
     if let Some(at) = d.first_attempt_at {
@@ -160,7 +176,8 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     if !d.story.is_empty() {
         h.insert(STORY.into(), text(&d.story.to_text()));
     }
-    (d.body.clone(), properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h))
+    let p = properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h);
+    (d.body.clone(), encoded(p, d.content_encoding.as_deref()))
 }
 
 fn is_own(header: &str) -> bool {
@@ -248,16 +265,88 @@ fn owned(s: &Option<ShortString>) -> Option<String> {
     s.as_ref().map(|s| s.as_str().to_owned())
 }
 
-pub(super) fn taken_event(d: Delivery) -> Event {
+/// How a message's body is encoded, in its producer's words; `None` if it is plain.
+fn encoding(p: &BasicProperties) -> Option<String> {
+    let property = p.content_encoding().as_ref().map(|e| e.as_str().to_owned());
+    let header = || Headers(p.headers().as_ref()).text(COMPRESSION).ok().flatten();
+    let is_encoded = |e: &String| Coding::of(e) != Coding::Plain;
+    // As long as the property can be: it is written there when the event is sent again.
+    property.filter(is_encoded).or_else(header).filter(is_encoded).filter(|e| e.len() <= 255)
+}
+
+/// An event that is not as it is said to be encoded, or not in a way that can be undone.
+#[derive(Debug)]
+pub(super) struct Undecoded {
+    pub(super) reason: Reason,
+    pub(super) error: String,
+    encoding: String,
+}
+
+/// The body of an event that came compressed; `None` if it came plain.
+///
+/// # Errors
+/// It cannot be inflated, or has more than `most` bytes then.
+pub(super) fn decoded(p: &BasicProperties, body: &[u8], most: usize) -> Result<Option<Vec<u8>>, Undecoded> {
+    let Some(encoding) = encoding(p) else { return Ok(None) };
+    // A client that only says so.
+    if event_type(body).is_ok() {
+        return Ok(None);
+    }
+    let error = match Coding::of(&encoding) {
+        Coding::Plain => return Ok(None),
+        Coding::Compressed => match inflate(body, most) {
+            Ok(body) => return Ok(Some(body)),
+            Err(Broken::TooLong) => {
+                let error = format!("inflated, it has more than {most} bytes, and a request body must not");
+                return Err(Undecoded { reason: Reason::TooLarge, error, encoding });
+            }
+            Err(Broken::Bytes(e)) => format!("the event is not encoded as its content_encoding `{encoding}` says: {e}"),
+        },
+        Coding::Unknown => format!("the event's content_encoding `{encoding}` is not one that can be undone here: gzip, deflate or none"),
+    };
+    Err(Undecoded { reason: Reason::InvalidEvent, error, encoding })
+}
+
+impl Undecoded {
+    /// With the body as it came.
+    pub(super) fn dead_letter(self, d: Delivery) -> DeadLetter {
+        DeadLetter {
+            kind: Kind::Event,
+            reason: self.reason,
+            content_type: Some(owned(d.properties.content_type()).unwrap_or_else(|| "application/json".to_owned())),
+            content_encoding: Some(self.encoding),
+            id: owned(d.properties.message_id()),
+            body: d.data.into(),
+            events: 1,
+            attempts: 0,
+            status: None,
+            error: self.error,
+            first_attempt_at: None,
+            died_at: Some(clock::now()),
+            story: Story::default(),
+        }
+    }
+}
+
+/// `most`: the bytes that an event can have.
+pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
+    match decoded(&d.properties, &d.data, most) {
+        Ok(None) => {}
+        Ok(Some(body)) => d.data = body,
+        Err(undecoded) => {
+            let receipt = Receipt { from: Kind::Event, tag: d.delivery_tag };
+            return Taken::Unusable(undecoded.dead_letter(d), receipt);
+        }
+    }
     let content_type = d.properties.content_type().as_ref().map(ShortString::as_str).filter(|t| *t != "application/json");
-    Event {
+    Taken::Event(Event {
         message_id: owned(d.properties.message_id()),
         content_type: content_type.map(str::to_owned),
-        published_at: d.properties.timestamp().and_then(|t| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(t))),
+        published_at: d.properties.timestamp().and_then(|t| clock::sane(t, clock::now())),
         traceparent: traceparent(&d.properties),
         receipt: Receipt { from: Kind::Event, tag: d.delivery_tag },
         body: d.data,
-    }
+    })
 }
 
 pub(super) fn taken_envelope(d: Delivery) -> Taken {
@@ -269,6 +358,7 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
                 kind: Kind::Batch,
                 reason: Reason::InvalidEvent,
                 content_type: owned(d.properties.content_type()),
+                content_encoding: None,
                 id: owned(d.properties.message_id()),
                 body: d.data.into(),
                 events: 0,
@@ -279,7 +369,7 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
                 died_at: Some(clock::now()),
                 story: Story::default(),
             };
-            Taken::NotAnEnvelope(letter, receipt)
+            Taken::Unusable(letter, receipt)
         }
     }
 }
@@ -326,25 +416,75 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
         None if batch_id.is_some() => Kind::Batch, // an envelope that the broker moved
         None => Kind::Event,
     };
-    let by_broker = match ok(h.text("x-first-death-reason")).as_deref() {
-        Some("expired") => Reason::Expired,
-        _ => Reason::DeliveryLimit,
-    };
     let reason = ok(h.text(REASON)).and_then(|r| Reason::from_name(&r));
-    let moved = "moved here by the broker; a policy limits the queue (rabbitmqctl list_policies)";
+    let death = if reason.is_none() { h.death() } else { Death::default() };
     DeadLetter {
         kind,
-        error: ok(h.text(ERROR)).unwrap_or_else(|| if reason.is_none() { moved.to_owned() } else { String::new() }),
-        reason: reason.unwrap_or(by_broker),
+        error: ok(h.text(ERROR)).unwrap_or_else(|| if reason.is_none() { death.error() } else { String::new() }),
+        reason: reason.unwrap_or_else(|| death.reason()),
         content_type: owned(d.properties.content_type()),
+        content_encoding: ok(h.text(CONTENT_ENCODING)).or_else(|| encoding(&d.properties)),
         id: batch_id.or_else(|| owned(d.properties.message_id())),
         events: h.integer(EVENTS).ok().flatten().unwrap_or(1),
         attempts: h.integer(ATTEMPTS).ok().flatten().unwrap_or(0),
         status: h.integer(STATUS).ok().flatten().and_then(|n| u16::try_from(n).ok()),
         first_attempt_at: h.time(FIRST_ATTEMPT_AT).ok().flatten(),
-        died_at: h.time(DIED_AT).ok().flatten(),
+        died_at: h.time(DIED_AT).ok().flatten().or(death.at),
         story: h.story(),
         body: d.data.into(),
+    }
+}
+
+/// What the broker has written down of a message that it moved by itself.
+#[derive(Debug, Default)]
+struct Death {
+    expired: bool,
+    at: Option<SystemTime>,
+    queue: Option<String>,
+    /// The property `expiration` that its producer gave it, in milliseconds; the broker has taken it off.
+    expiration: Option<String>,
+}
+
+impl Death {
+    const fn reason(&self) -> Reason {
+        if self.expired { Reason::Expired } else { Reason::DeliveryLimit }
+    }
+
+    fn error(&self) -> String {
+        let queue = self.queue.as_ref().map(|q| format!(" in queue `{q}`")).unwrap_or_default();
+        match &self.expiration {
+            Some(ms) => format!(
+                "its producer gave it an `expiration` of {ms} ms, and it expired{queue} before it was taken; without that property it waits"
+            ),
+            None if self.expired => format!("expired{queue}: a policy gives messages a time to live (rabbitmqctl list_policies)"),
+            None => format!("moved here by the broker{queue}; a policy limits the queue (rabbitmqctl list_policies)"),
+        }
+    }
+}
+
+impl Headers<'_> {
+    /// The latest of the header `x-death` (RabbitMQ's documentation, "Dead Lettered Effects on Messages"), as far as it can be read.
+    fn death(&self) -> Death {
+        let first_reason = self.text("x-first-death-reason").ok().flatten();
+        let latest = match self.get("x-death") {
+            Some(AMQPValue::FieldArray(deaths)) => deaths.as_slice().first(),
+            _ => None,
+        };
+        let Some(AMQPValue::FieldTable(latest)) = latest else {
+            return Death { expired: first_reason.as_deref() == Some("expired"), ..Death::default() };
+        };
+        let latest = Headers(Some(latest));
+        let short = |name| latest.text(name).ok().flatten().filter(|text| text.len() <= 255);
+        let at = match latest.get("time") {
+            Some(AMQPValue::Timestamp(seconds)) => clock::sane(*seconds, clock::now()),
+            _ => None,
+        };
+        Death {
+            expired: short("reason").or(first_reason).as_deref() == Some("expired"),
+            at,
+            queue: short("queue"),
+            expiration: short("original-expiration"),
+        }
     }
 }
 
@@ -366,7 +506,6 @@ pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
 mod tests {
     use super::*;
     use crate::queue::{CameTo, FailedAttempt};
-    use std::time::Duration;
 
     /// As long as one can be.
     fn a_story() -> Story {
@@ -474,7 +613,7 @@ mod tests {
             (b"x", with(FIRST_ATTEMPT_AT, Some(text("yesterday"))), "not an RFC 3339 time"),
         ] {
             match taken_envelope(delivery(body, properties)) {
-                Taken::NotAnEnvelope(letter, _) => {
+                Taken::Unusable(letter, _) => {
                     assert!(letter.error.contains(why), "{}", letter.error);
                     assert_eq!((letter.kind, letter.reason), (Kind::Batch, Reason::InvalidEvent));
                     assert_eq!(&letter.body[..], body);
@@ -491,6 +630,7 @@ mod tests {
             reason: Reason::Exhausted,
             body: Bytes::from_static(b"body"),
             content_type: Some("application/json".into()),
+            content_encoding: Some("e".repeat(255)),
             id: Some("m".repeat(255)),
             events: 3,
             attempts: 16,
@@ -514,10 +654,98 @@ mod tests {
         h.insert("x-first-death-reason".into(), text("expired"));
         let found = read_dead_letter(delivery(b"{}", BasicProperties::default().with_headers(h)));
         assert_eq!((found.kind, found.reason), (Kind::Event, Reason::Expired));
+        assert!(found.error.contains("time to live"), "{}", found.error);
         let (body, p) = envelope(&an_envelope());
         let found = read_dead_letter(delivery(&body, p));
         assert_eq!((found.kind, found.reason, found.id.as_deref(), found.attempts), (Kind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2));
         assert!(found.error.contains("policy"));
+    }
+
+    #[test]
+    fn an_event_that_its_producer_let_expire_is_told_from_one_of_a_policy() {
+        let at = clock::unix_seconds(clock::now()) - 60;
+        let died = |expiration: Option<&str>, reason: &str, time: AMQPValue| {
+            let mut death = FieldTable::default();
+            death.insert("reason".into(), text(reason));
+            death.insert("queue".into(), text("hooktrail.sub.a"));
+            death.insert("time".into(), time);
+            if let Some(ms) = expiration {
+                death.insert("original-expiration".into(), text(ms));
+            }
+            let mut h = FieldTable::default();
+            h.insert("x-death".into(), AMQPValue::FieldArray(vec![AMQPValue::FieldTable(death)].into()));
+            read_dead_letter(delivery(b"{}", BasicProperties::default().with_headers(h)))
+        };
+        let seconds = |letter: &DeadLetter| letter.died_at.map(clock::unix_seconds);
+        let by_producer = died(Some("5000"), "expired", AMQPValue::Timestamp(at));
+        assert_eq!((by_producer.reason, seconds(&by_producer)), (Reason::Expired, Some(at)));
+        for part in ["producer", "expiration", "5000 ms", "hooktrail.sub.a"] {
+            assert!(by_producer.error.contains(part), "{}", by_producer.error);
+        }
+        let by_policy = died(None, "expired", AMQPValue::Timestamp(at));
+        assert_eq!((by_policy.reason, seconds(&by_policy)), (Reason::Expired, Some(at)));
+        assert!(by_policy.error.contains("policy") && !by_policy.error.contains("producer"), "{}", by_policy.error);
+        let limited = died(None, "delivery_limit", AMQPValue::Timestamp(u64::MAX));
+        assert_eq!((limited.reason, limited.died_at), (Reason::DeliveryLimit, None));
+        assert_eq!(died(None, "expired", text("yesterday")).died_at, None);
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        use std::io::Write as _;
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(bytes).expect("writes");
+        encoder.finish().expect("ends")
+    }
+
+    #[test]
+    fn a_compressed_event_is_inflated_and_what_cannot_be_is_a_dead_letter_that_can_be_sent_again() {
+        let plain = br#"{"event":"a.b","n":1}"#;
+        let zipped = gzip(plain);
+        let encoded = |encoding: &str| BasicProperties::default().with_content_encoding(encoding.into());
+        let mut by_kombu = FieldTable::default();
+        by_kombu.insert(COMPRESSION.into(), text("application/x-gzip"));
+        for (body, properties) in [
+            (&plain[..], BasicProperties::default()),
+            (plain, encoded("utf-8")),
+            (plain, encoded("gzip")), // it only says so
+            (plain, encoded("iso-8859-1")),
+            (&zipped, encoded("gzip")),
+            (&zipped, encoded("gzip:UTF-8")),
+            (&zipped, encoded("utf-8").with_headers(by_kombu)),
+        ] {
+            match taken_event(delivery(body, properties.clone()), plain.len()) {
+                Taken::Event(event) => assert_eq!(event.body, plain),
+                other => panic!("{properties:?}: {other:?}"),
+            }
+        }
+        for (body, encoding, most, reason, why) in [
+            (&zipped[..], "br", 100, Reason::InvalidEvent, "content_encoding `br`"),
+            (&zipped[..zipped.len() - 4], "gzip", 100, Reason::InvalidEvent, "content_encoding `gzip` says"),
+            (&zipped, "gzip", plain.len() - 1, Reason::TooLarge, "more than 20 bytes"),
+        ] {
+            let Taken::Unusable(letter, receipt) = taken_event(delivery(body, encoded(encoding)), most) else { panic!("{encoding}") };
+            assert!(letter.reason == reason && letter.error.contains(why), "{}", letter.error);
+            assert_eq!((&letter.body[..], receipt.from, letter.content_encoding.as_deref()), (body, Kind::Event, Some(encoding)));
+            // As it is kept, and as it is sent again.
+            let (kept, properties) = dead_letter(&letter);
+            let letter = read_dead_letter(delivery(&kept, properties));
+            let (again, properties) = event_again(&letter);
+            assert_eq!((&again[..], properties.content_encoding().as_ref().map(ShortString::as_str)), (body, Some(encoding)));
+        }
+    }
+
+    #[test]
+    fn a_timestamp_that_cannot_be_meant_is_none() {
+        let published_at = |t: u64| match taken_event(delivery(b"{}", BasicProperties::default().with_timestamp(t)), 100) {
+            Taken::Event(event) => event.published_at,
+            other => panic!("{other:?}"),
+        };
+        let now = clock::unix_seconds(clock::now());
+        assert_eq!(published_at(now).map(clock::unix_seconds), Some(now));
+        // Some clients write milliseconds, some 0 for none.
+        for wrong in [0, now * 1000, now + 7 * 24 * 3600, u64::MAX] {
+            assert_eq!(published_at(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

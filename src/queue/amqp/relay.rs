@@ -27,6 +27,7 @@ use super::{
     walk::Walk,
 };
 use crate::{
+    batch::BatchPolicy,
     clock,
     config::{Subscriber, Subscribers},
     event::event_type,
@@ -212,7 +213,12 @@ fn gone(message: &Message) -> QueueError {
 }
 
 /// Where a message of the source queue goes: on by its type, or to the orphans with the reason.
-fn relayed(topology: &Topology, delivery: Delivery) -> Message {
+fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
+    match message::decoded(&delivery.properties, &delivery.data, BatchPolicy::MAX_BYTES as usize) {
+        Ok(None) => {}
+        Ok(Some(body)) => delivery.data = body,
+        Err(undecoded) => return orphan(topology, &undecoded.dead_letter(delivery)),
+    }
     let routed = event_type(&delivery.data).map(|t| t.into_owned());
     match routed {
         Ok(routing_key) => Message {
@@ -227,6 +233,7 @@ fn relayed(topology: &Topology, delivery: Delivery) -> Message {
                 kind: Kind::Event,
                 reason: Reason::InvalidEvent,
                 content_type: owned(delivery.properties.content_type()),
+                content_encoding: None,
                 id: owned(delivery.properties.message_id()),
                 body: Bytes::from(delivery.data),
                 events: 1,
@@ -237,11 +244,15 @@ fn relayed(topology: &Topology, delivery: Delivery) -> Message {
                 died_at: Some(clock::now()),
                 story: Story::default(),
             };
-            tracing::warn!(error = letter.error, "an invalid event in the source queue goes to `{}`", topology.orphans());
-            let (body, properties) = message::dead_letter(&letter);
-            Message::to_queue(topology.orphans(), body, properties)
+            orphan(topology, &letter)
         }
     }
+}
+
+fn orphan(topology: &Topology, letter: &DeadLetter) -> Message {
+    tracing::warn!(error = letter.error, "an invalid event in the source queue goes to `{}`", topology.orphans());
+    let (body, properties) = message::dead_letter(letter);
+    Message::to_queue(topology.orphans(), body, properties)
 }
 
 /// Moves orphans of configured subscribers back into their retry queues; the others stay.

@@ -191,7 +191,7 @@ mod rfc3339 {
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
     pub(super) fn serialize<S: Serializer>(at: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(&humantime::format_rfc3339_millis(*at))
+        s.serialize_str(&crate::clock::rfc3339(*at))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {
@@ -905,7 +905,7 @@ impl<'a> Reconciler<'a> {
 }
 
 fn now() -> String {
-    humantime::format_rfc3339_seconds(clock::now()).to_string()
+    clock::rfc3339_seconds(clock::now())
 }
 
 #[cfg(test)]

@@ -231,7 +231,7 @@ fn is_of_upkeep(about: &str) -> bool {
 
 impl Missing {
     fn tell(&self, topology: &Topology, sound: Option<SystemTime>) {
-        let since = sound.map_or_else(|| "a time when no daemon ran".to_owned(), |at| humantime::format_rfc3339_seconds(at).to_string());
+        let since = sound.map_or_else(|| "a time when no daemon ran".to_owned(), clock::rfc3339_seconds);
         if self.exchange {
             tracing::error!(
                 exchange = topology.events(),
@@ -338,7 +338,7 @@ impl AmqpQueue {
         }
         if let Some((subscriber, pattern)) = wanted.first() {
             let sound = *self.0.sound.lock().unwrap_or_else(PoisonError::into_inner);
-            let since = sound.map(|at| humantime::format_rfc3339_seconds(at).to_string());
+            let since = sound.map(clock::rfc3339_seconds);
             tracing::error!(
                 subscriber,
                 pattern,

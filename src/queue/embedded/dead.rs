@@ -137,6 +137,7 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
         reason: Reason::from_name(&reason).unwrap_or(Reason::Exhausted),
         id: row.get(3)?,
         content_type: row.get(4)?,
+        content_encoding: None, // what comes here has none
         events: row.get(5)?,
         attempts: row.get(6)?,
         status: row.get(7)?,

@@ -287,7 +287,7 @@ impl Source {
             let receipt = Receipt { from: Kind::Batch, tag: id.unsigned_abs() };
             into.push(match envelope {
                 Ok(envelope) => Taken::Envelope(envelope, receipt),
-                Err(letter) => Taken::NotAnEnvelope(letter, receipt),
+                Err(letter) => Taken::Unusable(letter, receipt),
             });
         }
         for event in found.events {
@@ -371,6 +371,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
             body,
             error: format!("a retry is not an envelope: its content type `{content_type}` is not that of a batch"),
             content_type: Some(content_type),
+            content_encoding: None,
             id: Some(batch_id),
             events,
             attempts,
@@ -422,7 +423,7 @@ fn scan(
                 body,
                 message_id: row.get(2)?,
                 content_type: None,
-                published_at: Some(from_millis(row.get(5)?)),
+                published_at: Some(from_millis(row.get(5)?)).filter(|at| clock::is_sane(*at, clock::now())),
                 traceparent: row.get(6)?,
                 receipt: Receipt { from: Kind::Event, tag: seq.unsigned_abs() },
             });

@@ -3,6 +3,7 @@
 
 use std::{
     fs::{File, TryLockError},
+    io::Write as _,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
@@ -11,8 +12,12 @@ use std::{
 };
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
 
+use super::place::{Place, other_than};
 use crate::{
     failpoint::{Step, reached},
     queue::QueueError,
@@ -120,6 +125,12 @@ const JOBS: usize = 1024;
 /// Jobs in one transaction.
 const GROUP: usize = 256;
 
+/// How long the end waits for each thread: a query that takes longer ends with the process.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// And for other processes, before the write-ahead log is left to them.
+const GOODBYE_BUSY: Duration = Duration::from_secs(1);
+
 /// An open database. Clones are the same.
 #[derive(Debug, Clone)]
 pub(super) struct Store(Arc<Inner>);
@@ -127,14 +138,22 @@ pub(super) struct Store(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    writer: mpsc::Sender<WriteJob>,
-    reader: mpsc::Sender<ReadJob>,
+    place: Arc<Place>,
+    writer: mpsc::Sender<Job<WriteJob>>,
+    reader: mpsc::Sender<Job<ReadJob>>,
     /// For queries that may take long: no lane waits behind them.
-    looker: mpsc::Sender<ReadJob>,
+    looker: mpsc::Sender<Job<ReadJob>>,
     /// Counts the commits of this process.
     commits: watch::Receiver<u64>,
     /// Held by the daemon.
-    _lock: Option<File>,
+    lock: Option<File>,
+}
+
+/// For a thread.
+enum Job<J> {
+    Do(J),
+    /// Close the connection and end; what comes after it is refused.
+    End(oneshot::Sender<()>),
 }
 
 type ReadJob = Box<dyn FnOnce(&Connection) + Send>;
@@ -167,9 +186,13 @@ impl Store {
             .mode(0o700)
             .create(data_dir)
             .map_err(|e| denied(&format!("[queue] data_dir `{}` cannot be made", data_dir.display()), &e))?;
-        let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
-        // SQLite does not wait for another process where that makes a new file a write-ahead-logged one.
+        // SQLite does not wait for another process where that makes a new file a write-ahead-logged one. And a daemon that
+        // starts has written down which files are its own before others look.
         let _opening = opening(data_dir)?;
+        let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
+        if let (None, Some(lost)) = (&lock, lost_by_a_daemon(data_dir)) {
+            return Err(lost);
+        }
         // In a directory that was there before, too. SQLite gives what it puts beside the file the same mode, and says better
         // than this what is wrong with a file that cannot be opened.
         File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
@@ -177,11 +200,31 @@ impl Store {
         let mut writer = connect(&path).map_err(error)?;
         migrate(&mut writer, &path)?;
         let (reader, looker) = (connect(&path).map_err(error)?, connect(&path).map_err(error)?);
+        let place = place(&path, lock.as_ref())?;
         let (write_jobs, inbox) = mpsc::channel(JOBS);
         let (commits, committed) = watch::channel(0);
-        thread("hooktrail-writer", move || write(&writer, inbox, &commits));
+        let empties = access == Access::Daemon;
+        thread("hooktrail-writer", move || write(writer, inbox, &commits, empties));
         let (reader, looker) = (read("hooktrail-reader", reader), read("hooktrail-looker", looker));
-        Ok(Self(Arc::new(Inner { path, writer: write_jobs, reader, looker, commits: committed, _lock: lock })))
+        Ok(Self(Arc::new(Inner { path, place: Arc::new(place), writer: write_jobs, reader, looker, commits: committed, lock })))
+    }
+
+    /// Where its files were when they were opened.
+    pub(super) fn place(&self) -> Arc<Place> {
+        self.0.place.clone()
+    }
+
+    /// Closes the connections: what a daemon has written is in the database itself then, and not in the log beside it.
+    /// Nothing can be asked or written afterwards.
+    pub(super) async fn close(&self) {
+        // These are its files no more; the log among them goes with the last connection to it.
+        if let Some(Err(e)) = self.0.lock.as_ref().map(|lock| lock.set_len(0)) {
+            tracing::debug!(error = %e, "the lock still names the files");
+        }
+        let (reader, looker, writer) = (&self.0.reader, &self.0.looker, &self.0.writer);
+        // The writer last, so that nobody here keeps it from emptying the log.
+        tokio::join!(end(reader), end(looker));
+        end(writer).await;
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -213,7 +256,7 @@ impl Store {
                 reply.send(result).ok(); // whoever asked may have given up
             })
         });
-        if self.0.writer.send(job).await.is_err() {
+        if self.0.writer.send(Job::Do(job)).await.is_err() {
             return Err(self.error("its writing thread has ended"));
         }
         match answer.await {
@@ -244,12 +287,12 @@ impl Store {
 
     async fn ask<T: Send + 'static>(
         &self,
-        thread: &mpsc::Sender<ReadJob>,
+        thread: &mpsc::Sender<Job<ReadJob>>,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, QueueError> {
         let (reply, answer) = oneshot::channel();
         let job: ReadJob = Box::new(move |db| drop(reply.send(query(db))));
-        if thread.send(job).await.is_err() {
+        if thread.send(Job::Do(job)).await.is_err() {
             return Err(self.error("its reading thread has ended"));
         }
         match answer.await {
@@ -264,15 +307,38 @@ impl Store {
 }
 
 /// Starts a thread that answers queries, one after the other.
-fn read(name: &str, db: Connection) -> mpsc::Sender<ReadJob> {
-    let (jobs, mut inbox) = mpsc::channel::<ReadJob>(JOBS);
+fn read(name: &str, db: Connection) -> mpsc::Sender<Job<ReadJob>> {
+    let (jobs, mut inbox) = mpsc::channel(JOBS);
     thread(name, move || {
         while let Some(job) = inbox.blocking_recv() {
-            // A query that panics is that query's end; whoever asked is told by the dropped reply.
-            catch_unwind(AssertUnwindSafe(|| job(&db))).ok();
+            match job {
+                // A query that panics is that query's end; whoever asked is told by the dropped reply.
+                Job::Do(job) => {
+                    let job: ReadJob = job;
+                    catch_unwind(AssertUnwindSafe(|| job(&db))).ok();
+                }
+                Job::End(ended) => {
+                    drop((inbox, db));
+                    ended.send(()).ok(); // whoever asked may have given up
+                    return;
+                }
+            }
         }
     });
     jobs
+}
+
+/// Ends a thread when it has done what it was asked before.
+async fn end<J>(thread: &mpsc::Sender<Job<J>>) {
+    let (ended, end) = oneshot::channel();
+    let ending = async {
+        if thread.send(Job::End(ended)).await.is_ok() {
+            end.await.ok();
+        }
+    };
+    if timeout(GOODBYE, ending).await.is_err() {
+        tracing::debug!("a query of the embedded queue still ran at the end");
+    }
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
@@ -280,7 +346,7 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
     std::thread::Builder::new().name(name.to_owned()).spawn(body).expect("a thread for the embedded queue");
 }
 
-/// Whether there is a database.
+/// Whether there is a database; also one that a daemon has and that is not at its place any more.
 ///
 /// # Errors
 /// Who asks may not read it, or not even see whether it is there.
@@ -289,7 +355,8 @@ pub(super) fn exists(data_dir: &Path) -> Result<bool, QueueError> {
     // What reads it writes too: to the write-ahead log's index.
     let usable = || rustix::fs::access(&file, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
     let looked = file.try_exists().and_then(|there| if there { usable().map(|()| true).map_err(Into::into) } else { Ok(false) });
-    looked.map_err(|e| denied(&format!("the embedded queue `{}` cannot be read", file.display()), &e))
+    let there = looked.map_err(|e| denied(&format!("the embedded queue `{}` cannot be read", file.display()), &e))?;
+    Ok(there || lost_by_a_daemon(data_dir).is_some())
 }
 
 /// Why a file is of no use to this process, and what to do about it.
@@ -299,6 +366,39 @@ fn denied(what: &str, e: &std::io::Error) -> QueueError {
         _ => "",
     };
     QueueError::needs_operator(format!("{what}: {e}{remedy}"))
+}
+
+/// The files that are open, as they lie there now; written down in the daemon's lock for other processes.
+fn place(database: &Path, lock: Option<&File>) -> Result<Place, QueueError> {
+    let beside = |suffix: &str| {
+        let mut name = database.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let lock_file = lock.map(|_| database.with_file_name(LOCK));
+    let place = Place::of([database.to_owned(), beside("-wal"), beside("-shm")].into_iter().chain(lock_file));
+    if let Some(mut lock) = lock {
+        lock.set_len(0)
+            .and_then(|()| lock.write_all(place.to_text().as_bytes()))
+            .map_err(|e| QueueError::needs_operator(format!("`{}` cannot be written: {e}", database.with_file_name(LOCK).display())))?;
+    }
+    Ok(place)
+}
+
+/// A daemon works in the directory and has other files open than those that are there: a new file beside them would take
+/// events that nobody delivers.
+fn lost_by_a_daemon(data_dir: &Path) -> Option<QueueError> {
+    let lock = File::open(data_dir.join(LOCK)).ok()?;
+    let text = std::io::read_to_string(&lock).ok()?;
+    let (file, pid) = other_than(&text, data_dir)?;
+    // Without a daemon what it wrote down says nothing: its files may have been restored from a backup. Asked last: while this holds the
+    // lock, if only for a moment, no daemon gets it.
+    let Err(TryLockError::WouldBlock) = lock.try_lock_shared() else { return None };
+    Some(QueueError::needs_operator(format!(
+        "the daemon that works on `{}` (process {pid}) has another file open than `{}`, which was deleted, moved or replaced under it; nothing was written. Its log says how to copy what it holds (docs/operations.md, \"The embedded queue's file is lost\")",
+        data_dir.display(),
+        file.display()
+    )))
 }
 
 /// Waits until no other process opens the database; as long as the file lives, none does.
@@ -390,41 +490,76 @@ fn migrate(db: &mut Connection, path: &Path) -> Result<(), QueueError> {
     change.commit().map_err(error)
 }
 
-/// Commits what has gathered, over and over.
-fn write(db: &Connection, mut inbox: mpsc::Receiver<WriteJob>, commits: &watch::Sender<u64>) {
-    while let Some(first) = inbox.blocking_recv() {
-        let begun = db.execute_batch("BEGIN IMMEDIATE").map_err(|e| explain(&e));
-        let mut done = Vec::new();
-        let mut next = Some(first);
-        let mut panicked = false;
-        while let Some(job) = next {
-            match catch_unwind(AssertUnwindSafe(|| job(db))) {
-                Ok(answer) => done.push(answer),
-                // It may have stopped anywhere: the group is not committed, and its asker told by the dropped reply.
-                Err(_) => panicked = true,
-            }
-            // A full disk can end the whole transaction: what follows must not be committed by itself.
-            next = if done.len() < GROUP && !panicked && !db.is_autocommit() { inbox.try_recv().ok() } else { None };
-        }
-        let committed = begun.and_then(|()| {
-            if panicked || db.is_autocommit() {
-                return Err("the transaction was rolled back".to_owned());
-            }
-            reached(Step::Committing);
-            let committed = db.execute_batch("COMMIT").map_err(|e| explain(&e));
-            reached(Step::Committed);
-            committed
-        });
-        if committed.is_err() && !db.is_autocommit() {
-            db.execute_batch("ROLLBACK").ok(); // if that fails too, the next BEGIN says so
-        }
-        for answer in done {
-            answer(committed.clone());
-        }
-        if committed.is_ok() {
-            commits.send_modify(|n| *n += 1);
+/// Commits what has gathered, over and over. `empties`: and at the end takes the write-ahead log over into the database.
+fn write(db: Connection, mut inbox: mpsc::Receiver<Job<WriteJob>>, commits: &watch::Sender<u64>, empties: bool) {
+    let mut end = None;
+    while end.is_none() {
+        match inbox.blocking_recv() {
+            Some(Job::Do(first)) => end = write_group(&db, first, &mut inbox, commits),
+            Some(Job::End(ended)) => end = Some(ended),
+            None => return,
         }
     }
+    drop(inbox);
+    if empties {
+        // Without it the data is there too, in the log: a process that has it open keeps this one from it.
+        let emptied = db.busy_timeout(GOODBYE_BUSY).and_then(|()| db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
+        if let Err(e) = emptied {
+            tracing::debug!(error = %e, "the write-ahead log stays as it is");
+        }
+    }
+    drop(db);
+    end.and_then(|ended| ended.send(()).ok()); // whoever asked may have given up
+}
+
+/// Commits a job and what has come meanwhile in one transaction. Returns whom to tell of the end, if that was asked for.
+fn write_group(
+    db: &Connection,
+    first: WriteJob,
+    inbox: &mut mpsc::Receiver<Job<WriteJob>>,
+    commits: &watch::Sender<u64>,
+) -> Option<oneshot::Sender<()>> {
+    let mut end = None;
+    let begun = db.execute_batch("BEGIN IMMEDIATE").map_err(|e| explain(&e));
+    let mut done = Vec::new();
+    let mut next = Some(first);
+    let mut panicked = false;
+    while let Some(job) = next {
+        match catch_unwind(AssertUnwindSafe(|| job(db))) {
+            Ok(answer) => done.push(answer),
+            // It may have stopped anywhere: the group is not committed, and its asker told by the dropped reply.
+            Err(_) => panicked = true,
+        }
+        // A full disk can end the whole transaction: what follows must not be committed by itself.
+        let more = done.len() < GROUP && !panicked && !db.is_autocommit() && end.is_none();
+        next = match more.then(|| inbox.try_recv()) {
+            Some(Ok(Job::Do(job))) => Some(job),
+            Some(Ok(Job::End(ended))) => {
+                end = Some(ended);
+                None
+            }
+            Some(Err(_)) | None => None,
+        };
+    }
+    let committed = begun.and_then(|()| {
+        if panicked || db.is_autocommit() {
+            return Err("the transaction was rolled back".to_owned());
+        }
+        reached(Step::Committing);
+        let committed = db.execute_batch("COMMIT").map_err(|e| explain(&e));
+        reached(Step::Committed);
+        committed
+    });
+    if committed.is_err() && !db.is_autocommit() {
+        db.execute_batch("ROLLBACK").ok(); // if that fails too, the next BEGIN says so
+    }
+    for answer in done {
+        answer(committed.clone());
+    }
+    if committed.is_ok() {
+        commits.send_modify(|n| *n += 1);
+    }
+    end
 }
 
 /// A part that fails takes nothing of the others with it.
@@ -501,6 +636,29 @@ mod tests {
             Ok((retry, dead))
         };
         assert_eq!(store.read(query).await.expect("reads"), ((3, None, false), (3, None)));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_has_closed_leaves_everything_in_the_database_itself() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path(), Access::Daemon).expect("opens");
+        let insert = |db: &Connection| db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, zeroblob(100000))", []);
+        store.write(insert).await.expect("writes");
+        let wal = dir.path().join("hooktrail.db-wal");
+        assert!(std::fs::metadata(&wal).is_ok_and(|m| m.len() > 0));
+        // Somebody else may have it open.
+        let beside = Store::open(dir.path(), Access::Existing).expect("opens");
+        let in_line = store.write(insert);
+        tokio::join!(async { in_line.await.expect("what was asked before is done") }, store.close());
+        assert!(std::fs::metadata(&wal).is_ok_and(|m| m.len() == 0), "nothing is left in the log");
+        store.write(insert).await.expect_err("it is closed");
+        store.close().await;
+        let count =
+            |store: Store| async move { store.read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get::<_, u32>(0))).await };
+        assert_eq!(count(beside.clone()).await.expect("reads"), 2);
+        beside.close().await;
+        assert!(!wal.exists(), "the last one takes it away");
+        assert_eq!(count(Store::open(dir.path(), Access::Existing).expect("opens")).await.expect("reads"), 2);
     }
 
     #[tokio::test]
