@@ -7,6 +7,7 @@ mod dead;
 mod demo;
 mod init;
 mod listen;
+mod man;
 mod pause;
 mod plan;
 mod prune;
@@ -84,6 +85,9 @@ enum Command {
         /// Whose
         shell: clap_complete::Shell,
     },
+    /// Print the manual page, for packages
+    #[command(hide = true)]
+    Man,
     /// Ask the running daemon how each subscriber is: state, backlog, retries, dead letters, rates, last error
     Status(status::Args),
     /// Ask the running daemon to send nothing to subscribers until they are resumed; their events wait in the queue
@@ -205,6 +209,7 @@ impl Cli {
                 clap_complete::generate(shell, &mut Self::command(), "hooktrail", &mut script);
                 Ok(std::io::Write::write_all(&mut std::io::stdout(), &script)?)
             }
+            Command::Man => man::run(Self::command()),
             Command::Secret => {
                 println!("{}", new_secret());
                 Ok(())
@@ -233,6 +238,7 @@ impl Cli {
                     | Command::Demo(_)
                     | Command::Init(_)
                     | Command::Completions { .. }
+                    | Command::Man
                     | Command::Listen(_)
                     | Command::Secret
                     | Command::Status(_)

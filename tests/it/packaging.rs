@@ -165,7 +165,7 @@ fn what_the_debian_package_takes_is_there() {
             None => drop(file(source)),
         }
     }
-    assert_eq!(made_by_the_script, 4);
+    assert_eq!(made_by_the_script, 5);
     for script in ["postinst", "postrm"] {
         let text = file(&format!("packaging/debian/{script}"));
         assert!(text.starts_with("#!/bin/sh\nset -e\n") && text.contains("\n#DEBHELPER#\n"), "{script}");
