@@ -251,6 +251,9 @@ const SILENCE_NOTICED: Duration = Duration::from_secs(30);
 pub(crate) const IMPATIENT: Duration = Duration::from_secs(5);
 const PATIENT: Duration = Duration::from_secs(600);
 
+/// What a round begins with is done within this, or left.
+const DEALT_WITHIN: Duration = Duration::from_secs(20);
+
 /// Everything must have arrived so long after the last fault.
 const PATIENCE: Duration = Duration::from_secs(150);
 
@@ -300,8 +303,15 @@ impl<'w> Round<'w> {
         let producer = self.world.producer(first_event);
         let mut faults = BTreeMap::new();
         for fault in std::mem::take(&mut self.dealt) {
-            if self.inflict(fault, &producer).await {
-                *faults.entry(format!("{fault:?}")).or_default() += 1;
+            // Some cannot be done while the one before lasts.
+            let patience = Instant::now();
+            while patience.elapsed() < DEALT_WITHIN {
+                if self.inflict(fault, &producer).await {
+                    *faults.entry(format!("{fault:?}")).or_default() += 1;
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                self.look_after().await;
             }
         }
         let begun = Instant::now();
