@@ -214,6 +214,8 @@ pub(crate) struct Round<'w> {
     guest: bool,
     /// What it begins with.
     dealt: Vec<Fault>,
+    /// Nothing was published before all were bound for the first time.
+    began_bound: bool,
     /// When a queue was deleted in which retries were.
     retries_deleted: Vec<SystemTime>,
     complaints: Vec<String>,
@@ -272,6 +274,7 @@ impl<'w> Round<'w> {
             calm: false,
             guest: false,
             dealt: Vec::new(),
+            began_bound: false,
             retries_deleted: Vec::new(),
             complaints: Vec::new(),
         }
@@ -300,6 +303,7 @@ impl<'w> Round<'w> {
         for _ in 0..self.rng.random_range(1..5) {
             self.bad_mood();
         }
+        self.began_bound = true;
         let producer = self.world.producer(first_event);
         let mut faults = BTreeMap::new();
         for fault in std::mem::take(&mut self.dealt) {
@@ -1067,7 +1071,7 @@ impl<'w> Round<'w> {
         for (n, dead) in dead.into_iter().enumerate() {
             verdicts.push(judge(&ledger, &self.seen(n, dead), &self.disturbances));
         }
-        if let Some(first) = ledger.unmatched.first() {
+        if let Some(first) = ledger.unmatched.first().filter(|_| self.began_bound) {
             let count = ledger.unmatched.len();
             complaints.push(format!("{count} events from {first} on reached nobody, though nobody had taken a binding away"));
         }
