@@ -80,10 +80,10 @@ impl Admin {
         let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
         let (exposed, looked_at, holds) = (board.clone(), queue.clone(), reloader.clone());
-        let expose = move || {
+        let expose = move |format| {
             exposed.metrics().set_queue_up(looked_at.is_reachable());
             exposed.metrics().set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));
-            exposed.expose()
+            exposed.expose_as(format)
         };
         let introduction = introduction::routes(token.clone(), self.port, &reloader.config().path);
         let control = control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
@@ -99,7 +99,13 @@ impl Admin {
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))
             .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), &reloads))))
-            .route("/metrics", get(async move || ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], expose())))
+            .route(
+                "/metrics",
+                get(async move |headers: HeaderMap| {
+                    let format = metrics::Exposition::accepted(header_text(&headers, header::ACCEPT));
+                    ([(header::CONTENT_TYPE, format.content_type())], expose(format))
+                }),
+            )
             .nest("/api", api)
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method);
@@ -297,6 +303,11 @@ impl Refusal {
 
     fn behind() -> Self {
         let why = "more events come than can be stored now; nothing of this request was taken, send it again later".to_owned();
+        Self { retry_after: Some(AGAIN_SOON), ..Self::new(StatusCode::TOO_MANY_REQUESTS, why) }
+    }
+
+    fn busy() -> Self {
+        let why = "too many such requests are worked on already; send it again later".to_owned();
         Self { retry_after: Some(AGAIN_SOON), ..Self::new(StatusCode::TOO_MANY_REQUESTS, why) }
     }
 

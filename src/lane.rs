@@ -677,8 +677,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.turns.begun(turn, clock::instant());
         self.tasks.spawn(async move {
             let parcel = parcel.await;
-            status.begins(&parcel.batch_id, parcel.events, parcel.body.len());
             let started = clock::instant();
+            let _in_flight = status.begins(&parcel.batch_id, parcel.events, parcel.body.len(), started);
             let Parcel { attempt, format, replay, .. } = parcel;
             let request = Request { batch_id: parcel.batch_id.clone(), attempt, format, body: parcel.body.clone(), replay };
             reached(Step::Attempting);

@@ -13,7 +13,7 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    metrics::{Metrics, SubscriberMetrics},
+    metrics::{Exposition, Metrics, SubscriberMetrics},
     queue::{Depth, Depths, Pause, Troubles},
 };
 
@@ -32,6 +32,9 @@ const MISSED: Duration = Duration::from_secs(15 * 60);
 
 /// Whoever asks for the depths of the queues gets none that are older, unless a look takes longer.
 const FRESH: Duration = Duration::from_secs(1);
+
+/// A request that has no answer for so long is told of, if none was accepted since it began.
+const LONG_WAIT: Duration = Duration::from_secs(5);
 
 /// All that is known of the lanes and the queue. Clones are the same.
 #[derive(Debug, Clone)]
@@ -111,14 +114,14 @@ impl Board {
         Some(view)
     }
 
-    /// All metrics in the text format, as they are now.
-    pub fn expose(&self) -> String {
+    /// All metrics in a format, as they are now.
+    pub fn expose_as(&self, format: Exposition) -> String {
         let troubles = self.troubles();
         for (name, lane) in &*lock(&self.0.lanes) {
             let seen = lock(&lane.0);
             seen.metrics.up(seen.trouble.is_none() && (seen.paused.is_some() || troubles.of_subscriber(name).is_none()));
         }
-        self.metrics().expose()
+        self.metrics().expose_as(format)
     }
 
     /// Requests without an answer, of each subscriber that has any.
@@ -181,6 +184,9 @@ struct Seen {
     oldest: Option<SystemTime>,
     scheduled: Scheduled,
     attempts: VecDeque<Attempt>,
+    /// When the requests under way were begun, by a number.
+    under_way: BTreeMap<u64, Instant>,
+    begun: u64,
     /// Events delivered in each of the last seconds, the latest last.
     delivered: VecDeque<(Instant, u64)>,
     delivered_in_all: u64,
@@ -295,6 +301,19 @@ pub struct LastError {
     pub cause: Option<String>,
 }
 
+/// A request that is under way, until this is dropped.
+#[derive(Debug)]
+pub struct InFlight {
+    lane: LaneStatus,
+    number: u64,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.lane.seen().under_way.remove(&self.number);
+    }
+}
+
 /// An attempt that has ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -329,6 +348,10 @@ pub struct View {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
     Ok,
+    /// A request has no answer for long, and none was accepted since it began.
+    Waiting {
+        since: SystemTime,
+    },
     /// The latest attempt failed.
     Retrying,
     CircuitOpen {
@@ -347,6 +370,7 @@ impl State {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Ok => "ok",
+            Self::Waiting { .. } => "waiting",
             Self::Retrying => "retrying",
             Self::CircuitOpen { .. } => "circuit_open",
             Self::Held { .. } => "held",
@@ -372,6 +396,8 @@ impl Seen {
             oldest: None,
             scheduled: Scheduled::default(),
             attempts: VecDeque::new(),
+            under_way: BTreeMap::new(),
+            begun: 0,
             delivered: VecDeque::new(),
             delivered_in_all: 0,
             last_delivered_at: None,
@@ -382,6 +408,14 @@ impl Seen {
 
     fn oldest(&self) -> Option<SystemTime> {
         self.scheduled.arrivals.first().into_iter().chain(self.oldest).min()
+    }
+
+    /// For how long the oldest request has had no answer, if that is long and nothing was accepted meanwhile.
+    fn waits(&self, now: Instant) -> Option<Duration> {
+        let begun = *self.under_way.values().next()?;
+        let accepted = self.attempts.iter().rev().find(|a| a.ok).is_some_and(|a| a.at >= begun);
+        let waits = now.saturating_duration_since(begun);
+        (waits >= LONG_WAIT && !accepted).then_some(waits)
     }
 
     fn tell_retries(&self) {
@@ -404,13 +438,17 @@ impl LaneStatus {
         self.seen().metrics.recognised(events);
     }
 
-    pub fn begins(&self, batch_id: &str, events: u32, bytes: usize) {
+    pub fn begins(&self, batch_id: &str, events: u32, bytes: usize, now: Instant) -> InFlight {
         let mut seen = self.seen();
+        seen.begun += 1;
+        let number = seen.begun;
+        seen.under_way.insert(number, now);
         seen.metrics.attempt_begins(events, bytes);
         seen.in_flight += 1;
         if seen.scheduled.remove(Scheduled::key(batch_id)) {
             seen.tell_retries();
         }
+        InFlight { lane: self.clone(), number }
     }
 
     pub fn ended(&self, ended: Ended, now: Instant) {
@@ -526,7 +564,7 @@ impl LaneStatus {
             (_, _, Circuit::Open { until }, _) => State::CircuitOpen { until },
             (_, _, _, Some(until)) if until > time => State::Held { until },
             _ if seen.failing => State::Retrying,
-            _ => State::Ok,
+            _ => seen.waits(now).map_or(State::Ok, |waits| State::Waiting { since: time.checked_sub(waits).unwrap_or(time) }),
         };
         let recent = |a: &&Attempt| now.saturating_duration_since(a.at) <= ATTEMPTS_AGE;
         let attempts: Vec<&Attempt> = seen.attempts.iter().filter(recent).collect();
@@ -603,6 +641,25 @@ mod tests {
     }
 
     #[test]
+    fn a_request_without_an_answer_is_told_of_unless_others_are_accepted() {
+        let (board, now, time) = (board(), clock::instant(), clock::now());
+        let lane = board.lane("a");
+        let state = |after: Duration| board.view("a", now + after, time + after).expect("it is there").state;
+        let first = lane.begins("msg_1", 1, 1, now);
+        assert_eq!(state(secs(4)), State::Ok);
+        assert_eq!(state(secs(18)), State::Waiting { since: time });
+        let second = lane.begins("msg_2", 1, 1, now + secs(1));
+        lane.ended(Ended { outcome: "delivered", failure: None, took: secs(1) }, now + secs(2));
+        drop(second);
+        assert_eq!(state(secs(18)), State::Ok, "others are accepted");
+        drop(first);
+        let _third = lane.begins("msg_3", 1, 1, now + secs(20));
+        assert_eq!(state(secs(30)), State::Waiting { since: time + secs(20) });
+        lane.ended(Ended { outcome: "retry", failure: failed(time), took: secs(1) }, now + secs(30));
+        assert_eq!(state(secs(40)), State::Retrying, "why is known");
+    }
+
+    #[test]
     fn rates_and_percentiles_are_of_the_latest() {
         let (board, start, time) = (board(), clock::instant(), clock::now());
         let lane = board.lane("a");
@@ -628,7 +685,7 @@ mod tests {
         let view = board.view("a", now, time).expect("it is there");
         assert_eq!((view.oldest_event_at, view.retries_scheduled), (Some(time - secs(30)), 2));
         assert_eq!(view.next_retry_at, Some(time + secs(30)));
-        lane.begins("msg_1", 1, 1);
+        drop(lane.begins("msg_1", 1, 1, now));
         lane.gave_back();
         let view = board.view("a", now, time).expect("it is there");
         assert_eq!((view.oldest_event_at, view.in_hand, view.retries_scheduled), (Some(time - secs(20)), 0, 1));

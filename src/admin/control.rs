@@ -15,7 +15,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    sync::{Mutex, watch},
+    sync::{Mutex, Semaphore, watch},
     time::timeout,
 };
 
@@ -39,6 +39,9 @@ const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
 /// Who pauses by a request.
 const OPERATOR: &str = "operator";
 
+/// Requests that go on when their clients have gone; further ones come again later. A client that leaves at once costs nothing.
+const MOST_TO_THEIR_END: usize = 32;
+
 /// Dead letters in one answer, unless fewer are asked for.
 const MAX_DEAD: usize = 100;
 
@@ -49,6 +52,7 @@ struct Control<Q> {
     phase: watch::Receiver<Phase>,
     /// A look at dead letters holds all of them for a moment, so there is one at a time; so with test events.
     looking: Mutex<()>,
+    to_their_end: Arc<Semaphore>,
     testing: Mutex<()>,
     /// So with what waits for its next attempt.
     retrying: Mutex<()>,
@@ -91,35 +95,50 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
         looking: Mutex::default(),
         testing: Mutex::default(),
         retrying: Mutex::default(),
+        to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
     });
     let all = async |State(control): This<Q>| control.all().await;
     let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name).await);
     let dead = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-        answer(to_its_end(async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await }).await)
+        let room = control.to_their_end.clone();
+        answer(to_its_end(&room, async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await }).await)
     };
     let pause = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
         let changing = control.clone();
-        control.wished(&headers, body, async |wish| to_its_end(async move { changing.change(&name, wish, true).await }).await).await
+        control
+            .wished(&headers, body, async |wish| {
+                to_its_end(&control.to_their_end, async move { changing.change(&name, wish, true).await }).await
+            })
+            .await
     };
     let resume = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
         let changing = control.clone();
-        control.wished(&headers, body, async |wish| to_its_end(async move { changing.change(&name, wish, false).await }).await).await
+        control
+            .wished(&headers, body, async |wish| {
+                to_its_end(&control.to_their_end, async move { changing.change(&name, wish, false).await }).await
+            })
+            .await
     };
     let test = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
         control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
     };
     let waiting = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-        answer(to_its_end(async move { control.waiting(&name, some.limit).await }).await)
+        let room = control.to_their_end.clone();
+        answer(to_its_end(&room, async move { control.waiting(&name, some.limit).await }).await)
     };
     let retry = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
         let moving = control.clone();
-        control.wished(&headers, body, async |which| to_its_end(async move { moving.retry_now(&name, which).await }).await).await
+        control
+            .wished(&headers, body, async |which| {
+                to_its_end(&control.to_their_end, async move { moving.retry_now(&name, which).await }).await
+            })
+            .await
     };
     let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(previewed).map_err(unchanged));
     let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
         let reloader = control.reloader.clone();
         let reload = async move { reloader.reload(Because::Operator("the API")).await.map(told_after).map_err(unchanged) };
-        control.wished(&headers, body, async |_: Wish| to_its_end(reload).await).await
+        control.wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await).await
     };
     Router::new()
         .route("/v1/subscribers", get(all))
@@ -141,7 +160,14 @@ fn answer(result: Result<Value, Refusal>) -> Response {
 }
 
 /// Goes on when the client has gone: what is half done would be worse.
-async fn to_its_end(work: impl Future<Output = Result<Value, Refusal>> + Send + 'static) -> Result<Value, Refusal> {
+async fn to_its_end(room: &Arc<Semaphore>, work: impl Future<Output = Result<Value, Refusal>> + Send + 'static) -> Result<Value, Refusal> {
+    let Ok(permit) = room.clone().try_acquire_owned() else {
+        return Err(Refusal::busy());
+    };
+    let work = async move {
+        let _permit = permit;
+        work.await
+    };
     let gave_up = |_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "it was given up, by a panic or at the end".to_owned());
     tokio::spawn(work).await.map_err(gave_up)?
 }
@@ -343,6 +369,10 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
         LaneState::Held { until } => Some(rfc3339(until)),
         _ => None,
     };
+    let waiting = match view.state {
+        LaneState::Waiting { since } => Some(rfc3339(since)),
+        _ => None,
+    };
     let until = match view.circuit {
         Circuit::Open { until } => Some(rfc3339(until)),
         Circuit::Closed | Circuit::HalfOpen => None,
@@ -358,6 +388,7 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
         "paused": pause,
         "circuit": { "state": view.circuit.name(), "until": until },
         "held_until": held,
+        "waiting_since": waiting,
         "queue_error": error,
         "backlog": depth.map(|d| d.events),
         "in_hand": view.in_hand,
@@ -479,6 +510,19 @@ mod tests {
             };
             timeout(PATIENCE, standings.wait_for(is_made)).await.expect("it is made to its end").expect("the queue is there");
         }
+    }
+
+    #[tokio::test]
+    async fn requests_that_go_on_without_their_clients_do_not_pile_up() {
+        let room = Arc::new(Semaphore::new(1));
+        let held = to_its_end(&room, async {
+            std::future::pending::<()>().await;
+            Ok(Value::Null)
+        });
+        assert!(timeout(Duration::from_millis(1), held).await.is_err(), "it goes on although nobody waits for it");
+        let refused =
+            timeout(PATIENCE, to_its_end(&room, async { Ok(Value::Null) })).await.expect("at once").expect_err("there is no room");
+        assert_eq!((refused.status, refused.retry_after), (StatusCode::TOO_MANY_REQUESTS, Some(crate::admin::AGAIN_SOON)));
     }
 
     #[tokio::test]

@@ -267,6 +267,7 @@ fn state(s: &Value) -> String {
     };
     match s["state"].as_str().unwrap_or_default() {
         "ok" => "ok".to_owned(),
+        "waiting" => format!("waiting for an answer, {}", s["waiting_since"].as_str().map_or_else(|| "-".to_owned(), since)),
         // Its batch was given up, or another daemon has it.
         "retrying" if s["in_retry"] == 0 && s["in_hand"] == 0 => format!("last attempt failed{}", last_error()),
         "retrying" => format!("retrying{}", last_error()),
@@ -288,6 +289,12 @@ fn text(value: &Value) -> String {
 
 fn lines(text: &str) -> String {
     text.lines().map(visible).collect::<Vec<_>>().join("\n")
+}
+
+/// How long ago, of a time in RFC 3339.
+fn since(at: &str) -> String {
+    let ago = humantime::parse_rfc3339(at).ok().and_then(|at| clock::now().duration_since(at).ok());
+    ago.map_or_else(|| visible(at), span)
 }
 
 /// How long from now, of a time in RFC 3339.
@@ -332,6 +339,7 @@ mod tests {
                 { "subscriber": "d", "state": "circuit_open", "circuit": { "until": "2020-01-01T00:00:00Z" },
                   "last_error": { "failure": "connect", "status": null, "cause": "refused" } },
                 { "subscriber": "e", "state": "starting" },
+                { "subscriber": "h", "state": "waiting", "waiting_since": clock::rfc3339(clock::now() - Duration::from_secs(18)) },
                 { "subscriber": "g", "state": "paused", "paused": { "why": "they are migrating to another region this week", "by": "operator" } },
                 { "subscriber": "f", "state": "retrying", "in_hand": 0, "in_retry": 0, "last_error": { "failure": "timeout" } },
             ],
@@ -347,6 +355,7 @@ mod tests {
             "12.3    99.5%  12ms  1m 1s",
             "1h 1m",
             "paused by receiver: 410 \\u{1b}[31m",
+            "waiting for an answer, ",
             "retrying (status 503)",
             "circuit open, probe now (connect: refused)",
             "e           starting",

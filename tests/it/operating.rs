@@ -119,7 +119,7 @@ async fn metrics_count_what_happens(queue: Queue) {
     // The events' own timestamps are of 2024, so each is beyond the last bucket.
     assert!(api.metric("hooktrail_delivery_lag_seconds_bucket{le=\"259200.0\",subscriber=\"good\"}").await.is_none_or(|n| n == 0.0));
     let exposed = api.get("/metrics").await;
-    assert!(exposed.content_type.starts_with("application/openmetrics-text"), "{exposed:?}");
+    assert!(exposed.content_type.starts_with("text/plain; version=0.0.4"), "{exposed:?}");
     assert!(!exposed.text.contains("/hook/token"), "no URL");
 }
 
