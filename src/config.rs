@@ -87,6 +87,7 @@ max_attempts = 41
 initial_interval = "5m"
 multiplier = 1
 randomization_factor = 0
+max_interval = "5m"
 max_elapsed_time = "0s"
 on_exhausted = "pause"
 "#;
@@ -1021,7 +1022,7 @@ impl Loader<'_, '_> {
     fn patterns(&self, value: &Value<'_>) -> Option<Vec<Pattern>> {
         let items = self.reader.array(value)?;
         if items.is_empty() {
-            self.reader.report(value, "no pattern matches nothing; leave `events` out for all events, or name some");
+            self.reader.report(value, "is empty, so no event would match; leave `events` out for all events, or name some");
             return None;
         }
         let pattern = |item: &Value<'_>| {

@@ -400,6 +400,11 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
             Some((name, default)) => (name, Some(default)),
             None => (&body[..end], None),
         };
+        if default.is_some_and(|default| default.contains("${")) {
+            return Err(
+                "a default cannot hold another `${…}`: it would be taken as it is written; give the value itself, or none".to_owned()
+            );
+        }
         let first = name.chars().next();
         if !first.is_some_and(|c| c.is_ascii_alphabetic() || c == '_') || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
             return Err("the name in `${…}` is not that of an environment variable; write `${NAME}` or `${NAME:-default}`".to_owned());
@@ -458,6 +463,9 @@ mod tests {
             ("${A", Err("no closing")),
             ("${}", Err("not that of an environment variable")),
             ("${1A}", Err("not that of an environment variable")),
+            ("${NOPE:-${B}}", Err("a default cannot hold another")),
+            ("${A:-${B}}", Err("a default cannot hold another")),
+            ("x${A:-y${B:-z}}", Err("a default cannot hold another")),
         ] {
             match (interpolate(text, &env), expected) {
                 (Ok(found), Ok(expected)) => assert_eq!(found, expected),

@@ -645,3 +645,13 @@ fn a_custom_signature_header_is_checked() {
         assert!(found.len() == 1 && found[0].contains(part), "{found:?}");
     }
 }
+
+#[test]
+fn a_preset_brings_every_key_that_its_own_values_need() {
+    let text = format!(
+        "{QUEUE}[retry]\ninitial_interval = \"1s\"\nmax_interval = \"1m\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\n\
+         secrets = [\"x\"]\npreset = \"mailtrap\"\n"
+    );
+    let config = load_text(&text).unwrap_or_else(|e| panic!("{e:?}"));
+    assert_eq!(config.subscribers[0].retry.options().max_interval, Duration::from_secs(300));
+}
