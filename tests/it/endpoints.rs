@@ -180,3 +180,36 @@ fn a_proxy_is_used_with_its_password_and_decides_about_names_but_not_about_liter
         assert!(String::from_utf8_lossy(&refused.stderr).contains("not a public one (private)"));
     });
 }
+
+#[test]
+fn a_proxy_that_opens_no_tunnel_is_named_with_what_to_check_and_its_text_is_not_logged() {
+    run(async {
+        for (answer, parts) in [
+            (&b"HTTP/1.1 407 secret-text\r\nproxy-authenticate: Basic\r\ncontent-length: 0\r\n\r\n"[..], &["407", "http.proxy"][..]),
+            (b"HTTP/1.1 503 secret-text\r\ncontent-length: 0\r\n\r\n", &["the proxy refused the tunnel", "CONNECT"]),
+            (b"", &["the proxy closed the connection"]),
+        ] {
+            let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let port = socket.local_addr().expect("an address").port();
+            tokio::spawn(async move {
+                while let Ok((stream, _)) = socket.accept().await {
+                    let mut stream = BufReader::new(stream);
+                    let mut head = String::new();
+                    while !head.ends_with("\r\n\r\n") && stream.read_line(&mut head).await.is_ok_and(|n| n > 0) {}
+                    stream.write_all(answer).await.ok();
+                    stream.shutdown().await.ok();
+                }
+            });
+            let queue = Queue::embedded();
+            let own = format!("http = {{ proxy = \"http://jane:hunter2@127.0.0.1:{port}\" }}");
+            let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "https://inside.example/hook", &own)));
+            let daemon = setup.start().await;
+            queue.publish(TYPE, [event(0)]).await;
+            daemon.wait_log("failure=\"connect\"").await;
+            let log = daemon.log();
+            assert!(parts.iter().all(|part| log.contains(part)), "{parts:?}: {log}");
+            assert!(!log.contains("secret-text"), "{log}");
+            assert_silent(&setup, &daemon);
+        }
+    });
+}

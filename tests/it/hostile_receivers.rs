@@ -522,11 +522,15 @@ fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_without_end_and_it
 fn what_waits_for_a_stream_of_http_2_is_no_attempt_of_the_receiver_s_and_its_time_begins_with_its_body() {
     run(async {
         let queue = Queue::embedded();
-        // One at a time, which takes most of the time of an attempt: the second waits for it.
-        let receiver = RawHttp2::start(Some(1), |_, _| Reaction::Accept(Duration::from_millis(1500))).await;
+        // One at a time, which takes most of the time of an attempt: the others wait for it.
+        let after = |request| Duration::from_millis(if request == 0 { 0 } else { 1500 });
+        let receiver = RawHttp2::start(Some(1), move |_, request| Reaction::Accept(after(request))).await;
         let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "2s", "").await;
-        queue.publish("a.b", (0..5).map(event)).await;
-        eventually("all are delivered", async || attempts(&daemon, "delivered") >= 5).await;
+        // With its answer the client knows how many streams it may open.
+        queue.publish("a.b", [event(0)]).await;
+        eventually("the first is delivered", async || attempts(&daemon, "delivered") == 1).await;
+        queue.publish("a.b", (1..6).map(event)).await;
+        eventually("all are delivered", async || attempts(&daemon, "delivered") >= 6).await;
         let log = daemon.log();
         assert!(!log.contains("outcome=\"retry\"") && !log.contains("circuit open"), "{log}");
         assert!(log.contains("http.concurrency"), "{log}");
