@@ -77,7 +77,7 @@ async fn all_of_broker(queue: &AmqpQueue, config: &Config, args: &Args) -> Resul
 async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
     let embedded = &config.queue.embedded;
     let dir = visible(&embedded.data_dir.display().to_string());
-    if !EmbeddedQueue::exists(embedded) {
+    if !EmbeddedQueue::exists(embedded)? {
         return Err(Failed::Runtime(format!("there is no embedded queue in {dir}; nothing was deleted")));
     }
     // As a daemon does, so that there is none.
