@@ -344,9 +344,10 @@ impl<Q: Queue> Lane<Q> {
             }
             let found = wait_for(&mut self.standings, |all| all.is_some()).await;
             let Some(pause) = found.as_ref().and_then(|all| pause_of(all, &name)).cloned() else { break };
-            self.is_paused(pause);
+            self.is_paused(pause.clone());
             tokio::select! {
-                _ = wait_for(&mut self.standings, |all| all.as_ref().is_some_and(|all| pause_of(all, &name).is_none())) => {}
+                // Resumed, or for another reason than before.
+                _ = wait_for(&mut self.standings, |all| all.as_ref().is_some_and(|all| pause_of(all, &name) != Some(&pause))) => {}
                 () = changed(&mut self.configured) => {}
             }
         }

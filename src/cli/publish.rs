@@ -1,4 +1,7 @@
 //! `publish`: hands events to the broker and returns when all are confirmed.
+//!
+//! A thread of its own reads, so that a signal is heard while nothing comes. It hands over what it has read before it waits for more:
+//! few events at a time where they come slowly, a thousand where they are all there.
 
 use std::{
     collections::BTreeMap,
@@ -7,9 +10,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use serde_json::value::RawValue;
+use tokio::sync::mpsc;
 
-use super::{Failed, reach, visible};
+use super::{Failed, dead::Told, reach, visible};
 use crate::{
+    admin::MAX_EVENTS,
     batch::BatchPolicy,
     clock,
     config::{Backend, Config},
@@ -24,9 +30,15 @@ const MAX_LINE: u64 = BatchPolicy::MAX_BYTES;
 /// The bytes of a group; its confirms are awaited together.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
 
+/// Read at once, in bytes: of a file about as many events as go together.
+const BUFFER: usize = 1024 * 1024;
+
+/// So many bad lines of a file are shown.
+const SHOWN: usize = 20;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Files with one JSON event a line; `-` is standard input
+    /// Files with one JSON event a line, or an array of events, or {"events":[…]}; `-` is standard input
     #[arg(default_value = "-", value_name = "FILE")]
     files: Vec<PathBuf>,
 }
@@ -42,7 +54,15 @@ struct Tally {
     unbound: BTreeMap<String, usize>,
 }
 
-type Group = Vec<NewEvent>;
+/// What was read since the group before.
+#[derive(Debug, Default)]
+struct Group {
+    events: Vec<NewEvent>,
+    bytes: usize,
+    bad_lines: usize,
+    /// The line that it ends with, as `FILE:LINE`.
+    upto: String,
+}
 
 pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
     let unusable: Vec<String> =
@@ -57,15 +77,83 @@ pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
 }
 
 async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Result<(), Failed> {
-    queue.ensure(&config.subscribers).await?;
+    let told = Told::listen()?;
     let mut tally = Tally::default();
-    let mut group = Group::new();
-    for file in files {
-        read(config, &queue, file, &mut group, &mut tally).await?;
+    tokio::select! {
+        ready = queue.ensure(&config.subscribers) => ready?,
+        () = told.times(1) => return Err(Failed::Runtime("interrupted: nothing was published".to_owned())),
     }
-    flush(config, &queue, &mut group, &mut tally).await?;
-    queue.close().await;
-    report(&tally)
+    let (groups, read) = mpsc::channel(1);
+    let files = files.to_vec();
+    // It may wait for input that never comes; it ends with the process.
+    std::thread::Builder::new().name("hooktrail-input".to_owned()).spawn(move || Input::new(groups).files(&files))?;
+    let published = tokio::select! {
+        published = take(&queue, config, read, &told, &mut tally) => Some(published),
+        () = told.times(2) => None,
+    };
+    match published {
+        Some(Ok(None)) => {
+            queue.close().await;
+            report(&tally)
+        }
+        Some(Ok(Some(upto))) => {
+            let upto = if upto.is_empty() { "before anything was read".to_owned() } else { format!("after {upto}; begin again behind it") };
+            let why = format!("interrupted {upto}");
+            Err(Failed::Runtime(match report(&tally) {
+                Err(Failed::Runtime(more)) => format!("{why}; {more}"),
+                _ => why,
+            }))
+        }
+        Some(Err(failed)) => Err(failed),
+        None => Err(Failed::Runtime(format!(
+            "interrupted twice: {} published and confirmed, it is not known of those after them whether they were taken",
+            counted(tally.stored, "event(s) (was|were)")
+        ))),
+    }
+}
+
+/// Publishes what is read until there is no more, or until somebody asks to stop; then what was handed over is finished, and the last line
+/// of that is returned.
+async fn take(
+    queue: &impl Queue,
+    config: &Config,
+    mut read: mpsc::Receiver<Result<Group, String>>,
+    told: &Told,
+    tally: &mut Tally,
+) -> Result<Option<String>, Failed> {
+    let (mut upto, mut interrupted) = (String::new(), false);
+    loop {
+        let group = tokio::select! {
+            biased;
+            () = told.times(1), if !interrupted => {
+                interrupted = true;
+                read.close(); // what was handed over still comes
+                continue;
+            }
+            group = read.recv() => group,
+        };
+        let group = match group {
+            None => break,
+            Some(Ok(group)) => group,
+            Some(Err(why)) => {
+                let before = counted(tally.stored, "event(s) (was|were)");
+                return Err(Failed::Runtime(format!("{why}; {before} published and confirmed before")));
+            }
+        };
+        tally.bad_lines += group.bad_lines;
+        let mut left = group.events.into_iter();
+        loop {
+            let some: Vec<NewEvent> = left.by_ref().take(MAX_GROUP).collect();
+            if some.is_empty() {
+                break;
+            }
+            flush(config, queue, some, tally).await?;
+        }
+        if !group.upto.is_empty() {
+            upto = group.upto;
+        }
+    }
+    Ok(interrupted.then_some(upto))
 }
 
 /// An error for what can be seen not to be readable before anything is published.
@@ -81,65 +169,170 @@ fn unusable(file: &Path) -> std::io::Result<()> {
     if found.is_file() { std::fs::File::open(file).map(drop) } else { Ok(()) }
 }
 
-async fn read(config: &Config, queue: &impl Queue, file: &Path, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
-    let name = visible(&file.display().to_string());
-    let mut input: Box<dyn BufRead + Send> = if file.as_os_str() == "-" {
-        Box::new(BufReader::new(std::io::stdin()))
-    } else {
-        Box::new(BufReader::new(std::fs::File::open(file).map_err(|e| Failed::Runtime(format!("{name}: {e}")))?))
-    };
-    let (mut number, mut bytes) = (0, 0);
-    let mut line = Vec::new();
-    loop {
-        match read_line(&mut input, &mut line) {
-            Ok(0) => return Ok(()),
-            Ok(_) => number += 1,
-            Err(e) => {
-                flush(config, queue, group, tally).await?;
-                let stored = tally.stored;
-                return Err(Failed::Runtime(format!(
-                    "{name}: {e} after line {number}; before it {} published and confirmed",
-                    counted(stored, "event(s) (is|are)")
-                )));
+/// Reads files, and says of each line that is no event why.
+struct Input {
+    groups: mpsc::Sender<Result<Group, String>>,
+    group: Group,
+}
+
+impl Input {
+    fn new(groups: mpsc::Sender<Result<Group, String>>) -> Self {
+        Self { groups, group: Group::default() }
+    }
+
+    /// Whoever takes the groups ends this by taking no more.
+    fn files(mut self, files: &[PathBuf]) {
+        for file in files {
+            match self.file(file) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(why) => {
+                    if self.hand_over() {
+                        self.groups.blocking_send(Err(why)).ok(); // nobody takes any more
+                    }
+                    return;
+                }
             }
         }
-        while line.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
-            line.pop();
-        }
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        if line.len() as u64 > MAX_LINE {
-            eprintln!("{name}:{number}: not published: the event has more than {MAX_LINE} bytes, the most of a request body; split it up");
-            tally.bad_lines += 1;
-            continue;
-        }
-        match event_type(&line) {
-            Err(why) => {
-                let remedy = match why {
-                    InvalidEvent::ByteOrderMark => "; save the file without one",
-                    InvalidEvent::NotUtf8 { .. } => "; save the file as UTF-8",
-                    _ => "",
-                };
-                eprintln!("{name}:{number}: not published: {why}{remedy}");
-                tally.bad_lines += 1;
+        self.hand_over();
+    }
+
+    /// False when nobody takes any more.
+    fn file(&mut self, file: &Path) -> Result<bool, String> {
+        let is_stdin = file.as_os_str() == "-";
+        let name = if is_stdin { "stdin".to_owned() } else { visible(&file.display().to_string()) };
+        let mut input: BufReader<Box<dyn std::io::Read>> = if is_stdin {
+            BufReader::with_capacity(BUFFER, Box::new(std::io::stdin()))
+        } else {
+            BufReader::with_capacity(BUFFER, Box::new(std::fs::File::open(file).map_err(|e| format!("{name}: {e}"))?))
+        };
+        let (mut number, mut bad, mut hinted) = (0_u64, 0, false);
+        let mut line = Vec::new();
+        loop {
+            match read_line(&mut input, &mut line) {
+                Ok(0) => return Ok(true),
+                Ok(_) => number += 1,
+                Err(e) => return Err(format!("{name}: {e} after line {number}")),
             }
-            Ok(event_type) => {
-                bytes += line.len();
-                let event_type = event_type.into_owned();
-                group.push(NewEvent {
-                    event_type,
-                    message_id: Some(clock::event_id()),
-                    body: Bytes::copy_from_slice(&line),
-                    traceparent: None,
-                });
+            while line.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
+                line.pop();
             }
-        }
-        if group.len() >= MAX_GROUP || bytes >= MAX_GROUP_BYTES {
-            flush(config, queue, group, tally).await?;
-            bytes = 0;
+            self.group.upto = format!("{name}:{number}");
+            for Unpublished { why, goes_on } in self.line(&line) {
+                bad += 1;
+                match bad {
+                    ..=SHOWN => eprintln!("{name}:{number}: not published: {why}"),
+                    n if n == SHOWN + 1 => eprintln!("{name}: more such lines follow, which are counted and not shown"),
+                    _ => {}
+                }
+                if goes_on && !std::mem::replace(&mut hinted, true) {
+                    eprintln!("{name}: one event a line: `jq -c .` makes that of JSON over several lines");
+                }
+            }
+            let full = self.group.events.len() >= MAX_GROUP || self.group.bytes >= MAX_GROUP_BYTES;
+            // What comes next may be long in coming.
+            let waits = !input.buffer().contains(&b'\n');
+            if (full || waits) && !self.hand_over() {
+                return Ok(false);
+            }
         }
     }
+
+    /// Takes the events of a line; what of it is none.
+    fn line(&mut self, line: &[u8]) -> Vec<Unpublished> {
+        if line.iter().all(u8::is_ascii_whitespace) {
+            return Vec::new();
+        }
+        let unpublished = if line.len() as u64 > MAX_LINE {
+            let why = format!("the event has more than {MAX_LINE} bytes, the most of a request body; split it up");
+            vec![Unpublished { why, goes_on: false }]
+        } else {
+            let all = Bytes::copy_from_slice(line);
+            match event_type(line) {
+                Ok(event_type) => {
+                    self.add(event_type.into_owned(), all.clone());
+                    Vec::new()
+                }
+                Err(why) => match several(line) {
+                    None => vec![Unpublished::from(&why)],
+                    Some(many) if many.len() > MAX_EVENTS => {
+                        let why =
+                            format!("{} events are more than the {MAX_EVENTS} of one line; `jq -c '.[]'` makes a line of each", many.len());
+                        vec![Unpublished { why, goes_on: false }]
+                    }
+                    Some(many) => {
+                        let mut bad = Vec::new();
+                        for (n, event) in many.into_iter().map(|e| e.get().as_bytes()).enumerate() {
+                            match event_type(event) {
+                                Ok(event_type) => self.add(event_type.into_owned(), all.slice(place(line, event))),
+                                Err(why) => bad.push(Unpublished {
+                                    why: format!("number {} of its events: {}", n + 1, Unpublished::from(&why).why),
+                                    goes_on: false,
+                                }),
+                            }
+                        }
+                        bad
+                    }
+                },
+            }
+        };
+        self.group.bad_lines += usize::from(!unpublished.is_empty());
+        unpublished
+    }
+
+    fn add(&mut self, event_type: String, body: Bytes) {
+        self.group.bytes += body.len();
+        self.group.events.push(NewEvent { event_type, message_id: Some(clock::event_id()), body, traceparent: None });
+    }
+
+    /// Hands over what there is, when there is room for it.
+    fn hand_over(&mut self) -> bool {
+        self.groups.blocking_send(Ok(std::mem::take(&mut self.group))).is_ok()
+    }
+}
+
+/// What of a line is not published.
+struct Unpublished {
+    why: String,
+    /// It is the beginning of JSON that goes on in the next line.
+    goes_on: bool,
+}
+
+impl From<&InvalidEvent> for Unpublished {
+    fn from(why: &InvalidEvent) -> Self {
+        let text = match why {
+            InvalidEvent::ByteOrderMark => format!("{why}; save the file without one"),
+            InvalidEvent::NotUtf8 { .. } => format!("{why}; save the file as UTF-8"),
+            // It was read alone, so its line is always the first.
+            InvalidEvent::NotJson(found) => match found.rsplit_once(" at line 1 column ") {
+                Some((what, column)) => format!("not JSON at column {column}: {what}"),
+                None => why.to_string(),
+            },
+            _ => why.to_string(),
+        };
+        Self { why: text, goes_on: matches!(why, InvalidEvent::NotJson(found) if found.starts_with("EOF ")) }
+    }
+}
+
+/// The events of an array, or of `{"events":[…]}`, each with the bytes that it has there.
+fn several(line: &[u8]) -> Option<Vec<&RawValue>> {
+    #[derive(serde::Deserialize)]
+    struct Payload<'l> {
+        #[serde(borrow)]
+        events: Vec<&'l RawValue>,
+    }
+    let text = std::str::from_utf8(line).ok()?;
+    match text.trim_start().starts_with('[') {
+        true => serde_json::from_str(text).ok(),
+        // Of two fields `events` neither is meant.
+        false => serde_json::from_str::<Payload<'_>>(text).ok().map(|p| p.events),
+    }
+}
+
+/// Where a part of a line stands in it.
+fn place(line: &[u8], part: &[u8]) -> std::ops::Range<usize> {
+    let begin = part.as_ptr() as usize - line.as_ptr() as usize;
+    begin..begin + part.len()
 }
 
 /// The next line, of a longer one only its beginning: a file without line breaks may be larger than the memory.
@@ -154,13 +347,10 @@ fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io
     Ok(read)
 }
 
-async fn flush(config: &Config, queue: &impl Queue, group: &mut Group, tally: &mut Tally) -> Result<(), Failed> {
-    if group.is_empty() {
-        return Ok(());
-    }
+async fn flush(config: &Config, queue: &impl Queue, group: Vec<NewEvent>, tally: &mut Tally) -> Result<(), Failed> {
     let types: Vec<String> = group.iter().map(|e| e.event_type.clone()).collect();
     let count = group.len();
-    let fates = queue.publish(std::mem::take(group)).await.map_err(|e| {
+    let fates = queue.publish(group).await.map_err(|e| {
         Failed::Runtime(format!(
             "{e}; {} confirmed before, it is not known of the next {count} whether the broker took them: publishing those again may repeat them",
             counted(tally.stored, "event(s) (was|were)")
@@ -213,6 +403,51 @@ fn report(tally: &Tally) -> Result<(), Failed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is taken of a line, and what is said of the rest.
+    fn taken(line: &str) -> (Vec<(String, String)>, Vec<String>) {
+        let mut input = Input::new(mpsc::channel(1).0);
+        let unpublished = input.line(line.as_bytes());
+        let text = |body: &Bytes| String::from_utf8_lossy(body).into_owned();
+        let events = input.group.events.iter().map(|e| (e.event_type.clone(), text(&e.body))).collect();
+        (events, unpublished.into_iter().map(|u| if u.goes_on { u.why + " …" } else { u.why }).collect())
+    }
+
+    #[test]
+    fn a_line_is_one_event_or_an_array_of_them_or_a_request_body_each_byte_for_byte() {
+        let (a, b) = (r#"{"event":"a","n":18446744073709551616}"#, r#"{ "event":"b", "x":1.0 }"#);
+        let both = || vec![("a".to_owned(), a.to_owned()), ("b".to_owned(), b.to_owned())];
+        assert_eq!(taken(a), (both()[..1].to_vec(), Vec::new()));
+        for line in [format!("[{a}, {b}]"), format!(" {{\"events\" : [{a},{b} ]}}"), format!("{{\"x\":1,\"events\":[{a},{b}]}}")] {
+            assert_eq!(taken(&line), (both(), Vec::new()), "{line}");
+        }
+        // What has a type is an event, whatever else it has.
+        assert_eq!(taken(r#"{"events":[],"event":"c"}"#).0.len(), 1);
+        let (events, bad) = taken(&format!("[{a},1,{b}]"));
+        assert_eq!(events, both());
+        assert!(bad.len() == 1 && bad[0].contains("number 2"), "{bad:?}");
+        assert_eq!(taken(&format!("[{}1]", "1,".repeat(MAX_EVENTS))).1.len(), 1, "said once");
+    }
+
+    #[test]
+    fn what_is_no_event_is_told_with_its_column_and_what_goes_on_with_a_hint() {
+        for (line, why) in [
+            ("nonsense", "not JSON at column 2"),
+            (r#"{"event":"a",}"#, "not JSON at column 14"),
+            (r#"{"event":"a"} x"#, "not JSON at column 15"),
+            ("{", "…"),
+            ("[", "…"),
+            (r#"  {"event":"a","#, "…"),
+            ("1", "not an object"),
+            (r#"{"x":1}"#, "no field `event`"),
+            (r#"{"events":[{"event":"a"}],"events":[]}"#, "no field `event`"),
+            (r#"{"events":1}"#, "no field `event`"),
+        ] {
+            let (events, bad) = taken(line);
+            assert!(events.is_empty() && bad.len() == 1 && bad[0].contains(why), "{line}: {bad:?}");
+            assert!(!bad[0].contains("line 1"), "there is one number of a line: {bad:?}");
+        }
+    }
 
     #[test]
     fn a_line_is_read_to_its_end_but_kept_only_as_far_as_it_can_be_used() {

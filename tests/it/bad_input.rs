@@ -499,7 +499,7 @@ async fn the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_
     queue.wait_dead("a", 1).await;
     let log = daemon.log();
     let line = log.lines().find(|l| l.contains("attempt subscriber=\"a\"")).expect("one line for the attempt");
-    assert!(line.contains("outcome=\"dead_letter\" status=500 failure=\"status\" duration_ms="), "{line}");
+    assert!(line.contains("outcome=\"dead_letter\" reason=\"exhausted\" status=500 failure=\"status\" duration_ms="), "{line}");
     assert!(!log.contains("Jane Doe") && !log.contains("forged") && !log.contains(['\u{1b}', '\0', '\u{85}']), "{log}");
     let error = setup.dead("a")[0]["error"].as_str().expect("text").to_owned();
     assert!(error.starts_with("status 500: ") && error.contains("Jane Doe") && error.contains("forged"), "{error}");

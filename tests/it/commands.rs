@@ -14,6 +14,8 @@ use crate::support::{
 on_both_queues!(
     publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types,
     publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_published,
+    publish_takes_arrays_and_request_bodies_and_says_how_to_make_lines_of_the_rest,
+    publish_that_is_interrupted_says_what_was_confirmed,
     listen_verifies_prints_and_fails_on_request,
 );
 
@@ -71,6 +73,50 @@ async fn publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_pub
         assert!(told.contains(part), "{part} is not in {told}");
     }
     assert_eq!(queue.backlog("a").await, 4);
+}
+
+async fn publish_takes_arrays_and_request_bodies_and_says_how_to_make_lines_of_the_rest(queue: Queue) {
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+    let all = format!("[{}, {}]\n{{\"events\":[{}]}}\n{}\n", event(0), event(1), event(2), event(3));
+    let file = setup.write("many.jsonl", all);
+    assert!(setup.ok(&["publish", file.to_str().expect("a path")]).contains("published 4 events, all confirmed"));
+    assert_eq!(queue.backlog("a").await, 4);
+    let pretty =
+        setup.write("pretty.json", "{\n  \"event\": \"a\",\n  \"x\": [\n".to_owned() + &"    1,\n".repeat(100) + "    1\n  ]\n}\n");
+    let output = setup.run(&["publish", pretty.to_str().expect("a path")]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    for part in ["pretty.json:1: not published: not JSON at column 1", "jq -c .", "more such lines", "106 lines were not published"] {
+        assert!(told.contains(part), "{part} is not in {told}");
+    }
+    assert!(told.lines().count() < 30, "{told}");
+    assert_eq!(queue.backlog("a").await, 4);
+}
+
+async fn publish_that_is_interrupted_says_what_was_confirmed(queue: Queue) {
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+    let file = setup.write("first.jsonl", event(9));
+    setup.ok(&["publish", file.to_str().expect("a path")]); // the queues are there now
+    let mut publish = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+        .args(["--config", setup.config().to_str().expect("a path"), "publish"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("hooktrail runs");
+    let mut input = publish.stdin.take().expect("piped");
+    for n in 0..3 {
+        writeln!(input, "{}", event(n)).expect("it reads");
+    }
+    // What comes slowly is published as it comes.
+    queue.wait_backlog("a", 4).await;
+    kill("-TERM", publish.id());
+    let output = publish.wait_with_output().expect("it ends although its input does not");
+    let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert!(out.contains("published 3 events, all confirmed"), "{out}{err}");
+    assert!(err.contains("interrupted") && err.contains("stdin:3"), "{err}");
+    drop(input);
 }
 
 #[test]
