@@ -47,7 +47,7 @@ use crate::{
 #[command(version, max_term_width = 100)]
 pub struct Cli {
     /// The configuration file
-    #[arg(long, short, global = true, env = "HOOKTRAIL_CONFIG", default_value = config::DEFAULT_PATH, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
+    #[arg(long, short, global = true, env = "HOOKTRAIL_CONFIG", default_value = config::DEFAULT_PATH, value_parser = file_name, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     config: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -255,6 +255,14 @@ impl Cli {
 /// `whsec_` and the base64 of 32 random bytes.
 fn new_secret() -> String {
     format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
+}
+
+/// The configuration's file, by `--config` or by the environment.
+fn file_name(text: &str) -> Result<PathBuf, &'static str> {
+    if text.is_empty() {
+        return Err("no file is named; give one by --config FILE or HOOKTRAIL_CONFIG=FILE, or unset HOOKTRAIL_CONFIG");
+    }
+    Ok(text.into())
 }
 
 /// A length of time as it is written on the command line: a number alone is of seconds.

@@ -18,7 +18,7 @@ use http::{HeaderName, HeaderValue};
 use url::Url;
 
 pub use reader::Problem;
-use reader::{Layers, Reader, Section, Source, Value};
+use reader::{Layers, Reader, Section, Source, Value, is_near};
 
 use crate::{
     address::AddressPolicy,
@@ -358,11 +358,17 @@ pub fn log_of(path: &Path) -> LogConfig {
     Loader { reader: &reader }.log(&reader.root(&source, &document, ROOT_KEYS)).unwrap_or(default)
 }
 
+/// Whether a text is a variable as shells write it.
+fn is_variable(text: &str) -> bool {
+    let name = text.strip_prefix('$').unwrap_or_default();
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
+}
+
 /// What to do about a configuration that cannot be read.
 fn way_out(why: std::io::ErrorKind) -> &'static str {
     match why {
         std::io::ErrorKind::PermissionDenied => "run this as a user who may, such as the service's (sudo -u hooktrail …)",
-        _ => "name a configuration with --config FILE or $HOOKTRAIL_CONFIG",
+        _ => "name a configuration with --config FILE or $HOOKTRAIL_CONFIG, or write one with `hooktrail init`",
     }
 }
 
@@ -503,6 +509,11 @@ impl Loader<'_, '_> {
                 // The text is not quoted: it may hold a password.
                 _ if text.is_empty() => {
                     r.report(&v, "is empty; give \"embedded\", or the URL of a RabbitMQ, amqp://… or amqps://…");
+                    None
+                }
+                // So near to the word that it can hold no password.
+                _ if is_near(&text, "embedded") => {
+                    r.report(&v, "is neither \"embedded\" nor an amqp:// or amqps:// URL with a host; did you mean \"embedded\"?");
                     None
                 }
                 _ => {
@@ -795,7 +806,7 @@ impl Loader<'_, '_> {
 
     fn subscriber<'d>(&self, table: &Value<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Option<Subscriber> {
         let r = self.reader;
-        let section = r.section(table, SUBSCRIBER_KEYS)?;
+        let section = r.section(&r.named(table), SUBSCRIBER_KEYS)?;
         let name = self.name(&section, names);
         let preset = section.get("preset").and_then(|v| self.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
         let group = |key, keys, base: &Option<Section<'d>>| {
@@ -992,6 +1003,10 @@ impl Loader<'_, '_> {
         // No message quotes the URL: its userinfo, path and query may be secrets.
         let url = match r.string(&value)?.parse::<Url>() {
             Ok(url) => url,
+            Err(url::ParseError::RelativeUrlWithoutBase) => {
+                r.report(&value, "is not a URL: it has no scheme; write https:// before the host");
+                return None;
+            }
             Err(e) => {
                 r.report(&value, format!("is not a URL: {e}"));
                 return None;
@@ -1039,13 +1054,21 @@ impl Loader<'_, '_> {
             None => Some(vec![Scheme::StandardWebhooks]),
             Some(v) => self.schemes(&v),
         };
-        let items = match section.get("secrets") {
+        let value = section.get("secrets");
+        let items = match &value {
             None => Vec::new(),
-            Some(v) => r.array(&v)?,
+            Some(v) if Reader::is_string(v) => {
+                r.report(v, "must be an array, also of one: secrets = [\"${SECRET}\"]");
+                return None;
+            }
+            Some(v) => r.array(v)?,
         };
         if items.is_empty() && schemes.as_ref().is_none_or(|s| !s.is_empty()) {
             let why = "is required for signing: one or two secrets, the current one first (make one with `hooktrail secret`); or sign nothing with `signatures = []`";
-            r.report_missing(section, "secrets", why);
+            match &value {
+                Some(v) => r.report(v, format!("is empty; {why}")),
+                None => r.report_missing(section, "secrets", why),
+            }
             return None;
         }
         let standard = schemes.as_ref().is_some_and(|s| s.contains(&Scheme::StandardWebhooks));
@@ -1069,6 +1092,12 @@ impl Loader<'_, '_> {
     fn secret(&self, item: &Value<'_>) -> Option<Secret> {
         let text = self.reader.string(item)?;
         let secret = match text.strip_prefix("file:") {
+            // The name of a variable, and no secret: a shell would put in what it holds.
+            None if is_variable(&text) => {
+                let name = text.trim_start_matches('$');
+                self.reader.report(item, format!("is the text `{text}`; the environment's variable is written \"${{{name}}}\""));
+                return None;
+            }
             None => text,
             Some(file) => {
                 let path = item.source.relative(file);
@@ -1113,8 +1142,16 @@ impl Loader<'_, '_> {
     fn scheme<'d>(&self, item: &Value<'d>) -> Option<(Scheme, Value<'d>)> {
         let r = self.reader;
         if Reader::is_string(item) {
-            let known = [("standard-webhooks", 0), ("mailtrap", 1)];
-            let n = self.one_of(Some(item.clone()), &known)?;
+            let n = match r.string(item)?.as_str() {
+                "standard-webhooks" => 0,
+                "mailtrap" => 1,
+                _ => {
+                    let forms = "must be \"standard-webhooks\" or \"mailtrap\", or a header of your own such as \
+                                 { header = \"X-Signature\", prefix = \"sha256=\", encoding = \"hex\" }";
+                    r.report(item, forms);
+                    return None;
+                }
+            };
             return Some((if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap }, item.clone()));
         }
         let table = r.section(item, SIGNATURE_KEYS)?;

@@ -1,6 +1,29 @@
 //! Numbers and the nouns that go with them: the one place that knows the plural.
 
-use std::fmt;
+use std::{fmt, time::Duration};
+
+/// A time as a configuration has it: in the largest unit that it is a whole number of, `7d` and `72h`, `90s` and `1500ms`.
+pub fn span(d: Duration) -> String {
+    const DAY: u128 = 86_400_000_000_000;
+    let ns = d.as_nanos();
+    let units = [(DAY, "d"), (DAY / 24, "h"), (DAY / 24 / 60, "m"), (1_000_000_000, "s"), (1_000_000, "ms"), (1000, "us")];
+    // Up to a week hours are what people write.
+    let fits = |unit: u128| ns > 0 && ns.is_multiple_of(unit) && (unit < DAY || ns >= 7 * DAY);
+    match units.into_iter().find(|(unit, _)| fits(*unit)) {
+        Some((unit, name)) => format!("{}{name}", ns / unit),
+        None if ns == 0 => "0s".to_owned(),
+        None => format!("{ns}ns"),
+    }
+}
+
+/// A number of bytes as a configuration has it: `1MiB`, `64KiB`, `1500B`.
+pub fn size(bytes: usize) -> String {
+    let fits = |unit: &(usize, &str)| bytes > 0 && bytes.is_multiple_of(unit.0);
+    match [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")].into_iter().find(fits) {
+        Some((unit, name)) => format!("{}{name}", bytes / unit),
+        None => format!("{bytes}B"),
+    }
+}
 
 /// A number with what it counts: `counted(1, "event(s)")` is `1 event`, `counted(3, "batch(es) to retry")` is `3 batches to retry`.
 pub fn counted<N: fmt::Display + PartialEq + From<u8>>(n: N, what: &str) -> String {
@@ -37,6 +60,26 @@ pub fn agreed<N: PartialEq + From<u8>>(n: &N, text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_and_sizes_are_as_a_configuration_has_them() {
+        let ms = Duration::from_millis;
+        for (d, text) in [
+            (ms(0), "0s"),
+            (ms(1500), "1500ms"),
+            (ms(90_000), "90s"),
+            (ms(300_000), "5m"),
+            (ms(72 * 3_600_000), "72h"),
+            (ms(7 * 86_400_000), "7d"),
+            (Duration::from_nanos(1), "1ns"),
+        ] {
+            assert_eq!(span(d), text);
+            assert_eq!(humantime::parse_duration(text).expect("a configuration takes it"), d);
+        }
+        for (bytes, text) in [(1 << 20, "1MiB"), (3 << 19, "1536KiB"), (64, "64B"), (0, "0B"), (1 << 30, "1GiB")] {
+            assert_eq!(size(bytes), text);
+        }
+    }
 
     #[test]
     fn one_is_singular_and_every_other_number_plural() {

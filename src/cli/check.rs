@@ -11,7 +11,7 @@ use crate::{
     metrics::Metrics,
     queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
     signature::{Encoding, Scheme},
-    wording::counted,
+    wording::{counted, size, span},
 };
 
 #[derive(Debug, clap::Args)]
@@ -139,13 +139,13 @@ fn effective(config: &Config) -> String {
         out.push('\n');
     };
     line(format!("# {}: valid", config.path.display()));
-    line(format!("shutdown_timeout = \"{}\"", humantime::format_duration(config.shutdown_timeout)));
+    line(format!("shutdown_timeout = \"{}\"", span(config.shutdown_timeout)));
     let EmbeddedConfig { data_dir, retention } = &config.queue.embedded;
     let data_dir = format!("data_dir = {}", quoted(&data_dir.display().to_string()));
     match &config.queue.backend {
         Backend::Embedded => {
             line(format!("\n[queue]\nurl = \"embedded\"\n{data_dir}"));
-            line(format!("retention = \"{}\"", humantime::format_duration(*retention)));
+            line(format!("retention = \"{}\"", span(*retention)));
         }
         Backend::Amqp(amqp) => {
             line(format!("\n[queue]\nurl = \"{}\"  # the rest is not shown\n{data_dir}", amqp.url));
@@ -185,7 +185,7 @@ fn subscriber(s: &Subscriber) -> String {
         // Writing to a string cannot fail.
         writeln!(out, "{key} = {value}").ok();
     };
-    let duration = |d| format!("\"{}\"", humantime::format_duration(d));
+    let duration = |d| format!("\"{}\"", span(d));
     let list = |items: Vec<String>| format!("[{}]", items.join(", "));
     pair("name", quoted(&s.name));
     pair("url", format!("\"{}\"  # the rest is not shown", s.url));
@@ -212,7 +212,7 @@ fn subscriber(s: &Subscriber) -> String {
     pair("event_ids", s.event_ids.to_string());
     pair("paused", s.paused.to_string());
     pair("batch.max_events", s.batch.max_events.to_string());
-    pair("batch.max_bytes", format!("\"{}B\"", s.batch.max_bytes));
+    pair("batch.max_bytes", format!("\"{}\"", size(s.batch.max_bytes)));
     pair("batch.max_wait", duration(s.batch.max_wait));
     pair("http.timeout", duration(s.http.timeout));
     pair("http.connect_timeout", duration(s.http.connect_timeout));

@@ -488,7 +488,7 @@ impl Play<'_> {
         self.stage.say(
             "Every event is accounted for.\n\nTry next:\n  \
              hooktrail listen --addr 127.0.0.1:9000     a receiver to write your own against\n  \
-             hooktrail check                            what config/hooktrail.toml means, key by key\n  \
+             hooktrail --config my.toml init            a configuration to begin with, each key explained\n  \
              hooktrail demo --for 10m                   the same with time to watch; --amqp URL takes a RabbitMQ",
         );
         Ok(())

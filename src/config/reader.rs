@@ -291,6 +291,17 @@ impl<'e> Reader<'e> {
         Some(array.iter().enumerate().map(item).collect())
     }
 
+    /// The table of a subscriber, with its name in its key instead of its number, which counts anew in each file.
+    pub(super) fn named<'d>(&self, table: &Value<'d>) -> Value<'d> {
+        let name = table.value.as_table().and_then(|t| t.iter().find(|(key, _)| key.get_ref() == "name")?.1.get_ref().as_str());
+        let is_sound = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        let shown = |name: &&str| (1..=64).contains(&name.len()) && name.bytes().all(is_sound);
+        match name.filter(shown) {
+            Some(name) => Value { key: format!("subscriber[{name}]"), ..table.clone() },
+            None => table.clone(),
+        }
+    }
+
     /// A string with its `${…}` replaced by the environment's.
     pub(super) fn string(&self, value: &Value<'_>) -> Option<String> {
         let Some(text) = value.value.as_str() else {
@@ -424,6 +435,11 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
 }
 
 /// Levenshtein's distance, for the suggestion after an unknown key.
+/// Whether `text` may be a mistyped `word`.
+pub(super) fn is_near(text: &str, word: &str) -> bool {
+    text.len().abs_diff(word.len()) <= 2 && distance(word, text) <= 2
+}
+
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

@@ -134,12 +134,30 @@ events = ["user*"]
         ("h.toml:11:8: subscriber[0].name: ", "a-z, 0-9"),
         ("h.toml:12:7: subscriber[0].url: ", "allow_http"),
         ("h.toml:13:12: subscriber[0].secrets[0]: ", "NOT_SET is not set"),
-        ("h.toml:16:7: subscriber[1].url: ", "loopback"),
-        ("h.toml:18:11: subscriber[1].events[0]: ", "mixes a wildcard"),
-        ("h.toml:17:15: subscriber[1].signatures[0]: ", "\"standard-webhooks\" or \"mailtrap\""),
-        ("h.toml:14:1: subscriber[1].secrets: ", "is required"),
+        ("h.toml:16:7: subscriber[b].url: ", "loopback"),
+        ("h.toml:18:11: subscriber[b].events[0]: ", "mixes a wildcard"),
+        ("h.toml:17:15: subscriber[b].signatures[0]: ", "\"standard-webhooks\" or \"mailtrap\""),
+        ("h.toml:14:1: subscriber[b].secrets: ", "is required"),
     ];
     assert_found(&found, &expected);
+}
+
+#[test]
+fn a_mistake_that_is_often_made_is_answered_with_what_is_meant() {
+    let subscriber = |lines: &str| format!("{QUEUE}[[subscriber]]\nname = \"siem\"\n{lines}\n");
+    let url = "url = \"https://example.com/\"";
+    for (text, place, parts) in [
+        (subscriber(&format!("{url}\nsecrets = []")), ":6:11: subscriber[siem].secrets: ", &["empty", "hooktrail secret"][..]),
+        (subscriber(&format!("{url}\nsecrets = \"x\"")), ":6:11: subscriber[siem].secrets: ", &["array", "[\"${SECRET}\"]"]),
+        (subscriber(&format!("{url}\nsecrets = [\"$SIEM\"]")), ":6:12: subscriber[siem].secrets[0]: ", &["\"${SIEM}\""]),
+        (subscriber("url = \"127.0.0.1:9000\""), ":5:7: subscriber[siem].url: ", &["https://"]),
+        (subscriber(&format!("{url}\nsignatures = [\"hmac\"]")), ":6:15: subscriber[siem].signatures[0]: ", &["mailtrap", "header = "]),
+        ("[queue]\nurl = \"embeded\"\n".to_owned(), ":2:7: queue.url: ", &["did you mean \"embedded\"?"]),
+    ] {
+        let found = load_text(&text).expect_err("must be refused").join("\n");
+        let line = found.lines().find(|l| l.contains(place)).unwrap_or_else(|| panic!("{place}: {found}"));
+        assert!(parts.iter().all(|part| line.contains(part)), "{line}");
+    }
 }
 
 #[test]
@@ -149,7 +167,7 @@ fn a_key_of_a_feature_that_is_not_there_is_unknown() {
         assert!(found.len() == 1 && found[0].contains(&format!("{key}: unknown key")), "{found:?}");
     }
     let found = load_text(&format!("{QUEUE}{SUBSCRIBER}tls_ca = true\n")).expect_err("unknown");
-    assert!(found[0].contains("h.toml:7:1: subscriber[0].tls_ca: unknown key"), "{found:?}");
+    assert!(found[0].contains("h.toml:7:1: subscriber[a].tls_ca: unknown key"), "{found:?}");
 }
 
 #[test]
@@ -172,7 +190,7 @@ fn the_preset_wins_over_the_defaults_and_the_subscribers_own_keys_over_it() {
     assert_eq!(s.signer.schemes(), [Scheme::StandardWebhooks]);
 
     let found = load_text(&format!("{QUEUE}{SUBSCRIBER}preset = \"other\"\n")).expect_err("unknown");
-    assert!(found.len() == 1 && found[0].contains("h.toml:7:10: subscriber[0].preset: must be \"mailtrap\""), "{found:?}");
+    assert!(found.len() == 1 && found[0].contains("h.toml:7:10: subscriber[a].preset: must be \"mailtrap\""), "{found:?}");
 }
 
 /// A key and a certificate of it, as PEM.
@@ -209,7 +227,7 @@ fn a_client_certificate_of_version_1_is_named_as_that_and_as_the_client_s() {
     let text = format!("{QUEUE}{SUBSCRIBER}tls = {{ client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }}\n");
     let dir = dir_with(&[("h.toml", text.as_str()), ("c.pem", VERSION_1.0), ("k.pem", VERSION_1.1)]);
     let found = load_with(&dir.path().join("h.toml"), &env).expect_err("version 1").to_string();
-    for part in ["subscriber[0].tls.client_cert_file: ", "client certificate", "version 1", "version 3", "openssl x509"] {
+    for part in ["subscriber[a].tls.client_cert_file: ", "client certificate", "version 1", "version 3", "openssl x509"] {
         assert!(found.contains(part), "{found}");
     }
     assert!(!found.contains("peer"), "{found}");
@@ -239,10 +257,10 @@ fn endpoints_are_checked_and_show_no_secret() {
         assert_eq!(config.subscribers[0].http.proxy.is_none(), good.contains("proxy"));
     }
     for (bad, part) in [
-        ("headers = { \"a b\" = \"x\" }", "subscriber[0].headers.a b: is not a valid header name"),
+        ("headers = { \"a b\" = \"x\" }", "subscriber[a].headers.a b: is not a valid header name"),
         ("headers = { X-A = \"x\\ny\" }", "a value that a header cannot carry"),
         ("headers = { X-A = \"x\", x-a = \"y\" }", "is there twice"),
-        ("headers = { Content-Type = \"x\" }", "subscriber[0].headers.Content-Type: is a header that hooktrail sets itself"),
+        ("headers = { Content-Type = \"x\" }", "subscriber[a].headers.Content-Type: is a header that hooktrail sets itself"),
         ("headers = { Webhook-Id = \"x\" }", "sets itself"),
         ("headers = { X-A = 1 }", "must be a string"),
         ("headers = [\"X-A\"]", "must be a table"),
@@ -250,14 +268,14 @@ fn endpoints_are_checked_and_show_no_secret() {
         ("headers = { authorization = \"x\" }\nauth = { bearer = \"y\" }", "cannot stand beside `Authorization`"),
         ("auth = {}", "must be either"),
         ("auth = { basic = { username = \"u\", password = \"p\" }, bearer = \"y\" }", "must be either"),
-        ("auth = { basic = { username = \"u\" } }", "subscriber[0].auth.basic.password: is required"),
+        ("auth = { basic = { username = \"u\" } }", "subscriber[a].auth.basic.password: is required"),
         ("auth = { basic = { username = \"a:b\", password = \"p\" } }", "no `:`"),
         ("auth = { bearer = \"hunter2 x\" }", "visible ASCII"),
         ("auth = { bearer = \"file:nowhere\" }", "cannot be read"),
         ("tls = { ca_file = \"nowhere.pem\" }", "nowhere.pem cannot be read"),
         ("tls = { ca_file = \"k.pem\" }", "holds no certificate"),
         ("tls = { client_cert_file = \"c.pem\" }", "needs the other"),
-        ("tls = { client_cert_file = \"c.pem\", client_key_file = \"c.pem\" }", "subscriber[0].tls.client_key_file: holds no private key"),
+        ("tls = { client_cert_file = \"c.pem\", client_key_file = \"c.pem\" }", "subscriber[a].tls.client_key_file: holds no private key"),
         ("tls = { client_cert_file = \"c.pem\", client_key_file = \"other.pem\" }", "is not the key of the certificate"),
         ("http.proxy = \"socks5://hunter2\"", "is not the URL of a proxy"),
     ] {
@@ -356,7 +374,7 @@ fn a_url_with_an_address_that_is_not_public_is_refused_however_it_is_spelled() {
     ] {
         let found = load(&url.replace('\\', "\\\\")).expect_err(url).concat();
         assert!(
-            found.contains("subscriber[0].url: ") && (found.contains("not a public one") || found.contains("is not a URL")),
+            found.contains("subscriber[a].url: ") && (found.contains("not a public one") || found.contains("is not a URL")),
             "{url}: {found}"
         );
     }
@@ -470,8 +488,8 @@ fn secrets_come_from_files_relative_to_the_file_that_names_them() {
     std::fs::write(dir.path().join("subs/c.toml"), subscriber("a", "nope") + "[queue]\nurl = \"x\"\n").expect("writes");
     let found = load_with(&dir.path().join("h.toml"), &env).expect_err("invalid").to_string();
     for part in [
-        "c.toml:2:8: subscriber[0].name: `a` is already the name of",
-        "c.toml:4:12: subscriber[0].secrets[0]: secret file",
+        "c.toml:2:8: subscriber[a].name: `a` is already the name of",
+        "c.toml:4:12: subscriber[a].secrets[0]: secret file",
         "c.toml:6:2: queue: unknown key; the only key here is `subscriber`",
         "3 problems",
     ] {
@@ -565,24 +583,24 @@ signatures = ["md5"]
             ("h.toml:10:16: retry.on_exhausted: ", "\"dead_letter\""),
             ("h.toml:12:12: circuit_breaker.failures: ", "whole number"),
             ("h.toml:14:16: circuit_breaker.max_open_for: ", "open_for"),
-            ("h.toml:17:7: subscriber[0].url: ", "allow_http"),
-            ("h.toml:17:7: subscriber[0].url: ", "private"),
-            ("h.toml:18:12: subscriber[0].secrets[0]: ", "does not begin with `whsec_`"),
-            ("h.toml:18:17: subscriber[0].secrets[1]: ", "NOT_SET"),
-            ("h.toml:18:31: subscriber[0].secrets[2]: ", "24 to 64 bytes"),
+            ("h.toml:17:7: subscriber[a].url: ", "allow_http"),
+            ("h.toml:17:7: subscriber[a].url: ", "private"),
+            ("h.toml:18:12: subscriber[a].secrets[0]: ", "does not begin with `whsec_`"),
+            ("h.toml:18:17: subscriber[a].secrets[1]: ", "NOT_SET"),
+            ("h.toml:18:31: subscriber[a].secrets[2]: ", "24 to 64 bytes"),
             // Whether its address and plain http are allowed cannot be known here.
-            ("h.toml:22:23: subscriber[1].http.allow_http: ", "true or false"),
-            ("h.toml:22:45: subscriber[1].http.allow_addresses[0]: ", "not a network"),
-            ("h.toml:23:51: subscriber[1].retry.max_interval: ", "shorter than initial_interval"),
-            ("h.toml:23:70: subscriber[1].retry.multiplier: ", "must be a number"),
-            ("h.toml:24:26: subscriber[1].signatures[0].header: ", "not a valid header name"),
-            ("h.toml:24:42: subscriber[1].signatures[0].prefix: ", "cannot carry"),
-            ("h.toml:24:63: subscriber[1].signatures[0].encoding: ", "\"hex\" or \"base64\""),
-            ("h.toml:24:74: subscriber[1].signatures[1]: ", "must be \"standard-webhooks\""),
-            ("h.toml:19:1: subscriber[1].secrets: ", "is required"),
-            ("h.toml:28:36: subscriber[2].http.allow_private_addresses: ", "true or false"),
-            ("h.toml:29:11: subscriber[2].secrets: ", "must be an array"),
-            ("h.toml:30:15: subscriber[2].signatures[0]: ", "must be \"standard-webhooks\""),
+            ("h.toml:22:23: subscriber[b].http.allow_http: ", "true or false"),
+            ("h.toml:22:45: subscriber[b].http.allow_addresses[0]: ", "not a network"),
+            ("h.toml:23:51: subscriber[b].retry.max_interval: ", "shorter than initial_interval"),
+            ("h.toml:23:70: subscriber[b].retry.multiplier: ", "must be a number"),
+            ("h.toml:24:26: subscriber[b].signatures[0].header: ", "not a valid header name"),
+            ("h.toml:24:42: subscriber[b].signatures[0].prefix: ", "cannot carry"),
+            ("h.toml:24:63: subscriber[b].signatures[0].encoding: ", "\"hex\" or \"base64\""),
+            ("h.toml:24:74: subscriber[b].signatures[1]: ", "must be \"standard-webhooks\""),
+            ("h.toml:19:1: subscriber[b].secrets: ", "is required"),
+            ("h.toml:28:36: subscriber[c].http.allow_private_addresses: ", "true or false"),
+            ("h.toml:29:11: subscriber[c].secrets: ", "must be an array"),
+            ("h.toml:30:15: subscriber[c].signatures[0]: ", "must be \"standard-webhooks\""),
         ],
     );
 }
@@ -595,9 +613,9 @@ fn the_url_is_checked_beside_a_mistake_in_the_same_http_group() {
         ))
         .expect_err("concurrency is wrong")
     };
-    let concurrency = ("h.toml:7:24: subscriber[0].http.concurrency: ", "from 1 to 100");
-    let plain = ("h.toml:5:7: subscriber[0].url: ", "allow_http = true");
-    let private = ("h.toml:5:7: subscriber[0].url: ", "allow_private_addresses = true");
+    let concurrency = ("h.toml:7:24: subscriber[a].http.concurrency: ", "from 1 to 100");
+    let plain = ("h.toml:5:7: subscriber[a].url: ", "allow_http = true");
+    let private = ("h.toml:5:7: subscriber[a].url: ", "allow_private_addresses = true");
     assert_found(&with("allow_http = false"), &[concurrency, plain, private]);
     assert_found(&with("allow_http = true"), &[concurrency, private]);
     assert_found(&with("allow_private_addresses = true"), &[concurrency, plain]);
@@ -613,12 +631,12 @@ fn no_two_signatures_share_a_header() {
     };
     assert_eq!(with(r#""standard-webhooks", "mailtrap", { header = "X-A" }, { header = "X-B" }"#), Ok(()));
     for (signatures, place) in [
-        (r#"{ header = "X-Sig" }, { header = "x-sig", encoding = "base64" }"#, "h.toml:7:48: subscriber[0].signatures[1].header: "),
-        (r#""mailtrap", { header = "X-A" }, "mailtrap""#, "h.toml:7:47: subscriber[0].signatures[2]: "),
-        (r#""standard-webhooks", "standard-webhooks""#, "h.toml:7:36: subscriber[0].signatures[1]: "),
+        (r#"{ header = "X-Sig" }, { header = "x-sig", encoding = "base64" }"#, "h.toml:7:48: subscriber[a].signatures[1].header: "),
+        (r#""mailtrap", { header = "X-A" }, "mailtrap""#, "h.toml:7:47: subscriber[a].signatures[2]: "),
+        (r#""standard-webhooks", "standard-webhooks""#, "h.toml:7:36: subscriber[a].signatures[1]: "),
     ] {
         let found = with(signatures).expect_err("refused");
-        assert!(found.starts_with(place) && found.contains("already that of subscriber[0].signatures[0]"), "{place} is not {found}");
+        assert!(found.starts_with(place) && found.contains("already that of subscriber[a].signatures[0]"), "{place} is not {found}");
     }
     for reserved in ["Webhook-Signature", "mailtrap-signature", "X-Hooktrail-Attempt", "HOST"] {
         let found = with(&format!("{{ header = \"{reserved}\" }}")).expect_err("refused");

@@ -228,7 +228,7 @@ async fn an_operator_pauses_and_resumes(queue: Queue) {
     assert!(said.contains("by operator: maintenance \\u{1b}[2J of theirs"), "{said}");
     daemon.wait_log("by=\"operator\"").await;
     let again = setup.ok(&["pause", "a", "--why", "another reason"]);
-    assert!(again.contains("was paused already") && again.contains("maintenance"), "the first reason counts: {again}");
+    assert!(again.contains("was paused already") && again.contains("another reason"), "{again}");
     queue.publish(TYPE, (0..5).map(event)).await;
     queue.wait_backlog("a", 5).await;
     queue.wait_backlog("b", 5).await;

@@ -42,7 +42,7 @@ fn assert_bounded(daemon: &Daemon) {
 fn a_name_or_url_that_cannot_be_is_a_config_error_at_its_place_and_never_shows_its_password() {
     let long = "x".repeat(65);
     let name = |value: &str| (format!("name = \"{value}\"\nurl = \"https://example.com/\""), 4, "subscriber[0].name", "a-z, 0-9");
-    let url = |value: &str, part: &'static str| (format!("name = \"a\"\nurl = \"{value}\""), 5, "subscriber[0].url", part);
+    let url = |value: &str, part: &'static str| (format!("name = \"a\"\nurl = \"{value}\""), 5, "subscriber[a].url", part);
     let cases = [
         name("a.b"),
         name("a b"),
