@@ -383,8 +383,13 @@ impl Play<'_> {
         let show = async {
             let published = self.publish(&queue).await?;
             self.drain(&queue, &published).await?;
+            // Before the daemon ends, which closes the queue.
+            let mut dead = Vec::new();
+            for r in self.receivers {
+                dead.push(dead_ids(&queue, r.name).await?);
+            }
             stop.send(()).ok(); // the daemon may have ended in an error, which is told below
-            Ok::<_, Failed>(published)
+            Ok::<_, Failed>((published, dead))
         };
         let narrator = async {
             while let Some(notice) = notices.recv().await {
@@ -392,13 +397,14 @@ impl Play<'_> {
             }
         };
         let both = async { tokio::join!(daemon, show) };
-        let (ended, published) = tokio::select! {
+        let (ended, shown) = tokio::select! {
             done = both => done,
             () = narrator => return Err(Failed::Runtime("the log ended before the demo".to_owned())),
         };
         self.stage.end();
         ended?;
-        self.account(&queue, &published?).await
+        let (published, dead) = shown?;
+        self.account(&published, &dead)
     }
 
     /// Publishes for a while, or until somebody presses Ctrl-C; the ids of all events.
@@ -461,14 +467,14 @@ impl Play<'_> {
         published.iter().filter(|id| !accepted.contains_key(*id) && !dead.contains(*id)).cloned().collect()
     }
 
-    async fn account(&self, queue: &impl Queue, published: &BTreeSet<String>) -> Result<(), Failed> {
+    /// `dead`: the events in each receiver's dead letters.
+    fn account(&self, published: &BTreeSet<String>, dead: &[BTreeSet<String>]) -> Result<(), Failed> {
         self.stage.say(&format!("\n{} published to each subscriber:", counted(published.len(), "event(s)")));
         let mut missing = 0;
-        for r in self.receivers {
-            let dead = dead_ids(queue, r.name).await?;
+        for (r, dead) in self.receivers.into_iter().zip(dead) {
             let accepted = r.accepted();
             let repeated = accepted.values().filter(|n| **n > 1).count();
-            let lost = self.missing(r, &dead, published);
+            let lost = self.missing(r, dead, published);
             missing += lost.len();
             self.stage.say(&format!(
                 "  {:<6} {} delivered + {} in dead letters = {}{}",

@@ -25,10 +25,6 @@ use crate::{
 /// traffic. As long as the TTL of many names.
 pub(super) const MAX_AGE: Duration = Duration::from_secs(5 * 60);
 
-/// Header lines of an answer. One that has more is refused whole, and nothing of them is used but `Retry-After`; the client's
-/// own limit of 100 is less than some proxies write. About 64 bytes of memory each, while an answer is read.
-const MAX_HEADERS: usize = 1000;
-
 /// Connections of which it is kept that they have answered; with more, that is forgotten of all.
 const MAX_ANSWERED: usize = 4096;
 
@@ -121,11 +117,11 @@ fn client(tls: &rustls::ClientConfig, http: &HttpPolicy, route: &Route, idle: us
         .http2_keep_alive_interval(Some(*timeout / 3))
         .http2_keep_alive_timeout(*connect_timeout)
         // A receiver that has accepted a batch must not be refused for how its proxy writes headers (RFC 9112, sections 5.1
-        // and 5.2, lets a user agent read them so).
+        // and 5.2, lets a user agent read them so). Not `http1_max_headers`: with any number of its own hyper fills a list of
+        // so many for each `100 Continue`, and with 1,000 a flood of those took 47 s of a thread.
         .http1_allow_obsolete_multiline_headers_in_responses(true)
         .http1_allow_spaces_after_header_name_in_responses(true)
         .http1_ignore_invalid_headers_in_responses(true)
-        .http1_max_headers(MAX_HEADERS)
         .redirect(redirect::Policy::none())
         .retry(retry::never())
         .no_proxy();

@@ -108,7 +108,7 @@ fn big_chunk() -> Vec<u8> {
 }
 
 static MANY_HEADERS: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
-    let lines: String = (0..300).map(|n| format!("x-trace-{n}: {n}\r\n")).collect();
+    let lines: String = (0..90).map(|n| format!("x-trace-{n}: {n}\r\n")).collect();
     format!("HTTP/1.1 200 OK\r\n{lines}content-length: 0\r\n\r\n")
 });
 
@@ -182,7 +182,7 @@ scripts! {
         [Read, Send(b"HTTP/1.1 200 OK\r\nno colon here\r\ncontent-length: 0\r\n\r\n"), Wait] => "delivered";
     a_header_name_that_is_none_does_not_matter:
         [Read, Send(b"HTTP/1.1 200 OK\r\n(x): y\r\n\xc3\xa4: y\r\ncontent-length: 0\r\n\r\n"), Wait] => "delivered";
-    three_hundred_header_lines_do_not_matter: [Read, Send(MANY_HEADERS.as_bytes()), Wait] => "delivered";
+    ninety_header_lines_do_not_matter: [Read, Send(MANY_HEADERS.as_bytes()), Wait] => "delivered";
     garbage_before_the_request_is_not_taken_for_an_answer: [Send(b"garbage\r\n"), Read, Send(OK), Wait] => "bad_answer" | "reset";
     // Statuses.
     a_status_of_99_is_a_bad_answer: [Read, Send(b"HTTP/1.1 099 x\r\ncontent-length: 0\r\n\r\n"), Wait] => "bad_answer";
