@@ -347,7 +347,7 @@ async fn a_late_failure_of_the_url_before_says_nothing_of_the_one_that_is_config
         old.wait_requests(1).await;
         setup.write("hooktrail.toml", text(&new.url));
         kill("-HUP", daemon.pid());
-        daemon.wait_log("keys=\"url\"").await;
+        daemon.wait_log("a (url)").await;
         new.wait_all(1).await;
         let again = &new.requests()[0];
         assert_eq!((again.id(), again.attempt()), (old.requests()[0].id(), 2), "{name}: an ordinary retry");
