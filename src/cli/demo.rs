@@ -7,7 +7,7 @@ use std::{
     io::{IsTerminal as _, Write as _},
     os::unix::fs::DirBuilderExt as _,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -155,7 +155,8 @@ impl Drop for Home {
 /// What is shown: lines, and on a terminal a last line that changes.
 #[derive(Clone)]
 struct Stage {
-    begin: Instant,
+    /// When the first event was published.
+    begin: Arc<OnceLock<Instant>>,
     bar: Option<ProgressBar>,
     colours: bool,
 }
@@ -177,11 +178,12 @@ impl Stage {
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
-        Self { begin: clock::instant(), bar, colours: terminal }
+        Self { begin: Arc::default(), bar, colours: terminal }
     }
 
+    /// Since the first event: a broker that takes its time must not take the receiver's outage with it.
     fn elapsed(&self) -> Duration {
-        clock::instant() - self.begin
+        self.begin.get().map_or(Duration::ZERO, |begin| clock::instant() - *begin)
     }
 
     fn say(&self, line: &str) {
@@ -409,6 +411,7 @@ impl Play<'_> {
 
     /// Publishes for a while, or until somebody presses Ctrl-C; the ids of all events.
     async fn publish(&self, queue: &impl Queue) -> Result<BTreeSet<String>, Failed> {
+        self.stage.begin.get_or_init(clock::instant);
         let mut published = BTreeSet::new();
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());

@@ -288,7 +288,7 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         let file = setup.write("events", (500..600).map(|n| event(n) + "\n").collect::<String>());
         let publish = ["publish", file.to_str().expect("a path")];
         let (code, told) = refused(&setup.run_as(&format!("{LIMITED} prlimit {LIMIT} \"$0\" \"$@\""), &publish));
-        assert!(code == Some(1) && told.contains("disk") && told.contains("0 events before were confirmed"), "{told}");
+        assert!(code == Some(1) && told.contains("disk") && told.contains("0 events were confirmed"), "{told}");
         assert_eq!(queue.backlog("a").await, 0, "all or nothing");
 
         // Delivered, and that cannot be written down: they are not delivered over and over.
