@@ -51,12 +51,14 @@ pub struct Batcher<T> {
     front: (usize, usize),
     /// Whether the next item would not fit into the front batch.
     front_is_full: bool,
+    /// Nothing more comes before something of what waits has gone.
+    alone: bool,
 }
 
 impl<T> Batcher<T> {
     pub fn new(policy: BatchPolicy, format: Format) -> Self {
         let limits = (policy.max_events, policy.max_bytes);
-        Self { policy, limits, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false }
+        Self { policy, limits, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false, alone: false }
     }
 
     /// From now on batches have at most so many events and bytes, where the policy allows more. An event that has more bytes, and
@@ -67,6 +69,11 @@ impl<T> Batcher<T> {
             self.limits = limits;
             self.find_front();
         }
+    }
+
+    /// Whether more can come before a batch has gone; if not, there is no company to wait for.
+    pub fn expects_company(&mut self, expects: bool) {
+        self.alone = !expects;
     }
 
     /// Whether an event of this many bytes fits into a request body at all.
@@ -96,7 +103,8 @@ impl<T> Batcher<T> {
 
     /// When the front batch is due even if it stays small; `None` if nothing waits.
     pub fn due(&self) -> Option<Instant> {
-        self.waiting.front().map(|(_, _, arrived)| *arrived + self.policy.max_wait)
+        let wait = if self.alone { Duration::ZERO } else { self.policy.max_wait };
+        self.waiting.front().map(|(_, _, arrived)| *arrived + wait)
     }
 
     /// Whether a batch may go now: it is full, or its oldest event has waited long enough.
@@ -144,6 +152,17 @@ mod tests {
 
     fn batcher(max_events: usize, max_bytes: usize, wait_ms: u64) -> Batcher<usize> {
         Batcher::new(BatchPolicy { max_events, max_bytes, max_wait: Duration::from_millis(wait_ms) }, Format::Json)
+    }
+
+    #[test]
+    fn a_batch_waits_for_no_company_that_cannot_come() {
+        let (mut b, t0) = (batcher(3, 1000, 100), crate::clock::instant());
+        b.push(1, 1, t0);
+        assert!(!b.ready(t0));
+        b.expects_company(false);
+        assert!(b.ready(t0) && b.due() == Some(t0));
+        b.expects_company(true);
+        assert!(!b.ready(t0));
     }
 
     #[test]

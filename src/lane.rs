@@ -568,6 +568,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 () = sleep_until(gathering.unwrap_or_else(clock::instant).into()), if gathering.is_some() => gathering = None,
                 result = source.take(&mut taken, TAKE), if take => {
                     self.sort(taken.drain(..));
+                    self.batcher.expects_company(!source.is_full());
                     let now = clock::instant();
                     gathering = (gathers && self.envelopes.is_empty() && !self.batcher.ready(now)).then_some(now + GATHER);
                     if let Err(e) = result {

@@ -466,6 +466,12 @@ impl Held {
     }
 }
 
+/// The bytes of events that a lane takes from a broker and has not settled, unless [`FEWEST`] of them are more.
+pub const MOST_BYTES: u64 = 64 << 20;
+
+/// So many events are taken whatever their size: the first of a queue, whose sizes nobody knows, and the largest.
+pub const FEWEST: u16 = 16;
+
 /// How much may be taken and not yet settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -511,6 +517,11 @@ pub trait Source: Send {
     /// # Errors
     /// The queue is gone: whatever was taken from this source comes again from the next.
     fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> impl Future<Output = Result<(), QueueError>> + Send;
+
+    /// Nothing more is taken before something is settled, although the window would allow it: what is held is large.
+    fn is_full(&self) -> bool {
+        false
+    }
 
     /// Gives back what was not settled, to the places it had.
     fn close(self) -> impl Future<Output = ()> + Send;

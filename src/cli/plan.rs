@@ -17,7 +17,7 @@ use crate::{
     clock,
     config::{Backend, Config, Intake, Subscriber},
     queue::{
-        Window,
+        FEWEST, MOST_BYTES, Window,
         amqp::{self, CONSUMER_TIMEOUT, Footprint, Hold},
     },
     retry::{Exhausted, Next, RetryOptions, RetryPolicy},
@@ -82,7 +82,7 @@ impl<'c> Plan<'c> {
     fn new(subscriber: &'c Subscriber, ladder: bool) -> Self {
         let hold = if ladder { amqp::hold } else { |delay| Hold { delay, hops: 0 } };
         let courses = [0.5, 0.0, 1.0].map(|random| Course::new(&subscriber.retry, hold, random));
-        Self { subscriber, ladder, courses, bounds: Bounds::new(subscriber) }
+        Self { subscriber, ladder, courses, bounds: Bounds::new(subscriber, ladder) }
     }
 }
 
@@ -217,7 +217,7 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn new(subscriber: &Subscriber) -> Self {
+    fn new(subscriber: &Subscriber, ladder: bool) -> Self {
         let window = Window::of(subscriber);
         let (events, envelopes) = (u64::from(window.events), u64::from(window.envelopes));
         let (slots, body) = (subscriber.http.concurrency as u64, subscriber.batch.max_bytes as u64);
@@ -225,7 +225,11 @@ impl Bounds {
             window,
             requests: subscriber.http.concurrency,
             usual: (2 * slots).min(events) * body + envelopes * body,
-            worst: (events + envelopes) * body,
+            worst: if ladder {
+                (events * body).min(MOST_BYTES.max(u64::from(FEWEST) * body)) + envelopes * body
+            } else {
+                (events + envelopes) * body
+            },
             hold: window.longest_hold(subscriber, subscriber.batch.max_events),
             fewest: window.fewest_events(subscriber, CONSUMER_TIMEOUT),
         }
@@ -338,14 +342,15 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
     line(format!(
         "  memory: {} with full batches. It takes up to {} {} and {} {} at once: {} if each is as large as a body may be \
-         (batch.max_bytes = {})",
+         (batch.max_bytes = {}){}",
         size(bounds.usual),
         grouped(bounds.window.events.into()),
         agreed(&bounds.window.events, "event(s)"),
         grouped(bounds.window.envelopes.into()),
         agreed(&bounds.window.envelopes, "failed batch(es)"),
         size(bounds.worst),
-        size(s.batch.max_bytes as u64)
+        size(s.batch.max_bytes as u64),
+        if *ladder { ". Of events it takes no more than 64 MiB from RabbitMQ, or 16 if those are larger" } else { "" }
     ));
     if *ladder {
         line(format!("  {}", hold(bounds)));
@@ -641,7 +646,7 @@ mod tests {
             " 16 6h 1m (4h 48m to 6h 1m) 46h 38m (in the queues of RabbitMQ ",
             "then it becomes a dead letter (reason `exhausted`), 46h 38m after the first attempt (37h 16m to 47h 36m by the jitter): retry.max_attempts = 16 is reached",
             "opens after 5 failed attempts in a row. Then nothing is sent for 30s, and after that one batch is tried. If that fails too, it stays open for twice as long, up to 10m.",
-            "memory: 3.0 MiB with full batches. It takes up to 1,000 events and 1 failed batch at once: 1001.0 MiB if each",
+            "memory: 3.0 MiB with full batches. It takes up to 1,000 events and 1 failed batch at once: 65.0 MiB if each",
             "with full batches a message waits at most 1m 1s",
             "With fewer than 17 events in each batch",
             "consumer_timeout is 30m",

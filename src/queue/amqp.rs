@@ -7,6 +7,7 @@
 //! - `connection`: connecting without end, channels shared among connections
 //! - `publisher`: confirmed publishing from one task
 //! - `lane`: source and settler of a subscriber
+//! - `prefetch`: how many messages may be on their way, by their sizes
 //! - `repeats`: what was settled and comes again, because its ack was lost
 //! - `state`: what earlier configurations bound
 //! - `upkeep`: what somebody has deleted is put back
@@ -25,6 +26,7 @@ mod ladder;
 mod lane;
 mod management;
 mod message;
+mod prefetch;
 mod publisher;
 mod relay;
 mod repeats;
@@ -52,6 +54,7 @@ use self::{
     connection::{Dialer, Effort, Lease, NOT_FOUND, Pool, Role},
     lane::Unusable,
     message::Message,
+    prefetch::Sizes,
     publisher::{Fate, Publisher},
     relay::{Relay, Sweep},
     repeats::Remembered,
@@ -105,6 +108,8 @@ struct Inner {
     suspects: Mutex<HashSet<String>>,
     /// By subscriber.
     remembered: Mutex<HashMap<String, Arc<Remembered>>>,
+    /// By subscriber.
+    sizes: Mutex<HashMap<String, Arc<Mutex<Sizes>>>>,
     troubles: watch::Sender<Troubles>,
     /// What the record says that is bound to the exchange of the events, once a daemon has read it; of a command what it is configured with.
     bound: Mutex<Patterns>,
@@ -157,6 +162,7 @@ impl AmqpQueue {
             consumers: Mutex::default(),
             suspects: Mutex::default(),
             remembered: Mutex::default(),
+            sizes: Mutex::default(),
             troubles,
             bound: Mutex::default(),
             witnessed: OnceLock::new(),
@@ -480,6 +486,11 @@ impl AmqpQueue {
         let now = clock::instant();
         all.retain(|_, left| Arc::strong_count(left) > 1 || !left.is_empty(now));
         all.entry(subscriber.to_owned()).or_default().clone()
+    }
+
+    /// What is known of the sizes of its messages.
+    fn sizes(&self, subscriber: &str) -> Arc<Mutex<Sizes>> {
+        self.0.sizes.lock().unwrap_or_else(PoisonError::into_inner).entry(subscriber.to_owned()).or_default().clone()
     }
 
     /// How often it does now.

@@ -240,6 +240,27 @@ fn an_event_may_carry_any_properties_and_they_change_nothing() {
     });
 }
 
+#[test]
+fn large_messages_are_taken_a_few_at_a_time() {
+    const MESSAGES: u32 = 60;
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_bytes = \"64KiB\" }")));
+        let nothing = setup.write("nothing", "");
+        setup.ok(&["publish", nothing.to_str().expect("a path")]);
+        let large = format!("{{\"event\":\"a.b\",\"x\":\"{}\"}}", "x".repeat(4 << 20));
+        broker.publish("a.b", (0..MESSAGES).map(|_| large.as_bytes())).await;
+        let daemon = setup.start().await;
+        broker.wait_depth("sub.a.dead", MESSAGES).await;
+        let peak = daemon.peak_mib();
+        eprintln!("peak memory with {MESSAGES} messages of 4 MiB: {peak:.0} MiB");
+        assert!(peak < 190.0, "{peak} MiB for messages of {} MiB in all, 16 of which are 64 MiB", 4 * MESSAGES);
+        assert!(daemon.stop().await.success());
+        broker.take_all("sub.a.dead").await;
+    });
+}
+
 // ---- Envelopes
 
 #[test]

@@ -11,16 +11,21 @@ use futures_util::{FutureExt as _, Stream as _, future::poll_fn};
 use lapin::{
     Channel, Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::{FieldTable, ShortString},
 };
-use tokio::sync::Mutex;
+use tokio::{
+    sync::{Mutex, Notify},
+    task::JoinHandle,
+    time::timeout,
+};
 
 use super::{
     AmqpQueue, Consumes,
     connection::{BrokerError, INTERNAL_ERROR, Lease, answer},
     ladder,
     message::{self, Message},
+    prefetch::Sizes,
     publisher::{Fate, Publisher},
     repeats::{Mark, Remembered, Track},
     topology::Topology,
@@ -31,6 +36,31 @@ use crate::{
     failpoint::{Step, reached},
     queue::{self, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
+
+/// How long the end of a session waits for a consumer that is being exchanged.
+const EXCHANGE_GOODBYE: Duration = Duration::from_secs(2);
+
+/// Another consumer on the same channel; `None` if there is no need of it any more.
+///
+/// A task of its own: it holds the lock over acks for a moment, and nobody may wait for that while nobody takes.
+type Exchange = JoinHandle<Result<Option<Consumer>, BrokerError>>;
+
+/// How many messages the consumer of a feed may have unacked. That cannot be changed but with another consumer.
+struct Prefetch {
+    now: u16,
+    window: u16,
+    /// The latest tag when this consumer began.
+    since: u64,
+    exchange: Option<(u16, Exchange)>,
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        if let Some((_, exchange)) = &self.exchange {
+            exchange.abort();
+        }
+    }
+}
 
 /// Both ends of one channel, so that one `ack` with `multiple` cannot settle another queue's messages.
 struct Feed {
@@ -110,6 +140,7 @@ pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusab
 
 pub struct Source {
     events: Feed,
+    prefetch: Prefetch,
     envelopes: Feed,
     settler: Settler,
     /// Until the channels are closed.
@@ -134,7 +165,10 @@ impl Source {
     ) -> Result<(Self, Settler), Unusable> {
         let name = &subscriber.name;
         let envelopes = Feed::open(for_envelopes, topology.retry(name), window.envelopes).await?;
-        let events = Feed::open(for_events, topology.main(name), window.events).await?;
+        let sizes = consumes.queue.sizes(name);
+        let now = sizes.lock().unwrap_or_else(PoisonError::into_inner).allow(window.events);
+        let prefetch = Prefetch { now, window: window.events, since: 0, exchange: None };
+        let events = Feed::open(for_events, topology.main(name), now).await?;
         let settler = Settler(Arc::new(Inner {
             queue: consumes.queue.clone(),
             subscriber: name.clone(),
@@ -142,27 +176,108 @@ impl Source {
             topology: topology.clone(),
             publisher,
             acks: Mutex::default(),
+            acked: Notify::new(),
+            sizes,
             tracks: std::sync::Mutex::new(Tracks { events: Track::new(window.events), envelopes: Track::new(window.envelopes) }),
             remembered,
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
         }));
         settler.0.remembered.opened(clock::instant());
-        Ok((Self { events, envelopes, settler: settler.clone(), _consumes: consumes }, settler))
+        Ok((Self { events, prefetch, envelopes, settler: settler.clone(), _consumes: consumes }, settler))
     }
+
+    /// The next event if there is one, and room for it.
+    fn poll_events(&mut self, cx: &mut Context<'_>) -> Poll<Result<Taken, QueueError>> {
+        if let Some((next, exchange)) = &mut self.prefetch.exchange {
+            let exchanged = match Pin::new(exchange).poll(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(exchanged)) => exchanged,
+                // A panic of it is one of the lane.
+                Poll::Ready(Err(e)) => std::panic::resume_unwind(e.into_panic()),
+            };
+            let next = *next;
+            self.prefetch.exchange = None;
+            match exchanged {
+                Ok(Some(consumer)) => {
+                    self.events.consumer = consumer;
+                    self.prefetch.now = next;
+                    self.prefetch.since = self.settler.0.tracks().events.latest();
+                }
+                Ok(None) => {}
+                Err(why) => {
+                    let why = format!("queue `{}` cannot be consumed with another prefetch: {why}", self.events.queue);
+                    return Poll::Ready(Err(QueueError::new(why)));
+                }
+            }
+        }
+        let inner = &*self.settler.0;
+        let taken = match self.events.poll(cx) {
+            Poll::Ready(taken) => taken.map(|d| inner.taken_event(d)),
+            Poll::Pending => return Poll::Pending,
+        };
+        if taken.is_ok() {
+            self.fit();
+        }
+        Poll::Ready(taken)
+    }
+
+    /// Begins to consume with the prefetch that the sizes of the messages allow now, if that is much more or less.
+    ///
+    /// Nothing may be on its way from the broker then: it would be put behind what was given back before. That is so when
+    /// as many are unacked as the consumer may have, and no ack is written meanwhile.
+    fn fit(&mut self) {
+        let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
+        let inner = &self.settler.0;
+        let next = inner.sizes().allow(window);
+        let differs = next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now < window);
+        if !differs || !inner.is_exhausted(since, now) {
+            return;
+        }
+        let exchange = exchange(inner.clone(), self.events.consumer.tag(), self.events.queue.clone(), since, now, next);
+        self.prefetch.exchange = Some((next, tokio::spawn(exchange)));
+    }
+}
+
+/// Cancels a consumer and begins another on the same channel: what was delivered stays with the channel, and keeps its tags.
+async fn exchange(
+    inner: Arc<Inner>,
+    tag: ShortString,
+    queue: String,
+    since: u64,
+    now: u16,
+    next: u16,
+) -> Result<Option<Consumer>, BrokerError> {
+    let channel = &inner.events.channel;
+    {
+        let _no_ack = inner.acks.lock().await;
+        if !inner.is_exhausted(since, now) {
+            return Ok(None);
+        }
+        answer(channel.basic_cancel(tag, BasicCancelOptions::default())).await?;
+    }
+    // What is in hand counts too, until there is room for it beside what comes.
+    while next < now && inner.tracks().events.unacked_after(0) > u64::from(next) {
+        inner.acked.notified().await;
+    }
+    answer(async {
+        channel.basic_qos(next, BasicQosOptions::default()).await?;
+        channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+    })
+    .await
+    .map(Some)
 }
 
 impl queue::Source for Source {
     async fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> Result<(), QueueError> {
         let before = into.len();
-        let inner = &*self.settler.0;
         poll_fn(|cx| {
             while into.len() - before < max {
                 match self.envelopes.poll(cx) {
-                    Poll::Ready(Ok(d)) => into.push(inner.taken_envelope(d)),
+                    Poll::Ready(Ok(d)) => into.push(self.settler.0.taken_envelope(d)),
                     Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                    Poll::Pending => match self.events.poll(cx) {
-                        Poll::Ready(Ok(d)) => into.push(inner.taken_event(d)),
+                    Poll::Pending => match self.poll_events(cx) {
+                        Poll::Ready(Ok(taken)) => into.push(taken),
                         Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
                         Poll::Pending if into.len() == before => return Poll::Pending,
                         Poll::Pending => break,
@@ -174,7 +289,19 @@ impl queue::Source for Source {
         .await
     }
 
-    async fn close(self) {
+    fn is_full(&self) -> bool {
+        let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
+        let grows = self.prefetch.exchange.as_ref().is_some_and(|(next, _)| *next > now);
+        now < window && !grows && self.settler.0.is_exhausted(since, now)
+    }
+
+    async fn close(mut self) {
+        // A consumer that is begun and not heard of is an error of the close.
+        if let Some((_, exchange)) = &mut self.prefetch.exchange
+            && let Ok(Ok(Ok(Some(consumer)))) = timeout(EXCHANGE_GOODBYE, exchange).await
+        {
+            self.events.consumer = consumer;
+        }
         let inner = &*self.settler.0;
         if let Err(why) = inner.ack_stragglers().await {
             tracing::debug!(queue = self.events.queue, error = %why, "what was finished out of order comes again");
@@ -201,6 +328,8 @@ struct Inner {
     publisher: Publisher,
     /// Held over an ack, so that acks reach the broker in rising order.
     acks: Mutex<()>,
+    acked: Notify,
+    sizes: Arc<std::sync::Mutex<Sizes>>,
     tracks: std::sync::Mutex<Tracks>,
     remembered: Arc<Remembered>,
     events: Arc<Lease>,
@@ -264,13 +393,28 @@ impl Inner {
         self.tracks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn sizes(&self) -> MutexGuard<'_, Sizes> {
+        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the consumer that began after a tag has all that it may have.
+    fn is_exhausted(&self, since: u64, prefetch: u16) -> bool {
+        self.tracks().events.unacked_after(since) >= u64::from(prefetch)
+    }
+
     fn taken_event(&self, d: Delivery) -> Taken {
+        let bytes = d.data.len();
         let mark = Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
         let known = self.track(Kind::Event, d.delivery_tag, Some(mark), d.redelivered);
-        if known {
-            return Taken::Known { events: 1, receipt: Receipt { from: Kind::Event, tag: d.delivery_tag } };
-        }
-        message::taken_event(d, self.most)
+        let taken = if known {
+            Taken::Known { events: 1, receipt: Receipt { from: Kind::Event, tag: d.delivery_tag } }
+        } else {
+            message::taken_event(d, self.most)
+        };
+        // As it is held: what came compressed takes more.
+        let held = if let Taken::Event(event) = &taken { event.body.len() } else { 0 };
+        self.sizes().saw(bytes.max(held));
+        taken
     }
 
     fn taken_envelope(&self, d: Delivery) -> Taken {
@@ -363,6 +507,7 @@ impl Inner {
         let prefix = self.tracks().events.acks_prefix(now);
         if let Some(tag) = prefix {
             ack(&self.events.channel, tag, true).await.map_err(|_| SettleError::Gone)?;
+            self.acked.notify_one();
         }
         Ok(())
     }

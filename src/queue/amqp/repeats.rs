@@ -119,6 +119,16 @@ impl Track {
         }
     }
 
+    /// How many were taken after a tag and not acked, where acks are written for prefixes alone.
+    pub(super) fn unacked_after(&self, tag: u64) -> u64 {
+        (self.forgotten + self.states.len() as u64) - self.acked.max(tag)
+    }
+
+    /// The tag of the latest delivery.
+    pub(super) fn latest(&self) -> u64 {
+        self.forgotten + self.states.len() as u64
+    }
+
     /// Its ack is about to be written.
     pub(super) fn acks(&mut self, tag: u64, now: Instant) {
         if let Some(state) = self.at(tag)
