@@ -12,7 +12,7 @@ use crate::support::{
 
 on_both_queues!(
     an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts,
-    an_answer_that_never_ends_ends_with_the_timeout,
+    an_answer_that_never_ends_counts_by_its_status,
     headers_without_end_end_with_the_timeout_or_their_number,
     an_answer_without_a_status_line_is_a_bad_answer,
     a_receiver_that_never_answers_is_a_timeout_and_one_that_hangs_up_a_reset,
@@ -64,9 +64,12 @@ async fn an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts(queue: Queue) 
     assert!(line.len() < 512 && !line.contains("xx"), "the answer's text is not logged: {} bytes", line.len());
 }
 
-async fn an_answer_that_never_ends_ends_with_the_timeout(queue: Queue) {
+async fn an_answer_that_never_ends_counts_by_its_status(queue: Queue) {
     let raw = Raw::start(drip(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", b"x")).await;
-    assert_retry(&beside_a_good_one(&queue, &raw.url()).await, "timeout");
+    let line = beside_a_good_one(&queue, &raw.url()).await;
+    assert!(line.contains("outcome=\"delivered\""), "{line}");
+    let raw = Raw::start(drip(b"HTTP/1.1 500 x\r\ncontent-length: 100000\r\n\r\n", b"x")).await;
+    assert_retry(&beside_a_good_one(&queue, &raw.url()).await, "status");
 }
 
 async fn headers_without_end_end_with_the_timeout_or_their_number(queue: Queue) {
@@ -88,7 +91,8 @@ async fn a_receiver_that_never_answers_is_a_timeout_and_one_that_hangs_up_a_rese
     let hangs_up = Raw::start(once(b"")).await;
     assert_retry(&beside_a_good_one(&queue, &hangs_up.url()).await, "reset");
     let breaks_off = Raw::start(once(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")).await;
-    assert_retry(&beside_a_good_one(&queue, &breaks_off.url()).await, "reset");
+    let line = beside_a_good_one(&queue, &breaks_off.url()).await;
+    assert!(line.contains("outcome=\"delivered\""), "its status was read: {line}");
 }
 
 async fn a_receiver_that_is_not_there_is_a_connect_failure_and_an_unknown_name_one_of_dns(queue: Queue) {

@@ -228,7 +228,7 @@ fn an_envelope_whose_subscriber_is_gone_is_kept_and_delivered_when_it_is_there_a
         let level = format!("{}.delay.00", broker.prefix);
         broker.put(&level, &key, b"{\"events\":[{\"event\":\"x\"}]}", of_type("application/json", table)).await;
         broker.wait_depth("orphans", 1).await;
-        assert!(one.ok(&["check", "--connect"]).contains("orphans: 1 messages"));
+        assert!(one.ok(&["check", "--connect"]).contains("orphans: 1 message"));
         assert!(daemon.stop().await.success());
         let both =
             Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &receiver.url, "") + &subscriber("gone", &receiver.url, "")));
