@@ -44,7 +44,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures_util::{FutureExt as _, future::try_join_all};
@@ -104,6 +104,8 @@ struct Inner {
     follows: AtomicBool,
     /// How often this daemon consumes the queue of a subscriber now.
     consumers: Mutex<HashMap<String, u32>>,
+    /// When the latest of these consumers began.
+    consuming_since: Mutex<Option<Instant>>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
     suspects: Mutex<HashSet<String>>,
     /// By subscriber.
@@ -127,6 +129,9 @@ struct Inner {
 
 /// RabbitMQ's default: a consumer that holds a message for longer loses its channel.
 pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// The broker counts a consumer within this time; until then another daemon's may be taken for this one's own.
+const COUNTED: Duration = Duration::from_secs(2);
 
 /// So many subscribers may have a connection of their own.
 const MAX_QUARANTINES: usize = 8;
@@ -160,6 +165,7 @@ impl AmqpQueue {
             prepared: tokio::sync::Mutex::default(),
             follows: AtomicBool::new(false),
             consumers: Mutex::default(),
+            consuming_since: Mutex::default(),
             suspects: Mutex::default(),
             remembered: Mutex::default(),
             sizes: Mutex::default(),
@@ -473,7 +479,19 @@ impl AmqpQueue {
     /// Until the guard is dropped, this daemon consumes the queue of a subscriber.
     fn consumes(&self, subscriber: &str) -> Consumes {
         *self.consumers().entry(subscriber.to_owned()).or_default() += 1;
+        self.begins_to_consume();
         Consumes { queue: self.clone(), subscriber: subscriber.to_owned() }
+    }
+
+    /// A consumer is about to begin, or to begin again.
+    fn begins_to_consume(&self) {
+        *self.0.consuming_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::instant());
+    }
+
+    /// Whether the broker has counted all of this daemon's consumers by now.
+    fn consumers_are_counted(&self) -> bool {
+        let since = *self.0.consuming_since.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_none_or(|since| clock::instant() - since >= COUNTED)
     }
 
     fn consumers(&self) -> MutexGuard<'_, HashMap<String, u32>> {
@@ -772,6 +790,13 @@ impl Queue for AmqpQueue {
 struct Consumes {
     queue: AmqpQueue,
     subscriber: String,
+}
+
+impl Consumes {
+    /// Another consumer takes the place of the one before.
+    fn begin_again(&self) {
+        self.queue.begins_to_consume();
+    }
 }
 
 impl Drop for Consumes {

@@ -144,7 +144,7 @@ pub struct Source {
     envelopes: Feed,
     settler: Settler,
     /// Until the channels are closed.
-    _consumes: Consumes,
+    consumes: Consumes,
 }
 
 impl std::fmt::Debug for Source {
@@ -184,7 +184,7 @@ impl Source {
             envelopes: envelopes.lease.clone(),
         }));
         settler.0.remembered.opened(clock::instant());
-        Ok((Self { events, prefetch, envelopes, settler: settler.clone(), _consumes: consumes }, settler))
+        Ok((Self { events, prefetch, envelopes, settler: settler.clone(), consumes }, settler))
     }
 
     /// The next event if there is one, and room for it.
@@ -201,6 +201,7 @@ impl Source {
             match exchanged {
                 Ok(Some(consumer)) => {
                     self.events.consumer = consumer;
+                    self.consumes.begin_again();
                     self.prefetch.now = next;
                     self.prefetch.since = self.settler.0.tracks().events.latest();
                 }
@@ -235,6 +236,7 @@ impl Source {
             return;
         }
         let exchange = exchange(inner.clone(), self.events.consumer.tag(), self.events.queue.clone(), since, now, next);
+        self.consumes.begin_again();
         self.prefetch.exchange = Some((next, tokio::spawn(exchange)));
     }
 }

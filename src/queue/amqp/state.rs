@@ -814,6 +814,9 @@ impl<'a> Reconciler<'a> {
     /// Whether it looks as if there were no other daemon: of those who read a stream the broker tells nothing, but they consume the
     /// queues that this one consumes. If it consumes none, as when all receivers are down, that says nothing.
     async fn is_alone(&self, broker: &mut Broker<'_>) -> bool {
+        if !self.queue.consumers_are_counted() {
+            return false;
+        }
         let mut consumes = false;
         for s in self.subscribers.iter() {
             let own = self.queue.consumers_of(&s.name);
