@@ -164,9 +164,13 @@ fn a_level_of_the_ladder_that_was_deleted_is_put_back_before_a_batch_is_written_
         let receiver = Receiver::start(|request, _| status(if request.attempt() < 3 { 500 } else { 200 })).await;
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         let daemon = setup.start().await;
-        delete_queue(&broker, "delay.00").await;
+        // Each connection that publishes begins by declaring the ladder: this one has.
         broker.publish("a.b", [event(0)]).await;
         eventually("it arrives", async || receiver.accepted() == [0]).await;
+        receiver.take_requests();
+        delete_queue(&broker, "delay.00").await;
+        broker.publish("a.b", [event(1)]).await;
+        eventually("it arrives too", async || receiver.accepted() == [1]).await;
         let requests = receiver.requests();
         let attempts: Vec<u32> = requests.iter().map(|r| r.attempt()).collect();
         assert_eq!(attempts, [1, 2, 3], "one batch, each attempt once");
