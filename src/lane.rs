@@ -867,15 +867,17 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 let envelopes = vec![parcel.envelope()];
                 self.again(parcel, envelopes, delay);
             }
-            (Disposition::Split { delay }, _) => {
-                // A batch whose body cannot be taken apart, although it was made here, comes again whole.
-                let envelopes = parcel.halves().unwrap_or_else(|| vec![parcel.envelope()]);
-                self.again(parcel, envelopes, delay);
-            }
-            (Disposition::DeadLetter(reason), Some(failure)) => {
-                let letter = parcel.dead_letter(reason, failure, verdict.shortened, clock::now());
-                self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
-            }
+            (Disposition::Split { delay }, failure) => match (parcel.halves(), outcome, failure) {
+                (Some(envelopes), ..) => self.again(parcel, envelopes, delay),
+                // Its header counts more events than its body holds: sent again at once, the same would follow without end.
+                (None, Outcome::TooLarge { .. }, Some(failure)) => self.bury(parcel, Reason::TooLarge, failure, verdict.shortened),
+                (None, Outcome::Refused { .. }, Some(failure)) => self.bury(parcel, Reason::Refused, failure, verdict.shortened),
+                (None, ..) => {
+                    let envelopes = vec![parcel.envelope()];
+                    self.again(parcel, envelopes, delay);
+                }
+            },
+            (Disposition::DeadLetter(reason), Some(failure)) => self.bury(parcel, reason, failure, verdict.shortened),
             (Disposition::Paused(Cause::Gone), _) => self.pause(parcel, "the receiver answered 410 Gone".to_owned(), "receiver"),
             (Disposition::Paused(Cause::Exhausted), Some(failure)) => {
                 let status = failure.status().map(|s| format!(" {s}")).unwrap_or_default();
@@ -889,6 +891,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
             // Only what failed is given up; what was not sent has ended the session.
             (Disposition::DeadLetter(_) | Disposition::Paused(Cause::Exhausted), None) | (Disposition::GivenBack, _) => {}
         }
+    }
+
+    fn bury(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, shortened: Option<Duration>) {
+        let letter = parcel.dead_letter(reason, failure, shortened, clock::now());
+        self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
     }
 
     fn delivered(&mut self, parcel: Parcel) {
