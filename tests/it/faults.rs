@@ -371,6 +371,26 @@ fn a_limit_on_the_queue_of_dead_letters_throws_none_away() {
     });
 }
 
+/// The broker closes the channel of a consumer that keeps a message longer than its consumer timeout.
+#[test]
+fn a_daemon_at_rest_keeps_nothing_unacked() {
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        broker.publish(TYPE, [event(0)]).await;
+        receiver.wait_all(1).await;
+        eventually("all channels have acked all they got", async || {
+            let unacked = broker.node().ctl(&["-q", "list_channels", "--no-table-headers", "messages_unacknowledged"]);
+            let mut channels = unacked.split_whitespace().peekable();
+            channels.peek().is_some() && channels.all(|n| n == "0")
+        })
+        .await;
+        assert!(daemon.stop().await.success());
+    });
+}
+
 #[test]
 fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_than_one_copy() {
     run(async {

@@ -206,7 +206,8 @@ async fn a_start_without_its_folder_unbinds_nobody(queue: Queue) {
     let daemon = world.setup.start().await;
     world.wait_held(&["a", "b"]).await;
     assert_eq!(count(&daemon, "not unbound"), 1, "it is logged once");
-    world.queue.publish(TYPE, [event(1)]).await;
+    let answered = world.api.post("/api/v1/events", &event(1)).await;
+    assert_eq!(answered.json(), json!({ "accepted": 1, "unmatched": 0 }), "both are bound, and get it");
     world.queue.wait_backlog("a", 1).await;
     world.queue.wait_backlog("b", 1).await;
     world.put_back();

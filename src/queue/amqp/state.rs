@@ -55,6 +55,10 @@ const BELIEVED: Duration = Duration::from_secs(3600);
 const PREFETCH: u16 = 1000;
 const ACK_EVERY: u64 = 200;
 
+/// The longest that a record stays unacked when no other comes. The broker closes the channel of a consumer that keeps one for its
+/// consumer timeout, which is 30 minutes by default.
+const ACK_WITHIN: Duration = Duration::from_secs(1);
+
 /// After so long without a record all that the stream held has come.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -283,12 +287,13 @@ async fn next_record(topology: &Topology, lease: &Lease, records: &mut Consumer)
     Ok(delivery)
 }
 
-/// Acks a record and those before it, if that is due.
-async fn ack(lease: &Lease, tag: u64, at_once: bool) -> Result<(), BrokerError> {
-    if at_once || tag.is_multiple_of(ACK_EVERY) {
+/// Acks a record and those before it, if that is due, and returns whether it was.
+async fn ack(lease: &Lease, tag: u64, at_once: bool) -> Result<bool, BrokerError> {
+    let due = at_once || tag.is_multiple_of(ACK_EVERY);
+    if due {
         answer(lease.channel.basic_ack(tag, BasicAckOptions { multiple: true })).await?;
     }
-    Ok(())
+    Ok(due)
 }
 
 async fn read_to_end(queue: &AmqpQueue, lease: &Lease, records: &mut Consumer) -> Result<Recorded, QueueError> {
@@ -443,6 +448,7 @@ impl<'a> Reconciler<'a> {
         let mut recorded = Recorded::default();
         let mut up_to_date = false;
         let mut latest = clock::instant();
+        let mut unacked = None;
         // What commands write, one after the other, must not put it off.
         let mut looked = latest;
         loop {
@@ -483,13 +489,20 @@ impl<'a> Reconciler<'a> {
                     }
                     continue;
                 }
+                () = sleep_until((latest + ACK_WITHIN).into()), if unacked.is_some() => {
+                    if let Some(tag) = unacked.take() {
+                        ack(&lease, tag, true).await.map_err(|why| self.error(&why))?;
+                    }
+                    continue;
+                }
                 () = sleep(RPC_TIMEOUT), if marked && !up_to_date => {
                     return Err(self.error("the broker sent no more records before the last one"));
                 }
             };
             let delivery = next.map_err(|e| self.error(&BrokerError::from(e)))?;
             latest = clock::instant();
-            ack(&lease, delivery.delivery_tag, up_to_date).await.map_err(|why| self.error(&why))?;
+            let acked = ack(&lease, delivery.delivery_tag, up_to_date).await.map_err(|why| self.error(&why))?;
+            unacked = (!acked).then_some(delivery.delivery_tag);
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
