@@ -378,6 +378,10 @@ fn a_daemon_at_rest_keeps_nothing_unacked() {
         let broker = Broker::private().await;
         let receiver = Receiver::accepting().await;
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+        // The second has nothing to record behind what the first did.
+        let daemon = setup.start().await;
+        eventually("it is recorded that the subscriber is bound", async || broker.depth("state").await >= Some(2)).await;
+        assert!(daemon.stop().await.success());
         let daemon = setup.start().await;
         broker.publish(TYPE, [event(0)]).await;
         receiver.wait_all(1).await;
