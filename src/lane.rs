@@ -819,8 +819,22 @@ impl<'l, Q: Queue> Session<'l, Q> {
     fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration, under_way: &UnderWay) {
         // Requests are still made as this one was.
         let current = under_way.generation == self.lane.generation;
-        let (attempt, now) = (parcel.as_attempt(), clock::now());
-        let verdict = decide(&attempt, &outcome, current, &self.lane.health, &self.lane.subscriber.retry, now, clock::random());
+        let (mut attempt, now) = (parcel.as_attempt(), clock::now());
+        if let Some(failure) = outcome.failure() {
+            parcel.has_failed(failure, now);
+        }
+        let decided =
+            |attempt: &Attempt| decide(attempt, &outcome, current, &self.lane.health, &self.lane.subscriber.retry, now, clock::random());
+        let mut verdict = decided(&attempt);
+        let mut halves = None;
+        if matches!(verdict.disposition, Disposition::Split { .. }) {
+            halves = parcel.halves();
+            if halves.is_none() {
+                // Its header counts more events than its body holds. Sent again at once, it would be answered in the same way.
+                attempt.events = 1;
+                verdict = decided(&attempt);
+            }
+        }
         if current {
             verdict::learn(&mut self.lane.health, &attempt, &outcome, now);
         }
@@ -829,15 +843,12 @@ impl<'l, Q: Queue> Session<'l, Q> {
             self.end.get_or_insert(End::Unsent(why));
             return;
         }
-        if let Some(failure) = outcome.failure() {
-            parcel.has_failed(failure, now);
-        }
         self.log(&parcel, took, &outcome, &verdict);
         self.count(under_way.begun, &verdict);
         if let Some(wait) = verdict.hold {
             self.lane.breaker.hold(clock::instant(), wait);
         }
-        self.follow(parcel, &outcome, &verdict);
+        self.follow(parcel, halves, &outcome, &verdict);
         if let Permit::Wait(_) = self.lane.breaker.permit(clock::instant()) {
             self.end.get_or_insert(End::Circuit);
         }
@@ -860,24 +871,17 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     /// Does with the batch what was decided.
-    fn follow(&mut self, parcel: Parcel, outcome: &Outcome, verdict: &Verdict) {
+    fn follow(&mut self, parcel: Parcel, halves: Option<Vec<Envelope>>, outcome: &Outcome, verdict: &Verdict) {
         match (verdict.disposition, outcome.failure()) {
             (Disposition::Delivered, _) => self.delivered(parcel),
-            (Disposition::Retry { delay }, _) => {
-                let envelopes = vec![parcel.envelope()];
+            (Disposition::Retry { delay } | Disposition::Split { delay }, _) => {
+                let envelopes = halves.unwrap_or_else(|| vec![parcel.envelope()]);
                 self.again(parcel, envelopes, delay);
             }
-            (Disposition::Split { delay }, failure) => match (parcel.halves(), outcome, failure) {
-                (Some(envelopes), ..) => self.again(parcel, envelopes, delay),
-                // Its header counts more events than its body holds: sent again at once, the same would follow without end.
-                (None, Outcome::TooLarge { .. }, Some(failure)) => self.bury(parcel, Reason::TooLarge, failure, verdict.shortened),
-                (None, Outcome::Refused { .. }, Some(failure)) => self.bury(parcel, Reason::Refused, failure, verdict.shortened),
-                (None, ..) => {
-                    let envelopes = vec![parcel.envelope()];
-                    self.again(parcel, envelopes, delay);
-                }
-            },
-            (Disposition::DeadLetter(reason), Some(failure)) => self.bury(parcel, reason, failure, verdict.shortened),
+            (Disposition::DeadLetter(reason), Some(failure)) => {
+                let letter = parcel.dead_letter(reason, failure, verdict.shortened, clock::now());
+                self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
+            }
             (Disposition::Paused(Cause::Gone), _) => self.pause(parcel, "the receiver answered 410 Gone".to_owned(), "receiver"),
             (Disposition::Paused(Cause::Exhausted), Some(failure)) => {
                 let status = failure.status().map(|s| format!(" {s}")).unwrap_or_default();
@@ -891,11 +895,6 @@ impl<'l, Q: Queue> Session<'l, Q> {
             // Only what failed is given up; what was not sent has ended the session.
             (Disposition::DeadLetter(_) | Disposition::Paused(Cause::Exhausted), None) | (Disposition::GivenBack, _) => {}
         }
-    }
-
-    fn bury(&mut self, parcel: Parcel, reason: Reason, failure: &Failure, shortened: Option<Duration>) {
-        let letter = parcel.dead_letter(reason, failure, shortened, clock::now());
-        self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
     }
 
     fn delivered(&mut self, parcel: Parcel) {

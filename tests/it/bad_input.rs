@@ -10,6 +10,7 @@ use lapin::{
 use serde_json::Value;
 
 use crate::support::{
+    api::Api,
     broker::{Broker, headers, text},
     daemon::{Daemon, QUICK, SECRET, Setup, subscriber},
     eventually,
@@ -262,6 +263,51 @@ fn large_messages_are_taken_a_few_at_a_time() {
 }
 
 // ---- Envelopes
+
+#[test]
+fn a_batch_that_counts_more_events_than_its_body_holds_is_given_up_as_a_single_event_is() {
+    run(async {
+        let (broker, api) = (Broker::shared(), Api::new());
+        let receiver = Receiver::start(|r, _| match r.id() {
+            "msg_large" => status(413),
+            "msg_refused" => status(422),
+            _ => status(200),
+        })
+        .await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        let retry = format!("{}.sub.a.retry", broker.prefix);
+        // The second is not as hooktrail writes it, so its events cannot be found.
+        for (id, body) in [
+            ("msg_large", r#"{"events":[{"event":"x","n":1}]}"#),
+            ("msg_refused", r#"{ "events":[{"event":"x","n":2},{"event":"x","n":3}]}"#),
+        ] {
+            let table = headers(&[("batch-id", text(id)), ("attempts", AMQPValue::LongLongInt(1)), ("events", AMQPValue::LongLongInt(3))]);
+            let json = BasicProperties::default().with_content_type("application/json".into());
+            broker.put("", &retry, body.as_bytes(), json.with_headers(table)).await;
+        }
+        broker.wait_depth("sub.a.dead", 2).await;
+        let attempts =
+            async |outcome: &str| api.metric(&format!("hooktrail_attempts_total{{subscriber=\"a\",outcome=\"{outcome}\"}}")).await;
+        eventually("both are counted as dead letters", async || attempts("dead_letter").await == Some(2.0)).await;
+        assert_eq!(attempts("split").await, Some(0.0));
+        let (letters, log) = (setup.dead("a"), daemon.log());
+        for (id, reason, status) in [("msg_large", "too_large", 413), ("msg_refused", "refused", 422)] {
+            let letter = letters.iter().find(|l| l["id"] == id).unwrap_or_else(|| panic!("no {id} in {letters:?}"));
+            assert_eq!(
+                (&letter["reason"], &letter["status"], &letter["attempts"]),
+                (&reason.into(), &status.into(), &2.into()),
+                "{letter}"
+            );
+            assert_eq!(receiver.requests().iter().filter(|r| r.id() == id).count(), 1, "it was sent again");
+            let said = format!("outcome=\"dead_letter\" reason=\"{reason}\" status={status}");
+            assert!(log.lines().any(|l| l.contains(id) && l.contains(&said)), "{log}");
+        }
+        assert!(!log.contains("outcome=\"split\""), "{log}");
+    });
+}
 
 #[test]
 fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_names_the_header() {
