@@ -158,6 +158,29 @@ fn an_exchange_that_is_gone_is_reported_and_declared_only_after_its_owner_had_ti
 }
 
 #[test]
+fn what_a_new_connection_finds_missing_of_the_ladder_is_put_back_and_said() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        assert!(!daemon.log().contains("was missing"), "what is declared for the first time was not lost: {}", daemon.log());
+        delete_queue(&broker, "delay.05").await;
+        // Publishing to what does not exist costs the connection that publishes.
+        delete_exchange(&broker).await;
+        assert_eq!(api.post("/api/v1/events", &of_type("x.1", 0)).await.status, 503);
+        daemon.wait_log("broker connection (publishing) works again").await;
+        let log = daemon.log();
+        let said = |l: &str| l.contains("was missing and is declared again") && l.contains(&format!("{}.delay.05", broker.prefix));
+        assert!(log.lines().any(said), "{log}");
+        assert!(broker.depth("delay.05").await.is_some());
+    });
+}
+
+#[test]
 fn a_level_of_the_ladder_that_was_deleted_is_put_back_before_a_batch_is_written_down_and_costs_no_request() {
     run(async {
         let broker = Broker::shared();

@@ -22,6 +22,7 @@ use super::{
     connection::{BrokerError, Dialer, Effort, Pool, Role, answer, close},
     message::Message,
     topology::{Broker, Topology},
+    upkeep::log_put_back,
 };
 use crate::{
     failpoint::{Step, reached},
@@ -104,7 +105,9 @@ impl Publisher {
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (tells, state) = watch::channel(State::Away(None));
         let stop = Arc::new(Notify::new());
-        let task = tokio::spawn(Task { topology, dialer, declaring, role, inbox, state: tells, stop: stop.clone() }.keep(publishing));
+        let task = tokio::spawn(
+            Task { topology, dialer, declaring, role, inbox, state: tells, stop: stop.clone(), found_own: false }.keep(publishing),
+        );
         Self { groups, state, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
@@ -186,6 +189,8 @@ struct Task {
     inbox: mpsc::Receiver<Group>,
     state: watch::Sender<State>,
     stop: Arc<Notify>,
+    /// All of hooktrail's own was there before; what is missing from then on was deleted or lost.
+    found_own: bool,
 }
 
 impl Task {
@@ -207,7 +212,14 @@ impl Task {
         let (connection, _open) = self.dialer.connect(self.role).await?;
         let ended = async {
             // Not the producers' exchange: whoever deletes it to declare it anew must find none of ours in its place.
-            self.topology.ensure_own(&mut Broker::new(&self.declaring)).await?;
+            let mut broker = Broker::new(&self.declaring);
+            let ensured = self.topology.ensure_own(&mut broker).await;
+            if self.found_own {
+                log_put_back(&mut broker);
+            }
+            ensured?;
+            self.found_own = true;
+            drop(broker);
             let open = async {
                 let channel = connection.create_channel().await?;
                 channel.confirm_select(ConfirmSelectOptions::default()).await?;

@@ -252,6 +252,13 @@ impl Missing {
     }
 }
 
+/// Of what all lanes share, and of a lane's ways back.
+pub(super) fn log_put_back(broker: &mut Broker<'_>) {
+    for name in broker.take_declared() {
+        tracing::error!(name, "was missing and is declared again: batches or dead letters that were in it are lost");
+    }
+}
+
 impl AmqpQueue {
     /// Declares the witness. Who may not bind it goes without.
     async fn witness(&self, broker: &mut Broker<'_>) {
@@ -309,9 +316,7 @@ impl AmqpQueue {
         if let (Ok(()), Some(subscriber)) = (&mended, subscriber) {
             mended = topology.ensure_ways_back(&mut broker, subscriber).await;
         }
-        for name in broker.take_declared() {
-            tracing::error!(name, "was missing and is declared again: batches or dead letters that were in it are lost");
-        }
+        log_put_back(&mut broker);
         mended
     }
 
