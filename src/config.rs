@@ -203,7 +203,7 @@ pub struct LogConfig {
 /// From `[http]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpPolicy {
-    /// Of a whole attempt, the answer's body included.
+    /// From when a request is on a connection until its answer's status; see [`Subscriber::longest_attempt`].
     pub timeout: Duration,
     pub connect_timeout: Duration,
     /// Requests in flight to the subscriber.
@@ -213,6 +213,23 @@ pub struct HttpPolicy {
     pub addresses: AddressPolicy,
     /// Then it decides about the addresses of names.
     pub proxy: Option<SecretUrl>,
+}
+
+impl Subscriber {
+    /// The longest that an attempt takes. Over HTTP/2, where the receiver allows fewer requests at once, one may wait for a place on the
+    /// connection as long as those before it take; its own time begins then. Over HTTP/1.1 it waits only for a connection.
+    pub fn longest_attempt(&self) -> Duration {
+        let HttpPolicy { timeout, connect_timeout, proxy, .. } = &self.http;
+        // HTTP/2 is agreed on within TLS.
+        let over_http_1 = self.url.expose().scheme() == "http" && proxy.is_none();
+        let wait = if over_http_1 { *connect_timeout.min(timeout) } else { *timeout };
+        wait + *timeout + HttpPolicy::MARGIN
+    }
+}
+
+impl HttpPolicy {
+    /// What an attempt may take beyond its times: that its own limits come first, and that the text of an answer is read.
+    pub const MARGIN: Duration = Duration::from_secs(2);
 }
 
 /// How a request says whom it is from, from `auth`.

@@ -29,6 +29,7 @@ use crate::{
         CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, MAX_ERROR_LEN, Pause, Queue, QueueError, Reason, Receipt, SettleError,
         Settlement, Settler, Source, Standing, Standings, Story, Taken, Window,
     },
+    resources,
     retry::Waits,
     status::{Circuit, Ended, LaneStatus, LastError},
     turn::{Slots, Turn, Turns, Waiting},
@@ -286,9 +287,7 @@ impl<Q: Queue> Lane<Q> {
                 }
                 End::Lost(e) => self.trouble.is(&e),
                 End::Unsettled(why) => self.trouble.is(&why),
-                End::Unsent(why) => {
-                    tracing::warn!(subscriber = self.subscriber.name, error = why, "a request could not be sent; its batch was given back");
-                }
+                End::Unsent(why) => resources::report(&self.subscriber.name, &why, clock::instant()),
             }
             let recover = async {
                 tokio::time::sleep(waits.grow()).await;

@@ -488,12 +488,12 @@ impl Window {
     }
 
     /// The longest that a message of this window is held before it is settled, if each batch has so many
-    /// events and each attempt takes all the time it may: its wait for company, the attempts before its
+    /// events and each attempt takes [all the time it may](Subscriber::longest_attempt): its wait for company, the attempts before its
     /// own, and that. Retries that are due come on top.
     pub fn longest_hold(self, subscriber: &Subscriber, events_in_a_batch: usize) -> Duration {
         let at_once = subscriber.http.concurrency * events_in_a_batch.max(1);
         let attempts = usize::from(self.events).div_ceil(at_once).max(1);
-        subscriber.batch.max_wait + subscriber.http.timeout.saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
+        subscriber.batch.max_wait + subscriber.longest_attempt().saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
     }
 
     /// With fewer events in each batch than this a message of this window could be held for longer than `limit`; with as many as a

@@ -1,6 +1,7 @@
 //! What the system lets this process have: its file descriptors, ports and buffers. A lack of them is no receiver's failure.
 
 use std::{
+    collections::BTreeMap,
     io::Error,
     os::fd::AsFd as _,
     sync::{Mutex, PoisonError},
@@ -12,7 +13,7 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-/// Between two lines of the log about it.
+/// Between two lines of the log about the same lack.
 const QUIET: Duration = Duration::from_secs(60);
 
 /// Raises the limit of open files to what the system allows this process. Many start with 1,024, which a few hundred
@@ -47,13 +48,27 @@ pub fn without_descriptors() -> Option<&'static str> {
     lacking(&std::io::stderr().as_fd().try_clone_to_owned().err()?)
 }
 
-/// Says it in the log, once a minute however many requests it concerns.
-pub fn report(what: &str, now: Instant) {
-    static REPORTED: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut reported = REPORTED.lock().unwrap_or_else(PoisonError::into_inner);
-    if reported.is_none_or(|at| now.saturating_duration_since(at) >= QUIET) {
-        *reported = Some(now);
-        tracing::error!(error = what, "requests cannot be sent; they are no attempts, and their events wait in the queue");
+/// When each reason was logged last. There are a few of them.
+#[derive(Debug, Default)]
+struct Reports(BTreeMap<String, Instant>);
+
+impl Reports {
+    /// Whether it is to be logged now.
+    fn is_due(&mut self, what: &str, now: Instant) -> bool {
+        let due = self.0.get(what).is_none_or(|at| now.saturating_duration_since(*at) >= QUIET);
+        if due {
+            self.0.insert(what.to_owned(), now);
+        }
+        due
+    }
+}
+
+/// Logs why requests cannot be sent, each reason once a minute however many requests and subscribers it concerns. The status has it
+/// of each subscriber.
+pub fn report(subscriber: &str, what: &str, now: Instant) {
+    static REPORTS: Mutex<Reports> = Mutex::new(Reports(BTreeMap::new()));
+    if REPORTS.lock().unwrap_or_else(PoisonError::into_inner).is_due(what, now) {
+        tracing::error!(subscriber, error = what, "requests cannot be sent; they are no attempts, and their events wait in the queue");
     }
 }
 
@@ -71,6 +86,14 @@ mod tests {
             assert_eq!(lacking(&Error::from_raw_os_error(errno.raw_os_error())), None, "{errno}");
         }
         assert_eq!(lacking(&Error::other("EMFILE")), None);
+    }
+
+    #[test]
+    fn each_lack_is_logged_once_a_minute() {
+        let (mut reports, now) = (Reports::default(), crate::clock::instant());
+        assert!(reports.is_due("EMFILE", now) && !reports.is_due("EMFILE", now + QUIET / 2));
+        assert!(reports.is_due("no stream", now + QUIET / 2), "another reason");
+        assert!(reports.is_due("EMFILE", now + QUIET) && !reports.is_due("no stream", now + QUIET));
     }
 
     #[test]

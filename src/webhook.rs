@@ -28,7 +28,6 @@ use crate::{
     clock,
     config::{HttpPolicy, Subscriber},
     payload::Format,
-    resources,
     retry::MAX_DELAY,
     signature::Signer,
     tls::SystemRoots,
@@ -40,6 +39,8 @@ const MAX_ANSWER: usize = 64 * 1024;
 /// How long an answer's body is waited for. Its status has said all that counts; the rest is for the connection, which can
 /// be used again then, and for a dead letter's reader.
 const BODY_TIME: Duration = Duration::from_secs(1);
+
+const _: () = assert!(body::GRACE.as_secs() + BODY_TIME.as_secs() == HttpPolicy::MARGIN.as_secs(), "what an attempt may take");
 
 /// What of an answer's text is kept for a dead letter, in bytes.
 const MAX_EXCERPT: usize = 1024;
@@ -244,7 +245,7 @@ impl Webhook {
         Ok(Self { connections, url, own_headers, signer, success, timeout, literal_blocked })
     }
 
-    /// Makes one attempt. It ends within the configured timeout whatever the receiver does.
+    /// Makes one attempt. It ends within [`Subscriber::longest_attempt`] whatever the receiver does.
     pub async fn send(&self, request: Request) -> Outcome {
         self.send_at(request, clock::instant()).await
     }
@@ -280,7 +281,7 @@ impl Webhook {
         self.headers(request, clock::now()).map_err(Failure::Internal)
     }
 
-    /// Sends a request and reads the answer, within the timeout.
+    /// Sends a request and reads the answer: waits for a place on a connection, and then for the answer, each within the timeout.
     async fn exchange(&self, headers: HeaderMap, body: Bytes, now: Instant) -> Result<Response, NotAnswered> {
         let progress = Arc::new(Progress::default());
         let response = tokio::select! {
@@ -320,11 +321,7 @@ impl Webhook {
                     progress.again();
                 }
                 Err(e) => {
-                    let not_answered = errors::classify(e, progress, self.connections.only_v4(&self.url));
-                    if let NotAnswered::Unsent(why) = &not_answered {
-                        resources::report(why, clock::instant());
-                    }
-                    return Err(not_answered);
+                    return Err(errors::classify(e, progress, self.connections.only_v4(&self.url)));
                 }
             }
         }

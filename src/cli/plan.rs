@@ -331,11 +331,11 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     }
     line(format!("  {}", ending(plan)));
     if let Some(end) = middle.end().filter(|end| end.number > 1) {
-        let longest = s.http.timeout.saturating_mul(end.number);
+        let longest = s.longest_attempt();
         line(format!(
-            "  each attempt itself can take up to {} more (http.timeout), all of them together {}",
-            span(s.http.timeout),
-            span(longest)
+            "  each attempt itself can take up to {} more (http.timeout, after a wait for a place on a connection), all of them together {}",
+            span(longest),
+            span(longest.saturating_mul(end.number))
         ));
     }
     line(format!("  {}", circuit(&s.circuit_breaker)));
@@ -361,7 +361,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
 fn hold(bounds: &Bounds) -> String {
     let (longest, allowed) = (span(bounds.hold), span(CONSUMER_TIMEOUT));
     let held = format!(
-        "hold: with full batches a message waits at most {longest} for its ack, when each attempt takes as long as http.timeout lets it. \
+        "hold: with full batches a message waits at most {longest} for its ack, when each attempt takes as long as it may. \
          RabbitMQ's consumer_timeout is {allowed}, unless it was changed"
     );
     match bounds.fewest {
@@ -647,8 +647,8 @@ mod tests {
             "then it becomes a dead letter (reason `exhausted`), 46h 38m after the first attempt (37h 16m to 47h 36m by the jitter): retry.max_attempts = 16 is reached",
             "opens after 5 failed attempts in a row. Then nothing is sent for 30s, and after that one batch is tried. If that fails too, it stays open for twice as long, up to 10m.",
             "memory: 3.0 MiB with full batches. It takes up to 1,000 events and 1 failed batch at once: 65.0 MiB if each",
-            "with full batches a message waits at most 1m 1s",
-            "With fewer than 17 events in each batch",
+            "with full batches a message waits at most 2m 5s",
+            "With fewer than 35 events in each batch",
             "consumer_timeout is 30m",
             "is not known: nobody was asked",
         ] {

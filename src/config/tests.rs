@@ -673,3 +673,21 @@ fn a_preset_brings_every_key_that_its_own_values_need() {
     let config = load_text(&text).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(config.subscribers[0].retry.options().max_interval, Duration::from_secs(300));
 }
+
+#[test]
+fn an_attempt_over_http_2_may_wait_for_a_place_as_long_as_for_its_answer() {
+    let longest = |url: &str, http: &str| {
+        let text =
+            format!("{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, {http} }}\n");
+        load_text(&text).unwrap_or_else(|e| panic!("{e:?}")).subscribers[0].longest_attempt().as_secs()
+    };
+    let times = "timeout = \"20s\", connect_timeout = \"3s\"";
+    assert_eq!(longest("https://example.com/", times), 20 + 20 + 2);
+    assert_eq!(longest("http://example.com/", times), 3 + 20 + 2, "HTTP/1.1: for a connection");
+    assert_eq!(longest("http://example.com/", "timeout = \"2s\", connect_timeout = \"5s\""), 2 + 2 + 2, "never longer than that");
+    assert_eq!(
+        longest("http://example.com/", &format!("{times}, proxy = \"https://127.0.0.1:1\"")),
+        20 + 20 + 2,
+        "agreed on with the proxy"
+    );
+}

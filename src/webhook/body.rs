@@ -21,7 +21,7 @@ const PIECE: usize = 16 * 1024;
 
 /// How long after the time of an attempt it is still waited for the connection: its own limit is at most that time, and is to
 /// be what is told.
-const GRACE: Duration = Duration::from_secs(1);
+pub(super) const GRACE: Duration = Duration::from_secs(1);
 
 /// How far a request got: told by its body.
 #[derive(Debug, Default)]

@@ -113,7 +113,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             look.expect("ok", about, found);
         }
         look.expect_of_streams("ok", "its feature flag is on");
-        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 100ms with full batches (`a`)");
+        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 14s 100ms with full batches (`a`)");
         assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));
         let told = setup.ok(&["check", "--connect"]);
         assert!(told.contains("# ok: broker: RabbitMQ ") && told.contains("# Nothing harmful was found."), "{told}");

@@ -768,9 +768,8 @@ impl Look<'_> {
             s.name
         );
         if fewest > 1 {
-            found += &format!(
-                "; with fewer than {fewest} events in each, and attempts as slow as http.timeout allows, for longer than that default"
-            );
+            found +=
+                &format!("; with fewer than {fewest} events in each, and attempts as slow as they may be, for longer than that default");
         }
         let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
         self.found(Finding::note("consumer_timeout", found).mended(look));
