@@ -136,12 +136,12 @@ impl Board {
         lock(&self.0.lanes).values().for_each(|lane| lane.forget_missed(at));
         if let Ok(depths) = &found {
             let metrics = &self.0.metrics;
-            let all_retries = || depths.subscribers.values().map(|d| d.retries).sum();
-            metrics.set_delayed_retries(depths.delayed.unwrap_or_else(all_retries));
+            let of_each = || depths.subscribers.values().map(|d| d.delayed).sum();
+            metrics.set_delayed_retries(depths.delayed.unwrap_or_else(of_each));
             metrics.set_orphans(depths.orphans);
-            metrics.set_removed(&depths.removed.iter().map(|(name, d)| (name.clone(), d.events + d.retries + d.dead)).collect());
+            metrics.set_removed(&depths.removed.iter().map(|(name, d)| (name.clone(), d.events + d.batches() + d.dead)).collect());
             for (name, lane) in &*lock(&self.0.lanes) {
-                let Depth { events, retries, dead } = depths.subscribers.get(name).copied().unwrap_or_default();
+                let Depth { events, retries, dead, .. } = depths.subscribers.get(name).copied().unwrap_or_default();
                 lock(&lane.0).metrics.queues([events, retries, dead]);
             }
         }
@@ -704,23 +704,27 @@ mod tests {
     fn a_look_at_the_queues_is_told_by_subscriber() {
         let board = board();
         board.lane("a");
-        let depth = Depth { events: 5, retries: 1, dead: 2 };
+        let depth = Depth { events: 5, retries: 1, delayed: 3, dead: 2 };
         let depths = Depths {
             subscribers: [("a".to_owned(), depth)].into(),
             removed: [("gone".to_owned(), depth)].into(),
-            delayed: Some(3),
+            delayed: Some(7),
             orphans: 4,
         };
-        board.looked(clock::now(), Ok(depths));
+        board.looked(clock::now(), Ok(depths.clone()));
         let text = board.metrics().expose();
         for line in [
             "hooktrail_queue_messages{subscriber=\"a\",queue=\"dead\"} 2",
-            "hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 8",
-            "hooktrail_delayed_retries 3",
+            "hooktrail_queue_messages{subscriber=\"a\",queue=\"retry\"} 1",
+            "hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 11",
+            "hooktrail_delayed_retries 7",
             "hooktrail_orphans 4",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }
+        board.looked(clock::now(), Ok(Depths { delayed: None, ..depths }));
+        let text = board.metrics().expose();
+        assert!(text.contains("hooktrail_delayed_retries 3"), "those of each subscriber: {text}");
         board.forget("a");
         assert!(!board.metrics().expose().contains("subscriber=\"a\""));
     }

@@ -241,7 +241,7 @@ impl<Q: Queue> Control<Q> {
         let depths = looked.as_ref().and_then(|l| l.found.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
         let removed: Vec<Value> =
-            removed.map(|(name, d)| json!({ "subscriber": name, "events": d.events, "retries": d.retries, "dead": d.dead })).collect();
+            removed.map(|(name, d)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead })).collect();
         let found = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "phase": self.phase.borrow().name(),
@@ -380,7 +380,7 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
     let last_error =
         view.last_error.as_ref().map(|e| json!({ "at": rfc3339(e.at), "failure": e.failure, "status": e.status, "cause": e.cause }));
     let scheduled = view.retries_scheduled as u64;
-    let in_retry = depth.map(|d| if counts_all { d.retries } else { d.retries + scheduled });
+    let in_retry = depth.map(|d| if counts_all { d.batches() } else { d.retries + scheduled });
     let thousandths = |n: u64| n as f64 / 1000.0;
     json!({
         "subscriber": name,

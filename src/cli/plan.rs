@@ -82,7 +82,7 @@ impl<'c> Plan<'c> {
     fn new(subscriber: &'c Subscriber, ladder: bool) -> Self {
         let hold = if ladder { amqp::hold } else { |delay| Hold { delay, hops: 0 } };
         let courses = [0.5, 0.0, 1.0].map(|random| Course::new(&subscriber.retry, hold, random));
-        Self { subscriber, ladder, courses, bounds: Bounds::new(subscriber, ladder) }
+        Self { subscriber, ladder, courses, bounds: Bounds::new(subscriber) }
     }
 }
 
@@ -217,7 +217,7 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn new(subscriber: &Subscriber, ladder: bool) -> Self {
+    fn new(subscriber: &Subscriber) -> Self {
         let window = Window::of(subscriber);
         let (events, envelopes) = (u64::from(window.events), u64::from(window.envelopes));
         let (slots, body) = (subscriber.http.concurrency as u64, subscriber.batch.max_bytes as u64);
@@ -225,11 +225,7 @@ impl Bounds {
             window,
             requests: subscriber.http.concurrency,
             usual: (2 * slots).min(events) * body + envelopes * body,
-            worst: if ladder {
-                (events * body).min(MOST_BYTES.max(u64::from(FEWEST) * body)) + envelopes * body
-            } else {
-                (events + envelopes) * body
-            },
+            worst: (events * body).min(MOST_BYTES.max(u64::from(FEWEST) * body)) + envelopes * body,
             hold: window.longest_hold(subscriber, subscriber.batch.max_events),
             fewest: window.fewest_events(subscriber, CONSUMER_TIMEOUT),
         }
@@ -342,7 +338,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
     line(format!(
         "  memory: {} with full batches. It takes up to {} {} and {} {} at once: {} if each is as large as a body may be \
-         (batch.max_bytes = {}){}",
+         (batch.max_bytes = {}). Of events it takes no more than 64 MiB, or 16 if those are larger",
         size(bounds.usual),
         grouped(bounds.window.events.into()),
         agreed(&bounds.window.events, "event(s)"),
@@ -350,7 +346,6 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
         agreed(&bounds.window.envelopes, "failed batch(es)"),
         size(bounds.worst),
         size(s.batch.max_bytes as u64),
-        if *ladder { ". Of events it takes no more than 64 MiB from RabbitMQ, or 16 if those are larger" } else { "" }
     ));
     if *ladder {
         line(format!("  {}", hold(bounds)));

@@ -109,7 +109,7 @@ fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Faile
     }
     if args.json {
         let subscriber =
-            |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.retries, "dead": d.dead });
+            |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead });
         let subscribers: Vec<_> = depths.subscribers.iter().map(subscriber).collect();
         let (delayed, orphans) = (depths.delayed, depths.orphans);
         println!(
@@ -185,9 +185,8 @@ fn still_bound(names: &str) -> String {
 }
 
 fn told(depth: Depth) -> String {
-    let Depth { events, retries, dead } = depth;
-    let (events, retries) = (counted(events, "event(s)"), counted(retries, "batch(es) to retry"));
-    format!("{events}, {retries}, {}", counted(dead, "dead letter(s)"))
+    let (events, batches) = (counted(depth.events, "event(s)"), counted(depth.batches(), "batch(es) to retry"));
+    format!("{events}, {batches}, {}", counted(depth.dead, "dead letter(s)"))
 }
 
 fn confirm(number: usize) -> Result<bool, Failed> {

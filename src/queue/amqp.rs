@@ -559,7 +559,7 @@ impl AmqpQueue {
         );
         let of = |n: Option<u64>| n.unwrap_or(0);
         let there = events.is_some() || retries.is_some() || dead.is_some();
-        Ok(there.then(|| Depth { events: of(events), retries: of(retries), dead: of(dead) }))
+        Ok(there.then(|| Depth { events: of(events), retries: of(retries), delayed: 0, dead: of(dead) }))
     }
 
     /// What could not be routed back to its subscriber, and invalid events of a source queue.

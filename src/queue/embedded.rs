@@ -20,17 +20,20 @@ mod waiting;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
-use self::store::{Access, Store};
 pub use self::{
     dead::DeadLetters,
     lane::{Settler, Source},
+};
+use self::{
+    lane::{Held, LaneRef},
+    store::{Access, Store},
 };
 use crate::{
     clock,
@@ -72,6 +75,8 @@ struct Inner {
     removals: Removals,
     /// For whom this was made ready last.
     prepared: Mutex<BTreeSet<String>>,
+    /// The latest session of each subscriber.
+    lanes: Mutex<BTreeMap<String, LaneRef>>,
 }
 
 impl EmbeddedQueue {
@@ -112,8 +117,9 @@ impl EmbeddedQueue {
         let news = watch::Sender::new(0);
         let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let retention = config.retention;
-        let (standings, removals, prepared) = (watch::Sender::new(None), Removals::default(), Mutex::default());
-        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings, removals, prepared })))
+        let (standings, removals) = (watch::Sender::new(None), Removals::default());
+        let (prepared, lanes) = (Mutex::default(), Mutex::default());
+        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings, removals, prepared, lanes })))
     }
 
     /// Whether the database in a directory holds what was not delivered, if there is one.
@@ -129,13 +135,17 @@ impl EmbeddedQueue {
             .store()
             .read(|db| {
                 let retries: bool = db.query_row("SELECT EXISTS (SELECT 1 FROM retry)", [], |r| r.get(0))?;
-                Ok(retries || !backlogs(db)?.iter().all(|(_, n)| *n == 0))
+                Ok(retries || !backlogs(db, &BTreeMap::new())?.iter().all(|(_, n)| *n == 0))
             })
             .await
     }
 
     fn store(&self) -> &Store {
         &self.0.store
+    }
+
+    fn lanes(&self) -> MutexGuard<'_, BTreeMap<String, LaneRef>> {
+        self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Deletes the database with all that is in it. For whoever has it [for itself](Self::for_daemon).
@@ -151,7 +161,7 @@ impl EmbeddedQueue {
     /// # Errors
     /// The database cannot be read.
     pub async fn everything(&self) -> Result<Depths, QueueError> {
-        self.store().read(|db| Ok(Depths { subscribers: depths(db)?, ..Depths::default() })).await
+        self.store().read(|db| Ok(Depths { subscribers: depths(db, &BTreeMap::new())?, ..Depths::default() })).await
     }
 
     /// What there is of each kind for each subscriber, by names such as `siem: events to deliver`.
@@ -160,7 +170,8 @@ impl EmbeddedQueue {
     /// The database cannot be read.
     pub async fn counts(&self) -> Result<Vec<(String, u32)>, QueueError> {
         let count = |db: &Connection| {
-            let mut counts = backlogs(db)?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
+            let mut counts =
+                backlogs(db, &BTreeMap::new())?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
             for (table, what) in [("retry", "batches to try again"), ("dead", "dead letters")] {
                 let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"))?;
                 let rows = query.query_map([], |r| Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?)))?;
@@ -318,7 +329,9 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
-        lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window).await
+        let (source, settler) = lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window).await?;
+        self.lanes().insert(subscriber.name.clone(), settler.lane());
+        Ok((source, settler))
     }
 
     async fn writable(&self) {
@@ -398,8 +411,15 @@ impl Queue for EmbeddedQueue {
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let place = self.store().place();
+        // Before the database is read: what is settled meanwhile is not counted at all, and what is taken meanwhile was not taken yet.
+        let in_hand: BTreeMap<String, Held> = self.lanes().iter().filter_map(|(name, lane)| Some((name.clone(), lane.held()?))).collect();
+        let look = move |db: &Connection| {
+            // One snapshot: a batch that fails meanwhile is among the events or among the retries.
+            let db = db.unchecked_transaction()?;
+            place.check().map_or_else(|| depths(&db, &in_hand).map(Ok), |lost| Ok(Err(lost)))
+        };
         // What was asked and not answered is told as the queue's error: status and log say the same.
-        let found = self.store().look(move |db| place.check().map_or_else(|| depths(db).map(Ok), |lost| Ok(Err(lost)))).await?;
+        let found = self.store().look(look).await?;
         let mut found = found.map_err(QueueError::needs_operator)?;
         let (mut configured, mut removed) = (BTreeMap::new(), BTreeMap::new());
         for s in subscribers {
@@ -423,7 +443,7 @@ impl Queue for EmbeddedQueue {
             let open: bool =
                 db.query_row("SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)", [&name], |r| r.get(0))?;
             // In the same transaction: what came since somebody looked is seen.
-            let full = !with_events && depths(db)?.get(&name).is_some_and(|d| !d.is_empty());
+            let full = !with_events && depths(db, &BTreeMap::new())?.get(&name).is_some_and(|d| !d.is_empty());
             if open || full {
                 return Ok(if open { Pruned::StillOpen } else { Pruned::Full });
             }
@@ -457,18 +477,29 @@ enum Pruned {
     StillOpen,
 }
 
-/// Of everybody who has anything.
-fn depths(db: &Connection) -> rusqlite::Result<BTreeMap<String, Depth>> {
+/// Of everybody who has anything, without what lanes have in hand.
+fn depths(db: &Connection, in_hand: &BTreeMap<String, Held>) -> rusqlite::Result<BTreeMap<String, Depth>> {
     let mut depths: BTreeMap<String, Depth> = BTreeMap::new();
-    for (name, events) in backlogs(db)? {
+    for (name, events) in backlogs(db, in_hand)? {
         depths.entry(name).or_default().events = events.into();
     }
-    for (table, of) in [("retry", (|d| &mut d.retries) as fn(&mut Depth) -> &mut u64), ("dead", |d| &mut d.dead)] {
-        let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1"))?;
-        let mut rows = query.query([])?;
-        while let Some(row) = rows.next()? {
-            *of(depths.entry(row.get(0)?).or_default()) = row.get::<_, i64>(1)?.unsigned_abs();
+    let now = millis(clock::now());
+    let mut query = db.prepare("SELECT subscriber, id, due <= ?1 FROM retry")?;
+    let mut rows = query.query([now])?;
+    while let Some(row) = rows.next()? {
+        let (name, id): (String, i64) = (row.get(0)?, row.get(1)?);
+        let is_held = in_hand.get(&name).is_some_and(|held| held.envelopes.contains(&id));
+        let depth = depths.entry(name).or_default();
+        match (is_held, row.get(2)?) {
+            (true, _) => {}
+            (false, true) => depth.retries += 1,
+            (false, false) => depth.delayed += 1,
         }
+    }
+    let mut query = db.prepare("SELECT subscriber, count(*) FROM dead GROUP BY 1")?;
+    let mut rows = query.query([])?;
+    while let Some(row) = rows.next()? {
+        depths.entry(row.get(0)?).or_default().dead = row.get::<_, i64>(1)?.unsigned_abs();
     }
     Ok(depths)
 }
@@ -567,17 +598,17 @@ fn end_segment(db: &Connection, id: i64, subscriber: &str, patterns: &[Pattern],
     Ok(())
 }
 
-/// How many events each subscriber has still to get.
-fn backlogs(db: &Connection) -> rusqlite::Result<Vec<(String, u32)>> {
+/// How many events each subscriber has still to get, without those that its lane has in hand.
+fn backlogs(db: &Connection, in_hand: &BTreeMap<String, Held>) -> rusqlite::Result<Vec<(String, u32)>> {
     let mut found: Vec<(String, u32)> = Vec::new();
     let segments = db
         .prepare("SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807) FROM segment ORDER BY subscriber, after")?
         .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?
         .collect::<rusqlite::Result<Vec<(String, String, i64, i64)>>>()?;
     for (subscriber, patterns, after, upto) in segments {
-        let mut waiting = 0;
-        each_waiting(db, &subscriber, &parse_patterns(&patterns), after, upto, |_| {
-            waiting += 1;
+        let (mut waiting, held) = (0, in_hand.get(&subscriber).map(|held| &held.events));
+        each_waiting(db, &subscriber, &parse_patterns(&patterns), after, upto, |seq| {
+            waiting += u32::from(!held.is_some_and(|held| held.contains(&seq)));
             true
         })?;
         match found.last_mut() {
@@ -722,7 +753,7 @@ mod tests {
         tokio::time::sleep(Duration::from_millis(5)).await;
         queue.trim().await.expect("trims");
         assert_eq!(stored(&queue).await, 1, "that of `last`");
-        let left = queue.store().read(backlogs).await.expect("counts");
+        let left = queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts");
         assert_eq!(left, [("a".to_owned(), 0), ("last".to_owned(), 1)]);
     }
 
@@ -763,7 +794,7 @@ mod tests {
                 let receipt = expected.remove(at);
                 settler.settle(vec![receipt], Settlement::Delivered).await.expect("settles");
             }
-            let left = queue.store().read(backlogs).await.expect("counts");
+            let left = queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts");
             assert_eq!(left, [("a".to_owned(), u32::try_from(expected.len()).expect("few"))]);
         }
         let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
@@ -775,6 +806,47 @@ mod tests {
         assert_eq!(rows, 0, "nothing is ahead of the cursor any more");
         let (mut source, _) = queue.open(&a[0], WINDOW).await.expect("opens");
         assert_eq!(take(&mut source).await.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn large_events_are_taken_a_few_at_a_time() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::ZERO)).expect("opens");
+        let a = subscribers(&[("a", "x")]);
+        queue.prepare(&a).await.expect("prepares");
+        // Of these 16 have more bytes than are taken of smaller ones, of which 64 fit.
+        for (mib, count, most) in [(5, 20, 16), (1, 80, 64)] {
+            let event = NewEvent { event_type: "x".to_owned(), message_id: None, body: vec![b'x'; mib << 20].into(), traceparent: None };
+            for _ in 0..count {
+                queue.publish(vec![event.clone()]).await.expect("publishes");
+            }
+            let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
+            let mut receipts = Vec::new();
+            let mut take = async || {
+                let mut taken = Vec::new();
+                source.take(&mut taken, 100).await.expect("takes");
+                let receipt = |t: &Taken| if let Taken::Event(e) = t { e.receipt } else { panic!("{t:?}") };
+                (taken.iter().map(receipt).collect::<Vec<_>>(), source.is_full())
+            };
+            loop {
+                let (taken, is_full) = take().await;
+                receipts.extend(taken);
+                if is_full && receipts.len() >= most {
+                    break;
+                }
+            }
+            assert_eq!(receipts.len(), most, "events of {mib} MiB");
+            settler.settle(receipts.split_off(most - 2), Settlement::Delivered).await.expect("settles");
+            let (taken, is_full) = take().await;
+            assert_eq!((taken.len(), is_full), (2, true), "for as many there is room");
+            receipts.extend(taken);
+            while !receipts.is_empty() {
+                settler.settle(std::mem::take(&mut receipts), Settlement::Delivered).await.expect("settles");
+                if queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts") != [("a".to_owned(), 0)] {
+                    receipts.extend(take().await.0);
+                }
+            }
+        }
     }
 
     #[tokio::test]
@@ -871,7 +943,10 @@ mod tests {
         receipts.extend(take(&mut source).await);
         assert_eq!(receipts.len(), 6, "what had come before it was removed, and what comes now");
         settler.settle(receipts, Settlement::Delivered).await.expect("settles");
-        assert_eq!(queue.store().read(backlogs).await.expect("counts"), [("a".to_owned(), 9), ("b".to_owned(), 0)]);
+        assert_eq!(
+            queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts"),
+            [("a".to_owned(), 9), ("b".to_owned(), 0)]
+        );
         chores.abort();
     }
 
@@ -942,7 +1017,9 @@ mod tests {
         queue.record("b", paused.clone()).await.expect("is recorded");
         let everything = async || {
             let segments = "SELECT group_concat(subscriber || ' ' || patterns || ' ' || after || ' ' || coalesce(upto, '-')) FROM segment";
-            let all = |db: &Connection| Ok((db.query_row(segments, [], |r| r.get::<_, String>(0))?, backlogs(db)?, standings(db)?));
+            let all = |db: &Connection| {
+                Ok((db.query_row(segments, [], |r| r.get::<_, String>(0))?, backlogs(db, &BTreeMap::new())?, standings(db)?))
+            };
             queue.store().read(all).await.expect("reads")
         };
         let before = everything().await;

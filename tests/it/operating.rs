@@ -1,6 +1,7 @@
 //! What an operator sees of a running daemon: status, metrics, the API.
 
 use std::{
+    collections::BTreeSet,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
     time::Duration,
@@ -18,7 +19,7 @@ use crate::support::{
     daemon::{QUICK, Setup, subscriber},
     eventually, free_port,
     queue::{Queue, on_both_queues},
-    receiver::{Receiver, event, status},
+    receiver::{Receiver, Request, event, status},
     run,
 };
 use crate::verifiers::{output, repository, verifiers};
@@ -26,6 +27,7 @@ use crate::verifiers::{output, repository, verifiers};
 on_both_queues!(
     status_says_how_each_subscriber_is_and_why,
     metrics_count_what_happens,
+    what_a_lane_has_in_hand_is_not_in_the_queue_too,
     the_api_answers_what_it_is_asked_and_nothing_to_web_pages,
 );
 
@@ -79,6 +81,37 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     assert!(daemon.stop().await.success());
     let alone = setup.run(&["status"]);
     assert!(alone.status.code() == Some(1) && String::from_utf8_lossy(&alone.stderr).contains("no daemon answers at"));
+}
+
+async fn what_a_lane_has_in_hand_is_not_in_the_queue_too(queue: Queue) {
+    let hanging = || status(200).after(Duration::from_secs(600));
+    let first = Receiver::start(move |_, _| hanging()).await;
+    let again = Receiver::start(|_, _| status(500)).await;
+    let api = Api::new();
+    let more = "http = { concurrency = 1, timeout = \"2m\" }\nbatch = { max_events = 1 }";
+    let text = QUICK.to_owned() + &api.section() + &subscriber("first", &first.url, more) + &subscriber("again", &again.url, more);
+    let setup = Setup::new(&queue, &text);
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, (0..10).map(event)).await;
+    let is = async |series: &str, value: f64| {
+        eventually(&format!("{series} is {value}"), async || api.metric(series).await == Some(value)).await;
+    };
+    // A request and the batch after it.
+    api.wait("first", "two in hand, eight in the queue", |s| s["in_hand"] == 2 && s["backlog"] == 8 && s["in_retry"] == 0).await;
+    is("hooktrail_queue_messages{subscriber=\"first\",queue=\"main\"}", 8.0).await;
+
+    eventually("all have failed once", async || again.requests().iter().map(Request::id).collect::<BTreeSet<_>>().len() == 10).await;
+    again.now(move |_, _| hanging());
+    api.wait("again", "one in hand, nine to be tried again", |s| s["in_hand"] == 1 && s["in_retry"] == 9 && s["backlog"] == 0).await;
+    is("hooktrail_queue_messages{subscriber=\"again\",queue=\"main\"}", 0.0).await;
+    is("hooktrail_queue_messages{subscriber=\"again\",queue=\"retry\"}", 9.0).await;
+    is("hooktrail_delayed_retries", 0.0).await;
+    let shown = setup.ok(&["status"]);
+    for (name, numbers) in [("first", ["8", "2", "0"]), ("again", ["0", "1", "9"])] {
+        let line = shown.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name} in:\n{shown}"));
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        assert!(columns.windows(3).any(|found| found == numbers), "{numbers:?} is not in:\n{shown}");
+    }
 }
 
 async fn metrics_count_what_happens(queue: Queue) {

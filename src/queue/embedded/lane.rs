@@ -1,9 +1,9 @@
 //! A subscriber's part of the database as the lane sees it: a source and its settler.
 
 use std::{
-    collections::{BTreeSet, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     ops::RangeInclusive,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -16,7 +16,9 @@ use crate::{
     clock,
     event::Pattern,
     payload::Format,
-    queue::{self, DeadLetter, Envelope, Event, Kind, QueueError, Receipt, SettleError, Settlement, Story, Taken, Window},
+    queue::{
+        self, DeadLetter, Envelope, Event, FEWEST, Kind, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Story, Taken, Window,
+    },
 };
 
 /// Rows of the log looked at in one query: a pattern that matches little must not hold up other readers.
@@ -61,6 +63,9 @@ struct Shared {
 struct InHand {
     /// Of events, in order: whether each is finished.
     events: VecDeque<(i64, bool)>,
+    /// The bytes of each event that is not, and of all of them.
+    open: HashMap<i64, usize>,
+    open_bytes: usize,
     /// Up to here the log was looked through.
     looked_at: i64,
     /// What the database has.
@@ -70,6 +75,20 @@ struct InHand {
     /// All that is finished beyond the cursor, as the database has it.
     written: Vec<RangeInclusive<i64>>,
     envelopes: HashSet<i64>,
+}
+
+/// Events that are held.
+#[derive(Debug, Clone, Copy, Default)]
+struct Load {
+    events: usize,
+    bytes: usize,
+}
+
+impl Load {
+    /// Whether one more of this size may be taken.
+    fn allows(self, bytes: usize) -> bool {
+        self.events < FEWEST.into() || (self.bytes + bytes) as u64 <= MOST_BYTES
+    }
 }
 
 /// Of numbers of the log.
@@ -101,6 +120,17 @@ impl InHand {
         self.events.iter().find(is_open).map_or(self.looked_at, |(seq, _)| seq - 1).max(self.cursor)
     }
 
+    fn take(&mut self, event: &Event) {
+        let (seq, bytes) = (event.receipt.tag.cast_signed(), event.body.len());
+        self.events.push_back((seq, false));
+        self.open.insert(seq, bytes);
+        self.open_bytes += bytes;
+    }
+
+    fn held(&self) -> Load {
+        Load { events: self.open.len(), bytes: self.open_bytes }
+    }
+
     fn finish(&mut self, finished: &BTreeSet<i64>, cursor: i64) {
         for (seq, done) in &mut self.events {
             *done |= finished.contains(seq);
@@ -108,7 +138,29 @@ impl InHand {
         while self.events.front().is_some_and(|(_, done)| *done) {
             self.events.pop_front();
         }
+        self.open_bytes -= finished.iter().filter_map(|seq| self.open.remove(seq)).sum::<usize>();
         self.cursor = self.cursor.max(cursor);
+    }
+}
+
+/// What a lane has in hand, by the numbers that the database has for it.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub(super) events: HashSet<i64>,
+    pub(super) envelopes: HashSet<i64>,
+}
+
+/// Refers to a session as long as it lasts.
+#[derive(Debug)]
+pub(super) struct LaneRef(Weak<Shared>);
+
+impl LaneRef {
+    /// `None` once the session has ended: what it had not settled is in the queue.
+    pub(super) fn held(&self) -> Option<Held> {
+        let shared = self.0.upgrade()?;
+        let taken = shared.taken();
+        let events = taken.open.keys().copied().collect();
+        Some(Held { events, envelopes: taken.envelopes.clone() })
     }
 }
 
@@ -231,6 +283,11 @@ impl queue::Source for Source {
         }
     }
 
+    fn is_full(&self) -> bool {
+        // One look more could be too much: soon enough, for so many bytes are more than the batches under way.
+        !self.shared.taken().held().allows(LOOK_BYTES)
+    }
+
     async fn close(self) {}
 }
 
@@ -250,10 +307,10 @@ impl Source {
     /// Looks for due retries, and for events as far as there is room for them. Changes nothing, so it
     /// can be dropped while it waits.
     async fn look(&mut self, max: usize) -> Result<Found, QueueError> {
-        let (looked_at, events_room, held, ahead) = {
+        let (looked_at, events_room, load, held, ahead) = {
             let taken = self.shared.taken();
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
-            (taken.looked_at, room.min(max), taken.envelopes.iter().copied().collect::<Vec<_>>(), taken.ahead.clone())
+            (taken.looked_at, room.min(max), taken.held(), taken.envelopes.iter().copied().collect::<Vec<_>>(), taken.ahead.clone())
         };
         let envelopes_room = usize::from(self.window.envelopes).saturating_sub(held.len());
         let subscriber = self.shared.subscriber.clone();
@@ -271,7 +328,7 @@ impl Source {
                     let wanted = |seq: i64, event_type: &str, only_for: Option<&str>| {
                         is_for(&subscriber, &patterns, event_type, only_for) && !ahead.iter().any(|run| run.contains(&seq))
                     };
-                    let end = scan(&db, wanted, after.max(looked_at), upto, events_room, &mut found)?;
+                    let end = scan(&db, wanted, after.max(looked_at), upto, (events_room, load), &mut found)?;
                     found.more |= end && segments.next().is_some();
                 }
                 Ok(found)
@@ -291,7 +348,7 @@ impl Source {
             });
         }
         for event in found.events {
-            taken.events.push_back((event.receipt.tag.cast_signed(), false));
+            taken.take(&event);
             into.push(Taken::Event(event));
         }
     }
@@ -398,7 +455,7 @@ fn scan(
     wanted: impl Fn(i64, &str, Option<&str>) -> bool,
     after: i64,
     upto: i64,
-    room: usize,
+    (room, mut load): (usize, Load),
     found: &mut Found,
 ) -> rusqlite::Result<bool> {
     let mut query = db.prepare_cached(
@@ -413,12 +470,17 @@ fn scan(
         }
         looked_at += 1;
         let seq: i64 = row.get(0)?;
-        found.looked_at = seq;
         let event_type = row.get_ref(1)?.as_str()?;
         let only_for = row.get_ref(3)?.as_str_or_null()?;
-        if wanted(seq, event_type, only_for) {
+        let is_wanted = wanted(seq, event_type, only_for);
+        if is_wanted && !load.allows(row.get_ref(4)?.as_blob()?.len()) {
+            return Ok(false);
+        }
+        found.looked_at = seq;
+        if is_wanted {
             let body: Vec<u8> = row.get(4)?;
             bytes += body.len();
+            load = Load { events: load.events + 1, bytes: load.bytes + body.len() };
             found.events.push(Event {
                 body,
                 message_id: row.get(2)?,
@@ -438,6 +500,12 @@ fn scan(
 
 #[derive(Debug, Clone)]
 pub struct Settler(Arc<Shared>);
+
+impl Settler {
+    pub(super) fn lane(&self) -> LaneRef {
+        LaneRef(Arc::downgrade(&self.0))
+    }
+}
 
 impl queue::Settler for Settler {
     async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
