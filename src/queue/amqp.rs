@@ -275,6 +275,7 @@ impl AmqpQueue {
             troubles: &self.0.troubles,
         };
         let mut relaying = self.effort(format!("the relay from queue `{queue}`"));
+        let mut sizes = Sizes::default();
         loop {
             let mut configured = subscribers.clone();
             let opened = async {
@@ -287,12 +288,12 @@ impl AmqpQueue {
                     self.topology().ensure_subscriber(&mut broker, s).await?;
                 }
                 drop(broker);
-                relay.open().await
+                relay.open(&sizes).await
             };
             let relayed = tokio::select! {
                 () = stopped(stopping.clone()) => return,
                 opened = opened => match opened {
-                    Ok(opened) => relay.run(opened, &mut relaying, &mut configured).await,
+                    Ok(opened) => relay.run(opened, &mut sizes, &mut relaying, &mut configured).await,
                     Err(e) => Err(e),
                 },
             };

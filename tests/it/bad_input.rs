@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use lapin::{
     BasicProperties,
+    options::{QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 use serde_json::Value;
@@ -14,7 +15,7 @@ use crate::support::{
     broker::{Broker, headers, text},
     daemon::{Daemon, QUICK, SECRET, Setup, subscriber},
     eventually,
-    queue::{Queue, on_both_queues},
+    queue::{Queue, Section as _, on_both_queues},
     raw::{Raw, always, deaf, flood, plain},
     receiver::{Receiver, event, status},
     run,
@@ -259,6 +260,40 @@ fn large_messages_are_taken_a_few_at_a_time() {
         assert!(peak < 190.0, "{peak} MiB for messages of {} MiB in all, 16 of which are 64 MiB", 4 * MESSAGES);
         assert!(daemon.stop().await.success());
         broker.take_all("sub.a.dead").await;
+    });
+}
+
+#[test]
+fn large_messages_of_a_source_queue_are_relayed_a_few_at_a_time() {
+    const MESSAGES: u32 = 60;
+    run(async {
+        let broker = Broker::shared();
+        let (connection, channel) = broker.channel().await;
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let source = format!("{}.source", broker.prefix);
+        channel.queue_declare(source.as_str().into(), durable, FieldTable::default()).await.expect("declares");
+        let large = format!("{{\"event\":\"a.b\",\"x\":\"{}\"}}", "x".repeat(4 << 20));
+        broker.publish_to("", &source, (0..MESSAGES).map(|_| large.as_bytes())).await;
+        let section =
+            broker.section(&["a"]).replace(&format!("exchange = \"{}\"", broker.exchange), &format!("source_queue = \"{source}\""));
+        let setup = Setup::with_text(&(section + QUICK + &subscriber("a", "http://127.0.0.1:9/", "paused = true")));
+        let daemon = setup.start().await;
+        eventually("all are relayed", async || {
+            // In this order: what is acked in between is relayed, and counted there.
+            let ready = broker.depth("source").await.expect("the source");
+            let relayed = broker.depth("sub.a").await.expect("the subscriber's queue");
+            assert!(ready + relayed >= MESSAGES - 16, "{} were taken at once", MESSAGES - ready - relayed);
+            relayed == MESSAGES
+        })
+        .await;
+        broker.wait_depth("source", 0).await;
+        // With small ones after them, none is left behind when more are taken at once.
+        broker.publish_to("", &source, (0..3000).map(event)).await;
+        broker.wait_depth("sub.a", MESSAGES + 3000).await;
+        assert!(daemon.stop().await.success());
+        broker.wait_depth("source", 0).await;
+        channel.queue_delete(source.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
     });
 }
 

@@ -25,7 +25,7 @@ use super::{
     connection::{BrokerError, INTERNAL_ERROR, Lease, answer},
     ladder,
     message::{self, Message},
-    prefetch::Sizes,
+    prefetch::{Sizes, is_other},
     publisher::{Fate, Publisher},
     repeats::{Mark, Remembered, Track},
     topology::Topology,
@@ -231,8 +231,7 @@ impl Source {
         let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
         let inner = &self.settler.0;
         let next = inner.sizes().allow(window);
-        let differs = next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now < window);
-        if !differs || !inner.is_exhausted(since, now) {
+        if !is_other(now, next, window) || !inner.is_exhausted(since, now) {
             return;
         }
         let exchange = exchange(inner.clone(), self.events.consumer.tag(), self.events.queue.clone(), since, now, next);

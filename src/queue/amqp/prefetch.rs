@@ -35,6 +35,11 @@ impl Sizes {
     }
 }
 
+/// Whether another consumer is worth it that has `next` messages on their way, and not `now`.
+pub(super) const fn is_other(now: u16, next: u16, window: u16) -> bool {
+    next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now < window)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

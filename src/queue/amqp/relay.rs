@@ -21,6 +21,7 @@ use super::{
     ladder,
     lane::ready,
     message::{self, Message},
+    prefetch::{Sizes, is_other},
     publisher::{Fate, Publisher},
     stopped,
     topology::{Broker, Topology, source_is_stream},
@@ -36,8 +37,12 @@ use crate::{
     queue::{DeadLetter, Harms, Kind, QueueError, Reason, Story, Troubles},
 };
 
+/// The most messages that may be on their way to the relay; how many are is for their [sizes](Sizes) to say.
 const PREFETCH: u16 = 500;
+
+/// Messages that are published together, and their bytes: with the first that passes these no more are added.
 const GROUP: usize = 250;
+const GROUP_BYTES: usize = 16 << 20;
 
 /// Takes events from the source queue and republishes them by their type.
 pub(super) struct Relay<'a> {
@@ -53,60 +58,95 @@ pub(super) struct Relay<'a> {
     pub(super) troubles: &'a watch::Sender<Troubles>,
 }
 
+/// A consumer of the source queue.
+pub(super) struct Opened {
+    lease: Lease,
+    consumer: Consumer,
+    prefetch: u16,
+}
+
+/// Why relaying ends.
+#[derive(Debug, PartialEq, Eq)]
+enum Then {
+    Done,
+    /// The sizes of the messages ask for another prefetch.
+    Prefetch,
+}
+
 impl Relay<'_> {
     fn error(&self, why: &BrokerError) -> QueueError {
         QueueError::new(format!("source queue `{}` cannot be consumed: {why}", self.queue))
     }
 
-    pub(super) async fn open(&self) -> Result<(Lease, Consumer), QueueError> {
-        let queue = self.queue;
+    pub(super) async fn open(&self, sizes: &Sizes) -> Result<Opened, QueueError> {
+        let (queue, prefetch) = (self.queue, sizes.allow(PREFETCH));
         let lease = self.pool.lease().await?;
         let consume = async {
-            lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+            lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
             lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
         };
         let consumer = answer(consume).await.map_err(|why| self.error(&why))?;
-        tracing::debug!(queue, "relaying events");
-        Ok((lease, consumer))
+        tracing::debug!(queue, prefetch, "relaying events");
+        Ok(Opened { lease, consumer, prefetch })
     }
 
     /// Relays until it fails, until it is to stop, or until others are configured: their queues have to be bound before more is
     /// relayed. What it has begun to publish it acks first.
     pub(super) async fn run(
         &self,
-        (lease, mut consumer): (Lease, Consumer),
+        mut opened: Opened,
+        sizes: &mut Sizes,
         relaying: &mut Effort,
         configured: &mut watch::Receiver<Subscribers>,
     ) -> Result<(), QueueError> {
+        while self.relay(&mut opened, sizes, relaying, configured).await? == Then::Prefetch {
+            // Closing gives back what has come since, in its order. A consumer's prefetch cannot be changed.
+            answer(opened.lease.channel.close(200, "another prefetch".into())).await.map_err(|why| self.error(&why))?;
+            opened = self.open(sizes).await?;
+        }
+        Ok(())
+    }
+
+    async fn relay(
+        &self,
+        Opened { lease, consumer, prefetch }: &mut Opened,
+        sizes: &mut Sizes,
+        relaying: &mut Effort,
+        configured: &mut watch::Receiver<Subscribers>,
+    ) -> Result<Then, QueueError> {
         let queue = self.queue;
         let mut is_known = false;
         loop {
             let first = tokio::select! {
                 biased;
-                () = stopped(self.stopping.clone()) => return Ok(()),
-                Ok(()) = configured.changed() => return Ok(()),
+                () = stopped(self.stopping.clone()) => return Ok(Then::Done),
+                Ok(()) = configured.changed() => return Ok(Then::Done),
                 first = consumer.next() => first,
             };
             let first = first.ok_or_else(|| QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")))?;
-            let mut last = 0;
+            let (mut last, mut bytes) = (0, 0);
             let mut messages = Vec::new();
             let mut next = Some(first);
             while let Some(delivery) = next {
                 let delivery = delivery.map_err(|e| self.error(&e.into()))?;
                 // Who may not declare the queue is told only now what it is.
-                if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&lease, &delivery).await? {
+                if !std::mem::replace(&mut is_known, true) && self.is_of_stream(lease, &delivery).await? {
                     return Err(source_is_stream(queue));
                 }
                 last = delivery.delivery_tag;
-                messages.push(relayed(self.topology, delivery));
-                next = if messages.len() < GROUP { ready(&mut consumer) } else { None };
+                sizes.saw(delivery.data.len());
+                let message = relayed(self.topology, delivery);
+                // One that came compressed is larger now.
+                bytes += message.body.len();
+                messages.push(message);
+                next = if messages.len() < GROUP && bytes < GROUP_BYTES { ready(consumer) } else { None };
             }
             // Whoever was told that others are configured may have published one of these since.
             if configured.has_changed().unwrap_or(false) {
-                return Ok(());
+                return Ok(Then::Done);
             }
             let (all, invalid) = (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
-            let unmatched = self.publish(&lease, messages).await?;
+            let unmatched = self.publish(lease, messages).await?;
             self.metrics.relayed("invalid", invalid as u64);
             self.metrics.relayed("unmatched", unmatched as u64);
             self.metrics.relayed("routed", (all - invalid - unmatched) as u64);
@@ -116,6 +156,9 @@ impl Relay<'_> {
             reached(Step::Relayed);
             answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(|why| self.error(&why))?;
             relaying.goes_well();
+            if is_other(*prefetch, sizes.allow(PREFETCH), PREFETCH) {
+                return Ok(Then::Prefetch);
+            }
         }
     }
 
