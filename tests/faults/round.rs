@@ -726,7 +726,7 @@ impl<'w> Round<'w> {
                 }
                 self.command(daemon);
             }
-            Fault::FolderGone => return self.take_the_folder_away(),
+            Fault::FolderGone => return self.take_the_folder_away().await,
             Fault::FileCut => return self.cut_the_file().await,
             Fault::LogUnread => return self.leave_the_logs_unread(daemon).await,
             Fault::ExchangeRedeclared => return self.redeclare_exchange().await,

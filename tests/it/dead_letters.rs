@@ -30,6 +30,7 @@ on_both_queues!(
     export_has_everything_and_ends_quietly_when_nobody_reads,
     a_replayed_batch_is_marked_in_each_request_until_it_arrives,
     what_is_looked_at_or_purged_in_part_keeps_its_order,
+    a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothing_without_a_yes,
     an_interrupted_replay_gives_the_rest_back_in_order_and_can_be_run_again,
     a_replay_that_is_killed_loses_nothing_and_repeats_at_most_a_group,
     very_many_are_handled_in_little_memory_and_time,
@@ -349,6 +350,33 @@ async fn what_is_looked_at_or_purged_in_part_keeps_its_order(queue: Queue) {
     put(&queue, letters(3)).await;
     queue.wait_dead("a", left.len() as u32 + 3).await;
     assert_eq!(ids(&setup.dead("a")), [left, (0..3).map(id).collect()].concat());
+}
+
+async fn a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothing_without_a_yes(queue: Queue) {
+    let setup = asleep(&queue).await;
+    put(&queue, letters(16)).await;
+    queue.wait_dead("a", 16).await;
+    for (filter, answer, question, left) in [
+        ("--status 501", "n", "Delete 3 dead letters of `a` for good?", 16),
+        ("--status 501", "y", "Delete 3 dead letters of `a` for good?", 13),
+        ("@1", "yes", "Delete 1 dead letter of `a` for good?", 12),
+        ("--status 599", "y", "purged 0 of 12", 12),
+        ("", "", "Delete all 12 dead letters of `a` for good?", 12),
+        ("", "y", "Delete all 12 dead letters of `a` for good?", 0),
+    ] {
+        // `script` is a terminal: without one it does not ask.
+        let shell =
+            format!("export P=\"$0\" C=\"$2\"; echo {answer} | script -qec 'exec \"$P\" --config \"$C\" dead purge a {filter}' /dev/null");
+        let Output { status, stdout, .. } = setup.run_as(&shell, &[]);
+        let out = String::from_utf8_lossy(&stdout).into_owned();
+        assert!(out.contains(question), "{filter}, {answer}: {out}");
+        assert_eq!(out.contains("Delete"), question.contains("Delete"), "{filter}, {answer}: {out}");
+        if question.contains("Delete") {
+            let refused = !answer.starts_with('y');
+            assert_eq!((status.success(), out.contains("nothing was deleted")), (!refused, refused), "{filter}, {answer}: {out}");
+        }
+        assert_eq!(setup.dead("a").len(), left, "{filter}, {answer}: {out}");
+    }
 }
 
 fn start(setup: &Setup, arguments: &[&str]) -> Child {

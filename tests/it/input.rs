@@ -1,18 +1,23 @@
 //! Whatever producers, other programs or a slip of the hand put into the queues.
 
+use std::io::Write as _;
+
 use lapin::{
     BasicProperties, Confirmation,
-    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable},
 };
 
-use crate::support::{
-    broker::{Broker, headers, text},
-    daemon::{QUICK, Setup, subscriber},
-    eventually,
-    queue::{Queue, on_both_queues},
-    receiver::{Receiver, event},
-    run,
+use crate::{
+    intake::gzip,
+    support::{
+        broker::{Broker, headers, text},
+        daemon::{QUICK, Setup, subscriber},
+        eventually,
+        queue::{Queue, on_both_queues},
+        receiver::{Receiver, event},
+        run,
+    },
 };
 
 on_both_queues!(
@@ -124,6 +129,120 @@ async fn json_lines_get_each_event_on_one_line_with_the_same_values(queue: Queue
 
 fn of_type(content_type: &str, table: FieldTable) -> BasicProperties {
     BasicProperties::default().with_content_type(content_type.into()).with_headers(table)
+}
+
+/// A compressed message, and what becomes of it.
+struct Encoded {
+    body: Vec<u8>,
+    properties: BasicProperties,
+    becomes: Becomes,
+}
+
+enum Becomes {
+    Event(String),
+    /// A dead letter with this body, encoding and reason, and a part of its error.
+    Dead(Vec<u8>, Option<&'static str>, &'static str, &'static str),
+}
+
+/// What clients send, as Spring and kombu do. A relay inflates for all subscribers, so that what is too large for one of them is
+/// known only when it is plain.
+fn encoded(relayed: bool) -> Vec<Encoded> {
+    let deflate = |bytes: &[u8]| {
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+        encoder.write_all(bytes).expect("writes");
+        encoder.finish().expect("ends")
+    };
+    let is =
+        |encoding: &str| BasicProperties::default().with_content_type("application/json".into()).with_content_encoding(encoding.into());
+    let kombu = |compression: &str| {
+        let mut table = FieldTable::default();
+        table.insert("compression".into(), text(compression));
+        is("utf-8").with_headers(table)
+    };
+    let good = |n: u64, body: Vec<u8>, properties| Encoded { body, properties, becomes: Becomes::Event(event(n)) };
+    let bad = |body: &[u8], properties, encoding, error| {
+        let becomes = Becomes::Dead(body.to_vec(), Some(encoding), "invalid_event", error);
+        Encoded { body: body.to_vec(), properties, becomes }
+    };
+    let large = padded(2 << 20);
+    let too_large = if relayed {
+        Becomes::Dead(large.clone(), None, "too_large", "batch.max_bytes")
+    } else {
+        Becomes::Dead(gzip(&large), Some("gzip"), "too_large", "inflated, it has more than")
+    };
+    let no_json = Becomes::Dead(b"not json".to_vec(), None, "invalid_event", "is not JSON");
+    vec![
+        good(0, gzip(event(0).as_bytes()), is("gzip")),
+        good(1, deflate(event(1).as_bytes()), is("deflate")),
+        good(2, gzip(event(2).as_bytes()), kombu("application/x-gzip")),
+        good(3, deflate(event(3).as_bytes()), is("gzip:UTF-8")), // the bytes tell which it is
+        good(4, event(4).into_bytes(), is("utf-8")),
+        good(5, event(5).into_bytes(), is("gzip")), // a client that only says so
+        bad(b"\x0b\x02\x80{}\x03", is("br"), "br", "`br` is not one that can be undone"),
+        bad(b"\x28\xb5\x2f\xfd", kombu("application/zstd"), "application/zstd", "`application/zstd` is not one"),
+        bad(b"no gzip", is("gzip"), "gzip", "not encoded as its content_encoding `gzip` says"),
+        bad(&gzip(event(6).as_bytes())[..30], is("gzip"), "gzip", "not encoded as its content_encoding `gzip` says"),
+        Encoded { body: gzip(b"not json"), properties: is("gzip"), becomes: no_json },
+        Encoded { body: gzip(&large), properties: is("gzip"), becomes: too_large },
+    ]
+}
+
+/// Of a dead letter's header.
+fn header(letter: &lapin::message::Delivery, name: &str) -> Option<String> {
+    let headers = letter.properties.headers().as_ref()?;
+    let found = headers.inner().iter().find(|(n, _)| n.as_str() == format!("x-hooktrail-{name}"))?;
+    found.1.as_long_string().map(ToString::to_string)
+}
+
+#[test]
+fn a_compressed_message_is_inflated_and_one_that_cannot_be_is_a_dead_letter_as_it_came_with_its_encoding() {
+    run(async {
+        for relayed in [false, true] {
+            let broker = Broker::shared();
+            let receiver = Receiver::accepting().await;
+            let settings = QUICK.to_owned() + &subscriber("a", &receiver.url, "batch.max_bytes = \"1MiB\"");
+            broker.knows("a");
+            let (connection, channel) = broker.channel().await;
+            let source = format!("{}.source", broker.prefix);
+            let (setup, exchange, key) = if relayed {
+                let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+                channel.queue_declare(source.as_str().into(), durable, FieldTable::default()).await.expect("declares");
+                let queue = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n", broker.url, broker.prefix);
+                (Setup::with_text(&(queue + &settings)), "", source.as_str())
+            } else {
+                (Setup::new(&broker, &settings), broker.exchange.as_str(), "a.b")
+            };
+            let daemon = setup.start().await;
+            for Encoded { body, properties, becomes } in encoded(relayed) {
+                let before = receiver.count();
+                broker.put(exchange, key, &body, properties.clone()).await;
+                match becomes {
+                    Becomes::Event(event) => {
+                        eventually(&format!("{event} arrives"), async || receiver.count() > before).await;
+                        let arrived = receiver.requests().pop().expect("just seen");
+                        assert_eq!(arrived.body, format!("{{\"events\":[{event}]}}"), "{properties:?}");
+                    }
+                    Becomes::Dead(body, encoding, reason, error) => {
+                        // What the relay cannot read is nobody's.
+                        let at = if relayed && reason == "invalid_event" { "orphans" } else { "sub.a.dead" };
+                        broker.wait_depth(at, 1).await;
+                        let letter = broker.take(at).await.expect("just seen");
+                        let header = |name: &str| header(&letter, name);
+                        assert_eq!(
+                            (header("reason").as_deref(), header("content-encoding").as_deref()),
+                            (Some(reason), encoding),
+                            "{error}"
+                        );
+                        assert!(header("error").is_some_and(|e| e.contains(error)), "{error}: {:?}", header("error"));
+                        assert!(letter.data == body, "{error}: not as it came");
+                    }
+                }
+            }
+            assert!(daemon.stop().await.success());
+            channel.queue_delete(source.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+            connection.close(200, "done".into()).await.expect("closes");
+        }
+    });
 }
 
 #[test]

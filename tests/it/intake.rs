@@ -99,7 +99,7 @@ fn assert_refused(answer: &Answer, status: u16, part: &str) {
     );
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     encoder.write_all(bytes).expect("writes");
     encoder.finish().expect("ends")

@@ -1,6 +1,10 @@
 //! Files of the configuration that are away, and what would be lost if their subscribers were taken for removed ones.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
@@ -19,6 +23,7 @@ on_both_queues!(
     a_reload_that_would_remove_everybody_waits_for_an_operator,
     a_start_without_its_folder_unbinds_nobody,
     a_start_that_is_meant_is_made_to_happen_by_an_operator,
+    a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_nobody,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -243,6 +248,40 @@ async fn a_start_that_is_meant_is_made_to_happen_by_an_operator(queue: Queue) {
     })
     .await;
     assert!(world.queue.backlog("a").await >= 1, "its backlog stays");
+    assert!(daemon.stop().await.success());
+}
+
+/// For so long a copy rests: the daemon looks each second, and takes what has only grown at the second look.
+const RESTS: Duration = Duration::from_secs(5);
+
+async fn a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_nobody(queue: Queue) {
+    let world = World::new(queue, &[]).await;
+    let names = ["a", "b", "c"];
+    let tables: Vec<String> = names.iter().map(|name| subscriber(name, &world.receiver.url, "")).collect();
+    let file = world.file("all");
+    fs::write(&file, tables.concat()).expect("writes");
+    let daemon = world.setup.start().await;
+    world.reaches(0, 3).await;
+    let mut n = 0;
+    // First without the last one, which is no more than a reload may remove by itself.
+    for part in [&tables[..2], &tables[..1]] {
+        fs::write(&file, part.concat()).expect("writes");
+        let resting = Instant::now();
+        while resting.elapsed() < RESTS {
+            n += 1;
+            world.reaches(n, 3).await;
+        }
+    }
+    fs::write(&file, tables.concat()).expect("writes");
+    daemon.wait_log("the configuration was read again; it means the same").await;
+    world.reaches(n + 1, 3).await;
+    let log = daemon.log();
+    assert!(!log.contains("removed=") && !log.contains(REFUSED), "{log}");
+    assert_eq!(world.held().await, Value::Null);
+    // What stays so is meant.
+    fs::write(&file, tables[..2].concat()).expect("writes");
+    daemon.wait_log("removed=\"c\"").await;
+    world.reaches(n + 2, 2).await;
     assert!(daemon.stop().await.success());
 }
 

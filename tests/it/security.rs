@@ -90,6 +90,39 @@ fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
     });
 }
 
+/// As `openssl req -x509` makes one: an authority (CA:TRUE), and the server's own.
+#[test]
+fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good() {
+    run(async {
+        let broker = Broker::shared();
+        let receiver = Receiver::accepting().await;
+        let text = broker.section(&["a"]) + QUICK + &subscriber("a", &receiver.url, "");
+        let good = || Authority::of_itself("127.0.0.1", |_| {});
+        for (what, (authority, own), trusted, is_accepted) in [
+            ("another is trusted", good(), Some(good().0.pem), false),
+            ("of another name", Authority::of_itself("broker.example", |_| {}), None, false),
+            ("trusted", good(), None, true),
+        ] {
+            let (url, made) = over_tls(authority.server(&own, false), &broker).await;
+            let setup = Setup::with_text(&text.replace(&broker.url, &url));
+            setup.write("trusted.pem", trusted.as_ref().unwrap_or(&authority.pem));
+            let shell = "SSL_CERT_FILE=trusted.pem exec \"$0\" \"$@\"";
+            if !is_accepted {
+                let look = setup.run_as(shell, &["check", "--connect"]);
+                let told = String::from_utf8_lossy(&look.stdout).into_owned() + &String::from_utf8_lossy(&look.stderr);
+                assert!(look.status.code() == Some(1) && told.contains("certificate"), "{what}: {told}");
+                assert_eq!(made.load(Ordering::Relaxed), 0, "{what}: {told}");
+                continue;
+            }
+            let daemon = setup.spawn_as(shell);
+            daemon.wait_log("running").await;
+            broker.publish("a.b", (0..10).map(event)).await;
+            receiver.wait_all(10).await;
+            assert!(daemon.stop().await.success());
+        }
+    });
+}
+
 #[test]
 fn the_embedded_queue_is_its_owners_alone_whatever_the_umask() {
     run(async {

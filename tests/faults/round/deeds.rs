@@ -23,9 +23,16 @@ use crate::{
 /// What somebody took away is there again after so long: the daemon looks each minute where nothing shows it sooner.
 const BACK: Duration = Duration::from_secs(150);
 
+/// Files that are gone are looked at again for 10 s, each second, before the daemon reads what is left.
+const LOOKED_AT_AGAIN: Duration = Duration::from_secs(14);
+
 /// Events that were never tried wait so long at most when nothing is wrong but that some batches fail. The circuit stays open for
 /// 2 s at most.
 const STARVED: Duration = Duration::from_secs(120);
+
+/// A pipe that takes no more has at least so much in it, of its 64 KiB. What has less and stands still is one whose daemon has nothing
+/// to say just now.
+const FULL_PIPE: u64 = 48 << 10;
 
 /// A daemon goes on without a reader of its log: so many requests more are far more than were under way.
 const GOES_ON: usize = 100;
@@ -38,7 +45,7 @@ impl Round<'_> {
         self.lasting.iter().all(harmless) && self.world.all_run()
     }
 
-    pub(super) fn take_the_folder_away(&mut self) -> bool {
+    pub(super) async fn take_the_folder_away(&mut self) -> bool {
         if self.has(&Heal::Folder) || !self.world.all_run() {
             return false;
         }
@@ -47,6 +54,10 @@ impl Round<'_> {
         self.tell(&what);
         let until = Instant::now() + Duration::from_millis(self.rng.random_range(2500..8000));
         self.lasting.push(Lasting { until, heal: Heal::Folder, what, whom: None, from, disturbs: false });
+        if self.rng.random_bool(0.4) {
+            // What is gone is looked at again for some time before it counts: that is over, and nobody is removed all the same.
+            tokio::time::sleep(LOOKED_AT_AGAIN).await; // the fault itself
+        }
         true
     }
 
@@ -91,7 +102,7 @@ impl Round<'_> {
         let (from, begun) = (SystemTime::now(), Instant::now());
         let unread = || self.world.daemons.iter().flatten().map(crate::support::daemon::Daemon::unread).collect::<Vec<_>>();
         let mut before = Vec::new();
-        while before != unread() || before.iter().any(|bytes| *bytes < 16 << 10) {
+        while before != unread() || before.iter().any(|bytes| *bytes < FULL_PIPE) {
             if begun.elapsed() > Duration::from_secs(30) {
                 self.world.nobody_reads_the_logs(false);
                 return false;
@@ -201,6 +212,10 @@ impl Round<'_> {
         connection.close(200, "done".into()).await.ok();
         self.tell(&format!("{queue} is unbound"));
         drop(held);
+        if self.rng.random_bool(0.4) {
+            // Before anybody else can put it back: a daemon that starts, or reads its configuration again.
+            self.bindings_come_back().await;
+        }
         true
     }
 
