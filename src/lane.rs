@@ -82,6 +82,8 @@ pub struct Lane<Q> {
     pause: Option<Pause>,
     /// When the subscriber was last resumed, as far as the lane has acted on it.
     resumed: Option<SystemTime>,
+    /// An operator wants it tried now. What came before the circuit opened is not meant.
+    tries: watch::Receiver<u64>,
     trouble: Trouble,
     status: LaneStatus,
 }
@@ -226,7 +228,7 @@ impl<Q: Queue> Lane<Q> {
         let Served { subscriber, webhook } = configured.borrow().clone();
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
         let trouble = Trouble { subscriber: subscriber.name.clone(), told: BTreeSet::new(), status: status.clone() };
-        let standings = queue.standings();
+        let (standings, tries) = (queue.standings(), status.tries());
         Self {
             configured,
             subscriber,
@@ -238,6 +240,7 @@ impl<Q: Queue> Lane<Q> {
             standings,
             pause: None,
             resumed: None,
+            tries,
             trouble,
             status,
         }
@@ -259,6 +262,11 @@ impl<Q: Queue> Lane<Q> {
                     () = sleep_until(until.into()) => continue,
                     () = changed(&mut self.configured) => continue,
                     () = spoken => continue,
+                    () = changed(&mut self.tries) => {
+                        tracing::info!(subscriber = self.subscriber.name, "an operator wants a retry now: one batch is tried");
+                        self.breaker.resume();
+                        continue;
+                    }
                     () = drained(&mut drain) => return,
                 }
             }
@@ -420,9 +428,9 @@ async fn wait_for(standings: &mut watch::Receiver<Option<Standings>>, wanted: im
     }
 }
 
-/// Completes when something else is configured. If nobody configures any more, that is never.
-async fn changed(configured: &mut watch::Receiver<Served>) {
-    if configured.changed().await.is_err() {
+/// Completes when something else is configured, or wanted. If nobody is left to do that, that is never.
+async fn changed<T>(what: &mut watch::Receiver<T>) {
+    if what.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
 }
@@ -849,6 +857,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
         self.follow(parcel, halves, &outcome, &verdict);
         if let Permit::Wait(_) = self.lane.breaker.permit(clock::instant()) {
+            self.lane.tries.mark_unchanged();
             self.end.get_or_insert(End::Circuit);
         }
     }

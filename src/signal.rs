@@ -48,6 +48,17 @@ impl Stops {
             }
         }
     }
+
+    /// Whether the process was asked.
+    pub fn is_asked(&self) -> bool {
+        *self.0.borrow() > 0
+    }
+
+    /// Nobody ever asks.
+    #[cfg(test)]
+    pub(crate) fn never() -> Self {
+        Self(watch::channel(0).1)
+    }
 }
 
 /// Asked to read the configuration again, by SIGHUP.

@@ -1,7 +1,8 @@
 //! What lanes and queue say of themselves: for `/metrics`, for `hooktrail status`, for the API.
 //!
 //! A lane reports to its [`LaneStatus`] what it does; whoever asks gets a [`View`] of it. The figures are this daemon's
-//! own: with several on the same queues each knows what it did itself.
+//! own: with several on the same queues each knows what it did itself. The way back has one word: an operator wants the subscriber tried
+//! now ([`Board::try_now`]).
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -80,6 +81,14 @@ impl Board {
     pub fn lane(&self, subscriber: &str) -> LaneStatus {
         let new = || LaneStatus(Arc::new(Mutex::new(Seen::new(self.0.metrics.subscriber(subscriber)))));
         lock(&self.0.lanes).entry(subscriber.to_owned()).or_insert_with(new).clone()
+    }
+
+    /// Has one batch tried at once, if the subscriber's circuit is open or its receiver asked to be left alone; else nothing follows.
+    pub fn try_now(&self, subscriber: &str) {
+        let lane = lock(&self.0.lanes).get(subscriber).cloned();
+        if let Some(lane) = lane {
+            lane.seen().tries.send_modify(|n| *n += 1);
+        }
     }
 
     /// It is not configured any more and nothing of it is under way.
@@ -193,6 +202,8 @@ struct Seen {
     last_delivered_at: Option<SystemTime>,
     last_error: Option<LastError>,
     failing: bool,
+    /// How often an operator wanted the subscriber tried.
+    tries: watch::Sender<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -403,6 +414,7 @@ impl Seen {
             last_delivered_at: None,
             last_error: None,
             failing: false,
+            tries: watch::Sender::new(0),
         }
     }
 
@@ -427,6 +439,11 @@ impl Seen {
 impl LaneStatus {
     fn seen(&self) -> MutexGuard<'_, Seen> {
         lock(&self.0)
+    }
+
+    /// Changes when an operator wants the subscriber tried now.
+    pub fn tries(&self) -> watch::Receiver<u64> {
+        self.seen().tries.subscribe()
     }
 
     pub fn received(&self, events: u64) {

@@ -302,12 +302,16 @@ impl<Q: Queue> Control<Q> {
         Ok(json!({ "subscriber": name, "dead": in_all, "letters": found }))
     }
 
-    /// As the status has it. The lane may not have noticed yet that it is resumed, and begins as one without failures.
+    /// As the status has it.
+    fn state(&self, name: &str) -> &'static str {
+        self.board.view(name, clock::instant(), clock::now()).map_or("starting", |view| view.state.name())
+    }
+
+    /// The lane may not have noticed yet that it is resumed, and begins as one without failures.
     fn resumed_state(&self, name: &str) -> &'static str {
         match self.board.view(name, clock::instant(), clock::now()).map(|view| view.state) {
-            None => "starting",
             Some(LaneState::Paused(_)) => LaneState::Ok.name(),
-            Some(state) => state.name(),
+            _ => self.state(name),
         }
     }
 
@@ -348,10 +352,14 @@ impl<Q: Queue> Control<Q> {
         })
     }
 
-    /// Its circuit is open, or the receiver asked to be left alone: an operator who resumes it wants it tried now.
+    /// It is not paused, and its circuit is open, or the receiver asked to be left alone: an operator who resumes it wants it tried now.
     fn waits(&self, name: &str) -> bool {
         let view = self.board.view(name, clock::instant(), clock::now());
-        view.is_some_and(|view| view.circuit != Circuit::Closed || matches!(view.state, LaneState::Held { .. }))
+        view.is_some_and(|view| match view.state {
+            LaneState::Paused(_) => false,
+            LaneState::Held { .. } => true,
+            _ => view.circuit != Circuit::Closed,
+        })
     }
 }
 

@@ -12,10 +12,6 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{json, value::RawValue};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-};
 
 use self::choice::{Choice, Name, Which};
 use super::{Failed, reach, visible};
@@ -23,6 +19,7 @@ use crate::{
     clock,
     config::{Backend, Config},
     queue::{CameTo, DeadLetters, FailedAttempt, Held, Kind, Queue as _, QueueError, Reason, Story, embedded::EmbeddedQueue},
+    signal::{self, Stops},
     wording::counted,
 };
 
@@ -170,13 +167,13 @@ fn no_orphans(which: &Which) -> Result<(), Failed> {
 
 async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, which: &Which, task: Task) -> Result<(), Failed> {
     let mut letters = open().await?;
-    let told = Told::listen()?;
+    let stops = signal::stop()?;
     let mut most = usize::MAX;
     if let Task::Purge { dry_run: false, yes: false, .. } = task {
         can_ask()?;
         most = letters.left() as usize;
         if !which.all() {
-            most = each(letters, &mut Choice::new(which), &told, |_, _| true).await?.unwrap_or_default();
+            most = each(letters, &mut Choice::new(which), &stops, |_, _| true).await?.unwrap_or_default();
             letters = open().await?;
         }
         // Of nothing there is nothing to ask; the walk says what was not found.
@@ -187,55 +184,23 @@ async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, whi
     }
     let walked = async {
         match task {
-            Task::List { json } => list(letters, which, json, &told).await,
-            Task::Show { json } => show(letters, which, json, &told).await,
-            Task::Export => export(letters, which, &told).await,
-            Task::Replay { rate, dry_run, json } => Replay::new(which, rate, dry_run, &told).run(letters, open, json).await,
-            Task::Purge { dry_run, json, .. } => purge(letters, which, (dry_run, most), json, &told).await,
+            Task::List { json } => list(letters, which, json, &stops).await,
+            Task::Show { json } => show(letters, which, json, &stops).await,
+            Task::Export => export(letters, which, &stops).await,
+            Task::Replay { rate, dry_run, json } => Replay::new(which, rate, dry_run, &stops).run(letters, open, json).await,
+            Task::Purge { dry_run, json, .. } => purge(letters, which, (dry_run, most), json, &stops).await,
         }
     };
     tokio::select! {
         walked = walked => walked,
-        () = told.times(2) => Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
+        () = stops.times(2) => Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
     }
 }
 
-/// Whether somebody asked to stop, by Ctrl-C or SIGTERM. A walk heeds it between two letters, so that it can
-/// give back in order what it has passed by.
-pub(super) struct Told(watch::Receiver<u32>);
-
-impl Told {
-    pub(super) fn listen() -> Result<Self, Failed> {
-        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let (count, told) = watch::channel(0);
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    _ = term.recv() => {}
-                    _ = int.recv() => {}
-                }
-                count.send_modify(|n| *n += 1);
-            }
-        });
-        Ok(Self(told))
-    }
-
-    fn to_stop(&self) -> bool {
-        *self.0.borrow() > 0
-    }
-
-    /// Completes when it was told so often.
-    pub(super) async fn times(&self, n: u32) {
-        let mut told = self.0.clone();
-        if told.wait_for(|count| *count >= n).await.is_err() {
-            std::future::pending().await // nobody listens any more
-        }
-    }
-
-    /// After a walk: an error if it ended early.
-    fn finished(&self) -> Result<(), Failed> {
-        if self.to_stop() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
-    }
+/// After a walk, which heeds a wish to stop between two letters, so that it can give back in order what it has passed by: an error if
+/// it ended early.
+fn to_its_end(stops: &Stops) -> Result<(), Failed> {
+    if stops.is_asked() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
 }
 
 fn time(at: Option<SystemTime>) -> String {
@@ -282,12 +247,12 @@ async fn close<T>(letters: impl DeadLetters, walked: Result<T, QueueError>) -> R
 async fn each<D: DeadLetters>(
     mut letters: D,
     choice: &mut Choice<'_>,
-    told: &Told,
+    stops: &Stops,
     mut show: impl FnMut(usize, &Held) -> bool,
 ) -> Result<Option<usize>, Failed> {
     let mut shown = 0;
     let walked = async {
-        while !told.to_stop()
+        while !stops.is_asked()
             && let Some(held) = letters.next().await?
         {
             if choice.includes(&held) {
@@ -301,11 +266,11 @@ async fn each<D: DeadLetters>(
     };
     let walked = walked.await;
     let shown = close(letters, walked).await?;
-    told.finished()?;
+    to_its_end(stops)?;
     Ok(shown)
 }
 
-async fn list(letters: impl DeadLetters, which: &Which, json: bool, told: &Told) -> Result<(), Failed> {
+async fn list(letters: impl DeadLetters, which: &Which, json: bool, stops: &Stops) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut head = !json;
     // Whose an orphan is, is a column; of dead letters it was said.
@@ -335,7 +300,7 @@ async fn list(letters: impl DeadLetters, which: &Which, json: bool, told: &Told)
         let (died, whose) = (time(l.died_at), whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)));
         print(&format!("{number:>6}  {died:<20}  {:<14}  {:>6}  {:>8}  {whose}{id:<36}  {error}", l.reason.name(), l.events, l.attempts))
     };
-    let Some(shown) = each(letters, &mut choice, told, row).await? else { return Ok(()) };
+    let Some(shown) = each(letters, &mut choice, stops, row).await? else { return Ok(()) };
     choice.complete()?;
     if shown == 0 && !json {
         print(if which.orphans() { "no orphans" } else { "no dead letters" });
@@ -343,16 +308,16 @@ async fn list(letters: impl DeadLetters, which: &Which, json: bool, told: &Told)
     Ok(())
 }
 
-async fn export(letters: impl DeadLetters, which: &Which, told: &Told) -> Result<(), Failed> {
+async fn export(letters: impl DeadLetters, which: &Which, stops: &Stops) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let line = |number, held: &Held| print(&all_as_json(number, held).to_string());
-    match each(letters, &mut choice, told, line).await? {
+    match each(letters, &mut choice, stops, line).await? {
         None => Ok(()),
         Some(_) => choice.complete(),
     }
 }
 
-async fn show(letters: impl DeadLetters, which: &Which, json: bool, told: &Told) -> Result<(), Failed> {
+async fn show(letters: impl DeadLetters, which: &Which, json: bool, stops: &Stops) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut found = None;
     // Of several with one id it is the first.
@@ -368,7 +333,7 @@ async fn show(letters: impl DeadLetters, which: &Which, json: bool, told: &Told)
         });
         false
     };
-    each(letters, &mut choice, told, keep).await?;
+    each(letters, &mut choice, stops, keep).await?;
     match found {
         Some(text) => {
             print(&text);
@@ -506,7 +471,7 @@ impl Pace {
 
 struct Replay<'r> {
     choice: Choice<'r>,
-    told: &'r Told,
+    stops: &'r Stops,
     dry_run: bool,
     pace: Option<Pace>,
     /// How long a round may take.
@@ -521,12 +486,12 @@ struct Replay<'r> {
 }
 
 impl<'r> Replay<'r> {
-    fn new(which: &'r Which, rate: Option<f64>, dry_run: bool, told: &'r Told) -> Self {
+    fn new(which: &'r Which, rate: Option<f64>, dry_run: bool, stops: &'r Stops) -> Self {
         // What goes together is no burst: one letter, or as many as are due within a twentieth of a second.
         let most = rate.map_or(GROUP_LETTERS, |rate| ((rate / GROUPS_A_SECOND) as usize).clamp(1, GROUP_LETTERS));
         let pace = rate.filter(|_| !dry_run).map(|rate| Pace { rate, next: clock::instant() });
         let (choice, group) = (Choice::new(which), Group::new(most));
-        Self { choice, told, dry_run, pace, round: ROUND, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
+        Self { choice, stops, dry_run, pace, round: ROUND, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
     }
 
     async fn run<D: DeadLetters>(mut self, first: D, open: impl AsyncFn() -> Result<D, QueueError>, json: bool) -> Result<(), Failed> {
@@ -542,10 +507,10 @@ impl<'r> Replay<'r> {
             letters = open().await?;
         }
         self.bar.finish_and_clear();
-        let of = if self.told.to_stop() { total as usize } else { self.choice.number };
+        let of = if self.stops.is_asked() { total as usize } else { self.choice.number };
         let done = if self.dry_run { self.chosen } else { self.replayed };
         finished("replay", done, self.skipped, of, &self.choice, self.dry_run, json);
-        if self.told.to_stop() {
+        if self.stops.is_asked() {
             return Err(Failed::Runtime("interrupted: the others are where they were, in their order; run it again for them".to_owned()));
         }
         self.choice.complete()?;
@@ -571,7 +536,7 @@ impl<'r> Replay<'r> {
             letters.next().await?;
         }
         let before = self.choice.number;
-        while self.choice.number < total && !self.told.to_stop() {
+        while self.choice.number < total && !self.stops.is_asked() {
             // Each round looks at one letter at least.
             if self.choice.number > before && end.is_some_and(|end| clock::instant() >= end) {
                 let rest = self.group.take();
@@ -602,7 +567,7 @@ impl<'r> Replay<'r> {
         Ok(false)
     }
 
-    /// Sends a group when its time has come, unless it was told to stop before.
+    /// Sends a group when its time has come, unless it is to stop before.
     async fn send(&mut self, letters: &mut impl DeadLetters, group: Vec<Held>) -> Result<(), QueueError> {
         if group.is_empty() {
             return Ok(());
@@ -610,10 +575,10 @@ impl<'r> Replay<'r> {
         if let Some(pace) = &self.pace {
             tokio::select! {
                 () = tokio::time::sleep_until(pace.next.into()) => {}
-                () = self.told.times(1) => {}
+                () = self.stops.times(1) => {}
             }
         }
-        if self.told.to_stop() {
+        if self.stops.is_asked() {
             return Ok(());
         }
         let count = group.len();
@@ -663,13 +628,13 @@ async fn purge(
     which: &Which,
     (dry_run, most): (bool, usize),
     json: bool,
-    told: &Told,
+    stops: &Stops,
 ) -> Result<(), Failed> {
     let total = letters.left() as usize;
     let bar = progress(letters.left());
     let (mut choice, mut purged, mut group) = (Choice::new(which), 0, Group::new(GROUP_LETTERS));
     let walk = async {
-        while !told.to_stop()
+        while !stops.is_asked()
             && purged + group.items.len() < most
             && let Some(held) = letters.next().await?
         {
@@ -694,9 +659,9 @@ async fn purge(
     let walked = walk.await;
     bar.finish_and_clear();
     close(letters, walked).await?;
-    let of = if told.to_stop() || most < usize::MAX { total } else { choice.number };
+    let of = if stops.is_asked() || most < usize::MAX { total } else { choice.number };
     finished("purge", purged, 0, of, &choice, dry_run, json);
-    told.finished()?;
+    to_its_end(stops)?;
     choice.complete()
 }
 
@@ -794,12 +759,11 @@ mod tests {
             let walk = queue.lock().expect("not poisoned").clone().into();
             Ok(Fake { queue: queue.clone(), sent: sent.clone(), walk })
         };
-        let (_told, never) = watch::channel(0);
-        let told = Told(never);
+        let stops = Stops::never();
         let command = Cli::parse_from(["hooktrail", "dead", "replay", "a", "@1", "@3", "@4", "@11", "@19", "--status", "501"]);
         let crate::cli::Command::Dead(command) = command.command else { unreachable!("parsed") };
         let (which, _) = command.split().expect("sound");
-        let mut replay = Replay::new(&which, Some(100_000.0), false, &told);
+        let mut replay = Replay::new(&which, Some(100_000.0), false, &stops);
         replay.round = Duration::ZERO;
         // One that is named is let through by no filter.
         let done = replay.run(open().await.expect("opens"), open, true).await;
@@ -812,16 +776,14 @@ mod tests {
     #[tokio::test]
     async fn a_replay_with_a_rate_is_spread_over_the_second() {
         for (rate, most) in [(0.5, 1), (5.0, 1), (39.0, 1), (100.0, 5), (100_000.0, GROUP_LETTERS)] {
-            let (_told, never) = watch::channel(0);
-            assert_eq!(Replay::new(&all_of_a(), Some(rate), false, &Told(never)).group.most, most, "{rate}");
+            assert_eq!(Replay::new(&all_of_a(), Some(rate), false, &Stops::never()).group.most, most, "{rate}");
         }
         let queue = Arc::new(Mutex::new((1..=6).map(letter).collect::<Vec<_>>()));
         let fake = Fake { queue: queue.clone(), sent: Arc::default(), walk: queue.lock().expect("not poisoned").clone().into() };
-        let (_told, never) = watch::channel(0);
-        let (which, told) = (all_of_a(), Told(never));
+        let (which, stops) = (all_of_a(), Stops::never());
         let begin = clock::instant();
         let open = async || Err(QueueError::new("it is opened once"));
-        Replay::new(&which, Some(20.0), false, &told).run(fake, open, true).await.expect("replays");
+        Replay::new(&which, Some(20.0), false, &stops).run(fake, open, true).await.expect("replays");
         // The first at once, each of the others a twentieth of a second after the one before.
         let took = clock::instant() - begin;
         assert!(took >= Duration::from_millis(5 * 50), "{took:?}");

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 
-use super::{Failed, dead::Told, reach, visible};
+use super::{Failed, reach, visible};
 use crate::{
     admin::MAX_EVENTS,
     batch::BatchPolicy,
@@ -21,6 +21,7 @@ use crate::{
     config::{Backend, Config},
     event::{InvalidEvent, event_type},
     queue::{MAX_GROUP, NewEvent, Published, Queue, embedded::EmbeddedQueue},
+    signal::{self, Stops},
     wording::counted,
 };
 
@@ -77,19 +78,19 @@ pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
 }
 
 async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Result<(), Failed> {
-    let told = Told::listen()?;
+    let stops = signal::stop()?;
     let mut tally = Tally::default();
     tokio::select! {
         ready = queue.ensure(&config.subscribers) => ready?,
-        () = told.times(1) => return Err(Failed::Runtime("interrupted: nothing was published".to_owned())),
+        () = stops.times(1) => return Err(Failed::Runtime("interrupted: nothing was published".to_owned())),
     }
     let (groups, read) = mpsc::channel(1);
     let files = files.to_vec();
     // It may wait for input that never comes; it ends with the process.
     std::thread::Builder::new().name("hooktrail-input".to_owned()).spawn(move || Input::new(groups).files(&files))?;
     let published = tokio::select! {
-        published = take(&queue, config, read, &told, &mut tally) => Some(published),
-        () = told.times(2) => None,
+        published = take(&queue, config, read, &stops, &mut tally) => Some(published),
+        () = stops.times(2) => None,
     };
     match published {
         Some(Ok(None)) => {
@@ -118,14 +119,14 @@ async fn take(
     queue: &impl Queue,
     config: &Config,
     mut read: mpsc::Receiver<Result<Group, String>>,
-    told: &Told,
+    stops: &Stops,
     tally: &mut Tally,
 ) -> Result<Option<String>, Failed> {
     let (mut upto, mut interrupted) = (String::new(), false);
     loop {
         let group = tokio::select! {
             biased;
-            () = told.times(1), if !interrupted => {
+            () = stops.times(1), if !interrupted => {
                 interrupted = true;
                 read.close(); // what was handed over still comes
                 continue;

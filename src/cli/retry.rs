@@ -7,17 +7,19 @@ use std::{
 };
 
 use clap::Subcommand;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     Failed,
-    dead::{Told, choice::Name},
+    daemon::{Asked, Daemon},
+    dead::choice::Name,
     reach, visible,
 };
 use crate::{
     clock,
     config::{self, Backend, Config},
     queue::{Hastened, Queue, Waiting, WaitingList, embedded::EmbeddedQueue},
+    signal,
     wording::counted,
 };
 
@@ -38,8 +40,9 @@ pub(super) enum Command {
     },
     /// Make the next attempt due now: of all batches that wait, or of some. Bytes, ids and attempts stay as they are
     ///
-    /// Works with or without a daemon; a running one sends them at once, unless the subscriber is paused or its circuit is open
-    /// (`hooktrail status`). After a crash in the middle some may come twice, under the same ids; run it again for the rest.
+    /// Works with or without a daemon; the running one sends them at once. If the subscriber's circuit is open, or its receiver asked to
+    /// be left alone, it tries one batch at once, and sends the rest when that is accepted; a paused one gets nothing before `hooktrail
+    /// resume`. After a crash in the middle some may come twice, under the same ids; run it again for the rest.
     Now {
         /// The subscriber's name; one that is not configured any more is fine
         subscriber: String,
@@ -70,21 +73,21 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
     match &config.queue.backend {
         Backend::Amqp(amqp) => {
             let queue = reach(amqp).await?;
-            let done = to_its_end(on(&queue, command)).await;
+            let done = to_its_end(on(&queue, config, command)).await;
             queue.close().await;
             done
         }
-        Backend::Embedded => on(&EmbeddedQueue::existing(&config.queue.embedded)?, command).await,
+        Backend::Embedded => on(&EmbeddedQueue::existing(&config.queue.embedded)?, config, command).await,
     }
 }
 
 /// A queue that is left half looked through can lose its order: one Ctrl-C or SIGTERM lets the work go on to its end, a second ends it.
 async fn to_its_end(work: impl Future<Output = Result<(), Failed>>) -> Result<(), Failed> {
-    let told = Told::listen()?;
+    let stops = signal::stop()?;
     let interrupted = async {
-        told.times(1).await;
+        stops.times(1).await;
         eprintln!("interrupted: it goes on to its end, so that no batch loses its place; once more ends it at once");
-        told.times(2).await;
+        stops.times(2).await;
     };
     tokio::select! {
         done = work => done,
@@ -92,10 +95,10 @@ async fn to_its_end(work: impl Future<Output = Result<(), Failed>>) -> Result<()
     }
 }
 
-async fn on(queue: &impl Queue, command: Command) -> Result<(), Failed> {
+async fn on(queue: &impl Queue, config: &Config, command: Command) -> Result<(), Failed> {
     match command {
         Command::List { subscriber, json } => list(&subscriber, &queue.waiting(&subscriber).await?, json),
-        Command::Now { subscriber, batches, dry_run, json } => Now { subscriber, dry_run, json }.run(queue, &batches).await,
+        Command::Now { subscriber, batches, dry_run, json } => Now { subscriber, dry_run, json }.run(queue, config, &batches).await,
     }
 }
 
@@ -159,7 +162,7 @@ struct Now {
 }
 
 impl Now {
-    async fn run(self, queue: &impl Queue, names: &[Name]) -> Result<(), Failed> {
+    async fn run(self, queue: &impl Queue, config: &Config, names: &[Name]) -> Result<(), Failed> {
         let by_number = names.iter().any(|name| matches!(name, Name::Number(_)));
         let list = if by_number || self.dry_run { Some(queue.waiting(&self.subscriber).await?) } else { None };
         let (ids, mut missing) = resolve(names, list.as_ref());
@@ -171,19 +174,34 @@ impl Now {
             _ => queue.hasten(&self.subscriber, ids).await?,
         };
         missing.append(&mut hastened.missing);
-        self.tell(&hastened, &missing);
+        let tried = if self.dry_run || hastened.moved + hastened.due == 0 { None } else { Some(self.tried(config).await) };
+        self.tell(&hastened, &missing, tried.as_ref());
         if !missing.is_empty() {
             return Err(self.not_found(&missing));
         }
         unseen(hastened.unseen, &self.subscriber)
     }
 
-    fn tell(&self, done: &Hastened, missing: &[String]) {
+    /// Has the daemon try the subscriber whatever keeps it from that, but for a pause; else why that is not known.
+    async fn tried(&self, config: &Config) -> Result<Value, String> {
+        let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
+        // What is to be sent is due already, so of the daemon's own way to make it due nothing is left but this.
+        let wish = json!({ "ids": [] });
+        let answer = async { Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await };
+        answer.await.map_err(|e| match e {
+            Failed::Usage(why) | Failed::Runtime(why) => why,
+            other => other.to_string(),
+        })
+    }
+
+    fn tell(&self, done: &Hastened, missing: &[String], tried: Option<&Result<Value, String>>) {
         let name = &self.subscriber;
+        let answer = tried.and_then(|tried| tried.as_ref().ok());
         if self.json {
+            let of_daemon = |key: &str| answer.map_or(Value::Null, |answer| answer[key].clone());
             let result = json!({
                 "command": "now", "subscriber": name, "dry_run": self.dry_run, "moved": done.moved, "already_due": done.due,
-                "not_found": missing, "unseen": done.unseen,
+                "not_found": missing, "unseen": done.unseen, "state": of_daemon("state"), "tried_now": of_daemon("tried_now"),
             });
             print(&result.to_string());
             return;
@@ -195,6 +213,18 @@ impl Now {
             true => format!("{what} of `{name}` {would} due now{already}"),
             false => format!("{would} {what} of `{name}` due now{already}"),
         });
+        match tried {
+            None => {}
+            Some(Err(why)) => eprintln!("whether they are sent now is not known, `{name}` may be paused or its circuit open: {why}"),
+            Some(Ok(answer)) if answer["state"] == "paused" => {
+                print(&format!("`{name}` is paused: nothing is sent before `hooktrail resume {name}`"));
+            }
+            Some(Ok(answer)) if answer["tried_now"] == true => {
+                let why = if answer["state"] == "held" { "its receiver had asked to be left alone" } else { "its circuit was open" };
+                print(&format!("{why}: one batch is tried now, and the rest follows when that is accepted (hooktrail status {name})"));
+            }
+            Some(Ok(_)) => {}
+        }
     }
 
     fn not_found(&self, missing: &[String]) -> Failed {

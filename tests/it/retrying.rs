@@ -25,6 +25,8 @@ on_both_queues!(
     what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage,
     a_command_that_is_killed_loses_nothing,
     the_api_lists_what_waits_and_sends_it_now,
+    what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receiver_asked_to_be_left_alone,
+    what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -264,7 +266,12 @@ async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
     a.now(|_, _| status(200));
     let second = listed["batches"][1]["id"].as_str().expect("an id");
     let moved = api.post(path, &json!({ "ids": [second, "msg_nobody"] }).to_string()).await.json();
-    assert_eq!(moved, json!({ "subscriber": "a", "moved": 1, "already_due": 0, "not_found": ["msg_nobody"], "unseen": 0 }));
+    assert_eq!(
+        moved,
+        json!({
+            "subscriber": "a", "moved": 1, "already_due": 0, "not_found": ["msg_nobody"], "unseen": 0, "state": "retrying", "tried_now": false
+        })
+    );
     assert_eq!(a.wait_requests(5).await[4].id(), second);
     let none = api.post(path, r#"{"ids":[]}"#).await.json();
     assert_eq!(none["moved"], 0, "none are named, so none are meant");
@@ -277,6 +284,52 @@ async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
     assert_eq!(all["moved"], 3);
     a.wait_requests(8).await;
     eventually("nothing waits", async || api.get(path).await.json()["waiting"] == 0).await;
+}
+
+async fn what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receiver_asked_to_be_left_alone(queue: Queue) {
+    let api = Api::new();
+    let open = SLOW.replace("failures = 0", "failures = 1\nopen_for = \"1h\"\nmax_open_for = \"1h\"");
+    let [a, b] = [Receiver::start(|_, _| status(503)).await, Receiver::start(|_, _| status(429).header("retry-after", "3000")).await];
+    let own = "circuit_breaker = { failures = 0, max_open_for = \"1h\" }";
+    let setup = Setup::new(&queue, &(open + &api.section() + &subscriber("a", &a.url, "") + &subscriber("b", &b.url, own)));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    api.wait("a", "its circuit is open", |s| s["state"] == "circuit_open").await;
+    api.wait("b", "it is held", |s| s["state"] == "held").await;
+    let id = ids(&wait_waiting(&setup, "a", 1).await).remove(0);
+    wait_waiting(&setup, "b", 1).await;
+    // It is not there yet after all: one batch is tried, and the circuit stays open.
+    let said = setup.ok(&["retry", "now", "a"]);
+    assert!(said.contains("1 batch of `a` due now\nits circuit was open: one batch is tried now"), "{said}");
+    a.wait_requests(2).await;
+    api.wait("a", "its circuit is open again", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
+    wait_waiting(&setup, "a", 1).await;
+    [&a, &b].into_iter().for_each(|r| r.now(|_, _| status(200)));
+    let said: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", &id, "--json"])).expect("JSON");
+    assert_eq!(json!([said["moved"], said["state"], said["tried_now"]]), json!([1, "circuit_open", true]));
+    let sent = a.wait_requests(3).await;
+    assert_eq!(sent.iter().map(|r| (r.id(), r.attempt())).collect::<Vec<_>>(), [(&id[..], 1), (&id[..], 2), (&id[..], 3)]);
+    api.wait("a", "its circuit is closed", |s| s["state"] == "ok").await;
+    let moved = api.post("/api/v1/subscribers/b/retry", "{}").await.json();
+    assert_eq!(json!([moved["moved"], moved["state"], moved["tried_now"]]), json!([1, "held", true]));
+    b.wait_requests(2).await;
+    api.wait("b", "it is held no more", |s| s["state"] == "ok").await;
+}
+
+async fn what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait(queue: Queue) {
+    let api = Api::new();
+    let (setup, daemon, [a, _b]) = failing(&queue, &api.section(), 1).await;
+    setup.ok(&["pause", "a"]);
+    api.wait("a", "it is paused", |s| s["state"] == "paused").await;
+    let said = setup.ok(&["retry", "now", "a"]);
+    assert!(said.contains("`a` is paused: nothing is sent before `hooktrail resume a`"), "{said}");
+    let answered = api.post("/api/v1/subscribers/a/retry", "{}").await.json();
+    assert_eq!(json!([answered["state"], answered["tried_now"]]), json!(["paused", false]));
+    assert_eq!(a.count(), 1);
+    // Without its daemon nobody knows.
+    assert!(daemon.stop().await.success());
+    let said = setup.run(&["retry", "now", "a"]);
+    assert!(said.status.success() && err(&said).contains("`a` may be paused or its circuit open: no daemon answers"), "{said:?}");
 }
 
 #[test]

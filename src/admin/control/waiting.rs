@@ -37,15 +37,23 @@ impl<Q: Queue> Control<Q> {
         Ok(json!({ "subscriber": name, "waiting": found.batches.len(), "unseen": found.unseen, "batches": shown }))
     }
 
+    /// Who wants it now means that the receiver is there again: what keeps it from being asked ends, but for a pause.
     pub(super) async fn retry_now(&self, name: &str, which: WhichRetries) -> Result<Value, Refusal> {
         self.subscriber(name)?;
-        let _one = self.retrying.try_lock().map_err(|_| busy())?;
+        let (state, tried_now) = (self.state(name), self.waits(name));
         let done = match which.ids {
             Some(ids) if ids.is_empty() => Hastened::default(),
-            ids => self.queue.hasten(name, ids).await.map_err(|e| queue_fails(&e))?,
+            ids => {
+                let _one = self.retrying.try_lock().map_err(|_| busy())?;
+                self.queue.hasten(name, ids).await.map_err(|e| queue_fails(&e))?
+            }
         };
+        if tried_now {
+            self.board.try_now(name);
+        }
         Ok(json!({
             "subscriber": name, "moved": done.moved, "already_due": done.due, "not_found": done.missing, "unseen": done.unseen,
+            "state": state, "tried_now": tried_now,
         }))
     }
 }

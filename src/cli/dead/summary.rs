@@ -4,8 +4,14 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{Failed, Told, choice::Choice, choice::Which, each, print, time};
-use crate::{clock, config::Config, queue::Queue, wording::counted};
+use super::{Failed, choice::Choice, choice::Which, each, print, time};
+use crate::{
+    clock,
+    config::Config,
+    queue::Queue,
+    signal::{self, Stops},
+    wording::counted,
+};
 
 /// The dead letters of one subscriber that the filters let through.
 struct Tally {
@@ -19,15 +25,15 @@ struct Tally {
 
 /// Walks through the dead letters of all subscribers, one after the other, those not configured any more included.
 pub(super) async fn list(queue: impl Queue, config: &Config, which: &Which, json: bool) -> Result<(), Failed> {
-    let told = Told::listen()?;
+    let stops = signal::stop()?;
     let depths = queue.depths(&config.subscribers).await?;
     let all = depths.subscribers.iter().map(|found| (found, true)).chain(depths.removed.iter().map(|found| (found, false)));
     let mut tallies = Vec::new();
     for ((name, _), configured) in all.filter(|((_, depth), _)| depth.dead > 0) {
-        let tally = tally(&queue, name, configured, which, &told);
+        let tally = tally(&queue, name, configured, which, &stops);
         let tally = tokio::select! {
             tally = tally => tally?,
-            () = told.times(2) => return Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
+            () = stops.times(2) => return Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
         };
         tallies.extend((tally.letters > 0).then_some(tally));
     }
@@ -40,11 +46,11 @@ pub(super) async fn list(queue: impl Queue, config: &Config, which: &Which, json
     Ok(())
 }
 
-async fn tally(queue: &impl Queue, name: &str, configured: bool, which: &Which, told: &Told) -> Result<Tally, Failed> {
+async fn tally(queue: &impl Queue, name: &str, configured: bool, which: &Which, stops: &Stops) -> Result<Tally, Failed> {
     let (reasons, (oldest, newest)) = (BTreeMap::new(), (None, None));
     let mut tally = Tally { subscriber: name.to_owned(), configured, letters: 0, reasons, oldest, newest };
     let letters = queue.dead_letters(name).await?;
-    each(letters, &mut Choice::new(which), told, |_, held| {
+    each(letters, &mut Choice::new(which), stops, |_, held| {
         tally.letters += 1;
         *tally.reasons.entry(held.letter.reason.name()).or_default() += 1;
         let died_at = held.letter.died_at;
