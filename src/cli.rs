@@ -61,7 +61,7 @@ enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Read the configuration and print what it means for each subscriber
+    /// Read the configuration, print what can go wrong with it, and what it means for each subscriber
     Check(check::Args),
     /// Show what the configuration would do: retries until a dead letter, memory, requests, and what a reload would change
     Plan(plan::Args),
@@ -153,7 +153,7 @@ pub enum Failed {
     Config(ConfigError),
     /// Exit code 1.
     Runtime(String),
-    /// The log has it; with this exit code.
+    /// It is said already, in the log or in what was printed; with this exit code.
     Logged(u8),
 }
 
@@ -168,7 +168,7 @@ impl Failed {
     }
 }
 
-/// As it is printed; nothing of what the log has.
+/// As it is printed; nothing of what is said already.
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -220,13 +220,16 @@ impl Cli {
             }
             Command::Status(args) => status::run(&asked(&self.config, &[])?, &args).await,
             Command::Pause { whom, why } => pause::pause(&asked(&self.config, &whom.subscribers)?, &whom, why).await,
+            Command::Check(args) => {
+                log::to_stderr(tracing::Level::WARN);
+                check::run(&self.config, &args).await
+            }
             Command::Reload => daemon::reload(&asked(&self.config, &[])?).await,
             Command::Resume { whom } => pause::resume(&asked(&self.config, &whom.subscribers)?, &whom).await,
             other => {
                 log::to_stderr(tracing::Level::WARN);
                 let config = load()?;
                 match other {
-                    Command::Check(args) => check::run(&config, &args).await,
                     Command::Plan(args) => plan::run(&config, &args).await,
                     Command::Publish(args) => publish::run(&config, args).await,
                     Command::Repair { subscriber, yes } => repair(&config, &subscriber, yes).await,
@@ -235,6 +238,7 @@ impl Cli {
                     Command::Retry(command) => retry::run(&config, command).await,
                     Command::Dead(command) => dead::run(&config, command).await,
                     Command::Run { .. }
+                    | Command::Check(_)
                     | Command::Demo(_)
                     | Command::Init(_)
                     | Command::Completions { .. }
@@ -317,8 +321,22 @@ fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed> {
 fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber, Failed> {
     config.subscribers.iter().find(|s| s.name == name).map(AsRef::as_ref).ok_or_else(|| {
         let names: Vec<&str> = config.subscribers.iter().map(|s| s.name.as_str()).collect();
-        Failed::Usage(format!("no subscriber `{name}` in {}; there are: {}", config.path.display(), names.join(", ")))
+        let file = config.path.display();
+        Failed::Usage(format!("no subscriber `{}` in {file}; {}", visible(name), there_are(name, &names)))
     })
+}
+
+/// What may have been meant by a name that nobody has, and which names there are.
+fn there_are(name: &str, names: &[&str]) -> String {
+    const SHOWN: usize = 20;
+    if names.is_empty() {
+        return "there is none".to_owned();
+    }
+    let near = names.iter().find(|n| n.len() > 2 && config::is_near(name, n));
+    let near = near.map(|n| format!("did you mean `{n}`? ")).unwrap_or_default();
+    let more = names.len().saturating_sub(SHOWN);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{near}there are: {}{more}", names[..names.len().min(SHOWN)].join(", "))
 }
 
 async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> {
@@ -357,6 +375,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_name_that_nobody_has_is_answered_with_the_one_that_may_be_meant() {
+        assert_eq!(there_are("seim", &["crm", "siem"]), "did you mean `siem`? there are: crm, siem");
+        assert_eq!(there_are("b", &["a", "c"]), "there are: a, c");
+        assert_eq!(there_are("b", &[]), "there is none");
+        let many: Vec<String> = (0..1000).map(|n| format!("s{n:03}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let said = there_are("nobody", &many);
+        assert!(said.len() < 200 && said.ends_with("s019 and 980 more"), "{said}");
     }
 
     #[test]

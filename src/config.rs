@@ -18,7 +18,8 @@ use http::{HeaderName, HeaderValue};
 use url::Url;
 
 pub use reader::Problem;
-use reader::{Layers, Reader, Section, Source, Value, is_near};
+pub(crate) use reader::is_near;
+use reader::{Layer, Layers, Reader, Section, Source, Value};
 
 use crate::{
     address::AddressPolicy,
@@ -31,7 +32,7 @@ use crate::{
     secret::{Secret, SecretUrl},
     signature::{Encoding, Scheme, Signer, standard_key},
     tls::{self, BadIdentity, Identity, TlsPolicy},
-    wording::counted,
+    wording::{counted, span},
 };
 
 /// The commented default configuration, every key in it.
@@ -779,7 +780,7 @@ impl Loader<'_, '_> {
         let max_elapsed_time = self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
         let on_exhausted = self.one_of(group.get("on_exhausted"), &[("dead_letter", Exhausted::DeadLetter), ("pause", Exhausted::Pause)]);
         // What could not be read is reported already; for it stands a value that agrees with every other.
-        let checked = RetryPolicy::try_new(RetryOptions {
+        let options = RetryOptions {
             initial_interval: initial_interval.unwrap_or(Duration::from_nanos(1)),
             multiplier: multiplier.unwrap_or(d.multiplier),
             randomization_factor: randomization_factor.unwrap_or(d.randomization_factor),
@@ -787,9 +788,15 @@ impl Loader<'_, '_> {
             max_attempts: max_attempts.and_then(|n| u32::try_from(n).ok()).unwrap_or(d.max_attempts),
             max_elapsed_time: max_elapsed_time.unwrap_or(d.max_elapsed_time),
             on_exhausted: on_exhausted.unwrap_or(d.on_exhausted),
-        });
+        };
+        let ends = [("initial_interval", options.initial_interval), ("max_interval", options.max_interval)];
+        let checked = RetryPolicy::try_new(options);
         for (key, why) in checked.as_ref().err().into_iter().flatten() {
-            self.report_in_group(group, key, why);
+            match group.get(key).filter(|_| *key != "max_interval") {
+                Some(value) => self.reader.report(&value, *why),
+                // It is not longer than 72 h, as was seen above: it is shorter than the other.
+                None => self.report_pair(group, ends),
+            }
         }
         let intervals = initial_interval.and(max_interval).and(multiplier).and(randomization_factor);
         intervals.and(max_attempts).and(max_elapsed_time).and(on_exhausted).and(checked.ok())
@@ -800,19 +807,27 @@ impl Loader<'_, '_> {
         let open_for = self.positive_duration(group.get("open_for"), 30, MAX_OPEN_FOR);
         let max_open_for = self.positive_duration(group.get("max_open_for"), 600, MAX_OPEN_FOR);
         if open_for.zip(max_open_for).is_some_and(|(first, longest)| first > longest) {
-            self.report_in_group(group, "max_open_for", "must not be shorter than open_for");
+            let [first, longest] = [open_for, max_open_for].map(Option::unwrap_or_default);
+            self.report_pair(group, [("open_for", first), ("max_open_for", longest)]);
             return None;
         }
         Some(BreakerPolicy { failures: u32::try_from(failures?).ok()?, open_for: open_for?, max_open_for: max_open_for? })
     }
 
-    /// Reports a value that is wrong together with others: at its own place, or at the group's if it is a default.
-    fn report_in_group(&self, group: &Layers<'_>, key: &str, why: &str) {
-        match (group.get(key), group.own.as_ref().or(group.base.as_ref())) {
-            (Some(value), _) => self.reader.report(&value, why),
-            (None, Some(section)) => self.reader.report_missing(section, key, why),
-            (None, None) => unreachable!("the defaults agree with each other"),
-        }
+    /// Reports that the first of two times is longer than the second: at the one that stands nearer to the subscriber, whose other keys
+    /// may come from elsewhere, with the other and where that is from.
+    fn report_pair(&self, group: &Layers<'_>, [shorter, longer]: [(&str, Duration); 2]) {
+        let is_own = group.layer(shorter.0) < group.layer(longer.0);
+        let (at, (other, time)) = if is_own { (shorter.0, longer) } else { (longer.0, shorter) };
+        let Some(value) = group.get(at) else { unreachable!("the defaults agree with each other") };
+        let from = match (group.layer(other), group.get(other)) {
+            (Layer::Preset, _) => "by the preset".to_owned(),
+            (Layer::Own | Layer::Base, Some(other)) => format!("at {}", other.place()),
+            (Layer::Default, _) | (_, None) => "by default".to_owned(),
+        };
+        let what = if is_own { "longer" } else { "shorter" };
+        let why = format!("must not be {what} than {other}, which is {} {from}; change this one, or set {other} here too", span(time));
+        self.reader.report(&value, why);
     }
 
     fn subscribers<'d>(&self, root: &Section<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Vec<Arc<Subscriber>> {

@@ -1,11 +1,11 @@
-//! `check`: what a configuration means, and what can go wrong with the queue and the endpoints that it names.
+//! `check`: what can go wrong with the queue and the endpoints that a configuration names, and what it means.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, io::Write as _, path::Path, sync::Arc, time::Duration};
 
-use super::{Failed, visible};
+use super::{Failed, find, visible};
 use crate::{
     clock,
-    config::{Auth, Backend, Config, EmbeddedConfig, Intake, Subscriber},
+    config::{self, Auth, Backend, Config, ConfigError, EmbeddedConfig, Intake, Subscriber},
     endpoint,
     finding::{Finding, Severity, summarized},
     metrics::Metrics,
@@ -16,53 +16,63 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
+    /// Only these subscribers, and what all of them share; left out: all
+    #[arg(value_name = "SUBSCRIBER")]
+    subscribers: Vec<String>,
     /// Also look at the queue and at each subscriber's endpoint, without sending a request: what can go wrong, and what
     /// mends it; exit code 1 if something is harmful
     #[arg(long)]
     connect: bool,
-    /// Print what is found as JSON, one finding a line, and nothing else
-    #[arg(long, requires = "connect")]
+    /// Print only what can go wrong, and nothing if all is well
+    #[arg(long, short)]
+    quiet: bool,
+    /// Print what is found as JSON, one finding a line, and nothing else: also each mistake of a configuration
+    #[arg(long)]
     json: bool,
 }
 
 /// For all that a queue is asked; a thousand subscribers take some seconds.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
-    if !args.json {
-        print!("{}", effective(config));
-    }
-    if args.connect { connect(config, args.json).await } else { Ok(()) }
-}
-
-async fn connect(config: &Config, json: bool) -> Result<(), Failed> {
-    let (mut findings, endpoints) = tokio::join!(look(config), endpoint::inspect(&config.subscribers));
-    findings.extend(endpoints);
-    let findings = summarized(findings);
-    if !json {
-        println!();
-    }
-    for finding in &findings {
-        if json {
-            println!("{}", serde_json::to_string(finding).map_err(|e| Failed::Runtime(e.to_string()))?);
-        } else {
-            tell(finding);
-        }
-    }
-    match findings.iter().filter(|f| f.severity == Severity::Harmful).count() {
-        0 if json => Ok(()),
-        0 => {
-            let unseen: Vec<String> = findings.iter().filter(|f| f.is_unseen()).map(Finding::names).collect();
-            if unseen.is_empty() {
-                println!("# Nothing harmful was found.");
-            } else {
-                println!(
-                    "# Nothing harmful was found in what was looked at. Not looked at, so not known: {}.",
-                    visible(&unseen.join("; "))
-                );
+pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
+    let config = match config::load(path) {
+        Ok(config) => config,
+        Err(problems) => {
+            if args.json {
+                as_json(&mistakes(&problems))?;
             }
-            Ok(())
+            return Err(Failed::Config(problems));
         }
+    };
+    let chosen = chosen(&config, &args.subscribers)?;
+    let mut findings = if args.connect { looked_at(&config, &chosen).await } else { Vec::new() };
+    let harmful = findings.iter().filter(|f| f.severity == Severity::Harmful).count();
+    // The worst first: what is printed below it is long.
+    findings.reverse();
+    if args.json {
+        findings.push(valid(&config, &chosen));
+    }
+    if args.quiet {
+        findings.retain(|f| f.severity >= Severity::Warning);
+    }
+    if args.json {
+        as_json(&findings)?;
+    } else {
+        findings.iter().for_each(tell);
+        if args.connect && !args.quiet {
+            if harmful == 0 {
+                println!("{}", nothing_harmful(&findings));
+            }
+            println!();
+        }
+        if !args.quiet {
+            // Who reads no further, as `head`, has what comes first.
+            std::io::stdout().write_all(effective(&config, &chosen).as_bytes()).ok();
+        }
+    }
+    match harmful {
+        0 => Ok(()),
+        _ if args.quiet => Err(Failed::Logged(1)),
         harmful => Err(Failed::Runtime(format!(
             "{}: events can be lost, or cannot be delivered; each says what to do",
             counted(harmful, "harmful finding(s)")
@@ -70,7 +80,79 @@ async fn connect(config: &Config, json: bool) -> Result<(), Failed> {
     }
 }
 
-/// What is good goes behind the configuration as comments, what is bad to stderr.
+/// The subscribers that are meant, in the order of the configuration.
+fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Failed> {
+    names.iter().try_for_each(|name| find(config, name).map(drop))?;
+    Ok(config.subscribers.iter().filter(|s| names.is_empty() || names.contains(&s.name)).cloned().collect())
+}
+
+/// What queue and endpoints show, the worst last.
+async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let (mut findings, endpoints) = tokio::join!(look(config, chosen), endpoint::inspect(chosen));
+    if chosen.len() < config.subscribers.len() {
+        findings = without_others(findings, config, chosen);
+    }
+    findings.extend(endpoints);
+    summarized(findings)
+}
+
+/// A queue calls those that it was not asked about not configured, or counts what it has for them.
+fn without_others(findings: Vec<Finding>, config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let prefix = match &config.queue.backend {
+        Backend::Amqp(amqp) => Some(amqp.prefix.as_str()),
+        Backend::Embedded => None,
+    };
+    let is_meant = |about: &String| subscriber_of(about, prefix).is_none_or(|name| chosen.iter().any(|s| s.name == name));
+    let keep = |mut f: Finding| {
+        f.about.retain(is_meant);
+        (!f.about.is_empty()).then_some(f)
+    };
+    findings.into_iter().filter_map(keep).collect()
+}
+
+/// Whose it is, of what a finding is about.
+fn subscriber_of<'a>(about: &'a str, prefix: Option<&str>) -> Option<&'a str> {
+    let quoted = |what: &str| about.strip_prefix(what).and_then(|rest| rest.strip_prefix(" `")).and_then(|rest| rest.strip_suffix('`'));
+    if let Some(name) = quoted("subscriber") {
+        return Some(name);
+    }
+    match prefix {
+        Some(prefix) => quoted("queue").unwrap_or(about).strip_prefix(prefix)?.strip_prefix(".sub.")?.split('.').next(),
+        None => about.split_once(": ").map(|(name, _)| name),
+    }
+}
+
+fn nothing_harmful(findings: &[Finding]) -> String {
+    let unseen: Vec<String> = findings.iter().filter(|f| f.is_unseen()).map(Finding::names).collect();
+    if unseen.is_empty() {
+        return "# Nothing harmful was found.".to_owned();
+    }
+    let unseen = visible(&unseen.join("; "));
+    format!("# Nothing harmful was found in what was looked at. Not looked at, so not known: {unseen}.")
+}
+
+fn valid(config: &Config, chosen: &[Arc<Subscriber>]) -> Finding {
+    Finding::ok(config.path.display().to_string(), format!("is valid, with {}", of_them(config, chosen)))
+}
+
+/// Each mistake is about its place.
+fn mistakes(problems: &ConfigError) -> Vec<Finding> {
+    let of = |p: &config::Problem| {
+        let place = p.place.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
+        let key = if p.key.is_empty() { String::new() } else { format!("{}: ", p.key) };
+        Finding::harmful(format!("{}{place}", p.file.display()), format!("{key}{}", p.message)).risking("nothing is started with it")
+    };
+    problems.problems.iter().map(of).collect()
+}
+
+fn as_json(findings: &[Finding]) -> Result<(), Failed> {
+    for finding in findings {
+        println!("{}", serde_json::to_string(finding).map_err(|e| Failed::Runtime(e.to_string()))?);
+    }
+    Ok(())
+}
+
+/// What is good is a comment, as all is that is not the configuration; what is bad goes to stderr.
 fn tell(finding: &Finding) {
     let mut text = format!("{}: {}: {}", finding.severity.name(), finding.names(), finding.found);
     for (what, more) in [("risk", &finding.risk), ("mend", &finding.remedy)] {
@@ -87,9 +169,9 @@ fn tell(finding: &Finding) {
     }
 }
 
-async fn look(config: &Config) -> Vec<Finding> {
+async fn look(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
     match &config.queue.backend {
-        Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), config).await,
+        Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), chosen).await,
         Backend::Embedded => {
             let embedded = &config.queue.embedded;
             match EmbeddedQueue::exists(embedded) {
@@ -106,15 +188,15 @@ async fn look(config: &Config) -> Vec<Finding> {
                 }
             }
             match EmbeddedQueue::existing(embedded) {
-                Ok(queue) => inspect(queue, config).await,
+                Ok(queue) => inspect(queue, chosen).await,
                 Err(e) => vec![no_queue(&e)],
             }
         }
     }
 }
 
-async fn inspect(queue: impl Queue, config: &Config) -> Vec<Finding> {
-    let findings = match tokio::time::timeout(PATIENCE, queue.inspect(&config.subscribers)).await {
+async fn inspect(queue: impl Queue, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let findings = match tokio::time::timeout(PATIENCE, queue.inspect(chosen)).await {
         Ok(Ok(findings)) => findings,
         Ok(Err(e)) => vec![no_queue(&e)],
         Err(_) => vec![Finding::harmful("queue", format!("did not answer all questions within {} s", PATIENCE.as_secs()))],
@@ -131,8 +213,21 @@ fn no_queue(e: &QueueError) -> Finding {
     }
 }
 
-/// The configuration with all defaults filled in, as TOML, secrets left out.
-fn effective(config: &Config) -> String {
+/// How many subscribers, and which of them are meant if not all are.
+fn of_them(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
+    let all = counted(config.subscribers.len(), "subscriber(s)");
+    if chosen.len() == config.subscribers.len() {
+        return all;
+    }
+    format!("{all}, of which {} asked for", counted(chosen.len(), "(is|are)"))
+}
+
+/// The configuration with all defaults filled in, as TOML, secrets left out; of some subscribers only theirs.
+fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
+    if chosen.len() < config.subscribers.len() {
+        let head = format!("# {}: valid, with {}\n", config.path.display(), of_them(config, chosen));
+        return head + &chosen.iter().map(|s| subscriber(s) + "\n").collect::<String>();
+    }
     let mut out = String::new();
     let mut line = |text: String| {
         out.push_str(&text);
@@ -256,7 +351,6 @@ fn scheme(scheme: &Scheme) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config;
 
     #[test]
     fn what_is_printed_is_a_configuration_that_means_the_same_and_shows_no_secret() {
@@ -281,14 +375,43 @@ mod tests {
         let path = dir.path().join("h.toml");
         std::fs::write(&path, text).expect("writes");
         let a = config::load(&path).expect("valid");
-        let printed = effective(&a);
+        let printed = effective(&a, &a.subscribers);
         assert!(!printed.contains("hunter2"), "{printed}");
         std::fs::write(&path, &printed).expect("writes");
         let b = config::load(&path).unwrap_or_else(|e| panic!("{e}\n{printed}"));
-        assert_eq!(effective(&b), printed);
+        assert_eq!(effective(&b, &b.subscribers), printed);
         assert_eq!(
             (&a.subscribers[0].batch, &a.subscribers[0].http, &a.queue.embedded, a.admin.listen),
             (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.embedded, b.admin.listen)
         );
+    }
+    #[test]
+    fn what_a_queue_says_of_subscribers_that_were_not_asked_for_is_left_out() {
+        let own = |about: &str, prefix| subscriber_of(about, prefix).map(str::to_owned);
+        for (about, of_amqp, of_embedded) in [
+            ("subscriber `a`", Some("a"), Some("a")),
+            ("queue `h.sub.a`", Some("a"), None),
+            ("queue `h.sub.a.dead`", Some("a"), None),
+            ("h.sub.a.retry", Some("a"), None),
+            ("queue `h.delay.07`", None, None),
+            ("queue `other.sub.a`", None, None),
+            ("a: events to deliver", None, Some("a")),
+            ("data_dir", None, None),
+            ("broker", None, None),
+        ] {
+            assert_eq!(own(about, Some("h")).as_deref(), of_amqp, "{about}");
+            assert_eq!(own(about, None).as_deref(), of_embedded, "{about}");
+        }
+        let text = |name: &str| format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n");
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("h.toml");
+        std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{}{}", text("a"), text("b"))).expect("writes");
+        let config = config::load(&path).expect("valid");
+        let mut of_both = Finding::warning("subscriber `a`", "is odd");
+        of_both.about.push("subscriber `b`".to_owned());
+        let found = vec![Finding::ok("b: events to deliver", "1"), Finding::ok("data_dir", "is there"), of_both];
+        let kept = without_others(found, &config, &chosen(&config, &["a".to_owned()]).expect("it is there"));
+        let kept: Vec<_> = kept.iter().map(Finding::names).collect();
+        assert_eq!(kept, ["data_dir", "subscriber `a`"]);
     }
 }

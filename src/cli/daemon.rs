@@ -251,7 +251,7 @@ const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a reload of the running daemon would do.
 pub(super) enum Foreseen {
-    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`; and `needs_restart`.
+    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`; `needs_restart`; and `waits_for_operator`.
     Changes { address: SocketAddr, answer: Value },
     /// The daemon says what is wrong with its configuration.
     Refused { address: SocketAddr, error: String },

@@ -466,6 +466,13 @@ fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
             if !restart.is_empty() {
                 line(format!("  only a restart changes: {}", restart.join(", ")));
             }
+            if answer["waits_for_operator"] == true {
+                line(
+                    "  (it removes all subscribers, or more than half of them: the changed file alone does not do that, `hooktrail reload` or \
+                     SIGHUP does)"
+                        .to_owned(),
+                );
+            }
         }
     }
 }
@@ -750,6 +757,9 @@ mod tests {
             text,
             "a reload of the daemon at 127.0.0.1:8787 would change:\n  a: changed: retry.max_interval, secrets\n  b\\u{1b}[2J: added\n  only a restart changes: queue.url\n"
         );
+        let many = json!({ "changes": [{ "subscriber": "a", "change": "removed", "keys": [] }], "waits_for_operator": true });
+        let text = told(Foreseen::Changes { address, answer: many });
+        assert!(text.contains("  a: removed\n  (it removes all subscribers, or more than half of them: the changed file alone"), "{text}");
         let nothing = told(Foreseen::Changes { address, answer: json!({ "changes": [], "needs_restart": [] }) });
         assert_eq!(nothing, "a reload of the daemon at 127.0.0.1:8787 would change nothing\n");
     }

@@ -3,6 +3,7 @@
 mod story;
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     io::{IsTerminal as _, Write as _},
     time::Duration,
@@ -15,7 +16,7 @@ use super::{
     Failed,
     daemon::{Asked, Daemon},
     terminal::{self, wrapped},
-    visible,
+    there_are, visible,
 };
 use crate::{clock, config, wording::counted};
 
@@ -89,7 +90,8 @@ fn shown(found: &Value, name: Option<&String>, json: bool) -> Result<String, Fai
     let all = found["subscribers"].as_array().map(Vec::as_slice).unwrap_or_default();
     let Some(one) = all.iter().find(|s| s["subscriber"] == name.as_str()) else {
         let names: Vec<String> = all.iter().map(|s| text(&s["subscriber"])).collect();
-        return Err(Failed::Usage(format!("the daemon has no subscriber `{}`; it has: {}", visible(name), names.join(", "))));
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        return Err(Failed::Usage(format!("the daemon has no subscriber `{}`; {}", visible(name), there_are(name, &names))));
     };
     Ok(if json { format!("{one}\n") } else { preface(found) + &story(one, terminal::width().unwrap_or(terminal::USUAL)) })
 }
@@ -135,8 +137,10 @@ fn table(found: &Value, width: Option<usize>) -> String {
         fit.lines(row).iter().for_each(|l| line(l));
     }
     long.iter().for_each(|text| line(&width.map_or_else(|| text.clone(), |width| wrapped(text, width))));
-    if !fit.left_out.is_empty() {
-        let left_out = format!("\n(not shown, for the width: {}; `hooktrail status NAME` shows all of one)", fit.left_out.join(", "));
+    let mut not_shown = fit.left_out.clone();
+    not_shown.extend(fit.cuts_names.then_some("whole names, which `hooktrail status --json` has"));
+    if !not_shown.is_empty() {
+        let left_out = format!("\n(not shown, for the width: {}; `hooktrail status NAME` shows all of one)", not_shown.join(", "));
         line(&wrapped(&left_out, width.unwrap_or(terminal::USUAL)));
     }
     if subscribers.is_empty() {
@@ -176,6 +180,9 @@ const STATE_WIDTH: usize = 50;
 /// So much of a state is, before figures are left out.
 const STATE_LEAST: usize = 20;
 
+/// So much of a name is, before figures are left out.
+const NAME_LEAST: usize = 24;
+
 /// Which columns are left out of a table that is too wide, the first ones first.
 const LEFT_OUT: [&str; 7] = ["P99", "P50", "SUCCESS", "IN HAND", "DELIVERED/S", "NEXT DUE", "OLDEST"];
 
@@ -184,16 +191,21 @@ struct Fit {
     /// Of each column; 0 of one that is left out.
     widths: [usize; COLUMNS.len()],
     left_out: Vec<&'static str>,
+    /// A name that is too long is cut, where that leaves it another than all others.
+    cuts_names: bool,
 }
 
 impl Fit {
     fn of(rows: &[Row], width: Option<usize>) -> Self {
         let longest = |n: usize| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0);
-        let mut fit = Self { widths: std::array::from_fn(longest), left_out: Vec::new() };
-        let state = fit.widths[1].min(STATE_WIDTH);
+        let mut fit = Self { widths: std::array::from_fn(longest), left_out: Vec::new(), cuts_names: false };
+        let (name, state) = (fit.widths[0], fit.widths[1].min(STATE_WIDTH));
         fit.widths[1] = state;
         let Some(width) = width else { return fit };
         fit.widths[1] = state.min(STATE_LEAST);
+        if fit.total() > width {
+            fit.widths[0] = name.min(NAME_LEAST);
+        }
         for column in LEFT_OUT {
             if fit.total() <= width {
                 break;
@@ -202,9 +214,12 @@ impl Fit {
             fit.widths[n] = 0;
             fit.left_out.push(column);
         }
-        // A name that is too long gets a line of its own: it is what a command is given.
         fit.widths[0] -= fit.total().saturating_sub(width).min(fit.widths[0].saturating_sub("SUBSCRIBER".len()));
-        fit.widths[1] = (fit.widths[1] + width.saturating_sub(fit.total())).min(state);
+        for (column, most) in [(0, name), (1, state)] {
+            fit.widths[column] = (fit.widths[column] + width.saturating_sub(fit.total())).min(most);
+        }
+        let cut: BTreeSet<String> = rows.iter().map(|r| shortened(&r[0], fit.widths[0])).collect();
+        fit.cuts_names = fit.widths[0] < name && cut.len() == rows.len();
         fit
     }
 
@@ -218,6 +233,8 @@ impl Fit {
         for (n, (text, width)) in row.iter().zip(self.widths).enumerate().filter(|(_, (_, width))| *width > 0) {
             let is_long = text.chars().count() > width;
             cells.push(match n {
+                0 if is_long && self.cuts_names => shortened(text, width),
+                // Cut it would be another's.
                 0 if is_long => {
                     lines.push(text.clone());
                     " ".repeat(width)
@@ -230,6 +247,16 @@ impl Fit {
         lines.push(cells.join("  "));
         lines
     }
+}
+
+/// A text in so many columns, at least 3; what is left out is of its middle: names differ at their ends.
+fn shortened(text: &str, width: usize) -> String {
+    let count = text.chars().count();
+    if count <= width {
+        return text.to_owned();
+    }
+    let (head, tail) = (width / 2, width - width / 2 - 1);
+    text.chars().take(head).chain(['…']).chain(text.chars().skip(count - tail)).collect()
 }
 
 /// From this age on what is told of the queues is told with its age.
@@ -373,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_fits_the_terminal_and_no_name_is_cut() {
+    fn the_table_fits_the_terminal_and_a_long_name_is_cut_in_its_middle() {
         let long = "a-subscriber-with-a-name-that-is-as-long-as-a-name-may-be-64-xxx";
         let one = |name: &str, state: &str| {
             json!({ "subscriber": name, "state": state, "backlog": 123_456, "in_hand": 500, "in_retry": 12, "dead": 1234,
@@ -385,16 +412,25 @@ mod tests {
         for width in [60, 80, 100, 120, 140, 200] {
             let shown = table(&found, Some(width));
             for line in shown.lines() {
-                assert!(line.chars().count() <= width || line.trim() == long || line.contains("`a-sub"), "{width}:\n{shown}");
+                assert!(line.chars().count() <= width || line.contains("`a-sub"), "{width}:\n{shown}");
             }
-            for part in [long, "123456", "1234", "siem", "crm", "Connection refused (os error 111)"] {
+            for part in ["-64-xxx", "123456", "1234", "siem", "crm", "Connection refused (os error 111)"] {
                 assert!(shown.split_whitespace().collect::<Vec<_>>().join(" ").contains(part), "{width}: {part} is not in\n{shown}");
             }
             assert!(shown.contains("P99"), "{width}: in the head, or named below:\n{shown}");
         }
         let narrow = table(&found, Some(80));
-        assert!(narrow.contains("(not shown, for the width: P99,") && narrow.contains("OLDEST"), "{narrow}");
-        assert!(!table(&found, Some(200)).contains("not shown") && !table(&found, None).contains("not shown"));
+        assert!(narrow.contains("a-subscriber…") && narrow.contains("(not shown, for the width: P99,"), "{narrow}");
+        assert!(narrow.contains("OLDEST") && narrow.contains("whole names, which `hooktrail status --json` has"), "{narrow}");
+        for wide in [table(&found, Some(200)), table(&found, None)] {
+            assert!(!wide.contains("not shown") && wide.contains(&format!("\n{long}  ")), "{wide}");
+        }
+        // Two that differ in the middle alone would be the same.
+        let [one, other] = ["1", "2"].map(|n| format!("{}{n}{}", "a".repeat(30), "b".repeat(30)));
+        let found = json!({ "phase": "running", "queue": { "up": true },
+            "subscribers": [{ "subscriber": one, "state": "ok" }, { "subscriber": other, "state": "ok" }] });
+        let shown = table(&found, Some(80));
+        assert!(shown.contains(&format!("\n{one}\n")) && shown.contains(&format!("\n{other}\n")) && !shown.contains('…'), "{shown}");
     }
 
     #[test]
@@ -409,6 +445,6 @@ mod tests {
         let found = json!({ "phase": "running", "queue": { "up": true }, "subscribers": [{ "subscriber": "a", "state": "ok" }] });
         assert_eq!(shown(&found, Some(&"a".to_owned()), false).expect("it is there"), "a: ok\n");
         let why = shown(&found, Some(&"b".to_owned()), true).expect_err("it is not there");
-        assert!(matches!(why, Failed::Usage(why) if why.contains("`b`") && why.contains("it has: a")));
+        assert!(matches!(why, Failed::Usage(why) if why.contains("`b`") && why.contains("there are: a")));
     }
 }

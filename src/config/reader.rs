@@ -107,6 +107,34 @@ impl<'d> Layers<'d> {
         let of = |s: &Option<Section<'d>>| s.as_ref().and_then(|s| s.get(key));
         of(&self.own).or_else(|| of(&self.preset)).or_else(|| of(&self.base))
     }
+
+    /// Which of them the value of a key is from.
+    pub(super) fn layer(&self, key: &str) -> Layer {
+        let has = |s: &Option<Section<'d>>| s.as_ref().is_some_and(|s| s.get(key).is_some());
+        match () {
+            () if has(&self.own) => Layer::Own,
+            () if has(&self.preset) => Layer::Preset,
+            () if has(&self.base) => Layer::Base,
+            () => Layer::Default,
+        }
+    }
+}
+
+/// Where a value is from, the nearest to the subscriber first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Layer {
+    Own,
+    Preset,
+    Base,
+    Default,
+}
+
+impl Value<'_> {
+    /// Its file, line and column, as a problem there has it.
+    pub(super) fn place(&self) -> String {
+        let (line, column) = self.source.place(self.span.start);
+        format!("{}:{line}:{column}", self.source.path.display())
+    }
 }
 
 impl<'d> Section<'d> {
@@ -434,12 +462,12 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
     Ok(out)
 }
 
-/// Levenshtein's distance, for the suggestion after an unknown key.
 /// Whether `text` may be a mistyped `word`.
-pub(super) fn is_near(text: &str, word: &str) -> bool {
+pub(crate) fn is_near(text: &str, word: &str) -> bool {
     text.len().abs_diff(word.len()) <= 2 && distance(word, text) <= 2
 }
 
+/// Levenshtein's.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

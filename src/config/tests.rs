@@ -691,3 +691,50 @@ fn an_attempt_over_http_2_may_wait_for_a_place_as_long_as_for_its_answer() {
         "agreed on with the proxy"
     );
 }
+
+#[test]
+fn two_times_that_do_not_agree_are_reported_where_the_subscriber_says_its_own_with_where_the_other_is_from() {
+    let found = load_text(
+        r#"[queue]
+url = "amqp://x"
+[retry]
+max_interval = "1m"
+initial_interval = "1s"
+[circuit_breaker]
+open_for = "2m"
+[[subscriber]]
+name = "a"
+url = "https://example.com/"
+signatures = []
+retry.initial_interval = "5m"
+[[subscriber]]
+name = "b"
+url = "https://example.com/"
+signatures = []
+retry = { initial_interval = "5m", max_interval = "4m" }
+circuit_breaker.max_open_for = "1m"
+[[subscriber]]
+name = "c"
+url = "https://example.com/"
+signatures = []
+circuit_breaker.open_for = "50m"
+[[subscriber]]
+name = "d"
+url = "https://example.com/"
+secrets = ["x"]
+preset = "mailtrap"
+retry.max_interval = "2m"
+"#,
+    )
+    .expect_err("invalid");
+    assert_found(
+        &found,
+        &[
+            ("h.toml:12:26: subscriber[a].retry.initial_interval: ", "longer than max_interval, which is 1m at h.toml:4:16; change"),
+            ("h.toml:17:51: subscriber[b].retry.max_interval: ", "shorter than initial_interval, which is 5m at h.toml:17:30; change"),
+            ("h.toml:18:32: subscriber[b].circuit_breaker.max_open_for: ", "shorter than open_for, which is 2m at h.toml:7:12; change"),
+            ("h.toml:23:28: subscriber[c].circuit_breaker.open_for: ", "longer than max_open_for, which is 10m by default; change"),
+            ("h.toml:29:22: subscriber[d].retry.max_interval: ", "shorter than initial_interval, which is 5m by the preset; change"),
+        ],
+    );
+}

@@ -17,6 +17,7 @@ on_both_queues!(
     publish_takes_arrays_and_request_bodies_and_says_how_to_make_lines_of_the_rest,
     publish_that_is_interrupted_says_what_was_confirmed,
     listen_verifies_prints_and_fails_on_request,
+    check_of_one_subscriber_says_nothing_of_another_and_what_is_found_comes_first,
 );
 
 async fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types(queue: Queue) {
@@ -181,6 +182,59 @@ fn check_prints_what_the_configuration_means_and_what_the_broker_has() {
         eventually("the daemon consumes", async || setup.ok(&["check", "--connect"]).contains("sub.a: 0 messages, 1 consumer")).await;
         drop(daemon);
     });
+}
+
+async fn check_of_one_subscriber_says_nothing_of_another_and_what_is_found_comes_first(queue: Queue) {
+    let receiver = Receiver::accepting().await;
+    let both = QUICK.to_owned() + &subscriber("siem", &receiver.url, "") + &subscriber("crm", "http://127.0.0.1:9/", "");
+    let setup = Setup::new(&queue, &both);
+    let daemon = setup.start().await;
+    queue.publish("a.b", [event(0)]).await;
+    receiver.wait_requests(1).await;
+    daemon.wait_log("attempt subscriber=\"crm\"").await;
+    assert!(daemon.stop().await.success());
+    let texts = |arguments: &[&str]| {
+        let output = setup.run(arguments);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+
+    let (code, out, _) = texts(&["check", "siem"]);
+    assert!(code == Some(0) && out.contains("name = \"siem\"") && !out.contains("crm") && !out.contains("[queue]"), "{out}");
+    let (code, out, err) = texts(&["check", "siem", "--connect"]);
+    assert_eq!(code, Some(0), "{err}");
+    let place = |part: &str| out.find(part).unwrap_or_else(|| panic!("{part} is not in {out}"));
+    assert!(
+        place("endpoint of `siem`") < place("# Nothing harmful was found") && place("# Nothing harmful") < place("[[subscriber]]"),
+        "{out}"
+    );
+    assert!(!out.contains("crm") && !err.contains("crm"), "{out}{err}");
+    assert_eq!(texts(&["check", "siem", "--connect", "--quiet"]), (Some(0), String::new(), String::new()));
+
+    let (code, out, err) = texts(&["check", "--connect", "-q"]);
+    assert_eq!((code, &out[..]), (Some(0), ""), "a receiver that is away is no harm yet");
+    assert!(err.starts_with("warning: endpoint of `crm`: ") && err.contains("\n  mend: "), "{err}");
+
+    let (code, out, _) = texts(&["check", "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&out).expect("one JSON line");
+    assert_eq!((code, &found["severity"], &found["found"]), (Some(0), &"ok".into(), &"is valid, with 2 subscribers".into()));
+    let (code, out, err) = texts(&["check", "crm", "seim"]);
+    assert_eq!((code, &out[..]), (Some(2), ""));
+    assert!(err.contains("no subscriber `seim` in ") && err.contains("did you mean `siem`? there are: siem, crm"), "{err}");
+}
+
+#[test]
+fn check_as_json_names_each_mistake_and_its_place() {
+    let setup = Setup::with_text("[queue]\nurl = \"embedded\"\n[http]\ntimeuot = \"1s\"\n[batch]\nmax_events = 0\n");
+    let output = setup.run(&["check", "--json"]);
+    assert_eq!(output.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let found: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+    for (n, (place, what)) in [(":4:1", "http.timeuot: unknown key"), (":6:14", "batch.max_events: ")].into_iter().enumerate() {
+        assert_eq!(found[n]["severity"], "harmful");
+        assert!(found[n]["about"][0].as_str().is_some_and(|a| a.ends_with(&format!("hooktrail.toml{place}"))), "{text}");
+        assert!(found[n]["found"].as_str().is_some_and(|f| f.starts_with(what)), "{text}");
+    }
+    assert_eq!(found.len(), 2);
 }
 
 #[test]

@@ -185,6 +185,11 @@ async fn a_reload_that_would_remove_everybody_waits_for_an_operator(queue: Queue
     assert_eq!(world.api.metric("hooktrail_config_last_reload_successful").await, Some(0.0));
     let preview = world.api.get("/api/v1/reload").await.json();
     assert_eq!((preview["changes"].as_array().map(Vec::len), &preview["waits_for_operator"]), (Some(4), &json!(true)));
+    let plan = world.setup.run_as("COLUMNS=400 exec \"$0\" \"$@\"", &["plan"]);
+    let plan = String::from_utf8_lossy(&plan.stdout).into_owned();
+    assert!(plan.contains("  d: removed\n  (it removes all subscribers") && plan.contains("`hooktrail reload` or SIGHUP does)"), "{plan}");
+    let plan: Value = serde_json::from_str(&world.setup.ok(&["plan", "--json"])).expect("JSON");
+    assert_eq!(plan["daemon"]["reload"]["waits_for_operator"], true);
     world.reaches(2, 4).await;
     // Back, and away again but for one: more than half of four.
     rest.iter().for_each(|name| world.write(name));
