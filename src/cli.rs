@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line prints")]
 
 mod check;
+mod complete;
 mod daemon;
 mod dead;
 mod demo;
@@ -27,6 +28,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+pub use self::complete::answered as completed;
 use self::daemon::Asked;
 use crate::{
     clock,
@@ -112,6 +114,7 @@ enum Command {
     /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not touched
     Repair {
         /// The subscriber's name
+        #[arg(add = complete::subscribers())]
         subscriber: String,
         /// Also those whose events may come back, because the broker still counts some or a node of the cluster seems to be missing: they are
         /// lost
@@ -204,11 +207,7 @@ impl Cli {
             Command::Listen(args) => listen::run(args).await,
             Command::Demo(args) => Box::pin(demo::run(args)).await,
             Command::Init(args) => init::run(args, &self.config),
-            Command::Completions { shell } => {
-                let mut script = Vec::new();
-                clap_complete::generate(shell, &mut Self::command(), "hooktrail", &mut script);
-                Ok(std::io::Write::write_all(&mut std::io::stdout(), &script)?)
-            }
+            Command::Completions { shell } => Ok(std::io::Write::write_all(&mut std::io::stdout(), &complete::script(shell)?)?),
             Command::Man => man::run(Self::command()),
             Command::Secret => {
                 println!("{}", new_secret());

@@ -376,6 +376,13 @@ pub fn log_of(path: &Path) -> LogConfig {
     Loader { reader: &reader }.log(&reader.root(&source, &document, ROOT_KEYS)).unwrap_or(default)
 }
 
+/// The subscribers' names, as far as they can be read: a secret that is not there, as every other mistake, does not matter.
+pub fn names_of(path: &Path) -> Vec<String> {
+    let env = |name: &str| std::env::var(name).ok();
+    let reader = Reader::new(&env);
+    read(path).map(|source| Loader { reader: &reader }.all_names(&source)).unwrap_or_default()
+}
+
 /// Whether a text is a variable as shells write it.
 fn is_variable(text: &str) -> bool {
     let name = text.strip_prefix('$').unwrap_or_default();
@@ -455,6 +462,27 @@ impl Loader<'_, '_> {
             log: log?,
             subscribers: subscribers.into(),
         })
+    }
+
+    fn all_names(&self, source: &Source) -> Vec<String> {
+        let r = self.reader;
+        let document = r.parse(source);
+        let root = r.root(source, &document, ROOT_KEYS);
+        let (mut found, mut known) = (Vec::new(), HashMap::new());
+        let mut names_in = |root: &Section<'_>| {
+            let tables = root.get("subscriber").and_then(|value| r.array(&value)).unwrap_or_default();
+            let sections = tables.iter().filter_map(|table| r.section(&r.named(table), SUBSCRIBER_KEYS));
+            found.extend(sections.filter_map(|section| self.name(&section, &mut known)));
+        };
+        names_in(&root);
+        for path in self.included(&root) {
+            if let Ok(text) = r.read_to_string(&path) {
+                let included = Source { path, text };
+                let document = r.parse(&included);
+                names_in(&r.root(&included, &document, INCLUDED_KEYS));
+            }
+        }
+        found
     }
 
     /// The files that `include` names, each once, in order.

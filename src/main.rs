@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use hooktrail::cli::{Cli, Failed};
+use hooktrail::cli::{self, Cli, Failed};
 
 /// The least number of the runtime's threads. A receiver that floods its connection, with 1xx answers say, keeps a
 /// thread busy for as long as a hundred reads take: as many of them as there are threads would hold up every other
@@ -13,6 +13,11 @@ use hooktrail::cli::{Cli, Failed};
 const WORKERS: usize = 8;
 
 fn main() -> ExitCode {
+    match cli::completed() {
+        Ok(false) => {}
+        Ok(true) => return ExitCode::SUCCESS,
+        Err(why) => return fail(&Failed::Usage(why)),
+    }
     // One TLS stack for broker and receivers; whoever connects first expects it to be there.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         unreachable!("nothing was installed before the first line of main");

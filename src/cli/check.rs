@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, io::Write as _, path::Path, sync::Arc, time::Duration};
 
-use super::{Failed, find, visible};
+use super::{Failed, complete, find, visible};
 use crate::{
     clock,
     config::{self, Auth, Backend, Config, ConfigError, EmbeddedConfig, Intake, Subscriber},
@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only these subscribers, and what all of them share; left out: all
-    #[arg(value_name = "SUBSCRIBER")]
+    #[arg(value_name = "SUBSCRIBER", add = complete::subscribers())]
     subscribers: Vec<String>,
     /// Also look at the queue and at each subscriber's endpoint, without sending a request: what can go wrong, and what
     /// mends it; exit code 1 if something is harmful

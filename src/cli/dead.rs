@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{json, value::RawValue};
 
 use self::choice::{Choice, Name, Which};
-use super::{Failed, reach, visible};
+use super::{Failed, complete, reach, visible};
 use crate::{
     clock,
     config::{Backend, Config},
@@ -50,6 +50,7 @@ pub(super) enum Command {
     /// Everything about one dead letter: the story of its attempts, and its body
     Show {
         /// The subscriber's name; with --orphans it may be left out
+        #[arg(add = complete::subscribers())]
         subscriber: String,
         /// Its id, or `@2` for the second of `list`
         #[arg(required_unless_present = "orphans")]

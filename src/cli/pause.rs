@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{
-    Failed,
+    Failed, complete,
     daemon::{Asked, Daemon},
     visible,
 };
@@ -13,7 +13,7 @@ use crate::wording::counted;
 #[derive(Debug, clap::Args)]
 pub(super) struct Whom {
     /// The subscribers' names
-    #[arg(value_name = "SUBSCRIBER", required_unless_present = "all")]
+    #[arg(value_name = "SUBSCRIBER", required_unless_present = "all", add = complete::subscribers())]
     pub(super) subscribers: Vec<String>,
     /// All subscribers that the daemon has
     #[arg(long, conflicts_with = "subscribers")]

@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 use serde_json::{Value, json};
 
 use super::{
-    Failed,
+    Failed, complete,
     daemon::{self, Foreseen},
     find,
     terminal::{self, wrapped},
@@ -41,6 +41,7 @@ const FIRST: SystemTime = SystemTime::UNIX_EPOCH;
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only this subscriber; left out: all
+    #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// As one JSON object
     #[arg(long)]

@@ -10,7 +10,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{
-    Failed,
+    Failed, complete,
     daemon::{Asked, Daemon},
     dead::choice::Name,
     reach, visible,
@@ -33,6 +33,7 @@ pub(super) enum Command {
     /// On RabbitMQ the queues in which retries wait are looked through, each for 10 s at most, while none of its batches comes due.
     List {
         /// The subscriber's name; one that is not configured any more is fine
+        #[arg(add = complete::subscribers())]
         subscriber: String,
         /// One JSON object a line
         #[arg(long)]
@@ -45,6 +46,7 @@ pub(super) enum Command {
     /// resume`. After a crash in the middle some may come twice, under the same ids; run it again for the rest.
     Now {
         /// The subscriber's name; one that is not configured any more is fine
+        #[arg(add = complete::subscribers())]
         subscriber: String,
         /// Only these: an id, or `@2` for the second of `retry list`
         #[arg(value_name = "BATCH")]

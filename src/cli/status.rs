@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use self::story::story;
 use super::{
-    Failed,
+    Failed, complete,
     daemon::{Asked, Daemon},
     terminal::{self, wrapped},
     there_are, visible,
@@ -23,6 +23,7 @@ use crate::{clock, config, wording::counted};
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Only this subscriber: since when it is so, and why, what waits, the last error, and what to do
+    #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// What the daemon answers, as one JSON object
     #[arg(long)]

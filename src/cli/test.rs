@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Failed, find, visible};
+use super::{Failed, complete, find, visible};
 use crate::{
     config::Config,
     rehearsal::{Report, rehearse},
@@ -11,6 +11,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The subscriber's name
+    #[arg(add = complete::subscribers())]
     subscriber: String,
     /// One JSON object instead of text
     #[arg(long)]

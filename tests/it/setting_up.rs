@@ -58,17 +58,62 @@ fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another()
 }
 
 #[test]
-fn completions_of_every_shell_name_the_commands_without_any_configuration() {
+fn completions_of_every_shell_need_no_configuration() {
     let dir = tempfile::tempdir().expect("a directory");
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = out(&alone(dir.path(), &["--config", "nowhere.toml", "completions", shell]));
-        assert!(script.contains("hooktrail") && script.contains("publish") && script.contains("connect"), "{shell}: {script}");
+        assert!(script.contains("hooktrail") && script.contains("HOOKTRAIL_COMPLETE"), "{shell}: {script}");
     }
     let bash = out(&alone(dir.path(), &["completions", "bash"]));
     let mut check = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().expect("bash runs");
     check.stdin.take().expect("its input").write_all(bash.as_bytes()).expect("writes");
     assert!(check.wait().expect("ends").success(), "what bash reads is a script");
     assert_eq!(alone(dir.path(), &["completions", "csh"]).status.code(), Some(2));
+}
+
+/// What bash completes the last of these words to, with the script that `completions` prints.
+fn completed(dir: &std::path::Path, config: Option<&str>, words: &[&str]) -> Vec<String> {
+    let program = PathBuf::from(env!("CARGO_BIN_EXE_hooktrail"));
+    let path = format!("{}:{}", program.parent().expect("a folder").display(), std::env::var("PATH").expect("a path"));
+    let script = "source <(hooktrail completions bash) || exit 1; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_TYPE=9; \
+                  _clap_complete_hooktrail hooktrail \"${COMP_WORDS[COMP_CWORD]}\" 2>&1; printf '%s\\n' \"${COMPREPLY[@]}\"";
+    let mut bash = Command::new("bash");
+    bash.args(["-c", script, "bash", "hooktrail"]).args(words).current_dir(dir).env("PATH", path).stdin(Stdio::null());
+    match config {
+        Some(config) => bash.env("HOOKTRAIL_CONFIG", config),
+        None => bash.env_remove("HOOKTRAIL_CONFIG"),
+    };
+    out(&bash.output().expect("bash runs")).lines().map(|l| l.trim_end().to_owned()).filter(|l| !l.is_empty()).collect()
+}
+
+#[test]
+fn bash_completes_commands_the_names_of_subscribers_and_the_reasons_of_dead_letters() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().expect("a folder")).expect("creates");
+        std::fs::write(path, text).expect("writes");
+    };
+    let named = |name: &str| format!("[[subscriber]]\nname = \"{name}\"\nsecrets = [\"file:/nowhere\", \"${{NOT_SET}}\"]\n");
+    // Each has mistakes, and its broker is not there.
+    write("config/hooktrail.toml", &format!("[queue]\nurl = \"amqp://192.0.2.1\"\n{}{}", named("siem"), named("sales")));
+    write("other.toml", &format!("include = [\"more/*.toml\"]\nunknown = 1\n{}", named("crm")));
+    write("more/a.toml", &named("included"));
+    let complete = |config, words: &[&str]| completed(dir.path(), config, words);
+    assert!(complete(None, &["che"]).contains(&"check".to_owned()));
+    for command in
+        [&["status"][..], &["check"], &["plan"], &["test"], &["pause"], &["resume", "siem"], &["retry", "now"], &["dead", "list"]]
+    {
+        assert_eq!(complete(None, &[command, &["s"]].concat()), ["siem", "sales"], "{command:?}");
+    }
+    assert_eq!(complete(Some("other.toml"), &["status", "c"]), ["crm"]);
+    assert_eq!(complete(Some("other.toml"), &["status", "i"]), ["included"]);
+    assert_eq!(complete(None, &["--config", "other.toml", "dead", "show", "c"]), ["crm"]);
+    assert_eq!(complete(Some("nowhere.toml"), &["status", "s"]), [""; 0], "and nothing is said of it");
+    write("broken.toml", "[[subscriber]\nname = ");
+    assert_eq!(complete(Some("broken.toml"), &["status", "s"]), [""; 0]);
+    let reasons = complete(None, &["dead", "list", "siem", "--reason", "ex"]);
+    assert_eq!(reasons, ["exhausted", "expired"]);
 }
 
 /// Tells a command of its configuration that it is its daemon, and answers what it asks then.

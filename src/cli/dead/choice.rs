@@ -9,7 +9,7 @@ use std::{
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use super::super::{Failed, visible};
+use super::super::{Failed, complete, visible};
 use crate::{
     clock, config,
     event::{Pattern, event_type},
@@ -21,6 +21,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Which {
     /// The subscriber's name; one that is not configured any more is fine. With --orphans, and for `list`, it may be left out
+    #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// Only these: an id, or `@2` for the second of `list`
     #[arg(value_name = "LETTER")]

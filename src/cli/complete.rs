@@ -1,0 +1,81 @@
+//! What a shell completes: commands and options, the names of subscribers, reasons and other values of which there are few.
+//!
+//! The shell's script asks the program itself, by a variable of the environment, so the names are those of the configuration as it is at
+//! that moment. Only its files are read: nobody is asked, and what is wrong with them is no matter here.
+
+use std::{ffi::OsString, io, path::PathBuf};
+
+use clap::CommandFactory as _;
+use clap_complete::{
+    CompleteEnv, Shell,
+    engine::{ArgValueCandidates, CompletionCandidate},
+    env::Shells,
+};
+
+use super::Cli;
+use crate::config;
+
+/// Set by the script of a shell, to the shell's name. `COMPLETE`, which is usual, could stand in anybody's environment.
+const VARIABLE: &str = "HOOKTRAIL_COMPLETE";
+
+const PROGRAM: &str = "hooktrail";
+
+/// Answers a shell that asks; false if none does. To be called before there is any other thread: the variable is taken out of the
+/// environment.
+///
+/// # Errors
+/// It is no shell that is known, or does not read the answer.
+pub fn answered() -> Result<bool, String> {
+    let env = CompleteEnv::with_factory(Cli::command).var(VARIABLE).bin(PROGRAM).completer(PROGRAM);
+    let folder = std::env::current_dir().ok();
+    env.try_complete(std::env::args_os(), folder.as_deref()).map_err(|e| e.to_string())
+}
+
+/// The script that has a shell ask.
+pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
+    let mut script = Vec::new();
+    let known = Shells::builtins();
+    let asks = known.completer(&shell.to_string()).ok_or_else(|| io::Error::other(format!("{shell} is not known")))?;
+    asks.write_registration(VARIABLE, PROGRAM, PROGRAM, PROGRAM, &mut script)?;
+    if shell == Shell::Zsh {
+        // As a file in `fpath` it is run when the first completion is wanted, and has to give it.
+        script.extend_from_slice(b"[[ $funcstack[1] == _hooktrail ]] && _clap_dynamic_completer_hooktrail\n");
+    }
+    Ok(script)
+}
+
+/// For an argument that is a subscriber's name.
+pub(super) fn subscribers() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let words: Vec<OsString> = std::env::args_os().skip_while(|word| word != "--").skip(1).collect();
+        config::names_of(&configuration(&words)).into_iter().map(CompletionCandidate::new).collect()
+    })
+}
+
+/// The file that a command with these words would read.
+fn configuration(words: &[OsString]) -> PathBuf {
+    let named = words.iter().enumerate().find_map(|(n, word)| match word.to_str()? {
+        "--config" | "-c" => words.get(n + 1).map(PathBuf::from),
+        word => word.strip_prefix("--config=").or_else(|| word.strip_prefix("-c").filter(|_| !word.starts_with("--"))).map(PathBuf::from),
+    });
+    let by_environment = || std::env::var_os("HOOKTRAIL_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+    named.or_else(by_environment).unwrap_or_else(|| config::DEFAULT_PATH.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_is_the_one_that_the_words_name() {
+        for (words, path) in [
+            (&["hooktrail", "--config", "a.toml", "status"][..], "a.toml"),
+            (&["hooktrail", "status", "--config=b.toml"], "b.toml"),
+            (&["hooktrail", "-c", "c.toml"], "c.toml"),
+            (&["hooktrail", "-cd.toml", "pause"], "d.toml"),
+        ] {
+            let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+            assert_eq!(configuration(&words), PathBuf::from(path));
+        }
+    }
+}
