@@ -66,16 +66,22 @@ const NEW_IDS: usize = 3;
 pub(crate) const LEVEL_DELETED: &str = "a level of the ladder is deleted";
 
 impl Seen {
-    /// Whether it was lost with a queue that was deleted: it had failed shortly before, and had not come again.
-    pub(crate) fn was_deleted(&self, n: u64) -> bool {
-        if self.retries_deleted.is_empty() {
-            return false;
+    /// The events that can have been lost with a queue of the ladder that was deleted: they had failed shortly before, and were not
+    /// accepted before either.
+    pub(crate) fn deleted(&self) -> BTreeSet<u64> {
+        let mut lost = BTreeSet::new();
+        for deleted in &self.retries_deleted {
+            let (mut failed, mut accepted) = (BTreeSet::new(), BTreeSet::new());
+            for request in self.requests.iter().filter(|r| r.at <= *deleted) {
+                if request.status < 300 {
+                    accepted.extend(request.numbers());
+                } else if request.at + LONGEST_RETRY >= *deleted {
+                    failed.extend(request.numbers());
+                }
+            }
+            lost.extend(failed.difference(&accepted));
         }
-        let requests: Vec<&Request> = self.requests.iter().filter(|r| r.numbers().contains(&n)).collect();
-        self.retries_deleted.iter().any(|deleted| {
-            let before = || requests.iter().filter(|r| r.at <= *deleted);
-            before().all(|r| r.status >= 300) && before().any(|r| r.at + LONGEST_RETRY >= *deleted)
-        })
+        lost
     }
 }
 
@@ -170,7 +176,8 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
     let accepted: BTreeSet<u64> = accepted(&seen.requests);
     verdict.accepted = accepted.len();
     let known = |n: &u64| accepted.contains(n) || seen.dead.contains(n);
-    let (deleted, lost): (Vec<u64>, Vec<u64>) = ledger.is_for(&seen.name).filter(|n| !known(n)).partition(|n| seen.was_deleted(*n));
+    let may_be_deleted = seen.deleted();
+    let (deleted, lost): (Vec<u64>, Vec<u64>) = ledger.is_for(&seen.name).filter(|n| !known(n)).partition(|n| may_be_deleted.contains(n));
     (verdict.lost, verdict.deleted) = (lost, deleted.len());
     if seen.is_always_heard {
         verdict.needless = failed_attempts(&seen.requests);

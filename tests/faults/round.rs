@@ -987,8 +987,8 @@ impl<'w> Round<'w> {
                 let bodies = if left.is_empty() { self.world.take_dead(subscriber.kind).await } else { Vec::new() };
                 dead[n].extend(bodies.iter().flat_map(|b| numbers_in(b)));
                 let seen = self.seen(n, BTreeSet::new());
-                let got = accepted(&seen.requests);
-                missing += ledger.is_for(&seen.name).filter(|e| !got.contains(e) && !dead[n].contains(e) && !seen.was_deleted(*e)).count();
+                let (got, deleted) = (accepted(&seen.requests), seen.deleted());
+                missing += ledger.is_for(&seen.name).filter(|e| !got.contains(e) && !dead[n].contains(e) && !deleted.contains(e)).count();
             }
             // What is just handed from one queue to another is counted nowhere: a copy of what has arrived long ago may be.
             let settled = left.is_empty() && missing == 0;
