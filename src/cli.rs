@@ -77,9 +77,9 @@ enum Command {
     Test(test::Args),
     /// Make a secret for signing and print it
     Secret,
-    /// Print the JSON Schema of what receivers get
+    /// Print a JSON Schema: of what receivers get, or of the configuration, which editors complete and check with it
     Schema {
-        /// Of one event, or of the body of a request
+        /// Of one event, of the body of a request, or of the configuration
         of: Schema,
     },
     /// Print the completions of a shell for this program
@@ -135,14 +135,16 @@ enum Command {
 enum Schema {
     Event,
     Payload,
+    Config,
 }
 
 impl Schema {
-    /// As it stands in the documents.
-    const fn text(self) -> &'static str {
+    fn text(self) -> String {
         match self {
-            Self::Event => include_str!("../docs/schema/event.json"),
-            Self::Payload => include_str!("../docs/schema/payload.json"),
+            // As they stand in the documents.
+            Self::Event => include_str!("../docs/schema/event.json").to_owned(),
+            Self::Payload => include_str!("../docs/schema/payload.json").to_owned(),
+            Self::Config => format!("{:#}\n", config::keys::schema()),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod changes;
 mod include;
+pub mod keys;
 mod reader;
 
 use std::{
@@ -17,6 +18,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use http::{HeaderName, HeaderValue};
 use url::Url;
 
+use keys::Key;
 pub use reader::Problem;
 pub(crate) use reader::is_near;
 use reader::{Layer, Layers, Reader, Section, Source, Value};
@@ -41,42 +43,6 @@ pub const DEFAULT: &str = include_str!("../config/hooktrail.toml");
 /// Where the configuration is looked for when neither `--config` nor `$HOOKTRAIL_CONFIG` names a file.
 pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
 
-const ROOT_KEYS: &[&str] =
-    &["include", "shutdown_timeout", "queue", "admin", "log", "batch", "http", "retry", "circuit_breaker", "subscriber"];
-const INCLUDED_KEYS: &[&str] = &["subscriber"];
-const QUEUE_KEYS: &[&str] = &["url", "data_dir", "retention", "exchange", "source_queue", "prefix", "management_url"];
-const ADMIN_KEYS: &[&str] = &["listen", "token"];
-const LOG_KEYS: &[&str] = &["format", "level"];
-const BATCH_KEYS: &[&str] = &["max_events", "max_bytes", "max_wait"];
-const HTTP_KEYS: &[&str] =
-    &["timeout", "connect_timeout", "concurrency", "success", "allow_http", "allow_private_addresses", "allow_addresses", "proxy"];
-const RETRY_KEYS: &[&str] =
-    &["initial_interval", "multiplier", "randomization_factor", "max_interval", "max_attempts", "max_elapsed_time", "on_exhausted"];
-const BREAKER_KEYS: &[&str] = &["failures", "open_for", "max_open_for"];
-const SUBSCRIBER_KEYS: &[&str] = &[
-    "name",
-    "url",
-    "events",
-    "format",
-    "secrets",
-    "signatures",
-    "headers",
-    "auth",
-    "tls",
-    "event_ids",
-    "preset",
-    "paused",
-    "batch",
-    "http",
-    "retry",
-    "circuit_breaker",
-];
-const AUTH_KEYS: &[&str] = &["basic", "bearer"];
-const BASIC_KEYS: &[&str] = &["username", "password"];
-const TLS_KEYS: &[&str] = &["ca_file", "client_cert_file", "client_key_file"];
-const PRESET_KEYS: &[&str] = &["signatures", "batch", "http", "retry", "circuit_breaker"];
-const SIGNATURE_KEYS: &[&str] = &["header", "prefix", "encoding"];
-
 /// `preset = "mailtrap"`: what the hosted service does, between a subscriber's own keys and the top-level groups.
 const MAILTRAP: &str = r#"
 signatures = ["mailtrap"]
@@ -98,6 +64,9 @@ on_exhausted = "pause"
 const MAX_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 const MAX_WAIT: Duration = Duration::from_secs(2 * 60);
 const MAX_CONCURRENCY: i64 = 100;
+const MAX_ATTEMPTS: i64 = 1_000_000;
+const MAX_FAILURES: i64 = 1_000_000;
+const MAX_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3600);
 const MAX_OPEN_FOR: Duration = Duration::from_secs(24 * 3600);
 
 /// Headers of a request that only hooktrail sets.
@@ -358,7 +327,7 @@ pub fn admin_of(path: &Path) -> Option<AdminConfig> {
     let source = Source { path: path.to_owned(), text: std::fs::read_to_string(path).ok()? };
     let document = reader.parse(&source);
     let whole = reader.is_clean();
-    let root = reader.root(&source, &document, ROOT_KEYS);
+    let root = reader.root(&source, &document, keys::ROOT);
     // Where a part cannot be read, what is not found may stand there.
     if !whole && root.get("admin").is_none() {
         return None;
@@ -373,7 +342,7 @@ pub fn log_of(path: &Path) -> LogConfig {
     let reader = Reader::new(&env);
     let Ok(source) = read(path) else { return default };
     let document = reader.parse(&source);
-    Loader { reader: &reader }.log(&reader.root(&source, &document, ROOT_KEYS)).unwrap_or(default)
+    Loader { reader: &reader }.log(&reader.root(&source, &document, keys::ROOT)).unwrap_or(default)
 }
 
 /// The subscribers' names, as far as they can be read: a secret that is not there, as every other mistake, does not matter.
@@ -416,8 +385,8 @@ impl Loader<'_, '_> {
     fn config(&self, source: &Source) -> Option<Config> {
         let r = self.reader;
         let document = r.parse(source);
-        let root = r.root(source, &document, ROOT_KEYS);
-        let shutdown_timeout = self.duration(root.get("shutdown_timeout"), 35, Some(Duration::from_secs(3600)));
+        let root = r.root(source, &document, keys::ROOT);
+        let shutdown_timeout = self.duration(root.get("shutdown_timeout"), 35, Some(MAX_SHUTDOWN_TIMEOUT));
         let queue = self.queue(&root);
         let admin = self.admin(&root);
         let log = self.log(&root);
@@ -425,11 +394,11 @@ impl Loader<'_, '_> {
         let preset = Source { path: PathBuf::from("preset \"mailtrap\""), text: MAILTRAP.to_owned() };
         let preset_document = r.parse(&preset);
         let defaults = Defaults {
-            mailtrap: r.root(&preset, &preset_document, PRESET_KEYS),
-            batch: group("batch", BATCH_KEYS),
-            http: group("http", HTTP_KEYS),
-            retry: group("retry", RETRY_KEYS),
-            circuit_breaker: group("circuit_breaker", BREAKER_KEYS),
+            mailtrap: r.root(&preset, &preset_document, keys::SUBSCRIBER),
+            batch: group("batch", keys::BATCH),
+            http: group("http", keys::HTTP),
+            retry: group("retry", keys::RETRY),
+            circuit_breaker: group("circuit_breaker", keys::BREAKER),
         };
         // A mistake in a default is one even if no subscriber uses it.
         self.batch(&Layers { own: None, preset: None, base: defaults.batch.clone() });
@@ -449,7 +418,7 @@ impl Loader<'_, '_> {
             };
             let included = Source { path: file, text };
             let document = r.parse(&included);
-            let root = r.root(&included, &document, INCLUDED_KEYS);
+            let root = r.root(&included, &document, keys::INCLUDED);
             subscribers.extend(self.subscribers(&root, &defaults, &mut names));
         }
         Some(Config {
@@ -467,11 +436,11 @@ impl Loader<'_, '_> {
     fn all_names(&self, source: &Source) -> Vec<String> {
         let r = self.reader;
         let document = r.parse(source);
-        let root = r.root(source, &document, ROOT_KEYS);
+        let root = r.root(source, &document, keys::ROOT);
         let (mut found, mut known) = (Vec::new(), HashMap::new());
         let mut names_in = |root: &Section<'_>| {
             let tables = root.get("subscriber").and_then(|value| r.array(&value)).unwrap_or_default();
-            let sections = tables.iter().filter_map(|table| r.section(&r.named(table), SUBSCRIBER_KEYS));
+            let sections = tables.iter().filter_map(|table| r.section(&r.named(table), keys::SUBSCRIBER));
             found.extend(sections.filter_map(|section| self.name(&section, &mut known)));
         };
         names_in(&root);
@@ -479,7 +448,7 @@ impl Loader<'_, '_> {
             if let Ok(text) = r.read_to_string(&path) {
                 let included = Source { path, text };
                 let document = r.parse(&included);
-                names_in(&r.root(&included, &document, INCLUDED_KEYS));
+                names_in(&r.root(&included, &document, keys::INCLUDED));
             }
         }
         found
@@ -541,7 +510,7 @@ impl Loader<'_, '_> {
             r.report_missing(root, "queue.url", missing);
             return None;
         };
-        let section = r.section(&section, QUEUE_KEYS)?;
+        let section = r.section(&section, keys::QUEUE)?;
         let url = match section.get("url") {
             None => {
                 r.report_missing(&section, "url", missing);
@@ -636,7 +605,7 @@ impl Loader<'_, '_> {
     fn admin(&self, root: &Section<'_>) -> Option<AdminConfig> {
         let r = self.reader;
         let section = match root.get("admin") {
-            Some(v) => Some(r.section(&v, ADMIN_KEYS)?),
+            Some(v) => Some(r.section(&v, keys::ADMIN)?),
             None => None,
         };
         let get = |key| section.as_ref().and_then(|s| s.get(key));
@@ -672,7 +641,7 @@ impl Loader<'_, '_> {
     fn log(&self, root: &Section<'_>) -> Option<LogConfig> {
         let r = self.reader;
         let section = match root.get("log") {
-            Some(v) => Some(r.section(&v, LOG_KEYS)?),
+            Some(v) => Some(r.section(&v, keys::LOG)?),
             None => None,
         };
         let get = |key| section.as_ref().and_then(|s| s.get(key));
@@ -804,7 +773,7 @@ impl Loader<'_, '_> {
         let max_interval = self.duration(group.get("max_interval"), d.max_interval.as_secs(), Some(MAX_DELAY));
         let multiplier = float("multiplier", d.multiplier);
         let randomization_factor = float("randomization_factor", d.randomization_factor);
-        let max_attempts = self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=1_000_000);
+        let max_attempts = self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=MAX_ATTEMPTS);
         let max_elapsed_time = self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
         let on_exhausted = self.one_of(group.get("on_exhausted"), &[("dead_letter", Exhausted::DeadLetter), ("pause", Exhausted::Pause)]);
         // What could not be read is reported already; for it stands a value that agrees with every other.
@@ -831,7 +800,7 @@ impl Loader<'_, '_> {
     }
 
     fn breaker(&self, group: &Layers<'_>) -> Option<BreakerPolicy> {
-        let failures = self.integer(group.get("failures"), 5, 0..=1_000_000);
+        let failures = self.integer(group.get("failures"), 5, 0..=MAX_FAILURES);
         let open_for = self.positive_duration(group.get("open_for"), 30, MAX_OPEN_FOR);
         let max_open_for = self.positive_duration(group.get("max_open_for"), 600, MAX_OPEN_FOR);
         if open_for.zip(max_open_for).is_some_and(|(first, longest)| first > longest) {
@@ -866,18 +835,18 @@ impl Loader<'_, '_> {
 
     fn subscriber<'d>(&self, table: &Value<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Option<Subscriber> {
         let r = self.reader;
-        let section = r.section(&r.named(table), SUBSCRIBER_KEYS)?;
+        let section = r.section(&r.named(table), keys::SUBSCRIBER)?;
         let name = self.name(&section, names);
         let preset = section.get("preset").and_then(|v| self.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
         let group = |key, keys, base: &Option<Section<'d>>| {
             let of = |s: &Section<'d>| s.get(key).and_then(|v| r.section(&v, keys));
             Layers { own: of(&section), preset: preset.and_then(of), base: base.clone() }
         };
-        let batch = self.batch(&group("batch", BATCH_KEYS, &defaults.batch));
-        let http_group = group("http", HTTP_KEYS, &defaults.http);
+        let batch = self.batch(&group("batch", keys::BATCH, &defaults.batch));
+        let http_group = group("http", keys::HTTP, &defaults.http);
         let http = self.http(&http_group);
-        let retry = self.retry(&group("retry", RETRY_KEYS, &defaults.retry));
-        let circuit_breaker = self.breaker(&group("circuit_breaker", BREAKER_KEYS, &defaults.circuit_breaker));
+        let retry = self.retry(&group("retry", keys::RETRY, &defaults.retry));
+        let circuit_breaker = self.breaker(&group("circuit_breaker", keys::BREAKER, &defaults.circuit_breaker));
         let url = self.url(&section, &http_group);
         let events = match section.get("events") {
             None => Some(vec![Pattern::all()]),
@@ -937,10 +906,10 @@ impl Loader<'_, '_> {
 
     fn auth(&self, value: &Value<'_>) -> Option<Auth> {
         let r = self.reader;
-        let section = r.section(value, AUTH_KEYS)?;
+        let section = r.section(value, keys::AUTH)?;
         match (section.get("basic"), section.get("bearer")) {
             (Some(basic), None) => {
-                let basic = r.section(&basic, BASIC_KEYS)?;
+                let basic = r.section(&basic, keys::BASIC)?;
                 let required = |key| {
                     let found = basic.get(key);
                     if found.is_none() {
@@ -977,7 +946,7 @@ impl Loader<'_, '_> {
 
     fn tls(&self, value: &Value<'_>) -> Option<TlsPolicy> {
         let r = self.reader;
-        let section = r.section(value, TLS_KEYS)?;
+        let section = r.section(value, keys::TLS)?;
         let read = |v: &Value<'_>| {
             let path = v.source.relative(&r.string(v)?);
             r.read(&path).map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display()))).ok()
@@ -1004,8 +973,9 @@ impl Loader<'_, '_> {
                 }
             }),
         };
-        let file = |key: &&'static str| Some((*key, section.get(key).and_then(|v| Some(v.source.relative(&r.string(&v)?)))?));
-        Some(TlsPolicy { roots: roots?, identity: identity?, files: TLS_KEYS.iter().filter_map(file).collect() })
+        let file = |key: &'static str| Some((key, section.get(key).and_then(|v| Some(v.source.relative(&r.string(&v)?)))?));
+        let files = keys::TLS.iter().map(Key::name).filter_map(file).collect();
+        Some(TlsPolicy { roots: roots?, identity: identity?, files })
     }
 
     /// Of two headers of one name the later would silently take the place of the first.
@@ -1214,7 +1184,7 @@ impl Loader<'_, '_> {
             };
             return Some((if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap }, item.clone()));
         }
-        let table = r.section(item, SIGNATURE_KEYS)?;
+        let table = r.section(item, keys::SIGNATURE)?;
         let header = table.get("header");
         if header.is_none() {
             r.report_missing(&table, "header", "is required: the name of the header that carries the signature");

@@ -21,7 +21,10 @@ use crate::{
     batch::{Batcher, half_id, is_half},
     circuit_breaker::{Begun, Change, CircuitBreaker, Permit, State},
     clock,
-    config::Subscriber,
+    config::{
+        Subscriber,
+        keys::{Affects, Differences},
+    },
     event::{head, with_id},
     failpoint::{Step, reached},
     payload::Format,
@@ -61,10 +64,6 @@ pub struct Served {
     pub subscriber: Arc<Subscriber>,
     pub webhook: Webhook,
 }
-
-/// Keys that say what a request is, or whom it reaches.
-const MAKES_REQUESTS: &[&str] =
-    &["url", "format", "secrets", "signatures", "headers", "auth", "tls", "event_ids", "http.success", "http.proxy"];
 
 #[derive(Debug)]
 pub struct Lane<Q> {
@@ -317,7 +316,8 @@ impl<Q: Queue> Lane<Q> {
         let old = std::mem::replace(&mut self.subscriber, subscriber);
         self.webhook = webhook;
         let new = &self.subscriber;
-        if old.differences(new).iter().any(|key| MAKES_REQUESTS.contains(key)) {
+        let differences = Differences::between(&old, new);
+        if differences.affect(Affects::Requests) {
             // A receiver that refuses them now may mean the new secret, and no event.
             self.generation += 1;
             self.health = Health::default();
@@ -329,8 +329,7 @@ impl<Q: Queue> Lane<Q> {
             self.breaker.set_policy(new.circuit_breaker.clone(), clock::instant());
         }
         self.tell_circuit();
-        let opened_with = |s: &Subscriber| (s.batch.clone(), s.format, s.event_ids, s.http.concurrency, s.paused);
-        opened_with(&old) != opened_with(new)
+        differences.affect(Affects::Session)
     }
 
     /// Waits until it is known that the subscriber is not paused.

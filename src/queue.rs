@@ -250,6 +250,12 @@ impl Removals {
         matches!(&*self.0.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
     }
 
+    /// Whether subscribers that are not configured may be bound and get events: so it is until it is known who is bound, and while
+    /// removals wait for an operator.
+    pub fn others_may_be_bound(&self) -> bool {
+        !matches!(&*self.0.borrow(), Judged::Kept(_))
+    }
+
     /// Changes when somebody may be unbound who was not before.
     pub(crate) fn changes(&self) -> watch::Receiver<impl Sized + use<>> {
         self.0.subscribe()

@@ -19,7 +19,10 @@ use tokio::{
 
 use crate::{
     clock,
-    config::{Subscriber, Subscribers},
+    config::{
+        Subscriber, Subscribers,
+        keys::{Affects, Differences},
+    },
     lane::{Lane, Served},
     queue::{Queue, QueueError},
     retry::Waits,
@@ -263,7 +266,7 @@ impl<Q: Queue> Fleet<Q> {
         for s in subscribers {
             let old = self.lanes.get(&s.name).filter(|lane| !*lane.drain.borrow()).map(|lane| lane.configured.borrow().clone());
             let webhook = match old {
-                Some(old) if old.subscriber.differences(s).is_empty() => continue,
+                Some(old) if Differences::between(&old.subscriber, s).is_empty() => continue,
                 Some(old) => old.webhook.renewed(&old.subscriber, s, &self.tls),
                 None => Webhook::try_new(s, &self.tls),
             };
@@ -291,7 +294,8 @@ impl<Q: Queue> Fleet<Q> {
     /// Those who are new, or want other events than before.
     fn to_be_bound(&self, subscribers: &[Arc<Subscriber>]) -> BTreeSet<String> {
         let before = self.subscribers.borrow();
-        let is_bound = |s: &Subscriber| before.iter().any(|old| old.name == s.name && !old.differences(s).contains(&"events"));
+        let is_same = |old: &Subscriber, s: &Subscriber| !Differences::between(old, s).affect(Affects::Bindings);
+        let is_bound = |s: &Subscriber| before.iter().any(|old| old.name == s.name && is_same(old, s));
         subscribers.iter().filter(|s| !is_bound(s)).map(|s| s.name.clone()).collect()
     }
 

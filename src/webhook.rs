@@ -26,7 +26,10 @@ use self::{
 use crate::{
     answer::{Answer, Success},
     clock,
-    config::{HttpPolicy, Subscriber},
+    config::{
+        HttpPolicy, Subscriber,
+        keys::{Affects, Differences},
+    },
     payload::Format,
     retry::MAX_DELAY,
     signature::Signer,
@@ -223,14 +226,10 @@ impl Webhook {
     /// # Errors
     /// As [`try_new`](Self::try_new).
     pub fn renewed(&self, old: &Subscriber, new: &Subscriber, system: &SystemRoots) -> Result<Self, String> {
-        let made_of = |s: &Subscriber| {
-            let HttpPolicy { timeout, connect_timeout, concurrency, addresses, proxy, .. } = s.http.clone();
-            (timeout, connect_timeout, concurrency, addresses, proxy)
-        };
-        if made_of(old) == made_of(new) && old.tls.is_same(&new.tls) {
-            return Self::with_connections(self.connections.clone(), new);
+        if Differences::between(old, new).affect(Affects::Connections) {
+            return Self::try_new(new, system);
         }
-        Self::try_new(new, system)
+        Self::with_connections(self.connections.clone(), new)
     }
 
     fn with_lookup(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {

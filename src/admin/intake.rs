@@ -172,8 +172,8 @@ impl<Q: Queue> Intake<Q> {
                 break;
             }
             let matched: Vec<bool> = group.iter().map(|e| self.matches(&e.event_type)).collect();
-            // Subscribers whose removal waits for an operator get events too, and their patterns are not in the configuration.
-            let others_are_bound = self.queue.removals().held().is_some();
+            // Their patterns are not in the configuration: what the queue says of them counts.
+            let others_may_be_bound = self.queue.removals().others_may_be_bound();
             let fates = match self.queue.publish(group).await {
                 Ok(fates) => fates,
                 Err(e) => {
@@ -193,7 +193,7 @@ impl<Q: Queue> Intake<Q> {
                     Published::Refused => refused += 1,
                     // The broker has lost a binding, or has none yet.
                     Published::Unmatched if matched => unbound += 1,
-                    Published::Stored if matched || others_are_bound => stored += 1,
+                    Published::Stored if matched || others_may_be_bound => stored += 1,
                     Published::Stored | Published::Unmatched => {
                         stored += 1;
                         unmatched += 1;

@@ -5,13 +5,12 @@ use std::{fmt::Write as _, io::Write as _, path::Path, sync::Arc, time::Duration
 use super::{Failed, complete, find, visible};
 use crate::{
     clock,
-    config::{self, Auth, Backend, Config, ConfigError, EmbeddedConfig, Intake, Subscriber},
+    config::{self, Backend, Config, ConfigError, Subscriber, keys},
     endpoint,
     finding::{Finding, Severity, summarized},
     metrics::Metrics,
     queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    signature::{Encoding, Scheme},
-    wording::{counted, size, span},
+    wording::counted,
 };
 
 #[derive(Debug, clap::Args)]
@@ -224,128 +223,12 @@ fn of_them(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
 
 /// The configuration with all defaults filled in, as TOML, secrets left out; of some subscribers only theirs.
 fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
+    let subscribers: String = chosen.iter().map(|s| keys::subscriber_as_toml(s)).collect();
     if chosen.len() < config.subscribers.len() {
-        let head = format!("# {}: valid, with {}\n", config.path.display(), of_them(config, chosen));
-        return head + &chosen.iter().map(|s| subscriber(s) + "\n").collect::<String>();
+        return format!("# {}: valid, with {}\n{subscribers}", config.path.display(), of_them(config, chosen));
     }
-    let mut out = String::new();
-    let mut line = |text: String| {
-        out.push_str(&text);
-        out.push('\n');
-    };
-    line(format!("# {}: valid", config.path.display()));
-    line(format!("shutdown_timeout = \"{}\"", span(config.shutdown_timeout)));
-    let EmbeddedConfig { data_dir, retention } = &config.queue.embedded;
-    let data_dir = format!("data_dir = {}", quoted(&data_dir.display().to_string()));
-    match &config.queue.backend {
-        Backend::Embedded => {
-            line(format!("\n[queue]\nurl = \"embedded\"\n{data_dir}"));
-            line(format!("retention = \"{}\"", span(*retention)));
-        }
-        Backend::Amqp(amqp) => {
-            line(format!("\n[queue]\nurl = \"{}\"  # the rest is not shown\n{data_dir}", amqp.url));
-            line(match &amqp.intake {
-                Intake::Exchange(name) => format!("exchange = {}", quoted(name)),
-                Intake::SourceQueue(name) => format!("source_queue = {}", quoted(name)),
-            });
-            line(format!("prefix = {}", quoted(&amqp.prefix)));
-            if let Some(url) = &amqp.management_url {
-                line(format!("management_url = \"{url}\"  # the rest is not shown"));
-            }
-        }
-    }
-    line(format!("\n[admin]\nlisten = \"{}\"", config.admin.listen));
-    if config.admin.token.is_some() {
-        line("token = \"[redacted]\"".to_owned());
-    }
-    line(format!("\n[log]\nformat = \"{}\"", if config.log.json { "json" } else { "text" }));
-    line(format!("level = \"{}\"", config.log.level.to_string().to_lowercase()));
-    if config.subscribers.is_empty() {
-        line("\n# no subscribers".to_owned());
-    }
-    for s in config.subscribers.iter() {
-        line(subscriber(s));
-    }
-    out
-}
-
-fn quoted(text: &str) -> String {
-    // What JSON escapes, TOML does too, in the same way.
-    serde_json::Value::from(text).to_string().replace("${", "$${")
-}
-
-fn subscriber(s: &Subscriber) -> String {
-    let mut out = String::from("\n[[subscriber]]\n");
-    let mut pair = |key: &str, value: String| {
-        // Writing to a string cannot fail.
-        writeln!(out, "{key} = {value}").ok();
-    };
-    let duration = |d| format!("\"{}\"", span(d));
-    let list = |items: Vec<String>| format!("[{}]", items.join(", "));
-    pair("name", quoted(&s.name));
-    pair("url", format!("\"{}\"  # the rest is not shown", s.url));
-    pair("events", list(s.events.iter().map(|p| quoted(p.as_str())).collect()));
-    pair("format", quoted(s.format.name()));
-    pair("secrets", list(s.secrets.iter().map(|_| "\"[redacted]\"".to_owned()).collect()));
-    pair("signatures", list(s.signer.schemes().iter().map(scheme).collect()));
-    let redacted = || quoted("[redacted]");
-    if !s.headers.is_empty() {
-        let header = |(name, _): &(_, _)| format!("{} = {}", quoted(&format!("{name}")), redacted());
-        pair("headers", format!("{{ {} }}", s.headers.iter().map(header).collect::<Vec<_>>().join(", ")));
-    }
-    match &s.auth {
-        None => {}
-        Some(Auth::Basic { username, .. }) => {
-            pair("auth", format!("{{ basic = {{ username = {}, password = {} }} }}", quoted(username), redacted()))
-        }
-        Some(Auth::Bearer(_)) => pair("auth", format!("{{ bearer = {} }}", redacted())),
-    }
-    if !s.tls.files.is_empty() {
-        let file = |(key, path): &(&str, std::path::PathBuf)| format!("{key} = {}", quoted(&path.display().to_string()));
-        pair("tls", format!("{{ {} }}", s.tls.files.iter().map(file).collect::<Vec<_>>().join(", ")));
-    }
-    pair("event_ids", s.event_ids.to_string());
-    pair("paused", s.paused.to_string());
-    pair("batch.max_events", s.batch.max_events.to_string());
-    pair("batch.max_bytes", format!("\"{}\"", size(s.batch.max_bytes)));
-    pair("batch.max_wait", duration(s.batch.max_wait));
-    pair("http.timeout", duration(s.http.timeout));
-    pair("http.connect_timeout", duration(s.http.connect_timeout));
-    pair("http.concurrency", s.http.concurrency.to_string());
-    pair("http.success", quoted(s.http.success.name()));
-    pair("http.allow_http", s.http.allow_http.to_string());
-    pair("http.allow_private_addresses", s.http.addresses.allow_private.to_string());
-    pair("http.allow_addresses", list(s.http.addresses.allow.iter().map(|n| quoted(&n.to_string())).collect()));
-    if let Some(proxy) = &s.http.proxy {
-        pair("http.proxy", format!("\"{proxy}\"  # the rest is not shown"));
-    }
-    let r = s.retry.options();
-    pair("retry.initial_interval", duration(r.initial_interval));
-    pair("retry.multiplier", format!("{:?}", r.multiplier));
-    pair("retry.randomization_factor", format!("{:?}", r.randomization_factor));
-    pair("retry.max_interval", duration(r.max_interval));
-    pair("retry.max_attempts", r.max_attempts.to_string());
-    pair("retry.max_elapsed_time", duration(r.max_elapsed_time));
-    pair("retry.on_exhausted", quoted(r.on_exhausted.name()));
-    pair("circuit_breaker.failures", s.circuit_breaker.failures.to_string());
-    pair("circuit_breaker.open_for", duration(s.circuit_breaker.open_for));
-    pair("circuit_breaker.max_open_for", duration(s.circuit_breaker.max_open_for));
-    out.pop();
-    out
-}
-
-fn scheme(scheme: &Scheme) -> String {
-    match scheme {
-        Scheme::StandardWebhooks => quoted("standard-webhooks"),
-        Scheme::Mailtrap => quoted("mailtrap"),
-        Scheme::Custom { header, prefix, encoding } => {
-            let encoding = match encoding {
-                Encoding::Hex => "hex",
-                Encoding::Base64 => "base64",
-            };
-            format!("{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}", quoted(header), quoted(prefix))
-        }
-    }
+    let none = if chosen.is_empty() { "\n# no subscribers\n" } else { "" };
+    format!("# {}: valid\n{}{subscribers}{none}", config.path.display(), keys::global_as_toml(config))
 }
 
 #[cfg(test)]

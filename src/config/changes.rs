@@ -7,8 +7,10 @@ use std::{
 
 use serde::Serialize;
 
-use super::{Backend, Config, HttpPolicy, Intake, Subscriber};
-use crate::{address::AddressPolicy, batch::BatchPolicy, circuit_breaker::BreakerPolicy, retry::RetryOptions, secret::SecretUrl};
+use super::{
+    Config, Subscriber,
+    keys::{self, Differences, Reloaded},
+};
 
 /// What a reload changes, or would.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -77,7 +79,9 @@ impl Config {
     /// # Errors
     /// Keys that a running daemon cannot change, because its queues hang on them.
     pub fn changes_to(&self, new: &Self) -> Result<Changes, Vec<&'static str>> {
-        let refused = self.queue.differences(&new.queue);
+        let global = keys::global_differences(self, new);
+        let those = |what: Reloaded| global.iter().filter(|(_, reloaded)| *reloaded == what).map(|(path, _)| *path).collect::<Vec<_>>();
+        let refused = those(Reloaded::Refused);
         if !refused.is_empty() {
             return Err(refused);
         }
@@ -87,7 +91,7 @@ impl Config {
         for (name, subscriber) in &new_ones {
             let (change, keys) = match old_ones.get(name) {
                 None => (Kind::Added, Vec::new()),
-                Some(old) => (Kind::Changed, old.differences(subscriber)),
+                Some(old) => (Kind::Changed, Differences::between(old, subscriber).paths()),
             };
             if change == Kind::Added || !keys.is_empty() {
                 changes.push(Change { subscriber: name.clone(), change, keys });
@@ -96,108 +100,7 @@ impl Config {
         let removed = old_ones.into_keys().filter(|name| !new_ones.contains_key(name));
         changes.extend(removed.map(|subscriber| Change { subscriber, change: Kind::Removed, keys: Vec::new() }));
         changes.sort_by(|a, b| a.subscriber.cmp(&b.subscriber));
-        let differing = |keys: &[(&'static str, bool)]| keys.iter().filter(|(_, same)| !same).map(|(key, _)| *key).collect::<Vec<_>>();
-        let settings = differing(&[
-            ("shutdown_timeout", self.shutdown_timeout == new.shutdown_timeout),
-            ("log.level", self.log.level == new.log.level),
-        ]);
-        let needs_restart = differing(&[
-            ("admin.listen", self.admin.listen == new.admin.listen),
-            ("admin.token", self.admin.token == new.admin.token),
-            ("log.format", self.log.json == new.log.json),
-            ("queue.management_url", self.queue.management_url() == new.queue.management_url()),
-        ]);
-        Ok(Changes { changes, settings, needs_restart })
-    }
-}
-
-impl super::QueueConfig {
-    fn management_url(&self) -> Option<&SecretUrl> {
-        match &self.backend {
-            Backend::Embedded => None,
-            Backend::Amqp(amqp) => amqp.management_url.as_deref(),
-        }
-    }
-
-    fn differences(&self, new: &Self) -> Vec<&'static str> {
-        let mut keys = Vec::new();
-        let mut compare = |key, same: bool| {
-            if !same {
-                keys.push(key)
-            }
-        };
-        match (&self.backend, &new.backend) {
-            (Backend::Embedded, Backend::Embedded) => {
-                compare("queue.data_dir", self.embedded.data_dir == new.embedded.data_dir);
-                compare("queue.retention", self.embedded.retention == new.embedded.retention);
-            }
-            (Backend::Amqp(old), Backend::Amqp(new)) => {
-                compare("queue.url", old.url == new.url);
-                compare("queue.prefix", old.prefix == new.prefix);
-                let key = match (&old.intake, &new.intake) {
-                    (_, Intake::Exchange(_)) => "queue.exchange",
-                    (_, Intake::SourceQueue(_)) => "queue.source_queue",
-                };
-                compare(key, old.intake == new.intake);
-            }
-            _ => compare("queue.url", false),
-        }
-        keys
-    }
-}
-
-impl Subscriber {
-    /// The keys whose values differ.
-    pub fn differences(&self, new: &Self) -> Vec<&'static str> {
-        let mut keys = Vec::new();
-        let mut compare = |key, same: bool| {
-            if !same {
-                keys.push(key)
-            }
-        };
-        // Whatever is added to a subscriber has to be named here: the compiler asks for it.
-        let Self { name, url, events, format, secrets, signer, headers, auth, tls, batch, http, retry, circuit_breaker, event_ids, paused } =
-            self;
-        let BatchPolicy { max_events, max_bytes, max_wait } = batch;
-        let HttpPolicy { timeout, connect_timeout, concurrency, success, allow_http, addresses, proxy } = http;
-        let AddressPolicy { allow_private, allow } = addresses;
-        let BreakerPolicy { failures, open_for, max_open_for } = circuit_breaker;
-        let RetryOptions { initial_interval, multiplier, randomization_factor, max_interval, max_attempts, max_elapsed_time, on_exhausted } =
-            retry.options();
-        debug_assert_eq!(*name, new.name);
-        compare("url", *url == new.url);
-        compare("events", events.iter().map(|p| p.as_str()).eq(new.events.iter().map(|p| p.as_str())));
-        compare("format", *format == new.format);
-        compare("secrets", *secrets == new.secrets);
-        compare("signatures", signer.schemes() == new.signer.schemes());
-        compare("headers", *headers == new.headers);
-        compare("auth", *auth == new.auth);
-        compare("tls", tls.is_same(&new.tls));
-        compare("event_ids", *event_ids == new.event_ids);
-        compare("paused", *paused == new.paused);
-        compare("batch.max_events", *max_events == new.batch.max_events);
-        compare("batch.max_bytes", *max_bytes == new.batch.max_bytes);
-        compare("batch.max_wait", *max_wait == new.batch.max_wait);
-        compare("http.timeout", *timeout == new.http.timeout);
-        compare("http.connect_timeout", *connect_timeout == new.http.connect_timeout);
-        compare("http.concurrency", *concurrency == new.http.concurrency);
-        compare("http.success", *success == new.http.success);
-        compare("http.allow_http", *allow_http == new.http.allow_http);
-        compare("http.allow_private_addresses", *allow_private == new.http.addresses.allow_private);
-        compare("http.allow_addresses", *allow == new.http.addresses.allow);
-        compare("http.proxy", *proxy == new.http.proxy);
-        let n = new.retry.options();
-        compare("retry.initial_interval", initial_interval == n.initial_interval);
-        compare("retry.multiplier", multiplier == n.multiplier);
-        compare("retry.randomization_factor", randomization_factor == n.randomization_factor);
-        compare("retry.max_interval", max_interval == n.max_interval);
-        compare("retry.max_attempts", max_attempts == n.max_attempts);
-        compare("retry.max_elapsed_time", max_elapsed_time == n.max_elapsed_time);
-        compare("retry.on_exhausted", on_exhausted == n.on_exhausted);
-        compare("circuit_breaker.failures", *failures == new.circuit_breaker.failures);
-        compare("circuit_breaker.open_for", *open_for == new.circuit_breaker.open_for);
-        compare("circuit_breaker.max_open_for", *max_open_for == new.circuit_breaker.max_open_for);
-        keys
+        Ok(Changes { changes, settings: those(Reloaded::Used), needs_restart: those(Reloaded::AfterRestart) })
     }
 }
 
@@ -234,7 +137,7 @@ mod tests {
 
     #[test]
     fn each_key_of_a_subscriber_is_told_when_it_changes_and_no_other() {
-        for (key, value) in [
+        let samples = [
             ("url", "\"https://example.com/two\""),
             ("events", "[\"a.*\"]"),
             ("format", "\"jsonl\""),
@@ -265,9 +168,13 @@ mod tests {
             ("circuit_breaker.failures", "4"),
             ("circuit_breaker.open_for", "\"29s\""),
             ("circuit_breaker.max_open_for", "\"9m\""),
-        ] {
+        ];
+        for (key, value) in samples {
             assert_eq!(keys(&format!("{key} = {value}")), [key]);
         }
+        let tried: Vec<_> = samples.iter().map(|(key, _)| *key).collect();
+        let untried: Vec<_> = super::keys::paths().filter(|path| !tried.contains(path)).collect();
+        assert_eq!(untried, ["name", "tls"], "a name is another subscriber, and `tls` needs files");
         assert!(keys("paused = false").is_empty(), "what is written out and means the same is no change");
     }
 
@@ -300,7 +207,7 @@ mod tests {
         let found = before.changes_to(&load(&format!("admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"))).expect("can be");
         let told: Vec<_> = found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
         assert_eq!(told, [("a", Kind::Removed), ("b", Kind::Added)]);
-        assert_eq!(found.needs_restart, ["admin.listen", "log.format", "queue.management_url"]);
+        assert_eq!(found.needs_restart, ["queue.management_url", "admin.listen", "log.format"]);
         let json = serde_json::to_value(&found).expect("prints");
         assert_eq!(json["changes"][1]["change"], "added");
         let found = before.changes_to(&load(&format!("shutdown_timeout = \"1s\"\nlog.level = \"debug\"\n{BEFORE}"))).expect("can be");

@@ -17,6 +17,8 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
+use super::keys::Key;
+
 /// One mistake in a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -265,14 +267,15 @@ impl<'e> Reader<'e> {
         table
     }
 
-    pub(super) fn root<'d>(&self, source: &'d Source, table: &'d Spanned<DeTable<'d>>, keys: &[&str]) -> Section<'d> {
+    pub(super) fn root<'d>(&self, source: &'d Source, table: &'d Spanned<DeTable<'d>>, keys: &[Key]) -> Section<'d> {
         let section = Section { source, path: String::new(), span: table.span(), table: table.get_ref() };
         self.check_keys(&section, keys);
         section
     }
 
     /// Reports every key that the section may not have.
-    fn check_keys(&self, section: &Section<'_>, keys: &[&str]) {
+    fn check_keys(&self, section: &Section<'_>, keys: &[Key]) {
+        let keys: Vec<&str> = keys.iter().map(Key::name).collect();
         for name in section.table.keys().filter(|k| !keys.contains(&k.get_ref().as_ref())) {
             let near = keys.iter().map(|k| (distance(k, name.get_ref()), *k)).min().filter(|(d, _)| *d <= 3);
             let hint = match near {
@@ -284,7 +287,7 @@ impl<'e> Reader<'e> {
         }
     }
 
-    pub(super) fn section<'d>(&self, value: &Value<'d>, keys: &[&str]) -> Option<Section<'d>> {
+    pub(super) fn section<'d>(&self, value: &Value<'d>, keys: &[Key]) -> Option<Section<'d>> {
         let Some(table) = value.value.as_table() else {
             self.report(value, format!("must be a table, not {}", a(value.value)));
             return None;

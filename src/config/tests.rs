@@ -1,4 +1,4 @@
-use super::*;
+use super::{keys::Shape, *};
 
 fn dir_with(files: &[(&str, &str)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");
@@ -38,28 +38,24 @@ fn problems(extra: &str) -> Vec<String> {
 #[test]
 fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     rustls::crypto::ring::default_provider().install_default().ok();
-    let groups = [
-        ROOT_KEYS,
-        QUEUE_KEYS,
-        ADMIN_KEYS,
-        LOG_KEYS,
-        BATCH_KEYS,
-        HTTP_KEYS,
-        RETRY_KEYS,
-        BREAKER_KEYS,
-        SUBSCRIBER_KEYS,
-        SIGNATURE_KEYS,
-        AUTH_KEYS,
-        BASIC_KEYS,
-        TLS_KEYS,
-    ];
-    for key in groups.iter().flat_map(|keys| keys.iter()) {
+    fn names(keys: &[Key]) -> Vec<&'static str> {
+        keys.iter().flat_map(|key| std::iter::once(key.name()).chain(within(&key.shape))).collect()
+    }
+    fn within(shape: &Shape) -> Vec<&'static str> {
+        match shape {
+            Shape::Table(keys) => names(keys),
+            Shape::List(shape) | Shape::Map(shape) => within(shape),
+            Shape::Either(shapes) => shapes.iter().flat_map(within).collect(),
+            _ => Vec::new(),
+        }
+    }
+    for key in names(keys::ROOT) {
         let found = DEFAULT.lines().any(|l| {
             let l = l.trim_start_matches("# ");
             [format!("{key} = "), format!("[{key}]"), format!("[[{key}]]")].iter().any(|start| l.starts_with(start))
                 || l.contains(&format!("{{ {key} = "))
                 || l.contains(&format!(", {key} = "))
-                || (["batch", "http", "circuit_breaker"].contains(key) && l.contains("so for batch, http and circuit_breaker"))
+                || (["batch", "http", "circuit_breaker"].contains(&key) && l.contains("so for batch, http and circuit_breaker"))
         });
         assert!(found, "config/hooktrail.toml does not show `{key}`");
     }

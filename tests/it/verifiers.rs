@@ -204,6 +204,61 @@ fn the_documents_name_every_header_and_the_commands_print_the_schemas() {
 }
 
 #[test]
+fn the_schema_of_the_configuration_says_what_check_says() {
+    let all = r#"
+        include = ["none/*.toml"]
+        shutdown_timeout = "${NONE:-35s}"
+        [queue]
+        url = "amqp://127.0.0.1"
+        [log]
+        level = "${LEVEL:-info}"
+        [[subscriber]]
+        name = "a"
+        url = "https://example.com/"
+        events = ["a.*"]
+        secrets = ["s"]
+        signatures = ["mailtrap", { header = "X-Signature", prefix = "sha256=", encoding = "hex" }]
+        headers = { X-Tenant = "acme" }
+        auth = { basic = { username = "u", password = "p" } }
+        preset = "mailtrap"
+        retry = { max_interval = "1h", multiplier = 2 }
+        batch.max_bytes = "64KiB"
+    "#;
+    let instead = |old: &str, new: &str| all.replacen(old, new, 1);
+    let samples = [
+        (true, all.to_owned()),
+        (true, std::fs::read_to_string(repository().join("config/hooktrail.toml")).expect("the shipped one")),
+        (false, instead("events", "evnts")),
+        (false, instead("name = \"a\"", "")),
+        (false, instead("\"64KiB\"", "65536")),
+        (false, instead("\"1h\"", "\"an hour\"")),
+        (false, instead("multiplier = 2", "multiplier = 0.5")),
+        (false, instead("\"mailtrap\", {", "\"mailgun\", {")),
+        (false, instead("header = \"X-Signature\"", "headers = \"X-Signature\"")),
+        (false, instead("url = \"amqp://127.0.0.1\"", "")),
+        (false, instead("encoding = \"hex\"", "encoding = \"HEX\"")),
+        (false, instead("basic = { username = \"u\", ", "basic = { ")),
+    ];
+    let dir = tempfile::tempdir().expect("a directory");
+    let schema = dir.path().join("schema.json");
+    std::fs::write(&schema, Setup::with_text("").ok(&["schema", "config"])).expect("writes");
+    let mut command = Command::new(verifiers().join("python/bin/python"));
+    command.arg(repository().join("tests/verifiers/config.py")).arg(&schema);
+    for (n, (_, text)) in samples.iter().enumerate() {
+        let file = dir.path().join(format!("{n}.toml"));
+        std::fs::write(&file, text).expect("writes");
+        command.arg(file);
+    }
+    let found = output(&mut command);
+    assert_eq!(found.lines().count(), samples.len());
+    for (line, (valid, text)) in found.lines().zip(&samples) {
+        let found: Value = serde_json::from_str(line).expect("a JSON line");
+        assert_eq!(found["valid"], *valid, "{found}\n{text}");
+        assert_eq!(Setup::with_text(text).run(&["check"]).status.success(), *valid, "{text}");
+    }
+}
+
+#[test]
 fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
     run(async {
         let genuine = sent().await;

@@ -19,6 +19,7 @@ use tokio::{
 
 use super::place::{Place, other_than};
 use crate::{
+    clock,
     failpoint::{Step, reached},
     queue::QueueError,
 };
@@ -119,6 +120,9 @@ const OPENING: &str = "hooktrail.opening";
 /// How long one process waits for another's transaction.
 const BUSY: Duration = Duration::from_secs(10);
 
+/// Between two attempts to open a file that another process is busy with.
+const BUSY_REST: Duration = Duration::from_millis(20);
+
 /// Jobs that wait for the writing thread; more wait in line.
 const JOBS: usize = 1024;
 
@@ -197,9 +201,10 @@ impl Store {
         // than this what is wrong with a file that cannot be opened.
         File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
-        let mut writer = connect(&path).map_err(error)?;
+        let connect = || patiently(|| connect(&path)).map_err(error);
+        let mut writer = connect()?;
         migrate(&mut writer, &path)?;
-        let (reader, looker) = (connect(&path).map_err(error)?, connect(&path).map_err(error)?);
+        let (reader, looker) = (connect()?, connect()?);
         let place = place(&path, lock.as_ref())?;
         let (write_jobs, inbox) = mpsc::channel(JOBS);
         let (commits, committed) = watch::channel(0);
@@ -447,6 +452,23 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
     }
 }
 
+/// Tries again while another process is busy with the file: SQLite's own timeout does not hold for all that it does when it opens one
+/// that a killed daemon has left.
+#[expect(clippy::disallowed_methods, reason = "SQLite tells nobody when another process is done")]
+fn patiently<T>(mut attempt: impl FnMut() -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+    let until = clock::instant() + BUSY;
+    loop {
+        match attempt() {
+            Err(e) if is_busy(&e) && clock::instant() < until => std::thread::sleep(BUSY_REST),
+            done => return done,
+        }
+    }
+}
+
+fn is_busy(e: &rusqlite::Error) -> bool {
+    matches!(e.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
+}
+
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(path, flags)?;
@@ -593,7 +615,7 @@ fn explain(e: &rusqlite::Error) -> String {
             "check the permissions of the directory and its files, and run this as the service's user (sudo -u hooktrail …)"
         }
         Some(ErrorCode::SystemIoFailure) => "the disk failed or is full; check it",
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => "another process holds it",
+        _ if is_busy(e) => "another process holds it: wait until that is done, or find it with `fuser` and end it",
         _ => return e.to_string(),
     };
     format!("{e}: {remedy}")
@@ -602,6 +624,23 @@ fn explain(e: &rusqlite::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_another_process_is_busy_with_is_tried_again() {
+        let failed = |code| rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None);
+        let mut left = 3;
+        let opened = patiently(|| {
+            left -= 1;
+            if left > 0 { Err(failed(rusqlite::ffi::SQLITE_BUSY_RECOVERY)) } else { Ok("opened") }
+        });
+        assert_eq!(opened, Ok("opened"));
+        let mut tried = 0;
+        let damaged = patiently(|| {
+            tried += 1;
+            Err::<(), _>(failed(rusqlite::ffi::SQLITE_CORRUPT))
+        });
+        assert!(damaged.is_err() && tried == 1, "nothing else is");
+    }
 
     #[test]
     fn many_may_open_a_new_file_at_once() {

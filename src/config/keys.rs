@@ -1,0 +1,775 @@
+//! Every key of the configuration, one row each.
+//!
+//! A key that is not here is refused as unknown when a configuration is read. From these rows come the differences between two
+//! configurations and what each difference affects, what `check` prints, and the JSON Schema that `schema config` prints.
+
+use std::{
+    fmt::{Display, Write as _},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    AmqpConfig, Auth, Backend, Config, Intake, MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
+    MAX_TIMEOUT, MAX_WAIT, Subscriber,
+};
+use crate::{
+    batch::BatchPolicy,
+    retry::MAX_DELAY,
+    secret::SecretUrl,
+    signature::{Encoding, Scheme},
+    wording::{size, span},
+};
+
+/// One key: its full name, what it says, and which values it takes.
+#[derive(Debug)]
+pub struct Key {
+    /// With the tables that it is in, `retry.max_interval`; those of a subscriber begin inside `[[subscriber]]`.
+    pub path: &'static str,
+    /// One sentence, for editors.
+    pub what: &'static str,
+    pub shape: Shape,
+    pub required: bool,
+    place: Place,
+}
+
+/// Which values a key takes. In each string `${VAR}` stands for the environment's.
+#[derive(Debug)]
+pub enum Shape {
+    Text,
+    Flag,
+    /// An integer from the first to the second.
+    Whole(i64, i64),
+    /// A number from the first to the second.
+    Number(f64, f64),
+    /// At most this long.
+    Duration(Option<Duration>),
+    /// A number of bytes with its unit.
+    Size,
+    Word(&'static [&'static str]),
+    List(&'static Self),
+    /// A table with these keys.
+    Table(&'static [Key]),
+    /// A table whose keys are free.
+    Map(&'static Self),
+    Either(&'static [Self]),
+}
+
+/// Where a key's value is in a checked configuration.
+#[derive(Debug)]
+enum Place {
+    /// Nowhere by itself: it is a part of another key's value, names other files, or fills in other keys.
+    Read,
+    Config(Field<Config, Reloaded>),
+    Subscriber(Field<Subscriber, &'static [Affects]>),
+}
+
+#[derive(Debug)]
+struct Field<T, A> {
+    affects: A,
+    differs: fn(&T, &T) -> bool,
+    /// As TOML, with `[redacted]` for secrets; none where it is not set and has no default.
+    show: fn(&T) -> Option<String>,
+}
+
+/// What a changed value of a subscriber's key means for what is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Affects {
+    /// What a request is, or whom it reaches: answers to requests of before say nothing of those that follow.
+    Requests,
+    /// What connections to the endpoint are made of.
+    Connections,
+    /// What a lane's session with its queue is opened with.
+    Session,
+    /// Which events the subscriber's queue gets.
+    Bindings,
+    /// A decision that is made each time it is needed.
+    Decisions,
+}
+
+/// What a running daemon does about a changed key that is not a subscriber's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reloaded {
+    /// The new value is used.
+    Used,
+    /// The new value is used after a restart.
+    AfterRestart,
+    /// The whole reload is refused: the queues depend on it.
+    Refused,
+}
+
+/// The keys whose values differ between two configurations of one subscriber.
+#[derive(Debug, Clone)]
+pub struct Differences(Vec<(&'static str, &'static [Affects])>);
+
+impl Differences {
+    pub fn between(old: &Subscriber, new: &Subscriber) -> Self {
+        debug_assert_eq!(old.name, new.name);
+        let differing = fields().filter(|(_, field)| (field.differs)(old, new));
+        Self(differing.map(|(path, field)| (path, field.affects)).collect())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether one of them affects this.
+    pub fn affect(&self, what: Affects) -> bool {
+        self.0.iter().any(|(_, affects)| affects.contains(&what))
+    }
+
+    /// Their full names, groups as in `retry.max_interval`.
+    pub fn paths(&self) -> Vec<&'static str> {
+        self.0.iter().map(|(path, _)| *path).collect()
+    }
+}
+
+macro_rules! differs {
+    ($($path:tt)+) => { |a, b| a.$($path)+ != b.$($path)+ };
+}
+
+const fn read(path: &'static str, what: &'static str, shape: Shape) -> Key {
+    Key { path, what, shape, required: false, place: Place::Read }
+}
+
+const fn global(
+    path: &'static str,
+    what: &'static str,
+    shape: Shape,
+    affects: Reloaded,
+    differs: fn(&Config, &Config) -> bool,
+    show: fn(&Config) -> Option<String>,
+) -> Key {
+    Key { path, what, shape, required: false, place: Place::Config(Field { affects, differs, show }) }
+}
+
+const fn subscriber(
+    path: &'static str,
+    what: &'static str,
+    shape: Shape,
+    affects: &'static [Affects],
+    differs: fn(&Subscriber, &Subscriber) -> bool,
+    show: fn(&Subscriber) -> Option<String>,
+) -> Key {
+    Key { path, what, shape, required: false, place: Place::Subscriber(Field { affects, differs, show }) }
+}
+
+impl Key {
+    /// Its name in its table.
+    pub fn name(&self) -> &'static str {
+        self.path.rsplit('.').next().unwrap_or(self.path)
+    }
+
+    const fn required(mut self) -> Self {
+        self.required = true;
+        self
+    }
+}
+
+use Affects::{Bindings, Connections, Decisions, Requests, Session};
+use Reloaded::{AfterRestart, Refused, Used};
+
+/// The keys of the file that `--config` names.
+pub static ROOT: &[Key] = &[
+    read(
+        "include",
+        "More files with [[subscriber]] tables and nothing else. `*` matches no name that begins with a dot.",
+        Shape::List(&Shape::Text),
+    ),
+    global(
+        "shutdown_timeout",
+        "How long requests in flight may still take after SIGTERM or SIGINT.",
+        Shape::Duration(Some(MAX_SHUTDOWN_TIMEOUT)),
+        Used,
+        differs!(shutdown_timeout),
+        |c| duration(c.shutdown_timeout),
+    ),
+    read("queue", "Where events come from and wait.", Shape::Table(QUEUE)).required(),
+    read("admin", "The HTTP listener: intake of events, health, metrics, API.", Shape::Table(ADMIN)),
+    read("log", "What the log looks like.", Shape::Table(LOG)),
+    read("batch", "Which events go into one request: the defaults of each subscriber.", Shape::Table(BATCH)),
+    read("http", "How requests are sent: the defaults of each subscriber.", Shape::Table(HTTP)),
+    read("retry", "When a failed batch is tried again: the defaults of each subscriber.", Shape::Table(RETRY)),
+    read("circuit_breaker", "When a failing subscriber is left alone: the defaults of each subscriber.", Shape::Table(BREAKER)),
+    SUBSCRIBERS,
+];
+
+/// The keys of a file that `include` names.
+pub(super) static INCLUDED: &[Key] = &[SUBSCRIBERS];
+
+const SUBSCRIBERS: Key = read("subscriber", "The receivers of events.", Shape::List(&ONE_SUBSCRIBER));
+
+static ONE_SUBSCRIBER: Shape = Shape::Table(SUBSCRIBER);
+
+pub(super) static QUEUE: &[Key] = &[
+    global(
+        "queue.url",
+        "\"embedded\", or the URL of a RabbitMQ: amqp://user:password@host:5672/%2f or amqps://…",
+        Shape::Text,
+        Refused,
+        |a, b| match (&a.queue.backend, &b.queue.backend) {
+            (Backend::Embedded, Backend::Embedded) => false,
+            (Backend::Amqp(a), Backend::Amqp(b)) => a.url != b.url,
+            _ => true,
+        },
+        |c| match &c.queue.backend {
+            Backend::Embedded => word("embedded"),
+            Backend::Amqp(amqp) => url(&amqp.url),
+        },
+    )
+    .required(),
+    global(
+        "queue.data_dir",
+        "Where the embedded queue keeps its files.",
+        Shape::Text,
+        Refused,
+        |a, b| both_embedded(a, b) && a.queue.embedded.data_dir != b.queue.embedded.data_dir,
+        |c| word(&c.queue.embedded.data_dir.display().to_string()),
+    ),
+    global(
+        "queue.retention",
+        "How long the embedded queue keeps events that every subscriber is done with.",
+        Shape::Duration(None),
+        Refused,
+        |a, b| both_embedded(a, b) && a.queue.embedded.retention != b.queue.embedded.retention,
+        |c| if matches!(c.queue.backend, Backend::Embedded) { duration(c.queue.embedded.retention) } else { None },
+    ),
+    global(
+        "queue.exchange",
+        "The topic exchange that producers publish to, routing key = event type; declared (durable) if absent.",
+        Shape::Text,
+        Refused,
+        |a, b| intakes(a, b).is_some_and(|(a, b)| a != b && matches!(b, Intake::Exchange(_))),
+        |c| match intake(c)? {
+            Intake::Exchange(name) => word(name),
+            Intake::SourceQueue(_) => None,
+        },
+    ),
+    global(
+        "queue.source_queue",
+        "Instead of `exchange`: an existing queue to take events from.",
+        Shape::Text,
+        Refused,
+        |a, b| intakes(a, b).is_some_and(|(a, b)| a != b && matches!(b, Intake::SourceQueue(_))),
+        |c| match intake(c)? {
+            Intake::Exchange(_) => None,
+            Intake::SourceQueue(name) => word(name),
+        },
+    ),
+    global(
+        "queue.prefix",
+        "The prefix of every queue and exchange that hooktrail declares.",
+        Shape::Text,
+        Refused,
+        |a, b| amqp(a).zip(amqp(b)).is_some_and(|(a, b)| a.prefix != b.prefix),
+        |c| word(&amqp(c)?.prefix),
+    ),
+    global(
+        "queue.management_url",
+        "The URL of RabbitMQ's management plugin, which shows `check --connect` what AMQP does not.",
+        Shape::Text,
+        AfterRestart,
+        |a, b| management_url(a) != management_url(b),
+        |c| url(management_url(c)?),
+    ),
+];
+
+pub(super) static ADMIN: &[Key] = &[
+    global("admin.listen", "An IP address and a port; port 0 takes a free one.", Shape::Text, AfterRestart, differs!(admin.listen), |c| {
+        word(&c.admin.listen.to_string())
+    }),
+    global(
+        "admin.token",
+        "The bearer token of /api; required where `listen` is not a loopback address.",
+        Shape::Text,
+        AfterRestart,
+        differs!(admin.token),
+        |c| c.admin.token.as_ref().and_then(|_| redacted()),
+    ),
+];
+
+pub(super) static LOG: &[Key] = &[
+    global("log.format", "Text or JSON, one object a line.", Shape::Word(&["text", "json"]), AfterRestart, differs!(log.json), |c| {
+        word(if c.log.json { "json" } else { "text" })
+    }),
+    global(
+        "log.level",
+        "The least severe level that is logged.",
+        Shape::Word(&["error", "warn", "info", "debug", "trace"]),
+        Used,
+        differs!(log.level),
+        |c| word(&c.log.level.to_string().to_lowercase()),
+    ),
+];
+
+pub(super) static BATCH: &[Key] = &[
+    subscriber(
+        "batch.max_events",
+        "The most events of a request.",
+        Shape::Whole(1, BatchPolicy::MAX_EVENTS),
+        &[Session],
+        differs!(batch.max_events),
+        |s| plain(s.batch.max_events),
+    ),
+    subscriber("batch.max_bytes", "The most bytes of a request's body.", Shape::Size, &[Session], differs!(batch.max_bytes), |s| {
+        plain(format_args!("\"{}\"", size(s.batch.max_bytes)))
+    }),
+    subscriber(
+        "batch.max_wait",
+        "The longest that an event waits for others; \"0s\" sends as soon as a request slot is free.",
+        Shape::Duration(Some(MAX_WAIT)),
+        &[Session],
+        differs!(batch.max_wait),
+        |s| duration(s.batch.max_wait),
+    ),
+];
+
+pub(super) static HTTP: &[Key] = &[
+    subscriber(
+        "http.timeout",
+        "From when the request begins to be sent to the end of the answer.",
+        Shape::Duration(Some(MAX_TIMEOUT)),
+        &[Connections],
+        differs!(http.timeout),
+        |s| duration(s.http.timeout),
+    ),
+    subscriber(
+        "http.connect_timeout",
+        "How long a connection may take to be made.",
+        Shape::Duration(Some(MAX_TIMEOUT)),
+        &[Connections],
+        differs!(http.connect_timeout),
+        |s| duration(s.http.connect_timeout),
+    ),
+    subscriber(
+        "http.concurrency",
+        "The most requests in flight to the subscriber; 1 keeps first attempts in order.",
+        Shape::Whole(1, MAX_CONCURRENCY),
+        &[Connections, Session],
+        differs!(http.concurrency),
+        |s| plain(s.http.concurrency),
+    ),
+    subscriber(
+        "http.success",
+        "Which statuses mean that the batch was accepted.",
+        Shape::Word(&["2xx", "200"]),
+        &[Requests],
+        differs!(http.success),
+        |s| word(s.http.success.name()),
+    ),
+    subscriber("http.allow_http", "Whether URLs may be plain http://.", Shape::Flag, &[Decisions], differs!(http.allow_http), |s| {
+        plain(s.http.allow_http)
+    }),
+    subscriber(
+        "http.allow_private_addresses",
+        "Whether addresses may be connected to that are not public: loopback, link-local, RFC 1918 and others.",
+        Shape::Flag,
+        &[Connections],
+        differs!(http.addresses.allow_private),
+        |s| plain(s.http.addresses.allow_private),
+    ),
+    subscriber(
+        "http.allow_addresses",
+        "Networks that may be connected to although they are not public, such as \"10.1.0.0/16\".",
+        Shape::List(&Shape::Text),
+        &[Connections],
+        differs!(http.addresses.allow),
+        |s| list(s.http.addresses.allow.iter().map(|network| quoted(&network.to_string()))),
+    ),
+    subscriber(
+        "http.proxy",
+        "The URL of a proxy, which then decides about the addresses of names; \"\" takes back that of the top level.",
+        Shape::Text,
+        &[Requests, Connections],
+        differs!(http.proxy),
+        |s| url(s.http.proxy.as_ref()?),
+    ),
+];
+
+pub(super) static RETRY: &[Key] = &[
+    subscriber(
+        "retry.initial_interval",
+        "The wait after the first failed attempt.",
+        Shape::Duration(Some(MAX_DELAY)),
+        &[Decisions],
+        differs!(retry.options().initial_interval),
+        |s| duration(s.retry.options().initial_interval),
+    ),
+    subscriber(
+        "retry.multiplier",
+        "What each wait is of the one before.",
+        Shape::Number(1.0, 1000.0),
+        &[Decisions],
+        differs!(retry.options().multiplier),
+        |s| plain(format_args!("{:?}", s.retry.options().multiplier)),
+    ),
+    subscriber(
+        "retry.randomization_factor",
+        "The share of itself by which a wait is spread to both sides.",
+        Shape::Number(0.0, 1.0),
+        &[Decisions],
+        differs!(retry.options().randomization_factor),
+        |s| plain(format_args!("{:?}", s.retry.options().randomization_factor)),
+    ),
+    subscriber(
+        "retry.max_interval",
+        "The longest wait, before it is spread.",
+        Shape::Duration(Some(MAX_DELAY)),
+        &[Decisions],
+        differs!(retry.options().max_interval),
+        |s| duration(s.retry.options().max_interval),
+    ),
+    subscriber(
+        "retry.max_attempts",
+        "The most attempts, the first one included; 0: no limit.",
+        Shape::Whole(0, MAX_ATTEMPTS),
+        &[Decisions],
+        differs!(retry.options().max_attempts),
+        |s| plain(s.retry.options().max_attempts),
+    ),
+    subscriber(
+        "retry.max_elapsed_time",
+        "How long after the first attempt a batch may still be tried; \"0s\": no limit.",
+        Shape::Duration(None),
+        &[Decisions],
+        differs!(retry.options().max_elapsed_time),
+        |s| duration(s.retry.options().max_elapsed_time),
+    ),
+    subscriber(
+        "retry.on_exhausted",
+        "What becomes of a batch when no attempt is left: a dead letter, or kept while the subscriber is paused.",
+        Shape::Word(&["dead_letter", "pause"]),
+        &[Decisions],
+        differs!(retry.options().on_exhausted),
+        |s| word(s.retry.options().on_exhausted.name()),
+    ),
+];
+
+pub(super) static BREAKER: &[Key] = &[
+    subscriber(
+        "circuit_breaker.failures",
+        "How many failed attempts in a row open the circuit; 0: never.",
+        Shape::Whole(0, MAX_FAILURES),
+        &[Decisions],
+        differs!(circuit_breaker.failures),
+        |s| plain(s.circuit_breaker.failures),
+    ),
+    subscriber(
+        "circuit_breaker.open_for",
+        "How long the circuit is open before the first probe; doubled after each failed one.",
+        Shape::Duration(Some(MAX_OPEN_FOR)),
+        &[Decisions],
+        differs!(circuit_breaker.open_for),
+        |s| duration(s.circuit_breaker.open_for),
+    ),
+    subscriber(
+        "circuit_breaker.max_open_for",
+        "The longest that it is open between two probes, and that a Retry-After holds up all of a subscriber.",
+        Shape::Duration(Some(MAX_OPEN_FOR)),
+        &[Decisions],
+        differs!(circuit_breaker.max_open_for),
+        |s| duration(s.circuit_breaker.max_open_for),
+    ),
+];
+
+/// The keys of one `[[subscriber]]`.
+pub static SUBSCRIBER: &[Key] = &[
+    subscriber(
+        "name",
+        "1 to 64 of a-z, 0-9 and `-`, unique; names the subscriber's queues.",
+        Shape::Text,
+        &[],
+        // Of another name is another subscriber.
+        |_, _| false,
+        |s| word(&s.name),
+    )
+    .required(),
+    subscriber("url", "Where batches are sent to.", Shape::Text, &[Requests], differs!(url), |s| url(&s.url)).required(),
+    subscriber(
+        "events",
+        "AMQP topic patterns on the event type: `*` is one word, `#` any number of words. Left out: all events.",
+        Shape::List(&Shape::Text),
+        &[Bindings],
+        differs!(events),
+        |s| list(s.events.iter().map(|pattern| quoted(pattern.as_str()))),
+    ),
+    subscriber(
+        "format",
+        "The body: {\"events\":[…]}, or one event a line.",
+        Shape::Word(&["json", "jsonl"]),
+        &[Requests, Session],
+        differs!(format),
+        |s| word(s.format.name()),
+    ),
+    subscriber(
+        "secrets",
+        "What requests are signed with, the current secret first; \"file:PATH\" reads a file.",
+        Shape::List(&Shape::Text),
+        &[Requests],
+        differs!(secrets),
+        |s| list(s.secrets.iter().map(|_| quoted(REDACTED))),
+    ),
+    subscriber(
+        "signatures",
+        "How requests are signed; [] signs nothing.",
+        Shape::List(&Shape::Either(&[Shape::Word(&["standard-webhooks", "mailtrap"]), Shape::Table(SIGNATURE)])),
+        &[Requests],
+        differs!(signer.schemes()),
+        |s| list(s.signer.schemes().iter().map(scheme)),
+    ),
+    subscriber(
+        "headers",
+        "Headers of each request; their values are treated as secrets.",
+        Shape::Map(&Shape::Text),
+        &[Requests],
+        differs!(headers),
+        |s| {
+            let header = |(name, _): &(http::HeaderName, _)| format!("{} = {}", quoted(name.as_str()), quoted(REDACTED));
+            (!s.headers.is_empty()).then(|| table(s.headers.iter().map(header)))
+        },
+    ),
+    subscriber("auth", "How a request says whom it is from.", Shape::Table(AUTH), &[Requests], differs!(auth), |s| {
+        Some(match s.auth.as_ref()? {
+            Auth::Basic { username, .. } => {
+                format!("{{ basic = {{ username = {}, password = {} }} }}", quoted(username), quoted(REDACTED))
+            }
+            Auth::Bearer(_) => format!("{{ bearer = {} }}", quoted(REDACTED)),
+        })
+    }),
+    subscriber(
+        "tls",
+        "Whom to trust, and who this is.",
+        Shape::Table(TLS),
+        &[Requests, Connections],
+        |a, b| !a.tls.is_same(&b.tls),
+        |s| {
+            let file = |(key, path): &(&str, std::path::PathBuf)| format!("{key} = {}", quoted(&path.display().to_string()));
+            (!s.tls.files.is_empty()).then(|| table(s.tls.files.iter().map(file)))
+        },
+    ),
+    subscriber(
+        "event_ids",
+        "Whether events that have no \"event_id\" get one: the producer's message id.",
+        Shape::Flag,
+        &[Requests, Session],
+        differs!(event_ids),
+        |s| plain(s.event_ids),
+    ),
+    subscriber("paused", "Whether nothing is sent and events wait in the queue.", Shape::Flag, &[Session], differs!(paused), |s| {
+        plain(s.paused)
+    }),
+    read("preset", "What a known receiver expects; the subscriber's own keys win over it.", Shape::Word(&["mailtrap"])),
+    read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
+    read("http", "Overrides [http], key by key.", Shape::Table(HTTP)),
+    read("retry", "Overrides [retry], key by key.", Shape::Table(RETRY)),
+    read("circuit_breaker", "Overrides [circuit_breaker], key by key.", Shape::Table(BREAKER)),
+];
+
+pub(super) static AUTH: &[Key] = &[
+    read("auth.basic", "HTTP basic authentication (RFC 7617).", Shape::Table(BASIC)),
+    read("auth.bearer", "A bearer token (RFC 6750); \"file:PATH\" reads a file.", Shape::Text),
+];
+
+pub(super) static BASIC: &[Key] = &[
+    read("auth.basic.username", "Without `:`.", Shape::Text).required(),
+    read("auth.basic.password", "\"file:PATH\" reads a file.", Shape::Text).required(),
+];
+
+pub(super) static TLS: &[Key] = &[
+    read("tls.ca_file", "The only authorities that are trusted, as PEM.", Shape::Text),
+    read("tls.client_cert_file", "The client's certificate and its chain, as PEM.", Shape::Text),
+    read("tls.client_key_file", "The client's private key, as PEM.", Shape::Text),
+];
+
+pub(super) static SIGNATURE: &[Key] = &[
+    read("signatures.header", "The header that carries the signature.", Shape::Text).required(),
+    read("signatures.prefix", "What stands in front of the signature, such as \"sha256=\".", Shape::Text),
+    read("signatures.encoding", "How the HMAC-SHA256 is written.", Shape::Word(&["hex", "base64"])),
+];
+
+const REDACTED: &str = "[redacted]";
+
+/// The fields of a subscriber, its groups' among them, in the order in which they are shown.
+fn fields() -> impl Iterator<Item = (&'static str, &'static Field<Subscriber, &'static [Affects]>)> {
+    let of = |key: &'static Key| match &key.place {
+        Place::Subscriber(field) => Some((key.path, field)),
+        Place::Read | Place::Config(_) => None,
+    };
+    SUBSCRIBER.iter().flat_map(move |key| match (&key.place, &key.shape) {
+        (Place::Read, Shape::Table(group)) => group.iter().filter_map(of).collect::<Vec<_>>(),
+        _ => of(key).into_iter().collect(),
+    })
+}
+
+/// The full names of a subscriber's keys that mean something by themselves.
+#[cfg(test)]
+pub(super) fn paths() -> impl Iterator<Item = &'static str> {
+    fields().map(|(path, _)| path)
+}
+
+/// The keys of no subscriber whose values differ, and what a running daemon does about it.
+pub fn global_differences(old: &Config, new: &Config) -> Vec<(&'static str, Reloaded)> {
+    let group = |key: &'static Key| match (&key.place, &key.shape) {
+        (Place::Read, Shape::Table(group)) => *group,
+        _ => std::slice::from_ref(key),
+    };
+    let differing = |key: &'static Key| match &key.place {
+        Place::Config(field) if (field.differs)(old, new) => Some((key.path, field.affects)),
+        _ => None,
+    };
+    ROOT.iter().flat_map(group).filter_map(differing).collect()
+}
+
+/// The keys of no subscriber with their values, the defaults among them, as TOML; secrets are left out.
+pub fn global_as_toml(config: &Config) -> String {
+    let mut out = String::new();
+    let mut line = |text: std::fmt::Arguments<'_>| {
+        // Writing to a string cannot fail.
+        writeln!(out, "{text}").ok();
+    };
+    let shown = |key: &Key| match &key.place {
+        Place::Config(field) => (field.show)(config),
+        Place::Read | Place::Subscriber(_) => None,
+    };
+    for key in ROOT {
+        if let Some(value) = shown(key) {
+            line(format_args!("{} = {value}", key.name()));
+        }
+        if let (Place::Read, Shape::Table(group)) = (&key.place, &key.shape) {
+            let mut header = Some(key.name());
+            for (key, value) in group.iter().filter_map(|key| Some((key, shown(key)?))) {
+                if let Some(name) = header.take() {
+                    line(format_args!("\n[{name}]"));
+                }
+                line(format_args!("{} = {value}", key.name()));
+            }
+        }
+    }
+    out
+}
+
+/// A subscriber with the values of all its keys, the defaults among them, as TOML; secrets are left out.
+pub fn subscriber_as_toml(s: &Subscriber) -> String {
+    let mut out = String::from("\n[[subscriber]]\n");
+    for (path, value) in fields().filter_map(|(path, field)| Some((path, (field.show)(s)?))) {
+        // Writing to a string cannot fail.
+        writeln!(out, "{path} = {value}").ok();
+    }
+    out
+}
+
+/// The JSON Schema (draft 7, which editors know) of the configuration.
+///
+/// The defaults are those of the shipped file. A string may hold `${VAR}` instead of what it is for.
+pub fn schema() -> serde_json::Value {
+    let shipped = toml::from_str(super::DEFAULT).unwrap_or_default();
+    let mut schema = object(ROOT, &shipped);
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#".into();
+    schema["title"] = "The configuration of hooktrail".into();
+    schema
+}
+
+fn object(keys: &[Key], shipped: &Value) -> Value {
+    let property = |key: &Key| {
+        let mut schema = key.shape.schema(shipped);
+        schema["description"] = key.what.into();
+        // Inside a subscriber a group's default is what the top level says.
+        let pointer = format!("/{}", key.path.replace('.', "/"));
+        match shipped.pointer(&pointer) {
+            Some(default) if !key.required && !default.is_object() => schema["default"] = default.clone(),
+            _ => {}
+        }
+        (key.name().to_owned(), schema)
+    };
+    let properties: serde_json::Map<_, _> = keys.iter().map(property).collect();
+    let required: Vec<_> = keys.iter().filter(|key| key.required).map(Key::name).collect();
+    json!({ "type": "object", "additionalProperties": false, "properties": properties, "required": required })
+}
+
+impl Shape {
+    fn schema(&self, shipped: &Value) -> Value {
+        match self {
+            Self::Text => json!({ "type": "string" }),
+            Self::Flag => json!({ "type": "boolean" }),
+            Self::Whole(least, most) => json!({ "type": "integer", "minimum": least, "maximum": most }),
+            Self::Number(least, most) => json!({ "type": "number", "minimum": least, "maximum": most }),
+            Self::Duration(_) | Self::Size => json!({ "type": "string", "pattern": r"^ *[0-9][0-9A-Za-z. ]*$|\$\{" }),
+            Self::Word(words) => json!({ "anyOf": [{ "enum": words }, { "type": "string", "pattern": r"\$\{" }] }),
+            Self::List(item) => json!({ "type": "array", "items": item.schema(shipped) }),
+            Self::Table(keys) => object(keys, shipped),
+            Self::Map(value) => json!({ "type": "object", "additionalProperties": value.schema(shipped) }),
+            Self::Either(shapes) => json!({ "anyOf": shapes.iter().map(|shape| shape.schema(shipped)).collect::<Vec<_>>() }),
+        }
+    }
+}
+
+fn amqp(config: &Config) -> Option<&AmqpConfig> {
+    match &config.queue.backend {
+        Backend::Embedded => None,
+        Backend::Amqp(amqp) => Some(amqp),
+    }
+}
+
+fn both_embedded(a: &Config, b: &Config) -> bool {
+    amqp(a).is_none() && amqp(b).is_none()
+}
+
+fn intake(config: &Config) -> Option<&Intake> {
+    amqp(config).map(|amqp| &amqp.intake)
+}
+
+fn intakes<'a>(a: &'a Config, b: &'a Config) -> Option<(&'a Intake, &'a Intake)> {
+    intake(a).zip(intake(b))
+}
+
+fn management_url(config: &Config) -> Option<&SecretUrl> {
+    amqp(config)?.management_url.as_deref()
+}
+
+fn quoted(text: &str) -> String {
+    // What JSON escapes, TOML does too, in the same way.
+    Value::from(text).to_string().replace("${", "$${")
+}
+
+fn word(text: &str) -> Option<String> {
+    Some(quoted(text))
+}
+
+fn plain(value: impl Display) -> Option<String> {
+    Some(value.to_string())
+}
+
+fn duration(value: Duration) -> Option<String> {
+    plain(format_args!("\"{}\"", span(value)))
+}
+
+fn url(url: &SecretUrl) -> Option<String> {
+    plain(format_args!("\"{url}\"  # the rest is not shown"))
+}
+
+fn redacted() -> Option<String> {
+    word(REDACTED)
+}
+
+fn list(items: impl Iterator<Item = String>) -> Option<String> {
+    plain(format_args!("[{}]", items.collect::<Vec<_>>().join(", ")))
+}
+
+fn table(entries: impl Iterator<Item = String>) -> String {
+    format!("{{ {} }}", entries.collect::<Vec<_>>().join(", "))
+}
+
+fn scheme(scheme: &Scheme) -> String {
+    match scheme {
+        Scheme::StandardWebhooks => quoted("standard-webhooks"),
+        Scheme::Mailtrap => quoted("mailtrap"),
+        Scheme::Custom { header, prefix, encoding } => {
+            let encoding = match encoding {
+                Encoding::Hex => "hex",
+                Encoding::Base64 => "base64",
+            };
+            format!("{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}", quoted(header), quoted(prefix))
+        }
+    }
+}
