@@ -395,6 +395,34 @@ fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_al
     });
 }
 
+/// Acks that a channel has not sent on to the queue are lost when it is closed: the batch would be sent twice, the second time in an hour.
+#[test]
+fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
+    run(async {
+        let broker = Broker::private().await;
+        let setup = alone(&broker).await;
+        let level = format!("{}.delay.12", broker.prefix);
+        for (n, name) in (0..60).map(|n| (n, "a")).chain([(60, "b")]) {
+            broker.put(&level, &way(12, name), b"{}", envelope(&format!("msg_{n}"), 1)).await;
+        }
+        broker.wait_depth("delay.12", 61).await;
+        // Each write takes 300 ms; a queue is counted without one.
+        let slow = "register(slow, spawn(fun F() -> sys:suspend(ra_log_wal), timer:sleep(300), sys:resume(ra_log_wal), F() end)).";
+        broker.node().ctl(&["eval", slow]);
+        let moved: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
+        broker.node().ctl(&["eval", "exit(whereis(slow), kill), sys:resume(ra_log_wal)."]);
+        assert_eq!(moved["moved"], 60);
+        broker.wait_depth("sub.a.retry", 60).await;
+        let mut left = None;
+        eventually("what was held is given back", async || {
+            left = broker.depth("delay.12").await;
+            left > Some(0)
+        })
+        .await;
+        assert_eq!(left, Some(1), "the one of b alone");
+    });
+}
+
 #[test]
 fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
     run(async {

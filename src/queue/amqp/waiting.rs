@@ -11,6 +11,9 @@
 //! - When a channel ends, however that happens, the broker gives back what it held consumer by consumer and each one's in order. The
 //!   consumers are in the order of their names as long as there are at most 32 of them: 2,000 messages held by 16 of them came
 //!   back as they were after a kill -9, held by 63 they did not.
+//! - Acks are not answered. A channel sends on 33 of them, and more when the queue has them on the disk; what it has not sent on when
+//!   it is closed is lost, and the message is in the queue again. A count is answered at once, whatever is on its way to the disk;
+//!   the beginning and the end of a consumer are answered only when what was sent on before is there.
 //!
 //! What is asked for goes into the retry queue, confirmed, before it is taken out of the level: whatever ends this in between leaves
 //! a copy too many, under the same id.
@@ -22,6 +25,7 @@ use std::{
 
 use futures_util::StreamExt as _;
 use lapin::{
+    Consumer,
     message::Delivery,
     options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::FieldTable,
@@ -62,8 +66,8 @@ const BREATH: Duration = Duration::from_secs(1);
 const FIRST_WINDOW: u16 = 32;
 const WINDOW_BYTES: usize = 32 * 1024 * 1024;
 
-/// With more than 32 the broker gives back in no order; one is kept for what comes in later than it should.
-const CONSUMERS: u32 = 30;
+/// With more than 32 the broker gives back in no order; some are kept for what comes in later than it should, and for [`ACKED`].
+const CONSUMERS: u32 = 28;
 
 /// When nothing has come for so long the queue is asked whether there is anything: some may have come due.
 const SILENCE: Duration = Duration::from_millis(300);
@@ -72,8 +76,9 @@ const SILENCE: Duration = Duration::from_millis(300);
 const GROUP: usize = 200;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
-/// Acks that a channel sends on to a quorum queue before the queue has answered.
-const SENT_ON: usize = 32;
+/// Consumers that begin and end before acks are sure to have arrived. With the first those are there that the channel had sent on, and
+/// the channel hears of it; so it sends on the others before the second begins.
+const ACKED: u32 = 2;
 
 /// How long another command's look is waited for.
 const TURN: Duration = Duration::from_secs(60);
@@ -334,7 +339,7 @@ struct Look {
     share: u16,
     /// The last one that was taken had been given back before, so there may be more such behind it.
     amid_returned: bool,
-    acked: usize,
+    acked: bool,
 }
 
 impl Look {
@@ -350,7 +355,7 @@ impl Look {
             window: FIRST_WINDOW,
             share,
             amid_returned: false,
-            acked: 0,
+            acked: false,
         }
     }
 
@@ -369,19 +374,30 @@ impl Look {
         Ok(self.ready.pop_front())
     }
 
-    /// Takes the next few with a consumer that takes no more than these.
-    async fn fill(&mut self) -> Result<(), QueueError> {
-        let channel = self.lease.channel.clone();
-        let wanted = self.window.min(u16::try_from(self.left).unwrap_or(u16::MAX));
+    /// Begins a consumer that takes no more than so many; its name too.
+    async fn consume(&mut self, most: u16) -> Result<(String, Consumer), QueueError> {
+        let channel = &self.lease.channel;
         let name = format!("look-{:08}", self.consumers);
         self.consumers += 1;
         let consume = async {
-            channel.basic_qos(wanted, BasicQosOptions::default()).await?;
+            channel.basic_qos(most, BasicQosOptions::default()).await?;
             channel
                 .basic_consume(self.queue.as_str().into(), name.as_str().into(), BasicConsumeOptions::default(), FieldTable::default())
                 .await
         };
-        let mut consumer = answer(consume).await.map_err(|why| self.error(&why))?;
+        let consumer = answer(consume).await.map_err(|why| self.error(&why))?;
+        Ok((name, consumer))
+    }
+
+    async fn cancel(&self, name: &str) -> Result<(), QueueError> {
+        let cancelled = answer(self.lease.channel.basic_cancel(name.into(), BasicCancelOptions::default())).await;
+        cancelled.map_err(|why| self.error(&why))
+    }
+
+    /// Takes the next few with a consumer that takes no more than these.
+    async fn fill(&mut self) -> Result<(), QueueError> {
+        let wanted = self.window.min(u16::try_from(self.left).unwrap_or(u16::MAX));
+        let (name, mut consumer) = self.consume(wanted).await?;
         let mut came = 0;
         while came < wanted
             && let Ok(next) = timeout(SILENCE, consumer.next()).await
@@ -389,7 +405,7 @@ impl Look {
             self.took(next)?;
             came += 1;
         }
-        answer(channel.basic_cancel(name.as_str().into(), BasicCancelOptions::default())).await.map_err(|why| self.error(&why))?;
+        self.cancel(&name).await?;
         // What the broker had sent before it heard of the cancelling; then the stream ends.
         while let Some(next) = consumer.next().await {
             self.took(Some(next))?;
@@ -414,7 +430,7 @@ impl Look {
     }
 
     async fn ack(&mut self, tag: u64) -> Result<(), QueueError> {
-        self.acked += 1;
+        self.acked = true;
         answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
     }
 
@@ -425,14 +441,26 @@ impl Look {
     }
 
     /// Gives back what was not acked.
-    async fn close(self) -> Result<(), QueueError> {
-        // A channel sends on some acks at a time and drops the rest when it is closed. The queue answers behind what was sent on; if one is
-        // lost all the same, the next look takes the message out.
-        let rounds = if self.acked == 0 { 0 } else { self.acked / SENT_ON + 2 };
-        for _ in 0..rounds {
-            self.depth().await?;
+    async fn close(mut self) -> Result<(), QueueError> {
+        if self.acked {
+            self.acks_arrive().await?;
         }
         answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
+    }
+
+    /// Waits until the queue has every ack on its disk.
+    ///
+    /// A message that comes meanwhile is given back with the others, behind them: if this one had been given back before, they
+    /// all had been, and [`next`](Self::next) has taken them all.
+    async fn acks_arrive(&mut self) -> Result<(), QueueError> {
+        for _ in 0..ACKED {
+            let (name, mut consumer) = self.consume(1).await?;
+            self.cancel(&name).await?;
+            while let Some(came) = consumer.next().await {
+                came.map_err(|e| self.error(&BrokerError::from(e)))?;
+            }
+        }
+        Ok(())
     }
 
     fn error(&self, why: &BrokerError) -> QueueError {
