@@ -824,7 +824,7 @@ mod tests {
             let mut receipts = Vec::new();
             let mut take = async || {
                 let mut taken = Vec::new();
-                source.take(&mut taken, 100).await.expect("takes");
+                tokio::time::timeout(Duration::from_secs(30), source.take(&mut taken, 100)).await.expect("more comes").expect("takes");
                 let receipt = |t: &Taken| if let Taken::Event(e) = t { e.receipt } else { panic!("{t:?}") };
                 (taken.iter().map(receipt).collect::<Vec<_>>(), source.is_full())
             };

@@ -8,7 +8,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
@@ -120,6 +120,12 @@ const OPENING: &str = "hooktrail.opening";
 /// How long one process waits for another's transaction.
 const BUSY: Duration = Duration::from_secs(10);
 
+/// How long all of opening the file waits for others.
+const OPENS_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long one step of it does, before it is tried again.
+const OPENS_STEP: Duration = Duration::from_secs(1);
+
 /// Between two attempts to open a file that another process is busy with.
 const BUSY_REST: Duration = Duration::from_millis(20);
 
@@ -177,6 +183,10 @@ pub(super) enum Access {
 
 impl Store {
     pub(super) fn open(data_dir: &Path, access: Access) -> Result<Self, QueueError> {
+        Self::open_within(OPENS_WITHIN, data_dir, access)
+    }
+
+    fn open_within(time: Duration, data_dir: &Path, access: Access) -> Result<Self, QueueError> {
         let path = data_dir.join(FILE);
         if access == Access::Existing && !exists(data_dir)? {
             return Err(QueueError::needs_operator(format!(
@@ -201,10 +211,14 @@ impl Store {
         // than this what is wrong with a file that cannot be opened.
         File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
-        let connect = || patiently(|| connect(&path)).map_err(error);
+        let until = clock::instant() + time;
+        let connect = || patiently(until, || connect(&path)).map_err(error);
         let mut writer = connect()?;
-        migrate(&mut writer, &path)?;
+        patiently(until, || migrate(&mut writer, &path)).map_err(error)??;
         let (reader, looker) = (connect()?, connect()?);
+        for db in [&writer, &reader, &looker] {
+            db.busy_timeout(BUSY).map_err(error)?;
+        }
         let place = place(&path, lock.as_ref())?;
         let (write_jobs, inbox) = mpsc::channel(JOBS);
         let (commits, committed) = watch::channel(0);
@@ -455,8 +469,7 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
 /// Tries again while another process is busy with the file: SQLite's own timeout does not hold for all that it does when it opens one
 /// that a killed daemon has left.
 #[expect(clippy::disallowed_methods, reason = "SQLite tells nobody when another process is done")]
-fn patiently<T>(mut attempt: impl FnMut() -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-    let until = clock::instant() + BUSY;
+fn patiently<T>(until: Instant, mut attempt: impl FnMut() -> rusqlite::Result<T>) -> rusqlite::Result<T> {
     loop {
         match attempt() {
             Err(e) if is_busy(&e) && clock::instant() < until => std::thread::sleep(BUSY_REST),
@@ -472,7 +485,7 @@ fn is_busy(e: &rusqlite::Error) -> bool {
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(path, flags)?;
-    db.busy_timeout(BUSY)?;
+    db.busy_timeout(OPENS_STEP)?;
     db.pragma_update(None, "journal_mode", "WAL")?;
     // Each commit is on the disk when it returns, as far as the disk keeps its word.
     db.pragma_update(None, "synchronous", "FULL")?;
@@ -482,34 +495,34 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(db)
 }
 
-fn migrate(db: &mut Connection, path: &Path) -> Result<(), QueueError> {
-    let error = |e: rusqlite::Error| needs_operator(path, &e);
+/// The inner error: it is no file for this program.
+fn migrate(db: &mut Connection, path: &Path) -> rusqlite::Result<Result<(), QueueError>> {
     // At once for writing: two processes may open a new file together.
-    let change = db.transaction_with_behavior(TransactionBehavior::Immediate).map_err(error)?;
-    let version: u32 = change.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(error)?;
-    let id: i32 = change.pragma_query_value(None, "application_id", |row| row.get(0)).map_err(error)?;
-    let is_empty: bool = change.query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0)).map_err(error)?;
+    let change = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let version: u32 = change.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let id: i32 = change.pragma_query_value(None, "application_id", |row| row.get(0))?;
+    let is_empty: bool = change.query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0))?;
     if id != APPLICATION_ID && (version > 0 || id != 0 || !is_empty) {
-        return Err(QueueError::needs_operator(format!(
+        return Ok(Err(QueueError::needs_operator(format!(
             "`{}` is a database of another program; choose another [queue] data_dir",
             path.display()
-        )));
+        ))));
     }
     let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
     if version > known {
-        return Err(QueueError::needs_operator(format!(
+        return Ok(Err(QueueError::needs_operator(format!(
             "`{}` was written by a later version of hooktrail (schema {version}; this one knows {known}); run that version, or a newer one",
             path.display()
-        )));
+        ))));
     }
     if version < known {
         for migration in &MIGRATIONS[version as usize..] {
-            change.execute_batch(migration).map_err(error)?;
+            change.execute_batch(migration)?;
         }
-        change.pragma_update(None, "user_version", known).map_err(error)?;
-        change.pragma_update(None, "application_id", APPLICATION_ID).map_err(error)?;
+        change.pragma_update(None, "user_version", known)?;
+        change.pragma_update(None, "application_id", APPLICATION_ID)?;
     }
-    change.commit().map_err(error)
+    change.commit().map(Ok)
 }
 
 /// Commits what has gathered, over and over. `empties`: and at the end takes the write-ahead log over into the database.
@@ -615,7 +628,10 @@ fn explain(e: &rusqlite::Error) -> String {
             "check the permissions of the directory and its files, and run this as the service's user (sudo -u hooktrail …)"
         }
         Some(ErrorCode::SystemIoFailure) => "the disk failed or is full; check it",
-        _ if is_busy(e) => "another process holds it: wait until that is done, or find it with `fuser` and end it",
+        _ if is_busy(e) => {
+            "another process holds it: wait until that is done; `fuser hooktrail.db` in that directory shows which one it is. If it is the \
+             running hooktrail daemon, do not end it"
+        }
         _ => return e.to_string(),
     };
     format!("{e}: {remedy}")
@@ -629,17 +645,34 @@ mod tests {
     fn a_file_that_another_process_is_busy_with_is_tried_again() {
         let failed = |code| rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None);
         let mut left = 3;
-        let opened = patiently(|| {
+        let until = clock::instant() + OPENS_WITHIN;
+        let opened = patiently(until, || {
             left -= 1;
             if left > 0 { Err(failed(rusqlite::ffi::SQLITE_BUSY_RECOVERY)) } else { Ok("opened") }
         });
         assert_eq!(opened, Ok("opened"));
         let mut tried = 0;
-        let damaged = patiently(|| {
+        let damaged = patiently(until, || {
             tried += 1;
             Err::<(), _>(failed(rusqlite::ffi::SQLITE_CORRUPT))
         });
         assert!(damaged.is_err() && tried == 1, "nothing else is");
+    }
+
+    #[test]
+    fn all_of_opening_has_one_time_and_its_error_ends_no_daemon() {
+        let dir = tempfile::tempdir().expect("a directory");
+        drop(Store::open(dir.path(), Access::Create).expect("opens"));
+        let other = connect(&dir.path().join(FILE)).expect("opens");
+        other.execute_batch("BEGIN IMMEDIATE").expect("holds it");
+        let begun = clock::instant();
+        let time = OPENS_STEP * 2;
+        let error = Store::open_within(time, dir.path(), Access::Create).expect_err("it is held").to_string();
+        let waited = clock::instant() - begun;
+        assert!(waited >= time && waited < BUSY, "{waited:?}: a step that fails is tried again, but not for longer");
+        assert!(error.contains("wait until that is done") && error.contains("do not end it"), "{error}");
+        other.execute_batch("ROLLBACK").expect("is done");
+        Store::open_within(Duration::ZERO, dir.path(), Access::Create).expect("opens");
     }
 
     #[test]
