@@ -20,7 +20,7 @@ use url::Url;
 
 use keys::Key;
 pub use reader::Problem;
-pub(crate) use reader::is_near;
+pub(crate) use reader::nearness;
 use reader::{Layer, Layers, Reader, Section, Source, Value};
 
 use crate::{
@@ -527,7 +527,7 @@ impl Loader<'_, '_> {
                     None
                 }
                 // So near to the word that it can hold no password.
-                _ if is_near(&text, "embedded") => {
+                _ if nearness(&text, "embedded").is_some() => {
                     r.report(&v, "is neither \"embedded\" nor an amqp:// or amqps:// URL with a host; did you mean \"embedded\"?");
                     None
                 }

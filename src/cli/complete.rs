@@ -48,14 +48,19 @@ pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
 pub(super) fn subscribers() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let words: Vec<OsString> = std::env::args_os().skip_while(|word| word != "--").skip(1).collect();
-        config::names_of(&configuration(&words)).into_iter().map(CompletionCandidate::new).collect()
+        config::names_of(&configuration(&words, std::env::var_os("HOME"))).into_iter().map(CompletionCandidate::new).collect()
     })
 }
 
-/// The file that a command with these words would read.
-fn configuration(words: &[OsString]) -> PathBuf {
+/// The file that a command with these words would read, once the shell has put `home` for the `~` at the begin of a word. A completer
+/// gets the words as they were typed.
+fn configuration(words: &[OsString], home: Option<OsString>) -> PathBuf {
+    let expanded = |word: &OsString| match (word.to_str().and_then(|word| word.strip_prefix("~/")), &home) {
+        (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
+        _ => word.into(),
+    };
     let named = words.iter().enumerate().find_map(|(n, word)| match word.to_str()? {
-        "--config" | "-c" => words.get(n + 1).map(PathBuf::from),
+        "--config" | "-c" => words.get(n + 1).map(expanded),
         word => word.strip_prefix("--config=").or_else(|| word.strip_prefix("-c").filter(|_| !word.starts_with("--"))).map(PathBuf::from),
     });
     let by_environment = || std::env::var_os("HOOKTRAIL_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -73,9 +78,14 @@ mod tests {
             (&["hooktrail", "status", "--config=b.toml"], "b.toml"),
             (&["hooktrail", "-c", "c.toml"], "c.toml"),
             (&["hooktrail", "-cd.toml", "pause"], "d.toml"),
+            (&["hooktrail", "--config", "~/e.toml"], "/home/e/e.toml"),
+            (&["hooktrail", "-c", "~/f/f.toml", "pause"], "/home/e/f/f.toml"),
+            (&["hooktrail", "-c", "~other/f.toml"], "~other/f.toml"),
+            // No shell expands it there.
+            (&["hooktrail", "--config=~/g.toml"], "~/g.toml"),
         ] {
             let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-            assert_eq!(configuration(&words), PathBuf::from(path));
+            assert_eq!(configuration(&words, Some("/home/e".into())), PathBuf::from(path));
         }
     }
 }

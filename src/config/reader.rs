@@ -466,8 +466,10 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
 }
 
 /// Whether `text` may be a mistyped `word`.
-pub(crate) fn is_near(text: &str, word: &str) -> bool {
-    text.len().abs_diff(word.len()) <= 2 && distance(word, text) <= 2
+/// By how many letters they differ, if that can be a slip.
+pub(crate) fn nearness(text: &str, word: &str) -> Option<usize> {
+    let is_near = |letters: &usize| *letters <= 2;
+    (text.len().abs_diff(word.len()) <= 2).then(|| distance(word, text)).filter(is_near)
 }
 
 /// Levenshtein's.
