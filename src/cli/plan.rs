@@ -337,9 +337,11 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     }
     line(format!("  {}", circuit(&s.circuit_breaker)));
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
+    let larger =
+        if *ladder { "; RabbitMQ counts messages: when much larger ones come suddenly, it is more until they are known" } else { "" };
     line(format!(
         "  memory: {} with full batches. It takes up to {} {} and {} {} at once: {} if each is as large as a body may be \
-         (batch.max_bytes = {}). Of events it takes no more than 64 MiB, or 16 if those are larger",
+         (batch.max_bytes = {}). Of events it takes no more than 64 MiB, or 16 if those are larger{larger}",
         size(bounds.usual),
         grouped(bounds.window.events.into()),
         agreed(&bounds.window.events, "event(s)"),
