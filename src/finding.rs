@@ -35,6 +35,9 @@ pub struct Finding {
     /// It was not looked at, so that what could be wrong with it is not known.
     #[serde(skip)]
     pub(crate) unseen: bool,
+    /// What can go wrong harms all subscribers, although it is about what belongs to one.
+    #[serde(skip)]
+    pub(crate) for_all: bool,
     /// Of what it was found; of several where it is the same.
     pub about: Vec<String>,
     pub found: String,
@@ -51,7 +54,8 @@ const SHOWN: usize = 3;
 
 impl Finding {
     pub fn ok(about: impl Into<String>, found: impl Into<String>) -> Self {
-        Self { severity: Severity::Ok, unseen: false, about: vec![about.into()], found: found.into(), risk: None, remedy: None }
+        let (about, found) = (vec![about.into()], found.into());
+        Self { severity: Severity::Ok, unseen: false, for_all: false, about, found, risk: None, remedy: None }
     }
 
     pub fn note(about: impl Into<String>, found: impl Into<String>) -> Self {
@@ -74,6 +78,12 @@ impl Finding {
     /// Whether it says that something was not looked at.
     pub fn is_unseen(&self) -> bool {
         self.unseen
+    }
+
+    /// Whether the harm is for all subscribers.
+    #[must_use]
+    pub fn harming_all(self, for_all: bool) -> Self {
+        Self { for_all, ..self }
     }
 
     #[must_use]
@@ -101,7 +111,10 @@ pub fn summarized(findings: Vec<Finding>) -> Vec<Finding> {
     let mut all: Vec<Finding> = Vec::new();
     for f in findings {
         match all.iter_mut().find(|a| (a.severity, &a.found, &a.risk, &a.remedy) == (f.severity, &f.found, &f.risk, &f.remedy)) {
-            Some(same) => same.about.extend(f.about),
+            Some(same) => {
+                same.about.extend(f.about);
+                same.for_all |= f.for_all;
+            }
             None => all.push(f),
         }
     }

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::process::ExitCode;
+use std::{io::Write as _, process::ExitCode};
 
 use clap::Parser as _;
 use hooktrail::cli::{self, Cli, Failed};
@@ -38,11 +38,11 @@ fn main() -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the place where errors are told")]
 fn fail(failed: &Failed) -> ExitCode {
     // A reader of the log that hangs must not hold up the end of the daemon.
     if !matches!(failed, Failed::Logged(_)) {
-        eprintln!("{failed}");
+        // Nor does one that has left change the exit code.
+        writeln!(std::io::stderr(), "{failed}").ok();
     }
     ExitCode::from(failed.exit_code())
 }

@@ -1,6 +1,6 @@
 //! `check`: what can go wrong with the queue and the endpoints that a configuration names, and what it means.
 
-use std::{fmt::Write as _, io::Write as _, path::Path, sync::Arc, time::Duration};
+use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 
 use super::{Failed, complete, find, visible};
 use crate::{
@@ -60,13 +60,12 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
         findings.iter().for_each(tell);
         if args.connect && !args.quiet {
             if harmful == 0 {
-                println!("{}", nothing_harmful(&findings));
+                print_out(&nothing_harmful(&findings));
             }
-            println!();
+            print_out("");
         }
         if !args.quiet {
-            // Who reads no further, as `head`, has what comes first.
-            std::io::stdout().write_all(effective(&config, &chosen).as_bytes()).ok();
+            print_out(effective(&config, &chosen).trim_end_matches('\n'));
         }
     }
     match harmful {
@@ -87,7 +86,8 @@ fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Fai
 
 /// What queue and endpoints show, the worst last.
 async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
-    let (mut findings, endpoints) = tokio::join!(look(config, chosen), endpoint::inspect(chosen));
+    // Of all subscribers, whoever is meant: they share what the broker allows, and one that runs shows that there is a daemon.
+    let (mut findings, endpoints) = tokio::join!(look(config), endpoint::inspect(chosen));
     if chosen.len() < config.subscribers.len() {
         findings = without_others(findings, config, chosen);
     }
@@ -95,7 +95,7 @@ async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> 
     summarized(findings)
 }
 
-/// A queue calls those that it was not asked about not configured, or counts what it has for them.
+/// Leaves out what is found of other subscribers only, unless it harms all.
 fn without_others(findings: Vec<Finding>, config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
     let prefix = match &config.queue.backend {
         Backend::Amqp(amqp) => Some(amqp.prefix.as_str()),
@@ -103,7 +103,9 @@ fn without_others(findings: Vec<Finding>, config: &Config, chosen: &[Arc<Subscri
     };
     let is_meant = |about: &String| subscriber_of(about, prefix).is_none_or(|name| chosen.iter().any(|s| s.name == name));
     let keep = |mut f: Finding| {
-        f.about.retain(is_meant);
+        if !f.for_all {
+            f.about.retain(is_meant);
+        }
         (!f.about.is_empty()).then_some(f)
     };
     findings.into_iter().filter_map(keep).collect()
@@ -112,7 +114,7 @@ fn without_others(findings: Vec<Finding>, config: &Config, chosen: &[Arc<Subscri
 /// Whose it is, of what a finding is about.
 fn subscriber_of<'a>(about: &'a str, prefix: Option<&str>) -> Option<&'a str> {
     let quoted = |what: &str| about.strip_prefix(what).and_then(|rest| rest.strip_prefix(" `")).and_then(|rest| rest.strip_suffix('`'));
-    if let Some(name) = quoted("subscriber") {
+    if let Some(name) = quoted("subscriber").or_else(|| quoted("bindings of")) {
         return Some(name);
     }
     match prefix {
@@ -146,9 +148,18 @@ fn mistakes(problems: &ConfigError) -> Vec<Finding> {
 
 fn as_json(findings: &[Finding]) -> Result<(), Failed> {
     for finding in findings {
-        println!("{}", serde_json::to_string(finding).map_err(|e| Failed::Runtime(e.to_string()))?);
+        print_out(&serde_json::to_string(finding).map_err(|e| Failed::Runtime(e.to_string()))?);
     }
     Ok(())
+}
+
+/// A reader that reads no further, as `head`, has what comes first; the exit code says the rest.
+fn print_out(line: &str) {
+    writeln!(std::io::stdout(), "{line}").ok();
+}
+
+fn print_err(line: &str) {
+    writeln!(std::io::stderr(), "{line}").ok();
 }
 
 /// What is good is a comment, as all is that is not the configuration; what is bad goes to stderr.
@@ -156,21 +167,20 @@ fn tell(finding: &Finding) {
     let mut text = format!("{}: {}: {}", finding.severity.name(), finding.names(), finding.found);
     for (what, more) in [("risk", &finding.risk), ("mend", &finding.remedy)] {
         if let Some(more) = more {
-            // Writing to a string cannot fail.
-            write!(text, "\n  {what}: {more}").ok();
+            text += &format!("\n  {what}: {more}");
         }
     }
     for line in text.split('\n').map(visible) {
         match finding.severity {
-            Severity::Ok | Severity::Note => println!("# {line}"),
-            Severity::Warning | Severity::Harmful => eprintln!("{line}"),
+            Severity::Ok | Severity::Note => print_out(&format!("# {line}")),
+            Severity::Warning | Severity::Harmful => print_err(&line),
         }
     }
 }
 
-async fn look(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+async fn look(config: &Config) -> Vec<Finding> {
     match &config.queue.backend {
-        Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), chosen).await,
+        Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), &config.subscribers).await,
         Backend::Embedded => {
             let embedded = &config.queue.embedded;
             match EmbeddedQueue::exists(embedded) {
@@ -187,15 +197,15 @@ async fn look(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
                 }
             }
             match EmbeddedQueue::existing(embedded) {
-                Ok(queue) => inspect(queue, chosen).await,
+                Ok(queue) => inspect(queue, &config.subscribers).await,
                 Err(e) => vec![no_queue(&e)],
             }
         }
     }
 }
 
-async fn inspect(queue: impl Queue, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
-    let findings = match tokio::time::timeout(PATIENCE, queue.inspect(chosen)).await {
+async fn inspect(queue: impl Queue, subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
+    let findings = match tokio::time::timeout(PATIENCE, queue.inspect(subscribers)).await {
         Ok(Ok(findings)) => findings,
         Ok(Err(e)) => vec![no_queue(&e)],
         Err(_) => vec![Finding::harmful("queue", format!("did not answer all questions within {} s", PATIENCE.as_secs()))],
@@ -273,6 +283,7 @@ mod tests {
         let own = |about: &str, prefix| subscriber_of(about, prefix).map(str::to_owned);
         for (about, of_amqp, of_embedded) in [
             ("subscriber `a`", Some("a"), Some("a")),
+            ("bindings of `a`", Some("a"), Some("a")),
             ("queue `h.sub.a`", Some("a"), None),
             ("queue `h.sub.a.dead`", Some("a"), None),
             ("h.sub.a.retry", Some("a"), None),
@@ -292,9 +303,10 @@ mod tests {
         let config = config::load(&path).expect("valid");
         let mut of_both = Finding::warning("subscriber `a`", "is odd");
         of_both.about.push("subscriber `b`".to_owned());
-        let found = vec![Finding::ok("b: events to deliver", "1"), Finding::ok("data_dir", "is there"), of_both];
+        let for_all = Finding::harmful("subscriber `b`", "stops the ladder").harming_all(true);
+        let found = vec![Finding::ok("b: events to deliver", "1"), Finding::ok("data_dir", "is there"), of_both, for_all];
         let kept = without_others(found, &config, &chosen(&config, &["a".to_owned()]).expect("it is there"));
         let kept: Vec<_> = kept.iter().map(Finding::names).collect();
-        assert_eq!(kept, ["data_dir", "subscriber `a`"]);
+        assert_eq!(kept, ["data_dir", "subscriber `a`", "subscriber `b`"]);
     }
 }

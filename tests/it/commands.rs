@@ -6,7 +6,7 @@ use crate::support::{
     broker::{Broker, kill},
     daemon::{QUICK, SECRET, Setup, subscriber},
     eventually, free_port,
-    queue::{Queue, on_both_queues},
+    queue::{Embedded, Queue, on_both_queues},
     receiver::{Receiver, event},
     run,
 };
@@ -220,6 +220,19 @@ async fn check_of_one_subscriber_says_nothing_of_another_and_what_is_found_comes
     let (code, out, err) = texts(&["check", "crm", "seim"]);
     assert_eq!((code, &out[..]), (Some(2), ""));
     assert!(err.contains("no subscriber `seim` in ") && err.contains("did you mean `siem`? there are: siem, crm"), "{err}");
+}
+
+#[test]
+fn a_reader_that_has_left_does_not_change_what_check_returns() {
+    let queue = Embedded::new();
+    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+    for (arguments, code) in [(&["--connect"][..], 0), (&["--connect", "--json"], 0), (&["nobody"], 2)] {
+        let (out, err) = (std::io::pipe().expect("a pipe"), std::io::pipe().expect("a pipe"));
+        drop((out.0, err.0));
+        let mut check = setup.command(&[&["check"], arguments].concat());
+        let status = check.stdin(Stdio::null()).stdout(out.1).stderr(err.1).status().expect("it runs");
+        assert_eq!(status.code(), Some(code), "{arguments:?}");
+    }
 }
 
 #[test]

@@ -27,7 +27,12 @@ struct Look {
 
 impl Look {
     fn at(setup: &Setup) -> Self {
-        let output = setup.run(&["check", "--connect", "--json"]);
+        Self::of(setup, &[])
+    }
+
+    /// For these subscribers, or for all.
+    fn of(setup: &Setup, subscribers: &[&str]) -> Self {
+        let output = setup.run(&[&["check", "--connect", "--json"], subscribers].concat());
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(!text.contains(SECRET) && !text.contains("guest:"), "{text}");
         let findings = text.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{l}: {e}"))).collect();
@@ -89,7 +94,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
         let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"a.*\", \"b.#\"]")));
         let before = Look::at(&setup);
         assert_eq!(before.code, Some(0));
-        assert!(text(before.expect("note", "queues", "not there yet, `run` declares them"), "found").contains("sub.a.retry"));
+        before.expect("note", "sub.a.retry", "not there yet; `run` declares it");
         assert_eq!(broker.depth("sub.a").await, None, "a look declares nothing");
 
         let daemon = setup.start().await;
@@ -113,7 +118,8 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             look.expect("ok", about, found);
         }
         look.expect_of_streams("ok", "its feature flag is on");
-        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 14s 100ms with full batches (`a`)");
+        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 14s 100ms with full batches");
+        assert_eq!(timeout["about"][1], "subscriber `a`");
         assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));
         let told = setup.ok(&["check", "--connect"]);
         assert!(told.contains("# ok: broker: RabbitMQ ") && told.contains("# Nothing harmful was found."), "{told}");
@@ -361,7 +367,7 @@ fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
             assert!(!unseen.to_string().contains("hunter2"), "{unseen}");
             assert_eq!(look.code, Some(0), "{:#?}", look.findings);
             look.expect("ok", "broker", "RabbitMQ ");
-            look.expect("note", "queues", "not there yet");
+            look.expect("note", "sub.a", "not there yet");
         }
     });
 }
@@ -550,6 +556,45 @@ fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
         assert_eq!(look.code, Some(1));
         let few = look.expect("harmful", "broker connection (consuming)", "connection limit (2) is reached");
         assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
+    });
+}
+
+#[test]
+fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
+    run(async {
+        let broker = Broker::private_and_managed().await;
+        let node = broker.node();
+        let both = subscriber("a", "http://127.0.0.1:9/", "paused = true") + &subscriber("b", "http://127.0.0.1:9/", "");
+        let setup = managed(&broker, &(QUICK.to_owned() + &both));
+        node.ctl(&["set_vhost_limits", r#"{"max-queues":25}"#]);
+        let look = Look::of(&setup, &["a"]);
+        assert_eq!(look.code, Some(1));
+        look.expect("harmful", "vhost `/`", "may have 25 queues and has 0; 27 more are needed");
+        look.expect("note", "sub.a.retry", "not there yet");
+        assert!(look.find("note", "sub.b", "").is_none(), "{:#?}", look.findings);
+        node.ctl(&["set_vhost_limits", "{}"]);
+
+        let daemon = setup.start().await;
+        eventually("the record is there", async || broker.depth("state").await.is_some()).await;
+        // 3 of the daemon and 2 of the command, which opens those that a daemon needs only where none runs.
+        node.ctl(&["set_vhost_limits", r#"{"max-connections":5}"#]);
+        let look = Look::of(&setup, &["a"]);
+        assert_eq!(look.code, Some(0), "the one that consumes is seen: {:#?}", look.findings);
+        assert!(look.find("ok", "sub.b", "").is_none(), "{:#?}", look.findings);
+        node.ctl(&["set_vhost_limits", "{}"]);
+
+        for (name, pattern) in [("full", r"\.sub\.b$"), ("full-dead", r"\.sub\.b\.dead$")] {
+            node.ctl(&["set_policy", "--apply-to", "queues", name, pattern, r#"{"max-length":10}"#]);
+        }
+        // Whatever is published passes all queues of the exchange.
+        eventually("what harms all is told", async || Look::of(&setup, &["a"]).find("harmful", "sub.b`", "sets max-length").is_some())
+            .await;
+        let of_b = "sub.b.dead`";
+        eventually("all is told of b", async || Look::of(&setup, &["b"]).find("harmful", of_b, "sets max-length").is_some()).await;
+        let look = Look::of(&setup, &["a"]);
+        assert_eq!(look.code, Some(1));
+        assert!(look.find("harmful", of_b, "").is_none(), "{:#?}", look.findings);
+        assert!(daemon.stop().await.success());
     });
 }
 

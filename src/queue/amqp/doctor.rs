@@ -215,7 +215,8 @@ impl Look<'_> {
                 Err(e) => self.found(
                     Finding::harmful(format!("queue `{name}`"), format!("does not answer: {e}"))
                         .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
-                        .mended("rabbitmqctl cluster_status; if no node is missing: hooktrail repair SUBSCRIBER"),
+                        .mended("rabbitmqctl cluster_status; if no node is missing: hooktrail repair SUBSCRIBER")
+                        .harming_all(self.holds_up_all(&name)),
                 ),
                 Ok(Some(depth)) => {
                     self.consumed |= depth.consumers > 0;
@@ -368,6 +369,12 @@ impl Look<'_> {
         Ok(())
     }
 
+    /// Whether a queue of one subscriber that takes nothing harms the others: producers get no confirm, or the delay ladder cannot
+    /// hand over what comes after.
+    fn holds_up_all(&self, name: &str) -> bool {
+        matches!(self.topology.part(name), Some(Part::Main(_) | Part::Retry(_)))
+    }
+
     fn broken(&mut self, name: &str, why: &BrokerError) {
         let whose = match self.topology.part(name) {
             Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => s,
@@ -375,7 +382,8 @@ impl Look<'_> {
         };
         let finding = Finding::harmful(format!("queue `{name}`"), format!("cannot be consumed: {why}"))
             .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
-            .mended(format!("rabbitmqctl cluster_status; if no node is missing and it stays so: hooktrail repair {whose}"));
+            .mended(format!("rabbitmqctl cluster_status; if no node is missing and it stays so: hooktrail repair {whose}"))
+            .harming_all(self.holds_up_all(name));
         self.found(finding);
     }
 
@@ -389,6 +397,7 @@ impl Look<'_> {
                         "when it is empty: rabbitmqctl delete_queue -p {vhost} {} --if-empty; or choose another [queue] prefix",
                         shell_word(name)
                     ))
+                    .harming_all(self.holds_up_all(name) && argument.starts_with("x-max-length"))
             }
             Refused::Forbidden(_) => Finding::unseen(
                 "arguments of queues",
@@ -404,7 +413,6 @@ impl Look<'_> {
     fn absent(&mut self, absent: Vec<String>) {
         // Any of them: a policy may have deleted all that are seldom used.
         let has_run = !self.there.is_empty();
-        let mut waits_for_run = Vec::new();
         for name in absent {
             let subscriber = match self.topology.part(&name) {
                 Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => Some(s.to_owned()),
@@ -415,7 +423,7 @@ impl Look<'_> {
                 None => has_run,
             };
             if !others_are_there {
-                waits_for_run.push(name);
+                self.found(Finding::note(name, "not there yet; `run` declares it"));
                 continue;
             }
             let about = format!("queue `{name}`");
@@ -432,9 +440,6 @@ impl Look<'_> {
                     .mended("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
             };
             self.found(finding);
-        }
-        if !waits_for_run.is_empty() {
-            self.found(Finding::note("queues", format!("not there yet, `run` declares them: {}", waits_for_run.join(", "))));
         }
     }
 
@@ -535,7 +540,7 @@ impl Look<'_> {
                 let (whose, remedy) = self.policy(row);
                 let found = format!("{whose} sets {key} = {value}");
                 let finding = Finding { severity, ..Finding::ok(format!("queue `{}`", row.name), found).risking(risk).mended(remedy) };
-                self.found(finding);
+                self.found(finding.harming_all(self.holds_up_all(&row.name) && key.starts_with("max-length")));
             }
         }
         let missing = rows.iter().filter(|r| r.definition.is_none() && self.there.contains(&r.name)).count();
@@ -640,7 +645,8 @@ impl Look<'_> {
             let found = format!("has {} of {} replicas, without {}", row.online.len(), row.members.len(), down.join(", "));
             let finding = Finding::warning(format!("queue `{}`", row.name), found)
                 .risking("with fewer than half of them it takes and gives nothing")
-                .mended("rabbitmqctl cluster_status; bring the node back");
+                .mended("rabbitmqctl cluster_status; bring the node back")
+                .harming_all(self.holds_up_all(&row.name));
             self.found(finding);
             // With all nodes there that is a matter of milliseconds.
             let held_back = row.handed_over();
@@ -763,16 +769,17 @@ impl Look<'_> {
         let fewest = Window::of(s).fewest_events(s, CONSUMER_TIMEOUT);
         let mut found = format!(
             "the nodes' own setting is shown by no API and not looked at; RabbitMQ's default is 30 min, and hooktrail holds a message for at \
-             most {} with full batches (`{}`)",
-            humantime::format_duration(hold),
-            s.name
+             most {} with full batches",
+            humantime::format_duration(hold)
         );
         if fewest > 1 {
             found +=
                 &format!("; with fewer than {fewest} events in each, and attempts as slow as they may be, for longer than that default");
         }
         let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
-        self.found(Finding::note("consumer_timeout", found).mended(look));
+        let mut finding = Finding::note("consumer_timeout", found).mended(look);
+        finding.about.push(format!("subscriber `{}`", s.name));
+        self.found(finding);
     }
 }
 
@@ -898,10 +905,7 @@ fn judge(part: Part<'_>, key: &str, value: &Value, held: Held) -> Option<(Severi
                 return Some((Harmful, told(held.full_batches, "with full batches")));
             }
             if limit < held.single_events {
-                return Some((
-                    Warning,
-                    told(held.single_events, "when batches are of single events and attempts as slow as http.timeout allows"),
-                ));
+                return Some((Warning, told(held.single_events, "when batches are of single events and attempts as slow as they may be")));
             }
             return None;
         }

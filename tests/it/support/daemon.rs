@@ -50,7 +50,7 @@ impl Setup {
         path
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut c = Command::new(program());
         c.arg("--config").arg(self.config()).args(arguments).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
         c
