@@ -423,6 +423,21 @@ fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
     });
 }
 
+/// RabbitMQ counts a queue as empty that does not answer in time.
+#[test]
+fn what_waits_in_a_queue_that_is_busy_is_listed() {
+    run(async {
+        let broker = Broker::private().await;
+        let setup = alone(&broker).await;
+        let level = format!("{}.delay.12", broker.prefix);
+        broker.put(&level, &way(12, "a"), b"{}", envelope("msg_1", 1)).await;
+        broker.wait_depth("delay.12", 1).await;
+        let busy = "ok = sys:suspend(Queue), spawn(fun() -> timer:sleep(3000), sys:resume(Queue) end).";
+        broker.node().ctl(&["eval", &format!("Queue = whereis('%2F_{level}'), {busy}")]);
+        assert_eq!(ids(&waiting(&setup, "a")), ["msg_1"]);
+    });
+}
+
 #[test]
 fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
     run(async {

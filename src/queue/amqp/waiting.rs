@@ -80,6 +80,14 @@ const GROUP_BYTES: usize = 4 * 1024 * 1024;
 /// the channel hears of it; so it sends on the others before the second begins.
 const ACKED: u32 = 2;
 
+/// A queue that does not answer in 250 ms is counted as empty. So none is believed only of an answer that came sooner, or that took at most
+/// so much longer than the same question about a queue that is not there.
+const NO_ANSWER: Duration = Duration::from_millis(250);
+const UNEVEN: Duration = Duration::from_millis(100);
+
+/// How long a queue is asked again that does not answer.
+const BUSY: Duration = Duration::from_secs(10);
+
 /// How long another command's look is waited for.
 const TURN: Duration = Duration::from_secs(60);
 
@@ -133,10 +141,31 @@ pub(super) async fn hasten(queue: &AmqpQueue, subscriber: &str, ids: Option<BTre
 /// How many are due and not taken.
 async fn known(queue: &AmqpQueue, subscriber: &str) -> Result<u32, QueueError> {
     let name = queue.topology().retry(subscriber);
-    let depth = queue.broker().depth(&name).await?;
-    depth
-        .map(|d| d.messages)
-        .ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`")))
+    let due = count(queue, &name).await?;
+    due.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`")))
+}
+
+/// How many are in a queue and not taken; `None` if there is no such queue.
+async fn count(queue: &AmqpQueue, name: &str) -> Result<Option<u32>, QueueError> {
+    let began = clock::instant();
+    loop {
+        let asked = clock::instant();
+        let messages = queue.broker().depth(name).await?.map(|d| d.messages);
+        let answered = clock::instant();
+        let took = answered.saturating_duration_since(asked);
+        if messages != Some(0) || took < NO_ANSWER {
+            return Ok(messages);
+        }
+        queue.broker().depth(&queue.topology().nobodys()).await?;
+        if took < clock::instant().saturating_duration_since(answered) + UNEVEN {
+            return Ok(messages);
+        }
+        if answered.saturating_duration_since(began) > BUSY {
+            return Err(QueueError::new(format!(
+                "queue `{name}` does not say how many messages it has: the broker is too busy; try again later"
+            )));
+        }
+    }
 }
 
 /// What is moved out of the ladder.
@@ -293,7 +322,7 @@ impl<'q> Looks<'q> {
 
     /// `None` if there is nothing to see.
     async fn at(&self, name: String) -> Result<Option<Look>, QueueError> {
-        match self.queue.broker().depth(&name).await?.map_or(0, |d| d.messages) {
+        match count(self.queue, &name).await?.unwrap_or(0) {
             0 => Ok(None),
             messages => Ok(Some(Look::new(self.connection.lease().await?, name, messages))),
         }

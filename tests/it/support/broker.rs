@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lapin::{
@@ -157,9 +157,16 @@ impl Broker {
         let (connection, channel) = self.channel().await;
         let queue = format!("{}.{rest}", self.prefix);
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+        let found = loop {
+            let asked = Instant::now();
+            let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.ok().map(|q| q.message_count());
+            // A queue that does not answer in 250 ms is counted as empty.
+            if found != Some(0) || asked.elapsed() < Duration::from_millis(250) {
+                break found;
+            }
+        };
         connection.close(200, "done".into()).await.ok();
-        found.ok().map(|q| q.message_count())
+        found
     }
 
     /// Waits until a queue of hooktrail's holds so many.
