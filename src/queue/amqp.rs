@@ -28,8 +28,10 @@ mod management;
 mod message;
 mod prefetch;
 mod publisher;
+mod record;
 mod relay;
 mod repeats;
+mod snapshot;
 mod state;
 mod topology;
 mod upkeep;
@@ -56,11 +58,11 @@ use self::{
     message::Message,
     prefetch::Sizes,
     publisher::{Fate, Publisher},
+    record::Patterns,
     relay::{Relay, Sweep},
     repeats::Remembered,
     state::Reconciler,
     topology::{Broker, Topology},
-    upkeep::Patterns,
 };
 pub use self::{
     dead::DeadLetters,
@@ -361,6 +363,7 @@ impl AmqpQueue {
             broker.delete_queue(&queue).await?;
         }
         broker.delete_queue(&topology.state()).await?;
+        broker.delete_queue(&topology.snapshot()).await?;
         let is_own = with_exchange || matches!(topology.intake(), Intake::SourceQueue(_));
         for exchange in topology.exchanges().into_iter().filter(|name| is_own || *name != topology.events()) {
             broker.delete_exchange(&exchange).await?;

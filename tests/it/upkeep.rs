@@ -421,3 +421,70 @@ fn a_record_that_is_deleted_is_written_again_and_blamed_on_no_other_daemon() {
         drop(next);
     });
 }
+
+#[test]
+fn a_long_record_is_read_from_its_newest_snapshot_if_that_fits() {
+    run(async {
+        let (broker, receiver, api) = (Broker::shared(), Receiver::accepting().await, Api::new());
+        let text = format!("{QUICK}[log]\nlevel = \"debug\"\n{}{}", api.section(), subscriber("a", &receiver.url, ""));
+        let setup = Setup::new(&broker, &text);
+        let marks = || (0..12_000).map(|n| format!("{{\"mark\":\"msg_{n}\"}}"));
+        let fill = async || {
+            broker.publish_to("", &format!("{}.state", broker.prefix), marks()).await;
+            eventually("the broker counts them", async || broker.depth("state").await >= Some(12_000)).await;
+        };
+        // How many records a daemon has read at its start, and how many it has passed by.
+        let start = async || {
+            let daemon = setup.start().await;
+            daemon.wait_log("the record was read to its end").await;
+            let log = daemon.log();
+            let line = log.lines().find(|l| l.contains("the record was read to its end")).expect("the line").to_owned();
+            let number = |key: &str| -> u64 {
+                let (_, rest) = line.split_once(&format!("{key}=")).unwrap_or_else(|| panic!("{line}"));
+                rest.split(' ').next().expect("a number").trim().parse().unwrap_or_else(|e| panic!("{e}: {line}"))
+            };
+            (daemon, number("records"), number("passed"))
+        };
+        let pauses = async |paused: bool| {
+            api.wait("a", "as it was", |s| (s["state"] == "paused") == paused).await;
+        };
+
+        let (daemon, ..) = start().await;
+        assert_eq!(api.post("/api/v1/subscribers/a/pause", r#"{"why":"a test"}"#).await.status, 200);
+        pauses(true).await;
+        assert!(daemon.stop().await.success());
+        fill().await;
+
+        let (daemon, records, passed) = start().await;
+        assert!(records > 12_000 && passed == 0, "{records} and {passed}: there is no snapshot yet");
+        eventually("there is one", async || broker.depth("state.snapshot").await == Some(1)).await;
+        pauses(true).await;
+        assert!(daemon.stop().await.success());
+
+        let (daemon, records, passed) = start().await;
+        assert!(records < 100 && passed > 12_000, "{records} and {passed}");
+        pauses(true).await;
+        assert_eq!(api.post("/api/v1/subscribers/a/resume", "").await.status, 200);
+        broker.publish("activity_log.user.updated", [event(0)]).await;
+        receiver.wait_all(1).await;
+        assert!(daemon.stop().await.success());
+
+        // What came behind the snapshot counts.
+        let (daemon, records, passed) = start().await;
+        assert!(records < 100 && passed > 12_000, "{records} and {passed}");
+        pauses(false).await;
+        assert!(daemon.stop().await.success());
+
+        // Another record of the same name, in which something else is where the snapshot's mark was.
+        delete_queue(&broker, "state").await;
+        let (daemon, ..) = start().await;
+        assert!(daemon.stop().await.success());
+        fill().await;
+        let (daemon, records, passed) = start().await;
+        assert!(records > 12_000 && passed == 0, "{records} and {passed}");
+        pauses(false).await;
+        broker.publish("activity_log.user.updated", [event(1)]).await;
+        receiver.wait_all(2).await;
+        assert!(daemon.stop().await.success());
+    });
+}

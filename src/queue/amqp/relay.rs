@@ -7,11 +7,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::{
     Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::FieldTable,
 };
 use tokio::sync::{Notify, watch};
@@ -19,7 +19,6 @@ use tokio::sync::{Notify, watch};
 use super::{
     connection::{BrokerError, Effort, Lease, Pool, answer},
     ladder,
-    lane::ready,
     message::{self, Message},
     prefetch::{Sizes, is_other},
     publisher::{Fate, Publisher},
@@ -65,72 +64,68 @@ pub(super) struct Opened {
     prefetch: u16,
 }
 
-/// Why relaying ends.
-#[derive(Debug, PartialEq, Eq)]
-enum Then {
-    Done,
-    /// The sizes of the messages ask for another prefetch.
-    Prefetch,
-}
-
 impl Relay<'_> {
     fn error(&self, why: &BrokerError) -> QueueError {
         QueueError::new(format!("source queue `{}` cannot be consumed: {why}", self.queue))
     }
 
     pub(super) async fn open(&self, sizes: &Sizes) -> Result<Opened, QueueError> {
-        let (queue, prefetch) = (self.queue, sizes.allow(PREFETCH));
+        let prefetch = sizes.allow(PREFETCH);
         let lease = self.pool.lease().await?;
+        let consumer = self.consume(&lease, prefetch).await?;
+        Ok(Opened { lease, consumer, prefetch })
+    }
+
+    async fn consume(&self, lease: &Lease, prefetch: u16) -> Result<Consumer, QueueError> {
+        let queue = self.queue;
         let consume = async {
             lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
             lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
         };
         let consumer = answer(consume).await.map_err(|why| self.error(&why))?;
         tracing::debug!(queue, prefetch, "relaying events");
-        Ok(Opened { lease, consumer, prefetch })
+        Ok(consumer)
     }
 
     /// Relays until it fails, until it is to stop, or until others are configured: their queues have to be bound before more is
     /// relayed. What it has begun to publish it acks first.
     pub(super) async fn run(
         &self,
-        mut opened: Opened,
+        Opened { lease, mut consumer, mut prefetch }: Opened,
         sizes: &mut Sizes,
         relaying: &mut Effort,
         configured: &mut watch::Receiver<Subscribers>,
     ) -> Result<(), QueueError> {
-        while self.relay(&mut opened, sizes, relaying, configured).await? == Then::Prefetch {
-            // Closing gives back what has come since, in its order. A consumer's prefetch cannot be changed.
-            answer(opened.lease.channel.close(200, "another prefetch".into())).await.map_err(|why| self.error(&why))?;
-            opened = self.open(sizes).await?;
-        }
-        Ok(())
-    }
-
-    async fn relay(
-        &self,
-        Opened { lease, consumer, prefetch }: &mut Opened,
-        sizes: &mut Sizes,
-        relaying: &mut Effort,
-        configured: &mut watch::Receiver<Subscribers>,
-    ) -> Result<Then, QueueError> {
         let queue = self.queue;
         let mut is_known = false;
+        // A consumer's end comes once.
+        let (mut cancelled, mut ended) = (false, false);
         loop {
+            if ended && !cancelled {
+                return Err(QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")));
+            }
+            if ended {
+                prefetch = sizes.allow(PREFETCH);
+                consumer = self.consume(&lease, prefetch).await?;
+                (cancelled, ended) = (false, false);
+            }
             let first = tokio::select! {
                 biased;
-                () = stopped(self.stopping.clone()) => return Ok(Then::Done),
-                Ok(()) = configured.changed() => return Ok(Then::Done),
+                () = stopped(self.stopping.clone()) => return Ok(()),
+                Ok(()) = configured.changed() => return Ok(()),
                 first = consumer.next() => first,
             };
-            let first = first.ok_or_else(|| QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")))?;
+            let Some(first) = first else {
+                ended = true;
+                continue;
+            };
             let (mut last, mut bytes) = (0, 0);
             let mut messages = Vec::new();
             let mut next = Some(first);
             while let Some(delivery) = next {
                 let delivery = delivery.map_err(|e| self.error(&e.into()))?;
                 // Who may not declare the queue is told only now what it is.
-                if !std::mem::replace(&mut is_known, true) && self.is_of_stream(lease, &delivery).await? {
+                if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&lease, &delivery).await? {
                     return Err(source_is_stream(queue));
                 }
                 last = delivery.delivery_tag;
@@ -139,14 +134,16 @@ impl Relay<'_> {
                 // One that came compressed is larger now.
                 bytes += message.body.len();
                 messages.push(message);
-                next = if messages.len() < GROUP && bytes < GROUP_BYTES { ready(consumer) } else { None };
+                let come = if messages.len() < GROUP && bytes < GROUP_BYTES { consumer.next().now_or_never() } else { None };
+                ended = matches!(come, Some(None));
+                next = come.flatten();
             }
             // Whoever was told that others are configured may have published one of these since.
             if configured.has_changed().unwrap_or(false) {
-                return Ok(Then::Done);
+                return Ok(());
             }
             let (all, invalid) = (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
-            let unmatched = self.publish(lease, messages).await?;
+            let unmatched = self.publish(&lease, messages).await?;
             self.metrics.relayed("invalid", invalid as u64);
             self.metrics.relayed("unmatched", unmatched as u64);
             self.metrics.relayed("routed", (all - invalid - unmatched) as u64);
@@ -156,8 +153,12 @@ impl Relay<'_> {
             reached(Step::Relayed);
             answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(|why| self.error(&why))?;
             relaying.goes_well();
-            if is_other(*prefetch, sizes.allow(PREFETCH), PREFETCH) {
-                return Ok(Then::Prefetch);
+            if !cancelled && !ended && is_other(prefetch, sizes.allow(PREFETCH), PREFETCH) {
+                // A consumer's prefetch cannot be changed. What was delivered to this one is relayed before the next one begins: given
+                // back it would count against the queue's delivery limit.
+                let tag = consumer.tag();
+                answer(lease.channel.basic_cancel(tag, BasicCancelOptions::default())).await.map_err(|why| self.error(&why))?;
+                cancelled = true;
             }
         }
     }

@@ -9,18 +9,12 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use lapin::{
-    BasicProperties, Consumer,
-    message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
-    types::{AMQPValue, FieldTable},
-};
-use serde::{Deserialize, Serialize};
+use lapin::{BasicProperties, Consumer, message::Delivery, options::BasicAckOptions};
 use tokio::{
     sync::watch,
     time::{sleep, sleep_until, timeout},
@@ -31,14 +25,16 @@ use super::{
     connection::{BrokerError, Effort, Lease, Pool, RPC_TIMEOUT, answer},
     message::Message,
     publisher::{Fate, Publisher},
+    record::{About, Bindings, Bound, Patterns, Record, Recorded, now},
+    snapshot::{self, Opened},
     topology::{Broker, Topology},
-    upkeep::{Patterns, Upkeep},
+    upkeep::Upkeep,
 };
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
     failpoint::{Step, reached},
-    queue::{Pause, QueueError, Standing, Standings},
+    queue::{QueueError, Standing},
 };
 
 /// How often it is looked whether another daemon still works for a subscriber that this one does not have.
@@ -51,8 +47,7 @@ const ANSWERED: Duration = Duration::from_millis(1500);
 /// How long another daemon is believed to have a subscriber after it said so.
 const BELIEVED: Duration = Duration::from_secs(3600);
 
-/// Records on their way at once. They are acked in groups: an ack for each makes a long record five times as slow to read.
-const PREFETCH: u16 = 1000;
+/// Records are acked in groups: an ack for each makes a long record five times as slow to read.
 const ACK_EVERY: u64 = 200;
 
 /// The longest that a record stays unacked when no other comes. The broker closes the channel of a consumer that keeps one for its
@@ -62,52 +57,6 @@ const ACK_WITHIN: Duration = Duration::from_secs(1);
 /// After so long without a record all that the stream held has come.
 const QUIET: Duration = Duration::from_secs(5);
 
-/// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds are kept apart.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-enum Record {
-    Bound {
-        subscriber: String,
-        /// Missing in records of version 0.1.0 before the exchange was recorded: it is today's.
-        #[serde(default)]
-        exchange: Option<String>,
-        patterns: BTreeSet<String>,
-        at: String,
-    },
-    Removed {
-        subscriber: String,
-        removed: bool,
-        /// Its queues were deleted.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        pruned: bool,
-        at: String,
-    },
-    Standing {
-        subscriber: String,
-        paused: bool,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        why: Option<String>,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        by: Option<String>,
-        /// Since when.
-        #[serde(with = "rfc3339")]
-        at: SystemTime,
-    },
-    /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has bound.
-    Asked { asked: String },
-    /// Written when reading begins, to know where the end is.
-    Mark { mark: String },
-}
-
-/// What a subscriber's queue is bound with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Bound {
-    exchange: String,
-    patterns: BTreeSet<String>,
-}
-
-type Bindings = BTreeMap<String, Bound>;
-
 /// Why a subscriber that is configured here is not in the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unrecorded {
@@ -115,96 +64,6 @@ enum Unrecorded {
     Removed,
     /// Nobody has: the record itself was lost, or a part of it.
     Lost,
-}
-
-impl Record {
-    fn of(subscriber: &str, standing: &Standing) -> Self {
-        let subscriber = subscriber.to_owned();
-        match standing.clone() {
-            Standing::Paused(Pause { why, since, by }) => {
-                Self::Standing { subscriber, paused: true, why: Some(why), by: Some(by), at: since }
-            }
-            Standing::Resumed { at } => Self::Standing { subscriber, paused: false, why: None, by: None, at },
-        }
-    }
-}
-
-/// All that the stream says.
-#[derive(Debug, Default)]
-struct Recorded {
-    bindings: Bindings,
-    standings: Standings,
-    /// Whose queues may still be there.
-    removed: BTreeSet<String>,
-    /// Of whom it was asked who works for them, without an answer yet.
-    asked: BTreeSet<String>,
-}
-
-/// What a record was about.
-#[derive(Debug, PartialEq, Eq)]
-enum About {
-    Bindings(String),
-    Pruned(String),
-    Standing(String),
-    Asked(String),
-    Nothing,
-}
-
-impl Recorded {
-    /// What is bound to this exchange, by subscriber.
-    fn bound_to(&self, exchange: &str) -> Patterns {
-        let bound = self.bindings.iter().filter(|(_, bound)| bound.exchange == exchange);
-        bound.map(|(name, bound)| (name.clone(), bound.patterns.clone())).collect()
-    }
-
-    fn apply(&mut self, record: Record, exchange: &str) -> About {
-        match record {
-            Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
-                let exchange = bound_to.unwrap_or_else(|| exchange.to_owned());
-                self.removed.remove(&subscriber);
-                self.asked.remove(&subscriber);
-                self.bindings.insert(subscriber.clone(), Bound { exchange, patterns });
-                About::Bindings(subscriber)
-            }
-            Record::Removed { subscriber, pruned, .. } => {
-                self.bindings.remove(&subscriber);
-                self.asked.remove(&subscriber);
-                if !pruned {
-                    self.removed.insert(subscriber.clone());
-                    return About::Bindings(subscriber);
-                }
-                self.removed.remove(&subscriber);
-                // One of the same name begins from nothing.
-                Arc::make_mut(&mut self.standings).remove(&subscriber);
-                About::Pruned(subscriber)
-            }
-            Record::Standing { subscriber, paused, why, by, at } => {
-                let pause = || Pause { why: why.unwrap_or_default(), since: at, by: by.unwrap_or_default() };
-                let standing = if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
-                Arc::make_mut(&mut self.standings).insert(subscriber.clone(), standing);
-                About::Standing(subscriber)
-            }
-            Record::Asked { asked } => {
-                self.asked.insert(asked.clone());
-                About::Asked(asked)
-            }
-            Record::Mark { .. } => About::Nothing,
-        }
-    }
-}
-
-mod rfc3339 {
-    use std::time::SystemTime;
-
-    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
-
-    pub(super) fn serialize<S: Serializer>(at: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_str(&crate::clock::rfc3339(*at))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {
-        humantime::parse_rfc3339(&String::deserialize(d)?).map_err(D::Error::custom)
-    }
 }
 
 /// Records that a subscriber is paused or resumed; returns when that is confirmed.
@@ -243,8 +102,9 @@ pub(super) async fn who_works(queue: &AmqpQueue) -> Result<Asked, QueueError> {
     if Broker::new(&queue.0.declaring).depth(&topology.state()).await?.is_none() {
         return Ok(Asked::default());
     }
-    let (lease, mut records) = open(&queue.0.declaring, topology).await?;
-    let recorded = read_to_end(queue, &lease, &mut records).await?;
+    let mut opened = snapshot::open(&queue.0.declaring, topology).await?;
+    read_to_end(queue, &mut opened).await?;
+    let Opened { lease, mut records, recorded, .. } = opened;
     for name in recorded.bindings.keys() {
         write(topology, queue.publisher(), &Record::Asked { asked: name.clone() }).await?;
     }
@@ -273,8 +133,9 @@ async fn read(queue: &AmqpQueue) -> Result<Recorded, QueueError> {
     if Broker::new(&queue.0.declaring).depth(&topology.state()).await?.is_none() {
         return Ok(Recorded::default());
     }
-    let (lease, mut records) = open(&queue.0.declaring, topology).await?;
-    read_to_end(queue, &lease, &mut records).await
+    let mut opened = snapshot::open(&queue.0.declaring, topology).await?;
+    read_to_end(queue, &mut opened).await?;
+    Ok(opened.recorded)
 }
 
 async fn next_record(topology: &Topology, lease: &Lease, records: &mut Consumer) -> Result<Delivery, QueueError> {
@@ -296,32 +157,19 @@ async fn ack(lease: &Lease, tag: u64, at_once: bool) -> Result<bool, BrokerError
     Ok(due)
 }
 
-async fn read_to_end(queue: &AmqpQueue, lease: &Lease, records: &mut Consumer) -> Result<Recorded, QueueError> {
+async fn read_to_end(queue: &AmqpQueue, opened: &mut Opened) -> Result<(), QueueError> {
     let topology = queue.topology();
     let mark = clock::batch_id();
     write(topology, queue.publisher(), &Record::Mark { mark: mark.clone() }).await?;
-    let mut recorded = Recorded::default();
     loop {
-        let delivery = next_record(topology, lease, records).await?;
+        let delivery = next_record(topology, &opened.lease, &mut opened.records).await?;
         match serde_json::from_slice::<Record>(&delivery.data) {
-            Ok(Record::Mark { mark: found }) if found == mark => return Ok(recorded),
-            Ok(record) => drop(recorded.apply(record, &topology.events())),
+            Ok(Record::Mark { mark: found }) if found == mark => return Ok(()),
+            Ok(record) => drop(opened.recorded.apply(record, &topology.events())),
             // One of a later version, which says something else.
             Err(_) => {}
         }
     }
-}
-
-async fn open(pool: &Pool, topology: &Topology) -> Result<(Lease, Consumer), QueueError> {
-    let lease = pool.lease().await?;
-    let open = async {
-        lease.channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
-        lease.channel.basic_consume(topology.state().as_str().into(), "".into(), BasicConsumeOptions::default(), arguments).await
-    };
-    let consumer = answer(open).await.map_err(|why| error(topology, &why))?;
-    Ok((lease, consumer))
 }
 
 fn error(topology: &Topology, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
@@ -342,11 +190,12 @@ async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> R
     }
 }
 
-/// All subscribers whose bindings were ever recorded, for a look that writes nothing: it reads `records`, or until no more come.
+/// All subscribers whose bindings are recorded, or were since the newest snapshot, for an inspection that writes nothing: it reads the
+/// record up to `records`, or until no more come.
 pub(super) async fn ever_bound(topology: &Topology, pool: &Pool, records: u32) -> Result<BTreeSet<String>, QueueError> {
-    let (lease, mut consumer) = open(pool, topology).await?;
-    let mut found = BTreeSet::new();
-    for _ in 0..records {
+    let Opened { lease, records: mut consumer, recorded, passed } = snapshot::open(pool, topology).await?;
+    let mut found: BTreeSet<String> = recorded.bindings.into_keys().chain(recorded.removed).collect();
+    for _ in passed..u64::from(records) {
         let Ok(Some(next)) = timeout(QUIET, consumer.next()).await else { break };
         let delivery = next.map_err(|e| error(topology, &BrokerError::from(e)))?;
         ack(&lease, delivery.delivery_tag, false).await.map_err(|why| error(topology, &why))?;
@@ -439,13 +288,19 @@ impl<'a> Reconciler<'a> {
         self.echoes.clear();
         // Answers may have been missed.
         self.asked.clear();
-        let (lease, mut records) = open(&self.queue.0.declaring, self.topology).await?;
+        // What this daemon has recorded and not read yet has to come as a record of its own.
+        let opened = if self.queue.recorded().is_empty() {
+            snapshot::open(&self.queue.0.declaring, self.topology).await?
+        } else {
+            snapshot::open_whole(&self.queue.0.declaring, self.topology).await?
+        };
+        let Opened { lease, mut records, mut recorded, passed } = opened;
+        let mut read = 0;
         let mark = clock::batch_id();
         let (topology, publisher, last) = (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
         let mut marking = std::pin::pin!(write(topology, publisher, &last));
         let mut marked = false;
         let mut removals = self.queue.0.removals.changes();
-        let mut recorded = Recorded::default();
         let mut up_to_date = false;
         let mut latest = clock::instant();
         let mut unacked = None;
@@ -501,11 +356,16 @@ impl<'a> Reconciler<'a> {
             };
             let delivery = next.map_err(|e| self.error(&BrokerError::from(e)))?;
             latest = clock::instant();
+            read += 1;
             let acked = ack(&lease, delivery.delivery_tag, up_to_date).await.map_err(|why| self.error(&why))?;
             unacked = (!acked).then_some(delivery.delivery_tag);
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
+                    tracing::debug!(stream = self.topology.state(), records = read, passed, "the record was read to its end");
+                    if let Some(offset) = snapshot::offset_of(&delivery).filter(|_| read > snapshot::WORTHWHILE) {
+                        self.save(&recorded, &mark, offset).await;
+                    }
                     self.write_lost(&mut recorded).await?;
                     self.tell_removed(&recorded);
                     self.stand_all(&recorded);
@@ -539,6 +399,21 @@ impl<'a> Reconciler<'a> {
                 Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
             }
         }
+    }
+
+    /// Writes a snapshot of a record that took long to read. Nothing depends on it.
+    async fn save(&self, recorded: &Recorded, mark: &str, offset: u64) {
+        let saved = snapshot::save(&self.queue.0.declaring, self.queue.publisher(), self.topology, recorded, mark, offset);
+        let error = match timeout(RPC_TIMEOUT, saved).await {
+            Ok(Ok(())) => return,
+            Ok(Err(e)) => e.to_string(),
+            Err(_) => "it was not confirmed in time".to_owned(),
+        };
+        tracing::warn!(
+            stream = self.topology.snapshot(),
+            error,
+            "no snapshot of the record could be written; the next start reads all of it again"
+        );
     }
 
     /// The record has been read to its end. What this daemon has recorded since then is still to come, and counts already.
@@ -929,51 +804,12 @@ impl<'a> Reconciler<'a> {
     }
 }
 
-fn now() -> String {
-    clock::rfc3339_seconds(clock::now())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
-
-    #[test]
-    fn the_last_record_of_a_subscriber_counts() {
-        let mut recorded = Recorded::default();
-        for line in [
-            r##"{"subscriber":"a","patterns":["x.*"],"at":"2026-01-01T00:00:00Z"}"##,
-            r##"{"subscriber":"b","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
-            r##"{"subscriber":"c","exchange":"old","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
-            r#"{"mark":"msg_1"}"#,
-            r##"{"subscriber":"a","patterns":["y.#","z"],"at":"2026-01-02T00:00:00Z","new":"field"}"##,
-            r#"{"subscriber":"b","removed":true,"at":"2026-01-02T00:00:00Z"}"#,
-        ] {
-            let about = recorded.apply(serde_json::from_str(line).expect("a record"), "today's");
-            assert_eq!(about == About::Nothing, line.contains("mark"));
-        }
-        let bound = |exchange: &str, patterns: &[&str]| Bound {
-            exchange: exchange.to_owned(),
-            patterns: patterns.iter().map(|p| (*p).to_owned()).collect(),
-        };
-        let expected = [("a".to_owned(), bound("today's", &["y.#", "z"])), ("c".to_owned(), bound("old", &["#"]))];
-        assert_eq!(recorded.bindings, Bindings::from(expected));
-    }
-
-    #[test]
-    fn a_pause_is_recorded_beside_the_bindings_and_read_as_it_was() {
-        let since = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
-        let paused = Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
-        let resumed = Standing::Resumed { at: since };
-        let mut recorded = Recorded::default();
-        recorded
-            .apply(serde_json::from_str(r##"{"subscriber":"a","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##).expect("a record"), "x");
-        for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
-            let line = serde_json::to_string(&Record::of(name, standing)).expect("prints");
-            assert_eq!(recorded.apply(serde_json::from_str(&line).expect("a record"), "x"), About::Standing(name.to_owned()), "{line}");
-        }
-        assert_eq!(*recorded.standings, [("a".to_owned(), paused), ("b".to_owned(), resumed)].into());
-        assert_eq!(recorded.bindings.len(), 1);
-    }
+    use crate::queue::Pause;
 
     fn without_a_broker() -> (AmqpQueue, watch::Receiver<Subscribers>) {
         let text =

@@ -133,6 +133,10 @@ impl Topology {
         self.named("state")
     }
 
+    pub(super) fn snapshot(&self) -> String {
+        self.named("state.snapshot")
+    }
+
     /// A queue that nobody has and nobody will.
     pub(super) fn nobodys(&self) -> String {
         self.named(&format!("nobodys-{}", clock::batch_id()))
@@ -355,6 +359,16 @@ impl Topology {
                 if e.to_string().contains("feature flag") { "; enable it: rabbitmqctl enable_feature_flag stream_queue" } else { "" };
             QueueError::new(format!("{e}{hint}"))
         })
+    }
+
+    pub(super) async fn ensure_snapshot(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        let arguments = table(&[
+            ("x-queue-type", text("stream")),
+            // The newest segment stays in any case, and with it the newest snapshot.
+            ("x-max-length-bytes", AMQPValue::LongLongInt(64 << 20)),
+            ("x-stream-max-segment-size-bytes", AMQPValue::LongLongInt(16 << 20)),
+        ]);
+        broker.ensure_queue(&self.snapshot(), arguments).await
     }
 }
 

@@ -6,7 +6,7 @@
 //! ([`Topology::ensure_witness`]), a message that came back, or the management API.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     sync::{Arc, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -17,6 +17,7 @@ use super::{
     AmqpQueue,
     connection::Effort,
     management::Management,
+    record::Patterns,
     state,
     topology::{Broker, Topology},
 };
@@ -39,9 +40,6 @@ const SECOND_LOOK: Duration = Duration::from_secs(10);
 
 /// For putting back what a settlement found missing.
 const MENDING: Duration = Duration::from_secs(30);
-
-/// Patterns of subscribers' queues, by subscriber, as far as they are the record's.
-pub(super) type Patterns = BTreeMap<String, BTreeSet<String>>;
 
 /// When the next check is due, and what an absent exchange asks for.
 #[derive(Debug)]

@@ -1,0 +1,243 @@
+//! The records of the stream that daemons follow, and what they say together.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    clock,
+    queue::{Pause, Standing, Standings},
+};
+
+/// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds are kept apart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Record {
+    Bound {
+        subscriber: String,
+        /// Missing in records of version 0.1.0 before the exchange was recorded: it is today's.
+        #[serde(default)]
+        exchange: Option<String>,
+        patterns: BTreeSet<String>,
+        at: String,
+    },
+    Removed {
+        subscriber: String,
+        removed: bool,
+        /// Its queues were deleted.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        pruned: bool,
+        at: String,
+    },
+    Standing {
+        subscriber: String,
+        paused: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
+        /// Since when.
+        #[serde(with = "rfc3339")]
+        at: SystemTime,
+    },
+    /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has bound.
+    Asked { asked: String },
+    /// Written when reading begins, to know where the end is.
+    Mark { mark: String },
+}
+
+/// What a subscriber's queue is bound with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Bound {
+    pub(super) exchange: String,
+    pub(super) patterns: BTreeSet<String>,
+}
+
+/// Patterns of subscribers' queues, by subscriber, as far as they are the record's.
+pub(super) type Patterns = BTreeMap<String, BTreeSet<String>>;
+
+pub(super) type Bindings = BTreeMap<String, Bound>;
+
+impl Record {
+    pub(super) fn of(subscriber: &str, standing: &Standing) -> Self {
+        let subscriber = subscriber.to_owned();
+        match standing.clone() {
+            Standing::Paused(Pause { why, since, by }) => {
+                Self::Standing { subscriber, paused: true, why: Some(why), by: Some(by), at: since }
+            }
+            Standing::Resumed { at } => Self::Standing { subscriber, paused: false, why: None, by: None, at },
+        }
+    }
+}
+
+/// All that the stream says.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Recorded {
+    pub(super) bindings: Bindings,
+    pub(super) standings: Standings,
+    /// Whose queues may still be there.
+    pub(super) removed: BTreeSet<String>,
+    /// Of whom it was asked who works for them, without an answer yet.
+    pub(super) asked: BTreeSet<String>,
+}
+
+/// What a record was about.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum About {
+    Bindings(String),
+    Pruned(String),
+    Standing(String),
+    Asked(String),
+    Nothing,
+}
+
+impl Recorded {
+    /// What is bound to this exchange, by subscriber.
+    pub(super) fn bound_to(&self, exchange: &str) -> Patterns {
+        let bound = self.bindings.iter().filter(|(_, bound)| bound.exchange == exchange);
+        bound.map(|(name, bound)| (name.clone(), bound.patterns.clone())).collect()
+    }
+
+    /// Records that say the same, and nothing of what was before.
+    pub(super) fn records(&self) -> Vec<Record> {
+        let at = now();
+        let removed = |name: &String| Record::Removed { subscriber: name.clone(), removed: true, pruned: false, at: at.clone() };
+        let bound = |(name, Bound { exchange, patterns }): (&String, &Bound)| Record::Bound {
+            subscriber: name.clone(),
+            exchange: Some(exchange.clone()),
+            patterns: patterns.clone(),
+            at: at.clone(),
+        };
+        let standings = self.standings.iter().map(|(name, standing)| Record::of(name, standing));
+        // Who answers a question takes it out of those that were asked, so that comes last.
+        let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
+        self.removed.iter().map(removed).chain(self.bindings.iter().map(bound)).chain(standings).chain(asked).collect()
+    }
+
+    pub(super) fn apply(&mut self, record: Record, exchange: &str) -> About {
+        match record {
+            Record::Bound { subscriber, exchange: bound_to, patterns, .. } => {
+                let exchange = bound_to.unwrap_or_else(|| exchange.to_owned());
+                self.removed.remove(&subscriber);
+                self.asked.remove(&subscriber);
+                self.bindings.insert(subscriber.clone(), Bound { exchange, patterns });
+                About::Bindings(subscriber)
+            }
+            Record::Removed { subscriber, pruned, .. } => {
+                self.bindings.remove(&subscriber);
+                self.asked.remove(&subscriber);
+                if !pruned {
+                    self.removed.insert(subscriber.clone());
+                    return About::Bindings(subscriber);
+                }
+                self.removed.remove(&subscriber);
+                // One of the same name begins from nothing.
+                Arc::make_mut(&mut self.standings).remove(&subscriber);
+                About::Pruned(subscriber)
+            }
+            Record::Standing { subscriber, paused, why, by, at } => {
+                let pause = || Pause { why: why.unwrap_or_default(), since: at, by: by.unwrap_or_default() };
+                let standing = if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
+                Arc::make_mut(&mut self.standings).insert(subscriber.clone(), standing);
+                About::Standing(subscriber)
+            }
+            Record::Asked { asked } => {
+                self.asked.insert(asked.clone());
+                About::Asked(asked)
+            }
+            Record::Mark { .. } => About::Nothing,
+        }
+    }
+}
+
+mod rfc3339 {
+    use std::time::SystemTime;
+
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(at: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&crate::clock::rfc3339(*at))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {
+        humantime::parse_rfc3339(&String::deserialize(d)?).map_err(D::Error::custom)
+    }
+}
+
+/// The time as records have it.
+pub(super) fn now() -> String {
+    clock::rfc3339_seconds(clock::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_last_record_of_a_subscriber_counts() {
+        let mut recorded = Recorded::default();
+        for line in [
+            r##"{"subscriber":"a","patterns":["x.*"],"at":"2026-01-01T00:00:00Z"}"##,
+            r##"{"subscriber":"b","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
+            r##"{"subscriber":"c","exchange":"old","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
+            r#"{"mark":"msg_1"}"#,
+            r##"{"subscriber":"a","patterns":["y.#","z"],"at":"2026-01-02T00:00:00Z","new":"field"}"##,
+            r#"{"subscriber":"b","removed":true,"at":"2026-01-02T00:00:00Z"}"#,
+        ] {
+            let about = recorded.apply(serde_json::from_str(line).expect("a record"), "today's");
+            assert_eq!(about == About::Nothing, line.contains("mark"));
+        }
+        let bound = |exchange: &str, patterns: &[&str]| Bound {
+            exchange: exchange.to_owned(),
+            patterns: patterns.iter().map(|p| (*p).to_owned()).collect(),
+        };
+        let expected = [("a".to_owned(), bound("today's", &["y.#", "z"])), ("c".to_owned(), bound("old", &["#"]))];
+        assert_eq!(recorded.bindings, Bindings::from(expected));
+    }
+
+    #[test]
+    fn a_pause_is_recorded_beside_the_bindings_and_read_as_it_was() {
+        let since = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
+        let paused = Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
+        let resumed = Standing::Resumed { at: since };
+        let mut recorded = Recorded::default();
+        recorded
+            .apply(serde_json::from_str(r##"{"subscriber":"a","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##).expect("a record"), "x");
+        for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
+            let line = serde_json::to_string(&Record::of(name, standing)).expect("prints");
+            assert_eq!(recorded.apply(serde_json::from_str(&line).expect("a record"), "x"), About::Standing(name.to_owned()), "{line}");
+        }
+        assert_eq!(*recorded.standings, [("a".to_owned(), paused), ("b".to_owned(), resumed)].into());
+        assert_eq!(recorded.bindings.len(), 1);
+    }
+
+    #[test]
+    fn the_records_of_a_whole_say_what_all_before_said() {
+        let mut recorded = Recorded::default();
+        for line in [
+            r##"{"subscriber":"a","exchange":"x","patterns":["a.*","b"],"at":"2026-01-01T00:00:00Z"}"##,
+            r##"{"subscriber":"b","exchange":"old","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
+            r#"{"subscriber":"b","removed":true,"at":"2026-01-02T00:00:00Z"}"#,
+            r#"{"subscriber":"c","removed":true,"pruned":true,"at":"2026-01-02T00:00:00Z"}"#,
+            r#"{"subscriber":"a","paused":true,"why":"410","by":"receiver","at":"2026-01-02T00:00:00.123Z"}"#,
+            r#"{"subscriber":"b","paused":false,"at":"2026-01-02T00:00:00Z"}"#,
+            r#"{"asked":"a"}"#,
+            r#"{"asked":"b"}"#,
+        ] {
+            recorded.apply(serde_json::from_str(line).expect("a record"), "x");
+        }
+        let text = serde_json::to_string(&recorded.records()).expect("prints");
+        let mut again = Recorded::default();
+        for record in serde_json::from_str::<Vec<Record>>(&text).expect("records") {
+            again.apply(record, "another");
+        }
+        assert_eq!(again, recorded);
+        assert_eq!(again.asked.len(), 2);
+    }
+}
