@@ -87,18 +87,23 @@ impl Hangups {
 pub struct Files {
     names: watch::Receiver<Vec<PathBuf>>,
     seen: Look,
+    /// How each was when it was there, also of those that are gone: what comes back in parts is shorter than that for a while.
+    present: Look,
 }
 
 /// What tells one content of a file from another, as far as the file system does.
 type Look = BTreeMap<PathBuf, Option<(i64, i64, u64, u64, u64)>>;
 
-/// Whether a file is shorter than before, or is gone.
-fn has_shrunk(before: &Look, now: &Look) -> bool {
-    before.iter().any(|(path, before)| match (before, now.get(path)) {
-        (Some((_, _, before, ..)), Some(Some((_, _, now, ..)))) => now < before,
-        (Some(_), Some(None)) => true,
-        (_, None) | (None, _) => false,
+/// Whether a file is gone, or shorter than when it was there last.
+fn has_shrunk(before: &Look, present: &Look, now: &Look) -> bool {
+    now.iter().any(|(path, now)| match now {
+        None => matches!(before.get(path), Some(Some(_))),
+        Some((_, _, now, ..)) => matches!(present.get(path), Some(Some((_, _, length, ..))) if now < length),
     })
+}
+
+fn only_present(look: &Look) -> Look {
+    look.iter().filter(|(_, found)| found.is_some()).map(|(path, found)| (path.clone(), *found)).collect()
 }
 
 fn look(names: &[PathBuf]) -> Look {
@@ -113,7 +118,8 @@ impl Files {
     /// As they are now.
     pub fn new(mut names: watch::Receiver<Vec<PathBuf>>) -> Self {
         let seen = look(&names.borrow_and_update());
-        Self { names, seen }
+        let present = only_present(&seen);
+        Self { names, seen, present }
     }
 
     /// Waits until a file is another than when this was asked last, and has been left alone for a moment; for longer if it has shrunk.
@@ -122,8 +128,10 @@ impl Files {
         loop {
             tokio::time::sleep(LOOK).await;
             let names = self.names.borrow_and_update().clone();
+            let all: Vec<PathBuf> = names.iter().chain(self.present.keys()).cloned().collect();
             // A file system can take its time.
-            let Ok(now) = tokio::task::spawn_blocking(move || look(&names)).await else { continue };
+            let Ok(all) = tokio::task::spawn_blocking(move || look(&all)).await else { continue };
+            let now: Look = all.iter().filter(|(path, _)| names.contains(path)).map(|(path, found)| (path.clone(), *found)).collect();
             // Of files that are looked at for the first time it is not known how they were.
             self.seen.retain(|path, _| now.contains_key(path));
             if change.last.is_none() {
@@ -131,7 +139,8 @@ impl Files {
                     self.seen.entry(path.clone()).or_insert(*found);
                 }
             }
-            if change.is_over(&self.seen, &now) {
+            if change.is_over(&self.seen, &self.present, &all) {
+                self.present.extend(only_present(&now));
                 self.seen = now;
                 return;
             }
@@ -151,13 +160,13 @@ struct Change {
 }
 
 impl Change {
-    /// Told of each look, [`LOOK`] apart; `before` is how the files were.
-    fn is_over(&mut self, before: &Look, now: &Look) -> bool {
-        if now == before {
+    /// Called with each look, [`LOOK`] apart: how the files were, how each was when it was there last, and how they are.
+    fn is_over(&mut self, before: &Look, present: &Look, now: &Look) -> bool {
+        if before.iter().all(|(path, found)| now.get(path) == Some(found)) {
             *self = Self::default();
             return false;
         }
-        self.shrunk |= has_shrunk(before, now);
+        self.shrunk |= has_shrunk(before, present, now);
         let same = self.last.as_ref() == Some(now);
         self.alone_for = if same { self.alone_for + LOOK } else { Duration::ZERO };
         self.last = Some(now.clone());
@@ -191,7 +200,8 @@ mod tests {
         // After so many looks at these lengths; `None` is no file.
         let after = |before: Option<u64>, looks: Vec<Option<u64>>| {
             let mut change = Change::default();
-            looks.into_iter().position(|now| change.is_over(&of(before), &of(now))).map(|n| n + 1)
+            let present = only_present(&of(before));
+            looks.into_iter().position(|now| change.is_over(&of(before), &present, &of(now))).map(|n| n + 1)
         };
         let rests = usize::try_from(SHRUNK.as_secs() / LOOK.as_secs()).expect("small");
         let for_ever = |bytes| vec![bytes; 1000];
@@ -206,6 +216,24 @@ mod tests {
         assert_eq!(after(Some(10), copy.chain(for_ever(Some(12))).collect()), Some(3 * pause + rests + 1));
         let back = std::iter::repeat_n(Some(3), pause).chain([Some(10)]).chain(for_ever(Some(11)));
         assert_eq!(after(Some(10), back.collect()), Some(pause + 3), "what is as it was is no change");
+    }
+
+    #[test]
+    fn a_file_that_is_gone_for_long_and_comes_back_in_parts_has_shrunk() {
+        let of = |bytes: Option<u64>| Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))]);
+        // That it is gone was accepted: how it was when it was there is known all the same.
+        let (present, mut change) = (of(Some(10)), Change::default());
+        let looks = [Some(3); 3].into_iter().chain([Some(10); 1000]);
+        let over = looks.into_iter().position(|now| change.is_over(&of(None), &present, &of(now)));
+        assert!(over.is_some_and(|n| n > 3), "{over:?}");
+        // What was taken out for good holds up no other change.
+        let two = |x: Option<u64>, y: u64| {
+            let file = |name: &str, bytes: Option<u64>| (PathBuf::from(name), bytes.map(|bytes| (0, 0, bytes, 0, 0)));
+            Look::from([file("x", x), file("y", Some(y))])
+        };
+        let mut change = Change::default();
+        let over = [5, 5].into_iter().position(|y| change.is_over(&two(None, 4), &two(Some(10), 4), &two(None, y)));
+        assert_eq!(over, Some(1));
     }
 
     fn link(to: &Path, at: &Path) {

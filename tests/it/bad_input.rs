@@ -297,31 +297,6 @@ fn large_messages_of_a_source_queue_are_relayed_a_few_at_a_time() {
     });
 }
 
-/// The broker drops a message that was given back more often than the queue's delivery limit.
-#[test]
-fn a_source_queue_gets_nothing_back_when_more_is_taken_at_once() {
-    run(async {
-        let broker = Broker::shared();
-        let (connection, channel) = broker.channel().await;
-        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        let source = format!("{}.source", broker.prefix);
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-        arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(0));
-        channel.queue_declare(source.as_str().into(), durable, arguments).await.expect("declares");
-        broker.publish_to("", &source, (0..3000).map(event)).await;
-        let section =
-            broker.section(&["a"]).replace(&format!("exchange = \"{}\"", broker.exchange), &format!("source_queue = \"{source}\""));
-        let setup = Setup::with_text(&(section + QUICK + &subscriber("a", "http://127.0.0.1:9/", "paused = true")));
-        let daemon = setup.start().await;
-        broker.wait_depth("source", 0).await;
-        broker.wait_depth("sub.a", 3000).await;
-        assert!(daemon.stop().await.success());
-        channel.queue_delete(source.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
-        connection.close(200, "done".into()).await.expect("closes");
-    });
-}
-
 // ---- Envelopes
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, Stream as _, future::poll_fn};
+use futures_util::{Stream as _, future::poll_fn};
 use lapin::{
     Channel, Consumer,
     message::Delivery,
@@ -546,9 +546,4 @@ pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &qu
         body,
         properties,
     }
-}
-
-/// Reads what a consumer holds already, without waiting; for consumers of this module's siblings.
-pub(super) fn ready(consumer: &mut Consumer) -> Option<lapin::Result<Delivery>> {
-    futures_util::StreamExt::next(consumer).now_or_never().flatten()
 }
