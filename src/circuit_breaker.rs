@@ -1,7 +1,8 @@
 //! Stops sending to a subscriber that keeps failing.
 //!
 //! Closed: attempts flow. Open: nothing is sent, the backlog stays in the queue. Half-open: one
-//! probe of one batch decides which of the two comes next.
+//! probe of one batch decides which of the two comes next. A wait that a receiver asked for with `Retry-After` holds a circuit of any
+//! state; an operator can end it, and then too one probe decides.
 //!
 //! When it closes, a backlog waits, and the receiver may have just started: a ramp leads from one small batch at a time to all
 //! that is configured.
@@ -22,9 +23,22 @@ pub struct BreakerPolicy {
 /// What the circuit is, however long a receiver asked to be left alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    Closed { failures: u32 },
-    Open { until: Instant, open_for: Duration },
-    HalfOpen { open_for: Duration },
+    Closed {
+        failures: u32,
+    },
+    Open {
+        until: Instant,
+        open_for: Duration,
+    },
+    HalfOpen {
+        open_for: Duration,
+    },
+    /// Closed, but an operator ended a wait that the receiver had asked for. Half-open for all who ask from outside: one probe decides
+    /// whether attempts flow, or the wait counts again.
+    Tried {
+        failures: u32,
+        held_until: Instant,
+    },
 }
 
 /// What the lane may do now.
@@ -110,13 +124,14 @@ impl CircuitBreaker {
     /// Goes on under another policy: a circuit that would not have opened closes, one that would be open for less is.
     pub fn set_policy(&mut self, policy: BreakerPolicy, now: Instant) {
         let longest = now + policy.max_open_for;
+        if policy.failures == 0 {
+            self.ramp = None;
+        }
         self.hold_until = self.hold_until.map(|until| until.min(longest));
         self.state = match self.state {
-            _ if policy.failures == 0 => {
-                self.ramp = None;
-                State::Closed { failures: 0 }
-            }
+            State::Closed { .. } | State::Open { .. } | State::HalfOpen { .. } if policy.failures == 0 => State::Closed { failures: 0 },
             State::Open { until, open_for } => State::Open { until: until.min(longest), open_for: open_for.min(policy.max_open_for) },
+            State::Tried { failures, held_until } => State::Tried { failures, held_until: held_until.min(longest) },
             state => state,
         };
         self.policy = policy;
@@ -151,7 +166,7 @@ impl CircuitBreaker {
                 self.state = State::HalfOpen { open_for };
                 Permit::Probe
             }
-            State::HalfOpen { .. } => Permit::Probe,
+            State::HalfOpen { .. } | State::Tried { .. } => Permit::Probe,
         }
     }
 
@@ -161,12 +176,15 @@ impl CircuitBreaker {
         self.hold_until = Some(self.hold_until.map_or(until, |u| u.max(until)));
     }
 
-    /// Ends a wish to be left alone, and has an open circuit probed at once, because an operator says that the endpoint works again.
-    pub fn resume(&mut self) {
-        self.hold_until = None;
-        if let State::Open { .. } = self.state {
-            self.state = State::HalfOpen { open_for: self.policy.open_for };
-        }
+    /// Has one batch tried at once, whatever keeps the lane from that, because an operator says that the endpoint works again. Only an
+    /// accepted batch changes more: if it fails, the wait is what it would have been without the operator, doubled as after any probe.
+    pub fn try_now(&mut self) {
+        let held_until = self.hold_until.take();
+        self.state = match (self.state, held_until) {
+            (State::Open { open_for, .. }, _) => State::HalfOpen { open_for },
+            (State::Closed { failures }, Some(held_until)) => State::Tried { failures, held_until },
+            (state @ (State::Closed { .. } | State::HalfOpen { .. } | State::Tried { .. }), _) => state,
+        };
     }
 
     /// `requests`: how many may be in flight as it is configured.
@@ -181,13 +199,24 @@ impl CircuitBreaker {
                 self.state = State::Closed { failures: 0 };
                 Some(Change::Closed)
             }
-            State::Open { .. } | State::HalfOpen { .. } => None,
+            State::Tried { .. } if begun.probe => {
+                self.state = State::Closed { failures: 0 };
+                None
+            }
+            State::Open { .. } | State::HalfOpen { .. } | State::Tried { .. } => None,
         }
     }
 
     /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint; a probe that fails opens the
     /// circuit again all the same, so that there is one in each interval, and for twice as long only if it was a first attempt.
     pub fn on_failure(&mut self, begun: Begun, counts: bool, now: Instant) -> Option<Change> {
+        if let State::Tried { failures, held_until } = self.state {
+            if !begun.probe {
+                return None;
+            }
+            self.hold_until = self.hold_until.max(Some(held_until));
+            self.state = State::Closed { failures };
+        }
         if self.policy.failures == 0 {
             return None;
         }
@@ -216,7 +245,7 @@ impl CircuitBreaker {
                 Some(Change::StillOpen { open_for })
             }
             // Attempts that were in flight when it opened say nothing new.
-            State::Open { .. } | State::HalfOpen { .. } => None,
+            State::Open { .. } | State::HalfOpen { .. } | State::Tried { .. } => None,
         }
     }
 }
@@ -309,14 +338,88 @@ mod tests {
         let mut b = breaker(1);
         b.on_failure(FLOW, true, t);
         b.hold(t, secs(90));
-        b.resume();
+        b.try_now();
         assert_eq!(b.permit(t), Permit::Probe);
         assert_eq!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { open_for: secs(60) }));
+    }
+
+    #[test]
+    fn an_operator_who_has_an_open_circuit_probed_again_and_again_does_not_shorten_its_waits() {
+        let t = crate::clock::instant();
+        let mut b = breaker(1);
+        b.on_failure(FLOW, true, t);
+        for open_for in [60, 100, 100] {
+            b.try_now();
+            b.try_now();
+            assert_eq!(b.permit(t), Permit::Probe);
+            assert_eq!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { open_for: secs(open_for) }));
+            assert_eq!(b.permit(t), Permit::Wait(t + secs(open_for)));
+        }
+        b.try_now();
+        assert_eq!(b.permit(t), Permit::Probe);
+        assert_eq!(b.on_success(PROBE, 1), Some(Change::Closed));
+        assert_eq!(b.on_failure(FLOW, true, t), Some(Change::Opened { failures: 1, open_for: secs(30) }));
+    }
+
+    #[test]
+    fn after_an_operator_ended_a_hold_one_batch_is_tried_and_the_rest_follows_when_that_is_accepted() {
+        let t = crate::clock::instant();
+        for failures in [0, 2] {
+            let mut b = breaker(failures);
+            b.hold(t, secs(90));
+            b.try_now();
+            for _ in 0..16 {
+                assert_eq!(b.permit(t + secs(1)), Permit::Probe);
+            }
+            assert_eq!(b.on_failure(FLOW, true, t + secs(1)), None, "an attempt from before is no probe");
+            assert_eq!(b.on_success(FLOW, 16), None);
+            assert_eq!(b.permit(t + secs(1)), Permit::Probe);
+            assert_eq!(b.on_success(PROBE, 16), None);
+            assert_eq!((b.permit(t + secs(1)), b.ramp()), (Permit::Flow, None));
+            b.try_now();
+            assert_eq!(b.permit(t + secs(1)), Permit::Flow, "nothing keeps it from that");
+        }
+    }
+
+    #[test]
+    fn a_hold_that_an_operator_ended_counts_again_when_the_batch_that_is_tried_fails() {
+        let t = crate::clock::instant();
+        for (failures, probe, counts) in [(0, PROBE, true), (3, PROBE, true), (3, RETRIED_PROBE, false)] {
+            let mut b = breaker(failures);
+            b.hold(t, secs(90));
+            for n in 1..=2 {
+                b.try_now();
+                assert_eq!(b.permit(t + secs(n)), Permit::Probe);
+                assert_eq!(b.on_failure(probe, counts, t + secs(n)), None);
+                assert_eq!(b.permit(t + secs(n)), Permit::Wait(t + secs(90)), "no longer and no shorter");
+            }
+            // The receiver may ask for more at each try.
+            b.try_now();
+            assert_eq!(b.permit(t + secs(10)), Permit::Probe);
+            b.on_failure(probe, false, t + secs(10));
+            b.hold(t + secs(10), secs(95));
+            assert_eq!(b.permit(t + secs(10)), Permit::Wait(t + secs(105)));
+            assert_eq!(b.permit(t + secs(105)), Permit::Flow);
+        }
+        // Failures are counted on, and open the circuit as they do without a try.
         let mut b = breaker(2);
         b.on_failure(FLOW, true, t);
+        b.hold(t, secs(10));
+        b.try_now();
+        assert_eq!(b.on_failure(PROBE, true, t), Some(Change::Opened { failures: 2, open_for: secs(30) }));
+        assert_eq!(b.permit(t + secs(10)), Permit::Wait(t + secs(30)));
+    }
+
+    #[test]
+    fn another_policy_leaves_a_try_after_a_hold_a_try() {
+        let t = crate::clock::instant();
+        let mut b = breaker(2);
         b.hold(t, secs(90));
-        b.resume();
-        assert_eq!(b.permit(t), Permit::Flow);
+        b.try_now();
+        b.set_policy(BreakerPolicy { failures: 0, open_for: secs(5), max_open_for: secs(20) }, t);
+        assert_eq!(b.permit(t), Permit::Probe);
+        b.on_failure(PROBE, true, t);
+        assert_eq!(b.permit(t), Permit::Wait(t + secs(20)));
     }
 
     #[test]

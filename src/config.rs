@@ -349,7 +349,16 @@ pub fn log_of(path: &Path) -> LogConfig {
 pub fn names_of(path: &Path) -> Vec<String> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
-    read(path).map(|source| Loader { reader: &reader }.all_names(&source)).unwrap_or_default()
+    let names = read(path).map(|source| Loader { reader: &reader }.all_names(&source)).unwrap_or_default();
+    names.into_iter().map(|(name, _)| name).collect()
+}
+
+/// The file that has the table of a subscriber: that at `path`, or one that it includes.
+pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
+    let env = |name: &str| std::env::var(name).ok();
+    let reader = Reader::new(&env);
+    let names = Loader { reader: &reader }.all_names(&read(path).ok()?);
+    names.into_iter().find(|(name, _)| name == subscriber).map(|(_, file)| file)
 }
 
 /// Whether a text is a variable as shells write it.
@@ -433,7 +442,8 @@ impl Loader<'_, '_> {
         })
     }
 
-    fn all_names(&self, source: &Source) -> Vec<String> {
+    /// Each with the file that has its table.
+    fn all_names(&self, source: &Source) -> Vec<(String, PathBuf)> {
         let r = self.reader;
         let document = r.parse(source);
         let root = r.root(source, &document, keys::ROOT);
@@ -441,7 +451,8 @@ impl Loader<'_, '_> {
         let mut names_in = |root: &Section<'_>| {
             let tables = root.get("subscriber").and_then(|value| r.array(&value)).unwrap_or_default();
             let sections = tables.iter().filter_map(|table| r.section(&r.named(table), keys::SUBSCRIBER));
-            found.extend(sections.filter_map(|section| self.name(&section, &mut known)));
+            let names = sections.filter_map(|section| self.name(&section, &mut known));
+            found.extend(names.map(|name| (name, root.source.path.clone())));
         };
         names_in(&root);
         for path in self.included(&root) {

@@ -81,7 +81,7 @@ pub struct Lane<Q> {
     pause: Option<Pause>,
     /// When the subscriber was last resumed, as far as the lane has acted on it.
     resumed: Option<SystemTime>,
-    /// An operator wants it tried now. What came before the circuit opened is not meant.
+    /// An operator wants it tried now. A wish from before the circuit opened, or before a probe began, counts as seen.
     tries: watch::Receiver<u64>,
     trouble: Trouble,
     status: LaneStatus,
@@ -263,7 +263,7 @@ impl<Q: Queue> Lane<Q> {
                     () = spoken => continue,
                     () = changed(&mut self.tries) => {
                         tracing::info!(subscriber = self.subscriber.name, "an operator wants a retry now: one batch is tried");
-                        self.breaker.resume();
+                        self.breaker.try_now();
                         continue;
                     }
                     () = drained(&mut drain) => return,
@@ -369,7 +369,7 @@ impl<Q: Queue> Lane<Q> {
             self.health = Health::default();
         } else if is_new && self.breaker.permit(clock::instant()) != Permit::Flow {
             tracing::info!(subscriber = self.subscriber.name, "resumed: one batch is tried now");
-            self.breaker.resume();
+            self.breaker.try_now();
         }
     }
 
@@ -391,7 +391,7 @@ impl<Q: Queue> Lane<Q> {
         let circuit = match self.breaker.state() {
             State::Closed { .. } => Circuit::Closed,
             State::Open { until, .. } => Circuit::Open { until: at(until) },
-            State::HalfOpen { .. } => Circuit::HalfOpen,
+            State::HalfOpen { .. } | State::Tried { .. } => Circuit::HalfOpen,
         };
         self.status.circuit(circuit, time);
         self.status.held(self.breaker.held_until().map(at));
@@ -681,6 +681,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.attempts += 1;
         let number = self.attempts;
         let begun = Begun { probe: slots == Slots::Probe, first: turn == Turn::First };
+        if begun.probe {
+            self.lane.tries.mark_unchanged(); // This is what was wanted. A later wish is for another one.
+        }
         self.attempting.insert(number, UnderWay { events, arrived_at, generation: self.lane.generation, begun });
         self.turns.begun(turn, clock::instant());
         self.tasks.spawn(async move {
@@ -850,13 +853,16 @@ impl<'l, Q: Queue> Session<'l, Q> {
             return;
         }
         self.log(&parcel, took, &outcome, &verdict);
+        let flowed = self.lane.breaker.permit(clock::instant()) == Permit::Flow;
         self.count(under_way.begun, &verdict);
         if let Some(wait) = verdict.hold {
             self.lane.breaker.hold(clock::instant(), wait);
         }
         self.follow(parcel, halves, &outcome, &verdict);
         if let Permit::Wait(_) = self.lane.breaker.permit(clock::instant()) {
-            self.lane.tries.mark_unchanged();
+            if flowed {
+                self.lane.tries.mark_unchanged();
+            }
             self.end.get_or_insert(End::Circuit);
         }
     }

@@ -83,7 +83,8 @@ impl Board {
         lock(&self.0.lanes).entry(subscriber.to_owned()).or_insert_with(new).clone()
     }
 
-    /// Has one batch tried at once, if the subscriber's circuit is open or its receiver asked to be left alone; else nothing follows.
+    /// Has one batch tried as soon as none is under way, if the subscriber's circuit is open or its receiver asked to be left alone; else
+    /// nothing follows.
     pub fn try_now(&self, subscriber: &str) {
         let lane = lock(&self.0.lanes).get(subscriber).cloned();
         if let Some(lane) = lane {

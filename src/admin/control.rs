@@ -363,12 +363,16 @@ impl<Q: Queue> Control<Q> {
     }
 }
 
-fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> Value {
-    let now = clock::now();
-    let pause = match &view.state {
+fn pause_as_json(view: &View) -> Option<Value> {
+    match &view.state {
         LaneState::Paused(p) => Some(json!({ "why": p.why, "since": rfc3339(p.since), "by": p.by })),
         _ => None,
-    };
+    }
+}
+
+fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> Value {
+    let now = clock::now();
+    let pause = pause_as_json(view);
     let error = match &view.state {
         LaneState::QueueFails(why) => Some(why),
         _ => None,

@@ -41,9 +41,11 @@ pub(super) enum Command {
     },
     /// Make the next attempt due now: of all batches that wait, or of some. Bytes, ids and attempts stay as they are
     ///
-    /// Works with or without a daemon; the running one sends them at once. If the subscriber's circuit is open, or its receiver asked to
-    /// be left alone, it tries one batch at once, and sends the rest when that is accepted; a paused one gets nothing before `hooktrail
-    /// resume`. After a crash in the middle some may come twice, under the same ids; run it again for the rest.
+    /// Works with or without a daemon; the running one sends them at once, and without one nothing is sent until one runs. If the
+    /// subscriber's circuit is open, or its receiver asked to be left alone, one batch is tried as soon as no request is under way, and the
+    /// rest follows when that is accepted; if it fails, the wait goes on. A paused one gets nothing before `hooktrail resume`, or before
+    /// `paused = true` is taken out of the configuration. After a crash in the middle some may come twice, under the same ids; run it again
+    /// for the rest.
     Now {
         /// The subscriber's name; one that is not configured any more is fine
         #[arg(add = complete::subscribers())]
@@ -177,7 +179,7 @@ impl Now {
         };
         missing.append(&mut hastened.missing);
         let tried = if self.dry_run || hastened.moved + hastened.due == 0 { None } else { Some(self.tried(config).await) };
-        self.tell(&hastened, &missing, tried.as_ref());
+        self.tell(config, &hastened, &missing, tried.as_ref());
         if !missing.is_empty() {
             return Err(self.not_found(&missing));
         }
@@ -187,8 +189,8 @@ impl Now {
     /// Has the daemon try the subscriber whatever keeps it from that, but for a pause; else why that is not known.
     async fn tried(&self, config: &Config) -> Result<Value, String> {
         let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
-        // What is to be sent is due already, so of the daemon's own way to make it due nothing is left but this.
-        let wish = json!({ "ids": [] });
+        // What is to be sent is due already.
+        let wish = json!({ "try_only": true });
         let answer = async { Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await };
         answer.await.map_err(|e| match e {
             Failed::Usage(why) | Failed::Runtime(why) => why,
@@ -196,14 +198,15 @@ impl Now {
         })
     }
 
-    fn tell(&self, done: &Hastened, missing: &[String], tried: Option<&Result<Value, String>>) {
+    fn tell(&self, config: &Config, done: &Hastened, missing: &[String], tried: Option<&Result<Value, String>>) {
         let name = &self.subscriber;
         let answer = tried.and_then(|tried| tried.as_ref().ok());
         if self.json {
             let of_daemon = |key: &str| answer.map_or(Value::Null, |answer| answer[key].clone());
             let result = json!({
                 "command": "now", "subscriber": name, "dry_run": self.dry_run, "moved": done.moved, "already_due": done.due,
-                "not_found": missing, "unseen": done.unseen, "state": of_daemon("state"), "tried_now": of_daemon("tried_now"),
+                "not_found": missing, "unseen": done.unseen, "state": of_daemon("state"), "paused": of_daemon("paused"),
+                "tried_now": of_daemon("tried_now"),
             });
             print(&result.to_string());
             return;
@@ -217,13 +220,24 @@ impl Now {
         });
         match tried {
             None => {}
-            Some(Err(why)) => eprintln!("whether they are sent now is not known, `{name}` may be paused or its circuit open: {why}"),
+            Some(Err(why)) => {
+                let more = if config.subscribers.iter().any(|s| s.name == *name && s.paused) {
+                    format!("and before `paused = true` is taken out of {}", file_of(config, name))
+                } else {
+                    format!("and whether `{name}` is paused or its circuit open is not known")
+                };
+                eprintln!("nothing is sent before a daemon runs that serves `{name}`, {more}: {why}");
+            }
+            Some(Ok(answer)) if answer["paused"]["by"] == "configuration" => {
+                let file = file_of(config, name);
+                print(&format!("`{name}` is paused in the configuration: nothing is sent before `paused = true` is taken out of {file}"));
+            }
             Some(Ok(answer)) if answer["state"] == "paused" => {
                 print(&format!("`{name}` is paused: nothing is sent before `hooktrail resume {name}`"));
             }
             Some(Ok(answer)) if answer["tried_now"] == true => {
                 let why = if answer["state"] == "held" { "its receiver had asked to be left alone" } else { "its circuit was open" };
-                print(&format!("{why}: one batch is tried now, and the rest follows when that is accepted (hooktrail status {name})"));
+                print(&format!("{why}: one batch is tried, and the rest follows when that is accepted (hooktrail status {name})"));
             }
             Some(Ok(_)) => {}
         }
@@ -239,6 +253,11 @@ impl Now {
             named.join(", ")
         ))
     }
+}
+
+/// Where its table is, for a person.
+fn file_of(config: &Config, subscriber: &str) -> String {
+    config::file_of(&config.path, subscriber).unwrap_or_else(|| config.path.clone()).display().to_string()
 }
 
 /// The ids that are meant, and the numbers that nothing has.

@@ -2,11 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use lapin::{BasicProperties, types::AMQPValue};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::support::{
     api::Api,
@@ -26,6 +28,9 @@ on_both_queues!(
     a_command_that_is_killed_loses_nothing,
     the_api_lists_what_waits_and_sends_it_now,
     what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receiver_asked_to_be_left_alone,
+    what_is_wanted_while_requests_are_under_way_is_tried_when_they_have_ended,
+    after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_rest_when_that_is_accepted,
+    where_nothing_is_named_or_found_nothing_is_tried,
     what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait,
 );
 
@@ -269,13 +274,14 @@ async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
     assert_eq!(
         moved,
         json!({
-            "subscriber": "a", "moved": 1, "already_due": 0, "not_found": ["msg_nobody"], "unseen": 0, "state": "retrying", "tried_now": false
+            "subscriber": "a", "moved": 1, "already_due": 0, "not_found": ["msg_nobody"], "unseen": 0, "state": "retrying",
+            "paused": null, "tried_now": false
         })
     );
     assert_eq!(a.wait_requests(5).await[4].id(), second);
     let none = api.post(path, r#"{"ids":[]}"#).await.json();
     assert_eq!(none["moved"], 0, "none are named, so none are meant");
-    for (body, status) in [("[", 400), (r#"{"ids":"x"}"#, 400), (r#"{"why":"x"}"#, 400)] {
+    for (body, status) in [("[", 400), (r#"{"ids":"x"}"#, 400), (r#"{"why":"x"}"#, 400), (r#"{"ids":[],"try_only":true}"#, 400)] {
         assert_eq!(api.post(path, body).await.status, status, "{body}");
     }
     assert_eq!(api.send("POST", path, &[("content-type", "text/plain")], "{}").await.status, 415);
@@ -300,7 +306,7 @@ async fn what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receive
     wait_waiting(&setup, "b", 1).await;
     // It is not there yet after all: one batch is tried, and the circuit stays open.
     let said = setup.ok(&["retry", "now", "a"]);
-    assert!(said.contains("1 batch of `a` due now\nits circuit was open: one batch is tried now"), "{said}");
+    assert!(said.contains("1 batch of `a` due now\nits circuit was open: one batch is tried"), "{said}");
     a.wait_requests(2).await;
     api.wait("a", "its circuit is open again", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
     wait_waiting(&setup, "a", 1).await;
@@ -316,6 +322,116 @@ async fn what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receive
     api.wait("b", "it is held no more", |s| s["state"] == "ok").await;
 }
 
+/// Its circuit opens with the first failure, and stays open for an hour.
+fn one_failure(more: &str) -> String {
+    SLOW.replace("failures = 0", "failures = 1\nopen_for = \"1h\"\nmax_open_for = \"1h\"").replace("[http]", &format!("[http]\n{more}"))
+}
+
+async fn what_is_wanted_while_requests_are_under_way_is_tried_when_they_have_ended(queue: Queue) {
+    let api = Api::new();
+    let [all_there, others, probe] = [(); 3].map(|()| Arc::new(watch::Sender::new(false)));
+    let gates = [all_there.clone(), others.clone(), probe.clone()];
+    let a = Receiver::start(move |_, n| {
+        status(503).when(
+            &gates[match n {
+                0 => 0,
+                1..=3 => 1,
+                _ => 2,
+            }],
+        )
+    })
+    .await;
+    let setup = Setup::new(&queue, &(one_failure("concurrency = 4") + &api.section() + &subscriber("a", &a.url, "")));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, (0..4).map(event)).await;
+    a.wait_requests(4).await;
+    // One of four opens the circuit; then there is a wish, and then the others fail.
+    all_there.send_replace(true);
+    api.wait("a", "its circuit is open", |s| s["state"] == "circuit_open").await;
+    let id = ids(&wait_waiting(&setup, "a", 1).await).remove(0);
+    let path = "/api/v1/subscribers/a/retry";
+    let wanted = api.post(path, &json!({ "ids": [id] }).to_string()).await.json();
+    assert_eq!(json!([wanted["moved"], wanted["tried_now"]]), json!([1, true]));
+    assert_eq!(a.count(), 4, "requests are under way");
+    others.send_replace(true);
+    assert_eq!(a.wait_requests(5).await[4].id(), id);
+    // That probe has no answer yet when another one is wanted.
+    let mut failed = Vec::new();
+    eventually("the three others wait", async || {
+        failed = ids(&waiting(&setup, "a"));
+        failed.retain(|other| *other != id); // the embedded queue lists also what is under way
+        failed.len() == 3
+    })
+    .await;
+    let second = failed.remove(0);
+    api.wait("a", "it is probed", |s| s["circuit"]["state"] == "half_open").await;
+    let wanted = api.post(path, &json!({ "ids": [second] }).to_string()).await.json();
+    assert_eq!(json!([wanted["moved"], wanted["tried_now"]]), json!([1, true]));
+    assert_eq!(a.count(), 5, "one probe at a time");
+    a.now(|_, _| status(200));
+    probe.send_replace(true);
+    assert_eq!(a.wait_requests(6).await[5].id(), second);
+    api.wait("a", "its circuit is closed", |s| s["circuit"]["state"] == "closed").await;
+    setup.ok(&["retry", "now", "a"]);
+    a.wait_all(4).await;
+}
+
+async fn after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_rest_when_that_is_accepted(queue: Queue) {
+    let api = Api::new();
+    let a = Receiver::start(|_, _| status(429).header("retry-after", "3000")).await;
+    let more = "http = { concurrency = 16 }\ncircuit_breaker = { failures = 0, max_open_for = \"1h\" }";
+    let setup = Setup::new(&queue, &(SLOW.to_owned() + &api.section() + &subscriber("a", &a.url, more)));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    api.wait("a", "it is held", |s| s["state"] == "held" && s["in_hand"] == 0).await;
+    wait_waiting(&setup, "a", 1).await;
+    queue.publish(TYPE, (1..17).map(event)).await;
+    // It is not there yet after all: one of 17 is tried, and the wait goes on.
+    a.now(|_, _| status(503));
+    for tries in 1..=3 {
+        let wanted = api.post("/api/v1/subscribers/a/retry", "{}").await.json();
+        assert_eq!(json!([wanted["state"], wanted["tried_now"]]), json!(["held", true]), "{wanted}");
+        a.wait_requests(1 + tries).await;
+        api.wait("a", "it is held again", |s| s["state"] == "held" && s["in_hand"] == 0).await;
+        assert_eq!(a.count(), 1 + tries, "one batch");
+    }
+    a.now(|_, _| status(200));
+    let said = setup.ok(&["retry", "now", "a"]);
+    assert!(said.contains("its receiver had asked to be left alone: one batch is tried"), "{said}");
+    api.wait("a", "it is held no more", |s| s["state"] == "ok").await;
+    setup.ok(&["retry", "now", "a"]);
+    a.wait_all(17).await;
+}
+
+async fn where_nothing_is_named_or_found_nothing_is_tried(queue: Queue) {
+    let api = Api::new();
+    let a = Receiver::start(|_, _| status(503)).await;
+    let setup = Setup::new(&queue, &(one_failure("") + &api.section() + &subscriber("a", &a.url, "")));
+    let _daemon = setup.start().await;
+    queue.publish(TYPE, [event(0)]).await;
+    api.wait("a", "its circuit is open", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
+    wait_waiting(&setup, "a", 1).await;
+    let path = "/api/v1/subscribers/a/retry";
+    for nobody in [r#"{"ids":["msg_nobody"]}"#, r#"{"ids":[]}"#, r#"{"ids":["msg_nobody"],"try_only":false}"#] {
+        let answered = api.post(path, nobody).await.json();
+        assert_eq!(json!([answered["moved"], answered["already_due"], answered["tried_now"]]), json!([0, 0, false]), "{nobody}");
+    }
+    let nobody = setup.run(&["retry", "now", "a", "msg_nobody"]);
+    assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
+    // What was found is tried; so is what another program has made due.
+    for n in [2, 3] {
+        assert_eq!(api.post(path, "{}").await.json()["tried_now"], true);
+        a.wait_requests(n).await;
+        api.wait("a", "its circuit is open again", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
+        wait_waiting(&setup, "a", 1).await;
+        assert_eq!(a.count(), n, "one for each wish with something due, and none for the others");
+    }
+    queue.publish(TYPE, [event(1)]).await;
+    let answered = api.post(path, r#"{"try_only":true}"#).await.json();
+    assert_eq!(json!([answered["moved"], answered["already_due"], answered["tried_now"]]), json!([0, 0, true]));
+    a.wait_requests(4).await;
+}
+
 async fn what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait(queue: Queue) {
     let api = Api::new();
     let (setup, daemon, [a, _b]) = failing(&queue, &api.section(), 1).await;
@@ -326,10 +442,26 @@ async fn what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait(queue: Queue)
     let answered = api.post("/api/v1/subscribers/a/retry", "{}").await.json();
     assert_eq!(json!([answered["state"], answered["tried_now"]]), json!(["paused", false]));
     assert_eq!(a.count(), 1);
-    // Without its daemon nobody knows.
+    // A pause of the configuration no command ends: the key and its file are named.
+    let text = std::fs::read_to_string(setup.config()).expect("reads");
+    let included = "[[subscriber]]\nname = \"b\"";
+    let (first, second) = text.split_once(included).expect("there is `b`");
+    let (b, rest) = second.split_once("\n[").map_or((second, String::new()), |(b, rest)| (b, format!("\n[{rest}")));
+    let file = setup.write("b.toml", format!("{included}\npaused = true{b}"));
+    setup.write("hooktrail.toml", format!("include = [\"b.toml\"]\n{first}{rest}"));
+    api.wait("b", "the configuration pauses it", |s| s["paused"]["by"] == "configuration").await;
+    let fixed = format!("`b` is paused in the configuration: nothing is sent before `paused = true` is taken out of {}", file.display());
+    let said = setup.ok(&["retry", "now", "b"]);
+    assert!(said.contains(&fixed) && !said.contains("resume"), "{said}");
+    // Without its daemon nobody knows more than the configuration says.
     assert!(daemon.stop().await.success());
     let said = setup.run(&["retry", "now", "a"]);
-    assert!(said.status.success() && err(&said).contains("`a` may be paused or its circuit open: no daemon answers"), "{said:?}");
+    let unknown =
+        "nothing is sent before a daemon runs that serves `a`, and whether `a` is paused or its circuit open is not known: no daemon";
+    assert!(said.status.success() && err(&said).contains(unknown), "{said:?}");
+    let said = err(&setup.run(&["retry", "now", "b"]));
+    let wait = format!("before a daemon runs that serves `b`, and before `paused = true` is taken out of {}: no daemon", file.display());
+    assert!(said.contains(&wait), "{said}");
 }
 
 #[test]

@@ -4,26 +4,30 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use super::{Asked, Control, queue_fails};
+use super::{Asked, Control, pause_as_json, queue_fails};
 use crate::{
     admin::Refusal,
+    clock,
     queue::{Hastened, Queue},
 };
 
 /// Batches in one answer, unless fewer are asked for.
 const MAX_LISTED: usize = 100;
 
-/// Which batches: all of them, unless some are named.
+/// Which batches: all of them, unless some are named, or none is to be made due.
 #[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WhichRetries {
     ids: Option<BTreeSet<String>>,
+    /// Whoever asks has made batches due in the queue itself.
+    #[serde(default)]
+    try_only: bool,
 }
 
 impl Asked for WhichRetries {
     /// About 25,000 ids.
     const MAX: usize = 1 << 20;
-    const SHAPE: &'static str = "{}, or {\"ids\":[\"…\"]} for some batches";
+    const SHAPE: &'static str = "{}, or {\"ids\":[\"…\"]} for some batches, or {\"try_only\":true}";
 }
 
 impl<Q: Queue> Control<Q> {
@@ -37,23 +41,29 @@ impl<Q: Queue> Control<Q> {
         Ok(json!({ "subscriber": name, "waiting": found.batches.len(), "unseen": found.unseen, "batches": shown }))
     }
 
-    /// Who wants it now means that the receiver is there again: what keeps it from being asked ends, but for a pause.
+    /// Who wants it now means that the receiver is there again: one batch is tried whatever keeps the lane from that, but for a pause.
+    /// Without a batch that is due there is nothing to try.
     pub(super) async fn retry_now(&self, name: &str, which: WhichRetries) -> Result<Value, Refusal> {
         self.subscriber(name)?;
-        let (state, tried_now) = (self.state(name), self.waits(name));
+        let view = self.board.view(name, clock::instant(), clock::now());
+        let state = view.as_ref().map_or("starting", |view| view.state.name());
+        let paused = view.as_ref().and_then(pause_as_json);
         let done = match which.ids {
+            Some(_) if which.try_only => return Err(Refusal::bad("`ids` and `try_only` exclude each other".to_owned())),
             Some(ids) if ids.is_empty() => Hastened::default(),
+            None if which.try_only => Hastened::default(),
             ids => {
                 let _one = self.retrying.try_lock().map_err(|_| busy())?;
                 self.queue.hasten(name, ids).await.map_err(|e| queue_fails(&e))?
             }
         };
+        let tried_now = (which.try_only || done.moved + done.due > 0) && self.waits(name);
         if tried_now {
             self.board.try_now(name);
         }
         Ok(json!({
             "subscriber": name, "moved": done.moved, "already_due": done.due, "not_found": done.missing, "unseen": done.unseen,
-            "state": state, "tried_now": tried_now,
+            "state": state, "paused": paused, "tried_now": tried_now,
         }))
     }
 }

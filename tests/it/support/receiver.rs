@@ -14,7 +14,7 @@ use axum::{
     http::{HeaderMap, Response},
 };
 use hooktrail::{secret::Secret, signature};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 use super::{daemon::SECRET, eventually};
 
@@ -78,15 +78,21 @@ pub(crate) struct Answer {
     pub(crate) headers: Vec<(&'static str, String)>,
     pub(crate) body: &'static str,
     pub(crate) after: Duration,
+    /// Not before it is true, or nobody is left to say so.
+    pub(crate) when: Option<watch::Receiver<bool>>,
 }
 
 pub(crate) fn status(status: u16) -> Answer {
-    Answer { status, headers: Vec::new(), body: "", after: Duration::ZERO }
+    Answer { status, headers: Vec::new(), body: "", after: Duration::ZERO, when: None }
 }
 
 impl Answer {
     pub(crate) fn after(self, after: Duration) -> Self {
         Self { after, ..self }
+    }
+
+    pub(crate) fn when(self, gate: &watch::Sender<bool>) -> Self {
+        Self { when: Some(gate.subscribe()), ..self }
     }
 
     pub(crate) fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
@@ -200,6 +206,9 @@ async fn receive(
         answer
     };
     tokio::time::sleep(answer.after).await;
+    if let Some(mut gate) = answer.when {
+        gate.wait_for(|open| *open).await.ok();
+    }
     let mut response = Response::builder().status(answer.status);
     for (name, value) in answer.headers {
         response = response.header(name, value);
