@@ -5,7 +5,10 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -261,6 +264,8 @@ pub(crate) struct Node {
     epmd: Arc<Epmd>,
     management_port: Option<u16>,
     name: String,
+    /// Whether its commands find it running, since it was started last.
+    is_up: AtomicBool,
 }
 
 /// What nodes find each other by; it serves the nodes of one cluster and ends with the last of them.
@@ -292,7 +297,15 @@ impl Node {
         write(".erlang.cookie", cookie);
         // Erlang refuses a cookie that others may read.
         std::fs::set_permissions(home.path().join(".erlang.cookie"), Permissions::from_mode(0o400)).expect("permissions");
-        let node = Self { port: free_port(), dist_port: free_port(), epmd, name: name.to_owned(), management_port, home };
+        let node = Self {
+            port: free_port(),
+            dist_port: free_port(),
+            epmd,
+            name: name.to_owned(),
+            management_port,
+            home,
+            is_up: AtomicBool::new(false),
+        };
         node.set("");
         node
     }
@@ -381,6 +394,7 @@ impl Node {
     /// Boots the node and waits until it speaks AMQP.
     pub(crate) async fn start(&self) {
         std::fs::remove_file(self.home.path().join("pid")).ok();
+        self.is_up.store(false, Ordering::Relaxed);
         let started = self.command("rabbitmq-server").arg("-detached").status().expect("rabbitmq-server starts");
         assert!(started.success(), "rabbitmq-server -detached: {started}");
         let url = self.url();
@@ -410,6 +424,10 @@ impl Node {
     }
 
     pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
+        // A node takes connections a moment before its commands find it running.
+        if !self.is_up.swap(true, Ordering::Relaxed) {
+            self.ctl(&["await_startup"]);
+        }
         let output =
             self.command("rabbitmqctl").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("rabbitmqctl runs");
         assert!(output.status.success(), "rabbitmqctl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
