@@ -87,7 +87,7 @@ impl Hangups {
 pub struct Files {
     names: watch::Receiver<Vec<PathBuf>>,
     seen: Look,
-    /// How each was when it was there, also of those that are gone: what comes back in parts is shorter than that for a while.
+    /// How each of `names` was when it was there last: one that is gone and comes back in parts is shorter than that for a while.
     present: Look,
 }
 
@@ -128,18 +128,17 @@ impl Files {
         loop {
             tokio::time::sleep(LOOK).await;
             let names = self.names.borrow_and_update().clone();
-            let all: Vec<PathBuf> = names.iter().chain(self.present.keys()).cloned().collect();
             // A file system can take its time.
-            let Ok(all) = tokio::task::spawn_blocking(move || look(&all)).await else { continue };
-            let now: Look = all.iter().filter(|(path, _)| names.contains(path)).map(|(path, found)| (path.clone(), *found)).collect();
+            let Ok(now) = tokio::task::spawn_blocking(move || look(&names)).await else { continue };
             // Of files that are looked at for the first time it is not known how they were.
             self.seen.retain(|path, _| now.contains_key(path));
+            self.present.retain(|path, _| now.contains_key(path));
             if change.last.is_none() {
                 for (path, found) in &now {
                     self.seen.entry(path.clone()).or_insert(*found);
                 }
             }
-            if change.is_over(&self.seen, &self.present, &all) {
+            if change.is_over(&self.seen, &self.present, &now) {
                 self.present.extend(only_present(&now));
                 self.seen = now;
                 return;
@@ -162,7 +161,7 @@ struct Change {
 impl Change {
     /// Called with each look, [`LOOK`] apart: how the files were, how each was when it was there last, and how they are.
     fn is_over(&mut self, before: &Look, present: &Look, now: &Look) -> bool {
-        if before.iter().all(|(path, found)| now.get(path) == Some(found)) {
+        if now == before {
             *self = Self::default();
             return false;
         }

@@ -185,7 +185,7 @@ pub static ROOT: &[Key] = &[
         differs!(shutdown_timeout),
         |c| duration(c.shutdown_timeout),
     ),
-    read("queue", "Where events come from and wait.", Shape::Table(QUEUE)).required(),
+    read("queue", "Where events come from and wait; required, but not in a file that `include` names.", Shape::Table(QUEUE)),
     read("admin", "The HTTP listener: intake of events, health, metrics, API.", Shape::Table(ADMIN)),
     read("log", "What the log looks like.", Shape::Table(LOG)),
     read("batch", "Which events go into one request: the defaults of each subscriber.", Shape::Table(BATCH)),
@@ -328,7 +328,7 @@ pub(super) static BATCH: &[Key] = &[
 pub(super) static HTTP: &[Key] = &[
     subscriber(
         "http.timeout",
-        "From when the request begins to be sent to the end of the answer.",
+        "How long an attempt may take, from when the request begins to be sent to the answer.",
         Shape::Duration(Some(MAX_TIMEOUT)),
         &[Connections],
         differs!(http.timeout),
@@ -398,7 +398,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.multiplier",
-        "What each wait is of the one before.",
+        "Each wait is so many times the one before.",
         Shape::Number(1.0, 1000.0),
         &[Decisions],
         differs!(retry.options().multiplier),
@@ -406,7 +406,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.randomization_factor",
-        "The share of itself by which a wait is spread to both sides.",
+        "How far a wait is spread to both sides, as a share of it: 0.2 is ±20 %.",
         Shape::Number(0.0, 1.0),
         &[Decisions],
         differs!(retry.options().randomization_factor),
@@ -659,7 +659,7 @@ pub fn subscriber_as_toml(s: &Subscriber) -> String {
     out
 }
 
-/// The JSON Schema (draft 7, which editors know) of the configuration.
+/// The JSON Schema (draft 7, which editors know) of the configuration and of the files that it includes.
 ///
 /// The defaults are those of the shipped file. A string may hold `${VAR}` instead of what it is for.
 pub fn schema() -> serde_json::Value {
@@ -673,11 +673,15 @@ pub fn schema() -> serde_json::Value {
 fn object(keys: &[Key], shipped: &Value) -> Value {
     let property = |key: &Key| {
         let mut schema = key.shape.schema(shipped);
-        schema["description"] = key.what.into();
+        schema["description"] = match key.shape {
+            Shape::Duration(Some(most)) => format!("{} At most \"{}\".", key.what, span(most)).into(),
+            _ => key.what.into(),
+        };
         // Inside a subscriber a group's default is what the top level says.
         let pointer = format!("/{}", key.path.replace('.', "/"));
         match shipped.pointer(&pointer) {
-            Some(default) if !key.required && !default.is_object() => schema["default"] = default.clone(),
+            // What is only read, such as `include`, is written in the shipped file and nothing without it.
+            Some(default) if !key.required && !matches!(key.place, Place::Read) => schema["default"] = default.clone(),
             _ => {}
         }
         (key.name().to_owned(), schema)
@@ -694,7 +698,7 @@ impl Shape {
             Self::Flag => json!({ "type": "boolean" }),
             Self::Whole(least, most) => json!({ "type": "integer", "minimum": least, "maximum": most }),
             Self::Number(least, most) => json!({ "type": "number", "minimum": least, "maximum": most }),
-            Self::Duration(_) | Self::Size => json!({ "type": "string", "pattern": r"^ *[0-9][0-9A-Za-z. ]*$|\$\{" }),
+            Self::Duration(_) | Self::Size => json!({ "type": "string", "pattern": r"^ *[0-9][0-9A-Za-zµ. ]*$|\$\{" }),
             Self::Word(words) => json!({ "anyOf": [{ "enum": words }, { "type": "string", "pattern": r"\$\{" }] }),
             Self::List(item) => json!({ "type": "array", "items": item.schema(shipped) }),
             Self::Table(keys) => object(keys, shipped),
@@ -771,5 +775,79 @@ fn scheme(scheme: &Scheme) -> String {
             };
             format!("{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}", quoted(header), quoted(prefix))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{address::AddressPolicy, circuit_breaker::BreakerPolicy, config::HttpPolicy, retry::RetryOptions};
+
+    fn affecting(what: Affects) -> Vec<&'static str> {
+        fields().filter(|(_, field)| field.affects.contains(&what)).map(|(path, _)| path).collect()
+    }
+
+    #[test]
+    fn each_key_affects_what_is_made_of_it() {
+        let requests = ["url", "format", "secrets", "signatures", "headers", "auth", "tls", "event_ids", "http.success", "http.proxy"];
+        assert_eq!(affecting(Requests), requests);
+        let connections = [
+            "tls",
+            "http.timeout",
+            "http.connect_timeout",
+            "http.concurrency",
+            "http.allow_private_addresses",
+            "http.allow_addresses",
+            "http.proxy",
+        ];
+        assert_eq!(affecting(Connections), connections);
+        let session = ["format", "event_ids", "paused", "batch.max_events", "batch.max_bytes", "batch.max_wait", "http.concurrency"];
+        assert_eq!(affecting(Session), session);
+        assert_eq!(affecting(Bindings), ["events"]);
+        assert!(fields().all(|(path, field)| path == "name" || !field.affects.is_empty()));
+    }
+
+    /// A field that is added to one of these is named here when it has its row: the compiler asks for it.
+    #[test]
+    fn each_field_of_a_subscriber_has_a_row() {
+        let text = "[queue]\nurl = \"embedded\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
+        let config = crate::config::from_text(text, &|_| None, &[]).unwrap_or_else(|e| panic!("{e}"));
+        let Subscriber {
+            name: _,
+            url: _,
+            events: _,
+            format: _,
+            secrets: _,
+            signer: _,
+            headers: _,
+            auth: _,
+            tls: _,
+            batch: BatchPolicy { max_events: _, max_bytes: _, max_wait: _ },
+            http:
+                HttpPolicy {
+                    timeout: _,
+                    connect_timeout: _,
+                    concurrency: _,
+                    success: _,
+                    allow_http: _,
+                    addresses: AddressPolicy { allow_private: _, allow: _ },
+                    proxy: _,
+                },
+            retry,
+            circuit_breaker: BreakerPolicy { failures: _, open_for: _, max_open_for: _ },
+            event_ids: _,
+            paused: _,
+        } = &*config.subscribers[0];
+        let RetryOptions {
+            initial_interval: _,
+            multiplier: _,
+            randomization_factor: _,
+            max_interval: _,
+            max_attempts: _,
+            max_elapsed_time: _,
+            on_exhausted: _,
+        } = retry.options();
+        // 11 of its own, 3, 8, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 11 + 3 + 8 + 7 + 3);
     }
 }

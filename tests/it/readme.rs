@@ -4,6 +4,7 @@ use std::{
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc,
 };
 
 use crate::support::{broker::kill, free_port};
@@ -90,18 +91,17 @@ fn its_commands_work_in_a_clean_shell_one_after_the_other() {
 
 /// Whether it ended well; one that hangs is ended.
 fn ended_in_time(shell: &mut std::process::Child) -> bool {
-    let begin = std::time::Instant::now();
-    loop {
-        if let Some(status) = shell.try_wait().expect("waits") {
-            return status.success();
+    let (pid, (ended, end)) = (shell.id(), mpsc::channel::<()>());
+    let watch = std::thread::spawn(move || {
+        let hangs = end.recv_timeout(crate::support::PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout);
+        if hangs {
+            kill("-KILL", pid);
         }
-        if begin.elapsed() > crate::support::PATIENCE {
-            kill("-KILL", shell.id());
-            shell.wait().expect("ends");
-            return false;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
+        hangs
+    });
+    let status = shell.wait().expect("ends");
+    drop(ended);
+    !watch.join().expect("watches") && status.success()
 }
 
 #[test]

@@ -5,12 +5,8 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
     process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Condvar, Mutex},
     thread::JoinHandle,
-    time::Duration,
 };
 
 use super::{broker::kill, eventually, queue::Section};
@@ -133,14 +129,12 @@ impl Setup {
         let mut child = command.spawn().expect("the daemon starts");
         let mut stderr = child.stderr.take().expect("a pipe");
         let pipe = stderr.as_fd().try_clone_to_owned().expect("a descriptor");
-        let stands = Arc::new(AtomicBool::new(false));
+        let stands = Arc::new(Stands::default());
         let still = stands.clone();
         let task = std::thread::spawn(move || {
             let mut buffer = [0; 16 << 10];
             loop {
-                while still.load(Ordering::SeqCst) {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
+                still.wait_for_end();
                 match stderr.read(&mut buffer) {
                     Ok(n @ 1..) => file.write_all(&buffer[..n]).expect("writes"),
                     _ => return,
@@ -151,17 +145,31 @@ impl Setup {
     }
 }
 
+/// Whether a reader reads nothing now.
+#[derive(Default)]
+struct Stands(Mutex<bool>, Condvar);
+
+impl Stands {
+    fn set(&self, stands: bool) {
+        *self.0.lock().expect("no panic") = stands;
+        self.1.notify_all();
+    }
+
+    fn wait_for_end(&self) {
+        drop(self.1.wait_while(self.0.lock().expect("no panic"), |stands| *stands).expect("no panic"));
+    }
+}
+
 /// Who reads a daemon's log.
 struct Reader {
-    /// Whether it reads nothing now.
-    stands: Arc<AtomicBool>,
+    stands: Arc<Stands>,
     pipe: OwnedFd,
     task: Option<JoinHandle<()>>,
 }
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.stands.store(false, Ordering::SeqCst);
+        self.stands.set(false);
     }
 }
 
@@ -244,7 +252,7 @@ impl Daemon {
 
     /// From now on nobody reads its log, or somebody does again.
     pub(crate) fn nobody_reads(&self, nobody: bool) {
-        self.reader.as_ref().expect("a pipe").stands.store(nobody, Ordering::SeqCst);
+        self.reader.as_ref().expect("a pipe").stands.set(nobody);
     }
 
     /// How much of its log nobody has read yet, in bytes.
@@ -255,7 +263,7 @@ impl Daemon {
     /// It has ended: all that it has written is in the log then.
     fn is_read_to_the_end(&mut self) {
         if let Some(reader) = &mut self.reader {
-            reader.stands.store(false, Ordering::SeqCst);
+            reader.stands.set(false);
             if let Some(task) = reader.task.take() {
                 task.join().expect("the reader of the log");
             }
