@@ -23,7 +23,7 @@ use crate::{
     relay::{Way, Weather},
     soak::Sample,
     subscribers::{Kind, Subscriber, pick},
-    support::broker::{Broker, kill},
+    support::broker::{Broker, SETTLING, kill},
     world::{Place, Producer, World},
 };
 
@@ -218,6 +218,8 @@ pub(crate) struct Round<'w> {
     began_bound: bool,
     /// When a queue was deleted in which retries were.
     retries_deleted: Vec<SystemTime>,
+    /// When a daemon has declared a queue last, as far as a fault had it do so.
+    declared: Option<Instant>,
     complaints: Vec<String>,
 }
 
@@ -276,6 +278,7 @@ impl<'w> Round<'w> {
             dealt: Vec::new(),
             began_bound: false,
             retries_deleted: Vec::new(),
+            declared: None,
             complaints: Vec::new(),
         }
     }
@@ -610,6 +613,7 @@ impl<'w> Round<'w> {
                 for daemon in self.world.daemons.iter().flatten() {
                     kill("-HUP", daemon.pid());
                 }
+                self.declared = Some(Instant::now());
                 self.tell("reload");
             }
             Fault::Clock => {
@@ -647,6 +651,10 @@ impl<'w> Round<'w> {
             }
             Fault::KillBroker => {
                 let which = self.rng.random_range(0..self.world.place.nodes().len());
+                if let Some(declared) = self.declared {
+                    // What it loses else is for `hooktrail repair`.
+                    tokio::time::sleep(SETTLING.saturating_sub(declared.elapsed())).await;
+                }
                 self.tell(&format!("kill -9 of node {which} of the broker"));
                 let without = self.rng.random_range(0..4000);
                 let nodes = self.world.place.nodes();
@@ -942,6 +950,7 @@ impl<'w> Round<'w> {
         };
         crate::support::eventually("the queue is declared again", is_back).await;
         drop(held);
+        self.declared = Some(Instant::now());
         self.tell(&format!("{queue} is back"));
         self.disturbed("queue deleted", from, NOTICED);
         true

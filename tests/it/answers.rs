@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde_json::json;
+use tokio::sync::watch;
 
 use crate::support::{
     api::Api,
@@ -397,16 +398,21 @@ async fn a_pause_and_a_resume_are_heard_while_the_circuit_is_open_and_while_a_re
 }
 
 async fn attempts_from_before_the_circuit_opened_are_no_probes(queue: Queue) {
-    // The first four answers come together, the others long after them: attempts that began when the circuit was closed.
-    let slow = Duration::from_secs(4);
-    let receiver = Receiver::start(move |_, n| if n < 4 { status(500) } else { status(500).after(slow) }).await;
+    // The first four are answered when all are under way, the others when the circuit is open.
+    let (first, others) = (watch::Sender::new(false), watch::Sender::new(false));
+    let gates = [first.clone(), others.clone()];
+    let receiver = Receiver::start(move |_, n| status(500).when(&gates[usize::from(n >= 4)])).await;
     let api = Api::new();
     let more = "batch = { max_events = 1, max_wait = \"0s\" }\nhttp = { concurrency = 12 }\nretry = { initial_interval = \"1h\", max_interval = \"1h\" }\n\
                 circuit_breaker = { failures = 4, open_for = \"1s\", max_open_for = \"10m\" }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..12).map(event)).await;
+    receiver.wait_requests(12).await;
+    first.send_replace(true);
     daemon.wait_log("circuit open:").await;
+    api.wait("a", "half_open", |s| s["circuit"]["state"] == "half_open").await;
+    others.send_replace(true);
     eventually("all answered", async || daemon.log().matches("outcome=\"retry\"").count() >= 12).await;
     assert!(receiver.count() == 12, "no probe was sent: nothing is due");
     assert!(!daemon.log().contains("circuit open again"), "and none failed: {}", daemon.log());

@@ -350,6 +350,41 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
     });
 }
 
+/// Nobody publishes to it: what another level hands on to it would wait for good.
+#[test]
+fn a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_is_repaired() {
+    run(async {
+        let broker = Broker::private().await;
+        let receiver = Receiver::accepting().await;
+        let api = Api::new();
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        assert!(setup.start().await.stop().await.success());
+        tokio::time::sleep(SETTLING).await; // so that the other queues survive
+        let (connection, channel) = broker.channel().await;
+        channel.queue_delete(format!("{}.delay.05", broker.prefix).as_str().into(), Default::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
+        let nothing = setup.write("nothing", "");
+        setup.ok(&["publish", nothing.to_str().expect("a path")]);
+        assert_eq!(broker.depth("delay.05").await, Some(0), "it is declared again");
+        broker.node().restart_after_kill().await;
+
+        let daemon = setup.start().await;
+        let report = setup.run(&["check", "--connect"]);
+        if report.status.success() {
+            // This time the broker has kept it; there is nothing to see.
+            println!("the queue survived: {report:?}");
+            return;
+        }
+        daemon.wait_log("the delay ladder fails").await;
+        let status = setup.ok(&["status"]);
+        for text in [daemon.log(), status] {
+            assert!(text.contains("delay.05` cannot be consumed") && text.contains("hooktrail repair SUBSCRIBER"), "{text}");
+        }
+        assert!(setup.ok(&["repair", "a", "--yes"]).contains("delay.05"));
+        daemon.wait_log("the delay ladder works again").await;
+    });
+}
+
 #[test]
 fn a_limit_on_the_queue_of_dead_letters_throws_none_away() {
     run(async {

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use super::{
     AmqpQueue,
     connection::Effort,
+    ladder, lane,
     management::Management,
     record::Patterns,
     state,
@@ -280,16 +281,37 @@ impl AmqpQueue {
         let mut keeping = Effort::reporting("the delay ladder", Harms::Lanes, &self.0.troubles);
         let mut damaged = self.0.damaged.subscribe();
         loop {
+            loop {
+                let mended = self.mend(None).await;
+                if mended.is_ok() {
+                    self.0.damaged.send_replace(false);
+                }
+                match mended.and(self.try_ladder().await) {
+                    Ok(()) => break,
+                    Err(e) => keeping.failed(&e).await,
+                }
+            }
+            keeping.goes_well();
             tokio::select! {
                 () = tokio::time::sleep(INTERVAL) => {}
                 _ = damaged.wait_for(|damaged| *damaged) => {}
             }
-            while let Err(e) = self.mend(None).await {
-                keeping.failed(&e).await;
-            }
-            keeping.goes_well();
-            self.0.damaged.send_replace(false);
         }
+    }
+
+    /// Consumes each level that seems to be empty for a moment. One that the broker has lost the use of seems to be, and what other
+    /// levels hand on to it waits for good: only its consumers and publishers are told.
+    async fn try_ladder(&self) -> Result<(), QueueError> {
+        let quarantine = self.0.consuming.quarantine().await?;
+        let mut broker = self.broker();
+        for level in 0..ladder::LEVELS {
+            let name = self.topology().level(level);
+            let is_idle = broker.depth(&name).await?.is_some_and(|depth| depth.messages == 0 && depth.consumers == 0);
+            if is_idle && lane::try_consume(&quarantine.lease().await?, &name).await.is_err_and(|e| e.is_broken()) {
+                return self.usable(&name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"));
+            }
+        }
+        Ok(())
     }
 
     /// What a settlement is written to was not there: puts back what a subscriber shares with all others, and its own ways back.

@@ -280,6 +280,7 @@ impl Round<'_> {
             self.look_after().await;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+        self.declared = Some(Instant::now());
         self.tell(&format!("{queue} is back after {:.1} s", begun.elapsed().as_secs_f64()));
         self.disturbed(LEVEL_DELETED, from, NOTICED);
         true
