@@ -5,7 +5,7 @@ use super::{
     lane::retry_message,
     message::{self, Message},
     publisher::Fate,
-    topology::Broker,
+    waiting,
     walk::Walk,
 };
 use crate::{
@@ -42,9 +42,9 @@ impl DeadLetters {
     }
 
     async fn open(queue: &AmqpQueue, of: Of, name: String, absent: &str) -> Result<Self, QueueError> {
-        let depth = Broker::new(&queue.0.declaring).depth(&name).await?;
-        let depth = depth.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
-        let walk = Walk::new(queue.0.consuming.quarantine().await?, name, depth.messages);
+        let messages = waiting::count(queue, &name).await?;
+        let messages = messages.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
+        let walk = Walk::new(queue.0.consuming.quarantine().await?, name, messages);
         Ok(Self { queue: queue.clone(), of, walk })
     }
 

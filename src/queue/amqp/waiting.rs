@@ -146,7 +146,7 @@ async fn known(queue: &AmqpQueue, subscriber: &str) -> Result<u32, QueueError> {
 }
 
 /// How many are in a queue and not taken; `None` if there is no such queue.
-async fn count(queue: &AmqpQueue, name: &str) -> Result<Option<u32>, QueueError> {
+pub(super) async fn count(queue: &AmqpQueue, name: &str) -> Result<Option<u32>, QueueError> {
     let began = clock::instant();
     loop {
         let asked = clock::instant();
