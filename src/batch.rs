@@ -27,18 +27,6 @@ impl BatchPolicy {
     pub const MAX_BYTES: u64 = 12 * 1024 * 1024;
 }
 
-/// The id of one of the two halves of a batch: the parent's, `_`, and a 0 or 1 for each time it was
-/// halved, such as `msg_…_01`. It is always the same, so that a half that is sent again is known by it.
-pub fn half_id(parent: &str, second: bool) -> String {
-    let digit = if second { '1' } else { '0' };
-    if is_half(parent) { format!("{parent}{digit}") } else { format!("{parent}_{digit}") }
-}
-
-/// Whether a batch is a part of one that was split.
-pub fn is_half(batch_id: &str) -> bool {
-    batch_id.rsplit_once('_').is_some_and(|(parent, path)| parent.contains('_') && path.bytes().all(|b| matches!(b, b'0' | b'1')))
-}
-
 /// Collects items in order of arrival and cuts them into batches.
 #[derive(Debug)]
 pub struct Batcher<T> {
@@ -214,15 +202,6 @@ mod tests {
         assert!(!b.ready(t));
         b.push(8, 10, t);
         assert_eq!(b.cut().0, [5, 6, 7, 8], "never more than the policy");
-    }
-
-    #[test]
-    fn the_id_of_a_half_tells_where_it_comes_from() {
-        let parent = crate::clock::batch_id();
-        assert!(!is_half(&parent) && !is_half("msg_0101"));
-        let second = half_id(&parent, true);
-        assert_eq!(half_id(&second, false), format!("{parent}_10"));
-        assert!(is_half(&second) && is_half(&format!("{parent}_10")));
     }
 
     proptest! {

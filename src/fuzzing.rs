@@ -12,9 +12,10 @@ use serde_json::{Value, json, value::RawValue};
 
 use crate::{
     admin, batch, clock, config,
+    delivery::AttemptLog,
     event::{self, MAX_DEPTH, MAX_TYPE_LEN, Pattern},
     payload::Format,
-    queue::{Story, amqp},
+    queue::amqp,
     retry::{MAX_DELAY, Next, RetryPolicy},
     secret::Secret,
     signature::{Encoding, KEY_BYTES, Scheme, Signer, TOLERANCE_SECONDS, standard_key, verify},
@@ -350,12 +351,12 @@ pub fn wire(bytes: &[u8]) {
 
 /// What a story's text says is kept in a text that says the same, and is short.
 pub fn story(bytes: &[u8]) {
-    let story = Story::from_text(&String::from_utf8_lossy(bytes));
+    let story = AttemptLog::from_text(&String::from_utf8_lossy(bytes));
     let (first, _, last) = story.parts();
-    assert!(first.len() <= Story::FIRST && last.len() <= Story::LAST);
+    assert!(first.len() <= AttemptLog::FIRST && last.len() <= AttemptLog::LAST);
     let text = story.to_text();
     assert!(text.len() < 3 * 1024 && text.bytes().all(|b| b.is_ascii_graphic()), "{} bytes", text.len());
-    assert_eq!(Story::from_text(&text), story);
+    assert_eq!(AttemptLog::from_text(&text), story);
     for attempt in first.iter().chain(last) {
         assert!(humantime::parse_rfc3339(&clock::rfc3339(attempt.at)).is_ok(), "its time can be shown");
     }

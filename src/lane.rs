@@ -13,31 +13,31 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::Bytes;
 use tokio::{sync::watch, task::JoinSet, time::sleep_until};
 
 use crate::{
     answer::Health,
-    batch::{Batcher, half_id, is_half},
+    batch::Batcher,
     circuit_breaker::{Begun, Change, CircuitBreaker, Permit, State},
     clock,
     config::{
         Subscriber,
         keys::{Affects, Differences},
     },
+    delivery::{
+        AttemptLog, AttemptResult, Batch, BatchId, DeadLetter, Disposition, FailedAttempt, Failure, FailureKind, MessageKind, Outcome,
+        Pause, PauseCause, Reason, Standing, Standings,
+    },
     event::{head, with_id},
     failpoint::{Step, reached},
     payload::Format,
-    queue::{
-        CameTo, DeadLetter, Envelope, Event, FailedAttempt, Kind, MAX_ERROR_LEN, Pause, Queue, QueueError, Reason, Receipt, SettleError,
-        Settlement, Settler, Source, Standing, Standings, Story, Taken, Window,
-    },
+    queue::{Event, Queue, QueueError, Receipt, SettleError, Settlement, Settler, Source, Taken, Window},
     resources,
     retry::Waits,
     status::{Circuit, Ended, LaneStatus, LastError},
     turn::{Slots, Turn, Turns, Waiting},
-    verdict::{self, Attempt, Cause, Disposition, Evidence, Origin, Verdict, decide},
-    webhook::{Failure, Outcome, Request, Webhook},
+    verdict::{self, Attempt, Evidence, Origin, Verdict, decide},
+    webhook::{Request, Webhook},
 };
 
 /// Messages taken from the source in one go: enough to make a wake-up cheap, few enough to look at
@@ -96,103 +96,47 @@ struct Admitted {
     arrived_at: SystemTime,
 }
 
-/// A batch on its way: everything that the next attempt or the dead letter needs.
+/// A batch under way, and what its attempt needs beside it.
 #[derive(Debug)]
-struct Parcel {
-    batch_id: String,
-    body: Bytes,
-    format: Format,
-    events: u32,
-    attempt: u32,
-    first_attempt_at: SystemTime,
-    /// Without this attempt, until it has failed.
-    story: Story,
-    replay: bool,
+struct InFlight {
+    /// This attempt counts among its attempts. Its story has the failed ones before this, and this one when it has failed.
+    batch: Batch,
     receipts: Vec<Receipt>,
-    /// Of its first event: the field `timestamp`.
+    /// The field `timestamp` of the first event.
     happened_at: Option<SystemTime>,
-    /// Of its first event, as far as the queue tells.
+    /// When the first event arrived, as far as the queue tells.
     arrived_at: SystemTime,
-    /// Of its first event.
-    traceparent: Option<String>,
     turn: Turn,
 }
 
-impl Parcel {
-    /// The attempt that has just been made; what it came to is not in the story yet.
-    fn as_attempt(&self) -> Attempt {
-        let last = self.story.last();
-        let was_reset = last.is_some_and(|a| matches!(&a.came_to, CameTo::Failure(name) if name == "reset"));
+impl InFlight {
+    /// The attempt that has just been made, before its result is in the story.
+    fn as_attempt(&self, now: SystemTime) -> Attempt {
+        let batch = &self.batch;
+        let last = batch.story.last();
+        let was_reset = last.is_some_and(|a| matches!(&a.result, AttemptResult::Failure(name) if name == FailureKind::Reset.name()));
         let origin = match self.turn {
             Turn::First => Origin::First,
-            Turn::Retry => Origin::Again { part: is_half(&self.batch_id), failed_at: last.map(|a| a.at), was_reset },
+            Turn::Retry => Origin::Again { part: batch.id.is_half(), failed_at: last.map(|a| a.at), was_reset },
         };
-        Attempt { number: self.attempt, first_attempt_at: self.first_attempt_at, events: self.events, body_bytes: self.body.len(), origin }
-    }
-
-    /// The batch as it comes again: the same bytes under the same id.
-    fn envelope(&self) -> Envelope {
-        Envelope {
-            batch_id: self.batch_id.clone(),
-            body: self.body.clone(),
-            format: self.format,
-            events: self.events,
-            attempts: self.attempt,
-            first_attempt_at: Some(self.first_attempt_at),
-            traceparent: self.traceparent.clone(),
-            story: self.story.clone(),
-            replay: self.replay,
+        Attempt {
+            number: batch.attempts,
+            first_attempt_at: batch.first_attempt_at.unwrap_or(now),
+            events: batch.events,
+            body_bytes: batch.body.len(),
+            origin,
         }
     }
 
     fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
-        let came_to = failure.status().map_or_else(|| CameTo::Failure(failure.name().to_owned()), CameTo::Status);
-        self.story.add(FailedAttempt { number: self.attempt, at, came_to });
-    }
-
-    /// Its halves, as batches that were never attempted, though their time runs from the whole one's
-    /// first attempt; `None` of a single event.
-    fn halves(&self) -> Option<Vec<Envelope>> {
-        let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
-        let (first, second) = events.split_at(events.len().div_ceil(2));
-        let half = |events: &[&[u8]], second| Envelope {
-            batch_id: half_id(&self.batch_id, second),
-            body: self.format.splice(events.iter().copied(), events.iter().map(|e| e.len()).sum()).into(),
-            events: u32::try_from(events.len()).unwrap_or(u32::MAX),
-            attempts: 0,
-            ..self.envelope()
-        };
-        Some(vec![half(first, false), half(second, true)])
-    }
-
-    /// `shortened`: the receiver asked for a wait of so long, which the schedule did not grant.
-    fn dead_letter(&self, reason: Reason, failure: &Failure, shortened: Option<Duration>, now: SystemTime) -> DeadLetter {
-        let note = shortened.map(|wish| format!("; its Retry-After of {} s ends after retry.max_elapsed_time", wish.as_secs()));
-        let note = note.unwrap_or_default();
-        let failure_text = failure.to_string();
-        let error = format!("{}{note}", &failure_text[..failure_text.floor_char_boundary(MAX_ERROR_LEN - note.len())]);
-        DeadLetter {
-            kind: Kind::Batch,
-            reason,
-            body: self.body.clone(),
-            content_type: Some(self.format.content_type().to_owned()),
-            content_encoding: None,
-            id: Some(self.batch_id.clone()),
-            events: self.events,
-            attempts: self.attempt,
-            status: failure.status(),
-            error,
-            first_attempt_at: Some(self.first_attempt_at),
-            died_at: Some(now),
-            story: self.story.clone(),
-        }
+        self.batch.story.add(FailedAttempt { number: self.batch.attempts, at, result: failure.into() });
     }
 }
 
 /// What a task of the session has done.
 #[derive(Debug)]
 enum Done {
-    Attempted { number: u64, parcel: Box<Parcel>, outcome: Outcome, took: Duration },
+    Attempted { number: u64, in_flight: Box<InFlight>, outcome: Outcome, took: Duration },
     Settled(Result<(), SettleError>),
 }
 
@@ -503,7 +447,8 @@ struct Session<'l, Q: Queue> {
     lane: &'l mut Lane<Q>,
     settler: Q::Settler,
     batcher: Batcher<Admitted>,
-    envelopes: VecDeque<(Envelope, Receipt)>,
+    /// Batches to be retried.
+    retries: VecDeque<(Batch, Receipt)>,
     tasks: JoinSet<Done>,
     attempts: u64,
     /// By number.
@@ -523,7 +468,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             lane,
             settler,
             batcher,
-            envelopes: VecDeque::new(),
+            retries: VecDeque::new(),
             tasks: JoinSet::new(),
             attempts: 0,
             attempting: BTreeMap::new(),
@@ -551,7 +496,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let open = self.end.is_none();
             let take = open && gathering.is_none();
             let due = self.wakes_at();
-            let idle = self.tasks.is_empty() && self.envelopes.is_empty() && self.batcher.due().is_none();
+            let idle = self.tasks.is_empty() && self.retries.is_empty() && self.batcher.due().is_none();
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
@@ -576,7 +521,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     self.sort(taken.drain(..));
                     self.batcher.expects_company(!source.is_full());
                     let now = clock::instant();
-                    gathering = (gathers && self.envelopes.is_empty() && !self.batcher.ready(now)).then_some(now + GATHER);
+                    gathering = (gathers && self.retries.is_empty() && !self.batcher.ready(now)).then_some(now + GATHER);
                     if let Err(e) = result {
                         self.end = Some(End::Lost(e));
                     }
@@ -607,7 +552,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     fn waiting(&self, now: Instant) -> Waiting {
         let first_due = if self.batcher.ready(now) { Some(now) } else { self.batcher.due() };
-        Waiting { first_due, retries: !self.envelopes.is_empty() }
+        Waiting { first_due, retries: !self.retries.is_empty() }
     }
 
     /// When something may be begun although nothing happens.
@@ -630,38 +575,26 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     fn begin_retry(&mut self, slots: Slots) {
-        let Some((mut envelope, receipt)) = self.envelopes.pop_front() else { return };
-        if self.lane.resumed_at().zip(envelope.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
-            (envelope.attempts, envelope.first_attempt_at) = (0, None);
+        let Some((mut batch, receipt)) = self.retries.pop_front() else { return };
+        if self.lane.resumed_at().zip(batch.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
+            (batch.attempts, batch.first_attempt_at) = (0, None);
         }
-        let first_attempt_at = envelope.first_attempt_at.unwrap_or_else(clock::now);
-        let (events, arrived_at) = (envelope.events, first_attempt_at);
-        let parcel = Parcel {
-            happened_at: envelope.format.first_event(&envelope.body).and_then(|event| happened_at(head(event).ok()?.timestamp)),
-            arrived_at,
-            traceparent: envelope.traceparent,
-            batch_id: envelope.batch_id,
-            body: envelope.body,
-            format: envelope.format,
-            events: envelope.events,
-            attempt: envelope.attempts.saturating_add(1),
-            first_attempt_at,
-            story: envelope.story,
-            replay: envelope.replay,
-            receipts: vec![receipt],
-            turn: Turn::Retry,
-        };
-        self.attempt(events.into(), arrived_at, Turn::Retry, slots, async move { parcel });
+        batch.attempts = batch.attempts.saturating_add(1);
+        let arrived_at = *batch.first_attempt_at.get_or_insert_with(clock::now);
+        let happened_at = batch.format.first_event(&batch.body).and_then(|event| happened_at(head(event).ok()?.timestamp));
+        let events = batch.events.into();
+        let in_flight = InFlight { batch, receipts: vec![receipt], happened_at, arrived_at, turn: Turn::Retry };
+        self.attempt(events, arrived_at, Turn::Retry, slots, async move { in_flight });
     }
 
     fn begin_first(&mut self, slots: Slots) {
         let (events, bytes) = self.batcher.cut();
         let format = self.lane.subscriber.format;
         let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
-        self.attempt(events.len() as u64, arrived_at, Turn::First, slots, async move { first_parcel(format, events, bytes) });
+        self.attempt(events.len() as u64, arrived_at, Turn::First, slots, async move { first_attempt(format, events, bytes) });
     }
 
-    /// Until a circuit that was open has been closed for long enough, first attempts are of small batches. An envelope stays as it is.
+    /// Until a circuit that was open has been closed for long enough, first attempts are of small batches. Retries stay as they are.
     fn limit_batches(&mut self) {
         let batch = &self.lane.subscriber.batch;
         let whole = (batch.max_events, batch.max_bytes);
@@ -675,7 +608,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         arrived_at: SystemTime,
         turn: Turn,
         slots: Slots,
-        parcel: impl Future<Output = Parcel> + Send + 'static,
+        in_flight: impl Future<Output = InFlight> + Send + 'static,
     ) {
         let (webhook, status) = (self.lane.webhook.clone(), self.lane.status.clone());
         self.attempts += 1;
@@ -687,15 +620,16 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.attempting.insert(number, UnderWay { events, arrived_at, generation: self.lane.generation, begun });
         self.turns.begun(turn, clock::instant());
         self.tasks.spawn(async move {
-            let parcel = parcel.await;
+            let in_flight = in_flight.await;
+            let batch = &in_flight.batch;
             let started = clock::instant();
-            let _in_flight = status.begins(&parcel.batch_id, parcel.events, parcel.body.len(), started);
-            let Parcel { attempt, format, replay, .. } = parcel;
-            let request = Request { batch_id: parcel.batch_id.clone(), attempt, format, body: parcel.body.clone(), replay };
+            let _counted = status.begins(batch.id.as_str(), batch.events, batch.body.len(), started);
+            let Batch { attempts: attempt, format, replay, .. } = *batch;
+            let request = Request { batch_id: batch.id.clone(), attempt, format, body: batch.body.clone(), replay };
             reached(Step::Attempting);
             let outcome = webhook.send(request).await;
             reached(Step::Answered);
-            Done::Attempted { number, parcel: Box::new(parcel), outcome, took: clock::instant() - started }
+            Done::Attempted { number, in_flight: Box::new(in_flight), outcome, took: clock::instant() - started }
         });
     }
 
@@ -714,11 +648,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     fn tell_what_is_held(&self) {
         let front = self.batcher.front().map(|e| e.arrived_at);
-        let envelopes = self.envelopes.iter().filter_map(|(e, _)| e.first_attempt_at);
-        let oldest = self.attempting.values().map(|a| a.arrived_at).chain(front).chain(envelopes).min();
+        let retries = self.retries.iter().filter_map(|(batch, _)| batch.first_attempt_at);
+        let oldest = self.attempting.values().map(|a| a.arrived_at).chain(front).chain(retries).min();
         let attempted: u64 = self.attempting.values().map(|a| a.events).sum();
-        let envelopes: u64 = self.envelopes.iter().map(|(e, _)| u64::from(e.events)).sum();
-        self.lane.status.holds(attempted + envelopes + self.batcher.len() as u64, oldest);
+        let retries: u64 = self.retries.iter().map(|(batch, _)| u64::from(batch.events)).sum();
+        self.lane.status.holds(attempted + retries + self.batcher.len() as u64, oldest);
     }
 
     /// Puts what was taken where it belongs; what can never be delivered becomes a dead letter at once.
@@ -728,14 +662,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let (mut received, mut recognised) = (0, 0);
         for item in taken {
             match item {
-                Taken::Envelope(envelope, receipt) => self.envelopes.push_back((envelope, receipt)),
+                Taken::Batch(batch, receipt) => self.retries.push_back((batch, receipt)),
                 Taken::Unusable(letter, receipt) => {
-                    received += u64::from(receipt.from == Kind::Event);
+                    received += u64::from(receipt.from == MessageKind::Event);
                     dead.push((receipt, letter));
                 }
                 Taken::Known { events, receipt } => {
                     recognised += u64::from(events);
-                    received += u64::from(receipt.from == Kind::Event);
+                    received += u64::from(receipt.from == MessageKind::Event);
                     known.push(receipt);
                 }
                 Taken::Event(mut event) => {
@@ -746,7 +680,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
                             let arrived_at = event.published_at.unwrap_or(time);
                             self.batcher.push(Admitted { event, happened_at: happened_at(timestamp), arrived_at }, bytes, now);
                         }
-                        Err((reason, error)) => dead.push((event.receipt, dead_event(event, reason, error))),
+                        Err((reason, error)) => {
+                            let Event { body, content_type, message_id, receipt, .. } = event;
+                            dead.push((receipt, DeadLetter::of_event(body.into(), content_type, message_id, reason, error, time)));
+                        }
                     }
                 }
             }
@@ -773,7 +710,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let reasons: Vec<Reason> = dead.iter().map(|(_, letter)| letter.reason).collect();
             let (receipts, letters) = dead.into_iter().unzip();
             self.settle(receipts, Settlement::Dead(letters), move |status| {
-                reasons.iter().for_each(|reason| status.dead(reason.name(), 1));
+                reasons.iter().for_each(|reason| status.dead(*reason, 1));
             });
         }
     }
@@ -814,10 +751,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     },
                 }
             }
-            Done::Attempted { number, parcel, outcome, took } => {
-                self.turns.ended(parcel.turn, clock::instant());
+            Done::Attempted { number, in_flight, outcome, took } => {
+                self.turns.ended(in_flight.turn, clock::instant());
                 if let Some(under_way) = self.attempting.remove(&number) {
-                    self.attempted(*parcel, outcome, took, &under_way);
+                    self.attempted(*in_flight, outcome, took, &under_way);
                 }
                 self.lane.tell_circuit();
             }
@@ -825,19 +762,20 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     /// Decides what follows, logs it, and does it.
-    fn attempted(&mut self, mut parcel: Parcel, outcome: Outcome, took: Duration, under_way: &UnderWay) {
+    fn attempted(&mut self, mut in_flight: InFlight, outcome: Outcome, took: Duration, under_way: &UnderWay) {
         // Requests are still made as this one was.
         let current = under_way.generation == self.lane.generation;
-        let (mut attempt, now) = (parcel.as_attempt(), clock::now());
+        let now = clock::now();
+        let mut attempt = in_flight.as_attempt(now);
         if let Some(failure) = outcome.failure() {
-            parcel.has_failed(failure, now);
+            in_flight.has_failed(failure, now);
         }
         let decided =
             |attempt: &Attempt| decide(attempt, &outcome, current, &self.lane.health, &self.lane.subscriber.retry, now, clock::random());
         let mut verdict = decided(&attempt);
         let mut halves = None;
         if matches!(verdict.disposition, Disposition::Split { .. }) {
-            halves = parcel.halves();
+            halves = in_flight.batch.halves();
             if halves.is_none() {
                 // Its header counts more events than its body holds. Sent again at once, it would be answered in the same way.
                 attempt.events = 1;
@@ -852,13 +790,13 @@ impl<'l, Q: Queue> Session<'l, Q> {
             self.end.get_or_insert(End::Unsent(why));
             return;
         }
-        self.log(&parcel, took, &outcome, &verdict);
+        self.log(&in_flight.batch, took, &outcome, &verdict);
         let flowed = self.lane.breaker.permit(clock::instant()) == Permit::Flow;
         self.count(under_way.begun, &verdict);
         if let Some(wait) = verdict.hold {
             self.lane.breaker.hold(clock::instant(), wait);
         }
-        self.follow(parcel, halves, &outcome, &verdict);
+        self.follow(in_flight, halves, &outcome, &verdict);
         if let Permit::Wait(_) = self.lane.breaker.permit(clock::instant()) {
             if flowed {
                 self.lane.tries.mark_unchanged();
@@ -884,89 +822,88 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     /// Does with the batch what was decided.
-    fn follow(&mut self, parcel: Parcel, halves: Option<Vec<Envelope>>, outcome: &Outcome, verdict: &Verdict) {
+    fn follow(&mut self, in_flight: InFlight, halves: Option<Vec<Batch>>, outcome: &Outcome, verdict: &Verdict) {
         match (verdict.disposition, outcome.failure()) {
-            (Disposition::Delivered, _) => self.delivered(parcel),
-            (Disposition::Retry { delay } | Disposition::Split { delay }, _) => {
-                let envelopes = halves.unwrap_or_else(|| vec![parcel.envelope()]);
-                self.again(parcel, envelopes, delay);
-            }
+            (Disposition::Delivered, _) => self.delivered(in_flight),
+            (Disposition::Retry { delay } | Disposition::Split { delay }, _) => self.again(in_flight, halves, delay),
             (Disposition::DeadLetter(reason), Some(failure)) => {
-                let letter = parcel.dead_letter(reason, failure, verdict.shortened, clock::now());
-                self.settle(parcel.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason.name(), 1));
+                let letter = DeadLetter::of_batch(in_flight.batch, reason, failure, verdict.shortened, clock::now());
+                self.settle(in_flight.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason, 1));
             }
-            (Disposition::Paused(Cause::Gone), _) => self.pause(parcel, "the receiver answered 410 Gone".to_owned(), "receiver"),
-            (Disposition::Paused(Cause::Exhausted), Some(failure)) => {
+            (Disposition::Paused(PauseCause::Gone), _) => self.pause(in_flight, "the receiver answered 410 Gone".to_owned(), "receiver"),
+            (Disposition::Paused(PauseCause::Exhausted), Some(failure)) => {
                 let status = failure.status().map(|s| format!(" {s}")).unwrap_or_default();
                 let why = format!(
                     "attempt {} of a batch failed and was the last that [retry] allows: {}{status}",
-                    parcel.attempt,
+                    in_flight.batch.attempts,
                     failure.name()
                 );
-                self.pause(parcel, why, "retry.on_exhausted");
+                self.pause(in_flight, why, "retry.on_exhausted");
             }
             // Only what failed is given up; what was not sent has ended the session.
-            (Disposition::DeadLetter(_) | Disposition::Paused(Cause::Exhausted), None) | (Disposition::GivenBack, _) => {}
+            (Disposition::DeadLetter(_) | Disposition::Paused(PauseCause::Exhausted), None) | (Disposition::GivenBack, _) => {}
         }
     }
 
-    fn delivered(&mut self, parcel: Parcel) {
+    fn delivered(&mut self, in_flight: InFlight) {
         let (now, time) = (clock::instant(), clock::now());
         let since = |at: SystemTime| time.duration_since(at).ok();
-        let (lag, since_arrival) = (parcel.happened_at.and_then(since), since(parcel.arrived_at));
-        self.lane.status.delivered(parcel.events, lag, since_arrival, now, time);
-        self.settle(parcel.receipts, Settlement::Delivered, |_| {});
+        let (lag, since_arrival) = (in_flight.happened_at.and_then(since), since(in_flight.arrived_at));
+        self.lane.status.delivered(in_flight.batch.events, lag, since_arrival, now, time);
+        self.settle(in_flight.receipts, Settlement::Delivered, |_| {});
     }
 
-    /// Has these come again after `delay`, in place of the parcel.
-    fn again(&mut self, parcel: Parcel, envelopes: Vec<Envelope>, delay: Duration) {
-        let (ids, arrived_at): (Vec<String>, _) = (envelopes.iter().map(|e| e.batch_id.clone()).collect(), parcel.arrived_at);
-        self.settle(parcel.receipts, Settlement::Retry { envelopes, delay }, move |status| {
+    /// Schedules the batch again after `delay`, or its halves.
+    fn again(&mut self, in_flight: InFlight, halves: Option<Vec<Batch>>, delay: Duration) {
+        let InFlight { batch, receipts, arrived_at, .. } = in_flight;
+        let batches = halves.unwrap_or_else(|| vec![batch]);
+        let ids: Vec<BatchId> = batches.iter().map(|batch| batch.id.clone()).collect();
+        self.settle(receipts, Settlement::Retry { batches, delay }, move |status| {
             let now = clock::now();
-            ids.iter().for_each(|id| status.scheduled(id, now + delay, arrived_at, now));
+            ids.iter().for_each(|id| status.scheduled(id.as_str(), now + delay, arrived_at, now));
         });
     }
 
     /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is recorded
     /// first: a batch alone would be attempted again at once.
-    fn pause(&mut self, parcel: Parcel, why: String, by: &str) {
+    fn pause(&mut self, in_flight: InFlight, why: String, by: &str) {
         self.end.get_or_insert(End::Paused);
         let (queue, settler, name) = (self.lane.queue.clone(), self.settler.clone(), self.lane.subscriber.name.clone());
         let known = self.lane.standings.borrow().as_ref().is_some_and(|all| pause_of(all, &name).is_some());
         let pause = Standing::Paused(Pause { why, since: clock::now(), by: by.to_owned() });
-        let kept = Settlement::Retry { envelopes: vec![parcel.envelope()], delay: Duration::ZERO };
+        let kept = Settlement::Retry { batches: vec![in_flight.batch], delay: Duration::ZERO };
         self.settling += 1;
         self.tasks.spawn(async move {
             if !known && let Err(e) = queue.record(&name, pause).await {
                 return Done::Settled(Err(SettleError::Unconfirmed(e.to_string())));
             }
-            Done::Settled(settler.settle(parcel.receipts, kept).await)
+            Done::Settled(settler.settle(in_flight.receipts, kept).await)
         });
     }
 
     /// The one log event of an attempt, and what the status has of it: no body, no secret, no URL, and nothing that the receiver wrote,
     /// which may be what it was sent; that is in the dead letter alone.
-    fn log(&self, parcel: &Parcel, took: Duration, outcome: &Outcome, verdict: &Verdict) {
+    fn log(&self, batch: &Batch, took: Duration, outcome: &Outcome, verdict: &Verdict) {
         let failure = outcome.failure();
         let status = match outcome {
             Outcome::Delivered { status } => Some(*status),
             _ => failure.and_then(Failure::status),
         };
-        let name = verdict.disposition.name();
+        let Some(disposition) = verdict.disposition.kind() else { return };
         let last_error =
-            |f: &Failure| LastError { at: clock::now(), failure: f.name(), status: f.status(), cause: f.cause().map(str::to_owned) };
-        let ended = Ended { outcome: name, failure: failure.map(last_error), took };
+            |f: &Failure| LastError { at: clock::now(), failure: f.kind(), status: f.status(), cause: f.cause().map(str::to_owned) };
+        let ended = Ended { disposition, failure: failure.map(last_error), took };
         self.lane.status.ended(ended, clock::instant());
         let seconds = |d: Duration| d.as_millis() as f64 / 1000.0;
         macro_rules! attempt {
             ($level:ident) => {
                 tracing::$level!(
                     subscriber = self.lane.subscriber.name,
-                    batch_id = parcel.batch_id,
-                    attempt = parcel.attempt,
-                    events = parcel.events,
-                    bytes = parcel.body.len(),
-                    outcome = name,
+                    batch_id = batch.id.as_str(),
+                    attempt = batch.attempts,
+                    events = batch.events,
+                    bytes = batch.body.len(),
+                    outcome = disposition.name(),
                     reason = verdict.disposition.reason().map(Reason::name),
                     status,
                     failure = failure.map(Failure::name),
@@ -974,7 +911,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                     duration_ms = took.as_millis() as u64,
                     next_attempt_in_s = verdict.disposition.delay().map(seconds),
                     retry_after_shortened_from_s = verdict.shortened.map(seconds),
-                    traceparent = parcel.traceparent,
+                    traceparent = batch.traceparent,
                     "attempt"
                 )
             };
@@ -1000,48 +937,29 @@ impl<'l, Q: Queue> Session<'l, Q> {
 }
 
 /// The batch of a first attempt; from here on its bytes and its id do not change.
-fn first_parcel(format: Format, mut events: Vec<Admitted>, bytes: usize) -> Parcel {
+fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: usize) -> InFlight {
+    let now = clock::now();
     let first = events.first_mut();
     let (happened_at, arrived_at, traceparent) =
-        first.map_or_else(|| (None, clock::now(), None), |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()));
-    Parcel {
-        batch_id: clock::batch_id(),
+        first.map_or_else(|| (None, now, None), |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()));
+    let batch = Batch {
+        id: BatchId::random(),
         body: format.splice(events.iter().map(|e| e.event.body.as_slice()), bytes).into(),
         format,
         events: u32::try_from(events.len()).unwrap_or(u32::MAX),
-        attempt: 1,
-        first_attempt_at: clock::now(),
-        receipts: events.iter().map(|e| e.event.receipt).collect(),
-        happened_at,
-        arrived_at,
+        attempts: 1,
+        first_attempt_at: Some(now),
         traceparent,
-        story: Story::default(),
+        story: AttemptLog::default(),
         replay: false,
-        turn: Turn::First,
-    }
+    };
+    let receipts = events.iter().map(|e| e.event.receipt).collect();
+    InFlight { batch, receipts, happened_at, arrived_at, turn: Turn::First }
 }
 
 /// A time far beyond every clock is none.
 fn happened_at(timestamp: Option<u64>) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(timestamp?))
-}
-
-fn dead_event(event: Event, reason: Reason, error: String) -> DeadLetter {
-    DeadLetter {
-        kind: Kind::Event,
-        reason,
-        body: event.body.into(),
-        content_type: Some(event.content_type.unwrap_or_else(|| "application/json".to_owned())),
-        content_encoding: None,
-        id: event.message_id,
-        events: 1,
-        attempts: 0,
-        status: None,
-        error,
-        first_attempt_at: None,
-        died_at: Some(clock::now()),
-        story: Story::default(),
-    }
 }
 
 #[cfg(test)]

@@ -21,9 +21,9 @@
 //! | layer | files |
 //! |---|---|
 //! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`inflate`] bodies that come compressed · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means, and when it is believed · [`turn`] what a free request slot gets · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`resources`] whether the system gives this process what it needs · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it · [`failpoint`] where a test can end a debug build · [`wording`] numbers and their nouns |
-//! | pure | [`batch`] what goes into one POST · [`signature`] signing and verifying · [`handshake`] whether a command and a daemon know the same token · [`tls`] whom to trust |
+//! | pure | [`delivery`] the nouns: batch, outcome, disposition, dead letter, pause · [`batch`] what goes into one POST · [`signature`] signing and verifying · [`handshake`] whether a command and a daemon know the same token · [`tls`] whom to trust |
 //! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
-//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`webhook::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one · [`signal`] signals of the system, files that change · [`log`] what it looks like, and who writes it |
+//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`delivery::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one · [`signal`] signals of the system, files that change · [`log`] what it looks like, and who writes it |
 //! | edge | [`status`] what lanes and queue say of themselves · [`verdict`] what follows from an attempt's outcome |
 //! | edge | [`rehearsal`] one test event |
 //! | flow | [`lane`] the worker of one subscriber |
@@ -85,6 +85,7 @@ pub mod circuit_breaker;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod delivery;
 pub mod doctor;
 pub mod endpoint;
 pub mod event;

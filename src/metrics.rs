@@ -21,6 +21,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::{
+    circuit_breaker::CircuitState,
+    delivery::{DispositionKind, FailureKind, Reason},
+};
+
 /// Before each name.
 pub const PREFIX: &str = "hooktrail_";
 
@@ -364,26 +369,26 @@ impl Metrics {
     /// The handles of a subscriber. Its series begin, at 0.
     pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
         let of = [("subscriber", name)];
-        let outcomes = |o: &'static str| (o, self.counter("attempts", &[("subscriber", name), ("outcome", o)]));
-        let failures = |f: &'static str| (f, self.counter("attempt_failures", &[("subscriber", name), ("failure", f)]));
-        let reasons = |r: &'static str| (r, self.counter("dead_letters", &[("subscriber", name), ("reason", r)]));
-        let states = |s: &'static str| (s, self.gauge("circuit_state", &[("subscriber", name), ("state", s)]));
+        let outcome = |o: DispositionKind| (o, self.counter("attempts", &[("subscriber", name), ("outcome", o.name())]));
+        let failure = |f: FailureKind| (f, self.counter("attempt_failures", &[("subscriber", name), ("failure", f.name())]));
+        let reason = |r: Reason| (r, self.counter("dead_letters", &[("subscriber", name), ("reason", r.name())]));
+        let state = |s: CircuitState| (s, self.gauge("circuit_state", &[("subscriber", name), ("state", s.name())]));
         let queue = |q| self.gauge("queue_messages", &[("subscriber", name), ("queue", q)]);
         SubscriberMetrics {
             received: self.counter("events_received", &of),
             delivered: self.counter("events_delivered", &of),
             recognised: self.counter("events_recognised", &of),
-            attempts: OUTCOMES.map(outcomes).into(),
-            failures: FAILURES.map(failures).into(),
+            attempts: DispositionKind::ALL.map(outcome).into(),
+            failures: FailureKind::ALL.map(failure).into(),
             unsent: self.counter("unsent_requests", &of),
-            dead_letters: REASONS.map(reasons).into(),
+            dead_letters: Reason::OWN.map(reason).into(),
             attempt_duration: self.histogram("attempt_duration_seconds", &of),
             batch_events: self.histogram("batch_events", &of),
             batch_bytes: self.histogram("batch_bytes", &of),
             lag: self.histogram("delivery_lag_seconds", &of),
             delivery_duration: self.histogram("delivery_duration_seconds", &of),
             in_flight: self.gauge("requests_in_flight", &of),
-            circuit: CIRCUIT_STATES.map(states).into(),
+            circuit: CircuitState::ALL.map(state).into(),
             circuit_opened: self.gauge("circuit_opened_timestamp_seconds", &of),
             paused: self.gauge("paused", &of),
             up: self.gauge("lane_up", &of),
@@ -540,17 +545,6 @@ fn unix(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// What an attempt can come to.
-pub const OUTCOMES: [&str; 5] = ["delivered", "retry", "split", "dead_letter", "paused"];
-
-/// Why an attempt can fail.
-pub const FAILURES: [&str; 9] = ["status", "dns", "address_blocked", "connect", "tls", "timeout", "reset", "bad_answer", "internal"];
-
-/// Why hooktrail gives something up; what the broker itself moves is not seen here.
-pub const REASONS: [&str; 4] = ["exhausted", "refused", "invalid_event", "too_large"];
-
-pub const CIRCUIT_STATES: [&str; 3] = ["closed", "open", "half_open"];
-
 /// Counts a connection as open.
 #[derive(Debug)]
 pub struct OpenConnection(Float);
@@ -567,17 +561,17 @@ pub struct SubscriberMetrics {
     received: Counter,
     delivered: Counter,
     recognised: Counter,
-    attempts: BTreeMap<&'static str, Counter>,
-    failures: BTreeMap<&'static str, Counter>,
+    attempts: BTreeMap<DispositionKind, Counter>,
+    failures: BTreeMap<FailureKind, Counter>,
     unsent: Counter,
-    dead_letters: BTreeMap<&'static str, Counter>,
+    dead_letters: BTreeMap<Reason, Counter>,
     attempt_duration: Histogram,
     batch_events: Histogram,
     batch_bytes: Histogram,
     lag: Histogram,
     delivery_duration: Histogram,
     in_flight: Float,
-    circuit: BTreeMap<&'static str, Float>,
+    circuit: BTreeMap<CircuitState, Float>,
     circuit_opened: Float,
     paused: Float,
     up: Float,
@@ -603,13 +597,12 @@ impl SubscriberMetrics {
         self.batch_bytes.observe(bytes as f64);
     }
 
-    /// `outcome` is one of [`OUTCOMES`], `failure` one of [`FAILURES`].
-    pub fn attempt_ends(&self, outcome: &str, failure: Option<&str>, took: Duration) {
+    pub fn attempt_ends(&self, disposition: DispositionKind, failure: Option<FailureKind>, took: Duration) {
         self.in_flight.dec();
         self.attempt_duration.observe(took.as_secs_f64());
-        count(&self.attempts, outcome, 1);
+        self.attempts[&disposition].inc();
         if let Some(failure) = failure {
-            count(&self.failures, failure, 1);
+            self.failures[&failure].inc();
         }
     }
 
@@ -635,15 +628,17 @@ impl SubscriberMetrics {
         }
     }
 
-    /// `reason` is one of [`REASONS`].
-    pub fn dead(&self, reason: &str, letters: u64) {
-        count(&self.dead_letters, reason, letters);
+    /// `reason` is one of [`Reason::OWN`]: what the broker gives up is not counted.
+    pub fn dead(&self, reason: Reason, letters: u64) {
+        if let Some(counter) = self.dead_letters.get(&reason) {
+            counter.inc_by(letters);
+        }
     }
 
-    /// `state` is one of [`CIRCUIT_STATES`]; `since` of a circuit that is not closed.
-    pub fn circuit(&self, state: &str, since: Option<SystemTime>) {
-        for (name, gauge) in &self.circuit {
-            gauge.set(f64::from(*name == state));
+    /// `since`: when a circuit that is not closed was opened.
+    pub fn circuit(&self, state: CircuitState, since: Option<SystemTime>) {
+        for (of, gauge) in &self.circuit {
+            gauge.set(f64::from(*of == state));
         }
         self.circuit_opened.set(since.map_or(0.0, unix));
     }
@@ -674,14 +669,6 @@ impl SubscriberMetrics {
         for (gauge, messages) in self.queues.iter().zip(messages) {
             gauge.set(messages as f64);
         }
-    }
-}
-
-fn count(counters: &BTreeMap<&'static str, Counter>, name: &str, by: u64) {
-    let counter = counters.get(name);
-    debug_assert!(counter.is_some(), "`{name}` is none of {:?}", counters.keys());
-    if let Some(counter) = counter {
-        counter.inc_by(by);
     }
 }
 
@@ -788,7 +775,7 @@ mod tests {
         let m = metrics();
         let a = m.subscriber("a");
         m.subscriber("b");
-        a.dead("exhausted", 2);
+        a.dead(Reason::Exhausted, 2);
         assert!(m.expose().contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 2"));
         m.forget("a");
         let text = m.expose();

@@ -4,10 +4,12 @@
 
 pub mod amqp;
 pub mod embedded;
+mod removals;
+mod troubles;
 mod waiting;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fmt,
     future::Future,
     sync::Arc,
@@ -17,12 +19,16 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::watch;
 
-pub use self::waiting::{Hastened, Waiting, WaitingList};
+pub use self::{
+    removals::{Before, HeldRemovals, Removals, some_of},
+    troubles::{Harms, Troubles},
+    waiting::{Hastened, Waiting, WaitingList},
+};
 use crate::{
     clock,
-    config::{Subscriber, Subscribers, changes::is_drastic},
+    config::{Subscriber, Subscribers},
+    delivery::{Batch, BatchId, DeadLetter, Depths, MessageKind, Standing, Standings},
     finding::Finding,
-    payload::Format,
 };
 
 /// The queue as the daemon uses it.
@@ -113,7 +119,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// # Errors
     /// Nothing is known of such a subscriber, or the queue was lost. What was not moved by then still waits as it did; how
     /// many were, the error says.
-    fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<String>>) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
+    fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
 
     /// How much there is in the queues of these subscribers, and what is left of others.
     ///
@@ -142,210 +148,6 @@ pub trait Queue: Clone + Send + Sync + 'static {
     fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
 }
 
-/// What keeps a queue from its work, by what it is about, each with its cause. It ends by itself or needs an operator; whoever
-/// asks how the daemon is has to see it either way.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Troubles(BTreeMap<String, (Harms, String)>);
-
-/// What a trouble keeps from being done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Harms {
-    /// Something beside delivery, such as taking events in.
-    Queue,
-    /// Every lane.
-    Lanes,
-    Subscriber(String),
-}
-
-impl Troubles {
-    /// Returns whether that is new.
-    pub fn begins(&mut self, about: &str, harms: Harms, why: String) -> bool {
-        self.0.insert(about.to_owned(), (harms, why.clone())).is_none_or(|(_, before)| before != why)
-    }
-
-    /// Returns whether there was one.
-    pub fn ends(&mut self, about: &str) -> bool {
-        self.0.remove(about).is_some()
-    }
-
-    /// Forgets those that are about something else.
-    pub fn retain(&mut self, wanted: impl Fn(&str) -> bool) -> bool {
-        let before = self.0.len();
-        self.0.retain(|about, _| wanted(about));
-        self.0.len() != before
-    }
-
-    pub fn has(&self, about: &str) -> bool {
-        self.0.contains_key(about)
-    }
-
-    /// Why the queue as a whole does not work as it should; what harms delivery comes first.
-    pub fn of_queue(&self) -> Option<String> {
-        let of = |wanted: Harms| self.0.values().filter(move |(harms, _)| *harms == wanted).map(|(_, why)| why.as_str());
-        let mut all: Vec<&str> = Vec::new();
-        for why in of(Harms::Lanes).chain(of(Harms::Queue)) {
-            // Several connections fail for the same reason.
-            if !all.contains(&why) {
-                all.push(why);
-            }
-        }
-        (!all.is_empty()).then(|| all.join("; "))
-    }
-
-    /// Why a subscriber does not get what it should.
-    pub fn of_subscriber(&self, name: &str) -> Option<&str> {
-        let find = |concerns: &dyn Fn(&Harms) -> bool| self.0.values().find(|(harms, _)| concerns(harms)).map(|(_, why)| why.as_str());
-        find(&|harms| *harms == Harms::Lanes).or_else(|| find(&|harms| matches!(harms, Harms::Subscriber(s) if s == name)))
-    }
-}
-
-/// Says which subscribers a queue may unbind. Clones are the same.
-///
-/// Events that are published while a subscriber is not bound are lost to it, and a start whose files were away looks like one whose
-/// subscribers were removed. So where a start would unbind all that are bound, or most of many, none is unbound before an operator has
-/// asked for it. What the running daemon is given later is judged by the reload.
-#[derive(Debug, Clone, Default)]
-pub struct Removals(Arc<watch::Sender<Judged>>);
-
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-enum Judged {
-    /// It is not known yet who is bound.
-    #[default]
-    Not,
-    /// All may be unbound but these.
-    Kept(BTreeSet<String>),
-    Held(HeldRemovals),
-}
-
-/// Of all that were `bound` when the daemon started, `missing` are not configured.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldRemovals {
-    pub bound: BTreeSet<String>,
-    pub missing: BTreeSet<String>,
-}
-
-impl Removals {
-    /// For the queue, when it knows who is bound by what came before, and each time that others are configured.
-    pub(crate) fn judge(&self, bound: &BTreeSet<String>, wanted: &BTreeSet<String>) {
-        self.0.send_if_modified(|judged| {
-            let new = match judged {
-                Judged::Kept(_) => return false,
-                Judged::Not if !is_drastic(bound, wanted) => Judged::Kept(wanted.clone()),
-                Judged::Not => Judged::Held(HeldRemovals { bound: bound.clone(), missing: bound - wanted }),
-                // Files may come back one by one: until all are there, it is as it was.
-                Judged::Held(held) if held.bound.is_subset(wanted) => Judged::Kept(wanted.clone()),
-                Judged::Held(held) => Judged::Held(HeldRemovals { missing: &held.bound - wanted, ..held.clone() }),
-            };
-            let changed = *judged != new;
-            if let (Judged::Not, Judged::Held(held)) = (&*judged, &new) {
-                tracing::error!(subscribers = ?held.missing, "not unbound: {held}");
-            }
-            *judged = new;
-            changed
-        });
-    }
-
-    /// Whether a subscriber that is not configured may be unbound.
-    pub(crate) fn may_unbind(&self, subscriber: &str) -> bool {
-        matches!(&*self.0.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
-    }
-
-    /// Whether subscribers that are not configured may be bound and get events: so it is until it is known who is bound, and while
-    /// removals wait for an operator.
-    pub fn others_may_be_bound(&self) -> bool {
-        !matches!(&*self.0.borrow(), Judged::Kept(_))
-    }
-
-    /// Changes when somebody may be unbound who was not before.
-    pub(crate) fn changes(&self) -> watch::Receiver<impl Sized + use<>> {
-        self.0.subscribe()
-    }
-
-    /// These are configured from now on. What was held at the start stays so unless an operator has asked for this.
-    pub fn configure(&self, names: BTreeSet<String>, by_operator: bool) -> Before {
-        let mut before = Judged::Not;
-        self.0.send_modify(|judged| {
-            before.clone_from(judged);
-            if by_operator || matches!(judged, Judged::Kept(_)) {
-                *judged = Judged::Kept(names);
-            }
-        });
-        Before(before)
-    }
-
-    /// Those of [`configure`](Self::configure) are not in use after all.
-    pub fn restore(&self, before: Before) {
-        self.0.send_replace(before.0);
-    }
-
-    /// Who is not unbound before an operator has asked for it.
-    pub fn held(&self) -> Option<HeldRemovals> {
-        match &*self.0.borrow() {
-            Judged::Held(held) => Some(held.clone()),
-            Judged::Not | Judged::Kept(_) => None,
-        }
-    }
-}
-
-/// What [`Removals::configure`] has changed.
-#[derive(Debug)]
-pub struct Before(Judged);
-
-impl fmt::Display for HeldRemovals {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} of the {} subscribers that are bound are not configured ({}). A start alone does not unbind so many: they go on getting events \
-             until `hooktrail reload`, SIGHUP or POST /api/v1/reload says that it is meant",
-            self.missing.len(),
-            self.bound.len(),
-            some_of(&self.missing)
-        )
-    }
-}
-
-/// The first few names of many, and how many there are beside them.
-pub fn some_of(names: &BTreeSet<String>) -> String {
-    const SHOWN: usize = 5;
-    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
-}
-
-/// Of each subscriber that was ever paused, what was recorded last.
-pub type Standings = Arc<BTreeMap<String, Standing>>;
-
-/// Whether a subscriber gets what waits for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
-    Paused(Pause),
-    /// Attempts and elapsed time of batches from before then begin anew.
-    Resumed {
-        at: SystemTime,
-    },
-}
-
-impl Standing {
-    pub fn pause(&self) -> Option<&Pause> {
-        match self {
-            Self::Paused(pause) => Some(pause),
-            Self::Resumed { .. } => None,
-        }
-    }
-}
-
-/// Why a subscriber gets nothing until it is resumed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pause {
-    /// For an operator to read.
-    pub why: String,
-    pub since: SystemTime,
-    /// `receiver`, `retry.on_exhausted` or `operator`.
-    pub by: String,
-}
-
 /// An event on its way into the queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewEvent {
@@ -354,43 +156,6 @@ pub struct NewEvent {
     pub body: Bytes,
     /// The producer's, as W3C Trace Context has it.
     pub traceparent: Option<Arc<str>>,
-}
-
-/// How much a subscriber has in its queues, without what lanes have taken.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Depth {
-    /// Events to deliver.
-    pub events: u64,
-    /// Batches whose time to be tried again has come.
-    pub retries: u64,
-    /// Batches whose time has not come. 0 on RabbitMQ, where they are counted for all subscribers together.
-    pub delayed: u64,
-    pub dead: u64,
-}
-
-impl Depth {
-    pub fn is_empty(self) -> bool {
-        self == Self::default()
-    }
-
-    /// Batches to be tried again, as far as they are counted for the subscriber alone.
-    pub const fn batches(self) -> u64 {
-        self.retries + self.delayed
-    }
-}
-
-/// How much there is in the queues.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Depths {
-    /// By subscriber; those without queues are not there.
-    pub subscribers: BTreeMap<String, Depth>,
-    /// Of subscribers that are not configured any more and were not pruned.
-    pub removed: BTreeMap<String, Depth>,
-    /// Batches of all subscribers whose time to be tried again has not come; `None` where they are counted for
-    /// [each](Depth::delayed).
-    pub delayed: Option<u64>,
-    /// What could not be routed back.
-    pub orphans: u64,
 }
 
 /// W3C Trace Context has 55 characters; what is far longer is something else.
@@ -552,31 +317,15 @@ pub trait Settler: Clone + Send + Sync + 'static {
 /// Stands for a message that was taken, at the source it was taken from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Receipt {
-    pub(crate) from: Kind,
+    pub(crate) from: MessageKind,
     pub(crate) tag: u64,
-}
-
-/// What a message holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    Event,
-    Batch,
-}
-
-impl Kind {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Event => "event",
-            Self::Batch => "batch",
-        }
-    }
 }
 
 /// A message as it was taken.
 #[derive(Debug)]
 pub enum Taken {
     Event(Event),
-    Envelope(Envelope, Receipt),
+    Batch(Batch, Receipt),
     /// A message that is no envelope where one should be, or no event that can be read, as the dead letter that it becomes.
     Unusable(DeadLetter, Receipt),
     /// What comes again although it was settled: only its ack was lost. To be acked, and not attempted.
@@ -600,223 +349,13 @@ pub struct Event {
     pub receipt: Receipt,
 }
 
-/// A batch that failed at least once: everything that makes the next attempt the same request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Envelope {
-    pub batch_id: String,
-    /// The exact request body.
-    pub body: Bytes,
-    pub format: Format,
-    pub events: u32,
-    /// Attempts made; 0 after a replay.
-    pub attempts: u32,
-    /// Of the first attempt; `None` before it.
-    pub first_attempt_at: Option<SystemTime>,
-    /// Of the first event's producer, as W3C Trace Context has it.
-    pub traceparent: Option<String>,
-    pub story: Story,
-    /// An operator has sent it again: it was a dead letter once.
-    pub replay: bool,
-}
-
-/// The failed attempts of a batch, the first and the last of them: enough to see how it went, and bounded.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Story {
-    attempts: Vec<FailedAttempt>,
-    left_out: u32,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FailedAttempt {
-    /// As the request told it: begins anew with a replay or a resume, and for the parts of a split batch.
-    pub number: u32,
-    /// When it was over.
-    pub at: SystemTime,
-    pub came_to: CameTo,
-}
-
-/// What a failed attempt came to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CameTo {
-    Status(u16),
-    /// The stable name of a failure without an answer, such as `timeout`.
-    Failure(String),
-}
-
-impl fmt::Display for CameTo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Status(status) => write!(f, "{status}"),
-            Self::Failure(name) => f.write_str(name),
-        }
-    }
-}
-
-impl Story {
-    /// So many from the beginning are kept, and so many from the end.
-    pub const FIRST: usize = 5;
-    pub const LAST: usize = 45;
-
-    /// A failure's name may have as many bytes.
-    const MAX_NAME: usize = 32;
-
-    pub fn add(&mut self, attempt: FailedAttempt) {
-        if self.attempts.len() == Self::FIRST + Self::LAST {
-            self.attempts.remove(Self::FIRST);
-            self.left_out = self.left_out.saturating_add(1);
-        }
-        self.attempts.push(attempt);
-    }
-
-    /// The first and the last attempts, and how many are left out between them.
-    pub fn parts(&self) -> (&[FailedAttempt], u32, &[FailedAttempt]) {
-        let (first, last) = self.attempts.split_at(self.attempts.len().min(Self::FIRST));
-        (first, self.left_out, last)
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.attempts.is_empty()
-    }
-
-    /// The last attempt that failed.
-    pub fn last(&self) -> Option<&FailedAttempt> {
-        self.attempts.last()
-    }
-
-    /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times in Unix
-    /// milliseconds, and `+7` where seven are left out.
-    pub(crate) fn to_text(&self) -> String {
-        let (first, left_out, last) = self.parts();
-        let one = |a: &FailedAttempt| {
-            let at = a.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
-            format!("{}@{at}={}", a.number, a.came_to)
-        };
-        let gap = (left_out > 0).then(|| format!("+{left_out}"));
-        first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect::<Vec<_>>().join(",")
-    }
-
-    /// What cannot be read is no part of it: a story is for looking at, and must not keep its batch from being sent.
-    pub(crate) fn from_text(text: &str) -> Self {
-        let mut story = Self::default();
-        for part in text.split(',') {
-            if let Some(left_out) = part.strip_prefix('+').and_then(|n| n.parse::<u32>().ok()) {
-                story.left_out = story.left_out.saturating_add(left_out);
-            } else if let Some(attempt) = Self::attempt(part) {
-                story.add(attempt);
-            }
-        }
-        // Nothing is left out between no attempts.
-        if story.is_empty() { Self::default() } else { story }
-    }
-
-    fn attempt(text: &str) -> Option<FailedAttempt> {
-        let (number, rest) = text.split_once('@')?;
-        let (at, came_to) = rest.split_once('=')?;
-        // As far as RFC 3339 goes: a later time could not be shown.
-        let at = at.parse().ok().filter(|ms| *ms < 253_402_300_800_000)?;
-        let is_name =
-            !came_to.is_empty() && came_to.len() <= Self::MAX_NAME && came_to.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-        let came_to = match came_to.parse() {
-            Ok(status) => CameTo::Status(status),
-            Err(_) => CameTo::Failure(is_name.then(|| came_to.to_owned())?),
-        };
-        Some(FailedAttempt { number: number.parse().ok()?, at: SystemTime::UNIX_EPOCH + Duration::from_millis(at), came_to })
-    }
-}
-
-/// Why something was given up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
-    Exhausted,
-    /// The receiver does not accept it, and accepts others.
-    Refused,
-    InvalidEvent,
-    TooLarge,
-    /// The broker's own doing: more deliveries than a policy allows.
-    DeliveryLimit,
-    /// The broker's own doing: a policy's time to live.
-    Expired,
-}
-
-impl Reason {
-    pub const ALL: [Self; 6] = [Self::Exhausted, Self::Refused, Self::InvalidEvent, Self::TooLarge, Self::DeliveryLimit, Self::Expired];
-
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Exhausted => "exhausted",
-            Self::Refused => "refused",
-            Self::InvalidEvent => "invalid_event",
-            Self::TooLarge => "too_large",
-            Self::DeliveryLimit => "delivery_limit",
-            Self::Expired => "expired",
-        }
-    }
-
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|r| r.name() == name)
-    }
-}
-
-/// What could not be delivered, and why.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeadLetter {
-    pub kind: Kind,
-    pub reason: Reason,
-    /// The exact request body of a batch, or the event as it was published.
-    pub body: Bytes,
-    pub content_type: Option<String>,
-    /// Of an event that is still as its producer encoded it, in the producer's words.
-    pub content_encoding: Option<String>,
-    /// The batch's id, or the producer's message id of an event.
-    pub id: Option<String>,
-    pub events: u32,
-    pub attempts: u32,
-    /// The last answer's.
-    pub status: Option<u16>,
-    /// For an operator to read; cut to [`MAX_ERROR_LEN`].
-    pub error: String,
-    pub first_attempt_at: Option<SystemTime>,
-    pub died_at: Option<SystemTime>,
-    pub story: Story,
-}
-
-impl DeadLetter {
-    /// How the events stand in the body of a batch, if its content type says so.
-    pub fn format(&self) -> Option<Format> {
-        [Format::Json, Format::JsonLines].into_iter().find(|f| self.content_type.as_deref() == Some(f.content_type()))
-    }
-
-    /// A batch as it comes back: under its id, with attempts and elapsed time begun anew, and marked.
-    pub(crate) fn to_envelope(&self) -> Envelope {
-        Envelope {
-            batch_id: self.id.clone().unwrap_or_else(clock::batch_id),
-            body: self.body.clone(),
-            format: self.format().unwrap_or(Format::Json),
-            events: self.events,
-            attempts: 0,
-            first_attempt_at: None,
-            traceparent: None,
-            story: self.story.clone(),
-            replay: true,
-        }
-    }
-}
-
-/// The longest error that a dead letter carries, in bytes.
-pub const MAX_ERROR_LEN: usize = 1024;
-
-/// Cuts a text to [`MAX_ERROR_LEN`] at a character's border.
-pub fn cut_error(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MAX_ERROR_LEN)]
-}
-
 /// What became of messages.
 #[derive(Debug)]
 pub enum Settlement {
     Delivered,
     /// Comes again as envelopes, in their order, not before `delay` from now.
     Retry {
-        envelopes: Vec<Envelope>,
+        batches: Vec<Batch>,
         delay: Duration,
     },
     Dead(Vec<DeadLetter>),
@@ -892,98 +431,3 @@ impl std::error::Error for QueueError {}
 
 #[cfg(test)]
 pub(crate) mod fake;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_is_cut_at_a_character() {
-        let text = "é".repeat(600);
-        assert_eq!(cut_error(&text).len(), 1024);
-        assert_eq!(cut_error(&text[..1000]).len(), 1000);
-        assert_eq!(cut_error(&format!("x{text}")).len(), 1023);
-    }
-
-    fn attempt(number: u32, came_to: CameTo) -> FailedAttempt {
-        FailedAttempt { number, at: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::from(number) + 1_735_830_138_000), came_to }
-    }
-
-    #[test]
-    fn a_story_keeps_the_first_and_the_last_attempts_however_many_there_are() {
-        let mut story = Story::default();
-        for n in 1..=50 {
-            story.add(attempt(n, CameTo::Status(503)));
-        }
-        assert_eq!((story.parts().1, story.parts().2.len()), (0, 45));
-        for n in 51..=u32::from(u16::MAX) {
-            story.add(attempt(n, CameTo::Failure("address_blocked".to_owned())));
-        }
-        let (first, left_out, last) = story.parts();
-        let numbers = |attempts: &[FailedAttempt]| attempts.iter().map(|a| a.number).collect::<Vec<_>>();
-        assert_eq!(numbers(first), [1, 2, 3, 4, 5]);
-        assert_eq!(left_out, 65_535 - 50);
-        assert_eq!(numbers(last), (65_491..=65_535).collect::<Vec<_>>());
-        assert!(story.to_text().len() < 3 * 1024, "{} bytes", story.to_text().len());
-        assert_eq!(Story::from_text(&story.to_text()), story);
-    }
-
-    #[test]
-    fn of_a_story_that_somebody_else_wrote_only_what_can_be_read_is_taken() {
-        let text =
-            "1@1735830138001=503,,2@x=503,3@1735830138003=timeout,4@5=\u{1b}[2J,5@5,+x,6@5=A,7@253402300800000=500,+4294967295,+9,-1@5=503";
-        let story = Story::from_text(text);
-        let expected = [attempt(1, CameTo::Status(503)), attempt(3, CameTo::Failure("timeout".to_owned()))];
-        assert_eq!(story.parts(), (&expected[..], u32::MAX, &[][..]));
-        assert_eq!(Story::from_text(""), Story::default());
-        assert_eq!(Story::from_text("+7,x"), Story::default());
-        let many: String = (1..100_000).map(|n| format!("{n}@1=500,")).collect();
-        assert_eq!(Story::from_text(&many).attempts.len(), Story::FIRST + Story::LAST);
-    }
-
-    fn names(text: &str) -> BTreeSet<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
-
-    #[test]
-    fn a_start_that_would_unbind_most_unbinds_nobody_until_an_operator_asks_or_they_are_back() {
-        let held = || {
-            let removals = Removals::default();
-            assert!(!removals.may_unbind("a"), "it is not known who is bound");
-            removals.judge(&names("a b c d e"), &names("e x y z"));
-            assert_eq!(removals.held().expect("held").missing, names("a b c d"));
-            removals
-        };
-        let operator = held();
-        assert!(!operator.may_unbind("a"));
-        operator.configure(names("e"), true);
-        assert!(operator.may_unbind("a") && !operator.may_unbind("e") && operator.held().is_none());
-        let back = held();
-        back.configure(names("a b c e"), false);
-        // Those that came with this start are bound by now, and say nothing of what was there before.
-        back.judge(&names("a b c d e x y z"), &names("x y z e"));
-        assert!(back.held().is_some());
-        // One by one.
-        back.judge(&names("a b c d e x y z"), &names("a b c e"));
-        assert!(!back.may_unbind("d") && back.held().expect("held").missing == names("d"));
-        back.judge(&names("a b c d e x y z"), &names("a b c d e"));
-        assert!(back.held().is_none() && back.may_unbind("x") && !back.may_unbind("a"));
-    }
-
-    #[test]
-    fn what_a_running_daemon_removes_may_be_unbound_unless_that_was_given_up() {
-        let removals = Removals::default();
-        removals.judge(&names("a b"), &names("a b"));
-        let before = removals.configure(names("a"), false);
-        assert!(removals.may_unbind("b"));
-        removals.restore(before);
-        assert!(!removals.may_unbind("b"));
-    }
-
-    #[test]
-    fn a_reason_has_one_name() {
-        for r in Reason::ALL {
-            assert_eq!(Reason::from_name(r.name()), Some(r));
-        }
-    }
-}

@@ -8,11 +8,11 @@ use crate::{
     answer::Health,
     clock,
     config::Subscriber,
+    delivery::{BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason},
     event,
-    queue::Reason,
     tls::SystemRoots,
-    verdict::{Attempt, Cause, Disposition, Origin, decide},
-    webhook::{Failure, Outcome, Rehearsal, Request, Webhook},
+    verdict::{Attempt, Origin, decide},
+    webhook::{Rehearsal, Request, Webhook},
     wording::counted,
 };
 
@@ -37,7 +37,7 @@ pub struct Report {
 pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
     let webhook = Webhook::try_new(subscriber, &SystemRoots::load()?)?;
     let body = body(subscriber);
-    let request = Request { batch_id: clock::batch_id(), attempt: 1, format: subscriber.format, body: body.clone().into(), replay: false };
+    let request = Request { batch_id: BatchId::random(), attempt: 1, format: subscriber.format, body: body.clone().into(), replay: false };
     let started = clock::instant();
     let rehearsal = webhook.rehearse(request).await;
     let took = clock::instant() - started;
@@ -98,7 +98,7 @@ fn verdict(subscriber: &Subscriber, outcome: &Outcome, body_bytes: usize) -> (&'
         // They depend on what else the endpoint answers, so the answer has the word.
         Outcome::TooLarge { .. } => "too_large",
         Outcome::Refused { .. } => "refused",
-        _ => decided.disposition.name(),
+        _ => decided.disposition.kind().map_or("given_back", DispositionKind::name),
     };
     let mut text = disposition_text(subscriber, decided.disposition);
     match outcome {
@@ -135,10 +135,10 @@ fn disposition_text(subscriber: &Subscriber, disposition: Disposition) -> String
         }
         Disposition::DeadLetter(Reason::TooLarge) => "dead letter, reason `too_large`: even one event is too much for it".to_owned(),
         Disposition::DeadLetter(reason) => format!("dead letter, reason `{}`: [retry] allows no other attempt", reason.name()),
-        Disposition::Paused(Cause::Gone) => {
+        Disposition::Paused(PauseCause::Gone) => {
             "paused: the batch would be kept, and nothing sent until `hooktrail resume`, since 410 asks to be left alone".to_owned()
         }
-        Disposition::Paused(Cause::Exhausted) => "paused: [retry] allows no other attempt, and on_exhausted is \"pause\"".to_owned(),
+        Disposition::Paused(PauseCause::Exhausted) => "paused: [retry] allows no other attempt, and on_exhausted is \"pause\"".to_owned(),
         Disposition::GivenBack => "not sent, and no attempt: the queue would get the batch back as it was".to_owned(),
     }
 }

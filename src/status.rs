@@ -14,8 +14,10 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use crate::{
+    circuit_breaker::CircuitState,
+    delivery::{Depth, Depths, DispositionKind, FailureKind, Pause, Reason},
     metrics::{Exposition, Metrics, SubscriberMetrics},
-    queue::{Depth, Depths, Pause, Troubles},
+    queue::Troubles,
 };
 
 /// Rates are those of so long.
@@ -294,11 +296,11 @@ pub enum Circuit {
 }
 
 impl Circuit {
-    pub const fn name(self) -> &'static str {
+    pub const fn state(self) -> CircuitState {
         match self {
-            Self::Closed => "closed",
-            Self::Open { .. } => "open",
-            Self::HalfOpen => "half_open",
+            Self::Closed => CircuitState::Closed,
+            Self::Open { .. } => CircuitState::Open,
+            Self::HalfOpen => CircuitState::HalfOpen,
         }
     }
 }
@@ -307,8 +309,8 @@ impl Circuit {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastError {
     pub at: SystemTime,
-    /// As [`crate::webhook::Failure`] names it; nothing that the receiver wrote.
-    pub failure: &'static str,
+    /// Nothing that the receiver wrote.
+    pub failure: FailureKind,
     pub status: Option<u16>,
     pub cause: Option<String>,
 }
@@ -329,7 +331,7 @@ impl Drop for InFlight {
 /// An attempt that has ended.
 #[derive(Debug)]
 pub struct Ended {
-    pub outcome: &'static str,
+    pub disposition: DispositionKind,
     pub failure: Option<LastError>,
     pub took: Duration,
 }
@@ -394,7 +396,7 @@ impl State {
 
 impl Seen {
     fn new(metrics: SubscriberMetrics) -> Self {
-        metrics.circuit(Circuit::Closed.name(), None);
+        metrics.circuit(CircuitState::Closed, None);
         metrics.up(true);
         Self {
             metrics,
@@ -471,7 +473,7 @@ impl LaneStatus {
 
     pub fn ended(&self, ended: Ended, now: Instant) {
         let mut seen = self.seen();
-        seen.metrics.attempt_ends(ended.outcome, ended.failure.as_ref().map(|e| e.failure), ended.took);
+        seen.metrics.attempt_ends(ended.disposition, ended.failure.as_ref().map(|e| e.failure), ended.took);
         seen.in_flight = seen.in_flight.saturating_sub(1);
         seen.failing = ended.failure.is_some();
         if seen.attempts.len() == ATTEMPTS {
@@ -487,7 +489,7 @@ impl LaneStatus {
     pub fn not_sent(&self, why: &str, at: SystemTime) {
         let mut seen = self.seen();
         seen.metrics.attempt_was_none();
-        seen.last_error = Some(LastError { at, failure: "internal", status: None, cause: Some(why.to_owned()) });
+        seen.last_error = Some(LastError { at, failure: FailureKind::Internal, status: None, cause: Some(why.to_owned()) });
     }
 
     /// Those that were under way are gone with their lane.
@@ -512,8 +514,7 @@ impl LaneStatus {
         }
     }
 
-    /// `reason` is a name of [`crate::queue::Reason`].
-    pub fn dead(&self, reason: &str, letters: u64) {
+    pub fn dead(&self, reason: Reason, letters: u64) {
         self.seen().metrics.dead(reason, letters);
     }
 
@@ -546,7 +547,7 @@ impl LaneStatus {
         }
         seen.circuit = circuit;
         seen.circuit_since = if circuit == Circuit::Closed { None } else { seen.circuit_since.or(Some(time)) };
-        seen.metrics.circuit(circuit.name(), seen.circuit_since);
+        seen.metrics.circuit(circuit.state(), seen.circuit_since);
     }
 
     pub fn held(&self, until: Option<SystemTime>) {
@@ -627,7 +628,7 @@ mod tests {
     }
 
     fn failed(at: SystemTime) -> Option<LastError> {
-        Some(LastError { at, failure: "status", status: Some(503), cause: None })
+        Some(LastError { at, failure: FailureKind::Status, status: Some(503), cause: None })
     }
 
     #[test]
@@ -636,7 +637,7 @@ mod tests {
         let lane = board.lane("a");
         let state = || board.view("a", now, time).expect("it is there").state;
         assert_eq!(state(), State::Ok);
-        let ended = |failure| Ended { outcome: "retry", failure, took: secs(1) };
+        let ended = |failure| Ended { disposition: DispositionKind::Retry, failure, took: secs(1) };
         lane.ended(ended(failed(time)), now);
         assert_eq!(state(), State::Retrying);
         lane.held(Some(time + secs(5)));
@@ -652,7 +653,7 @@ mod tests {
         lane.trouble(None);
         lane.circuit(Circuit::Closed, time);
         lane.held(Some(time));
-        lane.ended(Ended { outcome: "delivered", ..ended(None) }, now);
+        lane.ended(Ended { disposition: DispositionKind::Delivered, ..ended(None) }, now);
         assert_eq!(state(), State::Ok, "a time that has come holds nothing");
         assert_eq!(board.view("a", now, time).expect("it is there").last_error, failed(time), "it is still told");
         assert_eq!(board.view("b", now, time), None);
@@ -667,13 +668,13 @@ mod tests {
         assert_eq!(state(secs(4)), State::Ok);
         assert_eq!(state(secs(18)), State::Waiting { since: time });
         let second = lane.begins("msg_2", 1, 1, now + secs(1));
-        lane.ended(Ended { outcome: "delivered", failure: None, took: secs(1) }, now + secs(2));
+        lane.ended(Ended { disposition: DispositionKind::Delivered, failure: None, took: secs(1) }, now + secs(2));
         drop(second);
         assert_eq!(state(secs(18)), State::Ok, "others are accepted");
         drop(first);
         let _third = lane.begins("msg_3", 1, 1, now + secs(20));
         assert_eq!(state(secs(30)), State::Waiting { since: time + secs(20) });
-        lane.ended(Ended { outcome: "retry", failure: failed(time), took: secs(1) }, now + secs(30));
+        lane.ended(Ended { disposition: DispositionKind::Retry, failure: failed(time), took: secs(1) }, now + secs(30));
         assert_eq!(state(secs(40)), State::Retrying, "why is known");
     }
 
@@ -683,7 +684,14 @@ mod tests {
         let lane = board.lane("a");
         for n in 0..100 {
             let failure = if n % 10 == 0 { failed(time) } else { None };
-            lane.ended(Ended { outcome: if n % 10 == 0 { "retry" } else { "delivered" }, failure, took: secs(n) }, start);
+            lane.ended(
+                Ended {
+                    disposition: if n % 10 == 0 { DispositionKind::Retry } else { DispositionKind::Delivered },
+                    failure,
+                    took: secs(n),
+                },
+                start,
+            );
             lane.delivered(3, Some(secs(1)), None, start + Duration::from_millis(n * 100), time);
         }
         let view = board.view("a", start + secs(10), time).expect("it is there");

@@ -4,9 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::{
     answer::Health,
-    queue::Reason,
+    delivery::{Disposition, Failure, Outcome, PauseCause, Reason},
     retry::{Exhausted, Next, RetryPolicy},
-    webhook::{Failure, Outcome},
 };
 
 /// A body of more bytes than this may be what a receiver cannot take, if it ends the connection while the body is being sent. RFC 9110,
@@ -51,32 +50,6 @@ pub struct Verdict {
     pub shortened: Option<Duration>,
 }
 
-/// What becomes of the batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Disposition {
-    Delivered,
-    /// The same again.
-    Retry {
-        delay: Duration,
-    },
-    /// Its halves, each for itself.
-    Split {
-        delay: Duration,
-    },
-    DeadLetter(Reason),
-    /// It is kept, and the subscriber gets nothing more until it is resumed.
-    Paused(Cause),
-    /// It was no attempt: the queue gets it back as it was.
-    GivenBack,
-}
-
-/// Why a subscriber is paused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    Gone,
-    Exhausted,
-}
-
 /// What an attempt says of the endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Evidence {
@@ -87,35 +60,6 @@ pub enum Evidence {
     },
     /// Nothing of whether it is well.
     None,
-}
-
-impl Disposition {
-    /// A stable name for logs and metrics.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Delivered => "delivered",
-            Self::Retry { .. } => "retry",
-            Self::Split { .. } => "split",
-            Self::DeadLetter(_) => "dead_letter",
-            Self::Paused(_) => "paused",
-            Self::GivenBack => "given_back",
-        }
-    }
-
-    /// How long until the next attempt.
-    pub const fn delay(self) -> Option<Duration> {
-        match self {
-            Self::Retry { delay } | Self::Split { delay } => Some(delay),
-            Self::Delivered | Self::DeadLetter(_) | Self::Paused(_) | Self::GivenBack => None,
-        }
-    }
-
-    pub const fn reason(self) -> Option<Reason> {
-        match self {
-            Self::DeadLetter(reason) => Some(reason),
-            _ => None,
-        }
-    }
 }
 
 /// Decides what follows. `current`: requests are still made as this one was; a failure of an endpoint or with a secret that is not
@@ -135,7 +79,7 @@ pub fn decide(
         Outcome::Delivered { .. } => plain(Disposition::Delivered, if current { Evidence::Accepted } else { Evidence::None }),
         Outcome::Unsent { .. } => plain(Disposition::GivenBack, Evidence::None),
         _ if !current => case.of_another_endpoint(),
-        Outcome::Gone { .. } => plain(Disposition::Paused(Cause::Gone), Evidence::None),
+        Outcome::Gone { .. } => plain(Disposition::Paused(PauseCause::Gone), Evidence::None),
         Outcome::Retry { failure, retry_after } => case.failed(failure, *retry_after),
         Outcome::TooLarge { retry_after, .. } if attempt.events > 1 => case.split(*retry_after),
         Outcome::TooLarge { retry_after, .. } if health.believes_too_large() => dead(Reason::TooLarge, *retry_after),
@@ -201,7 +145,7 @@ impl Case<'_> {
             Next::After(delay) => Disposition::Retry { delay },
             Next::Exhausted => match self.retry.on_exhausted() {
                 Exhausted::DeadLetter => Disposition::DeadLetter(Reason::Exhausted),
-                Exhausted::Pause => Disposition::Paused(Cause::Exhausted),
+                Exhausted::Pause => Disposition::Paused(PauseCause::Exhausted),
             },
         };
         let shortened = retry_after.filter(|wish| *wish > disposition.delay().unwrap_or(granted));
@@ -302,7 +246,7 @@ mod tests {
             (first(1), 422, &healthy, Disposition::DeadLetter(Reason::Refused), Evidence::None),
             (first(9), 413, &unknown, halves, Evidence::None),
             (first(1), 413, &unknown, Disposition::DeadLetter(Reason::TooLarge), Evidence::None),
-            (first(9), 410, &unknown, Disposition::Paused(Cause::Gone), Evidence::None),
+            (first(9), 410, &unknown, Disposition::Paused(PauseCause::Gone), Evidence::None),
         ] {
             let verdict = decided(&attempt, &status(answer), health);
             assert_eq!((verdict.disposition, verdict.evidence), (disposition, evidence), "{answer} to {attempt:?}");

@@ -6,7 +6,6 @@ mod errors;
 mod resolver;
 
 use std::{
-    fmt,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -30,6 +29,7 @@ use crate::{
         HttpPolicy, Subscriber,
         keys::{Affects, Differences},
     },
+    delivery::{BatchId, Failure, Outcome},
     payload::Format,
     retry::MAX_DELAY,
     signature::Signer,
@@ -53,126 +53,10 @@ const NO_STREAM: &str = "over HTTP/2 the receiver allows fewer requests at once,
 
 const EXCEPTIONS: &str = "see http.allow_addresses and http.allow_private_addresses";
 
-/// What an attempt came to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    Delivered {
-        status: u16,
-    },
-    Retry {
-        failure: Failure,
-        retry_after: Option<Duration>,
-    },
-    /// The endpoint asks to be left alone.
-    Gone {
-        failure: Failure,
-    },
-    /// The batch, or its one event, is more than the receiver takes at once.
-    TooLarge {
-        failure: Failure,
-        retry_after: Option<Duration>,
-    },
-    /// Something in the batch is not accepted, or nothing is.
-    Refused {
-        failure: Failure,
-        retry_after: Option<Duration>,
-    },
-    /// Nothing of the request was sent, for a lack of this daemon's own: it was no attempt.
-    Unsent {
-        why: String,
-    },
-}
-
-impl Outcome {
-    pub const fn failure(&self) -> Option<&Failure> {
-        match self {
-            Self::Delivered { .. } | Self::Unsent { .. } => None,
-            Self::Retry { failure, .. } | Self::Gone { failure } | Self::TooLarge { failure, .. } | Self::Refused { failure, .. } => {
-                Some(failure)
-            }
-        }
-    }
-}
-
-/// Why an attempt failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure {
-    /// An answer that is not a success, and the beginning of its text, on one line.
-    Status {
-        status: u16,
-        excerpt: String,
-    },
-    Dns(String),
-    AddressBlocked(String),
-    Connect(String),
-    Tls(String),
-    Timeout,
-    /// The connection ended before a status was read.
-    Reset {
-        why: String,
-        /// The body was still being sent.
-        while_sending: bool,
-    },
-    /// What came is not HTTP.
-    BadAnswer(String),
-    /// The attempt could not be made at all.
-    Internal(String),
-}
-
-impl Failure {
-    /// A stable name for logs and metrics.
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::Status { .. } => "status",
-            Self::Dns(_) => "dns",
-            Self::AddressBlocked(_) => "address_blocked",
-            Self::Connect(_) => "connect",
-            Self::Tls(_) => "tls",
-            Self::Timeout => "timeout",
-            Self::Reset { .. } => "reset",
-            Self::BadAnswer(_) => "bad_answer",
-            Self::Internal(_) => "internal",
-        }
-    }
-
-    pub const fn status(&self) -> Option<u16> {
-        match self {
-            Self::Status { status, .. } => Some(*status),
-            _ => None,
-        }
-    }
-
-    /// What this side found out about it: nothing that the receiver wrote, so that it may be logged.
-    pub fn cause(&self) -> Option<&str> {
-        match self {
-            Self::Status { .. } | Self::Timeout => None,
-            Self::Dns(why)
-            | Self::AddressBlocked(why)
-            | Self::Connect(why)
-            | Self::Tls(why)
-            | Self::Reset { why, .. }
-            | Self::BadAnswer(why)
-            | Self::Internal(why) => Some(why),
-        }
-    }
-}
-
-/// The whole story, for a dead letter: a receiver's text included.
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())?;
-        match self {
-            Self::Status { status, excerpt } if excerpt.is_empty() => write!(f, " {status}"),
-            Self::Status { status, excerpt } => write!(f, " {status}: {excerpt}"),
-            _ => self.cause().map_or(Ok(()), |why| write!(f, ": {why}")),
-        }
-    }
-}
-
 /// What is sent in one attempt.
 #[derive(Debug, Clone)]
 pub struct Request {
-    pub batch_id: String,
+    pub batch_id: BatchId,
     /// From 1.
     pub attempt: u32,
     pub format: Format,
@@ -351,7 +235,7 @@ impl Webhook {
         if request.replay {
             headers.insert(HeaderName::from_static("x-hooktrail-replay"), HeaderValue::from_static("true"));
         }
-        for (name, value) in self.signer.headers(&request.batch_id, clock::unix_seconds(now), &request.body) {
+        for (name, value) in self.signer.headers(request.batch_id.as_str(), clock::unix_seconds(now), &request.body) {
             let name = HeaderName::try_from(name).map_err(|e| e.to_string())?;
             headers.insert(name, HeaderValue::try_from(value).map_err(|e| e.to_string())?);
         }
@@ -481,7 +365,7 @@ mod tests {
     }
 
     fn request() -> Request {
-        Request { batch_id: "msg_1".to_owned(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}"), replay: false }
+        Request { batch_id: "msg_1".into(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}"), replay: false }
     }
 
     #[tokio::test]

@@ -23,7 +23,8 @@ use super::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
 use crate::{
     clock::{self, rfc3339},
     config::{Subscriber, changes::Changes},
-    queue::{DeadLetters as _, Depth, Pause, Queue, QueueError, Standing},
+    delivery::{Depth, Pause, Standing},
+    queue::{DeadLetters as _, Queue, QueueError},
     rehearsal,
     reload::{Because, Held, Reloaded, Reloader, Unchanged},
     status::{Board, Circuit, Looked, State as LaneState, View},
@@ -390,7 +391,7 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
         Circuit::Closed | Circuit::HalfOpen => None,
     };
     let last_error =
-        view.last_error.as_ref().map(|e| json!({ "at": rfc3339(e.at), "failure": e.failure, "status": e.status, "cause": e.cause }));
+        view.last_error.as_ref().map(|e| json!({ "at": rfc3339(e.at), "failure": e.failure.name(), "status": e.status, "cause": e.cause }));
     let scheduled = view.retries_scheduled as u64;
     let in_retry = depth.map(|d| if counts_all { d.batches() } else { d.retries + scheduled });
     let thousandths = |n: u64| n as f64 / 1000.0;
@@ -398,7 +399,7 @@ fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> V
         "subscriber": name,
         "state": view.state.name(),
         "paused": pause,
-        "circuit": { "state": view.circuit.name(), "until": until },
+        "circuit": { "state": view.circuit.state().name(), "until": until },
         "held_until": held,
         "waiting_since": waiting,
         "queue_error": error,
@@ -518,7 +519,7 @@ mod tests {
             served.goes_away(client).await;
             recording.go_on();
             let is_made = |all: &Option<_>| {
-                all.as_ref().and_then(|all: &crate::queue::Standings| all.get("a").map(|s| s.pause().is_some())) == Some(paused)
+                all.as_ref().and_then(|all: &crate::delivery::Standings| all.get("a").map(|s| s.pause().is_some())) == Some(paused)
             };
             timeout(PATIENCE, standings.wait_for(is_made)).await.expect("it is made to its end").expect("the queue is there");
         }

@@ -18,7 +18,8 @@ use super::{Failed, complete, reach, visible};
 use crate::{
     clock,
     config::{Backend, Config},
-    queue::{CameTo, DeadLetters, FailedAttempt, Held, Kind, Queue as _, QueueError, Reason, Story, embedded::EmbeddedQueue},
+    delivery::{AttemptLog, AttemptResult, FailedAttempt, MessageKind, Reason},
+    queue::{DeadLetters, Held, Queue as _, QueueError, embedded::EmbeddedQueue},
     signal::{self, Stops},
     wording::counted,
 };
@@ -220,10 +221,10 @@ fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
 }
 
 /// The failed attempts; where some are left out there is one element that says how many.
-fn story_as_json(story: &Story) -> serde_json::Value {
-    let one = |a: &FailedAttempt| match &a.came_to {
-        CameTo::Status(status) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status }),
-        CameTo::Failure(name) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name }),
+fn story_as_json(story: &AttemptLog) -> serde_json::Value {
+    let one = |a: &FailedAttempt| match &a.result {
+        AttemptResult::Status(status) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status }),
+        AttemptResult::Failure(name) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name }),
     };
     let (first, left_out, last) = story.parts();
     let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
@@ -370,7 +371,7 @@ fn for_reading(number: usize, held: &Held) -> String {
     if !first.is_empty() {
         lines.extend([String::new(), "the failed attempts:".to_owned()]);
     }
-    let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, clock::rfc3339(a.at), a.came_to);
+    let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, clock::rfc3339(a.at), a.result);
     lines.extend(first.iter().map(one));
     lines.extend((left_out > 0).then(|| format!("     …  {} left out here", counted(left_out, "attempt(s) (is|are)"))));
     lines.extend(last.iter().map(one));
@@ -451,8 +452,8 @@ impl<T> Group<T> {
 /// envelope was never put together by hooktrail: as a batch it would be a request that no receiver understands.
 fn cannot_be_replayed(held: &Held, orphans: bool) -> Option<&'static str> {
     match (held.letter.kind, held.letter.reason) {
-        (Kind::Batch, Reason::InvalidEvent) => Some("it never was a batch of hooktrail's"),
-        (Kind::Event, _) if orphans => Some("it is no batch, so no subscriber waits for it"),
+        (MessageKind::Batch, Reason::InvalidEvent) => Some("it never was a batch of hooktrail's"),
+        (MessageKind::Event, _) if orphans => Some("it is no batch, so no subscriber waits for it"),
         _ if held.subscriber.is_none() => Some("nothing says whose it is"),
         _ => None,
     }
@@ -705,7 +706,7 @@ fn finished(what: &str, done: usize, skipped: usize, of: usize, choice: &Choice<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cli::Cli, queue::DeadLetter};
+    use crate::{cli::Cli, delivery::DeadLetter};
     use clap::Parser as _;
     use std::{
         collections::VecDeque,
@@ -800,7 +801,7 @@ mod tests {
     fn letter(n: u16) -> DeadLetter {
         DeadLetter {
             content_encoding: None,
-            kind: Kind::Batch,
+            kind: MessageKind::Batch,
             reason: Reason::Exhausted,
             body: bytes::Bytes::new(),
             content_type: None,
@@ -811,7 +812,7 @@ mod tests {
             error: String::new(),
             first_attempt_at: None,
             died_at: None,
-            story: Story::default(),
+            story: AttemptLog::default(),
         }
     }
 

@@ -22,8 +22,8 @@ use tokio::net::TcpListener;
 
 use super::{Failed, visible};
 use crate::{
-    batch::is_half,
     clock,
+    delivery::BatchId,
     event::{Pattern, event_type},
     secret::Secret,
     signature::{self, Unverified},
@@ -282,7 +282,7 @@ impl Listener {
             Some(Ok(scheme)) => format!("verified ({scheme})"),
             Some(Err(why)) => format!("NOT VERIFIED: {why}"),
         };
-        let part = if id.is_some_and(is_half) { ", a part of a batch that was halved" } else { "" };
+        let part = if id.is_some_and(|id| BatchId::from(id).is_half()) { ", a part of a batch that was halved" } else { "" };
         let repeat = if repeat { ", seen before" } else { "" };
         println!(
             "{at}  {}  attempt {}{part}{repeat}: {}, {}, {verified}, answered {status}",

@@ -7,7 +7,8 @@ use serde_json::json;
 use super::{Failed, reach, visible};
 use crate::{
     config::{self, AmqpConfig, Backend, Config, Intake},
-    queue::{Depth, Depths, Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    delivery::{Depth, Depths},
+    queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     wording::{agreed, counted},
 };
 

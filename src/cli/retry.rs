@@ -18,6 +18,7 @@ use super::{
 use crate::{
     clock,
     config::{self, Backend, Config},
+    delivery::BatchId,
     queue::{Hastened, Queue, Waiting, WaitingList, embedded::EmbeddedQueue},
     signal,
     wording::counted,
@@ -150,9 +151,9 @@ fn list(subscriber: &str, found: &WaitingList, json: bool) -> Result<(), Failed>
     }
     let head = format!("{:>6}  {:<20}  {:<12}  {:>6}  {:>8}  {:<16}  ID", "NUMBER", "DUE AT", "IN", "EVENTS", "ATTEMPTS", "LAST ANSWER");
     let row = |(n, w): (usize, &Waiting)| {
-        let last = w.last.as_ref().map_or_else(|| "-".to_owned(), |last| visible(&last.came_to.to_string()));
+        let last = w.last.as_ref().map_or_else(|| "-".to_owned(), |last| visible(&last.result.to_string()));
         let (number, at, left) = (format!("@{}", n + 1), time(w.due), until(w.due, now));
-        let id = visible(&w.batch_id);
+        let id = visible(w.batch_id.as_str());
         print(&format!("{number:>6}  {at:<20}  {left:<12}  {:>6}  {:>8}  {last:<16}  {id}", w.events, w.attempts))
     };
     let _read = print(&head) && found.batches.iter().enumerate().all(row);
@@ -261,11 +262,11 @@ fn file_of(config: &Config, subscriber: &str) -> String {
 }
 
 /// The ids that are meant, and the numbers that nothing has.
-fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<String>, Vec<String>) {
+fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<BatchId>, Vec<String>) {
     let (mut ids, mut missing) = (BTreeSet::new(), Vec::new());
     for name in names {
         match name {
-            Name::Id(id) => drop(ids.insert(id.clone())),
+            Name::Id(id) => drop(ids.insert(id.as_str().into())),
             Name::Number(n) => match list.and_then(|list| list.batches.get(n.checked_sub(1)?)) {
                 Some(waiting) => drop(ids.insert(waiting.batch_id.clone())),
                 None => missing.push(format!("@{n}")),
@@ -276,12 +277,12 @@ fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<String>, Vec
 }
 
 /// What would come of it.
-fn foreseen(list: &WaitingList, ids: Option<&BTreeSet<String>>) -> Hastened {
+fn foreseen(list: &WaitingList, ids: Option<&BTreeSet<BatchId>>) -> Hastened {
     let now = clock::now();
     let meant: Vec<&Waiting> = list.batches.iter().filter(|w| ids.is_none_or(|ids| ids.contains(&w.batch_id))).collect();
     let due = meant.iter().filter(|w| w.is_due(now)).count() as u64;
-    let is_missing = |id: &&String| meant.iter().all(|w| w.batch_id != **id);
-    let missing = ids.into_iter().flatten().filter(is_missing).cloned().collect();
+    let is_missing = |id: &&BatchId| meant.iter().all(|w| w.batch_id != **id);
+    let missing = ids.into_iter().flatten().filter(is_missing).map(BatchId::to_string).collect();
     Hastened { moved: meant.len() as u64 - due, due, missing, unseen: list.unseen }
 }
 
@@ -290,7 +291,7 @@ mod tests {
     use super::*;
 
     fn waiting(id: &str, due: Option<SystemTime>) -> Waiting {
-        Waiting { batch_id: id.to_owned(), events: 1, attempts: 2, last: None, first_attempt_at: None, due, bytes: 7 }
+        Waiting { batch_id: id.into(), events: 1, attempts: 2, last: None, first_attempt_at: None, due, bytes: 7 }
     }
 
     #[test]
@@ -300,7 +301,7 @@ mod tests {
         let list = WaitingList { batches: vec![waiting("a", Some(now)), waiting("b", later), waiting("c", None)], unseen: 0 };
         let names = |texts: &[&str]| texts.iter().map(|t| t.parse::<Name>().expect("a name")).collect::<Vec<_>>();
         let (ids, missing) = resolve(&names(&["@2", "c", "@0", "@4", "b", "x"]), Some(&list));
-        assert_eq!(ids, ["b", "c", "x"].map(str::to_owned).into());
+        assert_eq!(ids, ["b", "c", "x"].map(BatchId::from).into());
         assert_eq!(missing, ["@0", "@4"]);
         let some = foreseen(&list, Some(&ids));
         assert_eq!((some.moved, some.due, some.missing), (2, 0, vec!["x".to_owned()]));

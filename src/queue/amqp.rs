@@ -73,12 +73,10 @@ pub use self::{
 use crate::{
     clock,
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
+    delivery::{BatchId, Depth, Depths, Standing, Standings},
     finding::Finding,
     metrics::Metrics,
-    queue::{
-        Depth, Depths, Harms, Hastened, NewEvent, Published, Queue, QueueError, Removals, Standing, Standings, Troubles, WaitingList,
-        Window,
-    },
+    queue::{Harms, Hastened, NewEvent, Published, Queue, QueueError, Removals, Troubles, WaitingList, Window},
     retry::Waits,
     wording::counted,
 };
@@ -738,7 +736,7 @@ impl Queue for AmqpQueue {
         waiting::list(self, subscriber).await
     }
 
-    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
         waiting::hasten(self, subscriber, ids).await
     }
 

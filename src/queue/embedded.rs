@@ -38,12 +38,10 @@ use self::{
 use crate::{
     clock,
     config::{EmbeddedConfig, Subscriber, Subscribers},
+    delivery::{BatchId, Depth, Depths, Pause, Standing, Standings},
     event::Pattern,
     finding::Finding,
-    queue::{
-        Depth, Depths, Hastened, MAX_TRACEPARENT, NewEvent, Pause, Published, Queue, QueueError, Removals, Standing, Standings,
-        WaitingList, Window,
-    },
+    queue::{Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
     retry::Waits,
 };
 
@@ -405,7 +403,7 @@ impl Queue for EmbeddedQueue {
         waiting::list(self, subscriber).await
     }
 
-    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
         waiting::hasten(self, subscriber, ids).await
     }
 
@@ -693,7 +691,7 @@ mod tests {
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
         let receipt = |t: &Taken| match t {
             Taken::Event(e) => e.receipt,
-            Taken::Envelope(_, receipt) | Taken::Unusable(_, receipt) | Taken::Known { receipt, .. } => *receipt,
+            Taken::Batch(_, receipt) | Taken::Unusable(_, receipt) | Taken::Known { receipt, .. } => *receipt,
         };
         taken.iter().map(receipt).collect()
     }

@@ -7,13 +7,14 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Depths, Envelope, Event, Hastened, Held, Kind, NewEvent, Published, Queue, QueueError, Receipt, Removals, SettleError,
-    Settlement, Settler, Source, Standing, Standings, Taken, WaitingList, Window,
+    DeadLetters, Event, Hastened, Held, NewEvent, Published, Queue, QueueError, Receipt, Removals, SettleError, Settlement, Settler,
+    Source, Taken, WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
 use crate::{
     config::{Subscriber, Subscribers},
+    delivery::{Batch, BatchId, Depths, MessageKind, Standing, Standings},
     finding::Finding,
 };
 
@@ -38,7 +39,7 @@ struct State {
     panics: Vec<String>,
     /// What the next settlements answer; `Ok` when there is none left.
     answers: VecDeque<SettleError>,
-    retries: Vec<(Envelope, Duration)>,
+    retries: Vec<(Batch, Duration)>,
     opened: usize,
     /// The next record waits for it.
     held: Option<HeldRecord>,
@@ -91,7 +92,7 @@ impl Fake {
         self.with(|s| s.unsettled.is_empty() && s.events.values().all(VecDeque::is_empty))
     }
 
-    pub(crate) fn retries(&self) -> Vec<(Envelope, Duration)> {
+    pub(crate) fn retries(&self) -> Vec<(Batch, Duration)> {
         self.with(|s| s.retries.clone())
     }
 
@@ -157,7 +158,7 @@ impl Queue for Fake {
         Ok(WaitingList::default())
     }
 
-    async fn hasten(&self, _: &str, _: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+    async fn hasten(&self, _: &str, _: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
         Err(QueueError::new("not part of this fake"))
     }
 
@@ -201,7 +202,7 @@ impl Source for End {
                 while let Some(body) = s.events.get_mut(&self.subscriber).and_then(VecDeque::pop_front) {
                     s.next_tag += 1;
                     s.unsettled.insert(s.next_tag, (self.subscriber.clone(), body.clone()));
-                    let receipt = Receipt { from: Kind::Event, tag: s.next_tag };
+                    let receipt = Receipt { from: MessageKind::Event, tag: s.next_tag };
                     let (message_id, content_type, published_at, traceparent) = (None, None, None, None);
                     into.push(Taken::Event(Event {
                         body: body.into_bytes(),
@@ -251,8 +252,8 @@ impl Settler for End {
             if let Some(answer) = s.answers.pop_front() {
                 return Err(answer);
             }
-            if let Settlement::Retry { envelopes, delay } = settlement {
-                s.retries.extend(envelopes.into_iter().map(|e| (e, delay)));
+            if let Settlement::Retry { batches, delay } = settlement {
+                s.retries.extend(batches.into_iter().map(|batch| (batch, delay)));
             }
             for r in receipts {
                 assert!(s.unsettled.remove(&r.tag).is_some(), "settled twice");

@@ -2,13 +2,15 @@
 
 use std::time::SystemTime;
 
-use super::{CameTo, Envelope, FailedAttempt};
-use crate::clock;
+use crate::{
+    clock,
+    delivery::{AttemptResult, Batch, BatchId, FailedAttempt},
+};
 
 /// A batch that waits for its next attempt, without its body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiting {
-    pub batch_id: String,
+    pub batch_id: BatchId,
     pub events: u32,
     /// Attempts made; 0 after a replay.
     pub attempts: u32,
@@ -22,15 +24,15 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    pub(crate) fn new(envelope: &Envelope, due: Option<SystemTime>) -> Self {
+    pub(crate) fn new(batch: &Batch, due: Option<SystemTime>) -> Self {
         Self {
-            batch_id: envelope.batch_id.clone(),
-            events: envelope.events,
-            attempts: envelope.attempts,
-            last: envelope.story.last().cloned(),
-            first_attempt_at: envelope.first_attempt_at,
+            batch_id: batch.id.clone(),
+            events: batch.events,
+            attempts: batch.attempts,
+            last: batch.story.last().cloned(),
+            first_attempt_at: batch.first_attempt_at,
             due,
-            bytes: envelope.body.len(),
+            bytes: batch.body.len(),
         }
     }
 
@@ -40,14 +42,14 @@ impl Waiting {
 
     /// For programs; `number` is its place in the list, from 1.
     pub fn as_json(&self, number: usize) -> serde_json::Value {
-        let (status, failure) = match self.last.as_ref().map(|last| &last.came_to) {
-            Some(CameTo::Status(status)) => (Some(*status), None),
-            Some(CameTo::Failure(name)) => (None, Some(name)),
+        let (status, failure) = match self.last.as_ref().map(|last| &last.result) {
+            Some(AttemptResult::Status(status)) => (Some(*status), None),
+            Some(AttemptResult::Failure(name)) => (None, Some(name)),
             None => (None, None),
         };
         serde_json::json!({
             "number": number,
-            "id": self.batch_id,
+            "id": self.batch_id.as_str(),
             "events": self.events,
             "attempts": self.attempts,
             "status": status,

@@ -5,12 +5,11 @@ use std::{error::Error, io::ErrorKind};
 use hyper_util::client::legacy;
 
 use super::{
-    Failure,
     body::Progress,
     connections::Answered,
     resolver::{Blocked, ResolveError},
 };
-use crate::resources;
+use crate::{delivery::Failure, resources};
 
 /// How often one attempt sends its request again because the receiver has not processed it: HTTP/2 says so, and may say so of
 /// each connection. A receiver that refuses everything must not be asked without end.

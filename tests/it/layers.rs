@@ -23,7 +23,7 @@ const LAYERS: &[&[&str]] = &[
         "turn",
         "wording",
     ],
-    &["batch", "handshake", "signature", "tls"],
+    &["batch", "delivery", "handshake", "signature", "tls"],
     &["config", "metrics"],
     &["endpoint", "log", "queue", "signal", "webhook"],
     &["status", "verdict"],

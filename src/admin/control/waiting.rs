@@ -8,6 +8,7 @@ use super::{Asked, Control, pause_as_json, queue_fails};
 use crate::{
     admin::Refusal,
     clock,
+    delivery::BatchId,
     queue::{Hastened, Queue},
 };
 
@@ -54,6 +55,7 @@ impl<Q: Queue> Control<Q> {
             None if which.try_only => Hastened::default(),
             ids => {
                 let _one = self.retrying.try_lock().map_err(|_| busy())?;
+                let ids = ids.map(|ids| ids.into_iter().map(BatchId::from).collect());
                 self.queue.hasten(name, ids).await.map_err(|e| queue_fails(&e))?
             }
         };

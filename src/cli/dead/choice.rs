@@ -12,8 +12,9 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use super::super::{Failed, complete, visible};
 use crate::{
     clock, config,
+    delivery::{DeadLetter, MessageKind, Reason},
     event::{Pattern, event_type},
-    queue::{DeadLetter, Held, Kind, Reason},
+    queue::Held,
     wording,
 };
 
@@ -166,8 +167,8 @@ impl Filters {
 fn has_event(letter: &DeadLetter, pattern: &Pattern) -> bool {
     let matches = |event: &[u8]| event_type(event).is_ok_and(|t| pattern.matches(&t));
     match letter.kind {
-        Kind::Event => matches(&letter.body),
-        Kind::Batch => {
+        MessageKind::Event => matches(&letter.body),
+        MessageKind::Batch => {
             let events = letter.format().and_then(|format| format.events(&letter.body));
             events.is_some_and(|events| events.into_iter().any(matches))
         }
@@ -378,7 +379,7 @@ mod tests {
         }
     }
 
-    fn letter(kind: Kind, content_type: &str, body: &'static str) -> DeadLetter {
+    fn letter(kind: MessageKind, content_type: &str, body: &'static str) -> DeadLetter {
         DeadLetter {
             kind,
             reason: Reason::Exhausted,
@@ -392,16 +393,16 @@ mod tests {
             error: String::new(),
             first_attempt_at: None,
             died_at: Some(at("2026-03-01T12:00:00Z")),
-            story: crate::queue::Story::default(),
+            story: crate::delivery::AttemptLog::default(),
         }
     }
 
     #[test]
     fn filters_are_met_together() {
-        let batch = letter(Kind::Batch, "application/json", r#"{"events":[{"event":"a.b"},{"event":"user.deleted"}]}"#);
-        let lines = letter(Kind::Batch, "application/jsonl", "{\"event\":\"a.b\"}\n{\"event\":\"user.deleted\"}\n");
-        let event = letter(Kind::Event, "application/json", r#"{"event":"user.deleted"}"#);
-        let bad = letter(Kind::Event, "application/json", "user.deleted");
+        let batch = letter(MessageKind::Batch, "application/json", r#"{"events":[{"event":"a.b"},{"event":"user.deleted"}]}"#);
+        let lines = letter(MessageKind::Batch, "application/jsonl", "{\"event\":\"a.b\"}\n{\"event\":\"user.deleted\"}\n");
+        let event = letter(MessageKind::Event, "application/json", r#"{"event":"user.deleted"}"#);
+        let bad = letter(MessageKind::Event, "application/json", "user.deleted");
         let of_type = |p: &str| Filters { event_type: Some(Pattern::try_new(p).expect("a pattern")), ..Filters::default() };
         for (pattern, expected) in [("user.*", true), ("a.b", true), ("#", true), ("user", false), ("*", false)] {
             assert_eq!(of_type(pattern).let_through(&batch), expected, "{pattern}");

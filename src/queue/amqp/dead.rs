@@ -9,8 +9,9 @@ use super::{
     walk::Walk,
 };
 use crate::{
+    delivery::MessageKind,
     failpoint::{Step, reached},
-    queue::{self, Held, Kind, QueueError},
+    queue::{self, Held, QueueError},
 };
 
 /// A walk through a dead queue or the orphans, oldest first. What is neither replayed nor purged keeps its order.
@@ -53,12 +54,12 @@ impl DeadLetters {
     fn revived(&self, held: &Held) -> Option<Message> {
         let (topology, subscriber) = (self.queue.topology(), held.subscriber.as_deref()?);
         match (held.letter.kind, &self.of) {
-            (Kind::Batch, _) => Some(retry_message(topology, subscriber, &held.letter.to_envelope(), std::time::Duration::ZERO)),
-            (Kind::Event, Of::Subscriber(_)) => {
+            (MessageKind::Batch, _) => Some(retry_message(topology, subscriber, &held.letter.to_batch(), std::time::Duration::ZERO)),
+            (MessageKind::Event, Of::Subscriber(_)) => {
                 let (body, properties) = message::event_again(&held.letter);
                 Some(Message::to_queue(topology.main(subscriber), body, properties))
             }
-            (Kind::Event, Of::Orphans) => None,
+            (MessageKind::Event, Of::Orphans) => None,
         }
     }
 }

@@ -13,7 +13,8 @@ use super::{
     message::{self, dead_letter, read_dead_letter, taken_envelope},
     wire::{FRAME_END, FRAME_HEADER, Filter},
 };
-use crate::queue::{DeadLetter, Envelope, Kind, MAX_TRACEPARENT, Reason, Taken, cut_error};
+use crate::delivery::{Batch, DeadLetter, MessageKind, Reason, cut_error};
+use crate::queue::{MAX_TRACEPARENT, Taken};
 
 /// What comes out of the filter when the bytes come in pieces of these sizes, and are asked for so many at once.
 pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) -> Vec<u8> {
@@ -134,9 +135,9 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     let (kept, own) = message::untouched(came());
     assert_eq!(kept, body);
     match taken_envelope(came()) {
-        Taken::Envelope(envelope, _) => {
+        Taken::Batch(envelope, _) => {
             assert_eq!(read(taken_envelope(delivery(&kept, &own))), envelope, "as an orphan that is put back");
-            let envelope = Envelope { first_attempt_at: envelope.first_attempt_at.map(in_millis), ..envelope };
+            let envelope = Batch { first_attempt_at: envelope.first_attempt_at.map(in_millis), ..envelope };
             let (body, properties) = message::envelope(&envelope);
             assert_eq!(read(taken_envelope(delivery(&body, &properties))), envelope);
         }
@@ -153,9 +154,9 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     }
 }
 
-fn read(taken: Taken) -> Envelope {
+fn read(taken: Taken) -> Batch {
     match taken {
-        Taken::Envelope(envelope, _) => envelope,
+        Taken::Batch(envelope, _) => envelope,
         other => panic!("{other:?}"),
     }
 }
@@ -165,8 +166,8 @@ fn keeps(letter: DeadLetter) {
     // Of a batch, hooktrail's own id comes in a header, which may be longer than one of its own.
     let long_id = letter.id.as_ref().is_some_and(|id| id.len() > 255);
     assert!(long_id || headers_len(&properties) < 16 * 1024, "{} bytes of headers", headers_len(&properties));
-    if letter.kind == Kind::Batch {
-        let envelope = letter.to_envelope();
+    if letter.kind == MessageKind::Batch {
+        let envelope = letter.to_batch();
         let (again, _) = message::envelope(&envelope);
         assert!(again == letter.body && envelope.replay && envelope.attempts == 0);
     } else {
@@ -174,7 +175,7 @@ fn keeps(letter: DeadLetter) {
     }
     let as_written = DeadLetter {
         error: cut_error(&letter.error).to_owned(),
-        id: letter.id.filter(|id| letter.kind == Kind::Batch || ShortString::try_new(id.as_str()).is_ok()),
+        id: letter.id.filter(|id| letter.kind == MessageKind::Batch || ShortString::try_new(id.as_str()).is_ok()),
         first_attempt_at: letter.first_attempt_at.map(in_millis),
         died_at: letter.died_at.map(in_millis),
         ..letter

@@ -33,8 +33,9 @@ use super::{
 use crate::{
     clock,
     config::Subscriber,
+    delivery::MessageKind,
     failpoint::{Step, reached},
-    queue::{self, Kind, QueueError, Receipt, SettleError, Settlement, Taken, Window},
+    queue::{self, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
 
 /// How long the end of a session waits for a consumer that is being exchanged.
@@ -343,10 +344,10 @@ struct Tracks {
 }
 
 impl Tracks {
-    fn of(&mut self, from: Kind) -> &mut Track {
+    fn of(&mut self, from: MessageKind) -> &mut Track {
         match from {
-            Kind::Event => &mut self.events,
-            Kind::Batch => &mut self.envelopes,
+            MessageKind::Event => &mut self.events,
+            MessageKind::Batch => &mut self.envelopes,
         }
     }
 }
@@ -379,10 +380,10 @@ impl queue::Settler for Settler {
 }
 
 impl Inner {
-    fn channel(&self, from: Kind) -> &Channel {
+    fn channel(&self, from: MessageKind) -> &Channel {
         match from {
-            Kind::Event => &self.events.channel,
-            Kind::Batch => &self.envelopes.channel,
+            MessageKind::Event => &self.events.channel,
+            MessageKind::Batch => &self.envelopes.channel,
         }
     }
 
@@ -406,9 +407,9 @@ impl Inner {
     fn taken_event(&self, d: Delivery) -> Taken {
         let bytes = d.data.len();
         let mark = Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
-        let known = self.track(Kind::Event, d.delivery_tag, Some(mark), d.redelivered);
+        let known = self.track(MessageKind::Event, d.delivery_tag, Some(mark), d.redelivered);
         let taken = if known {
-            Taken::Known { events: 1, receipt: Receipt { from: Kind::Event, tag: d.delivery_tag } }
+            Taken::Known { events: 1, receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag } }
         } else {
             message::taken_event(d, self.most)
         };
@@ -422,18 +423,18 @@ impl Inner {
         let (tag, redelivered) = (d.delivery_tag, d.redelivered);
         let taken = message::taken_envelope(d);
         let mark = match &taken {
-            Taken::Envelope(envelope, _) => Some(Mark::envelope(&envelope.batch_id, envelope.attempts)),
+            Taken::Batch(batch, _) => Some(Mark::envelope(batch.id.as_str(), batch.attempts)),
             _ => None,
         };
-        let known = self.track(Kind::Batch, tag, mark, redelivered);
+        let known = self.track(MessageKind::Batch, tag, mark, redelivered);
         match taken {
-            Taken::Envelope(e, receipt) if known => Taken::Known { events: e.events, receipt },
+            Taken::Batch(e, receipt) if known => Taken::Known { events: e.events, receipt },
             other => other,
         }
     }
 
     /// Keeps track of a delivery, whatever it is. Returns whether it was settled before and has come again.
-    fn track(&self, from: Kind, tag: u64, mark: Option<Mark>, redelivered: bool) -> bool {
+    fn track(&self, from: MessageKind, tag: u64, mark: Option<Mark>, redelivered: bool) -> bool {
         let known = mark.filter(|_| redelivered).and_then(|mark| self.remembered.knows(mark, clock::instant()));
         self.tracks().of(from).taken(tag, mark, known);
         known.is_some()
@@ -442,8 +443,8 @@ impl Inner {
     fn messages(&self, settlement: Settlement) -> Vec<Message> {
         match settlement {
             Settlement::Delivered => Vec::new(),
-            Settlement::Retry { envelopes, delay } => {
-                envelopes.iter().map(|e| retry_message(&self.topology, &self.subscriber, e, delay)).collect()
+            Settlement::Retry { batches, delay } => {
+                batches.iter().map(|batch| retry_message(&self.topology, &self.subscriber, batch, delay)).collect()
             }
             Settlement::Dead(letters) => {
                 let dead = self.topology.dead(&self.subscriber);
@@ -501,7 +502,7 @@ impl Inner {
             return Err(SettleError::Gone);
         }
         let now = clock::instant();
-        for r in receipts.iter().filter(|r| r.from == Kind::Batch) {
+        for r in receipts.iter().filter(|r| r.from == MessageKind::Batch) {
             self.tracks().envelopes.acks(r.tag, now);
             ack(&self.envelopes.channel, r.tag, false).await.map_err(|_| SettleError::Gone)?;
         }
@@ -533,7 +534,7 @@ async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), BrokerEr
 }
 
 /// The message that brings an envelope back after `delay`; at once if that is zero.
-pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &queue::Envelope, delay: Duration) -> Message {
+pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &queue::Batch, delay: Duration) -> Message {
     let (body, properties) = message::envelope(envelope);
     if delay.is_zero() {
         return Message::to_queue(topology.retry(subscriber), body, properties);

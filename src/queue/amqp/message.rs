@@ -11,10 +11,11 @@ use lapin::{
 
 use crate::{
     clock,
+    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
     event::event_type,
     inflate::{Broken, Coding, inflate},
     payload::Format,
-    queue::{DeadLetter, Envelope, Event, Kind, MAX_TRACEPARENT, Reason, Receipt, Story, Taken, Waiting, cut_error},
+    queue::{Event, MAX_TRACEPARENT, Receipt, Taken, Waiting},
 };
 
 const KIND: &str = "x-hooktrail-kind";
@@ -31,7 +32,7 @@ const DIED_AT: &str = "x-hooktrail-died-at";
 const TRACEPARENT: &str = "traceparent";
 /// Where kombu says how it compressed a body; its `content_encoding` is the charset.
 const COMPRESSION: &str = "compression";
-/// See [`Story::to_text`].
+/// See [`AttemptLog::to_text`].
 const STORY: &str = "x-hooktrail-story";
 /// `true` in what an operator has sent again; otherwise absent.
 const REPLAY: &str = "x-hooktrail-replay";
@@ -123,9 +124,9 @@ fn encoded(p: BasicProperties, encoding: Option<&str>) -> BasicProperties {
     }
 }
 
-pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
+pub(super) fn envelope(e: &Batch) -> (Bytes, BasicProperties) {
     let mut h = FieldTable::default();
-    h.insert(BATCH_ID.into(), text(&e.batch_id));
+    h.insert(BATCH_ID.into(), text(e.id.as_str()));
     h.insert(ATTEMPTS.into(), AMQPValue::LongLongInt(e.attempts.into()));
     h.insert(EVENTS.into(), AMQPValue::LongLongInt(e.events.into()));
     if let Some(at) = e.first_attempt_at {
@@ -140,7 +141,7 @@ pub(super) fn envelope(e: &Envelope) -> (Bytes, BasicProperties) {
     if e.replay {
         h.insert(REPLAY.into(), text("true"));
     }
-    (e.body.clone(), properties(Some(e.format.content_type()), Some(&e.batch_id)).with_headers(h))
+    (e.body.clone(), properties(Some(e.format.content_type()), Some(e.id.as_str())).with_headers(h))
 }
 
 /// Says of an envelope when it comes back.
@@ -155,7 +156,7 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     let mut h = FieldTable::default();
     h.insert(KIND.into(), text(d.kind.name()));
     h.insert(REASON.into(), text(d.reason.name()));
-    if let (Kind::Batch, Some(id)) = (d.kind, &d.id) {
+    if let (MessageKind::Batch, Some(id)) = (d.kind, &d.id) {
         h.insert(BATCH_ID.into(), text(id));
     }
     h.insert(ATTEMPTS.into(), AMQPValue::LongLongInt(d.attempts.into()));
@@ -256,8 +257,8 @@ impl Headers<'_> {
     }
 
     /// Of an earlier version's message there is none.
-    fn story(&self) -> Story {
-        self.text(STORY).ok().flatten().map(|text| Story::from_text(&text)).unwrap_or_default()
+    fn story(&self) -> AttemptLog {
+        self.text(STORY).ok().flatten().map(|text| AttemptLog::from_text(&text)).unwrap_or_default()
     }
 }
 
@@ -311,7 +312,7 @@ impl Undecoded {
     /// With the body as it came.
     pub(super) fn dead_letter(self, d: Delivery) -> DeadLetter {
         DeadLetter {
-            kind: Kind::Event,
+            kind: MessageKind::Event,
             reason: self.reason,
             content_type: Some(owned(d.properties.content_type()).unwrap_or_else(|| "application/json".to_owned())),
             content_encoding: Some(self.encoding),
@@ -323,7 +324,7 @@ impl Undecoded {
             error: self.error,
             first_attempt_at: None,
             died_at: Some(clock::now()),
-            story: Story::default(),
+            story: AttemptLog::default(),
         }
     }
 }
@@ -334,7 +335,7 @@ pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
         Ok(None) => {}
         Ok(Some(body)) => d.data = body,
         Err(undecoded) => {
-            let receipt = Receipt { from: Kind::Event, tag: d.delivery_tag };
+            let receipt = Receipt { from: MessageKind::Event, tag: d.delivery_tag };
             return Taken::Unusable(undecoded.dead_letter(d), receipt);
         }
     }
@@ -344,18 +345,18 @@ pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
         content_type: content_type.map(str::to_owned),
         published_at: d.properties.timestamp().and_then(|t| clock::sane(t, clock::now())),
         traceparent: traceparent(&d.properties),
-        receipt: Receipt { from: Kind::Event, tag: d.delivery_tag },
+        receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag },
         body: d.data,
     })
 }
 
 pub(super) fn taken_envelope(d: Delivery) -> Taken {
-    let receipt = Receipt { from: Kind::Batch, tag: d.delivery_tag };
+    let receipt = Receipt { from: MessageKind::Batch, tag: d.delivery_tag };
     match read_envelope(&d) {
-        Ok(envelope) => Taken::Envelope(envelope, receipt),
+        Ok(envelope) => Taken::Batch(envelope, receipt),
         Err(why) => {
             let letter = DeadLetter {
-                kind: Kind::Batch,
+                kind: MessageKind::Batch,
                 reason: Reason::InvalidEvent,
                 content_type: owned(d.properties.content_type()),
                 content_encoding: None,
@@ -367,14 +368,14 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
                 error: format!("a message in the retry queue is not an envelope: {why}"),
                 first_attempt_at: None,
                 died_at: Some(clock::now()),
-                story: Story::default(),
+                story: AttemptLog::default(),
             };
             Taken::Unusable(letter, receipt)
         }
     }
 }
 
-fn read_envelope(d: &Delivery) -> Result<Envelope, String> {
+fn read_envelope(d: &Delivery) -> Result<Batch, String> {
     let h = Headers(d.properties.headers().as_ref());
     let batch_id = h.text(BATCH_ID)?.ok_or_else(|| format!("it has no header `{BATCH_ID}`"))?;
     let sound = (1..=255).contains(&batch_id.len()) && batch_id.bytes().all(|b| b.is_ascii_graphic() && b != b'.');
@@ -386,8 +387,8 @@ fn read_envelope(d: &Delivery) -> Result<Envelope, String> {
     }
     let content_type = d.properties.content_type().as_ref().map_or("", ShortString::as_str);
     let format = [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
-    Ok(Envelope {
-        batch_id,
+    Ok(Batch {
+        id: batch_id.into(),
         body: Bytes::copy_from_slice(&d.data),
         format: format.ok_or_else(|| format!("its content type `{content_type}` is not that of a batch"))?,
         events: h.integer(EVENTS)?.unwrap_or(0),
@@ -411,10 +412,10 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     let ok = |r: Result<Option<String>, String>| r.ok().flatten();
     let batch_id = ok(h.text(BATCH_ID));
     let kind = match ok(h.text(KIND)).as_deref() {
-        Some("batch") => Kind::Batch,
-        Some(_) => Kind::Event,
-        None if batch_id.is_some() => Kind::Batch, // an envelope that the broker moved
-        None => Kind::Event,
+        Some("batch") => MessageKind::Batch,
+        Some(_) => MessageKind::Event,
+        None if batch_id.is_some() => MessageKind::Batch, // an envelope that the broker moved
+        None => MessageKind::Event,
     };
     let reason = ok(h.text(REASON)).and_then(|r| Reason::from_name(&r));
     let death = if reason.is_none() { h.death() } else { Death::default() };
@@ -505,14 +506,18 @@ pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::queue::{CameTo, FailedAttempt};
+    use crate::delivery::{AttemptResult, FailedAttempt};
 
     /// As long as one can be.
-    fn a_story() -> Story {
+    fn a_story() -> AttemptLog {
         let at = SystemTime::UNIX_EPOCH + Duration::from_millis(253_402_300_799_999);
-        let mut story = Story::default();
+        let mut story = AttemptLog::default();
         for n in 0..100 {
-            story.add(FailedAttempt { number: u32::MAX - n, at, came_to: CameTo::Failure("a_failure_of_thirty_two_letters_".to_owned()) });
+            story.add(FailedAttempt {
+                number: u32::MAX - n,
+                at,
+                result: AttemptResult::Failure("a_failure_of_thirty_two_letters_".to_owned()),
+            });
         }
         story
     }
@@ -523,9 +528,9 @@ mod tests {
         d
     }
 
-    fn an_envelope() -> Envelope {
-        Envelope {
-            batch_id: "msg_1".into(),
+    fn an_envelope() -> Batch {
+        Batch {
+            id: "msg_1".into(),
             body: Bytes::from_static(b"{\"events\":[]}"),
             format: Format::JsonLines,
             events: 3,
@@ -542,7 +547,7 @@ mod tests {
         let e = an_envelope();
         let (body, properties) = envelope(&e);
         match taken_envelope(delivery(&body, properties)) {
-            Taken::Envelope(found, receipt) => assert_eq!((found, receipt.tag), (e, 7)),
+            Taken::Batch(found, receipt) => assert_eq!((found, receipt.tag), (e, 7)),
             other => panic!("{other:?}"),
         }
     }
@@ -568,7 +573,7 @@ mod tests {
 
     #[test]
     fn an_envelope_of_an_earlier_version_has_no_story_and_one_that_cannot_be_read_is_none() {
-        let e = Envelope { story: Story::default(), replay: false, ..an_envelope() };
+        let e = Batch { story: AttemptLog::default(), replay: false, ..an_envelope() };
         let (body, properties) = envelope(&e);
         let mut h = properties.headers().clone().expect("headers");
         assert!(!h.contains_key(STORY) && !h.contains_key(REPLAY), "as the earlier version wrote it");
@@ -578,7 +583,7 @@ mod tests {
                 h.insert(REPLAY.into(), value);
             }
             match taken_envelope(delivery(&body, properties.clone().with_headers(h.clone()))) {
-                Taken::Envelope(found, _) => assert_eq!(found, e),
+                Taken::Batch(found, _) => assert_eq!(found, e),
                 other => panic!("{other:?}"),
             }
         }
@@ -615,7 +620,7 @@ mod tests {
             match taken_envelope(delivery(body, properties)) {
                 Taken::Unusable(letter, _) => {
                     assert!(letter.error.contains(why), "{}", letter.error);
-                    assert_eq!((letter.kind, letter.reason), (Kind::Batch, Reason::InvalidEvent));
+                    assert_eq!((letter.kind, letter.reason), (MessageKind::Batch, Reason::InvalidEvent));
                     assert_eq!(&letter.body[..], body);
                 }
                 other => panic!("{why}: {other:?}"),
@@ -626,7 +631,7 @@ mod tests {
     #[test]
     fn a_dead_letter_survives_the_broker_and_stays_under_16_kib_of_headers() {
         let letter = DeadLetter {
-            kind: Kind::Batch,
+            kind: MessageKind::Batch,
             reason: Reason::Exhausted,
             body: Bytes::from_static(b"body"),
             content_type: Some("application/json".into()),
@@ -653,11 +658,14 @@ mod tests {
         let mut h = FieldTable::default();
         h.insert("x-first-death-reason".into(), text("expired"));
         let found = read_dead_letter(delivery(b"{}", BasicProperties::default().with_headers(h)));
-        assert_eq!((found.kind, found.reason), (Kind::Event, Reason::Expired));
+        assert_eq!((found.kind, found.reason), (MessageKind::Event, Reason::Expired));
         assert!(found.error.contains("time to live"), "{}", found.error);
         let (body, p) = envelope(&an_envelope());
         let found = read_dead_letter(delivery(&body, p));
-        assert_eq!((found.kind, found.reason, found.id.as_deref(), found.attempts), (Kind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2));
+        assert_eq!(
+            (found.kind, found.reason, found.id.as_deref(), found.attempts),
+            (MessageKind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2)
+        );
         assert!(found.error.contains("policy"));
     }
 
@@ -725,7 +733,7 @@ mod tests {
         ] {
             let Taken::Unusable(letter, receipt) = taken_event(delivery(body, encoded(encoding)), most) else { panic!("{encoding}") };
             assert!(letter.reason == reason && letter.error.contains(why), "{}", letter.error);
-            assert_eq!((&letter.body[..], receipt.from, letter.content_encoding.as_deref()), (body, Kind::Event, Some(encoding)));
+            assert_eq!((&letter.body[..], receipt.from, letter.content_encoding.as_deref()), (body, MessageKind::Event, Some(encoding)));
             // As it is kept, and as it is sent again.
             let (kept, properties) = dead_letter(&letter);
             let letter = read_dead_letter(delivery(&kept, properties));

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock,
-    queue::{Pause, Standing, Standings},
+    delivery::{Pause, Standing, Standings},
 };
 
 /// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds are kept apart.

@@ -30,10 +30,11 @@ use crate::{
     batch::BatchPolicy,
     clock,
     config::{Subscriber, Subscribers},
+    delivery::{AttemptLog, DeadLetter, MessageKind, Reason},
     event::event_type,
     failpoint::{Step, reached},
     metrics::Metrics,
-    queue::{DeadLetter, Harms, Kind, QueueError, Reason, Story, Troubles},
+    queue::{Harms, QueueError, Troubles},
 };
 
 /// The most messages that may be on their way to the relay; how many are is for their [sizes](Sizes) to say.
@@ -274,7 +275,7 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
         Err(why) => {
             let owned = |s: &Option<lapin::types::ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
             let letter = DeadLetter {
-                kind: Kind::Event,
+                kind: MessageKind::Event,
                 reason: Reason::InvalidEvent,
                 content_type: owned(delivery.properties.content_type()),
                 content_encoding: None,
@@ -286,7 +287,7 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
                 error: why.to_string(),
                 first_attempt_at: None,
                 died_at: Some(clock::now()),
-                story: Story::default(),
+                story: AttemptLog::default(),
             };
             orphan(topology, &letter)
         }

@@ -33,8 +33,9 @@ use super::{
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
+    delivery::Standing,
     failpoint::{Step, reached},
-    queue::{QueueError, Standing},
+    queue::QueueError,
 };
 
 /// How often it is looked whether another daemon still works for a subscriber that this one does not have.
@@ -809,7 +810,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::queue::Pause;
+    use crate::delivery::Pause;
 
     fn without_a_broker() -> (AmqpQueue, watch::Receiver<Subscribers>) {
         let text =

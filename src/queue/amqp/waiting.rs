@@ -42,6 +42,7 @@ use super::{
 };
 use crate::{
     clock,
+    delivery::BatchId,
     failpoint::{Step, reached},
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
@@ -114,7 +115,7 @@ pub(super) async fn list(queue: &AmqpQueue, subscriber: &str) -> Result<WaitingL
     Ok(list)
 }
 
-pub(super) async fn hasten(queue: &AmqpQueue, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+pub(super) async fn hasten(queue: &AmqpQueue, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
     let due = known(queue, subscriber).await?;
     queue.publisher().ready().await?;
     let looks = Looks::begin(queue).await?;
@@ -130,10 +131,10 @@ pub(super) async fn hasten(queue: &AmqpQueue, subscriber: &str, ids: Option<BTre
     }
     let mut hastened = Hastened { moved: moving.moved.len() as u64, due: due.into(), missing: Vec::new(), unseen: moving.unseen };
     if let Some(ids) = &ids {
-        let mut missing: BTreeSet<&String> = ids.iter().filter(|id| !moving.moved.contains_key(*id)).collect();
+        let mut missing: BTreeSet<&BatchId> = ids.iter().filter(|id| !moving.moved.contains_key(*id)).collect();
         let found = if missing.is_empty() { Vec::new() } else { looks.due(queue.topology().retry(subscriber)).await?.0 };
         hastened.due = found.iter().filter(|w| missing.remove(&w.batch_id)).count() as u64;
-        hastened.missing = missing.into_iter().cloned().collect();
+        hastened.missing = missing.into_iter().map(BatchId::to_string).collect();
     }
     Ok(hastened)
 }
@@ -172,9 +173,9 @@ pub(super) async fn count(queue: &AmqpQueue, name: &str) -> Result<Option<u32>, 
 struct Moving<'m> {
     queue: &'m AmqpQueue,
     subscriber: &'m str,
-    ids: Option<&'m BTreeSet<String>>,
+    ids: Option<&'m BTreeSet<BatchId>>,
     /// By id: attempts and size of what was moved.
-    moved: HashMap<String, (u32, usize)>,
+    moved: HashMap<BatchId, (u32, usize)>,
     unseen: u64,
 }
 

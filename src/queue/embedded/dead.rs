@@ -11,8 +11,9 @@ use super::{
 };
 use crate::{
     clock,
+    delivery::{DeadLetter, MessageKind, Reason},
     event::event_type,
-    queue::{self, DeadLetter, Held, Kind, QueueError, Reason},
+    queue::{self, Held, QueueError},
 };
 
 /// A walk through a subscriber's dead letters, oldest first.
@@ -107,8 +108,8 @@ fn delete(db: &Connection, held: &Held) -> rusqlite::Result<bool> {
 /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes into the log again, for this subscriber alone.
 fn revive(db: &Connection, subscriber: &str, letter: &DeadLetter, now: i64) -> rusqlite::Result<()> {
     match letter.kind {
-        Kind::Batch => insert_retry(db, subscriber, &letter.to_envelope(), now, now),
-        Kind::Event => {
+        MessageKind::Batch => insert_retry(db, subscriber, &letter.to_batch(), now, now),
+        MessageKind::Event => {
             let event_type = event_type(&letter.body).map(|t| t.into_owned()).unwrap_or_default();
             db.prepare_cached("INSERT INTO event (type, message_id, at, only_for, body) VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
                 event_type,
@@ -133,7 +134,7 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
     let (kind, reason): (String, String) = (row.get(1)?, row.get(2)?);
     let time = |n| row.get::<_, Option<i64>>(n).map(|t| t.map(from_millis));
     let letter = DeadLetter {
-        kind: if kind == Kind::Batch.name() { Kind::Batch } else { Kind::Event },
+        kind: if kind == MessageKind::Batch.name() { MessageKind::Batch } else { MessageKind::Event },
         reason: Reason::from_name(&reason).unwrap_or(Reason::Exhausted),
         id: row.get(3)?,
         content_type: row.get(4)?,

@@ -14,11 +14,10 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use super::{from_millis, is_for, millis, parse_patterns, store::Store};
 use crate::{
     clock,
+    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
     event::Pattern,
     payload::Format,
-    queue::{
-        self, DeadLetter, Envelope, Event, FEWEST, Kind, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Story, Taken, Window,
-    },
+    queue::{self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
 
 /// Rows of the log looked at in one query: a pattern that matches little must not hold up other readers.
@@ -232,7 +231,7 @@ pub struct Source {
 /// What a look at the database brought.
 #[derive(Default)]
 struct Found {
-    envelopes: Vec<(i64, Result<Envelope, DeadLetter>)>,
+    envelopes: Vec<(i64, Result<Batch, DeadLetter>)>,
     events: Vec<Event>,
     looked_at: i64,
     /// The log may hold more than was looked at.
@@ -341,9 +340,9 @@ impl Source {
         taken.looked_at = taken.looked_at.max(found.looked_at);
         for (id, envelope) in found.envelopes {
             taken.envelopes.insert(id);
-            let receipt = Receipt { from: Kind::Batch, tag: id.unsigned_abs() };
+            let receipt = Receipt { from: MessageKind::Batch, tag: id.unsigned_abs() };
             into.push(match envelope {
-                Ok(envelope) => Taken::Envelope(envelope, receipt),
+                Ok(envelope) => Taken::Batch(envelope, receipt),
                 Err(letter) => Taken::Unusable(letter, receipt),
             });
         }
@@ -391,7 +390,7 @@ fn due(
     now: i64,
     held: &[i64],
     room: usize,
-    into: &mut Vec<(i64, Result<Envelope, DeadLetter>)>,
+    into: &mut Vec<(i64, Result<Batch, DeadLetter>)>,
 ) -> rusqlite::Result<Option<i64>> {
     let mut query = db.prepare_cached(
         "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent \
@@ -412,24 +411,24 @@ fn due(
     Ok(None)
 }
 
-fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
+fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
     let content_type: String = row.get(3)?;
     let format = [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
     let first_attempt_at = row.get::<_, Option<i64>>(6)?.map(from_millis);
-    let (batch_id, events, attempts, body) = (row.get(2)?, row.get(4)?, row.get(5)?, Bytes::from(row.get::<_, Vec<u8>>(7)?));
+    let (id, events, attempts, body) = (row.get::<_, String>(2)?, row.get(4)?, row.get(5)?, Bytes::from(row.get::<_, Vec<u8>>(7)?));
     let (story, replay) = (read_story(row, 8)?, row.get(9)?);
     Ok(match format {
         Some(format) => {
-            Ok(Envelope { batch_id, body, format, events, attempts, first_attempt_at, story, replay, traceparent: row.get(10)? })
+            Ok(Batch { id: id.into(), body, format, events, attempts, first_attempt_at, story, replay, traceparent: row.get(10)? })
         }
         None => Err(DeadLetter {
-            kind: Kind::Batch,
-            reason: queue::Reason::InvalidEvent,
+            kind: MessageKind::Batch,
+            reason: Reason::InvalidEvent,
             body,
             error: format!("a retry is not an envelope: its content type `{content_type}` is not that of a batch"),
             content_type: Some(content_type),
             content_encoding: None,
-            id: Some(batch_id),
+            id: Some(id),
             events,
             attempts,
             status: None,
@@ -441,11 +440,11 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Envelope, DeadLetter>> {
 }
 
 /// A story that was kept with a batch or a dead letter.
-pub(super) fn read_story(row: &Row<'_>, column: usize) -> rusqlite::Result<Story> {
-    Ok(row.get_ref(column)?.as_str_or_null()?.map(Story::from_text).unwrap_or_default())
+pub(super) fn read_story(row: &Row<'_>, column: usize) -> rusqlite::Result<AttemptLog> {
+    Ok(row.get_ref(column)?.as_str_or_null()?.map(AttemptLog::from_text).unwrap_or_default())
 }
 
-fn story_text(story: &Story) -> Option<String> {
+fn story_text(story: &AttemptLog) -> Option<String> {
     (!story.is_empty()).then(|| story.to_text())
 }
 
@@ -487,7 +486,7 @@ fn scan(
                 content_type: None,
                 published_at: Some(from_millis(row.get(5)?)).filter(|at| clock::is_sane(*at, clock::now())),
                 traceparent: row.get(6)?,
-                receipt: Receipt { from: Kind::Event, tag: seq.unsigned_abs() },
+                receipt: Receipt { from: MessageKind::Event, tag: seq.unsigned_abs() },
             });
         }
     }
@@ -512,8 +511,8 @@ impl queue::Settler for Settler {
         let shared = &*self.0;
         let _writing = shared.writing.lock().await;
         let of = |kind| receipts.iter().filter(move |r| r.from == kind).map(|r| r.tag.cast_signed());
-        let events: BTreeSet<i64> = of(Kind::Event).collect();
-        let envelopes: Vec<i64> = of(Kind::Batch).collect();
+        let events: BTreeSet<i64> = of(MessageKind::Event).collect();
+        let envelopes: Vec<i64> = of(MessageKind::Batch).collect();
         let (cursor, moved, runs, changed) = {
             let taken = shared.taken();
             let cursor = taken.cursor_after(&events);
@@ -530,9 +529,9 @@ impl queue::Settler for Settler {
             }
             match &settlement {
                 Settlement::Delivered => {}
-                Settlement::Retry { envelopes, delay } => {
+                Settlement::Retry { batches, delay } => {
                     let due = millis(now + *delay) + 1; // never early
-                    envelopes.iter().try_for_each(|e| insert_retry(db, &subscriber, e, millis(now), due))?;
+                    batches.iter().try_for_each(|batch| insert_retry(db, &subscriber, batch, millis(now), due))?;
                 }
                 Settlement::Dead(letters) => letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?,
             }
@@ -566,7 +565,7 @@ fn set_ahead(db: &Connection, subscriber: &str, runs: &[RangeInclusive<i64>]) ->
     runs.iter().try_for_each(|run| insert.execute(params![subscriber, run.start(), run.end()]).map(drop))
 }
 
-pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, now: i64, due: i64) -> rusqlite::Result<()> {
+pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Batch, now: i64, due: i64) -> rusqlite::Result<()> {
     db.prepare_cached(
         "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, \
          scheduled_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
@@ -574,7 +573,7 @@ pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Envelope, now:
     .execute(params![
         subscriber,
         due,
-        e.batch_id,
+        e.id.as_str(),
         e.format.content_type(),
         e.events,
         e.attempts,
@@ -602,7 +601,7 @@ fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::R
         l.events,
         l.attempts,
         l.status,
-        queue::cut_error(&l.error),
+        cut_error(&l.error),
         l.first_attempt_at.map(millis),
         l.died_at.map(millis),
         &l.body[..],

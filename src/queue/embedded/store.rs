@@ -98,7 +98,7 @@ const MIGRATIONS: &[&str] = &[
     -- As W3C Trace Context has it; of a retry that of its first event.
     ALTER TABLE event ADD COLUMN traceparent TEXT;
     ALTER TABLE retry ADD COLUMN traceparent TEXT;
-    -- The failed attempts, as `Story::to_text` writes them; NULL where there is none, as before this version.
+    -- The failed attempts, as `AttemptLog::to_text` writes them; NULL where there is none, as before this version.
     ALTER TABLE retry ADD COLUMN story TEXT;
     -- An operator has sent it again.
     ALTER TABLE retry ADD COLUMN replay INTEGER NOT NULL DEFAULT 0;

@@ -8,6 +8,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use super::{EmbeddedQueue, from_millis, lane::read_story, millis};
 use crate::{
     clock,
+    delivery::BatchId,
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
 
@@ -23,7 +24,7 @@ pub(super) async fn list(queue: &EmbeddedQueue, subscriber: &str) -> Result<Wait
                 )?
                 .query_map([&name], |row| {
                     Ok(Waiting {
-                        batch_id: row.get(0)?,
+                        batch_id: row.get::<_, String>(0)?.into(),
                         events: row.get(1)?,
                         attempts: row.get(2)?,
                         first_attempt_at: row.get::<_, Option<i64>>(3)?.map(from_millis),
@@ -42,7 +43,7 @@ pub(super) async fn list(queue: &EmbeddedQueue, subscriber: &str) -> Result<Wait
     }
 }
 
-pub(super) async fn hasten(queue: &EmbeddedQueue, subscriber: &str, ids: Option<BTreeSet<String>>) -> Result<Hastened, QueueError> {
+pub(super) async fn hasten(queue: &EmbeddedQueue, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
     let name = subscriber.to_owned();
     let now = millis(clock::now());
     let hastened = queue
@@ -69,15 +70,15 @@ fn all(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<Hastened
     Ok(Hastened { moved: moved as u64, due: due.unsigned_abs(), ..Hastened::default() })
 }
 
-fn these(db: &Connection, subscriber: &str, ids: &BTreeSet<String>, now: i64) -> rusqlite::Result<Hastened> {
+fn these(db: &Connection, subscriber: &str, ids: &BTreeSet<BatchId>, now: i64) -> rusqlite::Result<Hastened> {
     let mut due = db.prepare_cached("SELECT count(*) FROM retry WHERE subscriber = ?1 AND due <= ?2 AND batch_id = ?3")?;
     let mut move_up = db.prepare_cached(&format!("{DUE_NOW} AND batch_id = ?3"))?;
     let mut hastened = Hastened::default();
     for id in ids {
-        let were_due: i64 = due.query_row(params![subscriber, now, id], |r| r.get(0))?;
-        let moved = move_up.execute(params![subscriber, now, id])?;
+        let were_due: i64 = due.query_row(params![subscriber, now, id.as_str()], |r| r.get(0))?;
+        let moved = move_up.execute(params![subscriber, now, id.as_str()])?;
         if were_due == 0 && moved == 0 {
-            hastened.missing.push(id.clone());
+            hastened.missing.push(id.to_string());
         }
         hastened.due += were_due.unsigned_abs();
         hastened.moved += moved as u64;

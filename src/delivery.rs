@@ -1,0 +1,20 @@
+//! The nouns of delivery, each defined once: what is sent, what an attempt came to, what follows from it, and what is kept of what
+//! cannot be delivered. Logs, metrics, the API and both queues take their names from here.
+
+mod attempt_log;
+mod batch;
+mod dead_letter;
+mod depth;
+mod disposition;
+mod outcome;
+mod pause;
+
+pub use self::{
+    attempt_log::{AttemptLog, AttemptResult, FailedAttempt},
+    batch::{Batch, BatchId},
+    dead_letter::{DeadLetter, MAX_ERROR_LEN, MessageKind, Reason, cut_error},
+    depth::{Depth, Depths},
+    disposition::{Disposition, DispositionKind, PauseCause},
+    outcome::{Failure, FailureKind, Outcome},
+    pause::{Pause, Standing, Standings},
+};

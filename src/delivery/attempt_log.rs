@@ -1,0 +1,159 @@
+//! The failed attempts of a batch, as they are kept with it.
+
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use super::Failure;
+
+/// The failed attempts of a batch, the first and the last of them: enough to see how it went, and bounded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttemptLog {
+    attempts: Vec<FailedAttempt>,
+    left_out: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailedAttempt {
+    /// As the request told it: begins anew with a replay or a resume, and for the parts of a split batch.
+    pub number: u32,
+    /// When it was over.
+    pub at: SystemTime,
+    pub result: AttemptResult,
+}
+
+/// What a failed attempt came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AttemptResult {
+    Status(u16),
+    /// The stable name of a failure without an answer, such as `timeout`.
+    Failure(String),
+}
+
+impl From<&Failure> for AttemptResult {
+    fn from(failure: &Failure) -> Self {
+        failure.status().map_or_else(|| Self::Failure(failure.name().to_owned()), Self::Status)
+    }
+}
+
+impl fmt::Display for AttemptResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "{status}"),
+            Self::Failure(name) => f.write_str(name),
+        }
+    }
+}
+
+impl AttemptLog {
+    /// So many from the beginning are kept, and so many from the end.
+    pub const FIRST: usize = 5;
+    pub const LAST: usize = 45;
+
+    /// A failure's name may have as many bytes.
+    const MAX_NAME: usize = 32;
+
+    pub fn add(&mut self, attempt: FailedAttempt) {
+        if self.attempts.len() == Self::FIRST + Self::LAST {
+            self.attempts.remove(Self::FIRST);
+            self.left_out = self.left_out.saturating_add(1);
+        }
+        self.attempts.push(attempt);
+    }
+
+    /// The first and the last attempts, and how many are left out between them.
+    pub fn parts(&self) -> (&[FailedAttempt], u32, &[FailedAttempt]) {
+        let (first, last) = self.attempts.split_at(self.attempts.len().min(Self::FIRST));
+        (first, self.left_out, last)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.attempts.is_empty()
+    }
+
+    /// The last attempt that failed.
+    pub fn last(&self) -> Option<&FailedAttempt> {
+        self.attempts.last()
+    }
+
+    /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times in Unix
+    /// milliseconds, and `+7` where seven are left out.
+    pub(crate) fn to_text(&self) -> String {
+        let (first, left_out, last) = self.parts();
+        let one = |a: &FailedAttempt| {
+            let at = a.at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+            format!("{}@{at}={}", a.number, a.result)
+        };
+        let gap = (left_out > 0).then(|| format!("+{left_out}"));
+        first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect::<Vec<_>>().join(",")
+    }
+
+    /// What cannot be read is no part of it: a story is for looking at, and must not keep its batch from being sent.
+    pub(crate) fn from_text(text: &str) -> Self {
+        let mut story = Self::default();
+        for part in text.split(',') {
+            if let Some(left_out) = part.strip_prefix('+').and_then(|n| n.parse::<u32>().ok()) {
+                story.left_out = story.left_out.saturating_add(left_out);
+            } else if let Some(attempt) = Self::attempt(part) {
+                story.add(attempt);
+            }
+        }
+        // Nothing is left out between no attempts.
+        if story.is_empty() { Self::default() } else { story }
+    }
+
+    fn attempt(text: &str) -> Option<FailedAttempt> {
+        let (number, rest) = text.split_once('@')?;
+        let (at, result) = rest.split_once('=')?;
+        // As far as RFC 3339 goes: a later time could not be shown.
+        let at = at.parse().ok().filter(|ms| *ms < 253_402_300_800_000)?;
+        let is_name = !result.is_empty() && result.len() <= Self::MAX_NAME && result.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        let result = match result.parse() {
+            Ok(status) => AttemptResult::Status(status),
+            Err(_) => AttemptResult::Failure(is_name.then(|| result.to_owned())?),
+        };
+        Some(FailedAttempt { number: number.parse().ok()?, at: SystemTime::UNIX_EPOCH + Duration::from_millis(at), result })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempt(number: u32, result: AttemptResult) -> FailedAttempt {
+        FailedAttempt { number, at: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::from(number) + 1_735_830_138_000), result }
+    }
+
+    #[test]
+    fn a_story_keeps_the_first_and_the_last_attempts_however_many_there_are() {
+        let mut story = AttemptLog::default();
+        for n in 1..=50 {
+            story.add(attempt(n, AttemptResult::Status(503)));
+        }
+        assert_eq!((story.parts().1, story.parts().2.len()), (0, 45));
+        for n in 51..=u32::from(u16::MAX) {
+            story.add(attempt(n, AttemptResult::Failure("address_blocked".to_owned())));
+        }
+        let (first, left_out, last) = story.parts();
+        let numbers = |attempts: &[FailedAttempt]| attempts.iter().map(|a| a.number).collect::<Vec<_>>();
+        assert_eq!(numbers(first), [1, 2, 3, 4, 5]);
+        assert_eq!(left_out, 65_535 - 50);
+        assert_eq!(numbers(last), (65_491..=65_535).collect::<Vec<_>>());
+        assert!(story.to_text().len() < 3 * 1024, "{} bytes", story.to_text().len());
+        assert_eq!(AttemptLog::from_text(&story.to_text()), story);
+    }
+
+    #[test]
+    fn of_a_story_that_somebody_else_wrote_only_what_can_be_read_is_taken() {
+        let text =
+            "1@1735830138001=503,,2@x=503,3@1735830138003=timeout,4@5=\u{1b}[2J,5@5,+x,6@5=A,7@253402300800000=500,+4294967295,+9,-1@5=503";
+        let story = AttemptLog::from_text(text);
+        let expected = [attempt(1, AttemptResult::Status(503)), attempt(3, AttemptResult::Failure("timeout".to_owned()))];
+        assert_eq!(story.parts(), (&expected[..], u32::MAX, &[][..]));
+        assert_eq!(AttemptLog::from_text(""), AttemptLog::default());
+        assert_eq!(AttemptLog::from_text("+7,x"), AttemptLog::default());
+        let many: String = (1..100_000).map(|n| format!("{n}@1=500,")).collect();
+        assert_eq!(AttemptLog::from_text(&many).attempts.len(), AttemptLog::FIRST + AttemptLog::LAST);
+    }
+}

@@ -1,0 +1,109 @@
+//! The batch: the events of one POST, and everything that makes the next attempt the same request.
+
+use std::{fmt, time::SystemTime};
+
+use bytes::Bytes;
+
+use super::AttemptLog;
+use crate::{clock, payload::Format};
+
+/// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. Half of a batch has its parent's id, `_`,
+/// and a 0 or 1 for each time that it was halved, such as `msg_…_01`; so the same half always has the same id.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BatchId(String);
+
+impl BatchId {
+    /// A new one, with 128 random bits. It has no dot, which Standard Webhooks uses as a separator.
+    pub fn random() -> Self {
+        Self(clock::batch_id())
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether this is a part of a batch that was split.
+    pub fn is_half(&self) -> bool {
+        let is_path = |path: &str| path.bytes().all(|b| matches!(b, b'0' | b'1'));
+        self.0.rsplit_once('_').is_some_and(|(parent, path)| parent.contains('_') && is_path(path))
+    }
+
+    /// The ids of the two halves.
+    #[must_use]
+    pub fn halves(&self) -> [Self; 2] {
+        let separator = if self.is_half() { "" } else { "_" };
+        ['0', '1'].map(|digit| Self(format!("{}{separator}{digit}", self.0)))
+    }
+}
+
+impl fmt::Display for BatchId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// An id that was kept with its batch.
+impl From<String> for BatchId {
+    fn from(id: String) -> Self {
+        Self(id)
+    }
+}
+
+impl From<&str> for BatchId {
+    fn from(id: &str) -> Self {
+        Self(id.to_owned())
+    }
+}
+
+/// A batch. Its bytes and its id never change; a queue keeps it as one message, the envelope.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    pub id: BatchId,
+    /// The exact request body.
+    pub body: Bytes,
+    pub format: Format,
+    pub events: u32,
+    /// Attempts begun; 0 after a replay.
+    pub attempts: u32,
+    /// When the first attempt began; `None` before it.
+    pub first_attempt_at: Option<SystemTime>,
+    /// W3C Trace Context, from the producer of the first event.
+    pub traceparent: Option<String>,
+    pub story: AttemptLog,
+    /// An operator has replayed it: it was a dead letter once.
+    pub replay: bool,
+}
+
+impl Batch {
+    /// Splits the batch into two that were never attempted, though their time runs from the first attempt of the whole one; `None` for
+    /// a single event.
+    pub fn halves(&self) -> Option<Vec<Self>> {
+        let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
+        let (first, second) = events.split_at(events.len().div_ceil(2));
+        let half = |id: BatchId, events: &[&[u8]]| Self {
+            id,
+            body: self.format.splice(events.iter().copied(), events.iter().map(|e| e.len()).sum()).into(),
+            events: u32::try_from(events.len()).unwrap_or(u32::MAX),
+            attempts: 0,
+            ..self.clone()
+        };
+        let [first_id, second_id] = self.id.halves();
+        Some(vec![half(first_id, first), half(second_id, second)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_id_of_a_half_is_always_the_same_and_is_known_as_one() {
+        let whole = BatchId::from("msg_0123");
+        assert!(!whole.is_half());
+        let [first, second] = whole.halves();
+        assert_eq!((first.as_str(), second.as_str()), ("msg_0123_0", "msg_0123_1"));
+        assert!(first.is_half() && second.is_half());
+        assert_eq!(second.halves().map(|id| id.to_string()), ["msg_0123_10", "msg_0123_11"]);
+        assert!(!BatchId::random().is_half() && !BatchId::from("0_1").is_half());
+    }
+}

@@ -1,0 +1,166 @@
+//! Which subscribers a queue may unbind.
+
+use std::{collections::BTreeSet, fmt, sync::Arc};
+
+use tokio::sync::watch;
+
+use crate::config::changes::is_drastic;
+
+/// Says which subscribers a queue may unbind. Clones are the same.
+///
+/// Events that are published while a subscriber is not bound are lost to it, and a start whose files were away looks like one whose
+/// subscribers were removed. So where a start would unbind all that are bound, or most of many, none is unbound before an operator has
+/// asked for it. What the running daemon is given later is judged by the reload.
+#[derive(Debug, Clone, Default)]
+pub struct Removals(Arc<watch::Sender<Judged>>);
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+enum Judged {
+    /// It is not known yet who is bound.
+    #[default]
+    Not,
+    /// All may be unbound but these.
+    Kept(BTreeSet<String>),
+    Held(HeldRemovals),
+}
+
+/// Of all that were `bound` when the daemon started, `missing` are not configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldRemovals {
+    pub bound: BTreeSet<String>,
+    pub missing: BTreeSet<String>,
+}
+
+impl Removals {
+    /// For the queue, when it knows who is bound by what came before, and each time that others are configured.
+    pub(crate) fn judge(&self, bound: &BTreeSet<String>, wanted: &BTreeSet<String>) {
+        self.0.send_if_modified(|judged| {
+            let new = match judged {
+                Judged::Kept(_) => return false,
+                Judged::Not if !is_drastic(bound, wanted) => Judged::Kept(wanted.clone()),
+                Judged::Not => Judged::Held(HeldRemovals { bound: bound.clone(), missing: bound - wanted }),
+                // Files may come back one by one: until all are there, it is as it was.
+                Judged::Held(held) if held.bound.is_subset(wanted) => Judged::Kept(wanted.clone()),
+                Judged::Held(held) => Judged::Held(HeldRemovals { missing: &held.bound - wanted, ..held.clone() }),
+            };
+            let changed = *judged != new;
+            if let (Judged::Not, Judged::Held(held)) = (&*judged, &new) {
+                tracing::error!(subscribers = ?held.missing, "not unbound: {held}");
+            }
+            *judged = new;
+            changed
+        });
+    }
+
+    /// Whether a subscriber that is not configured may be unbound.
+    pub(crate) fn may_unbind(&self, subscriber: &str) -> bool {
+        matches!(&*self.0.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
+    }
+
+    /// Whether subscribers that are not configured may be bound and get events: so it is until it is known who is bound, and while
+    /// removals wait for an operator.
+    pub fn others_may_be_bound(&self) -> bool {
+        !matches!(&*self.0.borrow(), Judged::Kept(_))
+    }
+
+    /// Changes when somebody may be unbound who was not before.
+    pub(crate) fn changes(&self) -> watch::Receiver<impl Sized + use<>> {
+        self.0.subscribe()
+    }
+
+    /// These are configured from now on. What was held at the start stays so unless an operator has asked for this.
+    pub fn configure(&self, names: BTreeSet<String>, by_operator: bool) -> Before {
+        let mut before = Judged::Not;
+        self.0.send_modify(|judged| {
+            before.clone_from(judged);
+            if by_operator || matches!(judged, Judged::Kept(_)) {
+                *judged = Judged::Kept(names);
+            }
+        });
+        Before(before)
+    }
+
+    /// Those of [`configure`](Self::configure) are not in use after all.
+    pub fn restore(&self, before: Before) {
+        self.0.send_replace(before.0);
+    }
+
+    /// Who is not unbound before an operator has asked for it.
+    pub fn held(&self) -> Option<HeldRemovals> {
+        match &*self.0.borrow() {
+            Judged::Held(held) => Some(held.clone()),
+            Judged::Not | Judged::Kept(_) => None,
+        }
+    }
+}
+
+/// What [`Removals::configure`] has changed.
+#[derive(Debug)]
+pub struct Before(Judged);
+
+impl fmt::Display for HeldRemovals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} of the {} subscribers that are bound are not configured ({}). A start alone does not unbind so many: they go on getting events \
+             until `hooktrail reload`, SIGHUP or POST /api/v1/reload says that it is meant",
+            self.missing.len(),
+            self.bound.len(),
+            some_of(&self.missing)
+        )
+    }
+}
+
+/// The first few names of many, and how many there are beside them.
+pub fn some_of(names: &BTreeSet<String>) -> String {
+    const SHOWN: usize = 5;
+    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(text: &str) -> BTreeSet<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_start_that_would_unbind_most_unbinds_nobody_until_an_operator_asks_or_they_are_back() {
+        let held = || {
+            let removals = Removals::default();
+            assert!(!removals.may_unbind("a"), "it is not known who is bound");
+            removals.judge(&names("a b c d e"), &names("e x y z"));
+            assert_eq!(removals.held().expect("held").missing, names("a b c d"));
+            removals
+        };
+        let operator = held();
+        assert!(!operator.may_unbind("a"));
+        operator.configure(names("e"), true);
+        assert!(operator.may_unbind("a") && !operator.may_unbind("e") && operator.held().is_none());
+        let back = held();
+        back.configure(names("a b c e"), false);
+        // Those that came with this start are bound by now, and say nothing of what was there before.
+        back.judge(&names("a b c d e x y z"), &names("x y z e"));
+        assert!(back.held().is_some());
+        // One by one.
+        back.judge(&names("a b c d e x y z"), &names("a b c e"));
+        assert!(!back.may_unbind("d") && back.held().expect("held").missing == names("d"));
+        back.judge(&names("a b c d e x y z"), &names("a b c d e"));
+        assert!(back.held().is_none() && back.may_unbind("x") && !back.may_unbind("a"));
+    }
+
+    #[test]
+    fn what_a_running_daemon_removes_may_be_unbound_unless_that_was_given_up() {
+        let removals = Removals::default();
+        removals.judge(&names("a b"), &names("a b"));
+        let before = removals.configure(names("a"), false);
+        assert!(removals.may_unbind("b"));
+        removals.restore(before);
+        assert!(!removals.may_unbind("b"));
+    }
+}
