@@ -20,7 +20,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 pub use self::{
-    removals::{Before, HeldRemovals, Removals, some_of},
+    removals::{Changing, HeldRemovals, Removals, some_of},
     troubles::{Harms, Troubles},
     waiting::{Hastened, Waiting, WaitingList},
 };

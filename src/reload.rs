@@ -221,11 +221,11 @@ impl Reloader {
                 return Err(refused);
             }
         };
-        let before = self.0.removals.configure(new.names(), by_operator);
+        let changing = self.0.removals.configure(new.names(), by_operator);
         let not_bound = match self.change(new.subscribers.clone()).await {
             Ok(not_bound) => not_bound,
             Err(failed) => {
-                self.0.removals.restore(before);
+                changing.undo();
                 return Err(failed);
             }
         };
@@ -237,6 +237,7 @@ impl Reloader {
         self.0.files.send_replace(new.files.clone());
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
+        drop(changing); // not before: the patterns of both are those of bound subscribers
         self.0.current.send_replace(Arc::new(new));
         Ok(Reloaded { changes, not_bound })
     }

@@ -171,9 +171,10 @@ impl<Q: Queue> Intake<Q> {
             if group.is_empty() {
                 break;
             }
-            let matched: Vec<bool> = group.iter().map(|e| self.matches(&e.event_type)).collect();
-            // Their patterns are not in the configuration: what the queue says of them counts.
+            // Their patterns are not in the configuration: what the queue says of them counts. Asked before the configuration is, which
+            // is in use by the time that this is no more so.
             let others_may_be_bound = self.queue.removals().others_may_be_bound();
+            let matched: Vec<bool> = group.iter().map(|e| self.matches(&e.event_type)).collect();
             let fates = match self.queue.publish(group).await {
                 Ok(fates) => fates,
                 Err(e) => {

@@ -1,6 +1,13 @@
 //! Which subscribers a queue may unbind.
 
-use std::{collections::BTreeSet, fmt, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use tokio::sync::watch;
 
@@ -12,7 +19,11 @@ use crate::config::changes::is_drastic;
 /// subscribers were removed. So where a start would unbind all that are bound, or most of many, none is unbound before an operator has
 /// asked for it. What the running daemon is given later is judged by the reload.
 #[derive(Debug, Clone, Default)]
-pub struct Removals(Arc<watch::Sender<Judged>>);
+pub struct Removals {
+    judged: Arc<watch::Sender<Judged>>,
+    /// Others are configured, and not in use yet.
+    changing: Arc<AtomicBool>,
+}
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 enum Judged {
@@ -34,7 +45,7 @@ pub struct HeldRemovals {
 impl Removals {
     /// For the queue, when it knows who is bound by what came before, and each time that others are configured.
     pub(crate) fn judge(&self, bound: &BTreeSet<String>, wanted: &BTreeSet<String>) {
-        self.0.send_if_modified(|judged| {
+        self.judged.send_if_modified(|judged| {
             let new = match judged {
                 Judged::Kept(_) => return false,
                 Judged::Not if !is_drastic(bound, wanted) => Judged::Kept(wanted.clone()),
@@ -54,49 +65,62 @@ impl Removals {
 
     /// Whether a subscriber that is not configured may be unbound.
     pub(crate) fn may_unbind(&self, subscriber: &str) -> bool {
-        matches!(&*self.0.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
+        matches!(&*self.judged.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
     }
 
-    /// Whether subscribers that are not configured may be bound and get events: so it is until it is known who is bound, and while
-    /// removals wait for an operator.
+    /// Whether subscribers that are not configured may be bound and get events: until it is known who is bound, while removals wait for
+    /// an operator, and while others are put to use.
     pub fn others_may_be_bound(&self) -> bool {
-        !matches!(&*self.0.borrow(), Judged::Kept(_))
+        self.changing.load(Ordering::SeqCst) || !matches!(&*self.judged.borrow(), Judged::Kept(_))
     }
 
     /// Changes when somebody may be unbound who was not before.
     pub(crate) fn changes(&self) -> watch::Receiver<impl Sized + use<>> {
-        self.0.subscribe()
+        self.judged.subscribe()
     }
 
-    /// These are configured from now on. What was held at the start stays so unless an operator has asked for this.
-    pub fn configure(&self, names: BTreeSet<String>, by_operator: bool) -> Before {
+    /// These are configured from now on, and in use when the answer is dropped. What was held at the start stays so unless an operator
+    /// has asked for this.
+    pub fn configure(&self, names: BTreeSet<String>, by_operator: bool) -> Changing {
+        self.changing.store(true, Ordering::SeqCst);
         let mut before = Judged::Not;
-        self.0.send_modify(|judged| {
+        self.judged.send_modify(|judged| {
             before.clone_from(judged);
             if by_operator || matches!(judged, Judged::Kept(_)) {
                 *judged = Judged::Kept(names);
             }
         });
-        Before(before)
-    }
-
-    /// Those of [`configure`](Self::configure) are not in use after all.
-    pub fn restore(&self, before: Before) {
-        self.0.send_replace(before.0);
+        Changing { removals: self.clone(), before }
     }
 
     /// Who is not unbound before an operator has asked for it.
     pub fn held(&self) -> Option<HeldRemovals> {
-        match &*self.0.borrow() {
+        match &*self.judged.borrow() {
             Judged::Held(held) => Some(held.clone()),
             Judged::Not | Judged::Kept(_) => None,
         }
     }
 }
 
-/// What [`Removals::configure`] has changed.
+/// A change of [`Removals::configure`] that is under way until this is dropped.
 #[derive(Debug)]
-pub struct Before(Judged);
+pub struct Changing {
+    removals: Removals,
+    before: Judged,
+}
+
+impl Changing {
+    /// Undoes the change: it is not put to use after all.
+    pub fn undo(mut self) {
+        self.removals.judged.send_replace(std::mem::take(&mut self.before));
+    }
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        self.removals.changing.store(false, Ordering::SeqCst);
+    }
+}
 
 impl fmt::Display for HeldRemovals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -160,7 +184,8 @@ mod tests {
         removals.judge(&names("a b"), &names("a b"));
         let before = removals.configure(names("a"), false);
         assert!(removals.may_unbind("b"));
-        removals.restore(before);
-        assert!(!removals.may_unbind("b"));
+        assert!(removals.others_may_be_bound(), "until the others are in use");
+        before.undo();
+        assert!(!removals.may_unbind("b") && !removals.others_may_be_bound());
     }
 }
