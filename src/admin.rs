@@ -38,7 +38,13 @@ use self::{
     connections::Bounds,
     intake::{Intake, ROOM},
 };
-use crate::{config::AdminConfig, metrics, queue::Queue, reload::Reloader, secret::Secret, status::Board, supervisor::Phase};
+use crate::{
+    config::AdminConfig,
+    crypto::secret::Secret,
+    queue::Queue,
+    supervisor::{fleet::Phase, reload::Reloader},
+    telemetry::{metrics, status::Board},
+};
 
 /// A client that keeps its connection between requests asks at least that often, a scrape of Prometheus each minute.
 const BOUNDS: Bounds = Bounds { at_a_time: 256, head_within: Duration::from_secs(75), read_within: READ_TIMEOUT };
@@ -379,11 +385,12 @@ mod tests {
         write("[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n");
         let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
         let metrics = metrics::Metrics::new(crate::clock::now());
-        let (reloader, _changes) = Reloader::new(config, metrics, crate::queue::Removals::default(), crate::log::Level::default());
+        let (reloader, _changes) =
+            Reloader::new(config, metrics, crate::queue::Removals::default(), crate::telemetry::log::Level::default());
         assert_eq!(ready(Phase::Running, true, &reloader), (StatusCode::OK, "ready\n".to_owned()));
         for (text, parts) in [("[x]\n", ["not reloaded", "h.toml:3:2: x"]), ("", ["wait for an operator", "(a)"])] {
             write(text);
-            assert!(reloader.reload(crate::reload::Because::Files("test")).await.is_err());
+            assert!(reloader.reload(crate::supervisor::reload::Because::Files("test")).await.is_err());
             let (status, told) = ready(Phase::Running, true, &reloader);
             assert!(status == StatusCode::OK && told.starts_with("ready\n") && parts.iter().all(|p| told.contains(p)), "{told}");
         }

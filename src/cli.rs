@@ -33,12 +33,11 @@ use self::daemon::Asked;
 use crate::{
     clock,
     config::{self, AmqpConfig, Backend, Config, ConfigError, Subscriber},
-    log,
-    metrics::Metrics,
     queue::{
         Queue as _, QueueError,
         amqp::{AmqpQueue, Repaired},
     },
+    telemetry::{log, metrics::Metrics},
     wording::{agreed, counted},
 };
 
@@ -372,7 +371,7 @@ async fn repair(config: &Config, name: &str, force: bool) -> Result<(), Failed> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{secret::Secret, signature};
+    use crate::crypto::{secret::Secret, signature};
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -24,16 +24,19 @@ pub(crate) use reader::nearness;
 use reader::{Layer, Layers, Reader, Section, Source, Value};
 
 use crate::{
-    address::AddressPolicy,
-    answer::Success,
-    batch::BatchPolicy,
-    circuit_breaker::BreakerPolicy,
-    event::Pattern,
-    payload::Format,
-    retry::{Exhausted, MAX_DELAY, RetryOptions, RetryPolicy},
-    secret::{Secret, SecretUrl},
-    signature::{Encoding, Scheme, Signer, standard_key},
-    tls::{self, BadIdentity, Identity, TlsPolicy},
+    crypto::{
+        secret::{Secret, SecretUrl},
+        signature::{Encoding, Scheme, Signer, standard_key},
+        tls::{self, BadIdentity, Identity, TlsPolicy},
+    },
+    event::{Pattern, payload::Format},
+    policy::{
+        address::AddressPolicy,
+        answer::Success,
+        batching::BatchPolicy,
+        circuit_breaker::BreakerPolicy,
+        retry::{Exhausted, MAX_DELAY, RetryOptions, RetryPolicy},
+    },
     wording::{counted, span},
 };
 

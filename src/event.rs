@@ -4,6 +4,9 @@
 //! building a value: numbers such as 2^64-1 or 1e400 and escapes keep their spelling, because
 //! nobody ever parses and prints them again.
 
+pub mod inflate;
+pub mod payload;
+
 use std::{borrow::Cow, fmt};
 
 use serde::de::{Deserialize as _, Deserializer as _, IgnoredAny, MapAccess, Visitor};

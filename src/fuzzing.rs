@@ -11,15 +11,19 @@ use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Value, json, value::RawValue};
 
 use crate::{
-    admin, batch, clock, config,
+    admin, clock, config,
+    crypto::{
+        secret::Secret,
+        signature::{Encoding, KEY_BYTES, Scheme, Signer, TOLERANCE_SECONDS, standard_key, verify},
+    },
     delivery::AttemptLog,
-    event::{self, MAX_DEPTH, MAX_TYPE_LEN, Pattern},
-    payload::Format,
+    endpoint::webhook::parse_retry_after,
+    event::{self, MAX_DEPTH, MAX_TYPE_LEN, Pattern, payload::Format},
+    policy::{
+        batching,
+        retry::{MAX_DELAY, Next, RetryPolicy},
+    },
     queue::amqp,
-    retry::{MAX_DELAY, Next, RetryPolicy},
-    secret::Secret,
-    signature::{Encoding, KEY_BYTES, Scheme, Signer, TOLERANCE_SECONDS, standard_key, verify},
-    webhook::parse_retry_after,
 };
 
 /// What tries one input, and panics if something does not hold.
@@ -502,7 +506,7 @@ fn within_limits(config: &config::Config) {
         assert!(!s.events.is_empty() && s.events.iter().all(|p| Pattern::try_new(p.as_str()).as_ref() == Ok(p)));
         assert!((1..=65_535).contains(&s.batch.max_events) && s.batch.max_wait <= minutes(2));
         let bytes = u64::try_from(s.batch.max_bytes).expect("fits");
-        assert!((batch::BatchPolicy::MIN_BYTES..=batch::BatchPolicy::MAX_BYTES).contains(&bytes));
+        assert!((batching::BatchPolicy::MIN_BYTES..=batching::BatchPolicy::MAX_BYTES).contains(&bytes));
         assert!(!s.http.timeout.is_zero() && s.http.timeout <= minutes(5) && !s.http.connect_timeout.is_zero());
         assert!((1..=100).contains(&s.http.concurrency));
         assert!(s.circuit_breaker.open_for <= s.circuit_breaker.max_open_for && s.circuit_breaker.max_open_for <= minutes(24 * 60));

@@ -16,9 +16,6 @@ use std::{
 use tokio::{sync::watch, task::JoinSet, time::sleep_until};
 
 use crate::{
-    answer::Health,
-    batch::Batcher,
-    circuit_breaker::{Begun, Change, CircuitBreaker, Permit, State},
     clock,
     config::{
         Subscriber,
@@ -28,16 +25,22 @@ use crate::{
         AttemptLog, AttemptResult, Batch, BatchId, DeadLetter, Disposition, FailedAttempt, Failure, FailureKind, MessageKind, Outcome,
         Pause, PauseCause, Reason, Standing, Standings,
     },
-    event::{head, with_id},
+    endpoint::webhook::{Request, Webhook},
+    event::{head, payload::Format, with_id},
     failpoint::{Step, reached},
-    payload::Format,
+    policy::{
+        answer::Health,
+        batching::Batcher,
+        circuit_breaker::{Begun, Change, CircuitBreaker, Permit, State},
+        retry::Waits,
+        turn::{Slots, Turn, Turns, Waiting},
+        verdict::{self, Attempt, Evidence, Origin, Verdict, decide},
+    },
     queue::{Event, Queue, QueueError, Receipt, SettleError, Settlement, Settler, Source, Taken, Window},
-    resources,
-    retry::Waits,
-    status::{Circuit, Ended, LaneStatus, LastError},
-    turn::{Slots, Turn, Turns, Waiting},
-    verdict::{self, Attempt, Evidence, Origin, Verdict, decide},
-    webhook::{Request, Webhook},
+    telemetry::{
+        resources,
+        status::{Circuit, Ended, LaneStatus, LastError},
+    },
 };
 
 /// Messages taken from the source in one go: enough to make a wake-up cheap, few enough to look at
@@ -965,7 +968,7 @@ fn happened_at(timestamp: Option<u64>) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{metrics::Metrics, status::Board};
+    use crate::telemetry::{metrics::Metrics, status::Board};
     use std::sync::Mutex;
 
     #[test]

@@ -16,38 +16,50 @@
 //! A first attempt is made from memory. A failed batch becomes ONE message, the envelope: the exact
 //! body, the batch id, the number of attempts. From then on bytes and id never change.
 //!
-//! # The files, by layer; each imports only from layers above it in this list
+//! # The rooms
 //!
-//! | layer | files |
-//! |---|---|
-//! | pure | [`event`] what an event is, topic patterns · [`payload`] the request body · [`inflate`] bodies that come compressed · [`retry`] the schedule · [`circuit_breaker`] · [`answer`] what a status means, and when it is believed · [`turn`] what a free request slot gets · [`address`] which addresses may be connected to · [`secret`] values that cannot be printed · [`resources`] whether the system gives this process what it needs · [`clock`] the only one that asks the time · [`finding`] what a look found, and what mends it · [`failpoint`] where a test can end a debug build · [`wording`] numbers and their nouns |
-//! | pure | [`delivery`] the nouns: batch, outcome, disposition, dead letter, pause · [`batch`] what goes into one POST · [`signature`] signing and verifying · [`handshake`] whether a command and a daemon know the same token · [`tls`] whom to trust |
-//! | base | [`config`] raw TOML in, checked policies out, all mistakes at once · [`metrics`] every name, and the handles that count |
-//! | edge | [`queue`] what delivery needs of a queue; [`queue::amqp`] is the only place that knows lapin, [`queue::embedded`] the only one that knows SQLite · [`webhook`] one attempt → [`delivery::Outcome`]; the only place that sends requests to receivers · [`endpoint`] a look at where they would go, without one · [`signal`] signals of the system, files that change · [`log`] what it looks like, and who writes it |
-//! | edge | [`status`] what lanes and queue say of themselves · [`verdict`] what follows from an attempt's outcome |
-//! | edge | [`rehearsal`] one test event |
-//! | flow | [`lane`] the worker of one subscriber |
-//! | process | [`supervisor`] wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them |
-//! | process | [`reload`] reads the configuration again and hands it to the supervisor |
-//! | surface | [`doctor`] the look at the queue when the daemon has started · [`admin`] the HTTP listener: health, readiness, metrics, the API and the intake of events · [`systemd`] tells the service manager how far the daemon is |
-//! | entry | [`cli`] the commands and all printing; `main.rs` exit codes |
-//! | tests | `fuzzing.rs` what must hold for bytes that strangers write: `fuzz/` and the unit tests run it, no program holds it |
+//! A room imports only from rooms above it in this list, and a file of a room only from files named before it. `tests/it` holds the
+//! code to it.
+//!
+//! ```text
+//! clock.rs                                     time, randomness, ids
+//! failpoint.rs                                 where a debug build can be killed
+//! wording.rs                                   numbers and their nouns
+//! crypto/      secret · signature · tls · handshake
+//!                                              values that cannot be printed; signing; whom to trust; daemon and command know each other
+//! event/       inflate · payload · event       compressed bodies; the request body; what an event is, topic patterns
+//! delivery/    outcome · attempt_log · batch · dead_letter · disposition · depth · pause · delivery
+//!                                              the nouns, each defined once
+//! policy/      address · retry · batching · circuit_breaker · answer · turn · verdict
+//!                                              decisions without I/O
+//! config/      raw TOML in, checked values out, all mistakes at once; one row a key
+//! telemetry/   finding · troubles · metrics · status · log · resources
+//!                                              what the daemon says of itself
+//! queue/       what delivery needs of a queue; `amqp` alone knows lapin, `embedded` alone SQLite
+//! endpoint/    webhook · inspect · test_event  one attempt, the only place that sends requests to receivers
+//! lane.rs                                      the worker of one subscriber
+//! supervisor/  signal · fleet · systemd · reload · startup_check
+//!                                              start, reload, restart after a panic, drain
+//! admin/       the HTTP listener: health, metrics, the API, the intake of events
+//! cli/         the commands, and all printing; `main.rs` has the exit codes
+//! fuzzing.rs                                   what must hold for bytes of strangers; not part of the program
+//! ```
 //!
 //! # Where to look
 //!
 //! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite? [`queue::embedded`].
-//! - Why was this dead-lettered? [`verdict::decide`]; of what was never attempted: `sort` in [`lane`].
-//! - Which batch is sent next? [`turn::Turns::choose`].
-//! - When is a batch tried again? [`retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
+//! - Why was this dead-lettered? [`policy::verdict::decide`]; of what was never attempted: `sort` in [`lane`].
+//! - Which batch is sent next? [`policy::turn::Turns::choose`].
+//! - When is a batch tried again? [`policy::retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
 //! - What can be wrong with a queue, and what mends it? `queue/amqp/doctor.rs` and `queue/embedded/doctor.rs`;
-//!   with an endpoint: [`endpoint`].
-//! - What happens on SIGHUP? [`reload::Reloader::reload`], then `Fleet::reconcile` in [`supervisor`]; each lane takes over what is
+//!   with an endpoint: [`endpoint::inspect`].
+//! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`], then `Fleet::reconcile` in [`supervisor::fleet`]; each lane takes over what is
 //!   new in `Lane::adopt`, the broker's bindings in `queue/amqp/state.rs`. The start goes the same way.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How many may connect, and for how
 //!   long? `admin/connections.rs`.
-//! - What is counted, and what is it called? [`metrics`], all of it.
+//! - What is counted, and what is it called? [`telemetry::metrics`], all of it.
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
 //! - Who may do what, and what keeps everybody else from it? SECURITY.md.
 //!
@@ -77,41 +89,20 @@
 
 #![forbid(unsafe_code)]
 
-pub mod address;
 pub mod admin;
-pub mod answer;
-pub mod batch;
-pub mod circuit_breaker;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod crypto;
 pub mod delivery;
-pub mod doctor;
 pub mod endpoint;
 pub mod event;
 pub mod failpoint;
-pub mod finding;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-pub mod handshake;
-pub mod inflate;
 pub mod lane;
-pub mod log;
-pub mod metrics;
-pub mod payload;
+pub mod policy;
 pub mod queue;
-pub mod rehearsal;
-pub mod reload;
-pub mod resources;
-pub mod retry;
-pub mod secret;
-pub mod signal;
-pub mod signature;
-pub mod status;
 pub mod supervisor;
-pub mod systemd;
-pub mod tls;
-pub mod turn;
-pub mod verdict;
-pub mod webhook;
+pub mod telemetry;
 pub mod wording;

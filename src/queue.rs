@@ -5,7 +5,6 @@
 pub mod amqp;
 pub mod embedded;
 mod removals;
-mod troubles;
 mod waiting;
 
 use std::{
@@ -21,14 +20,14 @@ use tokio::sync::watch;
 
 pub use self::{
     removals::{Changing, HeldRemovals, Removals, some_of},
-    troubles::{Harms, Troubles},
     waiting::{Hastened, Waiting, WaitingList},
 };
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
     delivery::{Batch, BatchId, DeadLetter, Depths, MessageKind, Standing, Standings},
-    finding::Finding,
+    telemetry::finding::Finding,
+    telemetry::troubles::Troubles,
 };
 
 /// The queue as the daemon uses it.

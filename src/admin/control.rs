@@ -24,11 +24,13 @@ use crate::{
     clock::{self, rfc3339},
     config::{Subscriber, changes::Changes},
     delivery::{Depth, Pause, Standing},
+    endpoint::test_event,
     queue::{DeadLetters as _, Queue, QueueError},
-    rehearsal,
-    reload::{Because, Held, Reloaded, Reloader, Unchanged},
-    status::{Board, Circuit, Looked, State as LaneState, View},
-    supervisor::Phase,
+    supervisor::{
+        fleet::Phase,
+        reload::{Because, Held, Reloaded, Reloader, Unchanged},
+    },
+    telemetry::status::{Board, Circuit, Looked, State as LaneState, View},
 };
 
 /// The longest body, and so about the longest reason.
@@ -278,7 +280,7 @@ impl<Q: Queue> Control<Q> {
     async fn test(&self, name: &str) -> Result<Value, Refusal> {
         let subscriber = self.subscriber(name)?;
         let _one = self.testing.lock().await;
-        let report = rehearsal::rehearse(&subscriber).await;
+        let report = test_event::rehearse(&subscriber).await;
         Ok(report.map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))?.as_json())
     }
 
@@ -437,10 +439,9 @@ mod tests {
     use super::*;
     use crate::{
         config::{self, Config},
-        log,
-        metrics::Metrics,
         queue::fake::Fake,
-        supervisor::Change,
+        supervisor::fleet::Change,
+        telemetry::{log, metrics::Metrics},
     };
 
     /// Long enough for any machine.

@@ -27,15 +27,17 @@ use tokio::{
 
 use super::{BadEvent, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type};
 use crate::{
-    batch::BatchPolicy,
     clock,
     config::Subscribers,
-    event::{InvalidEvent, Key, event_type},
+    event::{
+        InvalidEvent, Key, event_type,
+        inflate::{Broken, gunzip},
+    },
     failpoint::{Step, reached},
-    inflate::{Broken, gunzip},
-    metrics::Metrics,
+    policy::batching::BatchPolicy,
     queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
-    supervisor::Phase,
+    supervisor::fleet::Phase,
+    telemetry::metrics::Metrics,
     wording::{agreed, counted},
 };
 

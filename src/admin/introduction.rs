@@ -12,7 +12,7 @@ use axum::{
 use serde_json::json;
 
 use super::{carries, forbidden, from_elsewhere, header_text, json_answer, unauthorized, wrong_method};
-use crate::{
+use crate::crypto::{
     handshake::{self, Side},
     secret::Secret,
 };

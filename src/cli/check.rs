@@ -6,10 +6,12 @@ use super::{Failed, complete, find, visible};
 use crate::{
     clock,
     config::{self, Backend, Config, ConfigError, Subscriber, keys},
-    endpoint,
-    finding::{Finding, Severity, summarized},
-    metrics::Metrics,
+    endpoint::inspect,
     queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    telemetry::{
+        finding::{Finding, Severity, summarized},
+        metrics::Metrics,
+    },
     wording::counted,
 };
 
@@ -87,7 +89,7 @@ fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Fai
 /// What queue and endpoints show, the worst last.
 async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
     // Of all subscribers, whoever is meant: they share what the broker allows, and one that runs shows that there is a daemon.
-    let (mut findings, endpoints) = tokio::join!(look(config), endpoint::inspect(chosen));
+    let (mut findings, endpoints) = tokio::join!(look(config), inspect::inspect(chosen));
     if chosen.len() < config.subscribers.len() {
         findings = without_others(findings, config, chosen);
     }

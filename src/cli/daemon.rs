@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{Failed, visible};
 use crate::{
     config::{AdminConfig, Config},
-    handshake::{self, Side},
+    crypto::handshake::{self, Side},
 };
 
 /// The daemon says at once who it is.

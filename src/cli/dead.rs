@@ -20,7 +20,7 @@ use crate::{
     config::{Backend, Config},
     delivery::{AttemptLog, AttemptResult, FailedAttempt, MessageKind, Reason},
     queue::{DeadLetters, Held, Queue as _, QueueError, embedded::EmbeddedQueue},
-    signal::{self, Stops},
+    supervisor::signal::{self, Stops},
     wording::counted,
 };
 

@@ -36,12 +36,10 @@ use super::{Failed, reach, visible};
 use crate::{
     clock,
     config::{self, Backend, Config},
-    metrics::Metrics,
+    crypto::{secret::Secret, signature},
     queue::{DeadLetters as _, NewEvent, Queue, embedded::EmbeddedQueue},
-    secret::Secret,
-    signature,
-    status::Board,
-    supervisor::{self, Controls, Phase},
+    supervisor::fleet::{self, Controls, Phase},
+    telemetry::{metrics::Metrics, status::Board},
     wording::counted,
 };
 
@@ -381,7 +379,7 @@ impl Play<'_> {
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
             hurry: Box::pin(std::future::pending()),
         };
-        let daemon = supervisor::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
+        let daemon = fleet::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
         let show = async {
             let published = self.publish(&queue).await?;
             self.drain(&queue, &published).await?;

@@ -23,10 +23,12 @@ use tokio::net::TcpListener;
 use super::{Failed, visible};
 use crate::{
     clock,
+    crypto::{
+        secret::Secret,
+        signature::{self, Unverified},
+    },
     delivery::BatchId,
     event::{Pattern, event_type},
-    secret::Secret,
-    signature::{self, Unverified},
     wording::counted,
 };
 

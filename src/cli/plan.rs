@@ -13,14 +13,16 @@ use super::{
     visible,
 };
 use crate::{
-    circuit_breaker::{Begun, BreakerPolicy, Change, CircuitBreaker},
     clock,
     config::{Backend, Config, Intake, Subscriber},
+    policy::{
+        circuit_breaker::{Begun, BreakerPolicy, Change, CircuitBreaker},
+        retry::{Exhausted, Next, RetryOptions, RetryPolicy},
+    },
     queue::{
         FEWEST, MOST_BYTES, Window,
         amqp::{self, CONSUMER_TIMEOUT, Footprint, Hold},
     },
-    retry::{Exhausted, Next, RetryOptions, RetryPolicy},
     wording::{agreed, counted},
 };
 

@@ -16,12 +16,12 @@ use tokio::sync::mpsc;
 use super::{Failed, reach, visible};
 use crate::{
     admin::MAX_EVENTS,
-    batch::BatchPolicy,
     clock,
     config::{Backend, Config},
     event::{InvalidEvent, event_type},
+    policy::batching::BatchPolicy,
     queue::{MAX_GROUP, NewEvent, Published, Queue, embedded::EmbeddedQueue},
-    signal::{self, Stops},
+    supervisor::signal::{self, Stops},
     wording::counted,
 };
 

@@ -20,7 +20,7 @@ use crate::{
     config::{self, Backend, Config},
     delivery::BatchId,
     queue::{Hastened, Queue, Waiting, WaitingList, embedded::EmbeddedQueue},
-    signal,
+    supervisor::signal,
     wording::counted,
 };
 

@@ -9,16 +9,19 @@ use crate::{
     admin::Admin,
     clock,
     config::{self, Backend, Config},
-    doctor,
-    log::{Level, Log},
-    metrics::Metrics,
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    reload::{Because, Reloader},
-    resources,
-    signal::{self, Files, Hangups, Stops},
-    status::Board,
-    supervisor::{self, Controls, Phase},
-    systemd,
+    supervisor::{
+        fleet::{self, Controls, Phase},
+        reload::{Because, Reloader},
+        signal::{self, Files, Hangups, Stops},
+        startup_check, systemd,
+    },
+    telemetry::{
+        log::{Level, Log},
+        metrics::Metrics,
+        resources,
+        status::Board,
+    },
 };
 
 pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
@@ -94,14 +97,14 @@ async fn deliver(
     let (phase, phases) = watch::channel(Phase::Starting);
     let told = tokio::spawn(systemd::follow(phases.clone()));
     let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
-    doctor::look_once(queue.clone(), &subscribers, phase.subscribe());
+    startup_check::look_once(queue.clone(), &subscribers, phase.subscribe());
     let mut asking = JoinSet::new();
     asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
     asking.spawn(reload_when_files_change(reloader.clone()));
     let controls =
         Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout(), hurry: Box::pin(stops.times(2)) };
     let beside = serving.done_with_the_queue();
-    supervisor::run(queue, subscribers, stops.times(1), controls, beside).await?;
+    fleet::run(queue, subscribers, stops.times(1), controls, beside).await?;
     tokio::select! {
         () = serving.close() => {}
         () = stops.times(2) => {}

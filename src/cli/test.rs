@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::{Failed, complete, find, visible};
 use crate::{
     config::Config,
-    rehearsal::{Report, rehearse},
+    endpoint::test_event::{Report, rehearse},
 };
 
 #[derive(Debug, clap::Args)]

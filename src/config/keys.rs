@@ -15,10 +15,11 @@ use super::{
     MAX_TIMEOUT, MAX_WAIT, Subscriber,
 };
 use crate::{
-    batch::BatchPolicy,
-    retry::MAX_DELAY,
-    secret::SecretUrl,
-    signature::{Encoding, Scheme},
+    crypto::{
+        secret::SecretUrl,
+        signature::{Encoding, Scheme},
+    },
+    policy::{batching::BatchPolicy, retry::MAX_DELAY},
     wording::{size, span},
 };
 
@@ -781,7 +782,10 @@ fn scheme(scheme: &Scheme) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{address::AddressPolicy, circuit_breaker::BreakerPolicy, config::HttpPolicy, retry::RetryOptions};
+    use crate::{
+        config::HttpPolicy,
+        policy::{address::AddressPolicy, circuit_breaker::BreakerPolicy, retry::RetryOptions},
+    };
 
     fn affecting(what: Affects) -> Vec<&'static str> {
         fields().filter(|(_, field)| field.affects.contains(&what)).map(|(path, _)| path).collect()

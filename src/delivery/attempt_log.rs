@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::Failure;
+use super::outcome::Failure;
 
 /// The failed attempts of a batch, the first and the last of them: enough to see how it went, and bounded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -4,8 +4,8 @@ use std::{fmt, time::SystemTime};
 
 use bytes::Bytes;
 
-use super::AttemptLog;
-use crate::{clock, payload::Format};
+use super::attempt_log::AttemptLog;
+use crate::{clock, event::payload::Format};
 
 /// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. Half of a batch has its parent's id, `_`,
 /// and a 0 or 1 for each time that it was halved, such as `msg_…_01`; so the same half always has the same id.

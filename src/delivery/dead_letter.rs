@@ -4,8 +4,12 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 
-use super::{AttemptLog, Batch, BatchId, Failure};
-use crate::payload::Format;
+use super::{
+    attempt_log::AttemptLog,
+    batch::{Batch, BatchId},
+    outcome::Failure,
+};
+use crate::event::payload::Format;
 
 /// What a message holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

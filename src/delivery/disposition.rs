@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Reason;
+use super::dead_letter::Reason;
 
 /// What becomes of a batch after an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

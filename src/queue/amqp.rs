@@ -74,10 +74,13 @@ use crate::{
     clock,
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
     delivery::{BatchId, Depth, Depths, Standing, Standings},
-    finding::Finding,
-    metrics::Metrics,
-    queue::{Harms, Hastened, NewEvent, Published, Queue, QueueError, Removals, Troubles, WaitingList, Window},
-    retry::Waits,
+    policy::retry::Waits,
+    queue::{Hastened, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
+    telemetry::{
+        finding::Finding,
+        metrics::Metrics,
+        troubles::{Harms, Troubles},
+    },
     wording::counted,
 };
 

@@ -40,9 +40,9 @@ use crate::{
     config::{EmbeddedConfig, Subscriber, Subscribers},
     delivery::{BatchId, Depth, Depths, Pause, Standing, Standings},
     event::Pattern,
-    finding::Finding,
+    policy::retry::Waits,
     queue::{Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
-    retry::Waits,
+    telemetry::finding::Finding,
 };
 
 /// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.

@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::{
     config::{Subscriber, Subscribers},
     delivery::{Batch, BatchId, Depths, MessageKind, Standing, Standings},
-    finding::Finding,
+    telemetry::finding::Finding,
 };
 
 #[derive(Debug, Clone)]

@@ -5,37 +5,25 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Each file below `src/` and its layer; a file imports only from lower ones.
-const LAYERS: &[&[&str]] = &[
-    &[
-        "address",
-        "answer",
-        "circuit_breaker",
-        "clock",
-        "event",
-        "failpoint",
-        "finding",
-        "inflate",
-        "payload",
-        "resources",
-        "retry",
-        "secret",
-        "turn",
-        "wording",
-    ],
-    &["batch", "delivery", "handshake", "signature", "tls"],
-    &["config", "metrics"],
-    &["endpoint", "log", "queue", "signal", "webhook"],
-    &["status", "verdict"],
-    &["rehearsal"],
-    &["lane"],
-    &["supervisor"],
-    &["reload"],
-    &["admin", "doctor", "systemd"],
-    &["cli"],
-    // Not part of the program.
-    &["fuzzing"],
-];
+/// A room of the map, and its files where their order counts.
+struct Room {
+    name: String,
+    files: Vec<String>,
+}
+
+/// The map at the top of `src/lib.rs`, in its order.
+fn map() -> Vec<Room> {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).expect("the map");
+    let block = text.split("# The rooms").nth(1).and_then(|rest| rest.split("```").nth(1)).expect("a block");
+    let line = |line: &str| {
+        let line = line.strip_prefix("//! ")?;
+        let (name, rest) = line.split_once(' ').filter(|(name, _)| !name.is_empty())?;
+        let files = rest.trim_start().split("  ").next().filter(|files| files.contains(" · ")).unwrap_or_default();
+        let files = files.split(" · ").filter(|f| !f.is_empty()).map(str::to_owned).collect();
+        Some(Room { name: name.trim_end_matches('/').trim_end_matches(".rs").to_owned(), files })
+    };
+    block.lines().filter_map(line).collect()
+}
 
 fn sources(below: &Path, into: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(below).expect("a folder") {
@@ -63,50 +51,113 @@ fn modules() -> Vec<(String, PathBuf, String)> {
     files.into_iter().map(module).filter(|(name, ..)| !["main", "lib"].contains(&name.as_str())).collect()
 }
 
-/// The modules named after `crate::`, groups included.
-fn imports(code: &str) -> Vec<String> {
-    let word = |text: &str| text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
-    let mut names = Vec::new();
-    for part in code.split("crate::").skip(1) {
-        let Some(group) = part.strip_prefix('{') else {
-            names.push(word(part));
-            continue;
-        };
-        let mut depth = 0;
-        let mut start = 0;
-        for (at, c) in group.char_indices() {
-            match c {
-                '{' => depth += 1,
-                '}' | ',' if depth == 0 => {
-                    names.push(word(&group[start..at]));
-                    start = at + 1;
-                    if c == '}' {
-                        break;
-                    }
-                }
-                '}' => depth -= 1,
-                _ => {}
+/// The paths behind `root`, such as `crate::`, each as its first two segments, groups included.
+fn imports(code: &str, root: &str) -> Vec<(String, String)> {
+    let mut paths = Vec::new();
+    for part in code.split(root).skip(1) {
+        expand("", part, &mut paths);
+    }
+    let segments = |path: String| {
+        let mut segments = path.split("::").map(str::to_owned);
+        (segments.next().unwrap_or_default(), segments.next().unwrap_or_default())
+    };
+    paths.into_iter().map(segments).filter(|(first, _)| !first.is_empty()).collect()
+}
+
+/// Reads one path, or a group of paths, and returns what is behind it.
+fn expand<'t>(before: &str, text: &'t str, paths: &mut Vec<String>) -> &'t str {
+    let text = text.trim_start();
+    let Some(mut group) = text.strip_prefix('{') else {
+        let end = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+        let path = format!("{before}{}", &text[..end]);
+        return match text[end..].strip_prefix("::") {
+            Some(rest) if !rest.starts_with('<') => expand(&format!("{path}::"), rest, paths),
+            _ => {
+                paths.push(path);
+                &text[end..]
             }
+        };
+    };
+    loop {
+        group = expand(before, group, paths);
+        // What stands between two of them: a comma, another name, an asterisk.
+        group = group.trim_start_matches(|c| c != ',' && c != '}');
+        match group.strip_prefix(',').map(str::trim_start) {
+            Some(rest) if !rest.starts_with('}') => group = rest,
+            Some(rest) => return &rest[1..],
+            None => return group.strip_prefix('}').unwrap_or_default(),
         }
     }
-    names.retain(|n| !n.is_empty());
-    names
 }
 
 #[test]
-fn a_module_imports_only_from_layers_below_its_own() {
-    let layer: BTreeMap<&str, usize> = LAYERS.iter().enumerate().flat_map(|(n, names)| names.iter().map(move |name| (*name, n))).collect();
-    let mut seen = 0;
-    for (module, path, code) in modules() {
-        let own = layer.get(module.as_str()).unwrap_or_else(|| panic!("{} stands in no layer of this test", path.display()));
-        for import in imports(&code).iter().filter(|i| **i != module) {
-            let other =
-                layer.get(import.as_str()).unwrap_or_else(|| panic!("{} imports `{import}`, which stands in no layer", path.display()));
-            assert!(other < own, "{} imports `{import}` from its own layer or one above", path.display());
+fn imports_are_read_with_their_groups() {
+    let found = imports("use crate::{\n    a,\n    b::{self, c::{D, E as F}, g},\n};\ncrate::h::i(crate::j);", "crate::");
+    let found: Vec<_> = found.iter().map(|(a, b)| format!("{a}:{b}")).collect();
+    assert_eq!(found, ["a:", "b:self", "b:c", "b:c", "b:g", "h:i", "j:"]);
+}
+
+#[test]
+fn the_map_names_every_room_and_file_of_it() {
+    let map = map();
+    for room in &map {
+        let of_room: Vec<_> = modules().into_iter().filter(|(name, ..)| *name == room.name).collect();
+        assert!(!of_room.is_empty(), "the map names `{}`, which is not there", room.name);
+        let mut there: Vec<String> = of_room.iter().map(|(name, path, _)| file_of(name, path)).collect();
+        there.sort();
+        there.dedup();
+        for file in &room.files {
+            assert!(there.contains(file), "the map names `{file}` in `{}`, which is not there", room.name);
+        }
+        // The file of the room itself may be only a list of the others.
+        let unnamed: Vec<_> = there.iter().filter(|f| !room.files.is_empty() && **f != room.name && !room.files.contains(f)).collect();
+        assert!(unnamed.is_empty(), "of `{}` the map does not name {unnamed:?}", room.name);
+    }
+}
+
+/// The file of a room, or the folder in it, that a path is of.
+fn file_of(room: &str, path: &Path) -> String {
+    let below = path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("below");
+    let second = below.components().nth(1).map(|c| c.as_os_str().to_string_lossy().replace(".rs", ""));
+    second.unwrap_or_else(|| room.to_owned())
+}
+
+#[test]
+fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_before_it() {
+    let map = map();
+    let place: BTreeMap<&str, usize> = map.iter().enumerate().map(|(n, room)| (room.name.as_str(), n)).collect();
+    let (mut seen, mut seen_inside) = (0, 0);
+    for (room, path, code) in modules() {
+        let own = *place.get(room.as_str()).unwrap_or_else(|| panic!("{} stands in no room of the map", path.display()));
+        let files = &map[own].files;
+        let file = file_of(&room, &path);
+        let is_second_level = path.parent().is_some_and(|p| p.ends_with(&room));
+        let mut inside = Vec::new();
+        for (other, next) in imports(&code, "crate::") {
+            if other == room {
+                inside.push(next);
+                continue;
+            }
+            let at = *place.get(other.as_str()).unwrap_or_else(|| panic!("{} imports `{other}`, which stands in no room", path.display()));
+            assert!(at < own, "{} imports `{other}` from a room below its own on the map", path.display());
             seen += 1;
         }
+        if is_second_level {
+            inside.extend(imports(&code, "super::").into_iter().map(|(first, _)| first));
+        }
+        let Some(own) = files.iter().position(|f| *f == file) else { continue };
+        for name in inside {
+            // What is no file of it is something of the room's own file.
+            let at = files.iter().position(|f| *f == name).or_else(|| files.iter().position(|f| *f == room));
+            assert!(
+                at.is_some_and(|at| at < own),
+                "{} imports `{name}` of its own room, which is not before it on the map",
+                path.display()
+            );
+            seen_inside += 1;
+        }
     }
-    assert!(seen > 30, "only {seen} imports were found: this test reads them wrongly");
+    assert!(seen > 30 && seen_inside > 10, "only {seen} and {seen_inside} imports were found: this test reads them wrongly");
 }
 
 #[test]
@@ -115,18 +166,21 @@ fn each_protocol_is_known_in_one_place() {
         ("lapin", &["src/queue/amqp"][..]),
         ("rusqlite", &["src/queue/embedded"]),
         // The command line asks the daemon with it, and the look at a broker its management API.
-        ("reqwest", &["src/webhook", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
-        ("tokio_rustls", &["src/endpoint.rs", "src/queue/amqp/wire.rs"]),
+        ("reqwest", &["src/endpoint/webhook", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
+        ("tokio_rustls", &["src/endpoint/inspect.rs", "src/queue/amqp/wire.rs"]),
         // Of its own, it makes the admin listener; of reqwest's errors, it says what they were.
-        ("hyper::", &["src/admin/connections.rs", "src/webhook"]),
-        ("h2::", &["src/webhook/errors.rs"]),
-        ("rustix", &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs", "src/cli/terminal.rs", "src/resources.rs"]),
+        ("hyper::", &["src/admin/connections.rs", "src/endpoint/webhook"]),
+        ("h2::", &["src/endpoint/webhook/errors.rs"]),
+        (
+            "rustix",
+            &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs", "src/cli/terminal.rs", "src/telemetry/resources.rs"],
+        ),
         ("toml::", &["src/config"]),
-        ("backoff::", &["src/retry.rs"]),
+        ("backoff::", &["src/policy/retry.rs"]),
         ("clap::", &["src/cli"]),
-        ("flate2", &["src/inflate.rs"]),
-        ("sd_notify::", &["src/systemd.rs"]),
-        ("prometheus_client", &["src/metrics.rs"]),
+        ("flate2", &["src/event/inflate.rs"]),
+        ("sd_notify::", &["src/supervisor/systemd.rs"]),
+        ("prometheus_client", &["src/telemetry/metrics.rs"]),
     ] {
         let mut users = 0;
         for (_, path, code) in modules() {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hooktrail::metrics::{ALL, Kind};
+use hooktrail::telemetry::metrics::{ALL, Kind};
 use serde_json::Value;
 
 use crate::{
@@ -38,7 +38,7 @@ fn every_metric_that_alerts_and_dashboard_name_exists() {
     {
         let named = names(&file(path));
         let unknown: Vec<_> = named.difference(&known).collect();
-        assert!(unknown.is_empty(), "{path} names what is not in src/metrics.rs: {unknown:?}");
+        assert!(unknown.is_empty(), "{path} names what is not in src/telemetry/metrics.rs: {unknown:?}");
         assert!(named.len() >= least, "{path}: only {} were found", named.len());
     }
 }

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use hooktrail::{
+use hooktrail::crypto::{
     handshake::{self, Side},
     secret::Secret,
 };

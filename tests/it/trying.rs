@@ -2,7 +2,7 @@
 
 use std::process::{Child, Command, Stdio};
 
-use hooktrail::{
+use hooktrail::crypto::{
     secret::Secret,
     signature::{Scheme, Signer},
 };

@@ -2,7 +2,7 @@
 
 use std::process::Output;
 
-use hooktrail::{
+use hooktrail::crypto::{
     handshake::{self, Side},
     secret::Secret,
 };

@@ -9,7 +9,7 @@ use crate::{
     clock,
     config::Config,
     queue::Queue,
-    signal::{self, Stops},
+    supervisor::signal::{self, Stops},
     wording::counted,
 };
 

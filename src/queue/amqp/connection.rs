@@ -19,11 +19,14 @@ use url::Host;
 
 use super::wire::{self, Greeting};
 use crate::{
-    finding::shell_word,
-    metrics::{Metrics, OpenConnection},
-    queue::{Harms, QueueError, Troubles},
-    retry::Waits,
-    secret::SecretUrl,
+    crypto::secret::SecretUrl,
+    policy::retry::Waits,
+    queue::QueueError,
+    telemetry::{
+        finding::shell_word,
+        metrics::{Metrics, OpenConnection},
+        troubles::{Harms, Troubles},
+    },
 };
 
 /// For the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its own here.

@@ -28,9 +28,9 @@ use super::{
 use crate::{
     clock,
     config::{Intake, Subscriber},
-    finding::{Finding, Severity, shell_word, summarized},
+    crypto::secret::SecretUrl,
     queue::{QueueError, Window},
-    secret::SecretUrl,
+    telemetry::finding::{Finding, Severity, shell_word, summarized},
     wording::counted,
 };
 

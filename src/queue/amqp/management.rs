@@ -7,7 +7,7 @@ use reqwest::{Client, StatusCode, Url, redirect, retry};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use crate::{
+use crate::crypto::{
     secret::{Secret, SecretUrl},
     tls::{SystemRoots, TlsPolicy},
 };

@@ -12,9 +12,11 @@ use lapin::{
 use crate::{
     clock,
     delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
-    event::event_type,
-    inflate::{Broken, Coding, inflate},
-    payload::Format,
+    event::{
+        event_type,
+        inflate::{Broken, Coding, inflate},
+        payload::Format,
+    },
     queue::{Event, MAX_TRACEPARENT, Receipt, Taken, Waiting},
 };
 

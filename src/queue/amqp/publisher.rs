@@ -26,7 +26,8 @@ use super::{
 };
 use crate::{
     failpoint::{Step, reached},
-    queue::{QueueError, Troubles},
+    queue::QueueError,
+    telemetry::troubles::Troubles,
 };
 
 /// From handing a group over to the last of its confirms.

@@ -27,14 +27,17 @@ use super::{
     walk::Walk,
 };
 use crate::{
-    batch::BatchPolicy,
     clock,
     config::{Subscriber, Subscribers},
     delivery::{AttemptLog, DeadLetter, MessageKind, Reason},
     event::event_type,
     failpoint::{Step, reached},
-    metrics::Metrics,
-    queue::{Harms, QueueError, Troubles},
+    policy::batching::BatchPolicy,
+    queue::QueueError,
+    telemetry::{
+        metrics::Metrics,
+        troubles::{Harms, Troubles},
+    },
 };
 
 /// The most messages that may be on their way to the relay; how many are is for their [sizes](Sizes) to say.

@@ -819,7 +819,7 @@ mod tests {
         std::fs::write(file.path(), text).expect("writes");
         let config = crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}"));
         let crate::config::Backend::Amqp(amqp) = config.queue.backend else { panic!("another queue") };
-        let queue = AmqpQueue::new(amqp, crate::metrics::Metrics::new(clock::now()));
+        let queue = AmqpQueue::new(amqp, crate::telemetry::metrics::Metrics::new(clock::now()));
         (queue, watch::Sender::new(config.subscribers).subscribe())
     }
 

@@ -18,9 +18,9 @@ use super::{
 use crate::{
     clock,
     config::{AmqpConfig, Intake, Subscriber},
+    crypto::secret::SecretUrl,
     failpoint::{Step, reached},
     queue::QueueError,
-    secret::SecretUrl,
 };
 
 /// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the first

@@ -22,12 +22,7 @@ use super::{
     state,
     topology::{Broker, Topology},
 };
-use crate::{
-    clock,
-    config::Subscriber,
-    event::Pattern,
-    queue::{Harms, QueueError},
-};
+use crate::{clock, config::Subscriber, event::Pattern, queue::QueueError, telemetry::troubles::Harms};
 
 /// Between two checks when nothing seems to be missing.
 const INTERVAL: Duration = Duration::from_secs(60);

@@ -32,7 +32,7 @@ use rustls::pki_types::ServerName;
 use tokio::{net::TcpStream, sync::oneshot};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::tls::{SystemRoots, TlsPolicy};
+use crate::crypto::tls::{SystemRoots, TlsPolicy};
 
 /// Deeper tables and arrays are shown to lapin as byte arrays.
 const MAX_DEPTH: u32 = 32;

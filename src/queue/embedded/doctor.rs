@@ -13,7 +13,7 @@ use rusqlite::{Connection, ErrorCode, InterruptHandle, OpenFlags};
 use super::{EmbeddedQueue, store};
 use crate::{
     config::Subscriber,
-    finding::{Finding, shell_word, summarized},
+    telemetry::finding::{Finding, shell_word, summarized},
     wording::counted,
 };
 
@@ -213,7 +213,7 @@ fn damaged(about: &str, why: &str, file: &Path) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finding::Severity;
+    use crate::telemetry::finding::Severity;
 
     #[test]
     fn the_holder_of_a_lock_is_found_by_the_files_number() {

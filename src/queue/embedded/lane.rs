@@ -15,8 +15,7 @@ use super::{from_millis, is_for, millis, parse_patterns, store::Store};
 use crate::{
     clock,
     delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
-    event::Pattern,
-    payload::Format,
+    event::{Pattern, payload::Format},
     queue::{self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
 

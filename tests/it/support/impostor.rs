@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use hooktrail::{
+use hooktrail::crypto::{
     handshake::{self, Side},
     secret::Secret,
 };

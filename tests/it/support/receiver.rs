@@ -13,7 +13,7 @@ use axum::{
     extract::{ConnectInfo, DefaultBodyLimit, State},
     http::{HeaderMap, Response},
 };
-use hooktrail::{secret::Secret, signature};
+use hooktrail::crypto::{secret::Secret, signature};
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 use super::{daemon::SECRET, eventually};

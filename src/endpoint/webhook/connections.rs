@@ -18,7 +18,7 @@ use super::{
 use crate::{
     clock,
     config::{HttpPolicy, Subscriber},
-    tls::SystemRoots,
+    crypto::tls::SystemRoots,
 };
 
 /// No request goes over a connection that is older: a name that leads elsewhere by then is followed, also under steady

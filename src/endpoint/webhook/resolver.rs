@@ -14,7 +14,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use tokio::sync::Semaphore;
 
 use super::EXCEPTIONS;
-use crate::address::AddressPolicy;
+use crate::policy::address::AddressPolicy;
 
 /// Resolves names and lets through only addresses that may be connected to: those that it returns
 /// are the ones connected to, so nothing can change between the look and the connection.

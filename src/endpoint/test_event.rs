@@ -5,14 +5,16 @@ use std::{fmt::Write as _, time::Duration};
 use serde_json::json;
 
 use crate::{
-    answer::Health,
     clock,
     config::Subscriber,
+    crypto::tls::SystemRoots,
     delivery::{BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason},
+    endpoint::webhook::{Rehearsal, Request, Webhook},
     event,
-    tls::SystemRoots,
-    verdict::{Attempt, Origin, decide},
-    webhook::{Rehearsal, Request, Webhook},
+    policy::{
+        answer::Health,
+        verdict::{Attempt, Origin, decide},
+    },
     wording::counted,
 };
 

@@ -7,9 +7,9 @@ use tokio::sync::watch;
 
 use crate::{
     config::Subscriber,
-    finding::{Finding, Severity},
     queue::Queue,
-    supervisor::Phase,
+    supervisor::fleet::Phase,
+    telemetry::finding::{Finding, Severity},
 };
 
 /// Then the look is given up: a broker that cannot be asked is told of elsewhere.

@@ -7,7 +7,7 @@ use std::{pin::pin, time::Duration};
 use sd_notify::NotifyState;
 use tokio::{sync::watch, time::MissedTickBehavior};
 
-use crate::supervisor::Phase;
+use crate::supervisor::fleet::Phase;
 
 /// Tells each phase, and that the daemon lives as often as the unit's `WatchdogSec` asks for it. It is a
 /// task of the runtime that does the work: when that stands still, the pings end with it. Completes when the

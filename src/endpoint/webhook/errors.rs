@@ -9,7 +9,7 @@ use super::{
     connections::Answered,
     resolver::{Blocked, ResolveError},
 };
-use crate::{delivery::Failure, resources};
+use crate::{delivery::Failure, telemetry::resources};
 
 /// How often one attempt sends its request again because the receiver has not processed it: HTTP/2 says so, and may say so of
 /// each connection. A receiver that refuses everything must not be asked without end.

@@ -23,17 +23,18 @@ use self::{
     resolver::Lookup,
 };
 use crate::{
-    answer::{Answer, Success},
     clock,
     config::{
         HttpPolicy, Subscriber,
         keys::{Affects, Differences},
     },
+    crypto::{signature::Signer, tls::SystemRoots},
     delivery::{BatchId, Failure, Outcome},
-    payload::Format,
-    retry::MAX_DELAY,
-    signature::Signer,
-    tls::SystemRoots,
+    event::payload::Format,
+    policy::{
+        answer::{Answer, Success},
+        retry::MAX_DELAY,
+    },
 };
 
 /// The most of an answer's body that is read, in bytes; what follows is not waited for.
@@ -303,7 +304,7 @@ mod tests {
         resolver::{Blocked, GuardedResolver, ResolveError, permitted},
         *,
     };
-    use crate::address::AddressPolicy;
+    use crate::policy::address::AddressPolicy;
     use reqwest::dns::{Name, Resolve as _};
     use std::{
         collections::VecDeque,

@@ -9,7 +9,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use crate::secret::Secret;
+use crate::crypto::secret::Secret;
 
 /// What a `whsec_` secret may hold, from the specification: 24 to 64 bytes.
 pub const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;

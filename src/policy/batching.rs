@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::payload::Format;
+use crate::event::payload::Format;
 
 /// The limits of a batch, from `[batch]`.
 #[derive(Debug, Clone, PartialEq, Eq)]

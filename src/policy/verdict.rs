@@ -3,9 +3,11 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
-    answer::Health,
     delivery::{Disposition, Failure, Outcome, PauseCause, Reason},
-    retry::{Exhausted, Next, RetryPolicy},
+    policy::{
+        answer::Health,
+        retry::{Exhausted, Next, RetryPolicy},
+    },
 };
 
 /// A body of more bytes than this may be what a receiver cannot take, if it ends the connection while the body is being sent. RFC 9110,
@@ -178,7 +180,7 @@ impl Case<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use crate::policy::{
         circuit_breaker::{Begun, BreakerPolicy, CircuitBreaker, Permit},
         retry::RetryOptions,
         turn::{Slots, Turn, Turns, Waiting},

@@ -10,10 +10,9 @@ use crate::{
         self, Config, ConfigError, LogConfig, Subscribers,
         changes::{Changes, Kind, is_drastic},
     },
-    log,
-    metrics::Metrics,
     queue::{QueueError, Removals, some_of},
-    supervisor::Change,
+    supervisor::fleet::Change,
+    telemetry::{log, metrics::Metrics},
     wording::{agreed, counted},
 };
 

@@ -7,7 +7,7 @@
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
-use crate::secret::Secret;
+use crate::crypto::secret::Secret;
 
 /// The headers of a command's request.
 pub const CHALLENGE: &str = "x-hooktrail-challenge";

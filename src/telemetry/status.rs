@@ -14,10 +14,12 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    circuit_breaker::CircuitState,
     delivery::{Depth, Depths, DispositionKind, FailureKind, Pause, Reason},
-    metrics::{Exposition, Metrics, SubscriberMetrics},
-    queue::Troubles,
+    policy::circuit_breaker::CircuitState,
+    telemetry::{
+        metrics::{Exposition, Metrics, SubscriberMetrics},
+        troubles::Troubles,
+    },
 };
 
 /// Rates are those of so long.

@@ -22,8 +22,8 @@ use prometheus_client::{
 };
 
 use crate::{
-    circuit_breaker::CircuitState,
     delivery::{DispositionKind, FailureKind, Reason},
+    policy::circuit_breaker::CircuitState,
 };
 
 /// Before each name.
@@ -188,7 +188,7 @@ pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\n`GET /metrics` of `[admin] listen` answers in the text format of Prometheus (OpenMetrics 1.0). No token is needed; no label holds a URL\n\
          or a secret. Counters begin at 0 at each start. Time is in seconds, points in time are Unix seconds. This page is made from the list in\n\
-         `src/metrics.rs`, and a test holds it to that.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
+         `src/telemetry/metrics.rs`, and a test holds it to that.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
     );
     for d in ALL {
         let labels: Vec<String> = d.labels.iter().map(|l| format!("`{l}`")).collect();

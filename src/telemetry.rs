@@ -1,0 +1,8 @@
+//! What the daemon says of itself: metrics, log, status, and what was found wrong.
+
+pub mod finding;
+pub mod log;
+pub mod metrics;
+pub mod resources;
+pub mod status;
+pub mod troubles;
