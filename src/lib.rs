@@ -40,8 +40,12 @@
 //! lane.rs                                      the worker of one subscriber
 //! supervisor/  signal · fleet · systemd · reload · startup_check
 //!                                              start, reload, restart after a panic, drain
-//! admin/       the HTTP listener: health, metrics, the API, the intake of events
-//! cli/         the commands, and all printing; `main.rs` has the exit codes
+//! admin/       answer · guard · connections · introduction · intake · control · admin
+//!                                              the HTTP listener: health, metrics, the API, the intake of events
+//! cli/         text · failed · arguments · terminal · secret · complete · open · daemon
+//!              · check · dead · demo · init · listen · man · pause · plan · prune · publish
+//!              · repair · retry · run · status · test · cli
+//!                                              the commands, and all printing; `main.rs` has the exit codes
 //! fuzzing.rs                                   what must hold for bytes of strangers; not part of the program
 //! ```
 //!

@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
+use super::answer::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
 use crate::{
     clock::{self, rfc3339},
     config::{Subscriber, changes::Changes},
@@ -536,7 +536,7 @@ mod tests {
         assert!(timeout(Duration::from_millis(1), held).await.is_err(), "it goes on although nobody waits for it");
         let refused =
             timeout(PATIENCE, to_its_end(&room, async { Ok(Value::Null) })).await.expect("at once").expect_err("there is no room");
-        assert_eq!((refused.status, refused.retry_after), (StatusCode::TOO_MANY_REQUESTS, Some(crate::admin::AGAIN_SOON)));
+        assert_eq!((refused.status, refused.retry_after), (StatusCode::TOO_MANY_REQUESTS, Some(crate::admin::answer::AGAIN_SOON)));
     }
 
     #[tokio::test]

@@ -25,7 +25,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{BadEvent, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type};
+use super::answer::{BadEvent, MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type};
 use crate::{
     clock,
     config::Subscribers,
@@ -34,19 +34,11 @@ use crate::{
         inflate::{Broken, gunzip},
     },
     failpoint::{Step, reached},
-    policy::batching::BatchPolicy,
     queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
     supervisor::fleet::Phase,
     telemetry::metrics::Metrics,
     wording::{agreed, counted},
 };
-
-/// The longest body in bytes, inflated or not: that of a request to a receiver, so that no event is
-/// taken that nobody could ever get.
-pub const MAX_BODY: usize = BatchPolicy::MAX_BYTES as usize;
-
-/// The most events of one request.
-pub const MAX_EVENTS: usize = 50_000;
 
 /// The bad events that an answer lists.
 const MAX_REPORTED: usize = 100;
@@ -464,7 +456,7 @@ pub(crate) fn read_all(body: &[u8], lines: bool, gzip: bool) -> Option<Read> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{admin::AGAIN_LATER, queue::fake::Fake};
+    use crate::{admin::answer::AGAIN_LATER, queue::fake::Fake};
 
     const JSON: Encoding = Encoding { lines: false, gzip: false };
     const LINES: Encoding = Encoding { lines: true, gzip: false };

@@ -11,7 +11,10 @@ use axum::{
 };
 use serde_json::json;
 
-use super::{carries, forbidden, from_elsewhere, header_text, json_answer, unauthorized, wrong_method};
+use super::{
+    answer::{forbidden, header_text, json_answer, unauthorized, wrong_method},
+    guard::{carries, from_elsewhere},
+};
 use crate::crypto::{
     handshake::{self, Side},
     secret::Secret,

@@ -2,7 +2,7 @@
 
 use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 
-use super::{Failed, complete, find, visible};
+use super::{complete, failed::Failed, open::find, text::visible};
 use crate::{
     clock,
     config::{self, Backend, Config, ConfigError, Subscriber, keys},

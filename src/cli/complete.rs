@@ -5,14 +5,12 @@
 
 use std::{ffi::OsString, io, path::PathBuf};
 
-use clap::CommandFactory as _;
 use clap_complete::{
     CompleteEnv, Shell,
     engine::{ArgValueCandidates, CompletionCandidate},
     env::Shells,
 };
 
-use super::Cli;
 use crate::config;
 
 /// Set by the script of a shell, to the shell's name. `COMPLETE`, which is usual, could stand in anybody's environment.
@@ -20,13 +18,9 @@ const VARIABLE: &str = "HOOKTRAIL_COMPLETE";
 
 const PROGRAM: &str = "hooktrail";
 
-/// Answers a shell that asks; false if none does. To be called before there is any other thread: the variable is taken out of the
-/// environment.
-///
-/// # Errors
-/// It is no shell that is known, or does not read the answer.
-pub fn answered() -> Result<bool, String> {
-    let env = CompleteEnv::with_factory(Cli::command).var(VARIABLE).bin(PROGRAM).completer(PROGRAM);
+/// Answers a shell that asks for completions of `command`; false if none does.
+pub(super) fn answered(command: impl Fn() -> clap::Command) -> Result<bool, String> {
+    let env = CompleteEnv::with_factory(command).var(VARIABLE).bin(PROGRAM).completer(PROGRAM);
     let folder = std::env::current_dir().ok();
     env.try_complete(std::env::args_os(), folder.as_deref()).map_err(|e| e.to_string())
 }

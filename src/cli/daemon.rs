@@ -8,9 +8,9 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Failed, visible};
+use super::{failed::Failed, open::find, text::visible};
 use crate::{
-    config::{AdminConfig, Config},
+    config::{self, AdminConfig, Config},
     crypto::handshake::{self, Side},
 };
 
@@ -25,6 +25,28 @@ const TIMEOUT: Duration = Duration::from_secs(45);
 pub(super) struct Asked {
     pub(super) admin: AdminConfig,
     pub(super) config: PathBuf,
+}
+
+/// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and that is no time to be out
+/// of reach.
+pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed> {
+    let of = |admin| Asked { admin, config: path.to_owned() };
+    let problems = match config::load(path) {
+        Ok(config) => {
+            subscribers.iter().try_for_each(|name| find(&config, name).map(drop))?;
+            return Ok(of(config.admin));
+        }
+        Err(problems) => problems,
+    };
+    // What a name is made of; the rest of the check is the daemon's.
+    let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    match config::admin_of(path).filter(|_| subscribers.iter().all(|name| is_name(name))) {
+        Some(admin) => {
+            eprintln!("warning: the configuration has mistakes, see `hooktrail check`; a daemon that runs goes on with the one before");
+            Ok(of(admin))
+        }
+        None => Err(Failed::Config(problems)),
+    }
 }
 
 pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {

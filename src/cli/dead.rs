@@ -4,8 +4,8 @@ pub(super) mod choice;
 mod summary;
 
 use std::{
-    io::{IsTerminal as _, Write as _},
-    time::{Duration, Instant, SystemTime},
+    io::IsTerminal as _,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -14,7 +14,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{json, value::RawValue};
 
 use self::choice::{Choice, Name, Which};
-use super::{Failed, complete, reach, visible};
+use super::{
+    complete,
+    failed::Failed,
+    open::reach,
+    text::{print, time, visible},
+};
 use crate::{
     clock,
     config::{Backend, Config},
@@ -205,10 +210,6 @@ fn to_its_end(stops: &Stops) -> Result<(), Failed> {
     if stops.is_asked() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
 }
 
-fn time(at: Option<SystemTime>) -> String {
-    at.map_or_else(|| "-".to_owned(), clock::rfc3339_seconds)
-}
-
 /// With the story and the body.
 fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
     let mut value = held.as_json(number);
@@ -229,11 +230,6 @@ fn story_as_json(story: &AttemptLog) -> serde_json::Value {
     let (first, left_out, last) = story.parts();
     let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
     first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect()
-}
-
-/// Prints a line; false when nobody reads any more, as with `| head`.
-fn print(line: &str) -> bool {
-    writeln!(std::io::stdout(), "{line}").is_ok()
 }
 
 /// Gives the letters back, also after a walk that failed half-way: without that they would change places.
@@ -299,7 +295,7 @@ async fn list(letters: impl DeadLetters, which: &Which, json: bool, stops: &Stop
         let error: String = visible(&l.error).chars().take(80).collect();
         let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
         let number = format!("@{number}");
-        let (died, whose) = (time(l.died_at), whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)));
+        let (died, whose) = (time(l.died_at, "-"), whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)));
         print(&format!("{number:>6}  {died:<20}  {:<14}  {:>6}  {:>8}  {whose}{id:<36}  {error}", l.reason.name(), l.events, l.attempts))
     };
     let Some(shown) = each(letters, &mut choice, stops, row).await? else { return Ok(()) };
@@ -359,8 +355,8 @@ fn for_reading(number: usize, held: &Held) -> String {
         ("error", visible(&l.error)),
         ("events", l.events.to_string()),
         ("attempts", l.attempts.to_string()),
-        ("first attempt at", time(l.first_attempt_at)),
-        ("died at", time(l.died_at)),
+        ("first attempt at", time(l.first_attempt_at, "-")),
+        ("died at", time(l.died_at, "-")),
         ("content type", l.content_type.as_deref().map_or_else(|| "-".to_owned(), visible)),
         ("bytes", l.body.len().to_string()),
     ] {

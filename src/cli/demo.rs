@@ -32,7 +32,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-use super::{Failed, reach, visible};
+use super::{failed::Failed, open::reach, text::visible};
 use crate::{
     clock,
     config::{self, Backend, Config},
@@ -55,7 +55,7 @@ const REFUSED: &str = "activity_log.export.requested";
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// How long events come, such as 10m
-    #[arg(long = "for", value_name = "DURATION", value_parser = super::duration, default_value = "15s")]
+    #[arg(long = "for", value_name = "DURATION", value_parser = super::arguments::duration, default_value = "15s")]
     publish_for: Duration,
     /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at its
     /// end. Others on this machine can see the command line: a URL with a password of worth belongs into
@@ -67,7 +67,7 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args) -> Result<(), Failed> {
     let stage = Stage::new();
     let notices = tap();
-    let secret = super::new_secret();
+    let secret = super::secret::new_secret();
     let siem = Receiver::start("siem", &secret, stage.clone(), |_, _| 200).await?;
     let crm = Receiver::start("crm", &secret, stage.clone(), |elapsed, body| {
         let second = elapsed.as_secs_f64() % DAY.as_secs_f64();

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Failed;
+use super::failed::Failed;
 use crate::config;
 
 /// The file may come to hold secrets; who else is to read it is for its owner to say.

@@ -20,7 +20,7 @@ use axum::{
 use serde_json::value::RawValue;
 use tokio::net::TcpListener;
 
-use super::{Failed, visible};
+use super::{failed::Failed, text::visible};
 use crate::{
     clock,
     crypto::{
@@ -61,10 +61,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::try_new)]
     refuse: Vec<Pattern>,
     /// Wait so long before each answer
-    #[arg(long, default_value = "0s", value_parser = super::duration, value_name = "DURATION")]
+    #[arg(long, default_value = "0s", value_parser = super::arguments::duration, value_name = "DURATION")]
     delay: Duration,
     /// Ask for a pause of so long, by `Retry-After`, in each answer that is no success
-    #[arg(long, value_parser = super::duration, value_name = "DURATION")]
+    #[arg(long, value_parser = super::arguments::duration, value_name = "DURATION")]
     retry_after: Option<Duration>,
     /// A header of each answer, such as `x-request-id=7`; as often as wanted
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]

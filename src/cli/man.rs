@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 
-use super::Failed;
+use super::failed::Failed;
 
 pub(super) fn run(command: clap::Command) -> Result<(), Failed> {
     Ok(std::io::stdout().write_all(&page(command)?)?)

@@ -3,9 +3,10 @@
 use serde_json::{Value, json};
 
 use super::{
-    Failed, complete,
+    complete,
     daemon::{Asked, Daemon},
-    visible,
+    failed::Failed,
+    text::visible,
 };
 use crate::wording::counted;
 

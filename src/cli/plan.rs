@@ -6,11 +6,12 @@ use bytesize::ByteSize;
 use serde_json::{Value, json};
 
 use super::{
-    Failed, complete,
+    complete,
     daemon::{self, Foreseen},
-    find,
+    failed::Failed,
+    open::find,
     terminal::{self, wrapped},
-    visible,
+    text::visible,
 };
 use crate::{
     clock,

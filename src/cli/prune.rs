@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 
 use serde_json::json;
 
-use super::{Failed, reach, visible};
+use super::{failed::Failed, open::reach, text::visible};
 use crate::{
     config::{self, AmqpConfig, Backend, Config, Intake},
     delivery::{Depth, Depths},

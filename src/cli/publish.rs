@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 
-use super::{Failed, reach, visible};
+use super::{failed::Failed, open::reach, text::visible};
 use crate::{
     admin::MAX_EVENTS,
     clock,

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    io::Write as _,
     time::{Duration, SystemTime},
 };
 
@@ -10,10 +9,12 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{
-    Failed, complete,
+    complete,
     daemon::{Asked, Daemon},
     dead::choice::Name,
-    reach, visible,
+    failed::Failed,
+    open::reach,
+    text::{print, time, visible},
 };
 use crate::{
     clock,
@@ -107,15 +108,6 @@ async fn on(queue: &impl Queue, config: &Config, command: Command) -> Result<(),
     }
 }
 
-/// Prints a line; false when nobody reads any more, as with `| head`.
-fn print(line: &str) -> bool {
-    writeln!(std::io::stdout(), "{line}").is_ok()
-}
-
-fn time(at: Option<SystemTime>) -> String {
-    at.map_or_else(|| "unknown".to_owned(), clock::rfc3339_seconds)
-}
-
 /// How long it is until then, in at most two units.
 fn until(due: Option<SystemTime>, now: SystemTime) -> String {
     let Some(due) = due else { return "unknown".to_owned() };
@@ -152,7 +144,7 @@ fn list(subscriber: &str, found: &WaitingList, json: bool) -> Result<(), Failed>
     let head = format!("{:>6}  {:<20}  {:<12}  {:>6}  {:>8}  {:<16}  ID", "NUMBER", "DUE AT", "IN", "EVENTS", "ATTEMPTS", "LAST ANSWER");
     let row = |(n, w): (usize, &Waiting)| {
         let last = w.last.as_ref().map_or_else(|| "-".to_owned(), |last| visible(&last.result.to_string()));
-        let (number, at, left) = (format!("@{}", n + 1), time(w.due), until(w.due, now));
+        let (number, at, left) = (format!("@{}", n + 1), time(w.due, "unknown"), until(w.due, now));
         let id = visible(w.batch_id.as_str());
         print(&format!("{number:>6}  {at:<20}  {left:<12}  {:>6}  {:>8}  {last:<16}  {id}", w.events, w.attempts))
     };

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tokio::{sync::watch, task::JoinSet};
 
-use super::{Failed, daemon};
+use super::{daemon, failed::Failed};
 use crate::{
     admin::Admin,
     clock,

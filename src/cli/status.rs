@@ -13,10 +13,11 @@ use serde_json::Value;
 
 use self::story::story;
 use super::{
-    Failed, complete,
+    complete,
     daemon::{Asked, Daemon},
+    failed::Failed,
     terminal::{self, wrapped},
-    there_are, visible,
+    text::{there_are, visible},
 };
 use crate::{clock, config, wording::counted};
 
@@ -42,7 +43,7 @@ enum Watch {
 }
 
 fn watch(text: &str) -> Result<Watch, String> {
-    match super::duration(text) {
+    match super::arguments::duration(text) {
         Ok(every) => Ok(Watch::Every(every)),
         Err(_) if config::is_subscriber_name(text) && !text.as_bytes()[0].is_ascii_digit() => Ok(Watch::Of(text.to_owned())),
         Err(why) => Err(why.to_owned()),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Failed, complete, find, visible};
+use super::{complete, failed::Failed, open::find, text::visible};
 use crate::{
     config::Config,
     endpoint::test_event::{Report, rehearse},

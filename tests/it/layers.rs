@@ -15,14 +15,21 @@ struct Room {
 fn map() -> Vec<Room> {
     let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).expect("the map");
     let block = text.split("# The rooms").nth(1).and_then(|rest| rest.split("```").nth(1)).expect("a block");
-    let line = |line: &str| {
-        let line = line.strip_prefix("//! ")?;
-        let (name, rest) = line.split_once(' ').filter(|(name, _)| !name.is_empty())?;
-        let files = rest.trim_start().split("  ").next().filter(|files| files.contains(" · ")).unwrap_or_default();
-        let files = files.split(" · ").filter(|f| !f.is_empty()).map(str::to_owned).collect();
-        Some(Room { name: name.trim_end_matches('/').trim_end_matches(".rs").to_owned(), files })
-    };
-    block.lines().filter_map(line).collect()
+    let mut rooms: Vec<Room> = Vec::new();
+    for line in block.lines().filter_map(|line| line.strip_prefix("//! ")) {
+        if let Some((name, rest)) = line.split_once(' ').filter(|(name, _)| !name.is_empty()) {
+            let files = rest.trim_start().split("  ").next().filter(|files| files.contains(" · ")).unwrap_or_default();
+            let name = name.trim_end_matches('/').trim_end_matches(".rs").to_owned();
+            rooms.push(Room { name, files: names(files).collect() });
+        } else if let (Some(more), Some(room)) = (line.trim_start().strip_prefix("· "), rooms.last_mut()) {
+            room.files.extend(names(more));
+        }
+    }
+    rooms
+}
+
+fn names(list: &str) -> impl Iterator<Item = String> {
+    list.split(" · ").filter(|f| !f.is_empty()).map(str::to_owned)
 }
 
 fn sources(below: &Path, into: &mut Vec<PathBuf>) {

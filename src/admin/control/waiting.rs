@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Asked, Control, pause_as_json, queue_fails};
 use crate::{
-    admin::Refusal,
+    admin::answer::Refusal,
     clock,
     delivery::BatchId,
     queue::{Hastened, Queue},

@@ -9,7 +9,7 @@ use std::{
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use super::super::{Failed, complete, visible};
+use super::super::{complete, failed::Failed, text::visible};
 use crate::{
     clock, config,
     delivery::{DeadLetter, MessageKind, Reason},

@@ -4,7 +4,14 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{Failed, choice::Choice, choice::Which, each, print, time};
+use super::{
+    super::{
+        failed::Failed,
+        text::{print, time},
+    },
+    choice::{Choice, Which},
+    each,
+};
 use crate::{
     clock,
     config::Config,
@@ -88,7 +95,7 @@ fn as_text(tallies: &[Tally], orphans: u64) -> String {
             let mut reasons: Vec<(&str, usize)> = t.reasons.iter().map(|(reason, n)| (*reason, *n)).collect();
             reasons.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
             let reasons: Vec<String> = reasons.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
-            let (oldest, newest) = (time(t.oldest), time(t.newest));
+            let (oldest, newest) = (time(t.oldest, "-"), time(t.newest, "-"));
             let gone = if t.configured { "" } else { "; not configured any more" };
             line(&format!("{:<width$}  {:>6}  {oldest:<20}  {newest:<20}  {}{gone}", t.subscriber, t.letters, reasons.join(", ")));
         }

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, time::Duration};
 use serde_json::Value;
 
 use super::{
-    super::{terminal::hanging, visible},
+    super::{terminal::hanging, text::visible},
     count, span, state, still, text, until,
 };
 use crate::clock;

@@ -1,0 +1,164 @@
+//! What the listener answers when it refuses, and what all of it reads of a request.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{HeaderMap, HeaderName, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use futures_util::StreamExt as _;
+use serde_json::json;
+use tokio::time::timeout;
+
+use crate::{policy::batching::BatchPolicy, supervisor::fleet::Phase};
+
+/// The longest body in bytes, inflated or not: that of a request to a receiver, so that no event is
+/// taken that nobody could ever get.
+pub const MAX_BODY: usize = BatchPolicy::MAX_BYTES as usize;
+
+/// The most events of one request.
+pub const MAX_EVENTS: usize = 50_000;
+
+/// How long a body may take to come: less than the time that a drain has by default.
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How much of the body of a refused request is read, so that its client gets to see the answer.
+pub(super) const MAX_DISCARDED: usize = 64 * 1024 * 1024;
+
+/// When to come again, in seconds.
+pub(super) const AGAIN_SOON: u32 = 1;
+pub(super) const AGAIN_LATER: u32 = 5;
+
+pub(super) fn unauthorized() -> Response {
+    let why = "give the token of [admin] token, as `authorization: Bearer TOKEN`";
+    let mut answer = Refusal::new(StatusCode::UNAUTHORIZED, why.to_owned()).into_response();
+    answer.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+    answer
+}
+
+pub(super) fn header_text(headers: &HeaderMap, name: HeaderName) -> &str {
+    headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+}
+
+/// Without its parameters, in lower case.
+pub(super) fn media_type(headers: &HeaderMap) -> String {
+    header_text(headers, header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+pub(super) fn is_json(headers: &HeaderMap) -> bool {
+    media_type(headers) == "application/json"
+}
+
+/// Reads a body that nobody wants: a client that still sends when the connection closes may never see
+/// the answer. One that asked before sending is not told to send.
+pub(super) async fn discard(headers: &HeaderMap, body: Body) {
+    if headers.contains_key(header::EXPECT) {
+        return;
+    }
+    let mut chunks = body.into_data_stream();
+    let reading = async {
+        let mut read = 0;
+        while let Some(Ok(chunk)) = chunks.next().await {
+            read += chunk.len();
+            if read > MAX_DISCARDED {
+                return;
+            }
+        }
+    };
+    timeout(READ_TIMEOUT, reading).await.ok();
+}
+
+/// Why a request's events were not taken.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    pub(super) why: String,
+    pub(super) retry_after: Option<u32>,
+    /// The first bad events, and how many there are.
+    pub(super) invalid: Option<(Vec<BadEvent>, usize)>,
+}
+
+#[derive(Debug, serde::Serialize)]
+pub(super) struct BadEvent {
+    /// In the order of the request, from 0.
+    pub(super) index: usize,
+    /// Of JSON Lines, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) line: Option<usize>,
+    pub(super) reason: String,
+}
+
+impl Refusal {
+    pub(super) fn new(status: StatusCode, why: String) -> Self {
+        Self { status, why, retry_after: None, invalid: None }
+    }
+
+    pub(super) fn bad(why: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, why.into())
+    }
+
+    pub(super) fn too_large() -> Self {
+        let why = format!("the body has more than {MAX_BODY} bytes, inflated or not; send fewer events at once");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, why)
+    }
+
+    pub(super) fn too_many(events: usize) -> Self {
+        let why = format!("{events} events are more than the {MAX_EVENTS} of one request; send fewer at once");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, why)
+    }
+
+    pub(super) fn behind() -> Self {
+        let why = "more events come than can be stored now; nothing of this request was taken, send it again later".to_owned();
+        Self { retry_after: Some(AGAIN_SOON), ..Self::new(StatusCode::TOO_MANY_REQUESTS, why) }
+    }
+
+    pub(super) fn busy() -> Self {
+        let why = "too many such requests are worked on already; send it again later".to_owned();
+        Self { retry_after: Some(AGAIN_SOON), ..Self::new(StatusCode::TOO_MANY_REQUESTS, why) }
+    }
+
+    pub(super) fn unavailable(why: String) -> Self {
+        Self { retry_after: Some(AGAIN_LATER), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, why) }
+    }
+
+    pub(super) fn not_running(phase: Phase) -> Self {
+        let state = if phase == Phase::Starting { "starting" } else { "stopping" };
+        Self::unavailable(format!("hooktrail is {state}; nothing of this request was taken, send it again later"))
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut answer = json!({ "error": self.why });
+        if let Some((events, count)) = self.invalid {
+            answer["invalid"] = count.into();
+            answer["events"] = json!(events);
+        }
+        let mut answer = json_answer(self.status, &answer);
+        if let Some(seconds) = self.retry_after {
+            answer.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+        }
+        answer
+    }
+}
+
+pub(super) fn json_answer(status: StatusCode, body: &serde_json::Value) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
+}
+
+pub(super) fn forbidden(why: &str) -> Response {
+    Refusal::new(StatusCode::FORBIDDEN, format!("this request is refused: {why}")).into_response()
+}
+
+pub(super) async fn not_found() -> Refusal {
+    let why = "there is nothing here; events are taken by POST /api/v1/events, the rest of the API is in docs/admin.yaml";
+    Refusal::new(StatusCode::NOT_FOUND, why.to_owned())
+}
+
+pub(super) async fn wrong_method(request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    discard(&parts.headers, body).await;
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method; the header `allow` names those that are".to_owned()).into_response()
+}

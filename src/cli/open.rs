@@ -1,0 +1,27 @@
+//! What a command works with: the broker, and the subscriber that it names.
+
+use super::{
+    failed::Failed,
+    text::{there_are, visible},
+};
+use crate::{
+    clock,
+    config::{AmqpConfig, Config, Subscriber},
+    queue::amqp::AmqpQueue,
+    telemetry::metrics::Metrics,
+};
+
+/// The broker, after a look whether it can be reached: a command must not wait for it without end.
+pub(super) async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
+    let queue = AmqpQueue::new(config.clone(), Metrics::new(clock::now()));
+    queue.ping().await?;
+    Ok(queue)
+}
+
+pub(super) fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber, Failed> {
+    config.subscribers.iter().find(|s| s.name == name).map(AsRef::as_ref).ok_or_else(|| {
+        let names: Vec<&str> = config.subscribers.iter().map(|s| s.name.as_str()).collect();
+        let file = config.path.display();
+        Failed::Usage(format!("no subscriber `{}` in {file}; {}", visible(name), there_are(name, &names)))
+    })
+}
