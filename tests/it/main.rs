@@ -29,6 +29,7 @@ mod operating;
 mod packaging;
 mod producers;
 mod readme;
+mod receivers;
 mod reload;
 mod removals;
 mod retrying;
