@@ -34,9 +34,16 @@ use subscribers::Kind;
 use support::{
     broker::{Broker, Node, SETTLING},
     queue::Embedded,
-    run,
+    run, tests_that_need,
 };
 use world::{Place, Shape, World};
+
+tests_that_need!(
+    broker:
+    mixed_faults_on_rabbitmq_lose_nothing,
+    mixed_faults_with_a_source_queue_lose_nothing,
+    mixed_faults_on_a_cluster_lose_nothing,
+);
 
 /// A number from the environment.
 fn setting(name: &str, default: u64) -> u64 {
@@ -135,7 +142,7 @@ fn impatient() -> String {
     format!("{{consumer_timeout, {}}}, {{channel_tick_interval, 1000}}", round::IMPATIENT.as_millis())
 }
 
-async fn broker() -> Arc<Broker> {
+async fn impatient_broker() -> Arc<Broker> {
     Arc::new(Broker::private_with(&impatient()).await)
 }
 
@@ -165,17 +172,14 @@ async fn prepare(place: Place, rng: &mut StdRng) {
     world.stop(0).await;
 }
 
-#[test]
 fn mixed_faults_on_rabbitmq_lose_nothing() {
-    run(async { on_a_broker("rabbitmq", broker().await, Arc::default(), false).await });
+    run(async { on_a_broker("rabbitmq", impatient_broker().await, Arc::default(), false).await });
 }
 
-#[test]
 fn mixed_faults_with_a_source_queue_lose_nothing() {
-    run(async { on_a_broker("source-queue", broker().await, Arc::default(), true).await });
+    run(async { on_a_broker("source-queue", impatient_broker().await, Arc::default(), true).await });
 }
 
-#[test]
 fn mixed_faults_on_a_cluster_lose_nothing() {
     run(async {
         let mut nodes = Node::cluster(3, &impatient()).await;

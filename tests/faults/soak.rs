@@ -9,13 +9,15 @@ use std::{
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
-    SEED, broker, prepare,
+    SEED, impatient_broker, prepare,
     round::{Fault, Round},
     setting,
     subscribers::Kind,
-    support::run,
+    support::{run, tests_that_need},
     world::{Place, Shape, World},
 };
+
+tests_that_need!(broker: at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows);
 
 /// What one daemon holds and has used.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +67,6 @@ fn largest(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
     samples.iter().map(of).fold(0.0, f64::max)
 }
 
-#[test]
 fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
     run(async {
         let length = Duration::from_secs(setting("HOOKTRAIL_SOAK_SECONDS", 20));
@@ -73,7 +74,7 @@ fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
         let rate = setting("HOOKTRAIL_SOAK_RATE", 300);
         let seed = setting("HOOKTRAIL_FAULTS_SEED", SEED);
         let mut rng = StdRng::seed_from_u64(seed);
-        let broker = broker().await;
+        let broker = impatient_broker().await;
         let place = || Place::Broker { broker: broker.clone(), source_queue: false, others: std::sync::Arc::default() };
         prepare(place(), &mut rng).await;
         let shape = Shape { concurrency: 4, max_events: 100, daemons: 1, rate };

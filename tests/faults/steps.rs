@@ -6,9 +6,8 @@ use hooktrail::failpoint::{self, Step};
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
-    broker,
     environment::Environment,
-    prepare,
+    impatient_broker, prepare,
     round::Round,
     subscribers::Kind,
     support::{
@@ -17,10 +16,16 @@ use crate::{
         eventually,
         queue::{Embedded, Queue},
         receiver::{Receiver, event, status},
-        run,
+        run, tests_that_need,
     },
     world::{Place, Shape, TYPE, World},
 };
+
+tests_that_need!(
+    broker:
+    a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing,
+    a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again,
+);
 
 /// At these a daemon on a broker can be killed, without a source queue.
 const ON_A_BROKER: [Step; 7] =
@@ -50,10 +55,9 @@ fn passed(step: Step) -> u32 {
     }
 }
 
-#[test]
 fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
     run(async {
-        let broker = broker().await;
+        let broker = impatient_broker().await;
         for after in [3, 30, 50] {
             let fresh = Arc::new(broker.beside());
             dies_at("rabbitmq", Place::Broker { broker: fresh, source_queue: false, others: Arc::default() }, Step::Declared, after).await;
@@ -80,7 +84,6 @@ fn a_daemon_that_is_killed_at_any_step_on_the_embedded_queue_loses_nothing() {
     });
 }
 
-#[test]
 fn a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again() {
     run(async {
         let broker = Broker::shared();

@@ -15,7 +15,7 @@ use crate::support::{
     eventually, free_port,
     queue::{Queue, Section as _, on_both_queues},
     receiver::{Answer, Receiver, Request, event, status},
-    run,
+    run, tests_that_need,
 };
 
 on_both_queues!(
@@ -36,6 +36,8 @@ on_both_queues!(
     attempts_from_before_the_circuit_opened_are_no_probes,
     a_dead_letter_has_its_reason_in_the_log,
 );
+
+tests_that_need!(broker: a_pause_holds_on_every_daemon_of_the_broker);
 
 const TYPE: &str = "activity_log.user.updated";
 
@@ -431,7 +433,6 @@ async fn a_dead_letter_has_its_reason_in_the_log(queue: Queue) {
     }
 }
 
-#[test]
 fn a_pause_holds_on_every_daemon_of_the_broker() {
     run(async {
         let broker = Broker::shared();

@@ -18,7 +18,7 @@ use crate::support::{
     queue::{Queue, Section as _, on_both_queues},
     raw::{Raw, always, deaf, flood, plain},
     receiver::{Receiver, event, status},
-    run,
+    run, tests_that_need,
 };
 
 on_both_queues!(
@@ -28,6 +28,17 @@ on_both_queues!(
     the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_log,
     a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits,
     userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it,
+);
+
+tests_that_need!(
+    broker:
+    every_dead_letter_can_be_listed_and_shown_whatever_its_bytes,
+    an_event_may_carry_any_properties_and_they_change_nothing,
+    large_messages_are_taken_a_few_at_a_time,
+    large_messages_of_a_source_queue_are_relayed_a_few_at_a_time,
+    a_batch_that_counts_more_events_than_its_body_holds_is_given_up_as_a_single_event_is,
+    an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_names_the_header,
+    orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody,
 );
 
 /// Far above what a debug build needs, far below what the inputs here would take if they were kept.
@@ -121,7 +132,6 @@ async fn bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_it
     assert!(found == expected, "the dead letters are not the exact bytes that were published, each once");
 }
 
-#[test]
 fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
     run(async {
         let broker = Broker::shared();
@@ -187,7 +197,6 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
     });
 }
 
-#[test]
 fn an_event_may_carry_any_properties_and_they_change_nothing() {
     run(async {
         let broker = Broker::shared();
@@ -242,7 +251,6 @@ fn an_event_may_carry_any_properties_and_they_change_nothing() {
     });
 }
 
-#[test]
 fn large_messages_are_taken_a_few_at_a_time() {
     const MESSAGES: u32 = 60;
     run(async {
@@ -263,7 +271,6 @@ fn large_messages_are_taken_a_few_at_a_time() {
     });
 }
 
-#[test]
 fn large_messages_of_a_source_queue_are_relayed_a_few_at_a_time() {
     const MESSAGES: u32 = 60;
     run(async {
@@ -299,7 +306,6 @@ fn large_messages_of_a_source_queue_are_relayed_a_few_at_a_time() {
 
 // ---- Envelopes
 
-#[test]
 fn a_batch_that_counts_more_events_than_its_body_holds_is_given_up_as_a_single_event_is() {
     run(async {
         let (broker, api) = (Broker::shared(), Api::new());
@@ -344,7 +350,6 @@ fn a_batch_that_counts_more_events_than_its_body_holds_is_given_up_as_a_single_e
     });
 }
 
-#[test]
 fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_names_the_header() {
     run(async {
         let broker = Broker::shared();
@@ -443,7 +448,6 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
     });
 }
 
-#[test]
 fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody() {
     run(async {
         let broker = Broker::shared();

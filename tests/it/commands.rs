@@ -8,7 +8,7 @@ use crate::support::{
     eventually, free_port,
     queue::{Embedded, Queue, on_both_queues},
     receiver::{Receiver, event},
-    run,
+    run, tests_that_need,
 };
 
 on_both_queues!(
@@ -18,6 +18,12 @@ on_both_queues!(
     publish_that_is_interrupted_says_what_was_confirmed,
     listen_verifies_prints_and_fails_on_request,
     check_of_one_subscriber_says_nothing_of_another_and_what_is_found_comes_first,
+);
+
+tests_that_need!(
+    broker:
+    check_prints_what_the_configuration_means_and_what_the_broker_has,
+    commands_about_a_subscriber_that_is_not_there_say_so,
 );
 
 async fn publish_confirms_every_event_names_bad_lines_and_warns_of_unmatched_types(queue: Queue) {
@@ -165,7 +171,6 @@ fn a_wrong_configuration_ends_every_command_with_exit_code_2_and_its_places() {
     assert_eq!(usage.status.code(), Some(2));
 }
 
-#[test]
 fn check_prints_what_the_configuration_means_and_what_the_broker_has() {
     run(async {
         let broker = Broker::shared();
@@ -250,7 +255,6 @@ fn check_as_json_names_each_mistake_and_its_place() {
     assert_eq!(found.len(), 2);
 }
 
-#[test]
 fn commands_about_a_subscriber_that_is_not_there_say_so() {
     run(async {
         let broker = Broker::shared();

@@ -21,7 +21,7 @@ use crate::support::{
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
-    run, try_peak_mib,
+    run, tests_that_need, try_peak_mib,
 };
 
 on_both_queues!(
@@ -36,6 +36,8 @@ on_both_queues!(
     very_many_are_handled_in_little_memory_and_time,
     without_a_name_the_list_says_how_many_each_has_and_why,
 );
+
+tests_that_need!(broker: orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_replayed);
 
 /// A dead letter to be put into a queue.
 struct Letter {
@@ -493,7 +495,6 @@ async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
     println!("{many} dead letters in {}:\n{figures}", if matches!(queue, Queue::Amqp(_)) { "RabbitMQ" } else { "the embedded queue" });
 }
 
-#[test]
 fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_replayed() {
     run(async {
         let broker = Broker::shared();

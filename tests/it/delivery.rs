@@ -11,7 +11,7 @@ use crate::support::{
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
-    run,
+    run, tests_that_need,
 };
 
 on_both_queues!(
@@ -29,6 +29,13 @@ on_both_queues!(
     after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_success,
     an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew,
     all_signature_schemes_stand_side_by_side,
+);
+
+tests_that_need!(
+    broker:
+    a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers,
+    several_daemons_share_the_work,
+    events_of_a_source_queue_are_relayed_by_their_type,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -195,7 +202,6 @@ async fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed(
     queue.wait_dead("a", 0).await;
 }
 
-#[test]
 fn a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers() {
     run(async {
         let broker = Broker::shared();
@@ -378,7 +384,6 @@ async fn all_signature_schemes_stand_side_by_side(queue: Queue) {
     assert_eq!(request.header("x-hub-signature-256"), format!("sha256={mac}"));
 }
 
-#[test]
 fn several_daemons_share_the_work() {
     run(async {
         let broker = Broker::shared();
@@ -397,7 +402,6 @@ fn several_daemons_share_the_work() {
     });
 }
 
-#[test]
 fn events_of_a_source_queue_are_relayed_by_their_type() {
     run(async {
         let broker = Broker::shared();

@@ -2,6 +2,10 @@
 
 use std::process::{Command, Output, Stdio};
 
+use crate::support::tests_that_need;
+
+tests_that_need!(broker: does_the_same_on_a_rabbitmq);
+
 fn demo(arguments: &[&str]) -> (Output, tempfile::TempDir) {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
@@ -44,7 +48,6 @@ fn needs_nothing_and_accounts_for_every_event() {
     assert_eq!(left, 0, "it cleans up after itself");
 }
 
-#[test]
 fn does_the_same_on_a_rabbitmq() {
     let url = crate::support::broker::Broker::shared().url.clone();
     let (output, _temporary) = demo(&["--for", "12s", "--amqp", &url]);

@@ -15,9 +15,26 @@ use crate::support::{
     eventually, free_port,
     queue::{Embedded, Section},
     receiver::{Receiver, event, status},
-    run,
+    run, tests_that_need,
     tls::{Authority, TlsReceiver},
 };
+
+tests_that_need!(
+    broker:
+    nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said,
+    policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon,
+    a_queue_that_was_declared_by_hand_is_named_with_both_values,
+    missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindings_are_told,
+    a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_them,
+    a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile,
+    an_alarm_that_blocks_publishing_is_harmful_until_it_ends,
+    queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_they_hold,
+    an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown,
+    each_reason_why_there_is_no_connection_is_told_with_its_own_remedy,
+    limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started,
+    a_look_for_one_subscriber_judges_what_all_share_by_all_of_them,
+    all_shared_queues_gone_is_harmful_although_none_of_them_is_there,
+);
 
 /// What a look found.
 struct Look {
@@ -86,7 +103,6 @@ fn queue(broker: &Broker, rest: &str) -> ShortString {
     format!("{}.{rest}", broker.prefix).as_str().into()
 }
 
-#[test]
 fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() {
     run(async {
         let broker = Broker::managed().await;
@@ -129,7 +145,6 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
     });
 }
 
-#[test]
 fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon() {
     run(async {
         let broker = Broker::managed().await;
@@ -172,7 +187,6 @@ fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and
     });
 }
 
-#[test]
 fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
     run(async {
         let broker = Broker::shared();
@@ -194,7 +208,6 @@ fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
     });
 }
 
-#[test]
 fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindings_are_told() {
     run(async {
         let broker = Broker::managed().await;
@@ -229,7 +242,6 @@ fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindi
     });
 }
 
-#[test]
 fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_them() {
     run(async {
         let broker = Broker::managed().await;
@@ -267,7 +279,6 @@ async fn look_is_sound(setup: &Setup) {
     eventually("a look finds nothing harmful", async || Look::at(setup).code == Some(0)).await;
 }
 
-#[test]
 fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() {
     run(async {
         let mut nodes = Node::managed_cluster(3).await.into_iter();
@@ -300,7 +311,6 @@ fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() 
     });
 }
 
-#[test]
 fn an_alarm_that_blocks_publishing_is_harmful_until_it_ends() {
     run(async {
         let broker = Broker::private_and_managed().await;
@@ -325,7 +335,6 @@ fn an_alarm_that_blocks_publishing_is_harmful_until_it_ends() {
     });
 }
 
-#[test]
 fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_they_hold() {
     run(async {
         let broker = Broker::managed().await;
@@ -353,7 +362,6 @@ fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_the
     });
 }
 
-#[test]
 fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
     run(async {
         let broker = Broker::shared();
@@ -506,7 +514,6 @@ fn open_to_all(queue: &Embedded) {
     }
 }
 
-#[test]
 fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
     run(async {
         let broker = Broker::private().await;
@@ -532,7 +539,6 @@ fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
     });
 }
 
-#[test]
 fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
     run(async {
         let broker = Broker::private_and_managed().await;
@@ -559,7 +565,6 @@ fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
     });
 }
 
-#[test]
 fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
     run(async {
         let broker = Broker::private_and_managed().await;
@@ -598,7 +603,6 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
     });
 }
 
-#[test]
 fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
     run(async {
         let broker = Broker::shared();

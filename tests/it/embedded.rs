@@ -18,8 +18,10 @@ use crate::support::{
     eventually,
     queue::{Embedded, Section as _},
     receiver::{Receiver, event, status},
-    run,
+    run, tests_that_need,
 };
+
+tests_that_need!(broker: a_change_to_a_broker_with_events_left_behind_is_refused_unless_it_is_forced);
 
 const TYPE: &str = "activity_log.user.updated";
 const NOWHERE: &str = "http://127.0.0.1:9/";
@@ -59,7 +61,6 @@ fn a_second_daemon_is_refused_and_the_first_notices_nothing() {
     });
 }
 
-#[test]
 fn a_change_to_a_broker_with_events_left_behind_is_refused_unless_it_is_forced() {
     run(async {
         let queue = Embedded::new();

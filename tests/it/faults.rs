@@ -14,7 +14,7 @@ use crate::support::{
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, Request, event, status},
-    run,
+    run, tests_that_need,
     wire::Wire,
 };
 
@@ -23,6 +23,22 @@ on_both_queues!(
     sigterm_in_mid_flow_loses_nothing_and_exits_0,
     at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing,
     kill_9_at_twenty_random_moments_during_100_000_events_loses_none,
+);
+
+tests_that_need!(
+    broker:
+    sigterm_while_events_are_relayed_has_none_relayed_twice,
+    a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing,
+    what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it,
+    a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_cut_connection_brings_it_again,
+    a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm,
+    while_the_broker_blocks_publishing_nothing_is_lost_and_good_subscribers_go_on,
+    a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until_it_is_repaired,
+    a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_is_repaired,
+    a_limit_on_the_queue_of_dead_letters_throws_none_away,
+    a_daemon_at_rest_keeps_nothing_unacked,
+    a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_than_one_copy,
+    a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -79,7 +95,6 @@ async fn sigterm_in_mid_flow_loses_nothing_and_exits_0(queue: Queue) {
     assert_eq!(repeated(&receiver), 0, "what was in flight was settled before the end");
 }
 
-#[test]
 fn sigterm_while_events_are_relayed_has_none_relayed_twice() {
     run(async {
         const EVENTS: u64 = 30_000;
@@ -158,7 +173,6 @@ async fn flow(broker: &Broker, receiver: &Receiver, from: u64, to: u64) {
         .await;
 }
 
-#[test]
 fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
     run(async {
         let broker = Broker::private().await;
@@ -182,7 +196,6 @@ fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
     });
 }
 
-#[test]
 fn what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it() {
     run(async {
         const NAMED: u64 = 10_000;
@@ -229,7 +242,6 @@ fn what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it()
     });
 }
 
-#[test]
 fn a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_cut_connection_brings_it_again() {
     run(async {
         let broker = Broker::shared();
@@ -263,7 +275,6 @@ fn a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_c
     });
 }
 
-#[test]
 fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
     run(async {
         let broker = Broker::private().await;
@@ -286,7 +297,6 @@ fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
     });
 }
 
-#[test]
 fn while_the_broker_blocks_publishing_nothing_is_lost_and_good_subscribers_go_on() {
     run(async {
         let broker = Broker::private().await;
@@ -313,7 +323,6 @@ fn while_the_broker_blocks_publishing_nothing_is_lost_and_good_subscribers_go_on
     });
 }
 
-#[test]
 fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until_it_is_repaired() {
     run(async {
         let broker = Broker::private().await;
@@ -351,7 +360,6 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
 }
 
 /// Nobody publishes to it: what another level hands on to it would wait for good.
-#[test]
 fn a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_is_repaired() {
     run(async {
         let broker = Broker::private().await;
@@ -385,7 +393,6 @@ fn a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_i
     });
 }
 
-#[test]
 fn a_limit_on_the_queue_of_dead_letters_throws_none_away() {
     run(async {
         let broker = Broker::private().await;
@@ -407,7 +414,6 @@ fn a_limit_on_the_queue_of_dead_letters_throws_none_away() {
 }
 
 /// The broker closes the channel of a consumer that keeps a message longer than its consumer timeout.
-#[test]
 fn a_daemon_at_rest_keeps_nothing_unacked() {
     run(async {
         let broker = Broker::private().await;
@@ -430,7 +436,6 @@ fn a_daemon_at_rest_keeps_nothing_unacked() {
     });
 }
 
-#[test]
 fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_than_one_copy() {
     run(async {
         let broker = Broker::private().await;
@@ -468,7 +473,6 @@ fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_th
     });
 }
 
-#[test]
 fn a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it() {
     run(async {
         let mut nodes = Node::cluster(3, "").await.into_iter();

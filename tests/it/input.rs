@@ -16,13 +16,21 @@ use crate::{
         eventually,
         queue::{Queue, on_both_queues},
         receiver::{Receiver, event},
-        run,
+        run, tests_that_need,
     },
 };
 
 on_both_queues!(
     what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_its_batch_arrives_byte_for_byte,
     json_lines_get_each_event_on_one_line_with_the_same_values,
+);
+
+tests_that_need!(
+    broker:
+    a_compressed_message_is_inflated_and_one_that_cannot_be_is_a_dead_letter_as_it_came_with_its_encoding,
+    a_message_in_the_retry_queue_that_is_not_an_envelope_is_a_dead_letter_and_the_lane_goes_on,
+    an_orphan_that_its_queue_does_not_take_keeps_no_other_from_coming_back,
+    an_envelope_whose_subscriber_is_gone_is_kept_and_delivered_when_it_is_there_again,
 );
 
 fn nested(depth: usize) -> Vec<u8> {
@@ -194,7 +202,6 @@ fn header(letter: &lapin::message::Delivery, name: &str) -> Option<String> {
     found.1.as_long_string().map(ToString::to_string)
 }
 
-#[test]
 fn a_compressed_message_is_inflated_and_one_that_cannot_be_is_a_dead_letter_as_it_came_with_its_encoding() {
     run(async {
         for relayed in [false, true] {
@@ -245,7 +252,6 @@ fn a_compressed_message_is_inflated_and_one_that_cannot_be_is_a_dead_letter_as_i
     });
 }
 
-#[test]
 fn a_message_in_the_retry_queue_that_is_not_an_envelope_is_a_dead_letter_and_the_lane_goes_on() {
     run(async {
         let broker = Broker::shared();
@@ -293,7 +299,6 @@ fn a_message_in_the_retry_queue_that_is_not_an_envelope_is_a_dead_letter_and_the
     });
 }
 
-#[test]
 fn an_orphan_that_its_queue_does_not_take_keeps_no_other_from_coming_back() {
     run(async {
         let broker = Broker::shared();
@@ -334,7 +339,6 @@ fn an_orphan_that_its_queue_does_not_take_keeps_no_other_from_coming_back() {
     });
 }
 
-#[test]
 fn an_envelope_whose_subscriber_is_gone_is_kept_and_delivered_when_it_is_there_again() {
     run(async {
         let broker = Broker::shared();

@@ -16,12 +16,19 @@ use tokio::{
 };
 
 use crate::support::{
-    broker::Broker,
     daemon::{Daemon, QUICK, Setup, subscriber},
     eventually, free_port,
+    queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
     run,
 };
+
+on_both_queues!(
+    events_of_every_format_are_delivered_byte_for_byte,
+    what_is_refused_leaves_no_trace,
+    with_a_token_nobody_publishes_without_it,
+    while_it_drains_the_daemon_takes_nothing_new_and_answers_everybody,
+);
 
 const EVENTS: &str = "/api/v1/events";
 const JSON: &str = "application/json";
@@ -31,20 +38,11 @@ fn embedded(rest: &str) -> Setup {
     Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n{rest}"))
 }
 
-/// Runs a test on each kind of queue, with a subscriber of `activity_log.#` and what else is given.
-fn on_both(more: &str, test: impl AsyncFn(&Setup, &Receiver)) {
-    run(async {
-        for kind in ["embedded", "amqp"] {
-            let receiver = Receiver::accepting().await;
-            let rest = format!("{QUICK}{more}{}", subscriber("a", &receiver.url, "events = [\"activity_log.#\"]"));
-            if kind == "embedded" {
-                test(&embedded(&rest), &receiver).await;
-            } else {
-                let broker = Broker::shared();
-                test(&Setup::new(&broker, &rest), &receiver).await;
-            }
-        }
-    });
+/// A subscriber of `activity_log.#`, and what else is given.
+async fn subscribed(queue: &Queue, more: &str) -> (Setup, Receiver) {
+    let receiver = Receiver::accepting().await;
+    let rest = format!("{QUICK}{more}{}", subscriber("a", &receiver.url, "events = [\"activity_log.#\"]"));
+    (Setup::new(queue, &rest), receiver)
 }
 
 /// Where a daemon listens, as its log says.
@@ -109,70 +107,65 @@ fn list(numbers: std::ops::Range<u64>) -> String {
     format!("{{\"events\":[{}]}}", numbers.map(event).collect::<Vec<_>>().join(","))
 }
 
-#[test]
-fn events_of_every_format_are_delivered_byte_for_byte() {
-    on_both("", async |setup, receiver| {
-        let daemon = setup.start().await;
-        let addr = address(&daemon).await;
-        assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 200));
-        assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
-        assert_taken(&post(&addr, "Application/JSON; charset=utf-8", list(1..2501)).await, 2500, 0);
-        let lines: String = (2501..2600).map(|n| event(n) + "\r\n\n").collect();
-        assert_taken(&post(&addr, LINES, lines).await, 99, 0);
-        let compressed = request(&addr, "application/x-ndjson", gzip((event(2600) + "\n" + &event(2601)).as_bytes()));
-        assert_taken(&answer(compressed.header("content-encoding", "gzip")).await, 2, 0);
-        let odd = r#"{ "event":"activity_log.odd","z":18446744073709551616,"a":1.50e300,"s":"\u00e9\/","n":2602 }"#;
-        assert_taken(&post(&addr, JSON, format!("{{\"events\":[ {odd} ,{{\"event\":\"nobody's\"}}]}}")).await, 2, 1);
-        receiver.wait_all(2603).await;
-        let mut accepted = receiver.accepted();
-        accepted.sort_unstable();
-        assert!(accepted.iter().copied().eq(0..2603), "each once and nobody's to nobody");
-        assert!(receiver.requests().iter().any(|r| r.body.windows(odd.len()).any(|w| w == odd.as_bytes())));
-        assert!(daemon.stop().await.success());
-    });
+async fn events_of_every_format_are_delivered_byte_for_byte(queue: Queue) {
+    let (setup, receiver) = subscribed(&queue, "").await;
+    let daemon = setup.start().await;
+    let addr = address(&daemon).await;
+    assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 200));
+    assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
+    assert_taken(&post(&addr, "Application/JSON; charset=utf-8", list(1..2501)).await, 2500, 0);
+    let lines: String = (2501..2600).map(|n| event(n) + "\r\n\n").collect();
+    assert_taken(&post(&addr, LINES, lines).await, 99, 0);
+    let compressed = request(&addr, "application/x-ndjson", gzip((event(2600) + "\n" + &event(2601)).as_bytes()));
+    assert_taken(&answer(compressed.header("content-encoding", "gzip")).await, 2, 0);
+    let odd = r#"{ "event":"activity_log.odd","z":18446744073709551616,"a":1.50e300,"s":"\u00e9\/","n":2602 }"#;
+    assert_taken(&post(&addr, JSON, format!("{{\"events\":[ {odd} ,{{\"event\":\"nobody's\"}}]}}")).await, 2, 1);
+    receiver.wait_all(2603).await;
+    let mut accepted = receiver.accepted();
+    accepted.sort_unstable();
+    assert!(accepted.iter().copied().eq(0..2603), "each once and nobody's to nobody");
+    assert!(receiver.requests().iter().any(|r| r.body.windows(odd.len()).any(|w| w == odd.as_bytes())));
+    assert!(daemon.stop().await.success());
 }
 
-#[test]
-fn what_is_refused_leaves_no_trace() {
-    on_both("", async |setup, receiver| {
-        let daemon = setup.start().await;
-        let addr = address(&daemon).await;
-        let (good, typeless) = (event(7), "{\"n\":8}");
-        let told = post(&addr, JSON, format!("{{\"events\":[{good},{typeless},7]}}")).await;
-        assert_refused(&told, 400, "2 of 3 events are not valid; nothing of this request was taken");
-        assert_eq!(told.body["invalid"], 2);
-        assert_eq!((&told.body["events"][0]["index"], &told.body["events"][1]["index"]), (&1.into(), &2.into()));
-        assert!(told.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"), "{}", told.body);
-        let told = post(&addr, LINES, format!("{good}\n\n{typeless}\n")).await;
-        assert_eq!((told.status, &told.body["events"][0]["index"], &told.body["events"][0]["line"]), (400, &1.into(), &3.into()));
-        assert_refused(&post(&addr, JSON, "[]").await, 400, "not a JSON object");
-        assert_refused(&post(&addr, LINES, "").await, 400, "no event");
-        assert_refused(&post(&addr, "text/plain", good.clone()).await, 415, "content-type");
-        assert_refused(&answer(request(&addr, JSON, good.clone()).header("content-encoding", "br")).await, 415, "content-encoding");
-        assert_refused(&answer(request(&addr, JSON, good.clone()).header("content-encoding", "gzip")).await, 400, "not gzip");
-        // Too large by what it says, by what comes, and by what it becomes.
-        let large = format!("{{\"event\":\"activity_log.x\",\"n\":9,\"pad\":\"{}\"}}", "x".repeat(12 << 20));
-        assert_refused(&post(&addr, JSON, large.clone()).await, 413, "12582912 bytes");
-        let mut raw = TcpStream::connect(&addr).await.expect("connects");
-        let head_of_chunks =
-            format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ntransfer-encoding: chunked\r\n\r\n");
-        raw.write_all(head_of_chunks.as_bytes()).await.expect("sends");
-        for chunk in large.as_bytes().chunks(1 << 20) {
-            raw.write_all(format!("{:x}\r\n", chunk.len()).as_bytes()).await.expect("sends");
-            raw.write_all(chunk).await.expect("sends");
-            raw.write_all(b"\r\n").await.expect("sends");
-        }
-        raw.write_all(b"0\r\n\r\n").await.expect("sends");
-        assert!(head(&mut raw).await.starts_with("HTTP/1.1 413 "));
-        assert_refused(&answer(request(&addr, JSON, gzip(large.as_bytes())).header("content-encoding", "gzip")).await, 413, "inflated");
-        assert_refused(&get(&addr, "/api/v2").await, 404, "/api/v1/events");
-        assert_eq!(get(&addr, EVENTS).await.status, 405);
+async fn what_is_refused_leaves_no_trace(queue: Queue) {
+    let (setup, receiver) = subscribed(&queue, "").await;
+    let daemon = setup.start().await;
+    let addr = address(&daemon).await;
+    let (good, typeless) = (event(7), "{\"n\":8}");
+    let told = post(&addr, JSON, format!("{{\"events\":[{good},{typeless},7]}}")).await;
+    assert_refused(&told, 400, "2 of 3 events are not valid; nothing of this request was taken");
+    assert_eq!(told.body["invalid"], 2);
+    assert_eq!((&told.body["events"][0]["index"], &told.body["events"][1]["index"]), (&1.into(), &2.into()));
+    assert!(told.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"), "{}", told.body);
+    let told = post(&addr, LINES, format!("{good}\n\n{typeless}\n")).await;
+    assert_eq!((told.status, &told.body["events"][0]["index"], &told.body["events"][0]["line"]), (400, &1.into(), &3.into()));
+    assert_refused(&post(&addr, JSON, "[]").await, 400, "not a JSON object");
+    assert_refused(&post(&addr, LINES, "").await, 400, "no event");
+    assert_refused(&post(&addr, "text/plain", good.clone()).await, 415, "content-type");
+    assert_refused(&answer(request(&addr, JSON, good.clone()).header("content-encoding", "br")).await, 415, "content-encoding");
+    assert_refused(&answer(request(&addr, JSON, good.clone()).header("content-encoding", "gzip")).await, 400, "not gzip");
+    // Too large by what it says, by what comes, and by what it becomes.
+    let large = format!("{{\"event\":\"activity_log.x\",\"n\":9,\"pad\":\"{}\"}}", "x".repeat(12 << 20));
+    assert_refused(&post(&addr, JSON, large.clone()).await, 413, "12582912 bytes");
+    let mut raw = TcpStream::connect(&addr).await.expect("connects");
+    let head_of_chunks = format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ntransfer-encoding: chunked\r\n\r\n");
+    raw.write_all(head_of_chunks.as_bytes()).await.expect("sends");
+    for chunk in large.as_bytes().chunks(1 << 20) {
+        raw.write_all(format!("{:x}\r\n", chunk.len()).as_bytes()).await.expect("sends");
+        raw.write_all(chunk).await.expect("sends");
+        raw.write_all(b"\r\n").await.expect("sends");
+    }
+    raw.write_all(b"0\r\n\r\n").await.expect("sends");
+    assert!(head(&mut raw).await.starts_with("HTTP/1.1 413 "));
+    assert_refused(&answer(request(&addr, JSON, gzip(large.as_bytes())).header("content-encoding", "gzip")).await, 413, "inflated");
+    assert_refused(&get(&addr, "/api/v2").await, 404, "/api/v1/events");
+    assert_eq!(get(&addr, EVENTS).await.status, 405);
 
-        assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
-        receiver.wait_all(1).await;
-        assert!(daemon.stop().await.success());
-        assert_eq!(receiver.accepted(), [0]);
-    });
+    assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
+    receiver.wait_all(1).await;
+    assert!(daemon.stop().await.success());
+    assert_eq!(receiver.accepted(), [0]);
 }
 
 /// The head of an answer.
@@ -194,31 +187,25 @@ async fn begin(addr: &str, length: usize) -> TcpStream {
     stream
 }
 
-#[test]
-fn with_a_token_nobody_publishes_without_it() {
-    on_both("[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"hunter2\"\n", async |setup, receiver| {
-        let daemon = setup.start().await;
-        let addr = address(&daemon).await;
-        assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 200));
-        for token in [None, Some("Bearer hunter3"), Some("Bearer hunter22"), Some("Bearer "), Some("hunter2"), Some("Basic hunter2")] {
-            let mut request = request(&addr, JSON, list(1..2000));
-            if let Some(token) = token {
-                request = request.header("authorization", token);
-            }
-            let response = request.send().await.expect("an answer");
-            assert_eq!(
-                (response.status().as_u16(), response.headers()["www-authenticate"].to_str().ok()),
-                (401, Some("Bearer")),
-                "{token:?}"
-            );
+async fn with_a_token_nobody_publishes_without_it(queue: Queue) {
+    let (setup, receiver) = subscribed(&queue, "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"hunter2\"\n").await;
+    let daemon = setup.start().await;
+    let addr = address(&daemon).await;
+    assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 200));
+    for token in [None, Some("Bearer hunter3"), Some("Bearer hunter22"), Some("Bearer "), Some("hunter2"), Some("Basic hunter2")] {
+        let mut request = request(&addr, JSON, list(1..2000));
+        if let Some(token) = token {
+            request = request.header("authorization", token);
         }
-        assert_eq!(get(&addr, "/api/v1/nothing").await.status, 401, "nothing is told about what there is");
-        assert_taken(&answer(request(&addr, JSON, event(0)).header("authorization", "bearer hunter2")).await, 1, 0);
-        receiver.wait_all(1).await;
-        assert!(!daemon.log().contains("hunter") && !setup.ok(&["check"]).contains("hunter"));
-        assert!(daemon.stop().await.success());
-        assert_eq!(receiver.accepted(), [0]);
-    });
+        let response = request.send().await.expect("an answer");
+        assert_eq!((response.status().as_u16(), response.headers()["www-authenticate"].to_str().ok()), (401, Some("Bearer")), "{token:?}");
+    }
+    assert_eq!(get(&addr, "/api/v1/nothing").await.status, 401, "nothing is told about what there is");
+    assert_taken(&answer(request(&addr, JSON, event(0)).header("authorization", "bearer hunter2")).await, 1, 0);
+    receiver.wait_all(1).await;
+    assert!(!daemon.log().contains("hunter") && !setup.ok(&["check"]).contains("hunter"));
+    assert!(daemon.stop().await.success());
+    assert_eq!(receiver.accepted(), [0]);
 }
 
 #[test]
@@ -247,25 +234,23 @@ fn a_daemon_without_its_broker_is_alive_and_not_ready() {
     });
 }
 
-#[test]
-fn while_it_drains_the_daemon_takes_nothing_new_and_answers_everybody() {
-    on_both("", async |setup, receiver| {
-        receiver.now(|_, _| status(200).after(Duration::from_secs(3)));
-        let mut daemon = setup.start().await;
-        let addr = address(&daemon).await;
-        assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
-        receiver.wait_requests(1).await;
-        let mut half = begin(&addr, 100).await;
-        assert!(head(&mut half).await.starts_with("HTTP/1.1 100 "), "it is about to read the body");
-        half.write_all(b"{").await.expect("sends");
-        daemon.terminate();
-        eventually("it drains", async || get(&addr, "/readyz").await.status == 503).await;
-        assert!(head(&mut half).await.starts_with("HTTP/1.1 503 "));
-        assert_refused(&post(&addr, JSON, event(1)).await, 503, "stopping");
-        assert_eq!(get(&addr, "/healthz").await.status, 200);
-        assert!(daemon.wait().await.success());
-        assert_eq!(receiver.accepted(), [0]);
-    });
+async fn while_it_drains_the_daemon_takes_nothing_new_and_answers_everybody(queue: Queue) {
+    let (setup, receiver) = subscribed(&queue, "").await;
+    receiver.now(|_, _| status(200).after(Duration::from_secs(3)));
+    let mut daemon = setup.start().await;
+    let addr = address(&daemon).await;
+    assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
+    receiver.wait_requests(1).await;
+    let mut half = begin(&addr, 100).await;
+    assert!(head(&mut half).await.starts_with("HTTP/1.1 100 "), "it is about to read the body");
+    half.write_all(b"{").await.expect("sends");
+    daemon.terminate();
+    eventually("it drains", async || get(&addr, "/readyz").await.status == 503).await;
+    assert!(head(&mut half).await.starts_with("HTTP/1.1 503 "));
+    assert_refused(&post(&addr, JSON, event(1)).await, 503, "stopping");
+    assert_eq!(get(&addr, "/healthz").await.status, 200);
+    assert!(daemon.wait().await.success());
+    assert_eq!(receiver.accepted(), [0]);
 }
 
 #[test]

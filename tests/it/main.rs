@@ -6,6 +6,12 @@
     reason = "tests look at the real clock, tell what they measured and show a failed daemon's log"
 )]
 
+/// Tests of which each needs a broker.
+mod amqp {
+    mod hostile_messages;
+    mod topology;
+    mod upkeep;
+}
 mod answers;
 mod bad_input;
 mod commands;
@@ -18,7 +24,6 @@ mod embedded;
 mod endpoints;
 mod faults;
 mod hostile;
-mod hostile_messages;
 mod hostile_receivers;
 mod input;
 mod intake;
@@ -36,8 +41,6 @@ mod retrying;
 mod security;
 mod setting_up;
 mod support;
-mod topology;
 mod trying;
-mod upkeep;
 mod verifiers;
 mod which_daemon;

@@ -20,7 +20,7 @@ use crate::support::{
     eventually, free_port,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, Request, event, status},
-    run,
+    run, tests_that_need,
 };
 use crate::verifiers::{output, repository, verifiers};
 
@@ -30,6 +30,14 @@ on_both_queues!(
     what_a_lane_has_in_hand_is_not_in_the_queue_too,
     the_api_answers_what_it_is_asked_and_nothing_to_web_pages,
 );
+
+tests_that_need!(
+    broker:
+    while_the_broker_is_away_metrics_and_status_say_so,
+    what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_moved,
+);
+
+tests_that_need!(tools: the_api_is_as_its_document_describes_it);
 
 const TYPE: &str = "activity_log.user.updated";
 
@@ -318,7 +326,6 @@ fn the_producers_trace_is_in_the_log_of_each_attempt() {
     });
 }
 
-#[test]
 fn while_the_broker_is_away_metrics_and_status_say_so() {
     run(async {
         let broker = Broker::private().await;
@@ -342,7 +349,6 @@ fn while_the_broker_is_away_metrics_and_status_say_so() {
     });
 }
 
-#[test]
 fn what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_moved() {
     run(async {
         let broker = Broker::private().await;
@@ -401,7 +407,6 @@ fn status_watches() {
     });
 }
 
-#[test]
 fn the_api_is_as_its_document_describes_it() {
     run(async {
         let queue = Queue::embedded();

@@ -9,8 +9,10 @@ use std::{
 
 use crate::{
     documents::shown,
-    support::{broker::kill, free_port},
+    support::{broker::kill, free_port, tests_that_need},
 };
+
+tests_that_need!(tools: its_commands_work_in_a_clean_shell_one_after_the_other_and_print_what_is_shown);
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -81,7 +83,6 @@ fn console(document: &str) -> Vec<(&str, &str)> {
     commands.map(|command| command.split_once('\n').unwrap_or((command, ""))).collect()
 }
 
-#[test]
 fn its_commands_work_in_a_clean_shell_one_after_the_other_and_print_what_is_shown() {
     let readme = std::fs::read_to_string(repository().join("README.md")).expect("text");
     let blocks = blocks(&readme);

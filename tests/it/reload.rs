@@ -17,6 +17,7 @@ use crate::support::{
     receiver::{Receiver, event, status},
     run,
     tap::{QUEUE_UNBIND, Tap},
+    tests_that_need,
 };
 
 on_both_queues!(
@@ -29,6 +30,13 @@ on_both_queues!(
     who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then,
     prune_says_that_a_daemon_has_to_let_go_first,
     prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_lost,
+);
+
+tests_that_need!(
+    broker:
+    what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it,
+    a_prune_that_refuses_gives_retries_their_way_back,
+    a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -324,7 +332,6 @@ async fn reload_to(setup: &Setup, api: &Api, text: &str) -> serde_json::Value {
 }
 
 /// A queue that cannot be used does not hold up a reload, so the relay has to wait for it.
-#[test]
 fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
     run(async {
         let broker = Broker::shared();
@@ -364,7 +371,6 @@ fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
     });
 }
 
-#[test]
 fn a_prune_that_refuses_gives_retries_their_way_back() {
     run(async {
         let broker = Broker::shared();
@@ -400,7 +406,6 @@ fn a_prune_that_refuses_gives_retries_their_way_back() {
 }
 
 /// What a walk has passed by is not counted by the broker, and would go with its queue.
-#[test]
 fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
     run(async {
         let broker = Broker::shared();

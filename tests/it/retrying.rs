@@ -17,7 +17,7 @@ use crate::support::{
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, Request, event, status},
-    run,
+    run, tests_that_need,
 };
 
 on_both_queues!(
@@ -32,6 +32,15 @@ on_both_queues!(
     after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_rest_when_that_is_accepted,
     where_nothing_is_named_or_found_nothing_is_tried,
     what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait,
+);
+
+tests_that_need!(
+    broker:
+    with_two_daemons_each_batch_is_sent_once,
+    a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_all_the_same,
+    what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder,
+    what_waits_in_a_queue_that_is_busy_is_listed,
+    what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -464,7 +473,6 @@ async fn what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait(queue: Queue)
     assert!(said.contains(&wait), "{said}");
 }
 
-#[test]
 fn with_two_daemons_each_batch_is_sent_once() {
     run(async {
         let queue = Queue::amqp();
@@ -500,7 +508,6 @@ async fn alone(broker: &Broker) -> Setup {
     setup
 }
 
-#[test]
 fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_all_the_same() {
     run(async {
         let broker = Broker::shared();
@@ -528,7 +535,6 @@ fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_al
 }
 
 /// Acks that a channel has not sent on to the queue are lost when it is closed: the batch would be sent twice, the second time in an hour.
-#[test]
 fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
     run(async {
         let broker = Broker::private().await;
@@ -556,7 +562,6 @@ fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
 }
 
 /// RabbitMQ counts a queue as empty that does not answer in time.
-#[test]
 fn what_waits_in_a_queue_that_is_busy_is_listed() {
     run(async {
         let broker = Broker::private().await;
@@ -570,7 +575,6 @@ fn what_waits_in_a_queue_that_is_busy_is_listed() {
     });
 }
 
-#[test]
 fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
     run(async {
         let broker = Broker::shared();

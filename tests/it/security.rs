@@ -26,10 +26,16 @@ use crate::{
         daemon::{QUICK, Setup, subscriber},
         queue::{Embedded, Section as _},
         receiver::{Receiver, event},
-        run,
+        run, tests_that_need,
         tls::Authority,
     },
 };
+
+tests_that_need!(
+    broker:
+    a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted,
+    a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good,
+);
 
 /// A broker that is reached over TLS: what comes is passed on to the one of the tests. Its URL, and how many handshakes
 /// were made to their end.
@@ -58,7 +64,6 @@ async fn over_tls(config: ServerConfig, broker: &Broker) -> (String, Arc<AtomicU
     (url.into(), counted)
 }
 
-#[test]
 fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
     run(async {
         let (broker, authority) = (Broker::shared(), Authority::new());
@@ -91,7 +96,6 @@ fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
 }
 
 /// As `openssl req -x509` makes one: an authority (CA:TRUE), and the server's own.
-#[test]
 fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good() {
     run(async {
         let broker = Broker::shared();
@@ -185,7 +189,25 @@ fn no_target_of_this_package_may_hold_unsafe_code() {
     }
 }
 
-/// Files by their paths, tests by theirs: `a::b` is `b` in tests/it/a.rs or tests/faults/a.rs; `a::tests::b` in src/a.rs.
+/// The files of a name below `tests/`, by their paths.
+fn tests_in(name: &str) -> Vec<String> {
+    let mut folders = vec!["tests".to_owned()];
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(&folder)).expect("a folder") {
+            let entry = entry.expect("an entry");
+            let path = format!("{folder}/{}", entry.file_name().to_string_lossy());
+            if entry.file_type().expect("its type").is_dir() {
+                folders.push(path);
+            } else if entry.file_name() == name {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+/// Files by their paths, tests by theirs: `a::b` is `b` in a file a.rs below tests/, `a::tests::b` in src/a.rs.
 fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
     let model = file(page);
     let (mut files, mut tests) = (0, 0);
@@ -196,7 +218,7 @@ fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
             let (name, paths) = match &parts[..] {
                 ["config", "tests", name] => (name, vec!["src/config/tests.rs".to_owned()]),
                 [path @ .., "tests", name] => (name, vec![format!("src/{}.rs", path.join("/"))]),
-                [path, name] => (name, vec![format!("tests/it/{path}.rs"), format!("tests/faults/{path}.rs")]),
+                [path, name] => (name, tests_in(&format!("{path}.rs"))),
                 _ => panic!("`{span}` is not the path of a test"),
             };
             let there = |path: &&String| Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists();

@@ -11,11 +11,21 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde_json::{Value, json};
 
 use crate::support::{
+    assert_not_quick,
     daemon::{QUICK, SECRET, Setup, subscriber},
     queue::Queue,
     receiver::{Receiver, Request, event, status},
-    run,
+    run, tests_that_need,
 };
+
+tests_that_need!(
+    tools:
+    what_is_sent_is_what_the_schemas_and_the_openapi_document_describe,
+    the_schema_of_the_configuration_says_what_check_says,
+    libraries_that_others_wrote_accept_what_is_sent_and_nothing_else,
+    openssl_makes_the_same_signature_of_a_header_of_its_own,
+    the_snippets_of_the_document_accept_what_is_sent_and_nothing_else,
+);
 
 const NEW_SECRET: &str = "whsec_bmV3IG5ldyBuZXcgbmV3IG5ldyBuZXcgbmV3IG5ldyE=";
 const OTHER_SECRET: &str = "whsec_b3RoZXIgb3RoZXIgb3RoZXIgb3RoZXIgb3RoZXIhISE=";
@@ -127,6 +137,7 @@ async fn sent() -> Vec<Case> {
 
 /// Where `scripts/verifiers` puts things.
 pub(crate) fn verifiers() -> PathBuf {
+    assert_not_quick(&["tools"]);
     let target = Path::new(env!("CARGO_BIN_EXE_hooktrail")).ancestors().nth(2).expect("the target folder");
     let folder = target.join("verifiers");
     assert!(folder.join("stamp").exists(), "{} is not there: run scripts/verifiers, as scripts/test does", folder.display());
@@ -152,7 +163,6 @@ fn write_cases(dir: &Path, cases: &[Case]) -> PathBuf {
     file
 }
 
-#[test]
 fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
     run(async {
         // A header whose name the operator chooses is in no document.
@@ -203,7 +213,6 @@ fn the_documents_name_every_header_and_the_commands_print_the_schemas() {
     }
 }
 
-#[test]
 fn the_schema_of_the_configuration_says_what_check_says() {
     let all = r#"
         include = ["none/*.toml"]
@@ -258,7 +267,6 @@ fn the_schema_of_the_configuration_says_what_check_says() {
     }
 }
 
-#[test]
 fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
     run(async {
         let genuine = sent().await;
@@ -302,7 +310,6 @@ fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
     });
 }
 
-#[test]
 fn openssl_makes_the_same_signature_of_a_header_of_its_own() {
     run(async {
         let cases = sent().await;
@@ -407,7 +414,6 @@ fn languages() -> Vec<Language> {
     ]
 }
 
-#[test]
 fn the_snippets_of_the_document_accept_what_is_sent_and_nothing_else() {
     run(async {
         let genuine: Vec<Case> = sent().await.into_iter().filter(Case::standard).collect();

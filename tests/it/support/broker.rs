@@ -19,7 +19,7 @@ use lapin::{
 };
 use tokio::sync::Mutex;
 
-use super::{eventually, free_port, unique};
+use super::{assert_not_quick, eventually, free_port, unique};
 
 /// A broker and a name of its own in it.
 pub(crate) struct Broker {
@@ -36,6 +36,7 @@ static MANAGED: Mutex<Weak<Node>> = Mutex::const_new(Weak::new());
 impl Broker {
     /// The broker that all tests share; each has its own prefix and exchange there.
     pub(crate) fn shared() -> Self {
+        assert_not_quick(&["broker", "amqp"]);
         let url = std::env::var("HOOKTRAIL_TEST_AMQP_URL").unwrap_or_else(|_| {
             panic!("no broker to test with: run `scripts/test`, which finds or installs one, or set HOOKTRAIL_TEST_AMQP_URL")
         });
@@ -280,6 +281,7 @@ impl Node {
 
     /// `first` is the node of the cluster that this one joins when it boots for the first time.
     fn member(managed: bool, name: &str, cookie: &str, epmd: Arc<Epmd>, first: Option<&str>) -> Self {
+        assert_not_quick(&["broker", "amqp"]);
         let home = tempfile::tempdir().expect("a directory");
         let write = |name: &str, text: &str| std::fs::write(home.path().join(name), text).expect("writes");
         let management_port = managed.then(free_port);

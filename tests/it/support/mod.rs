@@ -22,6 +22,35 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Makes of each `fn name()` a test in a module that says what it needs: `broker::name`, or `tools::name` for what
+/// `scripts/verifiers` installs. `scripts/test --quick` leaves out these two and `amqp`; see [`assert_not_quick`].
+macro_rules! tests_that_need {
+    ($what:ident: $($name:ident),+ $(,)?) => {
+        mod $what {
+            $(#[test]
+            fn $name() {
+                super::$name();
+            })+
+        }
+    };
+}
+
+pub(crate) use tests_that_need;
+
+/// Fails a test that uses a broker or a tool outside the modules that `scripts/test --quick` leaves out: so the list of those
+/// that it runs cannot become wrong. A test is known by the name of its thread; other threads pass, as those of benchmarks.
+pub(crate) fn assert_not_quick(modules: &[&str]) {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or_default();
+    let is_test = name != "main" && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b':');
+    let stands_in = |module: &&str| name.split("::").any(|part| part == *module);
+    assert!(
+        name.is_empty() || !is_test || modules.iter().any(stands_in),
+        "`{name}` needs what `scripts/test --quick` does without: name it in `tests_that_need!({}: ...)` instead of `#[test]`",
+        modules[0]
+    );
+}
+
 /// How long a condition may take before its test fails: far more than it ever does.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
