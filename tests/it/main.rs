@@ -6,41 +6,65 @@
     reason = "tests look at the real clock, tell what they measured and show a failed daemon's log"
 )]
 
-/// Tests of which each needs a broker.
-mod amqp {
-    mod hostile_messages;
-    mod topology;
-    mod upkeep;
+/// What becomes of an event: batches, retries, dead letters, crashes.
+mod delivery {
+    mod answers;
+    mod dead_letters;
+    mod events;
+    mod faults;
+    pub(crate) mod intake;
+    mod retrying;
 }
-mod answers;
-mod bad_input;
-mod commands;
-mod dead_letters;
-mod delivery;
-mod demo;
-mod doctor;
-mod documents;
-mod embedded;
-mod endpoints;
-mod faults;
-mod hostile;
-mod hostile_receivers;
-mod input;
-mod intake;
-mod layers;
-mod log;
-mod monitoring;
-mod operating;
-mod packaging;
-mod producers;
-mod readme;
-mod receivers;
-mod reload;
-mod removals;
-mod retrying;
-mod security;
-mod setting_up;
+
+/// What the documents, the packages and the code say of themselves.
+mod documents {
+    mod layers;
+    mod monitoring;
+    pub(crate) mod packaging;
+    mod producers;
+    mod readme;
+    pub(crate) mod references;
+    mod security;
+}
+
+/// What strangers send and answer.
+mod hostile {
+    mod bad_input;
+    mod connections;
+    mod input;
+    mod messages;
+    mod receivers;
+}
+
+/// Commands, configuration, log, status.
+mod operators {
+    mod commands;
+    mod demo;
+    mod doctor;
+    mod log;
+    mod operating;
+    mod reload;
+    mod removals;
+    mod setting_up;
+    mod which_daemon;
+}
+
+/// What holds of one kind of queue only.
+mod queues {
+    /// Each of these needs a broker: see `tests_that_need`.
+    mod amqp {
+        mod topology;
+        mod upkeep;
+    }
+    mod embedded;
+}
+
+/// What a receiver gets, and how it can be tried.
+mod receivers {
+    mod endpoints;
+    mod examples;
+    mod trying;
+    pub(crate) mod verifiers;
+}
+
 mod support;
-mod trying;
-mod verifiers;
-mod which_daemon;

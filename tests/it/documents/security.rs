@@ -20,7 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use url::Url;
 
 use crate::{
-    packaging::{anchors, file},
+    documents::packaging::{anchors, file},
     support::{
         broker::Broker,
         daemon::{QUICK, Setup, subscriber},
@@ -189,7 +189,7 @@ fn no_target_of_this_package_may_hold_unsafe_code() {
     }
 }
 
-/// The files of a name below `tests/`, by their paths.
+/// The files below `tests/` that have this name, or are in a folder of this name, by their paths.
 fn tests_in(name: &str) -> Vec<String> {
     let mut folders = vec!["tests".to_owned()];
     let mut found = Vec::new();
@@ -199,7 +199,12 @@ fn tests_in(name: &str) -> Vec<String> {
             let path = format!("{folder}/{}", entry.file_name().to_string_lossy());
             if entry.file_type().expect("its type").is_dir() {
                 folders.push(path);
-            } else if entry.file_name() == name {
+            } else if entry
+                .file_name()
+                .to_string_lossy()
+                .strip_suffix(".rs")
+                .is_some_and(|file| file == name || folder.ends_with(&format!("/{name}")))
+            {
                 found.push(path);
             }
         }
@@ -207,7 +212,8 @@ fn tests_in(name: &str) -> Vec<String> {
     found
 }
 
-/// Files by their paths, tests by theirs: `a::b` is `b` in a file a.rs below tests/, `a::tests::b` in src/a.rs.
+/// Files by their paths, tests by theirs: `a::b` is `b` in a file a.rs or a folder a/ below tests/,
+/// `a::tests::b` in src/a.rs.
 fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
     let model = file(page);
     let (mut files, mut tests) = (0, 0);
@@ -218,7 +224,7 @@ fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
             let (name, paths) = match &parts[..] {
                 ["config", "tests", name] => (name, vec!["src/config/tests.rs".to_owned()]),
                 [path @ .., "tests", name] => (name, vec![format!("src/{}.rs", path.join("/"))]),
-                [path, name] => (name, tests_in(&format!("{path}.rs"))),
+                [path, name] => (name, tests_in(path)),
                 _ => panic!("`{span}` is not the path of a test"),
             };
             let there = |path: &&String| Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists();

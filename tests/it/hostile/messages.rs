@@ -6,11 +6,17 @@ use crate::support::{
     daemon::{Daemon, QUICK, Setup, subscriber},
     raw_amqp::{Raw, deep_table, long, short},
     receiver::{Receiver, event, status},
-    run,
+    run, tests_that_need,
 };
 
 /// Makes a header frame of 128 KiB and its own 8 bytes: 12 and 2 before the table, 4 of its length, 6 of the name, 5 of the value.
 const LARGEST: usize = 128 * 1024 - 12 - 2 - 4 - 6 - 5;
+
+tests_that_need!(
+    broker:
+    properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody,
+    the_relay_the_orphans_and_the_dead_letters_take_them_too,
+);
 
 /// Properties that lapin could not read: each with what makes it so.
 fn poisons() -> [Vec<u8>; 6] {
@@ -30,7 +36,6 @@ fn quiet(daemon: &Daemon) {
     assert!(!log.contains("lost"), "a connection or a lane was lost:\n{log}");
 }
 
-#[test]
 fn properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody() {
     run(async {
         let broker = Broker::shared();
@@ -50,7 +55,6 @@ fn properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody() {
     });
 }
 
-#[test]
 fn the_relay_the_orphans_and_the_dead_letters_take_them_too() {
     run(async {
         let broker = Broker::shared();

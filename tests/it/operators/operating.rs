@@ -13,6 +13,7 @@ use hooktrail::crypto::{
 };
 use serde_json::json;
 
+use crate::receivers::verifiers::{output, repository, verifiers};
 use crate::support::{
     api::Api,
     broker::Broker,
@@ -22,7 +23,6 @@ use crate::support::{
     receiver::{Receiver, Request, event, status},
     run, tests_that_need,
 };
-use crate::verifiers::{output, repository, verifiers};
 
 on_both_queues!(
     status_says_how_each_subscriber_is_and_why,

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use crate::{
-    documents::shown,
+    documents::references::shown,
     support::{
         daemon::{QUICK, SECRET, Setup, subscriber},
         eventually, free_port,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    documents::shown,
+    documents::references::shown,
     support::{broker::kill, free_port, tests_that_need},
 };
 

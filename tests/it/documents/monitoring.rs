@@ -6,7 +6,7 @@ use hooktrail::telemetry::metrics::{ALL, Kind};
 use serde_json::Value;
 
 use crate::{
-    packaging::{anchors, file, yaml},
+    documents::packaging::{anchors, file, yaml},
     support::{api::Api, daemon::Setup, eventually, free_port, run},
 };
 

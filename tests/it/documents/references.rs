@@ -9,7 +9,7 @@ use lapin::{message::Delivery, types::AMQPValue};
 use serde_json::Value;
 
 use crate::{
-    packaging::anchors,
+    documents::packaging::anchors,
     support::{
         broker::Broker,
         daemon::{QUICK, Setup, subscriber},

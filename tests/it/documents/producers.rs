@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use crate::{
-    documents::shown,
+    documents::references::shown,
     support::{
         api::Api,
         broker::Broker,

@@ -9,7 +9,7 @@ use lapin::{
 };
 
 use crate::{
-    intake::gzip,
+    delivery::intake::gzip,
     support::{
         broker::{Broker, headers, text},
         daemon::{QUICK, Setup, subscriber},
