@@ -9,9 +9,11 @@
 )]
 
 mod environment;
+mod fault;
 mod front;
+mod inflict;
 mod oracle;
-mod relay;
+mod proxy;
 mod round;
 mod soak;
 mod steps;
@@ -29,7 +31,8 @@ use std::{
 use lapin::{options::QueueDeclareOptions, types::FieldTable};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
-use round::{Fault, Round};
+use fault::Fault;
+use round::Round;
 use subscribers::Kind;
 use support::{
     broker::{Broker, Node, SETTLING},

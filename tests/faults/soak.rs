@@ -1,6 +1,7 @@
 //! A long run at a steady rate with a fault a minute: nothing is lost, and nothing grows.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     path::PathBuf,
     time::{Duration, Instant, SystemTime},
@@ -9,8 +10,12 @@ use std::{
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use crate::{
-    SEED, impatient_broker, prepare,
-    round::{Fault, Round},
+    SEED,
+    fault::Fault,
+    impatient_broker,
+    oracle::{Tally, Verdict, numbers_in},
+    prepare,
+    round::{Outcome, PATIENCE, Round},
     setting,
     subscribers::Kind,
     support::{run, tests_that_need},
@@ -61,6 +66,78 @@ const FAULTS: [Fault; 12] = [
     Fault::QueueDeleted,
     Fault::KillBroker,
 ];
+
+impl Round<'_> {
+    /// One of these faults after the other, while what was seen is counted and forgotten, and the daemon is measured.
+    async fn soak(mut self, length: Duration, between: Duration, faults: &[Fault]) -> (Outcome, Vec<Sample>) {
+        self.world.spawn(0, None);
+        self.world.wait_running(0).await;
+        let producer = self.world.producer(0);
+        let mut tallies: Vec<Tally> = self.world.subscribers.iter().map(|_| Tally::default()).collect();
+        let (mut samples, mut inflicted) = (Vec::new(), BTreeMap::new());
+        let (begun, mut turn, mut next) = (Instant::now(), 0, Instant::now() + between);
+        let sampling = (length / 400).max(Duration::from_secs(1));
+        while begun.elapsed() < length {
+            self.look_after().await;
+            if Instant::now() >= next {
+                next += between;
+                let fault = faults[turn % faults.len()];
+                turn += 1;
+                if self.inflict(fault, &producer).await {
+                    *inflicted.entry(format!("{fault:?}")).or_default() += 1;
+                }
+            }
+            self.tally(&mut tallies);
+            let accepted = tallies.iter().map(|t| t.accepted).sum();
+            let pid = self.world.daemons[0].as_ref().expect("a daemon").pid();
+            samples.push(Sample::of(pid, begun.elapsed().as_secs(), accepted));
+            tokio::time::sleep(sampling).await;
+        }
+        for one in std::mem::take(&mut self.lasting) {
+            self.heal(one).await;
+        }
+        let ledger = producer.finish().await;
+        let mut complaints = Vec::new();
+        let patience = Instant::now();
+        let mut dead = vec![BTreeSet::new(); self.world.subscribers.len()];
+        let verdicts = loop {
+            self.tally(&mut tallies);
+            let left = self.world.left().await;
+            if left.is_empty() {
+                for (n, subscriber) in self.world.subscribers.iter().enumerate() {
+                    dead[n].extend(self.world.take_dead(subscriber.kind).await.iter().flat_map(|b| numbers_in(b)));
+                }
+            }
+            let verdicts: Vec<Verdict> = self
+                .world
+                .subscribers
+                .iter()
+                .zip(tallies.iter().zip(&dead))
+                .map(|(s, (tally, dead))| tally.verdict(s.kind.name(), &ledger, dead))
+                .collect();
+            if left.is_empty() && verdicts.iter().all(|v| v.lost.is_empty()) {
+                break verdicts;
+            }
+            if patience.elapsed() > PATIENCE {
+                complaints.push(format!("not empty after {PATIENCE:?}: {left:?}"));
+                break verdicts;
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        };
+        let drained_in = patience.elapsed();
+        self.world.stop(0).await;
+        let left = self.world.left().await;
+        (Outcome { verdicts, story: self.story, ledger, drained_in, faults: inflicted, left, complaints }, samples)
+    }
+
+    fn tally(&self, tallies: &mut [Tally]) {
+        for (subscriber, tally) in self.world.subscribers.iter().zip(tallies) {
+            for request in subscriber.receiver.take_requests().iter().filter(|r| r.status < 300) {
+                tally.take(request);
+            }
+        }
+    }
+}
 
 /// The largest of a part of the samples.
 fn largest(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {

@@ -9,7 +9,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
     front::{Front, Manners},
-    relay::Relay,
+    proxy::Proxy,
     support::{
         daemon::SECRET,
         receiver::{Answer, Receiver, Request, status},
@@ -146,7 +146,7 @@ const PATIENT: &str = "http = { timeout = \"30s\", connect_timeout = \"20s\" }";
 pub(crate) struct Subscriber {
     pub(crate) kind: Kind,
     pub(crate) receiver: Receiver,
-    pub(crate) network: Relay,
+    pub(crate) network: Proxy,
     front: Option<Front>,
     mood: Arc<Mutex<Mood>>,
 }
@@ -162,7 +162,7 @@ impl Subscriber {
             Some(manners) => Some(Front::to(address, manners, seed).await),
             None => None,
         };
-        let network = Relay::to(vec![front.as_ref().map_or(address, |front| front.address)]).await;
+        let network = Proxy::to(vec![front.as_ref().map_or(address, |front| front.address)]).await;
         Self { kind, receiver, network, front, mood }
     }
 

@@ -28,7 +28,7 @@ use tokio::{sync::RwLock, task::JoinHandle, time::timeout};
 use crate::{
     environment::Environment,
     oracle::Ledger,
-    relay::Relay,
+    proxy::Proxy,
     subscribers::{Kind, Subscriber, TABLE},
     support::{
         broker::{Broker, Node},
@@ -77,7 +77,7 @@ pub(crate) struct Shape {
 
 pub(crate) struct World {
     pub(crate) place: Place,
-    pub(crate) network: Option<Relay>,
+    pub(crate) network: Option<Proxy>,
     pub(crate) subscribers: Vec<Subscriber>,
     pub(crate) environment: Environment,
     pub(crate) shape: Shape,
@@ -101,7 +101,7 @@ impl World {
             subscribers.push(Subscriber::start(*kind, rng.random()).await);
         }
         let nodes: Vec<SocketAddr> = place.nodes().iter().map(|node| SocketAddr::from(([127, 0, 0, 1], node.port()))).collect();
-        let network = if nodes.is_empty() { None } else { Some(Relay::to(nodes).await) };
+        let network = if nodes.is_empty() { None } else { Some(Proxy::to(nodes).await) };
         let ports = (0..shape.daemons).map(|_| free_port()).collect();
         let daemons = (0..shape.daemons).map(|_| None).collect();
         let setup = Setup::with_text("[admin]\n");

@@ -1,4 +1,4 @@
-//! A TCP relay between two parties that can be made to fail in each way that a network does.
+//! A TCP proxy between two parties that can be made to fail in each way that a network does.
 
 use std::{
     net::SocketAddr,
@@ -50,7 +50,7 @@ enum Ending {
     Half(Way),
 }
 
-pub(crate) struct Relay {
+pub(crate) struct Proxy {
     pub(crate) port: u16,
     weather: watch::Sender<Weather>,
     endings: watch::Sender<Option<Ending>>,
@@ -58,7 +58,7 @@ pub(crate) struct Relay {
     task: JoinHandle<()>,
 }
 
-impl Relay {
+impl Proxy {
     /// To the first of them that takes a connection.
     pub(crate) async fn to(targets: Vec<SocketAddr>) -> Self {
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -109,7 +109,7 @@ impl Relay {
     }
 }
 
-impl Drop for Relay {
+impl Drop for Proxy {
     fn drop(&mut self) {
         self.task.abort();
     }

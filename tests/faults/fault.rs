@@ -1,0 +1,181 @@
+//! The catalogue: what can be done to a round, and what ends it.
+
+use std::time::{Instant, SystemTime};
+
+use rand::{RngExt as _, rngs::StdRng};
+
+use crate::{
+    subscribers::{Kind, pick},
+    world::Place,
+};
+
+/// What can be done to a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    KillDaemon,
+    StopDaemon,
+    DieAtStep,
+    TakeOver,
+    Mood,
+    ReceiverCut,
+    ReceiverWeather,
+    Reload,
+    Clock,
+    /// A command of an operator, while whatever else goes on.
+    Command,
+    /// A subscriber is taken out of the configuration, and comes back.
+    Removed,
+    /// The folder that the subscribers are included from is away for some seconds.
+    FolderGone,
+    /// The file that they are in ends between two of them, for a moment.
+    FileCut,
+    /// Nobody reads the daemons' logs.
+    LogUnread,
+    // The broker and the way to it.
+    Cut,
+    HalfClose,
+    Weather,
+    CloseAllConnections,
+    KillBroker,
+    Alarm,
+    NoPermission,
+    QueueFull,
+    QueueDeleted,
+    /// The broker gives up on what was taken and given back three times.
+    DeliveryLimit,
+    /// Retries of a subscriber come back while its queue is not bound for them.
+    Orphans,
+    /// Another program puts something into a retry queue.
+    Foreign,
+    /// A producer deletes its exchange and declares it again, without the bindings.
+    ExchangeRedeclared,
+    QueueUnbound,
+    /// A queue of the ladder is deleted, with the retries in it.
+    LevelDeleted,
+    // The embedded queue.
+    DiskFails,
+    Locked,
+}
+
+impl Fault {
+    const COMMON: [Self; 15] = [
+        Self::KillDaemon,
+        Self::StopDaemon,
+        Self::DieAtStep,
+        Self::DieAtStep,
+        Self::Mood,
+        Self::Mood,
+        Self::ReceiverCut,
+        Self::ReceiverWeather,
+        Self::Reload,
+        Self::Command,
+        Self::Command,
+        Self::Removed,
+        Self::FolderGone,
+        Self::FileCut,
+        Self::LogUnread,
+    ];
+    /// After none of these may anything come again that a subscriber has answered for.
+    pub(crate) const CALM: [Self; 13] = [
+        Self::StopDaemon,
+        Self::StopDaemon,
+        Self::Mood,
+        Self::Mood,
+        Self::ReceiverCut,
+        Self::ReceiverWeather,
+        Self::Reload,
+        Self::Reload,
+        Self::Command,
+        Self::Removed,
+        Self::FolderGone,
+        Self::FileCut,
+        Self::LogUnread,
+    ];
+    const BROKER: [Self; 20] = [
+        Self::TakeOver,
+        Self::Clock,
+        Self::Cut,
+        Self::Cut,
+        Self::HalfClose,
+        Self::Weather,
+        Self::Weather,
+        Self::CloseAllConnections,
+        Self::Alarm,
+        Self::NoPermission,
+        Self::QueueFull,
+        Self::QueueFull,
+        Self::QueueDeleted,
+        Self::DeliveryLimit,
+        Self::Orphans,
+        Self::Foreign,
+        Self::Foreign,
+        Self::ExchangeRedeclared,
+        Self::QueueUnbound,
+        Self::LevelDeleted,
+    ];
+    /// What others do to queue and configuration. A round begins with two of these, so that a few rounds have had them all.
+    const DEALT: [Self; 6] =
+        [Self::ExchangeRedeclared, Self::LevelDeleted, Self::FolderGone, Self::LogUnread, Self::QueueUnbound, Self::FileCut];
+    const DEALT_EMBEDDED: [Self; 3] = [Self::FolderGone, Self::LogUnread, Self::FileCut];
+    const EMBEDDED: [Self; 5] = [Self::Clock, Self::DiskFails, Self::DiskFails, Self::Locked, Self::TakeOver];
+
+    /// What the round of a seed begins with; `wanted` are the names of others that it is to begin with instead.
+    pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {
+        if let Some(wanted) = wanted {
+            let all = || Self::COMMON.into_iter().chain(Self::BROKER).chain(Self::EMBEDDED);
+            let named = |name: &str| all().find(|f| format!("{f:?}") == name).unwrap_or_else(|| panic!("no fault `{name}`"));
+            return wanted.split(',').map(named).collect();
+        }
+        let (all, first): (&[Self], u64) = match place {
+            Place::Embedded(_) => (&Self::DEALT_EMBEDDED, 0),
+            Place::Broker { .. } if calm => (&Self::DEALT_EMBEDDED, 0),
+            Place::Broker { others, .. } if !others.is_empty() => (&Self::DEALT, 4),
+            Place::Broker { source_queue: true, .. } => (&Self::DEALT, 2),
+            Place::Broker { .. } => (&Self::DEALT, 0),
+        };
+        let at = |n: u64| all[usize::try_from((2 * seed + first + n) % all.len() as u64).expect("small")];
+        vec![at(0), at(1)]
+    }
+
+    pub(crate) fn draw(place: &Place, rng: &mut StdRng) -> Self {
+        let own: &[Self] = if matches!(place, Place::Embedded(_)) { &Self::EMBEDDED } else { &Self::BROKER };
+        // It takes the longest by far.
+        let often = match place.nodes().len() {
+            0 => 0.0,
+            1 => 0.04,
+            _ => 0.3,
+        };
+        if rng.random_bool(often) {
+            return Self::KillBroker;
+        }
+        if rng.random_bool(0.5) { *pick(&Self::COMMON, rng) } else { *pick(own, rng) }
+    }
+}
+
+/// What ends a fault that lasts.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Heal {
+    Mood(usize),
+    ReceiverWeather(usize),
+    Weather,
+    Clock,
+    Alarm,
+    Permission,
+    QueueFull,
+    DeliveryLimit,
+    Orphans(Kind),
+    Disk,
+    Folder,
+    Log,
+}
+
+pub(crate) struct Lasting {
+    pub(crate) until: Instant,
+    pub(crate) heal: Heal,
+    pub(crate) what: String,
+    /// The subscriber that it is done to, unless it is done to all.
+    pub(crate) whom: Option<Kind>,
+    pub(crate) from: SystemTime,
+    /// Whether it can be why something is delivered again.
+    pub(crate) disturbs: bool,
+}

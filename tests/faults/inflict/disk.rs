@@ -1,0 +1,47 @@
+//! What is done to the files of the embedded queue.
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+
+use crate::{
+    environment::{EIO, ENOSPC},
+    fault::Heal,
+    oracle::Disturbance,
+    round::{NOTICED, Round},
+    subscribers::{Kind, pick},
+    world::Place,
+};
+
+impl Round<'_> {
+    pub(super) fn have_the_disk_fail(&mut self) -> bool {
+        if self.has(&Heal::Disk) {
+            return false;
+        }
+        let (error, one_in) = (*pick(&[EIO, ENOSPC], &mut self.rng), *pick(&[0, 1, 7, 40], &mut self.rng));
+        self.bad_moods(&[Kind::Busy, Kind::Lines, Kind::Doomed]);
+        self.world.environment.disk_fails(error, one_in);
+        self.lasts(Heal::Disk, format!("the disk fails with {error}, {one_in} writes between"), true, 4000);
+        true
+    }
+
+    pub(super) fn lock_the_database(&mut self) -> bool {
+        let Place::Embedded(embedded) = &self.world.place else { return false };
+        let file = embedded.file();
+        let holds = Duration::from_millis(self.rng.random_range(100..3000));
+        self.tell(&format!("another process locks the database for {holds:?}"));
+        let lock = tokio::task::spawn_blocking(move || {
+            let db = rusqlite::Connection::open(file).ok()?;
+            db.busy_timeout(Duration::from_secs(5)).ok()?;
+            db.execute_batch("BEGIN IMMEDIATE").ok()?;
+            Some(db)
+        });
+        tokio::spawn(async move {
+            let locked = lock.await;
+            tokio::time::sleep(holds).await; // the fault itself
+            drop(locked); // rolls back
+        });
+        self.disturbances.push(Disturbance { what: "locked".to_owned(), whom: None, from: self.began, to: self.began + holds + NOTICED });
+        true
+    }
+}
