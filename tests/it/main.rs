@@ -43,6 +43,7 @@ mod operators {
     mod doctor;
     mod log;
     mod operating;
+    mod printed;
     mod reload;
     mod removals;
     mod setting_up;

@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 
 use crate::{
     documents::references::shown,
+    receivers::verifiers::{output, repository, verifiers},
     support::{
         api::Api,
         broker::Broker,
@@ -13,7 +14,6 @@ use crate::{
         receiver::Receiver,
         run,
     },
-    verifiers::{output, repository, verifiers},
 };
 
 mod tools {

@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 
 use crate::{
     documents::references::shown,
+    receivers::verifiers::repository,
     support::{
         daemon::{QUICK, SECRET, Setup, subscriber},
         eventually, free_port,
@@ -18,7 +19,6 @@ use crate::{
         receiver::{Receiver, Request},
         run,
     },
-    verifiers::repository,
 };
 
 mod tools {

@@ -137,7 +137,7 @@ async fn sent() -> Vec<Case> {
 
 /// Where `scripts/verifiers` puts things.
 pub(crate) fn verifiers() -> PathBuf {
-    assert_not_quick(&["tools"]);
+    assert_not_quick("tools");
     let target = Path::new(env!("CARGO_BIN_EXE_hooktrail")).ancestors().nth(2).expect("the target folder");
     let folder = target.join("verifiers");
     assert!(folder.join("stamp").exists(), "{} is not there: run scripts/verifiers, as scripts/test does", folder.display());
