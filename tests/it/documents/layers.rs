@@ -142,7 +142,8 @@ fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_befo
         let mut inside = Vec::new();
         for (other, next) in imports(&code, "crate::") {
             if other == room {
-                inside.push(next);
+                // Without a second segment it is the room itself, as in `pub(in crate::cli)`.
+                inside.extend(Some(next).filter(|next| !next.is_empty()));
                 continue;
             }
             let at = *place.get(other.as_str()).unwrap_or_else(|| panic!("{} imports `{other}`, which stands in no room", path.display()));
