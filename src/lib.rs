@@ -37,7 +37,8 @@
 //!                                              what the daemon says of itself
 //! queue/       what delivery needs of a queue; `amqp` alone knows lapin, `embedded` alone SQLite
 //! endpoint/    webhook · inspect · test_event  one attempt, the only place that sends requests to receivers
-//! lane.rs                                      the worker of one subscriber
+//! lane/        waits · trouble · in_flight · state · session · lane
+//!                                              the worker of one subscriber
 //! supervisor/  signal · fleet · systemd · reload · startup_check
 //!                                              start, reload, restart after a panic, drain
 //! admin/       answer · guard · connections · introduction · intake · control · admin

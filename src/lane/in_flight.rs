@@ -1,0 +1,104 @@
+//! What a session has under way.
+
+use std::time::{Duration, SystemTime};
+
+use crate::{
+    clock,
+    delivery::{AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome},
+    event::payload::Format,
+    policy::{
+        circuit_breaker::Begun,
+        turn::Turn,
+        verdict::{Attempt, Origin},
+    },
+    queue::{Event, Receipt, SettleError},
+};
+
+/// An event that may go into a batch.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) event: Event,
+    /// Its field `timestamp`.
+    pub(super) happened_at: Option<SystemTime>,
+    pub(super) arrived_at: SystemTime,
+}
+
+/// A batch under way, and what its attempt needs beside it.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    /// This attempt counts among its attempts. Its story has the failed ones before this, and this one when it has failed.
+    pub(super) batch: Batch,
+    pub(super) receipts: Vec<Receipt>,
+    /// The field `timestamp` of the first event.
+    pub(super) happened_at: Option<SystemTime>,
+    /// When the first event arrived, as far as the queue tells.
+    pub(super) arrived_at: SystemTime,
+    pub(super) turn: Turn,
+}
+
+impl InFlight {
+    /// The attempt that has just been made, before its result is in the story.
+    pub(super) fn as_attempt(&self, now: SystemTime) -> Attempt {
+        let batch = &self.batch;
+        let last = batch.story.last();
+        let was_reset = last.is_some_and(|a| matches!(&a.result, AttemptResult::Failure(name) if name == FailureKind::Reset.name()));
+        let origin = match self.turn {
+            Turn::First => Origin::First,
+            Turn::Retry => Origin::Again { part: batch.id.is_half(), failed_at: last.map(|a| a.at), was_reset },
+        };
+        Attempt {
+            number: batch.attempts,
+            first_attempt_at: batch.first_attempt_at.unwrap_or(now),
+            events: batch.events,
+            body_bytes: batch.body.len(),
+            origin,
+        }
+    }
+
+    pub(super) fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
+        self.batch.story.add(FailedAttempt { number: self.batch.attempts, at, result: failure.into() });
+    }
+}
+
+/// What a task of the session has done.
+#[derive(Debug)]
+pub(super) enum Done {
+    Attempted { number: u64, in_flight: Box<InFlight>, outcome: Outcome, took: Duration },
+    Settled(Result<(), SettleError>),
+}
+
+/// An attempt whose outcome is not known.
+#[derive(Debug)]
+pub(super) struct UnderWay {
+    pub(super) events: u64,
+    /// Of the first event.
+    pub(super) arrived_at: SystemTime,
+    pub(super) generation: u64,
+    pub(super) begun: Begun,
+}
+
+/// The batch of a first attempt; from here on its bytes and its id do not change.
+pub(super) fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: usize) -> InFlight {
+    let now = clock::now();
+    let first = events.first_mut();
+    let (happened_at, arrived_at, traceparent) =
+        first.map_or_else(|| (None, now, None), |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()));
+    let batch = Batch {
+        id: BatchId::random(),
+        body: format.splice(events.iter().map(|e| e.event.body.as_slice()), bytes).into(),
+        format,
+        events: u32::try_from(events.len()).unwrap_or(u32::MAX),
+        attempts: 1,
+        first_attempt_at: Some(now),
+        traceparent,
+        story: AttemptLog::default(),
+        replay: false,
+    };
+    let receipts = events.iter().map(|e| e.event.receipt).collect();
+    InFlight { batch, receipts, happened_at, arrived_at, turn: Turn::First }
+}
+
+/// A time far beyond every clock is none.
+pub(super) fn happened_at(timestamp: Option<u64>) -> Option<SystemTime> {
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(timestamp?))
+}
