@@ -153,7 +153,7 @@ pub enum Repaired {
 
 impl AmqpQueue {
     pub fn new(config: AmqpConfig, metrics: Metrics) -> Self {
-        let dialer = Dialer { url: config.url.clone(), metrics };
+        let dialer = Dialer::new(config.url.clone(), metrics);
         let troubles = watch::Sender::default();
         Self(Arc::new(Inner {
             consuming: Pool::new(dialer.clone(), Role::Consuming, &troubles),

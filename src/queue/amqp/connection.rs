@@ -87,18 +87,31 @@ impl Role {
     }
 }
 
-/// Connects to the one broker there is, and counts.
+/// Connects to the one broker there is, and counts. Clones count together.
 #[derive(Debug, Clone)]
 pub(super) struct Dialer {
-    pub(super) url: SecretUrl,
+    url: SecretUrl,
     pub(super) metrics: Metrics,
+    connects: Arc<AtomicUsize>,
 }
 
 impl Dialer {
+    pub(super) fn new(url: SecretUrl, metrics: Metrics) -> Self {
+        Self { url, metrics, connects: Arc::default() }
+    }
+
+    /// Connections made so far. More of them than before can mean that the broker was restarted.
+    pub(super) fn connects(&self) -> usize {
+        self.connects.load(Ordering::Relaxed)
+    }
+
     /// One attempt. The connection counts as open as long as the second value lives.
     pub(super) async fn connect(&self, role: Role) -> Result<(Connection, OpenConnection), QueueError> {
         let connected = connect(&self.url, role).await;
         self.metrics.connected(role.name(), connected.is_ok());
+        if connected.is_ok() {
+            self.connects.fetch_add(1, Ordering::Relaxed);
+        }
         Ok((connected?, self.metrics.connection(role.name())))
     }
 }
@@ -477,6 +490,10 @@ pub(super) struct Quarantine(Arc<Slot>);
 impl Quarantine {
     pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
         self.seat()?.open().await
+    }
+
+    pub(super) async fn close(self) {
+        close(&self.0.connection).await;
     }
 
     fn seat(&self) -> Result<Seat, QueueError> {

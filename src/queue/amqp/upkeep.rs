@@ -27,6 +27,9 @@ use crate::{clock, config::Subscriber, event::Pattern, queue::QueueError, teleme
 /// Between two checks when nothing seems to be missing.
 const INTERVAL: Duration = Duration::from_secs(60);
 
+/// Before the ladder is checked for the first time: the lanes have their connections by then.
+const FIRST_REST: Duration = Duration::from_secs(10);
+
 /// Between two checks whatever happens.
 const SOONEST: Duration = Duration::from_secs(5);
 
@@ -275,38 +278,56 @@ impl AmqpQueue {
     pub(super) async fn keep_own(&self) {
         let mut keeping = Effort::reporting("the delay ladder", Harms::Lanes, &self.0.troubles);
         let mut damaged = self.0.damaged.subscribe();
+        let (mut tried_at, mut rest) = (None, FIRST_REST);
         loop {
+            tokio::select! {
+                () = tokio::time::sleep(rest) => {}
+                _ = damaged.wait_for(|damaged| *damaged) => {}
+            }
+            rest = INTERVAL;
             loop {
-                let mended = self.mend(None).await;
-                if mended.is_ok() {
+                let mut kept = self.mend(None).await;
+                if kept.is_ok() {
                     self.0.damaged.send_replace(false);
+                    // A broker that nobody has connected to again was not restarted, and has lost nothing since.
+                    if tried_at != Some(self.0.dialer.connects()) {
+                        kept = self.try_ladder().await;
+                        tried_at = Some(self.0.dialer.connects()).filter(|_| kept.is_ok());
+                    }
                 }
-                match mended.and(self.try_ladder().await) {
+                match kept {
                     Ok(()) => break,
                     Err(e) => keeping.failed(&e).await,
                 }
             }
             keeping.goes_well();
-            tokio::select! {
-                () = tokio::time::sleep(INTERVAL) => {}
-                _ = damaged.wait_for(|damaged| *damaged) => {}
-            }
         }
     }
 
-    /// Consumes each level that seems to be empty for a moment. One that the broker has lost the use of seems to be, and what other
+    /// Consumes each level that seems to be empty, for a moment. One that the broker has lost the use of seems to be, and what other
     /// levels hand on to it waits for good: only its consumers and publishers are told.
     async fn try_ladder(&self) -> Result<(), QueueError> {
-        let quarantine = self.0.consuming.quarantine().await?;
+        let quarantine = match self.0.consuming.quarantine().await {
+            Ok(quarantine) => quarantine,
+            // A limit of connections leaves room for those that the daemon needs, and perhaps for no other.
+            Err(e) => {
+                tracing::debug!(error = %e, "the delay ladder could not be tried");
+                return Ok(());
+            }
+        };
         let mut broker = self.broker();
+        let mut suspect = None;
         for level in 0..ladder::LEVELS {
             let name = self.topology().level(level);
             let is_idle = broker.depth(&name).await?.is_some_and(|depth| depth.messages == 0 && depth.consumers == 0);
             if is_idle && lane::try_consume(&quarantine.lease().await?, &name).await.is_err_and(|e| e.is_broken()) {
-                return self.usable(&name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"));
+                suspect = Some(name);
+                break;
             }
         }
-        Ok(())
+        quarantine.close().await;
+        let Some(name) = suspect else { return Ok(()) };
+        self.usable(&name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"))
     }
 
     /// What a settlement is written to was not there: puts back what a subscriber shares with all others, and its own ways back.
