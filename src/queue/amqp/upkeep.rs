@@ -307,11 +307,12 @@ impl AmqpQueue {
     /// Consumes each level that seems to be empty, for a moment. One that the broker has lost the use of seems to be, and what other
     /// levels hand on to it waits for good: only its consumers and publishers are told.
     async fn try_ladder(&self) -> Result<(), QueueError> {
+        // Limits of connections and channels leave room for those that the daemon needs, and perhaps for no others.
+        let untried = |e: QueueError| tracing::debug!(error = %e, "the delay ladder could not be tried");
         let quarantine = match self.0.consuming.quarantine().await {
             Ok(quarantine) => quarantine,
-            // A limit of connections leaves room for those that the daemon needs, and perhaps for no other.
             Err(e) => {
-                tracing::debug!(error = %e, "the delay ladder could not be tried");
+                untried(e);
                 return Ok(());
             }
         };
@@ -320,7 +321,17 @@ impl AmqpQueue {
         for level in 0..ladder::LEVELS {
             let name = self.topology().level(level);
             let is_idle = broker.depth(&name).await?.is_some_and(|depth| depth.messages == 0 && depth.consumers == 0);
-            if is_idle && lane::try_consume(&quarantine.lease().await?, &name).await.is_err_and(|e| e.is_broken()) {
+            if !is_idle {
+                continue;
+            }
+            let lease = match quarantine.lease().await {
+                Ok(lease) => lease,
+                Err(e) => {
+                    untried(e);
+                    break;
+                }
+            };
+            if lane::try_consume(&lease, &name).await.is_err_and(|e| e.is_broken()) {
                 suspect = Some(name);
                 break;
             }

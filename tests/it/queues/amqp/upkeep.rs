@@ -312,6 +312,21 @@ fn a_stream_is_no_source_queue() {
     });
 }
 
+#[test]
+fn a_connection_with_few_channels_is_no_reason_to_call_the_delay_ladder_broken() {
+    run(async {
+        let mut broker = Broker::private().await;
+        broker.url += "?channel_max=8";
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::new(&broker, &(QUICK.to_owned() + "[log]\nlevel = \"debug\"\n" + &subscriber("a", &receiver.url, "")));
+        let daemon = setup.start().await;
+        daemon.wait_log("the delay ladder could not be tried").await;
+        broker.publish("a.b", [event(0)]).await;
+        receiver.wait_all(1).await;
+        assert!(!daemon.log().contains("the delay ladder fails"), "{}", daemon.log());
+    });
+}
+
 /// Who may only read the source queue is not told of which type it is before something comes from it.
 #[test]
 fn a_stream_is_no_source_queue_for_a_user_who_may_only_read_it_either() {
