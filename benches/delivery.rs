@@ -1,11 +1,17 @@
 //! What delivery costs, against the floor: a bare consumer of the same broker that drains the same
 //! number of the same events with multiple acks, and does nothing with them.
 //!
-//! `cargo bench --bench delivery` starts a broker of its own unless HOOKTRAIL_TEST_AMQP_URL names one.
-//! HOOKTRAIL_BENCH_EVENTS (200000), HOOKTRAIL_BENCH_ROUNDS (3) and HOOKTRAIL_BENCH_BACKLOG (500000,
-//! for the peak memory) change its size. Floor and hooktrail take turns; medians are printed.
+//! `cargo bench --bench delivery` starts a broker of its own unless HOOKTRAIL_TEST_AMQP_URL names
+//! one. HOOKTRAIL_BENCH_EVENTS (200000), HOOKTRAIL_BENCH_ROUNDS (3) and HOOKTRAIL_BENCH_BACKLOG
+//! (500000, for the peak memory) change its size. Floor and hooktrail take turns; medians are
+//! printed.
 
-#![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr, reason = "a benchmark looks at the clock and prints")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a benchmark looks at the clock and prints"
+)]
 
 mod shared;
 #[path = "../tests/it/support/mod.rs"]
@@ -19,7 +25,10 @@ use std::{
 
 use futures_util::StreamExt as _;
 use lapin::{
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions, QueueDeleteOptions},
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
+    },
     types::{AMQPValue, FieldTable},
 };
 use shared::{BATCH, Counter, EVENT, number, process_figures, receive};
@@ -48,8 +57,15 @@ async fn compare() {
     let events = number("HOOKTRAIL_BENCH_EVENTS", 200_000);
     let rounds = number("HOOKTRAIL_BENCH_ROUNDS", 3);
     let backlog = number("HOOKTRAIL_BENCH_BACKLOG", 500_000);
-    let broker = if std::env::var("HOOKTRAIL_TEST_AMQP_URL").is_ok() { Broker::shared() } else { Broker::private().await };
-    println!("{events} events of {} bytes, batches of {BATCH}, {rounds} rounds; broker, worker and receiver on this machine", EVENT.len());
+    let broker = if std::env::var("HOOKTRAIL_TEST_AMQP_URL").is_ok() {
+        Broker::shared()
+    } else {
+        Broker::private().await
+    };
+    println!(
+        "{events} events of {} bytes, batches of {BATCH}, {rounds} rounds; broker, worker and receiver on this machine",
+        EVENT.len()
+    );
     let mut floors = Vec::new();
     let mut ours = Vec::new();
     for _ in 0..rounds {
@@ -66,9 +82,19 @@ async fn compare() {
     let cpu = |f: &Figures| f.cpu_seconds * 1e6 / events as f64;
     println!("\n{:<12}{:>12}{:>16}{:>12}", "", "events/s", "CPU µs/event", "peak MiB");
     for (name, all) in [("floor", &floors), ("hooktrail", &ours)] {
-        println!("{name:<12}{:>12.0}{:>16.2}{:>12.1}", median(&rate, all), median(&cpu, all), median(&|f| f.peak_mib, all));
+        println!(
+            "{name:<12}{:>12.0}{:>16.2}{:>12.1}",
+            median(&rate, all),
+            median(&cpu, all),
+            median(&|f| f.peak_mib, all)
+        );
     }
-    println!("{:<12}{:>12.2}{:>16.2}", "ratio", median(&rate, &ours) / median(&rate, &floors), median(&cpu, &ours) / median(&cpu, &floors));
+    println!(
+        "{:<12}{:>12.2}{:>16.2}",
+        "ratio",
+        median(&rate, &ours) / median(&rate, &floors),
+        median(&cpu, &ours) / median(&cpu, &floors)
+    );
     println!("\npeak memory of hooktrail with a backlog of {backlog} events: {peak:.1} MiB");
 }
 
@@ -86,8 +112,14 @@ async fn floor(broker: &Broker, events: u64) -> Figures {
         .stdout(Stdio::piped())
         .spawn()
         .expect("starts");
-    let output = tokio::task::spawn_blocking(|| child.wait_with_output()).await.expect("joins").expect("ends");
-    channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+    let output = tokio::task::spawn_blocking(|| child.wait_with_output())
+        .await
+        .expect("joins")
+        .expect("ends");
+    channel
+        .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())
+        .await
+        .expect("deletes");
     connection.close(200, "done".into()).await.expect("closes");
     let text = String::from_utf8(output.stdout).expect("figures");
     let values: Vec<f64> = text.split_whitespace().map(|v| v.parse().expect("a figure")).collect();
@@ -97,13 +129,19 @@ async fn floor(broker: &Broker, events: u64) -> Figures {
 async fn floor_process(arguments: String) {
     let mut parts = arguments.splitn(3, ' ');
     let mut next = || parts.next().expect("three arguments");
-    let (events, queue, url): (u64, String, String) = (next().parse().expect("a number"), next().to_owned(), next().to_owned());
+    let (events, queue, url): (u64, String, String) =
+        (next().parse().expect("a number"), next().to_owned(), next().to_owned());
     let connection = connect(&url).await;
     let channel = connection.create_channel().await.expect("a channel");
     channel.basic_qos(2000, BasicQosOptions::default()).await.expect("qos");
     let start = Instant::now();
     let mut consumer = channel
-        .basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default())
+        .basic_consume(
+            queue.as_str().into(),
+            "".into(),
+            BasicConsumeOptions::default(),
+            FieldTable::default(),
+        )
         .await
         .expect("consumes");
     let mut seen = 0;
@@ -111,7 +149,10 @@ async fn floor_process(arguments: String) {
         let delivery = consumer.next().await.expect("a delivery").expect("a delivery");
         seen += 1;
         if seen % 200 == 0 || seen == events {
-            channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true }).await.expect("acks");
+            channel
+                .basic_ack(delivery.delivery_tag, BasicAckOptions { multiple: true })
+                .await
+                .expect("acks");
         }
     }
     let seconds = start.elapsed().as_secs_f64();
@@ -133,7 +174,8 @@ async fn hooktrail(broker: &Broker, events: u64) -> Figures {
     setup.ok(&["publish", nothing.to_str().expect("a path")]);
     broker.publish("activity_log.user.updated", (0..events).map(|_| EVENT)).await;
     let daemon = setup.spawn();
-    eventually("all events delivered", async || counter.events.load(Ordering::Relaxed) >= events).await;
+    eventually("all events delivered", async || counter.events.load(Ordering::Relaxed) >= events)
+        .await;
     let (cpu_seconds, peak_mib) = process_figures(daemon.pid());
     let (first, last) = counter.times.lock().expect("not poisoned").expect("requests");
     daemon.stop().await;

@@ -1,10 +1,16 @@
-//! What the embedded queue and its intake cost, against SQLite's floor: one connection in this process
-//! that makes the same number of commits of the same rows, with the same settings.
+//! What the embedded queue and its intake cost, against SQLite's floor: one connection in this
+//! process that makes the same number of commits of the same rows, with the same settings.
 //!
-//! `cargo bench --bench intake`. HOOKTRAIL_BENCH_EVENTS (300000) and HOOKTRAIL_BENCH_ROUNDS (3) change
-//! its size. Floor and intake take turns; medians are printed, and the range of what was measured.
+//! `cargo bench --bench intake`. HOOKTRAIL_BENCH_EVENTS (300000) and HOOKTRAIL_BENCH_ROUNDS (3)
+//! change its size. Floor and intake take turns; medians are printed, and the range of what was
+//! measured.
 
-#![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::print_stderr, reason = "a benchmark looks at the clock and prints")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a benchmark looks at the clock and prints"
+)]
 
 mod shared;
 #[path = "../tests/it/support/mod.rs"]
@@ -46,10 +52,16 @@ struct Intake {
 }
 
 async fn compare() {
-    let per_client = number("HOOKTRAIL_BENCH_EVENTS", 300_000) / CLIENTS / BATCH as u64 * BATCH as u64;
+    let per_client =
+        number("HOOKTRAIL_BENCH_EVENTS", 300_000) / CLIENTS / BATCH as u64 * BATCH as u64;
     let (events, rounds) = (per_client * CLIENTS, number("HOOKTRAIL_BENCH_ROUNDS", 3));
-    println!("{events} events of {} bytes, {rounds} rounds; clients, daemon and receivers on this machine", EVENT.len());
-    println!("intake: {CLIENTS} clients, {BATCH} events a request, one request at a time each, connections kept");
+    println!(
+        "{events} events of {} bytes, {rounds} rounds; clients, daemon and receivers on this machine",
+        EVENT.len()
+    );
+    println!(
+        "intake: {CLIENTS} clients, {BATCH} events a request, one request at a time each, connections kept"
+    );
     let (mut taken, mut floors) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let intake = intake(per_client, events).await;
@@ -61,7 +73,11 @@ async fn compare() {
     line("intake over HTTP", taken.iter().map(|t| rate(t.seconds)));
     line("floor: SQLite, as many commits", floors.iter().map(|f| rate(f.0)));
     let ratios: Vec<f64> = taken.iter().zip(&floors).map(|(t, f)| f.0 / t.seconds).collect();
-    println!("ratio {:.2}; events a commit {:.0}", median(ratios), median(taken.iter().map(|t| events as f64 / t.commits as f64)));
+    println!(
+        "ratio {:.2}; events a commit {:.0}",
+        median(ratios),
+        median(taken.iter().map(|t| events as f64 / t.commits as f64))
+    );
     println!(
         "CPU of the daemon {:.1} µs/event, peak {:.0} MiB",
         median(taken.iter().map(|t| t.cpu_seconds * 1e6 / events as f64)),
@@ -73,7 +89,10 @@ async fn compare() {
         median(taken.iter().map(|t| mib_per_million(t.bytes))),
         median(floors.iter().map(|f| mib_per_million(f.1)))
     );
-    println!("\n{:<34}{:>12}{:>26}{:>14}", "delivery from a backlog", "deliveries/s", "range", "CPU µs each");
+    println!(
+        "\n{:<34}{:>12}{:>26}{:>14}",
+        "delivery from a backlog", "deliveries/s", "range", "CPU µs each"
+    );
     for subscribers in [1, 10] {
         // As many deliveries for the one as for the ten, so that both take about as long.
         let (mut rates, mut cpu) = (Vec::new(), Vec::new());
@@ -94,7 +113,8 @@ fn median(values: impl IntoIterator<Item = f64>) -> f64 {
 }
 
 fn text(name: &str, values: impl Iterator<Item = f64> + Clone) -> String {
-    let (least, most) = (values.clone().fold(f64::MAX, f64::min), values.clone().fold(0.0, f64::max));
+    let (least, most) =
+        (values.clone().fold(f64::MAX, f64::min), values.clone().fold(0.0, f64::max));
     format!("{name:<34}{:>12.0}{:>26}", median(values), format!("{least:.0} – {most:.0}"))
 }
 
@@ -107,7 +127,10 @@ async fn intake(per_client: u64, events: u64) -> Intake {
     let addr = format!("127.0.0.1:{}", free_port());
     let nobody = format!("http://127.0.0.1:{}/", free_port());
     let breaker = "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }";
-    let setup = embedded(&format!("[admin]\nlisten = \"{addr}\"\n{GROUPS}{}", subscriber("bench", &nobody, breaker)));
+    let setup = embedded(&format!(
+        "[admin]\nlisten = \"{addr}\"\n{GROUPS}{}",
+        subscriber("bench", &nobody, breaker)
+    ));
     let daemon = setup.start().await;
     // One event to open the circuit.
     let mut first = TcpStream::connect(&addr).await.expect("connects");
@@ -136,7 +159,8 @@ async fn intake(per_client: u64, events: u64) -> Intake {
     let commits = u64::from(self::commits(&database) - commits);
     let (after, peak_mib) = process_figures(daemon.pid());
     daemon.stop().await;
-    let stored: u32 = open(&database).query_row("SELECT count(*) FROM event", [], |r| r.get(0)).expect("counts");
+    let stored: u32 =
+        open(&database).query_row("SELECT count(*) FROM event", [], |r| r.get(0)).expect("counts");
     assert!(u64::from(stored) >= events, "{stored} of {events} events are in the database");
     Intake { seconds, cpu_seconds: after - cpu, peak_mib, commits, bytes: size(&database) }
 }
@@ -151,7 +175,8 @@ fn database(setup: &Setup) -> PathBuf {
 
 /// The transactions since the write-ahead log was begun, as its index counts them.
 fn commits(database: &Path) -> u32 {
-    let index = std::fs::read(database.with_extension("db-shm")).expect("the index of the write-ahead log");
+    let index =
+        std::fs::read(database.with_extension("db-shm")).expect("the index of the write-ahead log");
     u32::from_ne_bytes(index[8..12].try_into().expect("four bytes"))
 }
 
@@ -182,10 +207,21 @@ fn floor(events: u64, commits: u64) -> (f64, u64) {
     for n in 0..commits {
         db.execute_batch("BEGIN IMMEDIATE").expect("begins");
         {
-            let mut insert = db.prepare_cached("INSERT INTO event (type, message_id, at, body) VALUES (?1, ?2, ?3, ?4)").expect("prepares");
+            let mut insert = db
+                .prepare_cached(
+                    "INSERT INTO event (type, message_id, at, body) VALUES (?1, ?2, ?3, ?4)",
+                )
+                .expect("prepares");
             for row in events * n / commits..events * (n + 1) / commits {
                 let id = format!("evt_{row:032x}");
-                insert.execute(params!["activity_log.user.updated", id, 1_733_739_084_000_i64, EVENT.as_bytes()]).expect("inserts");
+                insert
+                    .execute(params![
+                        "activity_log.user.updated",
+                        id,
+                        1_733_739_084_000_i64,
+                        EVENT.as_bytes()
+                    ])
+                    .expect("inserts");
             }
         }
         db.execute_batch("COMMIT").expect("commits");
@@ -218,12 +254,17 @@ async fn post(stream: &mut TcpStream, request: &[u8], answer: &mut Vec<u8>) {
 async fn deliver(events: u64, subscribers: u64) -> (f64, f64) {
     let counter = Arc::new(Counter::default());
     let url = receive(counter.clone()).await;
-    let all: String = (0..subscribers).map(|n| subscriber(&format!("bench-{n}"), &url, "")).collect();
+    let all: String =
+        (0..subscribers).map(|n| subscriber(&format!("bench-{n}"), &url, "")).collect();
     let setup = embedded(&format!("{GROUPS}{all}"));
-    let backlog = setup.write("events", [EVENT, "\n"].concat().repeat(usize::try_from(events).expect("few")));
+    let backlog =
+        setup.write("events", [EVENT, "\n"].concat().repeat(usize::try_from(events).expect("few")));
     setup.ok(&["publish", backlog.to_str().expect("a path")]);
     let daemon = setup.spawn();
-    eventually("all events delivered", async || counter.events.load(Ordering::Relaxed) >= events * subscribers).await;
+    eventually("all events delivered", async || {
+        counter.events.load(Ordering::Relaxed) >= events * subscribers
+    })
+    .await;
     let (cpu_seconds, _) = process_figures(daemon.pid());
     let (first, last) = counter.times.lock().expect("not poisoned").expect("requests");
     daemon.stop().await;

@@ -1,9 +1,10 @@
-//! The admin listener: whether the daemon is alive and ready, its metrics, what an operator asks of it (`control`), and
-//! the intake of events (`intake`).
+//! The admin listener: whether the daemon is alive and ready, its metrics, what an operator asks of
+//! it (`control`), and the intake of events (`intake`).
 //!
-//! Nothing is changed by a GET. No web page can use a listener on its visitor's machine: what comes from another site is
-//! refused, what changes something needs a `content-type` that a browser does not send there without asking first, and
-//! where there is no token, a name that somebody else made lead here is not answered either.
+//! Nothing is changed by a GET. No web page can use a listener on its visitor's machine: what comes
+//! from another site is refused, what changes something needs a `content-type` that a browser does
+//! not send there without asking first, and where there is no token, a name that somebody else made
+//! lead here is not answered either.
 
 mod answer;
 mod connections;
@@ -44,8 +45,10 @@ use crate::{
     telemetry::{metrics, status::Board},
 };
 
-/// A client that keeps its connection between requests asks at least that often, a scrape of Prometheus each minute.
-const BOUNDS: Bounds = Bounds { at_a_time: 256, head_within: Duration::from_secs(75), read_within: READ_TIMEOUT };
+/// A client that keeps its connection between requests asks at least that often, a scrape of
+/// Prometheus each minute.
+const BOUNDS: Bounds =
+    Bounds { at_a_time: 256, head_within: Duration::from_secs(75), read_within: READ_TIMEOUT };
 
 /// How long the last answers may take to leave.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -60,7 +63,8 @@ pub struct Admin {
 
 impl Admin {
     /// # Errors
-    /// The address cannot be listened on. No other one takes its place: commands would then ask, and give the token to, whoever has it.
+    /// The address cannot be listened on. No other one takes its place: commands would then ask,
+    /// and give the token to, whoever has it.
     pub async fn bind(config: &AdminConfig) -> std::io::Result<Self> {
         let socket = TcpListener::bind(config.listen).await?;
         let listens = socket.local_addr()?;
@@ -69,19 +73,34 @@ impl Admin {
     }
 
     /// Serves from now on, and takes events for `queue` while `phase` is [`Phase::Running`].
-    pub fn serve<Q: Queue>(self, queue: Q, reloader: &Reloader, board: &Board, phase: watch::Receiver<Phase>) -> Serving {
+    pub fn serve<Q: Queue>(
+        self,
+        queue: Q,
+        reloader: &Reloader,
+        board: &Board,
+        phase: watch::Receiver<Phase>,
+    ) -> Serving {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
         let (exposed, looked_at, holds) = (board.clone(), queue.clone(), reloader.clone());
         let expose = move |format| {
             exposed.metrics().set_queue_up(looked_at.is_reachable());
-            exposed.metrics().set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));
+            exposed
+                .metrics()
+                .set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));
             exposed.expose_as(format)
         };
         let introduction = introduction::routes(token.clone(), self.port, &reloader.config().path);
-        let control = control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
-        let intake = Intake::new(queue, reloader.subscribers(), phase.clone(), board.metrics().clone(), room.clone());
+        let control =
+            control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
+        let intake = Intake::new(
+            queue,
+            reloader.subscribers(),
+            phase.clone(),
+            board.metrics().clone(),
+            room.clone(),
+        );
         let api = Router::new()
             .route("/v1/events", post(intake::take_events::<Q>))
             .with_state(Arc::new(intake))
@@ -92,11 +111,17 @@ impl Admin {
             .merge(introduction);
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))
-            .route("/readyz", get(move || std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), &reloads))))
+            .route(
+                "/readyz",
+                get(move || {
+                    std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), &reloads))
+                }),
+            )
             .route(
                 "/metrics",
                 get(async move |headers: HeaderMap| {
-                    let format = metrics::Exposition::accepted(header_text(&headers, header::ACCEPT));
+                    let format =
+                        metrics::Exposition::accepted(header_text(&headers, header::ACCEPT));
                     ([(header::CONTENT_TYPE, format.content_type())], expose(format))
                 }),
             )
@@ -104,7 +129,12 @@ impl Admin {
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method);
         let (close, closing) = oneshot::channel::<()>();
-        Serving { room, phase, close, server: tokio::spawn(connections::serve(self.socket, app, BOUNDS, closing)) }
+        Serving {
+            room,
+            phase,
+            close,
+            server: tokio::spawn(connections::serve(self.socket, app, BOUNDS, closing)),
+        }
     }
 }
 
@@ -137,11 +167,18 @@ impl Serving {
     }
 }
 
-/// A configuration that is wrong is no reason to take the daemon out of service: it works with the one before.
+/// A configuration that is wrong is no reason to take the daemon out of service: it works with the
+/// one before.
 fn ready(phase: Phase, reachable: bool, reloads: &Reloader) -> (StatusCode, String) {
     let (status, word) = readiness(phase, reachable);
-    let problem = reloads.problem().map(|why| format!("the configuration was not reloaded:\n{why}\n")).unwrap_or_default();
-    let held = reloads.held().map(|held| format!("removals wait for an operator: {}\n", held.why)).unwrap_or_default();
+    let problem = reloads
+        .problem()
+        .map(|why| format!("the configuration was not reloaded:\n{why}\n"))
+        .unwrap_or_default();
+    let held = reloads
+        .held()
+        .map(|held| format!("removals wait for an operator: {}\n", held.why))
+        .unwrap_or_default();
     (status, format!("{word}\n{problem}{held}"))
 }
 
@@ -159,21 +196,37 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_wrong_configuration_and_one_that_is_held_back_are_reported_and_take_nothing_out_of_service() {
+    async fn a_wrong_configuration_and_one_that_is_held_back_are_reported_and_take_nothing_out_of_service()
+     {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("h.toml");
-        let write = |text: &str| std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{text}")).expect("writes");
+        let write = |text: &str| {
+            std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{text}")).expect("writes")
+        };
         write("[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n");
         let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
         let metrics = metrics::Metrics::new(crate::clock::now());
-        let (reloader, _changes) =
-            Reloader::new(config, metrics, crate::queue::Removals::default(), crate::telemetry::log::Level::default());
+        let (reloader, _changes) = Reloader::new(
+            config,
+            metrics,
+            crate::queue::Removals::default(),
+            crate::telemetry::log::Level::default(),
+        );
         assert_eq!(ready(Phase::Running, true, &reloader), (StatusCode::OK, "ready\n".to_owned()));
-        for (text, parts) in [("[x]\n", ["not reloaded", "h.toml:3:2: x"]), ("", ["wait for an operator", "(a)"])] {
+        for (text, parts) in
+            [("[x]\n", ["not reloaded", "h.toml:3:2: x"]), ("", ["wait for an operator", "(a)"])]
+        {
             write(text);
-            assert!(reloader.reload(crate::supervisor::reload::Because::Files("test")).await.is_err());
+            assert!(
+                reloader.reload(crate::supervisor::reload::Because::Files("test")).await.is_err()
+            );
             let (status, told) = ready(Phase::Running, true, &reloader);
-            assert!(status == StatusCode::OK && told.starts_with("ready\n") && parts.iter().all(|p| told.contains(p)), "{told}");
+            assert!(
+                status == StatusCode::OK
+                    && told.starts_with("ready\n")
+                    && parts.iter().all(|p| told.contains(p)),
+                "{told}"
+            );
         }
         assert_eq!(readiness(Phase::Running, false).0, StatusCode::SERVICE_UNAVAILABLE);
     }

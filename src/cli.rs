@@ -50,13 +50,16 @@ pub struct Cli {
 enum Command {
     /// Run the daemon until SIGTERM or SIGINT, then let requests in flight finish
     Run {
-        /// Also when the embedded queue holds undelivered events and [queue] url is a RabbitMQ: they stay there
+        /// Also when the embedded queue holds undelivered events and [queue] url is a RabbitMQ:
+        /// they stay there
         #[arg(long)]
         force: bool,
     },
-    /// Read the configuration, print what can go wrong with it, and what it means for each subscriber
+    /// Read the configuration, print what can go wrong with it, and what it means for each
+    /// subscriber
     Check(check::Args),
-    /// Show what the configuration would do: retries until a dead letter, memory, requests, and what a reload would change
+    /// Show what the configuration would do: retries until a dead letter, memory, requests, and
+    /// what a reload would change
     Plan(plan::Args),
     /// Write the commented default configuration
     Init(init::Args),
@@ -64,11 +67,13 @@ enum Command {
     Publish(publish::Args),
     /// A receiver for trying things out: verifies signatures, prints events, fails on request
     Listen(listen::Args),
-    /// Send one signed event to a subscriber at once, without queue or daemon, and show what comes of it
+    /// Send one signed event to a subscriber at once, without queue or daemon, and show what comes
+    /// of it
     Test(test::Args),
     /// Make a secret for signing and print it
     Secret,
-    /// Print a JSON Schema: of what receivers get, or of the configuration, which editors complete and check with it
+    /// Print a JSON Schema: of what receivers get, or of the configuration, which editors complete
+    /// and check with it
     Schema {
         /// Of one event, of the body of a request, or of the configuration
         of: Schema,
@@ -81,9 +86,11 @@ enum Command {
     /// Print the manual page, for packages
     #[command(hide = true)]
     Man,
-    /// Ask the running daemon how each subscriber is: state, backlog, retries, dead letters, rates, last error
+    /// Ask the running daemon how each subscriber is: state, backlog, retries, dead letters, rates,
+    /// last error
     Status(status::Args),
-    /// Ask the running daemon to send nothing to subscribers until they are resumed; their events wait in the queue
+    /// Ask the running daemon to send nothing to subscribers until they are resumed; their events
+    /// wait in the queue
     Pause {
         #[command(flatten)]
         whom: pause::Whom,
@@ -102,17 +109,19 @@ enum Command {
     Reload,
     /// Delete the queues of subscribers that are not configured any more
     Prune(prune::Args),
-    /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not touched
+    /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not
+    /// touched
     Repair {
         /// The subscriber's name
         #[arg(add = complete::subscribers())]
         subscriber: String,
-        /// Also those whose events may come back, because the broker still counts some or a node of the cluster seems to be missing: they are
-        /// lost
+        /// Also those whose events may come back, because the broker still counts some or a node of
+        /// the cluster seems to be missing: they are lost
         #[arg(long)]
         yes: bool,
     },
-    /// The whole thing on this machine with no set-up: a queue, two receivers, events, retries, dead letters
+    /// The whole thing on this machine with no set-up: a queue, two receivers, events, retries,
+    /// dead letters
     Demo(demo::Args),
     /// Look at what waits for its next attempt, and make that due now
     #[command(subcommand)]
@@ -140,8 +149,8 @@ impl Schema {
     }
 }
 
-/// Answers a shell that asks what it can complete; false if none does. To be called before there is any other thread: the variable that
-/// it asks by is taken out of the environment.
+/// Answers a shell that asks what it can complete; false if none does. To be called before there is
+/// any other thread: the variable that it asks by is taken out of the environment.
 ///
 /// # Errors
 /// The shell is not known, or does not read the answer.
@@ -161,7 +170,9 @@ impl Cli {
             Command::Listen(args) => listen::run(args).await,
             Command::Demo(args) => Box::pin(demo::run(args)).await,
             Command::Init(args) => init::run(args, &self.config),
-            Command::Completions { shell } => Ok(std::io::Write::write_all(&mut std::io::stdout(), &complete::script(shell)?)?),
+            Command::Completions { shell } => {
+                Ok(std::io::Write::write_all(&mut std::io::stdout(), &complete::script(shell)?)?)
+            }
             Command::Man => man::run(Self::command()),
             Command::Secret => {
                 println!("{}", secret::new_secret());
@@ -172,20 +183,26 @@ impl Cli {
                 Ok(())
             }
             Command::Status(args) => status::run(&asked(&self.config, &[])?, &args).await,
-            Command::Pause { whom, why } => pause::pause(&asked(&self.config, &whom.subscribers)?, &whom, why).await,
+            Command::Pause { whom, why } => {
+                pause::pause(&asked(&self.config, &whom.subscribers)?, &whom, why).await
+            }
             Command::Check(args) => {
                 log::to_stderr(tracing::Level::WARN);
                 check::run(&self.config, &args).await
             }
             Command::Reload => daemon::reload(&asked(&self.config, &[])?).await,
-            Command::Resume { whom } => pause::resume(&asked(&self.config, &whom.subscribers)?, &whom).await,
+            Command::Resume { whom } => {
+                pause::resume(&asked(&self.config, &whom.subscribers)?, &whom).await
+            }
             other => {
                 log::to_stderr(tracing::Level::WARN);
                 let config = load()?;
                 match other {
                     Command::Plan(args) => plan::run(&config, &args).await,
                     Command::Publish(args) => publish::run(&config, args).await,
-                    Command::Repair { subscriber, yes } => repair::run(&config, &subscriber, yes).await,
+                    Command::Repair { subscriber, yes } => {
+                        repair::run(&config, &subscriber, yes).await
+                    }
                     Command::Test(args) => test::run(&config, &args).await,
                     Command::Prune(args) => prune::run(&config, &args).await,
                     Command::Retry(command) => retry::run(&config, command).await,

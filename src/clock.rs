@@ -1,5 +1,8 @@
 //! The one place that asks what time it is and draws random numbers; everything else is told.
-#![allow(clippy::disallowed_methods, reason = "policies take `now` as an argument, and this is where it comes from")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "policies take `now` as an argument, and this is where it comes from"
+)]
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,8 +27,9 @@ const LAST_MILLISECOND: Duration = Duration::from_millis(253_402_300_799_999);
 /// No other clock is ahead by more.
 const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
-/// A point in time as RFC 3339 writes it, to the millisecond. What is before 1970 or beyond the year 9999 is written as the
-/// nearest time that can be: the library panics at those, and a time can come from anybody.
+/// A point in time as RFC 3339 writes it, to the millisecond. What is before 1970 or beyond the
+/// year 9999 is written as the nearest time that can be: the library panics at those, and a time
+/// can come from anybody.
 pub fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_millis(writable(at)).to_string()
 }
@@ -39,10 +43,13 @@ fn writable(at: SystemTime) -> SystemTime {
     at.clamp(SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH + LAST_MILLISECOND)
 }
 
-/// A point in time that somebody else has written down, in Unix seconds. One that cannot be meant is none: 0, as clients
-/// write it that set no time; one that is more than a day ahead of `now`, such as one in milliseconds; one beyond every clock.
+/// A point in time that somebody else has written down, in Unix seconds. One that cannot be meant
+/// is none: 0, as clients write it that set no time; one that is more than a day ahead of `now`,
+/// such as one in milliseconds; one beyond every clock.
 pub fn sane(unix_seconds: u64, now: SystemTime) -> Option<SystemTime> {
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(unix_seconds)).filter(|at| is_sane(*at, now))
+    SystemTime::UNIX_EPOCH
+        .checked_add(Duration::from_secs(unix_seconds))
+        .filter(|at| is_sane(*at, now))
 }
 
 /// As [`sane`] judges.
@@ -55,7 +62,8 @@ pub fn random() -> f64 {
     rand::random()
 }
 
-/// A new identifier of an event, for one that its producer gave none: `evt_` and 32 hexadecimal digits.
+/// A new identifier of an event, for one that its producer gave none: `evt_` and 32 hexadecimal
+/// digits.
 pub fn event_id() -> String {
     format!("evt_{:032x}", rand::random::<u128>())
 }
@@ -72,7 +80,11 @@ mod tests {
 
     #[test]
     fn every_time_has_a_text() {
-        let after = |seconds| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).expect("there is such a time");
+        let after = |seconds| {
+            SystemTime::UNIX_EPOCH
+                .checked_add(Duration::from_secs(seconds))
+                .expect("there is such a time")
+        };
         let before = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
         for (at, text) in [
             (after(1_735_830_138), "2025-01-02T15:02:18.000Z"),

@@ -43,10 +43,12 @@ use crate::{
 /// The commented default configuration, every key in it.
 pub const DEFAULT: &str = include_str!("../config/hooktrail.toml");
 
-/// Where the configuration is looked for when neither `--config` nor `$HOOKTRAIL_CONFIG` names a file.
+/// Where the configuration is looked for when neither `--config` nor `$HOOKTRAIL_CONFIG` names a
+/// file.
 pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
 
-/// `preset = "mailtrap"`: what the hosted service does, between a subscriber's own keys and the top-level groups.
+/// `preset = "mailtrap"`: what the hosted service does, between a subscriber's own keys and the
+/// top-level groups.
 const MAILTRAP: &str = r#"
 signatures = ["mailtrap"]
 batch = { max_events = 500, max_wait = "30s" }
@@ -103,7 +105,8 @@ pub type Subscribers = Arc<[Arc<Subscriber>]>;
 #[derive(Debug, Clone)]
 pub struct Config {
     pub path: PathBuf,
-    /// All that was read for it: the file, its includes and the folders they are looked for in, secrets, certificates.
+    /// All that was read for it: the file, its includes and the folders they are looked for in,
+    /// secrets, certificates.
     pub files: Vec<PathBuf>,
     /// Those of the folders in which a pattern of `include` has found a file.
     pub folders: Vec<PathBuf>,
@@ -176,7 +179,8 @@ pub struct LogConfig {
 /// From `[http]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpPolicy {
-    /// From when a request is on a connection until its answer's status; see [`Subscriber::longest_attempt`].
+    /// From when a request is on a connection until its answer's status; see
+    /// [`Subscriber::longest_attempt`].
     pub timeout: Duration,
     pub connect_timeout: Duration,
     /// Requests in flight to the subscriber.
@@ -189,8 +193,9 @@ pub struct HttpPolicy {
 }
 
 impl Subscriber {
-    /// The longest that an attempt takes. Over HTTP/2, where the receiver allows fewer requests at once, one may wait for a place on the
-    /// connection as long as those before it take; its own time begins then. Over HTTP/1.1 it waits only for a connection.
+    /// The longest that an attempt takes. Over HTTP/2, where the receiver allows fewer requests at
+    /// once, one may wait for a place on the connection as long as those before it take; its own
+    /// time begins then. Over HTTP/1.1 it waits only for a connection.
     pub fn longest_attempt(&self) -> Duration {
         let HttpPolicy { timeout, connect_timeout, proxy, .. } = &self.http;
         // HTTP/2 is agreed on within TLS.
@@ -201,7 +206,8 @@ impl Subscriber {
 }
 
 impl HttpPolicy {
-    /// What an attempt may take beyond its times: that its own limits come first, and that the text of an answer is read.
+    /// What an attempt may take beyond its times: that its own limits come first, and that the text
+    /// of an answer is read.
     pub const MARGIN: Duration = Duration::from_secs(2);
 }
 
@@ -218,9 +224,10 @@ impl Auth {
     /// The value of the header `authorization`.
     pub fn header(&self) -> Secret {
         match self {
-            Self::Basic { username, password } => {
-                Secret::new(format!("Basic {}", BASE64.encode(format!("{username}:{}", password.expose()))))
-            }
+            Self::Basic { username, password } => Secret::new(format!(
+                "Basic {}",
+                BASE64.encode(format!("{username}:{}", password.expose()))
+            )),
             Self::Bearer(token) => Secret::new(format!("Bearer {}", token.expose())),
         }
     }
@@ -262,7 +269,11 @@ impl fmt::Display for ConfigError {
         for p in &self.problems {
             writeln!(f, "{p}")?;
         }
-        write!(f, "{} in the configuration; nothing was started", counted(self.problems.len(), "problem(s)"))
+        write!(
+            f,
+            "{} in the configuration; nothing was started",
+            counted(self.problems.len(), "problem(s)")
+        )
     }
 }
 
@@ -276,10 +287,12 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
     load_with(path, &|name| std::env::var(name).ok())
 }
 
-/// As [`load`], for a daemon that runs: its subscribers came from these [`folders`](Config::folders).
+/// As [`load`], for a daemon that runs: its subscribers came from these
+/// [`folders`](Config::folders).
 ///
 /// # Errors
-/// As [`load`]; and one of the folders is not there, which at a first start would be nothing to complain of.
+/// As [`load`]; and one of the folders is not there, which at a first start would be nothing to
+/// complain of.
 pub fn load_again(path: &Path, folders: &[PathBuf]) -> Result<Config, ConfigError> {
     let env = |name: &str| std::env::var(name).ok();
     checked(&read(path)?, Reader::after(&env, folders))
@@ -307,8 +320,15 @@ fn read(path: &Path) -> Result<Source, ConfigError> {
 /// # Errors
 /// As [`load`].
 #[cfg(any(test, fuzzing))]
-pub(crate) fn from_text(text: &str, env: &dyn Fn(&str) -> Option<String>, files: &[(&str, &str)]) -> Result<Config, ConfigError> {
-    checked(&Source { path: PathBuf::from("hooktrail.toml"), text: text.to_owned() }, Reader::without_disk(env, files))
+pub(crate) fn from_text(
+    text: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+    files: &[(&str, &str)],
+) -> Result<Config, ConfigError> {
+    checked(
+        &Source { path: PathBuf::from("hooktrail.toml"), text: text.to_owned() },
+        Reader::without_disk(env, files),
+    )
 }
 
 fn checked(source: &Source, reader: Reader<'_>) -> Result<Config, ConfigError> {
@@ -322,8 +342,8 @@ fn checked(source: &Source, reader: Reader<'_>) -> Result<Config, ConfigError> {
     }
 }
 
-/// What `[admin]` says, in a configuration that has mistakes elsewhere: the daemon that runs, with the one before, is reached
-/// there all the same.
+/// What `[admin]` says, in a configuration that has mistakes elsewhere: the daemon that runs, with
+/// the one before, is reached there all the same.
 pub fn admin_of(path: &Path) -> Option<AdminConfig> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
@@ -338,7 +358,8 @@ pub fn admin_of(path: &Path) -> Option<AdminConfig> {
     Loader { reader: &reader }.admin(&root)
 }
 
-/// What `[log]` says, in a configuration that has mistakes elsewhere; the defaults where that is wrong too.
+/// What `[log]` says, in a configuration that has mistakes elsewhere; the defaults where that is
+/// wrong too.
 pub fn log_of(path: &Path) -> LogConfig {
     let default = LogConfig { json: false, level: tracing::Level::INFO };
     let env = |name: &str| std::env::var(name).ok();
@@ -348,11 +369,13 @@ pub fn log_of(path: &Path) -> LogConfig {
     Loader { reader: &reader }.log(&reader.root(&source, &document, keys::ROOT)).unwrap_or(default)
 }
 
-/// The subscribers' names, as far as they can be read: a secret that is not there, as every other mistake, does not matter.
+/// The subscribers' names, as far as they can be read: a secret that is not there, as every other
+/// mistake, does not matter.
 pub fn names_of(path: &Path) -> Vec<String> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
-    let names = read(path).map(|source| Loader { reader: &reader }.all_names(&source)).unwrap_or_default();
+    let names =
+        read(path).map(|source| Loader { reader: &reader }.all_names(&source)).unwrap_or_default();
     names.into_iter().map(|(name, _)| name).collect()
 }
 
@@ -367,14 +390,19 @@ pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
 /// Whether a text is a variable as shells write it.
 fn is_variable(text: &str) -> bool {
     let name = text.strip_prefix('$').unwrap_or_default();
-    !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
+    !name.is_empty()
+        && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
 }
 
 /// What to do about a configuration that cannot be read.
 fn way_out(why: std::io::ErrorKind) -> &'static str {
     match why {
-        std::io::ErrorKind::PermissionDenied => "run this as a user who may, such as the service's (sudo -u hooktrail …)",
-        _ => "name a configuration with --config FILE or $HOOKTRAIL_CONFIG, or write one with `hooktrail init`",
+        std::io::ErrorKind::PermissionDenied => {
+            "run this as a user who may, such as the service's (sudo -u hooktrail …)"
+        }
+        _ => {
+            "name a configuration with --config FILE or $HOOKTRAIL_CONFIG, or write one with `hooktrail init`"
+        }
     }
 }
 
@@ -398,12 +426,14 @@ impl Loader<'_, '_> {
         let r = self.reader;
         let document = r.parse(source);
         let root = r.root(source, &document, keys::ROOT);
-        let shutdown_timeout = self.duration(root.get("shutdown_timeout"), 35, Some(MAX_SHUTDOWN_TIMEOUT));
+        let shutdown_timeout =
+            self.duration(root.get("shutdown_timeout"), 35, Some(MAX_SHUTDOWN_TIMEOUT));
         let queue = self.queue(&root);
         let admin = self.admin(&root);
         let log = self.log(&root);
         let group = |key, keys| root.get(key).and_then(|v| r.section(&v, keys));
-        let preset = Source { path: PathBuf::from("preset \"mailtrap\""), text: MAILTRAP.to_owned() };
+        let preset =
+            Source { path: PathBuf::from("preset \"mailtrap\""), text: MAILTRAP.to_owned() };
         let preset_document = r.parse(&preset);
         let defaults = Defaults {
             mailtrap: r.root(&preset, &preset_document, keys::SUBSCRIBER),
@@ -424,7 +454,13 @@ impl Loader<'_, '_> {
             let text = match r.read_to_string(&file) {
                 Ok(text) => text,
                 Err(e) => {
-                    r.report_file(&file, format!("cannot be read: {e}; it is named by `include` in {}", source.path.display()));
+                    r.report_file(
+                        &file,
+                        format!(
+                            "cannot be read: {e}; it is named by `include` in {}",
+                            source.path.display()
+                        ),
+                    );
                     continue;
                 }
             };
@@ -452,8 +488,10 @@ impl Loader<'_, '_> {
         let root = r.root(source, &document, keys::ROOT);
         let (mut found, mut known) = (Vec::new(), HashMap::new());
         let mut names_in = |root: &Section<'_>| {
-            let tables = root.get("subscriber").and_then(|value| r.array(&value)).unwrap_or_default();
-            let sections = tables.iter().filter_map(|table| r.section(&r.named(table), keys::SUBSCRIBER));
+            let tables =
+                root.get("subscriber").and_then(|value| r.array(&value)).unwrap_or_default();
+            let sections =
+                tables.iter().filter_map(|table| r.section(&r.named(table), keys::SUBSCRIBER));
             let names = sections.filter_map(|section| self.name(&section, &mut known));
             found.extend(names.map(|name| (name, root.source.path.clone())));
         };
@@ -478,7 +516,8 @@ impl Loader<'_, '_> {
             if include::is_wild(&pattern) {
                 files.extend(self.matching(&item, &pattern, root.source.folder()));
             } else {
-                // That it is not there is a mistake, reported when it is read. A file that comes or goes is a change of its folder.
+                // That it is not there is a mistake, reported when it is read. A file that comes or
+                // goes is a change of its folder.
                 let path = root.source.relative(&pattern);
                 path.parent().into_iter().for_each(|folder| r.depends_on(folder));
                 files.push(path);
@@ -489,8 +528,8 @@ impl Loader<'_, '_> {
         files
     }
 
-    /// What a pattern of `include` matches. That it matches nothing is fine, unless a folder is away that the configuration in use
-    /// came from: all of its subscribers would be removed.
+    /// What a pattern of `include` matches. That it matches nothing is fine, unless a folder is
+    /// away that the configuration in use came from: all of its subscribers would be removed.
     fn matching(&self, item: &Value<'_>, pattern: &str, base: &Path) -> Vec<PathBuf> {
         let r = self.reader;
         if !r.has_disk() {
@@ -509,7 +548,13 @@ impl Loader<'_, '_> {
             r.report(item, format!("cannot look into {}: {why}; {remedy}", path.display()));
         }
         if found.prefix_is_absent && r.is_in_use(&found.prefix) {
-            r.report(item, format!("the folder {} is not there, and subscribers in use come from it; {remedy}", found.prefix.display()));
+            r.report(
+                item,
+                format!(
+                    "the folder {} is not there, and subscribers in use come from it; {remedy}",
+                    found.prefix.display()
+                ),
+            );
         }
         if !found.files.is_empty() {
             r.uses(&found.prefix);
@@ -573,7 +618,8 @@ impl Loader<'_, '_> {
         let prefix = match section.get("prefix") {
             None => Some("hooktrail".to_owned()),
             Some(v) => r.string(&v).and_then(|p| {
-                let ok = (1..=64).contains(&p.len()) && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+                let ok = (1..=64).contains(&p.len())
+                    && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
                 if !ok {
                     r.report(&v, "must be 1 to 64 letters, digits, `-`, `_` or `.`");
                 }
@@ -599,7 +645,9 @@ impl Loader<'_, '_> {
             Some(v) => self.management_url(&v).map(|url| Some(Box::new(url))),
         };
         let (intake, prefix, management_url) = (intake?, prefix?, management_url?);
-        let backend = url?.map_or(Backend::Embedded, |url| Backend::Amqp(AmqpConfig { url, intake, prefix, management_url }));
+        let backend = url?.map_or(Backend::Embedded, |url| {
+            Backend::Amqp(AmqpConfig { url, intake, prefix, management_url })
+        });
         Some(QueueConfig { backend, embedded })
     }
 
@@ -607,7 +655,10 @@ impl Loader<'_, '_> {
         let url = self.reader.string(value)?.parse::<Url>().ok();
         let found = url.filter(|url| {
             let has_host = url.host_str().is_some_and(|h| !h.is_empty());
-            matches!(url.scheme(), "http" | "https") && has_host && url.query().is_none() && url.fragment().is_none()
+            matches!(url.scheme(), "http" | "https")
+                && has_host
+                && url.query().is_none()
+                && url.fragment().is_none()
         });
         if found.is_none() {
             // The text is not quoted: it may hold a password.
@@ -645,7 +696,9 @@ impl Loader<'_, '_> {
             }),
         };
         let (listen, token) = (listen?, token?);
-        if let (None, Some(v)) = (&token, get("listen").filter(|_| !listen.ip().to_canonical().is_loopback())) {
+        if let (None, Some(v)) =
+            (&token, get("listen").filter(|_| !listen.ip().to_canonical().is_loopback()))
+        {
             r.report(&v, format!("{listen} is not a loopback address, so others could publish events; set `token`, such as \"${{HOOKTRAIL_ADMIN_TOKEN}}\", or listen on \"127.0.0.1:8787\""));
             return None;
         }
@@ -685,7 +738,12 @@ impl Loader<'_, '_> {
         found
     }
 
-    fn duration(&self, value: Option<Value<'_>>, default_seconds: u64, max: Option<Duration>) -> Option<Duration> {
+    fn duration(
+        &self,
+        value: Option<Value<'_>>,
+        default_seconds: u64,
+        max: Option<Duration>,
+    ) -> Option<Duration> {
         match value {
             None => Some(Duration::from_secs(default_seconds)),
             Some(v) => self.reader.duration(&v, max),
@@ -693,7 +751,12 @@ impl Loader<'_, '_> {
     }
 
     /// As [`duration`](Self::duration), and longer than zero.
-    fn positive_duration(&self, value: Option<Value<'_>>, default_seconds: u64, max: Duration) -> Option<Duration> {
+    fn positive_duration(
+        &self,
+        value: Option<Value<'_>>,
+        default_seconds: u64,
+        max: Duration,
+    ) -> Option<Duration> {
         let found = self.duration(value.clone(), default_seconds, Some(max))?;
         if found.is_zero() {
             self.reader.report(value.as_ref()?, "must be longer than 0");
@@ -702,7 +765,12 @@ impl Loader<'_, '_> {
         Some(found)
     }
 
-    fn integer(&self, value: Option<Value<'_>>, default: i64, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
+    fn integer(
+        &self,
+        value: Option<Value<'_>>,
+        default: i64,
+        range: std::ops::RangeInclusive<i64>,
+    ) -> Option<i64> {
         match value {
             None => Some(default),
             Some(v) => self.reader.integer(&v, range),
@@ -731,7 +799,8 @@ impl Loader<'_, '_> {
         let timeout = self.positive_duration(group.get("timeout"), 30, MAX_TIMEOUT);
         let connect_timeout = self.positive_duration(group.get("connect_timeout"), 5, MAX_TIMEOUT);
         let concurrency = self.integer(group.get("concurrency"), 1, 1..=MAX_CONCURRENCY);
-        let success = self.one_of(group.get("success"), &[("2xx", Success::Any2xx), ("200", Success::Only200)]);
+        let success = self
+            .one_of(group.get("success"), &[("2xx", Success::Any2xx), ("200", Success::Only200)]);
         let allow_http = self.bool(group.get("allow_http"));
         let addresses = self.addresses(group);
         let proxy = self.proxy(group);
@@ -754,7 +823,10 @@ impl Loader<'_, '_> {
             return Some(None);
         }
         // The URL is not quoted: it may hold a password.
-        let url = text.parse::<Url>().ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
+        let url = text
+            .parse::<Url>()
+            .ok()
+            .filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
         if url.is_none() {
             self.reader.report(&value, "is not the URL of a proxy; write one such as \"http://proxy.internal:3128\", or \"\" for none");
         }
@@ -765,7 +837,10 @@ impl Loader<'_, '_> {
         let allow_private = self.bool(http.get("allow_private_addresses"));
         let network = |item: &Value<'_>| {
             let text = self.reader.string(item)?;
-            let net = text.parse().ok().or_else(|| text.parse::<std::net::IpAddr>().ok().map(ipnet::IpNet::from));
+            let net = text
+                .parse()
+                .ok()
+                .or_else(|| text.parse::<std::net::IpAddr>().ok().map(ipnet::IpNet::from));
             if net.is_none() {
                 self.reader.report(item, format!("`{text}` is not a network; write one such as \"10.1.0.0/16\" or \"fd00::/8\""));
             }
@@ -783,24 +858,40 @@ impl Loader<'_, '_> {
     fn retry(&self, group: &Layers<'_>) -> Option<RetryPolicy> {
         let d = RetryOptions::default();
         let float = |key, default| group.get(key).map_or(Some(default), |v| self.reader.float(&v));
-        let initial_interval = self.duration(group.get("initial_interval"), d.initial_interval.as_secs(), Some(MAX_DELAY));
-        let max_interval = self.duration(group.get("max_interval"), d.max_interval.as_secs(), Some(MAX_DELAY));
+        let initial_interval = self.duration(
+            group.get("initial_interval"),
+            d.initial_interval.as_secs(),
+            Some(MAX_DELAY),
+        );
+        let max_interval =
+            self.duration(group.get("max_interval"), d.max_interval.as_secs(), Some(MAX_DELAY));
         let multiplier = float("multiplier", d.multiplier);
         let randomization_factor = float("randomization_factor", d.randomization_factor);
-        let max_attempts = self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=MAX_ATTEMPTS);
-        let max_elapsed_time = self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
-        let on_exhausted = self.one_of(group.get("on_exhausted"), &[("dead_letter", Exhausted::DeadLetter), ("pause", Exhausted::Pause)]);
-        // What could not be read is reported already; for it stands a value that agrees with every other.
+        let max_attempts =
+            self.integer(group.get("max_attempts"), i64::from(d.max_attempts), 0..=MAX_ATTEMPTS);
+        let max_elapsed_time =
+            self.duration(group.get("max_elapsed_time"), d.max_elapsed_time.as_secs(), None);
+        let on_exhausted = self.one_of(
+            group.get("on_exhausted"),
+            &[("dead_letter", Exhausted::DeadLetter), ("pause", Exhausted::Pause)],
+        );
+        // What could not be read is reported already; for it stands a value that agrees with every
+        // other.
         let options = RetryOptions {
             initial_interval: initial_interval.unwrap_or(Duration::from_nanos(1)),
             multiplier: multiplier.unwrap_or(d.multiplier),
             randomization_factor: randomization_factor.unwrap_or(d.randomization_factor),
             max_interval: max_interval.unwrap_or(MAX_DELAY),
-            max_attempts: max_attempts.and_then(|n| u32::try_from(n).ok()).unwrap_or(d.max_attempts),
+            max_attempts: max_attempts
+                .and_then(|n| u32::try_from(n).ok())
+                .unwrap_or(d.max_attempts),
             max_elapsed_time: max_elapsed_time.unwrap_or(d.max_elapsed_time),
             on_exhausted: on_exhausted.unwrap_or(d.on_exhausted),
         };
-        let ends = [("initial_interval", options.initial_interval), ("max_interval", options.max_interval)];
+        let ends = [
+            ("initial_interval", options.initial_interval),
+            ("max_interval", options.max_interval),
+        ];
         let checked = RetryPolicy::try_new(options);
         for (key, why) in checked.as_ref().err().into_iter().flatten() {
             match group.get(key).filter(|_| *key != "max_interval") {
@@ -809,7 +900,8 @@ impl Loader<'_, '_> {
                 None => self.report_pair(group, ends),
             }
         }
-        let intervals = initial_interval.and(max_interval).and(multiplier).and(randomization_factor);
+        let intervals =
+            initial_interval.and(max_interval).and(multiplier).and(randomization_factor);
         intervals.and(max_attempts).and(max_elapsed_time).and(on_exhausted).and(checked.ok())
     }
 
@@ -822,11 +914,16 @@ impl Loader<'_, '_> {
             self.report_pair(group, [("open_for", first), ("max_open_for", longest)]);
             return None;
         }
-        Some(BreakerPolicy { failures: u32::try_from(failures?).ok()?, open_for: open_for?, max_open_for: max_open_for? })
+        Some(BreakerPolicy {
+            failures: u32::try_from(failures?).ok()?,
+            open_for: open_for?,
+            max_open_for: max_open_for?,
+        })
     }
 
-    /// Reports that the first of two times is longer than the second: at the one that stands nearer to the subscriber, whose other keys
-    /// may come from elsewhere, with the other and where that is from.
+    /// Reports that the first of two times is longer than the second: at the one that stands nearer
+    /// to the subscriber, whose other keys may come from elsewhere, with the other and where that
+    /// is from.
     fn report_pair(&self, group: &Layers<'_>, [shorter, longer]: [(&str, Duration); 2]) {
         let is_own = group.layer(shorter.0) < group.layer(longer.0);
         let (at, (other, time)) = if is_own { (shorter.0, longer) } else { (longer.0, shorter) };
@@ -837,21 +934,39 @@ impl Loader<'_, '_> {
             (Layer::Default, _) | (_, None) => "by default".to_owned(),
         };
         let what = if is_own { "longer" } else { "shorter" };
-        let why = format!("must not be {what} than {other}, which is {} {from}; change this one, or set {other} here too", span(time));
+        let why = format!(
+            "must not be {what} than {other}, which is {} {from}; change this one, or set {other} here too",
+            span(time)
+        );
         self.reader.report(&value, why);
     }
 
-    fn subscribers<'d>(&self, root: &Section<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Vec<Arc<Subscriber>> {
+    fn subscribers<'d>(
+        &self,
+        root: &Section<'d>,
+        defaults: &Defaults<'d>,
+        names: &mut HashMap<String, String>,
+    ) -> Vec<Arc<Subscriber>> {
         let Some(value) = root.get("subscriber") else { return Vec::new() };
         let tables = self.reader.array(&value).unwrap_or_default();
-        tables.iter().filter_map(|table| self.subscriber(table, defaults, names).map(Arc::new)).collect()
+        tables
+            .iter()
+            .filter_map(|table| self.subscriber(table, defaults, names).map(Arc::new))
+            .collect()
     }
 
-    fn subscriber<'d>(&self, table: &Value<'d>, defaults: &Defaults<'d>, names: &mut HashMap<String, String>) -> Option<Subscriber> {
+    fn subscriber<'d>(
+        &self,
+        table: &Value<'d>,
+        defaults: &Defaults<'d>,
+        names: &mut HashMap<String, String>,
+    ) -> Option<Subscriber> {
         let r = self.reader;
         let section = r.section(&r.named(table), keys::SUBSCRIBER)?;
         let name = self.name(&section, names);
-        let preset = section.get("preset").and_then(|v| self.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
+        let preset = section
+            .get("preset")
+            .and_then(|v| self.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
         let group = |key, keys, base: &Option<Section<'d>>| {
             let of = |s: &Section<'d>| s.get(key).and_then(|v| r.section(&v, keys));
             Layers { own: of(&section), preset: preset.and_then(of), base: base.clone() }
@@ -860,21 +975,29 @@ impl Loader<'_, '_> {
         let http_group = group("http", keys::HTTP, &defaults.http);
         let http = self.http(&http_group);
         let retry = self.retry(&group("retry", keys::RETRY, &defaults.retry));
-        let circuit_breaker = self.breaker(&group("circuit_breaker", keys::BREAKER, &defaults.circuit_breaker));
+        let circuit_breaker =
+            self.breaker(&group("circuit_breaker", keys::BREAKER, &defaults.circuit_breaker));
         let url = self.url(&section, &http_group);
         let events = match section.get("events") {
             None => Some(vec![Pattern::all()]),
             Some(v) => self.patterns(&v),
         };
-        let format = self.one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
+        let format = self
+            .one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
         let headers = section.get("headers").map_or(Some(Vec::new()), |v| self.headers(&v));
         let auth = section.get("auth").map_or(Some(None), |v| self.auth(&v).map(Some));
         let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| self.tls(&v));
         let event_ids = self.bool(section.get("event_ids"));
         let paused = self.bool(section.get("paused"));
-        let signatures = section.get("signatures").or_else(|| preset.and_then(|p| p.get("signatures")));
+        let signatures =
+            section.get("signatures").or_else(|| preset.and_then(|p| p.get("signatures")));
         let signing = self.signing(&section, signatures);
-        self.agree_on_headers(&section, url.as_ref(), headers.as_deref(), signing.as_ref().map(|(_, signer)| signer.schemes()));
+        self.agree_on_headers(
+            &section,
+            url.as_ref(),
+            headers.as_deref(),
+            signing.as_ref().map(|(_, signer)| signer.schemes()),
+        );
         let (secrets, signer) = signing?;
         Some(Subscriber {
             name: name?,
@@ -903,8 +1026,12 @@ impl Loader<'_, '_> {
             let Some(text) = r.string(value) else { continue };
             let wrong = match HeaderName::from_bytes(name.as_bytes()) {
                 Err(_) => "is not a valid header name; write one such as \"X-Tenant\"",
-                Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => "is a header that hooktrail sets itself; remove it",
-                Ok(name) if headers.iter().any(|(n, _)| *n == name) => "is there twice; case makes no difference in a header's name",
+                Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => {
+                    "is a header that hooktrail sets itself; remove it"
+                }
+                Ok(name) if headers.iter().any(|(n, _)| *n == name) => {
+                    "is there twice; case makes no difference in a header's name"
+                }
                 Ok(_) if HeaderValue::from_str(&text).is_err() || !text.is_ascii() => {
                     "has a value that a header cannot carry; use visible ASCII characters and spaces"
                 }
@@ -927,7 +1054,11 @@ impl Loader<'_, '_> {
                 let required = |key| {
                     let found = basic.get(key);
                     if found.is_none() {
-                        r.report_missing(&basic, key, "is required beside the other of `username` and `password`");
+                        r.report_missing(
+                            &basic,
+                            key,
+                            "is required beside the other of `username` and `password`",
+                        );
                     }
                     found
                 };
@@ -963,31 +1094,41 @@ impl Loader<'_, '_> {
         let section = r.section(value, keys::TLS)?;
         let read = |v: &Value<'_>| {
             let path = v.source.relative(&r.string(v)?);
-            r.read(&path).map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display()))).ok()
+            r.read(&path)
+                .map_err(|e| r.report(v, format!("{} cannot be read: {e}", path.display())))
+                .ok()
         };
         let roots = match section.get("ca_file") {
             None => Some(None),
-            Some(v) => read(&v).and_then(|pem| tls::roots(&pem).map(Some).map_err(|why| r.report(&v, why)).ok()),
+            Some(v) => read(&v)
+                .and_then(|pem| tls::roots(&pem).map(Some).map_err(|why| r.report(&v, why)).ok()),
         };
         let identity = match (section.get("client_cert_file"), section.get("client_key_file")) {
             (None, None) => Some(None),
             (Some(v), None) | (None, Some(v)) => {
-                r.report(&v, "needs the other of `client_cert_file` and `client_key_file` beside it");
+                r.report(
+                    &v,
+                    "needs the other of `client_cert_file` and `client_key_file` beside it",
+                );
                 None
             }
-            (Some(cert), Some(key)) => read(&cert).zip(read(&key)).and_then(|(chain, secret)| match Identity::try_new(&chain, &secret) {
-                Ok(identity) => Some(Some(identity)),
-                Err(BadIdentity::Certificate(why)) => {
-                    r.report(&cert, why);
-                    None
-                }
-                Err(BadIdentity::Key(why)) => {
-                    r.report(&key, why);
-                    None
+            (Some(cert), Some(key)) => read(&cert).zip(read(&key)).and_then(|(chain, secret)| {
+                match Identity::try_new(&chain, &secret) {
+                    Ok(identity) => Some(Some(identity)),
+                    Err(BadIdentity::Certificate(why)) => {
+                        r.report(&cert, why);
+                        None
+                    }
+                    Err(BadIdentity::Key(why)) => {
+                        r.report(&key, why);
+                        None
+                    }
                 }
             }),
         };
-        let file = |key: &'static str| Some((key, section.get(key).and_then(|v| Some(v.source.relative(&r.string(&v)?)))?));
+        let file = |key: &'static str| {
+            Some((key, section.get(key).and_then(|v| Some(v.source.relative(&r.string(&v)?)))?))
+        };
         let files = keys::TLS.iter().map(Key::name).filter_map(file).collect();
         Some(TlsPolicy { roots: roots?, identity: identity?, files })
     }
@@ -1001,32 +1142,59 @@ impl Loader<'_, '_> {
         schemes: Option<&[Scheme]>,
     ) {
         let r = self.reader;
-        let in_url = url.is_some_and(|url| !url.expose().username().is_empty() || url.expose().password().is_some());
-        let own = headers.is_some_and(|all| all.iter().any(|(name, _)| *name == http::header::AUTHORIZATION));
+        let in_url = url.is_some_and(|url| {
+            !url.expose().username().is_empty() || url.expose().password().is_some()
+        });
+        let own = headers
+            .is_some_and(|all| all.iter().any(|(name, _)| *name == http::header::AUTHORIZATION));
         match (section.get("auth"), section.get("headers")) {
-            (Some(auth), _) if in_url => r.report(&auth, "cannot stand beside a user or password in `url`; remove one of the two"),
-            (Some(auth), _) if own => r.report(&auth, "cannot stand beside `Authorization` in `headers`; remove one of the two"),
+            (Some(auth), _) if in_url => r.report(
+                &auth,
+                "cannot stand beside a user or password in `url`; remove one of the two",
+            ),
+            (Some(auth), _) if own => r.report(
+                &auth,
+                "cannot stand beside `Authorization` in `headers`; remove one of the two",
+            ),
             (None, Some(headers)) if own && in_url => {
                 r.report(&headers, "cannot have `Authorization` beside a user or password in `url`; remove one of the two");
             }
             _ => {}
         }
-        let signed = |name: &HeaderName| schemes.is_some_and(|all| all.iter().any(|s| s.header().eq_ignore_ascii_case(name.as_str())));
-        if let (Some((name, _)), Some(value)) = (headers.and_then(|all| all.iter().find(|(name, _)| signed(name))), section.get("headers"))
-        {
-            r.report(&value, format!("`{name}` is the header of a signature; choose another name for one of the two"));
+        let signed = |name: &HeaderName| {
+            schemes.is_some_and(|all| {
+                all.iter().any(|s| s.header().eq_ignore_ascii_case(name.as_str()))
+            })
+        };
+        if let (Some((name, _)), Some(value)) = (
+            headers.and_then(|all| all.iter().find(|(name, _)| signed(name))),
+            section.get("headers"),
+        ) {
+            r.report(
+                &value,
+                format!(
+                    "`{name}` is the header of a signature; choose another name for one of the two"
+                ),
+            );
         }
     }
 
     fn name(&self, section: &Section<'_>, names: &mut HashMap<String, String>) -> Option<String> {
         let r = self.reader;
         let Some(value) = section.get("name") else {
-            r.report_missing(section, "name", "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues");
+            r.report_missing(
+                section,
+                "name",
+                "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues",
+            );
             return None;
         };
         let name = r.string(&value)?;
         if !is_subscriber_name(&name) {
-            r.report(&value, "must be 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues");
+            r.report(
+                &value,
+                "must be 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues",
+            );
             return None;
         }
         let here = format!("{}: {}", section.source.path.display(), value.key);
@@ -1037,11 +1205,16 @@ impl Loader<'_, '_> {
         Some(name)
     }
 
-    /// Of the `http` group only what the URL depends on is asked, so that no other mistake there hides one here.
+    /// Of the `http` group only what the URL depends on is asked, so that no other mistake there
+    /// hides one here.
     fn url(&self, section: &Section<'_>, http: &Layers<'_>) -> Option<SecretUrl> {
         let r = self.reader;
         let Some(value) = section.get("url") else {
-            r.report_missing(section, "url", "is required: where the batches go, such as \"https://siem.example.com/hooks\"");
+            r.report_missing(
+                section,
+                "url",
+                "is required: where the batches go, such as \"https://siem.example.com/hooks\"",
+            );
             return None;
         };
         // No message quotes the URL: its userinfo, path and query may be secrets.
@@ -1092,7 +1265,11 @@ impl Loader<'_, '_> {
         (patterns.len() == items.len()).then_some(patterns)
     }
 
-    fn signing<'d>(&self, section: &Section<'d>, signatures: Option<Value<'d>>) -> Option<(Vec<Secret>, Signer)> {
+    fn signing<'d>(
+        &self,
+        section: &Section<'d>,
+        signatures: Option<Value<'d>>,
+    ) -> Option<(Vec<Secret>, Signer)> {
         let r = self.reader;
         let schemes = match signatures {
             None => Some(vec![Scheme::StandardWebhooks]),
@@ -1146,9 +1323,16 @@ impl Loader<'_, '_> {
             Some(file) => {
                 let path = item.source.relative(file);
                 match self.reader.read_to_string(&path) {
-                    Ok(content) => content.strip_suffix('\n').map(|c| c.strip_suffix('\r').unwrap_or(c)).unwrap_or(&content).to_owned(),
+                    Ok(content) => content
+                        .strip_suffix('\n')
+                        .map(|c| c.strip_suffix('\r').unwrap_or(c))
+                        .unwrap_or(&content)
+                        .to_owned(),
                     Err(e) => {
-                        self.reader.report(item, format!("secret file {} cannot be read: {e}", path.display()));
+                        self.reader.report(
+                            item,
+                            format!("secret file {} cannot be read: {e}", path.display()),
+                        );
                         return None;
                     }
                 }
@@ -1171,7 +1355,9 @@ impl Loader<'_, '_> {
                 continue;
             };
             // The later of two headers of one name would silently take the place of the first.
-            if let Some((_, first)) = schemes.iter().find(|(s, _)| s.header().eq_ignore_ascii_case(scheme.header())) {
+            if let Some((_, first)) =
+                schemes.iter().find(|(s, _)| s.header().eq_ignore_ascii_case(scheme.header()))
+            {
                 self.reader
                     .report(&place, format!("its header is already that of {first}; remove one of the two, or choose another header"));
                 all = false;
@@ -1196,18 +1382,28 @@ impl Loader<'_, '_> {
                     return None;
                 }
             };
-            return Some((if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap }, item.clone()));
+            return Some((
+                if n == 0 { Scheme::StandardWebhooks } else { Scheme::Mailtrap },
+                item.clone(),
+            ));
         }
         let table = r.section(item, keys::SIGNATURE)?;
         let header = table.get("header");
         if header.is_none() {
-            r.report_missing(&table, "header", "is required: the name of the header that carries the signature");
+            r.report_missing(
+                &table,
+                "header",
+                "is required: the name of the header that carries the signature",
+            );
         }
         let name = header.as_ref().and_then(|v| {
             let name = r.string(v)?;
             let wrong = match http::HeaderName::from_bytes(name.as_bytes()) {
                 Err(_) => "is not a valid header name; write one such as \"X-Signature\"",
-                Ok(parsed) if parsed == http::header::AUTHORIZATION || RESERVED_HEADERS.contains(&parsed.as_str()) => {
+                Ok(parsed)
+                    if parsed == http::header::AUTHORIZATION
+                        || RESERVED_HEADERS.contains(&parsed.as_str()) =>
+                {
                     "is a header that hooktrail sets itself; choose another"
                 }
                 Ok(_) => return Some(name),
@@ -1223,7 +1419,8 @@ impl Loader<'_, '_> {
             }
             ok.then_some(prefix)
         });
-        let encoding = self.one_of(table.get("encoding"), &[("hex", Encoding::Hex), ("base64", Encoding::Base64)]);
+        let encoding = self
+            .one_of(table.get("encoding"), &[("hex", Encoding::Hex), ("base64", Encoding::Base64)]);
         Some((Scheme::Custom { header: name?, prefix: prefix?, encoding: encoding? }, header?))
     }
 }
@@ -1232,7 +1429,8 @@ impl Loader<'_, '_> {
 ///
 /// No dots: the name is the last word of routing keys in the delay ladder.
 pub fn is_subscriber_name(name: &str) -> bool {
-    (1..=64).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    (1..=64).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 #[cfg(test)]

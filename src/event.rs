@@ -20,7 +20,8 @@ pub const MAX_DEPTH: usize = 128;
 /// The longest event type in bytes: it travels as an AMQP routing key, which is a short string.
 pub const MAX_TYPE_LEN: usize = 255;
 
-/// Why a message body is not an event. The text is a whole sentence: it ends up in the dead letter, for an operator to read.
+/// Why a message body is not an event. The text is a whole sentence: it ends up in the dead letter,
+/// for an operator to read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InvalidEvent {
     Empty,
@@ -38,7 +39,9 @@ impl fmt::Display for InvalidEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Empty => f.write_str("the event is empty"),
-            Self::ByteOrderMark => f.write_str("the event begins with a byte-order mark, which JSON does not allow"),
+            Self::ByteOrderMark => {
+                f.write_str("the event begins with a byte-order mark, which JSON does not allow")
+            }
             Self::NotUtf8 { at } => write!(f, "the event is not UTF-8 at byte {at}"),
             Self::TooDeep => write!(f, "the event nests deeper than {MAX_DEPTH} levels"),
             Self::NotAnObject => f.write_str("the event is JSON but not an object"),
@@ -46,7 +49,10 @@ impl fmt::Display for InvalidEvent {
             Self::TypeMissing => f.write_str("the event has no field `event`"),
             Self::TypeNotAString => f.write_str("the event's field `event` is not a string"),
             Self::TypeTooLong(len) => {
-                write!(f, "the event's field `event` has {len} bytes, more than the {MAX_TYPE_LEN} of a routing key")
+                write!(
+                    f,
+                    "the event's field `event` has {len} bytes, more than the {MAX_TYPE_LEN} of a routing key"
+                )
             }
         }
     }
@@ -81,7 +87,8 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err(InvalidEvent::ByteOrderMark);
     }
-    let text = std::str::from_utf8(body).map_err(|e| InvalidEvent::NotUtf8 { at: e.valid_up_to() })?;
+    let text =
+        std::str::from_utf8(body).map_err(|e| InvalidEvent::NotUtf8 { at: e.valid_up_to() })?;
     match text.trim_start_matches([' ', '\t', '\r', '\n']).as_bytes().first() {
         None => return Err(InvalidEvent::Empty),
         Some(b'{') if deeper_than(body, MAX_DEPTH) => return Err(InvalidEvent::TooDeep),
@@ -98,7 +105,8 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     let (event_type, timestamp) = found.map_err(|e| InvalidEvent::NotJson(e.to_string()))?;
     let event_type = event_type.ok_or(InvalidEvent::TypeMissing)?;
     let event_type = string(event_type.get()).ok_or(InvalidEvent::TypeNotAString)?;
-    let event_type = event_type.map_err(|e| InvalidEvent::NotJson(format!("its field `event`, read alone: {e}")))?;
+    let event_type = event_type
+        .map_err(|e| InvalidEvent::NotJson(format!("its field `event`, read alone: {e}")))?;
     match event_type.len() {
         len if len > MAX_TYPE_LEN => Err(InvalidEvent::TypeTooLong(len)),
         _ => Ok(Head { event_type, timestamp: timestamp.and_then(|t| t.get().parse().ok()) }),
@@ -108,18 +116,23 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
 /// The text of a JSON string; `None` if the value is of another type.
 fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
     let text = json.strip_prefix('"')?.strip_suffix('"')?;
-    Some(if text.contains('\\') { serde_json::from_str(json).map(Cow::Owned) } else { Ok(Cow::Borrowed(text)) })
+    Some(if text.contains('\\') {
+        serde_json::from_str(json).map(Cow::Owned)
+    } else {
+        Ok(Cow::Borrowed(text))
+    })
 }
 
 /// The field that [`with_id`] adds.
 const ID_FIELD: &str = "event_id";
 const ID_FIELDS: &[&str] = &[ID_FIELD];
 
-/// The event with a last field `event_id` that holds `id`; `None` if it has a field of that name, or is no event.
-/// All other bytes stay as they are.
+/// The event with a last field `event_id` that holds `id`; `None` if it has a field of that name,
+/// or is no event. All other bytes stay as they are.
 pub fn with_id(body: &[u8], id: &str) -> Option<Vec<u8>> {
     let text = std::str::from_utf8(body).ok()?;
-    let has_id = serde_json::Deserializer::from_str(text).deserialize_map(HasKey(ID_FIELDS)).ok()?;
+    let has_id =
+        serde_json::Deserializer::from_str(text).deserialize_map(HasKey(ID_FIELDS)).ok()?;
     let end = text.rfind('}').filter(|_| !has_id)?;
     let id = serde_json::Value::from(id).to_string();
     Some([&text[..end], ",\"", ID_FIELD, "\":", &id, &text[end..]].concat().into_bytes())
@@ -167,7 +180,8 @@ impl<'de> Visitor<'de> for HeadFields {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let (mut event_type, mut timestamp) = (None, None);
         while let Some(which) = map.next_key_seed(WhichKey(&["event", "timestamp"]))? {
-            // Raw: any JSON may stand there, numbers that are no number to Rust included, and be followed by what counts.
+            // Raw: any JSON may stand there, numbers that are no number to Rust included, and be
+            // followed by what counts.
             match which {
                 Some(0) => event_type = Some(map.next_value()?),
                 Some(_) => timestamp = Some(map.next_value()?),
@@ -200,8 +214,8 @@ impl<'de> Visitor<'de> for HasKey {
     }
 }
 
-/// A key as it stands in an object. One with half of a surrogate pair, which not everybody can read, is JSON all the same
-/// (RFC 8259, 8.2), as such a value is.
+/// A key as it stands in an object. One with half of a surrogate pair, which not everybody can
+/// read, is JSON all the same (RFC 8259, 8.2), as such a value is.
 #[derive(Debug)]
 pub struct Key<'e>(&'e RawValue);
 
@@ -253,7 +267,9 @@ impl Pattern {
             return Err(format!("a pattern has at most {MAX_TYPE_LEN} bytes"));
         }
         match text.split('.').find(|w| w.len() > 1 && w.contains(['*', '#'])) {
-            Some(word) => Err(format!("`{word}` mixes a wildcard with other characters; `*` and `#` stand for whole words between dots")),
+            Some(word) => Err(format!(
+                "`{word}` mixes a wildcard with other characters; `*` and `#` stand for whole words between dots"
+            )),
             None => Ok(Self(text.to_owned())),
         }
     }
@@ -265,9 +281,10 @@ impl Pattern {
     /// Whether the broker would route an event of this type to a queue bound with this pattern.
     pub fn matches(&self, event_type: &str) -> bool {
         // To a broker an empty key has no word, not one that is empty.
-        let words: Vec<&str> = if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
-        // Whether the pattern as far as it was read matches the first so many words: all ways are followed at once, for
-        // to try one after the other costs exponential time with many `#`.
+        let words: Vec<&str> =
+            if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
+        // Whether the pattern as far as it was read matches the first so many words: all ways are
+        // followed at once, for to try one after the other costs exponential time with many `#`.
         let mut reached = vec![false; words.len() + 1];
         reached[0] = true;
         for part in self.0.split('.') {
@@ -310,7 +327,10 @@ mod tests {
             (r#"{"event":"\u00e9\n"}"#, "\u{e9}\n"),
             (r#"{"event":"a","s":"\ud800"}"#, "a"),
             (r#"{"\ud800":1,"event":"a","\udc00\ud800x":{"\ud800":1}}"#, "a"),
-            (r#"{"x":"[[[{{{\"","event":"brackets in strings do not nest"}"#, "brackets in strings do not nest"),
+            (
+                r#"{"x":"[[[{{{\"","event":"brackets in strings do not nest"}"#,
+                "brackets in strings do not nest",
+            ),
         ] {
             assert_eq!(event_type(body.as_bytes()).as_deref(), Ok(expected), "{body}");
         }
@@ -344,7 +364,11 @@ mod tests {
             (b"{\"event\":\"first\",\"event\":2}", "not a string"),
         ] {
             let why = event_type(body).expect_err("must be refused").to_string();
-            assert!(why.starts_with("the event") && why.contains(reason), "{}: {why}", String::from_utf8_lossy(body));
+            assert!(
+                why.starts_with("the event") && why.contains(reason),
+                "{}: {why}",
+                String::from_utf8_lossy(body)
+            );
         }
         assert_eq!(event_type(nested(MAX_DEPTH + 1).as_bytes()), Err(InvalidEvent::TooDeep));
         assert_eq!(event_type(nested(100_000).as_bytes()), Err(InvalidEvent::TooDeep));
@@ -372,13 +396,23 @@ mod tests {
     fn an_event_without_an_id_gets_one_and_keeps_its_bytes() {
         for (body, expected) in [
             (r#"{"event":"a"}"#, Some(r#"{"event":"a","event_id":"x\"\\é"}"#)),
-            ("{ \"event\" : \"a\" ,\n\"n\":1e400 }\n", Some("{ \"event\" : \"a\" ,\n\"n\":1e400 ,\"event_id\":\"x\\\"\\\\é\"}\n")),
-            (r#"{"event":"a","x":{"event_id":1},"s":"}"}"#, Some(r#"{"event":"a","x":{"event_id":1},"s":"}","event_id":"x\"\\é"}"#)),
+            (
+                "{ \"event\" : \"a\" ,\n\"n\":1e400 }\n",
+                Some("{ \"event\" : \"a\" ,\n\"n\":1e400 ,\"event_id\":\"x\\\"\\\\é\"}\n"),
+            ),
+            (
+                r#"{"event":"a","x":{"event_id":1},"s":"}"}"#,
+                Some(r#"{"event":"a","x":{"event_id":1},"s":"}","event_id":"x\"\\é"}"#),
+            ),
             (r#"{"event_id":null,"event":"a"}"#, None),
             (r#"{"event":"a","\u0065vent_id":"has one"}"#, None),
-            (r#"{"event":"a","\ud800":"\ud800"}"#, Some(r#"{"event":"a","\ud800":"\ud800","event_id":"x\"\\é"}"#)),
+            (
+                r#"{"event":"a","\ud800":"\ud800"}"#,
+                Some(r#"{"event":"a","\ud800":"\ud800","event_id":"x\"\\é"}"#),
+            ),
         ] {
-            let found = with_id(body.as_bytes(), "x\"\\é").map(|b| String::from_utf8(b).expect("utf-8"));
+            let found =
+                with_id(body.as_bytes(), "x\"\\é").map(|b| String::from_utf8(b).expect("utf-8"));
             assert_eq!(found.as_deref(), expected, "{body}");
         }
     }

@@ -1,5 +1,6 @@
-//! Named steps between one durable fact and the next, at which a test can end the process as a power cut there would.
-//! Only a debug build knows them: a release build has no code for it, and does not read the variable.
+//! Named steps between one durable fact and the next, at which a test can end the process as a
+//! power cut there would. Only a debug build knows them: a release build has no code for it, and
+//! does not read the variable.
 
 /// A step of the way of an event, or of what is kept beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +48,8 @@ impl Step {
     ];
 }
 
-/// The variable that names a step and how often it is passed before: `Confirmed:3` ends the process at the fourth.
+/// The variable that names a step and how often it is passed before: `Confirmed:3` ends the process
+/// at the fourth.
 pub const VARIABLE: &str = "HOOKTRAIL_DIE_AT";
 
 /// A step is reached. In a release build this is nothing.
@@ -76,16 +78,28 @@ mod armed {
     static ARMED: LazyLock<Option<Armed>> = LazyLock::new(|| {
         let value = std::env::var(VARIABLE).ok()?;
         let (name, count) = value.split_once(':').unwrap_or((&value, "0"));
-        let step = Step::ALL.into_iter().find(|s| format!("{s:?}") == name).unwrap_or_else(|| panic!("{VARIABLE}: no step `{name}`"));
-        Some(Armed { step, left: AtomicU32::new(count.parse().unwrap_or_else(|e| panic!("{VARIABLE}: `{count}`: {e}"))) })
+        let step = Step::ALL
+            .into_iter()
+            .find(|s| format!("{s:?}") == name)
+            .unwrap_or_else(|| panic!("{VARIABLE}: no step `{name}`"));
+        Some(Armed {
+            step,
+            left: AtomicU32::new(
+                count.parse().unwrap_or_else(|e| panic!("{VARIABLE}: `{count}`: {e}")),
+            ),
+        })
     });
 
     pub(super) fn reached(step: Step) {
         let Some(armed) = ARMED.as_ref().filter(|armed| armed.step == step) else { return };
-        let passed = armed.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        let passed = armed
+            .left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+            .is_ok();
         if !passed {
             // No destructor, no goodbye to anybody, as in a crash.
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).expect("a process may end itself");
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                .expect("a process may end itself");
         }
     }
 }

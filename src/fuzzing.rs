@@ -1,5 +1,6 @@
-//! What must hold for bytes that strangers write: the bodies of the fuzz targets in `fuzz/`. The tests below run them over the
-//! corpora that are kept there. No program holds this: it is compiled for `cargo fuzz` and for tests alone.
+//! What must hold for bytes that strangers write: the bodies of the fuzz targets in `fuzz/`. The
+//! tests below run them over the corpora that are kept there. No program holds this: it is compiled
+//! for `cargo fuzz` and for tests alone.
 
 use std::{
     fmt,
@@ -43,7 +44,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("wire", wire),
 ];
 
-/// Stands between the parts of an input that has several. It is in no JSON, and a text file can hold it.
+/// Stands between the parts of an input that has several. It is in no JSON, and a text file can
+/// hold it.
 const SEPARATOR: u8 = 0x1e;
 
 /// The fields of a JSON object in their order, as serde_json finds them.
@@ -65,7 +67,10 @@ impl<'de: 'a, 'a> Visitor<'de> for Fields<'a> {
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
         while let Some((key, value)) = map.next_entry::<&RawValue, _>()? {
             // One with half of a surrogate pair is its text, which is no name that is looked for.
-            self.0.push((serde_json::from_str(key.get()).unwrap_or_else(|_| key.get().to_owned()), value));
+            self.0.push((
+                serde_json::from_str(key.get()).unwrap_or_else(|_| key.get().to_owned()),
+                value,
+            ));
         }
         Ok(self)
     }
@@ -133,7 +138,8 @@ fn depth(json: &str) -> usize {
         if level.is_empty() {
             return depth;
         }
-        let nested = level.into_iter().filter_map(|value| serde_json::from_str::<Inner<'_>>(value).ok());
+        let nested =
+            level.into_iter().filter_map(|value| serde_json::from_str::<Inner<'_>>(value).ok());
         level = nested.flat_map(|inner| inner.0).map(RawValue::get).collect();
     }
     usize::MAX
@@ -145,10 +151,12 @@ fn plain_head(bytes: &[u8]) -> Option<(String, Option<u64>)> {
     let event_type: String = serde_json::from_str(fields.last("event")?).ok()?;
     let text = std::str::from_utf8(bytes).ok()?;
     let timestamp = fields.last("timestamp").and_then(|t| serde_json::from_str(t).ok());
-    (event_type.len() <= MAX_TYPE_LEN && depth(text) <= MAX_DEPTH).then_some((event_type, timestamp))
+    (event_type.len() <= MAX_TYPE_LEN && depth(text) <= MAX_DEPTH)
+        .then_some((event_type, timestamp))
 }
 
-/// The scan agrees with a parser on what is an event, and on its fields; an id is added to it and nothing else is changed.
+/// The scan agrees with a parser on what is an event, and on its fields; an id is added to it and
+/// nothing else is changed.
 pub fn event(bytes: &[u8]) {
     let head = event::head(bytes);
     let expected = plain_head(bytes);
@@ -174,7 +182,10 @@ fn with_id(bytes: &[u8], head: &event::Head<'_>) {
     assert!(new.starts_with(&bytes[..kept]) && new.ends_with(&bytes[kept..]));
     let new_fields = Fields::of(&new).expect("an event");
     assert_eq!(new_fields.0.len(), fields.0.len() + 1);
-    assert_eq!(new_fields.last("event_id").and_then(|v| serde_json::from_str::<String>(v).ok()).as_deref(), Some(id));
+    assert_eq!(
+        new_fields.last("event_id").and_then(|v| serde_json::from_str::<String>(v).ok()).as_deref(),
+        Some(id)
+    );
     assert_eq!(event::with_id(&new, id), None);
 }
 
@@ -191,7 +202,8 @@ fn received(format: Format, body: &[u8]) -> Vec<&RawValue> {
         Format::Json => {
             let fields = Fields::of(body).expect("an object");
             assert_eq!(fields.0.len(), 1);
-            serde_json::from_str(fields.last("events").expect("the field `events`")).expect("an array")
+            serde_json::from_str(fields.last("events").expect("the field `events`"))
+                .expect("an array")
         }
         Format::JsonLines => {
             let lines = text.strip_suffix('\n').expect("the last line is ended").split('\n');
@@ -209,10 +221,11 @@ fn has_float(value: &Value) -> bool {
     }
 }
 
-/// Events that are spliced together parse to the same values as if each had been parsed and all been serialised, and are
-/// found again in the body, whole or in halves.
+/// Events that are spliced together parse to the same values as if each had been parsed and all
+/// been serialised, and are found again in the body, whole or in halves.
 pub fn splice(bytes: &[u8]) {
-    let events: Vec<&[u8]> = bytes.split(|b| *b == SEPARATOR).filter(|e| event::head(e).is_ok()).collect();
+    let events: Vec<&[u8]> =
+        bytes.split(|b| *b == SEPARATOR).filter(|e| event::head(e).is_ok()).collect();
     if events.is_empty() {
         return;
     }
@@ -226,44 +239,64 @@ pub fn splice(bytes: &[u8]) {
         let mut values = Vec::new();
         for (event, read) in events.iter().zip(&read) {
             let text = std::str::from_utf8(event).expect("UTF-8");
-            let kept = if format == Format::Json { text.to_owned() } else { text.replace(['\r', '\n'], "") };
+            let kept = if format == Format::Json {
+                text.to_owned()
+            } else {
+                text.replace(['\r', '\n'], "")
+            };
             assert_eq!(read.get(), kept.trim_matches(WHITE_SPACE), "each byte is kept");
             assert_eq!(event::head(read.get().as_bytes()), event::head(event));
             let value: Option<Value> = serde_json::from_str(text).ok();
-            assert_eq!(serde_json::from_str::<Value>(read.get()).ok(), value, "each event has its values");
+            assert_eq!(
+                serde_json::from_str::<Value>(read.get()).ok(),
+                value,
+                "each event has its values"
+            );
             values.extend(value);
         }
         // Some are no values to serde_json: 1e400, half of a surrogate pair, or what nests deep.
-        let parsed: Option<Value> = if format == Format::Json { serde_json::from_slice(&body).ok() } else { None };
+        let parsed: Option<Value> =
+            if format == Format::Json { serde_json::from_slice(&body).ok() } else { None };
         if let (true, Some(parsed)) = (values.len() == events.len(), parsed) {
             let serialised = json!({ "events": values }).to_string();
             assert_eq!(parsed.to_string(), serialised);
-            assert!(has_float(&parsed) || serde_json::from_str::<Value>(&serialised).ok() == Some(parsed));
+            assert!(
+                has_float(&parsed)
+                    || serde_json::from_str::<Value>(&serialised).ok() == Some(parsed)
+            );
         }
 
         let found = format.events(&body).expect("a body of its own");
         assert!(format == Format::JsonLines || found == events);
-        assert_eq!(found.iter().map(|e| event::head(e)).collect::<Vec<_>>(), events.iter().map(|e| event::head(e)).collect::<Vec<_>>());
+        assert_eq!(
+            found.iter().map(|e| event::head(e)).collect::<Vec<_>>(),
+            events.iter().map(|e| event::head(e)).collect::<Vec<_>>()
+        );
         assert_eq!(spliced(format, &found), body, "what is found makes the same body");
         let first = format.first_event(&body).expect("a first event");
         assert_eq!(event::head(first), event::head(events[0]));
         if found.len() > 1 {
             let (first, second) = found.split_at(found.len().div_ceil(2));
             let halves = [spliced(format, first), spliced(format, second)];
-            let again: Vec<&[u8]> = halves.iter().flat_map(|half| format.events(half).expect("a body of its own")).collect();
+            let again: Vec<&[u8]> = halves
+                .iter()
+                .flat_map(|half| format.events(half).expect("a body of its own"))
+                .collect();
             assert_eq!(again, found, "nothing is lost between the halves");
         }
     }
 }
 
-/// A pattern, then an event type: the answer is that of trying each way in which the pattern may match.
+/// A pattern, then an event type: the answer is that of trying each way in which the pattern may
+/// match.
 pub fn pattern(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let (pattern, event_type) = text.split_once(char::from(SEPARATOR)).unwrap_or((text, "a.b"));
     let Ok(checked) = Pattern::try_new(pattern) else { return };
     assert_eq!(checked.as_str(), pattern);
     let parts: Vec<&str> = pattern.split('.').collect();
-    let words: Vec<&str> = if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
+    let words: Vec<&str> =
+        if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
     let matches = checked.matches(event_type);
     if parts.iter().filter(|p| **p == "#").count() <= 4 && words.len() <= 16 {
         assert_eq!(matches, matches_some_way(&parts, &words));
@@ -274,7 +307,9 @@ fn matches_some_way(pattern: &[&str], words: &[&str]) -> bool {
     match (pattern, words) {
         ([], []) => true,
         (["#", rest @ ..], _) => (0..=words.len()).any(|n| matches_some_way(rest, &words[n..])),
-        ([part, rest @ ..], [word, words @ ..]) => (*part == "*" || part == word) && matches_some_way(rest, words),
+        ([part, rest @ ..], [word, words @ ..]) => {
+            (*part == "*" || part == word) && matches_some_way(rest, words)
+        }
         _ => false,
     }
 }
@@ -284,7 +319,8 @@ const LINES: u8 = b'L';
 const GZIP: u8 = b'Z';
 const GZIP_LINES: u8 = b'z';
 
-/// The intake takes what a plain reading of the body finds, each event with its bytes, and all or nothing.
+/// The intake takes what a plain reading of the body finds, each event with its bytes, and all or
+/// nothing.
 pub fn intake(bytes: &[u8]) {
     let Some((kind, body)) = bytes.split_first() else { return };
     let (lines, gzip) = (matches!(*kind, LINES | GZIP_LINES), matches!(*kind, GZIP | GZIP_LINES));
@@ -294,18 +330,27 @@ pub fn intake(bytes: &[u8]) {
         (Ok(taken), Some(expected)) => {
             assert_eq!(taken.iter().map(|e| &e.body[..]).collect::<Vec<_>>(), expected);
             for event in taken {
-                assert_eq!(plain_head(&event.body).map(|(t, _)| t).as_ref(), Some(&event.event_type));
+                assert_eq!(
+                    plain_head(&event.body).map(|(t, _)| t).as_ref(),
+                    Some(&event.event_type)
+                );
                 assert!(event.message_id.is_some());
             }
         }
         (Ok(taken), None) => panic!("{} events of what is none", taken.len()),
-        (Err((status, _)), Some(expected)) if expected.len() > admin::MAX_EVENTS => assert_eq!(status, 413),
+        (Err((status, _)), Some(expected)) if expected.len() > admin::MAX_EVENTS => {
+            assert_eq!(status, 413)
+        }
         (Err((status, bad)), expected) => {
             let expected = expected.unwrap_or_default();
             let is_bad = |(n, event): (usize, &&[u8])| plain_head(event).is_none().then_some(n);
-            let expected_bad: Vec<usize> = expected.iter().enumerate().filter_map(is_bad).take(100).collect();
+            let expected_bad: Vec<usize> =
+                expected.iter().enumerate().filter_map(is_bad).take(100).collect();
             assert_eq!(status, 400);
-            assert!(bad == expected_bad && (expected.is_empty() || !bad.is_empty()), "{bad:?}, not {expected_bad:?}");
+            assert!(
+                bad == expected_bad && (expected.is_empty() || !bad.is_empty()),
+                "{bad:?}, not {expected_bad:?}"
+            );
         }
     }
 }
@@ -339,11 +384,13 @@ fn events_in_object(body: &[u8]) -> Option<Vec<&[u8]>> {
 /// The length of a message's properties in two bytes, these, then the body.
 pub fn message(bytes: &[u8]) {
     let Some(([a, b], rest)) = bytes.split_first_chunk() else { return };
-    let (properties, body) = rest.split_at(usize::from(u16::from_be_bytes([*a, *b])).min(rest.len()));
+    let (properties, body) =
+        rest.split_at(usize::from(u16::from_be_bytes([*a, *b])).min(rest.len()));
     amqp::fuzzing::message(properties, body);
 }
 
-/// The longest frame (0: any) in two bytes, how many bytes are asked for at once, four sizes of pieces, then what the broker sends.
+/// The longest frame (0: any) in two bytes, how many bytes are asked for at once, four sizes of
+/// pieces, then what the broker sends.
 pub fn wire(bytes: &[u8]) {
     let Some(([a, b, at_once, pieces @ ..], sent)) = bytes.split_first_chunk::<7>() else { return };
     let frame_max = match u16::from_be_bytes([*a, *b]) {
@@ -359,14 +406,22 @@ pub fn story(bytes: &[u8]) {
     let (first, _, last) = story.parts();
     assert!(first.len() <= AttemptLog::FIRST && last.len() <= AttemptLog::LAST);
     let text = story.to_text();
-    assert!(text.len() < 3 * 1024 && text.bytes().all(|b| b.is_ascii_graphic()), "{} bytes", text.len());
+    assert!(
+        text.len() < 3 * 1024 && text.bytes().all(|b| b.is_ascii_graphic()),
+        "{} bytes",
+        text.len()
+    );
     assert_eq!(AttemptLog::from_text(&text), story);
     for attempt in first.iter().chain(last) {
-        assert!(humantime::parse_rfc3339(&clock::rfc3339(attempt.at)).is_ok(), "its time can be shown");
+        assert!(
+            humantime::parse_rfc3339(&clock::rfc3339(attempt.at)).is_ok(),
+            "its time can be shown"
+        );
     }
 }
 
-/// The time in four bytes, then the header's value: it is read as seconds or as a date, and keeps a batch no longer than 72 h.
+/// The time in four bytes, then the header's value: it is read as seconds or as a date, and keeps a
+/// batch no longer than 72 h.
 pub fn retry_after(bytes: &[u8]) {
     let Some((now, value)) = bytes.split_first_chunk() else { return };
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(u32::from_be_bytes(*now).into());
@@ -374,7 +429,11 @@ pub fn retry_after(bytes: &[u8]) {
     let text = value.trim();
     let expected = if !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()) {
         let digits = text.trim_start_matches('0');
-        let seconds = if digits.len() > 18 { u64::MAX } else { digits.bytes().fold(0, |n, b| 10 * n + u64::from(b - b'0')) };
+        let seconds = if digits.len() > 18 {
+            u64::MAX
+        } else {
+            digits.bytes().fold(0, |n, b| 10 * n + u64::from(b - b'0'))
+        };
         Some(Duration::from_secs(seconds))
     } else {
         let date = text.parse::<httpdate::HttpDate>().ok().map(SystemTime::from);
@@ -389,7 +448,8 @@ pub fn retry_after(bytes: &[u8]) {
     }
 }
 
-/// A key, an id, a time, a body, then a header of somebody's: what is signed is verified, what is changed is not.
+/// A key, an id, a time, a body, then a header of somebody's: what is signed is verified, what is
+/// changed is not.
 pub fn signature(bytes: &[u8]) {
     let mut parts = bytes.splitn(5, |b| *b == SEPARATOR);
     let mut part = || parts.next().unwrap_or_default();
@@ -406,14 +466,29 @@ pub fn signature(bytes: &[u8]) {
     });
     let id = String::from_utf8_lossy(id);
     let at = at.iter().fold(0_u64, |n, b| (n << 8) | u64::from(*b));
-    let custom = |header: &str, encoding| Scheme::Custom { header: header.to_owned(), prefix: "v=".to_owned(), encoding };
-    let schemes = vec![Scheme::StandardWebhooks, Scheme::Mailtrap, custom("x-hex", Encoding::Hex), custom("x-base64", Encoding::Base64)];
-    let signer = Signer::try_new(schemes, &[current.clone(), previous.clone()]).expect("sound secrets");
+    let custom = |header: &str, encoding| Scheme::Custom {
+        header: header.to_owned(),
+        prefix: "v=".to_owned(),
+        encoding,
+    };
+    let schemes = vec![
+        Scheme::StandardWebhooks,
+        Scheme::Mailtrap,
+        custom("x-hex", Encoding::Hex),
+        custom("x-base64", Encoding::Base64),
+    ];
+    let signer =
+        Signer::try_new(schemes, &[current.clone(), previous.clone()]).expect("sound secrets");
     let headers = signer.headers(&id, at, body);
     let value = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
-    let mac = BASE64.decode(value("x-base64").and_then(|v| v.strip_prefix("v=")).expect("signed")).expect("base64");
+    let mac = BASE64
+        .decode(value("x-base64").and_then(|v| v.strip_prefix("v=")).expect("signed"))
+        .expect("base64");
     let hex: String = mac.iter().map(|b| format!("{b:02x}")).collect();
-    assert_eq!((value("x-hex"), value("mailtrap-signature")), (Some(&*format!("v={hex}")), Some(&*hex)));
+    assert_eq!(
+        (value("x-hex"), value("mailtrap-signature")),
+        (Some(&*format!("v={hex}")), Some(&*hex))
+    );
 
     for (secret, ok) in [(&current, true), (&previous, true), (&other, false)] {
         assert_eq!(verify(secret, value, body, at).is_ok(), ok);
@@ -434,11 +509,21 @@ pub fn signature(bytes: &[u8]) {
     let mut changed = if body.is_empty() { vec![0] } else { body.to_vec() };
     let place = forged.len() % changed.len();
     changed[place] ^= if body.is_empty() { 0 } else { 1 << (forged.len() % 8) };
-    assert!(verify(&current, value, &changed, at).is_err() && verify(&current, plain, &changed, at).is_err());
+    assert!(
+        verify(&current, value, &changed, at).is_err()
+            && verify(&current, plain, &changed, at).is_err()
+    );
     let differs = |name: &str, with: &str| {
-        let with = |n: &str| if n == name { Some(with.to_owned()) } else { value(n).map(str::to_owned) };
-        let all: Vec<(&str, Option<String>)> = ["webhook-id", "webhook-timestamp", "webhook-signature"].map(|n| (n, with(n))).into();
-        let found = verify(&current, |n| all.iter().find(|(name, _)| *name == n).and_then(|(_, v)| v.as_deref()), body, at);
+        let with =
+            |n: &str| if n == name { Some(with.to_owned()) } else { value(n).map(str::to_owned) };
+        let all: Vec<(&str, Option<String>)> =
+            ["webhook-id", "webhook-timestamp", "webhook-signature"].map(|n| (n, with(n))).into();
+        let found = verify(
+            &current,
+            |n| all.iter().find(|(name, _)| *name == n).and_then(|(_, v)| v.as_deref()),
+            body,
+            at,
+        );
         assert!(found.is_err(), "{name}: {all:?}");
     };
     differs("webhook-id", &format!("{id}x"));
@@ -447,7 +532,10 @@ pub fn signature(bytes: &[u8]) {
     let forged = String::from_utf8_lossy(forged);
     differs("webhook-signature", &forged);
     differs("webhook-timestamp", &format!("{forged}{}", at ^ 1));
-    assert!(verify(&current, |name| (name == "mailtrap-signature").then_some(&*forged), body, at).is_err());
+    assert!(
+        verify(&current, |name| (name == "mailtrap-signature").then_some(&*forged), body, at)
+            .is_err()
+    );
 }
 
 /// What the environment holds: a secret, and words that are none.
@@ -465,15 +553,19 @@ const PASSWORD: &str = "Tell/Nobody+This";
 /// Beside the configuration.
 const FILES: &[(&str, &str)] = &[
     ("secret", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n"),
-    ("more.toml", "[[subscriber]]\nname = \"more\"\nurl = \"https://example.com/\"\nsecrets = [\"file:secret\"]\n"),
+    (
+        "more.toml",
+        "[[subscriber]]\nname = \"more\"\nurl = \"https://example.com/\"\nsecrets = [\"file:secret\"]\n",
+    ),
     ("ca.pem", "no certificate"),
 ];
 
 /// Keys whose values may be secrets.
-const SECRET_KEYS: &[&str] = &["url", "token", "secrets", "password", "bearer", "headers", "proxy", "management_url"];
+const SECRET_KEYS: &[&str] =
+    &["url", "token", "secrets", "password", "bearer", "headers", "proxy", "management_url"];
 
-/// Whatever stands in a configuration, each mistake in it has a place there and no message quotes a secret; what is accepted
-/// keeps within the limits.
+/// Whatever stands in a configuration, each mistake in it has a place there and no message quotes a
+/// secret; what is accepted keeps within the limits.
 pub fn config(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     match config::from_text(text, &environment, FILES) {
@@ -483,11 +575,21 @@ pub fn config(bytes: &[u8]) {
             let lines: Vec<&str> = text.split('\n').collect();
             for problem in &why.problems {
                 assert!(!problem.message.is_empty() && !problem.to_string().is_empty());
-                if let (Some((line, column)), true) = (problem.place, problem.file.ends_with("hooktrail.toml")) {
-                    assert!(line >= 1 && column >= 1 && column <= lines[line - 1].chars().count() + 1, "{problem}");
+                if let (Some((line, column)), true) =
+                    (problem.place, problem.file.ends_with("hooktrail.toml"))
+                {
+                    assert!(
+                        line >= 1 && column >= 1 && column <= lines[line - 1].chars().count() + 1,
+                        "{problem}"
+                    );
                 }
-                let is_secret = SECRET_KEYS.iter().any(|key| problem.key.split(['.', '[']).any(|part| part == *key));
-                assert!(!is_secret || text.contains(PASSWORD) || !problem.message.contains(PASSWORD), "{problem}");
+                let is_secret = SECRET_KEYS
+                    .iter()
+                    .any(|key| problem.key.split(['.', '[']).any(|part| part == *key));
+                assert!(
+                    !is_secret || text.contains(PASSWORD) || !problem.message.contains(PASSWORD),
+                    "{problem}"
+                );
             }
         }
     }
@@ -501,24 +603,52 @@ fn within_limits(config: &config::Config) {
     let mut names = std::collections::HashSet::new();
     for s in config.subscribers.iter() {
         assert!(config::is_subscriber_name(&s.name) && names.insert(&s.name));
-        assert!(s.url.expose().scheme() == "https" || s.url.expose().scheme() == "http" && s.http.allow_http);
+        assert!(
+            s.url.expose().scheme() == "https"
+                || s.url.expose().scheme() == "http" && s.http.allow_http
+        );
         assert!(s.http.addresses.check_literal(s.url.expose()).is_ok());
-        assert!(!s.events.is_empty() && s.events.iter().all(|p| Pattern::try_new(p.as_str()).as_ref() == Ok(p)));
+        assert!(
+            !s.events.is_empty()
+                && s.events.iter().all(|p| Pattern::try_new(p.as_str()).as_ref() == Ok(p))
+        );
         assert!((1..=65_535).contains(&s.batch.max_events) && s.batch.max_wait <= minutes(2));
         let bytes = u64::try_from(s.batch.max_bytes).expect("fits");
-        assert!((batching::BatchPolicy::MIN_BYTES..=batching::BatchPolicy::MAX_BYTES).contains(&bytes));
-        assert!(!s.http.timeout.is_zero() && s.http.timeout <= minutes(5) && !s.http.connect_timeout.is_zero());
+        assert!(
+            (batching::BatchPolicy::MIN_BYTES..=batching::BatchPolicy::MAX_BYTES).contains(&bytes)
+        );
+        assert!(
+            !s.http.timeout.is_zero()
+                && s.http.timeout <= minutes(5)
+                && !s.http.connect_timeout.is_zero()
+        );
         assert!((1..=100).contains(&s.http.concurrency));
-        assert!(s.circuit_breaker.open_for <= s.circuit_breaker.max_open_for && s.circuit_breaker.max_open_for <= minutes(24 * 60));
-        assert!(s.headers.iter().all(|(_, value)| http::HeaderValue::from_str(value.expose()).is_ok()));
-        assert!(s.auth.as_ref().is_none_or(|a| http::HeaderValue::from_str(a.header().expose()).is_ok()));
+        assert!(
+            s.circuit_breaker.open_for <= s.circuit_breaker.max_open_for
+                && s.circuit_breaker.max_open_for <= minutes(24 * 60)
+        );
+        assert!(
+            s.headers.iter().all(|(_, value)| http::HeaderValue::from_str(value.expose()).is_ok())
+        );
+        assert!(
+            s.auth
+                .as_ref()
+                .is_none_or(|a| http::HeaderValue::from_str(a.header().expose()).is_ok())
+        );
         let signed = s.signer.headers("msg_1", 1, b"{}");
         assert!(s.signer.schemes().is_empty() || !s.secrets.is_empty() && !signed.is_empty());
-        assert!(signed.iter().all(|(n, v)| http::HeaderName::try_from(n).is_ok() && http::HeaderValue::from_str(v).is_ok()));
+        assert!(signed.iter().all(|(n, v)| http::HeaderName::try_from(n).is_ok()
+            && http::HeaderValue::from_str(v).is_ok()));
         assert!(RetryPolicy::try_new(s.retry.options()).is_ok());
         for (attempt, random) in [(1, 0.0), (2, 1.0), (1000, 0.5)] {
             assert!(s.retry.interval(attempt) <= MAX_DELAY);
-            match s.retry.next(attempt, SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH, None, random) {
+            match s.retry.next(
+                attempt,
+                SystemTime::UNIX_EPOCH,
+                SystemTime::UNIX_EPOCH,
+                None,
+                random,
+            ) {
                 Next::After(delay) => assert!(delay <= s.retry.options().max_interval),
                 Next::Exhausted => {}
             }
@@ -533,7 +663,8 @@ mod tests {
 
     fn folder(name: &str) -> BTreeSet<String> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(name);
-        let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let entries =
+            std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
     }
 
@@ -543,7 +674,10 @@ mod tests {
             let files = folder(&format!("corpus/{name}"));
             assert!(files.len() > 3, "the corpus of {name} has {} files", files.len());
             for file in files {
-                let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name).join(&file);
+                let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+                    .join("fuzz/corpus")
+                    .join(name)
+                    .join(&file);
                 println!("{name}: {file}");
                 target(&std::fs::read(path).unwrap());
             }
@@ -555,10 +689,19 @@ mod tests {
         let names: BTreeSet<String> = TARGETS.iter().map(|(name, _)| (*name).to_owned()).collect();
         assert_eq!(folder("corpus"), names);
         assert_eq!(folder("fuzz_targets"), names.iter().map(|name| format!("{name}.rs")).collect());
-        assert_eq!(folder("dictionaries"), names.iter().map(|name| format!("{name}.dict")).collect());
-        let manifest = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml")).unwrap();
+        assert_eq!(
+            folder("dictionaries"),
+            names.iter().map(|name| format!("{name}.dict")).collect()
+        );
+        let manifest =
+            std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml"))
+                .unwrap();
         for name in names {
-            assert!(manifest.contains(&format!("name = \"{name}\"\npath = \"fuzz_targets/{name}.rs\"\n")), "no [[bin]] {name}");
+            assert!(
+                manifest
+                    .contains(&format!("name = \"{name}\"\npath = \"fuzz_targets/{name}.rs\"\n")),
+                "no [[bin]] {name}"
+            );
         }
     }
 }

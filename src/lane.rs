@@ -1,8 +1,9 @@
 //! The worker of one subscriber: take, batch, splice, sign, send, settle.
 //!
 //! A lane works in sessions. A session opens the queue, and ends when the lane drains, the circuit
-//! opens, the queue is lost, or what it was opened with is configured anew; before it ends it waits for its requests
-//! in flight and settles what it can. What it has not settled is in the queue and comes again.
+//! opens, the queue is lost, or what it was opened with is configured anew; before it ends it waits
+//! for its requests in flight and settles what it can. What it has not settled is in the queue and
+//! comes again.
 //!
 //! Everything else that is configured anew is used from the next attempt on, in the same session.
 
@@ -92,7 +93,9 @@ impl<Q: Queue> Lane<Q> {
                 }
                 End::Lost(e) => lane.trouble.is(&e),
                 End::Unsettled(why) => lane.trouble.is(&why),
-                End::Unsent(why) => resources::report(&lane.subscriber.name, &why, clock::instant()),
+                End::Unsent(why) => {
+                    resources::report(&lane.subscriber.name, &why, clock::instant())
+                }
             }
             let recover = async {
                 tokio::time::sleep(waits.grow()).await;

@@ -1,86 +1,99 @@
-//! hooktrail takes audit events from a queue, RabbitMQ or one of its own, batches them for each subscriber, signs and POSTs the
-//! batches, retries what fails on a durable schedule, and keeps what cannot be delivered.
+//! hooktrail takes audit events from a queue, RabbitMQ or one of its own, batches them for each
+//! subscriber, signs and POSTs the batches, retries what fails on a durable schedule, and keeps
+//! what cannot be delivered.
 //!
 //! # The way of an event
 //!
 //! ```text
-//! exchange ─► queue of a subscriber ─► lane: take ─ batch ─ splice ─ sign ─ POST ─► success: ack
-//! (the broker fans out)                 ▲                                 ├─ failed: envelope, confirmed, then ack ─► delay ladder ─┐
-//!                                       ├─ retry queue, read first ◄──────┼────────────────────────────────────────────────────────┘
-//!                                       │                                 └─ given up: dead letter, confirmed, then ack
-//!                                       └─ circuit open: the session ends, the backlog stays in the queue
+//! exchange ─► queue of a subscriber ─► lane: take ─ batch ─ splice ─ sign ─ POST
+//! (the broker fans out)                 ▲                                    │
+//!                                       │                                    ├─ success: ack
+//!      retry queue, read first ─────────┘                                    │
+//!        ▲                                                                   │
+//!        └── delay ladder ◄── envelope, confirmed, then ack ◄────────────────┼─ failed
+//!                           dead letter, confirmed, then ack ◄───────────────┼─ given up
+//!                        session ends, backlog stays in the queue ◄──────────┴─ circuit open
 //! ```
 //!
-//! Events that come over HTTP ([`admin`]) are published into the same queues, confirmed before the answer.
+//! Events that come over HTTP ([`admin`]) are published into the same queues, confirmed before the
+//! answer.
 //!
 //! A first attempt is made from memory. A failed batch becomes ONE message, the envelope: the exact
 //! body, the batch id, the number of attempts. From then on bytes and id never change.
 //!
 //! # The rooms
 //!
-//! A room imports only from rooms above it in this list, and a file of a room only from files named before it. `tests/it` holds the
-//! code to it.
+//! A room imports only from rooms above it in this list, and a file of a room only from files named
+//! before it. `tests/it` holds the code to it.
 //!
 //! ```text
-//! clock.rs                                     time, randomness, ids
-//! failpoint.rs                                 where a debug build can be killed
-//! wording.rs                                   numbers and their nouns
-//! crypto/      secret · signature · tls · handshake
-//!                                              values that cannot be printed; signing; whom to trust; daemon and command know each other
-//! event/       inflate · payload · event       compressed bodies; the request body; what an event is, topic patterns
-//! delivery/    outcome · attempt_log · batch · dead_letter · disposition · depth · pause · delivery
-//!                                              the nouns, each defined once
-//! policy/      address · retry · batching · circuit_breaker · answer · turn · verdict
-//!                                              decisions without I/O
-//! config/      raw TOML in, checked values out, all mistakes at once; one row a key
-//! telemetry/   finding · troubles · metrics · status · log · resources
-//!                                              what the daemon says of itself
-//! queue/       what delivery needs of a queue; `amqp` alone knows lapin, `embedded` alone SQLite
-//! endpoint/    webhook · inspect · test_event  one attempt, the only place that sends requests to receivers
-//! lane/        waits · trouble · in_flight · state · session · lane
-//!                                              the worker of one subscriber
-//! supervisor/  signal · fleet · systemd · reload · startup_check
-//!                                              start, reload, restart after a panic, drain
-//! admin/       answer · guard · connections · introduction · intake · control · admin
-//!                                              the HTTP listener: health, metrics, the API, the intake of events
-//! cli/         text · failed · arguments · terminal · secret · complete · open · daemon
+//! clock.rs                  time, randomness, ids
+//! failpoint.rs              where a debug build can be killed
+//! wording.rs                numbers and their nouns
+//! crypto/                   values that cannot be printed; signing; whom to trust
+//!              · secret · signature · tls · handshake
+//! event/                    what an event is, topic patterns; the request body
+//!              · inflate · payload · event
+//! delivery/                 the nouns, each defined once
+//!              · outcome · attempt_log · batch · dead_letter · disposition · depth · pause · delivery
+//! policy/                   decisions without I/O
+//!              · address · retry · batching · circuit_breaker · answer · turn · verdict
+//! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
+//! telemetry/                what the daemon says of itself
+//!              · finding · troubles · metrics · status · log · resources
+//! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
+//!                           alone SQLite
+//! endpoint/                 one attempt, the only place that sends requests to receivers
+//!              · webhook · inspect · test_event
+//! lane/                     the worker of one subscriber
+//!              · waits · trouble · in_flight · state · session · lane
+//! supervisor/               start, reload, restart after a panic, drain
+//!              · signal · fleet · systemd · reload · startup_check
+//! admin/                    the HTTP listener: health, metrics, the API, the intake of events
+//!              · answer · guard · connections · introduction · intake · control · admin
+//! cli/                      the commands, and all printing; `main.rs` has the exit codes
+//!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · check · dead · demo · init · listen · man · pause · plan · prune · publish
 //!              · repair · retry · run · status · test · cli
-//!                                              the commands, and all printing; `main.rs` has the exit codes
-//! fuzzing.rs                                   what must hold for bytes of strangers; not part of the program
+//! fuzzing.rs                what must hold for bytes of strangers; not part of the program
 //! ```
 //!
 //! # Where to look
 //!
-//! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite? [`queue::embedded`].
-//! - Why was this dead-lettered? [`policy::verdict::decide`]; of what was never attempted: `sort` in [`lane`].
+//! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite?
+//!   [`queue::embedded`].
+//! - Why was this dead-lettered? [`policy::verdict::decide`]; of what was never attempted: `sort`
+//!   in [`lane`].
 //! - Which batch is sent next? [`policy::turn::Turns::choose`].
-//! - When is a batch tried again? [`policy::retry::RetryPolicy::next`]; the broker holds it: `queue/amqp/ladder.rs`.
+//! - When is a batch tried again? [`policy::retry::RetryPolicy::next`]; the broker holds it:
+//!   `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
-//! - What can be wrong with a queue, and what mends it? `queue/amqp/doctor.rs` and `queue/embedded/doctor.rs`;
-//!   with an endpoint: [`endpoint::inspect`].
-//! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`], then `Fleet::reconcile` in [`supervisor::fleet`]; each lane takes over what is
-//!   new in `Lane::adopt`, the broker's bindings in `queue/amqp/state.rs`. The start goes the same way.
-//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How many may connect, and for how
-//!   long? `admin/connections.rs`.
+//! - What can be wrong with a queue, and what mends it? `queue/amqp/doctor.rs` and
+//!   `queue/embedded/doctor.rs`; with an endpoint: [`endpoint::inspect`].
+//! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`], then `Fleet::reconcile` in
+//!   [`supervisor::fleet`]; each lane takes over what is new in `Lane::adopt`, the broker's
+//!   bindings in `queue/amqp/state.rs`. The start goes the same way.
+//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How
+//!   many may connect, and for how long? `admin/connections.rs`.
 //! - What is counted, and what is it called? [`telemetry::metrics`], all of it.
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
 //! - Who may do what, and what keeps everybody else from it? SECURITY.md.
 //!
 //! # What always holds
 //!
-//! 1. A message is acked only after the next durable fact: a success answer, or a confirmed publish of
-//!    its envelope or dead letter ([`queue::Settler::settle`]).
-//! 2. What was taken from a source is settled at that source or not at all: when the channel is gone,
-//!    the batch is forgotten and comes again. Nothing survives a reconnect by its tag; what was settled without its ack is
-//!    known again by what it is, where that is sure: `queue/amqp/repeats.rs`.
+//! 1. A message is acked only after the next durable fact: a success answer, or a confirmed publish
+//!    of its envelope or dead letter ([`queue::Settler::settle`]).
+//! 2. What was taken from a source is settled at that source or not at all: when the channel is
+//!    gone, the batch is forgotten and comes again. Nothing survives a reconnect by its tag; what
+//!    was settled without its ack is known again by what it is, where that is sure:
+//!    `queue/amqp/repeats.rs`.
 //! 3. While a settlement waits for its confirm the lane begins nothing: a failure that cannot be
 //!    written down must not be made again and again.
 //! 4. Publishing is done by one task on one channel of a connection that does not consume.
 //! 5. Policies take `now` and randomness as arguments.
-//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer, names asked for at once, bodies taken
-//!    in, connections of the admin listener.
+//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer,
+//!    names asked for at once, bodies taken in, connections of the admin listener.
 //! 7. Secrets are of types that do not print themselves; no error quotes a URL or a secret.
 //! 8. An event's bytes are never parsed and printed again.
 //!

@@ -7,9 +7,10 @@ use std::{io::Write as _, process::ExitCode};
 use clap::Parser as _;
 use hooktrail::cli::{self, Cli, Failed};
 
-/// The least number of the runtime's threads. A receiver that floods its connection, with 1xx answers say, keeps a
-/// thread busy for as long as a hundred reads take: as many of them as there are threads would hold up every other
-/// subscriber. The system shares the cores among threads fairly, so there are more threads than cores.
+/// The least number of the runtime's threads. A receiver that floods its connection, with 1xx
+/// answers say, keeps a thread busy for as long as a hundred reads take: as many of them as there
+/// are threads would hold up every other subscriber. The system shares the cores among threads
+/// fairly, so there are more threads than cores.
 const WORKERS: usize = 8;
 
 fn main() -> ExitCode {
@@ -24,13 +25,18 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     let workers = std::thread::available_parallelism().map_or(WORKERS, |n| n.get().max(WORKERS));
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(e) => return fail(&Failed::Runtime(format!("the runtime does not start: {e}"))),
     };
     let ended = runtime.block_on(cli.run());
-    // All that counts is done. What is left of it ends with the process: a runtime that is dropped cancels tasks, and the thread of
-    // a connection to the broker that was not closed yet panics over its own.
+    // All that counts is done. What is left of it ends with the process: a runtime that is dropped
+    // cancels tasks, and the thread of a connection to the broker that was not closed yet panics
+    // over its own.
     std::mem::forget(runtime);
     match ended {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,4 +1,5 @@
-//! Decisions without I/O. Time and randomness are arguments, so that each can be tested without waiting.
+//! Decisions without I/O. Time and randomness are arguments, so that each can be tested without
+//! waiting.
 
 pub mod address;
 pub mod answer;

@@ -36,17 +36,26 @@ pub trait Queue: Clone + Send + Sync + 'static {
     type Settler: Settler;
     type DeadLetters: DeadLetters;
 
-    /// Makes ready what the subscribers need, at the start and each time that others are configured; what they need no
-    /// more stays until [`chores`](Self::chores) sees to it. Waits for the queue without end. What only one subscriber
-    /// needs is a concern of [`open`](Self::open): returns the names of those who do not have it yet.
+    /// Makes ready what the subscribers need, at the start and each time that others are
+    /// configured; what they need no more stays until [`chores`](Self::chores) sees to it. Waits
+    /// for the queue without end. What only one subscriber needs is a concern of
+    /// [`open`](Self::open): returns the names of those who do not have it yet.
     ///
     /// # Errors
     /// What there is cannot be used and will not change by itself.
-    fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<BTreeSet<String>, QueueError>> + Send;
+    fn prepare(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> impl Future<Output = Result<BTreeSet<String>, QueueError>> + Send;
 
     /// What is to be done beside the lanes, such as taking away what only earlier configurations
-    /// needed. Ends soon after `stopping` became true, with nothing half done that would be done twice.
-    fn chores(&self, subscribers: watch::Receiver<Subscribers>, stopping: watch::Receiver<bool>) -> impl Future<Output = ()> + Send;
+    /// needed. Ends soon after `stopping` became true, with nothing half done that would be done
+    /// twice.
+    fn chores(
+        &self,
+        subscribers: watch::Receiver<Subscribers>,
+        stopping: watch::Receiver<bool>,
+    ) -> impl Future<Output = ()> + Send;
 
     /// Says goodbye, when the lanes have ended.
     fn close(&self) -> impl Future<Output = ()> + Send;
@@ -61,26 +70,33 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// Waits until retries and dead letters can be written again.
     fn writable(&self) -> impl Future<Output = ()> + Send;
 
-    /// Makes ready what is missing for events to wait for a daemon that has not run yet. Changes nothing
-    /// that is there.
+    /// Makes ready what is missing for events to wait for a daemon that has not run yet. Changes
+    /// nothing that is there.
     ///
     /// # Errors
     /// The queue refuses, and why.
-    fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<(), QueueError>> + Send;
+    fn ensure(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Stores events for all whose patterns match them, and returns when that is durable: what became of
-    /// each, in order. At most [`MAX_GROUP`] at once.
+    /// Stores events for all whose patterns match them, and returns when that is durable: what
+    /// became of each, in order. At most [`MAX_GROUP`] at once.
     ///
     /// # Errors
     /// It is not known whether they are stored.
-    fn publish(&self, events: Vec<NewEvent>) -> impl Future<Output = Result<Vec<Published>, QueueError>> + Send;
+    fn publish(
+        &self,
+        events: Vec<NewEvent>,
+    ) -> impl Future<Output = Result<Vec<Published>, QueueError>> + Send;
 
     /// Whether events could be stored now, as far as is known without asking.
     fn is_reachable(&self) -> bool {
         true
     }
 
-    /// What keeps the queue from its work, as far as it was noticed. One that notices nothing has none.
+    /// What keeps the queue from its work, as far as it was noticed. One that notices nothing has
+    /// none.
     fn troubles(&self) -> watch::Receiver<Troubles> {
         watch::Sender::default().subscribe()
     }
@@ -93,40 +109,61 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// Who may be unbound because the configuration does not have it any more.
     fn removals(&self) -> &Removals;
 
-    /// Who is paused and who was resumed, as every daemon on the same queues records it; `None` until that is known.
+    /// Who is paused and who was resumed, as every daemon on the same queues records it; `None`
+    /// until that is known.
     fn standings(&self) -> watch::Receiver<Option<Standings>>;
 
-    /// Records that a subscriber is paused or resumed, and returns when that is durable and in [`standings`](Self::standings).
+    /// Records that a subscriber is paused or resumed, and returns when that is durable and in
+    /// [`standings`](Self::standings).
     ///
     /// # Errors
     /// It is not known whether it was recorded.
-    fn record(&self, subscriber: &str, standing: Standing) -> impl Future<Output = Result<(), QueueError>> + Send;
+    fn record(
+        &self,
+        subscriber: &str,
+        standing: Standing,
+    ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
     /// # Errors
     /// Nothing is known of such a subscriber, or the queue cannot be reached.
-    fn dead_letters(&self, subscriber: &str) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
+    fn dead_letters(
+        &self,
+        subscriber: &str,
+    ) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
 
     /// What waits for its next attempt, what is due and not taken yet among it.
     ///
     /// # Errors
     /// Nothing is known of such a subscriber, or the queue cannot be reached; nothing has changed.
-    fn waiting(&self, subscriber: &str) -> impl Future<Output = Result<WaitingList, QueueError>> + Send;
+    fn waiting(
+        &self,
+        subscriber: &str,
+    ) -> impl Future<Output = Result<WaitingList, QueueError>> + Send;
 
-    /// Makes the next attempt due now, of all that waits or of the batches with these ids. Bytes, ids and attempts stay as they are;
-    /// what waits for other subscribers keeps its order and its time.
+    /// Makes the next attempt due now, of all that waits or of the batches with these ids. Bytes,
+    /// ids and attempts stay as they are; what waits for other subscribers keeps its order and its
+    /// time.
     ///
     /// # Errors
-    /// Nothing is known of such a subscriber, or the queue was lost. What was not moved by then still waits as it did; how
-    /// many were, the error says.
-    fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
+    /// Nothing is known of such a subscriber, or the queue was lost. What was not moved by then
+    /// still waits as it did; how many were, the error says.
+    fn hasten(
+        &self,
+        subscriber: &str,
+        ids: Option<BTreeSet<BatchId>>,
+    ) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
 
     /// How much there is in the queues of these subscribers, and what is left of others.
     ///
     /// # Errors
     /// The queue cannot be asked.
-    fn depths(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Depths, QueueError>> + Send;
+    fn depths(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> impl Future<Output = Result<Depths, QueueError>> + Send;
 
-    /// Who gets events, as the queue has it recorded: for commands, which do not know whether a daemon runs and with which configuration.
+    /// Who gets events, as the queue has it recorded: for commands, which do not know whether a
+    /// daemon runs and with which configuration.
     ///
     /// # Errors
     /// The queue cannot be asked.
@@ -135,16 +172,24 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// Deletes what there is of a subscriber that is not configured any more.
     ///
     /// # Errors
-    /// Somebody still works with it; or it holds something, unless `with_events` says that this is to be lost; or the queue
-    /// cannot be asked.
-    fn prune(&self, subscriber: &str, with_events: bool) -> impl Future<Output = Result<(), QueueError>> + Send;
+    /// Somebody still works with it; or it holds something, unless `with_events` says that this is
+    /// to be lost; or the queue cannot be asked.
+    fn prune(
+        &self,
+        subscriber: &str,
+        with_events: bool,
+    ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// What there is for this configuration and what can go wrong with it, without changing anything; what could not
-    /// be looked at is said. In bounded time, but for the time that a broker takes which answers slowly.
+    /// What there is for this configuration and what can go wrong with it, without changing
+    /// anything; what could not be looked at is said. In bounded time, but for the time that a
+    /// broker takes which answers slowly.
     ///
     /// # Errors
     /// The queue cannot be asked at all.
-    fn inspect(&self, subscribers: &[Arc<Subscriber>]) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
+    fn inspect(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
 }
 
 /// An event on its way into the queue.
@@ -183,12 +228,15 @@ pub trait DeadLetters: Send {
     /// The queue was lost; nothing has gone but what was replayed or purged.
     fn next(&mut self) -> impl Future<Output = Result<Option<Held>, QueueError>> + Send;
 
-    /// Sends letters on their way again: durable first, and only then no dead letters any more. Returns
-    /// those whose subscriber has no queue any more: they stay where they are.
+    /// Sends letters on their way again: durable first, and only then no dead letters any more.
+    /// Returns those whose subscriber has no queue any more: they stay where they are.
     ///
     /// # Errors
     /// Those that are not on their way are still dead letters.
-    fn replay(&mut self, letters: Vec<Held>) -> impl Future<Output = Result<Vec<Held>, QueueError>> + Send;
+    fn replay(
+        &mut self,
+        letters: Vec<Held>,
+    ) -> impl Future<Output = Result<Vec<Held>, QueueError>> + Send;
 
     /// Deletes letters for good.
     ///
@@ -243,10 +291,12 @@ impl Held {
     }
 }
 
-/// The bytes of events that a lane takes from a broker and has not settled, unless [`FEWEST`] of them are more.
+/// The bytes of events that a lane takes from a broker and has not settled, unless [`FEWEST`] of
+/// them are more.
 pub const MOST_BYTES: u64 = 64 << 20;
 
-/// So many events are taken whatever their size: the first of a queue, whose sizes nobody knows, and the largest.
+/// So many events are taken whatever their size: the first of a queue, whose sizes nobody knows,
+/// and the largest.
 pub const FEWEST: u16 = 16;
 
 /// How much may be taken and not yet settled.
@@ -264,23 +314,30 @@ impl Window {
         Self { events: clamp(2 * slots * subscriber.batch.max_events), envelopes: clamp(slots) }
     }
 
-    /// The longest that a message of this window is held before it is settled, if each batch has so many
-    /// events and each attempt takes [all the time it may](Subscriber::longest_attempt): its wait for company, the attempts before its
-    /// own, and that. Retries that are due come on top.
+    /// The longest that a message of this window is held before it is settled, if each batch has so
+    /// many events and each attempt takes [all the time it may](Subscriber::longest_attempt): its
+    /// wait for company, the attempts before its own, and that. Retries that are due come on top.
     pub fn longest_hold(self, subscriber: &Subscriber, events_in_a_batch: usize) -> Duration {
         let at_once = subscriber.http.concurrency * events_in_a_batch.max(1);
         let attempts = usize::from(self.events).div_ceil(at_once).max(1);
-        subscriber.batch.max_wait + subscriber.longest_attempt().saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
+        subscriber.batch.max_wait
+            + subscriber
+                .longest_attempt()
+                .saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
     }
 
-    /// With fewer events in each batch than this a message of this window could be held for longer than `limit`; with as many as a
-    /// batch may have that is not looked at.
+    /// With fewer events in each batch than this a message of this window could be held for longer
+    /// than `limit`; with as many as a batch may have that is not looked at.
     pub fn fewest_events(self, subscriber: &Subscriber, limit: Duration) -> usize {
         // The more events in a batch, the fewer attempts, so that the hold only falls.
         let (mut few, mut enough) = (0, subscriber.batch.max_events);
         while enough - few > 1 {
             let middle = few + (enough - few) / 2;
-            if self.longest_hold(subscriber, middle) > limit { few = middle } else { enough = middle }
+            if self.longest_hold(subscriber, middle) > limit {
+                few = middle
+            } else {
+                enough = middle
+            }
         }
         enough
     }
@@ -293,9 +350,14 @@ pub trait Source: Send {
     ///
     /// # Errors
     /// The queue is gone: whatever was taken from this source comes again from the next.
-    fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> impl Future<Output = Result<(), QueueError>> + Send;
+    fn take(
+        &mut self,
+        into: &mut Vec<Taken>,
+        max: usize,
+    ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Nothing more is taken before something is settled, although the window would allow it: what is held is large.
+    /// Nothing more is taken before something is settled, although the window would allow it: what
+    /// is held is large.
     fn is_full(&self) -> bool {
         false
     }
@@ -310,7 +372,11 @@ pub trait Settler: Clone + Send + Sync + 'static {
     ///
     /// # Errors
     /// The messages are still in the queue and come again.
-    fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> impl Future<Output = Result<(), SettleError>> + Send;
+    fn settle(
+        &self,
+        receipts: Vec<Receipt>,
+        settlement: Settlement,
+    ) -> impl Future<Output = Result<(), SettleError>> + Send;
 }
 
 /// Stands for a message that was taken, at the source it was taken from.
@@ -325,9 +391,11 @@ pub struct Receipt {
 pub enum Taken {
     Event(Event),
     Batch(Batch, Receipt),
-    /// A message that is no envelope where one should be, or no event that can be read, as the dead letter that it becomes.
+    /// A message that is no envelope where one should be, or no event that can be read, as the dead
+    /// letter that it becomes.
     Unusable(DeadLetter, Receipt),
-    /// What comes again although it was settled: only its ack was lost. To be acked, and not attempted.
+    /// What comes again although it was settled: only its ack was lost. To be acked, and not
+    /// attempted.
     Known {
         events: u32,
         receipt: Receipt,

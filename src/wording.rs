@@ -2,11 +2,19 @@
 
 use std::{fmt, time::Duration};
 
-/// A time as a configuration has it: in the largest unit that it is a whole number of, `7d` and `72h`, `90s` and `1500ms`.
+/// A time as a configuration has it: in the largest unit that it is a whole number of, `7d` and
+/// `72h`, `90s` and `1500ms`.
 pub fn span(d: Duration) -> String {
     const DAY: u128 = 86_400_000_000_000;
     let ns = d.as_nanos();
-    let units = [(DAY, "d"), (DAY / 24, "h"), (DAY / 24 / 60, "m"), (1_000_000_000, "s"), (1_000_000, "ms"), (1000, "us")];
+    let units = [
+        (DAY, "d"),
+        (DAY / 24, "h"),
+        (DAY / 24 / 60, "m"),
+        (1_000_000_000, "s"),
+        (1_000_000, "ms"),
+        (1000, "us"),
+    ];
     // Up to a week hours are what people write.
     let fits = |unit: u128| ns > 0 && ns.is_multiple_of(unit) && (unit < DAY || ns >= 7 * DAY);
     match units.into_iter().find(|(unit, _)| fits(*unit)) {
@@ -25,14 +33,16 @@ pub fn size(bytes: usize) -> String {
     }
 }
 
-/// A number with what it counts: `counted(1, "event(s)")` is `1 event`, `counted(3, "batch(es) to retry")` is `3 batches to retry`.
+/// A number with what it counts: `counted(1, "event(s)")` is `1 event`, `counted(3, "batch(es) to
+/// retry")` is `3 batches to retry`.
 pub fn counted<N: fmt::Display + PartialEq + From<u8>>(n: N, what: &str) -> String {
     let what = agreed(&n, what);
     format!("{n} {what}")
 }
 
-/// A text as it goes with a number that stands elsewhere. `(s)` and `(es)` are there for all numbers but one;
-/// of `(is|are)` one has the first word, all others the second. Other parentheses stay.
+/// A text as it goes with a number that stands elsewhere. `(s)` and `(es)` are there for all
+/// numbers but one; of `(is|are)` one has the first word, all others the second. Other parentheses
+/// stay.
 pub fn agreed<N: PartialEq + From<u8>>(n: &N, text: &str) -> String {
     let one = *n == N::from(1);
     let mut out = String::with_capacity(text.len());
@@ -76,7 +86,9 @@ mod tests {
             assert_eq!(span(d), text);
             assert_eq!(humantime::parse_duration(text).expect("a configuration takes it"), d);
         }
-        for (bytes, text) in [(1 << 20, "1MiB"), (3 << 19, "1536KiB"), (64, "64B"), (0, "0B"), (1 << 30, "1GiB")] {
+        for (bytes, text) in
+            [(1 << 20, "1MiB"), (3 << 19, "1536KiB"), (64, "64B"), (0, "0B"), (1 << 30, "1GiB")]
+        {
             assert_eq!(size(bytes), text);
         }
     }

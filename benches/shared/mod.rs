@@ -26,14 +26,17 @@ const FRAME: usize = r#"{"events":[]}"#.len();
 const _: () = assert!(EVENT.len() == 400);
 
 pub(crate) fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
+    std::env::var(name)
+        .ok()
+        .map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
 }
 
 /// CPU seconds and peak MiB of a process so far.
 pub(crate) fn process_figures(pid: u32) -> (f64, f64) {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
     let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
-    let ticks: f64 = fields[11].parse::<f64>().expect("utime") + fields[12].parse::<f64>().expect("stime");
+    let ticks: f64 =
+        fields[11].parse::<f64>().expect("utime") + fields[12].parse::<f64>().expect("stime");
     (ticks / 100.0, crate::support::peak_mib(pid)) // Linux reports times in hundredths of a second
 }
 
@@ -74,8 +77,13 @@ async fn answer(mut stream: TcpStream, counter: Arc<Counter>) {
             }
         };
         let text = std::str::from_utf8(&buffer[..head]).expect("a head").to_ascii_lowercase();
-        let length: usize =
-            text.split("content-length: ").nth(1).and_then(|l| l.split("\r\n").next()).expect("a length").parse().expect("a number");
+        let length: usize = text
+            .split("content-length: ")
+            .nth(1)
+            .and_then(|l| l.split("\r\n").next())
+            .expect("a length")
+            .parse()
+            .expect("a number");
         while buffer.len() < head + length {
             if stream.read_buf(&mut buffer).await.unwrap_or(0) == 0 {
                 return;
@@ -84,7 +92,9 @@ async fn answer(mut stream: TcpStream, counter: Arc<Counter>) {
         buffer.drain(..head + length);
         let now = Instant::now();
         // All events have the same length, so the body's tells their number.
-        counter.events.fetch_add(((length - FRAME + 1) / (EVENT.len() + 1)) as u64, Ordering::Relaxed);
+        counter
+            .events
+            .fetch_add(((length - FRAME + 1) / (EVENT.len() + 1)) as u64, Ordering::Relaxed);
         counter.seen(now);
         if stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.is_err() {
             return;

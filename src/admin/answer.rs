@@ -34,7 +34,9 @@ pub(super) const AGAIN_LATER: u32 = 5;
 pub(super) fn unauthorized() -> Response {
     let why = "give the token of [admin] token, as `authorization: Bearer TOKEN`";
     let mut answer = Refusal::new(StatusCode::UNAUTHORIZED, why.to_owned()).into_response();
-    answer.headers_mut().insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
+    answer
+        .headers_mut()
+        .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
     answer
 }
 
@@ -44,15 +46,20 @@ pub(super) fn header_text(headers: &HeaderMap, name: HeaderName) -> &str {
 
 /// Without its parameters, in lower case.
 pub(super) fn media_type(headers: &HeaderMap) -> String {
-    header_text(headers, header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+    header_text(headers, header::CONTENT_TYPE)
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase()
 }
 
 pub(super) fn is_json(headers: &HeaderMap) -> bool {
     media_type(headers) == "application/json"
 }
 
-/// Reads a body that nobody wants: a client that still sends when the connection closes may never see
-/// the answer. One that asked before sending is not told to send.
+/// Reads a body that nobody wants: a client that still sends when the connection closes may never
+/// see the answer. One that asked before sending is not told to send.
 pub(super) async fn discard(headers: &HeaderMap, body: Body) {
     if headers.contains_key(header::EXPECT) {
         return;
@@ -100,12 +107,16 @@ impl Refusal {
     }
 
     pub(super) fn too_large() -> Self {
-        let why = format!("the body has more than {MAX_BODY} bytes, inflated or not; send fewer events at once");
+        let why = format!(
+            "the body has more than {MAX_BODY} bytes, inflated or not; send fewer events at once"
+        );
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, why)
     }
 
     pub(super) fn too_many(events: usize) -> Self {
-        let why = format!("{events} events are more than the {MAX_EVENTS} of one request; send fewer at once");
+        let why = format!(
+            "{events} events are more than the {MAX_EVENTS} of one request; send fewer at once"
+        );
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, why)
     }
 
@@ -125,7 +136,9 @@ impl Refusal {
 
     pub(super) fn not_running(phase: Phase) -> Self {
         let state = if phase == Phase::Starting { "starting" } else { "stopping" };
-        Self::unavailable(format!("hooktrail is {state}; nothing of this request was taken, send it again later"))
+        Self::unavailable(format!(
+            "hooktrail is {state}; nothing of this request was taken, send it again later"
+        ))
     }
 }
 
@@ -160,5 +173,9 @@ pub(super) async fn not_found() -> Refusal {
 pub(super) async fn wrong_method(request: Request) -> Response {
     let (parts, body) = request.into_parts();
     discard(&parts.headers, body).await;
-    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method; the header `allow` names those that are".to_owned()).into_response()
+    Refusal::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "not with this method; the header `allow` names those that are".to_owned(),
+    )
+    .into_response()
 }

@@ -1,5 +1,5 @@
-//! Serves connections: so many at a time, and none for ever. Whoever can reach the listener cannot take the descriptors
-//! that the daemon delivers with.
+//! Serves connections: so many at a time, and none for ever. Whoever can reach the listener cannot
+//! take the descriptors that the daemon delivers with.
 
 use std::{sync::Arc, time::Duration};
 
@@ -23,7 +23,12 @@ pub(super) struct Bounds {
 }
 
 /// Until `closing`; then it accepts no more and waits for the answers of the requests that it has.
-pub(super) async fn serve(mut socket: TcpListener, app: Router, bounds: Bounds, closing: impl Future) {
+pub(super) async fn serve(
+    mut socket: TcpListener,
+    app: Router,
+    bounds: Bounds,
+    closing: impl Future,
+) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(bounds.head_within);
     let (room, open) = (Arc::new(Semaphore::new(bounds.at_a_time)), GracefulShutdown::new());
@@ -43,7 +48,8 @@ pub(super) async fn serve(mut socket: TcpListener, app: Router, bounds: Bounds, 
         if let Err(e) = rustix::net::sockopt::set_tcp_user_timeout(&stream, stalls) {
             tracing::debug!(error = %e, "a connection that is not read from is not ended by itself");
         }
-        let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
+        let connection =
+            http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
         let connection = open.watch(connection);
         tokio::spawn(async move {
             // It is the client's to say what went wrong with it.
@@ -70,7 +76,10 @@ mod tests {
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    async fn start(bounds: Bounds, app: Router) -> (u16, oneshot::Sender<()>, tokio::task::JoinHandle<()>) {
+    async fn start(
+        bounds: Bounds,
+        app: Router,
+    ) -> (u16, oneshot::Sender<()>, tokio::task::JoinHandle<()>) {
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = socket.local_addr().expect("an address").port();
         let (close, closing) = oneshot::channel();
@@ -86,14 +95,19 @@ mod tests {
     /// All that comes until the connection is closed.
     async fn rest(mut stream: TcpStream) -> String {
         let mut text = String::new();
-        timeout(PATIENCE, stream.read_to_string(&mut text)).await.expect("closed in time").expect("read");
+        timeout(PATIENCE, stream.read_to_string(&mut text))
+            .await
+            .expect("closed in time")
+            .expect("read");
         text
     }
 
     #[tokio::test]
     async fn a_connection_that_sends_no_request_or_not_all_of_its_head_is_closed() {
-        let bounds = Bounds { at_a_time: 8, head_within: Duration::from_millis(200), read_within: PATIENCE };
-        let (port, _close, _) = start(bounds, Router::new().route("/", get(async || "hello"))).await;
+        let bounds =
+            Bounds { at_a_time: 8, head_within: Duration::from_millis(200), read_within: PATIENCE };
+        let (port, _close, _) =
+            start(bounds, Router::new().route("/", get(async || "hello"))).await;
         for send in [&b""[..], b"GET / HT", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: "] {
             assert!(!rest(connect(port, send).await).await.contains("hello"), "{send:?}");
         }
@@ -103,21 +117,32 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_whose_answers_nobody_reads_is_closed() {
-        let bounds = Bounds { at_a_time: 1, head_within: PATIENCE, read_within: Duration::from_millis(500) };
+        let bounds =
+            Bounds { at_a_time: 1, head_within: PATIENCE, read_within: Duration::from_millis(500) };
         let large = "x".repeat(16 << 20);
-        let (port, _close, _) = start(bounds, Router::new().route("/", get(async || large)).route("/small", get(async || "hello"))).await;
+        let (port, _close, _) = start(
+            bounds,
+            Router::new().route("/", get(async || large)).route("/small", get(async || "hello")),
+        )
+        .await;
         let _unread = connect(port, REQUEST).await;
         // There is room for one, so that this one is served when the other is gone.
-        let mut next = connect(port, b"GET /small HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+        let mut next =
+            connect(port, b"GET /small HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+                .await;
         let mut text = String::new();
-        timeout(PATIENCE, next.read_to_string(&mut text)).await.expect("served in time").expect("read");
+        timeout(PATIENCE, next.read_to_string(&mut text))
+            .await
+            .expect("served in time")
+            .expect("read");
         assert!(text.ends_with("hello"), "{text}");
     }
 
     #[tokio::test]
     async fn more_connections_than_there_is_room_for_wait_and_are_served_when_one_ends() {
         let bounds = Bounds { at_a_time: 2, head_within: PATIENCE, read_within: PATIENCE };
-        let (port, _close, _) = start(bounds, Router::new().route("/", get(async || "hello"))).await;
+        let (port, _close, _) =
+            start(bounds, Router::new().route("/", get(async || "hello"))).await;
         let mut idle = vec![connect(port, b"").await, connect(port, b"").await];
         let mut third = connect(port, REQUEST).await;
         let mut answer = [0; 15];
@@ -126,7 +151,10 @@ mod tests {
             "it was served although there was no room"
         );
         idle.pop();
-        timeout(PATIENCE, third.read_exact(&mut answer)).await.expect("answered in time").expect("answered");
+        timeout(PATIENCE, third.read_exact(&mut answer))
+            .await
+            .expect("answered in time")
+            .expect("answered");
         assert_eq!(&answer, b"HTTP/1.1 200 OK");
     }
 

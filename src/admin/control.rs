@@ -1,5 +1,5 @@
-//! What an operator asks of the running daemon: how the subscribers are, to pause and resume them, to send a test event, to
-//! look at dead letters, to read the configuration again.
+//! What an operator asks of the running daemon: how the subscribers are, to pause and resume them,
+//! to send a test event, to look at dead letters, to read the configuration again.
 
 mod waiting;
 
@@ -42,7 +42,8 @@ const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
 /// Who pauses by a request.
 const OPERATOR: &str = "operator";
 
-/// Requests that go on when their clients have gone; further ones come again later. A client that leaves at once costs nothing.
+/// Requests that go on when their clients have gone; further ones come again later. A client that
+/// leaves at once costs nothing.
 const MOST_TO_THEIR_END: usize = 32;
 
 /// Dead letters in one answer, unless fewer are asked for.
@@ -53,7 +54,8 @@ struct Control<Q> {
     reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
-    /// A look at dead letters holds all of them for a moment, so there is one at a time; so with test events.
+    /// A look at dead letters holds all of them for a moment, so there is one at a time; so with
+    /// test events.
     looking: Mutex<()>,
     to_their_end: Arc<Semaphore>,
     testing: Mutex<()>,
@@ -88,7 +90,12 @@ struct Selection {
     limit: Option<usize>,
 }
 
-pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase: watch::Receiver<Phase>) -> Router {
+pub(super) fn routes<Q: Queue>(
+    queue: Q,
+    reloader: Reloader,
+    board: Board,
+    phase: watch::Receiver<Phase>,
+) -> Router {
     type This<Q> = State<Arc<Control<Q>>>;
     let control = Arc::new(Control {
         queue,
@@ -101,47 +108,83 @@ pub(super) fn routes<Q: Queue>(queue: Q, reloader: Reloader, board: Board, phase
         to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
     });
     let all = async |State(control): This<Q>| control.all().await;
-    let one = async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name).await);
-    let dead = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-        let room = control.to_their_end.clone();
-        answer(to_its_end(&room, async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await }).await)
-    };
-    let pause = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+    let one =
+        async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name).await);
+    let dead =
+        async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
+            let room = control.to_their_end.clone();
+            answer(
+                to_its_end(&room, async move {
+                    control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await
+                })
+                .await,
+            )
+        };
+    let pause = async |State(control): This<Q>,
+                       Path(name): Path<String>,
+                       headers: HeaderMap,
+                       body: Body| {
         let changing = control.clone();
         control
             .wished(&headers, body, async |wish| {
-                to_its_end(&control.to_their_end, async move { changing.change(&name, wish, true).await }).await
+                to_its_end(&control.to_their_end, async move {
+                    changing.change(&name, wish, true).await
+                })
+                .await
             })
             .await
     };
-    let resume = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+    let resume = async |State(control): This<Q>,
+                        Path(name): Path<String>,
+                        headers: HeaderMap,
+                        body: Body| {
         let changing = control.clone();
         control
             .wished(&headers, body, async |wish| {
-                to_its_end(&control.to_their_end, async move { changing.change(&name, wish, false).await }).await
+                to_its_end(&control.to_their_end, async move {
+                    changing.change(&name, wish, false).await
+                })
+                .await
             })
             .await
     };
-    let test = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+    let test = async |State(control): This<Q>,
+                      Path(name): Path<String>,
+                      headers: HeaderMap,
+                      body: Body| {
         control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
     };
-    let waiting = async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-        let room = control.to_their_end.clone();
-        answer(to_its_end(&room, async move { control.waiting(&name, some.limit).await }).await)
-    };
-    let retry = async |State(control): This<Q>, Path(name): Path<String>, headers: HeaderMap, body: Body| {
+    let waiting =
+        async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
+            let room = control.to_their_end.clone();
+            answer(to_its_end(&room, async move { control.waiting(&name, some.limit).await }).await)
+        };
+    let retry = async |State(control): This<Q>,
+                       Path(name): Path<String>,
+                       headers: HeaderMap,
+                       body: Body| {
         let moving = control.clone();
         control
             .wished(&headers, body, async |which| {
-                to_its_end(&control.to_their_end, async move { moving.retry_now(&name, which).await }).await
+                to_its_end(
+                    &control.to_their_end,
+                    async move { moving.retry_now(&name, which).await },
+                )
+                .await
             })
             .await
     };
-    let preview = async |State(control): This<Q>| answer(control.reloader.preview().await.map(previewed).map_err(unchanged));
+    let preview = async |State(control): This<Q>| {
+        answer(control.reloader.preview().await.map(previewed).map_err(unchanged))
+    };
     let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
         let reloader = control.reloader.clone();
-        let reload = async move { reloader.reload(Because::Operator("the API")).await.map(told_after).map_err(unchanged) };
-        control.wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await).await
+        let reload = async move {
+            reloader.reload(Because::Operator("the API")).await.map(told_after).map_err(unchanged)
+        };
+        control
+            .wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await)
+            .await
     };
     Router::new()
         .route("/v1/subscribers", get(all))
@@ -163,7 +206,10 @@ fn answer(result: Result<Value, Refusal>) -> Response {
 }
 
 /// Goes on when the client has gone: what is half done would be worse.
-async fn to_its_end(room: &Arc<Semaphore>, work: impl Future<Output = Result<Value, Refusal>> + Send + 'static) -> Result<Value, Refusal> {
+async fn to_its_end(
+    room: &Arc<Semaphore>,
+    work: impl Future<Output = Result<Value, Refusal>> + Send + 'static,
+) -> Result<Value, Refusal> {
     let Ok(permit) = room.clone().try_acquire_owned() else {
         return Err(Refusal::busy());
     };
@@ -171,7 +217,12 @@ async fn to_its_end(room: &Arc<Semaphore>, work: impl Future<Output = Result<Val
         let _permit = permit;
         work.await
     };
-    let gave_up = |_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "it was given up, by a panic or at the end".to_owned());
+    let gave_up = |_| {
+        Refusal::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "it was given up, by a panic or at the end".to_owned(),
+        )
+    };
     tokio::spawn(work).await.map_err(gave_up)?
 }
 
@@ -191,7 +242,9 @@ fn held(Held { subscribers, why }: Held) -> Value {
 
 fn unchanged(why: Unchanged) -> Refusal {
     match why {
-        Unchanged::Wrong(_) | Unchanged::Held(_) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, why.to_string()),
+        Unchanged::Wrong(_) | Unchanged::Held(_) => {
+            Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, why.to_string())
+        }
         Unchanged::Stopping => Refusal::unavailable(why.to_string()),
     }
 }
@@ -207,7 +260,12 @@ fn seconds(d: Duration) -> f64 {
 
 impl<Q: Queue> Control<Q> {
     /// Does what a request asks for that may change something.
-    async fn wished<W: Asked>(&self, headers: &HeaderMap, mut body: Body, does: impl AsyncFnOnce(W) -> Result<Value, Refusal>) -> Response {
+    async fn wished<W: Asked>(
+        &self,
+        headers: &HeaderMap,
+        mut body: Body,
+        does: impl AsyncFnOnce(W) -> Result<Value, Refusal>,
+    ) -> Response {
         let done = match self.wish(headers, &mut body).await {
             Ok(wish) => does(wish).await,
             Err(refusal) => Err(refusal),
@@ -221,11 +279,14 @@ impl<Q: Queue> Control<Q> {
     async fn wish<W: Asked>(&self, headers: &HeaderMap, body: &mut Body) -> Result<W, Refusal> {
         // A browser does not send this to another origin without asking first.
         if !is_json(headers) {
-            let why = format!("the content-type must be application/json; the body is {}", W::SHAPE);
+            let why =
+                format!("the content-type must be application/json; the body is {}", W::SHAPE);
             return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
         }
         let reading = timeout(READ_TIMEOUT, axum::body::to_bytes(std::mem::take(body), W::MAX));
-        let too_long = || Refusal::bad(format!("the body has more than {} bytes, or did not come whole", W::MAX));
+        let too_long = || {
+            Refusal::bad(format!("the body has more than {} bytes, or did not come whole", W::MAX))
+        };
         let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
         let wish = if body.is_empty() { Ok(W::default()) } else { serde_json::from_slice(&body) };
         wish.map_err(|e| Refusal::bad(format!("the body is not {}: {e}", W::SHAPE)))
@@ -234,13 +295,19 @@ impl<Q: Queue> Control<Q> {
     fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
         let config = self.reloader.config();
         let found = config.subscribers.iter().find(|s| s.name == name).cloned();
-        found.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, "no subscriber of that name is configured".to_owned()))
+        found.ok_or_else(|| {
+            Refusal::new(
+                StatusCode::NOT_FOUND,
+                "no subscriber of that name is configured".to_owned(),
+            )
+        })
     }
 
     async fn all(&self) -> Response {
         let looked = self.board.depths(clock::now()).await;
         let config = self.reloader.config();
-        let subscribers: Vec<Value> = config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
+        let subscribers: Vec<Value> =
+            config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
         let depths = looked.as_ref().and_then(|l| l.found.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
         let removed: Vec<Value> =
@@ -274,7 +341,10 @@ impl<Q: Queue> Control<Q> {
         // On RabbitMQ those whose time has not come are counted for all subscribers together.
         let counts_all = depths.is_some_and(|d| d.delayed.is_none());
         let view = self.board.view(name, clock::instant(), clock::now());
-        view.map_or_else(|| json!({ "subscriber": name, "state": "starting" }), |view| as_json(name, &view, depth, counts_all))
+        view.map_or_else(
+            || json!({ "subscriber": name, "state": "starting" }),
+            |view| as_json(name, &view, depth, counts_all),
+        )
     }
 
     async fn test(&self, name: &str) -> Result<Value, Refusal> {
@@ -307,7 +377,9 @@ impl<Q: Queue> Control<Q> {
 
     /// As the status has it.
     fn state(&self, name: &str) -> &'static str {
-        self.board.view(name, clock::instant(), clock::now()).map_or("starting", |view| view.state.name())
+        self.board
+            .view(name, clock::instant(), clock::now())
+            .map_or("starting", |view| view.state.name())
     }
 
     /// The lane may not have noticed yet that it is resumed, and begins as one without failures.
@@ -321,20 +393,25 @@ impl<Q: Queue> Control<Q> {
     async fn change(&self, name: &str, wish: Wish, pause: bool) -> Result<Value, Refusal> {
         let subscriber = self.subscriber(name)?;
         if subscriber.paused && !pause {
-            let why = format!("`{name}` is paused by the configuration; take `paused = true` out of it");
+            let why =
+                format!("`{name}` is paused by the configuration; take `paused = true` out of it");
             return Err(Refusal::new(StatusCode::CONFLICT, why));
         }
         let mut standings = self.queue.standings();
         let known = timeout(WAIT_FOR_STANDINGS, standings.wait_for(Option::is_some)).await;
         let Some(known) = known.ok().and_then(Result::ok).and_then(|known| known.clone()) else {
-            return Err(Refusal::unavailable("who is paused is not known yet; try again".to_owned()));
+            return Err(Refusal::unavailable(
+                "who is paused is not known yet; try again".to_owned(),
+            ));
         };
         let before = known.get(name).and_then(Standing::pause).cloned();
         let changed = before.is_some() != pause || (!pause && self.waits(name));
         let now = clock::now();
         let after = match (pause, before.clone()) {
             // An operator's own reason can be replaced; what a receiver said stays.
-            (true, Some(before)) if before.by == OPERATOR => Some(Pause { why: wish.why.unwrap_or(before.why), ..before }),
+            (true, Some(before)) if before.by == OPERATOR => {
+                Some(Pause { why: wish.why.unwrap_or(before.why), ..before })
+            }
             (true, Some(before)) => Some(before),
             (true, None) => {
                 let why = wish.why.unwrap_or_else(|| "an operator asked for it".to_owned());
@@ -344,18 +421,24 @@ impl<Q: Queue> Control<Q> {
         };
         if changed || after != before {
             let standing = after.clone().map_or(Standing::Resumed { at: now }, Standing::Paused);
-            self.queue.record(name, standing).await.map_err(|e| Refusal::unavailable(format!("it could not be recorded: {e}")))?;
+            self.queue
+                .record(name, standing)
+                .await
+                .map_err(|e| Refusal::unavailable(format!("it could not be recorded: {e}")))?;
         }
         Ok(match after {
             Some(Pause { why, since, by }) => {
                 let since = rfc3339(since);
                 json!({ "subscriber": name, "state": "paused", "changed": changed, "why": why, "since": since, "by": by })
             }
-            None => json!({ "subscriber": name, "state": self.resumed_state(name), "changed": changed }),
+            None => {
+                json!({ "subscriber": name, "state": self.resumed_state(name), "changed": changed })
+            }
         })
     }
 
-    /// It is not paused, and its circuit is open, or the receiver asked to be left alone: an operator who resumes it wants it tried now.
+    /// It is not paused, and its circuit is open, or the receiver asked to be left alone: an
+    /// operator who resumes it wants it tried now.
     fn waits(&self, name: &str) -> bool {
         let view = self.board.view(name, clock::instant(), clock::now());
         view.is_some_and(|view| match view.state {
@@ -368,7 +451,9 @@ impl<Q: Queue> Control<Q> {
 
 fn pause_as_json(view: &View) -> Option<Value> {
     match &view.state {
-        LaneState::Paused(p) => Some(json!({ "why": p.why, "since": rfc3339(p.since), "by": p.by })),
+        LaneState::Paused(p) => {
+            Some(json!({ "why": p.why, "since": rfc3339(p.since), "by": p.by }))
+        }
         _ => None,
     }
 }
@@ -448,8 +533,13 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn config(dir: &tempfile::TempDir, names: &[&str]) -> Config {
-        let table = |name: &&str| format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n");
-        let text = "[queue]\nurl = \"embedded\"\n".to_owned() + &names.iter().map(table).collect::<String>();
+        let table = |name: &&str| {
+            format!(
+                "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n"
+            )
+        };
+        let text = "[queue]\nurl = \"embedded\"\n".to_owned()
+            + &names.iter().map(table).collect::<String>();
         let path = dir.path().join("hooktrail.toml");
         std::fs::write(&path, text).expect("writes");
         config::load(&path).unwrap_or_else(|e| panic!("{e}"))
@@ -475,7 +565,8 @@ mod tests {
 
     async fn serve(config: Config) -> Served {
         let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
-        let (reloader, changes) = Reloader::new(config, metrics.clone(), queue.removals().clone(), log::Level::default());
+        let (reloader, changes) =
+            Reloader::new(config, metrics.clone(), queue.removals().clone(), log::Level::default());
         let phase = watch::Sender::new(Phase::Running).subscribe();
         let (ends, ended) = mpsc::unbounded_channel();
         let watched = middleware::from_fn(move |request: Request, next: Next| {
@@ -485,7 +576,8 @@ mod tests {
                 next.run(request).await
             }
         });
-        let app = routes(queue.clone(), reloader.clone(), Board::new(metrics), phase).layer(watched);
+        let app =
+            routes(queue.clone(), reloader.clone(), Board::new(metrics), phase).layer(watched);
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let listens = socket.local_addr().expect("an address");
         tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });
@@ -495,8 +587,9 @@ mod tests {
     impl Served {
         async fn post(&self, path: &str) -> TcpStream {
             let mut client = TcpStream::connect(self.listens).await.expect("connects");
-            let request =
-                format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{{}}");
+            let request = format!(
+                "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{{}}"
+            );
             client.write_all(request.as_bytes()).await.expect("asks");
             client
         }
@@ -513,16 +606,23 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let mut served = serve(config(&dir, &["a"])).await;
         let mut standings = served.queue.standings();
-        for (path, paused) in [("/v1/subscribers/a/pause", true), ("/v1/subscribers/a/resume", false)] {
+        for (path, paused) in
+            [("/v1/subscribers/a/pause", true), ("/v1/subscribers/a/resume", false)]
+        {
             let recording = served.queue.hold_record();
             let client = served.post(path).await;
             recording.begun().await;
             served.goes_away(client).await;
             recording.go_on();
             let is_made = |all: &Option<_>| {
-                all.as_ref().and_then(|all: &crate::delivery::Standings| all.get("a").map(|s| s.pause().is_some())) == Some(paused)
+                all.as_ref().and_then(|all: &crate::delivery::Standings| {
+                    all.get("a").map(|s| s.pause().is_some())
+                }) == Some(paused)
             };
-            timeout(PATIENCE, standings.wait_for(is_made)).await.expect("it is made to its end").expect("the queue is there");
+            timeout(PATIENCE, standings.wait_for(is_made))
+                .await
+                .expect("it is made to its end")
+                .expect("the queue is there");
         }
     }
 
@@ -533,10 +633,18 @@ mod tests {
             std::future::pending::<()>().await;
             Ok(Value::Null)
         });
-        assert!(timeout(Duration::from_millis(1), held).await.is_err(), "it goes on although nobody waits for it");
-        let refused =
-            timeout(PATIENCE, to_its_end(&room, async { Ok(Value::Null) })).await.expect("at once").expect_err("there is no room");
-        assert_eq!((refused.status, refused.retry_after), (StatusCode::TOO_MANY_REQUESTS, Some(crate::admin::answer::AGAIN_SOON)));
+        assert!(
+            timeout(Duration::from_millis(1), held).await.is_err(),
+            "it goes on although nobody waits for it"
+        );
+        let refused = timeout(PATIENCE, to_its_end(&room, async { Ok(Value::Null) }))
+            .await
+            .expect("at once")
+            .expect_err("there is no room");
+        assert_eq!(
+            (refused.status, refused.retry_after),
+            (StatusCode::TOO_MANY_REQUESTS, Some(crate::admin::answer::AGAIN_SOON))
+        );
     }
 
     #[tokio::test]
@@ -545,11 +653,15 @@ mod tests {
         let mut served = serve(config(&dir, &["a"])).await;
         config(&dir, &["a", "b"]);
         let client = served.post("/v1/reload").await;
-        let change = timeout(PATIENCE, served.changes.recv()).await.expect("it begins").expect("a change");
+        let change =
+            timeout(PATIENCE, served.changes.recv()).await.expect("it begins").expect("a change");
         served.goes_away(client).await;
         change.done.send(Ok(BTreeSet::new())).ok(); // the lanes are as is configured now
         let mut subscribers = served.reloader.subscribers();
-        timeout(PATIENCE, subscribers.wait_for(|all| all.len() == 2)).await.expect("it is made to its end").expect("the reloader is there");
+        timeout(PATIENCE, subscribers.wait_for(|all| all.len() == 2))
+            .await
+            .expect("it is made to its end")
+            .expect("the reloader is there");
         // Whoever asks next is answered with what is in use.
         let mut client = served.post("/v1/subscribers/b/pause").await;
         let mut answer = [0; 15];

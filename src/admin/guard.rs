@@ -21,7 +21,9 @@ pub(super) fn from_elsewhere(headers: &HeaderMap, has_token: bool) -> Option<&'s
     }
     let host = text(header::HOST);
     let origin = text(header::ORIGIN);
-    if !origin.is_empty() && origin.split_once("://").is_none_or(|(_, o)| !o.eq_ignore_ascii_case(host)) {
+    if !origin.is_empty()
+        && origin.split_once("://").is_none_or(|(_, o)| !o.eq_ignore_ascii_case(host))
+    {
         return Some("it comes from a page of another origin");
     }
     // Any name can be made to lead to this machine, and a page of that name is then of this origin.
@@ -33,13 +35,20 @@ pub(super) fn from_elsewhere(headers: &HeaderMap, has_token: bool) -> Option<&'s
 
 /// Whether a header `host` names no name that somebody else gives addresses to.
 pub(super) fn is_of_this_machine(host: &str) -> bool {
-    let without_port = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(host, |(name, _)| name);
+    let without_port = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()))
+        .map_or(host, |(name, _)| name);
     let name = without_port.trim_start_matches('[').trim_end_matches(']');
     host.is_empty() || name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
 }
 
 /// Lets through what carries the token, if there is one, and what no web page has sent.
-pub(super) async fn authorized(State(token): State<Option<Arc<Secret>>>, request: Request, next: Next) -> Response {
+pub(super) async fn authorized(
+    State(token): State<Option<Arc<Secret>>>,
+    request: Request,
+    next: Next,
+) -> Response {
     if let Some(why) = from_elsewhere(request.headers(), token.is_some()) {
         let (parts, body) = request.into_parts();
         discard(&parts.headers, body).await;
@@ -57,7 +66,9 @@ pub(super) async fn authorized(State(token): State<Option<Arc<Secret>>>, request
 /// Whether a request has the token; compared in constant time.
 pub(super) fn carries(headers: &HeaderMap, token: &Secret) -> bool {
     let given = header_text(headers, header::AUTHORIZATION).split_once(' ');
-    let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map_or("", |(_, given)| given.trim());
+    let given = given
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+        .map_or("", |(_, given)| given.trim());
     bool::from(given.as_bytes().ct_eq(token.expose().as_bytes()))
 }
 
@@ -66,7 +77,9 @@ mod tests {
     use super::*;
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
-        let pair = |(name, value): &(&'static str, &'static str)| (HeaderName::from_static(name), header::HeaderValue::from_static(value));
+        let pair = |(name, value): &(&'static str, &'static str)| {
+            (HeaderName::from_static(name), header::HeaderValue::from_static(value))
+        };
         pairs.iter().map(pair).collect()
     }
 

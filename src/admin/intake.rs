@@ -25,7 +25,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::answer::{BadEvent, MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type};
+use super::answer::{
+    BadEvent, MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer,
+    media_type,
+};
 use crate::{
     clock,
     config::Subscribers,
@@ -79,7 +82,10 @@ struct Encoding {
     gzip: bool,
 }
 
-pub(super) async fn take_events<Q: Queue>(State(intake): State<Arc<Intake<Q>>>, request: Request) -> Response {
+pub(super) async fn take_events<Q: Queue>(
+    State(intake): State<Arc<Intake<Q>>>,
+    request: Request,
+) -> Response {
     let (parts, mut body) = request.into_parts();
     match intake.take(&parts.headers, &mut body).await {
         Ok(answer) => json_answer(StatusCode::ACCEPTED, &answer),
@@ -102,7 +108,11 @@ impl<Q: Queue> Intake<Q> {
         Self { queue, subscribers, phase, metrics, room, failing: AtomicBool::new(false) }
     }
 
-    async fn take(&self, headers: &HeaderMap, body: &mut Body) -> Result<serde_json::Value, Refusal> {
+    async fn take(
+        &self,
+        headers: &HeaderMap,
+        body: &mut Body,
+    ) -> Result<serde_json::Value, Refusal> {
         let encoding = Encoding::of(headers)?;
         let length: Option<usize> = header_text(headers, header::CONTENT_LENGTH).parse().ok();
         if length.is_some_and(|l| l > MAX_BODY) {
@@ -115,7 +125,9 @@ impl<Q: Queue> Intake<Q> {
         if running != Phase::Running {
             return Err(Refusal::not_running(running));
         }
-        if !self.queue.is_reachable() && timeout(WAIT_FOR_QUEUE, self.queue.writable()).await.is_err() {
+        if !self.queue.is_reachable()
+            && timeout(WAIT_FOR_QUEUE, self.queue.writable()).await.is_err()
+        {
             let why = "the queue cannot be reached, or takes nothing; nothing of this request was taken, send it again later";
             return Err(Refusal::unavailable(why.to_owned()));
         }
@@ -129,23 +141,44 @@ impl<Q: Queue> Intake<Q> {
         let events = if body.len() <= QUICK && !encoding.gzip {
             events_of(&body, encoding)?
         } else {
-            let parsing = tokio::task::spawn_blocking(move || inflated(body, encoding).and_then(|body| events_of(&body, encoding)));
-            parsing.await.map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the body could not be read".to_owned()))??
+            let parsing = tokio::task::spawn_blocking(move || {
+                inflated(body, encoding).and_then(|body| events_of(&body, encoding))
+            });
+            parsing.await.map_err(|_| {
+                Refusal::new(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "the body could not be read".to_owned(),
+                )
+            })??
         };
         let _more = self.room_of(&events, room.num_permits())?;
         self.publish(with_trace(events, headers)).await
     }
 
-    /// Many small events take more than the bytes that they came in. Nobody waits for that while holding room that others wait for.
-    fn room_of(&self, events: &[NewEvent], has: usize) -> Result<Option<SemaphorePermit<'_>>, Refusal> {
+    /// Many small events take more than the bytes that they came in. Nobody waits for that while
+    /// holding room that others wait for.
+    fn room_of(
+        &self,
+        events: &[NewEvent],
+        has: usize,
+    ) -> Result<Option<SemaphorePermit<'_>>, Refusal> {
         let needed = (events.len() * EVENT_COST).div_ceil(1024).min(ROOM as usize);
-        let Some(more) = needed.checked_sub(has).and_then(|more| u32::try_from(more).ok()) else { return Ok(None) };
+        let Some(more) = needed.checked_sub(has).and_then(|more| u32::try_from(more).ok()) else {
+            return Ok(None);
+        };
         self.room.try_acquire_many(more).map(Some).map_err(|_| Refusal::behind())
     }
 
-    async fn room(&self, length: Option<usize>, encoding: Encoding) -> Result<SemaphorePermit<'_>, Refusal> {
-        let most = |length: Option<usize>| length.unwrap_or(MAX_BODY) + if encoding.gzip { MAX_BODY } else { 0 };
-        let units = u32::try_from(most(length).div_ceil(1024)).unwrap_or(ROOM).clamp(LEAST_ROOM, ROOM);
+    async fn room(
+        &self,
+        length: Option<usize>,
+        encoding: Encoding,
+    ) -> Result<SemaphorePermit<'_>, Refusal> {
+        let most = |length: Option<usize>| {
+            length.unwrap_or(MAX_BODY) + if encoding.gzip { MAX_BODY } else { 0 }
+        };
+        let units =
+            u32::try_from(most(length).div_ceil(1024)).unwrap_or(ROOM).clamp(LEAST_ROOM, ROOM);
         if self.queue.is_behind() {
             return Err(Refusal::behind());
         }
@@ -165,8 +198,9 @@ impl<Q: Queue> Intake<Q> {
             if group.is_empty() {
                 break;
             }
-            // Their patterns are not in the configuration: what the queue says of them counts. Asked before the configuration is, which
-            // is in use by the time that this is no more so.
+            // Their patterns are not in the configuration: what the queue says of them counts.
+            // Asked before the configuration is, which is in use by the time that this is no more
+            // so.
             let others_may_be_bound = self.queue.removals().others_may_be_bound();
             let matched: Vec<bool> = group.iter().map(|e| self.matches(&e.event_type)).collect();
             let fates = match self.queue.publish(group).await {
@@ -228,9 +262,17 @@ impl Encoding {
                 return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why.to_owned()));
             }
         };
-        let gzip = match header_text(headers, header::CONTENT_ENCODING).trim().to_ascii_lowercase().as_str() {
-            "" | "identity" if headers.get_all(header::CONTENT_ENCODING).iter().count() <= 1 => false,
-            "gzip" | "x-gzip" if headers.get_all(header::CONTENT_ENCODING).iter().count() == 1 => true,
+        let gzip = match header_text(headers, header::CONTENT_ENCODING)
+            .trim()
+            .to_ascii_lowercase()
+            .as_str()
+        {
+            "" | "identity" if headers.get_all(header::CONTENT_ENCODING).iter().count() <= 1 => {
+                false
+            }
+            "gzip" | "x-gzip" if headers.get_all(header::CONTENT_ENCODING).iter().count() == 1 => {
+                true
+            }
             _ => {
                 let why = "the content-encoding must be gzip, or none";
                 return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why.to_owned()));
@@ -273,7 +315,9 @@ fn inflated(body: Bytes, encoding: Encoding) -> Result<Bytes, Refusal> {
     match gunzip(&body, MAX_BODY) {
         Ok(body) => Ok(body.into()),
         Err(Broken::TooLong) => Err(Refusal::too_large()),
-        Err(Broken::Bytes(e)) => Err(Refusal::bad(format!("the body is not gzip, as its content-encoding says: {e}"))),
+        Err(Broken::Bytes(e)) => {
+            Err(Refusal::bad(format!("the body is not gzip, as its content-encoding says: {e}")))
+        }
     }
 }
 
@@ -290,15 +334,20 @@ fn events_of(body: &Bytes, encoding: Encoding) -> Result<Vec<NewEvent>, Refusal>
     } else {
         match shape(body)? {
             Shape::Event => found.add(body, trimmed(body), None),
-            Shape::Events(events) => events.0.iter().for_each(|e| found.add(body, e.get().as_bytes(), None)),
+            Shape::Events(events) => {
+                events.0.iter().for_each(|e| found.add(body, e.get().as_bytes(), None))
+            }
         }
     }
     found.into_events()
 }
 
-/// Without the white space around it: JSON's (RFC 8259, section 2), which is less than that of ASCII.
+/// Without the white space around it: JSON's (RFC 8259, section 2), which is less than that of
+/// ASCII.
 fn trimmed(mut text: &[u8]) -> &[u8] {
-    while let [b' ' | b'\t' | b'\n' | b'\r', rest @ ..] | [rest @ .., b' ' | b'\t' | b'\n' | b'\r'] = text {
+    while let [b' ' | b'\t' | b'\n' | b'\r', rest @ ..]
+    | [rest @ .., b' ' | b'\t' | b'\n' | b'\r'] = text
+    {
         text = rest;
     }
     text
@@ -343,7 +392,10 @@ impl Found {
         }
         if self.bad_count > 0 {
             let (bad, all) = (self.bad_count, counted(self.count, "event(s)"));
-            let why = format!("{bad} of {all} {} not valid; nothing of this request was taken", agreed(&bad, "(is|are)"));
+            let why = format!(
+                "{bad} of {all} {} not valid; nothing of this request was taken",
+                agreed(&bad, "(is|are)")
+            );
             return Err(Refusal { invalid: Some((self.bad, self.bad_count)), ..Refusal::bad(why) });
         }
         if self.events.is_empty() {
@@ -365,9 +417,12 @@ fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
         return Err(Refusal::bad(InvalidEvent::ByteOrderMark.to_string()));
     }
     // What stands around the events is JSON too, though nobody looks at it.
-    let text = std::str::from_utf8(body).map_err(|e| Refusal::bad(format!("the body is not UTF-8 at byte {}", e.valid_up_to())))?;
+    let text = std::str::from_utf8(body)
+        .map_err(|e| Refusal::bad(format!("the body is not UTF-8 at byte {}", e.valid_up_to())))?;
     let mut json = serde_json::Deserializer::from_str(text);
-    let fields = json.deserialize_map(Fields { event: false, events: Vec::new() }).and_then(|fields| json.end().map(|()| fields));
+    let fields = json
+        .deserialize_map(Fields { event: false, events: Vec::new() })
+        .and_then(|fields| json.end().map(|()| fields));
     let fields = fields.map_err(|e| Refusal::bad(format!("the body is not a JSON object: {e}")))?;
     match fields.events[..] {
         _ if fields.event => Ok(Shape::Event),
@@ -378,7 +433,9 @@ fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
         },
         // To take one of them would be to lose the other's.
         [_, _, ..] => Err(Refusal::bad("there are two fields `events`")),
-        [] => Err(Refusal::bad("the body has neither a field `event`, as an event has, nor `events`, an array of events")),
+        [] => Err(Refusal::bad(
+            "the body has neither a field `event`, as an event has, nor `events`, an array of events",
+        )),
     }
 }
 
@@ -435,7 +492,8 @@ impl<'de: 'a, 'a> Visitor<'de> for Elements<'a> {
     }
 }
 
-/// A body as it was inflated, and what is read of it: the events, or the status of the refusal and the places of the bad ones.
+/// A body as it was inflated, and what is read of it: the events, or the status of the refusal and
+/// the places of the bad ones.
 #[cfg(any(test, fuzzing))]
 pub(crate) type Read = (Bytes, Result<Vec<NewEvent>, (u16, Vec<usize>)>);
 
@@ -446,7 +504,9 @@ pub(crate) fn read_all(body: &[u8], lines: bool, gzip: bool) -> Option<Read> {
     let body = inflated(Bytes::copy_from_slice(body), encoding).ok()?;
     let places = |refusal: Refusal| {
         let (bad, count) = refusal.invalid.unwrap_or_default();
-        assert!(bad.len() == count.min(MAX_REPORTED) && bad.iter().all(|b| b.line.is_some() == lines));
+        assert!(
+            bad.len() == count.min(MAX_REPORTED) && bad.iter().all(|b| b.line.is_some() == lines)
+        );
         (refusal.status.as_u16(), bad.iter().map(|b| b.index).collect())
     };
     let events = events_of(&body, encoding).map_err(places);
@@ -462,7 +522,8 @@ mod tests {
     const LINES: Encoding = Encoding { lines: true, gzip: false };
 
     fn bodies(body: &'static str, encoding: Encoding) -> Vec<String> {
-        let events = events_of(&Bytes::from_static(body.as_bytes()), encoding).unwrap_or_else(|e| panic!("{body}: {}", e.why));
+        let events = events_of(&Bytes::from_static(body.as_bytes()), encoding)
+            .unwrap_or_else(|e| panic!("{body}: {}", e.why));
         events.iter().map(|e| String::from_utf8(e.body.to_vec()).expect("text")).collect()
     }
 
@@ -474,18 +535,40 @@ mod tests {
     fn events_keep_their_bytes() {
         let odd = r#"{ "n":18446744073709551616,"event" : "a","s":"\u00e9\/", "events":[1] }"#;
         assert_eq!(
-            bodies(concat!("\n", r#"{ "n":18446744073709551616,"event" : "a","s":"\u00e9\/", "events":[1] }"#, " \r\n"), JSON),
+            bodies(
+                concat!(
+                    "\n",
+                    r#"{ "n":18446744073709551616,"event" : "a","s":"\u00e9\/", "events":[1] }"#,
+                    " \r\n"
+                ),
+                JSON
+            ),
             [odd]
         );
         assert_eq!(
-            bodies(r#" {"sent_at":1,"events" : [ {"event":"a","x":1e400} ,{"y":[ 1 ],"event":"b"}]}"#, JSON),
+            bodies(
+                r#" {"sent_at":1,"events" : [ {"event":"a","x":1e400} ,{"y":[ 1 ],"event":"b"}]}"#,
+                JSON
+            ),
             [r#"{"event":"a","x":1e400}"#, r#"{"y":[ 1 ],"event":"b"}"#]
         );
-        assert_eq!(bodies(r#"{"\ud800":1,"\u0065vents":[{"\udc00":2,"event":"a"}]}"#, JSON), [r#"{"\udc00":2,"event":"a"}"#]);
-        assert_eq!(bodies("{\"event\":\"a\"}\r\n\n  \n {\"event\": \"b\"}", LINES), [r#"{"event":"a"}"#, r#"{"event": "b"}"#]);
-        let events = events_of(&Bytes::from_static(br#"{"event":"x.\u0079"}"#), JSON).expect("an event");
+        assert_eq!(
+            bodies(r#"{"\ud800":1,"\u0065vents":[{"\udc00":2,"event":"a"}]}"#, JSON),
+            [r#"{"\udc00":2,"event":"a"}"#]
+        );
+        assert_eq!(
+            bodies("{\"event\":\"a\"}\r\n\n  \n {\"event\": \"b\"}", LINES),
+            [r#"{"event":"a"}"#, r#"{"event": "b"}"#]
+        );
+        let events =
+            events_of(&Bytes::from_static(br#"{"event":"x.\u0079"}"#), JSON).expect("an event");
         assert_eq!(events[0].event_type, "x.y");
-        assert!(events[0].message_id.as_deref().is_some_and(|id| id.starts_with("evt_") && id.len() == 36));
+        assert!(
+            events[0]
+                .message_id
+                .as_deref()
+                .is_some_and(|id| id.starts_with("evt_") && id.len() == 36)
+        );
     }
 
     #[test]
@@ -505,21 +588,41 @@ mod tests {
             let refusal = refusal(body, JSON);
             assert!(refusal.status == 400 && refusal.why.contains(part), "{body}: {refusal:?}");
         }
-        assert_eq!(refusal(b"{\"events\":[{\"event\":\"a\"}],\"by\":\"\xff\"}", JSON).why, "the body is not UTF-8 at byte 32");
-        let told = refusal("{\"event\":\"a\"}\n\x0c{\"event\":\"b\"}\x0c\n", LINES).invalid.expect("a list");
-        assert_eq!(told.0.iter().map(|b| b.line).collect::<Vec<_>>(), [Some(2)], "a form feed is no white space of JSON");
-        let told = refusal(r#"{"events":[{"event":"a"},{"x":1},7,{"event":"b"}]}"#, JSON).invalid.expect("a list");
-        assert_eq!(told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(), [(1, None), (2, None)]);
-        let told = refusal("{\"event\":\"a\"}\n\nnonsense\n{\"event\":\"\u{0}\"}", LINES).invalid.expect("a list");
-        assert_eq!(told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(), [(1, Some(3)), (2, Some(4))]);
+        assert_eq!(
+            refusal(b"{\"events\":[{\"event\":\"a\"}],\"by\":\"\xff\"}", JSON).why,
+            "the body is not UTF-8 at byte 32"
+        );
+        let told = refusal("{\"event\":\"a\"}\n\x0c{\"event\":\"b\"}\x0c\n", LINES)
+            .invalid
+            .expect("a list");
+        assert_eq!(
+            told.0.iter().map(|b| b.line).collect::<Vec<_>>(),
+            [Some(2)],
+            "a form feed is no white space of JSON"
+        );
+        let told = refusal(r#"{"events":[{"event":"a"},{"x":1},7,{"event":"b"}]}"#, JSON)
+            .invalid
+            .expect("a list");
+        assert_eq!(
+            told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(),
+            [(1, None), (2, None)]
+        );
+        let told = refusal("{\"event\":\"a\"}\n\nnonsense\n{\"event\":\"\u{0}\"}", LINES)
+            .invalid
+            .expect("a list");
+        assert_eq!(
+            told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(),
+            [(1, Some(3)), (2, Some(4))]
+        );
         assert!(told.0[0].reason.contains("not JSON"), "{told:?}");
         let one = refusal(r#"{"event":7}"#, JSON).invalid.expect("a list");
         assert_eq!((one.0[0].index, one.1), (0, 1));
         let many = refusal("x\n".repeat(MAX_EVENTS), LINES).invalid.expect("a list");
         assert_eq!((many.0.len(), many.1), (MAX_REPORTED, MAX_EVENTS));
-        for (body, encoding) in
-            [(format!("{{\"events\":[{}1]}}", "1,".repeat(MAX_EVENTS)), JSON), ("{\"event\":\"a\"}\n".repeat(MAX_EVENTS + 1), LINES)]
-        {
+        for (body, encoding) in [
+            (format!("{{\"events\":[{}1]}}", "1,".repeat(MAX_EVENTS)), JSON),
+            ("{\"event\":\"a\"}\n".repeat(MAX_EVENTS + 1), LINES),
+        ] {
             assert_eq!(refusal(body, encoding).status, 413);
         }
         let deep = format!("{{\"events\":[{}{}]}}", "[".repeat(1_000_000), "]".repeat(1_000_000));
@@ -533,10 +636,25 @@ mod tests {
         let nobody = watch::Sender::new(Subscribers::default()).subscribe();
         let intake = Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room);
         let mut headers = HeaderMap::new();
-        headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json; charset=utf-8"));
-        let refusal = intake.take(&headers, &mut Body::from(r#"{"event":"a"}"#)).await.expect_err("the fake takes none");
-        assert_eq!((refusal.status, refusal.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(AGAIN_LATER)));
-        assert!(refusal.why.contains("0 of 1 event were stored before, and of the rest a part may have been"), "{}", refusal.why);
+        headers.insert(
+            header::CONTENT_TYPE,
+            header::HeaderValue::from_static("application/json; charset=utf-8"),
+        );
+        let refusal = intake
+            .take(&headers, &mut Body::from(r#"{"event":"a"}"#))
+            .await
+            .expect_err("the fake takes none");
+        assert_eq!(
+            (refusal.status, refusal.retry_after),
+            (StatusCode::SERVICE_UNAVAILABLE, Some(AGAIN_LATER))
+        );
+        assert!(
+            refusal
+                .why
+                .contains("0 of 1 event were stored before, and of the rest a part may have been"),
+            "{}",
+            refusal.why
+        );
     }
 
     #[tokio::test]
@@ -544,19 +662,36 @@ mod tests {
         let (_phase, phase) = watch::channel(Phase::Running);
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let nobody = watch::Sender::new(Subscribers::default()).subscribe();
-        let intake = Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room.clone());
+        let intake =
+            Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room.clone());
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/jsonl"));
         let lines = "{\"event\":\"a\"}\n".repeat(MAX_EVENTS);
         headers.insert(header::CONTENT_LENGTH, lines.len().into());
         let (few, many) = ("{\"event\":\"a\"}\n", lines.as_str());
-        let status =
-            async |body: &str| intake.take(&headers, &mut Body::from(body.to_owned())).await.expect_err("the fake takes none").status;
+        let status = async |body: &str| {
+            intake
+                .take(&headers, &mut Body::from(body.to_owned()))
+                .await
+                .expect_err("the fake takes none")
+                .status
+        };
         // Three of them are on their way, and there is room for the bytes of many more.
-        let others = room.clone().acquire_many_owned(3 * (MAX_EVENTS * EVENT_COST / 1024) as u32).await.expect("open");
-        assert_eq!(status(many).await, StatusCode::SERVICE_UNAVAILABLE, "it comes as far as the queue");
+        let others = room
+            .clone()
+            .acquire_many_owned(3 * (MAX_EVENTS * EVENT_COST / 1024) as u32)
+            .await
+            .expect("open");
+        assert_eq!(
+            status(many).await,
+            StatusCode::SERVICE_UNAVAILABLE,
+            "it comes as far as the queue"
+        );
         let more = room.clone().acquire_many_owned(16 * 1024).await.expect("open");
-        assert_eq!((status(many).await, status(few).await), (StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE));
+        assert_eq!(
+            (status(many).await, status(few).await),
+            (StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE)
+        );
         drop((others, more));
         assert_eq!(room.available_permits(), ROOM as usize, "all of it is given back");
     }
@@ -565,15 +700,27 @@ mod tests {
     fn a_compressed_body_is_inflated_no_further_than_a_plain_one_may_be_long() {
         use std::io::Write as _;
         let gzip = |bytes: &[u8]| {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            let mut encoder =
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
             encoder.write_all(bytes).expect("writes");
             Bytes::from(encoder.finish().expect("ends"))
         };
         let encoding = Encoding { lines: false, gzip: true };
         assert_eq!(inflated(gzip(b"{}"), encoding).expect("inflates"), "{}");
-        assert_eq!(inflated(gzip(&vec![b' '; MAX_BODY]), encoding).expect("inflates").len(), MAX_BODY);
-        assert_eq!(inflated(gzip(&vec![b' '; 20 * MAX_BODY]), encoding).expect_err("too long").status, 413);
-        assert!(inflated(Bytes::from_static(b"{}"), encoding).expect_err("not gzip").why.contains("not gzip"));
+        assert_eq!(
+            inflated(gzip(&vec![b' '; MAX_BODY]), encoding).expect("inflates").len(),
+            MAX_BODY
+        );
+        assert_eq!(
+            inflated(gzip(&vec![b' '; 20 * MAX_BODY]), encoding).expect_err("too long").status,
+            413
+        );
+        assert!(
+            inflated(Bytes::from_static(b"{}"), encoding)
+                .expect_err("not gzip")
+                .why
+                .contains("not gzip")
+        );
         let cut = gzip(b"{\"event\":\"a\"}");
         assert_eq!(inflated(cut.slice(..cut.len() - 4), encoding).expect_err("cut").status, 400);
     }

@@ -1,4 +1,5 @@
-//! Which daemon this is, for commands: they compare the configuration's path, and give the token only to who has shown to know it.
+//! Which daemon this is, for commands: they compare the configuration's path, and give the token
+//! only to who has shown to know it.
 
 use std::{path::Path, sync::Arc};
 
@@ -23,18 +24,19 @@ use crate::crypto::{
 struct Introduction {
     token: Option<Arc<Secret>>,
     port: u16,
-    /// Absolute, links not followed: where a folder's content is swapped by a link, the path stays the same.
+    /// Absolute, links not followed: where a folder's content is swapped by a link, the path stays
+    /// the same.
     config: String,
 }
 
 /// Not behind the token: a command that has none to show yet asks here whom it would show it to.
 pub(super) fn routes(token: Option<Arc<Secret>>, port: u16, config: &Path) -> Router {
-    let config = std::path::absolute(config).unwrap_or_else(|_| config.to_owned()).display().to_string();
-    Router::new().route("/v1/daemon", get(introduce)).method_not_allowed_fallback(wrong_method).with_state(Arc::new(Introduction {
-        token,
-        port,
-        config,
-    }))
+    let config =
+        std::path::absolute(config).unwrap_or_else(|_| config.to_owned()).display().to_string();
+    Router::new()
+        .route("/v1/daemon", get(introduce))
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(Arc::new(Introduction { token, port, config }))
 }
 
 async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> Response {
@@ -49,7 +51,8 @@ async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> R
     if let Some(token) = &me.token {
         let given = |name| header_text(&headers, HeaderName::from_static(name));
         let challenge = given(handshake::CHALLENGE);
-        let proven = handshake::is_proven(token, Side::Command, challenge, me.port, given(handshake::PROOF));
+        let proven =
+            handshake::is_proven(token, Side::Command, challenge, me.port, given(handshake::PROOF));
         if !proven && !carries(&headers, token) {
             return unauthorized();
         }

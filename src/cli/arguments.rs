@@ -5,14 +5,17 @@ use std::{path::PathBuf, time::Duration};
 /// The configuration's file, by `--config` or by the environment.
 pub(super) fn file_name(text: &str) -> Result<PathBuf, &'static str> {
     if text.is_empty() {
-        return Err("no file is named; give one by --config FILE or HOOKTRAIL_CONFIG=FILE, or unset HOOKTRAIL_CONFIG");
+        return Err(
+            "no file is named; give one by --config FILE or HOOKTRAIL_CONFIG=FILE, or unset HOOKTRAIL_CONFIG",
+        );
     }
     Ok(text.into())
 }
 
 /// A length of time as it is written on the command line: a number alone is of seconds.
 pub(super) fn duration(text: &str) -> Result<Duration, &'static str> {
-    const EXPECTED: &str = "write seconds, such as 2 or 0.5, or a time with its unit, such as 500ms, 10s or 1m 30s";
+    const EXPECTED: &str =
+        "write seconds, such as 2 or 0.5, or a time with its unit, such as 500ms, 10s or 1m 30s";
     if text.bytes().all(|b| b.is_ascii_digit() || b == b'.')
         && let Ok(seconds) = text.parse()
     {
@@ -28,9 +31,14 @@ mod tests {
     #[test]
     fn a_number_alone_is_of_seconds() {
         let ms = Duration::from_millis;
-        for (text, expected) in
-            [("2", ms(2000)), ("0", ms(0)), ("0.5", ms(500)), ("500ms", ms(500)), ("1m 30s", ms(90_000)), ("2s", ms(2000))]
-        {
+        for (text, expected) in [
+            ("2", ms(2000)),
+            ("0", ms(0)),
+            ("0.5", ms(500)),
+            ("500ms", ms(500)),
+            ("1m 30s", ms(90_000)),
+            ("2s", ms(2000)),
+        ] {
             assert_eq!(duration(text), Ok(expected), "{text}");
         }
         for text in ["", ".", "1.2.3", "-1", "soon", "1e3", "999999999999999999999999", "inf"] {

@@ -1,4 +1,5 @@
-//! `check`: what can go wrong with the queue and the endpoints that a configuration names, and what it means.
+//! `check`: what can go wrong with the queue and the endpoints that a configuration names, and what
+//! it means.
 
 use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 
@@ -20,14 +21,15 @@ pub(super) struct Args {
     /// Only these subscribers, and what all of them share; left out: all
     #[arg(value_name = "SUBSCRIBER", add = complete::subscribers())]
     subscribers: Vec<String>,
-    /// Also look at the queue and at each subscriber's endpoint, without sending a request: what can go wrong, and what
-    /// mends it; exit code 1 if something is harmful
+    /// Also look at the queue and at each subscriber's endpoint, without sending a request: what
+    /// can go wrong, and what mends it; exit code 1 if something is harmful
     #[arg(long)]
     connect: bool,
     /// Print only what can go wrong, and nothing if all is well
     #[arg(long, short)]
     quiet: bool,
-    /// Print what is found as JSON, one finding a line, and nothing else: also each mistake of a configuration
+    /// Print what is found as JSON, one finding a line, and nothing else: also each mistake of a
+    /// configuration
     #[arg(long)]
     json: bool,
 }
@@ -83,12 +85,18 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
 /// The subscribers that are meant, in the order of the configuration.
 fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Failed> {
     names.iter().try_for_each(|name| find(config, name).map(drop))?;
-    Ok(config.subscribers.iter().filter(|s| names.is_empty() || names.contains(&s.name)).cloned().collect())
+    Ok(config
+        .subscribers
+        .iter()
+        .filter(|s| names.is_empty() || names.contains(&s.name))
+        .cloned()
+        .collect())
 }
 
 /// What queue and endpoints show, the worst last.
 async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
-    // Of all subscribers, whoever is meant: they share what the broker allows, and one that runs shows that there is a daemon.
+    // Of all subscribers, whoever is meant: they share what the broker allows, and one that runs
+    // shows that there is a daemon.
     let (mut findings, endpoints) = tokio::join!(look(config), inspect::inspect(chosen));
     if chosen.len() < config.subscribers.len() {
         findings = without_others(findings, config, chosen);
@@ -98,12 +106,18 @@ async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> 
 }
 
 /// Leaves out what is found of other subscribers only, unless it harms all.
-fn without_others(findings: Vec<Finding>, config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+fn without_others(
+    findings: Vec<Finding>,
+    config: &Config,
+    chosen: &[Arc<Subscriber>],
+) -> Vec<Finding> {
     let prefix = match &config.queue.backend {
         Backend::Amqp(amqp) => Some(amqp.prefix.as_str()),
         Backend::Embedded => None,
     };
-    let is_meant = |about: &String| subscriber_of(about, prefix).is_none_or(|name| chosen.iter().any(|s| s.name == name));
+    let is_meant = |about: &String| {
+        subscriber_of(about, prefix).is_none_or(|name| chosen.iter().any(|s| s.name == name))
+    };
     let keep = |mut f: Finding| {
         if !f.for_all {
             f.about.retain(is_meant);
@@ -115,27 +129,43 @@ fn without_others(findings: Vec<Finding>, config: &Config, chosen: &[Arc<Subscri
 
 /// Whose it is, of what a finding is about.
 fn subscriber_of<'a>(about: &'a str, prefix: Option<&str>) -> Option<&'a str> {
-    let quoted = |what: &str| about.strip_prefix(what).and_then(|rest| rest.strip_prefix(" `")).and_then(|rest| rest.strip_suffix('`'));
+    let quoted = |what: &str| {
+        about
+            .strip_prefix(what)
+            .and_then(|rest| rest.strip_prefix(" `"))
+            .and_then(|rest| rest.strip_suffix('`'))
+    };
     if let Some(name) = quoted("subscriber").or_else(|| quoted("bindings of")) {
         return Some(name);
     }
     match prefix {
-        Some(prefix) => quoted("queue").unwrap_or(about).strip_prefix(prefix)?.strip_prefix(".sub.")?.split('.').next(),
+        Some(prefix) => quoted("queue")
+            .unwrap_or(about)
+            .strip_prefix(prefix)?
+            .strip_prefix(".sub.")?
+            .split('.')
+            .next(),
         None => about.split_once(": ").map(|(name, _)| name),
     }
 }
 
 fn nothing_harmful(findings: &[Finding]) -> String {
-    let unseen: Vec<String> = findings.iter().filter(|f| f.is_unseen()).map(Finding::names).collect();
+    let unseen: Vec<String> =
+        findings.iter().filter(|f| f.is_unseen()).map(Finding::names).collect();
     if unseen.is_empty() {
         return "# Nothing harmful was found.".to_owned();
     }
     let unseen = visible(&unseen.join("; "));
-    format!("# Nothing harmful was found in what was looked at. Not looked at, so not known: {unseen}.")
+    format!(
+        "# Nothing harmful was found in what was looked at. Not looked at, so not known: {unseen}."
+    )
 }
 
 fn valid(config: &Config, chosen: &[Arc<Subscriber>]) -> Finding {
-    Finding::ok(config.path.display().to_string(), format!("is valid, with {}", of_them(config, chosen)))
+    Finding::ok(
+        config.path.display().to_string(),
+        format!("is valid, with {}", of_them(config, chosen)),
+    )
 }
 
 /// Each mistake is about its place.
@@ -143,7 +173,8 @@ fn mistakes(problems: &ConfigError) -> Vec<Finding> {
     let of = |p: &config::Problem| {
         let place = p.place.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
         let key = if p.key.is_empty() { String::new() } else { format!("{}: ", p.key) };
-        Finding::harmful(format!("{}{place}", p.file.display()), format!("{key}{}", p.message)).risking("nothing is started with it")
+        Finding::harmful(format!("{}{place}", p.file.display()), format!("{key}{}", p.message))
+            .risking("nothing is started with it")
     };
     problems.problems.iter().map(of).collect()
 }
@@ -182,7 +213,10 @@ fn tell(finding: &Finding) {
 
 async fn look(config: &Config) -> Vec<Finding> {
     match &config.queue.backend {
-        Backend::Amqp(amqp) => inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), &config.subscribers).await,
+        Backend::Amqp(amqp) => {
+            inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), &config.subscribers)
+                .await
+        }
         Backend::Embedded => {
             let embedded = &config.queue.embedded;
             match EmbeddedQueue::exists(embedded) {
@@ -190,7 +224,10 @@ async fn look(config: &Config) -> Vec<Finding> {
                 Ok(false) => {
                     return vec![Finding::note(
                         "data_dir",
-                        format!("there is no embedded queue in {} yet; `run` makes it", embedded.data_dir.display()),
+                        format!(
+                            "there is no embedded queue in {} yet; `run` makes it",
+                            embedded.data_dir.display()
+                        ),
                     )];
                 }
                 Err(e) => {
@@ -210,7 +247,10 @@ async fn inspect(queue: impl Queue, subscribers: &[Arc<Subscriber>]) -> Vec<Find
     let findings = match tokio::time::timeout(PATIENCE, queue.inspect(subscribers)).await {
         Ok(Ok(findings)) => findings,
         Ok(Err(e)) => vec![no_queue(&e)],
-        Err(_) => vec![Finding::harmful("queue", format!("did not answer all questions within {} s", PATIENCE.as_secs()))],
+        Err(_) => vec![Finding::harmful(
+            "queue",
+            format!("did not answer all questions within {} s", PATIENCE.as_secs()),
+        )],
     };
     queue.close().await;
     findings
@@ -233,14 +273,23 @@ fn of_them(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
     format!("{all}, of which {} asked for", counted(chosen.len(), "(is|are)"))
 }
 
-/// The configuration with all defaults filled in, as TOML, secrets left out; of some subscribers only theirs.
+/// The configuration with all defaults filled in, as TOML, secrets left out; of some subscribers
+/// only theirs.
 fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
     let subscribers: String = chosen.iter().map(|s| keys::subscriber_as_toml(s)).collect();
     if chosen.len() < config.subscribers.len() {
-        return format!("# {}: valid, with {}\n{subscribers}", config.path.display(), of_them(config, chosen));
+        return format!(
+            "# {}: valid, with {}\n{subscribers}",
+            config.path.display(),
+            of_them(config, chosen)
+        );
     }
     let none = if chosen.is_empty() { "\n# no subscribers\n" } else { "" };
-    format!("# {}: valid\n{}{subscribers}{none}", config.path.display(), keys::global_as_toml(config))
+    format!(
+        "# {}: valid\n{}{subscribers}{none}",
+        config.path.display(),
+        keys::global_as_toml(config)
+    )
 }
 
 #[cfg(test)]
@@ -298,16 +347,30 @@ mod tests {
             assert_eq!(own(about, Some("h")).as_deref(), of_amqp, "{about}");
             assert_eq!(own(about, None).as_deref(), of_embedded, "{about}");
         }
-        let text = |name: &str| format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n");
+        let text = |name: &str| {
+            format!(
+                "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n"
+            )
+        };
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("h.toml");
-        std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{}{}", text("a"), text("b"))).expect("writes");
+        std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{}{}", text("a"), text("b")))
+            .expect("writes");
         let config = config::load(&path).expect("valid");
         let mut of_both = Finding::warning("subscriber `a`", "is odd");
         of_both.about.push("subscriber `b`".to_owned());
         let for_all = Finding::harmful("subscriber `b`", "stops the ladder").harming_all(true);
-        let found = vec![Finding::ok("b: events to deliver", "1"), Finding::ok("data_dir", "is there"), of_both, for_all];
-        let kept = without_others(found, &config, &chosen(&config, &["a".to_owned()]).expect("it is there"));
+        let found = vec![
+            Finding::ok("b: events to deliver", "1"),
+            Finding::ok("data_dir", "is there"),
+            of_both,
+            for_all,
+        ];
+        let kept = without_others(
+            found,
+            &config,
+            &chosen(&config, &["a".to_owned()]).expect("it is there"),
+        );
         let kept: Vec<_> = kept.iter().map(Finding::names).collect();
         assert_eq!(kept, ["data_dir", "subscriber `a`", "subscriber `b`"]);
     }

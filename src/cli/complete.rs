@@ -1,7 +1,9 @@
-//! What a shell completes: commands and options, the names of subscribers, reasons and other values of which there are few.
+//! What a shell completes: commands and options, the names of subscribers, reasons and other values
+//! of which there are few.
 //!
-//! The shell's script asks the program itself, by a variable of the environment, so the names are those of the configuration as it is at
-//! that moment. Only its files are read: nobody is asked, and what is wrong with them is no matter here.
+//! The shell's script asks the program itself, by a variable of the environment, so the names are
+//! those of the configuration as it is at that moment. Only its files are read: nobody is asked,
+//! and what is wrong with them is no matter here.
 
 use std::{ffi::OsString, io, path::PathBuf};
 
@@ -13,7 +15,8 @@ use clap_complete::{
 
 use crate::config;
 
-/// Set by the script of a shell, to the shell's name. `COMPLETE`, which is usual, could stand in anybody's environment.
+/// Set by the script of a shell, to the shell's name. `COMPLETE`, which is usual, could stand in
+/// anybody's environment.
 const VARIABLE: &str = "HOOKTRAIL_COMPLETE";
 
 const PROGRAM: &str = "hooktrail";
@@ -29,11 +32,15 @@ pub(super) fn answered(command: impl Fn() -> clap::Command) -> Result<bool, Stri
 pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
     let mut script = Vec::new();
     let known = Shells::builtins();
-    let asks = known.completer(&shell.to_string()).ok_or_else(|| io::Error::other(format!("{shell} is not known")))?;
+    let asks = known
+        .completer(&shell.to_string())
+        .ok_or_else(|| io::Error::other(format!("{shell} is not known")))?;
     asks.write_registration(VARIABLE, PROGRAM, PROGRAM, PROGRAM, &mut script)?;
     if shell == Shell::Zsh {
         // As a file in `fpath` it is run when the first completion is wanted, and has to give it.
-        script.extend_from_slice(b"[[ $funcstack[1] == _hooktrail ]] && _clap_dynamic_completer_hooktrail\n");
+        script.extend_from_slice(
+            b"[[ $funcstack[1] == _hooktrail ]] && _clap_dynamic_completer_hooktrail\n",
+        );
     }
     Ok(script)
 }
@@ -41,23 +48,32 @@ pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
 /// For an argument that is a subscriber's name.
 pub(super) fn subscribers() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
-        let words: Vec<OsString> = std::env::args_os().skip_while(|word| word != "--").skip(1).collect();
-        config::names_of(&configuration(&words, std::env::var_os("HOME"))).into_iter().map(CompletionCandidate::new).collect()
+        let words: Vec<OsString> =
+            std::env::args_os().skip_while(|word| word != "--").skip(1).collect();
+        config::names_of(&configuration(&words, std::env::var_os("HOME")))
+            .into_iter()
+            .map(CompletionCandidate::new)
+            .collect()
     })
 }
 
-/// The file that a command with these words would read, once the shell has put `home` for the `~` at the begin of a word. A completer
-/// gets the words as they were typed.
+/// The file that a command with these words would read, once the shell has put `home` for the `~`
+/// at the begin of a word. A completer gets the words as they were typed.
 fn configuration(words: &[OsString], home: Option<OsString>) -> PathBuf {
-    let expanded = |word: &OsString| match (word.to_str().and_then(|word| word.strip_prefix("~/")), &home) {
-        (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
-        _ => word.into(),
-    };
+    let expanded =
+        |word: &OsString| match (word.to_str().and_then(|word| word.strip_prefix("~/")), &home) {
+            (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
+            _ => word.into(),
+        };
     let named = words.iter().enumerate().find_map(|(n, word)| match word.to_str()? {
         "--config" | "-c" => words.get(n + 1).map(expanded),
-        word => word.strip_prefix("--config=").or_else(|| word.strip_prefix("-c").filter(|_| !word.starts_with("--"))).map(PathBuf::from),
+        word => word
+            .strip_prefix("--config=")
+            .or_else(|| word.strip_prefix("-c").filter(|_| !word.starts_with("--")))
+            .map(PathBuf::from),
     });
-    let by_environment = || std::env::var_os("HOOKTRAIL_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let by_environment =
+        || std::env::var_os("HOOKTRAIL_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
     named.or_else(by_environment).unwrap_or_else(|| config::DEFAULT_PATH.into())
 }
 

@@ -27,8 +27,8 @@ pub(super) struct Asked {
     pub(super) config: PathBuf,
 }
 
-/// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and that is no time to be out
-/// of reach.
+/// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and
+/// that is no time to be out of reach.
 pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed> {
     let of = |admin| Asked { admin, config: path.to_owned() };
     let problems = match config::load(path) {
@@ -42,7 +42,9 @@ pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed
     let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     match config::admin_of(path).filter(|_| subscribers.iter().all(|name| is_name(name))) {
         Some(admin) => {
-            eprintln!("warning: the configuration has mistakes, see `hooktrail check`; a daemon that runs goes on with the one before");
+            eprintln!(
+                "warning: the configuration has mistakes, see `hooktrail check`; a daemon that runs goes on with the one before"
+            );
             Ok(of(admin))
         }
         None => Err(Failed::Config(problems)),
@@ -58,12 +60,18 @@ pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {
 /// What a reload has changed, a line for each.
 fn reloaded(answer: &Value) -> String {
     let array = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let words = |value: &Value| array(value).iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join(", ");
+    let words = |value: &Value| {
+        array(value).iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join(", ")
+    };
     let mut lines = Vec::new();
     for change in array(&answer["changes"]) {
-        let (name, keys) = (visible(change["subscriber"].as_str().unwrap_or_default()), words(&change["keys"]));
+        let (name, keys) =
+            (visible(change["subscriber"].as_str().unwrap_or_default()), words(&change["keys"]));
         let keys = if keys.is_empty() { keys } else { format!(": {keys}") };
-        lines.push(format!("{} `{name}`{keys}", change["change"].as_str().map(visible).unwrap_or_default()));
+        lines.push(format!(
+            "{} `{name}`{keys}",
+            change["change"].as_str().map(visible).unwrap_or_default()
+        ));
     }
     let settings = words(&answer["settings"]);
     if !settings.is_empty() {
@@ -77,7 +85,9 @@ fn reloaded(answer: &Value) -> String {
         lines.push(format!("Used after a restart: {restart}"));
     }
     if !unbound.is_empty() {
-        lines.push(format!("Not bound yet, which is tried again without end; the log says why: {unbound}"));
+        lines.push(format!(
+            "Not bound yet, which is tried again without end; the log says why: {unbound}"
+        ));
     }
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
@@ -111,7 +121,11 @@ enum Stranger {
 impl<'c> Daemon<'c> {
     pub(super) fn of(asked: &'c Asked) -> Result<Self, Failed> {
         let address = reachable(asked.admin.listen)?;
-        let client = reqwest::Client::builder().no_proxy().timeout(TIMEOUT).build().map_err(|e| no_daemon(address, &e))?;
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(TIMEOUT)
+            .build()
+            .map_err(|e| no_daemon(address, &e))?;
         Ok(Self { asked, address, client })
     }
 
@@ -121,7 +135,13 @@ impl<'c> Daemon<'c> {
     }
 
     pub(super) async fn post(&self, path: &str, wish: &Value) -> Result<Value, Failed> {
-        self.ask(self.client.post(self.url(path)).header("content-type", "application/json").body(wish.to_string())).await
+        self.ask(
+            self.client
+                .post(self.url(path))
+                .header("content-type", "application/json")
+                .body(wish.to_string()),
+        )
+        .await
     }
 
     fn url(&self, path: &str) -> String {
@@ -133,19 +153,24 @@ impl<'c> Daemon<'c> {
             Stranger::Absent(why) => no_daemon(self.address, &why),
             Stranger::Other(why) => Failed::Runtime(why),
         })?;
-        let (status, body) = self.authorized(request).await.map_err(|e| no_daemon(self.address, &e))?;
+        let (status, body) =
+            self.authorized(request).await.map_err(|e| no_daemon(self.address, &e))?;
         if status.is_success() {
             return Ok(body);
         }
-        let why = body["error"].as_str().map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
+        let why = body["error"]
+            .as_str()
+            .map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
         Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
     }
 
-    /// Makes sure that what listens there is the daemon of this configuration. Before that nothing is asked of it, and it is not given
-    /// the token.
+    /// Makes sure that what listens there is the daemon of this configuration. Before that nothing
+    /// is asked of it, and it is not given the token.
     async fn meet(&self) -> Result<(), Stranger> {
         let address = self.address;
-        let other = |why: &str| Err(Stranger::Other(format!("what listens at {address} ([admin] listen) {why}")));
+        let other = |why: &str| {
+            Err(Stranger::Other(format!("what listens at {address} ([admin] listen) {why}")))
+        };
         let challenge = handshake::challenge();
         let (status, answer) = self.introduced(&challenge).await.map_err(Stranger::Absent)?;
         if status == reqwest::StatusCode::UNAUTHORIZED {
@@ -164,7 +189,9 @@ impl<'c> Daemon<'c> {
             );
         };
         if let Some(token) = &self.asked.admin.token
-            && !it.proof.is_some_and(|proof| handshake::is_proven(token, Side::Daemon, &challenge, address.port(), &proof))
+            && !it.proof.is_some_and(|proof| {
+                handshake::is_proven(token, Side::Daemon, &challenge, address.port(), &proof)
+            })
         {
             return other(
                 "does not know [admin] token of this configuration, which was not sent to it. If it is your daemon: it was started before \
@@ -184,19 +211,26 @@ impl<'c> Daemon<'c> {
     }
 
     /// Asks what listens there which daemon it is, without telling it the token.
-    async fn introduced(&self, challenge: &str) -> Result<(reqwest::StatusCode, Option<Introduction>), String> {
+    async fn introduced(
+        &self,
+        challenge: &str,
+    ) -> Result<(reqwest::StatusCode, Option<Introduction>), String> {
         let mut request = self.client.get(self.url("daemon")).timeout(INTRODUCTION_TIMEOUT);
         if let Some(token) = &self.asked.admin.token {
             let proof = handshake::proof(token, Side::Command, challenge, self.address.port());
-            request = request.header(handshake::CHALLENGE, challenge).header(handshake::PROOF, proof);
+            request =
+                request.header(handshake::CHALLENGE, challenge).header(handshake::PROOF, proof);
         }
         let (status, answer) = send(request).await?;
         Ok((status, serde_json::from_value(answer).ok()))
     }
 
-    /// What the daemon answers to a request with the token, whatever that is; else what is in the way. Only after
-    /// [`meet`](Self::meet).
-    async fn authorized(&self, mut request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
+    /// What the daemon answers to a request with the token, whatever that is; else what is in the
+    /// way. Only after [`meet`](Self::meet).
+    async fn authorized(
+        &self,
+        mut request: reqwest::RequestBuilder,
+    ) -> Result<(reqwest::StatusCode, Value), String> {
         if let Some(token) = &self.asked.admin.token {
             request = request.bearer_auth(token.expose());
         }
@@ -215,19 +249,30 @@ async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, 
         why.to_string()
     })?;
     let status = answer.status();
-    Ok((status, answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default()))
+    Ok((
+        status,
+        answer.bytes().await.ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default(),
+    ))
 }
 
-/// Whether two paths name the same configuration: as they are written, or by where their links lead.
+/// Whether two paths name the same configuration: as they are written, or by where their links
+/// lead.
 fn is_same_file(ours: &Path, theirs: &Path) -> bool {
-    let written = std::path::absolute(ours).is_ok_and(|ours| ours.display().to_string() == theirs.display().to_string());
-    written || std::fs::canonicalize(ours).is_ok_and(|ours| std::fs::canonicalize(theirs).is_ok_and(|theirs| ours == theirs))
+    let written = std::path::absolute(ours)
+        .is_ok_and(|ours| ours.display().to_string() == theirs.display().to_string());
+    written
+        || std::fs::canonicalize(ours)
+            .is_ok_and(|ours| std::fs::canonicalize(theirs).is_ok_and(|theirs| ours == theirs))
 }
 
 /// Why a daemon cannot listen where its configuration says: who is there already, and what to do.
 pub(super) async fn cannot_listen(config: &Config, why: &std::io::Error) -> Failed {
     let listen = config.admin.listen;
-    let who = if why.kind() == std::io::ErrorKind::AddrInUse { format!(", {}", holder(config).await) } else { String::new() };
+    let who = if why.kind() == std::io::ErrorKind::AddrInUse {
+        format!(", {}", holder(config).await)
+    } else {
+        String::new()
+    };
     let next = SocketAddr::new(listen.ip(), listen.port().checked_add(1).unwrap_or(8787));
     Failed::Runtime(format!(
         "cannot listen on {listen} ([admin] listen): {why}{who}; end it, or give this configuration an address of its own, such as \
@@ -238,20 +283,29 @@ pub(super) async fn cannot_listen(config: &Config, why: &std::io::Error) -> Fail
 /// Who has the address of a configuration.
 async fn holder(config: &Config) -> String {
     let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
-    let program = || format!("by a program that `ss -ltnp 'sport = :{}'` shows", config.admin.listen.port());
+    let program =
+        || format!("by a program that `ss -ltnp 'sport = :{}'` shows", config.admin.listen.port());
     let Ok(daemon) = Daemon::of(&asked) else { return program() };
     match daemon.introduced(&handshake::challenge()).await {
         Ok((_, Some(it))) if is_same_file(&config.path, Path::new(&it.config)) => {
             format!("by a daemon that runs with this configuration already (process {})", it.pid)
         }
-        Ok((_, Some(it))) => format!("by the daemon of another configuration, {} (process {})", visible(&it.config), it.pid),
-        Ok((reqwest::StatusCode::UNAUTHORIZED, None)) => format!("perhaps by a daemon with another [admin] token, {}", program()),
+        Ok((_, Some(it))) => format!(
+            "by the daemon of another configuration, {} (process {})",
+            visible(&it.config),
+            it.pid
+        ),
+        Ok((reqwest::StatusCode::UNAUTHORIZED, None)) => {
+            format!("perhaps by a daemon with another [admin] token, {}", program())
+        }
         Ok(_) | Err(_) => program(),
     }
 }
 
 fn no_daemon(address: SocketAddr, why: &dyn std::fmt::Display) -> Failed {
-    Failed::Runtime(format!("no daemon answers at {address} ([admin] listen), and only a running one can tell or do this: {why}"))
+    Failed::Runtime(format!(
+        "no daemon answers at {address} ([admin] listen), and only a running one can tell or do this: {why}"
+    ))
 }
 
 /// Where a listener on this machine is reached.
@@ -273,7 +327,8 @@ const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a reload of the running daemon would do.
 pub(super) enum Foreseen {
-    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`; `needs_restart`; and `waits_for_operator`.
+    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`;
+    /// `needs_restart`; and `waits_for_operator`.
     Changes { address: SocketAddr, answer: Value },
     /// The daemon says what is wrong with its configuration.
     Refused { address: SocketAddr, error: String },
@@ -290,13 +345,18 @@ pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> 
         Err(other) => return Err(other),
     };
     let address = daemon.address;
-    let absent = |why: String| Foreseen::Unknown { why: format!("no daemon answers at {address} ([admin] listen): {why}") };
+    let absent = |why: String| Foreseen::Unknown {
+        why: format!("no daemon answers at {address} ([admin] listen): {why}"),
+    };
     match daemon.meet().await {
         Ok(()) => {}
         Err(Stranger::Absent(why)) => return Ok(absent(why)),
         Err(Stranger::Other(why)) => return Ok(Foreseen::Unknown { why }),
     }
-    let (status, answer) = match daemon.authorized(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT)).await {
+    let (status, answer) = match daemon
+        .authorized(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT))
+        .await
+    {
         Ok(answered) => answered,
         Err(why) => return Ok(absent(why)),
     };
@@ -305,8 +365,13 @@ pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> 
         (200, None) if answer["changes"].is_array() => Foreseen::Changes { address, answer },
         (422, Some(error)) => Foreseen::Refused { address, error },
         (status, error) => {
-            let error = error.map_or_else(|| "it is no hooktrail, or one of another version, perhaps".to_owned(), |e| visible(&e));
-            Foreseen::Unknown { why: format!("what listens at {address} answered {status}: {error}") }
+            let error = error.map_or_else(
+                || "it is no hooktrail, or one of another version, perhaps".to_owned(),
+                |e| visible(&e),
+            );
+            Foreseen::Unknown {
+                why: format!("what listens at {address} answered {status}: {error}"),
+            }
         }
     })
 }

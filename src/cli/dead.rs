@@ -1,4 +1,5 @@
-//! `dead`: dead letters and orphans, one at a time, so that a hundred thousand of them need no memory.
+//! `dead`: dead letters and orphans, one at a time, so that a hundred thousand of them need no
+//! memory.
 
 pub(super) mod choice;
 mod summary;
@@ -36,8 +37,8 @@ const GROUP_BYTES: usize = 4 * 1024 * 1024;
 /// So many groups of a replay with a rate go in a second at most, as long as a group has room.
 const GROUPS_A_SECOND: f64 = 20.0;
 
-/// After so long a slow replay gives back what it has passed by and begins anew: a broker closes the
-/// channel of who holds a message for half an hour.
+/// After so long a slow replay gives back what it has passed by and begins anew: a broker closes
+/// the channel of who holds a message for half an hour.
 const ROUND: Duration = Duration::from_secs(600);
 
 /// So many letters that cannot be replayed are told one by one.
@@ -45,7 +46,8 @@ const TOLD: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a dead letter, oldest first, each with its number, such as @2; without a name how many each subscriber has, and why
+    /// One line a dead letter, oldest first, each with its number, such as @2; without a name how
+    /// many each subscriber has, and why
     List {
         #[command(flatten)]
         which: Which,
@@ -68,7 +70,8 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Print dead letters as JSON Lines, bodies included: `body` as text, or `body_base64` where it is not UTF-8
+    /// Print dead letters as JSON Lines, bodies included: `body` as text, or `body_base64` where it
+    /// is not UTF-8
     Export {
         #[command(flatten)]
         which: Which,
@@ -127,10 +130,16 @@ impl Command {
     fn split(self) -> Result<(Which, Task), Failed> {
         Ok(match self {
             Self::List { which, json } => (which.checked()?, Task::List { json }),
-            Self::Show { subscriber, letter, orphans, json } => (Which::one(subscriber, letter, orphans)?, Task::Show { json }),
+            Self::Show { subscriber, letter, orphans, json } => {
+                (Which::one(subscriber, letter, orphans)?, Task::Show { json })
+            }
             Self::Export { which, json: _ } => (which.of_one()?, Task::Export),
-            Self::Replay { which, rate, dry_run, json } => (which.of_one()?, Task::Replay { rate, dry_run, json }),
-            Self::Purge { which, dry_run, yes, json } => (which.of_one()?, Task::Purge { dry_run, yes, json }),
+            Self::Replay { which, rate, dry_run, json } => {
+                (which.of_one()?, Task::Replay { rate, dry_run, json })
+            }
+            Self::Purge { which, dry_run, yes, json } => {
+                (which.of_one()?, Task::Purge { dry_run, yes, json })
+            }
         })
     }
 }
@@ -140,7 +149,15 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
     if let (Task::List { json }, None, false) = (&task, which.subscriber(), which.orphans()) {
         return match &config.queue.backend {
             Backend::Amqp(amqp) => summary::list(reach(amqp).await?, config, &which, *json).await,
-            Backend::Embedded => summary::list(EmbeddedQueue::existing(&config.queue.embedded)?, config, &which, *json).await,
+            Backend::Embedded => {
+                summary::list(
+                    EmbeddedQueue::existing(&config.queue.embedded)?,
+                    config,
+                    &which,
+                    *json,
+                )
+                .await
+            }
         };
     }
     match (&config.queue.backend, which.subscriber()) {
@@ -172,7 +189,11 @@ fn no_orphans(which: &Which) -> Result<(), Failed> {
     Ok(())
 }
 
-async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, which: &Which, task: Task) -> Result<(), Failed> {
+async fn walk<D: DeadLetters>(
+    open: impl AsyncFn() -> Result<D, QueueError>,
+    which: &Which,
+    task: Task,
+) -> Result<(), Failed> {
     let mut letters = open().await?;
     let stops = signal::stop()?;
     let mut most = usize::MAX;
@@ -180,7 +201,9 @@ async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, whi
         can_ask()?;
         most = letters.left() as usize;
         if !which.all() {
-            most = each(letters, &mut Choice::new(which), &stops, |_, _| true).await?.unwrap_or_default();
+            most = each(letters, &mut Choice::new(which), &stops, |_, _| true)
+                .await?
+                .unwrap_or_default();
             letters = open().await?;
         }
         // Of nothing there is nothing to ask; the walk says what was not found.
@@ -194,8 +217,12 @@ async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, whi
             Task::List { json } => list(letters, which, json, &stops).await,
             Task::Show { json } => show(letters, which, json, &stops).await,
             Task::Export => export(letters, which, &stops).await,
-            Task::Replay { rate, dry_run, json } => Replay::new(which, rate, dry_run, &stops).run(letters, open, json).await,
-            Task::Purge { dry_run, json, .. } => purge(letters, which, (dry_run, most), json, &stops).await,
+            Task::Replay { rate, dry_run, json } => {
+                Replay::new(which, rate, dry_run, &stops).run(letters, open, json).await
+            }
+            Task::Purge { dry_run, json, .. } => {
+                purge(letters, which, (dry_run, most), json, &stops).await
+            }
         }
     };
     tokio::select! {
@@ -204,8 +231,8 @@ async fn walk<D: DeadLetters>(open: impl AsyncFn() -> Result<D, QueueError>, whi
     }
 }
 
-/// After a walk, which heeds a wish to stop between two letters, so that it can give back in order what it has passed by: an error if
-/// it ended early.
+/// After a walk, which heeds a wish to stop between two letters, so that it can give back in order
+/// what it has passed by: an error if it ended early.
 fn to_its_end(stops: &Stops) -> Result<(), Failed> {
     if stops.is_asked() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
 }
@@ -224,15 +251,20 @@ fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
 /// The failed attempts; where some are left out there is one element that says how many.
 fn story_as_json(story: &AttemptLog) -> serde_json::Value {
     let one = |a: &FailedAttempt| match &a.result {
-        AttemptResult::Status(status) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status }),
-        AttemptResult::Failure(name) => json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name }),
+        AttemptResult::Status(status) => {
+            json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status })
+        }
+        AttemptResult::Failure(name) => {
+            json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name })
+        }
     };
     let (first, left_out, last) = story.parts();
     let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
     first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect()
 }
 
-/// Gives the letters back, also after a walk that failed half-way: without that they would change places.
+/// Gives the letters back, also after a walk that failed half-way: without that they would change
+/// places.
 async fn close<T>(letters: impl DeadLetters, walked: Result<T, QueueError>) -> Result<T, Failed> {
     let closed = letters.close().await;
     let walked = walked?;
@@ -268,7 +300,12 @@ async fn each<D: DeadLetters>(
     Ok(shown)
 }
 
-async fn list(letters: impl DeadLetters, which: &Which, json: bool, stops: &Stops) -> Result<(), Failed> {
+async fn list(
+    letters: impl DeadLetters,
+    which: &Which,
+    json: bool,
+    stops: &Stops,
+) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut head = !json;
     // Whose an orphan is, is a column; of dead letters it was said.
@@ -295,8 +332,16 @@ async fn list(letters: impl DeadLetters, which: &Which, json: bool, stops: &Stop
         let error: String = visible(&l.error).chars().take(80).collect();
         let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
         let number = format!("@{number}");
-        let (died, whose) = (time(l.died_at, "-"), whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)));
-        print(&format!("{number:>6}  {died:<20}  {:<14}  {:>6}  {:>8}  {whose}{id:<36}  {error}", l.reason.name(), l.events, l.attempts))
+        let (died, whose) = (
+            time(l.died_at, "-"),
+            whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)),
+        );
+        print(&format!(
+            "{number:>6}  {died:<20}  {:<14}  {:>6}  {:>8}  {whose}{id:<36}  {error}",
+            l.reason.name(),
+            l.events,
+            l.attempts
+        ))
     };
     let Some(shown) = each(letters, &mut choice, stops, row).await? else { return Ok(()) };
     choice.complete()?;
@@ -315,7 +360,12 @@ async fn export(letters: impl DeadLetters, which: &Which, stops: &Stops) -> Resu
     }
 }
 
-async fn show(letters: impl DeadLetters, which: &Which, json: bool, stops: &Stops) -> Result<(), Failed> {
+async fn show(
+    letters: impl DeadLetters,
+    which: &Which,
+    json: bool,
+    stops: &Stops,
+) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut found = None;
     // Of several with one id it is the first.
@@ -362,21 +412,29 @@ fn for_reading(number: usize, held: &Held) -> String {
     ] {
         lines.push(format!("{name:<17} {value}"));
     }
-    lines.extend(l.content_encoding.iter().map(|encoding| format!("{:<17} {}", "content encoding", visible(encoding))));
+    lines.extend(
+        l.content_encoding
+            .iter()
+            .map(|encoding| format!("{:<17} {}", "content encoding", visible(encoding))),
+    );
     let (first, left_out, last) = l.story.parts();
     if !first.is_empty() {
         lines.extend([String::new(), "the failed attempts:".to_owned()]);
     }
-    let one = |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, clock::rfc3339(a.at), a.result);
+    let one =
+        |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, clock::rfc3339(a.at), a.result);
     lines.extend(first.iter().map(one));
-    lines.extend((left_out > 0).then(|| format!("     …  {} left out here", counted(left_out, "attempt(s) (is|are)"))));
+    lines
+        .extend((left_out > 0).then(|| {
+            format!("     …  {} left out here", counted(left_out, "attempt(s) (is|are)"))
+        }));
     lines.extend(last.iter().map(one));
     lines.extend([String::new(), readable(&l.body)]);
     lines.join("\n")
 }
 
-/// A body for reading: each token as it is stored, the events of a batch on a line each, and nothing
-/// that drives the terminal.
+/// A body for reading: each token as it is stored, the events of a batch on a line each, and
+/// nothing that drives the terminal.
 fn readable(body: &[u8]) -> String {
     let by_line = std::str::from_utf8(body).ok().and_then(event_a_line);
     let mut out = String::new();
@@ -390,8 +448,8 @@ fn readable(body: &[u8]) -> String {
     out
 }
 
-/// `{"events":[…]}` with a line break before each event and nothing else changed: what would be parsed
-/// and printed again loses the spelling of numbers and all but the last of two fields.
+/// `{"events":[…]}` with a line break before each event and nothing else changed: what would be
+/// parsed and printed again loses the spelling of numbers and all but the last of two fields.
 fn event_a_line(body: &str) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Payload<'b> {
@@ -412,12 +470,18 @@ fn event_a_line(body: &str) -> Option<String> {
 
 /// Shown when stderr is a terminal.
 fn progress(total: u32) -> ProgressBar {
-    let target = if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} letters, {per_sec}, {eta} left");
-    ProgressBar::with_draw_target(Some(total.into()), target).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    ProgressBar::with_draw_target(Some(total.into()), target)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Collects what goes together, so that large letters are held one at a time and small ones are quick.
+/// Collects what goes together, so that large letters are held one at a time and small ones are
+/// quick.
 struct Group<T> {
     items: Vec<T>,
     bytes: usize,
@@ -444,8 +508,9 @@ impl<T> Group<T> {
     }
 }
 
-/// Why a letter cannot be sent at all, if that is so. What came into the retry queue without being an
-/// envelope was never put together by hooktrail: as a batch it would be a request that no receiver understands.
+/// Why a letter cannot be sent at all, if that is so. What came into the retry queue without being
+/// an envelope was never put together by hooktrail: as a batch it would be a request that no
+/// receiver understands.
 fn cannot_be_replayed(held: &Held, orphans: bool) -> Option<&'static str> {
     match (held.letter.kind, held.letter.reason) {
         (MessageKind::Batch, Reason::InvalidEvent) => Some("it never was a batch of hooktrail's"),
@@ -463,7 +528,8 @@ struct Pace {
 
 impl Pace {
     fn sent(&mut self, letters: usize) {
-        self.next = self.next.max(clock::instant()) + Duration::from_secs_f64(letters as f64 / self.rate);
+        self.next =
+            self.next.max(clock::instant()) + Duration::from_secs_f64(letters as f64 / self.rate);
     }
 }
 
@@ -485,14 +551,33 @@ struct Replay<'r> {
 
 impl<'r> Replay<'r> {
     fn new(which: &'r Which, rate: Option<f64>, dry_run: bool, stops: &'r Stops) -> Self {
-        // What goes together is no burst: one letter, or as many as are due within a twentieth of a second.
-        let most = rate.map_or(GROUP_LETTERS, |rate| ((rate / GROUPS_A_SECOND) as usize).clamp(1, GROUP_LETTERS));
+        // What goes together is no burst: one letter, or as many as are due within a twentieth of a
+        // second.
+        let most = rate.map_or(GROUP_LETTERS, |rate| {
+            ((rate / GROUPS_A_SECOND) as usize).clamp(1, GROUP_LETTERS)
+        });
         let pace = rate.filter(|_| !dry_run).map(|rate| Pace { rate, next: clock::instant() });
         let (choice, group) = (Choice::new(which), Group::new(most));
-        Self { choice, stops, dry_run, pace, round: ROUND, group, bar: ProgressBar::hidden(), chosen: 0, replayed: 0, skipped: 0 }
+        Self {
+            choice,
+            stops,
+            dry_run,
+            pace,
+            round: ROUND,
+            group,
+            bar: ProgressBar::hidden(),
+            chosen: 0,
+            replayed: 0,
+            skipped: 0,
+        }
     }
 
-    async fn run<D: DeadLetters>(mut self, first: D, open: impl AsyncFn() -> Result<D, QueueError>, json: bool) -> Result<(), Failed> {
+    async fn run<D: DeadLetters>(
+        mut self,
+        first: D,
+        open: impl AsyncFn() -> Result<D, QueueError>,
+        json: bool,
+    ) -> Result<(), Failed> {
         let total = first.left();
         self.bar = progress(total);
         let mut letters = first;
@@ -513,7 +598,10 @@ impl<'r> Replay<'r> {
         }
         self.choice.complete()?;
         if self.skipped > 0 && self.choice.which.has_names() {
-            return Err(Failed::Runtime(format!("{} cannot be replayed; above is what to do", counted(self.skipped, "letter(s)"))));
+            return Err(Failed::Runtime(format!(
+                "{} cannot be replayed; above is what to do",
+                counted(self.skipped, "letter(s)")
+            )));
         }
         Ok(())
     }
@@ -521,13 +609,19 @@ impl<'r> Replay<'r> {
     fn failed(&self, why: Failed) -> Failed {
         self.bar.finish_and_clear();
         match why {
-            Failed::Runtime(why) if self.replayed > 0 => Failed::Runtime(format!("{why}; {} were replayed before", self.replayed)),
+            Failed::Runtime(why) if self.replayed > 0 => {
+                Failed::Runtime(format!("{why}; {} were replayed before", self.replayed))
+            }
             other => other,
         }
     }
 
     /// Goes on where the last round ended; true if there is to be another one.
-    async fn round(&mut self, letters: &mut impl DeadLetters, total: usize) -> Result<bool, QueueError> {
+    async fn round(
+        &mut self,
+        letters: &mut impl DeadLetters,
+        total: usize,
+    ) -> Result<bool, QueueError> {
         let end = self.pace.as_ref().map(|_| clock::instant() + self.round);
         // What the rounds before have passed by comes first again.
         for _ in 0..self.choice.number - self.replayed {
@@ -566,7 +660,11 @@ impl<'r> Replay<'r> {
     }
 
     /// Sends a group when its time has come, unless it is to stop before.
-    async fn send(&mut self, letters: &mut impl DeadLetters, group: Vec<Held>) -> Result<(), QueueError> {
+    async fn send(
+        &mut self,
+        letters: &mut impl DeadLetters,
+        group: Vec<Held>,
+    ) -> Result<(), QueueError> {
         if group.is_empty() {
             return Ok(());
         }
@@ -596,7 +694,9 @@ impl<'r> Replay<'r> {
     fn tell(&self, held: &Held, why: &str) {
         if self.skipped > TOLD {
             if self.skipped == TOLD + 1 {
-                self.bar.suspend(|| eprintln!("more such letters follow, which are counted and not told"));
+                self.bar.suspend(|| {
+                    eprintln!("more such letters follow, which are counted and not told")
+                });
             }
             return;
         }
@@ -678,7 +778,15 @@ fn confirm(chosen: usize, which: &Which) -> Result<bool, Failed> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
-fn finished(what: &str, done: usize, skipped: usize, of: usize, choice: &Choice<'_>, dry_run: bool, json: bool) {
+fn finished(
+    what: &str,
+    done: usize,
+    skipped: usize,
+    of: usize,
+    choice: &Choice<'_>,
+    dry_run: bool,
+    json: bool,
+) {
     let which = choice.which;
     if json {
         let result = json!({
@@ -758,14 +866,28 @@ mod tests {
             Ok(Fake { queue: queue.clone(), sent: sent.clone(), walk })
         };
         let stops = Stops::never();
-        let command = Cli::parse_from(["hooktrail", "dead", "replay", "a", "@1", "@3", "@4", "@11", "@19", "--status", "501"]);
+        let command = Cli::parse_from([
+            "hooktrail",
+            "dead",
+            "replay",
+            "a",
+            "@1",
+            "@3",
+            "@4",
+            "@11",
+            "@19",
+            "--status",
+            "501",
+        ]);
         let crate::cli::Command::Dead(command) = command.command else { unreachable!("parsed") };
         let (which, _) = command.split().expect("sound");
         let mut replay = Replay::new(&which, Some(100_000.0), false, &stops);
         replay.round = Duration::ZERO;
         // One that is named is let through by no filter.
         let done = replay.run(open().await.expect("opens"), open, true).await;
-        assert!(matches!(done, Err(Failed::Runtime(why)) if why.contains("no dead letter with status 501 is @4;")));
+        assert!(
+            matches!(done, Err(Failed::Runtime(why)) if why.contains("no dead letter with status 501 is @4;"))
+        );
         assert_eq!(*sent.lock().expect("not poisoned"), ["msg_1", "msg_3", "msg_11", "msg_19"]);
         assert_eq!(opened.load(Ordering::Relaxed), 20, "a round for each letter");
         assert_eq!(queue.lock().expect("not poisoned").len(), 20 - 4 + 19);
@@ -773,22 +895,36 @@ mod tests {
 
     #[tokio::test]
     async fn a_replay_with_a_rate_is_spread_over_the_second() {
-        for (rate, most) in [(0.5, 1), (5.0, 1), (39.0, 1), (100.0, 5), (100_000.0, GROUP_LETTERS)] {
-            assert_eq!(Replay::new(&all_of_a(), Some(rate), false, &Stops::never()).group.most, most, "{rate}");
+        for (rate, most) in [(0.5, 1), (5.0, 1), (39.0, 1), (100.0, 5), (100_000.0, GROUP_LETTERS)]
+        {
+            assert_eq!(
+                Replay::new(&all_of_a(), Some(rate), false, &Stops::never()).group.most,
+                most,
+                "{rate}"
+            );
         }
         let queue = Arc::new(Mutex::new((1..=6).map(letter).collect::<Vec<_>>()));
-        let fake = Fake { queue: queue.clone(), sent: Arc::default(), walk: queue.lock().expect("not poisoned").clone().into() };
+        let fake = Fake {
+            queue: queue.clone(),
+            sent: Arc::default(),
+            walk: queue.lock().expect("not poisoned").clone().into(),
+        };
         let (which, stops) = (all_of_a(), Stops::never());
         let begin = clock::instant();
         let open = async || Err(QueueError::new("it is opened once"));
-        Replay::new(&which, Some(20.0), false, &stops).run(fake, open, true).await.expect("replays");
+        Replay::new(&which, Some(20.0), false, &stops)
+            .run(fake, open, true)
+            .await
+            .expect("replays");
         // The first at once, each of the others a twentieth of a second after the one before.
         let took = clock::instant() - begin;
         assert!(took >= Duration::from_millis(5 * 50), "{took:?}");
     }
 
     fn all_of_a() -> Which {
-        let crate::cli::Command::Dead(command) = Cli::parse_from(["hooktrail", "dead", "replay", "a"]).command else {
+        let crate::cli::Command::Dead(command) =
+            Cli::parse_from(["hooktrail", "dead", "replay", "a"]).command
+        else {
             unreachable!("parsed")
         };
         command.split().expect("sound").0
@@ -816,7 +952,8 @@ mod tests {
     fn a_group_is_as_large_as_its_letters_or_bytes_allow_and_a_letter_is_never_too_large() {
         let groups = |sizes: &[usize]| {
             let mut group = Group::new(GROUP_LETTERS);
-            let mut all: Vec<Vec<usize>> = sizes.iter().filter_map(|bytes| group.push(*bytes, *bytes)).collect();
+            let mut all: Vec<Vec<usize>> =
+                sizes.iter().filter_map(|bytes| group.push(*bytes, *bytes)).collect();
             all.push(group.take());
             all.iter().map(Vec::len).collect::<Vec<_>>()
         };
@@ -834,11 +971,18 @@ mod tests {
         assert_eq!(shown.replace('\n', ""), batch);
         let starts: Vec<&str> = shown.lines().map(|l| &l[..5]).collect();
         assert_eq!(starts, [r#"{"eve"#, r#"{"n":"#, r#"{"s":"#, r#"{"x":"#]);
-        for other in
-            ["{\"event\":\"a\",\n\"n\":1e400}", "{\"event\":1}\n{\"event\":2}\n", "{\"events\":[", "{\"events\":[],\"events\":[1]}", ""]
-        {
+        for other in [
+            "{\"event\":\"a\",\n\"n\":1e400}",
+            "{\"event\":1}\n{\"event\":2}\n",
+            "{\"events\":[",
+            "{\"events\":[],\"events\":[1]}",
+            "",
+        ] {
             assert_eq!(readable(other.as_bytes()), other);
         }
-        assert_eq!(readable(b"a\x1b[2J\r\nb\xff\xfe \xc2\x9b c\0"), "a\\u{1b}[2J\\u{d}\nb\\xff\\xfe \\u{9b} c\\u{0}");
+        assert_eq!(
+            readable(b"a\x1b[2J\r\nb\xff\xfe \xc2\x9b c\0"),
+            "a\\u{1b}[2J\\u{d}\nb\\xff\\xfe \\u{9b} c\\u{0}"
+        );
     }
 }

@@ -43,7 +43,8 @@ use crate::{
     wording::counted,
 };
 
-/// For what is under way when no more events come; with the default of `--for` all ends within 30 s.
+/// For what is under way when no more events come; with the default of `--for` all ends within 30
+/// s.
 const DRAINING: Duration = Duration::from_secs(13);
 
 /// The receiver with the bad day is down from the fourth to the ninth second of each of these.
@@ -57,9 +58,9 @@ pub(super) struct Args {
     /// How long events come, such as 10m
     #[arg(long = "for", value_name = "DURATION", value_parser = super::arguments::duration, default_value = "15s")]
     publish_for: Duration,
-    /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at its
-    /// end. Others on this machine can see the command line: a URL with a password of worth belongs into
-    /// the variable
+    /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at
+    /// its end. Others on this machine can see the command line: a URL with a password of worth
+    /// belongs into the variable
     #[arg(long, value_name = "URL", env = "HOOKTRAIL_DEMO_AMQP_URL", hide_env_values = true)]
     amqp: Option<String>,
 }
@@ -88,9 +89,12 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
         },
         humantime::format_duration(args.publish_for)
     ));
-    let play = Play { stage, config: &config, receivers: [&siem, &crm], publish_for: args.publish_for };
+    let play =
+        Play { stage, config: &config, receivers: [&siem, &crm], publish_for: args.publish_for };
     match &config.queue.backend {
-        Backend::Embedded => Box::pin(play.run(EmbeddedQueue::for_daemon(&config.queue.embedded)?, notices)).await,
+        Backend::Embedded => {
+            Box::pin(play.run(EmbeddedQueue::for_daemon(&config.queue.embedded)?, notices)).await
+        }
         Backend::Amqp(amqp) => {
             let queue = reach(amqp).await?;
             let played = Box::pin(play.run(queue.clone(), notices)).await;
@@ -105,17 +109,22 @@ struct Home(std::path::PathBuf);
 
 impl Home {
     fn new() -> Result<Self, Failed> {
-        let path = std::env::temp_dir().join(format!("hooktrail-demo-{:08x}", rand::random::<u32>()));
+        let path =
+            std::env::temp_dir().join(format!("hooktrail-demo-{:08x}", rand::random::<u32>()));
         // The URL of a RabbitMQ is written there, its password included.
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(|e| Failed::Runtime(format!("{} cannot be made: {e}; set TMPDIR", path.display())))?;
+        std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(|e| {
+            Failed::Runtime(format!("{} cannot be made: {e}; set TMPDIR", path.display()))
+        })?;
         Ok(Self(path))
     }
 
     /// A configuration like any other, with short times.
-    fn config(&self, amqp: Option<&str>, secret: &str, receivers: &[&Receiver]) -> Result<Config, Failed> {
+    fn config(
+        &self,
+        amqp: Option<&str>,
+        secret: &str,
+        receivers: &[&Receiver],
+    ) -> Result<Config, Failed> {
         let name = self.0.file_name().unwrap_or_default().to_string_lossy();
         // What JSON escapes, TOML does too, in the same way.
         let url = json!(amqp.unwrap_or("embedded")).to_string().replace("${", "$${");
@@ -172,14 +181,18 @@ impl Stage {
         let bar = terminal.then(|| {
             let bar = ProgressBar::new_spinner();
             bar.set_draw_target(indicatif::ProgressDrawTarget::stdout());
-            bar.set_style(ProgressStyle::with_template("{spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            bar.set_style(
+                ProgressStyle::with_template("{spinner} {msg}")
+                    .unwrap_or_else(|_| ProgressStyle::default_spinner()),
+            );
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
         Self { begin: Arc::default(), bar, colours: terminal }
     }
 
-    /// Since the first event: a broker that takes its time must not take the receiver's outage with it.
+    /// Since the first event: a broker that takes its time must not take the receiver's outage with
+    /// it.
     fn elapsed(&self) -> Duration {
         self.begin.get().map_or(Duration::ZERO, |begin| clock::instant() - *begin)
     }
@@ -232,11 +245,22 @@ struct Endpoint {
 }
 
 impl Receiver {
-    async fn start(name: &'static str, secret: &str, stage: Stage, answer: fn(Duration, &[u8]) -> u16) -> Result<Self, Failed> {
+    async fn start(
+        name: &'static str,
+        secret: &str,
+        stage: Stage,
+        answer: fn(Duration, &[u8]) -> u16,
+    ) -> Result<Self, Failed> {
         let socket = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}/hooks/audit", socket.local_addr()?);
         let accepted = Arc::new(Mutex::default());
-        let endpoint = Endpoint { name, secret: Secret::new(secret), stage, answer, accepted: accepted.clone() };
+        let endpoint = Endpoint {
+            name,
+            secret: Secret::new(secret),
+            stage,
+            answer,
+            accepted: accepted.clone(),
+        };
         let app = Router::new().fallback(receive).with_state(Arc::new(endpoint));
         let server = tokio::spawn(async move { drop(axum::serve(socket, app).await) });
         Ok(Self { name, url, accepted, server })
@@ -256,15 +280,20 @@ impl Drop for Receiver {
 
 async fn receive(State(e): State<Arc<Endpoint>>, headers: HeaderMap, body: Bytes) -> StatusCode {
     let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
-    let status = match signature::verify(&e.secret, header, &body, clock::unix_seconds(clock::now())) {
-        Ok(_) => (e.answer)(e.stage.elapsed(), &body),
-        Err(_) => 401,
-    };
+    let status =
+        match signature::verify(&e.secret, header, &body, clock::unix_seconds(clock::now())) {
+            Ok(_) => (e.answer)(e.stage.elapsed(), &body),
+            Err(_) => 401,
+        };
     if status == 200 {
         let ids = event_ids(&body);
         let attempt = header("x-hooktrail-attempt").unwrap_or("?");
         let attempt = if attempt == "1" { String::new() } else { format!(", attempt {attempt}") };
-        let what = format!("accepted {}, {}, signature verified{attempt}", counted(ids.len(), "event(s)"), ByteSize(body.len() as u64));
+        let what = format!(
+            "accepted {}, {}, signature verified{attempt}",
+            counted(ids.len(), "event(s)"),
+            ByteSize(body.len() as u64)
+        );
         e.stage.tell(e.name, Tone::Good, &what);
         let mut accepted = e.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         for id in ids {
@@ -317,11 +346,13 @@ fn tap() -> mpsc::UnboundedReceiver<Map<String, Value>> {
     inbox
 }
 
-/// Tells an operator's side of it: what failed and when it is tried again, the circuit, dead letters.
+/// Tells an operator's side of it: what failed and when it is tried again, the circuit, dead
+/// letters.
 fn narrate(stage: &Stage, notice: &Map<String, Value>) {
     let text = |name: &str| notice.get(name).and_then(Value::as_str).unwrap_or_default();
     let number = |name: &str| notice.get(name).map(ToString::to_string).unwrap_or_default();
-    let events = || counted(notice.get("events").and_then(Value::as_u64).unwrap_or_default(), "event(s)");
+    let events =
+        || counted(notice.get("events").and_then(Value::as_u64).unwrap_or_default(), "event(s)");
     let who = text("subscriber");
     let failure = match (notice.get("status"), text("failure")) {
         (Some(status), _) => format!("answered {status}"),
@@ -331,27 +362,53 @@ fn narrate(stage: &Stage, notice: &Map<String, Value>) {
     match (message, text("outcome")) {
         ("attempt", "retry") => {
             let again = notice.get("next_attempt_in_s").and_then(Value::as_f64).unwrap_or_default();
-            let what = format!("{failure}: attempt {} of a batch of {}, again in {again:.1} s", number("attempt"), events());
+            let what = format!(
+                "{failure}: attempt {} of a batch of {}, again in {again:.1} s",
+                number("attempt"),
+                events()
+            );
             stage.tell(who, Tone::Waiting, &what);
         }
         ("attempt", "split") => {
-            stage.tell(who, Tone::Waiting, &format!("{failure}: a batch of {} is halved, each half is sent by itself", events()));
+            stage.tell(
+                who,
+                Tone::Waiting,
+                &format!(
+                    "{failure}: a batch of {} is halved, each half is sent by itself",
+                    events()
+                ),
+            );
         }
         ("attempt", "dead_letter") => {
             // Only of one that ran out of attempts it says something that this was the last.
-            let last = if text("reason") == "exhausted" { format!("attempt {} was the last; ", number("attempt")) } else { String::new() };
-            let what = format!("{failure}: {last}a batch of {} is a dead letter ({})", events(), text("reason"));
+            let last = if text("reason") == "exhausted" {
+                format!("attempt {} was the last; ", number("attempt"))
+            } else {
+                String::new()
+            };
+            let what = format!(
+                "{failure}: {last}a batch of {} is a dead letter ({})",
+                events(),
+                text("reason")
+            );
             stage.tell(who, Tone::Bad, &what);
         }
         ("attempt", _) => {} // the receiver tells
         ("dead-lettered without an attempt", _) => {
-            stage.tell(who, Tone::Bad, &visible(&format!("a dead letter ({}): {}", text("reason"), text("error"))));
+            stage.tell(
+                who,
+                Tone::Bad,
+                &visible(&format!("a dead letter ({}): {}", text("reason"), text("error"))),
+            );
         }
         _ if message.starts_with("circuit closed") => stage.tell(who, Tone::Good, message),
         _ if message.starts_with("circuit") => stage.tell(
             who,
             Tone::Waiting,
-            &format!("{message} ({:.1} s)", notice.get("open_for_s").and_then(Value::as_f64).unwrap_or_default()),
+            &format!(
+                "{message} ({:.1} s)",
+                notice.get("open_for_s").and_then(Value::as_f64).unwrap_or_default()
+            ),
         ),
         _ if who.is_empty() => {}
         _ => stage.tell(who, Tone::Waiting, &visible(&format!("{message} {}", text("error")))),
@@ -366,7 +423,11 @@ struct Play<'p> {
 }
 
 impl Play<'_> {
-    async fn run<Q: Queue>(&self, queue: Q, mut notices: mpsc::UnboundedReceiver<Map<String, Value>>) -> Result<(), Failed> {
+    async fn run<Q: Queue>(
+        &self,
+        queue: Q,
+        mut notices: mpsc::UnboundedReceiver<Map<String, Value>>,
+    ) -> Result<(), Failed> {
         queue.ensure(&self.config.subscribers).await?;
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async move { drop(stopped.await) };
@@ -379,7 +440,8 @@ impl Play<'_> {
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
             hurry: Box::pin(std::future::pending()),
         };
-        let daemon = fleet::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
+        let daemon =
+            fleet::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
         let show = async {
             let published = self.publish(&queue).await?;
             self.drain(&queue, &published).await?;
@@ -421,7 +483,8 @@ impl Play<'_> {
                 _ = tick.tick() => {}
                 _ = &mut interrupted => break,
             }
-            let mut events: Vec<NewEvent> = (0..rand::random_range(1..=8)).map(|n| audit_event(published.len() + n)).collect();
+            let mut events: Vec<NewEvent> =
+                (0..rand::random_range(1..=8)).map(|n| audit_event(published.len() + n)).collect();
             if self.stage.elapsed() >= next_odd {
                 next_odd += Duration::from_millis(3500);
                 let make = odd.next().copied().unwrap_or(refused_event);
@@ -432,12 +495,19 @@ impl Play<'_> {
             queue.publish(events).await?;
             if self.stage.elapsed() >= told_at + Duration::from_secs(1) {
                 told_at = self.stage.elapsed();
-                self.stage.say(&format!("{:>5.1}s  {} published", told_at.as_secs_f64(), counted(since_told, "event(s)")));
+                self.stage.say(&format!(
+                    "{:>5.1}s  {} published",
+                    told_at.as_secs_f64(),
+                    counted(since_told, "event(s)")
+                ));
                 since_told = 0;
             }
             self.stage.status(self.counts(published.len()));
         }
-        self.stage.say(&format!("{:>5.1}s  no more events; what is under way is delivered", self.stage.elapsed().as_secs_f64()));
+        self.stage.say(&format!(
+            "{:>5.1}s  no more events; what is under way is delivered",
+            self.stage.elapsed().as_secs_f64()
+        ));
         Ok(published)
     }
 
@@ -457,20 +527,40 @@ impl Play<'_> {
             if left == 0 {
                 return Ok(());
             }
-            self.stage.status(format!("{}; {} under way", self.counts(published.len()), counted(left, "deliver(y|ies)")));
+            self.stage.status(format!(
+                "{}; {} under way",
+                self.counts(published.len()),
+                counted(left, "deliver(y|ies)")
+            ));
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
         Ok(())
     }
 
-    fn missing(&self, r: &Receiver, dead: &BTreeSet<String>, published: &BTreeSet<String>) -> Vec<String> {
+    fn missing(
+        &self,
+        r: &Receiver,
+        dead: &BTreeSet<String>,
+        published: &BTreeSet<String>,
+    ) -> Vec<String> {
         let accepted = r.accepted();
-        published.iter().filter(|id| !accepted.contains_key(*id) && !dead.contains(*id)).cloned().collect()
+        published
+            .iter()
+            .filter(|id| !accepted.contains_key(*id) && !dead.contains(*id))
+            .cloned()
+            .collect()
     }
 
     /// `dead`: the events in each receiver's dead letters.
-    fn account(&self, published: &BTreeSet<String>, dead: &[BTreeSet<String>]) -> Result<(), Failed> {
-        self.stage.say(&format!("\n{} published to each subscriber:", counted(published.len(), "event(s)")));
+    fn account(
+        &self,
+        published: &BTreeSet<String>,
+        dead: &[BTreeSet<String>],
+    ) -> Result<(), Failed> {
+        self.stage.say(&format!(
+            "\n{} published to each subscriber:",
+            counted(published.len(), "event(s)")
+        ));
         let mut missing = 0;
         for (r, dead) in self.receivers.into_iter().zip(dead) {
             let accepted = r.accepted();
@@ -483,14 +573,21 @@ impl Play<'_> {
                 accepted.len(),
                 dead.len(),
                 accepted.len() + dead.len(),
-                if repeated > 0 { format!(" ({repeated} delivered more than once)") } else { String::new() }
+                if repeated > 0 {
+                    format!(" ({repeated} delivered more than once)")
+                } else {
+                    String::new()
+                }
             ));
             for id in lost.iter().take(5) {
                 self.stage.say(&format!("         NOT ACCOUNTED FOR: {id}"));
             }
         }
         if missing > 0 {
-            return Err(Failed::Runtime(format!("{} not accounted for", counted(missing, "deliver(y is|ies are)"))));
+            return Err(Failed::Runtime(format!(
+                "{} not accounted for",
+                counted(missing, "deliver(y is|ies are)")
+            )));
         }
         self.stage.say(
             "Every event is accounted for.\n\nTry next:\n  \
@@ -513,11 +610,17 @@ async fn dead_ids(queue: &impl Queue, subscriber: &str) -> Result<BTreeSet<Strin
     Ok(ids)
 }
 
-/// What comes beside the everyday: refused by `crm`, larger than a request may be, not an event at all.
+/// What comes beside the everyday: refused by `crm`, larger than a request may be, not an event at
+/// all.
 const ODD: [fn(usize) -> NewEvent; 3] = [refused_event, large_event, invalid_event];
 
 fn new_event(event_type: &str, id: usize, body: &Value) -> NewEvent {
-    NewEvent { event_type: event_type.to_owned(), message_id: Some(demo_id(id)), body: body.to_string().into(), traceparent: None }
+    NewEvent {
+        event_type: event_type.to_owned(),
+        message_id: Some(demo_id(id)),
+        body: body.to_string().into(),
+        traceparent: None,
+    }
 }
 
 fn demo_id(id: usize) -> String {
@@ -536,7 +639,11 @@ fn large_event(id: usize) -> NewEvent {
 }
 
 fn invalid_event(id: usize) -> NewEvent {
-    new_event("activity_log.user.updated", id, &json!({ "kind": "an event without its field `event`", "demo_id": demo_id(id) }))
+    new_event(
+        "activity_log.user.updated",
+        id,
+        &json!({ "kind": "an event without its field `event`", "demo_id": demo_id(id) }),
+    )
 }
 
 struct Person(u32, &'static str);
@@ -557,19 +664,50 @@ impl Person {
 }
 
 /// Type, description, type and name of the resource, the field that changed.
-type Happening = (&'static str, &'static str, Option<(&'static str, &'static str)>, Option<&'static str>);
+type Happening =
+    (&'static str, &'static str, Option<(&'static str, &'static str)>, Option<&'static str>);
 
 const HAPPENINGS: [Happening; 12] = [
-    ("activity_log.user.updated", "updated the user profile", Some(("user", "Jane Doe")), Some("name")),
+    (
+        "activity_log.user.updated",
+        "updated the user profile",
+        Some(("user", "Jane Doe")),
+        Some("name"),
+    ),
     ("activity_log.user.login", "logged in with SSO", None, None),
     ("activity_log.user.login", "attempted to log in with GitHub", None, None),
-    ("activity_log.user.invited", "invited a user", Some(("user", "new.colleague@example.com")), None),
+    (
+        "activity_log.user.invited",
+        "invited a user",
+        Some(("user", "new.colleague@example.com")),
+        None,
+    ),
     ("activity_log.domain.created", "added a domain", Some(("domain", "mail.example.com")), None),
-    ("activity_log.field.created", "created a contact field", Some(("field", "plan")), Some("plan")),
+    (
+        "activity_log.field.created",
+        "created a contact field",
+        Some(("field", "plan")),
+        Some("plan"),
+    ),
     ("activity_log.sandbox.deleted", "deleted a sandbox", Some(("sandbox", "staging")), None),
-    ("activity_log.webhook.removed", "removed a webhook", Some(("webhook", "https://old.example.com")), None),
-    ("activity_log.api_token.created", "created an API token", Some(("api_token", "ci")), Some("permissions")),
-    ("activity_log.billing.plan_changed", "changed the plan", Some(("account", "Example Ltd")), Some("plan")),
+    (
+        "activity_log.webhook.removed",
+        "removed a webhook",
+        Some(("webhook", "https://old.example.com")),
+        None,
+    ),
+    (
+        "activity_log.api_token.created",
+        "created an API token",
+        Some(("api_token", "ci")),
+        Some("permissions"),
+    ),
+    (
+        "activity_log.billing.plan_changed",
+        "changed the plan",
+        Some(("account", "Example Ltd")),
+        Some("plan"),
+    ),
     ("activity_log.user.role_changed", "changed a role", Some(("user", "John Doe")), Some("role")),
     ("activity_log.user.two_factor_enabled", "turned two-factor authentication on", None, None),
 ];
@@ -579,12 +717,15 @@ fn now() -> u64 {
 }
 
 fn audit_event(id: usize) -> NewEvent {
-    let (event_type, description, resource, change) = HAPPENINGS[rand::random_range(0..HAPPENINGS.len())];
+    let (event_type, description, resource, change) =
+        HAPPENINGS[rand::random_range(0..HAPPENINGS.len())];
     let person = &PEOPLE[rand::random_range(0..PEOPLE.len())];
-    let actor = if rand::random_ratio(1, 12) { json!({ "name": "Mailtrap" }) } else { person.actor() };
+    let actor =
+        if rand::random_ratio(1, 12) { json!({ "name": "Mailtrap" }) } else { person.actor() };
     let mut body = json!({ "event": event_type, "description": description, "actor": actor });
     if let Some((kind, name)) = resource {
-        body["resource"] = json!({ "id": rand::random_range(1..10_000), "type": kind, "name": name });
+        body["resource"] =
+            json!({ "id": rand::random_range(1..10_000), "type": kind, "name": name });
     }
     if let Some(field) = change {
         body["changes"] = json!({ field: { "from": "[FILTERED]", "to": "[FILTERED]" } });

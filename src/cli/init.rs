@@ -26,9 +26,10 @@ pub(super) struct Args {
 pub(super) fn run(args: Args, configured: &Path) -> Result<(), Failed> {
     let path = args.path.as_deref().unwrap_or(configured);
     write(path, args.force).map_err(|e| match e.kind() {
-        io::ErrorKind::AlreadyExists => {
-            Failed::Usage(format!("{} exists and was left as it is; name another path, or --force to replace it", path.display()))
-        }
+        io::ErrorKind::AlreadyExists => Failed::Usage(format!(
+            "{} exists and was left as it is; name another path, or --force to replace it",
+            path.display()
+        )),
         _ => Failed::Runtime(format!("{} cannot be written: {e}", path.display())),
     })?;
     let it = quoted(path);
@@ -50,7 +51,8 @@ Next:
 fn write(path: &Path, force: bool) -> io::Result<()> {
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
-        // As a kind of its own: a file in the way of a directory is not the file that was asked for.
+        // As a kind of its own: a file in the way of a directory is not the file that was asked
+        // for.
         made.map_err(|e| io::Error::other(format!("the directory {}: {e}", parent.display())))?;
     }
     if !force {
@@ -60,7 +62,9 @@ fn write(path: &Path, force: bool) -> io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(format!(".{}.new", std::process::id()));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(&beside)?;
-    fill(&mut file).and_then(|()| fs::rename(&beside, path)).inspect_err(|_| drop(fs::remove_file(&beside)))
+    fill(&mut file)
+        .and_then(|()| fs::rename(&beside, path))
+        .inspect_err(|_| drop(fs::remove_file(&beside)))
 }
 
 fn fill(file: &mut File) -> io::Result<()> {
@@ -71,7 +75,8 @@ fn fill(file: &mut File) -> io::Result<()> {
 /// As a shell reads it.
 fn quoted(path: &Path) -> String {
     let text = path.to_string_lossy();
-    let plain = !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c));
+    let plain = !text.is_empty()
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c));
     if plain { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
@@ -88,17 +93,29 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).expect("text"), config::DEFAULT);
         assert_eq!(fs::metadata(&path).expect("it is there").permissions().mode() & 0o777, 0o600);
         fs::write(&path, "mine").expect("writes");
-        assert_eq!(write(&path, false).expect_err("it exists").kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(
+            write(&path, false).expect_err("it exists").kind(),
+            io::ErrorKind::AlreadyExists
+        );
         assert_eq!(fs::read_to_string(&path).expect("text"), "mine");
         write(&path, true).expect("replaces");
         assert_eq!(fs::read_to_string(&path).expect("text"), config::DEFAULT);
-        assert_eq!(fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(), 1, "nothing is left beside it");
+        assert_eq!(
+            fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(),
+            1,
+            "nothing is left beside it"
+        );
         config::load_with(&path, &|_| None).expect("it is valid as it is");
     }
 
     #[test]
     fn a_path_is_shown_as_a_shell_reads_it() {
-        for (path, shown) in [("config/h.toml", "config/h.toml"), ("my dir/h", "'my dir/h'"), ("it's", r"'it'\''s'"), ("$(x)", "'$(x)'")] {
+        for (path, shown) in [
+            ("config/h.toml", "config/h.toml"),
+            ("my dir/h", "'my dir/h'"),
+            ("it's", r"'it'\''s'"),
+            ("$(x)", "'$(x)'"),
+        ] {
             assert_eq!(quoted(Path::new(path)), shown);
         }
     }

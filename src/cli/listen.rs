@@ -43,8 +43,8 @@ pub(super) struct Args {
     /// Where to listen; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:9000", value_parser = parse_addr, value_name = "HOST:PORT")]
     addr: String,
-    /// The secret to verify with, or `file:PATH` to keep it out of the process list; twice for a rotation.
-    /// Without one nothing is verified. An unverified request is answered 401
+    /// The secret to verify with, or `file:PATH` to keep it out of the process list; twice for a
+    /// rotation. Without one nothing is verified. An unverified request is answered 401
     #[arg(long, env = "HOOKTRAIL_LISTEN_SECRET", hide_env_values = true, value_name = "SECRET")]
     secret: Vec<String>,
     /// The status of each answer
@@ -56,8 +56,9 @@ pub(super) struct Args {
     /// Answer 503 to this share of the requests, from 0 to 1
     #[arg(long, default_value_t = 0.0, value_parser = parse_share, value_name = "P")]
     fail_rate: f64,
-    /// Refuse, with 422, each request that has an event of such a type, an AMQP topic pattern such as `user.*`; as often as wanted.
-    /// Of an endpoint that accepts others the daemon halves such a batch until the refused events are alone
+    /// Refuse, with 422, each request that has an event of such a type, an AMQP topic pattern such
+    /// as `user.*`; as often as wanted. Of an endpoint that accepts others the daemon halves such a
+    /// batch until the refused events are alone
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::try_new)]
     refuse: Vec<Pattern>,
     /// Wait so long before each answer
@@ -78,12 +79,19 @@ pub(super) struct Args {
 }
 
 fn parse_addr(text: &str) -> Result<String, &'static str> {
-    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
-    port.map(|_| text.to_owned()).ok_or("write a host and a port from 0 to 65535, such as 127.0.0.1:9000 or [::1]:9000")
+    let port = text
+        .rsplit_once(':')
+        .filter(|(host, _)| !host.is_empty())
+        .and_then(|(_, port)| port.parse::<u16>().ok());
+    port.map(|_| text.to_owned())
+        .ok_or("write a host and a port from 0 to 65535, such as 127.0.0.1:9000 or [::1]:9000")
 }
 
 fn parse_share(text: &str) -> Result<f64, &'static str> {
-    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or("write a share from 0 to 1, such as 0.2")
+    text.parse()
+        .ok()
+        .filter(|share| (0.0..=1.0).contains(share))
+        .ok_or("write a share from 0 to 1, such as 0.2")
 }
 
 fn parse_header(text: &str) -> Result<(HeaderName, HeaderValue), &'static str> {
@@ -118,8 +126,17 @@ struct Totals {
 
 impl fmt::Display for Totals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let statuses: Vec<String> = self.statuses.iter().map(|(status, n)| format!("{status} {}", counted(*n, "time(s)"))).collect();
-        write!(f, "{} with {}", counted(self.requests, "request(s)"), counted(self.events, "event(s)"))?;
+        let statuses: Vec<String> = self
+            .statuses
+            .iter()
+            .map(|(status, n)| format!("{status} {}", counted(*n, "time(s)")))
+            .collect();
+        write!(
+            f,
+            "{} with {}",
+            counted(self.requests, "request(s)"),
+            counted(self.events, "event(s)")
+        )?;
         if self.repeats > 0 {
             write!(f, ", {} an id seen before", counted(self.repeats, "of them (has|have)"))?;
         }
@@ -132,11 +149,25 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
     let socket = TcpListener::bind(&args.addr).await.map_err(|e| {
         Failed::Runtime(format!("cannot listen on {}: {e}; choose another with --addr HOST:PORT, port 0 takes a free one", args.addr))
     })?;
-    eprintln!("listening on http://{}/{}", socket.local_addr()?, if secrets.is_empty() { ", verifying nothing (no --secret)" } else { "" });
-    let listener = Arc::new(Listener { args, secrets, requests: AtomicU64::new(0), seen: Mutex::default(), totals: Mutex::default() });
-    let app = Router::new().fallback(receive).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(listener.clone());
+    eprintln!(
+        "listening on http://{}/{}",
+        socket.local_addr()?,
+        if secrets.is_empty() { ", verifying nothing (no --secret)" } else { "" }
+    );
+    let listener = Arc::new(Listener {
+        args,
+        secrets,
+        requests: AtomicU64::new(0),
+        seen: Mutex::default(),
+        totals: Mutex::default(),
+    });
+    let app = Router::new()
+        .fallback(receive)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(listener.clone());
     let stop = async {
-        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
+        let mut term =
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).ok();
         let terminated = async {
             match &mut term {
                 Some(t) => drop(t.recv().await),
@@ -148,7 +179,8 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    // Not gracefully: the daemon keeps connections open, and a receiver for trying out stops at once.
+    // Not gracefully: the daemon keeps connections open, and a receiver for trying out stops at
+    // once.
     tokio::select! {
         served = axum::serve(socket, app) => served.map_err(Failed::from),
         () = stop => {
@@ -163,13 +195,19 @@ fn read_secret(given: &str) -> Result<Secret, Failed> {
         None => (given.to_owned(), "--secret".to_owned()),
         Some(path) => {
             let text = std::fs::read_to_string(Path::new(path));
-            let text = text.map_err(|e| Failed::Usage(format!("--secret file {path} cannot be read: {e}")))?;
+            let text = text
+                .map_err(|e| Failed::Usage(format!("--secret file {path} cannot be read: {e}")))?;
             // As the daemon reads it.
-            let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
+            let text =
+                text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
             (text.to_owned(), format!("--secret file {path}"))
         }
     };
-    let bad = |why: &str| Err(Failed::Usage(format!("{whence} {why}; `hooktrail secret` makes one, without --secret nothing is verified")));
+    let bad = |why: &str| {
+        Err(Failed::Usage(format!(
+            "{whence} {why}; `hooktrail secret` makes one, without --secret nothing is verified"
+        )))
+    };
     if secret.trim().is_empty() {
         return bad("(or $HOOKTRAIL_LISTEN_SECRET) is empty");
     }
@@ -178,14 +216,20 @@ fn read_secret(given: &str) -> Result<Secret, Failed> {
         Err(why) if secret.expose().starts_with("whsec_") => bad(why),
         // The signature `mailtrap` takes any text.
         Err(_) => {
-            eprintln!("{whence} does not begin with `whsec_`: it verifies `mailtrap-signature`, and nothing signed as Standard Webhooks");
+            eprintln!(
+                "{whence} does not begin with `whsec_`: it verifies `mailtrap-signature`, and nothing signed as Standard Webhooks"
+            );
             Ok(secret)
         }
         Ok(_) => Ok(secret),
     }
 }
 
-async fn receive(State(listener): State<Arc<Listener>>, headers: HeaderMap, body: Bytes) -> (StatusCode, HeaderMap) {
+async fn receive(
+    State(listener): State<Arc<Listener>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> (StatusCode, HeaderMap) {
     let nth = listener.requests.fetch_add(1, Ordering::Relaxed);
     let args = &listener.args;
     let verified = listener.verify(&headers, &body);
@@ -218,7 +262,10 @@ struct Seen {
 
 impl Args {
     fn refused(&self, events: &[Box<RawValue>]) -> BTreeMap<usize, String> {
-        let types = events.iter().enumerate().filter_map(|(n, event)| Some((n, event_type(event.get().as_bytes()).ok()?)));
+        let types = events
+            .iter()
+            .enumerate()
+            .filter_map(|(n, event)| Some((n, event_type(event.get().as_bytes()).ok()?)));
         let is_refused = |name: &str| self.refuse.iter().any(|pattern| pattern.matches(name));
         types.filter(|(_, name)| is_refused(name)).map(|(n, name)| (n, name.into_owned())).collect()
     }
@@ -245,7 +292,10 @@ impl Listener {
     /// `None` without a secret. With several any one of them will do.
     fn verify(&self, headers: &HeaderMap, body: &[u8]) -> Option<Result<&'static str, Unverified>> {
         let now = clock::unix_seconds(clock::now());
-        let mut results = self.secrets.iter().map(|s| signature::verify(s, |name| text(headers, name), body, now));
+        let mut results = self
+            .secrets
+            .iter()
+            .map(|s| signature::verify(s, |name| text(headers, name), body, now));
         let first = results.next()?;
         Some(results.fold(first, |best, next| if best.is_ok() { best } else { next.or(best) }))
     }
@@ -275,7 +325,8 @@ impl Listener {
                 error: events.as_ref().err(),
                 events: events.as_ref().ok(),
             };
-            let line = serde_json::to_string(&line).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"));
+            let line =
+                serde_json::to_string(&line).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"));
             println!("{line}");
             return;
         }
@@ -284,7 +335,11 @@ impl Listener {
             Some(Ok(scheme)) => format!("verified ({scheme})"),
             Some(Err(why)) => format!("NOT VERIFIED: {why}"),
         };
-        let part = if id.is_some_and(|id| BatchId::from(id).is_half()) { ", a part of a batch that was halved" } else { "" };
+        let part = if id.is_some_and(|id| BatchId::from(id).is_half()) {
+            ", a part of a batch that was halved"
+        } else {
+            ""
+        };
         let repeat = if repeat { ", seen before" } else { "" };
         println!(
             "{at}  {}  attempt {}{part}{repeat}: {}, {}, {verified}, answered {status}",
@@ -297,7 +352,11 @@ impl Listener {
             Ok(events) => {
                 for (n, event) in events.iter().enumerate() {
                     let mark = if refused.contains_key(&n) { "refused" } else { "" };
-                    let indent = if refused.is_empty() { "    ".to_owned() } else { format!("    {mark:<8}") };
+                    let indent = if refused.is_empty() {
+                        "    ".to_owned()
+                    } else {
+                        format!("    {mark:<8}")
+                    };
                     println!("{indent}{}", one_line(event.get()));
                 }
             }
@@ -399,11 +458,23 @@ mod tests {
     #[test]
     fn events_are_shown_for_people_or_as_they_are() {
         let audit = r#"{"event":"activity_log.user.login","description":"logged in with SSO","actor":{"id":1,"type":"user","name":"John Doe"},"timestamp":1}"#;
-        assert_eq!(one_line(audit), format!("{:<40} John Doe logged in with SSO", "activity_log.user.login"));
-        assert_eq!(one_line("{\"event\":\n18446744073709551616}"), "{\"event\": 18446744073709551616}");
+        assert_eq!(
+            one_line(audit),
+            format!("{:<40} John Doe logged in with SSO", "activity_log.user.login")
+        );
+        assert_eq!(
+            one_line("{\"event\":\n18446744073709551616}"),
+            "{\"event\": 18446744073709551616}"
+        );
         // Escaped or raw, nobody's event drives the terminal.
         let hostile = audit.replace("John Doe", r"\u001b[2JJohn\nDoe");
-        assert_eq!(one_line(&hostile), format!(r"{:<40} \u{{1b}}[2JJohn\u{{a}}Doe logged in with SSO", "activity_log.user.login"));
+        assert_eq!(
+            one_line(&hostile),
+            format!(
+                r"{:<40} \u{{1b}}[2JJohn\u{{a}}Doe logged in with SSO",
+                "activity_log.user.login"
+            )
+        );
         assert_eq!(one_line("{\"event\":\"\u{9b}2J\u{7f}\"}"), r#"{"event":"\u{9b}2J\u{7f}"}"#);
     }
 
@@ -416,11 +487,18 @@ mod tests {
             std::fs::write(file.path(), format!("{good}{end}")).expect("writes");
             assert_eq!(read_secret(&named).unwrap_or_else(|e| panic!("{e:?}")).expose(), good);
         }
-        assert_eq!(read_secret("any text").unwrap_or_else(|e| panic!("{e:?}")).expose(), "any text", "of `mailtrap`");
+        assert_eq!(
+            read_secret("any text").unwrap_or_else(|e| panic!("{e:?}")).expose(),
+            "any text",
+            "of `mailtrap`"
+        );
         std::fs::write(file.path(), "\n").expect("writes");
         for bad in ["", " ", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64", &named] {
             let Err(Failed::Usage(why)) = read_secret(bad) else { panic!("{bad} is taken") };
-            assert!(why.contains("--secret") && (bad.len() < 7 || !why.contains(bad) || bad == named), "{why}");
+            assert!(
+                why.contains("--secret") && (bad.len() < 7 || !why.contains(bad) || bad == named),
+                "{why}"
+            );
         }
     }
 
@@ -428,17 +506,34 @@ mod tests {
     fn what_is_refused_is_told_event_by_event_and_what_is_added_to_an_answer_is_sound() {
         let args = |more: &[&str]| {
             let words = ["hooktrail", "listen"].iter().chain(more).copied();
-            let crate::cli::Command::Listen(args) = crate::cli::Cli::try_parse_from(words).map_err(|e| e.to_string())?.command else {
+            let crate::cli::Command::Listen(args) =
+                crate::cli::Cli::try_parse_from(words).map_err(|e| e.to_string())?.command
+            else {
                 unreachable!("parsed")
             };
             Ok::<_, String>(args)
         };
-        let refusing =
-            args(&["--refuse", "user.*", "--refuse", "billing.#", "--retry-after", "1500ms", "--header", "X-A=1=2"]).expect("sound");
+        let refusing = args(&[
+            "--refuse",
+            "user.*",
+            "--refuse",
+            "billing.#",
+            "--retry-after",
+            "1500ms",
+            "--header",
+            "X-A=1=2",
+        ])
+        .expect("sound");
         let events = events_of(br#"{"events":[{"event":"a.b"},{"event":"user.deleted"},{"event":"billing.paid.late"},{"n":1}]}"#, "");
         let refused = refusing.refused(&events.expect("events"));
-        assert_eq!(refused.into_iter().collect::<Vec<_>>(), [(1, "user.deleted".to_owned()), (2, "billing.paid.late".to_owned())]);
-        let (bad, good) = (refusing.answer_headers(StatusCode::TOO_MANY_REQUESTS), refusing.answer_headers(StatusCode::OK));
+        assert_eq!(
+            refused.into_iter().collect::<Vec<_>>(),
+            [(1, "user.deleted".to_owned()), (2, "billing.paid.late".to_owned())]
+        );
+        let (bad, good) = (
+            refusing.answer_headers(StatusCode::TOO_MANY_REQUESTS),
+            refusing.answer_headers(StatusCode::OK),
+        );
         assert_eq!(
             (&bad["retry-after"], &bad["x-a"], good.get("retry-after")),
             (&HeaderValue::from(2), &HeaderValue::from_static("1=2"), None)
@@ -448,15 +543,23 @@ mod tests {
         }
         let mut totals = Totals { requests: 3, events: 1, repeats: 1, ..Totals::default() };
         totals.statuses.extend([(200, 2), (422, 1)]);
-        assert_eq!(totals.to_string(), "3 requests with 1 event, 1 of them has an id seen before; answered 200 2 times, 422 1 time");
+        assert_eq!(
+            totals.to_string(),
+            "3 requests with 1 event, 1 of them has an id seen before; answered 200 2 times, 422 1 time"
+        );
         assert_eq!(Totals::default().to_string(), "0 requests with 0 events");
     }
 
     #[test]
     fn both_formats_are_read() {
-        let json = events_of(br#"{"events":[{"event":"a"},{"event":"b"}]}"#, "application/json").expect("json");
-        let lines = events_of(b"{\"event\":\"a\"}\n{\"event\":\"b\"}\n", "application/jsonl").expect("lines");
-        assert_eq!(json.iter().map(|e| e.get()).collect::<Vec<_>>(), lines.iter().map(|e| e.get()).collect::<Vec<_>>());
+        let json = events_of(br#"{"events":[{"event":"a"},{"event":"b"}]}"#, "application/json")
+            .expect("json");
+        let lines = events_of(b"{\"event\":\"a\"}\n{\"event\":\"b\"}\n", "application/jsonl")
+            .expect("lines");
+        assert_eq!(
+            json.iter().map(|e| e.get()).collect::<Vec<_>>(),
+            lines.iter().map(|e| e.get()).collect::<Vec<_>>()
+        );
         assert!(events_of(b"nonsense", "application/json").is_err());
     }
 }

@@ -21,10 +21,12 @@ fn page(command: clap::Command) -> std::io::Result<Vec<u8>> {
 fn commands(of: &clap::Command, path: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
     for command in of.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
         let path = format!("{path} {}", command.get_name());
-        let help = command.clone().disable_help_flag(true).term_width(72).render_long_help().to_string();
+        let help =
+            command.clone().disable_help_flag(true).term_width(72).render_long_help().to_string();
         writeln!(out, ".SH \"{}\"\n.nf", path.to_uppercase())?;
         for line in help.lines() {
-            // What begins with a dot or a quote would be a request of the formatter; `\\&` is nothing.
+            // What begins with a dot or a quote would be a request of the formatter; `\\&` is
+            // nothing.
             writeln!(out, "\\&{}", line.replace('\\', "\\e").replace('-', "\\-"))?;
         }
         writeln!(out, ".fi")?;
@@ -40,15 +42,23 @@ mod tests {
 
     #[test]
     fn the_page_has_every_command_and_no_line_that_the_formatter_takes_for_its_own() {
-        let page = String::from_utf8(page(crate::cli::Cli::command()).expect("a page")).expect("text");
-        for part in [".TH hooktrail 1", ".SH \"HOOKTRAIL DEAD REPLAY\"", ".SH \"HOOKTRAIL PAUSE\"", "\\-\\-rate"] {
+        let page =
+            String::from_utf8(page(crate::cli::Cli::command()).expect("a page")).expect("text");
+        for part in [
+            ".TH hooktrail 1",
+            ".SH \"HOOKTRAIL DEAD REPLAY\"",
+            ".SH \"HOOKTRAIL PAUSE\"",
+            "\\-\\-rate",
+        ] {
             assert!(page.contains(part), "{part} is not in the page");
         }
         assert!(!page.contains("HOOKTRAIL MAN"));
         let body = page.split(".SH \"HOOKTRAIL RUN\"").nth(1).expect("a section");
         let requests = body.lines().filter(|l| !l.starts_with("\\&"));
         assert!(
-            requests.clone().all(|l| l.is_empty() || l == ".nf" || l == ".fi" || l.starts_with(".SH ")),
+            requests
+                .clone()
+                .all(|l| l.is_empty() || l == ".nf" || l == ".fi" || l.starts_with(".SH ")),
             "{:?}",
             requests.collect::<Vec<_>>()
         );

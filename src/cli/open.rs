@@ -22,6 +22,10 @@ pub(super) fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber,
     config.subscribers.iter().find(|s| s.name == name).map(AsRef::as_ref).ok_or_else(|| {
         let names: Vec<&str> = config.subscribers.iter().map(|s| s.name.as_str()).collect();
         let file = config.path.display();
-        Failed::Usage(format!("no subscriber `{}` in {file}; {}", visible(name), there_are(name, &names)))
+        Failed::Usage(format!(
+            "no subscriber `{}` in {file}; {}",
+            visible(name),
+            there_are(name, &names)
+        ))
     })
 }

@@ -1,4 +1,5 @@
-//! `plan`: what a configuration would do. Computed by the policies that the daemon works by, not tried.
+//! `plan`: what a configuration would do. Computed by the policies that the daemon works by, not
+//! tried.
 
 use std::time::{Duration, SystemTime};
 
@@ -62,12 +63,16 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     if args.json {
         println!("{:#}", as_json(config, &plans, &foreseen));
     } else {
-        print!("{}", as_text(config, &plans, &foreseen, terminal::width().unwrap_or(terminal::USUAL)));
+        print!(
+            "{}",
+            as_text(config, &plans, &foreseen, terminal::width().unwrap_or(terminal::USUAL))
+        );
     }
     match foreseen {
-        Foreseen::Refused { .. } => {
-            Err(Failed::Runtime("the daemon would refuse a reload; it goes on with what it has until the file is right".to_owned()))
-        }
+        Foreseen::Refused { .. } => Err(Failed::Runtime(
+            "the daemon would refuse a reload; it goes on with what it has until the file is right"
+                .to_owned(),
+        )),
         Foreseen::Unknown { .. } | Foreseen::Changes { .. } => Ok(()),
     }
 }
@@ -95,7 +100,8 @@ struct Course<'c> {
     policy: &'c RetryPolicy,
     hold: fn(Duration) -> Hold,
     random: f64,
-    /// The first attempt and on, until the interval grows no more; then the last one repeats itself.
+    /// The first attempt and on, until the interval grows no more; then the last one repeats
+    /// itself.
     ramp: Vec<Attempt>,
     last: Last,
 }
@@ -119,7 +125,8 @@ enum Last {
 
 impl<'c> Course<'c> {
     fn new(policy: &'c RetryPolicy, hold: fn(Duration) -> Hold, random: f64) -> Self {
-        let first = Attempt { number: 1, after: Duration::ZERO, hops: 0, since_first: Duration::ZERO };
+        let first =
+            Attempt { number: 1, after: Duration::ZERO, hops: 0, since_first: Duration::ZERO };
         let mut course = Self { policy, hold, random, ramp: vec![first], last: Last::Beyond };
         for number in 1..MAX_RAMP {
             let Some(next) = course.following(number) else {
@@ -157,7 +164,8 @@ impl<'c> Course<'c> {
 
     /// Once the interval is always the same, an attempt that is not made is followed by none.
     fn last_of_the_steady(&self) -> Last {
-        let (mut made, mut not_made) = (u32::try_from(self.ramp.len()).unwrap_or(u32::MAX), u32::MAX);
+        let (mut made, mut not_made) =
+            (u32::try_from(self.ramp.len()).unwrap_or(u32::MAX), u32::MAX);
         if self.following(not_made - 1).is_some() {
             return Last::Never;
         }
@@ -183,7 +191,11 @@ impl<'c> Course<'c> {
     /// The shortest and the longest that jitter makes of the interval before an attempt.
     fn spread(&self, number: u32) -> (Duration, Duration) {
         // Without its limits: they end a schedule, they shorten no interval of it.
-        let unlimited = RetryOptions { max_attempts: 0, max_elapsed_time: Duration::ZERO, ..self.policy.options() };
+        let unlimited = RetryOptions {
+            max_attempts: 0,
+            max_elapsed_time: Duration::ZERO,
+            ..self.policy.options()
+        };
         let unlimited = RetryPolicy::try_new(unlimited).unwrap_or_else(|_| self.policy.clone());
         let held = |random| match unlimited.next(number - 1, FIRST, FIRST, None, random) {
             Next::After(delay) => (self.hold)(delay).delay,
@@ -197,8 +209,12 @@ impl<'c> Course<'c> {
         let ramp = u32::try_from(self.ramp.len()).unwrap_or(u32::MAX);
         match self.last {
             Last::Number(n) if n <= whole => (1..=n).collect(),
-            Last::Number(n) => (1..=ramp.clamp(TAIL, HEAD.max(whole - whole / 2))).chain(n - TAIL + 1..=n).collect(),
-            Last::Never | Last::Beyond => (1..=ramp.saturating_add(1).clamp(TAIL, whole.max(HEAD))).collect(),
+            Last::Number(n) => (1..=ramp.clamp(TAIL, HEAD.max(whole - whole / 2)))
+                .chain(n - TAIL + 1..=n)
+                .collect(),
+            Last::Never | Last::Beyond => {
+                (1..=ramp.saturating_add(1).clamp(TAIL, whole.max(HEAD))).collect()
+            }
         }
     }
 }
@@ -215,8 +231,8 @@ struct Bounds {
     worst: u64,
     /// The longest that a message is held without an answer to the queue, with full batches.
     hold: Duration,
-    /// With fewer events in a batch than this, and each attempt at its limit, a message could be held
-    /// for longer than RabbitMQ allows.
+    /// With fewer events in a batch than this, and each attempt at its limit, a message could be
+    /// held for longer than RabbitMQ allows.
     fewest: usize,
 }
 
@@ -236,7 +252,8 @@ impl Bounds {
     }
 }
 
-/// How long a circuit stays open: the first time, after a failed probe, after another, until it is always as long.
+/// How long a circuit stays open: the first time, after a failed probe, after another, until it is
+/// always as long.
 fn open_times(policy: &BreakerPolicy) -> Vec<Duration> {
     if policy.failures == 0 {
         return Vec::new();
@@ -244,7 +261,9 @@ fn open_times(policy: &BreakerPolicy) -> Vec<Duration> {
     let mut breaker = CircuitBreaker::new(BreakerPolicy { failures: 1, ..policy.clone() });
     let (mut now, mut times) = (clock::instant(), Vec::new());
     let first_attempt = Begun { probe: true, first: true };
-    while let Some(Change::Opened { open_for, .. } | Change::StillOpen { open_for }) = breaker.on_failure(first_attempt, true, now) {
+    while let Some(Change::Opened { open_for, .. } | Change::StillOpen { open_for }) =
+        breaker.on_failure(first_attempt, true, now)
+    {
         if times.last() == Some(&open_for) {
             break;
         }
@@ -290,12 +309,18 @@ fn as_text(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen, width: usiz
 /// What the whole configuration needs of a RabbitMQ.
 fn footprint(config: &Config) -> Option<Footprint> {
     match &config.queue.backend {
-        Backend::Amqp(amqp) => Some(amqp::footprint(config.subscribers.len(), matches!(amqp.intake, Intake::SourceQueue(_)))),
+        Backend::Amqp(amqp) => Some(amqp::footprint(
+            config.subscribers.len(),
+            matches!(amqp.intake, Intake::SourceQueue(_)),
+        )),
         Backend::Embedded => None,
     }
 }
 
-fn in_the_broker(Footprint { queues, shared, descriptors, connections }: Footprint, subscribers: usize) -> String {
+fn in_the_broker(
+    Footprint { queues, shared, descriptors, connections }: Footprint,
+    subscribers: usize,
+) -> String {
     format!(
         "in RabbitMQ: {} (3 for each of {}, {} for all), which take about {} file descriptors of each node; and {} of each daemon",
         counted(queues, "queue(s)"),
@@ -340,8 +365,11 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     }
     line(format!("  {}", circuit(&s.circuit_breaker)));
     line(format!("  requests open at once: {} (http.concurrency)", bounds.requests));
-    let larger =
-        if *ladder { "; RabbitMQ counts messages: when much larger ones come suddenly, it is more until they are known" } else { "" };
+    let larger = if *ladder {
+        "; RabbitMQ counts messages: when much larger ones come suddenly, it is more until they are known"
+    } else {
+        ""
+    };
     line(format!(
         "  memory: {} with full batches. It takes up to {} {} and {} {} at once: {} if each is as large as a body may be \
          (batch.max_bytes = {}). Of events it takes no more than 64 MiB, or 16 if those are larger{larger}",
@@ -358,7 +386,8 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     }
 }
 
-/// How long RabbitMQ can have to wait for the answer about a message, and what follows if that is too long.
+/// How long RabbitMQ can have to wait for the answer about a message, and what follows if that is
+/// too long.
 fn hold(bounds: &Bounds) -> String {
     let (longest, allowed) = (span(bounds.hold), span(CONSUMER_TIMEOUT));
     let held = format!(
@@ -378,7 +407,11 @@ fn hold(bounds: &Bounds) -> String {
 /// The time before an attempt, with the range of its jitter.
 fn interval(course: &Course<'_>, attempt: &Attempt) -> String {
     let (shortest, longest) = course.spread(attempt.number);
-    if shortest == longest { span(attempt.after) } else { format!("{} ({} to {})", span(attempt.after), span(shortest), span(longest)) }
+    if shortest == longest {
+        span(attempt.after)
+    } else {
+        format!("{} ({} to {})", span(attempt.after), span(shortest), span(longest))
+    }
 }
 
 /// What follows the last attempt, when, and by which limit.
@@ -387,7 +420,10 @@ fn ending(plan: &Plan<'_>) -> String {
     let what = match retry.on_exhausted {
         Exhausted::DeadLetter => "then it becomes a dead letter (reason `exhausted`)".to_owned(),
         Exhausted::Pause => {
-            format!("then the batch is kept and the subscriber paused, until `hooktrail resume {}`", plan.subscriber.name)
+            format!(
+                "then the batch is kept and the subscriber paused, until `hooktrail resume {}`",
+                plan.subscriber.name
+            )
         }
     };
     let [middle, shortest, longest] = &plan.courses;
@@ -450,13 +486,17 @@ fn circuit(policy: &BreakerPolicy) -> String {
 
 fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
     match foreseen {
-        Foreseen::Unknown { why } => line(format!("what a reload would change is not known: {why}")),
+        Foreseen::Unknown { why } => {
+            line(format!("what a reload would change is not known: {why}"))
+        }
         Foreseen::Refused { address, error } => {
             line(format!("the daemon at {address} would refuse a reload of its configuration:"));
             error.lines().for_each(|l| line(format!("  {}", visible(l))));
         }
         Foreseen::Changes { address, answer } => {
-            let texts = |v: &Value| -> Vec<String> { v.as_array().into_iter().flatten().filter_map(Value::as_str).map(visible).collect() };
+            let texts = |v: &Value| -> Vec<String> {
+                v.as_array().into_iter().flatten().filter_map(Value::as_str).map(visible).collect()
+            };
             let changes = answer["changes"].as_array().map(Vec::as_slice).unwrap_or_default();
             let restart = texts(&answer["needs_restart"]);
             if changes.is_empty() && restart.is_empty() {
@@ -466,7 +506,8 @@ fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
             for change in changes {
                 let text = |key: &str| visible(change[key].as_str().unwrap_or("?"));
                 let keys = texts(&change["keys"]);
-                let keys = if keys.is_empty() { String::new() } else { format!(": {}", keys.join(", ")) };
+                let keys =
+                    if keys.is_empty() { String::new() } else { format!(": {}", keys.join(", ")) };
                 line(format!("  {}: {}{keys}", text("subscriber"), text("change")));
             }
             if !restart.is_empty() {
@@ -486,8 +527,12 @@ fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
 fn as_json(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) -> Value {
     let daemon = match foreseen {
         Foreseen::Unknown { why } => json!({ "reload": null, "why": why }),
-        Foreseen::Refused { address, error } => json!({ "address": address.to_string(), "reload": { "error": error } }),
-        Foreseen::Changes { address, answer } => json!({ "address": address.to_string(), "reload": answer }),
+        Foreseen::Refused { address, error } => {
+            json!({ "address": address.to_string(), "reload": { "error": error } })
+        }
+        Foreseen::Changes { address, answer } => {
+            json!({ "address": address.to_string(), "reload": answer })
+        }
     };
     json!({
         "config": config.path.display().to_string(),
@@ -511,7 +556,8 @@ fn subscriber_as_json(plan: &Plan<'_>) -> Value {
     let retry = s.retry.options();
     let attempt = |number: u32| {
         let a = middle.attempt(number);
-        let (least, most) = if number == 1 { (Duration::ZERO, Duration::ZERO) } else { middle.spread(number) };
+        let (least, most) =
+            if number == 1 { (Duration::ZERO, Duration::ZERO) } else { middle.spread(number) };
         let mut row = json!({
             "attempt": number,
             "after_s": a.after.as_secs_f64(),
@@ -524,7 +570,8 @@ fn subscriber_as_json(plan: &Plan<'_>) -> Value {
         }
         row
     };
-    let ends = [shortest.end(), longest.end()].map(|end| end.map(|end| end.since_first.as_secs_f64()));
+    let ends =
+        [shortest.end(), longest.end()].map(|end| end.map(|end| end.since_first.as_secs_f64()));
     let end = middle.end().map(|end| {
         let because = match limit(&retry, end.number) {
             Limit::Attempts => "max_attempts",
@@ -597,7 +644,11 @@ fn span(d: Duration) -> String {
         let rounded = round(*below);
         if rounded >= *unit {
             let rest = rounded % unit / below;
-            return if rest == 0 { format!("{}{letter}", rounded / unit) } else { format!("{}{letter} {rest}{small}", rounded / unit) };
+            return if rest == 0 {
+                format!("{}{letter}", rounded / unit)
+            } else {
+                format!("{}{letter} {rest}{small}", rounded / unit)
+            };
         }
     }
     format!("{}s", round(1))
@@ -615,7 +666,9 @@ mod tests {
     fn loaded(more: &str, subscriber: &str) -> Config {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("h.toml");
-        let text = format!("{more}\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com\"\nsignatures = []\n{subscriber}\n");
+        let text = format!(
+            "{more}\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com\"\nsignatures = []\n{subscriber}\n"
+        );
         std::fs::write(&path, text).expect("writes");
         config::load(&path).unwrap_or_else(|e| panic!("{e}"))
     }
@@ -630,7 +683,8 @@ mod tests {
 
     fn plain(config: &Config) -> String {
         let ladder = matches!(config.queue.backend, Backend::Amqp(_));
-        let plans: Vec<Plan<'_>> = config.subscribers.iter().map(|s| Plan::new(s, ladder)).collect();
+        let plans: Vec<Plan<'_>> =
+            config.subscribers.iter().map(|s| Plan::new(s, ladder)).collect();
         as_text(config, &plans, &Foreseen::Unknown { why: "nobody was asked".to_owned() }, 80)
     }
 
@@ -674,17 +728,29 @@ mod tests {
         );
         assert!(one.contains("3 connections of each daemon"), "{one}");
         let footprint = amqp::footprint(300, true);
-        assert_eq!((footprint.queues, footprint.descriptors, footprint.connections), (921, 2763, 10));
+        assert_eq!(
+            (footprint.queues, footprint.descriptors, footprint.connections),
+            (921, 2763, 10)
+        );
         assert!(!text(&loaded(EMBEDDED, "")).contains("RabbitMQ: "));
     }
 
     #[test]
     fn with_the_embedded_queue_there_is_no_ladder_and_no_rounding() {
-        let config = loaded(EMBEDDED, "retry = { initial_interval = \"405s\", multiplier = 1, randomization_factor = 0 }");
+        let config = loaded(
+            EMBEDDED,
+            "retry = { initial_interval = \"405s\", multiplier = 1, randomization_factor = 0 }",
+        );
         let embedded = text(&config);
         assert!(!embedded.contains("RabbitMQ") && embedded.contains("2 6m 45s "), "{embedded}");
-        let amqp = text(&loaded(AMQP, "retry = { initial_interval = \"405s\", multiplier = 1, randomization_factor = 0 }"));
-        assert!(!amqp.contains("hops") && amqp.contains("2 6m 48s ") && amqp.contains("12.5 %"), "{amqp}");
+        let amqp = text(&loaded(
+            AMQP,
+            "retry = { initial_interval = \"405s\", multiplier = 1, randomization_factor = 0 }",
+        ));
+        assert!(
+            !amqp.contains("hops") && amqp.contains("2 6m 48s ") && amqp.contains("12.5 %"),
+            "{amqp}"
+        );
     }
 
     #[test]
@@ -693,8 +759,18 @@ mod tests {
             RetryOptions::default(),
             RetryOptions { max_attempts: 0, initial_interval: secs(60), ..RetryOptions::default() },
             RetryOptions { max_attempts: 1, ..RetryOptions::default() },
-            RetryOptions { max_attempts: 300, max_elapsed_time: Duration::ZERO, multiplier: 1.0, ..RetryOptions::default() },
-            RetryOptions { max_attempts: 0, multiplier: 1.0, max_elapsed_time: secs(3600), ..RetryOptions::default() },
+            RetryOptions {
+                max_attempts: 300,
+                max_elapsed_time: Duration::ZERO,
+                multiplier: 1.0,
+                ..RetryOptions::default()
+            },
+            RetryOptions {
+                max_attempts: 0,
+                multiplier: 1.0,
+                max_elapsed_time: secs(3600),
+                ..RetryOptions::default()
+            },
             RetryOptions { max_attempts: 40, multiplier: 1.1, ..RetryOptions::default() },
         ] {
             let policy = RetryPolicy::try_new(options).expect("valid");
@@ -704,7 +780,11 @@ mod tests {
                 while let Next::After(delay) = policy.next(number, FIRST, at, None, random) {
                     (at, number) = (at + delay, number + 1);
                     let attempt = course.attempt(number);
-                    assert_eq!((attempt.number, attempt.after, FIRST + attempt.since_first), (number, delay, at), "{policy:?}");
+                    assert_eq!(
+                        (attempt.number, attempt.after, FIRST + attempt.since_first),
+                        (number, delay, at),
+                        "{policy:?}"
+                    );
                 }
                 assert_eq!(course.last, Last::Number(number), "{policy:?}");
             }
@@ -713,22 +793,39 @@ mod tests {
 
     #[test]
     fn a_timeline_without_end_or_with_very_many_attempts_is_shown_without_its_middle() {
-        let endless = plain(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"0s\" }"));
-        assert!(endless.contains("and so on without end") && endless.lines().count() < 40, "{endless}");
-        let config = loaded(EMBEDDED, "retry = { max_attempts = 1000000, max_elapsed_time = \"0s\", randomization_factor = 0 }");
+        let endless =
+            plain(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"0s\" }"));
+        assert!(
+            endless.contains("and so on without end") && endless.lines().count() < 40,
+            "{endless}"
+        );
+        let config = loaded(
+            EMBEDDED,
+            "retry = { max_attempts = 1000000, max_elapsed_time = \"0s\", randomization_factor = 0 }",
+        );
         let long = text(&config);
-        let years = Plan::new(&config.subscribers[0], false).courses[0].end().expect("an end").since_first.as_secs() / (365 * 86_400);
+        let years = Plan::new(&config.subscribers[0], false).courses[0]
+            .end()
+            .expect("an end")
+            .since_first
+            .as_secs()
+            / (365 * 86_400);
         assert_eq!(years, 684);
         assert!(long.contains(" … 999,998 6h 24999"), "{long}");
         assert!(plain(&config).lines().count() < 40, "{long}");
-        let slow = text(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"0s\", multiplier = 1.00001 }"));
+        let slow = text(&loaded(
+            EMBEDDED,
+            "retry = { max_attempts = 0, max_elapsed_time = \"0s\", multiplier = 1.00001 }",
+        ));
         assert!(slow.contains("only 2,000 attempts are computed"), "{slow}");
     }
 
     #[test]
     fn the_limit_that_is_reached_first_is_named() {
-        let elapsed =
-            text(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"1h\", multiplier = 1, initial_interval = \"10m\" }"));
+        let elapsed = text(&loaded(
+            EMBEDDED,
+            "retry = { max_attempts = 0, max_elapsed_time = \"1h\", multiplier = 1, initial_interval = \"10m\" }",
+        ));
         assert!(
             elapsed.contains("1h after the first attempt (56m to 1h by the jitter, with 6 to 8 attempts): another would come later than retry.max_elapsed_time = 1h"),
             "{elapsed}"
@@ -766,7 +863,10 @@ mod tests {
         let many = json!({ "changes": [{ "subscriber": "a", "change": "removed", "keys": [] }], "waits_for_operator": true });
         let text = told(Foreseen::Changes { address, answer: many });
         assert!(text.contains("  a: removed\n  (it removes all subscribers, or more than half of them: the changed file alone"), "{text}");
-        let nothing = told(Foreseen::Changes { address, answer: json!({ "changes": [], "needs_restart": [] }) });
+        let nothing = told(Foreseen::Changes {
+            address,
+            answer: json!({ "changes": [], "needs_restart": [] }),
+        });
         assert_eq!(nothing, "a reload of the daemon at 127.0.0.1:8787 would change nothing\n");
     }
 
@@ -786,6 +886,9 @@ mod tests {
         ] {
             assert_eq!(span(Duration::from_millis(ms)), told);
         }
-        assert_eq!((grouped(1), grouped(1000), grouped(51_841)), ("1".to_owned(), "1,000".to_owned(), "51,841".to_owned()));
+        assert_eq!(
+            (grouped(1), grouped(1000), grouped(51_841)),
+            ("1".to_owned(), "1,000".to_owned(), "51,841".to_owned())
+        );
     }
 }

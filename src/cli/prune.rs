@@ -17,8 +17,8 @@ pub(super) struct Args {
     /// Only these; without any name all that are not configured any more
     #[arg(value_name = "SUBSCRIBER")]
     subscribers: Vec<String>,
-    /// Everything that hooktrail has made for this configuration, also of subscribers that are configured: to be rid of it. No daemon may
-    /// run. The exchange that producers publish to stays
+    /// Everything that hooktrail has made for this configuration, also of subscribers that are
+    /// configured: to be rid of it. No daemon may run. The exchange that producers publish to stays
     #[arg(long, conflicts_with_all = ["subscribers", "with_events"])]
     all: bool,
     /// Also those that still hold events, retries or dead letters: they are lost
@@ -44,7 +44,9 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     }
     for name in &args.subscribers {
         if !config::is_subscriber_name(name) {
-            return Err(Failed::Usage(format!("`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`")));
+            return Err(Failed::Usage(format!(
+                "`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`"
+            )));
         }
         if config.subscribers.iter().any(|s| s.name == *name) {
             return Err(Failed::Usage(format!(
@@ -55,13 +57,17 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     }
     match &config.queue.backend {
         Backend::Amqp(amqp) => prune(reach(amqp).await?, config, args).await,
-        Backend::Embedded => prune(EmbeddedQueue::existing(&config.queue.embedded)?, config, args).await,
+        Backend::Embedded => {
+            prune(EmbeddedQueue::existing(&config.queue.embedded)?, config, args).await
+        }
     }
 }
 
 /// Of a prefix in RabbitMQ.
 async fn all_of_broker(queue: &AmqpQueue, config: &Config, args: &Args) -> Result<(), Failed> {
-    let Backend::Amqp(AmqpConfig { prefix, intake, .. }) = &config.queue.backend else { return Ok(()) };
+    let Backend::Amqp(AmqpConfig { prefix, intake, .. }) = &config.queue.backend else {
+        return Ok(());
+    };
     let depths = queue.everything(&config.subscribers).await?;
     let what = format!("everything that hooktrail has declared under prefix `{prefix}`");
     if say_what_goes(&depths, &what, args)? {
@@ -79,7 +85,9 @@ async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
     let embedded = &config.queue.embedded;
     let dir = visible(&embedded.data_dir.display().to_string());
     if !EmbeddedQueue::exists(embedded)? {
-        return Err(Failed::Runtime(format!("there is no embedded queue in {dir}; nothing was deleted")));
+        return Err(Failed::Runtime(format!(
+            "there is no embedded queue in {dir}; nothing was deleted"
+        )));
     }
     // As a daemon does, so that there is none.
     let queue = EmbeddedQueue::for_daemon(embedded)?;
@@ -97,9 +105,10 @@ fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Faile
         for (name, depth) in &depths.subscribers {
             println!("{name}: {}", told(*depth));
         }
-        for (number, of) in
-            [(depths.delayed.unwrap_or(0), "batch(es) that wait(s) for (its|their) next attempt"), (depths.orphans, "orphan(s)")]
-        {
+        for (number, of) in [
+            (depths.delayed.unwrap_or(0), "batch(es) that wait(s) for (its|their) next attempt"),
+            (depths.orphans, "orphan(s)"),
+        ] {
             if number > 0 {
                 println!("{}", counted(number, of));
             }
@@ -109,8 +118,7 @@ fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Faile
         return Err(Failed::Usage("nothing was deleted".to_owned()));
     }
     if args.json {
-        let subscriber =
-            |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead });
+        let subscriber = |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead });
         let subscribers: Vec<_> = depths.subscribers.iter().map(subscriber).collect();
         let (delayed, orphans) = (depths.delayed, depths.orphans);
         println!(
@@ -131,12 +139,21 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
         return Err(Failed::Runtime(still_bound(name)));
     }
     if let Some(name) = args.subscribers.iter().find(|name| !removed.contains_key(*name)) {
-        return Err(Failed::Runtime(format!("there is nothing of a removed subscriber `{name}`; nothing was deleted")));
+        return Err(Failed::Runtime(format!(
+            "there is nothing of a removed subscriber `{name}`; nothing was deleted"
+        )));
     }
-    let is_meant = |name: &String| if args.subscribers.is_empty() { !bound.contains(name) } else { args.subscribers.contains(name) };
+    let is_meant = |name: &String| {
+        if args.subscribers.is_empty() {
+            !bound.contains(name)
+        } else {
+            args.subscribers.contains(name)
+        }
+    };
     let chosen = removed.iter().filter(|(name, _)| is_meant(name));
     let (empty, full): (Vec<_>, Vec<_>) = chosen.partition(|(_, depth)| depth.is_empty());
-    let delete: Vec<_> = if args.with_events { empty.iter().chain(&full).collect() } else { empty.iter().collect() };
+    let delete: Vec<_> =
+        if args.with_events { empty.iter().chain(&full).collect() } else { empty.iter().collect() };
     if !args.json {
         for (name, depth) in &delete {
             println!("{name}: {}", told(**depth));
@@ -155,17 +172,26 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
         pruned.push(name.as_str());
     }
     queue.close().await;
-    let kept: Vec<&str> = if args.with_events { Vec::new() } else { full.iter().map(|(name, _)| name.as_str()).collect() };
+    let kept: Vec<&str> = if args.with_events {
+        Vec::new()
+    } else {
+        full.iter().map(|(name, _)| name.as_str()).collect()
+    };
     if args.json {
         let chosen: Vec<&str> = delete.iter().map(|(name, _)| name.as_str()).collect();
-        println!("{}", json!({ "command": "prune", "dry_run": args.dry_run, "chosen": chosen, "pruned": pruned, "kept": kept }));
+        println!(
+            "{}",
+            json!({ "command": "prune", "dry_run": args.dry_run, "chosen": chosen, "pruned": pruned, "kept": kept })
+        );
     } else if args.dry_run {
         println!("would delete the queues of {}", counted(delete.len(), "removed subscriber(s)"));
     } else {
         println!("deleted the queues of {}", counted(pruned.len(), "removed subscriber(s)"));
     }
     if !bound.is_empty() && args.subscribers.is_empty() {
-        return Err(Failed::Runtime(still_bound(&bound.into_iter().collect::<Vec<_>>().join("`, `"))));
+        return Err(Failed::Runtime(still_bound(
+            &bound.into_iter().collect::<Vec<_>>().join("`, `"),
+        )));
     }
     if !kept.is_empty() {
         return Err(Failed::Runtime(format!(
@@ -186,12 +212,16 @@ fn still_bound(names: &str) -> String {
 }
 
 fn told(depth: Depth) -> String {
-    let (events, batches) = (counted(depth.events, "event(s)"), counted(depth.batches(), "batch(es) to retry"));
+    let (events, batches) =
+        (counted(depth.events, "event(s)"), counted(depth.batches(), "batch(es) to retry"));
     format!("{events}, {batches}, {}", counted(depth.dead, "dead letter(s)"))
 }
 
 fn confirm(number: usize) -> Result<bool, Failed> {
-    asked(&format!("Delete the queues of {} for good?", agreed(&number, &format!("(this subscriber|these {number} subscribers)"))))
+    asked(&format!(
+        "Delete the queues of {} for good?",
+        agreed(&number, &format!("(this subscriber|these {number} subscribers)"))
+    ))
 }
 
 fn asked(question: &str) -> Result<bool, Failed> {

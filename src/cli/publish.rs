@@ -1,7 +1,8 @@
 //! `publish`: hands events to the broker and returns when all are confirmed.
 //!
-//! A thread of its own reads, so that a signal is heard while nothing comes. It hands over what it has read before it waits for more:
-//! few events at a time where they come slowly, a thousand where they are all there.
+//! A thread of its own reads, so that a signal is heard while nothing comes. It hands over what it
+//! has read before it waits for more: few events at a time where they come slowly, a thousand where
+//! they are all there.
 
 use std::{
     collections::BTreeMap,
@@ -39,7 +40,8 @@ const SHOWN: usize = 20;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Files with one JSON event a line, or an array of events, or {"events":[…]}; `-` is standard input
+    /// Files with one JSON event a line, or an array of events, or {"events":[…]}; `-` is standard
+    /// input
     #[arg(default_value = "-", value_name = "FILE")]
     files: Vec<PathBuf>,
 }
@@ -66,14 +68,23 @@ struct Group {
 }
 
 pub(super) async fn run(config: &Config, args: Args) -> Result<(), Failed> {
-    let unusable: Vec<String> =
-        args.files.iter().filter_map(|file| unusable(file).err().map(|e| format!("{}: {e}", file.display()))).collect();
+    let unusable: Vec<String> = args
+        .files
+        .iter()
+        .filter_map(|file| unusable(file).err().map(|e| format!("{}: {e}", file.display())))
+        .collect();
     if !unusable.is_empty() {
-        return Err(Failed::Usage(format!("{}; nothing was published: name files with one JSON event a line", unusable.join("; "))));
+        return Err(Failed::Usage(format!(
+            "{}; nothing was published: name files with one JSON event a line",
+            unusable.join("; ")
+        )));
     }
     match &config.queue.backend {
         Backend::Amqp(amqp) => publish(reach(amqp).await?, config, &args.files).await,
-        Backend::Embedded => publish(EmbeddedQueue::for_publishing(&config.queue.embedded)?, config, &args.files).await,
+        Backend::Embedded => {
+            publish(EmbeddedQueue::for_publishing(&config.queue.embedded)?, config, &args.files)
+                .await
+        }
     }
 }
 
@@ -87,7 +98,9 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
     let (groups, read) = mpsc::channel(1);
     let files = files.to_vec();
     // It may wait for input that never comes; it ends with the process.
-    std::thread::Builder::new().name("hooktrail-input".to_owned()).spawn(move || Input::new(groups).files(&files))?;
+    std::thread::Builder::new()
+        .name("hooktrail-input".to_owned())
+        .spawn(move || Input::new(groups).files(&files))?;
     let published = tokio::select! {
         published = take(&queue, config, read, &stops, &mut tally) => Some(published),
         () = stops.times(2) => None,
@@ -98,7 +111,11 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
             report(&tally)
         }
         Some(Ok(Some(upto))) => {
-            let upto = if upto.is_empty() { "before anything was read".to_owned() } else { format!("after {upto}; begin again behind it") };
+            let upto = if upto.is_empty() {
+                "before anything was read".to_owned()
+            } else {
+                format!("after {upto}; begin again behind it")
+            };
             let why = format!("interrupted {upto}");
             Err(Failed::Runtime(match report(&tally) {
                 Err(Failed::Runtime(more)) => format!("{why}; {more}"),
@@ -113,8 +130,8 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
     }
 }
 
-/// Publishes what is read until there is no more, or until somebody asks to stop; then what was handed over is finished, and the last line
-/// of that is returned.
+/// Publishes what is read until there is no more, or until somebody asks to stop; then what was
+/// handed over is finished, and the last line of that is returned.
 async fn take(
     queue: &impl Queue,
     config: &Config,
@@ -138,7 +155,9 @@ async fn take(
             Some(Ok(group)) => group,
             Some(Err(why)) => {
                 let before = counted(tally.stored, "event(s) (was|were)");
-                return Err(Failed::Runtime(format!("{why}; {before} published and confirmed before")));
+                return Err(Failed::Runtime(format!(
+                    "{why}; {before} published and confirmed before"
+                )));
             }
         };
         tally.bad_lines += group.bad_lines;
@@ -205,7 +224,10 @@ impl Input {
         let mut input: BufReader<Box<dyn std::io::Read>> = if is_stdin {
             BufReader::with_capacity(BUFFER, Box::new(std::io::stdin()))
         } else {
-            BufReader::with_capacity(BUFFER, Box::new(std::fs::File::open(file).map_err(|e| format!("{name}: {e}"))?))
+            BufReader::with_capacity(
+                BUFFER,
+                Box::new(std::fs::File::open(file).map_err(|e| format!("{name}: {e}"))?),
+            )
         };
         let (mut number, mut bad, mut hinted) = (0_u64, 0, false);
         let mut line = Vec::new();
@@ -223,11 +245,15 @@ impl Input {
                 bad += 1;
                 match bad {
                     ..=SHOWN => eprintln!("{name}:{number}: not published: {why}"),
-                    n if n == SHOWN + 1 => eprintln!("{name}: more such lines follow, which are counted and not shown"),
+                    n if n == SHOWN + 1 => {
+                        eprintln!("{name}: more such lines follow, which are counted and not shown")
+                    }
                     _ => {}
                 }
                 if goes_on && !std::mem::replace(&mut hinted, true) {
-                    eprintln!("{name}: one event a line: `jq -c .` makes that of JSON over several lines");
+                    eprintln!(
+                        "{name}: one event a line: `jq -c .` makes that of JSON over several lines"
+                    );
                 }
             }
             let full = self.group.events.len() >= MAX_GROUP || self.group.bytes >= MAX_GROUP_BYTES;
@@ -245,7 +271,9 @@ impl Input {
             return Vec::new();
         }
         let unpublished = if line.len() as u64 > MAX_LINE {
-            let why = format!("the event has more than {MAX_LINE} bytes, the most of a request body; split it up");
+            let why = format!(
+                "the event has more than {MAX_LINE} bytes, the most of a request body; split it up"
+            );
             vec![Unpublished { why, goes_on: false }]
         } else {
             let all = Bytes::copy_from_slice(line);
@@ -257,17 +285,25 @@ impl Input {
                 Err(why) => match several(line) {
                     None => vec![Unpublished::from(&why)],
                     Some(many) if many.len() > MAX_EVENTS => {
-                        let why =
-                            format!("{} events are more than the {MAX_EVENTS} of one line; `jq -c '.[]'` makes a line of each", many.len());
+                        let why = format!(
+                            "{} events are more than the {MAX_EVENTS} of one line; `jq -c '.[]'` makes a line of each",
+                            many.len()
+                        );
                         vec![Unpublished { why, goes_on: false }]
                     }
                     Some(many) => {
                         let mut bad = Vec::new();
                         for (n, event) in many.into_iter().map(|e| e.get().as_bytes()).enumerate() {
                             match event_type(event) {
-                                Ok(event_type) => self.add(event_type.into_owned(), all.slice(place(line, event))),
+                                Ok(event_type) => {
+                                    self.add(event_type.into_owned(), all.slice(place(line, event)))
+                                }
                                 Err(why) => bad.push(Unpublished {
-                                    why: format!("number {} of its events: {}", n + 1, Unpublished::from(&why).why),
+                                    why: format!(
+                                        "number {} of its events: {}",
+                                        n + 1,
+                                        Unpublished::from(&why).why
+                                    ),
                                     goes_on: false,
                                 }),
                             }
@@ -283,7 +319,12 @@ impl Input {
 
     fn add(&mut self, event_type: String, body: Bytes) {
         self.group.bytes += body.len();
-        self.group.events.push(NewEvent { event_type, message_id: Some(clock::event_id()), body, traceparent: None });
+        self.group.events.push(NewEvent {
+            event_type,
+            message_id: Some(clock::event_id()),
+            body,
+            traceparent: None,
+        });
     }
 
     /// Hands over what there is, when there is room for it.
@@ -311,7 +352,10 @@ impl From<&InvalidEvent> for Unpublished {
             },
             _ => why.to_string(),
         };
-        Self { why: text, goes_on: matches!(why, InvalidEvent::NotJson(found) if found.starts_with("EOF ")) }
+        Self {
+            why: text,
+            goes_on: matches!(why, InvalidEvent::NotJson(found) if found.starts_with("EOF ")),
+        }
     }
 }
 
@@ -336,7 +380,8 @@ fn place(line: &[u8], part: &[u8]) -> std::ops::Range<usize> {
     begin..begin + part.len()
 }
 
-/// The next line, of a longer one only its beginning: a file without line breaks may be larger than the memory.
+/// The next line, of a longer one only its beginning: a file without line breaks may be larger than
+/// the memory.
 fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io::Result<usize> {
     line.clear();
     // One byte more than fits, and the two of its end.
@@ -348,7 +393,12 @@ fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io
     Ok(read)
 }
 
-async fn flush(config: &Config, queue: &impl Queue, group: Vec<NewEvent>, tally: &mut Tally) -> Result<(), Failed> {
+async fn flush(
+    config: &Config,
+    queue: &impl Queue,
+    group: Vec<NewEvent>,
+    tally: &mut Tally,
+) -> Result<(), Failed> {
     let types: Vec<String> = group.iter().map(|e| e.event_type.clone()).collect();
     let count = group.len();
     let fates = queue.publish(group).await.map_err(|e| {
@@ -358,7 +408,8 @@ async fn flush(config: &Config, queue: &impl Queue, group: Vec<NewEvent>, tally:
         ))
     })?;
     for (event_type, fate) in types.into_iter().zip(fates) {
-        let matched = config.subscribers.iter().any(|s| s.events.iter().any(|p| p.matches(&event_type)));
+        let matched =
+            config.subscribers.iter().any(|s| s.events.iter().any(|p| p.matches(&event_type)));
         match fate {
             Published::Refused => tally.refused += 1,
             Published::Unmatched if matched => *tally.unbound.entry(event_type).or_default() += 1,
@@ -374,7 +425,11 @@ async fn flush(config: &Config, queue: &impl Queue, group: Vec<NewEvent>, tally:
 
 fn report(tally: &Tally) -> Result<(), Failed> {
     for (event_type, n) in &tally.unmatched {
-        eprintln!("warning: no subscriber's patterns match `{}` ({})", visible(event_type), counted(*n, "event(s)"));
+        eprintln!(
+            "warning: no subscriber's patterns match `{}` ({})",
+            visible(event_type),
+            counted(*n, "event(s)")
+        );
     }
     for (event_type, n) in &tally.unbound {
         eprintln!(
@@ -387,7 +442,10 @@ fn report(tally: &Tally) -> Result<(), Failed> {
     let unbound: usize = tally.unbound.values().sum();
     let mut failed = Vec::new();
     if tally.bad_lines > 0 {
-        failed.push(format!("{} not published; above is why, line by line", counted(tally.bad_lines, "line(s) (was|were)")));
+        failed.push(format!(
+            "{} not published; above is why, line by line",
+            counted(tally.bad_lines, "line(s) (was|were)")
+        ));
     }
     if tally.refused > 0 {
         failed.push(format!(
@@ -410,8 +468,12 @@ mod tests {
         let mut input = Input::new(mpsc::channel(1).0);
         let unpublished = input.line(line.as_bytes());
         let text = |body: &Bytes| String::from_utf8_lossy(body).into_owned();
-        let events = input.group.events.iter().map(|e| (e.event_type.clone(), text(&e.body))).collect();
-        (events, unpublished.into_iter().map(|u| if u.goes_on { u.why + " …" } else { u.why }).collect())
+        let events =
+            input.group.events.iter().map(|e| (e.event_type.clone(), text(&e.body))).collect();
+        (
+            events,
+            unpublished.into_iter().map(|u| if u.goes_on { u.why + " …" } else { u.why }).collect(),
+        )
     }
 
     #[test]
@@ -419,7 +481,11 @@ mod tests {
         let (a, b) = (r#"{"event":"a","n":18446744073709551616}"#, r#"{ "event":"b", "x":1.0 }"#);
         let both = || vec![("a".to_owned(), a.to_owned()), ("b".to_owned(), b.to_owned())];
         assert_eq!(taken(a), (both()[..1].to_vec(), Vec::new()));
-        for line in [format!("[{a}, {b}]"), format!(" {{\"events\" : [{a},{b} ]}}"), format!("{{\"x\":1,\"events\":[{a},{b}]}}")] {
+        for line in [
+            format!("[{a}, {b}]"),
+            format!(" {{\"events\" : [{a},{b} ]}}"),
+            format!("{{\"x\":1,\"events\":[{a},{b}]}}"),
+        ] {
             assert_eq!(taken(&line), (both(), Vec::new()), "{line}");
         }
         // What has a type is an event, whatever else it has.
@@ -460,8 +526,15 @@ mod tests {
                 let mut line = Vec::new();
                 assert_eq!(read_line(&mut input, &mut line).expect("reads") == 0, text.is_empty());
                 let kept = line.iter().filter(|b| **b == b'x').count();
-                assert!(kept == len || kept > most && len > most && kept <= most + 3, "{kept} of {len}");
-                assert_eq!(read_line(&mut input, &mut line).expect("reads"), 0, "nothing is left of {len} and {end:?}");
+                assert!(
+                    kept == len || kept > most && len > most && kept <= most + 3,
+                    "{kept} of {len}"
+                );
+                assert_eq!(
+                    read_line(&mut input, &mut line).expect("reads"),
+                    0,
+                    "nothing is left of {len} and {end:?}"
+                );
             }
         }
     }

@@ -25,14 +25,20 @@ pub(super) async fn run(config: &Config, name: &str, force: bool) -> Result<(), 
             Repaired::Sound(_) => sound += 1,
             Repaired::Declared(queue) => println!("{queue}: declared; it was missing"),
             Repaired::Redeclared { queue, why } => {
-                println!("{queue}: deleted and declared anew, since the broker had lost the use of it: {why}")
+                println!(
+                    "{queue}: deleted and declared anew, since the broker had lost the use of it: {why}"
+                )
             }
         }
     }
     if sound == report.len() {
         println!("all {sound} queues that `{name}` uses are sound; nothing was changed");
     } else {
-        println!("{} sound and {} not touched", counted(sound, "queue(s) (is|are)"), agreed(&sound, "(was|were)"));
+        println!(
+            "{} sound and {} not touched",
+            counted(sound, "queue(s) (is|are)"),
+            agreed(&sound, "(was|were)")
+        );
     }
     queue.close().await;
     Ok(())

@@ -30,9 +30,11 @@ const NAMED: usize = 10;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a batch that waits for its next attempt, the first due first, each with its number, such as @2
+    /// One line a batch that waits for its next attempt, the first due first, each with its number,
+    /// such as @2
     ///
-    /// On RabbitMQ the queues in which retries wait are looked through, each for 10 s at most, while none of its batches comes due.
+    /// On RabbitMQ the queues in which retries wait are looked through, each for 10 s at most,
+    /// while none of its batches comes due.
     List {
         /// The subscriber's name; one that is not configured any more is fine
         #[arg(add = complete::subscribers())]
@@ -41,13 +43,15 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Make the next attempt due now: of all batches that wait, or of some. Bytes, ids and attempts stay as they are
+    /// Make the next attempt due now: of all batches that wait, or of some. Bytes, ids and attempts
+    /// stay as they are
     ///
-    /// Works with or without a daemon; the running one sends them at once, and without one nothing is sent until one runs. If the
-    /// subscriber's circuit is open, or its receiver asked to be left alone, one batch is tried as soon as no request is under way, and the
-    /// rest follows when that is accepted; if it fails, the wait goes on. A paused one gets nothing before `hooktrail resume`, or before
-    /// `paused = true` is taken out of the configuration. After a crash in the middle some may come twice, under the same ids; run it again
-    /// for the rest.
+    /// Works with or without a daemon; the running one sends them at once, and without one nothing
+    /// is sent until one runs. If the subscriber's circuit is open, or its receiver asked to be
+    /// left alone, one batch is tried as soon as no request is under way, and the rest follows when
+    /// that is accepted; if it fails, the wait goes on. A paused one gets nothing before `hooktrail
+    /// resume`, or before `paused = true` is taken out of the configuration. After a crash in the
+    /// middle some may come twice, under the same ids; run it again for the rest.
     Now {
         /// The subscriber's name; one that is not configured any more is fine
         #[arg(add = complete::subscribers())]
@@ -74,7 +78,10 @@ impl Command {
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
     let name = command.subscriber();
     if !config::is_subscriber_name(name) {
-        return Err(Failed::Usage(format!("`{}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`", visible(name))));
+        return Err(Failed::Usage(format!(
+            "`{}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`",
+            visible(name)
+        )));
     }
     match &config.queue.backend {
         Backend::Amqp(amqp) => {
@@ -83,16 +90,21 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
             queue.close().await;
             done
         }
-        Backend::Embedded => on(&EmbeddedQueue::existing(&config.queue.embedded)?, config, command).await,
+        Backend::Embedded => {
+            on(&EmbeddedQueue::existing(&config.queue.embedded)?, config, command).await
+        }
     }
 }
 
-/// A queue that is left half looked through can lose its order: one Ctrl-C or SIGTERM lets the work go on to its end, a second ends it.
+/// A queue that is left half looked through can lose its order: one Ctrl-C or SIGTERM lets the work
+/// go on to its end, a second ends it.
 async fn to_its_end(work: impl Future<Output = Result<(), Failed>>) -> Result<(), Failed> {
     let stops = signal::stop()?;
     let interrupted = async {
         stops.times(1).await;
-        eprintln!("interrupted: it goes on to its end, so that no batch loses its place; once more ends it at once");
+        eprintln!(
+            "interrupted: it goes on to its end, so that no batch loses its place; once more ends it at once"
+        );
         stops.times(2).await;
     };
     tokio::select! {
@@ -103,8 +115,12 @@ async fn to_its_end(work: impl Future<Output = Result<(), Failed>>) -> Result<()
 
 async fn on(queue: &impl Queue, config: &Config, command: Command) -> Result<(), Failed> {
     match command {
-        Command::List { subscriber, json } => list(&subscriber, &queue.waiting(&subscriber).await?, json),
-        Command::Now { subscriber, batches, dry_run, json } => Now { subscriber, dry_run, json }.run(queue, config, &batches).await,
+        Command::List { subscriber, json } => {
+            list(&subscriber, &queue.waiting(&subscriber).await?, json)
+        }
+        Command::Now { subscriber, batches, dry_run, json } => {
+            Now { subscriber, dry_run, json }.run(queue, config, &batches).await
+        }
     }
 }
 
@@ -134,19 +150,32 @@ fn unseen(n: u64, subscriber: &str) -> Result<(), Failed> {
 fn list(subscriber: &str, found: &WaitingList, json: bool) -> Result<(), Failed> {
     let now = clock::now();
     if json {
-        let _read = found.batches.iter().enumerate().all(|(n, waiting)| print(&waiting.as_json(n + 1).to_string()));
+        let _read = found
+            .batches
+            .iter()
+            .enumerate()
+            .all(|(n, waiting)| print(&waiting.as_json(n + 1).to_string()));
         return unseen(found.unseen, subscriber);
     }
     if found.batches.is_empty() {
         print("nothing waits for another attempt");
         return unseen(found.unseen, subscriber);
     }
-    let head = format!("{:>6}  {:<20}  {:<12}  {:>6}  {:>8}  {:<16}  ID", "NUMBER", "DUE AT", "IN", "EVENTS", "ATTEMPTS", "LAST ANSWER");
+    let head = format!(
+        "{:>6}  {:<20}  {:<12}  {:>6}  {:>8}  {:<16}  ID",
+        "NUMBER", "DUE AT", "IN", "EVENTS", "ATTEMPTS", "LAST ANSWER"
+    );
     let row = |(n, w): (usize, &Waiting)| {
-        let last = w.last.as_ref().map_or_else(|| "-".to_owned(), |last| visible(&last.result.to_string()));
+        let last = w
+            .last
+            .as_ref()
+            .map_or_else(|| "-".to_owned(), |last| visible(&last.result.to_string()));
         let (number, at, left) = (format!("@{}", n + 1), time(w.due, "unknown"), until(w.due, now));
         let id = visible(w.batch_id.as_str());
-        print(&format!("{number:>6}  {at:<20}  {left:<12}  {:>6}  {:>8}  {last:<16}  {id}", w.events, w.attempts))
+        print(&format!(
+            "{number:>6}  {at:<20}  {left:<12}  {:>6}  {:>8}  {last:<16}  {id}",
+            w.events, w.attempts
+        ))
     };
     let _read = print(&head) && found.batches.iter().enumerate().all(row);
     unseen(found.unseen, subscriber)
@@ -161,7 +190,11 @@ struct Now {
 impl Now {
     async fn run(self, queue: &impl Queue, config: &Config, names: &[Name]) -> Result<(), Failed> {
         let by_number = names.iter().any(|name| matches!(name, Name::Number(_)));
-        let list = if by_number || self.dry_run { Some(queue.waiting(&self.subscriber).await?) } else { None };
+        let list = if by_number || self.dry_run {
+            Some(queue.waiting(&self.subscriber).await?)
+        } else {
+            None
+        };
         let (ids, mut missing) = resolve(names, list.as_ref());
         let ids = (!names.is_empty()).then_some(ids);
         let mut hastened = match (&list, &ids) {
@@ -171,7 +204,11 @@ impl Now {
             _ => queue.hasten(&self.subscriber, ids).await?,
         };
         missing.append(&mut hastened.missing);
-        let tried = if self.dry_run || hastened.moved + hastened.due == 0 { None } else { Some(self.tried(config).await) };
+        let tried = if self.dry_run || hastened.moved + hastened.due == 0 {
+            None
+        } else {
+            Some(self.tried(config).await)
+        };
         self.tell(config, &hastened, &missing, tried.as_ref());
         if !missing.is_empty() {
             return Err(self.not_found(&missing));
@@ -179,19 +216,28 @@ impl Now {
         unseen(hastened.unseen, &self.subscriber)
     }
 
-    /// Has the daemon try the subscriber whatever keeps it from that, but for a pause; else why that is not known.
+    /// Has the daemon try the subscriber whatever keeps it from that, but for a pause; else why
+    /// that is not known.
     async fn tried(&self, config: &Config) -> Result<Value, String> {
         let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
         // What is to be sent is due already.
         let wish = json!({ "try_only": true });
-        let answer = async { Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await };
+        let answer = async {
+            Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await
+        };
         answer.await.map_err(|e| match e {
             Failed::Usage(why) | Failed::Runtime(why) => why,
             other => other.to_string(),
         })
     }
 
-    fn tell(&self, config: &Config, done: &Hastened, missing: &[String], tried: Option<&Result<Value, String>>) {
+    fn tell(
+        &self,
+        config: &Config,
+        done: &Hastened,
+        missing: &[String],
+        tried: Option<&Result<Value, String>>,
+    ) {
         let name = &self.subscriber;
         let answer = tried.and_then(|tried| tried.as_ref().ok());
         if self.json {
@@ -205,7 +251,8 @@ impl Now {
             return;
         }
         let (would, were) = if self.dry_run { ("would be", "are") } else { ("made", "were") };
-        let already = if done.due > 0 { format!("; {} {were} due already", done.due) } else { String::new() };
+        let already =
+            if done.due > 0 { format!("; {} {were} due already", done.due) } else { String::new() };
         let what = counted(done.moved, "batch(es)");
         print(&match self.dry_run {
             true => format!("{what} of `{name}` {would} due now{already}"),
@@ -219,26 +266,43 @@ impl Now {
                 } else {
                     format!("and whether `{name}` is paused or its circuit open is not known")
                 };
-                eprintln!("nothing is sent before a daemon runs that serves `{name}`, {more}: {why}");
+                eprintln!(
+                    "nothing is sent before a daemon runs that serves `{name}`, {more}: {why}"
+                );
             }
             Some(Ok(answer)) if answer["paused"]["by"] == "configuration" => {
                 let file = file_of(config, name);
-                print(&format!("`{name}` is paused in the configuration: nothing is sent before `paused = true` is taken out of {file}"));
+                print(&format!(
+                    "`{name}` is paused in the configuration: nothing is sent before `paused = true` is taken out of {file}"
+                ));
             }
             Some(Ok(answer)) if answer["state"] == "paused" => {
-                print(&format!("`{name}` is paused: nothing is sent before `hooktrail resume {name}`"));
+                print(&format!(
+                    "`{name}` is paused: nothing is sent before `hooktrail resume {name}`"
+                ));
             }
             Some(Ok(answer)) if answer["tried_now"] == true => {
-                let why = if answer["state"] == "held" { "its receiver had asked to be left alone" } else { "its circuit was open" };
-                print(&format!("{why}: one batch is tried, and the rest follows when that is accepted (hooktrail status {name})"));
+                let why = if answer["state"] == "held" {
+                    "its receiver had asked to be left alone"
+                } else {
+                    "its circuit was open"
+                };
+                print(&format!(
+                    "{why}: one batch is tried, and the rest follows when that is accepted (hooktrail status {name})"
+                ));
             }
             Some(Ok(_)) => {}
         }
     }
 
     fn not_found(&self, missing: &[String]) -> Failed {
-        let named: Vec<String> = missing.iter().take(NAMED).map(|id| format!("`{}`", visible(id))).collect();
-        let more = if missing.len() > NAMED { format!(" and {} more", missing.len() - NAMED) } else { String::new() };
+        let named: Vec<String> =
+            missing.iter().take(NAMED).map(|id| format!("`{}`", visible(id))).collect();
+        let more = if missing.len() > NAMED {
+            format!(" and {} more", missing.len() - NAMED)
+        } else {
+            String::new()
+        };
         Failed::Runtime(format!(
             "no batch of `{0}` that waits for another attempt is {1}{more}; `hooktrail retry list {0}` shows ids and numbers; a number is \
              written @2",
@@ -250,7 +314,10 @@ impl Now {
 
 /// Where its table is, for a person.
 fn file_of(config: &Config, subscriber: &str) -> String {
-    config::file_of(&config.path, subscriber).unwrap_or_else(|| config.path.clone()).display().to_string()
+    config::file_of(&config.path, subscriber)
+        .unwrap_or_else(|| config.path.clone())
+        .display()
+        .to_string()
 }
 
 /// The ids that are meant, and the numbers that nothing has.
@@ -271,7 +338,8 @@ fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<BatchId>, Ve
 /// What would come of it.
 fn foreseen(list: &WaitingList, ids: Option<&BTreeSet<BatchId>>) -> Hastened {
     let now = clock::now();
-    let meant: Vec<&Waiting> = list.batches.iter().filter(|w| ids.is_none_or(|ids| ids.contains(&w.batch_id))).collect();
+    let meant: Vec<&Waiting> =
+        list.batches.iter().filter(|w| ids.is_none_or(|ids| ids.contains(&w.batch_id))).collect();
     let due = meant.iter().filter(|w| w.is_due(now)).count() as u64;
     let is_missing = |id: &&BatchId| meant.iter().all(|w| w.batch_id != **id);
     let missing = ids.into_iter().flatten().filter(is_missing).map(BatchId::to_string).collect();
@@ -283,15 +351,28 @@ mod tests {
     use super::*;
 
     fn waiting(id: &str, due: Option<SystemTime>) -> Waiting {
-        Waiting { batch_id: id.into(), events: 1, attempts: 2, last: None, first_attempt_at: None, due, bytes: 7 }
+        Waiting {
+            batch_id: id.into(),
+            events: 1,
+            attempts: 2,
+            last: None,
+            first_attempt_at: None,
+            due,
+            bytes: 7,
+        }
     }
 
     #[test]
     fn names_are_ids_and_numbers_of_the_list_and_what_is_not_there_is_said() {
         let now = clock::now();
         let later = Some(now + Duration::from_secs(3600));
-        let list = WaitingList { batches: vec![waiting("a", Some(now)), waiting("b", later), waiting("c", None)], unseen: 0 };
-        let names = |texts: &[&str]| texts.iter().map(|t| t.parse::<Name>().expect("a name")).collect::<Vec<_>>();
+        let list = WaitingList {
+            batches: vec![waiting("a", Some(now)), waiting("b", later), waiting("c", None)],
+            unseen: 0,
+        };
+        let names = |texts: &[&str]| {
+            texts.iter().map(|t| t.parse::<Name>().expect("a name")).collect::<Vec<_>>()
+        };
         let (ids, missing) = resolve(&names(&["@2", "c", "@0", "@4", "b", "x"]), Some(&list));
         assert_eq!(ids, ["b", "c", "x"].map(BatchId::from).into());
         assert_eq!(missing, ["@0", "@4"]);
@@ -304,7 +385,9 @@ mod tests {
     #[test]
     fn how_long_it_is_until_then_is_short() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
-        for (ms, text) in [(0, "now"), (1, "1s"), (61_000, "1m 1s"), (21_599_001, "6h"), (90_061_000, "1day 1h")] {
+        for (ms, text) in
+            [(0, "now"), (1, "1s"), (61_000, "1m 1s"), (21_599_001, "6h"), (90_061_000, "1day 1h")]
+        {
             assert_eq!(until(Some(now + Duration::from_millis(ms)), now), text);
         }
         assert_eq!(until(Some(now - Duration::from_secs(5)), now), "now");

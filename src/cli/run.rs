@@ -25,7 +25,8 @@ use crate::{
 };
 
 pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
-    // First of all: a signal that comes while the daemon starts must not end it in another way than later.
+    // First of all: a signal that comes while the daemon starts must not end it in another way than
+    // later.
     let signals = (signal::stop()?, Hangups::listen()?);
     let config = config::load(path);
     let format = config.as_ref().map_or_else(|_| config::log_of(path), |config| config.log);
@@ -39,7 +40,9 @@ pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
     let ended = ended.map_err(|failed| {
         let error = match &failed {
             Failed::Usage(why) | Failed::Runtime(why) => why.clone(),
-            Failed::Config(e) => e.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+            Failed::Config(e) => {
+                e.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+            }
             Failed::Logged(_) => String::new(),
         };
         log.fatal(&error, &failed.to_string());
@@ -49,7 +52,13 @@ pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
     ended
 }
 
-async fn start(config: Config, level: Level, metrics: Metrics, force: bool, signals: (Stops, Hangups)) -> Result<(), Failed> {
+async fn start(
+    config: Config,
+    level: Level,
+    metrics: Metrics,
+    force: bool,
+    signals: (Stops, Hangups),
+) -> Result<(), Failed> {
     resources::raise_open_files();
     if config.subscribers.is_empty() {
         tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
@@ -58,7 +67,14 @@ async fn start(config: Config, level: Level, metrics: Metrics, force: bool, sign
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), %data_dir, "starting");
-            deliver(EmbeddedQueue::for_daemon(&config.queue.embedded)?, config, level, metrics, signals).await
+            deliver(
+                EmbeddedQueue::for_daemon(&config.queue.embedded)?,
+                config,
+                level,
+                metrics,
+                signals,
+            )
+            .await
         }
         Backend::Amqp(amqp) => {
             let holds_undelivered = async || {
@@ -75,7 +91,8 @@ async fn start(config: Config, level: Level, metrics: Metrics, force: bool, sign
                 )));
             }
             tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %config.path.display(), broker = %amqp.url, "starting");
-            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, level, metrics, signals).await
+            deliver(AmqpQueue::new(amqp.clone(), metrics.clone()), config, level, metrics, signals)
+                .await
         }
     }
 }
@@ -101,8 +118,13 @@ async fn deliver(
     let mut asking = JoinSet::new();
     asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
     asking.spawn(reload_when_files_change(reloader.clone()));
-    let controls =
-        Controls { phase: &phase, changes, board, shutdown_timeout: reloader.shutdown_timeout(), hurry: Box::pin(stops.times(2)) };
+    let controls = Controls {
+        phase: &phase,
+        changes,
+        board,
+        shutdown_timeout: reloader.shutdown_timeout(),
+        hurry: Box::pin(stops.times(2)),
+    };
     let beside = serving.done_with_the_queue();
     fleet::run(queue, subscribers, stops.times(1), controls, beside).await?;
     tokio::select! {
@@ -114,7 +136,11 @@ async fn deliver(
     told.await.map_err(|e| Failed::Runtime(e.to_string()))
 }
 
-async fn reload_when_told(reloader: Reloader, mut hangups: Hangups, phases: watch::Receiver<Phase>) {
+async fn reload_when_told(
+    reloader: Reloader,
+    mut hangups: Hangups,
+    phases: watch::Receiver<Phase>,
+) {
     let is_running = || *phases.borrow() == Phase::Running;
     loop {
         hangups.next().await;

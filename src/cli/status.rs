@@ -23,7 +23,8 @@ use crate::{clock, config, wording::counted};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only this subscriber: since when it is so, and why, what waits, the last error, and what to do
+    /// Only this subscriber: since when it is so, and why, what waits, the last error, and what to
+    /// do
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// What the daemon answers, as one JSON object
@@ -45,7 +46,9 @@ enum Watch {
 fn watch(text: &str) -> Result<Watch, String> {
     match super::arguments::duration(text) {
         Ok(every) => Ok(Watch::Every(every)),
-        Err(_) if config::is_subscriber_name(text) && !text.as_bytes()[0].is_ascii_digit() => Ok(Watch::Of(text.to_owned())),
+        Err(_) if config::is_subscriber_name(text) && !text.as_bytes()[0].is_ascii_digit() => {
+            Ok(Watch::Of(text.to_owned()))
+        }
         Err(why) => Err(why.to_owned()),
     }
 }
@@ -60,7 +63,9 @@ pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
         Some(Watch::Of(name)) => (Some(EVERY), Some(name)),
     };
     let name = match (&args.subscriber, named) {
-        (Some(_), Some(_)) => return Err(Failed::Usage("name one subscriber, or none for all".to_owned())),
+        (Some(_), Some(_)) => {
+            return Err(Failed::Usage("name one subscriber, or none for all".to_owned()));
+        }
         (one, other) => one.as_ref().or(other),
     };
     let daemon = Daemon::of(asked)?;
@@ -76,7 +81,8 @@ pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
             // From the top, and what was there before goes.
             print!("\u{1b}[H\u{1b}[2J");
         }
-        let shown = std::io::stdout().write_all(shown.as_bytes()).and_then(|()| std::io::stdout().flush());
+        let shown =
+            std::io::stdout().write_all(shown.as_bytes()).and_then(|()| std::io::stdout().flush());
         if shown.is_err() {
             return Ok(()); // nobody reads any more, as with `| head`
         }
@@ -93,9 +99,17 @@ fn shown(found: &Value, name: Option<&String>, json: bool) -> Result<String, Fai
     let Some(one) = all.iter().find(|s| s["subscriber"] == name.as_str()) else {
         let names: Vec<String> = all.iter().map(|s| text(&s["subscriber"])).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        return Err(Failed::Usage(format!("the daemon has no subscriber `{}`; {}", visible(name), there_are(name, &names))));
+        return Err(Failed::Usage(format!(
+            "the daemon has no subscriber `{}`; {}",
+            visible(name),
+            there_are(name, &names)
+        )));
     };
-    Ok(if json { format!("{one}\n") } else { preface(found) + &story(one, terminal::width().unwrap_or(terminal::USUAL)) })
+    Ok(if json {
+        format!("{one}\n")
+    } else {
+        preface(found) + &story(one, terminal::width().unwrap_or(terminal::USUAL))
+    })
 }
 
 /// What is wrong with the daemon itself.
@@ -104,7 +118,10 @@ fn preface(found: &Value) -> String {
     // Writing to a string cannot fail.
     let mut line = |text: &str| writeln!(out, "{}", text.trim_end()).unwrap_or_default();
     if let Some(problem) = found["config"]["problem"].as_str() {
-        line(&format!("The configuration was not reloaded; the one before it is in use:\n{}\n", lines(problem)));
+        line(&format!(
+            "The configuration was not reloaded; the one before it is in use:\n{}\n",
+            lines(problem)
+        ));
     }
     if let Some(why) = found["config"]["held"]["why"].as_str() {
         line(&format!("Removals wait for an operator: {}\n", visible(why)));
@@ -112,7 +129,10 @@ fn preface(found: &Value) -> String {
     if found["phase"] != "running" {
         line(&format!("The daemon is {}.\n", text(&found["phase"])));
     }
-    let why = found["queue"]["error"].as_str().map(|why| format!(": {}", visible(why))).unwrap_or_default();
+    let why = found["queue"]["error"]
+        .as_str()
+        .map(|why| format!(": {}", visible(why)))
+        .unwrap_or_default();
     if found["queue"]["up"] == false {
         line(&format!(
             "The queue cannot be used{why}\nNothing is taken in or given up meanwhile; it goes on by itself when the queue can be used again.\n"
@@ -128,7 +148,8 @@ fn table(found: &Value, width: Option<usize>) -> String {
     // Writing to a string cannot fail.
     let mut line = |text: &str| writeln!(out, "{}", text.trim_end()).unwrap_or_default();
     let subscribers = found["subscribers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let rows: Vec<Row> = std::iter::once(COLUMNS.map(str::to_owned)).chain(subscribers.iter().map(row)).collect();
+    let rows: Vec<Row> =
+        std::iter::once(COLUMNS.map(str::to_owned)).chain(subscribers.iter().map(row)).collect();
     let fit = Fit::of(&rows, width);
     // A long reason would push the figures off the screen; it is told below.
     let mut long = Vec::new();
@@ -138,20 +159,29 @@ fn table(found: &Value, width: Option<usize>) -> String {
         }
         fit.lines(row).iter().for_each(|l| line(l));
     }
-    long.iter().for_each(|text| line(&width.map_or_else(|| text.clone(), |width| wrapped(text, width))));
+    long.iter()
+        .for_each(|text| line(&width.map_or_else(|| text.clone(), |width| wrapped(text, width))));
     let mut not_shown = fit.left_out.clone();
     not_shown.extend(fit.cuts_names.then_some("whole names, which `hooktrail status --json` has"));
     if !not_shown.is_empty() {
-        let left_out = format!("\n(not shown, for the width: {}; `hooktrail status NAME` shows all of one)", not_shown.join(", "));
+        let left_out = format!(
+            "\n(not shown, for the width: {}; `hooktrail status NAME` shows all of one)",
+            not_shown.join(", ")
+        );
         line(&wrapped(&left_out, width.unwrap_or(terminal::USUAL)));
     }
     if subscribers.is_empty() {
         line("no subscriber is configured");
     }
     // A look at many queues, or at a broker that is away, takes its time.
-    let age = found["queue"]["looked_at"].as_str().and_then(|at| clock::now().duration_since(humantime::parse_rfc3339(at).ok()?).ok());
+    let age = found["queue"]["looked_at"]
+        .as_str()
+        .and_then(|at| clock::now().duration_since(humantime::parse_rfc3339(at).ok()?).ok());
     if let Some(age) = age.filter(|age| *age >= OLD) {
-        line(&format!("\nBACKLOG and DEAD are of {} ago: the queues have not been looked at since.", span(age)));
+        line(&format!(
+            "\nBACKLOG and DEAD are of {} ago: the queues have not been looked at since.",
+            span(age)
+        ));
     }
     for r in found["removed"].as_array().into_iter().flatten() {
         let name = text(&r["subscriber"]);
@@ -171,8 +201,20 @@ fn table(found: &Value, width: Option<usize>) -> String {
     out
 }
 
-const COLUMNS: [&str; 12] =
-    ["SUBSCRIBER", "STATE", "BACKLOG", "IN HAND", "IN RETRY", "NEXT DUE", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
+const COLUMNS: [&str; 12] = [
+    "SUBSCRIBER",
+    "STATE",
+    "BACKLOG",
+    "IN HAND",
+    "IN RETRY",
+    "NEXT DUE",
+    "DEAD",
+    "DELIVERED/S",
+    "SUCCESS",
+    "P50",
+    "P99",
+    "OLDEST",
+];
 
 type Row = [String; COLUMNS.len()];
 
@@ -186,7 +228,8 @@ const STATE_LEAST: usize = 20;
 const NAME_LEAST: usize = 24;
 
 /// Which columns are left out of a table that is too wide, the first ones first.
-const LEFT_OUT: [&str; 7] = ["P99", "P50", "SUCCESS", "IN HAND", "DELIVERED/S", "NEXT DUE", "OLDEST"];
+const LEFT_OUT: [&str; 7] =
+    ["P99", "P50", "SUCCESS", "IN HAND", "DELIVERED/S", "NEXT DUE", "OLDEST"];
 
 /// A table in the width that there is.
 struct Fit {
@@ -200,7 +243,8 @@ struct Fit {
 impl Fit {
     fn of(rows: &[Row], width: Option<usize>) -> Self {
         let longest = |n: usize| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0);
-        let mut fit = Self { widths: std::array::from_fn(longest), left_out: Vec::new(), cuts_names: false };
+        let mut fit =
+            Self { widths: std::array::from_fn(longest), left_out: Vec::new(), cuts_names: false };
         let (name, state) = (fit.widths[0], fit.widths[1].min(STATE_WIDTH));
         fit.widths[1] = state;
         let Some(width) = width else { return fit };
@@ -216,7 +260,8 @@ impl Fit {
             fit.widths[n] = 0;
             fit.left_out.push(column);
         }
-        fit.widths[0] -= fit.total().saturating_sub(width).min(fit.widths[0].saturating_sub("SUBSCRIBER".len()));
+        fit.widths[0] -=
+            fit.total().saturating_sub(width).min(fit.widths[0].saturating_sub("SUBSCRIBER".len()));
         for (column, most) in [(0, name), (1, state)] {
             fit.widths[column] = (fit.widths[column] + width.saturating_sub(fit.total())).min(most);
         }
@@ -232,7 +277,9 @@ impl Fit {
     fn lines(&self, row: &Row) -> Vec<String> {
         let mut lines = Vec::new();
         let mut cells = Vec::new();
-        for (n, (text, width)) in row.iter().zip(self.widths).enumerate().filter(|(_, (_, width))| *width > 0) {
+        for (n, (text, width)) in
+            row.iter().zip(self.widths).enumerate().filter(|(_, (_, width))| *width > 0)
+        {
             let is_long = text.chars().count() > width;
             cells.push(match n {
                 0 if is_long && self.cuts_names => shortened(text, width),
@@ -251,7 +298,8 @@ impl Fit {
     }
 }
 
-/// A text in so many columns, at least 3; what is left out is of its middle: names differ at their ends.
+/// A text in so many columns, at least 3; what is left out is of its middle: names differ at their
+/// ends.
 fn shortened(text: &str, width: usize) -> String {
     let count = text.chars().count();
     if count <= width {
@@ -264,11 +312,17 @@ fn shortened(text: &str, width: usize) -> String {
 /// From this age on what is told of the queues is told with its age.
 const OLD: Duration = Duration::from_secs(3);
 
-const NUMBERS: [&str; 9] = ["BACKLOG", "IN HAND", "IN RETRY", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
+const NUMBERS: [&str; 9] =
+    ["BACKLOG", "IN HAND", "IN RETRY", "DEAD", "DELIVERED/S", "SUCCESS", "P50", "P99", "OLDEST"];
 
 fn row(s: &Value) -> Row {
     let number = |key: &str| s[key].as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string());
-    let seconds = |key: &str| s[key].as_f64().map_or_else(|| "-".to_owned(), |n| span(Duration::try_from_secs_f64(n).unwrap_or_default()));
+    let seconds = |key: &str| {
+        s[key].as_f64().map_or_else(
+            || "-".to_owned(),
+            |n| span(Duration::try_from_secs_f64(n).unwrap_or_default()),
+        )
+    };
     let share = |n: f64| format!("{:.1}%", n * 100.0);
     [
         text(&s["subscriber"]),
@@ -292,17 +346,35 @@ fn state(s: &Value) -> String {
         let e = &s["last_error"];
         let status = e["status"].as_u64().map(|n| format!(" {n}")).unwrap_or_default();
         let cause = e["cause"].as_str().map(|c| format!(": {}", visible(c))).unwrap_or_default();
-        if e.is_object() { format!(" ({}{status}{cause})", text(&e["failure"])) } else { String::new() }
+        if e.is_object() {
+            format!(" ({}{status}{cause})", text(&e["failure"]))
+        } else {
+            String::new()
+        }
     };
     match s["state"].as_str().unwrap_or_default() {
         "ok" => "ok".to_owned(),
-        "waiting" => format!("waiting for an answer, {}", s["waiting_since"].as_str().map_or_else(|| "-".to_owned(), since)),
+        "waiting" => format!(
+            "waiting for an answer, {}",
+            s["waiting_since"].as_str().map_or_else(|| "-".to_owned(), since)
+        ),
         // Its batch was given up, or another daemon has it.
-        "retrying" if s["in_retry"] == 0 && s["in_hand"] == 0 => format!("last attempt failed{}", last_error()),
+        "retrying" if s["in_retry"] == 0 && s["in_hand"] == 0 => {
+            format!("last attempt failed{}", last_error())
+        }
         "retrying" => format!("retrying{}", last_error()),
-        "circuit_open" => format!("circuit open, probe {}{}", s["circuit"]["until"].as_str().map_or_else(String::new, until), last_error()),
-        "held" => format!("held by Retry-After{}", s["held_until"].as_str().map_or_else(String::new, still)),
-        "paused" => format!("paused by {}: {}", text(&s["paused"]["by"]), text(&s["paused"]["why"])),
+        "circuit_open" => format!(
+            "circuit open, probe {}{}",
+            s["circuit"]["until"].as_str().map_or_else(String::new, until),
+            last_error()
+        ),
+        "held" => format!(
+            "held by Retry-After{}",
+            s["held_until"].as_str().map_or_else(String::new, still)
+        ),
+        "paused" => {
+            format!("paused by {}: {}", text(&s["paused"]["by"]), text(&s["paused"]["why"]))
+        }
         "queue_fails" => format!("its queue fails: {}", text(&s["queue_error"])),
         other => visible(other),
     }
@@ -329,15 +401,20 @@ fn since(at: &str) -> String {
 /// How long from now, of a time in RFC 3339.
 fn until(at: &str) -> String {
     match humantime::parse_rfc3339(at) {
-        Ok(at) => at.duration_since(clock::now()).map_or_else(|_| "now".to_owned(), |d| format!("in {}", span(d))),
+        Ok(at) => at
+            .duration_since(clock::now())
+            .map_or_else(|_| "now".to_owned(), |d| format!("in {}", span(d))),
         Err(_) => visible(at),
     }
 }
 
 /// For how long from now, of a time in RFC 3339.
 fn still(until: &str) -> String {
-    let left = humantime::parse_rfc3339(until).ok().map(|at| at.duration_since(clock::now()).unwrap_or_default());
-    left.filter(|left| !left.is_zero()).map_or_else(String::new, |left| format!(" for another {}", span(left)))
+    let left = humantime::parse_rfc3339(until)
+        .ok()
+        .map(|at| at.duration_since(clock::now()).unwrap_or_default());
+    left.filter(|left| !left.is_zero())
+        .map_or_else(String::new, |left| format!(" for another {}", span(left)))
 }
 
 /// Two figures are enough for a look.
@@ -398,7 +475,10 @@ mod tests {
             assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
         }
         assert!(!shown.contains('\u{1b}'));
-        assert!(table(&json!({ "phase": "running", "queue": { "up": true } }), None).contains("no subscriber is configured"));
+        assert!(
+            table(&json!({ "phase": "running", "queue": { "up": true } }), None)
+                .contains("no subscriber is configured")
+        );
     }
 
     #[test]
@@ -414,16 +494,31 @@ mod tests {
         for width in [60, 80, 100, 120, 140, 200] {
             let shown = table(&found, Some(width));
             for line in shown.lines() {
-                assert!(line.chars().count() <= width || line.contains("`a-sub"), "{width}:\n{shown}");
+                assert!(
+                    line.chars().count() <= width || line.contains("`a-sub"),
+                    "{width}:\n{shown}"
+                );
             }
-            for part in ["-64-xxx", "123456", "1234", "siem", "crm", "Connection refused (os error 111)"] {
-                assert!(shown.split_whitespace().collect::<Vec<_>>().join(" ").contains(part), "{width}: {part} is not in\n{shown}");
+            for part in
+                ["-64-xxx", "123456", "1234", "siem", "crm", "Connection refused (os error 111)"]
+            {
+                assert!(
+                    shown.split_whitespace().collect::<Vec<_>>().join(" ").contains(part),
+                    "{width}: {part} is not in\n{shown}"
+                );
             }
             assert!(shown.contains("P99"), "{width}: in the head, or named below:\n{shown}");
         }
         let narrow = table(&found, Some(80));
-        assert!(narrow.contains("a-subscriber…") && narrow.contains("(not shown, for the width: P99,"), "{narrow}");
-        assert!(narrow.contains("OLDEST") && narrow.contains("whole names, which `hooktrail status --json` has"), "{narrow}");
+        assert!(
+            narrow.contains("a-subscriber…") && narrow.contains("(not shown, for the width: P99,"),
+            "{narrow}"
+        );
+        assert!(
+            narrow.contains("OLDEST")
+                && narrow.contains("whole names, which `hooktrail status --json` has"),
+            "{narrow}"
+        );
         for wide in [table(&found, Some(200)), table(&found, None)] {
             assert!(!wide.contains("not shown") && wide.contains(&format!("\n{long}  ")), "{wide}");
         }
@@ -432,7 +527,12 @@ mod tests {
         let found = json!({ "phase": "running", "queue": { "up": true },
             "subscribers": [{ "subscriber": one, "state": "ok" }, { "subscriber": other, "state": "ok" }] });
         let shown = table(&found, Some(80));
-        assert!(shown.contains(&format!("\n{one}\n")) && shown.contains(&format!("\n{other}\n")) && !shown.contains('…'), "{shown}");
+        assert!(
+            shown.contains(&format!("\n{one}\n"))
+                && shown.contains(&format!("\n{other}\n"))
+                && !shown.contains('…'),
+            "{shown}"
+        );
     }
 
     #[test]
@@ -447,6 +547,8 @@ mod tests {
         let found = json!({ "phase": "running", "queue": { "up": true }, "subscribers": [{ "subscriber": "a", "state": "ok" }] });
         assert_eq!(shown(&found, Some(&"a".to_owned()), false).expect("it is there"), "a: ok\n");
         let why = shown(&found, Some(&"b".to_owned()), true).expect_err("it is not there");
-        assert!(matches!(why, Failed::Usage(why) if why.contains("`b`") && why.contains("there are: a")));
+        assert!(
+            matches!(why, Failed::Usage(why) if why.contains("`b`") && why.contains("there are: a"))
+        );
     }
 }

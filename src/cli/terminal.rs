@@ -6,14 +6,18 @@ pub(super) const USUAL: usize = 80;
 /// Narrower than this nothing can be read.
 const LEAST: usize = 40;
 
-/// Columns: those that `$COLUMNS` says, else those of the terminal that is standard output; `None` where it is neither.
+/// Columns: those that `$COLUMNS` says, else those of the terminal that is standard output; `None`
+/// where it is neither.
 pub(super) fn width() -> Option<usize> {
     let said = std::env::var("COLUMNS").ok().and_then(|n| n.parse().ok());
-    let is = || rustix::termios::tcgetwinsize(std::io::stdout()).ok().map(|size| usize::from(size.ws_col));
+    let is = || {
+        rustix::termios::tcgetwinsize(std::io::stdout()).ok().map(|size| usize::from(size.ws_col))
+    };
     said.or_else(is).filter(|columns| *columns > 0).map(|columns| columns.max(LEAST))
 }
 
-/// Broken between words so that no line is longer than `width`; what is left of the line before stands two columns further in.
+/// Broken between words so that no line is longer than `width`; what is left of the line before
+/// stands two columns further in.
 pub(super) fn wrapped(text: &str, width: usize) -> String {
     let words = text.trim_start_matches(' ');
     hanging(text, width, text.len() - words.len() + 2)

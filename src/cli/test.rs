@@ -26,7 +26,11 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     } else {
         print!("{}", as_text(&report));
     }
-    if report.is_delivered() { Ok(()) } else { Err(Failed::Runtime(format!("`{}` did not accept the event", subscriber.name))) }
+    if report.is_delivered() {
+        Ok(())
+    } else {
+        Err(Failed::Runtime(format!("`{}` did not accept the event", subscriber.name)))
+    }
 }
 
 fn as_text(report: &Report) -> String {
@@ -35,13 +39,19 @@ fn as_text(report: &Report) -> String {
     let mut line = |text: String| writeln!(out, "{text}").unwrap_or_default();
     line(format!("POST {}", report.url));
     for (name, value) in &rehearsal.headers {
-        line(format!("{name}: {}", value.as_deref().map_or_else(|| "[redacted]".to_owned(), visible)));
+        line(format!(
+            "{name}: {}",
+            value.as_deref().map_or_else(|| "[redacted]".to_owned(), visible)
+        ));
     }
     line(format!("\n{}\n", visible(String::from_utf8_lossy(&report.body).trim_end())));
     match (&rehearsal.answer, report.failure()) {
         (Some((status, text)), _) if text.is_empty() => line(format!("answer:  {status}")),
         (Some((status, text)), _) => line(format!("answer:  {status}  {}", visible(text))),
-        (None, failure) => line(format!("failure: {}", visible(&failure.map(ToString::to_string).unwrap_or_default()))),
+        (None, failure) => line(format!(
+            "failure: {}",
+            visible(&failure.map(ToString::to_string).unwrap_or_default())
+        )),
     }
     line(format!("time:    {} ms", report.took.as_millis()));
     line(format!("outcome: {}", report.verdict));

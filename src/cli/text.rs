@@ -29,8 +29,11 @@ pub(super) fn there_are(name: &str, names: &[&str]) -> String {
     if names.is_empty() {
         return "there is none".to_owned();
     }
-    let near =
-        names.iter().filter(|n| n.len() > 2).filter_map(|n| Some((config::nearness(name, n)?, n))).min_by_key(|(letters, _)| *letters);
+    let near = names
+        .iter()
+        .filter(|n| n.len() > 2)
+        .filter_map(|n| Some((config::nearness(name, n)?, n)))
+        .min_by_key(|(letters, _)| *letters);
     let near = near.map(|(_, n)| format!("did you mean `{n}`? ")).unwrap_or_default();
     let more = names.len().saturating_sub(SHOWN);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
@@ -43,8 +46,14 @@ mod tests {
 
     #[test]
     fn a_name_that_nobody_has_is_answered_with_the_one_that_may_be_meant() {
-        assert_eq!(there_are("seim", &["crm", "siem"]), "did you mean `siem`? there are: crm, siem");
-        assert_eq!(there_are("crm-2", &["crm-01", "crm-20"]), "did you mean `crm-20`? there are: crm-01, crm-20");
+        assert_eq!(
+            there_are("seim", &["crm", "siem"]),
+            "did you mean `siem`? there are: crm, siem"
+        );
+        assert_eq!(
+            there_are("crm-2", &["crm-01", "crm-20"]),
+            "did you mean `crm-20`? there are: crm-01, crm-20"
+        );
         assert_eq!(there_are("b", &["a", "c"]), "there are: a, c");
         assert_eq!(there_are("b", &[]), "there is none");
         let many: Vec<String> = (0..1000).map(|n| format!("s{n:03}")).collect();
@@ -55,6 +64,9 @@ mod tests {
 
     #[test]
     fn nothing_that_is_shown_drives_the_terminal() {
-        assert_eq!(visible("é \u{1b}[2J\u{7f}\u{9b}1m\t\r\n"), r"é \u{1b}[2J\u{7f}\u{9b}1m\u{9}\u{d}\u{a}");
+        assert_eq!(
+            visible("é \u{1b}[2J\u{7f}\u{9b}1m\t\r\n"),
+            r"é \u{1b}[2J\u{7f}\u{9b}1m\u{9}\u{d}\u{a}"
+        );
     }
 }

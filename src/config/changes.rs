@@ -50,11 +50,13 @@ impl Kind {
     }
 }
 
-/// From how many subscribers on the loss of more than half of them is one that somebody has to ask for.
+/// From how many subscribers on the loss of more than half of them is one that somebody has to ask
+/// for.
 const FEW: usize = 4;
 
-/// Whether so many subscribers go at once that it looks like files that are away rather than like a wish: all of them, or more than half
-/// of at least four. A lone one that another takes the place of was given another name.
+/// Whether so many subscribers go at once that it looks like files that are away rather than like a
+/// wish: all of them, or more than half of at least four. A lone one that another takes the place
+/// of was given another name.
 pub fn is_drastic(before: &BTreeSet<String>, after: &BTreeSet<String>) -> bool {
     let gone = before.difference(after).count();
     let all = gone > 0 && gone == before.len() && (gone > 1 || after.is_empty());
@@ -64,7 +66,11 @@ pub fn is_drastic(before: &BTreeSet<String>, after: &BTreeSet<String>) -> bool {
 impl Changes {
     /// Who would be removed.
     pub fn removed(&self) -> BTreeSet<String> {
-        self.changes.iter().filter(|c| c.change == Kind::Removed).map(|c| c.subscriber.clone()).collect()
+        self.changes
+            .iter()
+            .filter(|c| c.change == Kind::Removed)
+            .map(|c| c.subscriber.clone())
+            .collect()
     }
 }
 
@@ -80,12 +86,23 @@ impl Config {
     /// Keys that a running daemon cannot change, because its queues hang on them.
     pub fn changes_to(&self, new: &Self) -> Result<Changes, Vec<&'static str>> {
         let global = keys::global_differences(self, new);
-        let those = |what: Reloaded| global.iter().filter(|(_, reloaded)| *reloaded == what).map(|(path, _)| *path).collect::<Vec<_>>();
+        let those = |what: Reloaded| {
+            global
+                .iter()
+                .filter(|(_, reloaded)| *reloaded == what)
+                .map(|(path, _)| *path)
+                .collect::<Vec<_>>()
+        };
         let refused = those(Reloaded::Refused);
         if !refused.is_empty() {
             return Err(refused);
         }
-        let by_name = |c: &Self| c.subscribers.iter().map(|s| (s.name.clone(), s.clone())).collect::<BTreeMap<_, Arc<Subscriber>>>();
+        let by_name = |c: &Self| {
+            c.subscribers
+                .iter()
+                .map(|s| (s.name.clone(), s.clone()))
+                .collect::<BTreeMap<_, Arc<Subscriber>>>()
+        };
         let (old_ones, new_ones) = (by_name(self), by_name(new));
         let mut changes: Vec<Change> = Vec::new();
         for (name, subscriber) in &new_ones {
@@ -98,9 +115,17 @@ impl Config {
             }
         }
         let removed = old_ones.into_keys().filter(|name| !new_ones.contains_key(name));
-        changes.extend(removed.map(|subscriber| Change { subscriber, change: Kind::Removed, keys: Vec::new() }));
+        changes.extend(removed.map(|subscriber| Change {
+            subscriber,
+            change: Kind::Removed,
+            keys: Vec::new(),
+        }));
         changes.sort_by(|a, b| a.subscriber.cmp(&b.subscriber));
-        Ok(Changes { changes, settings: those(Reloaded::Used), needs_restart: those(Reloaded::AfterRestart) })
+        Ok(Changes {
+            changes,
+            settings: those(Reloaded::Used),
+            needs_restart: those(Reloaded::AfterRestart),
+        })
     }
 }
 
@@ -124,13 +149,25 @@ mod tests {
         super::super::load(&path).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// Of a configuration with these lines in its subscriber, and with these in place of those before.
+    /// Of a configuration with these lines in its subscriber, and with these in place of those
+    /// before.
     fn keys(lines: &str) -> Vec<&'static str> {
         let before = load(BEFORE);
         let key = lines.split([' ', '=']).next().expect("a key");
-        let without: String = BEFORE.lines().filter(|l| !l.trim().starts_with(&format!("{key} ="))).map(|l| format!("{l}\n")).collect();
-        let without = if key == "url" { BEFORE.replace("url = \"https://example.com/one\"", "") } else { without };
-        let mut found = before.changes_to(&load(&format!("{without}{lines}\n"))).expect("can be changed").changes;
+        let without: String = BEFORE
+            .lines()
+            .filter(|l| !l.trim().starts_with(&format!("{key} =")))
+            .map(|l| format!("{l}\n"))
+            .collect();
+        let without = if key == "url" {
+            BEFORE.replace("url = \"https://example.com/one\"", "")
+        } else {
+            without
+        };
+        let mut found = before
+            .changes_to(&load(&format!("{without}{lines}\n")))
+            .expect("can be changed")
+            .changes;
         assert!(found.len() <= 1 && found.iter().all(|c| c.change == Kind::Changed), "{found:?}");
         found.pop().map(|c| c.keys).unwrap_or_default()
     }
@@ -175,12 +212,16 @@ mod tests {
         let tried: Vec<_> = samples.iter().map(|(key, _)| *key).collect();
         let untried: Vec<_> = super::keys::paths().filter(|path| !tried.contains(path)).collect();
         assert_eq!(untried, ["name", "tls"], "a name is another subscriber, and `tls` needs files");
-        assert!(keys("paused = false").is_empty(), "what is written out and means the same is no change");
+        assert!(
+            keys("paused = false").is_empty(),
+            "what is written out and means the same is no change"
+        );
     }
 
     #[test]
     fn who_loses_all_subscribers_or_most_of_many_has_to_be_asked() {
-        let names = |text: &str| text.split_whitespace().map(str::to_owned).collect::<BTreeSet<_>>();
+        let names =
+            |text: &str| text.split_whitespace().map(str::to_owned).collect::<BTreeSet<_>>();
         for (before, after, drastic) in [
             ("", "", false),
             ("", "a", false),
@@ -203,14 +244,24 @@ mod tests {
     fn who_comes_and_goes_is_told_and_what_needs_a_restart() {
         let before = load(BEFORE);
         let other = BEFORE.replace("name = \"a\"", "name = \"b\"");
-        let other = other.replace("[queue]", "[queue]\nmanagement_url = \"http://127.0.0.1:15672\"");
-        let found = before.changes_to(&load(&format!("admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"))).expect("can be");
-        let told: Vec<_> = found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
+        let other =
+            other.replace("[queue]", "[queue]\nmanagement_url = \"http://127.0.0.1:15672\"");
+        let found = before
+            .changes_to(&load(&format!(
+                "admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"
+            )))
+            .expect("can be");
+        let told: Vec<_> =
+            found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
         assert_eq!(told, [("a", Kind::Removed), ("b", Kind::Added)]);
         assert_eq!(found.needs_restart, ["queue.management_url", "admin.listen", "log.format"]);
         let json = serde_json::to_value(&found).expect("prints");
         assert_eq!(json["changes"][1]["change"], "added");
-        let found = before.changes_to(&load(&format!("shutdown_timeout = \"1s\"\nlog.level = \"debug\"\n{BEFORE}"))).expect("can be");
+        let found = before
+            .changes_to(&load(&format!(
+                "shutdown_timeout = \"1s\"\nlog.level = \"debug\"\n{BEFORE}"
+            )))
+            .expect("can be");
         assert!(found.changes.is_empty() && found.needs_restart.is_empty());
         assert_eq!(found.settings, ["shutdown_timeout", "log.level"]);
     }
@@ -218,14 +269,19 @@ mod tests {
     #[test]
     fn what_the_queues_hang_on_cannot_be_changed() {
         let before = load(BEFORE);
-        for (line, key) in
-            [("prefix = \"p\"", "queue.prefix"), ("exchange = \"e\"", "queue.exchange"), ("source_queue = \"q\"", "queue.source_queue")]
-        {
+        for (line, key) in [
+            ("prefix = \"p\"", "queue.prefix"),
+            ("exchange = \"e\"", "queue.exchange"),
+            ("source_queue = \"q\"", "queue.source_queue"),
+        ] {
             let after = load(&BEFORE.replace("[queue]", &format!("[queue]\n{line}")));
             assert_eq!(before.changes_to(&after), Err(vec![key]));
         }
         for url in ["amqp://u:other@localhost/", "embedded"] {
-            assert_eq!(before.changes_to(&load(&BEFORE.replace("amqp://u:hunter2@localhost/", url))), Err(vec!["queue.url"]));
+            assert_eq!(
+                before.changes_to(&load(&BEFORE.replace("amqp://u:hunter2@localhost/", url))),
+                Err(vec!["queue.url"])
+            );
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Which files an `include` pattern names.
 //!
-//! The walk of the crate `glob` takes a folder that cannot be read for one with nothing in it, and a subscriber that is not found is
-//! one that is removed. Here every error but "there is no such file" is one.
+//! The walk of the crate `glob` takes a folder that cannot be read for one with nothing in it, and
+//! a subscriber that is not found is one that is removed. Here every error but "there is no such
+//! file" is one.
 
 use std::{
     io,
@@ -10,8 +11,13 @@ use std::{
 
 use glob::{MatchOptions, Pattern};
 
-/// `*` does not match the files that editors and other systems put beside a file: `.#a.toml`, `._a.toml`.
-const OPTIONS: MatchOptions = MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
+/// `*` does not match the files that editors and other systems put beside a file: `.#a.toml`,
+/// `._a.toml`.
+const OPTIONS: MatchOptions = MatchOptions {
+    case_sensitive: true,
+    require_literal_separator: true,
+    require_literal_leading_dot: true,
+};
 
 /// What there is for a pattern.
 #[derive(Debug, Default)]
@@ -38,11 +44,13 @@ pub(super) fn is_wild(pattern: &str) -> bool {
 /// It is not a pattern.
 pub(super) fn find(base: &Path, pattern: &str) -> Result<Found, glob::PatternError> {
     Pattern::new(pattern)?;
-    let parts: Vec<&str> = pattern.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    let parts: Vec<&str> =
+        pattern.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     let wild = parts.iter().position(|part| is_wild(part)).unwrap_or(parts.len());
     let root = if pattern.starts_with('/') { Path::new("/") } else { base };
     let prefix = parts[..wild].iter().fold(root.to_owned(), |path, part| path.join(part));
-    let parts = parts[wild..].iter().map(|part| Pattern::new(part)).collect::<Result<Vec<_>, _>>()?;
+    let parts =
+        parts[wild..].iter().map(|part| Pattern::new(part)).collect::<Result<Vec<_>, _>>()?;
     let mut found = Found { prefix: prefix.clone(), ..Found::default() };
     // The folder of the working directory has no name.
     let there = if prefix.as_os_str().is_empty() { Path::new(".") } else { &prefix };
@@ -141,19 +149,33 @@ mod tests {
 
     fn dir() -> tempfile::TempDir {
         let dir = tempfile::tempdir().expect("a directory");
-        for file in ["a.toml", ".#a.toml", "._a.toml", "b.txt", "one/x.toml", "one/deep/y.toml", "two/x.toml", ".git/x.toml"] {
+        for file in [
+            "a.toml",
+            ".#a.toml",
+            "._a.toml",
+            "b.txt",
+            "one/x.toml",
+            "one/deep/y.toml",
+            "two/x.toml",
+            ".git/x.toml",
+        ] {
             let path = dir.path().join(file);
             std::fs::create_dir_all(path.parent().expect("a folder")).expect("makes");
             std::fs::write(path, "").expect("writes");
         }
-        std::fs::write(dir.path().join(std::ffi::OsStr::from_bytes(b"\xff.bin")), "").expect("writes");
+        std::fs::write(dir.path().join(std::ffi::OsStr::from_bytes(b"\xff.bin")), "")
+            .expect("writes");
         dir
     }
 
     fn names(base: &Path, pattern: &str) -> Vec<String> {
         let found = find(base, pattern).expect("a pattern");
         assert!(found.errors.is_empty() && !found.prefix_is_absent, "{pattern}: {found:?}");
-        found.files.iter().map(|f| f.strip_prefix(base).expect("below").display().to_string()).collect()
+        found
+            .files
+            .iter()
+            .map(|f| f.strip_prefix(base).expect("below").display().to_string())
+            .collect()
     }
 
     #[test]
@@ -185,16 +207,27 @@ mod tests {
         let dir = dir();
         symlink("loop", dir.path().join("loop")).expect("links");
         symlink("nowhere", dir.path().join("dangling")).expect("links");
-        for (pattern, part) in
-            [("a.toml/*.toml", "a.toml"), ("a.toml/more/*.toml", "a.toml/more"), ("loop/*.toml", "loop"), ("l*p/*.toml", "loop")]
-        {
+        for (pattern, part) in [
+            ("a.toml/*.toml", "a.toml"),
+            ("a.toml/more/*.toml", "a.toml/more"),
+            ("loop/*.toml", "loop"),
+            ("l*p/*.toml", "loop"),
+        ] {
             let found = find(dir.path(), pattern).expect("a pattern");
             let (path, why) = &found.errors[0];
-            assert!(found.files.is_empty() && *path == dir.path().join(part), "{pattern}: {why}: {found:?}");
+            assert!(
+                found.files.is_empty() && *path == dir.path().join(part),
+                "{pattern}: {why}: {found:?}"
+            );
         }
         for pattern in ["none/*.toml", "none/more/*.toml", "dangling/*.toml"] {
             let found = find(dir.path(), pattern).expect("a pattern");
-            assert!(found.errors.is_empty() && found.prefix_is_absent && found.folders == [found.prefix], "{pattern}");
+            assert!(
+                found.errors.is_empty()
+                    && found.prefix_is_absent
+                    && found.folders == [found.prefix],
+                "{pattern}"
+            );
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Every key of the configuration, one row each.
 //!
-//! A key that is not here is refused as unknown when a configuration is read. From these rows come the differences between two
-//! configurations and what each difference affects, what `check` prints, and the JSON Schema that `schema config` prints.
+//! A key that is not here is refused as unknown when a configuration is read. From these rows come
+//! the differences between two configurations and what each difference affects, what `check`
+//! prints, and the JSON Schema that `schema config` prints.
 
 use std::{
     fmt::{Display, Write as _},
@@ -11,8 +12,8 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
-    AmqpConfig, Auth, Backend, Config, Intake, MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
-    MAX_TIMEOUT, MAX_WAIT, Subscriber,
+    AmqpConfig, Auth, Backend, Config, Intake, MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES,
+    MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT, MAX_TIMEOUT, MAX_WAIT, Subscriber,
 };
 use crate::{
     crypto::{
@@ -26,7 +27,8 @@ use crate::{
 /// One key: its full name, what it says, and which values it takes.
 #[derive(Debug)]
 pub struct Key {
-    /// With the tables that it is in, `retry.max_interval`; those of a subscriber begin inside `[[subscriber]]`.
+    /// With the tables that it is in, `retry.max_interval`; those of a subscriber begin inside
+    /// `[[subscriber]]`.
     pub path: &'static str,
     /// One sentence, for editors.
     pub what: &'static str,
@@ -60,7 +62,8 @@ pub enum Shape {
 /// Where a key's value is in a checked configuration.
 #[derive(Debug)]
 enum Place {
-    /// Nowhere by itself: it is a part of another key's value, names other files, or fills in other keys.
+    /// Nowhere by itself: it is a part of another key's value, names other files, or fills in other
+    /// keys.
     Read,
     Config(Field<Config, Reloaded>),
     Subscriber(Field<Subscriber, &'static [Affects]>),
@@ -77,7 +80,8 @@ struct Field<T, A> {
 /// What a changed value of a subscriber's key means for what is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Affects {
-    /// What a request is, or whom it reaches: answers to requests of before say nothing of those that follow.
+    /// What a request is, or whom it reaches: answers to requests of before say nothing of those
+    /// that follow.
     Requests,
     /// What connections to the endpoint are made of.
     Connections,
@@ -142,7 +146,13 @@ const fn global(
     differs: fn(&Config, &Config) -> bool,
     show: fn(&Config) -> Option<String>,
 ) -> Key {
-    Key { path, what, shape, required: false, place: Place::Config(Field { affects, differs, show }) }
+    Key {
+        path,
+        what,
+        shape,
+        required: false,
+        place: Place::Config(Field { affects, differs, show }),
+    }
 }
 
 const fn subscriber(
@@ -153,7 +163,13 @@ const fn subscriber(
     differs: fn(&Subscriber, &Subscriber) -> bool,
     show: fn(&Subscriber) -> Option<String>,
 ) -> Key {
-    Key { path, what, shape, required: false, place: Place::Subscriber(Field { affects, differs, show }) }
+    Key {
+        path,
+        what,
+        shape,
+        required: false,
+        place: Place::Subscriber(Field { affects, differs, show }),
+    }
 }
 
 impl Key {
@@ -186,20 +202,41 @@ pub static ROOT: &[Key] = &[
         differs!(shutdown_timeout),
         |c| duration(c.shutdown_timeout),
     ),
-    read("queue", "Where events come from and wait; required, but not in a file that `include` names.", Shape::Table(QUEUE)),
-    read("admin", "The HTTP listener: intake of events, health, metrics, API.", Shape::Table(ADMIN)),
+    read(
+        "queue",
+        "Where events come from and wait; required, but not in a file that `include` names.",
+        Shape::Table(QUEUE),
+    ),
+    read(
+        "admin",
+        "The HTTP listener: intake of events, health, metrics, API.",
+        Shape::Table(ADMIN),
+    ),
     read("log", "What the log looks like.", Shape::Table(LOG)),
-    read("batch", "Which events go into one request: the defaults of each subscriber.", Shape::Table(BATCH)),
+    read(
+        "batch",
+        "Which events go into one request: the defaults of each subscriber.",
+        Shape::Table(BATCH),
+    ),
     read("http", "How requests are sent: the defaults of each subscriber.", Shape::Table(HTTP)),
-    read("retry", "When a failed batch is tried again: the defaults of each subscriber.", Shape::Table(RETRY)),
-    read("circuit_breaker", "When a failing subscriber is left alone: the defaults of each subscriber.", Shape::Table(BREAKER)),
+    read(
+        "retry",
+        "When a failed batch is tried again: the defaults of each subscriber.",
+        Shape::Table(RETRY),
+    ),
+    read(
+        "circuit_breaker",
+        "When a failing subscriber is left alone: the defaults of each subscriber.",
+        Shape::Table(BREAKER),
+    ),
     SUBSCRIBERS,
 ];
 
 /// The keys of a file that `include` names.
 pub(super) static INCLUDED: &[Key] = &[SUBSCRIBERS];
 
-const SUBSCRIBERS: Key = read("subscriber", "The receivers of events.", Shape::List(&ONE_SUBSCRIBER));
+const SUBSCRIBERS: Key =
+    read("subscriber", "The receivers of events.", Shape::List(&ONE_SUBSCRIBER));
 
 static ONE_SUBSCRIBER: Shape = Shape::Table(SUBSCRIBER);
 
@@ -234,7 +271,13 @@ pub(super) static QUEUE: &[Key] = &[
         Shape::Duration(None),
         Refused,
         |a, b| both_embedded(a, b) && a.queue.embedded.retention != b.queue.embedded.retention,
-        |c| if matches!(c.queue.backend, Backend::Embedded) { duration(c.queue.embedded.retention) } else { None },
+        |c| {
+            if matches!(c.queue.backend, Backend::Embedded) {
+                duration(c.queue.embedded.retention)
+            } else {
+                None
+            }
+        },
     ),
     global(
         "queue.exchange",
@@ -277,9 +320,14 @@ pub(super) static QUEUE: &[Key] = &[
 ];
 
 pub(super) static ADMIN: &[Key] = &[
-    global("admin.listen", "An IP address and a port; port 0 takes a free one.", Shape::Text, AfterRestart, differs!(admin.listen), |c| {
-        word(&c.admin.listen.to_string())
-    }),
+    global(
+        "admin.listen",
+        "An IP address and a port; port 0 takes a free one.",
+        Shape::Text,
+        AfterRestart,
+        differs!(admin.listen),
+        |c| word(&c.admin.listen.to_string()),
+    ),
     global(
         "admin.token",
         "The bearer token of /api; required where `listen` is not a loopback address.",
@@ -291,9 +339,14 @@ pub(super) static ADMIN: &[Key] = &[
 ];
 
 pub(super) static LOG: &[Key] = &[
-    global("log.format", "Text or JSON, one object a line.", Shape::Word(&["text", "json"]), AfterRestart, differs!(log.json), |c| {
-        word(if c.log.json { "json" } else { "text" })
-    }),
+    global(
+        "log.format",
+        "Text or JSON, one object a line.",
+        Shape::Word(&["text", "json"]),
+        AfterRestart,
+        differs!(log.json),
+        |c| word(if c.log.json { "json" } else { "text" }),
+    ),
     global(
         "log.level",
         "The least severe level that is logged.",
@@ -313,9 +366,14 @@ pub(super) static BATCH: &[Key] = &[
         differs!(batch.max_events),
         |s| plain(s.batch.max_events),
     ),
-    subscriber("batch.max_bytes", "The most bytes of a request's body.", Shape::Size, &[Session], differs!(batch.max_bytes), |s| {
-        plain(format_args!("\"{}\"", size(s.batch.max_bytes)))
-    }),
+    subscriber(
+        "batch.max_bytes",
+        "The most bytes of a request's body.",
+        Shape::Size,
+        &[Session],
+        differs!(batch.max_bytes),
+        |s| plain(format_args!("\"{}\"", size(s.batch.max_bytes))),
+    ),
     subscriber(
         "batch.max_wait",
         "The longest that an event waits for others; \"0s\" sends as soon as a request slot is free.",
@@ -359,9 +417,14 @@ pub(super) static HTTP: &[Key] = &[
         differs!(http.success),
         |s| word(s.http.success.name()),
     ),
-    subscriber("http.allow_http", "Whether URLs may be plain http://.", Shape::Flag, &[Decisions], differs!(http.allow_http), |s| {
-        plain(s.http.allow_http)
-    }),
+    subscriber(
+        "http.allow_http",
+        "Whether URLs may be plain http://.",
+        Shape::Flag,
+        &[Decisions],
+        differs!(http.allow_http),
+        |s| plain(s.http.allow_http),
+    ),
     subscriber(
         "http.allow_private_addresses",
         "Whether addresses may be connected to that are not public: loopback, link-local, RFC 1918 and others.",
@@ -486,7 +549,10 @@ pub static SUBSCRIBER: &[Key] = &[
         |s| word(&s.name),
     )
     .required(),
-    subscriber("url", "Where batches are sent to.", Shape::Text, &[Requests], differs!(url), |s| url(&s.url)).required(),
+    subscriber("url", "Where batches are sent to.", Shape::Text, &[Requests], differs!(url), |s| {
+        url(&s.url)
+    })
+    .required(),
     subscriber(
         "events",
         "AMQP topic patterns on the event type: `*` is one word, `#` any number of words. Left out: all events.",
@@ -514,7 +580,10 @@ pub static SUBSCRIBER: &[Key] = &[
     subscriber(
         "signatures",
         "How requests are signed; [] signs nothing.",
-        Shape::List(&Shape::Either(&[Shape::Word(&["standard-webhooks", "mailtrap"]), Shape::Table(SIGNATURE)])),
+        Shape::List(&Shape::Either(&[
+            Shape::Word(&["standard-webhooks", "mailtrap"]),
+            Shape::Table(SIGNATURE),
+        ])),
         &[Requests],
         differs!(signer.schemes()),
         |s| list(s.signer.schemes().iter().map(scheme)),
@@ -526,18 +595,31 @@ pub static SUBSCRIBER: &[Key] = &[
         &[Requests],
         differs!(headers),
         |s| {
-            let header = |(name, _): &(http::HeaderName, _)| format!("{} = {}", quoted(name.as_str()), quoted(REDACTED));
+            let header = |(name, _): &(http::HeaderName, _)| {
+                format!("{} = {}", quoted(name.as_str()), quoted(REDACTED))
+            };
             (!s.headers.is_empty()).then(|| table(s.headers.iter().map(header)))
         },
     ),
-    subscriber("auth", "How a request says whom it is from.", Shape::Table(AUTH), &[Requests], differs!(auth), |s| {
-        Some(match s.auth.as_ref()? {
-            Auth::Basic { username, .. } => {
-                format!("{{ basic = {{ username = {}, password = {} }} }}", quoted(username), quoted(REDACTED))
-            }
-            Auth::Bearer(_) => format!("{{ bearer = {} }}", quoted(REDACTED)),
-        })
-    }),
+    subscriber(
+        "auth",
+        "How a request says whom it is from.",
+        Shape::Table(AUTH),
+        &[Requests],
+        differs!(auth),
+        |s| {
+            Some(match s.auth.as_ref()? {
+                Auth::Basic { username, .. } => {
+                    format!(
+                        "{{ basic = {{ username = {}, password = {} }} }}",
+                        quoted(username),
+                        quoted(REDACTED)
+                    )
+                }
+                Auth::Bearer(_) => format!("{{ bearer = {} }}", quoted(REDACTED)),
+            })
+        },
+    ),
     subscriber(
         "tls",
         "Whom to trust, and who this is.",
@@ -545,7 +627,9 @@ pub static SUBSCRIBER: &[Key] = &[
         &[Requests, Connections],
         |a, b| !a.tls.is_same(&b.tls),
         |s| {
-            let file = |(key, path): &(&str, std::path::PathBuf)| format!("{key} = {}", quoted(&path.display().to_string()));
+            let file = |(key, path): &(&str, std::path::PathBuf)| {
+                format!("{key} = {}", quoted(&path.display().to_string()))
+            };
             (!s.tls.files.is_empty()).then(|| table(s.tls.files.iter().map(file)))
         },
     ),
@@ -557,10 +641,19 @@ pub static SUBSCRIBER: &[Key] = &[
         differs!(event_ids),
         |s| plain(s.event_ids),
     ),
-    subscriber("paused", "Whether nothing is sent and events wait in the queue.", Shape::Flag, &[Session], differs!(paused), |s| {
-        plain(s.paused)
-    }),
-    read("preset", "What a known receiver expects; the subscriber's own keys win over it.", Shape::Word(&["mailtrap"])),
+    subscriber(
+        "paused",
+        "Whether nothing is sent and events wait in the queue.",
+        Shape::Flag,
+        &[Session],
+        differs!(paused),
+        |s| plain(s.paused),
+    ),
+    read(
+        "preset",
+        "What a known receiver expects; the subscriber's own keys win over it.",
+        Shape::Word(&["mailtrap"]),
+    ),
     read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
     read("http", "Overrides [http], key by key.", Shape::Table(HTTP)),
     read("retry", "Overrides [retry], key by key.", Shape::Table(RETRY)),
@@ -585,14 +678,19 @@ pub(super) static TLS: &[Key] = &[
 
 pub(super) static SIGNATURE: &[Key] = &[
     read("signatures.header", "The header that carries the signature.", Shape::Text).required(),
-    read("signatures.prefix", "What stands in front of the signature, such as \"sha256=\".", Shape::Text),
+    read(
+        "signatures.prefix",
+        "What stands in front of the signature, such as \"sha256=\".",
+        Shape::Text,
+    ),
     read("signatures.encoding", "How the HMAC-SHA256 is written.", Shape::Word(&["hex", "base64"])),
 ];
 
 const REDACTED: &str = "[redacted]";
 
 /// The fields of a subscriber, its groups' among them, in the order in which they are shown.
-fn fields() -> impl Iterator<Item = (&'static str, &'static Field<Subscriber, &'static [Affects]>)> {
+fn fields() -> impl Iterator<Item = (&'static str, &'static Field<Subscriber, &'static [Affects]>)>
+{
     let of = |key: &'static Key| match &key.place {
         Place::Subscriber(field) => Some((key.path, field)),
         Place::Read | Place::Config(_) => None,
@@ -622,7 +720,8 @@ pub fn global_differences(old: &Config, new: &Config) -> Vec<(&'static str, Relo
     ROOT.iter().flat_map(group).filter_map(differing).collect()
 }
 
-/// The keys of no subscriber with their values, the defaults among them, as TOML; secrets are left out.
+/// The keys of no subscriber with their values, the defaults among them, as TOML; secrets are left
+/// out.
 pub fn global_as_toml(config: &Config) -> String {
     let mut out = String::new();
     let mut line = |text: std::fmt::Arguments<'_>| {
@@ -650,7 +749,8 @@ pub fn global_as_toml(config: &Config) -> String {
     out
 }
 
-/// A subscriber with the values of all its keys, the defaults among them, as TOML; secrets are left out.
+/// A subscriber with the values of all its keys, the defaults among them, as TOML; secrets are left
+/// out.
 pub fn subscriber_as_toml(s: &Subscriber) -> String {
     let mut out = String::from("\n[[subscriber]]\n");
     for (path, value) in fields().filter_map(|(path, field)| Some((path, (field.show)(s)?))) {
@@ -660,9 +760,11 @@ pub fn subscriber_as_toml(s: &Subscriber) -> String {
     out
 }
 
-/// The JSON Schema (draft 7, which editors know) of the configuration and of the files that it includes.
+/// The JSON Schema (draft 7, which editors know) of the configuration and of the files that it
+/// includes.
 ///
-/// The defaults are those of the shipped file. A string may hold `${VAR}` instead of what it is for.
+/// The defaults are those of the shipped file. A string may hold `${VAR}` instead of what it is
+/// for.
 pub fn schema() -> serde_json::Value {
     let shipped = toml::from_str(super::DEFAULT).unwrap_or_default();
     let mut schema = object(ROOT, &shipped);
@@ -675,14 +777,19 @@ fn object(keys: &[Key], shipped: &Value) -> Value {
     let property = |key: &Key| {
         let mut schema = key.shape.schema(shipped);
         schema["description"] = match key.shape {
-            Shape::Duration(Some(most)) => format!("{} At most \"{}\".", key.what, span(most)).into(),
+            Shape::Duration(Some(most)) => {
+                format!("{} At most \"{}\".", key.what, span(most)).into()
+            }
             _ => key.what.into(),
         };
         // Inside a subscriber a group's default is what the top level says.
         let pointer = format!("/{}", key.path.replace('.', "/"));
         match shipped.pointer(&pointer) {
-            // What is only read, such as `include`, is written in the shipped file and nothing without it.
-            Some(default) if !key.required && !matches!(key.place, Place::Read) => schema["default"] = default.clone(),
+            // What is only read, such as `include`, is written in the shipped file and nothing
+            // without it.
+            Some(default) if !key.required && !matches!(key.place, Place::Read) => {
+                schema["default"] = default.clone()
+            }
             _ => {}
         }
         (key.name().to_owned(), schema)
@@ -697,14 +804,26 @@ impl Shape {
         match self {
             Self::Text => json!({ "type": "string" }),
             Self::Flag => json!({ "type": "boolean" }),
-            Self::Whole(least, most) => json!({ "type": "integer", "minimum": least, "maximum": most }),
-            Self::Number(least, most) => json!({ "type": "number", "minimum": least, "maximum": most }),
-            Self::Duration(_) | Self::Size => json!({ "type": "string", "pattern": r"^ *[0-9][0-9A-Za-zµ. ]*$|\$\{" }),
-            Self::Word(words) => json!({ "anyOf": [{ "enum": words }, { "type": "string", "pattern": r"\$\{" }] }),
+            Self::Whole(least, most) => {
+                json!({ "type": "integer", "minimum": least, "maximum": most })
+            }
+            Self::Number(least, most) => {
+                json!({ "type": "number", "minimum": least, "maximum": most })
+            }
+            Self::Duration(_) | Self::Size => {
+                json!({ "type": "string", "pattern": r"^ *[0-9][0-9A-Za-zµ. ]*$|\$\{" })
+            }
+            Self::Word(words) => {
+                json!({ "anyOf": [{ "enum": words }, { "type": "string", "pattern": r"\$\{" }] })
+            }
             Self::List(item) => json!({ "type": "array", "items": item.schema(shipped) }),
             Self::Table(keys) => object(keys, shipped),
-            Self::Map(value) => json!({ "type": "object", "additionalProperties": value.schema(shipped) }),
-            Self::Either(shapes) => json!({ "anyOf": shapes.iter().map(|shape| shape.schema(shipped)).collect::<Vec<_>>() }),
+            Self::Map(value) => {
+                json!({ "type": "object", "additionalProperties": value.schema(shipped) })
+            }
+            Self::Either(shapes) => {
+                json!({ "anyOf": shapes.iter().map(|shape| shape.schema(shipped)).collect::<Vec<_>>() })
+            }
         }
     }
 }
@@ -774,7 +893,11 @@ fn scheme(scheme: &Scheme) -> String {
                 Encoding::Hex => "hex",
                 Encoding::Base64 => "base64",
             };
-            format!("{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}", quoted(header), quoted(prefix))
+            format!(
+                "{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}",
+                quoted(header),
+                quoted(prefix)
+            )
         }
     }
 }
@@ -793,7 +916,18 @@ mod tests {
 
     #[test]
     fn each_key_affects_what_is_made_of_it() {
-        let requests = ["url", "format", "secrets", "signatures", "headers", "auth", "tls", "event_ids", "http.success", "http.proxy"];
+        let requests = [
+            "url",
+            "format",
+            "secrets",
+            "signatures",
+            "headers",
+            "auth",
+            "tls",
+            "event_ids",
+            "http.success",
+            "http.proxy",
+        ];
         assert_eq!(affecting(Requests), requests);
         let connections = [
             "tls",
@@ -805,17 +939,27 @@ mod tests {
             "http.proxy",
         ];
         assert_eq!(affecting(Connections), connections);
-        let session = ["format", "event_ids", "paused", "batch.max_events", "batch.max_bytes", "batch.max_wait", "http.concurrency"];
+        let session = [
+            "format",
+            "event_ids",
+            "paused",
+            "batch.max_events",
+            "batch.max_bytes",
+            "batch.max_wait",
+            "http.concurrency",
+        ];
         assert_eq!(affecting(Session), session);
         assert_eq!(affecting(Bindings), ["events"]);
         assert!(fields().all(|(path, field)| path == "name" || !field.affects.is_empty()));
     }
 
-    /// A field that is added to one of these is named here when it has its row: the compiler asks for it.
+    /// A field that is added to one of these is named here when it has its row: the compiler asks
+    /// for it.
     #[test]
     fn each_field_of_a_subscriber_has_a_row() {
         let text = "[queue]\nurl = \"embedded\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
-        let config = crate::config::from_text(text, &|_| None, &[]).unwrap_or_else(|e| panic!("{e}"));
+        let config =
+            crate::config::from_text(text, &|_| None, &[]).unwrap_or_else(|e| panic!("{e}"));
         let Subscriber {
             name: _,
             url: _,

@@ -143,7 +143,12 @@ impl<'d> Section<'d> {
     pub(super) fn get(&self, key: &str) -> Option<Value<'d>> {
         let (name, value) = self.table.iter().find(|(name, _)| name.get_ref() == key)?;
         debug_assert!(name.span().end <= self.source.text.len());
-        Some(Value { source: self.source, key: self.key_of(key), span: value.span(), value: value.get_ref() })
+        Some(Value {
+            source: self.source,
+            key: self.key_of(key),
+            span: value.span(),
+            value: value.get_ref(),
+        })
     }
 
     fn key_of(&self, key: &str) -> String {
@@ -153,7 +158,14 @@ impl<'d> Section<'d> {
 
 impl<'e> Reader<'e> {
     pub(super) fn new(env: &'e dyn Fn(&str) -> Option<String>) -> Self {
-        Self { env, memory: None, before: &[], problems: RefCell::default(), files: RefCell::default(), folders: RefCell::default() }
+        Self {
+            env,
+            memory: None,
+            before: &[],
+            problems: RefCell::default(),
+            files: RefCell::default(),
+            folders: RefCell::default(),
+        }
     }
 
     /// For a daemon whose subscribers came from these folders.
@@ -163,7 +175,10 @@ impl<'e> Reader<'e> {
 
     /// For a configuration that a stranger wrote, whose paths may name anything.
     #[cfg(any(test, fuzzing))]
-    pub(super) fn without_disk(env: &'e dyn Fn(&str) -> Option<String>, files: &'e [(&'e str, &'e str)]) -> Self {
+    pub(super) fn without_disk(
+        env: &'e dyn Fn(&str) -> Option<String>,
+        files: &'e [(&'e str, &'e str)],
+    ) -> Self {
         Self { memory: Some(files), ..Self::new(env) }
     }
 
@@ -184,7 +199,8 @@ impl<'e> Reader<'e> {
 
     /// As [`read`](Self::read).
     pub(super) fn read_to_string(&self, path: &Path) -> io::Result<String> {
-        String::from_utf8(self.read(path)?).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+        String::from_utf8(self.read(path)?)
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
     }
 
     /// Notes that the configuration is made of this file, or of what is in this folder.
@@ -221,7 +237,10 @@ impl<'e> Reader<'e> {
         let mut seen: Vec<Problem> = Vec::new();
         for p in self.problems.into_inner() {
             // A mistake in a default is met again by every subscriber that it applies to.
-            if !seen.iter().any(|s| s.file == p.file && s.place == p.place && s.message == p.message) {
+            if !seen
+                .iter()
+                .any(|s| s.file == p.file && s.place == p.place && s.message == p.message)
+            {
                 seen.push(p);
             }
         }
@@ -232,7 +251,12 @@ impl<'e> Reader<'e> {
     }
 
     pub(super) fn report_file(&self, file: &Path, message: String) {
-        self.problems.borrow_mut().push(Problem { file: file.to_owned(), place: None, key: String::new(), message });
+        self.problems.borrow_mut().push(Problem {
+            file: file.to_owned(),
+            place: None,
+            key: String::new(),
+            message,
+        });
     }
 
     fn report_at(&self, source: &Source, at: usize, key: String, message: String) {
@@ -241,12 +265,20 @@ impl<'e> Reader<'e> {
     }
 
     pub(super) fn report(&self, value: &Value<'_>, message: impl Into<String>) {
-        self.report_at(value.source, value.span.start, value.key.clone(), self.as_written(value, message.into()));
+        self.report_at(
+            value.source,
+            value.span.start,
+            value.key.clone(),
+            self.as_written(value, message.into()),
+        );
     }
 
-    /// What the environment holds is shown by the name of its variable: it may be a secret that stands where it does not belong.
+    /// What the environment holds is shown by the name of its variable: it may be a secret that
+    /// stands where it does not belong.
     fn as_written(&self, value: &Value<'_>, message: String) -> String {
-        let Some(written) = value.value.as_str().filter(|text| text.contains("${")) else { return message };
+        let Some(written) = value.value.as_str().filter(|text| text.contains("${")) else {
+            return message;
+        };
         let Ok(meant) = interpolate(written, self.env) else { return message };
         let message = message.replace(&format!("`{meant}`"), &format!("`{written}`"));
         // What is shorter is no secret, and may be a word of the message.
@@ -262,13 +294,24 @@ impl<'e> Reader<'e> {
         let (table, errors) = DeTable::parse_recoverable(&source.text);
         for e in errors {
             let at = e.span().map_or(0, |s| s.start);
-            self.report_at(source, at, String::new(), format!("not valid TOML: {}", e.message().trim_end()));
+            self.report_at(
+                source,
+                at,
+                String::new(),
+                format!("not valid TOML: {}", e.message().trim_end()),
+            );
         }
         table
     }
 
-    pub(super) fn root<'d>(&self, source: &'d Source, table: &'d Spanned<DeTable<'d>>, keys: &[Key]) -> Section<'d> {
-        let section = Section { source, path: String::new(), span: table.span(), table: table.get_ref() };
+    pub(super) fn root<'d>(
+        &self,
+        source: &'d Source,
+        table: &'d Spanned<DeTable<'d>>,
+        keys: &[Key],
+    ) -> Section<'d> {
+        let section =
+            Section { source, path: String::new(), span: table.span(), table: table.get_ref() };
         self.check_keys(&section, keys);
         section
     }
@@ -277,13 +320,22 @@ impl<'e> Reader<'e> {
     fn check_keys(&self, section: &Section<'_>, keys: &[Key]) {
         let keys: Vec<&str> = keys.iter().map(Key::name).collect();
         for name in section.table.keys().filter(|k| !keys.contains(&k.get_ref().as_ref())) {
-            let near = keys.iter().map(|k| (distance(k, name.get_ref()), *k)).min().filter(|(d, _)| *d <= 3);
+            let near = keys
+                .iter()
+                .map(|k| (distance(k, name.get_ref()), *k))
+                .min()
+                .filter(|(d, _)| *d <= 3);
             let hint = match near {
                 Some((_, key)) => format!("did you mean `{key}`?"),
                 None if keys.len() == 1 => format!("the only key here is `{}`", keys[0]),
                 None => format!("keys here are {}", keys.join(", ")),
             };
-            self.report_at(section.source, name.span().start, section.key_of(name.get_ref()), format!("unknown key; {hint}"));
+            self.report_at(
+                section.source,
+                name.span().start,
+                section.key_of(name.get_ref()),
+                format!("unknown key; {hint}"),
+            );
         }
     }
 
@@ -292,7 +344,12 @@ impl<'e> Reader<'e> {
             self.report(value, format!("must be a table, not {}", a(value.value)));
             return None;
         };
-        let section = Section { source: value.source, path: value.key.clone(), span: value.span.clone(), table };
+        let section = Section {
+            source: value.source,
+            path: value.key.clone(),
+            span: value.span.clone(),
+            table,
+        };
         self.check_keys(&section, keys);
         Some(section)
     }
@@ -303,7 +360,12 @@ impl<'e> Reader<'e> {
             self.report(value, format!("must be a table, not {}", a(value.value)));
             return None;
         };
-        let section = Section { source: value.source, path: value.key.clone(), span: value.span.clone(), table };
+        let section = Section {
+            source: value.source,
+            path: value.key.clone(),
+            span: value.span.clone(),
+            table,
+        };
         let entry = |name: &'d str| Some((name, section.get(name)?));
         Some(table.keys().filter_map(|name| entry(name.get_ref().as_ref())).collect())
     }
@@ -322,9 +384,13 @@ impl<'e> Reader<'e> {
         Some(array.iter().enumerate().map(item).collect())
     }
 
-    /// The table of a subscriber, with its name in its key instead of its number, which counts anew in each file.
+    /// The table of a subscriber, with its name in its key instead of its number, which counts anew
+    /// in each file.
     pub(super) fn named<'d>(&self, table: &Value<'d>) -> Value<'d> {
-        let name = table.value.as_table().and_then(|t| t.iter().find(|(key, _)| key.get_ref() == "name")?.1.get_ref().as_str());
+        let name = table
+            .value
+            .as_table()
+            .and_then(|t| t.iter().find(|(key, _)| key.get_ref() == "name")?.1.get_ref().as_str());
         let is_sound = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
         let shown = |name: &&str| (1..=64).contains(&name.len()) && name.bytes().all(is_sound);
         match name.filter(shown) {
@@ -355,19 +421,31 @@ impl<'e> Reader<'e> {
     }
 
     /// An integer within `range`.
-    pub(super) fn integer(&self, value: &Value<'_>, range: std::ops::RangeInclusive<i64>) -> Option<i64> {
-        let found = value.value.as_integer().and_then(|i| i64::from_str_radix(i.as_str(), i.radix()).ok());
+    pub(super) fn integer(
+        &self,
+        value: &Value<'_>,
+        range: std::ops::RangeInclusive<i64>,
+    ) -> Option<i64> {
+        let found =
+            value.value.as_integer().and_then(|i| i64::from_str_radix(i.as_str(), i.radix()).ok());
         match found {
             Some(n) if range.contains(&n) => Some(n),
             _ => {
-                self.report(value, format!("must be a whole number from {} to {}", range.start(), range.end()));
+                self.report(
+                    value,
+                    format!("must be a whole number from {} to {}", range.start(), range.end()),
+                );
                 None
             }
         }
     }
 
     pub(super) fn float(&self, value: &Value<'_>) -> Option<f64> {
-        let text = value.value.as_float().map(|f| f.as_str()).or(value.value.as_integer().map(|i| i.as_str()));
+        let text = value
+            .value
+            .as_float()
+            .map(|f| f.as_str())
+            .or(value.value.as_integer().map(|i| i.as_str()));
         let found = text.and_then(|t| t.parse().ok());
         if found.is_none() {
             self.report(value, format!("must be a number, not {}", a(value.value)));
@@ -378,27 +456,51 @@ impl<'e> Reader<'e> {
     /// A duration such as `"30s"`, at most `max`.
     pub(super) fn duration(&self, value: &Value<'_>, max: Option<Duration>) -> Option<Duration> {
         if !value.value.is_str() {
-            self.report(value, format!("must be a duration in quotes such as \"30s\", \"5m\" or \"72h\", not {}", a(value.value)));
+            self.report(
+                value,
+                format!(
+                    "must be a duration in quotes such as \"30s\", \"5m\" or \"72h\", not {}",
+                    a(value.value)
+                ),
+            );
             return None;
         }
         let text = self.string(value)?;
         match (humantime::parse_duration(text.trim()), max) {
             (Ok(d), Some(max)) if d > max => {
-                self.report(value, format!("must be at most \"{}\"", humantime::format_duration(max)));
+                self.report(
+                    value,
+                    format!("must be at most \"{}\"", humantime::format_duration(max)),
+                );
                 None
             }
             (Ok(d), _) => Some(d),
             (Err(_), _) => {
-                self.report(value, format!("`{text}` is not a duration; write one such as \"30s\", \"5m\" or \"72h\""));
+                self.report(
+                    value,
+                    format!(
+                        "`{text}` is not a duration; write one such as \"30s\", \"5m\" or \"72h\""
+                    ),
+                );
                 None
             }
         }
     }
 
     /// A size in bytes such as `"1MiB"`, within `range`.
-    pub(super) fn size(&self, value: &Value<'_>, range: std::ops::RangeInclusive<u64>) -> Option<u64> {
+    pub(super) fn size(
+        &self,
+        value: &Value<'_>,
+        range: std::ops::RangeInclusive<u64>,
+    ) -> Option<u64> {
         if !value.value.is_str() {
-            self.report(value, format!("must be a size in quotes such as \"64KiB\" or \"1MiB\", not {}", a(value.value)));
+            self.report(
+                value,
+                format!(
+                    "must be a size in quotes such as \"64KiB\" or \"1MiB\", not {}",
+                    a(value.value)
+                ),
+            );
             return None;
         }
         let text = self.string(value)?;
@@ -406,11 +508,17 @@ impl<'e> Reader<'e> {
             Ok(size) if range.contains(&size.0) => Some(size.0),
             Ok(_) => {
                 let show = |n: &u64| bytesize::ByteSize(*n).display().iec().to_string();
-                self.report(value, format!("must be from {} to {}", show(range.start()), show(range.end())));
+                self.report(
+                    value,
+                    format!("must be from {} to {}", show(range.start()), show(range.end())),
+                );
                 None
             }
             Err(_) => {
-                self.report(value, format!("`{text}` is not a size; write one such as \"64KiB\" or \"1MiB\""));
+                self.report(
+                    value,
+                    format!("`{text}` is not a size; write one such as \"64KiB\" or \"1MiB\""),
+                );
                 None
             }
         }
@@ -437,7 +545,8 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
         }
         out.push_str(&rest[..at]);
         let body = &rest[at + 2..];
-        let end = body.find('}').ok_or("`${` has no closing `}`; write `$${` for a literal `${`")?;
+        let end =
+            body.find('}').ok_or("`${` has no closing `}`; write `$${` for a literal `${`")?;
         let (name, default) = match body[..end].split_once(":-") {
             Some((name, default)) => (name, Some(default)),
             None => (&body[..end], None),
@@ -448,7 +557,9 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
             );
         }
         let first = name.chars().next();
-        if !first.is_some_and(|c| c.is_ascii_alphabetic() || c == '_') || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
+        if !first.is_some_and(|c| c.is_ascii_alphabetic() || c == '_')
+            || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+        {
             return Err("the name in `${…}` is not that of an environment variable; write `${NAME}` or `${NAME:-default}`".to_owned());
         }
         match (env(name), default) {
@@ -456,7 +567,9 @@ fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Strin
             (Some(value), Some(_)) if !value.is_empty() => out.push_str(&value),
             (_, Some(default)) => out.push_str(default),
             (None, None) => {
-                return Err(format!("environment variable {name} is not set; set it, or give a default: `${{{name}:-…}}`"));
+                return Err(format!(
+                    "environment variable {name} is not set; set it, or give a default: `${{{name}:-…}}`"
+                ));
             }
         }
         rest = &body[end + 1..];
@@ -526,7 +639,12 @@ mod tests {
 
     #[test]
     fn the_distance_is_levenshteins() {
-        for (a, b, d) in [("", "abc", 3), ("kitten", "sitting", 3), ("timeout", "timeout", 0), ("time_out", "timeout", 1)] {
+        for (a, b, d) in [
+            ("", "abc", 3),
+            ("kitten", "sitting", 3),
+            ("timeout", "timeout", 0),
+            ("time_out", "timeout", 1),
+        ] {
             assert_eq!(distance(a, b), d);
         }
     }

@@ -28,7 +28,8 @@ fn load_text(text: &str) -> Result<Config, Vec<String>> {
 }
 
 const QUEUE: &str = "[queue]\nurl = \"amqp://127.0.0.1\"\n";
-const SUBSCRIBER: &str = "[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsecrets = [\"${SECRET}\"]\n";
+const SUBSCRIBER: &str =
+    "[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsecrets = [\"${SECRET}\"]\n";
 
 /// The problems of a configuration with one good subscriber and `extra` before it.
 fn problems(extra: &str) -> Vec<String> {
@@ -52,10 +53,13 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     for key in names(keys::ROOT) {
         let found = DEFAULT.lines().any(|l| {
             let l = l.trim_start_matches("# ");
-            [format!("{key} = "), format!("[{key}]"), format!("[[{key}]]")].iter().any(|start| l.starts_with(start))
+            [format!("{key} = "), format!("[{key}]"), format!("[[{key}]]")]
+                .iter()
+                .any(|start| l.starts_with(start))
                 || l.contains(&format!("{{ {key} = "))
                 || l.contains(&format!(", {key} = "))
-                || (["batch", "http", "circuit_breaker"].contains(&key) && l.contains("so for batch, http and circuit_breaker"))
+                || (["batch", "http", "circuit_breaker"].contains(&key)
+                    && l.contains("so for batch, http and circuit_breaker"))
         });
         assert!(found, "config/hooktrail.toml does not show `{key}`");
     }
@@ -71,18 +75,40 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
             &shipped.queue.backend,
             shipped.queue.embedded.retention
         ),
-        (bare.shutdown_timeout, bare.log, bare.admin.listen, &bare.admin.token, &Backend::Embedded, bare.queue.embedded.retention)
+        (
+            bare.shutdown_timeout,
+            bare.log,
+            bare.admin.listen,
+            &bare.admin.token,
+            &Backend::Embedded,
+            bare.queue.embedded.retention
+        )
     );
 
-    // With its example subscriber uncommented and a subscriber that relies on the groups as shipped.
-    let example: String =
-        DEFAULT.lines().skip_while(|l| *l != "# [[subscriber]]").map(|l| l.trim_start_matches("# ").to_owned() + "\n").collect();
+    // With its example subscriber uncommented and a subscriber that relies on the groups as
+    // shipped.
+    let example: String = DEFAULT
+        .lines()
+        .skip_while(|l| *l != "# [[subscriber]]")
+        .map(|l| l.trim_start_matches("# ").to_owned() + "\n")
+        .collect();
     let with_example = DEFAULT.to_owned() + &example.replace("SIEM_SECRET", "SECRET") + SUBSCRIBER;
     let (cert, key) = certificate();
-    let dir = dir_with(&[("h.toml", &with_example), ("ca.pem", &cert), ("c.pem", &cert), ("k.pem", &key)]);
-    let a = load_with(&dir.path().join("h.toml"), &env).unwrap_or_else(|e| panic!("the example is valid: {e}")).subscribers[1].clone();
+    let dir = dir_with(&[
+        ("h.toml", &with_example),
+        ("ca.pem", &cert),
+        ("c.pem", &cert),
+        ("k.pem", &key),
+    ]);
+    let a = load_with(&dir.path().join("h.toml"), &env)
+        .unwrap_or_else(|e| panic!("the example is valid: {e}"))
+        .subscribers[1]
+        .clone();
     let b = load_text(&format!("{QUEUE}{SUBSCRIBER}")).expect("valid").subscribers[0].clone();
-    assert_eq!((&a.batch, &a.http, &a.retry, &a.circuit_breaker), (&b.batch, &b.http, &b.retry, &b.circuit_breaker));
+    assert_eq!(
+        (&a.batch, &a.http, &a.retry, &a.circuit_breaker),
+        (&b.batch, &b.http, &b.retry, &b.circuit_breaker)
+    );
 }
 
 #[test]
@@ -143,22 +169,46 @@ fn a_mistake_that_is_often_made_is_answered_with_what_is_meant() {
     let subscriber = |lines: &str| format!("{QUEUE}[[subscriber]]\nname = \"siem\"\n{lines}\n");
     let url = "url = \"https://example.com/\"";
     for (text, place, parts) in [
-        (subscriber(&format!("{url}\nsecrets = []")), ":6:11: subscriber[siem].secrets: ", &["empty", "hooktrail secret"][..]),
-        (subscriber(&format!("{url}\nsecrets = \"x\"")), ":6:11: subscriber[siem].secrets: ", &["array", "[\"${SECRET}\"]"]),
-        (subscriber(&format!("{url}\nsecrets = [\"$SIEM\"]")), ":6:12: subscriber[siem].secrets[0]: ", &["\"${SIEM}\""]),
+        (
+            subscriber(&format!("{url}\nsecrets = []")),
+            ":6:11: subscriber[siem].secrets: ",
+            &["empty", "hooktrail secret"][..],
+        ),
+        (
+            subscriber(&format!("{url}\nsecrets = \"x\"")),
+            ":6:11: subscriber[siem].secrets: ",
+            &["array", "[\"${SECRET}\"]"],
+        ),
+        (
+            subscriber(&format!("{url}\nsecrets = [\"$SIEM\"]")),
+            ":6:12: subscriber[siem].secrets[0]: ",
+            &["\"${SIEM}\""],
+        ),
         (subscriber("url = \"127.0.0.1:9000\""), ":5:7: subscriber[siem].url: ", &["https://"]),
-        (subscriber(&format!("{url}\nsignatures = [\"hmac\"]")), ":6:15: subscriber[siem].signatures[0]: ", &["mailtrap", "header = "]),
-        ("[queue]\nurl = \"embeded\"\n".to_owned(), ":2:7: queue.url: ", &["did you mean \"embedded\"?"]),
+        (
+            subscriber(&format!("{url}\nsignatures = [\"hmac\"]")),
+            ":6:15: subscriber[siem].signatures[0]: ",
+            &["mailtrap", "header = "],
+        ),
+        (
+            "[queue]\nurl = \"embeded\"\n".to_owned(),
+            ":2:7: queue.url: ",
+            &["did you mean \"embedded\"?"],
+        ),
     ] {
         let found = load_text(&text).expect_err("must be refused").join("\n");
-        let line = found.lines().find(|l| l.contains(place)).unwrap_or_else(|| panic!("{place}: {found}"));
+        let line =
+            found.lines().find(|l| l.contains(place)).unwrap_or_else(|| panic!("{place}: {found}"));
         assert!(parts.iter().all(|part| line.contains(part)), "{line}");
     }
 }
 
 #[test]
 fn a_key_of_a_feature_that_is_not_there_is_unknown() {
-    for (text, key) in [(format!("{QUEUE}stream = \"s\"\n"), "queue.stream"), (format!("{QUEUE}[http]\nversion = 3\n"), "http.version")] {
+    for (text, key) in [
+        (format!("{QUEUE}stream = \"s\"\n"), "queue.stream"),
+        (format!("{QUEUE}[http]\nversion = 3\n"), "http.version"),
+    ] {
         let found = problems(&text);
         assert!(found.len() == 1 && found[0].contains(&format!("{key}: unknown key")), "{found:?}");
     }
@@ -171,33 +221,56 @@ fn the_preset_wins_over_the_defaults_and_the_subscribers_own_keys_over_it() {
     let defaults = "[batch]\nmax_events = 7\nmax_bytes = \"5KiB\"\n[http]\nsuccess = \"2xx\"\nconcurrency = 3\n[retry]\nmax_attempts = 2\n";
     let plain = format!("{QUEUE}{defaults}{SUBSCRIBER}preset = \"mailtrap\"\n");
     let s = load_text(&plain).expect("valid").subscribers[0].clone();
-    assert_eq!((s.batch.max_events, s.batch.max_wait, s.batch.max_bytes), (500, Duration::from_secs(30), 5 * 1024));
-    assert_eq!((s.http.success, s.http.timeout, s.http.concurrency), (Success::Only200, Duration::from_secs(30), 3));
+    assert_eq!(
+        (s.batch.max_events, s.batch.max_wait, s.batch.max_bytes),
+        (500, Duration::from_secs(30), 5 * 1024)
+    );
+    assert_eq!(
+        (s.http.success, s.http.timeout, s.http.concurrency),
+        (Success::Only200, Duration::from_secs(30), 3)
+    );
     let r = s.retry.options();
-    assert_eq!((r.max_attempts, r.initial_interval, r.multiplier, r.randomization_factor), (41, Duration::from_secs(300), 1.0, 0.0));
+    assert_eq!(
+        (r.max_attempts, r.initial_interval, r.multiplier, r.randomization_factor),
+        (41, Duration::from_secs(300), 1.0, 0.0)
+    );
     assert_eq!((r.max_elapsed_time, r.on_exhausted), (Duration::ZERO, Exhausted::Pause));
     assert_eq!(s.circuit_breaker.failures, 0);
     assert_eq!(s.signer.schemes(), [Scheme::Mailtrap]);
 
     let own = "signatures = [\"standard-webhooks\"]\nretry = { max_attempts = 3 }\nhttp.success = \"2xx\"\nbatch.max_wait = \"0s\"\n";
     let s = load_text(&(plain + own)).expect("valid").subscribers[0].clone();
-    assert_eq!((s.batch.max_events, s.batch.max_wait, s.http.success), (500, Duration::ZERO, Success::Any2xx));
-    assert_eq!((s.retry.options().max_attempts, s.retry.options().initial_interval), (3, Duration::from_secs(300)));
+    assert_eq!(
+        (s.batch.max_events, s.batch.max_wait, s.http.success),
+        (500, Duration::ZERO, Success::Any2xx)
+    );
+    assert_eq!(
+        (s.retry.options().max_attempts, s.retry.options().initial_interval),
+        (3, Duration::from_secs(300))
+    );
     assert_eq!(s.signer.schemes(), [Scheme::StandardWebhooks]);
 
-    let found = load_text(&format!("{QUEUE}{SUBSCRIBER}preset = \"other\"\n")).expect_err("unknown");
-    assert!(found.len() == 1 && found[0].contains("h.toml:7:10: subscriber[a].preset: must be \"mailtrap\""), "{found:?}");
+    let found =
+        load_text(&format!("{QUEUE}{SUBSCRIBER}preset = \"other\"\n")).expect_err("unknown");
+    assert!(
+        found.len() == 1
+            && found[0].contains("h.toml:7:10: subscriber[a].preset: must be \"mailtrap\""),
+        "{found:?}"
+    );
 }
 
 /// A key and a certificate of it, as PEM.
 fn certificate() -> (String, String) {
     let key = rcgen::KeyPair::generate().expect("a key");
-    let certificate = rcgen::CertificateParams::new(vec!["a.example".to_owned()]).expect("names").self_signed(&key).expect("signs");
+    let certificate = rcgen::CertificateParams::new(vec!["a.example".to_owned()])
+        .expect("names")
+        .self_signed(&key)
+        .expect("signs");
     (certificate.pem(), key.serialize_pem())
 }
 
-/// Made with `openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=client` and
-/// `openssl x509 -req -signkey` with no extension, which is of version 1.
+/// Made with `openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=client`
+/// and `openssl x509 -req -signkey` with no extension, which is of version 1.
 const VERSION_1: (&str, &str) = (
     "-----BEGIN CERTIFICATE-----\n\
      MIIBHTCBxQIUBJ0yVRxxGxkPtiMpq74BM0+o83EwCgYIKoZIzj0EAwIwETEPMA0G\n\
@@ -220,10 +293,19 @@ const VERSION_1: (&str, &str) = (
 #[test]
 fn a_client_certificate_of_version_1_is_named_as_that_and_as_the_client_s() {
     rustls::crypto::ring::default_provider().install_default().ok();
-    let text = format!("{QUEUE}{SUBSCRIBER}tls = {{ client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }}\n");
-    let dir = dir_with(&[("h.toml", text.as_str()), ("c.pem", VERSION_1.0), ("k.pem", VERSION_1.1)]);
+    let text = format!(
+        "{QUEUE}{SUBSCRIBER}tls = {{ client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }}\n"
+    );
+    let dir =
+        dir_with(&[("h.toml", text.as_str()), ("c.pem", VERSION_1.0), ("k.pem", VERSION_1.1)]);
     let found = load_with(&dir.path().join("h.toml"), &env).expect_err("version 1").to_string();
-    for part in ["subscriber[a].tls.client_cert_file: ", "client certificate", "version 1", "version 3", "openssl x509"] {
+    for part in [
+        "subscriber[a].tls.client_cert_file: ",
+        "client certificate",
+        "version 1",
+        "version 3",
+        "openssl x509",
+    ] {
         assert!(found.contains(part), "{found}");
     }
     assert!(!found.contains("peer"), "{found}");
@@ -234,10 +316,20 @@ fn endpoints_are_checked_and_show_no_secret() {
     rustls::crypto::ring::default_provider().install_default().ok();
     let (cert, key) = certificate();
     let (_, other) = certificate();
-    let file = |name: &str| format!("{QUEUE}[http]\nproxy = \"http://u:hunter2@proxy.internal:3128\"\n{SUBSCRIBER}{name}");
+    let file = |name: &str| {
+        format!(
+            "{QUEUE}[http]\nproxy = \"http://u:hunter2@proxy.internal:3128\"\n{SUBSCRIBER}{name}"
+        )
+    };
     let load = |more: &str| {
         let text = file(more);
-        let dir = dir_with(&[("h.toml", &text), ("c.pem", &cert), ("k.pem", &key), ("other.pem", &other), ("token", "hunter2\n")]);
+        let dir = dir_with(&[
+            ("h.toml", &text),
+            ("c.pem", &cert),
+            ("k.pem", &key),
+            ("other.pem", &other),
+            ("token", "hunter2\n"),
+        ]);
         load_with(&dir.path().join("h.toml"), &env).map_err(|e| e.to_string())
     };
     for good in [
@@ -256,35 +348,67 @@ fn endpoints_are_checked_and_show_no_secret() {
         ("headers = { \"a b\" = \"x\" }", "subscriber[a].headers.a b: is not a valid header name"),
         ("headers = { X-A = \"x\\ny\" }", "a value that a header cannot carry"),
         ("headers = { X-A = \"x\", x-a = \"y\" }", "is there twice"),
-        ("headers = { Content-Type = \"x\" }", "subscriber[a].headers.Content-Type: is a header that hooktrail sets itself"),
+        (
+            "headers = { Content-Type = \"x\" }",
+            "subscriber[a].headers.Content-Type: is a header that hooktrail sets itself",
+        ),
         ("headers = { Webhook-Id = \"x\" }", "sets itself"),
         ("headers = { X-A = 1 }", "must be a string"),
         ("headers = [\"X-A\"]", "must be a table"),
-        ("headers = { X-S = \"x\" }\nsignatures = [\"standard-webhooks\", { header = \"x-s\" }]", "is the header of a signature"),
-        ("headers = { authorization = \"x\" }\nauth = { bearer = \"y\" }", "cannot stand beside `Authorization`"),
+        (
+            "headers = { X-S = \"x\" }\nsignatures = [\"standard-webhooks\", { header = \"x-s\" }]",
+            "is the header of a signature",
+        ),
+        (
+            "headers = { authorization = \"x\" }\nauth = { bearer = \"y\" }",
+            "cannot stand beside `Authorization`",
+        ),
         ("auth = {}", "must be either"),
-        ("auth = { basic = { username = \"u\", password = \"p\" }, bearer = \"y\" }", "must be either"),
-        ("auth = { basic = { username = \"u\" } }", "subscriber[a].auth.basic.password: is required"),
+        (
+            "auth = { basic = { username = \"u\", password = \"p\" }, bearer = \"y\" }",
+            "must be either",
+        ),
+        (
+            "auth = { basic = { username = \"u\" } }",
+            "subscriber[a].auth.basic.password: is required",
+        ),
         ("auth = { basic = { username = \"a:b\", password = \"p\" } }", "no `:`"),
         ("auth = { bearer = \"hunter2 x\" }", "visible ASCII"),
         ("auth = { bearer = \"file:nowhere\" }", "cannot be read"),
         ("tls = { ca_file = \"nowhere.pem\" }", "nowhere.pem cannot be read"),
         ("tls = { ca_file = \"k.pem\" }", "holds no certificate"),
         ("tls = { client_cert_file = \"c.pem\" }", "needs the other"),
-        ("tls = { client_cert_file = \"c.pem\", client_key_file = \"c.pem\" }", "subscriber[a].tls.client_key_file: holds no private key"),
-        ("tls = { client_cert_file = \"c.pem\", client_key_file = \"other.pem\" }", "is not the key of the certificate"),
+        (
+            "tls = { client_cert_file = \"c.pem\", client_key_file = \"c.pem\" }",
+            "subscriber[a].tls.client_key_file: holds no private key",
+        ),
+        (
+            "tls = { client_cert_file = \"c.pem\", client_key_file = \"other.pem\" }",
+            "is not the key of the certificate",
+        ),
         ("http.proxy = \"socks5://hunter2\"", "is not the URL of a proxy"),
     ] {
         let told = load(bad).expect_err(bad);
-        assert!(told.contains(part) && told.contains("1 problem in") && !told.contains("hunter2"), "{bad}: {told}");
+        assert!(
+            told.contains(part) && told.contains("1 problem in") && !told.contains("hunter2"),
+            "{bad}: {told}"
+        );
     }
-    let in_url = file("auth = { bearer = \"x\" }\n").replace("https://example.com", "https://u@example.com");
-    assert!(load_text(&in_url).expect_err("two").concat().contains("cannot stand beside a user or password in `url`"));
+    let in_url =
+        file("auth = { bearer = \"x\" }\n").replace("https://example.com", "https://u@example.com");
+    assert!(
+        load_text(&in_url)
+            .expect_err("two")
+            .concat()
+            .contains("cannot stand beside a user or password in `url`")
+    );
 }
 
 #[test]
 fn a_url_with_an_address_that_is_not_public_is_refused_however_it_is_spelled() {
-    let load = |url: &str| load_text(&format!("{QUEUE}{}", SUBSCRIBER.replace("https://example.com/", url)));
+    let load = |url: &str| {
+        load_text(&format!("{QUEUE}{}", SUBSCRIBER.replace("https://example.com/", url)))
+    };
     // Addresses that are not public, and spellings that are none.
     for url in [
         "https://127.0.0.1/",
@@ -370,7 +494,8 @@ fn a_url_with_an_address_that_is_not_public_is_refused_however_it_is_spelled() {
     ] {
         let found = load(&url.replace('\\', "\\\\")).expect_err(url).concat();
         assert!(
-            found.contains("subscriber[a].url: ") && (found.contains("not a public one") || found.contains("is not a URL")),
+            found.contains("subscriber[a].url: ")
+                && (found.contains("not a public one") || found.contains("is not a URL")),
             "{url}: {found}"
         );
     }
@@ -398,10 +523,19 @@ fn the_queue_is_required_and_never_guessed() {
         ("[queue]\nurl = \"Embedded\"\n", "neither \"embedded\" nor an amqp"),
         ("[queue]\nurl = \"embedded\"\ndata_dir = \"\"\n", "queue.data_dir: is empty"),
         ("[queue]\nurl = \"http://x\"\n", "nor an amqp:// or amqps:// URL"),
-        ("[queue]\nurl = \"amqp://x\"\nexchange = \"a\"\nsource_queue = \"b\"\n", "queue.source_queue: cannot stand beside"),
+        (
+            "[queue]\nurl = \"amqp://x\"\nexchange = \"a\"\nsource_queue = \"b\"\n",
+            "queue.source_queue: cannot stand beside",
+        ),
         ("[queue]\nurl = \"amqp://x\"\nprefix = \"a b\"\n", "queue.prefix: must be"),
-        ("[queue]\nurl = \"amqp://x\"\nmanagement_url = \"u:hunter2@x:15672\"\n", "queue.management_url: is not the URL"),
-        ("[queue]\nurl = \"amqp://x\"\nmanagement_url = \"http://x/?a\"\n", "queue.management_url: is not the URL"),
+        (
+            "[queue]\nurl = \"amqp://x\"\nmanagement_url = \"u:hunter2@x:15672\"\n",
+            "queue.management_url: is not the URL",
+        ),
+        (
+            "[queue]\nurl = \"amqp://x\"\nmanagement_url = \"http://x/?a\"\n",
+            "queue.management_url: is not the URL",
+        ),
     ] {
         let found = problems(text);
         assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");
@@ -415,12 +549,18 @@ fn whoever_can_connect_from_elsewhere_needs_a_token() {
     assert_eq!((default.listen.to_string(), &default.token), ("127.0.0.1:8787".to_owned(), &None));
     assert_eq!(with("").expect("valid"), default);
     for listen in ["127.0.0.1:0", "127.9.9.9:1", "[::1]:8787", "[::ffff:127.0.0.1]:1"] {
-        assert_eq!(with(&format!("listen = \"{listen}\"")).expect("valid").listen.to_string(), listen);
+        assert_eq!(
+            with(&format!("listen = \"{listen}\"")).expect("valid").listen.to_string(),
+            listen
+        );
     }
     let open = with("listen = \"0.0.0.0:8787\"\ntoken = \"${SECRET}\"").expect("valid");
     assert!(open.token.is_some() && !format!("{open:?}").contains("MfKQ"));
     for (admin, part) in [
-        ("listen = \"0.0.0.0:8787\"", "h.toml:4:10: admin.listen: 0.0.0.0:8787 is not a loopback address"),
+        (
+            "listen = \"0.0.0.0:8787\"",
+            "h.toml:4:10: admin.listen: 0.0.0.0:8787 is not a loopback address",
+        ),
         ("listen = \"[::]:8787\"", "set `token`"),
         ("listen = \"\"", "h.toml:4:10: admin.listen: `` is not an address"),
         ("listen = \"localhost:8787\"", "write an IP address and a port"),
@@ -430,7 +570,10 @@ fn whoever_can_connect_from_elsewhere_needs_a_token() {
         ("tokn = \"x\"", "did you mean `token`?"),
     ] {
         let found = with(admin).expect_err("refused");
-        assert!(found.len() == 1 && found[0].contains(part) && !found[0].contains("hunter"), "{admin}: {found:?}");
+        assert!(
+            found.len() == 1 && found[0].contains(part) && !found[0].contains("hunter"),
+            "{admin}: {found:?}"
+        );
     }
 }
 
@@ -442,7 +585,10 @@ fn no_message_ever_quotes_a_secret() {
     ))
     .expect_err("invalid");
     assert_eq!(found.len(), 5, "{found:#?}");
-    assert!(!found.iter().any(|p| p.contains("hunter2") || p.contains("tell-nobody")), "{found:#?}");
+    assert!(
+        !found.iter().any(|p| p.contains("hunter2") || p.contains("tell-nobody")),
+        "{found:#?}"
+    );
     let good = load_text(&format!("{QUEUE}{SUBSCRIBER}")).expect("valid");
     assert!(!format!("{good:?}").contains("MfKQ"));
 }
@@ -475,13 +621,23 @@ fn secrets_come_from_files_relative_to_the_file_that_names_them() {
             "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsecrets = [\"file:{file}\"]\nsignatures = [\"mailtrap\"]\n"
         )
     };
-    let main = format!("include = [\"subs/*.toml\", \"none/*.toml\"]\n{QUEUE}{}", subscriber("a", "s1"));
-    let dir = dir_with(&[("h.toml", &main), ("subs/b.toml", &subscriber("b", "s2")), ("s1", "one\n"), ("subs/s2", "two\n\n")]);
+    let main =
+        format!("include = [\"subs/*.toml\", \"none/*.toml\"]\n{QUEUE}{}", subscriber("a", "s1"));
+    let dir = dir_with(&[
+        ("h.toml", &main),
+        ("subs/b.toml", &subscriber("b", "s2")),
+        ("s1", "one\n"),
+        ("subs/s2", "two\n\n"),
+    ]);
     let config = load_with(&dir.path().join("h.toml"), &env).expect("valid");
     let secrets: Vec<&str> = config.subscribers.iter().map(|s| s.secrets[0].expose()).collect();
     assert_eq!(secrets, ["one", "two\n"], "one trailing newline is dropped, no more");
 
-    std::fs::write(dir.path().join("subs/c.toml"), subscriber("a", "nope") + "[queue]\nurl = \"x\"\n").expect("writes");
+    std::fs::write(
+        dir.path().join("subs/c.toml"),
+        subscriber("a", "nope") + "[queue]\nurl = \"x\"\n",
+    )
+    .expect("writes");
     let found = load_with(&dir.path().join("h.toml"), &env).expect_err("invalid").to_string();
     for part in [
         "c.toml:2:8: subscriber[a].name: `a` is already the name of",
@@ -498,7 +654,10 @@ fn a_file_that_is_not_there_or_not_toml_says_so() {
     let e = load_with(Path::new("/nonexistent/h.toml"), &env).expect_err("no file").to_string();
     assert!(e.contains("/nonexistent/h.toml: cannot be read") && e.contains("--config"), "{e}");
     let found = problems("a = = 1\nb = \"\n");
-    assert!(found.iter().any(|p| p.starts_with("h.toml:1:") && p.contains("not valid TOML")), "{found:?}");
+    assert!(
+        found.iter().any(|p| p.starts_with("h.toml:1:") && p.contains("not valid TOML")),
+        "{found:?}"
+    );
     let found = problems("include = [\"gone.toml\"]\n[queue]\nurl = \"amqp://x\"\n");
     assert!(found[0].starts_with("gone.toml: cannot be read"), "{found:?}");
     // Root, who runs tests in a container, may read everything.
@@ -508,7 +667,9 @@ fn a_file_that_is_not_there_or_not_toml_says_so() {
 #[test]
 fn addresses_named_as_exceptions_may_stand_in_a_url() {
     let with = |http: &str| {
-        load_text(&format!("{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"http://127.0.0.1:9/\"\nsignatures = []\nhttp = {{ {http} }}\n"))
+        load_text(&format!(
+            "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"http://127.0.0.1:9/\"\nsignatures = []\nhttp = {{ {http} }}\n"
+        ))
     };
     assert!(with("allow_http = true, allow_private_addresses = true").is_ok());
     assert!(with("allow_http = true, allow_addresses = [\"127.0.0.0/8\"]").is_ok());
@@ -527,7 +688,10 @@ fn addresses_named_as_exceptions_may_stand_in_a_url() {
 #[track_caller]
 fn assert_found(found: &[String], expected: &[(&str, &str)]) {
     for (place, part) in expected {
-        assert!(found.iter().any(|p| p.starts_with(place) && p.contains(part)), "{place}…{part} is not in {found:#?}");
+        assert!(
+            found.iter().any(|p| p.starts_with(place) && p.contains(part)),
+            "{place}…{part} is not in {found:#?}"
+        );
     }
     assert_eq!(found.len(), expected.len(), "{found:#?}");
 }
@@ -620,19 +784,37 @@ fn the_url_is_checked_beside_a_mistake_in_the_same_http_group() {
 #[test]
 fn no_two_signatures_share_a_header() {
     let with = |signatures: &str| {
-        load_text(&format!("{QUEUE}{SUBSCRIBER}signatures = [{signatures}]\n")).map(drop).map_err(|mut found| {
-            assert_eq!(found.len(), 1, "{found:#?}");
-            found.remove(0)
-        })
+        load_text(&format!("{QUEUE}{SUBSCRIBER}signatures = [{signatures}]\n")).map(drop).map_err(
+            |mut found| {
+                assert_eq!(found.len(), 1, "{found:#?}");
+                found.remove(0)
+            },
+        )
     };
-    assert_eq!(with(r#""standard-webhooks", "mailtrap", { header = "X-A" }, { header = "X-B" }"#), Ok(()));
+    assert_eq!(
+        with(r#""standard-webhooks", "mailtrap", { header = "X-A" }, { header = "X-B" }"#),
+        Ok(())
+    );
     for (signatures, place) in [
-        (r#"{ header = "X-Sig" }, { header = "x-sig", encoding = "base64" }"#, "h.toml:7:48: subscriber[a].signatures[1].header: "),
-        (r#""mailtrap", { header = "X-A" }, "mailtrap""#, "h.toml:7:47: subscriber[a].signatures[2]: "),
-        (r#""standard-webhooks", "standard-webhooks""#, "h.toml:7:36: subscriber[a].signatures[1]: "),
+        (
+            r#"{ header = "X-Sig" }, { header = "x-sig", encoding = "base64" }"#,
+            "h.toml:7:48: subscriber[a].signatures[1].header: ",
+        ),
+        (
+            r#""mailtrap", { header = "X-A" }, "mailtrap""#,
+            "h.toml:7:47: subscriber[a].signatures[2]: ",
+        ),
+        (
+            r#""standard-webhooks", "standard-webhooks""#,
+            "h.toml:7:36: subscriber[a].signatures[1]: ",
+        ),
     ] {
         let found = with(signatures).expect_err("refused");
-        assert!(found.starts_with(place) && found.contains("already that of subscriber[a].signatures[0]"), "{place} is not {found}");
+        assert!(
+            found.starts_with(place)
+                && found.contains("already that of subscriber[a].signatures[0]"),
+            "{place} is not {found}"
+        );
     }
     for reserved in ["Webhook-Signature", "mailtrap-signature", "X-Hooktrail-Attempt", "HOST"] {
         let found = with(&format!("{{ header = \"{reserved}\" }}")).expect_err("refused");
@@ -647,7 +829,9 @@ fn a_custom_signature_header_is_checked() {
             "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsecrets = [\"x\"]\nsignatures = [{signature}]\n"
         ))
     };
-    assert!(with(r#"{ header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }"#).is_ok());
+    assert!(
+        with(r#"{ header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }"#).is_ok()
+    );
     for (signature, part) in [
         (r#"{ prefix = "x" }"#, "signatures[0].header: is required"),
         (r#"{ header = "a b" }"#, "not a valid header name"),
@@ -673,14 +857,21 @@ fn a_preset_brings_every_key_that_its_own_values_need() {
 #[test]
 fn an_attempt_over_http_2_may_wait_for_a_place_as_long_as_for_its_answer() {
     let longest = |url: &str, http: &str| {
-        let text =
-            format!("{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, {http} }}\n");
-        load_text(&text).unwrap_or_else(|e| panic!("{e:?}")).subscribers[0].longest_attempt().as_secs()
+        let text = format!(
+            "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, {http} }}\n"
+        );
+        load_text(&text).unwrap_or_else(|e| panic!("{e:?}")).subscribers[0]
+            .longest_attempt()
+            .as_secs()
     };
     let times = "timeout = \"20s\", connect_timeout = \"3s\"";
     assert_eq!(longest("https://example.com/", times), 20 + 20 + 2);
     assert_eq!(longest("http://example.com/", times), 3 + 20 + 2, "HTTP/1.1: for a connection");
-    assert_eq!(longest("http://example.com/", "timeout = \"2s\", connect_timeout = \"5s\""), 2 + 2 + 2, "never longer than that");
+    assert_eq!(
+        longest("http://example.com/", "timeout = \"2s\", connect_timeout = \"5s\""),
+        2 + 2 + 2,
+        "never longer than that"
+    );
     assert_eq!(
         longest("http://example.com/", &format!("{times}, proxy = \"https://127.0.0.1:1\"")),
         20 + 20 + 2,
@@ -689,7 +880,8 @@ fn an_attempt_over_http_2_may_wait_for_a_place_as_long_as_for_its_answer() {
 }
 
 #[test]
-fn two_times_that_do_not_agree_are_reported_where_the_subscriber_says_its_own_with_where_the_other_is_from() {
+fn two_times_that_do_not_agree_are_reported_where_the_subscriber_says_its_own_with_where_the_other_is_from()
+ {
     let found = load_text(
         r#"[queue]
 url = "amqp://x"
@@ -726,11 +918,26 @@ retry.max_interval = "2m"
     assert_found(
         &found,
         &[
-            ("h.toml:12:26: subscriber[a].retry.initial_interval: ", "longer than max_interval, which is 1m at h.toml:4:16; change"),
-            ("h.toml:17:51: subscriber[b].retry.max_interval: ", "shorter than initial_interval, which is 5m at h.toml:17:30; change"),
-            ("h.toml:18:32: subscriber[b].circuit_breaker.max_open_for: ", "shorter than open_for, which is 2m at h.toml:7:12; change"),
-            ("h.toml:23:28: subscriber[c].circuit_breaker.open_for: ", "longer than max_open_for, which is 10m by default; change"),
-            ("h.toml:29:22: subscriber[d].retry.max_interval: ", "shorter than initial_interval, which is 5m by the preset; change"),
+            (
+                "h.toml:12:26: subscriber[a].retry.initial_interval: ",
+                "longer than max_interval, which is 1m at h.toml:4:16; change",
+            ),
+            (
+                "h.toml:17:51: subscriber[b].retry.max_interval: ",
+                "shorter than initial_interval, which is 5m at h.toml:17:30; change",
+            ),
+            (
+                "h.toml:18:32: subscriber[b].circuit_breaker.max_open_for: ",
+                "shorter than open_for, which is 2m at h.toml:7:12; change",
+            ),
+            (
+                "h.toml:23:28: subscriber[c].circuit_breaker.open_for: ",
+                "longer than max_open_for, which is 10m by default; change",
+            ),
+            (
+                "h.toml:29:22: subscriber[d].retry.max_interval: ",
+                "shorter than initial_interval, which is 5m by the preset; change",
+            ),
         ],
     );
 }

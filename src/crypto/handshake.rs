@@ -1,8 +1,10 @@
-//! How a command and a daemon find out that both know the same `[admin] token` before either sends it.
+//! How a command and a daemon find out that both know the same `[admin] token` before either sends
+//! it.
 //!
-//! The command proves it first, so that nobody without the token gets from a daemon what a token could be guessed with; the daemon
-//! proves it in its answer, so that whoever took its port gets no token. Both are an HMAC-SHA256 (RFC 2104) over the side, the
-//! command's challenge and the port, with the token as the key. The port keeps a proof of a daemon elsewhere from being passed on.
+//! The command proves it first, so that nobody without the token gets from a daemon what a token
+//! could be guessed with; the daemon proves it in its answer, so that whoever took its port gets no
+//! token. Both are an HMAC-SHA256 (RFC 2104) over the side, the command's challenge and the port,
+//! with the token as the key. The port keeps a proof of a daemon elsewhere from being passed on.
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
@@ -28,21 +30,25 @@ pub fn challenge() -> String {
     hex(&rand::random::<[u8; 32]>())
 }
 
-/// What `side` sends, in lowercase hexadecimal digits. `port` is the one that the daemon listens on.
+/// What `side` sends, in lowercase hexadecimal digits. `port` is the one that the daemon listens
+/// on.
 pub fn proof(token: &Secret, side: Side, challenge: &str, port: u16) -> String {
     hex(&mac(token, side, challenge, port).finalize().into_bytes())
 }
 
-/// Whether `given` is the proof of somebody who knows the token; compared in constant time. An empty challenge, and one that is
-/// longer than any of [`challenge`], proves nothing.
+/// Whether `given` is the proof of somebody who knows the token; compared in constant time. An
+/// empty challenge, and one that is longer than any of [`challenge`], proves nothing.
 pub fn is_proven(token: &Secret, side: Side, challenge: &str, port: u16, given: &str) -> bool {
-    let bytes: Option<Vec<u8>> = given.is_ascii().then(|| given.as_bytes().chunks(2).map(byte).collect()).flatten();
+    let bytes: Option<Vec<u8>> =
+        given.is_ascii().then(|| given.as_bytes().chunks(2).map(byte).collect()).flatten();
     let sound = (1..=MAX_CHALLENGE).contains(&challenge.len());
-    sound && bytes.is_some_and(|given| mac(token, side, challenge, port).verify_slice(&given).is_ok())
+    sound
+        && bytes.is_some_and(|given| mac(token, side, challenge, port).verify_slice(&given).is_ok())
 }
 
 fn mac(token: &Secret, side: Side, challenge: &str, port: u16) -> Hmac<Sha256> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(token.expose().as_bytes()).expect("HMAC takes a key of any length");
+    let mut mac = Hmac::<Sha256>::new_from_slice(token.expose().as_bytes())
+        .expect("HMAC takes a key of any length");
     let side = match side {
         Side::Command => "command",
         Side::Daemon => "daemon",
@@ -79,7 +85,13 @@ mod tests {
             assert!(!is_proven(&token, Side::Daemon, &fresh, 8787, nonsense), "{nonsense}");
         }
         for bad in [String::new(), "x".repeat(MAX_CHALLENGE + 1)] {
-            assert!(!is_proven(&token, Side::Daemon, &bad, 8787, &proof(&token, Side::Daemon, &bad, 8787)));
+            assert!(!is_proven(
+                &token,
+                Side::Daemon,
+                &bad,
+                8787,
+                &proof(&token, Side::Daemon, &bad, 8787)
+            ));
         }
     }
 }

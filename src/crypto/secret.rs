@@ -41,10 +41,16 @@ impl SecretUrl {
         &self.0
     }
 
-    /// The origin and the path, for who asked for this one URL: without userinfo, query and fragment, and of the path without what
-    /// looks like a token, since some services have theirs there.
+    /// The origin and the path, for who asked for this one URL: without userinfo, query and
+    /// fragment, and of the path without what looks like a token, since some services have theirs
+    /// there.
     pub fn with_path(&self) -> String {
-        let path: Vec<&str> = self.0.path().split('/').map(|part| if may_be_token(part) { "[redacted]" } else { part }).collect();
+        let path: Vec<&str> = self
+            .0
+            .path()
+            .split('/')
+            .map(|part| if may_be_token(part) { "[redacted]" } else { part })
+            .collect();
         format!("{}{}", self.origin(), path.join("/"))
     }
 
@@ -54,7 +60,8 @@ impl SecretUrl {
     }
 }
 
-/// A part of a path with this many characters can be a token. Shorter ones can be guessed, so nobody sane makes them.
+/// A part of a path with this many characters can be a token. Shorter ones can be guessed, so
+/// nobody sane makes them.
 const TOKEN: usize = 16;
 
 /// Whether a part of a path is something else than short words: `hooks`, `audit-events`, `v1`.
@@ -83,7 +90,8 @@ mod tests {
     fn nothing_secret_is_ever_printed() {
         let secret = Secret::new("hunter2");
         assert_eq!(format!("{secret:?} {:#?}", vec![&secret]), "[redacted] [\n    [redacted],\n]");
-        let url = SecretUrl::new("https://u:p@example.com:8443/hook/TOKEN?k=v#f".parse().expect("a URL"));
+        let url =
+            SecretUrl::new("https://u:p@example.com:8443/hook/TOKEN?k=v#f".parse().expect("a URL"));
         assert_eq!(format!("{url} {url:?}"), "https://example.com:8443 https://example.com:8443");
         assert_eq!(url.with_path(), "https://example.com:8443/hook/TOKEN");
         let amqp = SecretUrl::new("amqp://guest:guest@broker/vhost".parse().expect("a URL"));
@@ -96,13 +104,18 @@ mod tests {
             ("/", "/"),
             ("/hooks/v1/audit-events.jsonl", "/hooks/v1/audit-events.jsonl"),
             ("/customer-notification-endpoints", "/customer-notification-endpoints"),
-            ("/services/T00000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX", "/services/T00000000/B00000000/[redacted]"),
+            (
+                "/services/T00000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX",
+                "/services/T00000000/B00000000/[redacted]",
+            ),
             ("/api/webhooks/123456789012345678/aB3-_dEfG", "/api/webhooks/[redacted]/aB3-_dEfG"),
             ("/h/6fa459ea-ee8a-3ca4-894e-db77e160355e/in", "/h/[redacted]/in"),
             ("/abcdefghijklmnopqrstuvwxyz", "/[redacted]"),
             ("/%C3%A4%C3%A4%C3%A4%C3%A4", "/[redacted]"),
         ] {
-            let url = SecretUrl::new(format!("https://u:p@example.com{path}?key=v#f").parse().expect("a URL"));
+            let url = SecretUrl::new(
+                format!("https://u:p@example.com{path}?key=v#f").parse().expect("a URL"),
+            );
             assert_eq!(url.with_path(), format!("https://example.com{shown}"));
         }
     }

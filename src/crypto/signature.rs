@@ -81,9 +81,13 @@ fn keyed(key: &[u8]) -> Hmac<Sha256> {
 impl Signer {
     /// # Errors
     /// Names the secret by its index, and what is wrong with it.
-    pub fn try_new(schemes: Vec<Scheme>, secrets: &[Secret]) -> Result<Self, (usize, &'static str)> {
+    pub fn try_new(
+        schemes: Vec<Scheme>,
+        secrets: &[Secret],
+    ) -> Result<Self, (usize, &'static str)> {
         let standard = if schemes.contains(&Scheme::StandardWebhooks) {
-            let keys = secrets.iter().enumerate().map(|(n, s)| standard_key(s).map_err(|why| (n, why)));
+            let keys =
+                secrets.iter().enumerate().map(|(n, s)| standard_key(s).map_err(|why| (n, why)));
             keys.map(|key| key.map(|k| keyed(&k))).collect::<Result<_, _>>()?
         } else {
             Vec::new()
@@ -105,14 +109,21 @@ impl Signer {
                     let signatures: Vec<String> = self
                         .standard
                         .iter()
-                        .map(|key| format!("v1,{}", BASE64.encode(standard_mac(key.clone(), id, timestamp, body))))
+                        .map(|key| {
+                            format!(
+                                "v1,{}",
+                                BASE64.encode(standard_mac(key.clone(), id, timestamp, body))
+                            )
+                        })
                         .collect();
                     headers.push(("webhook-id".to_owned(), id.to_owned()));
                     headers.push(("webhook-timestamp".to_owned(), timestamp.to_string()));
                     headers.push((scheme.header().to_owned(), signatures.join(" ")));
                 }
                 Scheme::Mailtrap => {
-                    headers.extend(self.plain_mac(body).map(|mac| (scheme.header().to_owned(), hex(&mac))));
+                    headers.extend(
+                        self.plain_mac(body).map(|mac| (scheme.header().to_owned(), hex(&mac))),
+                    );
                 }
                 Scheme::Custom { header, prefix, encoding } => {
                     headers.extend(self.plain_mac(body).map(|mac| {
@@ -167,11 +178,19 @@ impl std::fmt::Display for Unverified {
         match self {
             Self::MissingHeader(name) => write!(f, "no header `{name}`"),
             Self::BadTimestamp => f.write_str("`webhook-timestamp` is not a number of seconds"),
-            Self::OldTimestamp => write!(f, "`webhook-timestamp` is older than {TOLERANCE_SECONDS} s"),
-            Self::FutureTimestamp => write!(f, "`webhook-timestamp` is more than {TOLERANCE_SECONDS} s ahead"),
-            Self::BadSecret(why) => write!(f, "the receiver's own secret {why}, so it is none for standard-webhooks"),
+            Self::OldTimestamp => {
+                write!(f, "`webhook-timestamp` is older than {TOLERANCE_SECONDS} s")
+            }
+            Self::FutureTimestamp => {
+                write!(f, "`webhook-timestamp` is more than {TOLERANCE_SECONDS} s ahead")
+            }
+            Self::BadSecret(why) => {
+                write!(f, "the receiver's own secret {why}, so it is none for standard-webhooks")
+            }
             Self::BadSignature(form) => write!(f, "the signature has not the form `{form}`"),
-            Self::NoMatch => f.write_str("the signature does not match: another secret, or a changed body"),
+            Self::NoMatch => {
+                f.write_str("the signature does not match: another secret, or a changed body")
+            }
         }
     }
 }
@@ -183,10 +202,16 @@ impl std::fmt::Display for Unverified {
 ///
 /// # Errors
 /// Says why the request is not verified.
-pub fn verify<'a>(secret: &Secret, header: impl Fn(&str) -> Option<&'a str>, body: &[u8], now: u64) -> Result<&'static str, Unverified> {
+pub fn verify<'a>(
+    secret: &Secret,
+    header: impl Fn(&str) -> Option<&'a str>,
+    body: &[u8],
+    now: u64,
+) -> Result<&'static str, Unverified> {
     if let Some(signatures) = header("webhook-signature") {
         let id = header("webhook-id").ok_or(Unverified::MissingHeader("webhook-id"))?;
-        let timestamp = header("webhook-timestamp").ok_or(Unverified::MissingHeader("webhook-timestamp"))?;
+        let timestamp =
+            header("webhook-timestamp").ok_or(Unverified::MissingHeader("webhook-timestamp"))?;
         let timestamp: u64 = timestamp.parse().map_err(|_| Unverified::BadTimestamp)?;
         if timestamp.saturating_add(TOLERANCE_SECONDS) < now {
             return Err(Unverified::OldTimestamp);
@@ -195,25 +220,40 @@ pub fn verify<'a>(secret: &Secret, header: impl Fn(&str) -> Option<&'a str>, bod
             return Err(Unverified::FutureTimestamp);
         }
         let key = standard_key(secret).map_err(Unverified::BadSecret)?;
-        let given = signatures.split(' ').filter_map(|s| s.strip_prefix("v1,")).filter_map(|s| BASE64.decode(s).ok());
+        let given = signatures
+            .split(' ')
+            .filter_map(|s| s.strip_prefix("v1,"))
+            .filter_map(|s| BASE64.decode(s).ok());
         let given: Vec<_> = given.filter(|mac| mac.len() == MAC_BYTES).collect();
         if given.is_empty() {
             return Err(Unverified::BadSignature("v1,<base64 of 32 bytes>"));
         }
         let expected = standard_mac(keyed(&key), id, timestamp, body);
-        return if given.iter().fold(false, |ok, g| ok | same(&expected, g)) { Ok("standard-webhooks") } else { Err(Unverified::NoMatch) };
+        return if given.iter().fold(false, |ok, g| ok | same(&expected, g)) {
+            Ok("standard-webhooks")
+        } else {
+            Err(Unverified::NoMatch)
+        };
     }
-    let given = header("mailtrap-signature").ok_or(Unverified::MissingHeader("webhook-signature"))?;
-    if given.len() != 2 * MAC_BYTES || !given.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+    let given =
+        header("mailtrap-signature").ok_or(Unverified::MissingHeader("webhook-signature"))?;
+    if given.len() != 2 * MAC_BYTES
+        || !given.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    {
         return Err(Unverified::BadSignature("64 lowercase hexadecimal digits"));
     }
     let mut mac = keyed(secret.expose().as_bytes());
     mac.update(body);
     let expected = hex(&mac.finalize().into_bytes());
-    if same(expected.as_bytes(), given.as_bytes()) { Ok("mailtrap") } else { Err(Unverified::NoMatch) }
+    if same(expected.as_bytes(), given.as_bytes()) {
+        Ok("mailtrap")
+    } else {
+        Err(Unverified::NoMatch)
+    }
 }
 
-/// Compares in a time that depends on the lengths alone, so that it does not tell how far a guess was right.
+/// Compares in a time that depends on the lengths alone, so that it does not tell how far a guess
+/// was right.
 fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0_u8, |diff, (x, y)| diff | (x ^ y)) == 0
 }
@@ -234,13 +274,27 @@ mod tests {
         Signer::try_new(schemes.to_vec(), &secrets).expect("valid secrets")
     }
 
-    fn check(headers: &[(String, String)], secret: &str, body: &[u8], now: u64) -> Result<&'static str, Unverified> {
-        verify(&Secret::new(secret), |name| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()), body, now)
+    fn check(
+        headers: &[(String, String)],
+        secret: &str,
+        body: &[u8],
+        now: u64,
+    ) -> Result<&'static str, Unverified> {
+        verify(
+            &Secret::new(secret),
+            |name| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()),
+            body,
+            now,
+        )
     }
 
     #[test]
     fn standard_webhooks_signs_as_the_reference_libraries_do() {
-        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(
+            SPEC_ID,
+            SPEC_TIMESTAMP,
+            SPEC_BODY,
+        );
         assert_eq!(
             headers,
             [
@@ -256,12 +310,24 @@ mod tests {
         // RFC 4231, test case 2.
         let expected = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
         let body = b"what do ya want for nothing?";
-        let custom = Scheme::Custom { header: "X-Hub-Signature-256".into(), prefix: "sha256=".into(), encoding: Encoding::Hex };
-        let base64 = Scheme::Custom { header: "X-Sig".into(), prefix: String::new(), encoding: Encoding::Base64 };
-        let headers = signer(&[Scheme::Mailtrap, custom, base64], &["Jefe"]).headers("msg_1", 1, body);
+        let custom = Scheme::Custom {
+            header: "X-Hub-Signature-256".into(),
+            prefix: "sha256=".into(),
+            encoding: Encoding::Hex,
+        };
+        let base64 = Scheme::Custom {
+            header: "X-Sig".into(),
+            prefix: String::new(),
+            encoding: Encoding::Base64,
+        };
+        let headers =
+            signer(&[Scheme::Mailtrap, custom, base64], &["Jefe"]).headers("msg_1", 1, body);
         assert_eq!(headers[0], ("mailtrap-signature".to_owned(), expected.to_owned()));
         assert_eq!(headers[1], ("X-Hub-Signature-256".to_owned(), format!("sha256={expected}")));
-        assert_eq!(headers[2], ("X-Sig".to_owned(), "W9zBRr9gdU5qBCQmCJV1x1oAPwidJzmDnexYuWTsOEM=".to_owned()));
+        assert_eq!(
+            headers[2],
+            ("X-Sig".to_owned(), "W9zBRr9gdU5qBCQmCJV1x1oAPwidJzmDnexYuWTsOEM=".to_owned())
+        );
         assert_eq!(check(&headers, "Jefe", body, 1), Ok("mailtrap"));
         assert_eq!(check(&headers, "jefe", body, 1), Err(Unverified::NoMatch));
     }
@@ -269,30 +335,52 @@ mod tests {
     #[test]
     fn a_receiver_that_knows_either_of_two_secrets_verifies() {
         let other = format!("whsec_{}", BASE64.encode([7; 32]));
-        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET, &other]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET, &other]).headers(
+            SPEC_ID,
+            SPEC_TIMESTAMP,
+            SPEC_BODY,
+        );
         for secret in [SPEC_SECRET, &other] {
             assert_eq!(check(&headers, secret, SPEC_BODY, SPEC_TIMESTAMP), Ok("standard-webhooks"));
         }
         let third = format!("whsec_{}", BASE64.encode([8; 32]));
         assert_eq!(check(&headers, &third, SPEC_BODY, SPEC_TIMESTAMP), Err(Unverified::NoMatch));
-        assert_eq!(check(&headers, SPEC_SECRET, b"changed", SPEC_TIMESTAMP), Err(Unverified::NoMatch));
+        assert_eq!(
+            check(&headers, SPEC_SECRET, b"changed", SPEC_TIMESTAMP),
+            Err(Unverified::NoMatch)
+        );
     }
 
     #[test]
     fn an_old_or_missing_timestamp_is_told() {
-        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
+        let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(
+            SPEC_ID,
+            SPEC_TIMESTAMP,
+            SPEC_BODY,
+        );
         let at = |now| check(&headers, SPEC_SECRET, SPEC_BODY, now);
         assert_eq!(at(SPEC_TIMESTAMP + TOLERANCE_SECONDS), Ok("standard-webhooks"));
         assert_eq!(at(SPEC_TIMESTAMP + TOLERANCE_SECONDS + 1), Err(Unverified::OldTimestamp));
         assert_eq!(at(SPEC_TIMESTAMP - TOLERANCE_SECONDS - 1), Err(Unverified::FutureTimestamp));
-        assert_eq!(check(&headers[2..], SPEC_SECRET, SPEC_BODY, 0), Err(Unverified::MissingHeader("webhook-id")));
-        assert_eq!(check(&[], SPEC_SECRET, SPEC_BODY, 0), Err(Unverified::MissingHeader("webhook-signature")));
+        assert_eq!(
+            check(&headers[2..], SPEC_SECRET, SPEC_BODY, 0),
+            Err(Unverified::MissingHeader("webhook-id"))
+        );
+        assert_eq!(
+            check(&[], SPEC_SECRET, SPEC_BODY, 0),
+            Err(Unverified::MissingHeader("webhook-signature"))
+        );
     }
 
     #[test]
     fn what_is_no_signature_or_no_secret_is_told_apart_from_one_that_does_not_match() {
-        let mut headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(SPEC_ID, SPEC_TIMESTAMP, SPEC_BODY);
-        let bad_secret = check(&headers, "Jefe", SPEC_BODY, SPEC_TIMESTAMP).expect_err("no secret for it");
+        let mut headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(
+            SPEC_ID,
+            SPEC_TIMESTAMP,
+            SPEC_BODY,
+        );
+        let bad_secret =
+            check(&headers, "Jefe", SPEC_BODY, SPEC_TIMESTAMP).expect_err("no secret for it");
         assert!(bad_secret.to_string().contains("does not begin with `whsec_`"), "{bad_secret}");
         for signature in ["", "v1,", "v1,AAAA", "v2,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="] {
             headers[2].1 = signature.to_owned();

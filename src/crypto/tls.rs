@@ -24,7 +24,8 @@ const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 #[derive(Debug)]
 pub struct Roots {
     authorities: Arc<RootCertStore>,
-    /// As they were read. An authority's certificate is accepted of a server only if it is one of these byte for byte.
+    /// As they were read. An authority's certificate is accepted of a server only if it is one of
+    /// these byte for byte.
     certificates: Vec<CertificateDer<'static>>,
 }
 
@@ -36,16 +37,18 @@ impl Roots {
     }
 }
 
-/// Accepts what an authority has signed, and a self-signed certificate that is trusted itself. `openssl req -x509` marks
-/// those as authorities (CA:TRUE), and webpki refuses every authority as a server.
+/// Accepts what an authority has signed, and a self-signed certificate that is trusted itself.
+/// `openssl req -x509` marks those as authorities (CA:TRUE), and webpki refuses every authority as
+/// a server.
 #[derive(Debug)]
 struct Verifier {
     signed: Arc<WebPkiServerVerifier>,
     roots: Arc<Roots>,
 }
 
-/// webpki's own error, which rustls hands on without a type to compare it with. It is found after the dates were checked
-/// (`check_issuer_independent_properties` in webpki's `verify_cert.rs`), and before the name is.
+/// webpki's own error, which rustls hands on without a type to compare it with. It is found after
+/// the dates were checked (`check_issuer_independent_properties` in webpki's `verify_cert.rs`), and
+/// before the name is.
 fn is_authority(e: &rustls::Error) -> bool {
     matches!(e, rustls::Error::InvalidCertificate(CertificateError::Other(other)) if format!("{other:?}").contains("CaUsedAsEndEntity"))
 }
@@ -61,7 +64,8 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         match self.signed.verify_server_cert(own, intermediates, server, ocsp, now) {
             Err(e) if is_authority(&e) && self.roots.certificates.contains(own) => {
-                verify_server_name(&ParsedCertificate::try_from(own)?, server).map(|()| ServerCertVerified::assertion())
+                verify_server_name(&ParsedCertificate::try_from(own)?, server)
+                    .map(|()| ServerCertVerified::assertion())
             }
             verified => verified,
         }
@@ -103,7 +107,9 @@ impl SystemRoots {
         let (added, _) = authorities.add_parsable_certificates(found.certs.iter().cloned());
         if added == 0 {
             let why = found.errors.first().map(|e| format!(": {e}")).unwrap_or_default();
-            return Err(format!("the system has no root certificates for https{why}; install the package ca-certificates"));
+            return Err(format!(
+                "the system has no root certificates for https{why}; install the package ca-certificates"
+            ));
         }
         Ok(Self(Arc::new(Roots { authorities: Arc::new(authorities), certificates: found.certs })))
     }
@@ -142,7 +148,9 @@ pub fn roots(pem: &[u8]) -> Result<Arc<Roots>, String> {
     let certificates = certificates(pem)?;
     let mut authorities = RootCertStore::empty();
     for certificate in &certificates {
-        authorities.add(certificate.clone()).map_err(|e| format!("holds a certificate that cannot be used: {e}"))?;
+        authorities
+            .add(certificate.clone())
+            .map_err(|e| format!("holds a certificate that cannot be used: {e}"))?;
     }
     Ok(Arc::new(Roots { authorities: Arc::new(authorities), certificates }))
 }
@@ -150,7 +158,9 @@ pub fn roots(pem: &[u8]) -> Result<Arc<Roots>, String> {
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let found = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
     match found {
-        Ok(found) if found.is_empty() => Err("holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)".to_owned()),
+        Ok(found) if found.is_empty() => {
+            Err("holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)".to_owned())
+        }
         Ok(found) => Ok(found),
         Err(e) => Err(format!("is not valid PEM: {e}")),
     }
@@ -170,14 +180,22 @@ impl Identity {
     /// Says which of the two is wrong, and nothing of the key.
     pub fn try_new(chain: &[u8], key: &[u8]) -> Result<Self, BadIdentity> {
         let chain = certificates(chain).map_err(BadIdentity::Certificate)?;
-        let no_key = "holds no private key in PEM form without a password (-----BEGIN PRIVATE KEY-----)";
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| BadIdentity::Key(no_key.to_owned()))?;
+        let no_key =
+            "holds no private key in PEM form without a password (-----BEGIN PRIVATE KEY-----)";
+        let key =
+            PrivateKeyDer::from_pem_slice(key).map_err(|_| BadIdentity::Key(no_key.to_owned()))?;
         let identity = Self(Arc::new(Certified { chain, key }));
         match identity.checked() {
             Ok(()) => Ok(identity),
-            Err(rustls::Error::InconsistentKeys(_)) => Err(BadIdentity::Key("is not the key of the certificate".to_owned())),
-            Err(rustls::Error::InvalidCertificate(e)) => Err(BadIdentity::Certificate(unusable(&e))),
-            Err(_) => Err(BadIdentity::Key("holds a key that cannot be used; make an RSA, ECDSA or Ed25519 key".to_owned())),
+            Err(rustls::Error::InconsistentKeys(_)) => {
+                Err(BadIdentity::Key("is not the key of the certificate".to_owned()))
+            }
+            Err(rustls::Error::InvalidCertificate(e)) => {
+                Err(BadIdentity::Certificate(unusable(&e)))
+            }
+            Err(_) => Err(BadIdentity::Key(
+                "holds a key that cannot be used; make an RSA, ECDSA or Ed25519 key".to_owned(),
+            )),
         }
     }
 
@@ -194,18 +212,23 @@ fn unusable(e: &CertificateError) -> String {
     if format!("{e:?}").contains("UnsupportedCertVersion") {
         let remedy = "sign it as version 3: `openssl x509 -req` does so if an extension is given, for example with \
                       `-extfile <(echo extendedKeyUsage=clientAuth)`";
-        return format!("this client certificate is of X.509 version 1, which TLS here does not take; {remedy}");
+        return format!(
+            "this client certificate is of X.509 version 1, which TLS here does not take; {remedy}"
+        );
     }
     format!("this client certificate cannot be used: {e}")
 }
 
 impl TlsPolicy {
-    /// Whether both trust the same authorities and present the same identity, whatever files these came from.
+    /// Whether both trust the same authorities and present the same identity, whatever files these
+    /// came from.
     pub fn is_same(&self, other: &Self) -> bool {
         let trusted = |p: &Self| p.roots.as_ref().map(|r| r.certificates.clone());
         let same_identity = match (&self.identity, &other.identity) {
             (None, None) => true,
-            (Some(Identity(a)), Some(Identity(b))) => a.chain == b.chain && a.key.secret_der() == b.key.secret_der(),
+            (Some(Identity(a)), Some(Identity(b))) => {
+                a.chain == b.chain && a.key.secret_der() == b.key.secret_der()
+            }
             _ => false,
         };
         same_identity && trusted(self) == trusted(other)
@@ -217,7 +240,8 @@ impl TlsPolicy {
         self.checked(&system.0).map_err(|e| e.to_string())
     }
 
-    /// Whether a chain that a server presents, its own certificate first, will do at a point in time.
+    /// Whether a chain that a server presents, its own certificate first, will do at a point in
+    /// time.
     ///
     /// # Errors
     /// It will not, and why.
@@ -229,18 +253,25 @@ impl TlsPolicy {
         at: SystemTime,
     ) -> Result<(), rustls::Error> {
         let verifier = self.roots.as_ref().unwrap_or(&system.0).verifier()?;
-        let (own, intermediates) = chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
+        let (own, intermediates) =
+            chain.split_first().ok_or(rustls::Error::NoCertificatesPresented)?;
         let at = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        verifier.verify_server_cert(own, intermediates, server, &[], UnixTime::since_unix_epoch(at)).map(drop)
+        verifier
+            .verify_server_cert(own, intermediates, server, &[], UnixTime::since_unix_epoch(at))
+            .map(drop)
     }
 
     fn checked(&self, system: &Arc<Roots>) -> Result<ClientConfig, rustls::Error> {
         let verifier = self.roots.as_ref().unwrap_or(system).verifier()?;
         // As strict as rustls' own; it is called dangerous because it could be less.
-        let builder = ClientConfig::builder().dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+        let builder = ClientConfig::builder()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier));
         let mut config = match &self.identity {
             None => builder.with_no_client_auth(),
-            Some(Identity(own)) => builder.with_client_auth_cert(own.chain.clone(), own.key.clone_key())?,
+            Some(Identity(own)) => {
+                builder.with_client_auth_cert(own.chain.clone(), own.key.clone_key())?
+            }
         };
         config.alpn_protocols = PROTOCOLS.map(<[u8]>::to_vec).into();
         Ok(config)

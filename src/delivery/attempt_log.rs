@@ -7,7 +7,8 @@ use std::{
 
 use super::outcome::Failure;
 
-/// The failed attempts of a batch, the first and the last of them: enough to see how it went, and bounded.
+/// The failed attempts of a batch, the first and the last of them: enough to see how it went, and
+/// bounded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AttemptLog {
     attempts: Vec<FailedAttempt>,
@@ -16,7 +17,8 @@ pub struct AttemptLog {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailedAttempt {
-    /// As the request told it: begins anew with a replay or a resume, and for the parts of a split batch.
+    /// As the request told it: begins anew with a replay or a resume, and for the parts of a split
+    /// batch.
     pub number: u32,
     /// When it was over.
     pub at: SystemTime,
@@ -77,8 +79,8 @@ impl AttemptLog {
         self.attempts.last()
     }
 
-    /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times in Unix
-    /// milliseconds, and `+7` where seven are left out.
+    /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times
+    /// in Unix milliseconds, and `+7` where seven are left out.
     pub(crate) fn to_text(&self) -> String {
         let (first, left_out, last) = self.parts();
         let one = |a: &FailedAttempt| {
@@ -89,7 +91,8 @@ impl AttemptLog {
         first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect::<Vec<_>>().join(",")
     }
 
-    /// What cannot be read is no part of it: a story is for looking at, and must not keep its batch from being sent.
+    /// What cannot be read is no part of it: a story is for looking at, and must not keep its batch
+    /// from being sent.
     pub(crate) fn from_text(text: &str) -> Self {
         let mut story = Self::default();
         for part in text.split(',') {
@@ -108,12 +111,18 @@ impl AttemptLog {
         let (at, result) = rest.split_once('=')?;
         // As far as RFC 3339 goes: a later time could not be shown.
         let at = at.parse().ok().filter(|ms| *ms < 253_402_300_800_000)?;
-        let is_name = !result.is_empty() && result.len() <= Self::MAX_NAME && result.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+        let is_name = !result.is_empty()
+            && result.len() <= Self::MAX_NAME
+            && result.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
         let result = match result.parse() {
             Ok(status) => AttemptResult::Status(status),
             Err(_) => AttemptResult::Failure(is_name.then(|| result.to_owned())?),
         };
-        Some(FailedAttempt { number: number.parse().ok()?, at: SystemTime::UNIX_EPOCH + Duration::from_millis(at), result })
+        Some(FailedAttempt {
+            number: number.parse().ok()?,
+            at: SystemTime::UNIX_EPOCH + Duration::from_millis(at),
+            result,
+        })
     }
 }
 
@@ -122,7 +131,12 @@ mod tests {
     use super::*;
 
     fn attempt(number: u32, result: AttemptResult) -> FailedAttempt {
-        FailedAttempt { number, at: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::from(number) + 1_735_830_138_000), result }
+        FailedAttempt {
+            number,
+            at: SystemTime::UNIX_EPOCH
+                + Duration::from_millis(u64::from(number) + 1_735_830_138_000),
+            result,
+        }
     }
 
     #[test]
@@ -136,7 +150,8 @@ mod tests {
             story.add(attempt(n, AttemptResult::Failure("address_blocked".to_owned())));
         }
         let (first, left_out, last) = story.parts();
-        let numbers = |attempts: &[FailedAttempt]| attempts.iter().map(|a| a.number).collect::<Vec<_>>();
+        let numbers =
+            |attempts: &[FailedAttempt]| attempts.iter().map(|a| a.number).collect::<Vec<_>>();
         assert_eq!(numbers(first), [1, 2, 3, 4, 5]);
         assert_eq!(left_out, 65_535 - 50);
         assert_eq!(numbers(last), (65_491..=65_535).collect::<Vec<_>>());
@@ -146,14 +161,19 @@ mod tests {
 
     #[test]
     fn of_a_story_that_somebody_else_wrote_only_what_can_be_read_is_taken() {
-        let text =
-            "1@1735830138001=503,,2@x=503,3@1735830138003=timeout,4@5=\u{1b}[2J,5@5,+x,6@5=A,7@253402300800000=500,+4294967295,+9,-1@5=503";
+        let text = "1@1735830138001=503,,2@x=503,3@1735830138003=timeout,4@5=\u{1b}[2J,5@5,+x,6@5=A,7@253402300800000=500,+4294967295,+9,-1@5=503";
         let story = AttemptLog::from_text(text);
-        let expected = [attempt(1, AttemptResult::Status(503)), attempt(3, AttemptResult::Failure("timeout".to_owned()))];
+        let expected = [
+            attempt(1, AttemptResult::Status(503)),
+            attempt(3, AttemptResult::Failure("timeout".to_owned())),
+        ];
         assert_eq!(story.parts(), (&expected[..], u32::MAX, &[][..]));
         assert_eq!(AttemptLog::from_text(""), AttemptLog::default());
         assert_eq!(AttemptLog::from_text("+7,x"), AttemptLog::default());
         let many: String = (1..100_000).map(|n| format!("{n}@1=500,")).collect();
-        assert_eq!(AttemptLog::from_text(&many).attempts.len(), AttemptLog::FIRST + AttemptLog::LAST);
+        assert_eq!(
+            AttemptLog::from_text(&many).attempts.len(),
+            AttemptLog::FIRST + AttemptLog::LAST
+        );
     }
 }

@@ -7,8 +7,9 @@ use bytes::Bytes;
 use super::attempt_log::AttemptLog;
 use crate::{clock, event::payload::Format};
 
-/// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. Half of a batch has its parent's id, `_`,
-/// and a 0 or 1 for each time that it was halved, such as `msg_…_01`; so the same half always has the same id.
+/// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. Half
+/// of a batch has its parent's id, `_`, and a 0 or 1 for each time that it was halved, such as
+/// `msg_…_01`; so the same half always has the same id.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BatchId(String);
 
@@ -75,14 +76,17 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Splits the batch into two that were never attempted, though their time runs from the first attempt of the whole one; `None` for
-    /// a single event.
+    /// Splits the batch into two that were never attempted, though their time runs from the first
+    /// attempt of the whole one; `None` for a single event.
     pub fn halves(&self) -> Option<Vec<Self>> {
         let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
         let (first, second) = events.split_at(events.len().div_ceil(2));
         let half = |id: BatchId, events: &[&[u8]]| Self {
             id,
-            body: self.format.splice(events.iter().copied(), events.iter().map(|e| e.len()).sum()).into(),
+            body: self
+                .format
+                .splice(events.iter().copied(), events.iter().map(|e| e.len()).sum())
+                .into(),
             events: u32::try_from(events.len()).unwrap_or(u32::MAX),
             attempts: 0,
             ..self.clone()

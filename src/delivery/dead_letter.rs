@@ -42,7 +42,14 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Self; 6] = [Self::Exhausted, Self::Refused, Self::InvalidEvent, Self::TooLarge, Self::DeliveryLimit, Self::Expired];
+    pub const ALL: [Self; 6] = [
+        Self::Exhausted,
+        Self::Refused,
+        Self::InvalidEvent,
+        Self::TooLarge,
+        Self::DeliveryLimit,
+        Self::Expired,
+    ];
 
     /// Those of hooktrail's own, which it counts; it does not see what the broker gives up.
     pub const OWN: [Self; 4] = [Self::Exhausted, Self::Refused, Self::InvalidEvent, Self::TooLarge];
@@ -87,9 +94,18 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// A batch that is given up after an attempt. `shortened`: the receiver asked for this wait, which the schedule did not grant.
-    pub fn of_batch(batch: Batch, reason: Reason, failure: &Failure, shortened: Option<Duration>, now: SystemTime) -> Self {
-        let note = shortened.map(|wish| format!("; its Retry-After of {} s ends after retry.max_elapsed_time", wish.as_secs()));
+    /// A batch that is given up after an attempt. `shortened`: the receiver asked for this wait,
+    /// which the schedule did not grant.
+    pub fn of_batch(
+        batch: Batch,
+        reason: Reason,
+        failure: &Failure,
+        shortened: Option<Duration>,
+        now: SystemTime,
+    ) -> Self {
+        let note = shortened.map(|wish| {
+            format!("; its Retry-After of {} s ends after retry.max_elapsed_time", wish.as_secs())
+        });
         let note = note.unwrap_or_default();
         let text = failure.to_string();
         Self {
@@ -102,7 +118,10 @@ impl DeadLetter {
             events: batch.events,
             attempts: batch.attempts,
             status: failure.status(),
-            error: format!("{}{note}", &text[..text.floor_char_boundary(MAX_ERROR_LEN - note.len())]),
+            error: format!(
+                "{}{note}",
+                &text[..text.floor_char_boundary(MAX_ERROR_LEN - note.len())]
+            ),
             first_attempt_at: batch.first_attempt_at,
             died_at: Some(now),
             story: batch.story,
@@ -110,7 +129,14 @@ impl DeadLetter {
     }
 
     /// An event that is given up without an attempt. `id` is its producer's message id.
-    pub fn of_event(body: Bytes, content_type: Option<String>, id: Option<String>, reason: Reason, error: String, now: SystemTime) -> Self {
+    pub fn of_event(
+        body: Bytes,
+        content_type: Option<String>,
+        id: Option<String>,
+        reason: Reason,
+        error: String,
+        now: SystemTime,
+    ) -> Self {
         Self {
             kind: MessageKind::Event,
             reason,
@@ -129,17 +155,26 @@ impl DeadLetter {
     }
 
     /// A message among the retries that is no batch.
-    pub fn not_a_batch(body: Bytes, content_type: Option<String>, id: Option<String>, error: String, now: SystemTime) -> Self {
+    pub fn not_a_batch(
+        body: Bytes,
+        content_type: Option<String>,
+        id: Option<String>,
+        error: String,
+        now: SystemTime,
+    ) -> Self {
         let event = Self::of_event(body, None, id, Reason::InvalidEvent, error, now);
         Self { kind: MessageKind::Batch, content_type, events: 0, ..event }
     }
 
     /// How the events stand in the body of a batch, if its content type says so.
     pub fn format(&self) -> Option<Format> {
-        [Format::Json, Format::JsonLines].into_iter().find(|f| self.content_type.as_deref() == Some(f.content_type()))
+        [Format::Json, Format::JsonLines]
+            .into_iter()
+            .find(|f| self.content_type.as_deref() == Some(f.content_type()))
     }
 
-    /// The batch to replay: with its id, its attempts and elapsed time counted from zero, and marked as a replay.
+    /// The batch to replay: with its id, its attempts and elapsed time counted from zero, and
+    /// marked as a replay.
     pub(crate) fn to_batch(&self) -> Batch {
         Batch {
             id: self.id.clone().map_or_else(BatchId::random, BatchId::from),

@@ -9,7 +9,8 @@ pub struct Depth {
     pub events: u64,
     /// Batches whose time to be tried again has come.
     pub retries: u64,
-    /// Batches whose time has not come. 0 on RabbitMQ, where they are counted for all subscribers together.
+    /// Batches whose time has not come. 0 on RabbitMQ, where they are counted for all subscribers
+    /// together.
     pub delayed: u64,
     pub dead: u64,
 }
@@ -32,8 +33,8 @@ pub struct Depths {
     pub subscribers: BTreeMap<String, Depth>,
     /// Of subscribers that are not configured any more and were not pruned.
     pub removed: BTreeMap<String, Depth>,
-    /// Batches of all subscribers whose time to be tried again has not come; `None` where they are counted for
-    /// [each](Depth::delayed).
+    /// Batches of all subscribers whose time to be tried again has not come; `None` where they are
+    /// counted for [each](Depth::delayed).
     pub delayed: Option<u64>,
     /// What could not be routed back.
     pub orphans: u64,

@@ -43,7 +43,8 @@ pub enum DispositionKind {
 }
 
 impl DispositionKind {
-    pub const ALL: [Self; 5] = [Self::Delivered, Self::Retry, Self::Split, Self::DeadLetter, Self::Paused];
+    pub const ALL: [Self; 5] =
+        [Self::Delivered, Self::Retry, Self::Split, Self::DeadLetter, Self::Paused];
 
     pub const fn name(self) -> &'static str {
         match self {

@@ -36,9 +36,10 @@ impl Outcome {
     pub const fn failure(&self) -> Option<&Failure> {
         match self {
             Self::Delivered { .. } | Self::Unsent { .. } => None,
-            Self::Retry { failure, .. } | Self::Gone { failure } | Self::TooLarge { failure, .. } | Self::Refused { failure, .. } => {
-                Some(failure)
-            }
+            Self::Retry { failure, .. }
+            | Self::Gone { failure }
+            | Self::TooLarge { failure, .. }
+            | Self::Refused { failure, .. } => Some(failure),
         }
     }
 }
@@ -94,7 +95,8 @@ impl Failure {
         }
     }
 
-    /// What this side found out about it: nothing that the receiver wrote, so that it may be logged.
+    /// What this side found out about it: nothing that the receiver wrote, so that it may be
+    /// logged.
     pub fn cause(&self) -> Option<&str> {
         match self {
             Self::Status { .. } | Self::Timeout => None,

@@ -1,4 +1,5 @@
-//! A look at a subscriber's endpoint, as far as it goes without a request: name, addresses, connection, certificate.
+//! A look at a subscriber's endpoint, as far as it goes without a request: name, addresses,
+//! connection, certificate.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -27,7 +28,8 @@ const SOON: Duration = Duration::from_secs(30 * 24 * 3600);
 /// After so long without an answer the next address is tried as well (RFC 8305, section 8).
 const STAGGER: Duration = Duration::from_millis(250);
 
-const EXCEPTIONS: &str = "if that is where it shall go: http.allow_addresses or http.allow_private_addresses";
+const EXCEPTIONS: &str =
+    "if that is where it shall go: http.allow_addresses or http.allow_private_addresses";
 const FATE: &str = "each attempt fails, and its events become dead letters when [retry] ends";
 
 /// Looks at all of them. Each takes at most three times its `http.connect_timeout`.
@@ -50,7 +52,12 @@ struct Endpoint<'s> {
 impl<'s> Endpoint<'s> {
     fn of(subscriber: &'s Subscriber) -> Self {
         let about = format!("endpoint of `{}`", subscriber.name);
-        Self { subscriber, about, url: subscriber.url.expose(), limit: subscriber.http.connect_timeout }
+        Self {
+            subscriber,
+            about,
+            url: subscriber.url.expose(),
+            limit: subscriber.http.connect_timeout,
+        }
     }
 
     async fn inspect(&self, roots: Result<&SystemRoots, &str>) -> Vec<Finding> {
@@ -64,28 +71,44 @@ impl<'s> Endpoint<'s> {
     }
 
     /// What is good about it at last, or what is bad.
-    async fn look(&self, roots: Result<&SystemRoots, &str>, findings: &mut Vec<Finding>) -> Result<Finding, Finding> {
+    async fn look(
+        &self,
+        roots: Result<&SystemRoots, &str>,
+        findings: &mut Vec<Finding>,
+    ) -> Result<Finding, Finding> {
         let found = self.addresses(self.url).await?;
         let allowed = self.allowed(&found, findings)?;
         let (stream, address) = self.connect(&allowed).await?;
         if self.url.scheme() == "http" {
-            return Ok(Finding::ok(&self.about, format!("{address} takes connections, without TLS")));
+            return Ok(Finding::ok(
+                &self.about,
+                format!("{address} takes connections, without TLS"),
+            ));
         }
         let roots = roots.map_err(|e| Finding::harmful(&self.about, e).risking(FATE))?;
         let (stream, server) = self.handshake(stream, roots).await?;
         self.certificate(&stream, &server, roots)?;
-        Ok(Finding::ok(&self.about, format!("{address} speaks TLS, its certificate is good for more than 30 days")))
+        Ok(Finding::ok(
+            &self.about,
+            format!("{address} speaks TLS, its certificate is good for more than 30 days"),
+        ))
     }
 
     /// The proxy decides about the rest, and asking it would be a request.
     async fn through(&self, proxy: &Url, shown: &str) -> Vec<Finding> {
         let reached = async { self.connect(&self.addresses(proxy).await?).await };
         let reached = match reached.await {
-            Ok((_, address)) => Finding::ok(&self.about, format!("its proxy {shown} takes connections at {address}")),
+            Ok((_, address)) => Finding::ok(
+                &self.about,
+                format!("its proxy {shown} takes connections at {address}"),
+            ),
             Err(e) => e.mended("see http.proxy of this subscriber"),
         };
         let rest = "what is behind the proxy: only a request would show it";
-        vec![reached, Finding::unseen(&self.about, rest, "`hooktrail test SUBSCRIBER` sends a request")]
+        vec![
+            reached,
+            Finding::unseen(&self.about, rest, "`hooktrail test SUBSCRIBER` sends a request"),
+        ]
     }
 
     async fn addresses(&self, url: &Url) -> Result<Vec<SocketAddr>, Finding> {
@@ -103,34 +126,53 @@ impl<'s> Endpoint<'s> {
                 .mended(format!("correct the URL or the DNS: getent ahosts {name}"))
         };
         match timeout(self.limit, tokio::net::lookup_host((name, port))).await {
-            Err(_) => Err(unknown(format!("no answer within {}", humantime::format_duration(self.limit)))),
+            Err(_) => {
+                Err(unknown(format!("no answer within {}", humantime::format_duration(self.limit))))
+            }
             Ok(Err(e)) => Err(unknown(e.to_string())),
             Ok(Ok(found)) => {
                 let found: Vec<_> = found.collect();
-                if found.is_empty() { Err(unknown("it has no address".to_owned())) } else { Ok(found) }
+                if found.is_empty() {
+                    Err(unknown("it has no address".to_owned()))
+                } else {
+                    Ok(found)
+                }
             }
         }
     }
 
     /// Those that requests may go to.
-    fn allowed(&self, found: &[SocketAddr], findings: &mut Vec<Finding>) -> Result<Vec<SocketAddr>, Finding> {
+    fn allowed(
+        &self,
+        found: &[SocketAddr],
+        findings: &mut Vec<Finding>,
+    ) -> Result<Vec<SocketAddr>, Finding> {
         let policy = &self.subscriber.http.addresses;
-        let blocked: Vec<(IpAddr, &str)> = found.iter().filter_map(|a| policy.check(a.ip()).err().map(|what| (a.ip(), what))).collect();
+        let blocked: Vec<(IpAddr, &str)> = found
+            .iter()
+            .filter_map(|a| policy.check(a.ip()).err().map(|what| (a.ip(), what)))
+            .collect();
         let Some((ip, what)) = blocked.first() else { return Ok(found.to_vec()) };
-        let allowed: Vec<SocketAddr> = found.iter().filter(|a| policy.check(a.ip()).is_ok()).copied().collect();
+        let allowed: Vec<SocketAddr> =
+            found.iter().filter(|a| policy.check(a.ip()).is_ok()).copied().collect();
         if allowed.is_empty() {
-            let found = format!("leads to {ip}, which is not a public address ({what}) and not allowed");
+            let found =
+                format!("leads to {ip}, which is not a public address ({what}) and not allowed");
             return Err(Finding::harmful(&self.about, found).risking(FATE).mended(EXCEPTIONS));
         }
-        let found = format!("leads to {ip} too, which is not a public address ({what}) and is never connected to");
+        let found = format!(
+            "leads to {ip} too, which is not a public address ({what}) and is never connected to"
+        );
         findings.push(Finding::note(&self.about, found).mended(EXCEPTIONS));
         Ok(allowed)
     }
 
     /// A receiver that is away now may come back, so this is no more than a warning.
     async fn connect(&self, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Finding> {
-        let no_answer = || format!("no connection within {}", humantime::format_duration(self.limit));
-        let connected = timeout(self.limit, first_of(addresses)).await.unwrap_or_else(|_| Err(no_answer()));
+        let no_answer =
+            || format!("no connection within {}", humantime::format_duration(self.limit));
+        let connected =
+            timeout(self.limit, first_of(addresses)).await.unwrap_or_else(|_| Err(no_answer()));
         connected.map_err(|why| {
             Finding::warning(&self.about, why)
                 .risking("attempts fail and are made again as [retry] says, until that ends")
@@ -138,10 +180,21 @@ impl<'s> Endpoint<'s> {
         })
     }
 
-    async fn handshake(&self, stream: TcpStream, roots: &SystemRoots) -> Result<(TlsStream<TcpStream>, ServerName<'static>), Finding> {
+    async fn handshake(
+        &self,
+        stream: TcpStream,
+        roots: &SystemRoots,
+    ) -> Result<(TlsStream<TcpStream>, ServerName<'static>), Finding> {
         let bad = |why: String| Finding::harmful(&self.about, why).risking(FATE);
-        let host = self.url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let server = ServerName::try_from(host).map_err(|e| bad(format!("its host cannot have a certificate: {e}")))?;
+        let host = self
+            .url
+            .host_str()
+            .unwrap_or_default()
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_owned();
+        let server = ServerName::try_from(host)
+            .map_err(|e| bad(format!("its host cannot have a certificate: {e}")))?;
         let config = self.subscriber.tls.client_config(roots).map_err(bad)?;
         let connecting = TlsConnector::from(Arc::new(config)).connect(server.clone(), stream);
         match timeout(self.limit, connecting).await {
@@ -150,13 +203,18 @@ impl<'s> Endpoint<'s> {
                 let tls = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
                 Err(tls.map_or_else(|| self.broken(&e.to_string()), |e| self.refused(e)))
             }
-            Err(_) => Err(self.broken(&format!("nothing within {}", humantime::format_duration(self.limit)))),
+            Err(_) => {
+                Err(self
+                    .broken(&format!("nothing within {}", humantime::format_duration(self.limit))))
+            }
         }
     }
 
     fn broken(&self, why: &str) -> Finding {
         let look = "does it speak TLS at this port? See the receiver's log";
-        Finding::warning(&self.about, format!("the TLS handshake broke: {why}")).risking(FATE).mended(look)
+        Finding::warning(&self.about, format!("the TLS handshake broke: {why}"))
+            .risking(FATE)
+            .mended(look)
     }
 
     /// Why a chain is not trusted, or a handshake not made, in an operator's words.
@@ -188,16 +246,29 @@ impl<'s> Endpoint<'s> {
     }
 
     /// Good now, as the handshake has shown; good in a month?
-    fn certificate(&self, stream: &TlsStream<TcpStream>, server: &ServerName<'_>, roots: &SystemRoots) -> Result<(), Finding> {
+    fn certificate(
+        &self,
+        stream: &TlsStream<TcpStream>,
+        server: &ServerName<'_>,
+        roots: &SystemRoots,
+    ) -> Result<(), Finding> {
         let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let now = clock::now();
         let expires = match self.subscriber.tls.verify_at(roots, chain, server, now + SOON) {
-            Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => not_after.as_secs(),
+            Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
+                not_after,
+                ..
+            })) => not_after.as_secs(),
             _ => return Ok(()),
         };
         let days = expires.saturating_sub(clock::unix_seconds(now)) / (24 * 3600);
-        let found = format!("its certificate, or one that it hangs on, expires in {days} days, at {}", date(expires));
-        Err(Finding::warning(&self.about, found).risking(format!("from then on {FATE}")).mended("the receiver must renew it"))
+        let found = format!(
+            "its certificate, or one that it hangs on, expires in {days} days, at {}",
+            date(expires)
+        );
+        Err(Finding::warning(&self.about, found)
+            .risking(format!("from then on {FATE}"))
+            .mended("the receiver must renew it"))
     }
 }
 
@@ -205,12 +276,18 @@ impl<'s> Endpoint<'s> {
 const fn handshake_remedy(e: &rustls::Error, has_identity: bool) -> &'static str {
     match e {
         // In TLS 1.2 some servers say the same when a client certificate is missing.
-        rustls::Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity) if !has_identity => {
+        rustls::Error::AlertReceived(
+            AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity,
+        ) if !has_identity => {
             "the receiver takes none of the ciphers that are offered: it must allow AES-GCM or ChaCha20 with an ECDHE key exchange; \
              or it wants a client certificate: tls.client_cert_file"
         }
-        rustls::Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity)
-        | rustls::Error::PeerIncompatible(PeerIncompatible::NoCipherSuitesInCommon | PeerIncompatible::NoKxGroupsInCommon) => {
+        rustls::Error::AlertReceived(
+            AlertDescription::HandshakeFailure | AlertDescription::InsufficientSecurity,
+        )
+        | rustls::Error::PeerIncompatible(
+            PeerIncompatible::NoCipherSuitesInCommon | PeerIncompatible::NoKxGroupsInCommon,
+        ) => {
             "the receiver takes none of the ciphers that are offered: it must allow AES-GCM or ChaCha20 with an ECDHE key exchange"
         }
         rustls::Error::AlertReceived(AlertDescription::ProtocolVersion)
@@ -230,14 +307,18 @@ const fn handshake_remedy(e: &rustls::Error, has_identity: bool) -> &'static str
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnsupportedCertificate
             | AlertDescription::AccessDenied,
-        ) => "the receiver wants a client certificate that it accepts: tls.client_cert_file and tls.client_key_file",
-        rustls::Error::AlertReceived(AlertDescription::UnrecognisedName) => "the receiver knows no such name: correct the URL's host",
+        ) => {
+            "the receiver wants a client certificate that it accepts: tls.client_cert_file and tls.client_key_file"
+        }
+        rustls::Error::AlertReceived(AlertDescription::UnrecognisedName) => {
+            "the receiver knows no such name: correct the URL's host"
+        }
         _ => "does it speak TLS 1.2 or 1.3 at this port?",
     }
 }
 
-/// Connects to the first address that takes a connection. One that does not answer does not keep the others waiting,
-/// as it does not for requests.
+/// Connects to the first address that takes a connection. One that does not answer does not keep
+/// the others waiting, as it does not for requests.
 async fn first_of(addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), String> {
     let mut left = addresses.iter().copied();
     let (mut trying, mut why) = (JoinSet::new(), "it has no address".to_owned());
@@ -276,7 +357,12 @@ mod tests {
         for (e, has_identity, part, not) in [
             (alert(AlertDescription::HandshakeFailure), true, "ciphers", "client"),
             (alert(AlertDescription::HandshakeFailure), false, "ciphers", "1.3"),
-            (rustls::Error::PeerIncompatible(PeerIncompatible::NoCipherSuitesInCommon), false, "ciphers", "client"),
+            (
+                rustls::Error::PeerIncompatible(PeerIncompatible::NoCipherSuitesInCommon),
+                false,
+                "ciphers",
+                "client",
+            ),
             (alert(AlertDescription::ProtocolVersion), false, "TLS 1.2 or 1.3", "client"),
             (alert(AlertDescription::CertificateRequired), false, "tls.client_cert_file", "cipher"),
         ] {
@@ -293,15 +379,23 @@ mod tests {
         let silent = socket.listen(1).expect("listens");
         let swallows = silent.local_addr().expect("an address");
         let mut held = Vec::new();
-        while let Ok(Ok(stream)) = timeout(Duration::from_millis(300), TcpStream::connect(swallows)).await {
+        while let Ok(Ok(stream)) =
+            timeout(Duration::from_millis(300), TcpStream::connect(swallows)).await
+        {
             held.push(stream);
         }
         let good = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr();
         let refuses = good.expect("an address");
         let takes = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let good = takes.local_addr().expect("an address");
-        for addresses in [&[swallows, good][..], &[swallows, refuses, good], &[refuses, swallows, good], &[good, swallows]] {
-            let first = timeout(Duration::from_secs(60), first_of(addresses)).await.expect("in time");
+        for addresses in [
+            &[swallows, good][..],
+            &[swallows, refuses, good],
+            &[refuses, swallows, good],
+            &[good, swallows],
+        ] {
+            let first =
+                timeout(Duration::from_secs(60), first_of(addresses)).await.expect("in time");
             assert_eq!(first.map(|(_, address)| address), Ok(good), "{addresses:?}");
         }
         let why = first_of(&[refuses]).await.expect_err("nobody listens there");

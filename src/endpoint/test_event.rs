@@ -32,19 +32,34 @@ pub struct Report {
     pub verdict: String,
 }
 
-/// Sends an event `hooktrail.test` as the daemon would send a batch of it, without queue and without daemon.
+/// Sends an event `hooktrail.test` as the daemon would send a batch of it, without queue and
+/// without daemon.
 ///
 /// # Errors
 /// It cannot even be tried.
 pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
     let webhook = Webhook::try_new(subscriber, &SystemRoots::load()?)?;
     let body = body(subscriber);
-    let request = Request { batch_id: BatchId::random(), attempt: 1, format: subscriber.format, body: body.clone().into(), replay: false };
+    let request = Request {
+        batch_id: BatchId::random(),
+        attempt: 1,
+        format: subscriber.format,
+        body: body.clone().into(),
+        replay: false,
+    };
     let started = clock::instant();
     let rehearsal = webhook.rehearse(request).await;
     let took = clock::instant() - started;
     let (outcome, verdict) = verdict(subscriber, &rehearsal.outcome, body.len());
-    Ok(Report { subscriber: subscriber.name.clone(), url: subscriber.url.with_path(), body, rehearsal, took, outcome, verdict })
+    Ok(Report {
+        subscriber: subscriber.name.clone(),
+        url: subscriber.url.with_path(),
+        body,
+        rehearsal,
+        took,
+        outcome,
+        verdict,
+    })
 }
 
 impl Report {
@@ -58,8 +73,12 @@ impl Report {
 
     /// Without what is secret.
     pub fn as_json(&self) -> serde_json::Value {
-        let headers: serde_json::Map<_, _> =
-            self.rehearsal.headers.iter().map(|(n, v)| (n.clone(), v.as_deref().unwrap_or("[redacted]").into())).collect();
+        let headers: serde_json::Map<_, _> = self
+            .rehearsal
+            .headers
+            .iter()
+            .map(|(n, v)| (n.clone(), v.as_deref().unwrap_or("[redacted]").into()))
+            .collect();
         let (answer, failure) = (self.rehearsal.answer.as_ref(), self.failure());
         json!({
             "subscriber": self.subscriber,
@@ -86,15 +105,22 @@ fn body(subscriber: &Subscriber) -> Vec<u8> {
         "timestamp": clock::unix_seconds(clock::now()),
     });
     let plain = event.to_string().into_bytes();
-    let with_id = if subscriber.event_ids { event::with_id(&plain, &clock::event_id()) } else { None };
+    let with_id =
+        if subscriber.event_ids { event::with_id(&plain, &clock::event_id()) } else { None };
     let event = with_id.unwrap_or(plain);
     subscriber.format.splice([event.as_slice()].into_iter(), event.len())
 }
 
-/// What the daemon would make of it, in one word and for people: what it decides of a first attempt with one event.
-fn verdict(subscriber: &Subscriber, outcome: &Outcome, body_bytes: usize) -> (&'static str, String) {
+/// What the daemon would make of it, in one word and for people: what it decides of a first attempt
+/// with one event.
+fn verdict(
+    subscriber: &Subscriber,
+    outcome: &Outcome,
+    body_bytes: usize,
+) -> (&'static str, String) {
     let now = clock::now();
-    let attempt = Attempt { number: 1, first_attempt_at: now, events: 1, body_bytes, origin: Origin::First };
+    let attempt =
+        Attempt { number: 1, first_attempt_at: now, events: 1, body_bytes, origin: Origin::First };
     let decided = decide(&attempt, outcome, true, &Health::default(), &subscriber.retry, now, 0.5);
     let word = match outcome {
         // They depend on what else the endpoint answers, so the answer has the word.
@@ -116,11 +142,17 @@ fn verdict(subscriber: &Subscriber, outcome: &Outcome, body_bytes: usize) -> (&'
     }
     let for_humans = |d: Duration| humantime::format_duration(d).to_string();
     if let Some(wish) = decided.shortened {
-        write!(text, "; Retry-After asked for {}, which is past retry.max_elapsed_time", for_humans(wish)).unwrap_or_default();
+        write!(
+            text,
+            "; Retry-After asked for {}, which is past retry.max_elapsed_time",
+            for_humans(wish)
+        )
+        .unwrap_or_default();
     }
     if let Some(wait) = decided.hold {
         let hold = wait.min(subscriber.circuit_breaker.max_open_for);
-        write!(text, "; Retry-After: nothing else would be sent to it for {}", for_humans(hold)).unwrap_or_default();
+        write!(text, "; Retry-After: nothing else would be sent to it for {}", for_humans(hold))
+            .unwrap_or_default();
     }
     (word, text)
 }

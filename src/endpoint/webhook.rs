@@ -13,7 +13,9 @@ use std::{
 use bytes::Bytes;
 use reqwest::{
     Body, Url,
-    header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT},
+    header::{
+        AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT,
+    },
 };
 
 use self::{
@@ -40,11 +42,14 @@ use crate::{
 /// The most of an answer's body that is read, in bytes; what follows is not waited for.
 const MAX_ANSWER: usize = 64 * 1024;
 
-/// How long an answer's body is waited for. Its status has said all that counts; the rest is for the connection, which can
-/// be used again then, and for a dead letter's reader.
+/// How long an answer's body is waited for. Its status has said all that counts; the rest is for
+/// the connection, which can be used again then, and for a dead letter's reader.
 const BODY_TIME: Duration = Duration::from_secs(1);
 
-const _: () = assert!(body::GRACE.as_secs() + BODY_TIME.as_secs() == HttpPolicy::MARGIN.as_secs(), "what an attempt may take");
+const _: () = assert!(
+    body::GRACE.as_secs() + BODY_TIME.as_secs() == HttpPolicy::MARGIN.as_secs(),
+    "what an attempt may take"
+);
 
 /// What of an answer's text is kept for a dead letter, in bytes.
 const MAX_EXCERPT: usize = 1024;
@@ -101,27 +106,44 @@ pub struct Webhook {
 
 impl Webhook {
     /// # Errors
-    /// The TLS configuration cannot be built, because the system has no root certificates for example.
+    /// The TLS configuration cannot be built, because the system has no root certificates for
+    /// example.
     pub fn try_new(subscriber: &Subscriber, system: &SystemRoots) -> Result<Self, String> {
         Self::with_lookup(subscriber, system, Lookup::of_system())
     }
 
-    /// The same endpoint under another configuration. Where that leaves alone what connections are made of, they are kept.
+    /// The same endpoint under another configuration. Where that leaves alone what connections are
+    /// made of, they are kept.
     ///
     /// # Errors
     /// As [`try_new`](Self::try_new).
-    pub fn renewed(&self, old: &Subscriber, new: &Subscriber, system: &SystemRoots) -> Result<Self, String> {
+    pub fn renewed(
+        &self,
+        old: &Subscriber,
+        new: &Subscriber,
+        system: &SystemRoots,
+    ) -> Result<Self, String> {
         if Differences::between(old, new).affect(Affects::Connections) {
             return Self::try_new(new, system);
         }
         Self::with_connections(self.connections.clone(), new)
     }
 
-    fn with_lookup(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {
-        Self::with_connections(Arc::new(Connections::try_new(subscriber, system, lookup)?), subscriber)
+    fn with_lookup(
+        subscriber: &Subscriber,
+        system: &SystemRoots,
+        lookup: Lookup,
+    ) -> Result<Self, String> {
+        Self::with_connections(
+            Arc::new(Connections::try_new(subscriber, system, lookup)?),
+            subscriber,
+        )
     }
 
-    fn with_connections(connections: Arc<Connections>, subscriber: &Subscriber) -> Result<Self, String> {
+    fn with_connections(
+        connections: Arc<Connections>,
+        subscriber: &Subscriber,
+    ) -> Result<Self, String> {
         let url = subscriber.url.expose().clone();
         let literal_blocked = subscriber.http.addresses.check_literal(&url).err();
         let (own_headers, signer) = (own_headers(subscriber)?, subscriber.signer.clone());
@@ -129,7 +151,8 @@ impl Webhook {
         Ok(Self { connections, url, own_headers, signer, success, timeout, literal_blocked })
     }
 
-    /// Makes one attempt. It ends within [`Subscriber::longest_attempt`] whatever the receiver does.
+    /// Makes one attempt. It ends within [`Subscriber::longest_attempt`] whatever the receiver
+    /// does.
     pub async fn send(&self, request: Request) -> Outcome {
         self.send_at(request, clock::instant()).await
     }
@@ -145,10 +168,13 @@ impl Webhook {
     pub async fn rehearse(&self, request: Request) -> Rehearsal {
         let headers = match self.request(&request) {
             Ok(headers) => headers,
-            Err(failure) => return Rehearsal { headers: Vec::new(), answer: None, outcome: retry(failure) },
+            Err(failure) => {
+                return Rehearsal { headers: Vec::new(), answer: None, outcome: retry(failure) };
+            }
         };
         let shown = |(name, value): (&HeaderName, &HeaderValue)| {
-            let value = if value.is_sensitive() { None } else { value.to_str().ok().map(str::to_owned) };
+            let value =
+                if value.is_sensitive() { None } else { value.to_str().ok().map(str::to_owned) };
             (name.to_string(), value)
         };
         let sent = headers.iter().map(shown).collect();
@@ -160,13 +186,21 @@ impl Webhook {
     /// The headers of an attempt that is made now, if it may be made at all.
     fn request(&self, request: &Request) -> Result<HeaderMap, Failure> {
         if let Some(what) = self.literal_blocked {
-            return Err(Failure::AddressBlocked(format!("the URL's address is not a public one ({what}); {EXCEPTIONS}")));
+            return Err(Failure::AddressBlocked(format!(
+                "the URL's address is not a public one ({what}); {EXCEPTIONS}"
+            )));
         }
         self.headers(request, clock::now()).map_err(Failure::Internal)
     }
 
-    /// Sends a request and reads the answer: waits for a place on a connection, and then for the answer, each within the timeout.
-    async fn exchange(&self, headers: HeaderMap, body: Bytes, now: Instant) -> Result<Response, NotAnswered> {
+    /// Sends a request and reads the answer: waits for a place on a connection, and then for the
+    /// answer, each within the timeout.
+    async fn exchange(
+        &self,
+        headers: HeaderMap,
+        body: Bytes,
+        now: Instant,
+    ) -> Result<Response, NotAnswered> {
         let progress = Arc::new(Progress::default());
         let response = tokio::select! {
             response = self.answer(headers, body, &progress, now) => response?,
@@ -176,12 +210,20 @@ impl Webhook {
             }),
         };
         let now = clock::now();
-        let retry_after = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).and_then(|v| parse_retry_after(v, now));
-        Ok(Response { status: response.status().as_u16(), retry_after, text: beginning(response).await })
+        let retry_after = response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|v| v.to_str().ok())
+            .and_then(|v| parse_retry_after(v, now));
+        Ok(Response {
+            status: response.status().as_u16(),
+            retry_after,
+            text: beginning(response).await,
+        })
     }
 
-    /// The answer as far as its headers. A request that the receiver has not processed is sent again at once, on a connection
-    /// of its own.
+    /// The answer as far as its headers. A request that the receiver has not processed is sent
+    /// again at once, on a connection of its own.
     async fn answer(
         &self,
         headers: HeaderMap,
@@ -194,7 +236,8 @@ impl Webhook {
         let mut client = kept.client;
         for sent in 1.. {
             let body = Body::wrap(Outgoing::new(body.clone(), progress.clone()));
-            let answer = client.post(self.url.clone()).headers(headers.clone()).body(body).send().await;
+            let answer =
+                client.post(self.url.clone()).headers(headers.clone()).body(body).send().await;
             match answer {
                 Ok(response) => {
                     kept.answered.add(&response);
@@ -230,13 +273,24 @@ impl Webhook {
 
     fn headers(&self, request: &Request, now: SystemTime) -> Result<HeaderMap, String> {
         let mut headers = self.own_headers.clone();
-        headers.insert(USER_AGENT, HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))));
+        headers.insert(
+            USER_AGENT,
+            HeaderValue::from_static(concat!("hooktrail/", env!("CARGO_PKG_VERSION"))),
+        );
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(request.format.content_type()));
-        headers.insert(HeaderName::from_static("x-hooktrail-attempt"), HeaderValue::from(request.attempt));
+        headers.insert(
+            HeaderName::from_static("x-hooktrail-attempt"),
+            HeaderValue::from(request.attempt),
+        );
         if request.replay {
-            headers.insert(HeaderName::from_static("x-hooktrail-replay"), HeaderValue::from_static("true"));
+            headers.insert(
+                HeaderName::from_static("x-hooktrail-replay"),
+                HeaderValue::from_static("true"),
+            );
         }
-        for (name, value) in self.signer.headers(request.batch_id.as_str(), clock::unix_seconds(now), &request.body) {
+        for (name, value) in
+            self.signer.headers(request.batch_id.as_str(), clock::unix_seconds(now), &request.body)
+        {
             let name = HeaderName::try_from(name).map_err(|e| e.to_string())?;
             headers.insert(name, HeaderValue::try_from(value).map_err(|e| e.to_string())?);
         }
@@ -244,21 +298,23 @@ impl Webhook {
     }
 }
 
-/// The headers that every request of a subscriber has. Marked as sensitive, so that they are not printed, and
-/// HTTP/2 does not put them into its table.
+/// The headers that every request of a subscriber has. Marked as sensitive, so that they are not
+/// printed, and HTTP/2 does not put them into its table.
 fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
     let authorization = subscriber.auth.as_ref().map(|auth| (AUTHORIZATION, auth.header()));
     let mut headers = HeaderMap::new();
     for (name, value) in subscriber.headers.iter().cloned().chain(authorization) {
-        let mut value = HeaderValue::try_from(value.expose()).map_err(|_| format!("header `{name}` cannot be sent"))?;
+        let mut value = HeaderValue::try_from(value.expose())
+            .map_err(|_| format!("header `{name}` cannot be sent"))?;
         value.set_sensitive(true);
         headers.insert(name, value);
     }
     Ok(headers)
 }
 
-/// The beginning of an answer's body. It is read to its end, so that the connection can be used again, but only so far and
-/// for so long. Whatever goes wrong there costs the connection and nothing else: the status was said before.
+/// The beginning of an answer's body. It is read to its end, so that the connection can be used
+/// again, but only so far and for so long. Whatever goes wrong there costs the connection and
+/// nothing else: the status was said before.
 async fn beginning(mut response: reqwest::Response) -> Vec<u8> {
     let mut text = Vec::new();
     let reading = async {
@@ -343,8 +399,10 @@ mod tests {
     #[test]
     fn of_a_name_with_several_addresses_only_the_permitted_ones_are_connected_to() {
         let of = |ips: &[&str]| {
-            let addresses: Vec<SocketAddr> = ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect();
-            permitted(&AddressPolicy::default(), addresses.into_iter()).map(|a| a.map(|a| a.ip().to_string()).collect::<Vec<_>>())
+            let addresses: Vec<SocketAddr> =
+                ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect();
+            permitted(&AddressPolicy::default(), addresses.into_iter())
+                .map(|a| a.map(|a| a.ip().to_string()).collect::<Vec<_>>())
         };
         assert_eq!(of(&["1.1.1.1", "127.0.0.1"]).expect("one is public"), ["1.1.1.1"]);
         let e = of(&["10.0.0.1", "::1"]).expect_err("none is public");
@@ -366,29 +424,42 @@ mod tests {
     }
 
     fn request() -> Request {
-        Request { batch_id: "msg_1".into(), attempt: 1, format: Format::Json, body: Bytes::from_static(b"{}"), replay: false }
+        Request {
+            batch_id: "msg_1".into(),
+            attempt: 1,
+            format: Format::Json,
+            body: Bytes::from_static(b"{}"),
+            replay: false,
+        }
     }
 
     #[tokio::test]
-    async fn a_literal_address_that_is_not_allowed_is_not_connected_to_even_if_the_configuration_did_not_refuse_it() {
+    async fn a_literal_address_that_is_not_allowed_is_not_connected_to_even_if_the_configuration_did_not_refuse_it()
+     {
         let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         socket.set_nonblocking(true).expect("sets");
         let url = format!("http://{}/", socket.local_addr().expect("an address"));
         let mut subscriber = subscriber(&url, "allow_private_addresses = true");
         subscriber.http.addresses = AddressPolicy::default();
-        let webhook = Webhook::try_new(&subscriber, &SystemRoots::load().expect("roots")).expect("builds");
+        let webhook =
+            Webhook::try_new(&subscriber, &SystemRoots::load().expect("roots")).expect("builds");
         let outcome = webhook.send(request()).await;
         assert!(
             matches!(&outcome, Outcome::Retry { failure: Failure::AddressBlocked(why), .. } if why.contains("loopback")),
             "{outcome:?}"
         );
-        assert_eq!(socket.accept().map(drop).map_err(|e| e.kind()), Err(ErrorKind::WouldBlock), "not even a connection");
+        assert_eq!(
+            socket.accept().map(drop).map_err(|e| e.kind()),
+            Err(ErrorKind::WouldBlock),
+            "not even a connection"
+        );
     }
 
     /// Answers each connection once and counts them.
     async fn counting(address: &str) -> (SocketAddr, Arc<AtomicUsize>) {
         let socket = tokio::net::TcpListener::bind(address).await.expect("a port");
-        let (local, count) = (socket.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
+        let (local, count) =
+            (socket.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
         let counter = count.clone();
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = socket.accept().await {
@@ -396,26 +467,40 @@ mod tests {
                 tokio::spawn(async move {
                     let mut request = [0; 4096];
                     let _read = stream.read(&mut request).await?;
-                    stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await
+                    stream
+                        .write_all(
+                            b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
+                        )
+                        .await
                 });
             }
         });
         (local, count)
     }
 
-    /// What an attempt comes to when a name is answered with these addresses, one answer after the other.
+    /// What an attempt comes to when a name is answered with these addresses, one answer after the
+    /// other.
     async fn attempts(port: u16, answers: &[&[&str]]) -> Vec<Outcome> {
         // Of the loopback addresses one stands for those that may be connected to.
-        let subscriber = subscriber(&format!("http://rebinding.example:{port}/"), "allow_addresses = [\"127.0.0.1\"]");
-        let of = |ips: &&[&str]| ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect();
-        let answers: Arc<Mutex<VecDeque<Vec<SocketAddr>>>> = Arc::new(Mutex::new(answers.iter().map(of).collect()));
+        let subscriber = subscriber(
+            &format!("http://rebinding.example:{port}/"),
+            "allow_addresses = [\"127.0.0.1\"]",
+        );
+        let of = |ips: &&[&str]| {
+            ips.iter().map(|ip| SocketAddr::new(ip.parse().expect("an address"), 0)).collect()
+        };
+        let answers: Arc<Mutex<VecDeque<Vec<SocketAddr>>>> =
+            Arc::new(Mutex::new(answers.iter().map(of).collect()));
         let asked = answers.clone();
         let lookup = Lookup(Arc::new(move |name| {
             assert_eq!(name, "rebinding.example");
-            let answer = asked.lock().expect("not poisoned").pop_front().expect("is asked no more often");
+            let answer =
+                asked.lock().expect("not poisoned").pop_front().expect("is asked no more often");
             Box::pin(async move { Ok(answer) })
         }));
-        let webhook = Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup).expect("builds");
+        let webhook =
+            Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup)
+                .expect("builds");
         let mut outcomes = Vec::new();
         while !answers.lock().expect("not poisoned").is_empty() {
             outcomes.push(webhook.send(request()).await);
@@ -427,19 +512,30 @@ mod tests {
     async fn the_address_that_was_checked_is_the_one_that_is_connected_to_at_each_attempt() {
         let (allowed, to_allowed) = counting("127.0.0.1:0").await;
         let (_, to_blocked) = counting(&format!("127.0.0.2:{}", allowed.port())).await;
-        let outcomes =
-            attempts(allowed.port(), &[&["127.0.0.1"], &["127.0.0.2"], &["127.0.0.2", "127.0.0.1"], &["127.0.0.2", "::1"]]).await;
+        let outcomes = attempts(
+            allowed.port(),
+            &[&["127.0.0.1"], &["127.0.0.2"], &["127.0.0.2", "127.0.0.1"], &["127.0.0.2", "::1"]],
+        )
+        .await;
         let delivered = |o: &Outcome| *o == Outcome::Delivered { status: 200 };
-        let blocked = |o: &Outcome| matches!(o, Outcome::Retry { failure: Failure::AddressBlocked(_), .. });
-        assert!(delivered(&outcomes[0]) && blocked(&outcomes[1]), "a name that changes: {outcomes:?}");
-        assert!(delivered(&outcomes[2]) && blocked(&outcomes[3]), "a name with several addresses: {outcomes:?}");
+        let blocked =
+            |o: &Outcome| matches!(o, Outcome::Retry { failure: Failure::AddressBlocked(_), .. });
+        assert!(
+            delivered(&outcomes[0]) && blocked(&outcomes[1]),
+            "a name that changes: {outcomes:?}"
+        );
+        assert!(
+            delivered(&outcomes[2]) && blocked(&outcomes[3]),
+            "a name with several addresses: {outcomes:?}"
+        );
         assert_eq!((to_allowed.load(Ordering::SeqCst), to_blocked.load(Ordering::SeqCst)), (2, 0));
     }
 
     /// Answers each request of each connection, and counts the connections.
     async fn keeping(address: &str) -> (SocketAddr, Arc<AtomicUsize>) {
         let socket = tokio::net::TcpListener::bind(address).await.expect("a port");
-        let (local, count) = (socket.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
+        let (local, count) =
+            (socket.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
         let counter = count.clone();
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = socket.accept().await {
@@ -451,7 +547,9 @@ mod tests {
                         // The body of a request of these tests.
                         if read.ends_with(b"\r\n\r\n{}") {
                             read.clear();
-                            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await?;
+                            stream
+                                .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                                .await?;
                         }
                     }
                     #[allow(unreachable_code, reason = "says what the errors are")]
@@ -463,17 +561,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_request_goes_over_a_connection_that_is_old_so_that_a_name_that_leads_elsewhere_is_followed() {
+    async fn no_request_goes_over_a_connection_that_is_old_so_that_a_name_that_leads_elsewhere_is_followed()
+     {
         let (first, to_first) = keeping("127.0.0.1:0").await;
         let (_, to_second) = keeping(&format!("127.0.0.2:{}", first.port())).await;
-        let subscriber = subscriber(&format!("http://moving.example:{}/", first.port()), "allow_private_addresses = true");
+        let subscriber = subscriber(
+            &format!("http://moving.example:{}/", first.port()),
+            "allow_private_addresses = true",
+        );
         let leads_to = Arc::new(Mutex::new("127.0.0.1"));
         let now_leads_to = leads_to.clone();
         let lookup = Lookup(Arc::new(move |_| {
             let ip = leads_to.lock().expect("not poisoned").parse().expect("an address");
             Box::pin(async move { Ok(vec![SocketAddr::new(ip, 0)]) })
         }));
-        let webhook = Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup).expect("builds");
+        let webhook =
+            Webhook::with_lookup(&subscriber, &SystemRoots::load().expect("roots"), lookup)
+                .expect("builds");
         let start = clock::instant();
         let reached = || (to_first.load(Ordering::SeqCst), to_second.load(Ordering::SeqCst));
         for (age, expected) in [(0, (1, 0)), (299, (1, 0)), (301, (1, 1)), (302, (1, 1))] {
@@ -487,7 +591,15 @@ mod tests {
 
     #[tokio::test]
     async fn no_spelling_of_localhost_as_a_name_gets_through() {
-        for name in ["localhost", "LOCALHOST", "LocalHost", "localhost.", "a.localhost", "localhost.localdomain", "ip6-localhost"] {
+        for name in [
+            "localhost",
+            "LOCALHOST",
+            "LocalHost",
+            "localhost.",
+            "a.localhost",
+            "localhost.localdomain",
+            "ip6-localhost",
+        ] {
             let url: Url = format!("http://{name}/").parse().expect("a URL");
             let resolver = GuardedResolver::new(AddressPolicy::default(), Lookup::of_system());
             let name: Name = url.host_str().expect("a host").parse().expect("a name");
@@ -498,7 +610,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lookups_that_hang_use_up_no_more_than_their_share_of_threads_whoever_still_waits_for_them() {
+    async fn lookups_that_hang_use_up_no_more_than_their_share_of_threads_whoever_still_waits_for_them()
+     {
         let (asked, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
         let (counts, waits) = (asked.clone(), answers.clone());
         let hangs = Lookup(Arc::new(move |_| {
@@ -511,7 +624,9 @@ mod tests {
         }));
         let lookup = hangs.at_a_time(2);
         for _ in 0..10 {
-            let given_up = tokio::time::timeout(Duration::from_millis(10), (lookup.0)("a.example".to_owned())).await;
+            let given_up =
+                tokio::time::timeout(Duration::from_millis(10), (lookup.0)("a.example".to_owned()))
+                    .await;
             assert!(given_up.is_err());
         }
         assert_eq!(asked.load(Ordering::SeqCst), 2);

@@ -8,23 +8,29 @@ use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Coding {
     Plain,
-    /// By gzip or deflate; which of them the bytes tell, for some clients write one and mean the other.
+    /// By gzip or deflate; which of them the bytes tell, for some clients write one and mean the
+    /// other.
     Compressed,
     /// What nothing here can undo.
     Unknown,
 }
 
-/// Charsets and transfer encodings that leave JSON as it is. Clients write them as the content encoding of a message too.
-const HARMLESS: [&str; 9] = ["", "identity", "utf-8", "utf8", "us-ascii", "ascii", "binary", "8bit", "7bit"];
+/// Charsets and transfer encodings that leave JSON as it is. Clients write them as the content
+/// encoding of a message too.
+const HARMLESS: [&str; 9] =
+    ["", "identity", "utf-8", "utf8", "us-ascii", "ascii", "binary", "8bit", "7bit"];
 
 /// With what kombu writes into its header `compression`.
-const COMPRESSED: [&str; 6] = ["gzip", "x-gzip", "deflate", "zlib", "application/x-gzip", "application/x-zlib"];
+const COMPRESSED: [&str; 6] =
+    ["gzip", "x-gzip", "deflate", "zlib", "application/x-gzip", "application/x-zlib"];
 
 impl Coding {
-    /// Of a content encoding such as `gzip`, `gzip:UTF-8` (as Spring writes it) or `utf-8` (as kombu does).
+    /// Of a content encoding such as `gzip`, `gzip:UTF-8` (as Spring writes it) or `utf-8` (as
+    /// kombu does).
     pub fn of(text: &str) -> Self {
         let text = text.to_ascii_lowercase();
-        let mut codings = text.split([',', ':']).map(str::trim).filter(|part| !HARMLESS.contains(part));
+        let mut codings =
+            text.split([',', ':']).map(str::trim).filter(|part| !HARMLESS.contains(part));
         match (codings.next(), codings.next()) {
             (None, _) => Self::Plain,
             (Some(one), None) if COMPRESSED.contains(&one) => Self::Compressed,
@@ -57,7 +63,9 @@ pub fn inflate(body: &[u8], most: usize) -> Result<Vec<u8>, Broken> {
     match *body {
         [0x1f, 0x8b, ..] => gunzip(body, most),
         // RFC 1950, 2.2: the method, and a checksum over the first two bytes.
-        [a, b, ..] if a & 0x0f == 8 && u16::from_be_bytes([a, b]).is_multiple_of(31) => read(ZlibDecoder::new(body), most),
+        [a, b, ..] if a & 0x0f == 8 && u16::from_be_bytes([a, b]).is_multiple_of(31) => {
+            read(ZlibDecoder::new(body), most)
+        }
         _ => read(DeflateDecoder::new(body), most),
     }
 }
@@ -82,7 +90,16 @@ mod tests {
         for plain in ["", "identity", "utf-8", "UTF-8", "binary", "us-ascii", "identity, utf-8"] {
             assert_eq!(Coding::of(plain), Coding::Plain, "{plain}");
         }
-        for compressed in ["gzip", "GZIP", "x-gzip", "gzip:UTF-8", "gzip, utf-8", "deflate", "zlib", "application/x-gzip"] {
+        for compressed in [
+            "gzip",
+            "GZIP",
+            "x-gzip",
+            "gzip:UTF-8",
+            "gzip, utf-8",
+            "deflate",
+            "zlib",
+            "application/x-gzip",
+        ] {
             assert_eq!(Coding::of(compressed), Coding::Compressed, "{compressed}");
         }
         for unknown in ["br", "gzip,gzip", "zstd", "iso-8859-1", "gzip:br", "application/x-bz2"] {
@@ -102,7 +119,10 @@ mod tests {
         for body in [gzip.finish(), zlib.finish(), raw.finish()].map(|done| done.expect("ends")) {
             assert_eq!(inflate(&body, text.len()).expect("inflates"), text);
             assert!(matches!(inflate(&body, text.len() - 1), Err(Broken::TooLong)));
-            assert!(matches!(inflate(&body[..body.len() / 2], text.len()), Err(Broken::Bytes(_))), "it is cut");
+            assert!(
+                matches!(inflate(&body[..body.len() / 2], text.len()), Err(Broken::Bytes(_))),
+                "it is cut"
+            );
         }
         for nothing in [&b""[..], b"x", b"{\"event\":\"a\"}", b"\x1f\x8b"] {
             assert!(matches!(inflate(nothing, 100), Err(Broken::Bytes(_))), "{nothing:?}");

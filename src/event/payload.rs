@@ -40,7 +40,11 @@ impl Format {
     }
 
     /// Splices valid events into one body.
-    pub fn splice<'a>(self, events: impl ExactSizeIterator<Item = &'a [u8]>, bytes: usize) -> Vec<u8> {
+    pub fn splice<'a>(
+        self,
+        events: impl ExactSizeIterator<Item = &'a [u8]>,
+        bytes: usize,
+    ) -> Vec<u8> {
         let mut body = Vec::with_capacity(self.body_len(events.len(), bytes));
         match self {
             Self::Json => {
@@ -72,14 +76,17 @@ impl Format {
         match self {
             Self::Json => {
                 let events = body.strip_prefix(HEAD)?;
-                let first = serde_json::Deserializer::from_slice(events).into_iter::<&serde_json::value::RawValue>().next()?;
+                let first = serde_json::Deserializer::from_slice(events)
+                    .into_iter::<&serde_json::value::RawValue>()
+                    .next()?;
                 Some(first.ok()?.get().as_bytes())
             }
             Self::JsonLines => body.split(|b| *b == b'\n').next(),
         }
     }
 
-    /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` of any other body.
+    /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` of any
+    /// other body.
     pub fn events(self, body: &[u8]) -> Option<Vec<&[u8]>> {
         match self {
             Self::Json => between_commas(body.strip_prefix(HEAD)?.strip_suffix(TAIL)?),
@@ -88,7 +95,8 @@ impl Format {
     }
 }
 
-/// What stands between the commas that are in no string, object or array; `None` if brackets do not match.
+/// What stands between the commas that are in no string, object or array; `None` if brackets do not
+/// match.
 fn between_commas(text: &[u8]) -> Option<Vec<&[u8]>> {
     let mut parts = Vec::new();
     let (mut start, mut depth, mut in_string, mut escaped) = (0, 0_usize, false, false);
@@ -133,13 +141,21 @@ mod tests {
 
     #[test]
     fn json_lines_strips_only_the_line_breaks_between_tokens() {
-        let body = splice(Format::JsonLines, &[b"{\r\n \"event\":\n\"a\\n\" }\n", b"{\"event\":\"b\"}"]);
+        let body =
+            splice(Format::JsonLines, &[b"{\r\n \"event\":\n\"a\\n\" }\n", b"{\"event\":\"b\"}"]);
         assert_eq!(body, b"{ \"event\":\"a\\n\" }\n{\"event\":\"b\"}\n");
     }
 
     #[test]
     fn the_events_of_a_foreign_body_are_not_guessed() {
-        for body in [&b""[..], b"{}", b"{ \"events\":[]}", b"{\"events\":[{]}", b"{\"events\":[\"]}", b"{\"events\":[}]}"] {
+        for body in [
+            &b""[..],
+            b"{}",
+            b"{ \"events\":[]}",
+            b"{\"events\":[{]}",
+            b"{\"events\":[\"]}",
+            b"{\"events\":[}]}",
+        ] {
             assert_eq!(Format::Json.events(body), None, "{}", String::from_utf8_lossy(body));
         }
         assert_eq!(Format::JsonLines.events(b"{}"), None, "each line is ended");
@@ -148,7 +164,8 @@ mod tests {
     fn event() -> impl Strategy<Value = String> {
         ("[a-z.]{0,8}", "\\PC{0,12}", any::<u64>(), any::<bool>()).prop_map(|(t, s, n, pretty)| {
             let v = serde_json::json!({"event": t, "s": s, "n": n, "a": [n, {"k": s}]});
-            if pretty { serde_json::to_string_pretty(&v) } else { serde_json::to_string(&v) }.expect("prints")
+            if pretty { serde_json::to_string_pretty(&v) } else { serde_json::to_string(&v) }
+                .expect("prints")
         })
     }
 

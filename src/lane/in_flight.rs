@@ -4,7 +4,9 @@ use std::time::{Duration, SystemTime};
 
 use crate::{
     clock,
-    delivery::{AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome},
+    delivery::{
+        AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
+    },
     event::payload::Format,
     policy::{
         circuit_breaker::Begun,
@@ -26,7 +28,8 @@ pub(super) struct Admitted {
 /// A batch under way, and what its attempt needs beside it.
 #[derive(Debug)]
 pub(super) struct InFlight {
-    /// This attempt counts among its attempts. Its story has the failed ones before this, and this one when it has failed.
+    /// This attempt counts among its attempts. Its story has the failed ones before this, and this
+    /// one when it has failed.
     pub(super) batch: Batch,
     pub(super) receipts: Vec<Receipt>,
     /// The field `timestamp` of the first event.
@@ -44,7 +47,9 @@ impl InFlight {
         let was_reset = last.is_some_and(|a| matches!(&a.result, AttemptResult::Failure(name) if name == FailureKind::Reset.name()));
         let origin = match self.turn {
             Turn::First => Origin::First,
-            Turn::Retry => Origin::Again { part: batch.id.is_half(), failed_at: last.map(|a| a.at), was_reset },
+            Turn::Retry => {
+                Origin::Again { part: batch.id.is_half(), failed_at: last.map(|a| a.at), was_reset }
+            }
         };
         Attempt {
             number: batch.attempts,
@@ -56,7 +61,11 @@ impl InFlight {
     }
 
     pub(super) fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
-        self.batch.story.add(FailedAttempt { number: self.batch.attempts, at, result: failure.into() });
+        self.batch.story.add(FailedAttempt {
+            number: self.batch.attempts,
+            at,
+            result: failure.into(),
+        });
     }
 }
 
@@ -81,8 +90,10 @@ pub(super) struct UnderWay {
 pub(super) fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: usize) -> InFlight {
     let now = clock::now();
     let first = events.first_mut();
-    let (happened_at, arrived_at, traceparent) =
-        first.map_or_else(|| (None, now, None), |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()));
+    let (happened_at, arrived_at, traceparent) = first.map_or_else(
+        || (None, now, None),
+        |e| (e.happened_at, e.arrived_at, e.event.traceparent.take()),
+    );
     let batch = Batch {
         id: BatchId::random(),
         body: format.splice(events.iter().map(|e| e.event.body.as_slice()), bytes).into(),

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     clock,
-    delivery::{Batch, BatchId, DeadLetter, Disposition, Failure, MessageKind, Outcome, Pause, PauseCause, Reason, Standing},
+    delivery::{
+        Batch, BatchId, DeadLetter, Disposition, Failure, MessageKind, Outcome, Pause, PauseCause,
+        Reason, Standing,
+    },
     endpoint::webhook::Request,
     event::{head, with_id},
     failpoint::{Step, reached},
@@ -32,11 +35,12 @@ use crate::{
 /// finished attempts in between.
 const TAKE: usize = 256;
 
-/// After a take that made no batch ready, how long events may gather before the next one. A wake-up for
-/// each event costs more than the event; a batch that may wait at all may wait this long.
+/// After a take that made no batch ready, how long events may gather before the next one. A wake-up
+/// for each event costs more than the event; a batch that may wait at all may wait this long.
 const GATHER: Duration = Duration::from_millis(1);
 
-/// A session that has nothing to do for so long has its queue, although nothing came to prove it by.
+/// A session that has nothing to do for so long has its queue, although nothing came to prove it
+/// by.
 const STEADY: Duration = Duration::from_secs(3);
 
 /// Why a session ends.
@@ -91,7 +95,11 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    pub(super) async fn run(&mut self, mut source: Q::Source, drain: &mut watch::Receiver<bool>) -> End {
+    pub(super) async fn run(
+        &mut self,
+        mut source: Q::Source,
+        drain: &mut watch::Receiver<bool>,
+    ) -> End {
         let mut taken = Vec::with_capacity(TAKE);
         let gathers = self.lane.subscriber.batch.max_wait > GATHER;
         let mut gathering = None;
@@ -108,7 +116,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
             let open = self.end.is_none();
             let take = open && gathering.is_none();
             let due = self.wakes_at();
-            let idle = self.tasks.is_empty() && self.retries.is_empty() && self.batcher.due().is_none();
+            let idle =
+                self.tasks.is_empty() && self.retries.is_empty() && self.batcher.due().is_none();
             tokio::select! {
                 biased;
                 () = drained(drain), if open => self.end = Some(End::Drained),
@@ -146,8 +155,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.end.take().unwrap_or(End::Drained)
     }
 
-    /// How many requests may be in flight; `None` if nothing may be begun. While a settlement is not confirmed nothing is: it may be
-    /// the queue that fails, and then attempts would be made that have to be made again.
+    /// How many requests may be in flight; `None` if nothing may be begun. While a settlement is
+    /// not confirmed nothing is: it may be the queue that fails, and then attempts would be made
+    /// that have to be made again.
     fn slots(&mut self) -> Option<Slots> {
         if self.end.is_some() || self.settling > 0 {
             return None;
@@ -188,14 +198,23 @@ impl<'l, Q: Queue> Session<'l, Q> {
 
     fn begin_retry(&mut self, slots: Slots) {
         let Some((mut batch, receipt)) = self.retries.pop_front() else { return };
-        if self.lane.resumed_at().zip(batch.first_attempt_at).is_some_and(|(resumed, first)| first < resumed) {
+        if self
+            .lane
+            .resumed_at()
+            .zip(batch.first_attempt_at)
+            .is_some_and(|(resumed, first)| first < resumed)
+        {
             (batch.attempts, batch.first_attempt_at) = (0, None);
         }
         batch.attempts = batch.attempts.saturating_add(1);
         let arrived_at = *batch.first_attempt_at.get_or_insert_with(clock::now);
-        let happened_at = batch.format.first_event(&batch.body).and_then(|event| happened_at(head(event).ok()?.timestamp));
+        let happened_at = batch
+            .format
+            .first_event(&batch.body)
+            .and_then(|event| happened_at(head(event).ok()?.timestamp));
         let events = batch.events.into();
-        let in_flight = InFlight { batch, receipts: vec![receipt], happened_at, arrived_at, turn: Turn::Retry };
+        let in_flight =
+            InFlight { batch, receipts: vec![receipt], happened_at, arrived_at, turn: Turn::Retry };
         self.attempt(events, arrived_at, Turn::Retry, slots, async move { in_flight });
     }
 
@@ -203,14 +222,21 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let (events, bytes) = self.batcher.cut();
         let format = self.lane.subscriber.format;
         let arrived_at = events.first().map_or_else(clock::now, |e| e.arrived_at);
-        self.attempt(events.len() as u64, arrived_at, Turn::First, slots, async move { first_attempt(format, events, bytes) });
+        self.attempt(events.len() as u64, arrived_at, Turn::First, slots, async move {
+            first_attempt(format, events, bytes)
+        });
     }
 
-    /// Until a circuit that was open has been closed for long enough, first attempts are of small batches. Retries stay as they are.
+    /// Until a circuit that was open has been closed for long enough, first attempts are of small
+    /// batches. Retries stay as they are.
     fn limit_batches(&mut self) {
         let batch = &self.lane.subscriber.batch;
         let whole = (batch.max_events, batch.max_bytes);
-        let (events, bytes) = self.lane.breaker.ramp().map_or(whole, |ramp| (ramp.batch(whole.0), ramp.batch(whole.1)));
+        let (events, bytes) = self
+            .lane
+            .breaker
+            .ramp()
+            .map_or(whole, |ramp| (ramp.batch(whole.0), ramp.batch(whole.1)));
         self.batcher.limit(events, bytes);
     }
 
@@ -229,24 +255,44 @@ impl<'l, Q: Queue> Session<'l, Q> {
         if begun.probe {
             self.lane.tries.mark_unchanged(); // This is what was wanted. A later wish is for another one.
         }
-        self.attempting.insert(number, UnderWay { events, arrived_at, generation: self.lane.generation, begun });
+        self.attempting.insert(
+            number,
+            UnderWay { events, arrived_at, generation: self.lane.generation, begun },
+        );
         self.turns.begun(turn, clock::instant());
         self.tasks.spawn(async move {
             let in_flight = in_flight.await;
             let batch = &in_flight.batch;
             let started = clock::instant();
-            let _counted = status.begins(batch.id.as_str(), batch.events, batch.body.len(), started);
+            let _counted =
+                status.begins(batch.id.as_str(), batch.events, batch.body.len(), started);
             let Batch { attempts: attempt, format, replay, .. } = *batch;
-            let request = Request { batch_id: batch.id.clone(), attempt, format, body: batch.body.clone(), replay };
+            let request = Request {
+                batch_id: batch.id.clone(),
+                attempt,
+                format,
+                body: batch.body.clone(),
+                replay,
+            };
             reached(Step::Attempting);
             let outcome = webhook.send(request).await;
             reached(Step::Answered);
-            Done::Attempted { number, in_flight: Box::new(in_flight), outcome, took: clock::instant() - started }
+            Done::Attempted {
+                number,
+                in_flight: Box::new(in_flight),
+                outcome,
+                took: clock::instant() - started,
+            }
         });
     }
 
     /// `settled` tells the status of it once it is durable.
-    fn settle(&mut self, receipts: Vec<Receipt>, settlement: Settlement, settled: impl FnOnce(&LaneStatus) + Send + 'static) {
+    fn settle(
+        &mut self,
+        receipts: Vec<Receipt>,
+        settlement: Settlement,
+        settled: impl FnOnce(&LaneStatus) + Send + 'static,
+    ) {
         let (settler, status) = (self.settler.clone(), self.lane.status.clone());
         self.settling += 1;
         self.tasks.spawn(async move {
@@ -261,13 +307,15 @@ impl<'l, Q: Queue> Session<'l, Q> {
     fn tell_what_is_held(&self) {
         let front = self.batcher.front().map(|e| e.arrived_at);
         let retries = self.retries.iter().filter_map(|(batch, _)| batch.first_attempt_at);
-        let oldest = self.attempting.values().map(|a| a.arrived_at).chain(front).chain(retries).min();
+        let oldest =
+            self.attempting.values().map(|a| a.arrived_at).chain(front).chain(retries).min();
         let attempted: u64 = self.attempting.values().map(|a| a.events).sum();
         let retries: u64 = self.retries.iter().map(|(batch, _)| u64::from(batch.events)).sum();
         self.lane.status.holds(attempted + retries + self.batcher.len() as u64, oldest);
     }
 
-    /// Puts what was taken where it belongs; what can never be delivered becomes a dead letter at once.
+    /// Puts what was taken where it belongs; what can never be delivered becomes a dead letter at
+    /// once.
     fn sort(&mut self, taken: impl Iterator<Item = Taken>) {
         let (now, time) = (clock::instant(), clock::now());
         let (mut dead, mut known) = (Vec::new(), Vec::new());
@@ -290,11 +338,25 @@ impl<'l, Q: Queue> Session<'l, Q> {
                         Ok(timestamp) => {
                             let bytes = event.body.len();
                             let arrived_at = event.published_at.unwrap_or(time);
-                            self.batcher.push(Admitted { event, happened_at: happened_at(timestamp), arrived_at }, bytes, now);
+                            self.batcher.push(
+                                Admitted { event, happened_at: happened_at(timestamp), arrived_at },
+                                bytes,
+                                now,
+                            );
                         }
                         Err((reason, error)) => {
                             let Event { body, content_type, message_id, receipt, .. } = event;
-                            dead.push((receipt, DeadLetter::of_event(body.into(), content_type, message_id, reason, error, time)));
+                            dead.push((
+                                receipt,
+                                DeadLetter::of_event(
+                                    body.into(),
+                                    content_type,
+                                    message_id,
+                                    reason,
+                                    error,
+                                    time,
+                                ),
+                            ));
                         }
                     }
                 }
@@ -327,14 +389,21 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    /// Makes of an event what goes into a batch, and returns its timestamp. One that cannot go stays as it was published.
+    /// Makes of an event what goes into a batch, and returns its timestamp. One that cannot go
+    /// stays as it was published.
     fn admit(&self, event: &mut Event) -> Result<Option<u64>, (Reason, String)> {
         let subscriber = &self.lane.subscriber;
-        let too_large = || format!("its request body would have more than batch.max_bytes = {} bytes", subscriber.batch.max_bytes);
+        let too_large = || {
+            format!(
+                "its request body would have more than batch.max_bytes = {} bytes",
+                subscriber.batch.max_bytes
+            )
+        };
         if !self.batcher.fits(event.body.len()) {
             return Err((Reason::TooLarge, too_large()));
         }
-        let timestamp = head(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?.timestamp;
+        let timestamp =
+            head(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?.timestamp;
         let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
         if let Some(body) = id.and_then(|id| with_id(&event.body, id)) {
             if !self.batcher.fits(body.len()) {
@@ -354,11 +423,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
                         self.settled = true;
                         self.lane.trouble.is_over();
                     }
-                    // Its messages come again from the next session; the source itself says why it is gone.
+                    // Its messages come again from the next session; the source itself says why it
+                    // is gone.
                     Err(SettleError::Gone) => {}
                     // Whatever else ends the session: after this the next one begins later.
                     Err(SettleError::Unconfirmed(why)) => match self.end {
-                        None | Some(End::Circuit | End::Paused | End::Configured) => self.end = Some(End::Unsettled(why)),
+                        None | Some(End::Circuit | End::Paused | End::Configured) => {
+                            self.end = Some(End::Unsettled(why))
+                        }
                         Some(End::Drained | End::Lost(_) | End::Unsettled(_) | End::Unsent(_)) => {}
                     },
                 }
@@ -374,7 +446,13 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     /// Decides what follows, logs it, and does it.
-    fn attempted(&mut self, mut in_flight: InFlight, outcome: Outcome, took: Duration, under_way: &UnderWay) {
+    fn attempted(
+        &mut self,
+        mut in_flight: InFlight,
+        outcome: Outcome,
+        took: Duration,
+        under_way: &UnderWay,
+    ) {
         // Requests are still made as this one was.
         let current = under_way.generation == self.lane.generation;
         let now = clock::now();
@@ -382,14 +460,24 @@ impl<'l, Q: Queue> Session<'l, Q> {
         if let Some(failure) = outcome.failure() {
             in_flight.has_failed(failure, now);
         }
-        let decided =
-            |attempt: &Attempt| decide(attempt, &outcome, current, &self.lane.health, &self.lane.subscriber.retry, now, clock::random());
+        let decided = |attempt: &Attempt| {
+            decide(
+                attempt,
+                &outcome,
+                current,
+                &self.lane.health,
+                &self.lane.subscriber.retry,
+                now,
+                clock::random(),
+            )
+        };
         let mut verdict = decided(&attempt);
         let mut halves = None;
         if matches!(verdict.disposition, Disposition::Split { .. }) {
             halves = in_flight.batch.halves();
             if halves.is_none() {
-                // Its header counts more events than its body holds. Sent again at once, it would be answered in the same way.
+                // Its header counts more events than its body holds. Sent again at once, it would
+                // be answered in the same way.
                 attempt.events = 1;
                 verdict = decided(&attempt);
             }
@@ -421,7 +509,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
     fn count(&mut self, begun: Begun, verdict: &Verdict) {
         let now = clock::instant();
         let change = match verdict.evidence {
-            Evidence::Accepted => self.lane.breaker.on_success(begun, self.lane.subscriber.http.concurrency),
+            Evidence::Accepted => {
+                self.lane.breaker.on_success(begun, self.lane.subscriber.http.concurrency)
+            }
             Evidence::Failed { counts } => self.lane.breaker.on_failure(begun, counts, now),
             Evidence::None => None,
         };
@@ -434,15 +524,33 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     /// Does with the batch what was decided.
-    fn follow(&mut self, in_flight: InFlight, halves: Option<Vec<Batch>>, outcome: &Outcome, verdict: &Verdict) {
+    fn follow(
+        &mut self,
+        in_flight: InFlight,
+        halves: Option<Vec<Batch>>,
+        outcome: &Outcome,
+        verdict: &Verdict,
+    ) {
         match (verdict.disposition, outcome.failure()) {
             (Disposition::Delivered, _) => self.delivered(in_flight),
-            (Disposition::Retry { delay } | Disposition::Split { delay }, _) => self.again(in_flight, halves, delay),
-            (Disposition::DeadLetter(reason), Some(failure)) => {
-                let letter = DeadLetter::of_batch(in_flight.batch, reason, failure, verdict.shortened, clock::now());
-                self.settle(in_flight.receipts, Settlement::Dead(vec![letter]), move |status| status.dead(reason, 1));
+            (Disposition::Retry { delay } | Disposition::Split { delay }, _) => {
+                self.again(in_flight, halves, delay)
             }
-            (Disposition::Paused(PauseCause::Gone), _) => self.pause(in_flight, "the receiver answered 410 Gone".to_owned(), "receiver"),
+            (Disposition::DeadLetter(reason), Some(failure)) => {
+                let letter = DeadLetter::of_batch(
+                    in_flight.batch,
+                    reason,
+                    failure,
+                    verdict.shortened,
+                    clock::now(),
+                );
+                self.settle(in_flight.receipts, Settlement::Dead(vec![letter]), move |status| {
+                    status.dead(reason, 1)
+                });
+            }
+            (Disposition::Paused(PauseCause::Gone), _) => {
+                self.pause(in_flight, "the receiver answered 410 Gone".to_owned(), "receiver")
+            }
             (Disposition::Paused(PauseCause::Exhausted), Some(failure)) => {
                 let status = failure.status().map(|s| format!(" {s}")).unwrap_or_default();
                 let why = format!(
@@ -453,14 +561,16 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 self.pause(in_flight, why, "retry.on_exhausted");
             }
             // Only what failed is given up; what was not sent has ended the session.
-            (Disposition::DeadLetter(_) | Disposition::Paused(PauseCause::Exhausted), None) | (Disposition::GivenBack, _) => {}
+            (Disposition::DeadLetter(_) | Disposition::Paused(PauseCause::Exhausted), None)
+            | (Disposition::GivenBack, _) => {}
         }
     }
 
     fn delivered(&mut self, in_flight: InFlight) {
         let (now, time) = (clock::instant(), clock::now());
         let since = |at: SystemTime| time.duration_since(at).ok();
-        let (lag, since_arrival) = (in_flight.happened_at.and_then(since), since(in_flight.arrived_at));
+        let (lag, since_arrival) =
+            (in_flight.happened_at.and_then(since), since(in_flight.arrived_at));
         self.lane.status.delivered(in_flight.batch.events, lag, since_arrival, now, time);
         self.settle(in_flight.receipts, Settlement::Delivered, |_| {});
     }
@@ -476,12 +586,14 @@ impl<'l, Q: Queue> Session<'l, Q> {
         });
     }
 
-    /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is recorded
-    /// first: a batch alone would be attempted again at once.
+    /// Keeps the batch and sends nothing more until the subscriber is resumed. The pause is
+    /// recorded first: a batch alone would be attempted again at once.
     fn pause(&mut self, in_flight: InFlight, why: String, by: &str) {
         self.end.get_or_insert(End::Paused);
-        let (queue, settler, name) = (self.lane.queue.clone(), self.settler.clone(), self.lane.subscriber.name.clone());
-        let known = self.lane.standings.borrow().as_ref().is_some_and(|all| pause_of(all, &name).is_some());
+        let (queue, settler, name) =
+            (self.lane.queue.clone(), self.settler.clone(), self.lane.subscriber.name.clone());
+        let known =
+            self.lane.standings.borrow().as_ref().is_some_and(|all| pause_of(all, &name).is_some());
         let pause = Standing::Paused(Pause { why, since: clock::now(), by: by.to_owned() });
         let kept = Settlement::Retry { batches: vec![in_flight.batch], delay: Duration::ZERO };
         self.settling += 1;
@@ -493,8 +605,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
         });
     }
 
-    /// The one log event of an attempt, and what the status has of it: no body, no secret, no URL, and nothing that the receiver wrote,
-    /// which may be what it was sent; that is in the dead letter alone.
+    /// The one log event of an attempt, and what the status has of it: no body, no secret, no URL,
+    /// and nothing that the receiver wrote, which may be what it was sent; that is in the dead
+    /// letter alone.
     fn log(&self, batch: &Batch, took: Duration, outcome: &Outcome, verdict: &Verdict) {
         let failure = outcome.failure();
         let status = match outcome {
@@ -502,8 +615,12 @@ impl<'l, Q: Queue> Session<'l, Q> {
             _ => failure.and_then(Failure::status),
         };
         let Some(disposition) = verdict.disposition.kind() else { return };
-        let last_error =
-            |f: &Failure| LastError { at: clock::now(), failure: f.kind(), status: f.status(), cause: f.cause().map(str::to_owned) };
+        let last_error = |f: &Failure| LastError {
+            at: clock::now(),
+            failure: f.kind(),
+            status: f.status(),
+            cause: f.cause().map(str::to_owned),
+        };
         let ended = Ended { disposition, failure: failure.map(last_error), took };
         self.lane.status.ended(ended, clock::instant());
         let seconds = |d: Duration| d.as_millis() as f64 / 1000.0;
@@ -541,9 +658,15 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 "circuit open: nothing is sent, the backlog stays in the queue; then one batch is tried"
             ),
             Change::StillOpen { open_for } => {
-                tracing::warn!(subscriber, open_for_s = open_for.as_secs_f64(), "circuit open again: the probe failed")
+                tracing::warn!(
+                    subscriber,
+                    open_for_s = open_for.as_secs_f64(),
+                    "circuit open again: the probe failed"
+                )
             }
-            Change::Closed => tracing::info!(subscriber, "circuit closed: the subscriber accepts batches again"),
+            Change::Closed => {
+                tracing::info!(subscriber, "circuit closed: the subscriber accepts batches again")
+            }
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What a lane knows of its subscriber, whatever session it is in: how it is configured, whether it is paused, its circuit and
-//! the health of its endpoint.
+//! What a lane knows of its subscriber, whatever session it is in: how it is configured, whether it
+//! is paused, its circuit and the health of its endpoint.
 
 use std::{
     sync::Arc,
@@ -48,14 +48,16 @@ pub(super) struct State<Q> {
     pub(super) queue: Q,
     pub(super) breaker: CircuitBreaker,
     pub(super) health: Health,
-    /// Counts what requests are made of: an answer to one of before says nothing of those that are made now.
+    /// Counts what requests are made of: an answer to one of before says nothing of those that are
+    /// made now.
     pub(super) generation: u64,
     pub(super) standings: watch::Receiver<Option<Standings>>,
     /// The pause that was last logged.
     pub(super) pause: Option<Pause>,
     /// When the subscriber was last resumed, as far as the lane has acted on it.
     pub(super) resumed: Option<SystemTime>,
-    /// An operator wants it tried now. A wish from before the circuit opened, or before a probe began, counts as seen.
+    /// An operator wants it tried now. A wish from before the circuit opened, or before a probe
+    /// began, counts as seen.
     pub(super) tries: watch::Receiver<u64>,
     pub(super) trouble: Trouble,
     pub(super) status: LaneStatus,
@@ -113,17 +115,26 @@ impl<Q: Queue> State<Q> {
             let name = self.subscriber.name.clone();
             if self.subscriber.paused {
                 let why = "`paused = true` in the configuration".to_owned();
-                let since = self.pause.as_ref().filter(|p| p.why == why).map_or_else(clock::now, |p| p.since);
+                let since = self
+                    .pause
+                    .as_ref()
+                    .filter(|p| p.why == why)
+                    .map_or_else(clock::now, |p| p.since);
                 self.is_paused(Pause { why, since, by: "configuration".to_owned() });
                 changed(&mut self.configured).await;
                 continue;
             }
             let known = wait_for(&mut self.standings, |all| all.is_some());
             if tokio::time::timeout(STATE_IS_LATE, known).await.is_err() {
-                tracing::warn!(subscriber = name, "nothing is sent before the queue has told whether the subscriber is paused");
+                tracing::warn!(
+                    subscriber = name,
+                    "nothing is sent before the queue has told whether the subscriber is paused"
+                );
             }
             let found = wait_for(&mut self.standings, |all| all.is_some()).await;
-            let Some(pause) = found.as_ref().and_then(|all| pause_of(all, &name)).cloned() else { break };
+            let Some(pause) = found.as_ref().and_then(|all| pause_of(all, &name)).cloned() else {
+                break;
+            };
             self.is_paused(pause.clone());
             tokio::select! {
                 // Resumed, or for another reason than before.
@@ -150,11 +161,23 @@ impl<Q: Queue> State<Q> {
     pub(super) fn is_paused(&mut self, pause: Pause) {
         self.status.paused(Some(pause.clone()));
         // Read back from its record it is a little older: times are kept there less exactly.
-        let is_logged = self.pause.as_ref().is_some_and(|last| (&last.why, &last.by) == (&pause.why, &pause.by));
+        let is_logged = self
+            .pause
+            .as_ref()
+            .is_some_and(|last| (&last.why, &last.by) == (&pause.why, &pause.by));
         if !is_logged {
             let (name, why, by) = (&self.subscriber.name, &pause.why, &pause.by);
-            let until = if by == "configuration" { "that is taken out of it".to_owned() } else { format!("`hooktrail resume {name}`") };
-            tracing::warn!(subscriber = name, why, by, "paused: its events wait in the queue until {until}");
+            let until = if by == "configuration" {
+                "that is taken out of it".to_owned()
+            } else {
+                format!("`hooktrail resume {name}`")
+            };
+            tracing::warn!(
+                subscriber = name,
+                why,
+                by,
+                "paused: its events wait in the queue until {until}"
+            );
             self.pause = Some(pause);
         }
     }
@@ -165,7 +188,9 @@ impl<Q: Queue> State<Q> {
         let circuit = match self.breaker.state() {
             circuit_breaker::State::Closed { .. } => Circuit::Closed,
             circuit_breaker::State::Open { until, .. } => Circuit::Open { until: at(until) },
-            circuit_breaker::State::HalfOpen { .. } | circuit_breaker::State::Tried { .. } => Circuit::HalfOpen,
+            circuit_breaker::State::HalfOpen { .. } | circuit_breaker::State::Tried { .. } => {
+                Circuit::HalfOpen
+            }
         };
         self.status.circuit(circuit, time);
         self.status.held(self.breaker.held_until().map(at));

@@ -4,8 +4,9 @@ use std::{collections::BTreeSet, fmt};
 
 use crate::telemetry::status::LaneStatus;
 
-/// Logs when the queue fails, when it fails for another reason, and when it works again, not each try. That it can be
-/// opened does not mean that it works: some queues open each time and fail at the first use.
+/// Logs when the queue fails, when it fails for another reason, and when it works again, not each
+/// try. That it can be opened does not mean that it works: some queues open each time and fail at
+/// the first use.
 #[derive(Debug)]
 pub(super) struct Trouble {
     subscriber: String,
@@ -29,7 +30,8 @@ impl Trouble {
         if self.logged.len() >= REASONS || !self.logged.insert(why.clone()) {
             tracing::debug!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
         } else if again {
-            // A broker that comes back may have lost the queue: that asks for something else than the first reason did.
+            // A broker that comes back may have lost the queue: that asks for something else than
+            // the first reason did.
             tracing::warn!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
         } else {
             tracing::warn!(subscriber = self.subscriber, error = %why, "the lane lost its queue; it opens it again");
@@ -64,7 +66,11 @@ mod tests {
             let log = log.clone();
             move || -> Box<dyn std::io::Write> { Box::new(Shared(log.clone())) }
         };
-        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_ansi(false).with_writer(writer).finish();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::INFO)
+            .with_ansi(false)
+            .with_writer(writer)
+            .finish();
         tracing::subscriber::with_default(subscriber, || {
             let status = Board::new(Metrics::new(SystemTime::UNIX_EPOCH)).lane("a");
             let mut trouble = Trouble::new("a".to_owned(), status);
@@ -77,7 +83,11 @@ mod tests {
         let log = String::from_utf8(log.lock().expect("no panic").clone()).expect("text");
         let told: Vec<&str> = log.lines().filter_map(|l| l.split("error=").nth(1)).collect();
         assert_eq!(told, ["reset", "refused", "broken", "reset"], "{log}");
-        assert_eq!((log.matches("lost its queue").count(), log.matches("has its queue again").count()), (2, 1), "{log}");
+        assert_eq!(
+            (log.matches("lost its queue").count(), log.matches("has its queue again").count()),
+            (2, 1),
+            "{log}"
+        );
     }
 
     struct Shared(Arc<Mutex<Vec<u8>>>);

@@ -45,8 +45,9 @@ const BLOCKED_V4: &[(Ipv4Net, &str)] = &[
     (v4(240, 0, 0, 0, 4), "reserved"),
 ];
 
-/// All that is assigned as global unicast (IANA, Internet Protocol Version 6 Address Space). What is outside of it, the
-/// forms that carry a public IPv4 address aside, leads nowhere or into somebody's own network.
+/// All that is assigned as global unicast (IANA, Internet Protocol Version 6 Address Space). What
+/// is outside of it, the forms that carry a public IPv4 address aside, leads nowhere or into
+/// somebody's own network.
 const GLOBAL_V6: Ipv6Net = v6(0x2000, 0, 0, 0, 0, 3);
 
 /// The same for IPv6; forms that carry an IPv4 address are judged by that one first.
@@ -71,10 +72,10 @@ fn embedded_v4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let s = ip.segments();
     let of = |hi: u16, lo: u16| Ipv4Addr::from((u32::from(hi) << 16) | u32::from(lo));
     match s {
-        [0, 0, 0, 0, 0, 0xffff, hi, lo] => Some(of(hi, lo)),    // mapped
-        [0, 0, 0, 0, 0xffff, 0, hi, lo] => Some(of(hi, lo)),    // translated, RFC 2765
+        [0, 0, 0, 0, 0, 0xffff, hi, lo] => Some(of(hi, lo)), // mapped
+        [0, 0, 0, 0, 0xffff, 0, hi, lo] => Some(of(hi, lo)), // translated, RFC 2765
         [0x64, 0xff9b, 0, 0, 0, 0, hi, lo] => Some(of(hi, lo)), // NAT64, RFC 6052
-        [0x2002, hi, lo, ..] => Some(of(hi, lo)),               // 6to4, RFC 3056
+        [0x2002, hi, lo, ..] => Some(of(hi, lo)),            // 6to4, RFC 3056
         _ => None,
     }
 }
@@ -82,11 +83,14 @@ fn embedded_v4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
 /// What kind of non-public address `ip` is, or `None` if it is a public one.
 pub fn not_public(ip: IpAddr) -> Option<&'static str> {
     match ip {
-        IpAddr::V4(ip) => BLOCKED_V4.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what),
+        IpAddr::V4(ip) => {
+            BLOCKED_V4.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what)
+        }
         IpAddr::V6(ip) => match embedded_v4(ip) {
             Some(v4) => not_public(IpAddr::V4(v4)),
             None => {
-                let special = BLOCKED_V6.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what);
+                let special =
+                    BLOCKED_V6.iter().find(|(net, _)| net.contains(&ip)).map(|(_, what)| *what);
                 special.or_else(|| (!GLOBAL_V6.contains(&ip)).then_some("not global unicast"))
             }
         },
@@ -215,7 +219,10 @@ mod tests {
         for host in spellings {
             let ip = literal(host).unwrap_or_else(|| panic!("{host} is not a literal address"));
             assert!(AddressPolicy::default().check(ip).is_err(), "{host} is {ip}");
-            assert!(AddressPolicy { allow_private: true, allow: vec![] }.check(ip).is_ok(), "{host}");
+            assert!(
+                AddressPolicy { allow_private: true, allow: vec![] }.check(ip).is_ok(),
+                "{host}"
+            );
         }
     }
 
@@ -241,8 +248,16 @@ mod tests {
 
     #[test]
     fn exceptions_open_their_network_and_no_more() {
-        let policy = AddressPolicy { allow_private: false, allow: vec!["10.1.0.0/16".parse().expect("a network")] };
-        for (host, ok) in [("10.1.2.3", true), ("[::ffff:10.1.2.3]", true), ("10.2.0.1", false), ("127.0.0.1", false)] {
+        let policy = AddressPolicy {
+            allow_private: false,
+            allow: vec!["10.1.0.0/16".parse().expect("a network")],
+        };
+        for (host, ok) in [
+            ("10.1.2.3", true),
+            ("[::ffff:10.1.2.3]", true),
+            ("10.2.0.1", false),
+            ("127.0.0.1", false),
+        ] {
             assert_eq!(policy.check(literal(host).expect("literal")).is_ok(), ok, "{host}");
         }
     }

@@ -53,7 +53,8 @@ impl Answer {
 
 /// What is known of an endpoint, and what of its answers is believed for it.
 ///
-/// Healthy is one that has accepted something since it last failed in another way than by a refusal; after a start nobody knows.
+/// Healthy is one that has accepted something since it last failed in another way than by a
+/// refusal; after a start nobody knows.
 #[derive(Debug, Default)]
 pub struct Health {
     healthy: bool,
@@ -65,9 +66,9 @@ pub struct Health {
 }
 
 impl Health {
-    /// An endpoint that was healthy and now refuses everything is found out by this many refusals in a
-    /// row: fewer would stop at a batch with as many bad events in places apart, more would condemn more
-    /// events that are good. The same for single events that are too large.
+    /// An endpoint that was healthy and now refuses everything is found out by this many refusals
+    /// in a row: fewer would stop at a batch with as many bad events in places apart, more would
+    /// condemn more events that are good. The same for single events that are too large.
     pub const MAX_REFUSALS: u32 = 64;
 
     pub fn on_accepted(&mut self, at: SystemTime) {
@@ -125,7 +126,11 @@ mod tests {
             (500, Answer::Later, Answer::Later),
             (999, Answer::Later, Answer::Later),
         ] {
-            assert_eq!((Answer::of(status, Success::Any2xx), Answer::of(status, Success::Only200)), (any, only), "{status}");
+            assert_eq!(
+                (Answer::of(status, Success::Any2xx), Answer::of(status, Success::Only200)),
+                (any, only),
+                "{status}"
+            );
         }
     }
 
@@ -145,7 +150,8 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_refuses_everything_or_calls_everything_too_large_is_not_believed_for_long() {
+    fn an_endpoint_that_refuses_everything_or_calls_everything_too_large_is_not_believed_for_long()
+    {
         let mut h = Health::default();
         h.on_accepted(T0);
         for _ in 0..Health::MAX_REFUSALS {
@@ -164,6 +170,8 @@ mod tests {
         let mut h = Health::default();
         assert!(!h.accepted_since(Some(T0)) && !h.accepted_since(None));
         h.on_accepted(later);
-        assert!(h.accepted_since(Some(T0)) && !h.accepted_since(Some(later)) && !h.accepted_since(None));
+        assert!(
+            h.accepted_since(Some(T0)) && !h.accepted_since(Some(later)) && !h.accepted_since(None)
+        );
     }
 }

@@ -19,11 +19,13 @@ pub struct BatchPolicy {
 }
 
 impl BatchPolicy {
-    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and holds at least a batch.
+    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and holds at least a
+    /// batch.
     pub const MAX_EVENTS: i64 = 65_535;
     /// The smallest `max_bytes`: less holds no event at all.
     pub const MIN_BYTES: u64 = 64;
-    /// The largest `max_bytes`: RabbitMQ 4 takes messages of at most 16 MiB, and a failed batch becomes one.
+    /// The largest `max_bytes`: RabbitMQ 4 takes messages of at most 16 MiB, and a failed batch
+    /// becomes one.
     pub const MAX_BYTES: u64 = 12 * 1024 * 1024;
 }
 
@@ -46,13 +48,22 @@ pub struct Batcher<T> {
 impl<T> Batcher<T> {
     pub fn new(policy: BatchPolicy, format: Format) -> Self {
         let limits = (policy.max_events, policy.max_bytes);
-        Self { policy, limits, format, waiting: VecDeque::new(), front: (0, 0), front_is_full: false, alone: false }
+        Self {
+            policy,
+            limits,
+            format,
+            waiting: VecDeque::new(),
+            front: (0, 0),
+            front_is_full: false,
+            alone: false,
+        }
     }
 
-    /// From now on batches have at most so many events and bytes, where the policy allows more. An event that has more bytes, and
-    /// [`fits`](Self::fits), is a batch of its own.
+    /// From now on batches have at most so many events and bytes, where the policy allows more. An
+    /// event that has more bytes, and [`fits`](Self::fits), is a batch of its own.
     pub fn limit(&mut self, max_events: usize, max_bytes: usize) {
-        let limits = (max_events.clamp(1, self.policy.max_events), max_bytes.min(self.policy.max_bytes));
+        let limits =
+            (max_events.clamp(1, self.policy.max_events), max_bytes.min(self.policy.max_bytes));
         if limits != self.limits {
             self.limits = limits;
             self.find_front();
@@ -139,7 +150,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn batcher(max_events: usize, max_bytes: usize, wait_ms: u64) -> Batcher<usize> {
-        Batcher::new(BatchPolicy { max_events, max_bytes, max_wait: Duration::from_millis(wait_ms) }, Format::Json)
+        Batcher::new(
+            BatchPolicy { max_events, max_bytes, max_wait: Duration::from_millis(wait_ms) },
+            Format::Json,
+        )
     }
 
     #[test]
@@ -196,7 +210,11 @@ mod tests {
         assert_eq!(b.cut(), (vec![1, 2], 20));
         b.push(4, 500, t);
         assert!(b.fits(500) && b.ready(t));
-        assert_eq!((b.cut(), b.cut()), ((vec![3], 10), (vec![4], 500)), "what fits by the policy goes alone");
+        assert_eq!(
+            (b.cut(), b.cut()),
+            ((vec![3], 10), (vec![4], 500)),
+            "what fits by the policy goes alone"
+        );
         b.limit(9, 9999);
         (5..8).for_each(|n| b.push(n, 10, t));
         assert!(!b.ready(t));

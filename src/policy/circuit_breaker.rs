@@ -1,11 +1,12 @@
 //! Stops sending to a subscriber that keeps failing.
 //!
 //! Closed: attempts flow. Open: nothing is sent, the backlog stays in the queue. Half-open: one
-//! probe of one batch decides which of the two comes next. A wait that a receiver asked for with `Retry-After` holds a circuit of any
-//! state; an operator can end it, and then too one probe decides.
+//! probe of one batch decides which of the two comes next. A wait that a receiver asked for with
+//! `Retry-After` holds a circuit of any state; an operator can end it, and then too one probe
+//! decides.
 //!
-//! When it closes, a backlog waits, and the receiver may have just started: a ramp leads from one small batch at a time to all
-//! that is configured.
+//! When it closes, a backlog waits, and the receiver may have just started: a ramp leads from one
+//! small batch at a time to all that is configured.
 
 use std::time::{Duration, Instant};
 
@@ -33,8 +34,8 @@ pub enum State {
     HalfOpen {
         open_for: Duration,
     },
-    /// Closed, but an operator ended a wait that the receiver had asked for. Half-open for all who ask from outside: one probe decides
-    /// whether attempts flow, or the wait counts again.
+    /// Closed, but an operator ended a wait that the receiver had asked for. Half-open for all who
+    /// ask from outside: one probe decides whether attempts flow, or the wait counts again.
     Tried {
         failures: u32,
         held_until: Instant,
@@ -75,10 +76,11 @@ pub enum Permit {
 /// What an attempt was when it began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begun {
-    /// By [`Permit::Probe`]. Only such an attempt decides what follows on half-open: one from before the circuit opened says nothing
-    /// of the endpoint after that.
+    /// By [`Permit::Probe`]. Only such an attempt decides what follows on half-open: one from
+    /// before the circuit opened says nothing of the endpoint after that.
     pub probe: bool,
-    /// Of events that were never attempted before. A batch that has failed before may fail for a reason of its own.
+    /// Of events that were never attempted before. A batch that has failed before may fail for a
+    /// reason of its own.
     pub first: bool,
 }
 
@@ -90,13 +92,14 @@ pub enum Change {
     Closed,
 }
 
-/// Where a ramp begins: the largest batch is an eighth of what is configured. Three successes lead to all of it, as they do with eight
-/// requests at once, so that what is in flight grows by four each time and not by more; and a batch of the default 500 events begins
-/// at 63, which costs a receiver that is still slow little to refuse.
+/// Where a ramp begins: the largest batch is an eighth of what is configured. Three successes lead
+/// to all of it, as they do with eight requests at once, so that what is in flight grows by four
+/// each time and not by more; and a batch of the default 500 events begins at 63, which costs a
+/// receiver that is still slow little to refuse.
 const SMALLEST: usize = 8;
 
-/// How much of what is configured may be used after the circuit was open: what may be in flight, and in a batch, doubles with
-/// each success.
+/// How much of what is configured may be used after the circuit was open: what may be in flight,
+/// and in a batch, doubles with each success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ramp {
     doublings: u32,
@@ -119,7 +122,8 @@ impl Ramp {
         2_usize.checked_pow(self.doublings).map_or(whole, |n| first.saturating_mul(n)).min(whole)
     }
 
-    /// After a success; `None` at its end, when as many requests as are configured may be in flight, and batches are whole.
+    /// After a success; `None` at its end, when as many requests as are configured may be in
+    /// flight, and batches are whole.
     fn next(self, requests: usize) -> Option<Self> {
         let next = Self { doublings: self.doublings + 1 };
         (next.requests(requests) < requests || next.requests(SMALLEST) < SMALLEST).then_some(next)
@@ -141,7 +145,8 @@ impl CircuitBreaker {
         Self { policy, state: State::Closed { failures: 0 }, ramp: None, hold_until: None }
     }
 
-    /// Goes on under another policy: a circuit that would not have opened closes, one that would be open for less is.
+    /// Goes on under another policy: a circuit that would not have opened closes, one that would be
+    /// open for less is.
     pub fn set_policy(&mut self, policy: BreakerPolicy, now: Instant) {
         let longest = now + policy.max_open_for;
         if policy.failures == 0 {
@@ -149,9 +154,18 @@ impl CircuitBreaker {
         }
         self.hold_until = self.hold_until.map(|until| until.min(longest));
         self.state = match self.state {
-            State::Closed { .. } | State::Open { .. } | State::HalfOpen { .. } if policy.failures == 0 => State::Closed { failures: 0 },
-            State::Open { until, open_for } => State::Open { until: until.min(longest), open_for: open_for.min(policy.max_open_for) },
-            State::Tried { failures, held_until } => State::Tried { failures, held_until: held_until.min(longest) },
+            State::Closed { .. } | State::Open { .. } | State::HalfOpen { .. }
+                if policy.failures == 0 =>
+            {
+                State::Closed { failures: 0 }
+            }
+            State::Open { until, open_for } => State::Open {
+                until: until.min(longest),
+                open_for: open_for.min(policy.max_open_for),
+            },
+            State::Tried { failures, held_until } => {
+                State::Tried { failures, held_until: held_until.min(longest) }
+            }
             state => state,
         };
         self.policy = policy;
@@ -190,20 +204,24 @@ impl CircuitBreaker {
         }
     }
 
-    /// Sends nothing before `now + wait`, at most `max_open_for`, because the receiver asked for it.
+    /// Sends nothing before `now + wait`, at most `max_open_for`, because the receiver asked for
+    /// it.
     pub fn hold(&mut self, now: Instant, wait: Duration) {
         let until = now + wait.min(self.policy.max_open_for);
         self.hold_until = Some(self.hold_until.map_or(until, |u| u.max(until)));
     }
 
-    /// Has one batch tried at once, whatever keeps the lane from that, because an operator says that the endpoint works again. Only an
-    /// accepted batch changes more: if it fails, the wait is what it would have been without the operator, doubled as after any probe.
+    /// Has one batch tried at once, whatever keeps the lane from that, because an operator says
+    /// that the endpoint works again. Only an accepted batch changes more: if it fails, the wait is
+    /// what it would have been without the operator, doubled as after any probe.
     pub fn try_now(&mut self) {
         let held_until = self.hold_until.take();
         self.state = match (self.state, held_until) {
             (State::Open { open_for, .. }, _) => State::HalfOpen { open_for },
             (State::Closed { failures }, Some(held_until)) => State::Tried { failures, held_until },
-            (state @ (State::Closed { .. } | State::HalfOpen { .. } | State::Tried { .. }), _) => state,
+            (state @ (State::Closed { .. } | State::HalfOpen { .. } | State::Tried { .. }), _) => {
+                state
+            }
         };
     }
 
@@ -227,8 +245,9 @@ impl CircuitBreaker {
         }
     }
 
-    /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint; a probe that fails opens the
-    /// circuit again all the same, so that there is one in each interval, and for twice as long only if it was a first attempt.
+    /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint; a
+    /// probe that fails opens the circuit again all the same, so that there is one in each
+    /// interval, and for twice as long only if it was a first attempt.
     pub fn on_failure(&mut self, begun: Begun, counts: bool, now: Instant) -> Option<Change> {
         if let State::Tried { failures, held_until } = self.state {
             if !begun.probe {
@@ -260,7 +279,11 @@ impl CircuitBreaker {
                 Some(Change::Opened { failures: failures + 1, open_for })
             }
             State::HalfOpen { open_for } if begun.probe => {
-                let open_for = if begun.first { (open_for * 2).min(self.policy.max_open_for) } else { open_for };
+                let open_for = if begun.first {
+                    (open_for * 2).min(self.policy.max_open_for)
+                } else {
+                    open_for
+                };
                 self.state = State::Open { until: now + open_for, open_for };
                 Some(Change::StillOpen { open_for })
             }
@@ -297,7 +320,10 @@ mod tests {
         b.on_failure(FLOW, true, t);
         b.on_failure(FLOW, true, t);
         assert_eq!(b.permit(t), Permit::Flow);
-        assert_eq!(b.on_failure(FLOW, true, t), Some(Change::Opened { failures: 3, open_for: secs(30) }));
+        assert_eq!(
+            b.on_failure(FLOW, true, t),
+            Some(Change::Opened { failures: 3, open_for: secs(30) })
+        );
         assert_eq!(b.permit(t), Permit::Wait(t + secs(30)));
     }
 
@@ -308,11 +334,19 @@ mod tests {
         b.on_failure(FLOW, true, t);
         for wait in [30, 60, 100, 100] {
             assert_eq!(b.permit(t), Permit::Wait(t + secs(wait)));
-            assert_eq!(b.on_failure(FLOW, true, t), None, "an attempt from before it opened changes nothing");
+            assert_eq!(
+                b.on_failure(FLOW, true, t),
+                None,
+                "an attempt from before it opened changes nothing"
+            );
             t += secs(wait);
             assert_eq!(b.permit(t), Permit::Probe);
             assert_eq!(b.permit(t), Permit::Probe, "until its outcome is known");
-            assert_eq!(b.on_failure(FLOW, true, t), None, "an attempt from before it opened is no probe");
+            assert_eq!(
+                b.on_failure(FLOW, true, t),
+                None,
+                "an attempt from before it opened is no probe"
+            );
             assert_eq!(b.on_success(FLOW, 1), None, "nor does its success close the circuit");
             assert!(matches!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { .. })));
         }
@@ -320,7 +354,11 @@ mod tests {
         assert_eq!(b.permit(t), Permit::Probe);
         assert_eq!(b.on_success(PROBE, 1), Some(Change::Closed));
         assert_eq!(b.permit(t), Permit::Flow);
-        assert_eq!(b.on_failure(FLOW, true, t), Some(Change::Opened { failures: 1, open_for: secs(30) }), "the wait begins anew");
+        assert_eq!(
+            b.on_failure(FLOW, true, t),
+            Some(Change::Opened { failures: 1, open_for: secs(30) }),
+            "the wait begins anew"
+        );
     }
 
     #[test]
@@ -331,7 +369,10 @@ mod tests {
         for counts in [true, false, true] {
             t += secs(30);
             assert_eq!(b.permit(t), Permit::Probe);
-            assert_eq!(b.on_failure(RETRIED_PROBE, counts, t), Some(Change::StillOpen { open_for: secs(30) }));
+            assert_eq!(
+                b.on_failure(RETRIED_PROBE, counts, t),
+                Some(Change::StillOpen { open_for: secs(30) })
+            );
             assert_eq!(b.permit(t), Permit::Wait(t + secs(30)), "one probe in each interval");
         }
         t += secs(30);
@@ -372,17 +413,24 @@ mod tests {
             b.try_now();
             b.try_now();
             assert_eq!(b.permit(t), Permit::Probe);
-            assert_eq!(b.on_failure(PROBE, true, t), Some(Change::StillOpen { open_for: secs(open_for) }));
+            assert_eq!(
+                b.on_failure(PROBE, true, t),
+                Some(Change::StillOpen { open_for: secs(open_for) })
+            );
             assert_eq!(b.permit(t), Permit::Wait(t + secs(open_for)));
         }
         b.try_now();
         assert_eq!(b.permit(t), Permit::Probe);
         assert_eq!(b.on_success(PROBE, 1), Some(Change::Closed));
-        assert_eq!(b.on_failure(FLOW, true, t), Some(Change::Opened { failures: 1, open_for: secs(30) }));
+        assert_eq!(
+            b.on_failure(FLOW, true, t),
+            Some(Change::Opened { failures: 1, open_for: secs(30) })
+        );
     }
 
     #[test]
-    fn after_an_operator_ended_a_hold_one_batch_is_tried_and_the_rest_follows_when_that_is_accepted() {
+    fn after_an_operator_ended_a_hold_one_batch_is_tried_and_the_rest_follows_when_that_is_accepted()
+     {
         let t = crate::clock::instant();
         for failures in [0, 2] {
             let mut b = breaker(failures);
@@ -391,7 +439,11 @@ mod tests {
             for _ in 0..16 {
                 assert_eq!(b.permit(t + secs(1)), Permit::Probe);
             }
-            assert_eq!(b.on_failure(FLOW, true, t + secs(1)), None, "an attempt from before is no probe");
+            assert_eq!(
+                b.on_failure(FLOW, true, t + secs(1)),
+                None,
+                "an attempt from before is no probe"
+            );
             assert_eq!(b.on_success(FLOW, 16), None);
             assert_eq!(b.permit(t + secs(1)), Permit::Probe);
             assert_eq!(b.on_success(PROBE, 16), None);
@@ -404,14 +456,20 @@ mod tests {
     #[test]
     fn a_hold_that_an_operator_ended_counts_again_when_the_batch_that_is_tried_fails() {
         let t = crate::clock::instant();
-        for (failures, probe, counts) in [(0, PROBE, true), (3, PROBE, true), (3, RETRIED_PROBE, false)] {
+        for (failures, probe, counts) in
+            [(0, PROBE, true), (3, PROBE, true), (3, RETRIED_PROBE, false)]
+        {
             let mut b = breaker(failures);
             b.hold(t, secs(90));
             for n in 1..=2 {
                 b.try_now();
                 assert_eq!(b.permit(t + secs(n)), Permit::Probe);
                 assert_eq!(b.on_failure(probe, counts, t + secs(n)), None);
-                assert_eq!(b.permit(t + secs(n)), Permit::Wait(t + secs(90)), "no longer and no shorter");
+                assert_eq!(
+                    b.permit(t + secs(n)),
+                    Permit::Wait(t + secs(90)),
+                    "no longer and no shorter"
+                );
             }
             // The receiver may ask for more at each try.
             b.try_now();
@@ -426,7 +484,10 @@ mod tests {
         b.on_failure(FLOW, true, t);
         b.hold(t, secs(10));
         b.try_now();
-        assert_eq!(b.on_failure(PROBE, true, t), Some(Change::Opened { failures: 2, open_for: secs(30) }));
+        assert_eq!(
+            b.on_failure(PROBE, true, t),
+            Some(Change::Opened { failures: 2, open_for: secs(30) })
+        );
         assert_eq!(b.permit(t + secs(10)), Permit::Wait(t + secs(30)));
     }
 
@@ -455,7 +516,8 @@ mod tests {
     #[test]
     fn another_policy_holds_for_a_circuit_that_is_open_already() {
         let t = crate::clock::instant();
-        let policy = |failures, max| BreakerPolicy { failures, open_for: secs(30), max_open_for: secs(max) };
+        let policy =
+            |failures, max| BreakerPolicy { failures, open_for: secs(30), max_open_for: secs(max) };
         let mut b = breaker(1);
         b.on_failure(FLOW, true, t);
         b.hold(t, secs(90));
@@ -479,7 +541,11 @@ mod tests {
         let mut b = breaker(0);
         b.hold(t, secs(20));
         b.hold(t, secs(5));
-        assert_eq!(b.permit(t), Permit::Wait(t + secs(20)), "a shorter wish does not shorten a longer one");
+        assert_eq!(
+            b.permit(t),
+            Permit::Wait(t + secs(20)),
+            "a shorter wish does not shorten a longer one"
+        );
         assert_eq!(b.permit(t + secs(20)), Permit::Flow);
         b.hold(t, secs(1 << 20));
         assert_eq!(b.permit(t), Permit::Wait(t + secs(100)));
@@ -499,7 +565,8 @@ mod tests {
     }
 
     #[test]
-    fn after_it_was_open_what_may_be_sent_doubles_with_each_success_and_a_failure_begins_it_again() {
+    fn after_it_was_open_what_may_be_sent_doubles_with_each_success_and_a_failure_begins_it_again()
+    {
         let t = crate::clock::instant();
         let mut b = closed_again(2, t);
         for expected in [(1, 63), (2, 126), (4, 252), (4, 500)] {

@@ -80,13 +80,30 @@ impl RetryPolicy {
     /// Names each key that is out of its range, and what would be right.
     pub fn try_new(o: RetryOptions) -> Result<Self, Vec<(&'static str, &'static str)>> {
         let checks = [
-            (!o.initial_interval.is_zero(), "initial_interval", "must be longer than 0; a retry at once would hammer the receiver"),
+            (
+                !o.initial_interval.is_zero(),
+                "initial_interval",
+                "must be longer than 0; a retry at once would hammer the receiver",
+            ),
             ((1.0..=1000.0).contains(&o.multiplier), "multiplier", "must be from 1 to 1000"),
-            ((0.0..=1.0).contains(&o.randomization_factor), "randomization_factor", "must be from 0 to 1"),
-            (o.max_interval <= MAX_DELAY, "max_interval", "must be at most 72h, the longest delay that the queue can hold"),
-            (o.initial_interval <= o.max_interval, "max_interval", "must not be shorter than initial_interval"),
+            (
+                (0.0..=1.0).contains(&o.randomization_factor),
+                "randomization_factor",
+                "must be from 0 to 1",
+            ),
+            (
+                o.max_interval <= MAX_DELAY,
+                "max_interval",
+                "must be at most 72h, the longest delay that the queue can hold",
+            ),
+            (
+                o.initial_interval <= o.max_interval,
+                "max_interval",
+                "must not be shorter than initial_interval",
+            ),
         ];
-        let wrong: Vec<_> = checks.into_iter().filter(|(ok, ..)| !ok).map(|(_, key, why)| (key, why)).collect();
+        let wrong: Vec<_> =
+            checks.into_iter().filter(|(ok, ..)| !ok).map(|(_, key, why)| (key, why)).collect();
         if !wrong.is_empty() {
             return Err(wrong);
         }
@@ -121,7 +138,8 @@ impl RetryPolicy {
     pub fn interval(&self, attempt: u32) -> Duration {
         // In one step, however many attempts there were: their number comes from a message.
         let growth = self.multiplier.powf(f64::from(attempt.max(1) - 1));
-        let grown = (self.initial_interval.as_secs_f64() * growth).min(self.max_interval.as_secs_f64());
+        let grown =
+            (self.initial_interval.as_secs_f64() * growth).min(self.max_interval.as_secs_f64());
         let current = Duration::from_secs_f64(grown);
         // The crate's own jitter draws from a global generator and may pass `max_interval`; this
         // policy takes its randomness as an argument, so the crate does without.
@@ -135,16 +153,25 @@ impl RetryPolicy {
             ..ExponentialBackoff::default()
         };
         let interval = backoff.next_backoff().unwrap_or(self.max_interval);
-        // The crate adds up to a nanosecond at random even without jitter; an interval is always the same.
+        // The crate adds up to a nanosecond at random even without jitter; an interval is always
+        // the same.
         let micros = u64::try_from((interval.as_nanos() + 500) / 1000).unwrap_or(u64::MAX).max(1);
         Duration::from_micros(micros).min(self.max_interval)
     }
 
     /// What follows failed attempt `attempt` (from 1) of a batch first tried at `first_attempt_at`.
     ///
-    /// `retry_after` is what the receiver asked for: it makes the delay longer, never shorter, and never ends the schedule, so that
-    /// the next attempt may come earlier than it asked for. `random` is drawn from `0.0..1.0`.
-    pub fn next(&self, attempt: u32, first_attempt_at: SystemTime, now: SystemTime, retry_after: Option<Duration>, random: f64) -> Next {
+    /// `retry_after` is what the receiver asked for: it makes the delay longer, never shorter, and
+    /// never ends the schedule, so that the next attempt may come earlier than it asked for.
+    /// `random` is drawn from `0.0..1.0`.
+    pub fn next(
+        &self,
+        attempt: u32,
+        first_attempt_at: SystemTime,
+        now: SystemTime,
+        retry_after: Option<Duration>,
+        random: f64,
+    ) -> Next {
         if self.max_attempts != 0 && attempt >= self.max_attempts {
             return Next::Exhausted;
         }
@@ -156,8 +183,14 @@ impl RetryPolicy {
         }
     }
 
-    /// How much of a wish to wait is granted: at most [`MAX_DELAY`] and what is left of `max_elapsed_time`.
-    pub fn granted(&self, first_attempt_at: SystemTime, now: SystemTime, retry_after: Option<Duration>) -> Duration {
+    /// How much of a wish to wait is granted: at most [`MAX_DELAY`] and what is left of
+    /// `max_elapsed_time`.
+    pub fn granted(
+        &self,
+        first_attempt_at: SystemTime,
+        now: SystemTime,
+        retry_after: Option<Duration>,
+    ) -> Duration {
         let left = self.time_left(first_attempt_at, now).unwrap_or(MAX_DELAY);
         retry_after.unwrap_or_default().min(left).min(MAX_DELAY)
     }
@@ -257,12 +290,20 @@ mod tests {
         let p = RetryPolicy::default();
         let hours = |n: u64| secs(n * 3600);
         for wish in [72, 73, 1_000_000] {
-            assert_eq!(p.next(1, T0, T0 + secs(1), Some(hours(wish)), 0.5), Next::After(hours(72) - secs(1)), "{wish} h");
+            assert_eq!(
+                p.next(1, T0, T0 + secs(1), Some(hours(wish)), 0.5),
+                Next::After(hours(72) - secs(1)),
+                "{wish} h"
+            );
         }
         assert_eq!(p.next(2, T0, T0 + hours(71), Some(hours(72)), 0.5), Next::After(hours(1)));
         assert_eq!(p.next(2, T0, T0 + hours(72), Some(hours(72)), 0.5), Next::Exhausted);
         let short = policy(|o| o.max_elapsed_time = secs(10));
-        assert_eq!(short.next(1, T0, T0 + secs(4), Some(secs(100)), 0.5), Next::After(secs(6)), "earlier than asked");
+        assert_eq!(
+            short.next(1, T0, T0 + secs(4), Some(secs(100)), 0.5),
+            Next::After(secs(6)),
+            "earlier than asked"
+        );
         assert_eq!(short.granted(T0, T0 + secs(4), Some(secs(3))), secs(3));
     }
 
@@ -273,10 +314,18 @@ mod tests {
             o.multiplier = 1.000_000_01;
         });
         let begun = crate::clock::instant();
-        let grown: Vec<Duration> = [1, 1000, 100_000_000, 2_000_000_000, u32::MAX].map(|n| p.interval(n)).into();
+        let grown: Vec<Duration> =
+            [1, 1000, 100_000_000, 2_000_000_000, u32::MAX].map(|n| p.interval(n)).into();
         assert!(begun.elapsed() < secs(1), "a loop over the attempts takes minutes");
-        assert!(grown.is_sorted() && grown[0] == secs(5) && grown[4] == p.max_interval, "{grown:?}");
-        assert_eq!(policy(|o| o.multiplier = 1000.0).interval(u32::MAX), p.max_interval, "beyond every number");
+        assert!(
+            grown.is_sorted() && grown[0] == secs(5) && grown[4] == p.max_interval,
+            "{grown:?}"
+        );
+        assert_eq!(
+            policy(|o| o.multiplier = 1000.0).interval(u32::MAX),
+            p.max_interval,
+            "beyond every number"
+        );
         assert_eq!(p.interval(0), secs(5));
     }
 
@@ -284,7 +333,10 @@ mod tests {
     fn an_interval_is_the_same_whenever_it_is_asked_for() {
         let p = policy(|o| o.initial_interval = secs(7));
         for attempt in 1..8 {
-            assert!((0..50).all(|_| p.interval(attempt) == secs(7 * 3_u64.pow(attempt - 1))), "{attempt}");
+            assert!(
+                (0..50).all(|_| p.interval(attempt) == secs(7 * 3_u64.pow(attempt - 1))),
+                "{attempt}"
+            );
         }
     }
 
@@ -312,13 +364,19 @@ mod tests {
 
     #[test]
     fn a_clock_that_was_set_back_does_not_end_the_schedule() {
-        assert_eq!(RetryPolicy::default().next(1, T0 + secs(1 << 20), T0, None, 0.5), Next::After(secs(5)));
+        assert_eq!(
+            RetryPolicy::default().next(1, T0 + secs(1 << 20), T0, None, 0.5),
+            Next::After(secs(5))
+        );
     }
 
     #[test]
     fn values_out_of_range_are_refused_by_name() {
         for (change, key) in [
-            ((|o| o.initial_interval = Duration::ZERO) as fn(&mut RetryOptions), "initial_interval"),
+            (
+                (|o| o.initial_interval = Duration::ZERO) as fn(&mut RetryOptions),
+                "initial_interval",
+            ),
             (|o| o.multiplier = 0.5, "multiplier"),
             (|o| o.multiplier = f64::NAN, "multiplier"),
             (|o| o.randomization_factor = 1.5, "randomization_factor"),

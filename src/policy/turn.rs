@@ -1,7 +1,9 @@
-//! What a free request slot of a subscriber gets: events that were never attempted, or the next retry.
+//! What a free request slot of a subscriber gets: events that were never attempted, or the next
+//! retry.
 //!
-//! Retries that always fail must not keep first attempts away: a batch that hangs until its timeout takes a slot for as long, and a
-//! batch that the receiver can never accept says nothing of the others.
+//! Retries that always fail must not keep first attempts away: a batch that hangs until its timeout
+//! takes a slot for as long, and a batch that the receiver can never accept says nothing of the
+//! others.
 
 use std::time::{Duration, Instant};
 
@@ -41,14 +43,16 @@ impl Waiting {
 
 /// Shares the slots of one session between first attempts and retries.
 ///
-/// In the flow first attempts get at least half of the slot time as long as any waits: what retries take beyond that they owe, and
-/// none begins before it is made good. A probe is a first attempt where there is one within [`PROBE_WAIT`]: a batch that has failed
-/// before may fail for a reason of its own.
+/// In the flow first attempts get at least half of the slot time as long as any waits: what retries
+/// take beyond that they owe, and none begins before it is made good. A probe is a first attempt
+/// where there is one within [`PROBE_WAIT`]: a batch that has failed before may fail for a reason
+/// of its own.
 #[derive(Debug, Default)]
 pub struct Turns {
     firsts: u32,
     retries: u32,
-    /// Slot time that retries have taken more than first attempts since a first attempt began to wait.
+    /// Slot time that retries have taken more than first attempts since a first attempt began to
+    /// wait.
     owed: Duration,
     counted_to: Option<Instant>,
     probe: Option<Probe>,
@@ -84,10 +88,15 @@ impl Turns {
         }
         // Half of the slots at once, or the one that there is.
         let has_room = (self.retries as usize + 1) * 2 <= slots.max(2);
-        if waiting.retries && self.owed.is_zero() && has_room { Some(Turn::Retry) } else { Some(Turn::First) }
+        if waiting.retries && self.owed.is_zero() && has_room {
+            Some(Turn::Retry)
+        } else {
+            Some(Turn::First)
+        }
     }
 
-    /// When [`choose`](Self::choose) may say something else although nothing happened; `None`: not before something happens.
+    /// When [`choose`](Self::choose) may say something else although nothing happened; `None`: not
+    /// before something happens.
     pub fn wakes_at(&self, slots: Slots, waiting: Waiting, now: Instant) -> Option<Instant> {
         let running = (self.firsts + self.retries) as usize;
         match (slots, self.probe) {
@@ -108,8 +117,8 @@ impl Turns {
         *running = running.saturating_sub(1);
     }
 
-    /// A probe found the endpoint alive and its batch too large or wrong in a part: one of the parts tells more than another whole
-    /// batch, which would be split as well.
+    /// A probe found the endpoint alive and its batch too large or wrong in a part: one of the
+    /// parts tells more than another whole batch, which would be split as well.
     pub fn probe_was_split(&mut self, now: Instant) {
         self.probe = Some(Probe { since: now, prefers: Turn::Retry });
     }
@@ -124,7 +133,10 @@ impl Turns {
     fn count(&mut self, now: Instant) {
         let passed = now.saturating_duration_since(*self.counted_to.get_or_insert(now));
         self.counted_to = Some(now);
-        self.owed = self.owed.saturating_add(passed.saturating_mul(self.retries)).saturating_sub(passed.saturating_mul(self.firsts));
+        self.owed = self
+            .owed
+            .saturating_add(passed.saturating_mul(self.retries))
+            .saturating_sub(passed.saturating_mul(self.firsts));
     }
 }
 
@@ -183,8 +195,16 @@ mod tests {
         turns.begun(Turn::Retry, t);
         t += ms(30_000);
         turns.ended(Turn::Retry, t);
-        assert_eq!(turns.choose(Slots::Flow(1), waiting(false, true, t), t), Some(Turn::Retry), "no first attempt waits");
-        assert_eq!(turns.choose(Slots::Flow(1), both(t), t), Some(Turn::Retry), "and what was owed to those before is forgotten");
+        assert_eq!(
+            turns.choose(Slots::Flow(1), waiting(false, true, t), t),
+            Some(Turn::Retry),
+            "no first attempt waits"
+        );
+        assert_eq!(
+            turns.choose(Slots::Flow(1), both(t), t),
+            Some(Turn::Retry),
+            "and what was owed to those before is forgotten"
+        );
     }
 
     #[test]
@@ -194,12 +214,20 @@ mod tests {
         assert_eq!(turns.choose(Slots::Probe, retries, t), None);
         assert_eq!(turns.wakes_at(Slots::Probe, retries, t), Some(t + PROBE_WAIT));
         let gathering = Waiting { first_due: Some(t + ms(5000)), retries: true };
-        assert_eq!(turns.choose(Slots::Probe, gathering, t + ms(2000)), None, "they are a batch soon");
+        assert_eq!(
+            turns.choose(Slots::Probe, gathering, t + ms(2000)),
+            None,
+            "they are a batch soon"
+        );
         assert_eq!(turns.wakes_at(Slots::Probe, gathering, t + ms(2000)), Some(t + ms(5000)));
         assert_eq!(turns.choose(Slots::Probe, gathering, t + ms(5000)), Some(Turn::First));
         assert_eq!(turns.choose(Slots::Probe, retries, t + PROBE_WAIT), Some(Turn::Retry));
         turns.begun(Turn::Retry, t + PROBE_WAIT);
-        assert_eq!(turns.choose(Slots::Probe, waiting(true, true, t), t + PROBE_WAIT), None, "one at a time");
+        assert_eq!(
+            turns.choose(Slots::Probe, waiting(true, true, t), t + PROBE_WAIT),
+            None,
+            "one at a time"
+        );
         assert_eq!(turns.wakes_at(Slots::Probe, gathering, t + PROBE_WAIT), None);
     }
 
@@ -209,9 +237,17 @@ mod tests {
         turns.probe_was_split(t);
         let fresh = waiting(true, false, t);
         assert_eq!(turns.choose(Slots::Probe, fresh, t), None, "its parts are on their way");
-        assert_eq!(turns.wakes_at(Slots::Probe, fresh, t), Some(t + PROBE_WAIT), "and not the time that has come");
+        assert_eq!(
+            turns.wakes_at(Slots::Probe, fresh, t),
+            Some(t + PROBE_WAIT),
+            "and not the time that has come"
+        );
         assert_eq!(turns.choose(Slots::Probe, waiting(true, true, t), t), Some(Turn::Retry));
-        assert_eq!(turns.choose(Slots::Probe, fresh, t + PROBE_WAIT), Some(Turn::First), "another daemon has them");
+        assert_eq!(
+            turns.choose(Slots::Probe, fresh, t + PROBE_WAIT),
+            Some(Turn::First),
+            "another daemon has them"
+        );
     }
 
     proptest! {

@@ -10,8 +10,9 @@ use crate::{
     },
 };
 
-/// A body of more bytes than this may be what a receiver cannot take, if it ends the connection while the body is being sent. RFC 9110,
-/// section 15.5.14, allows it to end the connection instead of reading on, and the reset can overtake its answer.
+/// A body of more bytes than this may be what a receiver cannot take, if it ends the connection
+/// while the body is being sent. RFC 9110, section 15.5.14, allows it to end the connection instead
+/// of reading on, and the reset can overtake its answer.
 const LARGE_BODY: usize = 256 * 1024;
 
 /// An attempt that has ended, as far as what follows depends on it.
@@ -48,7 +49,8 @@ pub struct Verdict {
     pub evidence: Evidence,
     /// Send nothing to this subscriber for so long: the receiver asked for it.
     pub hold: Option<Duration>,
-    /// The receiver asked for a longer wait than it gets, because `max_elapsed_time` ends before that: for so long.
+    /// The receiver asked for a longer wait than it gets, because `max_elapsed_time` ends before
+    /// that: for so long.
     pub shortened: Option<Duration>,
 }
 
@@ -64,9 +66,9 @@ pub enum Evidence {
     None,
 }
 
-/// Decides what follows. `current`: requests are still made as this one was; a failure of an endpoint or with a secret that is not
-/// configured any more says nothing of the one that is. `health` is what was known before this attempt; `random` is drawn from
-/// `0.0..1.0`.
+/// Decides what follows. `current`: requests are still made as this one was; a failure of an
+/// endpoint or with a secret that is not configured any more says nothing of the one that is.
+/// `health` is what was known before this attempt; `random` is drawn from `0.0..1.0`.
 pub fn decide(
     attempt: &Attempt,
     outcome: &Outcome,
@@ -78,18 +80,27 @@ pub fn decide(
 ) -> Verdict {
     let case = Case { attempt, health, retry, now, random };
     match outcome {
-        Outcome::Delivered { .. } => plain(Disposition::Delivered, if current { Evidence::Accepted } else { Evidence::None }),
+        Outcome::Delivered { .. } => {
+            plain(Disposition::Delivered, if current { Evidence::Accepted } else { Evidence::None })
+        }
         Outcome::Unsent { .. } => plain(Disposition::GivenBack, Evidence::None),
         _ if !current => case.of_another_endpoint(),
         Outcome::Gone { .. } => plain(Disposition::Paused(PauseCause::Gone), Evidence::None),
         Outcome::Retry { failure, retry_after } => case.failed(failure, *retry_after),
         Outcome::TooLarge { retry_after, .. } if attempt.events > 1 => case.split(*retry_after),
-        Outcome::TooLarge { retry_after, .. } if health.believes_too_large() => dead(Reason::TooLarge, *retry_after),
-        Outcome::Refused { retry_after, .. } if health.believes_refusal() && attempt.events > 1 => case.split(*retry_after),
-        Outcome::Refused { retry_after, .. } if health.believes_refusal() => dead(Reason::Refused, *retry_after),
+        Outcome::TooLarge { retry_after, .. } if health.believes_too_large() => {
+            dead(Reason::TooLarge, *retry_after)
+        }
+        Outcome::Refused { retry_after, .. } if health.believes_refusal() && attempt.events > 1 => {
+            case.split(*retry_after)
+        }
+        Outcome::Refused { retry_after, .. } if health.believes_refusal() => {
+            dead(Reason::Refused, *retry_after)
+        }
         Outcome::TooLarge { failure, retry_after } | Outcome::Refused { failure, retry_after } => {
             let verdict = case.failed(failure, *retry_after);
-            let evidence = if case.is_part() { Evidence::Failed { counts: false } } else { verdict.evidence };
+            let evidence =
+                if case.is_part() { Evidence::Failed { counts: false } } else { verdict.evidence };
             Verdict { evidence, ..verdict }
         }
     }
@@ -128,7 +139,8 @@ impl Case<'_> {
         matches!(self.attempt.origin, Origin::Again { part: true, .. })
     }
 
-    /// A batch that failed before may fail for a reason of its own: if the endpoint has accepted something meanwhile, it does.
+    /// A batch that failed before may fail for a reason of its own: if the endpoint has accepted
+    /// something meanwhile, it does.
     fn counts(&self) -> bool {
         match self.attempt.origin {
             Origin::First => true,
@@ -137,7 +149,13 @@ impl Case<'_> {
     }
 
     fn next(&self, retry_after: Option<Duration>) -> Next {
-        self.retry.next(self.attempt.number, self.attempt.first_attempt_at, self.now, retry_after, self.random)
+        self.retry.next(
+            self.attempt.number,
+            self.attempt.first_attempt_at,
+            self.now,
+            retry_after,
+            self.random,
+        )
     }
 
     fn failed(&self, failure: &Failure, retry_after: Option<Duration>) -> Verdict {
@@ -151,23 +169,37 @@ impl Case<'_> {
             },
         };
         let shortened = retry_after.filter(|wish| *wish > disposition.delay().unwrap_or(granted));
-        Verdict { disposition, evidence: Evidence::Failed { counts: self.counts() }, hold: retry_after, shortened }
+        Verdict {
+            disposition,
+            evidence: Evidence::Failed { counts: self.counts() },
+            hold: retry_after,
+            shortened,
+        }
     }
 
     /// Twice in a row the receiver ended the connection while a large body was being sent.
     fn is_cut_off(&self, failure: &Failure) -> bool {
         let was_reset = matches!(self.attempt.origin, Origin::Again { was_reset: true, .. });
         let large = self.attempt.events > 1 && self.attempt.body_bytes > LARGE_BODY;
-        large && self.attempt.number > 1 && was_reset && matches!(failure, Failure::Reset { while_sending: true, .. })
+        large
+            && self.attempt.number > 1
+            && was_reset
+            && matches!(failure, Failure::Reset { while_sending: true, .. })
     }
 
     fn split(&self, retry_after: Option<Duration>) -> Verdict {
         let delay = self.retry.granted(self.attempt.first_attempt_at, self.now, retry_after);
         let shortened = retry_after.filter(|wish| *wish > delay);
-        Verdict { disposition: Disposition::Split { delay }, evidence: Evidence::None, hold: retry_after, shortened }
+        Verdict {
+            disposition: Disposition::Split { delay },
+            evidence: Evidence::None,
+            hold: retry_after,
+            shortened,
+        }
     }
 
-    /// An ordinary retry, and nothing else. If the old endpoint had the last attempt, the one that is configured now gets one all the same.
+    /// An ordinary retry, and nothing else. If the old endpoint had the last attempt, the one that
+    /// is configured now gets one all the same.
     fn of_another_endpoint(&self) -> Verdict {
         let delay = match self.next(None) {
             Next::After(delay) => delay,
@@ -199,7 +231,11 @@ mod tests {
     }
 
     fn again(part: bool, failed_at: SystemTime) -> Attempt {
-        Attempt { number: 2, origin: Origin::Again { part, failed_at: Some(failed_at), was_reset: false }, ..first(1) }
+        Attempt {
+            number: 2,
+            origin: Origin::Again { part, failed_at: Some(failed_at), was_reset: false },
+            ..first(1)
+        }
     }
 
     fn status(status: u16) -> Outcome {
@@ -218,7 +254,10 @@ mod tests {
     }
 
     fn reset(while_sending: bool) -> Outcome {
-        Outcome::Retry { failure: Failure::Reset { why: "reset".to_owned(), while_sending }, retry_after: None }
+        Outcome::Retry {
+            failure: Failure::Reset { why: "reset".to_owned(), while_sending },
+            retry_after: None,
+        }
     }
 
     fn healthy_since(at: SystemTime) -> Health {
@@ -251,9 +290,14 @@ mod tests {
             (first(9), 410, &unknown, Disposition::Paused(PauseCause::Gone), Evidence::None),
         ] {
             let verdict = decided(&attempt, &status(answer), health);
-            assert_eq!((verdict.disposition, verdict.evidence), (disposition, evidence), "{answer} to {attempt:?}");
+            assert_eq!(
+                (verdict.disposition, verdict.evidence),
+                (disposition, evidence),
+                "{answer} to {attempt:?}"
+            );
         }
-        let unsent = decided(&first(9), &Outcome::Unsent { why: "no descriptor".to_owned() }, &healthy);
+        let unsent =
+            decided(&first(9), &Outcome::Unsent { why: "no descriptor".to_owned() }, &healthy);
         assert_eq!((unsent.disposition, unsent.evidence), (Disposition::GivenBack, Evidence::None));
     }
 
@@ -266,9 +310,17 @@ mod tests {
             (healthy_since(T0 + secs(2)), DOES_NOT_COUNT),
         ] {
             for part in [false, true] {
-                assert_eq!(decided(&again(part, T0 + secs(1)), &outcome, &health).evidence, expected, "{health:?}");
+                assert_eq!(
+                    decided(&again(part, T0 + secs(1)), &outcome, &health).evidence,
+                    expected,
+                    "{health:?}"
+                );
             }
-            assert_eq!(decided(&first(1), &outcome, &health).evidence, COUNTS, "a first attempt always does");
+            assert_eq!(
+                decided(&first(1), &outcome, &health).evidence,
+                COUNTS,
+                "a first attempt always does"
+            );
         }
     }
 
@@ -281,44 +333,89 @@ mod tests {
         assert_eq!(decided(&part, &status(200), &refused).evidence, Evidence::Accepted);
         for answer in [400, 413, 422] {
             let verdict = decided(&part, &status(answer), &refused);
-            assert_eq!((verdict.disposition, verdict.evidence), (Disposition::Retry { delay: secs(15) }, DOES_NOT_COUNT), "{answer}");
+            assert_eq!(
+                (verdict.disposition, verdict.evidence),
+                (Disposition::Retry { delay: secs(15) }, DOES_NOT_COUNT),
+                "{answer}"
+            );
             let whole = decided(&first(1), &status(answer), &refused);
-            assert_eq!((whole.disposition, whole.evidence), (Disposition::Retry { delay: secs(5) }, COUNTS), "the brake: {answer}");
+            assert_eq!(
+                (whole.disposition, whole.evidence),
+                (Disposition::Retry { delay: secs(5) }, COUNTS),
+                "the brake: {answer}"
+            );
         }
     }
 
     #[test]
     fn a_failure_of_what_is_not_configured_any_more_is_an_ordinary_retry_that_says_nothing() {
         let day = Some(secs(86_400));
-        let outcomes = [status(500), status_after(503, day), status_after(413, day), status_after(422, day), status(410), reset(true)];
-        let pausing = RetryPolicy::try_new(RetryOptions { on_exhausted: Exhausted::Pause, ..RetryOptions::default() }).expect("valid");
+        let outcomes = [
+            status(500),
+            status_after(503, day),
+            status_after(413, day),
+            status_after(422, day),
+            status(410),
+            reset(true),
+        ];
+        let pausing = RetryPolicy::try_new(RetryOptions {
+            on_exhausted: Exhausted::Pause,
+            ..RetryOptions::default()
+        })
+        .expect("valid");
         for outcome in outcomes {
             for (number, delay) in [(1, 5), (16, 21_600)] {
                 let attempt = Attempt { number, ..first(9) };
-                let verdict = decide(&attempt, &outcome, false, &healthy_since(T0), &pausing, T0 + secs(1), 0.5);
-                assert_eq!(verdict, plain(Disposition::Retry { delay: secs(delay) }, Evidence::None), "{outcome:?}");
+                let verdict = decide(
+                    &attempt,
+                    &outcome,
+                    false,
+                    &healthy_since(T0),
+                    &pausing,
+                    T0 + secs(1),
+                    0.5,
+                );
+                assert_eq!(
+                    verdict,
+                    plain(Disposition::Retry { delay: secs(delay) }, Evidence::None),
+                    "{outcome:?}"
+                );
             }
         }
-        let delivered = decide(&first(1), &status(200), false, &Health::default(), &pausing, T0, 0.5);
-        assert_eq!((delivered.disposition, delivered.evidence), (Disposition::Delivered, Evidence::None));
+        let delivered =
+            decide(&first(1), &status(200), false, &Health::default(), &pausing, T0, 0.5);
+        assert_eq!(
+            (delivered.disposition, delivered.evidence),
+            (Disposition::Delivered, Evidence::None)
+        );
     }
 
     #[test]
-    fn a_wish_to_wait_holds_the_subscriber_and_is_said_to_be_shortened_where_the_schedule_ends_before() {
+    fn a_wish_to_wait_holds_the_subscriber_and_is_said_to_be_shortened_where_the_schedule_ends_before()
+     {
         let week = Some(secs(7 * 86_400));
         let verdict = decided(&first(1), &status_after(503, week), &Health::default());
         assert_eq!(verdict.disposition, Disposition::Retry { delay: secs(72 * 3600 - 1) });
         assert_eq!((verdict.hold, verdict.shortened), (week, week));
         let minute = Some(secs(60));
         let verdict = decided(&first(1), &status_after(503, minute), &Health::default());
-        assert_eq!((verdict.disposition, verdict.hold, verdict.shortened), (Disposition::Retry { delay: secs(60) }, minute, None));
+        assert_eq!(
+            (verdict.disposition, verdict.hold, verdict.shortened),
+            (Disposition::Retry { delay: secs(60) }, minute, None)
+        );
         let last = Attempt { number: 16, ..first(1) };
         let verdict = decided(&last, &status_after(503, week), &Health::default());
-        assert_eq!((verdict.disposition, verdict.shortened), (Disposition::DeadLetter(Reason::Exhausted), week));
+        assert_eq!(
+            (verdict.disposition, verdict.shortened),
+            (Disposition::DeadLetter(Reason::Exhausted), week)
+        );
         let verdict = decided(&last, &status_after(503, minute), &Health::default());
         assert_eq!(verdict.shortened, None, "the number of attempts ended it, not the time");
         let verdict = decided(&first(9), &status_after(413, week), &Health::default());
-        assert_eq!((verdict.disposition.delay(), verdict.shortened), (Some(secs(72 * 3600 - 1)), week));
+        assert_eq!(
+            (verdict.disposition.delay(), verdict.shortened),
+            (Some(secs(72 * 3600 - 1)), week)
+        );
     }
 
     #[test]
@@ -340,13 +437,21 @@ mod tests {
             (cut(1, 9, large, true), true, false), // what was reset before was its parent
         ] {
             let verdict = decided(&attempt, &reset(while_sending), &Health::default());
-            assert_eq!(matches!(verdict.disposition, Disposition::Split { .. }), splits, "{attempt:?}");
-            assert!(verdict.disposition.delay().is_some_and(|d| d >= secs(5)), "not at once: {verdict:?}");
+            assert_eq!(
+                matches!(verdict.disposition, Disposition::Split { .. }),
+                splits,
+                "{attempt:?}"
+            );
+            assert!(
+                verdict.disposition.delay().is_some_and(|d| d >= secs(5)),
+                "not at once: {verdict:?}"
+            );
             assert_eq!(verdict.evidence, COUNTS);
         }
     }
 
-    /// One subscriber with one slot, whose endpoint accepts good batches and answers 500 to bad ones, in time that is counted.
+    /// One subscriber with one slot, whose endpoint accepts good batches and answers 500 to bad
+    /// ones, in time that is counted.
     struct World {
         start: Instant,
         now: Duration,
@@ -396,7 +501,8 @@ mod tests {
             self.now = (self.now + Duration::from_millis(100)).min(until);
         }
 
-        /// Works on what there is until `until`; an attempt with a good batch takes `good`, one with a bad batch `bad`.
+        /// Works on what there is until `until`; an attempt with a good batch takes `good`, one
+        /// with a bad batch `bad`.
         fn run(&mut self, until: Duration, good: Duration, bad: Duration) {
             while self.now < until {
                 let slots = match self.breaker.permit(self.instant()) {
@@ -412,7 +518,9 @@ mod tests {
                 let now = self.instant();
                 let due = self.bad.iter().position(|(_, _, due)| *due <= self.now);
                 let first_due = self.good.first().filter(|at| **at <= self.now).map(|_| now);
-                let Some(turn) = self.turns.choose(slots, Waiting { first_due, retries: due.is_some() }, now) else {
+                let Some(turn) =
+                    self.turns.choose(slots, Waiting { first_due, retries: due.is_some() }, now)
+                else {
                     self.idle(until);
                     continue;
                 };
@@ -425,7 +533,11 @@ mod tests {
                 self.now += took;
                 self.slot_time[turn as usize] += took;
                 self.turns.ended(turn, self.instant());
-                self.attempt(Begun { probe: slots == Slots::Probe, first: turn == Turn::First }, due, begun_at);
+                self.attempt(
+                    Begun { probe: slots == Slots::Probe, first: turn == Turn::First },
+                    due,
+                    begun_at,
+                );
             }
         }
 
@@ -517,7 +629,8 @@ mod tests {
         assert!(quiet >= 15, "only retries: each half minute, {quiet}");
         world.good = vec![world.now; 1000];
         world.run(secs(10_000), took, took);
-        let gaps: Vec<u64> = world.probes[quiet..].windows(2).map(|two| (two[1] - two[0]).as_secs()).collect();
+        let gaps: Vec<u64> =
+            world.probes[quiet..].windows(2).map(|two| (two[1] - two[0]).as_secs()).collect();
         assert_eq!(gaps[..5], [60, 120, 240, 480, 600], "{gaps:?}");
         assert!(gaps[5..].iter().all(|gap| *gap == 600), "{gaps:?}");
     }

@@ -109,14 +109,16 @@ struct Inner {
     consumers: Mutex<HashMap<String, u32>>,
     /// When the latest of these consumers began.
     consuming_since: Mutex<Option<Instant>>,
-    /// Subscribers whose queue took its connection down when it was consumed: they get one of their own.
+    /// Subscribers whose queue took its connection down when it was consumed: they get one of their
+    /// own.
     suspects: Mutex<HashSet<String>>,
     /// By subscriber.
     remembered: Mutex<HashMap<String, Arc<Remembered>>>,
     /// By subscriber.
     sizes: Mutex<HashMap<String, Arc<Mutex<Sizes>>>>,
     troubles: watch::Sender<Troubles>,
-    /// What the record says that is bound to the exchange of the events, once a daemon has read it; of a command what it is configured with.
+    /// What the record says that is bound to the exchange of the events, once a daemon has read it;
+    /// of a command what it is configured with.
     bound: Mutex<Patterns>,
     /// Whether the witness was there at the start.
     witnessed: OnceLock<bool>,
@@ -133,7 +135,8 @@ struct Inner {
 /// RabbitMQ's default: a consumer that holds a message for longer loses its channel.
 pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// The broker counts a consumer within this time; until then another daemon's may be taken for this one's own.
+/// The broker counts a consumer within this time; until then another daemon's may be taken for this
+/// one's own.
 const COUNTED: Duration = Duration::from_secs(2);
 
 /// So many subscribers may have a connection of their own.
@@ -182,7 +185,8 @@ impl AmqpQueue {
         }))
     }
 
-    /// Looks once whether the broker can be reached, for commands that must not wait for it without end.
+    /// Looks once whether the broker can be reached, for commands that must not wait for it without
+    /// end.
     ///
     /// # Errors
     /// It cannot, and why.
@@ -211,7 +215,13 @@ impl AmqpQueue {
     }
 
     fn new_publisher(&self, role: Role) -> Publisher {
-        Publisher::start(self.topology().clone(), self.0.dialer.clone(), self.0.declaring.clone(), role, &self.0.troubles)
+        Publisher::start(
+            self.topology().clone(),
+            self.0.dialer.clone(),
+            self.0.declaring.clone(),
+            role,
+            &self.0.troubles,
+        )
     }
 
     fn effort(&self, what: impl Into<String>) -> Effort {
@@ -232,8 +242,13 @@ impl AmqpQueue {
     }
 
     /// Returns whose queues are not ready.
-    async fn try_prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
-        let patterns = |s: &Arc<Subscriber>| (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect());
+    async fn try_prepare(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> Result<BTreeSet<String>, QueueError> {
+        let patterns = |s: &Arc<Subscriber>| {
+            (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect())
+        };
         *self.0.prepared.lock().await = subscribers.iter().map(patterns).collect();
         let mut broker = self.broker();
         self.topology().find_source(&mut broker).await?;
@@ -250,8 +265,9 @@ impl AmqpQueue {
         Ok(unready)
     }
 
-    /// Follows the record: who is paused, and what only earlier configurations had, which it takes away.
-    /// Beside the lanes, because it has to publish, and a broker that blocks publishing can still be consumed.
+    /// Follows the record: who is paused, and what only earlier configurations had, which it takes
+    /// away. Beside the lanes, because it has to publish, and a broker that blocks publishing can
+    /// still be consumed.
     async fn follow_state(&self, subscribers: watch::Receiver<Subscribers>) {
         self.0.follows.store(true, Ordering::Relaxed);
         let mut reconciler = Reconciler::new(self, subscribers);
@@ -262,7 +278,11 @@ impl AmqpQueue {
         }
     }
 
-    async fn relay(&self, subscribers: watch::Receiver<Subscribers>, stopping: watch::Receiver<bool>) {
+    async fn relay(
+        &self,
+        subscribers: watch::Receiver<Subscribers>,
+        stopping: watch::Receiver<bool>,
+    ) {
         let Intake::SourceQueue(queue) = self.topology().intake() else { return };
         // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
         let publisher = self.new_publisher(Role::Relaying);
@@ -325,7 +345,10 @@ impl AmqpQueue {
                 Ok(moved) => {
                     sweeping.goes_well();
                     if moved > 0 {
-                        tracing::info!(batches = moved, "moved orphans back into their retry queues");
+                        tracing::info!(
+                            batches = moved,
+                            "moved orphans back into their retry queues"
+                        );
                     }
                     tokio::select! {
                         () = tokio::time::sleep(relay::SWEEP_INTERVAL) => {}
@@ -338,44 +361,60 @@ impl AmqpQueue {
     }
 
     /// What no queue has taken is in none, and can be published again once what should be bound is.
-    async fn publish_again(&self, messages: &[Message], fates: &mut [Fate]) -> Result<(), QueueError> {
+    async fn publish_again(
+        &self,
+        messages: &[Message],
+        fates: &mut [Fate],
+    ) -> Result<(), QueueError> {
         let is_event = |m: &Message| m.exchange == self.topology().events();
-        let lost: Vec<usize> =
-            (0..fates.len()).filter(|n| fates[*n] == Fate::Unroutable && messages.get(*n).is_some_and(is_event)).collect();
+        let lost: Vec<usize> = (0..fates.len())
+            .filter(|n| fates[*n] == Fate::Unroutable && messages.get(*n).is_some_and(is_event))
+            .collect();
         let types = lost.iter().map(|n| messages[*n].routing_key.clone()).collect();
         if lost.is_empty() || !self.bind_again(&types).await? {
             return Ok(());
         }
-        let again = self.publisher().publish(lost.iter().map(|n| messages[*n].clone()).collect()).await?;
+        let again =
+            self.publisher().publish(lost.iter().map(|n| messages[*n].clone()).collect()).await?;
         lost.into_iter().zip(again).for_each(|(n, fate)| fates[n] = fate);
         Ok(())
     }
 
-    /// Deletes everything that is declared under this prefix for these subscribers. The exchange that producers publish to goes too
-    /// `with_exchange`; where events come from a source queue that is hooktrail's own.
+    /// Deletes everything that is declared under this prefix for these subscribers. The exchange
+    /// that producers publish to goes too `with_exchange`; where events come from a source queue
+    /// that is hooktrail's own.
     ///
     /// # Errors
     /// The broker cannot be reached or does not obey.
-    pub async fn remove<S: AsRef<str>>(&self, subscribers: impl IntoIterator<Item = S>, with_exchange: bool) -> Result<(), QueueError> {
+    pub async fn remove<S: AsRef<str>>(
+        &self,
+        subscribers: impl IntoIterator<Item = S>,
+        with_exchange: bool,
+    ) -> Result<(), QueueError> {
         let topology = self.topology();
         let mut broker = self.broker();
-        let own = subscribers.into_iter().flat_map(|name| topology.subscriber_queues(name.as_ref()));
+        let own =
+            subscribers.into_iter().flat_map(|name| topology.subscriber_queues(name.as_ref()));
         for (queue, _) in own.chain(topology.shared_queues()) {
             broker.delete_queue(&queue).await?;
         }
         broker.delete_queue(&topology.state()).await?;
         broker.delete_queue(&topology.snapshot()).await?;
         let is_own = with_exchange || matches!(topology.intake(), Intake::SourceQueue(_));
-        for exchange in topology.exchanges().into_iter().filter(|name| is_own || *name != topology.events()) {
+        for exchange in
+            topology.exchanges().into_iter().filter(|name| is_own || *name != topology.events())
+        {
             broker.delete_exchange(&exchange).await?;
         }
         broker.delete_exchange(&topology.witness()).await
     }
 
-    /// What there is under this prefix, of every subscriber that the record, this configuration or the management API knows.
+    /// What there is under this prefix, of every subscriber that the record, this configuration or
+    /// the management API knows.
     ///
     /// # Errors
-    /// The broker cannot be asked; or a daemon or a command works with the prefix: which queue, or which subscriber, shows it.
+    /// The broker cannot be asked; or a daemon or a command works with the prefix: which queue, or
+    /// which subscriber, shows it.
     pub async fn everything(&self, configured: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let topology = self.topology();
         let mut names: BTreeSet<String> = configured.iter().map(|s| s.name.clone()).collect();
@@ -401,7 +440,11 @@ impl AmqpQueue {
         Ok(depths)
     }
 
-    async fn shared_depths(&self, broker: &mut Broker<'_>, depths: &mut Depths) -> Result<(), QueueError> {
+    async fn shared_depths(
+        &self,
+        broker: &mut Broker<'_>,
+        depths: &mut Depths,
+    ) -> Result<(), QueueError> {
         let mut delayed = 0;
         for level in 0..ladder::LEVELS {
             delayed += broker.messages(&self.topology().level(level)).await?.unwrap_or(0);
@@ -412,13 +455,17 @@ impl AmqpQueue {
     }
 
     /// Deletes and redeclares those queues of a subscriber, and of the shared ones, that the broker
-    /// has lost the use of, and declares those that are missing. Sound queues are not touched; nor is
-    /// one with messages that may come back, unless `force` says so.
+    /// has lost the use of, and declares those that are missing. Sound queues are not touched; nor
+    /// is one with messages that may come back, unless `force` says so.
     ///
     /// # Errors
-    /// The broker cannot be reached or does not obey; or what is wrong is not for this to change, which
-    /// is said, and nothing is changed.
-    pub async fn repair(&self, subscriber: &Subscriber, force: bool) -> Result<Vec<Repaired>, QueueError> {
+    /// The broker cannot be reached or does not obey; or what is wrong is not for this to change,
+    /// which is said, and nothing is changed.
+    pub async fn repair(
+        &self,
+        subscriber: &Subscriber,
+        force: bool,
+    ) -> Result<Vec<Repaired>, QueueError> {
         let mut broker = self.broker();
         let own = self.topology().subscriber_queues(&subscriber.name);
         let own_names = own.clone().map(|(queue, _)| queue);
@@ -430,15 +477,21 @@ impl AmqpQueue {
             let exists = unusable.why.code != Some(NOT_FOUND);
             if exists && !unusable.is_broken() {
                 let e = unusable.into_error(&subscriber.name);
-                return Err(QueueError::new(format!("{e}; that is not for `repair` to change, and nothing was changed")));
+                return Err(QueueError::new(format!(
+                    "{e}; that is not for `repair` to change, and nothing was changed"
+                )));
             }
             broken.push((queue, arguments, exists, unusable.why.to_string()));
         }
-        // The broker cannot say what is in a queue that it cannot use. But when those that all subscribers
-        // share are dumb too, or it counts messages, a node is missing rather than the queue lost.
-        let shared_is_dumb = broken.iter().any(|(queue, _, exists, _)| *exists && own_names.iter().all(|own| own != *queue));
+        // The broker cannot say what is in a queue that it cannot use. But when those that all
+        // subscribers share are dumb too, or it counts messages, a node is missing rather than the
+        // queue lost.
+        let shared_is_dumb = broken
+            .iter()
+            .any(|(queue, _, exists, _)| *exists && own_names.iter().all(|own| own != *queue));
         for (queue, _, exists, _) in &broken {
-            let messages = if *exists { broker.depth(queue).await?.map_or(0, |d| d.messages) } else { 0 };
+            let messages =
+                if *exists { broker.depth(queue).await?.map_or(0, |d| d.messages) } else { 0 };
             if !force && *exists && (shared_is_dumb || messages > 0) {
                 return Err(QueueError::new(format!(
                     "queue `{queue}` does not answer, and what is in it may come back: is a node of the cluster missing (rabbitmqctl cluster_status)? \
@@ -446,15 +499,22 @@ impl AmqpQueue {
                 )));
             }
         }
-        let mut report: Vec<_> =
-            queues.iter().filter(|(q, _)| broken.iter().all(|b| b.0 != q)).map(|(q, _)| Repaired::Sound(q.clone())).collect();
+        let mut report: Vec<_> = queues
+            .iter()
+            .filter(|(q, _)| broken.iter().all(|b| b.0 != q))
+            .map(|(q, _)| Repaired::Sound(q.clone()))
+            .collect();
         for (queue, arguments, exists, why) in broken {
             if exists {
                 broker.delete_queue(queue).await?;
             }
             broker.ensure_queue(queue, arguments.clone()).await?;
             let queue = queue.clone();
-            report.push(if exists { Repaired::Redeclared { queue, why } } else { Repaired::Declared(queue) });
+            report.push(if exists {
+                Repaired::Redeclared { queue, why }
+            } else {
+                Repaired::Declared(queue)
+            });
         }
         // Their bindings.
         self.topology().ensure_shared(&mut broker).await?;
@@ -490,7 +550,8 @@ impl AmqpQueue {
 
     /// A consumer is about to begin, or to begin again.
     fn begins_to_consume(&self) {
-        *self.0.consuming_since.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::instant());
+        *self.0.consuming_since.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(clock::instant());
     }
 
     /// Whether the broker has counted all of this daemon's consumers by now.
@@ -513,7 +574,13 @@ impl AmqpQueue {
 
     /// What is known of the sizes of its messages.
     fn sizes(&self, subscriber: &str) -> Arc<Mutex<Sizes>> {
-        self.0.sizes.lock().unwrap_or_else(PoisonError::into_inner).entry(subscriber.to_owned()).or_default().clone()
+        self.0
+            .sizes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(subscriber.to_owned())
+            .or_default()
+            .clone()
     }
 
     /// How often it does now.
@@ -538,7 +605,9 @@ impl AmqpQueue {
             }
             // What a walk holds is not counted.
             if broker.is_walked(queue).await? {
-                return Err(QueueError::new(format!("a `hooktrail dead` command is looking at queue `{queue}`; wait for its end")));
+                return Err(QueueError::new(format!(
+                    "a `hooktrail dead` command is looking at queue `{queue}`; wait for its end"
+                )));
             }
             if depth.messages > 0 && !with_events {
                 return Err(QueueError::new(format!(
@@ -552,10 +621,18 @@ impl AmqpQueue {
 
     /// Who was removed and not pruned. A daemon follows the record; a command reads it.
     async fn removed(&self) -> Result<BTreeSet<String>, QueueError> {
-        if self.follows() { Ok(self.0.removed.borrow().clone()) } else { state::removed(self).await }
+        if self.follows() {
+            Ok(self.0.removed.borrow().clone())
+        } else {
+            state::removed(self).await
+        }
     }
 
-    async fn depth(&self, broker: &mut Broker<'_>, subscriber: &str) -> Result<Option<Depth>, QueueError> {
+    async fn depth(
+        &self,
+        broker: &mut Broker<'_>,
+        subscriber: &str,
+    ) -> Result<Option<Depth>, QueueError> {
         let topology = self.topology();
         let (events, retries, dead) = (
             broker.messages(&topology.main(subscriber)).await?,
@@ -564,7 +641,12 @@ impl AmqpQueue {
         );
         let of = |n: Option<u64>| n.unwrap_or(0);
         let there = events.is_some() || retries.is_some() || dead.is_some();
-        Ok(there.then(|| Depth { events: of(events), retries: of(retries), delayed: 0, dead: of(dead) }))
+        Ok(there.then(|| Depth {
+            events: of(events),
+            retries: of(retries),
+            delayed: 0,
+            dead: of(dead),
+        }))
     }
 
     /// What could not be routed back to its subscriber, and invalid events of a source queue.
@@ -590,7 +672,10 @@ impl Queue for AmqpQueue {
     type Settler = Settler;
     type DeadLetters = DeadLetters;
 
-    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
+    async fn prepare(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> Result<BTreeSet<String>, QueueError> {
         self.publisher(); // connects meanwhile
         let mut preparing = self.effort("making queues and bindings ready");
         loop {
@@ -601,7 +686,11 @@ impl Queue for AmqpQueue {
         }
     }
 
-    async fn chores(&self, subscribers: watch::Receiver<Subscribers>, stopping: watch::Receiver<bool>) {
+    async fn chores(
+        &self,
+        subscribers: watch::Receiver<Subscribers>,
+        stopping: watch::Receiver<bool>,
+    ) {
         let relay = kept("the relay", || self.relay(subscribers.clone(), stopping.clone()));
         let others = async {
             tokio::join!(
@@ -625,11 +714,16 @@ impl Queue for AmqpQueue {
         self.0.declaring.close().await;
     }
 
-    async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
+    async fn open(
+        &self,
+        subscriber: &Subscriber,
+        window: Window,
+    ) -> Result<(Source, Settler), QueueError> {
         let name = &subscriber.name;
         let suspects = || self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
         // With many of them it is the broker that fails, and more connections would not help it.
-        let suspect = Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
+        let suspect =
+            Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
         if let Err(e) = self.topology().ensure_subscriber(&mut self.broker(), subscriber).await {
             // The exchange itself, perhaps, which no lane declares.
             self.0.unbound.notify_one();
@@ -638,7 +732,17 @@ impl Queue for AmqpQueue {
         let leases = self.leases(suspect).await?;
         // Counted before the broker counts it.
         let consumes = self.consumes(name);
-        match Source::open(leases, self.topology(), self.publisher().clone(), subscriber, window, self.remembered(name), consumes).await {
+        match Source::open(
+            leases,
+            self.topology(),
+            self.publisher().clone(),
+            subscriber,
+            window,
+            self.remembered(name),
+            consumes,
+        )
+        .await
+        {
             Ok(opened) => Ok(opened),
             Err(unusable) => {
                 if unusable.is_broken() {
@@ -662,7 +766,9 @@ impl Queue for AmqpQueue {
     }
 
     async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
-        let patterns = |s: &Arc<Subscriber>| (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect());
+        let patterns = |s: &Arc<Subscriber>| {
+            (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect())
+        };
         *self.bound() = subscribers.iter().map(patterns).collect();
         let mut broker = self.broker();
         self.topology().ensure_shared(&mut broker).await?;
@@ -676,9 +782,15 @@ impl Queue for AmqpQueue {
 
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Vec<Published>, QueueError> {
         let message = |NewEvent { event_type, message_id, body, traceparent }| {
-            let (body, properties) = message::event(body, message_id.as_deref(), traceparent.as_deref());
+            let (body, properties) =
+                message::event(body, message_id.as_deref(), traceparent.as_deref());
             match self.topology().intake() {
-                Intake::Exchange(exchange) => Message { exchange: exchange.clone(), routing_key: event_type, body, properties },
+                Intake::Exchange(exchange) => Message {
+                    exchange: exchange.clone(),
+                    routing_key: event_type,
+                    body,
+                    properties,
+                },
                 Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
             }
         };
@@ -701,7 +813,8 @@ impl Queue for AmqpQueue {
     }
 
     fn is_reachable(&self) -> bool {
-        self.publisher().is_writable() && !self.0.troubles.borrow().has(&Role::Consuming.connection())
+        self.publisher().is_writable()
+            && !self.0.troubles.borrow().has(&Role::Consuming.connection())
     }
 
     fn troubles(&self) -> watch::Receiver<Troubles> {
@@ -718,7 +831,9 @@ impl Queue for AmqpQueue {
 
     async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
         self.recorded().insert(subscriber.to_owned(), standing.clone());
-        if let Err(e) = state::record(self.topology(), self.publisher(), subscriber, &standing).await {
+        if let Err(e) =
+            state::record(self.topology(), self.publisher(), subscriber, &standing).await
+        {
             self.recorded().remove(subscriber);
             return Err(e);
         }
@@ -739,7 +854,11 @@ impl Queue for AmqpQueue {
         waiting::list(self, subscriber).await
     }
 
-    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
+    async fn hasten(
+        &self,
+        subscriber: &str,
+        ids: Option<BTreeSet<BatchId>>,
+    ) -> Result<Hastened, QueueError> {
         waiting::hasten(self, subscriber, ids).await
     }
 
@@ -770,7 +889,8 @@ impl Queue for AmqpQueue {
         let topology = self.topology();
         let queues = topology.subscriber_queues(subscriber).map(|(queue, _)| queue);
         self.may_be_pruned(&mut broker, subscriber, &queues, with_events).await?;
-        // Retries that come due from now on become orphans instead of going with their queue; what came before is seen.
+        // Retries that come due from now on become orphans instead of going with their queue; what
+        // came before is seen.
         topology.unbind_retry(&mut broker, subscriber).await?;
         if let Err(e) = self.may_be_pruned(&mut broker, subscriber, &queues, with_events).await {
             // If this fails, whoever configures it again binds it.

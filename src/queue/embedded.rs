@@ -1,5 +1,6 @@
-//! The embedded queue: one ordered log of events for all subscribers, a cursor for each, retries with
-//! their due times and dead letters, in one SQLite database. Nothing outside of this module knows SQLite.
+//! The embedded queue: one ordered log of events for all subscribers, a cursor for each, retries
+//! with their due times and dead letters, in one SQLite database. Nothing outside of this module
+//! knows SQLite.
 //!
 //! - `store`: the file, its schema, commits in groups
 //! - `place`: whether the files that are open still are those at their paths
@@ -41,14 +42,18 @@ use crate::{
     delivery::{BatchId, Depth, Depths, Pause, Standing, Standings},
     event::Pattern,
     policy::retry::Waits,
-    queue::{Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
+    queue::{
+        Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
+        Window,
+    },
     telemetry::finding::Finding,
 };
 
 /// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How often it is checked that the files are where they were, beside each time that events are stored.
+/// How often it is checked that the files are where they were, beside each time that events are
+/// stored.
 const CHECK_PLACE: Duration = Duration::from_secs(10);
 
 /// Between two rounds of deleting what every subscriber is done with.
@@ -117,7 +122,16 @@ impl EmbeddedQueue {
         let retention = config.retention;
         let (standings, removals) = (watch::Sender::new(None), Removals::default());
         let (prepared, lanes) = (Mutex::default(), Mutex::default());
-        Ok(Self(Arc::new(Inner { store, retention, patterns, news, standings, removals, prepared, lanes })))
+        Ok(Self(Arc::new(Inner {
+            store,
+            retention,
+            patterns,
+            news,
+            standings,
+            removals,
+            prepared,
+            lanes,
+        })))
     }
 
     /// Whether the database in a directory holds what was not delivered, if there is one.
@@ -132,7 +146,8 @@ impl EmbeddedQueue {
         queue
             .store()
             .read(|db| {
-                let retries: bool = db.query_row("SELECT EXISTS (SELECT 1 FROM retry)", [], |r| r.get(0))?;
+                let retries: bool =
+                    db.query_row("SELECT EXISTS (SELECT 1 FROM retry)", [], |r| r.get(0))?;
                 Ok(retries || !backlogs(db, &BTreeMap::new())?.iter().all(|(_, n)| *n == 0))
             })
             .await
@@ -146,7 +161,8 @@ impl EmbeddedQueue {
         self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Deletes the database with all that is in it. For whoever has it [for itself](Self::for_daemon).
+    /// Deletes the database with all that is in it. For whoever has it [for
+    /// itself](Self::for_daemon).
     ///
     /// # Errors
     /// A file cannot be deleted.
@@ -159,7 +175,11 @@ impl EmbeddedQueue {
     /// # Errors
     /// The database cannot be read.
     pub async fn everything(&self) -> Result<Depths, QueueError> {
-        self.store().read(|db| Ok(Depths { subscribers: depths(db, &BTreeMap::new())?, ..Depths::default() })).await
+        self.store()
+            .read(|db| {
+                Ok(Depths { subscribers: depths(db, &BTreeMap::new())?, ..Depths::default() })
+            })
+            .await
     }
 
     /// What there is of each kind for each subscriber, by names such as `siem: events to deliver`.
@@ -168,11 +188,17 @@ impl EmbeddedQueue {
     /// The database cannot be read.
     pub async fn counts(&self) -> Result<Vec<(String, u32)>, QueueError> {
         let count = |db: &Connection| {
-            let mut counts =
-                backlogs(db, &BTreeMap::new())?.into_iter().map(|(s, n)| (format!("{s}: events to deliver"), n)).collect::<Vec<_>>();
+            let mut counts = backlogs(db, &BTreeMap::new())?
+                .into_iter()
+                .map(|(s, n)| (format!("{s}: events to deliver"), n))
+                .collect::<Vec<_>>();
             for (table, what) in [("retry", "batches to try again"), ("dead", "dead letters")] {
-                let mut query = db.prepare(&format!("SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"))?;
-                let rows = query.query_map([], |r| Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?)))?;
+                let mut query = db.prepare(&format!(
+                    "SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"
+                ))?;
+                let rows = query.query_map([], |r| {
+                    Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?))
+                })?;
                 counts.extend(rows.collect::<rusqlite::Result<Vec<(String, u32)>>>()?);
             }
             Ok(counts)
@@ -181,10 +207,16 @@ impl EmbeddedQueue {
     }
 
     /// Ends the segments of configurations that are no more and begins those of today's.
-    async fn bind(&self, subscribers: &[Arc<Subscriber>], only_missing: bool) -> Result<(), QueueError> {
-        let wanted: Vec<(String, String)> = subscribers.iter().map(|s| (s.name.clone(), patterns_text(&s.events))).collect();
+    async fn bind(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+        only_missing: bool,
+    ) -> Result<(), QueueError> {
+        let wanted: Vec<(String, String)> =
+            subscribers.iter().map(|s| (s.name.clone(), patterns_text(&s.events))).collect();
         let removals = (!only_missing).then(|| self.0.removals.clone());
-        let changes = self.store().write(move |db| sync_segments(db, &wanted, removals.as_ref())).await?;
+        let changes =
+            self.store().write(move |db| sync_segments(db, &wanted, removals.as_ref())).await?;
         for change in changes {
             tracing::warn!("{change}");
         }
@@ -204,15 +236,17 @@ impl EmbeddedQueue {
                 let current = subscribers.borrow_and_update().clone();
                 match self.bind(&current, false).await {
                     Ok(()) => break,
-                    Err(e) => tracing::warn!(error = %e, "what is configured anew is not bound yet; trying again"),
+                    Err(e) => {
+                        tracing::warn!(error = %e, "what is configured anew is not bound yet; trying again")
+                    }
                 }
                 tokio::time::sleep(waits.grow()).await;
             }
         }
     }
 
-    /// What is wanted of today's log. Another process may change that at any time, so it is asked within
-    /// the transaction that writes events.
+    /// What is wanted of today's log. Another process may change that at any time, so it is asked
+    /// within the transaction that writes events.
     fn open_patterns(&self, db: &Connection) -> rusqlite::Result<Arc<[Pattern]>> {
         let texts = db
             .prepare_cached("SELECT patterns FROM segment WHERE upto IS NULL ORDER BY id")?
@@ -291,15 +325,22 @@ impl Queue for EmbeddedQueue {
     type Settler = Settler;
     type DeadLetters = DeadLetters;
 
-    async fn prepare(&self, subscribers: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
+    async fn prepare(
+        &self,
+        subscribers: &[Arc<Subscriber>],
+    ) -> Result<BTreeSet<String>, QueueError> {
         // Before anything is changed: what is refused has changed nothing.
         let mut found = self.store().read(standings).await?;
         self.bind(subscribers, false).await?;
         let names: BTreeSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
-        let before = std::mem::replace(&mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner), names.clone());
+        let before = std::mem::replace(
+            &mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner),
+            names.clone(),
+        );
         self.0.standings.send_modify(|all| match all {
             None => *all = Some(Arc::new(found)),
-            // This daemon alone changes them, but of who comes now: a command may have pruned one of that name.
+            // This daemon alone changes them, but of who comes now: a command may have pruned one
+            // of that name.
             Some(all) => {
                 for name in names.difference(&before) {
                     match found.remove(name) {
@@ -312,10 +353,20 @@ impl Queue for EmbeddedQueue {
         Ok(BTreeSet::new())
     }
 
-    async fn chores(&self, subscribers: watch::Receiver<Subscribers>, mut stopping: watch::Receiver<bool>) {
+    async fn chores(
+        &self,
+        subscribers: watch::Receiver<Subscribers>,
+        mut stopping: watch::Receiver<bool>,
+    ) {
         // Each step is a transaction.
-        let chores =
-            async { tokio::join!(self.look_for_news(), self.trim_again_and_again(), self.bind_again(subscribers), self.check_place()) };
+        let chores = async {
+            tokio::join!(
+                self.look_for_news(),
+                self.trim_again_and_again(),
+                self.bind_again(subscribers),
+                self.check_place()
+            )
+        };
         tokio::select! {
             _ = stopping.wait_for(|stops| *stops) => {}
             _ = chores => {}
@@ -326,8 +377,14 @@ impl Queue for EmbeddedQueue {
         self.store().close().await;
     }
 
-    async fn open(&self, subscriber: &Subscriber, window: Window) -> Result<(Source, Settler), QueueError> {
-        let (source, settler) = lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window).await?;
+    async fn open(
+        &self,
+        subscriber: &Subscriber,
+        window: Window,
+    ) -> Result<(Source, Settler), QueueError> {
+        let (source, settler) =
+            lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window)
+                .await?;
         self.lanes().insert(subscriber.name.clone(), settler.lane());
         Ok((source, settler))
     }
@@ -335,8 +392,9 @@ impl Queue for EmbeddedQueue {
     async fn writable(&self) {
         let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
         // A page that is written and taken back: what a full disk refuses.
-        let probe =
-            |db: &Connection| db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe");
+        let probe = |db: &Connection| {
+            db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe")
+        };
         while let Err(e) = self.store().write(probe).await {
             tracing::debug!(error = %e, "the embedded queue still takes nothing");
             tokio::time::sleep(waits.grow()).await;
@@ -351,7 +409,8 @@ impl Queue for EmbeddedQueue {
         let at = millis(clock::now());
         let queue = self.clone();
         let insert = move |db: &Connection| {
-            // Lanes go on with a lost file, as long as there is a process that has it; to take more is to lose it.
+            // Lanes go on with a lost file, as long as there is a process that has it; to take more
+            // is to lose it.
             if let Some(lost) = queue.store().place().check_before_storing() {
                 return Ok(Err(lost));
             }
@@ -362,8 +421,15 @@ impl Queue for EmbeddedQueue {
             for e in &events {
                 let matched = patterns.iter().any(|p| p.matches(&e.event_type));
                 if matched {
-                    let traceparent = e.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
-                    insert.execute(params![e.event_type, e.message_id, at, &e.body[..], traceparent])?;
+                    let traceparent =
+                        e.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
+                    insert.execute(params![
+                        e.event_type,
+                        e.message_id,
+                        at,
+                        &e.body[..],
+                        traceparent
+                    ])?;
                 }
                 fates.push(if matched { Published::Stored } else { Published::Unmatched });
             }
@@ -391,7 +457,9 @@ impl Queue for EmbeddedQueue {
     async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
         let (name, stands) = (subscriber.to_owned(), standing.clone());
         self.store().write(move |db: &Connection| set_standing(db, &name, &stands)).await?;
-        self.0.standings.send_modify(|all| drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing)));
+        self.0.standings.send_modify(|all| {
+            drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing))
+        });
         Ok(())
     }
 
@@ -403,20 +471,30 @@ impl Queue for EmbeddedQueue {
         waiting::list(self, subscriber).await
     }
 
-    async fn hasten(&self, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
+    async fn hasten(
+        &self,
+        subscriber: &str,
+        ids: Option<BTreeSet<BatchId>>,
+    ) -> Result<Hastened, QueueError> {
         waiting::hasten(self, subscriber, ids).await
     }
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let place = self.store().place();
-        // Before the database is read: what is settled meanwhile is not counted at all, and what is taken meanwhile was not taken yet.
-        let in_hand: BTreeMap<String, Held> = self.lanes().iter().filter_map(|(name, lane)| Some((name.clone(), lane.held()?))).collect();
+        // Before the database is read: what is settled meanwhile is not counted at all, and what is
+        // taken meanwhile was not taken yet.
+        let in_hand: BTreeMap<String, Held> = self
+            .lanes()
+            .iter()
+            .filter_map(|(name, lane)| Some((name.clone(), lane.held()?)))
+            .collect();
         let look = move |db: &Connection| {
             // One snapshot: a batch that fails meanwhile is among the events or among the retries.
             let db = db.unchecked_transaction()?;
             place.check().map_or_else(|| depths(&db, &in_hand).map(Ok), |lost| Ok(Err(lost)))
         };
-        // What was asked and not answered is told as the queue's error: status and log say the same.
+        // What was asked and not answered is told as the queue's error: status and log say the
+        // same.
         let found = self.store().look(look).await?;
         let mut found = found.map_err(QueueError::needs_operator)?;
         let (mut configured, mut removed) = (BTreeMap::new(), BTreeMap::new());
@@ -429,7 +507,8 @@ impl Queue for EmbeddedQueue {
 
     async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
         let open = |db: &Connection| {
-            let mut query = db.prepare("SELECT DISTINCT subscriber FROM segment WHERE upto IS NULL")?;
+            let mut query =
+                db.prepare("SELECT DISTINCT subscriber FROM segment WHERE upto IS NULL")?;
             query.query_map([], |r| r.get(0))?.collect()
         };
         self.store().read(open).await
@@ -438,10 +517,14 @@ impl Queue for EmbeddedQueue {
     async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {
         let name = subscriber.to_owned();
         let delete = move |db: &Connection| {
-            let open: bool =
-                db.query_row("SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)", [&name], |r| r.get(0))?;
+            let open: bool = db.query_row(
+                "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)",
+                [&name],
+                |r| r.get(0),
+            )?;
             // In the same transaction: what came since somebody looked is seen.
-            let full = !with_events && depths(db, &BTreeMap::new())?.get(&name).is_some_and(|d| !d.is_empty());
+            let full = !with_events
+                && depths(db, &BTreeMap::new())?.get(&name).is_some_and(|d| !d.is_empty());
             if open || full {
                 return Ok(if open { Pruned::StillOpen } else { Pruned::Full });
             }
@@ -454,7 +537,9 @@ impl Queue for EmbeddedQueue {
         };
         match self.store().write(delete).await? {
             Pruned::Done => Ok(()),
-            Pruned::Full => Err(QueueError::new(format!("`{subscriber}` holds something by now; nothing was deleted"))),
+            Pruned::Full => Err(QueueError::new(format!(
+                "`{subscriber}` holds something by now; nothing was deleted"
+            ))),
             Pruned::StillOpen => Err(QueueError::new(format!(
                 "`{subscriber}` still gets events; take it out of the configuration, and start or reload the daemon once with that"
             ))),
@@ -476,7 +561,10 @@ enum Pruned {
 }
 
 /// Of everybody who has anything, without what lanes have in hand.
-fn depths(db: &Connection, in_hand: &BTreeMap<String, Held>) -> rusqlite::Result<BTreeMap<String, Depth>> {
+fn depths(
+    db: &Connection,
+    in_hand: &BTreeMap<String, Held>,
+) -> rusqlite::Result<BTreeMap<String, Depth>> {
     let mut depths: BTreeMap<String, Depth> = BTreeMap::new();
     for (name, events) in backlogs(db, in_hand)? {
         depths.entry(name).or_default().events = events.into();
@@ -503,11 +591,16 @@ fn depths(db: &Connection, in_hand: &BTreeMap<String, Held>) -> rusqlite::Result
 }
 
 fn standings(db: &Connection) -> rusqlite::Result<BTreeMap<String, Standing>> {
-    let mut query = db.prepare_cached("SELECT subscriber, why, by, since, resumed_at FROM standing")?;
+    let mut query =
+        db.prepare_cached("SELECT subscriber, why, by, since, resumed_at FROM standing")?;
     let rows = query.query_map([], |r| {
         let standing = match r.get::<_, Option<i64>>(4)? {
             Some(at) => Standing::Resumed { at: from_millis(at) },
-            None => Standing::Paused(Pause { why: r.get(1)?, by: r.get(2)?, since: from_millis(r.get(3)?) }),
+            None => Standing::Paused(Pause {
+                why: r.get(1)?,
+                by: r.get(2)?,
+                since: from_millis(r.get(3)?),
+            }),
         };
         Ok((r.get(0)?, standing))
     })?;
@@ -519,8 +612,12 @@ fn set_standing(db: &Connection, subscriber: &str, standing: &Standing) -> rusql
         db.prepare_cached("INSERT OR REPLACE INTO standing (subscriber, why, by, since, resumed_at) VALUES (?1, ?2, ?3, ?4, ?5)")?;
     let none = None::<i64>;
     match standing {
-        Standing::Paused(Pause { why, by, since }) => set.execute(params![subscriber, why, by, millis(*since), none])?,
-        Standing::Resumed { at } => set.execute(params![subscriber, none, none, none, millis(*at)])?,
+        Standing::Paused(Pause { why, by, since }) => {
+            set.execute(params![subscriber, why, by, millis(*since), none])?
+        }
+        Standing::Resumed { at } => {
+            set.execute(params![subscriber, none, none, none, millis(*at)])?
+        }
     };
     Ok(())
 }
@@ -546,12 +643,18 @@ fn parse_patterns(text: &str) -> Vec<Pattern> {
 
 /// The number of the newest event there ever was.
 fn newest(db: &Connection) -> rusqlite::Result<i64> {
-    let seq = db.query_row("SELECT seq FROM sqlite_sequence WHERE name = 'event'", [], |r| r.get(0)).optional()?;
+    let seq = db
+        .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'event'", [], |r| r.get(0))
+        .optional()?;
     Ok(seq.unwrap_or(0))
 }
 
 /// Returns what was changed, for the log. Without `removals` only what is missing is added.
-fn sync_segments(db: &Connection, wanted: &[(String, String)], removals: Option<&Removals>) -> rusqlite::Result<Vec<String>> {
+fn sync_segments(
+    db: &Connection,
+    wanted: &[(String, String)],
+    removals: Option<&Removals>,
+) -> rusqlite::Result<Vec<String>> {
     let newest = newest(db)?;
     let open: Vec<(i64, String, String)> = db
         .prepare("SELECT id, subscriber, patterns FROM segment WHERE upto IS NULL")?
@@ -564,16 +667,23 @@ fn sync_segments(db: &Connection, wanted: &[(String, String)], removals: Option<
             Some((_, _, old)) if old == patterns || removals.is_none() => continue,
             Some((id, _, old)) => {
                 end_segment(db, *id, name, &parse_patterns(old), newest)?;
-                changes.push(format!("subscriber `{name}`: its patterns have changed, for events from now on"));
+                changes.push(format!(
+                    "subscriber `{name}`: its patterns have changed, for events from now on"
+                ));
             }
             None => {}
         }
-        db.execute("INSERT INTO segment (subscriber, patterns, after) VALUES (?1, ?2, ?3)", params![name, patterns, newest])?;
+        db.execute(
+            "INSERT INTO segment (subscriber, patterns, after) VALUES (?1, ?2, ?3)",
+            params![name, patterns, newest],
+        )?;
     }
     if let Some(removals) = removals {
         let wanted: BTreeSet<String> = wanted.iter().map(|(name, _)| name.clone()).collect();
         removals.judge(&open.iter().map(|(_, name, _)| name.clone()).collect(), &wanted);
-        for (id, name, patterns) in open.iter().filter(|(_, name, _)| !wanted.contains(name) && removals.may_unbind(name)) {
+        for (id, name, patterns) in
+            open.iter().filter(|(_, name, _)| !wanted.contains(name) && removals.may_unbind(name))
+        {
             end_segment(db, *id, name, &parse_patterns(patterns), newest)?;
             changes.push(format!("subscriber `{name}` is not configured any more and gets no more events; its backlog stays"));
         }
@@ -581,8 +691,15 @@ fn sync_segments(db: &Connection, wanted: &[(String, String)], removals: Option<
     Ok(changes)
 }
 
-/// Keeps of a segment what is still to be delivered of it: what nobody waits for must not be kept for it.
-fn end_segment(db: &Connection, id: i64, subscriber: &str, patterns: &[Pattern], newest: i64) -> rusqlite::Result<()> {
+/// Keeps of a segment what is still to be delivered of it: what nobody waits for must not be kept
+/// for it.
+fn end_segment(
+    db: &Connection,
+    id: i64,
+    subscriber: &str,
+    patterns: &[Pattern],
+    newest: i64,
+) -> rusqlite::Result<()> {
     let after: i64 = db.query_row("SELECT after FROM segment WHERE id = ?1", [id], |r| r.get(0))?;
     let mut first = None;
     each_waiting(db, subscriber, patterns, after, newest, |seq| {
@@ -590,14 +707,20 @@ fn end_segment(db: &Connection, id: i64, subscriber: &str, patterns: &[Pattern],
         false
     })?;
     match first {
-        Some(seq) => db.execute("UPDATE segment SET after = ?2, upto = ?3 WHERE id = ?1", params![id, seq - 1, newest])?,
+        Some(seq) => db.execute(
+            "UPDATE segment SET after = ?2, upto = ?3 WHERE id = ?1",
+            params![id, seq - 1, newest],
+        )?,
         None => db.execute("DELETE FROM segment WHERE id = ?1", [id])?,
     };
     Ok(())
 }
 
 /// How many events each subscriber has still to get, without those that its lane has in hand.
-fn backlogs(db: &Connection, in_hand: &BTreeMap<String, Held>) -> rusqlite::Result<Vec<(String, u32)>> {
+fn backlogs(
+    db: &Connection,
+    in_hand: &BTreeMap<String, Held>,
+) -> rusqlite::Result<Vec<(String, u32)>> {
     let mut found: Vec<(String, u32)> = Vec::new();
     let segments = db
         .prepare("SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807) FROM segment ORDER BY subscriber, after")?
@@ -617,7 +740,8 @@ fn backlogs(db: &Connection, in_hand: &BTreeMap<String, Held>) -> rusqlite::Resu
     Ok(found)
 }
 
-/// Calls `found` with the number of each event of a segment that its subscriber has still to get, until that returns false.
+/// Calls `found` with the number of each event of a segment that its subscriber has still to get,
+/// until that returns false.
 fn each_waiting(
     db: &Connection,
     subscriber: &str,
@@ -627,11 +751,18 @@ fn each_waiting(
     mut found: impl FnMut(i64) -> bool,
 ) -> rusqlite::Result<()> {
     let ahead = lane::ahead(db, subscriber)?;
-    let mut query = db.prepare_cached("SELECT seq, type, only_for FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq")?;
+    let mut query = db.prepare_cached(
+        "SELECT seq, type, only_for FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
+    )?;
     let mut rows = query.query(params![after, upto])?;
     while let Some(row) = rows.next()? {
         let seq = row.get(0)?;
-        let waits = is_for(subscriber, patterns, row.get_ref(1)?.as_str()?, row.get_ref(2)?.as_str_or_null()?);
+        let waits = is_for(
+            subscriber,
+            patterns,
+            row.get_ref(1)?.as_str()?,
+            row.get_ref(2)?.as_str_or_null()?,
+        );
         if waits && !ahead.iter().any(|run| run.contains(&seq)) && !found(seq) {
             break;
         }
@@ -639,8 +770,14 @@ fn each_waiting(
     Ok(())
 }
 
-fn is_for(subscriber: &str, patterns: &[Pattern], event_type: &str, only_for: Option<&str>) -> bool {
-    only_for.map_or_else(|| patterns.iter().any(|p| p.matches(event_type)), |only| only == subscriber)
+fn is_for(
+    subscriber: &str,
+    patterns: &[Pattern],
+    event_type: &str,
+    only_for: Option<&str>,
+) -> bool {
+    only_for
+        .map_or_else(|| patterns.iter().any(|p| p.matches(event_type)), |only| only == subscriber)
 }
 
 fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
@@ -668,9 +805,12 @@ mod tests {
     fn subscribers(of: &[(&str, &str)]) -> Subscribers {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let table = |(name, pattern): &(&str, &str)| {
-            format!("[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\nevents = [\"{pattern}\"]\n")
+            format!(
+                "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\nevents = [\"{pattern}\"]\n"
+            )
         };
-        let text = "[queue]\nurl = \"embedded\"\n".to_owned() + &of.iter().map(table).collect::<String>();
+        let text =
+            "[queue]\nurl = \"embedded\"\n".to_owned() + &of.iter().map(table).collect::<String>();
         std::fs::write(file.path(), text).expect("writes");
         crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}")).subscribers
     }
@@ -691,7 +831,9 @@ mod tests {
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
         let receipt = |t: &Taken| match t {
             Taken::Event(e) => e.receipt,
-            Taken::Batch(_, receipt) | Taken::Unusable(_, receipt) | Taken::Known { receipt, .. } => *receipt,
+            Taken::Batch(_, receipt)
+            | Taken::Unusable(_, receipt)
+            | Taken::Known { receipt, .. } => *receipt,
         };
         taken.iter().map(receipt).collect()
     }
@@ -702,7 +844,11 @@ mod tests {
     }
 
     async fn stored(queue: &EmbeddedQueue) -> u32 {
-        queue.store().read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0))).await.expect("counts")
+        queue
+            .store()
+            .read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0)))
+            .await
+            .expect("counts")
     }
 
     #[tokio::test]
@@ -711,7 +857,8 @@ mod tests {
         let both = subscribers(&[("a", "#"), ("b", "x")]);
         let (a, b) = (both[0].clone(), both[1].clone());
         {
-            let patient = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+            let patient =
+                EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
             patient.prepare(&both).await.expect("prepares");
             publish(&patient, "x", 10).await;
             let (mut source, settler) = patient.open(&a, WINDOW).await.expect("opens");
@@ -792,7 +939,8 @@ mod tests {
                 let receipt = expected.remove(at);
                 settler.settle(vec![receipt], Settlement::Delivered).await.expect("settles");
             }
-            let left = queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts");
+            let left =
+                queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts");
             assert_eq!(left, [("a".to_owned(), u32::try_from(expected.len()).expect("few"))]);
         }
         let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
@@ -800,7 +948,11 @@ mod tests {
         assert_eq!(last, expected);
         settler.settle(last, Settlement::Delivered).await.expect("settles");
         publish(&queue, "x", 1).await;
-        let rows: u32 = queue.store().read(|db| db.query_row("SELECT count(*) FROM ahead", [], |r| r.get(0))).await.expect("counts");
+        let rows: u32 = queue
+            .store()
+            .read(|db| db.query_row("SELECT count(*) FROM ahead", [], |r| r.get(0)))
+            .await
+            .expect("counts");
         assert_eq!(rows, 0, "nothing is ahead of the cursor any more");
         let (mut source, _) = queue.open(&a[0], WINDOW).await.expect("opens");
         assert_eq!(take(&mut source).await.len(), 1);
@@ -814,7 +966,12 @@ mod tests {
         queue.prepare(&a).await.expect("prepares");
         // Of these 16 have more bytes than are taken of smaller ones, of which 64 fit.
         for (mib, count, most) in [(5, 20, 16), (1, 80, 64)] {
-            let event = NewEvent { event_type: "x".to_owned(), message_id: None, body: vec![b'x'; mib << 20].into(), traceparent: None };
+            let event = NewEvent {
+                event_type: "x".to_owned(),
+                message_id: None,
+                body: vec![b'x'; mib << 20].into(),
+                traceparent: None,
+            };
             for _ in 0..count {
                 queue.publish(vec![event.clone()]).await.expect("publishes");
             }
@@ -822,8 +979,12 @@ mod tests {
             let mut receipts = Vec::new();
             let mut take = async || {
                 let mut taken = Vec::new();
-                tokio::time::timeout(Duration::from_secs(30), source.take(&mut taken, 100)).await.expect("more comes").expect("takes");
-                let receipt = |t: &Taken| if let Taken::Event(e) = t { e.receipt } else { panic!("{t:?}") };
+                tokio::time::timeout(Duration::from_secs(30), source.take(&mut taken, 100))
+                    .await
+                    .expect("more comes")
+                    .expect("takes");
+                let receipt =
+                    |t: &Taken| if let Taken::Event(e) = t { e.receipt } else { panic!("{t:?}") };
                 (taken.iter().map(receipt).collect::<Vec<_>>(), source.is_full())
             };
             loop {
@@ -834,13 +995,21 @@ mod tests {
                 }
             }
             assert_eq!(receipts.len(), most, "events of {mib} MiB");
-            settler.settle(receipts.split_off(most - 2), Settlement::Delivered).await.expect("settles");
+            settler
+                .settle(receipts.split_off(most - 2), Settlement::Delivered)
+                .await
+                .expect("settles");
             let (taken, is_full) = take().await;
             assert_eq!((taken.len(), is_full), (2, true), "for as many there is room");
             receipts.extend(taken);
             while !receipts.is_empty() {
-                settler.settle(std::mem::take(&mut receipts), Settlement::Delivered).await.expect("settles");
-                if queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts") != [("a".to_owned(), 0)] {
+                settler
+                    .settle(std::mem::take(&mut receipts), Settlement::Delivered)
+                    .await
+                    .expect("settles");
+                if queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts")
+                    != [("a".to_owned(), 0)]
+                {
                     receipts.extend(take().await.0);
                 }
             }
@@ -856,10 +1025,14 @@ mod tests {
         publish(&queue, "y", 5).await;
         let (mut source, _settler) = queue.open(&both[0], WINDOW).await.expect("opens");
         let mut taken = Vec::new();
-        tokio::time::timeout(Duration::from_secs(6), source.take(&mut taken, 100)).await.expect_err("nothing is for it");
+        tokio::time::timeout(Duration::from_secs(6), source.take(&mut taken, 100))
+            .await
+            .expect_err("nothing is for it");
         let after: i64 = queue
             .store()
-            .read(|db| db.query_row("SELECT after FROM segment WHERE subscriber = 'a'", [], |r| r.get(0)))
+            .read(|db| {
+                db.query_row("SELECT after FROM segment WHERE subscriber = 'a'", [], |r| r.get(0))
+            })
             .await
             .expect("a segment");
         assert_eq!(after, 5);
@@ -874,7 +1047,13 @@ mod tests {
         let (go_on, held) = std::sync::mpsc::channel::<()>();
         let store = queue.store().clone();
         let holding = tokio::spawn(async move { store.write(move |_| Ok(held.recv().ok())).await });
-        let paused = |by: &str| Standing::Paused(Pause { why: "asked".to_owned(), since: SystemTime::UNIX_EPOCH, by: by.to_owned() });
+        let paused = |by: &str| {
+            Standing::Paused(Pause {
+                why: "asked".to_owned(),
+                since: SystemTime::UNIX_EPOCH,
+                by: by.to_owned(),
+            })
+        };
         tokio::task::yield_now().await;
         let mut a = std::pin::pin!(queue.record("a", paused("one")));
         let mut b = std::pin::pin!(queue.record("b", paused("two")));
@@ -889,14 +1068,21 @@ mod tests {
         b.await.expect("is recorded");
         a.await.expect("is recorded");
         let known = queue.standings().borrow().clone().expect("known");
-        assert_eq!(*known, [("a".to_owned(), paused("one")), ("b".to_owned(), paused("two"))].into());
+        assert_eq!(
+            *known,
+            [("a".to_owned(), paused("one")), ("b".to_owned(), paused("two"))].into()
+        );
         assert_eq!(queue.store().read(standings).await.expect("reads"), *known);
     }
 
     /// Whether a subscriber gets events that come now.
     async fn is_bound(queue: &EmbeddedQueue, subscriber: &'static str) -> bool {
         let open = "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)";
-        queue.store().read(move |db| db.query_row(open, [subscriber], |r| r.get(0))).await.expect("reads")
+        queue
+            .store()
+            .read(move |db| db.query_row(open, [subscriber], |r| r.get(0)))
+            .await
+            .expect("reads")
     }
 
     async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
@@ -905,13 +1091,17 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+        tokio::time::timeout(Duration::from_secs(60), waiting)
+            .await
+            .unwrap_or_else(|_| panic!("never: {what}"));
     }
 
     #[tokio::test]
-    async fn who_was_removed_and_comes_back_is_bound_again_even_if_the_file_takes_nothing_at_first() {
+    async fn who_was_removed_and_comes_back_is_bound_again_even_if_the_file_takes_nothing_at_first()
+    {
         let dir = tempfile::tempdir().expect("a directory");
-        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
         let both = subscribers(&[("a", "x"), ("b", "x")]);
         queue.prepare(&both).await.expect("prepares");
         publish(&queue, "x", 2).await;
@@ -951,13 +1141,18 @@ mod tests {
     #[tokio::test]
     async fn unbinding_that_is_tried_again_spares_who_has_come_back_meanwhile() {
         let dir = tempfile::tempdir().expect("a directory");
-        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
         let both = subscribers(&[("a", "x"), ("b", "x")]);
         queue.prepare(&both).await.expect("prepares");
         publish(&queue, "x", 1).await;
         let segment = async || {
             let of_b = "SELECT id, upto FROM segment WHERE subscriber = 'b'";
-            let read = |db: &Connection| db.query_row(of_b, [], |r| Ok::<(i64, Option<i64>), rusqlite::Error>((r.get(0)?, r.get(1)?)));
+            let read = |db: &Connection| {
+                db.query_row(of_b, [], |r| {
+                    Ok::<(i64, Option<i64>), rusqlite::Error>((r.get(0)?, r.get(1)?))
+                })
+            };
             queue.store().read(read).await.expect("reads")
         };
         let before = segment().await;
@@ -988,11 +1183,14 @@ mod tests {
     #[tokio::test]
     async fn a_preparation_that_fails_has_changed_nothing() {
         let dir = tempfile::tempdir().expect("a directory");
-        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
         let both = subscribers(&[("a", "x"), ("b", "x")]);
         queue.prepare(&both).await.expect("prepares");
         let rename = async |from: &'static str, to: &'static str| {
-            let rename = move |db: &Connection| db.execute_batch(&format!("ALTER TABLE {from} RENAME TO {to}"));
+            let rename = move |db: &Connection| {
+                db.execute_batch(&format!("ALTER TABLE {from} RENAME TO {to}"))
+            };
             queue.store().write(rename).await.expect("writes");
         };
         rename("standing", "hidden").await;
@@ -1007,21 +1205,32 @@ mod tests {
     #[tokio::test]
     async fn a_prune_that_refuses_changes_nothing() {
         let dir = tempfile::tempdir().expect("a directory");
-        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(3600))).expect("opens");
         let both = subscribers(&[("a", "x"), ("b", "x")]);
         queue.prepare(&both).await.expect("prepares");
         publish(&queue, "x", 2).await;
-        let paused = Standing::Paused(Pause { why: "asked".to_owned(), since: SystemTime::UNIX_EPOCH, by: "operator".to_owned() });
+        let paused = Standing::Paused(Pause {
+            why: "asked".to_owned(),
+            since: SystemTime::UNIX_EPOCH,
+            by: "operator".to_owned(),
+        });
         queue.record("b", paused.clone()).await.expect("is recorded");
         let everything = async || {
             let segments = "SELECT group_concat(subscriber || ' ' || patterns || ' ' || after || ' ' || coalesce(upto, '-')) FROM segment";
             let all = |db: &Connection| {
-                Ok((db.query_row(segments, [], |r| r.get::<_, String>(0))?, backlogs(db, &BTreeMap::new())?, standings(db)?))
+                Ok((
+                    db.query_row(segments, [], |r| r.get::<_, String>(0))?,
+                    backlogs(db, &BTreeMap::new())?,
+                    standings(db)?,
+                ))
             };
             queue.store().read(all).await.expect("reads")
         };
         let before = everything().await;
-        let refused = async |with_events| queue.prune("b", with_events).await.expect_err("refuses").to_string();
+        let refused = async |with_events| {
+            queue.prune("b", with_events).await.expect_err("refuses").to_string()
+        };
         assert!(refused(true).await.contains("still gets events"));
         assert_eq!(everything().await, before);
         configure(&queue, &both[..1]);
@@ -1034,6 +1243,9 @@ mod tests {
         let (mut source, _settler) = queue.open(&both[1], WINDOW).await.expect("opens");
         let taken = take(&mut source).await.len() + take(&mut source).await.len();
         assert_eq!(taken, 3, "it is as if nobody had asked");
-        assert_eq!(queue.standings().borrow().as_ref().and_then(|all| all.get("b").cloned()), Some(paused));
+        assert_eq!(
+            queue.standings().borrow().as_ref().and_then(|all| all.get("b").cloned()),
+            Some(paused)
+        );
     }
 }

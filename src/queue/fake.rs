@@ -1,4 +1,5 @@
-//! A queue in memory for tests of what stands above the seam: it does as it is told, panics included.
+//! A queue in memory for tests of what stands above the seam: it does as it is told, panics
+//! included.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -7,8 +8,8 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Event, Hastened, Held, NewEvent, Published, Queue, QueueError, Receipt, Removals, SettleError, Settlement, Settler,
-    Source, Taken, WaitingList, Window,
+    DeadLetters, Event, Hastened, Held, NewEvent, Published, Queue, QueueError, Receipt, Removals,
+    SettleError, Settlement, Settler, Source, Taken, WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -69,7 +70,12 @@ impl Fake {
     }
 
     pub(crate) fn put(&self, subscriber: &str, bodies: &[&str]) {
-        self.with(|s| s.events.entry(subscriber.to_owned()).or_default().extend(bodies.iter().map(|b| (*b).to_owned())));
+        self.with(|s| {
+            s.events
+                .entry(subscriber.to_owned())
+                .or_default()
+                .extend(bodies.iter().map(|b| (*b).to_owned()))
+        });
     }
 
     pub(crate) fn panic_once(&self, subscriber: &str) {
@@ -82,7 +88,8 @@ impl Fake {
 
     /// Holds up what is recorded next.
     pub(crate) fn hold_record(&self) -> HeldRecord {
-        let held = HeldRecord { begun: Arc::new(Semaphore::new(0)), goes_on: Arc::new(Semaphore::new(0)) };
+        let held =
+            HeldRecord { begun: Arc::new(Semaphore::new(0)), goes_on: Arc::new(Semaphore::new(0)) };
         self.with(|s| s.held = Some(held.clone()));
         held
     }
@@ -144,8 +151,11 @@ impl Queue for Fake {
             held.goes_on.acquire().await.expect("is not closed").forget();
         }
         self.with(|s| {
-            s.standings
-                .send_modify(|all| Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing).map_or((), drop))
+            s.standings.send_modify(|all| {
+                Arc::make_mut(all.get_or_insert_default())
+                    .insert(subscriber.to_owned(), standing)
+                    .map_or((), drop)
+            })
         });
         Ok(())
     }
@@ -182,7 +192,12 @@ impl Queue for Fake {
         self.with(|s| {
             s.opened += 1;
             // Whatever the last session held comes again.
-            let held: Vec<u64> = s.unsettled.iter().filter(|(_, (name, _))| *name == subscriber.name).map(|(tag, _)| *tag).collect();
+            let held: Vec<u64> = s
+                .unsettled
+                .iter()
+                .filter(|(_, (name, _))| *name == subscriber.name)
+                .map(|(tag, _)| *tag)
+                .collect();
             for tag in held.into_iter().rev() {
                 let (name, body) = s.unsettled.remove(&tag).expect("just seen");
                 s.events.entry(name).or_default().push_front(body);
@@ -196,14 +211,23 @@ impl Queue for Fake {
 impl Source for End {
     async fn take(&mut self, into: &mut Vec<Taken>, _: usize) -> Result<(), QueueError> {
         loop {
-            let panics = self.fake.with(|s| s.panics.iter().position(|p| *p == self.subscriber).map(|n| s.panics.remove(n)).is_some());
+            let panics = self.fake.with(|s| {
+                s.panics
+                    .iter()
+                    .position(|p| *p == self.subscriber)
+                    .map(|n| s.panics.remove(n))
+                    .is_some()
+            });
             assert!(!panics, "told to panic");
             self.fake.with(|s| {
-                while let Some(body) = s.events.get_mut(&self.subscriber).and_then(VecDeque::pop_front) {
+                while let Some(body) =
+                    s.events.get_mut(&self.subscriber).and_then(VecDeque::pop_front)
+                {
                     s.next_tag += 1;
                     s.unsettled.insert(s.next_tag, (self.subscriber.clone(), body.clone()));
                     let receipt = Receipt { from: MessageKind::Event, tag: s.next_tag };
-                    let (message_id, content_type, published_at, traceparent) = (None, None, None, None);
+                    let (message_id, content_type, published_at, traceparent) =
+                        (None, None, None, None);
                     into.push(Taken::Event(Event {
                         body: body.into_bytes(),
                         message_id,
@@ -247,7 +271,11 @@ impl DeadLetters for End {
 }
 
 impl Settler for End {
-    async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
+    async fn settle(
+        &self,
+        receipts: Vec<Receipt>,
+        settlement: Settlement,
+    ) -> Result<(), SettleError> {
         self.fake.with(|s| {
             if let Some(answer) = s.answers.pop_front() {
                 return Err(answer);

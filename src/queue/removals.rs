@@ -15,9 +15,10 @@ use crate::config::changes::is_drastic;
 
 /// Says which subscribers a queue may unbind. Clones are the same.
 ///
-/// Events that are published while a subscriber is not bound are lost to it, and a start whose files were away looks like one whose
-/// subscribers were removed. So where a start would unbind all that are bound, or most of many, none is unbound before an operator has
-/// asked for it. What the running daemon is given later is judged by the reload.
+/// Events that are published while a subscriber is not bound are lost to it, and a start whose
+/// files were away looks like one whose subscribers were removed. So where a start would unbind all
+/// that are bound, or most of many, none is unbound before an operator has asked for it. What the
+/// running daemon is given later is judged by the reload.
 #[derive(Debug, Clone, Default)]
 pub struct Removals {
     judged: Arc<watch::Sender<Judged>>,
@@ -43,16 +44,21 @@ pub struct HeldRemovals {
 }
 
 impl Removals {
-    /// For the queue, when it knows who is bound by what came before, and each time that others are configured.
+    /// For the queue, when it knows who is bound by what came before, and each time that others are
+    /// configured.
     pub(crate) fn judge(&self, bound: &BTreeSet<String>, wanted: &BTreeSet<String>) {
         self.judged.send_if_modified(|judged| {
             let new = match judged {
                 Judged::Kept(_) => return false,
                 Judged::Not if !is_drastic(bound, wanted) => Judged::Kept(wanted.clone()),
-                Judged::Not => Judged::Held(HeldRemovals { bound: bound.clone(), missing: bound - wanted }),
+                Judged::Not => {
+                    Judged::Held(HeldRemovals { bound: bound.clone(), missing: bound - wanted })
+                }
                 // Files may come back one by one: until all are there, it is as it was.
                 Judged::Held(held) if held.bound.is_subset(wanted) => Judged::Kept(wanted.clone()),
-                Judged::Held(held) => Judged::Held(HeldRemovals { missing: &held.bound - wanted, ..held.clone() }),
+                Judged::Held(held) => {
+                    Judged::Held(HeldRemovals { missing: &held.bound - wanted, ..held.clone() })
+                }
             };
             let changed = *judged != new;
             if let (Judged::Not, Judged::Held(held)) = (&*judged, &new) {
@@ -68,8 +74,8 @@ impl Removals {
         matches!(&*self.judged.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
     }
 
-    /// Whether subscribers that are not configured may be bound and get events: until it is known who is bound, while removals wait for
-    /// an operator, and while others are put to use.
+    /// Whether subscribers that are not configured may be bound and get events: until it is known
+    /// who is bound, while removals wait for an operator, and while others are put to use.
     pub fn others_may_be_bound(&self) -> bool {
         self.changing.load(Ordering::SeqCst) || !matches!(&*self.judged.borrow(), Judged::Kept(_))
     }
@@ -79,8 +85,8 @@ impl Removals {
         self.judged.subscribe()
     }
 
-    /// These are configured from now on, and in use when the answer is dropped. What was held at the start stays so unless an operator
-    /// has asked for this.
+    /// These are configured from now on, and in use when the answer is dropped. What was held at
+    /// the start stays so unless an operator has asked for this.
     pub fn configure(&self, names: BTreeSet<String>, by_operator: bool) -> Changing {
         self.changing.store(true, Ordering::SeqCst);
         let mut before = Judged::Not;
@@ -168,7 +174,8 @@ mod tests {
         assert!(operator.may_unbind("a") && !operator.may_unbind("e") && operator.held().is_none());
         let back = held();
         back.configure(names("a b c e"), false);
-        // Those that came with this start are bound by now, and say nothing of what was there before.
+        // Those that came with this start are bound by now, and say nothing of what was there
+        // before.
         back.judge(&names("a b c d e x y z"), &names("x y z e"));
         assert!(back.held().is_some());
         // One by one.

@@ -67,7 +67,8 @@ impl Waiting {
 pub struct WaitingList {
     /// The first due first; those that do not tell when are the last.
     pub batches: Vec<Waiting>,
-    /// Messages, of whichever subscriber, that could not be reached in the time that a queue may be held.
+    /// Messages, of whichever subscriber, that could not be reached in the time that a queue may be
+    /// held.
     pub unseen: u64,
 }
 

@@ -1,4 +1,5 @@
-//! Wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains them at the end.
+//! Wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains
+//! them at the end.
 //!
 //! The start is a change from nothing: both go through [`Fleet::reconcile`].
 
@@ -31,7 +32,8 @@ use crate::{
     telemetry::status::{Board, LaneStatus},
 };
 
-/// How long a change waits for the queue. Lanes and chores do what is left to do when it is there again.
+/// How long a change waits for the queue. Lanes and chores do what is left to do when it is there
+/// again.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long at most the end of a daemon waits for what is done beside its lanes.
@@ -49,7 +51,8 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 /// A look that takes long is not repeated at once: at most this part of the time is spent looking.
 const LOOK_SHARE: u32 = 20;
 
-/// And the longest rest: it may have waited for a broker that was away, which says nothing of the next look.
+/// And the longest rest: it may have waited for a broker that was away, which says nothing of the
+/// next look.
 const LOOK_REST: Duration = Duration::from_secs(60);
 
 /// How far a run is.
@@ -77,7 +80,8 @@ impl Phase {
 pub enum Ended {
     /// Everything in flight was settled.
     Drained,
-    /// These subscribers still had requests in flight at the deadline, or when somebody was in a hurry; they are delivered again.
+    /// These subscribers still had requests in flight at the deadline, or when somebody was in a
+    /// hurry; they are delivered again.
     Deadline(BTreeSet<String>),
 }
 
@@ -106,9 +110,11 @@ impl fmt::Debug for Controls<'_> {
     }
 }
 
-/// Runs a lane for each subscriber until `shutdown` completes, then drains them for at most `shutdown_timeout`.
+/// Runs a lane for each subscriber until `shutdown` completes, then drains them for at most
+/// `shutdown_timeout`.
 ///
-/// `beside` is whatever else uses the queue, told by `phase` what to do: the queue stays open until it completes.
+/// `beside` is whatever else uses the queue, told by `phase` what to do: the queue stays open until
+/// it completes.
 ///
 /// # Errors
 /// The queue is of no use and will not change by itself, or https cannot be spoken.
@@ -145,7 +151,8 @@ pub async fn run<Q: Queue>(
     chores.spawn(async move { doing.chores(subscribers, stopping).await });
     let (looking, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
     let seen = board.clone();
-    let look = chores.spawn(async move { look_again_and_again(&looking, subscribers, &seen).await });
+    let look =
+        chores.spawn(async move { look_again_and_again(&looking, subscribers, &seen).await });
 
     loop {
         tokio::select! {
@@ -180,7 +187,9 @@ pub async fn run<Q: Queue>(
     };
     let drained = async {
         tokio::join!(
-            async { timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok() },
+            async {
+                timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok()
+            },
             timeout(shutdown_timeout.min(CHORES_GOODBYE), chores_end)
         )
     };
@@ -208,7 +217,8 @@ pub async fn run<Q: Queue>(
     Ok(Ended::Deadline(busy))
 }
 
-/// For whoever watches it end: what it is that takes the time, how long at most, and how to have it shorter.
+/// For whoever watches it end: what it is that takes the time, how long at most, and how to have it
+/// shorter.
 fn say_what_is_waited_for(in_flight: &BTreeMap<String, u32>, shutdown_timeout: Duration) {
     let requests: u32 = in_flight.values().sum();
     let deadline = clock::now().checked_add(shutdown_timeout).map(clock::rfc3339_seconds);
@@ -244,7 +254,8 @@ struct Running {
     again: Option<Served>,
 }
 
-/// What is made ready before anything is changed: the endpoints of subscribers that are new or changed.
+/// What is made ready before anything is changed: the endpoints of subscribers that are new or
+/// changed.
 type Endpoints = BTreeMap<String, Served>;
 
 impl<Q: Queue> Fleet<Q> {
@@ -264,13 +275,18 @@ impl<Q: Queue> Fleet<Q> {
     fn plan(&self, subscribers: &[Arc<Subscriber>]) -> Result<Endpoints, QueueError> {
         let mut endpoints = Endpoints::new();
         for s in subscribers {
-            let old = self.lanes.get(&s.name).filter(|lane| !*lane.drain.borrow()).map(|lane| lane.configured.borrow().clone());
+            let old = self
+                .lanes
+                .get(&s.name)
+                .filter(|lane| !*lane.drain.borrow())
+                .map(|lane| lane.configured.borrow().clone());
             let webhook = match old {
                 Some(old) if Differences::between(&old.subscriber, s).is_empty() => continue,
                 Some(old) => old.webhook.renewed(&old.subscriber, s, &self.tls),
                 None => Webhook::try_new(s, &self.tls),
             };
-            let webhook = webhook.map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
+            let webhook = webhook
+                .map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
             endpoints.insert(s.name.clone(), Served { subscriber: s.clone(), webhook });
         }
         Ok(endpoints)
@@ -283,7 +299,9 @@ impl<Q: Queue> Fleet<Q> {
         let not_bound = match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
             Ok(ready) => ready?,
             Err(_) => {
-                tracing::warn!("the queue does not get ready; what is configured anew is bound when it does");
+                tracing::warn!(
+                    "the queue does not get ready; what is configured anew is bound when it does"
+                );
                 self.to_be_bound(&subscribers)
             }
         };
@@ -294,8 +312,11 @@ impl<Q: Queue> Fleet<Q> {
     /// Those who are new, or want other events than before.
     fn to_be_bound(&self, subscribers: &[Arc<Subscriber>]) -> BTreeSet<String> {
         let before = self.subscribers.borrow();
-        let is_same = |old: &Subscriber, s: &Subscriber| !Differences::between(old, s).affect(Affects::Bindings);
-        let is_bound = |s: &Subscriber| before.iter().any(|old| old.name == s.name && is_same(old, s));
+        let is_same = |old: &Subscriber, s: &Subscriber| {
+            !Differences::between(old, s).affect(Affects::Bindings)
+        };
+        let is_bound =
+            |s: &Subscriber| before.iter().any(|old| old.name == s.name && is_same(old, s));
         subscribers.iter().filter(|s| !is_bound(s)).map(|s| s.name.clone()).collect()
     }
 
@@ -306,7 +327,10 @@ impl<Q: Queue> Fleet<Q> {
             if !names.contains(name.as_str()) {
                 lane.again = None;
                 if !lane.drain.send_replace(true) {
-                    tracing::warn!(subscriber = name, "removed: its requests in flight finish, its backlog stays until `hooktrail prune`");
+                    tracing::warn!(
+                        subscriber = name,
+                        "removed: its requests in flight finish, its backlog stays until `hooktrail prune`"
+                    );
                 }
             }
         }
@@ -322,7 +346,13 @@ impl<Q: Queue> Fleet<Q> {
 
     fn start(&mut self, name: String, served: Served) {
         let (configured, drain) = (watch::Sender::new(served), watch::Sender::new(false));
-        self.keepers.spawn(keep(name.clone(), configured.subscribe(), self.queue.clone(), self.board.lane(&name), drain.subscribe()));
+        self.keepers.spawn(keep(
+            name.clone(),
+            configured.subscribe(),
+            self.queue.clone(),
+            self.board.lane(&name),
+            drain.subscribe(),
+        ));
         self.lanes.insert(name, Running { configured, drain, again: None });
     }
 
@@ -373,7 +403,11 @@ async fn keep<Q: Queue>(
 }
 
 /// Looks at the queues now and then, and puts what it sees on the board.
-async fn look_again_and_again(queue: &impl Queue, mut subscribers: watch::Receiver<Subscribers>, board: &Board) {
+async fn look_again_and_again(
+    queue: &impl Queue,
+    mut subscribers: watch::Receiver<Subscribers>,
+    board: &Board,
+) {
     loop {
         let begun = clock::instant();
         let current = subscribers.borrow_and_update().clone();
@@ -382,7 +416,11 @@ async fn look_again_and_again(queue: &impl Queue, mut subscribers: watch::Receiv
         let late = || format!("the queue did not answer within {} s", LOOK_TIMEOUT.as_secs());
         let found = found.map_err(|_| late()).and_then(|found| found.map_err(|e| e.to_string()));
         // Without an answer it cost nothing but time.
-        let rest = if found.is_ok() { ((clock::instant() - begun) * LOOK_SHARE).min(LOOK_REST) } else { LOOK_INTERVAL };
+        let rest = if found.is_ok() {
+            ((clock::instant() - begun) * LOOK_SHARE).min(LOOK_REST)
+        } else {
+            LOOK_INTERVAL
+        };
         board.metrics().set_queue_up(queue.is_reachable());
         board.looked(clock::now(), found);
         tokio::select! {
@@ -416,7 +454,9 @@ mod tests {
         };
         let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/", socket.local_addr().expect("an address"));
-        tokio::spawn(async move { axum::serve(socket, Router::new().route("/", post(answer))).await.expect("serves") });
+        tokio::spawn(async move {
+            axum::serve(socket, Router::new().route("/", post(answer))).await.expect("serves")
+        });
         (url, count)
     }
 
@@ -427,7 +467,10 @@ mod tests {
                 "[[subscriber]]\nname = \"{n}\"\nurl = \"{url}\"\nsignatures = []\nbatch.max_wait = \"0s\"\nhttp = {{ allow_http = true, allow_private_addresses = true }}\n"
             )
         };
-        let text = format!("[queue]\nurl = \"amqp://unused\"\n{}", names.iter().map(subscriber).collect::<String>());
+        let text = format!(
+            "[queue]\nurl = \"amqp://unused\"\n{}",
+            names.iter().map(subscriber).collect::<String>()
+        );
         let path = dir.path().join("h.toml");
         std::fs::write(&path, text).expect("writes");
         config::load(&path).unwrap_or_else(|e| panic!("{e}"))
@@ -439,7 +482,9 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+        tokio::time::timeout(Duration::from_secs(30), waiting)
+            .await
+            .unwrap_or_else(|_| panic!("never: {what}"));
     }
 
     async fn while_running<F: Future<Output = ()>>(queue: Fake, config: Config, test: F) {
@@ -449,7 +494,13 @@ mod tests {
             let (phase, changes) = (watch::Sender::new(Phase::Starting), mpsc::channel(1).1);
             let board = Board::new(Metrics::new(clock::now()));
             let shutdown_timeout = watch::Sender::new(Duration::from_secs(10)).subscribe();
-            let controls = Controls { phase: &phase, changes, board, shutdown_timeout, hurry: Box::pin(std::future::pending()) };
+            let controls = Controls {
+                phase: &phase,
+                changes,
+                board,
+                shutdown_timeout,
+                hurry: Box::pin(std::future::pending()),
+            };
             run(queue, config.subscribers, shutdown, controls, std::future::ready(())).await
         });
         test.await;
@@ -485,18 +536,26 @@ mod tests {
             assert_eq!(queue.opened(), 2, "the queue was opened again before the event came again");
             assert!(queue.is_empty());
             let (envelope, delay) = queue.retries().remove(0);
-            assert_eq!((envelope.attempts, &envelope.body[..]), (1, &br#"{"events":[{"event":"a"}]}"#[..]));
+            assert_eq!(
+                (envelope.attempts, &envelope.body[..]),
+                (1, &br#"{"events":[{"event":"a"}]}"#[..])
+            );
             assert!(delay >= Duration::from_secs(4), "{delay:?}");
         })
         .await;
     }
 
     #[tokio::test]
-    async fn a_queue_that_opens_and_fails_again_and_again_is_told_once_when_it_fails_and_once_when_it_works() {
+    async fn a_queue_that_opens_and_fails_again_and_again_is_told_once_when_it_fails_and_once_when_it_works()
+     {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let writer = std::sync::Mutex::new(file.reopen().expect("opens"));
-        let _logging = tracing::subscriber::set_default(tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish());
-        let told = |what: &str| std::fs::read_to_string(file.path()).expect("the log").matches(what).count();
+        let _logging = tracing::subscriber::set_default(
+            tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish(),
+        );
+        let told = |what: &str| {
+            std::fs::read_to_string(file.path()).expect("the log").matches(what).count()
+        };
         let (lost, again) = ("the lane lost its queue", "the lane has its queue again");
         let (url, requests) = receiver(|_| 200).await;
         let queue = Fake::default();
@@ -508,7 +567,10 @@ mod tests {
                 }
                 queue.put("a", &[r#"{"event":"a"}"#]);
                 until("it is delivered", || queue.is_empty() && told(again) == round).await;
-                assert_eq!((told(lost), queue.opened() - opened), (round, if round == 1 { 4 } else { 3 }));
+                assert_eq!(
+                    (told(lost), queue.opened() - opened),
+                    (round, if round == 1 { 4 } else { 3 })
+                );
             }
             assert_eq!(requests.load(Ordering::SeqCst), 8);
         })
@@ -527,7 +589,11 @@ mod tests {
             queue.put("a", &[r#"{"event":"b"}"#]);
             until("the lane goes on", || requests.load(Ordering::SeqCst) == 2).await;
             until("the other one is written down", || queue.retries().len() == 1).await;
-            assert_eq!(&queue.retries()[0].0.body[..], br#"{"events":[{"event":"b"}]}"#, "of the first there is no envelope");
+            assert_eq!(
+                &queue.retries()[0].0.body[..],
+                br#"{"events":[{"event":"b"}]}"#,
+                "of the first there is no envelope"
+            );
             assert!(!queue.is_empty(), "it is still in the queue");
         })
         .await;

@@ -1,4 +1,5 @@
-//! Reads the configuration again and hands it to the supervisor; whatever asks for it goes through here.
+//! Reads the configuration again and hands it to the supervisor; whatever asks for it goes through
+//! here.
 
 use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
@@ -72,7 +73,8 @@ pub struct Held {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reloaded {
     pub changes: Changes,
-    /// Subscribers whose queue could not be bound: that is tried again without end, and events of an exchange pass it by until then.
+    /// Subscribers whose queue could not be bound: that is tried again without end, and events of
+    /// an exchange pass it by until then.
     pub not_bound: BTreeSet<String>,
 }
 
@@ -100,7 +102,10 @@ impl From<ConfigError> for Unchanged {
     fn from(e: ConfigError) -> Self {
         let problems: Vec<String> = e.problems.iter().map(ToString::to_string).collect();
         let count = counted(problems.len(), "problem(s)");
-        Self::Wrong(format!("{}\n{count} in the configuration; the one before it stays in use", problems.join("\n")))
+        Self::Wrong(format!(
+            "{}\n{count} in the configuration; the one before it stays in use",
+            problems.join("\n")
+        ))
     }
 }
 
@@ -111,8 +116,14 @@ impl From<QueueError> for Unchanged {
 }
 
 impl Reloader {
-    /// With the configuration that the daemon starts with; the supervisor takes what comes out of the receiver.
-    pub fn new(config: Config, metrics: Metrics, removals: Removals, level: log::Level) -> (Self, mpsc::Receiver<Change>) {
+    /// With the configuration that the daemon starts with; the supervisor takes what comes out of
+    /// the receiver.
+    pub fn new(
+        config: Config,
+        metrics: Metrics,
+        removals: Removals,
+        level: log::Level,
+    ) -> (Self, mpsc::Receiver<Change>) {
         let (changes, receiver) = mpsc::channel(1);
         metrics.configured(config.subscribers.len(), clock::now());
         let inner = Inner {
@@ -152,10 +163,16 @@ impl Reloader {
         self.0.problem.borrow().clone()
     }
 
-    /// Who was not removed, because nobody has asked for the removal of so many: by a reload, or by the start.
+    /// Who was not removed, because nobody has asked for the removal of so many: by a reload, or by
+    /// the start.
     pub fn held(&self) -> Option<Held> {
         let by_reload = self.0.held.borrow().clone();
-        by_reload.or_else(|| self.0.removals.held().map(|held| Held { why: held.to_string(), subscribers: held.missing }))
+        by_reload.or_else(|| {
+            self.0
+                .removals
+                .held()
+                .map(|held| Held { why: held.to_string(), subscribers: held.missing })
+        })
     }
 
     /// What a reload would change now, and whether a changed file alone would not do it.
@@ -171,7 +188,8 @@ impl Reloader {
     /// Reads the configuration and puts it into use.
     ///
     /// # Errors
-    /// Nothing was changed, and why; [`problem`](Self::problem) or [`held`](Self::held) tells it until that is put right.
+    /// Nothing was changed, and why; [`problem`](Self::problem) or [`held`](Self::held) tells it
+    /// until that is put right.
     pub async fn reload(&self, because: Because) -> Result<Reloaded, Unchanged> {
         let _one = self.0.reloading.lock().await;
         let reloaded = self.try_reload(because).await;
@@ -250,7 +268,10 @@ impl Reloader {
 
     async fn read(&self) -> Result<Config, ConfigError> {
         let current = self.config();
-        let reading = tokio::task::spawn_blocking(move || config::load_again(&current.path, &current.folders)).await;
+        let reading = tokio::task::spawn_blocking(move || {
+            config::load_again(&current.path, &current.folders)
+        })
+        .await;
         // A panic while reading is one of the caller.
         reading.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
     }
@@ -298,8 +319,14 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
     } else {
         let of = |kind: Kind| {
             let all: Vec<_> = changes.iter().filter(|c| c.change == kind).collect();
-            let keys = |keys: &[&str]| if keys.is_empty() { String::new() } else { format!(" ({})", keys.join(", ")) };
-            let mut text: Vec<String> = all.iter().take(SHOWN).map(|c| format!("{}{}", c.subscriber, keys(&c.keys))).collect();
+            let keys = |keys: &[&str]| {
+                if keys.is_empty() { String::new() } else { format!(" ({})", keys.join(", ")) }
+            };
+            let mut text: Vec<String> = all
+                .iter()
+                .take(SHOWN)
+                .map(|c| format!("{}{}", c.subscriber, keys(&c.keys)))
+                .collect();
             text.extend((all.len() > SHOWN).then(|| format!("{} more", all.len() - SHOWN)));
             (!text.is_empty()).then(|| text.join(", "))
         };
@@ -308,7 +335,13 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
         tracing::info!(because, added, changed, removed, settings, "reloaded");
     }
     for c in changes {
-        tracing::debug!(because, subscriber = c.subscriber, change = c.change.name(), keys = c.keys.join(", "), "reloaded a subscriber");
+        tracing::debug!(
+            because,
+            subscriber = c.subscriber,
+            change = c.change.name(),
+            keys = c.keys.join(", "),
+            "reloaded a subscriber"
+        );
     }
     for subscriber in not_bound {
         tracing::error!(
@@ -318,6 +351,9 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
         );
     }
     if !needs_restart.is_empty() {
-        tracing::warn!(keys = needs_restart.join(", "), "these keys have changed and are used after a restart");
+        tracing::warn!(
+            keys = needs_restart.join(", "),
+            "these keys have changed and are used after a restart"
+        );
     }
 }

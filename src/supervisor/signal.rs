@@ -1,6 +1,8 @@
 //! What tells the daemon to do something: signals of the system, and files that change.
 
-use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt as _, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap, io, os::unix::fs::MetadataExt as _, path::PathBuf, time::Duration,
+};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -11,8 +13,8 @@ use tokio::{
 /// deployment writes more than once.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What has shrunk, or is gone, has to look the same for so long: a slow copy that begins with an empty file can rest just between two
-/// subscribers, which is valid and takes the others away.
+/// What has shrunk, or is gone, has to look the same for so long: a slow copy that begins with an
+/// empty file can rest just between two subscribers, which is valid and takes the others away.
 const SHRUNK: Duration = Duration::from_secs(10);
 
 /// How often the process was asked to end, by SIGTERM or SIGINT. Clones are the same.
@@ -81,13 +83,15 @@ impl Hangups {
     }
 }
 
-/// Looks at files and folders by their names, links followed: so it notices an editor that puts a new file in the place
-/// of the old one, and the swapped link of a Kubernetes volume, on any file system.
+/// Looks at files and folders by their names, links followed: so it notices an editor that puts a
+/// new file in the place of the old one, and the swapped link of a Kubernetes volume, on any file
+/// system.
 #[derive(Debug)]
 pub struct Files {
     names: watch::Receiver<Vec<PathBuf>>,
     seen: Look,
-    /// How each of `names` was when it was there last: one that is gone and comes back in parts is shorter than that for a while.
+    /// How each of `names` was when it was there last: one that is gone and comes back in parts is
+    /// shorter than that for a while.
     present: Look,
 }
 
@@ -98,12 +102,17 @@ type Look = BTreeMap<PathBuf, Option<(i64, i64, u64, u64, u64)>>;
 fn has_shrunk(before: &Look, present: &Look, now: &Look) -> bool {
     now.iter().any(|(path, now)| match now {
         None => matches!(before.get(path), Some(Some(_))),
-        Some((_, _, now, ..)) => matches!(present.get(path), Some(Some((_, _, length, ..))) if now < length),
+        Some((_, _, now, ..)) => {
+            matches!(present.get(path), Some(Some((_, _, length, ..))) if now < length)
+        }
     })
 }
 
 fn only_present(look: &Look) -> Look {
-    look.iter().filter(|(_, found)| found.is_some()).map(|(path, found)| (path.clone(), *found)).collect()
+    look.iter()
+        .filter(|(_, found)| found.is_some())
+        .map(|(path, found)| (path.clone(), *found))
+        .collect()
 }
 
 fn look(names: &[PathBuf]) -> Look {
@@ -122,7 +131,8 @@ impl Files {
         Self { names, seen, present }
     }
 
-    /// Waits until a file is another than when this was asked last, and has been left alone for a moment; for longer if it has shrunk.
+    /// Waits until a file is another than when this was asked last, and has been left alone for a
+    /// moment; for longer if it has shrunk.
     pub async fn changed(&mut self) {
         let mut change = Change::default();
         loop {
@@ -159,7 +169,8 @@ struct Change {
 }
 
 impl Change {
-    /// Called with each look, [`LOOK`] apart: how the files were, how each was when it was there last, and how they are.
+    /// Called with each look, [`LOOK`] apart: how the files were, how each was when it was there
+    /// last, and how they are.
     fn is_over(&mut self, before: &Look, present: &Look, now: &Look) -> bool {
         if now == before {
             *self = Self::default();
@@ -190,17 +201,24 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
+        tokio::time::timeout(Duration::from_secs(30), waiting)
+            .await
+            .unwrap_or_else(|_| panic!("never: {what}"));
     }
 
     #[test]
     fn a_file_that_has_shrunk_is_a_change_when_it_has_been_left_alone_for_a_while() {
-        let of = |bytes: Option<u64>| Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))]);
+        let of = |bytes: Option<u64>| {
+            Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))])
+        };
         // After so many looks at these lengths; `None` is no file.
         let after = |before: Option<u64>, looks: Vec<Option<u64>>| {
             let mut change = Change::default();
             let present = only_present(&of(before));
-            looks.into_iter().position(|now| change.is_over(&of(before), &present, &of(now))).map(|n| n + 1)
+            looks
+                .into_iter()
+                .position(|now| change.is_over(&of(before), &present, &of(now)))
+                .map(|n| n + 1)
         };
         let rests = usize::try_from(SHRUNK.as_secs() / LOOK.as_secs()).expect("small");
         let for_ever = |bytes| vec![bytes; 1000];
@@ -211,15 +229,26 @@ mod tests {
         assert_eq!(after(Some(10), for_ever(Some(10))), None);
         // A slow copy: nothing, then a part that rests, then the rest of it.
         let pause = rests - 1;
-        let copy = [Some(0), Some(3), Some(7)].into_iter().flat_map(|bytes| std::iter::repeat_n(bytes, pause));
-        assert_eq!(after(Some(10), copy.chain(for_ever(Some(12))).collect()), Some(3 * pause + rests + 1));
+        let copy = [Some(0), Some(3), Some(7)]
+            .into_iter()
+            .flat_map(|bytes| std::iter::repeat_n(bytes, pause));
+        assert_eq!(
+            after(Some(10), copy.chain(for_ever(Some(12))).collect()),
+            Some(3 * pause + rests + 1)
+        );
         let back = std::iter::repeat_n(Some(3), pause).chain([Some(10)]).chain(for_ever(Some(11)));
-        assert_eq!(after(Some(10), back.collect()), Some(pause + 3), "what is as it was is no change");
+        assert_eq!(
+            after(Some(10), back.collect()),
+            Some(pause + 3),
+            "what is as it was is no change"
+        );
     }
 
     #[test]
     fn a_file_that_is_gone_for_long_and_comes_back_in_parts_has_shrunk() {
-        let of = |bytes: Option<u64>| Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))]);
+        let of = |bytes: Option<u64>| {
+            Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))])
+        };
         // That it is gone was accepted: how it was when it was there is known all the same.
         let (present, mut change) = (of(Some(10)), Change::default());
         let looks = [Some(3); 3].into_iter().chain([Some(10); 1000]);
@@ -227,11 +256,15 @@ mod tests {
         assert!(over.is_some_and(|n| n > 3), "{over:?}");
         // What was taken out for good holds up no other change.
         let two = |x: Option<u64>, y: u64| {
-            let file = |name: &str, bytes: Option<u64>| (PathBuf::from(name), bytes.map(|bytes| (0, 0, bytes, 0, 0)));
+            let file = |name: &str, bytes: Option<u64>| {
+                (PathBuf::from(name), bytes.map(|bytes| (0, 0, bytes, 0, 0)))
+            };
             Look::from([file("x", x), file("y", Some(y))])
         };
         let mut change = Change::default();
-        let over = [5, 5].into_iter().position(|y| change.is_over(&two(None, 4), &two(Some(10), 4), &two(None, y)));
+        let over = [5, 5]
+            .into_iter()
+            .position(|y| change.is_over(&two(None, 4), &two(Some(10), 4), &two(None, y)));
         assert_eq!(over, Some(1));
     }
 
@@ -253,7 +286,8 @@ mod tests {
         link(&path("data").join("x"), &path("x"));
         std::fs::create_dir(path("more")).expect("a folder");
         std::fs::write(path("plain"), "1").expect("writes");
-        let names = watch::Sender::new(vec![path("plain"), path("x"), path("more"), path("missing")]);
+        let names =
+            watch::Sender::new(vec![path("plain"), path("x"), path("more"), path("missing")]);
         let mut files = Files::new(names.subscribe());
         let count = Arc::new(AtomicUsize::new(0));
         let counter = count.clone();
@@ -270,7 +304,9 @@ mod tests {
                 std::fs::rename(path("other"), path("plain")).expect("renames");
             }),
             ("the folder behind a link swapped", &|| link(&path("two"), &path("data"))),
-            ("a file more in a folder", &|| std::fs::write(path("more").join("a.toml"), "").expect("writes")),
+            ("a file more in a folder", &|| {
+                std::fs::write(path("more").join("a.toml"), "").expect("writes")
+            }),
             ("one that was missing", &|| std::fs::write(path("missing"), "").expect("writes")),
             ("gone", &|| std::fs::remove_file(path("plain")).expect("removes")),
         ];

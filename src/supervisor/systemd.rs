@@ -9,9 +9,9 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 
 use crate::supervisor::fleet::Phase;
 
-/// Tells each phase, and that the daemon lives as often as the unit's `WatchdogSec` asks for it. It is a
-/// task of the runtime that does the work: when that stands still, the pings end with it. Completes when the
-/// last phase is told and none can follow.
+/// Tells each phase, and that the daemon lives as often as the unit's `WatchdogSec` asks for it. It
+/// is a task of the runtime that does the work: when that stands still, the pings end with it.
+/// Completes when the last phase is told and none can follow.
 pub async fn follow(mut phases: watch::Receiver<Phase>) {
     let mut watchdog = pin!(ping(sd_notify::watchdog_enabled()));
     loop {
@@ -45,7 +45,8 @@ pub fn stopping() {
     tell(&[NotifyState::Stopping, NotifyState::Status("stopping: requests in flight finish")]);
 }
 
-/// Twice in each period after which the service manager takes the daemon for dead; never where it does not watch.
+/// Twice in each period after which the service manager takes the daemon for dead; never where it
+/// does not watch.
 async fn ping(period: Option<Duration>) {
     let Some(period) = period.filter(|p| !p.is_zero()) else { return std::future::pending().await };
     let mut tick = tokio::time::interval(period / 2);

@@ -55,7 +55,15 @@ const SHOWN: usize = 3;
 impl Finding {
     pub fn ok(about: impl Into<String>, found: impl Into<String>) -> Self {
         let (about, found) = (vec![about.into()], found.into());
-        Self { severity: Severity::Ok, unseen: false, for_all: false, about, found, risk: None, remedy: None }
+        Self {
+            severity: Severity::Ok,
+            unseen: false,
+            for_all: false,
+            about,
+            found,
+            risk: None,
+            remedy: None,
+        }
     }
 
     pub fn note(about: impl Into<String>, found: impl Into<String>) -> Self {
@@ -71,7 +79,11 @@ impl Finding {
     }
 
     /// What could not be looked at, and why; `look` says how an operator can.
-    pub fn unseen(what: impl Into<String>, why: impl fmt::Display, look: impl Into<String>) -> Self {
+    pub fn unseen(
+        what: impl Into<String>,
+        why: impl fmt::Display,
+        look: impl Into<String>,
+    ) -> Self {
         Self { unseen: true, ..Self::note(what, format!("not looked at: {why}")).mended(look) }
     }
 
@@ -98,7 +110,8 @@ impl Finding {
 
     /// The names of what it is about, the first few of many.
     pub fn names(&self) -> String {
-        let shown = self.about.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let shown =
+            self.about.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
         match self.about.len().saturating_sub(SHOWN) {
             0 => shown,
             more => format!("{shown} and {more} more"),
@@ -106,11 +119,14 @@ impl Finding {
     }
 }
 
-/// Makes one of those that say the same of several things, and puts the worst last, where a reader's eye is.
+/// Makes one of those that say the same of several things, and puts the worst last, where a
+/// reader's eye is.
 pub fn summarized(findings: Vec<Finding>) -> Vec<Finding> {
     let mut all: Vec<Finding> = Vec::new();
     for f in findings {
-        match all.iter_mut().find(|a| (a.severity, &a.found, &a.risk, &a.remedy) == (f.severity, &f.found, &f.risk, &f.remedy)) {
+        match all.iter_mut().find(|a| {
+            (a.severity, &a.found, &a.risk, &a.remedy) == (f.severity, &f.found, &f.risk, &f.remedy)
+        }) {
             Some(same) => {
                 same.about.extend(f.about);
                 same.for_all |= f.for_all;
@@ -122,9 +138,12 @@ pub fn summarized(findings: Vec<Finding>) -> Vec<Finding> {
     all
 }
 
-/// A word for a shell, whatever is in it: whoever names a policy must not choose what an operator runs.
+/// A word for a shell, whatever is in it: whoever names a policy must not choose what an operator
+/// runs.
 pub fn shell_word(text: &str) -> String {
-    let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) && !text.starts_with('-');
+    let plain = !text.is_empty()
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        && !text.starts_with('-');
     if plain { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
@@ -135,11 +154,22 @@ mod tests {
     #[test]
     fn what_is_found_of_many_is_told_once_and_the_worst_last() {
         let bad = |about: &str| Finding::harmful(about, "is bad").risking("loss").mended("mend it");
-        let findings = vec![bad("a"), Finding::ok("x", "is fine"), bad("b"), Finding::note("y", "is odd"), bad("c"), bad("d"), bad("e")];
+        let findings = vec![
+            bad("a"),
+            Finding::ok("x", "is fine"),
+            bad("b"),
+            Finding::note("y", "is odd"),
+            bad("c"),
+            bad("d"),
+            bad("e"),
+        ];
         let found = summarized(findings);
         let order: Vec<_> = found.iter().map(|f| (f.severity, f.names())).collect();
-        let expected =
-            [(Severity::Ok, "x".to_owned()), (Severity::Note, "y".to_owned()), (Severity::Harmful, "a, b, c and 2 more".to_owned())];
+        let expected = [
+            (Severity::Ok, "x".to_owned()),
+            (Severity::Note, "y".to_owned()),
+            (Severity::Harmful, "a, b, c and 2 more".to_owned()),
+        ];
         assert_eq!(order, expected);
         assert_eq!(found[2].about.len(), 5, "none is left out where machines read");
         let other = summarized(vec![bad("a"), bad("b").mended("mend it in another way")]);
@@ -149,7 +179,13 @@ mod tests {
     #[test]
     fn a_name_that_others_chose_stays_one_word_of_a_command() {
         assert_eq!(shell_word("hooktrail.sub-a_1"), "hooktrail.sub-a_1");
-        for (text, word) in [("/", "'/'"), ("", "''"), ("-p", "'-p'"), ("a; rm -rf $HOME", "'a; rm -rf $HOME'"), ("it's", r"'it'\''s'")] {
+        for (text, word) in [
+            ("/", "'/'"),
+            ("", "''"),
+            ("-p", "'-p'"),
+            ("a; rm -rf $HOME", "'a; rm -rf $HOME'"),
+            ("it's", r"'it'\''s'"),
+        ] {
             assert_eq!(shell_word(text), word);
         }
     }

@@ -1,7 +1,8 @@
 //! The log: what it looks like, how much of it there is, and who writes it.
 //!
-//! The daemon's lines are written by a thread of their own, behind a bounded queue: when nobody reads them, as with a container runtime
-//! that hangs or a paused terminal, lines are dropped and counted, and nothing that delivers events waits.
+//! The daemon's lines are written by a thread of their own, behind a bounded queue: when nobody
+//! reads them, as with a container runtime that hangs or a paused terminal, lines are dropped and
+//! counted, and nothing that delivers events waits.
 
 use std::{
     collections::VecDeque,
@@ -41,7 +42,8 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Who writes to a terminal that somebody else has made non-blocking tries again after so long.
 const AGAIN: Duration = Duration::from_millis(10);
 
-/// How much is logged; can be changed while the program runs. Clones are the same, and the default changes nothing.
+/// How much is logged; can be changed while the program runs. Clones are the same, and the default
+/// changes nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Level(Option<reload::Handle<Targets, Registry>>);
 
@@ -72,27 +74,39 @@ pub struct Log {
 }
 
 impl Log {
-    /// Log events go to stderr, and nobody waits for that. So does what a panic says. `dropped` is given numbers of lines that were not
-    /// written.
+    /// Log events go to stderr, and nobody waits for that. So does what a panic says. `dropped` is
+    /// given numbers of lines that were not written.
     ///
     /// # Errors
     /// The system has no thread to write with.
-    pub fn start(config: LogConfig, dropped: impl Fn(u64) + Send + Sync + 'static) -> io::Result<(Self, Level)> {
+    pub fn start(
+        config: LogConfig,
+        dropped: impl Fn(u64) + Send + Sync + 'static,
+    ) -> io::Result<(Self, Level)> {
         let lines = Arc::new(Lines::new(dropped));
         let writing = lines.clone();
-        thread::Builder::new().name("log".to_owned()).spawn(move || writing.write_to(&mut io::stderr()))?;
+        thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(move || writing.write_to(&mut io::stderr()))?;
         let line = lines.clone();
         let level = install(config, move || Line(line.clone()));
         std::panic::set_hook(Box::new(|panic| {
             let place = panic.location().map(ToString::to_string);
             let backtrace = std::backtrace::Backtrace::capture();
-            let backtrace = (backtrace.status() == std::backtrace::BacktraceStatus::Captured).then(|| backtrace.to_string());
-            tracing::error!(place, backtrace, "panicked: {}", panic.payload_as_str().unwrap_or("no text"));
+            let backtrace = (backtrace.status() == std::backtrace::BacktraceStatus::Captured)
+                .then(|| backtrace.to_string());
+            tracing::error!(
+                place,
+                backtrace,
+                "panicked: {}",
+                panic.payload_as_str().unwrap_or("no text")
+            );
         }));
         Ok((Self { lines, json: config.json }, level))
     }
 
-    /// The last thing that is said of a run that failed: a log event where machines read, else `text` as a command prints it.
+    /// The last thing that is said of a run that failed: a log event where machines read, else
+    /// `text` as a command prints it.
     pub fn fatal(&self, error: &str, text: &str) {
         if self.json {
             tracing::error!(error, "hooktrail ends");
@@ -101,14 +115,18 @@ impl Log {
         }
     }
 
-    /// Waits until what was logged is written, but not for long: whoever does not read it keeps nothing from its end.
+    /// Waits until what was logged is written, but not for long: whoever does not read it keeps
+    /// nothing from its end.
     pub fn finish(self) {
         self.lines.wait_written(GOODBYE);
     }
 }
 
 /// The first one in a process stays, which only tests notice.
-fn install<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(config: LogConfig, writer: W) -> Level {
+fn install<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(
+    config: LogConfig,
+    writer: W,
+) -> Level {
     let (filter, level) = reload::Layer::new(targets(config.level));
     let registry = tracing_subscriber::registry().with(filter);
     let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_target(false);
@@ -124,14 +142,17 @@ fn install<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(config: LogConfig,
     Level(installed.is_ok().then_some(level))
 }
 
-/// Whether what is written to stderr comes into the journal of systemd, as systemd.exec(5) tells of `$JOURNAL_STREAM`.
+/// Whether what is written to stderr comes into the journal of systemd, as systemd.exec(5) tells of
+/// `$JOURNAL_STREAM`.
 fn is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     // What is inherited may be of another process, whose stderr this one's is not.
-    std::fs::metadata("/proc/self/fd/2").is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
+    std::fs::metadata("/proc/self/fd/2")
+        .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// Lines that begin with their priority as sd-daemon(3) has it, which the journal shows and filters by.
+/// Lines that begin with their priority as sd-daemon(3) has it, which the journal shows and filters
+/// by.
 struct Prioritized<F>(F);
 
 impl<S, N, F> FormatEvent<S, N> for Prioritized<F>
@@ -140,7 +161,12 @@ where
     N: for<'a> FormatFields<'a> + 'static,
     F: FormatEvent<S, N>,
 {
-    fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
         let priority = match *event.metadata().level() {
             tracing::Level::ERROR => 3,
             tracing::Level::WARN => 4,
@@ -236,7 +262,10 @@ impl Lines {
             let lost = lines.into_iter().filter(|line| write_line(to, line).is_err()).count();
             let untold = self.written(lost as u64);
             if untold > 0 {
-                tracing::warn!(lines = untold, "lines of the log were dropped: nobody read it, or it could not be written");
+                tracing::warn!(
+                    lines = untold,
+                    "lines of the log were dropped: nobody read it, or it could not be written"
+                );
             }
         }
     }

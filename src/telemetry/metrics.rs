@@ -1,7 +1,8 @@
 //! Every metric: its name, its labels, what it means, and the handles that count.
 //!
-//! [`ALL`] is the one list. The exposition, docs/metrics.md, the shipped alerts and the dashboard are held to it by tests.
-//! Units are base units (seconds, bytes); no label holds a URL or a secret.
+//! [`ALL`] is the one list. The exposition, docs/metrics.md, the shipped alerts and the dashboard
+//! are held to it by tests. Units are base units (seconds, bytes); no label holds a URL or a
+//! secret.
 
 use std::{
     collections::BTreeMap,
@@ -67,15 +68,27 @@ impl Definition {
     }
 }
 
-const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Definition {
+const fn counter(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Definition {
     Definition { name, kind: Kind::Counter, labels, help }
 }
 
-const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Definition {
+const fn gauge(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Definition {
     Definition { name, kind: Kind::Gauge, labels, help }
 }
 
-const fn histogram(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Definition {
+const fn histogram(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Definition {
     Definition { name, kind: Kind::Histogram, labels, help }
 }
 
@@ -83,14 +96,22 @@ const SUBSCRIBER: &[&str] = &["subscriber"];
 
 /// All there are, in the order of the documentation.
 pub const ALL: &[Definition] = &[
-    counter("events_received", SUBSCRIBER, "Events taken from the subscriber's queue; one that is given back and taken again counts again"),
+    counter(
+        "events_received",
+        SUBSCRIBER,
+        "Events taken from the subscriber's queue; one that is given back and taken again counts again",
+    ),
     counter("events_delivered", SUBSCRIBER, "Events that the receiver has accepted"),
     counter(
         "events_recognised",
         SUBSCRIBER,
         "Events that came again after a lost connection to the broker and were acked without a request: the receiver had accepted them, and only the ack was lost",
     ),
-    counter("attempts", &["subscriber", "outcome"], "Attempts by what they came to: delivered, retry, split, dead_letter, paused"),
+    counter(
+        "attempts",
+        &["subscriber", "outcome"],
+        "Attempts by what they came to: delivered, retry, split, dead_letter, paused",
+    ),
     counter(
         "attempt_failures",
         &["subscriber", "failure"],
@@ -101,7 +122,11 @@ pub const ALL: &[Definition] = &[
         SUBSCRIBER,
         "Requests of which nothing could be sent, for a lack of this machine's own (file descriptors, ports) or because over HTTP/2 no stream got free; they are no attempts",
     ),
-    histogram("attempt_duration_seconds", SUBSCRIBER, "From the beginning of an attempt to its outcome"),
+    histogram(
+        "attempt_duration_seconds",
+        SUBSCRIBER,
+        "From the beginning of an attempt to its outcome",
+    ),
     histogram("batch_events", SUBSCRIBER, "Events in the batch of an attempt"),
     histogram("batch_bytes", SUBSCRIBER, "Bytes of the request body of an attempt"),
     histogram(
@@ -114,10 +139,22 @@ pub const ALL: &[Definition] = &[
         SUBSCRIBER,
         "From the arrival of a batch's first event (its publication where the queue tells that, else when the daemon took it) to the answer that accepted the batch",
     ),
-    counter("dead_letters", &["subscriber", "reason"], "Dead letters written by this daemon: exhausted, refused, invalid_event, too_large"),
+    counter(
+        "dead_letters",
+        &["subscriber", "reason"],
+        "Dead letters written by this daemon: exhausted, refused, invalid_event, too_large",
+    ),
     gauge("requests_in_flight", SUBSCRIBER, "Requests to the receiver that are under way"),
-    gauge("circuit_state", &["subscriber", "state"], "1 for the state that the circuit breaker is in, else 0: closed, open, half_open"),
-    gauge("circuit_opened_timestamp_seconds", SUBSCRIBER, "Since when the circuit has not been closed, in Unix seconds; 0 while it is"),
+    gauge(
+        "circuit_state",
+        &["subscriber", "state"],
+        "1 for the state that the circuit breaker is in, else 0: closed, open, half_open",
+    ),
+    gauge(
+        "circuit_opened_timestamp_seconds",
+        SUBSCRIBER,
+        "Since when the circuit has not been closed, in Unix seconds; 0 while it is",
+    ),
     gauge("paused", SUBSCRIBER, "1 while the subscriber is paused, else 0"),
     gauge(
         "lane_up",
@@ -125,8 +162,16 @@ pub const ALL: &[Definition] = &[
         "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails, its bindings or the ways of its retries are missing",
     ),
     counter("lane_panics", SUBSCRIBER, "Panics of the lane; it is restarted each time"),
-    gauge("retries_waiting", SUBSCRIBER, "Batches that wait for their next attempt, as far as this daemon knows"),
-    gauge("next_retry_timestamp_seconds", SUBSCRIBER, "When the next of those is due, in Unix seconds; 0 without any"),
+    gauge(
+        "retries_waiting",
+        SUBSCRIBER,
+        "Batches that wait for their next attempt, as far as this daemon knows",
+    ),
+    gauge(
+        "next_retry_timestamp_seconds",
+        SUBSCRIBER,
+        "When the next of those is due, in Unix seconds; 0 without any",
+    ),
     gauge(
         "oldest_event_timestamp_seconds",
         SUBSCRIBER,
@@ -137,7 +182,11 @@ pub const ALL: &[Definition] = &[
         &["subscriber", "queue"],
         "Messages in the subscriber's queues, without those that a lane has taken: main, retry (due), dead",
     ),
-    gauge("delayed_retries", &[], "Batches of all subscribers whose time to be tried again has not come"),
+    gauge(
+        "delayed_retries",
+        &[],
+        "Batches of all subscribers whose time to be tried again has not come",
+    ),
     gauge(
         "orphans",
         &[],
@@ -148,22 +197,42 @@ pub const ALL: &[Definition] = &[
         SUBSCRIBER,
         "What still waits in the queues of a subscriber that is not configured any more, until `hooktrail prune`",
     ),
-    gauge("queue_up", &[], "1 while the queue takes what is published and gives what waits, else 0"),
-    gauge("broker_connections", &["role"], "Open connections to the broker: consuming, publishing, relaying, declaring"),
-    counter("broker_connects", &["role", "result"], "Connections to the broker that were tried: ok, failed"),
+    gauge(
+        "queue_up",
+        &[],
+        "1 while the queue takes what is published and gives what waits, else 0",
+    ),
+    gauge(
+        "broker_connections",
+        &["role"],
+        "Open connections to the broker: consuming, publishing, relaying, declaring",
+    ),
+    counter(
+        "broker_connects",
+        &["role", "result"],
+        "Connections to the broker that were tried: ok, failed",
+    ),
     counter(
         "events_accepted",
         &["matched"],
         "Events taken over HTTP that are durable, by whether a subscriber's pattern matches them: true, false",
     ),
-    counter("events_relayed", &["result"], "Events of the source queue: routed, unmatched (no pattern matches them), invalid"),
+    counter(
+        "events_relayed",
+        &["result"],
+        "Events of the source queue: routed, unmatched (no pattern matches them), invalid",
+    ),
     counter("config_reloads", &["result"], "Reloads of the configuration: success, failure"),
     gauge(
         "config_last_reload_successful",
         &[],
         "1 if the configuration was right when it was last read, else 0: then the one before it is in use",
     ),
-    gauge("config_last_reload_success_timestamp_seconds", &[], "When the configuration in use was read, in Unix seconds"),
+    gauge(
+        "config_last_reload_success_timestamp_seconds",
+        &[],
+        "When the configuration in use was read, in Unix seconds",
+    ),
     gauge("subscribers", &[], "Subscribers that are configured"),
     gauge(
         "held_removals",
@@ -193,7 +262,15 @@ pub fn reference() -> String {
     for d in ALL {
         let labels: Vec<String> = d.labels.iter().map(|l| format!("`{l}`")).collect();
         // Writing to a string cannot fail.
-        writeln!(page, "| `{}` | {} | {} | {} |", d.exposed(), d.kind.name(), labels.join(", "), d.help).ok();
+        writeln!(
+            page,
+            "| `{}` | {} | {} | {} |",
+            d.exposed(),
+            d.kind.name(),
+            labels.join(", "),
+            d.help
+        )
+        .ok();
     }
     page
 }
@@ -211,17 +288,22 @@ pub enum Exposition {
 }
 
 impl Exposition {
-    /// What a header `accept` asks for (RFC 9110, 12.5.1): OpenMetrics if it is named, and plain text is not preferred.
+    /// What a header `accept` asks for (RFC 9110, 12.5.1): OpenMetrics if it is named, and plain
+    /// text is not preferred.
     pub fn accepted(accept: &str) -> Self {
         let quality = |range: &str| {
             let mut parts = range.split(';').map(str::trim);
             let name = parts.next().unwrap_or_default().to_ascii_lowercase();
-            let q = parts.find_map(|p| p.strip_prefix("q=")).map_or(1.0, |q| q.parse::<f32>().unwrap_or(0.0));
+            let q = parts
+                .find_map(|p| p.strip_prefix("q="))
+                .map_or(1.0, |q| q.parse::<f32>().unwrap_or(0.0));
             (name, q)
         };
         let ranges: Vec<(String, f32)> = accept.split(',').map(quality).collect();
-        let best = |name: &str| ranges.iter().filter(|(n, _)| n == name).map(|(_, q)| *q).reduce(f32::max);
-        let text = best("text/plain").or_else(|| best("text/*")).or_else(|| best("*/*")).unwrap_or(0.0);
+        let best =
+            |name: &str| ranges.iter().filter(|(n, _)| n == name).map(|(_, q)| *q).reduce(f32::max);
+        let text =
+            best("text/plain").or_else(|| best("text/*")).or_else(|| best("*/*")).unwrap_or(0.0);
         match best("application/openmetrics-text") {
             Some(q) if q > 0.0 && q >= text => Self::OpenMetrics,
             _ => Self::Text,
@@ -236,10 +318,14 @@ impl Exposition {
     }
 }
 
-/// The lines of an exposition in a lasting order: those of a metric by their labels, the buckets of a histogram as they are.
+/// The lines of an exposition in a lasting order: those of a metric by their labels, the buckets of
+/// a histogram as they are.
 fn sorted(text: &str) -> String {
     let labels = |line: &str| {
-        let all = line.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}')).map_or("", |(labels, _)| labels);
+        let all = line
+            .split_once('{')
+            .and_then(|(_, rest)| rest.rsplit_once('}'))
+            .map_or("", |(labels, _)| labels);
         // A bucket's bound is its first label, and a number.
         let others = all.strip_prefix("le=\"").and_then(|rest| rest.split_once('"'));
         others.map_or(all, |(_, others)| others.trim_start_matches(',')).to_owned()
@@ -261,15 +347,19 @@ fn sorted(text: &str) -> String {
     out
 }
 
-/// OpenMetrics as the older format has it: a counter's name has its suffix in the comments too, and nothing marks the end.
+/// OpenMetrics as the older format has it: a counter's name has its suffix in the comments too, and
+/// nothing marks the end.
 fn as_plain_text(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     for line in open_metrics.lines().filter(|line| *line != "# EOF") {
         let about = line.strip_prefix("# HELP ").or_else(|| line.strip_prefix("# TYPE "));
         let name = about.and_then(|rest| rest.split(' ').next()).unwrap_or_default();
-        let definition = name.strip_prefix(PREFIX).and_then(|name| ALL.iter().find(|d| d.name == name));
+        let definition =
+            name.strip_prefix(PREFIX).and_then(|name| ALL.iter().find(|d| d.name == name));
         match definition {
-            Some(d) if d.kind == Kind::Counter => out.extend([&line.replacen(name, &d.exposed(), 1), "\n"]),
+            Some(d) if d.kind == Kind::Counter => {
+                out.extend([&line.replacen(name, &d.exposed(), 1), "\n"])
+            }
             _ => out.extend([line, "\n"]),
         }
     }
@@ -286,11 +376,24 @@ impl MetricConstructor<Histogram> for Buckets {
     }
 }
 
-const SECONDS: Buckets = Buckets(&[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]);
+const SECONDS: Buckets =
+    Buckets(&[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]);
 /// A retry can be days late.
-const LONG_SECONDS: Buckets = Buckets(&[0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0, 259_200.0]);
+const LONG_SECONDS: Buckets = Buckets(&[
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0, 259_200.0,
+]);
 const EVENTS: Buckets = Buckets(&[1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]);
-const BYTES: Buckets = Buckets(&[256.0, 1024.0, 4096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0, 12_582_912.0]);
+const BYTES: Buckets = Buckets(&[
+    256.0,
+    1024.0,
+    4096.0,
+    16_384.0,
+    65_536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    12_582_912.0,
+]);
 
 impl Buckets {
     fn of(name: &str) -> Self {
@@ -324,7 +427,8 @@ impl Metrics {
     /// `started` is when the process did.
     pub fn new(started: SystemTime) -> Self {
         let mut registry = Registry::with_prefix(PREFIX.trim_end_matches('_'));
-        let (mut counters, mut gauges, mut histograms) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (mut counters, mut gauges, mut histograms) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let cpu = Counter::default();
         for d in ALL {
             match d.kind {
@@ -346,7 +450,14 @@ impl Metrics {
                 }
             }
         }
-        let metrics = Self(Arc::new(Inner { registry, counters, gauges, histograms, cpu, series: Mutex::default() }));
+        let metrics = Self(Arc::new(Inner {
+            registry,
+            counters,
+            gauges,
+            histograms,
+            cpu,
+            series: Mutex::default(),
+        }));
         metrics.gauge("build_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         metrics.gauge("process_start_time_seconds", &[]).set(unix(started));
         metrics
@@ -369,10 +480,18 @@ impl Metrics {
     /// The handles of a subscriber. Its series begin, at 0.
     pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
         let of = [("subscriber", name)];
-        let outcome = |o: DispositionKind| (o, self.counter("attempts", &[("subscriber", name), ("outcome", o.name())]));
-        let failure = |f: FailureKind| (f, self.counter("attempt_failures", &[("subscriber", name), ("failure", f.name())]));
-        let reason = |r: Reason| (r, self.counter("dead_letters", &[("subscriber", name), ("reason", r.name())]));
-        let state = |s: CircuitState| (s, self.gauge("circuit_state", &[("subscriber", name), ("state", s.name())]));
+        let outcome = |o: DispositionKind| {
+            (o, self.counter("attempts", &[("subscriber", name), ("outcome", o.name())]))
+        };
+        let failure = |f: FailureKind| {
+            (f, self.counter("attempt_failures", &[("subscriber", name), ("failure", f.name())]))
+        };
+        let reason = |r: Reason| {
+            (r, self.counter("dead_letters", &[("subscriber", name), ("reason", r.name())]))
+        };
+        let state = |s: CircuitState| {
+            (s, self.gauge("circuit_state", &[("subscriber", name), ("state", s.name())]))
+        };
         let queue = |q| self.gauge("queue_messages", &[("subscriber", name), ("queue", q)]);
         SubscriberMetrics {
             received: self.counter("events_received", &of),
@@ -411,7 +530,8 @@ impl Metrics {
         }
     }
 
-    /// What still waits for subscribers that are not configured any more; those that are not named are no more.
+    /// What still waits for subscribers that are not configured any more; those that are not named
+    /// are no more.
     pub fn set_removed(&self, removed: &BTreeMap<String, u64>) {
         let family = &self.0.gauges["removed_subscriber_messages"];
         family.clear();
@@ -452,7 +572,11 @@ impl Metrics {
     }
 
     pub fn connected(&self, role: &'static str, ok: bool) {
-        self.counter("broker_connects", &[("role", role), ("result", if ok { "ok" } else { "failed" })]).inc();
+        self.counter(
+            "broker_connects",
+            &[("role", role), ("result", if ok { "ok" } else { "failed" })],
+        )
+        .inc();
     }
 
     /// Events taken over HTTP, of which some match nobody's patterns.
@@ -487,7 +611,8 @@ impl Metrics {
             ALL.iter().any(|d| d.name == name && d.labels.iter().eq(labels.iter().map(|(l, _)| l))),
             "{name} is not defined with {labels:?}"
         );
-        let set: Labels = labels.iter().map(|(label, value)| (*label, (*value).to_owned())).collect();
+        let set: Labels =
+            labels.iter().map(|(label, value)| (*label, (*value).to_owned())).collect();
         if let [("subscriber", subscriber), ..] = labels {
             let mut series = self.series();
             let own = series.entry((*subscriber).to_owned()).or_default();
@@ -512,12 +637,17 @@ impl Metrics {
 
     /// As far as the system tells: Linux does, in /proc.
     fn look_at_the_process(&self) {
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/self/{file}")).unwrap_or_default();
+        let read =
+            |file: &str| std::fs::read_to_string(format!("/proc/self/{file}")).unwrap_or_default();
         if let Some(seconds) = cpu_seconds(&read("stat")) {
             self.0.cpu.inc_by((seconds - self.0.cpu.get()).max(0.0));
         }
         let status = read("status");
-        let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)?.split_whitespace().next()?.parse::<f64>().ok());
+        let field = |name: &str| {
+            status
+                .lines()
+                .find_map(|l| l.strip_prefix(name)?.split_whitespace().next()?.parse::<f64>().ok())
+        };
         if let Some(kib) = field("VmRSS:") {
             self.gauge("process_resident_memory_bytes", &[]).set(kib * 1024.0);
         }
@@ -531,7 +661,8 @@ impl Metrics {
     }
 }
 
-/// User and system time from the text of /proc/self/stat, whose second field may hold anything in its brackets.
+/// User and system time from the text of /proc/self/stat, whose second field may hold anything in
+/// its brackets.
 fn cpu_seconds(stat: &str) -> Option<f64> {
     // Linux counts these in hundredths for every program, whatever the kernel's own clock is.
     const TICKS_PER_SECOND: f64 = 100.0;
@@ -597,7 +728,12 @@ impl SubscriberMetrics {
         self.batch_bytes.observe(bytes as f64);
     }
 
-    pub fn attempt_ends(&self, disposition: DispositionKind, failure: Option<FailureKind>, took: Duration) {
+    pub fn attempt_ends(
+        &self,
+        disposition: DispositionKind,
+        failure: Option<FailureKind>,
+        took: Duration,
+    ) {
         self.in_flight.dec();
         self.attempt_duration.observe(took.as_secs_f64());
         self.attempts[&disposition].inc();
@@ -683,7 +819,9 @@ mod tests {
 
     /// The names in an exposition, by the lines that tell their types.
     fn exposed(text: &str) -> BTreeSet<String> {
-        text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next().map(str::to_owned)).collect()
+        text.lines()
+            .filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next().map(str::to_owned))
+            .collect()
     }
 
     #[test]
@@ -708,10 +846,17 @@ mod tests {
         assert!(text.contains("hooktrail_broker_connections{role=\"publishing\"} 0"));
         assert_eq!(exposed(&text), ALL.iter().map(|d| format!("{PREFIX}{}", d.name)).collect());
         for d in ALL {
-            assert!(text.contains(&format!("\n{}", d.exposed())) || text.starts_with(&d.exposed()), "{}", d.exposed());
+            assert!(
+                text.contains(&format!("\n{}", d.exposed())) || text.starts_with(&d.exposed()),
+                "{}",
+                d.exposed()
+            );
             assert!(text.contains(&format!("# HELP {PREFIX}{} {}", d.name, d.help)), "{}", d.name);
         }
-        assert!(text.contains("hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 3"), "{text}");
+        assert!(
+            text.contains("hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 3"),
+            "{text}"
+        );
         assert!(text.ends_with("# EOF\n"));
     }
 
@@ -728,7 +873,10 @@ mod tests {
                  text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
                 Exposition::OpenMetrics,
             ),
-            ("text/plain;version=0.0.4;q=0.6, Application/OpenMetrics-text; version=1.0.0; q=0.5", Exposition::Text),
+            (
+                "text/plain;version=0.0.4;q=0.6, Application/OpenMetrics-text; version=1.0.0; q=0.5",
+                Exposition::Text,
+            ),
             ("application/openmetrics-text;q=0, */*", Exposition::Text),
         ] {
             assert_eq!(Exposition::accepted(accept), format, "{accept}");
@@ -756,17 +904,28 @@ mod tests {
         }
         assert!(!text.contains("# EOF"));
         assert!(m.expose_as(Exposition::OpenMetrics).ends_with("# EOF\n"));
-        let buckets: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("hooktrail_batch_events_bucket{")).collect();
+        let buckets: Vec<&str> =
+            text.lines().filter_map(|l| l.strip_prefix("hooktrail_batch_events_bucket{")).collect();
         let order: Vec<(String, f64)> = buckets
             .iter()
             .map(|line| {
-                let (bound, subscriber) = line.strip_prefix("le=\"").and_then(|rest| rest.split_once('"')).expect("a bound");
-                (subscriber.split('}').next().expect("labels").to_owned(), bound.replace("+Inf", "inf").parse().expect("a number"))
+                let (bound, subscriber) = line
+                    .strip_prefix("le=\"")
+                    .and_then(|rest| rest.split_once('"'))
+                    .expect("a bound");
+                (
+                    subscriber.split('}').next().expect("labels").to_owned(),
+                    bound.replace("+Inf", "inf").parse().expect("a number"),
+                )
             })
             .collect();
         assert_eq!(order.len(), 4 * 11);
         assert!(order.is_sorted(), "{order:?}");
-        let names = |text: &str| text.lines().map(|l| l.split(' ').next().unwrap_or_default().to_owned()).collect::<Vec<_>>();
+        let names = |text: &str| {
+            text.lines()
+                .map(|l| l.split(' ').next().unwrap_or_default().to_owned())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(names(&m.expose_as(Exposition::Text)), names(&text));
     }
 
@@ -776,19 +935,28 @@ mod tests {
         let a = m.subscriber("a");
         m.subscriber("b");
         a.dead(Reason::Exhausted, 2);
-        assert!(m.expose().contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 2"));
+        assert!(
+            m.expose()
+                .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 2")
+        );
         m.forget("a");
         let text = m.expose();
         assert!(!text.contains("subscriber=\"a\"") && text.contains("subscriber=\"b\""), "{text}");
         m.subscriber("a");
-        assert!(m.expose().contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 0"));
+        assert!(
+            m.expose()
+                .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 0")
+        );
     }
 
     #[test]
     fn the_process_is_looked_at() {
         let text = metrics().expose();
         let value = |name: &str| {
-            let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_else(|| panic!("{name}: {text}"));
+            let line = text
+                .lines()
+                .find_map(|l| l.strip_prefix(name))
+                .unwrap_or_else(|| panic!("{name}: {text}"));
             line.trim().parse::<f64>().expect("a number")
         };
         assert!(value("hooktrail_process_resident_memory_bytes ") > 1e6);
@@ -799,15 +967,27 @@ mod tests {
 
     #[test]
     fn the_page_of_the_documentation_is_made_of_this_list() {
-        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md")).expect("the page");
-        assert_eq!(page, reference(), "write what `metrics::reference` returns into docs/metrics.md");
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md"))
+            .expect("the page");
+        assert_eq!(
+            page,
+            reference(),
+            "write what `metrics::reference` returns into docs/metrics.md"
+        );
     }
 
     #[test]
     fn names_are_in_base_units_and_labels_hold_nothing_secret() {
         for d in ALL {
             let lower = d.name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-            assert!(lower && !d.name.ends_with("_total") && !d.name.contains("_ms") && !d.help.ends_with('.'), "{}", d.name);
+            assert!(
+                lower
+                    && !d.name.ends_with("_total")
+                    && !d.name.contains("_ms")
+                    && !d.help.ends_with('.'),
+                "{}",
+                d.name
+            );
             assert!(d.labels.iter().all(|l| !["url", "secret", "error"].contains(l)), "{}", d.name);
         }
     }

@@ -1,4 +1,5 @@
-//! What the system lets this process have: its file descriptors, ports and buffers. A lack of them is no receiver's failure.
+//! What the system lets this process have: its file descriptors, ports and buffers. A lack of them
+//! is no receiver's failure.
 
 use std::{
     collections::BTreeMap,
@@ -16,11 +17,13 @@ use rustix::{
 /// Between two lines of the log about the same lack.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// Raises the limit of open files to what the system allows this process. Many start with 1,024, which a few hundred
-/// receivers use up. Returns the limit, or `None` if there is none.
+/// Raises the limit of open files to what the system allows this process. Many start with 1,024,
+/// which a few hundred receivers use up. Returns the limit, or `None` if there is none.
 pub fn raise_open_files() -> Option<u64> {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current != maximum && setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err() {
+    if current != maximum
+        && setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err()
+    {
         return current;
     }
     maximum
@@ -30,7 +33,9 @@ pub fn raise_open_files() -> Option<u64> {
 pub fn lacking(e: &Error) -> Option<&'static str> {
     let errno = Errno::from_raw_os_error(e.raw_os_error()?);
     let what = match errno {
-        Errno::MFILE => "this process has no file descriptor left (EMFILE): raise LimitNOFILE= of its unit, or `ulimit -n`",
+        Errno::MFILE => {
+            "this process has no file descriptor left (EMFILE): raise LimitNOFILE= of its unit, or `ulimit -n`"
+        }
         Errno::NFILE => "the system has no file descriptor left (ENFILE): raise fs.file-max",
         Errno::NOBUFS => "the system has no buffer left for a connection (ENOBUFS)",
         Errno::NOMEM => "the system has no memory left for a connection (ENOMEM)",
@@ -43,7 +48,8 @@ pub fn lacking(e: &Error) -> Option<&'static str> {
     Some(what)
 }
 
-/// Whether no further file can be opened now. A resolver that could open no socket says no more than that it failed.
+/// Whether no further file can be opened now. A resolver that could open no socket says no more
+/// than that it failed.
 pub fn without_descriptors() -> Option<&'static str> {
     lacking(&std::io::stderr().as_fd().try_clone_to_owned().err()?)
 }
@@ -63,12 +69,16 @@ impl Reports {
     }
 }
 
-/// Logs why requests cannot be sent, each reason once a minute however many requests and subscribers it concerns. The status has it
-/// of each subscriber.
+/// Logs why requests cannot be sent, each reason once a minute however many requests and
+/// subscribers it concerns. The status has it of each subscriber.
 pub fn report(subscriber: &str, what: &str, now: Instant) {
     static REPORTS: Mutex<Reports> = Mutex::new(Reports(BTreeMap::new()));
     if REPORTS.lock().unwrap_or_else(PoisonError::into_inner).is_due(what, now) {
-        tracing::error!(subscriber, error = what, "requests cannot be sent; they are no attempts, and their events wait in the queue");
+        tracing::error!(
+            subscriber,
+            error = what,
+            "requests cannot be sent; they are no attempts, and their events wait in the queue"
+        );
     }
 }
 
@@ -78,7 +88,11 @@ mod tests {
 
     #[test]
     fn a_lack_of_this_process_is_told_from_what_a_receiver_does() {
-        for (errno, part) in [(Errno::MFILE, "EMFILE"), (Errno::NFILE, "ENFILE"), (Errno::ADDRNOTAVAIL, "EADDRNOTAVAIL")] {
+        for (errno, part) in [
+            (Errno::MFILE, "EMFILE"),
+            (Errno::NFILE, "ENFILE"),
+            (Errno::ADDRNOTAVAIL, "EADDRNOTAVAIL"),
+        ] {
             let what = lacking(&Error::from_raw_os_error(errno.raw_os_error())).expect("a lack");
             assert!(what.contains(part), "{what}");
         }

@@ -1,8 +1,8 @@
 //! What lanes and queue say of themselves: for `/metrics`, for `hooktrail status`, for the API.
 //!
-//! A lane reports to its [`LaneStatus`] what it does; whoever asks gets a [`View`] of it. The figures are this daemon's
-//! own: with several on the same queues each knows what it did itself. The way back has one word: an operator wants the subscriber tried
-//! now ([`Board::try_now`]).
+//! A lane reports to its [`LaneStatus`] what it does; whoever asks gets a [`View`] of it. The
+//! figures are this daemon's own: with several on the same queues each knows what it did itself.
+//! The way back has one word: an operator wants the subscriber tried now ([`Board::try_now`]).
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -25,11 +25,13 @@ use crate::{
 /// Rates are those of so long.
 const RECENT: Duration = Duration::from_secs(60);
 
-/// Success rate and percentiles are those of the latest attempts: so many, and none older than this.
+/// Success rate and percentiles are those of the latest attempts: so many, and none older than
+/// this.
 const ATTEMPTS: usize = 500;
 const ATTEMPTS_AGE: Duration = Duration::from_secs(15 * 60);
 
-/// Retries of a subscriber that are remembered until they come again; what is beyond that is not counted.
+/// Retries of a subscriber that are remembered until they come again; what is beyond that is not
+/// counted.
 const MAX_SCHEDULED: usize = 10_000;
 
 /// A retry that did not come so long after it was due went to another daemon.
@@ -83,12 +85,13 @@ impl Board {
 
     /// Of a subscriber that is configured now.
     pub fn lane(&self, subscriber: &str) -> LaneStatus {
-        let new = || LaneStatus(Arc::new(Mutex::new(Seen::new(self.0.metrics.subscriber(subscriber)))));
+        let new =
+            || LaneStatus(Arc::new(Mutex::new(Seen::new(self.0.metrics.subscriber(subscriber)))));
         lock(&self.0.lanes).entry(subscriber.to_owned()).or_insert_with(new).clone()
     }
 
-    /// Has one batch tried as soon as none is under way, if the subscriber's circuit is open or its receiver asked to be left alone; else
-    /// nothing follows.
+    /// Has one batch tried as soon as none is under way, if the subscriber's circuit is open or its
+    /// receiver asked to be left alone; else nothing follows.
     pub fn try_now(&self, subscriber: &str) {
         let lane = lock(&self.0.lanes).get(subscriber).cloned();
         if let Some(lane) = lane {
@@ -108,18 +111,24 @@ impl Board {
     }
 
     fn troubles(&self) -> Troubles {
-        lock(&self.0.troubles).as_ref().map(|troubles| troubles.borrow().clone()).unwrap_or_default()
+        lock(&self.0.troubles)
+            .as_ref()
+            .map(|troubles| troubles.borrow().clone())
+            .unwrap_or_default()
     }
 
     /// What is wrong with the queue: what it says of itself, or else why it could not be looked at.
     pub fn queue_error(&self) -> Option<String> {
-        self.troubles().of_queue().or_else(|| self.0.depths.borrow().as_ref()?.found.as_ref().err().cloned())
+        self.troubles()
+            .of_queue()
+            .or_else(|| self.0.depths.borrow().as_ref()?.found.as_ref().err().cloned())
     }
 
     pub fn view(&self, subscriber: &str, now: Instant, time: SystemTime) -> Option<View> {
         let lane = lock(&self.0.lanes).get(subscriber)?.clone();
         let mut view = lane.view(now, time);
-        // What the queue says comes before what the lane has seen of it, which may be an earlier error.
+        // What the queue says comes before what the lane has seen of it, which may be an earlier
+        // error.
         if !matches!(view.state, State::Paused(_))
             && let Some(why) = self.troubles().of_subscriber(subscriber)
         {
@@ -133,7 +142,8 @@ impl Board {
         let troubles = self.troubles();
         for (name, lane) in &*lock(&self.0.lanes) {
             let seen = lock(&lane.0);
-            seen.metrics.up(seen.trouble.is_none() && (seen.paused.is_some() || troubles.of_subscriber(name).is_none()));
+            seen.metrics.up(seen.trouble.is_none()
+                && (seen.paused.is_some() || troubles.of_subscriber(name).is_none()));
         }
         self.metrics().expose_as(format)
     }
@@ -141,7 +151,11 @@ impl Board {
     /// Requests without an answer, of each subscriber that has any.
     pub fn in_flight(&self) -> BTreeMap<String, u32> {
         let lanes = lock(&self.0.lanes);
-        lanes.iter().map(|(name, lane)| (name.clone(), lane.seen().in_flight)).filter(|(_, n)| *n > 0).collect()
+        lanes
+            .iter()
+            .map(|(name, lane)| (name.clone(), lane.seen().in_flight))
+            .filter(|(_, n)| *n > 0)
+            .collect()
     }
 
     /// What a look at the queues found.
@@ -153,9 +167,16 @@ impl Board {
             let of_each = || depths.subscribers.values().map(|d| d.delayed).sum();
             metrics.set_delayed_retries(depths.delayed.unwrap_or_else(of_each));
             metrics.set_orphans(depths.orphans);
-            metrics.set_removed(&depths.removed.iter().map(|(name, d)| (name.clone(), d.events + d.batches() + d.dead)).collect());
+            metrics.set_removed(
+                &depths
+                    .removed
+                    .iter()
+                    .map(|(name, d)| (name.clone(), d.events + d.batches() + d.dead))
+                    .collect(),
+            );
             for (name, lane) in &*lock(&self.0.lanes) {
-                let Depth { events, retries, dead, .. } = depths.subscribers.get(name).copied().unwrap_or_default();
+                let Depth { events, retries, dead, .. } =
+                    depths.subscribers.get(name).copied().unwrap_or_default();
                 lock(&lane.0).metrics.queues([events, retries, dead]);
             }
         }
@@ -194,7 +215,8 @@ struct Seen {
     in_hand: u64,
     /// Requests without an answer.
     in_flight: u32,
-    /// When what was given back with a circuit that opened, or with a queue that was lost, had arrived.
+    /// When what was given back with a circuit that opened, or with a queue that was lost, had
+    /// arrived.
     oldest: Option<SystemTime>,
     scheduled: Scheduled,
     attempts: VecDeque<Attempt>,
@@ -255,7 +277,12 @@ impl Scheduled {
         if self.dues.first().is_none_or(|due| due + MISSED > time) {
             return false;
         }
-        let missed: Vec<u64> = self.batches.iter().filter(|(_, (due, _))| *due + MISSED <= time).map(|(key, _)| *key).collect();
+        let missed: Vec<u64> = self
+            .batches
+            .iter()
+            .filter(|(_, (due, _))| *due + MISSED <= time)
+            .map(|(key, _)| *key)
+            .collect();
         for key in missed {
             self.remove(key);
         }
@@ -427,7 +454,8 @@ impl Seen {
         self.scheduled.arrivals.first().into_iter().chain(self.oldest).min()
     }
 
-    /// For how long the oldest request has had no answer, if that is long and nothing was accepted meanwhile.
+    /// For how long the oldest request has had no answer, if that is long and nothing was accepted
+    /// meanwhile.
     fn waits(&self, now: Instant) -> Option<Duration> {
         let begun = *self.under_way.values().next()?;
         let accepted = self.attempts.iter().rev().find(|a| a.ok).is_some_and(|a| a.at >= begun);
@@ -475,7 +503,11 @@ impl LaneStatus {
 
     pub fn ended(&self, ended: Ended, now: Instant) {
         let mut seen = self.seen();
-        seen.metrics.attempt_ends(ended.disposition, ended.failure.as_ref().map(|e| e.failure), ended.took);
+        seen.metrics.attempt_ends(
+            ended.disposition,
+            ended.failure.as_ref().map(|e| e.failure),
+            ended.took,
+        );
         seen.in_flight = seen.in_flight.saturating_sub(1);
         seen.failing = ended.failure.is_some();
         if seen.attempts.len() == ATTEMPTS {
@@ -491,7 +523,12 @@ impl LaneStatus {
     pub fn not_sent(&self, why: &str, at: SystemTime) {
         let mut seen = self.seen();
         seen.metrics.attempt_was_none();
-        seen.last_error = Some(LastError { at, failure: FailureKind::Internal, status: None, cause: Some(why.to_owned()) });
+        seen.last_error = Some(LastError {
+            at,
+            failure: FailureKind::Internal,
+            status: None,
+            cause: Some(why.to_owned()),
+        });
     }
 
     /// Those that were under way are gone with their lane.
@@ -502,16 +539,31 @@ impl LaneStatus {
         (seen.in_hand, seen.in_flight, seen.oldest) = (0, 0, None);
     }
 
-    pub fn delivered(&self, events: u32, lag: Option<Duration>, since_arrival: Option<Duration>, now: Instant, time: SystemTime) {
+    pub fn delivered(
+        &self,
+        events: u32,
+        lag: Option<Duration>,
+        since_arrival: Option<Duration>,
+        now: Instant,
+        time: SystemTime,
+    ) {
         let mut seen = self.seen();
         seen.metrics.delivered(events, lag, since_arrival);
         seen.delivered_in_all += u64::from(events);
         seen.last_delivered_at = Some(time);
         match seen.delivered.back_mut() {
-            Some((second, count)) if now.saturating_duration_since(*second) < Duration::from_secs(1) => *count += u64::from(events),
+            Some((second, count))
+                if now.saturating_duration_since(*second) < Duration::from_secs(1) =>
+            {
+                *count += u64::from(events)
+            }
             _ => seen.delivered.push_back((now, events.into())),
         }
-        while seen.delivered.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > RECENT) {
+        while seen
+            .delivered
+            .front()
+            .is_some_and(|(at, _)| now.saturating_duration_since(*at) > RECENT)
+        {
             seen.delivered.pop_front();
         }
     }
@@ -521,7 +573,13 @@ impl LaneStatus {
     }
 
     /// A batch comes again at `due`; its first event had arrived at `arrived`.
-    pub fn scheduled(&self, batch_id: &str, due: SystemTime, arrived: SystemTime, time: SystemTime) {
+    pub fn scheduled(
+        &self,
+        batch_id: &str,
+        due: SystemTime,
+        arrived: SystemTime,
+        time: SystemTime,
+    ) {
         let mut seen = self.seen();
         seen.scheduled.forget_missed(time);
         if seen.scheduled.batches.len() < MAX_SCHEDULED {
@@ -548,7 +606,8 @@ impl LaneStatus {
             return;
         }
         seen.circuit = circuit;
-        seen.circuit_since = if circuit == Circuit::Closed { None } else { seen.circuit_since.or(Some(time)) };
+        seen.circuit_since =
+            if circuit == Circuit::Closed { None } else { seen.circuit_since.or(Some(time)) };
         seen.metrics.circuit(circuit.state(), seen.circuit_since);
     }
 
@@ -585,19 +644,31 @@ impl LaneStatus {
             (_, _, Circuit::Open { until }, _) => State::CircuitOpen { until },
             (_, _, _, Some(until)) if until > time => State::Held { until },
             _ if seen.failing => State::Retrying,
-            _ => seen.waits(now).map_or(State::Ok, |waits| State::Waiting { since: time.checked_sub(waits).unwrap_or(time) }),
+            _ => seen.waits(now).map_or(State::Ok, |waits| State::Waiting {
+                since: time.checked_sub(waits).unwrap_or(time),
+            }),
         };
         let recent = |a: &&Attempt| now.saturating_duration_since(a.at) <= ATTEMPTS_AGE;
         let attempts: Vec<&Attempt> = seen.attempts.iter().filter(recent).collect();
         let mut durations: Vec<Duration> = attempts.iter().map(|a| a.took).collect();
         durations.sort_unstable();
         let ok = attempts.iter().filter(|a| a.ok).count() as u64;
-        let events: u64 = seen.delivered.iter().filter(|(at, _)| now.saturating_duration_since(*at) <= RECENT).map(|(_, n)| n).sum();
+        let events: u64 = seen
+            .delivered
+            .iter()
+            .filter(|(at, _)| now.saturating_duration_since(*at) <= RECENT)
+            .map(|(_, n)| n)
+            .sum();
         View {
             state,
             circuit: seen.circuit,
             in_hand: seen.in_hand,
-            retries_scheduled: seen.scheduled.batches.values().filter(|(due, _)| *due > time).count(),
+            retries_scheduled: seen
+                .scheduled
+                .batches
+                .values()
+                .filter(|(due, _)| *due > time)
+                .count(),
             next_retry_at: seen.scheduled.dues.first(),
             delivered: seen.delivered_in_all,
             delivered_per_s_milli: events * 1000 / RECENT.as_secs(),
@@ -657,7 +728,11 @@ mod tests {
         lane.held(Some(time));
         lane.ended(Ended { disposition: DispositionKind::Delivered, ..ended(None) }, now);
         assert_eq!(state(), State::Ok, "a time that has come holds nothing");
-        assert_eq!(board.view("a", now, time).expect("it is there").last_error, failed(time), "it is still told");
+        assert_eq!(
+            board.view("a", now, time).expect("it is there").last_error,
+            failed(time),
+            "it is still told"
+        );
         assert_eq!(board.view("b", now, time), None);
     }
 
@@ -665,18 +740,26 @@ mod tests {
     fn a_request_without_an_answer_is_told_of_unless_others_are_accepted() {
         let (board, now, time) = (board(), clock::instant(), clock::now());
         let lane = board.lane("a");
-        let state = |after: Duration| board.view("a", now + after, time + after).expect("it is there").state;
+        let state = |after: Duration| {
+            board.view("a", now + after, time + after).expect("it is there").state
+        };
         let first = lane.begins("msg_1", 1, 1, now);
         assert_eq!(state(secs(4)), State::Ok);
         assert_eq!(state(secs(18)), State::Waiting { since: time });
         let second = lane.begins("msg_2", 1, 1, now + secs(1));
-        lane.ended(Ended { disposition: DispositionKind::Delivered, failure: None, took: secs(1) }, now + secs(2));
+        lane.ended(
+            Ended { disposition: DispositionKind::Delivered, failure: None, took: secs(1) },
+            now + secs(2),
+        );
         drop(second);
         assert_eq!(state(secs(18)), State::Ok, "others are accepted");
         drop(first);
         let _third = lane.begins("msg_3", 1, 1, now + secs(20));
         assert_eq!(state(secs(30)), State::Waiting { since: time + secs(20) });
-        lane.ended(Ended { disposition: DispositionKind::Retry, failure: failed(time), took: secs(1) }, now + secs(30));
+        lane.ended(
+            Ended { disposition: DispositionKind::Retry, failure: failed(time), took: secs(1) },
+            now + secs(30),
+        );
         assert_eq!(state(secs(40)), State::Retrying, "why is known");
     }
 
@@ -688,7 +771,11 @@ mod tests {
             let failure = if n % 10 == 0 { failed(time) } else { None };
             lane.ended(
                 Ended {
-                    disposition: if n % 10 == 0 { DispositionKind::Retry } else { DispositionKind::Delivered },
+                    disposition: if n % 10 == 0 {
+                        DispositionKind::Retry
+                    } else {
+                        DispositionKind::Delivered
+                    },
                     failure,
                     took: secs(n),
                 },
@@ -697,10 +784,16 @@ mod tests {
             lane.delivered(3, Some(secs(1)), None, start + Duration::from_millis(n * 100), time);
         }
         let view = board.view("a", start + secs(10), time).expect("it is there");
-        assert_eq!((view.delivered, view.delivered_per_s_milli, view.success_milli), (300, 5000, Some(900)));
+        assert_eq!(
+            (view.delivered, view.delivered_per_s_milli, view.success_milli),
+            (300, 5000, Some(900))
+        );
         assert_eq!((view.p50, view.p99), (Some(secs(49)), Some(secs(98))));
         let later = board.view("a", start + secs(1000), time).expect("it is there");
-        assert_eq!((later.delivered, later.delivered_per_s_milli, later.success_milli, later.p50), (300, 0, None, None));
+        assert_eq!(
+            (later.delivered, later.delivered_per_s_milli, later.success_milli, later.p50),
+            (300, 0, None, None)
+        );
     }
 
     #[test]
@@ -716,16 +809,30 @@ mod tests {
         drop(lane.begins("msg_1", 1, 1, now));
         lane.gave_back();
         let view = board.view("a", now, time).expect("it is there");
-        assert_eq!((view.oldest_event_at, view.in_hand, view.retries_scheduled), (Some(time - secs(20)), 0, 1));
+        assert_eq!(
+            (view.oldest_event_at, view.in_hand, view.retries_scheduled),
+            (Some(time - secs(20)), 0, 1)
+        );
         let text = board.metrics().expose();
         assert!(text.contains("hooktrail_retries_waiting{subscriber=\"a\"} 1"), "{text}");
         let view = board.view("a", now, time + secs(3600)).expect("it is there");
         assert_eq!(view.retries_scheduled, 0, "another daemon had it");
         lane.holds(0, None);
         lane.scheduled("msg_3", time, time, time);
-        assert!(!board.metrics().expose().contains("hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0"));
+        assert!(
+            !board
+                .metrics()
+                .expose()
+                .contains("hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0")
+        );
         board.looked(time + secs(3600), Err("away".to_owned()));
-        assert!(board.metrics().expose().contains("hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0"), "nobody has to ask");
+        assert!(
+            board
+                .metrics()
+                .expose()
+                .contains("hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0"),
+            "nobody has to ask"
+        );
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-/// What keeps a queue from its work, by what it is about, each with its cause. It ends by itself or needs an operator; whoever
-/// asks how the daemon is has to see it either way.
+/// What keeps a queue from its work, by what it is about, each with its cause. It ends by itself or
+/// needs an operator; whoever asks how the daemon is has to see it either way.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Troubles(BTreeMap<String, (Harms, String)>);
 
@@ -20,7 +20,9 @@ pub enum Harms {
 impl Troubles {
     /// Returns whether that is new.
     pub fn begins(&mut self, about: &str, harms: Harms, why: String) -> bool {
-        self.0.insert(about.to_owned(), (harms, why.clone())).is_none_or(|(_, before)| before != why)
+        self.0
+            .insert(about.to_owned(), (harms, why.clone()))
+            .is_none_or(|(_, before)| before != why)
     }
 
     /// Returns whether there was one.
@@ -41,7 +43,9 @@ impl Troubles {
 
     /// Why the queue as a whole does not work as it should; what harms delivery comes first.
     pub fn of_queue(&self) -> Option<String> {
-        let of = |wanted: Harms| self.0.values().filter(move |(harms, _)| *harms == wanted).map(|(_, why)| why.as_str());
+        let of = |wanted: Harms| {
+            self.0.values().filter(move |(harms, _)| *harms == wanted).map(|(_, why)| why.as_str())
+        };
         let mut all: Vec<&str> = Vec::new();
         for why in of(Harms::Lanes).chain(of(Harms::Queue)) {
             // Several connections fail for the same reason.
@@ -54,7 +58,10 @@ impl Troubles {
 
     /// Why a subscriber does not get what it should.
     pub fn of_subscriber(&self, name: &str) -> Option<&str> {
-        let find = |concerns: &dyn Fn(&Harms) -> bool| self.0.values().find(|(harms, _)| concerns(harms)).map(|(_, why)| why.as_str());
-        find(&|harms| *harms == Harms::Lanes).or_else(|| find(&|harms| matches!(harms, Harms::Subscriber(s) if s == name)))
+        let find = |concerns: &dyn Fn(&Harms) -> bool| {
+            self.0.values().find(|(harms, _)| concerns(harms)).map(|(_, why)| why.as_str())
+        };
+        find(&|harms| *harms == Harms::Lanes)
+            .or_else(|| find(&|harms| matches!(harms, Harms::Subscriber(s) if s == name)))
     }
 }

@@ -17,9 +17,13 @@ fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/environment.c");
-        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("environment-{}.so", std::process::id()));
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("environment-{}.so", std::process::id()));
         let mut cc = Command::new("cc");
-        cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"]).arg(&library).arg(source).arg("-ldl");
+        cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
+            .arg(&library)
+            .arg(source)
+            .arg("-ldl");
         let done = cc.status().expect("a C compiler");
         assert!(done.success(), "environment.c does not compile");
         library
@@ -35,13 +39,18 @@ impl Environment {
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join("control"), [0; 24]).expect("writes");
-        let control = File::options().write(true).read(true).open(dir.path().join("control")).expect("opens");
+        let control =
+            File::options().write(true).read(true).open(dir.path().join("control")).expect("opens");
         Self { dir, control }
     }
 
     /// What to put before `exec` in a line for the shell.
     pub(crate) fn variables(&self) -> String {
-        format!("LD_PRELOAD={} HOOKTRAIL_TEST_ENVIRONMENT={}/control", library().display(), self.dir.path().display())
+        format!(
+            "LD_PRELOAD={} HOOKTRAIL_TEST_ENVIRONMENT={}/control",
+            library().display(),
+            self.dir.path().display()
+        )
     }
 
     /// Writes to the embedded queue fail with `error`, but for so many between two of them.

@@ -113,17 +113,30 @@ impl Fault {
         Self::QueueUnbound,
         Self::LevelDeleted,
     ];
-    /// What others do to queue and configuration. A round begins with two of these, so that a few rounds have had them all.
-    const DEALT: [Self; 6] =
-        [Self::ExchangeRedeclared, Self::LevelDeleted, Self::FolderGone, Self::LogUnread, Self::QueueUnbound, Self::FileCut];
+    /// What others do to queue and configuration. A round begins with two of these, so that a few
+    /// rounds have had them all.
+    const DEALT: [Self; 6] = [
+        Self::ExchangeRedeclared,
+        Self::LevelDeleted,
+        Self::FolderGone,
+        Self::LogUnread,
+        Self::QueueUnbound,
+        Self::FileCut,
+    ];
     const DEALT_EMBEDDED: [Self; 3] = [Self::FolderGone, Self::LogUnread, Self::FileCut];
-    const EMBEDDED: [Self; 5] = [Self::Clock, Self::DiskFails, Self::DiskFails, Self::Locked, Self::TakeOver];
+    const EMBEDDED: [Self; 5] =
+        [Self::Clock, Self::DiskFails, Self::DiskFails, Self::Locked, Self::TakeOver];
 
-    /// What the round of a seed begins with; `wanted` are the names of others that it is to begin with instead.
+    /// What the round of a seed begins with; `wanted` are the names of others that it is to begin
+    /// with instead.
     pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {
         if let Some(wanted) = wanted {
             let all = || Self::COMMON.into_iter().chain(Self::BROKER).chain(Self::EMBEDDED);
-            let named = |name: &str| all().find(|f| format!("{f:?}") == name).unwrap_or_else(|| panic!("no fault `{name}`"));
+            let named = |name: &str| {
+                all()
+                    .find(|f| format!("{f:?}") == name)
+                    .unwrap_or_else(|| panic!("no fault `{name}`"))
+            };
             return wanted.split(',').map(named).collect();
         }
         let (all, first): (&[Self], u64) = match place {
@@ -133,12 +146,15 @@ impl Fault {
             Place::Broker { source_queue: true, .. } => (&Self::DEALT, 2),
             Place::Broker { .. } => (&Self::DEALT, 0),
         };
-        let at = |n: u64| all[usize::try_from((2 * seed + first + n) % all.len() as u64).expect("small")];
+        let at = |n: u64| {
+            all[usize::try_from((2 * seed + first + n) % all.len() as u64).expect("small")]
+        };
         vec![at(0), at(1)]
     }
 
     pub(crate) fn draw(place: &Place, rng: &mut StdRng) -> Self {
-        let own: &[Self] = if matches!(place, Place::Embedded(_)) { &Self::EMBEDDED } else { &Self::BROKER };
+        let own: &[Self] =
+            if matches!(place, Place::Embedded(_)) { &Self::EMBEDDED } else { &Self::BROKER };
         // It takes the longest by far.
         let often = match place.nodes().len() {
             0 => 0.0,

@@ -1,6 +1,7 @@
-//! A server that speaks TLS in front of a receiver and ends its connections as servers in the field do: without a goodbye, before
-//! all that it had announced, when a client uses one again, or with requests unprocessed. Each request that it passes on is
-//! answered, so nothing of this is a failure of an attempt.
+//! A server that speaks TLS in front of a receiver and ends its connections as servers in the field
+//! do: without a goodbye, before all that it had announced, when a client uses one again, or with
+//! requests unprocessed. Each request that it passes on is answered, so nothing of this is a
+//! failure of an attempt.
 
 use std::{
     collections::BTreeSet,
@@ -28,9 +29,11 @@ use crate::{subscribers::pick, support::tls::Authority};
 /// How it treats its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Manners {
-    /// HTTP/1.1: the last answer of a connection does not end well, or a connection is closed when it is used again.
+    /// HTTP/1.1: the last answer of a connection does not end well, or a connection is closed when
+    /// it is used again.
     Abrupt,
-    /// HTTP/2: GOAWAY after some requests, and streams beyond it are not processed; now and then REFUSED_STREAM.
+    /// HTTP/2: GOAWAY after some requests, and streams beyond it are not processed; now and then
+    /// REFUSED_STREAM.
     Draining,
 }
 
@@ -86,7 +89,8 @@ impl Front {
 /// How a connection of HTTP/1.1 ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ending {
-    /// The last answer has no length: its body ends with the connection, which ends without close_notify.
+    /// The last answer has no length: its body ends with the connection, which ends without
+    /// close_notify.
     Unannounced,
     /// The last answer announces more than there is.
     TooShort,
@@ -100,10 +104,20 @@ enum Ending {
     Idle,
 }
 
-const ENDINGS: [Ending; 6] =
-    [Ending::Unannounced, Ending::TooShort, Ending::TooShortUnannounced, Ending::AtTheNext, Ending::BehindTheNext, Ending::Idle];
+const ENDINGS: [Ending; 6] = [
+    Ending::Unannounced,
+    Ending::TooShort,
+    Ending::TooShortUnannounced,
+    Ending::AtTheNext,
+    Ending::BehindTheNext,
+    Ending::Idle,
+];
 
-async fn abrupt(client: TlsStream<TcpStream>, receiver: TcpStream, mut rng: StdRng) -> io::Result<()> {
+async fn abrupt(
+    client: TlsStream<TcpStream>,
+    receiver: TcpStream,
+    mut rng: StdRng,
+) -> io::Result<()> {
     let (mut client, mut receiver) = (BufReader::new(client), BufReader::new(receiver));
     let ending = *pick(&ENDINGS, &mut rng);
     // What a new connection brings is answered.
@@ -115,10 +129,12 @@ async fn abrupt(client: TlsStream<TcpStream>, receiver: TcpStream, mut rng: StdR
     match ending {
         Ending::AtTheNext => client.fill_buf().await.map(drop),
         Ending::BehindTheNext => Message::read(&mut client).await.map(drop),
-        Ending::Idle => match timeout(Duration::from_millis(rng.random_range(5..80)), client.fill_buf()).await {
-            Ok(read) => read.map(drop),
-            Err(_) => client.get_mut().shutdown().await,
-        },
+        Ending::Idle => {
+            match timeout(Duration::from_millis(rng.random_range(5..80)), client.fill_buf()).await {
+                Ok(read) => read.map(drop),
+                Err(_) => client.get_mut().shutdown().await,
+            }
+        }
         Ending::Unannounced | Ending::TooShort | Ending::TooShortUnannounced => {
             pass_on(&mut client, &mut receiver).await?;
             let mut answer = Message::read(&mut receiver).await?;
@@ -131,7 +147,10 @@ async fn abrupt(client: TlsStream<TcpStream>, receiver: TcpStream, mut rng: StdR
 }
 
 /// One request.
-async fn pass_on(client: &mut BufReader<TlsStream<TcpStream>>, receiver: &mut BufReader<TcpStream>) -> io::Result<()> {
+async fn pass_on(
+    client: &mut BufReader<TlsStream<TcpStream>>,
+    receiver: &mut BufReader<TcpStream>,
+) -> io::Result<()> {
     let request = Message::read(client).await?;
     receiver.write_all(&request.head).await?;
     receiver.write_all(&request.body).await
@@ -152,7 +171,11 @@ impl Message {
             }
         }
         let text = String::from_utf8_lossy(&head).to_lowercase();
-        let length = text.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|n| n.parse().ok()).expect("a length");
+        let length = text
+            .lines()
+            .find_map(|l| l.strip_prefix("content-length: "))
+            .and_then(|n| n.parse().ok())
+            .expect("a length");
         let mut body = vec![0; length];
         from.read_exact(&mut body).await?;
         Ok(Self { head, body })
@@ -167,7 +190,9 @@ impl Message {
     /// Says another length than that of the body, or none.
     fn announce(&mut self, length: Option<usize>) {
         let text = String::from_utf8_lossy(&self.head).into_owned();
-        let others = text.lines().filter(|l| !l.is_empty() && !l.to_lowercase().starts_with("content-length:"));
+        let others = text
+            .lines()
+            .filter(|l| !l.is_empty() && !l.to_lowercase().starts_with("content-length:"));
         let mut head: String = others.map(|l| format!("{l}\r\n")).collect();
         if let Some(length) = length {
             head += &format!("content-length: {length}\r\n");
@@ -197,7 +222,12 @@ const CANCEL: u32 = 8;
 
 impl Frame {
     fn new(kind: u8, stream: u32, numbers: &[u32]) -> Self {
-        Self { kind, flags: 0, stream, payload: numbers.iter().flat_map(|n| n.to_be_bytes()).collect() }
+        Self {
+            kind,
+            flags: 0,
+            stream,
+            payload: numbers.iter().flat_map(|n| n.to_be_bytes()).collect(),
+        }
     }
 
     async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Self> {
@@ -215,7 +245,8 @@ impl Frame {
     }
 
     fn ends_its_stream(&self) -> bool {
-        self.kind == RST_STREAM || matches!(self.kind, DATA | HEADERS) && self.flags & END_STREAM != 0
+        self.kind == RST_STREAM
+            || matches!(self.kind, DATA | HEADERS) && self.flags & END_STREAM != 0
     }
 }
 
@@ -240,7 +271,11 @@ impl Streams {
     }
 }
 
-async fn draining(client: TlsStream<TcpStream>, receiver: TcpStream, mut rng: StdRng) -> io::Result<()> {
+async fn draining(
+    client: TlsStream<TcpStream>,
+    receiver: TcpStream,
+    mut rng: StdRng,
+) -> io::Result<()> {
     let (mut from_client, mut to_client) = tokio::io::split(client);
     let (mut from_receiver, mut to_receiver) = receiver.into_split();
     let mut preface = [0; PREFACE];
@@ -270,7 +305,8 @@ async fn draining(client: TlsStream<TcpStream>, receiver: TcpStream, mut rng: St
     let forth = async move {
         loop {
             let frame = Frame::read(&mut from_client).await?;
-            let forward = forward(&frame, &mut streams.lock().expect("no panic"), &send, most, refuses);
+            let forward =
+                forward(&frame, &mut streams.lock().expect("no panic"), &send, most, refuses);
             if let Some(bytes) = forward {
                 to_receiver.write_all(&bytes).await?;
             }
@@ -312,7 +348,10 @@ fn forward(
                 // What its headers say of those that follow must arrive all the same.
                 streams.refused = Some(frame.stream);
                 tell(Frame::new(RST_STREAM, frame.stream, &[REFUSED_STREAM]));
-                return Some([frame.bytes(), Frame::new(RST_STREAM, frame.stream, &[CANCEL]).bytes()].concat());
+                return Some(
+                    [frame.bytes(), Frame::new(RST_STREAM, frame.stream, &[CANCEL]).bytes()]
+                        .concat(),
+                );
             }
             streams.open.insert(frame.stream);
         }

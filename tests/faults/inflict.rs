@@ -62,7 +62,9 @@ impl Round<'_> {
 
     /// Whether queue and daemons are as they should be, whatever the receivers do.
     fn is_quiet(&mut self) -> bool {
-        let harmless = |l: &Lasting| matches!(l.heal, Heal::Mood(_) | Heal::ReceiverWeather(_) | Heal::Clock | Heal::Log);
+        let harmless = |l: &Lasting| {
+            matches!(l.heal, Heal::Mood(_) | Heal::ReceiverWeather(_) | Heal::Clock | Heal::Log)
+        };
         self.lasting.iter().all(harmless) && self.world.all_run()
     }
 }

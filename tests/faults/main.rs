@@ -72,7 +72,8 @@ const SEED: u64 = 2;
 async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) -> Place) {
     let first_seed = setting("HOOKTRAIL_FAULTS_SEED", SEED);
     let length = Duration::from_secs(setting("HOOKTRAIL_FAULTS_SECONDS", 8));
-    let (mut published, mut same_id, mut explained, mut dead, mut all_lost, mut failed) = (0, 0, 0, 0, 0, Vec::new());
+    let (mut published, mut same_id, mut explained, mut dead, mut all_lost, mut failed) =
+        (0, 0, 0, 0, 0, Vec::new());
     let mut all_faults: BTreeMap<String, usize> = BTreeMap::new();
     for number in 0..count {
         let seed = first_seed + number;
@@ -88,8 +89,13 @@ async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) 
         let calm = seed.is_multiple_of(4);
         let wanted = std::env::var("HOOKTRAIL_FAULTS_WITH").ok();
         let dealt = Fault::dealt(&world.place, calm, seed, wanted.as_deref());
-        let outcome = Round::new(&mut world, rng).calm(calm).begins_with(dealt).run(number * 1_000_000, length).await;
-        let sum = |of: fn(&oracle::Verdict) -> usize| outcome.verdicts.iter().map(of).sum::<usize>();
+        let outcome = Round::new(&mut world, rng)
+            .calm(calm)
+            .begins_with(dealt)
+            .run(number * 1_000_000, length)
+            .await;
+        let sum =
+            |of: fn(&oracle::Verdict) -> usize| outcome.verdicts.iter().map(of).sum::<usize>();
         let lost = sum(|v| v.lost.len());
         println!(
             "{what}, seed {seed}{}: {} faults {:?}; {} events confirmed, {} unknown; per subscriber: {} dead, {} again under one id, {} under another with a fault, LOST {lost}; all arrived {:.1} s after the last fault; {:.1} s in all",
@@ -114,7 +120,8 @@ async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) 
         }
         if !outcome.is_good() {
             let evidence = world.keep_evidence(&format!("faults-{what}-{seed}"), &outcome.story);
-            let verdicts: Vec<String> = outcome.verdicts.iter().filter(|v| !v.is_good()).map(ToString::to_string).collect();
+            let verdicts: Vec<String> =
+                outcome.verdicts.iter().filter(|v| !v.is_good()).map(ToString::to_string).collect();
             let why = format!(
                 "{what}, seed {seed} (HOOKTRAIL_FAULTS_SEED={seed}): {verdicts:#?}\nleft: {:?}\n{:#?}\nevidence in {}",
                 outcome.left,
@@ -142,7 +149,10 @@ fn count() -> u64 {
 
 /// Little patience with consumers.
 fn impatient() -> String {
-    format!("{{consumer_timeout, {}}}, {{channel_tick_interval, 1000}}", round::IMPATIENT.as_millis())
+    format!(
+        "{{consumer_timeout, {}}}, {{channel_tick_interval, 1000}}",
+        round::IMPATIENT.as_millis()
+    )
 }
 
 async fn impatient_broker() -> Arc<Broker> {
@@ -157,8 +167,8 @@ async fn on_a_broker(what: &str, broker: Arc<Broker>, others: Arc<Vec<Node>>, so
     assert!(!left.contains("hooktrail"), "{left}");
 }
 
-/// Declares what there is to declare, and waits: queues that are younger may not survive a kill -9 of the broker, whatever
-/// anybody does.
+/// Declares what there is to declare, and waits: queues that are younger may not survive a kill -9
+/// of the broker, whatever anybody does.
 async fn prepare(place: Place, rng: &mut StdRng) {
     if let Place::Broker { broker, source_queue: true, .. } = &place {
         let (connection, channel) = broker.channel().await;
@@ -168,7 +178,13 @@ async fn prepare(place: Place, rng: &mut StdRng) {
         channel.queue_declare("source".into(), durable, arguments).await.expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
     }
-    let mut world = World::new(place, Shape { concurrency: 1, max_events: 1, daemons: 1, rate: 0 }, &Kind::ALL, rng).await;
+    let mut world = World::new(
+        place,
+        Shape { concurrency: 1, max_events: 1, daemons: 1, rate: 0 },
+        &Kind::ALL,
+        rng,
+    )
+    .await;
     world.spawn(0, None);
     world.wait_running(0).await;
     tokio::time::sleep(SETTLING).await;
@@ -180,7 +196,9 @@ fn mixed_faults_on_rabbitmq_lose_nothing() {
 }
 
 fn mixed_faults_with_a_source_queue_lose_nothing() {
-    run(async { on_a_broker("source-queue", impatient_broker().await, Arc::default(), true).await });
+    run(async {
+        on_a_broker("source-queue", impatient_broker().await, Arc::default(), true).await
+    });
 }
 
 fn mixed_faults_on_a_cluster_lose_nothing() {

@@ -1,4 +1,5 @@
-//! What must be true at the end: published = accepted ∪ dead letters, and each repeat has a fault that explains it.
+//! What must be true at the end: published = accepted ∪ dead letters, and each repeat has a fault
+//! that explains it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -15,9 +16,11 @@ pub(crate) struct Ledger {
     pub(crate) confirmed: BTreeSet<u64>,
     /// Handed over and not confirmed: nothing is known of them.
     pub(crate) unknown: BTreeSet<u64>,
-    /// Returned, or answered for, as events that nobody is bound for, although nobody's binding had been taken away.
+    /// Returned, or answered for, as events that nobody is bound for, although nobody's binding had
+    /// been taken away.
     pub(crate) unmatched: BTreeSet<u64>,
-    /// By subscriber: what was published while its binding was taken away, and may have passed it by.
+    /// By subscriber: what was published while its binding was taken away, and may have passed it
+    /// by.
     pub(crate) not_for: BTreeMap<String, BTreeSet<u64>>,
 }
 
@@ -25,7 +28,10 @@ impl Ledger {
     /// What a subscriber must have got.
     pub(crate) fn is_for(&self, subscriber: &str) -> impl Iterator<Item = u64> {
         let passed_by = self.not_for.get(subscriber);
-        self.confirmed.iter().copied().filter(move |n| passed_by.is_none_or(|those| !those.contains(n)))
+        self.confirmed
+            .iter()
+            .copied()
+            .filter(move |n| passed_by.is_none_or(|those| !those.contains(n)))
     }
 }
 
@@ -40,7 +46,8 @@ pub(crate) struct Disturbance {
     pub(crate) to: SystemTime,
 }
 
-/// How long before a fault an event may have been accepted without being acked: behind a request that takes all of its time.
+/// How long before a fault an event may have been accepted without being acked: behind a request
+/// that takes all of its time.
 const UNACKED: Duration = Duration::from_secs(6);
 
 /// What there is of one subscriber.
@@ -59,15 +66,16 @@ pub(crate) struct Seen {
 /// The longest that a batch waits for its time in a round, and what it takes to get there.
 const LONGEST_RETRY: Duration = Duration::from_secs(8);
 
-/// An event may come under so many ids that are new while retries cannot be written down. Without end is more.
+/// An event may come under so many ids that are new while retries cannot be written down. Without
+/// end is more.
 const NEW_IDS: usize = 3;
 
 /// What a disturbance is called while which retries cannot be written down.
 pub(crate) const LEVEL_DELETED: &str = "a level of the ladder is deleted";
 
 impl Seen {
-    /// The events that can have been lost with a queue of the ladder that was deleted: they had failed shortly before, and were not
-    /// accepted before either.
+    /// The events that can have been lost with a queue of the ladder that was deleted: they had
+    /// failed shortly before, and were not accepted before either.
     pub(crate) fn deleted(&self) -> BTreeSet<u64> {
         let mut lost = BTreeSet::new();
         for deleted in &self.retries_deleted {
@@ -107,7 +115,8 @@ pub(crate) struct Verdict {
     pub(crate) changed: Vec<String>,
     /// Deleted by the test, with the queue that they were in.
     pub(crate) deleted: usize,
-    /// An attempt failed, or what was accepted came again, although nothing went wrong; or something came again without end.
+    /// An attempt failed, or what was accepted came again, although nothing went wrong; or
+    /// something came again without end.
     pub(crate) needless: Vec<String>,
 }
 
@@ -126,13 +135,22 @@ impl fmt::Display for Verdict {
         let some = |list: &[u64]| format!("{} {:?}", list.len(), &list[..list.len().min(20)]);
         let first = |list: &[&String]| format!("{} {:#?}", list.len(), &list[..list.len().min(5)]);
         write!(f, "{}: {} accepted, {} dead, ", self.subscriber, self.accepted, self.dead)?;
-        write!(f, "{} again under one id, {} under another with a fault, lost {}", self.same_id, self.explained, some(&self.lost))?;
+        write!(
+            f,
+            "{} again under one id, {} under another with a fault, lost {}",
+            self.same_id,
+            self.explained,
+            some(&self.lost)
+        )?;
         if !self.is_good() {
             let unexplained: Vec<&String> = self.unexplained.iter().map(|(_, why)| why).collect();
             let (strangers, unexplained) = (some(&self.strangers), first(&unexplained));
             let changed = first(&self.changed.iter().collect::<Vec<_>>());
             let needless = first(&self.needless.iter().collect::<Vec<_>>());
-            write!(f, ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}, needless {needless}")?;
+            write!(
+                f,
+                ", strangers {strangers}, repeats without a fault {unexplained}, bodies changed {changed}, needless {needless}"
+            )?;
         }
         Ok(())
     }
@@ -143,7 +161,9 @@ pub(crate) fn numbers_in(body: &[u8]) -> Vec<u64> {
     let values = serde_json::Deserializer::from_slice(body).into_iter::<serde_json::Value>();
     let mut numbers = Vec::new();
     for value in values {
-        let value = value.unwrap_or_else(|e| panic!("a dead letter of no JSON: {e}: {}", String::from_utf8_lossy(body)));
+        let value = value.unwrap_or_else(|e| {
+            panic!("a dead letter of no JSON: {e}: {}", String::from_utf8_lossy(body))
+        });
         let events = value["events"].as_array().cloned().unwrap_or_else(|| vec![value]);
         numbers.extend(events.iter().map(|e| e["n"].as_u64().expect("a number")));
     }
@@ -155,14 +175,16 @@ pub(crate) fn accepted(requests: &[Request]) -> BTreeSet<u64> {
 }
 
 pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) -> Verdict {
-    let mut verdict = Verdict { subscriber: seen.name.clone(), dead: seen.dead.len(), ..Verdict::default() };
+    let mut verdict =
+        Verdict { subscriber: seen.name.clone(), dead: seen.dead.len(), ..Verdict::default() };
     let mut bodies = HashMap::new();
     for request in &seen.requests {
         if *bodies.entry(request.id()).or_insert(&request.body) != &request.body {
             verdict.changed.push(request.id().to_owned());
         }
     }
-    // All requests that an event was in, whether they were accepted, and whether it was in one of them twice.
+    // All requests that an event was in, whether they were accepted, and whether it was in one of
+    // them twice.
     let mut by_event: BTreeMap<u64, Vec<(&str, SystemTime, bool, bool)>> = BTreeMap::new();
     for request in &seen.requests {
         let mut copies: BTreeMap<u64, usize> = BTreeMap::new();
@@ -170,26 +192,40 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
             *copies.entry(n).or_default() += 1;
         }
         for (n, copies) in copies {
-            by_event.entry(n).or_default().push((request.id(), request.at, request.status < 300, copies > 1));
+            by_event.entry(n).or_default().push((
+                request.id(),
+                request.at,
+                request.status < 300,
+                copies > 1,
+            ));
         }
     }
     let accepted: BTreeSet<u64> = accepted(&seen.requests);
     verdict.accepted = accepted.len();
     let known = |n: &u64| accepted.contains(n) || seen.dead.contains(n);
     let may_be_deleted = seen.deleted();
-    let (deleted, lost): (Vec<u64>, Vec<u64>) = ledger.is_for(&seen.name).filter(|n| !known(n)).partition(|n| may_be_deleted.contains(n));
+    let (deleted, lost): (Vec<u64>, Vec<u64>) =
+        ledger.is_for(&seen.name).filter(|n| !known(n)).partition(|n| may_be_deleted.contains(n));
     (verdict.lost, verdict.deleted) = (lost, deleted.len());
     if seen.is_always_heard {
         verdict.needless = failed_attempts(&seen.requests);
     }
-    let published = |n: &u64| [&ledger.confirmed, &ledger.unknown, &ledger.unmatched].iter().any(|some| some.contains(n));
-    verdict.strangers = by_event.keys().chain(&seen.dead).copied().filter(|n| !published(n)).collect();
+    let published = |n: &u64| {
+        [&ledger.confirmed, &ledger.unknown, &ledger.unmatched].iter().any(|some| some.contains(n))
+    };
+    verdict.strangers =
+        by_event.keys().chain(&seen.dead).copied().filter(|n| !published(n)).collect();
     for (n, requests) in &by_event {
-        // An ack or a confirm for it can have been outstanding when something was done, whatever came of the request.
+        // An ack or a confirm for it can have been outstanding when something was done, whatever
+        // came of the request.
         let faults = |before: SystemTime| {
             let concerns = |d: &&Disturbance| d.whom.as_ref().is_none_or(|whom| *whom == seen.name);
-            let touches = move |d: &Disturbance, at: SystemTime| d.from <= at + UNACKED && d.to + UNACKED >= at && d.from <= before;
-            let touched = move |d: &&Disturbance| requests.iter().any(|(_, at, ..)| *at <= before && touches(d, *at));
+            let touches = move |d: &Disturbance, at: SystemTime| {
+                d.from <= at + UNACKED && d.to + UNACKED >= at && d.from <= before
+            };
+            let touched = move |d: &&Disturbance| {
+                requests.iter().any(|(_, at, ..)| *at <= before && touches(d, *at))
+            };
             disturbances.iter().filter(concerns).filter(touched)
         };
         let mut explain = |before: SystemTime| {
@@ -198,7 +234,8 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
             }
             faults(before).next().is_some()
         };
-        // Whatever was answered: a batch that is tried again keeps its id, and so do the halves of one that is split.
+        // Whatever was answered: a batch that is tried again keeps its id, and so do the halves of
+        // one that is split.
         let mut tried: BTreeSet<&str> = BTreeSet::new();
         let mut ids: BTreeSet<&str> = BTreeSet::new();
         for (id, at, accepted, twice) in requests {
@@ -210,7 +247,9 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
                 } else {
                     let at = hooktrail::clock::rfc3339(*at);
                     let twice = if *twice { ", twice" } else { "" };
-                    let why = format!("event {n}, sent as {tried:?}, accepted as {ids:?}, came again as {id} at {at}{twice}");
+                    let why = format!(
+                        "event {n}, sent as {tried:?}, accepted as {ids:?}, came again as {id} at {at}{twice}"
+                    );
                     verdict.unexplained.push((*n, why));
                 }
             } else if *accepted && !ids.is_empty() {
@@ -233,19 +272,26 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
                 before.push(id);
             }
             if new > NEW_IDS {
-                verdict.needless.push(format!("event {n} came under {new} new ids while {}", d.what));
+                verdict
+                    .needless
+                    .push(format!("event {n} came under {new} new ids while {}", d.what));
             }
         }
-        // Tried again after it was accepted: the answer was lost, and whatever came of it later is right.
+        // Tried again after it was accepted: the answer was lost, and whatever came of it later is
+        // right.
         let was_unheard = || {
             let accepted = requests.iter().position(|(.., accepted, _)| *accepted);
-            accepted.is_some_and(|first| requests[first + 1..].iter().any(|(id, ..)| is_of(id, requests[first].0)))
+            accepted.is_some_and(|first| {
+                requests[first + 1..].iter().any(|(id, ..)| is_of(id, requests[first].0))
+            })
         };
         if !ids.is_empty() && seen.dead.contains(n) {
             if explain(SystemTime::now()) || was_unheard() {
                 verdict.explained += 1;
             } else {
-                verdict.unexplained.push((*n, format!("event {n}, accepted as {ids:?}, is dead too")));
+                verdict
+                    .unexplained
+                    .push((*n, format!("event {n}, accepted as {ids:?}, is dead too")));
             }
         }
     }
@@ -254,17 +300,23 @@ pub(crate) fn judge(ledger: &Ledger, seen: &Seen, disturbances: &[Disturbance]) 
 
 /// Requests that say that an attempt before them had failed.
 fn failed_attempts(requests: &[Request]) -> Vec<String> {
-    let again = |r: &&Request| r.header("x-hooktrail-attempt").parse::<u32>().is_ok_and(|attempt| attempt > 1);
+    let again = |r: &&Request| {
+        r.header("x-hooktrail-attempt").parse::<u32>().is_ok_and(|attempt| attempt > 1)
+    };
     let tell = |r: &Request| {
-        let (at, attempt) = (humantime::format_rfc3339_millis(r.at), r.header("x-hooktrail-attempt"));
-        format!("{} came as attempt {attempt} at {at}, and none of those before can have failed", r.id())
+        let (at, attempt) =
+            (humantime::format_rfc3339_millis(r.at), r.header("x-hooktrail-attempt"));
+        format!(
+            "{} came as attempt {attempt} at {at}, and none of those before can have failed",
+            r.id()
+        )
     };
     requests.iter().filter(again).map(tell).collect()
 }
 
-/// What a relay had published and not acked when something was done, it publishes again, and everybody gets it twice: at once who
-/// keeps up, and long after the fault who is behind. So what came again to one of them because of what was done to all is why
-/// it came again to the others.
+/// What a relay had published and not acked when something was done, it publishes again, and
+/// everybody gets it twice: at once who keeps up, and long after the fault who is behind. So what
+/// came again to one of them because of what was done to all is why it came again to the others.
 pub(crate) fn excuse_what_was_relayed_twice(verdicts: &mut [Verdict]) {
     let repeated: BTreeSet<u64> = verdicts.iter().flat_map(|v| &v.repeated).copied().collect();
     for verdict in verdicts {
@@ -276,7 +328,9 @@ pub(crate) fn excuse_what_was_relayed_twice(verdicts: &mut [Verdict]) {
 
 /// Whether a batch of this id is that one, or a part of it.
 fn is_of(id: &str, whole: &str) -> bool {
-    id.strip_prefix(whole).is_some_and(|part| part.is_empty() || part.trim_start_matches('_').bytes().all(|b| matches!(b, b'0' | b'1')))
+    id.strip_prefix(whole).is_some_and(|part| {
+        part.is_empty() || part.trim_start_matches('_').bytes().all(|b| matches!(b, b'0' | b'1'))
+    })
 }
 
 /// What a receiver has accepted, without the bodies: for runs that are too long to keep them.
@@ -310,14 +364,25 @@ impl Tally {
         }
     }
 
-    pub(crate) fn verdict(&self, subscriber: String, ledger: &Ledger, dead: &BTreeSet<u64>) -> Verdict {
-        let times = |n: u64| usize::try_from(n).ok().and_then(|n| self.times.get(n)).copied().unwrap_or(0);
+    pub(crate) fn verdict(
+        &self,
+        subscriber: String,
+        ledger: &Ledger,
+        dead: &BTreeSet<u64>,
+    ) -> Verdict {
+        let times =
+            |n: u64| usize::try_from(n).ok().and_then(|n| self.times.get(n)).copied().unwrap_or(0);
         let again: usize = self.times.iter().map(|t| usize::from(t.saturating_sub(1))).sum();
         Verdict {
             subscriber,
             accepted: self.times.iter().filter(|t| **t > 0).count(),
             dead: dead.len(),
-            lost: ledger.confirmed.iter().copied().filter(|n| times(*n) == 0 && !dead.contains(n)).collect(),
+            lost: ledger
+                .confirmed
+                .iter()
+                .copied()
+                .filter(|n| times(*n) == 0 && !dead.contains(n))
+                .collect(),
             same_id: self.same_id,
             explained: again.saturating_sub(self.same_id),
             ..Verdict::default()
@@ -332,7 +397,10 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
         let events: Vec<String> = numbers.iter().map(|n| format!("{{\"n\":{n}}}")).collect();
         let mut headers = axum::http::HeaderMap::new();
         headers.insert("webhook-id", id.parse().expect("a header"));
-        let (body, at) = (format!("{{\"events\":[{}]}}", events.join(",")).into(), begun + Duration::from_secs(second));
+        let (body, at) = (
+            format!("{{\"events\":[{}]}}", events.join(",")).into(),
+            begun + Duration::from_secs(second),
+        );
         Request { headers, body, at, status: 200, peer: ([127, 0, 0, 1], 1).into() }
     };
     let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), ..Ledger::default() };
@@ -341,7 +409,12 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
         Disturbance { what: "kill".to_owned(), whom: None, from: at(from), to: at(to) }
     };
     let saw = |requests: &[Request], disturbances: &[Disturbance]| {
-        let seen = Seen { name: "busy".to_owned(), requests: requests.to_vec(), dead: BTreeSet::from([3]), ..Seen::default() };
+        let seen = Seen {
+            name: "busy".to_owned(),
+            requests: requests.to_vec(),
+            dead: BTreeSet::from([3]),
+            ..Seen::default()
+        };
         judge(&ledger, &seen, disturbances)
     };
     assert!(saw(&[request(10, "a", &[1, 2])], &[]).is_good());
@@ -349,7 +422,10 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
     assert_eq!(saw(&[request(10, "a", &[1, 2, 4])], &[]).strangers, [4]);
     assert_eq!(saw(&[request(10, "a", &[1, 2]), request(11, "a", &[1])], &[]).changed, ["a"]);
     // Halves of a batch, or all of it, under its id or what is made of it.
-    assert!(saw(&[request(10, "a", &[1, 2]), request(11, "a_0", &[1]), request(12, "a", &[1, 2])], &[]).is_good());
+    assert!(
+        saw(&[request(10, "a", &[1, 2]), request(11, "a_0", &[1]), request(12, "a", &[1, 2])], &[])
+            .is_good()
+    );
 
     let again = [request(10, "a", &[1, 2]), request(30, "b", &[2])];
     assert!(!saw(&again, &[]).is_good());
@@ -363,7 +439,10 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
 
     // Relayed twice: who is behind gets both long after the fault.
     let behind = || saw(&[request(90, "c", &[1, 2]), request(91, "d", &[2])], &[kill(12, 13)]);
-    for (others, good) in [(saw(&again, &[kill(12, 13)]), true), (saw(&[request(10, "a", &[1, 2])], &[kill(12, 13)]), false)] {
+    for (others, good) in [
+        (saw(&again, &[kill(12, 13)]), true),
+        (saw(&[request(10, "a", &[1, 2])], &[kill(12, 13)]), false),
+    ] {
         let mut verdicts = [others, behind()];
         excuse_what_was_relayed_twice(&mut verdicts);
         assert_eq!(verdicts[1].is_good(), good, "{verdicts:?}");
@@ -371,7 +450,8 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
 }
 
 #[test]
-fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_beside_a_deleted_queue() {
+fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_beside_a_deleted_queue()
+{
     let begun = SystemTime::now() - Duration::from_secs(1000);
     let at = |second| begun + Duration::from_secs(second);
     let request = |second: u64, id: &str, status: u16, attempt: u32, numbers: &[u64]| {
@@ -383,13 +463,22 @@ fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_besid
         Request { headers, body, at: at(second), status, peer: ([127, 0, 0, 1], 1).into() }
     };
     let passed_by = BTreeMap::from([("busy".to_owned(), BTreeSet::from([3]))]);
-    let ledger = Ledger { confirmed: BTreeSet::from([1, 2, 3]), not_for: passed_by, ..Ledger::default() };
-    let saw = |requests: &[Request], is_always_heard, deleted: &[u64], disturbances: &[Disturbance]| {
-        let retries_deleted = deleted.iter().map(|s| at(*s)).collect();
-        let seen = Seen { name: "busy".to_owned(), requests: requests.to_vec(), is_always_heard, retries_deleted, ..Seen::default() };
-        judge(&ledger, &seen, disturbances)
-    };
-    // Accepted twice under one id: its answer was lost, which of one that is heard can be only with a fault.
+    let ledger =
+        Ledger { confirmed: BTreeSet::from([1, 2, 3]), not_for: passed_by, ..Ledger::default() };
+    let saw =
+        |requests: &[Request], is_always_heard, deleted: &[u64], disturbances: &[Disturbance]| {
+            let retries_deleted = deleted.iter().map(|s| at(*s)).collect();
+            let seen = Seen {
+                name: "busy".to_owned(),
+                requests: requests.to_vec(),
+                is_always_heard,
+                retries_deleted,
+                ..Seen::default()
+            };
+            judge(&ledger, &seen, disturbances)
+        };
+    // Accepted twice under one id: its answer was lost, which of one that is heard can be only with
+    // a fault.
     let twice = [request(10, "a", 200, 1, &[1, 2]), request(11, "a", 200, 1, &[1, 2])];
     assert!(saw(&twice, false, &[], &[]).is_good(), "the third passed it by");
     assert!(!saw(&twice, true, &[], &[]).is_good());
@@ -399,7 +488,8 @@ fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_besid
     assert!(saw(&failed, false, &[], &[]).is_good());
     assert!(!saw(&failed, true, &[], &[kill]).is_good(), "no fault makes an attempt of it fail");
 
-    // Lost with the queue that it waited in; not what had been accepted, had failed long before, or was never attempted.
+    // Lost with the queue that it waited in; not what had been accepted, had failed long before, or
+    // was never attempted.
     let waited = [request(10, "a", 500, 1, &[1]), request(10, "b", 200, 1, &[2])];
     assert_eq!(saw(&waited, false, &[], &[]).lost, [1]);
     let verdict = saw(&waited, false, &[12], &[]);
@@ -410,9 +500,11 @@ fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_besid
     assert_eq!(saw(&waited[1..], false, &[12], &[]).lost, [1]);
 
     // A fault explains that it comes again, but not without end.
-    let deleted = Disturbance { what: LEVEL_DELETED.to_owned(), whom: None, from: at(10), to: at(40) };
+    let deleted =
+        Disturbance { what: LEVEL_DELETED.to_owned(), whom: None, from: at(10), to: at(40) };
     let ids = ["a", "b", "c", "d", "e", "f"];
-    let again: Vec<Request> = ids.iter().zip(11..).map(|(id, second)| request(second, id, 500, 1, &[1])).collect();
+    let again: Vec<Request> =
+        ids.iter().zip(11..).map(|(id, second)| request(second, id, 500, 1, &[1])).collect();
     let rest = request(50, "z", 200, 1, &[2]);
     let saw = |times: usize| {
         saw(

@@ -34,7 +34,8 @@ pub(crate) enum Weather {
     Stalled,
     /// What goes one way waits, what goes the other way arrives.
     OneWay(Way),
-    /// What goes one way is lost. A stream is of no use afterwards: its connections are to be cut then.
+    /// What goes one way is lost. A stream is of no use afterwards: its connections are to be cut
+    /// then.
     Loses(Way),
     /// So many bytes a second each way.
     Slow(usize),
@@ -72,7 +73,8 @@ impl Proxy {
                     from.set_zero_linger().ok();
                     continue;
                 }
-                let (weather, endings, count, targets) = (w.subscribe(), e.subscribe(), count.clone(), targets.clone());
+                let (weather, endings, count, targets) =
+                    (w.subscribe(), e.subscribe(), count.clone(), targets.clone());
                 tokio::spawn(async move {
                     let Ok(to) = TcpStream::connect(&targets[..]).await else {
                         from.set_zero_linger().ok();
@@ -115,7 +117,12 @@ impl Drop for Proxy {
     }
 }
 
-async fn carry(from: TcpStream, to: TcpStream, weather: watch::Receiver<Weather>, mut endings: watch::Receiver<Option<Ending>>) {
+async fn carry(
+    from: TcpStream,
+    to: TcpStream,
+    weather: watch::Receiver<Weather>,
+    mut endings: watch::Receiver<Option<Ending>>,
+) {
     endings.mark_unchanged();
     from.set_nodelay(true).ok();
     to.set_nodelay(true).ok();
@@ -137,7 +144,11 @@ async fn pump(
     loop {
         let now = *weather.borrow_and_update();
         let waits = now == Weather::Stalled || now == Weather::OneWay(way);
-        let limit = if let Weather::Slow(rate) = now { (rate / 20).clamp(1, buffer.len()) } else { buffer.len() };
+        let limit = if let Weather::Slow(rate) = now {
+            (rate / 20).clamp(1, buffer.len())
+        } else {
+            buffer.len()
+        };
         let read = tokio::select! {
             biased;
             ended = endings.changed() => {

@@ -11,7 +11,10 @@ use rand::{RngExt as _, rngs::StdRng};
 
 use crate::{
     fault::{Fault, Heal, Lasting},
-    oracle::{Disturbance, Ledger, Seen, Verdict, accepted, excuse_what_was_relayed_twice, judge, numbers_in},
+    oracle::{
+        Disturbance, Ledger, Seen, Verdict, accepted, excuse_what_was_relayed_twice, judge,
+        numbers_in,
+    },
     proxy::Weather,
     subscribers::{Kind, Subscriber, pick},
     support::{broker::kill, eventually, peak_mib, receiver::Request},
@@ -56,7 +59,9 @@ pub(crate) struct Outcome {
 
 impl Outcome {
     pub(crate) fn is_good(&self) -> bool {
-        self.verdicts.iter().all(Verdict::is_good) && self.left.is_empty() && self.complaints.is_empty()
+        self.verdicts.iter().all(Verdict::is_good)
+            && self.left.is_empty()
+            && self.complaints.is_empty()
     }
 }
 
@@ -70,8 +75,8 @@ pub(crate) const SILENCE_NOTICED: Duration = Duration::from_secs(30);
 pub(crate) const IMPATIENT: Duration = Duration::from_secs(5);
 const PATIENT: Duration = Duration::from_secs(600);
 
-/// Events that were never tried wait so long at most when nothing is wrong but that some batches fail. The circuit stays open for
-/// 2 s at most.
+/// Events that were never tried wait so long at most when nothing is wrong but that some batches
+/// fail. The circuit stays open for 2 s at most.
 const STARVED: Duration = Duration::from_secs(120);
 
 /// What a round begins with is done within this, or left.
@@ -82,7 +87,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 
 impl<'w> Round<'w> {
     pub(crate) fn new(world: &'w mut World, rng: StdRng) -> Self {
-        let (lasting, disturbances, story, begun) = (Vec::new(), Vec::new(), String::new(), Instant::now());
+        let (lasting, disturbances, story, begun) =
+            (Vec::new(), Vec::new(), String::new(), Instant::now());
         Self {
             world,
             rng,
@@ -121,7 +127,8 @@ impl<'w> Round<'w> {
         for n in 0..self.world.daemons.len() {
             self.world.wait_running(n).await;
         }
-        // Some are in a bad mood from the beginning, so that whatever happens meets retries under way.
+        // Some are in a bad mood from the beginning, so that whatever happens meets retries under
+        // way.
         for _ in 0..self.rng.random_range(1..5) {
             self.bad_mood();
         }
@@ -143,7 +150,11 @@ impl<'w> Round<'w> {
         let begun = Instant::now();
         while begun.elapsed() < length {
             self.look_after().await;
-            let fault = if self.calm { *pick(&Fault::CALM, &mut self.rng) } else { Fault::draw(&self.world.place, &mut self.rng) };
+            let fault = if self.calm {
+                *pick(&Fault::CALM, &mut self.rng)
+            } else {
+                Fault::draw(&self.world.place, &mut self.rng)
+            };
             if self.inflict(fault, &producer).await {
                 *faults.entry(format!("{fault:?}")).or_default() += 1;
             }
@@ -161,14 +172,16 @@ impl<'w> Round<'w> {
 
     /// How long the broker lets a consumer hold what it was given.
     fn broker_has_patience(&self, patience: Duration) {
-        let set = format!("application:set_env(rabbit, consumer_timeout, {}).", patience.as_millis());
+        let set =
+            format!("application:set_env(rabbit, consumer_timeout, {}).", patience.as_millis());
         // A cluster of several has the patience that is usual.
         if let [node] = self.world.place.nodes()[..] {
             tokio::task::block_in_place(|| node.ctl(&["eval", &set]));
         }
     }
 
-    /// The daemon ends itself at a step, and another goes on. That it never came to that step is a complaint too.
+    /// The daemon ends itself at a step, and another goes on. That it never came to that step is a
+    /// complaint too.
     pub(crate) async fn dies_at(mut self, step: Step, after: u32) -> Outcome {
         for subscriber in &self.world.subscribers {
             subscriber.bad_mood(&mut self.rng);
@@ -200,17 +213,24 @@ impl<'w> Round<'w> {
 
     pub(crate) fn tell(&mut self, what: &str) {
         let now = clock::rfc3339(SystemTime::now());
-        writeln!(self.story, "{now} {:7.3} {what}", self.begun.elapsed().as_secs_f64()).expect("a string");
+        writeln!(self.story, "{now} {:7.3} {what}", self.begun.elapsed().as_secs_f64())
+            .expect("a string");
     }
 
     pub(crate) fn disturbed(&mut self, what: &str, from: SystemTime, noticed: Duration) {
-        self.disturbances.push(Disturbance { what: what.to_owned(), whom: None, from, to: SystemTime::now() + noticed });
+        self.disturbances.push(Disturbance {
+            what: what.to_owned(),
+            whom: None,
+            from,
+            to: SystemTime::now() + noticed,
+        });
     }
 
     /// Ends what has lasted long enough, and puts daemons that ended themselves back.
     pub(crate) async fn look_after(&mut self) {
         let now = Instant::now();
-        let (over, lasting) = std::mem::take(&mut self.lasting).into_iter().partition(|l: &Lasting| l.until <= now);
+        let (over, lasting) =
+            std::mem::take(&mut self.lasting).into_iter().partition(|l: &Lasting| l.until <= now);
         self.lasting = lasting;
         for one in over {
             self.heal(one).await;
@@ -220,7 +240,11 @@ impl<'w> Round<'w> {
                 if self.calm {
                     self.complaints.push("a daemon ended by itself".to_owned());
                 }
-                self.disturbed("a daemon was not there", SystemTime::now() - Duration::from_secs(3), Duration::ZERO);
+                self.disturbed(
+                    "a daemon was not there",
+                    SystemTime::now() - Duration::from_secs(3),
+                    Duration::ZERO,
+                );
                 self.tell(&format!("daemon {n} had ended and is started again"));
                 self.world.spawn(n, None);
             }
@@ -311,7 +335,8 @@ impl<'w> Round<'w> {
         self.tell("peace");
     }
 
-    /// Waits until each confirmed event was accepted or is a dead letter, or until nothing moves any more.
+    /// Waits until each confirmed event was accepted or is a dead letter, or until nothing moves
+    /// any more.
     async fn drain(&mut self, ledger: &Ledger) -> (Vec<BTreeSet<u64>>, Duration, Option<String>) {
         let mut dead = vec![BTreeSet::new(); self.world.subscribers.len()];
         self.poison_starves_nobody(ledger, &mut dead).await;
@@ -321,30 +346,56 @@ impl<'w> Round<'w> {
             let left = self.world.left().await;
             let mut missing = 0;
             for (n, subscriber) in self.world.subscribers.iter().enumerate() {
-                let bodies = if left.is_empty() { self.world.take_dead(subscriber.kind).await } else { Vec::new() };
+                let bodies = if left.is_empty() {
+                    self.world.take_dead(subscriber.kind).await
+                } else {
+                    Vec::new()
+                };
                 dead[n].extend(bodies.iter().flat_map(|b| numbers_in(b)));
                 let seen = self.seen(n, BTreeSet::new());
                 let (got, deleted) = (accepted(&seen.requests), seen.deleted());
-                missing += ledger.is_for(&seen.name).filter(|e| !got.contains(e) && !dead[n].contains(e) && !deleted.contains(e)).count();
+                missing += ledger
+                    .is_for(&seen.name)
+                    .filter(|e| !got.contains(e) && !dead[n].contains(e) && !deleted.contains(e))
+                    .count();
             }
-            // What is just handed from one queue to another is counted nowhere: a copy of what has arrived long ago may be.
+            // What is just handed from one queue to another is counted nowhere: a copy of what has
+            // arrived long ago may be.
             let settled = left.is_empty() && missing == 0;
-            if settled && clean_since.get_or_insert_with(Instant::now).elapsed() > Duration::from_millis(1500) {
+            if settled
+                && clean_since.get_or_insert_with(Instant::now).elapsed()
+                    > Duration::from_millis(1500)
+            {
                 return (dead, begun.elapsed(), None);
             }
             if !settled {
                 clean_since = None;
             }
-            // What is lost does not come however long one waits; what a consumer that is gone held does.
-            let since = if left.is_empty() { *empty_since.get_or_insert_with(Instant::now) } else { Instant::now() };
+            // What is lost does not come however long one waits; what a consumer that is gone held
+            // does.
+            let since = if left.is_empty() {
+                *empty_since.get_or_insert_with(Instant::now)
+            } else {
+                Instant::now()
+            };
             if !left.is_empty() {
                 empty_since = None;
             }
             if since.elapsed() > Duration::from_secs(45) {
-                return (dead, begun.elapsed(), Some(format!("the queues are empty and {missing} events are missing")));
+                return (
+                    dead,
+                    begun.elapsed(),
+                    Some(format!("the queues are empty and {missing} events are missing")),
+                );
             }
             if begun.elapsed() > PATIENCE {
-                return (dead, begun.elapsed(), Some(format!("not empty after {PATIENCE:?}: {left:?}, {missing} events are missing")));
+                return (
+                    dead,
+                    begun.elapsed(),
+                    Some(format!(
+                        "not empty after {PATIENCE:?}: {left:?}, {missing} events are missing"
+                    )),
+                );
             }
             self.resume_who_is_paused().await;
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -354,21 +405,34 @@ impl<'w> Round<'w> {
     /// What there is of a subscriber.
     fn seen(&self, n: usize, dead: BTreeSet<u64>) -> Seen {
         let Subscriber { kind, receiver, .. } = &self.world.subscribers[n];
-        let (name, requests, retries_deleted) = (kind.name(), receiver.requests(), self.retries_deleted.clone());
+        let (name, requests, retries_deleted) =
+            (kind.name(), receiver.requests(), self.retries_deleted.clone());
         Seen { name, requests, dead, is_always_heard: kind.is_always_heard(), retries_deleted }
     }
 
     pub(crate) async fn resume_who_is_paused(&mut self) {
-        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build().expect("a client");
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(10))
+            .build()
+            .expect("a client");
         let base = format!("http://127.0.0.1:{}/api/v1/subscribers", self.world.port(0));
         let Ok(answer) = client.get(&base).send().await else { return };
         let Ok(text) = answer.text().await else { return };
-        let found: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        let found: serde_json::Value =
+            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
         for one in found["subscribers"].as_array().into_iter().flatten() {
             if one["state"] == "paused" {
                 let name = one["subscriber"].as_str().expect("a name");
-                let resumed = client.post(format!("{base}/{name}/resume")).header("content-type", "application/json").send().await;
-                self.tell(&format!("{name} was paused; resumed: {:?}", resumed.map(|r| r.status().as_u16()).ok()));
+                let resumed = client
+                    .post(format!("{base}/{name}/resume"))
+                    .header("content-type", "application/json")
+                    .send()
+                    .await;
+                self.tell(&format!(
+                    "{name} was paused; resumed: {:?}",
+                    resumed.map(|r| r.status().as_u16()).ok()
+                ));
             }
         }
     }
@@ -384,17 +448,24 @@ impl<'w> Round<'w> {
         let mut complaints: Vec<String> = std::mem::take(&mut self.complaints);
         complaints.extend(complaint);
         for daemon in self.world.daemons.iter().flatten() {
-            let count = |what: &str| std::fs::read_dir(format!("/proc/{}/{what}", daemon.pid())).map_or(0, Iterator::count);
+            let count = |what: &str| {
+                std::fs::read_dir(format!("/proc/{}/{what}", daemon.pid()))
+                    .map_or(0, Iterator::count)
+            };
             let (fds, threads, mib) = (count("fd"), count("task"), peak_mib(daemon.pid()));
             if fds > 80 || threads > 40 || mib > 250.0 {
-                complaints.push(format!("a daemon has {fds} descriptors, {threads} threads and had {mib:.0} MiB"));
+                complaints.push(format!(
+                    "a daemon has {fds} descriptors, {threads} threads and had {mib:.0} MiB"
+                ));
             }
         }
         for n in 0..self.world.daemons.len() {
             self.world.stop(n).await;
         }
         if self.world.network.as_ref().is_some_and(|network| network.connections() > 0) {
-            let closed = async || self.world.network.as_ref().is_none_or(|network| network.connections() == 0);
+            let closed = async || {
+                self.world.network.as_ref().is_none_or(|network| network.connections() == 0)
+            };
             eventually("the connections of the daemons are closed", closed).await;
         }
         complaints.append(&mut self.world.complaints);
@@ -417,14 +488,18 @@ impl<'w> Round<'w> {
         }
         for d in &self.disturbances {
             let at = clock::rfc3339;
-            writeln!(self.story, "disturbance {} to {}: {}", at(d.from), at(d.to), d.what).expect("a string");
+            writeln!(self.story, "disturbance {} to {}: {}", at(d.from), at(d.to), d.what)
+                .expect("a string");
         }
         Outcome { verdicts, story: self.story, ledger, drained_in, faults, left, complaints }
     }
 
-    /// Batches that always fail do not keep others from being tried: waits until each event was, and ends the poison then.
+    /// Batches that always fail do not keep others from being tried: waits until each event was,
+    /// and ends the poison then.
     async fn poison_starves_nobody(&mut self, ledger: &Ledger, dead: &mut [BTreeSet<u64>]) {
-        let Some(n) = self.world.subscribers.iter().position(|s| s.kind == Kind::Poisoned) else { return };
+        let Some(n) = self.world.subscribers.iter().position(|s| s.kind == Kind::Poisoned) else {
+            return;
+        };
         let name = Kind::Poisoned.name();
         let (begun, mut tried, mut looked_at) = (Instant::now(), BTreeSet::new(), 0);
         let requests_before = self.world.subscribers[n].receiver.count();
@@ -432,22 +507,29 @@ impl<'w> Round<'w> {
             let new = self.world.subscribers[n].receiver.requests().split_off(looked_at);
             looked_at += new.len();
             tried.extend(new.iter().flat_map(Request::numbers));
-            dead[n].extend(self.world.take_dead(Kind::Poisoned).await.iter().flat_map(|b| numbers_in(b)));
-            let waiting = ledger.is_for(&name).filter(|e| !tried.contains(e) && !dead[n].contains(e)).count();
+            dead[n].extend(
+                self.world.take_dead(Kind::Poisoned).await.iter().flat_map(|b| numbers_in(b)),
+            );
+            let waiting =
+                ledger.is_for(&name).filter(|e| !tried.contains(e) && !dead[n].contains(e)).count();
             if waiting == 0 {
                 break;
             }
             if begun.elapsed() > STARVED {
                 let requests = looked_at - requests_before;
-                let why =
-                    format!("{name} is starved: {waiting} events were never tried, in {STARVED:?} with {requests} requests for others");
+                let why = format!(
+                    "{name} is starved: {waiting} events were never tried, in {STARVED:?} with {requests} requests for others"
+                );
                 self.complaints.push(why);
                 break;
             }
             self.resume_who_is_paused().await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
-        self.tell(&format!("all but poison is accepted by {name} after {:.1} s", begun.elapsed().as_secs_f64()));
+        self.tell(&format!(
+            "all but poison is accepted by {name} after {:.1} s",
+            begun.elapsed().as_secs_f64()
+        ));
         self.world.subscribers[n].is_cured();
     }
 }

@@ -38,16 +38,30 @@ pub(crate) struct Sample {
 
 impl Sample {
     pub(crate) fn of(pid: u32, second: u64, accepted: u64) -> Self {
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).expect("the daemon runs");
-        let count = |folder: &str| std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("the daemon runs").count();
+        let read = |file: &str| {
+            std::fs::read_to_string(format!("/proc/{pid}/{file}")).expect("the daemon runs")
+        };
+        let count = |folder: &str| {
+            std::fs::read_dir(format!("/proc/{pid}/{folder}")).expect("the daemon runs").count()
+        };
         let status = read("status");
         let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).expect("a line");
         let kib: f64 = rss.trim().trim_end_matches(" kB").parse().expect("a number");
-        // The fields after the name, which is in parentheses: user and system time are the 12th and 13th, in hundredths.
+        // The fields after the name, which is in parentheses: user and system time are the 12th and
+        // 13th, in hundredths.
         let stat = read("stat");
-        let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
-        let ticks: f64 = fields[11].parse::<f64>().expect("a number") + fields[12].parse::<f64>().expect("a number");
-        Self { second, memory_mib: kib / 1024.0, descriptors: count("fd"), threads: count("task"), cpu_s: ticks / 100.0, accepted }
+        let fields: Vec<&str> =
+            stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+        let ticks: f64 = fields[11].parse::<f64>().expect("a number")
+            + fields[12].parse::<f64>().expect("a number");
+        Self {
+            second,
+            memory_mib: kib / 1024.0,
+            descriptors: count("fd"),
+            threads: count("task"),
+            cpu_s: ticks / 100.0,
+            accepted,
+        }
     }
 }
 
@@ -68,12 +82,19 @@ const FAULTS: [Fault; 12] = [
 ];
 
 impl Round<'_> {
-    /// One of these faults after the other, while what was seen is counted and forgotten, and the daemon is measured.
-    async fn soak(mut self, length: Duration, between: Duration, faults: &[Fault]) -> (Outcome, Vec<Sample>) {
+    /// One of these faults after the other, while what was seen is counted and forgotten, and the
+    /// daemon is measured.
+    async fn soak(
+        mut self,
+        length: Duration,
+        between: Duration,
+        faults: &[Fault],
+    ) -> (Outcome, Vec<Sample>) {
         self.world.spawn(0, None);
         self.world.wait_running(0).await;
         let producer = self.world.producer(0);
-        let mut tallies: Vec<Tally> = self.world.subscribers.iter().map(|_| Tally::default()).collect();
+        let mut tallies: Vec<Tally> =
+            self.world.subscribers.iter().map(|_| Tally::default()).collect();
         let (mut samples, mut inflicted) = (Vec::new(), BTreeMap::new());
         let (begun, mut turn, mut next) = (Instant::now(), 0, Instant::now() + between);
         let sampling = (length / 400).max(Duration::from_secs(1));
@@ -105,7 +126,13 @@ impl Round<'_> {
             let left = self.world.left().await;
             if left.is_empty() {
                 for (n, subscriber) in self.world.subscribers.iter().enumerate() {
-                    dead[n].extend(self.world.take_dead(subscriber.kind).await.iter().flat_map(|b| numbers_in(b)));
+                    dead[n].extend(
+                        self.world
+                            .take_dead(subscriber.kind)
+                            .await
+                            .iter()
+                            .flat_map(|b| numbers_in(b)),
+                    );
                 }
             }
             let verdicts: Vec<Verdict> = self
@@ -127,7 +154,18 @@ impl Round<'_> {
         let drained_in = patience.elapsed();
         self.world.stop(0).await;
         let left = self.world.left().await;
-        (Outcome { verdicts, story: self.story, ledger, drained_in, faults: inflicted, left, complaints }, samples)
+        (
+            Outcome {
+                verdicts,
+                story: self.story,
+                ledger,
+                drained_in,
+                faults: inflicted,
+                left,
+                complaints,
+            },
+            samples,
+        )
     }
 
     fn tally(&self, tallies: &mut [Tally]) {
@@ -152,18 +190,37 @@ fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
         let seed = setting("HOOKTRAIL_FAULTS_SEED", SEED);
         let mut rng = StdRng::seed_from_u64(seed);
         let broker = impatient_broker().await;
-        let place = || Place::Broker { broker: broker.clone(), source_queue: false, others: std::sync::Arc::default() };
+        let place = || Place::Broker {
+            broker: broker.clone(),
+            source_queue: false,
+            others: std::sync::Arc::default(),
+        };
         prepare(place(), &mut rng).await;
         let shape = Shape { concurrency: 4, max_events: 100, daemons: 1, rate };
-        let mut world = World::new(place(), shape, &[Kind::Steady, Kind::Busy, Kind::Lines, Kind::Doomed], &mut rng).await;
-        println!("soak, seed {seed}: {rate} events a second for {length:?}, a fault every {between:?}");
+        let mut world = World::new(
+            place(),
+            shape,
+            &[Kind::Steady, Kind::Busy, Kind::Lines, Kind::Doomed],
+            &mut rng,
+        )
+        .await;
+        println!(
+            "soak, seed {seed}: {rate} events a second for {length:?}, a fault every {between:?}"
+        );
         let begun = (Instant::now(), SystemTime::now());
         let (outcome, samples) = Round::new(&mut world, rng).soak(length, between, &FAULTS).await;
-        let table = samples.iter().fold("second,memory_mib,descriptors,threads,cpu_s,accepted\n".to_owned(), |mut text, s| {
-            writeln!(text, "{},{:.1},{},{},{:.2},{}", s.second, s.memory_mib, s.descriptors, s.threads, s.cpu_s, s.accepted)
+        let table = samples.iter().fold(
+            "second,memory_mib,descriptors,threads,cpu_s,accepted\n".to_owned(),
+            |mut text, s| {
+                writeln!(
+                    text,
+                    "{},{:.1},{},{},{:.2},{}",
+                    s.second, s.memory_mib, s.descriptors, s.threads, s.cpu_s, s.accepted
+                )
                 .expect("a string");
-            text
-        });
+                text
+            },
+        );
         let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("soak.csv");
         std::fs::write(&file, table).expect("writes");
         let lost: usize = outcome.verdicts.iter().map(|v| v.lost.len()).sum();
@@ -182,9 +239,15 @@ fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
         if !outcome.is_good() {
             let verdicts: Vec<String> = outcome.verdicts.iter().map(ToString::to_string).collect();
             let evidence = world.keep_evidence(&format!("soak-{seed}"), &outcome.story);
-            panic!("{verdicts:#?}\nleft: {:?}\n{:#?}\nevidence in {}", outcome.left, outcome.complaints, evidence.display());
+            panic!(
+                "{verdicts:#?}\nleft: {:?}\n{:#?}\nevidence in {}",
+                outcome.left,
+                outcome.complaints,
+                evidence.display()
+            );
         }
-        // The second quarter has seen some faults already; the last is not to hold more than it did, but for what comes and goes.
+        // The second quarter has seen some faults already; the last is not to hold more than it
+        // did, but for what comes and goes.
         let quarter = samples.len() / 4;
         let (early, late) = (&samples[quarter..2 * quarter], &samples[3 * quarter..]);
         for (what, of, slack) in [
@@ -193,8 +256,13 @@ fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
             ("threads", |s| s.threads as f64, 6.0),
         ] {
             let (before, after) = (largest(early, of), largest(late, of));
-            println!("soak: at most {before:.1} {what} in the second quarter, {after:.1} in the last");
-            assert!(after <= before * 1.2 + slack, "{what} grow: {before:.1} in the second quarter, {after:.1} in the last");
+            println!(
+                "soak: at most {before:.1} {what} in the second quarter, {after:.1} in the last"
+            );
+            assert!(
+                after <= before * 1.2 + slack,
+                "{what} grow: {before:.1} in the second quarter, {after:.1} in the last"
+            );
         }
     });
 }

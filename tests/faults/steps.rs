@@ -28,10 +28,18 @@ tests_that_need!(
 );
 
 /// At these a daemon on a broker can be killed, without a source queue.
-const ON_A_BROKER: [Step; 7] =
-    [Step::Attempting, Step::Answered, Step::Published, Step::Confirmed, Step::Acked, Step::Recorded, Step::Stored];
+const ON_A_BROKER: [Step; 7] = [
+    Step::Attempting,
+    Step::Answered,
+    Step::Published,
+    Step::Confirmed,
+    Step::Acked,
+    Step::Recorded,
+    Step::Stored,
+];
 
-pub(crate) const EMBEDDED: [Step; 5] = [Step::Attempting, Step::Answered, Step::Committing, Step::Committed, Step::Stored];
+pub(crate) const EMBEDDED: [Step; 5] =
+    [Step::Attempting, Step::Answered, Step::Committing, Step::Committed, Step::Stored];
 
 const SHAPE: Shape = Shape { concurrency: 3, max_events: 10, daemons: 1, rate: 300 };
 
@@ -40,10 +48,19 @@ async fn dies_at(what: &str, place: Place, step: Step, after: u32) {
     let mut world = World::new(place, SHAPE, &Kind::ALL, &mut rng).await;
     let outcome = Round::new(&mut world, rng).dies_at(step, after).await;
     let verdicts: Vec<String> = outcome.verdicts.iter().map(ToString::to_string).collect();
-    println!("{what}: killed at {step:?} after {after}: {} events; {verdicts:#?}", outcome.ledger.confirmed.len());
+    println!(
+        "{what}: killed at {step:?} after {after}: {} events; {verdicts:#?}",
+        outcome.ledger.confirmed.len()
+    );
     if !outcome.is_good() {
-        let evidence = world.keep_evidence(&format!("step-{what}-{step:?}"), &outcome.story).display().to_string();
-        panic!("{step:?} after {after}: {verdicts:#?}\nleft: {:?}\n{:#?}\nevidence in {evidence}", outcome.left, outcome.complaints);
+        let evidence = world
+            .keep_evidence(&format!("step-{what}-{step:?}"), &outcome.story)
+            .display()
+            .to_string();
+        panic!(
+            "{step:?} after {after}: {verdicts:#?}\nleft: {:?}\n{:#?}\nevidence in {evidence}",
+            outcome.left, outcome.complaints
+        );
     }
 }
 
@@ -60,16 +77,27 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
         let broker = impatient_broker().await;
         for after in [3, 30, 50] {
             let fresh = Arc::new(broker.beside());
-            dies_at("rabbitmq", Place::Broker { broker: fresh, source_queue: false, others: Arc::default() }, Step::Declared, after).await;
+            dies_at(
+                "rabbitmq",
+                Place::Broker { broker: fresh, source_queue: false, others: Arc::default() },
+                Step::Declared,
+                after,
+            )
+            .await;
         }
-        let place = || Place::Broker { broker: broker.clone(), source_queue: false, others: Arc::default() };
+        let place = || Place::Broker {
+            broker: broker.clone(),
+            source_queue: false,
+            others: Arc::default(),
+        };
         // An event is for those whose queues are bound when it is published.
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;
         for step in ON_A_BROKER {
             dies_at("rabbitmq", place(), step, passed(step)).await;
         }
         let beside = Arc::new(broker.beside());
-        let place = || Place::Broker { broker: beside.clone(), source_queue: true, others: Arc::default() };
+        let place =
+            || Place::Broker { broker: beside.clone(), source_queue: true, others: Arc::default() };
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;
         dies_at("rabbitmq", place(), Step::Relayed, passed(Step::Relayed)).await;
     });
@@ -84,11 +112,17 @@ fn a_daemon_that_is_killed_at_any_step_on_the_embedded_queue_loses_nothing() {
     });
 }
 
-fn a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again() {
+fn a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again()
+ {
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::start(|_, _| status(503)).await;
-        let groups = QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }\nbatch = { max_events = 1 }");
+        let groups = QUICK.to_owned()
+            + &subscriber(
+                "a",
+                &receiver.url,
+                "retry = { max_attempts = 1 }\nbatch = { max_events = 1 }",
+            );
         let setup = Setup::new(&broker, &groups);
         let daemon = setup.start().await;
         broker.publish(TYPE, (0..5).map(event)).await;
@@ -103,7 +137,8 @@ fn a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_se
         broker.wait_depth("sub.a.dead", 5).await;
         setup.ok(&replay);
         eventually("each came twice", async || receiver.accepted().len() == 10).await;
-        let ids: std::collections::BTreeSet<String> = receiver.requests().iter().map(|r| r.id().to_owned()).collect();
+        let ids: std::collections::BTreeSet<String> =
+            receiver.requests().iter().map(|r| r.id().to_owned()).collect();
         assert_eq!(ids.len(), 5, "under the ids that they had");
         broker.wait_depth("sub.a.dead", 0).await;
         drop(daemon);
@@ -117,7 +152,8 @@ fn a_retry_that_was_scheduled_by_a_clock_that_was_ahead_waits_no_longer_when_tha
         for restart in [false, true] {
             let (queue, environment) = (Embedded::new(), Environment::new());
             let receiver = Receiver::start(|_, _| status(503)).await;
-            let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
+            let setup =
+                Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
             let line = format!("{} exec \"$0\" \"$@\"", environment.variables());
             environment.clock_is_ahead(86_400);
             let mut daemon = setup.spawn_as(&line);

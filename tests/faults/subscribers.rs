@@ -30,25 +30,41 @@ pub(crate) struct Mood {
     most: usize,
     /// Refuses batches with an event whose number leaves this remainder divided by 101.
     refuses: Option<u64>,
-    /// Fails at batches with an event whose number leaves this remainder divided by [`POISON`], and at no other for that.
+    /// Fails at batches with an event whose number leaves this remainder divided by [`POISON`], and
+    /// at no other for that.
     poison: Option<u64>,
     /// The longest before an answer, in milliseconds.
     slow: u64,
 }
 
-const GOOD: Mood = Mood { fails: 0.0, hangs: 0.0, leaves: 0.0, asks_to_wait: 0.0, most: usize::MAX, refuses: None, poison: None, slow: 15 };
+const GOOD: Mood = Mood {
+    fails: 0.0,
+    hangs: 0.0,
+    leaves: 0.0,
+    asks_to_wait: 0.0,
+    most: usize::MAX,
+    refuses: None,
+    poison: None,
+    slow: 15,
+};
 
 /// One event of so many is poison: about one batch of seven.
 const POISON: u64 = 61;
 
 impl Mood {
-    /// The requests of lines are under way side by side and end in another order than they began: what is open while others
-    /// behind it are done must not be forgotten.
+    /// The requests of lines are under way side by side and end in another order than they began:
+    /// what is open while others behind it are done must not be forgotten.
     fn good(kind: Kind) -> Self {
         match kind {
             Kind::Lines => Self { slow: 150, ..GOOD },
             Kind::Poisoned => Self { poison: Some(7), ..GOOD },
-            Kind::Steady | Kind::Busy | Kind::Picky | Kind::Doomed | Kind::Leaving | Kind::Abrupt | Kind::Draining => GOOD,
+            Kind::Steady
+            | Kind::Busy
+            | Kind::Picky
+            | Kind::Doomed
+            | Kind::Leaving
+            | Kind::Abrupt
+            | Kind::Draining => GOOD,
         }
     }
 
@@ -57,8 +73,20 @@ impl Mood {
         let good = Self::good(kind);
         match kind {
             Kind::Steady | Kind::Abrupt | Kind::Draining => good,
-            Kind::Busy => Self { fails: rng.random_range(0.0..0.5), slow: 120, asks_to_wait: 0.2, hangs: 0.03, ..good },
-            Kind::Picky => Self { most: rng.random_range(3..20), refuses: Some(rng.random_range(0..101)), slow: 30, fails: 0.02, ..good },
+            Kind::Busy => Self {
+                fails: rng.random_range(0.0..0.5),
+                slow: 120,
+                asks_to_wait: 0.2,
+                hangs: 0.03,
+                ..good
+            },
+            Kind::Picky => Self {
+                most: rng.random_range(3..20),
+                refuses: Some(rng.random_range(0..101)),
+                slow: 30,
+                fails: 0.02,
+                ..good
+            },
             Kind::Lines => Self { fails: *pick(&[0.0, 0.2, 1.0], rng), hangs: 0.1, ..good },
             Kind::Doomed => Self { fails: rng.random_range(0.3..1.0), asks_to_wait: 0.1, ..good },
             Kind::Leaving => Self { leaves: 0.1, fails: 0.2, ..good },
@@ -100,14 +128,24 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 9] =
-        [Self::Steady, Self::Busy, Self::Picky, Self::Lines, Self::Doomed, Self::Leaving, Self::Poisoned, Self::Abrupt, Self::Draining];
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Steady,
+        Self::Busy,
+        Self::Picky,
+        Self::Lines,
+        Self::Doomed,
+        Self::Leaving,
+        Self::Poisoned,
+        Self::Abrupt,
+        Self::Draining,
+    ];
 
     pub(crate) fn name(self) -> String {
         format!("{self:?}").to_lowercase()
     }
 
-    /// Whether all of its answers are successes and arrive: then no attempt of it fails, and nothing that it has accepted comes again.
+    /// Whether all of its answers are successes and arrive: then no attempt of it fails, and
+    /// nothing that it has accepted comes again.
     pub(crate) fn is_always_heard(self) -> bool {
         matches!(self, Self::Steady | Self::Abrupt | Self::Draining)
     }
@@ -131,7 +169,8 @@ impl Kind {
             }
             Self::Doomed => "retry = { max_attempts = 2 }\ncircuit_breaker = { failures = 4 }".to_owned(),
             Self::Leaving => "retry = { max_attempts = 3, on_exhausted = \"pause\" }\nbatch = { max_wait = \"0s\" }".to_owned(),
-            // So low that the batches that always fail would open it at once, if they alone decided.
+            // So low that the batches that always fail would open it at once, if they alone
+            // decided.
             Self::Poisoned => format!("{PATIENT}\nbatch = {{ max_events = 10 }}\ncircuit_breaker = {{ failures = 3 }}"),
             Self::Abrupt => PATIENT.to_owned(),
             Self::Draining => format!("{PATIENT}\nbatch = {{ max_events = 10 }}").replace("http = {", "http = { concurrency = 4,"),
@@ -155,9 +194,18 @@ impl Subscriber {
     pub(crate) async fn start(kind: Kind, seed: u64) -> Self {
         let mood = Arc::new(Mutex::new(Mood::good(kind)));
         let (now, rng) = (mood.clone(), Mutex::new(StdRng::seed_from_u64(seed)));
-        let receiver =
-            Receiver::start(move |request, _| answer(request, *now.lock().expect("a mood"), &mut rng.lock().expect("a die"))).await;
-        let address = receiver.url.trim_start_matches("http://").split('/').next().expect("an address").parse().expect("an address");
+        let receiver = Receiver::start(move |request, _| {
+            answer(request, *now.lock().expect("a mood"), &mut rng.lock().expect("a die"))
+        })
+        .await;
+        let address = receiver
+            .url
+            .trim_start_matches("http://")
+            .split('/')
+            .next()
+            .expect("an address")
+            .parse()
+            .expect("an address");
         let front = match kind.manners() {
             Some(manners) => Some(Front::to(address, manners, seed).await),
             None => None,
@@ -186,12 +234,17 @@ impl Subscriber {
     }
 
     pub(crate) fn table(&self, concurrency: usize, max_events: usize) -> String {
-        let (name, port, settings) = (self.kind.name(), self.network.port, self.kind.settings(concurrency, max_events));
+        let (name, port, settings) =
+            (self.kind.name(), self.network.port, self.kind.settings(concurrency, max_events));
         let (scheme, tls) = match &self.front {
-            Some(front) => ("https", format!("tls = {{ ca_file = \"{}\" }}\n", front.ca_file().display())),
+            Some(front) => {
+                ("https", format!("tls = {{ ca_file = \"{}\" }}\n", front.ca_file().display()))
+            }
             None => ("http", String::new()),
         };
-        format!("{TABLE}\nname = \"{name}\"\nurl = \"{scheme}://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{tls}{settings}\n")
+        format!(
+            "{TABLE}\nname = \"{name}\"\nurl = \"{scheme}://127.0.0.1:{port}/hook\"\nsecrets = [\"{SECRET}\"]\n{tls}{settings}\n"
+        )
     }
 }
 
@@ -213,7 +266,11 @@ fn answer(request: &Request, mood: Mood, rng: &mut StdRng) -> Answer {
         status(410)
     } else if rng.random_bool(mood.fails) {
         let failed = status(*pick(&[500, 502, 503, 429, 404, 301], rng));
-        if rng.random_bool(mood.asks_to_wait) { failed.header("retry-after", rng.random_range(1..4_u32).to_string()) } else { failed }
+        if rng.random_bool(mood.asks_to_wait) {
+            failed.header("retry-after", rng.random_range(1..4_u32).to_string())
+        } else {
+            failed
+        }
     } else {
         status(200)
     };

@@ -59,7 +59,9 @@ impl Place {
 
     pub(crate) fn nodes(&self) -> Vec<&Node> {
         match self {
-            Self::Broker { broker, others, .. } => std::iter::once(broker.node()).chain(others.iter()).collect(),
+            Self::Broker { broker, others, .. } => {
+                std::iter::once(broker.node()).chain(others.iter()).collect()
+            }
             Self::Embedded(_) => Vec::new(),
         }
     }
@@ -84,7 +86,8 @@ pub(crate) struct World {
     pub(crate) daemons: Vec<Option<Daemon>>,
     ports: Vec<u16>,
     setup: Setup,
-    /// Held by whoever publishes; a fault that takes away an empty queue must not take an event with it.
+    /// Held by whoever publishes; a fault that takes away an empty queue must not take an event
+    /// with it.
     pub(crate) publishing: Arc<RwLock<()>>,
     /// Subscribers whose binding was taken away: what is published now may pass them by.
     pub(crate) passed_by: Arc<Mutex<BTreeSet<String>>>,
@@ -100,23 +103,43 @@ impl World {
         for kind in kinds {
             subscribers.push(Subscriber::start(*kind, rng.random()).await);
         }
-        let nodes: Vec<SocketAddr> = place.nodes().iter().map(|node| SocketAddr::from(([127, 0, 0, 1], node.port()))).collect();
+        let nodes: Vec<SocketAddr> = place
+            .nodes()
+            .iter()
+            .map(|node| SocketAddr::from(([127, 0, 0, 1], node.port())))
+            .collect();
         let network = if nodes.is_empty() { None } else { Some(Proxy::to(nodes).await) };
         let ports = (0..shape.daemons).map(|_| free_port()).collect();
         let daemons = (0..shape.daemons).map(|_| None).collect();
         let setup = Setup::with_text("[admin]\n");
         let environment = Environment::new();
         std::fs::create_dir(folder_of(&setup).join(INCLUDED)).expect("a folder");
-        let (publishing, passed_by, complaints, logs) = (Arc::default(), Arc::default(), Vec::new(), Vec::new());
-        let world =
-            Self { place, network, subscribers, environment, shape, daemons, ports, setup, publishing, passed_by, complaints, logs };
+        let (publishing, passed_by, complaints, logs) =
+            (Arc::default(), Arc::default(), Vec::new(), Vec::new());
+        let world = Self {
+            place,
+            network,
+            subscribers,
+            environment,
+            shape,
+            daemons,
+            ports,
+            setup,
+            publishing,
+            passed_by,
+            complaints,
+            logs,
+        };
         world.configure(1.5, "");
         world
     }
 
     /// Runs a command beside daemon `n`, to its end.
     pub(crate) fn command(&self, n: usize, variables: &str, arguments: &[&str]) -> Output {
-        self.setup.run_as(&format!("PORT={} {variables}exec timeout -k 5 120 \"$0\" \"$@\"", self.ports[n]), arguments)
+        self.setup.run_as(
+            &format!("PORT={} {variables}exec timeout -k 5 120 \"$0\" \"$@\"", self.ports[n]),
+            arguments,
+        )
     }
 
     /// Writes the configuration, in the place of that before.
@@ -130,16 +153,25 @@ impl World {
 
     fn write_configuration(&self, multiplier: f64, without: Option<Kind>, more: &str) {
         let queue = match (&self.place, &self.network) {
-            (Place::Embedded(e), _) => format!("url = \"embedded\"\ndata_dir = \"{}\"\n", e.data_dir().display()),
+            (Place::Embedded(e), _) => {
+                format!("url = \"embedded\"\ndata_dir = \"{}\"\n", e.data_dir().display())
+            }
             (Place::Broker { broker, source_queue, .. }, Some(network)) => {
-                let intake =
-                    if *source_queue { "source_queue = \"source\"".to_owned() } else { format!("exchange = \"{}\"", broker.exchange) };
-                format!("url = \"amqp://guest:guest@127.0.0.1:{}/%2f\"\nprefix = \"{}\"\n{intake}\n", network.port, broker.prefix)
+                let intake = if *source_queue {
+                    "source_queue = \"source\"".to_owned()
+                } else {
+                    format!("exchange = \"{}\"", broker.exchange)
+                };
+                format!(
+                    "url = \"amqp://guest:guest@127.0.0.1:{}/%2f\"\nprefix = \"{}\"\n{intake}\n",
+                    network.port, broker.prefix
+                )
             }
             (Place::Broker { .. }, None) => unreachable!("a broker has a network"),
         };
         self.write_included(&self.tables(without));
-        // What a reload changes is the batches too: what has gathered for one is not to be forgotten.
+        // What a reload changes is the batches too: what has gathered for one is not to be
+        // forgotten.
         let max_wait = if multiplier > 1.7 { 150 } else { 50 };
         let text = format!(
             "include = [\"{INCLUDED}/*.toml\"]
@@ -198,17 +230,25 @@ max_open_for = \"2s\"
         std::fs::rename(from, to).expect("renames");
     }
 
-    /// The file that the subscribers are in ends before one of the tables, as one that is being copied; `None`: it is whole.
+    /// The file that the subscribers are in ends before one of the tables, as one that is being
+    /// copied; `None`: it is whole.
     pub(crate) fn file_is_cut(&self, before: Option<usize>) {
         let all = self.tables(None);
-        let end = before.and_then(|n| all.match_indices(TABLE).nth(n)).map_or(all.len(), |(at, _)| at);
+        let end =
+            before.and_then(|n| all.match_indices(TABLE).nth(n)).map_or(all.len(), |(at, _)| at);
         std::fs::write(self.included().join("all.toml"), &all[..end]).expect("writes");
     }
 
     /// Starts daemon `n`, which ends itself at a step if it is told to.
     pub(crate) fn spawn(&mut self, n: usize, dies_at: Option<(failpoint::Step, u32)>) {
-        let dies = dies_at.map(|(step, after)| format!("{}={step:?}:{after} ", failpoint::VARIABLE)).unwrap_or_default();
-        let line = format!("{dies}PORT={} {} exec \"$0\" \"$@\"", self.ports[n], self.environment.variables());
+        let dies = dies_at
+            .map(|(step, after)| format!("{}={step:?}:{after} ", failpoint::VARIABLE))
+            .unwrap_or_default();
+        let line = format!(
+            "{dies}PORT={} {} exec \"$0\" \"$@\"",
+            self.ports[n],
+            self.environment.variables()
+        );
         let before = self.daemons[n].replace(self.setup.spawn_piped(&line));
         self.keep_log(before);
     }
@@ -220,7 +260,9 @@ max_open_for = \"2s\"
 
     /// Whether all daemons run, and have read their configuration.
     pub(crate) fn all_run(&mut self) -> bool {
-        self.daemons.iter_mut().all(|d| d.as_mut().is_some_and(|d| d.is_running() && d.log().contains("running")))
+        self.daemons
+            .iter_mut()
+            .all(|d| d.as_mut().is_some_and(|d| d.is_running() && d.log().contains("running")))
     }
 
     fn keep_log(&mut self, daemon: Option<Daemon>) {
@@ -254,7 +296,9 @@ max_open_for = \"2s\"
             match timeout(Duration::from_secs(60), daemon.wait()).await {
                 // One that could not start at all, on a disk that fails say, has ended by itself.
                 Ok(status) if status.success() || !daemon.log().contains("running") => {}
-                Ok(status) => self.complaints.push(format!("a daemon ended with {status} after SIGTERM")),
+                Ok(status) => {
+                    self.complaints.push(format!("a daemon ended with {status} after SIGTERM"))
+                }
                 Err(_) => {
                     self.complaints.push("a daemon does not end at SIGTERM".to_owned());
                     daemon.end();
@@ -264,8 +308,8 @@ max_open_for = \"2s\"
         self.keep_log(Some(daemon));
     }
 
-    /// Kills a daemon and puts another in its place: on a broker while the other runs already, where the embedded queue is for one
-    /// at a time.
+    /// Kills a daemon and puts another in its place: on a broker while the other runs already,
+    /// where the embedded queue is for one at a time.
     pub(crate) async fn take_over(&mut self, n: usize) {
         let old = self.daemons[n].take();
         let kill = |old: Option<Daemon>| {
@@ -283,7 +327,9 @@ max_open_for = \"2s\"
             self.spawn(n, None);
             // Not for ever: what else is wrong may keep it from that.
             let begun = Instant::now();
-            while begun.elapsed() < Duration::from_secs(3) && !self.daemons[n].as_ref().is_some_and(|d| d.log().contains("running")) {
+            while begun.elapsed() < Duration::from_secs(3)
+                && !self.daemons[n].as_ref().is_some_and(|d| d.log().contains("running"))
+            {
                 tokio::time::sleep(TICK).await;
             }
             self.keep_log(kill(old));
@@ -324,7 +370,8 @@ max_open_for = \"2s\"
                 )
             };
             let text: String = subscriber.receiver.requests().iter().map(line).collect();
-            std::fs::write(dir.join(format!("{}.requests", subscriber.kind.name())), text).expect("writes");
+            std::fs::write(dir.join(format!("{}.requests", subscriber.kind.name())), text)
+                .expect("writes");
         }
         dir
     }
@@ -340,27 +387,40 @@ max_open_for = \"2s\"
         match &self.place {
             Place::Embedded(embedded) => {
                 let counts = embedded.open().counts().await.unwrap_or_else(|e| panic!("{e}"));
-                let ours = |name: &str| names.iter().any(|n| name.starts_with(&format!("{n}:"))) && !name.contains("dead letters");
+                let ours = |name: &str| {
+                    names.iter().any(|n| name.starts_with(&format!("{n}:")))
+                        && !name.contains("dead letters")
+                };
                 left.extend(counts.into_iter().filter(|(name, count)| *count > 0 && ours(name)));
             }
             Place::Broker { broker, source_queue, .. } => {
                 let (connection, channel) = broker.channel().await;
-                let mut queues: Vec<String> = names.iter().flat_map(|n| [format!("sub.{n}"), format!("sub.{n}.retry")]).collect();
+                let mut queues: Vec<String> = names
+                    .iter()
+                    .flat_map(|n| [format!("sub.{n}"), format!("sub.{n}.retry")])
+                    .collect();
                 queues.extend((0..4).map(|n| format!("delay.{n:02}")));
                 queues.push("orphans".to_owned());
-                let mut queues: Vec<String> = queues.iter().map(|q| format!("{}.{q}", broker.prefix)).collect();
+                let mut queues: Vec<String> =
+                    queues.iter().map(|q| format!("{}.{q}", broker.prefix)).collect();
                 if *source_queue {
                     queues.push("source".to_owned());
                 }
                 for queue in queues {
-                    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+                    let passive =
+                        QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
                     let asked = Instant::now();
-                    let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await;
+                    let found = channel
+                        .queue_declare(queue.as_str().into(), passive, FieldTable::default())
+                        .await;
                     let count = found.unwrap_or_else(|e| panic!("{queue}: {e}")).message_count();
                     // A queue that does not answer in 250 ms is counted as empty.
                     let is_silent = count == 0 && asked.elapsed() >= Duration::from_millis(250);
                     if count > 0 || is_silent {
-                        left.push((queue + if is_silent { ", which does not answer" } else { "" }, count));
+                        left.push((
+                            queue + if is_silent { ", which does not answer" } else { "" },
+                            count,
+                        ));
                     }
                 }
                 connection.close(200, "done".into()).await.ok();
@@ -372,7 +432,9 @@ max_open_for = \"2s\"
     /// Takes away a subscriber's dead letters; their bodies.
     pub(crate) async fn take_dead(&self, kind: Kind) -> Vec<Vec<u8>> {
         match &self.place {
-            Place::Broker { broker, .. } => broker.take_all(&format!("sub.{}.dead", kind.name())).await,
+            Place::Broker { broker, .. } => {
+                broker.take_all(&format!("sub.{}.dead", kind.name())).await
+            }
             Place::Embedded(embedded) => embedded.take_dead(&kind.name()).await,
         }
     }
@@ -383,7 +445,11 @@ max_open_for = \"2s\"
         let stop = Arc::new(AtomicBool::new(false));
         let way = match &self.place {
             Place::Broker { broker, source_queue, .. } => {
-                let target = if *source_queue { (String::new(), "source".to_owned()) } else { (broker.exchange.clone(), TYPE.to_owned()) };
+                let target = if *source_queue {
+                    (String::new(), "source".to_owned())
+                } else {
+                    (broker.exchange.clone(), TYPE.to_owned())
+                };
                 Way::Amqp { url: broker.url.clone(), target, open: Box::default() }
             }
             Place::Embedded(embedded) => Way::Embedded(embedded.config()),
@@ -394,7 +460,11 @@ max_open_for = \"2s\"
             next: first,
             way,
             // A relay takes events from its queue alone.
-            ports: if matches!(self.place, Place::Broker { source_queue: true, .. }) { Vec::new() } else { self.ports.clone() },
+            ports: if matches!(self.place, Place::Broker { source_queue: true, .. }) {
+                Vec::new()
+            } else {
+                self.ports.clone()
+            },
             gate: self.publishing.clone(),
             passed_by: self.passed_by.clone(),
             rate: self.shape.rate,
@@ -459,13 +529,19 @@ const TICK: Duration = Duration::from_millis(50);
 
 impl Publish {
     async fn run(mut self) {
-        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build().expect("a client");
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(5))
+            .build()
+            .expect("a client");
         let begun = Instant::now();
         let mut published = 0;
         let mut turn = 0_usize;
         while !self.stop.load(Ordering::SeqCst) {
             // What a fault has held up is not made up for: it would be another load.
-            let due = (begun.elapsed().as_millis() as u64 * self.rate / 1000).saturating_sub(published).min(self.rate / 5);
+            let due = (begun.elapsed().as_millis() as u64 * self.rate / 1000)
+                .saturating_sub(published)
+                .min(self.rate / 5);
             if due > 0 {
                 published = begun.elapsed().as_millis() as u64 * self.rate / 1000;
                 let gate = self.gate.clone();
@@ -503,7 +579,8 @@ impl Publish {
     async fn directly(&mut self, group: &[u64]) -> Vec<Fate> {
         match &mut self.way {
             Way::Amqp { url, target, open } => {
-                let done = timeout(Duration::from_secs(5), over_amqp(url, target, open, group)).await;
+                let done =
+                    timeout(Duration::from_secs(5), over_amqp(url, target, open, group)).await;
                 done.unwrap_or_default().unwrap_or_else(|| {
                     // Whatever was confirmed of it: that is not known.
                     **open = None;
@@ -511,7 +588,8 @@ impl Publish {
                 })
             }
             Way::Embedded(config) => {
-                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config) else {
+                let Ok(queue) = hooktrail::queue::embedded::EmbeddedQueue::for_publishing(config)
+                else {
                     return vec![Fate::Unknown; group.len()];
                 };
                 let events = group.iter().map(|n| NewEvent {
@@ -527,13 +605,21 @@ impl Publish {
                     Published::Unmatched => Fate::Unmatched,
                     Published::Refused => Fate::Unknown,
                 };
-                fates.map_or_else(|_| vec![Fate::Unknown; group.len()], |fates| fates.iter().map(fate).collect())
+                fates.map_or_else(
+                    |_| vec![Fate::Unknown; group.len()],
+                    |fates| fates.iter().map(fate).collect(),
+                )
             }
         }
     }
 }
 
-async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Connection, Channel)>, group: &[u64]) -> Option<Vec<Fate>> {
+async fn over_amqp(
+    url: &str,
+    target: &(String, String),
+    open: &mut Option<(Connection, Channel)>,
+    group: &[u64],
+) -> Option<Vec<Fate>> {
     if open.as_ref().is_none_or(|(_, channel)| !channel.status().connected()) {
         let connection = Connection::connect(url, ConnectionProperties::default()).await.ok()?;
         let channel = connection.create_channel().await.ok()?;
@@ -543,14 +629,25 @@ async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Conn
     let (_, channel) = open.as_ref()?;
     let mut confirms = Vec::new();
     for n in group {
-        let mut properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+        let mut properties = BasicProperties::default()
+            .with_delivery_mode(2)
+            .with_content_type("application/json".into());
         if n % 2 == 0 {
             properties = properties.with_message_id(format!("event-{n}").as_str().into());
         }
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let (exchange, key) = target;
         confirms.push(
-            channel.basic_publish(exchange.as_str().into(), key.as_str().into(), options, event(*n).as_bytes(), properties).await.ok()?,
+            channel
+                .basic_publish(
+                    exchange.as_str().into(),
+                    key.as_str().into(),
+                    options,
+                    event(*n).as_bytes(),
+                    properties,
+                )
+                .await
+                .ok()?,
         );
     }
     // What is returned comes with a confirm, which may be that of another message.
@@ -558,7 +655,9 @@ async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Conn
     for confirm in confirms {
         fates.push(match confirm.await.ok()? {
             Confirmation::Ack(message) => {
-                let body = message.map(|m| serde_json::from_slice::<serde_json::Value>(&m.delivery.data).expect("an event"));
+                let body = message.map(|m| {
+                    serde_json::from_slice::<serde_json::Value>(&m.delivery.data).expect("an event")
+                });
                 returned.extend(body.and_then(|event| event["n"].as_u64()));
                 Fate::Confirmed
             }
@@ -573,10 +672,17 @@ async fn over_amqp(url: &str, target: &(String, String), open: &mut Option<(Conn
 async fn over_http(client: &reqwest::Client, port: u16, group: &[u64]) -> Vec<Fate> {
     let events: Vec<String> = group.iter().map(|n| event(*n)).collect();
     let body = format!("{{\"events\":[{}]}}", events.join(","));
-    let request = client.post(format!("http://127.0.0.1:{port}/api/v1/events")).header("content-type", "application/json").body(body);
+    let request = client
+        .post(format!("http://127.0.0.1:{port}/api/v1/events"))
+        .header("content-type", "application/json")
+        .body(body);
     let fate = match request.send().await {
         Ok(answer) if answer.status() == 202 => {
-            let done = answer.bytes().await.ok().and_then(|body| serde_json::from_slice::<serde_json::Value>(&body).ok());
+            let done = answer
+                .bytes()
+                .await
+                .ok()
+                .and_then(|body| serde_json::from_slice::<serde_json::Value>(&body).ok());
             match done.map(|done| done["unmatched"].clone()) {
                 Some(unmatched) if unmatched == 0 => Fate::Confirmed,
                 Some(unmatched) if unmatched == group.len() => Fate::Unmatched,

@@ -38,19 +38,28 @@ impl<Q: Queue> Control<Q> {
         let _one = self.retrying.try_lock().map_err(|_| busy())?;
         let found = self.queue.waiting(name).await.map_err(|e| queue_fails(&e))?;
         let shown = found.batches.iter().take(limit.unwrap_or(MAX_LISTED).min(MAX_LISTED));
-        let shown: Vec<Value> = shown.enumerate().map(|(n, waiting)| waiting.as_json(n + 1)).collect();
-        Ok(json!({ "subscriber": name, "waiting": found.batches.len(), "unseen": found.unseen, "batches": shown }))
+        let shown: Vec<Value> =
+            shown.enumerate().map(|(n, waiting)| waiting.as_json(n + 1)).collect();
+        Ok(
+            json!({ "subscriber": name, "waiting": found.batches.len(), "unseen": found.unseen, "batches": shown }),
+        )
     }
 
-    /// Who wants it now means that the receiver is there again: one batch is tried whatever keeps the lane from that, but for a pause.
-    /// Without a batch that is due there is nothing to try.
-    pub(super) async fn retry_now(&self, name: &str, which: WhichRetries) -> Result<Value, Refusal> {
+    /// Who wants it now means that the receiver is there again: one batch is tried whatever keeps
+    /// the lane from that, but for a pause. Without a batch that is due there is nothing to try.
+    pub(super) async fn retry_now(
+        &self,
+        name: &str,
+        which: WhichRetries,
+    ) -> Result<Value, Refusal> {
         self.subscriber(name)?;
         let view = self.board.view(name, clock::instant(), clock::now());
         let state = view.as_ref().map_or("starting", |view| view.state.name());
         let paused = view.as_ref().and_then(pause_as_json);
         let done = match which.ids {
-            Some(_) if which.try_only => return Err(Refusal::bad("`ids` and `try_only` exclude each other".to_owned())),
+            Some(_) if which.try_only => {
+                return Err(Refusal::bad("`ids` and `try_only` exclude each other".to_owned()));
+            }
             Some(ids) if ids.is_empty() => Hastened::default(),
             None if which.try_only => Hastened::default(),
             ids => {
@@ -70,7 +79,10 @@ impl<Q: Queue> Control<Q> {
     }
 }
 
-/// On RabbitMQ a look holds queues for seconds, so those who ask meanwhile are not kept waiting in a line.
+/// On RabbitMQ a look holds queues for seconds, so those who ask meanwhile are not kept waiting in
+/// a line.
 fn busy() -> Refusal {
-    Refusal::unavailable("another request looks at what waits for its next attempt; try again".to_owned())
+    Refusal::unavailable(
+        "another request looks at what waits for its next attempt; try again".to_owned(),
+    )
 }

@@ -21,7 +21,8 @@ use crate::{
 /// All of a subscriber's, unless names or filters narrow them down.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Which {
-    /// The subscriber's name; one that is not configured any more is fine. With --orphans, and for `list`, it may be left out
+    /// The subscriber's name; one that is not configured any more is fine. With --orphans, and for
+    /// `list`, it may be left out
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// Only these: an id, or `@2` for the second of `list`
@@ -29,8 +30,8 @@ pub(in crate::cli) struct Which {
     letters: Vec<Name>,
     #[command(flatten)]
     filters: Filters,
-    /// Instead of dead letters what could not be routed back to its subscriber, and invalid events of a
-    /// source queue (RabbitMQ only)
+    /// Instead of dead letters what could not be routed back to its subscriber, and invalid events
+    /// of a source queue (RabbitMQ only)
     #[arg(long)]
     orphans: bool,
 }
@@ -47,7 +48,8 @@ struct Filters {
     /// Only those with an event of such a type, an AMQP topic pattern such as `user.*`
     #[arg(long = "type", value_name = "PATTERN", value_parser = Pattern::try_new)]
     event_type: Option<Pattern>,
-    /// Only those that died then or later: so long ago, such as 2h, a day (UTC), such as 2026-01-31, or an RFC 3339 time
+    /// Only those that died then or later: so long ago, such as 2h, a day (UTC), such as
+    /// 2026-01-31, or an RFC 3339 time
     #[arg(long, value_name = "TIME", value_parser = parse_since)]
     since: Option<SystemTime>,
     /// Only those that died then or earlier; a day is one to its end
@@ -57,7 +59,8 @@ struct Filters {
 
 /// Their names, for help and completions too.
 fn reasons() -> impl TypedValueParser<Value = Reason> {
-    PossibleValuesParser::new(Reason::ALL.map(Reason::name)).try_map(|name| Reason::from_name(&name).ok_or("not a reason"))
+    PossibleValuesParser::new(Reason::ALL.map(Reason::name))
+        .try_map(|name| Reason::from_name(&name).ok_or("not a reason"))
 }
 
 /// A status, or all of a class.
@@ -83,7 +86,9 @@ impl FromStr for Statuses {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let class = text.strip_suffix("xx").or_else(|| text.strip_suffix("XX"));
         let found = match class {
-            Some(class) => class.parse().ok().filter(|class| (1..10).contains(class)).map(Self::Class),
+            Some(class) => {
+                class.parse().ok().filter(|class| (1..10).contains(class)).map(Self::Class)
+            }
             None => text.parse().ok().filter(|status| (100..1000).contains(status)).map(Self::One),
         };
         found.ok_or("write a status, such as 503, or a class of them, such as 5xx")
@@ -115,21 +120,29 @@ fn day(text: &str) -> Option<SystemTime> {
 
 /// A point in time, or how long before `now` it was; nothing died before 1970.
 fn time_before(text: &str, now: SystemTime) -> Result<SystemTime, String> {
-    const EXPECTED: &str =
-        "it is neither so long ago, such as 2h or 3days, nor a day such as 2026-01-31, nor a time such as 2026-01-31T08:00:00Z";
+    const EXPECTED: &str = "it is neither so long ago, such as 2h or 3days, nor a day such as 2026-01-31, nor a time such as 2026-01-31T08:00:00Z";
     if let Some(day) = day(text) {
         return Ok(day);
     }
     if let Ok(ago) = humantime::parse_duration(text) {
-        return Ok(now.checked_sub(ago).unwrap_or(SystemTime::UNIX_EPOCH).max(SystemTime::UNIX_EPOCH));
+        return Ok(now
+            .checked_sub(ago)
+            .unwrap_or(SystemTime::UNIX_EPOCH)
+            .max(SystemTime::UNIX_EPOCH));
     }
     // RFC 3339 with an offset is the local time: what the clock would show at UTC is earlier by it.
     let digits = |at: usize| text.get(at..at + 2).and_then(|n| n.parse::<u64>().ok());
     let offset = text.len().checked_sub(6).filter(|at| text.is_char_boundary(*at) && *at > 10);
-    let sign = offset.and_then(|at| Some((at, *text.as_bytes().get(at)?))).filter(|(_, sign)| matches!(sign, b'+' | b'-'));
-    let Some((at, sign)) = sign else { return humantime::parse_rfc3339(text).map_err(|_| EXPECTED.to_owned()) };
-    let local = humantime::parse_rfc3339(&format!("{}Z", &text[..at])).map_err(|_| EXPECTED.to_owned())?;
-    let (hours, minutes) = digits(at + 1).zip(digits(at + 4)).filter(|(h, m)| *h < 24 && *m < 60).ok_or(EXPECTED)?;
+    let sign = offset
+        .and_then(|at| Some((at, *text.as_bytes().get(at)?)))
+        .filter(|(_, sign)| matches!(sign, b'+' | b'-'));
+    let Some((at, sign)) = sign else {
+        return humantime::parse_rfc3339(text).map_err(|_| EXPECTED.to_owned());
+    };
+    let local =
+        humantime::parse_rfc3339(&format!("{}Z", &text[..at])).map_err(|_| EXPECTED.to_owned())?;
+    let (hours, minutes) =
+        digits(at + 1).zip(digits(at + 4)).filter(|(h, m)| *h < 24 && *m < 60).ok_or(EXPECTED)?;
     let by = Duration::from_secs(hours * 3600 + minutes * 60);
     let utc = if sign == b'+' { local.checked_sub(by) } else { local.checked_add(by) };
     utc.map(|utc| utc.max(SystemTime::UNIX_EPOCH)).ok_or_else(|| EXPECTED.to_owned())
@@ -151,7 +164,9 @@ impl Filters {
         let all = [
             self.reason.map(|r| format!("with reason {}", r.name())),
             self.status.map(|s| format!("with status {s}")),
-            self.event_type.as_ref().map(|p| format!("with an event of type `{}`", visible(p.as_str()))),
+            self.event_type
+                .as_ref()
+                .map(|p| format!("with an event of type `{}`", visible(p.as_str()))),
             self.since.as_ref().map(|at| format!("since {}", time(at))),
             self.until.as_ref().map(|at| format!("until {}", time(at))),
         ];
@@ -201,7 +216,8 @@ impl Name {
 }
 
 impl Which {
-    /// One letter, for a command that takes no filters. With `--orphans` the first word may be the letter.
+    /// One letter, for a command that takes no filters. With `--orphans` the first word may be the
+    /// letter.
     pub(super) fn one(first: String, second: Option<Name>, orphans: bool) -> Result<Self, Failed> {
         let (subscriber, letters) = match second {
             Some(letter) => (Some(first), vec![letter]),
@@ -214,10 +230,14 @@ impl Which {
     pub(super) fn checked(mut self) -> Result<Self, Failed> {
         match self.subscriber.take() {
             Some(name) if config::is_subscriber_name(&name) => self.subscriber = Some(name),
-            Some(letter) if self.orphans => self.letters.insert(0, letter.parse().unwrap_or(Name::Id(letter))),
+            Some(letter) if self.orphans => {
+                self.letters.insert(0, letter.parse().unwrap_or(Name::Id(letter)))
+            }
             Some(name) => {
                 let name = visible(&name);
-                return Err(Failed::Usage(format!("`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`")));
+                return Err(Failed::Usage(format!(
+                    "`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`"
+                )));
             }
             None => {}
         }
@@ -247,7 +267,9 @@ impl Which {
 
     /// Whether all letters of the walk are meant.
     pub(super) fn all(&self) -> bool {
-        self.letters.is_empty() && self.filters.are_none() && !(self.orphans && self.subscriber.is_some())
+        self.letters.is_empty()
+            && self.filters.are_none()
+            && !(self.orphans && self.subscriber.is_some())
     }
 
     /// What so many are, in words: `dead letters of ‘a’`.
@@ -264,14 +286,19 @@ impl Which {
     }
 
     fn not_found(&self, names: &[&Name]) -> Failed {
-        let (what, with) = (if self.orphans { "orphan" } else { "dead letter" }, self.filters.describe());
+        let (what, with) =
+            (if self.orphans { "orphan" } else { "dead letter" }, self.filters.describe());
         let told = names.iter().map(|name| match name {
             Name::Number(n) => format!("no {what}{with} is @{n}"),
             Name::Id(id) => format!("no {what}{with} has the id `{}`", visible(id)),
         });
         let told: Vec<String> = told.collect();
         let hint = "shows ids and numbers; a number is written @2";
-        Failed::Runtime(format!("{}; `hooktrail dead list {}` {hint}", told.join(", "), self.arguments()))
+        Failed::Runtime(format!(
+            "{}; `hooktrail dead list {}` {hint}",
+            told.join(", "),
+            self.arguments()
+        ))
     }
 }
 
@@ -310,7 +337,13 @@ impl<'w> Choice<'w> {
 
     /// After the walk: an error if a name was not met.
     pub(super) fn complete(&self) -> Result<(), Failed> {
-        let names = self.which.letters.iter().zip(&self.met).filter(|(_, met)| !**met).map(|(name, _)| name);
+        let names = self
+            .which
+            .letters
+            .iter()
+            .zip(&self.met)
+            .filter(|(_, met)| !**met)
+            .map(|(name, _)| name);
         let missing: Vec<&Name> = names.collect();
         if missing.is_empty() { Ok(()) } else { Err(self.which.not_found(&missing)) }
     }
@@ -368,10 +401,16 @@ mod tests {
     #[test]
     fn a_status_is_one_or_a_class() {
         let statuses = |text: &str| text.parse::<Statuses>();
-        for (text, of, not) in [("503", &[503][..], &[500, 504][..]), ("5xx", &[500, 503, 599], &[499, 600]), ("4XX", &[400, 499], &[500])]
-        {
+        for (text, of, not) in [
+            ("503", &[503][..], &[500, 504][..]),
+            ("5xx", &[500, 503, 599], &[499, 600]),
+            ("4XX", &[400, 499], &[500]),
+        ] {
             let found = statuses(text).expect("sound");
-            assert!(of.iter().all(|s| found.include(*s)) && !not.iter().any(|s| found.include(*s)), "{text}");
+            assert!(
+                of.iter().all(|s| found.include(*s)) && !not.iter().any(|s| found.include(*s)),
+                "{text}"
+            );
             assert_eq!(found.to_string(), text.to_lowercase());
         }
         for text in ["", "xx", "0xx", "10xx", "99", "1000", "5x", "50x", "-5xx", "5xxx"] {
@@ -399,16 +438,33 @@ mod tests {
 
     #[test]
     fn filters_are_met_together() {
-        let batch = letter(MessageKind::Batch, "application/json", r#"{"events":[{"event":"a.b"},{"event":"user.deleted"}]}"#);
-        let lines = letter(MessageKind::Batch, "application/jsonl", "{\"event\":\"a.b\"}\n{\"event\":\"user.deleted\"}\n");
+        let batch = letter(
+            MessageKind::Batch,
+            "application/json",
+            r#"{"events":[{"event":"a.b"},{"event":"user.deleted"}]}"#,
+        );
+        let lines = letter(
+            MessageKind::Batch,
+            "application/jsonl",
+            "{\"event\":\"a.b\"}\n{\"event\":\"user.deleted\"}\n",
+        );
         let event = letter(MessageKind::Event, "application/json", r#"{"event":"user.deleted"}"#);
         let bad = letter(MessageKind::Event, "application/json", "user.deleted");
-        let of_type = |p: &str| Filters { event_type: Some(Pattern::try_new(p).expect("a pattern")), ..Filters::default() };
-        for (pattern, expected) in [("user.*", true), ("a.b", true), ("#", true), ("user", false), ("*", false)] {
+        let of_type = |p: &str| Filters {
+            event_type: Some(Pattern::try_new(p).expect("a pattern")),
+            ..Filters::default()
+        };
+        for (pattern, expected) in
+            [("user.*", true), ("a.b", true), ("#", true), ("user", false), ("*", false)]
+        {
             assert_eq!(of_type(pattern).let_through(&batch), expected, "{pattern}");
             assert_eq!(of_type(pattern).let_through(&lines), expected, "{pattern}");
         }
-        assert!(of_type("user.*").let_through(&event) && !of_type("a.*").let_through(&event) && !of_type("#").let_through(&bad));
+        assert!(
+            of_type("user.*").let_through(&event)
+                && !of_type("a.*").let_through(&event)
+                && !of_type("#").let_through(&bad)
+        );
         let died = at("2026-03-01T12:00:00Z");
         let all = || Filters {
             reason: Some(Reason::Exhausted),
@@ -428,7 +484,10 @@ mod tests {
             assert!(!wrong.let_through(&batch), "{one}");
         }
         let undated = DeadLetter { died_at: None, status: None, ..batch };
-        assert!(!Filters { until: Some(died), ..Filters::default() }.let_through(&undated), "it is not known when it died");
+        assert!(
+            !Filters { until: Some(died), ..Filters::default() }.let_through(&undated),
+            "it is not known when it died"
+        );
         assert!(Filters::default().let_through(&undated));
         assert_eq!(
             all().describe(),

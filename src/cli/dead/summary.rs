@@ -30,11 +30,21 @@ struct Tally {
     newest: Option<SystemTime>,
 }
 
-/// Walks through the dead letters of all subscribers, one after the other, those not configured any more included.
-pub(super) async fn list(queue: impl Queue, config: &Config, which: &Which, json: bool) -> Result<(), Failed> {
+/// Walks through the dead letters of all subscribers, one after the other, those not configured any
+/// more included.
+pub(super) async fn list(
+    queue: impl Queue,
+    config: &Config,
+    which: &Which,
+    json: bool,
+) -> Result<(), Failed> {
     let stops = signal::stop()?;
     let depths = queue.depths(&config.subscribers).await?;
-    let all = depths.subscribers.iter().map(|found| (found, true)).chain(depths.removed.iter().map(|found| (found, false)));
+    let all = depths
+        .subscribers
+        .iter()
+        .map(|found| (found, true))
+        .chain(depths.removed.iter().map(|found| (found, false)));
     let mut tallies = Vec::new();
     for ((name, _), configured) in all.filter(|((_, depth), _)| depth.dead > 0) {
         let tally = tally(&queue, name, configured, which, &stops);
@@ -53,9 +63,16 @@ pub(super) async fn list(queue: impl Queue, config: &Config, which: &Which, json
     Ok(())
 }
 
-async fn tally(queue: &impl Queue, name: &str, configured: bool, which: &Which, stops: &Stops) -> Result<Tally, Failed> {
+async fn tally(
+    queue: &impl Queue,
+    name: &str,
+    configured: bool,
+    which: &Which,
+    stops: &Stops,
+) -> Result<Tally, Failed> {
     let (reasons, (oldest, newest)) = (BTreeMap::new(), (None, None));
-    let mut tally = Tally { subscriber: name.to_owned(), configured, letters: 0, reasons, oldest, newest };
+    let mut tally =
+        Tally { subscriber: name.to_owned(), configured, letters: 0, reasons, oldest, newest };
     let letters = queue.dead_letters(name).await?;
     each(letters, &mut Choice::new(which), stops, |_, held| {
         tally.letters += 1;
@@ -89,18 +106,34 @@ fn as_text(tallies: &[Tally], orphans: u64) -> String {
     if tallies.is_empty() {
         line("no dead letters");
     } else {
-        let width = tallies.iter().map(|t| t.subscriber.len()).max().unwrap_or_default().max("SUBSCRIBER".len());
-        line(&format!("{:<width$}  {:>6}  {:<20}  {:<20}  REASONS", "SUBSCRIBER", "DEAD", "OLDEST", "NEWEST"));
+        let width = tallies
+            .iter()
+            .map(|t| t.subscriber.len())
+            .max()
+            .unwrap_or_default()
+            .max("SUBSCRIBER".len());
+        line(&format!(
+            "{:<width$}  {:>6}  {:<20}  {:<20}  REASONS",
+            "SUBSCRIBER", "DEAD", "OLDEST", "NEWEST"
+        ));
         for t in tallies {
-            let mut reasons: Vec<(&str, usize)> = t.reasons.iter().map(|(reason, n)| (*reason, *n)).collect();
+            let mut reasons: Vec<(&str, usize)> =
+                t.reasons.iter().map(|(reason, n)| (*reason, *n)).collect();
             reasons.sort_by_key(|(_, n)| std::cmp::Reverse(*n));
-            let reasons: Vec<String> = reasons.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
+            let reasons: Vec<String> =
+                reasons.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
             let (oldest, newest) = (time(t.oldest, "-"), time(t.newest, "-"));
             let gone = if t.configured { "" } else { "; not configured any more" };
-            line(&format!("{:<width$}  {:>6}  {oldest:<20}  {newest:<20}  {}{gone}", t.subscriber, t.letters, reasons.join(", ")));
+            line(&format!(
+                "{:<width$}  {:>6}  {oldest:<20}  {newest:<20}  {}{gone}",
+                t.subscriber,
+                t.letters,
+                reasons.join(", ")
+            ));
         }
         let letters: usize = tallies.iter().map(|t| t.letters).sum();
-        let (letters, whose) = (counted(letters, "dead letter(s)"), counted(tallies.len(), "subscriber(s)"));
+        let (letters, whose) =
+            (counted(letters, "dead letter(s)"), counted(tallies.len(), "subscriber(s)"));
         line(&format!("\n{letters} of {whose}; `hooktrail dead list NAME` shows each"));
     }
     if orphans > 0 {
@@ -125,11 +158,26 @@ mod tests {
             oldest: at(0),
             newest: at(60),
         };
-        let text = as_text(&[tally("siem", true, &[("exhausted", 2), ("refused", 10)]), tally("gone", false, &[("expired", 1)])], 1);
+        let text = as_text(
+            &[
+                tally("siem", true, &[("exhausted", 2), ("refused", 10)]),
+                tally("gone", false, &[("expired", 1)]),
+            ],
+            1,
+        );
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[1], "siem            12  1970-01-01T00:00:00Z  1970-01-01T00:01:00Z  10 refused, 2 exhausted");
-        assert_eq!(lines[2], "gone             1  1970-01-01T00:00:00Z  1970-01-01T00:01:00Z  1 expired; not configured any more");
-        assert!(text.contains("13 dead letters of 2 subscribers;") && text.contains("1 orphan:"), "{text}");
+        assert_eq!(
+            lines[1],
+            "siem            12  1970-01-01T00:00:00Z  1970-01-01T00:01:00Z  10 refused, 2 exhausted"
+        );
+        assert_eq!(
+            lines[2],
+            "gone             1  1970-01-01T00:00:00Z  1970-01-01T00:01:00Z  1 expired; not configured any more"
+        );
+        assert!(
+            text.contains("13 dead letters of 2 subscribers;") && text.contains("1 orphan:"),
+            "{text}"
+        );
         assert_eq!(as_text(&[], 0), "no dead letters\n");
     }
 }

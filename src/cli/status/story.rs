@@ -20,24 +20,44 @@ pub(super) fn story(s: &Value, width: usize) -> String {
     let mut line = |what: &str, story: String| {
         if !story.is_empty() {
             // Writing to a string cannot fail.
-            writeln!(out, "{}", hanging(&format!("  {what:<width$}{story}", width = COLUMN - 2), width, COLUMN)).ok();
+            writeln!(
+                out,
+                "{}",
+                hanging(&format!("  {what:<width$}{story}", width = COLUMN - 2), width, COLUMN)
+            )
+            .ok();
         }
     };
     line("since", since(s));
     line("last error", last_error(&s["last_error"]));
     line("circuit", circuit(s));
     line("waiting", waiting(s));
-    line("oldest", s["oldest_event_at"].as_str().map_or_else(String::new, |at| format!("an event that came {}", ago(at))));
+    line(
+        "oldest",
+        s["oldest_event_at"]
+            .as_str()
+            .map_or_else(String::new, |at| format!("an event that came {}", ago(at))),
+    );
     line("delivered", delivered(s));
     let dead = s["dead"].as_u64().filter(|n| *n > 0);
-    line("dead", dead.map_or_else(String::new, |_| format!("{}: hooktrail dead list {name}", count(&s["dead"], "dead letter(s)"))));
+    line(
+        "dead",
+        dead.map_or_else(String::new, |_| {
+            format!("{}: hooktrail dead list {name}", count(&s["dead"], "dead letter(s)"))
+        }),
+    );
     line("what to do", to_do(s, &name));
     out
 }
 
 fn since(s: &Value) -> String {
     if let Some(at) = s["paused"]["since"].as_str() {
-        return format!("{}, by {}: {}", ago(at), text(&s["paused"]["by"]), text(&s["paused"]["why"]));
+        return format!(
+            "{}, by {}: {}",
+            ago(at),
+            text(&s["paused"]["by"]),
+            text(&s["paused"]["why"])
+        );
     }
     match (s["state"].as_str(), s["last_delivered_at"].as_str()) {
         (Some("ok" | "starting"), _) => String::new(),
@@ -57,9 +77,14 @@ fn last_error(e: &Value) -> String {
 }
 
 fn circuit(s: &Value) -> String {
-    match (s["circuit"]["state"].as_str(), s["circuit"]["until"].as_str(), s["held_until"].as_str()) {
-        (_, _, Some(held)) => format!("the receiver asked by Retry-After to be left alone{}", still(held)),
-        (Some("open"), Some(at), _) => format!("open: nothing is sent; one batch is tried {}", until(at)),
+    match (s["circuit"]["state"].as_str(), s["circuit"]["until"].as_str(), s["held_until"].as_str())
+    {
+        (_, _, Some(held)) => {
+            format!("the receiver asked by Retry-After to be left alone{}", still(held))
+        }
+        (Some("open"), Some(at), _) => {
+            format!("open: nothing is sent; one batch is tried {}", until(at))
+        }
         (Some("half_open"), ..) => "half open: one batch is being tried".to_owned(),
         (Some("closed"), ..) => "closed: batches are sent as they come".to_owned(),
         _ => String::new(),
@@ -70,20 +95,42 @@ fn waiting(s: &Value) -> String {
     if s["backlog"].is_null() && s["in_hand"].is_null() {
         return String::new();
     }
-    let backlog = if s["backlog"].is_null() { "an unknown number of events".to_owned() } else { count(&s["backlog"], "event(s)") };
-    let next = s["next_retry_at"].as_str().map(|at| format!(", the next one {}", until(at))).unwrap_or_default();
-    format!("{backlog} in the queue, {} in hand, {}{next}", count(&s["in_hand"], "event(s)"), count(&s["in_retry"], "batch(es) to retry"))
+    let backlog = if s["backlog"].is_null() {
+        "an unknown number of events".to_owned()
+    } else {
+        count(&s["backlog"], "event(s)")
+    };
+    let next = s["next_retry_at"]
+        .as_str()
+        .map(|at| format!(", the next one {}", until(at)))
+        .unwrap_or_default();
+    format!(
+        "{backlog} in the queue, {} in hand, {}{next}",
+        count(&s["in_hand"], "event(s)"),
+        count(&s["in_retry"], "batch(es) to retry")
+    )
 }
 
 fn delivered(s: &Value) -> String {
     let Some(rate) = s["delivered_per_s"].as_f64() else { return String::new() };
-    let mut told = format!("{} since this daemon started, {rate:.1}/s in the last minute", count(&s["delivered"], "event(s)"));
+    let mut told = format!(
+        "{} since this daemon started, {rate:.1}/s in the last minute",
+        count(&s["delivered"], "event(s)")
+    );
     if let Some(at) = s["last_delivered_at"].as_str() {
         told += &format!(", the last ones {}", ago(at));
     }
     if let Some(share) = s["success_rate"].as_f64() {
-        let seconds = |key: &str| s[key].as_f64().map_or_else(|| "-".to_owned(), |n| span(Duration::from_secs_f64(n.max(0.0))));
-        told += &format!("; of the latest attempts {:.1} % were accepted, half of them within {}", share * 100.0, seconds("p50_s"));
+        let seconds = |key: &str| {
+            s[key]
+                .as_f64()
+                .map_or_else(|| "-".to_owned(), |n| span(Duration::from_secs_f64(n.max(0.0))))
+        };
+        told += &format!(
+            "; of the latest attempts {:.1} % were accepted, half of them within {}",
+            share * 100.0,
+            seconds("p50_s")
+        );
         told += &format!(", 99 % within {}", seconds("p99_s"));
     }
     told
@@ -91,7 +138,11 @@ fn delivered(s: &Value) -> String {
 
 fn ago(at: &str) -> String {
     match humantime::parse_rfc3339(at) {
-        Ok(then) => format!("{} ago ({})", span(clock::now().duration_since(then).unwrap_or_default()), visible(at)),
+        Ok(then) => format!(
+            "{} ago ({})",
+            span(clock::now().duration_since(then).unwrap_or_default()),
+            visible(at)
+        ),
         Err(_) => visible(at),
     }
 }
@@ -101,16 +152,24 @@ fn to_do(s: &Value, name: &str) -> String {
     match s["state"].as_str().unwrap_or_default() {
         "paused" => match s["paused"]["by"].as_str().unwrap_or_default() {
             "configuration" => "take `paused = true` out of the configuration".to_owned(),
-            "receiver" => format!("it answered 410 Gone: ask its owner. When it is to get events again: hooktrail resume {name}"),
+            "receiver" => format!(
+                "it answered 410 Gone: ask its owner. When it is to get events again: hooktrail resume {name}"
+            ),
             _ => format!("when the reason is gone: hooktrail resume {name}"),
         },
-        "queue_fails" => "hooktrail check --connect says what is in the way of the queue".to_owned(),
+        "queue_fails" => {
+            "hooktrail check --connect says what is in the way of the queue".to_owned()
+        }
         "retrying" | "circuit_open" | "held" => {
-            let next = format!("hooktrail test {name} makes an attempt now, hooktrail plan {name} says when a batch is given up");
+            let next = format!(
+                "hooktrail test {name} makes an attempt now, hooktrail plan {name} says when a batch is given up"
+            );
             format!("{}; {next}", remedy(&s["last_error"]))
         }
         _ if s["dead"].as_u64().is_some_and(|n| n > 0) => {
-            format!("look at the dead letters; when their cause is gone: hooktrail dead replay {name}")
+            format!(
+                "look at the dead letters; when their cause is gone: hooktrail dead replay {name}"
+            )
         }
         _ => String::new(),
     }
@@ -120,14 +179,24 @@ fn to_do(s: &Value, name: &str) -> String {
 fn remedy(e: &Value) -> &'static str {
     match (e["failure"].as_str().unwrap_or_default(), e["status"].as_u64()) {
         ("dns", _) => "the host of its url is not known: correct the url, or the name server",
-        ("address_blocked", _) => "its address is not public: allow it with http.allow_addresses, if that is meant",
+        ("address_blocked", _) => {
+            "its address is not public: allow it with http.allow_addresses, if that is meant"
+        }
         ("connect", _) => "nobody listens there, or a firewall is in the way",
-        ("tls", _) => "its certificate is not trusted, has expired or is another name's: hooktrail check --connect says more",
+        ("tls", _) => {
+            "its certificate is not trusted, has expired or is another name's: hooktrail check --connect says more"
+        }
         ("timeout", _) => "it takes longer than http.timeout: make that longer, or batches smaller",
-        ("status", Some(401 | 403)) => "it does not accept who sends: compare secrets, auth and headers with its own",
-        ("status", Some(404 | 405)) => "its url leads to nothing that takes a POST: correct the path",
+        ("status", Some(401 | 403)) => {
+            "it does not accept who sends: compare secrets, auth and headers with its own"
+        }
+        ("status", Some(404 | 405)) => {
+            "its url leads to nothing that takes a POST: correct the path"
+        }
         ("status", Some(413)) => "its requests are too large for it: batch.max_bytes smaller",
-        ("status", Some(429)) => "it gets more than it takes: http.concurrency smaller, or batches larger",
+        ("status", Some(429)) => {
+            "it gets more than it takes: http.concurrency smaller, or batches larger"
+        }
         ("status", Some(300..=399)) => "it has moved, and no redirect is followed: correct the url",
         ("status", Some(400 | 422)) => "it refuses what it is sent: ask its owner which events",
         ("status", Some(500..)) => "the fault is on its side: its owner's log says more",
@@ -181,7 +250,9 @@ mod tests {
             words(&json!({ "subscriber": "a", "state": "paused", "paused": pause }), 80)
         };
         assert!(paused("operator").contains("hooktrail resume a"));
-        assert!(paused("receiver").contains("410") && paused("configuration").contains("paused = true"));
+        assert!(
+            paused("receiver").contains("410") && paused("configuration").contains("paused = true")
+        );
         let failed = |failure: &str, status: Option<u16>| {
             let error = json!({ "failure": failure, "status": status, "cause": null, "at": "x" });
             words(&json!({ "subscriber": "a", "state": "retrying", "last_error": error }), 80)
@@ -197,7 +268,11 @@ mod tests {
             ("status", Some(503), "its side"),
             ("reset", None, "log"),
         ] {
-            assert!(failed(failure, status).contains(part), "{failure} {status:?}: {}", failed(failure, status));
+            assert!(
+                failed(failure, status).contains(part),
+                "{failure} {status:?}: {}",
+                failed(failure, status)
+            );
         }
         assert_eq!(words(&json!({ "subscriber": "a", "state": "ok" }), 80), "a: ok");
     }

@@ -15,12 +15,12 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::{sync::Notify, time};
 
-/// What is handed to the connection at once, in bytes. HTTP/1.1 buffers up to 16 of them: the less that is, the better it
-/// is known how far a body got.
+/// What is handed to the connection at once, in bytes. HTTP/1.1 buffers up to 16 of them: the less
+/// that is, the better it is known how far a body got.
 const PIECE: usize = 16 * 1024;
 
-/// How long after the time of an attempt it is still waited for the connection: its own limit is at most that time, and is to
-/// be what is told.
+/// How long after the time of an attempt it is still waited for the connection: its own limit is at
+/// most that time, and is to be what is told.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
 
 /// How far a request got: told by its body.
@@ -41,13 +41,14 @@ pub(super) enum Late {
 }
 
 impl Progress {
-    /// The client has asked for the body, so its request is on a connection, over HTTP/2 on a stream.
+    /// The client has asked for the body, so its request is on a connection, over HTTP/2 on a
+    /// stream.
     pub(super) fn has_begun(&self) -> bool {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// The client has begun to take the body and not taken all of it. What it has taken may still be in its buffers or the
-    /// system's.
+    /// The client has begun to take the body and not taken all of it. What it has taken may still
+    /// be in its buffers or the system's.
     pub(super) fn is_sending(&self) -> bool {
         self.has_begun() && !self.whole.load(Ordering::Acquire)
     }
@@ -63,7 +64,8 @@ impl Progress {
         }
     }
 
-    /// Completes when the time of the attempt is over: `limit` from when the request began, which has to be within that, too.
+    /// Completes when the time of the attempt is over: `limit` from when the request began, which
+    /// has to be within that, too.
     pub(super) async fn late(&self, limit: Duration) -> Late {
         if time::timeout(limit + GRACE, self.beginning.notified()).await.is_err() {
             return Late::Unsent;
@@ -90,7 +92,10 @@ impl Body for Outgoing {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         self.progress.begins();
         let piece = self.rest.len().min(PIECE);
         let piece = self.rest.split_to(piece);

@@ -21,8 +21,8 @@ use crate::{
     crypto::tls::SystemRoots,
 };
 
-/// No request goes over a connection that is older: a name that leads elsewhere by then is followed, also under steady
-/// traffic. As long as the TTL of many names.
+/// No request goes over a connection that is older: a name that leads elsewhere by then is
+/// followed, also under steady traffic. As long as the TTL of many names.
 pub(super) const MAX_AGE: Duration = Duration::from_secs(5 * 60);
 
 /// Connections of which it is kept that they have answered; with more, that is forgotten of all.
@@ -57,19 +57,26 @@ pub(super) struct Kept {
 impl Connections {
     /// # Errors
     /// The TLS configuration cannot be built.
-    pub(super) fn try_new(subscriber: &Subscriber, system: &SystemRoots, lookup: Lookup) -> Result<Self, String> {
+    pub(super) fn try_new(
+        subscriber: &Subscriber,
+        system: &SystemRoots,
+        lookup: Lookup,
+    ) -> Result<Self, String> {
         let tls = subscriber.tls.client_config(system)?;
         let http = subscriber.http.clone();
         let route = match &http.proxy {
             None => Route::Direct(Arc::new(GuardedResolver::new(http.addresses.clone(), lookup))),
-            Some(proxy) => Route::Through(Box::new(Proxy::all(proxy.expose().clone()).map_err(|e| errors::chain(&e.without_url()))?)),
+            Some(proxy) => Route::Through(Box::new(
+                Proxy::all(proxy.expose().clone()).map_err(|e| errors::chain(&e.without_url()))?,
+            )),
         };
         let client = client(&tls, &http, &route, http.concurrency)?;
         let kept = Mutex::new(Kept { client, since: clock::instant(), answered: Arc::default() });
         Ok(Self { tls, http, route, kept, single: OnceLock::new() })
     }
 
-    /// A client none of whose connections is older than [`MAX_AGE`]. Requests that are under way keep the one they have.
+    /// A client none of whose connections is older than [`MAX_AGE`]. Requests that are under way
+    /// keep the one they have.
     ///
     /// # Errors
     /// As [`try_new`](Self::try_new).
@@ -86,7 +93,9 @@ impl Connections {
     pub(super) fn only_v4(&self, url: &Url) -> bool {
         match (&self.route, url.host()) {
             (Route::Direct(_), Some(Host::Ipv4(_))) => true,
-            (Route::Direct(resolver), Some(Host::Domain(_))) => resolver.only_v4.load(Ordering::Relaxed),
+            (Route::Direct(resolver), Some(Host::Domain(_))) => {
+                resolver.only_v4.load(Ordering::Relaxed)
+            }
             _ => false,
         }
     }
@@ -104,21 +113,29 @@ impl Connections {
     }
 }
 
-fn client(tls: &rustls::ClientConfig, http: &HttpPolicy, route: &Route, idle: usize) -> Result<Client, String> {
+fn client(
+    tls: &rustls::ClientConfig,
+    http: &HttpPolicy,
+    route: &Route,
+    idle: usize,
+) -> Result<Client, String> {
     let HttpPolicy { timeout, connect_timeout, .. } = http;
     let client = Client::builder()
         .tls_backend_preconfigured(tls.clone())
-        // Within the time of an attempt, so that what waits longer is known to wait for something else.
+        // Within the time of an attempt, so that what waits longer is known to wait for something
+        // else.
         .connect_timeout(*connect_timeout.min(timeout))
         .pool_max_idle_per_host(idle)
         .pool_idle_timeout(Duration::from_secs(30))
         .tcp_keepalive(Duration::from_secs(30))
-        // Over HTTP/2 one connection is all there is: one that died in silence is not to be waited for twice.
+        // Over HTTP/2 one connection is all there is: one that died in silence is not to be waited
+        // for twice.
         .http2_keep_alive_interval(Some(*timeout / 3))
         .http2_keep_alive_timeout(*connect_timeout)
-        // A receiver that has accepted a batch must not be refused for how its proxy writes headers (RFC 9112, sections 5.1
-        // and 5.2, lets a user agent read them so). Not `http1_max_headers`: with any number of its own hyper fills a list of
-        // so many for each `100 Continue`, and with 1,000 a flood of those took 47 s of a thread.
+        // A receiver that has accepted a batch must not be refused for how its proxy writes headers
+        // (RFC 9112, sections 5.1 and 5.2, lets a user agent read them so). Not
+        // `http1_max_headers`: with any number of its own hyper fills a list of so many for each
+        // `100 Continue`, and with 1,000 a flood of those took 47 s of a thread.
         .http1_allow_obsolete_multiline_headers_in_responses(true)
         .http1_allow_spaces_after_header_name_in_responses(true)
         .http1_ignore_invalid_headers_in_responses(true)
@@ -135,8 +152,8 @@ fn client(tls: &rustls::ClientConfig, http: &HttpPolicy, route: &Route, idle: us
 /// The two ends of a connection.
 type Ends = (SocketAddr, SocketAddr);
 
-/// Connections that have answered, so that a request on one of them was not its first. The next request may meet the
-/// receiver's closing it.
+/// Connections that have answered, so that a request on one of them was not its first. The next
+/// request may meet the receiver's closing it.
 #[derive(Debug, Default)]
 pub(super) struct Answered(Mutex<HashSet<Ends>>);
 
@@ -162,6 +179,8 @@ impl Answered {
             connected.get_extras(&mut known);
         }
         let ends = known.get::<HttpInfo>().map(|info| (info.local_addr(), info.remote_addr()));
-        ends.is_some_and(|ends| self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&ends))
+        ends.is_some_and(|ends| {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&ends)
+        })
     }
 }

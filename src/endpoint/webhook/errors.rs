@@ -11,8 +11,9 @@ use super::{
 };
 use crate::{delivery::Failure, telemetry::resources};
 
-/// How often one attempt sends its request again because the receiver has not processed it: HTTP/2 says so, and may say so of
-/// each connection. A receiver that refuses everything must not be asked without end.
+/// How often one attempt sends its request again because the receiver has not processed it: HTTP/2
+/// says so, and may say so of each connection. A receiver that refuses everything must not be asked
+/// without end.
 const MOST_REFUSED: u32 = 3;
 
 /// An error and what has caused it, down to the first cause.
@@ -24,7 +25,8 @@ fn cause<E: Error + 'static>(e: &reqwest::Error) -> Option<&E> {
     causes(e).find_map(<dyn Error>::downcast_ref)
 }
 
-/// The first cause of an error, without the URL, and without what the receiver wrote: a GOAWAY frame can hold any text.
+/// The first cause of an error, without the URL, and without what the receiver wrote: a GOAWAY
+/// frame can hold any text.
 pub(super) fn chain(e: &reqwest::Error) -> String {
     if let Some(h2) = cause::<h2::Error>(e).filter(|h2| h2.is_remote()) {
         let ended = if h2.is_go_away() { "connection" } else { "stream" };
@@ -35,8 +37,8 @@ pub(super) fn chain(e: &reqwest::Error) -> String {
     causes(e).skip(1).last().map_or_else(|| e.to_string(), ToString::to_string)
 }
 
-/// How often the same request may be sent again at once, in all, after this error of one that got so far. Receivers know the
-/// batch by its id, so that one which did process it does no harm.
+/// How often the same request may be sent again at once, in all, after this error of one that got
+/// so far. Receivers know the batch by its id, so that one which did process it does no harm.
 pub(super) fn resends(e: &reqwest::Error, progress: &Progress, answered: &Answered) -> u32 {
     let client = cause::<legacy::Error>(e);
     if let Some(h2) = cause::<h2::Error>(e).filter(|h2| h2.is_remote()) {
@@ -45,12 +47,17 @@ pub(super) fn resends(e: &reqwest::Error, progress: &Progress, answered: &Answer
         let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
         return if going_away || refused { MOST_REFUSED } else { 0 };
     }
-    let over_h2 = client.and_then(legacy::Error::connect_info).is_some_and(|c| c.is_negotiated_h2());
-    if over_h2 && !progress.has_begun() && cause::<hyper::Error>(e).is_some_and(hyper::Error::is_canceled) {
+    let over_h2 =
+        client.and_then(legacy::Error::connect_info).is_some_and(|c| c.is_negotiated_h2());
+    if over_h2
+        && !progress.has_begun()
+        && cause::<hyper::Error>(e).is_some_and(hyper::Error::is_canceled)
+    {
         // It waited for a stream of a connection that went away.
         return MOST_REFUSED;
     }
-    // Many servers close a connection that nothing came over for some seconds, and the next request may cross that.
+    // Many servers close a connection that nothing came over for some seconds, and the next request
+    // may cross that.
     u32::from(ended(e) && client.is_some_and(|client| answered.has(client)))
 }
 
@@ -62,7 +69,8 @@ pub(super) enum NotAnswered {
     Failed(Failure),
 }
 
-/// What an error of a request means that got so far. `only_v4`: the endpoint has no address but of IPv4.
+/// What an error of a request means that got so far. `only_v4`: the endpoint has no address but of
+/// IPv4.
 pub(super) fn classify(e: reqwest::Error, progress: &Progress, only_v4: bool) -> NotAnswered {
     match own_lack(&e, only_v4) {
         Some(what) => NotAnswered::Unsent(what.to_owned()),
@@ -118,12 +126,13 @@ pub(super) fn tls_error(e: &(dyn Error + 'static)) -> Option<String> {
     if let Some(tls) = e.downcast_ref::<rustls::Error>() {
         return Some(tls.to_string());
     }
-    // The connector puts the I/O error of the handshake into one of its own, and `source` passes by what is inside.
+    // The connector puts the I/O error of the handshake into one of its own, and `source` passes by
+    // what is inside.
     tls_error(e.downcast_ref::<std::io::Error>()?.get_ref()?)
 }
 
-/// A proxy's refusal to open a tunnel. The connector knows 200 as its consent and tells 407 apart; of its error there is no
-/// more than the text.
+/// A proxy's refusal to open a tunnel. The connector knows 200 as its consent and tells 407 apart;
+/// of its error there is no more than the text.
 fn proxy_error(e: &(dyn Error + 'static)) -> Option<String> {
     let text = e.to_string();
     let (_, why) = text.split_once("tunnel error: ")?;
@@ -143,21 +152,27 @@ fn proxy_error(e: &(dyn Error + 'static)) -> Option<String> {
 
 /// Whether the connection broke while something was written to it: hyper tells that of a body.
 fn is_of_writing(e: &reqwest::Error) -> bool {
-    causes(e).filter_map(|c| c.downcast_ref::<hyper::Error>()).any(hyper::Error::is_body_write_aborted)
-        || causes(e).filter_map(|c| c.downcast_ref::<std::io::Error>()).any(|io| io.kind() == ErrorKind::BrokenPipe)
+    causes(e)
+        .filter_map(|c| c.downcast_ref::<hyper::Error>())
+        .any(hyper::Error::is_body_write_aborted)
+        || causes(e)
+            .filter_map(|c| c.downcast_ref::<std::io::Error>())
+            .any(|io| io.kind() == ErrorKind::BrokenPipe)
 }
 
 /// Whether the connection or the stream ended, rather than what came over it being wrong.
 fn ended(e: &reqwest::Error) -> bool {
     causes(e).skip(1).any(|c| {
         if let Some(io) = c.downcast_ref::<std::io::Error>() {
-            // hyper reports malformed chunks as I/O errors of these kinds; no connection breaks with them.
+            // hyper reports malformed chunks as I/O errors of these kinds; no connection breaks
+            // with them.
             return !matches!(io.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData);
         }
         if let Some(h2) = c.downcast_ref::<h2::Error>() {
             return h2.is_remote() && (h2.is_reset() || h2.is_go_away());
         }
         // Canceled: it was gone before the request was on its way.
-        c.downcast_ref::<hyper::Error>().is_some_and(|e| e.is_canceled() || e.is_closed() || e.is_incomplete_message())
+        c.downcast_ref::<hyper::Error>()
+            .is_some_and(|e| e.is_canceled() || e.is_closed() || e.is_incomplete_message())
     })
 }

@@ -38,13 +38,17 @@ pub(super) type Found = BoxFuture<'static, std::io::Result<Vec<SocketAddr>>>;
 #[derive(Clone)]
 pub(super) struct Lookup(pub(super) Arc<dyn Fn(String) -> Found + Send + Sync>);
 
-/// Names that are asked for at once for a subscriber. The system's resolver has a thread for each, also when nobody waits for its
-/// answer any more; all subscribers share 512 of them, and a name server that hangs must not use them up.
+/// Names that are asked for at once for a subscriber. The system's resolver has a thread for each,
+/// also when nobody waits for its answer any more; all subscribers share 512 of them, and a name
+/// server that hangs must not use them up.
 const LOOKUPS: usize = 4;
 
 impl Lookup {
     pub(super) fn of_system() -> Self {
-        Self(Arc::new(|name| Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) }))).at_a_time(LOOKUPS)
+        Self(Arc::new(|name| {
+            Box::pin(async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) })
+        }))
+        .at_a_time(LOOKUPS)
     }
 
     /// Each counts until it has its answer, whoever still waits for that.
@@ -80,7 +84,11 @@ pub(super) struct Blocked {
 
 impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the name resolves to {}, which is not a public address ({}); {EXCEPTIONS}", self.address, self.what)
+        write!(
+            f,
+            "the name resolves to {}, which is not a public address ({}); {EXCEPTIONS}",
+            self.address, self.what
+        )
     }
 }
 
@@ -104,7 +112,10 @@ impl Resolve for GuardedResolver {
         let found = (self.lookup.0)(name.as_str().to_owned());
         Box::pin(async move {
             let found = found.await.map_err(ResolveError)?;
-            only_v4.store(!found.is_empty() && found.iter().all(SocketAddr::is_ipv4), Ordering::Relaxed);
+            only_v4.store(
+                !found.is_empty() && found.iter().all(SocketAddr::is_ipv4),
+                Ordering::Relaxed,
+            );
             permitted(&policy, found.into_iter())
         })
     }
@@ -125,7 +136,9 @@ pub(super) fn permitted(
     }
     match (allowed.is_empty(), blocked) {
         (true, Some(blocked)) => Err(Box::new(blocked)),
-        (true, None) => Err(Box::new(ResolveError(std::io::Error::other("the name has no address")))),
+        (true, None) => {
+            Err(Box::new(ResolveError(std::io::Error::other("the name has no address"))))
+        }
         (false, _) => Ok(Box::new(allowed.into_iter())),
     }
 }

@@ -46,7 +46,8 @@ pub(super) const CHANNELS_PER_CONNECTION: usize = 100;
 pub(super) enum Role {
     Consuming,
     Publishing,
-    /// Retries and dead letters have a publishing connection without the relay's stream before them.
+    /// Retries and dead letters have a publishing connection without the relay's stream before
+    /// them.
     Relaying,
     /// For requests that the broker may refuse, so that a refusal disturbs no delivery.
     Declaring,
@@ -77,8 +78,8 @@ impl Role {
         format!("broker connection ({})", self.name())
     }
 
-    /// The longest frame, in bytes: RabbitMQ's own default where messages come and go. lapin has buffers
-    /// of 64 times that.
+    /// The longest frame, in bytes: RabbitMQ's own default where messages come and go. lapin has
+    /// buffers of 64 times that.
     const fn frame_max(self) -> u32 {
         match self {
             Self::Declaring => 8 * 1024,
@@ -106,7 +107,10 @@ impl Dialer {
     }
 
     /// One attempt. The connection counts as open as long as the second value lives.
-    pub(super) async fn connect(&self, role: Role) -> Result<(Connection, OpenConnection), QueueError> {
+    pub(super) async fn connect(
+        &self,
+        role: Role,
+    ) -> Result<(Connection, OpenConnection), QueueError> {
         let connected = connect(&self.url, role).await;
         self.metrics.connected(role.name(), connected.is_ok());
         if connected.is_ok() {
@@ -121,13 +125,29 @@ async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> 
 }
 
 /// As [`connect`], with what the broker says of itself.
-pub(super) async fn greeted(url: &SecretUrl, role: Role) -> Result<(Connection, Greeting), QueueError> {
-    let fail = |why: Why| QueueError::new(format!("cannot connect to the broker at {url}: {}", why.why)).remedied(why.remedy);
-    let invalid = || Why::new("[queue] url is not a valid AMQP URL", "write it as amqp://USER:PASSWORD@HOST:5672/VHOST");
+pub(super) async fn greeted(
+    url: &SecretUrl,
+    role: Role,
+) -> Result<(Connection, Greeting), QueueError> {
+    let fail = |why: Why| {
+        QueueError::new(format!("cannot connect to the broker at {url}: {}", why.why))
+            .remedied(why.remedy)
+    };
+    let invalid = || {
+        Why::new(
+            "[queue] url is not a valid AMQP URL",
+            "write it as amqp://USER:PASSWORD@HOST:5672/VHOST",
+        )
+    };
     let mut uri = parsed(url).ok_or_else(|| fail(invalid()))?;
     uri.query.heartbeat = Some(HEARTBEAT);
-    uri.query.frame_max = Some(uri.query.frame_max.filter(|max| *max > 0).unwrap_or(u32::MAX).min(role.frame_max()));
-    let whom = Whom { host: uri.authority.host.clone(), vhost: uri.vhost.clone(), user: uri.authority.userinfo.username.clone() };
+    uri.query.frame_max =
+        Some(uri.query.frame_max.filter(|max| *max > 0).unwrap_or(u32::MAX).min(role.frame_max()));
+    let whom = Whom {
+        host: uri.authority.host.clone(),
+        vhost: uri.vhost.clone(),
+        user: uri.authority.userinfo.username.clone(),
+    };
     let name = format!("hooktrail {} {}", env!("CARGO_PKG_VERSION"), role.name());
     let properties = ConnectionProperties::default().with_connection_name(name.as_str().into());
     match timeout(CONNECT_TIMEOUT, wire::connect(uri, properties)).await {
@@ -170,21 +190,28 @@ impl Why {
     }
 }
 
-/// What an error of connecting means and what to do. The broker's own words are kept: one code stands for several things.
+/// What an error of connecting means and what to do. The broker's own words are kept: one code
+/// stands for several things.
 fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     let text = BrokerError::from(e).text;
     let Whom { host, vhost, user } = whom;
     let (v, u) = (shell_word(vhost), shell_word(user));
     if text.contains("ACCESS_REFUSED") {
         let why = format!("the broker refused user name or password: {text}");
-        return Why::new(why, format!("check [queue] url; rabbitmqctl authenticate_user {u}; rabbitmqctl list_users"));
+        return Why::new(
+            why,
+            format!("check [queue] url; rabbitmqctl authenticate_user {u}; rabbitmqctl list_users"),
+        );
     }
     if text.contains("NOT_ALLOWED") {
         return not_allowed(&text, whom);
     }
     let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
     if has(&["InvalidContentType"]) {
-        return Why::new("what answers there speaks no TLS", "amqps:// is mostly for port 5671, amqp:// for 5672");
+        return Why::new(
+            "what answers there speaks no TLS",
+            "amqps:// is mostly for port 5671, amqp:// for 5672",
+        );
     }
     if matches!(e.kind(), ErrorKind::ParsingError(_)) || has(&["ParserErrors"]) {
         let why = "what answers there speaks no AMQP";
@@ -202,10 +229,19 @@ fn explain(e: &lapin::Error, whom: &Whom) -> Why {
         );
     }
     if has(&["lookup address", "resolve"]) {
-        return Why::new(text, format!("see that the name `{host}` in [queue] url is right: getent hosts {}", shell_word(host)));
+        return Why::new(
+            text,
+            format!(
+                "see that the name `{host}` in [queue] url is right: getent hosts {}",
+                shell_word(host)
+            ),
+        );
     }
     if has(&["Connection refused"]) {
-        return Why::new(text, "see that the broker runs, and listens on that host and port: rabbitmqctl status");
+        return Why::new(
+            text,
+            "see that the broker runs, and listens on that host and port: rabbitmqctl status",
+        );
     }
     let remedy = if vhost.is_empty() {
         "the default vhost is written %2f, as in amqp://host:5672/%2f".to_owned()
@@ -230,14 +266,21 @@ fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
         );
     }
     if text.contains("not found") {
-        let remedy = format!("rabbitmqctl add_vhost {v}, or correct the path of [queue] url; rabbitmqctl list_vhosts");
+        let remedy = format!(
+            "rabbitmqctl add_vhost {v}, or correct the path of [queue] url; rabbitmqctl list_vhosts"
+        );
         return Why::new(format!("there is no vhost `{vhost}`: {text}"), remedy);
     }
     if text.contains("is down") {
         return Why::new(text, format!("rabbitmqctl restart_vhost -p {v}"));
     }
     let why = format!("the broker does not let this user into vhost `{vhost}`: {text}");
-    Why::new(why, format!("rabbitmqctl list_permissions -p {v}; docs/operations.md has the command that gives them (The broker's user)"))
+    Why::new(
+        why,
+        format!(
+            "rabbitmqctl list_permissions -p {v}; docs/operations.md has the command that gives them (The broker's user)"
+        ),
+    )
 }
 
 /// What the broker said to a request, or that it said nothing.
@@ -250,7 +293,8 @@ pub(super) struct BrokerError {
     text: String,
 }
 
-/// The reply code with which the broker closes a connection over a queue that it has lost the use of.
+/// The reply code with which the broker closes a connection over a queue that it has lost the use
+/// of.
 pub(super) const INTERNAL_ERROR: u16 = 541;
 pub(super) const NOT_FOUND: u16 = 404;
 /// Another connection has it for itself.
@@ -260,11 +304,15 @@ impl From<&lapin::Error> for BrokerError {
     /// In the broker's words, without the URL.
     fn from(e: &lapin::Error) -> Self {
         match e.kind() {
-            ErrorKind::ProtocolError(e) => {
-                Self { code: Some(e.get_id()), silent: false, text: format!("{} ({})", e.get_message(), e.get_id()) }
-            }
+            ErrorKind::ProtocolError(e) => Self {
+                code: Some(e.get_id()),
+                silent: false,
+                text: format!("{} ({})", e.get_message(), e.get_id()),
+            },
             ErrorKind::IOError(e) => Self { code: None, silent: false, text: e.to_string() },
-            ErrorKind::MissingHeartbeatError => Self { code: None, silent: false, text: "the broker sent no heartbeat".to_owned() },
+            ErrorKind::MissingHeartbeatError => {
+                Self { code: None, silent: false, text: "the broker sent no heartbeat".to_owned() }
+            }
             _ => Self { code: None, silent: false, text: e.to_string() },
         }
     }
@@ -282,22 +330,26 @@ impl fmt::Display for BrokerError {
     }
 }
 
-/// Waits for the broker's answer to a request, for at most [`RPC_TIMEOUT`]: a queue without a leader
-/// answers nobody, and lapin waits without end.
+/// Waits for the broker's answer to a request, for at most [`RPC_TIMEOUT`]: a queue without a
+/// leader answers nobody, and lapin waits without end.
 ///
 /// # Errors
 /// What the broker said, or that it said nothing.
-pub(super) async fn answer<T>(request: impl Future<Output = lapin::Result<T>>) -> Result<T, BrokerError> {
+pub(super) async fn answer<T>(
+    request: impl Future<Output = lapin::Result<T>>,
+) -> Result<T, BrokerError> {
     match timeout(RPC_TIMEOUT, request).await {
         Ok(answer) => answer.map_err(BrokerError::from),
-        Err(_) => {
-            Err(BrokerError { code: None, silent: true, text: format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()) })
-        }
+        Err(_) => Err(BrokerError {
+            code: None,
+            silent: true,
+            text: format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()),
+        }),
     }
 }
 
-/// Something that is tried without end: waits between the tries, logs when it begins to fail and when it goes well again,
-/// not each try, and reports why it fails as long as it does.
+/// Something that is tried without end: waits between the tries, logs when it begins to fail and
+/// when it goes well again, not each try, and reports why it fails as long as it does.
 #[derive(Debug)]
 pub(super) struct Effort {
     what: String,
@@ -308,7 +360,11 @@ pub(super) struct Effort {
 }
 
 impl Effort {
-    pub(super) fn reporting(what: impl Into<String>, harms: Harms, troubles: &watch::Sender<Troubles>) -> Self {
+    pub(super) fn reporting(
+        what: impl Into<String>,
+        harms: Harms,
+        troubles: &watch::Sender<Troubles>,
+    ) -> Self {
         let waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
         Self { what: what.into(), failing: false, waits, harms, troubles: troubles.clone() }
     }
@@ -321,7 +377,8 @@ impl Effort {
 
     /// As [`failed`](Self::failed), for whoever waits in another way.
     pub(super) fn fails(&mut self, why: &QueueError) {
-        self.troubles.send_if_modified(|all| all.begins(&self.what, self.harms.clone(), why.to_string()));
+        self.troubles
+            .send_if_modified(|all| all.begins(&self.what, self.harms.clone(), why.to_string()));
         if std::mem::replace(&mut self.failing, true) {
             tracing::debug!(error = %why, "{} still fails", self.what);
         } else {
@@ -378,12 +435,19 @@ impl Slot {
             0 => usize::from(u16::MAX),
             max => max.into(),
         };
-        Arc::new(Self { connection, open: AtomicUsize::new(0), opened: AtomicUsize::new(0), numbers, _counted: counted })
+        Arc::new(Self {
+            connection,
+            open: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
+            numbers,
+            _counted: counted,
+        })
     }
 
     /// A place for one more channel, if there is one. Called by one task at a time.
     fn seat(self: &Arc<Self>) -> Option<Seat> {
-        let free = self.open.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION && self.opened.load(Ordering::Relaxed) < self.numbers;
+        let free = self.open.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION
+            && self.opened.load(Ordering::Relaxed) < self.numbers;
         free.then(|| {
             self.open.fetch_add(1, Ordering::Relaxed);
             self.opened.fetch_add(1, Ordering::Relaxed);
@@ -438,7 +502,11 @@ impl Drop for Trying<'_> {
 impl Pool {
     pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
         let connecting = role.effort(troubles);
-        Self { dialer, role, state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }) }
+        Self {
+            dialer,
+            role,
+            state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }),
+        }
     }
 
     /// A channel on a shared connection. Waits for the broker without end.
@@ -497,7 +565,11 @@ impl Quarantine {
     }
 
     fn seat(&self) -> Result<Seat, QueueError> {
-        self.0.seat().ok_or_else(|| QueueError::new("the broker allows no channel on a new connection; raise its channel_max"))
+        self.0.seat().ok_or_else(|| {
+            QueueError::new(
+                "the broker allows no channel on a new connection; raise its channel_max",
+            )
+        })
     }
 }
 
@@ -515,8 +587,13 @@ mod tests {
 
     #[test]
     fn the_host_is_the_one_that_is_written() {
-        for (written, meant) in [("[2001:db8::7]", "2001:db8::7"), ("192.0.2.7", "192.0.2.7"), ("broker.example", "broker.example")] {
-            let url = SecretUrl::new(format!("amqps://u:p@{written}:5671/v").parse().expect("a URL"));
+        for (written, meant) in [
+            ("[2001:db8::7]", "2001:db8::7"),
+            ("192.0.2.7", "192.0.2.7"),
+            ("broker.example", "broker.example"),
+        ] {
+            let url =
+                SecretUrl::new(format!("amqps://u:p@{written}:5671/v").parse().expect("a URL"));
             assert_eq!(parsed(&url).expect("a URL").authority.host, meant);
         }
     }
@@ -526,7 +603,9 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         for scheme in ["amqp", "amqps"] {
             let port = listener.local_addr().expect("an address").port();
-            let url = SecretUrl::new(format!("{scheme}://u:p@127.0.0.1:{port}/v").parse().expect("a URL"));
+            let url = SecretUrl::new(
+                format!("{scheme}://u:p@127.0.0.1:{port}/v").parse().expect("a URL"),
+            );
             let connecting = tokio::spawn(async move { connect(&url, Role::Consuming).await });
             let (mut peer, _) = listener.accept().expect("connects");
             peer.set_read_timeout(Some(Duration::from_secs(30))).expect("a limit");
@@ -547,7 +626,8 @@ mod tests {
         let connecting = tokio::spawn(async move { connect(&url, Role::Consuming).await });
         let (mut peer, _) = listener.accept().expect("connects");
         peer.read_exact(&mut [0; 1]).expect("it begins");
-        peer.write_all(b"AMQP\x00\x00\x09\x01").expect("answers as a broker does to what is no AMQP");
+        peer.write_all(b"AMQP\x00\x00\x09\x01")
+            .expect("answers as a broker does to what is no AMQP");
         let refused = connecting.await.expect("no panic").expect_err("no TLS").to_string();
         assert!(refused.contains("speaks no TLS"), "{refused}");
     }

@@ -14,7 +14,8 @@ use crate::{
     queue::{self, Held, QueueError},
 };
 
-/// A walk through a dead queue or the orphans, oldest first. What is neither replayed nor purged keeps its order.
+/// A walk through a dead queue or the orphans, oldest first. What is neither replayed nor purged
+/// keeps its order.
 #[derive(Debug)]
 pub struct DeadLetters {
     queue: AmqpQueue,
@@ -31,30 +32,57 @@ enum Of {
 impl DeadLetters {
     /// # Errors
     /// There is no such queue, or the broker cannot be reached.
-    pub(super) async fn of_subscriber(queue: &AmqpQueue, subscriber: &str) -> Result<Self, QueueError> {
+    pub(super) async fn of_subscriber(
+        queue: &AmqpQueue,
+        subscriber: &str,
+    ) -> Result<Self, QueueError> {
         let absent = format!("the daemon has never run with a subscriber `{subscriber}`");
-        Self::open(queue, Of::Subscriber(subscriber.to_owned()), queue.topology().dead(subscriber), &absent).await
+        Self::open(
+            queue,
+            Of::Subscriber(subscriber.to_owned()),
+            queue.topology().dead(subscriber),
+            &absent,
+        )
+        .await
     }
 
     /// # Errors
     /// There is no such queue, or the broker cannot be reached.
     pub(super) async fn of_orphans(queue: &AmqpQueue) -> Result<Self, QueueError> {
-        Self::open(queue, Of::Orphans, queue.topology().orphans(), "the daemon has never run with this [queue] prefix").await
+        Self::open(
+            queue,
+            Of::Orphans,
+            queue.topology().orphans(),
+            "the daemon has never run with this [queue] prefix",
+        )
+        .await
     }
 
-    async fn open(queue: &AmqpQueue, of: Of, name: String, absent: &str) -> Result<Self, QueueError> {
+    async fn open(
+        queue: &AmqpQueue,
+        of: Of,
+        name: String,
+        absent: &str,
+    ) -> Result<Self, QueueError> {
         let messages = waiting::count(queue, &name).await?;
-        let messages = messages.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
+        let messages = messages
+            .ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
         let walk = Walk::new(queue.0.consuming.quarantine().await?, name, messages);
         Ok(Self { queue: queue.clone(), of, walk })
     }
 
-    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes through the
-    /// main queue. `None` if it is nobody's, or an orphan that is no batch: no subscriber has asked for it.
+    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes
+    /// through the main queue. `None` if it is nobody's, or an orphan that is no batch: no
+    /// subscriber has asked for it.
     fn revived(&self, held: &Held) -> Option<Message> {
         let (topology, subscriber) = (self.queue.topology(), held.subscriber.as_deref()?);
         match (held.letter.kind, &self.of) {
-            (MessageKind::Batch, _) => Some(retry_message(topology, subscriber, &held.letter.to_batch(), std::time::Duration::ZERO)),
+            (MessageKind::Batch, _) => Some(retry_message(
+                topology,
+                subscriber,
+                &held.letter.to_batch(),
+                std::time::Duration::ZERO,
+            )),
             (MessageKind::Event, Of::Subscriber(_)) => {
                 let (body, properties) = message::event_again(&held.letter);
                 Some(Message::to_queue(topology.main(subscriber), body, properties))
@@ -73,10 +101,19 @@ impl queue::DeadLetters for DeadLetters {
         let Some(delivery) = self.walk.next().await? else { return Ok(None) };
         let tag = delivery.delivery_tag;
         Ok(Some(match &self.of {
-            Of::Subscriber(name) => Held { subscriber: Some(name.clone()), tag, letter: message::read_dead_letter(delivery) },
+            Of::Subscriber(name) => Held {
+                subscriber: Some(name.clone()),
+                tag,
+                letter: message::read_dead_letter(delivery),
+            },
             Of::Orphans => {
-                let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).map(str::to_owned);
-                Held { tag, letter: message::read_orphan(delivery, subscriber.as_deref()), subscriber }
+                let subscriber =
+                    ladder::subscriber_of(delivery.routing_key.as_str()).map(str::to_owned);
+                Held {
+                    tag,
+                    letter: message::read_orphan(delivery, subscriber.as_deref()),
+                    subscriber,
+                }
             }
         }))
     }

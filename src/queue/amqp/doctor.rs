@@ -1,5 +1,6 @@
-//! A look at the broker for what can lose or hold up events: what AMQP shows by itself, and the rest through the
-//! management API. Changes nothing: what has to be tried is tried on names that nobody has.
+//! A look at the broker for what can lose or hold up events: what AMQP shows by itself, and the
+//! rest through the management API. Changes nothing: what has to be tried is tried on names that
+//! nobody has.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,14 +53,23 @@ const AT_ONCE: usize = 4;
 /// For trying to consume queues: one that does not work takes 20 s to say nothing.
 const TRIES: Duration = Duration::from_secs(60);
 
-const NOT_SEEN: &str = "policies, bindings, alarms of other nodes, replicas, file descriptors of nodes";
+const NOT_SEEN: &str =
+    "policies, bindings, alarms of other nodes, replicas, file descriptors of nodes";
 
 /// # Errors
 /// The broker cannot be reached.
-pub(super) async fn inspect(queue: &AmqpQueue, subscribers: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
+pub(super) async fn inspect(
+    queue: &AmqpQueue,
+    subscribers: &[Arc<Subscriber>],
+) -> Result<Vec<Finding>, QueueError> {
     let topology = queue.topology();
     // It was parsed before, or there would be no connection.
-    let uri: AMQPUri = topology.url().expose().as_str().parse().map_err(|_| QueueError::new("[queue] url is not a valid AMQP URL"))?;
+    let uri: AMQPUri = topology
+        .url()
+        .expose()
+        .as_str()
+        .parse()
+        .map_err(|_| QueueError::new("[queue] url is not a valid AMQP URL"))?;
     let mut look = Look {
         topology,
         subscribers,
@@ -81,7 +91,11 @@ pub(super) async fn inspect(queue: &AmqpQueue, subscribers: &[Arc<Subscriber>]) 
     if seen.is_none()
         && let Err(e) = look.not_configured_any_more(queue).await
     {
-        look.found(Finding::unseen("queues of subscribers that are not configured any more", e, "hooktrail prune tells of them"));
+        look.found(Finding::unseen(
+            "queues of subscribers that are not configured any more",
+            e,
+            "hooktrail prune tells of them",
+        ));
     }
     look.at_least_once(seen.as_ref()).await;
     look.hold();
@@ -104,7 +118,11 @@ fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
 pub(super) async fn names_below(topology: &Topology) -> BTreeSet<String> {
     let rows = async {
         let uri = topology.url().expose().as_str().parse().ok()?;
-        Management::try_new(topology.management_url()?, &uri).ok()?.queues(topology.prefix()).await.ok()
+        Management::try_new(topology.management_url()?, &uri)
+            .ok()?
+            .queues(topology.prefix())
+            .await
+            .ok()
     };
     let rows = rows.await.unwrap_or_default();
     let name = |row: &Row| match topology.part(&row.name) {
@@ -139,9 +157,11 @@ impl Look<'_> {
         shell_word(&self.uri.vhost)
     }
 
-    /// Which broker it is, and whether it takes messages. On a connection of its own: an alarm blocks it.
+    /// Which broker it is, and whether it takes messages. On a connection of its own: an alarm
+    /// blocks it.
     async fn broker(&mut self) -> Result<(), QueueError> {
-        let (connection, greeting) = connection::greeted(self.topology.url(), Role::Declaring).await?;
+        let (connection, greeting) =
+            connection::greeted(self.topology.url(), Role::Declaring).await?;
         let about = greeting.server_properties();
         let text = |key: &str| match about.as_ref().and_then(|p| p.inner().get(key)) {
             Some(AMQPValue::LongString(text)) => text.to_string(),
@@ -171,8 +191,13 @@ impl Look<'_> {
     }
 
     fn may_not(&self, what: &str) -> Finding {
-        Finding::harmful(format!("user `{}`", self.uri.authority.userinfo.username), format!("may not {what}"))
-            .risking("queues cannot be declared, consumed or written to, so that events are not delivered")
+        Finding::harmful(
+            format!("user `{}`", self.uri.authority.userinfo.username),
+            format!("may not {what}"),
+        )
+        .risking(
+            "queues cannot be declared, consumed or written to, so that events are not delivered",
+        )
     }
 
     /// For a user of hooktrail's own: it replaces what the user has.
@@ -182,15 +207,26 @@ impl Look<'_> {
         let intake = match self.topology.intake() {
             Intake::Exchange(name) | Intake::SourceQueue(name) => format!("^{}$", literal(name)),
         };
-        let rights = [format!("{own}|{intake}"), format!(r"{own}|{intake}|^amq\.default$"), format!("{own}|{intake}")];
+        let rights = [
+            format!("{own}|{intake}"),
+            format!(r"{own}|{intake}|^amq\.default$"),
+            format!("{own}|{intake}"),
+        ];
         let rights = rights.iter().map(|r| shell_word(r)).collect::<Vec<_>>().join(" ");
-        format!("rabbitmqctl set_permissions -p {} {} {rights}", self.vhost(), shell_word(&self.uri.authority.userinfo.username))
+        format!(
+            "rabbitmqctl set_permissions -p {} {} {rights}",
+            self.vhost(),
+            shell_word(&self.uri.authority.userinfo.username)
+        )
     }
 
     async fn permissions(&mut self, broker: &mut Broker<'_>) {
         let forbidden = broker.forbidden(&self.topology.nobodys(), &self.topology.events()).await;
         if forbidden.is_empty() {
-            return self.found(Finding::ok(format!("user `{}`", self.uri.authority.userinfo.username), "may do what hooktrail does"));
+            return self.found(Finding::ok(
+                format!("user `{}`", self.uri.authority.userinfo.username),
+                "may do what hooktrail does",
+            ));
         }
         let finding = self.may_not(&forbidden.join(", ")).mended(self.grant());
         self.found(finding);
@@ -199,7 +235,8 @@ impl Look<'_> {
     /// What AMQP shows of queues and exchange: whether they are there, and with which arguments.
     async fn queues(&mut self, broker: &mut Broker<'_>) {
         if let Err(e) = self.topology.inspect_intake(broker).await {
-            let finding = Finding::harmful("[queue]", e.what()).risking("no event comes in from there");
+            let finding =
+                Finding::harmful("[queue]", e.what()).risking("no event comes in from there");
             self.found(match e.remedy() {
                 Some(remedy) => finding.mended(remedy),
                 None => finding,
@@ -230,7 +267,8 @@ impl Look<'_> {
                         Ok(()) => sound += 1,
                         Err(e) => self.differs(&name, e),
                     }
-                    // One that holds something would give it out to whoever tries, and it would come back out of its order.
+                    // One that holds something would give it out to whoever tries, and it would
+                    // come back out of its order.
                     if depth.consumers == 0 && depth.messages == 0 {
                         self.idle.push(name.clone());
                     }
@@ -239,14 +277,18 @@ impl Look<'_> {
             }
         }
         if sound > 0 {
-            self.found(Finding::ok("queues", format!("{sound} have the arguments that hooktrail gives them")));
+            self.found(Finding::ok(
+                "queues",
+                format!("{sound} have the arguments that hooktrail gives them"),
+            ));
         }
         match broker.depth(&self.topology.state()).await {
             Ok(Some(_)) => drop(self.there.insert(self.topology.state())),
             Ok(None) => self.missing += 1,
-            Err(e) => {
-                self.found(Finding::warning(self.topology.state(), format!("does not answer: {e}")).risking("who is paused is not known"))
-            }
+            Err(e) => self.found(
+                Finding::warning(self.topology.state(), format!("does not answer: {e}"))
+                    .risking("who is paused is not known"),
+            ),
         }
         self.missing += absent.len();
         self.absent(absent);
@@ -255,7 +297,8 @@ impl Look<'_> {
         }
     }
 
-    /// Of a prefix that a daemon has run with: those that it has declared and that somebody has deleted.
+    /// Of a prefix that a daemon has run with: those that it has declared and that somebody has
+    /// deleted.
     async fn exchanges(&mut self, broker: &mut Broker<'_>) {
         for name in self.topology.exchanges() {
             let about = format!("exchange `{name}`");
@@ -278,11 +321,11 @@ impl Look<'_> {
         }
     }
 
-    /// The broker answers all questions about a queue that it has lost the use of; only who consumes it, or publishes to it,
-    /// gets no answer. One that is consumed works.
+    /// The broker answers all questions about a queue that it has lost the use of; only who
+    /// consumes it, or publishes to it, gets no answer. One that is consumed works.
     async fn idle(&mut self, queue: &AmqpQueue) {
-        // A daemon's lanes consume what it works with, and tell of it themselves. To try it beside them would take an event out of its
-        // order.
+        // A daemon's lanes consume what it works with, and tell of it themselves. To try it beside
+        // them would take an event out of its order.
         if !queue.0.prepared.lock().await.is_empty() {
             return;
         }
@@ -300,31 +343,42 @@ impl Look<'_> {
                 match outcome {
                     Ok(Err(unusable)) if unusable.is_broken() => self.broken(&name, &unusable.why),
                     Ok(_) => {}
-                    Err(e) => self.found(Finding::unseen(format!("queue `{name}`"), e, "hooktrail repair SUBSCRIBER tries it too")),
+                    Err(e) => self.found(Finding::unseen(
+                        format!("queue `{name}`"),
+                        e,
+                        "hooktrail repair SUBSCRIBER tries it too",
+                    )),
                 }
             }
         });
         if all.await.is_err() {
             let left = format!("{} were not tried within {} s", in_all - tried, TRIES.as_secs());
-            self.found(Finding::warning("queues", left).risking("what is in those that do not work is not delivered"));
+            self.found(
+                Finding::warning("queues", left)
+                    .risking("what is in those that do not work is not delivered"),
+            );
         }
     }
 
-    /// What can keep a daemon from starting: limits of the vhost and of the user, which show themselves to those who come to them.
+    /// What can keep a daemon from starting: limits of the vhost and of the user, which show
+    /// themselves to those who come to them.
     async fn start(&mut self, queue: &AmqpQueue) {
         // A daemon that runs has what it needs; beside it this would count what it has.
         if self.consumed || !queue.0.prepared.lock().await.is_empty() {
             return;
         }
         if self.missing > 0
-            && let Err(Refused::Other(why)) = queue.broker().try_declare(&self.topology.nobodys()).await
+            && let Err(Refused::Other(why)) =
+                queue.broker().try_declare(&self.topology.nobodys()).await
             && why.contains("limit")
         {
-            let finding = self.too_few_queues(format!("does not let this user declare a queue: {why}"));
+            let finding =
+                self.too_few_queues(format!("does not let this user declare a queue: {why}"));
             self.found(finding);
         }
         // Together with the one that this asks on.
-        let relays = matches!(self.topology.intake(), Intake::SourceQueue(_)).then_some(Role::Relaying);
+        let relays =
+            matches!(self.topology.intake(), Intake::SourceQueue(_)).then_some(Role::Relaying);
         let mut open = Vec::new();
         for role in [Role::Publishing, Role::Consuming].into_iter().chain(relays) {
             match connection::greeted(self.topology.url(), role).await {
@@ -355,22 +409,33 @@ impl Look<'_> {
     async fn room(&mut self, api: &Management) -> Result<(), Unseen> {
         match api.queue_limit().await {
             Ok(Some((max, now))) if now.saturating_add(self.missing as u64) > max => {
-                let found = format!("may have {max} queues and has {now}; {} more are needed", self.missing);
+                let found = format!(
+                    "may have {max} queues and has {now}; {} more are needed",
+                    self.missing
+                );
                 let finding = self.too_few_queues(found);
                 self.found(finding);
             }
             Ok(_) => {}
-            Err(e) => self.refused("limits of the vhost", e, &format!("rabbitmqctl list_vhost_limits -p {}", self.vhost()))?,
+            Err(e) => self.refused(
+                "limits of the vhost",
+                e,
+                &format!("rabbitmqctl list_vhost_limits -p {}", self.vhost()),
+            )?,
         }
         match nodes(api).await {
-            Ok(nodes) => self.findings.extend(nodes.iter().filter_map(|node| descriptors(node, self.missing))),
-            Err(e) => self.refused("file descriptors of nodes", e, "rabbitmq-diagnostics status")?,
+            Ok(nodes) => self
+                .findings
+                .extend(nodes.iter().filter_map(|node| descriptors(node, self.missing))),
+            Err(e) => {
+                self.refused("file descriptors of nodes", e, "rabbitmq-diagnostics status")?
+            }
         }
         Ok(())
     }
 
-    /// Whether a queue of one subscriber that takes nothing harms the others: producers get no confirm, or the delay ladder cannot
-    /// hand over what comes after.
+    /// Whether a queue of one subscriber that takes nothing harms the others: producers get no
+    /// confirm, or the delay ladder cannot hand over what comes after.
     fn holds_up_all(&self, name: &str) -> bool {
         matches!(self.topology.part(name), Some(Part::Main(_) | Part::Retry(_)))
     }
@@ -404,12 +469,16 @@ impl Look<'_> {
                 "the user may not declare them, which would compare them",
                 format!("rabbitmqctl list_queues -p {} name arguments", self.vhost()),
             ),
-            other => Finding::warning(format!("queue `{name}`"), other.into_error("queue", name).to_string()),
+            other => Finding::warning(
+                format!("queue `{name}`"),
+                other.into_error("queue", name).to_string(),
+            ),
         };
         self.found(finding);
     }
 
-    /// A subscriber that was never seen, and a broker that is new, will get what they need from `run`.
+    /// A subscriber that was never seen, and a broker that is new, will get what they need from
+    /// `run`.
     fn absent(&mut self, absent: Vec<String>) {
         // Any of them: a policy may have deleted all that are seldom used.
         let has_run = !self.there.is_empty();
@@ -419,7 +488,9 @@ impl Look<'_> {
                 _ => None,
             };
             let others_are_there = match &subscriber {
-                Some(s) => self.topology.subscriber_queues(s).iter().any(|(q, _)| self.there.contains(q)),
+                Some(s) => {
+                    self.topology.subscriber_queues(s).iter().any(|(q, _)| self.there.contains(q))
+                }
                 None => has_run,
             };
             if !others_are_there {
@@ -461,10 +532,17 @@ impl Look<'_> {
                 let why = format!("[queue] management_url {url} is of no use: {e}");
                 let user = shell_word(&self.uri.authority.userinfo.username);
                 let mend = match e {
-                    Unseen::Unreachable(_) => "rabbitmq-plugins enable rabbitmq_management; or correct the URL".to_owned(),
-                    Unseen::Refused(_) => format!("rabbitmqctl set_user_tags {user} management; or put a user who has it into the URL"),
+                    Unseen::Unreachable(_) => {
+                        "rabbitmq-plugins enable rabbitmq_management; or correct the URL".to_owned()
+                    }
+                    Unseen::Refused(_) => format!(
+                        "rabbitmqctl set_user_tags {user} management; or put a user who has it into the URL"
+                    ),
                 };
-                self.found(Finding { severity: Severity::Warning, ..Finding::unseen(NOT_SEEN, why, mend) });
+                self.found(Finding {
+                    severity: Severity::Warning,
+                    ..Finding::unseen(NOT_SEEN, why, mend)
+                });
                 None
             }
         }
@@ -475,13 +553,24 @@ impl Look<'_> {
     async fn look_through(&mut self, api: &Management) -> Result<(), Unseen> {
         // Whoever may not ask this may ask nothing.
         for a in api.alarms().await? {
-            self.found(blocked(&format!("has an alarm: too little {} on node {}", resource(&a.resource), a.node)));
+            self.found(blocked(&format!(
+                "has an alarm: too little {} on node {}",
+                resource(&a.resource),
+                a.node
+            )));
         }
         let rows = match self.rows(api).await {
             Ok(rows) => rows,
             Err(e) => {
-                let look = format!("rabbitmqctl list_queues -p {} name policy effective_policy_definition", self.vhost());
-                self.refused("policies of queues, queues of subscribers that are not configured", e, &look)?;
+                let look = format!(
+                    "rabbitmqctl list_queues -p {} name policy effective_policy_definition",
+                    self.vhost()
+                );
+                self.refused(
+                    "policies of queues, queues of subscribers that are not configured",
+                    e,
+                    &look,
+                )?;
                 Vec::new()
             }
         };
@@ -489,7 +578,11 @@ impl Look<'_> {
         self.policies(&rows);
         self.not_configured(&rows);
         if let Err(e) = self.replicas(api, &rows).await {
-            self.refused("replicas of queues", e, "rabbitmq-queues check_if_node_is_quorum_critical")?;
+            self.refused(
+                "replicas of queues",
+                e,
+                "rabbitmq-queues check_if_node_is_quorum_critical",
+            )?;
         }
         self.bindings(api).await
     }
@@ -513,7 +606,8 @@ impl Look<'_> {
         let begun = clock::instant();
         loop {
             let rows = api.queues(self.topology.prefix()).await?;
-            let complete = |name: &String| rows.iter().any(|r| r.name == *name && r.definition.is_some());
+            let complete =
+                |name: &String| rows.iter().any(|r| r.name == *name && r.definition.is_some());
             if self.there.iter().all(complete) || clock::instant() - begun > STATISTICS {
                 return Ok(rows);
             }
@@ -526,12 +620,20 @@ impl Look<'_> {
         let longest = Held::longest(self.subscribers);
         for row in rows {
             let Some(part) = self.topology.part(&row.name) else { continue };
-            // A limit on how long a message may be held can be an argument too, of a queue that was declared by hand.
-            let by_argument = row.arguments.0.get("x-consumer-timeout").and_then(|v| judge(part, "consumer-timeout", v, longest));
+            // A limit on how long a message may be held can be an argument too, of a queue that was
+            // declared by hand.
+            let by_argument = row
+                .arguments
+                .0
+                .get("x-consumer-timeout")
+                .and_then(|v| judge(part, "consumer-timeout", v, longest));
             if let Some((severity, risk)) = by_argument {
                 let value = &row.arguments.0["x-consumer-timeout"];
                 let found = format!("has the argument x-consumer-timeout = {value}");
-                self.found(Finding { severity, ..Finding::ok(format!("queue `{}`", row.name), found).risking(risk) });
+                self.found(Finding {
+                    severity,
+                    ..Finding::ok(format!("queue `{}`", row.name), found).risking(risk)
+                });
             }
             let Some(definition) = &row.definition else { continue };
             looked_at += 1;
@@ -539,17 +641,36 @@ impl Look<'_> {
                 let Some((severity, risk)) = judge(part, key, value, longest) else { continue };
                 let (whose, remedy) = self.policy(row);
                 let found = format!("{whose} sets {key} = {value}");
-                let finding = Finding { severity, ..Finding::ok(format!("queue `{}`", row.name), found).risking(risk).mended(remedy) };
-                self.found(finding.harming_all(self.holds_up_all(&row.name) && key.starts_with("max-length")));
+                let finding = Finding {
+                    severity,
+                    ..Finding::ok(format!("queue `{}`", row.name), found)
+                        .risking(risk)
+                        .mended(remedy)
+                };
+                self.found(
+                    finding
+                        .harming_all(self.holds_up_all(&row.name) && key.starts_with("max-length")),
+                );
             }
         }
-        let missing = rows.iter().filter(|r| r.definition.is_none() && self.there.contains(&r.name)).count();
+        let missing =
+            rows.iter().filter(|r| r.definition.is_none() && self.there.contains(&r.name)).count();
         if missing > 0 {
-            let look = format!("ask again; rabbitmqctl list_queues -p {} name policy effective_policy_definition", self.vhost());
-            self.found(Finding::unseen("policies", format!("the broker has no statistics of {} yet", counted(missing, "queue(s)")), look));
+            let look = format!(
+                "ask again; rabbitmqctl list_queues -p {} name policy effective_policy_definition",
+                self.vhost()
+            );
+            self.found(Finding::unseen(
+                "policies",
+                format!("the broker has no statistics of {} yet", counted(missing, "queue(s)")),
+                look,
+            ));
         }
         if looked_at > 0 {
-            self.found(Finding::ok("policies", format!("looked at on {}", counted(looked_at, "queue(s)"))));
+            self.found(Finding::ok(
+                "policies",
+                format!("looked at on {}", counted(looked_at, "queue(s)")),
+            ));
         }
     }
 
@@ -557,7 +678,10 @@ impl Look<'_> {
     fn policy(&self, row: &Row) -> (String, String) {
         let vhost = self.vhost();
         let named = |name: &Option<String>| name.clone().filter(|n| !n.is_empty());
-        let narrow = format!("or narrow its pattern so that it does not match `{}.`", self.topology.prefix());
+        let narrow = format!(
+            "or narrow its pattern so that it does not match `{}.`",
+            self.topology.prefix()
+        );
         match (named(&row.policy), named(&row.operator_policy)) {
             (Some(p), Some(o)) => (
                 format!("policy `{p}` or operator policy `{o}`"),
@@ -567,12 +691,19 @@ impl Look<'_> {
                     shell_word(&o)
                 ),
             ),
-            (None, Some(o)) => {
-                (format!("operator policy `{o}`"), format!("rabbitmqctl clear_operator_policy -p {vhost} {}; {narrow}", shell_word(&o)))
-            }
+            (None, Some(o)) => (
+                format!("operator policy `{o}`"),
+                format!(
+                    "rabbitmqctl clear_operator_policy -p {vhost} {}; {narrow}",
+                    shell_word(&o)
+                ),
+            ),
             (p, None) => {
                 let p = p.unwrap_or_default();
-                (format!("policy `{p}`"), format!("rabbitmqctl clear_policy -p {vhost} {}; {narrow}", shell_word(&p)))
+                (
+                    format!("policy `{p}`"),
+                    format!("rabbitmqctl clear_policy -p {vhost} {}; {narrow}", shell_word(&p)),
+                )
             }
         }
     }
@@ -603,7 +734,8 @@ impl Look<'_> {
             if self.subscribers.iter().any(|s| s.name == name) {
                 continue;
             }
-            let names = [self.topology.main(&name), self.topology.retry(&name), self.topology.dead(&name)];
+            let names =
+                [self.topology.main(&name), self.topology.retry(&name), self.topology.dead(&name)];
             let mut counts = [0; 3];
             let mut exists = false;
             for (count, queue) in counts.iter_mut().zip(names) {
@@ -624,7 +756,8 @@ impl Look<'_> {
         let findings = left.into_iter().map(|(name, [events, batches, dead])| {
             let about = format!("subscriber `{name}`");
             if events + batches + dead == 0 {
-                return Finding::note(about, "is not configured; its queues are empty").mended("hooktrail prune deletes them");
+                return Finding::note(about, "is not configured; its queues are empty")
+                    .mended("hooktrail prune deletes them");
             }
             let found = format!(
                 "is not configured, and its queues hold {}, {} and {}",
@@ -641,8 +774,18 @@ impl Look<'_> {
 
     async fn replicas(&mut self, api: &Management, rows: &[Row]) -> Result<(), Unseen> {
         for row in rows.iter().filter(|r| r.online.len() < r.members.len()) {
-            let down: Vec<_> = row.members.iter().filter(|m| !row.online.contains(m)).map(String::as_str).collect();
-            let found = format!("has {} of {} replicas, without {}", row.online.len(), row.members.len(), down.join(", "));
+            let down: Vec<_> = row
+                .members
+                .iter()
+                .filter(|m| !row.online.contains(m))
+                .map(String::as_str)
+                .collect();
+            let found = format!(
+                "has {} of {} replicas, without {}",
+                row.online.len(),
+                row.members.len(),
+                down.join(", ")
+            );
             let finding = Finding::warning(format!("queue `{}`", row.name), found)
                 .risking("with fewer than half of them it takes and gives nothing")
                 .mended("rabbitmqctl cluster_status; bring the node back")
@@ -651,7 +794,10 @@ impl Look<'_> {
             // With all nodes there that is a matter of milliseconds.
             let held_back = row.handed_over();
             if held_back > 0 && matches!(self.topology.part(&row.name), Some(Part::Level(_))) {
-                let found = format!("RabbitMQ cannot hand over {} to the next queue", counted(held_back, "due batch(es)"));
+                let found = format!(
+                    "RabbitMQ cannot hand over {} to the next queue",
+                    counted(held_back, "due batch(es)")
+                );
                 let finding = Finding::warning(format!("queue `{}`", row.name), found)
                     .risking("retries come late: RabbitMQ 3 can hold them back as long as a node is lost")
                     .mended("bring the node back; docs/operations.md tells how to do without it");
@@ -667,23 +813,30 @@ impl Look<'_> {
             return Ok(());
         }
         for row in single {
-            let finding =
-                Finding::warning(format!("queue `{}`", row.name), format!("has one replica, in a cluster of {} nodes", nodes.len()))
-                    .risking("what is in it is lost with that node")
-                    .mended(format!(
-                        "rabbitmq-queues grow NODE all --vhost-pattern {} --queue-pattern {}",
-                        self.vhost(),
-                        shell_word(&row.name)
-                    ));
+            let finding = Finding::warning(
+                format!("queue `{}`", row.name),
+                format!("has one replica, in a cluster of {} nodes", nodes.len()),
+            )
+            .risking("what is in it is lost with that node")
+            .mended(format!(
+                "rabbitmq-queues grow NODE all --vhost-pattern {} --queue-pattern {}",
+                self.vhost(),
+                shell_word(&row.name)
+            ));
             self.found(finding);
         }
         Ok(())
     }
 
     async fn bindings(&mut self, api: &Management) -> Result<(), Unseen> {
-        let names = self.subscribers.iter().map(|s| (s.clone(), self.topology.main(&s.name), self.topology.retry(&s.name)));
+        let names = self
+            .subscribers
+            .iter()
+            .map(|s| (s.clone(), self.topology.main(&s.name), self.topology.retry(&s.name)));
         let names: Vec<_> = names.filter(|(_, main, _)| self.there.contains(main)).collect();
-        let asked = names.into_iter().map(|(s, main, retry)| async move { (s, api.bindings(&main).await, api.bindings(&retry).await) });
+        let asked = names.into_iter().map(|(s, main, retry)| async move {
+            (s, api.bindings(&main).await, api.bindings(&retry).await)
+        });
         let answers: Vec<_> = stream::iter(asked).buffered(AT_ONCE).collect().await;
         let mut sound = 0;
         for (s, main, retry) in answers {
@@ -700,21 +853,32 @@ impl Look<'_> {
             }
         }
         if sound > 0 {
-            self.found(Finding::ok("bindings", format!("those of {} are as configured", counted(sound, "subscriber(s)"))));
+            self.found(Finding::ok(
+                "bindings",
+                format!("those of {} are as configured", counted(sound, "subscriber(s)")),
+            ));
         }
         Ok(())
     }
 
     fn bound(&self, s: &Subscriber, main: &[Binding], retry: &[Binding]) -> Vec<Finding> {
         let (events, due) = (self.topology.events(), self.topology.due());
-        let has = |all: &[Binding], source: &str, key: &str| all.iter().any(|b| b.source == source && b.routing_key == key);
+        let has = |all: &[Binding], source: &str, key: &str| {
+            all.iter().any(|b| b.source == source && b.routing_key == key)
+        };
         let about = |queue: String| format!("queue `{queue}`");
         let mut findings = Vec::new();
         for pattern in s.events.iter().filter(|p| !has(main, &events, p.as_str())) {
-            let found = format!("is not bound to exchange `{events}` with the pattern `{}`", pattern.as_str());
+            let found = format!(
+                "is not bound to exchange `{events}` with the pattern `{}`",
+                pattern.as_str()
+            );
             findings.push(
                 Finding::harmful(about(self.topology.main(&s.name)), found)
-                    .risking(format!("events that match it pass `{}` by and are lost for it", s.name))
+                    .risking(format!(
+                        "events that match it pass `{}` by and are lost for it",
+                        s.name
+                    ))
                     .mended(format!("hooktrail repair {}", s.name)),
             );
         }
@@ -722,7 +886,10 @@ impl Look<'_> {
             if b.source == events && s.events.iter().any(|p| p.as_str() == b.routing_key) {
                 continue;
             }
-            let found = format!("is bound to exchange `{}` with `{}` too, which is not configured", b.source, b.routing_key);
+            let found = format!(
+                "is bound to exchange `{}` with `{}` too, which is not configured",
+                b.source, b.routing_key
+            );
             findings.push(
                 Finding::warning(about(self.topology.main(&s.name)), found)
                     .risking(format!("`{}` gets events that its configuration does not ask for", s.name))
@@ -731,23 +898,35 @@ impl Look<'_> {
         }
         if !has(retry, &due, &format!("#.{}", s.name)) {
             findings.push(
-                Finding::harmful(about(self.topology.retry(&s.name)), format!("is not bound to exchange `{due}`"))
-                    .risking("batches that are due again end among the orphans")
-                    .mended(format!("hooktrail repair {}", s.name)),
+                Finding::harmful(
+                    about(self.topology.retry(&s.name)),
+                    format!("is not bound to exchange `{due}`"),
+                )
+                .risking("batches that are due again end among the orphans")
+                .mended(format!("hooktrail repair {}", s.name)),
             );
         }
         findings
     }
 
-    /// The arguments alone are not enough: without the feature flag the broker falls back to at most once, silently.
+    /// The arguments alone are not enough: without the feature flag the broker falls back to at
+    /// most once, silently.
     async fn at_least_once(&mut self, api: Option<&Management>) {
         let about = "at-least-once dead-lettering";
         let look = "rabbitmqctl list_feature_flags; rabbitmqctl enable_feature_flag stream_queue";
         let flags = match (self.version, api) {
             (Some(version), _) if version >= STREAMS_FOR_GOOD => return,
             // The record is a stream, and there would be none without it.
-            _ if self.there.contains(&self.topology.state()) => return self.found(Finding::ok(about, "its feature flag is on")),
-            (_, None) => return self.found(Finding::unseen(about, "there is no stream yet that would show its feature flag", look)),
+            _ if self.there.contains(&self.topology.state()) => {
+                return self.found(Finding::ok(about, "its feature flag is on"));
+            }
+            (_, None) => {
+                return self.found(Finding::unseen(
+                    about,
+                    "there is no stream yet that would show its feature flag",
+                    look,
+                ));
+            }
             (_, Some(api)) => api.feature_flags().await,
         };
         let finding = match flags {
@@ -755,7 +934,9 @@ impl Look<'_> {
                 Finding::ok(about, "its feature flag is on")
             }
             Ok(_) => Finding::harmful(about, "the feature flag `stream_queue` is off")
-                .risking("a retry can be lost on its way through the ladder, and pauses are not kept")
+                .risking(
+                    "a retry can be lost on its way through the ladder, and pauses are not kept",
+                )
                 .mended("rabbitmqctl enable_feature_flag stream_queue"),
             Err(e) => Finding::unseen(about, format!("management API: {e}"), look),
         };
@@ -765,7 +946,11 @@ impl Look<'_> {
     /// The nodes' own setting is shown by nothing but `rabbitmqctl`.
     fn hold(&mut self) {
         let hold = |s: &Subscriber| Window::of(s).longest_hold(s, s.batch.max_events);
-        let Some((hold, s)) = self.subscribers.iter().map(|s| (hold(s), s)).max_by_key(|(hold, _)| *hold) else { return };
+        let Some((hold, s)) =
+            self.subscribers.iter().map(|s| (hold(s), s)).max_by_key(|(hold, _)| *hold)
+        else {
+            return;
+        };
         let fewest = Window::of(s).fewest_events(s, CONSUMER_TIMEOUT);
         let mut found = format!(
             "the nodes' own setting is shown by no API and not looked at; RabbitMQ's default is 30 min, and hooktrail holds a message for at \
@@ -773,8 +958,9 @@ impl Look<'_> {
             humantime::format_duration(hold)
         );
         if fewest > 1 {
-            found +=
-                &format!("; with fewer than {fewest} events in each, and attempts as slow as they may be, for longer than that default");
+            found += &format!(
+                "; with fewer than {fewest} events in each, and attempts as slow as they may be, for longer than that default"
+            );
         }
         let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
         let mut finding = Finding::note("consumer_timeout", found).mended(look);
@@ -792,11 +978,18 @@ fn product(product: &str, version: &str) -> (Option<(u32, u32)>, Finding) {
     };
     let finding = match number {
         Some(number) if number >= OLDEST => Finding::ok("broker", format!("RabbitMQ {version}")),
-        Some(_) => Finding::harmful("broker", format!("RabbitMQ {version}; 3.10 or later is supported"))
-            .risking("its queues dead-letter at most once: a retry can be lost with a node")
-            .mended("upgrade RabbitMQ"),
-        None => Finding::warning("broker", format!("calls itself `{product}` `{version}`; hooktrail is made for RabbitMQ 3.10 or later"))
-            .risking("what hooktrail relies on may work in another way"),
+        Some(_) => {
+            Finding::harmful("broker", format!("RabbitMQ {version}; 3.10 or later is supported"))
+                .risking("its queues dead-letter at most once: a retry can be lost with a node")
+                .mended("upgrade RabbitMQ")
+        }
+        None => Finding::warning(
+            "broker",
+            format!(
+                "calls itself `{product}` `{version}`; hooktrail is made for RabbitMQ 3.10 or later"
+            ),
+        )
+        .risking("what hooktrail relies on may work in another way"),
     };
     (number, finding)
 }
@@ -821,7 +1014,11 @@ struct Held {
 impl Held {
     fn longest(subscribers: &[Arc<Subscriber>]) -> Self {
         let longest = |events: fn(&Subscriber) -> usize| {
-            subscribers.iter().map(|s| Window::of(s).longest_hold(s, events(s))).max().unwrap_or_default()
+            subscribers
+                .iter()
+                .map(|s| Window::of(s).longest_hold(s, events(s)))
+                .max()
+                .unwrap_or_default()
         };
         Self { full_batches: longest(|s| s.batch.max_events), single_events: longest(|_| 1) }
     }
@@ -846,12 +1043,15 @@ fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
         return None;
     }
     let needed = (DESCRIPTORS_PER_QUEUE * missing) as u64;
-    let (about, found) = (format!("node {name}"), format!("uses {fd_used} of {fd_total} file descriptors"));
-    let risk = "a broker without file descriptors answers no new connection, to anybody, and logs nothing";
+    let (about, found) =
+        (format!("node {name}"), format!("uses {fd_used} of {fd_total} file descriptors"));
+    let risk =
+        "a broker without file descriptors answers no new connection, to anybody, and logs nothing";
     let mend = "raise the limit of the broker's process (LimitNOFILE in its unit, ulimit -n where it is started) and restart it; \
         docs/operations.md tells how many are needed";
     if fd_used + needed >= *fd_total {
-        let found = format!("{found}; the {missing} queues that are to be declared take about {needed}");
+        let found =
+            format!("{found}; the {missing} queues that are to be declared take about {needed}");
         return Some(Finding::harmful(about, found).risking(risk).mended(mend));
     }
     if (fd_used + needed) * 5 > fd_total * 4 {
@@ -860,8 +1060,8 @@ fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
     Some(Finding::ok(about, found))
 }
 
-/// What a policy's key does to a queue, if that is bad. Arguments win over policies, but for numbers, where the
-/// smaller wins: so the keys that hooktrail's arguments hold do nothing.
+/// What a policy's key does to a queue, if that is bad. Arguments win over policies, but for
+/// numbers, where the smaller wins: so the keys that hooktrail's arguments hold do nothing.
 fn judge(part: Part<'_>, key: &str, value: &Value, held: Held) -> Option<(Severity, String)> {
     use Severity::{Harmful, Warning};
     let number = value.as_i64().unwrap_or(i64::MAX);
@@ -869,30 +1069,52 @@ fn judge(part: Part<'_>, key: &str, value: &Value, held: Held) -> Option<(Severi
     let keeps = matches!(part, Part::Dead(_) | Part::Orphans);
     let (severity, risk) = match key {
         "max-length" | "max-length-bytes" => match part {
-            Part::Main(_) => {
-                (Harmful, "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them")
+            Part::Main(_) => (
+                Harmful,
+                "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them",
+            ),
+            Part::Retry(_) => (
+                Harmful,
+                "when it is full failed batches cannot be written down, and the ladder behind it stops for all subscribers",
+            ),
+            Part::Level(_) => (
+                Harmful,
+                "when it is full no batch can wait for its next attempt, of any subscriber",
+            ),
+            Part::Dead(_) | Part::Orphans => (
+                Harmful,
+                "when it is full what is in it is dropped, or what should go into it has no place",
+            ),
+            Part::State => {
+                (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
             }
-            Part::Retry(_) => {
-                (Harmful, "when it is full failed batches cannot be written down, and the ladder behind it stops for all subscribers")
-            }
-            Part::Level(_) => (Harmful, "when it is full no batch can wait for its next attempt, of any subscriber"),
-            Part::Dead(_) | Part::Orphans => (Harmful, "when it is full what is in it is dropped, or what should go into it has no place"),
-            Part::State => (Warning, "the record is cut: patterns stay bound and pauses are forgotten"),
         },
-        "max-age" if part == Part::State => (Warning, "the record is cut: patterns stay bound and pauses are forgotten"),
-        "message-ttl" if works => {
-            (Warning, "what is not delivered by then becomes a dead letter (`expired`), that of a paused subscriber too")
+        "max-age" if part == Part::State => {
+            (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
         }
+        "message-ttl" if works => (
+            Warning,
+            "what is not delivered by then becomes a dead letter (`expired`), that of a paused subscriber too",
+        ),
         "message-ttl" if keeps => (Harmful, "what is in it is dropped then"),
-        "message-ttl" if matches!(part, Part::Level(level) if number < 1000 << level) => (Warning, "batches are tried again too early"),
-        "expires" => (Harmful, "a queue that nobody uses for so long is deleted with all that is in it"),
-        "delivery-limit" if number >= DELIVERY_LIMIT => return None,
-        "delivery-limit" if works => {
-            (Harmful, "events that were given back so often, as in crashes, become dead letters without one attempt")
+        "message-ttl" if matches!(part, Part::Level(level) if number < 1000 << level) => {
+            (Warning, "batches are tried again too early")
         }
-        "delivery-limit" if keeps => (Harmful, "a dead letter that was looked at so often is dropped"),
+        "expires" => {
+            (Harmful, "a queue that nobody uses for so long is deleted with all that is in it")
+        }
+        "delivery-limit" if number >= DELIVERY_LIMIT => return None,
+        "delivery-limit" if works => (
+            Harmful,
+            "events that were given back so often, as in crashes, become dead letters without one attempt",
+        ),
+        "delivery-limit" if keeps => {
+            (Harmful, "a dead letter that was looked at so often is dropped")
+        }
         // Levels have no key of their own: theirs is the message's way.
-        "dead-letter-routing-key" if matches!(part, Part::Level(_)) => (Harmful, "batches lose their way through the ladder"),
+        "dead-letter-routing-key" if matches!(part, Part::Level(_)) => {
+            (Harmful, "batches lose their way through the ladder")
+        }
         "consumer-timeout" if works => {
             let limit = Duration::from_millis(u64::try_from(number).unwrap_or(0));
             let told = |hold, which| {
@@ -905,7 +1127,13 @@ fn judge(part: Part<'_>, key: &str, value: &Value, held: Held) -> Option<(Severi
                 return Some((Harmful, told(held.full_batches, "with full batches")));
             }
             if limit < held.single_events {
-                return Some((Warning, told(held.single_events, "when batches are of single events and attempts as slow as they may be")));
+                return Some((
+                    Warning,
+                    told(
+                        held.single_events,
+                        "when batches are of single events and attempts as slow as they may be",
+                    ),
+                ));
             }
             return None;
         }
@@ -922,7 +1150,8 @@ enum Probe {
     Silent,
 }
 
-/// Publishes messages that go nowhere: an alarm shows itself to those who publish, and to nobody else.
+/// Publishes messages that go nowhere: an alarm shows itself to those who publish, and to nobody
+/// else.
 async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
     let mut blocked = std::pin::pin!(connection.events_listener().filter_map(|event| {
         ready(match event {
@@ -935,7 +1164,16 @@ async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         let one = async || {
             let properties = BasicProperties::default();
-            channel.basic_publish("".into(), to_nobody.into(), BasicPublishOptions::default(), b"", properties).await?.await
+            channel
+                .basic_publish(
+                    "".into(),
+                    to_nobody.into(),
+                    BasicPublishOptions::default(),
+                    b"",
+                    properties,
+                )
+                .await?
+                .await
         };
         // An alarm takes effect with the first, which may still be confirmed; the second is not.
         one().await?;
@@ -998,14 +1236,19 @@ mod tests {
             (65_536, 900, 3000, Some(Severity::Ok)),
         ] {
             let node = Node::new("n", total, used);
-            assert_eq!(descriptors(&node, missing).map(|f| f.severity), expected, "{used} of {total}, {missing} missing");
+            assert_eq!(
+                descriptors(&node, missing).map(|f| f.severity),
+                expected,
+                "{used} of {total}, {missing} missing"
+            );
         }
     }
 
     #[test]
     fn a_policys_key_is_judged_by_what_the_queue_is_for() {
         use Severity::{Harmful, Warning};
-        let hold = Held { full_batches: Duration::from_secs(61), single_events: Duration::from_secs(600) };
+        let hold =
+            Held { full_batches: Duration::from_secs(61), single_events: Duration::from_secs(600) };
         for (part, key, value, expected) in [
             (Part::Main("a"), "max-length", json!(10), Some(Harmful)),
             (Part::Retry("a"), "max-length-bytes", json!(10), Some(Harmful)),

@@ -16,7 +16,8 @@ use super::{
 use crate::delivery::{Batch, DeadLetter, MessageKind, Reason, cut_error};
 use crate::queue::{MAX_TRACEPARENT, Taken};
 
-/// What comes out of the filter when the bytes come in pieces of these sizes, and are asked for so many at once.
+/// What comes out of the filter when the bytes come in pieces of these sizes, and are asked for so
+/// many at once.
 pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) -> Vec<u8> {
     let mut filter = Filter::new(frame_max);
     let mut found = Vec::new();
@@ -57,11 +58,20 @@ fn frames(mut bytes: &[u8]) -> (Vec<&[u8]>, &[u8]) {
     (frames, bytes)
 }
 
-/// In whatever pieces bytes come, the same goes on to lapin, which reads it or refuses it and does not fall over it.
+/// In whatever pieces bytes come, the same goes on to lapin, which reads it or refuses it and does
+/// not fall over it.
 pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) {
     let whole = through(frame_max, bytes, &[usize::MAX], bytes.len().max(1));
-    assert_eq!(through(frame_max, bytes, pieces, at_once), whole, "pieces of {pieces:?} bytes make a difference");
-    assert_eq!(through(frame_max, &whole, &[usize::MAX], bytes.len().max(1)), whole, "what is harmless is changed again");
+    assert_eq!(
+        through(frame_max, bytes, pieces, at_once),
+        whole,
+        "pieces of {pieces:?} bytes make a difference"
+    );
+    assert_eq!(
+        through(frame_max, &whole, &[usize::MAX], bytes.len().max(1)),
+        whole,
+        "what is harmless is changed again"
+    );
 
     let ((came, came_last), (went, went_last)) = (frames(bytes), frames(&whole));
     assert_eq!((came.len(), came_last), (went.len(), went_last));
@@ -76,7 +86,11 @@ pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: us
             2 => {
                 // Only the table of headers is ever taken out.
                 let fixed = FRAME_HEADER + 12;
-                assert!(came.len() == went.len() || came.len() > went.len() && came[FRAME_HEADER..fixed] == went[FRAME_HEADER..fixed]);
+                assert!(
+                    came.len() == went.len()
+                        || came.len() > went.len()
+                            && came[FRAME_HEADER..fixed] == went[FRAME_HEADER..fixed]
+                );
                 payload.get(12..).map(|properties| basic::parse_properties(properties).ok());
             }
             _ => assert_eq!(came, went, "a body is touched"),
@@ -96,37 +110,59 @@ fn delivery(body: &[u8], properties: &BasicProperties) -> Delivery {
 /// As precise as a time is written.
 fn in_millis(time: SystemTime) -> SystemTime {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::UNIX_EPOCH
+        + Duration::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn headers_len(properties: &BasicProperties) -> usize {
-    let value = |v: &AMQPValue| if let AMQPValue::LongString(s) = v { s.as_bytes().len() } else { 8 };
-    properties.headers().iter().flat_map(FieldTable::inner).map(|(k, v)| k.as_str().len() + 6 + value(v)).sum()
+    let value =
+        |v: &AMQPValue| if let AMQPValue::LongString(s) = v { s.as_bytes().len() } else { 8 };
+    properties
+        .headers()
+        .iter()
+        .flat_map(FieldTable::inner)
+        .map(|(k, v)| k.as_str().len() + 6 + value(v))
+        .sum()
 }
 
-/// Properties as they stand in a content header, and a body: whatever queue of hooktrail's such a message lies in, it is
-/// read as something, with its bytes, and what is written of that is read as the same.
+/// Properties as they stand in a content header, and a body: whatever queue of hooktrail's such a
+/// message lies in, it is read as something, with its bytes, and what is written of that is read as
+/// the same.
 pub(crate) fn message(properties: &[u8], body: &[u8]) {
     let header = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], properties].concat();
     let Ok(length) = u32::try_from(header.len()) else { return };
     let frame = [&[2, 0, 1][..], &length.to_be_bytes(), &header, &[0xce]].concat();
     let frame = through(usize::MAX, &frame, &[usize::MAX], frame.len());
-    let Ok((_, properties)) = basic::parse_properties(&frame[FRAME_HEADER + 12..frame.len() - FRAME_END]) else { return };
+    let Ok((_, properties)) =
+        basic::parse_properties(&frame[FRAME_HEADER + 12..frame.len() - FRAME_END])
+    else {
+        return;
+    };
     let came = || delivery(body, &properties);
 
     match message::taken_event(came(), MOST) {
         Taken::Event(event) => {
             let as_decoded = message::decoded(&properties, body, MOST).ok().flatten();
             assert_eq!(event.body, as_decoded.as_deref().unwrap_or(body));
-            let Taken::Event(again) = message::taken_event(delivery(&event.body, &message::relayed(&properties)), MOST) else {
+            let Taken::Event(again) =
+                message::taken_event(delivery(&event.body, &message::relayed(&properties)), MOST)
+            else {
                 panic!("what is relayed is plain")
             };
             assert_eq!(again.body, event.body);
-            assert_eq!((again.message_id, again.traceparent.clone()), (event.message_id, event.traceparent), "the relay keeps them");
+            assert_eq!(
+                (again.message_id, again.traceparent.clone()),
+                (event.message_id, event.traceparent),
+                "the relay keeps them"
+            );
             assert!(again.traceparent.is_none_or(|t| t.len() <= MAX_TRACEPARENT));
         }
         Taken::Unusable(letter, _) => {
-            assert!(letter.body == body && letter.content_encoding.is_some() && !letter.error.is_empty());
+            assert!(
+                letter.body == body
+                    && letter.content_encoding.is_some()
+                    && !letter.error.is_empty()
+            );
             keeps(letter);
         }
         other => panic!("in a main queue: {other:?}"),
@@ -136,19 +172,32 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     assert_eq!(kept, body);
     match taken_envelope(came()) {
         Taken::Batch(envelope, _) => {
-            assert_eq!(read(taken_envelope(delivery(&kept, &own))), envelope, "as an orphan that is put back");
-            let envelope = Batch { first_attempt_at: envelope.first_attempt_at.map(in_millis), ..envelope };
+            assert_eq!(
+                read(taken_envelope(delivery(&kept, &own))),
+                envelope,
+                "as an orphan that is put back"
+            );
+            let envelope =
+                Batch { first_attempt_at: envelope.first_attempt_at.map(in_millis), ..envelope };
             let (body, properties) = message::envelope(&envelope);
             assert_eq!(read(taken_envelope(delivery(&body, &properties))), envelope);
         }
         Taken::Unusable(letter, _) => {
-            assert!(letter.body == body && letter.reason == Reason::InvalidEvent && !letter.error.is_empty());
+            assert!(
+                letter.body == body
+                    && letter.reason == Reason::InvalidEvent
+                    && !letter.error.is_empty()
+            );
             keeps(letter);
         }
         other => panic!("in a retry queue: {other:?}"),
     }
 
-    for letter in [read_dead_letter(came()), message::read_orphan(came(), Some("a")), message::read_orphan(came(), None)] {
+    for letter in [
+        read_dead_letter(came()),
+        message::read_orphan(came(), Some("a")),
+        message::read_orphan(came(), None),
+    ] {
         assert_eq!(letter.body, body);
         keeps(letter);
     }
@@ -165,7 +214,11 @@ fn keeps(letter: DeadLetter) {
     let (body, properties) = dead_letter(&letter);
     // Of a batch, hooktrail's own id comes in a header, which may be longer than one of its own.
     let long_id = letter.id.as_ref().is_some_and(|id| id.len() > 255);
-    assert!(long_id || headers_len(&properties) < 16 * 1024, "{} bytes of headers", headers_len(&properties));
+    assert!(
+        long_id || headers_len(&properties) < 16 * 1024,
+        "{} bytes of headers",
+        headers_len(&properties)
+    );
     if letter.kind == MessageKind::Batch {
         let envelope = letter.to_batch();
         let (again, _) = message::envelope(&envelope);
@@ -175,7 +228,9 @@ fn keeps(letter: DeadLetter) {
     }
     let as_written = DeadLetter {
         error: cut_error(&letter.error).to_owned(),
-        id: letter.id.filter(|id| letter.kind == MessageKind::Batch || ShortString::try_new(id.as_str()).is_ok()),
+        id: letter.id.filter(|id| {
+            letter.kind == MessageKind::Batch || ShortString::try_new(id.as_str()).is_ok()
+        }),
         first_attempt_at: letter.first_attempt_at.map(in_millis),
         died_at: letter.died_at.map(in_millis),
         ..letter

@@ -5,7 +5,8 @@
 //! queue (bit 1) or past it (bit 0) to the next lower exchange. So that tuning retries changes no
 //! topology, and no message waits behind another with a longer time.
 //!
-//! An operator's look takes a level's messages and gives them back: they keep their place and their time (measured; `waiting.rs`).
+//! An operator's look takes a level's messages and gives them back: they keep their place and their
+//! time (measured; `waiting.rs`).
 
 use std::time::Duration;
 
@@ -28,7 +29,8 @@ pub(super) fn seconds(delay: Duration) -> u32 {
 /// How the ladder holds a message back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hold {
-    /// From the confirmed publish until the message is in the retry queue, by the levels' times to live alone.
+    /// From the confirmed publish until the message is in the retry queue, by the levels' times to
+    /// live alone.
     pub delay: Duration,
     /// Levels that it waits in; each is a republish by the broker.
     pub hops: u32,
@@ -62,7 +64,8 @@ pub(super) fn binding_key(level: u32, bit: char) -> String {
 /// The subscriber that a routing key of the ladder names.
 pub(super) fn subscriber_of(routing_key: &str) -> Option<&str> {
     let (bits, subscriber) = routing_key.rsplit_once('.')?;
-    let is_ladder = bits.len() as u32 == 2 * LEVELS - 1 && bits.split('.').all(|b| b == "0" || b == "1");
+    let is_ladder =
+        bits.len() as u32 == 2 * LEVELS - 1 && bits.split('.').all(|b| b == "0" || b == "1");
     (is_ladder && !subscriber.is_empty()).then_some(subscriber)
 }
 
@@ -75,7 +78,11 @@ mod tests {
     #[test]
     fn common_delays_are_exact() {
         for s in [1, 2, 3, 5, 15, 45, 60, 300, 600, 3600] {
-            assert!(seconds(Duration::from_secs(s.into())) == s, "{s} became {}", seconds(Duration::from_secs(s.into())));
+            assert!(
+                seconds(Duration::from_secs(s.into())) == s,
+                "{s} became {}",
+                seconds(Duration::from_secs(s.into()))
+            );
         }
         assert_eq!(seconds(Duration::ZERO), 1);
         assert_eq!(seconds(Duration::from_millis(1001)), 2);
@@ -83,7 +90,14 @@ mod tests {
 
     #[test]
     fn a_hold_waits_in_the_levels_of_its_bits() {
-        for (ms, seconds, hops) in [(0, 0, 0), (1, 1, 1), (5000, 5, 2), (15_000, 15, 4), (31_000, 32, 1), (405_000, 408, 4)] {
+        for (ms, seconds, hops) in [
+            (0, 0, 0),
+            (1, 1, 1),
+            (5000, 5, 2),
+            (15_000, 15, 4),
+            (31_000, 32, 1),
+            (405_000, 408, 4),
+        ] {
             let expected = Hold { delay: Duration::from_secs(seconds), hops };
             assert_eq!(hold(Duration::from_millis(ms)), expected, "{ms} ms");
         }
@@ -96,8 +110,14 @@ mod tests {
         assert_eq!(entry_level(0b101), 2);
         for level in 0..LEVELS {
             let bit = if level == 0 || level == 2 { ('1', '0') } else { ('0', '1') };
-            assert!(Pattern::try_new(&binding_key(level, bit.0)).expect("a pattern").matches(&key), "level {level}");
-            assert!(!Pattern::try_new(&binding_key(level, bit.1)).expect("a pattern").matches(&key), "level {level}");
+            assert!(
+                Pattern::try_new(&binding_key(level, bit.0)).expect("a pattern").matches(&key),
+                "level {level}"
+            );
+            assert!(
+                !Pattern::try_new(&binding_key(level, bit.1)).expect("a pattern").matches(&key),
+                "level {level}"
+            );
         }
         assert_eq!(subscriber_of(&key), Some("siem"));
         for other in ["siem", "0.1.siem", "", "a.".repeat(19).as_str()] {

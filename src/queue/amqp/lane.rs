@@ -43,10 +43,12 @@ const EXCHANGE_GOODBYE: Duration = Duration::from_secs(2);
 
 /// Another consumer on the same channel; `None` if there is no need of it any more.
 ///
-/// A task of its own: it holds the lock over acks for a moment, and nobody may wait for that while nobody takes.
+/// A task of its own: it holds the lock over acks for a moment, and nobody may wait for that while
+/// nobody takes.
 type Exchange = JoinHandle<Result<Option<Consumer>, BrokerError>>;
 
-/// How many messages the consumer of a feed may have unacked. That cannot be changed but with another consumer.
+/// How many messages the consumer of a feed may have unacked. That cannot be changed but with
+/// another consumer.
 struct Prefetch {
     now: u16,
     window: u16,
@@ -63,7 +65,8 @@ impl Drop for Prefetch {
     }
 }
 
-/// Both ends of one channel, so that one `ack` with `multiple` cannot settle another queue's messages.
+/// Both ends of one channel, so that one `ack` with `multiple` cannot settle another queue's
+/// messages.
 struct Feed {
     lease: Arc<Lease>,
     consumer: Consumer,
@@ -75,7 +78,15 @@ impl Feed {
         let open = async {
             // Before consuming: the consumer's own buffer has no limit.
             lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-            lease.channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+            lease
+                .channel
+                .basic_consume(
+                    queue.as_str().into(),
+                    "".into(),
+                    BasicConsumeOptions::default(),
+                    FieldTable::default(),
+                )
+                .await
         };
         match answer(open).await {
             Ok(consumer) => Ok(Self { lease: Arc::new(lease), consumer, queue }),
@@ -83,18 +94,26 @@ impl Feed {
         }
     }
 
-    /// The next delivery if there is one. The end of the stream in any form means that the channel is of no use any more.
+    /// The next delivery if there is one. The end of the stream in any form means that the channel
+    /// is of no use any more.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, QueueError>> {
         Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
             Some(Ok(delivery)) => Ok(delivery),
-            Some(Err(e)) => Err(QueueError::new(format!("the consumer of queue `{}` ended: {}", self.queue, BrokerError::from(e)))),
-            None => Err(QueueError::new(format!("the broker cancelled the consumer of queue `{}`: it was deleted or moved", self.queue))),
+            Some(Err(e)) => Err(QueueError::new(format!(
+                "the consumer of queue `{}` ended: {}",
+                self.queue,
+                BrokerError::from(e)
+            ))),
+            None => Err(QueueError::new(format!(
+                "the broker cancelled the consumer of queue `{}`: it was deleted or moved",
+                self.queue
+            ))),
         })
     }
 
     /// Closing gives everything back at once and in its order. Cancelling the consumer first would
-    /// not: what the broker has on its way then goes back before what was delivered earlier (measured).
-    /// Returns whether the broker has answered, and so has taken all acks before.
+    /// not: what the broker has on its way then goes back before what was delivered earlier
+    /// (measured). Returns whether the broker has answered, and so has taken all acks before.
     async fn close(&self) -> bool {
         let closed = answer(self.lease.channel.close(200, "given back".into())).await;
         if let Err(why) = &closed {
@@ -112,15 +131,17 @@ pub(super) struct Unusable {
 }
 
 impl Unusable {
-    /// The broker has lost the use of the queue. It closes the whole connection of who consumes it, at
-    /// once or after a minute without an answer.
+    /// The broker has lost the use of the queue. It closes the whole connection of who consumes it,
+    /// at once or after a minute without an answer.
     pub(super) fn is_broken(&self) -> bool {
         self.why.silent || self.why.code == Some(INTERNAL_ERROR)
     }
 
     pub(super) fn into_error(self, subscriber: &str) -> QueueError {
         let remedy = if self.is_broken() {
-            format!("; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` declares it anew")
+            format!(
+                "; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` declares it anew"
+            )
         } else {
             String::new()
         };
@@ -132,8 +153,17 @@ impl Unusable {
 pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusable> {
     let consume = async {
         lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
-        // Held until the channel is closed: dropped before, it is cancelled, and a channel that closes takes that for an error.
-        let _consumer = lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await?;
+        // Held until the channel is closed: dropped before, it is cancelled, and a channel that
+        // closes takes that for an error.
+        let _consumer = lease
+            .channel
+            .basic_consume(
+                queue.into(),
+                "".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await?;
         lease.channel.close(200, "tried".into()).await
     };
     answer(consume).await.map_err(|why| Unusable { queue: queue.to_owned(), why })
@@ -179,7 +209,10 @@ impl Source {
             acks: Mutex::default(),
             acked: Notify::new(),
             sizes,
-            tracks: std::sync::Mutex::new(Tracks { events: Track::new(window.events), envelopes: Track::new(window.envelopes) }),
+            tracks: std::sync::Mutex::new(Tracks {
+                events: Track::new(window.events),
+                envelopes: Track::new(window.envelopes),
+            }),
             remembered,
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
@@ -208,7 +241,10 @@ impl Source {
                 }
                 Ok(None) => {}
                 Err(why) => {
-                    let why = format!("queue `{}` cannot be consumed with another prefetch: {why}", self.events.queue);
+                    let why = format!(
+                        "queue `{}` cannot be consumed with another prefetch: {why}",
+                        self.events.queue
+                    );
                     return Poll::Ready(Err(QueueError::new(why)));
                 }
             }
@@ -224,10 +260,12 @@ impl Source {
         Poll::Ready(taken)
     }
 
-    /// Begins to consume with the prefetch that the sizes of the messages allow now, if that is much more or less.
+    /// Begins to consume with the prefetch that the sizes of the messages allow now, if that is
+    /// much more or less.
     ///
-    /// Nothing may be on its way from the broker then: it would be put behind what was given back before. That is so when
-    /// as many are unacked as the consumer may have, and no ack is written meanwhile.
+    /// Nothing may be on its way from the broker then: it would be put behind what was given back
+    /// before. That is so when as many are unacked as the consumer may have, and no ack is written
+    /// meanwhile.
     fn fit(&mut self) {
         let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
         let inner = &self.settler.0;
@@ -235,13 +273,21 @@ impl Source {
         if !is_other(now, next, window) || !inner.is_exhausted(since, now) {
             return;
         }
-        let exchange = exchange(inner.clone(), self.events.consumer.tag(), self.events.queue.clone(), since, now, next);
+        let exchange = exchange(
+            inner.clone(),
+            self.events.consumer.tag(),
+            self.events.queue.clone(),
+            since,
+            now,
+            next,
+        );
         self.consumes.begin_again();
         self.prefetch.exchange = Some((next, tokio::spawn(exchange)));
     }
 }
 
-/// Cancels a consumer and begins another on the same channel: what was delivered stays with the channel, and keeps its tags.
+/// Cancels a consumer and begins another on the same channel: what was delivered stays with the
+/// channel, and keeps its tags.
 async fn exchange(
     inner: Arc<Inner>,
     tag: ShortString,
@@ -264,7 +310,14 @@ async fn exchange(
     }
     answer(async {
         channel.basic_qos(next, BasicQosOptions::default()).await?;
-        channel.basic_consume(queue.as_str().into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+        channel
+            .basic_consume(
+                queue.as_str().into(),
+                "".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await
     })
     .await
     .map(Some)
@@ -359,7 +412,11 @@ impl std::fmt::Debug for Settler {
 }
 
 impl queue::Settler for Settler {
-    async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
+    async fn settle(
+        &self,
+        receipts: Vec<Receipt>,
+        settlement: Settlement,
+    ) -> Result<(), SettleError> {
         let inner = &*self.0;
         let accepted = matches!(settlement, Settlement::Delivered);
         if !inner.are_alive(&receipts) {
@@ -406,10 +463,14 @@ impl Inner {
 
     fn taken_event(&self, d: Delivery) -> Taken {
         let bytes = d.data.len();
-        let mark = Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
+        let mark =
+            Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
         let known = self.track(MessageKind::Event, d.delivery_tag, Some(mark), d.redelivered);
         let taken = if known {
-            Taken::Known { events: 1, receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag } }
+            Taken::Known {
+                events: 1,
+                receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag },
+            }
         } else {
             message::taken_event(d, self.most)
         };
@@ -433,9 +494,12 @@ impl Inner {
         }
     }
 
-    /// Keeps track of a delivery, whatever it is. Returns whether it was settled before and has come again.
+    /// Keeps track of a delivery, whatever it is. Returns whether it was settled before and has
+    /// come again.
     fn track(&self, from: MessageKind, tag: u64, mark: Option<Mark>, redelivered: bool) -> bool {
-        let known = mark.filter(|_| redelivered).and_then(|mark| self.remembered.knows(mark, clock::instant()));
+        let known = mark
+            .filter(|_| redelivered)
+            .and_then(|mark| self.remembered.knows(mark, clock::instant()));
         self.tracks().of(from).taken(tag, mark, known);
         known.is_some()
     }
@@ -443,9 +507,10 @@ impl Inner {
     fn messages(&self, settlement: Settlement) -> Vec<Message> {
         match settlement {
             Settlement::Delivered => Vec::new(),
-            Settlement::Retry { batches, delay } => {
-                batches.iter().map(|batch| retry_message(&self.topology, &self.subscriber, batch, delay)).collect()
-            }
+            Settlement::Retry { batches, delay } => batches
+                .iter()
+                .map(|batch| retry_message(&self.topology, &self.subscriber, batch, delay))
+                .collect(),
             Settlement::Dead(letters) => {
                 let dead = self.topology.dead(&self.subscriber);
                 letters
@@ -460,8 +525,10 @@ impl Inner {
     }
 
     async fn store(&self, messages: Vec<Message>) -> Result<(), SettleError> {
-        let place =
-            messages.first().map(|m| if m.exchange.is_empty() { m.routing_key.clone() } else { m.exchange.clone() }).unwrap_or_default();
+        let place = messages
+            .first()
+            .map(|m| if m.exchange.is_empty() { m.routing_key.clone() } else { m.exchange.clone() })
+            .unwrap_or_default();
         let unconfirmed = |e: QueueError| SettleError::Unconfirmed(e.to_string());
         let mut left = messages;
         for put_back in [true, false] {
@@ -472,7 +539,8 @@ impl Inner {
                     self.subscriber
                 )));
             }
-            // What came back is in no queue, so that it can be published again without becoming two.
+            // What came back is in no queue, so that it can be published again without becoming
+            // two.
             let mut fates = fates.into_iter();
             left.retain(|_| fates.next() != Some(Fate::Stored));
             if left.is_empty() {
@@ -484,7 +552,9 @@ impl Inner {
                 })?;
             }
         }
-        Err(SettleError::Unconfirmed(format!("what is written to `{place}` finds no queue, although all of them are there")))
+        Err(SettleError::Unconfirmed(format!(
+            "what is written to `{place}` finds no queue, although all of them are there"
+        )))
     }
 
     fn settled(&self, receipts: &[Receipt], accepted: bool) {
@@ -514,8 +584,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Acks what is finished behind something that is not, one by one: given back it would come again,
-    /// and a dead letter would be written each time that a circuit is probed.
+    /// Acks what is finished behind something that is not, one by one: given back it would come
+    /// again, and a dead letter would be written each time that a circuit is probed.
     async fn ack_stragglers(&self) -> Result<(), BrokerError> {
         let _rising = self.acks.lock().await;
         let stragglers = self.tracks().events.stragglers();
@@ -534,13 +604,19 @@ async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), BrokerEr
 }
 
 /// The message that brings an envelope back after `delay`; at once if that is zero.
-pub(super) fn retry_message(topology: &Topology, subscriber: &str, envelope: &queue::Batch, delay: Duration) -> Message {
+pub(super) fn retry_message(
+    topology: &Topology,
+    subscriber: &str,
+    envelope: &queue::Batch,
+    delay: Duration,
+) -> Message {
     let (body, properties) = message::envelope(envelope);
     if delay.is_zero() {
         return Message::to_queue(topology.retry(subscriber), body, properties);
     }
     let seconds = ladder::seconds(delay);
-    let properties = message::with_due(properties, clock::now() + Duration::from_secs(seconds.into()));
+    let properties =
+        message::with_due(properties, clock::now() + Duration::from_secs(seconds.into()));
     Message {
         exchange: topology.level(ladder::entry_level(seconds)),
         routing_key: ladder::routing_key(seconds, subscriber),

@@ -1,4 +1,5 @@
-//! The HTTP API of RabbitMQ's management plugin: what the broker knows and AMQP does not show. Only ever read.
+//! The HTTP API of RabbitMQ's management plugin: what the broker knows and AMQP does not show. Only
+//! ever read.
 
 use std::{error::Error as _, fmt, time::Duration};
 
@@ -15,7 +16,8 @@ use crate::crypto::{
 /// For one answer, all of it.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A list answers 500 when a queue on it is deleted meanwhile (seen on 3.10), and is asked for again.
+/// A list answers 500 when a queue on it is deleted meanwhile (seen on 3.10), and is asked for
+/// again.
 const TRIES: u32 = 4;
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -43,7 +45,8 @@ impl fmt::Display for Unseen {
     }
 }
 
-/// A queue as the API lists it. Figures and policies come with the statistics, some seconds after the queue.
+/// A queue as the API lists it. Figures and policies come with the statistics, some seconds after
+/// the queue.
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct Row {
     pub(super) name: String,
@@ -123,7 +126,8 @@ impl Node {
         Self { name: name.to_owned(), running: true, uptime: 1, fd_total, fd_used }
     }
 
-    /// Its figures are there, which come some seconds after its start; of one that is down there are none.
+    /// Its figures are there, which come some seconds after its start; of one that is down there
+    /// are none.
     pub(super) fn is_complete(&self) -> bool {
         !self.running || self.uptime > 0
     }
@@ -165,12 +169,16 @@ impl Management {
             .timeout(TIMEOUT)
             .connect_timeout(TIMEOUT / 3);
         if base.scheme() == "https" {
-            let tls = SystemRoots::load().and_then(|roots| TlsPolicy::default().client_config(&roots));
+            let tls =
+                SystemRoots::load().and_then(|roots| TlsPolicy::default().client_config(&roots));
             client = client.tls_backend_preconfigured(tls.map_err(unusable)?);
         }
         let client = client.build().map_err(|e| unusable(e.without_url().to_string()))?;
         let userinfo = &amqp.authority.userinfo;
-        let user = base.username().is_empty().then(|| (userinfo.username.clone(), Secret::new(userinfo.password.clone())));
+        let user = base
+            .username()
+            .is_empty()
+            .then(|| (userinfo.username.clone(), Secret::new(userinfo.password.clone())));
         Ok(Self { client, base, user, vhost: amqp.vhost.clone() })
     }
 
@@ -187,7 +195,13 @@ impl Management {
         let mut rows = Vec::new();
         for page in 1..=MAX_PAGES {
             let (number, size) = (page.to_string(), PAGE.to_string());
-            let query = [("page", &*number), ("page_size", &*size), ("name", &*name), ("use_regex", "true"), ("columns", columns)];
+            let query = [
+                ("page", &*number),
+                ("page_size", &*size),
+                ("name", &*name),
+                ("use_regex", "true"),
+                ("columns", columns),
+            ];
             let Page { items, page_count } = self.get(&["queues", &self.vhost], &query).await?;
             rows.extend(items);
             if page >= page_count {
@@ -199,7 +213,9 @@ impl Management {
 
     /// What a queue is bound with, the default exchange left out.
     pub(super) async fn bindings(&self, queue: &str) -> Result<Vec<Binding>, Unseen> {
-        let mut found: Vec<Binding> = self.get(&["queues", &self.vhost, queue, "bindings"], &[("columns", "source,routing_key")]).await?;
+        let mut found: Vec<Binding> = self
+            .get(&["queues", &self.vhost, queue, "bindings"], &[("columns", "source,routing_key")])
+            .await?;
         found.retain(|b| !b.source.is_empty());
         Ok(found)
     }
@@ -242,8 +258,15 @@ impl Management {
         }
         let limits: Vec<Limits> = self.get(&["vhost-limits", &self.vhost], &[]).await?;
         // A negative one is none.
-        let Some(max) = limits.iter().find_map(|l| l.value.0.get("max-queues")?.as_u64()) else { return Ok(None) };
-        let All { total_count } = self.get(&["queues", &self.vhost], &[("page", "1"), ("page_size", "1"), ("columns", "name")]).await?;
+        let Some(max) = limits.iter().find_map(|l| l.value.0.get("max-queues")?.as_u64()) else {
+            return Ok(None);
+        };
+        let All { total_count } = self
+            .get(
+                &["queues", &self.vhost],
+                &[("page", "1"), ("page_size", "1"), ("columns", "name")],
+            )
+            .await?;
         Ok(Some((max, total_count)))
     }
 
@@ -258,17 +281,28 @@ impl Management {
         while let Some(chunk) = response.chunk().await.map_err(unreachable)? {
             body.extend_from_slice(&chunk);
             if body.len() > MAX_ANSWER {
-                return Err(Unseen::Refused(format!("its answer is longer than {} MiB", MAX_ANSWER >> 20)));
+                return Err(Unseen::Refused(format!(
+                    "its answer is longer than {} MiB",
+                    MAX_ANSWER >> 20
+                )));
             }
         }
         Ok((response.status(), body))
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &[&str], query: &[(&str, &str)]) -> Result<T, Unseen> {
+    async fn get<T: DeserializeOwned>(
+        &self,
+        path: &[&str],
+        query: &[(&str, &str)],
+    ) -> Result<T, Unseen> {
         let mut url = self.base.clone();
         match url.path_segments_mut() {
             Ok(mut segments) => drop(segments.pop_if_empty().push("api").extend(path)),
-            Err(()) => return Err(Unseen::Unreachable("[queue] management_url cannot have a path".to_owned())),
+            Err(()) => {
+                return Err(Unseen::Unreachable(
+                    "[queue] management_url cannot have a path".to_owned(),
+                ));
+            }
         }
         if !query.is_empty() {
             url.query_pairs_mut().extend_pairs(query);
@@ -284,13 +318,20 @@ impl Management {
         };
         // A health check that fails says so by its status, and why in its body.
         if status.is_success() || status == StatusCode::SERVICE_UNAVAILABLE {
-            return serde_json::from_slice(&body)
-                .map_err(|_| Unseen::Unreachable(format!("what answered ({status}) is not RabbitMQ's management plugin")));
+            return serde_json::from_slice(&body).map_err(|_| {
+                Unseen::Unreachable(format!(
+                    "what answered ({status}) is not RabbitMQ's management plugin"
+                ))
+            });
         }
-        let reason = serde_json::from_slice::<Value>(&body).ok().and_then(|v| Some(v.get("reason")?.as_str()?.to_owned()));
+        let reason = serde_json::from_slice::<Value>(&body)
+            .ok()
+            .and_then(|v| Some(v.get("reason")?.as_str()?.to_owned()));
         match reason {
             Some(reason) => Err(Unseen::Refused(format!("it answered {status}: {reason}"))),
-            None => Err(Unseen::Unreachable(format!("what answered ({status}) is not RabbitMQ's management plugin"))),
+            None => Err(Unseen::Unreachable(format!(
+                "what answered ({status}) is not RabbitMQ's management plugin"
+            ))),
         }
     }
 }

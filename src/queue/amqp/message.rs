@@ -80,7 +80,11 @@ fn time(value: SystemTime) -> AMQPValue {
 }
 
 /// An event for the exchange.
-pub(super) fn event(body: Bytes, message_id: Option<&str>, traceparent: Option<&str>) -> (Bytes, BasicProperties) {
+pub(super) fn event(
+    body: Bytes,
+    message_id: Option<&str>,
+    traceparent: Option<&str>,
+) -> (Bytes, BasicProperties) {
     let now = clock::unix_seconds(clock::now());
     let mut p = properties(Some("application/json"), message_id).with_timestamp(now);
     if let Some(trace) = traceparent.filter(|t| t.len() <= MAX_TRACEPARENT) {
@@ -101,7 +105,10 @@ fn traceparent(p: &BasicProperties) -> Option<String> {
 /// `traceparent`, and nothing else of what it came with.
 pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
     let id = from.message_id().as_ref().map(ShortString::as_str);
-    let mut p = properties(Some(from.content_type().as_ref().map_or("application/json", ShortString::as_str)), id);
+    let mut p = properties(
+        Some(from.content_type().as_ref().map_or("application/json", ShortString::as_str)),
+        id,
+    );
     if let Some(t) = from.timestamp() {
         p = p.with_timestamp(*t);
     }
@@ -115,7 +122,10 @@ pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
 
 /// A dead event as it goes back into the main queue.
 pub(super) fn event_again(letter: &DeadLetter) -> (Bytes, BasicProperties) {
-    let p = properties(Some(letter.content_type.as_deref().unwrap_or("application/json")), letter.id.as_deref());
+    let p = properties(
+        Some(letter.content_type.as_deref().unwrap_or("application/json")),
+        letter.id.as_deref(),
+    );
     (letter.body.clone(), encoded(p, letter.content_encoding.as_deref()))
 }
 
@@ -150,7 +160,8 @@ pub(super) fn envelope(e: &Batch) -> (Bytes, BasicProperties) {
 pub(super) fn with_due(properties: BasicProperties, due: SystemTime) -> BasicProperties {
     let millis = due.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
     let mut headers = properties.headers().clone().unwrap_or_default();
-    headers.insert(DUE_AT.into(), AMQPValue::LongLongInt(i64::try_from(millis).unwrap_or(i64::MAX)));
+    headers
+        .insert(DUE_AT.into(), AMQPValue::LongLongInt(i64::try_from(millis).unwrap_or(i64::MAX)));
     properties.with_headers(headers)
 }
 
@@ -187,15 +198,19 @@ fn is_own(header: &str) -> bool {
     header.starts_with("x-hooktrail-") || header == TRACEPARENT
 }
 
-/// A message of hooktrail's own that goes on to another queue: its own headers and nothing of the broker's.
+/// A message of hooktrail's own that goes on to another queue: its own headers and nothing of the
+/// broker's.
 pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
     let from = &d.properties;
     let short = |s: &Option<ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
     let mut headers = FieldTable::default();
-    for (name, value) in from.headers().iter().flat_map(|h| h.inner()).filter(|(name, _)| is_own(name.as_str())) {
+    for (name, value) in
+        from.headers().iter().flat_map(|h| h.inner()).filter(|(name, _)| is_own(name.as_str()))
+    {
         headers.insert(name.clone(), value.clone());
     }
-    let p = properties(short(from.content_type()).as_deref(), short(from.message_id()).as_deref()).with_headers(headers);
+    let p = properties(short(from.content_type()).as_deref(), short(from.message_id()).as_deref())
+        .with_headers(headers);
     (Bytes::from(d.data), p)
 }
 
@@ -203,7 +218,12 @@ pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
 pub(super) fn due_now(d: Delivery) -> (Bytes, BasicProperties) {
     let (body, properties) = untouched(d);
     let mut headers = FieldTable::default();
-    for (name, value) in properties.headers().iter().flat_map(FieldTable::inner).filter(|(name, _)| name.as_str() != DUE_AT) {
+    for (name, value) in properties
+        .headers()
+        .iter()
+        .flat_map(FieldTable::inner)
+        .filter(|(name, _)| name.as_str() != DUE_AT)
+    {
         headers.insert(name.clone(), value.clone());
     }
     (body, properties.with_headers(headers))
@@ -220,7 +240,9 @@ impl Headers<'_> {
     fn text(&self, name: &str) -> Result<Option<String>, String> {
         match self.get(name) {
             None => Ok(None),
-            Some(AMQPValue::LongString(s)) => Ok(Some(String::from_utf8_lossy(s.as_bytes()).into_owned())),
+            Some(AMQPValue::LongString(s)) => {
+                Ok(Some(String::from_utf8_lossy(s.as_bytes()).into_owned()))
+            }
             Some(AMQPValue::ShortString(s)) => Ok(Some(s.as_str().to_owned())),
             Some(other) => Err(format!("header `{name}` is {:?}, not a string", other.get_type())),
         }
@@ -242,20 +264,26 @@ impl Headers<'_> {
             Some(AMQPValue::LongInt(n)) => (*n).into(),
             Some(AMQPValue::LongUInt(n)) => (*n).into(),
             Some(AMQPValue::LongLongInt(n)) => (*n).into(),
-            Some(other) => return Err(format!("header `{name}` is {:?}, not an integer", other.get_type())),
+            Some(other) => {
+                return Err(format!("header `{name}` is {:?}, not an integer", other.get_type()));
+            }
         };
         Ok(Some(n))
     }
 
     /// As far as RFC 3339 goes: a later time could not be shown.
     fn unix_millis(&self, name: &str) -> Option<SystemTime> {
-        let millis = u64::try_from(self.any_integer(name).ok()??).ok().filter(|ms| *ms < 253_402_300_800_000)?;
+        let millis = u64::try_from(self.any_integer(name).ok()??)
+            .ok()
+            .filter(|ms| *ms < 253_402_300_800_000)?;
         Some(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
     }
 
     fn time(&self, name: &str) -> Result<Option<SystemTime>, String> {
         let Some(text) = self.text(name)? else { return Ok(None) };
-        humantime::parse_rfc3339(&text).map(Some).map_err(|_| format!("header `{name}` is not an RFC 3339 time"))
+        humantime::parse_rfc3339(&text)
+            .map(Some)
+            .map_err(|_| format!("header `{name}` is not an RFC 3339 time"))
     }
 
     /// Of an earlier version's message there is none.
@@ -289,7 +317,11 @@ pub(super) struct Undecoded {
 ///
 /// # Errors
 /// It cannot be inflated, or has more than `most` bytes then.
-pub(super) fn decoded(p: &BasicProperties, body: &[u8], most: usize) -> Result<Option<Vec<u8>>, Undecoded> {
+pub(super) fn decoded(
+    p: &BasicProperties,
+    body: &[u8],
+    most: usize,
+) -> Result<Option<Vec<u8>>, Undecoded> {
     let Some(encoding) = encoding(p) else { return Ok(None) };
     // A client that only says so.
     if event_type(body).is_ok() {
@@ -300,12 +332,17 @@ pub(super) fn decoded(p: &BasicProperties, body: &[u8], most: usize) -> Result<O
         Coding::Compressed => match inflate(body, most) {
             Ok(body) => return Ok(Some(body)),
             Err(Broken::TooLong) => {
-                let error = format!("inflated, it has more than {most} bytes, and a request body must not");
+                let error =
+                    format!("inflated, it has more than {most} bytes, and a request body must not");
                 return Err(Undecoded { reason: Reason::TooLarge, error, encoding });
             }
-            Err(Broken::Bytes(e)) => format!("the event is not encoded as its content_encoding `{encoding}` says: {e}"),
+            Err(Broken::Bytes(e)) => {
+                format!("the event is not encoded as its content_encoding `{encoding}` says: {e}")
+            }
         },
-        Coding::Unknown => format!("the event's content_encoding `{encoding}` is not one that can be undone here: gzip, deflate or none"),
+        Coding::Unknown => format!(
+            "the event's content_encoding `{encoding}` is not one that can be undone here: gzip, deflate or none"
+        ),
     };
     Err(Undecoded { reason: Reason::InvalidEvent, error, encoding })
 }
@@ -316,7 +353,9 @@ impl Undecoded {
         DeadLetter {
             kind: MessageKind::Event,
             reason: self.reason,
-            content_type: Some(owned(d.properties.content_type()).unwrap_or_else(|| "application/json".to_owned())),
+            content_type: Some(
+                owned(d.properties.content_type()).unwrap_or_else(|| "application/json".to_owned()),
+            ),
             content_encoding: Some(self.encoding),
             id: owned(d.properties.message_id()),
             body: d.data.into(),
@@ -341,7 +380,12 @@ pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
             return Taken::Unusable(undecoded.dead_letter(d), receipt);
         }
     }
-    let content_type = d.properties.content_type().as_ref().map(ShortString::as_str).filter(|t| *t != "application/json");
+    let content_type = d
+        .properties
+        .content_type()
+        .as_ref()
+        .map(ShortString::as_str)
+        .filter(|t| *t != "application/json");
     Taken::Event(Event {
         message_id: owned(d.properties.message_id()),
         content_type: content_type.map(str::to_owned),
@@ -380,19 +424,24 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
 fn read_envelope(d: &Delivery) -> Result<Batch, String> {
     let h = Headers(d.properties.headers().as_ref());
     let batch_id = h.text(BATCH_ID)?.ok_or_else(|| format!("it has no header `{BATCH_ID}`"))?;
-    let sound = (1..=255).contains(&batch_id.len()) && batch_id.bytes().all(|b| b.is_ascii_graphic() && b != b'.');
+    let sound = (1..=255).contains(&batch_id.len())
+        && batch_id.bytes().all(|b| b.is_ascii_graphic() && b != b'.');
     if !sound {
-        return Err(format!("header `{BATCH_ID}` is not 1 to 255 printable characters without a dot"));
+        return Err(format!(
+            "header `{BATCH_ID}` is not 1 to 255 printable characters without a dot"
+        ));
     }
     if d.data.is_empty() {
         return Err("it is empty".to_owned());
     }
     let content_type = d.properties.content_type().as_ref().map_or("", ShortString::as_str);
-    let format = [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
+    let format =
+        [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
     Ok(Batch {
         id: batch_id.into(),
         body: Bytes::copy_from_slice(&d.data),
-        format: format.ok_or_else(|| format!("its content type `{content_type}` is not that of a batch"))?,
+        format: format
+            .ok_or_else(|| format!("its content type `{content_type}` is not that of a batch"))?,
         events: h.integer(EVENTS)?.unwrap_or(0),
         attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
         first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
@@ -408,7 +457,8 @@ pub(super) fn waiting(d: &Delivery) -> Option<Waiting> {
     Some(Waiting::new(&envelope, Headers(d.properties.headers().as_ref()).unix_millis(DUE_AT)))
 }
 
-/// Reads whatever is in a dead queue; what the broker put there itself has no headers of hooktrail's.
+/// Reads whatever is in a dead queue; what the broker put there itself has no headers of
+/// hooktrail's.
 pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     let h = Headers(d.properties.headers().as_ref());
     let ok = |r: Result<Option<String>, String>| r.ok().flatten();
@@ -423,7 +473,8 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     let death = if reason.is_none() { h.death() } else { Death::default() };
     DeadLetter {
         kind,
-        error: ok(h.text(ERROR)).unwrap_or_else(|| if reason.is_none() { death.error() } else { String::new() }),
+        error: ok(h.text(ERROR))
+            .unwrap_or_else(|| if reason.is_none() { death.error() } else { String::new() }),
         reason: reason.unwrap_or_else(|| death.reason()),
         content_type: owned(d.properties.content_type()),
         content_encoding: ok(h.text(CONTENT_ENCODING)).or_else(|| encoding(&d.properties)),
@@ -444,7 +495,8 @@ struct Death {
     expired: bool,
     at: Option<SystemTime>,
     queue: Option<String>,
-    /// The property `expiration` that its producer gave it, in milliseconds; the broker has taken it off.
+    /// The property `expiration` that its producer gave it, in milliseconds; the broker has taken
+    /// it off.
     expiration: Option<String>,
 }
 
@@ -459,14 +511,19 @@ impl Death {
             Some(ms) => format!(
                 "its producer gave it an `expiration` of {ms} ms, and it expired{queue} before it was taken; without that property it waits"
             ),
-            None if self.expired => format!("expired{queue}: a policy gives messages a time to live (rabbitmqctl list_policies)"),
-            None => format!("moved here by the broker{queue}; a policy limits the queue (rabbitmqctl list_policies)"),
+            None if self.expired => format!(
+                "expired{queue}: a policy gives messages a time to live (rabbitmqctl list_policies)"
+            ),
+            None => format!(
+                "moved here by the broker{queue}; a policy limits the queue (rabbitmqctl list_policies)"
+            ),
         }
     }
 }
 
 impl Headers<'_> {
-    /// The latest of the header `x-death` (RabbitMQ's documentation, "Dead Lettered Effects on Messages"), as far as it can be read.
+    /// The latest of the header `x-death` (RabbitMQ's documentation, "Dead Lettered Effects on
+    /// Messages"), as far as it can be read.
     fn death(&self) -> Death {
         let first_reason = self.text("x-first-death-reason").ok().flatten();
         let latest = match self.get("x-death") {
@@ -474,7 +531,10 @@ impl Headers<'_> {
             _ => None,
         };
         let Some(AMQPValue::FieldTable(latest)) = latest else {
-            return Death { expired: first_reason.as_deref() == Some("expired"), ..Death::default() };
+            return Death {
+                expired: first_reason.as_deref() == Some("expired"),
+                ..Death::default()
+            };
         };
         let latest = Headers(Some(latest));
         let short = |name| latest.text(name).ok().flatten().filter(|text| text.len() <= 255);
@@ -491,7 +551,8 @@ impl Headers<'_> {
     }
 }
 
-/// Reads whatever is among the orphans: batches that could not be routed back, and invalid events of a source queue.
+/// Reads whatever is among the orphans: batches that could not be routed back, and invalid events
+/// of a source queue.
 pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
     let is_dead_letter = Headers(d.properties.headers().as_ref()).get(REASON).is_some();
     let letter = read_dead_letter(d);
@@ -537,7 +598,9 @@ mod tests {
             format: Format::JsonLines,
             events: 3,
             attempts: 2,
-            first_attempt_at: Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123)),
+            first_attempt_at: Some(
+                SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+            ),
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
             story: a_story(),
             replay: true,
@@ -555,20 +618,32 @@ mod tests {
     }
 
     #[test]
-    fn a_retry_tells_when_it_comes_back_until_it_is_sent_now_and_a_time_that_makes_no_sense_is_none() {
+    fn a_retry_tells_when_it_comes_back_until_it_is_sent_now_and_a_time_that_makes_no_sense_is_none()
+     {
         let e = an_envelope();
         let due = SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123);
         let (body, plain) = envelope(&e);
         let told = with_due(plain.clone(), due);
         let found = waiting(&delivery(&body, told.clone())).expect("an envelope");
         assert_eq!(found, Waiting::new(&e, Some(due)));
-        assert_eq!((found.batch_id.as_str(), found.attempts, found.last.as_ref()), ("msg_1", 2, e.story.last()));
+        assert_eq!(
+            (found.batch_id.as_str(), found.attempts, found.last.as_ref()),
+            ("msg_1", 2, e.story.last())
+        );
         let (sent, properties) = due_now(delivery(&body, told));
         assert_eq!((&sent, &properties), (&body, &plain), "but for the time it is the same");
-        for odd in [AMQPValue::LongLongInt(-1), AMQPValue::LongLongInt(i64::MAX), text("soon"), AMQPValue::Boolean(true)] {
+        for odd in [
+            AMQPValue::LongLongInt(-1),
+            AMQPValue::LongLongInt(i64::MAX),
+            text("soon"),
+            AMQPValue::Boolean(true),
+        ] {
             let mut h = plain.headers().clone().expect("headers");
             h.insert(DUE_AT.into(), odd);
-            assert_eq!(waiting(&delivery(&body, plain.clone().with_headers(h))).expect("an envelope").due, None);
+            assert_eq!(
+                waiting(&delivery(&body, plain.clone().with_headers(h))).expect("an envelope").due,
+                None
+            );
         }
         assert_eq!(waiting(&delivery(b"no envelope", BasicProperties::default())), None);
     }
@@ -578,7 +653,10 @@ mod tests {
         let e = Batch { story: AttemptLog::default(), replay: false, ..an_envelope() };
         let (body, properties) = envelope(&e);
         let mut h = properties.headers().clone().expect("headers");
-        assert!(!h.contains_key(STORY) && !h.contains_key(REPLAY), "as the earlier version wrote it");
+        assert!(
+            !h.contains_key(STORY) && !h.contains_key(REPLAY),
+            "as the earlier version wrote it"
+        );
         for value in [None, Some(AMQPValue::Boolean(true)), Some(text("what is this"))] {
             if let Some(value) = value {
                 h.insert(STORY.into(), value.clone());
@@ -622,7 +700,10 @@ mod tests {
             match taken_envelope(delivery(body, properties)) {
                 Taken::Unusable(letter, _) => {
                     assert!(letter.error.contains(why), "{}", letter.error);
-                    assert_eq!((letter.kind, letter.reason), (MessageKind::Batch, Reason::InvalidEvent));
+                    assert_eq!(
+                        (letter.kind, letter.reason),
+                        (MessageKind::Batch, Reason::InvalidEvent)
+                    );
                     assert_eq!(&letter.body[..], body);
                 }
                 other => panic!("{why}: {other:?}"),
@@ -648,8 +729,14 @@ mod tests {
             story: a_story(),
         };
         let (body, properties) = dead_letter(&letter);
-        let value = |v: &AMQPValue| if let AMQPValue::LongString(s) = v { s.as_bytes().len() } else { 8 };
-        let headers: usize = properties.headers().iter().flat_map(FieldTable::inner).map(|(k, v)| k.as_str().len() + 6 + value(v)).sum();
+        let value =
+            |v: &AMQPValue| if let AMQPValue::LongString(s) = v { s.as_bytes().len() } else { 8 };
+        let headers: usize = properties
+            .headers()
+            .iter()
+            .flat_map(FieldTable::inner)
+            .map(|(k, v)| k.as_str().len() + 6 + value(v))
+            .sum();
         assert!(headers < 8 * 1024, "{headers} bytes");
         let found = read_dead_letter(delivery(&body, properties));
         assert_eq!(found, DeadLetter { error: "e".repeat(1024), ..letter });
@@ -683,7 +770,10 @@ mod tests {
                 death.insert("original-expiration".into(), text(ms));
             }
             let mut h = FieldTable::default();
-            h.insert("x-death".into(), AMQPValue::FieldArray(vec![AMQPValue::FieldTable(death)].into()));
+            h.insert(
+                "x-death".into(),
+                AMQPValue::FieldArray(vec![AMQPValue::FieldTable(death)].into()),
+            );
             read_dead_letter(delivery(b"{}", BasicProperties::default().with_headers(h)))
         };
         let seconds = |letter: &DeadLetter| letter.died_at.map(clock::unix_seconds);
@@ -694,7 +784,11 @@ mod tests {
         }
         let by_policy = died(None, "expired", AMQPValue::Timestamp(at));
         assert_eq!((by_policy.reason, seconds(&by_policy)), (Reason::Expired, Some(at)));
-        assert!(by_policy.error.contains("policy") && !by_policy.error.contains("producer"), "{}", by_policy.error);
+        assert!(
+            by_policy.error.contains("policy") && !by_policy.error.contains("producer"),
+            "{}",
+            by_policy.error
+        );
         let limited = died(None, "delivery_limit", AMQPValue::Timestamp(u64::MAX));
         assert_eq!((limited.reason, limited.died_at), (Reason::DeliveryLimit, None));
         assert_eq!(died(None, "expired", text("yesterday")).died_at, None);
@@ -711,7 +805,8 @@ mod tests {
     fn a_compressed_event_is_inflated_and_what_cannot_be_is_a_dead_letter_that_can_be_sent_again() {
         let plain = br#"{"event":"a.b","n":1}"#;
         let zipped = gzip(plain);
-        let encoded = |encoding: &str| BasicProperties::default().with_content_encoding(encoding.into());
+        let encoded =
+            |encoding: &str| BasicProperties::default().with_content_encoding(encoding.into());
         let mut by_kombu = FieldTable::default();
         by_kombu.insert(COMPRESSION.into(), text("application/x-gzip"));
         for (body, properties) in [
@@ -730,23 +825,42 @@ mod tests {
         }
         for (body, encoding, most, reason, why) in [
             (&zipped[..], "br", 100, Reason::InvalidEvent, "content_encoding `br`"),
-            (&zipped[..zipped.len() - 4], "gzip", 100, Reason::InvalidEvent, "content_encoding `gzip` says"),
+            (
+                &zipped[..zipped.len() - 4],
+                "gzip",
+                100,
+                Reason::InvalidEvent,
+                "content_encoding `gzip` says",
+            ),
             (&zipped, "gzip", plain.len() - 1, Reason::TooLarge, "more than 20 bytes"),
         ] {
-            let Taken::Unusable(letter, receipt) = taken_event(delivery(body, encoded(encoding)), most) else { panic!("{encoding}") };
+            let Taken::Unusable(letter, receipt) =
+                taken_event(delivery(body, encoded(encoding)), most)
+            else {
+                panic!("{encoding}")
+            };
             assert!(letter.reason == reason && letter.error.contains(why), "{}", letter.error);
-            assert_eq!((&letter.body[..], receipt.from, letter.content_encoding.as_deref()), (body, MessageKind::Event, Some(encoding)));
+            assert_eq!(
+                (&letter.body[..], receipt.from, letter.content_encoding.as_deref()),
+                (body, MessageKind::Event, Some(encoding))
+            );
             // As it is kept, and as it is sent again.
             let (kept, properties) = dead_letter(&letter);
             let letter = read_dead_letter(delivery(&kept, properties));
             let (again, properties) = event_again(&letter);
-            assert_eq!((&again[..], properties.content_encoding().as_ref().map(ShortString::as_str)), (body, Some(encoding)));
+            assert_eq!(
+                (&again[..], properties.content_encoding().as_ref().map(ShortString::as_str)),
+                (body, Some(encoding))
+            );
         }
     }
 
     #[test]
     fn a_timestamp_that_cannot_be_meant_is_none() {
-        let published_at = |t: u64| match taken_event(delivery(b"{}", BasicProperties::default().with_timestamp(t)), 100) {
+        let published_at = |t: u64| match taken_event(
+            delivery(b"{}", BasicProperties::default().with_timestamp(t)),
+            100,
+        ) {
             Taken::Event(event) => event.published_at,
             other => panic!("{other:?}"),
         };
@@ -771,7 +885,10 @@ mod tests {
             .with_expiration("1".into())
             .with_headers(h);
         let p = relayed(&from);
-        assert_eq!((p.message_id().as_ref().map(ShortString::as_str), *p.timestamp(), *p.delivery_mode()), (Some("id"), Some(5), Some(2)));
+        assert_eq!(
+            (p.message_id().as_ref().map(ShortString::as_str), *p.timestamp(), *p.delivery_mode()),
+            (Some("id"), Some(5), Some(2))
+        );
         assert_eq!((p.user_id(), p.expiration()), (&None, &None));
         assert_eq!(p.headers().as_ref().expect("headers").inner().len(), 1);
     }

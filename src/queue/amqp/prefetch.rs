@@ -1,4 +1,5 @@
-//! How many events may be on their way to a lane: few until their sizes are known, for a broker counts messages, not bytes.
+//! How many events may be on their way to a lane: few until their sizes are known, for a broker
+//! counts messages, not bytes.
 
 use crate::queue::{FEWEST, MOST_BYTES};
 
@@ -8,8 +9,8 @@ const MEMORY: u64 = 2000;
 /// So many times as many as were seen may come next.
 const GROWTH: u64 = 8;
 
-/// What is known of the sizes of a subscriber's messages. It outlives a session: what the broker is given back is taken again
-/// together, or it would change its order.
+/// What is known of the sizes of a subscriber's messages. It outlives a session: what the broker is
+/// given back is taken again together, or it would change its order.
 #[derive(Debug, Default)]
 pub(super) struct Sizes {
     seen: u64,
@@ -26,8 +27,8 @@ impl Sizes {
         self.largest[0] = self.largest[0].max(bytes as u64);
     }
 
-    /// How many may be taken and not acked, at most `window`. If the next ones are as large as those that were seen, that is
-    /// at most [`MOST_BYTES`], or [`FEWEST`] messages.
+    /// How many may be taken and not acked, at most `window`. If the next ones are as large as
+    /// those that were seen, that is at most [`MOST_BYTES`], or [`FEWEST`] messages.
     pub(super) fn allow(&self, window: u16) -> u16 {
         let largest = self.largest.iter().copied().max().unwrap_or(0).max(1);
         let most = (MOST_BYTES / largest).min(self.seen.saturating_mul(GROWTH)).max(FEWEST.into());

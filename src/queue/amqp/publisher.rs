@@ -6,7 +6,9 @@
 
 use std::{collections::HashMap, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{
+    FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream::FuturesUnordered,
+};
 use lapin::{
     Channel, Confirmation, Event,
     message::BasicReturnMessage,
@@ -34,10 +36,12 @@ use crate::{
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Groups that wait to be published; more wait to be handed over. How many wait for confirms has no
-/// limit here, or one queue that answers nobody would hold up all others: the requests in flight bound it.
+/// limit here, or one queue that answers nobody would hold up all others: the requests in flight
+/// bound it.
 const MAX_INBOX: usize = 64;
 
-/// A queue that never answers leaves its confirms behind; with so many of them the connection is made anew.
+/// A queue that never answers leaves its confirms behind; with so many of them the connection is
+/// made anew.
 const MAX_ABANDONED: usize = 10_000;
 
 /// What the broker said of one message.
@@ -100,19 +104,37 @@ impl Drop for AbortOnDrop {
 }
 
 impl Publisher {
-    /// Starts the task. On each new connection it sees first that hooktrail's own shared queues and exchanges are there.
-    pub(super) fn start(topology: Topology, dialer: Dialer, declaring: Arc<Pool>, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
+    /// Starts the task. On each new connection it sees first that hooktrail's own shared queues and
+    /// exchanges are there.
+    pub(super) fn start(
+        topology: Topology,
+        dialer: Dialer,
+        declaring: Arc<Pool>,
+        role: Role,
+        troubles: &watch::Sender<Troubles>,
+    ) -> Self {
         let publishing = role.effort(troubles);
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (tells, state) = watch::channel(State::Away(None));
         let stop = Arc::new(Notify::new());
         let task = tokio::spawn(
-            Task { topology, dialer, declaring, role, inbox, state: tells, stop: stop.clone(), found_own: false }.keep(publishing),
+            Task {
+                topology,
+                dialer,
+                declaring,
+                role,
+                inbox,
+                state: tells,
+                stop: stop.clone(),
+                found_own: false,
+            }
+            .keep(publishing),
         );
         Self { groups, state, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
-    /// Says goodbye to the broker, if it is there, and ends the task. Nothing can be published afterwards.
+    /// Says goodbye to the broker, if it is there, and ends the task. Nothing can be published
+    /// afterwards.
     pub(super) async fn close(&self) {
         let mut state = self.state.clone();
         if state.borrow().is_writable() {
@@ -134,20 +156,27 @@ impl Publisher {
             self.groups.send(Group { messages, reply }).await.ok()?;
             answer.await.ok()
         };
-        // If this gives up first, the dropped `answer` tells the task not to publish the group any more.
+        // If this gives up first, the dropped `answer` tells the task not to publish the group any
+        // more.
         match timeout(CONFIRM_TIMEOUT, exchange).await {
             Ok(Some(result)) => result,
-            Ok(None) => Err(QueueError::new("the connection to the broker was lost before it confirmed")),
+            Ok(None) => {
+                Err(QueueError::new("the connection to the broker was lost before it confirmed"))
+            }
             Err(_) => Err(self.too_late()),
         }
     }
 
     fn too_late(&self) -> QueueError {
-        QueueError::new(format!("the broker did not confirm within {} s{}", CONFIRM_TIMEOUT.as_secs(), self.state.borrow().why_not()))
+        QueueError::new(format!(
+            "the broker did not confirm within {} s{}",
+            CONFIRM_TIMEOUT.as_secs(),
+            self.state.borrow().why_not()
+        ))
     }
 
-    /// Waits until it can publish. For those who publish because somebody asked for it and waits: what others hold is safe meanwhile,
-    /// and they rather wait for an operator too.
+    /// Waits until it can publish. For those who publish because somebody asked for it and waits:
+    /// what others hold is safe meanwhile, and they rather wait for an operator too.
     ///
     /// # Errors
     /// That takes an operator, or too long.
@@ -198,10 +227,13 @@ impl Task {
     /// Nothing is ever settled without this task, so not even a panic ends it.
     async fn keep(mut self, mut publishing: Effort) {
         loop {
-            let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await {
+            let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await
+            {
                 Ok(Ok(())) => return,
                 Ok(Err(e)) => e,
-                Err(_) => QueueError::new("publishing panicked; what was not confirmed is delivered again"),
+                Err(_) => QueueError::new(
+                    "publishing panicked; what was not confirmed is delivered again",
+                ),
             };
             self.state.send_replace(State::Away(Some(why.clone()))); // after a panic too
             publishing.failed(&why).await;
@@ -212,7 +244,8 @@ impl Task {
     async fn generation(&mut self, publishing: &mut Effort) -> Result<(), QueueError> {
         let (connection, _open) = self.dialer.connect(self.role).await?;
         let ended = async {
-            // Not the producers' exchange: whoever deletes it to declare it anew must find none of ours in its place.
+            // Not the producers' exchange: whoever deletes it to declare it anew must find none of
+            // ours in its place.
             let mut broker = Broker::new(&self.declaring);
             let ensured = self.topology.ensure_own(&mut broker).await;
             if self.found_own {
@@ -227,10 +260,14 @@ impl Task {
                 Ok(channel)
             };
             let channel = answer(open).await;
-            let channel = channel.map_err(|why| QueueError::new(format!("the broker opens no channel for publishing: {why}")))?;
+            let channel = channel.map_err(|why| {
+                QueueError::new(format!("the broker opens no channel for publishing: {why}"))
+            })?;
             publishing.goes_well();
             let generation = Generation::new(channel, self.role);
-            let why = generation.serve(&mut self.inbox, &self.state, connection.events_listener(), &self.stop).await;
+            let why = generation
+                .serve(&mut self.inbox, &self.state, connection.events_listener(), &self.stop)
+                .await;
             why.map_or(Ok(()), Err)
         };
         let ended = ended.await;
@@ -267,7 +304,14 @@ struct Generation {
 
 impl Generation {
     fn new(channel: Channel, role: Role) -> Self {
-        Self { channel, role, next_group: 0, groups: HashMap::new(), confirms: FuturesUnordered::new(), abandoned: 0 }
+        Self {
+            channel,
+            role,
+            next_group: 0,
+            groups: HashMap::new(),
+            confirms: FuturesUnordered::new(),
+            abandoned: 0,
+        }
     }
 
     /// Publishes what comes in until the connection fails; `None` when it was told to stop.
@@ -324,7 +368,8 @@ impl Generation {
     }
 
     async fn publish(&mut self, group: Group) -> Result<(), lapin::Error> {
-        // Whoever asked has given up: its messages are being delivered again, a late copy would only repeat them.
+        // Whoever asked has given up: its messages are being delivered again, a late copy would
+        // only repeat them.
         if group.reply.is_closed() {
             return Ok(());
         }
@@ -344,7 +389,13 @@ impl Generation {
             let message_id = m.properties.message_id().as_ref().map(|id| id.as_str().to_owned());
             let confirm = self
                 .channel
-                .basic_publish(m.exchange.as_str().into(), m.routing_key.as_str().into(), options, &m.body, m.properties)
+                .basic_publish(
+                    m.exchange.as_str().into(),
+                    m.routing_key.as_str().into(),
+                    options,
+                    &m.body,
+                    m.properties,
+                )
                 .await?;
             pending.keys.push((m.exchange, m.routing_key, message_id));
             self.confirms.push(async move { ((id, n), confirm.await) }.boxed());
@@ -394,7 +445,10 @@ impl Generation {
         let id = d.properties.message_id().as_ref().map(|id| id.as_str());
         let find = |p: &Pending| {
             let same = |(key, fate): (&(String, String, Option<String>), &Option<Fate>)| {
-                *fate != Some(Fate::Unroutable) && key.0 == d.exchange.as_str() && key.1 == d.routing_key.as_str() && key.2.as_deref() == id
+                *fate != Some(Fate::Unroutable)
+                    && key.0 == d.exchange.as_str()
+                    && key.1 == d.routing_key.as_str()
+                    && key.2.as_deref() == id
             };
             p.keys.iter().zip(&p.fates).position(same)
         };
@@ -417,7 +471,8 @@ impl Generation {
 
     /// Answers the groups that are complete.
     fn finish(&mut self) {
-        let done: Vec<u64> = self.groups.iter().filter(|(_, p)| p.left == 0).map(|(id, _)| *id).collect();
+        let done: Vec<u64> =
+            self.groups.iter().filter(|(_, p)| p.left == 0).map(|(id, _)| *id).collect();
         for id in done {
             let Some(p) = self.groups.remove(&id) else { continue };
             let result = if p.in_doubt {
@@ -433,18 +488,24 @@ impl Generation {
     /// nobody, and must not hold up the rest.
     fn expire(&mut self) {
         let now = Instant::from_std(crate::clock::instant());
-        let late: Vec<u64> = self.groups.iter().filter(|(_, p)| p.deadline <= now).map(|(id, _)| *id).collect();
+        let late: Vec<u64> =
+            self.groups.iter().filter(|(_, p)| p.deadline <= now).map(|(id, _)| *id).collect();
         for id in late {
             let Some(p) = self.groups.remove(&id) else { continue };
             let key = p.keys.first().map(|k| k.1.clone()).unwrap_or_default();
             self.abandoned += p.left;
-            let why = format!("the broker did not confirm a message for `{key}` within {} s", CONFIRM_TIMEOUT.as_secs());
+            let why = format!(
+                "the broker did not confirm a message for `{key}` within {} s",
+                CONFIRM_TIMEOUT.as_secs()
+            );
             p.reply.send(Err(QueueError::new(why))).ok();
         }
     }
 
     fn fail(&mut self, why: &(impl fmt::Display + ?Sized)) -> QueueError {
-        let why = QueueError::new(format!("the connection to the broker was lost before it confirmed: {why}"));
+        let why = QueueError::new(format!(
+            "the connection to the broker was lost before it confirmed: {why}"
+        ));
         for (_, p) in self.groups.drain() {
             p.reply.send(Err(why.clone())).ok();
         }

@@ -13,7 +13,8 @@ use crate::{
     delivery::{Pause, Standing, Standings},
 };
 
-/// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds are kept apart.
+/// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds
+/// are kept apart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Record {
@@ -44,7 +45,8 @@ pub(super) enum Record {
         #[serde(with = "rfc3339")]
         at: SystemTime,
     },
-    /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has bound.
+    /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has
+    /// bound.
     Asked { asked: String },
     /// Written when reading begins, to know where the end is.
     Mark { mark: String },
@@ -69,7 +71,9 @@ impl Record {
             Standing::Paused(Pause { why, since, by }) => {
                 Self::Standing { subscriber, paused: true, why: Some(why), by: Some(by), at: since }
             }
-            Standing::Resumed { at } => Self::Standing { subscriber, paused: false, why: None, by: None, at },
+            Standing::Resumed { at } => {
+                Self::Standing { subscriber, paused: false, why: None, by: None, at }
+            }
         }
     }
 }
@@ -105,7 +109,12 @@ impl Recorded {
     /// Records that say the same, and nothing of what was before.
     pub(super) fn records(&self) -> Vec<Record> {
         let at = now();
-        let removed = |name: &String| Record::Removed { subscriber: name.clone(), removed: true, pruned: false, at: at.clone() };
+        let removed = |name: &String| Record::Removed {
+            subscriber: name.clone(),
+            removed: true,
+            pruned: false,
+            at: at.clone(),
+        };
         let bound = |(name, Bound { exchange, patterns }): (&String, &Bound)| Record::Bound {
             subscriber: name.clone(),
             exchange: Some(exchange.clone()),
@@ -115,7 +124,13 @@ impl Recorded {
         let standings = self.standings.iter().map(|(name, standing)| Record::of(name, standing));
         // Who answers a question takes it out of those that were asked, so that comes last.
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
-        self.removed.iter().map(removed).chain(self.bindings.iter().map(bound)).chain(standings).chain(asked).collect()
+        self.removed
+            .iter()
+            .map(removed)
+            .chain(self.bindings.iter().map(bound))
+            .chain(standings)
+            .chain(asked)
+            .collect()
     }
 
     pub(super) fn apply(&mut self, record: Record, exchange: &str) -> About {
@@ -140,8 +155,13 @@ impl Recorded {
                 About::Pruned(subscriber)
             }
             Record::Standing { subscriber, paused, why, by, at } => {
-                let pause = || Pause { why: why.unwrap_or_default(), since: at, by: by.unwrap_or_default() };
-                let standing = if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
+                let pause = || Pause {
+                    why: why.unwrap_or_default(),
+                    since: at,
+                    by: by.unwrap_or_default(),
+                };
+                let standing =
+                    if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
                 Arc::make_mut(&mut self.standings).insert(subscriber.clone(), standing);
                 About::Standing(subscriber)
             }
@@ -197,23 +217,39 @@ mod tests {
             exchange: exchange.to_owned(),
             patterns: patterns.iter().map(|p| (*p).to_owned()).collect(),
         };
-        let expected = [("a".to_owned(), bound("today's", &["y.#", "z"])), ("c".to_owned(), bound("old", &["#"]))];
+        let expected = [
+            ("a".to_owned(), bound("today's", &["y.#", "z"])),
+            ("c".to_owned(), bound("old", &["#"])),
+        ];
         assert_eq!(recorded.bindings, Bindings::from(expected));
     }
 
     #[test]
     fn a_pause_is_recorded_beside_the_bindings_and_read_as_it_was() {
         let since = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
-        let paused = Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
+        let paused =
+            Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
         let resumed = Standing::Resumed { at: since };
         let mut recorded = Recorded::default();
-        recorded
-            .apply(serde_json::from_str(r##"{"subscriber":"a","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##).expect("a record"), "x");
+        recorded.apply(
+            serde_json::from_str(
+                r##"{"subscriber":"a","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##,
+            )
+            .expect("a record"),
+            "x",
+        );
         for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
             let line = serde_json::to_string(&Record::of(name, standing)).expect("prints");
-            assert_eq!(recorded.apply(serde_json::from_str(&line).expect("a record"), "x"), About::Standing(name.to_owned()), "{line}");
+            assert_eq!(
+                recorded.apply(serde_json::from_str(&line).expect("a record"), "x"),
+                About::Standing(name.to_owned()),
+                "{line}"
+            );
         }
-        assert_eq!(*recorded.standings, [("a".to_owned(), paused), ("b".to_owned(), resumed)].into());
+        assert_eq!(
+            *recorded.standings,
+            [("a".to_owned(), paused), ("b".to_owned(), resumed)].into()
+        );
         assert_eq!(recorded.bindings.len(), 1);
     }
 

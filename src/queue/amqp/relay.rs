@@ -11,7 +11,10 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::{
     Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    options::{
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions,
+        QueueDeclareOptions,
+    },
     types::FieldTable,
 };
 use tokio::sync::{Notify, watch};
@@ -40,10 +43,12 @@ use crate::{
     },
 };
 
-/// The most messages that may be on their way to the relay; how many are is for their [sizes](Sizes) to say.
+/// The most messages that may be on their way to the relay; how many are is for their
+/// [sizes](Sizes) to say.
 const PREFETCH: u16 = 500;
 
-/// Messages that are published together, and their bytes: with the first that passes these no more are added.
+/// Messages that are published together, and their bytes: with the first that passes these no more
+/// are added.
 const GROUP: usize = 250;
 const GROUP_BYTES: usize = 16 << 20;
 
@@ -84,15 +89,23 @@ impl Relay<'_> {
         let queue = self.queue;
         let consume = async {
             lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
-            lease.channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), FieldTable::default()).await
+            lease
+                .channel
+                .basic_consume(
+                    queue.into(),
+                    "".into(),
+                    BasicConsumeOptions::default(),
+                    FieldTable::default(),
+                )
+                .await
         };
         let consumer = answer(consume).await.map_err(|why| self.error(&why))?;
         tracing::debug!(queue, prefetch, "relaying events");
         Ok(consumer)
     }
 
-    /// Relays until it fails, until it is to stop, or until others are configured: their queues have to be bound before more is
-    /// relayed. What it has begun to publish it acks first.
+    /// Relays until it fails, until it is to stop, or until others are configured: their queues
+    /// have to be bound before more is relayed. What it has begun to publish it acks first.
     pub(super) async fn run(
         &self,
         Opened { lease, mut consumer, mut prefetch }: Opened,
@@ -106,7 +119,9 @@ impl Relay<'_> {
         let (mut cancelled, mut ended) = (false, false);
         loop {
             if ended && !cancelled {
-                return Err(QueueError::new(format!("the broker cancelled the consumer of source queue `{queue}`")));
+                return Err(QueueError::new(format!(
+                    "the broker cancelled the consumer of source queue `{queue}`"
+                )));
             }
             if ended {
                 prefetch = sizes.allow(PREFETCH);
@@ -129,7 +144,9 @@ impl Relay<'_> {
             while let Some(delivery) = next {
                 let delivery = delivery.map_err(|e| self.error(&e.into()))?;
                 // Who may not declare the queue is told only now what it is.
-                if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&lease, &delivery).await? {
+                if !std::mem::replace(&mut is_known, true)
+                    && self.is_of_stream(&lease, &delivery).await?
+                {
                     return Err(source_is_stream(queue));
                 }
                 last = delivery.delivery_tag;
@@ -138,7 +155,11 @@ impl Relay<'_> {
                 // One that came compressed is larger now.
                 bytes += message.body.len();
                 messages.push(message);
-                let come = if messages.len() < GROUP && bytes < GROUP_BYTES { consumer.next().now_or_never() } else { None };
+                let come = if messages.len() < GROUP && bytes < GROUP_BYTES {
+                    consumer.next().now_or_never()
+                } else {
+                    None
+                };
                 ended = matches!(come, Some(None));
                 next = come.flatten();
             }
@@ -146,35 +167,52 @@ impl Relay<'_> {
             if configured.has_changed().unwrap_or(false) {
                 return Ok(());
             }
-            let (all, invalid) = (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
+            let (all, invalid) =
+                (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
             let unmatched = self.publish(&lease, messages).await?;
             self.metrics.relayed("invalid", invalid as u64);
             self.metrics.relayed("unmatched", unmatched as u64);
             self.metrics.relayed("routed", (all - invalid - unmatched) as u64);
             if unmatched > 0 {
-                tracing::info!(queue, events = unmatched, "events that no subscriber's pattern matches");
+                tracing::info!(
+                    queue,
+                    events = unmatched,
+                    "events that no subscriber's pattern matches"
+                );
             }
             reached(Step::Relayed);
-            answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true })).await.map_err(|why| self.error(&why))?;
+            answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true }))
+                .await
+                .map_err(|why| self.error(&why))?;
             relaying.goes_well();
             if !cancelled && !ended && is_other(prefetch, sizes.allow(PREFETCH), PREFETCH) {
-                // A consumer's prefetch cannot be changed. What was delivered to this one is relayed before the next one begins: given
-                // back it would count against the queue's delivery limit.
+                // A consumer's prefetch cannot be changed. What was delivered to this one is
+                // relayed before the next one begins: given back it would count against the queue's
+                // delivery limit.
                 let tag = consumer.tag();
-                answer(lease.channel.basic_cancel(tag, BasicCancelOptions::default())).await.map_err(|why| self.error(&why))?;
+                answer(lease.channel.basic_cancel(tag, BasicCancelOptions::default()))
+                    .await
+                    .map_err(|why| self.error(&why))?;
                 cancelled = true;
             }
         }
     }
 
-    /// Whether the source is a stream: it marks each message with its place, which a shovel may have copied, and the broker counts none of
-    /// its consumers.
+    /// Whether the source is a stream: it marks each message with its place, which a shovel may
+    /// have copied, and the broker counts none of its consumers.
     async fn is_of_stream(&self, lease: &Lease, delivery: &Delivery) -> Result<bool, QueueError> {
-        if !delivery.properties.headers().as_ref().is_some_and(|headers| headers.contains_key("x-stream-offset")) {
+        if !delivery
+            .properties
+            .headers()
+            .as_ref()
+            .is_some_and(|headers| headers.contains_key("x-stream-offset"))
+        {
             return Ok(false);
         }
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let found = answer(lease.channel.queue_declare(self.queue.into(), passive, FieldTable::default())).await;
+        let found =
+            answer(lease.channel.queue_declare(self.queue.into(), passive, FieldTable::default()))
+                .await;
         Ok(found.map_err(|why| self.error(&why))?.consumer_count() == 0)
     }
 
@@ -196,14 +234,18 @@ impl Relay<'_> {
                 }
                 continue;
             }
-            let wanting = || subscribers.iter().filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)));
+            let wanting = || {
+                subscribers
+                    .iter()
+                    .filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)))
+            };
             match (fate, wanting().next()) {
                 (Fate::Stored, _) => {}
                 (Fate::Unroutable, None) => unmatched += 1,
                 (Fate::Refused, None) => refused.push(message),
-                // Some queue has not taken it, and it is not said which; the others have. Each gets it
-                // once more by itself, and only the one that refuses again gets it more often. And if
-                // none is bound for what is wanted, what is wanted arrives all the same.
+                // Some queue has not taken it, and it is not said which; the others have. Each gets
+                // it once more by itself, and only the one that refuses again gets it more often.
+                // And if none is bound for what is wanted, what is wanted arrives all the same.
                 (Fate::Refused | Fate::Unroutable, Some(s)) => {
                     if fate == Fate::Unroutable {
                         self.unbound.notify_one();
@@ -213,8 +255,13 @@ impl Relay<'_> {
                             "no queue is bound for an event that is wanted; it goes there directly"
                         );
                     }
-                    let to_each =
-                        wanting().map(|s| Message::to_queue(self.topology.main(&s.name), message.body.clone(), message.properties.clone()));
+                    let to_each = wanting().map(|s| {
+                        Message::to_queue(
+                            self.topology.main(&s.name),
+                            message.body.clone(),
+                            message.properties.clone(),
+                        )
+                    });
                     refused.extend(to_each);
                 }
             }
@@ -225,10 +272,15 @@ impl Relay<'_> {
 
     /// Publishes what was refused until it is taken.
     async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
-        let mut handing_over = Effort::reporting("a queue's room for relayed events", Harms::Queue, self.troubles);
+        let mut handing_over =
+            Effort::reporting("a queue's room for relayed events", Harms::Queue, self.troubles);
         while !refused.is_empty() {
             let fates = self.publisher.publish(refused.clone()).await?;
-            if let Some((m, _)) = refused.iter().zip(&fates).find(|(m, fate)| **fate == Fate::Unroutable && m.exchange.is_empty()) {
+            if let Some((m, _)) = refused
+                .iter()
+                .zip(&fates)
+                .find(|(m, fate)| **fate == Fate::Unroutable && m.exchange.is_empty())
+            {
                 return Err(gone(m));
             }
             if !lease.channel.status().connected() {
@@ -257,7 +309,10 @@ impl Relay<'_> {
 }
 
 fn gone(message: &Message) -> QueueError {
-    QueueError::new(format!("queue `{}` does not exist any more; it is declared anew", message.routing_key))
+    QueueError::new(format!(
+        "queue `{}` does not exist any more; it is declared anew",
+        message.routing_key
+    ))
 }
 
 /// Where a message of the source queue goes: on by its type, or to the orphans with the reason.
@@ -276,7 +331,8 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
             body: Bytes::from(delivery.data),
         },
         Err(why) => {
-            let owned = |s: &Option<lapin::types::ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
+            let owned =
+                |s: &Option<lapin::types::ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
             let letter = DeadLetter {
                 kind: MessageKind::Event,
                 reason: Reason::InvalidEvent,
@@ -298,7 +354,11 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
 }
 
 fn orphan(topology: &Topology, letter: &DeadLetter) -> Message {
-    tracing::warn!(error = letter.error, "an invalid event in the source queue goes to `{}`", topology.orphans());
+    tracing::warn!(
+        error = letter.error,
+        "an invalid event in the source queue goes to `{}`",
+        topology.orphans()
+    );
     let (body, properties) = message::dead_letter(letter);
     Message::to_queue(topology.orphans(), body, properties)
 }
@@ -310,7 +370,8 @@ pub(super) struct Sweep<'a> {
     pub(super) declaring: &'a Pool,
     pub(super) publisher: &'a Publisher,
     pub(super) configured: HashSet<String>,
-    /// How many there were when none of them was of a configured subscriber, and how often that was looked at.
+    /// How many there were when none of them was of a configured subscriber, and how often that was
+    /// looked at.
     pub(super) foreign: Option<(u32, u32)>,
 }
 
@@ -342,19 +403,29 @@ impl Sweep<'_> {
             }
             _ => self.foreign = None,
         }
-        // A connection of its own: if the broker has lost the use of the orphans, no lane shall notice.
+        // A connection of its own: if the broker has lost the use of the orphans, no lane shall
+        // notice.
         let connection = self.consuming.quarantine().await?;
         let mut walk = Walk::new(connection, orphans, depth.messages);
         let mut moved = 0;
         // Who does not take one now takes no other, and keeps nobody from getting theirs.
         let mut failed = BTreeMap::new();
         while let Some(delivery) = walk.next().await? {
-            let subscriber = ladder::subscriber_of(delivery.routing_key.as_str()).filter(|s| self.configured.contains(*s));
-            let Some(subscriber) = subscriber.filter(|s| !failed.contains_key(*s)).map(str::to_owned) else { continue };
+            let subscriber = ladder::subscriber_of(delivery.routing_key.as_str())
+                .filter(|s| self.configured.contains(*s));
+            let Some(subscriber) =
+                subscriber.filter(|s| !failed.contains_key(*s)).map(str::to_owned)
+            else {
+                continue;
+            };
             let tag = delivery.delivery_tag;
             let (body, properties) = message::untouched(delivery);
             let queue = self.topology.retry(&subscriber);
-            let why = match self.publisher.publish(vec![Message::to_queue(queue.clone(), body, properties)]).await {
+            let why = match self
+                .publisher
+                .publish(vec![Message::to_queue(queue.clone(), body, properties)])
+                .await
+            {
                 Ok(fates) if fates == [Fate::Stored] => None,
                 Ok(_) => Some(format!("queue `{queue}` did not take an orphan")),
                 // Nor would any other.

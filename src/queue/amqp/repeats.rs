@@ -1,15 +1,19 @@
-//! What was settled although its ack may not have reached the broker: known when it comes again, it is acked without
-//! a second request.
+//! What was settled although its ack may not have reached the broker: known when it comes again, it
+//! is acked without a second request.
 //!
-//! Whether an ack arrived before its connection was lost cannot be asked. So of what one session leaves behind:
+//! Whether an ack arrived before its connection was lost cannot be asked. So of what one session
+//! leaves behind:
 //!
-//! - What was settled while **its ack was never written** (it stood behind a slow batch, or the answer came after the
-//!   channel was gone) is in the queue still. Each of them is a settlement that no ack has used up, and serves for one message that
-//!   looks the same, whichever that is: of equal events as many are settled as leave the queue. That holds without ids too.
-//! - What was delivered and **its ack was written** may have left the queue. An equal message that comes again can then be another one
-//!   that nobody has attempted. So it is known again only by its producer's id: the same id and the same bytes are one event.
-//!   Only an answer that accepted it counts here, however often it was recognised since: what became a dead letter may be replayed, and
-//!   what was retried may begin anew when its subscriber is resumed, the same as before.
+//! - What was settled while **its ack was never written** (it stood behind a slow batch, or the
+//!   answer came after the channel was gone) is in the queue still. Each of them is a settlement
+//!   that no ack has used up, and serves for one message that looks the same, whichever that is: of
+//!   equal events as many are settled as leave the queue. That holds without ids too.
+//! - What was delivered and **its ack was written** may have left the queue. An equal message that
+//!   comes again can then be another one that nobody has attempted. So it is known again only by
+//!   its producer's id: the same id and the same bytes are one event. Only an answer that accepted
+//!   it counts here, however often it was recognised since: what became a dead letter may be
+//!   replayed, and what was retried may begin anew when its subscriber is resumed, the same as
+//!   before.
 //!
 //! Everything else is attempted again: a repeat is allowed, a loss never.
 
@@ -21,14 +25,15 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-/// An ack so long before the connection was found to be lost has arrived: the heartbeats after it did.
+/// An ack so long before the connection was found to be lost has arrived: the heartbeats after it
+/// did.
 const ARRIVES: Duration = Duration::from_secs(30);
 
 /// The longest outage of a broker over which it is remembered what was settled before.
 const OUTAGE: Duration = Duration::from_secs(3600);
 
-/// How long after the queue was opened again: the broker may notice later that the connection before is gone, and
-/// what it gives back then stands behind a window of others.
+/// How long after the queue was opened again: the broker may notice later that the connection
+/// before is gone, and what it gives back then stands behind a window of others.
 const LATE: Duration = Duration::from_secs(300);
 
 /// Of so many sessions that were lost it is remembered what they left; of each at most two windows.
@@ -48,14 +53,20 @@ impl Mark {
         Self::new(b"event", message_id.filter(|id| !id.is_empty()), body)
     }
 
-    /// Both are hooktrail's own. A batch can come to an attempt of the same number again, when it is replayed or its subscriber resumed.
+    /// Both are hooktrail's own. A batch can come to an attempt of the same number again, when it
+    /// is replayed or its subscriber resumed.
     pub(super) fn envelope(batch_id: &str, attempts: u32) -> Self {
         Self::new(b"batch", Some(batch_id), &attempts.to_be_bytes())
     }
 
     fn new(kind: &[u8; 5], id: Option<&str>, rest: &[u8]) -> Self {
         let length = id.map_or(u64::MAX, |id| id.len() as u64).to_be_bytes();
-        let hash = Sha256::new().chain_update(kind).chain_update(length).chain_update(id.unwrap_or_default()).chain_update(rest).finalize();
+        let hash = Sha256::new()
+            .chain_update(kind)
+            .chain_update(length)
+            .chain_update(id.unwrap_or_default())
+            .chain_update(rest)
+            .finalize();
         let mut digest = [0; 16];
         digest.copy_from_slice(&hash[..16]);
         Self { digest: u128::from_be_bytes(digest), named: id.is_some() }
@@ -95,12 +106,19 @@ impl Track {
         Self { window: window.into(), forgotten: 0, states: VecDeque::new(), acked: 0 }
     }
 
-    /// The next delivery. That the broker sends it says that all before the window were acked, so they need not be remembered.
+    /// The next delivery. That the broker sends it says that all before the window were acked, so
+    /// they need not be remembered.
     pub(super) fn taken(&mut self, tag: u64, mark: Option<Mark>, known: Option<bool>) {
         // A delivery that was left out would have the next ones settled in one another's place.
-        assert_eq!(tag, self.forgotten + self.states.len() as u64 + 1, "each delivery of a channel is kept track of, in its order");
+        assert_eq!(
+            tag,
+            self.forgotten + self.states.len() as u64 + 1,
+            "each delivery of a channel is kept track of, in its order"
+        );
         self.states.push_back((mark, State::Taken { known }));
-        while self.states.len() > self.window && matches!(self.states.front(), Some((_, State::Acked { .. }))) {
+        while self.states.len() > self.window
+            && matches!(self.states.front(), Some((_, State::Acked { .. })))
+        {
             self.states.pop_front();
             self.forgotten += 1;
         }
@@ -138,7 +156,8 @@ impl Track {
         }
     }
 
-    /// As [`acks`](Self::acks), for the longest settled prefix. Returns its last tag if it has grown.
+    /// As [`acks`](Self::acks), for the longest settled prefix. Returns its last tag if it has
+    /// grown.
     pub(super) fn acks_prefix(&mut self, now: Instant) -> Option<u64> {
         let before = self.acked;
         while let Some(State::Settled { .. }) = self.at(self.acked + 1) {
@@ -163,7 +182,11 @@ impl Track {
             let mark = (*mark)?;
             match *state {
                 State::Settled { accepted } => Some((mark, accepted)),
-                State::Acked { accepted: true, at } if mark.named && now.saturating_duration_since(at) < ARRIVES => Some((mark, true)),
+                State::Acked { accepted: true, at }
+                    if mark.named && now.saturating_duration_since(at) < ARRIVES =>
+                {
+                    Some((mark, true))
+                }
                 State::Taken { .. } | State::Acked { .. } => None,
             }
         })
@@ -202,7 +225,8 @@ impl Remembered {
         self.lock().iter_mut().for_each(|left| left.until = left.until.min(now + LATE));
     }
 
-    /// Whether a message that comes again was settled before, and accepted. Each settlement serves once.
+    /// Whether a message that comes again was settled before, and accepted. Each settlement serves
+    /// once.
     pub(super) fn knows(&self, mark: Mark, now: Instant) -> Option<bool> {
         let mut all = self.lock();
         all.retain(|left| left.until > now && !left.marks.is_empty());
@@ -261,7 +285,8 @@ mod tests {
             }
         }
 
-        /// A broker that loses any acks with any connection, another daemon on the same queue, dead letters and their replay.
+        /// A broker that loses any acks with any connection, another daemon on the same queue, dead
+        /// letters and their replay.
         #[test]
         fn as_many_are_settled_as_leave_the_queue_whichever_acks_are_lost(steps in prop::collection::vec((0_u8..9, any::<u8>()), 0..300)) {
             let t = now();
@@ -380,13 +405,17 @@ mod tests {
         let unnamed = Mark::event(None, b"{}");
         let (settled, t) = (State::Settled { accepted: true }, now());
         let all = lost(unnamed, &[settled, TAKEN, State::Settled { accepted: false }, TAKEN]);
-        assert!(!all.has(Mark::event(Some("1"), b"{}"), t) && !all.has(Mark::event(None, b"[]"), t));
+        assert!(
+            !all.has(Mark::event(Some("1"), b"{}"), t) && !all.has(Mark::event(None, b"[]"), t)
+        );
         assert!(all.has(unnamed, t) && all.has(unnamed, t) && !all.has(unnamed, t));
         assert!(lost(unnamed, &[settled]).has(unnamed, t + OUTAGE - LATE));
         assert!(!lost(unnamed, &[settled]).has(unnamed, t + 2 * OUTAGE));
         let all = lost(unnamed, &[settled, settled]);
         all.opened(t);
-        assert!(all.has(unnamed, t + LATE / 2) && !all.has(unnamed, t + LATE) && all.is_empty(t + LATE));
+        assert!(
+            all.has(unnamed, t + LATE / 2) && !all.has(unnamed, t + LATE) && all.is_empty(t + LATE)
+        );
     }
 
     #[test]
@@ -395,13 +424,28 @@ mod tests {
         let acked = |accepted| State::Acked { accepted, at: t };
         let (named, unnamed) = (Mark::event(Some("1"), b"{}"), Mark::event(None, b"{}"));
         assert!(lost(named, &[acked(true)]).has(named, t));
-        assert!(!lost(named, &[acked(true)]).has(Mark::event(Some("1"), b"[]"), t), "the id of another event");
-        assert!(!lost(unnamed, &[acked(true)]).has(unnamed, t), "a twin that nobody has attempted looks the same");
-        assert!(!lost(named, &[acked(false)]).has(named, t), "a replayed dead letter looks the same");
+        assert!(
+            !lost(named, &[acked(true)]).has(Mark::event(Some("1"), b"[]"), t),
+            "the id of another event"
+        );
+        assert!(
+            !lost(unnamed, &[acked(true)]).has(unnamed, t),
+            "a twin that nobody has attempted looks the same"
+        );
+        assert!(
+            !lost(named, &[acked(false)]).has(named, t),
+            "a replayed dead letter looks the same"
+        );
         let long_ago = t.checked_sub(ARRIVES).expect("the machine runs for longer");
-        assert!(!lost(named, &[State::Acked { accepted: true, at: long_ago }]).has(named, t), "its ack has arrived");
+        assert!(
+            !lost(named, &[State::Acked { accepted: true, at: long_ago }]).has(named, t),
+            "its ack has arrived"
+        );
         let batch = Mark::envelope("msg_1", 1);
-        assert!(lost(batch, &[acked(true)]).has(batch, t) && !lost(batch, &[acked(true)]).has(Mark::envelope("msg_1", 2), t));
+        assert!(
+            lost(batch, &[acked(true)]).has(batch, t)
+                && !lost(batch, &[acked(true)]).has(Mark::envelope("msg_1", 2), t)
+        );
     }
 
     #[test]
@@ -416,7 +460,8 @@ mod tests {
             track.acks(1, t);
             let second = Remembered::default();
             second.add(&track, t);
-            // If not: what it was written to another queue as may have come back from there, and look the same.
+            // If not: what it was written to another queue as may have come back from there, and
+            // look the same.
             assert_eq!(second.knows(named, t), Some(true).filter(|_| accepted));
         }
     }
@@ -435,6 +480,9 @@ mod tests {
             track.settled(1, true);
             remembered.add(&track, now());
         }
-        assert_eq!((0..100).filter(|n| remembered.has(mark(*n), now())).collect::<Vec<_>>(), (94..100).collect::<Vec<_>>());
+        assert_eq!(
+            (0..100).filter(|n| remembered.has(mark(*n), now())).collect::<Vec<_>>(),
+            (94..100).collect::<Vec<_>>()
+        );
     }
 }

@@ -1,9 +1,9 @@
-//! What earlier configurations bound and who is paused, remembered in a stream next to the queues, which
-//! every daemon follows.
+//! What earlier configurations bound and who is paused, remembered in a stream next to the queues,
+//! which every daemon follows.
 //!
-//! The broker does not tell which patterns a queue is bound with. Without this record a pattern that
-//! was taken out of the configuration would go on filling the queue, and so would the patterns of a
-//! subscriber that was removed.
+//! The broker does not tell which patterns a queue is bound with. Without this record a pattern
+//! that was taken out of the configuration would go on filling the queue, and so would the patterns
+//! of a subscriber that was removed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,11 +38,13 @@ use crate::{
     queue::QueueError,
 };
 
-/// How often it is looked whether another daemon still works for a subscriber that this one does not have.
+/// How often it is looked whether another daemon still works for a subscriber that this one does
+/// not have.
 const RECHECK: Duration = Duration::from_secs(60);
 const RECHECK_SOON: Duration = Duration::from_secs(2);
 
-/// Who is asked whether it works for a subscriber has answered by then; a look comes each [`RECHECK_SOON`].
+/// Who is asked whether it works for a subscriber has answered by then; a look comes each
+/// [`RECHECK_SOON`].
 const ANSWERED: Duration = Duration::from_millis(1500);
 
 /// How long another daemon is believed to have a subscriber after it said so.
@@ -51,8 +53,8 @@ const BELIEVED: Duration = Duration::from_secs(3600);
 /// Records are acked in groups: an ack for each makes a long record five times as slow to read.
 const ACK_EVERY: u64 = 200;
 
-/// The longest that a record stays unacked when no other comes. The broker closes the channel of a consumer that keeps one for its
-/// consumer timeout, which is 30 minutes by default.
+/// The longest that a record stays unacked when no other comes. The broker closes the channel of a
+/// consumer that keeps one for its consumer timeout, which is 30 minutes by default.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// After so long without a record all that the stream held has come.
@@ -68,13 +70,27 @@ enum Unrecorded {
 }
 
 /// Records that a subscriber is paused or resumed; returns when that is confirmed.
-pub(super) async fn record(topology: &Topology, publisher: &Publisher, subscriber: &str, standing: &Standing) -> Result<(), QueueError> {
+pub(super) async fn record(
+    topology: &Topology,
+    publisher: &Publisher,
+    subscriber: &str,
+    standing: &Standing,
+) -> Result<(), QueueError> {
     write(topology, publisher, &Record::of(subscriber, standing)).await
 }
 
 /// Records that a removed subscriber's queues are no more.
-pub(super) async fn forget(topology: &Topology, publisher: &Publisher, subscriber: &str) -> Result<(), QueueError> {
-    let pruned = Record::Removed { subscriber: subscriber.to_owned(), removed: true, pruned: true, at: now() };
+pub(super) async fn forget(
+    topology: &Topology,
+    publisher: &Publisher,
+    subscriber: &str,
+) -> Result<(), QueueError> {
+    let pruned = Record::Removed {
+        subscriber: subscriber.to_owned(),
+        removed: true,
+        pruned: true,
+        at: now(),
+    };
     write(topology, publisher, &pruned).await
 }
 
@@ -97,7 +113,8 @@ pub(super) struct Asked {
     pub(super) works: Option<String>,
 }
 
-/// Asks every daemon whether it works for one of those that are bound, and waits a little for an answer.
+/// Asks every daemon whether it works for one of those that are bound, and waits a little for an
+/// answer.
 pub(super) async fn who_works(queue: &AmqpQueue) -> Result<Asked, QueueError> {
     let topology = queue.topology();
     if Broker::new(&queue.0.declaring).depth(&topology.state()).await?.is_none() {
@@ -124,7 +141,8 @@ pub(super) async fn who_works(queue: &AmqpQueue) -> Result<Asked, QueueError> {
     Ok(Asked { known, works })
 }
 
-/// Reads the stream for what is bound to the exchange of the events; for commands, which do not follow it.
+/// Reads the stream for what is bound to the exchange of the events; for commands, which do not
+/// follow it.
 pub(super) async fn bound(queue: &AmqpQueue) -> Result<Patterns, QueueError> {
     Ok(read(queue).await?.bound_to(&queue.topology().events()))
 }
@@ -139,7 +157,11 @@ async fn read(queue: &AmqpQueue) -> Result<Recorded, QueueError> {
     Ok(opened.recorded)
 }
 
-async fn next_record(topology: &Topology, lease: &Lease, records: &mut Consumer) -> Result<Delivery, QueueError> {
+async fn next_record(
+    topology: &Topology,
+    lease: &Lease,
+    records: &mut Consumer,
+) -> Result<Delivery, QueueError> {
     let delivery = match timeout(RPC_TIMEOUT, records.next()).await.ok().flatten() {
         Some(Ok(delivery)) => delivery,
         Some(Err(e)) => return Err(error(topology, &BrokerError::from(e))),
@@ -177,9 +199,15 @@ fn error(topology: &Topology, why: &(impl std::fmt::Display + ?Sized)) -> QueueE
     QueueError::new(format!("stream `{}`: {why}", topology.state()))
 }
 
-async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> Result<(), QueueError> {
+async fn write(
+    topology: &Topology,
+    publisher: &Publisher,
+    record: &Record,
+) -> Result<(), QueueError> {
     let body = serde_json::to_vec(record).map_err(|e| error(topology, &e))?;
-    let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+    let properties = BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_content_type("application/json".into());
     let message = Message::to_queue(topology.state(), Bytes::from(body), properties);
     publisher.ready().await?;
     match publisher.publish(vec![message]).await?[..] {
@@ -191,11 +219,17 @@ async fn write(topology: &Topology, publisher: &Publisher, record: &Record) -> R
     }
 }
 
-/// All subscribers whose bindings are recorded, or were since the newest snapshot, for an inspection that writes nothing: it reads the
-/// record up to `records`, or until no more come.
-pub(super) async fn ever_bound(topology: &Topology, pool: &Pool, records: u32) -> Result<BTreeSet<String>, QueueError> {
-    let Opened { lease, records: mut consumer, recorded, passed } = snapshot::open(pool, topology).await?;
-    let mut found: BTreeSet<String> = recorded.bindings.into_keys().chain(recorded.removed).collect();
+/// All subscribers whose bindings are recorded, or were since the newest snapshot, for an
+/// inspection that writes nothing: it reads the record up to `records`, or until no more come.
+pub(super) async fn ever_bound(
+    topology: &Topology,
+    pool: &Pool,
+    records: u32,
+) -> Result<BTreeSet<String>, QueueError> {
+    let Opened { lease, records: mut consumer, recorded, passed } =
+        snapshot::open(pool, topology).await?;
+    let mut found: BTreeSet<String> =
+        recorded.bindings.into_keys().chain(recorded.removed).collect();
     for _ in passed..u64::from(records) {
         let Ok(Some(next)) = timeout(QUIET, consumer.next()).await else { break };
         let delivery = next.map_err(|e| error(topology, &BrokerError::from(e)))?;
@@ -222,13 +256,15 @@ pub(super) struct Reconciler<'a> {
     wanted_elsewhere: BTreeMap<String, Instant>,
     /// Records of bindings that this daemon has written and not read yet.
     echoes: BTreeMap<String, u32>,
-    /// How often it was seen that another daemon works for a subscriber that is not configured here.
+    /// How often it was seen that another daemon works for a subscriber that is not configured
+    /// here.
     looks: BTreeMap<String, u32>,
     /// When the others were asked whether they work for a subscriber that nobody consumes.
     asked: BTreeMap<String, Instant>,
     /// What was logged already of what cannot be bound or unbound.
     refused: BTreeSet<String>,
-    /// Subscribers that are bound to the exchange that is configured now, and in the record to an earlier one, which cannot be unbound.
+    /// Subscribers that are bound to the exchange that is configured now, and in the record to an
+    /// earlier one, which cannot be unbound.
     between: BTreeSet<String>,
     /// Subscribers that are not configured any more and cannot be unbound.
     stuck: BTreeSet<String>,
@@ -268,7 +304,10 @@ impl<'a> Reconciler<'a> {
     fn adopt(&mut self) {
         self.subscribers = self.configured.borrow_and_update().clone();
         let events = self.topology.events();
-        let bound = |s: &Subscriber| Bound { exchange: events.clone(), patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect() };
+        let bound = |s: &Subscriber| Bound {
+            exchange: events.clone(),
+            patterns: s.events.iter().map(|p| p.as_str().to_owned()).collect(),
+        };
         self.wanted = self.subscribers.iter().map(|s| (s.name.clone(), bound(s))).collect();
         self.differing.clear();
         self.removed.retain(|name| !self.wanted.contains_key(name));
@@ -283,7 +322,10 @@ impl<'a> Reconciler<'a> {
 
     /// Reads the stream from its first record, takes away what only earlier configurations had, and
     /// then follows what other daemons write, until it fails.
-    pub(super) async fn follow(&mut self, following: &mut Effort) -> Result<Infallible, QueueError> {
+    pub(super) async fn follow(
+        &mut self,
+        following: &mut Effort,
+    ) -> Result<Infallible, QueueError> {
         let mut broker = Broker::new(&self.queue.0.declaring);
         self.topology.ensure_state(&mut broker).await?;
         self.echoes.clear();
@@ -298,7 +340,8 @@ impl<'a> Reconciler<'a> {
         let Opened { lease, mut records, mut recorded, passed } = opened;
         let mut read = 0;
         let mark = clock::batch_id();
-        let (topology, publisher, last) = (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
+        let (topology, publisher, last) =
+            (self.topology, self.queue.publisher(), Record::Mark { mark: mark.clone() });
         let mut marking = std::pin::pin!(write(topology, publisher, &last));
         let mut marked = false;
         let mut removals = self.queue.0.removals.changes();
@@ -358,13 +401,22 @@ impl<'a> Reconciler<'a> {
             let delivery = next.map_err(|e| self.error(&BrokerError::from(e)))?;
             latest = clock::instant();
             read += 1;
-            let acked = ack(&lease, delivery.delivery_tag, up_to_date).await.map_err(|why| self.error(&why))?;
+            let acked = ack(&lease, delivery.delivery_tag, up_to_date)
+                .await
+                .map_err(|why| self.error(&why))?;
             unacked = (!acked).then_some(delivery.delivery_tag);
             match serde_json::from_slice::<Record>(&delivery.data) {
                 Ok(Record::Mark { mark: found }) if found == mark => {
                     up_to_date = true;
-                    tracing::debug!(stream = self.topology.state(), records = read, passed, "the record was read to its end");
-                    if let Some(offset) = snapshot::offset_of(&delivery).filter(|_| read > snapshot::WORTHWHILE) {
+                    tracing::debug!(
+                        stream = self.topology.state(),
+                        records = read,
+                        passed,
+                        "the record was read to its end"
+                    );
+                    if let Some(offset) =
+                        snapshot::offset_of(&delivery).filter(|_| read > snapshot::WORTHWHILE)
+                    {
                         self.save(&recorded, &mark, offset).await;
                     }
                     self.write_lost(&mut recorded).await?;
@@ -385,8 +437,11 @@ impl<'a> Reconciler<'a> {
                     }
                     About::Pruned(name) if up_to_date => {
                         self.tell_removed(&recorded);
-                        self.queue.0.standings.send_modify(|all| drop(all.as_mut().map(|all| Arc::make_mut(all).remove(&name))));
-                        self.compare(&mut broker, &mut recorded, &name, Unrecorded::Removed).await?;
+                        self.queue.0.standings.send_modify(|all| {
+                            drop(all.as_mut().map(|all| Arc::make_mut(all).remove(&name)))
+                        });
+                        self.compare(&mut broker, &mut recorded, &name, Unrecorded::Removed)
+                            .await?;
                     }
                     About::Standing(name) => {
                         self.has_read(&name, &recorded);
@@ -394,17 +449,28 @@ impl<'a> Reconciler<'a> {
                             self.stands(&name, &recorded);
                         }
                     }
-                    About::Asked(name) if up_to_date => self.answer(&mut recorded.bindings, &name).await?,
+                    About::Asked(name) if up_to_date => {
+                        self.answer(&mut recorded.bindings, &name).await?
+                    }
                     About::Bindings(_) | About::Pruned(_) | About::Asked(_) | About::Nothing => {}
                 },
-                Err(e) => tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone"),
+                Err(e) => {
+                    tracing::warn!(stream = self.topology.state(), error = %e, "a record is not understood and left alone")
+                }
             }
         }
     }
 
     /// Writes a snapshot of a record that took long to read. Nothing depends on it.
     async fn save(&self, recorded: &Recorded, mark: &str, offset: u64) {
-        let saved = snapshot::save(&self.queue.0.declaring, self.queue.publisher(), self.topology, recorded, mark, offset);
+        let saved = snapshot::save(
+            &self.queue.0.declaring,
+            self.queue.publisher(),
+            self.topology,
+            recorded,
+            mark,
+            offset,
+        );
         let error = match timeout(RPC_TIMEOUT, saved).await {
             Ok(Ok(())) => return,
             Ok(Err(e)) => e.to_string(),
@@ -417,7 +483,8 @@ impl<'a> Reconciler<'a> {
         );
     }
 
-    /// The record has been read to its end. What this daemon has recorded since then is still to come, and counts already.
+    /// The record has been read to its end. What this daemon has recorded since then is still to
+    /// come, and counts already.
     fn stand_all(&self, recorded: &Recorded) {
         let mut all = recorded.standings.clone();
         for (name, standing) in self.queue.recorded().iter() {
@@ -431,20 +498,24 @@ impl<'a> Reconciler<'a> {
         let mut own = self.queue.recorded();
         // As they are written, which has milliseconds.
         let text = |standing: &Standing| serde_json::to_string(&Record::of(name, standing)).ok();
-        if own.get(name).is_some_and(|own| text(own) == recorded.standings.get(name).and_then(text)) {
+        if own.get(name).is_some_and(|own| text(own) == recorded.standings.get(name).and_then(text))
+        {
             own.remove(name);
         }
     }
 
-    /// Tells of one subscriber alone: of another this daemon may have recorded something that is still to come.
+    /// Tells of one subscriber alone: of another this daemon may have recorded something that is
+    /// still to come.
     fn stands(&self, name: &str, recorded: &Recorded) {
         if let Some(standing) = recorded.standings.get(name).cloned() {
-            self.queue.0.standings.send_modify(|all| drop(Arc::make_mut(all.get_or_insert_default()).insert(name.to_owned(), standing)));
+            self.queue.0.standings.send_modify(|all| {
+                drop(Arc::make_mut(all.get_or_insert_default()).insert(name.to_owned(), standing))
+            });
         }
     }
 
-    /// A broker that blocks publishing takes no mark, and still sends what it has: after a silence that is
-    /// all. Otherwise nothing would be delivered by a daemon that starts meanwhile.
+    /// A broker that blocks publishing takes no mark, and still sends what it has: after a silence
+    /// that is all. Otherwise nothing would be delivered by a daemon that starts meanwhile.
     fn without_mark(&self, recorded: &Recorded) {
         self.queue.0.standings.send_if_modified(|known| {
             let first = known.is_none();
@@ -459,8 +530,8 @@ impl<'a> Reconciler<'a> {
         });
     }
 
-    /// Sees to it that what the record says of those who are configured here is bound: what another daemon has removed stays
-    /// removed, and what somebody else has taken away comes back.
+    /// Sees to it that what the record says of those who are configured here is bound: what another
+    /// daemon has removed stays removed, and what somebody else has taken away comes back.
     async fn keep_bound(&mut self, broker: &mut Broker<'_>, recorded: &Recorded) {
         let (subscribers, patterns) = (self.subscribers.clone(), self.to_be_bound(recorded));
         self.upkeep.check(broker, &subscribers, &patterns).await;
@@ -482,8 +553,8 @@ impl<'a> Reconciler<'a> {
         patterns
     }
 
-    /// When the stream was deleted and declared again, this daemon is the one that knows what stood there. Who is bound is written
-    /// when that is reconciled.
+    /// When the stream was deleted and declared again, this daemon is the one that knows what stood
+    /// there. Who is bound is written when that is reconciled.
     async fn write_lost(&mut self, recorded: &mut Recorded) -> Result<(), QueueError> {
         let began = std::mem::replace(&mut self.has_read, true);
         if !began && !recorded.bindings.is_empty() {
@@ -497,7 +568,9 @@ impl<'a> Reconciler<'a> {
             stream = self.topology.state(),
             "the record is empty, so somebody has deleted it; what is bound and who is paused is written again"
         );
-        for (name, standing) in known.iter().filter(|(name, _)| !recorded.standings.contains_key(*name)) {
+        for (name, standing) in
+            known.iter().filter(|(name, _)| !recorded.standings.contains_key(*name))
+        {
             self.write(&Record::of(name, standing)).await?;
         }
         let mut all = known;
@@ -509,7 +582,12 @@ impl<'a> Reconciler<'a> {
     }
 
     /// A record of a subscriber's bindings was just read.
-    async fn has_come(&mut self, broker: &mut Broker<'_>, recorded: &mut Recorded, name: &str) -> Result<(), QueueError> {
+    async fn has_come(
+        &mut self,
+        broker: &mut Broker<'_>,
+        recorded: &mut Recorded,
+        name: &str,
+    ) -> Result<(), QueueError> {
         if !self.is_echo(name, recorded) {
             self.is_elsewhere(name, recorded);
         }
@@ -519,7 +597,11 @@ impl<'a> Reconciler<'a> {
     /// Whether a record of bindings that was just read is one that this daemon has written.
     fn is_echo(&mut self, name: &str, recorded: &Recorded) -> bool {
         let written = recorded.bindings.contains_key(name);
-        written && self.echoes.get_mut(name).is_some_and(|n| std::mem::replace(n, n.saturating_sub(1)) > 0)
+        written
+            && self
+                .echoes
+                .get_mut(name)
+                .is_some_and(|n| std::mem::replace(n, n.saturating_sub(1)) > 0)
     }
 
     fn tell_removed(&self, recorded: &Recorded) {
@@ -533,12 +615,23 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Once for each configuration: from then on what another daemon says is no earlier one.
-    async fn reconcile(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
-        self.queue.0.removals.judge(&all.bindings.keys().cloned().collect(), &self.wanted.keys().cloned().collect());
+    async fn reconcile(
+        &mut self,
+        broker: &mut Broker<'_>,
+        all: &mut Recorded,
+    ) -> Result<(), QueueError> {
+        self.queue
+            .0
+            .removals
+            .judge(&all.bindings.keys().cloned().collect(), &self.wanted.keys().cloned().collect());
         let subscribers = self.subscribers.clone();
         if self.reconciled {
             for s in subscribers.iter() {
-                let unrecorded = if all.removed.contains(&s.name) { Unrecorded::Removed } else { Unrecorded::Lost };
+                let unrecorded = if all.removed.contains(&s.name) {
+                    Unrecorded::Removed
+                } else {
+                    Unrecorded::Lost
+                };
                 self.compare(broker, all, &s.name, unrecorded).await?;
             }
             return self.unbind_removed(broker, all).await;
@@ -578,8 +671,15 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
-    /// Unbinds what was bound and is not wanted any more; returns the patterns for which that fails.
-    async fn unbind_old(&mut self, broker: &mut Broker<'_>, name: &str, old: Option<&Bound>, wanted: &Bound) -> BTreeSet<String> {
+    /// Unbinds what was bound and is not wanted any more; returns the patterns for which that
+    /// fails.
+    async fn unbind_old(
+        &mut self,
+        broker: &mut Broker<'_>,
+        name: &str,
+        old: Option<&Bound>,
+        wanted: &Bound,
+    ) -> BTreeSet<String> {
         let mut left = BTreeSet::new();
         let Some(Bound { exchange, patterns }) = old else { return left };
         for pattern in patterns {
@@ -587,7 +687,12 @@ impl<'a> Reconciler<'a> {
                 continue;
             }
             if self.unbind(broker, name, exchange, pattern).await {
-                tracing::warn!(subscriber = name, exchange, pattern, "unbound a pattern that is not configured any more");
+                tracing::warn!(
+                    subscriber = name,
+                    exchange,
+                    pattern,
+                    "unbound a pattern that is not configured any more"
+                );
             } else {
                 left.insert(pattern.clone());
             }
@@ -600,7 +705,8 @@ impl<'a> Reconciler<'a> {
         left
     }
 
-    /// Declares and binds. What goes wrong with one subscriber keeps this from no other: it is tried again each minute.
+    /// Declares and binds. What goes wrong with one subscriber keeps this from no other: it is
+    /// tried again each minute.
     async fn ensure(&mut self, broker: &mut Broker<'_>, s: &Subscriber) -> bool {
         let done = self.topology.ensure_subscriber(broker, s).await;
         self.told(&s.name, done)
@@ -616,12 +722,20 @@ impl<'a> Reconciler<'a> {
         done.is_ok()
     }
 
-    /// Unbinds a pattern, unless it is just being bound: a reload that wants it again may have been answered before this
-    /// has heard of it.
-    async fn unbind(&mut self, broker: &mut Broker<'_>, name: &str, exchange: &str, pattern: &str) -> bool {
+    /// Unbinds a pattern, unless it is just being bound: a reload that wants it again may have been
+    /// answered before this has heard of it.
+    async fn unbind(
+        &mut self,
+        broker: &mut Broker<'_>,
+        name: &str,
+        exchange: &str,
+        pattern: &str,
+    ) -> bool {
         // Held until it is unbound, so that what is bound later stays.
         let prepared = self.queue.0.prepared.lock().await;
-        if exchange == self.topology.events() && prepared.get(name).is_some_and(|patterns| patterns.contains(pattern)) {
+        if exchange == self.topology.events()
+            && prepared.get(name).is_some_and(|patterns| patterns.contains(pattern))
+        {
             return true;
         }
         let unbound = broker.unbind(&self.topology.main(name), exchange, pattern).await;
@@ -629,15 +743,24 @@ impl<'a> Reconciler<'a> {
         self.told(name, unbound)
     }
 
-    /// Unbinds subscribers that are not configured here, unless another daemon works for them or wants them back.
-    async fn unbind_removed(&mut self, broker: &mut Broker<'_>, all: &mut Recorded) -> Result<(), QueueError> {
+    /// Unbinds subscribers that are not configured here, unless another daemon works for them or
+    /// wants them back.
+    async fn unbind_removed(
+        &mut self,
+        broker: &mut Broker<'_>,
+        all: &mut Recorded,
+    ) -> Result<(), QueueError> {
         let recorded = &mut all.bindings;
         self.asked.retain(|name, _| recorded.contains_key(name));
         // Who has answered may be gone by now, and is asked again.
         let moment = clock::instant();
         self.wanted_elsewhere.retain(|_, since| moment - *since < BELIEVED);
         let may_unbind = |name: &String| self.queue.0.removals.may_unbind(name);
-        let removed = |name: &String| !self.wanted.contains_key(name) && !self.wanted_elsewhere.contains_key(name) && may_unbind(name);
+        let removed = |name: &String| {
+            !self.wanted.contains_key(name)
+                && !self.wanted_elsewhere.contains_key(name)
+                && may_unbind(name)
+        };
         let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
         let alone = removed.is_empty() || self.is_alone(broker).await;
         for name in removed {
@@ -664,7 +787,8 @@ impl<'a> Reconciler<'a> {
                 }
                 continue;
             }
-            // Who works for it consumes nothing while the receiver is down, or the subscriber paused.
+            // Who works for it consumes nothing while the receiver is down, or the subscriber
+            // paused.
             if !alone {
                 let now = clock::instant();
                 let Some(asked) = self.asked.get(&name) else {
@@ -689,8 +813,18 @@ impl<'a> Reconciler<'a> {
             }
             self.asked.remove(&name);
             self.stuck.remove(&name);
-            tracing::warn!(subscriber = name, queue, "a subscriber that is not configured any more was unbound; its backlog stays");
-            self.write(&Record::Removed { subscriber: name.clone(), removed: true, pruned: false, at: now() }).await?;
+            tracing::warn!(
+                subscriber = name,
+                queue,
+                "a subscriber that is not configured any more was unbound; its backlog stays"
+            );
+            self.write(&Record::Removed {
+                subscriber: name.clone(),
+                removed: true,
+                pruned: false,
+                at: now(),
+            })
+            .await?;
             recorded.remove(&name);
             all.removed.insert(name.clone());
             self.looks.remove(&name);
@@ -700,8 +834,9 @@ impl<'a> Reconciler<'a> {
         Ok(())
     }
 
-    /// Whether it looks as if there were no other daemon: of those who read a stream the broker tells nothing, but they consume the
-    /// queues that this one consumes. If it consumes none, as when all receivers are down, that says nothing.
+    /// Whether it looks as if there were no other daemon: of those who read a stream the broker
+    /// tells nothing, but they consume the queues that this one consumes. If it consumes none, as
+    /// when all receivers are down, that says nothing.
     async fn is_alone(&self, broker: &mut Broker<'_>) -> bool {
         if !self.queue.consumers_are_counted() {
             return false;
@@ -720,7 +855,8 @@ impl<'a> Reconciler<'a> {
     }
 
     fn until_next_look(&self) -> Duration {
-        let soon = self.asked.keys().any(|name| !self.stuck.contains(name)) || self.looks.values().any(|n| *n < 2);
+        let soon = self.asked.keys().any(|name| !self.stuck.contains(name))
+            || self.looks.values().any(|n| *n < 2);
         if soon { RECHECK_SOON } else { RECHECK }
     }
 
@@ -731,21 +867,25 @@ impl<'a> Reconciler<'a> {
         self.record(recorded, name, bound).await
     }
 
-    /// Another daemon has written of a subscriber. Who writes that is alive, also if it consumes nothing just now.
+    /// Another daemon has written of a subscriber. Who writes that is alive, also if it consumes
+    /// nothing just now.
     fn is_elsewhere(&mut self, name: &str, recorded: &Recorded) {
         if self.wanted.contains_key(name) || !recorded.bindings.contains_key(name) {
             return;
         }
         let asked = self.asked.remove(name).is_some();
         if self.wanted_elsewhere.insert(name.to_owned(), clock::instant()).is_none() && asked {
-            tracing::warn!(subscriber = name, "not configured here, but another daemon has it: it stays bound");
+            tracing::warn!(
+                subscriber = name,
+                "not configured here, but another daemon has it: it stays bound"
+            );
         }
     }
 
     /// Another daemon has changed a subscriber. If this one has it too and says otherwise, its own
-    /// bindings are put back, since without them it loses events, and recorded beside the other's: what is
-    /// bound is always in the record, or nobody would ever unbind it. Whose patterns are in the record
-    /// writes nothing, so that two daemons do not answer each other without end.
+    /// bindings are put back, since without them it loses events, and recorded beside the other's:
+    /// what is bound is always in the record, or nobody would ever unbind it. Whose patterns are in
+    /// the record writes nothing, so that two daemons do not answer each other without end.
     async fn compare(
         &mut self,
         broker: &mut Broker<'_>,
@@ -754,7 +894,9 @@ impl<'a> Reconciler<'a> {
         unrecorded: Unrecorded,
     ) -> Result<(), QueueError> {
         let recorded = &mut recorded.bindings;
-        let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else { return Ok(()) };
+        let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else {
+            return Ok(());
+        };
         let Some(wanted) = self.wanted.get(name).cloned() else { return Ok(()) };
         let found = recorded.get(name);
         if found == Some(&wanted) {
@@ -762,7 +904,11 @@ impl<'a> Reconciler<'a> {
             return Ok(());
         }
         if found.is_none() && unrecorded == Unrecorded::Lost {
-            tracing::warn!(subscriber = name, stream = self.topology.state(), "it is not in the record any more, and is written again");
+            tracing::warn!(
+                subscriber = name,
+                stream = self.topology.state(),
+                "it is not in the record any more, and is written again"
+            );
         } else if self.differing.insert(name.to_owned()) {
             tracing::error!(
                 subscriber = name,
@@ -788,10 +934,21 @@ impl<'a> Reconciler<'a> {
         }
     }
 
-    async fn record(&mut self, recorded: &mut Bindings, name: &str, bound: Bound) -> Result<(), QueueError> {
+    async fn record(
+        &mut self,
+        recorded: &mut Bindings,
+        name: &str,
+        bound: Bound,
+    ) -> Result<(), QueueError> {
         let Bound { exchange, patterns } = bound.clone();
         *self.echoes.entry(name.to_owned()).or_default() += 1;
-        self.write(&Record::Bound { subscriber: name.to_owned(), exchange: Some(exchange), patterns, at: now() }).await?;
+        self.write(&Record::Bound {
+            subscriber: name.to_owned(),
+            exchange: Some(exchange),
+            patterns,
+            at: now(),
+        })
+        .await?;
         recorded.insert(name.to_owned(), bound);
         Ok(())
     }
@@ -813,12 +970,13 @@ mod tests {
     use crate::delivery::Pause;
 
     fn without_a_broker() -> (AmqpQueue, watch::Receiver<Subscribers>) {
-        let text =
-            "[queue]\nurl = \"amqp://nobody.invalid\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
+        let text = "[queue]\nurl = \"amqp://nobody.invalid\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(file.path(), text).expect("writes");
         let config = crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}"));
-        let crate::config::Backend::Amqp(amqp) = config.queue.backend else { panic!("another queue") };
+        let crate::config::Backend::Amqp(amqp) = config.queue.backend else {
+            panic!("another queue")
+        };
         let queue = AmqpQueue::new(amqp, crate::telemetry::metrics::Metrics::new(clock::now()));
         (queue, watch::Sender::new(config.subscribers).subscribe())
     }
@@ -828,36 +986,56 @@ mod tests {
         let (queue, configured) = without_a_broker();
         let reconciler = Reconciler::new(&queue, configured);
         let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
-        let (paused, resumed) = (Pause { why: "410".to_owned(), since: at, by: "receiver".to_owned() }, Standing::Resumed { at });
+        let (paused, resumed) = (
+            Pause { why: "410".to_owned(), since: at, by: "receiver".to_owned() },
+            Standing::Resumed { at },
+        );
         let mut recorded = Recorded::default();
         let mut read = |standing: &Standing| {
             let line = serde_json::to_string(&Record::of("a", standing)).expect("prints");
             recorded.apply(serde_json::from_str(&line).expect("a record"), "x");
             reconciler.has_read("a", &recorded);
             reconciler.stand_all(&recorded);
-            queue.0.standings.borrow().clone().expect("known").get("a").cloned().expect("a standing")
+            queue
+                .0
+                .standings
+                .borrow()
+                .clone()
+                .expect("known")
+                .get("a")
+                .cloned()
+                .expect("a standing")
         };
         read(&resumed);
         // It is confirmed, and stands behind the mark.
         queue.recorded().insert("a".to_owned(), Standing::Paused(paused.clone()));
         assert_eq!(read(&resumed), Standing::Paused(paused.clone()));
         assert!(matches!(read(&Standing::Paused(paused)), Standing::Paused(_)));
-        assert!(matches!(read(&resumed), Standing::Resumed { .. }), "another daemon's, written later");
+        assert!(
+            matches!(read(&resumed), Standing::Resumed { .. }),
+            "another daemon's, written later"
+        );
     }
 
     #[tokio::test]
-    async fn what_another_daemon_binds_is_wanted_elsewhere_and_the_echo_of_this_ones_own_record_is_not() {
+    async fn what_another_daemon_binds_is_wanted_elsewhere_and_the_echo_of_this_ones_own_record_is_not()
+     {
         let (queue, configured) = without_a_broker();
         let mut reconciler = Reconciler::new(&queue, configured);
         let mut broker = Broker::new(&queue.0.declaring);
         let mut recorded = Recorded::default();
-        // `gone` was recorded by this daemon and taken out of its configuration before that was read.
+        // `gone` was recorded by this daemon and taken out of its configuration before that was
+        // read.
         reconciler.echoes.insert("gone".to_owned(), 1);
         for (by, elsewhere) in [("this one", false), ("another", true)] {
             let line = r##"{"subscriber":"gone","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##;
             recorded.apply(serde_json::from_str(line).expect("a record"), "x");
             reconciler.has_come(&mut broker, &mut recorded, "gone").await.expect("asks nobody");
-            assert_eq!(reconciler.wanted_elsewhere.contains_key("gone"), elsewhere, "bound by {by}");
+            assert_eq!(
+                reconciler.wanted_elsewhere.contains_key("gone"),
+                elsewhere,
+                "bound by {by}"
+            );
         }
     }
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use lapin::{
     Channel, ExchangeKind,
     options::{
-        BasicGetOptions, ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, ExchangeUnbindOptions, QueueBindOptions,
-        QueueDeclareOptions, QueueDeleteOptions,
+        BasicGetOptions, ExchangeBindOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
+        ExchangeUnbindOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -23,8 +23,8 @@ use crate::{
     queue::QueueError,
 };
 
-/// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the first
-/// requeue drops the message; and 4.x has a limit of 20 unless told otherwise.
+/// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the
+/// first requeue drops the message; and 4.x has a limit of 20 unless told otherwise.
 pub(super) const DELIVERY_LIMIT: i64 = 1_000_000_000;
 
 /// Knows the names, and declares what is missing.
@@ -45,7 +45,8 @@ pub struct Footprint {
     pub connections: usize,
 }
 
-/// File descriptors that a quorum queue takes of a node (measured on 3.10: about 300 queues exhaust 927).
+/// File descriptors that a quorum queue takes of a node (measured on 3.10: about 300 queues exhaust
+/// 927).
 pub(super) const DESCRIPTORS_PER_QUEUE: usize = 3;
 
 /// What so many subscribers need of the broker; `relays`: their events come from a source queue.
@@ -167,8 +168,15 @@ impl Topology {
         broker.ensure_queue(&orphans, keeping_arguments()).await?;
         broker.exchange(&orphans, ExchangeKind::Fanout, FieldTable::default()).await?;
         broker.bind(&orphans, &orphans, "").await?;
-        // Without it a message for a subscriber whose retry queue is gone would stick in a level, and 32 of them wedge it.
-        broker.exchange(&self.due(), ExchangeKind::Topic, table(&[("alternate-exchange", text(&orphans))])).await?;
+        // Without it a message for a subscriber whose retry queue is gone would stick in a level,
+        // and 32 of them wedge it.
+        broker
+            .exchange(
+                &self.due(),
+                ExchangeKind::Topic,
+                table(&[("alternate-exchange", text(&orphans))]),
+            )
+            .await?;
         for level in 0..ladder::LEVELS {
             broker.exchange(&self.level(level), ExchangeKind::Topic, FieldTable::default()).await?;
         }
@@ -187,9 +195,10 @@ impl Topology {
         broker.has_exchange(&self.events()).await
     }
 
-    /// Whether the witness is there: an exchange that nobody publishes to, bound to the one of the events. It is deleted with its last
-    /// binding, and so with that exchange: whoever deletes the events' exchange and declares it anew takes all bindings away, and
-    /// this is the only thing that AMQP shows of it.
+    /// Whether the witness is there: an exchange that nobody publishes to, bound to the one of the
+    /// events. It is deleted with its last binding, and so with that exchange: whoever deletes the
+    /// events' exchange and declares it anew takes all bindings away, and this is the only thing
+    /// that AMQP shows of it.
     pub(super) async fn has_witness(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
         broker.has_exchange(&self.witness()).await
     }
@@ -197,20 +206,43 @@ impl Topology {
     /// Declares the witness. Who may not bind it has one that never goes, and so tells nothing.
     pub(super) async fn ensure_witness(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let witness = self.witness();
-        let options = ExchangeDeclareOptions { durable: true, auto_delete: true, ..ExchangeDeclareOptions::default() };
+        let options = ExchangeDeclareOptions {
+            durable: true,
+            auto_delete: true,
+            ..ExchangeDeclareOptions::default()
+        };
         let declared = broker
-            .ask(async |c| c.exchange_declare(witness.as_str().into(), ExchangeKind::Fanout, options, FieldTable::default()).await)
+            .ask(async |c| {
+                c.exchange_declare(
+                    witness.as_str().into(),
+                    ExchangeKind::Fanout,
+                    options,
+                    FieldTable::default(),
+                )
+                .await
+            })
             .await;
         declared.map_err(|e| e.into_error("exchange", &witness))?;
         broker.bind_exchange(&self.events(), &witness, "").await
     }
 
     /// From then on the witness is not one of that exchange any more.
-    pub(super) async fn release_witness(&self, broker: &mut Broker<'_>, exchange: &str) -> Result<(), QueueError> {
+    pub(super) async fn release_witness(
+        &self,
+        broker: &mut Broker<'_>,
+        exchange: &str,
+    ) -> Result<(), QueueError> {
         let witness = self.witness();
         let unbound = broker.ask(async |c| {
             let options = ExchangeUnbindOptions::default();
-            c.exchange_unbind(exchange.into(), witness.as_str().into(), "".into(), options, FieldTable::default()).await
+            c.exchange_unbind(
+                exchange.into(),
+                witness.as_str().into(),
+                "".into(),
+                options,
+                FieldTable::default(),
+            )
+            .await
         });
         match unbound.await {
             Ok(()) | Err(Refused::NotFound) => Ok(()),
@@ -232,11 +264,14 @@ impl Topology {
         }
     }
 
-    /// Whether the source queue is there, if events come from one, and can be taken from without a loss.
+    /// Whether the source queue is there, if events come from one, and can be taken from without a
+    /// loss.
     pub(super) async fn find_source(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let Intake::SourceQueue(queue) = &self.config.intake else { return Ok(()) };
         if broker.depth(queue).await?.is_none() {
-            let missing = format!("[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it");
+            let missing = format!(
+                "[queue] source_queue `{queue}` does not exist; hooktrail takes from it but does not declare it"
+            );
             return Err(QueueError::needs_operator(missing));
         }
         if broker.is_stream(queue).await { Err(source_is_stream(queue)) } else { Ok(()) }
@@ -262,15 +297,19 @@ impl Topology {
         quorum(&[("x-message-ttl", AMQPValue::LongLongInt(ttl)), a, b, c])
     }
 
-    /// The arguments of a subscriber's main and retry queue: what a policy of the broker's owner makes
-    /// the broker throw out goes into the dead queue, at least once, instead of nowhere.
+    /// The arguments of a subscriber's main and retry queue: what a policy of the broker's owner
+    /// makes the broker throw out goes into the dead queue, at least once, instead of nowhere.
     fn working_arguments(&self, subscriber: &str) -> FieldTable {
         let [a, b, c] = at_least_once("");
         quorum(&[("x-dead-letter-routing-key", text(&self.dead(subscriber))), a, b, c])
     }
 
     /// What a subscriber needs beside its events: where its retries and dead letters go.
-    pub(super) async fn ensure_ways_back(&self, broker: &mut Broker<'_>, subscriber: &str) -> Result<(), QueueError> {
+    pub(super) async fn ensure_ways_back(
+        &self,
+        broker: &mut Broker<'_>,
+        subscriber: &str,
+    ) -> Result<(), QueueError> {
         let [dead, retry, _] = self.subscriber_queues(subscriber);
         for (queue, arguments) in [dead, retry] {
             broker.ensure_queue(&queue, arguments).await?;
@@ -279,7 +318,11 @@ impl Topology {
     }
 
     /// A subscriber's three queues and their bindings.
-    pub(super) async fn ensure_subscriber(&self, broker: &mut Broker<'_>, subscriber: &Subscriber) -> Result<(), QueueError> {
+    pub(super) async fn ensure_subscriber(
+        &self,
+        broker: &mut Broker<'_>,
+        subscriber: &Subscriber,
+    ) -> Result<(), QueueError> {
         let name = &subscriber.name;
         for (queue, arguments) in self.subscriber_queues(name) {
             broker.ensure_queue(&queue, arguments).await?;
@@ -292,7 +335,8 @@ impl Topology {
         Ok(())
     }
 
-    /// The same for a subscriber that had them: declares of its queues those that are missing, and binds `patterns`.
+    /// The same for a subscriber that had them: declares of its queues those that are missing, and
+    /// binds `patterns`.
     pub(super) async fn put_back_subscriber(
         &self,
         broker: &mut Broker<'_>,
@@ -311,19 +355,31 @@ impl Topology {
         Ok(())
     }
 
-    pub(super) async fn bind_retry(&self, broker: &mut Broker<'_>, name: &str) -> Result<(), QueueError> {
+    pub(super) async fn bind_retry(
+        &self,
+        broker: &mut Broker<'_>,
+        name: &str,
+    ) -> Result<(), QueueError> {
         broker.bind(&self.retry(name), &self.due(), &format!("#.{name}")).await
     }
 
     /// From then on nothing comes back from the ladder for this subscriber.
-    pub(super) async fn unbind_retry(&self, broker: &mut Broker<'_>, name: &str) -> Result<(), QueueError> {
+    pub(super) async fn unbind_retry(
+        &self,
+        broker: &mut Broker<'_>,
+        name: &str,
+    ) -> Result<(), QueueError> {
         broker.unbind(&self.retry(name), &self.due(), &format!("#.{name}")).await
     }
 
     /// Every queue of a subscriber with its arguments, in the order they are to be declared.
     pub(super) fn subscriber_queues(&self, name: &str) -> [(String, FieldTable); 3] {
         let working = || self.working_arguments(name);
-        [(self.dead(name), keeping_arguments()), (self.retry(name), working()), (self.main(name), working())]
+        [
+            (self.dead(name), keeping_arguments()),
+            (self.retry(name), working()),
+            (self.main(name), working()),
+        ]
     }
 
     /// The queues that all subscribers share.
@@ -348,15 +404,21 @@ impl Topology {
 
     /// Every exchange, the one that producers publish to among them.
     pub(super) fn exchanges(&self) -> Vec<String> {
-        (0..ladder::LEVELS).map(|l| self.level(l)).chain([self.due(), self.orphans(), self.events()]).collect()
+        (0..ladder::LEVELS)
+            .map(|l| self.level(l))
+            .chain([self.due(), self.orphans(), self.events()])
+            .collect()
     }
 
     /// The stream of changes.
     pub(super) async fn ensure_state(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let arguments = table(&[("x-queue-type", text("stream"))]);
         broker.ensure_queue(&self.state(), arguments).await.map_err(|e| {
-            let hint =
-                if e.to_string().contains("feature flag") { "; enable it: rabbitmqctl enable_feature_flag stream_queue" } else { "" };
+            let hint = if e.to_string().contains("feature flag") {
+                "; enable it: rabbitmqctl enable_feature_flag stream_queue"
+            } else {
+                ""
+            };
             QueueError::new(format!("{e}{hint}"))
         })
     }
@@ -372,15 +434,20 @@ impl Topology {
     }
 }
 
-/// An exclusive queue that lives as long as a walk through `queue`: what a walk has passed by is unacknowledged and not
-/// counted, so that the queue looks empty to everybody else.
+/// An exclusive queue that lives as long as a walk through `queue`: what a walk has passed by is
+/// unacknowledged and not counted, so that the queue looks empty to everybody else.
 pub(super) fn walk_of(queue: &str) -> String {
     format!("{queue}.walk")
 }
 
-/// Dead-letters at least once. Without `reject-publish` the broker silently falls back to at most once.
+/// Dead-letters at least once. Without `reject-publish` the broker silently falls back to at most
+/// once.
 fn at_least_once(exchange: &str) -> [(&'static str, AMQPValue); 3] {
-    [("x-dead-letter-exchange", text(exchange)), ("x-dead-letter-strategy", text("at-least-once")), ("x-overflow", text("reject-publish"))]
+    [
+        ("x-dead-letter-exchange", text(exchange)),
+        ("x-dead-letter-strategy", text("at-least-once")),
+        ("x-overflow", text("reject-publish")),
+    ]
 }
 
 fn text(value: &str) -> AMQPValue {
@@ -402,13 +469,14 @@ fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
     t
 }
 
-/// The arguments of a queue that keeps what it has: under a policy of the broker's owner that limits its length it takes no more, where
-/// by default it would throw out the oldest.
+/// The arguments of a queue that keeps what it has: under a policy of the broker's owner that
+/// limits its length it takes no more, where by default it would throw out the oldest.
 fn keeping_arguments() -> FieldTable {
     quorum(&[("x-overflow", text("reject-publish"))])
 }
 
-/// A stream keeps what was taken: who comes back reads it again from its beginning, or misses what came meanwhile.
+/// A stream keeps what was taken: who comes back reads it again from its beginning, or misses what
+/// came meanwhile.
 pub(super) fn source_is_stream(queue: &str) -> QueueError {
     QueueError::needs_operator(format!(
         "[queue] source_queue `{queue}` is a stream: hooktrail keeps no position in it, so that what comes while no daemon reads it \
@@ -448,28 +516,36 @@ impl Refused {
                 "{what} `{name}` exists with {argument} = {found}, where hooktrail needs {wanted}: with that it can lose events; \
                  delete it when it is empty, or choose another [queue] prefix"
             )),
-            Self::Forbidden(why) => QueueError::needs_operator(format!("{what} `{name}`: the user of [queue] url may not do this: {why}")),
+            Self::Forbidden(why) => QueueError::needs_operator(format!(
+                "{what} `{name}`: the user of [queue] url may not do this: {why}"
+            )),
             Self::Other(why) => QueueError::new(format!("{what} `{name}`: {why}")),
         }
     }
 }
 
-/// Reads the broker's `inequivalent arg 'A' for queue 'Q' in vhost 'V': received 'X' but current is 'Y'`.
+/// Reads the broker's `inequivalent arg 'A' for queue 'Q' in vhost 'V': received 'X' but current is
+/// 'Y'`.
 fn inequivalent(message: &str) -> Option<Refused> {
     let rest = message.split_once("inequivalent arg '")?.1;
     let (argument, rest) = rest.split_once('\'')?;
     let (_, rest) = rest.split_once("received ")?;
     let (wanted, found) = rest.split_once(" but current is ")?;
     // "none", or "the value 'X' of type 'longstr'", or just "'X'".
-    let value = |s: &str| match s.split('\'').nth(1).unwrap_or(s.split_whitespace().next().unwrap_or(s)) {
-        "" => "\"\"".to_owned(), // the default exchange
-        value => value.to_owned(),
-    };
-    Some(Refused::Inequivalent { argument: argument.to_owned(), wanted: value(wanted), found: value(found) })
+    let value =
+        |s: &str| match s.split('\'').nth(1).unwrap_or(s.split_whitespace().next().unwrap_or(s)) {
+            "" => "\"\"".to_owned(), // the default exchange
+            value => value.to_owned(),
+        };
+    Some(Refused::Inequivalent {
+        argument: argument.to_owned(),
+        wanted: value(wanted),
+        found: value(found),
+    })
 }
 
-/// Requests that the broker may refuse, one after the other. A refusal closes their channel, and the
-/// next request gets another.
+/// Requests that the broker may refuse, one after the other. A refusal closes their channel, and
+/// the next request gets another.
 pub(super) struct Broker<'p> {
     pool: &'p Pool,
     lease: Option<Lease>,
@@ -487,7 +563,10 @@ impl<'p> Broker<'p> {
         std::mem::take(&mut self.declared)
     }
 
-    async fn ask<T>(&mut self, request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>) -> Result<T, Refused> {
+    async fn ask<T>(
+        &mut self,
+        request: impl AsyncFnOnce(&Channel) -> lapin::Result<T>,
+    ) -> Result<T, Refused> {
         let lease = match self.lease.take().filter(|l| l.channel.status().connected()) {
             Some(lease) => lease,
             None => self.pool.lease().await.map_err(|e| Refused::Other(e.to_string()))?,
@@ -501,7 +580,10 @@ impl<'p> Broker<'p> {
     /// What is in a queue; `None` if there is no such queue.
     pub(super) async fn depth(&mut self, queue: &str) -> Result<Option<Depth>, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        match self.ask(async |c| c.queue_declare(queue.into(), passive, FieldTable::default()).await).await {
+        match self
+            .ask(async |c| c.queue_declare(queue.into(), passive, FieldTable::default()).await)
+            .await
+        {
             Ok(q) => Ok(Some(Depth { messages: q.message_count(), consumers: q.consumer_count() })),
             Err(Refused::NotFound) => Ok(None),
             Err(other) => Err(other.into_error("queue", queue)),
@@ -512,7 +594,12 @@ impl<'p> Broker<'p> {
     pub(super) async fn is_walked(&mut self, queue: &str) -> Result<bool, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let walk = walk_of(queue);
-        match self.ask(async |c| c.queue_declare(walk.as_str().into(), passive, FieldTable::default()).await).await {
+        match self
+            .ask(async |c| {
+                c.queue_declare(walk.as_str().into(), passive, FieldTable::default()).await
+            })
+            .await
+        {
             Ok(_) => Ok(true),
             Err(Refused::NotFound) => Ok(false),
             Err(Refused::Other(why)) if why.contains("RESOURCE_LOCKED") => Ok(true),
@@ -520,8 +607,8 @@ impl<'p> Broker<'p> {
         }
     }
 
-    /// Whether a queue that is there is a stream: the broker says so when it is declared with a type that does not exist, which
-    /// declares nothing. Who may not declare it is not told.
+    /// Whether a queue that is there is a stream: the broker says so when it is declared with a
+    /// type that does not exist, which declares nothing. Who may not declare it is not told.
     pub(super) async fn is_stream(&mut self, queue: &str) -> bool {
         let asked = self.compare(queue, table(&[("x-queue-type", text("hooktrail-asks"))])).await;
         matches!(asked, Err(Refused::Inequivalent { argument, found, .. }) if argument == "x-queue-type" && found == "stream")
@@ -533,7 +620,11 @@ impl<'p> Broker<'p> {
     }
 
     /// Declares a queue if it is absent, and compares its arguments if it is there.
-    pub(super) async fn ensure_queue(&mut self, queue: &str, arguments: FieldTable) -> Result<(), QueueError> {
+    pub(super) async fn ensure_queue(
+        &mut self,
+        queue: &str,
+        arguments: FieldTable,
+    ) -> Result<(), QueueError> {
         let existed = self.depth(queue).await?.is_some();
         let keeps = arguments == keeping_arguments();
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
@@ -548,26 +639,41 @@ impl<'p> Broker<'p> {
             // Whoever may not declare can still use what somebody else declared.
             Err(Refused::Forbidden(_)) if existed => Ok(()),
             // What keeps dead letters and has no limit serves as well without it.
-            Err(Refused::Inequivalent { argument, .. }) if keeps && argument == "x-overflow" => Ok(()),
+            Err(Refused::Inequivalent { argument, .. }) if keeps && argument == "x-overflow" => {
+                Ok(())
+            }
             Err(other) => Err(other.into_error("queue", queue)),
         }
     }
 
-    /// Whether one more queue could be declared: tried with one that only this connection has and that is deleted at once.
+    /// Whether one more queue could be declared: tried with one that only this connection has and
+    /// that is deleted at once.
     pub(super) async fn try_declare(&mut self, name: &str) -> Result<(), Refused> {
-        let exclusive = QueueDeclareOptions { exclusive: true, auto_delete: true, ..QueueDeclareOptions::default() };
-        self.ask(async |c| c.queue_declare(name.into(), exclusive, FieldTable::default()).await).await?;
-        self.ask(async |c| c.queue_delete(name.into(), QueueDeleteOptions::default()).await).await.map(drop)
+        let exclusive = QueueDeclareOptions {
+            exclusive: true,
+            auto_delete: true,
+            ..QueueDeclareOptions::default()
+        };
+        self.ask(async |c| c.queue_declare(name.into(), exclusive, FieldTable::default()).await)
+            .await?;
+        self.ask(async |c| c.queue_delete(name.into(), QueueDeleteOptions::default()).await)
+            .await
+            .map(drop)
     }
 
     /// Compares the arguments of a queue that is there. Whoever may not declare it cannot.
-    pub(super) async fn compare(&mut self, queue: &str, arguments: FieldTable) -> Result<(), Refused> {
+    pub(super) async fn compare(
+        &mut self,
+        queue: &str,
+        arguments: FieldTable,
+    ) -> Result<(), Refused> {
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await.map(drop)
     }
 
-    /// What the user may not do of what hooktrail does: tried with a queue and a routing key that nobody has, so
-    /// that nothing changes. RabbitMQ looks at permissions before it looks whether there is such a thing.
+    /// What the user may not do of what hooktrail does: tried with a queue and a routing key that
+    /// nobody has, so that nothing changes. RabbitMQ looks at permissions before it looks whether
+    /// there is such a thing.
     pub(super) async fn forbidden(&mut self, queue: &str, exchange: &str) -> Vec<String> {
         let mut forbidden = Vec::new();
         let mut refused = |what: &str, answer: Result<(), Refused>| {
@@ -575,18 +681,42 @@ impl<'p> Broker<'p> {
                 forbidden.push(what.to_owned());
             }
         };
-        let unused = QueueDeleteOptions { if_unused: true, if_empty: true, ..QueueDeleteOptions::default() };
-        refused("configure its queues", self.ask(async |c| c.queue_delete(queue.into(), unused).await.map(drop)).await);
-        refused("read its queues", self.ask(async |c| c.basic_get(queue.into(), BasicGetOptions::default()).await.map(drop)).await);
-        let unbound = self.ask(async |c| c.queue_unbind(queue.into(), exchange.into(), queue.into(), FieldTable::default()).await).await;
+        let unused =
+            QueueDeleteOptions { if_unused: true, if_empty: true, ..QueueDeleteOptions::default() };
+        refused(
+            "configure its queues",
+            self.ask(async |c| c.queue_delete(queue.into(), unused).await.map(drop)).await,
+        );
+        refused(
+            "read its queues",
+            self.ask(async |c| {
+                c.basic_get(queue.into(), BasicGetOptions::default()).await.map(drop)
+            })
+            .await,
+        );
+        let unbound = self
+            .ask(async |c| {
+                c.queue_unbind(queue.into(), exchange.into(), queue.into(), FieldTable::default())
+                    .await
+            })
+            .await;
         let reads_exchange = format!("read exchange `{exchange}`");
         match &unbound {
-            Err(Refused::Forbidden(why)) if why.contains("exchange '") => refused(&reads_exchange, unbound),
+            Err(Refused::Forbidden(why)) if why.contains("exchange '") => {
+                refused(&reads_exchange, unbound)
+            }
             _ => refused("write to its queues", unbound),
         }
         let writes = self.ask(async |c| {
             let (to, from) = (exchange.into(), exchange.into());
-            c.exchange_unbind(to, from, queue.into(), ExchangeUnbindOptions::default(), FieldTable::default()).await
+            c.exchange_unbind(
+                to,
+                from,
+                queue.into(),
+                ExchangeUnbindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
         });
         let writes = writes.await;
         if !forbidden.contains(&reads_exchange) && matches!(writes, Err(Refused::Forbidden(_))) {
@@ -595,8 +725,15 @@ impl<'p> Broker<'p> {
         forbidden
     }
 
-    async fn declare_exchange(&mut self, name: &str, kind: ExchangeKind, passive: bool, arguments: FieldTable) -> Result<(), Refused> {
-        let options = ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
+    async fn declare_exchange(
+        &mut self,
+        name: &str,
+        kind: ExchangeKind,
+        passive: bool,
+        arguments: FieldTable,
+    ) -> Result<(), Refused> {
+        let options =
+            ExchangeDeclareOptions { durable: true, passive, ..ExchangeDeclareOptions::default() };
         self.ask(async |c| c.exchange_declare(name.into(), kind, options, arguments).await).await
     }
 
@@ -611,7 +748,10 @@ impl<'p> Broker<'p> {
 
     /// The exchange that producers publish to: declared if absent; otherwise only its type matters.
     async fn ensure_exchange(&mut self, name: &str) -> Result<(), Refused> {
-        let existed = match self.declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default()).await {
+        let existed = match self
+            .declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default())
+            .await
+        {
             Ok(()) => true,
             Err(Refused::NotFound) => false,
             Err(other) => return Err(other),
@@ -623,7 +763,8 @@ impl<'p> Broker<'p> {
                 }
                 Ok(())
             }
-            // An alternate exchange, say, or one that is deleted with its last binding: the owner's choice.
+            // An alternate exchange, say, or one that is deleted with its last binding: the owner's
+            // choice.
             Err(Refused::Inequivalent { argument, .. }) if existed && argument != "type" => Ok(()),
             Err(Refused::Forbidden(_)) if existed => Ok(()),
             Err(other) => Err(other),
@@ -631,8 +772,14 @@ impl<'p> Broker<'p> {
     }
 
     /// An exchange of hooktrail's own.
-    async fn exchange(&mut self, name: &str, kind: ExchangeKind, arguments: FieldTable) -> Result<(), QueueError> {
-        let exists = self.declare_exchange(name, kind.clone(), true, FieldTable::default()).await.is_ok();
+    async fn exchange(
+        &mut self,
+        name: &str,
+        kind: ExchangeKind,
+        arguments: FieldTable,
+    ) -> Result<(), QueueError> {
+        let exists =
+            self.declare_exchange(name, kind.clone(), true, FieldTable::default()).await.is_ok();
         match self.declare_exchange(name, kind, false, arguments).await {
             Err(Refused::Forbidden(_)) if exists => Ok(()),
             Ok(()) if !exists => {
@@ -643,9 +790,21 @@ impl<'p> Broker<'p> {
         }
     }
 
-    pub(super) async fn bind(&mut self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
+    pub(super) async fn bind(
+        &mut self,
+        queue: &str,
+        exchange: &str,
+        key: &str,
+    ) -> Result<(), QueueError> {
         let bound = self.ask(async |c| {
-            c.queue_bind(queue.into(), exchange.into(), key.into(), QueueBindOptions::default(), FieldTable::default()).await
+            c.queue_bind(
+                queue.into(),
+                exchange.into(),
+                key.into(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
         });
         bound.await.map_err(|e| match e {
             Refused::NotFound => {
@@ -655,8 +814,15 @@ impl<'p> Broker<'p> {
         })
     }
 
-    pub(super) async fn unbind(&mut self, queue: &str, exchange: &str, key: &str) -> Result<(), QueueError> {
-        let unbound = self.ask(async |c| c.queue_unbind(queue.into(), exchange.into(), key.into(), FieldTable::default()).await);
+    pub(super) async fn unbind(
+        &mut self,
+        queue: &str,
+        exchange: &str,
+        key: &str,
+    ) -> Result<(), QueueError> {
+        let unbound = self.ask(async |c| {
+            c.queue_unbind(queue.into(), exchange.into(), key.into(), FieldTable::default()).await
+        });
         match unbound.await {
             Ok(()) | Err(Refused::NotFound) => Ok(()),
             Err(e) => Err(e.into_error("the binding of queue", queue)),
@@ -664,7 +830,8 @@ impl<'p> Broker<'p> {
     }
 
     pub(super) async fn delete_queue(&mut self, queue: &str) -> Result<(), QueueError> {
-        let deleted = self.ask(async |c| c.queue_delete(queue.into(), QueueDeleteOptions::default()).await);
+        let deleted =
+            self.ask(async |c| c.queue_delete(queue.into(), QueueDeleteOptions::default()).await);
         match deleted.await {
             Ok(_) | Err(Refused::NotFound) => Ok(()),
             Err(e) => Err(e.into_error("queue", queue)),
@@ -672,13 +839,22 @@ impl<'p> Broker<'p> {
     }
 
     pub(super) async fn delete_exchange(&mut self, exchange: &str) -> Result<(), QueueError> {
-        let deleted = self.ask(async |c| c.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await);
+        let deleted = self.ask(async |c| {
+            c.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await
+        });
         deleted.await.map_err(|e| e.into_error("exchange", exchange))
     }
 
     async fn bind_exchange(&mut self, to: &str, from: &str, key: &str) -> Result<(), QueueError> {
         let bound = self.ask(async |c| {
-            c.exchange_bind(to.into(), from.into(), key.into(), ExchangeBindOptions::default(), FieldTable::default()).await
+            c.exchange_bind(
+                to.into(),
+                from.into(),
+                key.into(),
+                ExchangeBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
         });
         bound.await.map_err(|e| e.into_error("the binding of exchange", to))
     }

@@ -1,9 +1,10 @@
-//! What somebody deletes under the daemon is put back: bindings, the ladder, queues. Checked each minute, and at once when a
-//! message finds no queue.
+//! What somebody deletes under the daemon is put back: bindings, the ladder, queues. Checked each
+//! minute, and at once when a message finds no queue.
 //!
-//! AMQP tells nobody whether a binding exists, and binding what is bound changes nothing. So bindings are simply made again,
-//! and what was missing is known only where something shows it: a queue or an exchange that is not there, the witness
-//! ([`Topology::ensure_witness`]), a message that came back, or the management API.
+//! AMQP tells nobody whether a binding exists, and binding what is bound changes nothing. So
+//! bindings are simply made again, and what was missing is known only where something shows it: a
+//! queue or an exchange that is not there, the witness ([`Topology::ensure_witness`]), a message
+//! that came back, or the management API.
 
 use std::{
     collections::BTreeSet,
@@ -22,7 +23,9 @@ use super::{
     state,
     topology::{Broker, Topology},
 };
-use crate::{clock, config::Subscriber, event::Pattern, queue::QueueError, telemetry::troubles::Harms};
+use crate::{
+    clock, config::Subscriber, event::Pattern, queue::QueueError, telemetry::troubles::Harms,
+};
 
 /// Between two checks when nothing seems to be missing.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -33,8 +36,8 @@ const FIRST_REST: Duration = Duration::from_secs(10);
 /// Between two checks whatever happens.
 const SOONEST: Duration = Duration::from_secs(5);
 
-/// How long an exchange has to be absent before it is declared: a producer that deletes it, to declare it with other arguments,
-/// would be refused if another one were there.
+/// How long an exchange has to be absent before it is declared: a producer that deletes it, to
+/// declare it with other arguments, would be refused if another one were there.
 const SECOND_LOOK: Duration = Duration::from_secs(10);
 
 /// For putting back what a settlement found missing.
@@ -57,7 +60,8 @@ impl Schedule {
 
     fn due(&self) -> Instant {
         let next = self.last + if self.soon { SOONEST } else { INTERVAL };
-        let second_look = self.absent_since.map(|since| since + SECOND_LOOK).filter(|at| *at > self.last);
+        let second_look =
+            self.absent_since.map(|since| since + SECOND_LOOK).filter(|at| *at > self.last);
         second_look.map_or(next, |at| at.min(next))
     }
 
@@ -98,8 +102,17 @@ impl<'a> Upkeep<'a> {
     pub(super) fn new(queue: &'a AmqpQueue) -> Self {
         let topology = queue.topology();
         let uri = topology.url().expose().as_str().parse().ok();
-        let api = topology.management_url().zip(uri).and_then(|(url, uri)| Management::try_new(url, &uri).ok());
-        Self { queue, topology, schedule: Schedule::new(clock::instant()), api, told: BTreeSet::new() }
+        let api = topology
+            .management_url()
+            .zip(uri)
+            .and_then(|(url, uri)| Management::try_new(url, &uri).ok());
+        Self {
+            queue,
+            topology,
+            schedule: Schedule::new(clock::instant()),
+            api,
+            told: BTreeSet::new(),
+        }
     }
 
     /// A record that was there before tells that there were bindings, and so a witness.
@@ -120,9 +133,14 @@ impl<'a> Upkeep<'a> {
         }
     }
 
-    /// Sees to it that the exchange is there, and that each of these subscribers has its queues, and `patterns` of the record bound
-    /// to it. What goes wrong with one keeps this from no other.
-    pub(super) async fn check(&mut self, broker: &mut Broker<'_>, subscribers: &[Arc<Subscriber>], patterns: &Patterns) {
+    /// Sees to it that the exchange is there, and that each of these subscribers has its queues,
+    /// and `patterns` of the record bound to it. What goes wrong with one keeps this from no other.
+    pub(super) async fn check(
+        &mut self,
+        broker: &mut Broker<'_>,
+        subscribers: &[Arc<Subscriber>],
+        patterns: &Patterns,
+    ) {
         broker.take_declared();
         let mut missing = Missing::default();
         let exchange = self.exchange(broker, &mut missing).await;
@@ -144,7 +162,11 @@ impl<'a> Upkeep<'a> {
     }
 
     /// Whether the exchange is there, by now.
-    async fn exchange(&mut self, broker: &mut Broker<'_>, missing: &mut Missing) -> Result<bool, QueueError> {
+    async fn exchange(
+        &mut self,
+        broker: &mut Broker<'_>,
+        missing: &mut Missing,
+    ) -> Result<bool, QueueError> {
         let topology = self.topology;
         if !topology.has_events(broker).await? {
             if !self.schedule.absent(clock::instant()) {
@@ -185,7 +207,9 @@ impl<'a> Upkeep<'a> {
             let Some(patterns) = patterns.get(&s.name) else { continue };
             if let Some(known) = &known {
                 let main = self.topology.main(&s.name);
-                let unbound = patterns.iter().filter(|p| !known.iter().any(|b| b.destination == main && b.routing_key == **p));
+                let unbound = patterns.iter().filter(|p| {
+                    !known.iter().any(|b| b.destination == main && b.routing_key == **p)
+                });
                 missing.bindings.extend(unbound.map(|p| format!("{main} <- {p}")));
             }
             let about = format!("subscriber `{}`", s.name);
@@ -228,7 +252,8 @@ fn is_of_upkeep(about: &str) -> bool {
 
 impl Missing {
     fn tell(&self, topology: &Topology, sound: Option<SystemTime>) {
-        let since = sound.map_or_else(|| "a time when no daemon ran".to_owned(), clock::rfc3339_seconds);
+        let since =
+            sound.map_or_else(|| "a time when no daemon ran".to_owned(), clock::rfc3339_seconds);
         if self.exchange {
             tracing::error!(
                 exchange = topology.events(),
@@ -237,7 +262,11 @@ impl Missing {
             );
         } else if !self.bindings.is_empty() {
             let bindings = self.bindings.join(", ");
-            tracing::error!(bindings, since, "bindings were missing and are put back: what was published for them meanwhile is lost");
+            tracing::error!(
+                bindings,
+                since,
+                "bindings were missing and are put back: what was published for them meanwhile is lost"
+            );
         }
         for name in &self.declared {
             tracing::error!(
@@ -252,7 +281,10 @@ impl Missing {
 /// Of what all lanes share, and of a lane's ways back.
 pub(super) fn log_put_back(broker: &mut Broker<'_>) {
     for name in broker.take_declared() {
-        tracing::error!(name, "was missing and is declared again: batches or dead letters that were in it are lost");
+        tracing::error!(
+            name,
+            "was missing and is declared again: batches or dead letters that were in it are lost"
+        );
     }
 }
 
@@ -264,7 +296,8 @@ impl AmqpQueue {
         }
     }
 
-    /// Looks at a start whether there is a witness, before anything is bound and recorded, and declares it.
+    /// Looks at a start whether there is a witness, before anything is bound and recorded, and
+    /// declares it.
     pub(super) async fn first_witness(&self, broker: &mut Broker<'_>) {
         if self.0.witnessed.get().is_none()
             && let Ok(there) = self.topology().has_witness(broker).await
@@ -289,7 +322,8 @@ impl AmqpQueue {
                 let mut kept = self.mend(None).await;
                 if kept.is_ok() {
                     self.0.damaged.send_replace(false);
-                    // A broker that nobody has connected to again was not restarted, and has lost nothing since.
+                    // A broker that nobody has connected to again was not restarted, and has lost
+                    // nothing since.
                     if tried_at != Some(self.0.dialer.connects()) {
                         kept = self.try_ladder().await;
                         tried_at = Some(self.0.dialer.connects()).filter(|_| kept.is_ok());
@@ -304,11 +338,14 @@ impl AmqpQueue {
         }
     }
 
-    /// Consumes each level that seems to be empty, for a moment. One that the broker has lost the use of seems to be, and what other
-    /// levels hand on to it waits for good: only its consumers and publishers are told.
+    /// Consumes each level that seems to be empty, for a moment. One that the broker has lost the
+    /// use of seems to be, and what other levels hand on to it waits for good: only its consumers
+    /// and publishers are told.
     async fn try_ladder(&self) -> Result<(), QueueError> {
-        // Limits of connections and channels leave room for those that the daemon needs, and perhaps for no others.
-        let untried = |e: QueueError| tracing::debug!(error = %e, "the delay ladder could not be tried");
+        // Limits of connections and channels leave room for those that the daemon needs, and
+        // perhaps for no others.
+        let untried =
+            |e: QueueError| tracing::debug!(error = %e, "the delay ladder could not be tried");
         let quarantine = match self.0.consuming.quarantine().await {
             Ok(quarantine) => quarantine,
             Err(e) => {
@@ -320,7 +357,10 @@ impl AmqpQueue {
         let mut suspect = None;
         for level in 0..ladder::LEVELS {
             let name = self.topology().level(level);
-            let is_idle = broker.depth(&name).await?.is_some_and(|depth| depth.messages == 0 && depth.consumers == 0);
+            let is_idle = broker
+                .depth(&name)
+                .await?
+                .is_some_and(|depth| depth.messages == 0 && depth.consumers == 0);
             if !is_idle {
                 continue;
             }
@@ -341,13 +381,21 @@ impl AmqpQueue {
         self.usable(&name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"))
     }
 
-    /// What a settlement is written to was not there: puts back what a subscriber shares with all others, and its own ways back.
+    /// What a settlement is written to was not there: puts back what a subscriber shares with all
+    /// others, and its own ways back.
     ///
     /// # Errors
-    /// It cannot be put back; from then on nothing is [`writable`](crate::queue::Queue::writable) before it can.
+    /// It cannot be put back; from then on nothing is [`writable`](crate::queue::Queue::writable)
+    /// before it can.
     pub(super) async fn put_back(&self, subscriber: &str) -> Result<(), QueueError> {
-        let late = || QueueError::new(format!("what is missing could not be declared within {} s", MENDING.as_secs()));
-        let mended = timeout(MENDING, self.mend(Some(subscriber))).await.unwrap_or_else(|_| Err(late()));
+        let late = || {
+            QueueError::new(format!(
+                "what is missing could not be declared within {} s",
+                MENDING.as_secs()
+            ))
+        };
+        let mended =
+            timeout(MENDING, self.mend(Some(subscriber))).await.unwrap_or_else(|_| Err(late()));
         if mended.is_err() {
             self.0.damaged.send_replace(true);
         }
@@ -367,13 +415,15 @@ impl AmqpQueue {
         mended
     }
 
-    /// Binds again, as the record says, what events of these types should have reached and did not; returns whether there was such
-    /// a thing.
+    /// Binds again, as the record says, what events of these types should have reached and did not;
+    /// returns whether there was such a thing.
     ///
     /// # Errors
     /// It cannot be bound, or the record cannot be read.
     pub(super) async fn bind_again(&self, types: &BTreeSet<String>) -> Result<bool, QueueError> {
-        let matches = |pattern: &str| Pattern::try_new(pattern).is_ok_and(|p| types.iter().any(|t| p.matches(t)));
+        let matches = |pattern: &str| {
+            Pattern::try_new(pattern).is_ok_and(|p| types.iter().any(|t| p.matches(t)))
+        };
         let mut bound = self.bound().clone();
         // What a command knows is what it is configured with.
         if !self.follows() {
@@ -382,8 +432,10 @@ impl AmqpQueue {
             }
             bound = state::bound(self).await?;
         }
-        let wanted: Vec<(&String, &String)> =
-            bound.iter().flat_map(|(name, all)| all.iter().filter(|p| matches(p)).map(move |p| (name, p))).collect();
+        let wanted: Vec<(&String, &String)> = bound
+            .iter()
+            .flat_map(|(name, all)| all.iter().filter(|p| matches(p)).map(move |p| (name, p)))
+            .collect();
         let mut broker = self.broker();
         for (name, pattern) in &wanted {
             broker.bind(&self.topology().main(name), &self.topology().events(), pattern).await?;
@@ -423,7 +475,8 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_exchange_is_declared_at_the_second_look_and_not_if_somebody_declared_it_meanwhile() {
+    fn an_absent_exchange_is_declared_at_the_second_look_and_not_if_somebody_declared_it_meanwhile()
+    {
         let now = clock::instant();
         let mut schedule = Schedule::new(now);
         assert!(!schedule.absent(now));

@@ -1,22 +1,27 @@
 //! What waits for its next attempt: looked at, and made due now.
 //!
-//! The retries of all subscribers wait in the ladder's levels, and a queue shows its head alone. So a look takes every message of a
-//! level, and gives back what it does not move. Measured on RabbitMQ 3.10.8 and 4.0.5, in quorum queues with a time to live:
+//! The retries of all subscribers wait in the ladder's levels, and a queue shows its head alone. So
+//! a look takes every message of a level, and gives back what it does not move. Measured on
+//! RabbitMQ 3.10.8 and 4.0.5, in quorum queues with a time to live:
 //!
-//! - What is given back keeps its time: held for 5 s and given back, each of ten messages went on within 0.1 s of when it would have.
-//!   One whose time passes while it is held goes on when it is given back, and is late by that.
-//! - What is given back comes before what was never taken, and after what was given back earlier. So a look may end after a message
-//!   that comes for the first time; else it goes on to the end. A message out of its place would wait for all before it, and
-//!   a level can hold some back for days. Who is killed half-way through a level that was looked at before leaves it so.
-//! - When a channel ends, however that happens, the broker gives back what it held consumer by consumer and each one's in order. The
-//!   consumers are in the order of their names as long as there are at most 32 of them: 2,000 messages held by 16 of them came
-//!   back as they were after a kill -9, held by 63 they did not.
-//! - Acks are not answered. A channel sends on 33 of them, and more when the queue has them on the disk; what it has not sent on when
-//!   it is closed is lost, and the message is in the queue again. A count is answered at once, whatever is on its way to the disk;
-//!   the beginning and the end of a consumer are answered only when what was sent on before is there.
+//! - What is given back keeps its time: held for 5 s and given back, each of ten messages went on
+//!   within 0.1 s of when it would have. One whose time passes while it is held goes on when it is
+//!   given back, and is late by that.
+//! - What is given back comes before what was never taken, and after what was given back earlier.
+//!   So a look may end after a message that comes for the first time; else it goes on to the end. A
+//!   message out of its place would wait for all before it, and a level can hold some back for
+//!   days. Who is killed half-way through a level that was looked at before leaves it so.
+//! - When a channel ends, however that happens, the broker gives back what it held consumer by
+//!   consumer and each one's in order. The consumers are in the order of their names as long as
+//!   there are at most 32 of them: 2,000 messages held by 16 of them came back as they were after a
+//!   kill -9, held by 63 they did not.
+//! - Acks are not answered. A channel sends on 33 of them, and more when the queue has them on the
+//!   disk; what it has not sent on when it is closed is lost, and the message is in the queue
+//!   again. A count is answered at once, whatever is on its way to the disk; the beginning and the
+//!   end of a consumer are answered only when what was sent on before is there.
 //!
-//! What is asked for goes into the retry queue, confirmed, before it is taken out of the level: whatever ends this in between leaves
-//! a copy too many, under the same id.
+//! What is asked for goes into the retry queue, confirmed, before it is taken out of the level:
+//! whatever ends this in between leaves a copy too many, under the same id.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -27,7 +32,10 @@ use futures_util::StreamExt as _;
 use lapin::{
     Consumer,
     message::Delivery,
-    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
+    options::{
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions,
+        QueueDeclareOptions,
+    },
     types::FieldTable,
 };
 use tokio::time::{timeout, timeout_at};
@@ -47,8 +55,9 @@ use crate::{
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
 
-/// A queue of retries is held no longer than this at a time: nothing in it comes due meanwhile. Only where more was given back earlier
-/// than can be taken in that time it takes longer, since a part of that would lose its place: about 70,000 messages.
+/// A queue of retries is held no longer than this at a time: nothing in it comes due meanwhile.
+/// Only where more was given back earlier than can be taken in that time it takes longer, since a
+/// part of that would lose its place: about 70,000 messages.
 const HOLD: Duration = Duration::from_secs(10);
 
 /// Of that for taking messages; the rest is for giving the others back.
@@ -67,22 +76,26 @@ const BREATH: Duration = Duration::from_secs(1);
 const FIRST_WINDOW: u16 = 32;
 const WINDOW_BYTES: usize = 32 * 1024 * 1024;
 
-/// With more than 32 the broker gives back in no order; some are kept for what comes in later than it should, and for [`ACKED`].
+/// With more than 32 the broker gives back in no order; some are kept for what comes in later than
+/// it should, and for [`ACKED`].
 const CONSUMERS: u32 = 28;
 
-/// When nothing has come for so long the queue is asked whether there is anything: some may have come due.
+/// When nothing has come for so long the queue is asked whether there is anything: some may have
+/// come due.
 const SILENCE: Duration = Duration::from_millis(300);
 
 /// Messages that are moved together, one confirm for all: whichever is reached first.
 const GROUP: usize = 200;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
-/// Consumers that begin and end before acks are sure to have arrived. With the first those are there that the channel had sent on, and
-/// the channel hears of it; so it sends on the others before the second begins.
+/// Consumers that begin and end before acks are sure to have arrived. With the first those are
+/// there that the channel had sent on, and the channel hears of it; so it sends on the others
+/// before the second begins.
 const ACKED: u32 = 2;
 
-/// A queue that does not answer in 250 ms is counted as empty. So none is believed only of an answer that came sooner, or that took at most
-/// so much longer than the same question about a queue that is not there.
+/// A queue that does not answer in 250 ms is counted as empty. So none is believed only of an
+/// answer that came sooner, or that took at most so much longer than the same question about a
+/// queue that is not there.
 const NO_ANSWER: Duration = Duration::from_millis(250);
 const UNEVEN: Duration = Duration::from_millis(100);
 
@@ -97,14 +110,16 @@ pub(super) async fn list(queue: &AmqpQueue, subscriber: &str) -> Result<WaitingL
     let looks = Looks::begin(queue).await?;
     let mut list = WaitingList::default();
     let mut seen = HashSet::new();
-    // From the top, so that what goes on to a lower level meanwhile is met there, and what comes due last of all.
+    // From the top, so that what goes on to a lower level meanwhile is met there, and what comes
+    // due last of all.
     for level in (0..ladder::LEVELS).rev() {
         list.unseen += looks
             .each(queue.topology().level(level), |delivery| {
                 let own = ladder::subscriber_of(delivery.routing_key.as_str()) == Some(subscriber);
                 let found = own.then(|| message::waiting(delivery)).flatten();
                 // One that is met again has gone on meanwhile.
-                list.batches.extend(found.filter(|w| seen.insert((w.batch_id.clone(), w.attempts))));
+                list.batches
+                    .extend(found.filter(|w| seen.insert((w.batch_id.clone(), w.attempts))));
             })
             .await?;
     }
@@ -115,24 +130,41 @@ pub(super) async fn list(queue: &AmqpQueue, subscriber: &str) -> Result<WaitingL
     Ok(list)
 }
 
-pub(super) async fn hasten(queue: &AmqpQueue, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
+pub(super) async fn hasten(
+    queue: &AmqpQueue,
+    subscriber: &str,
+    ids: Option<BTreeSet<BatchId>>,
+) -> Result<Hastened, QueueError> {
     let due = known(queue, subscriber).await?;
     queue.publisher().ready().await?;
     let looks = Looks::begin(queue).await?;
-    let mut moving = Moving { queue, subscriber, ids: ids.as_ref(), moved: HashMap::new(), unseen: 0 };
+    let mut moving =
+        Moving { queue, subscriber, ids: ids.as_ref(), moved: HashMap::new(), unseen: 0 };
     for level in (0..ladder::LEVELS).rev() {
         if let Err(e) = moving.out_of(&looks, level).await {
             let before = match moving.moved.len() {
                 0 => "nothing was moved".to_owned(),
                 n => format!("{n} were moved before"),
             };
-            return Err(QueueError::new(format!("{e}; {before}, the others wait as they did; run it again for them")));
+            return Err(QueueError::new(format!(
+                "{e}; {before}, the others wait as they did; run it again for them"
+            )));
         }
     }
-    let mut hastened = Hastened { moved: moving.moved.len() as u64, due: due.into(), missing: Vec::new(), unseen: moving.unseen };
+    let mut hastened = Hastened {
+        moved: moving.moved.len() as u64,
+        due: due.into(),
+        missing: Vec::new(),
+        unseen: moving.unseen,
+    };
     if let Some(ids) = &ids {
-        let mut missing: BTreeSet<&BatchId> = ids.iter().filter(|id| !moving.moved.contains_key(*id)).collect();
-        let found = if missing.is_empty() { Vec::new() } else { looks.due(queue.topology().retry(subscriber)).await?.0 };
+        let mut missing: BTreeSet<&BatchId> =
+            ids.iter().filter(|id| !moving.moved.contains_key(*id)).collect();
+        let found = if missing.is_empty() {
+            Vec::new()
+        } else {
+            looks.due(queue.topology().retry(subscriber)).await?.0
+        };
         hastened.due = found.iter().filter(|w| missing.remove(&w.batch_id)).count() as u64;
         hastened.missing = missing.into_iter().map(BatchId::to_string).collect();
     }
@@ -191,7 +223,9 @@ impl Moving<'_> {
     /// Looks through a level until nothing asked for is left in it, or no more can be reached.
     async fn out_of(&mut self, looks: &Looks<'_>, level: u32) -> Result<(), QueueError> {
         loop {
-            let Some(mut look) = looks.at(self.queue.topology().level(level)).await? else { return Ok(()) };
+            let Some(mut look) = looks.at(self.queue.topology().level(level)).await? else {
+                return Ok(());
+            };
             let taken = self.take(&mut look).await;
             let left = u64::from(look.left);
             let closed = look.close().await;
@@ -207,7 +241,8 @@ impl Moving<'_> {
         }
     }
 
-    /// How many messages were taken out of the level, and how many that are asked for were passed by in the end.
+    /// How many messages were taken out of the level, and how many that are asked for were passed
+    /// by in the end.
     async fn take(&mut self, look: &mut Look) -> Result<(usize, u64), QueueError> {
         let (mut group, mut bytes, mut taken, mut passed) = (Vec::new(), 0, 0, 0);
         while let Some(delivery) = look.next().await? {
@@ -250,12 +285,18 @@ impl Moving<'_> {
             Some(moved) if *moved == (waiting.attempts, waiting.bytes) => Wanted::Drop,
             // It has failed again since: its new time holds.
             Some(_) => Wanted::Leave,
-            None if self.ids.is_none_or(|ids| ids.contains(&waiting.batch_id)) => Wanted::Move(waiting),
+            None if self.ids.is_none_or(|ids| ids.contains(&waiting.batch_id)) => {
+                Wanted::Move(waiting)
+            }
             None => Wanted::Leave,
         }
     }
 
-    async fn send(&mut self, look: &mut Look, group: Vec<(Waiting, Delivery)>) -> Result<usize, QueueError> {
+    async fn send(
+        &mut self,
+        look: &mut Look,
+        group: Vec<(Waiting, Delivery)>,
+    ) -> Result<usize, QueueError> {
         if group.is_empty() {
             return Ok(0);
         }
@@ -268,15 +309,22 @@ impl Moving<'_> {
         }
         // What is given up here was perhaps stored: then it comes twice.
         let late = look.began + HOLD - GIVING_BACK;
-        let Ok(fates) = timeout_at(late.into(), self.queue.publisher().publish(messages)).await else {
-            return Err(QueueError::new("the broker did not confirm in the time for which a queue of retries may be held"));
+        let Ok(fates) = timeout_at(late.into(), self.queue.publisher().publish(messages)).await
+        else {
+            return Err(QueueError::new(
+                "the broker did not confirm in the time for which a queue of retries may be held",
+            ));
         };
         let fates = fates?;
         reached(Step::Moved);
         let mut sent = 0;
         for ((tag, waiting), fate) in marks.into_iter().zip(fates) {
             if fate != Fate::Stored {
-                let why = if fate == Fate::Unroutable { "does not exist any more" } else { "takes no more" };
+                let why = if fate == Fate::Unroutable {
+                    "does not exist any more"
+                } else {
+                    "takes no more"
+                };
                 return Err(QueueError::new(format!("queue `{retry}` {why}")));
             }
             look.ack(tag).await?;
@@ -287,7 +335,8 @@ impl Moving<'_> {
     }
 }
 
-/// Looks at queues, one after the other, on a connection of its own: a queue that the broker has lost the use of takes it down.
+/// Looks at queues, one after the other, on a connection of its own: a queue that the broker has
+/// lost the use of takes it down.
 struct Looks<'q> {
     queue: &'q AmqpQueue,
     connection: Quarantine,
@@ -303,9 +352,17 @@ impl<'q> Looks<'q> {
         let turn = async {
             loop {
                 let lease = connection.lease().await?;
-                match answer(lease.channel.queue_declare(name.as_str().into(), exclusive, FieldTable::default())).await {
+                match answer(lease.channel.queue_declare(
+                    name.as_str().into(),
+                    exclusive,
+                    FieldTable::default(),
+                ))
+                .await
+                {
                     Ok(_) => return Ok(Some(lease)),
-                    Err(why) if why.code == Some(RESOURCE_LOCKED) => tokio::time::sleep(Duration::from_millis(250)).await,
+                    Err(why) if why.code == Some(RESOURCE_LOCKED) => {
+                        tokio::time::sleep(Duration::from_millis(250)).await
+                    }
                     // The user may not.
                     Err(why) => {
                         tracing::debug!(error = %why, "others are not kept from looking at the same time");
@@ -315,7 +372,10 @@ impl<'q> Looks<'q> {
             }
         };
         let turn: Result<_, QueueError> = timeout(TURN, turn).await.map_err(|_| {
-            QueueError::new(format!("another command looks through the retries, and has for {} s; try again later", TURN.as_secs()))
+            QueueError::new(format!(
+                "another command looks through the retries, and has for {} s; try again later",
+                TURN.as_secs()
+            ))
         })?;
         let turn = turn?;
         Ok(Self { queue, connection, _turn: turn })
@@ -374,7 +434,8 @@ struct Look {
 
 impl Look {
     fn new(lease: Lease, queue: String, messages: u32) -> Self {
-        let share = u16::try_from(messages.div_ceil(CONSUMERS)).unwrap_or(u16::MAX).max(FIRST_WINDOW);
+        let share =
+            u16::try_from(messages.div_ceil(CONSUMERS)).unwrap_or(u16::MAX).max(FIRST_WINDOW);
         Self {
             lease,
             queue,
@@ -412,7 +473,12 @@ impl Look {
         let consume = async {
             channel.basic_qos(most, BasicQosOptions::default()).await?;
             channel
-                .basic_consume(self.queue.as_str().into(), name.as_str().into(), BasicConsumeOptions::default(), FieldTable::default())
+                .basic_consume(
+                    self.queue.as_str().into(),
+                    name.as_str().into(),
+                    BasicConsumeOptions::default(),
+                    FieldTable::default(),
+                )
                 .await
         };
         let consumer = answer(consume).await.map_err(|why| self.error(&why))?;
@@ -420,7 +486,9 @@ impl Look {
     }
 
     async fn cancel(&self, name: &str) -> Result<(), QueueError> {
-        let cancelled = answer(self.lease.channel.basic_cancel(name.into(), BasicCancelOptions::default())).await;
+        let cancelled =
+            answer(self.lease.channel.basic_cancel(name.into(), BasicCancelOptions::default()))
+                .await;
         cancelled.map_err(|why| self.error(&why))
     }
 
@@ -447,12 +515,18 @@ impl Look {
             self.left = self.left.min(self.depth().await?);
         }
         let largest = self.ready.iter().map(|d| d.data.len()).max().unwrap_or(1).max(1);
-        self.window = u16::try_from(WINDOW_BYTES / largest).unwrap_or(u16::MAX).clamp(1, self.share);
+        self.window =
+            u16::try_from(WINDOW_BYTES / largest).unwrap_or(u16::MAX).clamp(1, self.share);
         Ok(())
     }
 
     fn took(&mut self, next: Option<lapin::Result<Delivery>>) -> Result<(), QueueError> {
-        let gone = || QueueError::new(format!("the broker cancelled the consumer of queue `{}`: it was deleted or moved", self.queue));
+        let gone = || {
+            QueueError::new(format!(
+                "the broker cancelled the consumer of queue `{}`: it was deleted or moved",
+                self.queue
+            ))
+        };
         let delivery = next.ok_or_else(gone)?.map_err(|e| self.error(&BrokerError::from(e)))?;
         self.amid_returned = delivery.redelivered;
         self.ready.push_back(delivery);
@@ -461,12 +535,18 @@ impl Look {
 
     async fn ack(&mut self, tag: u64) -> Result<(), QueueError> {
         self.acked = true;
-        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
+        answer(self.lease.channel.basic_ack(tag, BasicAckOptions::default()))
+            .await
+            .map_err(|why| self.error(&why))
     }
 
     async fn depth(&self) -> Result<u32, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let asked = self.lease.channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
+        let asked = self.lease.channel.queue_declare(
+            self.queue.as_str().into(),
+            passive,
+            FieldTable::default(),
+        );
         Ok(answer(asked).await.map_err(|why| self.error(&why))?.message_count())
     }
 
@@ -475,13 +555,15 @@ impl Look {
         if self.acked {
             self.acks_arrive().await?;
         }
-        answer(self.lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))
+        answer(self.lease.channel.close(200, "looked at".into()))
+            .await
+            .map_err(|why| self.error(&why))
     }
 
     /// Waits until the queue has every ack on its disk.
     ///
-    /// A message that comes meanwhile is given back with the others, behind them: if this one had been given back before, they
-    /// all had been, and [`next`](Self::next) has taken them all.
+    /// A message that comes meanwhile is given back with the others, behind them: if this one had
+    /// been given back before, they all had been, and [`next`](Self::next) has taken them all.
     async fn acks_arrive(&mut self) -> Result<(), QueueError> {
         for _ in 0..ACKED {
             let (name, mut consumer) = self.consume(1).await?;

@@ -1,8 +1,9 @@
 //! A look at each message of a queue in their order, however many there are.
 //!
-//! A queue shows its head alone, so what was passed by stays unacknowledged until the end of the walk, at the broker: here
-//! a few messages are held, and one bit of the rest. `basic.get` would not do: for a quorum queue each is a consumer of its own,
-//! and 74,000 of them took ten minutes (measured); consumers of a few messages each, one after the other, take seconds.
+//! A queue shows its head alone, so what was passed by stays unacknowledged until the end of the
+//! walk, at the broker: here a few messages are held, and one bit of the rest. `basic.get` would
+//! not do: for a quorum queue each is a consumer of its own, and 74,000 of them took ten minutes
+//! (measured); consumers of a few messages each, one after the other, take seconds.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -11,7 +12,8 @@ use lapin::{
     Channel, Consumer,
     message::Delivery,
     options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions,
+        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicGetOptions,
+        BasicNackOptions, BasicQosOptions, QueueDeclareOptions,
     },
     types::FieldTable,
 };
@@ -23,22 +25,23 @@ use super::{
 };
 use crate::queue::QueueError;
 
-/// Messages that one consumer takes: so many at first, up to so many while they are small, and never more
-/// than the last ones' size makes of [`WINDOW_BYTES`].
+/// Messages that one consumer takes: so many at first, up to so many while they are small, and
+/// never more than the last ones' size makes of [`WINDOW_BYTES`].
 const FIRST_WINDOW: u16 = 32;
 const MAX_WINDOW: u16 = 128;
 const WINDOW_BYTES: usize = 8 * 1024 * 1024;
 
-/// Messages of one consumer that are given back in one answer. RabbitMQ 3.10 collects them in an Erlang
-/// map, which is in order only while it is that small.
+/// Messages of one consumer that are given back in one answer. RabbitMQ 3.10 collects them in an
+/// Erlang map, which is in order only while it is that small.
 const BACK: usize = 32;
 
-/// Answers that may be on their way to the queue. Beyond 32 a channel holds them back, and sends them
-/// on by consumer in whatever order (measured).
+/// Answers that may be on their way to the queue. Beyond 32 a channel holds them back, and sends
+/// them on by consumer in whatever order (measured).
 const UNDER_WAY: usize = 16;
 
-/// The first answers of a channel that go one by one: acks may still be under way there, more than it sends
-/// on at once. When the first is through these are sent, when the second is through they have arrived.
+/// The first answers of a channel that go one by one: acks may still be under way there, more than
+/// it sends on at once. When the first is through these are sent, when the second is through they
+/// have arrived.
 const ALONE: u32 = 2;
 
 /// Acks that a channel sends on to a quorum queue before the queue has answered.
@@ -47,20 +50,22 @@ const SENT_ON: usize = 32;
 /// How long the queue may take to have back what it was given back.
 const BACK_TIME: Duration = Duration::from_secs(5);
 
-/// Messages that one channel holds: to ack one, a channel goes through all that it holds before it (measured:
-/// 14,000 acks among 100,000 took 100 s).
+/// Messages that one channel holds: to ack one, a channel goes through all that it holds before it
+/// (measured: 14,000 acks among 100,000 took 100 s).
 const CHANNEL: u32 = 2048;
 
 /// A connection has no room for more channels than these; of larger queues a channel holds more.
 const MAX_CHANNELS: u32 = 64;
 
-/// When nothing has come for so long the queue is asked whether there is anything: somebody else may hold what was counted.
+/// When nothing has come for so long the queue is asked whether there is anything: somebody else
+/// may hold what was counted.
 const SILENCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Walk {
     connection: Quarantine,
-    /// Each with the number of messages that came over the ones before. Together they count up as delivery tags do.
+    /// Each with the number of messages that came over the ones before. Together they count up as
+    /// delivery tags do.
     channels: Vec<(Lease, u64)>,
     each: u64,
     queue: String,
@@ -77,7 +82,8 @@ pub(super) struct Walk {
 }
 
 impl Walk {
-    /// Looks at so many messages. The connection is for this walk alone: a queue that the broker has lost the use of takes it down.
+    /// Looks at so many messages. The connection is for this walk alone: a queue that the broker
+    /// has lost the use of takes it down.
     pub(super) fn new(connection: Quarantine, queue: String, messages: u32) -> Self {
         Self {
             connection,
@@ -113,7 +119,9 @@ impl Walk {
     pub(super) async fn ack(&mut self, tag: u64) -> Result<(), QueueError> {
         self.set(tag, false);
         let Some((channel, tag)) = self.place(tag) else { return Ok(()) };
-        answer(channel.basic_ack(tag, BasicAckOptions::default())).await.map_err(|why| self.error(&why))
+        answer(channel.basic_ack(tag, BasicAckOptions::default()))
+            .await
+            .map_err(|why| self.error(&why))
     }
 
     /// The channel that a message came over, and its delivery tag there.
@@ -138,9 +146,10 @@ impl Walk {
 
     /// Gives back what was looked at, in its order, and returns when it can be looked at again.
     ///
-    /// Walks to the end first: a quorum queue puts what it is given back behind all that it was given
-    /// back before, so a part of the messages would change places with the rest. And gives back one consumer's messages
-    /// after the other's: closing alone would shuffle the consumers (both measured).
+    /// Walks to the end first: a quorum queue puts what it is given back behind all that it was
+    /// given back before, so a part of the messages would change places with the rest. And gives
+    /// back one consumer's messages after the other's: closing alone would shuffle the consumers
+    /// (both measured).
     pub(super) async fn close(mut self) -> Result<(), QueueError> {
         while self.left > 0 {
             self.fill().await?;
@@ -158,8 +167,11 @@ impl Walk {
             let held: Vec<u64> = (after + 1..=*end).filter(|tag| self.is_held(*tag)).collect();
             after = *end;
             for part in held.chunks(BACK) {
-                // The broker closes the channel over a tag that it has an answer for, so the last one that is held.
-                let Some((channel, last)) = part.last().and_then(|last| self.place(*last)) else { continue };
+                // The broker closes the channel over a tag that it has an answer for, so the last
+                // one that is held.
+                let Some((channel, last)) = part.last().and_then(|last| self.place(*last)) else {
+                    continue;
+                };
                 if over != Some(channel.id()) {
                     // Two channels overtake each other.
                     if under_way > 0 && wait {
@@ -182,25 +194,32 @@ impl Walk {
             self.has_back(expected).await?;
         }
         for (lease, _) in &self.channels {
-            answer(lease.channel.close(200, "looked at".into())).await.map_err(|why| self.error(&why))?;
+            answer(lease.channel.close(200, "looked at".into()))
+                .await
+                .map_err(|why| self.error(&why))?;
         }
         Ok(())
     }
 
-    /// Waits until the queue has every ack. A channel sends on [`SENT_ON`] at a time and drops the rest when it is closed: what
-    /// was acked would be there again. Nothing tells when they have arrived; but a `get` is answered by the queue itself,
-    /// behind what the channel had sent on by then.
+    /// Waits until the queue has every ack. A channel sends on [`SENT_ON`] at a time and drops the
+    /// rest when it is closed: what was acked would be there again. Nothing tells when they have
+    /// arrived; but a `get` is answered by the queue itself, behind what the channel had sent on by
+    /// then.
     async fn acks_arrive(&self) -> Result<(), QueueError> {
-        let ends = self.channels.iter().skip(1).map(|(_, before)| *before).chain([self.held.len() as u64]);
+        let ends =
+            self.channels.iter().skip(1).map(|(_, before)| *before).chain([self.held.len() as u64]);
         for ((lease, before), end) in self.channels.iter().zip(ends) {
             let acked = (before + 1..=end).filter(|tag| !self.is_held(*tag)).count();
             let rounds = if acked == 0 { 0 } else { acked / SENT_ON + 2 };
             for _ in 0..rounds {
-                let got = lease.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
+                let got =
+                    lease.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
                 if let Some(new) = answer(got).await.map_err(|why| self.error(&why))? {
                     // The walk is at its end, so this came just now.
                     let back = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-                    answer(lease.channel.basic_nack(new.delivery.delivery_tag, back)).await.map_err(|why| self.error(&why))?;
+                    answer(lease.channel.basic_nack(new.delivery.delivery_tag, back))
+                        .await
+                        .map_err(|why| self.error(&why))?;
                 }
             }
         }
@@ -221,7 +240,8 @@ impl Walk {
     async fn depth(&self) -> Result<u32, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let Some((lease, _)) = self.channels.last() else { return Ok(0) };
-        let asked = lease.channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
+        let asked =
+            lease.channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
         Ok(answer(asked).await.map_err(|why| self.error(&why))?.message_count())
     }
 
@@ -238,7 +258,12 @@ impl Walk {
         let consume = async {
             channel.basic_qos(wanted, BasicQosOptions::default()).await?;
             channel
-                .basic_consume(self.queue.as_str().into(), name.as_str().into(), BasicConsumeOptions::default(), FieldTable::default())
+                .basic_consume(
+                    self.queue.as_str().into(),
+                    name.as_str().into(),
+                    BasicConsumeOptions::default(),
+                    FieldTable::default(),
+                )
                 .await
         };
         let mut consumer = answer(consume).await.map_err(fail)?;
@@ -246,15 +271,25 @@ impl Walk {
         while came.len() < usize::from(wanted)
             && let Ok(next) = timeout(SILENCE, consumer.next()).await
         {
-            let gone = || QueueError::new(format!("the broker cancelled the consumer of queue `{}`: it was deleted or moved", self.queue));
+            let gone = || {
+                QueueError::new(format!(
+                    "the broker cancelled the consumer of queue `{}`: it was deleted or moved",
+                    self.queue
+                ))
+            };
             came.push(next.ok_or_else(gone)?.map_err(|e| fail(e.into()))?);
         }
-        answer(channel.basic_cancel(name.as_str().into(), BasicCancelOptions::default())).await.map_err(fail)?;
+        answer(channel.basic_cancel(name.as_str().into(), BasicCancelOptions::default()))
+            .await
+            .map_err(fail)?;
         rest(&mut consumer, &mut came).await.map_err(|e| fail(e.into()))?;
         let found = u32::try_from(came.len()).unwrap_or(u32::MAX);
         self.left = if found < u32::from(wanted) {
             // It may only have been slow.
-            let got = answer(channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default())).await.map_err(fail)?;
+            let got =
+                answer(channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default()))
+                    .await
+                    .map_err(fail)?;
             self.take(came);
             let more = got.is_some();
             self.take(got.map(|got| got.delivery));
@@ -266,11 +301,16 @@ impl Walk {
         Ok(())
     }
 
-    /// Until the connection ends. If another walk has marked the queue, or the user may not, it goes without.
+    /// Until the connection ends. If another walk has marked the queue, or the user may not, it
+    /// goes without.
     async fn mark(&self) -> Result<(), QueueError> {
         let lease = self.connection.lease().await?;
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        let declared = lease.channel.queue_declare(walk_of(&self.queue).as_str().into(), exclusive, FieldTable::default());
+        let declared = lease.channel.queue_declare(
+            walk_of(&self.queue).as_str().into(),
+            exclusive,
+            FieldTable::default(),
+        );
         if let Err(why) = answer(declared).await {
             tracing::debug!(queue = self.queue, error = %why, "the walk is not marked");
         }
@@ -289,7 +329,9 @@ impl Walk {
         }
         if let Some(last) = last {
             self.ends.push(last);
-            self.window = u16::try_from(WINDOW_BYTES / largest).unwrap_or(MAX_WINDOW).clamp(1, (2 * self.window).min(MAX_WINDOW));
+            self.window = u16::try_from(WINDOW_BYTES / largest)
+                .unwrap_or(MAX_WINDOW)
+                .clamp(1, (2 * self.window).min(MAX_WINDOW));
         }
     }
 

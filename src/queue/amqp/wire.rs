@@ -1,9 +1,11 @@
-//! Between the socket and lapin: TLS where the URL asks for it, and makes of every message one that lapin can take.
+//! Between the socket and lapin: TLS where the URL asks for it, and makes of every message one that
+//! lapin can take.
 //!
 //! AMQP lets a producer put any bytes into a short string (a message id, a header's name) and nest
-//! tables as deep as a frame holds. lapin reads short strings as UTF-8 and gives up the whole connection
-//! over one that is not; it reads tables by recursion, and about two thousand levels end the process.
-//! Either message would come again, and end the next connection too, for every subscriber on it.
+//! tables as deep as a frame holds. lapin reads short strings as UTF-8 and gives up the whole
+//! connection over one that is not; it reads tables by recursion, and about two thousand levels end
+//! the process. Either message would come again, and end the next connection too, for every
+//! subscriber on it.
 //!
 //! Nothing of hooktrail's own depends on what is changed here: bodies are never touched.
 
@@ -40,7 +42,8 @@ const MAX_DEPTH: u32 = 32;
 /// Bytes asked of the socket at once.
 const READ: usize = 64 * 1024;
 
-/// What the broker said first: the method `connection.start`, which lapin reads and does not hand out.
+/// What the broker said first: the method `connection.start`, which lapin reads and does not hand
+/// out.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Greeting(Arc<OnceLock<Vec<u8>>>);
 
@@ -48,7 +51,9 @@ impl Greeting {
     /// Such as product and version.
     pub(super) fn server_properties(&self) -> Option<FieldTable> {
         let arguments = self.0.get()?.get(4..)?; // behind class and method
-        lapin::protocol::connection::parse_start(arguments).ok().map(|(_, start)| start.server_properties)
+        lapin::protocol::connection::parse_start(arguments)
+            .ok()
+            .map(|(_, start)| start.server_properties)
     }
 
     fn heard(&self, payload: &[u8]) {
@@ -58,9 +63,12 @@ impl Greeting {
     }
 }
 
-/// Connects as lapin does by itself, with TLS and the filter in between. lapin goes on by itself when whoever
-/// waits for it gives up, so that ends its socket too.
-pub(super) async fn connect(uri: AMQPUri, properties: ConnectionProperties) -> lapin::Result<(Connection, Greeting)> {
+/// Connects as lapin does by itself, with TLS and the filter in between. lapin goes on by itself
+/// when whoever waits for it gives up, so that ends its socket too.
+pub(super) async fn connect(
+    uri: AMQPUri,
+    properties: ConnectionProperties,
+) -> lapin::Result<(Connection, Greeting)> {
     let runtime = Runtime::new(RuntimeParts::new(Tokio::current(), Filtering(Tokio::current())));
     let frame_max = uri.query.frame_max.map_or(usize::MAX, |max| max as usize);
     let trust = match uri.scheme {
@@ -98,15 +106,20 @@ fn gone() -> io::Error {
 type Socket = Either<Compat<TcpStream>, Compat<TlsStream<TcpStream>>>;
 
 async fn dial(uri: AMQPUri, trust: Option<Trust>, runtime: &Runtime<Tokio>) -> io::Result<Socket> {
-    let stream = runtime.tcp_connect(runtime.to_socket_addrs((uri.authority.host, uri.authority.port))).await?;
+    let stream = runtime
+        .tcp_connect(runtime.to_socket_addrs((uri.authority.host, uri.authority.port)))
+        .await?;
     match trust {
         None => Ok(Either::Left(stream)),
-        Some(Trust { connector, server }) => Ok(Either::Right(Compat::new(connector.connect(server, stream.into_inner()).await?))),
+        Some(Trust { connector, server }) => {
+            Ok(Either::Right(Compat::new(connector.connect(server, stream.into_inner()).await?)))
+        }
     }
 }
 
-/// Whom an `amqps://` broker's certificate must be of, and who may have signed it. lapin's own TLS would be the same
-/// rustls, but brings a whole older generation of cryptography along, for key stores that nobody has here.
+/// Whom an `amqps://` broker's certificate must be of, and who may have signed it. lapin's own TLS
+/// would be the same rustls, but brings a whole older generation of cryptography along, for key
+/// stores that nobody has here.
 #[derive(Clone)]
 struct Trust {
     connector: TlsConnector,
@@ -116,14 +129,18 @@ struct Trust {
 impl Trust {
     async fn of(host: &str) -> io::Result<Self> {
         let server = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-        let roots = tokio::task::spawn_blocking(SystemRoots::load).await.map_err(io::Error::other)?;
-        let mut config = TlsPolicy::default().client_config(&roots.map_err(io::Error::other)?).map_err(io::Error::other)?;
+        let roots =
+            tokio::task::spawn_blocking(SystemRoots::load).await.map_err(io::Error::other)?;
+        let mut config = TlsPolicy::default()
+            .client_config(&roots.map_err(io::Error::other)?)
+            .map_err(io::Error::other)?;
         config.alpn_protocols.clear(); // those of HTTP
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), server })
     }
 }
 
-/// tokio's reactor, but for the type of its streams, which is the only way to hand lapin another one.
+/// tokio's reactor, but for the type of its streams, which is the only way to hand lapin another
+/// one.
 #[derive(Debug, Clone)]
 struct Filtering(Tokio);
 
@@ -131,7 +148,10 @@ impl Reactor for Filtering {
     type TcpStream = Filtered<Socket>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    fn register<H: io::Read + io::Write + Send + 'static>(&self, _: H) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+    fn register<H: io::Read + io::Write + Send + 'static>(
+        &self,
+        _: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
         Err::<Filtered<Socket>, _>(io::ErrorKind::Unsupported.into()) // lapin brings no sockets of its own
     }
 
@@ -143,7 +163,10 @@ impl Reactor for Filtering {
         self.0.interval(dur)
     }
 
-    fn tcp_connect_addr(&self, addr: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+    fn tcp_connect_addr(
+        &self,
+        addr: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(addr);
         async { Ok(Filtered::new(Either::Left(connecting.await?), usize::MAX)) }
     }
@@ -171,7 +194,11 @@ impl<S> fmt::Debug for Filtered<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Filtered<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         if let Some(Poll::Ready(over)) = this.waiting.as_mut().map(|w| Pin::new(w).poll(cx)) {
             this.waiting = None;
@@ -199,11 +226,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for Filtered<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Filtered<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.inner).poll_write(cx, bytes)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.inner).poll_write_vectored(cx, bytes)
     }
 
@@ -238,7 +273,15 @@ pub(super) const FRAME_END: usize = 1;
 
 impl Filter {
     pub(super) fn new(frame_max: usize) -> Self {
-        Self { frame_max, bytes: Vec::new(), given: 0, clean: 0, there: 0, skip: 0, greeting: Greeting::default() }
+        Self {
+            frame_max,
+            bytes: Vec::new(),
+            given: 0,
+            clean: 0,
+            there: 0,
+            skip: 0,
+            greeting: Greeting::default(),
+        }
     }
 
     /// Hands out what has been looked through.
@@ -282,7 +325,11 @@ impl Filter {
                 }
                 2 => {
                     content_header(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]);
-                    let left = if frame > self.frame_max { without_headers(&mut rest[..frame]) } else { frame };
+                    let left = if frame > self.frame_max {
+                        without_headers(&mut rest[..frame])
+                    } else {
+                        frame
+                    };
                     self.bytes.copy_within(self.clean + frame..self.there, self.clean + left);
                     self.there -= frame - left;
                     self.clean += left;
@@ -300,8 +347,8 @@ impl Filter {
 }
 
 /// The methods that carry a short string of somebody else's: a name or key of a producer's, or a
-/// text of the broker's, which cuts it at 255 bytes and not at a character. Returns the broker's longest
-/// frame when it says that.
+/// text of the broker's, which cuts it at 255 bytes and not at a character. Returns the broker's
+/// longest frame when it says that.
 fn method(payload: &mut [u8]) -> Option<usize> {
     let mut at = Cursor(payload);
     let (class, method) = (at.u16()?, at.u16()?);
@@ -336,8 +383,9 @@ fn method(payload: &mut [u8]) -> Option<usize> {
     None
 }
 
-/// Takes the table of headers out of a frame that is too long for lapin, as RabbitMQ makes it when it
-/// adds headers of its own to a message that had the longest there may be; returns the frame's new length.
+/// Takes the table of headers out of a frame that is too long for lapin, as RabbitMQ makes it when
+/// it adds headers of its own to a message that had the longest there may be; returns the frame's
+/// new length.
 fn without_headers(frame: &mut [u8]) -> usize {
     let length = frame.len();
     let mut at = Cursor(&mut frame[FRAME_HEADER..length - FRAME_END]);
@@ -506,7 +554,8 @@ mod tests {
     #[test]
     fn a_table_that_is_too_deep_becomes_a_byte_array() {
         for (kinds, deep) in [(&b"F"[..], 9_000), (b"A", 9_000), (b"FA", 9_000), (b"F", 33)] {
-            let table = [short(b"deep"), nested(deep, kinds), short(b"after"), b"t\x01".to_vec()].concat();
+            let table =
+                [short(b"deep"), nested(deep, kinds), short(b"after"), b"t\x01".to_vec()].concat();
             let frame = header_frame(&[vec![0x20, 0], long(&table)].concat());
             let headers = parsed(&through(&frame, &[1000], 64)).headers().clone().expect("headers");
             assert_eq!(headers.inner().get("after"), Some(&AMQPValue::Boolean(true)));
@@ -523,14 +572,21 @@ mod tests {
             }
             assert_eq!(levels, MAX_DEPTH);
         }
-        let shallow = header_frame(&[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat());
+        let shallow = header_frame(
+            &[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat(),
+        );
         assert_eq!(through(&shallow, &[7], 64), shallow);
     }
 
     #[test]
     fn a_greeting_that_is_too_deep_does_not_end_the_process() {
-        let table = [short(b"deep"), nested(9_000, b"F"), short(b"product"), b"S".to_vec(), long(b"R")].concat();
-        let start = frame(1, &[&[0, 10, 0, 10, 0, 9][..], &long(&table), &long(b"PLAIN"), &long(b"en_US")].concat());
+        let table =
+            [short(b"deep"), nested(9_000, b"F"), short(b"product"), b"S".to_vec(), long(b"R")]
+                .concat();
+        let start = frame(
+            1,
+            &[&[0, 10, 0, 10, 0, 9][..], &long(&table), &long(b"PLAIN"), &long(b"en_US")].concat(),
+        );
         let mut filter = Filter::new(usize::MAX);
         filter.room()[..start.len()].copy_from_slice(&start);
         filter.filled(start.len());
@@ -540,10 +596,13 @@ mod tests {
 
     #[test]
     fn a_header_frame_that_lapin_would_refuse_loses_its_headers_and_nothing_else() {
-        let tune = |max: u32| frame(1, &[&[0, 10, 0, 30, 0, 9][..], &max.to_be_bytes(), &[0, 10]].concat());
+        let tune = |max: u32| {
+            frame(1, &[&[0, 10, 0, 30, 0, 9][..], &max.to_be_bytes(), &[0, 10]].concat())
+        };
         for pad in [0, 150, 151, 400] {
             let table = long(&[short(b"pad"), b"S".to_vec(), long(&vec![b'x'; pad])].concat());
-            let header = header_frame(&[vec![0xa0, 0x80], short(b"a/b"), table, short(b"the id")].concat());
+            let header =
+                header_frame(&[vec![0xa0, 0x80], short(b"a/b"), table, short(b"the id")].concat());
             let stream = [tune(200), header.clone(), frame(3, b"body"), header.clone()].concat();
             let found = limited(4096, &stream, &[7], 64);
             let at = tune(200).len();
@@ -555,7 +614,10 @@ mod tests {
             let first = &found[at..at + length];
             let properties = parsed(first);
             assert_eq!(
-                (properties.content_type().as_ref().map(|t| t.as_str()), properties.message_id().as_ref().map(|t| t.as_str())),
+                (
+                    properties.content_type().as_ref().map(|t| t.as_str()),
+                    properties.message_id().as_ref().map(|t| t.as_str())
+                ),
                 (Some("a/b"), Some("the id"))
             );
             assert_eq!(properties.headers().is_some(), header.len() <= 200, "{}", header.len());
@@ -576,10 +638,24 @@ mod tests {
             let build = |text: &[u8]| {
                 let strings = |n| short(text).repeat(n);
                 let ids = [0, ids[0], 0, ids[1]];
-                frame(1, &[ids.to_vec(), vec![0xff; fixed_1], strings(strings_1), vec![0xff; fixed_2], strings(strings_2)].concat())
+                frame(
+                    1,
+                    &[
+                        ids.to_vec(),
+                        vec![0xff; fixed_1],
+                        strings(strings_1),
+                        vec![0xff; fixed_2],
+                        strings(strings_2),
+                    ]
+                    .concat(),
+                )
             };
             assert_eq!(through(&build(b"a\xffb\xe2\x82"), &[5], 64), build(b"a?b??"), "{ids:?}");
-            assert_eq!(through(&build("é€".as_bytes()), &[5], 64), build("é€".as_bytes()), "{ids:?}");
+            assert_eq!(
+                through(&build("é€".as_bytes()), &[5], 64),
+                build("é€".as_bytes()),
+                "{ids:?}"
+            );
         }
     }
 
@@ -600,16 +676,32 @@ mod tests {
             (b'V', 0),
         ]);
         let leaf = prop_oneof![
-            (fixed, prop::collection::vec(any::<u8>(), 8)).prop_map(|((kind, n), bytes)| [&[kind], &bytes[..n]].concat()),
-            (prop::sample::select(vec![b'S', b'x']), bytes).prop_map(|(kind, bytes)| [vec![kind], long(&bytes)].concat()),
+            (fixed, prop::collection::vec(any::<u8>(), 8)).prop_map(|((kind, n), bytes)| [
+                &[kind],
+                &bytes[..n]
+            ]
+            .concat()),
+            (prop::sample::select(vec![b'S', b'x']), bytes).prop_map(|(kind, bytes)| [
+                vec![kind],
+                long(&bytes)
+            ]
+            .concat()),
         ];
         leaf.prop_recursive(40, 60, 4, |inner| {
             prop_oneof![
-                prop::collection::vec(inner.clone(), 0..4).prop_map(|values| [b"A".to_vec(), long(&values.concat())].concat()),
-                prop::collection::vec((prop::collection::vec(any::<u8>(), 0..9), inner), 0..4).prop_map(|entries| {
-                    let entries: Vec<u8> = entries.into_iter().flat_map(|(k, v)| [short(&k), v].concat()).collect();
-                    [b"F".to_vec(), long(&entries)].concat()
-                }),
+                prop::collection::vec(inner.clone(), 0..4).prop_map(|values| [
+                    b"A".to_vec(),
+                    long(&values.concat())
+                ]
+                .concat()),
+                prop::collection::vec((prop::collection::vec(any::<u8>(), 0..9), inner), 0..4)
+                    .prop_map(|entries| {
+                        let entries: Vec<u8> = entries
+                            .into_iter()
+                            .flat_map(|(k, v)| [short(&k), v].concat())
+                            .collect();
+                        [b"F".to_vec(), long(&entries)].concat()
+                    }),
             ]
         })
     }

@@ -93,7 +93,9 @@ impl queue::DeadLetters for DeadLetters {
     }
 
     async fn purge(&mut self, letters: Vec<Held>) -> Result<(), QueueError> {
-        self.store.write(move |db| letters.iter().try_for_each(|held| delete(db, held).map(drop))).await
+        self.store
+            .write(move |db| letters.iter().try_for_each(|held| delete(db, held).map(drop)))
+            .await
     }
 
     async fn close(self) -> Result<(), QueueError> {
@@ -105,8 +107,14 @@ fn delete(db: &Connection, held: &Held) -> rusqlite::Result<bool> {
     Ok(db.prepare_cached("DELETE FROM dead WHERE id = ?1")?.execute([held.tag.cast_signed()])? > 0)
 }
 
-/// A batch comes back under its id with attempts and elapsed time begun anew; an event goes into the log again, for this subscriber alone.
-fn revive(db: &Connection, subscriber: &str, letter: &DeadLetter, now: i64) -> rusqlite::Result<()> {
+/// A batch comes back under its id with attempts and elapsed time begun anew; an event goes into
+/// the log again, for this subscriber alone.
+fn revive(
+    db: &Connection,
+    subscriber: &str,
+    letter: &DeadLetter,
+    now: i64,
+) -> rusqlite::Result<()> {
     match letter.kind {
         MessageKind::Batch => insert_retry(db, subscriber, &letter.to_batch(), now, now),
         MessageKind::Event => {
@@ -134,7 +142,11 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
     let (kind, reason): (String, String) = (row.get(1)?, row.get(2)?);
     let time = |n| row.get::<_, Option<i64>>(n).map(|t| t.map(from_millis));
     let letter = DeadLetter {
-        kind: if kind == MessageKind::Batch.name() { MessageKind::Batch } else { MessageKind::Event },
+        kind: if kind == MessageKind::Batch.name() {
+            MessageKind::Batch
+        } else {
+            MessageKind::Event
+        },
         reason: Reason::from_name(&reason).unwrap_or(Reason::Exhausted),
         id: row.get(3)?,
         content_type: row.get(4)?,
@@ -148,5 +160,9 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
         body: Bytes::from(row.get::<_, Vec<u8>>(11)?),
         story: read_story(row, 12)?,
     };
-    Ok(Held { letter, subscriber: Some(subscriber.to_owned()), tag: row.get::<_, i64>(0)?.unsigned_abs() })
+    Ok(Held {
+        letter,
+        subscriber: Some(subscriber.to_owned()),
+        tag: row.get::<_, i64>(0)?.unsigned_abs(),
+    })
 }

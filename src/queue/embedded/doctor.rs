@@ -29,7 +29,10 @@ const LITTLE: u64 = 1 << 30;
 /// With less the next burst of events finds no room, in bytes.
 const TOO_LITTLE: u64 = 64 << 20;
 
-pub(super) async fn inspect(queue: &EmbeddedQueue, subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
+pub(super) async fn inspect(
+    queue: &EmbeddedQueue,
+    subscribers: &[Arc<Subscriber>],
+) -> Vec<Finding> {
     let mut findings = Vec::new();
     match queue.counts().await {
         Ok(counts) => {
@@ -38,9 +41,10 @@ pub(super) async fn inspect(queue: &EmbeddedQueue, subscribers: &[Arc<Subscriber
             }
             findings.extend(not_configured(&counts, subscribers));
         }
-        Err(e) => {
-            findings.push(Finding::harmful("database", e.to_string()).risking("its events cannot be read, so they are not delivered"))
-        }
+        Err(e) => findings.push(
+            Finding::harmful("database", e.to_string())
+                .risking("its events cannot be read, so they are not delivered"),
+        ),
     }
     let file = queue.store().path().to_owned();
     let dir = file.parent().unwrap_or(Path::new(".")).to_owned();
@@ -53,7 +57,9 @@ pub(super) async fn inspect(queue: &EmbeddedQueue, subscribers: &[Arc<Subscriber
 }
 
 fn not_configured(counts: &[(String, u32)], subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
-    let gone = |what: &&(String, u32)| what.1 > 0 && subscribers.iter().all(|s| what.0.split(':').next() != Some(s.name.as_str()));
+    let gone = |what: &&(String, u32)| {
+        what.1 > 0 && subscribers.iter().all(|s| what.0.split(':').next() != Some(s.name.as_str()))
+    };
     let finding = |(what, n): &(String, u32)| {
         let (name, what) = what.split_once(": ").unwrap_or((what, ""));
         let what = match what {
@@ -68,18 +74,25 @@ fn not_configured(counts: &[(String, u32)], subscribers: &[Arc<Subscriber>]) -> 
             .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
     };
     // Whoever looks without subscribers does not ask about them.
-    if subscribers.is_empty() { Vec::new() } else { counts.iter().filter(gone).map(finding).collect() }
+    if subscribers.is_empty() {
+        Vec::new()
+    } else {
+        counts.iter().filter(gone).map(finding).collect()
+    }
 }
 
 fn unseen(what: &str, why: impl std::fmt::Display, look: impl Into<String>) -> Finding {
     Finding::unseen(what, why, look)
 }
 
-/// Which process has the daemon's lock. Looked up, not tried: a daemon that starts at this moment would not get it.
+/// Which process has the daemon's lock. Looked up, not tried: a daemon that starts at this moment
+/// would not get it.
 fn holder(dir: &Path) -> Finding {
     let about = "data_dir";
     let look = format!("fuser {}", shell_word(&dir.join(store::LOCK).display().to_string()));
-    let Ok(lock) = std::fs::metadata(dir.join(store::LOCK)) else { return Finding::ok(about, "no daemon has run with it yet") };
+    let Ok(lock) = std::fs::metadata(dir.join(store::LOCK)) else {
+        return Finding::ok(about, "no daemon has run with it yet");
+    };
     match std::fs::read_to_string("/proc/locks") {
         Ok(locks) => match lock_holder(&locks, lock.ino()) {
             Some(pid) => Finding::ok(about, format!("a daemon works with it: process {pid}")),
@@ -89,8 +102,8 @@ fn holder(dir: &Path) -> Finding {
     }
 }
 
-/// From lines such as `1: FLOCK  ADVISORY  WRITE 4711 08:01:131 0 EOF`. The device is not compared: some file systems
-/// show another one there than elsewhere.
+/// From lines such as `1: FLOCK ADVISORY WRITE 4711 08:01:131 0 EOF`. The device is not compared:
+/// some file systems show another one there than elsewhere.
 fn lock_holder(locks: &str, inode: u64) -> Option<u32> {
     locks.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
@@ -116,12 +129,15 @@ fn room(dir: &Path, file: &Path) -> Option<Finding> {
 
 fn judge_room(about: &str, free: u64, used: u64, look: String) -> Finding {
     let show = |n: u64| ByteSize(n).display().iec().to_string();
-    let found = format!("{} are free where the database is, which takes {}", show(free), show(used));
+    let found =
+        format!("{} are free where the database is, which takes {}", show(free), show(used));
     let risk = "on a full disk new events are refused, and neither retries nor dead letters can be written; what is stored stays";
     if free < TOO_LITTLE {
         Finding::harmful(about, found).risking(risk).mended(format!("make room: {look}"))
     } else if free < LITTLE.max(used) {
-        Finding::warning(about, found).risking(risk).mended(format!("make room, or shorten [queue] retention: {look}"))
+        Finding::warning(about, found)
+            .risking(risk)
+            .mended(format!("make room, or shorten [queue] retention: {look}"))
     } else {
         Finding::ok(about, found)
     }
@@ -143,11 +159,18 @@ fn file_system(dir: &Path) -> Option<Finding> {
     let kind = match rustix::fs::statfs(dir) {
         // The type's width differs among architectures; the numbers have 32 bits.
         Ok(fs) => u64::try_from(fs.f_type & 0xffff_ffff).unwrap_or_default(),
-        Err(e) => return Some(unseen(about, e, format!("df -T {}", shell_word(&dir.display().to_string())))),
+        Err(e) => {
+            return Some(unseen(
+                about,
+                e,
+                format!("df -T {}", shell_word(&dir.display().to_string())),
+            ));
+        }
     };
     let (_, name, known_bad) = kinds.iter().find(|(magic, ..)| *magic == kind)?;
     let found = format!("data_dir is on {name}");
-    let finding = if *known_bad { Finding::harmful(about, found) } else { Finding::warning(about, found) };
+    let finding =
+        if *known_bad { Finding::harmful(about, found) } else { Finding::warning(about, found) };
     Some(
         finding
             .risking("SQLite's write-ahead log and its locks are for one machine's own disk: the database can be damaged")
@@ -158,13 +181,18 @@ fn file_system(dir: &Path) -> Option<Finding> {
 fn privacy(dir: &Path, file: &Path) -> Finding {
     let mode = |path: &Path| std::fs::metadata(path).map(|m| m.permissions().mode());
     match (mode(dir), mode(file)) {
-        (Ok(d), Ok(f)) if d & 0o001 != 0 && f & 0o004 != 0 => {
-            Finding::warning("data_dir", format!("everybody on this machine can read `{}`", file.display()))
-                .risking("events and dead letters are read by whom they are not for")
-                .mended(format!("chmod 700 {}", shell_word(&dir.display().to_string())))
-        }
+        (Ok(d), Ok(f)) if d & 0o001 != 0 && f & 0o004 != 0 => Finding::warning(
+            "data_dir",
+            format!("everybody on this machine can read `{}`", file.display()),
+        )
+        .risking("events and dead letters are read by whom they are not for")
+        .mended(format!("chmod 700 {}", shell_word(&dir.display().to_string()))),
         (Ok(_), Ok(_)) => Finding::ok("data_dir", "others cannot read it"),
-        (Err(e), _) | (_, Err(e)) => unseen("permissions of data_dir", e, format!("ls -ld {}", shell_word(&dir.display().to_string()))),
+        (Err(e), _) | (_, Err(e)) => unseen(
+            "permissions of data_dir",
+            e,
+            format!("ls -ld {}", shell_word(&dir.display().to_string())),
+        ),
     }
 }
 
@@ -180,7 +208,10 @@ impl Drop for Interrupt {
 /// On a connection of its own, so that nobody waits behind it.
 async fn integrity(file: &Path) -> Finding {
     let about = "database";
-    let by_hand = format!("when no daemon runs: sqlite3 {} 'PRAGMA quick_check'", shell_word(&file.display().to_string()));
+    let by_hand = format!(
+        "when no daemon runs: sqlite3 {} 'PRAGMA quick_check'",
+        shell_word(&file.display().to_string())
+    );
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = match Connection::open_with_flags(file, flags) {
         Ok(db) => db,
@@ -195,12 +226,20 @@ async fn integrity(file: &Path) -> Finding {
     let checked = tokio::time::timeout(CHECK, check).await;
     drop(interrupt);
     match checked {
-        Ok(Ok(Ok(rows))) if rows == ["ok"] => Finding::ok(about, "its pages are sound (quick_check)"),
+        Ok(Ok(Ok(rows))) if rows == ["ok"] => {
+            Finding::ok(about, "its pages are sound (quick_check)")
+        }
         Ok(Ok(Ok(rows))) => damaged(about, &rows.join("; "), file),
-        Ok(Ok(Err(e))) if e.sqlite_error_code() == Some(ErrorCode::DatabaseCorrupt) => damaged(about, &e.to_string(), file),
+        Ok(Ok(Err(e))) if e.sqlite_error_code() == Some(ErrorCode::DatabaseCorrupt) => {
+            damaged(about, &e.to_string(), file)
+        }
         Ok(Ok(Err(e))) => unseen("database's integrity", e, by_hand),
         Ok(Err(e)) => unseen("database's integrity", e, by_hand),
-        Err(_) => unseen("database's integrity", format!("checking all of it takes longer than {} s", CHECK.as_secs()), by_hand),
+        Err(_) => unseen(
+            "database's integrity",
+            format!("checking all of it takes longer than {} s", CHECK.as_secs()),
+            by_hand,
+        ),
     }
 }
 
@@ -219,7 +258,10 @@ mod tests {
     fn the_holder_of_a_lock_is_found_by_the_files_number() {
         let locks = "1: POSIX  ADVISORY  WRITE 7 fe:01:131 0 EOF\n2: FLOCK  ADVISORY  READ 8 fe:01:131 0 EOF\n\
                      3: FLOCK  ADVISORY  WRITE 4711 fe:01:131 0 EOF\n4: FLOCK  ADVISORY  WRITE 5 fe:01:1310 0 EOF\n";
-        assert_eq!((lock_holder(locks, 131), lock_holder(locks, 1310), lock_holder(locks, 31)), (Some(4711), Some(5), None));
+        assert_eq!(
+            (lock_holder(locks, 131), lock_holder(locks, 1310), lock_holder(locks, 31)),
+            (Some(4711), Some(5), None)
+        );
     }
 
     #[test]

@@ -16,10 +16,14 @@ use crate::{
     clock,
     delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
     event::{Pattern, payload::Format},
-    queue::{self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken, Window},
+    queue::{
+        self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken,
+        Window,
+    },
 };
 
-/// Rows of the log looked at in one query: a pattern that matches little must not hold up other readers.
+/// Rows of the log looked at in one query: a pattern that matches little must not hold up other
+/// readers.
 const SCAN: u32 = 1000;
 
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -93,10 +97,11 @@ impl Load {
 type Runs = Arc<[RangeInclusive<i64>]>;
 
 impl InHand {
-    /// What is finished beyond a cursor once these are: it must not come again when the session ends.
-    /// Between two events of a run there is none for this subscriber that is not finished.
+    /// What is finished beyond a cursor once these are: it must not come again when the session
+    /// ends. Between two events of a run there is none for this subscriber that is not finished.
     fn runs_after(&self, finished: &BTreeSet<i64>, cursor: i64) -> Vec<RangeInclusive<i64>> {
-        let mut runs: Vec<_> = self.ahead.iter().filter(|run| *run.end() > cursor).cloned().collect();
+        let mut runs: Vec<_> =
+            self.ahead.iter().filter(|run| *run.end() > cursor).cloned().collect();
         let mut run: Option<RangeInclusive<i64>> = None;
         for (seq, done) in self.events.iter().filter(|(seq, _)| *seq > cursor) {
             run = match (run, *done || finished.contains(seq)) {
@@ -175,7 +180,8 @@ pub(super) async fn open(
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
     let name = subscriber.to_owned();
-    // Asked where writes are done in their order: what a lane that panicked had begun to write is seen.
+    // Asked where writes are done in their order: what a lane that panicked had begun to write is
+    // seen.
     let began = (clock::instant(), clock::now());
     let now = millis(began.1);
     let look = move |db: &Connection| {
@@ -187,14 +193,24 @@ pub(super) async fn open(
     let shared = Arc::new(Shared {
         store,
         subscriber: subscriber.to_owned(),
-        taken: Mutex::new(InHand { looked_at: cursor, cursor, ahead: runs.clone().into(), written: runs, ..InHand::default() }),
+        taken: Mutex::new(InHand {
+            looked_at: cursor,
+            cursor,
+            ahead: runs.clone().into(),
+            written: runs,
+            ..InHand::default()
+        }),
         writing: AsyncMutex::default(),
         room: Notify::new(),
     });
-    Ok((Source { shared: shared.clone(), news, window, behind_since: None, looked_last: began }, Settler(shared)))
+    Ok((
+        Source { shared: shared.clone(), news, window, behind_since: None, looked_last: began },
+        Settler(shared),
+    ))
 }
 
-/// The clock was set back: what was scheduled by it as it was would wait for as long as it had been ahead.
+/// The clock was set back: what was scheduled by it as it was would wait for as long as it had been
+/// ahead.
 fn reschedule(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE retry SET due = due - (scheduled_at - ?2), scheduled_at = ?2 WHERE subscriber = ?1 AND scheduled_at > ?2")?
         .execute(params![subscriber, now])?;
@@ -202,7 +218,10 @@ fn reschedule(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<(
 }
 
 /// What a subscriber is done with beyond its cursor.
-pub(super) fn ahead(db: &Connection, subscriber: &str) -> rusqlite::Result<Vec<RangeInclusive<i64>>> {
+pub(super) fn ahead(
+    db: &Connection,
+    subscriber: &str,
+) -> rusqlite::Result<Vec<RangeInclusive<i64>>> {
     db.prepare_cached("SELECT first, last FROM ahead WHERE subscriber = ?1 ORDER BY first")?
         .query_map([subscriber], |r| Ok(r.get(0)?..=r.get(1)?))?
         .collect()
@@ -265,9 +284,13 @@ impl queue::Source for Source {
                     None => std::future::pending().await,
                 }
             };
-            // The clock can be set, and whoever brings the news can fail: look again every few seconds.
-            let until_due = next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
-            let due = tokio::time::sleep(until_due.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(5), LOOK_AGAIN));
+            // The clock can be set, and whoever brings the news can fail: look again every few
+            // seconds.
+            let until_due =
+                next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
+            let due = tokio::time::sleep(
+                until_due.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(5), LOOK_AGAIN),
+            );
             tokio::select! {
                 changed = self.news.changed() => {
                     if changed.is_err() {
@@ -282,7 +305,8 @@ impl queue::Source for Source {
     }
 
     fn is_full(&self) -> bool {
-        // One look more could be too much: soon enough, for so many bytes are more than the batches under way.
+        // One look more could be too much: soon enough, for so many bytes are more than the batches
+        // under way.
         !self.shared.taken().held().allows(LOOK_BYTES)
     }
 
@@ -302,13 +326,19 @@ impl Source {
         Ok(())
     }
 
-    /// Looks for due retries, and for events as far as there is room for them. Changes nothing, so it
-    /// can be dropped while it waits.
+    /// Looks for due retries, and for events as far as there is room for them. Changes nothing, so
+    /// it can be dropped while it waits.
     async fn look(&mut self, max: usize) -> Result<Found, QueueError> {
         let (looked_at, events_room, load, held, ahead) = {
             let taken = self.shared.taken();
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
-            (taken.looked_at, room.min(max), taken.held(), taken.envelopes.iter().copied().collect::<Vec<_>>(), taken.ahead.clone())
+            (
+                taken.looked_at,
+                room.min(max),
+                taken.held(),
+                taken.envelopes.iter().copied().collect::<Vec<_>>(),
+                taken.ahead.clone(),
+            )
         };
         let envelopes_room = usize::from(self.window.envelopes).saturating_sub(held.len());
         let subscriber = self.shared.subscriber.clone();
@@ -316,17 +346,32 @@ impl Source {
         self.shared
             .store
             .read(move |db| {
-                // One snapshot: patterns can change at any time, and an event is for whom it was when it came.
+                // One snapshot: patterns can change at any time, and an event is for whom it was
+                // when it came.
                 let db = db.unchecked_transaction()?;
                 let mut found = Found { looked_at, ..Found::default() };
-                found.next_due =
-                    if envelopes_room > 0 { due(&db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)? } else { None };
-                let mut segments = segments(&db, &subscriber)?.into_iter().filter(|s| looked_at < s.upto);
-                if let (Some(Segment { patterns, after, upto }), 1..) = (segments.next(), events_room) {
+                found.next_due = if envelopes_room > 0 {
+                    due(&db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)?
+                } else {
+                    None
+                };
+                let mut segments =
+                    segments(&db, &subscriber)?.into_iter().filter(|s| looked_at < s.upto);
+                if let (Some(Segment { patterns, after, upto }), 1..) =
+                    (segments.next(), events_room)
+                {
                     let wanted = |seq: i64, event_type: &str, only_for: Option<&str>| {
-                        is_for(&subscriber, &patterns, event_type, only_for) && !ahead.iter().any(|run| run.contains(&seq))
+                        is_for(&subscriber, &patterns, event_type, only_for)
+                            && !ahead.iter().any(|run| run.contains(&seq))
                     };
-                    let end = scan(&db, wanted, after.max(looked_at), upto, (events_room, load), &mut found)?;
+                    let end = scan(
+                        &db,
+                        wanted,
+                        after.max(looked_at),
+                        upto,
+                        (events_room, load),
+                        &mut found,
+                    )?;
                     found.more |= end && segments.next().is_some();
                 }
                 Ok(found)
@@ -351,8 +396,8 @@ impl Source {
         }
     }
 
-    /// Writes down how far the log was looked through when nothing of it was for this subscriber, so
-    /// that it can be trimmed. Returns when to come again, if that is still to be done.
+    /// Writes down how far the log was looked through when nothing of it was for this subscriber,
+    /// so that it can be trimmed. Returns when to come again, if that is still to be done.
     async fn advance(&mut self) -> Option<Instant> {
         let (cursor, behind) = {
             let taken = self.shared.taken();
@@ -412,19 +457,35 @@ fn due(
 
 fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
     let content_type: String = row.get(3)?;
-    let format = [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
+    let format =
+        [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
     let first_attempt_at = row.get::<_, Option<i64>>(6)?.map(from_millis);
-    let (id, events, attempts, body) = (row.get::<_, String>(2)?, row.get(4)?, row.get(5)?, Bytes::from(row.get::<_, Vec<u8>>(7)?));
+    let (id, events, attempts, body) = (
+        row.get::<_, String>(2)?,
+        row.get(4)?,
+        row.get(5)?,
+        Bytes::from(row.get::<_, Vec<u8>>(7)?),
+    );
     let (story, replay) = (read_story(row, 8)?, row.get(9)?);
     Ok(match format {
-        Some(format) => {
-            Ok(Batch { id: id.into(), body, format, events, attempts, first_attempt_at, story, replay, traceparent: row.get(10)? })
-        }
+        Some(format) => Ok(Batch {
+            id: id.into(),
+            body,
+            format,
+            events,
+            attempts,
+            first_attempt_at,
+            story,
+            replay,
+            traceparent: row.get(10)?,
+        }),
         None => Err(DeadLetter {
             kind: MessageKind::Batch,
             reason: Reason::InvalidEvent,
             body,
-            error: format!("a retry is not an envelope: its content type `{content_type}` is not that of a batch"),
+            error: format!(
+                "a retry is not an envelope: its content type `{content_type}` is not that of a batch"
+            ),
             content_type: Some(content_type),
             content_encoding: None,
             id: Some(id),
@@ -483,7 +544,8 @@ fn scan(
                 body,
                 message_id: row.get(2)?,
                 content_type: None,
-                published_at: Some(from_millis(row.get(5)?)).filter(|at| clock::is_sane(*at, clock::now())),
+                published_at: Some(from_millis(row.get(5)?))
+                    .filter(|at| clock::is_sane(*at, clock::now())),
                 traceparent: row.get(6)?,
                 receipt: Receipt { from: MessageKind::Event, tag: seq.unsigned_abs() },
             });
@@ -506,10 +568,15 @@ impl Settler {
 }
 
 impl queue::Settler for Settler {
-    async fn settle(&self, receipts: Vec<Receipt>, settlement: Settlement) -> Result<(), SettleError> {
+    async fn settle(
+        &self,
+        receipts: Vec<Receipt>,
+        settlement: Settlement,
+    ) -> Result<(), SettleError> {
         let shared = &*self.0;
         let _writing = shared.writing.lock().await;
-        let of = |kind| receipts.iter().filter(move |r| r.from == kind).map(|r| r.tag.cast_signed());
+        let of =
+            |kind| receipts.iter().filter(move |r| r.from == kind).map(|r| r.tag.cast_signed());
         let events: BTreeSet<i64> = of(MessageKind::Event).collect();
         let envelopes: Vec<i64> = of(MessageKind::Batch).collect();
         let (cursor, moved, runs, changed) = {
@@ -530,9 +597,13 @@ impl queue::Settler for Settler {
                 Settlement::Delivered => {}
                 Settlement::Retry { batches, delay } => {
                     let due = millis(now + *delay) + 1; // never early
-                    batches.iter().try_for_each(|batch| insert_retry(db, &subscriber, batch, millis(now), due))?;
+                    batches.iter().try_for_each(|batch| {
+                        insert_retry(db, &subscriber, batch, millis(now), due)
+                    })?;
                 }
-                Settlement::Dead(letters) => letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?,
+                Settlement::Dead(letters) => {
+                    letters.iter().try_for_each(|l| insert_dead(db, &subscriber, l))?
+                }
             }
             if changed {
                 set_ahead(db, &subscriber, &runs)?;
@@ -553,18 +624,32 @@ impl queue::Settler for Settler {
 }
 
 fn set_cursor(db: &Connection, subscriber: &str, cursor: i64) -> rusqlite::Result<()> {
-    db.prepare_cached("UPDATE segment SET after = ?2 WHERE subscriber = ?1 AND after < ?2")?.execute(params![subscriber, cursor])?;
-    db.prepare_cached("DELETE FROM segment WHERE subscriber = ?1 AND upto <= ?2")?.execute(params![subscriber, cursor])?;
+    db.prepare_cached("UPDATE segment SET after = ?2 WHERE subscriber = ?1 AND after < ?2")?
+        .execute(params![subscriber, cursor])?;
+    db.prepare_cached("DELETE FROM segment WHERE subscriber = ?1 AND upto <= ?2")?
+        .execute(params![subscriber, cursor])?;
     Ok(())
 }
 
-fn set_ahead(db: &Connection, subscriber: &str, runs: &[RangeInclusive<i64>]) -> rusqlite::Result<()> {
+fn set_ahead(
+    db: &Connection,
+    subscriber: &str,
+    runs: &[RangeInclusive<i64>],
+) -> rusqlite::Result<()> {
     db.prepare_cached("DELETE FROM ahead WHERE subscriber = ?1")?.execute([subscriber])?;
-    let mut insert = db.prepare_cached("INSERT INTO ahead (subscriber, first, last) VALUES (?1, ?2, ?3)")?;
-    runs.iter().try_for_each(|run| insert.execute(params![subscriber, run.start(), run.end()]).map(drop))
+    let mut insert =
+        db.prepare_cached("INSERT INTO ahead (subscriber, first, last) VALUES (?1, ?2, ?3)")?;
+    runs.iter()
+        .try_for_each(|run| insert.execute(params![subscriber, run.start(), run.end()]).map(drop))
 }
 
-pub(super) fn insert_retry(db: &Connection, subscriber: &str, e: &Batch, now: i64, due: i64) -> rusqlite::Result<()> {
+pub(super) fn insert_retry(
+    db: &Connection,
+    subscriber: &str,
+    e: &Batch,
+    now: i64,
+    due: i64,
+) -> rusqlite::Result<()> {
     db.prepare_cached(
         "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, \
          scheduled_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",

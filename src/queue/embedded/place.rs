@@ -1,5 +1,6 @@
-//! Whether the files that a process has open still are those at their paths. A file that was deleted or replaced under its
-//! process goes on taking what is written, and all of that is gone when the process ends.
+//! Whether the files that a process has open still are those at their paths. A file that was
+//! deleted or replaced under its process goes on taking what is written, and all of that is gone
+//! when the process ends.
 
 use std::{
     fs::Metadata,
@@ -31,7 +32,9 @@ impl Identity {
     fn at(path: &Path) -> std::io::Result<Option<Self>> {
         match std::fs::metadata(path) {
             Ok(found) => Ok(Some(Self::of(&found))),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                Ok(None)
+            }
             Err(e) => Err(e),
         }
     }
@@ -53,18 +56,25 @@ struct Checked {
 impl Place {
     /// Of those that are there now, just opened.
     pub(super) fn of(paths: impl IntoIterator<Item = PathBuf>) -> Self {
-        let identity = |path: PathBuf| Identity::at(&path).ok().flatten().map(|identity| (path, identity));
+        let identity =
+            |path: PathBuf| Identity::at(&path).ok().flatten().map(|identity| (path, identity));
         Self { files: paths.into_iter().filter_map(identity).collect(), checked: Mutex::default() }
     }
 
-    /// Which file is not at its path any more, what that means and what to do; tells the log when that changes. Waits for the disk.
+    /// Which file is not at its path any more, what that means and what to do; tells the log when
+    /// that changes. Waits for the disk.
     pub(super) fn check(&self) -> Option<String> {
         let found = self.look();
         let mut checked = self.lock();
         checked.at = Some(clock::instant());
         match (&checked.lost, &found) {
-            (None, Some(why)) => tracing::error!(error = why, "the embedded queue's file is lost; new events are refused"),
-            (Some(_), None) => tracing::info!("the embedded queue's files are at their places again; new events are taken"),
+            (None, Some(why)) => tracing::error!(
+                error = why,
+                "the embedded queue's file is lost; new events are refused"
+            ),
+            (Some(_), None) => tracing::info!(
+                "the embedded queue's files are at their places again; new events are taken"
+            ),
             _ => {}
         }
         checked.lost.clone_from(&found);
@@ -75,7 +85,10 @@ impl Place {
     pub(super) fn check_before_storing(&self) -> Option<String> {
         let known = {
             let checked = self.lock();
-            checked.at.filter(|at| clock::instant().saturating_duration_since(*at) < FRESH).map(|_| checked.lost.clone())
+            checked
+                .at
+                .filter(|at| clock::instant().saturating_duration_since(*at) < FRESH)
+                .map(|_| checked.lost.clone())
         };
         known.unwrap_or_else(|| self.check())
     }
@@ -111,7 +124,12 @@ impl Place {
     fn where_it_can_be_copied(&self) -> String {
         let descriptors = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
         let open: Vec<(Identity, String)> = descriptors
-            .filter_map(|fd| Some((Identity::of(&std::fs::metadata(fd.path()).ok()?), fd.file_name().into_string().ok()?)))
+            .filter_map(|fd| {
+                Some((
+                    Identity::of(&std::fs::metadata(fd.path()).ok()?),
+                    fd.file_name().into_string().ok()?,
+                ))
+            })
             .collect();
         let pid = std::process::id();
         let found: Vec<String> = self
@@ -121,10 +139,15 @@ impl Place {
                 let (_, fd) = open.iter().find(|(identity, _)| identity == opened)?;
                 let name = path.file_name()?.to_string_lossy();
                 // Of the others nothing has to be kept.
-                (name.ends_with(".db") || name.ends_with("-wal")).then(|| format!("{name} is /proc/{pid}/fd/{fd}"))
+                (name.ends_with(".db") || name.ends_with("-wal"))
+                    .then(|| format!("{name} is /proc/{pid}/fd/{fd}"))
             })
             .collect();
-        if found.is_empty() { "copy it before".to_owned() } else { format!("before that it can be copied: {}", found.join(", ")) }
+        if found.is_empty() {
+            "copy it before".to_owned()
+        } else {
+            format!("before that it can be copied: {}", found.join(", "))
+        }
     }
 
     /// For [`other_than`], in a file beside them: the process, and a line for each file.
@@ -137,14 +160,16 @@ impl Place {
     }
 }
 
-/// Which file in a directory is not, or not any more, the one that a process has written down as its own, and who that is.
+/// Which file in a directory is not, or not any more, the one that a process has written down as
+/// its own, and who that is.
 pub(super) fn other_than(text: &str, dir: &Path) -> Option<(PathBuf, String)> {
     let mut lines = text.lines();
     let pid = lines.next()?.strip_prefix("pid ")?.to_owned();
     lines.find_map(|line| {
         let mut parts = line.split(' ');
         let path = dir.join(parts.next()?);
-        let identity = Identity { device: parts.next()?.parse().ok()?, inode: parts.next()?.parse().ok()? };
+        let identity =
+            Identity { device: parts.next()?.parse().ok()?, inode: parts.next()?.parse().ok()? };
         let is_there = Identity::at(&path).ok()?;
         (is_there != Some(identity)).then(|| (path, pid.clone()))
     })
@@ -165,10 +190,17 @@ mod tests {
         let away = dir.path().join("away");
         std::fs::rename(&path, &away).expect("moves");
         let why = place.check().expect("it is not there");
-        assert!(why.contains("deleted or moved") && why.contains(&format!("/proc/{}/fd/", std::process::id())), "{why}");
+        assert!(
+            why.contains("deleted or moved")
+                && why.contains(&format!("/proc/{}/fd/", std::process::id())),
+            "{why}"
+        );
         assert!(place.is_lost());
         let text = place.to_text();
-        assert!(other_than(&text, dir.path()).is_some_and(|(file, pid)| file == path && pid == std::process::id().to_string()));
+        assert!(
+            other_than(&text, dir.path())
+                .is_some_and(|(file, pid)| file == path && pid == std::process::id().to_string())
+        );
         std::fs::write(&path, "2").expect("writes");
         assert!(place.check().is_some_and(|why| why.contains("another file")));
         assert!(other_than(&text, dir.path()).is_some());

@@ -24,7 +24,8 @@ use crate::{
     queue::QueueError,
 };
 
-/// Each takes the schema one version further; the first from an empty file. Never changed once released.
+/// Each takes the schema one version further; the first from an empty file. Never changed once
+/// released.
 const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE event (
@@ -167,7 +168,8 @@ enum Job<J> {
 }
 
 type ReadJob = Box<dyn FnOnce(&Connection) + Send>;
-/// Does its part of a transaction, and returns what is to be done once it is known whether that was committed.
+/// Does its part of a transaction, and returns what is to be done once it is known whether that was
+/// committed.
 type WriteJob = Box<dyn FnOnce(&Connection) -> Box<dyn FnOnce(Result<(), String>)> + Send>;
 
 /// What a process wants of the database.
@@ -195,20 +197,19 @@ impl Store {
             )));
         }
         // Events are nobody else's to read.
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(data_dir)
-            .map_err(|e| denied(&format!("[queue] data_dir `{}` cannot be made", data_dir.display()), &e))?;
-        // SQLite does not wait for another process where that makes a new file a write-ahead-logged one. And a daemon that
-        // starts has written down which files are its own before others look.
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|e| {
+            denied(&format!("[queue] data_dir `{}` cannot be made", data_dir.display()), &e)
+        })?;
+        // SQLite does not wait for another process where that makes a new file a write-ahead-logged
+        // one. And a daemon that starts has written down which files are its own before others
+        // look.
         let _opening = opening(data_dir)?;
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
         if let (None, Some(lost)) = (&lock, lost_by_a_daemon(data_dir)) {
             return Err(lost);
         }
-        // In a directory that was there before, too. SQLite gives what it puts beside the file the same mode, and says better
-        // than this what is wrong with a file that cannot be opened.
+        // In a directory that was there before, too. SQLite gives what it puts beside the file the
+        // same mode, and says better than this what is wrong with a file that cannot be opened.
         File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
         let until = clock::instant() + time;
@@ -225,7 +226,15 @@ impl Store {
         let empties = access == Access::Daemon;
         thread("hooktrail-writer", move || write(writer, inbox, &commits, empties));
         let (reader, looker) = (read("hooktrail-reader", reader), read("hooktrail-looker", looker));
-        Ok(Self(Arc::new(Inner { path, place: Arc::new(place), writer: write_jobs, reader, looker, commits: committed, lock })))
+        Ok(Self(Arc::new(Inner {
+            path,
+            place: Arc::new(place),
+            writer: write_jobs,
+            reader,
+            looker,
+            commits: committed,
+            lock,
+        })))
     }
 
     /// Where its files were when they were opened.
@@ -233,8 +242,8 @@ impl Store {
         self.0.place.clone()
     }
 
-    /// Closes the connections: what a daemon has written is in the database itself then, and not in the log beside it.
-    /// Nothing can be asked or written afterwards.
+    /// Closes the connections: what a daemon has written is in the database itself then, and not in
+    /// the log beside it. Nothing can be asked or written afterwards.
     pub(super) async fn close(&self) {
         // These are its files no more; the log among them goes with the last connection to it.
         if let Some(Err(e)) = self.0.lock.as_ref().map(|lock| lock.set_len(0)) {
@@ -280,7 +289,9 @@ impl Store {
         }
         match answer.await {
             Ok(result) => result.map_err(|why| self.error(&why)),
-            Err(_) => Err(self.error("the change was given up, by a panic or at the end; nothing of it is stored")),
+            Err(_) => Err(self.error(
+                "the change was given up, by a panic or at the end; nothing of it is stored",
+            )),
         }
     }
 
@@ -331,7 +342,8 @@ fn read(name: &str, db: Connection) -> mpsc::Sender<Job<ReadJob>> {
     thread(name, move || {
         while let Some(job) = inbox.blocking_recv() {
             match job {
-                // A query that panics is that query's end; whoever asked is told by the dropped reply.
+                // A query that panics is that query's end; whoever asked is told by the dropped
+                // reply.
                 Job::Do(job) => {
                     let job: ReadJob = job;
                     catch_unwind(AssertUnwindSafe(|| job(&db))).ok();
@@ -362,7 +374,10 @@ async fn end<J>(thread: &mpsc::Sender<Job<J>>) {
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
     // It ends with its inbox; a process that cannot start a thread cannot work at all.
-    std::thread::Builder::new().name(name.to_owned()).spawn(body).expect("a thread for the embedded queue");
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .expect("a thread for the embedded queue");
 }
 
 /// Whether there is a database; also one that a daemon has and that is not at its place any more.
@@ -372,22 +387,30 @@ fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
 pub(super) fn exists(data_dir: &Path) -> Result<bool, QueueError> {
     let file = data_dir.join(FILE);
     // What reads it writes too: to the write-ahead log's index.
-    let usable = || rustix::fs::access(&file, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
-    let looked = file.try_exists().and_then(|there| if there { usable().map(|()| true).map_err(Into::into) } else { Ok(false) });
-    let there = looked.map_err(|e| denied(&format!("the embedded queue `{}` cannot be read", file.display()), &e))?;
+    let usable =
+        || rustix::fs::access(&file, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
+    let looked = file.try_exists().and_then(|there| {
+        if there { usable().map(|()| true).map_err(Into::into) } else { Ok(false) }
+    });
+    let there = looked.map_err(|e| {
+        denied(&format!("the embedded queue `{}` cannot be read", file.display()), &e)
+    })?;
     Ok(there || lost_by_a_daemon(data_dir).is_some())
 }
 
 /// Why a file is of no use to this process, and what to do about it.
 fn denied(what: &str, e: &std::io::Error) -> QueueError {
     let remedy = match e.kind() {
-        std::io::ErrorKind::PermissionDenied => "; run this as the service's user (sudo -u hooktrail …)",
+        std::io::ErrorKind::PermissionDenied => {
+            "; run this as the service's user (sudo -u hooktrail …)"
+        }
         _ => "",
     };
     QueueError::needs_operator(format!("{what}: {e}{remedy}"))
 }
 
-/// The files that are open, as they lie there now; written down in the daemon's lock for other processes.
+/// The files that are open, as they lie there now; written down in the daemon's lock for other
+/// processes.
 fn place(database: &Path, lock: Option<&File>) -> Result<Place, QueueError> {
     let beside = |suffix: &str| {
         let mut name = database.as_os_str().to_owned();
@@ -395,23 +418,28 @@ fn place(database: &Path, lock: Option<&File>) -> Result<Place, QueueError> {
         PathBuf::from(name)
     };
     let lock_file = lock.map(|_| database.with_file_name(LOCK));
-    let place = Place::of([database.to_owned(), beside("-wal"), beside("-shm")].into_iter().chain(lock_file));
+    let place = Place::of(
+        [database.to_owned(), beside("-wal"), beside("-shm")].into_iter().chain(lock_file),
+    );
     if let Some(mut lock) = lock {
-        lock.set_len(0)
-            .and_then(|()| lock.write_all(place.to_text().as_bytes()))
-            .map_err(|e| QueueError::needs_operator(format!("`{}` cannot be written: {e}", database.with_file_name(LOCK).display())))?;
+        lock.set_len(0).and_then(|()| lock.write_all(place.to_text().as_bytes())).map_err(|e| {
+            QueueError::needs_operator(format!(
+                "`{}` cannot be written: {e}",
+                database.with_file_name(LOCK).display()
+            ))
+        })?;
     }
     Ok(place)
 }
 
-/// A daemon works in the directory and has other files open than those that are there: a new file beside them would take
-/// events that nobody delivers.
+/// A daemon works in the directory and has other files open than those that are there: a new file
+/// beside them would take events that nobody delivers.
 fn lost_by_a_daemon(data_dir: &Path) -> Option<QueueError> {
     let lock = File::open(data_dir.join(LOCK)).ok()?;
     let text = std::io::read_to_string(&lock).ok()?;
     let (file, pid) = other_than(&text, data_dir)?;
-    // Without a daemon what it wrote down says nothing: its files may have been restored from a backup. Asked last: while this holds the
-    // lock, if only for a moment, no daemon gets it.
+    // Without a daemon what it wrote down says nothing: its files may have been restored from a
+    // backup. Asked last: while this holds the lock, if only for a moment, no daemon gets it.
     let Err(TryLockError::WouldBlock) = lock.try_lock_shared() else { return None };
     Some(QueueError::needs_operator(format!(
         "the daemon that works on `{}` (process {pid}) has another file open than `{}`, which was deleted, moved or replaced under it; nothing was written. Its log says how to copy what it holds (docs/operations.md, \"The embedded queue's file is lost\")",
@@ -436,10 +464,14 @@ pub(super) fn delete(path: &Path) -> Result<(), QueueError> {
         PathBuf::from(name)
     };
     let dir = path.parent().unwrap_or(Path::new("."));
-    for file in [path.to_owned(), beside("-wal"), beside("-shm"), dir.join(OPENING), dir.join(LOCK)] {
+    for file in [path.to_owned(), beside("-wal"), beside("-shm"), dir.join(OPENING), dir.join(LOCK)]
+    {
         match std::fs::remove_file(&file) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(QueueError::needs_operator(format!("`{}` cannot be deleted: {e}", file.display())));
+                return Err(QueueError::needs_operator(format!(
+                    "`{}` cannot be deleted: {e}",
+                    file.display()
+                )));
             }
             Ok(()) | Err(_) => {}
         }
@@ -466,10 +498,13 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
     }
 }
 
-/// Tries again while another process is busy with the file: SQLite's own timeout does not hold for all that it does when it opens one
-/// that a killed daemon has left.
+/// Tries again while another process is busy with the file: SQLite's own timeout does not hold for
+/// all that it does when it opens one that a killed daemon has left.
 #[expect(clippy::disallowed_methods, reason = "SQLite tells nobody when another process is done")]
-fn patiently<T>(until: Instant, mut attempt: impl FnMut() -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+fn patiently<T>(
+    until: Instant,
+    mut attempt: impl FnMut() -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
     loop {
         match attempt() {
             Err(e) if is_busy(&e) && clock::instant() < until => std::thread::sleep(BUSY_REST),
@@ -483,7 +518,9 @@ fn is_busy(e: &rusqlite::Error) -> bool {
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_CREATE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(path, flags)?;
     db.busy_timeout(OPENS_STEP)?;
     db.pragma_update(None, "journal_mode", "WAL")?;
@@ -501,7 +538,9 @@ fn migrate(db: &mut Connection, path: &Path) -> rusqlite::Result<Result<(), Queu
     let change = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let version: u32 = change.pragma_query_value(None, "user_version", |row| row.get(0))?;
     let id: i32 = change.pragma_query_value(None, "application_id", |row| row.get(0))?;
-    let is_empty: bool = change.query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0))?;
+    let is_empty: bool =
+        change
+            .query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0))?;
     if id != APPLICATION_ID && (version > 0 || id != 0 || !is_empty) {
         return Ok(Err(QueueError::needs_operator(format!(
             "`{}` is a database of another program; choose another [queue] data_dir",
@@ -525,8 +564,14 @@ fn migrate(db: &mut Connection, path: &Path) -> rusqlite::Result<Result<(), Queu
     change.commit().map(Ok)
 }
 
-/// Commits what has gathered, over and over. `empties`: and at the end takes the write-ahead log over into the database.
-fn write(db: Connection, mut inbox: mpsc::Receiver<Job<WriteJob>>, commits: &watch::Sender<u64>, empties: bool) {
+/// Commits what has gathered, over and over. `empties`: and at the end takes the write-ahead log
+/// over into the database.
+fn write(
+    db: Connection,
+    mut inbox: mpsc::Receiver<Job<WriteJob>>,
+    commits: &watch::Sender<u64>,
+    empties: bool,
+) {
     let mut end = None;
     while end.is_none() {
         match inbox.blocking_recv() {
@@ -537,8 +582,11 @@ fn write(db: Connection, mut inbox: mpsc::Receiver<Job<WriteJob>>, commits: &wat
     }
     drop(inbox);
     if empties {
-        // Without it the data is there too, in the log: a process that has it open keeps this one from it.
-        let emptied = db.busy_timeout(GOODBYE_BUSY).and_then(|()| db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
+        // Without it the data is there too, in the log: a process that has it open keeps this one
+        // from it.
+        let emptied = db
+            .busy_timeout(GOODBYE_BUSY)
+            .and_then(|()| db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
         if let Err(e) = emptied {
             tracing::debug!(error = %e, "the write-ahead log stays as it is");
         }
@@ -547,7 +595,8 @@ fn write(db: Connection, mut inbox: mpsc::Receiver<Job<WriteJob>>, commits: &wat
     end.and_then(|ended| ended.send(()).ok()); // whoever asked may have given up
 }
 
-/// Commits a job and what has come meanwhile in one transaction. Returns whom to tell of the end, if that was asked for.
+/// Commits a job and what has come meanwhile in one transaction. Returns whom to tell of the end,
+/// if that was asked for.
 fn write_group(
     db: &Connection,
     first: WriteJob,
@@ -562,7 +611,8 @@ fn write_group(
     while let Some(job) = next {
         match catch_unwind(AssertUnwindSafe(|| job(db))) {
             Ok(answer) => done.push(answer),
-            // It may have stopped anywhere: the group is not committed, and its asker told by the dropped reply.
+            // It may have stopped anywhere: the group is not committed, and its asker told by the
+            // dropped reply.
             Err(_) => panicked = true,
         }
         // A full disk can end the whole transaction: what follows must not be committed by itself.
@@ -598,7 +648,10 @@ fn write_group(
 }
 
 /// A part that fails takes nothing of the others with it.
-fn savepoint<T>(db: &Connection, part: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+fn savepoint<T>(
+    db: &Connection,
+    part: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
     if db.is_autocommit() {
         return Err(rusqlite::Error::InvalidQuery); // BEGIN failed; the group is told why
     }
@@ -620,7 +673,9 @@ fn needs_operator(path: &Path, e: &rusqlite::Error) -> QueueError {
 /// What an error of SQLite means and what to do, where that is known.
 fn explain(e: &rusqlite::Error) -> String {
     let remedy = match e.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => "the disk is full; nothing is lost, and it goes on when there is room again",
+        Some(ErrorCode::DiskFull) => {
+            "the disk is full; nothing is lost, and it goes on when there is room again"
+        }
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
             "the file is damaged: stop hooktrail, keep a copy, and save what can be read of it (docs/operations.md, \"Disaster recovery\"), or move it away to begin anew"
         }
@@ -667,10 +722,18 @@ mod tests {
         other.execute_batch("BEGIN IMMEDIATE").expect("holds it");
         let begun = clock::instant();
         let time = OPENS_STEP * 2;
-        let error = Store::open_within(time, dir.path(), Access::Create).expect_err("it is held").to_string();
+        let error = Store::open_within(time, dir.path(), Access::Create)
+            .expect_err("it is held")
+            .to_string();
         let waited = clock::instant() - begun;
-        assert!(waited >= time && waited < BUSY, "{waited:?}: a step that fails is tried again, but not for longer");
-        assert!(error.contains("wait until that is done") && error.contains("do not end it"), "{error}");
+        assert!(
+            waited >= time && waited < BUSY,
+            "{waited:?}: a step that fails is tried again, but not for longer"
+        );
+        assert!(
+            error.contains("wait until that is done") && error.contains("do not end it"),
+            "{error}"
+        );
         other.execute_batch("ROLLBACK").expect("is done");
         Store::open_within(Duration::ZERO, dir.path(), Access::Create).expect("opens");
     }
@@ -681,7 +744,10 @@ mod tests {
             let dir = tempfile::tempdir().expect("a directory");
             std::thread::scope(|all| {
                 for _ in 0..12 {
-                    all.spawn(|| Store::open(&dir.path().join("data"), Access::Create).unwrap_or_else(|e| panic!("{e}")));
+                    all.spawn(|| {
+                        Store::open(&dir.path().join("data"), Access::Create)
+                            .unwrap_or_else(|e| panic!("{e}"))
+                    });
                 }
             });
         }
@@ -703,8 +769,13 @@ mod tests {
         let store = Store::open(dir.path(), Access::Existing).expect("opens");
         let query = |db: &Connection| {
             let retry: (u32, Option<String>, bool) =
-                db.query_row("SELECT attempts, story, replay FROM retry", [], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?;
-            let dead: (u32, Option<String>) = db.query_row("SELECT attempts, story FROM dead", [], |r| Ok((r.get(0)?, r.get(1)?)))?;
+                db.query_row("SELECT attempts, story, replay FROM retry", [], |r| {
+                    Ok((r.get(0)?, r.get(1)?, r.get(2)?))
+                })?;
+            let dead: (u32, Option<String>) =
+                db.query_row("SELECT attempts, story FROM dead", [], |r| {
+                    Ok((r.get(0)?, r.get(1)?))
+                })?;
             Ok((retry, dead))
         };
         assert_eq!(store.read(query).await.expect("reads"), ((3, None, false), (3, None)));
@@ -714,23 +785,34 @@ mod tests {
     async fn a_daemon_that_has_closed_leaves_everything_in_the_database_itself() {
         let dir = tempfile::tempdir().expect("a directory");
         let store = Store::open(dir.path(), Access::Daemon).expect("opens");
-        let insert = |db: &Connection| db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, zeroblob(100000))", []);
+        let insert = |db: &Connection| {
+            db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, zeroblob(100000))", [])
+        };
         store.write(insert).await.expect("writes");
         let wal = dir.path().join("hooktrail.db-wal");
         assert!(std::fs::metadata(&wal).is_ok_and(|m| m.len() > 0));
         // Somebody else may have it open.
         let beside = Store::open(dir.path(), Access::Existing).expect("opens");
         let in_line = store.write(insert);
-        tokio::join!(async { in_line.await.expect("what was asked before is done") }, store.close());
+        tokio::join!(
+            async { in_line.await.expect("what was asked before is done") },
+            store.close()
+        );
         assert!(std::fs::metadata(&wal).is_ok_and(|m| m.len() == 0), "nothing is left in the log");
         store.write(insert).await.expect_err("it is closed");
         store.close().await;
-        let count =
-            |store: Store| async move { store.read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get::<_, u32>(0))).await };
+        let count = |store: Store| async move {
+            store
+                .read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get::<_, u32>(0)))
+                .await
+        };
         assert_eq!(count(beside.clone()).await.expect("reads"), 2);
         beside.close().await;
         assert!(!wal.exists(), "the last one takes it away");
-        assert_eq!(count(Store::open(dir.path(), Access::Existing).expect("opens")).await.expect("reads"), 2);
+        assert_eq!(
+            count(Store::open(dir.path(), Access::Existing).expect("opens")).await.expect("reads"),
+            2
+        );
     }
 
     #[tokio::test]
@@ -739,8 +821,14 @@ mod tests {
         let store = Store::open(dir.path(), Access::Daemon).expect("opens");
         assert!(store.write(|_| -> rusqlite::Result<()> { panic!("told to") }).await.is_err());
         assert!(store.read(|_| -> rusqlite::Result<()> { panic!("told to") }).await.is_err());
-        store.write(|db| db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, x'')", [])).await.expect("writes");
-        let count: u32 = store.read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0))).await.expect("reads");
+        store
+            .write(|db| db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, x'')", []))
+            .await
+            .expect("writes");
+        let count: u32 = store
+            .read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0)))
+            .await
+            .expect("reads");
         assert_eq!(count, 1);
     }
 }

@@ -1,5 +1,6 @@
-//! What waits for its next attempt: looked at, and made due now. A row's time is all that changes, so that whatever ends this
-//! half-way has changed nothing; the lanes of a daemon see the commit as they see every other.
+//! What waits for its next attempt: looked at, and made due now. A row's time is all that changes,
+//! so that whatever ends this half-way has changed nothing; the lanes of a daemon see the commit as
+//! they see every other.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +13,10 @@ use crate::{
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
 
-pub(super) async fn list(queue: &EmbeddedQueue, subscriber: &str) -> Result<WaitingList, QueueError> {
+pub(super) async fn list(
+    queue: &EmbeddedQueue,
+    subscriber: &str,
+) -> Result<WaitingList, QueueError> {
     let name = subscriber.to_owned();
     let batches = queue
         .store()
@@ -43,7 +47,11 @@ pub(super) async fn list(queue: &EmbeddedQueue, subscriber: &str) -> Result<Wait
     }
 }
 
-pub(super) async fn hasten(queue: &EmbeddedQueue, subscriber: &str, ids: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
+pub(super) async fn hasten(
+    queue: &EmbeddedQueue,
+    subscriber: &str,
+    ids: Option<BTreeSet<BatchId>>,
+) -> Result<Hastened, QueueError> {
     let name = subscriber.to_owned();
     let now = millis(clock::now());
     let hastened = queue
@@ -61,7 +69,8 @@ pub(super) async fn hasten(queue: &EmbeddedQueue, subscriber: &str, ids: Option<
 }
 
 /// Scheduled now too: a clock that is set back later takes them along.
-const DUE_NOW: &str = "UPDATE retry SET due = ?2, scheduled_at = ?2 WHERE subscriber = ?1 AND due > ?2";
+const DUE_NOW: &str =
+    "UPDATE retry SET due = ?2, scheduled_at = ?2 WHERE subscriber = ?1 AND due > ?2";
 
 fn all(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<Hastened> {
     let count = "SELECT count(*) FROM retry WHERE subscriber = ?1 AND due <= ?2";
@@ -70,8 +79,15 @@ fn all(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<Hastened
     Ok(Hastened { moved: moved as u64, due: due.unsigned_abs(), ..Hastened::default() })
 }
 
-fn these(db: &Connection, subscriber: &str, ids: &BTreeSet<BatchId>, now: i64) -> rusqlite::Result<Hastened> {
-    let mut due = db.prepare_cached("SELECT count(*) FROM retry WHERE subscriber = ?1 AND due <= ?2 AND batch_id = ?3")?;
+fn these(
+    db: &Connection,
+    subscriber: &str,
+    ids: &BTreeSet<BatchId>,
+    now: i64,
+) -> rusqlite::Result<Hastened> {
+    let mut due = db.prepare_cached(
+        "SELECT count(*) FROM retry WHERE subscriber = ?1 AND due <= ?2 AND batch_id = ?3",
+    )?;
     let mut move_up = db.prepare_cached(&format!("{DUE_NOW} AND batch_id = ?3"))?;
     let mut hastened = Hastened::default();
     for id in ids {
@@ -94,5 +110,7 @@ fn is_known(db: &Connection, subscriber: &str) -> rusqlite::Result<bool> {
 }
 
 fn unknown(subscriber: &str) -> QueueError {
-    QueueError::new(format!("the embedded queue knows no subscriber `{subscriber}`: the daemon has never run with one"))
+    QueueError::new(format!(
+        "the embedded queue knows no subscriber `{subscriber}`: the daemon has never run with one"
+    ))
 }

@@ -12,10 +12,11 @@ use crate::{
     support::broker::SETTLING,
 };
 
-/// Queues that can be full, and who then has something for them. Not those to which the broker itself hands over: what such a
-/// queue has refused, RabbitMQ 3.10 tries again only when a policy changes or the node starts (measured). `check --connect` warns
-/// of a limit there.
-const FULL: [(&str, &[Kind]); 2] = [(r"\.dead$", &[Kind::Doomed, Kind::Picky]), (r"\.sub\.busy$", &[Kind::Busy])];
+/// Queues that can be full, and who then has something for them. Not those to which the broker
+/// itself hands over: what such a queue has refused, RabbitMQ 3.10 tries again only when a policy
+/// changes or the node starts (measured). `check --connect` warns of a limit there.
+const FULL: [(&str, &[Kind]); 2] =
+    [(r"\.dead$", &[Kind::Doomed, Kind::Picky]), (r"\.sub\.busy$", &[Kind::Busy])];
 
 impl Round<'_> {
     pub(super) fn cut_the_broker_off(&mut self) {
@@ -37,7 +38,8 @@ impl Round<'_> {
         }
         let weather = self.weather();
         self.world.network.as_ref().expect("a broker").weather(weather);
-        let longest = if weather == Weather::Stalled && self.rng.random_bool(0.2) { 25_000 } else { 5000 };
+        let longest =
+            if weather == Weather::Stalled && self.rng.random_bool(0.2) { 25_000 } else { 5000 };
         self.lasts(Heal::Weather, format!("the network to the broker: {weather:?}"), true, longest);
         true
     }
@@ -89,8 +91,10 @@ impl Round<'_> {
         }
         self.bad_moods(&[Kind::Busy, Kind::Doomed]);
         let nothing = "^$";
-        let [configure, write, read] =
-            *pick(&[[nothing, nothing, ".*"], [".*", nothing, ".*"], [nothing; 3], [".*", ".*", nothing]], &mut self.rng);
+        let [configure, write, read] = *pick(
+            &[[nothing, nothing, ".*"], [".*", nothing, ".*"], [nothing; 3], [".*", ".*", nothing]],
+            &mut self.rng,
+        );
         self.ctl(&["set_permissions", "guest", configure, write, read]).await;
         self.lasts(Heal::Permission, format!("permissions {configure} {write} {read}"), true, 4000);
         true
@@ -102,7 +106,8 @@ impl Round<'_> {
         }
         let (queue, kinds) = *pick(&FULL, &mut self.rng);
         self.bad_moods(kinds);
-        self.ctl(&["set_policy", "full", queue, r#"{"max-length":1}"#, "--apply-to", "queues"]).await;
+        self.ctl(&["set_policy", "full", queue, r#"{"max-length":1}"#, "--apply-to", "queues"])
+            .await;
         self.lasts(Heal::QueueFull, format!("queues {queue} are full"), true, 4000);
         true
     }
@@ -112,8 +117,21 @@ impl Round<'_> {
             return false;
         }
         let queues = r"\.sub\.[a-z]*(\.retry)?$";
-        self.ctl(&["set_policy", "impatient", queues, r#"{"delivery-limit":3}"#, "--apply-to", "queues"]).await;
-        self.lasts(Heal::DeliveryLimit, "the broker gives up after 3 deliveries".to_owned(), true, 8000);
+        self.ctl(&[
+            "set_policy",
+            "impatient",
+            queues,
+            r#"{"delivery-limit":3}"#,
+            "--apply-to",
+            "queues",
+        ])
+        .await;
+        self.lasts(
+            Heal::DeliveryLimit,
+            "the broker gives up after 3 deliveries".to_owned(),
+            true,
+            8000,
+        );
         true
     }
 }

@@ -1,4 +1,5 @@
-//! What is done to the configuration: it is read again, subscribers leave it and come back, files of it are away or cut.
+//! What is done to the configuration: it is read again, subscribers leave it and come back, files
+//! of it are away or cut.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,7 +14,8 @@ use crate::{
     world::Place,
 };
 
-/// Files that are gone are looked at again for 10 s, each second, before the daemon reads what is left.
+/// Files that are gone are looked at again for 10 s, each second, before the daemon reads what is
+/// left.
 const LOOKED_AT_AGAIN: Duration = Duration::from_secs(14);
 
 impl Round<'_> {
@@ -55,12 +57,17 @@ impl Round<'_> {
             self.world.configure_without(self.multiplier, without);
             // Answered when it is done.
             let url = format!("http://127.0.0.1:{}/api/v1/reload", self.world.port(0));
-            let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build().expect("a client");
+            let client = reqwest::Client::builder()
+                .no_proxy()
+                .timeout(Duration::from_secs(30))
+                .build()
+                .expect("a client");
             let answer = client.post(url).header("content-type", "application/json").send().await;
             if answer.as_ref().is_ok_and(|a| a.status() == 200) {
                 // as it should
             } else if self.world.has_ended(0) {
-                // It was to die at a step. Whoever is not bound gets nothing, so the next one has to be there first.
+                // It was to die at a step. Whoever is not bound gets nothing, so the next one has
+                // to be there first.
                 self.disturbed("it died", SystemTime::now() - Duration::from_secs(3), NOTICED);
                 self.world.spawn(0, None);
                 self.world.wait_running(0).await;
@@ -84,12 +91,21 @@ impl Round<'_> {
             return false;
         }
         self.world.folder_is_away(true);
-        let (what, from) = ("the folder with the subscribers is away".to_owned(), SystemTime::now());
+        let (what, from) =
+            ("the folder with the subscribers is away".to_owned(), SystemTime::now());
         self.tell(&what);
         let until = Instant::now() + Duration::from_millis(self.rng.random_range(2500..8000));
-        self.lasting.push(Lasting { until, heal: Heal::Folder, what, whom: None, from, disturbs: false });
+        self.lasting.push(Lasting {
+            until,
+            heal: Heal::Folder,
+            what,
+            whom: None,
+            from,
+            disturbs: false,
+        });
         if self.rng.random_bool(0.4) {
-            // What is gone is looked at again for some time before it counts: that is over, and nobody is removed all the same.
+            // What is gone is looked at again for some time before it counts: that is over, and
+            // nobody is removed all the same.
             tokio::time::sleep(LOOKED_AT_AGAIN).await; // the fault itself
         }
         true
@@ -113,11 +129,16 @@ impl Round<'_> {
 
     /// Waits for what was asked for by a signal: the daemon takes one after the other.
     async fn reloads_are_done(&self) -> bool {
-        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(30)).build().expect("a client");
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(30))
+            .build()
+            .expect("a client");
         for n in 0..self.world.daemons.len() {
             let url = format!("http://127.0.0.1:{}/api/v1/reload", self.world.port(n));
             for _ in 0..2 {
-                let answer = client.post(&url).header("content-type", "application/json").send().await;
+                let answer =
+                    client.post(&url).header("content-type", "application/json").send().await;
                 if !answer.is_ok_and(|a| a.status() == 200) {
                     return false;
                 }

@@ -1,4 +1,5 @@
-//! What is done to a daemon itself: it is ended, replaced, given a command, left without a reader of its log.
+//! What is done to a daemon itself: it is ended, replaced, given a command, left without a reader
+//! of its log.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,11 +13,12 @@ use crate::{
     support::daemon::Daemon,
 };
 
-/// A pipe that takes no more has at least so much in it, of its 64 KiB. What has less and stands still is one whose daemon has nothing
-/// to say just now.
+/// A pipe that takes no more has at least so much in it, of its 64 KiB. What has less and stands
+/// still is one whose daemon has nothing to say just now.
 const FULL_PIPE: u64 = 48 << 10;
 
-/// A daemon goes on without a reader of its log: so many requests more are far more than were under way.
+/// A daemon goes on without a reader of its log: so many requests more are far more than were under
+/// way.
 const GOES_ON: usize = 100;
 
 const STANDS: Duration = Duration::from_secs(60);
@@ -49,9 +51,12 @@ impl Round<'_> {
     }
 
     pub(super) fn have_it_die_at_a_step(&mut self, daemon: usize) {
-        let steps: &[Step] = if self.world.network.is_none() { &crate::steps::EMBEDDED } else { &Step::ALL };
+        let steps: &[Step] =
+            if self.world.network.is_none() { &crate::steps::EMBEDDED } else { &Step::ALL };
         let (step, after) = (*pick(steps, &mut self.rng), self.rng.random_range(0..30));
-        self.tell(&format!("daemon {daemon} is killed and its successor dies at {step:?} after {after}"));
+        self.tell(&format!(
+            "daemon {daemon} is killed and its successor dies at {step:?} after {after}"
+        ));
         self.world.kill(daemon);
         self.disturbed("kill -9", self.began, NOTICED);
         self.world.spawn(daemon, Some((step, after)));
@@ -100,8 +105,13 @@ impl Round<'_> {
         };
         self.tell(&format!("{dies}hooktrail {command:?}"));
         let ended = tokio::task::block_in_place(|| self.world.command(daemon, &dies, command));
-        self.tell(&format!("it ended with {:?}: {}", ended.status, String::from_utf8_lossy(&ended.stderr).trim()));
-        let expected = matches!(ended.status.code(), Some(0 | 1)) || (!dies.is_empty() && ended.status.code().is_none());
+        self.tell(&format!(
+            "it ended with {:?}: {}",
+            ended.status,
+            String::from_utf8_lossy(&ended.stderr).trim()
+        ));
+        let expected = matches!(ended.status.code(), Some(0 | 1))
+            || (!dies.is_empty() && ended.status.code().is_none());
         if !expected {
             self.complaints.push(format!("{command:?} ended with {ended:?}"));
         }
@@ -134,16 +144,30 @@ impl Round<'_> {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         let went_on = requests() - count;
-        let client = reqwest::Client::builder().no_proxy().timeout(STANDS).build().expect("a client");
-        let health = client.get(format!("http://127.0.0.1:{}/healthz", self.world.port(daemon))).send().await;
-        self.tell(&format!("the logs are full; {went_on} requests more; health: {:?}", health.as_ref().map(|h| h.status()).ok()));
+        let client =
+            reqwest::Client::builder().no_proxy().timeout(STANDS).build().expect("a client");
+        let health = client
+            .get(format!("http://127.0.0.1:{}/healthz", self.world.port(daemon)))
+            .send()
+            .await;
+        self.tell(&format!(
+            "the logs are full; {went_on} requests more; health: {:?}",
+            health.as_ref().map(|h| h.status()).ok()
+        ));
         // One that was to die at a step may have.
         if self.world.all_run() && (went_on < GOES_ON || health.is_err()) {
             self.complaints.push(format!("with nobody to read the log there were {went_on} requests in {STANDS:?}; health: {health:?}"));
         }
         let until = Instant::now() + Duration::from_millis(self.rng.random_range(0..6000));
         let what = "nobody reads the logs".to_owned();
-        self.lasting.push(Lasting { until, heal: Heal::Log, what, whom: None, from, disturbs: false });
+        self.lasting.push(Lasting {
+            until,
+            heal: Heal::Log,
+            what,
+            whom: None,
+            from,
+            disturbs: false,
+        });
         if self.rng.random_bool(0.5) {
             self.tell(&format!("SIGTERM to daemon {daemon}, whose log nobody reads"));
             let quiet = self.lasting.iter().all(|l| !l.disturbs);

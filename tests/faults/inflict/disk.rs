@@ -18,10 +18,16 @@ impl Round<'_> {
         if self.has(&Heal::Disk) {
             return false;
         }
-        let (error, one_in) = (*pick(&[EIO, ENOSPC], &mut self.rng), *pick(&[0, 1, 7, 40], &mut self.rng));
+        let (error, one_in) =
+            (*pick(&[EIO, ENOSPC], &mut self.rng), *pick(&[0, 1, 7, 40], &mut self.rng));
         self.bad_moods(&[Kind::Busy, Kind::Lines, Kind::Doomed]);
         self.world.environment.disk_fails(error, one_in);
-        self.lasts(Heal::Disk, format!("the disk fails with {error}, {one_in} writes between"), true, 4000);
+        self.lasts(
+            Heal::Disk,
+            format!("the disk fails with {error}, {one_in} writes between"),
+            true,
+            4000,
+        );
         true
     }
 
@@ -41,7 +47,12 @@ impl Round<'_> {
             tokio::time::sleep(holds).await; // the fault itself
             drop(locked); // rolls back
         });
-        self.disturbances.push(Disturbance { what: "locked".to_owned(), whom: None, from: self.began, to: self.began + holds + NOTICED });
+        self.disturbances.push(Disturbance {
+            what: "locked".to_owned(),
+            whom: None,
+            from: self.began,
+            to: self.began + holds + NOTICED,
+        });
         true
     }
 }

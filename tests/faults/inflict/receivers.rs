@@ -10,7 +10,8 @@ use crate::{
 };
 
 impl Round<'_> {
-    /// What keeps the queue from writing something down is done while there is something to write down.
+    /// What keeps the queue from writing something down is done while there is something to write
+    /// down.
     pub(super) fn bad_moods(&mut self, kinds: &[Kind]) {
         for n in 0..self.world.subscribers.len() {
             if kinds.contains(&self.world.subscribers[n].kind) {
@@ -45,7 +46,9 @@ impl Round<'_> {
 
     pub(super) fn change_a_receivers_weather(&mut self) -> bool {
         let n = self.rng.random_range(0..self.world.subscribers.len());
-        if self.world.subscribers[n].kind.is_always_heard() || self.lasting.iter().any(|l| l.heal == Heal::ReceiverWeather(n)) {
+        if self.world.subscribers[n].kind.is_always_heard()
+            || self.lasting.iter().any(|l| l.heal == Heal::ReceiverWeather(n))
+        {
             return false;
         }
         let weather = self.weather();
@@ -60,7 +63,14 @@ impl Round<'_> {
     pub(super) fn weather(&mut self) -> Weather {
         let way = *pick(&[Way::Forth, Way::Back], &mut self.rng);
         *pick(
-            &[Weather::Stalled, Weather::OneWay(way), Weather::Loses(way), Weather::Slow(20_000), Weather::Slow(300_000), Weather::Refuses],
+            &[
+                Weather::Stalled,
+                Weather::OneWay(way),
+                Weather::Loses(way),
+                Weather::Slow(20_000),
+                Weather::Slow(300_000),
+                Weather::Refuses,
+            ],
             &mut self.rng,
         )
     }

@@ -1,5 +1,6 @@
-//! What others do to exchanges, queues and bindings. An event that was returned to its producer is no confirmed event, and a
-//! subscriber that is not bound is not owed what is published then; everything else is.
+//! What others do to exchanges, queues and bindings. An event that was returned to its producer is
+//! no confirmed event, and a subscriber that is not bound is not owed what is published then;
+//! everything else is.
 
 use std::{
     collections::BTreeSet,
@@ -9,7 +10,8 @@ use std::{
 use lapin::{
     BasicProperties, Channel, ExchangeKind,
     options::{
-        BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+        BasicPublishOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
     },
     types::FieldTable,
 };
@@ -24,15 +26,21 @@ use crate::{
     world::{Place, Producer},
 };
 
-/// What somebody took away is there again after so long: the daemon looks each minute where nothing shows it sooner.
+/// What somebody took away is there again after so long: the daemon looks each minute where nothing
+/// shows it sooner.
 const BACK: Duration = Duration::from_secs(150);
 
-/// Binds a subscriber's queue as its daemon does, so that it does not matter which of the two comes first.
+/// Binds a subscriber's queue as its daemon does, so that it does not matter which of the two comes
+/// first.
 pub(super) async fn bind(channel: &Channel, broker: &Broker, source_queue: bool, kind: Kind) {
-    let exchange = if source_queue { format!("{}.events", broker.prefix) } else { broker.exchange.clone() };
+    let exchange =
+        if source_queue { format!("{}.events", broker.prefix) } else { broker.exchange.clone() };
     let queue = format!("{}.sub.{}", broker.prefix, kind.name());
     let (queue, exchange) = (queue.as_str().into(), exchange.as_str().into());
-    channel.queue_bind(queue, exchange, "#".into(), QueueBindOptions::default(), FieldTable::default()).await.expect("binds");
+    channel
+        .queue_bind(queue, exchange, "#".into(), QueueBindOptions::default(), FieldTable::default())
+        .await
+        .expect("binds");
 }
 
 impl Round<'_> {
@@ -55,21 +63,41 @@ impl Round<'_> {
         let kind = *pick(&[Kind::Busy, Kind::Lines, Kind::Doomed, Kind::Leaving], &mut self.rng);
         self.bad_moods(&[kind]);
         self.retries_come_back(kind, false).await;
-        self.lasts(Heal::Orphans(kind), format!("retries of {kind:?} do not come back"), false, 4000);
+        self.lasts(
+            Heal::Orphans(kind),
+            format!("retries of {kind:?} do not come back"),
+            false,
+            4000,
+        );
         true
     }
 
-    /// Binds the queue of a subscriber's retries to the end of the ladder, or unbinds it: then they become orphans.
+    /// Binds the queue of a subscriber's retries to the end of the ladder, or unbinds it: then they
+    /// become orphans.
     pub(crate) async fn retries_come_back(&self, kind: Kind, bound: bool) {
         let Place::Broker { broker, .. } = &self.world.place else { return };
         let (name, prefix) = (kind.name(), &broker.prefix);
-        let (queue, exchange, key) = (format!("{prefix}.sub.{name}.retry"), format!("{prefix}.delay"), format!("#.{name}"));
+        let (queue, exchange, key) =
+            (format!("{prefix}.sub.{name}.retry"), format!("{prefix}.delay"), format!("#.{name}"));
         let (connection, channel) = broker.channel().await;
-        let (queue, exchange, key) = (queue.as_str().into(), exchange.as_str().into(), key.as_str().into());
+        let (queue, exchange, key) =
+            (queue.as_str().into(), exchange.as_str().into(), key.as_str().into());
         if bound {
-            channel.queue_bind(queue, exchange, key, QueueBindOptions::default(), FieldTable::default()).await.expect("binds");
+            channel
+                .queue_bind(
+                    queue,
+                    exchange,
+                    key,
+                    QueueBindOptions::default(),
+                    FieldTable::default(),
+                )
+                .await
+                .expect("binds");
         } else {
-            channel.queue_unbind(queue, exchange, key, FieldTable::default()).await.expect("unbinds");
+            channel
+                .queue_unbind(queue, exchange, key, FieldTable::default())
+                .await
+                .expect("unbinds");
         }
         connection.close(200, "done".into()).await.ok();
     }
@@ -80,8 +108,18 @@ impl Round<'_> {
         let queue = format!("{}.sub.{}.retry", broker.prefix, kind.name());
         let (connection, channel) = broker.channel().await;
         for _ in 0..3 {
-            let (options, properties) = (BasicPublishOptions::default(), BasicProperties::default());
-            channel.basic_publish("".into(), queue.as_str().into(), options, b"{\"events\":[]}", properties).await.expect("publishes");
+            let (options, properties) =
+                (BasicPublishOptions::default(), BasicProperties::default());
+            channel
+                .basic_publish(
+                    "".into(),
+                    queue.as_str().into(),
+                    options,
+                    b"{\"events\":[]}",
+                    properties,
+                )
+                .await
+                .expect("publishes");
         }
         connection.close(200, "done".into()).await.ok();
     }
@@ -89,7 +127,9 @@ impl Round<'_> {
     /// Whether nothing is left in the source queue, if there is one. Nobody publishes meanwhile.
     pub(crate) async fn all_is_relayed(&self) -> bool {
         for _ in 0..6 {
-            let queues = self.ctl(&["list_queues", "--quiet", "--no-table-headers", "name", "messages"]).await;
+            let queues = self
+                .ctl(&["list_queues", "--quiet", "--no-table-headers", "name", "messages"])
+                .await;
             if !queues.lines().any(|l| l.strip_prefix("source\t").is_some_and(|n| n != "0")) {
                 return true;
             }
@@ -100,7 +140,9 @@ impl Round<'_> {
     /// The exchange that the subscribers' queues are bound to.
     fn exchange(&self) -> Option<String> {
         match &self.world.place {
-            Place::Broker { broker, source_queue: true, .. } => Some(format!("{}.events", broker.prefix)),
+            Place::Broker { broker, source_queue: true, .. } => {
+                Some(format!("{}.events", broker.prefix))
+            }
             Place::Broker { broker, .. } => Some(broker.exchange.clone()),
             Place::Embedded(_) => None,
         }
@@ -112,7 +154,10 @@ impl Round<'_> {
     }
 
     pub(super) async fn redeclare_exchange(&mut self) -> bool {
-        let (Place::Broker { broker, .. }, Some(exchange)) = (&self.world.place, self.exchange()) else { return false };
+        let (Place::Broker { broker, .. }, Some(exchange)) = (&self.world.place, self.exchange())
+        else {
+            return false;
+        };
         let broker = broker.clone();
         if !self.is_quiet() {
             return false;
@@ -124,14 +169,23 @@ impl Round<'_> {
         }
         self.passes_by(&Kind::ALL);
         let (connection, channel) = broker.channel().await;
-        let deleted = channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await;
+        let deleted = channel
+            .exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default())
+            .await;
         deleted.expect("deletes");
         self.tell(&format!("exchange {exchange} is deleted"));
         drop(held);
         let pause = if self.rng.random_bool(0.5) { 0 } else { self.rng.random_range(0..3000) };
         tokio::time::sleep(Duration::from_millis(pause)).await; // a deployment
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-        let declared = channel.exchange_declare(exchange.as_str().into(), ExchangeKind::Topic, durable, FieldTable::default()).await;
+        let declared = channel
+            .exchange_declare(
+                exchange.as_str().into(),
+                ExchangeKind::Topic,
+                durable,
+                FieldTable::default(),
+            )
+            .await;
         declared.expect("declares");
         connection.close(200, "done".into()).await.ok();
         self.tell(&format!("exchange {exchange} is declared again after {pause} ms"));
@@ -140,7 +194,10 @@ impl Round<'_> {
     }
 
     pub(super) async fn unbind_queue(&mut self) -> bool {
-        let (Place::Broker { broker, .. }, Some(exchange)) = (&self.world.place, self.exchange()) else { return false };
+        let (Place::Broker { broker, .. }, Some(exchange)) = (&self.world.place, self.exchange())
+        else {
+            return false;
+        };
         let broker = broker.clone();
         if !self.is_quiet() {
             return false;
@@ -160,21 +217,34 @@ impl Round<'_> {
         self.tell(&format!("{queue} is unbound"));
         drop(held);
         if self.rng.random_bool(0.4) {
-            // Before anybody else can put it back: a daemon that starts, or reads its configuration again.
+            // Before anybody else can put it back: a daemon that starts, or reads its configuration
+            // again.
             self.bindings_come_back().await;
         }
         true
     }
 
-    /// Waits until all are bound whose binding was taken away: what is published from then on is for them.
+    /// Waits until all are bound whose binding was taken away: what is published from then on is
+    /// for them.
     pub(crate) async fn bindings_come_back(&mut self) {
         let missing: BTreeSet<String> = self.world.passed_by.lock().expect("not poisoned").clone();
         let Some(exchange) = self.exchange().filter(|_| !missing.is_empty()) else { return };
         let begun = Instant::now();
         loop {
-            let bound = self.ctl(&["list_bindings", "--quiet", "--no-table-headers", "source_name", "destination_name"]).await;
+            let bound = self
+                .ctl(&[
+                    "list_bindings",
+                    "--quiet",
+                    "--no-table-headers",
+                    "source_name",
+                    "destination_name",
+                ])
+                .await;
             let is_bound = |name: &String| {
-                bound.lines().any(|l| l.split_once('\t').is_some_and(|(s, d)| s == exchange && d.ends_with(&format!(".sub.{name}"))))
+                bound.lines().any(|l| {
+                    l.split_once('\t')
+                        .is_some_and(|(s, d)| s == exchange && d.ends_with(&format!(".sub.{name}")))
+                })
             };
             let gone: Vec<&String> = missing.iter().filter(|name| !is_bound(name)).collect();
             if gone.is_empty() {
@@ -187,7 +257,10 @@ impl Round<'_> {
             self.look_after().await;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        self.tell(&format!("bound again after {:.1} s: {missing:?}", begun.elapsed().as_secs_f64()));
+        self.tell(&format!(
+            "bound again after {:.1} s: {missing:?}",
+            begun.elapsed().as_secs_f64()
+        ));
         let gate = self.world.publishing.clone();
         let held = gate.write().await;
         self.all_is_relayed().await;
@@ -207,7 +280,10 @@ impl Round<'_> {
         let level = *pick(&["delay.00", "delay.01"], &mut self.rng);
         let queue = format!("{}.{level}", broker.prefix);
         let (connection, channel) = broker.channel().await;
-        let deleted = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        let deleted = channel
+            .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.ok();
         self.retries_deleted.push(SystemTime::now());
         self.tell(&format!("{queue} is deleted; it held {deleted}"));
@@ -215,7 +291,10 @@ impl Round<'_> {
         loop {
             let (connection, channel) = broker.channel().await;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            let is_back = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.is_ok();
+            let is_back = channel
+                .queue_declare(queue.as_str().into(), passive, FieldTable::default())
+                .await
+                .is_ok();
             connection.close(200, "done".into()).await.ok();
             if is_back {
                 break;
@@ -237,13 +316,17 @@ impl Round<'_> {
     pub(super) async fn delete_empty_queue(&mut self, producer: &Producer) -> bool {
         // It is needed for this that a daemon can put it back.
         let Place::Broker { broker, source_queue, .. } = &self.world.place else { return false };
-        if self.lasting.iter().any(|l| l.disturbs) || self.world.daemons.iter_mut().any(|d| d.as_mut().is_none_or(|d| !d.is_running())) {
+        if self.lasting.iter().any(|l| l.disturbs)
+            || self.world.daemons.iter_mut().any(|d| d.as_mut().is_none_or(|d| !d.is_running()))
+        {
             return false;
         }
         let (broker, source_queue) = (broker.clone(), *source_queue);
         let gate = self.world.publishing.clone();
         let held = gate.write().await;
-        let Some(steady) = self.world.subscribers.iter().find(|s| s.kind == Kind::Steady) else { return false };
+        let Some(steady) = self.world.subscribers.iter().find(|s| s.kind == Kind::Steady) else {
+            return false;
+        };
         let wanted = producer.ledger().confirmed;
         let patience = Instant::now();
         while !wanted.is_subset(&accepted(&steady.receiver.requests())) {
@@ -256,13 +339,19 @@ impl Round<'_> {
         let which = *pick(&["sub.steady", "sub.steady.retry"], &mut self.rng);
         let queue = format!("{}.{which}", broker.prefix);
         let (connection, channel) = broker.channel().await;
-        let deleted = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        let deleted = channel
+            .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.ok();
         self.tell(&format!("{queue} is deleted; it held {deleted}"));
         let is_back = async || {
             let (connection, channel) = broker.channel().await;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.is_ok();
+            let found = channel
+                .queue_declare(queue.as_str().into(), passive, FieldTable::default())
+                .await
+                .is_ok();
             if found && which == "sub.steady" {
                 bind(&channel, &broker, source_queue, Kind::Steady).await;
             }

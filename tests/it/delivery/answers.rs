@@ -83,7 +83,11 @@ async fn one_refused_event_of_500_is_found_in_few_requests_and_the_rest_arrives(
     let ids: HashSet<&str> = requests.iter().map(Request::id).collect();
     assert_eq!(ids.len(), requests.len(), "each part has an id of its own");
     for part in &requests[1..] {
-        let path = part.id().strip_prefix(whole.id()).and_then(|rest| rest.strip_prefix('_')).expect("derived from its parent's");
+        let path = part
+            .id()
+            .strip_prefix(whole.id())
+            .and_then(|rest| rest.strip_prefix('_'))
+            .expect("derived from its parent's");
         assert!(path.bytes().all(|b| b == b'0' || b == b'1') && !part.id().contains('.'), "{path}");
         assert!(part.verified() && part.attempt() == 1, "{part:?}");
         let events: Vec<String> = part.numbers().into_iter().map(event).collect();
@@ -91,9 +95,18 @@ async fn one_refused_event_of_500_is_found_in_few_requests_and_the_rest_arrives(
     }
 
     let dead = setup.dead("a").remove(0);
-    assert_eq!((&dead["reason"], &dead["status"], &dead["events"]), (&json!("refused"), &json!(422), &json!(1)), "{dead}");
+    assert_eq!(
+        (&dead["reason"], &dead["status"], &dead["events"]),
+        (&json!("refused"), &json!(422), &json!(1)),
+        "{dead}"
+    );
     let error = dead["error"].as_str().expect("a text");
-    assert!(error.contains("422") && error.contains("field `actor` is missing") && !error.contains('\u{1b}'), "{error}");
+    assert!(
+        error.contains("422")
+            && error.contains("field `actor` is missing")
+            && !error.contains('\u{1b}'),
+        "{error}"
+    );
     let log = daemon.log();
     assert!(!log.contains("circuit open"), "the parts' answers count for nothing: {log}");
     assert!(!log.contains("actor"), "what the receiver wrote is not in the log");
@@ -146,7 +159,11 @@ async fn who_begins_to_refuse_everything_costs_no_event(queue: Queue) {
     receiver.wait_requests(1).await;
     queue.publish(TYPE, (0..300).map(event)).await;
     daemon.wait_log("outcome=\"retry\"").await;
-    assert_eq!(queue.dead("a").await, 0, "nobody accepts anything, so nothing says that it is the events");
+    assert_eq!(
+        queue.dead("a").await,
+        0,
+        "nobody accepts anything, so nothing says that it is the events"
+    );
     receiver.now(|_, _| status(200));
     eventually("all accepted", async || receiver.accepted().len() == 301).await;
     assert_eq!(accepted_once(&receiver).len(), 301);
@@ -154,7 +171,10 @@ async fn who_begins_to_refuse_everything_costs_no_event(queue: Queue) {
 }
 
 async fn a_batch_that_is_too_large_is_halved_down_to_one_event(queue: Queue) {
-    let receiver = Receiver::start(|r, _| status(if r.events().len() > 10 || r.numbers().contains(&7) { 413 } else { 200 })).await;
+    let receiver = Receiver::start(|r, _| {
+        status(if r.events().len() > 10 || r.numbers().contains(&7) { 413 } else { 200 })
+    })
+    .await;
     let more = "batch = { max_wait = \"2s\", max_events = 80 }\ncircuit_breaker = { failures = 1 }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
@@ -163,14 +183,21 @@ async fn a_batch_that_is_too_large_is_halved_down_to_one_event(queue: Queue) {
     eventually("the rest accepted", async || receiver.accepted().len() == 79).await;
     assert_eq!(accepted_once(&receiver).len(), 79);
     let dead = setup.dead("a").remove(0);
-    assert_eq!((&dead["reason"], &dead["status"], &dead["events"]), (&json!("too_large"), &json!(413), &json!(1)), "{dead}");
+    assert_eq!(
+        (&dead["reason"], &dead["status"], &dead["events"]),
+        (&json!("too_large"), &json!(413), &json!(1)),
+        "{dead}"
+    );
     assert!(!daemon.log().contains("circuit open"));
 }
 
 async fn a_410_pauses_the_subscriber_over_restarts_until_it_is_resumed(queue: Queue) {
     let gone = Receiver::start(|_, n| status(if n == 0 { 503 } else { 410 })).await;
     let good = Receiver::accepting().await;
-    let text = QUICK.to_owned() + &admin() + &subscriber("gone", &gone.url, "") + &subscriber("good", &good.url, "");
+    let text = QUICK.to_owned()
+        + &admin()
+        + &subscriber("gone", &gone.url, "")
+        + &subscriber("good", &good.url, "");
     let setup = Setup::new(&queue, &text);
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..5).map(event)).await;
@@ -204,28 +231,48 @@ async fn a_410_pauses_the_subscriber_over_restarts_until_it_is_resumed(queue: Qu
 async fn an_exhausted_batch_can_pause_the_subscriber_instead(queue: Queue) {
     let receiver = Receiver::start(|_, _| status(500)).await;
     let more = "retry = { max_attempts = 3, on_exhausted = \"pause\", initial_interval = \"1s\" }";
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &admin() + &subscriber("a", &receiver.url, more)));
+    let setup =
+        Setup::new(&queue, &(QUICK.to_owned() + &admin() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
     daemon.wait_log("paused: its events wait").await;
     assert_eq!(receiver.requests().iter().map(Request::attempt).collect::<Vec<_>>(), [1, 2, 3]);
-    assert!(daemon.log().contains("attempt 3 of a batch failed and was the last that [retry] allows: status 500"), "{}", daemon.log());
+    assert!(
+        daemon.log().contains(
+            "attempt 3 of a batch failed and was the last that [retry] allows: status 500"
+        ),
+        "{}",
+        daemon.log()
+    );
     let said = setup.ok(&["resume", "a"]);
     assert!(said.contains("is resumed"), "{said}");
     let requests = receiver.wait_requests(6).await;
-    assert_eq!(requests[3..].iter().map(Request::attempt).collect::<Vec<_>>(), [1, 2, 3], "attempts begin anew");
+    assert_eq!(
+        requests[3..].iter().map(Request::attempt).collect::<Vec<_>>(),
+        [1, 2, 3],
+        "attempts begin anew"
+    );
     assert_eq!(requests.iter().map(Request::id).collect::<HashSet<_>>().len(), 1);
-    eventually("paused again", async || daemon.log().matches("paused: its events wait").count() == 2).await;
+    eventually("paused again", async || {
+        daemon.log().matches("paused: its events wait").count() == 2
+    })
+    .await;
     assert_eq!(queue.dead("a").await, 0);
 }
 
 async fn an_operator_pauses_and_resumes(queue: Queue) {
     let receiver = Receiver::accepting().await;
-    let text = QUICK.to_owned() + &admin() + &subscriber("a", &receiver.url, "") + &subscriber("b", &receiver.url, "paused = true");
+    let text = QUICK.to_owned()
+        + &admin()
+        + &subscriber("a", &receiver.url, "")
+        + &subscriber("b", &receiver.url, "paused = true");
     let setup = Setup::new(&queue, &text);
     let alone = setup.run(&["pause", "a"]);
     let told = String::from_utf8_lossy(&alone.stderr).into_owned();
-    assert!(alone.status.code() == Some(1) && told.contains("no daemon answers at 127.0.0.1:"), "{told}");
+    assert!(
+        alone.status.code() == Some(1) && told.contains("no daemon answers at 127.0.0.1:"),
+        "{told}"
+    );
     let daemon = setup.start().await;
     let said = setup.ok(&["pause", "a", "--why", "maintenance \u{1b}[2J of theirs"]);
     assert!(said.contains("by operator: maintenance \\u{1b}[2J of theirs"), "{said}");
@@ -253,7 +300,10 @@ async fn an_operator_pauses_and_resumes(queue: Queue) {
 
 async fn a_retry_after_that_is_a_date_holds_the_lane_for_at_most_max_open_for(queue: Queue) {
     let receiver = Receiver::start(|_, n| match n {
-        0 => status(503).header("retry-after", httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(5))),
+        0 => status(503).header(
+            "retry-after",
+            httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(5)),
+        ),
         _ => status(200),
     })
     .await;
@@ -264,7 +314,8 @@ async fn a_retry_after_that_is_a_date_holds_the_lane_for_at_most_max_open_for(qu
     receiver.wait_requests(1).await;
     queue.publish(TYPE, [event(1)]).await;
     let requests = receiver.wait_requests(3).await;
-    let after = |n: usize| requests[n].at.duration_since(requests[0].at).expect("later").as_secs_f64();
+    let after =
+        |n: usize| requests[n].at.duration_since(requests[0].at).expect("later").as_secs_f64();
     assert_eq!((requests[1].numbers(), requests[2].numbers()), (vec![1], vec![0]));
     assert!((2.0..4.0).contains(&after(1)), "the lane was held for max_open_for: {}", after(1));
     // A date has whole seconds.
@@ -274,7 +325,9 @@ async fn a_retry_after_that_is_a_date_holds_the_lane_for_at_most_max_open_for(qu
 async fn an_event_gets_the_producers_id_when_it_has_none(queue: Queue) {
     let with = Receiver::accepting().await;
     let without = Receiver::accepting().await;
-    let text = QUICK.to_owned() + &subscriber("with", &with.url, "event_ids = true") + &subscriber("without", &without.url, "");
+    let text = QUICK.to_owned()
+        + &subscriber("with", &with.url, "event_ids = true")
+        + &subscriber("without", &without.url, "");
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     let plain = "{ \"event\":\"a.b\",\"n\":1,\"big\":18446744073709551616 }";
@@ -282,31 +335,51 @@ async fn an_event_gets_the_producers_id_when_it_has_none(queue: Queue) {
     queue.publish_as("id-1", "a.b", plain.as_bytes()).await;
     queue.publish_as("id-2", "a.b", own.as_bytes()).await;
     eventually("both", async || with.accepted().len() == 2 && without.accepted().len() == 2).await;
-    let bodies = |r: &Receiver| r.requests().iter().map(|r| String::from_utf8_lossy(&r.body).into_owned()).collect::<String>();
+    let bodies = |r: &Receiver| {
+        r.requests()
+            .iter()
+            .map(|r| String::from_utf8_lossy(&r.body).into_owned())
+            .collect::<String>()
+    };
     assert!(
-        bodies(&with).contains("{ \"event\":\"a.b\",\"n\":1,\"big\":18446744073709551616 ,\"event_id\":\"id-1\"}"),
+        bodies(&with).contains(
+            "{ \"event\":\"a.b\",\"n\":1,\"big\":18446744073709551616 ,\"event_id\":\"id-1\"}"
+        ),
         "{}",
         bodies(&with)
     );
-    assert!(bodies(&with).contains(own) && bodies(&without).contains(plain) && bodies(&without).contains(own));
+    assert!(
+        bodies(&with).contains(own)
+            && bodies(&without).contains(plain)
+            && bodies(&without).contains(own)
+    );
     assert!(with.requests().iter().all(Request::verified));
 }
 
 async fn batches_that_always_fail_do_not_keep_new_events_away(queue: Queue) {
     const BAD: u64 = 36;
     let is_bad = |n: &u64| n.is_multiple_of(2) && *n < 2 * BAD;
-    let receiver = Receiver::start(move |request, _| status(if request.numbers().iter().any(is_bad) { 500 } else { 200 })).await;
+    let receiver = Receiver::start(move |request, _| {
+        status(if request.numbers().iter().any(is_bad) { 500 } else { 200 })
+    })
+    .await;
     let more = "batch = { max_events = 1, max_wait = \"0s\" }\n\
                 circuit_breaker = { failures = 3, open_for = \"1s\", max_open_for = \"10m\" }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..2 * BAD).map(event)).await;
-    eventually("each was tried", async || receiver.requests().iter().filter(|r| r.attempt() == 1).count() as u64 == 2 * BAD).await;
+    eventually("each was tried", async || {
+        receiver.requests().iter().filter(|r| r.attempt() == 1).count() as u64 == 2 * BAD
+    })
+    .await;
     // One of the bad ones is always due, and nothing new comes: each probe from here on is one.
     let probes = || {
         let log = daemon.log();
         let open_for = |line: &str| line.split("open_for_s=").nth(1).map(|s| s.trim().to_owned());
-        log.lines().filter(|l| l.contains("circuit open again")).filter_map(open_for).collect::<Vec<_>>()
+        log.lines()
+            .filter(|l| l.contains("circuit open again"))
+            .filter_map(open_for)
+            .collect::<Vec<_>>()
     };
     let before = probes().len() + 1;
     eventually("four more probes", async || probes().len() >= before + 4).await;
@@ -314,14 +387,21 @@ async fn batches_that_always_fail_do_not_keep_new_events_away(queue: Queue) {
     assert_eq!(open_for.len(), 1, "they say more of themselves than of the endpoint: {open_for:?}");
     let published = SystemTime::now();
     queue.publish(TYPE, (2 * BAD..2 * BAD + 60).map(event)).await;
-    eventually("all new ones accepted", async || receiver.accepted().len() as u64 == BAD + 60).await;
+    eventually("all new ones accepted", async || receiver.accepted().len() as u64 == BAD + 60)
+        .await;
     let took = published.elapsed().expect("later");
-    assert!(took < Duration::from_secs(60), "new events waited for {took:?} behind batches that always fail");
+    assert!(
+        took < Duration::from_secs(60),
+        "new events waited for {took:?} behind batches that always fail"
+    );
     assert!(daemon.log().contains("circuit closed"), "{}", daemon.log());
 }
 
 async fn a_wish_to_wait_that_ends_after_the_schedule_costs_no_attempt(queue: Queue) {
-    let receiver = Receiver::start(|_, n| if n == 0 { status(503).header("retry-after", "345600") } else { status(200) }).await;
+    let receiver = Receiver::start(|_, n| {
+        if n == 0 { status(503).header("retry-after", "345600") } else { status(200) }
+    })
+    .await;
     let more = "retry = { max_elapsed_time = \"4s\" }\ncircuit_breaker = { open_for = \"1s\", max_open_for = \"1s\" }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
@@ -330,7 +410,10 @@ async fn a_wish_to_wait_that_ends_after_the_schedule_costs_no_attempt(queue: Que
     assert_eq!((requests[1].id(), requests[1].attempt()), (requests[0].id(), 2));
     assert_eq!(queue.dead("a").await, 0);
     let log = daemon.log();
-    assert!(log.contains("outcome=\"retry\"") && log.contains("retry_after_shortened_from_s="), "{log}");
+    assert!(
+        log.contains("outcome=\"retry\"") && log.contains("retry_after_shortened_from_s="),
+        "{log}"
+    );
 
     receiver.now(|_, _| status(503).header("retry-after", "345600"));
     let tried = setup.run(&["test", "a", "--json"]);
@@ -340,15 +423,23 @@ async fn a_wish_to_wait_that_ends_after_the_schedule_costs_no_attempt(queue: Que
     queue.wait_dead("a", 1).await;
     let dead = setup.dead("a").remove(0);
     assert_eq!((&dead["reason"], &dead["attempts"]), (&json!("exhausted"), &json!(2)), "{dead}");
-    assert!(dead["error"].as_str().is_some_and(|e| e.contains("503") && e.contains("Retry-After")), "{dead}");
+    assert!(
+        dead["error"].as_str().is_some_and(|e| e.contains("503") && e.contains("Retry-After")),
+        "{dead}"
+    );
 }
 
 async fn a_late_failure_of_the_url_before_says_nothing_of_the_one_that_is_configured(queue: Queue) {
-    for (late, name) in [(status(410), "gone"), (status(503).header("retry-after", "600"), "held"), (status(413), "dead")] {
+    for (late, name) in [
+        (status(410), "gone"),
+        (status(503).header("retry-after", "600"), "held"),
+        (status(413), "dead"),
+    ] {
         let old = Receiver::start(move |_, _| late.clone().after(Duration::from_secs(2))).await;
         let new = Receiver::accepting().await;
         let (queue, api) = (queue.another(), Api::new());
-        let text = |url: &str| queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", url, "");
+        let text =
+            |url: &str| queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", url, "");
         let setup = Setup::with_text(&text(&old.url));
         let daemon = setup.start().await;
         queue.publish(TYPE, [event(0)]).await;
@@ -358,7 +449,11 @@ async fn a_late_failure_of_the_url_before_says_nothing_of_the_one_that_is_config
         daemon.wait_log("a (url)").await;
         new.wait_all(1).await;
         let again = &new.requests()[0];
-        assert_eq!((again.id(), again.attempt()), (old.requests()[0].id(), 2), "{name}: an ordinary retry");
+        assert_eq!(
+            (again.id(), again.attempt()),
+            (old.requests()[0].id(), 2),
+            "{name}: an ordinary retry"
+        );
         queue.publish(TYPE, [event(1)]).await;
         new.wait_all(2).await;
         queue.wait_empty("a").await;
@@ -367,16 +462,25 @@ async fn a_late_failure_of_the_url_before_says_nothing_of_the_one_that_is_config
     }
 }
 
-async fn a_pause_and_a_resume_are_heard_while_the_circuit_is_open_and_while_a_retry_after_holds(queue: Queue) {
+async fn a_pause_and_a_resume_are_heard_while_the_circuit_is_open_and_while_a_retry_after_holds(
+    queue: Queue,
+) {
     let failing = Receiver::start(|_, _| status(500)).await;
-    let holding = Receiver::start(|_, n| if n == 0 { status(503).header("retry-after", "600") } else { status(200) }).await;
+    let holding = Receiver::start(|_, n| {
+        if n == 0 { status(503).header("retry-after", "600") } else { status(200) }
+    })
+    .await;
     let api = Api::new();
     let open = "circuit_breaker = { failures = 1, open_for = \"10m\" }";
-    let text = QUICK.to_owned() + &api.section() + &subscriber("open", &failing.url, open) + &subscriber("held", &holding.url, "");
+    let text = QUICK.to_owned()
+        + &api.section()
+        + &subscriber("open", &failing.url, open)
+        + &subscriber("held", &holding.url, "");
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
-    for (name, state, receiver) in [("open", "circuit_open", &failing), ("held", "held", &holding)] {
+    for (name, state, receiver) in [("open", "circuit_open", &failing), ("held", "held", &holding)]
+    {
         api.wait(name, state, |s| s["state"] == state).await;
         setup.ok(&["pause", name]);
         api.wait(name, "paused", |s| s["state"] == "paused").await;
@@ -407,7 +511,10 @@ async fn attempts_from_before_the_circuit_opened_are_no_probes(queue: Queue) {
     let api = Api::new();
     let more = "batch = { max_events = 1, max_wait = \"0s\" }\nhttp = { concurrency = 12 }\nretry = { initial_interval = \"1h\", max_interval = \"1h\" }\n\
                 circuit_breaker = { failures = 4, open_for = \"1s\", max_open_for = \"10m\" }";
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, more)));
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, more)),
+    );
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..12).map(event)).await;
     receiver.wait_requests(12).await;
@@ -415,13 +522,15 @@ async fn attempts_from_before_the_circuit_opened_are_no_probes(queue: Queue) {
     daemon.wait_log("circuit open:").await;
     api.wait("a", "half_open", |s| s["circuit"]["state"] == "half_open").await;
     others.send_replace(true);
-    eventually("all answered", async || daemon.log().matches("outcome=\"retry\"").count() >= 12).await;
+    eventually("all answered", async || daemon.log().matches("outcome=\"retry\"").count() >= 12)
+        .await;
     assert!(receiver.count() == 12, "no probe was sent: nothing is due");
     assert!(!daemon.log().contains("circuit open again"), "and none failed: {}", daemon.log());
 }
 
 async fn a_dead_letter_has_its_reason_in_the_log(queue: Queue) {
-    let receiver = Receiver::start(|r, _| status(if r.numbers()[0] == 0 { 500 } else { 413 })).await;
+    let receiver =
+        Receiver::start(|r, _| status(if r.numbers()[0] == 0 { 500 } else { 413 })).await;
     let more = "retry = { max_attempts = 1 }\nbatch = { max_events = 1 }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;

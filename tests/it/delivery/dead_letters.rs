@@ -1,4 +1,5 @@
-//! Dead letters as an operator handles them: few or a hundred thousand, on both queues; and orphans.
+//! Dead letters as an operator handles them: few or a hundred thousand, on both queues; and
+//! orphans.
 
 use std::{
     collections::BTreeSet,
@@ -49,7 +50,11 @@ struct Letter {
 }
 
 fn letters(n: u64) -> impl Iterator<Item = Letter> {
-    let one = |n| Letter { id: id(n), status: status_of(&id(n)), body: format!("{{\"events\":[{}]}}", event(n)) };
+    let one = |n| Letter {
+        id: id(n),
+        status: status_of(&id(n)),
+        body: format!("{{\"events\":[{}]}}", event(n)),
+    };
     (0..n).map(one)
 }
 
@@ -85,10 +90,18 @@ async fn put(queue: &Queue, letters: impl Iterator<Item = Letter>) {
                     ("events", number(1)),
                     ("died-at", text(DIED_AT)),
                 ]);
-                let properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
-                let properties = properties.with_message_id(l.id.as_str().into()).with_headers(table);
-                let sent =
-                    channel.basic_publish("".into(), name.as_str().into(), BasicPublishOptions::default(), l.body.as_bytes(), properties);
+                let properties = BasicProperties::default()
+                    .with_delivery_mode(2)
+                    .with_content_type("application/json".into());
+                let properties =
+                    properties.with_message_id(l.id.as_str().into()).with_headers(table);
+                let sent = channel.basic_publish(
+                    "".into(),
+                    name.as_str().into(),
+                    BasicPublishOptions::default(),
+                    l.body.as_bytes(),
+                    properties,
+                );
                 confirms.push(sent.await.expect("publishes"));
             }
             for c in confirms {
@@ -108,7 +121,9 @@ async fn put(queue: &Queue, letters: impl Iterator<Item = Letter>) {
                     )
                     .expect("prepares");
                 for l in letters {
-                    insert.execute(rusqlite::params![l.id, l.status, l.body.as_bytes()]).expect("inserts");
+                    insert
+                        .execute(rusqlite::params![l.id, l.status, l.body.as_bytes()])
+                        .expect("inserts");
                 }
             }
             change.commit().expect("commits");
@@ -116,9 +131,13 @@ async fn put(queue: &Queue, letters: impl Iterator<Item = Letter>) {
     }
 }
 
-/// A subscriber `a` whose queues are there, and that gets nothing, so that what is replayed stays where it can be seen.
+/// A subscriber `a` whose queues are there, and that gets nothing, so that what is replayed stays
+/// where it can be seen.
 async fn asleep(queue: &Queue) -> Setup {
-    let setup = Setup::new(queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "paused = true")));
+    let setup = Setup::new(
+        queue,
+        &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "paused = true")),
+    );
     assert!(setup.start().await.stop().await.success());
     setup
 }
@@ -140,7 +159,13 @@ async fn take_retries(queue: &Queue) -> Vec<String> {
             let mut found = Vec::new();
             let take = lapin::options::BasicGetOptions { no_ack: true };
             while let Some(m) = channel.basic_get(name.as_str().into(), take).await.expect("gets") {
-                assert!(m.properties.headers().as_ref().is_some_and(|h| h.contains_key("x-hooktrail-replay")), "it is marked");
+                assert!(
+                    m.properties
+                        .headers()
+                        .as_ref()
+                        .is_some_and(|h| h.contains_key("x-hooktrail-replay")),
+                    "it is marked"
+                );
                 found.push(m.properties.message_id().as_ref().expect("an id").as_str().to_owned());
             }
             connection.close(200, "done".into()).await.expect("closes");
@@ -148,8 +173,14 @@ async fn take_retries(queue: &Queue) -> Vec<String> {
         }
         Queue::Embedded(embedded) => {
             let db = rusqlite::Connection::open(embedded.file()).expect("opens");
-            let mut query = db.prepare("SELECT batch_id FROM retry WHERE replay ORDER BY due, id").expect("prepares");
-            let found = query.query_map([], |r| r.get(0)).expect("reads").collect::<Result<_, _>>().expect("ids");
+            let mut query = db
+                .prepare("SELECT batch_id FROM retry WHERE replay ORDER BY due, id")
+                .expect("prepares");
+            let found = query
+                .query_map([], |r| r.get(0))
+                .expect("reads")
+                .collect::<Result<_, _>>()
+                .expect("ids");
             db.execute("DELETE FROM retry", []).expect("deletes");
             found
         }
@@ -157,7 +188,10 @@ async fn take_retries(queue: &Queue) -> Vec<String> {
 }
 
 async fn filters_are_met_together_and_numbers_are_those_of_the_whole_list(queue: Queue) {
-    let receiver = Receiver::start(|r, _| status(if r.events()[0]["event"] == "user.deleted" { 503 } else { 500 })).await;
+    let receiver = Receiver::start(|r, _| {
+        status(if r.events()[0]["event"] == "user.deleted" { 503 } else { 500 })
+    })
+    .await;
     let more = "batch = { max_events = 1 }\nretry = { max_attempts = 1 }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let _daemon = setup.start().await;
@@ -191,35 +225,70 @@ async fn filters_are_met_together_and_numbers_are_those_of_the_whole_list(queue:
         let numbers: Vec<Value> = lines(&found).into_iter().map(|l| l["number"].clone()).collect();
         assert_eq!(json!(numbers), json!(expected), "{filters:?}");
         let count = format!("would queue {} of 4", expected.len());
-        assert!(setup.ok(&[&["dead", "replay", "a", "--dry-run"], filters].concat()).contains(&count), "{filters:?}");
+        assert!(
+            setup.ok(&[&["dead", "replay", "a", "--dry-run"], filters].concat()).contains(&count),
+            "{filters:?}"
+        );
         let exported = lines(&setup.ok(&[&["dead", "export", "a"], filters].concat()));
         assert_eq!(exported.len(), expected.len(), "{filters:?}");
     }
     let missing = setup.run(&["dead", "list", "a", "@1", "--status", "503"]);
     assert_eq!(missing.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&missing.stderr).contains("no dead letter with status 503 is @1;"), "{missing:?}");
-    for bad in [["--status", "99"], ["--type", ""], ["--since", "yesterday"], ["--reason", "boredom"]] {
-        assert_eq!(setup.run(&[&["dead", "list", "a"][..], &bad].concat()).status.code(), Some(2), "{bad:?}");
+    assert!(
+        String::from_utf8_lossy(&missing.stderr).contains("no dead letter with status 503 is @1;"),
+        "{missing:?}"
+    );
+    for bad in
+        [["--status", "99"], ["--type", ""], ["--since", "yesterday"], ["--reason", "boredom"]]
+    {
+        assert_eq!(
+            setup.run(&[&["dead", "list", "a"][..], &bad].concat()).status.code(),
+            Some(2),
+            "{bad:?}"
+        );
     }
-    assert!(setup.ok(&["dead", "purge", "a", "--type", "user.*", "--yes"]).contains("purged 2 of 4 dead letters of `a`"));
-    assert_eq!(setup.dead("a").iter().map(|l| l["reason"].clone()).collect::<Vec<_>>(), ["invalid_event", "exhausted"]);
+    assert!(
+        setup
+            .ok(&["dead", "purge", "a", "--type", "user.*", "--yes"])
+            .contains("purged 2 of 4 dead letters of `a`")
+    );
+    assert_eq!(
+        setup.dead("a").iter().map(|l| l["reason"].clone()).collect::<Vec<_>>(),
+        ["invalid_event", "exhausted"]
+    );
 }
 
 async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
-    let receiver = Receiver::start(|r, _| status(if r.events()[0]["event"] == "user.deleted" { 503 } else { 200 })).await;
+    let receiver = Receiver::start(|r, _| {
+        status(if r.events()[0]["event"] == "user.deleted" { 503 } else { 200 })
+    })
+    .await;
     let more = "batch = { max_events = 1 }\nretry = { max_attempts = 1 }";
-    let of = |name: &str, events: &str| subscriber(name, &receiver.url, &format!("{more}\nevents = [\"{events}\"]"));
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &of("a", "user.*") + &of("b", "user.deleted") + &of("good", "user.created")));
+    let of = |name: &str, events: &str| {
+        subscriber(name, &receiver.url, &format!("{more}\nevents = [\"{events}\"]"))
+    };
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned()
+            + &of("a", "user.*")
+            + &of("b", "user.deleted")
+            + &of("good", "user.created")),
+    );
     let daemon = setup.start().await;
     assert_eq!(setup.ok(&["dead", "list"]).trim_end(), "no dead letters");
-    for (n, body) in (1..).zip([r#"{"event":"user.deleted"}"#, "not json", r#"{"event":"user.deleted"}"#]) {
+    for (n, body) in
+        (1..).zip([r#"{"event":"user.deleted"}"#, "not json", r#"{"event":"user.deleted"}"#])
+    {
         queue.publish("user.deleted", [body]).await;
         queue.wait_dead("a", n).await;
         queue.wait_dead("b", n).await;
     }
     let summary = |more: &[&str]| lines(&setup.ok(&[&["dead", "list", "--json"], more].concat()));
     let all = summary(&[]);
-    let of: Vec<Value> = all.iter().map(|l| json!([l["subscriber"], l["dead"], l["reasons"], l["configured"]])).collect();
+    let of: Vec<Value> = all
+        .iter()
+        .map(|l| json!([l["subscriber"], l["dead"], l["reasons"], l["configured"]]))
+        .collect();
     let reasons = json!({ "exhausted": 2, "invalid_event": 1 });
     assert_eq!(json!(of), json!([["a", 3, reasons, true], ["b", 3, reasons, true]]));
     let oldest = setup.dead("a")[0]["died_at"].clone();
@@ -228,7 +297,10 @@ async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
         (&["--status", "5xx"][..], json!([2, 2])),
         (&["--status", "4xx"], json!([])),
         (&["--reason", "invalid_event"], json!([1, 1])),
-        (&["--since", oldest.as_str().expect("a time").split_once('T').expect("a date").0], json!([3, 3])),
+        (
+            &["--since", oldest.as_str().expect("a time").split_once('T').expect("a date").0],
+            json!([3, 3]),
+        ),
     ] {
         let found: Vec<Value> = summary(filters).iter().map(|l| l["dead"].clone()).collect();
         assert_eq!(json!(found), expected, "{filters:?}");
@@ -237,7 +309,11 @@ async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
     assert_printed("dead_list", &setup.ok(&["dead", "list", "a"]));
     assert_printed("dead_show_of_an_event", &setup.ok(&["dead", "show", "a", "@2"]));
     for command in ["export", "replay", "purge"] {
-        assert_eq!(setup.run(&["dead", command]).status.code(), Some(2), "{command}: whose is to be said");
+        assert_eq!(
+            setup.run(&["dead", command]).status.code(),
+            Some(2),
+            "{command}: whose is to be said"
+        );
     }
     assert_eq!(setup.dead("a").len(), 3, "what was looked at is still there");
     assert!(daemon.stop().await.success());
@@ -245,21 +321,27 @@ async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
 
 async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
     let receiver = Receiver::start(|_, n| status([500, 503, 429][n % 3])).await;
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 3 }")));
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 3 }")),
+    );
     let _daemon = setup.start().await;
     queue.publish("a.b", [event(0)]).await;
     queue.wait_dead("a", 1).await;
     let story = || {
-        let shown: Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", "@1", "--json"])).expect("JSON");
+        let shown: Value =
+            serde_json::from_str(&setup.ok(&["dead", "show", "a", "@1", "--json"])).expect("JSON");
         shown["story"].as_array().expect("a story").clone()
     };
     let told: Vec<Value> = story().iter().map(|a| json!([a["attempt"], a["status"]])).collect();
     assert_eq!(json!(told), json!([[1, 500], [2, 503], [3, 429]]));
     let sent = receiver.requests();
     for (attempt, request) in story().iter().zip(&sent) {
-        let at = humantime::parse_rfc3339(attempt["at"].as_str().expect("a time")).expect("RFC 3339");
+        let at =
+            humantime::parse_rfc3339(attempt["at"].as_str().expect("a time")).expect("RFC 3339");
         assert!(
-            at + Duration::from_millis(1) >= request.at && at < request.at + Duration::from_secs(30),
+            at + Duration::from_millis(1) >= request.at
+                && at < request.at + Duration::from_secs(30),
             "{attempt} is not when it was over"
         );
     }
@@ -269,10 +351,17 @@ async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
     drop(receiver);
     setup.ok(&["dead", "replay", "a"]);
     queue.wait_dead("a", 1).await;
-    let told: Vec<Value> = story().iter().map(|a| json!([a["attempt"], a["status"], a["failure"]])).collect();
+    let told: Vec<Value> =
+        story().iter().map(|a| json!([a["attempt"], a["status"], a["failure"]])).collect();
     let none = Value::Null;
-    let expected =
-        json!([[1, 500, none], [2, 503, none], [3, 429, none], [1, none, "connect"], [2, none, "connect"], [3, none, "connect"]]);
+    let expected = json!([
+        [1, 500, none],
+        [2, 503, none],
+        [3, 429, none],
+        [1, none, "connect"],
+        [2, none, "connect"],
+        [3, none, "connect"]
+    ]);
     assert_eq!(json!(told), expected);
 }
 
@@ -283,15 +372,27 @@ async fn export_has_everything_and_ends_quietly_when_nobody_reads(queue: Queue) 
     let exported = lines(&setup.ok(&["dead", "export", "a"]));
     assert_eq!(ids(&exported), (0..300).map(id).collect::<Vec<_>>());
     for (n, (l, put)) in exported.iter().zip(letters(300)).enumerate() {
-        assert_eq!((&l["number"], &l["subscriber"], &l["kind"]), (&json!(n + 1), &json!("a"), &json!("batch")));
+        assert_eq!(
+            (&l["number"], &l["subscriber"], &l["kind"]),
+            (&json!(n + 1), &json!("a"), &json!("batch"))
+        );
         assert_eq!((&l["body"], &l["status"]), (&json!(put.body), &json!(put.status)));
-        assert_eq!((&l["died_at"], &l["content_type"]), (&json!(DIED_AT), &json!("application/json")));
-        assert!(l.get("body_base64").is_none() && l["story"].as_array().is_some_and(Vec::is_empty), "{l}");
+        assert_eq!(
+            (&l["died_at"], &l["content_type"]),
+            (&json!(DIED_AT), &json!("application/json"))
+        );
+        assert!(
+            l.get("body_base64").is_none() && l["story"].as_array().is_some_and(Vec::is_empty),
+            "{l}"
+        );
     }
     for shell in ["\"$0\" \"$@\" | head -n 2", "\"$0\" \"$@\" | true"] {
         for command in ["export", "list"] {
             let output = setup.run_as(shell, &["dead", command, "a"]);
-            assert!(output.status.success() && output.stderr.is_empty(), "{command} {shell}: {output:?}");
+            assert!(
+                output.status.success() && output.stderr.is_empty(),
+                "{command} {shell}: {output:?}"
+            );
         }
     }
     assert_eq!(ids(&setup.dead("a")), ids(&exported), "nothing has changed its place");
@@ -300,7 +401,14 @@ async fn export_has_everything_and_ends_quietly_when_nobody_reads(queue: Queue) 
     let bad = b"\xff\xfe";
     match &queue {
         Queue::Amqp(broker) => {
-            broker.put("", &format!("{}.sub.a.dead", broker.prefix), bad, BasicProperties::default().with_message_id("bad".into())).await;
+            broker
+                .put(
+                    "",
+                    &format!("{}.sub.a.dead", broker.prefix),
+                    bad,
+                    BasicProperties::default().with_message_id("bad".into()),
+                )
+                .await;
         }
         Queue::Embedded(embedded) => {
             let db = rusqlite::Connection::open(embedded.file()).expect("opens");
@@ -314,17 +422,31 @@ async fn export_has_everything_and_ends_quietly_when_nobody_reads(queue: Queue) 
 
 async fn a_replayed_batch_is_marked_in_each_request_until_it_arrives(queue: Queue) {
     let receiver = Receiver::start(|_, n| status(if n == 2 { 200 } else { 500 })).await;
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 2 }")));
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 2 }")),
+    );
     let daemon = setup.start().await;
     queue.publish("a.b", [event(0)]).await;
     queue.wait_dead("a", 1).await;
-    assert!(receiver.requests().iter().all(|r| r.header("x-hooktrail-replay").is_empty()), "it is no replay yet");
+    assert!(
+        receiver.requests().iter().all(|r| r.header("x-hooktrail-replay").is_empty()),
+        "it is no replay yet"
+    );
     receiver.now(|_, n| status(if n == 2 { 500 } else { 200 }));
-    assert!(setup.ok(&["dead", "replay", "a", "--rate", "5"]).contains("queued 1 of 1 dead letter of `a`"));
+    assert!(
+        setup
+            .ok(&["dead", "replay", "a", "--rate", "5"])
+            .contains("queued 1 of 1 dead letter of `a`")
+    );
     let requests = receiver.wait_requests(4).await;
     for (n, r) in requests[2..].iter().enumerate() {
         assert_eq!((r.header("x-hooktrail-replay"), r.attempt() as usize), ("true", n + 1));
-        assert_eq!((r.id(), &r.body), (requests[0].id(), &requests[0].body), "the same bytes under the same id");
+        assert_eq!(
+            (r.id(), &r.body),
+            (requests[0].id(), &requests[0].body),
+            "the same bytes under the same id"
+        );
         assert!(r.verified());
     }
     queue.wait_empty("a").await;
@@ -340,12 +462,17 @@ async fn what_is_looked_at_or_purged_in_part_keeps_its_order(queue: Queue) {
     setup.ok(&["dead", "list", "a", "--status", "503"]);
     assert_eq!(ids(&setup.dead("a")), expected);
     for gone in [503, 506] {
-        assert!(setup.ok(&["dead", "purge", "a", "--status", &gone.to_string(), "--yes"]).contains("purged 71 of"));
+        assert!(
+            setup
+                .ok(&["dead", "purge", "a", "--status", &gone.to_string(), "--yes"])
+                .contains("purged 71 of")
+        );
         expected.retain(|letter| status_of(letter) != gone);
         assert_eq!(ids(&setup.dead("a")), expected);
     }
     assert!(setup.ok(&["dead", "replay", "a", "--status", "500"]).contains("queued 72 of"));
-    let (sent, left) = expected.iter().cloned().partition::<Vec<_>, _>(|letter| status_of(letter) == 500);
+    let (sent, left) =
+        expected.iter().cloned().partition::<Vec<_>, _>(|letter| status_of(letter) == 500);
     assert_eq!(ids(&setup.dead("a")), left);
     assert_eq!(take_retries(&queue).await, sent);
     // What has come meanwhile is behind the others.
@@ -354,7 +481,9 @@ async fn what_is_looked_at_or_purged_in_part_keeps_its_order(queue: Queue) {
     assert_eq!(ids(&setup.dead("a")), [left, (0..3).map(id).collect()].concat());
 }
 
-async fn a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothing_without_a_yes(queue: Queue) {
+async fn a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothing_without_a_yes(
+    queue: Queue,
+) {
     let setup = asleep(&queue).await;
     put(&queue, letters(16)).await;
     queue.wait_dead("a", 16).await;
@@ -367,15 +496,24 @@ async fn a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothin
         ("", "y", "Delete all 12 dead letters of `a` for good?", 0),
     ] {
         // `script` is a terminal: without one it does not ask.
-        let shell =
-            format!("export P=\"$0\" C=\"$2\"; echo {answer} | script -qec 'exec \"$P\" --config \"$C\" dead purge a {filter}' /dev/null");
+        let shell = format!(
+            "export P=\"$0\" C=\"$2\"; echo {answer} | script -qec 'exec \"$P\" --config \"$C\" dead purge a {filter}' /dev/null"
+        );
         let Output { status, stdout, .. } = setup.run_as(&shell, &[]);
         let out = String::from_utf8_lossy(&stdout).into_owned();
         assert!(out.contains(question), "{filter}, {answer}: {out}");
-        assert_eq!(out.contains("Delete"), question.contains("Delete"), "{filter}, {answer}: {out}");
+        assert_eq!(
+            out.contains("Delete"),
+            question.contains("Delete"),
+            "{filter}, {answer}: {out}"
+        );
         if question.contains("Delete") {
             let refused = !answer.starts_with('y');
-            assert_eq!((status.success(), out.contains("nothing was deleted")), (!refused, refused), "{filter}, {answer}: {out}");
+            assert_eq!(
+                (status.success(), out.contains("nothing was deleted")),
+                (!refused, refused),
+                "{filter}, {answer}: {out}"
+            );
         }
         assert_eq!(setup.dead("a").len(), left, "{filter}, {answer}: {out}");
     }
@@ -384,7 +522,11 @@ async fn a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothin
 fn start(setup: &Setup, arguments: &[&str]) -> Child {
     let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
     c.arg("--config").arg(setup.config()).args(arguments).env_remove("HOOKTRAIL_CONFIG");
-    c.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("hooktrail starts")
+    c.stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("hooktrail starts")
 }
 
 /// Waits until something of what a command does can be seen.
@@ -403,16 +545,43 @@ async fn an_interrupted_replay_gives_the_rest_back_in_order_and_can_be_run_again
     for (signal, chosen) in [("-INT", 501), ("-TERM", 502)] {
         let before = ids(&setup.dead("a"));
         // Most of them are passed by, and have to come back in their order too.
-        let replay = start(&setup, &["dead", "replay", "a", "--rate", "5", "--status", &chosen.to_string(), "--until", DIED_AT]);
+        let replay = start(
+            &setup,
+            &[
+                "dead",
+                "replay",
+                "a",
+                "--rate",
+                "5",
+                "--status",
+                &chosen.to_string(),
+                "--until",
+                DIED_AT,
+            ],
+        );
         wait_replayed(&queue, 5).await;
         kill(signal, replay.id());
         let Output { status, stdout, stderr } = replay.wait_with_output().expect("ends");
-        let (out, err) = (String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned());
-        assert!(status.code() == Some(1) && err.contains("interrupted: the others are where they were"), "{out}{err}");
+        let (out, err) = (
+            String::from_utf8_lossy(&stdout).into_owned(),
+            String::from_utf8_lossy(&stderr).into_owned(),
+        );
+        assert!(
+            status.code() == Some(1) && err.contains("interrupted: the others are where they were"),
+            "{out}{err}"
+        );
         let sent = take_retries(&queue).await;
-        assert!(out.starts_with(&format!("queued {} of {} dead letters of `a`", sent.len(), before.len())), "{out}");
+        assert!(
+            out.starts_with(&format!(
+                "queued {} of {} dead letters of `a`",
+                sent.len(),
+                before.len()
+            )),
+            "{out}"
+        );
         assert!((5..57).contains(&sent.len()), "{}", sent.len());
-        let meant: Vec<&String> = before.iter().filter(|id| status_of(id) == chosen).take(sent.len()).collect();
+        let meant: Vec<&String> =
+            before.iter().filter(|id| status_of(id) == chosen).take(sent.len()).collect();
         assert_eq!(sent.iter().collect::<Vec<_>>(), meant);
         let left: Vec<String> = before.iter().filter(|id| !sent.contains(id)).cloned().collect();
         assert_eq!(ids(&setup.dead("a")), left);
@@ -447,14 +616,16 @@ async fn a_replay_that_is_killed_loses_nothing_and_repeats_at_most_a_group(queue
     assert!(sent.len() <= 3000 + 3 * 50, "{} of 3000 were sent", sent.len());
 }
 
-/// Runs a command to its end: what it printed, how long it took, and the most memory that it had, in MiB.
+/// Runs a command to its end: what it printed, how long it took, and the most memory that it had,
+/// in MiB.
 fn measured(setup: &Setup, arguments: &[&str]) -> (Output, Duration, f64) {
     let begun = Instant::now();
     let child = start(setup, arguments);
     let pid = child.id();
     let watch = std::thread::spawn(move || {
         let mut peak = 0.0;
-        // It only rises, so what was seen last is what it came to, but for the last few milliseconds.
+        // It only rises, so what was seen last is what it came to, but for the last few
+        // milliseconds.
         while let Some(now) = try_peak_mib(pid) {
             peak = now;
             std::thread::sleep(Duration::from_millis(5));
@@ -465,12 +636,15 @@ fn measured(setup: &Setup, arguments: &[&str]) -> (Output, Duration, f64) {
     (output, begun.elapsed(), watch.join().expect("watches"))
 }
 
-/// So many in the everyday run; `HOOKTRAIL_TEST_DEAD_LETTERS=100000` makes it the number that is promised.
+/// So many in the everyday run; `HOOKTRAIL_TEST_DEAD_LETTERS=100000` makes it the number that is
+/// promised.
 const MANY: u64 = 20_000;
 
 async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
-    let many: u64 = std::env::var("HOOKTRAIL_TEST_DEAD_LETTERS").map_or(MANY, |n| n.parse().expect("a number"));
-    let with_status = |status: u16| (0..many).filter(|n| status_of(&id(*n)) == status).count() as u64;
+    let many: u64 =
+        std::env::var("HOOKTRAIL_TEST_DEAD_LETTERS").map_or(MANY, |n| n.parse().expect("a number"));
+    let with_status =
+        |status: u16| (0..many).filter(|n| status_of(&id(*n)) == status).count() as u64;
     let (purged, replayed) = (with_status(503), with_status(504));
     let setup = asleep(&queue).await;
     put(&queue, letters(many)).await;
@@ -479,20 +653,35 @@ async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
     let mut look = |arguments: &[&str], expected: &dyn Fn(&str) -> bool| {
         let (output, took, peak) = measured(&setup, arguments);
         let out = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && expected(&out), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        writeln!(figures, "{}: {:.1} s, {peak:.0} MiB", arguments.join(" "), took.as_secs_f64()).expect("writes");
+        assert!(
+            output.status.success() && expected(&out),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        writeln!(figures, "{}: {:.1} s, {peak:.0} MiB", arguments.join(" "), took.as_secs_f64())
+            .expect("writes");
         assert!(peak < 80.0, "{figures}");
         assert!(took < Duration::from_secs(90), "{figures}");
     };
     look(&["dead", "list", "a"], &|out| out.lines().count() as u64 == many + 1);
-    look(&["dead", "replay", "a", "--dry-run"], &|out| out.starts_with(&format!("would queue {many} of {many}")));
-    look(&["dead", "export", "a"], &|out| {
-        out.lines().count() as u64 == many && out.lines().zip(0..).all(|(l, n)| l.contains(&format!("\"id\":\"{}\"", id(n))))
+    look(&["dead", "replay", "a", "--dry-run"], &|out| {
+        out.starts_with(&format!("would queue {many} of {many}"))
     });
-    look(&["dead", "purge", "a", "--status", "503", "--yes"], &|out| out.starts_with(&format!("purged {purged} of {many}")));
-    look(&["dead", "replay", "a", "--status", "504"], &|out| out.starts_with(&format!("queued {replayed} of {}", many - purged)));
+    look(&["dead", "export", "a"], &|out| {
+        out.lines().count() as u64 == many
+            && out.lines().zip(0..).all(|(l, n)| l.contains(&format!("\"id\":\"{}\"", id(n))))
+    });
+    look(&["dead", "purge", "a", "--status", "503", "--yes"], &|out| {
+        out.starts_with(&format!("purged {purged} of {many}"))
+    });
+    look(&["dead", "replay", "a", "--status", "504"], &|out| {
+        out.starts_with(&format!("queued {replayed} of {}", many - purged))
+    });
     queue.wait_dead("a", (many - purged - replayed) as u32).await;
-    println!("{many} dead letters in {}:\n{figures}", if matches!(queue, Queue::Amqp(_)) { "RabbitMQ" } else { "the embedded queue" });
+    println!(
+        "{many} dead letters in {}:\n{figures}",
+        if matches!(queue, Queue::Amqp(_)) { "RabbitMQ" } else { "the embedded queue" }
+    );
 }
 
 fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_replayed() {
@@ -505,7 +694,10 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
         let to = |name: &str| format!("{}1.{name}", "0.".repeat(18));
         let batch = |id: &str| {
             let table = headers(&[("batch-id", text(id)), ("attempts", AMQPValue::LongLongInt(2))]);
-            BasicProperties::default().with_content_type("application/json".into()).with_message_id(id.into()).with_headers(table)
+            BasicProperties::default()
+                .with_content_type("application/json".into())
+                .with_message_id(id.into())
+                .with_headers(table)
         };
         let body = br#"{"events":[{"event":"x","n":7}]}"#;
         let orphans = format!("{}.orphans", broker.prefix);
@@ -513,7 +705,11 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
             broker.put(&first, &to(name), body, batch(id)).await;
             broker.wait_depth("orphans", n).await;
         }
-        let invalid = headers(&[("kind", text("event")), ("reason", text("invalid_event")), ("error", text("the event is empty"))]);
+        let invalid = headers(&[
+            ("kind", text("event")),
+            ("reason", text("invalid_event")),
+            ("error", text("the event is empty")),
+        ]);
         broker.put("", &orphans, b"bad", BasicProperties::default().with_headers(invalid)).await;
         broker.wait_depth("orphans", 4).await;
         // Somebody has taken `b` back, and no daemon has swept yet.
@@ -526,8 +722,13 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
         channel.queue_declare(retry.as_str().into(), durable, quorum).await.expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
 
-        let list = |more: &[&str]| lines(&setup.ok(&[&["dead", "list", "--orphans", "--json"], more].concat()));
-        let told: Vec<Value> = list(&[]).iter().map(|l| json!([l["number"], l["subscriber"], l["kind"], l["reason"]])).collect();
+        let list = |more: &[&str]| {
+            lines(&setup.ok(&[&["dead", "list", "--orphans", "--json"], more].concat()))
+        };
+        let told: Vec<Value> = list(&[])
+            .iter()
+            .map(|l| json!([l["number"], l["subscriber"], l["kind"], l["reason"]]))
+            .collect();
         let expected = json!([
             [1, "gone", "batch", "expired"],
             [2, "b", "batch", "expired"],
@@ -538,23 +739,51 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
         assert_eq!(ids(&list(&["gone"])), ["msg_1", "msg_3"]);
         assert_eq!(ids(&list(&["@2"])), ["msg_2"]);
         assert_eq!(ids(&list(&["gone", "msg_3"])), ["msg_3"]);
-        assert!(setup.ok(&["dead", "list", "--orphans"]).lines().nth(1).expect("a line").contains(" gone "));
+        assert!(
+            setup
+                .ok(&["dead", "list", "--orphans"])
+                .lines()
+                .nth(1)
+                .expect("a line")
+                .contains(" gone ")
+        );
         let shown = setup.ok(&["dead", "show", "--orphans", "msg_1"]);
-        assert!(shown.contains("subscriber        gone\n") && shown.contains("the retry queue of `gone` was not there"), "{shown}");
+        assert!(
+            shown.contains("subscriber        gone\n")
+                && shown.contains("the retry queue of `gone` was not there"),
+            "{shown}"
+        );
         assert!(setup.ok(&["dead", "show", "gone", "@3", "--orphans"]).contains("msg_3"));
-        assert_eq!(lines(&setup.ok(&["dead", "export", "--orphans", "b"]))[0]["body"], String::from_utf8_lossy(body).into_owned());
+        assert_eq!(
+            lines(&setup.ok(&["dead", "export", "--orphans", "b"]))[0]["body"],
+            String::from_utf8_lossy(body).into_owned()
+        );
 
         let output = setup.run(&["dead", "replay", "--orphans"]);
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(out.contains("queued 1 of 4 orphans, skipped 3") && output.status.success(), "{out}{err}");
-        for part in ["`msg_1` is not replayed: its subscriber has no retry queue", "`msg_3` is not", "`@4` is not replayed: it is no batch"]
-        {
+        let (out, err) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(
+            out.contains("queued 1 of 4 orphans, skipped 3") && output.status.success(),
+            "{out}{err}"
+        );
+        for part in [
+            "`msg_1` is not replayed: its subscriber has no retry queue",
+            "`msg_3` is not",
+            "`@4` is not replayed: it is no batch",
+        ] {
             assert!(err.contains(part), "{part} is not in {err}");
         }
         let moved = broker.take("sub.b.retry").await.expect("it went back");
-        assert_eq!((&moved.data[..], moved.properties.message_id().as_ref().map(|id| id.as_str())), (&body[..], Some("msg_2")));
+        assert_eq!(
+            (&moved.data[..], moved.properties.message_id().as_ref().map(|id| id.as_str())),
+            (&body[..], Some("msg_2"))
+        );
         assert_eq!(list(&[]).len(), 3, "the others stay, in their order");
-        assert!(setup.ok(&["dead", "purge", "gone", "--orphans", "--yes"]).contains("purged 2 of 3 orphans of `gone`"));
+        assert!(
+            setup
+                .ok(&["dead", "purge", "gone", "--orphans", "--yes"])
+                .contains("purged 2 of 3 orphans of `gone`")
+        );
         assert_eq!(list(&[]).len(), 1);
     });
 }
@@ -567,8 +796,15 @@ fn the_embedded_queue_says_that_it_has_no_orphans() {
         for command in ["list", "export", "replay"] {
             let output = setup.run(&["dead", command, "--orphans"]);
             assert!(output.status.success() && output.stdout.is_empty(), "{command}: {output:?}");
-            assert!(String::from_utf8_lossy(&output.stderr).contains("there are no orphans"), "{command}: {output:?}");
+            assert!(
+                String::from_utf8_lossy(&output.stderr).contains("there are no orphans"),
+                "{command}: {output:?}"
+            );
         }
-        assert_eq!(setup.run(&["dead", "show", "--orphans", "@1"]).status.code(), Some(1), "what was named is not there");
+        assert_eq!(
+            setup.run(&["dead", "show", "--orphans", "@1"]).status.code(),
+            Some(1),
+            "what was named is not there"
+        );
     });
 }

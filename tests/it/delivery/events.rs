@@ -49,7 +49,9 @@ async fn every_event_arrives_once_in_order_signed_and_byte_for_byte(queue: Queue
     let lines = Receiver::accepting().await;
     let setup = Setup::new(
         &queue,
-        &(QUICK.to_owned() + &subscriber("json", &json.url, "") + &subscriber("lines", &lines.url, "format = \"jsonl\"")),
+        &(QUICK.to_owned()
+            + &subscriber("json", &json.url, "")
+            + &subscriber("lines", &lines.url, "format = \"jsonl\"")),
     );
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..3000).map(event)).await;
@@ -94,7 +96,10 @@ async fn batches_keep_to_their_number_size_and_time(queue: Queue) {
     assert!(few.requests().iter().all(|r| r.events().len() <= 7));
     assert!(few.requests().iter().any(|r| r.events().len() == 7), "batches are filled");
     assert!(small.requests().iter().all(|r| r.body.len() <= 2048));
-    assert!(small.requests().iter().any(|r| r.events().len() > 1), "and not smaller than they must be");
+    assert!(
+        small.requests().iter().any(|r| r.events().len() > 1),
+        "and not smaller than they must be"
+    );
     patient.wait_all(50).await;
     assert!(start.elapsed() < Duration::from_secs(3), "a full batch does not wait");
     patient.wait_all(60).await;
@@ -105,7 +110,9 @@ async fn batches_keep_to_their_number_size_and_time(queue: Queue) {
 async fn each_subscriber_gets_the_events_that_its_patterns_match(queue: Queue) {
     let users = Receiver::accepting().await;
     let all = Receiver::accepting().await;
-    let text = QUICK.to_owned() + &subscriber("users", &users.url, "events = [\"activity_log.user.*\"]") + &subscriber("all", &all.url, "");
+    let text = QUICK.to_owned()
+        + &subscriber("users", &users.url, "events = [\"activity_log.user.*\"]")
+        + &subscriber("all", &all.url, "");
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish("activity_log.user.updated", [event(1)]).await;
@@ -118,7 +125,11 @@ async fn each_subscriber_gets_the_events_that_its_patterns_match(queue: Queue) {
 
 async fn a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early(queue: Queue) {
     let receiver = Receiver::start(|_, n| status(if n < 2 { 503 } else { 200 })).await;
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { initial_interval = \"2s\" }")));
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned()
+            + &subscriber("a", &receiver.url, "retry = { initial_interval = \"2s\" }")),
+    );
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..5).map(event)).await;
     let requests = receiver.wait_requests(3).await;
@@ -132,14 +143,24 @@ async fn a_failed_batch_comes_again_with_the_same_bytes_and_id_and_never_early(q
         assert!(gap >= Duration::from_secs(2), "came after {gap:?}, before it was due");
     }
     queue.wait_empty("a").await;
-    assert!(daemon.log().contains("outcome=\"retry\"") && daemon.log().contains("outcome=\"delivered\""));
+    assert!(
+        daemon.log().contains("outcome=\"retry\"")
+            && daemon.log().contains("outcome=\"delivered\"")
+    );
     assert_eq!(receiver.accepted(), numbers(0..5));
 }
 
 async fn retries_go_before_the_backlog(queue: Queue) {
-    // The first batch fails once; then each request takes a while, so that a backlog stands when its retry is due.
-    let receiver = Receiver::start(|_, n| if n == 0 { status(500) } else { status(200).after(Duration::from_millis(100)) }).await;
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 10 }")));
+    // The first batch fails once; then each request takes a while, so that a backlog stands when
+    // its retry is due.
+    let receiver = Receiver::start(|_, n| {
+        if n == 0 { status(500) } else { status(200).after(Duration::from_millis(100)) }
+    })
+    .await;
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 10 }")),
+    );
     let _daemon = setup.start().await;
     queue.publish(TYPE, (0..400).map(event)).await;
     receiver.wait_all(400).await;
@@ -150,9 +171,18 @@ async fn retries_go_before_the_backlog(queue: Queue) {
 
 async fn retry_after_holds_the_batch_and_the_lane(queue: Queue) {
     let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(4));
-    let seconds = Receiver::start(|_, n| if n == 0 { status(429).header("retry-after", "3") } else { status(200) }).await;
-    let dated = Receiver::start(move |_, n| if n == 0 { status(503).header("retry-after", date()) } else { status(200) }).await;
-    let text = QUICK.to_owned() + &subscriber("seconds", &seconds.url, "") + &subscriber("dated", &dated.url, "");
+    let seconds =
+        Receiver::start(
+            |_, n| if n == 0 { status(429).header("retry-after", "3") } else { status(200) },
+        )
+        .await;
+    let dated = Receiver::start(move |_, n| {
+        if n == 0 { status(503).header("retry-after", date()) } else { status(200) }
+    })
+    .await;
+    let text = QUICK.to_owned()
+        + &subscriber("seconds", &seconds.url, "")
+        + &subscriber("dated", &dated.url, "");
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
@@ -169,14 +199,18 @@ async fn retry_after_holds_the_batch_and_the_lane(queue: Queue) {
 
 async fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed(queue: Queue) {
     let receiver = Receiver::start(|_, _| status(500).body("the database is\ndown")).await;
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 2 }")));
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 2 }")),
+    );
     let _daemon = setup.start().await;
     queue.publish(TYPE, (0..3).map(event)).await;
     queue.wait_dead("a", 1).await;
     let first = receiver.requests()[0].clone();
     assert_eq!(receiver.count(), 2);
 
-    let listed: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "list", "a", "--json"])).expect("one JSON line");
+    let listed: serde_json::Value =
+        serde_json::from_str(&setup.ok(&["dead", "list", "a", "--json"])).expect("one JSON line");
     for (key, expected) in [
         ("id", serde_json::json!(first.id())),
         ("kind", "batch".into()),
@@ -188,17 +222,31 @@ async fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed(
     ] {
         assert_eq!(listed[key], expected, "{key} in {listed}");
     }
-    let shown: serde_json::Value = serde_json::from_str(&setup.ok(&["dead", "show", "a", first.id(), "--json"])).expect("JSON");
-    assert_eq!(shown["body"].as_str().map(str::as_bytes), Some(&first.body[..]), "the exact request body");
+    let shown: serde_json::Value =
+        serde_json::from_str(&setup.ok(&["dead", "show", "a", first.id(), "--json"]))
+            .expect("JSON");
+    assert_eq!(
+        shown["body"].as_str().map(str::as_bytes),
+        Some(&first.body[..]),
+        "the exact request body"
+    );
     assert!(setup.ok(&["dead", "list", "a"]).contains("exhausted"));
-    assert_eq!(setup.ok(&["dead", "export", "a", "--json"]), setup.ok(&["dead", "export", "a"]), "both are JSON Lines");
+    assert_eq!(
+        setup.ok(&["dead", "export", "a", "--json"]),
+        setup.ok(&["dead", "export", "a"]),
+        "both are JSON Lines"
+    );
     assert!(setup.ok(&["dead", "replay", "a", "--dry-run"]).contains("would queue 1 of 1"));
     assert_eq!(queue.dead("a").await, 1, "looking takes nothing away");
 
     receiver.now(|_, _| status(200));
     assert!(setup.ok(&["dead", "replay", "a"]).contains("queued 1 of 1"));
     let again = receiver.wait_requests(3).await[2].clone();
-    assert_eq!((again.id(), &again.body, again.attempt()), (first.id(), &first.body, 1), "the same request, attempts begun anew");
+    assert_eq!(
+        (again.id(), &again.body, again.attempt()),
+        (first.id(), &first.body, 1),
+        "the same request, attempts begun anew"
+    );
     queue.wait_dead("a", 0).await;
 }
 
@@ -206,18 +254,44 @@ fn a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers() {
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::start(|_, _| status(500)).await;
-        let setup =
-            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "format = \"jsonl\"\nretry = { max_attempts = 1 }")));
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned()
+                + &subscriber(
+                    "a",
+                    &receiver.url,
+                    "format = \"jsonl\"\nretry = { max_attempts = 1 }",
+                )),
+        );
         let daemon = setup.start().await;
         broker.publish(TYPE, [event(1)]).await;
         broker.wait_depth("sub.a.dead", 1).await;
         let letter = broker.take("sub.a.dead").await.expect("a dead letter");
         assert_eq!(letter.data, receiver.requests()[0].body);
-        assert_eq!(letter.properties.content_type().as_ref().map(|t| t.as_str()), Some("application/jsonl"));
+        assert_eq!(
+            letter.properties.content_type().as_ref().map(|t| t.as_str()),
+            Some("application/jsonl")
+        );
         let headers = letter.properties.headers().clone().expect("headers");
         // The broker adds one of its own to what was looked at before.
-        let names: Vec<&str> = headers.inner().keys().map(|k| k.as_str()).filter(|k| *k != "x-delivery-count").collect();
-        let expected = ["attempts", "batch-id", "died-at", "error", "events", "first-attempt-at", "kind", "reason", "status", "story"];
+        let names: Vec<&str> = headers
+            .inner()
+            .keys()
+            .map(|k| k.as_str())
+            .filter(|k| *k != "x-delivery-count")
+            .collect();
+        let expected = [
+            "attempts",
+            "batch-id",
+            "died-at",
+            "error",
+            "events",
+            "first-attempt-at",
+            "kind",
+            "reason",
+            "status",
+            "story",
+        ];
         assert_eq!(names, expected.map(|n| format!("x-hooktrail-{n}")));
         assert!(daemon.log().contains("outcome=\"dead_letter\""));
     });
@@ -227,7 +301,12 @@ async fn purge_deletes_only_what_is_chosen_and_only_when_told(queue: Queue) {
     let receiver = Receiver::start(|_, _| status(500)).await;
     let setup = Setup::new(
         &queue,
-        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 1 }\nretry = { max_attempts = 1 }")),
+        &(QUICK.to_owned()
+            + &subscriber(
+                "a",
+                &receiver.url,
+                "batch = { max_events = 1 }\nretry = { max_attempts = 1 }",
+            )),
     );
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(0), "not json".to_owned(), event(1)]).await;
@@ -238,7 +317,11 @@ async fn purge_deletes_only_what_is_chosen_and_only_when_told(queue: Queue) {
     let refused = setup.run(&["dead", "purge", "a"]);
     assert_eq!(refused.status.code(), Some(2), "nobody to ask");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
-    assert!(setup.ok(&["dead", "purge", "a", "--reason", "invalid_event", "--yes"]).contains("purged 1 of 3"));
+    assert!(
+        setup
+            .ok(&["dead", "purge", "a", "--reason", "invalid_event", "--yes"])
+            .contains("purged 1 of 3")
+    );
     queue.wait_dead("a", 2).await;
     assert!(setup.ok(&["dead", "purge", "a", "@1", "--yes"]).contains("purged 1 of 2"));
     assert!(setup.ok(&["dead", "purge", "a", "--yes", "--json"]).contains("\"chosen\":1"));
@@ -247,21 +330,26 @@ async fn purge_deletes_only_what_is_chosen_and_only_when_told(queue: Queue) {
 }
 
 async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+    let setup =
+        Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
     let _daemon = setup.start().await;
     // Producers choose the ids of events: here each looks like the number of another.
     for (n, id) in (1..).zip(["3", "1", "2", "@4"]) {
         queue.publish_as(id, TYPE, b"bad").await;
         queue.wait_dead("a", n).await;
     }
-    let ids = || -> Vec<String> { setup.dead("a").iter().map(|l| l["id"].as_str().expect("an id").to_owned()).collect() };
+    let ids = || -> Vec<String> {
+        setup.dead("a").iter().map(|l| l["id"].as_str().expect("an id").to_owned()).collect()
+    };
     let listed = setup.ok(&["dead", "list", "a"]);
     for (line, start) in listed.lines().skip(1).zip(["@1 ", "@2 ", "@3 ", "@4 "]) {
         assert!(line.trim_start().starts_with(start), "{listed}");
     }
     assert!(setup.ok(&["dead", "show", "a", "2"]).starts_with("number            @3\n"));
     assert!(setup.ok(&["dead", "show", "a", "@2"]).contains("\nid                1\n"));
-    assert!(setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would queue 2 of 4"));
+    assert!(
+        setup.ok(&["dead", "replay", "a", "1", "@1", "--dry-run"]).contains("would queue 2 of 4")
+    );
     assert!(setup.ok(&["dead", "purge", "a", "2", "--yes"]).contains("purged 1 of 4"));
     assert_eq!(ids(), ["3", "1", "@4"]);
     assert!(setup.ok(&["dead", "purge", "a", "@2", "--yes"]).contains("purged 1 of 3"));
@@ -269,13 +357,22 @@ async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
     for (arguments, part) in [
         (&["show", "a", "2"][..], "no dead letter has the id `2`;"),
         (&["list", "a", "@3"], "no dead letter is @3;"),
-        (&["purge", "a", "@4", "1", "--yes"], "no dead letter is @4, no dead letter has the id `1`;"),
-        (&["replay", "a", "3", "--reason", "exhausted"], "no dead letter with reason exhausted has the id `3`;"),
+        (
+            &["purge", "a", "@4", "1", "--yes"],
+            "no dead letter is @4, no dead letter has the id `1`;",
+        ),
+        (
+            &["replay", "a", "3", "--reason", "exhausted"],
+            "no dead letter with reason exhausted has the id `3`;",
+        ),
     ] {
         let output = setup.run(&[&["dead"], arguments].concat());
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(told.contains(part) && told.contains("a number is written @2"), "{arguments:?}: {told}");
+        assert!(
+            told.contains(part) && told.contains("a number is written @2"),
+            "{arguments:?}: {told}"
+        );
     }
     assert_eq!(ids(), ["3", "@4"], "nothing else was touched");
 }
@@ -283,7 +380,9 @@ async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
 async fn a_hanging_subscriber_does_not_slow_another(queue: Queue) {
     let hanging = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
     let good = Receiver::accepting().await;
-    let text = QUICK.to_owned() + &subscriber("hanging", &hanging.url, "http = { concurrency = 4 }") + &subscriber("good", &good.url, "");
+    let text = QUICK.to_owned()
+        + &subscriber("hanging", &hanging.url, "http = { concurrency = 4 }")
+        + &subscriber("good", &good.url, "");
     let setup = Setup::new(&queue, &text);
     let mut daemon = setup.start().await;
     queue.publish(TYPE, (0..200).map(event)).await;
@@ -292,7 +391,11 @@ async fn a_hanging_subscriber_does_not_slow_another(queue: Queue) {
     let start = Instant::now();
     queue.publish(TYPE, (200..400).map(event)).await;
     good.wait_all(400).await;
-    assert!(start.elapsed() < Duration::from_secs(5), "took {:?} beside a receiver that never answers", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "took {:?} beside a receiver that never answers",
+        start.elapsed()
+    );
     assert_eq!(good.accepted(), numbers(0..400));
     daemon.terminate();
     assert!(daemon.is_running(), "the hanging request gets its time");
@@ -319,7 +422,9 @@ async fn while_the_circuit_is_open_the_backlog_stays_in_the_queue(queue: Queue) 
     assert_eq!(receiver.accepted(), numbers(32..500));
 }
 
-async fn after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_success(queue: Queue) {
+async fn after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_success(
+    queue: Queue,
+) {
     const TAKES: Duration = Duration::from_millis(150);
     let receiver = Receiver::start(|_, _| status(503)).await;
     let more = "batch = { max_events = 80 }\nhttp = { concurrency = 4 }\ncircuit_breaker = { failures = 1, open_for = \"2s\" }\nretry = { initial_interval = \"1h\" }";
@@ -337,35 +442,52 @@ async fn after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_s
         let answered = up.iter().filter(|r| r.at + TAKES <= request.at).count();
         // The probe closes the circuit, the successes after it double both.
         let ramp = 1 << answered.saturating_sub(1).min(8);
-        assert!(begun - answered <= ramp.min(4), "{} at once after {answered} successes", begun - answered);
-        assert!(request.numbers().len() <= (10 * ramp).min(80), "{} events after {answered} successes", request.numbers().len());
+        assert!(
+            begun - answered <= ramp.min(4),
+            "{} at once after {answered} successes",
+            begun - answered
+        );
+        assert!(
+            request.numbers().len() <= (10 * ramp).min(80),
+            "{} events after {answered} successes",
+            request.numbers().len()
+        );
         at_once = at_once.max(begun - answered);
         largest = largest.max(request.numbers().len());
     }
     assert_eq!((at_once, largest), (4, 80), "then all that is configured");
 }
 
-async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew(queue: Queue) {
+async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew(
+    queue: Queue,
+) {
     let receiver = Receiver::start(|_, _| status(500)).await;
     let more = "batch = { max_events = 5, max_bytes = \"3KiB\" }\ncircuit_breaker = { failures = 1, open_for = \"1s\", max_open_for = \"1s\" }\nretry = { initial_interval = \"60s\" }";
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let daemon = setup.start().await;
     let large = format!(r#"{{"event":"a","n":99,"pad":"{}"}}"#, "x".repeat(4096));
     queue.publish(TYPE, (0..20).map(event).chain([large]).chain((20..30).map(event))).await;
-    eventually("the circuit opens a third time", async || daemon.log().matches("circuit open again").count() >= 2).await;
+    eventually("the circuit opens a third time", async || {
+        daemon.log().matches("circuit open again").count() >= 2
+    })
+    .await;
     receiver.now(|_, _| status(200));
     eventually("the rest is delivered", async || receiver.accepted().contains(&29)).await;
     queue.wait_backlog("a", 0).await;
     assert_eq!(queue.dead("a").await, 1);
     assert_eq!(setup.dead("a")[0]["reason"], "too_large");
-    let failed = receiver.requests().iter().filter(|r| r.status == 500).map(|r| r.numbers().len() as u64).sum();
+    let failed = receiver
+        .requests()
+        .iter()
+        .filter(|r| r.status == 500)
+        .map(|r| r.numbers().len() as u64)
+        .sum();
     assert_eq!(receiver.accepted(), numbers(failed..30), "the others in order, each once");
 }
 
 async fn all_signature_schemes_stand_side_by_side(queue: Queue) {
     let receiver = Receiver::accepting().await;
-    let more =
-        r#"signatures = ["standard-webhooks", "mailtrap", { header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }]"#;
+    let more = r#"signatures = ["standard-webhooks", "mailtrap", { header = "X-Hub-Signature-256", prefix = "sha256=", encoding = "hex" }]"#;
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(1)]).await;
@@ -388,7 +510,10 @@ fn several_daemons_share_the_work() {
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::start(|_, _| status(200).after(Duration::from_millis(20))).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 10 }")));
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 10 }")),
+        );
         let (one, two) = (setup.start().await, setup.start().await);
         broker.publish(TYPE, (0..1000).map(event)).await;
         receiver.wait_all(1000).await;
@@ -396,7 +521,10 @@ fn several_daemons_share_the_work() {
         accepted.sort_unstable();
         assert_eq!(accepted, numbers(0..1000), "each event once");
         for daemon in [one, two] {
-            assert!(daemon.log().matches("outcome=\"delivered\"").count() > 10, "both took a share");
+            assert!(
+                daemon.log().matches("outcome=\"delivered\"").count() > 10,
+                "both took a share"
+            );
             assert!(daemon.stop().await.success());
         }
     });
@@ -409,10 +537,18 @@ fn events_of_a_source_queue_are_relayed_by_their_type() {
         let (connection, channel) = broker.channel().await;
         let source = format!("{}.source", broker.prefix);
         let options = lapin::options::QueueDeclareOptions { durable: true, ..Default::default() };
-        channel.queue_declare(source.as_str().into(), options, Default::default()).await.expect("declares");
-        let text = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n", broker.url, broker.prefix);
+        channel
+            .queue_declare(source.as_str().into(), options, Default::default())
+            .await
+            .expect("declares");
+        let text = format!(
+            "[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n",
+            broker.url, broker.prefix
+        );
         broker.knows("a");
-        let setup = Setup::with_text(&(text + QUICK + &subscriber("a", &receiver.url, "events = [\"activity_log.user.*\"]")));
+        let setup = Setup::with_text(
+            &(text + QUICK + &subscriber("a", &receiver.url, "events = [\"activity_log.user.*\"]")),
+        );
         let mut events: Vec<String> = (0..50).map(event).collect();
         events.push("not an event".to_owned());
         events.push(r#"{"event":"nobody.wants.this"}"#.to_owned());
@@ -427,7 +563,10 @@ fn events_of_a_source_queue_are_relayed_by_their_type() {
         broker.wait_depth("source", 0).await;
         daemon.wait_log("events that no subscriber's pattern matches").await;
         // An event that somebody wants is not acked away when his queue is gone.
-        channel.queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default()).await.expect("deletes");
+        channel
+            .queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default())
+            .await
+            .expect("deletes");
         broker.publish_to("", &source, (100..200).map(event)).await;
         receiver.wait_all(200).await;
         assert!(daemon.stop().await.success());

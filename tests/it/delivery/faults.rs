@@ -55,7 +55,8 @@ async fn a_batch_is_the_same_after_a_crash_and_when_another_daemon_takes_over(qu
     let first = setup.start().await;
     queue.publish(TYPE, (0..5).map(event)).await;
     receiver.wait_requests(1).await;
-    // The envelope is confirmed and its events are acked: from here on the batch keeps its identity.
+    // The envelope is confirmed and its events are acked: from here on the batch keeps its
+    // identity.
     queue.wait_backlog("a", 0).await;
     queue.wait_retries("a", 0, 1).await;
     first.kill();
@@ -74,12 +75,18 @@ async fn a_batch_is_the_same_after_a_crash_and_when_another_daemon_takes_over(qu
 }
 
 async fn sigterm_in_mid_flow_loses_nothing_and_exits_0(queue: Queue) {
-    // Slow enough at the end that publishing, on whatever machine, does not take longer than delivering.
+    // Slow enough at the end that publishing, on whatever machine, does not take longer than
+    // delivering.
     let slow = |n| if n < 40 { Duration::from_millis(30) } else { Duration::from_secs(1) };
     let receiver = Receiver::start(move |_, n| status(200).after(slow(n))).await;
     let setup = Setup::new(
         &queue,
-        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 20 }\nhttp = { concurrency = 4 }")),
+        &(QUICK.to_owned()
+            + &subscriber(
+                "a",
+                &receiver.url,
+                "batch = { max_events = 20 }\nhttp = { concurrency = 4 }",
+            )),
     );
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..5000).map(event)).await;
@@ -103,10 +110,18 @@ fn sigterm_while_events_are_relayed_has_none_relayed_twice() {
         let source = format!("{}.source", broker.prefix);
         let (_connection, channel) = broker.channel().await;
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(source.as_str().into(), durable, FieldTable::default()).await.expect("declares");
+        channel
+            .queue_declare(source.as_str().into(), durable, FieldTable::default())
+            .await
+            .expect("declares");
         broker.knows("a");
-        let queue = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n", broker.url, broker.prefix);
-        let setup = Setup::with_text(&(queue + QUICK + &subscriber("a", &receiver.url, "http = { concurrency = 4 }")));
+        let queue = format!(
+            "[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n",
+            broker.url, broker.prefix
+        );
+        let setup = Setup::with_text(
+            &(queue + QUICK + &subscriber("a", &receiver.url, "http = { concurrency = 4 }")),
+        );
         broker.publish_to("", &source, (0..EVENTS).map(event)).await;
         let mut stops = 0;
         while (receiver.accepted().len() as u64) < EVENTS - 5000 {
@@ -123,7 +138,9 @@ fn sigterm_while_events_are_relayed_has_none_relayed_twice() {
     });
 }
 
-async fn at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing(queue: Queue) {
+async fn at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_nothing(
+    queue: Queue,
+) {
     let receiver = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
     let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("slow", &receiver.url, "")));
     let text = std::fs::read_to_string(setup.config()).expect("the configuration");
@@ -133,17 +150,29 @@ async fn at_the_shutdown_deadline_the_daemon_ends_names_who_is_busy_and_loses_no
     receiver.wait_requests(1).await;
     daemon.terminate();
     assert!(daemon.wait().await.success());
-    assert!(daemon.log().contains("stopped at the deadline") && daemon.log().contains("{\"slow\"}"), "{}", daemon.log());
+    assert!(
+        daemon.log().contains("stopped at the deadline") && daemon.log().contains("{\"slow\"}"),
+        "{}",
+        daemon.log()
+    );
     queue.wait_backlog("slow", 3).await;
 }
 
 async fn kill_9_at_twenty_random_moments_during_100_000_events_loses_none(queue: Queue) {
     const EVENTS: u64 = 100_000;
     // One request in ten fails, so that kills also fall between envelopes and acks.
-    let receiver = Receiver::start(|_, n| status(if n % 10 == 9 { 503 } else { 200 }).after(Duration::from_millis(5))).await;
+    let receiver = Receiver::start(|_, n| {
+        status(if n % 10 == 9 { 503 } else { 200 }).after(Duration::from_millis(5))
+    })
+    .await;
     let setup = Setup::new(
         &queue,
-        &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 100 }\nhttp = { concurrency = 4 }")),
+        &(QUICK.to_owned()
+            + &subscriber(
+                "a",
+                &receiver.url,
+                "batch = { max_events = 100 }\nhttp = { concurrency = 4 }",
+            )),
     );
     let mut daemon = setup.start().await;
     let publishing = queue.publish(TYPE, (0..EVENTS).map(event));
@@ -161,7 +190,10 @@ async fn kill_9_at_twenty_random_moments_during_100_000_events_loses_none(queue:
     // A batch that came again under one id has the same bytes.
     let mut bodies = HashMap::new();
     for request in receiver.requests() {
-        assert_eq!(bodies.entry(request.id().to_owned()).or_insert_with(|| request.body.clone()), &request.body);
+        assert_eq!(
+            bodies.entry(request.id().to_owned()).or_insert_with(|| request.body.clone()),
+            &request.body
+        );
     }
     queue.wait_empty("a").await;
 }
@@ -169,15 +201,23 @@ async fn kill_9_at_twenty_random_moments_during_100_000_events_loses_none(queue:
 async fn flow(broker: &Broker, receiver: &Receiver, from: u64, to: u64) {
     broker.publish(TYPE, (from..to).map(event)).await;
     let wanted = to;
-    eventually(&format!("events up to {wanted} are on their way"), async || receiver.accepted().len() as u64 > from + (wanted - from) / 4)
-        .await;
+    eventually(&format!("events up to {wanted} are on their way"), async || {
+        receiver.accepted().len() as u64 > from + (wanted - from) / 4
+    })
+    .await;
 }
 
 fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
     run(async {
         let broker = Broker::private().await;
-        let receiver = Receiver::start(|_, n| status(if n % 7 == 6 { 500 } else { 200 }).after(Duration::from_millis(20))).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 50 }")));
+        let receiver = Receiver::start(|_, n| {
+            status(if n % 7 == 6 { 500 } else { 200 }).after(Duration::from_millis(20))
+        })
+        .await;
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 50 }")),
+        );
         let daemon = setup.start().await;
         tokio::time::sleep(SETTLING).await; // a queue younger than this may not survive, whatever anybody does
         flow(&broker, &receiver, 0, 5000).await;
@@ -188,9 +228,15 @@ fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
         receiver.wait_all(6000).await;
         println!("{} of 6000 arrived twice", repeated(&receiver));
         let log = daemon.log();
-        assert!(log.contains("fails; it is tried again without end") && log.contains("works again"), "{log}");
+        assert!(
+            log.contains("fails; it is tried again without end") && log.contains("works again"),
+            "{log}"
+        );
         let complaints = log.lines().filter(|l| l.contains("fails; it is tried again")).count();
-        assert!(complaints <= 6, "logged {complaints} times, once per change of state is enough:\n{log}");
+        assert!(
+            complaints <= 6,
+            "logged {complaints} times, once per change of state is enough:\n{log}"
+        );
         assert!(daemon.stop().await.success());
         assert_eq!(broker.depth("sub.a").await, Some(0));
     });
@@ -203,18 +249,27 @@ fn what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it()
         let broker = Broker::shared();
         let wire = Wire::to(&broker.url).await;
         // Many acks wait behind a slow batch, and many answers come when the connection is gone.
-        let receiver = Receiver::start(|_, n| status(200).after(Duration::from_millis(if n % 8 == 3 { 300 } else { 15 }))).await;
+        let receiver = Receiver::start(|_, n| {
+            status(200).after(Duration::from_millis(if n % 8 == 3 { 300 } else { 15 }))
+        })
+        .await;
         let api = Api::new();
         broker.knows("a");
-        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", wire.url, broker.exchange, broker.prefix);
+        let queue = format!(
+            "[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n",
+            wire.url, broker.exchange, broker.prefix
+        );
         let more = "batch = { max_events = 50 }\nhttp = { concurrency = 4 }";
-        let setup = Setup::with_text(&(queue + QUICK + &api.section() + &subscriber("a", &receiver.url, more)));
+        let setup = Setup::with_text(
+            &(queue + QUICK + &api.section() + &subscriber("a", &receiver.url, more)),
+        );
         let daemon = setup.start().await;
         // Two events that look the same and have no id are two.
         let named = (0..NAMED).map(|n| (Some(format!("e{n}")), event(n)));
         let twins = (NAMED..NAMED + TWINS).flat_map(|n| [(None, event(n)), (None, event(n))]);
         let mut twins = twins.peekable();
-        let mixed = named.flat_map(|named| [Some(named), twins.next()]).flatten().collect::<Vec<_>>();
+        let mixed =
+            named.flat_map(|named| [Some(named), twins.next()]).flatten().collect::<Vec<_>>();
         broker.publish_named(&broker.exchange, TYPE, mixed).await;
         let mut cuts = 0;
         while cuts < 40 && (receiver.accepted().len() as u64) < NAMED + 2 * TWINS - 2000 {
@@ -233,16 +288,26 @@ fn what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it()
         })
         .await;
         let repeats: u64 = times.iter().map(|(n, times)| times - wanted(*n)).sum();
-        let known = api.metric("hooktrail_events_recognised_total{subscriber=\"a\"}").await.expect("the metric");
-        println!("{cuts} cuts, {} events, 0 lost, {repeats} accepted again, {known} recognised instead", NAMED + 2 * TWINS);
+        let known = api
+            .metric("hooktrail_events_recognised_total{subscriber=\"a\"}")
+            .await
+            .expect("the metric");
+        println!(
+            "{cuts} cuts, {} events, 0 lost, {repeats} accepted again, {known} recognised instead",
+            NAMED + 2 * TWINS
+        );
         // Without it all of those would have been accepted again.
-        assert!(cuts >= 10 && known > repeats as f64, "{cuts} cuts, {repeats} accepted again, {known} recognised");
+        assert!(
+            cuts >= 10 && known > repeats as f64,
+            "{cuts} cuts, {repeats} accepted again, {known} recognised"
+        );
         assert!(daemon.stop().await.success());
         assert_eq!(broker.depth("sub.a").await, Some(0), "all are settled");
     });
 }
 
-fn a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_cut_connection_brings_it_again() {
+fn a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_cut_connection_brings_it_again()
+ {
     run(async {
         let broker = Broker::shared();
         let wire = Wire::to(&broker.url).await;
@@ -254,12 +319,23 @@ fn a_batch_without_an_answer_is_not_taken_for_another_that_was_accepted_when_a_c
         })
         .await;
         broker.knows("a");
-        let queue = format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", wire.url, broker.exchange, broker.prefix);
+        let queue = format!(
+            "[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n",
+            wire.url, broker.exchange, broker.prefix
+        );
         let more = "batch = { max_events = 1 }\nhttp = { concurrency = 2 }";
         let setup = Setup::with_text(&(queue + QUICK + &subscriber("a", &receiver.url, more)));
         let daemon = setup.start().await;
-        // The first delivery of its queue is none of hooktrail's, and counts as much as the others there.
-        broker.put("", &format!("{}.sub.a.retry", broker.prefix), b"no envelope", BasicProperties::default()).await;
+        // The first delivery of its queue is none of hooktrail's, and counts as much as the others
+        // there.
+        broker
+            .put(
+                "",
+                &format!("{}.sub.a.retry", broker.prefix),
+                b"no envelope",
+                BasicProperties::default(),
+            )
+            .await;
         broker.wait_depth("sub.a.dead", 1).await;
         broker.publish(TYPE, [event(0), event(1)]).await;
         eventually("one is accepted while the other waits for its answer", async || {
@@ -289,7 +365,11 @@ fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
         let publish = setup.run(&["publish", "/dev/null"]);
         assert_eq!(publish.status.code(), Some(1), "a command does not wait");
         let told = String::from_utf8_lossy(&publish.stderr).into_owned();
-        assert!(told.contains("cannot connect to the broker at amqp://127.0.0.1") && !told.contains("guest"), "{told}");
+        assert!(
+            told.contains("cannot connect to the broker at amqp://127.0.0.1")
+                && !told.contains("guest"),
+            "{told}"
+        );
         broker.node().start().await;
         daemon.wait_log("running").await;
         broker.publish(TYPE, [event(0)]).await;
@@ -302,7 +382,9 @@ fn while_the_broker_blocks_publishing_nothing_is_lost_and_good_subscribers_go_on
         let broker = Broker::private().await;
         let good = Receiver::accepting().await;
         let bad = Receiver::start(|_, _| status(500)).await;
-        let text = QUICK.to_owned() + &subscriber("good", &good.url, "batch = { max_events = 10 }") + &subscriber("bad", &bad.url, "");
+        let text = QUICK.to_owned()
+            + &subscriber("good", &good.url, "batch = { max_events = 10 }")
+            + &subscriber("bad", &bad.url, "");
         let setup = Setup::new(&broker, &text);
         let daemon = setup.start().await;
         // A backlog for both while the daemon is away, because producers are blocked too.
@@ -333,7 +415,9 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
         tokio::time::sleep(SETTLING).await; // so that the queues of `one` survive
         let both = Setup::new(
             &broker,
-            &(QUICK.to_owned() + &subscriber("one", &one.url, "") + &subscriber("two", &two.url, "events = [\"other.*\"]")),
+            &(QUICK.to_owned()
+                + &subscriber("one", &one.url, "")
+                + &subscriber("two", &two.url, "events = [\"other.*\"]")),
         );
         let nothing = both.write("nothing", "");
         both.ok(&["publish", nothing.to_str().expect("a path")]);
@@ -349,10 +433,20 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
             println!("the queue survived: {report}");
             return;
         }
-        assert!(report.contains("sub.two") && report.contains("deleted and declared anew"), "{report}");
+        assert!(
+            report.contains("sub.two") && report.contains("deleted and declared anew"),
+            "{report}"
+        );
         let looked = String::from_utf8_lossy(&looked.stderr).into_owned();
-        assert!(looked.contains("cannot be consumed") && looked.contains("hooktrail repair two"), "{looked}");
-        assert!(daemon.log().contains("subscriber=\"two\"") && daemon.log().contains("sub.two"), "it was named:\n{}", daemon.log());
+        assert!(
+            looked.contains("cannot be consumed") && looked.contains("hooktrail repair two"),
+            "{looked}"
+        );
+        assert!(
+            daemon.log().contains("subscriber=\"two\"") && daemon.log().contains("sub.two"),
+            "it was named:\n{}",
+            daemon.log()
+        );
         broker.publish("other.thing", (0..10).map(event)).await;
         two.wait_all(10).await;
         assert!(both.ok(&["repair", "two"]).contains("are sound; nothing was changed"));
@@ -365,11 +459,17 @@ fn a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_i
         let broker = Broker::private().await;
         let receiver = Receiver::accepting().await;
         let api = Api::new();
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")),
+        );
         assert!(setup.start().await.stop().await.success());
         tokio::time::sleep(SETTLING).await; // so that the other queues survive
         let (connection, channel) = broker.channel().await;
-        channel.queue_delete(format!("{}.delay.05", broker.prefix).as_str().into(), Default::default()).await.expect("deletes");
+        channel
+            .queue_delete(format!("{}.delay.05", broker.prefix).as_str().into(), Default::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
         let nothing = setup.write("nothing", "");
         setup.ok(&["publish", nothing.to_str().expect("a path")]);
@@ -386,7 +486,11 @@ fn a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_i
         daemon.wait_log("the delay ladder fails").await;
         let status = setup.ok(&["status"]);
         for text in [daemon.log(), status] {
-            assert!(text.contains("delay.05` cannot be consumed") && text.contains("hooktrail repair SUBSCRIBER"), "{text}");
+            assert!(
+                text.contains("delay.05` cannot be consumed")
+                    && text.contains("hooktrail repair SUBSCRIBER"),
+                "{text}"
+            );
         }
         assert!(setup.ok(&["repair", "a", "--yes"]).contains("delay.05"));
         daemon.wait_log("the delay ladder works again").await;
@@ -398,22 +502,32 @@ fn a_limit_on_the_queue_of_dead_letters_throws_none_away() {
         let broker = Broker::private().await;
         let receiver = Receiver::start(|_, _| status(500)).await;
         let more = "batch = { max_events = 1 }\nretry = { max_attempts = 1 }";
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
+        let setup =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, more)));
         let daemon = setup.start().await;
         broker.publish(TYPE, (0..5).map(event)).await;
         broker.wait_depth("sub.a.dead", 5).await;
-        broker.node().ctl(&["set_policy", "short", r"\.dead$", r#"{"max-length":2}"#, "--apply-to", "queues"]);
+        broker.node().ctl(&[
+            "set_policy",
+            "short",
+            r"\.dead$",
+            r#"{"max-length":2}"#,
+            "--apply-to",
+            "queues",
+        ]);
         broker.publish(TYPE, (5..8).map(event)).await;
         daemon.wait_log("sub.a.dead`: it is full by a policy").await;
         assert_eq!(broker.depth("sub.a.dead").await, Some(5), "what was there stays");
         broker.node().ctl(&["clear_policy", "short"]);
-        // A channel that was refused once is refused by RabbitMQ 3.10 until the queue is shorter, whatever the policy says then.
+        // A channel that was refused once is refused by RabbitMQ 3.10 until the queue is shorter,
+        // whatever the policy says then.
         broker.node().ctl(&["close_all_connections", "a test"]);
         broker.wait_depth("sub.a.dead", 8).await;
     });
 }
 
-/// The broker closes the channel of a consumer that keeps a message longer than its consumer timeout.
+/// The broker closes the channel of a consumer that keeps a message longer than its consumer
+/// timeout.
 fn a_daemon_at_rest_keeps_nothing_unacked() {
     run(async {
         let broker = Broker::private().await;
@@ -421,13 +535,21 @@ fn a_daemon_at_rest_keeps_nothing_unacked() {
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         // The second has nothing to record behind what the first did.
         let daemon = setup.start().await;
-        eventually("it is recorded that the subscriber is bound", async || broker.depth("state").await >= Some(2)).await;
+        eventually("it is recorded that the subscriber is bound", async || {
+            broker.depth("state").await >= Some(2)
+        })
+        .await;
         assert!(daemon.stop().await.success());
         let daemon = setup.start().await;
         broker.publish(TYPE, [event(0)]).await;
         receiver.wait_all(1).await;
         eventually("all channels have acked all they got", async || {
-            let unacked = broker.node().ctl(&["-q", "list_channels", "--no-table-headers", "messages_unacknowledged"]);
+            let unacked = broker.node().ctl(&[
+                "-q",
+                "list_channels",
+                "--no-table-headers",
+                "messages_unacknowledged",
+            ]);
             let mut channels = unacked.split_whitespace().peekable();
             channels.peek().is_some() && channels.all(|n| n == "0")
         })
@@ -441,27 +563,51 @@ fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_th
         let broker = Broker::private().await;
         let good = Receiver::accepting().await;
         let full = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await; // holds its lane up
-        let queue = format!("[queue]\nurl = \"{}\"\nsource_queue = \"source\"\nprefix = \"{}\"\n", broker.url, broker.prefix);
+        let queue = format!(
+            "[queue]\nurl = \"{}\"\nsource_queue = \"source\"\nprefix = \"{}\"\n",
+            broker.url, broker.prefix
+        );
         let text = queue
             + "[log]\nlevel = \"debug\"\n"
             + QUICK
             + &subscriber("good", &good.url, "")
-            + &subscriber("full", &full.url, "batch = { max_events = 1 }\nhttp = { timeout = \"1s\" }");
+            + &subscriber(
+                "full",
+                &full.url,
+                "batch = { max_events = 1 }\nhttp = { timeout = \"1s\" }",
+            );
         let setup = Setup::with_text(&text);
         let (connection, channel) = broker.channel().await;
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare("source".into(), durable, FieldTable::default()).await.expect("declares");
-        broker.node().ctl(&["set_policy", "limit", r"\.sub\.full$", r#"{"max-length":3}"#, "--apply-to", "queues"]);
+        channel
+            .queue_declare("source".into(), durable, FieldTable::default())
+            .await
+            .expect("declares");
+        broker.node().ctl(&[
+            "set_policy",
+            "limit",
+            r"\.sub\.full$",
+            r#"{"max-length":3}"#,
+            "--apply-to",
+            "queues",
+        ]);
         let daemon = setup.start().await;
         // The limit is a soft one: the broker refuses some time after it was passed.
-        let refused = || daemon.log().contains("sub.full` refuses events, and the relay waits for it");
+        let refused =
+            || daemon.log().contains("sub.full` refuses events, and the relay waits for it");
         let mut sent = 0;
         while !refused() && sent < 1000 {
             broker.publish_to("", "source", (sent..sent + 10).map(event)).await;
             sent += 10;
-            eventually("relayed or refused", async || refused() || good.accepted().len() as u64 >= sent).await;
+            eventually("relayed or refused", async || {
+                refused() || good.accepted().len() as u64 >= sent
+            })
+            .await;
         }
-        eventually("it is tried again", async || daemon.log().matches("room for relayed events still fails").count() >= 3).await;
+        eventually("it is tried again", async || {
+            daemon.log().matches("room for relayed events still fails").count() >= 3
+        })
+        .await;
         good.wait_all(sent).await;
         full.now(|_, _| status(200));
         full.wait_all(sent).await;
@@ -477,8 +623,14 @@ fn a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it() {
     run(async {
         let mut nodes = Node::cluster(3, "").await.into_iter();
         let broker = Broker::on(nodes.next().expect("a node"));
-        let receiver = Receiver::start(|_, n| status(if n % 7 == 6 { 500 } else { 200 }).after(Duration::from_millis(20))).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 50 }")));
+        let receiver = Receiver::start(|_, n| {
+            status(if n % 7 == 6 { 500 } else { 200 }).after(Duration::from_millis(20))
+        })
+        .await;
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "batch = { max_events = 50 }")),
+        );
         let daemon = setup.start().await;
         tokio::time::sleep(SETTLING).await; // a queue younger than this may not survive, whatever anybody does
         flow(&broker, &receiver, 0, 2000).await;
@@ -498,12 +650,15 @@ fn a_cluster_that_loses_a_node_goes_on_and_nothing_is_lost_with_it() {
         let tried: HashSet<u64> = receiver.requests().iter().flat_map(Request::numbers).collect();
         receiver.now(|_, _| status(200));
         let third = nodes.next().expect("a node");
-        let text = std::fs::read_to_string(setup.config()).expect("the configuration").replace(&broker.url, &third.url());
+        let text = std::fs::read_to_string(setup.config())
+            .expect("the configuration")
+            .replace(&broker.url, &third.url());
         let moved = Setup::with_text(&text);
         let _daemon = moved.start().await;
         if third.generation() < 4 {
-            // While a node is lost, RabbitMQ 3 may hold back what it hands over to a queue that has elected another leader (see
-            // docs/operations.md). What was not tried yet does not wait for that.
+            // While a node is lost, RabbitMQ 3 may hold back what it hands over to a queue that has
+            // elected another leader (see docs/operations.md). What was not tried yet does not wait
+            // for that.
             let come = async || {
                 let accepted: HashSet<u64> = receiver.accepted().into_iter().collect();
                 (0..4000).all(|n| tried.contains(&n) || accepted.contains(&n))

@@ -41,7 +41,8 @@ fn embedded(rest: &str) -> Setup {
 /// A subscriber of `activity_log.#`, and what else is given.
 async fn subscribed(queue: &Queue, more: &str) -> (Setup, Receiver) {
     let receiver = Receiver::accepting().await;
-    let rest = format!("{QUICK}{more}{}", subscriber("a", &receiver.url, "events = [\"activity_log.#\"]"));
+    let rest =
+        format!("{QUICK}{more}{}", subscriber("a", &receiver.url, "events = [\"activity_log.#\"]"));
     (Setup::new(queue, &rest), receiver)
 }
 
@@ -67,11 +68,22 @@ async fn answer(request: reqwest::RequestBuilder) -> Answer {
     let status = response.status().as_u16();
     let retry_after = response.headers().contains_key("retry-after");
     let text = response.text().await.expect("a body");
-    Answer { status, retry_after, body: serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)) }
+    Answer {
+        status,
+        retry_after,
+        body: serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text)),
+    }
 }
 
-fn request(addr: &str, content_type: &str, body: impl Into<reqwest::Body>) -> reqwest::RequestBuilder {
-    reqwest::Client::new().post(format!("http://{addr}{EVENTS}")).header("content-type", content_type).body(body)
+fn request(
+    addr: &str,
+    content_type: &str,
+    body: impl Into<reqwest::Body>,
+) -> reqwest::RequestBuilder {
+    reqwest::Client::new()
+        .post(format!("http://{addr}{EVENTS}"))
+        .header("content-type", content_type)
+        .body(body)
 }
 
 async fn post(addr: &str, content_type: &str, body: impl Into<reqwest::Body>) -> Answer {
@@ -84,7 +96,10 @@ async fn get(addr: &str, path: &str) -> Answer {
 
 #[track_caller]
 fn assert_taken(answer: &Answer, accepted: u64, unmatched: u64) {
-    assert_eq!((answer.status, &answer.body), (202, &serde_json::json!({ "accepted": accepted, "unmatched": unmatched })));
+    assert_eq!(
+        (answer.status, &answer.body),
+        (202, &serde_json::json!({ "accepted": accepted, "unmatched": unmatched }))
+    );
 }
 
 #[track_caller]
@@ -111,20 +126,33 @@ async fn events_of_every_format_are_delivered_byte_for_byte(queue: Queue) {
     let (setup, receiver) = subscribed(&queue, "").await;
     let daemon = setup.start().await;
     let addr = address(&daemon).await;
-    assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 200));
+    assert_eq!(
+        (get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status),
+        (200, 200)
+    );
     assert_taken(&post(&addr, JSON, event(0)).await, 1, 0);
     assert_taken(&post(&addr, "Application/JSON; charset=utf-8", list(1..2501)).await, 2500, 0);
     let lines: String = (2501..2600).map(|n| event(n) + "\r\n\n").collect();
     assert_taken(&post(&addr, LINES, lines).await, 99, 0);
-    let compressed = request(&addr, "application/x-ndjson", gzip((event(2600) + "\n" + &event(2601)).as_bytes()));
+    let compressed = request(
+        &addr,
+        "application/x-ndjson",
+        gzip((event(2600) + "\n" + &event(2601)).as_bytes()),
+    );
     assert_taken(&answer(compressed.header("content-encoding", "gzip")).await, 2, 0);
     let odd = r#"{ "event":"activity_log.odd","z":18446744073709551616,"a":1.50e300,"s":"\u00e9\/","n":2602 }"#;
-    assert_taken(&post(&addr, JSON, format!("{{\"events\":[ {odd} ,{{\"event\":\"nobody's\"}}]}}")).await, 2, 1);
+    assert_taken(
+        &post(&addr, JSON, format!("{{\"events\":[ {odd} ,{{\"event\":\"nobody's\"}}]}}")).await,
+        2,
+        1,
+    );
     receiver.wait_all(2603).await;
     let mut accepted = receiver.accepted();
     accepted.sort_unstable();
     assert!(accepted.iter().copied().eq(0..2603), "each once and nobody's to nobody");
-    assert!(receiver.requests().iter().any(|r| r.body.windows(odd.len()).any(|w| w == odd.as_bytes())));
+    assert!(
+        receiver.requests().iter().any(|r| r.body.windows(odd.len()).any(|w| w == odd.as_bytes()))
+    );
     assert!(daemon.stop().await.success());
 }
 
@@ -136,20 +164,41 @@ async fn what_is_refused_leaves_no_trace(queue: Queue) {
     let told = post(&addr, JSON, format!("{{\"events\":[{good},{typeless},7]}}")).await;
     assert_refused(&told, 400, "2 of 3 events are not valid; nothing of this request was taken");
     assert_eq!(told.body["invalid"], 2);
-    assert_eq!((&told.body["events"][0]["index"], &told.body["events"][1]["index"]), (&1.into(), &2.into()));
-    assert!(told.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"), "{}", told.body);
+    assert_eq!(
+        (&told.body["events"][0]["index"], &told.body["events"][1]["index"]),
+        (&1.into(), &2.into())
+    );
+    assert!(
+        told.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"),
+        "{}",
+        told.body
+    );
     let told = post(&addr, LINES, format!("{good}\n\n{typeless}\n")).await;
-    assert_eq!((told.status, &told.body["events"][0]["index"], &told.body["events"][0]["line"]), (400, &1.into(), &3.into()));
+    assert_eq!(
+        (told.status, &told.body["events"][0]["index"], &told.body["events"][0]["line"]),
+        (400, &1.into(), &3.into())
+    );
     assert_refused(&post(&addr, JSON, "[]").await, 400, "not a JSON object");
     assert_refused(&post(&addr, LINES, "").await, 400, "no event");
     assert_refused(&post(&addr, "text/plain", good.clone()).await, 415, "content-type");
-    assert_refused(&answer(request(&addr, JSON, good.clone()).header("content-encoding", "br")).await, 415, "content-encoding");
-    assert_refused(&answer(request(&addr, JSON, good.clone()).header("content-encoding", "gzip")).await, 400, "not gzip");
+    assert_refused(
+        &answer(request(&addr, JSON, good.clone()).header("content-encoding", "br")).await,
+        415,
+        "content-encoding",
+    );
+    assert_refused(
+        &answer(request(&addr, JSON, good.clone()).header("content-encoding", "gzip")).await,
+        400,
+        "not gzip",
+    );
     // Too large by what it says, by what comes, and by what it becomes.
-    let large = format!("{{\"event\":\"activity_log.x\",\"n\":9,\"pad\":\"{}\"}}", "x".repeat(12 << 20));
+    let large =
+        format!("{{\"event\":\"activity_log.x\",\"n\":9,\"pad\":\"{}\"}}", "x".repeat(12 << 20));
     assert_refused(&post(&addr, JSON, large.clone()).await, 413, "12582912 bytes");
     let mut raw = TcpStream::connect(&addr).await.expect("connects");
-    let head_of_chunks = format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ntransfer-encoding: chunked\r\n\r\n");
+    let head_of_chunks = format!(
+        "POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON}\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
     raw.write_all(head_of_chunks.as_bytes()).await.expect("sends");
     for chunk in large.as_bytes().chunks(1 << 20) {
         raw.write_all(format!("{:x}\r\n", chunk.len()).as_bytes()).await.expect("sends");
@@ -158,7 +207,12 @@ async fn what_is_refused_leaves_no_trace(queue: Queue) {
     }
     raw.write_all(b"0\r\n\r\n").await.expect("sends");
     assert!(head(&mut raw).await.starts_with("HTTP/1.1 413 "));
-    assert_refused(&answer(request(&addr, JSON, gzip(large.as_bytes())).header("content-encoding", "gzip")).await, 413, "inflated");
+    assert_refused(
+        &answer(request(&addr, JSON, gzip(large.as_bytes())).header("content-encoding", "gzip"))
+            .await,
+        413,
+        "inflated",
+    );
     assert_refused(&get(&addr, "/api/v2").await, 404, "/api/v1/events");
     assert_eq!(get(&addr, EVENTS).await.status, 405);
 
@@ -172,7 +226,11 @@ async fn what_is_refused_leaves_no_trace(queue: Queue) {
 async fn head(stream: &mut TcpStream) -> String {
     let mut text = Vec::new();
     while !text.windows(4).any(|w| w == b"\r\n\r\n") {
-        assert!(stream.read_buf(&mut text).await.expect("reads") > 0, "no answer but {:?}", String::from_utf8_lossy(&text));
+        assert!(
+            stream.read_buf(&mut text).await.expect("reads") > 0,
+            "no answer but {:?}",
+            String::from_utf8_lossy(&text)
+        );
     }
     String::from_utf8_lossy(&text).into_owned()
 }
@@ -188,20 +246,43 @@ async fn begin(addr: &str, length: usize) -> TcpStream {
 }
 
 async fn with_a_token_nobody_publishes_without_it(queue: Queue) {
-    let (setup, receiver) = subscribed(&queue, "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"hunter2\"\n").await;
+    let (setup, receiver) =
+        subscribed(&queue, "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"hunter2\"\n").await;
     let daemon = setup.start().await;
     let addr = address(&daemon).await;
-    assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 200));
-    for token in [None, Some("Bearer hunter3"), Some("Bearer hunter22"), Some("Bearer "), Some("hunter2"), Some("Basic hunter2")] {
+    assert_eq!(
+        (get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status),
+        (200, 200)
+    );
+    for token in [
+        None,
+        Some("Bearer hunter3"),
+        Some("Bearer hunter22"),
+        Some("Bearer "),
+        Some("hunter2"),
+        Some("Basic hunter2"),
+    ] {
         let mut request = request(&addr, JSON, list(1..2000));
         if let Some(token) = token {
             request = request.header("authorization", token);
         }
         let response = request.send().await.expect("an answer");
-        assert_eq!((response.status().as_u16(), response.headers()["www-authenticate"].to_str().ok()), (401, Some("Bearer")), "{token:?}");
+        assert_eq!(
+            (response.status().as_u16(), response.headers()["www-authenticate"].to_str().ok()),
+            (401, Some("Bearer")),
+            "{token:?}"
+        );
     }
-    assert_eq!(get(&addr, "/api/v1/nothing").await.status, 401, "nothing is told about what there is");
-    assert_taken(&answer(request(&addr, JSON, event(0)).header("authorization", "bearer hunter2")).await, 1, 0);
+    assert_eq!(
+        get(&addr, "/api/v1/nothing").await.status,
+        401,
+        "nothing is told about what there is"
+    );
+    assert_taken(
+        &answer(request(&addr, JSON, event(0)).header("authorization", "bearer hunter2")).await,
+        1,
+        0,
+    );
     receiver.wait_all(1).await;
     assert!(!daemon.log().contains("hunter") && !setup.ok(&["check"]).contains("hunter"));
     assert!(daemon.stop().await.success());
@@ -216,17 +297,24 @@ fn a_port_that_is_taken_is_an_error_before_anything_is_started() {
         let output = embedded(&format!("[admin]\nlisten = \"{addr}\"\n")).run(&["run"]);
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{told}");
-        assert!(told.contains(&format!("cannot listen on {addr}")) && told.contains("[admin] listen"), "{told}");
+        assert!(
+            told.contains(&format!("cannot listen on {addr}")) && told.contains("[admin] listen"),
+            "{told}"
+        );
     });
 }
 
 #[test]
 fn a_daemon_without_its_broker_is_alive_and_not_ready() {
     run(async {
-        let setup = Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n", free_port()));
+        let setup =
+            Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n", free_port()));
         let daemon = setup.spawn();
         let addr = address(&daemon).await;
-        assert_eq!((get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status), (200, 503));
+        assert_eq!(
+            (get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status),
+            (200, 503)
+        );
         let told = post(&addr, JSON, event(0)).await;
         assert_refused(&told, 503, "hooktrail is starting; nothing of this request was taken");
         assert!(told.retry_after);
@@ -269,7 +357,10 @@ fn bodies_for_which_there_is_no_room_are_told_to_come_later_and_small_ones_pass(
         assert!(told.starts_with("HTTP/1.1 429 ") && told.contains("retry-after: 1\r\n"), "{told}");
         assert_taken(&post(&addr, JSON, list(0..1000)).await, 1000, 1000);
         drop(held);
-        eventually("the room is given back", async || head(&mut begin(&addr, 12 << 20).await).await.starts_with("HTTP/1.1 100 ")).await;
+        eventually("the room is given back", async || {
+            head(&mut begin(&addr, 12 << 20).await).await.starts_with("HTTP/1.1 100 ")
+        })
+        .await;
     });
 }
 
@@ -284,19 +375,29 @@ fn what_was_answered_202_arrives_although_the_daemon_is_killed_again_and_again()
         })
         .await;
         let addr = format!("127.0.0.1:{}", free_port());
-        let setup = embedded(&format!("{QUICK}[admin]\nlisten = \"{addr}\"\n{}", subscriber("a", &receiver.url, "")));
+        let setup = embedded(&format!(
+            "{QUICK}[admin]\nlisten = \"{addr}\"\n{}",
+            subscriber("a", &receiver.url, "")
+        ));
         let (next, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let taken: Arc<Mutex<HashSet<u64>>> = Arc::default();
         let clients: Vec<_> = (0..4)
             .map(|_| {
                 let (next, stop, taken) = (next.clone(), stop.clone(), taken.clone());
-                let request = reqwest::Client::new().post(format!("http://{addr}{EVENTS}")).header("content-type", JSON);
+                let request = reqwest::Client::new()
+                    .post(format!("http://{addr}{EVENTS}"))
+                    .header("content-type", JSON);
                 tokio::spawn(async move {
                     while !stop.load(Ordering::Relaxed) {
                         let first = next.fetch_add(100, Ordering::Relaxed);
-                        let request = request.try_clone().expect("has no body yet").body(list(first..first + 100));
+                        let request = request
+                            .try_clone()
+                            .expect("has no body yet")
+                            .body(list(first..first + 100));
                         match request.send().await {
-                            Ok(answer) if answer.status() == 202 => taken.lock().expect("not poisoned").extend(first..first + 100),
+                            Ok(answer) if answer.status() == 202 => {
+                                taken.lock().expect("not poisoned").extend(first..first + 100)
+                            }
                             // Killed, or not there yet.
                             _ => tokio::time::sleep(Duration::from_millis(10)).await,
                         }
@@ -318,7 +419,13 @@ fn what_was_answered_202_arrives_although_the_daemon_is_killed_again_and_again()
             client.await.expect("does not panic");
         }
         let daemon = setup.start().await;
-        let missing = || taken.lock().expect("not poisoned").difference(&seen.lock().expect("not poisoned")).count();
+        let missing = || {
+            taken
+                .lock()
+                .expect("not poisoned")
+                .difference(&seen.lock().expect("not poisoned"))
+                .count()
+        };
         eventually("all that was taken arrives", async || missing() == 0).await;
         println!("{} events were taken, {} sent", so_far(), next.load(Ordering::Relaxed));
         assert!(daemon.stop().await.success());

@@ -78,7 +78,10 @@ async fn wait_waiting(setup: &Setup, subscriber: &str, expected: usize) -> Vec<V
 }
 
 fn texts(batches: &[Value], key: &str) -> Vec<String> {
-    batches.iter().map(|b| b[key].as_str().unwrap_or_else(|| panic!("{b} has no {key}")).to_owned()).collect()
+    batches
+        .iter()
+        .map(|b| b[key].as_str().unwrap_or_else(|| panic!("{b} has no {key}")).to_owned())
+        .collect()
 }
 
 fn ids(batches: &[Value]) -> Vec<String> {
@@ -94,10 +97,19 @@ fn err(output: &std::process::Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Two subscribers whose receiver fails, a daemon, and so many batches of each that wait for an hour.
-async fn failing(queue: &Queue, more: &str, batches: u64) -> (Setup, crate::support::daemon::Daemon, [Receiver; 2]) {
-    let [a, b] = [Receiver::start(|_, _| status(503)).await, Receiver::start(|_, _| status(503)).await];
-    let setup = Setup::new(queue, &(SLOW.to_owned() + more + &subscriber("a", &a.url, "") + &subscriber("b", &b.url, "")));
+/// Two subscribers whose receiver fails, a daemon, and so many batches of each that wait for an
+/// hour.
+async fn failing(
+    queue: &Queue,
+    more: &str,
+    batches: u64,
+) -> (Setup, crate::support::daemon::Daemon, [Receiver; 2]) {
+    let [a, b] =
+        [Receiver::start(|_, _| status(503)).await, Receiver::start(|_, _| status(503)).await];
+    let setup = Setup::new(
+        queue,
+        &(SLOW.to_owned() + more + &subscriber("a", &a.url, "") + &subscriber("b", &b.url, "")),
+    );
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..batches).map(event)).await;
     let count = usize::try_from(batches).expect("few");
@@ -121,14 +133,33 @@ async fn what_waits_is_listed_with_its_attempts_its_last_answer_and_its_time(que
     let (setup, daemon, [a, _b]) = failing(&queue, "", 3).await;
     let listed = waiting(&setup, "a");
     let sent: BTreeSet<String> = a.requests().iter().map(|r| r.id().to_owned()).collect();
-    assert_eq!(ids(&listed).into_iter().collect::<BTreeSet<_>>(), sent, "those of `a`, and no others");
+    assert_eq!(
+        ids(&listed).into_iter().collect::<BTreeSet<_>>(),
+        sent,
+        "those of `a`, and no others"
+    );
     for (n, batch) in (1..).zip(&listed) {
-        let told = json!([batch["number"], batch["events"], batch["attempts"], batch["status"], batch["failure"]]);
+        let told = json!([
+            batch["number"],
+            batch["events"],
+            batch["attempts"],
+            batch["status"],
+            batch["failure"]
+        ]);
         assert_eq!(told, json!([n, 1, 1, 503, null]));
-        let due = humantime::parse_rfc3339(batch["due_at"].as_str().expect("a time")).expect("RFC 3339");
-        let (hour, late) = (Duration::from_secs(3600), SystemTime::now() + Duration::from_secs(4060));
-        assert!(due >= begun + hour && due <= late, "never early, and late by 1 s and an eighth at most: {batch}");
-        assert!(batch["last_attempt_at"].is_string() && batch["first_attempt_at"].is_string() && batch["bytes"].as_u64() > Some(300));
+        let due =
+            humantime::parse_rfc3339(batch["due_at"].as_str().expect("a time")).expect("RFC 3339");
+        let (hour, late) =
+            (Duration::from_secs(3600), SystemTime::now() + Duration::from_secs(4060));
+        assert!(
+            due >= begun + hour && due <= late,
+            "never early, and late by 1 s and an eighth at most: {batch}"
+        );
+        assert!(
+            batch["last_attempt_at"].is_string()
+                && batch["first_attempt_at"].is_string()
+                && batch["bytes"].as_u64() > Some(300)
+        );
     }
     assert!(texts(&listed, "due_at").is_sorted(), "the first due first");
     let shown = setup.ok(&["retry", "list", "a"]);
@@ -147,7 +178,9 @@ async fn a_batch_that_is_to_be_sent_now_is_the_same_request_and_its_attempts_go_
     let (setup, _daemon, [a, b]) = failing(&queue, "", 5).await;
     let (before, others) = (by_id(&a.requests()), times(&waiting(&setup, "b")));
     let all = ["retry", "now", "a"];
-    let foreseen: Value = serde_json::from_str(&setup.ok(&[&all[..], &["--dry-run", "--json"]].concat())).expect("JSON");
+    let foreseen: Value =
+        serde_json::from_str(&setup.ok(&[&all[..], &["--dry-run", "--json"]].concat()))
+            .expect("JSON");
     assert_eq!((&foreseen["moved"], &foreseen["dry_run"]), (&json!(5), &json!(true)));
     assert_eq!(a.count(), 5, "nothing was done");
     // Those that fail again wait for their own time, and are not sent again and again.
@@ -160,7 +193,9 @@ async fn a_batch_that_is_to_be_sent_now_is_the_same_request_and_its_attempts_go_
     let left = wait_waiting(&setup, "a", 1).await;
     assert_eq!(json!([left[0]["attempts"], left[0]["status"]]), json!([2, 502]));
     for (id, attempts) in by_id(&sent) {
-        let [first, second] = &attempts[..] else { panic!("{id} was sent {} times", attempts.len()) };
+        let [first, second] = &attempts[..] else {
+            panic!("{id} was sent {} times", attempts.len())
+        };
         assert_eq!((first, second.0), (&before[&id][0], 2));
         assert_eq!(first.1, second.1, "the same bytes under the same id");
     }
@@ -174,7 +209,9 @@ async fn only_what_is_named_is_sent_now_and_the_others_keep_order_and_time(queue
     let (mut own, others) = (times(&waiting(&setup, "a")), times(&waiting(&setup, "b")));
     a.now(|_, _| status(200));
     let by_id = own[4].0.clone();
-    let said: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", "@2", &by_id, "--json"])).expect("JSON");
+    let said: Value =
+        serde_json::from_str(&setup.ok(&["retry", "now", "a", "@2", &by_id, "--json"]))
+            .expect("JSON");
     assert_eq!(json!([said["moved"], said["already_due"], said["not_found"]]), json!([2, 0, []]));
     a.wait_requests(8).await;
     let expected: BTreeSet<String> = [own.remove(4).0, own.remove(1).0].into();
@@ -188,9 +225,11 @@ async fn only_what_is_named_is_sent_now_and_the_others_keep_order_and_time(queue
     assert!(said.contains("1 batch of `a` due now"), "{said}");
     let now = waiting(&setup, "a");
     assert_eq!(now[0]["id"], own[3].0, "it is the first");
-    let due = humantime::parse_rfc3339(now[0]["due_at"].as_str().expect("a time")).expect("RFC 3339");
+    let due =
+        humantime::parse_rfc3339(now[0]["due_at"].as_str().expect("a time")).expect("RFC 3339");
     assert!(due <= SystemTime::now());
-    let again: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", &own[3].0, "--json"])).expect("JSON");
+    let again: Value =
+        serde_json::from_str(&setup.ok(&["retry", "now", "a", &own[3].0, "--json"])).expect("JSON");
     assert_eq!(json!([again["moved"], again["already_due"]]), json!([0, 1]));
     assert_eq!(times(&waiting(&setup, "a"))[1..], own[..3]);
     assert_eq!(times(&waiting(&setup, "b")), others);
@@ -220,7 +259,12 @@ async fn what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage(queue: 
         let output = setup.run(command);
         assert!(output.status.code() == Some(1) && err(&output).contains("`nobody`"), "{output:?}");
     }
-    for command in [&["retry", "list", "No_Name"][..], &["retry", "now", "a/b"], &["retry", "now"], &["retry", "list", "a", "@1"]] {
+    for command in [
+        &["retry", "list", "No_Name"][..],
+        &["retry", "now", "a/b"],
+        &["retry", "now"],
+        &["retry", "list", "a", "@1"],
+    ] {
         assert_eq!(setup.run(command).status.code(), Some(2), "{command:?}");
     }
 }
@@ -238,7 +282,10 @@ async fn a_command_that_is_killed_loses_nothing(queue: Queue) {
     let (own, others) = (times(&waiting(&setup, "a")), times(&waiting(&setup, "b")));
     assert!(daemon.stop().await.success());
     for step in steps(&queue) {
-        let killed = setup.run_as(&format!("HOOKTRAIL_DIE_AT={step} exec \"$0\" \"$@\""), &["retry", "now", "a", "@1", "@3", "@8"]);
+        let killed = setup.run_as(
+            &format!("HOOKTRAIL_DIE_AT={step} exec \"$0\" \"$@\""),
+            &["retry", "now", "a", "@1", "@3", "@8"],
+        );
         assert_eq!(killed.status.code(), None, "{step}: it was to be killed: {killed:?}");
         // The broker needs a moment to notice, and to have back what was held.
         let mut left = BTreeSet::new();
@@ -248,7 +295,11 @@ async fn a_command_that_is_killed_loses_nothing(queue: Queue) {
         })
         .await;
         assert_eq!(left, own.iter().map(|(id, _)| id.clone()).collect(), "{step}");
-        assert_eq!(times(&waiting(&setup, "b")), others, "{step}: in their order and at their time");
+        assert_eq!(
+            times(&waiting(&setup, "b")),
+            others,
+            "{step}: in their order and at their time"
+        );
     }
     a.now(|_, _| status(200));
     b.now(|_, _| status(200));
@@ -259,9 +310,13 @@ async fn a_command_that_is_killed_loses_nothing(queue: Queue) {
     let _daemon = setup.start().await;
     for receiver in [&a, &b] {
         receiver.wait_all(8).await;
-        // One that was killed between publishing and taking out has sent some twice, under one id and with the same bytes.
+        // One that was killed between publishing and taking out has sent some twice, under one id
+        // and with the same bytes.
         for (id, attempts) in by_id(&receiver.requests()) {
-            assert!(attempts.iter().all(|(_, body)| *body == attempts[0].1), "{id} is always the same");
+            assert!(
+                attempts.iter().all(|(_, body)| *body == attempts[0].1),
+                "{id} is always the same"
+            );
         }
     }
     for name in ["a", "b"] {
@@ -274,9 +329,15 @@ async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
     let (setup, _daemon, [a, _b]) = failing(&queue, &api.section(), 4).await;
     let path = "/api/v1/subscribers/a/retry";
     let listed = api.get(path).await.json();
-    assert_eq!(json!([listed["subscriber"], listed["waiting"], listed["unseen"]]), json!(["a", 4, 0]));
+    assert_eq!(
+        json!([listed["subscriber"], listed["waiting"], listed["unseen"]]),
+        json!(["a", 4, 0])
+    );
     assert_eq!(listed["batches"].as_array().expect("batches")[..], waiting(&setup, "a")[..]);
-    assert_eq!(api.get(&format!("{path}?limit=1")).await.json()["batches"].as_array().map(Vec::len), Some(1));
+    assert_eq!(
+        api.get(&format!("{path}?limit=1")).await.json()["batches"].as_array().map(Vec::len),
+        Some(1)
+    );
     a.now(|_, _| status(200));
     let second = listed["batches"][1]["id"].as_str().expect("an id");
     let moved = api.post(path, &json!({ "ids": [second, "msg_nobody"] }).to_string()).await.json();
@@ -290,7 +351,12 @@ async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
     assert_eq!(a.wait_requests(5).await[4].id(), second);
     let none = api.post(path, r#"{"ids":[]}"#).await.json();
     assert_eq!(none["moved"], 0, "none are named, so none are meant");
-    for (body, status) in [("[", 400), (r#"{"ids":"x"}"#, 400), (r#"{"why":"x"}"#, 400), (r#"{"ids":[],"try_only":true}"#, 400)] {
+    for (body, status) in [
+        ("[", 400),
+        (r#"{"ids":"x"}"#, 400),
+        (r#"{"why":"x"}"#, 400),
+        (r#"{"ids":[],"try_only":true}"#, 400),
+    ] {
         assert_eq!(api.post(path, body).await.status, status, "{body}");
     }
     assert_eq!(api.send("POST", path, &[("content-type", "text/plain")], "{}").await.status, 415);
@@ -301,12 +367,21 @@ async fn the_api_lists_what_waits_and_sends_it_now(queue: Queue) {
     eventually("nothing waits", async || api.get(path).await.json()["waiting"] == 0).await;
 }
 
-async fn what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receiver_asked_to_be_left_alone(queue: Queue) {
+async fn what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receiver_asked_to_be_left_alone(
+    queue: Queue,
+) {
     let api = Api::new();
-    let open = SLOW.replace("failures = 0", "failures = 1\nopen_for = \"1h\"\nmax_open_for = \"1h\"");
-    let [a, b] = [Receiver::start(|_, _| status(503)).await, Receiver::start(|_, _| status(429).header("retry-after", "3000")).await];
+    let open =
+        SLOW.replace("failures = 0", "failures = 1\nopen_for = \"1h\"\nmax_open_for = \"1h\"");
+    let [a, b] = [
+        Receiver::start(|_, _| status(503)).await,
+        Receiver::start(|_, _| status(429).header("retry-after", "3000")).await,
+    ];
     let own = "circuit_breaker = { failures = 0, max_open_for = \"1h\" }";
-    let setup = Setup::new(&queue, &(open + &api.section() + &subscriber("a", &a.url, "") + &subscriber("b", &b.url, own)));
+    let setup = Setup::new(
+        &queue,
+        &(open + &api.section() + &subscriber("a", &a.url, "") + &subscriber("b", &b.url, own)),
+    );
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
     api.wait("a", "its circuit is open", |s| s["state"] == "circuit_open").await;
@@ -315,25 +390,42 @@ async fn what_is_wanted_now_is_tried_although_the_circuit_is_open_or_the_receive
     wait_waiting(&setup, "b", 1).await;
     // It is not there yet after all: one batch is tried, and the circuit stays open.
     let said = setup.ok(&["retry", "now", "a"]);
-    assert!(said.contains("1 batch of `a` due now\nits circuit was open: one batch is tried"), "{said}");
+    assert!(
+        said.contains("1 batch of `a` due now\nits circuit was open: one batch is tried"),
+        "{said}"
+    );
     a.wait_requests(2).await;
-    api.wait("a", "its circuit is open again", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
+    api.wait("a", "its circuit is open again", |s| {
+        s["state"] == "circuit_open" && s["in_hand"] == 0
+    })
+    .await;
     wait_waiting(&setup, "a", 1).await;
     [&a, &b].into_iter().for_each(|r| r.now(|_, _| status(200)));
-    let said: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", &id, "--json"])).expect("JSON");
-    assert_eq!(json!([said["moved"], said["state"], said["tried_now"]]), json!([1, "circuit_open", true]));
+    let said: Value =
+        serde_json::from_str(&setup.ok(&["retry", "now", "a", &id, "--json"])).expect("JSON");
+    assert_eq!(
+        json!([said["moved"], said["state"], said["tried_now"]]),
+        json!([1, "circuit_open", true])
+    );
     let sent = a.wait_requests(3).await;
-    assert_eq!(sent.iter().map(|r| (r.id(), r.attempt())).collect::<Vec<_>>(), [(&id[..], 1), (&id[..], 2), (&id[..], 3)]);
+    assert_eq!(
+        sent.iter().map(|r| (r.id(), r.attempt())).collect::<Vec<_>>(),
+        [(&id[..], 1), (&id[..], 2), (&id[..], 3)]
+    );
     api.wait("a", "its circuit is closed", |s| s["state"] == "ok").await;
     let moved = api.post("/api/v1/subscribers/b/retry", "{}").await.json();
-    assert_eq!(json!([moved["moved"], moved["state"], moved["tried_now"]]), json!([1, "held", true]));
+    assert_eq!(
+        json!([moved["moved"], moved["state"], moved["tried_now"]]),
+        json!([1, "held", true])
+    );
     b.wait_requests(2).await;
     api.wait("b", "it is held no more", |s| s["state"] == "ok").await;
 }
 
 /// Its circuit opens with the first failure, and stays open for an hour.
 fn one_failure(more: &str) -> String {
-    SLOW.replace("failures = 0", "failures = 1\nopen_for = \"1h\"\nmax_open_for = \"1h\"").replace("[http]", &format!("[http]\n{more}"))
+    SLOW.replace("failures = 0", "failures = 1\nopen_for = \"1h\"\nmax_open_for = \"1h\"")
+        .replace("[http]", &format!("[http]\n{more}"))
 }
 
 async fn what_is_wanted_while_requests_are_under_way_is_tried_when_they_have_ended(queue: Queue) {
@@ -350,7 +442,10 @@ async fn what_is_wanted_while_requests_are_under_way_is_tried_when_they_have_end
         )
     })
     .await;
-    let setup = Setup::new(&queue, &(one_failure("concurrency = 4") + &api.section() + &subscriber("a", &a.url, "")));
+    let setup = Setup::new(
+        &queue,
+        &(one_failure("concurrency = 4") + &api.section() + &subscriber("a", &a.url, "")),
+    );
     let _daemon = setup.start().await;
     queue.publish(TYPE, (0..4).map(event)).await;
     a.wait_requests(4).await;
@@ -385,11 +480,15 @@ async fn what_is_wanted_while_requests_are_under_way_is_tried_when_they_have_end
     a.wait_all(4).await;
 }
 
-async fn after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_rest_when_that_is_accepted(queue: Queue) {
+async fn after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_rest_when_that_is_accepted(
+    queue: Queue,
+) {
     let api = Api::new();
     let a = Receiver::start(|_, _| status(429).header("retry-after", "3000")).await;
-    let more = "http = { concurrency = 16 }\ncircuit_breaker = { failures = 0, max_open_for = \"1h\" }";
-    let setup = Setup::new(&queue, &(SLOW.to_owned() + &api.section() + &subscriber("a", &a.url, more)));
+    let more =
+        "http = { concurrency = 16 }\ncircuit_breaker = { failures = 0, max_open_for = \"1h\" }";
+    let setup =
+        Setup::new(&queue, &(SLOW.to_owned() + &api.section() + &subscriber("a", &a.url, more)));
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
     api.wait("a", "it is held", |s| s["state"] == "held" && s["in_hand"] == 0).await;
@@ -399,7 +498,11 @@ async fn after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_res
     a.now(|_, _| status(503));
     for tries in 1..=3 {
         let wanted = api.post("/api/v1/subscribers/a/retry", "{}").await.json();
-        assert_eq!(json!([wanted["state"], wanted["tried_now"]]), json!(["held", true]), "{wanted}");
+        assert_eq!(
+            json!([wanted["state"], wanted["tried_now"]]),
+            json!(["held", true]),
+            "{wanted}"
+        );
         a.wait_requests(1 + tries).await;
         api.wait("a", "it is held again", |s| s["state"] == "held" && s["in_hand"] == 0).await;
         assert_eq!(a.count(), 1 + tries, "one batch");
@@ -415,15 +518,23 @@ async fn after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_res
 async fn where_nothing_is_named_or_found_nothing_is_tried(queue: Queue) {
     let api = Api::new();
     let a = Receiver::start(|_, _| status(503)).await;
-    let setup = Setup::new(&queue, &(one_failure("") + &api.section() + &subscriber("a", &a.url, "")));
+    let setup =
+        Setup::new(&queue, &(one_failure("") + &api.section() + &subscriber("a", &a.url, "")));
     let _daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
-    api.wait("a", "its circuit is open", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
+    api.wait("a", "its circuit is open", |s| s["state"] == "circuit_open" && s["in_hand"] == 0)
+        .await;
     wait_waiting(&setup, "a", 1).await;
     let path = "/api/v1/subscribers/a/retry";
-    for nobody in [r#"{"ids":["msg_nobody"]}"#, r#"{"ids":[]}"#, r#"{"ids":["msg_nobody"],"try_only":false}"#] {
+    for nobody in
+        [r#"{"ids":["msg_nobody"]}"#, r#"{"ids":[]}"#, r#"{"ids":["msg_nobody"],"try_only":false}"#]
+    {
         let answered = api.post(path, nobody).await.json();
-        assert_eq!(json!([answered["moved"], answered["already_due"], answered["tried_now"]]), json!([0, 0, false]), "{nobody}");
+        assert_eq!(
+            json!([answered["moved"], answered["already_due"], answered["tried_now"]]),
+            json!([0, 0, false]),
+            "{nobody}"
+        );
     }
     let nobody = setup.run(&["retry", "now", "a", "msg_nobody"]);
     assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
@@ -431,13 +542,19 @@ async fn where_nothing_is_named_or_found_nothing_is_tried(queue: Queue) {
     for n in [2, 3] {
         assert_eq!(api.post(path, "{}").await.json()["tried_now"], true);
         a.wait_requests(n).await;
-        api.wait("a", "its circuit is open again", |s| s["state"] == "circuit_open" && s["in_hand"] == 0).await;
+        api.wait("a", "its circuit is open again", |s| {
+            s["state"] == "circuit_open" && s["in_hand"] == 0
+        })
+        .await;
         wait_waiting(&setup, "a", 1).await;
         assert_eq!(a.count(), n, "one for each wish with something due, and none for the others");
     }
     queue.publish(TYPE, [event(1)]).await;
     let answered = api.post(path, r#"{"try_only":true}"#).await.json();
-    assert_eq!(json!([answered["moved"], answered["already_due"], answered["tried_now"]]), json!([0, 0, true]));
+    assert_eq!(
+        json!([answered["moved"], answered["already_due"], answered["tried_now"]]),
+        json!([0, 0, true])
+    );
     a.wait_requests(4).await;
 }
 
@@ -455,21 +572,28 @@ async fn what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait(queue: Queue)
     let text = std::fs::read_to_string(setup.config()).expect("reads");
     let included = "[[subscriber]]\nname = \"b\"";
     let (first, second) = text.split_once(included).expect("there is `b`");
-    let (b, rest) = second.split_once("\n[").map_or((second, String::new()), |(b, rest)| (b, format!("\n[{rest}")));
+    let (b, rest) = second
+        .split_once("\n[")
+        .map_or((second, String::new()), |(b, rest)| (b, format!("\n[{rest}")));
     let file = setup.write("b.toml", format!("{included}\npaused = true{b}"));
     setup.write("hooktrail.toml", format!("include = [\"b.toml\"]\n{first}{rest}"));
     api.wait("b", "the configuration pauses it", |s| s["paused"]["by"] == "configuration").await;
-    let fixed = format!("`b` is paused in the configuration: nothing is sent before `paused = true` is taken out of {}", file.display());
+    let fixed = format!(
+        "`b` is paused in the configuration: nothing is sent before `paused = true` is taken out of {}",
+        file.display()
+    );
     let said = setup.ok(&["retry", "now", "b"]);
     assert!(said.contains(&fixed) && !said.contains("resume"), "{said}");
     // Without its daemon nobody knows more than the configuration says.
     assert!(daemon.stop().await.success());
     let said = setup.run(&["retry", "now", "a"]);
-    let unknown =
-        "nothing is sent before a daemon runs that serves `a`, and whether `a` is paused or its circuit open is not known: no daemon";
+    let unknown = "nothing is sent before a daemon runs that serves `a`, and whether `a` is paused or its circuit open is not known: no daemon";
     assert!(said.status.success() && err(&said).contains(unknown), "{said:?}");
     let said = err(&setup.run(&["retry", "now", "b"]));
-    let wait = format!("before a daemon runs that serves `b`, and before `paused = true` is taken out of {}: no daemon", file.display());
+    let wait = format!(
+        "before a daemon runs that serves `b`, and before `paused = true` is taken out of {}: no daemon",
+        file.display()
+    );
     assert!(said.contains(&wait), "{said}");
 }
 
@@ -490,8 +614,15 @@ fn with_two_daemons_each_batch_is_sent_once() {
 
 /// A batch as an earlier version sent it up the ladder, if it has no time.
 fn envelope(id: &str, attempts: i64) -> BasicProperties {
-    let table = headers(&[("batch-id", text(id)), ("attempts", AMQPValue::LongLongInt(attempts)), ("events", AMQPValue::LongLongInt(1))]);
-    BasicProperties::default().with_content_type("application/json".into()).with_message_id(id.into()).with_headers(table)
+    let table = headers(&[
+        ("batch-id", text(id)),
+        ("attempts", AMQPValue::LongLongInt(attempts)),
+        ("events", AMQPValue::LongLongInt(1)),
+    ]);
+    BasicProperties::default()
+        .with_content_type("application/json".into())
+        .with_message_id(id.into())
+        .with_headers(table)
 }
 
 /// The way of a message that waits in one level alone.
@@ -502,7 +633,8 @@ fn way(level: usize, subscriber: &str) -> String {
 
 /// Two subscribers whose queues are there, and no daemon.
 async fn alone(broker: &Broker) -> Setup {
-    let both = subscriber("a", "http://127.0.0.1:9/", "paused = true") + &subscriber("b", "http://127.0.0.1:9/", "paused = true");
+    let both = subscriber("a", "http://127.0.0.1:9/", "paused = true")
+        + &subscriber("b", "http://127.0.0.1:9/", "paused = true");
     let setup = Setup::new(broker, &(SLOW.to_owned() + &both));
     assert!(setup.start().await.stop().await.success());
     setup
@@ -519,7 +651,10 @@ fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_al
         broker.put(&level, &way(12, "a"), b"no envelope", BasicProperties::default()).await;
         broker.wait_depth("delay.12", 4).await;
         let listed = waiting(&setup, "a");
-        let told: Vec<Value> = listed.iter().map(|b| json!([b["id"], b["attempts"], b["status"], b["due_at"]])).collect();
+        let told: Vec<Value> = listed
+            .iter()
+            .map(|b| json!([b["id"], b["attempts"], b["status"], b["due_at"]]))
+            .collect();
         assert_eq!(json!(told), json!([["msg_1", 3, null, null], ["msg_3", 3, null, null]]));
         assert!(setup.ok(&["retry", "list", "a"]).contains("unknown"));
         let said = setup.ok(&["retry", "now", "a", "@2"]);
@@ -534,7 +669,8 @@ fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_al
     });
 }
 
-/// Acks that a channel has not sent on to the queue are lost when it is closed: the batch would be sent twice, the second time in an hour.
+/// Acks that a channel has not sent on to the queue are lost when it is closed: the batch would be
+/// sent twice, the second time in an hour.
 fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
     run(async {
         let broker = Broker::private().await;
@@ -547,7 +683,8 @@ fn what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder() {
         // Each write takes 300 ms; a queue is counted without one.
         let slow = "register(slow, spawn(fun F() -> sys:suspend(ra_log_wal), timer:sleep(300), sys:resume(ra_log_wal), F() end)).";
         broker.node().ctl(&["eval", slow]);
-        let moved: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
+        let moved: Value =
+            serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
         broker.node().ctl(&["eval", "exit(whereis(slow), kill), sys:resume(ra_log_wal)."]);
         assert_eq!(moved["moved"], 60);
         broker.wait_depth("sub.a.retry", 60).await;
@@ -569,7 +706,8 @@ fn what_waits_in_a_queue_that_is_busy_is_listed() {
         let level = format!("{}.delay.12", broker.prefix);
         broker.put(&level, &way(12, "a"), b"{}", envelope("msg_1", 1)).await;
         broker.wait_depth("delay.12", 1).await;
-        let busy = "ok = sys:suspend(Queue), spawn(fun() -> timer:sleep(3000), sys:resume(Queue) end).";
+        let busy =
+            "ok = sys:suspend(Queue), spawn(fun() -> timer:sleep(3000), sys:resume(Queue) end).";
         broker.node().ctl(&["eval", &format!("Queue = whereis('%2F_{level}'), {busy}")]);
         assert_eq!(ids(&waiting(&setup, "a")), ["msg_1"]);
     });
@@ -584,7 +722,9 @@ fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
         for n in 0..60 {
             let name = if n % 3 == 0 { "a" } else { "b" };
             let body = n.to_string();
-            broker.put(&level, &way(4, name), body.as_bytes(), envelope(&format!("msg_{n}"), 1)).await;
+            broker
+                .put(&level, &way(4, name), body.as_bytes(), envelope(&format!("msg_{n}"), 1))
+                .await;
         }
         let published = Instant::now();
         let sixteen = Duration::from_secs(16);
@@ -594,7 +734,8 @@ fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
             setup.ok(&["retry", "list", "b"]);
             looks += 1;
         }
-        let moved: Value = serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
+        let moved: Value =
+            serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
         let in_time = begun.elapsed() < sixteen;
         if in_time {
             assert_eq!(moved["moved"], 20);
@@ -609,8 +750,12 @@ fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
         })
         .await;
         assert!(first.is_some_and(|first| first >= sixteen), "none came early: {first:?}");
-        let expected: Vec<Vec<u8>> = (0..60).filter(|n| n % 3 != 0).map(|n| n.to_string().into_bytes()).collect();
+        let expected: Vec<Vec<u8>> =
+            (0..60).filter(|n| n % 3 != 0).map(|n| n.to_string().into_bytes()).collect();
         assert_eq!(broker.take_all("sub.b.retry").await, expected);
-        println!("the first after {first:?}, the last after {:?}, {looks} looks, moved in time: {in_time}", begun.elapsed());
+        println!(
+            "the first after {first:?}, the last after {:?}, {looks} looks, moved in time: {in_time}",
+            begun.elapsed()
+        );
     });
 }

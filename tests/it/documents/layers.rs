@@ -13,15 +13,27 @@ struct Room {
 
 /// The map at the top of `src/lib.rs`, in its order.
 fn map() -> Vec<Room> {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).expect("the map");
-    let block = text.split("# The rooms").nth(1).and_then(|rest| rest.split("```").nth(1)).expect("a block");
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs"))
+        .expect("the map");
+    let block = text
+        .split("# The rooms")
+        .nth(1)
+        .and_then(|rest| rest.split("```").nth(1))
+        .expect("a block");
     let mut rooms: Vec<Room> = Vec::new();
     for line in block.lines().filter_map(|line| line.strip_prefix("//! ")) {
         if let Some((name, rest)) = line.split_once(' ').filter(|(name, _)| !name.is_empty()) {
-            let files = rest.trim_start().split("  ").next().filter(|files| files.contains(" · ")).unwrap_or_default();
+            let files = rest
+                .trim_start()
+                .split("  ")
+                .next()
+                .filter(|files| files.contains(" · "))
+                .unwrap_or_default();
             let name = name.trim_end_matches('/').trim_end_matches(".rs").to_owned();
             rooms.push(Room { name, files: names(files).collect() });
-        } else if let (Some(more), Some(room)) = (line.trim_start().strip_prefix("· "), rooms.last_mut()) {
+        } else if let (Some(more), Some(room)) =
+            (line.trim_start().strip_prefix("· "), rooms.last_mut())
+        {
             room.files.extend(names(more));
         }
     }
@@ -49,13 +61,24 @@ fn modules() -> Vec<(String, PathBuf, String)> {
     let mut files = Vec::new();
     sources(&root, &mut files);
     let module = |path: PathBuf| {
-        let name =
-            path.strip_prefix(&root).expect("below").components().next().expect("a name").as_os_str().to_string_lossy().replace(".rs", "");
+        let name = path
+            .strip_prefix(&root)
+            .expect("below")
+            .components()
+            .next()
+            .expect("a name")
+            .as_os_str()
+            .to_string_lossy()
+            .replace(".rs", "");
         let text = std::fs::read_to_string(&path).expect("text");
         let code = text.split("#[cfg(test)]").next().unwrap_or_default().to_owned();
         (name, path, code)
     };
-    files.into_iter().map(module).filter(|(name, ..)| !["main", "lib"].contains(&name.as_str())).collect()
+    files
+        .into_iter()
+        .map(module)
+        .filter(|(name, ..)| !["main", "lib"].contains(&name.as_str()))
+        .collect()
 }
 
 /// The paths behind `root`, such as `crate::`, each as its first two segments, groups included.
@@ -99,7 +122,10 @@ fn expand<'t>(before: &str, text: &'t str, paths: &mut Vec<String>) -> &'t str {
 
 #[test]
 fn imports_are_read_with_their_groups() {
-    let found = imports("use crate::{\n    a,\n    b::{self, c::{D, E as F}, g},\n};\ncrate::h::i(crate::j);", "crate::");
+    let found = imports(
+        "use crate::{\n    a,\n    b::{self, c::{D, E as F}, g},\n};\ncrate::h::i(crate::j);",
+        "crate::",
+    );
     let found: Vec<_> = found.iter().map(|(a, b)| format!("{a}:{b}")).collect();
     assert_eq!(found, ["a:", "b:self", "b:c", "b:c", "b:g", "h:i", "j:"]);
 }
@@ -108,34 +134,48 @@ fn imports_are_read_with_their_groups() {
 fn the_map_names_every_room_and_file_of_it() {
     let map = map();
     for room in &map {
-        let of_room: Vec<_> = modules().into_iter().filter(|(name, ..)| *name == room.name).collect();
+        let of_room: Vec<_> =
+            modules().into_iter().filter(|(name, ..)| *name == room.name).collect();
         assert!(!of_room.is_empty(), "the map names `{}`, which is not there", room.name);
-        let mut there: Vec<String> = of_room.iter().map(|(name, path, _)| file_of(name, path)).collect();
+        let mut there: Vec<String> =
+            of_room.iter().map(|(name, path, _)| file_of(name, path)).collect();
         there.sort();
         there.dedup();
         for file in &room.files {
-            assert!(there.contains(file), "the map names `{file}` in `{}`, which is not there", room.name);
+            assert!(
+                there.contains(file),
+                "the map names `{file}` in `{}`, which is not there",
+                room.name
+            );
         }
         // The file of the room itself may be only a list of the others.
-        let unnamed: Vec<_> = there.iter().filter(|f| !room.files.is_empty() && **f != room.name && !room.files.contains(f)).collect();
+        let unnamed: Vec<_> = there
+            .iter()
+            .filter(|f| !room.files.is_empty() && **f != room.name && !room.files.contains(f))
+            .collect();
         assert!(unnamed.is_empty(), "of `{}` the map does not name {unnamed:?}", room.name);
     }
 }
 
 /// The file of a room, or the folder in it, that a path is of.
 fn file_of(room: &str, path: &Path) -> String {
-    let below = path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("below");
-    let second = below.components().nth(1).map(|c| c.as_os_str().to_string_lossy().replace(".rs", ""));
+    let below =
+        path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("below");
+    let second =
+        below.components().nth(1).map(|c| c.as_os_str().to_string_lossy().replace(".rs", ""));
     second.unwrap_or_else(|| room.to_owned())
 }
 
 #[test]
 fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_before_it() {
     let map = map();
-    let place: BTreeMap<&str, usize> = map.iter().enumerate().map(|(n, room)| (room.name.as_str(), n)).collect();
+    let place: BTreeMap<&str, usize> =
+        map.iter().enumerate().map(|(n, room)| (room.name.as_str(), n)).collect();
     let (mut seen, mut seen_inside) = (0, 0);
     for (room, path, code) in modules() {
-        let own = *place.get(room.as_str()).unwrap_or_else(|| panic!("{} stands in no room of the map", path.display()));
+        let own = *place
+            .get(room.as_str())
+            .unwrap_or_else(|| panic!("{} stands in no room of the map", path.display()));
         let files = &map[own].files;
         let file = file_of(&room, &path);
         let is_second_level = path.parent().is_some_and(|p| p.ends_with(&room));
@@ -146,8 +186,14 @@ fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_befo
                 inside.extend(Some(next).filter(|next| !next.is_empty()));
                 continue;
             }
-            let at = *place.get(other.as_str()).unwrap_or_else(|| panic!("{} imports `{other}`, which stands in no room", path.display()));
-            assert!(at < own, "{} imports `{other}` from a room below its own on the map", path.display());
+            let at = *place.get(other.as_str()).unwrap_or_else(|| {
+                panic!("{} imports `{other}`, which stands in no room", path.display())
+            });
+            assert!(
+                at < own,
+                "{} imports `{other}` from a room below its own on the map",
+                path.display()
+            );
             seen += 1;
         }
         if is_second_level {
@@ -156,7 +202,10 @@ fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_befo
         let Some(own) = files.iter().position(|f| *f == file) else { continue };
         for name in inside {
             // What is no file of it is something of the room's own file.
-            let at = files.iter().position(|f| *f == name).or_else(|| files.iter().position(|f| *f == room));
+            let at = files
+                .iter()
+                .position(|f| *f == name)
+                .or_else(|| files.iter().position(|f| *f == room));
             assert!(
                 at.is_some_and(|at| at < own),
                 "{} imports `{name}` of its own room, which is not before it on the map",
@@ -165,7 +214,10 @@ fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_befo
             seen_inside += 1;
         }
     }
-    assert!(seen > 30 && seen_inside > 10, "only {seen} and {seen_inside} imports were found: this test reads them wrongly");
+    assert!(
+        seen > 30 && seen_inside > 10,
+        "only {seen} and {seen_inside} imports were found: this test reads them wrongly"
+    );
 }
 
 #[test]
@@ -181,7 +233,13 @@ fn each_protocol_is_known_in_one_place() {
         ("h2::", &["src/endpoint/webhook/errors.rs"]),
         (
             "rustix",
-            &["src/queue/embedded", "src/failpoint.rs", "src/admin/connections.rs", "src/cli/terminal.rs", "src/telemetry/resources.rs"],
+            &[
+                "src/queue/embedded",
+                "src/failpoint.rs",
+                "src/admin/connections.rs",
+                "src/cli/terminal.rs",
+                "src/telemetry/resources.rs",
+            ],
         ),
         ("toml::", &["src/config"]),
         ("backoff::", &["src/policy/retry.rs"]),
@@ -192,7 +250,11 @@ fn each_protocol_is_known_in_one_place() {
     ] {
         let mut users = 0;
         for (_, path, code) in modules() {
-            let code: String = code.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+            let code: String = code
+                .lines()
+                .filter(|l| !l.trim_start().starts_with("//"))
+                .collect::<Vec<_>>()
+                .join("\n");
             if !code.contains(name) {
                 continue;
             }
@@ -209,7 +271,11 @@ fn only_main_ends_the_process_and_only_the_clock_asks_the_time() {
     for (_, path, code) in modules() {
         assert!(!code.contains("process::exit"), "{}", path.display());
         if !path.ends_with("clock.rs") {
-            assert!(!code.contains("SystemTime::now") && !code.contains("Instant::now"), "{}", path.display());
+            assert!(
+                !code.contains("SystemTime::now") && !code.contains("Instant::now"),
+                "{}",
+                path.display()
+            );
         }
     }
 }

@@ -13,7 +13,10 @@ use crate::{
 /// The names of series that a text mentions.
 fn names(text: &str) -> BTreeSet<String> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
-    text.split(|c| !is_name(c)).filter(|word| word.starts_with("hooktrail_")).map(str::to_owned).collect()
+    text.split(|c| !is_name(c))
+        .filter(|word| word.starts_with("hooktrail_"))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// The names of all series, those of histograms with their suffixes.
@@ -22,23 +25,35 @@ fn series() -> BTreeSet<String> {
         Kind::Histogram => &["_bucket", "_sum", "_count"][..],
         Kind::Counter | Kind::Gauge => &[""],
     };
-    ALL.iter().flat_map(|d| suffixes(d.kind).iter().map(move |suffix| d.exposed() + suffix)).collect()
+    ALL.iter()
+        .flat_map(|d| suffixes(d.kind).iter().map(move |suffix| d.exposed() + suffix))
+        .collect()
 }
 
 fn rules() -> Vec<Value> {
     let alerts = &yaml(&file("packaging/prometheus/alerts.yml"))[0];
-    alerts["groups"].as_array().expect("groups").iter().flat_map(|g| g["rules"].as_array().cloned().expect("rules")).collect()
+    alerts["groups"]
+        .as_array()
+        .expect("groups")
+        .iter()
+        .flat_map(|g| g["rules"].as_array().cloned().expect("rules"))
+        .collect()
 }
 
 #[test]
 fn every_metric_that_alerts_and_dashboard_name_exists() {
     let known = series();
-    for (path, least) in
-        [("packaging/prometheus/alerts.yml", 10), ("packaging/prometheus/alerts_test.yml", 5), ("packaging/grafana/hooktrail.json", 25)]
-    {
+    for (path, least) in [
+        ("packaging/prometheus/alerts.yml", 10),
+        ("packaging/prometheus/alerts_test.yml", 5),
+        ("packaging/grafana/hooktrail.json", 25),
+    ] {
         let named = names(&file(path));
         let unknown: Vec<_> = named.difference(&known).collect();
-        assert!(unknown.is_empty(), "{path} names what is not in src/telemetry/metrics.rs: {unknown:?}");
+        assert!(
+            unknown.is_empty(),
+            "{path} names what is not in src/telemetry/metrics.rs: {unknown:?}"
+        );
         assert!(named.len() >= least, "{path}: only {} were found", named.len());
     }
 }
@@ -46,13 +61,23 @@ fn every_metric_that_alerts_and_dashboard_name_exists() {
 /// `name{a="x"}` and `by (a)`: the labels that a query gives to a metric.
 #[test]
 fn every_label_that_a_selector_names_is_one_of_its_metric() {
-    let texts = [file("packaging/prometheus/alerts.yml"), file("packaging/grafana/hooktrail.json").replace("\\\"", "\"")];
+    let texts = [
+        file("packaging/prometheus/alerts.yml"),
+        file("packaging/grafana/hooktrail.json").replace("\\\"", "\""),
+    ];
     let mut seen = 0;
     for d in ALL {
-        let suffixes: &[&str] = if d.kind == Kind::Histogram { &["_bucket", "_sum", "_count"] } else { &[""] };
+        let suffixes: &[&str] =
+            if d.kind == Kind::Histogram { &["_bucket", "_sum", "_count"] } else { &[""] };
         for opening in suffixes.iter().map(|s| format!("{}{s}{{", d.exposed())) {
-            for selector in texts.iter().flat_map(|t| t.split(opening.as_str()).skip(1)).filter_map(|rest| rest.split('}').next()) {
-                for label in selector.split(',').filter_map(|part| part.split('=').next()).map(str::trim) {
+            for selector in texts
+                .iter()
+                .flat_map(|t| t.split(opening.as_str()).skip(1))
+                .filter_map(|rest| rest.split('}').next())
+            {
+                for label in
+                    selector.split(',').filter_map(|part| part.split('=').next()).map(str::trim)
+                {
                     assert!(d.labels.contains(&label), "`{}` has no label `{label}`", d.exposed());
                     seen += 1;
                 }
@@ -70,21 +95,35 @@ fn every_alert_points_to_its_paragraph_and_every_paragraph_has_its_alert() {
     for rule in rules() {
         let name = rule["alert"].as_str().expect("an alert's name");
         let anchor = name.to_lowercase();
-        assert_eq!(rule["annotations"]["runbook_url"], format!("docs/operations.md#{anchor}"), "{name}");
+        assert_eq!(
+            rule["annotations"]["runbook_url"],
+            format!("docs/operations.md#{anchor}"),
+            "{name}"
+        );
         assert!(anchors.contains(&anchor), "docs/operations.md has no paragraph {name}");
         for key in ["summary", "description"] {
-            assert!(rule["annotations"][key].as_str().is_some_and(|t| !t.is_empty()), "{name} has no {key}");
+            assert!(
+                rule["annotations"][key].as_str().is_some_and(|t| !t.is_empty()),
+                "{name} has no {key}"
+            );
         }
-        assert!(matches!(rule["labels"]["severity"].as_str(), Some("warning" | "critical")), "{name}");
+        assert!(
+            matches!(rule["labels"]["severity"].as_str(), Some("warning" | "critical")),
+            "{name}"
+        );
         alerts.insert(name.to_owned());
     }
-    let paragraphs = document.lines().filter_map(|l| l.strip_prefix("### ")).filter(|h| h.starts_with("Hooktrail"));
+    let paragraphs = document
+        .lines()
+        .filter_map(|l| l.strip_prefix("### "))
+        .filter(|h| h.starts_with("Hooktrail"));
     assert_eq!(paragraphs.map(str::to_owned).collect::<BTreeSet<_>>(), alerts);
 }
 
 #[test]
 fn the_dashboard_is_one_that_grafana_can_show() {
-    let dashboard: Value = serde_json::from_str(&file("packaging/grafana/hooktrail.json")).expect("JSON");
+    let dashboard: Value =
+        serde_json::from_str(&file("packaging/grafana/hooktrail.json")).expect("JSON");
     let panels = dashboard["panels"].as_array().expect("panels");
     let ids: BTreeSet<u64> = panels.iter().filter_map(|p| p["id"].as_u64()).collect();
     assert_eq!(ids.len(), panels.len(), "each panel has an id of its own");
@@ -93,13 +132,21 @@ fn the_dashboard_is_one_that_grafana_can_show() {
         let (title, place) = (&panel["title"], &panel["gridPos"]);
         let at = |key: &str| place[key].as_u64().unwrap_or_else(|| panic!("{title} has no {key}"));
         assert!(at("x") + at("w") <= 24, "{title} is wider than the page");
-        for (x, y) in (at("x")..at("x") + at("w")).flat_map(|x| (at("y")..at("y") + at("h")).map(move |y| (x, y))) {
+        for (x, y) in (at("x")..at("x") + at("w"))
+            .flat_map(|x| (at("y")..at("y") + at("h")).map(move |y| (x, y)))
+        {
             assert!(places.insert((x, y)), "{title} lies over another panel");
         }
         if panel["type"] != "row" {
             let queries = panel["targets"].as_array().expect("queries");
-            assert!(queries.iter().all(|q| q["expr"].as_str().is_some_and(|e| !e.is_empty())), "{title}");
-            assert_eq!(panel["datasource"]["uid"], "${datasource}", "{title} asks a data source of its own");
+            assert!(
+                queries.iter().all(|q| q["expr"].as_str().is_some_and(|e| !e.is_empty())),
+                "{title}"
+            );
+            assert_eq!(
+                panel["datasource"]["uid"], "${datasource}",
+                "{title} asks a data source of its own"
+            );
         }
     }
 }
@@ -108,9 +155,16 @@ fn the_dashboard_is_one_that_grafana_can_show() {
 fn a_daemon_that_never_had_its_queue_is_one_to_alert_of() {
     run(async {
         let api = Api::new();
-        let setup = Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n{}", free_port(), api.section()));
+        let setup = Setup::with_text(&format!(
+            "[queue]\nurl = \"amqp://127.0.0.1:{}\"\n{}",
+            free_port(),
+            api.section()
+        ));
         let daemon = setup.spawn();
         daemon.wait_log("admin listening").await;
-        eventually("the queue is told to be away", async || api.metric("hooktrail_queue_up").await == Some(0.0)).await;
+        eventually("the queue is told to be away", async || {
+            api.metric("hooktrail_queue_up").await == Some(0.0)
+        })
+        .await;
     });
 }

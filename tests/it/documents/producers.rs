@@ -37,7 +37,11 @@ fn document() -> String {
 /// The types of the events that came, in no order.
 fn types(receiver: &Receiver) -> Vec<String> {
     let all = receiver.requests();
-    let mut types: Vec<String> = all.iter().flat_map(|r| r.events()).map(|e| e["event"].as_str().expect("a type").to_owned()).collect();
+    let mut types: Vec<String> = all
+        .iter()
+        .flat_map(|r| r.events())
+        .map(|e| e["event"].as_str().expect("a type").to_owned())
+        .collect();
     types.sort();
     types
 }
@@ -45,21 +49,32 @@ fn types(receiver: &Receiver) -> Vec<String> {
 async fn the_examples_over_http_and_from_a_file_work() {
     let receiver = Receiver::accepting().await;
     let (queue, api) = (Queue::embedded(), Api::new());
-    let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "events = [\"activity_log.#\"]");
+    let text = QUICK.to_owned()
+        + &api.section()
+        + &subscriber("a", &receiver.url, "events = [\"activity_log.#\"]");
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     let document = document();
-    let script = shown(&document, "sh").join("\n").replace("127.0.0.1:8787", &format!("127.0.0.1:{}", api.port));
+    let script = shown(&document, "sh")
+        .join("\n")
+        .replace("127.0.0.1:8787", &format!("127.0.0.1:{}", api.port));
     let dir = tempfile::tempdir().expect("a directory");
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_hooktrail"), dir.path().join("hooktrail")).expect("links");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_hooktrail"), dir.path().join("hooktrail"))
+        .expect("links");
     let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap_or_default());
     let mut bash = Command::new("bash");
     bash.args(["-eu", "-o", "pipefail", "-c", &script]).current_dir(dir.path());
     let printed = output(bash.env("PATH", path).env("HOOKTRAIL_CONFIG", setup.config()));
-    for part in ["202 Accepted", "{\"accepted\":1,\"unmatched\":0}", "{\"accepted\":2,\"unmatched\":0}", "published 1 event"] {
+    for part in [
+        "202 Accepted",
+        "{\"accepted\":1,\"unmatched\":0}",
+        "{\"accepted\":2,\"unmatched\":0}",
+        "published 1 event",
+    ] {
         assert!(printed.contains(part), "`{part}` is not in:\n{printed}");
     }
-    let mut expected = ["login", "created", "deleted", "login"].map(|t| format!("activity_log.user.{t}"));
+    let mut expected =
+        ["login", "created", "deleted", "login"].map(|t| format!("activity_log.user.{t}"));
     expected.sort();
     eventually("all of them came", async || types(&receiver) == expected).await;
 }

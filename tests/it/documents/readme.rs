@@ -1,4 +1,5 @@
-//! What the README tells its reader to type works as it stands there, and prints what it shows; so do the commands of docs/commands.md.
+//! What the README tells its reader to type works as it stands there, and prints what it shows; so
+//! do the commands of docs/commands.md.
 
 use std::{
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
@@ -18,7 +19,8 @@ fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A fenced block for the shell, with what stands right before it if that says why it is not run here.
+/// A fenced block for the shell, with what stands right before it if that says why it is not run
+/// here.
 #[derive(Debug)]
 struct Block {
     text: String,
@@ -32,7 +34,10 @@ fn blocks(document: &str) -> Vec<Block> {
     while let Some(line) = lines.next() {
         if line == "```sh" {
             let text: Vec<&str> = lines.by_ref().take_while(|l| *l != "```").collect();
-            let not_run = before.strip_prefix("<!-- not run: ").and_then(|why| why.strip_suffix(" -->")).map(str::to_owned);
+            let not_run = before
+                .strip_prefix("<!-- not run: ")
+                .and_then(|why| why.strip_suffix(" -->"))
+                .map(str::to_owned);
             found.push(Block { text: text.join("\n") + "\n", not_run });
         }
         before = line;
@@ -40,7 +45,8 @@ fn blocks(document: &str) -> Vec<Block> {
     found
 }
 
-/// A line without what differs from run to run: numbers with their units, ids, secrets, the width of columns.
+/// A line without what differs from run to run: numbers with their units, ids, secrets, the width
+/// of columns.
 fn masked(line: &str) -> String {
     let words: Vec<String> = line.split_whitespace().map(masked_word).collect();
     words.join(" ")
@@ -53,12 +59,15 @@ fn masked_word(word: &str) -> String {
         let random = ["msg_", "whsec_", "v1,"].into_iter().find(|start| rest.starts_with(start));
         if let Some(start) = random {
             masked += start;
-            rest = rest[start.len()..].trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "_+/=".contains(c));
+            rest = rest[start.len()..]
+                .trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "_+/=".contains(c));
         } else if c.is_ascii_digit() {
             masked.push('#');
             rest = rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
             // "3ms" one time and "1.2s" the other.
-            let unit = ["ms", "s"].into_iter().find(|unit| rest.strip_prefix(unit).is_some_and(|r| !r.starts_with(char::is_alphanumeric)));
+            let unit = ["ms", "s"].into_iter().find(|unit| {
+                rest.strip_prefix(unit).is_some_and(|r| !r.starts_with(char::is_alphanumeric))
+            });
             rest = unit.map_or(rest, |unit| &rest[unit.len()..]);
         } else {
             masked.push(c);
@@ -72,14 +81,19 @@ fn masked_word(word: &str) -> String {
 fn assert_printed(shown: &str, printed: &str) {
     for line in shown.lines().filter(|l| !l.trim().is_empty() && *l != "…") {
         let wanted = masked(line);
-        assert!(printed.lines().any(|l| masked(l) == wanted), "`{line}` is shown, and not printed:\n{printed}");
+        assert!(
+            printed.lines().any(|l| masked(l) == wanted),
+            "`{line}` is shown, and not printed:\n{printed}"
+        );
     }
 }
 
 /// The lines `$ COMMAND` of a document, each with what is shown below it.
 fn console(document: &str) -> Vec<(&str, &str)> {
     let blocks = shown(document, "console").into_iter();
-    let commands = blocks.flat_map(|block| block.strip_prefix("$ ").unwrap_or_else(|| panic!("{block}")).split("\n$ "));
+    let commands = blocks.flat_map(|block| {
+        block.strip_prefix("$ ").unwrap_or_else(|| panic!("{block}")).split("\n$ ")
+    });
     commands.map(|command| command.split_once('\n').unwrap_or((command, ""))).collect()
 }
 
@@ -87,19 +101,27 @@ fn its_commands_work_in_a_clean_shell_one_after_the_other_and_print_what_is_show
     let readme = std::fs::read_to_string(repository().join("README.md")).expect("text");
     let blocks = blocks(&readme);
     let left_out: Vec<&str> = blocks.iter().filter_map(|b| b.not_run.as_deref()).collect();
-    assert_eq!(left_out.len(), 2, "what is not run says why, and is the clone and the tests: {left_out:?}");
-    let run: Vec<&str> = blocks.iter().filter(|b| b.not_run.is_none()).map(|b| b.text.as_str()).collect();
+    assert_eq!(
+        left_out.len(),
+        2,
+        "what is not run says why, and is the clone and the tests: {left_out:?}"
+    );
+    let run: Vec<&str> =
+        blocks.iter().filter(|b| b.not_run.is_none()).map(|b| b.text.as_str()).collect();
     assert_eq!(run.len(), 3, "trying it, an event over HTTP, and what became of it: {run:?}");
 
     let home = tempfile::tempdir().expect("a directory");
     let built = home.path().join("target/release");
     std::fs::create_dir_all(&built).expect("makes it");
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_hooktrail"), built.join("hooktrail")).expect("links");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_hooktrail"), built.join("hooktrail"))
+        .expect("links");
     // It was built already.
     let tools = home.path().join("tools");
     std::fs::create_dir(&tools).expect("makes it");
-    std::fs::write(tools.join("cargo"), "#!/bin/sh\n[ \"$*\" = 'build --release' ]\n").expect("writes");
-    std::fs::set_permissions(tools.join("cargo"), std::fs::Permissions::from_mode(0o755)).expect("its own");
+    std::fs::write(tools.join("cargo"), "#!/bin/sh\n[ \"$*\" = 'build --release' ]\n")
+        .expect("writes");
+    std::fs::set_permissions(tools.join("cargo"), std::fs::Permissions::from_mode(0o755))
+        .expect("its own");
 
     // The reader's machine has these ports free; this one may not.
     let (admin, receiver) = (free_port(), free_port());
@@ -107,7 +129,11 @@ fn its_commands_work_in_a_clean_shell_one_after_the_other_and_print_what_is_show
         let text = text.replace("127.0.0.1:9000", &format!("127.0.0.1:{receiver}"));
         text.replace("127.0.0.1:8787", &format!("127.0.0.1:{admin}"))
     };
-    let trying = moved(run[0]).replacen("[queue]\n", &format!("[admin]\nlisten = \"127.0.0.1:{admin}\"\n[queue]\n"), 1);
+    let trying = moved(run[0]).replacen(
+        "[queue]\n",
+        &format!("[admin]\nlisten = \"127.0.0.1:{admin}\"\n[queue]\n"),
+        1,
+    );
     assert!(trying.contains("[admin]"), "it has a configuration");
     // A reader types a block when the one before has done its work.
     let ready = format!("until curl -fsS http://127.0.0.1:{admin}/readyz; do sleep 0.2; done\n");
@@ -143,11 +169,14 @@ fn its_commands_work_in_a_clean_shell_one_after_the_other_and_print_what_is_show
     let text = |name: &str| std::fs::read_to_string(home.path().join(name)).unwrap_or_default();
     let printed = text("printed");
     assert!(ended && printed.contains("all of it worked"), "{printed}");
-    for part in ["verified (standard-webhooks)", "published 1 event", "\"accepted\":1", "name = \"siem\""] {
+    for part in
+        ["verified (standard-webhooks)", "published 1 event", "\"accepted\":1", "name = \"siem\""]
+    {
         assert!(printed.contains(part), "`{part}` is not in:\n{printed}");
     }
     assert!(!printed.contains("NOT VERIFIED") && !printed.contains("whsec_"), "{printed}");
-    let outputs: Vec<&str> = shown(&readme, "text").into_iter().filter(|b| !b.contains("──►")).collect();
+    let outputs: Vec<&str> =
+        shown(&readme, "text").into_iter().filter(|b| !b.contains("──►")).collect();
     assert_eq!(outputs.len(), 3, "one for each block that is run: {outputs:?}");
     outputs.iter().for_each(|block| assert_printed(block, &printed));
     for (n, (_, shown)) in console.iter().enumerate() {
@@ -159,7 +188,11 @@ fn its_commands_work_in_a_clean_shell_one_after_the_other_and_print_what_is_show
 fn the_demo_prints_what_is_shown() {
     let readme = std::fs::read_to_string(repository().join("README.md")).expect("text");
     let home = tempfile::tempdir().expect("a directory");
-    let demo = Command::new(env!("CARGO_BIN_EXE_hooktrail")).arg("demo").current_dir(home.path()).env("TMPDIR", home.path()).output();
+    let demo = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+        .arg("demo")
+        .current_dir(home.path())
+        .env("TMPDIR", home.path())
+        .output();
     let demo = demo.expect("runs");
     assert!(demo.status.success(), "{demo:?}");
     assert_printed(shown(&readme, "text demo")[0], &String::from_utf8_lossy(&demo.stdout));
@@ -169,7 +202,8 @@ fn the_demo_prints_what_is_shown() {
 fn ended_in_time(shell: &mut std::process::Child) -> bool {
     let (pid, (ended, end)) = (shell.id(), mpsc::channel::<()>());
     let watch = std::thread::spawn(move || {
-        let hangs = end.recv_timeout(crate::support::PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout);
+        let hangs =
+            end.recv_timeout(crate::support::PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout);
         if hangs {
             kill("-KILL", pid);
         }
@@ -187,12 +221,22 @@ fn every_block_for_the_shell_is_a_script_that_bash_reads() {
         .map(|e| e.expect("an entry").path())
         .filter(|p| p.extension().is_some_and(|e| e == "md"))
         .collect();
-    documents.extend(["README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md"].map(|name| repository().join(name)));
+    documents.extend(
+        ["README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+            .map(|name| repository().join(name)),
+    );
     let mut seen = 0;
     for document in documents {
         for block in blocks(&std::fs::read_to_string(&document).expect("text")) {
-            let read = Command::new("bash").args(["-n", "-c", &block.text]).output().expect("bash runs");
-            assert!(read.status.success(), "{}: {}\n{}", document.display(), String::from_utf8_lossy(&read.stderr), block.text);
+            let read =
+                Command::new("bash").args(["-n", "-c", &block.text]).output().expect("bash runs");
+            assert!(
+                read.status.success(),
+                "{}: {}\n{}",
+                document.display(),
+                String::from_utf8_lossy(&read.stderr),
+                block.text
+            );
             seen += 1;
         }
     }

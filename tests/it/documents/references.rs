@@ -37,7 +37,8 @@ fn read(path: impl AsRef<Path>) -> String {
 
 fn files(folder: &str, ending: &str, into: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(repository().join(folder)).expect("a folder") {
-        let name = format!("{folder}/{}", entry.expect("an entry").file_name().to_str().expect("text"));
+        let name =
+            format!("{folder}/{}", entry.expect("an entry").file_name().to_str().expect("text"));
         if repository().join(&name).is_dir() {
             files(&name, ending, into);
         } else if name.ends_with(ending) {
@@ -77,13 +78,22 @@ fn every_link_between_documents_leads_to_a_file_and_a_heading() {
     for document in documents() {
         let text = prose(&read(&document));
         let folder = document.parent().expect("a folder");
-        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()).filter(|l| !l.contains("://")) {
+        for link in text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split(')').next())
+            .filter(|l| !l.contains("://"))
+        {
             let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
             let target = if path.is_empty() { document.clone() } else { folder.join(path) };
             let there = repository().join(&target);
             assert!(there.exists(), "{}: {link}: there is no such file", document.display());
             if !anchor.is_empty() {
-                assert!(anchors(&read(&target)).contains(anchor), "{}: {link}: there is no such heading", document.display());
+                assert!(
+                    anchors(&read(&target)).contains(anchor),
+                    "{}: {link}: there is no such heading",
+                    document.display()
+                );
             }
             links += 1;
         }
@@ -96,12 +106,16 @@ fn every_path_that_a_document_names_exists() {
     let mut named = 0;
     for document in documents().iter().filter(|d| !d.ends_with("CHANGELOG.md")) {
         let text = prose(&read(document));
-        for path in
-            code(&text).into_iter().filter(|p| ["src/", "tests/", "scripts/", "packaging/", ".ci/"].iter().any(|f| p.starts_with(f)))
-        {
+        for path in code(&text).into_iter().filter(|p| {
+            ["src/", "tests/", "scripts/", "packaging/", ".ci/"].iter().any(|f| p.starts_with(f))
+        }) {
             let path = path.split_whitespace().next().expect("a word");
             // `a::b` is the test `b` in a file `a.rs`.
-            assert!(repository().join(path).exists() || path.ends_with("/a.rs"), "{}: {path}", document.display());
+            assert!(
+                repository().join(path).exists() || path.ends_with("/a.rs"),
+                "{}: {path}",
+                document.display()
+            );
             named += 1;
         }
     }
@@ -114,14 +128,21 @@ fn the_package_brings_every_document() {
     let mut found = vec![];
     files("docs", "", &mut found);
     for document in found {
-        assert!(manifest.contains(&format!("[\"{}\"", document.display())), "the Debian package lacks {}", document.display());
+        assert!(
+            manifest.contains(&format!("[\"{}\"", document.display())),
+            "the Debian package lacks {}",
+            document.display()
+        );
     }
 }
 
 /// The names in a text that begin with this.
 fn names(text: &str, start: &str) -> BTreeSet<String> {
     let is_name = |c: char| c.is_ascii_lowercase() || c == '-';
-    let ends = text.split(start).skip(1).map(|rest| rest.split(|c| !is_name(c)).next().unwrap_or_default());
+    let ends = text
+        .split(start)
+        .skip(1)
+        .map(|rest| rest.split(|c| !is_name(c)).next().unwrap_or_default());
     ends.filter(|end| !end.is_empty()).map(|end| format!("{start}{end}")).collect()
 }
 
@@ -132,7 +153,12 @@ fn the_reference_has_every_header_and_no_other() {
     let mut headers = BTreeSet::new();
     for path in sources {
         let code = read(path).split("#[cfg(test)]").next().unwrap_or_default().to_owned();
-        headers.append(&mut names(&code, "\"x-hooktrail-").iter().map(|n| n.trim_start_matches('"').to_owned()).collect());
+        headers.append(
+            &mut names(&code, "\"x-hooktrail-")
+                .iter()
+                .map(|n| n.trim_start_matches('"').to_owned())
+                .collect(),
+        );
     }
     assert!(headers.len() > 12, "{headers:?}");
     assert_eq!(names(&read("docs/rabbitmq.md"), "x-hooktrail-"), headers);
@@ -141,9 +167,17 @@ fn the_reference_has_every_header_and_no_other() {
 /// The rows of the first table below a heading of the reference, by their cells.
 fn table(heading: &str) -> Vec<Vec<String>> {
     let text = read("docs/rabbitmq.md");
-    let below = text.split(&format!("\n{heading}\n")).nth(1).unwrap_or_else(|| panic!("there is no `{heading}`"));
-    let rows = below.lines().skip_while(|l| !l.starts_with('|')).take_while(|l| l.starts_with('|')).skip(2);
-    rows.map(|row| row.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
+    let below = text
+        .split(&format!("\n{heading}\n"))
+        .nth(1)
+        .unwrap_or_else(|| panic!("there is no `{heading}`"));
+    let rows = below
+        .lines()
+        .skip_while(|l| !l.starts_with('|'))
+        .take_while(|l| l.starts_with('|'))
+        .skip(2);
+    rows.map(|row| row.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect())
+        .collect()
 }
 
 /// What stands between backticks.
@@ -153,8 +187,13 @@ fn code(cell: &str) -> Vec<&str> {
 
 /// A name of the reference as it is for this broker, subscriber and level.
 fn named(broker: &Broker, name: &str, level: u32) -> String {
-    let below = if level == 0 { "hooktrail.delay".to_owned() } else { format!("hooktrail.delay.{:02}", level - 1) };
-    let name = name.replace("BELOW", &below).replace("NAME", "siem").replace("NN", &format!("{level:02}"));
+    let below = if level == 0 {
+        "hooktrail.delay".to_owned()
+    } else {
+        format!("hooktrail.delay.{:02}", level - 1)
+    };
+    let name =
+        name.replace("BELOW", &below).replace("NAME", "siem").replace("NN", &format!("{level:02}"));
     match name.strip_prefix("hooktrail.") {
         Some(rest) => format!("{}.{rest}", broker.prefix),
         None if name == "audit" => broker.exchange.clone(),
@@ -169,7 +208,8 @@ fn levels(row: &[String]) -> std::ops::Range<u32> {
 
 /// What the cell says of arguments.
 fn arguments(broker: &Broker, cell: &str, level: u32) -> BTreeMap<String, String> {
-    let pairs = code(cell).into_iter().filter_map(|pair| pair.split_once(" = ").or(pair.split_once(" =")));
+    let pairs =
+        code(cell).into_iter().filter_map(|pair| pair.split_once(" = ").or(pair.split_once(" =")));
     let value = |value: &str| match value {
         "TTL" => (1000_u64 << level).to_string(),
         value => named(broker, value, level),
@@ -181,8 +221,13 @@ fn arguments(broker: &Broker, cell: &str, level: u32) -> BTreeMap<String, String
 fn listed(broker: &Broker, command: &[&str]) -> Vec<Value> {
     let text = broker.node().ctl(&[&["--quiet", "--formatter", "json"], command].concat());
     let all: Vec<Value> = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
-    let is_ours = |v: &Value| v.as_str().is_some_and(|s| s == broker.exchange || s.starts_with(&format!("{}.", broker.prefix)));
-    all.into_iter().filter(|row| ["name", "source_name"].iter().any(|column| is_ours(&row[column]))).collect()
+    let is_ours = |v: &Value| {
+        v.as_str()
+            .is_some_and(|s| s == broker.exchange || s.starts_with(&format!("{}.", broker.prefix)))
+    };
+    all.into_iter()
+        .filter(|row| ["name", "source_name"].iter().any(|column| is_ours(&row[column])))
+        .collect()
 }
 
 /// As `rabbitmqctl` lists arguments: an array of name, type and value for each, or an object.
@@ -214,25 +259,43 @@ async fn what_the_reference_lists_is_what_a_daemon_declares_and_writes() {
 
     let queues: BTreeMap<String, _> = table("## Queues")
         .iter()
-        .flat_map(|row| levels(row).map(|n| (named(&broker, code(&row[0])[0], n), arguments(&broker, &row[2], n))).collect::<Vec<_>>())
+        .flat_map(|row| {
+            levels(row)
+                .map(|n| (named(&broker, code(&row[0])[0], n), arguments(&broker, &row[2], n)))
+                .collect::<Vec<_>>()
+        })
         .collect();
     let found = listed(&broker, &["list_queues", "name", "arguments"]);
-    let found: BTreeMap<String, _> =
-        found.iter().map(|q| (q["name"].as_str().expect("a name").to_owned(), as_arguments(&q["arguments"]))).collect();
+    let found: BTreeMap<String, _> = found
+        .iter()
+        .map(|q| (q["name"].as_str().expect("a name").to_owned(), as_arguments(&q["arguments"])))
+        .collect();
     assert_eq!(found, queues);
     assert_eq!(queues.len(), 3 + 19 + 2);
 
     let exchanges: BTreeMap<String, _> = table("## Exchanges")
         .iter()
         .flat_map(|row| {
-            let one = |n| (named(&broker, code(&row[0])[0], n), (row[1].clone(), arguments(&broker, &row[2], n)));
+            let one = |n| {
+                (
+                    named(&broker, code(&row[0])[0], n),
+                    (row[1].clone(), arguments(&broker, &row[2], n)),
+                )
+            };
             levels(row).map(one).collect::<Vec<_>>()
         })
         .collect();
     let found = listed(&broker, &["list_exchanges", "name", "type", "arguments"]);
     let kind = |e: &Value| e["type"].as_str().expect("a type").to_owned();
-    let found: BTreeMap<String, _> =
-        found.iter().map(|e| (e["name"].as_str().expect("a name").to_owned(), (kind(e), as_arguments(&e["arguments"])))).collect();
+    let found: BTreeMap<String, _> = found
+        .iter()
+        .map(|e| {
+            (
+                e["name"].as_str().expect("a name").to_owned(),
+                (kind(e), as_arguments(&e["arguments"])),
+            )
+        })
+        .collect();
     assert_eq!(found, exchanges);
 
     let mut bindings = BTreeSet::new();
@@ -247,15 +310,24 @@ async fn what_the_reference_lists_is_what_a_daemon_declares_and_writes() {
             };
             let to = row[1].split_whitespace().next().expect("a kind").to_owned();
             for key in keys {
-                bindings.insert((named(&broker, code(&row[0])[0], n), to.clone(), named(&broker, code(&row[1])[0], n), key));
+                bindings.insert((
+                    named(&broker, code(&row[0])[0], n),
+                    to.clone(),
+                    named(&broker, code(&row[1])[0], n),
+                    key,
+                ));
             }
         }
     }
     let columns = ["source_name", "destination_kind", "destination_name", "routing_key"];
     let found = listed(&broker, &[&["list_bindings"][..], &columns[..]].concat());
     let text = |b: &Value, column: &str| b[column].as_str().expect("text").to_owned();
-    let found: BTreeSet<_> =
-        found.iter().map(|b| (text(b, columns[0]), text(b, columns[1]), text(b, columns[2]), text(b, columns[3]))).collect();
+    let found: BTreeSet<_> = found
+        .iter()
+        .map(|b| {
+            (text(b, columns[0]), text(b, columns[1]), text(b, columns[2]), text(b, columns[3]))
+        })
+        .collect();
     assert_eq!(found, bindings);
 
     // An hour is 2^11 s and more: there it enters the ladder.
@@ -274,10 +346,14 @@ fn assert_headers_are_listed(message: &Delivery, on: &str) {
     let table = table("### Headers");
     let headers = message.properties.headers().as_ref().expect("headers").inner();
     // The others are the broker's.
-    let own: Vec<_> = headers.iter().filter(|(name, _)| name.as_str().starts_with("x-hooktrail-")).collect();
+    let own: Vec<_> =
+        headers.iter().filter(|(name, _)| name.as_str().starts_with("x-hooktrail-")).collect();
     assert!(own.len() > 4, "{own:?}");
     for (name, value) in own {
-        let row = table.iter().find(|row| code(&row[0]) == [name.as_str()]).unwrap_or_else(|| panic!("{name} is not listed"));
+        let row = table
+            .iter()
+            .find(|row| code(&row[0]) == [name.as_str()])
+            .unwrap_or_else(|| panic!("{name} is not listed"));
         assert!(row[1].contains(on), "{name} is not listed for {on}");
         let wanted = if matches!(value, AMQPValue::LongString(_)) { "string" } else { "integer" };
         assert!(row[2].starts_with(wanted), "{name}: {value:?}");

@@ -1,5 +1,5 @@
-//! What SECURITY.md promises and no other file of these tests holds the program to; and that the names in it and in
-//! docs/guarantees.md are true.
+//! What SECURITY.md promises and no other file of these tests holds the program to; and that the
+//! names in it and in docs/guarantees.md are true.
 
 use std::{
     collections::BTreeSet,
@@ -37,8 +37,8 @@ tests_that_need!(
     a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good,
 );
 
-/// A broker that is reached over TLS: what comes is passed on to the one of the tests. Its URL, and how many handshakes
-/// were made to their end.
+/// A broker that is reached over TLS: what comes is passed on to the one of the tests. Its URL, and
+/// how many handshakes were made to their end.
 async fn over_tls(config: ServerConfig, broker: &Broker) -> (String, Arc<AtomicUsize>) {
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -74,13 +74,15 @@ fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
             ("broker.example", authority.pem.clone(), Some("not valid for name")),
             ("127.0.0.1", authority.pem.clone(), None),
         ] {
-            let (url, made) = over_tls(authority.server(&authority.sign(certified), false), &broker).await;
+            let (url, made) =
+                over_tls(authority.server(&authority.sign(certified), false), &broker).await;
             let setup = Setup::with_text(&text.replace(&broker.url, &url));
             setup.write("trusted.pem", trusted);
             let shell = "SSL_CERT_FILE=trusted.pem exec \"$0\" \"$@\"";
             if let Some(why) = refused {
                 let look = setup.run_as(shell, &["check", "--connect"]);
-                let told = String::from_utf8_lossy(&look.stdout).into_owned() + &String::from_utf8_lossy(&look.stderr);
+                let told = String::from_utf8_lossy(&look.stdout).into_owned()
+                    + &String::from_utf8_lossy(&look.stderr);
                 assert!(look.status.code() == Some(1) && told.contains(why), "{told}");
                 assert_eq!(made.load(Ordering::Relaxed), 0, "{told}");
                 continue;
@@ -96,7 +98,8 @@ fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
 }
 
 /// As `openssl req -x509` makes one: an authority (CA:TRUE), and the server's own.
-fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good() {
+fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good()
+{
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
@@ -113,8 +116,12 @@ fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and
             let shell = "SSL_CERT_FILE=trusted.pem exec \"$0\" \"$@\"";
             if !is_accepted {
                 let look = setup.run_as(shell, &["check", "--connect"]);
-                let told = String::from_utf8_lossy(&look.stdout).into_owned() + &String::from_utf8_lossy(&look.stderr);
-                assert!(look.status.code() == Some(1) && told.contains("certificate"), "{what}: {told}");
+                let told = String::from_utf8_lossy(&look.stdout).into_owned()
+                    + &String::from_utf8_lossy(&look.stderr);
+                assert!(
+                    look.status.code() == Some(1) && told.contains("certificate"),
+                    "{what}: {told}"
+                );
                 assert_eq!(made.load(Ordering::Relaxed), 0, "{what}: {told}");
                 continue;
             }
@@ -134,12 +141,18 @@ fn the_embedded_queue_is_its_owners_alone_whatever_the_umask() {
             let queue = Embedded::new();
             if let Some(mode) = before {
                 std::fs::create_dir(queue.data_dir()).expect("makes it");
-                std::fs::set_permissions(queue.data_dir(), std::fs::Permissions::from_mode(mode)).expect("changes");
+                std::fs::set_permissions(queue.data_dir(), std::fs::Permissions::from_mode(mode))
+                    .expect("changes");
             }
-            let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+            let setup = Setup::new(
+                &queue,
+                &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")),
+            );
             let daemon = setup.spawn_as("umask 0; exec \"$0\" \"$@\"");
             daemon.wait_log("running").await;
-            let mode = |path: &Path| std::fs::metadata(path).expect("is there").permissions().mode() & 0o777;
+            let mode = |path: &Path| {
+                std::fs::metadata(path).expect("is there").permissions().mode() & 0o777
+            };
             assert_eq!(mode(&queue.data_dir()), before.unwrap_or(0o700));
             for suffix in ["", "-wal", "-shm"] {
                 let path = format!("{}{suffix}", queue.file().display());
@@ -159,24 +172,40 @@ fn table(path: &str) -> toml::Table {
 fn dependencies_come_from_crates_io_by_their_checksums_and_none_of_them_is_banned() {
     let rules = table("deny.toml");
     let entries = |group: &str, key: &str| rules[group][key].as_array().expect("a list").clone();
-    let banned: BTreeSet<String> = entries("bans", "deny").iter().map(|b| b["crate"].as_str().expect("a name").to_owned()).collect();
+    let banned: BTreeSet<String> = entries("bans", "deny")
+        .iter()
+        .map(|b| b["crate"].as_str().expect("a name").to_owned())
+        .collect();
     assert!(banned.contains("openssl-sys") && banned.contains("aws-lc-sys"), "{banned:?}");
-    for (lock, own) in [("Cargo.lock", "hooktrail"), ("tests/verifiers/rust/Cargo.lock", "verify")] {
+    for (lock, own) in [("Cargo.lock", "hooktrail"), ("tests/verifiers/rust/Cargo.lock", "verify")]
+    {
         let packages = table(lock)["package"].as_array().expect("packages").clone();
         for package in &packages {
-            let text = |key: &str| package.get(key).and_then(toml::Value::as_str).unwrap_or_default();
+            let text =
+                |key: &str| package.get(key).and_then(toml::Value::as_str).unwrap_or_default();
             let name = text("name");
             if name == own {
                 continue;
             }
-            assert_eq!(text("source"), "registry+https://github.com/rust-lang/crates.io-index", "{lock}: {name}");
+            assert_eq!(
+                text("source"),
+                "registry+https://github.com/rust-lang/crates.io-index",
+                "{lock}: {name}"
+            );
             assert_eq!(text("checksum").len(), 64, "{lock}: {name}");
             assert!(!banned.contains(name), "{lock}: {name} is banned by deny.toml");
         }
         assert!(packages.len() > 50, "{lock}: {}", packages.len());
     }
-    for exception in entries("advisories", "ignore").iter().chain(&entries("bans", "skip")).chain(&entries("bans", "deny")) {
-        assert!(exception.get("reason").and_then(toml::Value::as_str).is_some_and(|r| r.len() > 10), "{exception:?} without its reason");
+    for exception in entries("advisories", "ignore")
+        .iter()
+        .chain(&entries("bans", "skip"))
+        .chain(&entries("bans", "deny"))
+    {
+        assert!(
+            exception.get("reason").and_then(toml::Value::as_str).is_some_and(|r| r.len() > 10),
+            "{exception:?} without its reason"
+        );
     }
 }
 
@@ -194,7 +223,9 @@ fn tests_in(name: &str) -> Vec<String> {
     let mut folders = vec!["tests".to_owned()];
     let mut found = Vec::new();
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(&folder)).expect("a folder") {
+        for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(&folder))
+            .expect("a folder")
+        {
             let entry = entry.expect("an entry");
             let path = format!("{folder}/{}", entry.file_name().to_string_lossy());
             if entry.file_type().expect("its type").is_dir() {
@@ -218,7 +249,10 @@ fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
     let model = file(page);
     let (mut files, mut tests) = (0, 0);
     for span in model.split('`').skip(1).step_by(2) {
-        let is_name = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+        let is_name = |part: &str| {
+            !part.is_empty()
+                && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        };
         let parts: Vec<&str> = span.split("::").collect();
         if parts.len() > 1 && parts.iter().all(|p| is_name(p) && p.len() > 1) {
             let (name, paths) = match &parts[..] {
@@ -231,12 +265,21 @@ fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
             let text: String = paths.iter().filter(there).map(|path| file(path)).collect();
             // As a function, or as an entry of one of the macros that make tests.
             let begins = [format!("fn {name}("), format!("    {name}: ")];
-            assert!(begins.iter().any(|b| text.contains(b)), "{page}: {paths:?} have no test {name}");
+            assert!(
+                begins.iter().any(|b| text.contains(b)),
+                "{page}: {paths:?} have no test {name}"
+            );
             tests += 1;
-        } else if ["src/", "docs/", "scripts/", "packaging/", "tests/", "config/", ".ci/"].iter().any(|d| span.starts_with(d)) {
+        } else if ["src/", "docs/", "scripts/", "packaging/", "tests/", "config/", ".ci/"]
+            .iter()
+            .any(|d| span.starts_with(d))
+        {
             // A command with its arguments, and a place for a name.
             let path = span.split(' ').next().expect("a word");
-            assert!(path.contains("/a.rs") || Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists(), "{page}: {path} is not there");
+            assert!(
+                path.contains("/a.rs") || Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists(),
+                "{page}: {path} is not there"
+            );
             files += 1;
         }
     }
@@ -252,10 +295,19 @@ fn what_the_guarantees_name_is_there() {
 fn what_the_threat_model_names_is_there() {
     assert_names_are_true("SECURITY.md", 11, 41);
     let model = file("SECURITY.md");
-    for link in model.split("](").skip(1).filter_map(|rest| rest.split(')').next()).filter(|l| !l.starts_with("https://")) {
+    for link in model
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split(')').next())
+        .filter(|l| !l.starts_with("https://"))
+    {
         match link.split_once('#') {
-            Some(("", anchor)) => assert!(anchors(&model).contains(anchor), "#{anchor} is no heading"),
-            Some((path, anchor)) => assert!(anchors(&file(path)).contains(anchor), "{link} leads nowhere"),
+            Some(("", anchor)) => {
+                assert!(anchors(&model).contains(anchor), "#{anchor} is no heading")
+            }
+            Some((path, anchor)) => {
+                assert!(anchors(&file(path)).contains(anchor), "{link} leads nowhere")
+            }
             None => drop(file(link)),
         }
     }

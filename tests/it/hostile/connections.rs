@@ -1,6 +1,6 @@
-//! Receivers that do on a connection what no receiver should. Each has a good one beside it that keeps its pace, a bound on
-//! the time of its attempt and on the daemon's memory, and loses nothing. Which queue the events come from makes no
-//! difference here, so it is the quicker one.
+//! Receivers that do on a connection what no receiver should. Each has a good one beside it that
+//! keeps its pace, a bound on the time of its attempt and on the daemon's memory, and loses
+//! nothing. Which queue the events come from makes no difference here, so it is the quicker one.
 
 use std::time::{Duration, Instant};
 
@@ -24,21 +24,32 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// The value of a field of a log line.
 fn field<'l>(line: &'l str, name: &str) -> &'l str {
     let rest = line.split_once(&format!(" {name}=")).map_or("", |(_, rest)| rest);
-    rest.strip_prefix('"').map_or_else(|| rest.split(' ').next(), |quoted| quoted.split('"').next()).unwrap_or_default()
+    rest.strip_prefix('"')
+        .map_or_else(|| rest.split(' ').next(), |quoted| quoted.split('"').next())
+        .unwrap_or_default()
 }
 
-/// Runs a receiver beside a good one. What its first attempt came to: `delivered`, a status, or the name of the failure.
+/// Runs a receiver beside a good one. What its first attempt came to: `delivered`, a status, or the
+/// name of the failure.
 async fn beside_a_good_one(url: &str, more: &str) -> String {
     let queue = Queue::embedded();
     let good = Receiver::accepting().await;
-    let own = format!("http = {{ timeout = \"{}s\" }}\nretry = {{ initial_interval = \"1h\" }}\n{more}", TIMEOUT.as_secs());
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", url, &own) + &subscriber("good", &good.url, "")));
+    let own = format!(
+        "http = {{ timeout = \"{}s\" }}\nretry = {{ initial_interval = \"1h\" }}\n{more}",
+        TIMEOUT.as_secs()
+    );
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("bad", url, &own) + &subscriber("good", &good.url, "")),
+    );
     let daemon = setup.start().await;
     let start = Instant::now();
     queue.publish("a.b", (0..25).map(event)).await;
     good.wait_all(25).await;
     assert!(start.elapsed() < Duration::from_secs(2), "the good one waited {:?}", start.elapsed());
-    let attempt = |log: &str| log.lines().find(|l| l.contains("attempt subscriber=\"bad\"")).map(str::to_owned);
+    let attempt = |log: &str| {
+        log.lines().find(|l| l.contains("attempt subscriber=\"bad\"")).map(str::to_owned)
+    };
     eventually("the attempt ends", async || attempt(&daemon.log()).is_some()).await;
     let line = attempt(&daemon.log()).expect("just seen");
     let took = Duration::from_millis(field(&line, "duration_ms").parse().expect("a number"));
@@ -53,7 +64,12 @@ async fn beside_a_good_one(url: &str, more: &str) -> String {
     if field(&line, "outcome") == "retry" {
         eventually("both batches wait to be tried again, or were accepted", async || {
             let log = daemon.log();
-            let ended = log.lines().filter(|l| l.contains("attempt subscriber=\"bad\"") && l.contains("outcome=\"delivered\"")).count();
+            let ended = log
+                .lines()
+                .filter(|l| {
+                    l.contains("attempt subscriber=\"bad\"") && l.contains("outcome=\"delivered\"")
+                })
+                .count();
             match &queue {
                 Queue::Embedded(embedded) => embedded.retries("bad").await as usize + ended == 2,
                 Queue::Amqp(_) => unreachable!("made above"),
@@ -69,12 +85,15 @@ async fn beside_a_good_one(url: &str, more: &str) -> String {
     }
 }
 
-async fn raw(behave: impl Fn(tokio::net::TcpStream) -> Behaviour + std::marker::Send + 'static) -> String {
+async fn raw(
+    behave: impl Fn(tokio::net::TcpStream) -> Behaviour + std::marker::Send + 'static,
+) -> String {
     let raw = Raw::start(behave).await;
     beside_a_good_one(&raw.url(), "").await
 }
 
-/// A test for each script of a plain connection: its name, its steps, and what the attempt may come to.
+/// A test for each script of a plain connection: its name, its steps, and what the attempt may come
+/// to.
 macro_rules! scripts {
     ($($name:ident: [$($step:expr),* $(,)?] => $($outcome:literal)|+;)+) => {
         $(#[test]
@@ -236,17 +255,27 @@ fn certificates_that_are_not_to_be_trusted_are_refused() {
         let other = authority.sign("another.example");
         let foreign = stranger.sign("127.0.0.1");
         for certificate in [&expired, &early, &other, &foreign] {
-            let server = TlsReceiver::start(authority.server(certificate, false), &["h2", "http/1.1"]).await;
-            assert_eq!(beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &own).await, "tls");
+            let server =
+                TlsReceiver::start(authority.server(certificate, false), &["h2", "http/1.1"]).await;
+            assert_eq!(
+                beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &own).await,
+                "tls"
+            );
             assert_eq!(server.requests().len(), 0);
         }
-        let good = TlsReceiver::start(authority.server(&authority.sign("127.0.0.1"), false), &["h2"]).await;
-        assert_eq!(beside_a_good_one(&format!("https://127.0.0.1:{}/", good.port), &own).await, "delivered");
+        let good =
+            TlsReceiver::start(authority.server(&authority.sign("127.0.0.1"), false), &["h2"])
+                .await;
+        assert_eq!(
+            beside_a_good_one(&format!("https://127.0.0.1:{}/", good.port), &own).await,
+            "delivered"
+        );
     });
 }
 
 #[test]
-fn a_self_signed_certificate_is_accepted_if_it_is_the_one_in_ca_file_and_its_name_and_dates_are_good() {
+fn a_self_signed_certificate_is_accepted_if_it_is_the_one_in_ca_file_and_its_name_and_dates_are_good()
+ {
     run(async {
         let dir = tempfile::tempdir().expect("a directory");
         let past = |c: &mut rcgen::CertificateParams| {
@@ -262,15 +291,20 @@ fn a_self_signed_certificate_is_accepted_if_it_is_the_one_in_ca_file_and_its_nam
         ] {
             let ca = dir.path().join("ca.pem");
             std::fs::write(&ca, in_file.as_ref().unwrap_or(&authority.pem)).expect("writes");
-            let server = TlsReceiver::start(authority.server(&own, false), &["h2", "http/1.1"]).await;
+            let server =
+                TlsReceiver::start(authority.server(&own, false), &["h2", "http/1.1"]).await;
             let tls = format!("tls = {{ ca_file = \"{}\" }}", ca.display());
-            assert_eq!(beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &tls).await, expected, "{what}");
+            assert_eq!(
+                beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &tls).await,
+                expected,
+                "{what}"
+            );
         }
     });
 }
 
-/// Python's `http.server` behind `ssl` ends a connection so (`send_response(200); end_headers()`), and its answer has no
-/// length: it lasts until the end, and the end is not announced.
+/// Python's `http.server` behind `ssl` ends a connection so (`send_response(200); end_headers()`),
+/// and its answer has no length: it lasts until the end, and the end is not announced.
 #[test]
 fn a_status_over_tls_counts_although_the_end_of_the_connection_is_not_announced() {
     run(async {
@@ -333,7 +367,10 @@ async fn over_http_2(bytes: &'static [u8], rest: &'static [u8]) -> String {
         let acceptor = acceptor.clone();
         Box::pin(async move {
             let (mut read, mut write) = tokio::io::split(acceptor.accept(stream).await?);
-            let reading = tokio::spawn(async move { tokio::io::copy(&mut read, &mut tokio::io::sink()).await });
+            let reading =
+                tokio::spawn(
+                    async move { tokio::io::copy(&mut read, &mut tokio::io::sink()).await },
+                );
             write.write_all(bytes).await?;
             write.flush().await?;
             while !rest.is_empty() {
@@ -343,7 +380,11 @@ async fn over_http_2(bytes: &'static [u8], rest: &'static [u8]) -> String {
         })
     })
     .await;
-    beside_a_good_one(&raw.url().replace("http:", "https:"), &format!("tls = {{ ca_file = \"{}\" }}", ca.display())).await
+    beside_a_good_one(
+        &raw.url().replace("http:", "https:"),
+        &format!("tls = {{ ca_file = \"{}\" }}", ca.display()),
+    )
+    .await
 }
 
 /// Frames as RFC 9113, section 6, has them.
@@ -383,7 +424,12 @@ fn a_port_that_accepts_no_connection_ends_with_the_timeout() {
         let address = listener.local_addr().expect("an address");
         // Fills its queue, so that the kernel answers no further one.
         let mut held = Vec::new();
-        while let Ok(Ok(stream)) = tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(address)).await {
+        while let Ok(Ok(stream)) = tokio::time::timeout(
+            Duration::from_millis(300),
+            tokio::net::TcpStream::connect(address),
+        )
+        .await
+        {
             held.push(stream);
         }
         assert!(!held.is_empty());
@@ -418,22 +464,29 @@ async fn one_by_one(queue: &Queue, url: &str, more: &str) -> (Setup, Daemon) {
 }
 
 fn attempts(daemon: &Daemon, outcome: &str) -> usize {
-    daemon.log().lines().filter(|l| l.contains("attempt subscriber=\"bad\"") && field(l, "outcome") == outcome).count()
+    daemon
+        .log()
+        .lines()
+        .filter(|l| l.contains("attempt subscriber=\"bad\"") && field(l, "outcome") == outcome)
+        .count()
 }
 
-/// Ends each connection that has answered as soon as the next request has come over it, as a server does that closes an
-/// idle connection just then.
+/// Ends each connection that has answered as soon as the next request has come over it, as a server
+/// does that closes an idle connection just then.
 #[test]
-fn a_request_that_meets_the_end_of_a_connection_that_was_used_before_is_sent_again_within_its_attempt() {
+fn a_request_that_meets_the_end_of_a_connection_that_was_used_before_is_sent_again_within_its_attempt()
+ {
     run(async {
         let queue = Queue::embedded();
         for last in [vec![Read], vec![ReadSome(1), Reset]] {
-            let raw = Raw::start(script([vec![Read, Send(OK), Read, Send(OK)], last].concat())).await;
+            let raw =
+                Raw::start(script([vec![Read, Send(OK), Read, Send(OK)], last].concat())).await;
             let (_setup, daemon) = one_by_one(&queue, &raw.url(), "").await;
             queue.publish("a.b", (0..20).map(event)).await;
             eventually("all are delivered", async || attempts(&daemon, "delivered") >= 20).await;
             assert_eq!(attempts(&daemon, "retry"), 0, "{}", daemon.log());
-            // Two on a connection of the pool; the third ends it, and gets one that no other request has.
+            // Two on a connection of the pool; the third ends it, and gets one that no other
+            // request has.
             assert!(raw.connections() > 10, "{} connections", raw.connections());
             queue.wait_backlog("bad", 0).await;
             assert!(daemon.stop().await.success());
@@ -442,11 +495,13 @@ fn a_request_that_meets_the_end_of_a_connection_that_was_used_before_is_sent_aga
 }
 
 #[test]
-fn a_request_whose_own_connection_ends_is_not_sent_again_within_its_attempt_and_the_second_end_is_a_failure() {
+fn a_request_whose_own_connection_ends_is_not_sent_again_within_its_attempt_and_the_second_end_is_a_failure()
+ {
     run(async {
         let queue = Queue::embedded();
         let ends = Raw::start(script([Read])).await;
-        let (_setup, daemon) = one_by_one(&queue, &ends.url(), "retry.initial_interval = \"1h\"").await;
+        let (_setup, daemon) =
+            one_by_one(&queue, &ends.url(), "retry.initial_interval = \"1h\"").await;
         queue.publish("a.b", [event(0)]).await;
         daemon.wait_log("failure=\"reset\"").await;
         assert_eq!(ends.connections(), 1);
@@ -460,7 +515,8 @@ fn a_request_whose_own_connection_ends_is_not_sent_again_within_its_attempt_and_
             if answers { script([Read, Send(OK), Read])(stream) } else { script([Read])(stream) }
         })
         .await;
-        let (_setup, daemon) = one_by_one(&queue, &ends.url(), "retry.initial_interval = \"1h\"").await;
+        let (_setup, daemon) =
+            one_by_one(&queue, &ends.url(), "retry.initial_interval = \"1h\"").await;
         queue.publish("a.b", [event(0)]).await;
         eventually("the first is delivered", async || attempts(&daemon, "delivered") == 1).await;
         queue.publish("a.b", [event(1)]).await;
@@ -470,7 +526,12 @@ fn a_request_whose_own_connection_ends_is_not_sent_again_within_its_attempt_and_
 }
 
 /// A daemon with one subscriber, an event a request and sixteen of them at once.
-async fn sixteen_at_once(queue: &Queue, receiver: &RawHttp2, timeout: &str, more: &str) -> (Setup, Daemon) {
+async fn sixteen_at_once(
+    queue: &Queue,
+    receiver: &RawHttp2,
+    timeout: &str,
+    more: &str,
+) -> (Setup, Daemon) {
     let own = format!(
         "batch.max_events = 1\nhttp = {{ concurrency = 16, timeout = \"{timeout}\" }}\ntls = {{ ca_file = \"ca.pem\" }}\n\
          circuit_breaker.failures = 3\n{more}"
@@ -487,13 +548,19 @@ fn streams_that_a_receiver_over_http_2_has_not_processed_are_sent_again_within_t
     run(async {
         for end in [Reaction::GoAway(NO_ERROR), Reaction::Reset(REFUSED_STREAM)] {
             let queue = Queue::embedded();
-            let receiver =
-                RawHttp2::start(None, move |_, request| if request % 20 == 19 { end } else { Reaction::Accept(Duration::ZERO) }).await;
+            let receiver = RawHttp2::start(None, move |_, request| {
+                if request % 20 == 19 { end } else { Reaction::Accept(Duration::ZERO) }
+            })
+            .await;
             let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "20s", "").await;
             queue.publish("a.b", (0..300).map(event)).await;
             eventually("all are delivered", async || attempts(&daemon, "delivered") == 300).await;
             assert_eq!(attempts(&daemon, "retry"), 0, "{end:?}: {}", daemon.log());
-            assert!(receiver.accepted() >= 300 && receiver.connections() > 10, "{end:?}: {} connections", receiver.connections());
+            assert!(
+                receiver.accepted() >= 300 && receiver.connections() > 10,
+                "{end:?}: {} connections",
+                receiver.connections()
+            );
             assert!(!daemon.log().contains("circuit open"));
             queue.wait_backlog("bad", 0).await;
         }
@@ -501,14 +568,19 @@ fn streams_that_a_receiver_over_http_2_has_not_processed_are_sent_again_within_t
 }
 
 #[test]
-fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_without_end_and_its_text_is_not_logged() {
+fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_without_end_and_its_text_is_not_logged()
+ {
     run(async {
-        for (end, most) in
-            [(Reaction::GoAway(NO_ERROR), 4), (Reaction::Reset(REFUSED_STREAM), 4), (Reaction::Reset(CANCEL), 1), (Reaction::GoAway(1), 1)]
-        {
+        for (end, most) in [
+            (Reaction::GoAway(NO_ERROR), 4),
+            (Reaction::Reset(REFUSED_STREAM), 4),
+            (Reaction::Reset(CANCEL), 1),
+            (Reaction::GoAway(1), 1),
+        ] {
             let queue = Queue::embedded();
             let receiver = RawHttp2::start(None, move |_, _| end).await;
-            let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "20s", "retry.initial_interval = \"1h\"").await;
+            let (_setup, daemon) =
+                sixteen_at_once(&queue, &receiver, "20s", "retry.initial_interval = \"1h\"").await;
             queue.publish("a.b", [event(0)]).await;
             daemon.wait_log("outcome=\"retry\"").await;
             assert!(daemon.log().contains("failure=\"reset\""), "{end:?}: {}", daemon.log());
@@ -519,12 +591,14 @@ fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_without_end_and_it
 }
 
 #[test]
-fn what_waits_for_a_stream_of_http_2_is_no_attempt_of_the_receiver_s_and_its_time_begins_with_its_body() {
+fn what_waits_for_a_stream_of_http_2_is_no_attempt_of_the_receiver_s_and_its_time_begins_with_its_body()
+ {
     run(async {
         let queue = Queue::embedded();
         // One at a time, which takes most of the time of an attempt: the others wait for it.
         let after = |request| Duration::from_millis(if request == 0 { 0 } else { 1500 });
-        let receiver = RawHttp2::start(Some(1), move |_, request| Reaction::Accept(after(request))).await;
+        let receiver =
+            RawHttp2::start(Some(1), move |_, request| Reaction::Accept(after(request))).await;
         let (_setup, daemon) = sixteen_at_once(&queue, &receiver, "2s", "").await;
         // With its answer the client knows how many streams it may open.
         queue.publish("a.b", [event(0)]).await;
@@ -538,7 +612,8 @@ fn what_waits_for_a_stream_of_http_2_is_no_attempt_of_the_receiver_s_and_its_tim
     });
 }
 
-/// The answer may be lost with the reset: then only what was still to be sent tells that the batch was too large.
+/// The answer may be lost with the reset: then only what was still to be sent tells that the batch
+/// was too large.
 #[test]
 fn a_batch_whose_body_is_reset_on_its_way_is_halved_until_it_is_small_enough() {
     run(async {
@@ -550,12 +625,15 @@ fn a_batch_whose_body_is_reset_on_its_way_is_halved_until_it_is_small_enough() {
                     return stream.set_zero_linger();
                 }
                 tokio::io::AsyncReadExt::read_exact(&mut stream, &mut vec![0; length]).await?;
-                stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await
+                stream
+                    .write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                    .await
             })
         })
         .await;
         let own = "batch = { max_bytes = \"12MiB\", max_wait = \"2s\" }\nhttp.timeout = \"10s\"";
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url(), own)));
+        let setup =
+            Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url(), own)));
         let daemon = setup.start().await;
         let large = format!(r#"{{"event":"a","pad":"{}"}}"#, "x".repeat(1 << 20));
         queue.publish("a", (0..11).map(|_| large.as_str())).await;
@@ -563,7 +641,8 @@ fn a_batch_whose_body_is_reset_on_its_way_is_halved_until_it_is_small_enough() {
         eventually("all are delivered", async || {
             let log = daemon.log();
             let delivered = log.lines().filter(|l| field(l, "outcome") == "delivered");
-            delivered.map(|l| field(l, "events").parse::<usize>().expect("a number")).sum::<usize>() == 11
+            delivered.map(|l| field(l, "events").parse::<usize>().expect("a number")).sum::<usize>()
+                == 11
         })
         .await;
         assert!(daemon.log().contains("failure=\"reset\""));
@@ -575,10 +654,15 @@ fn a_batch_whose_body_is_reset_on_its_way_is_halved_until_it_is_small_enough() {
 fn a_daemon_without_file_descriptors_counts_no_attempt_and_opens_no_circuit() {
     run(async {
         let queue = Queue::embedded();
-        // They close each connection, so that each request needs a descriptor; and hold it for a while.
-        let receiver = Receiver::start(|_, _| status(200).header("connection", "close").after(Duration::from_millis(300))).await;
+        // They close each connection, so that each request needs a descriptor; and hold it for a
+        // while.
+        let receiver = Receiver::start(|_, _| {
+            status(200).header("connection", "close").after(Duration::from_millis(300))
+        })
+        .await;
         let own = "batch.max_events = 1\nhttp.concurrency = 40\ncircuit_breaker.failures = 3";
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url, own)));
+        let setup =
+            Setup::new(&queue, &(QUICK.to_owned() + &subscriber("bad", &receiver.url, own)));
         let begun = std::time::Instant::now();
         let mut daemon = setup.spawn_as("ulimit -n 48 && exec \"$0\" \"$@\"");
         daemon.wait_log("running").await;
@@ -586,14 +670,18 @@ fn a_daemon_without_file_descriptors_counts_no_attempt_and_opens_no_circuit() {
         receiver.wait_all(120).await;
         let log = daemon.log();
         let lines = log.lines().filter(|l| l.contains("EMFILE")).count() as u64;
-        assert!((1..=1 + begun.elapsed().as_secs() / 60).contains(&lines), "it is logged once a minute: {log}");
+        assert!(
+            (1..=1 + begun.elapsed().as_secs() / 60).contains(&lines),
+            "it is logged once a minute: {log}"
+        );
         assert!(!log.contains("outcome=\"retry\"") && !log.contains("circuit open"), "{log}");
         assert!(receiver.requests().iter().all(|r| r.attempt() == 1), "an attempt was counted");
         assert!(daemon.is_running());
     });
 }
 
-/// The danger of a second answer: taken for that of the next request it would lose that one's events.
+/// The danger of a second answer: taken for that of the next request it would lose that one's
+/// events.
 #[test]
 fn a_second_answer_is_not_taken_for_that_of_the_next_request() {
     run(async {
@@ -604,7 +692,8 @@ fn a_second_answer_is_not_taken_for_that_of_the_next_request() {
         let (_setup, daemon) = one_by_one(&queue, &raw.url(), "").await;
         queue.publish("a.b", (0..20).map(event)).await;
         eventually("all are delivered", async || attempts(&daemon, "delivered") >= 20).await;
-        // A request is the first on its connection, or is refused: each success took a connection of its own.
+        // A request is the first on its connection, or is refused: each success took a connection
+        // of its own.
         assert!(raw.connections() >= 20, "{} connections", raw.connections());
         queue.wait_backlog("bad", 0).await;
     });
@@ -618,7 +707,11 @@ fn a_receiver_that_forgets_half_of_the_next_request_is_a_timeout_and_that_reques
         let (_setup, daemon) = one_by_one(&queue, &raw.url(), "").await;
         queue.publish("a.b", (0..4).map(event)).await;
         eventually("all are delivered", async || attempts(&daemon, "delivered") == 4).await;
-        assert!(attempts(&daemon, "retry") >= 1 && daemon.log().contains("failure=\"timeout\""), "{}", daemon.log());
+        assert!(
+            attempts(&daemon, "retry") >= 1 && daemon.log().contains("failure=\"timeout\""),
+            "{}",
+            daemon.log()
+        );
         queue.wait_backlog("bad", 0).await;
     });
 }
@@ -640,14 +733,18 @@ fn connections_that_close_behind_each_answer_lose_nothing() {
 fn a_compressed_answer_is_not_expanded() {
     run(async {
         let gzip = {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            let mut encoder =
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
             for _ in 0..64 {
                 std::io::Write::write_all(&mut encoder, &vec![0; 1 << 20]).expect("writes");
             }
             encoder.finish().expect("ends")
         };
         assert!(gzip.len() < 65_536, "64 MiB of zeros are {} bytes", gzip.len());
-        let head = format!("HTTP/1.1 500 x\r\ncontent-encoding: gzip\r\ncontent-length: {}\r\n\r\n", gzip.len());
+        let head = format!(
+            "HTTP/1.1 500 x\r\ncontent-encoding: gzip\r\ncontent-length: {}\r\n\r\n",
+            gzip.len()
+        );
         let answer: &'static [u8] = Box::leak([head.as_bytes(), &gzip].concat().into_boxed_slice());
         let queue = Queue::embedded();
         let raw = Raw::start(script([Read, Send(answer), Wait])).await;
@@ -655,7 +752,10 @@ fn a_compressed_answer_is_not_expanded() {
         queue.publish("a.b", [event(0)]).await;
         eventually("a dead letter", async || queue.dead("bad").await == 1).await;
         let error = setup.dead("bad")[0]["error"].as_str().expect("a text").to_owned();
-        assert!(error.starts_with("status 500: ") && error.len() <= 1024 && !error.contains('\0'), "{error:?}");
+        assert!(
+            error.starts_with("status 500: ") && error.len() <= 1024 && !error.contains('\0'),
+            "{error:?}"
+        );
         assert!(daemon.peak_mib() < 60.0, "{} MiB", daemon.peak_mib());
     });
 }
@@ -688,8 +788,10 @@ fn a_retry_after_that_makes_no_sense_is_not_heeded_and_one_that_is_huge_is_bound
             ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0, 2.0),
         ] {
             let queue = Queue::embedded();
-            let receiver = Receiver::start(move |_, _| status(503).header("retry-after", value)).await;
-            let (_setup, daemon) = one_by_one(&queue, &receiver.url, "retry = { max_elapsed_time = \"0s\" }").await;
+            let receiver =
+                Receiver::start(move |_, _| status(503).header("retry-after", value)).await;
+            let (_setup, daemon) =
+                one_by_one(&queue, &receiver.url, "retry = { max_elapsed_time = \"0s\" }").await;
             queue.publish("a.b", [event(0)]).await;
             daemon.wait_log("next_attempt_in_s=").await;
             let log = daemon.log();
@@ -704,7 +806,8 @@ fn a_retry_after_that_makes_no_sense_is_not_heeded_and_one_that_is_huge_is_bound
 fn cookies_are_not_kept() {
     run(async {
         let queue = Queue::embedded();
-        let receiver = Receiver::start(|_, _| status(200).header("set-cookie", "a=b; Path=/")).await;
+        let receiver =
+            Receiver::start(|_, _| status(200).header("set-cookie", "a=b; Path=/")).await;
         let (_setup, _daemon) = one_by_one(&queue, &receiver.url, "").await;
         queue.publish("a.b", (0..3).map(event)).await;
         receiver.wait_all(3).await;
@@ -721,7 +824,11 @@ fn twenty_hostile_subscribers_together_leave_a_good_one_its_pace() {
             vec![Read, Wait],
             vec![Read, Slowly(b"HTTP/1.1 200 OK\r\n\r\n")],
             vec![Read, Send(b"HTTP/1.1 200 OK\r\nx: "), Forever(vec![b'a'; 1 << 16])],
-            vec![Read, Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"), Forever(big_chunk())],
+            vec![
+                Read,
+                Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"),
+                Forever(big_chunk()),
+            ],
             vec![Read, Forever(b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000))],
             vec![Reset],
             vec![],
@@ -732,7 +839,11 @@ fn twenty_hostile_subscribers_together_leave_a_good_one_its_pace() {
         let mut receivers = Vec::new();
         for n in 0..20 {
             let raw = Raw::start(script(behaviours[n % behaviours.len()].clone())).await;
-            text += &subscriber(&format!("bad-{n}"), &raw.url(), "http = { timeout = \"2s\" }\nbatch = { max_wait = \"0s\" }");
+            text += &subscriber(
+                &format!("bad-{n}"),
+                &raw.url(),
+                "http = { timeout = \"2s\" }\nbatch = { max_wait = \"0s\" }",
+            );
             receivers.push(raw);
         }
         let good = Receiver::accepting().await;
@@ -749,10 +860,16 @@ fn twenty_hostile_subscribers_together_leave_a_good_one_its_pace() {
         }
         waits.sort_unstable();
         let (median, p99) = (waits[50], waits[98]);
-        println!("beside 20 hostile subscribers: median {median:?}, p99 {p99:?}, peak {:.0} MiB", daemon.peak_mib());
-        // With as many threads as cores the median was 400 ms: those that flood take turns with the good one only
-        // because the system makes them.
-        assert!(median < Duration::from_millis(250) && p99 < Duration::from_secs(1), "{median:?} {p99:?}");
+        println!(
+            "beside 20 hostile subscribers: median {median:?}, p99 {p99:?}, peak {:.0} MiB",
+            daemon.peak_mib()
+        );
+        // With as many threads as cores the median was 400 ms: those that flood take turns with the
+        // good one only because the system makes them.
+        assert!(
+            median < Duration::from_millis(250) && p99 < Duration::from_secs(1),
+            "{median:?} {p99:?}"
+        );
         assert!(daemon.peak_mib() < 150.0, "{} MiB", daemon.peak_mib());
     });
 }

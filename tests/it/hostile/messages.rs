@@ -9,7 +9,8 @@ use crate::support::{
     run, tests_that_need,
 };
 
-/// Makes a header frame of 128 KiB and its own 8 bytes: 12 and 2 before the table, 4 of its length, 6 of the name, 5 of the value.
+/// Makes a header frame of 128 KiB and its own 8 bytes: 12 and 2 before the table, 4 of its length,
+/// 6 of the name, 5 of the value.
 const LARGEST: usize = 128 * 1024 - 12 - 2 - 4 - 6 - 5;
 
 tests_that_need!(
@@ -22,7 +23,7 @@ tests_that_need!(
 fn poisons() -> [Vec<u8>; 6] {
     let headers = |table: Vec<u8>| [vec![0x20, 0], long(&table)].concat();
     [
-        [&[0x00, 0x80][..], &short(b"\xff\xfeid")].concat(),           // message id
+        [&[0x00, 0x80][..], &short(b"\xff\xfeid")].concat(), // message id
         [&[0x80, 0x00][..], &short(b"application/\xe2\x82")].concat(), // content type
         headers([short(b"na\xffme"), b"V".to_vec()].concat()),
         headers([short(b"deep"), deep_table(9_000)].concat()),
@@ -40,7 +41,12 @@ fn properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody() {
     run(async {
         let broker = Broker::shared();
         let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &one.url, "") + &subscriber("two", &two.url, "")));
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned()
+                + &subscriber("one", &one.url, "")
+                + &subscriber("two", &two.url, "")),
+        );
         let daemon = setup.start().await;
         let mut raw = Raw::connect(&broker.url);
         for (n, properties) in poisons().iter().enumerate() {
@@ -74,11 +80,15 @@ fn the_relay_the_orphans_and_the_dead_letters_take_them_too() {
         assert_eq!(listed.lines().count(), 6, "{listed}");
         broker.wait_depth("sub.one.dead", 6).await;
 
-        let relaying = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n{text}", broker.url, broker.prefix);
+        let relaying = format!(
+            "[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n{text}",
+            broker.url, broker.prefix
+        );
         let relaying = Setup::with_text(&relaying);
         let daemon = relaying.start().await;
         receiver.wait_all(6).await;
-        // What was in the retry queue became dead letters, which are relayed as invalid events: to the orphans.
+        // What was in the retry queue became dead letters, which are relayed as invalid events: to
+        // the orphans.
         broker.wait_depth("orphans", 12).await;
         quiet(&daemon);
     });

@@ -1,4 +1,5 @@
-//! Receivers that answer in ways no receiver should. Each has a good subscriber beside it that must not notice.
+//! Receivers that answer in ways no receiver should. Each has a good subscriber beside it that must
+//! not notice.
 
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,11 @@ async fn beside_a_good_one(kind: &Queue, url: &str) -> String {
     let queue = kind.another();
     let good = Receiver::accepting().await;
     let text = QUICK.to_owned()
-        + &subscriber("bad", url, "http = { timeout = \"2s\" }\nretry = { initial_interval = \"1h\" }")
+        + &subscriber(
+            "bad",
+            url,
+            "http = { timeout = \"2s\" }\nretry = { initial_interval = \"1h\" }",
+        )
         + &subscriber("good", &good.url, "");
     let setup = Setup::new(&queue, &text);
     let daemon = setup.start().await;
@@ -35,12 +40,15 @@ async fn beside_a_good_one(kind: &Queue, url: &str) -> String {
     let start = Instant::now();
     good.wait_all(50).await;
     assert!(start.elapsed() < Duration::from_secs(2), "the good one waited {:?}", start.elapsed());
-    let attempt = |log: &str| log.lines().find(|l| l.contains("attempt subscriber=\"bad\"")).map(str::to_owned);
+    let attempt = |log: &str| {
+        log.lines().find(|l| l.contains("attempt subscriber=\"bad\"")).map(str::to_owned)
+    };
     eventually("the attempt ends", async || attempt(&daemon.log()).is_some()).await;
     assert!(start.elapsed() < Duration::from_secs(10), "the attempt took {:?}", start.elapsed());
     let line = attempt(&daemon.log()).expect("just seen");
     assert!(daemon.peak_mib() < 100.0, "{} MiB", daemon.peak_mib());
-    // Nothing is lost: accepted, or an envelope waits on the ladder (for an hour and more, at its first level).
+    // Nothing is lost: accepted, or an envelope waits on the ladder (for an hour and more, at its
+    // first level).
     if line.contains("outcome=\"retry\"") {
         queue.wait_retries("bad", 11, 1).await;
     }
@@ -50,18 +58,27 @@ async fn beside_a_good_one(kind: &Queue, url: &str) -> String {
 
 #[track_caller]
 fn assert_retry(line: &str, failure: &str) {
-    assert!(line.contains("outcome=\"retry\"") && line.contains(&format!("failure=\"{failure}\"")), "not `{failure}`: {line}");
+    assert!(
+        line.contains("outcome=\"retry\"") && line.contains(&format!("failure=\"{failure}\"")),
+        "not `{failure}`: {line}"
+    );
 }
 
 async fn an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts(queue: Queue) {
     let block = || vec![b'x'; 1 << 20];
-    let accepts = Raw::start(flood(b"HTTP/1.1 200 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
+    let accepts =
+        Raw::start(flood(b"HTTP/1.1 200 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
     let line = beside_a_good_one(&queue, &accepts.url()).await;
     assert!(line.contains("outcome=\"delivered\""), "{line}");
-    let refuses = Raw::start(flood(b"HTTP/1.1 500 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
+    let refuses =
+        Raw::start(flood(b"HTTP/1.1 500 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
     let line = beside_a_good_one(&queue, &refuses.url()).await;
     assert_retry(&line, "status");
-    assert!(line.len() < 512 && !line.contains("xx"), "the answer's text is not logged: {} bytes", line.len());
+    assert!(
+        line.len() < 512 && !line.contains("xx"),
+        "the answer's text is not logged: {} bytes",
+        line.len()
+    );
 }
 
 async fn an_answer_that_never_ends_counts_by_its_status(queue: Queue) {
@@ -95,7 +112,9 @@ async fn a_receiver_that_never_answers_is_a_timeout_and_one_that_hangs_up_a_rese
     assert!(line.contains("outcome=\"delivered\""), "its status was read: {line}");
 }
 
-async fn a_receiver_that_is_not_there_is_a_connect_failure_and_an_unknown_name_one_of_dns(queue: Queue) {
+async fn a_receiver_that_is_not_there_is_a_connect_failure_and_an_unknown_name_one_of_dns(
+    queue: Queue,
+) {
     let port = crate::support::free_port();
     assert_retry(&beside_a_good_one(&queue, &format!("http://127.0.0.1:{port}/")).await, "connect");
     assert_retry(&beside_a_good_one(&queue, "http://no-such-host.invalid/").await, "dns");
@@ -104,7 +123,8 @@ async fn a_receiver_that_is_not_there_is_a_connect_failure_and_an_unknown_name_o
 async fn a_redirect_is_not_followed(queue: Queue) {
     let elsewhere = Receiver::accepting().await;
     let target = elsewhere.url.clone();
-    let redirects = Receiver::start(move |_, _| status(302).header("location", target.as_str())).await;
+    let redirects =
+        Receiver::start(move |_, _| status(302).header("location", target.as_str())).await;
     let line = beside_a_good_one(&queue, &redirects.url).await;
     assert_retry(&line, "status");
     assert!(line.contains("status=302"), "{line}");
@@ -114,7 +134,10 @@ async fn a_redirect_is_not_followed(queue: Queue) {
 async fn a_name_that_resolves_to_an_address_that_is_not_public_is_never_connected_to(queue: Queue) {
     let receiver = Receiver::accepting().await;
     let url = receiver.url.replace("127.0.0.1", "localhost");
-    let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &url, "http = { allow_private_addresses = false }")));
+    let setup = Setup::new(
+        &queue,
+        &(QUICK.to_owned() + &subscriber("a", &url, "http = { allow_private_addresses = false }")),
+    );
     let daemon = setup.start().await;
     queue.publish("a.b", [event(0)]).await;
     daemon.wait_log("failure=\"address_blocked\"").await;
@@ -123,7 +146,11 @@ async fn a_name_that_resolves_to_an_address_that_is_not_public_is_never_connecte
     let allowed = Setup::new(
         &queue,
         &(QUICK.to_owned()
-            + &subscriber("a", &url, "http = { allow_private_addresses = false, allow_addresses = [\"127.0.0.0/8\", \"::1\"] }")),
+            + &subscriber(
+                "a",
+                &url,
+                "http = { allow_private_addresses = false, allow_addresses = [\"127.0.0.0/8\", \"::1\"] }",
+            )),
     );
     drop(daemon);
     let _daemon = allowed.start().await;
@@ -139,5 +166,9 @@ async fn userinfo_of_a_url_is_sent_as_basic_auth_and_shown_nowhere(queue: Queue)
     queue.publish("a.b", [event(0)]).await;
     let request = receiver.wait_requests(2).await.remove(0);
     assert_eq!(request.header("authorization"), "Basic c29tZW9uZTpodW50ZXIy");
-    assert!(!daemon.log().contains("hunter2") && !daemon.log().contains("someone"), "{}", daemon.log());
+    assert!(
+        !daemon.log().contains("hunter2") && !daemon.log().contains("someone"),
+        "{}",
+        daemon.log()
+    );
 }

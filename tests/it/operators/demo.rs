@@ -9,7 +9,13 @@ tests_that_need!(broker: does_the_same_on_a_rabbitmq);
 fn demo(arguments: &[&str]) -> (Output, tempfile::TempDir) {
     let temporary = tempfile::tempdir().expect("a directory");
     let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
-    let output = c.arg("demo").args(arguments).env("TMPDIR", temporary.path()).stdin(Stdio::null()).output().expect("hooktrail runs");
+    let output = c
+        .arg("demo")
+        .args(arguments)
+        .env("TMPDIR", temporary.path())
+        .stdin(Stdio::null())
+        .output()
+        .expect("hooktrail runs");
     (output, temporary)
 }
 
@@ -33,10 +39,17 @@ fn shows_everything(output: &Output) {
     }
     assert!(!told.contains('\u{1b}'), "a pipe gets plain lines");
     // Its own account, added up again.
-    let published: u32 =
-        told.split(" events published to each").next().and_then(|t| t.lines().last()).and_then(|n| n.parse().ok()).expect("a number");
-    let sums: Vec<u32> =
-        told.lines().filter_map(|l| l.split(" in dead letters = ").nth(1)).filter_map(|n| n.split(' ').next()?.parse().ok()).collect();
+    let published: u32 = told
+        .split(" events published to each")
+        .next()
+        .and_then(|t| t.lines().last())
+        .and_then(|n| n.parse().ok())
+        .expect("a number");
+    let sums: Vec<u32> = told
+        .lines()
+        .filter_map(|l| l.split(" in dead letters = ").nth(1))
+        .filter_map(|n| n.split(' ').next()?.parse().ok())
+        .collect();
     assert_eq!(sums, [published, published], "{told}");
 }
 
@@ -59,5 +72,8 @@ fn a_url_that_is_none_is_refused_and_not_repeated() {
     let (output, _temporary) = demo(&["--amqp", "http://u:hunter2@x"]);
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "{told}");
-    assert!(told.contains("--amqp is not the URL of a RabbitMQ") && !told.contains("hunter2"), "{told}");
+    assert!(
+        told.contains("--amqp is not the URL of a RabbitMQ") && !told.contains("hunter2"),
+        "{told}"
+    );
 }

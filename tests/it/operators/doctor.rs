@@ -1,4 +1,5 @@
-//! `check --connect` as a doctor: what it finds, what it says can go wrong, and the command that mends it.
+//! `check --connect` as a doctor: what it finds, what it says can go wrong, and the command that
+//! mends it.
 
 use std::process::Command;
 
@@ -52,24 +53,41 @@ impl Look {
         let output = setup.run(&[&["check", "--connect", "--json"], subscribers].concat());
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(!text.contains(SECRET) && !text.contains("guest:"), "{text}");
-        let findings = text.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{l}: {e}"))).collect();
+        let findings = text
+            .lines()
+            .map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{l}: {e}")))
+            .collect();
         Self { code: output.status.code(), findings }
     }
 
     /// The finding of this severity that says this of that, `""` being anything.
     fn find(&self, severity: &str, about: &str, found: &str) -> Option<&Value> {
-        let names = |f: &Value| f["about"].as_array().is_some_and(|all| all.iter().any(|a| a.as_str().is_some_and(|a| a.contains(about))));
-        self.findings.iter().find(|f| f["severity"] == severity && names(f) && f["found"].as_str().is_some_and(|f| f.contains(found)))
+        let names = |f: &Value| {
+            f["about"].as_array().is_some_and(|all| {
+                all.iter().any(|a| a.as_str().is_some_and(|a| a.contains(about)))
+            })
+        };
+        self.findings.iter().find(|f| {
+            f["severity"] == severity
+                && names(f)
+                && f["found"].as_str().is_some_and(|f| f.contains(found))
+        })
     }
 
     fn expect(&self, severity: &str, about: &str, found: &str) -> &Value {
-        self.find(severity, about, found).unwrap_or_else(|| panic!("no {severity} of `{about}`: `{found}`, but {:#?}", self.findings))
+        self.find(severity, about, found).unwrap_or_else(|| {
+            panic!("no {severity} of `{about}`: `{found}`, but {:#?}", self.findings)
+        })
     }
 
-    /// What a look says of streams. From RabbitMQ 3.12 on none can be without them, and it says nothing.
+    /// What a look says of streams. From RabbitMQ 3.12 on none can be without them, and it says
+    /// nothing.
     fn expect_of_streams(&self, severity: &str, found: &str) {
         const ABOUT: &str = "at-least-once dead-lettering";
-        if ["3.10.", "3.11."].iter().any(|v| self.find("ok", "broker", &format!("RabbitMQ {v}")).is_some()) {
+        if ["3.10.", "3.11."]
+            .iter()
+            .any(|v| self.find("ok", "broker", &format!("RabbitMQ {v}")).is_some())
+        {
             self.expect(severity, ABOUT, found);
         } else {
             let said = self.findings.iter().filter(|f| f["about"].to_string().contains(ABOUT));
@@ -93,8 +111,16 @@ fn managed(broker: &Broker, rest: &str) -> Setup {
 
 /// Runs a remedy's first command on the test's node, split into words as a shell does.
 fn obey(broker: &Broker, remedy: &str) {
-    let command = remedy.split(';').next().expect("a command").strip_prefix("rabbitmqctl ").expect("one of rabbitmqctl");
-    let split = Command::new("sh").args(["-c", &format!("printf '%s\\n' {command}")]).output().expect("a shell");
+    let command = remedy
+        .split(';')
+        .next()
+        .expect("a command")
+        .strip_prefix("rabbitmqctl ")
+        .expect("one of rabbitmqctl");
+    let split = Command::new("sh")
+        .args(["-c", &format!("printf '%s\\n' {command}")])
+        .output()
+        .expect("a shell");
     let words = String::from_utf8(split.stdout).expect("text");
     broker.node().ctl(&words.lines().collect::<Vec<_>>());
 }
@@ -107,7 +133,10 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
     run(async {
         let broker = Broker::managed().await;
         let receiver = Receiver::accepting().await;
-        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"a.*\", \"b.#\"]")));
+        let setup = managed(
+            &broker,
+            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"a.*\", \"b.#\"]")),
+        );
         let before = Look::at(&setup);
         assert_eq!(before.code, Some(0));
         before.expect("note", "sub.a.retry", "not there yet; `run` declares it");
@@ -134,52 +163,86 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             look.expect("ok", about, found);
         }
         look.expect_of_streams("ok", "its feature flag is on");
-        let timeout = look.expect("note", "consumer_timeout", "hooktrail holds a message for at most 1m 14s 100ms with full batches");
+        let timeout = look.expect(
+            "note",
+            "consumer_timeout",
+            "hooktrail holds a message for at most 1m 14s 100ms with full batches",
+        );
         assert_eq!(timeout["about"][1], "subscriber `a`");
         assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));
         let told = setup.ok(&["check", "--connect"]);
-        assert!(told.contains("# ok: broker: RabbitMQ ") && told.contains("# Nothing harmful was found."), "{told}");
+        assert!(
+            told.contains("# ok: broker: RabbitMQ ")
+                && told.contains("# Nothing harmful was found."),
+            "{told}"
+        );
         assert_eq!(receiver.requests().len(), 1, "a look sends no request");
         assert!(!daemon.log().contains("a look at the queue found"), "{}", daemon.log());
         assert!(daemon.stop().await.success());
     });
 }
 
-fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon() {
+fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon()
+ {
     run(async {
         let broker = Broker::managed().await;
-        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup =
+            managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let node = broker.node();
-        let (limits, ttl) = (format!("limits of {}", broker.prefix), format!("ttl-{}", broker.prefix));
+        let (limits, ttl) =
+            (format!("limits of {}", broker.prefix), format!("ttl-{}", broker.prefix));
         let pattern = format!("^{}\\.sub\\.", broker.prefix);
         let policy = r#"{"max-length":10,"overflow":"drop-head","delivery-limit":5}"#;
         node.ctl(&["set_policy", "--apply-to", "queues", &limits, &pattern, policy]);
-        node.ctl(&["set_operator_policy", "--apply-to", "queues", &ttl, &format!("{pattern}a.dead$"), r#"{"expires":86400000}"#]);
+        node.ctl(&[
+            "set_operator_policy",
+            "--apply-to",
+            "queues",
+            &ttl,
+            &format!("{pattern}a.dead$"),
+            r#"{"expires":86400000}"#,
+        ]);
         let daemon = setup.start().await;
         daemon.wait_log("sets max-length = 10").await;
         let log = daemon.log();
         let line = log.lines().find(|l| l.contains("sets max-length = 10")).expect("just seen");
-        assert!(line.contains("WARN") && line.contains("clear_policy") && line.contains("severity=\"harmful\""), "{line}");
+        assert!(
+            line.contains("WARN")
+                && line.contains("clear_policy")
+                && line.contains("severity=\"harmful\""),
+            "{line}"
+        );
 
         let mut look = Look::at(&setup);
         eventually("the broker's statistics are there", async || {
             look = Look::at(&setup);
-            look.find("harmful", "sub.a.dead", "sets expires").is_some() && look.find("harmful", "sub.a", "sets max-length").is_some()
+            look.find("harmful", "sub.a.dead", "sets expires").is_some()
+                && look.find("harmful", "sub.a", "sets max-length").is_some()
         })
         .await;
         assert_eq!(look.code, Some(1));
         let full = look.expect("harmful", "sub.a`", "sets max-length = 10");
-        assert!(text(full, "found").contains(&limits) && text(full, "risk").contains("refuses events"), "{full}");
+        assert!(
+            text(full, "found").contains(&limits) && text(full, "risk").contains("refuses events"),
+            "{full}"
+        );
         look.expect("harmful", "sub.a.retry`", "sets max-length = 10");
         look.expect("harmful", "sub.a`", "sets delivery-limit = 5");
         let dead = look.expect("harmful", "sub.a.dead`", "sets delivery-limit = 5");
-        assert!(text(dead, "risk").contains("a dead letter that was looked at so often is dropped"), "{dead}");
+        assert!(
+            text(dead, "risk").contains("a dead letter that was looked at so often is dropped"),
+            "{dead}"
+        );
         let both = text(look.expect("harmful", "sub.a.dead`", "sets expires"), "remedy");
         assert!(both.contains("clear_operator_policy"), "{both}");
 
         let alone = setup.run(&["check", "--connect"]);
         let told = String::from_utf8_lossy(&alone.stderr).into_owned();
-        assert!(told.contains("sets max-length = 10\n  risk: ") && told.contains("\n  mend: rabbitmqctl clear_policy"), "{told}");
+        assert!(
+            told.contains("sets max-length = 10\n  risk: ")
+                && told.contains("\n  mend: rabbitmqctl clear_policy"),
+            "{told}"
+        );
         obey(&broker, &text(full, "remedy"));
         node.ctl(&["clear_operator_policy", &ttl]);
         eventually("they are gone", async || Look::at(&setup).code == Some(0)).await;
@@ -190,20 +253,31 @@ fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and
 fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
     run(async {
         let broker = Broker::shared();
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let (connection, channel) = broker.channel().await;
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(queue(&broker, "sub.a"), durable, FieldTable::default()).await.expect("declares");
+        channel
+            .queue_declare(queue(&broker, "sub.a"), durable, FieldTable::default())
+            .await
+            .expect("declares");
         // As it should be, but for its dead-lettering.
         let mut quorum = FieldTable::default();
         quorum.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         quorum.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000_000));
-        channel.queue_declare(queue(&broker, "sub.a.retry"), durable, quorum).await.expect("declares");
+        channel
+            .queue_declare(queue(&broker, "sub.a.retry"), durable, quorum)
+            .await
+            .expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1));
         let classic = look.expect("harmful", "sub.a`", "where hooktrail needs");
-        assert!(text(classic, "risk").contains("lose events") && text(classic, "remedy").contains("delete_queue"), "{classic}");
+        assert!(
+            text(classic, "risk").contains("lose events")
+                && text(classic, "remedy").contains("delete_queue"),
+            "{classic}"
+        );
         look.expect("harmful", "sub.a.retry`", "where hooktrail needs");
     });
 }
@@ -211,22 +285,47 @@ fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
 fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindings_are_told() {
     run(async {
         let broker = Broker::managed().await;
-        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "events = [\"a.*\", \"b.#\"]")));
+        let setup = managed(
+            &broker,
+            &(QUICK.to_owned()
+                + &subscriber("a", "http://127.0.0.1:9/", "events = [\"a.*\", \"b.#\"]")),
+        );
         let daemon = setup.start().await;
         eventually("the record is there", async || broker.depth("state").await.is_some()).await;
         assert!(daemon.stop().await.success());
         let (connection, channel) = broker.channel().await;
         let exchange: ShortString = broker.exchange.as_str().into();
-        channel.queue_unbind(queue(&broker, "sub.a"), exchange.clone(), "b.#".into(), FieldTable::default()).await.expect("unbinds");
         channel
-            .queue_bind(queue(&broker, "sub.a"), exchange, "surplus.*".into(), QueueBindOptions::default(), FieldTable::default())
+            .queue_unbind(
+                queue(&broker, "sub.a"),
+                exchange.clone(),
+                "b.#".into(),
+                FieldTable::default(),
+            )
+            .await
+            .expect("unbinds");
+        channel
+            .queue_bind(
+                queue(&broker, "sub.a"),
+                exchange,
+                "surplus.*".into(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
             .await
             .expect("binds");
-        channel.queue_delete(queue(&broker, "sub.a.dead"), QueueDeleteOptions::default()).await.expect("deletes");
+        channel
+            .queue_delete(queue(&broker, "sub.a.dead"), QueueDeleteOptions::default())
+            .await
+            .expect("deletes");
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1));
         let unbound = look.expect("harmful", "sub.a`", "is not bound to exchange");
-        assert!(text(unbound, "found").contains("`b.#`") && text(unbound, "remedy") == "hooktrail repair a", "{unbound}");
+        assert!(
+            text(unbound, "found").contains("`b.#`")
+                && text(unbound, "remedy") == "hooktrail repair a",
+            "{unbound}"
+        );
         look.expect("warning", "sub.a`", "with `surplus.*` too, which is not configured");
         look.expect("harmful", "sub.a.dead`", "is missing");
         setup.ok(&["repair", "a"]);
@@ -234,11 +333,16 @@ fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindi
         assert_eq!(look.code, Some(0), "{:#?}", look.findings);
 
         // Without the queue itself all that is published passes the subscriber by.
-        channel.queue_delete(queue(&broker, "sub.a"), QueueDeleteOptions::default()).await.expect("deletes");
+        channel
+            .queue_delete(queue(&broker, "sub.a"), QueueDeleteOptions::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1));
-        assert!(text(look.expect("harmful", "sub.a`", "is missing"), "risk").contains("pass `a` by"));
+        assert!(
+            text(look.expect("harmful", "sub.a`", "is missing"), "risk").contains("pass `a` by")
+        );
     });
 }
 
@@ -251,13 +355,19 @@ fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_t
         let url = broker.url.replace("guest:guest", &format!("{user}:hunter2"));
         let section = broker.section(&["a"]).replace(&broker.url, &url);
         let management = format!("management_url = \"{}\"\n", node.management_url());
-        let setup = Setup::with_text(&(section + &management + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup = Setup::with_text(
+            &(section + &management + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")),
+        );
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1));
-        let forbidden =
-            look.expect("harmful", &user, "may not configure its queues, read its queues, write to its queues, write to exchange");
+        let forbidden = look.expect(
+            "harmful",
+            &user,
+            "may not configure its queues, read its queues, write to its queues, write to exchange",
+        );
         look.expect("harmful", &user, "write to exchange `amq.default`");
-        // The API is there, but not for this user: what it would have shown is named, and AMQP's part is not held up.
+        // The API is there, but not for this user: what it would have shown is named, and AMQP's
+        // part is not held up.
         look.expect("warning", "policies", "Not management user");
         look.expect("ok", "broker", "RabbitMQ ");
         obey(&broker, &text(forbidden, "remedy"));
@@ -269,7 +379,10 @@ fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_t
         // And the daemon can do with these permissions all that it has to.
         let daemon = setup.start().await;
         broker.wait_depth("sub.a", 0).await;
-        eventually("all is there", async || broker.depth("state").await.is_some() && broker.depth("delay.18").await.is_some()).await;
+        eventually("all is there", async || {
+            broker.depth("state").await.is_some() && broker.depth("delay.18").await.is_some()
+        })
+        .await;
         look_is_sound(&setup).await;
         assert!(daemon.stop().await.success());
     });
@@ -292,11 +405,19 @@ fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() 
         broker.node().ctl(&[&["set_policy", "full"], &full[..]].concat());
         let key = format!("{}1.a", "0.".repeat(18));
         for _ in 0..2 {
-            broker.put(&format!("{}.delay.00", broker.prefix), &key, b"{}", BasicProperties::default()).await;
+            broker
+                .put(
+                    &format!("{}.delay.00", broker.prefix),
+                    &key,
+                    b"{}",
+                    BasicProperties::default(),
+                )
+                .await;
             broker.wait_depth("sub.a.retry", 1).await; // it is full with the first
         }
         let told = async |about: &str, found: &str| {
-            eventually(found, async || Look::at(&setup).find("warning", about, found).is_some()).await;
+            eventually(found, async || Look::at(&setup).find("warning", about, found).is_some())
+                .await;
         };
         let other = nodes.next().expect("a node");
         other.kill().await;
@@ -305,7 +426,8 @@ fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() 
         other.start().await;
         eventually("no more is said of it", async || {
             let look = Look::at(&setup);
-            look.find("warning", "", "replicas").is_none() && look.find("warning", "", "due batch").is_none()
+            look.find("warning", "", "replicas").is_none()
+                && look.find("warning", "", "due batch").is_none()
         })
         .await;
     });
@@ -314,9 +436,11 @@ fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() 
 fn an_alarm_that_blocks_publishing_is_harmful_until_it_ends() {
     run(async {
         let broker = Broker::private_and_managed().await;
-        let setup = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup =
+            managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         // Without the API it is seen all the same.
-        let by_amqp = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let by_amqp =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         broker.node().ctl(&["set_vm_memory_high_watermark", "0"]);
         let mut look = Look::at(&setup);
         eventually("the alarm is raised", async || {
@@ -339,7 +463,8 @@ fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_the
     run(async {
         let broker = Broker::managed().await;
         let away = "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }";
-        let both = subscriber("a", "http://127.0.0.1:9/", away) + &subscriber("gone", "http://127.0.0.1:9/", away);
+        let both = subscriber("a", "http://127.0.0.1:9/", away)
+            + &subscriber("gone", "http://127.0.0.1:9/", away);
         let before = managed(&broker, &(QUICK.to_owned() + &both));
         let daemon = before.start().await;
         broker.publish("a.b", [event(0)]).await;
@@ -347,17 +472,24 @@ fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_the
         broker.publish("a.b", [event(1), event(2)]).await;
         broker.wait_depth("sub.gone", 2).await;
         assert!(daemon.stop().await.success());
-        let fewer = managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let fewer =
+            managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let mut look = Look::at(&fewer);
         eventually("the broker has counted them", async || {
             look = Look::at(&fewer);
             look.find("warning", "subscriber `gone`", "hold 2 events").is_some()
         })
         .await;
-        assert!(text(look.expect("warning", "subscriber `gone`", ""), "remedy").contains("hooktrail prune"));
+        assert!(
+            text(look.expect("warning", "subscriber `gone`", ""), "remedy")
+                .contains("hooktrail prune")
+        );
         assert_eq!(look.code, Some(0), "they are not lost: {:#?}", look.findings);
         // Without the API the daemons' record tells of them.
-        let by_amqp = Look::at(&Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", ""))));
+        let by_amqp = Look::at(&Setup::new(
+            &broker,
+            &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")),
+        ));
         by_amqp.expect("warning", "subscriber `gone`", "hold 2 events");
     });
 }
@@ -371,7 +503,8 @@ fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
         let stranger = Receiver::accepting().await;
         for url in [nobody, stranger.url.clone()] {
             let look = Look::at(&at(&url));
-            let unseen = look.expect("warning", "policies, bindings", "management_url http://127.0.0.1:");
+            let unseen =
+                look.expect("warning", "policies, bindings", "management_url http://127.0.0.1:");
             assert!(!unseen.to_string().contains("hunter2"), "{unseen}");
             assert_eq!(look.code, Some(0), "{:#?}", look.findings);
             look.expect("ok", "broker", "RabbitMQ ");
@@ -384,7 +517,8 @@ fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
 fn a_broker_that_cannot_be_reached_is_harmful_and_the_endpoints_are_looked_at_all_the_same() {
     run(async {
         let receiver = Receiver::accepting().await;
-        let text = format!("[queue]\nurl = \"amqp://guest:hunter2@127.0.0.1:{}\"\n{QUICK}", free_port());
+        let text =
+            format!("[queue]\nurl = \"amqp://guest:hunter2@127.0.0.1:{}\"\n{QUICK}", free_port());
         let setup = Setup::with_text(&(text + &subscriber("a", &receiver.url, "")));
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1));
@@ -422,7 +556,11 @@ fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
             subscriber("untrusted", &https(good.port), ""),
             subscriber("other-name", &https(other.port), ours),
             subscriber("no-tls", &plain.url.replace("http://", "https://"), ours),
-            subscriber("blocked", &format!("https://localhost:{}/", good.port), "http = { allow_private_addresses = false }"),
+            subscriber(
+                "blocked",
+                &format!("https://localhost:{}/", good.port),
+                "http = { allow_private_addresses = false }",
+            ),
             subscriber("unknown", "https://nobody.invalid/hook", ""),
             subscriber("away", &https(nobody), ours),
         ];
@@ -436,9 +574,17 @@ fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
         assert!(text(untrusted, "remedy").contains("tls.ca_file"), "{untrusted}");
         look.expect("harmful", "endpoint of `other-name`", "is for another name");
         look.expect("harmful", "endpoint of `no-tls`", "the TLS handshake failed");
-        let blocked = look.expect("harmful", "endpoint of `blocked`", "which is not a public address (loopback)");
+        let blocked = look.expect(
+            "harmful",
+            "endpoint of `blocked`",
+            "which is not a public address (loopback)",
+        );
         assert!(text(blocked, "remedy").contains("http.allow_addresses"), "{blocked}");
-        look.expect("warning", "endpoint of `unknown`", "the name `nobody.invalid` is not resolved");
+        look.expect(
+            "warning",
+            "endpoint of `unknown`",
+            "the name `nobody.invalid` is not resolved",
+        );
         look.expect("warning", "endpoint of `away`", "takes no connection");
         assert!(good.requests().is_empty() && plain.requests().is_empty(), "no request was sent");
     });
@@ -450,15 +596,26 @@ fn a_certificate_that_expires_soon_is_a_warning() {
         let authority = Authority::new();
         // A day that is 10 days off, whatever today is.
         let in_days = |days: u64| {
-            let at = std::time::SystemTime::now() + std::time::Duration::from_secs(days * 24 * 3600);
+            let at =
+                std::time::SystemTime::now() + std::time::Duration::from_secs(days * 24 * 3600);
             let text = hooktrail::clock::rfc3339_seconds(at);
-            let part = |range: std::ops::Range<usize>| text[range].parse::<i32>().expect("a number");
-            (part(0..4), u8::try_from(part(5..7)).expect("a month"), u8::try_from(part(8..10)).expect("a day"))
+            let part =
+                |range: std::ops::Range<usize>| text[range].parse::<i32>().expect("a number");
+            (
+                part(0..4),
+                u8::try_from(part(5..7)).expect("a month"),
+                u8::try_from(part(8..10)).expect("a day"),
+            )
         };
         let soon = valid(&authority, (2020, 1, 1), in_days(11)).await;
         let setup = Setup::new(
             &Embedded::new(),
-            &(QUICK.to_owned() + &subscriber("a", &format!("https://127.0.0.1:{}/", soon.port), "tls = { ca_file = \"ca.pem\" }")),
+            &(QUICK.to_owned()
+                + &subscriber(
+                    "a",
+                    &format!("https://127.0.0.1:{}/", soon.port),
+                    "tls = { ca_file = \"ca.pem\" }",
+                )),
         );
         setup.write("ca.pem", &authority.pem);
         let look = Look::at(&setup);
@@ -471,7 +628,10 @@ fn a_certificate_that_expires_soon_is_a_warning() {
 fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
     run(async {
         let queue = Embedded::new();
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "paused = true")));
+        let setup = Setup::new(
+            &queue,
+            &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "paused = true")),
+        );
         let before = Look::at(&setup);
         assert_eq!(before.code, Some(0));
         before.expect("note", "data_dir", "`run` makes it");
@@ -492,7 +652,13 @@ fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
 
         open_to_all(&queue);
         let look = Look::at(&setup);
-        assert!(text(look.expect("warning", "data_dir", "everybody on this machine can read"), "remedy").starts_with("chmod 700"));
+        assert!(
+            text(
+                look.expect("warning", "data_dir", "everybody on this machine can read"),
+                "remedy"
+            )
+            .starts_with("chmod 700")
+        );
         // What a failing disk does to the pages in the middle, once they are in the file.
         let db = rusqlite::Connection::open(queue.file()).expect("opens");
         db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("writes them there");
@@ -503,7 +669,10 @@ fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
         std::fs::write(queue.file(), bytes).expect("writes");
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1), "{:#?}", look.findings);
-        assert!(text(look.expect("harmful", "database", "its pages are damaged"), "remedy").contains("Disaster recovery"));
+        assert!(
+            text(look.expect("harmful", "database", "its pages are damaged"), "remedy")
+                .contains("Disaster recovery")
+        );
     });
 }
 
@@ -522,19 +691,39 @@ fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
         let port = broker.node().port();
         let own = |user: &str, vhost: &str| format!("amqp://{user}@127.0.0.1:{port}/{vhost}");
         for (url, found, remedy) in [
-            (format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port()), "Connection refused", "rabbitmqctl status"),
+            (
+                format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port()),
+                "Connection refused",
+                "rabbitmqctl status",
+            ),
             (http.url.replace("http://", "amqp://guest:guest@"), "speaks no AMQP", "5672"),
             (format!("amqps://guest:guest@127.0.0.1:{port}/%2f"), "speaks no TLS", "5671"),
-            ("amqp://guest:guest@nobody.invalid/%2f".to_owned(), "lookup address", "getent hosts nobody.invalid"),
+            (
+                "amqp://guest:guest@nobody.invalid/%2f".to_owned(),
+                "lookup address",
+                "getent hosts nobody.invalid",
+            ),
             (own("guest:guest", "nope"), "there is no vhost `nope`", "rabbitmqctl add_vhost nope"),
-            (own("guest:wrong", "%2f"), "refused user name or password", "rabbitmqctl authenticate_user guest"),
-            (own("stranger:hunter2", "%2f"), "does not let this user into vhost `/`: NOT_ALLOWED", "list_permissions"),
+            (
+                own("guest:wrong", "%2f"),
+                "refused user name or password",
+                "rabbitmqctl authenticate_user guest",
+            ),
+            (
+                own("stranger:hunter2", "%2f"),
+                "does not let this user into vhost `/`: NOT_ALLOWED",
+                "list_permissions",
+            ),
         ] {
             let section = format!("[queue]\nurl = \"{url}\"\n{QUICK}");
             let look = Look::at(&Setup::with_text(&(section + &subscriber("a", &http.url, ""))));
             assert_eq!(look.code, Some(1), "{url}");
             let finding = look.expect("harmful", "queue", found);
-            assert!(text(finding, "remedy").contains(remedy) && !finding.to_string().contains("hunter2"), "{url}: {finding}");
+            assert!(
+                text(finding, "remedy").contains(remedy)
+                    && !finding.to_string().contains("hunter2"),
+                "{url}: {finding}"
+            );
         }
     });
 }
@@ -549,7 +738,11 @@ fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
         let by_api = Look::at(&by_api);
         assert_eq!(by_api.code, Some(1));
         // 3 of the subscriber, 19 levels, the orphans, the record.
-        let few = by_api.expect("harmful", "vhost `/`", "may have 10 queues and has 0; 24 more are needed");
+        let few = by_api.expect(
+            "harmful",
+            "vhost `/`",
+            "may have 10 queues and has 0; 24 more are needed",
+        );
         assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
         broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":0}"#]);
         let look = Look::at(&by_amqp);
@@ -560,7 +753,11 @@ fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
         broker.node().ctl(&["set_vhost_limits", r#"{"max-connections":2}"#]);
         let look = Look::at(&by_amqp);
         assert_eq!(look.code, Some(1));
-        let few = look.expect("harmful", "broker connection (consuming)", "connection limit (2) is reached");
+        let few = look.expect(
+            "harmful",
+            "broker connection (consuming)",
+            "connection limit (2) is reached",
+        );
         assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
     });
 }
@@ -569,7 +766,8 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
     run(async {
         let broker = Broker::private_and_managed().await;
         let node = broker.node();
-        let both = subscriber("a", "http://127.0.0.1:9/", "paused = true") + &subscriber("b", "http://127.0.0.1:9/", "");
+        let both = subscriber("a", "http://127.0.0.1:9/", "paused = true")
+            + &subscriber("b", "http://127.0.0.1:9/", "");
         let setup = managed(&broker, &(QUICK.to_owned() + &both));
         node.ctl(&["set_vhost_limits", r#"{"max-queues":25}"#]);
         let look = Look::of(&setup, &["a"]);
@@ -581,7 +779,8 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
 
         let daemon = setup.start().await;
         eventually("the record is there", async || broker.depth("state").await.is_some()).await;
-        // 3 of the daemon and 2 of the command, which opens those that a daemon needs only where none runs.
+        // 3 of the daemon and 2 of the command, which opens those that a daemon needs only where
+        // none runs.
         node.ctl(&["set_vhost_limits", r#"{"max-connections":5}"#]);
         let look = Look::of(&setup, &["a"]);
         assert_eq!(look.code, Some(0), "the one that consumes is seen: {:#?}", look.findings);
@@ -589,13 +788,25 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
         node.ctl(&["set_vhost_limits", "{}"]);
 
         for (name, pattern) in [("full", r"\.sub\.b$"), ("full-dead", r"\.sub\.b\.dead$")] {
-            node.ctl(&["set_policy", "--apply-to", "queues", name, pattern, r#"{"max-length":10}"#]);
+            node.ctl(&[
+                "set_policy",
+                "--apply-to",
+                "queues",
+                name,
+                pattern,
+                r#"{"max-length":10}"#,
+            ]);
         }
         // Whatever is published passes all queues of the exchange.
-        eventually("what harms all is told", async || Look::of(&setup, &["a"]).find("harmful", "sub.b`", "sets max-length").is_some())
-            .await;
+        eventually("what harms all is told", async || {
+            Look::of(&setup, &["a"]).find("harmful", "sub.b`", "sets max-length").is_some()
+        })
+        .await;
         let of_b = "sub.b.dead`";
-        eventually("all is told of b", async || Look::of(&setup, &["b"]).find("harmful", of_b, "sets max-length").is_some()).await;
+        eventually("all is told of b", async || {
+            Look::of(&setup, &["b"]).find("harmful", of_b, "sets max-length").is_some()
+        })
+        .await;
         let look = Look::of(&setup, &["a"]);
         assert_eq!(look.code, Some(1));
         assert!(look.find("harmful", of_b, "").is_none(), "{:#?}", look.findings);
@@ -606,7 +817,8 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
 fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
     run(async {
         let broker = Broker::shared();
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let daemon = setup.start().await;
         eventually("the record is there", async || broker.depth("state").await.is_some()).await;
         assert!(daemon.stop().await.success());
@@ -614,9 +826,15 @@ fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
         let (connection, channel) = broker.channel().await;
         let levels = (0..19).map(|n| format!("delay.{n:02}"));
         for name in levels.chain(["orphans".to_owned(), "sub.a.dead".to_owned()]) {
-            channel.queue_delete(queue(&broker, &name), QueueDeleteOptions::default()).await.expect("deletes");
+            channel
+                .queue_delete(queue(&broker, &name), QueueDeleteOptions::default())
+                .await
+                .expect("deletes");
         }
-        channel.exchange_delete(queue(&broker, "delay"), Default::default()).await.expect("deletes");
+        channel
+            .exchange_delete(queue(&broker, "delay"), Default::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
         let look = Look::at(&setup);
         assert_eq!(look.code, Some(1));
@@ -627,7 +845,9 @@ fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
         setup.ok(&["repair", "a"]);
         let told = setup.ok(&["check", "--connect"]);
         assert!(
-            told.contains("Not looked at, so not known") && told.contains("bindings") && !told.contains("Nothing harmful was found.\n"),
+            told.contains("Not looked at, so not known")
+                && told.contains("bindings")
+                && !told.contains("Nothing harmful was found.\n"),
             "{told}"
         );
     });

@@ -39,12 +39,14 @@ fn what_was_dropped_is_reported_when_somebody_reads_again() {
         let api = Api::new();
         // Each refused reload leaves a line as long as this key.
         let long = "x".repeat(4000);
-        let text = |key: &str| format!("[queue]\nurl = \"embedded\"\n{}[log]\n{key}\n", api.section());
+        let text =
+            |key: &str| format!("[queue]\nurl = \"embedded\"\n{}[log]\n{key}\n", api.section());
         let setup = Setup::with_text(&text("level = \"info\""));
         let mut daemon = setup.piped();
         daemon.read_until("running");
         std::fs::write(setup.config(), text(&format!("{long} = 1"))).expect("writes");
-        let dropped = async || api.metric("hooktrail_log_lines_dropped_total").await.expect("a figure");
+        let dropped =
+            async || api.metric("hooktrail_log_lines_dropped_total").await.expect("a figure");
         assert!(dropped().await < 0.5);
         eventually("lines are dropped", async || {
             for _ in 0..100 {
@@ -66,20 +68,33 @@ fn what_was_dropped_is_reported_when_somebody_reads_again() {
 #[test]
 fn a_fatal_error_is_json_where_the_log_is() {
     for (text, code, part) in [
-        ("[queue]\nurl = \"embedded\"\n[http]\ntimeuot = 1\n", 2, "hooktrail.toml:4:1: http.timeuot"),
+        (
+            "[queue]\nurl = \"embedded\"\n[http]\ntimeuot = 1\n",
+            2,
+            "hooktrail.toml:4:1: http.timeuot",
+        ),
         ("[queue]\nurl = \"embedded\"\ndata_dir = \"/dev/null/x\"\n", 1, "/dev/null/x"),
     ] {
         let setup = Setup::with_text(&format!("{text}[log]\nformat = \"json\"\n"));
         let output = setup.run(&["run"]);
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{told}");
-        let lines: Vec<serde_json::Value> = told.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect();
+        let lines: Vec<serde_json::Value> = told
+            .lines()
+            .map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}")))
+            .collect();
         let last = lines.last().expect("a line");
-        assert!(last["level"] == "ERROR" && last["error"].as_str().is_some_and(|e| e.contains(part)), "{told}");
+        assert!(
+            last["level"] == "ERROR" && last["error"].as_str().is_some_and(|e| e.contains(part)),
+            "{told}"
+        );
         // In text it is as a command prints it.
         let plain = Setup::with_text(text).run(&["run"]);
         let told = String::from_utf8_lossy(&plain.stderr).into_owned();
-        assert!(plain.status.code() == Some(code) && told.contains(part) && !told.contains("ERROR"), "{told}");
+        assert!(
+            plain.status.code() == Some(code) && told.contains(part) && !told.contains("ERROR"),
+            "{told}"
+        );
     }
 }
 
@@ -87,7 +102,9 @@ fn a_fatal_error_is_json_where_the_log_is() {
 fn the_level_of_the_log_changes_while_the_daemon_runs() {
     run(async {
         let api = Api::new();
-        let text = |level: &str| format!("[queue]\nurl = \"embedded\"\n{}[log]\nlevel = \"{level}\"\n", api.section());
+        let text = |level: &str| {
+            format!("[queue]\nurl = \"embedded\"\n{}[log]\nlevel = \"{level}\"\n", api.section())
+        };
         let setup = Setup::with_text(&text("info"));
         let daemon = setup.start().await;
         let reload = |level: &str| {
@@ -96,7 +113,10 @@ fn the_level_of_the_log_changes_while_the_daemon_runs() {
         };
         // The daemon may have noticed the file by itself.
         let changed = reload("warn");
-        assert!(["changed log.level\n", "Nothing has changed.\n"].contains(&changed.as_str()), "{changed}");
+        assert!(
+            ["changed log.level\n", "Nothing has changed.\n"].contains(&changed.as_str()),
+            "{changed}"
+        );
         let before = daemon.log();
         reload("warn");
         assert_eq!(daemon.log(), before);
@@ -112,7 +132,8 @@ fn lines_for_the_journal_begin_with_their_priority() {
         let api = Api::new();
         let setup = Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n{}", api.section()));
         // As systemd tells it: device and inode of what stderr is.
-        let daemon = setup.spawn_as("JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$0\" \"$@\"");
+        let daemon =
+            setup.spawn_as("JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$0\" \"$@\"");
         daemon.wait_log("running").await;
         let log = daemon.log();
         for (line, priority) in [("no [[subscriber]]", "<4>"), ("running", "<6>")] {

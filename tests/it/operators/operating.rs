@@ -52,21 +52,35 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     let text = QUICK.to_owned()
         + &api.section()
         + &subscriber("good", &good.url, "")
-        + &subscriber("open", &bad.url, "circuit_breaker = { failures = 1, open_for = \"10m\" }\nretry = { initial_interval = \"1h\" }")
+        + &subscriber(
+            "open",
+            &bad.url,
+            "circuit_breaker = { failures = 1, open_for = \"10m\" }\nretry = { initial_interval = \"1h\" }",
+        )
         + &subscriber("held", &held.url, "")
         + &subscriber("dying", &dying.url, "retry = { max_attempts = 1 }")
         + &subscriber("paused", &good.url, "paused = true");
     let setup = Setup::new(&queue, &text);
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..5).map(event)).await;
-    api.wait("good", "ok", |s| s["state"] == "ok" && s["delivered"] == 5 && s["success_rate"] == 1.0).await;
-    api.wait("open", "open", |s| s["state"] == "circuit_open" && s["circuit"]["until"].is_string()).await;
-    api.wait("open", "one in retry", |s| s["in_retry"] == 1 && s["next_retry_at"].is_string()).await;
+    api.wait("good", "ok", |s| {
+        s["state"] == "ok" && s["delivered"] == 5 && s["success_rate"] == 1.0
+    })
+    .await;
+    api.wait("open", "open", |s| s["state"] == "circuit_open" && s["circuit"]["until"].is_string())
+        .await;
+    api.wait("open", "one in retry", |s| s["in_retry"] == 1 && s["next_retry_at"].is_string())
+        .await;
     api.wait("held", "held", |s| s["state"] == "held" && s["held_until"].is_string()).await;
     api.wait("dying", "a dead letter", |s| s["dead"] == 1 && s["state"] == "retrying").await;
-    api.wait("paused", "paused, with its backlog", |s| s["state"] == "paused" && s["backlog"] == 5).await;
+    api.wait("paused", "paused, with its backlog", |s| s["state"] == "paused" && s["backlog"] == 5)
+        .await;
     let open = api.subscriber("open").await;
-    assert_eq!((&open["last_error"]["failure"], &open["last_error"]["status"]), (&json!("status"), &json!(503)), "{open}");
+    assert_eq!(
+        (&open["last_error"]["failure"], &open["last_error"]["status"]),
+        (&json!("status"), &json!(503)),
+        "{open}"
+    );
     assert!(open["oldest_event_age_s"].as_f64().is_some_and(|age| age < 60.0), "{open}");
     assert!(open["p50_s"].is_number() && open["success_rate"] == 0.0, "{open}");
     api.wait("held", "one in retry", |s| s["in_retry"] == 1).await;
@@ -75,10 +89,15 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     }
     assert_reported("status", &setup.ok(&["status"]));
     assert_reported("status_of_one", &setup.ok(&["status", "open"]));
-    let json: serde_json::Value = serde_json::from_str(&setup.ok(&["status", "--json"])).expect("JSON");
-    assert_eq!((&json["phase"], json["subscribers"].as_array().map(Vec::len)), (&json!("running"), Some(5)));
+    let json: serde_json::Value =
+        serde_json::from_str(&setup.ok(&["status", "--json"])).expect("JSON");
+    assert_eq!(
+        (&json["phase"], json["subscribers"].as_array().map(Vec::len)),
+        (&json!("running"), Some(5))
+    );
     // What has just happened is in it, though the daemon itself looks at the queues every 10 s.
-    let looked_at = async || api.get("/api/v1/subscribers").await.json()["queue"]["looked_at"].clone();
+    let looked_at =
+        async || api.get("/api/v1/subscribers").await.json()["queue"]["looked_at"].clone();
     let before = looked_at().await;
     eventually("a look", async || looked_at().await != before).await;
     queue.publish(TYPE, (5..8).map(event)).await;
@@ -86,7 +105,10 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     tokio::time::timeout(Duration::from_secs(5), told).await.expect("it is told soon");
     assert!(daemon.stop().await.success());
     let alone = setup.run(&["status"]);
-    assert!(alone.status.code() == Some(1) && String::from_utf8_lossy(&alone.stderr).contains("no daemon answers at"));
+    assert!(
+        alone.status.code() == Some(1)
+            && String::from_utf8_lossy(&alone.stderr).contains("no daemon answers at")
+    );
 }
 
 async fn what_a_lane_has_in_hand_is_not_in_the_queue_too(queue: Queue) {
@@ -95,28 +117,49 @@ async fn what_a_lane_has_in_hand_is_not_in_the_queue_too(queue: Queue) {
     let again = Receiver::start(|_, _| status(500)).await;
     let api = Api::new();
     let more = "http = { concurrency = 1, timeout = \"2m\" }\nbatch = { max_events = 1 }";
-    let text = QUICK.to_owned() + &api.section() + &subscriber("first", &first.url, more) + &subscriber("again", &again.url, more);
+    let text = QUICK.to_owned()
+        + &api.section()
+        + &subscriber("first", &first.url, more)
+        + &subscriber("again", &again.url, more);
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish(TYPE, (0..10).map(event)).await;
     let is = async |series: &str, value: f64| {
-        eventually(&format!("{series} is {value}"), async || api.metric(series).await == Some(value)).await;
+        eventually(&format!("{series} is {value}"), async || {
+            api.metric(series).await == Some(value)
+        })
+        .await;
     };
     // A request and the batch after it.
-    api.wait("first", "two in hand, eight in the queue", |s| s["in_hand"] == 2 && s["backlog"] == 8 && s["in_retry"] == 0).await;
+    api.wait("first", "two in hand, eight in the queue", |s| {
+        s["in_hand"] == 2 && s["backlog"] == 8 && s["in_retry"] == 0
+    })
+    .await;
     is("hooktrail_queue_messages{subscriber=\"first\",queue=\"main\"}", 8.0).await;
 
-    eventually("all have failed once", async || again.requests().iter().map(Request::id).collect::<BTreeSet<_>>().len() == 10).await;
+    eventually("all have failed once", async || {
+        again.requests().iter().map(Request::id).collect::<BTreeSet<_>>().len() == 10
+    })
+    .await;
     again.now(move |_, _| hanging());
-    api.wait("again", "one in hand, nine to be tried again", |s| s["in_hand"] == 1 && s["in_retry"] == 9 && s["backlog"] == 0).await;
+    api.wait("again", "one in hand, nine to be tried again", |s| {
+        s["in_hand"] == 1 && s["in_retry"] == 9 && s["backlog"] == 0
+    })
+    .await;
     is("hooktrail_queue_messages{subscriber=\"again\",queue=\"main\"}", 0.0).await;
     is("hooktrail_queue_messages{subscriber=\"again\",queue=\"retry\"}", 9.0).await;
     is("hooktrail_delayed_retries", 0.0).await;
     let shown = setup.ok(&["status"]);
     for (name, numbers) in [("first", ["8", "2", "0"]), ("again", ["0", "1", "9"])] {
-        let line = shown.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name} in:\n{shown}"));
+        let line = shown
+            .lines()
+            .find(|l| l.starts_with(name))
+            .unwrap_or_else(|| panic!("no {name} in:\n{shown}"));
         let columns: Vec<&str> = line.split_whitespace().collect();
-        assert!(columns.windows(3).any(|found| found == numbers), "{numbers:?} is not in:\n{shown}");
+        assert!(
+            columns.windows(3).any(|found| found == numbers),
+            "{numbers:?} is not in:\n{shown}"
+        );
     }
 }
 
@@ -127,7 +170,11 @@ async fn metrics_count_what_happens(queue: Queue) {
     let text = QUICK.to_owned()
         + &api.section()
         + &subscriber("good", &good.url, "")
-        + &subscriber("bad", &bad.url, "retry = { max_attempts = 2 }\ncircuit_breaker = { failures = 2 }");
+        + &subscriber(
+            "bad",
+            &bad.url,
+            "retry = { max_attempts = 2 }\ncircuit_breaker = { failures = 2 }",
+        );
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish(TYPE, (0..7).map(event)).await;
@@ -136,14 +183,19 @@ async fn metrics_count_what_happens(queue: Queue) {
     assert_eq!(answer.status, 202);
     good.wait_all(8).await;
     let is = async |series: &str, value: f64| {
-        eventually(&format!("{series} is {value}"), async || api.metric(series).await == Some(value)).await;
+        eventually(&format!("{series} is {value}"), async || {
+            api.metric(series).await == Some(value)
+        })
+        .await;
     };
     is("hooktrail_events_delivered_total{subscriber=\"good\"}", 8.0).await;
     is("hooktrail_events_received_total{subscriber=\"good\"}", 9.0).await;
     is("hooktrail_dead_letters_total{subscriber=\"good\",reason=\"invalid_event\"}", 1.0).await;
     is("hooktrail_dead_letters_total{subscriber=\"bad\",reason=\"invalid_event\"}", 1.0).await;
     eventually("the bad one's batches are dead letters", async || {
-        let all = api.metric("hooktrail_dead_letters_total{subscriber=\"bad\",reason=\"exhausted\"}").await;
+        let all = api
+            .metric("hooktrail_dead_letters_total{subscriber=\"bad\",reason=\"exhausted\"}")
+            .await;
         all.is_some_and(|n| n >= 1.0)
     })
     .await;
@@ -156,7 +208,11 @@ async fn metrics_count_what_happens(queue: Queue) {
     is("hooktrail_subscribers", 2.0).await;
     is("hooktrail_queue_messages{subscriber=\"good\",queue=\"dead\"}", 1.0).await;
     // The events' own timestamps are of 2024, so each is beyond the last bucket.
-    assert!(api.metric("hooktrail_delivery_lag_seconds_bucket{le=\"259200.0\",subscriber=\"good\"}").await.is_none_or(|n| n == 0.0));
+    assert!(
+        api.metric("hooktrail_delivery_lag_seconds_bucket{le=\"259200.0\",subscriber=\"good\"}")
+            .await
+            .is_none_or(|n| n == 0.0)
+    );
     let exposed = api.get("/metrics").await;
     assert!(exposed.content_type.starts_with("text/plain; version=0.0.4"), "{exposed:?}");
     assert!(!exposed.text.contains("/hook/token"), "no URL");
@@ -165,7 +221,9 @@ async fn metrics_count_what_happens(queue: Queue) {
 async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue) {
     let receiver = Receiver::start(|_, _| status(410).body("gone")).await;
     let api = Api::new();
-    let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }");
+    let text = QUICK.to_owned()
+        + &api.section()
+        + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }");
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     let tested = api.post("/api/v1/subscribers/a/test", "{}").await;
@@ -173,12 +231,24 @@ async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue)
     assert_eq!(receiver.count(), 1);
     receiver.now(|_, _| status(500).body("out of order"));
     queue.publish(TYPE, [event(0)]).await;
-    eventually("a dead letter", async || api.get("/api/v1/subscribers/a/dead").await.json()["dead"] == 1).await;
+    eventually("a dead letter", async || {
+        api.get("/api/v1/subscribers/a/dead").await.json()["dead"] == 1
+    })
+    .await;
     let dead = api.get("/api/v1/subscribers/a/dead?limit=5").await.json();
-    assert_eq!((&dead["letters"][0]["reason"], &dead["letters"][0]["status"]), (&json!("exhausted"), &json!(500)), "{dead}");
+    assert_eq!(
+        (&dead["letters"][0]["reason"], &dead["letters"][0]["status"]),
+        (&json!("exhausted"), &json!(500)),
+        "{dead}"
+    );
 
     // Nothing is changed by a GET, or from a page of somebody else's.
-    for path in ["/api/v1/subscribers/a/pause", "/api/v1/subscribers/a/resume", "/api/v1/subscribers/a/test", "/api/v1/events"] {
+    for path in [
+        "/api/v1/subscribers/a/pause",
+        "/api/v1/subscribers/a/resume",
+        "/api/v1/subscribers/a/test",
+        "/api/v1/events",
+    ] {
         assert_eq!(api.get(path).await.status, 405, "{path}");
         let json = ("content-type", "application/json");
         for headers in [
@@ -201,15 +271,25 @@ async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue)
 fn a_daemon_whose_configuration_was_given_a_mistake_is_still_asked_and_told() {
     run(async {
         let api = Api::new();
-        let text = format!("[queue]\nurl = \"embedded\"\n{QUICK}{}{}", api.section(), subscriber("a", "http://127.0.0.1:9/", ""));
+        let text = format!(
+            "[queue]\nurl = \"embedded\"\n{QUICK}{}{}",
+            api.section(),
+            subscriber("a", "http://127.0.0.1:9/", "")
+        );
         let setup = Setup::with_text(&text);
         let daemon = setup.start().await;
         for mistake in ["[batch_]\n", "[retry\n"] {
             std::fs::write(setup.config(), text.clone() + mistake).expect("writes");
             let paused = setup.run(&["pause", "a"]);
             assert!(paused.status.success(), "{paused:?}");
-            assert!(String::from_utf8_lossy(&paused.stderr).contains("the configuration has mistakes"), "{paused:?}");
-            eventually("the mistake is told", async || setup.ok(&["status"]).contains("The configuration was not reloaded")).await;
+            assert!(
+                String::from_utf8_lossy(&paused.stderr).contains("the configuration has mistakes"),
+                "{paused:?}"
+            );
+            eventually("the mistake is told", async || {
+                setup.ok(&["status"]).contains("The configuration was not reloaded")
+            })
+            .await;
             setup.ok(&["resume", "a"]);
         }
         assert_eq!(setup.run(&["pause", "../a"]).status.code(), Some(2));
@@ -227,17 +307,29 @@ fn a_pause_says_whose_reason_counts_and_a_resume_by_whom_it_was() {
         let gone = Receiver::start(|_, _| status(410)).await;
         let queue = Queue::embedded();
         let api = Api::new();
-        let text = QUICK.to_owned() + &api.section() + &subscriber("a", "http://127.0.0.1:9/", "") + &subscriber("gone", &gone.url, "");
+        let text = QUICK.to_owned()
+            + &api.section()
+            + &subscriber("a", "http://127.0.0.1:9/", "")
+            + &subscriber("gone", &gone.url, "");
         let setup = Setup::new(&queue, &text);
         let daemon = setup.start().await;
         assert!(setup.ok(&["pause", "a", "--why", "first"]).contains("first"));
         let again = setup.ok(&["pause", "a", "--why", "second"]);
-        assert!(again.contains("was paused already") && again.contains("second") && !again.contains("first"), "{again}");
+        assert!(
+            again.contains("was paused already")
+                && again.contains("second")
+                && !again.contains("first"),
+            "{again}"
+        );
         // Without a reason the one before stays.
         assert!(setup.ok(&["pause", "a"]).contains("second"));
         api.wait("a", "paused for the second reason", |s| s["paused"]["why"] == "second").await;
         let resumed = api.post("/api/v1/subscribers/a/resume", "{}").await.json();
-        assert_eq!((&resumed["state"], &resumed["changed"]), (&json!("ok"), &json!(true)), "as the status has it: {resumed}");
+        assert_eq!(
+            (&resumed["state"], &resumed["changed"]),
+            (&json!("ok"), &json!(true)),
+            "as the status has it: {resumed}"
+        );
         eventually("the log says who resumed it", async || {
             daemon.log().lines().any(|l| l.contains("resumed") && l.contains("by=\"operator\""))
         })
@@ -246,7 +338,10 @@ fn a_pause_says_whose_reason_counts_and_a_resume_by_whom_it_was() {
         queue.publish(TYPE, [event(0)]).await;
         api.wait("gone", "paused by its receiver", |s| s["state"] == "paused").await;
         let kept = setup.ok(&["pause", "gone", "--why", "mine"]);
-        assert!(kept.contains("by receiver") && kept.contains("410") && kept.contains("not recorded"), "{kept}");
+        assert!(
+            kept.contains("by receiver") && kept.contains("410") && kept.contains("not recorded"),
+            "{kept}"
+        );
         assert!(!setup.ok(&["pause", "gone"]).contains("not recorded"));
         assert!(daemon.stop().await.success());
     });
@@ -255,7 +350,8 @@ fn a_pause_says_whose_reason_counts_and_a_resume_by_whom_it_was() {
 #[test]
 fn a_daemon_that_is_stopped_while_it_starts_says_so() {
     run(async {
-        let setup = Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n", free_port()));
+        let setup =
+            Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n", free_port()));
         let mut daemon = setup.spawn();
         daemon.wait_log("admin listening").await;
         daemon.terminate();
@@ -272,32 +368,62 @@ fn several_or_all_subscribers_are_paused_and_resumed_by_one_command() {
         let queue = Queue::embedded();
         let api = Api::new();
         let of = |name: &str, more: &str| subscriber(name, "http://127.0.0.1:9/", more);
-        let text = QUICK.to_owned() + &api.section() + &of("a", "") + &of("b", "") + &of("c", "") + &of("fixed", "paused = true");
+        let text = QUICK.to_owned()
+            + &api.section()
+            + &of("a", "")
+            + &of("b", "")
+            + &of("c", "")
+            + &of("fixed", "paused = true");
         let setup = Setup::new(&queue, &text);
         let _daemon = setup.start().await;
         let paused = async || {
             let found = api.get("/api/v1/subscribers").await.json();
-            let of = found["subscribers"].as_array().expect("a list").iter().filter(|s| s["state"] == "paused");
-            of.map(|s| s["subscriber"].as_str().expect("a name").to_owned()).collect::<Vec<_>>().join(" ")
+            let of = found["subscribers"]
+                .as_array()
+                .expect("a list")
+                .iter()
+                .filter(|s| s["state"] == "paused");
+            of.map(|s| s["subscriber"].as_str().expect("a name").to_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
         };
-        let become_paused = async |names: &str| eventually(&format!("paused: {names}"), async || paused().await == names).await;
+        let become_paused = async |names: &str| {
+            eventually(&format!("paused: {names}"), async || paused().await == names).await
+        };
         become_paused("fixed").await;
         let told = setup.ok(&["pause", "a", "c", "--why", "migration"]);
-        assert!(told.contains("`a` is paused") && told.contains("`c` is paused") && told.contains("migration"), "{told}");
+        assert!(
+            told.contains("`a` is paused")
+                && told.contains("`c` is paused")
+                && told.contains("migration"),
+            "{told}"
+        );
         become_paused("a c fixed").await;
         // One that is not there is noticed before anything is changed.
         let unknown = setup.run(&["resume", "a", "nobody"]);
         assert!(unknown.status.code() == Some(2) && paused().await == "a c fixed", "{unknown:?}");
         let told = setup.ok(&["pause", "--all"]);
-        assert!(told.contains("`b` is paused") && told.contains("`a` was paused already"), "{told}");
+        assert!(
+            told.contains("`b` is paused") && told.contains("`a` was paused already"),
+            "{told}"
+        );
         become_paused("a b c fixed").await;
         // What the configuration pauses no command resumes; the others are.
         let resumed = setup.run(&["resume", "b", "fixed"]);
         let why = String::from_utf8_lossy(&resumed.stderr).into_owned();
-        assert!(resumed.status.code() == Some(1) && why.contains("`fixed`: ") && why.contains("1 subscriber was not resumed"), "{why}");
+        assert!(
+            resumed.status.code() == Some(1)
+                && why.contains("`fixed`: ")
+                && why.contains("1 subscriber was not resumed"),
+            "{why}"
+        );
         become_paused("a c fixed").await;
         let told = setup.run(&["resume", "--all"]);
-        assert!(told.status.success() && String::from_utf8_lossy(&told.stdout).contains("`fixed` stays paused"), "{told:?}");
+        assert!(
+            told.status.success()
+                && String::from_utf8_lossy(&told.stdout).contains("`fixed` stays paused"),
+            "{told:?}"
+        );
         become_paused("fixed").await;
         for wrong in [&["pause"][..], &["resume"], &["pause", "a", "--all"]] {
             assert_eq!(setup.run(wrong).status.code(), Some(2), "{wrong:?}");
@@ -311,16 +437,23 @@ fn the_producers_trace_is_in_the_log_of_each_attempt() {
         let queue = Queue::embedded();
         let receiver = Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
         let api = Api::new();
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let setup = Setup::new(
+            &queue,
+            &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")),
+        );
         let daemon = setup.start().await;
         let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let headers = [("content-type", "application/json"), ("traceparent", trace)];
         assert_eq!(api.send("POST", "/api/v1/events", &headers, &event(0)).await.status, 202);
         receiver.wait_requests(2).await;
         daemon.wait_log("outcome=\"delivered\"").await;
-        let attempts: Vec<String> = daemon.log().lines().filter(|l| l.contains("outcome=")).map(str::to_owned).collect();
+        let attempts: Vec<String> =
+            daemon.log().lines().filter(|l| l.contains("outcome=")).map(str::to_owned).collect();
         assert_eq!(attempts.len(), 2);
-        assert!(attempts.iter().all(|l| l.contains(&format!("traceparent=\"{trace}\""))), "{attempts:?}");
+        assert!(
+            attempts.iter().all(|l| l.contains(&format!("traceparent=\"{trace}\""))),
+            "{attempts:?}"
+        );
     });
 }
 
@@ -330,11 +463,15 @@ fn while_the_broker_is_away_metrics_and_status_say_so() {
         let receiver = Receiver::accepting().await;
         let api = Api::new();
         // A lane without work notices nothing by itself.
-        let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "paused = true");
+        let text =
+            QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "paused = true");
         let setup = Setup::new(&broker, &text);
         let _daemon = setup.start().await;
         let is = async |value: f64| {
-            eventually(&format!("queue_up is {value}"), async || api.metric("hooktrail_queue_up").await == Some(value)).await;
+            eventually(&format!("queue_up is {value}"), async || {
+                api.metric("hooktrail_queue_up").await == Some(value)
+            })
+            .await;
         };
         is(1.0).await;
         broker.node().kill().await;
@@ -352,7 +489,9 @@ fn what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_move
         let broker = Broker::private().await;
         let receiver = Receiver::start(|_, _| status(500)).await;
         let api = Api::new();
-        let text = QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }");
+        let text = QUICK.to_owned()
+            + &api.section()
+            + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }");
         let setup = Setup::new(&broker, &text);
         let _daemon = setup.start().await;
         broker.publish(TYPE, [event(1)]).await;
@@ -364,7 +503,8 @@ fn what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_move
         broker.node().ctl(&["close_all_connections", "a test"]);
         let says_why = |command: &[&str]| {
             let ended = setup.run(command);
-            ended.status.code() == Some(1) && String::from_utf8_lossy(&ended.stderr).contains("ACCESS_REFUSED")
+            ended.status.code() == Some(1)
+                && String::from_utf8_lossy(&ended.stderr).contains("ACCESS_REFUSED")
         };
         for command in [&["dead", "replay", "a"][..], &["publish", events], &["prune", "--yes"]] {
             assert!(says_why(command), "{command:?}");
@@ -387,7 +527,10 @@ fn status_watches() {
         let queue = Queue::embedded();
         let receiver = Receiver::accepting().await;
         let api = Api::new();
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let setup = Setup::new(
+            &queue,
+            &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")),
+        );
         let _daemon = setup.start().await;
         let mut watching = Command::new(env!("CARGO_BIN_EXE_hooktrail"))
             .args(["status", "--json", "--watch", "100ms", "--config"])
@@ -418,7 +561,10 @@ fn the_api_is_as_its_document_describes_it() {
         let setup = Setup::new(&queue, &text);
         let _daemon = setup.start().await;
         queue.publish(TYPE, [event(0)]).await;
-        eventually("a dead letter", async || api.get("/api/v1/subscribers/a/dead").await.json()["dead"] == 1).await;
+        eventually("a dead letter", async || {
+            api.get("/api/v1/subscribers/a/dead").await.json()["dead"] == 1
+        })
+        .await;
         api.wait("open", "open", |s| s["state"] == "circuit_open").await;
         for path in [
             "/healthz",
@@ -436,13 +582,21 @@ fn the_api_is_as_its_document_describes_it() {
             api.get(path).await;
         }
         let json = ("content-type", "application/json");
-        let posts = ["events", "subscribers/a/pause", "subscribers/a/resume", "subscribers/a/retry", "subscribers/a/test", "reload"]
-            .map(|p| format!("/api/v1/{p}"));
+        let posts = [
+            "events",
+            "subscribers/a/pause",
+            "subscribers/a/resume",
+            "subscribers/a/retry",
+            "subscribers/a/test",
+            "reload",
+        ]
+        .map(|p| format!("/api/v1/{p}"));
         for path in &posts {
             api.send("POST", path, &[json, ("origin", "http://evil.example")], "{}").await;
             api.send("POST", path, &[("content-type", "text/plain")], "{}").await;
             api.post(path, "[").await;
-            api.post(path, if path.ends_with("events") { r#"{"event":"x.y"}"# } else { "{}" }).await;
+            api.post(path, if path.ends_with("events") { r#"{"event":"x.y"}"# } else { "{}" })
+                .await;
             api.post(&path.replace("/a/", "/nobody/"), "{}").await;
             api.send("DELETE", path, &[json], "").await;
         }
@@ -471,7 +625,11 @@ fn the_api_is_as_its_document_describes_it() {
             &Queue::embedded(),
             &(with_token.section()
                 + "token = \"t\"\n"
-                + &subscriber("a", &receiver.url, "http = { allow_http = true, allow_private_addresses = true }")),
+                + &subscriber(
+                    "a",
+                    &receiver.url,
+                    "http = { allow_http = true, allow_private_addresses = true }",
+                )),
         );
         let _guarded = guarded.start().await;
         for path in [
@@ -483,15 +641,32 @@ fn the_api_is_as_its_document_describes_it() {
             "/api/v1/daemon",
         ] {
             assert_eq!(with_token.get(path).await.status, 401);
-            let answer = with_token.send("GET", path, &[("authorization", "Bearer t"), ("host", "any.name.example")], "").await;
+            let answer = with_token
+                .send(
+                    "GET",
+                    path,
+                    &[("authorization", "Bearer t"), ("host", "any.name.example")],
+                    "",
+                )
+                .await;
             assert_eq!(answer.status, 200);
         }
         let challenge = handshake::challenge();
         let proof = handshake::proof(&Secret::new("t"), Side::Command, &challenge, with_token.port);
-        let headers = [(handshake::CHALLENGE, challenge.as_str()), (handshake::PROOF, proof.as_str())];
+        let headers =
+            [(handshake::CHALLENGE, challenge.as_str()), (handshake::PROOF, proof.as_str())];
         let shown = with_token.send("GET", "/api/v1/daemon", &headers, "").await.json();
         let given = shown["proof"].as_str().expect("a proof");
-        assert!(handshake::is_proven(&Secret::new("t"), Side::Daemon, &challenge, with_token.port, given), "{shown}");
+        assert!(
+            handshake::is_proven(
+                &Secret::new("t"),
+                Side::Daemon,
+                &challenge,
+                with_token.port,
+                given
+            ),
+            "{shown}"
+        );
         // It opens nothing else.
         assert_eq!(with_token.send("GET", "/api/v1/subscribers", &headers, "").await.status, 401);
         for path in &posts {
@@ -503,15 +678,29 @@ fn the_api_is_as_its_document_describes_it() {
         exchanges.append(&mut with_token.exchanges.lock().expect("not poisoned"));
         let file = setup.write("exchanges.json", serde_json::Value::from(exchanges).to_string());
         let script = repository().join("tests/verifiers/admin.py");
-        let told = output(Command::new(verifiers().join("python/bin/python")).arg(script).arg(repository().join("docs")).arg(&file));
-        let told: Vec<serde_json::Value> = told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+        let told = output(
+            Command::new(verifiers().join("python/bin/python"))
+                .arg(script)
+                .arg(repository().join("docs"))
+                .arg(&file),
+        );
+        let told: Vec<serde_json::Value> =
+            told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
         let (missed, exchanges) = told.split_last().expect("a last line");
         for exchange in exchanges {
             assert_eq!(exchange["valid"], true, "{exchange}");
         }
-        let missed: Vec<&str> = missed["missed"].as_array().expect("a list").iter().filter_map(|m| m.as_str()).collect();
+        let missed: Vec<&str> = missed["missed"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .filter_map(|m| m.as_str())
+            .collect();
         // What only an overloaded, starting or failing daemon answers.
-        let rest: Vec<&&str> = missed.iter().filter(|m| !["408", "429", "500", "503"].iter().any(|s| m.ends_with(s))).collect();
+        let rest: Vec<&&str> = missed
+            .iter()
+            .filter(|m| !["408", "429", "500", "503"].iter().any(|s| m.ends_with(s)))
+            .collect();
         assert!(rest.is_empty(), "no exchange was about {rest:?}");
     });
 }
@@ -526,12 +715,18 @@ fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it_at_once() {
         let text = "shutdown_timeout = \"4m\"\n".to_owned();
         let section = crate::support::queue::Section::section(&queue, &["slow", "idle"]);
         let more = "[batch]\nmax_wait = \"0s\"\n[http]\nallow_http = true\nallow_private_addresses = true\ntimeout = \"4m\"\n";
-        let all =
-            text + &section + more + &subscriber("slow", &url, "") + &subscriber("idle", "http://127.0.0.1:9/", "events = [\"none\"]");
+        let all = text
+            + &section
+            + more
+            + &subscriber("slow", &url, "")
+            + &subscriber("idle", "http://127.0.0.1:9/", "events = [\"none\"]");
         let setup = Setup::with_text(&all);
         let mut daemon = setup.start().await;
         queue.publish(TYPE, [event(0)]).await;
-        let (_held, _) = tokio::time::timeout(Duration::from_secs(60), silent.accept()).await.expect("a request").expect("a connection");
+        let (_held, _) = tokio::time::timeout(Duration::from_secs(60), silent.accept())
+            .await
+            .expect("a request")
+            .expect("a connection");
         daemon.terminate();
         daemon.wait_log("stopping").await;
         let log = daemon.log();

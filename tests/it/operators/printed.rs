@@ -1,5 +1,5 @@
-//! What the commands print, as a whole; see `support/snapshot.rs` for how a snapshot is changed. What `status` and `dead` print
-//! is in `operating.rs` and `dead_letters.rs`.
+//! What the commands print, as a whole; see `support/snapshot.rs` for how a snapshot is changed.
+//! What `status` and `dead` print is in `operating.rs` and `dead_letters.rs`.
 
 use std::{
     collections::BTreeSet,
@@ -112,8 +112,18 @@ signatures = ["none"]
 
 /// The commands that a help text lists.
 fn commands(help: &str) -> Vec<String> {
-    let lines = help.split("\nCommands:\n").nth(1).into_iter().flat_map(str::lines).take_while(|line| !line.is_empty());
-    let name = |line: &str| line.strip_prefix("  ").filter(|l| !l.starts_with(' ')).and_then(|l| l.split(' ').next()).map(str::to_owned);
+    let lines = help
+        .split("\nCommands:\n")
+        .nth(1)
+        .into_iter()
+        .flat_map(str::lines)
+        .take_while(|line| !line.is_empty());
+    let name = |line: &str| {
+        line.strip_prefix("  ")
+            .filter(|l| !l.starts_with(' '))
+            .and_then(|l| l.split(' ').next())
+            .map(str::to_owned)
+    };
     lines.filter_map(name).filter(|name| name != "help").collect()
 }
 
@@ -124,7 +134,12 @@ fn the_program_and_each_command_print_their_help() {
     while let Some(path) = left.pop() {
         let arguments: Vec<&str> = path.iter().map(String::as_str).chain(["--help"]).collect();
         let mut command = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
-        let output = command.args(arguments).env_remove("HOOKTRAIL_CONFIG").env("COLUMNS", "100").output().expect("hooktrail runs");
+        let output = command
+            .args(arguments)
+            .env_remove("HOOKTRAIL_CONFIG")
+            .env("COLUMNS", "100")
+            .output()
+            .expect("hooktrail runs");
         let help = text(&output.stdout);
         let name = [&["help".to_owned()], &path[..]].concat().join("_");
         assert_printed(&name, &help);
@@ -132,7 +147,9 @@ fn the_program_and_each_command_print_their_help() {
         left.extend(commands(&help).into_iter().map(|command| [&path[..], &[command]].concat()));
     }
     assert!(seen.len() > 20, "this test reads the help wrongly: {seen:?}");
-    let files = std::fs::read_dir(snapshots()).expect("a folder").map(|e| e.expect("an entry").file_name().into_string().expect("text"));
+    let files = std::fs::read_dir(snapshots())
+        .expect("a folder")
+        .map(|e| e.expect("an entry").file_name().into_string().expect("text"));
     let of_help: BTreeSet<String> = files.filter(|name| name.starts_with("help")).collect();
     assert_eq!(of_help, seen, "a snapshot of a command that is gone is to be deleted");
 }
@@ -140,9 +157,14 @@ fn the_program_and_each_command_print_their_help() {
 #[test]
 fn a_snapshot_hides_what_is_another_each_time_and_nothing_else() {
     let folder = std::env::temp_dir().join(".tmpAbc123/data");
-    let printed =
-        format!("msg_0123456789abcdef0123456789abcdef_01 2026-01-31T08:00:00.123Z 127.0.0.1:18999 127.0.0.1:9 {} µs", folder.display());
-    assert_eq!(masked(&printed), "msg_[id]_01 [time] 127.0.0.1:[port] 127.0.0.1:9 [folder]/data µs");
+    let printed = format!(
+        "msg_0123456789abcdef0123456789abcdef_01 2026-01-31T08:00:00.123Z 127.0.0.1:18999 127.0.0.1:9 {} µs",
+        folder.display()
+    );
+    assert_eq!(
+        masked(&printed),
+        "msg_[id]_01 [time] 127.0.0.1:[port] 127.0.0.1:9 [folder]/data µs"
+    );
     let others = "msg_01 2026-01-31 08:00 127.0.0.2:18999 30s";
     assert_eq!(masked(others), others);
 }

@@ -69,7 +69,11 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
         queue.section(&["steady", "failing"])
             + &groups
             + &api.section()
-            + &subscriber("steady", &steady.url, "retry = { initial_interval = \"1s\", max_attempts = 9 }\nbatch = { max_events = 2000 }")
+            + &subscriber(
+                "steady",
+                &steady.url,
+                "retry = { initial_interval = \"1s\", max_attempts = 9 }\nbatch = { max_events = 2000 }",
+            )
             + &subscriber("failing", &failing.url, "batch = { max_events = 50 }")
     };
     let setup = Setup::with_text(&text("initial_interval = \"1s\""));
@@ -87,9 +91,13 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
         let mut at = Vec::new();
         for attempts in 100..104 {
             steady.wait_requests(steady.count() + 1).await;
-            replace(&setup, &text(&format!("initial_interval = \"2s\"\nmax_attempts = {attempts}")));
+            replace(
+                &setup,
+                &text(&format!("initial_interval = \"2s\"\nmax_attempts = {attempts}")),
+            );
             kill("-HUP", daemon.pid());
-            eventually("reloaded", async || daemon.log().matches(RELOADED).count() > at.len()).await;
+            eventually("reloaded", async || daemon.log().matches(RELOADED).count() > at.len())
+                .await;
             at.push(std::time::SystemTime::now());
         }
         at
@@ -100,7 +108,9 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
     queue.wait_empty("steady").await;
     queue.wait_empty("failing").await;
     let log = daemon.log();
-    let under_way = |at: &std::time::SystemTime| steady.requests().iter().any(|r| r.at <= *at && *at <= r.at + SLOW);
+    let under_way = |at: &std::time::SystemTime| {
+        steady.requests().iter().any(|r| r.at <= *at && *at <= r.at + SLOW)
+    };
     let over_a_request = changed_at.iter().filter(|at| under_way(at)).count();
     println!(
         "{} changes in {EVENTS} events, {:.0} a second, {over_a_request} of them while a request to `steady` was open; connections: {} to the one \
@@ -115,10 +125,17 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
     assert_eq!(failing.connections(), 1, "[retry] is none of what connections are made of");
     let reloads: Vec<&str> = log.lines().filter(|l| l.contains(RELOADED)).collect();
     assert!(!reloads.iter().any(|l| l.contains("steady") || !l.contains("INFO")), "{reloads:#?}");
-    assert!(log.contains("changed=\"failing (retry.initial_interval, retry.max_attempts)\""), "{log}");
+    assert!(
+        log.contains("changed=\"failing (retry.initial_interval, retry.max_attempts)\""),
+        "{log}"
+    );
     for receiver in [&steady, &failing] {
         let once: BTreeSet<u64> = receiver.accepted().into_iter().collect();
-        assert_eq!((once.len() as u64, receiver.accepted().len() as u64), (EVENTS, EVENTS), "each came, and none twice");
+        assert_eq!(
+            (once.len() as u64, receiver.accepted().len() as u64),
+            (EVENTS, EVENTS),
+            "each came, and none twice"
+        );
     }
     // What fails from now on waits as long as is configured now.
     failing.now(|r, _| status(if r.attempt() == 1 { 503 } else { 200 }));
@@ -130,9 +147,15 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
 }
 
 async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(queue: Queue) {
-    let (stays, slow) = (Receiver::accepting().await, Receiver::start(|_, _| status(200).after(Duration::from_secs(6))).await);
+    let (stays, slow) = (
+        Receiver::accepting().await,
+        Receiver::start(|_, _| status(200).after(Duration::from_secs(6))).await,
+    );
     let api = Api::new();
-    let base = queue.section(&["stays", "comes"]) + QUICK + &api.section() + &subscriber("stays", &stays.url, "");
+    let base = queue.section(&["stays", "comes"])
+        + QUICK
+        + &api.section()
+        + &subscriber("stays", &stays.url, "");
     let with = format!("{base}{}", subscriber("comes", &slow.url, "batch = { max_events = 1 }"));
     let setup = Setup::with_text(&base);
     let daemon = setup.start().await;
@@ -149,13 +172,24 @@ async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(qu
     assert_eq!(slow.count(), 1);
     eventually("it is named", async || {
         let found = api.get("/api/v1/subscribers").await.json();
-        found["removed"][0] == json!({ "subscriber": "comes", "events": 3, "retries": 0, "dead": 0 })
+        found["removed"][0]
+            == json!({ "subscriber": "comes", "events": 3, "retries": 0, "dead": 0 })
     })
     .await;
-    assert_eq!(api.metric("hooktrail_removed_subscriber_messages{subscriber=\"comes\"}").await, Some(3.0));
-    assert_eq!(api.metric("hooktrail_events_delivered_total{subscriber=\"comes\"}").await, None, "its series have ended");
+    assert_eq!(
+        api.metric("hooktrail_removed_subscriber_messages{subscriber=\"comes\"}").await,
+        Some(3.0)
+    );
+    assert_eq!(
+        api.metric("hooktrail_events_delivered_total{subscriber=\"comes\"}").await,
+        None,
+        "its series have ended"
+    );
     let shown = setup.ok(&["status"]);
-    assert!(shown.contains("`comes` is not configured any more; there are left 3 events"), "{shown}");
+    assert!(
+        shown.contains("`comes` is not configured any more; there are left 3 events"),
+        "{shown}"
+    );
     // It gets nothing any more.
     queue.publish(TYPE, (4..6).map(event)).await;
     stays.wait_all(6).await;
@@ -165,10 +199,17 @@ async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(qu
     assert_eq!(refused.status.code(), Some(2), "one that is configured");
     let kept = setup.run(&["prune", "--yes"]);
     let told = String::from_utf8_lossy(&kept.stderr).into_owned();
-    assert!(kept.status.code() == Some(1) && told.contains("1 subscriber was kept, with events: comes"), "{told}");
+    assert!(
+        kept.status.code() == Some(1) && told.contains("1 subscriber was kept, with events: comes"),
+        "{told}"
+    );
     assert_eq!(queue.backlog("comes").await, 3);
     assert!(setup.ok(&["prune", "--with-events", "--dry-run"]).contains("comes: 3 events"));
-    assert!(setup.ok(&["prune", "comes", "--with-events", "--yes"]).contains("deleted the queues of 1 removed"));
+    assert!(
+        setup
+            .ok(&["prune", "comes", "--with-events", "--yes"])
+            .contains("deleted the queues of 1 removed")
+    );
     assert!(setup.ok(&["prune", "--yes"]).contains("deleted the queues of 0 removed"));
     // Once more under the same name, from nothing: not paused either.
     let fresh = Receiver::accepting().await;
@@ -181,7 +222,9 @@ async fn changed_patterns_hold_for_what_is_published_from_then_on(queue: Queue) 
     let receiver = Receiver::accepting().await;
     let api = Api::new();
     let base = queue.section(&["a"]) + QUICK + &api.section();
-    let text = |events: &str| format!("{base}{}", subscriber("a", &receiver.url, &format!("events = {events}")));
+    let text = |events: &str| {
+        format!("{base}{}", subscriber("a", &receiver.url, &format!("events = {events}")))
+    };
     let setup = Setup::with_text(&text("[\"one.*\", \"both.*\"]"));
     let daemon = setup.start().await;
     queue.publish("one.x", [event(0)]).await;
@@ -192,7 +235,10 @@ async fn changed_patterns_hold_for_what_is_published_from_then_on(queue: Queue) 
     queue.publish("both.x", [event(3)]).await;
     receiver.wait_all(4).await;
     let gone = "patterns have changed";
-    eventually("unbound", async || daemon.log().contains("unbound a pattern") || daemon.log().contains(gone)).await;
+    eventually("unbound", async || {
+        daemon.log().contains("unbound a pattern") || daemon.log().contains(gone)
+    })
+    .await;
     queue.publish("one.x", [event(99)]).await;
     queue.publish("both.x", [event(4)]).await;
     receiver.wait_all(5).await;
@@ -202,26 +248,39 @@ async fn changed_patterns_hold_for_what_is_published_from_then_on(queue: Queue) 
 async fn a_wrong_file_changes_nothing_and_is_told_until_it_is_mended(queue: Queue) {
     let receiver = Receiver::accepting().await;
     let api = Api::new();
-    let right = queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, "");
+    let right =
+        queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, "");
     let setup = Setup::with_text(&right);
     let daemon = setup.start().await;
     let another_queue = match &queue {
         Queue::Amqp(_) => right.replace("prefix = \"", "prefix = \"another-"),
         Queue::Embedded(_) => right.replace("data_dir = \"", "data_dir = \"another-"),
     };
-    for (wrong, part) in
-        [(right.replace("max_wait = \"100ms\"", "max_wait = \"soon\""), "batch.max_wait"), (another_queue, "needs a restart")]
-    {
+    for (wrong, part) in [
+        (right.replace("max_wait = \"100ms\"", "max_wait = \"soon\""), "batch.max_wait"),
+        (another_queue, "needs a restart"),
+    ] {
         assert_ne!(wrong, right);
         let before = daemon.log().matches("the configuration was not reloaded").count();
         replace(&setup, &wrong);
-        eventually("it is told", async || daemon.log().matches("the configuration was not reloaded").count() > before).await;
+        eventually("it is told", async || {
+            daemon.log().matches("the configuration was not reloaded").count() > before
+        })
+        .await;
         let ready = api.get("/readyz").await;
         assert!(ready.status == 200 && ready.text.contains(part), "{ready:?}");
         assert_eq!(api.metric("hooktrail_config_last_reload_successful").await, Some(0.0));
-        assert!(api.get("/api/v1/subscribers").await.json()["config"]["problem"].as_str().expect("told").contains(part));
+        assert!(
+            api.get("/api/v1/subscribers").await.json()["config"]["problem"]
+                .as_str()
+                .expect("told")
+                .contains(part)
+        );
         let answer = api.post("/api/v1/reload", "{}").await;
-        assert!(answer.status == 422 && answer.json()["error"].as_str().expect("told").contains(part), "{answer:?}");
+        assert!(
+            answer.status == 422 && answer.json()["error"].as_str().expect("told").contains(part),
+            "{answer:?}"
+        );
         assert_eq!(api.get("/api/v1/reload").await.status, 422);
     }
     queue.publish(TYPE, (0..3).map(event)).await;
@@ -231,7 +290,10 @@ async fn a_wrong_file_changes_nothing_and_is_told_until_it_is_mended(queue: Queu
     assert_eq!(api.metric("hooktrail_config_last_reload_successful").await, Some(1.0));
     assert!(api.metric("hooktrail_config_reloads_total{result=\"failure\"}").await >= Some(1.0));
     let preview = api.get("/api/v1/reload").await.json();
-    assert_eq!(preview, json!({ "changes": [], "settings": [], "needs_restart": [], "waits_for_operator": false }));
+    assert_eq!(
+        preview,
+        json!({ "changes": [], "settings": [], "needs_restart": [], "waits_for_operator": false })
+    );
     // Asked by a signal, what means the same changes nothing.
     kill("-HUP", daemon.pid());
     daemon.wait_log("because=\"SIGHUP\"").await;
@@ -242,7 +304,9 @@ async fn secrets_batches_and_pauses_change_without_a_restart(queue: Queue) {
     let receiver = Receiver::accepting().await;
     let api = Api::new();
     let base = queue.section(&["a"]) + QUICK + &api.section();
-    let text = |more: &str| format!("{base}{}", subscriber("a", &receiver.url, more).replace(SECRET, "file:secret"));
+    let text = |more: &str| {
+        format!("{base}{}", subscriber("a", &receiver.url, more).replace(SECRET, "file:secret"))
+    };
     let setup = Setup::with_text(&text(""));
     setup.write("secret", "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\n");
     let daemon = setup.start().await;
@@ -254,7 +318,8 @@ async fn secrets_batches_and_pauses_change_without_a_restart(queue: Queue) {
     assert!(receiver.wait_requests(2).await[1].verified());
 
     rewrite(&setup, &daemon, &text("paused = true")).await;
-    api.wait("a", "paused", |s| s["state"] == "paused" && s["paused"]["by"] == "configuration").await;
+    api.wait("a", "paused", |s| s["state"] == "paused" && s["paused"]["by"] == "configuration")
+        .await;
     queue.publish(TYPE, (2..8).map(event)).await;
     queue.wait_backlog("a", 6).await;
     assert_eq!(receiver.count(), 2);
@@ -263,19 +328,25 @@ async fn secrets_batches_and_pauses_change_without_a_restart(queue: Queue) {
     let sizes: Vec<usize> = receiver.requests()[2..].iter().map(|r| r.numbers().len()).collect();
     assert_eq!(sizes, [2, 2, 2]);
     let answer = api.post("/api/v1/reload", "{}").await;
-    assert_eq!((answer.status, answer.json()), (200, json!({ "changes": [], "settings": [], "needs_restart": [], "not_bound": [] })));
+    assert_eq!(
+        (answer.status, answer.json()),
+        (200, json!({ "changes": [], "settings": [], "needs_restart": [], "not_bound": [] }))
+    );
 }
 
 async fn refusals_after_a_change_of_secrets_cost_no_event(queue: Queue) {
     let receiver = Receiver::start(|r, _| status(if r.verified() { 200 } else { 400 })).await;
     let api = Api::new();
-    let right = queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, "");
+    let right =
+        queue.section(&["a"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, "");
     let setup = Setup::with_text(&right);
     let daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
     receiver.wait_all(1).await;
-    // It has just accepted something, and refuses from now on: because of the secret, not because of an event.
-    rewrite(&setup, &daemon, &right.replace(SECRET, "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")).await;
+    // It has just accepted something, and refuses from now on: because of the secret, not because
+    // of an event.
+    rewrite(&setup, &daemon, &right.replace(SECRET, "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"))
+        .await;
     queue.publish(TYPE, (1..20).map(event)).await;
     daemon.wait_log("outcome=\"retry\" status=400").await;
     assert_eq!(queue.dead("a").await, 0);
@@ -288,7 +359,10 @@ async fn refusals_after_a_change_of_secrets_cost_no_event(queue: Queue) {
 async fn who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then(queue: Queue) {
     let (stays, comes) = (Receiver::accepting().await, Receiver::accepting().await);
     let api = Api::new();
-    let base = queue.section(&["stays", "comes"]) + QUICK + &api.section() + &subscriber("stays", &stays.url, "");
+    let base = queue.section(&["stays", "comes"])
+        + QUICK
+        + &api.section()
+        + &subscriber("stays", &stays.url, "");
     let paused = base.clone() + &subscriber("comes", &comes.url, "paused = true");
     let setup = Setup::with_text(&paused);
     let _daemon = setup.start().await;
@@ -297,7 +371,10 @@ async fn who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then(que
     let reload = async |text: &str, change: &str| {
         replace(&setup, text);
         let answer = api.post("/api/v1/reload", "{}").await.json();
-        assert_eq!(answer["changes"], json!([{ "subscriber": "comes", "change": change, "keys": [] }]));
+        assert_eq!(
+            answer["changes"],
+            json!([{ "subscriber": "comes", "change": change, "keys": [] }])
+        );
     };
     for round in 0..3 {
         reload(&base, "removed").await;
@@ -341,14 +418,19 @@ fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
         let queue = async |name: &str| {
             let name = format!("{}.{name}", broker.prefix);
             let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-            channel.queue_declare(name.as_str().into(), durable, FieldTable::default()).await.expect("declares");
+            channel
+                .queue_declare(name.as_str().into(), durable, FieldTable::default())
+                .await
+                .expect("declares");
             name
         };
         let source = queue("source").await;
         broker.knows("one");
         broker.knows("two");
-        let base = format!("[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n{QUICK}", broker.url, broker.prefix)
-            + &api.section()
+        let base = format!(
+            "[queue]\nurl = \"{}\"\nsource_queue = \"{source}\"\nprefix = \"{}\"\n{QUICK}",
+            broker.url, broker.prefix
+        ) + &api.section()
             + &subscriber("one", &one.url, "");
         let setup = Setup::with_text(&base);
         let daemon = setup.start().await;
@@ -361,12 +443,21 @@ fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
         daemon.wait_log("not bound yet, which is tried again without end").await;
         broker.publish_to("", &source, (3..6).map(event)).await;
         daemon.wait_log(&format!("the relay from queue `{source}` fails")).await;
-        channel.queue_delete(unusable.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        channel
+            .queue_delete(unusable.as_str().into(), QueueDeleteOptions::default())
+            .await
+            .expect("deletes");
         one.wait_all(6).await;
-        eventually("the other one too", async || two.accepted().into_iter().collect::<BTreeSet<_>>() == [3, 4, 5].into()).await;
+        eventually("the other one too", async || {
+            two.accepted().into_iter().collect::<BTreeSet<_>>() == [3, 4, 5].into()
+        })
+        .await;
         assert_eq!(reload_to(&setup, &api, &(both + "paused = true\n")).await, json!([]));
         assert!(daemon.stop().await.success());
-        channel.queue_delete(source.as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
+        channel
+            .queue_delete(source.as_str().into(), QueueDeleteOptions::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
     });
 }
@@ -376,7 +467,10 @@ fn a_prune_that_refuses_gives_retries_their_way_back() {
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
         let api = Api::new();
-        let base = broker.section(&["stays", "gone"]) + QUICK + &api.section() + &subscriber("stays", &receiver.url, "");
+        let base = broker.section(&["stays", "gone"])
+            + QUICK
+            + &api.section()
+            + &subscriber("stays", &receiver.url, "");
         let setup = Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "")));
         let daemon = setup.start().await;
         // A mark, and who is bound.
@@ -395,11 +489,16 @@ fn a_prune_that_refuses_gives_retries_their_way_back() {
         tap.go_on();
         let refused = pruning.await.expect("runs");
         let told = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(1) && told.contains("holds 1 message by now; nothing was deleted"), "{told}");
+        assert!(
+            refused.status.code() == Some(1)
+                && told.contains("holds 1 message by now; nothing was deleted"),
+            "{told}"
+        );
         // What comes down the ladder now.
         broker.publish_to(&format!("{}.delay", broker.prefix), "0.1.gone", ["{}"]).await;
         let came = async |queue| broker.depth(queue).await == Some(1);
-        eventually("it has come", async || came("sub.gone.retry").await || came("orphans").await).await;
+        eventually("it has come", async || came("sub.gone.retry").await || came("orphans").await)
+            .await;
         assert!(came("sub.gone.retry").await, "it is an orphan");
         assert_eq!(broker.depth("sub.gone").await, Some(1));
     });
@@ -411,7 +510,10 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
         let api = Api::new();
-        let base = broker.section(&["stays", "gone"]) + QUICK + &api.section() + &subscriber("stays", &receiver.url, "");
+        let base = broker.section(&["stays", "gone"])
+            + QUICK
+            + &api.section()
+            + &subscriber("stays", &receiver.url, "");
         let setup = Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "")));
         let daemon = setup.start().await;
         broker.publish(TYPE, (0..600).map(|_| "no event, and so a dead letter")).await;
@@ -438,15 +540,23 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
         assert_eq!(broker.depth("sub.gone.dead").await, None);
         let nothing = setup.run(&["prune", "gone", "--yes"]);
         let told = String::from_utf8_lossy(&nothing.stderr).into_owned();
-        assert!(nothing.status.code() == Some(1) && told.contains("there is nothing of a removed subscriber `gone`"), "{told}");
+        assert!(
+            nothing.status.code() == Some(1)
+                && told.contains("there is nothing of a removed subscriber `gone`"),
+            "{told}"
+        );
     });
 }
 
 async fn prune_says_that_a_daemon_has_to_let_go_first(queue: Queue) {
     let receiver = Receiver::accepting().await;
     let api = Api::new();
-    let base = queue.section(&["stays", "gone"]) + QUICK + &api.section() + &subscriber("stays", &receiver.url, "");
-    let setup = Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "paused = true")));
+    let base = queue.section(&["stays", "gone"])
+        + QUICK
+        + &api.section()
+        + &subscriber("stays", &receiver.url, "");
+    let setup =
+        Setup::with_text(&(base.clone() + &subscriber("gone", &receiver.url, "paused = true")));
     let daemon = setup.start().await;
     queue.publish(TYPE, [event(0)]).await;
     receiver.wait_requests(1).await;
@@ -456,11 +566,21 @@ async fn prune_says_that_a_daemon_has_to_let_go_first(queue: Queue) {
     for arguments in [&["prune", "--yes"][..], &["prune", "gone", "--yes"]] {
         let refused = setup.run(arguments);
         let told = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(refused.status.code() == Some(1) && told.contains("`gone`") && told.contains("let go"), "{told}");
+        assert!(
+            refused.status.code() == Some(1) && told.contains("`gone`") && told.contains("let go"),
+            "{told}"
+        );
     }
     let daemon = setup.start().await;
-    eventually("it has let go", async || setup.run(&["prune", "--with-events", "--dry-run"]).status.success()).await;
-    assert!(setup.ok(&["prune", "gone", "--with-events", "--yes"]).contains("deleted the queues of 1 removed subscriber"));
+    eventually("it has let go", async || {
+        setup.run(&["prune", "--with-events", "--dry-run"]).status.success()
+    })
+    .await;
+    assert!(
+        setup
+            .ok(&["prune", "gone", "--with-events", "--yes"])
+            .contains("deleted the queues of 1 removed subscriber")
+    );
     assert!(daemon.stop().await.success());
 }
 
@@ -468,8 +588,11 @@ async fn prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_l
     let receiver = Receiver::start(|_, _| status(500)).await;
     let api = Api::new();
     let more = "paused = true";
-    let text =
-        queue.section(&["a", "b"]) + QUICK + &api.section() + &subscriber("a", &receiver.url, more) + &subscriber("b", &receiver.url, more);
+    let text = queue.section(&["a", "b"])
+        + QUICK
+        + &api.section()
+        + &subscriber("a", &receiver.url, more)
+        + &subscriber("b", &receiver.url, more);
     let setup = Setup::with_text(&text);
     let daemon = setup.start().await;
     if let Queue::Amqp(broker) = &queue {
@@ -483,12 +606,26 @@ async fn prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_l
     assert!(daemon.stop().await.success());
     assert_eq!(setup.run(&["prune", "--all"]).status.code(), Some(2), "it cannot ask here");
     let shown = setup.ok(&["prune", "--all", "--dry-run"]);
-    assert!(shown.contains("a: 3 events") && shown.contains("b: 3 events") && shown.contains("would delete"), "{shown}");
+    assert!(
+        shown.contains("a: 3 events")
+            && shown.contains("b: 3 events")
+            && shown.contains("would delete"),
+        "{shown}"
+    );
     assert_eq!(queue.backlog("a").await, 3);
     setup.ok(&["prune", "--all", "--yes"]);
     match &queue {
         Queue::Amqp(broker) => {
-            let names = ["sub.a", "sub.a.retry", "sub.a.dead", "sub.b", "delay.00", "delay.18", "orphans", "state"];
+            let names = [
+                "sub.a",
+                "sub.a.retry",
+                "sub.a.dead",
+                "sub.b",
+                "delay.00",
+                "delay.18",
+                "orphans",
+                "state",
+            ];
             for name in names {
                 assert_eq!(broker.depth(name).await, None, "{name}");
             }
@@ -496,7 +633,8 @@ async fn prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_l
             broker.publish(TYPE, [event(0)]).await;
         }
         Queue::Embedded(embedded) => {
-            let left: Vec<_> = std::fs::read_dir(embedded.data_dir()).expect("the directory").collect();
+            let left: Vec<_> =
+                std::fs::read_dir(embedded.data_dir()).expect("the directory").collect();
             assert!(left.is_empty(), "{left:?}");
         }
     }

@@ -1,4 +1,5 @@
-//! Files of the configuration that are away, and what would be lost if their subscribers were taken for removed ones.
+//! Files of the configuration that are away, and what would be lost if their subscribers were taken
+//! for removed ones.
 
 use std::{
     fs,
@@ -41,7 +42,11 @@ struct World {
 impl World {
     async fn new(queue: Queue, names: &[&str]) -> Self {
         let (api, receiver) = (Api::new(), Receiver::accepting().await);
-        let text = format!("include = [\"subs/*.toml\"]\n{}{QUICK}{}", queue.section(&["a", "b", "c", "d", "e"]), api.section());
+        let text = format!(
+            "include = [\"subs/*.toml\"]\n{}{QUICK}{}",
+            queue.section(&["a", "b", "c", "d", "e"]),
+            api.section()
+        );
         let world = Self { setup: Setup::with_text(&text), queue, api, receiver };
         fs::create_dir(world.folder()).expect("makes");
         names.iter().for_each(|name| world.write(name));
@@ -90,7 +95,10 @@ impl World {
     }
 
     async fn wait_held(&self, names: &[&str]) {
-        eventually(&format!("{names:?} are held"), async || self.held().await["subscribers"] == json!(names)).await;
+        eventually(&format!("{names:?} are held"), async || {
+            self.held().await["subscribers"] == json!(names)
+        })
+        .await;
         let ready = self.api.get("/readyz").await;
         assert!(ready.status == 200 && ready.text.contains("hooktrail reload"), "{ready:?}");
         assert_eq!(self.api.metric("hooktrail_held_removals").await, Some(names.len() as f64));
@@ -98,8 +106,14 @@ impl World {
     }
 
     async fn wait_nothing_held(&self) {
-        eventually("nothing is held, and nothing wrong", async || self.api.get("/readyz").await.text == "ready\n").await;
-        assert_eq!((self.held().await, self.api.metric("hooktrail_held_removals").await), (Value::Null, Some(0.0)));
+        eventually("nothing is held, and nothing wrong", async || {
+            self.api.get("/readyz").await.text == "ready\n"
+        })
+        .await;
+        assert_eq!(
+            (self.held().await, self.api.metric("hooktrail_held_removals").await),
+            (Value::Null, Some(0.0))
+        );
     }
 }
 
@@ -117,7 +131,11 @@ async fn a_folder_that_is_moved_away_removes_nobody(queue: Queue) {
     daemon.wait_log(REFUSED).await;
     let log = daemon.log();
     let line = log.lines().find(|l| l.contains(REFUSED)).expect("just seen");
-    for part in ["hooktrail.toml:1:12: include[0]", &world.folder().display().to_string(), "take the pattern out"] {
+    for part in [
+        "hooktrail.toml:1:12: include[0]",
+        &world.folder().display().to_string(),
+        "take the pattern out",
+    ] {
         assert!(line.contains(part), "{part} is not in {line}");
     }
     world.reaches(1, 2).await;
@@ -128,7 +146,9 @@ async fn a_folder_that_is_moved_away_removes_nobody(queue: Queue) {
     world.reaches(2, 2).await;
     // To be without it, the pattern goes.
     world.move_away();
-    let text = fs::read_to_string(world.setup.config()).expect("reads").replace("include = [\"subs/*.toml\"]", "");
+    let text = fs::read_to_string(world.setup.config())
+        .expect("reads")
+        .replace("include = [\"subs/*.toml\"]", "");
     fs::write(world.setup.config(), text).expect("writes");
     assert_eq!(world.setup.ok(&["reload"]), "removed `a`\nremoved `b`\n");
 }
@@ -156,11 +176,18 @@ async fn a_folder_that_cannot_be_read_is_a_mistake_with_its_place(queue: Queue) 
             let refused = world.api.post("/api/v1/reload", "{}").await;
             let why = refused.text.clone();
             for part in ["hooktrail.toml:1:12: include[0]", &folder.display().to_string()] {
-                assert!(refused.status == 422 && why.contains(part), "{what}: {part} is not in {refused:?}");
+                assert!(
+                    refused.status == 422 && why.contains(part),
+                    "{what}: {part} is not in {refused:?}"
+                );
             }
             world.reaches(n as u64 + 1, 1).await;
             let start = world.setup.run(&["check"]);
-            assert_eq!(start.status.code(), Some(2), "{what}: a start with it would not see its subscribers");
+            assert_eq!(
+                start.status.code(),
+                Some(2),
+                "{what}: a start with it would not see its subscribers"
+            );
         }
         if world.away().exists() {
             fs::remove_file(&folder).expect("removes");
@@ -186,10 +213,17 @@ async fn a_reload_that_would_remove_everybody_waits_for_an_operator(queue: Queue
     assert_eq!(count(&daemon, REFUSED), 1, "it is logged once");
     assert_eq!(world.api.metric("hooktrail_config_last_reload_successful").await, Some(0.0));
     let preview = world.api.get("/api/v1/reload").await.json();
-    assert_eq!((preview["changes"].as_array().map(Vec::len), &preview["waits_for_operator"]), (Some(4), &json!(true)));
+    assert_eq!(
+        (preview["changes"].as_array().map(Vec::len), &preview["waits_for_operator"]),
+        (Some(4), &json!(true))
+    );
     let plan = world.setup.run_as("COLUMNS=400 exec \"$0\" \"$@\"", &["plan"]);
     let plan = String::from_utf8_lossy(&plan.stdout).into_owned();
-    assert!(plan.contains("  d: removed\n  (it removes all subscribers") && plan.contains("`hooktrail reload` or SIGHUP does)"), "{plan}");
+    assert!(
+        plan.contains("  d: removed\n  (it removes all subscribers")
+            && plan.contains("`hooktrail reload` or SIGHUP does)"),
+        "{plan}"
+    );
     let plan: Value = serde_json::from_str(&world.setup.ok(&["plan", "--json"])).expect("JSON");
     assert_eq!(plan["daemon"]["reload"]["waits_for_operator"], true);
     world.reaches(2, 4).await;
@@ -219,7 +253,11 @@ async fn a_start_without_its_folder_unbinds_nobody(queue: Queue) {
     world.wait_held(&["a", "b"]).await;
     assert_eq!(count(&daemon, "not unbound"), 1, "it is logged once");
     let answered = world.api.post("/api/v1/events", &event(1)).await;
-    assert_eq!(answered.json(), json!({ "accepted": 1, "unmatched": 0 }), "both are bound, and get it");
+    assert_eq!(
+        answered.json(),
+        json!({ "accepted": 1, "unmatched": 0 }),
+        "both are bound, and get it"
+    );
     world.queue.wait_backlog("a", 1).await;
     world.queue.wait_backlog("b", 1).await;
     world.put_back();
@@ -258,7 +296,8 @@ async fn a_start_that_is_meant_is_made_to_happen_by_an_operator(queue: Queue) {
     assert!(daemon.stop().await.success());
 }
 
-/// For so long a copy rests: the daemon looks each second, and takes what has only grown at the second look.
+/// For so long a copy rests: the daemon looks each second, and takes what has only grown at the
+/// second look.
 const RESTS: Duration = Duration::from_secs(5);
 
 /// A file that has shrunk is taken for what is meant after 10 s. With a second to spare.
@@ -267,12 +306,14 @@ const MEANT: Duration = Duration::from_secs(9);
 async fn a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_nobody(queue: Queue) {
     let world = World::new(queue, &[]).await;
     let names = ["a", "b", "c"];
-    let tables: Vec<String> = names.iter().map(|name| subscriber(name, &world.receiver.url, "")).collect();
+    let tables: Vec<String> =
+        names.iter().map(|name| subscriber(name, &world.receiver.url, "")).collect();
     let file = world.file("all");
     fs::write(&file, tables.concat()).expect("writes");
     let daemon = world.setup.start().await;
     world.reaches(0, 3).await;
-    // First without the last one, which is no more than a reload may remove by itself. The copy does not wait for the events.
+    // First without the last one, which is no more than a reload may remove by itself. The copy
+    // does not wait for the events.
     let (cut, whole) = ([&tables[..2], &tables[..1]].map(<[String]>::concat), tables.concat());
     let mut copying = tokio::spawn({
         let file = file.clone();

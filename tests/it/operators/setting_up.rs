@@ -19,7 +19,12 @@ use crate::support::{
 /// In a directory where there is nothing.
 fn alone(dir: &std::path::Path, arguments: &[&str]) -> Output {
     let mut c = Command::new(env!("CARGO_BIN_EXE_hooktrail"));
-    c.args(arguments).env_remove("HOOKTRAIL_CONFIG").current_dir(dir).stdin(Stdio::null()).output().expect("hooktrail runs")
+    c.args(arguments)
+        .env_remove("HOOKTRAIL_CONFIG")
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .output()
+        .expect("hooktrail runs")
 }
 
 fn out(output: &Output) -> String {
@@ -35,7 +40,11 @@ fn err(output: &Output) -> String {
 fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another() {
     let dir = tempfile::tempdir().expect("a directory");
     let told = out(&alone(dir.path(), &["init"]));
-    assert!(told.contains("wrote config/hooktrail.toml") && told.contains("hooktrail --config config/hooktrail.toml check"), "{told}");
+    assert!(
+        told.contains("wrote config/hooktrail.toml")
+            && told.contains("hooktrail --config config/hooktrail.toml check"),
+        "{told}"
+    );
     let file = dir.path().join("config/hooktrail.toml");
     assert_eq!(std::fs::metadata(&file).expect("it is there").permissions().mode() & 0o777, 0o600);
     assert!(out(&alone(dir.path(), &["check"])).contains("no subscribers"));
@@ -44,10 +53,17 @@ fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another()
     std::fs::write(&file, "mine").expect("writes");
     let again = alone(dir.path(), &["init"]);
     assert_eq!(again.status.code(), Some(2));
-    assert!(err(&again).contains("exists and was left as it is") && err(&again).contains("--force"), "{again:?}");
+    assert!(
+        err(&again).contains("exists and was left as it is") && err(&again).contains("--force"),
+        "{again:?}"
+    );
     assert_eq!(std::fs::read_to_string(&file).expect("text"), "mine");
     out(&alone(dir.path(), &["init", "--force"]));
-    assert!(std::fs::read_to_string(&file).expect("text").starts_with("# The configuration of hooktrail."));
+    assert!(
+        std::fs::read_to_string(&file)
+            .expect("text")
+            .starts_with("# The configuration of hooktrail.")
+    );
 
     out(&alone(dir.path(), &["--config", "else where/h.toml", "init"]));
     let told = out(&alone(dir.path(), &["init", "else where/i.toml"]));
@@ -62,10 +78,14 @@ fn completions_of_every_shell_need_no_configuration() {
     let dir = tempfile::tempdir().expect("a directory");
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = out(&alone(dir.path(), &["--config", "nowhere.toml", "completions", shell]));
-        assert!(script.contains("hooktrail") && script.contains("HOOKTRAIL_COMPLETE"), "{shell}: {script}");
+        assert!(
+            script.contains("hooktrail") && script.contains("HOOKTRAIL_COMPLETE"),
+            "{shell}: {script}"
+        );
     }
     let bash = out(&alone(dir.path(), &["completions", "bash"]));
-    let mut check = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().expect("bash runs");
+    let mut check =
+        Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().expect("bash runs");
     check.stdin.take().expect("its input").write_all(bash.as_bytes()).expect("writes");
     assert!(check.wait().expect("ends").success(), "what bash reads is a script");
     assert_eq!(alone(dir.path(), &["completions", "csh"]).status.code(), Some(2));
@@ -74,16 +94,28 @@ fn completions_of_every_shell_need_no_configuration() {
 /// What bash completes the last of these words to, with the script that `completions` prints.
 fn completed(dir: &std::path::Path, config: Option<&str>, words: &[&str]) -> Vec<String> {
     let program = PathBuf::from(env!("CARGO_BIN_EXE_hooktrail"));
-    let path = format!("{}:{}", program.parent().expect("a folder").display(), std::env::var("PATH").expect("a path"));
+    let path = format!(
+        "{}:{}",
+        program.parent().expect("a folder").display(),
+        std::env::var("PATH").expect("a path")
+    );
     let script = "source <(hooktrail completions bash) || exit 1; COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_TYPE=9; \
                   _clap_complete_hooktrail hooktrail \"${COMP_WORDS[COMP_CWORD]}\" 2>&1; printf '%s\\n' \"${COMPREPLY[@]}\"";
     let mut bash = Command::new("bash");
-    bash.args(["-c", script, "bash", "hooktrail"]).args(words).current_dir(dir).env("PATH", path).stdin(Stdio::null());
+    bash.args(["-c", script, "bash", "hooktrail"])
+        .args(words)
+        .current_dir(dir)
+        .env("PATH", path)
+        .stdin(Stdio::null());
     match config {
         Some(config) => bash.env("HOOKTRAIL_CONFIG", config),
         None => bash.env_remove("HOOKTRAIL_CONFIG"),
     };
-    out(&bash.output().expect("bash runs")).lines().map(|l| l.trim_end().to_owned()).filter(|l| !l.is_empty()).collect()
+    out(&bash.output().expect("bash runs"))
+        .lines()
+        .map(|l| l.trim_end().to_owned())
+        .filter(|l| !l.is_empty())
+        .collect()
 }
 
 #[test]
@@ -94,22 +126,40 @@ fn bash_completes_commands_the_names_of_subscribers_and_the_reasons_of_dead_lett
         std::fs::create_dir_all(path.parent().expect("a folder")).expect("creates");
         std::fs::write(path, text).expect("writes");
     };
-    let named = |name: &str| format!("[[subscriber]]\nname = \"{name}\"\nsecrets = [\"file:/nowhere\", \"${{NOT_SET}}\"]\n");
+    let named = |name: &str| {
+        format!(
+            "[[subscriber]]\nname = \"{name}\"\nsecrets = [\"file:/nowhere\", \"${{NOT_SET}}\"]\n"
+        )
+    };
     // Each has mistakes, and its broker is not there.
-    write("config/hooktrail.toml", &format!("[queue]\nurl = \"amqp://192.0.2.1\"\n{}{}", named("siem"), named("sales")));
+    write(
+        "config/hooktrail.toml",
+        &format!("[queue]\nurl = \"amqp://192.0.2.1\"\n{}{}", named("siem"), named("sales")),
+    );
     write("other.toml", &format!("include = [\"more/*.toml\"]\nunknown = 1\n{}", named("crm")));
     write("more/a.toml", &named("included"));
     let complete = |config, words: &[&str]| completed(dir.path(), config, words);
     assert!(complete(None, &["che"]).contains(&"check".to_owned()));
-    for command in
-        [&["status"][..], &["check"], &["plan"], &["test"], &["pause"], &["resume", "siem"], &["retry", "now"], &["dead", "list"]]
-    {
+    for command in [
+        &["status"][..],
+        &["check"],
+        &["plan"],
+        &["test"],
+        &["pause"],
+        &["resume", "siem"],
+        &["retry", "now"],
+        &["dead", "list"],
+    ] {
         assert_eq!(complete(None, &[command, &["s"]].concat()), ["siem", "sales"], "{command:?}");
     }
     assert_eq!(complete(Some("other.toml"), &["status", "c"]), ["crm"]);
     assert_eq!(complete(Some("other.toml"), &["status", "i"]), ["included"]);
     assert_eq!(complete(None, &["--config", "other.toml", "dead", "show", "c"]), ["crm"]);
-    assert_eq!(complete(Some("nowhere.toml"), &["status", "s"]), [""; 0], "and nothing is said of it");
+    assert_eq!(
+        complete(Some("nowhere.toml"), &["status", "s"]),
+        [""; 0],
+        "and nothing is said of it"
+    );
     write("broken.toml", "[[subscriber]\nname = ");
     assert_eq!(complete(Some("broken.toml"), &["status", "s"]), [""; 0]);
     let reasons = complete(None, &["dead", "list", "siem", "--reason", "ex"]);
@@ -121,7 +171,10 @@ fn daemon_that_answers(status: u16, body: &'static str) -> (Impostor, Setup) {
     let config: Arc<OnceLock<PathBuf>> = Arc::default();
     let knows = config.clone();
     let daemon = Impostor::start(move |head, port| match head.contains(" /api/v1/daemon ") {
-        true => (200, introduction(head, port, knows.get().expect("it is set before anybody asks"), TOKEN)),
+        true => (
+            200,
+            introduction(head, port, knows.get().expect("it is set before anybody asks"), TOKEN),
+        ),
         false => (status, serde_json::from_str(body).expect("JSON")),
     });
     let setup = setup(&daemon.address().to_string());
@@ -132,8 +185,11 @@ fn daemon_that_answers(status: u16, body: &'static str) -> (Impostor, Setup) {
 const TOKEN: &str = "quite-secret";
 
 fn setup(listen: &str) -> Setup {
-    let rest = subscriber("a", "https://example.com/", "") + &subscriber("b", "https://example.com/", "");
-    Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{listen}\"\ntoken = \"{TOKEN}\"\n{QUICK}{rest}"))
+    let rest =
+        subscriber("a", "https://example.com/", "") + &subscriber("b", "https://example.com/", "");
+    Setup::with_text(&format!(
+        "[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{listen}\"\ntoken = \"{TOKEN}\"\n{QUICK}{rest}"
+    ))
 }
 
 /// What `plan` tells, however it is broken into lines.
@@ -162,7 +218,11 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
     let asked = daemon.asked();
     let [met, asked] = &asked[..] else { panic!("two requests: {asked:?}") };
     assert!(met.starts_with("GET /api/v1/daemon ") && !met.contains(TOKEN), "{met}");
-    assert!(asked.starts_with("GET /api/v1/reload ") && asked.contains("authorization: Bearer quite-secret"), "{asked}");
+    assert!(
+        asked.starts_with("GET /api/v1/reload ")
+            && asked.contains("authorization: Bearer quite-secret"),
+        "{asked}"
+    );
     for part in [
         "a: a batch that fails each time",
         "b: a batch",
@@ -174,11 +234,20 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
     }
     assert!(!told.contains("quite-secret"));
 
-    let (_daemon, setup) = daemon_that_answers(422, r#"{"error":"h.toml:1:1: url: unknown\n1 problem"}"#);
+    let (_daemon, setup) =
+        daemon_that_answers(422, r#"{"error":"h.toml:1:1: url: unknown\n1 problem"}"#);
     let refused = setup.run(&["plan", "b"]);
-    assert_eq!(refused.status.code(), Some(1), "what would be refused is no plan that can be carried out");
+    assert_eq!(
+        refused.status.code(),
+        Some(1),
+        "what would be refused is no plan that can be carried out"
+    );
     let told = String::from_utf8_lossy(&refused.stdout).into_owned();
-    assert!(told.contains("would refuse a reload") && told.contains("  h.toml:1:1: url: unknown\n  1 problem"), "{told}");
+    assert!(
+        told.contains("would refuse a reload")
+            && told.contains("  h.toml:1:1: url: unknown\n  1 problem"),
+        "{told}"
+    );
     assert!(!told.contains("a: a batch"), "only b was asked for: {told}");
 }
 
@@ -186,11 +255,21 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
 fn plan_and_the_daemon_understand_each_other() {
     run(async {
         let api = Api::new();
-        let text = format!("[queue]\nurl = \"embedded\"\n{}{}", api.section(), subscriber("a", "https://example.com/", ""));
+        let text = format!(
+            "[queue]\nurl = \"embedded\"\n{}{}",
+            api.section(),
+            subscriber("a", "https://example.com/", "")
+        );
         let setup = Setup::with_text(&text);
         let _daemon = setup.start().await;
         let told = plan(&setup);
-        assert!(told.contains(&format!("a reload of the daemon at 127.0.0.1:{} would change nothing", api.port)), "{told}");
+        assert!(
+            told.contains(&format!(
+                "a reload of the daemon at 127.0.0.1:{} would change nothing",
+                api.port
+            )),
+            "{told}"
+        );
         // The daemon may see the new file before it is asked: of this key it says the same then.
         setup.write("hooktrail.toml", text + "[log]\nformat = \"json\"\n");
         let told = plan(&setup);
@@ -200,7 +279,11 @@ fn plan_and_the_daemon_understand_each_other() {
 
 #[test]
 fn plan_needs_no_daemon_and_says_when_there_is_none() {
-    let free = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string();
+    let free = TcpListener::bind("127.0.0.1:0")
+        .expect("a port")
+        .local_addr()
+        .expect("an address")
+        .to_string();
     let told = plan(&setup(&free));
     assert!(told.contains(&format!("no daemon answers at {free} ([admin] listen)")), "{told}");
     let (_daemon, answering) = daemon_that_answers(500, r#"{"error":"out of order"}"#);
@@ -212,15 +295,22 @@ fn plan_needs_no_daemon_and_says_when_there_is_none() {
 
 #[test]
 fn plan_as_json_has_each_attempt_and_the_end() {
-    let setup = Setup::with_text(&("[queue]\nurl = \"amqp://127.0.0.1\"\n".to_owned() + &subscriber("a", "https://example.com/", "")));
-    let plan: serde_json::Value = serde_json::from_str(&setup.ok(&["plan", "--json"])).expect("JSON");
+    let setup = Setup::with_text(
+        &("[queue]\nurl = \"amqp://127.0.0.1\"\n".to_owned()
+            + &subscriber("a", "https://example.com/", "")),
+    );
+    let plan: serde_json::Value =
+        serde_json::from_str(&setup.ok(&["plan", "--json"])).expect("JSON");
     let a = &plan["subscribers"][0];
     assert_eq!(a["attempts"].as_array().map(Vec::len), Some(16));
     assert_eq!(
         a["attempts"][1],
         serde_json::json!({ "attempt": 2, "after_s": 5.0, "after_min_s": 4.0, "after_max_s": 6.0, "since_first_s": 5.0, "hops": 2 })
     );
-    assert_eq!((&a["end"]["because"], &a["end"]["then"]), (&"max_attempts".into(), &"dead_letter".into()));
+    assert_eq!(
+        (&a["end"]["because"], &a["end"]["then"]),
+        (&"max_attempts".into(), &"dead_letter".into())
+    );
     assert_eq!(a["circuit_open_s"], serde_json::json!([30.0, 60.0, 120.0, 240.0, 480.0, 600.0]));
     assert_eq!(plan["memory_bytes"]["full_batches"], 3 << 20);
     assert_eq!(plan["daemon"]["reload"], serde_json::Value::Null);

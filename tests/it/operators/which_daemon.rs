@@ -19,7 +19,10 @@ const TOKEN: &str = "quite-secret";
 
 /// An embedded queue and one subscriber; `admin` is what `[admin]` says.
 fn setup(admin: &str) -> Setup {
-    Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n{admin}{QUICK}{}", subscriber("a", "http://127.0.0.1:9/", "")))
+    Setup::with_text(&format!(
+        "[queue]\nurl = \"embedded\"\n{admin}{QUICK}{}",
+        subscriber("a", "http://127.0.0.1:9/", "")
+    ))
 }
 
 /// On one line: where it breaks is of no interest here.
@@ -29,7 +32,8 @@ fn told(output: &Output) -> String {
 }
 
 /// What asks a daemon, with the exit code of a command that finds none of its own.
-const COMMANDS: [(&[&str], i32); 4] = [(&["status"], 1), (&["pause", "a"], 1), (&["resume", "a"], 1), (&["plan"], 0)];
+const COMMANDS: [(&[&str], i32); 4] =
+    [(&["status"], 1), (&["pause", "a"], 1), (&["resume", "a"], 1), (&["plan"], 0)];
 
 #[test]
 fn whoever_took_the_daemons_port_is_not_told_the_token_and_believed_nothing() {
@@ -39,11 +43,17 @@ fn whoever_took_the_daemons_port_is_not_told_the_token_and_believed_nothing() {
         (|_, _| (200, json!({ "status": "well" })), "is no hooktrail"),
         (|_, _| (404, json!({})), "is no hooktrail"),
         (|_, _| (401, json!({ "error": "give the token" })), "another token"),
-        (|_, _| (200, json!({ "version": "1", "config": "/", "pid": 1 })), "does not know [admin] token"),
+        (
+            |_, _| (200, json!({ "version": "1", "config": "/", "pid": 1 })),
+            "does not know [admin] token",
+        ),
         // What the command itself has proven is no proof of the other side.
         (
             |head, _| {
-                let given = head.lines().find_map(|l| l.strip_prefix("x-hooktrail-proof: ")).expect("the command proves it first");
+                let given = head
+                    .lines()
+                    .find_map(|l| l.strip_prefix("x-hooktrail-proof: "))
+                    .expect("the command proves it first");
                 (200, json!({ "version": "1", "config": "/", "pid": 1, "proof": given }))
             },
             "does not know [admin] token",
@@ -55,27 +65,43 @@ fn whoever_took_the_daemons_port_is_not_told_the_token_and_believed_nothing() {
             true => introduces(head, port),
             false => (200, everything.clone()),
         });
-        let setup = setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address()));
+        let setup =
+            setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address()));
         for (command, code) in COMMANDS {
             let output = setup.run(command);
             let told = told(&output);
-            assert!(output.status.code() == Some(code) && told.contains(why), "{command:?}: {why}: {told}");
+            assert!(
+                output.status.code() == Some(code) && told.contains(why),
+                "{command:?}: {why}: {told}"
+            );
         }
         let asked = impostor.asked();
         assert_eq!(asked.len(), COMMANDS.len(), "nothing but who it is was asked: {asked:?}");
-        assert!(asked.iter().all(|head| !head.contains(TOKEN) && !head.contains("authorization")), "{asked:?}");
+        assert!(
+            asked.iter().all(|head| !head.contains(TOKEN) && !head.contains("authorization")),
+            "{asked:?}"
+        );
     }
 }
 
 #[test]
 fn a_proof_that_a_daemon_on_another_port_gave_is_not_believed() {
     let impostor = Impostor::start(|head, port| {
-        let challenge = head.lines().find_map(|l| l.strip_prefix("x-hooktrail-challenge: ")).expect("a challenge");
-        let proof = handshake::proof(&Secret::new(TOKEN), Side::Daemon, challenge, port.wrapping_add(1));
+        let challenge = head
+            .lines()
+            .find_map(|l| l.strip_prefix("x-hooktrail-challenge: "))
+            .expect("a challenge");
+        let proof =
+            handshake::proof(&Secret::new(TOKEN), Side::Daemon, challenge, port.wrapping_add(1));
         (200, json!({ "version": "1", "config": "/", "pid": 1, "proof": proof }))
     });
-    let output = setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address())).run(&["status"]);
-    assert!(output.status.code() == Some(1) && told(&output).contains("does not know [admin] token"), "{output:?}");
+    let output =
+        setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address()))
+            .run(&["status"]);
+    assert!(
+        output.status.code() == Some(1) && told(&output).contains("does not know [admin] token"),
+        "{output:?}"
+    );
     assert!(impostor.asked().iter().all(|head| !head.contains(TOKEN)));
 }
 
@@ -91,13 +117,20 @@ fn a_second_daemon_on_the_same_address_is_an_error_and_its_commands_leave_the_fi
             let told_by_daemon = told(&refused);
             assert_eq!(refused.status.code(), Some(1), "{told_by_daemon}");
             let path = first.config().display().to_string();
-            for part in [format!("cannot listen on 127.0.0.1:{}", api.port).as_str(), &path, "[admin] listen = \"127.0.0.1:"] {
+            for part in [
+                format!("cannot listen on 127.0.0.1:{}", api.port).as_str(),
+                &path,
+                "[admin] listen = \"127.0.0.1:",
+            ] {
                 assert!(told_by_daemon.contains(part), "{part} is not in {told_by_daemon}");
             }
             for (command, code) in COMMANDS {
                 let output = second.run(command);
                 let told = told(&output);
-                assert!(output.status.code() == Some(code) && told.contains(&path), "{command:?}: {told}");
+                assert!(
+                    output.status.code() == Some(code) && told.contains(&path),
+                    "{command:?}: {told}"
+                );
             }
             // The configuration of another place that says the same asks its own.
             assert!(first.ok(&["status"]).contains("ok"), "the first was not paused");
@@ -105,7 +138,10 @@ fn a_second_daemon_on_the_same_address_is_an_error_and_its_commands_leave_the_fi
             // The other token is not the one that counts.
             let other = setup(&(api.section() + "token = \"another\"\n"));
             let output = other.run(&["status"]);
-            assert!(output.status.code() == Some(1) && told(&output).contains("oken"), "{output:?}");
+            assert!(
+                output.status.code() == Some(1) && told(&output).contains("oken"),
+                "{output:?}"
+            );
         }
     });
 }

@@ -45,11 +45,18 @@ fn a_second_daemon_is_refused_and_the_first_notices_nothing() {
         let queue = Embedded::new();
         let receiver = Receiver::accepting().await;
         let setup = one(&queue, &receiver.url);
-        assert!(setup.ok(&["check", "--connect"]).contains("there is no embedded queue in"), "before the first run");
+        assert!(
+            setup.ok(&["check", "--connect"]).contains("there is no embedded queue in"),
+            "before the first run"
+        );
         let daemon = setup.start().await;
         let (code, told) = refused(&setup.run(&["run"]));
         assert_eq!(code, Some(1), "{told}");
-        for part in ["another daemon works on", queue.data_dir().to_str().expect("a path"), "several share a RabbitMQ"] {
+        for part in [
+            "another daemon works on",
+            queue.data_dir().to_str().expect("a path"),
+            "several share a RabbitMQ",
+        ] {
             assert!(told.contains(part), "{part} is not in {told}");
         }
         queue.publish(TYPE, None, events(0..10)).await;
@@ -70,11 +77,16 @@ fn a_change_to_a_broker_with_events_left_behind_is_refused_unless_it_is_forced()
         embedded.ok(&["publish", nothing.to_str().expect("a path")]);
         queue.publish(TYPE, None, events(0..3)).await;
         let broker = Broker::shared();
-        let section = broker.section(&["a"]) + &format!("data_dir = \"{}\"\n", queue.data_dir().display());
+        let section =
+            broker.section(&["a"]) + &format!("data_dir = \"{}\"\n", queue.data_dir().display());
         let amqp = Setup::with_text(&(section + QUICK + &subscriber("a", &receiver.url, "")));
         let (code, told) = refused(&amqp.run(&["run"]));
         assert_eq!(code, Some(2), "{told}");
-        for part in ["holds events that are not delivered", queue.data_dir().to_str().expect("a path"), "--force"] {
+        for part in [
+            "holds events that are not delivered",
+            queue.data_dir().to_str().expect("a path"),
+            "--force",
+        ] {
             assert!(told.contains(part), "{part} is not in {told}");
         }
         let forced = amqp.spawn_as("exec \"$0\" \"$@\" --force");
@@ -97,10 +109,12 @@ fn a_backlog_keeps_the_patterns_under_which_it_came_and_a_gap_stays_a_gap() {
         let hanging = Receiver::start(|_, _| status(200).after(Duration::from_secs(3600))).await;
         let all = Receiver::accepting().await;
         let setup = |patterns: Option<&str>, url: &str| {
-            let a = patterns.map_or_else(String::new, |p| subscriber("a", url, &format!("events = [\"{p}\"]")));
+            let a = patterns
+                .map_or_else(String::new, |p| subscriber("a", url, &format!("events = [\"{p}\"]")));
             Setup::new(&queue, &(QUICK.to_owned() + &subscriber("all", &all.url, "") + &a))
         };
-        let (old, new, none) = (setup(Some("x.*"), &hanging.url), setup(Some("y.*"), &hanging.url), setup(None, ""));
+        let (old, new, none) =
+            (setup(Some("x.*"), &hanging.url), setup(Some("y.*"), &hanging.url), setup(None, ""));
         let mut next = 0;
         let mut changes = Vec::new();
         for setup in [&old, &new, &none] {
@@ -135,10 +149,20 @@ fn a_damaged_file_is_named_and_what_to_do_is_told() {
         std::fs::create_dir_all(queue.data_dir()).expect("a directory");
         std::fs::write(queue.file(), "this was a database once ".repeat(1000)).expect("writes");
         let event = setup.write("event", event(0));
-        for command in [&["run"][..], &["publish", event.to_str().expect("a path")], &["dead", "list", "a"], &["check", "--connect"]] {
+        for command in [
+            &["run"][..],
+            &["publish", event.to_str().expect("a path")],
+            &["dead", "list", "a"],
+            &["check", "--connect"],
+        ] {
             let (code, told) = refused(&setup.run(command));
             assert_eq!(code, Some(1), "{command:?}: {told}");
-            for part in [queue.file().to_str().expect("a path"), "the file is damaged", "keep a copy", "Disaster recovery"] {
+            for part in [
+                queue.file().to_str().expect("a path"),
+                "the file is damaged",
+                "keep a copy",
+                "Disaster recovery",
+            ] {
                 assert!(told.contains(part), "{command:?}: {part} is not in {told}");
             }
         }
@@ -155,12 +179,19 @@ fn a_file_of_a_later_version_or_of_another_program_is_refused_and_an_empty_one_i
             for command in [&["run"][..], &["dead", "list", "a"]] {
                 let (code, told) = refused(&setup.run(command));
                 assert_eq!(code, Some(1), "{command:?}: {told}");
-                assert!(told.contains(part) && told.contains(queue.file().to_str().expect("a path")), "{command:?}: {told}");
+                assert!(
+                    told.contains(part) && told.contains(queue.file().to_str().expect("a path")),
+                    "{command:?}: {told}"
+                );
             }
         };
         std::fs::create_dir_all(queue.data_dir()).expect("a directory");
-        let db = |sql: &str| Connection::open(queue.file()).expect("opens").execute_batch(sql).expect("runs");
-        for sql in ["CREATE TABLE other (x)", "PRAGMA user_version = 7", "PRAGMA application_id = 7"] {
+        let db = |sql: &str| {
+            Connection::open(queue.file()).expect("opens").execute_batch(sql).expect("runs")
+        };
+        for sql in
+            ["CREATE TABLE other (x)", "PRAGMA user_version = 7", "PRAGMA application_id = 7"]
+        {
             db(sql);
             refuses("another program");
             std::fs::remove_file(queue.file()).expect("removes");
@@ -171,8 +202,10 @@ fn a_file_of_a_later_version_or_of_another_program_is_refused_and_an_empty_one_i
         queue.publish(TYPE, None, events(0..3)).await;
         receiver.wait_all(3).await;
         assert!(daemon.stop().await.success());
-        let version: i64 =
-            Connection::open(queue.file()).expect("opens").pragma_query_value(None, "user_version", |r| r.get(0)).expect("a version");
+        let version: i64 = Connection::open(queue.file())
+            .expect("opens")
+            .pragma_query_value(None, "user_version", |r| r.get(0))
+            .expect("a version");
         db(&format!("PRAGMA user_version = {}", version + 1));
         refuses("was written by a later version of hooktrail");
         db(&format!("PRAGMA user_version = {version}"));
@@ -186,11 +219,15 @@ fn what_other_processes_write_is_picked_up_within_a_second() {
     run(async {
         let queue = Embedded::new();
         let receiver = Receiver::start(|_, _| status(500)).await;
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")));
+        let setup = Setup::new(
+            &queue,
+            &(QUICK.to_owned() + &subscriber("a", &receiver.url, "retry = { max_attempts = 1 }")),
+        );
         let _daemon = setup.start().await;
         let file = setup.write("event", event(0));
         let publish = ["publish", file.to_str().expect("a path")];
-        // Once the first is settled nothing of the daemon's own goes on any more that could wake it.
+        // Once the first is settled nothing of the daemon's own goes on any more that could wake
+        // it.
         setup.ok(&publish);
         queue.wait("a dead letter", async || queue.dead("a").await == 1).await;
         setup.ok(&publish);
@@ -208,11 +245,15 @@ fn what_other_processes_write_is_picked_up_within_a_second() {
 }
 
 #[test]
-fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_holds_can_be_copied_out() {
+fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_holds_can_be_copied_out()
+ {
     run(async {
         let (queue, api) = (Embedded::new(), Api::new());
         let receiver = Receiver::start(|_, _| status(500)).await;
-        let setup = Setup::new(&queue, &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")));
+        let setup = Setup::new(
+            &queue,
+            &(QUICK.to_owned() + &api.section() + &subscriber("a", &receiver.url, "")),
+        );
         let mut daemon = setup.start().await;
         assert_eq!(api.post("/api/v1/events", &event(0)).await.status, 202);
         receiver.wait_requests(1).await;
@@ -225,25 +266,38 @@ fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_hold
             answer.status == 503
         })
         .await;
-        assert!(refused_with.contains("is lost") && refused_with.contains("/proc/"), "{refused_with}");
+        assert!(
+            refused_with.contains("is lost") && refused_with.contains("/proc/"),
+            "{refused_with}"
+        );
         assert_eq!(api.get("/readyz").await.status, 503);
         assert_eq!(api.metric("hooktrail_queue_up").await, Some(0.0));
         eventually("status says so", async || {
-            api.get("/api/v1/subscribers").await.json()["queue"]["error"].as_str().is_some_and(|why| why.contains("is lost"))
+            api.get("/api/v1/subscribers").await.json()["queue"]["error"]
+                .as_str()
+                .is_some_and(|why| why.contains("is lost"))
         })
         .await;
         let file = setup.write("event", event(2));
         for command in [&["publish", file.to_str().expect("a path")][..], &["dead", "list", "a"]] {
             let (code, told) = refused(&setup.run(command));
-            assert!(code == Some(1) && told.contains("is lost") && told.contains(&daemon.pid().to_string()), "{command:?}: {told}");
+            assert!(
+                code == Some(1)
+                    && told.contains("is lost")
+                    && told.contains(&daemon.pid().to_string()),
+                "{command:?}: {told}"
+            );
         }
         assert!(!queue.file().exists(), "no new file beside the daemon's");
 
         // As the log says, and the page that it names.
         let log = daemon.log();
         let open = |name: &str| {
-            let (_, rest) = log.split_once(&format!("{name} is ")).unwrap_or_else(|| panic!("{name} is not in {log}"));
-            rest[..rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '/').expect("an end")].to_owned()
+            let (_, rest) = log
+                .split_once(&format!("{name} is "))
+                .unwrap_or_else(|| panic!("{name} is not in {log}"));
+            rest[..rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '/').expect("an end")]
+                .to_owned()
         };
         kill("-STOP", daemon.pid());
         // First, for those that are still at their places are the ones that are copied.
@@ -251,11 +305,13 @@ fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_hold
             std::fs::remove_file(queue.data_dir().join(left)).ok();
         }
         std::fs::copy(open("hooktrail.db"), queue.file()).expect("copies");
-        std::fs::copy(open("hooktrail.db-wal"), queue.data_dir().join("hooktrail.db-wal")).expect("copies");
+        std::fs::copy(open("hooktrail.db-wal"), queue.data_dir().join("hooktrail.db-wal"))
+            .expect("copies");
         daemon.end();
         receiver.now(|_, _| status(200));
         let next = setup.start().await;
-        eventually("what was pending is delivered", async || receiver.accepted().contains(&0)).await;
+        eventually("what was pending is delivered", async || receiver.accepted().contains(&0))
+            .await;
         assert_eq!(api.post("/api/v1/events", &event(3)).await.status, 202);
         eventually("and what comes", async || receiver.accepted().contains(&3)).await;
         assert!(next.stop().await.success());
@@ -273,7 +329,12 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         const LIMIT: &str = "--fsize=65536"; // far less than what is written already
         let queue = Embedded::new();
         let receiver = Receiver::accepting().await;
-        let setup = Setup::new(&queue, &("[log]\nlevel = \"debug\"\n".to_owned() + QUICK + &subscriber("a", &receiver.url, "")));
+        let setup = Setup::new(
+            &queue,
+            &("[log]\nlevel = \"debug\"\n".to_owned()
+                + QUICK
+                + &subscriber("a", &receiver.url, "")),
+        );
         let daemon = setup.spawn_as(&format!("{LIMITED} \"$0\" \"$@\""));
         daemon.wait_log("running").await;
         queue.publish(TYPE, None, events(0..500)).await;
@@ -281,15 +342,22 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         queue.wait("they are settled", async || queue.backlog("a").await == 0).await;
 
         let limit = |value: &str| {
-            let done = Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), value]).status().expect("prlimit runs");
+            let done = Command::new("prlimit")
+                .args(["--pid", &daemon.pid().to_string(), value])
+                .status()
+                .expect("prlimit runs");
             assert!(done.success());
         };
         limit(&format!("{LIMIT}:"));
         // The producer finds it full too.
         let file = setup.write("events", (500..600).map(|n| event(n) + "\n").collect::<String>());
         let publish = ["publish", file.to_str().expect("a path")];
-        let (code, told) = refused(&setup.run_as(&format!("{LIMITED} prlimit {LIMIT} \"$0\" \"$@\""), &publish));
-        assert!(code == Some(1) && told.contains("disk") && told.contains("0 events were confirmed"), "{told}");
+        let (code, told) =
+            refused(&setup.run_as(&format!("{LIMITED} prlimit {LIMIT} \"$0\" \"$@\""), &publish));
+        assert!(
+            code == Some(1) && told.contains("disk") && told.contains("0 events were confirmed"),
+            "{told}"
+        );
         assert_eq!(queue.backlog("a").await, 0, "all or nothing");
 
         // Delivered, and that cannot be written down: they are not delivered over and over.
@@ -297,10 +365,17 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         setup.ok(&publish);
         daemon.wait_log("lost its queue").await;
         let log = daemon.log();
-        assert!(log.contains("disk") && log.contains(queue.file().to_str().expect("a path")), "{log}");
+        assert!(
+            log.contains("disk") && log.contains(queue.file().to_str().expect("a path")),
+            "{log}"
+        );
         let tries = || daemon.log().matches("the embedded queue still takes nothing").count();
         queue.wait("it was tried again", async || tries() >= 5).await;
-        assert!(receiver.count() - before <= 4, "{} requests whose end could not be written down", receiver.count() - before);
+        assert!(
+            receiver.count() - before <= 4,
+            "{} requests whose end could not be written down",
+            receiver.count() - before
+        );
         assert_eq!(queue.backlog("a").await, 100);
 
         limit("--fsize=unlimited:");
@@ -320,21 +395,40 @@ fn who_may_not_read_the_database_is_told_so_and_not_that_there_is_none() {
         let file = setup.write("event.jsonl", event(0));
         setup.ok(&["publish", file.to_str().expect("a path")]);
         let data_dir = embedded.data_dir();
-        let mode = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("its own");
+        let mode = |path: &Path, mode| {
+            std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("its own")
+        };
         // Root may read everything, unless it gives that up.
         let is_root = std::fs::metadata("/proc/self").expect("is there").uid() == 0;
         let as_anybody = match is_root {
-            true => "exec setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-all \"$0\" \"$@\"",
+            true => {
+                "exec setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-all \"$0\" \"$@\""
+            }
             false => "exec \"$0\" \"$@\"",
         };
         // The directory as `StateDirectory` makes it for somebody else, and the file alone.
-        for (path, hidden, seen) in [(data_dir.clone(), 0o000, 0o700), (data_dir.join("hooktrail.db"), 0o000, 0o600)] {
+        for (path, hidden, seen) in
+            [(data_dir.clone(), 0o000, 0o700), (data_dir.join("hooktrail.db"), 0o000, 0o600)]
+        {
             mode(&path, hidden);
-            for command in [&["dead", "list", "a"][..], &["publish", "/dev/null"], &["check", "--connect"], &["run"], &["prune"]] {
+            for command in [
+                &["dead", "list", "a"][..],
+                &["publish", "/dev/null"],
+                &["check", "--connect"],
+                &["run"],
+                &["prune"],
+            ] {
                 let output = setup.run_as(as_anybody, command);
-                let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+                let told = format!(
+                    "{}{}",
+                    String::from_utf8_lossy(&output.stdout),
+                    String::from_utf8_lossy(&output.stderr)
+                );
                 assert_eq!(output.status.code(), Some(1), "{command:?}: {told}");
-                assert!(told.contains("service's user") && !told.contains("there is no embedded queue"), "{command:?}: {told}");
+                assert!(
+                    told.contains("service's user") && !told.contains("there is no embedded queue"),
+                    "{command:?}: {told}"
+                );
                 assert!(!told.contains("Nothing harmful"), "{command:?}: {told}");
             }
             mode(&path, seen);

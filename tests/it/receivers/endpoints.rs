@@ -1,4 +1,5 @@
-//! Whatever endpoint a customer has: its authentication, its certificates, a proxy on the way, HTTP/2.
+//! Whatever endpoint a customer has: its authentication, its certificates, a proxy on the way,
+//! HTTP/2.
 
 use axum::http::Version;
 use tokio::{
@@ -20,9 +21,13 @@ const TYPE: &str = "a.b";
 
 /// Nothing of what is secret here is shown anywhere.
 fn assert_silent(setup: &Setup, daemon: &Daemon) {
-    let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", daemon.pid())).expect("the daemon runs");
+    let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", daemon.pid()))
+        .expect("the daemon runs");
     for text in [daemon.log(), setup.ok(&["check"]), arguments] {
-        assert!(!text.contains("hunter2") && !text.contains("aHVudGVyMg") && !text.contains("PRIVATE"), "{text}");
+        assert!(
+            !text.contains("hunter2") && !text.contains("aHVudGVyMg") && !text.contains("PRIVATE"),
+            "{text}"
+        );
     }
 }
 
@@ -30,7 +35,8 @@ fn assert_silent(setup: &Setup, daemon: &Daemon) {
 fn authentication_and_headers_of_its_own_arrive_and_are_shown_nowhere() {
     run(async {
         let queue = Queue::embedded();
-        let receivers = [Receiver::accepting().await, Receiver::accepting().await, Receiver::accepting().await];
+        let receivers =
+            [Receiver::accepting().await, Receiver::accepting().await, Receiver::accepting().await];
         let own = [
             "auth = { basic = { username = \"jane\", password = \"hunter2\" } }",
             "auth = { bearer = \"file:token\" }",
@@ -55,10 +61,18 @@ fn authentication_and_headers_of_its_own_arrive_and_are_shown_nowhere() {
     });
 }
 
-/// A daemon with these subscribers, each a name, a port and what its `tls` is; with certificates beside its configuration.
-async fn over_tls(queue: &Queue, authority: &Authority, subscribers: &[(&str, u16, &str)]) -> (Setup, Daemon) {
-    let of = |(name, port, tls): &(&str, u16, &str)| subscriber(name, &format!("https://127.0.0.1:{port}/hook"), tls);
-    let setup = Setup::new(queue, &(QUICK.to_owned() + &subscribers.iter().map(of).collect::<String>()));
+/// A daemon with these subscribers, each a name, a port and what its `tls` is; with certificates
+/// beside its configuration.
+async fn over_tls(
+    queue: &Queue,
+    authority: &Authority,
+    subscribers: &[(&str, u16, &str)],
+) -> (Setup, Daemon) {
+    let of = |(name, port, tls): &(&str, u16, &str)| {
+        subscriber(name, &format!("https://127.0.0.1:{port}/hook"), tls)
+    };
+    let setup =
+        Setup::new(queue, &(QUICK.to_owned() + &subscribers.iter().map(of).collect::<String>()));
     setup.write("ca.pem", &authority.pem);
     let client = authority.sign("client.example");
     setup.write("c.pem", &client.pem);
@@ -68,27 +82,41 @@ async fn over_tls(queue: &Queue, authority: &Authority, subscribers: &[(&str, u1
 }
 
 const CA: &str = "tls = { ca_file = \"ca.pem\" }";
-const MUTUAL: &str = "tls = { ca_file = \"ca.pem\", client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }";
+const MUTUAL: &str =
+    "tls = { ca_file = \"ca.pem\", client_cert_file = \"c.pem\", client_key_file = \"k.pem\" }";
 
 #[test]
 fn http_2_is_spoken_where_it_is_offered_over_a_private_authority() {
     run(async {
         let (queue, authority) = (Queue::embedded(), Authority::new());
         let certificate = authority.sign("127.0.0.1");
-        let two = TlsReceiver::start(authority.server(&certificate, false), &["h2", "http/1.1"]).await;
+        let two =
+            TlsReceiver::start(authority.server(&certificate, false), &["h2", "http/1.1"]).await;
         let one = TlsReceiver::start(authority.server(&certificate, false), &["http/1.1"]).await;
         let none = TlsReceiver::start(authority.server(&certificate, false), &[]).await;
         let stranger = TlsReceiver::start(authority.server(&certificate, false), &["h2"]).await;
-        let subscribers = [("two", two.port, CA), ("one", one.port, CA), ("none", none.port, CA), ("stranger", stranger.port, "")];
+        let subscribers = [
+            ("two", two.port, CA),
+            ("one", one.port, CA),
+            ("none", none.port, CA),
+            ("stranger", stranger.port, ""),
+        ];
         let (setup, daemon) = over_tls(&queue, &authority, &subscribers).await;
         queue.publish(TYPE, (0..10).map(event)).await;
-        for (receiver, version) in [(&two, Version::HTTP_2), (&one, Version::HTTP_11), (&none, Version::HTTP_11)] {
+        for (receiver, version) in
+            [(&two, Version::HTTP_2), (&one, Version::HTTP_11), (&none, Version::HTTP_11)]
+        {
             let request = receiver.wait_requests(1).await.remove(0);
             assert_eq!((request.version, request.path.as_str()), (version, "/hook"));
             assert!(request.headers.contains_key("webhook-signature"));
         }
         daemon.wait_log("subscriber=\"stranger\"").await;
-        let line = daemon.log().lines().find(|l| l.contains("attempt subscriber=\"stranger\"")).expect("an attempt").to_owned();
+        let line = daemon
+            .log()
+            .lines()
+            .find(|l| l.contains("attempt subscriber=\"stranger\""))
+            .expect("an attempt")
+            .to_owned();
         assert!(line.contains("failure=\"tls\"") && line.contains("UnknownIssuer"), "{line}");
         assert_eq!(stranger.requests().len(), 0);
         assert!(setup.ok(&["check"]).contains("ca.pem"));
@@ -99,17 +127,38 @@ fn http_2_is_spoken_where_it_is_offered_over_a_private_authority() {
 fn a_client_certificate_is_presented_and_without_it_the_receiver_refuses() {
     run(async {
         let (queue, authority) = (Queue::embedded(), Authority::new());
-        let asks = TlsReceiver::start(authority.server(&authority.sign("127.0.0.1"), true), &["h2", "http/1.1"]).await;
-        let (setup, daemon) = over_tls(&queue, &authority, &[("with", asks.port, MUTUAL), ("without", asks.port, CA)]).await;
+        let asks = TlsReceiver::start(
+            authority.server(&authority.sign("127.0.0.1"), true),
+            &["h2", "http/1.1"],
+        )
+        .await;
+        let (setup, daemon) = over_tls(
+            &queue,
+            &authority,
+            &[("with", asks.port, MUTUAL), ("without", asks.port, CA)],
+        )
+        .await;
         queue.publish(TYPE, [event(0)]).await;
         asks.wait_requests(1).await;
-        let attempt = |name: &str| daemon.log().lines().find(|l| l.contains(&format!("attempt subscriber=\"{name}\""))).map(str::to_owned);
-        eventually("both were attempted", async || attempt("with").is_some() && attempt("without").is_some()).await;
+        let attempt = |name: &str| {
+            daemon
+                .log()
+                .lines()
+                .find(|l| l.contains(&format!("attempt subscriber=\"{name}\"")))
+                .map(str::to_owned)
+        };
+        eventually("both were attempted", async || {
+            attempt("with").is_some() && attempt("without").is_some()
+        })
+        .await;
         assert!(attempt("with").expect("seen").contains("outcome=\"delivered\""));
         let refused = attempt("without").expect("seen");
-        // In TLS 1.3 the receiver says so after the handshake, when the request may already be on its way.
+        // In TLS 1.3 the receiver says so after the handshake, when the request may already be on
+        // its way.
         assert!(
-            refused.contains("outcome=\"retry\"") && (refused.contains("CertificateRequired") || refused.contains("failure=\"reset\"")),
+            refused.contains("outcome=\"retry\"")
+                && (refused.contains("CertificateRequired")
+                    || refused.contains("failure=\"reset\"")),
             "{refused}"
         );
         assert_eq!(asks.requests().len(), 1);
@@ -150,12 +199,28 @@ fn a_proxy_is_used_with_its_password_and_decides_about_names_but_not_about_liter
     run(async {
         let (queue, authority) = (Queue::embedded(), Authority::new());
         let plain = Receiver::accepting().await;
-        let secure = TlsReceiver::start(authority.server(&authority.sign("inside.example"), false), &["http/1.1"]).await;
-        let plain_port = plain.url.split(':').nth(2).and_then(|rest| rest.split('/').next()).expect("a port").parse().expect("a number");
+        let secure = TlsReceiver::start(
+            authority.server(&authority.sign("inside.example"), false),
+            &["http/1.1"],
+        )
+        .await;
+        let plain_port = plain
+            .url
+            .split(':')
+            .nth(2)
+            .and_then(|rest| rest.split('/').next())
+            .expect("a port")
+            .parse()
+            .expect("a number");
         let (first, mut for_plain) = proxy(plain_port).await;
         let (second, mut for_secure) = proxy(secure.port).await;
-        // The proxy stands at an address that is not public, and the names are known to nobody else.
-        let through = |port: u16| format!("http = {{ allow_private_addresses = false, proxy = \"http://jane:hunter2@127.0.0.1:{port}\" }}");
+        // The proxy stands at an address that is not public, and the names are known to nobody
+        // else.
+        let through = |port: u16| {
+            format!(
+                "http = {{ allow_private_addresses = false, proxy = \"http://jane:hunter2@127.0.0.1:{port}\" }}"
+            )
+        };
         let text = QUICK.to_owned()
             + &subscriber("plain", "http://outside.invalid/hook", &through(first))
             + &subscriber("secure", "https://inside.example/hook", &(through(second) + "\n" + CA));
@@ -170,11 +235,18 @@ fn a_proxy_is_used_with_its_password_and_decides_about_names_but_not_about_liter
             (&mut for_secure, "CONNECT inside.example:443 HTTP/1.1\r\n"),
         ] {
             let head = told.recv().await.expect("a request").to_lowercase();
-            assert!(head.starts_with(&line.to_lowercase()) && head.contains("proxy-authorization: basic amfuztpodw50zxiy"), "{head}");
+            assert!(
+                head.starts_with(&line.to_lowercase())
+                    && head.contains("proxy-authorization: basic amfuztpodw50zxiy"),
+                "{head}"
+            );
         }
         assert_silent(&setup, &daemon);
 
-        let literal = Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://10.0.0.1/", &through(first))));
+        let literal = Setup::new(
+            &queue,
+            &(QUICK.to_owned() + &subscriber("a", "http://10.0.0.1/", &through(first))),
+        );
         let refused = literal.run(&["check"]);
         assert_eq!(refused.status.code(), Some(2));
         assert!(String::from_utf8_lossy(&refused.stderr).contains("not a public one (private)"));

@@ -40,9 +40,18 @@ mod tools {
 fn in_the_file(dir: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(dir.join("batches.jsonl")).unwrap_or_default();
     let parsed = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
-    let bodies = text.lines().filter(|l| !l.is_empty()).map(|l| parsed(parsed(l)["events"].as_str().expect("a body")));
-    let types =
-        |body: Value| body["events"].as_array().expect("events").iter().map(|e| e["event"].as_str().expect("a type").to_owned()).collect();
+    let bodies = text
+        .lines()
+        .filter(|l| !l.is_empty())
+        .map(|l| parsed(parsed(l)["events"].as_str().expect("a body")));
+    let types = |body: Value| {
+        body["events"]
+            .as_array()
+            .expect("events")
+            .iter()
+            .map(|e| e["event"].as_str().expect("a type").to_owned())
+            .collect()
+    };
     bodies.flat_map(types as fn(Value) -> Vec<String>).collect()
 }
 
@@ -57,28 +66,45 @@ struct Program {
 
 impl Program {
     async fn start(dir: &Path, language: &str, program: &'static str) -> Self {
-        let document = std::fs::read_to_string(repository().join("docs/receivers.md")).expect("the document");
+        let document =
+            std::fs::read_to_string(repository().join("docs/receivers.md")).expect("the document");
         let file = if language == "js" { "receiver.js" } else { "receiver.py" };
         let blocks = shown(&document, language);
         assert_eq!(blocks.len(), 2, "the function and what stands below it");
         std::fs::write(dir.join(file), blocks.join("\n\n")).expect("writes");
         let port = free_port();
-        let started = Self { dir: dir.to_owned(), program, file, port, child: Self::spawn(dir, program, file, port) };
+        let started = Self {
+            dir: dir.to_owned(),
+            program,
+            file,
+            port,
+            child: Self::spawn(dir, program, file, port),
+        };
         started.listening().await;
         started
     }
 
     fn spawn(dir: &Path, program: &str, file: &str, port: u16) -> Child {
-        let printed = File::options().create(true).append(true).open(dir.join("printed")).expect("opens");
+        let printed =
+            File::options().create(true).append(true).open(dir.join("printed")).expect("opens");
         let mut command = Command::new(program);
-        command.arg(file).current_dir(dir).env("HOOKTRAIL_SECRET", SECRET).env("PORT", port.to_string());
+        command
+            .arg(file)
+            .current_dir(dir)
+            .env("HOOKTRAIL_SECRET", SECRET)
+            .env("PORT", port.to_string());
         let log = File::options().create(true).append(true).open(dir.join("log")).expect("opens");
         let spawned = command.stdin(Stdio::null()).stdout(printed).stderr(log).spawn();
-        spawned.unwrap_or_else(|e| panic!("{program}: {e}: run scripts/verifiers, as scripts/test does"))
+        spawned.unwrap_or_else(|e| {
+            panic!("{program}: {e}: run scripts/verifiers, as scripts/test does")
+        })
     }
 
     async fn listening(&self) {
-        eventually("the receiver listens", async || TcpStream::connect(("127.0.0.1", self.port)).await.is_ok()).await;
+        eventually("the receiver listens", async || {
+            TcpStream::connect(("127.0.0.1", self.port)).await.is_ok()
+        })
+        .await;
     }
 
     async fn kill_and_start(&mut self) {
@@ -89,7 +115,8 @@ impl Program {
     }
 
     async fn post(&self, request: &Request, body: impl Into<reqwest::Body>) -> u16 {
-        let mut post = reqwest::Client::new().post(format!("http://127.0.0.1:{}/", self.port)).body(body);
+        let mut post =
+            reqwest::Client::new().post(format!("http://127.0.0.1:{}/", self.port)).body(body);
         for name in ["content-type", "webhook-id", "webhook-timestamp", "webhook-signature"] {
             post = post.header(name, request.header(name));
         }
@@ -102,18 +129,29 @@ impl Drop for Program {
         self.child.kill().ok();
         self.child.wait().ok();
         if std::thread::panicking() {
-            eprintln!("--- the receiver's log:\n{}", std::fs::read_to_string(self.dir.join("log")).unwrap_or_default());
+            eprintln!(
+                "--- the receiver's log:\n{}",
+                std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+            );
         }
     }
 }
 
-async fn stores_each_batch_once(language: &str, program: &'static str, stored: impl Fn(&Path) -> Vec<String>) {
+async fn stores_each_batch_once(
+    language: &str,
+    program: &'static str,
+    stored: impl Fn(&Path) -> Vec<String>,
+) {
     let dir = tempfile::tempdir().expect("a directory");
     let mut receiver = Program::start(dir.path(), language, program).await;
     let recording = Receiver::accepting().await;
     let url = format!("http://127.0.0.1:{}/", receiver.port);
-    let quick = QUICK.replace("[batch]", "[batch]\nmax_events = 3").replace("[http]", "[http]\nconcurrency = 4");
-    let text = quick + &subscriber("a", &url, "events = [\"a.#\"]") + &subscriber("b", &recording.url, "events = [\"b.#\"]");
+    let quick = QUICK
+        .replace("[batch]", "[batch]\nmax_events = 3")
+        .replace("[http]", "[http]\nconcurrency = 4");
+    let text = quick
+        + &subscriber("a", &url, "events = [\"a.#\"]")
+        + &subscriber("b", &recording.url, "events = [\"b.#\"]");
     let queue = Queue::embedded();
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;

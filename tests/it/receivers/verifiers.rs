@@ -1,5 +1,5 @@
-//! What the daemon really sent, verified by libraries that others wrote and by the snippets of docs/receivers.md,
-//! and held against the schemas in docs/.
+//! What the daemon really sent, verified by libraries that others wrote and by the snippets of
+//! docs/receivers.md, and held against the schemas in docs/.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,11 +46,18 @@ impl Case {
             (name.to_string(), value.to_str().expect("text").to_owned())
         };
         let headers = request.headers.iter().map(header).collect();
-        Self { name: name.to_owned(), headers, body: request.body.to_vec(), secret: secret.to_owned(), genuine: true }
+        Self {
+            name: name.to_owned(),
+            headers,
+            body: request.body.to_vec(),
+            secret: secret.to_owned(),
+            genuine: true,
+        }
     }
 
     fn forged(&self, how: &str, forge: impl FnOnce(&mut Self)) -> Self {
-        let mut forged = Self { name: format!("{}, {how}", self.name), genuine: false, ..self.clone() };
+        let mut forged =
+            Self { name: format!("{}, {how}", self.name), genuine: false, ..self.clone() };
         forge(&mut forged);
         forged
     }
@@ -63,12 +70,22 @@ impl Case {
             self.forged("a byte more", |c| c.body.push(b' ')),
             self.forged("another secret", |c| c.secret = OTHER_SECRET.to_owned()),
         ];
-        if let Some(timestamp) = self.headers.get("webhook-timestamp").and_then(|t| t.parse::<u64>().ok()) {
-            let set = |c: &mut Self, name: &str, value: String| drop(c.headers.insert(name.to_owned(), value));
-            all.push(self.forged("another time", |c| set(c, "webhook-timestamp", (timestamp + 1).to_string())));
-            all.push(self.forged("an old time", |c| set(c, "webhook-timestamp", (timestamp - 3600).to_string())));
+        if let Some(timestamp) =
+            self.headers.get("webhook-timestamp").and_then(|t| t.parse::<u64>().ok())
+        {
+            let set = |c: &mut Self, name: &str, value: String| {
+                drop(c.headers.insert(name.to_owned(), value))
+            };
+            all.push(self.forged("another time", |c| {
+                set(c, "webhook-timestamp", (timestamp + 1).to_string())
+            }));
+            all.push(self.forged("an old time", |c| {
+                set(c, "webhook-timestamp", (timestamp - 3600).to_string())
+            }));
             all.push(self.forged("another id", |c| set(c, "webhook-id", "msg_another".to_owned())));
-            all.push(self.forged("no signature", |c| set(c, "webhook-signature", "v1,".to_owned())));
+            all.push(
+                self.forged("no signature", |c| set(c, "webhook-signature", "v1,".to_owned())),
+            );
         }
         all.push(self);
         all
@@ -92,7 +109,8 @@ fn tricky() -> Vec<String> {
 async fn sent() -> Vec<Case> {
     let queue = Queue::embedded();
     let receiver = async || Receiver::start(|_, n| status(if n == 0 { 503 } else { 200 })).await;
-    let receivers = [receiver().await, receiver().await, receiver().await, receiver().await, receiver().await];
+    let receivers =
+        [receiver().await, receiver().await, receiver().await, receiver().await, receiver().await];
     let kinds = [
         ("json", String::new()),
         ("lines", "format = \"jsonl\"".to_owned()),
@@ -105,7 +123,8 @@ async fn sent() -> Vec<Case> {
         text += &subscriber(name, &receiver.url, more);
     }
     let rotating = Receiver::accepting().await;
-    text += &subscriber("rotating", &rotating.url, "").replace(SECRET, &format!("{NEW_SECRET}\", \"{SECRET}"));
+    text += &subscriber("rotating", &rotating.url, "")
+        .replace(SECRET, &format!("{NEW_SECRET}\", \"{SECRET}"));
     let setup = Setup::new(&queue, &text);
     let _daemon = setup.start().await;
     queue.publish("a.b", tricky()).await;
@@ -121,7 +140,8 @@ async fn sent() -> Vec<Case> {
             cases.push(Case::genuine(&format!("{name}, attempt {attempt}"), request, SECRET));
             if *name == "json" || *name == "lines" {
                 let sent: u64 = request.header("webhook-timestamp").parse().expect("a number");
-                let came = request.at.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
+                let came =
+                    request.at.duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
                 assert!(came - sent <= 1, "the timestamp is the attempt's");
                 assert_eq!(request.id(), requests[0].id());
             }
@@ -138,9 +158,14 @@ async fn sent() -> Vec<Case> {
 /// Where `scripts/verifiers` puts things.
 pub(crate) fn verifiers() -> PathBuf {
     assert_not_quick("tools");
-    let target = Path::new(env!("CARGO_BIN_EXE_hooktrail")).ancestors().nth(2).expect("the target folder");
+    let target =
+        Path::new(env!("CARGO_BIN_EXE_hooktrail")).ancestors().nth(2).expect("the target folder");
     let folder = target.join("verifiers");
-    assert!(folder.join("stamp").exists(), "{} is not there: run scripts/verifiers, as scripts/test does", folder.display());
+    assert!(
+        folder.join("stamp").exists(),
+        "{} is not there: run scripts/verifiers, as scripts/test does",
+        folder.display()
+    );
     folder
 }
 
@@ -150,7 +175,8 @@ pub(crate) fn repository() -> PathBuf {
 
 /// Runs a command that must succeed; its standard output.
 pub(crate) fn output(command: &mut Command) -> String {
-    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let output =
+        command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("UTF-8")
 }
@@ -159,14 +185,19 @@ pub(crate) fn output(command: &mut Command) -> String {
 fn write_cases(dir: &Path, cases: &[Case]) -> PathBuf {
     let file = dir.join("requests.json");
     let request = |c: &Case| json!({ "case": c.name, "headers": c.headers, "body": BASE64.encode(&c.body), "secret": c.secret });
-    std::fs::write(&file, Value::from(cases.iter().map(request).collect::<Vec<_>>()).to_string()).expect("writes");
+    std::fs::write(&file, Value::from(cases.iter().map(request).collect::<Vec<_>>()).to_string())
+        .expect("writes");
     file
 }
 
 fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
     run(async {
         // A header whose name the operator chooses is in no document.
-        let mut cases: Vec<Case> = sent().await.into_iter().filter(|c| !c.headers.contains_key("x-hub-signature-256")).collect();
+        let mut cases: Vec<Case> = sent()
+            .await
+            .into_iter()
+            .filter(|c| !c.headers.contains_key("x-hub-signature-256"))
+            .collect();
         assert!(cases.iter().any(|c| !c.standard()), "one without an id");
         // The document cannot say that they come together.
         for case in &cases {
@@ -175,13 +206,24 @@ fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
             }
         }
         assert!(cases.iter().any(Case::standard));
-        let first = cases.iter().find(|c| c.standard() && c.headers["content-type"] == "application/json").expect("one in JSON").clone();
-        let set = |c: &mut Case, name: &str, value: &str| drop(c.headers.insert(name.to_owned(), value.to_owned()));
+        let first = cases
+            .iter()
+            .find(|c| c.standard() && c.headers["content-type"] == "application/json")
+            .expect("one in JSON")
+            .clone();
+        let set = |c: &mut Case, name: &str, value: &str| {
+            drop(c.headers.insert(name.to_owned(), value.to_owned()))
+        };
         cases.extend([
             first.forged("no events", |c| c.body = b"{\"events\":[]}".to_vec()),
-            first.forged("no event type", |c| c.body = b"{\"events\":[{\"timestamp\":1}]}".to_vec()),
-            first.forged("another field", |c| c.body = b"{\"events\":[{\"event\":\"a\"}],\"more\":1}".to_vec()),
-            first.forged("a bad actor", |c| c.body = b"{\"events\":[{\"event\":\"a\",\"actor\":\"me\"}]}".to_vec()),
+            first
+                .forged("no event type", |c| c.body = b"{\"events\":[{\"timestamp\":1}]}".to_vec()),
+            first.forged("another field", |c| {
+                c.body = b"{\"events\":[{\"event\":\"a\"}],\"more\":1}".to_vec()
+            }),
+            first.forged("a bad actor", |c| {
+                c.body = b"{\"events\":[{\"event\":\"a\",\"actor\":\"me\"}]}".to_vec()
+            }),
             first.forged("no attempt", |c| drop(c.headers.remove("x-hooktrail-attempt"))),
             first.forged("a bad id", |c| set(c, "webhook-id", "msg_1.2")),
             first.forged("a bad signature", |c| set(c, "webhook-signature", "v1,abc")),
@@ -191,8 +233,14 @@ fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
         let dir = tempfile::tempdir().expect("a directory");
         let file = write_cases(dir.path(), &cases);
         let script = repository().join("tests/verifiers/schemas.py");
-        let told = output(Command::new(verifiers().join("python/bin/python")).arg(script).arg(repository().join("docs")).arg(&file));
-        let told: Vec<Value> = told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+        let told = output(
+            Command::new(verifiers().join("python/bin/python"))
+                .arg(script)
+                .arg(repository().join("docs"))
+                .arg(&file),
+        );
+        let told: Vec<Value> =
+            told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
         assert_eq!(told.len(), cases.len());
         for (found, case) in told.iter().zip(&cases) {
             assert_eq!(found["valid"], case.genuine, "{found}");
@@ -202,9 +250,18 @@ fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
 
 #[test]
 fn the_documents_name_every_header_and_the_commands_print_the_schemas() {
-    let read = |name: &str| std::fs::read_to_string(repository().join("docs").join(name)).expect("the document");
+    let read = |name: &str| {
+        std::fs::read_to_string(repository().join("docs").join(name)).expect("the document")
+    };
     let (page, api) = (read("receivers.md"), read("openapi.yaml"));
-    for header in ["webhook-id", "webhook-timestamp", "webhook-signature", "mailtrap-signature", "x-hooktrail-attempt", "user-agent"] {
+    for header in [
+        "webhook-id",
+        "webhook-timestamp",
+        "webhook-signature",
+        "mailtrap-signature",
+        "x-hooktrail-attempt",
+        "user-agent",
+    ] {
         assert!(page.contains(header) && api.contains(&format!("name: {header}")), "{header}");
     }
     let nothing = Setup::with_text("");
@@ -236,7 +293,11 @@ fn the_schema_of_the_configuration_says_what_check_says() {
     let instead = |old: &str, new: &str| all.replacen(old, new, 1);
     let samples = [
         (true, all.to_owned()),
-        (true, std::fs::read_to_string(repository().join("config/hooktrail.toml")).expect("the shipped one")),
+        (
+            true,
+            std::fs::read_to_string(repository().join("config/hooktrail.toml"))
+                .expect("the shipped one"),
+        ),
         (false, instead("events", "evnts")),
         (false, instead("name = \"a\"", "")),
         (false, instead("\"64KiB\"", "65536")),
@@ -275,17 +336,31 @@ fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
         let file = write_cases(dir.path(), &cases);
 
         let (folder, scripts) = (verifiers(), repository().join("tests/verifiers"));
-        let mut told = output(Command::new(folder.join("python/bin/python")).arg(scripts.join("verify.py")).arg(&file));
-        told += &output(Command::new("node").arg(scripts.join("verify.mjs")).arg(&file).env("VERIFIERS", &folder));
+        let mut told = output(
+            Command::new(folder.join("python/bin/python"))
+                .arg(scripts.join("verify.py"))
+                .arg(&file),
+        );
+        told += &output(
+            Command::new("node")
+                .arg(scripts.join("verify.mjs"))
+                .arg(&file)
+                .env("VERIFIERS", &folder),
+        );
         told += &output(Command::new(folder.join("rust/debug/verify")).arg(&file));
 
-        let expected: BTreeMap<&str, bool> = cases.iter().map(|c| (c.name.as_str(), c.genuine)).collect();
+        let expected: BTreeMap<&str, bool> =
+            cases.iter().map(|c| (c.name.as_str(), c.genuine)).collect();
         let mut looked_at: BTreeMap<String, (usize, usize)> = BTreeMap::new();
         for line in told.lines() {
             let found: Value = serde_json::from_str(line).expect("a JSON line");
             let genuine = expected[found["case"].as_str().expect("a case")];
             assert_eq!(found["verified"], genuine, "{found}");
-            let library = format!("{} {}", found["library"].as_str().expect("a name"), found["version"].as_str().expect("a version"));
+            let library = format!(
+                "{} {}",
+                found["library"].as_str().expect("a name"),
+                found["version"].as_str().expect("a version")
+            );
             let counts = looked_at.entry(library).or_default();
             if genuine { counts.0 += 1 } else { counts.1 += 1 }
         }
@@ -305,7 +380,10 @@ fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
             "svix (crates.io)",
             "docs/receivers.md: Rust",
         ] {
-            assert!(names.iter().any(|n| n.starts_with(library)), "{library} has looked at nothing: {names:?}");
+            assert!(
+                names.iter().any(|n| n.starts_with(library)),
+                "{library} has looked at nothing: {names:?}"
+            );
         }
     });
 }
@@ -321,9 +399,20 @@ fn openssl_makes_the_same_signature_of_a_header_of_its_own() {
             let found = &case.headers["x-hub-signature-256"];
             if case.name.starts_with("hex") {
                 let digest = output(Command::new("openssl").args(hmac).arg(&file));
-                assert_eq!(found, &format!("sha256={}", digest.trim().rsplit(' ').next().expect("a digest")), "{}", case.name);
+                assert_eq!(
+                    found,
+                    &format!("sha256={}", digest.trim().rsplit(' ').next().expect("a digest")),
+                    "{}",
+                    case.name
+                );
             } else {
-                let digest = Command::new("openssl").args(hmac).arg("-binary").arg(&file).output().expect("openssl runs").stdout;
+                let digest = Command::new("openssl")
+                    .args(hmac)
+                    .arg("-binary")
+                    .arg(&file)
+                    .output()
+                    .expect("openssl runs")
+                    .stdout;
                 assert_eq!(found, &BASE64.encode(digest), "{}", case.name);
             }
         }
@@ -332,13 +421,15 @@ fn openssl_makes_the_same_signature_of_a_header_of_its_own() {
 
 /// The document's snippet of a language.
 fn snippet(language: &str) -> String {
-    let text = std::fs::read_to_string(repository().join("docs/receivers.md")).expect("the document");
-    let snippet = text.split(&format!("```{language}\n")).nth(1).and_then(|rest| rest.split("```").next());
+    let text =
+        std::fs::read_to_string(repository().join("docs/receivers.md")).expect("the document");
+    let snippet =
+        text.split(&format!("```{language}\n")).nth(1).and_then(|rest| rest.split("```").next());
     snippet.unwrap_or_else(|| panic!("docs/receivers.md has no snippet in {language}")).to_owned()
 }
 
-/// A language of the document: what stands around its snippet, and how that is run. A program gets the secret, a file with
-/// a header a line, and a file with the body, and prints `true` or `false`.
+/// A language of the document: what stands around its snippet, and how that is run. A program gets
+/// the secret, a file with a header a line, and a file with the body, and prints `true` or `false`.
 struct Language {
     name: &'static str,
     /// Prints a version.
@@ -370,7 +461,14 @@ fn languages() -> Vec<Language> {
     let shell = "\nheader() { sed -n \"s/^$1: //p\" \"$2\"; }\n\
                  ID=$(header webhook-id \"$2\") TIMESTAMP=$(header webhook-timestamp \"$2\") SIGNATURE=$(header webhook-signature \"$2\")\n\
                  if verify \"$1\" \"$3\"; then echo true; else echo false; fi\n";
-    let language = |name, probe, required, files, build, run| Language { name, probe, required, files, build, run };
+    let language = |name, probe, required, files, build, run| Language {
+        name,
+        probe,
+        required,
+        files,
+        build,
+        run,
+    };
     vec![
         language(
             "python",
@@ -380,8 +478,22 @@ fn languages() -> Vec<Language> {
             None,
             &["python3", "verify.py"],
         ),
-        language("js", &["node", "--version"], true, vec![("verify.cjs", snippet("js") + js)], None, &["node", "verify.cjs"]),
-        language("sh", &["openssl", "version"], true, vec![("verify.sh", snippet("sh") + shell)], None, &["sh", "verify.sh"]),
+        language(
+            "js",
+            &["node", "--version"],
+            true,
+            vec![("verify.cjs", snippet("js") + js)],
+            None,
+            &["node", "verify.cjs"],
+        ),
+        language(
+            "sh",
+            &["openssl", "version"],
+            true,
+            vec![("verify.sh", snippet("sh") + shell)],
+            None,
+            &["sh", "verify.sh"],
+        ),
         language(
             "java",
             &["javac", "-version"],
@@ -410,7 +522,14 @@ fn languages() -> Vec<Language> {
             None,
             &["php", "verify.php"],
         ),
-        language("ruby", &["ruby", "--version"], false, vec![("verify.rb", snippet("ruby") + ruby)], None, &["ruby", "verify.rb"]),
+        language(
+            "ruby",
+            &["ruby", "--version"],
+            false,
+            vec![("verify.rb", snippet("ruby") + ruby)],
+            None,
+            &["ruby", "verify.rb"],
+        ),
     ]
 }
 
@@ -420,13 +539,20 @@ fn the_snippets_of_the_document_accept_what_is_sent_and_nothing_else() {
         // One of each format forged in every way; the others as they came.
         let (mut cases, mut forged) = (Vec::new(), BTreeSet::new());
         for case in genuine {
-            if forged.insert(case.headers["content-type"].clone()) { cases.extend(case.and_forged()) } else { cases.push(case) }
+            if forged.insert(case.headers["content-type"].clone()) {
+                cases.extend(case.and_forged())
+            } else {
+                cases.push(case)
+            }
         }
         for language in languages() {
             let (program, arguments) = language.probe.split_first().expect("a program");
             let found = Command::new(program).args(arguments).stdin(Stdio::null()).output();
             if !found.is_ok_and(|o| o.status.success()) {
-                assert!(!language.required, "{program} is not on this machine: run scripts/verifiers, as scripts/test does");
+                assert!(
+                    !language.required,
+                    "{program} is not on this machine: run scripts/verifiers, as scripts/test does"
+                );
                 println!("{}: {program} is not on this machine", language.name);
                 continue;
             }
@@ -436,19 +562,35 @@ fn the_snippets_of_the_document_accept_what_is_sent_and_nothing_else() {
             }
             let command = |line: &[&str]| {
                 let mut c = Command::new(line[0]);
-                c.args(&line[1..]).current_dir(dir.path()).env("GOCACHE", dir.path().join("cache")).env("GOFLAGS", "-mod=mod");
+                c.args(&line[1..])
+                    .current_dir(dir.path())
+                    .env("GOCACHE", dir.path().join("cache"))
+                    .env("GOFLAGS", "-mod=mod");
                 c
             };
             if let Some(build) = language.build {
                 output(&mut command(build));
             }
             for (n, case) in cases.iter().enumerate() {
-                let (headers, body) = (dir.path().join(format!("{n}.headers")), dir.path().join(format!("{n}.body")));
-                std::fs::write(&headers, case.headers.iter().map(|(name, value)| format!("{name}: {value}\n")).collect::<String>())
-                    .expect("writes");
+                let (headers, body) =
+                    (dir.path().join(format!("{n}.headers")), dir.path().join(format!("{n}.body")));
+                std::fs::write(
+                    &headers,
+                    case.headers
+                        .iter()
+                        .map(|(name, value)| format!("{name}: {value}\n"))
+                        .collect::<String>(),
+                )
+                .expect("writes");
                 std::fs::write(&body, &case.body).expect("writes");
                 let told = output(command(language.run).arg(&case.secret).arg(headers).arg(body));
-                assert_eq!(told.trim(), case.genuine.to_string(), "{}: {}", language.name, case.name);
+                assert_eq!(
+                    told.trim(),
+                    case.genuine.to_string(),
+                    "{}: {}",
+                    language.name,
+                    case.name
+                );
             }
             println!("{}: {} requests", language.name, cases.len());
         }

@@ -39,15 +39,35 @@ impl Api {
         format!("\n[admin]\nlisten = \"127.0.0.1:{}\"\n", self.port)
     }
 
-    pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answered {
-        let mut request =
-            self.client.request(method.parse().expect("a method"), format!("http://127.0.0.1:{}{path}", self.port)).body(body.to_owned());
+    pub(crate) async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answered {
+        let mut request = self
+            .client
+            .request(
+                method.parse().expect("a method"),
+                format!("http://127.0.0.1:{}{path}", self.port),
+            )
+            .body(body.to_owned());
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let answer = request.send().await.expect("an answer");
-        let content_type = answer.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
-        let answered = Answered { status: answer.status().as_u16(), content_type, text: answer.text().await.expect("a body") };
+        let content_type = answer
+            .headers()
+            .get("content-type")
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
+        let answered = Answered {
+            status: answer.status().as_u16(),
+            content_type,
+            text: answer.text().await.expect("a body"),
+        };
         let Answered { status, content_type, text } = &answered;
         let exchange = json!({ "method": method, "path": path, "status": status, "content_type": content_type, "text": text });
         self.exchanges.lock().expect("not poisoned").push(exchange);

@@ -14,7 +14,10 @@ use std::{
 
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
-    options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions},
+    options::{
+        BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
+    },
     types::{AMQPValue, FieldTable},
 };
 use tokio::sync::Mutex;
@@ -90,7 +93,13 @@ impl Broker {
 
     fn at(url: String, node: Option<Arc<Node>>) -> Self {
         let name = format!("t-{}", unique());
-        Self { url, prefix: name.clone(), exchange: name, subscribers: std::sync::Mutex::default(), node }
+        Self {
+            url,
+            prefix: name.clone(),
+            exchange: name,
+            subscribers: std::sync::Mutex::default(),
+            node,
+        }
     }
 
     pub(crate) fn node(&self) -> &Node {
@@ -108,12 +117,22 @@ impl Broker {
     }
 
     /// Publishes to the exchange as a producer does, and waits for the confirms.
-    pub(crate) async fn publish<B: AsRef<[u8]>>(&self, event_type: &str, bodies: impl IntoIterator<Item = B>) {
+    pub(crate) async fn publish<B: AsRef<[u8]>>(
+        &self,
+        event_type: &str,
+        bodies: impl IntoIterator<Item = B>,
+    ) {
         self.publish_to(&self.exchange, event_type, bodies).await;
     }
 
-    pub(crate) async fn publish_to<B: AsRef<[u8]>>(&self, exchange: &str, routing_key: &str, bodies: impl IntoIterator<Item = B>) {
-        self.publish_named(exchange, routing_key, bodies.into_iter().map(|body| (None, body))).await;
+    pub(crate) async fn publish_to<B: AsRef<[u8]>>(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        bodies: impl IntoIterator<Item = B>,
+    ) {
+        self.publish_named(exchange, routing_key, bodies.into_iter().map(|body| (None, body)))
+            .await;
     }
 
     /// Each with the id that it has.
@@ -127,12 +146,19 @@ impl Broker {
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         let mut confirms = Vec::new();
         for (id, body) in events {
-            let mut properties = BasicProperties::default().with_delivery_mode(2).with_content_type("application/json".into());
+            let mut properties = BasicProperties::default()
+                .with_delivery_mode(2)
+                .with_content_type("application/json".into());
             if let Some(id) = id {
                 properties = properties.with_message_id(id.into());
             }
-            let sent =
-                channel.basic_publish(exchange.into(), routing_key.into(), BasicPublishOptions::default(), body.as_ref(), properties);
+            let sent = channel.basic_publish(
+                exchange.into(),
+                routing_key.into(),
+                BasicPublishOptions::default(),
+                body.as_ref(),
+                properties,
+            );
             confirms.push(sent.await.expect("publishes"));
             if confirms.len() == 2000 {
                 for c in confirms.drain(..) {
@@ -147,11 +173,25 @@ impl Broker {
     }
 
     /// Publishes one message with properties of its own choice; a queue must take it.
-    pub(crate) async fn put(&self, exchange: &str, routing_key: &str, body: &[u8], properties: BasicProperties) {
+    pub(crate) async fn put(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        body: &[u8],
+        properties: BasicProperties,
+    ) {
         let (connection, channel) = self.channel().await;
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let sent = channel.basic_publish(exchange.into(), routing_key.into(), options, body, properties.with_delivery_mode(2)).await;
+        let sent = channel
+            .basic_publish(
+                exchange.into(),
+                routing_key.into(),
+                options,
+                body,
+                properties.with_delivery_mode(2),
+            )
+            .await;
         assert_eq!(sent.expect("publishes").await.expect("confirmed"), Confirmation::Ack(None));
         connection.close(200, "done".into()).await.expect("closes");
     }
@@ -163,7 +203,11 @@ impl Broker {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let found = loop {
             let asked = Instant::now();
-            let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.ok().map(|q| q.message_count());
+            let found = channel
+                .queue_declare(queue.as_str().into(), passive, FieldTable::default())
+                .await
+                .ok()
+                .map(|q| q.message_count());
             // A queue that does not answer in 250 ms is counted as empty.
             if found != Some(0) || asked.elapsed() < Duration::from_millis(250) {
                 break found;
@@ -175,7 +219,10 @@ impl Broker {
 
     /// Waits until a queue of hooktrail's holds so many.
     pub(crate) async fn wait_depth(&self, rest: &str, expected: u32) {
-        eventually(&format!("{expected} messages in {rest}"), async || self.depth(rest).await == Some(expected)).await;
+        eventually(&format!("{expected} messages in {rest}"), async || {
+            self.depth(rest).await == Some(expected)
+        })
+        .await;
     }
 
     /// Empties a queue of hooktrail's; the bodies of its messages.
@@ -183,7 +230,11 @@ impl Broker {
         let (connection, channel) = self.channel().await;
         let queue = format!("{}.{rest}", self.prefix);
         let mut bodies = Vec::new();
-        while let Some(m) = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("gets") {
+        while let Some(m) = channel
+            .basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true })
+            .await
+            .expect("gets")
+        {
             bodies.push(m.delivery.data);
         }
         connection.close(200, "done".into()).await.expect("closes");
@@ -194,7 +245,10 @@ impl Broker {
     pub(crate) async fn take(&self, rest: &str) -> Option<lapin::message::Delivery> {
         let (connection, channel) = self.channel().await;
         let queue = format!("{}.{rest}", self.prefix);
-        let got = channel.basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true }).await.expect("gets");
+        let got = channel
+            .basic_get(queue.as_str().into(), BasicGetOptions { no_ack: true })
+            .await
+            .expect("gets");
         connection.close(200, "done".into()).await.expect("closes");
         got.map(|m| m.delivery)
     }
@@ -220,8 +274,9 @@ pub(crate) fn text(value: &str) -> AMQPValue {
 
 pub(crate) async fn connect(url: &str) -> Connection {
     let connecting = Connection::connect(url, ConnectionProperties::default());
-    let connected =
-        tokio::time::timeout(super::PATIENCE, connecting).await.unwrap_or_else(|_| panic!("the broker at {url} does not answer"));
+    let connected = tokio::time::timeout(super::PATIENCE, connecting)
+        .await
+        .unwrap_or_else(|_| panic!("the broker at {url} does not answer"));
     connected.unwrap_or_else(|e| panic!("the broker at {url} is not there: {e}"))
 }
 
@@ -231,23 +286,40 @@ impl Drop for Broker {
         if self.node.is_some() {
             return;
         }
-        let (url, prefix, exchange) = (self.url.clone(), self.prefix.clone(), self.exchange.clone());
+        let (url, prefix, exchange) =
+            (self.url.clone(), self.prefix.clone(), self.exchange.clone());
         let subscribers = std::mem::take(&mut *self.subscribers.lock().expect("not poisoned"));
         let clean = async move {
             let connection = connect(&url).await;
             let channel = connection.create_channel().await.expect("a channel");
-            let own = subscribers.iter().flat_map(|s| [format!("sub.{s}"), format!("sub.{s}.retry"), format!("sub.{s}.dead")]);
+            let own = subscribers.iter().flat_map(|s| {
+                [format!("sub.{s}"), format!("sub.{s}.retry"), format!("sub.{s}.dead")]
+            });
             let levels: Vec<String> = (0..19).map(|n| format!("delay.{n:02}")).collect();
-            for queue in own.chain(levels.iter().cloned()).chain(["orphans".to_owned(), "state".to_owned()]) {
-                channel.queue_delete(format!("{prefix}.{queue}").as_str().into(), QueueDeleteOptions::default()).await.expect("deletes");
-            }
-            for name in levels.iter().map(String::as_str).chain(["delay", "orphans", "events"]) {
+            for queue in
+                own.chain(levels.iter().cloned()).chain(["orphans".to_owned(), "state".to_owned()])
+            {
                 channel
-                    .exchange_delete(format!("{prefix}.{name}").as_str().into(), ExchangeDeleteOptions::default())
+                    .queue_delete(
+                        format!("{prefix}.{queue}").as_str().into(),
+                        QueueDeleteOptions::default(),
+                    )
                     .await
                     .expect("deletes");
             }
-            channel.exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
+            for name in levels.iter().map(String::as_str).chain(["delay", "orphans", "events"]) {
+                channel
+                    .exchange_delete(
+                        format!("{prefix}.{name}").as_str().into(),
+                        ExchangeDeleteOptions::default(),
+                    )
+                    .await
+                    .expect("deletes");
+            }
+            channel
+                .exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default())
+                .await
+                .expect("deletes");
             connection.close(200, "done".into()).await.expect("closes");
         };
         let done = std::thread::spawn(move || super::run(clean)).join();
@@ -257,7 +329,8 @@ impl Drop for Broker {
     }
 }
 
-/// A RabbitMQ node of a test's own: ports, data and cookie are nobody else's, epmd is at most its cluster's.
+/// A RabbitMQ node of a test's own: ports, data and cookie are nobody else's, epmd is at most its
+/// cluster's.
 pub(crate) struct Node {
     home: tempfile::TempDir,
     port: u16,
@@ -269,36 +342,52 @@ pub(crate) struct Node {
     is_up: AtomicBool,
 }
 
-/// What nodes find each other by; it serves the nodes of one cluster and ends with the last of them.
+/// What nodes find each other by; it serves the nodes of one cluster and ends with the last of
+/// them.
 struct Epmd {
     port: u16,
 }
 
 impl Node {
     fn new(managed: bool) -> Self {
-        Self::member(managed, &format!("t{}@localhost", unique()), &unique(), Arc::new(Epmd { port: free_port() }), None)
+        Self::member(
+            managed,
+            &format!("t{}@localhost", unique()),
+            &unique(),
+            Arc::new(Epmd { port: free_port() }),
+            None,
+        )
     }
 
     /// `first` is the node of the cluster that this one joins when it boots for the first time.
-    fn member(managed: bool, name: &str, cookie: &str, epmd: Arc<Epmd>, first: Option<&str>) -> Self {
+    fn member(
+        managed: bool,
+        name: &str,
+        cookie: &str,
+        epmd: Arc<Epmd>,
+        first: Option<&str>,
+    ) -> Self {
         assert_not_quick("broker");
         let home = tempfile::tempdir().expect("a directory");
-        let write = |name: &str, text: &str| std::fs::write(home.path().join(name), text).expect("writes");
+        let write =
+            |name: &str, text: &str| std::fs::write(home.path().join(name), text).expect("writes");
         let management_port = managed.then(free_port);
         let mut conf = "disk_free_limit.absolute = 50MB\nvm_memory_high_watermark.absolute = 2GB\nloopback_users = none\n".to_owned();
         if let Some(port) = management_port {
             conf += &format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
         }
         if let Some(first) = first {
-            conf +=
-                &format!("cluster_formation.peer_discovery_backend = classic_config\ncluster_formation.classic_config.nodes.1 = {first}\n");
+            conf += &format!(
+                "cluster_formation.peer_discovery_backend = classic_config\ncluster_formation.classic_config.nodes.1 = {first}\n"
+            );
         }
         write("plugins", if managed { "[rabbitmq_management].\n" } else { "[].\n" });
         write("rabbitmq.conf", &conf);
         write("env.conf", "");
         write(".erlang.cookie", cookie);
         // Erlang refuses a cookie that others may read.
-        std::fs::set_permissions(home.path().join(".erlang.cookie"), Permissions::from_mode(0o400)).expect("permissions");
+        std::fs::set_permissions(home.path().join(".erlang.cookie"), Permissions::from_mode(0o400))
+            .expect("permissions");
         let node = Self {
             port: free_port(),
             dist_port: free_port(),
@@ -312,8 +401,9 @@ impl Node {
         node
     }
 
-    /// So many nodes in one cluster. Each can be killed and started again by itself; after a loss of all of them start them
-    /// at once, since a node may wait for the one that was the last to die.
+    /// So many nodes in one cluster. Each can be killed and started again by itself; after a loss
+    /// of all of them start them at once, since a node may wait for the one that was the last to
+    /// die.
     pub(crate) async fn cluster(size: usize, settings: &str) -> Vec<Self> {
         Self::members(size, settings, false).await
     }
@@ -327,7 +417,9 @@ impl Node {
         let (cookie, epmd) = (unique(), Arc::new(Epmd { port: free_port() }));
         let names: Vec<String> = (0..size).map(|_| format!("t{}@localhost", unique())).collect();
         let first = names.first().map(String::as_str);
-        let member = |(n, name): (usize, &String)| Self::member(managed && n == 0, name, &cookie, Arc::clone(&epmd), first);
+        let member = |(n, name): (usize, &String)| {
+            Self::member(managed && n == 0, name, &cookie, Arc::clone(&epmd), first)
+        };
         let nodes: Vec<Self> = names.iter().enumerate().map(member).collect();
         for node in &nodes {
             node.set(settings);
@@ -342,11 +434,16 @@ impl Node {
 
     /// Settings of RabbitMQ's own, as Erlang terms; from the next start on.
     fn set(&self, settings: &str) {
-        // A node that dies takes with it the confirm of a message that was on its way from one queue to another, and RabbitMQ
-        // sends it again only after this time: by default 3 minutes, as long as a test waits for anything.
+        // A node that dies takes with it the confirm of a message that was on its way from one
+        // queue to another, and RabbitMQ sends it again only after this time: by default 3 minutes,
+        // as long as a test waits for anything.
         let soon = "{dead_letter_worker_publisher_confirm_timeout, 4000}";
         let all = if settings.is_empty() { soon.to_owned() } else { format!("{soon}, {settings}") };
-        std::fs::write(self.home.path().join("advanced.config"), format!("[{{rabbit, [{all}]}}].\n")).expect("writes");
+        std::fs::write(
+            self.home.path().join("advanced.config"),
+            format!("[{{rabbit, [{all}]}}].\n"),
+        )
+        .expect("writes");
     }
 
     pub(crate) fn url(&self) -> String {
@@ -359,7 +456,10 @@ impl Node {
 
     /// Of the management plugin.
     pub(crate) fn management_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.management_port.expect("a node with the management plugin"))
+        format!(
+            "http://127.0.0.1:{}",
+            self.management_port.expect("a node with the management plugin")
+        )
     }
 
     fn command(&self, program: &str) -> Command {
@@ -390,18 +490,27 @@ impl Node {
     /// The first number of its version.
     pub(crate) fn generation(&self) -> u32 {
         let version = self.ctl(&["version"]);
-        version.split('.').next().and_then(|n| n.trim().parse().ok()).unwrap_or_else(|| panic!("no version: {version}"))
+        version
+            .split('.')
+            .next()
+            .and_then(|n| n.trim().parse().ok())
+            .unwrap_or_else(|| panic!("no version: {version}"))
     }
 
     /// Boots the node and waits until it speaks AMQP.
     pub(crate) async fn start(&self) {
         std::fs::remove_file(self.home.path().join("pid")).ok();
         self.is_up.store(false, Ordering::Relaxed);
-        let started = self.command("rabbitmq-server").arg("-detached").status().expect("rabbitmq-server starts");
+        let started = self
+            .command("rabbitmq-server")
+            .arg("-detached")
+            .status()
+            .expect("rabbitmq-server starts");
         assert!(started.success(), "rabbitmq-server -detached: {started}");
         let url = self.url();
         eventually("the private broker answers", async || {
-            // A node that is still booting can take a connection and say nothing; lapin would wait without end.
+            // A node that is still booting can take a connection and say nothing; lapin would wait
+            // without end.
             let connecting = Connection::connect(&url, ConnectionProperties::default());
             let connected = tokio::time::timeout(Duration::from_secs(3), connecting).await;
             matches!(connected, Ok(Ok(_))) && self.pid().is_some()
@@ -417,7 +526,8 @@ impl Node {
     pub(crate) async fn kill(&self) {
         let pid = self.pid().expect("a pid file");
         kill("-9", pid);
-        eventually("the broker is dead", async || !Path::new(&format!("/proc/{pid}")).exists()).await;
+        eventually("the broker is dead", async || !Path::new(&format!("/proc/{pid}")).exists())
+            .await;
     }
 
     pub(crate) async fn restart_after_kill(&self) {
@@ -430,9 +540,18 @@ impl Node {
         if !self.is_up.swap(true, Ordering::Relaxed) {
             self.ctl(&["await_startup"]);
         }
-        let output =
-            self.command("rabbitmqctl").args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("rabbitmqctl runs");
-        assert!(output.status.success(), "rabbitmqctl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = self
+            .command("rabbitmqctl")
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .output()
+            .expect("rabbitmqctl runs");
+        assert!(
+            output.status.success(),
+            "rabbitmqctl {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 }
@@ -453,7 +572,9 @@ impl Drop for Epmd {
             let mut epmd = installed(&std::env::temp_dir(), Path::new("epmd"));
             let told = epmd.env("ERL_EPMD_PORT", &port).args(["-port", &port, "-kill"]).output();
             match told {
-                Ok(told) if String::from_utf8_lossy(&told.stdout).contains("living nodes") => std::thread::sleep(Duration::from_millis(20)),
+                Ok(told) if String::from_utf8_lossy(&told.stdout).contains("living nodes") => {
+                    std::thread::sleep(Duration::from_millis(20))
+                }
                 _ => break,
             }
         }
@@ -461,10 +582,15 @@ impl Drop for Epmd {
 }
 
 pub(crate) fn kill(signal: &str, pid: u32) {
-    Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status().expect("kill runs");
+    Command::new("kill")
+        .args([signal, &pid.to_string()])
+        .stderr(Stdio::null())
+        .status()
+        .expect("kill runs");
 }
 
-/// The folder that has another RabbitMQ than this system's, and all that it needs; see `scripts/broker --help`.
+/// The folder that has another RabbitMQ than this system's, and all that it needs; see
+/// `scripts/broker --help`.
 fn root() -> Option<PathBuf> {
     std::env::var_os("HOOKTRAIL_TEST_RABBITMQ_ROOT").filter(|r| !r.is_empty()).map(PathBuf::from)
 }
@@ -489,8 +615,12 @@ fn sbin() -> PathBuf {
         .flatten()
         .map(|e| e.path().join("sbin"))
         .find(|p| p.join("rabbitmq-server").exists());
-    let found =
-        found.unwrap_or_else(|| panic!("rabbitmq-server is not installed below {}: run `scripts/test`, which installs it", base.display()));
+    let found = found.unwrap_or_else(|| {
+        panic!(
+            "rabbitmq-server is not installed below {}: run `scripts/test`, which installs it",
+            base.display()
+        )
+    });
     Path::new("/").join(found.strip_prefix(&root).expect("below"))
 }
 

@@ -21,7 +21,9 @@ pub(crate) struct Setup {
 impl Setup {
     /// `[queue]` for this one, then `rest`; short times unless `rest` says otherwise.
     pub(crate) fn new(queue: &impl Section, rest: &str) -> Self {
-        let name = |line: &'_ str| line.trim().strip_prefix("name = \"").map(|n| n.trim_end_matches('"').to_owned());
+        let name = |line: &'_ str| {
+            line.trim().strip_prefix("name = \"").map(|n| n.trim_end_matches('"').to_owned())
+        };
         let names: Vec<String> = rest.lines().filter_map(name).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         Self::with_text(&(queue.section(&names) + rest))
@@ -29,7 +31,8 @@ impl Setup {
 
     /// The whole text, and a free port to listen on unless it says which.
     pub(crate) fn with_text(text: &str) -> Self {
-        let admin = if text.contains("[admin]") { "" } else { "\n[admin]\nlisten = \"127.0.0.1:0\"\n" };
+        let admin =
+            if text.contains("[admin]") { "" } else { "\n[admin]\nlisten = \"127.0.0.1:0\"\n" };
         let text = format!("{text}{admin}");
         let dir = tempfile::tempdir().expect("a directory");
         std::fs::write(dir.path().join("hooktrail.toml"), text).expect("writes");
@@ -48,7 +51,11 @@ impl Setup {
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut c = Command::new(program());
-        c.arg("--config").arg(self.config()).args(arguments).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
+        c.arg("--config")
+            .arg(self.config())
+            .args(arguments)
+            .env_remove("HOOKTRAIL_CONFIG")
+            .current_dir(self.dir.path());
         c
     }
 
@@ -71,7 +78,10 @@ impl Setup {
 
     /// The dead letters of a subscriber as `dead list --json` prints them.
     pub(crate) fn dead(&self, subscriber: &str) -> Vec<serde_json::Value> {
-        self.ok(&["dead", "list", subscriber, "--json"]).lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
+        self.ok(&["dead", "list", subscriber, "--json"])
+            .lines()
+            .map(|l| serde_json::from_str(l).expect("a JSON line"))
+            .collect()
     }
 
     /// Starts a daemon and waits until its lanes run.
@@ -94,7 +104,11 @@ impl Setup {
     fn by_shell(&self, shell: &str, arguments: &[&str]) -> Command {
         let plain = self.command(arguments);
         let mut c = Command::new("sh");
-        c.args(["-c", shell]).arg(plain.get_program()).args(plain.get_args()).env_remove("HOOKTRAIL_CONFIG").current_dir(self.dir.path());
+        c.args(["-c", shell])
+            .arg(plain.get_program())
+            .args(plain.get_args())
+            .env_remove("HOOKTRAIL_CONFIG")
+            .current_dir(self.dir.path());
         c
     }
 
@@ -103,10 +117,16 @@ impl Setup {
         self.spawn_as("exec \"$0\" \"$@\"")
     }
 
-    /// Starts a daemon whose log goes into a pipe: whoever takes its other end reads it, or does not.
+    /// Starts a daemon whose log goes into a pipe: whoever takes its other end reads it, or does
+    /// not.
     pub(crate) fn piped(&self) -> Piped {
-        let mut child =
-            self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the daemon starts");
+        let mut child = self
+            .command(&["run"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the daemon starts");
         let log = BufReader::new(child.stderr.take().expect("piped"));
         Piped { child, log }
     }
@@ -115,12 +135,18 @@ impl Setup {
     pub(crate) fn spawn_as(&self, shell: &str) -> Daemon {
         let log = self.dir.path().join(format!("{}.log", super::unique()));
         let file = std::fs::File::create(&log).expect("a log file");
-        let child =
-            self.by_shell(shell, &["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().expect("the daemon starts");
+        let child = self
+            .by_shell(shell, &["run"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(file)
+            .spawn()
+            .expect("the daemon starts");
         Daemon { child, log, reader: None }
     }
 
-    /// As [`spawn_as`](Self::spawn_as); its log is a pipe that somebody reads, or not: see [`Daemon::nobody_reads`].
+    /// As [`spawn_as`](Self::spawn_as); its log is a pipe that somebody reads, or not: see
+    /// [`Daemon::nobody_reads`].
     pub(crate) fn spawn_piped(&self, shell: &str) -> Daemon {
         let log = self.dir.path().join(format!("{}.log", super::unique()));
         let mut file = std::fs::File::create(&log).expect("a log file");
@@ -156,7 +182,11 @@ impl Stands {
     }
 
     fn wait_for_end(&self) {
-        drop(self.1.wait_while(self.0.lock().expect("no panic"), |stands| *stands).expect("no panic"));
+        drop(
+            self.1
+                .wait_while(self.0.lock().expect("no panic"), |stands| *stands)
+                .expect("no panic"),
+        );
     }
 }
 
@@ -185,7 +215,10 @@ impl Piped {
         let mut line = String::new();
         while !line.contains(text) {
             line.clear();
-            assert!(self.log.read_line(&mut line).expect("text") > 0, "the log ended without `{text}`");
+            assert!(
+                self.log.read_line(&mut line).expect("text") > 0,
+                "the log ended without `{text}`"
+            );
         }
         line
     }
@@ -210,9 +243,11 @@ impl Drop for Piped {
     }
 }
 
-/// What is tested: the program that was built with the tests, or the one that the environment names, as an installed one.
+/// What is tested: the program that was built with the tests, or the one that the environment
+/// names, as an installed one.
 fn program() -> PathBuf {
-    std::env::var_os("HOOKTRAIL_TEST_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_hooktrail").into(), PathBuf::from)
+    std::env::var_os("HOOKTRAIL_TEST_PROGRAM")
+        .map_or_else(|| env!("CARGO_BIN_EXE_hooktrail").into(), PathBuf::from)
 }
 
 pub(crate) struct Daemon {
@@ -236,7 +271,10 @@ impl Daemon {
     }
 
     pub(crate) async fn wait_log(&self, text: &str) {
-        eventually(&format!("`{text}` in the log:\n{}", self.log()), async || self.log().contains(text)).await;
+        eventually(&format!("`{text}` in the log:\n{}", self.log()), async || {
+            self.log().contains(text)
+        })
+        .await;
     }
 
     /// Ends it as a crash does.
@@ -308,7 +346,9 @@ impl Drop for Daemon {
 
 /// A subscriber's table: local, unsigned checks aside as in production, with `more` lines.
 pub(crate) fn subscriber(name: &str, url: &str, more: &str) -> String {
-    format!("\n[[subscriber]]\nname = \"{name}\"\nurl = \"{url}\"\nsecrets = [\"{SECRET}\"]\n{more}\n")
+    format!(
+        "\n[[subscriber]]\nname = \"{name}\"\nurl = \"{url}\"\nsecrets = [\"{SECRET}\"]\n{more}\n"
+    )
 }
 
 /// Groups for tests: local receivers, short waits, a breaker that stays out of the way.

@@ -20,7 +20,9 @@ pub(crate) struct Impostor {
 
 impl Impostor {
     /// `answers` gets the head of each request and the port, and gives the status and the body.
-    pub(crate) fn start(mut answers: impl FnMut(&str, u16) -> (u16, Value) + Send + 'static) -> Self {
+    pub(crate) fn start(
+        mut answers: impl FnMut(&str, u16) -> (u16, Value) + Send + 'static,
+    ) -> Self {
         let socket = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = socket.local_addr().expect("an address");
         let asked: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -30,11 +32,16 @@ impl Impostor {
             for stream in socket.incoming().map_while(Result::ok) {
                 let mut head = String::new();
                 let mut lines = BufReader::new(&stream);
-                while !head.ends_with("\r\n\r\n") && lines.read_line(&mut head).is_ok_and(|n| n > 0) {}
+                while !head.ends_with("\r\n\r\n") && lines.read_line(&mut head).is_ok_and(|n| n > 0)
+                {
+                }
                 let (status, body) = answers(&head, address.port());
                 heard.lock().expect("not poisoned").push(head);
                 let (body, kind) = (body.to_string(), "content-type: application/json");
-                let answer = format!("HTTP/1.1 {status} x\r\n{kind}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
+                let answer = format!(
+                    "HTTP/1.1 {status} x\r\n{kind}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                    body.len()
+                );
                 (&stream).write_all(answer.as_bytes()).ok(); // whoever asked may be gone
             }
         });
@@ -53,7 +60,8 @@ impl Impostor {
 
 /// What the daemon of a configuration says of itself to a command with this token.
 pub(crate) fn introduction(head: &str, port: u16, config: &Path, token: &str) -> Value {
-    let challenge = head.lines().find_map(|l| l.strip_prefix("x-hooktrail-challenge: ")).unwrap_or_default();
+    let challenge =
+        head.lines().find_map(|l| l.strip_prefix("x-hooktrail-challenge: ")).unwrap_or_default();
     let proof = handshake::proof(&Secret::new(token), Side::Daemon, challenge, port);
     json!({ "version": "1", "config": config.display().to_string(), "pid": 1, "proof": proof })
 }

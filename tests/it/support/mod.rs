@@ -1,4 +1,5 @@
-//! What the tests stand on: a broker, daemons as real processes, receivers that do as they are told.
+//! What the tests stand on: a broker, daemons as real processes, receivers that do as they are
+//! told.
 
 #![allow(dead_code, unused_macros, unused_imports, reason = "the benchmarks use a part of it")]
 
@@ -23,8 +24,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Makes of each `fn name()` a test in a module that says what it needs: `broker::name`, or `tools::name` for what
-/// `scripts/verifiers` installs. `scripts/test --quick` leaves out these two and `amqp`; see [`assert_not_quick`].
+/// Makes of each `fn name()` a test in a module that says what it needs: `broker::name`, or
+/// `tools::name` for what `scripts/verifiers` installs. `scripts/test --quick` leaves out these two
+/// and `amqp`; see [`assert_not_quick`].
 macro_rules! tests_that_need {
     ($what:ident: $($name:ident),+ $(,)?) => {
         mod $what {
@@ -38,13 +40,15 @@ macro_rules! tests_that_need {
 
 pub(crate) use tests_that_need;
 
-/// Fails a test that uses a broker or a tool outside the modules that `scripts/test --quick` leaves out: so a test that needs
-/// one cannot be among those that it runs. A test is known by the name of its thread; other threads pass, as those of benchmarks.
+/// Fails a test that uses a broker or a tool outside the modules that `scripts/test --quick` leaves
+/// out: so a test that needs one cannot be among those that it runs. A test is known by the name of
+/// its thread; other threads pass, as those of benchmarks.
 pub(crate) fn assert_not_quick(uses: &str) {
     const LEFT_OUT: [&str; 3] = ["amqp", "broker", "tools"];
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("main");
-    let is_test = name != "main" && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b':');
+    let is_test =
+        name != "main" && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b':');
     assert!(
         !is_test || name.split("::").any(|part| LEFT_OUT.contains(&part)),
         "`{name}` needs what `scripts/test --quick` does without: name it in `tests_that_need!({uses}: ...)`, not `#[test]`"
@@ -65,9 +69,14 @@ pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> b
 
 /// Runs a test's body on a runtime of its own.
 pub(crate) fn run(test: impl Future<Output = ()>) {
-    // The tests and the program's client library use the same TLS provider; the second test to come here finds it installed.
+    // The tests and the program's client library use the same TLS provider; the second test to come
+    // here finds it installed.
     rustls::crypto::ring::default_provider().install_default().ok();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
     runtime.block_on(test);
 }
 
@@ -88,8 +97,9 @@ pub(crate) fn unique() -> String {
     format!("{:08x}", rand::random::<u32>())
 }
 
-/// A port that nobody listens on now. Not one of those that the system gives to whoever connects: another test's
-/// connection could take it before it is used. And none twice: it may be that of a node that is just being started again.
+/// A port that nobody listens on now. Not one of those that the system gives to whoever connects:
+/// another test's connection could take it before it is used. And none twice: it may be that of a
+/// node that is just being started again.
 pub(crate) fn free_port() -> u16 {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {

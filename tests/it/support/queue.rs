@@ -54,7 +54,10 @@ pub(crate) struct Embedded {
 impl Section for Broker {
     fn section(&self, subscribers: &[&str]) -> String {
         subscribers.iter().for_each(|s| self.knows(s));
-        format!("[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n", self.url, self.exchange, self.prefix)
+        format!(
+            "[queue]\nurl = \"{}\"\nexchange = \"{}\"\nprefix = \"{}\"\n",
+            self.url, self.exchange, self.prefix
+        )
     }
 }
 
@@ -98,7 +101,8 @@ impl Embedded {
 
     /// Takes away a subscriber's dead letters; their bodies.
     pub(crate) async fn take_dead(&self, subscriber: &str) -> Vec<Vec<u8>> {
-        let mut letters = self.open().dead_letters(subscriber).await.unwrap_or_else(|e| panic!("{e}"));
+        let mut letters =
+            self.open().dead_letters(subscriber).await.unwrap_or_else(|e| panic!("{e}"));
         let mut bodies = Vec::new();
         while let Some(held) = letters.next().await.expect("a letter") {
             bodies.push(held.letter.body.to_vec());
@@ -108,13 +112,25 @@ impl Embedded {
     }
 
     /// Stores events as they are, invalid ones too.
-    pub(crate) async fn publish(&self, event_type: &str, message_id: Option<&str>, bodies: impl IntoIterator<Item = Bytes>) {
+    pub(crate) async fn publish(
+        &self,
+        event_type: &str,
+        message_id: Option<&str>,
+        bodies: impl IntoIterator<Item = Bytes>,
+    ) {
         let queue = self.open();
-        let event =
-            |body| NewEvent { event_type: event_type.to_owned(), message_id: message_id.map(str::to_owned), body, traceparent: None };
+        let event = |body| NewEvent {
+            event_type: event_type.to_owned(),
+            message_id: message_id.map(str::to_owned),
+            body,
+            traceparent: None,
+        };
         let mut bodies = bodies.into_iter().map(event).peekable();
         while bodies.peek().is_some() {
-            queue.publish(bodies.by_ref().take(MAX_GROUP).collect()).await.unwrap_or_else(|e| panic!("{e}"));
+            queue
+                .publish(bodies.by_ref().take(MAX_GROUP).collect())
+                .await
+                .unwrap_or_else(|e| panic!("{e}"));
         }
     }
 
@@ -158,8 +174,13 @@ impl Queue {
         }
     }
 
-    /// Publishes as a producer does, and returns when all are confirmed. A daemon has run with the subscribers before.
-    pub(crate) async fn publish<B: AsRef<[u8]>>(&self, event_type: &str, bodies: impl IntoIterator<Item = B>) {
+    /// Publishes as a producer does, and returns when all are confirmed. A daemon has run with the
+    /// subscribers before.
+    pub(crate) async fn publish<B: AsRef<[u8]>>(
+        &self,
+        event_type: &str,
+        bodies: impl IntoIterator<Item = B>,
+    ) {
         match self {
             Self::Amqp(broker) => broker.publish(event_type, bodies).await,
             Self::Embedded(embedded) => {
@@ -173,16 +194,27 @@ impl Queue {
     pub(crate) async fn publish_as(&self, id: &str, event_type: &str, body: &[u8]) {
         match self {
             Self::Amqp(broker) => {
-                broker.put(&broker.exchange, event_type, body, BasicProperties::default().with_message_id(id.into())).await;
+                broker
+                    .put(
+                        &broker.exchange,
+                        event_type,
+                        body,
+                        BasicProperties::default().with_message_id(id.into()),
+                    )
+                    .await;
             }
-            Self::Embedded(embedded) => embedded.publish(event_type, Some(id), [Bytes::copy_from_slice(body)]).await,
+            Self::Embedded(embedded) => {
+                embedded.publish(event_type, Some(id), [Bytes::copy_from_slice(body)]).await
+            }
         }
     }
 
     /// Events that a subscriber has still to get.
     pub(crate) async fn backlog(&self, subscriber: &str) -> u32 {
         match self {
-            Self::Amqp(broker) => broker.depth(&format!("sub.{subscriber}")).await.expect("the subscriber's queue"),
+            Self::Amqp(broker) => {
+                broker.depth(&format!("sub.{subscriber}")).await.expect("the subscriber's queue")
+            }
             Self::Embedded(embedded) => embedded.backlog(subscriber).await,
         }
     }
@@ -194,33 +226,48 @@ impl Queue {
 
     pub(crate) async fn dead(&self, subscriber: &str) -> u32 {
         match self {
-            Self::Amqp(broker) => broker.depth(&format!("sub.{subscriber}.dead")).await.expect("the subscriber's dead letters"),
+            Self::Amqp(broker) => broker
+                .depth(&format!("sub.{subscriber}.dead"))
+                .await
+                .expect("the subscriber's dead letters"),
             Self::Embedded(embedded) => embedded.dead(subscriber).await,
         }
     }
 
     pub(crate) async fn wait_dead(&self, subscriber: &str, expected: u32) {
-        eventually(&format!("{expected} dead letters of {subscriber}"), async || self.dead(subscriber).await == expected).await;
+        eventually(&format!("{expected} dead letters of {subscriber}"), async || {
+            self.dead(subscriber).await == expected
+        })
+        .await;
     }
 
-    /// Waits until so many batches of a subscriber wait for their time: on a broker, at this level of its ladder.
+    /// Waits until so many batches of a subscriber wait for their time: on a broker, at this level
+    /// of its ladder.
     pub(crate) async fn wait_retries(&self, subscriber: &str, level: u8, expected: u32) {
-        eventually(&format!("{expected} batches of {subscriber} wait for their time"), async || match self {
-            Self::Amqp(broker) => broker.depth(&format!("delay.{level:02}")).await == Some(expected),
-            Self::Embedded(embedded) => embedded.retries(subscriber).await == expected,
-        })
+        eventually(
+            &format!("{expected} batches of {subscriber} wait for their time"),
+            async || match self {
+                Self::Amqp(broker) => {
+                    broker.depth(&format!("delay.{level:02}")).await == Some(expected)
+                }
+                Self::Embedded(embedded) => embedded.retries(subscriber).await == expected,
+            },
+        )
         .await;
     }
 
     /// Waits until so many batches of a subscriber wait to be taken.
     pub(crate) async fn wait_retries_ready(&self, subscriber: &str, expected: u32) {
         match self {
-            Self::Amqp(broker) => broker.wait_depth(&format!("sub.{subscriber}.retry"), expected).await,
+            Self::Amqp(broker) => {
+                broker.wait_depth(&format!("sub.{subscriber}.retry"), expected).await
+            }
             Self::Embedded(_) => self.wait_retries(subscriber, 0, expected).await,
         }
     }
 
-    /// Waits until nothing is in the queue that a subscriber might still get, dead letters included.
+    /// Waits until nothing is in the queue that a subscriber might still get, dead letters
+    /// included.
     pub(crate) async fn wait_empty(&self, subscriber: &str) {
         self.wait_backlog(subscriber, 0).await;
         self.wait_dead(subscriber, 0).await;
@@ -242,7 +289,8 @@ impl Queue {
         }
     }
 
-    /// Kills a daemon and puts another in its place: on a broker without a pause, where the embedded queue is for one at a time.
+    /// Kills a daemon and puts another in its place: on a broker without a pause, where the
+    /// embedded queue is for one at a time.
     pub(crate) fn take_over(&self, setup: &Setup, old: &mut Daemon) {
         match self {
             Self::Amqp(_) => {

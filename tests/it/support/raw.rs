@@ -61,7 +61,11 @@ pub(crate) async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> Result<u
         head.push(stream.read_u8().await?);
     }
     let head = String::from_utf8_lossy(&head).to_lowercase();
-    Ok(head.lines().find_map(|l| l.strip_prefix("content-length: ")).and_then(|n| n.parse().ok()).expect("a length"))
+    Ok(head
+        .lines()
+        .find_map(|l| l.strip_prefix("content-length: "))
+        .and_then(|n| n.parse().ok())
+        .expect("a length"))
 }
 
 /// Answers every request of a connection with the same bytes.
@@ -87,16 +91,26 @@ pub(crate) fn once(answer: &'static [u8]) -> impl Fn(TcpStream) -> Behaviour + S
 }
 
 /// Answers a request with `begin` and then `block` without end, as fast as it is read.
-pub(crate) fn flood(begin: &'static [u8], block: Vec<u8>) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+pub(crate) fn flood(
+    begin: &'static [u8],
+    block: Vec<u8>,
+) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
     endless(begin, block, Duration::ZERO)
 }
 
 /// As [`flood`], ten blocks a second.
-pub(crate) fn drip(begin: &'static [u8], block: &[u8]) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+pub(crate) fn drip(
+    begin: &'static [u8],
+    block: &[u8],
+) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
     endless(begin, block.to_vec(), Duration::from_millis(100))
 }
 
-fn endless(begin: &'static [u8], block: Vec<u8>, pause: Duration) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+fn endless(
+    begin: &'static [u8],
+    block: Vec<u8>,
+    pause: Duration,
+) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
     move |mut stream| {
         let block = block.clone();
         Box::pin(async move {
@@ -148,7 +162,9 @@ pub(crate) enum Step {
 }
 
 /// Does these things with each connection, one after the other, and closes it.
-pub(crate) fn script(steps: impl Into<Vec<Step>>) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
+pub(crate) fn script(
+    steps: impl Into<Vec<Step>>,
+) -> impl Fn(TcpStream) -> Behaviour + Send + 'static {
     let steps = steps.into();
     move |mut stream| {
         let steps = steps.clone();

@@ -1,4 +1,5 @@
-//! A receiver that speaks just enough HTTP/2 (RFC 9113) over TLS to do with a stream what no library does.
+//! A receiver that speaks just enough HTTP/2 (RFC 9113) over TLS to do with a stream what no
+//! library does.
 
 use std::{
     io::Result,
@@ -60,9 +61,12 @@ pub(crate) struct RawHttp2 {
 }
 
 impl RawHttp2 {
-    /// `react` gets the number of the connection and of the request on it, both from 0. With `most`, so many streams are
-    /// allowed at once (SETTINGS_MAX_CONCURRENT_STREAMS).
-    pub(crate) async fn start(most: Option<u32>, react: impl Fn(usize, usize) -> Reaction + Send + Sync + Clone + 'static) -> Self {
+    /// `react` gets the number of the connection and of the request on it, both from 0. With
+    /// `most`, so many streams are allowed at once (SETTINGS_MAX_CONCURRENT_STREAMS).
+    pub(crate) async fn start(
+        most: Option<u32>,
+        react: impl Fn(usize, usize) -> Reaction + Send + Sync + Clone + 'static,
+    ) -> Self {
         let authority = Authority::new();
         let mut config = authority.server(&authority.sign("127.0.0.1"), false);
         config.alpn_protocols = vec![b"h2".to_vec()];
@@ -72,7 +76,15 @@ impl RawHttp2 {
         let raw = Raw::start(move |stream: TcpStream| {
             let (acceptor, react, counts) = (acceptor.clone(), react.clone(), counting.clone());
             let number = connections.fetch_add(1, Ordering::SeqCst);
-            Box::pin(async move { serve(acceptor.accept(stream).await?, most, move |request| react(number, request), &counts).await })
+            Box::pin(async move {
+                serve(
+                    acceptor.accept(stream).await?,
+                    most,
+                    move |request| react(number, request),
+                    &counts,
+                )
+                .await
+            })
         })
         .await;
         Self { raw, counts, authority }
@@ -105,7 +117,10 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 /// As it came: kind, flags, stream, payload.
 type Frame = (u8, u8, u32, Vec<u8>);
 
-async fn read_frames(mut stream: ReadHalf<TlsStream<TcpStream>>, frames: mpsc::UnboundedSender<Frame>) -> Result<()> {
+async fn read_frames(
+    mut stream: ReadHalf<TlsStream<TcpStream>>,
+    frames: mpsc::UnboundedSender<Frame>,
+) -> Result<()> {
     let mut preface = [0; 24];
     stream.read_exact(&mut preface).await?;
     loop {
@@ -120,7 +135,12 @@ async fn read_frames(mut stream: ReadHalf<TlsStream<TcpStream>>, frames: mpsc::U
     }
 }
 
-async fn serve(stream: TlsStream<TcpStream>, most: Option<u32>, react: impl Fn(usize) -> Reaction, counts: &Counts) -> Result<()> {
+async fn serve(
+    stream: TlsStream<TcpStream>,
+    most: Option<u32>,
+    react: impl Fn(usize) -> Reaction,
+    counts: &Counts,
+) -> Result<()> {
     let (reading, mut stream) = tokio::io::split(stream);
     let (sender, mut frames) = mpsc::unbounded_channel();
     tokio::spawn(read_frames(reading, sender));
@@ -173,7 +193,9 @@ async fn serve(stream: TlsStream<TcpStream>, most: Option<u32>, react: impl Fn(u
                     }
                     Reaction::GoAway(reason) => {
                         let text = b"secret-text of the receiver";
-                        let payload = [&u32::to_be_bytes(last_answered)[..], &reason.to_be_bytes(), text].concat();
+                        let payload =
+                            [&u32::to_be_bytes(last_answered)[..], &reason.to_be_bytes(), text]
+                                .concat();
                         stream.write_all(&frame(GOAWAY, 0, 0, &payload)).await?;
                         return stream.shutdown().await;
                     }

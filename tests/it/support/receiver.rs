@@ -50,7 +50,10 @@ impl Request {
 
     pub(crate) fn events(&self) -> Vec<serde_json::Value> {
         if self.header("content-type") == "application/jsonl" {
-            return serde_json::Deserializer::from_slice(&self.body).into_iter().map(|v| v.expect("a line")).collect();
+            return serde_json::Deserializer::from_slice(&self.body)
+                .into_iter()
+                .map(|v| v.expect("a line"))
+                .collect();
         }
         let body: serde_json::Value = serde_json::from_slice(&self.body).expect("a JSON body");
         body["events"].as_array().expect("events").clone()
@@ -120,8 +123,13 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     /// `script` gets the request and its number, from 0.
-    pub(crate) async fn start(script: impl Fn(&Request, usize) -> Answer + Send + Sync + 'static) -> Self {
-        let shared = Arc::new(Shared { script: Mutex::new(Arc::new(Box::new(script))), requests: Mutex::default() });
+    pub(crate) async fn start(
+        script: impl Fn(&Request, usize) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            script: Mutex::new(Arc::new(Box::new(script))),
+            requests: Mutex::default(),
+        });
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/hook/token", socket.local_addr().expect("an address"));
         let app = Router::new()
@@ -167,7 +175,10 @@ impl Receiver {
     }
 
     pub(crate) async fn wait_requests(&self, n: usize) -> Vec<Request> {
-        eventually(&format!("{n} requests, there are {}", self.count()), async || self.count() >= n).await;
+        eventually(&format!("{n} requests, there are {}", self.count()), async || {
+            self.count() >= n
+        })
+        .await;
         self.requests()
     }
 

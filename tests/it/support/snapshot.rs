@@ -1,6 +1,7 @@
 //! What the program prints, as a whole, held against the files in `tests/it/snapshots`.
 //!
-//! After a change that is meant, have them written: `INSTA_UPDATE=always scripts/test --quick`, and read `git diff`.
+//! After a change that is meant, have them written: `INSTA_UPDATE=always scripts/test --quick`, and
+//! read `git diff`.
 
 use std::path::{Path, PathBuf};
 
@@ -19,8 +20,8 @@ pub(crate) fn assert_printed(name: &str, text: &str) {
     settings.bind(|| insta::assert_snapshot!(name, masked(text)));
 }
 
-/// As [`assert_printed`], for what a daemon reports of its work: hides how long something took too, and the padding and the line
-/// breaks that depend on it.
+/// As [`assert_printed`], for what a daemon reports of its work: hides how long something took too,
+/// and the padding and the line breaks that depend on it.
 #[track_caller]
 pub(crate) fn assert_reported(name: &str, text: &str) {
     assert_printed(name, &without_measures(text));
@@ -53,11 +54,14 @@ fn id(text: &str) -> Option<(usize, &'static str)> {
 
 fn time(text: &str) -> Option<(usize, &'static str)> {
     const SHAPE: &[u8] = b"0000-00-00T00:00:00";
-    let same = |(shape, byte): (&u8, u8)| if *shape == b'0' { byte.is_ascii_digit() } else { byte == *shape };
+    let same = |(shape, byte): (&u8, u8)| {
+        if *shape == b'0' { byte.is_ascii_digit() } else { byte == *shape }
+    };
     if text.len() < SHAPE.len() || !SHAPE.iter().zip(text.bytes()).all(same) {
         return None;
     }
-    let fraction = text[SHAPE.len()..].bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
+    let fraction =
+        text[SHAPE.len()..].bytes().take_while(|b| b.is_ascii_digit() || *b == b'.').count();
     let length = SHAPE.len() + fraction;
     text[length..].starts_with('Z').then_some((length + 1, "[time]"))
 }
@@ -81,7 +85,8 @@ fn without_measures(text: &str) -> String {
     let mut lines: Vec<String> = Vec::new();
     for line in text.lines() {
         let indent = &line[..line.len() - line.trim_start().len()];
-        let columns: Vec<&str> = line.split("  ").map(str::trim).filter(|part| !part.is_empty()).collect();
+        let columns: Vec<&str> =
+            line.split("  ").map(str::trim).filter(|part| !part.is_empty()).collect();
         let words = measures(&columns.join("  "));
         match lines.last_mut() {
             Some(last) if line.starts_with("    ") => *last += &format!(" {words}"),
@@ -96,7 +101,9 @@ fn measures(text: &str) -> String {
     const UNITS: [&str; 7] = ["ms", "s", "m", "h", "d", "day", "days"];
     let mut out: Vec<String> = Vec::new();
     for word in text.split(' ') {
-        let begin = word.find(|c: char| c.is_ascii_digit()).filter(|at| !word[..*at].contains(|c: char| c.is_alphanumeric() || c == '['));
+        let begin = word
+            .find(|c: char| c.is_ascii_digit())
+            .filter(|at| !word[..*at].contains(|c: char| c.is_alphanumeric() || c == '['));
         let Some(begin) = begin else {
             out.push(word.to_owned());
             continue;
@@ -112,7 +119,9 @@ fn measures(text: &str) -> String {
             word.to_owned()
         };
         // `2h 3m` is one.
-        if shown.starts_with("[duration]") && out.last().is_some_and(|last| last.ends_with("[duration]")) {
+        if shown.starts_with("[duration]")
+            && out.last().is_some_and(|last| last.ends_with("[duration]"))
+        {
             out.pop();
         }
         out.push(shown);

@@ -1,4 +1,5 @@
-//! A way to a broker that stops where a test wants something to happen: before one method of AMQP is passed on.
+//! A way to a broker that stops where a test wants something to happen: before one method of AMQP
+//! is passed on.
 
 use std::sync::Arc;
 
@@ -35,10 +36,13 @@ impl Tap {
             loop {
                 let (client, _) = socket.accept().await.expect("accepts");
                 let broker = TcpStream::connect(&broker).await.expect("the broker is there");
-                let ((from_client, mut to_client), (mut from_broker, to_broker)) = (client.into_split(), broker.into_split());
+                let ((from_client, mut to_client), (mut from_broker, to_broker)) =
+                    (client.into_split(), broker.into_split());
                 let (stops, starts) = (stops.clone(), starts.clone());
                 // Either ends when its side goes away.
-                tokio::spawn(async move { pass_on(from_client, to_broker, method, &stops, &starts).await.ok() });
+                tokio::spawn(async move {
+                    pass_on(from_client, to_broker, method, &stops, &starts).await.ok()
+                });
                 tokio::spawn(async move { io::copy(&mut from_broker, &mut to_client).await.ok() });
             }
         });
@@ -51,7 +55,11 @@ impl Tap {
 
     /// Waits until a client has come so far.
     pub(crate) async fn reached(&self) {
-        tokio::time::timeout(super::PATIENCE, self.reached.acquire()).await.expect("a client sends it").expect("is not closed").forget();
+        tokio::time::timeout(super::PATIENCE, self.reached.acquire())
+            .await
+            .expect("a client sends it")
+            .expect("is not closed")
+            .forget();
     }
 
     /// Lets pass what was reached.

@@ -43,8 +43,12 @@ impl Authority {
         Self { issuer: Issuer::new(params, key), pem }
     }
 
-    /// One that signs itself as `openssl req -x509` does: it is an authority (CA:TRUE) of this name, and the server's own.
-    pub(crate) fn of_itself(name: &str, change: impl FnOnce(&mut CertificateParams)) -> (Self, Certificate) {
+    /// One that signs itself as `openssl req -x509` does: it is an authority (CA:TRUE) of this
+    /// name, and the server's own.
+    pub(crate) fn of_itself(
+        name: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (Self, Certificate) {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -59,7 +63,11 @@ impl Authority {
     }
 
     /// Signs a certificate of a name or address that is changed before.
-    pub(crate) fn sign_with(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> Certificate {
+    pub(crate) fn sign_with(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Certificate {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
         change(&mut params);
@@ -67,14 +75,19 @@ impl Authority {
         Certificate { pem, key: key.serialize_pem() }
     }
 
-    /// What a server needs that presents `certificate`, and asks for one of this authority's if it is told to.
+    /// What a server needs that presents `certificate`, and asks for one of this authority's if it
+    /// is told to.
     pub(crate) fn server(&self, certificate: &Certificate, asks: bool) -> ServerConfig {
         rustls::crypto::ring::default_provider().install_default().ok();
         let builder = ServerConfig::builder();
         let builder = if asks {
             let mut roots = RootCertStore::empty();
-            roots.add(CertificateDer::from_pem_slice(self.pem.as_bytes()).expect("PEM")).expect("an authority");
-            builder.with_client_cert_verifier(WebPkiClientVerifier::builder(Arc::new(roots)).build().expect("a verifier"))
+            roots
+                .add(CertificateDer::from_pem_slice(self.pem.as_bytes()).expect("PEM"))
+                .expect("an authority");
+            builder.with_client_cert_verifier(
+                WebPkiClientVerifier::builder(Arc::new(roots)).build().expect("a verifier"),
+            )
         } else {
             builder.with_no_client_auth()
         };
@@ -113,7 +126,10 @@ impl TlsReceiver {
                 tokio::spawn(async move {
                     let Ok(stream) = acceptor.accept(stream).await else { return };
                     let service = service_fn(move |request| answer(seen.clone(), request));
-                    auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service).await.ok();
+                    auto::Builder::new(TokioExecutor::new())
+                        .serve_connection(TokioIo::new(stream), service)
+                        .await
+                        .ok();
                 });
             }
         });
@@ -130,10 +146,17 @@ impl TlsReceiver {
     }
 }
 
-async fn answer(seen: Arc<Mutex<Vec<TlsRequest>>>, request: axum::http::Request<Incoming>) -> Result<Response<String>, Infallible> {
+async fn answer(
+    seen: Arc<Mutex<Vec<TlsRequest>>>,
+    request: axum::http::Request<Incoming>,
+) -> Result<Response<String>, Infallible> {
     let (parts, body) = request.into_parts();
     axum::body::to_bytes(axum::body::Body::new(body), 64 << 20).await.expect("a whole body");
-    let request = TlsRequest { version: parts.version, headers: parts.headers, path: parts.uri.path().to_owned() };
+    let request = TlsRequest {
+        version: parts.version,
+        headers: parts.headers,
+        path: parts.uri.path().to_owned(),
+    };
     seen.lock().expect("not poisoned").push(request);
     Ok(Response::new(String::new()))
 }

@@ -36,7 +36,8 @@ impl Wire {
                 tokio::spawn(async move {
                     cut.mark_unchanged();
                     let Ok(broker) = TcpStream::connect(to).await else { return };
-                    let ((from_client, to_client), (from_broker, to_broker)) = (client.into_split(), broker.into_split());
+                    let ((from_client, to_client), (from_broker, to_broker)) =
+                        (client.into_split(), broker.into_split());
                     tokio::select! {
                         _ = cut.changed() => {}
                         () = pass(from_client, to_broker, Some(&lost)) => {}
@@ -57,7 +58,11 @@ impl Wire {
     }
 }
 
-async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, lost: Option<&AtomicBool>) {
+async fn pass(
+    mut from: tcp::OwnedReadHalf,
+    mut to: tcp::OwnedWriteHalf,
+    lost: Option<&AtomicBool>,
+) {
     let mut buffer = vec![0; 64 * 1024];
     // What was lost once leaves a hole: nothing after it may arrive.
     let mut deaf = false;

@@ -2,7 +2,10 @@
 
 use lapin::{
     BasicProperties, Confirmation, ExchangeKind,
-    options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions},
+    options::{
+        BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
+        QueueDeclareOptions,
+    },
     types::{AMQPValue, FieldTable},
 };
 
@@ -22,7 +25,10 @@ async fn declare(broker: &Broker, queue: &str, arguments: &[(&str, AMQPValue)]) 
         table.insert((*name).into(), value.clone());
     }
     let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    channel.queue_declare(format!("{}.{queue}", broker.prefix).as_str().into(), durable, table).await.expect("declares");
+    channel
+        .queue_declare(format!("{}.{queue}", broker.prefix).as_str().into(), durable, table)
+        .await
+        .expect("declares");
     connection.close(200, "done".into()).await.expect("closes");
 }
 
@@ -32,13 +38,21 @@ fn a_queue_with_harmful_arguments_is_named_with_both_values_and_harms_no_other_s
         let broker = Broker::shared();
         let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
         declare(&broker, "sub.two", &[]).await;
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("one", &one.url, "") + &subscriber("two", &two.url, "")));
+        let setup = Setup::new(
+            &broker,
+            &(QUICK.to_owned()
+                + &subscriber("one", &one.url, "")
+                + &subscriber("two", &two.url, "")),
+        );
         let daemon = setup.start().await;
         let needle = format!("queue `{}.sub.two` exists with", broker.prefix);
         daemon.wait_log(&needle).await;
         let log = daemon.log();
         let line = log.lines().find(|l| l.contains(&needle)).expect("just seen");
-        assert!(line.contains("where hooktrail needs") && line.contains("delete it when it is empty"), "{line}");
+        assert!(
+            line.contains("where hooktrail needs") && line.contains("delete it when it is empty"),
+            "{line}"
+        );
         broker.publish("a.b", (0..10).map(event)).await;
         one.wait_all(10).await;
         let check = setup.run(&["check", "--connect"]);
@@ -55,16 +69,23 @@ fn an_exchange_that_cannot_route_by_patterns_is_an_error_that_suggests_a_source_
         let (connection, channel) = broker.channel().await;
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         channel
-            .exchange_declare(broker.exchange.as_str().into(), ExchangeKind::Fanout, durable, FieldTable::default())
+            .exchange_declare(
+                broker.exchange.as_str().into(),
+                ExchangeKind::Fanout,
+                durable,
+                FieldTable::default(),
+            )
             .await
             .expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let output = setup.run(&["run"]);
         assert_eq!(output.status.code(), Some(1));
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(
-            told.contains(&format!("exchange `{}` is of type fanout, not topic", broker.exchange)) && told.contains("source_queue"),
+            told.contains(&format!("exchange `{}` is of type fanout, not topic", broker.exchange))
+                && told.contains("source_queue"),
             "{told}"
         );
     });
@@ -79,7 +100,15 @@ fn an_exchange_with_an_alternate_exchange_of_its_own_is_fine() {
         let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         let mut arguments = FieldTable::default();
         arguments.insert("alternate-exchange".into(), AMQPValue::LongString("amq.fanout".into()));
-        channel.exchange_declare(broker.exchange.as_str().into(), ExchangeKind::Topic, durable, arguments).await.expect("declares");
+        channel
+            .exchange_declare(
+                broker.exchange.as_str().into(),
+                ExchangeKind::Topic,
+                durable,
+                arguments,
+            )
+            .await
+            .expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         let _daemon = setup.start().await;
@@ -92,12 +121,17 @@ fn an_exchange_with_an_alternate_exchange_of_its_own_is_fine() {
 fn a_missing_source_queue_is_an_error() {
     run(async {
         let broker = Broker::shared();
-        let text =
-            format!("[queue]\nurl = \"{}\"\nsource_queue = \"{}.nope\"\nprefix = \"{}\"\n", broker.url, broker.prefix, broker.prefix);
+        let text = format!(
+            "[queue]\nurl = \"{}\"\nsource_queue = \"{}.nope\"\nprefix = \"{}\"\n",
+            broker.url, broker.prefix, broker.prefix
+        );
         let setup = Setup::with_text(&(text + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")));
         let output = setup.run(&["run"]);
         assert_eq!(output.status.code(), Some(1));
-        assert!(String::from_utf8_lossy(&output.stderr).contains(".nope` does not exist"), "{output:?}");
+        assert!(
+            String::from_utf8_lossy(&output.stderr).contains(".nope` does not exist"),
+            "{output:?}"
+        );
     });
 }
 
@@ -107,11 +141,20 @@ fn a_pattern_or_a_subscriber_that_is_not_configured_any_more_is_unbound_and_its_
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
         let with = |patterns: &str, b: &str| {
-            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, &format!("events = [{patterns}]")) + b))
+            Setup::new(
+                &broker,
+                &(QUICK.to_owned()
+                    + &subscriber("a", &receiver.url, &format!("events = [{patterns}]"))
+                    + b),
+            )
         };
         let both = with(
             "\"x.*\", \"y.*\"",
-            &subscriber("b", "http://127.0.0.1:9/", "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }"),
+            &subscriber(
+                "b",
+                "http://127.0.0.1:9/",
+                "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }",
+            ),
         );
         let first = both.start().await;
         broker.publish("y.1", [event(0)]).await;
@@ -127,9 +170,16 @@ fn a_pattern_or_a_subscriber_that_is_not_configured_any_more_is_unbound_and_its_
         second.wait_log("subscriber=\"b\"").await;
         broker.publish("y.3", [event(2)]).await;
         broker.publish("x.4", [event(3)]).await;
-        eventually("only the configured pattern is delivered", async || receiver.accepted() == [0, 1, 3]).await;
+        eventually("only the configured pattern is delivered", async || {
+            receiver.accepted() == [0, 1, 3]
+        })
+        .await;
         assert_eq!(broker.depth("sub.a").await, Some(0));
-        assert_eq!(broker.depth("sub.b").await, Some(1), "the backlog stays, and nothing was added");
+        assert_eq!(
+            broker.depth("sub.b").await,
+            Some(1),
+            "the backlog stays, and nothing was added"
+        );
         assert!(second.stop().await.success());
 
         let third = both.start().await;
@@ -149,7 +199,10 @@ fn a_queue_that_is_deleted_under_the_daemon_is_declared_anew() {
         broker.publish("a.b", [event(0)]).await;
         receiver.wait_all(1).await;
         let (connection, channel) = broker.channel().await;
-        channel.queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default()).await.expect("deletes");
+        channel
+            .queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
         daemon.wait_log("the lane lost its queue").await;
         daemon.wait_log("the lane has its queue again").await;
@@ -162,23 +215,41 @@ fn a_queue_that_is_deleted_under_the_daemon_is_declared_anew() {
 fn a_queue_that_somebody_else_holds_is_not_for_repair_to_change() {
     run(async {
         let broker = Broker::shared();
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
+        let setup =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let (connection, channel) = broker.channel().await;
         let queue = format!("{}.sub.a", broker.prefix);
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(queue.as_str().into(), exclusive, FieldTable::default()).await.expect("declares");
         channel
-            .basic_publish("".into(), queue.as_str().into(), BasicPublishOptions::default(), b"{}", BasicProperties::default())
+            .queue_declare(queue.as_str().into(), exclusive, FieldTable::default())
+            .await
+            .expect("declares");
+        channel
+            .basic_publish(
+                "".into(),
+                queue.as_str().into(),
+                BasicPublishOptions::default(),
+                b"{}",
+                BasicProperties::default(),
+            )
             .await
             .expect("publishes");
         for arguments in [&["repair", "a"][..], &["repair", "a", "--yes"]] {
             let output = setup.run(arguments);
             let told = String::from_utf8_lossy(&output.stderr).into_owned();
             assert_eq!(output.status.code(), Some(1), "{told}");
-            assert!(told.contains(&queue) && told.contains("RESOURCE_LOCKED") && told.contains("nothing was changed"), "{told}");
+            assert!(
+                told.contains(&queue)
+                    && told.contains("RESOURCE_LOCKED")
+                    && told.contains("nothing was changed"),
+                "{told}"
+            );
         }
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let found = channel.queue_declare(queue.as_str().into(), passive, FieldTable::default()).await.expect("is there");
+        let found = channel
+            .queue_declare(queue.as_str().into(), passive, FieldTable::default())
+            .await
+            .expect("is there");
         assert_eq!(found.message_count(), 1);
         connection.close(200, "done".into()).await.expect("closes"); // its exclusive queue goes with it
         assert!(setup.ok(&["repair", "a"]).contains("sub.a: declared"));
@@ -212,7 +283,8 @@ fn daemons_with_different_configurations_take_no_events_from_each_other() {
         broker.publish("a.b", (10..15).map(event)).await;
         two.wait_all(15).await;
         // One that has other patterns for it: both sides' patterns hold, and it is said.
-        let other = Setup::new(&broker, &text(&[a, subscriber("two", &two.url, "events = [\"x.*\"]")]));
+        let other =
+            Setup::new(&broker, &text(&[a, subscriber("two", &two.url, "events = [\"x.*\"]")]));
         let third = other.start().await;
         first.wait_log("has another configuration of this subscriber").await;
         eventually("both patterns are bound", async || {
@@ -222,7 +294,8 @@ fn daemons_with_different_configurations_take_no_events_from_each_other() {
         .await;
         broker.publish("x.y", [event(16)]).await;
         two.wait_all(17).await;
-        // Once all have the same configuration, what only the other one wanted is gone, although it was put back.
+        // Once all have the same configuration, what only the other one wanted is gone, although it
+        // was put back.
         first.kill();
         third.kill();
         let last = other.start().await;
@@ -240,16 +313,23 @@ fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
         let (here, there) = (Api::new(), Api::new());
         let one = QUICK.to_owned() + &subscriber("one", &receiver.url, "");
         let zz = subscriber("zz", &receiver.url, "");
-        let has_it = Setup::new(&broker, &(here.section() + &one + &subscriber("two", &receiver.url, "paused = true")));
+        let has_it = Setup::new(
+            &broker,
+            &(here.section() + &one + &subscriber("two", &receiver.url, "paused = true")),
+        );
         let first = has_it.start().await;
         // A mark and what is bound.
         eventually("it is recorded", async || broker.depth("state").await >= Some(3)).await;
         // And its lane works, by which others see that they are not alone.
         broker.publish("a.b", [event(1000)]).await;
         receiver.wait_requests(1).await;
-        // What only an operator can mend of one subscriber keeps nobody from asking, and no other from being unbound.
+        // What only an operator can mend of one subscriber keeps nobody from asking, and no other
+        // from being unbound.
         declare(&broker, "sub.refused", &[]).await;
-        let has_not = Setup::new(&broker, &(there.section() + &one + &subscriber("refused", &receiver.url, "") + &zz));
+        let has_not = Setup::new(
+            &broker,
+            &(there.section() + &one + &subscriber("refused", &receiver.url, "") + &zz),
+        );
         let second = has_not.start().await;
         let logged = |what: &str, name: &str| {
             let name = format!("subscriber=\"{name}\"");
@@ -267,9 +347,16 @@ fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
         has_not.write("hooktrail.toml", text);
         assert_eq!(there.post("/api/v1/reload", "{}").await.status, 200);
         // They are looked at by their names.
-        eventually("one that nobody has is removed", async || logged("was unbound; its backlog stays", "zz") == 1).await;
+        eventually("one that nobody has is removed", async || {
+            logged("was unbound; its backlog stays", "zz") == 1
+        })
+        .await;
         broker.publish("a.b", [event(published)]).await;
-        assert_eq!(broker.depth("sub.two").await, Some(u32::try_from(published).expect("few") + 2), "all are there");
+        assert_eq!(
+            broker.depth("sub.two").await,
+            Some(u32::try_from(published).expect("few") + 2),
+            "all are there"
+        );
         assert_eq!(logged("was unbound", "two"), 0);
         assert!(!first.log().contains("was unbound"), "{}", first.log());
     });
@@ -283,10 +370,16 @@ fn after_a_change_of_the_exchange_the_old_one_brings_nothing_any_more() {
         let text = QUICK.to_owned() + &subscriber("a", &receiver.url, "");
         let before = Setup::new(&broker, &text);
         let daemon = before.start().await;
-        eventually("its bindings are recorded", async || broker.depth("state").await.is_some_and(|n| n >= 2)).await;
+        eventually("its bindings are recorded", async || {
+            broker.depth("state").await.is_some_and(|n| n >= 2)
+        })
+        .await;
         assert!(daemon.stop().await.success());
         let new = format!("{}-new", broker.exchange);
-        let changed = format!("[queue]\nurl = \"{}\"\nexchange = \"{new}\"\nprefix = \"{}\"\n{text}", broker.url, broker.prefix);
+        let changed = format!(
+            "[queue]\nurl = \"{}\"\nexchange = \"{new}\"\nprefix = \"{}\"\n{text}",
+            broker.url, broker.prefix
+        );
         let changed = Setup::with_text(&changed);
         let daemon = changed.start().await;
         daemon.wait_log("unbound a pattern that is not configured any more").await;
@@ -295,10 +388,22 @@ fn after_a_change_of_the_exchange_the_old_one_brings_nothing_any_more() {
         let (connection, channel) = broker.channel().await;
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let sent = channel.basic_publish(broker.exchange.as_str().into(), "a.b".into(), mandatory, b"{}", BasicProperties::default());
+        let sent = channel.basic_publish(
+            broker.exchange.as_str().into(),
+            "a.b".into(),
+            mandatory,
+            b"{}",
+            BasicProperties::default(),
+        );
         let confirmed = sent.await.expect("publishes").await.expect("confirmed");
-        assert!(matches!(confirmed, Confirmation::Ack(Some(_))), "the old exchange still has a queue: {confirmed:?}");
-        channel.exchange_delete(new.as_str().into(), ExchangeDeleteOptions::default()).await.expect("deletes");
+        assert!(
+            matches!(confirmed, Confirmation::Ack(Some(_))),
+            "the old exchange still has a queue: {confirmed:?}"
+        );
+        channel
+            .exchange_delete(new.as_str().into(), ExchangeDeleteOptions::default())
+            .await
+            .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
     });
 }
@@ -309,11 +414,13 @@ fn what_is_finished_behind_a_batch_that_waits_is_finished_for_good() {
         let broker = Broker::shared();
         let receiver = Receiver::start(|_, _| status(500)).await;
         let breaker = "circuit_breaker = { failures = 1, open_for = \"300ms\", max_open_for = \"300ms\" }\nbatch = { max_events = 5, max_bytes = \"1KiB\" }";
-        let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, breaker)));
+        let setup =
+            Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, breaker)));
         let daemon = setup.start().await;
         broker.publish("a.b", [event(0)]).await;
         daemon.wait_log("circuit open").await;
-        // While the circuit is probed with one batch, the others wait, and what is behind them is for nobody.
+        // While the circuit is probed with one batch, the others wait, and what is behind them is
+        // for nobody.
         let large = format!(r#"{{"event":"a.b","pad":"{}"}}"#, "x".repeat(2000));
         broker.publish("a.b", (1..9).map(event).chain([large])).await; // as many as are taken at once
         receiver.wait_requests(6).await;
