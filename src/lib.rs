@@ -40,7 +40,7 @@
 //!              · address · retry · batching · circuit_breaker · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
 //! telemetry/                what the daemon says of itself
-//!              · finding · troubles · metrics · status · log · resources
+//!              · finding · troubles · outage · metrics · status · log · resources
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQLite
 //! endpoint/                 one attempt, the only place that sends requests to receivers

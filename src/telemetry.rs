@@ -3,6 +3,7 @@
 pub mod finding;
 pub mod log;
 pub mod metrics;
+pub mod outage;
 pub mod resources;
 pub mod status;
 pub mod troubles;

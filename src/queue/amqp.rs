@@ -53,7 +53,7 @@ use futures_util::{FutureExt as _, future::try_join_all};
 use tokio::sync::{Notify, watch};
 
 use self::{
-    connection::{Dialer, Effort, Lease, NOT_FOUND, Pool, Role},
+    connection::{Dialer, Lease, NOT_FOUND, Pool, Role},
     lane::Unusable,
     message::Message,
     prefetch::Sizes,
@@ -79,6 +79,7 @@ use crate::{
     telemetry::{
         finding::Finding,
         metrics::Metrics,
+        outage::ReportedOutage,
         troubles::{Harms, Troubles},
     },
     wording::counted,
@@ -224,8 +225,8 @@ impl AmqpQueue {
         )
     }
 
-    fn effort(&self, what: impl Into<String>) -> Effort {
-        Effort::reporting(what, Harms::Queue, &self.0.troubles)
+    fn outage(&self, what: impl Into<String>) -> ReportedOutage {
+        ReportedOutage::new(what, Harms::Queue, &self.0.troubles)
     }
 
     fn bound(&self) -> MutexGuard<'_, Patterns> {
@@ -271,7 +272,7 @@ impl AmqpQueue {
     async fn follow_state(&self, subscribers: watch::Receiver<Subscribers>) {
         self.0.follows.store(true, Ordering::Relaxed);
         let mut reconciler = Reconciler::new(self, subscribers);
-        let mut following = self.effort("following the record of bindings and pauses");
+        let mut following = self.outage("following the record of bindings and pauses");
         loop {
             let Err(e) = reconciler.follow(&mut following).await;
             following.failed(&e).await;
@@ -297,7 +298,7 @@ impl AmqpQueue {
             unbound: &self.0.unbound,
             troubles: &self.0.troubles,
         };
-        let mut relaying = self.effort(format!("the relay from queue `{queue}`"));
+        let mut relaying = self.outage(format!("the relay from queue `{queue}`"));
         let mut sizes = Sizes::default();
         loop {
             let mut configured = subscribers.clone();
@@ -338,12 +339,12 @@ impl AmqpQueue {
             configured: HashSet::new(),
             foreign: None,
         };
-        let mut sweeping = self.effort("the sweep of orphans");
+        let mut sweeping = self.outage("the sweep of orphans");
         loop {
             sweep.configure(&subscribers.borrow_and_update());
             match sweep.run().await {
                 Ok(moved) => {
-                    sweeping.goes_well();
+                    sweeping.recovered();
                     if moved > 0 {
                         tracing::info!(
                             batches = moved,
@@ -677,7 +678,7 @@ impl Queue for AmqpQueue {
         subscribers: &[Arc<Subscriber>],
     ) -> Result<BTreeSet<String>, QueueError> {
         self.publisher(); // connects meanwhile
-        let mut preparing = self.effort("making queues and bindings ready");
+        let mut preparing = self.outage("making queues and bindings ready");
         loop {
             match self.try_prepare(subscribers).await {
                 Err(e) if !e.is_for_operator() => preparing.failed(&e).await,

@@ -20,11 +20,11 @@ use url::Host;
 use super::wire::{self, Greeting};
 use crate::{
     crypto::secret::SecretUrl,
-    policy::retry::Waits,
     queue::QueueError,
     telemetry::{
         finding::shell_word,
         metrics::{Metrics, OpenConnection},
+        outage::ReportedOutage,
         troubles::{Harms, Troubles},
     },
 };
@@ -63,14 +63,14 @@ impl Role {
         }
     }
 
-    /// What is tried again and again as long as there is no such connection.
-    pub(super) fn effort(self, troubles: &watch::Sender<Troubles>) -> Effort {
+    /// The outage while there is no such connection.
+    pub(super) fn outage(self, troubles: &watch::Sender<Troubles>) -> ReportedOutage {
         let harms = match self {
             // What a lane needs to take anything: to declare its queues, and to consume them.
             Self::Consuming | Self::Declaring => Harms::Lanes,
             Self::Publishing | Self::Relaying => Harms::Queue,
         };
-        Effort::reporting(self.connection(), harms, troubles)
+        ReportedOutage::new(self.connection(), harms, troubles)
     }
 
     /// What the connection is called in logs and among the [`Troubles`].
@@ -348,68 +348,6 @@ pub(super) async fn answer<T>(
     }
 }
 
-/// Something that is tried without end: waits between the tries, logs when it begins to fail and
-/// when it goes well again, not each try, and reports why it fails as long as it does.
-#[derive(Debug)]
-pub(super) struct Effort {
-    what: String,
-    failing: bool,
-    waits: Waits,
-    harms: Harms,
-    troubles: watch::Sender<Troubles>,
-}
-
-impl Effort {
-    pub(super) fn reporting(
-        what: impl Into<String>,
-        harms: Harms,
-        troubles: &watch::Sender<Troubles>,
-    ) -> Self {
-        let waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
-        Self { what: what.into(), failing: false, waits, harms, troubles: troubles.clone() }
-    }
-
-    /// Waits until it may be tried again.
-    pub(super) async fn failed(&mut self, why: &QueueError) {
-        self.fails(why);
-        tokio::time::sleep(self.waits.grow()).await;
-    }
-
-    /// As [`failed`](Self::failed), for whoever waits in another way.
-    pub(super) fn fails(&mut self, why: &QueueError) {
-        self.troubles
-            .send_if_modified(|all| all.begins(&self.what, self.harms.clone(), why.to_string()));
-        if std::mem::replace(&mut self.failing, true) {
-            tracing::debug!(error = %why, "{} still fails", self.what);
-        } else {
-            tracing::warn!(error = %why, "{} fails; it is tried again without end", self.what);
-        }
-    }
-
-    pub(super) fn goes_well(&mut self) {
-        self.waits.reset();
-        if self.is_over() {
-            tracing::info!("{} works again", self.what);
-        }
-    }
-
-    /// Returns whether it failed until now.
-    fn is_over(&mut self) -> bool {
-        let failed = std::mem::take(&mut self.failing);
-        if failed {
-            self.troubles.send_if_modified(|all| all.ends(&self.what));
-        }
-        failed
-    }
-}
-
-impl Drop for Effort {
-    /// What nobody tries any more is nobody's trouble.
-    fn drop(&mut self) {
-        self.is_over();
-    }
-}
-
 /// A channel, and its share in the connection that it is on.
 #[derive(Debug)]
 pub(super) struct Lease {
@@ -487,7 +425,7 @@ struct PoolState {
     slots: Vec<Weak<Slot>>,
     /// Stays when no channel is on it: somebody will soon want one again.
     newest: Option<Arc<Slot>>,
-    connecting: Effort,
+    connecting: ReportedOutage,
 }
 
 /// Somebody waits for a connection. When nobody does any more, that there is none is no trouble.
@@ -495,13 +433,13 @@ struct Trying<'p>(MutexGuard<'p, PoolState>);
 
 impl Drop for Trying<'_> {
     fn drop(&mut self) {
-        self.0.connecting.is_over();
+        self.0.connecting.end();
     }
 }
 
 impl Pool {
     pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
-        let connecting = role.effort(troubles);
+        let connecting = role.outage(troubles);
         Self {
             dialer,
             role,
@@ -527,7 +465,7 @@ impl Pool {
             let connected = self.quarantine().await.and_then(|q| q.seat().map(|seat| (q, seat)));
             match connected {
                 Ok((Quarantine(slot), seat)) => {
-                    state.connecting.goes_well();
+                    state.connecting.recovered();
                     state.slots.push(Arc::downgrade(&slot));
                     state.newest = Some(slot);
                     return seat;

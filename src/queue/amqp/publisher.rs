@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    connection::{BrokerError, Dialer, Effort, Pool, Role, answer, close},
+    connection::{BrokerError, Dialer, Pool, Role, answer, close},
     message::Message,
     topology::{Broker, Topology},
     upkeep::log_put_back,
@@ -29,7 +29,7 @@ use super::{
 use crate::{
     failpoint::{Step, reached},
     queue::QueueError,
-    telemetry::troubles::Troubles,
+    telemetry::{outage::ReportedOutage, troubles::Troubles},
 };
 
 /// From handing a group over to the last of its confirms.
@@ -113,7 +113,7 @@ impl Publisher {
         role: Role,
         troubles: &watch::Sender<Troubles>,
     ) -> Self {
-        let publishing = role.effort(troubles);
+        let publishing = role.outage(troubles);
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
         let (tells, state) = watch::channel(State::Away(None));
         let stop = Arc::new(Notify::new());
@@ -225,7 +225,7 @@ struct Task {
 
 impl Task {
     /// Nothing is ever settled without this task, so not even a panic ends it.
-    async fn keep(mut self, mut publishing: Effort) {
+    async fn keep(mut self, mut publishing: ReportedOutage) {
         loop {
             let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await
             {
@@ -241,7 +241,7 @@ impl Task {
     }
 
     /// One connection, from its beginning to its end, which is an error unless it was asked for.
-    async fn generation(&mut self, publishing: &mut Effort) -> Result<(), QueueError> {
+    async fn generation(&mut self, publishing: &mut ReportedOutage) -> Result<(), QueueError> {
         let (connection, _open) = self.dialer.connect(self.role).await?;
         let ended = async {
             // Not the producers' exchange: whoever deletes it to declare it anew must find none of
@@ -263,7 +263,7 @@ impl Task {
             let channel = channel.map_err(|why| {
                 QueueError::new(format!("the broker opens no channel for publishing: {why}"))
             })?;
-            publishing.goes_well();
+            publishing.recovered();
             let generation = Generation::new(channel, self.role);
             let why = generation
                 .serve(&mut self.inbox, &self.state, connection.events_listener(), &self.stop)

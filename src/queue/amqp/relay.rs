@@ -20,7 +20,7 @@ use lapin::{
 use tokio::sync::{Notify, watch};
 
 use super::{
-    connection::{BrokerError, Effort, Lease, Pool, answer},
+    connection::{BrokerError, Lease, Pool, answer},
     ladder,
     message::{self, Message},
     prefetch::{Sizes, is_other},
@@ -39,6 +39,7 @@ use crate::{
     queue::QueueError,
     telemetry::{
         metrics::Metrics,
+        outage::ReportedOutage,
         troubles::{Harms, Troubles},
     },
 };
@@ -110,7 +111,7 @@ impl Relay<'_> {
         &self,
         Opened { lease, mut consumer, mut prefetch }: Opened,
         sizes: &mut Sizes,
-        relaying: &mut Effort,
+        relaying: &mut ReportedOutage,
         configured: &mut watch::Receiver<Subscribers>,
     ) -> Result<(), QueueError> {
         let queue = self.queue;
@@ -184,7 +185,7 @@ impl Relay<'_> {
             answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true }))
                 .await
                 .map_err(|why| self.error(&why))?;
-            relaying.goes_well();
+            relaying.recovered();
             if !cancelled && !ended && is_other(prefetch, sizes.allow(PREFETCH), PREFETCH) {
                 // A consumer's prefetch cannot be changed. What was delivered to this one is
                 // relayed before the next one begins: given back it would count against the queue's
@@ -273,7 +274,7 @@ impl Relay<'_> {
     /// Publishes what was refused until it is taken.
     async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
         let mut handing_over =
-            Effort::reporting("a queue's room for relayed events", Harms::Queue, self.troubles);
+            ReportedOutage::new("a queue's room for relayed events", Harms::Queue, self.troubles);
         while !refused.is_empty() {
             let fates = self.publisher.publish(refused.clone()).await?;
             if let Some((m, _)) = refused
@@ -303,7 +304,7 @@ impl Relay<'_> {
                 () = handing_over.failed(&why) => {}
             }
         }
-        handing_over.goes_well();
+        handing_over.recovered();
         Ok(())
     }
 }

@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{
     AmqpQueue,
-    connection::{BrokerError, Effort, Lease, Pool, RPC_TIMEOUT, answer},
+    connection::{BrokerError, Lease, Pool, RPC_TIMEOUT, answer},
     message::Message,
     publisher::{Fate, Publisher},
     record::{About, Bindings, Bound, Patterns, Record, Recorded, now},
@@ -36,6 +36,7 @@ use crate::{
     delivery::Standing,
     failpoint::{Step, reached},
     queue::QueueError,
+    telemetry::outage::ReportedOutage,
 };
 
 /// How often it is looked whether another daemon still works for a subscriber that this one does
@@ -324,7 +325,7 @@ impl<'a> Reconciler<'a> {
     /// then follows what other daemons write, until it fails.
     pub(super) async fn follow(
         &mut self,
-        following: &mut Effort,
+        following: &mut ReportedOutage,
     ) -> Result<Infallible, QueueError> {
         let mut broker = Broker::new(&self.queue.0.declaring);
         self.topology.ensure_state(&mut broker).await?;
@@ -428,7 +429,7 @@ impl<'a> Reconciler<'a> {
                     }
                     self.reconcile(&mut broker, &mut recorded).await?;
                     looked = clock::instant();
-                    following.goes_well();
+                    following.recovered();
                 }
                 Ok(record) => match recorded.apply(record, &self.topology.events()) {
                     About::Bindings(name) if up_to_date => {

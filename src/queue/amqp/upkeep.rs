@@ -15,16 +15,18 @@ use std::{
 use tokio::time::timeout;
 
 use super::{
-    AmqpQueue,
-    connection::Effort,
-    ladder, lane,
+    AmqpQueue, ladder, lane,
     management::Management,
     record::Patterns,
     state,
     topology::{Broker, Topology},
 };
 use crate::{
-    clock, config::Subscriber, event::Pattern, queue::QueueError, telemetry::troubles::Harms,
+    clock,
+    config::Subscriber,
+    event::Pattern,
+    queue::QueueError,
+    telemetry::{outage::ReportedOutage, troubles::Harms},
 };
 
 /// Between two checks when nothing seems to be missing.
@@ -309,7 +311,7 @@ impl AmqpQueue {
 
     /// Keeps the ladder and the orphans in place.
     pub(super) async fn keep_own(&self) {
-        let mut keeping = Effort::reporting("the delay ladder", Harms::Lanes, &self.0.troubles);
+        let mut keeping = ReportedOutage::new("the delay ladder", Harms::Lanes, &self.0.troubles);
         let mut damaged = self.0.damaged.subscribe();
         let (mut tried_at, mut rest) = (None, FIRST_REST);
         loop {
@@ -334,7 +336,7 @@ impl AmqpQueue {
                     Err(e) => keeping.failed(&e).await,
                 }
             }
-            keeping.goes_well();
+            keeping.recovered();
         }
     }
 

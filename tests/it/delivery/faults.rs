@@ -229,7 +229,7 @@ fn a_broker_that_is_killed_and_restarted_in_mid_flow_loses_nothing() {
         println!("{} of 6000 arrived twice", repeated(&receiver));
         let log = daemon.log();
         assert!(
-            log.contains("fails; it is tried again without end") && log.contains("works again"),
+            log.contains("fails; it is retried indefinitely") && log.contains("works again"),
             "{log}"
         );
         let complaints = log.lines().filter(|l| l.contains("fails; it is tried again")).count();
@@ -358,10 +358,10 @@ fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
         let setup = Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", &receiver.url, "")));
         broker.node().kill().await;
         let waiting = setup.spawn();
-        waiting.wait_log("fails; it is tried again without end").await;
+        waiting.wait_log("fails; it is retried indefinitely").await;
         assert!(waiting.stop().await.success());
         let daemon = setup.spawn();
-        daemon.wait_log("fails; it is tried again without end").await;
+        daemon.wait_log("fails; it is retried indefinitely").await;
         let publish = setup.run(&["publish", "/dev/null"]);
         assert_eq!(publish.status.code(), Some(1), "a command does not wait");
         let told = String::from_utf8_lossy(&publish.stderr).into_owned();
