@@ -1,0 +1,221 @@
+//! The play itself: events are published, delivered, and all accounted for.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use serde_json::{Map, Value};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{
+    narrator::narrate,
+    receiver::Receiver,
+    sample::{ODD, audit_event, event_ids, refused_event},
+    stage::Stage,
+};
+use crate::{
+    cli::failed::Failed,
+    clock,
+    config::Config,
+    queue::{DeadLetters as _, NewEvent, Queue},
+    supervisor::fleet::{self, Controls, Phase},
+    telemetry::{metrics::Metrics, status::Board},
+    wording::counted,
+};
+
+/// For what is under way when no more events come; with the default of `--for` all ends within 30
+/// s.
+const DRAINING: Duration = Duration::from_secs(13);
+
+pub(super) struct Play<'p> {
+    pub(super) stage: Stage,
+    pub(super) config: &'p Config,
+    pub(super) receivers: [&'p Receiver; 2],
+    pub(super) publish_for: Duration,
+}
+
+impl Play<'_> {
+    pub(super) async fn run<Q: Queue>(
+        &self,
+        queue: Q,
+        mut notices: mpsc::UnboundedReceiver<Map<String, Value>>,
+    ) -> Result<(), Failed> {
+        queue.ensure(&self.config.subscribers).await?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let shutdown = async move { drop(stopped.await) };
+        let phase = watch::Sender::new(Phase::Starting);
+        let nothing = std::future::ready(());
+        let controls = Controls {
+            phase: &phase,
+            changes: mpsc::channel(1).1, // nobody changes anything
+            board: Board::new(Metrics::new(clock::now())),
+            shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
+            hurry: Box::pin(std::future::pending()),
+        };
+        let daemon =
+            fleet::run(queue.clone(), self.config.subscribers.clone(), shutdown, controls, nothing);
+        let show = async {
+            let published = self.publish(&queue).await?;
+            self.drain(&queue, &published).await?;
+            // Before the daemon ends, which closes the queue.
+            let mut dead = Vec::new();
+            for r in self.receivers {
+                dead.push(dead_ids(&queue, r.name).await?);
+            }
+            stop.send(()).ok(); // the daemon may have ended in an error, which is told below
+            Ok::<_, Failed>((published, dead))
+        };
+        let narrator = async {
+            while let Some(notice) = notices.recv().await {
+                narrate(&self.stage, &notice);
+            }
+        };
+        let both = async { tokio::join!(daemon, show) };
+        let (ended, shown) = tokio::select! {
+            done = both => done,
+            () = narrator => return Err(Failed::Runtime("the log ended before the demo".to_owned())),
+        };
+        self.stage.end();
+        ended?;
+        let (published, dead) = shown?;
+        self.account(&published, &dead)
+    }
+
+    /// Publishes for a while, or until somebody presses Ctrl-C; the ids of all events.
+    async fn publish(&self, queue: &impl Queue) -> Result<BTreeSet<String>, Failed> {
+        self.stage.begin();
+        let mut published = BTreeSet::new();
+        let mut tick = tokio::time::interval(Duration::from_millis(200));
+        let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+        let (mut told_at, mut since_told) = (Duration::ZERO, 0);
+        let mut odd = ODD.iter().cycle();
+        let mut next_odd = Duration::from_secs(2);
+        while self.stage.elapsed() < self.publish_for {
+            tokio::select! {
+                _ = tick.tick() => {}
+                _ = &mut interrupted => break,
+            }
+            let mut events: Vec<NewEvent> =
+                (0..rand::random_range(1..=8)).map(|n| audit_event(published.len() + n)).collect();
+            if self.stage.elapsed() >= next_odd {
+                next_odd += Duration::from_millis(3500);
+                let make = odd.next().copied().unwrap_or(refused_event);
+                events.push(make(published.len() + events.len()));
+            }
+            since_told += events.len();
+            published.extend(events.iter().filter_map(|e| e.message_id.clone()));
+            queue.publish(events).await?;
+            if self.stage.elapsed() >= told_at + Duration::from_secs(1) {
+                told_at = self.stage.elapsed();
+                self.stage.say(&format!(
+                    "{:>5.1}s  {} published",
+                    told_at.as_secs_f64(),
+                    counted(since_told, "event(s)")
+                ));
+                since_told = 0;
+            }
+            self.stage.status(self.counts(published.len()));
+        }
+        self.stage.say(&format!(
+            "{:>5.1}s  no more events; what is under way is delivered",
+            self.stage.elapsed().as_secs_f64()
+        ));
+        Ok(published)
+    }
+
+    fn counts(&self, published: usize) -> String {
+        let [a, b] = self.receivers.map(|r| format!("{} {}", r.name, r.accepted().len()));
+        format!("published {published}, accepted: {a}, {b}")
+    }
+
+    /// Waits until every event is accepted or dead, or the time is over.
+    async fn drain(&self, queue: &impl Queue, published: &BTreeSet<String>) -> Result<(), Failed> {
+        let deadline = clock::instant() + DRAINING;
+        while clock::instant() < deadline {
+            let mut left = 0;
+            for r in self.receivers {
+                left += self.missing(r, &dead_ids(queue, r.name).await?, published).len();
+            }
+            if left == 0 {
+                return Ok(());
+            }
+            self.stage.status(format!(
+                "{}; {} under way",
+                self.counts(published.len()),
+                counted(left, "deliver(y|ies)")
+            ));
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        Ok(())
+    }
+
+    fn missing(
+        &self,
+        r: &Receiver,
+        dead: &BTreeSet<String>,
+        published: &BTreeSet<String>,
+    ) -> Vec<String> {
+        let accepted = r.accepted();
+        published
+            .iter()
+            .filter(|id| !accepted.contains_key(*id) && !dead.contains(*id))
+            .cloned()
+            .collect()
+    }
+
+    /// `dead`: the events in each receiver's dead letters.
+    fn account(
+        &self,
+        published: &BTreeSet<String>,
+        dead: &[BTreeSet<String>],
+    ) -> Result<(), Failed> {
+        self.stage.say(&format!(
+            "\n{} published to each subscriber:",
+            counted(published.len(), "event(s)")
+        ));
+        let mut missing = 0;
+        for (r, dead) in self.receivers.into_iter().zip(dead) {
+            let accepted = r.accepted();
+            let repeated = accepted.values().filter(|n| **n > 1).count();
+            let lost = self.missing(r, dead, published);
+            missing += lost.len();
+            self.stage.say(&format!(
+                "  {:<6} {} delivered + {} in dead letters = {}{}",
+                r.name,
+                accepted.len(),
+                dead.len(),
+                accepted.len() + dead.len(),
+                if repeated > 0 {
+                    format!(" ({repeated} delivered more than once)")
+                } else {
+                    String::new()
+                }
+            ));
+            for id in lost.iter().take(5) {
+                self.stage.say(&format!("         NOT ACCOUNTED FOR: {id}"));
+            }
+        }
+        if missing > 0 {
+            return Err(Failed::Runtime(format!(
+                "{} not accounted for",
+                counted(missing, "deliver(y is|ies are)")
+            )));
+        }
+        self.stage.say(
+            "Every event is accounted for.\n\nTry next:\n  \
+             hooktrail listen --addr 127.0.0.1:9000     a receiver to write your own against\n  \
+             hooktrail --config my.toml init            a configuration to begin with, each key explained\n  \
+             hooktrail demo --for 10m                   the same with time to watch; --amqp URL takes a RabbitMQ",
+        );
+        Ok(())
+    }
+}
+
+/// The events of a subscriber's dead letters.
+async fn dead_ids(queue: &impl Queue, subscriber: &str) -> Result<BTreeSet<String>, Failed> {
+    let mut letters = queue.dead_letters(subscriber).await?;
+    let mut ids = BTreeSet::new();
+    while let Some(held) = letters.next().await? {
+        ids.extend(event_ids(&held.letter.body));
+    }
+    letters.close().await?;
+    Ok(ids)
+}
