@@ -23,8 +23,9 @@
 //!
 //! # The rooms
 //!
-//! A room imports only from rooms above it in this list, and a file of a room only from files named
-//! before it. `tests/it` holds the code to it.
+//! A room imports only from rooms above it in this list, and a file of a room or of a folder in it
+//! only from files named before it; the file of the folder itself comes last. `tests/it` holds the
+//! code to it.
 //!
 //! ```text
 //! clock.rs                  time, randomness, ids
@@ -55,6 +56,8 @@
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · check · dead · demo · init · listen · man · pause · plan · prune · publish
 //!              · repair · retry · run · status · test · cli
+//!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
+//!              demo/ · sample · stage · receiver · home · narrator · play
 //! fuzzing.rs                what must hold for bytes of strangers; not part of the program
 //! ```
 //!

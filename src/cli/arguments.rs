@@ -12,6 +12,20 @@ pub(super) fn file_name(text: &str) -> Result<PathBuf, &'static str> {
     Ok(text.into())
 }
 
+/// What each command has that deletes something.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct Destructive {
+    /// Say what would be deleted, and do nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Do not ask
+    #[arg(long)]
+    pub(super) yes: bool,
+    /// The result as a JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
 /// A length of time as it is written on the command line: a number alone is of seconds.
 pub(super) fn duration(text: &str) -> Result<Duration, &'static str> {
     const EXPECTED: &str =

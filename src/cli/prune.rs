@@ -1,10 +1,10 @@
 //! `prune`: deletes what is left of subscribers that are not configured any more, or everything.
 
-use std::io::IsTerminal as _;
-
 use serde_json::json;
 
-use super::{failed::Failed, open::reach, text::visible};
+use super::{
+    arguments::Destructive, failed::Failed, open::reach, terminal::confirm, text::visible,
+};
 use crate::{
     config::{self, AmqpConfig, Backend, Config, Intake},
     delivery::{Depth, Depths},
@@ -24,15 +24,8 @@ pub(super) struct Args {
     /// Also those that still hold events, retries or dead letters: they are lost
     #[arg(long)]
     with_events: bool,
-    /// Say what would be deleted, and do nothing
-    #[arg(long)]
-    dry_run: bool,
-    /// Do not ask
-    #[arg(long)]
-    yes: bool,
-    /// The result as a JSON object
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    how: Destructive,
 }
 
 pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
@@ -74,7 +67,7 @@ async fn all_of_broker(queue: &AmqpQueue, config: &Config, args: &Args) -> Resul
         queue.remove(depths.subscribers.keys(), false).await?;
     }
     queue.close().await;
-    if let (Intake::Exchange(exchange), false) = (intake, args.json) {
+    if let (Intake::Exchange(exchange), false) = (intake, args.how.json) {
         println!("exchange `{}` stays: producers publish to it", visible(exchange));
     }
     Ok(())
@@ -100,8 +93,8 @@ async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
 
 /// Shows what would be lost, and asks. Returns whether it is to be deleted.
 fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Failed> {
-    let delete = !args.dry_run;
-    if !args.json {
+    let delete = !args.how.dry_run;
+    if !args.how.json {
         for (name, depth) in &depths.subscribers {
             println!("{name}: {}", told(*depth));
         }
@@ -114,16 +107,16 @@ fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Faile
             }
         }
     }
-    if delete && !args.yes && !asked(&format!("Delete {what}, with all of this, for good?"))? {
-        return Err(Failed::Usage("nothing was deleted".to_owned()));
+    if delete && !args.how.yes {
+        confirm("prune", &format!("Delete {what}, with all of this, for good?"))?;
     }
-    if args.json {
+    if args.how.json {
         let subscriber = |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead });
         let subscribers: Vec<_> = depths.subscribers.iter().map(subscriber).collect();
         let (delayed, orphans) = (depths.delayed, depths.orphans);
         println!(
             "{}",
-            json!({ "command": "prune", "all": true, "dry_run": args.dry_run, "subscribers": subscribers, "delayed_retries": delayed, "orphans": orphans })
+            json!({ "command": "prune", "all": true, "dry_run": args.how.dry_run, "subscribers": subscribers, "delayed_retries": delayed, "orphans": orphans })
         );
     } else {
         println!("{} {what}", if delete { "deleting" } else { "would delete" });
@@ -154,7 +147,7 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     let (empty, full): (Vec<_>, Vec<_>) = chosen.partition(|(_, depth)| depth.is_empty());
     let delete: Vec<_> =
         if args.with_events { empty.iter().chain(&full).collect() } else { empty.iter().collect() };
-    if !args.json {
+    if !args.how.json {
         for (name, depth) in &delete {
             println!("{name}: {}", told(**depth));
         }
@@ -162,12 +155,14 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
             println!("{name}: kept, it holds {}", told(**depth));
         }
     }
-    let ask = !args.dry_run && !args.yes && !delete.is_empty();
-    if ask && !confirm(delete.len())? {
-        return Err(Failed::Usage("nothing was deleted".to_owned()));
+    let ask = !args.how.dry_run && !args.how.yes && !delete.is_empty();
+    if ask {
+        let number = delete.len();
+        let whom = agreed(&number, &format!("(this subscriber|these {number} subscribers)"));
+        confirm("prune", &format!("Delete the queues of {whom} for good?"))?;
     }
     let mut pruned = Vec::new();
-    for (name, _) in delete.iter().filter(|_| !args.dry_run) {
+    for (name, _) in delete.iter().filter(|_| !args.how.dry_run) {
         queue.prune(name, args.with_events).await?;
         pruned.push(name.as_str());
     }
@@ -177,13 +172,13 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     } else {
         full.iter().map(|(name, _)| name.as_str()).collect()
     };
-    if args.json {
+    if args.how.json {
         let chosen: Vec<&str> = delete.iter().map(|(name, _)| name.as_str()).collect();
         println!(
             "{}",
-            json!({ "command": "prune", "dry_run": args.dry_run, "chosen": chosen, "pruned": pruned, "kept": kept })
+            json!({ "command": "prune", "dry_run": args.how.dry_run, "chosen": chosen, "pruned": pruned, "kept": kept })
         );
-    } else if args.dry_run {
+    } else if args.how.dry_run {
         println!("would delete the queues of {}", counted(delete.len(), "removed subscriber(s)"));
     } else {
         println!("deleted the queues of {}", counted(pruned.len(), "removed subscriber(s)"));
@@ -215,23 +210,4 @@ fn told(depth: Depth) -> String {
     let (events, batches) =
         (counted(depth.events, "event(s)"), counted(depth.batches(), "batch(es) to retry"));
     format!("{events}, {batches}, {}", counted(depth.dead, "dead letter(s)"))
-}
-
-fn confirm(number: usize) -> Result<bool, Failed> {
-    asked(&format!(
-        "Delete the queues of {} for good?",
-        agreed(&number, &format!("(this subscriber|these {number} subscribers)"))
-    ))
-}
-
-fn asked(question: &str) -> Result<bool, Failed> {
-    if !std::io::stdin().is_terminal() {
-        return Err(Failed::Usage(
-            "prune deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run".to_owned(),
-        ));
-    }
-    eprint!("{question} [y/N] ");
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

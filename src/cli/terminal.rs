@@ -1,4 +1,8 @@
-//! How wide a terminal is, and text that fits it.
+//! How wide a terminal is, text that fits it, and a question on it.
+
+use std::io::IsTerminal as _;
+
+use super::failed::Failed;
 
 /// What is taken where nobody says how wide it is.
 pub(super) const USUAL: usize = 80;
@@ -44,6 +48,28 @@ pub(super) fn hanging(text: &str, width: usize, further: usize) -> String {
         column += length;
     }
     out
+}
+
+/// An error where `command` cannot ask before it deletes something.
+pub(super) fn can_ask(command: &str) -> Result<(), Failed> {
+    if std::io::stdin().is_terminal() {
+        return Ok(());
+    }
+    Err(Failed::Usage(format!(
+        "{command} deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run"
+    )))
+}
+
+/// Asks whether `command` is to delete something; an error if the answer is no.
+pub(super) fn confirm(command: &str, question: &str) -> Result<(), Failed> {
+    can_ask(command)?;
+    eprint!("{question} [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        return Ok(());
+    }
+    Err(Failed::Usage("nothing was deleted".to_owned()))
 }
 
 #[cfg(test)]

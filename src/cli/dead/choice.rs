@@ -9,8 +9,8 @@ use std::{
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use super::super::{complete, failed::Failed, text::visible};
 use crate::{
+    cli::{complete, failed::Failed, text::visible},
     clock, config,
     delivery::{DeadLetter, MessageKind, Reason},
     event::{Pattern, event_type},

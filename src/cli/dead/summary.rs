@@ -5,14 +5,14 @@ use std::{collections::BTreeMap, time::SystemTime};
 use serde_json::{Value, json};
 
 use super::{
-    super::{
+    choice::{Choice, Which},
+    walk::each,
+};
+use crate::{
+    cli::{
         failed::Failed,
         text::{print, time},
     },
-    choice::{Choice, Which},
-    each,
-};
-use crate::{
     clock,
     config::Config,
     queue::Queue,

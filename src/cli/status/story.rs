@@ -4,11 +4,11 @@ use std::{fmt::Write as _, time::Duration};
 
 use serde_json::Value;
 
-use super::{
-    super::{terminal::hanging, text::visible},
-    count, span, state, still, text, until,
+use super::{count, span, state, still, text, until};
+use crate::{
+    cli::{terminal::hanging, text::visible},
+    clock,
 };
-use crate::clock;
 
 /// Where the right column begins.
 const COLUMN: usize = 13;

@@ -5,8 +5,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A room of the map, and its files where their order counts.
+/// A room of the map, and its files and folders where their order counts.
 struct Room {
+    name: String,
+    files: Vec<String>,
+    folders: Vec<Folder>,
+}
+
+/// A folder of a room, and its files in their order; the file of the folder itself is the last.
+struct Folder {
     name: String,
     files: Vec<String>,
 }
@@ -30,11 +37,15 @@ fn map() -> Vec<Room> {
                 .filter(|files| files.contains(" · "))
                 .unwrap_or_default();
             let name = name.trim_end_matches('/').trim_end_matches(".rs").to_owned();
-            rooms.push(Room { name, files: names(files).collect() });
-        } else if let (Some(more), Some(room)) =
-            (line.trim_start().strip_prefix("· "), rooms.last_mut())
-        {
-            room.files.extend(names(more));
+            rooms.push(Room { name, files: names(files).collect(), folders: Vec::new() });
+            continue;
+        }
+        let Some(room) = rooms.last_mut() else { continue };
+        if let Some((name, files)) = line.trim_start().split_once("/ · ") {
+            room.folders.push(Folder { name: name.to_owned(), files: names(files).collect() });
+        } else if let Some(more) = line.trim_start().strip_prefix("· ") {
+            let files = room.folders.last_mut().map_or(&mut room.files, |folder| &mut folder.files);
+            files.extend(names(more));
         }
     }
     rooms
@@ -81,17 +92,22 @@ fn modules() -> Vec<(String, PathBuf, String)> {
         .collect()
 }
 
-/// The paths behind `root`, such as `crate::`, each as its first two segments, groups included.
-fn imports(code: &str, root: &str) -> Vec<(String, String)> {
+/// The paths behind `root`, such as `crate::`, groups included.
+fn paths(code: &str, root: &str) -> Vec<String> {
     let mut paths = Vec::new();
     for part in code.split(root).skip(1) {
         expand("", part, &mut paths);
     }
+    paths
+}
+
+/// The paths behind `root`, each as its first two segments.
+fn imports(code: &str, root: &str) -> Vec<(String, String)> {
     let segments = |path: String| {
         let mut segments = path.split("::").map(str::to_owned);
         (segments.next().unwrap_or_default(), segments.next().unwrap_or_default())
     };
-    paths.into_iter().map(segments).filter(|(first, _)| !first.is_empty()).collect()
+    paths(code, root).into_iter().map(segments).filter(|(first, _)| !first.is_empty()).collect()
 }
 
 /// Reads one path, or a group of paths, and returns what is behind it.
@@ -159,11 +175,64 @@ fn the_map_names_every_room_and_file_of_it() {
 
 /// The file of a room, or the folder in it, that a path is of.
 fn file_of(room: &str, path: &Path) -> String {
+    part(path, 1).unwrap_or_else(|| room.to_owned())
+}
+
+/// The part of a path below `src`, without `.rs`.
+fn part(path: &Path, n: usize) -> Option<String> {
     let below =
         path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).expect("below");
-    let second =
-        below.components().nth(1).map(|c| c.as_os_str().to_string_lossy().replace(".rs", ""));
-    second.unwrap_or_else(|| room.to_owned())
+    below.components().nth(n).map(|c| c.as_os_str().to_string_lossy().replace(".rs", ""))
+}
+
+#[test]
+fn a_file_of_a_folder_imports_only_from_those_before_it_on_the_map() {
+    let modules = modules();
+    let mut seen = 0;
+    for room in map() {
+        for Folder { name, files } in &room.folders {
+            let mut there = Vec::new();
+            for (_, path, code) in modules
+                .iter()
+                .filter(|(of, path, _)| *of == room.name && part(path, 1).as_ref() == Some(name))
+            {
+                let Some(file) = part(path, 2) else { continue };
+                let own = files.iter().position(|f| *f == file).unwrap_or_else(|| {
+                    panic!("of `{}/{name}` the map does not name `{file}`", room.name)
+                });
+                there.push(file);
+                let mut inside = Vec::new();
+                if part(path, 3).is_none() {
+                    inside.extend(imports(code, "super::").into_iter().map(|(first, _)| first));
+                }
+                let folder = format!("{}::{name}", room.name);
+                inside.extend(paths(code, "crate::").into_iter().filter_map(|path| {
+                    let behind = path.strip_prefix(&folder)?.strip_prefix("::")?;
+                    Some(behind.split("::").next().unwrap_or_default().to_owned())
+                }));
+                for import in inside {
+                    let at = files.iter().position(|f| *f == import);
+                    assert!(
+                        at.is_some_and(|at| at < own),
+                        "{} imports `{import}` of its own folder, which is not before it on the map",
+                        path.display()
+                    );
+                    seen += 1;
+                }
+            }
+            let gone: Vec<_> = files.iter().filter(|f| !there.contains(f)).collect();
+            assert!(gone.is_empty(), "the map names {gone:?} in `{name}`, which are not there");
+        }
+    }
+    assert!(seen > 10, "only {seen} imports were found: this test reads them wrongly");
+}
+
+#[test]
+fn a_path_climbs_one_step_or_begins_at_the_crate() {
+    for (_, path, code) in modules() {
+        let climbs = imports(&code, "super::").iter().any(|(first, _)| first == "super");
+        assert!(!climbs, "{} says `super::super`; write `crate::…`", path.display());
+    }
 }
 
 #[test]

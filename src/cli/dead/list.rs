@@ -1,0 +1,65 @@
+//! `dead list NAME`: a line for each dead letter.
+
+use super::{
+    choice::{Choice, Which},
+    walk::each,
+};
+use crate::{
+    cli::{
+        failed::Failed,
+        text::{print, time, visible},
+    },
+    queue::{DeadLetters, Held},
+    supervisor::signal::Stops,
+};
+
+pub(super) async fn list(
+    letters: impl DeadLetters,
+    which: &Which,
+    json: bool,
+    stops: &Stops,
+) -> Result<(), Failed> {
+    let mut choice = Choice::new(which);
+    let mut head = !json;
+    // Whose an orphan is, is a column; of dead letters it was said.
+    let whose = |text: &str| if which.orphans() { format!("{text:<16}  ") } else { String::new() };
+    let row = |number: usize, held: &Held| {
+        if json {
+            return print(&held.as_json(number).to_string());
+        }
+        if std::mem::take(&mut head)
+            && !print(&format!(
+                "{:>6}  {:<20}  {:<14}  {:>6}  {:>8}  {}{:<36}  ERROR",
+                "NUMBER",
+                "DIED AT",
+                "REASON",
+                "EVENTS",
+                "ATTEMPTS",
+                whose("SUBSCRIBER"),
+                "ID"
+            ))
+        {
+            return false;
+        }
+        let l = &held.letter;
+        let error: String = visible(&l.error).chars().take(80).collect();
+        let id = l.id.as_deref().map_or_else(|| "-".to_owned(), visible);
+        let number = format!("@{number}");
+        let (died, whose) = (
+            time(l.died_at, "-"),
+            whose(&held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible)),
+        );
+        print(&format!(
+            "{number:>6}  {died:<20}  {:<14}  {:>6}  {:>8}  {whose}{id:<36}  {error}",
+            l.reason.name(),
+            l.events,
+            l.attempts
+        ))
+    };
+    let Some(shown) = each(letters, &mut choice, stops, row).await? else { return Ok(()) };
+    choice.complete()?;
+    if shown == 0 && !json {
+        print(if which.orphans() { "no orphans" } else { "no dead letters" });
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! What a replay or a purge shows while it works, and at its end.
+
+use std::io::IsTerminal as _;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use super::choice::Choice;
+use crate::cli::text::print;
+
+/// Shown when stderr is a terminal.
+pub(super) fn progress(total: u32) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} letters, {per_sec}, {eta} left");
+    ProgressBar::with_draw_target(Some(total.into()), target)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+pub(super) fn finished(
+    what: &str,
+    done: usize,
+    skipped: usize,
+    of: usize,
+    choice: &Choice<'_>,
+    dry_run: bool,
+    json: bool,
+) {
+    let which = choice.which;
+    if json {
+        let result = json!({
+            "command": what, "subscriber": which.subscriber(), "orphans": which.orphans(), "dry_run": dry_run,
+            "chosen": done, "skipped": skipped, "of": of,
+        });
+        print(&result.to_string());
+        return;
+    }
+    let verb = match (what, dry_run) {
+        // What comes of it the receiver says later.
+        ("replay", false) => "queued",
+        ("replay", true) => "would queue",
+        (_, false) => "purged",
+        (_, true) => "would purge",
+    };
+    let rest = if skipped > 0 { format!(", skipped {skipped}") } else { String::new() };
+    print(&format!("{verb} {done} of {of} {}{rest}", which.what(of)));
+}

@@ -1,0 +1,194 @@
+//! `dead show` and `dead export`: dead letters with their attempts and their body.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use serde_json::{json, value::RawValue};
+
+use super::{
+    choice::{Choice, Which},
+    walk::each,
+};
+use crate::{
+    cli::{
+        failed::Failed,
+        text::{print, time, visible},
+    },
+    clock,
+    delivery::{AttemptLog, AttemptResult, FailedAttempt},
+    queue::{DeadLetters, Held},
+    supervisor::signal::Stops,
+    wording::counted,
+};
+
+pub(super) async fn export(
+    letters: impl DeadLetters,
+    which: &Which,
+    stops: &Stops,
+) -> Result<(), Failed> {
+    let mut choice = Choice::new(which);
+    let line = |number, held: &Held| print(&all_as_json(number, held).to_string());
+    match each(letters, &mut choice, stops, line).await? {
+        None => Ok(()),
+        Some(_) => choice.complete(),
+    }
+}
+
+pub(super) async fn show(
+    letters: impl DeadLetters,
+    which: &Which,
+    json: bool,
+    stops: &Stops,
+) -> Result<(), Failed> {
+    let mut choice = Choice::new(which);
+    let mut found = None;
+    // Of several with one id it is the first.
+    let keep = |number, held: &Held| {
+        found = Some(if json {
+            let mut value = all_as_json(number, held);
+            if value.get("body").is_none() {
+                value["body"] = String::from_utf8_lossy(&held.letter.body).into();
+            }
+            value.to_string()
+        } else {
+            for_reading(number, held)
+        });
+        false
+    };
+    each(letters, &mut choice, stops, keep).await?;
+    match found {
+        Some(text) => {
+            print(&text);
+            Ok(())
+        }
+        None => choice.complete(),
+    }
+}
+
+fn for_reading(number: usize, held: &Held) -> String {
+    let l = &held.letter;
+    let mut lines: Vec<String> = Vec::new();
+    let whose = held.subscriber.as_deref().map_or_else(|| "-".to_owned(), visible);
+    for (name, value) in [
+        ("number", format!("@{number}")),
+        ("subscriber", whose),
+        ("id", l.id.as_deref().map_or_else(|| "-".to_owned(), visible)),
+        ("kind", l.kind.name().to_owned()),
+        ("reason", l.reason.name().to_owned()),
+        ("status", l.status.map_or_else(|| "-".to_owned(), |s| s.to_string())),
+        ("error", visible(&l.error)),
+        ("events", l.events.to_string()),
+        ("attempts", l.attempts.to_string()),
+        ("first attempt at", time(l.first_attempt_at, "-")),
+        ("died at", time(l.died_at, "-")),
+        ("content type", l.content_type.as_deref().map_or_else(|| "-".to_owned(), visible)),
+        ("bytes", l.body.len().to_string()),
+    ] {
+        lines.push(format!("{name:<17} {value}"));
+    }
+    lines.extend(
+        l.content_encoding
+            .iter()
+            .map(|encoding| format!("{:<17} {}", "content encoding", visible(encoding))),
+    );
+    let (first, left_out, last) = l.story.parts();
+    if !first.is_empty() {
+        lines.extend([String::new(), "the failed attempts:".to_owned()]);
+    }
+    let one =
+        |a: &FailedAttempt| format!("{:>6}  {}  {}", a.number, clock::rfc3339(a.at), a.result);
+    lines.extend(first.iter().map(one));
+    lines
+        .extend((left_out > 0).then(|| {
+            format!("     …  {} left out here", counted(left_out, "attempt(s) (is|are)"))
+        }));
+    lines.extend(last.iter().map(one));
+    lines.extend([String::new(), readable(&l.body)]);
+    lines.join("\n")
+}
+
+/// With the story and the body.
+fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
+    let mut value = held.as_json(number);
+    value["story"] = story_as_json(&held.letter.story);
+    match std::str::from_utf8(&held.letter.body) {
+        Ok(text) => value["body"] = text.into(),
+        Err(_) => value["body_base64"] = BASE64.encode(&held.letter.body).into(),
+    }
+    value
+}
+
+/// The failed attempts; where some are left out there is one element that says how many.
+fn story_as_json(story: &AttemptLog) -> serde_json::Value {
+    let one = |a: &FailedAttempt| match &a.result {
+        AttemptResult::Status(status) => {
+            json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status })
+        }
+        AttemptResult::Failure(name) => {
+            json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name })
+        }
+    };
+    let (first, left_out, last) = story.parts();
+    let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
+    first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect()
+}
+
+/// A body for reading: each token as it is stored, the events of a batch on a line each, and
+/// nothing that drives the terminal.
+fn readable(body: &[u8]) -> String {
+    let by_line = std::str::from_utf8(body).ok().and_then(event_a_line);
+    let mut out = String::new();
+    for chunk in by_line.as_deref().map_or(body, str::as_bytes).utf8_chunks() {
+        for (n, line) in chunk.valid().split('\n').enumerate() {
+            out.extend((n > 0).then_some('\n'));
+            out.push_str(&visible(line));
+        }
+        out.extend(chunk.invalid().iter().map(|b| format!("\\x{b:02x}")));
+    }
+    out
+}
+
+/// `{"events":[…]}` with a line break before each event and nothing else changed: what would be
+/// parsed and printed again loses the spelling of numbers and all but the last of two fields.
+fn event_a_line(body: &str) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Payload<'b> {
+        #[serde(borrow)]
+        events: Vec<&'b RawValue>,
+    }
+    let mut out = String::with_capacity(body.len());
+    let mut from = 0;
+    for event in serde_json::from_str::<Payload<'_>>(body).ok()?.events {
+        // The events are slices of the body.
+        let at = event.get().as_ptr() as usize - body.as_ptr() as usize;
+        out.push_str(&body[from..at]);
+        out.push('\n');
+        from = at;
+    }
+    Some(out + &body[from..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_is_shown_with_its_own_tokens() {
+        let batch = r#"{"events":[{"n":18446744073709551616,"a":1.0,"a":2},{"s":"\u001b\/[{,"} , {"x":[1,{"y":-0.0}]}]}"#;
+        let shown = readable(batch.as_bytes());
+        assert_eq!(shown.replace('\n', ""), batch);
+        let starts: Vec<&str> = shown.lines().map(|l| &l[..5]).collect();
+        assert_eq!(starts, [r#"{"eve"#, r#"{"n":"#, r#"{"s":"#, r#"{"x":"#]);
+        for other in [
+            "{\"event\":\"a\",\n\"n\":1e400}",
+            "{\"event\":1}\n{\"event\":2}\n",
+            "{\"events\":[",
+            "{\"events\":[],\"events\":[1]}",
+            "",
+        ] {
+            assert_eq!(readable(other.as_bytes()), other);
+        }
+        assert_eq!(
+            readable(b"a\x1b[2J\r\nb\xff\xfe \xc2\x9b c\0"),
+            "a\\u{1b}[2J\\u{d}\nb\\xff\\xfe \\u{9b} c\\u{0}"
+        );
+    }
+}

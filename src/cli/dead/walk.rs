@@ -1,0 +1,54 @@
+//! A walk through dead letters, one at a time, which leaves all of them in their order.
+
+use super::choice::Choice;
+use crate::{
+    cli::failed::Failed,
+    queue::{DeadLetters, Held, QueueError},
+    supervisor::signal::Stops,
+};
+
+/// After a walk, which heeds a wish to stop between two letters, so that it can give back in order
+/// what it has passed by: an error if it ended early.
+pub(super) fn to_its_end(stops: &Stops) -> Result<(), Failed> {
+    if stops.is_asked() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
+}
+
+/// Gives the letters back, also after a walk that failed half-way: without that they would change
+/// places.
+pub(super) async fn close<T>(
+    letters: impl DeadLetters,
+    walked: Result<T, QueueError>,
+) -> Result<T, Failed> {
+    let closed = letters.close().await;
+    let walked = walked?;
+    closed?;
+    Ok(walked)
+}
+
+/// Shows each letter that is meant by a function that returns false when nobody reads any more; how
+/// many were shown, or `None` of a walk that ended early.
+pub(super) async fn each<D: DeadLetters>(
+    mut letters: D,
+    choice: &mut Choice<'_>,
+    stops: &Stops,
+    mut show: impl FnMut(usize, &Held) -> bool,
+) -> Result<Option<usize>, Failed> {
+    let mut shown = 0;
+    let walked = async {
+        while !stops.is_asked()
+            && let Some(held) = letters.next().await?
+        {
+            if choice.includes(&held) {
+                if !show(choice.number, &held) {
+                    return Ok(None);
+                }
+                shown += 1;
+            }
+        }
+        Ok(Some(shown))
+    };
+    let walked = walked.await;
+    let shown = close(letters, walked).await?;
+    to_its_end(stops)?;
+    Ok(shown)
+}
