@@ -29,6 +29,7 @@ use crate::{
         signature::{Encoding, Scheme, Signer, standard_key},
         tls::{self, BadIdentity, Identity, TlsPolicy},
     },
+    delivery::SubscriberName,
     event::{Pattern, payload::Format},
     policy::{
         address::AddressPolicy,
@@ -236,7 +237,7 @@ impl Auth {
 /// One `[[subscriber]]` with its groups' defaults filled in.
 #[derive(Debug, Clone)]
 pub struct Subscriber {
-    pub name: String,
+    pub name: SubscriberName,
     pub url: SecretUrl,
     pub events: Vec<Pattern>,
     pub format: Format,
@@ -371,7 +372,7 @@ pub fn log_of(path: &Path) -> LogConfig {
 
 /// The subscribers' names, as far as they can be read: a secret that is not there, as every other
 /// mistake, does not matter.
-pub fn names_of(path: &Path) -> Vec<String> {
+pub fn names_of(path: &Path) -> Vec<SubscriberName> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
     let names =
@@ -384,7 +385,7 @@ pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
     let names = Loader { reader: &reader }.all_names(&read(path).ok()?);
-    names.into_iter().find(|(name, _)| name == subscriber).map(|(_, file)| file)
+    names.into_iter().find(|(name, _)| *name == subscriber).map(|(_, file)| file)
 }
 
 /// Whether a text is a variable as shells write it.
@@ -482,7 +483,7 @@ impl Loader<'_, '_> {
     }
 
     /// Each with the file that has its table.
-    fn all_names(&self, source: &Source) -> Vec<(String, PathBuf)> {
+    fn all_names(&self, source: &Source) -> Vec<(SubscriberName, PathBuf)> {
         let r = self.reader;
         let document = r.parse(source);
         let root = r.root(source, &document, keys::ROOT);
@@ -945,7 +946,7 @@ impl Loader<'_, '_> {
         &self,
         root: &Section<'d>,
         defaults: &Defaults<'d>,
-        names: &mut HashMap<String, String>,
+        names: &mut HashMap<SubscriberName, String>,
     ) -> Vec<Arc<Subscriber>> {
         let Some(value) = root.get("subscriber") else { return Vec::new() };
         let tables = self.reader.array(&value).unwrap_or_default();
@@ -959,7 +960,7 @@ impl Loader<'_, '_> {
         &self,
         table: &Value<'d>,
         defaults: &Defaults<'d>,
-        names: &mut HashMap<String, String>,
+        names: &mut HashMap<SubscriberName, String>,
     ) -> Option<Subscriber> {
         let r = self.reader;
         let section = r.section(&r.named(table), keys::SUBSCRIBER)?;
@@ -1179,7 +1180,11 @@ impl Loader<'_, '_> {
         }
     }
 
-    fn name(&self, section: &Section<'_>, names: &mut HashMap<String, String>) -> Option<String> {
+    fn name(
+        &self,
+        section: &Section<'_>,
+        names: &mut HashMap<SubscriberName, String>,
+    ) -> Option<SubscriberName> {
         let r = self.reader;
         let Some(value) = section.get("name") else {
             r.report_missing(
@@ -1189,14 +1194,9 @@ impl Loader<'_, '_> {
             );
             return None;
         };
-        let name = r.string(&value)?;
-        if !is_subscriber_name(&name) {
-            r.report(
-                &value,
-                "must be 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues",
-            );
-            return None;
-        }
+        let name = SubscriberName::try_new(&r.string(&value)?)
+            .map_err(|why| r.report(&value, format!("{why}; it names the subscriber's queues")))
+            .ok()?;
         let here = format!("{}: {}", section.source.path.display(), value.key);
         if let Some(first) = names.insert(name.clone(), here) {
             r.report(&value, format!("`{name}` is already the name of {first}; names are unique"));
@@ -1423,14 +1423,6 @@ impl Loader<'_, '_> {
             .one_of(table.get("encoding"), &[("hex", Encoding::Hex), ("base64", Encoding::Base64)]);
         Some((Scheme::Custom { header: name?, prefix: prefix?, encoding: encoding? }, header?))
     }
-}
-
-/// Whether `name` can be a subscriber's: `[a-z0-9-]{1,64}`.
-///
-/// No dots: the name is the last word of routing keys in the delay ladder.
-pub fn is_subscriber_name(name: &str) -> bool {
-    (1..=64).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod depth;
 mod disposition;
 mod outcome;
 mod pause;
+mod subscriber_name;
 
 pub use self::{
     attempt_log::{AttemptLog, AttemptResult, FailedAttempt},
@@ -18,4 +19,5 @@ pub use self::{
     disposition::{Disposition, DispositionKind, PauseCause},
     outcome::{Failure, FailureKind, Outcome},
     pause::{Pause, Standing, Standings},
+    subscriber_name::{NotAName, SubscriberName},
 };

@@ -61,7 +61,7 @@ impl<Q: Queue> Lane<Q> {
                     () = changed(&mut lane.configured) => continue,
                     () = spoken => continue,
                     () = changed(&mut lane.tries) => {
-                        tracing::info!(subscriber = lane.subscriber.name, "an operator wants a retry now: one batch is tried");
+                        tracing::info!(subscriber = lane.subscriber.name.as_str(), "an operator wants a retry now: one batch is tried");
                         lane.breaker.try_now();
                         continue;
                     }

@@ -36,7 +36,8 @@
 //! event/                    what an event is, topic patterns; the request body
 //!              · inflate · payload · event
 //! delivery/                 the nouns, each defined once
-//!              · outcome · attempt_log · batch · dead_letter · disposition · depth · pause · delivery
+//!              · subscriber_name · outcome · attempt_log · batch · dead_letter · disposition
+//!              · depth · pause · delivery
 //! policy/                   decisions without I/O
 //!              · address · retry · batching · circuit_breaker · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key

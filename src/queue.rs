@@ -25,7 +25,9 @@ pub use self::{
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
-    delivery::{Batch, BatchId, DeadLetter, Depths, MessageKind, Standing, Standings},
+    delivery::{
+        Batch, BatchId, DeadLetter, Depths, MessageKind, Standing, Standings, SubscriberName,
+    },
     telemetry::finding::Finding,
     telemetry::troubles::Troubles,
 };
@@ -46,7 +48,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
     fn prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
-    ) -> impl Future<Output = Result<BTreeSet<String>, QueueError>> + Send;
+    ) -> impl Future<Output = Result<BTreeSet<SubscriberName>, QueueError>> + Send;
 
     /// What is to be done beside the lanes, such as taking away what only earlier configurations
     /// needed. Ends soon after `stopping` became true, with nothing half done that would be done
@@ -120,7 +122,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// It is not known whether it was recorded.
     fn record(
         &self,
-        subscriber: &str,
+        subscriber: &SubscriberName,
         standing: Standing,
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
@@ -167,7 +169,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
     ///
     /// # Errors
     /// The queue cannot be asked.
-    fn bound(&self) -> impl Future<Output = Result<BTreeSet<String>, QueueError>> + Send;
+    fn bound(&self) -> impl Future<Output = Result<BTreeSet<SubscriberName>, QueueError>> + Send;
 
     /// Deletes what there is of a subscriber that is not configured any more.
     ///
@@ -176,7 +178,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
     /// to be lost; or the queue cannot be asked.
     fn prune(
         &self,
-        subscriber: &str,
+        subscriber: &SubscriberName,
         with_events: bool,
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 

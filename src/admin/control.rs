@@ -422,7 +422,7 @@ impl<Q: Queue> Control<Q> {
         if changed || after != before {
             let standing = after.clone().map_or(Standing::Resumed { at: now }, Standing::Paused);
             self.queue
-                .record(name, standing)
+                .record(&subscriber.name, standing)
                 .await
                 .map_err(|e| Refusal::unavailable(format!("it could not be recorded: {e}")))?;
         }

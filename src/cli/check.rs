@@ -88,7 +88,7 @@ fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Fai
     Ok(config
         .subscribers
         .iter()
-        .filter(|s| names.is_empty() || names.contains(&s.name))
+        .filter(|s| names.is_empty() || names.iter().any(|name| s.name == *name))
         .cloned()
         .collect())
 }

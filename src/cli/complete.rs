@@ -52,7 +52,7 @@ pub(super) fn subscribers() -> ArgValueCandidates {
             std::env::args_os().skip_while(|word| word != "--").skip(1).collect();
         config::names_of(&configuration(&words, std::env::var_os("HOME")))
             .into_iter()
-            .map(CompletionCandidate::new)
+            .map(|name| CompletionCandidate::new(name.as_str()))
             .collect()
     })
 }

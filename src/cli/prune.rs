@@ -6,8 +6,8 @@ use super::{
     arguments::Destructive, failed::Failed, open::reach, terminal::confirm, text::visible,
 };
 use crate::{
-    config::{self, AmqpConfig, Backend, Config, Intake},
-    delivery::{Depth, Depths},
+    config::{AmqpConfig, Backend, Config, Intake},
+    delivery::{Depth, Depths, SubscriberName},
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     wording::{agreed, counted},
 };
@@ -36,7 +36,7 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
         };
     }
     for name in &args.subscribers {
-        if !config::is_subscriber_name(name) {
+        if SubscriberName::try_new(name).is_err() {
             return Err(Failed::Usage(format!(
                 "`{name}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`"
             )));
@@ -111,7 +111,7 @@ fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Faile
         confirm("prune", &format!("Delete {what}, with all of this, for good?"))?;
     }
     if args.how.json {
-        let subscriber = |(name, d): (&String, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead });
+        let subscriber = |(name, d): (&SubscriberName, &Depth)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead });
         let subscribers: Vec<_> = depths.subscribers.iter().map(subscriber).collect();
         let (delayed, orphans) = (depths.delayed, depths.orphans);
         println!(
@@ -128,19 +128,19 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     let removed = queue.depths(&config.subscribers).await?.removed;
     let mut bound = queue.bound().await?;
     bound.retain(|name| config.subscribers.iter().all(|s| s.name != *name));
-    if let Some(name) = args.subscribers.iter().find(|name| bound.contains(*name)) {
+    if let Some(name) = args.subscribers.iter().find(|name| bound.contains(name.as_str())) {
         return Err(Failed::Runtime(still_bound(name)));
     }
-    if let Some(name) = args.subscribers.iter().find(|name| !removed.contains_key(*name)) {
+    if let Some(name) = args.subscribers.iter().find(|name| !removed.contains_key(name.as_str())) {
         return Err(Failed::Runtime(format!(
             "there is nothing of a removed subscriber `{name}`; nothing was deleted"
         )));
     }
-    let is_meant = |name: &String| {
+    let is_meant = |name: &SubscriberName| {
         if args.subscribers.is_empty() {
             !bound.contains(name)
         } else {
-            args.subscribers.contains(name)
+            args.subscribers.iter().any(|wanted| *name == *wanted)
         }
     };
     let chosen = removed.iter().filter(|(name, _)| is_meant(name));

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     clock,
     config::{self, Backend, Config},
-    delivery::BatchId,
+    delivery::{BatchId, SubscriberName},
     queue::{Hastened, Queue, Waiting, WaitingList, embedded::EmbeddedQueue},
     supervisor::signal,
     wording::counted,
@@ -77,7 +77,7 @@ impl Command {
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
     let name = command.subscriber();
-    if !config::is_subscriber_name(name) {
+    if SubscriberName::try_new(name).is_err() {
         return Err(Failed::Usage(format!(
             "`{}` is not a subscriber's name: 1 to 64 of a-z, 0-9 and `-`",
             visible(name)

@@ -19,7 +19,7 @@ use super::{
     terminal::{self, wrapped},
     text::{there_are, visible},
 };
-use crate::{clock, config, wording::counted};
+use crate::{clock, delivery::SubscriberName, wording::counted};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -46,7 +46,7 @@ enum Watch {
 fn watch(text: &str) -> Result<Watch, String> {
     match super::arguments::duration(text) {
         Ok(every) => Ok(Watch::Every(every)),
-        Err(_) if config::is_subscriber_name(text) && !text.as_bytes()[0].is_ascii_digit() => {
+        Err(_) if SubscriberName::try_new(text).is_ok() && !text.as_bytes()[0].is_ascii_digit() => {
             Ok(Watch::Of(text.to_owned()))
         }
         Err(why) => Err(why.to_owned()),

@@ -11,6 +11,7 @@ use super::{
     Config, Subscriber,
     keys::{self, Differences, Reloaded},
 };
+use crate::delivery::SubscriberName;
 
 /// What a reload changes, or would.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -26,7 +27,7 @@ pub struct Changes {
 /// What happens to one subscriber.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Change {
-    pub subscriber: String,
+    pub subscriber: SubscriberName,
     pub change: Kind,
     /// Of one that is changed: which keys are, groups as in `retry.max_interval`.
     pub keys: Vec<&'static str>,
@@ -57,7 +58,7 @@ const FEW: usize = 4;
 /// Whether so many subscribers go at once that it looks like files that are away rather than like a
 /// wish: all of them, or more than half of at least four. A lone one that another takes the place
 /// of was given another name.
-pub fn is_drastic(before: &BTreeSet<String>, after: &BTreeSet<String>) -> bool {
+pub fn is_drastic(before: &BTreeSet<SubscriberName>, after: &BTreeSet<SubscriberName>) -> bool {
     let gone = before.difference(after).count();
     let all = gone > 0 && gone == before.len() && (gone > 1 || after.is_empty());
     all || (before.len() >= FEW && gone * 2 > before.len())
@@ -65,7 +66,7 @@ pub fn is_drastic(before: &BTreeSet<String>, after: &BTreeSet<String>) -> bool {
 
 impl Changes {
     /// Who would be removed.
-    pub fn removed(&self) -> BTreeSet<String> {
+    pub fn removed(&self) -> BTreeSet<SubscriberName> {
         self.changes
             .iter()
             .filter(|c| c.change == Kind::Removed)
@@ -76,7 +77,7 @@ impl Changes {
 
 impl Config {
     /// By name.
-    pub fn names(&self) -> BTreeSet<String> {
+    pub fn names(&self) -> BTreeSet<SubscriberName> {
         self.subscribers.iter().map(|s| s.name.clone()).collect()
     }
 
@@ -221,7 +222,7 @@ mod tests {
     #[test]
     fn who_loses_all_subscribers_or_most_of_many_has_to_be_asked() {
         let names =
-            |text: &str| text.split_whitespace().map(str::to_owned).collect::<BTreeSet<_>>();
+            |text: &str| text.split_whitespace().map(SubscriberName::from).collect::<BTreeSet<_>>();
         for (before, after, drastic) in [
             ("", "", false),
             ("", "a", false),

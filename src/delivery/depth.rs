@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::subscriber_name::SubscriberName;
+
 /// How much a subscriber has in its queues, without what lanes have taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Depth {
@@ -30,9 +32,9 @@ impl Depth {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Depths {
     /// By subscriber; those without queues are not there.
-    pub subscribers: BTreeMap<String, Depth>,
+    pub subscribers: BTreeMap<SubscriberName, Depth>,
     /// Of subscribers that are not configured any more and were not pruned.
-    pub removed: BTreeMap<String, Depth>,
+    pub removed: BTreeMap<SubscriberName, Depth>,
     /// Batches of all subscribers whose time to be tried again has not come; `None` where they are
     /// counted for [each](Depth::delayed).
     pub delayed: Option<u64>,

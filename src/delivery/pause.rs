@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
+use super::subscriber_name::SubscriberName;
+
 /// Of each subscriber that was ever paused, what was recorded last.
-pub type Standings = Arc<BTreeMap<String, Standing>>;
+pub type Standings = Arc<BTreeMap<SubscriberName, Standing>>;
 
 /// Whether a subscriber gets what waits for it.
 #[derive(Debug, Clone, PartialEq, Eq)]

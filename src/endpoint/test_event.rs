@@ -8,7 +8,9 @@ use crate::{
     clock,
     config::Subscriber,
     crypto::tls::SystemRoots,
-    delivery::{BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason},
+    delivery::{
+        BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason, SubscriberName,
+    },
     endpoint::webhook::{Rehearsal, Request, Webhook},
     event,
     policy::{
@@ -21,7 +23,7 @@ use crate::{
 /// What came of it.
 #[derive(Debug)]
 pub struct Report {
-    subscriber: String,
+    subscriber: SubscriberName,
     /// Its origin and path, without what looks like a token.
     pub url: String,
     pub body: Vec<u8>,

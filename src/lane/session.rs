@@ -367,7 +367,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
         if !known.is_empty() {
             tracing::debug!(
-                subscriber = self.lane.subscriber.name,
+                subscriber = self.lane.subscriber.name.as_str(),
                 events = recognised,
                 "came again and were known: acked without an attempt"
             );
@@ -375,7 +375,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
         if let Some((_, first)) = dead.first() {
             tracing::warn!(
-                subscriber = self.lane.subscriber.name,
+                subscriber = self.lane.subscriber.name.as_str(),
                 letters = dead.len(),
                 reason = first.reason.name(),
                 error = first.error,
@@ -627,7 +627,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         macro_rules! attempt {
             ($level:ident) => {
                 tracing::$level!(
-                    subscriber = self.lane.subscriber.name,
+                    subscriber = self.lane.subscriber.name.as_str(),
                     batch_id = batch.id.as_str(),
                     attempt = batch.attempts,
                     events = batch.events,
@@ -649,7 +649,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
     }
 
     fn log_change(&self, change: Change) {
-        let subscriber = &self.lane.subscriber.name;
+        let subscriber = self.lane.subscriber.name.as_str();
         match change {
             Change::Opened { failures, open_for } => tracing::warn!(
                 subscriber,

@@ -127,7 +127,7 @@ impl<Q: Queue> State<Q> {
             let known = wait_for(&mut self.standings, |all| all.is_some());
             if tokio::time::timeout(STATE_IS_LATE, known).await.is_err() {
                 tracing::warn!(
-                    subscriber = name,
+                    subscriber = name.as_str(),
                     "nothing is sent before the queue has told whether the subscriber is paused"
                 );
             }
@@ -148,12 +148,20 @@ impl<Q: Queue> State<Q> {
         if let Some(pause) = self.pause.take() {
             // What is recorded only an operator takes back.
             let by = if pause.by == "configuration" { "configuration" } else { "operator" };
-            tracing::info!(subscriber = self.subscriber.name, by, paused_by = pause.by, "resumed");
+            tracing::info!(
+                subscriber = self.subscriber.name.as_str(),
+                by,
+                paused_by = pause.by,
+                "resumed"
+            );
             // What was known of the endpoint is of another time.
             self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
             self.health = Health::default();
         } else if is_new && self.breaker.permit(clock::instant()) != Permit::Flow {
-            tracing::info!(subscriber = self.subscriber.name, "resumed: one batch is tried now");
+            tracing::info!(
+                subscriber = self.subscriber.name.as_str(),
+                "resumed: one batch is tried now"
+            );
             self.breaker.try_now();
         }
     }
@@ -173,7 +181,7 @@ impl<Q: Queue> State<Q> {
                 format!("`hooktrail resume {name}`")
             };
             tracing::warn!(
-                subscriber = name,
+                subscriber = name.as_str(),
                 why,
                 by,
                 "paused: its events wait in the queue until {until}"

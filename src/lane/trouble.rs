@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeSet, fmt};
 
-use crate::telemetry::status::LaneStatus;
+use crate::{delivery::SubscriberName, telemetry::status::LaneStatus};
 
 /// Logs when the queue fails, when it fails for another reason, and when it works again, not each
 /// try. That it can be opened does not mean that it works: some queues open each time and fail at
 /// the first use.
 #[derive(Debug)]
 pub(super) struct Trouble {
-    subscriber: String,
+    subscriber: SubscriberName,
     /// The reasons that were logged since it works no more.
     logged: BTreeSet<String>,
     status: LaneStatus,
@@ -19,7 +19,7 @@ pub(super) struct Trouble {
 const REASONS: usize = 5;
 
 impl Trouble {
-    pub(super) fn new(subscriber: String, status: LaneStatus) -> Self {
+    pub(super) fn new(subscriber: SubscriberName, status: LaneStatus) -> Self {
         Self { subscriber, logged: BTreeSet::new(), status }
     }
 
@@ -28,13 +28,13 @@ impl Trouble {
         self.status.trouble(Some(why.clone()));
         let again = self.is_now();
         if self.logged.len() >= REASONS || !self.logged.insert(why.clone()) {
-            tracing::debug!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
+            tracing::debug!(subscriber = self.subscriber.as_str(), error = %why, "the lane's queue still fails");
         } else if again {
             // A broker that comes back may have lost the queue: that asks for something else than
             // the first reason did.
-            tracing::warn!(subscriber = self.subscriber, error = %why, "the lane's queue still fails");
+            tracing::warn!(subscriber = self.subscriber.as_str(), error = %why, "the lane's queue still fails");
         } else {
-            tracing::warn!(subscriber = self.subscriber, error = %why, "the lane lost its queue; it opens it again");
+            tracing::warn!(subscriber = self.subscriber.as_str(), error = %why, "the lane lost its queue; it opens it again");
         }
     }
 
@@ -45,7 +45,7 @@ impl Trouble {
     pub(super) fn is_over(&mut self) {
         if !std::mem::take(&mut self.logged).is_empty() {
             self.status.trouble(None);
-            tracing::info!(subscriber = self.subscriber, "the lane has its queue again");
+            tracing::info!(subscriber = self.subscriber.as_str(), "the lane has its queue again");
         }
     }
 }
@@ -72,8 +72,8 @@ mod tests {
             .with_writer(writer)
             .finish();
         tracing::subscriber::with_default(subscriber, || {
-            let status = Board::new(Metrics::new(SystemTime::UNIX_EPOCH)).lane("a");
-            let mut trouble = Trouble::new("a".to_owned(), status);
+            let status = Board::new(Metrics::new(SystemTime::UNIX_EPOCH)).lane(&"a".into());
+            let mut trouble = Trouble::new("a".into(), status);
             for why in ["reset", "refused", "refused", "reset", "broken", "broken"] {
                 trouble.is(&why);
             }

@@ -73,7 +73,7 @@ pub use self::{
 use crate::{
     clock,
     config::{AmqpConfig, Intake, Subscriber, Subscribers},
-    delivery::{BatchId, Depth, Depths, Standing, Standings},
+    delivery::{BatchId, Depth, Depths, Standing, Standings, SubscriberName},
     policy::retry::Waits,
     queue::{Hastened, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
     telemetry::{
@@ -98,25 +98,25 @@ struct Inner {
     publisher: OnceLock<Publisher>,
     standings: watch::Sender<Option<Standings>>,
     /// What this daemon has recorded of whom, until it has read that: it counts already.
-    recorded: Mutex<HashMap<String, Standing>>,
+    recorded: Mutex<HashMap<SubscriberName, Standing>>,
     removals: Removals,
     /// Subscribers that the record says were removed.
-    removed: watch::Sender<BTreeSet<String>>,
+    removed: watch::Sender<BTreeSet<SubscriberName>>,
     /// The patterns of those for whom this was made ready last: what they want is not unbound.
-    prepared: tokio::sync::Mutex<HashMap<String, BTreeSet<String>>>,
+    prepared: tokio::sync::Mutex<HashMap<SubscriberName, BTreeSet<String>>>,
     /// The record is followed, so nobody has to read it.
     follows: AtomicBool,
     /// How often this daemon consumes the queue of a subscriber now.
-    consumers: Mutex<HashMap<String, u32>>,
+    consumers: Mutex<HashMap<SubscriberName, u32>>,
     /// When the latest of these consumers began.
     consuming_since: Mutex<Option<Instant>>,
     /// Subscribers whose queue took its connection down when it was consumed: they get one of their
     /// own.
-    suspects: Mutex<HashSet<String>>,
+    suspects: Mutex<HashSet<SubscriberName>>,
     /// By subscriber.
-    remembered: Mutex<HashMap<String, Arc<Remembered>>>,
+    remembered: Mutex<HashMap<SubscriberName, Arc<Remembered>>>,
     /// By subscriber.
-    sizes: Mutex<HashMap<String, Arc<Mutex<Sizes>>>>,
+    sizes: Mutex<HashMap<SubscriberName, Arc<Mutex<Sizes>>>>,
     troubles: watch::Sender<Troubles>,
     /// What the record says that is bound to the exchange of the events, once a daemon has read it;
     /// of a command what it is configured with.
@@ -238,7 +238,7 @@ impl AmqpQueue {
         self.0.follows.load(Ordering::Relaxed)
     }
 
-    fn recorded(&self) -> MutexGuard<'_, HashMap<String, Standing>> {
+    fn recorded(&self) -> MutexGuard<'_, HashMap<SubscriberName, Standing>> {
         self.0.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -246,7 +246,7 @@ impl AmqpQueue {
     async fn try_prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
-    ) -> Result<BTreeSet<String>, QueueError> {
+    ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let patterns = |s: &Arc<Subscriber>| {
             (s.name.clone(), s.events.iter().map(|p| p.as_str().to_owned()).collect())
         };
@@ -258,7 +258,7 @@ impl AmqpQueue {
         let mut unready = BTreeSet::new();
         for s in subscribers {
             if let Err(e) = self.topology().ensure_subscriber(&mut broker, s).await {
-                tracing::error!(subscriber = s.name, error = %e, "its queues are not ready");
+                tracing::error!(subscriber = s.name.as_str(), error = %e, "its queues are not ready");
                 unready.insert(s.name.clone());
             }
         }
@@ -418,7 +418,8 @@ impl AmqpQueue {
     /// which subscriber, shows it.
     pub async fn everything(&self, configured: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let topology = self.topology();
-        let mut names: BTreeSet<String> = configured.iter().map(|s| s.name.clone()).collect();
+        let mut names: BTreeSet<SubscriberName> =
+            configured.iter().map(|s| s.name.clone()).collect();
         names.extend(doctor::names_below(topology).await);
         let asked = state::who_works(self).await?;
         names.extend(asked.known);
@@ -543,10 +544,10 @@ impl AmqpQueue {
     }
 
     /// Until the guard is dropped, this daemon consumes the queue of a subscriber.
-    fn consumes(&self, subscriber: &str) -> Consumes {
-        *self.consumers().entry(subscriber.to_owned()).or_default() += 1;
+    fn consumes(&self, subscriber: &SubscriberName) -> Consumes {
+        *self.consumers().entry(subscriber.clone()).or_default() += 1;
         self.begins_to_consume();
-        Consumes { queue: self.clone(), subscriber: subscriber.to_owned() }
+        Consumes { queue: self.clone(), subscriber: subscriber.clone() }
     }
 
     /// A consumer is about to begin, or to begin again.
@@ -561,25 +562,25 @@ impl AmqpQueue {
         since.is_none_or(|since| clock::instant() - since >= COUNTED)
     }
 
-    fn consumers(&self) -> MutexGuard<'_, HashMap<String, u32>> {
+    fn consumers(&self) -> MutexGuard<'_, HashMap<SubscriberName, u32>> {
         self.0.consumers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What its lost sessions have left.
-    fn remembered(&self, subscriber: &str) -> Arc<Remembered> {
+    fn remembered(&self, subscriber: &SubscriberName) -> Arc<Remembered> {
         let mut all = self.0.remembered.lock().unwrap_or_else(PoisonError::into_inner);
         let now = clock::instant();
         all.retain(|_, left| Arc::strong_count(left) > 1 || !left.is_empty(now));
-        all.entry(subscriber.to_owned()).or_default().clone()
+        all.entry(subscriber.clone()).or_default().clone()
     }
 
     /// What is known of the sizes of its messages.
-    fn sizes(&self, subscriber: &str) -> Arc<Mutex<Sizes>> {
+    fn sizes(&self, subscriber: &SubscriberName) -> Arc<Mutex<Sizes>> {
         self.0
             .sizes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .entry(subscriber.to_owned())
+            .entry(subscriber.clone())
             .or_default()
             .clone()
     }
@@ -621,7 +622,7 @@ impl AmqpQueue {
     }
 
     /// Who was removed and not pruned. A daemon follows the record; a command reads it.
-    async fn removed(&self) -> Result<BTreeSet<String>, QueueError> {
+    async fn removed(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {
         if self.follows() {
             Ok(self.0.removed.borrow().clone())
         } else {
@@ -676,7 +677,7 @@ impl Queue for AmqpQueue {
     async fn prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
-    ) -> Result<BTreeSet<String>, QueueError> {
+    ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         self.publisher(); // connects meanwhile
         let mut preparing = self.outage("making queues and bindings ready");
         loop {
@@ -830,8 +831,12 @@ impl Queue for AmqpQueue {
         self.0.standings.subscribe()
     }
 
-    async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
-        self.recorded().insert(subscriber.to_owned(), standing.clone());
+    async fn record(
+        &self,
+        subscriber: &SubscriberName,
+        standing: Standing,
+    ) -> Result<(), QueueError> {
+        self.recorded().insert(subscriber.clone(), standing.clone());
         if let Err(e) =
             state::record(self.topology(), self.publisher(), subscriber, &standing).await
         {
@@ -841,7 +846,7 @@ impl Queue for AmqpQueue {
         // What is followed brings it too, a little later.
         self.0.standings.send_modify(|all| {
             if let Some(all) = all {
-                Arc::make_mut(all).insert(subscriber.to_owned(), standing);
+                Arc::make_mut(all).insert(subscriber.clone(), standing);
             }
         });
         Ok(())
@@ -881,11 +886,15 @@ impl Queue for AmqpQueue {
         Ok(depths)
     }
 
-    async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
+    async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {
         state::all_bound(self).await
     }
 
-    async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {
+    async fn prune(
+        &self,
+        subscriber: &SubscriberName,
+        with_events: bool,
+    ) -> Result<(), QueueError> {
         let mut broker = self.broker();
         let topology = self.topology();
         let queues = topology.subscriber_queues(subscriber).map(|(queue, _)| queue);
@@ -915,7 +924,7 @@ impl Queue for AmqpQueue {
 #[derive(Debug)]
 struct Consumes {
     queue: AmqpQueue,
-    subscriber: String,
+    subscriber: SubscriberName,
 }
 
 impl Consumes {

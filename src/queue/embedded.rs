@@ -39,7 +39,7 @@ use self::{
 use crate::{
     clock,
     config::{EmbeddedConfig, Subscriber, Subscribers},
-    delivery::{BatchId, Depth, Depths, Pause, Standing, Standings},
+    delivery::{BatchId, Depth, Depths, Pause, Standing, Standings, SubscriberName},
     event::Pattern,
     policy::retry::Waits,
     queue::{
@@ -77,9 +77,9 @@ struct Inner {
     standings: watch::Sender<Option<Standings>>,
     removals: Removals,
     /// For whom this was made ready last.
-    prepared: Mutex<BTreeSet<String>>,
+    prepared: Mutex<BTreeSet<SubscriberName>>,
     /// The latest session of each subscriber.
-    lanes: Mutex<BTreeMap<String, LaneRef>>,
+    lanes: Mutex<BTreeMap<SubscriberName, LaneRef>>,
 }
 
 impl EmbeddedQueue {
@@ -157,7 +157,7 @@ impl EmbeddedQueue {
         &self.0.store
     }
 
-    fn lanes(&self) -> MutexGuard<'_, BTreeMap<String, LaneRef>> {
+    fn lanes(&self) -> MutexGuard<'_, BTreeMap<SubscriberName, LaneRef>> {
         self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -212,7 +212,7 @@ impl EmbeddedQueue {
         subscribers: &[Arc<Subscriber>],
         only_missing: bool,
     ) -> Result<(), QueueError> {
-        let wanted: Vec<(String, String)> =
+        let wanted: Vec<(SubscriberName, String)> =
             subscribers.iter().map(|s| (s.name.clone(), patterns_text(&s.events))).collect();
         let removals = (!only_missing).then(|| self.0.removals.clone());
         let changes =
@@ -328,11 +328,11 @@ impl Queue for EmbeddedQueue {
     async fn prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
-    ) -> Result<BTreeSet<String>, QueueError> {
+    ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         // Before anything is changed: what is refused has changed nothing.
         let mut found = self.store().read(standings).await?;
         self.bind(subscribers, false).await?;
-        let names: BTreeSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
+        let names: BTreeSet<SubscriberName> = subscribers.iter().map(|s| s.name.clone()).collect();
         let before = std::mem::replace(
             &mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner),
             names.clone(),
@@ -454,11 +454,15 @@ impl Queue for EmbeddedQueue {
         self.0.standings.subscribe()
     }
 
-    async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
-        let (name, stands) = (subscriber.to_owned(), standing.clone());
+    async fn record(
+        &self,
+        subscriber: &SubscriberName,
+        standing: Standing,
+    ) -> Result<(), QueueError> {
+        let (name, stands) = (subscriber.clone(), standing.clone());
         self.store().write(move |db: &Connection| set_standing(db, &name, &stands)).await?;
         self.0.standings.send_modify(|all| {
-            drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.to_owned(), standing))
+            drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.clone(), standing))
         });
         Ok(())
     }
@@ -483,7 +487,7 @@ impl Queue for EmbeddedQueue {
         let place = self.store().place();
         // Before the database is read: what is settled meanwhile is not counted at all, and what is
         // taken meanwhile was not taken yet.
-        let in_hand: BTreeMap<String, Held> = self
+        let in_hand: BTreeMap<SubscriberName, Held> = self
             .lanes()
             .iter()
             .filter_map(|(name, lane)| Some((name.clone(), lane.held()?)))
@@ -505,7 +509,7 @@ impl Queue for EmbeddedQueue {
         Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0 })
     }
 
-    async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
+    async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let open = |db: &Connection| {
             let mut query =
                 db.prepare("SELECT DISTINCT subscriber FROM segment WHERE upto IS NULL")?;
@@ -514,8 +518,12 @@ impl Queue for EmbeddedQueue {
         self.store().read(open).await
     }
 
-    async fn prune(&self, subscriber: &str, with_events: bool) -> Result<(), QueueError> {
-        let name = subscriber.to_owned();
+    async fn prune(
+        &self,
+        subscriber: &SubscriberName,
+        with_events: bool,
+    ) -> Result<(), QueueError> {
+        let name = subscriber.clone();
         let delete = move |db: &Connection| {
             let open: bool = db.query_row(
                 "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND upto IS NULL)",
@@ -563,9 +571,9 @@ enum Pruned {
 /// Of everybody who has anything, without what lanes have in hand.
 fn depths(
     db: &Connection,
-    in_hand: &BTreeMap<String, Held>,
-) -> rusqlite::Result<BTreeMap<String, Depth>> {
-    let mut depths: BTreeMap<String, Depth> = BTreeMap::new();
+    in_hand: &BTreeMap<SubscriberName, Held>,
+) -> rusqlite::Result<BTreeMap<SubscriberName, Depth>> {
+    let mut depths: BTreeMap<SubscriberName, Depth> = BTreeMap::new();
     for (name, events) in backlogs(db, in_hand)? {
         depths.entry(name).or_default().events = events.into();
     }
@@ -573,7 +581,7 @@ fn depths(
     let mut query = db.prepare("SELECT subscriber, id, due <= ?1 FROM retry")?;
     let mut rows = query.query([now])?;
     while let Some(row) = rows.next()? {
-        let (name, id): (String, i64) = (row.get(0)?, row.get(1)?);
+        let (name, id): (SubscriberName, i64) = (row.get(0)?, row.get(1)?);
         let is_held = in_hand.get(&name).is_some_and(|held| held.envelopes.contains(&id));
         let depth = depths.entry(name).or_default();
         match (is_held, row.get(2)?) {
@@ -590,7 +598,7 @@ fn depths(
     Ok(depths)
 }
 
-fn standings(db: &Connection) -> rusqlite::Result<BTreeMap<String, Standing>> {
+fn standings(db: &Connection) -> rusqlite::Result<BTreeMap<SubscriberName, Standing>> {
     let mut query =
         db.prepare_cached("SELECT subscriber, why, by, since, resumed_at FROM standing")?;
     let rows = query.query_map([], |r| {
@@ -652,11 +660,11 @@ fn newest(db: &Connection) -> rusqlite::Result<i64> {
 /// Returns what was changed, for the log. Without `removals` only what is missing is added.
 fn sync_segments(
     db: &Connection,
-    wanted: &[(String, String)],
+    wanted: &[(SubscriberName, String)],
     removals: Option<&Removals>,
 ) -> rusqlite::Result<Vec<String>> {
     let newest = newest(db)?;
-    let open: Vec<(i64, String, String)> = db
+    let open: Vec<(i64, SubscriberName, String)> = db
         .prepare("SELECT id, subscriber, patterns FROM segment WHERE upto IS NULL")?
         .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))?
         .collect::<rusqlite::Result<_>>()?;
@@ -679,7 +687,8 @@ fn sync_segments(
         )?;
     }
     if let Some(removals) = removals {
-        let wanted: BTreeSet<String> = wanted.iter().map(|(name, _)| name.clone()).collect();
+        let wanted: BTreeSet<SubscriberName> =
+            wanted.iter().map(|(name, _)| name.clone()).collect();
         removals.judge(&open.iter().map(|(_, name, _)| name.clone()).collect(), &wanted);
         for (id, name, patterns) in
             open.iter().filter(|(_, name, _)| !wanted.contains(name) && removals.may_unbind(name))
@@ -719,13 +728,13 @@ fn end_segment(
 /// How many events each subscriber has still to get, without those that its lane has in hand.
 fn backlogs(
     db: &Connection,
-    in_hand: &BTreeMap<String, Held>,
-) -> rusqlite::Result<Vec<(String, u32)>> {
-    let mut found: Vec<(String, u32)> = Vec::new();
+    in_hand: &BTreeMap<SubscriberName, Held>,
+) -> rusqlite::Result<Vec<(SubscriberName, u32)>> {
+    let mut found: Vec<(SubscriberName, u32)> = Vec::new();
     let segments = db
         .prepare("SELECT subscriber, patterns, after, coalesce(upto, 9223372036854775807) FROM segment ORDER BY subscriber, after")?
         .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?
-        .collect::<rusqlite::Result<Vec<(String, String, i64, i64)>>>()?;
+        .collect::<rusqlite::Result<Vec<(SubscriberName, String, i64, i64)>>>()?;
     for (subscriber, patterns, after, upto) in segments {
         let (mut waiting, held) = (0, in_hand.get(&subscriber).map(|held| &held.events));
         each_waiting(db, &subscriber, &parse_patterns(&patterns), after, upto, |seq| {
@@ -899,7 +908,7 @@ mod tests {
         queue.trim().await.expect("trims");
         assert_eq!(stored(&queue).await, 1, "that of `last`");
         let left = queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts");
-        assert_eq!(left, [("a".to_owned(), 0), ("last".to_owned(), 1)]);
+        assert_eq!(left, [("a".into(), 0), ("last".into(), 1)]);
     }
 
     #[tokio::test]
@@ -941,7 +950,7 @@ mod tests {
             }
             let left =
                 queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts");
-            assert_eq!(left, [("a".to_owned(), u32::try_from(expected.len()).expect("few"))]);
+            assert_eq!(left, [("a".into(), u32::try_from(expected.len()).expect("few"))]);
         }
         let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
         let last = take(&mut source).await;
@@ -1008,7 +1017,7 @@ mod tests {
                     .await
                     .expect("settles");
                 if queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts")
-                    != [("a".to_owned(), 0)]
+                    != [("a".into(), 0)]
                 {
                     receipts.extend(take().await.0);
                 }
@@ -1055,8 +1064,9 @@ mod tests {
             })
         };
         tokio::task::yield_now().await;
-        let mut a = std::pin::pin!(queue.record("a", paused("one")));
-        let mut b = std::pin::pin!(queue.record("b", paused("two")));
+        let names = ["a", "b"].map(SubscriberName::from);
+        let mut a = std::pin::pin!(queue.record(&names[0], paused("one")));
+        let mut b = std::pin::pin!(queue.record(&names[1], paused("two")));
         tokio::select! {
             biased;
             _ = &mut a => panic!("it is held"),
@@ -1068,10 +1078,7 @@ mod tests {
         b.await.expect("is recorded");
         a.await.expect("is recorded");
         let known = queue.standings().borrow().clone().expect("known");
-        assert_eq!(
-            *known,
-            [("a".to_owned(), paused("one")), ("b".to_owned(), paused("two"))].into()
-        );
+        assert_eq!(*known, [("a".into(), paused("one")), ("b".into(), paused("two"))].into());
         assert_eq!(queue.store().read(standings).await.expect("reads"), *known);
     }
 
@@ -1133,7 +1140,7 @@ mod tests {
         settler.settle(receipts, Settlement::Delivered).await.expect("settles");
         assert_eq!(
             queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts"),
-            [("a".to_owned(), 9), ("b".to_owned(), 0)]
+            [("a".into(), 9), ("b".into(), 0)]
         );
         chores.abort();
     }
@@ -1215,7 +1222,7 @@ mod tests {
             since: SystemTime::UNIX_EPOCH,
             by: "operator".to_owned(),
         });
-        queue.record("b", paused.clone()).await.expect("is recorded");
+        queue.record(&"b".into(), paused.clone()).await.expect("is recorded");
         let everything = async || {
             let segments = "SELECT group_concat(subscriber || ' ' || patterns || ' ' || after || ' ' || coalesce(upto, '-')) FROM segment";
             let all = |db: &Connection| {
@@ -1229,7 +1236,7 @@ mod tests {
         };
         let before = everything().await;
         let refused = async |with_events| {
-            queue.prune("b", with_events).await.expect_err("refuses").to_string()
+            queue.prune(&"b".into(), with_events).await.expect_err("refuses").to_string()
         };
         assert!(refused(true).await.contains("still gets events"));
         assert_eq!(everything().await, before);

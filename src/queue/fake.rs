@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::{
     config::{Subscriber, Subscribers},
-    delivery::{Batch, BatchId, Depths, MessageKind, Standing, Standings},
+    delivery::{Batch, BatchId, Depths, MessageKind, Standing, Standings, SubscriberName},
     telemetry::finding::Finding,
 };
 
@@ -34,8 +34,8 @@ impl Default for Fake {
 struct State {
     standings: watch::Sender<Option<Standings>>,
     next_tag: u64,
-    events: BTreeMap<String, VecDeque<String>>,
-    unsettled: BTreeMap<u64, (String, String)>,
+    events: BTreeMap<SubscriberName, VecDeque<String>>,
+    unsettled: BTreeMap<u64, (SubscriberName, String)>,
     /// Subscribers whose next `take` panics.
     panics: Vec<String>,
     /// What the next settlements answer; `Ok` when there is none left.
@@ -72,7 +72,7 @@ impl Fake {
     pub(crate) fn put(&self, subscriber: &str, bodies: &[&str]) {
         self.with(|s| {
             s.events
-                .entry(subscriber.to_owned())
+                .entry(subscriber.into())
                 .or_default()
                 .extend(bodies.iter().map(|b| (*b).to_owned()))
         });
@@ -111,7 +111,7 @@ impl Fake {
 #[derive(Debug, Clone)]
 pub(crate) struct End {
     fake: Fake,
-    subscriber: String,
+    subscriber: SubscriberName,
 }
 
 impl Queue for Fake {
@@ -119,7 +119,7 @@ impl Queue for Fake {
     type Settler = End;
     type DeadLetters = End;
 
-    async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<BTreeSet<String>, QueueError> {
+    async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<BTreeSet<SubscriberName>, QueueError> {
         Ok(BTreeSet::new())
     }
 
@@ -145,7 +145,11 @@ impl Queue for Fake {
         self.with(|s| s.standings.subscribe())
     }
 
-    async fn record(&self, subscriber: &str, standing: Standing) -> Result<(), QueueError> {
+    async fn record(
+        &self,
+        subscriber: &SubscriberName,
+        standing: Standing,
+    ) -> Result<(), QueueError> {
         if let Some(held) = self.with(|s| s.held.take()) {
             held.begun.add_permits(1);
             held.goes_on.acquire().await.expect("is not closed").forget();
@@ -153,7 +157,7 @@ impl Queue for Fake {
         self.with(|s| {
             s.standings.send_modify(|all| {
                 Arc::make_mut(all.get_or_insert_default())
-                    .insert(subscriber.to_owned(), standing)
+                    .insert(subscriber.clone(), standing)
                     .map_or((), drop)
             })
         });
@@ -176,11 +180,11 @@ impl Queue for Fake {
         Ok(Depths::default())
     }
 
-    async fn bound(&self) -> Result<BTreeSet<String>, QueueError> {
+    async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {
         Ok(BTreeSet::new())
     }
 
-    async fn prune(&self, _: &str, _: bool) -> Result<(), QueueError> {
+    async fn prune(&self, _: &SubscriberName, _: bool) -> Result<(), QueueError> {
         Ok(())
     }
 
@@ -214,7 +218,7 @@ impl Source for End {
             let panics = self.fake.with(|s| {
                 s.panics
                     .iter()
-                    .position(|p| *p == self.subscriber)
+                    .position(|p| self.subscriber == *p)
                     .map(|n| s.panics.remove(n))
                     .is_some()
             });

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::config::changes::is_drastic;
+use crate::{config::changes::is_drastic, delivery::SubscriberName};
 
 /// Says which subscribers a queue may unbind. Clones are the same.
 ///
@@ -32,21 +32,25 @@ enum Judged {
     #[default]
     Not,
     /// All may be unbound but these.
-    Kept(BTreeSet<String>),
+    Kept(BTreeSet<SubscriberName>),
     Held(HeldRemovals),
 }
 
 /// Of all that were `bound` when the daemon started, `missing` are not configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldRemovals {
-    pub bound: BTreeSet<String>,
-    pub missing: BTreeSet<String>,
+    pub bound: BTreeSet<SubscriberName>,
+    pub missing: BTreeSet<SubscriberName>,
 }
 
 impl Removals {
     /// For the queue, when it knows who is bound by what came before, and each time that others are
     /// configured.
-    pub(crate) fn judge(&self, bound: &BTreeSet<String>, wanted: &BTreeSet<String>) {
+    pub(crate) fn judge(
+        &self,
+        bound: &BTreeSet<SubscriberName>,
+        wanted: &BTreeSet<SubscriberName>,
+    ) {
         self.judged.send_if_modified(|judged| {
             let new = match judged {
                 Judged::Kept(_) => return false,
@@ -87,7 +91,7 @@ impl Removals {
 
     /// These are configured from now on, and in use when the answer is dropped. What was held at
     /// the start stays so unless an operator has asked for this.
-    pub fn configure(&self, names: BTreeSet<String>, by_operator: bool) -> Changing {
+    pub fn configure(&self, names: BTreeSet<SubscriberName>, by_operator: bool) -> Changing {
         self.changing.store(true, Ordering::SeqCst);
         let mut before = Judged::Not;
         self.judged.send_modify(|judged| {
@@ -142,9 +146,9 @@ impl fmt::Display for HeldRemovals {
 }
 
 /// The first few names of many, and how many there are beside them.
-pub fn some_of(names: &BTreeSet<String>) -> String {
+pub fn some_of(names: &BTreeSet<SubscriberName>) -> String {
     const SHOWN: usize = 5;
-    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let shown = names.iter().take(SHOWN).map(SubscriberName::as_str).collect::<Vec<_>>().join(", ");
     match names.len().saturating_sub(SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),
@@ -155,8 +159,8 @@ pub fn some_of(names: &BTreeSet<String>) -> String {
 mod tests {
     use super::*;
 
-    fn names(text: &str) -> BTreeSet<String> {
-        text.split_whitespace().map(str::to_owned).collect()
+    fn names(text: &str) -> BTreeSet<SubscriberName> {
+        text.split_whitespace().map(SubscriberName::from).collect()
     }
 
     #[test]

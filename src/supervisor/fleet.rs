@@ -25,6 +25,7 @@ use crate::{
         keys::{Affects, Differences},
     },
     crypto::tls::SystemRoots,
+    delivery::SubscriberName,
     endpoint::webhook::Webhook,
     lane::{Lane, Served},
     policy::retry::Waits,
@@ -82,7 +83,7 @@ pub enum Ended {
     Drained,
     /// These subscribers still had requests in flight at the deadline, or when somebody was in a
     /// hurry; they are delivered again.
-    Deadline(BTreeSet<String>),
+    Deadline(BTreeSet<SubscriberName>),
 }
 
 /// Other subscribers than before, and whom to tell when they are served.
@@ -90,7 +91,7 @@ pub enum Ended {
 pub struct Change {
     pub subscribers: Subscribers,
     /// Who of them is not bound yet; an error means that nothing was changed.
-    pub done: oneshot::Sender<Result<BTreeSet<String>, QueueError>>,
+    pub done: oneshot::Sender<Result<BTreeSet<SubscriberName>, QueueError>>,
 }
 
 /// What a run is given from outside.
@@ -162,7 +163,7 @@ pub async fn run<Q: Queue>(
                     tracing::error!(error = %e, "a chore beside the lanes panicked and is not done any more until a restart");
                 }
             }
-            Some(ended) = fleet.keepers.join_next() => fleet.ended(&ended.unwrap_or_else(resume)),
+            Some(ended) = fleet.keepers.join_next() => fleet.ended(ended.unwrap_or_else(resume)),
             Some(Change { subscribers, done }) = changes.recv() => {
                 let changed = tokio::select! {
                     changed = fleet.change(subscribers) => changed,
@@ -219,7 +220,7 @@ pub async fn run<Q: Queue>(
 
 /// For whoever watches it end: what it is that takes the time, how long at most, and how to have it
 /// shorter.
-fn say_what_is_waited_for(in_flight: &BTreeMap<String, u32>, shutdown_timeout: Duration) {
+fn say_what_is_waited_for(in_flight: &BTreeMap<SubscriberName, u32>, shutdown_timeout: Duration) {
     let requests: u32 = in_flight.values().sum();
     let deadline = clock::now().checked_add(shutdown_timeout).map(clock::rfc3339_seconds);
     tracing::info!(
@@ -232,7 +233,7 @@ fn say_what_is_waited_for(in_flight: &BTreeMap<String, u32>, shutdown_timeout: D
 }
 
 /// A keeper holds no code that panics; if it does, so does the process.
-fn resume(e: JoinError) -> String {
+fn resume(e: JoinError) -> SubscriberName {
     std::panic::resume_unwind(e.into_panic())
 }
 
@@ -242,8 +243,8 @@ struct Fleet<Q> {
     tls: SystemRoots,
     board: Board,
     subscribers: watch::Sender<Subscribers>,
-    lanes: BTreeMap<String, Running>,
-    keepers: JoinSet<String>,
+    lanes: BTreeMap<SubscriberName, Running>,
+    keepers: JoinSet<SubscriberName>,
 }
 
 /// A lane and what it is told.
@@ -256,7 +257,7 @@ struct Running {
 
 /// What is made ready before anything is changed: the endpoints of subscribers that are new or
 /// changed.
-type Endpoints = BTreeMap<String, Served>;
+type Endpoints = BTreeMap<SubscriberName, Served>;
 
 impl<Q: Queue> Fleet<Q> {
     fn new(queue: Q, board: Board) -> Result<Self, QueueError> {
@@ -293,7 +294,10 @@ impl<Q: Queue> Fleet<Q> {
     }
 
     /// Returns who is not bound yet, as far as that is known.
-    async fn change(&mut self, subscribers: Subscribers) -> Result<BTreeSet<String>, QueueError> {
+    async fn change(
+        &mut self,
+        subscribers: Subscribers,
+    ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let plan = self.plan(&subscribers)?;
         // What is bound anew is bound before anything is unbound, which is a chore.
         let not_bound = match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
@@ -310,7 +314,7 @@ impl<Q: Queue> Fleet<Q> {
     }
 
     /// Those who are new, or want other events than before.
-    fn to_be_bound(&self, subscribers: &[Arc<Subscriber>]) -> BTreeSet<String> {
+    fn to_be_bound(&self, subscribers: &[Arc<Subscriber>]) -> BTreeSet<SubscriberName> {
         let before = self.subscribers.borrow();
         let is_same = |old: &Subscriber, s: &Subscriber| {
             !Differences::between(old, s).affect(Affects::Bindings)
@@ -328,7 +332,7 @@ impl<Q: Queue> Fleet<Q> {
                 lane.again = None;
                 if !lane.drain.send_replace(true) {
                     tracing::warn!(
-                        subscriber = name,
+                        subscriber = name.as_str(),
                         "removed: its requests in flight finish, its backlog stays until `hooktrail prune`"
                     );
                 }
@@ -344,7 +348,7 @@ impl<Q: Queue> Fleet<Q> {
         self.subscribers.send_replace(subscribers);
     }
 
-    fn start(&mut self, name: String, served: Served) {
+    fn start(&mut self, name: SubscriberName, served: Served) {
         let (configured, drain) = (watch::Sender::new(served), watch::Sender::new(false));
         self.keepers.spawn(keep(
             name.clone(),
@@ -357,15 +361,15 @@ impl<Q: Queue> Fleet<Q> {
     }
 
     /// A lane has drained.
-    fn ended(&mut self, name: &str) {
-        match self.lanes.remove(name).and_then(|lane| lane.again) {
-            Some(served) => self.start(name.to_owned(), served),
-            None => self.board.forget(name),
+    fn ended(&mut self, name: SubscriberName) {
+        match self.lanes.remove(&name).and_then(|lane| lane.again) {
+            Some(served) => self.start(name, served),
+            None => self.board.forget(&name),
         }
     }
 
     /// Tells all lanes to come to an end; returns whose they are.
-    fn drain(&self) -> BTreeSet<String> {
+    fn drain(&self) -> BTreeSet<SubscriberName> {
         for lane in self.lanes.values() {
             lane.drain.send_replace(true);
         }
@@ -375,12 +379,12 @@ impl<Q: Queue> Fleet<Q> {
 
 /// Runs a lane, and runs it again after a panic. Returns the subscriber's name.
 async fn keep<Q: Queue>(
-    name: String,
+    name: SubscriberName,
     configured: watch::Receiver<Served>,
     queue: Q,
     status: LaneStatus,
     mut drain: watch::Receiver<bool>,
-) -> String {
+) -> SubscriberName {
     let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
     loop {
         let lane = Lane::new(configured.clone(), queue.clone(), status.clone());
@@ -391,7 +395,7 @@ async fn keep<Q: Queue>(
             Some(Err(e)) => {
                 status.panicked();
                 let wait = waits.grow();
-                tracing::error!(subscriber = name, error = %e, again_in_s = wait.as_secs_f64(), "the lane panicked; what it held comes again");
+                tracing::error!(subscriber = name.as_str(), error = %e, again_in_s = wait.as_secs_f64(), "the lane panicked; what it held comes again");
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
                     _ = drain.wait_for(|d| *d) => return name,

@@ -11,6 +11,7 @@ use crate::{
         self, Config, ConfigError, LogConfig, Subscribers,
         changes::{Changes, Kind, is_drastic},
     },
+    delivery::SubscriberName,
     queue::{QueueError, Removals, some_of},
     supervisor::fleet::Change,
     telemetry::{log, metrics::Metrics},
@@ -64,7 +65,7 @@ impl Because {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// Whose.
-    pub subscribers: BTreeSet<String>,
+    pub subscribers: BTreeSet<SubscriberName>,
     /// What waits, and what makes it happen.
     pub why: String,
 }
@@ -75,7 +76,7 @@ pub struct Reloaded {
     pub changes: Changes,
     /// Subscribers whose queue could not be bound: that is tried again without end, and events of
     /// an exchange pass it by until then.
-    pub not_bound: BTreeSet<String>,
+    pub not_bound: BTreeSet<SubscriberName>,
 }
 
 /// Why the configuration was not changed.
@@ -260,7 +261,10 @@ impl Reloader {
     }
 
     /// Gives the supervisor other subscribers; returns who is not bound yet.
-    async fn change(&self, subscribers: Subscribers) -> Result<BTreeSet<String>, Unchanged> {
+    async fn change(
+        &self,
+        subscribers: Subscribers,
+    ) -> Result<BTreeSet<SubscriberName>, Unchanged> {
         let (done, answer) = oneshot::channel();
         self.0.changes.send(Change { subscribers, done }).await.map_err(|_| Unchanged::Stopping)?;
         Ok(answer.await.map_err(|_| Unchanged::Stopping)??)
@@ -312,7 +316,7 @@ impl Reloader {
 }
 
 /// A line for each reload, however many subscribers it is about.
-fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
+fn tell(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because: &str) {
     let Changes { changes, settings, needs_restart } = changes;
     if changes.is_empty() && settings.is_empty() {
         tracing::info!(because, "the configuration was read again; it means the same");
@@ -337,7 +341,7 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
     for c in changes {
         tracing::debug!(
             because,
-            subscriber = c.subscriber,
+            subscriber = c.subscriber.as_str(),
             change = c.change.name(),
             keys = c.keys.join(", "),
             "reloaded a subscriber"
@@ -346,7 +350,7 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<String>, because: &str) {
     for subscriber in not_bound {
         tracing::error!(
             because,
-            subscriber,
+            subscriber = subscriber.as_str(),
             "not bound yet, which is tried again without end: until then events of an exchange pass it by, and a relay waits"
         );
     }

@@ -23,7 +23,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    delivery::{DispositionKind, FailureKind, Reason},
+    delivery::{DispositionKind, FailureKind, Reason, SubscriberName},
     policy::circuit_breaker::CircuitState,
 };
 
@@ -532,11 +532,11 @@ impl Metrics {
 
     /// What still waits for subscribers that are not configured any more; those that are not named
     /// are no more.
-    pub fn set_removed(&self, removed: &BTreeMap<String, u64>) {
+    pub fn set_removed(&self, removed: &BTreeMap<SubscriberName, u64>) {
         let family = &self.0.gauges["removed_subscriber_messages"];
         family.clear();
         for (name, messages) in removed {
-            family.get_or_create(&vec![("subscriber", name.clone())]).set(*messages as f64);
+            family.get_or_create(&vec![("subscriber", name.to_string())]).set(*messages as f64);
         }
     }
 
@@ -828,7 +828,7 @@ mod tests {
     fn every_metric_is_exposed_once_it_is_used_and_no_other() {
         let m = metrics();
         m.subscriber("a");
-        m.set_removed(&[("gone".to_owned(), 3)].into());
+        m.set_removed(&[("gone".into(), 3)].into());
         m.set_delayed_retries(1);
         m.set_orphans(2);
         m.set_queue_up(true);

@@ -14,7 +14,7 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    delivery::{Depth, Depths, DispositionKind, FailureKind, Pause, Reason},
+    delivery::{Depth, Depths, DispositionKind, FailureKind, Pause, Reason, SubscriberName},
     policy::circuit_breaker::CircuitState,
     telemetry::{
         metrics::{Exposition, Metrics, SubscriberMetrics},
@@ -50,7 +50,7 @@ pub struct Board(Arc<BoardInner>);
 #[derive(Debug)]
 struct BoardInner {
     metrics: Metrics,
-    lanes: Mutex<BTreeMap<String, LaneStatus>>,
+    lanes: Mutex<BTreeMap<SubscriberName, LaneStatus>>,
     depths: watch::Sender<Option<Looked>>,
     wanted: Notify,
     troubles: Mutex<Option<watch::Receiver<Troubles>>>,
@@ -84,10 +84,10 @@ impl Board {
     }
 
     /// Of a subscriber that is configured now.
-    pub fn lane(&self, subscriber: &str) -> LaneStatus {
+    pub fn lane(&self, subscriber: &SubscriberName) -> LaneStatus {
         let new =
             || LaneStatus(Arc::new(Mutex::new(Seen::new(self.0.metrics.subscriber(subscriber)))));
-        lock(&self.0.lanes).entry(subscriber.to_owned()).or_insert_with(new).clone()
+        lock(&self.0.lanes).entry(subscriber.clone()).or_insert_with(new).clone()
     }
 
     /// Has one batch tried as soon as none is under way, if the subscriber's circuit is open or its
@@ -149,7 +149,7 @@ impl Board {
     }
 
     /// Requests without an answer, of each subscriber that has any.
-    pub fn in_flight(&self) -> BTreeMap<String, u32> {
+    pub fn in_flight(&self) -> BTreeMap<SubscriberName, u32> {
         let lanes = lock(&self.0.lanes);
         lanes
             .iter()
@@ -707,7 +707,7 @@ mod tests {
     #[test]
     fn the_state_is_what_an_operator_has_to_know_first() {
         let (board, now, time) = (board(), clock::instant(), clock::now());
-        let lane = board.lane("a");
+        let lane = board.lane(&"a".into());
         let state = || board.view("a", now, time).expect("it is there").state;
         assert_eq!(state(), State::Ok);
         let ended = |failure| Ended { disposition: DispositionKind::Retry, failure, took: secs(1) };
@@ -739,7 +739,7 @@ mod tests {
     #[test]
     fn a_request_without_an_answer_is_told_of_unless_others_are_accepted() {
         let (board, now, time) = (board(), clock::instant(), clock::now());
-        let lane = board.lane("a");
+        let lane = board.lane(&"a".into());
         let state = |after: Duration| {
             board.view("a", now + after, time + after).expect("it is there").state
         };
@@ -766,7 +766,7 @@ mod tests {
     #[test]
     fn rates_and_percentiles_are_of_the_latest() {
         let (board, start, time) = (board(), clock::instant(), clock::now());
-        let lane = board.lane("a");
+        let lane = board.lane(&"a".into());
         for n in 0..100 {
             let failure = if n % 10 == 0 { failed(time) } else { None };
             lane.ended(
@@ -799,7 +799,7 @@ mod tests {
     #[test]
     fn the_oldest_event_is_in_hand_or_in_a_retry() {
         let (board, now, time) = (board(), clock::instant(), clock::now());
-        let lane = board.lane("a");
+        let lane = board.lane(&"a".into());
         lane.holds(2, Some(time - secs(10)));
         lane.scheduled("msg_1", time + secs(60), time - secs(30), time);
         lane.scheduled("msg_2", time + secs(30), time - secs(20), time);
@@ -838,11 +838,11 @@ mod tests {
     #[test]
     fn a_look_at_the_queues_is_told_by_subscriber() {
         let board = board();
-        board.lane("a");
+        board.lane(&"a".into());
         let depth = Depth { events: 5, retries: 1, delayed: 3, dead: 2 };
         let depths = Depths {
-            subscribers: [("a".to_owned(), depth)].into(),
-            removed: [("gone".to_owned(), depth)].into(),
+            subscribers: [("a".into(), depth)].into(),
+            removed: [("gone".into(), depth)].into(),
             delayed: Some(7),
             orphans: 4,
         };

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::delivery::SubscriberName;
+
 /// What keeps a queue from its work, by what it is about, each with its cause. It ends by itself or
 /// needs an operator; whoever asks how the daemon is has to see it either way.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -14,7 +16,7 @@ pub enum Harms {
     Queue,
     /// Every lane.
     Lanes,
-    Subscriber(String),
+    Subscriber(SubscriberName),
 }
 
 impl Troubles {
@@ -62,6 +64,6 @@ impl Troubles {
             self.0.values().find(|(harms, _)| concerns(harms)).map(|(_, why)| why.as_str())
         };
         find(&|harms| *harms == Harms::Lanes)
-            .or_else(|| find(&|harms| matches!(harms, Harms::Subscriber(s) if s == name)))
+            .or_else(|| find(&|harms| matches!(harms, Harms::Subscriber(s) if *s == name)))
     }
 }

@@ -11,8 +11,8 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::{
     cli::{complete, failed::Failed, text::visible},
-    clock, config,
-    delivery::{DeadLetter, MessageKind, Reason},
+    clock,
+    delivery::{DeadLetter, MessageKind, Reason, SubscriberName},
     event::{Pattern, event_type},
     queue::Held,
     wording,
@@ -229,7 +229,7 @@ impl Which {
     /// With `--orphans` the first word is a letter unless it can be a subscriber's name.
     pub(super) fn checked(mut self) -> Result<Self, Failed> {
         match self.subscriber.take() {
-            Some(name) if config::is_subscriber_name(&name) => self.subscriber = Some(name),
+            Some(name) if SubscriberName::try_new(&name).is_ok() => self.subscriber = Some(name),
             Some(letter) if self.orphans => {
                 self.letters.insert(0, letter.parse().unwrap_or(Name::Id(letter)))
             }

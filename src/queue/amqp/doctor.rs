@@ -30,6 +30,7 @@ use crate::{
     clock,
     config::{Intake, Subscriber},
     crypto::secret::SecretUrl,
+    delivery::SubscriberName,
     queue::{QueueError, Window},
     telemetry::finding::{Finding, Severity, shell_word, summarized},
     wording::counted,
@@ -115,7 +116,7 @@ fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
 }
 
 /// Subscribers that have queues under the prefix, as far as the management API tells.
-pub(super) async fn names_below(topology: &Topology) -> BTreeSet<String> {
+pub(super) async fn names_below(topology: &Topology) -> BTreeSet<SubscriberName> {
     let rows = async {
         let uri = topology.url().expose().as_str().parse().ok()?;
         Management::try_new(topology.management_url()?, &uri)
@@ -126,7 +127,7 @@ pub(super) async fn names_below(topology: &Topology) -> BTreeSet<String> {
     };
     let rows = rows.await.unwrap_or_default();
     let name = |row: &Row| match topology.part(&row.name) {
-        Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => Some(s.to_owned()),
+        Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => SubscriberName::try_new(s).ok(),
         _ => None,
     };
     rows.iter().filter_map(name).collect()
@@ -710,7 +711,7 @@ impl Look<'_> {
 
     /// Of subscribers that only earlier configurations had.
     fn not_configured(&mut self, rows: &[Row]) {
-        let mut left: BTreeMap<String, [u64; 3]> = BTreeMap::new();
+        let mut left: BTreeMap<SubscriberName, [u64; 3]> = BTreeMap::new();
         for row in rows {
             let (name, kind) = match self.topology.part(&row.name) {
                 Some(Part::Main(s)) => (s, 0),
@@ -718,8 +719,9 @@ impl Look<'_> {
                 Some(Part::Dead(s)) => (s, 2),
                 _ => continue,
             };
+            let Ok(name) = SubscriberName::try_new(name) else { continue };
             if self.subscribers.iter().all(|s| s.name != name) {
-                left.entry(name.to_owned()).or_default()[kind] += row.messages;
+                left.entry(name).or_default()[kind] += row.messages;
             }
         }
         self.left(left);
@@ -752,7 +754,7 @@ impl Look<'_> {
     }
 
     /// Events, batches and dead letters of each.
-    fn left(&mut self, left: BTreeMap<String, [u64; 3]>) {
+    fn left(&mut self, left: BTreeMap<SubscriberName, [u64; 3]>) {
         let findings = left.into_iter().map(|(name, [events, batches, dead])| {
             let about = format!("subscriber `{name}`");
             if events + batches + dead == 0 {

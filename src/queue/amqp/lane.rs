@@ -33,7 +33,7 @@ use super::{
 use crate::{
     clock,
     config::Subscriber,
-    delivery::MessageKind,
+    delivery::{MessageKind, SubscriberName},
     failpoint::{Step, reached},
     queue::{self, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
@@ -376,7 +376,7 @@ pub struct Settler(Arc<Inner>);
 
 struct Inner {
     queue: AmqpQueue,
-    subscriber: String,
+    subscriber: SubscriberName,
     /// The bytes that an event of it can have.
     most: usize,
     topology: Topology,

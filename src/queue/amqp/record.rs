@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock,
-    delivery::{Pause, Standing, Standings},
+    delivery::{Pause, Standing, Standings, SubscriberName},
 };
 
 /// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds
@@ -19,7 +19,7 @@ use crate::{
 #[serde(untagged)]
 pub(super) enum Record {
     Bound {
-        subscriber: String,
+        subscriber: SubscriberName,
         /// Missing in records of version 0.1.0 before the exchange was recorded: it is today's.
         #[serde(default)]
         exchange: Option<String>,
@@ -27,7 +27,7 @@ pub(super) enum Record {
         at: String,
     },
     Removed {
-        subscriber: String,
+        subscriber: SubscriberName,
         removed: bool,
         /// Its queues were deleted.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -35,7 +35,7 @@ pub(super) enum Record {
         at: String,
     },
     Standing {
-        subscriber: String,
+        subscriber: SubscriberName,
         paused: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
@@ -47,7 +47,7 @@ pub(super) enum Record {
     },
     /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has
     /// bound.
-    Asked { asked: String },
+    Asked { asked: SubscriberName },
     /// Written when reading begins, to know where the end is.
     Mark { mark: String },
 }
@@ -60,13 +60,13 @@ pub(super) struct Bound {
 }
 
 /// Patterns of subscribers' queues, by subscriber, as far as they are the record's.
-pub(super) type Patterns = BTreeMap<String, BTreeSet<String>>;
+pub(super) type Patterns = BTreeMap<SubscriberName, BTreeSet<String>>;
 
-pub(super) type Bindings = BTreeMap<String, Bound>;
+pub(super) type Bindings = BTreeMap<SubscriberName, Bound>;
 
 impl Record {
-    pub(super) fn of(subscriber: &str, standing: &Standing) -> Self {
-        let subscriber = subscriber.to_owned();
+    pub(super) fn of(subscriber: &SubscriberName, standing: &Standing) -> Self {
+        let subscriber = subscriber.clone();
         match standing.clone() {
             Standing::Paused(Pause { why, since, by }) => {
                 Self::Standing { subscriber, paused: true, why: Some(why), by: Some(by), at: since }
@@ -84,18 +84,18 @@ pub(super) struct Recorded {
     pub(super) bindings: Bindings,
     pub(super) standings: Standings,
     /// Whose queues may still be there.
-    pub(super) removed: BTreeSet<String>,
+    pub(super) removed: BTreeSet<SubscriberName>,
     /// Of whom it was asked who works for them, without an answer yet.
-    pub(super) asked: BTreeSet<String>,
+    pub(super) asked: BTreeSet<SubscriberName>,
 }
 
 /// What a record was about.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum About {
-    Bindings(String),
-    Pruned(String),
-    Standing(String),
-    Asked(String),
+    Bindings(SubscriberName),
+    Pruned(SubscriberName),
+    Standing(SubscriberName),
+    Asked(SubscriberName),
     Nothing,
 }
 
@@ -109,18 +109,19 @@ impl Recorded {
     /// Records that say the same, and nothing of what was before.
     pub(super) fn records(&self) -> Vec<Record> {
         let at = now();
-        let removed = |name: &String| Record::Removed {
+        let removed = |name: &SubscriberName| Record::Removed {
             subscriber: name.clone(),
             removed: true,
             pruned: false,
             at: at.clone(),
         };
-        let bound = |(name, Bound { exchange, patterns }): (&String, &Bound)| Record::Bound {
-            subscriber: name.clone(),
-            exchange: Some(exchange.clone()),
-            patterns: patterns.clone(),
-            at: at.clone(),
-        };
+        let bound =
+            |(name, Bound { exchange, patterns }): (&SubscriberName, &Bound)| Record::Bound {
+                subscriber: name.clone(),
+                exchange: Some(exchange.clone()),
+                patterns: patterns.clone(),
+                at: at.clone(),
+            };
         let standings = self.standings.iter().map(|(name, standing)| Record::of(name, standing));
         // Who answers a question takes it out of those that were asked, so that comes last.
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
@@ -217,10 +218,8 @@ mod tests {
             exchange: exchange.to_owned(),
             patterns: patterns.iter().map(|p| (*p).to_owned()).collect(),
         };
-        let expected = [
-            ("a".to_owned(), bound("today's", &["y.#", "z"])),
-            ("c".to_owned(), bound("old", &["#"])),
-        ];
+        let expected =
+            [("a".into(), bound("today's", &["y.#", "z"])), ("c".into(), bound("old", &["#"]))];
         assert_eq!(recorded.bindings, Bindings::from(expected));
     }
 
@@ -239,17 +238,14 @@ mod tests {
             "x",
         );
         for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
-            let line = serde_json::to_string(&Record::of(name, standing)).expect("prints");
+            let line = serde_json::to_string(&Record::of(&name.into(), standing)).expect("prints");
             assert_eq!(
                 recorded.apply(serde_json::from_str(&line).expect("a record"), "x"),
-                About::Standing(name.to_owned()),
+                About::Standing(name.into()),
                 "{line}"
             );
         }
-        assert_eq!(
-            *recorded.standings,
-            [("a".to_owned(), paused), ("b".to_owned(), resumed)].into()
-        );
+        assert_eq!(*recorded.standings, [("a".into(), paused), ("b".into(), resumed)].into());
         assert_eq!(recorded.bindings.len(), 1);
     }
 

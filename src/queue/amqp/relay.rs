@@ -32,7 +32,7 @@ use super::{
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
-    delivery::{AttemptLog, DeadLetter, MessageKind, Reason},
+    delivery::{AttemptLog, DeadLetter, MessageKind, Reason, SubscriberName},
     event::event_type,
     failpoint::{Step, reached},
     policy::batching::BatchPolicy,
@@ -252,7 +252,7 @@ impl Relay<'_> {
                         self.unbound.notify_one();
                         tracing::warn!(
                             routing_key = message.routing_key,
-                            subscriber = s.name,
+                            subscriber = s.name.as_str(),
                             "no queue is bound for an event that is wanted; it goes there directly"
                         );
                     }
@@ -370,7 +370,7 @@ pub(super) struct Sweep<'a> {
     pub(super) consuming: &'a Pool,
     pub(super) declaring: &'a Pool,
     pub(super) publisher: &'a Publisher,
-    pub(super) configured: HashSet<String>,
+    pub(super) configured: HashSet<SubscriberName>,
     /// How many there were when none of them was of a configured subscriber, and how often that was
     /// looked at.
     pub(super) foreign: Option<(u32, u32)>,
@@ -385,7 +385,8 @@ const GLANCES: u32 = 60;
 impl Sweep<'_> {
     /// From now on these are configured.
     pub(super) fn configure(&mut self, subscribers: &[Arc<Subscriber>]) {
-        let configured: HashSet<String> = subscribers.iter().map(|s| s.name.clone()).collect();
+        let configured: HashSet<SubscriberName> =
+            subscribers.iter().map(|s| s.name.clone()).collect();
         if configured != self.configured {
             self.configured = configured;
             self.foreign = None;

@@ -33,7 +33,7 @@ use super::{
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
-    delivery::Standing,
+    delivery::{Standing, SubscriberName},
     failpoint::{Step, reached},
     queue::QueueError,
     telemetry::outage::ReportedOutage,
@@ -74,7 +74,7 @@ enum Unrecorded {
 pub(super) async fn record(
     topology: &Topology,
     publisher: &Publisher,
-    subscriber: &str,
+    subscriber: &SubscriberName,
     standing: &Standing,
 ) -> Result<(), QueueError> {
     write(topology, publisher, &Record::of(subscriber, standing)).await
@@ -84,24 +84,20 @@ pub(super) async fn record(
 pub(super) async fn forget(
     topology: &Topology,
     publisher: &Publisher,
-    subscriber: &str,
+    subscriber: &SubscriberName,
 ) -> Result<(), QueueError> {
-    let pruned = Record::Removed {
-        subscriber: subscriber.to_owned(),
-        removed: true,
-        pruned: true,
-        at: now(),
-    };
+    let pruned =
+        Record::Removed { subscriber: subscriber.clone(), removed: true, pruned: true, at: now() };
     write(topology, publisher, &pruned).await
 }
 
 /// Reads the stream for who was removed and not pruned; for commands, which do not follow it.
-pub(super) async fn removed(queue: &AmqpQueue) -> Result<BTreeSet<String>, QueueError> {
+pub(super) async fn removed(queue: &AmqpQueue) -> Result<BTreeSet<SubscriberName>, QueueError> {
     Ok(read(queue).await?.removed)
 }
 
 /// Reads the stream for who is bound; for commands, which do not follow it.
-pub(super) async fn all_bound(queue: &AmqpQueue) -> Result<BTreeSet<String>, QueueError> {
+pub(super) async fn all_bound(queue: &AmqpQueue) -> Result<BTreeSet<SubscriberName>, QueueError> {
     Ok(read(queue).await?.bindings.into_keys().collect())
 }
 
@@ -109,9 +105,9 @@ pub(super) async fn all_bound(queue: &AmqpQueue) -> Result<BTreeSet<String>, Que
 #[derive(Debug, Default)]
 pub(super) struct Asked {
     /// All subscribers that the record tells of.
-    pub(super) known: BTreeSet<String>,
+    pub(super) known: BTreeSet<SubscriberName>,
     /// One for which a daemon works now.
-    pub(super) works: Option<String>,
+    pub(super) works: Option<SubscriberName>,
 }
 
 /// Asks every daemon whether it works for one of those that are bound, and waits a little for an
@@ -136,7 +132,7 @@ pub(super) async fn who_works(queue: &AmqpQueue) -> Result<Asked, QueueError> {
         None
     };
     let works = timeout(2 * ANSWERED, answered).await.ok().flatten();
-    let mut known: BTreeSet<String> = recorded.bindings.into_keys().collect();
+    let mut known: BTreeSet<SubscriberName> = recorded.bindings.into_keys().collect();
     known.extend(recorded.removed);
     known.extend(recorded.standings.keys().cloned());
     Ok(Asked { known, works })
@@ -226,10 +222,10 @@ pub(super) async fn ever_bound(
     topology: &Topology,
     pool: &Pool,
     records: u32,
-) -> Result<BTreeSet<String>, QueueError> {
+) -> Result<BTreeSet<SubscriberName>, QueueError> {
     let Opened { lease, records: mut consumer, recorded, passed } =
         snapshot::open(pool, topology).await?;
-    let mut found: BTreeSet<String> =
+    let mut found: BTreeSet<SubscriberName> =
         recorded.bindings.into_keys().chain(recorded.removed).collect();
     for _ in passed..u64::from(records) {
         let Ok(Some(next)) = timeout(QUIET, consumer.next()).await else { break };
@@ -251,24 +247,24 @@ pub(super) struct Reconciler<'a> {
     subscribers: Subscribers,
     wanted: Bindings,
     /// Subscribers about whom it was logged already that daemons do not agree.
-    differing: BTreeSet<String>,
+    differing: BTreeSet<SubscriberName>,
     /// Subscribers that this daemon has unbound, and those of them that another then bound again.
-    removed: BTreeSet<String>,
-    wanted_elsewhere: BTreeMap<String, Instant>,
+    removed: BTreeSet<SubscriberName>,
+    wanted_elsewhere: BTreeMap<SubscriberName, Instant>,
     /// Records of bindings that this daemon has written and not read yet.
-    echoes: BTreeMap<String, u32>,
+    echoes: BTreeMap<SubscriberName, u32>,
     /// How often it was seen that another daemon works for a subscriber that is not configured
     /// here.
-    looks: BTreeMap<String, u32>,
+    looks: BTreeMap<SubscriberName, u32>,
     /// When the others were asked whether they work for a subscriber that nobody consumes.
-    asked: BTreeMap<String, Instant>,
+    asked: BTreeMap<SubscriberName, Instant>,
     /// What was logged already of what cannot be bound or unbound.
     refused: BTreeSet<String>,
     /// Subscribers that are bound to the exchange that is configured now, and in the record to an
     /// earlier one, which cannot be unbound.
-    between: BTreeSet<String>,
+    between: BTreeSet<SubscriberName>,
     /// Subscribers that are not configured any more and cannot be unbound.
-    stuck: BTreeSet<String>,
+    stuck: BTreeSet<SubscriberName>,
     /// Of what is configured now.
     reconciled: bool,
     /// The record has been read to its end at least once.
@@ -495,7 +491,7 @@ impl<'a> Reconciler<'a> {
     }
 
     /// A standing was read. If this daemon has written it, it need not be remembered any more.
-    fn has_read(&self, name: &str, recorded: &Recorded) {
+    fn has_read(&self, name: &SubscriberName, recorded: &Recorded) {
         let mut own = self.queue.recorded();
         // As they are written, which has milliseconds.
         let text = |standing: &Standing| serde_json::to_string(&Record::of(name, standing)).ok();
@@ -507,10 +503,10 @@ impl<'a> Reconciler<'a> {
 
     /// Tells of one subscriber alone: of another this daemon may have recorded something that is
     /// still to come.
-    fn stands(&self, name: &str, recorded: &Recorded) {
+    fn stands(&self, name: &SubscriberName, recorded: &Recorded) {
         if let Some(standing) = recorded.standings.get(name).cloned() {
             self.queue.0.standings.send_modify(|all| {
-                drop(Arc::make_mut(all.get_or_insert_default()).insert(name.to_owned(), standing))
+                drop(Arc::make_mut(all.get_or_insert_default()).insert(name.clone(), standing))
             });
         }
     }
@@ -587,7 +583,7 @@ impl<'a> Reconciler<'a> {
         &mut self,
         broker: &mut Broker<'_>,
         recorded: &mut Recorded,
-        name: &str,
+        name: &SubscriberName,
     ) -> Result<(), QueueError> {
         if !self.is_echo(name, recorded) {
             self.is_elsewhere(name, recorded);
@@ -677,7 +673,7 @@ impl<'a> Reconciler<'a> {
     async fn unbind_old(
         &mut self,
         broker: &mut Broker<'_>,
-        name: &str,
+        name: &SubscriberName,
         old: Option<&Bound>,
         wanted: &Bound,
     ) -> BTreeSet<String> {
@@ -689,7 +685,7 @@ impl<'a> Reconciler<'a> {
             }
             if self.unbind(broker, name, exchange, pattern).await {
                 tracing::warn!(
-                    subscriber = name,
+                    subscriber = name.as_str(),
                     exchange,
                     pattern,
                     "unbound a pattern that is not configured any more"
@@ -756,13 +752,14 @@ impl<'a> Reconciler<'a> {
         // Who has answered may be gone by now, and is asked again.
         let moment = clock::instant();
         self.wanted_elsewhere.retain(|_, since| moment - *since < BELIEVED);
-        let may_unbind = |name: &String| self.queue.0.removals.may_unbind(name);
-        let removed = |name: &String| {
+        let may_unbind = |name: &SubscriberName| self.queue.0.removals.may_unbind(name);
+        let removed = |name: &SubscriberName| {
             !self.wanted.contains_key(name)
                 && !self.wanted_elsewhere.contains_key(name)
                 && may_unbind(name)
         };
-        let removed: Vec<String> = recorded.keys().filter(|name| removed(name)).cloned().collect();
+        let removed: Vec<SubscriberName> =
+            recorded.keys().filter(|name| removed(name)).cloned().collect();
         let alone = removed.is_empty() || self.is_alone(broker).await;
         for name in removed {
             let queue = self.topology.main(&name);
@@ -782,7 +779,7 @@ impl<'a> Reconciler<'a> {
                 // The first may have seen this daemon's own consumer a moment too long.
                 if *looks == 2 {
                     tracing::warn!(
-                        subscriber = name,
+                        subscriber = name.as_str(),
                         "not configured here, but another daemon delivers its events: it stays bound until nobody does"
                     );
                 }
@@ -815,7 +812,7 @@ impl<'a> Reconciler<'a> {
             self.asked.remove(&name);
             self.stuck.remove(&name);
             tracing::warn!(
-                subscriber = name,
+                subscriber = name.as_str(),
                 queue,
                 "a subscriber that is not configured any more was unbound; its backlog stays"
             );
@@ -862,7 +859,11 @@ impl<'a> Reconciler<'a> {
     }
 
     /// Another daemon asks who works for a subscriber.
-    async fn answer(&mut self, recorded: &mut Bindings, name: &str) -> Result<(), QueueError> {
+    async fn answer(
+        &mut self,
+        recorded: &mut Bindings,
+        name: &SubscriberName,
+    ) -> Result<(), QueueError> {
         let Some(wanted) = self.wanted.get(name) else { return Ok(()) };
         let bound = recorded.get(name).unwrap_or(wanted).clone();
         self.record(recorded, name, bound).await
@@ -870,14 +871,14 @@ impl<'a> Reconciler<'a> {
 
     /// Another daemon has written of a subscriber. Who writes that is alive, also if it consumes
     /// nothing just now.
-    fn is_elsewhere(&mut self, name: &str, recorded: &Recorded) {
+    fn is_elsewhere(&mut self, name: &SubscriberName, recorded: &Recorded) {
         if self.wanted.contains_key(name) || !recorded.bindings.contains_key(name) {
             return;
         }
         let asked = self.asked.remove(name).is_some();
-        if self.wanted_elsewhere.insert(name.to_owned(), clock::instant()).is_none() && asked {
+        if self.wanted_elsewhere.insert(name.clone(), clock::instant()).is_none() && asked {
             tracing::warn!(
-                subscriber = name,
+                subscriber = name.as_str(),
                 "not configured here, but another daemon has it: it stays bound"
             );
         }
@@ -891,11 +892,11 @@ impl<'a> Reconciler<'a> {
         &mut self,
         broker: &mut Broker<'_>,
         recorded: &mut Recorded,
-        name: &str,
+        name: &SubscriberName,
         unrecorded: Unrecorded,
     ) -> Result<(), QueueError> {
         let recorded = &mut recorded.bindings;
-        let Some(s) = self.subscribers.iter().find(|s| s.name == name).cloned() else {
+        let Some(s) = self.subscribers.iter().find(|s| s.name == *name).cloned() else {
             return Ok(());
         };
         let Some(wanted) = self.wanted.get(name).cloned() else { return Ok(()) };
@@ -906,13 +907,13 @@ impl<'a> Reconciler<'a> {
         }
         if found.is_none() && unrecorded == Unrecorded::Lost {
             tracing::warn!(
-                subscriber = name,
+                subscriber = name.as_str(),
                 stream = self.topology.state(),
                 "it is not in the record any more, and is written again"
             );
-        } else if self.differing.insert(name.to_owned()) {
+        } else if self.differing.insert(name.clone()) {
             tracing::error!(
-                subscriber = name,
+                subscriber = name.as_str(),
                 "another daemon with the same [queue] prefix has another configuration of this subscriber, or none; \
                  its queue is bound with what both say: give all daemons the same configuration and restart them"
             );
@@ -938,19 +939,19 @@ impl<'a> Reconciler<'a> {
     async fn record(
         &mut self,
         recorded: &mut Bindings,
-        name: &str,
+        name: &SubscriberName,
         bound: Bound,
     ) -> Result<(), QueueError> {
         let Bound { exchange, patterns } = bound.clone();
-        *self.echoes.entry(name.to_owned()).or_default() += 1;
+        *self.echoes.entry(name.clone()).or_default() += 1;
         self.write(&Record::Bound {
-            subscriber: name.to_owned(),
+            subscriber: name.clone(),
             exchange: Some(exchange),
             patterns,
             at: now(),
         })
         .await?;
-        recorded.insert(name.to_owned(), bound);
+        recorded.insert(name.clone(), bound);
         Ok(())
     }
 
@@ -993,9 +994,9 @@ mod tests {
         );
         let mut recorded = Recorded::default();
         let mut read = |standing: &Standing| {
-            let line = serde_json::to_string(&Record::of("a", standing)).expect("prints");
+            let line = serde_json::to_string(&Record::of(&"a".into(), standing)).expect("prints");
             recorded.apply(serde_json::from_str(&line).expect("a record"), "x");
-            reconciler.has_read("a", &recorded);
+            reconciler.has_read(&"a".into(), &recorded);
             reconciler.stand_all(&recorded);
             queue
                 .0
@@ -1009,7 +1010,7 @@ mod tests {
         };
         read(&resumed);
         // It is confirmed, and stands behind the mark.
-        queue.recorded().insert("a".to_owned(), Standing::Paused(paused.clone()));
+        queue.recorded().insert("a".into(), Standing::Paused(paused.clone()));
         assert_eq!(read(&resumed), Standing::Paused(paused.clone()));
         assert!(matches!(read(&Standing::Paused(paused)), Standing::Paused(_)));
         assert!(
@@ -1027,11 +1028,14 @@ mod tests {
         let mut recorded = Recorded::default();
         // `gone` was recorded by this daemon and taken out of its configuration before that was
         // read.
-        reconciler.echoes.insert("gone".to_owned(), 1);
+        reconciler.echoes.insert("gone".into(), 1);
         for (by, elsewhere) in [("this one", false), ("another", true)] {
             let line = r##"{"subscriber":"gone","patterns":["#"],"at":"2026-01-01T00:00:00Z"}"##;
             recorded.apply(serde_json::from_str(line).expect("a record"), "x");
-            reconciler.has_come(&mut broker, &mut recorded, "gone").await.expect("asks nobody");
+            reconciler
+                .has_come(&mut broker, &mut recorded, &"gone".into())
+                .await
+                .expect("asks nobody");
             assert_eq!(
                 reconciler.wanted_elsewhere.contains_key("gone"),
                 elsewhere,

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     clock,
     config::Subscriber,
+    delivery::SubscriberName,
     event::Pattern,
     queue::QueueError,
     telemetry::{outage::ReportedOutage, troubles::Harms},
@@ -434,7 +435,7 @@ impl AmqpQueue {
             }
             bound = state::bound(self).await?;
         }
-        let wanted: Vec<(&String, &String)> = bound
+        let wanted: Vec<(&SubscriberName, &String)> = bound
             .iter()
             .flat_map(|(name, all)| all.iter().filter(|p| matches(p)).map(move |p| (name, p)))
             .collect();
@@ -446,7 +447,7 @@ impl AmqpQueue {
             let sound = *self.0.sound.lock().unwrap_or_else(PoisonError::into_inner);
             let since = sound.map(clock::rfc3339_seconds);
             tracing::error!(
-                subscriber,
+                subscriber = subscriber.as_str(),
                 pattern,
                 since,
                 "an event reached no queue although a pattern matches it: bindings were missing and are put back; what was published \

@@ -14,7 +14,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use super::{from_millis, is_for, millis, parse_patterns, store::Store};
 use crate::{
     clock,
-    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
+    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, SubscriberName, cut_error},
     event::{Pattern, payload::Format},
     queue::{
         self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken,
@@ -53,7 +53,7 @@ struct Segment {
 #[derive(Debug)]
 struct Shared {
     store: Store,
-    subscriber: String,
+    subscriber: SubscriberName,
     taken: Mutex<InHand>,
     /// Held over a write, so that the cursor only rises.
     writing: AsyncMutex<()>,
@@ -176,10 +176,10 @@ impl Shared {
 pub(super) async fn open(
     store: Store,
     news: watch::Receiver<u64>,
-    subscriber: &str,
+    subscriber: &SubscriberName,
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
-    let name = subscriber.to_owned();
+    let name = subscriber.clone();
     // Asked where writes are done in their order: what a lane that panicked had begun to write is
     // seen.
     let began = (clock::instant(), clock::now());
@@ -192,7 +192,7 @@ pub(super) async fn open(
     let cursor = segments.first().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
-        subscriber: subscriber.to_owned(),
+        subscriber: subscriber.clone(),
         taken: Mutex::new(InHand {
             looked_at: cursor,
             cursor,

@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, ToSql, TransactionBehavior,
+    types::{FromSql, FromSqlError, FromSqlResult, ToSqlOutput, ValueRef},
+};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::timeout,
@@ -20,9 +23,22 @@ use tokio::{
 use super::place::{Place, other_than};
 use crate::{
     clock,
+    delivery::SubscriberName,
     failpoint::{Step, reached},
     queue::QueueError,
 };
+
+impl ToSql for SubscriberName {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        self.as_str().to_sql()
+    }
+}
+
+impl FromSql for SubscriberName {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        Self::try_new(value.as_str()?).map_err(FromSqlError::other)
+    }
+}
 
 /// Each takes the schema one version further; the first from an empty file. Never changed once
 /// released.
