@@ -59,6 +59,7 @@
 //!              · repair · retry · run · status · test · cli
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
+//!              plan/ · forecast · print · json
 //! fuzzing.rs                what must hold for bytes of strangers; not part of the program
 //! ```
 //!

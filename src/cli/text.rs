@@ -1,6 +1,11 @@
 //! Text for people.
 
-use std::{io::Write as _, time::SystemTime};
+use std::{
+    io::Write as _,
+    time::{Duration, SystemTime},
+};
+
+use bytesize::ByteSize;
 
 use crate::{clock, config};
 
@@ -21,6 +26,57 @@ pub(super) fn print(line: &str) -> bool {
 /// A point in time to the second, or what stands for none.
 pub(super) fn time(at: Option<SystemTime>, none: &str) -> String {
     at.map_or_else(|| none.to_owned(), clock::rfc3339_seconds)
+}
+
+/// A number of bytes in units of 1024.
+pub(super) fn size(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
+}
+
+/// With commas between thousands.
+pub(super) fn grouped(n: impl Into<u64>) -> String {
+    let digits = n.into().to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, c) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// A duration as its two largest units, rounded: `46h 34m`, `2m 15s`, `1.5s`.
+pub(super) fn span(d: Duration) -> String {
+    if d.is_zero() {
+        return "0s".to_owned();
+    }
+    if d < Duration::from_millis(9950) {
+        let tenths = (d.as_millis() + 50) / 100;
+        return match (tenths, tenths % 10) {
+            (0, _) => format!("{}ms", d.as_millis().max(1)),
+            (_, 0) => format!("{}s", tenths / 10),
+            (_, rest) => format!("{}.{rest}s", tenths / 10),
+        };
+    }
+    // (seconds of a unit, its letter): the largest that the time holds, and the next one below it.
+    const UNITS: [(u64, char); 4] = [(86_400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')];
+    let round = |unit: u64| (d.as_secs_f64() / unit as f64).round() as u64 * unit;
+    // Days only where hours are hard to read; the retry schedules are spoken of in hours.
+    let from = if round(3600) >= 100 * 3600 { 0 } else { 1 };
+    for (n, (unit, letter)) in UNITS.iter().enumerate().skip(from) {
+        let Some((below, small)) = UNITS.get(n + 1) else { break };
+        let rounded = round(*below);
+        if rounded >= *unit {
+            let rest = rounded % unit / below;
+            return if rest == 0 {
+                format!("{}{letter}", rounded / unit)
+            } else {
+                format!("{}{letter} {rest}{small}", rounded / unit)
+            };
+        }
+    }
+    format!("{}s", round(1))
 }
 
 /// What may have been meant by a name that nobody has, and which names there are.
@@ -67,6 +123,28 @@ mod tests {
         assert_eq!(
             visible("é \u{1b}[2J\u{7f}\u{9b}1m\t\r\n"),
             r"é \u{1b}[2J\u{7f}\u{9b}1m\u{9}\u{d}\u{a}"
+        );
+    }
+
+    #[test]
+    fn durations_are_told_by_their_two_largest_units() {
+        for (ms, told) in [
+            (0, "0s"),
+            (3, "3ms"),
+            (1500, "1.5s"),
+            (9999, "10s"),
+            (59_600, "1m"),
+            (135_000, "2m 15s"),
+            (3_599_900, "1h"),
+            (21_600_000, "6h"),
+            (168_000_000, "46h 40m"),
+            (900_000_000, "10d 10h"),
+        ] {
+            assert_eq!(span(Duration::from_millis(ms)), told);
+        }
+        assert_eq!(
+            (grouped(1_u32), grouped(1000_u32), grouped(51_841_u64)),
+            ("1".to_owned(), "1,000".to_owned(), "51,841".to_owned())
         );
     }
 }
