@@ -36,16 +36,17 @@ impl Round<'_> {
         let file = embedded.file();
         let holds = Duration::from_millis(self.rng.random_range(100..3000));
         self.tell(&format!("another process locks the database for {holds:?}"));
-        let lock = tokio::task::spawn_blocking(move || {
-            let db = rusqlite::Connection::open(file).ok()?;
-            db.busy_timeout(Duration::from_secs(5)).ok()?;
-            db.execute_batch("BEGIN IMMEDIATE").ok()?;
-            Some(db)
-        });
-        tokio::spawn(async move {
-            let locked = lock.await;
-            tokio::time::sleep(holds).await; // the fault itself
-            drop(locked); // rolls back
+        // A thread of its own, not a task: while a daemon opens the queue under its lock, the round
+        // waits for that lock on the runtime's threads, and a task there could not end the fault.
+        std::thread::spawn(move || {
+            let Ok(db) = rusqlite::Connection::open(file) else { return };
+            let locked = db
+                .busy_timeout(Duration::from_secs(5))
+                .and_then(|()| db.execute_batch("BEGIN IMMEDIATE"));
+            if locked.is_ok() {
+                #[allow(clippy::disallowed_methods, reason = "its own thread, and the fault itself")]
+                std::thread::sleep(holds); // the drop rolls back
+            }
         });
         self.disturbances.push(Disturbance {
             what: "locked".to_owned(),
