@@ -1,4 +1,4 @@
-//! What delivery costs, against the floor: a bare consumer of the same broker that drains the same
+//! The cost of delivery, against the floor: a bare consumer of the same broker that drains the same
 //! number of the same events with multiple acks, and does nothing with them.
 //!
 //! `cargo bench --bench delivery` starts a broker of its own unless HOOKTRAIL_TEST_AMQP_URL names
@@ -10,7 +10,7 @@
     clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a benchmark looks at the clock and prints"
+    reason = "a benchmark reads the clock and prints"
 )]
 
 mod shared;
@@ -38,7 +38,7 @@ use support::{
     eventually,
 };
 
-/// What one run took.
+/// The figures of one run.
 #[derive(Clone, Copy)]
 struct Figures {
     seconds: f64,
@@ -98,7 +98,7 @@ async fn compare() {
     println!("\npeak memory of hooktrail with a backlog of {backlog} events: {peak:.1} MiB");
 }
 
-/// The floor, in a process of its own so that its CPU and memory can be told.
+/// The floor, in a process of its own, so that its CPU time and memory can be measured.
 async fn floor(broker: &Broker, events: u64) -> Figures {
     let queue = format!("{}.floor", broker.prefix);
     let (connection, channel) = broker.channel().await;

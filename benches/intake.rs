@@ -1,4 +1,4 @@
-//! What the embedded queue and its intake cost, against SQLite's floor: one connection in this
+//! The cost of the embedded queue and its intake, against SQLite's floor: one connection in this
 //! process that makes the same number of commits of the same rows, with the same settings.
 //!
 //! `cargo bench --bench intake`. HOOKTRAIL_BENCH_EVENTS (300000) and HOOKTRAIL_BENCH_ROUNDS (3)
@@ -9,7 +9,7 @@
     clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a benchmark looks at the clock and prints"
+    reason = "a benchmark reads the clock and prints"
 )]
 
 mod shared;
@@ -42,7 +42,7 @@ fn main() {
     support::run(compare());
 }
 
-/// What taking in events came to.
+/// The figures of an intake of events.
 struct Intake {
     seconds: f64,
     cpu_seconds: f64,
@@ -125,11 +125,11 @@ fn line(name: &str, values: impl Iterator<Item = f64> + Clone) {
 /// Takes in events for a subscriber whose circuit opens at once, so that nothing else goes on.
 async fn intake(per_client: u64, events: u64) -> Intake {
     let addr = format!("127.0.0.1:{}", free_port());
-    let nobody = format!("http://127.0.0.1:{}/", free_port());
+    let unreachable = format!("http://127.0.0.1:{}/", free_port());
     let breaker = "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }";
     let setup = embedded(&format!(
         "[admin]\nlisten = \"{addr}\"\n{GROUPS}{}",
-        subscriber("bench", &nobody, breaker)
+        subscriber("bench", &unreachable, breaker)
     ));
     let daemon = setup.start().await;
     // One event to open the circuit.

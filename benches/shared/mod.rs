@@ -1,4 +1,4 @@
-//! What the benchmarks have in common: an event, the cheapest receiver, a process's figures.
+//! Shared by the benchmarks: an event, the cheapest receiver, a process's figures.
 
 use std::{
     sync::{
@@ -91,7 +91,7 @@ async fn answer(mut stream: TcpStream, counter: Arc<Counter>) {
         }
         buffer.drain(..head + length);
         let now = Instant::now();
-        // All events have the same length, so the body's tells their number.
+        // All events have the same length, so the length of a body gives their number.
         counter
             .events
             .fetch_add(((length - FRAME + 1) / (EVENT.len() + 1)) as u64, Ordering::Relaxed);

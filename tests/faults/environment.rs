@@ -44,7 +44,7 @@ impl Environment {
         Self { dir, control }
     }
 
-    /// What to put before `exec` in a line for the shell.
+    /// The part of a shell line before `exec`.
     pub(crate) fn variables(&self) -> String {
         format!(
             "LD_PRELOAD={} HOOKTRAIL_TEST_ENVIRONMENT={}/control",

@@ -9,7 +9,7 @@ use crate::{
     world::Place,
 };
 
-/// What can be done to a round.
+/// A fault that a round can inflict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     KillDaemon,
@@ -29,7 +29,7 @@ pub(crate) enum Fault {
     FolderGone,
     /// The file that they are in ends between two of them, for a moment.
     FileCut,
-    /// Nobody reads the daemons' logs.
+    /// The daemons' logs have no reader.
     LogUnread,
     // The broker and the way to it.
     Cut,
@@ -113,8 +113,8 @@ impl Fault {
         Self::QueueUnbound,
         Self::LevelDeleted,
     ];
-    /// What others do to queue and configuration. A round begins with two of these, so that a few
-    /// rounds have had them all.
+    /// Faults made by others, of queue and configuration. A round begins with two of these, so that
+    /// a few rounds have had them all.
     const DEALT: [Self; 6] = [
         Self::ExchangeRedeclared,
         Self::LevelDeleted,
@@ -127,8 +127,7 @@ impl Fault {
     const EMBEDDED: [Self; 5] =
         [Self::Clock, Self::DiskFails, Self::DiskFails, Self::Locked, Self::TakeOver];
 
-    /// What the round of a seed begins with; `wanted` are the names of others that it is to begin
-    /// with instead.
+    /// The faults that a round of this seed begins with; `wanted` names others instead.
     pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {
         if let Some(wanted) = wanted {
             let all = || Self::COMMON.into_iter().chain(Self::BROKER).chain(Self::EMBEDDED);
@@ -168,7 +167,7 @@ impl Fault {
     }
 }
 
-/// What ends a fault that lasts.
+/// The end of a fault that lasts.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Heal {
     Mood(usize),

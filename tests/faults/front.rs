@@ -26,7 +26,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{subscribers::pick, support::tls::Authority};
 
-/// How it treats its connections.
+/// The treatment of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Manners {
     /// HTTP/1.1: the last answer of a connection does not end well, or a connection is closed when
@@ -80,13 +80,13 @@ impl Front {
         Self { address, dir, task }
     }
 
-    /// Whose certificates to trust.
+    /// The certificate authority to trust.
     pub(crate) fn ca_file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
 }
 
-/// How a connection of HTTP/1.1 ends.
+/// The end of an HTTP/1.1 connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ending {
     /// The last answer has no length: its body ends with the connection, which ends without
@@ -120,7 +120,7 @@ async fn abrupt(
 ) -> io::Result<()> {
     let (mut client, mut receiver) = (BufReader::new(client), BufReader::new(receiver));
     let ending = *pick(&ENDINGS, &mut rng);
-    // What a new connection brings is answered.
+    // Requests on new connections are answered.
     for _ in 0..rng.random_range(1..5) {
         pass_on(&mut client, &mut receiver).await?;
         let answer = Message::read(&mut receiver).await?;
@@ -250,7 +250,7 @@ impl Frame {
     }
 }
 
-/// What is known of a connection's streams.
+/// The streams of a connection, as far as they are known.
 #[derive(Debug, Default)]
 struct Streams {
     open: BTreeSet<u32>,
@@ -325,7 +325,7 @@ async fn draining(
     tokio::try_join!(back, write, forth).map(drop)
 }
 
-/// What to pass on of a client's frame; what it gets for it is sent.
+/// The part of a client's frame to pass on; the answer to the client is sent.
 fn forward(
     frame: &Frame,
     streams: &mut Streams,
@@ -333,21 +333,21 @@ fn forward(
     most: usize,
     refuses: Option<usize>,
 ) -> Option<Vec<u8>> {
-    let tell = |frame: Frame| send.send(frame.bytes()).ok();
+    let answer = |frame: Frame| send.send(frame.bytes()).ok();
     if frame.kind == HEADERS && frame.stream > streams.highest {
         streams.count += 1;
         if streams.last.is_none() && streams.count > most {
             streams.last = Some(streams.highest);
-            tell(Frame::new(GOAWAY, 0, &[streams.highest, NO_ERROR]));
+            answer(Frame::new(GOAWAY, 0, &[streams.highest, NO_ERROR]));
             if streams.is_over() {
                 send.send(Vec::new()).ok();
             }
         } else if streams.last.is_none() {
             streams.highest = frame.stream;
             if refuses == Some(streams.count) {
-                // What its headers say of those that follow must arrive all the same.
+                // Its headers must arrive all the same: later ones refer to them.
                 streams.refused = Some(frame.stream);
-                tell(Frame::new(RST_STREAM, frame.stream, &[REFUSED_STREAM]));
+                answer(Frame::new(RST_STREAM, frame.stream, &[REFUSED_STREAM]));
                 return Some(
                     [frame.bytes(), Frame::new(RST_STREAM, frame.stream, &[CANCEL]).bytes()]
                         .concat(),
@@ -360,9 +360,9 @@ fn forward(
         return Some(frame.bytes());
     }
     if frame.kind == DATA && !frame.payload.is_empty() {
-        // What it held of the connection's window is free again.
+        // Its share of the connection's window is free again.
         let length = u32::try_from(frame.payload.len()).expect("short");
-        tell(Frame::new(WINDOW_UPDATE, 0, &[length]));
+        answer(Frame::new(WINDOW_UPDATE, 0, &[length]));
     }
     None
 }

@@ -5,7 +5,7 @@
     clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "tests look at the real clock, and tell what they measured"
+    reason = "tests read the real clock, and print what they measured"
 )]
 
 mod environment;

@@ -1,5 +1,5 @@
-//! What must be true at the end: published = accepted ∪ dead letters, and each repeat has a fault
-//! that explains it.
+//! The truth that must hold at the end: published = accepted ∪ dead letters, and each repeat has a
+//! fault that explains it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -9,14 +9,14 @@ use std::{
 
 use crate::support::receiver::Request;
 
-/// What a producer knows of its events.
+/// The events of a producer, as it knows them.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Ledger {
     /// Confirmed: in every subscriber's queue.
     pub(crate) confirmed: BTreeSet<u64>,
     /// Handed over and not confirmed: nothing is known of them.
     pub(crate) unknown: BTreeSet<u64>,
-    /// Returned, or answered for, as events that nobody is bound for, although nobody's binding had
+    /// Returned or answered as unmatched, although no binding had
     /// been taken away.
     pub(crate) unmatched: BTreeSet<u64>,
     /// By subscriber: what was published while its binding was taken away, and may have passed it
@@ -25,7 +25,7 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// What a subscriber must have got.
+    /// The events that a subscriber must have got.
     pub(crate) fn is_for(&self, subscriber: &str) -> impl Iterator<Item = u64> {
         let passed_by = self.not_for.get(subscriber);
         self.confirmed
@@ -35,7 +35,7 @@ impl Ledger {
     }
 }
 
-/// A time in which something was done to somebody.
+/// A time in which a fault was inflicted, and on whom.
 #[derive(Debug, Clone)]
 pub(crate) struct Disturbance {
     pub(crate) what: String,
@@ -46,11 +46,11 @@ pub(crate) struct Disturbance {
     pub(crate) to: SystemTime,
 }
 
-/// How long before a fault an event may have been accepted without being acked: behind a request
-/// that takes all of its time.
+/// The longest time before a fault in which an event can be accepted and not yet acked: behind a
+/// request that takes all of its time.
 const UNACKED: Duration = Duration::from_secs(6);
 
-/// What there is of one subscriber.
+/// The evidence of one subscriber.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) name: String,
@@ -70,7 +70,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(8);
 /// end is more.
 const NEW_IDS: usize = 3;
 
-/// What a disturbance is called while which retries cannot be written down.
+/// The name of a disturbance that keeps retries from being written.
 pub(crate) const LEVEL_DELETED: &str = "a level of the ladder is deleted";
 
 impl Seen {
@@ -93,7 +93,7 @@ impl Seen {
     }
 }
 
-/// What is wrong, and what may be.
+/// The complaints, and the repeats that have an explanation.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Verdict {
     pub(crate) subscriber: String,
@@ -103,7 +103,7 @@ pub(crate) struct Verdict {
     pub(crate) lost: Vec<u64>,
     /// Never published.
     pub(crate) strangers: Vec<u64>,
-    /// Accepted again under the same id: whoever remembers ids sees it once.
+    /// Accepted again under the same id: a receiver that remembers ids sees it once.
     pub(crate) same_id: usize,
     /// Accepted again under another id, or dead as well, and a fault explains it.
     pub(crate) explained: usize,
@@ -116,7 +116,7 @@ pub(crate) struct Verdict {
     /// Deleted by the test, with the queue that they were in.
     pub(crate) deleted: usize,
     /// An attempt failed, or what was accepted came again, although nothing went wrong; or
-    /// something came again without end.
+    /// something was repeated indefinitely.
     pub(crate) needless: Vec<String>,
 }
 
@@ -303,7 +303,7 @@ fn failed_attempts(requests: &[Request]) -> Vec<String> {
     let again = |r: &&Request| {
         r.header("x-hooktrail-attempt").parse::<u32>().is_ok_and(|attempt| attempt > 1)
     };
-    let tell = |r: &Request| {
+    let line = |r: &Request| {
         let (at, attempt) =
             (humantime::format_rfc3339_millis(r.at), r.header("x-hooktrail-attempt"));
         format!(
@@ -311,12 +311,12 @@ fn failed_attempts(requests: &[Request]) -> Vec<String> {
             r.id()
         )
     };
-    requests.iter().filter(again).map(tell).collect()
+    requests.iter().filter(again).map(line).collect()
 }
 
-/// What a relay had published and not acked when something was done, it publishes again, and
-/// everybody gets it twice: at once who keeps up, and long after the fault who is behind. So what
-/// came again to one of them because of what was done to all is why it came again to the others.
+/// Events that a relay had published and not acked when a fault came are published again, and every
+/// subscriber gets them twice: one that keeps up at once, one with a backlog long after the fault.
+/// So a repeat at one subscriber that a fault of all explains also explains the repeat at others.
 pub(crate) fn excuse_what_was_relayed_twice(verdicts: &mut [Verdict]) {
     let repeated: BTreeSet<u64> = verdicts.iter().flat_map(|v| &v.repeated).copied().collect();
     for verdict in verdicts {
@@ -333,12 +333,12 @@ fn is_of(id: &str, whole: &str) -> bool {
     })
 }
 
-/// What a receiver has accepted, without the bodies: for runs that are too long to keep them.
+/// The batches that a receiver has accepted, without bodies: for runs too long to keep those.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     /// By event, how often.
     times: Vec<u8>,
-    /// Of the batches that came last.
+    /// The latest batches.
     ids: HashMap<String, u64>,
     pub(crate) accepted: u64,
     same_id: usize,
@@ -499,7 +499,7 @@ fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_besid
     }
     assert_eq!(saw(&waited[1..], false, &[12], &[]).lost, [1]);
 
-    // A fault explains that it comes again, but not without end.
+    // A fault explains repeats, but not indefinitely many.
     let deleted =
         Disturbance { what: LEVEL_DELETED.to_owned(), whom: None, from: at(10), to: at(40) };
     let ids = ["a", "b", "c", "d", "e", "f"];

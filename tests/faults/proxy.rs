@@ -19,7 +19,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Which way bytes go.
+/// The direction of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {
     /// From who connected.
@@ -30,20 +30,20 @@ pub(crate) enum Way {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Weather {
     Fine,
-    /// Nothing arrives, and nobody is told.
+    /// Nothing arrives, and no end sees an error.
     Stalled,
-    /// What goes one way waits, what goes the other way arrives.
+    /// Bytes of one direction wait, those of the other arrive.
     OneWay(Way),
-    /// What goes one way is lost. A stream is of no use afterwards: its connections are to be cut
-    /// then.
+    /// Bytes of one direction are lost. The stream is unusable afterwards: its connections are then
+    /// to be cut.
     Loses(Way),
-    /// So many bytes a second each way.
+    /// Bytes a second in each direction.
     Slow(usize),
     /// New connections are reset.
     Refuses,
 }
 
-/// How the connections of now end.
+/// The end of the open connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ending {
     Reset,

@@ -35,7 +35,7 @@ pub(crate) struct Round<'w> {
     pub(crate) calm: bool,
     /// A subscriber that comes and goes.
     pub(crate) guest: bool,
-    /// What it begins with.
+    /// The faults at its begin.
     pub(crate) dealt: Vec<Fault>,
     /// Nothing was published before all were bound for the first time.
     pub(crate) began_bound: bool,
@@ -46,7 +46,7 @@ pub(crate) struct Round<'w> {
     pub(crate) complaints: Vec<String>,
 }
 
-/// How it went.
+/// The result.
 pub(crate) struct Outcome {
     pub(crate) verdicts: Vec<Verdict>,
     pub(crate) story: String,
@@ -65,13 +65,14 @@ impl Outcome {
     }
 }
 
-/// After a fault is over, so long until whoever it was done to has noticed.
+/// The time after the end of a fault until its victim has noticed that.
 pub(crate) const NOTICED: Duration = Duration::from_secs(1);
 
 /// The broker and the daemon notice a peer that is silent after two heartbeats of 10 s.
 pub(crate) const SILENCE_NOTICED: Duration = Duration::from_secs(30);
 
-/// Of the broker with consumers: so little that some lose theirs, and so much that none does.
+/// The broker's consumer timeout: short enough that some consumers lose their channel, and long
+/// enough that none does.
 pub(crate) const IMPATIENT: Duration = Duration::from_secs(5);
 const PATIENT: Duration = Duration::from_secs(600);
 
@@ -79,7 +80,7 @@ const PATIENT: Duration = Duration::from_secs(600);
 /// fail. The circuit stays open for 2 s at most.
 const STARVED: Duration = Duration::from_secs(120);
 
-/// What a round begins with is done within this, or left.
+/// The time within which the faults at the begin are inflicted, or left out.
 const DEALT_WITHIN: Duration = Duration::from_secs(20);
 
 /// Everything must have arrived so long after the last fault.
@@ -170,7 +171,7 @@ impl<'w> Round<'w> {
         self.end(ledger, dead, drained_in, complaint, faults).await
     }
 
-    /// How long the broker lets a consumer hold what it was given.
+    /// The broker's consumer timeout: the longest that a delivery stays unacked.
     fn broker_has_patience(&self, patience: Duration) {
         let set =
             format!("application:set_env(rabbit, consumer_timeout, {}).", patience.as_millis());
@@ -186,7 +187,7 @@ impl<'w> Round<'w> {
         for subscriber in &self.world.subscribers {
             subscriber.bad_mood(&mut self.rng);
         }
-        self.tell(&format!("the daemon dies at {step:?} after {after}"));
+        self.log(&format!("the daemon dies at {step:?} after {after}"));
         self.world.spawn(0, Some((step, after)));
         // A topology that was never there takes no events.
         let producer = if step == Step::Declared { None } else { Some(self.world.producer(0)) };
@@ -211,7 +212,7 @@ impl<'w> Round<'w> {
         outcome
     }
 
-    pub(crate) fn tell(&mut self, what: &str) {
+    pub(crate) fn log(&mut self, what: &str) {
         let now = clock::rfc3339(SystemTime::now());
         writeln!(self.story, "{now} {:7.3} {what}", self.begun.elapsed().as_secs_f64())
             .expect("a string");
@@ -245,7 +246,7 @@ impl<'w> Round<'w> {
                     SystemTime::now() - Duration::from_secs(3),
                     Duration::ZERO,
                 );
-                self.tell(&format!("daemon {n} had ended and is started again"));
+                self.log(&format!("daemon {n} had ended and is started again"));
                 self.world.spawn(n, None);
             }
         }
@@ -253,7 +254,7 @@ impl<'w> Round<'w> {
 
     pub(crate) fn lasts(&mut self, heal: Heal, what: String, disturbs: bool, at_most_ms: u64) {
         let until = Instant::now() + Duration::from_millis(self.rng.random_range(200..at_most_ms));
-        self.tell(&what);
+        self.log(&what);
         let whom = match heal {
             Heal::Mood(n) | Heal::ReceiverWeather(n) => Some(self.world.subscribers[n].kind),
             _ => None,
@@ -292,7 +293,7 @@ impl<'w> Round<'w> {
             Heal::Orphans(kind) => self.retries_come_back(kind, true).await,
             Heal::Disk => self.world.environment.disk_works(),
             Heal::Folder => self.world.folder_is_away(false),
-            Heal::Log => self.world.nobody_reads_the_logs(false),
+            Heal::Log => self.world.have_no_reader_of_logs(false),
         }
         if one.disturbs {
             self.disturbed(&one.what, one.from, noticed);
@@ -300,7 +301,7 @@ impl<'w> Round<'w> {
                 last.whom = one.whom.map(Kind::name);
             }
         }
-        self.tell(&format!("over: {}", one.what));
+        self.log(&format!("over: {}", one.what));
     }
 
     pub(crate) async fn ctl(&self, arguments: &[&str]) -> String {
@@ -315,13 +316,13 @@ impl<'w> Round<'w> {
         self.bindings_come_back().await;
         self.world.configure(1.5, "");
         if self.calm {
-            // Those that run go on: a new one would deliver what they have forgotten.
+            // Running daemons go on: a new one would deliver events that they have forgotten.
             for daemon in self.world.daemons.iter().flatten() {
                 kill("-HUP", daemon.pid());
             }
         }
-        let anew = if self.calm { 0 } else { self.world.daemons.len() };
-        for n in 0..anew {
+        let restarted = if self.calm { 0 } else { self.world.daemons.len() };
+        for n in 0..restarted {
             // One that is to die at a step still has that before it.
             if !self.world.has_ended(n) {
                 self.world.kill(n);
@@ -332,7 +333,7 @@ impl<'w> Round<'w> {
         for n in 0..self.world.daemons.len() {
             self.world.wait_running(n).await;
         }
-        self.tell("peace");
+        self.log("peace");
     }
 
     /// Waits until each confirmed event was accepted or is a dead letter, or until nothing moves
@@ -359,8 +360,8 @@ impl<'w> Round<'w> {
                     .filter(|e| !got.contains(e) && !dead[n].contains(e) && !deleted.contains(e))
                     .count();
             }
-            // What is just handed from one queue to another is counted nowhere: a copy of what has
-            // arrived long ago may be.
+            // A message on its way from one queue to another is counted in neither; it can be a
+            // copy of an event that arrived long ago.
             let settled = left.is_empty() && missing == 0;
             if settled
                 && clean_since.get_or_insert_with(Instant::now).elapsed()
@@ -371,8 +372,8 @@ impl<'w> Round<'w> {
             if !settled {
                 clean_since = None;
             }
-            // What is lost does not come however long one waits; what a consumer that is gone held
-            // does.
+            // A lost event does not come however long one waits; one that a lost consumer had not
+            // acked does.
             let since = if left.is_empty() {
                 *empty_since.get_or_insert_with(Instant::now)
             } else {
@@ -402,7 +403,7 @@ impl<'w> Round<'w> {
         }
     }
 
-    /// What there is of a subscriber.
+    /// The evidence of a subscriber.
     fn seen(&self, n: usize, dead: BTreeSet<u64>) -> Seen {
         let Subscriber { kind, receiver, .. } = &self.world.subscribers[n];
         let (name, requests, retries_deleted) =
@@ -429,7 +430,7 @@ impl<'w> Round<'w> {
                     .header("content-type", "application/json")
                     .send()
                     .await;
-                self.tell(&format!(
+                self.log(&format!(
                     "{name} was paused; resumed: {:?}",
                     resumed.map(|r| r.status().as_u16()).ok()
                 ));
@@ -481,7 +482,7 @@ impl<'w> Round<'w> {
         }
         if let Some(first) = ledger.unmatched.first().filter(|_| self.began_bound) {
             let count = ledger.unmatched.len();
-            complaints.push(format!("{count} events from {first} on reached nobody, though nobody had taken a binding away"));
+            complaints.push(format!("{count} events from {first} on reached no subscriber, though no binding had been taken away"));
         }
         if matches!(self.world.place, Place::Broker { source_queue: true, .. }) {
             excuse_what_was_relayed_twice(&mut verdicts);
@@ -526,7 +527,7 @@ impl<'w> Round<'w> {
             self.resume_who_is_paused().await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
-        self.tell(&format!(
+        self.log(&format!(
             "all but poison is accepted by {name} after {:.1} s",
             begun.elapsed().as_secs_f64()
         ));

@@ -24,7 +24,7 @@ use crate::{
 
 tests_that_need!(broker: at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows);
 
-/// What one daemon holds and has used.
+/// The resources that one daemon holds and has used.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
     pub(crate) second: u64,

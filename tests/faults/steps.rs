@@ -64,7 +64,8 @@ async fn dies_at(what: &str, place: Place, step: Step, after: u32) {
     }
 }
 
-/// How often the step is passed before the daemon dies there; what happens once cannot be passed.
+/// The number of times that the step is passed before the daemon dies there; a step that comes
+/// once cannot be passed.
 fn passed(step: Step) -> u32 {
     match step {
         Step::Recorded | Step::Stored | Step::Relayed => 0,
@@ -95,9 +96,9 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
         for step in ON_A_BROKER {
             dies_at("rabbitmq", place(), step, passed(step)).await;
         }
-        let beside = Arc::new(broker.beside());
+        let second = Arc::new(broker.beside());
         let place =
-            || Place::Broker { broker: beside.clone(), source_queue: true, others: Arc::default() };
+            || Place::Broker { broker: second.clone(), source_queue: true, others: Arc::default() };
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;
         dies_at("rabbitmq", place(), Step::Relayed, passed(Step::Relayed)).await;
     });

@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// How a receiver is now.
+/// The behaviour of a receiver.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Mood {
     /// Shares of the requests.
@@ -24,7 +24,7 @@ pub(crate) struct Mood {
     hangs: f64,
     /// Answers 410.
     leaves: f64,
-    /// Of failures: with `Retry-After`.
+    /// Failures have `Retry-After`.
     asks_to_wait: f64,
     /// More events than that are too many in one request.
     most: usize,
@@ -104,10 +104,10 @@ pub(crate) fn pick<'a, T>(of: &'a [T], rng: &mut StdRng) -> &'a T {
     &of[rng.random_range(0..of.len())]
 }
 
-/// What a subscriber is there to try.
+/// The purpose of a subscriber in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Accepts all: what goes wrong with it is nobody's fault but ours.
+    /// Accepts all: any failure with it is our own fault.
     Steady,
     /// Several requests at once, of which some fail.
     Busy,
@@ -178,7 +178,7 @@ impl Kind {
     }
 }
 
-/// Of a receiver that answers: however busy the machine is, it is heard.
+/// The timeout of a receiver that answers: long enough for a busy machine.
 const PATIENT: &str = "http = { timeout = \"30s\", connect_timeout = \"20s\" }";
 
 /// A subscriber's receiver, behind a network of its own.
@@ -248,7 +248,7 @@ impl Subscriber {
     }
 }
 
-/// What each subscriber's table begins with.
+/// The begin of each subscriber's table.
 pub(crate) const TABLE: &str = "\n[[subscriber]]";
 
 fn answer(request: &Request, mood: Mood, rng: &mut StdRng) -> Answer {

@@ -67,7 +67,7 @@ impl Place {
     }
 }
 
-/// What may be different from round to round, and does not change in it.
+/// Settings that differ from round to round, and do not change within one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) concurrency: usize,
@@ -86,12 +86,12 @@ pub(crate) struct World {
     pub(crate) daemons: Vec<Option<Daemon>>,
     ports: Vec<u16>,
     setup: Setup,
-    /// Held by whoever publishes; a fault that takes away an empty queue must not take an event
+    /// Held while publishing; a fault that takes away an empty queue must not take an event
     /// with it.
     pub(crate) publishing: Arc<RwLock<()>>,
     /// Subscribers whose binding was taken away: what is published now may pass them by.
     pub(crate) passed_by: Arc<Mutex<BTreeSet<String>>>,
-    /// What daemons did that they must not.
+    /// Wrong acts of daemons.
     pub(crate) complaints: Vec<String>,
     /// Logs of daemons that have ended.
     logs: Vec<String>,
@@ -134,7 +134,7 @@ impl World {
         world
     }
 
-    /// Runs a command beside daemon `n`, to its end.
+    /// Runs a command alongside daemon `n`, to its end.
     pub(crate) fn command(&self, n: usize, variables: &str, arguments: &[&str]) -> Output {
         self.setup.run_as(
             &format!("PORT={} {variables}exec timeout -k 5 120 \"$0\" \"$@\"", self.ports[n]),
@@ -170,8 +170,7 @@ impl World {
             (Place::Broker { .. }, None) => unreachable!("a broker has a network"),
         };
         self.write_included(&self.tables(without));
-        // What a reload changes is the batches too: what has gathered for one is not to be
-        // forgotten.
+        // A reload changes the batches too: events gathered for one must not be forgotten.
         let max_wait = if multiplier > 1.7 { 150 } else { 50 };
         let text = format!(
             "include = [\"{INCLUDED}/*.toml\"]
@@ -239,7 +238,7 @@ max_open_for = \"2s\"
         std::fs::write(self.included().join("all.toml"), &all[..end]).expect("writes");
     }
 
-    /// Starts daemon `n`, which ends itself at a step if it is told to.
+    /// Starts daemon `n`, which ends itself at `step`, if there is one.
     pub(crate) fn spawn(&mut self, n: usize, dies_at: Option<(failpoint::Step, u32)>) {
         let dies = dies_at
             .map(|(step, after)| format!("{}={step:?}:{after} ", failpoint::VARIABLE))
@@ -253,9 +252,9 @@ max_open_for = \"2s\"
         self.keep_log(before);
     }
 
-    /// Whoever reads the logs stops doing so, or goes on.
-    pub(crate) fn nobody_reads_the_logs(&self, nobody: bool) {
-        self.daemons.iter().flatten().for_each(|daemon| daemon.nobody_reads(nobody));
+    /// The reader of the logs stops, or goes on.
+    pub(crate) fn have_no_reader_of_logs(&self, none: bool) {
+        self.daemons.iter().flatten().for_each(|daemon| daemon.nobody_reads(none));
     }
 
     /// Whether all daemons run, and have read their configuration.
@@ -380,7 +379,7 @@ max_open_for = \"2s\"
         self.logs.concat() + &self.daemons.iter().flatten().map(Daemon::log).collect::<String>()
     }
 
-    /// What is left in the queues: by name, without dead letters.
+    /// The messages left in the queues, by name, without dead letters.
     pub(crate) async fn left(&self) -> Vec<(String, u32)> {
         let mut left = Vec::new();
         let names: Vec<String> = self.subscribers.iter().map(|s| s.kind.name()).collect();
@@ -439,7 +438,7 @@ max_open_for = \"2s\"
         }
     }
 
-    /// Begins to publish, until it is told to stop.
+    /// Begins to publish, until it is stopped.
     pub(crate) fn producer(&self, first: u64) -> Producer {
         let ledger = Arc::new(Mutex::new(Ledger::default()));
         let stop = Arc::new(AtomicBool::new(false));
@@ -501,19 +500,19 @@ struct Publish {
     stop: Arc<AtomicBool>,
     next: u64,
     way: Way,
-    /// Of the daemons that take events over HTTP.
+    /// The daemons that take events over HTTP.
     ports: Vec<u16>,
     gate: Arc<RwLock<()>>,
     passed_by: Arc<Mutex<BTreeSet<String>>>,
     rate: u64,
 }
 
-/// What became of an event.
+/// The fate of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Confirmed,
     Unknown,
-    /// Nobody's pattern matches it, or nobody is bound for it.
+    /// No pattern matches it, or no subscriber is bound for it.
     Unmatched,
 }
 
@@ -524,7 +523,7 @@ fn folder_of(setup: &Setup) -> PathBuf {
     setup.config().parent().map(Path::to_owned).expect("a folder")
 }
 
-/// How often groups are published.
+/// The interval between groups.
 const TICK: Duration = Duration::from_millis(50);
 
 impl Publish {
@@ -538,7 +537,7 @@ impl Publish {
         let mut published = 0;
         let mut turn = 0_usize;
         while !self.stop.load(Ordering::SeqCst) {
-            // What a fault has held up is not made up for: it would be another load.
+            // The delay by a fault is not made up for: it would be another load.
             let due = (begun.elapsed().as_millis() as u64 * self.rate / 1000)
                 .saturating_sub(published)
                 .min(self.rate / 5);
@@ -650,7 +649,7 @@ async fn over_amqp(
                 .ok()?,
         );
     }
-    // What is returned comes with a confirm, which may be that of another message.
+    // A returned message comes with a confirm, which may be that of another message.
     let (mut fates, mut returned) = (Vec::new(), BTreeSet::new());
     for confirm in confirms {
         fates.push(match confirm.await.ok()? {

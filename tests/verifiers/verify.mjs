@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
-// They are installed beside this run's target folder, not beside this file.
+// They are installed next to this run's target folder, not next to this file.
 const load = createRequire(process.env.VERIFIERS + "/package.json");
 const standard = load("standardwebhooks");
 const svix = load("svix");
@@ -13,7 +13,7 @@ const mailtrap = load("mailtrap");
 
 const version = (name) => JSON.parse(readFileSync(`${process.env.VERIFIERS}/node_modules/${name}/package.json`)).version;
 
-function told(library, request, check) {
+function report(library, request, check) {
   let verified = true;
   try {
     verified = check() !== false;
@@ -28,12 +28,12 @@ for (const request of JSON.parse(readFileSync(process.argv[2]))) {
   const body = Buffer.from(request.body, "base64");
   const { headers, secret } = request;
   if (headers["webhook-signature"]) {
-    // Both parse the body as one JSON document unless they are told that it is none.
+    // Both parse the body as one JSON document unless an option says that it is none.
     const options = { jsonParse: headers["content-type"] === "application/json" };
-    told("standardwebhooks", request, () => new standard.Webhook(secret).verify(body, headers, options) && null);
-    if (options.jsonParse) told("svix", request, () => new svix.Webhook(secret).verify(body, headers) && null);
+    report("standardwebhooks", request, () => new standard.Webhook(secret).verify(body, headers, options) && null);
+    if (options.jsonParse) report("svix", request, () => new svix.Webhook(secret).verify(body, headers) && null);
   }
   if (headers["mailtrap-signature"]) {
-    told("mailtrap", request, () => mailtrap.verifyWebhookSignature(body, headers["mailtrap-signature"], secret));
+    report("mailtrap", request, () => mailtrap.verifyWebhookSignature(body, headers["mailtrap-signature"], secret));
   }
 }

@@ -15,7 +15,7 @@ import svix
 requests = json.load(open(sys.argv[1]))
 
 
-def told(library, request, check):
+def report(library, request, check):
     try:
         verified = check() is not False
     except (standardwebhooks.WebhookVerificationError, svix.WebhookVerificationError):
@@ -26,9 +26,9 @@ def told(library, request, check):
 for request in requests:
     body, headers, secret = base64.b64decode(request["body"]), request["headers"], request["secret"]
     if "webhook-signature" in headers:
-        # It parses the body as one JSON document unless it is told that it is none.
+        # It parses the body as one JSON document unless an option says that it is none.
         parse = headers["content-type"] == "application/json"
-        told("standardwebhooks", request, lambda: standardwebhooks.Webhook(secret).verify(body, headers, json_parse=parse) and None)
-        told("svix", request, lambda: svix.Webhook(secret).verify(body, headers))
+        report("standardwebhooks", request, lambda: standardwebhooks.Webhook(secret).verify(body, headers, json_parse=parse) and None)
+        report("svix", request, lambda: svix.Webhook(secret).verify(body, headers))
     if "mailtrap-signature" in headers:
-        told("mailtrap", request, lambda: mailtrap.webhooks.verify_signature(body, headers["mailtrap-signature"], secret))
+        report("mailtrap", request, lambda: mailtrap.webhooks.verify_signature(body, headers["mailtrap-signature"], secret))

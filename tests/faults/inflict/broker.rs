@@ -1,4 +1,4 @@
-//! What is done to the broker, and to the network between it and the daemons.
+//! Faults of the broker, and of the network between it and the daemons.
 
 use std::time::Duration;
 
@@ -21,14 +21,14 @@ const FULL: [(&str, &[Kind]); 2] =
 impl Round<'_> {
     pub(super) fn cut_the_broker_off(&mut self) {
         self.world.network.as_ref().expect("a broker").cut();
-        self.tell("connections to the broker are cut");
+        self.log("connections to the broker are cut");
         self.disturbed("cut", self.began, NOTICED);
     }
 
     pub(super) fn half_close(&mut self) {
         let way = *pick(&[Way::Forth, Way::Back], &mut self.rng);
         self.world.network.as_ref().expect("a broker").half_close(way);
-        self.tell(&format!("connections to the broker are half closed: {way:?}"));
+        self.log(&format!("connections to the broker are half closed: {way:?}"));
         self.disturbed("half close", self.began, SILENCE_NOTICED);
     }
 
@@ -45,7 +45,7 @@ impl Round<'_> {
     }
 
     pub(super) async fn close_all_connections(&mut self) {
-        self.tell("close_all_connections");
+        self.log("close_all_connections");
         self.ctl(&["close_all_connections", "a test"]).await;
         self.disturbed("close_all_connections", self.began, NOTICED);
     }
@@ -53,10 +53,10 @@ impl Round<'_> {
     pub(super) async fn kill_a_node(&mut self) {
         let which = self.rng.random_range(0..self.world.place.nodes().len());
         if let Some(declared) = self.declared {
-            // What it loses else is for `hooktrail repair`.
+            // Anything else that it loses is for `hooktrail repair`.
             tokio::time::sleep(SETTLING.saturating_sub(declared.elapsed())).await;
         }
-        self.tell(&format!("kill -9 of node {which} of the broker"));
+        self.log(&format!("kill -9 of node {which} of the broker"));
         let without = self.rng.random_range(0..4000);
         let nodes = self.world.place.nodes();
         nodes[which].kill().await;
@@ -66,7 +66,7 @@ impl Round<'_> {
         }
         nodes[which].start().await;
         self.disturbed("broker", self.began, Duration::from_secs(12));
-        self.tell("the broker is back");
+        self.log("the broker is back");
     }
 
     pub(super) async fn raise_an_alarm(&mut self) -> bool {

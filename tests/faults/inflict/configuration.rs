@@ -1,5 +1,5 @@
-//! What is done to the configuration: it is read again, subscribers leave it and come back, files
-//! of it are away or cut.
+//! Faults of the configuration: reloads, subscribers that leave it and return, files that are
+//! missing or cut.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +14,7 @@ use crate::{
     world::Place,
 };
 
-/// Files that are gone are looked at again for 10 s, each second, before the daemon reads what is
+/// Missing files are polled for 10 s, each second, before the daemon reads what is
 /// left.
 const LOOKED_AT_AGAIN: Duration = Duration::from_secs(14);
 
@@ -32,11 +32,12 @@ impl Round<'_> {
             kill("-HUP", daemon.pid());
         }
         self.declared = Some(Instant::now());
-        self.tell("reload");
+        self.log("reload");
         true
     }
 
-    /// Its events and retries wait for it. Nobody publishes meanwhile: it would not be for it.
+    /// Its events and retries wait for it. Nothing is published meanwhile: it would not be for this
+    /// subscriber.
     pub(super) async fn remove_for_a_while(&mut self) -> bool {
         let is_quiet = self.lasting.iter().all(|l| !l.disturbs) && self.world.daemons.len() == 1;
         if !is_quiet
@@ -48,7 +49,7 @@ impl Round<'_> {
         }
         let gate = self.world.publishing.clone();
         let held = gate.write().await;
-        // What is still to be relayed is for those who are configured then.
+        // Events that are not relayed yet are for the subscribers of that time.
         if !self.all_is_relayed().await {
             return false;
         }
@@ -66,15 +67,15 @@ impl Round<'_> {
             if answer.as_ref().is_ok_and(|a| a.status() == 200) {
                 // as it should
             } else if self.world.has_ended(0) {
-                // It was to die at a step. Whoever is not bound gets nothing, so the next one has
-                // to be there first.
+                // It was to die at a step. A subscriber that is not bound gets nothing, so the next
+                // one has to be there first.
                 self.disturbed("it died", SystemTime::now() - Duration::from_secs(3), NOTICED);
                 self.world.spawn(0, None);
                 self.world.wait_running(0).await;
             } else {
                 self.complaints.push(format!("a reload was answered {answer:?}"));
             }
-            self.tell(&format!("reloaded without {without:?}"));
+            self.log(&format!("reloaded without {without:?}"));
             tokio::time::sleep(Duration::from_millis(self.rng.random_range(0..2500))).await;
         }
         if let Place::Broker { broker, source_queue, .. } = &self.world.place {
@@ -93,7 +94,7 @@ impl Round<'_> {
         self.world.folder_is_away(true);
         let (what, from) =
             ("the folder with the subscribers is away".to_owned(), SystemTime::now());
-        self.tell(&what);
+        self.log(&what);
         let until = Instant::now() + Duration::from_millis(self.rng.random_range(2500..8000));
         self.lasting.push(Lasting {
             until,
@@ -104,8 +105,8 @@ impl Round<'_> {
             disturbs: false,
         });
         if self.rng.random_bool(0.4) {
-            // What is gone is looked at again for some time before it counts: that is over, and
-            // nobody is removed all the same.
+            // A missing file is polled for some time before it counts as gone: that time has
+            // passed, and no subscriber is removed all the same.
             tokio::time::sleep(LOOKED_AT_AGAIN).await; // the fault itself
         }
         true
@@ -113,17 +114,17 @@ impl Round<'_> {
 
     /// As something does that copies it slowly.
     pub(super) async fn cut_the_file(&mut self) -> bool {
-        // Who asks for a reload gets what is there then: nobody does now.
+        // A requested reload reads what is there then: no reload is requested now.
         if self.has(&Heal::Folder) || !self.world.all_run() || !self.reloads_are_done().await {
             return false;
         }
         let keeps = self.rng.random_range(1..self.world.subscribers.len());
-        self.tell(&format!("the file with the subscribers ends behind {keeps} of them"));
+        self.log(&format!("the file with the subscribers ends behind {keeps} of them"));
         self.world.file_is_cut(Some(keeps));
         let moment = self.rng.random_range(1500..4500);
         tokio::time::sleep(Duration::from_millis(moment)).await; // the fault itself
         self.world.file_is_cut(None);
-        self.tell("the file is whole");
+        self.log("the file is whole");
         true
     }
 

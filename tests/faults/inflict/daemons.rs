@@ -1,5 +1,5 @@
-//! What is done to a daemon itself: it is ended, replaced, given a command, left without a reader
-//! of its log.
+//! Faults of a daemon itself: it is ended, replaced, given a command, left without a reader of
+//! its log.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -25,7 +25,7 @@ const STANDS: Duration = Duration::from_secs(60);
 
 impl Round<'_> {
     pub(super) async fn kill_a_daemon(&mut self, daemon: usize) {
-        self.tell(&format!("kill -9 of daemon {daemon}"));
+        self.log(&format!("kill -9 of daemon {daemon}"));
         self.world.kill(daemon);
         self.disturbed("kill -9", self.began, NOTICED);
         if self.rng.random_bool(0.3) {
@@ -36,7 +36,7 @@ impl Round<'_> {
     }
 
     pub(super) async fn stop_a_daemon(&mut self, daemon: usize) {
-        self.tell(&format!("SIGTERM to daemon {daemon}"));
+        self.log(&format!("SIGTERM to daemon {daemon}"));
         // While something else goes on it cannot always settle all: then it is as a fault.
         let quiet = self.lasting.iter().all(|l| !l.disturbs);
         self.world.stop(daemon).await;
@@ -54,7 +54,7 @@ impl Round<'_> {
         let steps: &[Step] =
             if self.world.network.is_none() { &crate::steps::EMBEDDED } else { &Step::ALL };
         let (step, after) = (*pick(steps, &mut self.rng), self.rng.random_range(0..30));
-        self.tell(&format!(
+        self.log(&format!(
             "daemon {daemon} is killed and its successor dies at {step:?} after {after}"
         ));
         self.world.kill(daemon);
@@ -63,7 +63,7 @@ impl Round<'_> {
     }
 
     pub(super) async fn have_another_take_over(&mut self, daemon: usize) {
-        self.tell(&format!("daemon {daemon} is killed while another takes over"));
+        self.log(&format!("daemon {daemon} is killed while another takes over"));
         self.world.take_over(daemon).await;
         self.disturbed("kill -9", self.began, Duration::from_secs(3));
     }
@@ -103,9 +103,9 @@ impl Round<'_> {
         } else {
             String::new()
         };
-        self.tell(&format!("{dies}hooktrail {command:?}"));
+        self.log(&format!("{dies}hooktrail {command:?}"));
         let ended = tokio::task::block_in_place(|| self.world.command(daemon, &dies, command));
-        self.tell(&format!(
+        self.log(&format!(
             "it ended with {:?}: {}",
             ended.status,
             String::from_utf8_lossy(&ended.stderr).trim()
@@ -125,14 +125,14 @@ impl Round<'_> {
         if self.has(&Heal::Log) || !self.is_quiet() {
             return false;
         }
-        self.tell("nobody reads the logs");
-        self.world.nobody_reads_the_logs(true);
+        self.log("the logs have no reader");
+        self.world.have_no_reader_of_logs(true);
         let (from, begun) = (SystemTime::now(), Instant::now());
         let unread = || self.world.daemons.iter().flatten().map(Daemon::unread).collect::<Vec<_>>();
         let mut before = Vec::new();
         while before != unread() || before.iter().any(|bytes| *bytes < FULL_PIPE) {
             if begun.elapsed() > Duration::from_secs(30) {
-                self.world.nobody_reads_the_logs(false);
+                self.world.have_no_reader_of_logs(false);
                 return false;
             }
             before = unread();
@@ -150,16 +150,16 @@ impl Round<'_> {
             .get(format!("http://127.0.0.1:{}/healthz", self.world.port(daemon)))
             .send()
             .await;
-        self.tell(&format!(
+        self.log(&format!(
             "the logs are full; {went_on} requests more; health: {:?}",
             health.as_ref().map(|h| h.status()).ok()
         ));
         // One that was to die at a step may have.
         if self.world.all_run() && (went_on < GOES_ON || health.is_err()) {
-            self.complaints.push(format!("with nobody to read the log there were {went_on} requests in {STANDS:?}; health: {health:?}"));
+            self.complaints.push(format!("without a reader of the log there were {went_on} requests in {STANDS:?}; health: {health:?}"));
         }
         let until = Instant::now() + Duration::from_millis(self.rng.random_range(0..6000));
-        let what = "nobody reads the logs".to_owned();
+        let what = "the logs have no reader".to_owned();
         self.lasting.push(Lasting {
             until,
             heal: Heal::Log,
@@ -169,7 +169,7 @@ impl Round<'_> {
             disturbs: false,
         });
         if self.rng.random_bool(0.5) {
-            self.tell(&format!("SIGTERM to daemon {daemon}, whose log nobody reads"));
+            self.log(&format!("SIGTERM to daemon {daemon}, whose log has no reader"));
             let quiet = self.lasting.iter().all(|l| !l.disturbs);
             self.world.stop(daemon).await;
             if !quiet {

@@ -1,4 +1,4 @@
-//! What is done to the files of the embedded queue.
+//! Faults of the embedded queue's files.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ impl Round<'_> {
         let Place::Embedded(embedded) = &self.world.place else { return false };
         let file = embedded.file();
         let holds = Duration::from_millis(self.rng.random_range(100..3000));
-        self.tell(&format!("another process locks the database for {holds:?}"));
+        self.log(&format!("another process locks the database for {holds:?}"));
         // A thread of its own, not a task: while a daemon opens the queue under its lock, the round
         // waits for that lock on the runtime's threads, and a task there could not end the fault.
         std::thread::spawn(move || {
@@ -44,7 +44,10 @@ impl Round<'_> {
                 .busy_timeout(Duration::from_secs(5))
                 .and_then(|()| db.execute_batch("BEGIN IMMEDIATE"));
             if locked.is_ok() {
-                #[allow(clippy::disallowed_methods, reason = "its own thread, and the fault itself")]
+                #[allow(
+                    clippy::disallowed_methods,
+                    reason = "its own thread, and the fault itself"
+                )]
                 std::thread::sleep(holds); // the drop rolls back
             }
         });

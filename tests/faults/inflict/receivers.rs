@@ -1,4 +1,4 @@
-//! What is done to receivers, and to the network between them and the daemons.
+//! Faults of receivers, and of the network between them and the daemons.
 
 use rand::RngExt as _;
 
@@ -10,8 +10,7 @@ use crate::{
 };
 
 impl Round<'_> {
-    /// What keeps the queue from writing something down is done while there is something to write
-    /// down.
+    /// Faults that keep the queue from writing are inflicted while there is something to write.
     pub(super) fn bad_moods(&mut self, kinds: &[Kind]) {
         for n in 0..self.world.subscribers.len() {
             if kinds.contains(&self.world.subscribers[n].kind) {
@@ -40,7 +39,7 @@ impl Round<'_> {
         }
         subscriber.network.cut();
         let what = format!("connections to {:?} are cut", subscriber.kind);
-        self.tell(&what);
+        self.log(&what);
         true
     }
 

@@ -1,6 +1,6 @@
-//! What others do to exchanges, queues and bindings. An event that was returned to its producer is
-//! no confirmed event, and a subscriber that is not bound is not owed what is published then;
-//! everything else is.
+//! Faults made by others, of exchanges, queues and bindings. An event that was returned to its
+//! producer is not confirmed, and a subscriber is owed nothing that is published while it is not
+//! bound; every other event must arrive.
 
 use std::{
     collections::BTreeSet,
@@ -26,8 +26,8 @@ use crate::{
     world::{Place, Producer},
 };
 
-/// What somebody took away is there again after so long: the daemon looks each minute where nothing
-/// shows it sooner.
+/// The time within which a deleted object is redeclared: the daemon checks each minute where
+/// nothing shows it sooner.
 const BACK: Duration = Duration::from_secs(150);
 
 /// Binds a subscriber's queue as its daemon does, so that it does not matter which of the two comes
@@ -51,12 +51,12 @@ impl Round<'_> {
         }
         let kind = *pick(&Kind::ALL, &mut self.rng);
         self.put_into_retries(kind).await;
-        self.tell(&format!("foreign messages among the retries of {kind:?}"));
+        self.log(&format!("foreign messages among the retries of {kind:?}"));
         true
     }
 
     pub(super) async fn make_orphans(&mut self) -> bool {
-        // Who binds it again needs the permission to.
+        // Binding it again needs the permission.
         if self.has(&Heal::Orphans(Kind::Busy)) || self.has(&Heal::Permission) {
             return false;
         }
@@ -102,7 +102,7 @@ impl Round<'_> {
         connection.close(200, "done".into()).await.ok();
     }
 
-    /// What no daemon of hooktrail's has written, and what is nobody's event.
+    /// Messages that no daemon of hooktrail has written and that are no events.
     async fn put_into_retries(&self, kind: Kind) {
         let Place::Broker { broker, .. } = &self.world.place else { return };
         let queue = format!("{}.sub.{}.retry", broker.prefix, kind.name());
@@ -124,7 +124,8 @@ impl Round<'_> {
         connection.close(200, "done".into()).await.ok();
     }
 
-    /// Whether nothing is left in the source queue, if there is one. Nobody publishes meanwhile.
+    /// Whether nothing is left in the source queue, if there is one. Nothing is published
+    /// meanwhile.
     pub(crate) async fn all_is_relayed(&self) -> bool {
         for _ in 0..6 {
             let queues = self
@@ -173,7 +174,7 @@ impl Round<'_> {
             .exchange_delete(exchange.as_str().into(), ExchangeDeleteOptions::default())
             .await;
         deleted.expect("deletes");
-        self.tell(&format!("exchange {exchange} is deleted"));
+        self.log(&format!("exchange {exchange} is deleted"));
         drop(held);
         let pause = if self.rng.random_bool(0.5) { 0 } else { self.rng.random_range(0..3000) };
         tokio::time::sleep(Duration::from_millis(pause)).await; // a deployment
@@ -188,7 +189,7 @@ impl Round<'_> {
             .await;
         declared.expect("declares");
         connection.close(200, "done".into()).await.ok();
-        self.tell(&format!("exchange {exchange} is declared again after {pause} ms"));
+        self.log(&format!("exchange {exchange} is declared again after {pause} ms"));
         self.bindings_come_back().await;
         true
     }
@@ -214,7 +215,7 @@ impl Round<'_> {
         let (q, e) = (queue.as_str().into(), exchange.as_str().into());
         channel.queue_unbind(q, e, "#".into(), FieldTable::default()).await.expect("unbinds");
         connection.close(200, "done".into()).await.ok();
-        self.tell(&format!("{queue} is unbound"));
+        self.log(&format!("{queue} is unbound"));
         drop(held);
         if self.rng.random_bool(0.4) {
             // Before anybody else can put it back: a daemon that starts, or reads its configuration
@@ -257,10 +258,7 @@ impl Round<'_> {
             self.look_after().await;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        self.tell(&format!(
-            "bound again after {:.1} s: {missing:?}",
-            begun.elapsed().as_secs_f64()
-        ));
+        self.log(&format!("bound again after {:.1} s: {missing:?}", begun.elapsed().as_secs_f64()));
         let gate = self.world.publishing.clone();
         let held = gate.write().await;
         self.all_is_relayed().await;
@@ -286,7 +284,7 @@ impl Round<'_> {
             .expect("deletes");
         connection.close(200, "done".into()).await.ok();
         self.retries_deleted.push(SystemTime::now());
-        self.tell(&format!("{queue} is deleted; it held {deleted}"));
+        self.log(&format!("{queue} is deleted; it held {deleted}"));
         let begun = Instant::now();
         loop {
             let (connection, channel) = broker.channel().await;
@@ -307,12 +305,12 @@ impl Round<'_> {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         self.declared = Some(Instant::now());
-        self.tell(&format!("{queue} is back after {:.1} s", begun.elapsed().as_secs_f64()));
+        self.log(&format!("{queue} is back after {:.1} s", begun.elapsed().as_secs_f64()));
         self.disturbed(LEVEL_DELETED, from, NOTICED);
         true
     }
 
-    /// Deletes a queue in which nothing is. Nobody publishes until it is there again.
+    /// Deletes an empty queue. Nothing is published until it is there again.
     pub(super) async fn delete_empty_queue(&mut self, producer: &Producer) -> bool {
         // It is needed for this that a daemon can put it back.
         let Place::Broker { broker, source_queue, .. } = &self.world.place else { return false };
@@ -344,7 +342,7 @@ impl Round<'_> {
             .await
             .expect("deletes");
         connection.close(200, "done".into()).await.ok();
-        self.tell(&format!("{queue} is deleted; it held {deleted}"));
+        self.log(&format!("{queue} is deleted; it held {deleted}"));
         let is_back = async || {
             let (connection, channel) = broker.channel().await;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
@@ -361,7 +359,7 @@ impl Round<'_> {
         eventually("the queue is declared again", is_back).await;
         drop(held);
         self.declared = Some(Instant::now());
-        self.tell(&format!("{queue} is back"));
+        self.log(&format!("{queue} is back"));
         self.disturbed("queue deleted", from, NOTICED);
         true
     }
