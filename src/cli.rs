@@ -144,7 +144,7 @@ impl Schema {
             // As they stand in the documents.
             Self::Event => include_str!("../docs/schema/event.json").to_owned(),
             Self::Payload => include_str!("../docs/schema/payload.json").to_owned(),
-            Self::Config => format!("{:#}\n", config::keys::schema()),
+            Self::Config => format!("{:#}\n", config::schema()),
         }
     }
 }

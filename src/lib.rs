@@ -41,6 +41,10 @@
 //! policy/                   decisions without I/O
 //!              · address · retry · batching · circuit_breaker · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
+//!              · limits · subscriber · settings · keys · spelling · variables · document · reader
+//!              · optional · include · loader · changes · listing · schema · config
+//!              keys/ · key · show
+//!              loader/ · files · queue · daemon · policies · signing · endpoint
 //! telemetry/                what the daemon says of itself
 //!              · finding · troubles · outage · metrics · status · log · resources
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`

@@ -6,7 +6,7 @@ use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 use super::{complete, failed::Failed, open::find, text::visible};
 use crate::{
     clock,
-    config::{self, Backend, Config, ConfigError, Subscriber, keys},
+    config::{self, Backend, Config, ConfigError, Subscriber},
     endpoint::inspect,
     queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
     telemetry::{
@@ -276,7 +276,7 @@ fn of_them(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
 /// The configuration with all defaults filled in, as TOML, secrets left out; of some subscribers
 /// only theirs.
 fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
-    let subscribers: String = chosen.iter().map(|s| keys::subscriber_as_toml(s)).collect();
+    let subscribers: String = chosen.iter().map(|s| config::subscriber_as_toml(s)).collect();
     if chosen.len() < config.subscribers.len() {
         return format!(
             "# {}: valid, with {}\n{subscribers}",
@@ -288,7 +288,7 @@ fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
     format!(
         "# {}: valid\n{}{subscribers}{none}",
         config.path.display(),
-        keys::global_as_toml(config)
+        config::global_as_toml(config)
     )
 }
 

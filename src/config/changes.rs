@@ -8,10 +8,50 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    Config, Subscriber,
-    keys::{self, Differences, Reloaded},
+    keys::{Affects, Key, Place, ROOT, Reloaded, Shape, fields},
+    settings::Config,
+    subscriber::Subscriber,
 };
 use crate::delivery::SubscriberName;
+
+/// The keys whose values differ between two configurations of one subscriber.
+#[derive(Debug, Clone)]
+pub struct Differences(Vec<(&'static str, &'static [Affects])>);
+
+impl Differences {
+    pub fn between(old: &Subscriber, new: &Subscriber) -> Self {
+        debug_assert_eq!(old.name, new.name);
+        let differing = fields().filter(|(_, field)| (field.differs)(old, new));
+        Self(differing.map(|(path, field)| (path, field.affects)).collect())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether one of them affects this.
+    pub fn affect(&self, what: Affects) -> bool {
+        self.0.iter().any(|(_, affects)| affects.contains(&what))
+    }
+
+    /// Their full names, groups as in `retry.max_interval`.
+    pub fn paths(&self) -> Vec<&'static str> {
+        self.0.iter().map(|(path, _)| *path).collect()
+    }
+}
+
+/// The keys of no subscriber whose values differ, and what a running daemon does about it.
+fn global_differences(old: &Config, new: &Config) -> Vec<(&'static str, Reloaded)> {
+    let group = |key: &'static Key| match (&key.place, &key.shape) {
+        (Place::Read, Shape::Table(group)) => *group,
+        _ => std::slice::from_ref(key),
+    };
+    let differing = |key: &'static Key| match &key.place {
+        Place::Config(field) if (field.differs)(old, new) => Some((key.path, field.affects)),
+        _ => None,
+    };
+    ROOT.iter().flat_map(group).filter_map(differing).collect()
+}
 
 /// What a reload changes, or would.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -86,7 +126,7 @@ impl Config {
     /// # Errors
     /// Keys that a running daemon cannot change, because its queues hang on them.
     pub fn changes_to(&self, new: &Self) -> Result<Changes, Vec<&'static str>> {
-        let global = keys::global_differences(self, new);
+        let global = global_differences(self, new);
         let those = |what: Reloaded| {
             global
                 .iter()
@@ -211,7 +251,8 @@ mod tests {
             assert_eq!(keys(&format!("{key} = {value}")), [key]);
         }
         let tried: Vec<_> = samples.iter().map(|(key, _)| *key).collect();
-        let untried: Vec<_> = super::keys::paths().filter(|path| !tried.contains(path)).collect();
+        let untried: Vec<_> =
+            crate::config::keys::paths().filter(|path| !tried.contains(path)).collect();
         assert_eq!(untried, ["name", "tls"], "a name is another subscriber, and `tls` needs files");
         assert!(
             keys("paused = false").is_empty(),

@@ -4,188 +4,36 @@
 //! the differences between two configurations and what each difference affects, what `check`
 //! prints, and the JSON Schema that `schema config` prints.
 
-use std::{
-    fmt::{Display, Write as _},
-    time::Duration,
+mod key;
+mod show;
+
+pub use self::key::{Affects, Key, Reloaded, Shape};
+pub(super) use self::key::{Field, Place};
+use self::{
+    key::{
+        Affects::{Bindings, Connections, Decisions, Requests, Session},
+        Reloaded::{AfterRestart, Refused, Used},
+        global, read, subscriber,
+    },
+    show::{REDACTED, duration, list, plain, quoted, redacted, scheme, table, url, word},
 };
-
-use serde_json::{Value, json};
-
 use super::{
-    AmqpConfig, Auth, Backend, Config, Intake, MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES,
-    MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT, MAX_TIMEOUT, MAX_WAIT, Subscriber,
+    limits::{
+        MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
+        MAX_TIMEOUT, MAX_WAIT,
+    },
+    settings::{AmqpConfig, Backend, Config, Intake},
+    subscriber::{Auth, Subscriber},
 };
 use crate::{
-    crypto::{
-        secret::SecretUrl,
-        signature::{Encoding, Scheme},
-    },
+    crypto::secret::SecretUrl,
     policy::{batching::BatchPolicy, retry::MAX_DELAY},
-    wording::{size, span},
+    wording::size,
 };
-
-/// One key: its full name, what it says, and which values it takes.
-#[derive(Debug)]
-pub struct Key {
-    /// With the tables that it is in, `retry.max_interval`; those of a subscriber begin inside
-    /// `[[subscriber]]`.
-    pub path: &'static str,
-    /// One sentence, for editors.
-    pub what: &'static str,
-    pub shape: Shape,
-    pub required: bool,
-    place: Place,
-}
-
-/// Which values a key takes. In each string `${VAR}` stands for the environment's.
-#[derive(Debug)]
-pub enum Shape {
-    Text,
-    Flag,
-    /// An integer from the first to the second.
-    Whole(i64, i64),
-    /// A number from the first to the second.
-    Number(f64, f64),
-    /// At most this long.
-    Duration(Option<Duration>),
-    /// A number of bytes with its unit.
-    Size,
-    Word(&'static [&'static str]),
-    List(&'static Self),
-    /// A table with these keys.
-    Table(&'static [Key]),
-    /// A table whose keys are free.
-    Map(&'static Self),
-    Either(&'static [Self]),
-}
-
-/// Where a key's value is in a checked configuration.
-#[derive(Debug)]
-enum Place {
-    /// Nowhere by itself: it is a part of another key's value, names other files, or fills in other
-    /// keys.
-    Read,
-    Config(Field<Config, Reloaded>),
-    Subscriber(Field<Subscriber, &'static [Affects]>),
-}
-
-#[derive(Debug)]
-struct Field<T, A> {
-    affects: A,
-    differs: fn(&T, &T) -> bool,
-    /// As TOML, with `[redacted]` for secrets; none where it is not set and has no default.
-    show: fn(&T) -> Option<String>,
-}
-
-/// What a changed value of a subscriber's key means for what is under way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Affects {
-    /// What a request is, or whom it reaches: answers to requests of before say nothing of those
-    /// that follow.
-    Requests,
-    /// What connections to the endpoint are made of.
-    Connections,
-    /// What a lane's session with its queue is opened with.
-    Session,
-    /// Which events the subscriber's queue gets.
-    Bindings,
-    /// A decision that is made each time it is needed.
-    Decisions,
-}
-
-/// What a running daemon does about a changed key that is not a subscriber's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reloaded {
-    /// The new value is used.
-    Used,
-    /// The new value is used after a restart.
-    AfterRestart,
-    /// The whole reload is refused: the queues depend on it.
-    Refused,
-}
-
-/// The keys whose values differ between two configurations of one subscriber.
-#[derive(Debug, Clone)]
-pub struct Differences(Vec<(&'static str, &'static [Affects])>);
-
-impl Differences {
-    pub fn between(old: &Subscriber, new: &Subscriber) -> Self {
-        debug_assert_eq!(old.name, new.name);
-        let differing = fields().filter(|(_, field)| (field.differs)(old, new));
-        Self(differing.map(|(path, field)| (path, field.affects)).collect())
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Whether one of them affects this.
-    pub fn affect(&self, what: Affects) -> bool {
-        self.0.iter().any(|(_, affects)| affects.contains(&what))
-    }
-
-    /// Their full names, groups as in `retry.max_interval`.
-    pub fn paths(&self) -> Vec<&'static str> {
-        self.0.iter().map(|(path, _)| *path).collect()
-    }
-}
 
 macro_rules! differs {
     ($($path:tt)+) => { |a, b| a.$($path)+ != b.$($path)+ };
 }
-
-const fn read(path: &'static str, what: &'static str, shape: Shape) -> Key {
-    Key { path, what, shape, required: false, place: Place::Read }
-}
-
-const fn global(
-    path: &'static str,
-    what: &'static str,
-    shape: Shape,
-    affects: Reloaded,
-    differs: fn(&Config, &Config) -> bool,
-    show: fn(&Config) -> Option<String>,
-) -> Key {
-    Key {
-        path,
-        what,
-        shape,
-        required: false,
-        place: Place::Config(Field { affects, differs, show }),
-    }
-}
-
-const fn subscriber(
-    path: &'static str,
-    what: &'static str,
-    shape: Shape,
-    affects: &'static [Affects],
-    differs: fn(&Subscriber, &Subscriber) -> bool,
-    show: fn(&Subscriber) -> Option<String>,
-) -> Key {
-    Key {
-        path,
-        what,
-        shape,
-        required: false,
-        place: Place::Subscriber(Field { affects, differs, show }),
-    }
-}
-
-impl Key {
-    /// Its name in its table.
-    pub fn name(&self) -> &'static str {
-        self.path.rsplit('.').next().unwrap_or(self.path)
-    }
-
-    const fn required(mut self) -> Self {
-        self.required = true;
-        self
-    }
-}
-
-use Affects::{Bindings, Connections, Decisions, Requests, Session};
-use Reloaded::{AfterRestart, Refused, Used};
 
 /// The keys of the file that `--config` names.
 pub static ROOT: &[Key] = &[
@@ -686,148 +534,6 @@ pub(super) static SIGNATURE: &[Key] = &[
     read("signatures.encoding", "How the HMAC-SHA256 is written.", Shape::Word(&["hex", "base64"])),
 ];
 
-const REDACTED: &str = "[redacted]";
-
-/// The fields of a subscriber, its groups' among them, in the order in which they are shown.
-fn fields() -> impl Iterator<Item = (&'static str, &'static Field<Subscriber, &'static [Affects]>)>
-{
-    let of = |key: &'static Key| match &key.place {
-        Place::Subscriber(field) => Some((key.path, field)),
-        Place::Read | Place::Config(_) => None,
-    };
-    SUBSCRIBER.iter().flat_map(move |key| match (&key.place, &key.shape) {
-        (Place::Read, Shape::Table(group)) => group.iter().filter_map(of).collect::<Vec<_>>(),
-        _ => of(key).into_iter().collect(),
-    })
-}
-
-/// The full names of a subscriber's keys that mean something by themselves.
-#[cfg(test)]
-pub(super) fn paths() -> impl Iterator<Item = &'static str> {
-    fields().map(|(path, _)| path)
-}
-
-/// The keys of no subscriber whose values differ, and what a running daemon does about it.
-pub fn global_differences(old: &Config, new: &Config) -> Vec<(&'static str, Reloaded)> {
-    let group = |key: &'static Key| match (&key.place, &key.shape) {
-        (Place::Read, Shape::Table(group)) => *group,
-        _ => std::slice::from_ref(key),
-    };
-    let differing = |key: &'static Key| match &key.place {
-        Place::Config(field) if (field.differs)(old, new) => Some((key.path, field.affects)),
-        _ => None,
-    };
-    ROOT.iter().flat_map(group).filter_map(differing).collect()
-}
-
-/// The keys of no subscriber with their values, the defaults among them, as TOML; secrets are left
-/// out.
-pub fn global_as_toml(config: &Config) -> String {
-    let mut out = String::new();
-    let mut line = |text: std::fmt::Arguments<'_>| {
-        // Writing to a string cannot fail.
-        writeln!(out, "{text}").ok();
-    };
-    let shown = |key: &Key| match &key.place {
-        Place::Config(field) => (field.show)(config),
-        Place::Read | Place::Subscriber(_) => None,
-    };
-    for key in ROOT {
-        if let Some(value) = shown(key) {
-            line(format_args!("{} = {value}", key.name()));
-        }
-        if let (Place::Read, Shape::Table(group)) = (&key.place, &key.shape) {
-            let mut header = Some(key.name());
-            for (key, value) in group.iter().filter_map(|key| Some((key, shown(key)?))) {
-                if let Some(name) = header.take() {
-                    line(format_args!("\n[{name}]"));
-                }
-                line(format_args!("{} = {value}", key.name()));
-            }
-        }
-    }
-    out
-}
-
-/// A subscriber with the values of all its keys, the defaults among them, as TOML; secrets are left
-/// out.
-pub fn subscriber_as_toml(s: &Subscriber) -> String {
-    let mut out = String::from("\n[[subscriber]]\n");
-    for (path, value) in fields().filter_map(|(path, field)| Some((path, (field.show)(s)?))) {
-        // Writing to a string cannot fail.
-        writeln!(out, "{path} = {value}").ok();
-    }
-    out
-}
-
-/// The JSON Schema (draft 7, which editors know) of the configuration and of the files that it
-/// includes.
-///
-/// The defaults are those of the shipped file. A string may hold `${VAR}` instead of what it is
-/// for.
-pub fn schema() -> serde_json::Value {
-    let shipped = toml::from_str(super::DEFAULT).unwrap_or_default();
-    let mut schema = object(ROOT, &shipped);
-    schema["$schema"] = "http://json-schema.org/draft-07/schema#".into();
-    schema["title"] = "The configuration of hooktrail".into();
-    schema
-}
-
-fn object(keys: &[Key], shipped: &Value) -> Value {
-    let property = |key: &Key| {
-        let mut schema = key.shape.schema(shipped);
-        schema["description"] = match key.shape {
-            Shape::Duration(Some(most)) => {
-                format!("{} At most \"{}\".", key.what, span(most)).into()
-            }
-            _ => key.what.into(),
-        };
-        // Inside a subscriber a group's default is what the top level says.
-        let pointer = format!("/{}", key.path.replace('.', "/"));
-        match shipped.pointer(&pointer) {
-            // What is only read, such as `include`, is written in the shipped file and nothing
-            // without it.
-            Some(default) if !key.required && !matches!(key.place, Place::Read) => {
-                schema["default"] = default.clone()
-            }
-            _ => {}
-        }
-        (key.name().to_owned(), schema)
-    };
-    let properties: serde_json::Map<_, _> = keys.iter().map(property).collect();
-    let required: Vec<_> = keys.iter().filter(|key| key.required).map(Key::name).collect();
-    json!({ "type": "object", "additionalProperties": false, "properties": properties, "required": required })
-}
-
-impl Shape {
-    fn schema(&self, shipped: &Value) -> Value {
-        match self {
-            Self::Text => json!({ "type": "string" }),
-            Self::Flag => json!({ "type": "boolean" }),
-            Self::Whole(least, most) => {
-                json!({ "type": "integer", "minimum": least, "maximum": most })
-            }
-            Self::Number(least, most) => {
-                json!({ "type": "number", "minimum": least, "maximum": most })
-            }
-            Self::Duration(_) | Self::Size => {
-                json!({ "type": "string", "pattern": r"^ *[0-9][0-9A-Za-zµ. ]*$|\$\{" })
-            }
-            Self::Word(words) => {
-                json!({ "anyOf": [{ "enum": words }, { "type": "string", "pattern": r"\$\{" }] })
-            }
-            Self::List(item) => json!({ "type": "array", "items": item.schema(shipped) }),
-            Self::Table(keys) => object(keys, shipped),
-            Self::Map(value) => {
-                json!({ "type": "object", "additionalProperties": value.schema(shipped) })
-            }
-            Self::Either(shapes) => {
-                json!({ "anyOf": shapes.iter().map(|shape| shape.schema(shipped)).collect::<Vec<_>>() })
-            }
-        }
-    }
-}
-
 fn amqp(config: &Config) -> Option<&AmqpConfig> {
     match &config.queue.backend {
         Backend::Embedded => None,
@@ -851,55 +557,23 @@ fn management_url(config: &Config) -> Option<&SecretUrl> {
     amqp(config)?.management_url.as_deref()
 }
 
-fn quoted(text: &str) -> String {
-    // What JSON escapes, TOML does too, in the same way.
-    Value::from(text).to_string().replace("${", "$${")
+/// The fields of a subscriber, its groups' among them, in the order in which they are shown.
+pub(super) fn fields()
+-> impl Iterator<Item = (&'static str, &'static Field<Subscriber, &'static [Affects]>)> {
+    let of = |key: &'static Key| match &key.place {
+        Place::Subscriber(field) => Some((key.path, field)),
+        Place::Read | Place::Config(_) => None,
+    };
+    SUBSCRIBER.iter().flat_map(move |key| match (&key.place, &key.shape) {
+        (Place::Read, Shape::Table(group)) => group.iter().filter_map(of).collect::<Vec<_>>(),
+        _ => of(key).into_iter().collect(),
+    })
 }
 
-fn word(text: &str) -> Option<String> {
-    Some(quoted(text))
-}
-
-fn plain(value: impl Display) -> Option<String> {
-    Some(value.to_string())
-}
-
-fn duration(value: Duration) -> Option<String> {
-    plain(format_args!("\"{}\"", span(value)))
-}
-
-fn url(url: &SecretUrl) -> Option<String> {
-    plain(format_args!("\"{url}\"  # the rest is not shown"))
-}
-
-fn redacted() -> Option<String> {
-    word(REDACTED)
-}
-
-fn list(items: impl Iterator<Item = String>) -> Option<String> {
-    plain(format_args!("[{}]", items.collect::<Vec<_>>().join(", ")))
-}
-
-fn table(entries: impl Iterator<Item = String>) -> String {
-    format!("{{ {} }}", entries.collect::<Vec<_>>().join(", "))
-}
-
-fn scheme(scheme: &Scheme) -> String {
-    match scheme {
-        Scheme::StandardWebhooks => quoted("standard-webhooks"),
-        Scheme::Mailtrap => quoted("mailtrap"),
-        Scheme::Custom { header, prefix, encoding } => {
-            let encoding = match encoding {
-                Encoding::Hex => "hex",
-                Encoding::Base64 => "base64",
-            };
-            format!(
-                "{{ header = {}, prefix = {}, encoding = \"{encoding}\" }}",
-                quoted(header),
-                quoted(prefix)
-            )
-        }
-    }
+/// The full names of a subscriber's keys that mean something by themselves.
+#[cfg(test)]
+pub(super) fn paths() -> impl Iterator<Item = &'static str> {
+    fields().map(|(path, _)| path)
 }
 
 #[cfg(test)]

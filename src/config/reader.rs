@@ -6,8 +6,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeSet,
-    fmt, io,
-    ops::Range,
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -17,55 +16,12 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::keys::Key;
-
-/// One mistake in a configuration file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
-    pub file: PathBuf,
-    /// Line and column, from 1; none for a file that cannot be read.
-    pub place: Option<(usize, usize)>,
-    pub key: String,
-    /// What is wrong and what would be right; never a secret's value.
-    pub message: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file.display())?;
-        if let Some((line, column)) = self.place {
-            write!(f, ":{line}:{column}")?;
-        }
-        if !self.key.is_empty() {
-            write!(f, ": {}", self.key)?;
-        }
-        write!(f, ": {}", self.message)
-    }
-}
-
-/// A file of the configuration and its text.
-#[derive(Debug)]
-pub(super) struct Source {
-    pub(super) path: PathBuf,
-    pub(super) text: String,
-}
-
-impl Source {
-    fn place(&self, at: usize) -> (usize, usize) {
-        let before = &self.text[..at.min(self.text.len())];
-        let line_start = before.rfind('\n').map_or(0, |n| n + 1);
-        (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
-    }
-
-    /// A path that this file names: relative ones are relative to it.
-    pub(super) fn relative(&self, path: &str) -> PathBuf {
-        self.folder().join(path)
-    }
-
-    pub(super) fn folder(&self) -> &Path {
-        self.path.parent().unwrap_or(Path::new(""))
-    }
-}
+use super::{
+    document::{Problem, Section, Source, Value},
+    keys::Key,
+    spelling::distance,
+    variables::interpolate,
+};
 
 /// Collects the problems and knows the environment.
 pub(super) struct Reader<'e> {
@@ -77,83 +33,6 @@ pub(super) struct Reader<'e> {
     problems: RefCell<Vec<Problem>>,
     files: RefCell<BTreeSet<PathBuf>>,
     folders: RefCell<BTreeSet<PathBuf>>,
-}
-
-/// A table and the keys it may have.
-#[derive(Clone)]
-pub(super) struct Section<'d> {
-    pub(super) source: &'d Source,
-    pub(super) path: String,
-    span: Range<usize>,
-    table: &'d DeTable<'d>,
-}
-
-/// A value, its place and its full key.
-#[derive(Clone)]
-pub(super) struct Value<'d> {
-    pub(super) source: &'d Source,
-    pub(super) key: String,
-    span: Range<usize>,
-    value: &'d DeValue<'d>,
-}
-
-/// A group of a subscriber over that of its preset over the group of the same name at top level.
-pub(super) struct Layers<'d> {
-    pub(super) own: Option<Section<'d>>,
-    pub(super) preset: Option<Section<'d>>,
-    pub(super) base: Option<Section<'d>>,
-}
-
-impl<'d> Layers<'d> {
-    pub(super) fn get(&self, key: &str) -> Option<Value<'d>> {
-        let of = |s: &Option<Section<'d>>| s.as_ref().and_then(|s| s.get(key));
-        of(&self.own).or_else(|| of(&self.preset)).or_else(|| of(&self.base))
-    }
-
-    /// Which of them the value of a key is from.
-    pub(super) fn layer(&self, key: &str) -> Layer {
-        let has = |s: &Option<Section<'d>>| s.as_ref().is_some_and(|s| s.get(key).is_some());
-        match () {
-            () if has(&self.own) => Layer::Own,
-            () if has(&self.preset) => Layer::Preset,
-            () if has(&self.base) => Layer::Base,
-            () => Layer::Default,
-        }
-    }
-}
-
-/// Where a value is from, the nearest to the subscriber first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Layer {
-    Own,
-    Preset,
-    Base,
-    Default,
-}
-
-impl Value<'_> {
-    /// Its file, line and column, as a problem there has it.
-    pub(super) fn place(&self) -> String {
-        let (line, column) = self.source.place(self.span.start);
-        format!("{}:{line}:{column}", self.source.path.display())
-    }
-}
-
-impl<'d> Section<'d> {
-    pub(super) fn get(&self, key: &str) -> Option<Value<'d>> {
-        let (name, value) = self.table.iter().find(|(name, _)| name.get_ref() == key)?;
-        debug_assert!(name.span().end <= self.source.text.len());
-        Some(Value {
-            source: self.source,
-            key: self.key_of(key),
-            span: value.span(),
-            value: value.get_ref(),
-        })
-    }
-
-    fn key_of(&self, key: &str) -> String {
-        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
-    }
 }
 
 impl<'e> Reader<'e> {
@@ -260,7 +139,7 @@ impl<'e> Reader<'e> {
     }
 
     fn report_at(&self, source: &Source, at: usize, key: String, message: String) {
-        let place = Some(source.place(at));
+        let place = Some(source.position(at));
         self.problems.borrow_mut().push(Problem { file: source.path.clone(), place, key, message });
     }
 
@@ -530,122 +409,4 @@ fn a(value: &DeValue<'_>) -> String {
     let kind = value.type_str();
     let article = if kind.starts_with(['a', 'i', 'o']) { "an" } else { "a" };
     format!("{article} {kind}")
-}
-
-/// Replaces `${VAR}` and `${VAR:-default}`; `$${` is a literal `${`.
-fn interpolate(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find("${") {
-        if at > 0 && rest.as_bytes()[at - 1] == b'$' {
-            out.push_str(&rest[..at - 1]);
-            out.push_str("${");
-            rest = &rest[at + 2..];
-            continue;
-        }
-        out.push_str(&rest[..at]);
-        let body = &rest[at + 2..];
-        let end =
-            body.find('}').ok_or("`${` has no closing `}`; write `$${` for a literal `${`")?;
-        let (name, default) = match body[..end].split_once(":-") {
-            Some((name, default)) => (name, Some(default)),
-            None => (&body[..end], None),
-        };
-        if default.is_some_and(|default| default.contains("${")) {
-            return Err(
-                "a default cannot hold another `${…}`: it would be taken as it is written; give the value itself, or none".to_owned()
-            );
-        }
-        let first = name.chars().next();
-        if !first.is_some_and(|c| c.is_ascii_alphabetic() || c == '_')
-            || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-        {
-            return Err("the name in `${…}` is not that of an environment variable; write `${NAME}` or `${NAME:-default}`".to_owned());
-        }
-        match (env(name), default) {
-            (Some(value), None) => out.push_str(&value),
-            (Some(value), Some(_)) if !value.is_empty() => out.push_str(&value),
-            (_, Some(default)) => out.push_str(default),
-            (None, None) => {
-                return Err(format!(
-                    "environment variable {name} is not set; set it, or give a default: `${{{name}:-…}}`"
-                ));
-            }
-        }
-        rest = &body[end + 1..];
-    }
-    out.push_str(rest);
-    Ok(out)
-}
-
-/// Whether `text` may be a mistyped `word`.
-/// By how many letters they differ, if that can be a slip.
-pub(crate) fn nearness(text: &str, word: &str) -> Option<usize> {
-    let is_near = |letters: &usize| *letters <= 2;
-    (text.len().abs_diff(word.len()) <= 2).then(|| distance(word, text)).filter(is_near)
-}
-
-/// Levenshtein's.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let substitute = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn environment_variables_are_replaced_once() {
-        let env = |name: &str| match name {
-            "A" => Some("${B}".to_owned()),
-            "EMPTY" => Some(String::new()),
-            _ => None,
-        };
-        for (text, expected) in [
-            ("x", Ok("x")),
-            ("${A}", Ok("${B}")),
-            ("a${A}b${A}", Ok("a${B}b${B}")),
-            ("${NOPE:-d}", Ok("d")),
-            ("${EMPTY:-d}", Ok("d")),
-            ("${EMPTY}", Ok("")),
-            ("${NOPE:-}", Ok("")),
-            ("$${A}", Ok("${A}")),
-            ("$A $", Ok("$A $")),
-            ("${NOPE}", Err("NOPE is not set")),
-            ("${A", Err("no closing")),
-            ("${}", Err("not that of an environment variable")),
-            ("${1A}", Err("not that of an environment variable")),
-            ("${NOPE:-${B}}", Err("a default cannot hold another")),
-            ("${A:-${B}}", Err("a default cannot hold another")),
-            ("x${A:-y${B:-z}}", Err("a default cannot hold another")),
-        ] {
-            match (interpolate(text, &env), expected) {
-                (Ok(found), Ok(expected)) => assert_eq!(found, expected),
-                (Err(found), Err(part)) => assert!(found.contains(part), "{found}"),
-                (found, _) => panic!("{text}: {found:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn the_distance_is_levenshteins() {
-        for (a, b, d) in [
-            ("", "abc", 3),
-            ("kitten", "sitting", 3),
-            ("timeout", "timeout", 0),
-            ("time_out", "timeout", 1),
-        ] {
-            assert_eq!(distance(a, b), d);
-        }
-    }
 }

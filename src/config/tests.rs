@@ -1,4 +1,13 @@
-use super::{keys::Shape, *};
+use std::time::Duration;
+
+use super::{
+    keys::{Key, Shape},
+    *,
+};
+use crate::{
+    crypto::signature::Scheme,
+    policy::{answer::Success, retry::Exhausted},
+};
 
 fn dir_with(files: &[(&str, &str)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");

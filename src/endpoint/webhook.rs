@@ -26,10 +26,7 @@ use self::{
 };
 use crate::{
     clock,
-    config::{
-        HttpPolicy, Subscriber,
-        keys::{Affects, Differences},
-    },
+    config::{HttpPolicy, Subscriber, changes::Differences, keys::Affects},
     crypto::{signature::Signer, tls::SystemRoots},
     delivery::{BatchId, Failure, Outcome},
     event::payload::Format,

@@ -14,10 +14,7 @@ use super::{
 };
 use crate::{
     clock,
-    config::{
-        Subscriber,
-        keys::{Affects, Differences},
-    },
+    config::{Subscriber, changes::Differences, keys::Affects},
     delivery::{Pause, Standing, Standings},
     endpoint::webhook::Webhook,
     policy::{

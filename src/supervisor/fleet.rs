@@ -20,10 +20,7 @@ use tokio::{
 
 use crate::{
     clock,
-    config::{
-        Subscriber, Subscribers,
-        keys::{Affects, Differences},
-    },
+    config::{Subscriber, Subscribers, changes::Differences, keys::Affects},
     crypto::tls::SystemRoots,
     delivery::SubscriberName,
     endpoint::webhook::Webhook,

@@ -1,0 +1,49 @@
+//! A checked configuration as TOML, the defaults among its values.
+
+use std::fmt::Write as _;
+
+use super::{
+    keys::{Key, Place, ROOT, Shape, fields},
+    settings::Config,
+    subscriber::Subscriber,
+};
+
+/// The keys of no subscriber with their values, the defaults among them, as TOML; secrets are left
+/// out.
+pub fn global_as_toml(config: &Config) -> String {
+    let mut out = String::new();
+    let mut line = |text: std::fmt::Arguments<'_>| {
+        // Writing to a string cannot fail.
+        writeln!(out, "{text}").ok();
+    };
+    let shown = |key: &Key| match &key.place {
+        Place::Config(field) => (field.show)(config),
+        Place::Read | Place::Subscriber(_) => None,
+    };
+    for key in ROOT {
+        if let Some(value) = shown(key) {
+            line(format_args!("{} = {value}", key.name()));
+        }
+        if let (Place::Read, Shape::Table(group)) = (&key.place, &key.shape) {
+            let mut header = Some(key.name());
+            for (key, value) in group.iter().filter_map(|key| Some((key, shown(key)?))) {
+                if let Some(name) = header.take() {
+                    line(format_args!("\n[{name}]"));
+                }
+                line(format_args!("{} = {value}", key.name()));
+            }
+        }
+    }
+    out
+}
+
+/// A subscriber with the values of all its keys, the defaults among them, as TOML; secrets are left
+/// out.
+pub fn subscriber_as_toml(s: &Subscriber) -> String {
+    let mut out = String::from("\n[[subscriber]]\n");
+    for (path, value) in fields().filter_map(|(path, field)| Some((path, (field.show)(s)?))) {
+        // Writing to a string cannot fail.
+        writeln!(out, "{path} = {value}").ok();
+    }
+    out
+}

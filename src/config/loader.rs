@@ -1,0 +1,215 @@
+//! Turns the sections of a configuration into checked values. A function returns `None` only after
+//! it has reported why.
+
+mod daemon;
+mod endpoint;
+mod files;
+mod policies;
+mod queue;
+mod signing;
+
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
+
+pub(super) use self::daemon::{admin, log};
+use super::{
+    document::{Layers, Section, Source, Value},
+    keys,
+    limits::MAX_SHUTDOWN_TIMEOUT,
+    reader::Reader,
+    settings::Config,
+    subscriber::Subscriber,
+};
+use crate::{
+    crypto::tls::TlsPolicy,
+    delivery::SubscriberName,
+    event::{Pattern, payload::Format},
+};
+
+/// `preset = "mailtrap"`: what the hosted service does, between a subscriber's own keys and the
+/// top-level groups.
+const MAILTRAP: &str = r#"
+signatures = ["mailtrap"]
+batch = { max_events = 500, max_wait = "30s" }
+http = { success = "200", timeout = "30s" }
+circuit_breaker = { failures = 0 }
+[retry]
+max_attempts = 41
+initial_interval = "5m"
+multiplier = 1
+randomization_factor = 0
+max_interval = "5m"
+max_elapsed_time = "0s"
+on_exhausted = "pause"
+"#;
+
+/// The top-level groups that apply to every subscriber.
+struct Defaults<'d> {
+    batch: Option<Section<'d>>,
+    http: Option<Section<'d>>,
+    retry: Option<Section<'d>>,
+    circuit_breaker: Option<Section<'d>>,
+    /// The one preset there is.
+    mailtrap: Section<'d>,
+}
+
+pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
+    let document = reader.parse(source);
+    let root = reader.root(source, &document, keys::ROOT);
+    let shutdown_timeout =
+        reader.duration_or(root.get("shutdown_timeout"), 35, Some(MAX_SHUTDOWN_TIMEOUT));
+    let queue = queue::queue(reader, &root);
+    let admin = daemon::admin(reader, &root);
+    let log = daemon::log(reader, &root);
+    let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
+    let preset = Source { path: PathBuf::from("preset \"mailtrap\""), text: MAILTRAP.to_owned() };
+    let preset_document = reader.parse(&preset);
+    let defaults = Defaults {
+        mailtrap: reader.root(&preset, &preset_document, keys::SUBSCRIBER),
+        batch: group("batch", keys::BATCH),
+        http: group("http", keys::HTTP),
+        retry: group("retry", keys::RETRY),
+        circuit_breaker: group("circuit_breaker", keys::BREAKER),
+    };
+    // A mistake in a default is one even if no subscriber uses it.
+    let alone = |base: &Option<_>| Layers { own: None, preset: None, base: base.clone() };
+    policies::batch(reader, &alone(&defaults.batch));
+    policies::http(reader, &alone(&defaults.http));
+    policies::retry(reader, &alone(&defaults.retry));
+    policies::breaker(reader, &alone(&defaults.circuit_breaker));
+
+    let mut names = HashMap::new();
+    let mut subscribers = subscribers_in(reader, &root, &defaults, &mut names);
+    for file in files::included(reader, &root) {
+        let text = match reader.read_to_string(&file) {
+            Ok(text) => text,
+            Err(e) => {
+                reader.report_file(
+                    &file,
+                    format!(
+                        "cannot be read: {e}; it is named by `include` in {}",
+                        source.path.display()
+                    ),
+                );
+                continue;
+            }
+        };
+        let included = Source { path: file, text };
+        let document = reader.parse(&included);
+        let root = reader.root(&included, &document, keys::INCLUDED);
+        subscribers.extend(subscribers_in(reader, &root, &defaults, &mut names));
+    }
+    Some(Config {
+        path: source.path.clone(),
+        files: Vec::new(),
+        folders: Vec::new(),
+        shutdown_timeout: shutdown_timeout?,
+        queue: queue?,
+        admin: admin?,
+        log: log?,
+        subscribers: subscribers.into(),
+    })
+}
+
+/// Each with the file that has its table.
+pub(super) fn all_names(reader: &Reader<'_>, source: &Source) -> Vec<(SubscriberName, PathBuf)> {
+    let document = reader.parse(source);
+    let root = reader.root(source, &document, keys::ROOT);
+    let (mut found, mut known) = (Vec::new(), HashMap::new());
+    let mut names_in = |root: &Section<'_>| {
+        let tables =
+            root.get("subscriber").and_then(|value| reader.array(&value)).unwrap_or_default();
+        let sections = tables
+            .iter()
+            .filter_map(|table| reader.section(&reader.named(table), keys::SUBSCRIBER));
+        let names = sections.filter_map(|section| endpoint::name(reader, &section, &mut known));
+        found.extend(names.map(|name| (name, root.source.path.clone())));
+    };
+    names_in(&root);
+    for path in files::included(reader, &root) {
+        if let Ok(text) = reader.read_to_string(&path) {
+            let included = Source { path, text };
+            let document = reader.parse(&included);
+            names_in(&reader.root(&included, &document, keys::INCLUDED));
+        }
+    }
+    found
+}
+
+fn subscribers_in<'d>(
+    reader: &Reader<'_>,
+    root: &Section<'d>,
+    defaults: &Defaults<'d>,
+    names: &mut HashMap<SubscriberName, String>,
+) -> Vec<Arc<Subscriber>> {
+    let Some(value) = root.get("subscriber") else { return Vec::new() };
+    let tables = reader.array(&value).unwrap_or_default();
+    tables
+        .iter()
+        .filter_map(|table| subscriber(reader, table, defaults, names).map(Arc::new))
+        .collect()
+}
+
+fn subscriber<'d>(
+    reader: &Reader<'_>,
+    table: &Value<'d>,
+    defaults: &Defaults<'d>,
+    names: &mut HashMap<SubscriberName, String>,
+) -> Option<Subscriber> {
+    let section = reader.section(&reader.named(table), keys::SUBSCRIBER)?;
+    let name = endpoint::name(reader, &section, names);
+    let preset = section
+        .get("preset")
+        .and_then(|v| reader.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
+    let group = |key, keys, base: &Option<Section<'d>>| {
+        let of = |s: &Section<'d>| s.get(key).and_then(|v| reader.section(&v, keys));
+        Layers { own: of(&section), preset: preset.and_then(of), base: base.clone() }
+    };
+    let batch = policies::batch(reader, &group("batch", keys::BATCH, &defaults.batch));
+    let http_group = group("http", keys::HTTP, &defaults.http);
+    let http = policies::http(reader, &http_group);
+    let retry = policies::retry(reader, &group("retry", keys::RETRY, &defaults.retry));
+    let circuit_breaker = policies::breaker(
+        reader,
+        &group("circuit_breaker", keys::BREAKER, &defaults.circuit_breaker),
+    );
+    let url = endpoint::url(reader, &section, &http_group);
+    let events = match section.get("events") {
+        None => Some(vec![Pattern::all()]),
+        Some(v) => endpoint::patterns(reader, &v),
+    };
+    let format = reader
+        .one_of(section.get("format"), &[("json", Format::Json), ("jsonl", Format::JsonLines)]);
+    let headers =
+        section.get("headers").map_or(Some(Vec::new()), |v| endpoint::headers(reader, &v));
+    let auth = section.get("auth").map_or(Some(None), |v| endpoint::auth(reader, &v).map(Some));
+    let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| endpoint::tls(reader, &v));
+    let event_ids = reader.flag(section.get("event_ids"));
+    let paused = reader.flag(section.get("paused"));
+    let signatures = section.get("signatures").or_else(|| preset.and_then(|p| p.get("signatures")));
+    let signing = signing::signing(reader, &section, signatures);
+    endpoint::agree_on_headers(
+        reader,
+        &section,
+        url.as_ref(),
+        headers.as_deref(),
+        signing.as_ref().map(|(_, signer)| signer.schemes()),
+    );
+    let (secrets, signer) = signing?;
+    Some(Subscriber {
+        name: name?,
+        url: url?,
+        events: events?,
+        format: format?,
+        secrets,
+        signer,
+        headers: headers?,
+        auth: auth?,
+        tls: tls?,
+        batch: batch?,
+        http: http?,
+        retry: retry?,
+        circuit_breaker: circuit_breaker?,
+        event_ids: event_ids?,
+        paused: paused?,
+    })
+}

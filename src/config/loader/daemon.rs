@@ -1,0 +1,70 @@
+//! `[admin]` and `[log]`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use crate::{
+    config::{
+        document::Section,
+        keys,
+        reader::Reader,
+        settings::{AdminConfig, LogConfig},
+    },
+    crypto::secret::Secret,
+};
+
+pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Option<AdminConfig> {
+    let section = match root.get("admin") {
+        Some(v) => Some(reader.section(&v, keys::ADMIN)?),
+        None => None,
+    };
+    let get = |key| section.as_ref().and_then(|s| s.get(key));
+    let listen = match get("listen") {
+        None => Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 8787))),
+        Some(v) => reader.string(&v).and_then(|text| {
+            let found = text.parse().ok();
+            if found.is_none() {
+                reader.report(&v, format!("`{text}` is not an address; write an IP address and a port such as \"127.0.0.1:8787\" or \"[::1]:8787\"; port 0 takes a free one"));
+            }
+            found
+        }),
+    };
+    let token = match get("token") {
+        None => Some(None),
+        Some(v) => reader.string(&v).and_then(|text| {
+            // It is not quoted: it is a secret, also when it is a bad one.
+            let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+            if !ok {
+                reader.report(&v, "must be one or more visible ASCII characters without spaces, which is what a header can carry; leave the key out for no token");
+            }
+            ok.then(|| Some(Secret::new(text)))
+        }),
+    };
+    let (listen, token) = (listen?, token?);
+    if let (None, Some(v)) =
+        (&token, get("listen").filter(|_| !listen.ip().to_canonical().is_loopback()))
+    {
+        reader.report(&v, format!("{listen} is not a loopback address, so others could publish events; set `token`, such as \"${{HOOKTRAIL_ADMIN_TOKEN}}\", or listen on \"127.0.0.1:8787\""));
+        return None;
+    }
+    Some(AdminConfig { listen, token })
+}
+
+pub(in crate::config) fn log(reader: &Reader<'_>, root: &Section<'_>) -> Option<LogConfig> {
+    let section = match root.get("log") {
+        Some(v) => Some(reader.section(&v, keys::LOG)?),
+        None => None,
+    };
+    let get = |key| section.as_ref().and_then(|s| s.get(key));
+    let json = reader.one_of(get("format"), &[("text", false), ("json", true)]);
+    let level = reader.one_of(
+        get("level"),
+        &[
+            ("info", tracing::Level::INFO),
+            ("error", tracing::Level::ERROR),
+            ("warn", tracing::Level::WARN),
+            ("debug", tracing::Level::DEBUG),
+            ("trace", tracing::Level::TRACE),
+        ],
+    );
+    Some(LogConfig { json: json?, level: level? })
+}

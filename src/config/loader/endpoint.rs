@@ -1,0 +1,272 @@
+//! A subscriber's name, where its requests go, and as whom.
+
+use std::collections::HashMap;
+
+use http::{HeaderName, HeaderValue};
+use url::Url;
+
+use super::{
+    policies,
+    signing::{self, RESERVED_HEADERS},
+};
+use crate::{
+    config::{
+        document::{Layers, Section, Value},
+        keys::{self, Key},
+        reader::Reader,
+        subscriber::Auth,
+    },
+    crypto::{
+        secret::{Secret, SecretUrl},
+        signature::Scheme,
+        tls::{self, BadIdentity, Identity, TlsPolicy},
+    },
+    delivery::SubscriberName,
+    event::Pattern,
+};
+
+pub(super) fn name(
+    reader: &Reader<'_>,
+    section: &Section<'_>,
+    names: &mut HashMap<SubscriberName, String>,
+) -> Option<SubscriberName> {
+    let Some(value) = section.get("name") else {
+        reader.report_missing(
+            section,
+            "name",
+            "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues",
+        );
+        return None;
+    };
+    let name = SubscriberName::try_new(&reader.string(&value)?)
+        .map_err(|why| reader.report(&value, format!("{why}; it names the subscriber's queues")))
+        .ok()?;
+    let here = format!("{}: {}", section.source.path.display(), value.key);
+    if let Some(first) = names.insert(name.clone(), here) {
+        reader.report(&value, format!("`{name}` is already the name of {first}; names are unique"));
+        return None;
+    }
+    Some(name)
+}
+
+/// Of the `http` group only what the URL depends on is asked, so that no other mistake there
+/// hides one here.
+pub(super) fn url(
+    reader: &Reader<'_>,
+    section: &Section<'_>,
+    http: &Layers<'_>,
+) -> Option<SecretUrl> {
+    let Some(value) = section.get("url") else {
+        reader.report_missing(
+            section,
+            "url",
+            "is required: where the batches go, such as \"https://siem.example.com/hooks\"",
+        );
+        return None;
+    };
+    // No message quotes the URL: its userinfo, path and query may be secrets.
+    let url = match reader.string(&value)?.parse::<Url>() {
+        Ok(url) => url,
+        Err(url::ParseError::RelativeUrlWithoutBase) => {
+            reader.report(&value, "is not a URL: it has no scheme; write https:// before the host");
+            return None;
+        }
+        Err(e) => {
+            reader.report(&value, format!("is not a URL: {e}"));
+            return None;
+        }
+    };
+    let scheme_ok = match url.scheme() {
+        "https" => true,
+        // Where `allow_http` itself is wrong, nothing more can be said.
+        "http" => reader.flag(http.get("allow_http")).is_none_or(|allowed| {
+            if !allowed {
+                reader.report(&value, "plain http sends events unencrypted; use https, or set `http.allow_http = true` for this subscriber");
+            }
+            allowed
+        }),
+        other => {
+            reader.report(&value, format!("scheme `{other}` is not supported; use https"));
+            false
+        }
+    };
+    let blocked = policies::addresses(reader, http).and_then(|a| a.check_literal(&url).err());
+    if let Some(what) = blocked {
+        let remedy = "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`";
+        reader.report(&value, format!("its address is not a public one ({what}); {remedy}"));
+    }
+    (scheme_ok && blocked.is_none()).then(|| SecretUrl::new(url))
+}
+
+pub(super) fn patterns(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<Pattern>> {
+    let items = reader.array(value)?;
+    if items.is_empty() {
+        reader.report(
+            value,
+            "is empty, so no event would match; leave `events` out for all events, or name some",
+        );
+        return None;
+    }
+    let pattern = |item: &Value<'_>| {
+        let text = reader.string(item)?;
+        Pattern::try_new(&text).map_err(|why| reader.report(item, why)).ok()
+    };
+    let patterns: Vec<Pattern> = items.iter().filter_map(pattern).collect();
+    (patterns.len() == items.len()).then_some(patterns)
+}
+
+pub(super) fn headers(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<(HeaderName, Secret)>> {
+    let entries = reader.entries(value)?;
+    let mut headers: Vec<(HeaderName, Secret)> = Vec::new();
+    for (name, value) in &entries {
+        let Some(text) = reader.string(value) else { continue };
+        let wrong = match HeaderName::from_bytes(name.as_bytes()) {
+            Err(_) => "is not a valid header name; write one such as \"X-Tenant\"",
+            Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => {
+                "is a header that hooktrail sets itself; remove it"
+            }
+            Ok(name) if headers.iter().any(|(n, _)| *n == name) => {
+                "is there twice; case makes no difference in a header's name"
+            }
+            Ok(_) if HeaderValue::from_str(&text).is_err() || !text.is_ascii() => {
+                "has a value that a header cannot carry; use visible ASCII characters and spaces"
+            }
+            Ok(name) => {
+                headers.push((name, Secret::new(text)));
+                continue;
+            }
+        };
+        reader.report(value, wrong);
+    }
+    (headers.len() == entries.len()).then_some(headers)
+}
+
+pub(super) fn auth(reader: &Reader<'_>, value: &Value<'_>) -> Option<Auth> {
+    let section = reader.section(value, keys::AUTH)?;
+    match (section.get("basic"), section.get("bearer")) {
+        (Some(basic), None) => {
+            let basic = reader.section(&basic, keys::BASIC)?;
+            let required = |key| {
+                let found = basic.get(key);
+                if found.is_none() {
+                    reader.report_missing(
+                        &basic,
+                        key,
+                        "is required beside the other of `username` and `password`",
+                    );
+                }
+                found
+            };
+            let (username, password) = (required("username"), required("password"));
+            let username = username.and_then(|v| {
+                let text = reader.string(&v)?;
+                let ok = !text.contains(':') && !text.contains(char::is_control);
+                if !ok {
+                    reader.report(&v, "must have no `:` and no control characters (RFC 7617)");
+                }
+                ok.then_some(text)
+            });
+            let password = password.and_then(|v| signing::secret(reader, &v));
+            Some(Auth::Basic { username: username?, password: password? })
+        }
+        (None, Some(bearer)) => {
+            let token = signing::secret(reader, &bearer)?;
+            let ok = token.expose().bytes().all(|b| b.is_ascii_graphic());
+            if !ok {
+                reader.report(&bearer, "must be visible ASCII characters without spaces, which is what a header can carry");
+            }
+            ok.then_some(Auth::Bearer(token))
+        }
+        (Some(_), Some(_)) | (None, None) => {
+            reader.report(value, "must be either { basic = { username = \"…\", password = \"…\" } } or { bearer = \"…\" }");
+            None
+        }
+    }
+}
+
+pub(super) fn tls(reader: &Reader<'_>, value: &Value<'_>) -> Option<TlsPolicy> {
+    let section = reader.section(value, keys::TLS)?;
+    let read = |v: &Value<'_>| {
+        let path = v.source.relative(&reader.string(v)?);
+        reader
+            .read(&path)
+            .map_err(|e| reader.report(v, format!("{} cannot be read: {e}", path.display())))
+            .ok()
+    };
+    let roots = match section.get("ca_file") {
+        None => Some(None),
+        Some(v) => read(&v)
+            .and_then(|pem| tls::roots(&pem).map(Some).map_err(|why| reader.report(&v, why)).ok()),
+    };
+    let identity = match (section.get("client_cert_file"), section.get("client_key_file")) {
+        (None, None) => Some(None),
+        (Some(v), None) | (None, Some(v)) => {
+            reader.report(
+                &v,
+                "needs the other of `client_cert_file` and `client_key_file` beside it",
+            );
+            None
+        }
+        (Some(cert), Some(key)) => read(&cert).zip(read(&key)).and_then(|(chain, secret)| {
+            match Identity::try_new(&chain, &secret) {
+                Ok(identity) => Some(Some(identity)),
+                Err(BadIdentity::Certificate(why)) => {
+                    reader.report(&cert, why);
+                    None
+                }
+                Err(BadIdentity::Key(why)) => {
+                    reader.report(&key, why);
+                    None
+                }
+            }
+        }),
+    };
+    let file = |key: &'static str| {
+        Some((key, section.get(key).and_then(|v| Some(v.source.relative(&reader.string(&v)?)))?))
+    };
+    let files = keys::TLS.iter().map(Key::name).filter_map(file).collect();
+    Some(TlsPolicy { roots: roots?, identity: identity?, files })
+}
+
+/// Of two headers of one name the later would silently take the place of the first.
+pub(super) fn agree_on_headers(
+    reader: &Reader<'_>,
+    section: &Section<'_>,
+    url: Option<&SecretUrl>,
+    headers: Option<&[(HeaderName, Secret)]>,
+    schemes: Option<&[Scheme]>,
+) {
+    let in_url = url.is_some_and(|url| {
+        !url.expose().username().is_empty() || url.expose().password().is_some()
+    });
+    let own =
+        headers.is_some_and(|all| all.iter().any(|(name, _)| *name == http::header::AUTHORIZATION));
+    match (section.get("auth"), section.get("headers")) {
+        (Some(auth), _) if in_url => reader.report(
+            &auth,
+            "cannot stand beside a user or password in `url`; remove one of the two",
+        ),
+        (Some(auth), _) if own => reader.report(
+            &auth,
+            "cannot stand beside `Authorization` in `headers`; remove one of the two",
+        ),
+        (None, Some(headers)) if own && in_url => {
+            reader.report(&headers, "cannot have `Authorization` beside a user or password in `url`; remove one of the two");
+        }
+        _ => {}
+    }
+    let signed = |name: &HeaderName| {
+        schemes
+            .is_some_and(|all| all.iter().any(|s| s.header().eq_ignore_ascii_case(name.as_str())))
+    };
+    if let (Some((name, _)), Some(value)) =
+        (headers.and_then(|all| all.iter().find(|(name, _)| signed(name))), section.get("headers"))
+    {
+        reader.report(
+            &value,
+            format!(
+                "`{name}` is the header of a signature; choose another name for one of the two"
+            ),
+        );
+    }
+}

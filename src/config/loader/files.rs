@@ -1,0 +1,63 @@
+//! The files that `include` names.
+
+use std::path::{Path, PathBuf};
+
+use crate::config::{
+    document::{Section, Value},
+    include,
+    reader::Reader,
+};
+
+/// The files that `include` names, each once, in order.
+pub(super) fn included(reader: &Reader<'_>, root: &Section<'_>) -> Vec<PathBuf> {
+    let Some(value) = root.get("include") else { return Vec::new() };
+    let mut files = Vec::new();
+    for item in reader.array(&value).unwrap_or_default() {
+        let Some(pattern) = reader.string(&item) else { continue };
+        if include::is_wild(&pattern) {
+            files.extend(matching(reader, &item, &pattern, root.source.folder()));
+        } else {
+            // That it is not there is a mistake, reported when it is read. A file that comes or
+            // goes is a change of its folder.
+            let path = root.source.relative(&pattern);
+            path.parent().into_iter().for_each(|folder| reader.depends_on(folder));
+            files.push(path);
+        }
+    }
+    let mut seen = std::collections::HashSet::new();
+    files.retain(|f| seen.insert(f.clone()));
+    files
+}
+
+/// What a pattern of `include` matches. That it matches nothing is fine, unless a folder is
+/// away that the configuration in use came from: all of its subscribers would be removed.
+fn matching(reader: &Reader<'_>, item: &Value<'_>, pattern: &str, base: &Path) -> Vec<PathBuf> {
+    if !reader.has_disk() {
+        return Vec::new();
+    }
+    let found = match include::find(base, pattern) {
+        Ok(found) => found,
+        Err(e) => {
+            reader.report(item, format!("is not a glob pattern: {e}"));
+            return Vec::new();
+        }
+    };
+    found.folders.iter().for_each(|folder| reader.depends_on(folder));
+    let remedy = "put it right, or take the pattern out of `include`";
+    for (path, why) in &found.errors {
+        reader.report(item, format!("cannot look into {}: {why}; {remedy}", path.display()));
+    }
+    if found.prefix_is_absent && reader.is_in_use(&found.prefix) {
+        reader.report(
+            item,
+            format!(
+                "the folder {} is not there, and subscribers in use come from it; {remedy}",
+                found.prefix.display()
+            ),
+        );
+    }
+    if !found.files.is_empty() {
+        reader.uses(&found.prefix);
+    }
+    found.files
+}
