@@ -293,7 +293,7 @@ impl<'w> Round<'w> {
             Heal::Orphans(kind) => self.retries_come_back(kind, true).await,
             Heal::Disk => self.world.environment.disk_works(),
             Heal::Folder => self.world.folder_is_away(false),
-            Heal::Log => self.world.have_no_reader_of_logs(false),
+            Heal::Log => self.world.leave_logs_unread(false),
         }
         if one.disturbs {
             self.disturbed(&one.what, one.from, noticed);

@@ -253,8 +253,8 @@ max_open_for = \"2s\"
     }
 
     /// The reader of the logs stops, or goes on.
-    pub(crate) fn have_no_reader_of_logs(&self, none: bool) {
-        self.daemons.iter().flatten().for_each(|daemon| daemon.nobody_reads(none));
+    pub(crate) fn leave_logs_unread(&self, none: bool) {
+        self.daemons.iter().flatten().for_each(|daemon| daemon.leave_log_unread(none));
     }
 
     /// Whether all daemons run, and have read their configuration.

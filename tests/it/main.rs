@@ -6,7 +6,7 @@
     reason = "tests look at the real clock, tell what they measured and show a failed daemon's log"
 )]
 
-/// What becomes of an event: batches, retries, dead letters, crashes.
+/// The fate of an event: batches, retries, dead letters, crashes.
 mod delivery {
     mod answers;
     mod dead_letters;
@@ -16,7 +16,7 @@ mod delivery {
     mod retrying;
 }
 
-/// What the documents, the packages and the code say of themselves.
+/// The documents, the packages and the structure of the code.
 mod documents {
     mod layers;
     mod monitoring;
@@ -27,7 +27,7 @@ mod documents {
     mod security;
 }
 
-/// What strangers send and answer.
+/// Hostile input and hostile answers.
 mod hostile {
     mod bad_input;
     mod connections;
@@ -50,7 +50,7 @@ mod operators {
     mod which_daemon;
 }
 
-/// What holds of one kind of queue only.
+/// Promises of one kind of queue only.
 mod queues {
     /// Each of these needs a broker: see `tests_that_need`.
     mod amqp {
@@ -60,7 +60,7 @@ mod queues {
     mod embedded;
 }
 
-/// What a receiver gets, and how it can be tried.
+/// The request that a receiver gets, and ways to try it.
 mod receivers {
     mod endpoints;
     mod examples;

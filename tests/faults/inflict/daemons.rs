@@ -126,13 +126,13 @@ impl Round<'_> {
             return false;
         }
         self.log("the logs have no reader");
-        self.world.have_no_reader_of_logs(true);
+        self.world.leave_logs_unread(true);
         let (from, begun) = (SystemTime::now(), Instant::now());
         let unread = || self.world.daemons.iter().flatten().map(Daemon::unread).collect::<Vec<_>>();
         let mut before = Vec::new();
         while before != unread() || before.iter().any(|bytes| *bytes < FULL_PIPE) {
             if begun.elapsed() > Duration::from_secs(30) {
-                self.world.have_no_reader_of_logs(false);
+                self.world.leave_logs_unread(false);
                 return false;
             }
             before = unread();

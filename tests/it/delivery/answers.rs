@@ -1,4 +1,4 @@
-//! What each answer of a receiver does, and pausing.
+//! The effect of each answer of a receiver, and pausing.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -268,10 +268,10 @@ async fn an_operator_pauses_and_resumes(queue: Queue) {
         + &subscriber("b", &receiver.url, "paused = true");
     let setup = Setup::new(&queue, &text);
     let alone = setup.run(&["pause", "a"]);
-    let told = String::from_utf8_lossy(&alone.stderr).into_owned();
+    let reported = String::from_utf8_lossy(&alone.stderr).into_owned();
     assert!(
-        alone.status.code() == Some(1) && told.contains("no daemon answers at 127.0.0.1:"),
-        "{told}"
+        alone.status.code() == Some(1) && reported.contains("no daemon answers at 127.0.0.1:"),
+        "{reported}"
     );
     let daemon = setup.start().await;
     let said = setup.ok(&["pause", "a", "--why", "maintenance \u{1b}[2J of theirs"]);
@@ -293,8 +293,11 @@ async fn an_operator_pauses_and_resumes(queue: Queue) {
         (&["resume"], 2, "SUBSCRIBER"),
     ] {
         let output = setup.run(arguments);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.code() == Some(code) && told.contains(part), "{arguments:?}: {told}");
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(code) && reported.contains(part),
+            "{arguments:?}: {reported}"
+        );
     }
 }
 

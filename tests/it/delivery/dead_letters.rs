@@ -29,10 +29,10 @@ use crate::support::{
 
 on_both_queues!(
     filters_are_met_together_and_numbers_are_those_of_the_whole_list,
-    show_tells_what_each_attempt_came_to_over_a_replay_too,
-    export_has_everything_and_ends_quietly_when_nobody_reads,
+    show_has_the_result_of_each_attempt_over_a_replay_too,
+    export_has_everything_and_ends_quietly_without_a_reader,
     a_replayed_batch_is_marked_in_each_request_until_it_arrives,
-    what_is_looked_at_or_purged_in_part_keeps_its_order,
+    what_is_inspected_or_purged_in_part_keeps_its_order,
     a_purge_asks_with_the_number_of_what_it_would_delete_and_deletes_nothing_without_a_yes,
     an_interrupted_replay_gives_the_rest_back_in_order_and_can_be_run_again,
     a_replay_that_is_killed_loses_nothing_and_repeats_at_most_a_group,
@@ -319,7 +319,7 @@ async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
     assert!(daemon.stop().await.success());
 }
 
-async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
+async fn show_has_the_result_of_each_attempt_over_a_replay_too(queue: Queue) {
     let receiver = Receiver::start(|_, n| status([500, 503, 429][n % 3])).await;
     let setup = Setup::new(
         &queue,
@@ -333,8 +333,8 @@ async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
             serde_json::from_str(&setup.ok(&["dead", "show", "a", "@1", "--json"])).expect("JSON");
         shown["story"].as_array().expect("a story").clone()
     };
-    let told: Vec<Value> = story().iter().map(|a| json!([a["attempt"], a["status"]])).collect();
-    assert_eq!(json!(told), json!([[1, 500], [2, 503], [3, 429]]));
+    let reported: Vec<Value> = story().iter().map(|a| json!([a["attempt"], a["status"]])).collect();
+    assert_eq!(json!(reported), json!([[1, 500], [2, 503], [3, 429]]));
     let sent = receiver.requests();
     for (attempt, request) in story().iter().zip(&sent) {
         let at =
@@ -351,7 +351,7 @@ async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
     drop(receiver);
     setup.ok(&["dead", "replay", "a"]);
     queue.wait_dead("a", 1).await;
-    let told: Vec<Value> =
+    let reported: Vec<Value> =
         story().iter().map(|a| json!([a["attempt"], a["status"], a["failure"]])).collect();
     let none = Value::Null;
     let expected = json!([
@@ -362,10 +362,10 @@ async fn show_tells_what_each_attempt_came_to_over_a_replay_too(queue: Queue) {
         [2, none, "connect"],
         [3, none, "connect"]
     ]);
-    assert_eq!(json!(told), expected);
+    assert_eq!(json!(reported), expected);
 }
 
-async fn export_has_everything_and_ends_quietly_when_nobody_reads(queue: Queue) {
+async fn export_has_everything_and_ends_quietly_without_a_reader(queue: Queue) {
     let setup = asleep(&queue).await;
     put(&queue, letters(300)).await;
     queue.wait_dead("a", 300).await;
@@ -397,7 +397,7 @@ async fn export_has_everything_and_ends_quietly_when_nobody_reads(queue: Queue) 
     }
     assert_eq!(ids(&setup.dead("a")), ids(&exported), "nothing has changed its place");
 
-    // What is not UTF-8 is not made up.
+    // Bytes that are not UTF-8 are not replaced.
     let bad = b"\xff\xfe";
     match &queue {
         Queue::Amqp(broker) => {
@@ -453,7 +453,7 @@ async fn a_replayed_batch_is_marked_in_each_request_until_it_arrives(queue: Queu
     assert!(daemon.stop().await.success());
 }
 
-async fn what_is_looked_at_or_purged_in_part_keeps_its_order(queue: Queue) {
+async fn what_is_inspected_or_purged_in_part_keeps_its_order(queue: Queue) {
     let setup = asleep(&queue).await;
     let mut expected: Vec<String> = (0..500).map(id).collect();
     put(&queue, letters(500)).await;
@@ -475,7 +475,7 @@ async fn what_is_looked_at_or_purged_in_part_keeps_its_order(queue: Queue) {
         expected.iter().cloned().partition::<Vec<_>, _>(|letter| status_of(letter) == 500);
     assert_eq!(ids(&setup.dead("a")), left);
     assert_eq!(take_retries(&queue).await, sent);
-    // What has come meanwhile is behind the others.
+    // Letters that came meanwhile are behind the others.
     put(&queue, letters(3)).await;
     queue.wait_dead("a", left.len() as u32 + 3).await;
     assert_eq!(ids(&setup.dead("a")), [left, (0..3).map(id).collect()].concat());
@@ -636,8 +636,7 @@ fn measured(setup: &Setup, arguments: &[&str]) -> (Output, Duration, f64) {
     (output, begun.elapsed(), watch.join().expect("watches"))
 }
 
-/// So many in the everyday run; `HOOKTRAIL_TEST_DEAD_LETTERS=100000` makes it the number that is
-/// promised.
+/// The number in the everyday run; `HOOKTRAIL_TEST_DEAD_LETTERS=100000` makes it the promised one.
 const MANY: u64 = 20_000;
 
 async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
@@ -650,7 +649,7 @@ async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
     put(&queue, letters(many)).await;
     queue.wait_dead("a", many as u32).await;
     let mut figures = String::new();
-    let mut look = |arguments: &[&str], expected: &dyn Fn(&str) -> bool| {
+    let mut inspection = |arguments: &[&str], expected: &dyn Fn(&str) -> bool| {
         let (output, took, peak) = measured(&setup, arguments);
         let out = String::from_utf8_lossy(&output.stdout);
         assert!(
@@ -663,18 +662,18 @@ async fn very_many_are_handled_in_little_memory_and_time(queue: Queue) {
         assert!(peak < 80.0, "{figures}");
         assert!(took < Duration::from_secs(90), "{figures}");
     };
-    look(&["dead", "list", "a"], &|out| out.lines().count() as u64 == many + 1);
-    look(&["dead", "replay", "a", "--dry-run"], &|out| {
+    inspection(&["dead", "list", "a"], &|out| out.lines().count() as u64 == many + 1);
+    inspection(&["dead", "replay", "a", "--dry-run"], &|out| {
         out.starts_with(&format!("would queue {many} of {many}"))
     });
-    look(&["dead", "export", "a"], &|out| {
+    inspection(&["dead", "export", "a"], &|out| {
         out.lines().count() as u64 == many
             && out.lines().zip(0..).all(|(l, n)| l.contains(&format!("\"id\":\"{}\"", id(n))))
     });
-    look(&["dead", "purge", "a", "--status", "503", "--yes"], &|out| {
+    inspection(&["dead", "purge", "a", "--status", "503", "--yes"], &|out| {
         out.starts_with(&format!("purged {purged} of {many}"))
     });
-    look(&["dead", "replay", "a", "--status", "504"], &|out| {
+    inspection(&["dead", "replay", "a", "--status", "504"], &|out| {
         out.starts_with(&format!("queued {replayed} of {}", many - purged))
     });
     queue.wait_dead("a", (many - purged - replayed) as u32).await;
@@ -712,7 +711,7 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
         ]);
         broker.put("", &orphans, b"bad", BasicProperties::default().with_headers(invalid)).await;
         broker.wait_depth("orphans", 4).await;
-        // Somebody has taken `b` back, and no daemon has swept yet.
+        // `b` is configured again, and no daemon has swept yet.
         let retry = format!("{}.sub.b.retry", broker.prefix);
         broker.knows("b");
         let (connection, channel) = broker.channel().await;
@@ -725,7 +724,7 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
         let list = |more: &[&str]| {
             lines(&setup.ok(&[&["dead", "list", "--orphans", "--json"], more].concat()))
         };
-        let told: Vec<Value> = list(&[])
+        let reported: Vec<Value> = list(&[])
             .iter()
             .map(|l| json!([l["number"], l["subscriber"], l["kind"], l["reason"]]))
             .collect();
@@ -735,7 +734,7 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
             [3, "gone", "batch", "expired"],
             [4, null, "event", "invalid_event"]
         ]);
-        assert_eq!(json!(told), expected);
+        assert_eq!(json!(reported), expected);
         assert_eq!(ids(&list(&["gone"])), ["msg_1", "msg_3"]);
         assert_eq!(ids(&list(&["@2"])), ["msg_2"]);
         assert_eq!(ids(&list(&["gone", "msg_3"])), ["msg_3"]);

@@ -27,7 +27,7 @@ on_both_queues!(
     a_hanging_subscriber_does_not_slow_another,
     while_the_circuit_is_open_the_backlog_stays_in_the_queue,
     after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_success,
-    an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew,
+    an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_starts_over,
     all_signature_schemes_stand_side_by_side,
 );
 
@@ -273,7 +273,7 @@ fn a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers() {
             Some("application/jsonl")
         );
         let headers = letter.properties.headers().clone().expect("headers");
-        // The broker adds one of its own to what was looked at before.
+        // The broker adds one of its own to a message that was read before.
         let names: Vec<&str> = headers
             .inner()
             .keys()
@@ -333,7 +333,7 @@ async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
     let setup =
         Setup::new(&queue, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
     let _daemon = setup.start().await;
-    // Producers choose the ids of events: here each looks like the number of another.
+    // Producers choose the ids of events: here each reads like the number of another.
     for (n, id) in (1..).zip(["3", "1", "2", "@4"]) {
         queue.publish_as(id, TYPE, b"bad").await;
         queue.wait_dead("a", n).await;
@@ -368,10 +368,10 @@ async fn an_argument_is_an_id_and_only_with_its_sign_a_number(queue: Queue) {
     ] {
         let output = setup.run(&[&["dead"], arguments].concat());
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(
-            told.contains(part) && told.contains("a number is written @2"),
-            "{arguments:?}: {told}"
+            reported.contains(part) && reported.contains("a number is written @2"),
+            "{arguments:?}: {reported}"
         );
     }
     assert_eq!(ids(), ["3", "@4"], "nothing else was touched");
@@ -410,7 +410,7 @@ async fn while_the_circuit_is_open_the_backlog_stays_in_the_queue(queue: Queue) 
     let daemon = setup.start().await;
     queue.publish(TYPE, (0..500).map(event)).await;
     daemon.wait_log("circuit open:").await;
-    // What the open lane held is back, in its order: all but the three batches that failed.
+    // The open lane's unsettled events are back, in their order: all but the three failed batches.
     queue.wait_backlog("a", 470).await;
     assert_eq!(receiver.count(), 3);
     daemon.wait_log("circuit open again").await;
@@ -437,7 +437,7 @@ async fn after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_s
     let up: Vec<_> = receiver.requests().into_iter().filter(|r| r.status == 200).collect();
     let (mut at_once, mut largest) = (0, 0);
     for request in &up {
-        // What has begun before, and what had been answered before.
+        // Attempts that began before, and answers from before.
         let begun = up.iter().filter(|r| r.at <= request.at).count();
         let answered = up.iter().filter(|r| r.at + TAKES <= request.at).count();
         // The probe closes the circuit, the successes after it double both.
@@ -458,7 +458,7 @@ async fn after_an_outage_requests_at_once_and_events_in_a_batch_grow_with_each_s
     assert_eq!((at_once, largest), (4, 80), "then all that is configured");
 }
 
-async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_begins_anew(
+async fn an_event_that_is_too_large_is_one_dead_letter_however_often_the_lane_starts_over(
     queue: Queue,
 ) {
     let receiver = Receiver::start(|_, _| status(500)).await;
@@ -493,7 +493,7 @@ async fn all_signature_schemes_stand_side_by_side(queue: Queue) {
     queue.publish(TYPE, [event(1)]).await;
     let request = receiver.wait_requests(1).await.remove(0);
     assert!(request.verified());
-    // What an independent implementation says of the same body and key.
+    // The result of an independent implementation for the same body and key.
     let openssl = std::process::Command::new("openssl")
         .args(["dgst", "-sha256", "-hmac", SECRET])
         .arg(setup.write("body", &request.body))
@@ -562,7 +562,7 @@ fn events_of_a_source_queue_are_relayed_by_their_type() {
         assert_eq!(invalid.data, b"not an event");
         broker.wait_depth("source", 0).await;
         daemon.wait_log("events that no subscriber's pattern matches").await;
-        // An event that somebody wants is not acked away when his queue is gone.
+        // An event for a subscriber is not acked while the subscriber's queue is missing.
         channel
             .queue_delete(format!("{}.sub.a", broker.prefix).as_str().into(), Default::default())
             .await

@@ -43,7 +43,7 @@ tests_that_need!(
 
 const TYPE: &str = "activity_log.user.updated";
 
-/// How many events were accepted more than once.
+/// The number of events that were accepted more than once.
 fn repeated(receiver: &Receiver) -> usize {
     let accepted = receiver.accepted();
     accepted.len() - accepted.iter().collect::<HashSet<_>>().len()
@@ -264,7 +264,7 @@ fn what_a_cut_connection_brings_again_is_known_if_the_receiver_has_accepted_it()
             &(queue + QUICK + &api.section() + &subscriber("a", &receiver.url, more)),
         );
         let daemon = setup.start().await;
-        // Two events that look the same and have no id are two.
+        // Two equal events without an id are two.
         let named = (0..NAMED).map(|n| (Some(format!("e{n}")), event(n)));
         let twins = (NAMED..NAMED + TWINS).flat_map(|n| [(None, event(n)), (None, event(n))]);
         let mut twins = twins.peekable();
@@ -364,11 +364,11 @@ fn a_daemon_waits_for_a_broker_that_is_not_there_and_still_obeys_sigterm() {
         daemon.wait_log("fails; it is retried indefinitely").await;
         let publish = setup.run(&["publish", "/dev/null"]);
         assert_eq!(publish.status.code(), Some(1), "a command does not wait");
-        let told = String::from_utf8_lossy(&publish.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&publish.stderr).into_owned();
         assert!(
-            told.contains("cannot connect to the broker at amqp://127.0.0.1")
-                && !told.contains("guest"),
-            "{told}"
+            reported.contains("cannot connect to the broker at amqp://127.0.0.1")
+                && !reported.contains("guest"),
+            "{reported}"
         );
         broker.node().start().await;
         daemon.wait_log("running").await;
@@ -426,7 +426,7 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
         let daemon = both.spawn();
         broker.publish(TYPE, (0..100).map(event)).await;
         one.wait_all(100).await;
-        let looked = both.run(&["check", "--connect"]);
+        let inspected = both.run(&["check", "--connect"]);
         let report = both.ok(&["repair", "two"]);
         if report.contains("all ") {
             // This time the broker has kept it; there is nothing to see.
@@ -437,10 +437,10 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
             report.contains("sub.two") && report.contains("deleted and declared anew"),
             "{report}"
         );
-        let looked = String::from_utf8_lossy(&looked.stderr).into_owned();
+        let inspected = String::from_utf8_lossy(&inspected.stderr).into_owned();
         assert!(
-            looked.contains("cannot be consumed") && looked.contains("hooktrail repair two"),
-            "{looked}"
+            inspected.contains("cannot be consumed") && inspected.contains("hooktrail repair two"),
+            "{inspected}"
         );
         assert!(
             daemon.log().contains("subscriber=\"two\"") && daemon.log().contains("sub.two"),
@@ -453,7 +453,7 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
     });
 }
 
-/// Nobody publishes to it: what another level hands on to it would wait for good.
+/// No publisher notices it: batches that another level hands on to it would wait for good.
 fn a_level_of_the_ladder_that_the_broker_has_lost_the_use_of_is_named_until_it_is_repaired() {
     run(async {
         let broker = Broker::private().await;
@@ -611,7 +611,8 @@ fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_th
         good.wait_all(sent).await;
         full.now(|_, _| status(200));
         full.wait_all(sent).await;
-        // Of the group in which one was refused each event came once more; not of the others.
+        // Each event of the group with the refused one came once more; those of other groups did
+        // not.
         let copies = repeated(&good);
         assert!(copies <= 10, "{copies} of {sent} arrived again");
         broker.wait_depth("sub.full", 0).await;

@@ -26,7 +26,7 @@ use crate::support::{
 on_both_queues!(
     events_of_every_format_are_delivered_byte_for_byte,
     what_is_refused_leaves_no_trace,
-    with_a_token_nobody_publishes_without_it,
+    with_a_token_no_request_without_it_publishes,
     while_it_drains_the_daemon_takes_nothing_new_and_answers_everybody,
 );
 
@@ -46,15 +46,15 @@ async fn subscribed(queue: &Queue, more: &str) -> (Setup, Receiver) {
     (Setup::new(queue, &rest), receiver)
 }
 
-/// Where a daemon listens, as its log says.
+/// The address that a daemon listens on, from its log.
 async fn address(daemon: &Daemon) -> String {
-    let told = || {
+    let reported = || {
         let log = daemon.log();
         let rest = log.split("admin listening addr=").nth(1)?;
         rest.contains('\n').then(|| rest.split_whitespace().next().expect("an address").to_owned())
     };
-    eventually("the daemon tells its address", async || told().is_some()).await;
-    told().expect("just seen")
+    eventually("the daemon tells its address", async || reported().is_some()).await;
+    reported().expect("just seen")
 }
 
 struct Answer {
@@ -161,21 +161,29 @@ async fn what_is_refused_leaves_no_trace(queue: Queue) {
     let daemon = setup.start().await;
     let addr = address(&daemon).await;
     let (good, typeless) = (event(7), "{\"n\":8}");
-    let told = post(&addr, JSON, format!("{{\"events\":[{good},{typeless},7]}}")).await;
-    assert_refused(&told, 400, "2 of 3 events are not valid; nothing of this request was taken");
-    assert_eq!(told.body["invalid"], 2);
+    let reported = post(&addr, JSON, format!("{{\"events\":[{good},{typeless},7]}}")).await;
+    assert_refused(
+        &reported,
+        400,
+        "2 of 3 events are not valid; nothing of this request was taken",
+    );
+    assert_eq!(reported.body["invalid"], 2);
     assert_eq!(
-        (&told.body["events"][0]["index"], &told.body["events"][1]["index"]),
+        (&reported.body["events"][0]["index"], &reported.body["events"][1]["index"]),
         (&1.into(), &2.into())
     );
     assert!(
-        told.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"),
+        reported.body["events"][0]["reason"].as_str().expect("text").contains("no field `event`"),
         "{}",
-        told.body
+        reported.body
     );
-    let told = post(&addr, LINES, format!("{good}\n\n{typeless}\n")).await;
+    let reported = post(&addr, LINES, format!("{good}\n\n{typeless}\n")).await;
     assert_eq!(
-        (told.status, &told.body["events"][0]["index"], &told.body["events"][0]["line"]),
+        (
+            reported.status,
+            &reported.body["events"][0]["index"],
+            &reported.body["events"][0]["line"]
+        ),
         (400, &1.into(), &3.into())
     );
     assert_refused(&post(&addr, JSON, "[]").await, 400, "not a JSON object");
@@ -245,7 +253,7 @@ async fn begin(addr: &str, length: usize) -> TcpStream {
     stream
 }
 
-async fn with_a_token_nobody_publishes_without_it(queue: Queue) {
+async fn with_a_token_no_request_without_it_publishes(queue: Queue) {
     let (setup, receiver) =
         subscribed(&queue, "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"hunter2\"\n").await;
     let daemon = setup.start().await;
@@ -295,11 +303,12 @@ fn a_port_that_is_taken_is_an_error_before_anything_is_started() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let addr = taken.local_addr().expect("an address");
         let output = embedded(&format!("[admin]\nlisten = \"{addr}\"\n")).run(&["run"]);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{told}");
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{reported}");
         assert!(
-            told.contains(&format!("cannot listen on {addr}")) && told.contains("[admin] listen"),
-            "{told}"
+            reported.contains(&format!("cannot listen on {addr}"))
+                && reported.contains("[admin] listen"),
+            "{reported}"
         );
     });
 }
@@ -315,9 +324,9 @@ fn a_daemon_without_its_broker_is_alive_and_not_ready() {
             (get(&addr, "/healthz").await.status, get(&addr, "/readyz").await.status),
             (200, 503)
         );
-        let told = post(&addr, JSON, event(0)).await;
-        assert_refused(&told, 503, "hooktrail is starting; nothing of this request was taken");
-        assert!(told.retry_after);
+        let reported = post(&addr, JSON, event(0)).await;
+        assert_refused(&reported, 503, "hooktrail is starting; nothing of this request was taken");
+        assert!(reported.retry_after);
         assert!(daemon.stop().await.success());
     });
 }
@@ -342,7 +351,7 @@ async fn while_it_drains_the_daemon_takes_nothing_new_and_answers_everybody(queu
 }
 
 #[test]
-fn bodies_for_which_there_is_no_room_are_told_to_come_later_and_small_ones_pass() {
+fn bodies_without_room_are_asked_to_come_later_and_small_ones_pass() {
     run(async {
         let setup = embedded("");
         let daemon = setup.start().await;
@@ -353,8 +362,11 @@ fn bodies_for_which_there_is_no_room_are_told_to_come_later_and_small_ones_pass(
             assert!(head(&mut stream).await.starts_with("HTTP/1.1 100 "));
             held.push(stream);
         }
-        let told = head(&mut begin(&addr, 12 << 20).await).await;
-        assert!(told.starts_with("HTTP/1.1 429 ") && told.contains("retry-after: 1\r\n"), "{told}");
+        let reported = head(&mut begin(&addr, 12 << 20).await).await;
+        assert!(
+            reported.starts_with("HTTP/1.1 429 ") && reported.contains("retry-after: 1\r\n"),
+            "{reported}"
+        );
         assert_taken(&post(&addr, JSON, list(0..1000)).await, 1000, 1000);
         drop(held);
         eventually("the room is given back", async || {

@@ -1,4 +1,4 @@
-//! What waits for its next attempt, as an operator sees and moves it, on both queues.
+//! Batches that wait for their next attempt, as an operator sees and moves them, on both queues.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,10 +37,10 @@ on_both_queues!(
 tests_that_need!(
     broker:
     with_two_daemons_each_batch_is_sent_once,
-    a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_all_the_same,
+    a_batch_of_an_earlier_version_does_not_show_when_it_is_due_and_is_sent_now_all_the_same,
     what_is_moved_while_the_disk_is_slow_is_out_of_the_ladder,
     what_waits_in_a_queue_that_is_busy_is_listed,
-    what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time,
+    what_is_inspected_over_and_over_comes_due_in_its_order_and_at_its_time,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -139,14 +139,14 @@ async fn what_waits_is_listed_with_its_attempts_its_last_answer_and_its_time(que
         "those of `a`, and no others"
     );
     for (n, batch) in (1..).zip(&listed) {
-        let told = json!([
+        let reported = json!([
             batch["number"],
             batch["events"],
             batch["attempts"],
             batch["status"],
             batch["failure"]
         ]);
-        assert_eq!(told, json!([n, 1, 1, 503, null]));
+        assert_eq!(reported, json!([n, 1, 1, 503, null]));
         let due =
             humantime::parse_rfc3339(batch["due_at"].as_str().expect("a time")).expect("RFC 3339");
         let (hour, late) =
@@ -183,7 +183,7 @@ async fn a_batch_that_is_to_be_sent_now_is_the_same_request_and_its_attempts_go_
             .expect("JSON");
     assert_eq!((&foreseen["moved"], &foreseen["dry_run"]), (&json!(5), &json!(true)));
     assert_eq!(a.count(), 5, "nothing was done");
-    // Those that fail again wait for their own time, and are not sent again and again.
+    // Batches that fail again wait for their own time, and are not resent at once.
     a.now(|r, _| status(if r.numbers() == [2] { 502 } else { 200 }));
     let asked = Instant::now();
     let said = setup.ok(&all);
@@ -245,8 +245,11 @@ async fn what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage(queue: 
         let flags = if dry_run { &["--json", "--dry-run"][..] } else { &["--json"] };
         let output = setup.run(&[&["retry", "now", "a", "msg_nobody", "@1", "@9"], flags].concat());
         assert_eq!(output.status.code(), Some(1), "{output:?}");
-        let told: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        assert_eq!(json!([told["moved"], told["not_found"]]), json!([1, ["@9", "msg_nobody"]]));
+        let reported: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(
+            json!([reported["moved"], reported["not_found"]]),
+            json!([1, ["@9", "msg_nobody"]])
+        );
         for part in ["msg_nobody", "@9", "hooktrail retry list a"] {
             assert!(err(&output).contains(part), "{part} is not in {}", err(&output));
         }
@@ -269,7 +272,7 @@ async fn what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage(queue: 
     }
 }
 
-/// Where a command can be ended between two durable facts.
+/// The steps between two durable facts at which a command can be ended.
 fn steps(queue: &Queue) -> &'static [&'static str] {
     match queue {
         Queue::Amqp(_) => &["Published:0", "Moved:0"],
@@ -459,7 +462,7 @@ async fn what_is_wanted_while_requests_are_under_way_is_tried_when_they_have_end
     assert_eq!(a.count(), 4, "requests are under way");
     others.send_replace(true);
     assert_eq!(a.wait_requests(5).await[4].id(), id);
-    // That probe has no answer yet when another one is wanted.
+    // The probe has no answer yet when another one is requested.
     let mut failed = Vec::new();
     eventually("the three others wait", async || {
         failed = ids(&waiting(&setup, "a"));
@@ -538,7 +541,7 @@ async fn where_nothing_is_named_or_found_nothing_is_tried(queue: Queue) {
     }
     let nobody = setup.run(&["retry", "now", "a", "msg_nobody"]);
     assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
-    // What was found is tried; so is what another program has made due.
+    // The batches found are tried; so are those that another program has made due.
     for n in [2, 3] {
         assert_eq!(api.post(path, "{}").await.json()["tried_now"], true);
         a.wait_requests(n).await;
@@ -584,7 +587,7 @@ async fn what_is_wanted_now_of_a_paused_subscriber_is_said_to_wait(queue: Queue)
     );
     let said = setup.ok(&["retry", "now", "b"]);
     assert!(said.contains(&fixed) && !said.contains("resume"), "{said}");
-    // Without its daemon nobody knows more than the configuration says.
+    // Without a daemon only the configuration is known.
     assert!(daemon.stop().await.success());
     let said = setup.run(&["retry", "now", "a"]);
     let unknown = "nothing is sent before a daemon runs that serves `a`, and whether `a` is paused or its circuit open is not known: no daemon";
@@ -640,7 +643,7 @@ async fn alone(broker: &Broker) -> Setup {
     setup
 }
 
-fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_all_the_same() {
+fn a_batch_of_an_earlier_version_does_not_show_when_it_is_due_and_is_sent_now_all_the_same() {
     run(async {
         let broker = Broker::shared();
         let setup = alone(&broker).await;
@@ -651,11 +654,11 @@ fn a_batch_of_an_earlier_version_does_not_tell_when_it_is_due_and_is_sent_now_al
         broker.put(&level, &way(12, "a"), b"no envelope", BasicProperties::default()).await;
         broker.wait_depth("delay.12", 4).await;
         let listed = waiting(&setup, "a");
-        let told: Vec<Value> = listed
+        let reported: Vec<Value> = listed
             .iter()
             .map(|b| json!([b["id"], b["attempts"], b["status"], b["due_at"]]))
             .collect();
-        assert_eq!(json!(told), json!([["msg_1", 3, null, null], ["msg_3", 3, null, null]]));
+        assert_eq!(json!(reported), json!([["msg_1", 3, null, null], ["msg_3", 3, null, null]]));
         assert!(setup.ok(&["retry", "list", "a"]).contains("unknown"));
         let said = setup.ok(&["retry", "now", "a", "@2"]);
         assert!(said.contains("1 batch of `a` due now"), "{said}");
@@ -713,7 +716,7 @@ fn what_waits_in_a_queue_that_is_busy_is_listed() {
     });
 }
 
-fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
+fn what_is_inspected_over_and_over_comes_due_in_its_order_and_at_its_time() {
     run(async {
         let broker = Broker::shared();
         let setup = alone(&broker).await;
@@ -728,7 +731,7 @@ fn what_is_looked_at_over_and_over_comes_due_in_its_order_and_at_its_time() {
         }
         let published = Instant::now();
         let sixteen = Duration::from_secs(16);
-        // As often as there is time for it.
+        // Repeated while there is time.
         let mut looks = 0;
         while looks < 3 || published.elapsed() < Duration::from_secs(8) {
             setup.ok(&["retry", "list", "b"]);

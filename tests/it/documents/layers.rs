@@ -126,7 +126,7 @@ fn expand<'t>(before: &str, text: &'t str, paths: &mut Vec<String>) -> &'t str {
     };
     loop {
         group = expand(before, group, paths);
-        // What stands between two of them: a comma, another name, an asterisk.
+        // Between two of them: a comma, another name, an asterisk.
         group = group.trim_start_matches(|c| c != ',' && c != '}');
         match group.strip_prefix(',').map(str::trim_start) {
             Some(rest) if !rest.starts_with('}') => group = rest,
@@ -270,7 +270,7 @@ fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_befo
         }
         let Some(own) = files.iter().position(|f| *f == file) else { continue };
         for name in inside {
-            // What is no file of it is something of the room's own file.
+            // A name that is no file is an item of the room's own file.
             let at = files
                 .iter()
                 .position(|f| *f == name)
@@ -294,10 +294,10 @@ fn each_protocol_is_known_in_one_place() {
     for (name, allowed) in [
         ("lapin", &["src/queue/amqp"][..]),
         ("rusqlite", &["src/queue/embedded"]),
-        // The command line asks the daemon with it, and the look at a broker its management API.
+        // The command line asks the daemon with it, and the inspection a broker's management API.
         ("reqwest", &["src/endpoint/webhook", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
         ("tokio_rustls", &["src/endpoint/inspect.rs", "src/queue/amqp/wire.rs"]),
-        // Of its own, it makes the admin listener; of reqwest's errors, it says what they were.
+        // It makes the admin listener, and it is inside reqwest's errors.
         ("hyper::", &["src/admin/connections.rs", "src/endpoint/webhook"]),
         ("h2::", &["src/endpoint/webhook/errors.rs"]),
         (

@@ -1,5 +1,5 @@
-//! What is shipped beside the program: units, container files, examples; and that the documents
-//! tell the truth about it.
+//! The files shipped with the program: units, container files, examples; and that the documents
+//! are true to them.
 
 use std::{collections::BTreeSet, os::unix::net::UnixDatagram, path::Path, time::Duration};
 
@@ -35,7 +35,7 @@ fn duration(text: &str) -> Duration {
     humantime::parse_duration(text).unwrap_or_else(|e| panic!("{text}: {e}"))
 }
 
-/// What a configuration says, or the default.
+/// A configuration's value, or the default.
 fn shutdown_timeout(config: &str) -> Duration {
     let default = "shutdown_timeout = \"35s\"";
     assert!(
@@ -83,7 +83,7 @@ fn the_unit_gives_the_daemon_longer_to_stop_than_it_takes() {
 }
 
 #[test]
-fn the_service_manager_is_told_when_the_daemon_is_ready_alive_and_stopping() {
+fn the_service_manager_is_notified_when_the_daemon_is_ready_alive_and_stopping() {
     run(async {
         let setup = Setup::with_text(&format!(
             "[queue]\nurl = \"embedded\"\n{QUICK}{}",
@@ -92,7 +92,7 @@ fn the_service_manager_is_told_when_the_daemon_is_ready_alive_and_stopping() {
         let path = setup.config().with_file_name("notify");
         let socket = UnixDatagram::bind(&path).expect("a socket");
         socket.set_read_timeout(Some(Duration::from_secs(30))).expect("a limit");
-        let told = |what: &str| {
+        let reported = |what: &str| {
             let mut buffer = [0; 4096];
             let mut all = Vec::new();
             loop {
@@ -111,20 +111,20 @@ fn the_service_manager_is_told_when_the_daemon_is_ready_alive_and_stopping() {
             "NOTIFY_SOCKET={} WATCHDOG_USEC=200000 exec \"$0\" \"$@\"",
             path.display()
         ));
-        let before = told("READY=1");
+        let before = reported("READY=1");
         assert!(before.iter().any(|t| t.contains("STATUS=delivering")), "{before:?}");
         for _ in 0..3 {
-            told("WATCHDOG=1");
+            reported("WATCHDOG=1");
         }
         kill("-HUP", daemon.pid());
-        let begun = told("READY=1");
+        let begun = reported("READY=1");
         let begun = begun
             .iter()
             .find(|t| t.contains("RELOADING=1"))
             .expect("a reload that begins before it ends");
         assert!(begun.contains("MONOTONIC_USEC="), "{begun}");
         daemon.terminate();
-        told("STOPPING=1");
+        reported("STOPPING=1");
         assert!(daemon.stop().await.success());
     });
 }
@@ -166,7 +166,7 @@ fn the_kubernetes_example_is_whole_and_its_configuration_valid() {
         (&true.into(), &10001.into())
     );
 
-    // What it mounts is there, and what the configuration wants of the environment comes from the
+    // The mounted files are there, and the variables that the configuration uses come from the
     // Secret.
     let secret = &of("Secret", "hooktrail")["stringData"];
     assert_eq!(container["envFrom"][0]["secretRef"]["name"], "hooktrail");
@@ -248,7 +248,7 @@ fn the_links_of_the_operators_document_lead_somewhere() {
     assert!(links > 20, "{links}");
 }
 
-/// Those that headings get where Markdown is shown.
+/// The anchors that renderers of Markdown give to headings.
 pub(crate) fn anchors(document: &str) -> BTreeSet<String> {
     let headings = document
         .lines()

@@ -1,4 +1,4 @@
-//! What docs/producers.md shows works as it stands there.
+//! The examples of docs/producers.md work as they stand there.
 
 use std::process::{Command, Stdio};
 

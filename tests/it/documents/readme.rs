@@ -1,5 +1,5 @@
-//! What the README tells its reader to type works as it stands there, and prints what it shows; so
-//! do the commands of docs/commands.md.
+//! The commands of README.md and docs/commands.md work as they stand there, and print what is
+//! shown.
 
 use std::{
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},

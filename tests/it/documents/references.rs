@@ -1,4 +1,4 @@
-//! What the documents say of names and of each other is true.
+//! The names in the documents, and their references to each other, are true.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -180,7 +180,7 @@ fn table(heading: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// What stands between backticks.
+/// The texts between backticks.
 fn code(cell: &str) -> Vec<&str> {
     cell.split('`').skip(1).step_by(2).collect()
 }
@@ -206,7 +206,7 @@ fn levels(row: &[String]) -> std::ops::Range<u32> {
     if row.iter().any(|cell| cell.contains("NN")) { 0..19 } else { 0..1 }
 }
 
-/// What the cell says of arguments.
+/// The arguments in the cell.
 fn arguments(broker: &Broker, cell: &str, level: u32) -> BTreeMap<String, String> {
     let pairs =
         code(cell).into_iter().filter_map(|pair| pair.split_once(" = ").or(pair.split_once(" =")));
@@ -217,7 +217,7 @@ fn arguments(broker: &Broker, cell: &str, level: u32) -> BTreeMap<String, String
     pairs.map(|(name, v)| (name.to_owned(), value(v.trim()))).collect()
 }
 
-/// What the broker has of this test's, by name.
+/// This test's objects in the broker, by name.
 fn listed(broker: &Broker, command: &[&str]) -> Vec<Value> {
     let text = broker.node().ctl(&[&["--quiet", "--formatter", "json"], command].concat());
     let all: Vec<Value> = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
@@ -230,7 +230,7 @@ fn listed(broker: &Broker, command: &[&str]) -> Vec<Value> {
         .collect()
 }
 
-/// As `rabbitmqctl` lists arguments: an array of name, type and value for each, or an object.
+/// Arguments as `rabbitmqctl` lists them: an array of name, type and value for each, or an object.
 fn as_arguments(found: &Value) -> BTreeMap<String, String> {
     let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     match found {

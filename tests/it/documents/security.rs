@@ -1,5 +1,5 @@
-//! What SECURITY.md promises and no other file of these tests holds the program to; and that the
-//! names in it and in docs/guarantees.md are true.
+//! Promises of SECURITY.md that no other file of these tests covers; and that the names in it and
+//! in docs/guarantees.md are true.
 
 use std::{
     collections::BTreeSet,
@@ -33,7 +33,7 @@ use crate::{
 
 tests_that_need!(
     broker:
-    a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted,
+    a_broker_over_tls_gets_nothing_before_its_certificate_is_trusted,
     a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good,
 );
 
@@ -64,7 +64,7 @@ async fn over_tls(config: ServerConfig, broker: &Broker) -> (String, Arc<AtomicU
     (url.into(), counted)
 }
 
-fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
+fn a_broker_over_tls_gets_nothing_before_its_certificate_is_trusted() {
     run(async {
         let (broker, authority) = (Broker::shared(), Authority::new());
         let receiver = Receiver::accepting().await;
@@ -80,11 +80,14 @@ fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
             setup.write("trusted.pem", trusted);
             let shell = "SSL_CERT_FILE=trusted.pem exec \"$0\" \"$@\"";
             if let Some(why) = refused {
-                let look = setup.run_as(shell, &["check", "--connect"]);
-                let told = String::from_utf8_lossy(&look.stdout).into_owned()
-                    + &String::from_utf8_lossy(&look.stderr);
-                assert!(look.status.code() == Some(1) && told.contains(why), "{told}");
-                assert_eq!(made.load(Ordering::Relaxed), 0, "{told}");
+                let inspection = setup.run_as(shell, &["check", "--connect"]);
+                let reported = String::from_utf8_lossy(&inspection.stdout).into_owned()
+                    + &String::from_utf8_lossy(&inspection.stderr);
+                assert!(
+                    inspection.status.code() == Some(1) && reported.contains(why),
+                    "{reported}"
+                );
+                assert_eq!(made.load(Ordering::Relaxed), 0, "{reported}");
                 continue;
             }
             let daemon = setup.spawn_as(shell);
@@ -97,7 +100,7 @@ fn a_broker_over_tls_is_told_nothing_before_its_certificate_is_trusted() {
     });
 }
 
-/// As `openssl req -x509` makes one: an authority (CA:TRUE), and the server's own.
+/// A certificate as `openssl req -x509` makes it: an authority (CA:TRUE), and the server's own.
 fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and_its_name_is_good()
 {
     run(async {
@@ -115,14 +118,14 @@ fn a_self_signed_certificate_of_a_broker_is_accepted_if_it_is_trusted_itself_and
             setup.write("trusted.pem", trusted.as_ref().unwrap_or(&authority.pem));
             let shell = "SSL_CERT_FILE=trusted.pem exec \"$0\" \"$@\"";
             if !is_accepted {
-                let look = setup.run_as(shell, &["check", "--connect"]);
-                let told = String::from_utf8_lossy(&look.stdout).into_owned()
-                    + &String::from_utf8_lossy(&look.stderr);
+                let inspection = setup.run_as(shell, &["check", "--connect"]);
+                let reported = String::from_utf8_lossy(&inspection.stdout).into_owned()
+                    + &String::from_utf8_lossy(&inspection.stderr);
                 assert!(
-                    look.status.code() == Some(1) && told.contains("certificate"),
-                    "{what}: {told}"
+                    inspection.status.code() == Some(1) && reported.contains("certificate"),
+                    "{what}: {reported}"
                 );
-                assert_eq!(made.load(Ordering::Relaxed), 0, "{what}: {told}");
+                assert_eq!(made.load(Ordering::Relaxed), 0, "{what}: {reported}");
                 continue;
             }
             let daemon = setup.spawn_as(shell);
@@ -263,7 +266,7 @@ fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
             };
             let there = |path: &&String| Path::new(env!("CARGO_MANIFEST_DIR")).join(path).exists();
             let text: String = paths.iter().filter(there).map(|path| file(path)).collect();
-            // As a function, or as an entry of one of the macros that make tests.
+            // A function, or an entry of one of the macros that make tests.
             let begins = [format!("fn {name}("), format!("    {name}: ")];
             assert!(
                 begins.iter().any(|b| text.contains(b)),

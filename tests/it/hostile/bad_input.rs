@@ -24,7 +24,7 @@ use crate::support::{
 on_both_queues!(
     bad_events_in_numbers_leave_the_good_ones_their_order_and_the_daemon_its_size,
     a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon,
-    an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request,
+    an_answer_without_a_request_is_not_taken_for_that_of_the_next_request,
     the_text_of_an_answer_is_in_the_dead_letter_on_one_line_and_not_in_the_log,
     a_name_of_this_machine_is_blocked_before_any_connection_and_its_batch_waits,
     userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it,
@@ -38,7 +38,7 @@ tests_that_need!(
     large_messages_of_a_source_queue_are_relayed_a_few_at_a_time,
     a_batch_that_counts_more_events_than_its_body_holds_is_given_up_as_a_single_event_is,
     an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_names_the_header,
-    orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody,
+    orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_no_subscriber,
 );
 
 /// Far above what a debug build needs, far below what the inputs here would take if they were kept.
@@ -96,18 +96,18 @@ fn a_name_or_url_that_cannot_be_is_a_config_error_at_its_place_and_never_shows_i
         ));
         for command in ["check", "run"] {
             let output = setup.run(&[command]);
-            let told = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(2), "{command} with {lines}: {told}");
+            let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{command} with {lines}: {reported}");
             let column = if key.ends_with("name") { 8 } else { 7 };
             let place = format!("hooktrail.toml:{line}:{column}: {key}: ");
-            let problem = told
+            let problem = reported
                 .lines()
                 .find(|l| l.contains(&place))
-                .unwrap_or_else(|| panic!("no {place} in {told}"));
+                .unwrap_or_else(|| panic!("no {place} in {reported}"));
             assert!(problem.contains(part), "no `{part}` in {problem}");
-            assert!(told.contains("1 problem in"), "{told}");
+            assert!(reported.contains("1 problem in"), "{reported}");
             for secret in ["hunter2", "someone", SECRET] {
-                assert!(!told.contains(secret), "{told}");
+                assert!(!reported.contains(secret), "{reported}");
             }
         }
     }
@@ -177,7 +177,7 @@ fn every_dead_letter_can_be_listed_and_shown_whatever_its_bytes() {
         broker
             .publish("a.b", bad.iter().map(|(body, _)| body.clone()).chain([event(0).into_bytes()]))
             .await;
-        // Whoever publishes chooses these.
+        // The producer chooses these.
         let (id, content_type) = ("\u{1b}]0;id\u{7}", "text/\u{9b}2J");
         bad.push((
             b"{\"event\":[],\"a\":1.0,\"a\":18446744073709551616,\"s\":\"\xc2\x9b2J\x7f\"}"
@@ -296,7 +296,7 @@ fn an_event_may_carry_any_properties_and_they_change_nothing() {
             "from RabbitMQ 4 on its priority lets it overtake those that are waiting"
         );
         assert!(receiver.requests().iter().all(|r| r.attempt() == 1 && r.id() != "msg_disguised"));
-        // And of a bad one the dead letter is an event's, with its id and type.
+        // The dead letter of a bad event is an event's, with its id and type.
         for p in &properties {
             broker.put(&broker.exchange, "a.b", b"bad", p.clone()).await;
         }
@@ -560,7 +560,7 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         })
         .await;
 
-        // What was no envelope is never sent, however it is asked for; what was one is.
+        // A message that was no envelope is never sent, whatever is requested; an envelope is.
         broker.put("", &retry, b"junk", json()).await;
         let junk = beyond.len() + 2;
         broker.wait_depth("sub.a.dead", junk as u32 + 2).await;
@@ -570,28 +570,28 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
             (output.status.code(), text(&output.stdout), text(&output.stderr))
         };
-        let (code, out, told) = replay(&["--reason", "invalid_event", "--json"]);
+        let (code, out, reported) = replay(&["--reason", "invalid_event", "--json"]);
         let result: Value = serde_json::from_str(&out).expect("JSON");
         assert_eq!(
             (code, &result["chosen"], &result["skipped"], &result["of"]),
             (Some(0), &0.into(), &junk.into(), &(junk + 2).into())
         );
         assert_eq!(
-            told.lines().filter(|l| l.contains("never was a batch")).count(),
+            reported.lines().filter(|l| l.contains("never was a batch")).count(),
             junk,
-            "{told}"
+            "{reported}"
         );
-        assert!(told.contains(&format!("`hooktrail dead show a {last}`")), "{told}");
+        assert!(reported.contains(&format!("`hooktrail dead show a {last}`")), "{reported}");
         for (more, begin) in [(&[][..], "queued 0 of"), (&["--dry-run"], "would queue 0 of")] {
-            let (code, out, told) = replay(&[&[last.as_str()], more].concat());
+            let (code, out, reported) = replay(&[&[last.as_str()], more].concat());
             assert!(
                 code == Some(1) && out.starts_with(begin) && out.ends_with(", skipped 1\n"),
                 "{out}"
             );
-            assert!(told.contains("1 letter cannot be replayed"), "{told}");
+            assert!(reported.contains("1 letter cannot be replayed"), "{reported}");
         }
         receiver.now(|_, _| status(200));
-        let (code, out, told) = replay(&[]);
+        let (code, out, reported) = replay(&[]);
         assert!(
             code == Some(0)
                 && out.contains(&format!(
@@ -600,7 +600,10 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
                 )),
             "{out}"
         );
-        assert!(told.contains(&format!("{last} (@{junk} from now on) is not replayed")), "{told}");
+        assert!(
+            reported.contains(&format!("{last} (@{junk} from now on) is not replayed")),
+            "{reported}"
+        );
         let mut again: Vec<String> =
             receiver.wait_requests(5).await[3..].iter().map(|r| r.id().to_owned()).collect();
         again.sort_unstable();
@@ -615,7 +618,7 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
     });
 }
 
-fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody() {
+fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_no_subscriber() {
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
@@ -674,7 +677,7 @@ fn orphans_stay_until_their_subscriber_is_back_and_junk_among_them_hurts_nobody(
 
 async fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_daemon(queue: Queue) {
     let good = Receiver::accepting().await;
-    // Chunks of 64 KiB without end: more than a gibibyte if it were read.
+    // Chunks of 64 KiB, endless: more than a gibibyte if it were read.
     let chunks = [&b"10000\r\n"[..], &[b'x'; 0x1_0000], b"\r\n"].concat();
     let cases = [
         // (name, receiver, outcome, a part of its attempt's line)
@@ -783,7 +786,7 @@ async fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_dae
     }
     let setup = Setup::new(&queue, &text);
     let daemon = setup.start().await;
-    // Large enough that the kernel's buffers do not swallow a request that nobody reads.
+    // Large enough that the kernel's buffers do not swallow an unread request.
     let large = format!(r#"{{"event":"a.b","n":0,"pad":"{}"}}"#, "x".repeat(1 << 19));
     let start = Instant::now();
     queue.publish("a.b", [large.clone()]).await;
@@ -829,7 +832,7 @@ async fn a_dozen_hostile_receivers_at_once_hurt_neither_the_good_one_nor_the_dae
     }
 }
 
-async fn an_answer_that_nobody_asked_for_is_not_taken_for_that_of_the_next_request(queue: Queue) {
+async fn an_answer_without_a_request_is_not_taken_for_that_of_the_next_request(queue: Queue) {
     // Each answer brings a second one with it: taken for the answer to the next attempt, it would
     // lose the batch.
     let two =
@@ -926,9 +929,9 @@ async fn userinfo_of_a_url_is_sent_decoded_and_no_failure_shows_it(queue: Queue)
     assert_eq!(request.header("authorization"), "Basic c29tZUBvbmU6aHVudGVyOjIgeA==");
     let mut shown = setup.ok(&["check"]);
     // Endpoints that cannot be reached are among its findings.
-    let looked = setup.run(&["check", "--connect"]);
-    assert_eq!(looked.status.code(), Some(1));
-    shown += &String::from_utf8_lossy(&[looked.stdout, looked.stderr].concat());
+    let inspected = setup.run(&["check", "--connect"]);
+    assert_eq!(inspected.status.code(), Some(1));
+    shown += &String::from_utf8_lossy(&[inspected.stdout, inspected.stderr].concat());
     for (name, _) in &hosts[1..] {
         queue.wait_dead(name, 1).await;
         shown += &setup.ok(&["dead", "list", name, "--json"]);

@@ -1,4 +1,4 @@
-//! Receivers that do on a connection what no receiver should. Each has a good one beside it that
+//! Receivers that misuse a connection. Each runs alongside a good one that
 //! keeps its pace, a bound on the time of its attempt and on the daemon's memory, and loses
 //! nothing. Which queue the events come from makes no difference here, so it is the quicker one.
 
@@ -18,7 +18,7 @@ use crate::support::{
     tls::{Authority, TlsReceiver},
 };
 
-/// Of an attempt in these tests.
+/// The timeout of an attempt in these tests.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The value of a field of a log line.
@@ -29,9 +29,9 @@ fn field<'l>(line: &'l str, name: &str) -> &'l str {
         .unwrap_or_default()
 }
 
-/// Runs a receiver beside a good one. What its first attempt came to: `delivered`, a status, or the
+/// Runs a receiver alongside a good one. Returns its first outcome: `delivered`, a status, or the
 /// name of the failure.
-async fn beside_a_good_one(url: &str, more: &str) -> String {
+async fn alongside_a_good_one(url: &str, more: &str) -> String {
     let queue = Queue::embedded();
     let good = Receiver::accepting().await;
     let own = format!(
@@ -89,7 +89,7 @@ async fn raw(
     behave: impl Fn(tokio::net::TcpStream) -> Behaviour + std::marker::Send + 'static,
 ) -> String {
     let raw = Raw::start(behave).await;
-    beside_a_good_one(&raw.url(), "").await
+    alongside_a_good_one(&raw.url(), "").await
 }
 
 /// A test for each script of a plain connection: its name, its steps, and what the attempt may come
@@ -106,14 +106,14 @@ macro_rules! scripts {
     };
 }
 
-/// As [`scripts`], where https is expected.
+/// Like [`scripts`], where https is expected.
 macro_rules! tls_scripts {
     ($($name:ident: [$($step:expr),* $(,)?] => $($outcome:literal)|+;)+) => {
         $(#[test]
         fn $name() {
             run(async {
                 let raw = Raw::start(script([$($step),*])).await;
-                let outcome = beside_a_good_one(&raw.url().replace("http:", "https:"), "").await;
+                let outcome = alongside_a_good_one(&raw.url().replace("http:", "https:"), "").await;
                 assert!([$($outcome),+].contains(&outcome.as_str()), "{outcome}");
             });
         })+
@@ -183,7 +183,7 @@ scripts! {
     an_end_in_the_headers_is_a_reset: [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-le")] => "reset";
     behind_a_success_a_reset_in_the_body_does_not_matter:
         [Read, Send(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok"), Reset] => "delivered";
-    // What is no answer.
+    // No answers.
     another_protocol_is_a_bad_answer: [Read, Send(b"SSH-2.0-OpenSSH_9.6\r\n"), Wait] => "bad_answer";
     http_0_9_is_a_bad_answer: [Read, Send(b"<html>ok</html>\r\n")] => "bad_answer" | "reset";
     a_preface_of_http_2_is_a_bad_answer: [Read, Send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Wait] => "bad_answer";
@@ -236,7 +236,7 @@ tls_scripts! {
 fn http_on_a_port_of_https_is_a_failure() {
     run(async {
         let raw = Raw::start(plain).await;
-        assert_eq!(beside_a_good_one(&raw.url().replace("http:", "https:"), "").await, "tls");
+        assert_eq!(alongside_a_good_one(&raw.url().replace("http:", "https:"), "").await, "tls");
     });
 }
 
@@ -258,7 +258,7 @@ fn certificates_that_are_not_to_be_trusted_are_refused() {
             let server =
                 TlsReceiver::start(authority.server(certificate, false), &["h2", "http/1.1"]).await;
             assert_eq!(
-                beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &own).await,
+                alongside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &own).await,
                 "tls"
             );
             assert_eq!(server.requests().len(), 0);
@@ -267,7 +267,7 @@ fn certificates_that_are_not_to_be_trusted_are_refused() {
             TlsReceiver::start(authority.server(&authority.sign("127.0.0.1"), false), &["h2"])
                 .await;
         assert_eq!(
-            beside_a_good_one(&format!("https://127.0.0.1:{}/", good.port), &own).await,
+            alongside_a_good_one(&format!("https://127.0.0.1:{}/", good.port), &own).await,
             "delivered"
         );
     });
@@ -295,7 +295,7 @@ fn a_self_signed_certificate_is_accepted_if_it_is_the_one_in_ca_file_and_its_nam
                 TlsReceiver::start(authority.server(&own, false), &["h2", "http/1.1"]).await;
             let tls = format!("tls = {{ ca_file = \"{}\" }}", ca.display());
             assert_eq!(
-                beside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &tls).await,
+                alongside_a_good_one(&format!("https://127.0.0.1:{}/", server.port), &tls).await,
                 expected,
                 "{what}"
             );
@@ -335,7 +335,7 @@ fn a_status_over_tls_counts_although_the_end_of_the_connection_is_not_announced(
             })
             .await;
             let tls = format!("tls = {{ ca_file = \"{}\" }}", ca.display());
-            let outcome = beside_a_good_one(&raw.url().replace("http:", "https:"), &tls).await;
+            let outcome = alongside_a_good_one(&raw.url().replace("http:", "https:"), &tls).await;
             assert_eq!(outcome, expected, "{}", String::from_utf8_lossy(answer));
         }
     });
@@ -354,7 +354,7 @@ fn retry_after_is_heard_behind_header_lines_that_are_none() {
     });
 }
 
-/// Speaks TLS and offers HTTP/2, then writes these bytes and `rest` without end, whatever is asked.
+/// Speaks TLS and offers HTTP/2, then writes these bytes and `rest` endlessly, whatever is asked.
 async fn over_http_2(bytes: &'static [u8], rest: &'static [u8]) -> String {
     let authority = Authority::new();
     let dir = tempfile::tempdir().expect("a directory");
@@ -380,7 +380,7 @@ async fn over_http_2(bytes: &'static [u8], rest: &'static [u8]) -> String {
         })
     })
     .await;
-    beside_a_good_one(
+    alongside_a_good_one(
         &raw.url().replace("http:", "https:"),
         &format!("tls = {{ ca_file = \"{}\" }}", ca.display()),
     )
@@ -433,13 +433,13 @@ fn a_port_that_accepts_no_connection_ends_with_the_timeout() {
             held.push(stream);
         }
         assert!(!held.is_empty());
-        let outcome = beside_a_good_one(&format!("http://{address}/"), "").await;
+        let outcome = alongside_a_good_one(&format!("http://{address}/"), "").await;
         assert!(["timeout", "connect"].contains(&outcome.as_str()), "{outcome}");
     });
 }
 
 #[test]
-fn a_request_that_nobody_reads_ends_with_the_timeout() {
+fn a_request_without_a_reader_ends_with_the_timeout() {
     run(async {
         let queue = Queue::embedded();
         let raw = Raw::start(deaf).await;
@@ -542,7 +542,7 @@ async fn sixteen_at_once(
     (setup, daemon)
 }
 
-/// As nginx does it after `keepalive_requests`, and while it is reloaded.
+/// The way of nginx after `keepalive_requests`, and while it is reloaded.
 #[test]
 fn streams_that_a_receiver_over_http_2_has_not_processed_are_sent_again_within_their_attempts() {
     run(async {
@@ -568,7 +568,7 @@ fn streams_that_a_receiver_over_http_2_has_not_processed_are_sent_again_within_t
 }
 
 #[test]
-fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_without_end_and_its_text_is_not_logged()
+fn a_receiver_over_http_2_that_processes_nothing_is_not_asked_indefinitely_and_its_text_is_not_logged()
  {
     run(async {
         for (end, most) in [
@@ -612,7 +612,7 @@ fn what_waits_for_a_stream_of_http_2_is_no_attempt_of_the_receiver_s_and_its_tim
     });
 }
 
-/// The answer may be lost with the reset: then only what was still to be sent tells that the batch
+/// The answer may be lost with the reset: then only the unsent rest shows that the batch
 /// was too large.
 #[test]
 fn a_batch_whose_body_is_reset_on_its_way_is_halved_until_it_is_small_enough() {
@@ -815,7 +815,7 @@ fn cookies_are_not_kept() {
     });
 }
 
-/// All at once in one daemon, and a good one beside them.
+/// All at once in one daemon, alongside a good one.
 #[test]
 fn twenty_hostile_subscribers_together_leave_a_good_one_its_pace() {
     run(async {

@@ -42,7 +42,7 @@ fn padded(bytes: usize) -> Vec<u8> {
     format!(r#"{{"event":"large","pad":"{}"}}"#, "x".repeat(bytes)).into_bytes()
 }
 
-/// What is not an event, the reason it gets, and a part of the error.
+/// Bodies that are no event, each with its reason and a part of the error.
 fn bad() -> Vec<(Vec<u8>, &'static str, &'static str)> {
     vec![
         (b"not json".to_vec(), "invalid_event", "is not JSON"),
@@ -116,10 +116,10 @@ async fn what_is_not_an_event_is_a_dead_letter_with_its_reason_and_the_rest_of_i
     // Groups of dead letters are stored side by side, so only the letters are fixed, not their
     // order.
     let letters = setup.dead("json");
-    let told = |l: &serde_json::Value| l["error"].as_str().expect("text").to_owned();
+    let reported = |l: &serde_json::Value| l["error"].as_str().expect("text").to_owned();
     for (body, reason, error) in &bad {
         let fits = |l: &serde_json::Value| {
-            l["bytes"] == body.len() && l["reason"] == *reason && told(l).contains(error)
+            l["bytes"] == body.len() && l["reason"] == *reason && reported(l).contains(error)
         };
         assert!(
             letters.iter().any(fits),
@@ -180,8 +180,8 @@ enum Becomes {
     Dead(Vec<u8>, Option<&'static str>, &'static str, &'static str),
 }
 
-/// What clients send, as Spring and kombu do. A relay inflates for all subscribers, so that what is
-/// too large for one of them is known only when it is plain.
+/// Compressed bodies as clients such as Spring and kombu send them. A relay inflates for all
+/// subscribers; whether a body is too large for one of them is known only when it is plain.
 fn encoded(relayed: bool) -> Vec<Encoded> {
     let deflate = |bytes: &[u8]| {
         let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
@@ -218,7 +218,7 @@ fn encoded(relayed: bool) -> Vec<Encoded> {
         good(0, gzip(event(0).as_bytes()), is("gzip")),
         good(1, deflate(event(1).as_bytes()), is("deflate")),
         good(2, gzip(event(2).as_bytes()), kombu("application/x-gzip")),
-        good(3, deflate(event(3).as_bytes()), is("gzip:UTF-8")), // the bytes tell which it is
+        good(3, deflate(event(3).as_bytes()), is("gzip:UTF-8")), // the bytes show which it is
         good(4, event(4).into_bytes(), is("utf-8")),
         good(5, event(5).into_bytes(), is("gzip")), // a client that only says so
         bad(b"\x0b\x02\x80{}\x03", is("br"), "br", "`br` is not one that can be undone"),
@@ -240,7 +240,7 @@ fn encoded(relayed: bool) -> Vec<Encoded> {
     ]
 }
 
-/// Of a dead letter's header.
+/// The limit of a dead letter's header.
 fn header(letter: &lapin::message::Delivery, name: &str) -> Option<String> {
     let headers = letter.properties.headers().as_ref()?;
     let found =
@@ -290,7 +290,7 @@ fn a_compressed_message_is_inflated_and_one_that_cannot_be_is_a_dead_letter_as_i
                         );
                     }
                     Becomes::Dead(body, encoding, reason, error) => {
-                        // What the relay cannot read is nobody's.
+                        // Messages that the relay cannot read belong to no subscriber.
                         let at = if relayed && reason == "invalid_event" {
                             "orphans"
                         } else {

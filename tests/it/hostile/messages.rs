@@ -15,7 +15,7 @@ const LARGEST: usize = 128 * 1024 - 12 - 2 - 4 - 6 - 5;
 
 tests_that_need!(
     broker:
-    properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody,
+    properties_that_are_not_utf_8_or_nest_too_deep_disturb_no_subscriber,
     the_relay_the_orphans_and_the_dead_letters_take_them_too,
 );
 
@@ -37,7 +37,7 @@ fn quiet(daemon: &Daemon) {
     assert!(!log.contains("lost"), "a connection or a lane was lost:\n{log}");
 }
 
-fn properties_that_are_not_utf_8_or_nest_too_deep_disturb_nobody() {
+fn properties_that_are_not_utf_8_or_nest_too_deep_disturb_no_subscriber() {
     run(async {
         let broker = Broker::shared();
         let (one, two) = (Receiver::accepting().await, Receiver::accepting().await);
@@ -87,8 +87,8 @@ fn the_relay_the_orphans_and_the_dead_letters_take_them_too() {
         let relaying = Setup::with_text(&relaying);
         let daemon = relaying.start().await;
         receiver.wait_all(6).await;
-        // What was in the retry queue became dead letters, which are relayed as invalid events: to
-        // the orphans.
+        // The messages of the retry queue became dead letters, which are relayed as invalid events:
+        // to the orphans.
         broker.wait_depth("orphans", 12).await;
         quiet(&daemon);
     });

@@ -1,4 +1,4 @@
-//! Receivers that answer in ways no receiver should. Each has a good subscriber beside it that must
+//! Receivers with bad answers. Each runs alongside a good subscriber that must
 //! not notice.
 
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::support::{
 on_both_queues!(
     an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts,
     an_answer_that_never_ends_counts_by_its_status,
-    headers_without_end_end_with_the_timeout_or_their_number,
+    endless_headers_end_with_the_timeout_or_their_number,
     an_answer_without_a_status_line_is_a_bad_answer,
     a_receiver_that_never_answers_is_a_timeout_and_one_that_hangs_up_a_reset,
     a_receiver_that_is_not_there_is_a_connect_failure_and_an_unknown_name_one_of_dns,
@@ -23,8 +23,8 @@ on_both_queues!(
     userinfo_of_a_url_is_sent_as_basic_auth_and_shown_nowhere,
 );
 
-/// Runs a hostile receiver beside a good one and returns the log line of its first attempt.
-async fn beside_a_good_one(kind: &Queue, url: &str) -> String {
+/// Runs a hostile receiver alongside a good one; returns the log line of its first attempt.
+async fn alongside_a_good_one(kind: &Queue, url: &str) -> String {
     let queue = kind.another();
     let good = Receiver::accepting().await;
     let text = QUICK.to_owned()
@@ -68,11 +68,11 @@ async fn an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts(queue: Queue) 
     let block = || vec![b'x'; 1 << 20];
     let accepts =
         Raw::start(flood(b"HTTP/1.1 200 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
-    let line = beside_a_good_one(&queue, &accepts.url()).await;
+    let line = alongside_a_good_one(&queue, &accepts.url()).await;
     assert!(line.contains("outcome=\"delivered\""), "{line}");
     let refuses =
         Raw::start(flood(b"HTTP/1.1 500 x\r\ncontent-length: 1073741824\r\n\r\n", block())).await;
-    let line = beside_a_good_one(&queue, &refuses.url()).await;
+    let line = alongside_a_good_one(&queue, &refuses.url()).await;
     assert_retry(&line, "status");
     assert!(
         line.len() < 512 && !line.contains("xx"),
@@ -83,32 +83,32 @@ async fn an_answer_of_a_gibibyte_is_cut_off_and_its_status_counts(queue: Queue) 
 
 async fn an_answer_that_never_ends_counts_by_its_status(queue: Queue) {
     let raw = Raw::start(drip(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n", b"x")).await;
-    let line = beside_a_good_one(&queue, &raw.url()).await;
+    let line = alongside_a_good_one(&queue, &raw.url()).await;
     assert!(line.contains("outcome=\"delivered\""), "{line}");
     let raw = Raw::start(drip(b"HTTP/1.1 500 x\r\ncontent-length: 100000\r\n\r\n", b"x")).await;
-    assert_retry(&beside_a_good_one(&queue, &raw.url()).await, "status");
+    assert_retry(&alongside_a_good_one(&queue, &raw.url()).await, "status");
 }
 
-async fn headers_without_end_end_with_the_timeout_or_their_number(queue: Queue) {
+async fn endless_headers_end_with_the_timeout_or_their_number(queue: Queue) {
     let header = b"x-header: and another one\r\n";
     let slow = Raw::start(drip(b"HTTP/1.1 200 OK\r\n", header)).await;
-    assert_retry(&beside_a_good_one(&queue, &slow.url()).await, "timeout");
+    assert_retry(&alongside_a_good_one(&queue, &slow.url()).await, "timeout");
     let fast = Raw::start(flood(b"HTTP/1.1 200 OK\r\n", header.repeat(1000))).await;
-    assert_retry(&beside_a_good_one(&queue, &fast.url()).await, "bad_answer");
+    assert_retry(&alongside_a_good_one(&queue, &fast.url()).await, "bad_answer");
 }
 
 async fn an_answer_without_a_status_line_is_a_bad_answer(queue: Queue) {
     let raw = Raw::start(once(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")).await;
-    assert_retry(&beside_a_good_one(&queue, &raw.url()).await, "bad_answer");
+    assert_retry(&alongside_a_good_one(&queue, &raw.url()).await, "bad_answer");
 }
 
 async fn a_receiver_that_never_answers_is_a_timeout_and_one_that_hangs_up_a_reset(queue: Queue) {
     let silent = Raw::start(deaf).await;
-    assert_retry(&beside_a_good_one(&queue, &silent.url()).await, "timeout");
+    assert_retry(&alongside_a_good_one(&queue, &silent.url()).await, "timeout");
     let hangs_up = Raw::start(once(b"")).await;
-    assert_retry(&beside_a_good_one(&queue, &hangs_up.url()).await, "reset");
+    assert_retry(&alongside_a_good_one(&queue, &hangs_up.url()).await, "reset");
     let breaks_off = Raw::start(once(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")).await;
-    let line = beside_a_good_one(&queue, &breaks_off.url()).await;
+    let line = alongside_a_good_one(&queue, &breaks_off.url()).await;
     assert!(line.contains("outcome=\"delivered\""), "its status was read: {line}");
 }
 
@@ -116,8 +116,11 @@ async fn a_receiver_that_is_not_there_is_a_connect_failure_and_an_unknown_name_o
     queue: Queue,
 ) {
     let port = crate::support::free_port();
-    assert_retry(&beside_a_good_one(&queue, &format!("http://127.0.0.1:{port}/")).await, "connect");
-    assert_retry(&beside_a_good_one(&queue, "http://no-such-host.invalid/").await, "dns");
+    assert_retry(
+        &alongside_a_good_one(&queue, &format!("http://127.0.0.1:{port}/")).await,
+        "connect",
+    );
+    assert_retry(&alongside_a_good_one(&queue, "http://no-such-host.invalid/").await, "dns");
 }
 
 async fn a_redirect_is_not_followed(queue: Queue) {
@@ -125,7 +128,7 @@ async fn a_redirect_is_not_followed(queue: Queue) {
     let target = elsewhere.url.clone();
     let redirects =
         Receiver::start(move |_, _| status(302).header("location", target.as_str())).await;
-    let line = beside_a_good_one(&queue, &redirects.url).await;
+    let line = alongside_a_good_one(&queue, &redirects.url).await;
     assert_retry(&line, "status");
     assert!(line.contains("status=302"), "{line}");
     assert_eq!(elsewhere.count(), 0);

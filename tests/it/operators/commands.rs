@@ -104,14 +104,14 @@ async fn publish_takes_a_file_as_editors_write_it_and_says_what_of_it_is_not_pub
     let [good, folder] =
         [good.as_path(), good.parent().expect("a folder")].map(|p| p.to_str().expect("a path"));
     let output = setup.run(&["publish", good, folder, "nowhere.jsonl"]);
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{told}");
+    let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{reported}");
     for part in [
         &format!("{folder}: is a directory"),
         "nowhere.jsonl: No such file",
         "nothing was published",
     ] {
-        assert!(told.contains(part), "{part} is not in {told}");
+        assert!(reported.contains(part), "{part} is not in {reported}");
     }
     assert_eq!(queue.backlog("a").await, 4);
 }
@@ -137,17 +137,17 @@ async fn publish_takes_arrays_and_request_bodies_and_says_how_to_make_lines_of_t
             + "    1\n  ]\n}\n",
     );
     let output = setup.run(&["publish", pretty.to_str().expect("a path")]);
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{told}");
+    let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{reported}");
     for part in [
         "pretty.json:1: not published: not JSON at column 1",
         "jq -c .",
         "more such lines",
         "106 lines were not published",
     ] {
-        assert!(told.contains(part), "{part} is not in {told}");
+        assert!(reported.contains(part), "{part} is not in {reported}");
     }
-    assert!(told.lines().count() < 30, "{told}");
+    assert!(reported.lines().count() < 30, "{reported}");
     assert_eq!(queue.backlog("a").await, 4);
 }
 
@@ -167,7 +167,7 @@ async fn publish_that_is_interrupted_says_what_was_confirmed(queue: Queue) {
     for n in 0..3 {
         writeln!(input, "{}", event(n)).expect("it reads");
     }
-    // What comes slowly is published as it comes.
+    // Events that come slowly are published as they come.
     queue.wait_backlog("a", 4).await;
     kill("-TERM", publish.id());
     let output = publish.wait_with_output().expect("it ends although its input does not");
@@ -198,9 +198,9 @@ fn listen_refuses_what_it_cannot_do_and_says_what_it_can() {
         (["--secret", "whsec_c2hvcnQ="], 2, ["--secret", "24 to 64 bytes"]),
     ] {
         let output = Setup::with_text("").run(&[&["listen"], &arguments[..]].concat());
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {told}");
-        assert!(parts.iter().all(|part| told.contains(part)), "{arguments:?}: {told}");
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {reported}");
+        assert!(parts.iter().all(|part| reported.contains(part)), "{arguments:?}: {reported}");
     }
 }
 
@@ -218,7 +218,7 @@ fn a_wrong_configuration_ends_every_command_with_exit_code_2_and_its_places() {
     ] {
         let output = setup.run(command);
         assert_eq!(output.status.code(), Some(2), "{command:?}");
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
         for place in [
             "hooktrail.toml:4:1: http.timeuot: unknown key; did you mean `timeout`?",
             ":6:8: subscriber[0].name",
@@ -226,7 +226,7 @@ fn a_wrong_configuration_ends_every_command_with_exit_code_2_and_its_places() {
             ":5:1: subscriber[0].secrets",
             "4 problems",
         ] {
-            assert!(told.contains(place), "{place} is not in {told}");
+            assert!(reported.contains(place), "{place} is not in {reported}");
         }
     }
     let usage = setup.run(&["dead", "list"]);

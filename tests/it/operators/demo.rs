@@ -20,8 +20,8 @@ fn demo(arguments: &[&str]) -> (Output, tempfile::TempDir) {
 }
 
 fn shows_everything(output: &Output) {
-    let told = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{told}{}", String::from_utf8_lossy(&output.stderr));
+    let reported = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{reported}{}", String::from_utf8_lossy(&output.stderr));
     for part in [
         "events published",
         "signature verified",
@@ -35,22 +35,22 @@ fn shows_everything(output: &Output) {
         "Every event is accounted for.",
         "Try next:",
     ] {
-        assert!(told.contains(part), "`{part}` is not in:\n{told}");
+        assert!(reported.contains(part), "`{part}` is not in:\n{reported}");
     }
-    assert!(!told.contains('\u{1b}'), "a pipe gets plain lines");
+    assert!(!reported.contains('\u{1b}'), "a pipe gets plain lines");
     // Its own account, added up again.
-    let published: u32 = told
+    let published: u32 = reported
         .split(" events published to each")
         .next()
         .and_then(|t| t.lines().last())
         .and_then(|n| n.parse().ok())
         .expect("a number");
-    let sums: Vec<u32> = told
+    let sums: Vec<u32> = reported
         .lines()
         .filter_map(|l| l.split(" in dead letters = ").nth(1))
         .filter_map(|n| n.split(' ').next()?.parse().ok())
         .collect();
-    assert_eq!(sums, [published, published], "{told}");
+    assert_eq!(sums, [published, published], "{reported}");
 }
 
 #[test]
@@ -70,10 +70,10 @@ fn does_the_same_on_a_rabbitmq() {
 #[test]
 fn a_url_that_is_none_is_refused_and_not_repeated() {
     let (output, _temporary) = demo(&["--amqp", "http://u:hunter2@x"]);
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{told}");
+    let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{reported}");
     assert!(
-        told.contains("--amqp is not the URL of a RabbitMQ") && !told.contains("hunter2"),
-        "{told}"
+        reported.contains("--amqp is not the URL of a RabbitMQ") && !reported.contains("hunter2"),
+        "{reported}"
     );
 }

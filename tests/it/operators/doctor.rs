@@ -23,32 +23,32 @@ use crate::support::{
 tests_that_need!(
     broker:
     nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said,
-    policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon,
+    policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_reported_by_the_daemon,
     a_queue_that_was_declared_by_hand_is_named_with_both_values,
-    missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindings_are_told,
-    a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_them,
-    a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile,
+    missing_queues_and_bindings_are_found_and_repair_fixes_them_and_surplus_bindings_are_reported,
+    a_user_without_permissions_learns_which_are_missing_and_the_command_that_grants_them,
+    a_node_that_is_lost_is_reported_and_what_the_broker_cannot_hand_over_meanwhile,
     an_alarm_that_blocks_publishing_is_harmful_until_it_ends,
-    queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_they_hold,
-    an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown,
-    each_reason_why_there_is_no_connection_is_told_with_its_own_remedy,
-    limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started,
+    queues_of_subscribers_that_are_not_configured_any_more_are_reported_with_what_they_hold,
+    an_api_that_does_not_answer_is_reported_and_what_amqp_shows_is_shown,
+    each_reason_why_there_is_no_connection_is_reported_with_its_own_remedy,
+    limits_that_keep_a_daemon_from_starting_are_reported_before_it_is_started,
     a_look_for_one_subscriber_judges_what_all_share_by_all_of_them,
     all_shared_queues_gone_is_harmful_although_none_of_them_is_there,
 );
 
-/// What a look found.
-struct Look {
+/// The result of an inspection.
+struct Inspection {
     code: Option<i32>,
     findings: Vec<Value>,
 }
 
-impl Look {
+impl Inspection {
     fn at(setup: &Setup) -> Self {
         Self::of(setup, &[])
     }
 
-    /// For these subscribers, or for all.
+    /// Inspects for these subscribers, or for all.
     fn of(setup: &Setup, subscribers: &[&str]) -> Self {
         let output = setup.run(&[&["check", "--connect", "--json"], subscribers].concat());
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -80,8 +80,7 @@ impl Look {
         })
     }
 
-    /// What a look says of streams. From RabbitMQ 3.12 on none can be without them, and it says
-    /// nothing.
+    /// The finding about streams. From RabbitMQ 3.12 on every broker has them, and there is none.
     fn expect_of_streams(&self, severity: &str, found: &str) {
         const ABOUT: &str = "at-least-once dead-lettering";
         if ["3.10.", "3.11."]
@@ -137,7 +136,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             &broker,
             &(QUICK.to_owned() + &subscriber("a", &receiver.url, "events = [\"a.*\", \"b.#\"]")),
         );
-        let before = Look::at(&setup);
+        let before = Inspection::at(&setup);
         assert_eq!(before.code, Some(0));
         before.expect("note", "sub.a.retry", "not there yet; `run` declares it");
         assert_eq!(broker.depth("sub.a").await, None, "a look declares nothing");
@@ -146,10 +145,10 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
         broker.publish("a.b", [event(0)]).await;
         receiver.wait_all(1).await;
         eventually("the record is there", async || broker.depth("state").await.is_some()).await;
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
-        look.none("harmful");
-        look.none("warning");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
+        inspection.none("harmful");
+        inspection.none("warning");
         for (about, found) in [
             ("broker", "RabbitMQ "),
             ("broker", "takes messages"),
@@ -160,21 +159,21 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             ("bindings", "those of 1 subscriber are as configured"),
             ("endpoint of `a`", "takes connections, without TLS"),
         ] {
-            look.expect("ok", about, found);
+            inspection.expect("ok", about, found);
         }
-        look.expect_of_streams("ok", "its feature flag is on");
-        let timeout = look.expect(
+        inspection.expect_of_streams("ok", "its feature flag is on");
+        let timeout = inspection.expect(
             "note",
             "consumer_timeout",
             "hooktrail holds a message for at most 1m 14s 100ms with full batches",
         );
         assert_eq!(timeout["about"][1], "subscriber `a`");
         assert!(text(timeout, "remedy").contains("rabbitmqctl eval"));
-        let told = setup.ok(&["check", "--connect"]);
+        let reported = setup.ok(&["check", "--connect"]);
         assert!(
-            told.contains("# ok: broker: RabbitMQ ")
-                && told.contains("# Nothing harmful was found."),
-            "{told}"
+            reported.contains("# ok: broker: RabbitMQ ")
+                && reported.contains("# Nothing harmful was found."),
+            "{reported}"
         );
         assert_eq!(receiver.requests().len(), 1, "a look sends no request");
         assert!(!daemon.log().contains("a look at the queue found"), "{}", daemon.log());
@@ -182,7 +181,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
     });
 }
 
-fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_told_by_the_daemon()
+fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and_reported_by_the_daemon()
  {
     run(async {
         let broker = Broker::managed().await;
@@ -213,39 +212,39 @@ fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and
             "{line}"
         );
 
-        let mut look = Look::at(&setup);
+        let mut inspection = Inspection::at(&setup);
         eventually("the broker's statistics are there", async || {
-            look = Look::at(&setup);
-            look.find("harmful", "sub.a.dead", "sets expires").is_some()
-                && look.find("harmful", "sub.a", "sets max-length").is_some()
+            inspection = Inspection::at(&setup);
+            inspection.find("harmful", "sub.a.dead", "sets expires").is_some()
+                && inspection.find("harmful", "sub.a", "sets max-length").is_some()
         })
         .await;
-        assert_eq!(look.code, Some(1));
-        let full = look.expect("harmful", "sub.a`", "sets max-length = 10");
+        assert_eq!(inspection.code, Some(1));
+        let full = inspection.expect("harmful", "sub.a`", "sets max-length = 10");
         assert!(
             text(full, "found").contains(&limits) && text(full, "risk").contains("refuses events"),
             "{full}"
         );
-        look.expect("harmful", "sub.a.retry`", "sets max-length = 10");
-        look.expect("harmful", "sub.a`", "sets delivery-limit = 5");
-        let dead = look.expect("harmful", "sub.a.dead`", "sets delivery-limit = 5");
+        inspection.expect("harmful", "sub.a.retry`", "sets max-length = 10");
+        inspection.expect("harmful", "sub.a`", "sets delivery-limit = 5");
+        let dead = inspection.expect("harmful", "sub.a.dead`", "sets delivery-limit = 5");
         assert!(
             text(dead, "risk").contains("a dead letter that was looked at so often is dropped"),
             "{dead}"
         );
-        let both = text(look.expect("harmful", "sub.a.dead`", "sets expires"), "remedy");
+        let both = text(inspection.expect("harmful", "sub.a.dead`", "sets expires"), "remedy");
         assert!(both.contains("clear_operator_policy"), "{both}");
 
         let alone = setup.run(&["check", "--connect"]);
-        let told = String::from_utf8_lossy(&alone.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&alone.stderr).into_owned();
         assert!(
-            told.contains("sets max-length = 10\n  risk: ")
-                && told.contains("\n  mend: rabbitmqctl clear_policy"),
-            "{told}"
+            reported.contains("sets max-length = 10\n  risk: ")
+                && reported.contains("\n  mend: rabbitmqctl clear_policy"),
+            "{reported}"
         );
         obey(&broker, &text(full, "remedy"));
         node.ctl(&["clear_operator_policy", &ttl]);
-        eventually("they are gone", async || Look::at(&setup).code == Some(0)).await;
+        eventually("they are gone", async || Inspection::at(&setup).code == Some(0)).await;
         drop(daemon);
     });
 }
@@ -261,7 +260,7 @@ fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
             .queue_declare(queue(&broker, "sub.a"), durable, FieldTable::default())
             .await
             .expect("declares");
-        // As it should be, but for its dead-lettering.
+        // Declared correctly, but for its dead-lettering.
         let mut quorum = FieldTable::default();
         quorum.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         quorum.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1_000_000_000));
@@ -270,19 +269,19 @@ fn a_queue_that_was_declared_by_hand_is_named_with_both_values() {
             .await
             .expect("declares");
         connection.close(200, "done".into()).await.expect("closes");
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
-        let classic = look.expect("harmful", "sub.a`", "where hooktrail needs");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
+        let classic = inspection.expect("harmful", "sub.a`", "where hooktrail needs");
         assert!(
             text(classic, "risk").contains("lose events")
                 && text(classic, "remedy").contains("delete_queue"),
             "{classic}"
         );
-        look.expect("harmful", "sub.a.retry`", "where hooktrail needs");
+        inspection.expect("harmful", "sub.a.retry`", "where hooktrail needs");
     });
 }
 
-fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindings_are_told() {
+fn missing_queues_and_bindings_are_found_and_repair_fixes_them_and_surplus_bindings_are_reported() {
     run(async {
         let broker = Broker::managed().await;
         let setup = managed(
@@ -318,19 +317,19 @@ fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindi
             .queue_delete(queue(&broker, "sub.a.dead"), QueueDeleteOptions::default())
             .await
             .expect("deletes");
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
-        let unbound = look.expect("harmful", "sub.a`", "is not bound to exchange");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
+        let unbound = inspection.expect("harmful", "sub.a`", "is not bound to exchange");
         assert!(
             text(unbound, "found").contains("`b.#`")
                 && text(unbound, "remedy") == "hooktrail repair a",
             "{unbound}"
         );
-        look.expect("warning", "sub.a`", "with `surplus.*` too, which is not configured");
-        look.expect("harmful", "sub.a.dead`", "is missing");
+        inspection.expect("warning", "sub.a`", "with `surplus.*` too, which is not configured");
+        inspection.expect("harmful", "sub.a.dead`", "is missing");
         setup.ok(&["repair", "a"]);
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
 
         // Without the queue itself all that is published passes the subscriber by.
         channel
@@ -338,15 +337,16 @@ fn missing_queues_and_bindings_are_found_and_repair_mends_them_and_surplus_bindi
             .await
             .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
         assert!(
-            text(look.expect("harmful", "sub.a`", "is missing"), "risk").contains("pass `a` by")
+            text(inspection.expect("harmful", "sub.a`", "is missing"), "risk")
+                .contains("pass `a` by")
         );
     });
 }
 
-fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_them() {
+fn a_user_without_permissions_learns_which_are_missing_and_the_command_that_grants_them() {
     run(async {
         let broker = Broker::managed().await;
         let (node, user) = (broker.node(), format!("u-{}", broker.prefix));
@@ -358,25 +358,25 @@ fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_t
         let setup = Setup::with_text(
             &(section + &management + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")),
         );
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
-        let forbidden = look.expect(
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
+        let forbidden = inspection.expect(
             "harmful",
             &user,
             "may not configure its queues, read its queues, write to its queues, write to exchange",
         );
-        look.expect("harmful", &user, "write to exchange `amq.default`");
+        inspection.expect("harmful", &user, "write to exchange `amq.default`");
         // The API is there, but not for this user: what it would have shown is named, and AMQP's
         // part is not held up.
-        look.expect("warning", "policies", "Not management user");
-        look.expect("ok", "broker", "RabbitMQ ");
+        inspection.expect("warning", "policies", "Not management user");
+        inspection.expect("ok", "broker", "RabbitMQ ");
         obey(&broker, &text(forbidden, "remedy"));
         node.ctl(&["set_user_tags", &user, "management"]);
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
-        look.expect("ok", &user, "may do what hooktrail does");
-        look.expect_of_streams("note", "not looked at");
-        // And the daemon can do with these permissions all that it has to.
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
+        inspection.expect("ok", &user, "may do what hooktrail does");
+        inspection.expect_of_streams("note", "not looked at");
+        // These permissions suffice for the daemon.
         let daemon = setup.start().await;
         broker.wait_depth("sub.a", 0).await;
         eventually("all is there", async || {
@@ -389,10 +389,11 @@ fn a_user_without_permissions_is_told_which_are_missing_and_the_command_grants_t
 }
 
 async fn look_is_sound(setup: &Setup) {
-    eventually("a look finds nothing harmful", async || Look::at(setup).code == Some(0)).await;
+    eventually("a look finds nothing harmful", async || Inspection::at(setup).code == Some(0))
+        .await;
 }
 
-fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() {
+fn a_node_that_is_lost_is_reported_and_what_the_broker_cannot_hand_over_meanwhile() {
     run(async {
         let mut nodes = Node::managed_cluster(3).await.into_iter();
         let broker = Broker::on(nodes.next().expect("a node"));
@@ -415,19 +416,21 @@ fn a_node_that_is_lost_is_told_and_what_the_broker_cannot_hand_over_meanwhile() 
                 .await;
             broker.wait_depth("sub.a.retry", 1).await; // it is full with the first
         }
-        let told = async |about: &str, found: &str| {
-            eventually(found, async || Look::at(&setup).find("warning", about, found).is_some())
-                .await;
+        let reported = async |about: &str, found: &str| {
+            eventually(found, async || {
+                Inspection::at(&setup).find("warning", about, found).is_some()
+            })
+            .await;
         };
         let other = nodes.next().expect("a node");
         other.kill().await;
-        told("sub.a`", "has 2 of 3 replicas, without").await;
-        told("delay.00`", "1 due batch").await;
+        reported("sub.a`", "has 2 of 3 replicas, without").await;
+        reported("delay.00`", "1 due batch").await;
         other.start().await;
         eventually("no more is said of it", async || {
-            let look = Look::at(&setup);
-            look.find("warning", "", "replicas").is_none()
-                && look.find("warning", "", "due batch").is_none()
+            let inspection = Inspection::at(&setup);
+            inspection.find("warning", "", "replicas").is_none()
+                && inspection.find("warning", "", "due batch").is_none()
         })
         .await;
     });
@@ -442,24 +445,24 @@ fn an_alarm_that_blocks_publishing_is_harmful_until_it_ends() {
         let by_amqp =
             Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         broker.node().ctl(&["set_vm_memory_high_watermark", "0"]);
-        let mut look = Look::at(&setup);
+        let mut inspection = Inspection::at(&setup);
         eventually("the alarm is raised", async || {
-            look = Look::at(&setup);
-            look.code == Some(1)
+            inspection = Inspection::at(&setup);
+            inspection.code == Some(1)
         })
         .await;
-        look.expect("harmful", "broker", "blocks publishing");
-        look.expect("harmful", "broker", "too little memory on node");
-        let look = Look::at(&by_amqp);
-        assert_eq!(look.code, Some(1));
-        look.expect("harmful", "broker", "blocks publishing");
-        look.expect("note", "policies, bindings", "[queue] management_url is not set");
+        inspection.expect("harmful", "broker", "blocks publishing");
+        inspection.expect("harmful", "broker", "too little memory on node");
+        let inspection = Inspection::at(&by_amqp);
+        assert_eq!(inspection.code, Some(1));
+        inspection.expect("harmful", "broker", "blocks publishing");
+        inspection.expect("note", "policies, bindings", "[queue] management_url is not set");
         broker.node().ctl(&["set_vm_memory_high_watermark", "absolute", "2GB"]);
         look_is_sound(&setup).await;
     });
 }
 
-fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_they_hold() {
+fn queues_of_subscribers_that_are_not_configured_any_more_are_reported_with_what_they_hold() {
     run(async {
         let broker = Broker::managed().await;
         let away = "circuit_breaker = { failures = 1, open_for = \"1h\", max_open_for = \"1h\" }";
@@ -474,19 +477,19 @@ fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_the
         assert!(daemon.stop().await.success());
         let fewer =
             managed(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
-        let mut look = Look::at(&fewer);
+        let mut inspection = Inspection::at(&fewer);
         eventually("the broker has counted them", async || {
-            look = Look::at(&fewer);
-            look.find("warning", "subscriber `gone`", "hold 2 events").is_some()
+            inspection = Inspection::at(&fewer);
+            inspection.find("warning", "subscriber `gone`", "hold 2 events").is_some()
         })
         .await;
         assert!(
-            text(look.expect("warning", "subscriber `gone`", ""), "remedy")
+            text(inspection.expect("warning", "subscriber `gone`", ""), "remedy")
                 .contains("hooktrail prune")
         );
-        assert_eq!(look.code, Some(0), "they are not lost: {:#?}", look.findings);
-        // Without the API the daemons' record tells of them.
-        let by_amqp = Look::at(&Setup::new(
+        assert_eq!(inspection.code, Some(0), "they are not lost: {:#?}", inspection.findings);
+        // Without the API the daemons' record has them.
+        let by_amqp = Inspection::at(&Setup::new(
             &broker,
             &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")),
         ));
@@ -494,7 +497,7 @@ fn queues_of_subscribers_that_are_not_configured_any_more_are_told_with_what_the
     });
 }
 
-fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
+fn an_api_that_does_not_answer_is_reported_and_what_amqp_shows_is_shown() {
     run(async {
         let broker = Broker::shared();
         let rest = format!("{QUICK}{}", subscriber("a", "http://127.0.0.1:9/", ""));
@@ -502,29 +505,32 @@ fn an_api_that_does_not_answer_is_told_and_what_amqp_shows_is_shown() {
         let nobody = format!("http://u:hunter2@127.0.0.1:{}", free_port());
         let stranger = Receiver::accepting().await;
         for url in [nobody, stranger.url.clone()] {
-            let look = Look::at(&at(&url));
-            let unseen =
-                look.expect("warning", "policies, bindings", "management_url http://127.0.0.1:");
+            let inspection = Inspection::at(&at(&url));
+            let unseen = inspection.expect(
+                "warning",
+                "policies, bindings",
+                "management_url http://127.0.0.1:",
+            );
             assert!(!unseen.to_string().contains("hunter2"), "{unseen}");
-            assert_eq!(look.code, Some(0), "{:#?}", look.findings);
-            look.expect("ok", "broker", "RabbitMQ ");
-            look.expect("note", "sub.a", "not there yet");
+            assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
+            inspection.expect("ok", "broker", "RabbitMQ ");
+            inspection.expect("note", "sub.a", "not there yet");
         }
     });
 }
 
 #[test]
-fn a_broker_that_cannot_be_reached_is_harmful_and_the_endpoints_are_looked_at_all_the_same() {
+fn a_broker_that_cannot_be_reached_is_harmful_and_the_endpoints_are_inspected_all_the_same() {
     run(async {
         let receiver = Receiver::accepting().await;
         let text =
             format!("[queue]\nurl = \"amqp://guest:hunter2@127.0.0.1:{}\"\n{QUICK}", free_port());
         let setup = Setup::with_text(&(text + &subscriber("a", &receiver.url, "")));
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
-        let away = look.expect("harmful", "queue", "cannot connect to the broker");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
+        let away = inspection.expect("harmful", "queue", "cannot connect to the broker");
         assert!(!away.to_string().contains("hunter2"), "{away}");
-        look.expect("ok", "endpoint of `a`", "takes connections");
+        inspection.expect("ok", "endpoint of `a`", "takes connections");
     });
 }
 
@@ -566,26 +572,34 @@ fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
         ];
         let setup = Setup::new(&queue, &(QUICK.to_owned() + &rest.concat()));
         setup.write("ca.pem", &authority.pem);
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
-        look.expect("ok", "endpoint of `good`", "its certificate is good for more than 30 days");
-        look.expect("harmful", "endpoint of `expired`", "has expired, at 2021-02-03T00:00:00Z");
-        let untrusted = look.expect("harmful", "endpoint of `untrusted`", "is not trusted");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
+        inspection.expect(
+            "ok",
+            "endpoint of `good`",
+            "its certificate is good for more than 30 days",
+        );
+        inspection.expect(
+            "harmful",
+            "endpoint of `expired`",
+            "has expired, at 2021-02-03T00:00:00Z",
+        );
+        let untrusted = inspection.expect("harmful", "endpoint of `untrusted`", "is not trusted");
         assert!(text(untrusted, "remedy").contains("tls.ca_file"), "{untrusted}");
-        look.expect("harmful", "endpoint of `other-name`", "is for another name");
-        look.expect("harmful", "endpoint of `no-tls`", "the TLS handshake failed");
-        let blocked = look.expect(
+        inspection.expect("harmful", "endpoint of `other-name`", "is for another name");
+        inspection.expect("harmful", "endpoint of `no-tls`", "the TLS handshake failed");
+        let blocked = inspection.expect(
             "harmful",
             "endpoint of `blocked`",
             "which is not a public address (loopback)",
         );
         assert!(text(blocked, "remedy").contains("http.allow_addresses"), "{blocked}");
-        look.expect(
+        inspection.expect(
             "warning",
             "endpoint of `unknown`",
             "the name `nobody.invalid` is not resolved",
         );
-        look.expect("warning", "endpoint of `away`", "takes no connection");
+        inspection.expect("warning", "endpoint of `away`", "takes no connection");
         assert!(good.requests().is_empty() && plain.requests().is_empty(), "no request was sent");
     });
 }
@@ -618,21 +632,21 @@ fn a_certificate_that_expires_soon_is_a_warning() {
                 )),
         );
         setup.write("ca.pem", &authority.pem);
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
-        look.expect("warning", "endpoint of `a`", "expires in 10 days");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
+        inspection.expect("warning", "endpoint of `a`", "expires in 10 days");
     });
 }
 
 #[test]
-fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
+fn the_embedded_queue_is_inspected_alongside_its_daemon_and_damage_is_harmful() {
     run(async {
         let queue = Embedded::new();
         let setup = Setup::new(
             &queue,
             &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "paused = true")),
         );
-        let before = Look::at(&setup);
+        let before = Inspection::at(&setup);
         assert_eq!(before.code, Some(0));
         before.expect("note", "data_dir", "`run` makes it");
         assert!(!queue.data_dir().exists(), "a look makes nothing");
@@ -640,26 +654,30 @@ fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
         let daemon = setup.start().await;
         let large = format!(r#"{{"event":"a.b","pad":"{}"}}"#, "x".repeat(3000));
         queue.publish("a.b", None, (0..200).map(|_| large.clone().into())).await;
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(0), "{:#?}", look.findings);
-        look.none("harmful");
-        look.expect("ok", "a: events to deliver", "200");
-        look.expect("ok", "data_dir", &format!("a daemon works with it: process {}", daemon.pid()));
-        look.expect("ok", "data_dir", "others cannot read it");
-        look.expect("ok", "database", "its pages are sound");
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
+        inspection.none("harmful");
+        inspection.expect("ok", "a: events to deliver", "200");
+        inspection.expect(
+            "ok",
+            "data_dir",
+            &format!("a daemon works with it: process {}", daemon.pid()),
+        );
+        inspection.expect("ok", "data_dir", "others cannot read it");
+        inspection.expect("ok", "database", "its pages are sound");
         assert!(daemon.stop().await.success());
-        Look::at(&setup).expect("ok", "data_dir", "no daemon is seen");
+        Inspection::at(&setup).expect("ok", "data_dir", "no daemon is seen");
 
         open_to_all(&queue);
-        let look = Look::at(&setup);
+        let inspection = Inspection::at(&setup);
         assert!(
             text(
-                look.expect("warning", "data_dir", "everybody on this machine can read"),
+                inspection.expect("warning", "data_dir", "everybody on this machine can read"),
                 "remedy"
             )
             .starts_with("chmod 700")
         );
-        // What a failing disk does to the pages in the middle, once they are in the file.
+        // A failing disk damages the pages in the middle, once they are in the file.
         let db = rusqlite::Connection::open(queue.file()).expect("opens");
         db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).expect("writes them there");
         db.close().expect("closes");
@@ -667,10 +685,10 @@ fn the_embedded_queue_is_looked_at_beside_its_daemon_and_damage_is_harmful() {
         let middle = bytes.len() / 2;
         bytes[middle..middle + 8192].fill(0xff);
         std::fs::write(queue.file(), bytes).expect("writes");
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1), "{:#?}", look.findings);
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1), "{:#?}", inspection.findings);
         assert!(
-            text(look.expect("harmful", "database", "its pages are damaged"), "remedy")
+            text(inspection.expect("harmful", "database", "its pages are damaged"), "remedy")
                 .contains("Disaster recovery")
         );
     });
@@ -683,7 +701,7 @@ fn open_to_all(queue: &Embedded) {
     }
 }
 
-fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
+fn each_reason_why_there_is_no_connection_is_reported_with_its_own_remedy() {
     run(async {
         let broker = Broker::private().await;
         let http = Receiver::accepting().await;
@@ -716,9 +734,10 @@ fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
             ),
         ] {
             let section = format!("[queue]\nurl = \"{url}\"\n{QUICK}");
-            let look = Look::at(&Setup::with_text(&(section + &subscriber("a", &http.url, ""))));
-            assert_eq!(look.code, Some(1), "{url}");
-            let finding = look.expect("harmful", "queue", found);
+            let inspection =
+                Inspection::at(&Setup::with_text(&(section + &subscriber("a", &http.url, ""))));
+            assert_eq!(inspection.code, Some(1), "{url}");
+            let finding = inspection.expect("harmful", "queue", found);
             assert!(
                 text(finding, "remedy").contains(remedy)
                     && !finding.to_string().contains("hunter2"),
@@ -728,14 +747,14 @@ fn each_reason_why_there_is_no_connection_is_told_with_its_own_remedy() {
     });
 }
 
-fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
+fn limits_that_keep_a_daemon_from_starting_are_reported_before_it_is_started() {
     run(async {
         let broker = Broker::private_and_managed().await;
         let rest = QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "");
         let (by_amqp, by_api) = (Setup::new(&broker, &rest), managed(&broker, &rest));
-        Look::at(&by_api).expect("ok", "node ", "file descriptors");
+        Inspection::at(&by_api).expect("ok", "node ", "file descriptors");
         broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":10}"#]);
-        let by_api = Look::at(&by_api);
+        let by_api = Inspection::at(&by_api);
         assert_eq!(by_api.code, Some(1));
         // 3 of the subscriber, 19 levels, the orphans, the record.
         let few = by_api.expect(
@@ -745,15 +764,15 @@ fn limits_that_keep_a_daemon_from_starting_are_told_before_it_is_started() {
         );
         assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
         broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":0}"#]);
-        let look = Look::at(&by_amqp);
-        assert_eq!(look.code, Some(1));
-        look.expect("harmful", "vhost `/`", "queue limit");
+        let inspection = Inspection::at(&by_amqp);
+        assert_eq!(inspection.code, Some(1));
+        inspection.expect("harmful", "vhost `/`", "queue limit");
         broker.node().ctl(&["set_vhost_limits", r#"{"max-connections":3}"#]);
-        assert_eq!(Look::at(&by_amqp).code, Some(0), "as many as a daemon needs");
+        assert_eq!(Inspection::at(&by_amqp).code, Some(0), "as many as a daemon needs");
         broker.node().ctl(&["set_vhost_limits", r#"{"max-connections":2}"#]);
-        let look = Look::at(&by_amqp);
-        assert_eq!(look.code, Some(1));
-        let few = look.expect(
+        let inspection = Inspection::at(&by_amqp);
+        assert_eq!(inspection.code, Some(1));
+        let few = inspection.expect(
             "harmful",
             "broker connection (consuming)",
             "connection limit (2) is reached",
@@ -770,11 +789,15 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
             + &subscriber("b", "http://127.0.0.1:9/", "");
         let setup = managed(&broker, &(QUICK.to_owned() + &both));
         node.ctl(&["set_vhost_limits", r#"{"max-queues":25}"#]);
-        let look = Look::of(&setup, &["a"]);
-        assert_eq!(look.code, Some(1));
-        look.expect("harmful", "vhost `/`", "may have 25 queues and has 0; 27 more are needed");
-        look.expect("note", "sub.a.retry", "not there yet");
-        assert!(look.find("note", "sub.b", "").is_none(), "{:#?}", look.findings);
+        let inspection = Inspection::of(&setup, &["a"]);
+        assert_eq!(inspection.code, Some(1));
+        inspection.expect(
+            "harmful",
+            "vhost `/`",
+            "may have 25 queues and has 0; 27 more are needed",
+        );
+        inspection.expect("note", "sub.a.retry", "not there yet");
+        assert!(inspection.find("note", "sub.b", "").is_none(), "{:#?}", inspection.findings);
         node.ctl(&["set_vhost_limits", "{}"]);
 
         let daemon = setup.start().await;
@@ -782,9 +805,14 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
         // 3 of the daemon and 2 of the command, which opens those that a daemon needs only where
         // none runs.
         node.ctl(&["set_vhost_limits", r#"{"max-connections":5}"#]);
-        let look = Look::of(&setup, &["a"]);
-        assert_eq!(look.code, Some(0), "the one that consumes is seen: {:#?}", look.findings);
-        assert!(look.find("ok", "sub.b", "").is_none(), "{:#?}", look.findings);
+        let inspection = Inspection::of(&setup, &["a"]);
+        assert_eq!(
+            inspection.code,
+            Some(0),
+            "the one that consumes is seen: {:#?}",
+            inspection.findings
+        );
+        assert!(inspection.find("ok", "sub.b", "").is_none(), "{:#?}", inspection.findings);
         node.ctl(&["set_vhost_limits", "{}"]);
 
         for (name, pattern) in [("full", r"\.sub\.b$"), ("full-dead", r"\.sub\.b\.dead$")] {
@@ -799,17 +827,17 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
         }
         // Whatever is published passes all queues of the exchange.
         eventually("what harms all is told", async || {
-            Look::of(&setup, &["a"]).find("harmful", "sub.b`", "sets max-length").is_some()
+            Inspection::of(&setup, &["a"]).find("harmful", "sub.b`", "sets max-length").is_some()
         })
         .await;
         let of_b = "sub.b.dead`";
         eventually("all is told of b", async || {
-            Look::of(&setup, &["b"]).find("harmful", of_b, "sets max-length").is_some()
+            Inspection::of(&setup, &["b"]).find("harmful", of_b, "sets max-length").is_some()
         })
         .await;
-        let look = Look::of(&setup, &["a"]);
-        assert_eq!(look.code, Some(1));
-        assert!(look.find("harmful", of_b, "").is_none(), "{:#?}", look.findings);
+        let inspection = Inspection::of(&setup, &["a"]);
+        assert_eq!(inspection.code, Some(1));
+        assert!(inspection.find("harmful", of_b, "").is_none(), "{:#?}", inspection.findings);
         assert!(daemon.stop().await.success());
     });
 }
@@ -822,7 +850,7 @@ fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
         let daemon = setup.start().await;
         eventually("the record is there", async || broker.depth("state").await.is_some()).await;
         assert!(daemon.stop().await.success());
-        // As a policy with `expires` on all of hooktrail's does.
+        // The effect of a policy with `expires` on all of hooktrail's queues.
         let (connection, channel) = broker.channel().await;
         let levels = (0..19).map(|n| format!("delay.{n:02}"));
         for name in levels.chain(["orphans".to_owned(), "sub.a.dead".to_owned()]) {
@@ -836,19 +864,19 @@ fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
             .await
             .expect("deletes");
         connection.close(200, "done".into()).await.expect("closes");
-        let look = Look::at(&setup);
-        assert_eq!(look.code, Some(1));
-        look.expect("harmful", "delay.07`", "is missing");
-        look.expect("harmful", "sub.a.dead`", "is missing");
-        look.expect("harmful", &format!("exchange `{}.delay`", broker.prefix), "is missing");
-        // What was not looked at is not called sound.
+        let inspection = Inspection::at(&setup);
+        assert_eq!(inspection.code, Some(1));
+        inspection.expect("harmful", "delay.07`", "is missing");
+        inspection.expect("harmful", "sub.a.dead`", "is missing");
+        inspection.expect("harmful", &format!("exchange `{}.delay`", broker.prefix), "is missing");
+        // A part that was not inspected is not called sound.
         setup.ok(&["repair", "a"]);
-        let told = setup.ok(&["check", "--connect"]);
+        let reported = setup.ok(&["check", "--connect"]);
         assert!(
-            told.contains("Not looked at, so not known")
-                && told.contains("bindings")
-                && !told.contains("Nothing harmful was found.\n"),
-            "{told}"
+            reported.contains("Not looked at, so not known")
+                && reported.contains("bindings")
+                && !reported.contains("Nothing harmful was found.\n"),
+            "{reported}"
         );
     });
 }

@@ -1,4 +1,4 @@
-//! The log, and whoever reads it or does not.
+//! The log, with a reader and without.
 
 use crate::support::{
     api::Api,
@@ -9,11 +9,11 @@ use crate::support::{
     run,
 };
 
-on_both_queues!(a_log_that_nobody_reads_holds_up_nothing);
+on_both_queues!(a_log_without_a_reader_holds_up_nothing);
 
 const TYPE: &str = "activity_log.user.updated";
 
-async fn a_log_that_nobody_reads_holds_up_nothing(queue: Queue) {
+async fn a_log_without_a_reader_holds_up_nothing(queue: Queue) {
     /// Each has a line of its own of some 200 bytes: far more than a pipe takes.
     const EVENTS: u64 = 800;
     let (receiver, api) = (Receiver::accepting().await, Api::new());
@@ -34,7 +34,7 @@ async fn a_log_that_nobody_reads_holds_up_nothing(queue: Queue) {
 }
 
 #[test]
-fn what_was_dropped_is_reported_when_somebody_reads_again() {
+fn what_was_dropped_is_reported_when_it_is_read_again() {
     run(async {
         let api = Api::new();
         // Each refused reload leaves a line as long as this key.
@@ -77,23 +77,25 @@ fn a_fatal_error_is_json_where_the_log_is() {
     ] {
         let setup = Setup::with_text(&format!("{text}[log]\nformat = \"json\"\n"));
         let output = setup.run(&["run"]);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(code), "{told}");
-        let lines: Vec<serde_json::Value> = told
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{reported}");
+        let lines: Vec<serde_json::Value> = reported
             .lines()
             .map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}")))
             .collect();
         let last = lines.last().expect("a line");
         assert!(
             last["level"] == "ERROR" && last["error"].as_str().is_some_and(|e| e.contains(part)),
-            "{told}"
+            "{reported}"
         );
         // In text it is as a command prints it.
         let plain = Setup::with_text(text).run(&["run"]);
-        let told = String::from_utf8_lossy(&plain.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&plain.stderr).into_owned();
         assert!(
-            plain.status.code() == Some(code) && told.contains(part) && !told.contains("ERROR"),
-            "{told}"
+            plain.status.code() == Some(code)
+                && reported.contains(part)
+                && !reported.contains("ERROR"),
+            "{reported}"
         );
     }
 }
@@ -131,7 +133,7 @@ fn lines_for_the_journal_begin_with_their_priority() {
     run(async {
         let api = Api::new();
         let setup = Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n{}", api.section()));
-        // As systemd tells it: device and inode of what stderr is.
+        // JOURNAL_STREAM as systemd sets it: device and inode of stderr.
         let daemon =
             setup.spawn_as("JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$0\" \"$@\"");
         daemon.wait_log("running").await;

@@ -1,4 +1,4 @@
-//! What an operator sees of a running daemon: status, metrics, the API.
+//! The operator's view of a running daemon: status, metrics, the API.
 
 use std::{
     collections::BTreeSet,
@@ -36,7 +36,7 @@ on_both_queues!(
 tests_that_need!(
     broker:
     while_the_broker_is_away_metrics_and_status_say_so,
-    what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_moved,
+    what_the_broker_forbids_a_command_is_reported_with_its_reason_and_nothing_is_moved,
 );
 
 tests_that_need!(tools: the_api_is_as_its_document_describes_it);
@@ -95,14 +95,14 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
         (&json["phase"], json["subscribers"].as_array().map(Vec::len)),
         (&json!("running"), Some(5))
     );
-    // What has just happened is in it, though the daemon itself looks at the queues every 10 s.
+    // The latest events are in it, although the daemon polls the queues every 10 s.
     let looked_at =
         async || api.get("/api/v1/subscribers").await.json()["queue"]["looked_at"].clone();
     let before = looked_at().await;
     eventually("a look", async || looked_at().await != before).await;
     queue.publish(TYPE, (5..8).map(event)).await;
-    let told = api.wait("paused", "what came since", |s| s["backlog"] == 8);
-    tokio::time::timeout(Duration::from_secs(5), told).await.expect("it is told soon");
+    let reported = api.wait("paused", "what came since", |s| s["backlog"] == 8);
+    tokio::time::timeout(Duration::from_secs(5), reported).await.expect("it is told soon");
     assert!(daemon.stop().await.success());
     let alone = setup.run(&["status"]);
     assert!(
@@ -242,7 +242,7 @@ async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue)
         "{dead}"
     );
 
-    // Nothing is changed by a GET, or from a page of somebody else's.
+    // Nothing is changed by a GET, or from a page of another origin.
     for path in [
         "/api/v1/subscribers/a/pause",
         "/api/v1/subscribers/a/resume",
@@ -293,7 +293,7 @@ fn a_daemon_whose_configuration_was_given_a_mistake_is_still_asked_and_told() {
             setup.ok(&["resume", "a"]);
         }
         assert_eq!(setup.run(&["pause", "../a"]).status.code(), Some(2));
-        // Where the daemon is must be known.
+        // The daemon's address must be known.
         let without = text.replace(&api.section(), "");
         std::fs::write(setup.config(), without + "[retry\n").expect("writes");
         assert_eq!(setup.run(&["status"]).status.code(), Some(2));
@@ -391,24 +391,24 @@ fn several_or_all_subscribers_are_paused_and_resumed_by_one_command() {
             eventually(&format!("paused: {names}"), async || paused().await == names).await
         };
         become_paused("fixed").await;
-        let told = setup.ok(&["pause", "a", "c", "--why", "migration"]);
+        let reported = setup.ok(&["pause", "a", "c", "--why", "migration"]);
         assert!(
-            told.contains("`a` is paused")
-                && told.contains("`c` is paused")
-                && told.contains("migration"),
-            "{told}"
+            reported.contains("`a` is paused")
+                && reported.contains("`c` is paused")
+                && reported.contains("migration"),
+            "{reported}"
         );
         become_paused("a c fixed").await;
         // One that is not there is noticed before anything is changed.
         let unknown = setup.run(&["resume", "a", "nobody"]);
         assert!(unknown.status.code() == Some(2) && paused().await == "a c fixed", "{unknown:?}");
-        let told = setup.ok(&["pause", "--all"]);
+        let reported = setup.ok(&["pause", "--all"]);
         assert!(
-            told.contains("`b` is paused") && told.contains("`a` was paused already"),
-            "{told}"
+            reported.contains("`b` is paused") && reported.contains("`a` was paused already"),
+            "{reported}"
         );
         become_paused("a b c fixed").await;
-        // What the configuration pauses no command resumes; the others are.
+        // A subscriber paused by the configuration is not resumed by a command; the others are.
         let resumed = setup.run(&["resume", "b", "fixed"]);
         let why = String::from_utf8_lossy(&resumed.stderr).into_owned();
         assert!(
@@ -418,11 +418,11 @@ fn several_or_all_subscribers_are_paused_and_resumed_by_one_command() {
             "{why}"
         );
         become_paused("a c fixed").await;
-        let told = setup.run(&["resume", "--all"]);
+        let reported = setup.run(&["resume", "--all"]);
         assert!(
-            told.status.success()
-                && String::from_utf8_lossy(&told.stdout).contains("`fixed` stays paused"),
-            "{told:?}"
+            reported.status.success()
+                && String::from_utf8_lossy(&reported.stdout).contains("`fixed` stays paused"),
+            "{reported:?}"
         );
         become_paused("fixed").await;
         for wrong in [&["pause"][..], &["resume"], &["pause", "a", "--all"]] {
@@ -484,7 +484,7 @@ fn while_the_broker_is_away_metrics_and_status_say_so() {
     });
 }
 
-fn what_the_broker_forbids_a_command_is_told_with_its_reason_and_nothing_is_moved() {
+fn what_the_broker_forbids_a_command_is_reported_with_its_reason_and_nothing_is_moved() {
     run(async {
         let broker = Broker::private().await;
         let receiver = Receiver::start(|_, _| status(500)).await;
@@ -543,7 +543,7 @@ fn status_watches() {
             let line = line.expect("a line");
             assert!(line.contains("\"phase\":\"running\""), "{line}");
         }
-        // Nobody reads any more: it ends by itself.
+        // Without a reader it ends by itself.
         eventually("it ends", async || watching.try_wait().expect("waits").is_some()).await;
     });
 }
@@ -678,15 +678,15 @@ fn the_api_is_as_its_document_describes_it() {
         exchanges.append(&mut with_token.exchanges.lock().expect("not poisoned"));
         let file = setup.write("exchanges.json", serde_json::Value::from(exchanges).to_string());
         let script = repository().join("tests/verifiers/admin.py");
-        let told = output(
+        let reported = output(
             Command::new(verifiers().join("python/bin/python"))
                 .arg(script)
                 .arg(repository().join("docs"))
                 .arg(&file),
         );
-        let told: Vec<serde_json::Value> =
-            told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
-        let (missed, exchanges) = told.split_last().expect("a last line");
+        let reported: Vec<serde_json::Value> =
+            reported.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+        let (missed, exchanges) = reported.split_last().expect("a last line");
         for exchange in exchanges {
             assert_eq!(exchange["valid"], true, "{exchange}");
         }
@@ -696,7 +696,7 @@ fn the_api_is_as_its_document_describes_it() {
             .iter()
             .filter_map(|m| m.as_str())
             .collect();
-        // What only an overloaded, starting or failing daemon answers.
+        // Answers that only an overloaded, starting or failing daemon gives.
         let rest: Vec<&&str> = missed
             .iter()
             .filter(|m| !["408", "429", "500", "503"].iter().any(|s| m.ends_with(s)))

@@ -1,5 +1,5 @@
-//! What the commands print, as a whole; see `support/snapshot.rs` for how a snapshot is changed.
-//! What `status` and `dead` print is in `operating.rs` and `dead_letters.rs`.
+//! The whole output of commands; `support/snapshot.rs` says how a snapshot is changed. The output
+//! of `status` and `dead` is in `operating.rs` and `dead_letters.rs`.
 
 use std::{
     collections::BTreeSet,

@@ -1,4 +1,4 @@
-//! What is configured anew while the daemon runs.
+//! Reloads: changes of the configuration while the daemon runs.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -24,7 +24,7 @@ on_both_queues!(
     retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched,
     a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned,
     changed_patterns_hold_for_what_is_published_from_then_on,
-    a_wrong_file_changes_nothing_and_is_told_until_it_is_mended,
+    a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed,
     secrets_batches_and_pauses_change_without_a_restart,
     refusals_after_a_change_of_secrets_cost_no_event,
     who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then,
@@ -36,7 +36,7 @@ tests_that_need!(
     broker:
     what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it,
     a_prune_that_refuses_gives_retries_their_way_back,
-    a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters,
+    a_queue_is_not_pruned_while_a_command_reads_its_dead_letters,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -48,7 +48,7 @@ async fn rewrite(setup: &Setup, daemon: &Daemon, text: &str) {
     eventually("reloaded", async || daemon.log().matches(RELOADED).count() > before).await;
 }
 
-/// What the log has for each reload that changed something.
+/// The log lines of each reload that changed something.
 const RELOADED: &str = " reloaded because=";
 
 fn replace(setup: &Setup, text: &str) {
@@ -137,7 +137,7 @@ async fn retries_change_in_mid_flow_and_a_subscriber_that_did_not_is_not_touched
             "each came, and none twice"
         );
     }
-    // What fails from now on waits as long as is configured now.
+    // Batches that fail from now on wait as long as is configured now.
     failing.now(|r, _| status(if r.attempt() == 1 { 503 } else { 200 }));
     let before = failing.count();
     queue.publish(TYPE, [event(EVENTS)]).await;
@@ -198,10 +198,11 @@ async fn a_subscriber_comes_and_goes_and_its_backlog_stays_until_it_is_pruned(qu
     let refused = setup.run(&["prune", "stays", "--yes"]);
     assert_eq!(refused.status.code(), Some(2), "one that is configured");
     let kept = setup.run(&["prune", "--yes"]);
-    let told = String::from_utf8_lossy(&kept.stderr).into_owned();
+    let reported = String::from_utf8_lossy(&kept.stderr).into_owned();
     assert!(
-        kept.status.code() == Some(1) && told.contains("1 subscriber was kept, with events: comes"),
-        "{told}"
+        kept.status.code() == Some(1)
+            && reported.contains("1 subscriber was kept, with events: comes"),
+        "{reported}"
     );
     assert_eq!(queue.backlog("comes").await, 3);
     assert!(setup.ok(&["prune", "--with-events", "--dry-run"]).contains("comes: 3 events"));
@@ -245,7 +246,7 @@ async fn changed_patterns_hold_for_what_is_published_from_then_on(queue: Queue) 
     assert!(!receiver.accepted().contains(&99));
 }
 
-async fn a_wrong_file_changes_nothing_and_is_told_until_it_is_mended(queue: Queue) {
+async fn a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed(queue: Queue) {
     let receiver = Receiver::accepting().await;
     let api = Api::new();
     let right =
@@ -378,7 +379,7 @@ async fn who_was_removed_and_comes_back_gets_what_waited_and_what_comes_then(que
     };
     for round in 0..3 {
         reload(&base, "removed").await;
-        // Unbinding is done beside the answer; it may not undo what the next one binds.
+        // Unbinding goes on after the answer; it must not undo what the next reload binds.
         if round == 2 {
             eventually("it gets no more", async || {
                 let before = queue.backlog("comes").await;
@@ -436,7 +437,7 @@ fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
         let daemon = setup.start().await;
         broker.publish_to("", &source, (0..3).map(event)).await;
         one.wait_all(3).await;
-        // One that hooktrail does not take, until somebody deletes it.
+        // A queue that hooktrail refuses, until it is deleted.
         let unusable = queue("sub.two").await;
         let both = base + &subscriber("two", &two.url, "");
         assert_eq!(reload_to(&setup, &api, &both).await, json!(["two"]));
@@ -488,13 +489,13 @@ fn a_prune_that_refuses_gives_retries_their_way_back() {
         broker.wait_depth("sub.gone", 1).await;
         tap.go_on();
         let refused = pruning.await.expect("runs");
-        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(
             refused.status.code() == Some(1)
-                && told.contains("holds 1 message by now; nothing was deleted"),
-            "{told}"
+                && reported.contains("holds 1 message by now; nothing was deleted"),
+            "{reported}"
         );
-        // What comes down the ladder now.
+        // Batches that come down the ladder now.
         broker.publish_to(&format!("{}.delay", broker.prefix), "0.1.gone", ["{}"]).await;
         let came = async |queue| broker.depth(queue).await == Some(1);
         eventually("it has come", async || came("sub.gone.retry").await || came("orphans").await)
@@ -504,8 +505,8 @@ fn a_prune_that_refuses_gives_retries_their_way_back() {
     });
 }
 
-/// What a walk has passed by is not counted by the broker, and would go with its queue.
-fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
+/// Messages that a walk has passed are not counted by the broker, and would go with the queue.
+fn a_queue_is_not_pruned_while_a_command_reads_its_dead_letters() {
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
@@ -520,7 +521,7 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
         broker.wait_depth("sub.gone.dead", 600).await;
         rewrite(&setup, &daemon, &base).await;
         daemon.wait_log("was unbound; its backlog stays").await;
-        // Nobody reads what it prints, so it stops in the middle.
+        // Its output has no reader, so it stops in the middle.
         let mut looking = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
             .args(["dead", "export", "gone", "--config"])
             .arg(setup.config())
@@ -529,21 +530,22 @@ fn a_queue_is_not_pruned_while_a_command_looks_at_its_dead_letters() {
             .expect("hooktrail runs");
         eventually("it holds some", async || broker.depth("sub.gone.dead").await < Some(600)).await;
         let refused = setup.run(&["prune", "gone", "--with-events", "--yes"]);
-        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&refused.stderr).into_owned();
         // Whichever is seen first: the walk's consumer, or its mark.
-        let seen = told.contains("is looking at queue") || told.contains("still works with queue");
-        assert!(refused.status.code() == Some(1) && seen, "{told}");
+        let seen =
+            reported.contains("is looking at queue") || reported.contains("still works with queue");
+        assert!(refused.status.code() == Some(1) && seen, "{reported}");
         let printed = std::io::read_to_string(looking.stdout.take().expect("piped")).expect("text");
         assert!(looking.wait().expect("ends").success() && printed.lines().count() == 600);
         broker.wait_depth("sub.gone.dead", 600).await;
         setup.ok(&["prune", "gone", "--with-events", "--yes"]);
         assert_eq!(broker.depth("sub.gone.dead").await, None);
         let nothing = setup.run(&["prune", "gone", "--yes"]);
-        let told = String::from_utf8_lossy(&nothing.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&nothing.stderr).into_owned();
         assert!(
             nothing.status.code() == Some(1)
-                && told.contains("there is nothing of a removed subscriber `gone`"),
-            "{told}"
+                && reported.contains("there is nothing of a removed subscriber `gone`"),
+            "{reported}"
         );
     });
 }
@@ -561,14 +563,16 @@ async fn prune_says_that_a_daemon_has_to_let_go_first(queue: Queue) {
     queue.publish(TYPE, [event(0)]).await;
     receiver.wait_requests(1).await;
     assert!(daemon.stop().await.success());
-    // Nobody has heard of it.
+    // The name is unknown.
     setup.write("hooktrail.toml", &base);
     for arguments in [&["prune", "--yes"][..], &["prune", "gone", "--yes"]] {
         let refused = setup.run(arguments);
-        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(
-            refused.status.code() == Some(1) && told.contains("`gone`") && told.contains("let go"),
-            "{told}"
+            refused.status.code() == Some(1)
+                && reported.contains("`gone`")
+                && reported.contains("let go"),
+            "{reported}"
         );
     }
     let daemon = setup.start().await;
@@ -599,10 +603,10 @@ async fn prune_all_takes_everything_away_when_no_daemon_runs_and_shows_what_is_l
         eventually("both are recorded", async || broker.depth("state").await >= Some(3)).await;
     }
     queue.publish(TYPE, (0..3).map(event)).await;
-    // Nobody consumes: who is paused works all the same.
+    // There is no consumer: a paused subscriber's daemon counts all the same.
     let refused = setup.run(&["prune", "--all", "--yes"]);
-    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(refused.status.code() == Some(1) && told.contains("daemon works"), "{told}");
+    let reported = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && reported.contains("daemon works"), "{reported}");
     assert!(daemon.stop().await.success());
     assert_eq!(setup.run(&["prune", "--all"]).status.code(), Some(2), "it cannot ask here");
     let shown = setup.ok(&["prune", "--all", "--dry-run"]);

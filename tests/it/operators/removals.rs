@@ -21,12 +21,12 @@ use crate::support::{
 };
 
 on_both_queues!(
-    a_folder_that_is_moved_away_removes_nobody,
+    a_folder_that_is_moved_away_removes_no_subscriber,
     a_folder_that_cannot_be_read_is_a_mistake_with_its_place,
     a_reload_that_would_remove_everybody_waits_for_an_operator,
-    a_start_without_its_folder_unbinds_nobody,
+    a_start_without_its_folder_unbinds_no_subscriber,
     a_start_that_is_meant_is_made_to_happen_by_an_operator,
-    a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_nobody,
+    a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_no_subscriber,
 );
 
 const TYPE: &str = "activity_log.user.updated";
@@ -123,7 +123,7 @@ fn count(daemon: &Daemon, text: &str) -> usize {
 
 const REFUSED: &str = "the configuration was not reloaded";
 
-async fn a_folder_that_is_moved_away_removes_nobody(queue: Queue) {
+async fn a_folder_that_is_moved_away_removes_no_subscriber(queue: Queue) {
     let world = World::new(queue, &["a", "b"]).await;
     let daemon = world.setup.start().await;
     world.reaches(0, 2).await;
@@ -139,7 +139,7 @@ async fn a_folder_that_is_moved_away_removes_nobody(queue: Queue) {
         assert!(line.contains(part), "{part} is not in {line}");
     }
     world.reaches(1, 2).await;
-    // It stays a mistake for whoever asks, and is one no more when the folder is back.
+    // It stays a mistake in each answer, until the folder is back.
     assert_eq!(world.api.post("/api/v1/reload", "{}").await.status, 422);
     world.put_back();
     world.wait_nothing_held().await;
@@ -203,7 +203,7 @@ async fn a_reload_that_would_remove_everybody_waits_for_an_operator(queue: Queue
     let world = World::new(queue, &["a", "b", "c", "d", "e"]).await;
     let daemon = world.setup.start().await;
     world.reaches(0, 5).await;
-    // Less than half: this is what it looks like when it is meant.
+    // Less than half: such a change is meant.
     fs::remove_file(world.file("e")).expect("removes");
     daemon.wait_log("removed=\"e\"").await;
     world.reaches(1, 4).await;
@@ -242,7 +242,7 @@ async fn a_reload_that_would_remove_everybody_waits_for_an_operator(queue: Queue
     assert!(daemon.stop().await.success());
 }
 
-async fn a_start_without_its_folder_unbinds_nobody(queue: Queue) {
+async fn a_start_without_its_folder_unbinds_no_subscriber(queue: Queue) {
     let world = World::new(queue, &["a", "b"]).await;
     let daemon = world.setup.start().await;
     world.reaches(0, 2).await;
@@ -277,10 +277,10 @@ async fn a_start_that_is_meant_is_made_to_happen_by_an_operator(queue: Queue) {
     world.write("e");
     let daemon = world.setup.start().await;
     world.wait_held(&["a", "b", "c"]).await;
-    // Who stays and who is new is served.
+    // Subscribers that stay and new ones are served.
     world.reaches(1, 2).await;
     world.queue.wait_backlog("a", 1).await;
-    // A change that nobody asked for does not do it by the way.
+    // A change without a request does not confirm it.
     world.write("c");
     world.arrives(1, 3).await;
     world.wait_held(&["a", "b"]).await;
@@ -296,14 +296,16 @@ async fn a_start_that_is_meant_is_made_to_happen_by_an_operator(queue: Queue) {
     assert!(daemon.stop().await.success());
 }
 
-/// For so long a copy rests: the daemon looks each second, and takes what has only grown at the
-/// second look.
+/// The pause of a copy: the daemon polls each second, and accepts a file that has only grown at
+/// the second poll.
 const RESTS: Duration = Duration::from_secs(5);
 
 /// A file that has shrunk is taken for what is meant after 10 s. With a second to spare.
 const MEANT: Duration = Duration::from_secs(9);
 
-async fn a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_nobody(queue: Queue) {
+async fn a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_no_subscriber(
+    queue: Queue,
+) {
     let world = World::new(queue, &[]).await;
     let names = ["a", "b", "c"];
     let tables: Vec<String> =
@@ -348,14 +350,14 @@ async fn a_file_that_ends_between_two_subscribers_while_it_is_copied_removes_nob
     let log = daemon.log();
     assert!(!log.contains("removed=") && !log.contains(REFUSED), "{log}");
     assert_eq!(world.held().await, Value::Null);
-    // What stays so is meant.
+    // A change that stays is meant.
     fs::write(&file, tables[..2].concat()).expect("writes");
     daemon.wait_log("removed=\"c\"").await;
     world.reaches(n + 2, 2).await;
     assert!(daemon.stop().await.success());
 }
 
-/// Until whoever is bound stands in the queue's record.
+/// Waits until the bound subscribers stand in the queue's record.
 async fn recorded(queue: &Queue) {
     if let Queue::Amqp(broker) = queue {
         // A mark, and who is bound.

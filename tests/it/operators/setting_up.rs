@@ -39,11 +39,11 @@ fn err(output: &Output) -> String {
 #[test]
 fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another() {
     let dir = tempfile::tempdir().expect("a directory");
-    let told = out(&alone(dir.path(), &["init"]));
+    let reported = out(&alone(dir.path(), &["init"]));
     assert!(
-        told.contains("wrote config/hooktrail.toml")
-            && told.contains("hooktrail --config config/hooktrail.toml check"),
-        "{told}"
+        reported.contains("wrote config/hooktrail.toml")
+            && reported.contains("hooktrail --config config/hooktrail.toml check"),
+        "{reported}"
     );
     let file = dir.path().join("config/hooktrail.toml");
     assert_eq!(std::fs::metadata(&file).expect("it is there").permissions().mode() & 0o777, 0o600);
@@ -66,8 +66,8 @@ fn init_writes_a_configuration_that_check_and_plan_take_and_never_over_another()
     );
 
     out(&alone(dir.path(), &["--config", "else where/h.toml", "init"]));
-    let told = out(&alone(dir.path(), &["init", "else where/i.toml"]));
-    assert!(told.contains("hooktrail --config 'else where/i.toml' run"), "{told}");
+    let reported = out(&alone(dir.path(), &["init", "else where/i.toml"]));
+    assert!(reported.contains("hooktrail --config 'else where/i.toml' run"), "{reported}");
     let bad = alone(dir.path(), &["init", "config/hooktrail.toml/x"]);
     assert_eq!(bad.status.code(), Some(1));
     assert!(err(&bad).contains("config/hooktrail.toml/x cannot be written"), "{bad:?}");
@@ -91,7 +91,7 @@ fn completions_of_every_shell_need_no_configuration() {
     assert_eq!(alone(dir.path(), &["completions", "csh"]).status.code(), Some(2));
 }
 
-/// What bash completes the last of these words to, with the script that `completions` prints.
+/// The words that bash completes the last one to, with the script that `completions` prints.
 fn completed(dir: &std::path::Path, config: Option<&str>, words: &[&str]) -> Vec<String> {
     let program = PathBuf::from(env!("CARGO_BIN_EXE_hooktrail"));
     let path = format!(
@@ -166,7 +166,7 @@ fn bash_completes_commands_the_names_of_subscribers_and_the_reasons_of_dead_lett
     assert_eq!(reasons, ["exhausted", "expired"]);
 }
 
-/// Tells a command of its configuration that it is its daemon, and answers what it asks then.
+/// Introduces itself to a command as the daemon of its configuration, and answers its requests.
 fn daemon_that_answers(status: u16, body: &'static str) -> (Impostor, Setup) {
     let config: Arc<OnceLock<PathBuf>> = Arc::default();
     let knows = config.clone();
@@ -192,7 +192,7 @@ fn setup(listen: &str) -> Setup {
     ))
 }
 
-/// What `plan` tells, however it is broken into lines.
+/// The output of `plan`, without its line breaks.
 fn plan(setup: &Setup) -> String {
     setup.ok(&["plan"]).split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -205,16 +205,16 @@ fn plan_fits_the_terminal() {
     assert!((60..=80).contains(&widest(&unknown)), "{unknown}");
     for columns in [60, 100, 140] {
         let output = setup.run_as(&format!("COLUMNS={columns} exec \"$0\" \"$@\""), &["plan"]);
-        let told = String::from_utf8_lossy(&output.stdout);
-        assert!((columns - 20..=columns).contains(&widest(&told)), "{columns}:\n{told}");
+        let reported = String::from_utf8_lossy(&output.stdout);
+        assert!((columns - 20..=columns).contains(&widest(&reported)), "{columns}:\n{reported}");
     }
 }
 
 #[test]
-fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
+fn plan_shows_what_a_reload_of_the_running_daemon_would_change() {
     let changes = r#"{"changes":[{"subscriber":"a","change":"changed","keys":["retry.max_interval"]}],"needs_restart":["queue.url"]}"#;
     let (daemon, setup) = daemon_that_answers(200, changes);
-    let told = plan(&setup);
+    let reported = plan(&setup);
     let asked = daemon.asked();
     let [met, asked] = &asked[..] else { panic!("two requests: {asked:?}") };
     assert!(met.starts_with("GET /api/v1/daemon ") && !met.contains(TOKEN), "{met}");
@@ -230,9 +230,9 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
         " a: changed: retry.max_interval",
         "only a restart changes: queue.url",
     ] {
-        assert!(told.contains(part), "{part} is not in {told}");
+        assert!(reported.contains(part), "{part} is not in {reported}");
     }
-    assert!(!told.contains("quite-secret"));
+    assert!(!reported.contains("quite-secret"));
 
     let (_daemon, setup) =
         daemon_that_answers(422, r#"{"error":"h.toml:1:1: url: unknown\n1 problem"}"#);
@@ -242,13 +242,13 @@ fn plan_tells_what_a_reload_of_the_running_daemon_would_change() {
         Some(1),
         "what would be refused is no plan that can be carried out"
     );
-    let told = String::from_utf8_lossy(&refused.stdout).into_owned();
+    let reported = String::from_utf8_lossy(&refused.stdout).into_owned();
     assert!(
-        told.contains("would refuse a reload")
-            && told.contains("  h.toml:1:1: url: unknown\n  1 problem"),
-        "{told}"
+        reported.contains("would refuse a reload")
+            && reported.contains("  h.toml:1:1: url: unknown\n  1 problem"),
+        "{reported}"
     );
-    assert!(!told.contains("a: a batch"), "only b was asked for: {told}");
+    assert!(!reported.contains("a: a batch"), "only b was asked for: {reported}");
 }
 
 #[test]
@@ -262,18 +262,18 @@ fn plan_and_the_daemon_understand_each_other() {
         );
         let setup = Setup::with_text(&text);
         let _daemon = setup.start().await;
-        let told = plan(&setup);
+        let reported = plan(&setup);
         assert!(
-            told.contains(&format!(
+            reported.contains(&format!(
                 "a reload of the daemon at 127.0.0.1:{} would change nothing",
                 api.port
             )),
-            "{told}"
+            "{reported}"
         );
         // The daemon may see the new file before it is asked: of this key it says the same then.
         setup.write("hooktrail.toml", text + "[log]\nformat = \"json\"\n");
-        let told = plan(&setup);
-        assert!(told.contains("only a restart changes: log"), "{told}");
+        let reported = plan(&setup);
+        assert!(reported.contains("only a restart changes: log"), "{reported}");
     });
 }
 
@@ -284,11 +284,14 @@ fn plan_needs_no_daemon_and_says_when_there_is_none() {
         .local_addr()
         .expect("an address")
         .to_string();
-    let told = plan(&setup(&free));
-    assert!(told.contains(&format!("no daemon answers at {free} ([admin] listen)")), "{told}");
+    let reported = plan(&setup(&free));
+    assert!(
+        reported.contains(&format!("no daemon answers at {free} ([admin] listen)")),
+        "{reported}"
+    );
     let (_daemon, answering) = daemon_that_answers(500, r#"{"error":"out of order"}"#);
-    let told = plan(&answering);
-    assert!(told.contains("answered 500") && told.contains("out of order"), "{told}");
+    let reported = plan(&answering);
+    assert!(reported.contains("answered 500") && reported.contains("out of order"), "{reported}");
     assert!(plan(&setup("127.0.0.1:0")).contains("port 0"));
     assert_eq!(setup(&free).run(&["plan", "c"]).status.code(), Some(2));
 }

@@ -1,4 +1,4 @@
-//! Whom commands ask: the daemon of their own configuration, and nobody else.
+//! Commands ask the daemon of their own configuration, and no other program.
 
 use std::process::Output;
 
@@ -26,17 +26,17 @@ fn setup(admin: &str) -> Setup {
 }
 
 /// On one line: where it breaks is of no interest here.
-fn told(output: &Output) -> String {
+fn reported(output: &Output) -> String {
     let both = [&output.stdout[..], &output.stderr[..]].concat();
     String::from_utf8_lossy(&both).split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// What asks a daemon, with the exit code of a command that finds none of its own.
+/// Commands that ask a daemon, with the exit code of one that finds none of its own.
 const COMMANDS: [(&[&str], i32); 4] =
     [(&["status"], 1), (&["pause", "a"], 1), (&["resume", "a"], 1), (&["plan"], 0)];
 
 #[test]
-fn whoever_took_the_daemons_port_is_not_told_the_token_and_believed_nothing() {
+fn a_program_that_took_the_daemons_port_does_not_get_the_token_and_is_not_believed() {
     let everything = json!({ "subscribers": [], "removed": [], "phase": "running", "changed": true, "changes": [], "needs_restart": [] });
     type Answers = fn(&str, u16) -> (u16, serde_json::Value);
     let impostors: [(Answers, &str); 5] = [
@@ -47,7 +47,7 @@ fn whoever_took_the_daemons_port_is_not_told_the_token_and_believed_nothing() {
             |_, _| (200, json!({ "version": "1", "config": "/", "pid": 1 })),
             "does not know [admin] token",
         ),
-        // What the command itself has proven is no proof of the other side.
+        // The command's own proof is no proof of the other side.
         (
             |head, _| {
                 let given = head
@@ -69,10 +69,10 @@ fn whoever_took_the_daemons_port_is_not_told_the_token_and_believed_nothing() {
             setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address()));
         for (command, code) in COMMANDS {
             let output = setup.run(command);
-            let told = told(&output);
+            let reported = reported(&output);
             assert!(
-                output.status.code() == Some(code) && told.contains(why),
-                "{command:?}: {why}: {told}"
+                output.status.code() == Some(code) && reported.contains(why),
+                "{command:?}: {why}: {reported}"
             );
         }
         let asked = impostor.asked();
@@ -99,7 +99,8 @@ fn a_proof_that_a_daemon_on_another_port_gave_is_not_believed() {
         setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address()))
             .run(&["status"]);
     assert!(
-        output.status.code() == Some(1) && told(&output).contains("does not know [admin] token"),
+        output.status.code() == Some(1)
+            && reported(&output).contains("does not know [admin] token"),
         "{output:?}"
     );
     assert!(impostor.asked().iter().all(|head| !head.contains(TOKEN)));
@@ -114,7 +115,7 @@ fn a_second_daemon_on_the_same_address_is_an_error_and_its_commands_leave_the_fi
             let (first, second) = (setup(&admin), setup(&admin));
             let _daemon = first.start().await;
             let refused = second.run(&["run"]);
-            let told_by_daemon = told(&refused);
+            let told_by_daemon = reported(&refused);
             assert_eq!(refused.status.code(), Some(1), "{told_by_daemon}");
             let path = first.config().display().to_string();
             for part in [
@@ -126,10 +127,10 @@ fn a_second_daemon_on_the_same_address_is_an_error_and_its_commands_leave_the_fi
             }
             for (command, code) in COMMANDS {
                 let output = second.run(command);
-                let told = told(&output);
+                let reported = reported(&output);
                 assert!(
-                    output.status.code() == Some(code) && told.contains(&path),
-                    "{command:?}: {told}"
+                    output.status.code() == Some(code) && reported.contains(&path),
+                    "{command:?}: {reported}"
                 );
             }
             // The configuration of another place that says the same asks its own.
@@ -139,7 +140,7 @@ fn a_second_daemon_on_the_same_address_is_an_error_and_its_commands_leave_the_fi
             let other = setup(&(api.section() + "token = \"another\"\n"));
             let output = other.run(&["status"]);
             assert!(
-                output.status.code() == Some(1) && told(&output).contains("oken"),
+                output.status.code() == Some(1) && reported(&output).contains("oken"),
                 "{output:?}"
             );
         }
@@ -161,7 +162,7 @@ fn a_configuration_is_known_again_by_another_path() {
                 .current_dir(&folder)
                 .output()
                 .expect("hooktrail runs");
-            assert!(output.status.success(), "{path}: {}", told(&output));
+            assert!(output.status.success(), "{path}: {}", reported(&output));
         }
     });
 }
@@ -171,11 +172,11 @@ fn a_default_port_that_is_taken_is_an_error_as_one_that_was_asked_for_is() {
     let taken = std::net::TcpListener::bind("127.0.0.1:8787");
     for admin in ["# [admin] is left out.\n", "[admin]\nlisten = \"127.0.0.1:8787\"\n"] {
         let output = setup(admin).run(&["run"]);
-        let told = told(&output);
-        assert_eq!(output.status.code(), Some(1), "{told}");
+        let reported = reported(&output);
+        assert_eq!(output.status.code(), Some(1), "{reported}");
         for part in ["cannot listen on 127.0.0.1:8787", "[admin] listen = \"127.0.0.1:8788\""] {
-            assert!(told.contains(part), "{part} is not in {told}");
+            assert!(reported.contains(part), "{part} is not in {reported}");
         }
     }
-    drop(taken); // an error means that somebody else has it, which is as good
+    drop(taken); // an error means that another process has it, which is as good
 }

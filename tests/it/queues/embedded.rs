@@ -1,4 +1,4 @@
-//! What only the embedded queue promises: one daemon, one file, and what becomes of both.
+//! Promises of the embedded queue alone: one daemon, one file, and the fate of both.
 
 use std::{
     fs::Permissions,
@@ -50,14 +50,14 @@ fn a_second_daemon_is_refused_and_the_first_notices_nothing() {
             "before the first run"
         );
         let daemon = setup.start().await;
-        let (code, told) = refused(&setup.run(&["run"]));
-        assert_eq!(code, Some(1), "{told}");
+        let (code, reported) = refused(&setup.run(&["run"]));
+        assert_eq!(code, Some(1), "{reported}");
         for part in [
             "another daemon works on",
             queue.data_dir().to_str().expect("a path"),
             "several share a RabbitMQ",
         ] {
-            assert!(told.contains(part), "{part} is not in {told}");
+            assert!(reported.contains(part), "{part} is not in {reported}");
         }
         queue.publish(TYPE, None, events(0..10)).await;
         receiver.wait_all(10).await;
@@ -80,14 +80,14 @@ fn a_change_to_a_broker_with_events_left_behind_is_refused_unless_it_is_forced()
         let section =
             broker.section(&["a"]) + &format!("data_dir = \"{}\"\n", queue.data_dir().display());
         let amqp = Setup::with_text(&(section + QUICK + &subscriber("a", &receiver.url, "")));
-        let (code, told) = refused(&amqp.run(&["run"]));
-        assert_eq!(code, Some(2), "{told}");
+        let (code, reported) = refused(&amqp.run(&["run"]));
+        assert_eq!(code, Some(2), "{reported}");
         for part in [
             "holds events that are not delivered",
             queue.data_dir().to_str().expect("a path"),
             "--force",
         ] {
-            assert!(told.contains(part), "{part} is not in {told}");
+            assert!(reported.contains(part), "{part} is not in {reported}");
         }
         let forced = amqp.spawn_as("exec \"$0\" \"$@\" --force");
         forced.wait_log("running").await;
@@ -155,15 +155,15 @@ fn a_damaged_file_is_named_and_what_to_do_is_told() {
             &["dead", "list", "a"],
             &["check", "--connect"],
         ] {
-            let (code, told) = refused(&setup.run(command));
-            assert_eq!(code, Some(1), "{command:?}: {told}");
+            let (code, reported) = refused(&setup.run(command));
+            assert_eq!(code, Some(1), "{command:?}: {reported}");
             for part in [
                 queue.file().to_str().expect("a path"),
                 "the file is damaged",
                 "keep a copy",
                 "Disaster recovery",
             ] {
-                assert!(told.contains(part), "{command:?}: {part} is not in {told}");
+                assert!(reported.contains(part), "{command:?}: {part} is not in {reported}");
             }
         }
     });
@@ -177,11 +177,12 @@ fn a_file_of_a_later_version_or_of_another_program_is_refused_and_an_empty_one_i
         let setup = one(&queue, &receiver.url);
         let refuses = |part: &str| {
             for command in [&["run"][..], &["dead", "list", "a"]] {
-                let (code, told) = refused(&setup.run(command));
-                assert_eq!(code, Some(1), "{command:?}: {told}");
+                let (code, reported) = refused(&setup.run(command));
+                assert_eq!(code, Some(1), "{command:?}: {reported}");
                 assert!(
-                    told.contains(part) && told.contains(queue.file().to_str().expect("a path")),
-                    "{command:?}: {told}"
+                    reported.contains(part)
+                        && reported.contains(queue.file().to_str().expect("a path")),
+                    "{command:?}: {reported}"
                 );
             }
         };
@@ -280,17 +281,17 @@ fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_hold
         .await;
         let file = setup.write("event", event(2));
         for command in [&["publish", file.to_str().expect("a path")][..], &["dead", "list", "a"]] {
-            let (code, told) = refused(&setup.run(command));
+            let (code, reported) = refused(&setup.run(command));
             assert!(
                 code == Some(1)
-                    && told.contains("is lost")
-                    && told.contains(&daemon.pid().to_string()),
-                "{command:?}: {told}"
+                    && reported.contains("is lost")
+                    && reported.contains(&daemon.pid().to_string()),
+                "{command:?}: {reported}"
             );
         }
         assert!(!queue.file().exists(), "no new file beside the daemon's");
 
-        // As the log says, and the page that it names.
+        // The text of the log, and of the page that it names.
         let log = daemon.log();
         let open = |name: &str| {
             let (_, rest) = log
@@ -352,11 +353,13 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         // The producer finds it full too.
         let file = setup.write("events", (500..600).map(|n| event(n) + "\n").collect::<String>());
         let publish = ["publish", file.to_str().expect("a path")];
-        let (code, told) =
+        let (code, reported) =
             refused(&setup.run_as(&format!("{LIMITED} prlimit {LIMIT} \"$0\" \"$@\""), &publish));
         assert!(
-            code == Some(1) && told.contains("disk") && told.contains("0 events were confirmed"),
-            "{told}"
+            code == Some(1)
+                && reported.contains("disk")
+                && reported.contains("0 events were confirmed"),
+            "{reported}"
         );
         assert_eq!(queue.backlog("a").await, 0, "all or nothing");
 
@@ -388,7 +391,7 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
 }
 
 #[test]
-fn who_may_not_read_the_database_is_told_so_and_not_that_there_is_none() {
+fn a_user_who_may_not_read_the_database_gets_that_error_and_not_that_there_is_none() {
     run(async {
         let embedded = Embedded::new();
         let setup = Setup::new(&embedded, &(QUICK.to_owned() + &subscriber("a", NOWHERE, "")));
@@ -406,7 +409,7 @@ fn who_may_not_read_the_database_is_told_so_and_not_that_there_is_none() {
             }
             false => "exec \"$0\" \"$@\"",
         };
-        // The directory as `StateDirectory` makes it for somebody else, and the file alone.
+        // The directory as `StateDirectory` makes it for another user, and the file alone.
         for (path, hidden, seen) in
             [(data_dir.clone(), 0o000, 0o700), (data_dir.join("hooktrail.db"), 0o000, 0o600)]
         {
@@ -419,17 +422,18 @@ fn who_may_not_read_the_database_is_told_so_and_not_that_there_is_none() {
                 &["prune"],
             ] {
                 let output = setup.run_as(as_anybody, command);
-                let told = format!(
+                let reported = format!(
                     "{}{}",
                     String::from_utf8_lossy(&output.stdout),
                     String::from_utf8_lossy(&output.stderr)
                 );
-                assert_eq!(output.status.code(), Some(1), "{command:?}: {told}");
+                assert_eq!(output.status.code(), Some(1), "{command:?}: {reported}");
                 assert!(
-                    told.contains("service's user") && !told.contains("there is no embedded queue"),
-                    "{command:?}: {told}"
+                    reported.contains("service's user")
+                        && !reported.contains("there is no embedded queue"),
+                    "{command:?}: {reported}"
                 );
-                assert!(!told.contains("Nothing harmful"), "{command:?}: {told}");
+                assert!(!reported.contains("Nothing harmful"), "{command:?}: {reported}");
             }
             mode(&path, seen);
         }

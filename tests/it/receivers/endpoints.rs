@@ -62,7 +62,7 @@ fn authentication_and_headers_of_its_own_arrive_and_are_shown_nowhere() {
 }
 
 /// A daemon with these subscribers, each a name, a port and what its `tls` is; with certificates
-/// beside its configuration.
+/// next to its configuration.
 async fn over_tls(
     queue: &Queue,
     authority: &Authority,
@@ -166,11 +166,11 @@ fn a_client_certificate_is_presented_and_without_it_the_receiver_refuses() {
     });
 }
 
-/// A proxy that tells the head of each request and passes what follows on to `to`.
+/// A proxy that reports the head of each request and passes the rest on to `to`.
 async fn proxy(to: u16) -> (u16, mpsc::UnboundedReceiver<String>) {
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = socket.local_addr().expect("an address").port();
-    let (tell, told) = mpsc::unbounded_channel();
+    let (tell, reported) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Ok((stream, _)) = socket.accept().await {
             let tell = tell.clone();
@@ -191,7 +191,7 @@ async fn proxy(to: u16) -> (u16, mpsc::UnboundedReceiver<String>) {
             });
         }
     });
-    (port, told)
+    (port, reported)
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn a_proxy_is_used_with_its_password_and_decides_about_names_but_not_about_liter
             .expect("a number");
         let (first, mut for_plain) = proxy(plain_port).await;
         let (second, mut for_secure) = proxy(secure.port).await;
-        // The proxy stands at an address that is not public, and the names are known to nobody
+        // The proxy stands at an address that is not public, and the names are known to no resolver
         // else.
         let through = |port: u16| {
             format!(
@@ -230,11 +230,11 @@ fn a_proxy_is_used_with_its_password_and_decides_about_names_but_not_about_liter
         queue.publish(TYPE, [event(0)]).await;
         plain.wait_all(1).await;
         assert_eq!(secure.wait_requests(1).await[0].path, "/hook");
-        for (told, line) in [
+        for (reported, line) in [
             (&mut for_plain, "POST http://outside.invalid/hook HTTP/1.1\r\n"),
             (&mut for_secure, "CONNECT inside.example:443 HTTP/1.1\r\n"),
         ] {
-            let head = told.recv().await.expect("a request").to_lowercase();
+            let head = reported.recv().await.expect("a request").to_lowercase();
             assert!(
                 head.starts_with(&line.to_lowercase())
                     && head.contains("proxy-authorization: basic amfuztpodw50zxiy"),

@@ -178,7 +178,7 @@ async fn stores_each_batch_once(
     assert_eq!(receiver.post(&request, "{\"events\":[{\"event\":\"b.2\"}]}").await, 401);
     receiver.kill_and_start().await;
     assert_eq!(receiver.post(&request, request.body.clone()).await, 200);
-    // What is published now is stored behind all that came before it.
+    // Events published now are stored behind all earlier ones.
     queue.publish("a.99", ["{\"event\":\"a.99\"}".to_owned()]).await;
     expected.insert(40, "a.99".to_owned());
     eventually("the last is stored", async || sorted().contains(&"a.99".to_owned())).await;

@@ -20,7 +20,7 @@ use crate::support::{
 
 type MakeAnswer = fn() -> Answer;
 
-/// A configuration whose broker nobody needs.
+/// A configuration with a broker that is not needed.
 fn setup(rest: &str) -> Setup {
     Setup::with_text(&format!("[queue]\nurl = \"amqp://127.0.0.1:{}\"\n{QUICK}{rest}", free_port()))
 }
@@ -230,7 +230,7 @@ fn listen_says_why_a_request_is_not_verified() {
             let right = secret == SECRET && at == now && sent == body && change.is_empty();
             assert_eq!(answer, if right { 200 } else { 401 });
         }
-        let told: Vec<String> = listen
+        let reported: Vec<String> = listen
             .lines()
             .iter()
             .map(|l| l["unverified_because"].as_str().unwrap_or("verified").to_owned())
@@ -244,15 +244,15 @@ fn listen_says_why_a_request_is_not_verified() {
             "not the form `v1,",
             "not a number of seconds",
         ];
-        assert_eq!(told.len(), parts.len());
-        for (told, part) in told.iter().zip(parts) {
-            assert!(told.contains(part), "{part}: {told}");
+        assert_eq!(reported.len(), parts.len());
+        for (reported, part) in reported.iter().zip(parts) {
+            assert!(reported.contains(part), "{part}: {reported}");
         }
     });
 }
 
 #[test]
-fn listen_answers_what_it_is_told_to() {
+fn listen_answers_as_its_options_say() {
     run(async {
         for (arguments, statuses) in [
             (&["--status", "418"][..], &[418_u64, 418, 418][..]),
@@ -283,7 +283,7 @@ fn listen_answers_what_it_is_told_to() {
 }
 
 #[test]
-fn listen_adds_what_it_is_told_to_and_sums_up_when_it_is_quiet() {
+fn listen_adds_what_its_options_say_and_sums_up_when_it_is_quiet() {
     run(async {
         let arguments = [
             "--quiet",

@@ -1,4 +1,4 @@
-//! What the daemon really sent, verified by libraries that others wrote and by the snippets of
+//! Requests as the daemon sent them, verified by independent libraries and by the snippets of
 //! docs/receivers.md, and held against the schemas in docs/.
 
 use std::{
@@ -62,7 +62,7 @@ impl Case {
         forged
     }
 
-    /// This one, and what somebody could make of it.
+    /// This request, and forgeries of it.
     fn and_forged(self) -> Vec<Self> {
         let at = self.body.len() / 2;
         let mut all = vec![
@@ -155,7 +155,7 @@ async fn sent() -> Vec<Case> {
     cases
 }
 
-/// Where `scripts/verifiers` puts things.
+/// The folder that `scripts/verifiers` installs into.
 pub(crate) fn verifiers() -> PathBuf {
     assert_not_quick("tools");
     let target =
@@ -181,7 +181,7 @@ pub(crate) fn output(command: &mut Command) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// For the verifiers, as they read it.
+/// A request in the form that the verifiers read.
 fn write_cases(dir: &Path, cases: &[Case]) -> PathBuf {
     let file = dir.join("requests.json");
     let request = |c: &Case| json!({ "case": c.name, "headers": c.headers, "body": BASE64.encode(&c.body), "secret": c.secret });
@@ -233,16 +233,16 @@ fn what_is_sent_is_what_the_schemas_and_the_openapi_document_describe() {
         let dir = tempfile::tempdir().expect("a directory");
         let file = write_cases(dir.path(), &cases);
         let script = repository().join("tests/verifiers/schemas.py");
-        let told = output(
+        let reported = output(
             Command::new(verifiers().join("python/bin/python"))
                 .arg(script)
                 .arg(repository().join("docs"))
                 .arg(&file),
         );
-        let told: Vec<Value> =
-            told.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
-        assert_eq!(told.len(), cases.len());
-        for (found, case) in told.iter().zip(&cases) {
+        let reported: Vec<Value> =
+            reported.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect();
+        assert_eq!(reported.len(), cases.len());
+        for (found, case) in reported.iter().zip(&cases) {
             assert_eq!(found["valid"], case.genuine, "{found}");
         }
     });
@@ -336,23 +336,23 @@ fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
         let file = write_cases(dir.path(), &cases);
 
         let (folder, scripts) = (verifiers(), repository().join("tests/verifiers"));
-        let mut told = output(
+        let mut reported = output(
             Command::new(folder.join("python/bin/python"))
                 .arg(scripts.join("verify.py"))
                 .arg(&file),
         );
-        told += &output(
+        reported += &output(
             Command::new("node")
                 .arg(scripts.join("verify.mjs"))
                 .arg(&file)
                 .env("VERIFIERS", &folder),
         );
-        told += &output(Command::new(folder.join("rust/debug/verify")).arg(&file));
+        reported += &output(Command::new(folder.join("rust/debug/verify")).arg(&file));
 
         let expected: BTreeMap<&str, bool> =
             cases.iter().map(|c| (c.name.as_str(), c.genuine)).collect();
         let mut looked_at: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-        for line in told.lines() {
+        for line in reported.lines() {
             let found: Value = serde_json::from_str(line).expect("a JSON line");
             let genuine = expected[found["case"].as_str().expect("a case")];
             assert_eq!(found["verified"], genuine, "{found}");
@@ -583,9 +583,10 @@ fn the_snippets_of_the_document_accept_what_is_sent_and_nothing_else() {
                 )
                 .expect("writes");
                 std::fs::write(&body, &case.body).expect("writes");
-                let told = output(command(language.run).arg(&case.secret).arg(headers).arg(body));
+                let reported =
+                    output(command(language.run).arg(&case.secret).arg(headers).arg(body));
                 assert_eq!(
-                    told.trim(),
+                    reported.trim(),
                     case.genuine.to_string(),
                     "{}: {}",
                     language.name,

@@ -9,11 +9,11 @@ use super::{eventually, free_port};
 pub(crate) struct Api {
     pub(crate) port: u16,
     client: reqwest::Client,
-    /// What was asked and answered, for whoever holds it against the documents.
+    /// Requests and answers, to be held against the documents.
     pub(crate) exchanges: Mutex<Vec<Value>>,
 }
 
-/// What was answered.
+/// The answer.
 #[derive(Debug)]
 pub(crate) struct Answered {
     pub(crate) status: u16,
@@ -82,7 +82,7 @@ impl Api {
         self.send("POST", path, &[("content-type", "application/json")], body).await
     }
 
-    /// How a subscriber is.
+    /// The state of a subscriber.
     pub(crate) async fn subscriber(&self, name: &str) -> Value {
         self.get(&format!("/api/v1/subscribers/{name}")).await.json()
     }

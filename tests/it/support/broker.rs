@@ -51,7 +51,7 @@ impl Broker {
         Self::private_with("").await
     }
 
-    /// As [`private`](Self::private), with settings of RabbitMQ's own, as Erlang terms.
+    /// Like [`private`](Self::private), with settings of RabbitMQ's own, as Erlang terms.
     pub(crate) async fn private_with(settings: &str) -> Self {
         let node = Node::new(false);
         node.set(settings);
@@ -59,7 +59,7 @@ impl Broker {
         Self::on(node)
     }
 
-    /// As [`private`](Self::private), with the management plugin.
+    /// Like [`private`](Self::private), with the management plugin.
     pub(crate) async fn private_and_managed() -> Self {
         let node = Node::new(true);
         node.start().await;
@@ -329,7 +329,7 @@ impl Drop for Broker {
     }
 }
 
-/// A RabbitMQ node of a test's own: ports, data and cookie are nobody else's, epmd is at most its
+/// A RabbitMQ node of a test's own: ports, data and cookie are its own, epmd is at most its
 /// cluster's.
 pub(crate) struct Node {
     home: tempfile::TempDir,
@@ -342,8 +342,7 @@ pub(crate) struct Node {
     is_up: AtomicBool,
 }
 
-/// What nodes find each other by; it serves the nodes of one cluster and ends with the last of
-/// them.
+/// epmd, by which nodes find each other; it serves one cluster and ends with its last node.
 struct Epmd {
     port: u16,
 }
@@ -401,14 +400,14 @@ impl Node {
         node
     }
 
-    /// So many nodes in one cluster. Each can be killed and started again by itself; after a loss
+    /// Starts nodes in one cluster. Each can be killed and started again by itself; after a loss
     /// of all of them start them at once, since a node may wait for the one that was the last to
     /// die.
     pub(crate) async fn cluster(size: usize, settings: &str) -> Vec<Self> {
         Self::members(size, settings, false).await
     }
 
-    /// As [`cluster`](Self::cluster); the first has the management plugin.
+    /// Like [`cluster`](Self::cluster); the first has the management plugin.
     pub(crate) async fn managed_cluster(size: usize) -> Vec<Self> {
         Self::members(size, "", true).await
     }
@@ -454,7 +453,7 @@ impl Node {
         self.port
     }
 
-    /// Of the management plugin.
+    /// The URL of the management plugin.
     pub(crate) fn management_url(&self) -> String {
         format!(
             "http://127.0.0.1:{}",
@@ -570,9 +569,12 @@ impl Drop for Epmd {
         let port = self.port.to_string();
         for _ in 0..100 {
             let mut epmd = installed(&std::env::temp_dir(), Path::new("epmd"));
-            let told = epmd.env("ERL_EPMD_PORT", &port).args(["-port", &port, "-kill"]).output();
-            match told {
-                Ok(told) if String::from_utf8_lossy(&told.stdout).contains("living nodes") => {
+            let reported =
+                epmd.env("ERL_EPMD_PORT", &port).args(["-port", &port, "-kill"]).output();
+            match reported {
+                Ok(reported)
+                    if String::from_utf8_lossy(&reported.stdout).contains("living nodes") =>
+                {
                     std::thread::sleep(Duration::from_millis(20))
                 }
                 _ => break,
@@ -605,7 +607,7 @@ fn installed(needs: &Path, program: &Path) -> Command {
     c
 }
 
-/// Where RabbitMQ's own programs are, below the root that they run in.
+/// The folder of RabbitMQ's own programs, below the root that they run in.
 fn sbin() -> PathBuf {
     let root = root().unwrap_or_else(|| PathBuf::from("/"));
     let base = root.join("usr/lib/rabbitmq/lib");

@@ -117,7 +117,7 @@ impl Setup {
         self.spawn_as("exec \"$0\" \"$@\"")
     }
 
-    /// Starts a daemon whose log goes into a pipe: whoever takes its other end reads it, or does
+    /// Starts a daemon whose log goes into a pipe: the owner of its other end reads it, or does
     /// not.
     pub(crate) fn piped(&self) -> Piped {
         let mut child = self
@@ -145,8 +145,8 @@ impl Setup {
         Daemon { child, log, reader: None }
     }
 
-    /// As [`spawn_as`](Self::spawn_as); its log is a pipe that somebody reads, or not: see
-    /// [`Daemon::nobody_reads`].
+    /// Like [`spawn_as`](Self::spawn_as); its log is a pipe with a reader or without: see
+    /// [`Daemon::leave_log_unread`].
     pub(crate) fn spawn_piped(&self, shell: &str) -> Daemon {
         let log = self.dir.path().join(format!("{}.log", super::unique()));
         let mut file = std::fs::File::create(&log).expect("a log file");
@@ -190,7 +190,7 @@ impl Stands {
     }
 }
 
-/// Who reads a daemon's log.
+/// The reader of a daemon's log.
 struct Reader {
     stands: Arc<Stands>,
     pipe: OwnedFd,
@@ -223,7 +223,7 @@ impl Piped {
         line
     }
 
-    /// SIGTERM, and waits for its end, whoever reads.
+    /// Sends SIGTERM, and waits for its end, with a reader of the log or without.
     pub(crate) async fn stop(&mut self) -> ExitStatus {
         kill("-TERM", self.child.id());
         let mut status = None;
@@ -243,8 +243,8 @@ impl Drop for Piped {
     }
 }
 
-/// What is tested: the program that was built with the tests, or the one that the environment
-/// names, as an installed one.
+/// The program under test: the one that was built with the tests, or the one that the environment
+/// names, such as an installed one.
 fn program() -> PathBuf {
     std::env::var_os("HOOKTRAIL_TEST_PROGRAM")
         .map_or_else(|| env!("CARGO_BIN_EXE_hooktrail").into(), PathBuf::from)
@@ -253,7 +253,7 @@ fn program() -> PathBuf {
 pub(crate) struct Daemon {
     child: Child,
     log: PathBuf,
-    /// Of a log that is a pipe.
+    /// The pipe of a log.
     reader: Option<Reader>,
 }
 
@@ -288,12 +288,12 @@ impl Daemon {
         self.is_read_to_the_end();
     }
 
-    /// From now on nobody reads its log, or somebody does again.
-    pub(crate) fn nobody_reads(&self, nobody: bool) {
+    /// From now on its log has no reader, or has one again.
+    pub(crate) fn leave_log_unread(&self, nobody: bool) {
         self.reader.as_ref().expect("a pipe").stands.set(nobody);
     }
 
-    /// How much of its log nobody has read yet, in bytes.
+    /// The bytes of its log that are not read yet.
     pub(crate) fn unread(&self) -> u64 {
         rustix::io::ioctl_fionread(&self.reader.as_ref().expect("a pipe").pipe).expect("a pipe")
     }

@@ -1,4 +1,4 @@
-//! What listens where a daemon is expected, and answers as it likes.
+//! A stranger that listens where a daemon is expected, and answers as it likes.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -42,7 +42,7 @@ impl Impostor {
                     "HTTP/1.1 {status} x\r\n{kind}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
                     body.len()
                 );
-                (&stream).write_all(answer.as_bytes()).ok(); // whoever asked may be gone
+                (&stream).write_all(answer.as_bytes()).ok(); // the client may be gone
             }
         });
         Self { address, asked }
@@ -58,7 +58,7 @@ impl Impostor {
     }
 }
 
-/// What the daemon of a configuration says of itself to a command with this token.
+/// The introduction of a configuration's daemon to a command with this token.
 pub(crate) fn introduction(head: &str, port: u16, config: &Path, token: &str) -> Value {
     let challenge =
         head.lines().find_map(|l| l.strip_prefix("x-hooktrail-challenge: ")).unwrap_or_default();

@@ -1,5 +1,5 @@
-//! What the tests stand on: a broker, daemons as real processes, receivers that do as they are
-//! told.
+//! The ground of the tests: a broker, daemons as real processes, receivers that answer as a test
+//! says.
 
 #![allow(dead_code, unused_macros, unused_imports, reason = "the benchmarks use a part of it")]
 
@@ -55,7 +55,7 @@ pub(crate) fn assert_not_quick(uses: &str) {
     );
 }
 
-/// How long a condition may take before its test fails: far more than it ever does.
+/// The longest wait for a condition before its test fails: far more than it ever takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Waits until `condition` holds; fails the test with `what` if it does not in time.
@@ -85,7 +85,7 @@ pub(crate) fn peak_mib(pid: u32) -> f64 {
     try_peak_mib(pid).expect("the process runs")
 }
 
-/// As [`peak_mib`]; `None` of one that has ended.
+/// Like [`peak_mib`]; `None` for a process that has ended.
 pub(crate) fn try_peak_mib(pid: u32) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
@@ -97,7 +97,7 @@ pub(crate) fn unique() -> String {
     format!("{:08x}", rand::random::<u32>())
 }
 
-/// A port that nobody listens on now. Not one of those that the system gives to whoever connects:
+/// A port that is free now. Not one of those that the system gives to outgoing connections:
 /// another test's connection could take it before it is used. And none twice: it may be that of a
 /// node that is just being started again.
 pub(crate) fn free_port() -> u16 {

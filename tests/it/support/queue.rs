@@ -35,9 +35,9 @@ macro_rules! on_both_queues {
 
 pub(crate) use on_both_queues;
 
-/// What a configuration needs to know of a queue.
+/// The parts of a configuration that are about a queue.
 pub(crate) trait Section {
-    /// `[queue]`; told which subscribers will use it.
+    /// `[queue]`, for the subscribers that will use it.
     fn section(&self, subscribers: &[&str]) -> String;
 }
 
@@ -90,7 +90,7 @@ impl Embedded {
         self.data_dir().join("hooktrail.db")
     }
 
-    /// As another process beside the daemon.
+    /// A process of its own, alongside the daemon.
     pub(crate) fn open(&self) -> EmbeddedQueue {
         EmbeddedQueue::for_publishing(&self.config()).unwrap_or_else(|e| panic!("{e}"))
     }
@@ -134,7 +134,7 @@ impl Embedded {
         }
     }
 
-    /// What `check --connect` counts under this name.
+    /// The number that `check --connect` shows under this name.
     pub(crate) async fn count(&self, name: &str) -> u32 {
         let found = self.open().counts().await.unwrap_or_else(|e| panic!("{e}"));
         found.iter().find(|(n, _)| n == name).map_or(0, |(_, count)| *count)

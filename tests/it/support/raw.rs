@@ -1,4 +1,4 @@
-//! A receiver that speaks no HTTP but what it is told to write.
+//! A receiver that writes the given bytes and speaks no HTTP otherwise.
 
 use std::{
     future::Future,
@@ -16,7 +16,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// What is done with one connection; it ends with an error when the client goes away.
+/// The treatment of one connection; it ends with an error when the client goes away.
 pub(crate) type Behaviour = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 
 pub(crate) struct Raw {
@@ -90,7 +90,7 @@ pub(crate) fn once(answer: &'static [u8]) -> impl Fn(TcpStream) -> Behaviour + S
     }
 }
 
-/// Answers a request with `begin` and then `block` without end, as fast as it is read.
+/// Answers a request with `begin` and then `block` endlessly, as fast as it is read.
 pub(crate) fn flood(
     begin: &'static [u8],
     block: Vec<u8>,
@@ -98,7 +98,7 @@ pub(crate) fn flood(
     endless(begin, block, Duration::ZERO)
 }
 
-/// As [`flood`], ten blocks a second.
+/// Like [`flood`], ten blocks a second.
 pub(crate) fn drip(
     begin: &'static [u8],
     block: &[u8],
@@ -153,7 +153,7 @@ pub(crate) enum Step {
     Send(&'static [u8]),
     /// Three bytes a second.
     Slowly(&'static [u8]),
-    /// Without end, as fast as it is read.
+    /// Endless, as fast as it is read.
     Forever(Vec<u8>),
     /// Ends the connection with a reset.
     Reset,

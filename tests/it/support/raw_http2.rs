@@ -36,7 +36,7 @@ pub(crate) const NO_ERROR: u32 = 0;
 pub(crate) const REFUSED_STREAM: u32 = 7;
 pub(crate) const CANCEL: u32 = 8;
 
-/// What is done with a request that has come whole.
+/// The treatment of a complete request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Reaction {
     /// 200, after so long.
@@ -114,7 +114,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// As it came: kind, flags, stream, payload.
+/// A frame as it came: kind, flags, stream, payload.
 type Frame = (u8, u8, u32, Vec<u8>);
 
 async fn read_frames(

@@ -1,4 +1,4 @@
-//! A receiver on a port of its own that records what comes and answers as it is told.
+//! A receiver on a port of its own that records requests and answers as a test says.
 
 use std::{
     collections::BTreeSet,
@@ -24,9 +24,9 @@ pub(crate) struct Request {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
     pub(crate) at: SystemTime,
-    /// What was answered.
+    /// The answer.
     pub(crate) status: u16,
-    /// Of the connection that it came over.
+    /// The connection that it came over.
     pub(crate) peer: SocketAddr,
 }
 
@@ -74,14 +74,14 @@ pub(crate) fn event(n: u64) -> String {
     )
 }
 
-/// What to answer.
+/// The answer to give.
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(&'static str, String)>,
     pub(crate) body: &'static str,
     pub(crate) after: Duration,
-    /// Not before it is true, or nobody is left to say so.
+    /// Answers when the condition is true, or when its sender is gone.
     pub(crate) when: Option<watch::Receiver<bool>>,
 }
 
@@ -154,12 +154,12 @@ impl Receiver {
         self.shared.requests.lock().expect("not poisoned").clone()
     }
 
-    /// What came since this was asked last; it is forgotten.
+    /// Takes the requests that came since the last call.
     pub(crate) fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut *self.shared.requests.lock().expect("not poisoned"))
     }
 
-    /// How many connections the requests came over.
+    /// The number of connections that the requests came over.
     pub(crate) fn connections(&self) -> usize {
         self.requests().iter().map(|r| r.peer).collect::<BTreeSet<_>>().len()
     }

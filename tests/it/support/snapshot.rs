@@ -1,4 +1,4 @@
-//! What the program prints, as a whole, held against the files in `tests/it/snapshots`.
+//! The whole output of the program, held against the files in `tests/it/snapshots`.
 //!
 //! After a change that is meant, have them written: `INSTA_UPDATE=always scripts/test --quick`, and
 //! read `git diff`.
@@ -20,14 +20,14 @@ pub(crate) fn assert_printed(name: &str, text: &str) {
     settings.bind(|| insta::assert_snapshot!(name, masked(text)));
 }
 
-/// As [`assert_printed`], for what a daemon reports of its work: hides how long something took too,
+/// Like [`assert_printed`], for a daemon's report of its work: also hides how long something took,
 /// and the padding and the line breaks that depend on it.
 #[track_caller]
 pub(crate) fn assert_reported(name: &str, text: &str) {
     assert_printed(name, &without_measures(text));
 }
 
-/// How many bytes at the beginning of a text are another each time, and what is shown instead.
+/// The number of bytes at the begin of a text that differ from run to run, and their replacement.
 type Mask = fn(&str) -> Option<(usize, &'static str)>;
 
 const MASKS: [Mask; 4] = [id, time, port, folder];
@@ -66,14 +66,14 @@ fn time(text: &str) -> Option<(usize, &'static str)> {
     text[length..].starts_with('Z').then_some((length + 1, "[time]"))
 }
 
-/// Those that a system or a test gives to a process have five digits.
+/// Ports that a system or a test gives to a process have five digits.
 fn port(text: &str) -> Option<(usize, &'static str)> {
     const HOST: &str = "127.0.0.1:";
     let digits = text.strip_prefix(HOST)?.bytes().take_while(u8::is_ascii_digit).count();
     (digits >= 5).then_some((HOST.len() + digits, "127.0.0.1:[port]"))
 }
 
-/// Of a test's own, with what it is in.
+/// A path of a test's own, with the folder that it is in.
 fn folder(text: &str) -> Option<(usize, &'static str)> {
     let parent = std::env::temp_dir();
     let begin = format!("{}/.tmp", parent.to_str().expect("text"));

@@ -75,8 +75,8 @@ impl Authority {
         Certificate { pem, key: key.serialize_pem() }
     }
 
-    /// What a server needs that presents `certificate`, and asks for one of this authority's if it
-    /// is told to.
+    /// The settings of a server that presents `certificate`, and asks for one of this authority if
+    /// there is one.
     pub(crate) fn server(&self, certificate: &Certificate, asks: bool) -> ServerConfig {
         rustls::crypto::ring::default_provider().install_default().ok();
         let builder = ServerConfig::builder();
@@ -97,7 +97,7 @@ impl Authority {
     }
 }
 
-/// What came over TLS.
+/// The bytes that came over TLS.
 #[derive(Debug, Clone)]
 pub(crate) struct TlsRequest {
     pub(crate) version: Version,

@@ -64,7 +64,7 @@ async fn pass(
     lost: Option<&AtomicBool>,
 ) {
     let mut buffer = vec![0; 64 * 1024];
-    // What was lost once leaves a hole: nothing after it may arrive.
+    // A loss leaves a hole: nothing after it may arrive.
     let mut deaf = false;
     while let Ok(n @ 1..) = from.read(&mut buffer).await {
         deaf |= lost.is_some_and(|lost| lost.load(Ordering::SeqCst));

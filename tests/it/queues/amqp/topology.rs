@@ -1,4 +1,4 @@
-//! What is declared, what is found, and what is said about it.
+//! The objects in the broker: declared, found, in conflict.
 
 use lapin::{
     BasicProperties, Confirmation, ExchangeKind,
@@ -82,11 +82,12 @@ fn an_exchange_that_cannot_route_by_patterns_is_an_error_that_suggests_a_source_
             Setup::new(&broker, &(QUICK.to_owned() + &subscriber("a", "http://127.0.0.1:9/", "")));
         let output = setup.run(&["run"]);
         assert_eq!(output.status.code(), Some(1));
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(
-            told.contains(&format!("exchange `{}` is of type fanout, not topic", broker.exchange))
-                && told.contains("source_queue"),
-            "{told}"
+            reported
+                .contains(&format!("exchange `{}` is of type fanout, not topic", broker.exchange))
+                && reported.contains("source_queue"),
+            "{reported}"
         );
     });
 }
@@ -190,7 +191,7 @@ fn a_pattern_or_a_subscriber_that_is_not_configured_any_more_is_unbound_and_its_
 }
 
 #[test]
-fn a_queue_that_is_deleted_under_the_daemon_is_declared_anew() {
+fn a_queue_that_is_deleted_under_the_daemon_is_redeclared() {
     run(async {
         let broker = Broker::shared();
         let receiver = Receiver::accepting().await;
@@ -212,7 +213,7 @@ fn a_queue_that_is_deleted_under_the_daemon_is_declared_anew() {
 }
 
 #[test]
-fn a_queue_that_somebody_else_holds_is_not_for_repair_to_change() {
+fn a_queue_that_another_consumer_holds_is_not_for_repair_to_change() {
     run(async {
         let broker = Broker::shared();
         let setup =
@@ -236,13 +237,13 @@ fn a_queue_that_somebody_else_holds_is_not_for_repair_to_change() {
             .expect("publishes");
         for arguments in [&["repair", "a"][..], &["repair", "a", "--yes"]] {
             let output = setup.run(arguments);
-            let told = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(1), "{told}");
+            let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{reported}");
             assert!(
-                told.contains(&queue)
-                    && told.contains("RESOURCE_LOCKED")
-                    && told.contains("nothing was changed"),
-                "{told}"
+                reported.contains(&queue)
+                    && reported.contains("RESOURCE_LOCKED")
+                    && reported.contains("nothing was changed"),
+                "{reported}"
             );
         }
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
@@ -274,7 +275,7 @@ fn daemons_with_different_configurations_take_no_events_from_each_other() {
         second.wait_log("another daemon delivers its events").await;
         broker.publish("a.b", (5..10).map(event)).await;
         two.wait_all(10).await;
-        // Once nobody does, it is unbound, and who has it again puts it back.
+        // When no daemon claims it, it is unbound; a daemon that has it again binds it.
         assert!(first.stop().await.success());
         assert!(second.stop().await.success());
         let second = only.start().await;
@@ -304,7 +305,7 @@ fn daemons_with_different_configurations_take_no_events_from_each_other() {
     });
 }
 
-/// A paused subscriber's queue has no consumer, so that it looks as if nobody worked for it.
+/// A paused subscriber's queue has no consumer, as if no daemon served it.
 #[test]
 fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
     run(async {
@@ -320,11 +321,11 @@ fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
         let first = has_it.start().await;
         // A mark and what is bound.
         eventually("it is recorded", async || broker.depth("state").await >= Some(3)).await;
-        // And its lane works, by which others see that they are not alone.
+        // Its lane works, so others see that they are not alone.
         broker.publish("a.b", [event(1000)]).await;
         receiver.wait_requests(1).await;
-        // What only an operator can mend of one subscriber keeps nobody from asking, and no other
-        // from being unbound.
+        // One subscriber's fault that only an operator can fix does not keep daemons from asking,
+        // and no other subscriber from being unbound.
         declare(&broker, "sub.refused", &[]).await;
         let has_not = Setup::new(
             &broker,
@@ -346,7 +347,7 @@ fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
         assert!(text.contains(&(there.section() + &one)) && !text.contains("zz"), "{text}");
         has_not.write("hooktrail.toml", text);
         assert_eq!(there.post("/api/v1/reload", "{}").await.status, 200);
-        // They are looked at by their names.
+        // They are inspected by their names.
         eventually("one that nobody has is removed", async || {
             logged("was unbound; its backlog stays", "zz") == 1
         })

@@ -1,5 +1,5 @@
-//! What somebody deletes or forbids under the daemon: it is put back where it can be, and said
-//! where it cannot.
+//! Objects that are deleted, or permissions that are taken, under a running daemon: it puts back
+//! what it can, and reports what it cannot.
 
 use std::time::Duration;
 
@@ -120,13 +120,13 @@ fn an_exchange_that_is_deleted_and_declared_again_is_bound_again_and_an_event_th
         eventually("its lane works", async || api.subscriber("a").await["state"] == "ok").await;
         delete_exchange(&broker).await;
         declare_exchange(&broker).await;
-        // Nobody is bound. What comes over HTTP shows it, and is published again.
+        // No subscriber is bound. Events over HTTP show it, and are published again.
         eventually("it is taken", async || {
             api.post("/api/v1/events", &of_type("x.1", 0)).await.status == 202
         })
         .await;
         a.wait_requests(1).await;
-        // And everything else that was bound there is bound again.
+        // Everything else that was bound there is bound again.
         daemon.wait_log("the exchange was deleted, and its bindings with it").await;
         broker.publish("y.1", [of_type("y.1", 1)]).await;
         b.wait_requests(1).await;
@@ -162,10 +162,12 @@ fn a_command_that_publishes_binds_again_what_the_record_says_and_what_was_remove
         let events =
             both.write("events", format!("{}\n{}\n", of_type("x.1", 0), of_type("y.1", 1)));
         let published = both.run(&["publish", events.to_str().expect("a path")]);
-        let told = String::from_utf8_lossy(&published.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&published.stderr).into_owned();
         assert!(
-            published.status.code() == Some(1) && told.contains("y.1") && !told.contains("x.1"),
-            "{told}"
+            published.status.code() == Some(1)
+                && reported.contains("y.1")
+                && !reported.contains("x.1"),
+            "{reported}"
         );
         assert_eq!((broker.depth("sub.a").await, broker.depth("sub.b").await), (Some(1), Some(0)));
     });
@@ -315,12 +317,12 @@ fn while_a_level_cannot_be_put_back_no_batch_is_attempted_again_and_everybody_is
         })
         .await;
         let checked = setup.run(&["check", "--connect"]);
-        let told = String::from_utf8_lossy(&checked.stderr).into_owned();
+        let reported = String::from_utf8_lossy(&checked.stderr).into_owned();
         assert!(
             checked.status.code() == Some(1)
-                && told.contains("delay.00")
-                && told.contains("is missing"),
-            "{told}"
+                && reported.contains("delay.00")
+                && reported.contains("is missing"),
+            "{reported}"
         );
         assert_eq!(
             receiver.count(),
@@ -340,7 +342,7 @@ fn while_a_level_cannot_be_put_back_no_batch_is_attempted_again_and_everybody_is
 }
 
 #[test]
-fn what_may_not_be_unbound_any_more_holds_up_nobody_else_and_writes_no_marks() {
+fn what_may_not_be_unbound_any_more_holds_up_no_other_and_writes_no_marks() {
     run(async {
         let broker = Broker::private().await;
         let receiver = Receiver::accepting().await;
@@ -367,7 +369,7 @@ fn what_may_not_be_unbound_any_more_holds_up_nobody_else_and_writes_no_marks() {
         let after = Setup::with_text(&(section.clone() + &rest(&["a", "b", "new"])));
         let daemon = after.start().await;
         daemon.wait_log("its bindings cannot be put right").await;
-        let told = |name: &str| {
+        let reported = |name: &str| {
             let name = format!("subscriber=\"{name}\"");
             daemon
                 .log()
@@ -375,7 +377,7 @@ fn what_may_not_be_unbound_any_more_holds_up_nobody_else_and_writes_no_marks() {
                 .filter(|l| l.contains("its bindings cannot be put right") && l.contains(&name))
                 .count()
         };
-        eventually("each is told of", async || ["a", "b", "gone"].iter().all(|n| told(n) >= 1))
+        eventually("each is told of", async || ["a", "b", "gone"].iter().all(|n| reported(n) >= 1))
             .await;
         // The others go on: one that is removed now is unbound, a pause is heard, and the new
         // exchange delivers.
@@ -389,7 +391,7 @@ fn what_may_not_be_unbound_any_more_holds_up_nobody_else_and_writes_no_marks() {
         let marks = records.iter().filter(|r| !r["mark"].is_null()).count();
         assert_eq!(marks, 2, "of two daemons, and none for each try: {records:#?}");
         assert!(
-            ["a", "b", "gone"].iter().all(|n| told(n) <= 2),
+            ["a", "b", "gone"].iter().all(|n| reported(n) <= 2),
             "once for each reason:\n{}",
             daemon.log()
         );
@@ -413,12 +415,12 @@ fn a_stream_is_no_source_queue() {
             Setup::with_text(&(section + QUICK + &subscriber("a", "http://127.0.0.1:9/", "")));
         for arguments in [&["run"][..], &["check", "--connect"]] {
             let output = setup.run(arguments);
-            let told = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(1), "{told}");
+            let reported = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{reported}");
             assert!(
-                told.contains(&format!("{}.log` is a stream", broker.prefix))
-                    && told.contains("quorum queue"),
-                "{told}"
+                reported.contains(&format!("{}.log` is a stream", broker.prefix))
+                    && reported.contains("quorum queue"),
+                "{reported}"
             );
         }
         channel.queue_delete(named(&broker, "log"), Default::default()).await.expect("deletes");
@@ -446,8 +448,7 @@ fn a_connection_with_few_channels_is_no_reason_to_call_the_delay_ladder_broken()
     });
 }
 
-/// Who may only read the source queue is not told of which type it is before something comes from
-/// it.
+/// A user who may only read the source queue learns its type only when a message comes from it.
 #[test]
 fn a_stream_is_no_source_queue_for_a_user_who_may_only_read_it_either() {
     run(async {
@@ -622,7 +623,7 @@ fn a_long_record_is_read_from_its_newest_snapshot_if_that_fits() {
             })
             .await;
         };
-        // How many records a daemon has read at its start, and how many it has passed by.
+        // The number of records that a daemon has read at its start, and that it has skipped.
         let start = async || {
             let daemon = setup.start().await;
             daemon.wait_log("the record was read to its end").await;
@@ -674,7 +675,7 @@ fn a_long_record_is_read_from_its_newest_snapshot_if_that_fits() {
         receiver.wait_all(1).await;
         assert!(daemon.stop().await.success());
 
-        // What came behind the snapshot counts.
+        // Records behind the snapshot count.
         let (daemon, records, passed) = start().await;
         assert!(records < 100 && passed > 12_000, "{records} and {passed}");
         pauses(false).await;
