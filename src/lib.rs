@@ -56,7 +56,7 @@
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
-//!              · answer · guard · connections · introduction · intake · control · admin
+//!              · view · answer · guard · connections · introduction · intake · control · admin
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · check · dead · demo · init · listen · man · pause · plan · prune · publish
@@ -64,6 +64,7 @@
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json
+//!              status/ · words · table · story
 //! fuzzing.rs                what must hold for bytes of strangers; not part of the program
 //! ```
 //!

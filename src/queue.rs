@@ -23,7 +23,6 @@ pub use self::{
     waiting::{Hastened, Waiting, WaitingList},
 };
 use crate::{
-    clock,
     config::{Subscriber, Subscribers},
     delivery::{
         Batch, BatchId, DeadLetter, Depths, MessageKind, Standing, Standings, SubscriberName,
@@ -260,29 +259,6 @@ pub struct Held {
     /// Whose it is; of an orphan that is not always known.
     pub subscriber: Option<String>,
     pub(crate) tag: u64,
-}
-
-impl Held {
-    /// For programs, without its body and its story; `number` is its place in the walk, from 1.
-    pub fn as_json(&self, number: usize) -> serde_json::Value {
-        let l = &self.letter;
-        serde_json::json!({
-            "number": number,
-            "subscriber": self.subscriber,
-            "id": l.id,
-            "kind": l.kind.name(),
-            "reason": l.reason.name(),
-            "status": l.status,
-            "error": l.error,
-            "events": l.events,
-            "attempts": l.attempts,
-            "first_attempt_at": l.first_attempt_at.map(clock::rfc3339),
-            "died_at": l.died_at.map(clock::rfc3339),
-            "content_type": l.content_type,
-            "content_encoding": l.content_encoding,
-            "bytes": l.body.len(),
-        })
-    }
 }
 
 #[cfg(test)]

@@ -9,9 +9,10 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use futures_util::StreamExt as _;
-use serde_json::json;
+use serde::Serialize;
 use tokio::time::timeout;
 
+use super::view::{BadEvent, Refused};
 use crate::{policy::batching::BatchPolicy, supervisor::fleet::Phase};
 
 /// The longest body in bytes, inflated or not: that of a request to a receiver, so that no event is
@@ -87,16 +88,6 @@ pub(super) struct Refusal {
     pub(super) invalid: Option<(Vec<BadEvent>, usize)>,
 }
 
-#[derive(Debug, serde::Serialize)]
-pub(super) struct BadEvent {
-    /// In the order of the request, from 0.
-    pub(super) index: usize,
-    /// Of JSON Lines, from 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) line: Option<usize>,
-    pub(super) reason: String,
-}
-
 impl Refusal {
     pub(super) fn new(status: StatusCode, why: String) -> Self {
         Self { status, why, retry_after: None, invalid: None }
@@ -144,12 +135,8 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let mut answer = json!({ "error": self.why });
-        if let Some((events, count)) = self.invalid {
-            answer["invalid"] = count.into();
-            answer["events"] = json!(events);
-        }
-        let mut answer = json_answer(self.status, &answer);
+        let (events, invalid) = self.invalid.unzip();
+        let mut answer = json_answer(self.status, &Refused { error: self.why, invalid, events });
         if let Some(seconds) = self.retry_after {
             answer.headers_mut().insert(header::RETRY_AFTER, seconds.into());
         }
@@ -157,7 +144,12 @@ impl IntoResponse for Refusal {
     }
 }
 
-pub(super) fn json_answer(status: StatusCode, body: &serde_json::Value) -> Response {
+pub(super) fn json_answer(status: StatusCode, body: &impl Serialize) -> Response {
+    let body = match serde_json::to_string(body) {
+        Ok(body) => body,
+        // Not for any answer of today: each is plain data.
+        Err(e) => return (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
+    };
     (status, [(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
 }
 

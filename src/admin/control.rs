@@ -8,29 +8,35 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    extract::{Path, Query, State},
+    extract::{self, Path, Query},
     http::{HeaderMap, StatusCode},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
-use serde_json::{Value, json};
+use serde::Serialize;
 use tokio::{
     sync::{Mutex, Semaphore, watch},
     time::timeout,
 };
 
-use super::answer::{READ_TIMEOUT, Refusal, discard, is_json, json_answer};
+use super::{
+    answer::{READ_TIMEOUT, Refusal, discard, is_json, json_answer},
+    view::{
+        self, Circuit, DeadLetter, DeadLetters, Foreseen, Lane, LastError, Overview, Paused,
+        QueueState, Removed, Standing, State, Tested, Time, Wish,
+    },
+};
 use crate::{
-    clock::{self, rfc3339},
+    clock,
     config::{Subscriber, changes::Changes},
-    delivery::{Depth, Pause, Standing},
+    delivery::{self, Depth, Pause},
     endpoint::test_event,
     queue::{DeadLetters as _, Queue, QueueError},
     supervisor::{
         fleet::Phase,
-        reload::{Because, Held, Reloaded, Reloader, Unchanged},
+        reload::{Because, Reloader, Unchanged},
     },
-    telemetry::status::{Board, Circuit, Looked, State as LaneState, View},
+    telemetry::status::{self, Board, Looked, View},
 };
 
 /// The longest body, and so about the longest reason.
@@ -76,13 +82,6 @@ impl Asked for Wish {
     const SHAPE: &'static str = "{}, or for a pause {\"why\":\"…\"}";
 }
 
-/// What a request may hold.
-#[derive(Debug, Default, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Wish {
-    why: Option<String>,
-}
-
 /// Which dead letters.
 #[derive(Debug, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,7 +95,7 @@ pub(super) fn routes<Q: Queue>(
     board: Board,
     phase: watch::Receiver<Phase>,
 ) -> Router {
-    type This<Q> = State<Arc<Control<Q>>>;
+    type This<Q> = extract::State<Arc<Control<Q>>>;
     let control = Arc::new(Control {
         queue,
         reloader,
@@ -107,20 +106,23 @@ pub(super) fn routes<Q: Queue>(
         retrying: Mutex::default(),
         to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
     });
-    let all = async |State(control): This<Q>| control.all().await;
-    let one =
-        async |State(control): This<Q>, Path(name): Path<String>| answer(control.one(&name).await);
-    let dead =
-        async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-            let room = control.to_their_end.clone();
-            answer(
-                to_its_end(&room, async move {
-                    control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await
-                })
-                .await,
+    let all = async |extract::State(control): This<Q>| control.all().await;
+    let one = async |extract::State(control): This<Q>, Path(name): Path<String>| {
+        answer(control.one(&name).await)
+    };
+    let dead = async |extract::State(control): This<Q>,
+                      Path(name): Path<String>,
+                      Query(some): Query<Selection>| {
+        let room = control.to_their_end.clone();
+        answer(
+            to_its_end(
+                &room,
+                async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await },
             )
-        };
-    let pause = async |State(control): This<Q>,
+            .await,
+        )
+    };
+    let pause = async |extract::State(control): This<Q>,
                        Path(name): Path<String>,
                        headers: HeaderMap,
                        body: Body| {
@@ -134,7 +136,7 @@ pub(super) fn routes<Q: Queue>(
             })
             .await
     };
-    let resume = async |State(control): This<Q>,
+    let resume = async |extract::State(control): This<Q>,
                         Path(name): Path<String>,
                         headers: HeaderMap,
                         body: Body| {
@@ -148,18 +150,19 @@ pub(super) fn routes<Q: Queue>(
             })
             .await
     };
-    let test = async |State(control): This<Q>,
+    let test = async |extract::State(control): This<Q>,
                       Path(name): Path<String>,
                       headers: HeaderMap,
                       body: Body| {
         control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
     };
-    let waiting =
-        async |State(control): This<Q>, Path(name): Path<String>, Query(some): Query<Selection>| {
-            let room = control.to_their_end.clone();
-            answer(to_its_end(&room, async move { control.waiting(&name, some.limit).await }).await)
-        };
-    let retry = async |State(control): This<Q>,
+    let waiting = async |extract::State(control): This<Q>,
+                         Path(name): Path<String>,
+                         Query(some): Query<Selection>| {
+        let room = control.to_their_end.clone();
+        answer(to_its_end(&room, async move { control.waiting(&name, some.limit).await }).await)
+    };
+    let retry = async |extract::State(control): This<Q>,
                        Path(name): Path<String>,
                        headers: HeaderMap,
                        body: Body| {
@@ -174,13 +177,17 @@ pub(super) fn routes<Q: Queue>(
             })
             .await
     };
-    let preview = async |State(control): This<Q>| {
-        answer(control.reloader.preview().await.map(previewed).map_err(unchanged))
+    let preview = async |extract::State(control): This<Q>| {
+        answer(control.reloader.preview().await.map(foreseen).map_err(unchanged))
     };
-    let reload = async |State(control): This<Q>, headers: HeaderMap, body: Body| {
+    let reload = async |extract::State(control): This<Q>, headers: HeaderMap, body: Body| {
         let reloader = control.reloader.clone();
         let reload = async move {
-            reloader.reload(Because::Operator("the API")).await.map(told_after).map_err(unchanged)
+            reloader
+                .reload(Because::Operator("the API"))
+                .await
+                .map(view::Reloaded::from)
+                .map_err(unchanged)
         };
         control
             .wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await)
@@ -198,7 +205,7 @@ pub(super) fn routes<Q: Queue>(
         .with_state(control)
 }
 
-fn answer(result: Result<Value, Refusal>) -> Response {
+fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {
     match result {
         Ok(found) => json_answer(StatusCode::OK, &found),
         Err(refusal) => refusal.into_response(),
@@ -206,10 +213,10 @@ fn answer(result: Result<Value, Refusal>) -> Response {
 }
 
 /// Goes on when the client has gone: what is half done would be worse.
-async fn to_its_end(
+async fn to_its_end<A: Send + 'static>(
     room: &Arc<Semaphore>,
-    work: impl Future<Output = Result<Value, Refusal>> + Send + 'static,
-) -> Result<Value, Refusal> {
+    work: impl Future<Output = Result<A, Refusal>> + Send + 'static,
+) -> Result<A, Refusal> {
     let Ok(permit) = room.clone().try_acquire_owned() else {
         return Err(Refusal::busy());
     };
@@ -226,18 +233,8 @@ async fn to_its_end(
     tokio::spawn(work).await.map_err(gave_up)?
 }
 
-fn previewed((changes, waits): (Changes, bool)) -> Value {
-    let Changes { changes, settings, needs_restart } = changes;
-    json!({ "changes": changes, "settings": settings, "needs_restart": needs_restart, "waits_for_operator": waits })
-}
-
-fn told_after(Reloaded { changes, not_bound }: Reloaded) -> Value {
-    let Changes { changes, settings, needs_restart } = changes;
-    json!({ "changes": changes, "settings": settings, "needs_restart": needs_restart, "not_bound": not_bound })
-}
-
-fn held(Held { subscribers, why }: Held) -> Value {
-    json!({ "subscribers": subscribers, "why": why })
+fn foreseen((changes, waits_for_operator): (Changes, bool)) -> Foreseen {
+    Foreseen { changes: changes.into(), waits_for_operator }
 }
 
 fn unchanged(why: Unchanged) -> Refusal {
@@ -260,11 +257,11 @@ fn seconds(d: Duration) -> f64 {
 
 impl<Q: Queue> Control<Q> {
     /// Does what a request asks for that may change something.
-    async fn wished<W: Asked>(
+    async fn wished<W: Asked, A: Serialize>(
         &self,
         headers: &HeaderMap,
         mut body: Body,
-        does: impl AsyncFnOnce(W) -> Result<Value, Refusal>,
+        does: impl AsyncFnOnce(W) -> Result<A, Refusal>,
     ) -> Response {
         let done = match self.wish(headers, &mut body).await {
             Ok(wish) => does(wish).await,
@@ -306,91 +303,99 @@ impl<Q: Queue> Control<Q> {
     async fn all(&self) -> Response {
         let looked = self.board.depths(clock::now()).await;
         let config = self.reloader.config();
-        let subscribers: Vec<Value> =
+        let subscribers =
             config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
         let depths = looked.as_ref().and_then(|l| l.found.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
-        let removed: Vec<Value> =
-            removed.map(|(name, d)| json!({ "subscriber": name, "events": d.events, "retries": d.batches(), "dead": d.dead })).collect();
-        let found = json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "phase": self.phase.borrow().name(),
-            "config": { "file": config.path.display().to_string(), "problem": self.reloader.problem(), "held": self.reloader.held().map(held) },
-            "queue": {
-                "up": self.queue.is_reachable(),
-                "looked_at": looked.as_ref().map(|l| rfc3339(l.at)),
-                "error": self.board.queue_error(),
-                "delayed_retries": depths.and_then(|d| d.delayed),
-                "orphans": depths.map(|d| d.orphans),
+        let found = Overview {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            phase: self.phase.borrow().name().to_owned(),
+            config: view::Configuration {
+                file: config.path.display().to_string(),
+                problem: self.reloader.problem(),
+                held: self.reloader.held().map(view::HeldRemovals::from),
             },
-            "subscribers": subscribers,
-            "removed": removed,
-        });
+            queue: QueueState {
+                up: self.queue.is_reachable(),
+                looked_at: looked.as_ref().map(|l| Time(l.at)),
+                error: self.board.queue_error(),
+                delayed_retries: depths.and_then(|d| d.delayed),
+                orphans: depths.map(|d| d.orphans),
+            },
+            subscribers,
+            removed: removed.map(|(name, depth)| Removed::new(name, *depth)).collect(),
+        };
         json_answer(StatusCode::OK, &found)
     }
 
-    async fn one(&self, name: &str) -> Result<Value, Refusal> {
+    async fn one(&self, name: &str) -> Result<view::Subscriber, Refusal> {
         let subscriber = self.subscriber(name)?;
         Ok(self.subscriber_view(&subscriber, self.board.depths(clock::now()).await.as_ref()))
     }
 
-    fn subscriber_view(&self, subscriber: &Subscriber, looked: Option<&Looked>) -> Value {
+    fn subscriber_view(
+        &self,
+        subscriber: &Subscriber,
+        looked: Option<&Looked>,
+    ) -> view::Subscriber {
         let name = &subscriber.name;
         let depths = looked.and_then(|l| l.found.as_ref().ok());
         let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
         // On RabbitMQ those whose time has not come are counted for all subscribers together.
         let counts_all = depths.is_some_and(|d| d.delayed.is_none());
         let view = self.board.view(name, clock::instant(), clock::now());
-        view.map_or_else(
-            || json!({ "subscriber": name, "state": "starting" }),
-            |view| as_json(name, &view, depth, counts_all),
-        )
+        view::Subscriber {
+            subscriber: name.to_string(),
+            state: view.as_ref().map_or(State::Starting, |view| State::from(&view.state)),
+            lane: view.map(|view| lane(view, depth, counts_all)),
+        }
     }
 
-    async fn test(&self, name: &str) -> Result<Value, Refusal> {
+    async fn test(&self, name: &str) -> Result<Tested, Refusal> {
         let subscriber = self.subscriber(name)?;
         let _one = self.testing.lock().await;
         let report = test_event::rehearse(&subscriber).await;
-        Ok(report.map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))?.as_json())
+        report
+            .map(|report| Tested::from(&report))
+            .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))
     }
 
     /// The oldest ones. To read some is to walk to the end of the queue, which keeps their order.
-    async fn dead(&self, name: &str, limit: usize) -> Result<Value, Refusal> {
+    async fn dead(&self, name: &str, limit: usize) -> Result<DeadLetters, Refusal> {
         self.subscriber(name)?;
         let _one = self.looking.lock().await;
         let mut letters = self.queue.dead_letters(name).await.map_err(|e| queue_fails(&e))?;
-        let in_all = letters.left();
+        let dead = letters.left();
         let mut found = Vec::new();
         let walk = async {
             while found.len() < limit.min(MAX_DEAD)
                 && let Some(held) = letters.next().await?
             {
-                found.push(held.as_json(found.len() + 1));
+                found.push(DeadLetter::new(found.len() + 1, &held));
             }
             Ok(())
         };
         let walked: Result<(), QueueError> = walk.await;
         let closed = letters.close().await;
         walked.and(closed).map_err(|e| queue_fails(&e))?;
-        Ok(json!({ "subscriber": name, "dead": in_all, "letters": found }))
+        Ok(DeadLetters { subscriber: name.to_owned(), dead, letters: found })
     }
 
     /// As the status has it.
-    fn state(&self, name: &str) -> &'static str {
-        self.board
-            .view(name, clock::instant(), clock::now())
-            .map_or("starting", |view| view.state.name())
+    fn state(&self, name: &str) -> State {
+        let view = self.board.view(name, clock::instant(), clock::now());
+        view.map_or(State::Starting, |view| State::from(&view.state))
     }
 
     /// The lane may not have noticed yet that it is resumed, and begins as one without failures.
-    fn resumed_state(&self, name: &str) -> &'static str {
-        match self.board.view(name, clock::instant(), clock::now()).map(|view| view.state) {
-            Some(LaneState::Paused(_)) => LaneState::Ok.name(),
-            _ => self.state(name),
+    fn resumed_state(&self, name: &str) -> State {
+        match self.state(name) {
+            State::Paused => State::Ok,
+            state => state,
         }
     }
 
-    async fn change(&self, name: &str, wish: Wish, pause: bool) -> Result<Value, Refusal> {
+    async fn change(&self, name: &str, wish: Wish, pause: bool) -> Result<Standing, Refusal> {
         let subscriber = self.subscriber(name)?;
         if subscriber.paused && !pause {
             let why =
@@ -404,7 +409,7 @@ impl<Q: Queue> Control<Q> {
                 "who is paused is not known yet; try again".to_owned(),
             ));
         };
-        let before = known.get(name).and_then(Standing::pause).cloned();
+        let before = known.get(name).and_then(delivery::Standing::pause).cloned();
         let changed = before.is_some() != pause || (!pause && self.waits(name));
         let now = clock::now();
         let after = match (pause, before.clone()) {
@@ -420,20 +425,18 @@ impl<Q: Queue> Control<Q> {
             (false, _) => None,
         };
         if changed || after != before {
-            let standing = after.clone().map_or(Standing::Resumed { at: now }, Standing::Paused);
+            let resumed = delivery::Standing::Resumed { at: now };
+            let standing = after.clone().map_or(resumed, delivery::Standing::Paused);
             self.queue
                 .record(&subscriber.name, standing)
                 .await
                 .map_err(|e| Refusal::unavailable(format!("it could not be recorded: {e}")))?;
         }
-        Ok(match after {
-            Some(Pause { why, since, by }) => {
-                let since = rfc3339(since);
-                json!({ "subscriber": name, "state": "paused", "changed": changed, "why": why, "since": since, "by": by })
-            }
-            None => {
-                json!({ "subscriber": name, "state": self.resumed_state(name), "changed": changed })
-            }
+        Ok(Standing {
+            subscriber: name.to_owned(),
+            state: if after.is_some() { State::Paused } else { self.resumed_state(name) },
+            changed,
+            paused: after.map(Paused::from),
         })
     }
 
@@ -442,69 +445,65 @@ impl<Q: Queue> Control<Q> {
     fn waits(&self, name: &str) -> bool {
         let view = self.board.view(name, clock::instant(), clock::now());
         view.is_some_and(|view| match view.state {
-            LaneState::Paused(_) => false,
-            LaneState::Held { .. } => true,
-            _ => view.circuit != Circuit::Closed,
+            status::State::Paused(_) => false,
+            status::State::Held { .. } => true,
+            _ => view.circuit != status::Circuit::Closed,
         })
     }
 }
 
-fn pause_as_json(view: &View) -> Option<Value> {
+fn paused(view: &View) -> Option<Paused> {
     match &view.state {
-        LaneState::Paused(p) => {
-            Some(json!({ "why": p.why, "since": rfc3339(p.since), "by": p.by }))
-        }
+        status::State::Paused(pause) => Some(pause.clone().into()),
         _ => None,
     }
 }
 
-fn as_json(name: &str, view: &View, depth: Option<Depth>, counts_all: bool) -> Value {
+fn lane(view: View, depth: Option<Depth>, counts_all: bool) -> Lane {
     let now = clock::now();
-    let pause = pause_as_json(view);
-    let error = match &view.state {
-        LaneState::QueueFails(why) => Some(why),
-        _ => None,
-    };
-    let held = match view.state {
-        LaneState::Held { until } => Some(rfc3339(until)),
-        _ => None,
-    };
-    let waiting = match view.state {
-        LaneState::Waiting { since } => Some(rfc3339(since)),
-        _ => None,
-    };
     let until = match view.circuit {
-        Circuit::Open { until } => Some(rfc3339(until)),
-        Circuit::Closed | Circuit::HalfOpen => None,
+        status::Circuit::Open { until } => Some(Time(until)),
+        status::Circuit::Closed | status::Circuit::HalfOpen => None,
     };
-    let last_error =
-        view.last_error.as_ref().map(|e| json!({ "at": rfc3339(e.at), "failure": e.failure.name(), "status": e.status, "cause": e.cause }));
+    let last_error = view.last_error.as_ref().map(|e| LastError {
+        at: Time(e.at),
+        failure: e.failure.name().to_owned(),
+        status: e.status,
+        cause: e.cause.clone(),
+    });
     let scheduled = view.retries_scheduled as u64;
     let in_retry = depth.map(|d| if counts_all { d.batches() } else { d.retries + scheduled });
     let thousandths = |n: u64| n as f64 / 1000.0;
-    json!({
-        "subscriber": name,
-        "state": view.state.name(),
-        "paused": pause,
-        "circuit": { "state": view.circuit.state().name(), "until": until },
-        "held_until": held,
-        "waiting_since": waiting,
-        "queue_error": error,
-        "backlog": depth.map(|d| d.events),
-        "in_hand": view.in_hand,
-        "in_retry": in_retry,
-        "next_retry_at": view.next_retry_at.map(rfc3339),
-        "dead": depth.map(|d| d.dead),
-        "delivered": view.delivered,
-        "delivered_per_s": thousandths(view.delivered_per_s_milli),
-        "success_rate": view.success_milli.map(thousandths),
-        "p50_s": view.p50.map(seconds),
-        "p99_s": view.p99.map(seconds),
-        "oldest_event_at": view.oldest_event_at.map(rfc3339),
-        "oldest_event_age_s": view.oldest_event_at.map(|at| seconds(now.duration_since(at).unwrap_or_default())),
-        "last_delivered_at": view.last_delivered_at.map(rfc3339),
-        "last_error": last_error,
-    })
+    Lane {
+        paused: paused(&view),
+        circuit: Circuit { state: view.circuit.state().name().to_owned(), until },
+        held_until: match view.state {
+            status::State::Held { until } => Some(Time(until)),
+            _ => None,
+        },
+        waiting_since: match view.state {
+            status::State::Waiting { since } => Some(Time(since)),
+            _ => None,
+        },
+        backlog: depth.map(|d| d.events),
+        in_hand: view.in_hand,
+        in_retry,
+        next_retry_at: view.next_retry_at.map(Time),
+        dead: depth.map(|d| d.dead),
+        delivered: view.delivered,
+        delivered_per_s: thousandths(view.delivered_per_s_milli),
+        success_rate: view.success_milli.map(thousandths),
+        p50_s: view.p50.map(seconds),
+        p99_s: view.p99.map(seconds),
+        oldest_event_at: view.oldest_event_at.map(Time),
+        oldest_event_age_s: view.oldest_event_at.map(|at| seconds(Time(at).ago(now))),
+        last_delivered_at: view.last_delivered_at.map(Time),
+        last_error,
+        queue_error: match view.state {
+            status::State::QueueFails(why) => Some(why),
+            _ => None,
+        },
+    }
 }
 
 #[cfg(test)]
@@ -631,13 +630,13 @@ mod tests {
         let room = Arc::new(Semaphore::new(1));
         let held = to_its_end(&room, async {
             std::future::pending::<()>().await;
-            Ok(Value::Null)
+            Ok(())
         });
         assert!(
             timeout(Duration::from_millis(1), held).await.is_err(),
             "it goes on although nobody waits for it"
         );
-        let refused = timeout(PATIENCE, to_its_end(&room, async { Ok(Value::Null) }))
+        let refused = timeout(PATIENCE, to_its_end(&room, async { Ok(()) }))
             .await
             .expect("at once")
             .expect_err("there is no room");

@@ -19,15 +19,17 @@ use axum::{
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{json, value::RawValue};
+use serde_json::value::RawValue;
 use tokio::{
     sync::{Semaphore, SemaphorePermit, watch},
     time::timeout,
 };
 
-use super::answer::{
-    BadEvent, MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer,
-    media_type,
+use super::{
+    answer::{
+        MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type,
+    },
+    view::{Accepted, BadEvent},
 };
 use crate::{
     clock,
@@ -108,11 +110,7 @@ impl<Q: Queue> Intake<Q> {
         Self { queue, subscribers, phase, metrics, room, failing: AtomicBool::new(false) }
     }
 
-    async fn take(
-        &self,
-        headers: &HeaderMap,
-        body: &mut Body,
-    ) -> Result<serde_json::Value, Refusal> {
+    async fn take(&self, headers: &HeaderMap, body: &mut Body) -> Result<Accepted, Refusal> {
         let encoding = Encoding::of(headers)?;
         let length: Option<usize> = header_text(headers, header::CONTENT_LENGTH).parse().ok();
         if length.is_some_and(|l| l > MAX_BODY) {
@@ -189,7 +187,7 @@ impl<Q: Queue> Intake<Q> {
     }
 
     /// Returns when all events are durable.
-    async fn publish(&self, events: Vec<NewEvent>) -> Result<serde_json::Value, Refusal> {
+    async fn publish(&self, events: Vec<NewEvent>) -> Result<Accepted, Refusal> {
         let count = events.len();
         let (mut stored, mut unmatched, mut refused, mut unbound) = (0, 0, 0, 0);
         let mut events = events.into_iter();
@@ -243,7 +241,7 @@ impl<Q: Queue> Intake<Q> {
             )));
         }
         self.metrics.accepted((stored - unmatched) as u64, unmatched as u64);
-        Ok(json!({ "accepted": stored, "unmatched": unmatched }))
+        Ok(Accepted { accepted: stored, unmatched })
     }
 
     fn matches(&self, event_type: &str) -> bool {

@@ -10,11 +10,11 @@ use axum::{
     response::Response,
     routing::get,
 };
-use serde_json::json;
 
 use super::{
     answer::{forbidden, header_text, json_answer, unauthorized, wrong_method},
     guard::{carries, from_elsewhere},
+    view,
 };
 use crate::crypto::{
     handshake::{self, Side},
@@ -43,11 +43,12 @@ async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> R
     if let Some(why) = from_elsewhere(&headers, me.token.is_some()) {
         return forbidden(why);
     }
-    let mut answer = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "config": me.config,
-        "pid": std::process::id(),
-    });
+    let mut answer = view::Introduction {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        config: me.config.clone(),
+        pid: std::process::id(),
+        proof: None,
+    };
     if let Some(token) = &me.token {
         let given = |name| header_text(&headers, HeaderName::from_static(name));
         let challenge = given(handshake::CHALLENGE);
@@ -57,7 +58,7 @@ async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> R
             return unauthorized();
         }
         if proven {
-            answer["proof"] = handshake::proof(token, Side::Daemon, challenge, me.port).into();
+            answer.proof = Some(handshake::proof(token, Side::Daemon, challenge, me.port));
         }
     }
     json_answer(StatusCode::OK, &answer)

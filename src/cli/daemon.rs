@@ -6,10 +6,12 @@ use std::{
     time::Duration,
 };
 
-use serde_json::{Value, json};
+use serde::{Deserialize as _, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use super::{failed::Failed, open::find, text::visible};
 use crate::{
+    admin::view::{self, Introduction, Refused, Reloaded, Wish},
     config::{self, AdminConfig, Config},
     crypto::handshake::{self, Side},
 };
@@ -52,44 +54,48 @@ pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed
 }
 
 pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {
-    let answer = Daemon::of(asked)?.post("reload", &json!({})).await?;
+    let answer = Daemon::of(asked)?.post("reload", &Wish::default()).await?;
     print!("{}", reloaded(&answer));
     Ok(())
 }
 
 /// What a reload has changed, a line for each.
-fn reloaded(answer: &Value) -> String {
-    let array = |value: &Value| value.as_array().cloned().unwrap_or_default();
-    let words = |value: &Value| {
-        array(value).iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join(", ")
-    };
+fn reloaded(answer: &Reloaded) -> String {
+    let changes = &answer.changes;
     let mut lines = Vec::new();
-    for change in array(&answer["changes"]) {
-        let (name, keys) =
-            (visible(change["subscriber"].as_str().unwrap_or_default()), words(&change["keys"]));
+    for change in &changes.changes {
+        let keys = listed(&change.keys);
         let keys = if keys.is_empty() { keys } else { format!(": {keys}") };
-        lines.push(format!(
-            "{} `{name}`{keys}",
-            change["change"].as_str().map(visible).unwrap_or_default()
-        ));
+        lines.push(format!("{} `{}`{keys}", visible(&change.change), visible(&change.subscriber)));
     }
-    let settings = words(&answer["settings"]);
-    if !settings.is_empty() {
-        lines.push(format!("changed {settings}"));
+    if !changes.settings.is_empty() {
+        lines.push(format!("changed {}", listed(&changes.settings)));
     }
     if lines.is_empty() {
         lines.push("Nothing has changed.".to_owned());
     }
-    let (restart, unbound) = (words(&answer["needs_restart"]), words(&answer["not_bound"]));
-    if !restart.is_empty() {
-        lines.push(format!("Used after a restart: {restart}"));
+    if !changes.needs_restart.is_empty() {
+        lines.push(format!("Used after a restart: {}", listed(&changes.needs_restart)));
     }
-    if !unbound.is_empty() {
+    if !answer.not_bound.is_empty() {
         lines.push(format!(
-            "Not bound yet, which is tried again without end; the log says why: {unbound}"
+            "Not bound yet, which is tried again without end; the log says why: {}",
+            listed(&answer.not_bound)
         ));
     }
     lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// Texts of the daemon, as they can be shown.
+pub(super) fn listed<'t>(texts: impl IntoIterator<Item = &'t String>) -> String {
+    texts.into_iter().map(|text| visible(text)).collect::<Vec<_>>().join(", ")
+}
+
+/// An answer as it is read, and as it came: a newer daemon may say more.
+#[derive(Debug)]
+pub(super) struct Answer<A> {
+    pub(super) read: A,
+    pub(super) raw: Value,
 }
 
 /// The running daemon of a configuration, as far as one answers.
@@ -98,16 +104,6 @@ pub(super) struct Daemon<'c> {
     asked: &'c Asked,
     address: SocketAddr,
     client: reqwest::Client,
-}
-
-/// What listens at the address that a configuration names, as far as it says so.
-#[derive(Debug, serde::Deserialize)]
-struct Introduction {
-    /// Absolute.
-    config: String,
-    pid: u32,
-    /// That it knows the token.
-    proof: Option<String>,
 }
 
 /// Why nothing is asked of what listens there.
@@ -130,18 +126,28 @@ impl<'c> Daemon<'c> {
     }
 
     /// What there is at a path below `/api/v1/`.
-    pub(super) async fn get(&self, path: &str) -> Result<Value, Failed> {
-        self.ask(self.client.get(self.url(path))).await
+    pub(super) async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<Answer<A>, Failed> {
+        let raw = self.ask(self.client.get(self.url(path))).await?;
+        Ok(Answer { read: self.read(&raw)?, raw })
     }
 
-    pub(super) async fn post(&self, path: &str, wish: &Value) -> Result<Value, Failed> {
-        self.ask(
-            self.client
-                .post(self.url(path))
-                .header("content-type", "application/json")
-                .body(wish.to_string()),
-        )
-        .await
+    pub(super) async fn post<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        wish: &impl Serialize,
+    ) -> Result<A, Failed> {
+        let wish = serde_json::to_string(wish).map_err(|e| Failed::Runtime(e.to_string()))?;
+        let request = self.client.post(self.url(path)).header("content-type", "application/json");
+        self.read(&self.ask(request.body(wish)).await?)
+    }
+
+    fn read<A: DeserializeOwned>(&self, answer: &Value) -> Result<A, Failed> {
+        A::deserialize(answer).map_err(|e| {
+            Failed::Runtime(format!(
+                "the daemon at {} gave an answer that this version of hooktrail does not understand: {e}",
+                self.address
+            ))
+        })
     }
 
     fn url(&self, path: &str) -> String {
@@ -158,9 +164,8 @@ impl<'c> Daemon<'c> {
         if status.is_success() {
             return Ok(body);
         }
-        let why = body["error"]
-            .as_str()
-            .map_or_else(|| "it is no hooktrail, perhaps".to_owned(), visible);
+        let why =
+            error(&body).map_or_else(|| "it is no hooktrail, perhaps".to_owned(), |e| visible(&e));
         Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
     }
 
@@ -255,6 +260,11 @@ async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, 
     ))
 }
 
+/// Why the daemon refused.
+fn error(answer: &Value) -> Option<String> {
+    Refused::deserialize(answer).ok().map(|refused| refused.error)
+}
+
 /// Whether two paths name the same configuration: as they are written, or by where their links
 /// lead.
 fn is_same_file(ours: &Path, theirs: &Path) -> bool {
@@ -327,13 +337,19 @@ const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a reload of the running daemon would do.
 pub(super) enum Foreseen {
-    /// The daemon's answer: `changes`, each with `subscriber`, `change` and `keys`;
-    /// `needs_restart`; and `waits_for_operator`.
-    Changes { address: SocketAddr, answer: Value },
+    Changes {
+        address: SocketAddr,
+        answer: Answer<view::Foreseen>,
+    },
     /// The daemon says what is wrong with its configuration.
-    Refused { address: SocketAddr, error: String },
+    Refused {
+        address: SocketAddr,
+        error: String,
+    },
     /// No daemon tells.
-    Unknown { why: String },
+    Unknown {
+        why: String,
+    },
 }
 
 /// Asks the daemon what a reload would change; it changes nothing.
@@ -360,11 +376,13 @@ pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> 
         Ok(answered) => answered,
         Err(why) => return Ok(absent(why)),
     };
-    let error = answer["error"].as_str().map(str::to_owned);
-    Ok(match (status.as_u16(), error) {
-        (200, None) if answer["changes"].is_array() => Foreseen::Changes { address, answer },
-        (422, Some(error)) => Foreseen::Refused { address, error },
-        (status, error) => {
+    let (error, read) = (error(&answer), view::Foreseen::deserialize(&answer));
+    Ok(match (status.as_u16(), error, read) {
+        (200, None, Ok(read)) => {
+            Foreseen::Changes { address, answer: Answer { read, raw: answer } }
+        }
+        (422, Some(error), _) => Foreseen::Refused { address, error },
+        (status, error, _) => {
             let error = error.map_or_else(
                 || "it is no hooktrail, or one of another version, perhaps".to_owned(),
                 |e| visible(&e),

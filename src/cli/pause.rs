@@ -1,14 +1,15 @@
 //! `pause` and `resume`: one subscriber, several, or all.
 
-use serde_json::{Value, json};
-
 use super::{
     complete,
     daemon::{Asked, Daemon},
     failed::Failed,
     text::visible,
 };
-use crate::wording::counted;
+use crate::{
+    admin::view::{Overview, Paused, Standing, State, Subscriber, Wish},
+    wording::counted,
+};
 
 /// Whom it is about.
 #[derive(Debug, clap::Args)]
@@ -23,27 +24,12 @@ pub(super) struct Whom {
 
 pub(super) async fn pause(asked: &Asked, whom: &Whom, why: Option<String>) -> Result<(), Failed> {
     let daemon = Daemon::of(asked)?;
-    let wish = why.as_ref().map_or_else(|| json!({}), |why| json!({ "why": why }));
+    let wish = Wish { why };
     let names = if whom.all { of_all(&daemon, |_| true).await? } else { whom.subscribers.clone() };
     let mut failures = Failures::of(&names);
     for name in &names {
-        match daemon.post(&format!("subscribers/{name}/pause"), &wish).await {
-            Ok(answer) => {
-                let text = |key: &str| visible(answer[key].as_str().unwrap_or_default());
-                let already =
-                    if answer["changed"] == true { "is paused" } else { "was paused already" };
-                println!(
-                    "`{name}` {already}, since {}, by {}: {}",
-                    text("since"),
-                    text("by"),
-                    text("why")
-                );
-                if why.as_ref().is_some_and(|why| answer["why"] != why.as_str()) {
-                    println!(
-                        "Your reason was not recorded: an operator did not pause it, and the reason above stays."
-                    );
-                }
-            }
+        match daemon.post::<Standing>(&format!("subscribers/{name}/pause"), &wish).await {
+            Ok(answer) => say_paused(name, &answer, wish.why.as_deref()),
             Err(e) => failures.add(name, e)?,
         }
     }
@@ -58,10 +44,22 @@ pub(super) async fn pause(asked: &Asked, whom: &Whom, why: Option<String>) -> Re
     failures.end("paused")
 }
 
+/// `wanted`: the reason that was given.
+fn say_paused(name: &str, answer: &Standing, wanted: Option<&str>) {
+    let already = if answer.changed { "is paused" } else { "was paused already" };
+    let Some(Paused { why, since, by }) = &answer.paused else { return };
+    println!("`{name}` {already}, since {since}, by {}: {}", visible(by), visible(why));
+    if wanted.is_some_and(|wanted| wanted != why) {
+        println!(
+            "Your reason was not recorded: an operator did not pause it, and the reason above stays."
+        );
+    }
+}
+
 pub(super) async fn resume(asked: &Asked, whom: &Whom) -> Result<(), Failed> {
     let daemon = Daemon::of(asked)?;
-    let is_paused = |s: &Value| s["state"] == "paused";
-    let fixed = |s: &Value| is_paused(s) && s["paused"]["by"] == "configuration";
+    let is_paused = |s: &Subscriber| s.state == State::Paused;
+    let fixed = |s: &Subscriber| is_paused(s) && s.paused().is_some_and(Paused::is_fixed);
     let names = if whom.all {
         of_all(&daemon, |s| is_paused(s) && !fixed(s)).await?
     } else {
@@ -69,8 +67,9 @@ pub(super) async fn resume(asked: &Asked, whom: &Whom) -> Result<(), Failed> {
     };
     let mut failures = Failures::of(&names);
     for name in &names {
-        match daemon.post(&format!("subscribers/{name}/resume"), &json!({})).await {
-            Ok(answer) if answer["changed"] == true => {
+        let path = format!("subscribers/{name}/resume");
+        match daemon.post::<Standing>(&path, &Wish::default()).await {
+            Ok(answer) if answer.changed => {
                 println!(
                     "`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew."
                 );
@@ -93,14 +92,10 @@ pub(super) async fn resume(asked: &Asked, whom: &Whom) -> Result<(), Failed> {
 /// The names of the running daemon's subscribers of a kind.
 async fn of_all(
     daemon: &Daemon<'_>,
-    is_meant: impl Fn(&Value) -> bool,
+    is_meant: impl Fn(&Subscriber) -> bool,
 ) -> Result<Vec<String>, Failed> {
-    let found = daemon.get("subscribers").await?;
-    let all = found["subscribers"].as_array().into_iter().flatten();
-    Ok(all
-        .filter(|s| is_meant(s))
-        .filter_map(|s| Some(s["subscriber"].as_str()?.to_owned()))
-        .collect())
+    let found = daemon.get::<Overview>("subscribers").await?.read;
+    Ok(found.subscribers.into_iter().filter(is_meant).map(|s| s.subscriber).collect())
 }
 
 /// Of several subscribers one that cannot be changed does not keep the others from it.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Subcommand;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
     complete,
@@ -14,9 +14,10 @@ use super::{
     dead::choice::Name,
     failed::Failed,
     open::reach,
-    text::{print, time, visible},
+    text::{as_json, print, span, time, visible},
 };
 use crate::{
+    admin::view::{Paused, Retried, RetryNow, State, WaitingBatch},
     clock,
     config::{self, Backend, Config},
     delivery::{BatchId, SubscriberName},
@@ -124,16 +125,15 @@ async fn on(queue: &impl Queue, config: &Config, command: Command) -> Result<(),
     }
 }
 
-/// How long it is until then, in at most two units.
+/// How long it is until then.
 fn until(due: Option<SystemTime>, now: SystemTime) -> String {
     let Some(due) = due else { return "unknown".to_owned() };
     let left = due.duration_since(now).unwrap_or_default();
     if left.is_zero() {
         return "now".to_owned();
     }
-    let seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
-    let text = humantime::format_duration(Duration::from_secs(seconds)).to_string();
-    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+    // Rounded up: it is not due before.
+    span(Duration::from_secs(left.as_secs() + u64::from(left.subsec_nanos() > 0)))
 }
 
 fn unseen(n: u64, subscriber: &str) -> Result<(), Failed> {
@@ -154,7 +154,7 @@ fn list(subscriber: &str, found: &WaitingList, json: bool) -> Result<(), Failed>
             .batches
             .iter()
             .enumerate()
-            .all(|(n, waiting)| print(&waiting.as_json(n + 1).to_string()));
+            .all(|(n, waiting)| print(&as_json(&WaitingBatch::new(n + 1, waiting))));
         return unseen(found.unseen, subscriber);
     }
     if found.batches.is_empty() {
@@ -218,10 +218,10 @@ impl Now {
 
     /// Has the daemon try the subscriber whatever keeps it from that, but for a pause; else why
     /// that is not known.
-    async fn tried(&self, config: &Config) -> Result<Value, String> {
+    async fn tried(&self, config: &Config) -> Result<Retried, String> {
         let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
         // What is to be sent is due already.
-        let wish = json!({ "try_only": true });
+        let wish = RetryNow { ids: None, try_only: true };
         let answer = async {
             Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await
         };
@@ -236,16 +236,15 @@ impl Now {
         config: &Config,
         done: &Hastened,
         missing: &[String],
-        tried: Option<&Result<Value, String>>,
+        tried: Option<&Result<Retried, String>>,
     ) {
         let name = &self.subscriber;
         let answer = tried.and_then(|tried| tried.as_ref().ok());
         if self.json {
-            let of_daemon = |key: &str| answer.map_or(Value::Null, |answer| answer[key].clone());
             let result = json!({
                 "command": "now", "subscriber": name, "dry_run": self.dry_run, "moved": done.moved, "already_due": done.due,
-                "not_found": missing, "unseen": done.unseen, "state": of_daemon("state"), "paused": of_daemon("paused"),
-                "tried_now": of_daemon("tried_now"),
+                "not_found": missing, "unseen": done.unseen, "state": answer.map(|a| &a.state),
+                "paused": answer.map(|a| &a.paused), "tried_now": answer.map(|a| a.tried_now),
             });
             print(&result.to_string());
             return;
@@ -270,19 +269,19 @@ impl Now {
                     "nothing is sent before a daemon runs that serves `{name}`, {more}: {why}"
                 );
             }
-            Some(Ok(answer)) if answer["paused"]["by"] == "configuration" => {
+            Some(Ok(answer)) if answer.paused.as_ref().is_some_and(Paused::is_fixed) => {
                 let file = file_of(config, name);
                 print(&format!(
                     "`{name}` is paused in the configuration: nothing is sent before `paused = true` is taken out of {file}"
                 ));
             }
-            Some(Ok(answer)) if answer["state"] == "paused" => {
+            Some(Ok(answer)) if answer.state == State::Paused => {
                 print(&format!(
                     "`{name}` is paused: nothing is sent before `hooktrail resume {name}`"
                 ));
             }
-            Some(Ok(answer)) if answer["tried_now"] == true => {
-                let why = if answer["state"] == "held" {
+            Some(Ok(answer)) if answer.tried_now => {
+                let why = if answer.state == State::Held {
                     "its receiver had asked to be left alone"
                 } else {
                     "its circuit was open"
@@ -386,7 +385,7 @@ mod tests {
     fn how_long_it_is_until_then_is_short() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         for (ms, text) in
-            [(0, "now"), (1, "1s"), (61_000, "1m 1s"), (21_599_001, "6h"), (90_061_000, "1day 1h")]
+            [(0, "now"), (1, "1s"), (61_000, "1m 1s"), (21_599_001, "6h"), (90_061_000, "25h 1m")]
         {
             assert_eq!(until(Some(now + Duration::from_millis(ms)), now), text);
         }

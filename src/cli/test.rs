@@ -2,8 +2,14 @@
 
 use std::fmt::Write as _;
 
-use super::{complete, failed::Failed, open::find, text::visible};
+use super::{
+    complete,
+    failed::Failed,
+    open::find,
+    text::{as_json, visible},
+};
 use crate::{
+    admin::view::Tested,
     config::Config,
     endpoint::test_event::{Report, rehearse},
 };
@@ -22,7 +28,7 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     let subscriber = find(config, &args.subscriber)?;
     let report = rehearse(subscriber).await.map_err(Failed::Runtime)?;
     if args.json {
-        println!("{}", report.as_json());
+        println!("{}", as_json(&Tested::from(&report)));
     } else {
         print!("{}", as_text(&report));
     }

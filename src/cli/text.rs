@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytesize::ByteSize;
+use serde::Serialize;
 
 use crate::{clock, config};
 
@@ -21,6 +22,12 @@ pub(super) fn visible(text: &str) -> String {
 /// Prints a line; false when nobody reads any more, as with `| head`.
 pub(super) fn print(line: &str) -> bool {
     writeln!(std::io::stdout(), "{line}").is_ok()
+}
+
+/// A line of JSON.
+pub(super) fn as_json(value: &impl Serialize) -> String {
+    // Not for any value of today: each is plain data.
+    serde_json::to_string(value).unwrap_or_else(|e| e.to_string())
 }
 
 /// A point in time to the second, or what stands for none.

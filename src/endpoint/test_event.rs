@@ -23,7 +23,7 @@ use crate::{
 /// What came of it.
 #[derive(Debug)]
 pub struct Report {
-    subscriber: SubscriberName,
+    pub subscriber: SubscriberName,
     /// Its origin and path, without what looks like a token.
     pub url: String,
     pub body: Vec<u8>,
@@ -71,30 +71,6 @@ impl Report {
 
     pub fn failure(&self) -> Option<&Failure> {
         self.rehearsal.outcome.failure()
-    }
-
-    /// Without what is secret.
-    pub fn as_json(&self) -> serde_json::Value {
-        let headers: serde_json::Map<_, _> = self
-            .rehearsal
-            .headers
-            .iter()
-            .map(|(n, v)| (n.clone(), v.as_deref().unwrap_or("[redacted]").into()))
-            .collect();
-        let (answer, failure) = (self.rehearsal.answer.as_ref(), self.failure());
-        json!({
-            "subscriber": self.subscriber,
-            "url": self.url,
-            "headers": headers,
-            "body": String::from_utf8_lossy(&self.body),
-            "status": answer.map(|(status, _)| status),
-            "answer": answer.map(|(_, text)| text),
-            "failure": failure.map(Failure::name),
-            "error": failure.and_then(Failure::cause),
-            "duration_ms": self.took.as_millis() as u64,
-            "outcome": self.outcome,
-            "verdict": self.verdict,
-        })
     }
 }
 

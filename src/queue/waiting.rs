@@ -2,10 +2,7 @@
 
 use std::time::SystemTime;
 
-use crate::{
-    clock,
-    delivery::{AttemptResult, Batch, BatchId, FailedAttempt},
-};
+use crate::delivery::{Batch, BatchId, FailedAttempt};
 
 /// A batch that waits for its next attempt, without its body.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,27 +35,6 @@ impl Waiting {
 
     pub fn is_due(&self, now: SystemTime) -> bool {
         self.due.is_some_and(|due| due <= now)
-    }
-
-    /// For programs; `number` is its place in the list, from 1.
-    pub fn as_json(&self, number: usize) -> serde_json::Value {
-        let (status, failure) = match self.last.as_ref().map(|last| &last.result) {
-            Some(AttemptResult::Status(status)) => (Some(*status), None),
-            Some(AttemptResult::Failure(name)) => (None, Some(name)),
-            None => (None, None),
-        };
-        serde_json::json!({
-            "number": number,
-            "id": self.batch_id.as_str(),
-            "events": self.events,
-            "attempts": self.attempts,
-            "status": status,
-            "failure": failure,
-            "first_attempt_at": self.first_attempt_at.map(clock::rfc3339),
-            "last_attempt_at": self.last.as_ref().map(|last| clock::rfc3339(last.at)),
-            "due_at": self.due.map(clock::rfc3339),
-            "bytes": self.bytes,
-        })
     }
 }
 

@@ -1,12 +1,11 @@
 //! What waits for its next attempt: listed, and sent now.
 
-use std::collections::BTreeSet;
-
-use serde_json::{Value, json};
-
-use super::{Asked, Control, pause_as_json, queue_fails};
+use super::{Asked, Control, paused, queue_fails};
 use crate::{
-    admin::answer::Refusal,
+    admin::{
+        answer::Refusal,
+        view::{Retried, RetryNow, State, WaitingBatch, WaitingList},
+    },
     clock,
     delivery::BatchId,
     queue::{Hastened, Queue},
@@ -15,17 +14,7 @@ use crate::{
 /// Batches in one answer, unless fewer are asked for.
 const MAX_LISTED: usize = 100;
 
-/// Which batches: all of them, unless some are named, or none is to be made due.
-#[derive(Debug, Default, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct WhichRetries {
-    ids: Option<BTreeSet<String>>,
-    /// Whoever asks has made batches due in the queue itself.
-    #[serde(default)]
-    try_only: bool,
-}
-
-impl Asked for WhichRetries {
+impl Asked for RetryNow {
     /// About 25,000 ids.
     const MAX: usize = 1 << 20;
     const SHAPE: &'static str = "{}, or {\"ids\":[\"…\"]} for some batches, or {\"try_only\":true}";
@@ -33,29 +22,31 @@ impl Asked for WhichRetries {
 
 impl<Q: Queue> Control<Q> {
     /// The first due first.
-    pub(super) async fn waiting(&self, name: &str, limit: Option<usize>) -> Result<Value, Refusal> {
+    pub(super) async fn waiting(
+        &self,
+        name: &str,
+        limit: Option<usize>,
+    ) -> Result<WaitingList, Refusal> {
         self.subscriber(name)?;
         let _one = self.retrying.try_lock().map_err(|_| busy())?;
         let found = self.queue.waiting(name).await.map_err(|e| queue_fails(&e))?;
         let shown = found.batches.iter().take(limit.unwrap_or(MAX_LISTED).min(MAX_LISTED));
-        let shown: Vec<Value> =
-            shown.enumerate().map(|(n, waiting)| waiting.as_json(n + 1)).collect();
-        Ok(
-            json!({ "subscriber": name, "waiting": found.batches.len(), "unseen": found.unseen, "batches": shown }),
-        )
+        let batches = shown.enumerate().map(|(n, waiting)| WaitingBatch::new(n + 1, waiting));
+        Ok(WaitingList {
+            subscriber: name.to_owned(),
+            waiting: found.batches.len(),
+            unseen: found.unseen,
+            batches: batches.collect(),
+        })
     }
 
     /// Who wants it now means that the receiver is there again: one batch is tried whatever keeps
     /// the lane from that, but for a pause. Without a batch that is due there is nothing to try.
-    pub(super) async fn retry_now(
-        &self,
-        name: &str,
-        which: WhichRetries,
-    ) -> Result<Value, Refusal> {
+    pub(super) async fn retry_now(&self, name: &str, which: RetryNow) -> Result<Retried, Refusal> {
         self.subscriber(name)?;
         let view = self.board.view(name, clock::instant(), clock::now());
-        let state = view.as_ref().map_or("starting", |view| view.state.name());
-        let paused = view.as_ref().and_then(pause_as_json);
+        let state = view.as_ref().map_or(State::Starting, |view| State::from(&view.state));
+        let paused = view.as_ref().and_then(paused);
         let done = match which.ids {
             Some(_) if which.try_only => {
                 return Err(Refusal::bad("`ids` and `try_only` exclude each other".to_owned()));
@@ -72,10 +63,7 @@ impl<Q: Queue> Control<Q> {
         if tried_now {
             self.board.try_now(name);
         }
-        Ok(json!({
-            "subscriber": name, "moved": done.moved, "already_due": done.due, "not_found": done.missing, "unseen": done.unseen,
-            "state": state, "paused": paused, "tried_now": tried_now,
-        }))
+        Ok(Retried::new(name, done, (state, paused), tried_now))
     }
 }
 

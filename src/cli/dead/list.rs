@@ -5,9 +5,10 @@ use super::{
     walk::each,
 };
 use crate::{
+    admin::view::DeadLetter,
     cli::{
         failed::Failed,
-        text::{print, time, visible},
+        text::{as_json, print, time, visible},
     },
     queue::{DeadLetters, Held},
     supervisor::signal::Stops,
@@ -25,7 +26,7 @@ pub(super) async fn list(
     let whose = |text: &str| if which.orphans() { format!("{text:<16}  ") } else { String::new() };
     let row = |number: usize, held: &Held| {
         if json {
-            return print(&held.as_json(number).to_string());
+            return print(&as_json(&DeadLetter::new(number, held)));
         }
         if std::mem::take(&mut head)
             && !print(&format!(

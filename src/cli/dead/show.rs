@@ -8,6 +8,7 @@ use super::{
     walk::each,
 };
 use crate::{
+    admin::view::DeadLetter,
     cli::{
         failed::Failed,
         text::{print, time, visible},
@@ -107,7 +108,7 @@ fn for_reading(number: usize, held: &Held) -> String {
 
 /// With the story and the body.
 fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
-    let mut value = held.as_json(number);
+    let mut value = json!(DeadLetter::new(number, held));
     value["story"] = story_as_json(&held.letter.story);
     match std::str::from_utf8(&held.letter.body) {
         Ok(text) => value["body"] = text.into(),

@@ -17,7 +17,7 @@ pub(super) fn as_json(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) 
             json!({ "address": address.to_string(), "reload": { "error": error } })
         }
         Foreseen::Changes { address, answer } => {
-            json!({ "address": address.to_string(), "reload": answer })
+            json!({ "address": address.to_string(), "reload": answer.raw })
         }
     };
     json!({

@@ -5,7 +5,7 @@ use super::forecast::{
 };
 use crate::{
     cli::{
-        daemon::Foreseen,
+        daemon::{Foreseen, listed},
         terminal::wrapped,
         text::{grouped, size, span, visible},
     },
@@ -14,8 +14,6 @@ use crate::{
     queue::amqp::{CONSUMER_TIMEOUT, Footprint},
     wording::{agreed, counted},
 };
-
-use serde_json::Value;
 
 /// A longer timeline is shown without its middle.
 const WHOLE: u32 = 20;
@@ -223,26 +221,22 @@ fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
             error.lines().for_each(|l| line(format!("  {}", visible(l))));
         }
         Foreseen::Changes { address, answer } => {
-            let texts = |v: &Value| -> Vec<String> {
-                v.as_array().into_iter().flatten().filter_map(Value::as_str).map(visible).collect()
-            };
-            let changes = answer["changes"].as_array().map(Vec::as_slice).unwrap_or_default();
-            let restart = texts(&answer["needs_restart"]);
+            let (changes, restart) =
+                (&answer.read.changes.changes, &answer.read.changes.needs_restart);
             if changes.is_empty() && restart.is_empty() {
                 return line(format!("a reload of the daemon at {address} would change nothing"));
             }
             line(format!("a reload of the daemon at {address} would change:"));
             for change in changes {
-                let text = |key: &str| visible(change[key].as_str().unwrap_or("?"));
-                let keys = texts(&change["keys"]);
-                let keys =
-                    if keys.is_empty() { String::new() } else { format!(": {}", keys.join(", ")) };
-                line(format!("  {}: {}{keys}", text("subscriber"), text("change")));
+                let keys = listed(&change.keys);
+                let keys = if keys.is_empty() { keys } else { format!(": {keys}") };
+                let (name, what) = (visible(&change.subscriber), visible(&change.change));
+                line(format!("  {name}: {what}{keys}"));
             }
             if !restart.is_empty() {
-                line(format!("  only a restart changes: {}", restart.join(", ")));
+                line(format!("  only a restart changes: {}", listed(restart)));
             }
-            if answer["waits_for_operator"] == true {
+            if answer.read.waits_for_operator {
                 line(
                     "  (it removes all subscribers, or more than half of them: the changed file alone does not do that, `hooktrail reload` or \
                      SIGHUP does)"
@@ -257,6 +251,7 @@ fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
 mod tests {
     use super::*;
     use crate::{
+        cli::daemon::Answer,
         config::{self, Backend},
         queue::amqp,
     };
@@ -407,22 +402,26 @@ mod tests {
             "needs_restart": ["queue.url"],
         });
         let address = ([127, 0, 0, 1], 8787).into();
+        let answered = |raw: serde_json::Value| Answer {
+            read: serde_json::from_value(raw.clone()).expect("an answer"),
+            raw,
+        };
         let told = |foreseen| {
             let mut out = String::new();
             foreseen_as_text(&foreseen, &mut |l| out += &(l + "\n"));
             out
         };
-        let text = told(Foreseen::Changes { address, answer });
+        let text = told(Foreseen::Changes { address, answer: answered(answer) });
         assert_eq!(
             text,
             "a reload of the daemon at 127.0.0.1:8787 would change:\n  a: changed: retry.max_interval, secrets\n  b\\u{1b}[2J: added\n  only a restart changes: queue.url\n"
         );
         let many = json!({ "changes": [{ "subscriber": "a", "change": "removed", "keys": [] }], "waits_for_operator": true });
-        let text = told(Foreseen::Changes { address, answer: many });
+        let text = told(Foreseen::Changes { address, answer: answered(many) });
         assert!(text.contains("  a: removed\n  (it removes all subscribers, or more than half of them: the changed file alone"), "{text}");
         let nothing = told(Foreseen::Changes {
             address,
-            answer: json!({ "changes": [], "needs_restart": [] }),
+            answer: answered(json!({ "changes": [], "needs_restart": [] })),
         });
         assert_eq!(nothing, "a reload of the daemon at 127.0.0.1:8787 would change nothing\n");
     }

@@ -1,0 +1,594 @@
+//! The requests and answers of the admin API: the daemon writes them, commands read them.
+//!
+//! The JSON of this API is public: names, and null or absent, stay as they are. A daemon may be
+//! older or newer than the command that asks it, so a reader ignores fields that it does not know,
+//! and a field that is added later gets `#[serde(default)]`. `docs/admin.yaml` describes the same;
+//! a test compares the two.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    fmt,
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde_json::{Map, Value};
+
+use crate::{
+    clock,
+    config::changes,
+    delivery::{self, AttemptResult, Depth, Failure, FailureKind, SubscriberName},
+    endpoint::test_event::Report,
+    policy::circuit_breaker::CircuitState,
+    queue::{self, Hastened, Held},
+    supervisor::reload,
+    telemetry::status,
+};
+
+/// A point in time, written as RFC 3339 to the millisecond.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Time(pub SystemTime);
+
+impl Time {
+    /// The time since then, zero if it is yet to come.
+    pub fn ago(self, now: SystemTime) -> Duration {
+        now.duration_since(self.0).unwrap_or_default()
+    }
+
+    /// The time until then, zero if it has passed.
+    pub fn left(self, now: SystemTime) -> Duration {
+        self.0.duration_since(now).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&clock::rfc3339(self.0))
+    }
+}
+
+impl Serialize for Time {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(from)?;
+        humantime::parse_rfc3339(&text).map(Self).map_err(D::Error::custom)
+    }
+}
+
+/// A refusal, with the reason.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Refused {
+    pub error: String,
+    /// The number of invalid events in a request to the intake.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub invalid: Option<usize>,
+    /// The first of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub events: Option<Vec<BadEvent>>,
+}
+
+/// An event that is not valid.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BadEvent {
+    /// In the order of the request, from 0.
+    pub index: usize,
+    /// The line of JSON Lines, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<usize>,
+    pub reason: String,
+}
+
+/// Events that are durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    pub accepted: usize,
+    pub unmatched: usize,
+}
+
+/// The daemon that listens.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Introduction {
+    #[serde(default)]
+    pub version: String,
+    /// The path of its configuration, absolute.
+    pub config: String,
+    pub pid: u32,
+    /// That it knows the token, if it was asked by a proof.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<String>,
+}
+
+/// The daemon, its queue and all its subscribers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Overview {
+    #[serde(default)]
+    pub version: String,
+    pub phase: String,
+    #[serde(default)]
+    pub config: Configuration,
+    pub queue: QueueState,
+    #[serde(default)]
+    pub subscribers: Vec<Subscriber>,
+    /// What is left of subscribers that are not configured any more.
+    #[serde(default)]
+    pub removed: Vec<Removed>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Configuration {
+    pub file: String,
+    /// The mistakes found when it was last read, a line each.
+    pub problem: Option<String>,
+    pub held: Option<HeldRemovals>,
+}
+
+/// Removals that wait for an operator.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct HeldRemovals {
+    pub subscribers: BTreeSet<String>,
+    pub why: String,
+}
+
+impl From<reload::Held> for HeldRemovals {
+    fn from(reload::Held { subscribers, why }: reload::Held) -> Self {
+        Self { subscribers: names(subscribers), why }
+    }
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct QueueState {
+    pub up: bool,
+    pub looked_at: Option<Time>,
+    pub error: Option<String>,
+    /// Retries of all subscribers that are not due; `None` where each subscriber has its own.
+    pub delayed_retries: Option<u64>,
+    pub orphans: Option<u64>,
+}
+
+/// What a subscriber that is not configured any more has left in its queues.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Removed {
+    pub subscriber: String,
+    pub events: u64,
+    pub retries: u64,
+    pub dead: u64,
+}
+
+impl Removed {
+    pub fn new(subscriber: &str, depth: Depth) -> Self {
+        let (events, retries, dead) = (depth.events, depth.batches(), depth.dead);
+        Self { subscriber: subscriber.to_owned(), events, retries, dead }
+    }
+}
+
+/// One subscriber.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Subscriber {
+    pub subscriber: String,
+    pub state: State,
+    /// `None` until its lane has started.
+    #[serde(flatten)]
+    pub lane: Option<Lane>,
+}
+
+impl Subscriber {
+    /// Its pause, if it is paused.
+    pub fn paused(&self) -> Option<&Paused> {
+        self.lane.as_ref()?.paused.as_ref()
+    }
+}
+
+/// What an operator has to know first of a subscriber.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Starting,
+    Ok,
+    Waiting,
+    Retrying,
+    CircuitOpen,
+    Held,
+    Paused,
+    QueueFails,
+    /// One that only a newer daemon knows.
+    #[serde(untagged)]
+    Other(String),
+}
+
+impl State {
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ok => "ok",
+            Self::Waiting => "waiting",
+            Self::Retrying => "retrying",
+            Self::CircuitOpen => "circuit_open",
+            Self::Held => "held",
+            Self::Paused => "paused",
+            Self::QueueFails => "queue_fails",
+            Self::Other(name) => name,
+        }
+    }
+}
+
+impl From<&status::State> for State {
+    fn from(state: &status::State) -> Self {
+        match state {
+            status::State::Ok => Self::Ok,
+            status::State::Waiting { .. } => Self::Waiting,
+            status::State::Retrying => Self::Retrying,
+            status::State::CircuitOpen { .. } => Self::CircuitOpen,
+            status::State::Held { .. } => Self::Held,
+            status::State::Paused(_) => Self::Paused,
+            status::State::QueueFails(_) => Self::QueueFails,
+        }
+    }
+}
+
+/// What a lane reports of itself and its queues.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Lane {
+    pub paused: Option<Paused>,
+    #[serde(default)]
+    pub circuit: Circuit,
+    pub held_until: Option<Time>,
+    pub waiting_since: Option<Time>,
+    pub queue_error: Option<String>,
+    /// Events in its queue; `None` before the queues were first inspected.
+    pub backlog: Option<u64>,
+    /// Events that this daemon has taken and not settled. Required: a subscriber without it has no
+    /// lane yet.
+    pub in_hand: u64,
+    /// Failed batches that wait for a retry.
+    pub in_retry: Option<u64>,
+    pub next_retry_at: Option<Time>,
+    pub dead: Option<u64>,
+    /// Events delivered since this daemon started.
+    #[serde(default)]
+    pub delivered: u64,
+    #[serde(default)]
+    pub delivered_per_s: f64,
+    /// The share of the latest attempts that were accepted, 0 to 1.
+    pub success_rate: Option<f64>,
+    /// Duration of the latest attempts in seconds.
+    pub p50_s: Option<f64>,
+    pub p99_s: Option<f64>,
+    pub oldest_event_at: Option<Time>,
+    pub oldest_event_age_s: Option<f64>,
+    pub last_delivered_at: Option<Time>,
+    pub last_error: Option<LastError>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paused {
+    pub why: String,
+    pub since: Time,
+    pub by: String,
+}
+
+impl Paused {
+    /// Whether only a change of the configuration ends it.
+    pub fn is_fixed(&self) -> bool {
+        self.by == "configuration"
+    }
+}
+
+impl From<delivery::Pause> for Paused {
+    fn from(delivery::Pause { why, since, by }: delivery::Pause) -> Self {
+        Self { why, since: Time(since), by }
+    }
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Circuit {
+    pub state: String,
+    pub until: Option<Time>,
+}
+
+impl Circuit {
+    /// Its state; `None` for one that only a newer daemon knows.
+    pub fn state(&self) -> Option<CircuitState> {
+        CircuitState::ALL.into_iter().find(|state| state.name() == self.state)
+    }
+}
+
+/// The latest attempt that failed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LastError {
+    pub at: Time,
+    pub failure: String,
+    pub status: Option<u16>,
+    pub cause: Option<String>,
+}
+
+impl LastError {
+    /// The kind of failure; `None` for one that only a newer daemon knows.
+    pub fn failure(&self) -> Option<FailureKind> {
+        FailureKind::ALL.into_iter().find(|kind| kind.name() == self.failure)
+    }
+}
+
+/// The body of a request to pause or resume a subscriber, to test it, or to reload.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wish {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// A subscriber after a pause or a resume.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Standing {
+    pub subscriber: String,
+    pub state: State,
+    /// False if it was so before.
+    pub changed: bool,
+    #[serde(flatten)]
+    pub paused: Option<Paused>,
+}
+
+/// A test event and its answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Tested {
+    pub subscriber: String,
+    pub url: String,
+    /// Those that were sent, in their order; secrets are redacted.
+    pub headers: Map<String, Value>,
+    pub body: String,
+    pub status: Option<u16>,
+    pub answer: Option<String>,
+    pub failure: Option<String>,
+    pub error: Option<String>,
+    pub duration_ms: u64,
+    pub outcome: String,
+    pub verdict: String,
+}
+
+impl From<&Report> for Tested {
+    fn from(report: &Report) -> Self {
+        let headers = report.rehearsal.headers.iter();
+        let shown = |value: &Option<String>| value.as_deref().unwrap_or("[redacted]").into();
+        let (answer, failure) = (report.rehearsal.answer.as_ref(), report.failure());
+        Self {
+            subscriber: report.subscriber.to_string(),
+            url: report.url.clone(),
+            headers: headers.map(|(name, value)| (name.clone(), shown(value))).collect(),
+            body: String::from_utf8_lossy(&report.body).into_owned(),
+            status: answer.map(|(status, _)| *status),
+            answer: answer.map(|(_, text)| text.clone()),
+            failure: failure.map(|failure| Failure::name(failure).to_owned()),
+            error: failure.and_then(Failure::cause).map(str::to_owned),
+            duration_ms: report.took.as_millis() as u64,
+            outcome: report.outcome.to_owned(),
+            verdict: report.verdict.clone(),
+        }
+    }
+}
+
+/// The batches that wait for a retry, the first due first.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct WaitingList {
+    pub subscriber: String,
+    /// All that wait, listed or not.
+    pub waiting: usize,
+    /// Messages of all subscribers that could not be read in time.
+    pub unseen: u64,
+    pub batches: Vec<WaitingBatch>,
+}
+
+/// A batch that waits for a retry.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct WaitingBatch {
+    /// Its place in the list, from 1.
+    pub number: usize,
+    pub id: String,
+    pub events: u32,
+    pub attempts: u32,
+    /// The status of the last answer.
+    pub status: Option<u16>,
+    /// Why the last attempt had no answer.
+    pub failure: Option<String>,
+    pub first_attempt_at: Option<Time>,
+    pub last_attempt_at: Option<Time>,
+    pub due_at: Option<Time>,
+    pub bytes: usize,
+}
+
+impl WaitingBatch {
+    pub fn new(number: usize, waiting: &queue::Waiting) -> Self {
+        let (status, failure) = match waiting.last.as_ref().map(|last| &last.result) {
+            Some(AttemptResult::Status(status)) => (Some(*status), None),
+            Some(AttemptResult::Failure(name)) => (None, Some(name.to_string())),
+            None => (None, None),
+        };
+        Self {
+            number,
+            id: waiting.batch_id.to_string(),
+            events: waiting.events,
+            attempts: waiting.attempts,
+            status,
+            failure,
+            first_attempt_at: waiting.first_attempt_at.map(Time),
+            last_attempt_at: waiting.last.as_ref().map(|last| Time(last.at)),
+            due_at: waiting.due.map(Time),
+            bytes: waiting.bytes,
+        }
+    }
+}
+
+/// The body of a request for retries now: for all batches, for those with these ids, or for none,
+/// with one batch tried.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetryNow {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ids: Option<BTreeSet<String>>,
+    /// The caller has made batches due in the queue itself.
+    #[serde(default)]
+    pub try_only: bool,
+}
+
+/// Retries that are due now.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Retried {
+    pub subscriber: String,
+    /// Batches that are due now and were not before.
+    pub moved: u64,
+    pub already_due: u64,
+    pub not_found: Vec<String>,
+    pub unseen: u64,
+    /// The state before.
+    pub state: State,
+    pub paused: Option<Paused>,
+    /// One batch is tried although the circuit was open, or the receiver had asked for a wait.
+    pub tried_now: bool,
+}
+
+impl Retried {
+    pub fn new(
+        subscriber: &str,
+        done: Hastened,
+        (state, paused): (State, Option<Paused>),
+        tried_now: bool,
+    ) -> Self {
+        let Hastened { moved, due: already_due, missing: not_found, unseen } = done;
+        let subscriber = subscriber.to_owned();
+        Self { subscriber, moved, already_due, not_found, unseen, state, paused, tried_now }
+    }
+}
+
+/// The oldest dead letters of a subscriber.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DeadLetters {
+    pub subscriber: String,
+    /// All that there are, listed or not.
+    pub dead: u32,
+    pub letters: Vec<DeadLetter>,
+}
+
+/// A dead letter, without its body and its attempts.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DeadLetter {
+    /// Its place in the walk, from 1.
+    pub number: usize,
+    pub subscriber: Option<String>,
+    pub id: Option<String>,
+    pub kind: String,
+    pub reason: String,
+    pub status: Option<u16>,
+    pub error: String,
+    pub events: u32,
+    pub attempts: u32,
+    pub first_attempt_at: Option<Time>,
+    pub died_at: Option<Time>,
+    pub content_type: Option<String>,
+    pub content_encoding: Option<String>,
+    pub bytes: usize,
+}
+
+impl DeadLetter {
+    pub fn new(number: usize, held: &Held) -> Self {
+        let letter = &held.letter;
+        Self {
+            number,
+            subscriber: held.subscriber.as_ref().map(ToString::to_string),
+            id: letter.id.clone(),
+            kind: letter.kind.name().to_owned(),
+            reason: letter.reason.name().to_owned(),
+            status: letter.status,
+            error: letter.error.clone(),
+            events: letter.events,
+            attempts: letter.attempts,
+            first_attempt_at: letter.first_attempt_at.map(Time),
+            died_at: letter.died_at.map(Time),
+            content_type: letter.content_type.clone(),
+            content_encoding: letter.content_encoding.clone(),
+            bytes: letter.body.len(),
+        }
+    }
+}
+
+/// What a reload would change.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Foreseen {
+    #[serde(flatten)]
+    pub changes: Changes,
+    /// A changed file alone does not do it: so many subscribers are removed by an operator only.
+    #[serde(default)]
+    pub waits_for_operator: bool,
+}
+
+/// What a reload has changed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Reloaded {
+    #[serde(flatten)]
+    pub changes: Changes,
+    /// Subscribers whose queue could not be bound yet.
+    #[serde(default)]
+    pub not_bound: BTreeSet<String>,
+}
+
+impl From<reload::Reloaded> for Reloaded {
+    fn from(reload::Reloaded { changes, not_bound }: reload::Reloaded) -> Self {
+        Self { changes: changes.into(), not_bound: names(not_bound) }
+    }
+}
+
+/// The keys that differ between two configurations.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Changes {
+    pub changes: Vec<Change>,
+    /// Keys outside of subscribers whose new values are used.
+    #[serde(default)]
+    pub settings: Vec<String>,
+    /// Keys whose new values are used after a restart.
+    #[serde(default)]
+    pub needs_restart: Vec<String>,
+}
+
+impl From<changes::Changes> for Changes {
+    fn from(found: changes::Changes) -> Self {
+        let changes::Changes { changes, settings, needs_restart } = found;
+        Self {
+            changes: changes.into_iter().map(Change::from).collect(),
+            settings: texts(settings),
+            needs_restart: texts(needs_restart),
+        }
+    }
+}
+
+/// The change of one subscriber.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Change {
+    pub subscriber: String,
+    pub change: String,
+    /// Keys of one that is changed.
+    pub keys: Vec<String>,
+}
+
+impl From<changes::Change> for Change {
+    fn from(changes::Change { subscriber, change, keys }: changes::Change) -> Self {
+        Self {
+            subscriber: subscriber.to_string(),
+            change: change.name().to_owned(),
+            keys: texts(keys),
+        }
+    }
+}
+
+fn names(names: BTreeSet<SubscriberName>) -> BTreeSet<String> {
+    names.iter().map(ToString::to_string).collect()
+}
+
+fn texts(keys: Vec<&'static str>) -> Vec<String> {
+    keys.into_iter().map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests;

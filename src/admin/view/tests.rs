@@ -1,0 +1,350 @@
+use super::*;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+/// An answer with every field, and one with only those that each answer has.
+struct Sample {
+    full: Value,
+    least: Value,
+}
+
+fn sample<A: Serialize + DeserializeOwned>(full: A, least: A) -> Sample {
+    let [full, least] = [full, least].map(|answer| json!(answer));
+    for value in [&full, &least] {
+        let read = A::deserialize(value).expect("what is written is read");
+        assert_eq!(json!(read), *value);
+    }
+    Sample { full, least }
+}
+
+fn text() -> String {
+    "text".to_owned()
+}
+
+fn time() -> Time {
+    Time(SystemTime::UNIX_EPOCH + Duration::from_millis(1))
+}
+
+fn paused() -> Paused {
+    Paused { why: text(), since: time(), by: text() }
+}
+
+fn lane() -> Lane {
+    Lane {
+        paused: Some(paused()),
+        circuit: Circuit { state: "open".to_owned(), until: Some(time()) },
+        held_until: Some(time()),
+        waiting_since: Some(time()),
+        queue_error: Some(text()),
+        backlog: Some(1),
+        in_hand: 1,
+        in_retry: Some(1),
+        next_retry_at: Some(time()),
+        dead: Some(1),
+        delivered: 1,
+        delivered_per_s: 0.5,
+        success_rate: Some(0.5),
+        p50_s: Some(0.5),
+        p99_s: Some(0.5),
+        oldest_event_at: Some(time()),
+        oldest_event_age_s: Some(0.5),
+        last_delivered_at: Some(time()),
+        last_error: Some(LastError {
+            at: time(),
+            failure: "status".to_owned(),
+            status: Some(503),
+            cause: Some(text()),
+        }),
+    }
+}
+
+fn subscriber(lane: Option<Lane>) -> Subscriber {
+    Subscriber { subscriber: text(), state: State::Starting, lane }
+}
+
+fn overview(lane: Option<Lane>) -> Overview {
+    let held = HeldRemovals { subscribers: [text()].into(), why: text() };
+    Overview {
+        version: text(),
+        phase: "running".to_owned(),
+        config: Configuration { file: text(), problem: Some(text()), held: Some(held) },
+        queue: QueueState {
+            up: true,
+            looked_at: Some(time()),
+            error: Some(text()),
+            delayed_retries: Some(1),
+            orphans: Some(1),
+        },
+        subscribers: vec![subscriber(lane)],
+        removed: vec![Removed { subscriber: text(), events: 1, retries: 1, dead: 1 }],
+    }
+}
+
+fn standing(paused: Option<Paused>) -> Standing {
+    Standing { subscriber: text(), state: State::Paused, changed: true, paused }
+}
+
+fn refused(line: Option<usize>) -> Refused {
+    let event = BadEvent { index: 0, line, reason: text() };
+    Refused { error: text(), invalid: Some(1), events: Some(vec![event]) }
+}
+
+fn introduction(proof: Option<String>) -> Introduction {
+    Introduction { version: text(), config: text(), pid: 1, proof }
+}
+
+fn tested() -> Tested {
+    Tested {
+        subscriber: text(),
+        url: text(),
+        headers: [("content-type".to_owned(), text().into())].into_iter().collect(),
+        body: text(),
+        status: Some(200),
+        answer: Some(text()),
+        failure: Some("status".to_owned()),
+        error: Some(text()),
+        duration_ms: 1,
+        outcome: "delivered".to_owned(),
+        verdict: text(),
+    }
+}
+
+fn waiting_list() -> WaitingList {
+    let batch = WaitingBatch {
+        number: 1,
+        id: text(),
+        events: 1,
+        attempts: 1,
+        status: Some(503),
+        failure: Some(text()),
+        first_attempt_at: Some(time()),
+        last_attempt_at: Some(time()),
+        due_at: Some(time()),
+        bytes: 1,
+    };
+    WaitingList { subscriber: text(), waiting: 1, unseen: 1, batches: vec![batch] }
+}
+
+fn retried() -> Retried {
+    let done = Hastened { moved: 1, due: 1, missing: vec![text()], unseen: 1 };
+    Retried::new("text", done, (State::Paused, Some(paused())), true)
+}
+
+fn dead_letters() -> DeadLetters {
+    let letter = DeadLetter {
+        number: 1,
+        subscriber: Some(text()),
+        id: Some(text()),
+        kind: "batch".to_owned(),
+        reason: "exhausted".to_owned(),
+        status: Some(503),
+        error: text(),
+        events: 1,
+        attempts: 1,
+        first_attempt_at: Some(time()),
+        died_at: Some(time()),
+        content_type: Some(text()),
+        content_encoding: Some(text()),
+        bytes: 1,
+    };
+    DeadLetters { subscriber: text(), dead: 1, letters: vec![letter] }
+}
+
+fn changes() -> Changes {
+    let change =
+        Change { subscriber: text(), change: "changed".to_owned(), keys: vec!["url".to_owned()] };
+    Changes { changes: vec![change], settings: vec![text()], needs_restart: vec![text()] }
+}
+
+fn foreseen() -> Foreseen {
+    Foreseen { changes: changes(), waits_for_operator: true }
+}
+
+fn reloaded() -> Reloaded {
+    Reloaded { changes: changes(), not_bound: [text()].into() }
+}
+
+/// Each answer of the API by its request and status.
+fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
+    let accepted = Accepted { accepted: 1, unmatched: 1 };
+    let one = || sample(subscriber(Some(lane())), subscriber(None));
+    let changed = || sample(standing(Some(paused())), standing(None));
+    let bare = Refused { error: text(), ..Refused::default() };
+    vec![
+        ("/api/v1/events", "post", "202", sample(accepted, accepted)),
+        ("/api/v1/events", "post", "400", sample(refused(Some(1)), bare)),
+        ("/api/v1/daemon", "get", "200", sample(introduction(Some(text())), introduction(None))),
+        ("/api/v1/subscribers", "get", "200", sample(overview(Some(lane())), overview(None))),
+        ("/api/v1/subscribers/{name}", "get", "200", one()),
+        ("/api/v1/subscribers/{name}/pause", "post", "200", changed()),
+        ("/api/v1/subscribers/{name}/resume", "post", "200", changed()),
+        ("/api/v1/subscribers/{name}/test", "post", "200", sample(tested(), tested())),
+        ("/api/v1/subscribers/{name}/retry", "get", "200", sample(waiting_list(), waiting_list())),
+        ("/api/v1/subscribers/{name}/retry", "post", "200", sample(retried(), retried())),
+        ("/api/v1/subscribers/{name}/dead", "get", "200", sample(dead_letters(), dead_letters())),
+        ("/api/v1/reload", "get", "200", sample(foreseen(), foreseen())),
+        ("/api/v1/reload", "post", "200", sample(reloaded(), reloaded())),
+    ]
+}
+
+fn document() -> Value {
+    serde_saphyr::from_str(include_str!("../../../docs/admin.yaml")).expect("YAML")
+}
+
+/// A schema of the document, its reference followed.
+fn resolved<'d>(document: &'d Value, schema: &'d Value) -> &'d Value {
+    match schema["$ref"].as_str() {
+        None => schema,
+        Some(place) => document
+            .pointer(place.trim_start_matches('#'))
+            .unwrap_or_else(|| panic!("{place} is not there")),
+    }
+}
+
+fn names<'v>(names: impl Iterator<Item = &'v str>) -> BTreeSet<&'v str> {
+    names.collect()
+}
+
+/// Compares a schema with the same part of a full answer, and of a least one where that has it.
+fn compare(document: &Value, schema: &Value, full: &Value, least: Option<&Value>, at: &str) {
+    let schema = resolved(document, schema);
+    let kinds = match &schema["type"] {
+        Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).collect(),
+        kind => kind.as_str().into_iter().collect::<Vec<_>>(),
+    };
+    match full {
+        Value::Object(fields) => {
+            assert!(kinds.contains(&"object"), "{at}: {kinds:?}");
+            let Some(properties) = schema["properties"].as_object() else { return };
+            assert_eq!(
+                names(fields.keys().map(String::as_str)),
+                names(properties.keys().map(String::as_str)),
+                "{at}: the fields of the type, and those of the schema"
+            );
+            if let Some(least) = least.and_then(Value::as_object) {
+                assert_eq!(
+                    names(least.keys().map(String::as_str)),
+                    names(
+                        schema["required"]
+                            .as_array()
+                            .into_iter()
+                            .flatten()
+                            .filter_map(Value::as_str)
+                    ),
+                    "{at}: the fields that are never left out, and those that the schema requires"
+                );
+            }
+            for (name, value) in fields {
+                // An object that is left out as a whole is compared as it is when it is there.
+                let whole = value.is_object().then_some(value);
+                let least = least.and_then(|least| least.get(name)).or(whole);
+                compare(document, &properties[name], value, least, &format!("{at}.{name}"));
+            }
+        }
+        Value::Array(values) => {
+            assert!(kinds.contains(&"array"), "{at}: {kinds:?}");
+            let least = least.and_then(|least| least.get(0));
+            compare(document, &schema["items"], &values[0], least, &format!("{at}[]"));
+        }
+        value => {
+            let is = |kind: &&str| match *kind {
+                "string" => value.is_string(),
+                "integer" => value.is_u64(),
+                "number" => value.is_number(),
+                "boolean" => value.is_boolean(),
+                _ => false,
+            };
+            let in_list = || schema["enum"].as_array().is_some_and(|words| words.contains(value));
+            assert!(kinds.iter().any(is) || in_list(), "{at}: {value} is none of {schema}");
+        }
+    }
+}
+
+#[test]
+fn the_document_of_the_api_and_its_types_have_the_same_fields() {
+    let document = document();
+    let mut compared = BTreeSet::new();
+    for (path, method, status, Sample { full, least }) in answers() {
+        let at = format!("{method} {path} {status}");
+        let answer = &document["paths"][path][method]["responses"][status];
+        let schema = &answer["content"]["application/json"]["schema"];
+        assert!(schema.is_object(), "{at} is not in the document");
+        compare(&document, schema, &full, Some(&least), &at);
+        compared.insert(at);
+    }
+    for (path, methods) in document["paths"].as_object().expect("paths") {
+        for (method, operation) in methods.as_object().expect("methods") {
+            let responses = operation["responses"].as_object();
+            for (status, response) in responses.into_iter().flatten() {
+                let response = resolved(&document, response);
+                let schema = &response["content"]["application/json"]["schema"];
+                let at = format!("{method} {path} {status}");
+                let is_error = schema["$ref"] == "#/components/schemas/Error";
+                assert!(
+                    schema.is_null() || is_error || compared.contains(&at),
+                    "{at} is in the document, and no type of it is compared"
+                );
+            }
+        }
+    }
+    let error = json!(Refused { error: text(), ..Refused::default() });
+    compare(&document, &document["components"]["schemas"]["Error"], &error, Some(&error), "Error");
+    let [full, least] = [Some(1), None].map(|line| json!(refused(line)));
+    let schema = "/paths/~1api~1v1~1events/post/responses/400/content/application~1json/schema\
+                  /properties/events/items";
+    let schema = document.pointer(schema).expect("a schema");
+    compare(&document, schema, &full["events"][0], Some(&least["events"][0]), "an invalid event");
+}
+
+#[test]
+fn the_words_of_the_document_are_those_of_the_types() {
+    let document = document();
+    let listed = |place: &str| {
+        let words = document.pointer(place).and_then(Value::as_array).expect(place);
+        words.iter().filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let states = listed("/components/schemas/Subscriber/properties/state/enum");
+    assert_eq!(states.len(), 8);
+    for word in states {
+        let state: State = serde_json::from_value(json!(word)).expect("a word");
+        assert!(!matches!(state, State::Other(_)) && state.name() == word, "{word}");
+        assert_eq!(json!(state), json!(word));
+    }
+    let circuit = listed("/components/schemas/Subscriber/properties/circuit/properties/state/enum");
+    assert_eq!(circuit, CircuitState::ALL.map(CircuitState::name));
+    let failures = listed("/components/schemas/Failure/enum");
+    assert_eq!(failures, FailureKind::ALL.map(FailureKind::name));
+    let lane_states = [
+        status::State::Ok,
+        status::State::Waiting { since: SystemTime::UNIX_EPOCH },
+        status::State::Retrying,
+        status::State::CircuitOpen { until: SystemTime::UNIX_EPOCH },
+        status::State::Held { until: SystemTime::UNIX_EPOCH },
+        status::State::QueueFails(text()),
+    ];
+    for state in lane_states {
+        assert_eq!(State::from(&state).name(), state.name());
+    }
+}
+
+#[test]
+fn a_daemon_of_another_version_is_understood() {
+    let newer: Subscriber = serde_json::from_value(json!({
+        "subscriber": "a", "state": "resting", "in_hand": 2, "circuit": { "state": "ajar", "until": null, "why": "x" },
+        "last_error": { "at": "2026-01-31T08:00:00.000Z", "failure": "quic", "status": null, "cause": null }, "mood": "calm",
+    }))
+    .expect("it is read");
+    assert_eq!(newer.state, State::Other("resting".to_owned()));
+    let lane = newer.lane.expect("its lane");
+    assert_eq!((lane.in_hand, lane.circuit.state()), (2, None));
+    assert!(lane.last_error.is_some_and(|e| e.failure().is_none() && e.failure == "quic"));
+    let older: Overview = serde_json::from_value(json!({
+        "phase": "running", "queue": { "up": true },
+        "subscribers": [{ "subscriber": "a", "state": "ok", "in_hand": 0, "backlog": 3 }],
+    }))
+    .expect("it is read");
+    assert!(older.removed.is_empty() && older.subscribers[0].lane.is_some());
+    let older: Reloaded = serde_json::from_value(json!({ "changes": [] })).expect("it is read");
+    assert!(older.not_bound.is_empty() && older.changes.needs_restart.is_empty());
+    serde_json::from_value::<Foreseen>(json!({ "error": "x" })).expect_err("it has no changes");
+}
