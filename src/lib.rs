@@ -49,6 +49,12 @@
 //!              · finding · troubles · outage · metrics · status · log · resources
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQLite
+//!              · removals · waiting · queue · fake · embedded · amqp
+//!              amqp/ · wire · ladder · prefetch · broker_error · connection · pool · message
+//!              · topology · requests · declarations · publisher · redelivery · management
+//!              · record · snapshot · shared · state_stream · unusable · restore · walk
+//!              · consumer · ownership · upkeep · follow · relay · orphans · intake · waiting
+//!              · dead · depths · doctor · repair · prune · fuzzing
 //! endpoint/                 one attempt, the only place that sends requests to receivers
 //!              · webhook · inspect · test_event
 //! lane/                     the worker of one subscriber
@@ -79,15 +85,15 @@
 //!   `queue/amqp/ladder.rs`.
 //! - What happens when the broker goes away? The source ends, the lane's session ends and opens
 //!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
-//! - What can be wrong with a queue, and what mends it? `queue/amqp/doctor.rs` and
+//! - What can be wrong with a queue, and what fixes it? `queue/amqp/doctor.rs` and
 //!   `queue/embedded/doctor.rs`; with an endpoint: [`endpoint::inspect`].
 //! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`], then `Fleet::reconcile` in
 //!   [`supervisor::fleet`]; each lane takes over what is new in `Lane::adopt`, the broker's
-//!   bindings in `queue/amqp/state.rs`. The start goes the same way.
+//!   bindings in `queue/amqp/ownership.rs`. The start goes the same way.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How
 //!   many may connect, and for how long? `admin/connections.rs`.
 //! - What is counted, and what is it called? [`telemetry::metrics`], all of it.
-//! - What can a message do to a connection? Nothing: `queue/amqp/wire.rs`.
+//! - What can a message do to a connection? Nothing: `queue/amqp/wire/filter.rs`.
 //! - Who may do what, and what keeps everybody else from it? SECURITY.md.
 //!
 //! # What always holds
@@ -97,7 +103,7 @@
 //! 2. What was taken from a source is settled at that source or not at all: when the channel is
 //!    gone, the batch is forgotten and comes again. Nothing survives a reconnect by its tag; what
 //!    was settled without its ack is known again by what it is, where that is sure:
-//!    `queue/amqp/repeats.rs`.
+//!    `queue/amqp/redelivery.rs`.
 //! 3. While a settlement waits for its confirm the lane begins nothing: a failure that cannot be
 //!    written down must not be made again and again.
 //! 4. Publishing is done by one task on one channel of a connection that does not consume.

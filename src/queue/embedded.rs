@@ -12,9 +12,9 @@
 //! The log is filtered when it is read, by the patterns that were configured when the event came: a
 //! segment of the log for each time that they changed.
 
+mod consumer;
 mod dead;
 mod doctor;
-mod lane;
 mod place;
 mod store;
 mod waiting;
@@ -28,13 +28,13 @@ use std::{
 use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
-pub use self::{
-    dead::DeadLetters,
-    lane::{Settler, Source},
-};
 use self::{
-    lane::{Held, LaneRef},
+    consumer::{Held, LaneRef},
     store::{Access, Store},
+};
+pub use self::{
+    consumer::{Settler, Source},
+    dead::DeadLetters,
 };
 use crate::{
     clock,
@@ -383,7 +383,7 @@ impl Queue for EmbeddedQueue {
         window: Window,
     ) -> Result<(Source, Settler), QueueError> {
         let (source, settler) =
-            lane::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window)
+            consumer::open(self.store().clone(), self.0.news.subscribe(), &subscriber.name, window)
                 .await?;
         self.lanes().insert(subscriber.name.clone(), settler.lane());
         Ok((source, settler))
@@ -759,7 +759,7 @@ fn each_waiting(
     upto: i64,
     mut found: impl FnMut(i64) -> bool,
 ) -> rusqlite::Result<()> {
-    let ahead = lane::ahead(db, subscriber)?;
+    let ahead = consumer::ahead(db, subscriber)?;
     let mut query = db.prepare_cached(
         "SELECT seq, type, only_for FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq",
     )?;

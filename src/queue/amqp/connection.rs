@@ -1,23 +1,21 @@
 //! Connections to the broker: made without end, shared by a bounded number of channels.
 
 use std::{
-    fmt,
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use futures_util::future::join_all;
-use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
-use tokio::{
-    sync::{Mutex, MutexGuard, watch},
-    time::timeout,
-};
+use lapin::{Connection, ConnectionProperties, ErrorKind, uri::AMQPUri};
+use tokio::{sync::watch, time::timeout};
 use url::Host;
 
-use super::wire::{self, Greeting};
+use super::{
+    broker_error::BrokerError,
+    wire::{self, Greeting},
+};
 use crate::{
     crypto::secret::SecretUrl,
     queue::QueueError,
@@ -32,14 +30,8 @@ use crate::{
 /// For the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its own here.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// For one request to the broker that it should answer at once.
-pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// Seconds. The server's default of 60 notices a dead peer after two minutes.
 const HEARTBEAT: u16 = 10;
-
-/// A connection's frame loop looks at every channel for each frame: more of them slow all down.
-pub(super) const CHANNELS_PER_CONNECTION: usize = 100;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -281,234 +273,6 @@ fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
             "rabbitmqctl list_permissions -p {v}; docs/operations.md has the command that gives them (The broker's user)"
         ),
     )
-}
-
-/// What the broker said to a request, or that it said nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct BrokerError {
-    /// AMQP's reply code.
-    pub(super) code: Option<u16>,
-    /// It did not answer in time.
-    pub(super) silent: bool,
-    text: String,
-}
-
-/// The reply code with which the broker closes a connection over a queue that it has lost the use
-/// of.
-pub(super) const INTERNAL_ERROR: u16 = 541;
-pub(super) const NOT_FOUND: u16 = 404;
-/// Another connection has it for itself.
-pub(super) const RESOURCE_LOCKED: u16 = 405;
-
-impl From<&lapin::Error> for BrokerError {
-    /// In the broker's words, without the URL.
-    fn from(e: &lapin::Error) -> Self {
-        match e.kind() {
-            ErrorKind::ProtocolError(e) => Self {
-                code: Some(e.get_id()),
-                silent: false,
-                text: format!("{} ({})", e.get_message(), e.get_id()),
-            },
-            ErrorKind::IOError(e) => Self { code: None, silent: false, text: e.to_string() },
-            ErrorKind::MissingHeartbeatError => {
-                Self { code: None, silent: false, text: "the broker sent no heartbeat".to_owned() }
-            }
-            _ => Self { code: None, silent: false, text: e.to_string() },
-        }
-    }
-}
-
-impl From<lapin::Error> for BrokerError {
-    fn from(e: lapin::Error) -> Self {
-        Self::from(&e)
-    }
-}
-
-impl fmt::Display for BrokerError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-/// Waits for the broker's answer to a request, for at most [`RPC_TIMEOUT`]: a queue without a
-/// leader answers nobody, and lapin waits without end.
-///
-/// # Errors
-/// What the broker said, or that it said nothing.
-pub(super) async fn answer<T>(
-    request: impl Future<Output = lapin::Result<T>>,
-) -> Result<T, BrokerError> {
-    match timeout(RPC_TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(BrokerError::from),
-        Err(_) => Err(BrokerError {
-            code: None,
-            silent: true,
-            text: format!("the broker did not answer within {} s", RPC_TIMEOUT.as_secs()),
-        }),
-    }
-}
-
-/// A channel, and its share in the connection that it is on.
-#[derive(Debug)]
-pub(super) struct Lease {
-    pub(super) channel: Channel,
-    _seat: Seat,
-}
-
-/// A connection that is shared by channels. It ends with the last of them, unless it is the newest.
-#[derive(Debug)]
-struct Slot {
-    connection: Connection,
-    open: AtomicUsize,
-    /// In all. A channel's number is not used twice: an error that the broker closed a channel with
-    /// stays with its number in lapin, and would answer the requests of the next that gets it.
-    opened: AtomicUsize,
-    numbers: usize,
-    _counted: OpenConnection,
-}
-
-impl Slot {
-    fn new((connection, counted): (Connection, OpenConnection)) -> Arc<Self> {
-        let numbers = match connection.configuration().channel_max() {
-            0 => usize::from(u16::MAX),
-            max => max.into(),
-        };
-        Arc::new(Self {
-            connection,
-            open: AtomicUsize::new(0),
-            opened: AtomicUsize::new(0),
-            numbers,
-            _counted: counted,
-        })
-    }
-
-    /// A place for one more channel, if there is one. Called by one task at a time.
-    fn seat(self: &Arc<Self>) -> Option<Seat> {
-        let free = self.open.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION
-            && self.opened.load(Ordering::Relaxed) < self.numbers;
-        free.then(|| {
-            self.open.fetch_add(1, Ordering::Relaxed);
-            self.opened.fetch_add(1, Ordering::Relaxed);
-            Seat(self.clone())
-        })
-    }
-}
-
-#[derive(Debug)]
-struct Seat(Arc<Slot>);
-
-impl Seat {
-    async fn open(self) -> Result<Lease, QueueError> {
-        match answer(self.0.connection.create_channel()).await {
-            Ok(channel) => Ok(Lease { channel, _seat: self }),
-            Err(why) => Err(QueueError::new(format!("the broker opens no channel: {why}"))),
-        }
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Connections for one purpose, made when they are needed: channels are leased from them.
-#[derive(Debug)]
-pub(super) struct Pool {
-    dialer: Dialer,
-    role: Role,
-    state: Mutex<PoolState>,
-}
-
-#[derive(Debug)]
-struct PoolState {
-    slots: Vec<Weak<Slot>>,
-    /// Stays when no channel is on it: somebody will soon want one again.
-    newest: Option<Arc<Slot>>,
-    connecting: ReportedOutage,
-}
-
-/// Somebody waits for a connection. When nobody does any more, that there is none is no trouble.
-struct Trying<'p>(MutexGuard<'p, PoolState>);
-
-impl Drop for Trying<'_> {
-    fn drop(&mut self) {
-        self.0.connecting.end();
-    }
-}
-
-impl Pool {
-    pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
-        let connecting = role.outage(troubles);
-        Self {
-            dialer,
-            role,
-            state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }),
-        }
-    }
-
-    /// A channel on a shared connection. Waits for the broker without end.
-    pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
-        self.seat().await.open().await
-    }
-
-    async fn seat(&self) -> Seat {
-        // The lock is held while connecting: whoever comes meanwhile needs that connection too.
-        let mut trying = Trying(self.state.lock().await);
-        let state = &mut *trying.0;
-        state.slots.retain(|s| s.upgrade().is_some_and(|s| s.connection.status().connected()));
-        let free = state.slots.iter().filter_map(Weak::upgrade).find_map(|s| s.seat());
-        if let Some(seat) = free {
-            return seat;
-        }
-        loop {
-            let connected = self.quarantine().await.and_then(|q| q.seat().map(|seat| (q, seat)));
-            match connected {
-                Ok((Quarantine(slot), seat)) => {
-                    state.connecting.recovered();
-                    state.slots.push(Arc::downgrade(&slot));
-                    state.newest = Some(slot);
-                    return seat;
-                }
-                Err(e) => state.connecting.failed(&e).await,
-            }
-        }
-    }
-
-    /// A connection that is not shared with others, for a queue that may take it down.
-    pub(super) async fn quarantine(&self) -> Result<Quarantine, QueueError> {
-        Ok(Quarantine(Slot::new(self.dialer.connect(self.role).await?)))
-    }
-
-    /// Says goodbye on those connections that are still in use.
-    pub(super) async fn close(&self) {
-        // Whoever holds the lock is connecting, and has nothing to say goodbye to.
-        let Ok(mut state) = self.state.try_lock() else { return };
-        let slots: Vec<_> = state.slots.drain(..).filter_map(|s| s.upgrade()).collect();
-        join_all(slots.iter().map(|s| close(&s.connection))).await;
-    }
-}
-
-/// A connection for one subscriber alone.
-#[derive(Debug)]
-pub(super) struct Quarantine(Arc<Slot>);
-
-impl Quarantine {
-    pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
-        self.seat()?.open().await
-    }
-
-    pub(super) async fn close(self) {
-        close(&self.0.connection).await;
-    }
-
-    fn seat(&self) -> Result<Seat, QueueError> {
-        self.0.seat().ok_or_else(|| {
-            QueueError::new(
-                "the broker allows no channel on a new connection; raise its channel_max",
-            )
-        })
-    }
 }
 
 /// Says goodbye, so that the broker logs no broken connection; it is gone either way.

@@ -1,10 +1,13 @@
 //! Looks at dead letters and orphans, replays them, purges them.
 
+use std::sync::Arc;
+
 use super::{
-    AmqpQueue, ladder,
-    lane::retry_message,
+    consumer::retry_message,
+    ladder,
     message::{self, Message},
     publisher::Fate,
+    shared::Shared,
     waiting,
     walk::Walk,
 };
@@ -18,7 +21,7 @@ use crate::{
 /// keeps its order.
 #[derive(Debug)]
 pub struct DeadLetters {
-    queue: AmqpQueue,
+    shared: Arc<Shared>,
     of: Of,
     walk: Walk,
 }
@@ -33,14 +36,14 @@ impl DeadLetters {
     /// # Errors
     /// There is no such queue, or the broker cannot be reached.
     pub(super) async fn of_subscriber(
-        queue: &AmqpQueue,
+        shared: &Arc<Shared>,
         subscriber: &str,
     ) -> Result<Self, QueueError> {
         let absent = format!("the daemon has never run with a subscriber `{subscriber}`");
         Self::open(
-            queue,
+            shared,
             Of::Subscriber(subscriber.to_owned()),
-            queue.topology().dead(subscriber),
+            shared.topology.dead(subscriber),
             &absent,
         )
         .await
@@ -48,34 +51,34 @@ impl DeadLetters {
 
     /// # Errors
     /// There is no such queue, or the broker cannot be reached.
-    pub(super) async fn of_orphans(queue: &AmqpQueue) -> Result<Self, QueueError> {
+    pub(super) async fn of_orphans(shared: &Arc<Shared>) -> Result<Self, QueueError> {
         Self::open(
-            queue,
+            shared,
             Of::Orphans,
-            queue.topology().orphans(),
+            shared.topology.orphans(),
             "the daemon has never run with this [queue] prefix",
         )
         .await
     }
 
     async fn open(
-        queue: &AmqpQueue,
+        shared: &Arc<Shared>,
         of: Of,
         name: String,
         absent: &str,
     ) -> Result<Self, QueueError> {
-        let messages = waiting::count(queue, &name).await?;
+        let messages = waiting::count(shared, &name).await?;
         let messages = messages
             .ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: {absent}")))?;
-        let walk = Walk::new(queue.0.consuming.quarantine().await?, name, messages);
-        Ok(Self { queue: queue.clone(), of, walk })
+        let walk = Walk::new(shared.consuming.quarantine().await?, name, messages);
+        Ok(Self { shared: shared.clone(), of, walk })
     }
 
     /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes
     /// through the main queue. `None` if it is nobody's, or an orphan that is no batch: no
     /// subscriber has asked for it.
     fn revived(&self, held: &Held) -> Option<Message> {
-        let (topology, subscriber) = (self.queue.topology(), held.subscriber.as_deref()?);
+        let (topology, subscriber) = (&self.shared.topology, held.subscriber.as_deref()?);
         match (held.letter.kind, &self.of) {
             (MessageKind::Batch, _) => Some(retry_message(
                 topology,
@@ -129,7 +132,7 @@ impl queue::DeadLetters for DeadLetters {
                 None => left.push(held),
             }
         }
-        let publisher = self.queue.publisher();
+        let publisher = self.shared.publisher();
         publisher.ready().await?;
         let fates = publisher.publish(messages).await?;
         reached(Step::Moved);

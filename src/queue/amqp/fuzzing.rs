@@ -11,7 +11,7 @@ use lapin::{
 
 use super::{
     message::{self, dead_letter, read_dead_letter, taken_envelope},
-    wire::{FRAME_END, FRAME_HEADER, Filter},
+    wire::filter::{FRAME_END, FRAME_HEADER, Filter},
 };
 use crate::delivery::{Batch, DeadLetter, MessageKind, Reason, cut_error};
 use crate::queue::{MAX_TRACEPARENT, Taken};

@@ -21,10 +21,13 @@ use tokio::{
 };
 
 use super::{
-    connection::{BrokerError, Dialer, Pool, Role, answer, close},
+    broker_error::{BrokerError, answer},
+    connection::{Dialer, Role, close},
+    declarations::log_put_back,
     message::Message,
-    topology::{Broker, Topology},
-    upkeep::log_put_back,
+    pool::Pool,
+    requests::Broker,
+    topology::Topology,
 };
 use crate::{
     failpoint::{Step, reached},

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,9 @@ use crate::{
     clock,
     delivery::{Pause, Standing, Standings, SubscriberName},
 };
+
+/// A daemon that serves a subscriber answers an [`Asked`](Record::Asked) record within this time.
+pub(super) const OWNER_REPLY_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds
 /// are kept apart.
@@ -90,7 +93,7 @@ pub(super) struct Recorded {
 }
 
 /// What a record was about.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum About {
     Bindings(SubscriberName),
     Pruned(SubscriberName),
@@ -196,8 +199,6 @@ pub(super) fn now() -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

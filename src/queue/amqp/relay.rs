@@ -1,11 +1,5 @@
 //! Two chores beside the lanes: the relay from a source queue, and the sweep of orphans.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
-
 use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::{
@@ -20,19 +14,20 @@ use lapin::{
 use tokio::sync::{Notify, watch};
 
 use super::{
-    connection::{BrokerError, Lease, Pool, answer},
-    ladder,
+    broker_error::{BrokerError, answer},
+    connection::Role,
+    declarations::source_is_stream,
     message::{self, Message},
+    pool::{Lease, Pool},
     prefetch::{Sizes, is_other},
     publisher::{Fate, Publisher},
-    stopped,
-    topology::{Broker, Topology, source_is_stream},
-    walk::Walk,
+    shared::{Shared, stopped},
+    topology::Topology,
 };
 use crate::{
     clock,
-    config::{Subscriber, Subscribers},
-    delivery::{AttemptLog, DeadLetter, MessageKind, Reason, SubscriberName},
+    config::{Intake, Subscribers},
+    delivery::{AttemptLog, DeadLetter, MessageKind, Reason},
     event::event_type,
     failpoint::{Step, reached},
     policy::batching::BatchPolicy,
@@ -364,91 +359,54 @@ fn orphan(topology: &Topology, letter: &DeadLetter) -> Message {
     Message::to_queue(topology.orphans(), body, properties)
 }
 
-/// Moves orphans of configured subscribers back into their retry queues; the others stay.
-pub(super) struct Sweep<'a> {
-    pub(super) topology: &'a Topology,
-    pub(super) consuming: &'a Pool,
-    pub(super) declaring: &'a Pool,
-    pub(super) publisher: &'a Publisher,
-    pub(super) configured: HashSet<SubscriberName>,
-    /// How many there were when none of them was of a configured subscriber, and how often that was
-    /// looked at.
-    pub(super) foreign: Option<(u32, u32)>,
-}
-
-/// Between two sweeps.
-pub(super) const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
-
-/// So many sweeps may rely on the number alone; the next one looks at every orphan again.
-const GLANCES: u32 = 60;
-
-impl Sweep<'_> {
-    /// From now on these are configured.
-    pub(super) fn configure(&mut self, subscribers: &[Arc<Subscriber>]) {
-        let configured: HashSet<SubscriberName> =
-            subscribers.iter().map(|s| s.name.clone()).collect();
-        if configured != self.configured {
-            self.configured = configured;
-            self.foreign = None;
-        }
-    }
-
-    /// Returns how many batches were moved.
-    pub(super) async fn run(&mut self) -> Result<usize, QueueError> {
-        let orphans = self.topology.orphans();
-        let Some(depth) = Broker::new(self.declaring).depth(&orphans).await? else { return Ok(0) };
-        match &mut self.foreign {
-            _ if depth.messages == 0 => return Ok(0),
-            Some((number, glances)) if *number == depth.messages && *glances < GLANCES => {
-                *glances += 1;
-                return Ok(0);
+/// Relays from the source queue, if there is one, until it is to stop.
+pub(super) async fn relay(
+    shared: &Shared,
+    subscribers: watch::Receiver<Subscribers>,
+    stopping: watch::Receiver<bool>,
+) {
+    let Intake::SourceQueue(queue) = shared.topology.intake() else { return };
+    // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
+    let publisher = shared.new_publisher(Role::Relaying);
+    let relay = Relay {
+        topology: &shared.topology,
+        pool: &shared.consuming,
+        publisher: &publisher,
+        metrics: &shared.dialer.metrics,
+        queue,
+        subscribers: &subscribers,
+        stopping: &stopping,
+        unbound: &shared.unbound,
+        troubles: &shared.troubles,
+    };
+    let mut relaying = shared.outage(format!("the relay from queue `{queue}`"));
+    let mut sizes = Sizes::default();
+    loop {
+        let mut configured = subscribers.clone();
+        let opened = async {
+            // An event relayed before a queue is bound would pass that queue by.
+            let mut broker = shared.broker();
+            shared.topology.find_source(&mut broker).await?;
+            shared.topology.ensure_shared(&mut broker).await?;
+            let current = configured.borrow_and_update().clone();
+            for s in current.iter() {
+                shared.topology.ensure_subscriber(&mut broker, s).await?;
             }
-            _ => self.foreign = None,
-        }
-        // A connection of its own: if the broker has lost the use of the orphans, no lane shall
-        // notice.
-        let connection = self.consuming.quarantine().await?;
-        let mut walk = Walk::new(connection, orphans, depth.messages);
-        let mut moved = 0;
-        // Who does not take one now takes no other, and keeps nobody from getting theirs.
-        let mut failed = BTreeMap::new();
-        while let Some(delivery) = walk.next().await? {
-            let subscriber = ladder::subscriber_of(delivery.routing_key.as_str())
-                .filter(|s| self.configured.contains(*s));
-            let Some(subscriber) =
-                subscriber.filter(|s| !failed.contains_key(*s)).map(str::to_owned)
-            else {
-                continue;
-            };
-            let tag = delivery.delivery_tag;
-            let (body, properties) = message::untouched(delivery);
-            let queue = self.topology.retry(&subscriber);
-            let why = match self
-                .publisher
-                .publish(vec![Message::to_queue(queue.clone(), body, properties)])
-                .await
-            {
-                Ok(fates) if fates == [Fate::Stored] => None,
-                Ok(_) => Some(format!("queue `{queue}` did not take an orphan")),
-                // Nor would any other.
-                Err(e) if !self.publisher.is_writable() => return Err(e),
-                Err(e) => Some(e.to_string()),
-            };
-            if let Some(why) = why {
-                failed.insert(subscriber, why);
-                continue;
+            drop(broker);
+            relay.open(&sizes).await
+        };
+        let relayed = tokio::select! {
+            () = stopped(stopping.clone()) => return,
+            opened = opened => match opened {
+                Ok(opened) => relay.run(opened, &mut sizes, &mut relaying, &mut configured).await,
+                Err(e) => Err(e),
+            },
+        };
+        if let Err(e) = relayed {
+            tokio::select! {
+                () = stopped(stopping.clone()) => return,
+                () = relaying.failed(&e) => {}
             }
-            reached(Step::Moved);
-            walk.ack(tag).await?;
-            moved += 1;
         }
-        walk.close().await?;
-        if !failed.is_empty() {
-            return Err(QueueError::new(failed.into_values().collect::<Vec<_>>().join("; ")));
-        }
-        if moved == 0 {
-            self.foreign = Some((depth.messages, 0));
-        }
-        Ok(moved)
     }
 }

@@ -22,11 +22,13 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::{
-    connection::{BrokerError, Lease, Pool, answer},
+    broker_error::{BrokerError, answer},
     message::Message,
+    pool::{Lease, Pool},
     publisher::{Fate, Publisher},
     record::{Record, Recorded},
-    topology::{Broker, Topology},
+    requests::Broker,
+    topology::Topology,
 };
 use crate::queue::QueueError;
 

@@ -41,11 +41,12 @@ use lapin::{
 use tokio::time::{timeout, timeout_at};
 
 use super::{
-    AmqpQueue,
-    connection::{BrokerError, Lease, Quarantine, RESOURCE_LOCKED, answer},
+    broker_error::{BrokerError, RESOURCE_LOCKED, answer},
     ladder,
     message::{self, Message},
+    pool::{Lease, Quarantine},
     publisher::Fate,
+    shared::Shared,
     topology::walk_of,
 };
 use crate::{
@@ -105,16 +106,16 @@ const BUSY: Duration = Duration::from_secs(10);
 /// How long another command's look is waited for.
 const TURN: Duration = Duration::from_secs(60);
 
-pub(super) async fn list(queue: &AmqpQueue, subscriber: &str) -> Result<WaitingList, QueueError> {
-    known(queue, subscriber).await?;
-    let looks = Looks::begin(queue).await?;
+pub(super) async fn list(shared: &Shared, subscriber: &str) -> Result<WaitingList, QueueError> {
+    known(shared, subscriber).await?;
+    let looks = Looks::begin(shared).await?;
     let mut list = WaitingList::default();
     let mut seen = HashSet::new();
     // From the top, so that what goes on to a lower level meanwhile is met there, and what comes
     // due last of all.
     for level in (0..ladder::LEVELS).rev() {
         list.unseen += looks
-            .each(queue.topology().level(level), |delivery| {
+            .each(shared.topology.level(level), |delivery| {
                 let own = ladder::subscriber_of(delivery.routing_key.as_str()) == Some(subscriber);
                 let found = own.then(|| message::waiting(delivery)).flatten();
                 // One that is met again has gone on meanwhile.
@@ -123,7 +124,7 @@ pub(super) async fn list(queue: &AmqpQueue, subscriber: &str) -> Result<WaitingL
             })
             .await?;
     }
-    let (due, unseen) = looks.due(queue.topology().retry(subscriber)).await?;
+    let (due, unseen) = looks.due(shared.topology.retry(subscriber)).await?;
     list.unseen += unseen;
     list.batches.extend(due.into_iter().filter(|w| seen.insert((w.batch_id.clone(), w.attempts))));
     list.batches.sort_by_key(|w| (w.due.is_none(), w.due));
@@ -131,15 +132,15 @@ pub(super) async fn list(queue: &AmqpQueue, subscriber: &str) -> Result<WaitingL
 }
 
 pub(super) async fn hasten(
-    queue: &AmqpQueue,
+    shared: &Shared,
     subscriber: &str,
     ids: Option<BTreeSet<BatchId>>,
 ) -> Result<Hastened, QueueError> {
-    let due = known(queue, subscriber).await?;
-    queue.publisher().ready().await?;
-    let looks = Looks::begin(queue).await?;
+    let due = known(shared, subscriber).await?;
+    shared.publisher().ready().await?;
+    let looks = Looks::begin(shared).await?;
     let mut moving =
-        Moving { queue, subscriber, ids: ids.as_ref(), moved: HashMap::new(), unseen: 0 };
+        Moving { shared, subscriber, ids: ids.as_ref(), moved: HashMap::new(), unseen: 0 };
     for level in (0..ladder::LEVELS).rev() {
         if let Err(e) = moving.out_of(&looks, level).await {
             let before = match moving.moved.len() {
@@ -163,7 +164,7 @@ pub(super) async fn hasten(
         let found = if missing.is_empty() {
             Vec::new()
         } else {
-            looks.due(queue.topology().retry(subscriber)).await?.0
+            looks.due(shared.topology.retry(subscriber)).await?.0
         };
         hastened.due = found.iter().filter(|w| missing.remove(&w.batch_id)).count() as u64;
         hastened.missing = missing.into_iter().map(BatchId::to_string).collect();
@@ -172,24 +173,24 @@ pub(super) async fn hasten(
 }
 
 /// How many are due and not taken.
-async fn known(queue: &AmqpQueue, subscriber: &str) -> Result<u32, QueueError> {
-    let name = queue.topology().retry(subscriber);
-    let due = count(queue, &name).await?;
+async fn known(shared: &Shared, subscriber: &str) -> Result<u32, QueueError> {
+    let name = shared.topology.retry(subscriber);
+    let due = count(shared, &name).await?;
     due.ok_or_else(|| QueueError::new(format!("queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`")))
 }
 
 /// How many are in a queue and not taken; `None` if there is no such queue.
-pub(super) async fn count(queue: &AmqpQueue, name: &str) -> Result<Option<u32>, QueueError> {
+pub(super) async fn count(shared: &Shared, name: &str) -> Result<Option<u32>, QueueError> {
     let began = clock::instant();
     loop {
         let asked = clock::instant();
-        let messages = queue.broker().depth(name).await?.map(|d| d.messages);
+        let messages = shared.broker().depth(name).await?.map(|d| d.messages);
         let answered = clock::instant();
         let took = answered.saturating_duration_since(asked);
         if messages != Some(0) || took < NO_ANSWER {
             return Ok(messages);
         }
-        queue.broker().depth(&queue.topology().nobodys()).await?;
+        shared.broker().depth(&shared.topology.nobodys()).await?;
         if took < clock::instant().saturating_duration_since(answered) + UNEVEN {
             return Ok(messages);
         }
@@ -203,7 +204,7 @@ pub(super) async fn count(queue: &AmqpQueue, name: &str) -> Result<Option<u32>, 
 
 /// What is moved out of the ladder.
 struct Moving<'m> {
-    queue: &'m AmqpQueue,
+    shared: &'m Shared,
     subscriber: &'m str,
     ids: Option<&'m BTreeSet<BatchId>>,
     /// By id: attempts and size of what was moved.
@@ -223,7 +224,7 @@ impl Moving<'_> {
     /// Looks through a level until nothing asked for is left in it, or no more can be reached.
     async fn out_of(&mut self, looks: &Looks<'_>, level: u32) -> Result<(), QueueError> {
         loop {
-            let Some(mut look) = looks.at(self.queue.topology().level(level)).await? else {
+            let Some(mut look) = looks.at(self.shared.topology.level(level)).await? else {
                 return Ok(());
             };
             let taken = self.take(&mut look).await;
@@ -300,7 +301,7 @@ impl Moving<'_> {
         if group.is_empty() {
             return Ok(0);
         }
-        let retry = self.queue.topology().retry(self.subscriber);
+        let retry = self.shared.topology.retry(self.subscriber);
         let (mut marks, mut messages) = (Vec::new(), Vec::new());
         for (waiting, delivery) in group {
             marks.push((delivery.delivery_tag, waiting));
@@ -309,7 +310,7 @@ impl Moving<'_> {
         }
         // What is given up here was perhaps stored: then it comes twice.
         let late = look.began + HOLD - GIVING_BACK;
-        let Ok(fates) = timeout_at(late.into(), self.queue.publisher().publish(messages)).await
+        let Ok(fates) = timeout_at(late.into(), self.shared.publisher().publish(messages)).await
         else {
             return Err(QueueError::new(
                 "the broker did not confirm in the time for which a queue of retries may be held",
@@ -338,16 +339,16 @@ impl Moving<'_> {
 /// Looks at queues, one after the other, on a connection of its own: a queue that the broker has
 /// lost the use of takes it down.
 struct Looks<'q> {
-    queue: &'q AmqpQueue,
+    shared: &'q Shared,
     connection: Quarantine,
     /// Keeps others from looking at the same time: two would take one another's messages.
     _turn: Option<Lease>,
 }
 
 impl<'q> Looks<'q> {
-    async fn begin(queue: &'q AmqpQueue) -> Result<Self, QueueError> {
-        let connection = queue.0.consuming.quarantine().await?;
-        let name = walk_of(&queue.topology().due());
+    async fn begin(shared: &'q Shared) -> Result<Self, QueueError> {
+        let connection = shared.consuming.quarantine().await?;
+        let name = walk_of(&shared.topology.due());
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let turn = async {
             loop {
@@ -378,12 +379,12 @@ impl<'q> Looks<'q> {
             ))
         })?;
         let turn = turn?;
-        Ok(Self { queue, connection, _turn: turn })
+        Ok(Self { shared, connection, _turn: turn })
     }
 
     /// `None` if there is nothing to see.
     async fn at(&self, name: String) -> Result<Option<Look>, QueueError> {
-        match count(self.queue, &name).await?.unwrap_or(0) {
+        match count(self.shared, &name).await?.unwrap_or(0) {
             0 => Ok(None),
             messages => Ok(Some(Look::new(self.connection.lease().await?, name, messages))),
         }

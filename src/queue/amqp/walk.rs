@@ -20,7 +20,8 @@ use lapin::{
 use tokio::time::timeout;
 
 use super::{
-    connection::{BrokerError, Lease, Quarantine, answer},
+    broker_error::{BrokerError, answer},
+    pool::{Lease, Quarantine},
     topology::walk_of,
 };
 use crate::queue::QueueError;

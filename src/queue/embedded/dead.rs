@@ -4,9 +4,8 @@ use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::{
-    from_millis,
-    lane::{insert_retry, read_story},
-    millis,
+    consumer::{insert_retry, read_story},
+    from_millis, millis,
     store::Store,
 };
 use crate::{

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{EmbeddedQueue, from_millis, lane::read_story, millis};
+use super::{EmbeddedQueue, consumer::read_story, from_millis, millis};
 use crate::{
     clock,
     delivery::BatchId,

@@ -21,14 +21,17 @@ use tokio::{
 };
 
 use super::{
-    AmqpQueue, Consumes,
-    connection::{BrokerError, INTERNAL_ERROR, Lease, answer},
+    broker_error::{BrokerError, answer},
     ladder,
     message::{self, Message},
+    pool::Lease,
     prefetch::{Sizes, is_other},
-    publisher::{Fate, Publisher},
-    repeats::{Mark, Remembered, Track},
+    publisher::Fate,
+    redelivery::{Mark, Remembered, Track},
+    restore,
+    shared::{Consumes, Shared},
     topology::Topology,
+    unusable::Unusable,
 };
 use crate::{
     clock,
@@ -123,52 +126,6 @@ impl Feed {
     }
 }
 
-/// A queue that cannot be consumed.
-#[derive(Debug)]
-pub(super) struct Unusable {
-    queue: String,
-    pub(super) why: BrokerError,
-}
-
-impl Unusable {
-    /// The broker has lost the use of the queue. It closes the whole connection of who consumes it,
-    /// at once or after a minute without an answer.
-    pub(super) fn is_broken(&self) -> bool {
-        self.why.silent || self.why.code == Some(INTERNAL_ERROR)
-    }
-
-    pub(super) fn into_error(self, subscriber: &str) -> QueueError {
-        let remedy = if self.is_broken() {
-            format!(
-                "; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` declares it anew"
-            )
-        } else {
-            String::new()
-        };
-        QueueError::new(format!("queue `{}` cannot be consumed: {}{remedy}", self.queue, self.why))
-    }
-}
-
-/// Whether a queue can be consumed; takes nothing out of it.
-pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusable> {
-    let consume = async {
-        lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
-        // Held until the channel is closed: dropped before, it is cancelled, and a channel that
-        // closes takes that for an error.
-        let _consumer = lease
-            .channel
-            .basic_consume(
-                queue.into(),
-                "".into(),
-                BasicConsumeOptions::default(),
-                FieldTable::default(),
-            )
-            .await?;
-        lease.channel.close(200, "tried".into()).await
-    };
-    answer(consume).await.map_err(|why| Unusable { queue: queue.to_owned(), why })
-}
-
 pub struct Source {
     events: Feed,
     prefetch: Prefetch,
@@ -187,25 +144,21 @@ impl std::fmt::Debug for Source {
 impl Source {
     pub(super) async fn open(
         [for_events, for_envelopes]: [Lease; 2],
-        topology: &Topology,
-        publisher: Publisher,
         subscriber: &Subscriber,
         window: Window,
-        remembered: Arc<Remembered>,
         consumes: Consumes,
     ) -> Result<(Self, Settler), Unusable> {
-        let name = &subscriber.name;
+        let (name, shared) = (&subscriber.name, &consumes.shared);
+        let topology = &shared.topology;
         let envelopes = Feed::open(for_envelopes, topology.retry(name), window.envelopes).await?;
-        let sizes = consumes.queue.sizes(name);
+        let sizes = shared.sizes(name);
         let now = sizes.lock().unwrap_or_else(PoisonError::into_inner).allow(window.events);
         let prefetch = Prefetch { now, window: window.events, since: 0, exchange: None };
         let events = Feed::open(for_events, topology.main(name), now).await?;
         let settler = Settler(Arc::new(Inner {
-            queue: consumes.queue.clone(),
+            shared: shared.clone(),
             subscriber: name.clone(),
             most: subscriber.batch.max_bytes,
-            topology: topology.clone(),
-            publisher,
             acks: Mutex::default(),
             acked: Notify::new(),
             sizes,
@@ -213,7 +166,7 @@ impl Source {
                 events: Track::new(window.events),
                 envelopes: Track::new(window.envelopes),
             }),
-            remembered,
+            remembered: shared.remembered(name),
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
         }));
@@ -375,12 +328,10 @@ impl queue::Source for Source {
 pub struct Settler(Arc<Inner>);
 
 struct Inner {
-    queue: AmqpQueue,
+    shared: Arc<Shared>,
     subscriber: SubscriberName,
     /// The bytes that an event of it can have.
     most: usize,
-    topology: Topology,
-    publisher: Publisher,
     /// Held over an ack, so that acks reach the broker in rising order.
     acks: Mutex<()>,
     acked: Notify,
@@ -509,10 +460,10 @@ impl Inner {
             Settlement::Delivered => Vec::new(),
             Settlement::Retry { batches, delay } => batches
                 .iter()
-                .map(|batch| retry_message(&self.topology, &self.subscriber, batch, delay))
+                .map(|batch| retry_message(&self.shared.topology, &self.subscriber, batch, delay))
                 .collect(),
             Settlement::Dead(letters) => {
-                let dead = self.topology.dead(&self.subscriber);
+                let dead = self.shared.topology.dead(&self.subscriber);
                 letters
                     .iter()
                     .map(|letter| {
@@ -532,7 +483,7 @@ impl Inner {
         let unconfirmed = |e: QueueError| SettleError::Unconfirmed(e.to_string());
         let mut left = messages;
         for put_back in [true, false] {
-            let fates = self.publisher.publish(left.clone()).await.map_err(unconfirmed)?;
+            let fates = self.shared.publisher().publish(left.clone()).await.map_err(unconfirmed)?;
             if fates.contains(&Fate::Refused) {
                 return Err(SettleError::Unconfirmed(format!(
                     "the broker refuses messages for `{place}`: it is full by a policy, or unusable (hooktrail repair {})",
@@ -547,7 +498,7 @@ impl Inner {
                 return Ok(());
             }
             if put_back {
-                self.queue.put_back(&self.subscriber).await.map_err(|e| {
+                restore::put_back(&self.shared, &self.subscriber).await.map_err(|e| {
                     SettleError::Unconfirmed(format!("a queue behind `{place}` does not exist any more and cannot be declared: {e}"))
                 })?;
             }

@@ -1,0 +1,494 @@
+//! What AMQP shows of a broker by itself.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use futures_util::{StreamExt as _, future::ready, stream};
+use lapin::{
+    BasicProperties, Connection, Event,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+    types::AMQPValue,
+};
+use tokio::time::timeout;
+
+use super::{
+    inspection::{AT_ONCE, Inspection},
+    judge::{blocked, product},
+};
+use crate::queue::amqp::{
+    broker_error::BrokerError,
+    connection::{self, Role},
+    management::Management,
+    requests::{Broker, Refused},
+    shared::Shared,
+    state_stream,
+    topology::{CONSUMER_TIMEOUT, Part},
+    unusable::try_once,
+};
+use crate::{
+    config::{Intake, Subscriber},
+    queue::{QueueError, Window},
+    telemetry::finding::{Finding, shell_word},
+    wording::counted,
+};
+
+/// From here on streams, and with them at-least-once dead-lettering, cannot be switched off.
+const STREAMS_FOR_GOOD: (u32, u32) = (3, 12);
+
+/// For one message that the broker should confirm at once.
+const CONFIRM: Duration = Duration::from_secs(5);
+
+/// For trying to consume queues: one that does not work takes 20 s to say nothing.
+const TRIES: Duration = Duration::from_secs(60);
+
+impl Inspection<'_> {
+    /// Which broker it is, and whether it takes messages. On a connection of its own: an alarm
+    /// blocks it.
+    pub(super) async fn broker(&mut self) -> Result<(), QueueError> {
+        let (connection, greeting) =
+            connection::greeted(self.topology.url(), Role::Declaring).await?;
+        let about = greeting.server_properties();
+        let text = |key: &str| match about.as_ref().and_then(|p| p.inner().get(key)) {
+            Some(AMQPValue::LongString(text)) => text.to_string(),
+            _ => String::new(),
+        };
+        let (version, finding) = product(&text("product"), &text("version"));
+        self.version = version;
+        self.found(finding);
+        match take_one(&connection, &self.topology.nobodys()).await {
+            Probe::Taken => {
+                self.found(Finding::ok("broker", "takes messages"));
+                connection::close(&connection).await;
+            }
+            Probe::Blocked(why) => self.found(blocked(&format!("blocks publishing: {why}"))),
+            Probe::Silent => self.found(
+                Finding::warning("broker", format!("does not confirm a message within {} s", CONFIRM.as_secs()))
+                    .risking("retries and dead letters cannot be written; the events stay in their queues meanwhile")
+                    .mended("rabbitmq-diagnostics check_local_alarms; rabbitmq-diagnostics status"),
+            ),
+            Probe::Forbidden => {
+                let grant = self.grant();
+                self.found(self.may_not("write to exchange `amq.default`").mended(grant));
+                connection::close(&connection).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn may_not(&self, what: &str) -> Finding {
+        Finding::harmful(
+            format!("user `{}`", self.uri.authority.userinfo.username),
+            format!("may not {what}"),
+        )
+        .risking(
+            "queues cannot be declared, consumed or written to, so that events are not delivered",
+        )
+    }
+
+    /// For a user of hooktrail's own: it replaces what the user has.
+    fn grant(&self) -> String {
+        let literal = |name: &str| name.replace('.', r"\.");
+        let own = format!(r"^{}\.", literal(self.topology.prefix()));
+        let intake = match self.topology.intake() {
+            Intake::Exchange(name) | Intake::SourceQueue(name) => format!("^{}$", literal(name)),
+        };
+        let rights = [
+            format!("{own}|{intake}"),
+            format!(r"{own}|{intake}|^amq\.default$"),
+            format!("{own}|{intake}"),
+        ];
+        let rights = rights.iter().map(|r| shell_word(r)).collect::<Vec<_>>().join(" ");
+        format!(
+            "rabbitmqctl set_permissions -p {} {} {rights}",
+            self.vhost(),
+            shell_word(&self.uri.authority.userinfo.username)
+        )
+    }
+
+    pub(super) async fn permissions(&mut self, broker: &mut Broker<'_>) {
+        let forbidden = broker.forbidden(&self.topology.nobodys(), &self.topology.events()).await;
+        if forbidden.is_empty() {
+            return self.found(Finding::ok(
+                format!("user `{}`", self.uri.authority.userinfo.username),
+                "may do what hooktrail does",
+            ));
+        }
+        let finding = self.may_not(&forbidden.join(", ")).mended(self.grant());
+        self.found(finding);
+    }
+
+    /// What AMQP shows of queues and exchange: whether they are there, and with which arguments.
+    pub(super) async fn queues(&mut self, broker: &mut Broker<'_>) {
+        if let Err(e) = self.topology.inspect_intake(broker).await {
+            let finding =
+                Finding::harmful("[queue]", e.what()).risking("no event comes in from there");
+            self.found(match e.remedy() {
+                Some(remedy) => finding.mended(remedy),
+                None => finding,
+            });
+        }
+        let own = self.subscribers.iter().flat_map(|s| self.topology.subscriber_queues(&s.name));
+        let expected: Vec<_> = own.chain(self.topology.shared_queues()).collect();
+        let mut absent = Vec::new();
+        let mut sound = 0;
+        for (name, arguments) in expected {
+            match broker.depth(&name).await {
+                Ok(None) => absent.push(name),
+                Err(e) => self.found(
+                    Finding::harmful(format!("queue `{name}`"), format!("does not answer: {e}"))
+                        .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
+                        .mended("rabbitmqctl cluster_status; if no node is missing: hooktrail repair SUBSCRIBER")
+                        .harming_all(self.holds_up_all(&name)),
+                ),
+                Ok(Some(depth)) => {
+                    self.consumed |= depth.consumers > 0;
+                    if depth.messages > 0 || depth.consumers > 0 {
+                        self.found(Finding::ok(
+                            &name,
+                            format!("{}, {}", counted(depth.messages, "message(s)"), counted(depth.consumers, "consumer(s)")),
+                        ));
+                    }
+                    match broker.compare(&name, arguments).await {
+                        Ok(()) => sound += 1,
+                        Err(e) => self.differs(&name, e),
+                    }
+                    // One that holds something would give it out to whoever tries, and it would
+                    // come back out of its order.
+                    if depth.consumers == 0 && depth.messages == 0 {
+                        self.idle.push(name.clone());
+                    }
+                    self.there.insert(name);
+                }
+            }
+        }
+        if sound > 0 {
+            self.found(Finding::ok(
+                "queues",
+                format!("{sound} have the arguments that hooktrail gives them"),
+            ));
+        }
+        match broker.depth(&self.topology.state()).await {
+            Ok(Some(_)) => drop(self.there.insert(self.topology.state())),
+            Ok(None) => self.missing += 1,
+            Err(e) => self.found(
+                Finding::warning(self.topology.state(), format!("does not answer: {e}"))
+                    .risking("who is paused is not known"),
+            ),
+        }
+        self.missing += absent.len();
+        self.absent(absent);
+        if !self.there.is_empty() {
+            self.exchanges(broker).await;
+        }
+    }
+
+    /// Of a prefix that a daemon has run with: those that it has declared and that somebody has
+    /// deleted.
+    async fn exchanges(&mut self, broker: &mut Broker<'_>) {
+        for name in self.topology.exchanges() {
+            let about = format!("exchange `{name}`");
+            match broker.has_exchange(&name).await {
+                Ok(true) => {}
+                Ok(false) if name == self.topology.events() => self.found(
+                    Finding::harmful(about, "is missing, while a daemon has run with it")
+                        .risking("producers cannot publish, or what they publish is lost")
+                        .mended("let its owner declare it; a running daemon does after 10 s, `hooktrail repair SUBSCRIBER` at once"),
+                ),
+                Ok(false) => self.found(
+                    Finding::harmful(about, "is missing, while others that belong to it are there")
+                        .risking("batches that wait for their next attempt have no way")
+                        .mended(
+                            "a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber",
+                        ),
+                ),
+                Err(e) => self.found(Finding::unseen(about, e, format!("rabbitmqctl list_exchanges -p {}", self.vhost()))),
+            }
+        }
+    }
+
+    /// The broker answers all questions about a queue that it has lost the use of; only who
+    /// consumes it, or publishes to it, gets no answer. One that is consumed works.
+    pub(super) async fn idle(&mut self, shared: &Shared) {
+        // A daemon's lanes consume what it works with, and tell of it themselves. To try it beside
+        // them would take an event out of its order.
+        if !shared.prepared.lock().await.is_empty() {
+            return;
+        }
+        let names = std::mem::take(&mut self.idle);
+        let in_all = names.len();
+        let attempt = |name: String| async move {
+            let outcome = try_once(shared, &name).await;
+            (name, outcome)
+        };
+        let mut tries = stream::iter(names).map(attempt).buffer_unordered(AT_ONCE);
+        let mut tried = 0;
+        let all = timeout(TRIES, async {
+            while let Some((name, outcome)) = tries.next().await {
+                tried += 1;
+                match outcome {
+                    Ok(Err(unusable)) if unusable.is_broken() => self.broken(&name, &unusable.why),
+                    Ok(_) => {}
+                    Err(e) => self.found(Finding::unseen(
+                        format!("queue `{name}`"),
+                        e,
+                        "hooktrail repair SUBSCRIBER tries it too",
+                    )),
+                }
+            }
+        });
+        if all.await.is_err() {
+            let left = format!("{} were not tried within {} s", in_all - tried, TRIES.as_secs());
+            self.found(
+                Finding::warning("queues", left)
+                    .risking("what is in those that do not work is not delivered"),
+            );
+        }
+    }
+
+    /// What can keep a daemon from starting: limits of the vhost and of the user, which show
+    /// themselves to those who come to them.
+    pub(super) async fn start(&mut self, shared: &Shared) {
+        // A daemon that runs has what it needs; beside it this would count what it has.
+        if self.consumed || !shared.prepared.lock().await.is_empty() {
+            return;
+        }
+        if self.missing > 0
+            && let Err(Refused::Other(why)) =
+                shared.broker().try_declare(&self.topology.nobodys()).await
+            && why.contains("limit")
+        {
+            let finding =
+                self.too_few_queues(format!("does not let this user declare a queue: {why}"));
+            self.found(finding);
+        }
+        // Together with the one that this asks on.
+        let relays =
+            matches!(self.topology.intake(), Intake::SourceQueue(_)).then_some(Role::Relaying);
+        let mut open = Vec::new();
+        for role in [Role::Publishing, Role::Consuming].into_iter().chain(relays) {
+            match connection::greeted(self.topology.url(), role).await {
+                Ok((connection, _)) => open.push(connection),
+                Err(e) => {
+                    let finding = Finding::harmful(role.connection(), e.what())
+                        .risking("a daemon needs one to publish, one to declare, one to consume, and one to relay, at the same time");
+                    self.found(finding.mended(e.remedy().unwrap_or("see the broker's log")));
+                    break;
+                }
+            }
+        }
+        for connection in open {
+            connection::close(&connection).await;
+        }
+    }
+
+    fn broken(&mut self, name: &str, why: &BrokerError) {
+        let whose = match self.topology.part(name) {
+            Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => s,
+            _ => "SUBSCRIBER, of any subscriber",
+        };
+        let finding = Finding::harmful(format!("queue `{name}`"), format!("cannot be consumed: {why}"))
+            .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
+            .mended(format!("rabbitmqctl cluster_status; if no node is missing and it stays so: hooktrail repair {whose}"))
+            .harming_all(self.holds_up_all(name));
+        self.found(finding);
+    }
+
+    fn differs(&mut self, name: &str, refused: Refused) {
+        let finding = match refused {
+            Refused::Inequivalent { argument, wanted, found } => {
+                let vhost = self.vhost();
+                Finding::harmful(format!("queue `{name}`"), format!("exists with {argument} = {found}, where hooktrail needs {wanted}"))
+                    .risking("with that it can lose events")
+                    .mended(format!(
+                        "when it is empty: rabbitmqctl delete_queue -p {vhost} {} --if-empty; or choose another [queue] prefix",
+                        shell_word(name)
+                    ))
+                    .harming_all(self.holds_up_all(name) && argument.starts_with("x-max-length"))
+            }
+            Refused::Forbidden(_) => Finding::unseen(
+                "arguments of queues",
+                "the user may not declare them, which would compare them",
+                format!("rabbitmqctl list_queues -p {} name arguments", self.vhost()),
+            ),
+            other => Finding::warning(
+                format!("queue `{name}`"),
+                other.into_error("queue", name).to_string(),
+            ),
+        };
+        self.found(finding);
+    }
+
+    /// A subscriber that was never seen, and a broker that is new, will get what they need from
+    /// `run`.
+    fn absent(&mut self, absent: Vec<String>) {
+        // Any of them: a policy may have deleted all that are seldom used.
+        let has_run = !self.there.is_empty();
+        for name in absent {
+            let subscriber = match self.topology.part(&name) {
+                Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => Some(s.to_owned()),
+                _ => None,
+            };
+            let others_are_there = match &subscriber {
+                Some(s) => {
+                    self.topology.subscriber_queues(s).iter().any(|(q, _)| self.there.contains(q))
+                }
+                None => has_run,
+            };
+            if !others_are_there {
+                self.found(Finding::note(name, "not there yet; `run` declares it"));
+                continue;
+            }
+            let about = format!("queue `{name}`");
+            let missing = "is missing, while others that belong to it are there";
+            let finding = match (self.topology.part(&name), subscriber) {
+                (Some(Part::Main(_)), Some(s)) => Finding::harmful(about, missing)
+                    .risking(format!("events that are published now pass `{s}` by"))
+                    .mended(format!("hooktrail repair {s}")),
+                (_, Some(s)) => Finding::harmful(about, missing)
+                    .risking("what was in it is lost; what is to be tried again, or kept as a dead letter, has no place")
+                    .mended(format!("a running daemon declares it within a minute; without one: hooktrail repair {s}")),
+                (_, None) => Finding::harmful(about, missing)
+                    .risking("what was in it is lost, and batches that wait for their next attempt have no place")
+                    .mended("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
+            };
+            self.found(finding);
+        }
+    }
+
+    /// The same by the daemons' own record, which the broker's list of queues would make needless.
+    pub(super) async fn not_configured_any_more(
+        &mut self,
+        shared: &Shared,
+    ) -> Result<(), QueueError> {
+        let mut broker = shared.broker();
+        let Some(record) = broker.depth(&self.topology.state()).await? else { return Ok(()) };
+        let mut left = BTreeMap::new();
+        for name in
+            state_stream::ever_bound(self.topology, &shared.declaring, record.messages).await?
+        {
+            if self.subscribers.iter().any(|s| s.name == name) {
+                continue;
+            }
+            let names =
+                [self.topology.main(&name), self.topology.retry(&name), self.topology.dead(&name)];
+            let mut counts = [0; 3];
+            let mut exists = false;
+            for (count, queue) in counts.iter_mut().zip(names) {
+                if let Some(depth) = broker.depth(&queue).await? {
+                    (*count, exists) = (u64::from(depth.messages), true);
+                }
+            }
+            if exists {
+                left.insert(name, counts);
+            }
+        }
+        self.left(left);
+        Ok(())
+    }
+
+    /// The arguments alone are not enough: without the feature flag the broker falls back to at
+    /// most once, silently.
+    pub(super) async fn at_least_once(&mut self, api: Option<&Management>) {
+        let about = "at-least-once dead-lettering";
+        let look = "rabbitmqctl list_feature_flags; rabbitmqctl enable_feature_flag stream_queue";
+        let flags = match (self.version, api) {
+            (Some(version), _) if version >= STREAMS_FOR_GOOD => return,
+            // The record is a stream, and there would be none without it.
+            _ if self.there.contains(&self.topology.state()) => {
+                return self.found(Finding::ok(about, "its feature flag is on"));
+            }
+            (_, None) => {
+                return self.found(Finding::unseen(
+                    about,
+                    "there is no stream yet that would show its feature flag",
+                    look,
+                ));
+            }
+            (_, Some(api)) => api.feature_flags().await,
+        };
+        let finding = match flags {
+            Ok(flags) if flags.iter().any(|f| f.name == "stream_queue" && f.state == "enabled") => {
+                Finding::ok(about, "its feature flag is on")
+            }
+            Ok(_) => Finding::harmful(about, "the feature flag `stream_queue` is off")
+                .risking(
+                    "a retry can be lost on its way through the ladder, and pauses are not kept",
+                )
+                .mended("rabbitmqctl enable_feature_flag stream_queue"),
+            Err(e) => Finding::unseen(about, format!("management API: {e}"), look),
+        };
+        self.found(finding);
+    }
+
+    /// The nodes' own setting is shown by nothing but `rabbitmqctl`.
+    pub(super) fn hold(&mut self) {
+        let hold = |s: &Subscriber| Window::of(s).longest_hold(s, s.batch.max_events);
+        let Some((hold, s)) =
+            self.subscribers.iter().map(|s| (hold(s), s)).max_by_key(|(hold, _)| *hold)
+        else {
+            return;
+        };
+        let fewest = Window::of(s).fewest_events(s, CONSUMER_TIMEOUT);
+        let mut found = format!(
+            "the nodes' own setting is shown by no API and not looked at; RabbitMQ's default is 30 min, and hooktrail holds a message for at \
+             most {} with full batches",
+            humantime::format_duration(hold)
+        );
+        if fewest > 1 {
+            found += &format!(
+                "; with fewer than {fewest} events in each, and attempts as slow as they may be, for longer than that default"
+            );
+        }
+        let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
+        let mut finding = Finding::note("consumer_timeout", found).mended(look);
+        finding.about.push(format!("subscriber `{}`", s.name));
+        self.found(finding);
+    }
+}
+
+/// What became of a message.
+enum Probe {
+    Taken,
+    Blocked(String),
+    Forbidden,
+    Silent,
+}
+
+/// Publishes messages that go nowhere: an alarm shows itself to those who publish, and to nobody
+/// else.
+async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
+    let mut blocked = std::pin::pin!(connection.events_listener().filter_map(|event| {
+        ready(match event {
+            Event::ConnectionBlocked(why) => Some(why),
+            _ => None,
+        })
+    }));
+    let publish = async {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let one = async || {
+            let properties = BasicProperties::default();
+            channel
+                .basic_publish(
+                    "".into(),
+                    to_nobody.into(),
+                    BasicPublishOptions::default(),
+                    b"",
+                    properties,
+                )
+                .await?
+                .await
+        };
+        // An alarm takes effect with the first, which may still be confirmed; the second is not.
+        one().await?;
+        one().await
+    };
+    tokio::select! {
+        biased;
+        Some(why) = blocked.next() => Probe::Blocked(why),
+        taken = timeout(CONFIRM, publish) => match taken {
+            Ok(Ok(_)) => Probe::Taken,
+            Ok(Err(e)) if BrokerError::from(&e).code == Some(403) => Probe::Forbidden,
+            Ok(Err(_)) | Err(_) => Probe::Silent,
+        },
+    }
+}

@@ -1,0 +1,81 @@
+//! What an inspection has found, and what all its parts need.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use lapin::uri::AMQPUri;
+
+use crate::queue::amqp::topology::{Part, Topology};
+use crate::{
+    config::Subscriber,
+    delivery::SubscriberName,
+    telemetry::finding::{Finding, shell_word},
+    wording::counted,
+};
+
+/// Queues whose bindings are asked for at once, or that are tried at once.
+pub(super) const AT_ONCE: usize = 4;
+
+pub(super) struct Inspection<'a> {
+    pub(super) topology: &'a Topology,
+    pub(super) subscribers: &'a [Arc<Subscriber>],
+    pub(super) uri: AMQPUri,
+    pub(super) version: Option<(u32, u32)>,
+    /// Queues that were found, of those that there should be.
+    pub(super) there: BTreeSet<String>,
+    /// How many were not found.
+    pub(super) missing: usize,
+    /// Somebody consumes one of them.
+    pub(super) consumed: bool,
+    /// Those of them that nobody consumes and in which nothing is.
+    pub(super) idle: Vec<String>,
+    pub(super) findings: Vec<Finding>,
+}
+
+impl Inspection<'_> {
+    pub(super) fn found(&mut self, finding: Finding) {
+        self.findings.push(finding);
+    }
+
+    pub(super) fn vhost(&self) -> String {
+        shell_word(&self.uri.vhost)
+    }
+
+    pub(super) fn too_few_queues(&self, found: String) -> Finding {
+        Finding::harmful(format!("vhost `{}`", self.uri.vhost), found)
+            .risking("hooktrail cannot declare what it needs, and does not start")
+            .mended(format!(
+                "rabbitmqctl list_vhost_limits -p {0}; rabbitmqctl set_vhost_limits -p {0} '{{\"max-queues\":N}}'",
+                self.vhost()
+            ))
+    }
+
+    /// Whether a queue of one subscriber that takes nothing harms the others: producers get no
+    /// confirm, or the delay ladder cannot hand over what comes after.
+    pub(super) fn holds_up_all(&self, name: &str) -> bool {
+        matches!(self.topology.part(name), Some(Part::Main(_) | Part::Retry(_)))
+    }
+
+    /// Events, batches and dead letters of each.
+    pub(super) fn left(&mut self, left: BTreeMap<SubscriberName, [u64; 3]>) {
+        let findings = left.into_iter().map(|(name, [events, batches, dead])| {
+            let about = format!("subscriber `{name}`");
+            if events + batches + dead == 0 {
+                return Finding::note(about, "is not configured; its queues are empty")
+                    .mended("hooktrail prune deletes them");
+            }
+            let found = format!(
+                "is not configured, and its queues hold {}, {} and {}",
+                counted(events, "event(s)"),
+                counted(batches, "batch(es) to try again"),
+                counted(dead, "dead letter(s)")
+            );
+            Finding::warning(about, found)
+                .risking("nobody delivers them, and if they are still bound they grow")
+                .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
+        });
+        self.findings.extend(findings);
+    }
+}

@@ -1,0 +1,290 @@
+//! Judges what an inspection reads, without I/O.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use serde_json::Value;
+
+use crate::queue::amqp::{
+    management::Node,
+    topology::{DELIVERY_LIMIT, DESCRIPTORS_PER_QUEUE, Part},
+};
+use crate::{
+    config::Subscriber,
+    crypto::secret::SecretUrl,
+    queue::Window,
+    telemetry::finding::{Finding, Severity},
+};
+
+/// The oldest RabbitMQ whose quorum queues dead-letter at least once.
+const OLDEST: (u32, u32) = (3, 10);
+
+/// For an operator to know, who may have a network that nobody else is on.
+pub(super) fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
+    let url = url.expose();
+    let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+    (url.scheme() == "amqp" && !here).then(|| {
+        Finding::note("connection", "goes to another machine, and is not encrypted")
+            .risking("who is on the network between can read password and events")
+            .mended("amqps://… as [queue] url, where the broker has TLS")
+    })
+}
+
+/// What a broker says that it is.
+pub(super) fn product(product: &str, version: &str) -> (Option<(u32, u32)>, Finding) {
+    let mut numbers = version.split('.').map(str::parse);
+    let number = match (product, numbers.next(), numbers.next()) {
+        ("RabbitMQ", Some(Ok(major)), Some(Ok(minor))) => Some((major, minor)),
+        _ => None,
+    };
+    let finding = match number {
+        Some(number) if number >= OLDEST => Finding::ok("broker", format!("RabbitMQ {version}")),
+        Some(_) => {
+            Finding::harmful("broker", format!("RabbitMQ {version}; 3.10 or later is supported"))
+                .risking("its queues dead-letter at most once: a retry can be lost with a node")
+                .mended("upgrade RabbitMQ")
+        }
+        None => Finding::warning(
+            "broker",
+            format!(
+                "calls itself `{product}` `{version}`; hooktrail is made for RabbitMQ 3.10 or later"
+            ),
+        )
+        .risking("what hooktrail relies on may work in another way"),
+    };
+    (number, finding)
+}
+
+pub(super) fn blocked(found: &str) -> Finding {
+    Finding::harmful("broker", found)
+        .risking("no event, retry or dead letter can be written until it ends; producers wait")
+        .mended("rabbitmq-diagnostics check_alarms; give it memory or disk, or deliver or purge what fills it")
+}
+
+pub(super) fn resource(name: &str) -> &str {
+    if name == "disk" { "disk space" } else { name }
+}
+
+/// The longest that lanes hold a message.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Held {
+    pub(super) full_batches: Duration,
+    pub(super) single_events: Duration,
+}
+
+impl Held {
+    pub(super) fn longest(subscribers: &[Arc<Subscriber>]) -> Self {
+        let longest = |events: fn(&Subscriber) -> usize| {
+            subscribers
+                .iter()
+                .map(|s| Window::of(s).longest_hold(s, events(s)))
+                .max()
+                .unwrap_or_default()
+        };
+        Self { full_batches: longest(|s| s.batch.max_events), single_events: longest(|_| 1) }
+    }
+}
+
+/// Whether a node has file descriptors for the queues that are missing, if it tells.
+pub(super) fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
+    let Node { name, fd_total, fd_used, .. } = node;
+    if *fd_total == 0 {
+        return None;
+    }
+    let needed = (DESCRIPTORS_PER_QUEUE * missing) as u64;
+    let (about, found) =
+        (format!("node {name}"), format!("uses {fd_used} of {fd_total} file descriptors"));
+    let risk =
+        "a broker without file descriptors answers no new connection, to anybody, and logs nothing";
+    let mend = "raise the limit of the broker's process (LimitNOFILE in its unit, ulimit -n where it is started) and restart it; \
+        docs/operations.md tells how many are needed";
+    if fd_used + needed >= *fd_total {
+        let found =
+            format!("{found}; the {missing} queues that are to be declared take about {needed}");
+        return Some(Finding::harmful(about, found).risking(risk).mended(mend));
+    }
+    if (fd_used + needed) * 5 > fd_total * 4 {
+        return Some(Finding::warning(about, found).risking(risk).mended(mend));
+    }
+    Some(Finding::ok(about, found))
+}
+
+/// What a policy's key does to a queue, if that is bad. Arguments win over policies, but for
+/// numbers, where the smaller wins: so the keys that hooktrail's arguments hold do nothing.
+pub(super) fn judge(
+    part: Part<'_>,
+    key: &str,
+    value: &Value,
+    held: Held,
+) -> Option<(Severity, String)> {
+    use Severity::{Harmful, Warning};
+    let number = value.as_i64().unwrap_or(i64::MAX);
+    let works = matches!(part, Part::Main(_) | Part::Retry(_));
+    let keeps = matches!(part, Part::Dead(_) | Part::Orphans);
+    let (severity, risk) = match key {
+        "max-length" | "max-length-bytes" => match part {
+            Part::Main(_) => (
+                Harmful,
+                "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them",
+            ),
+            Part::Retry(_) => (
+                Harmful,
+                "when it is full failed batches cannot be written down, and the ladder behind it stops for all subscribers",
+            ),
+            Part::Level(_) => (
+                Harmful,
+                "when it is full no batch can wait for its next attempt, of any subscriber",
+            ),
+            Part::Dead(_) | Part::Orphans => (
+                Harmful,
+                "when it is full what is in it is dropped, or what should go into it has no place",
+            ),
+            Part::State => {
+                (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
+            }
+        },
+        "max-age" if part == Part::State => {
+            (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
+        }
+        "message-ttl" if works => (
+            Warning,
+            "what is not delivered by then becomes a dead letter (`expired`), that of a paused subscriber too",
+        ),
+        "message-ttl" if keeps => (Harmful, "what is in it is dropped then"),
+        "message-ttl" if matches!(part, Part::Level(level) if number < 1000 << level) => {
+            (Warning, "batches are tried again too early")
+        }
+        "expires" => {
+            (Harmful, "a queue that nobody uses for so long is deleted with all that is in it")
+        }
+        "delivery-limit" if number >= DELIVERY_LIMIT => return None,
+        "delivery-limit" if works => (
+            Harmful,
+            "events that were given back so often, as in crashes, become dead letters without one attempt",
+        ),
+        "delivery-limit" if keeps => {
+            (Harmful, "a dead letter that was looked at so often is dropped")
+        }
+        // Levels have no key of their own: theirs is the message's way.
+        "dead-letter-routing-key" if matches!(part, Part::Level(_)) => {
+            (Harmful, "batches lose their way through the ladder")
+        }
+        "consumer-timeout" if works => {
+            let limit = Duration::from_millis(u64::try_from(number).unwrap_or(0));
+            let told = |hold, which| {
+                let hold = humantime::format_duration(hold);
+                format!(
+                    "hooktrail holds a message for up to {hold} {which}: the broker takes it back meanwhile, and it is sent again and again"
+                )
+            };
+            if limit < held.full_batches {
+                return Some((Harmful, told(held.full_batches, "with full batches")));
+            }
+            if limit < held.single_events {
+                return Some((
+                    Warning,
+                    told(
+                        held.single_events,
+                        "when batches are of single events and attempts as slow as they may be",
+                    ),
+                ));
+            }
+            return None;
+        }
+        _ => return None,
+    };
+    Some((severity, risk.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_broker_that_is_too_old_is_harmful_and_another_product_is_told_of() {
+        for (name, version, expected) in [
+            ("RabbitMQ", "3.10.8", (Some((3, 10)), Severity::Ok)),
+            ("RabbitMQ", "4.1.0-rc.1", (Some((4, 1)), Severity::Ok)),
+            ("RabbitMQ", "3.9.13", (Some((3, 9)), Severity::Harmful)),
+            ("RabbitMQ", "", (None, Severity::Warning)),
+            ("LavinMQ", "2.0.0", (None, Severity::Warning)),
+        ] {
+            let (number, finding) = product(name, version);
+            assert_eq!((number, finding.severity), expected, "{name} {version}");
+        }
+    }
+
+    #[test]
+    fn a_connection_in_the_clear_to_another_machine_is_told_of() {
+        for (url, told) in [
+            ("amqp://u:p@127.0.0.1:5672/v", false),
+            ("amqp://localhost", false),
+            ("amqp://[::1]", false),
+            ("amqp://u:p@broker.example/v", true),
+            ("amqp://192.0.2.7", true),
+            ("amqp://[2001:db8::7]:5672", true),
+            ("amqps://u:p@broker.example/v", false),
+        ] {
+            let found = in_the_clear(&SecretUrl::new(url.parse().expect("a URL")));
+            assert_eq!(found.is_some_and(|f| f.severity == Severity::Note), told, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_node_whose_file_descriptors_do_not_suffice_is_named() {
+        for (total, used, missing, expected) in [
+            (0, 0, 300, None), // it does not tell
+            (927, 30, 10, Some(Severity::Ok)),
+            (927, 30, 298, Some(Severity::Warning)),
+            (927, 30, 299, Some(Severity::Harmful)),
+            (927, 800, 0, Some(Severity::Warning)),
+            (65_536, 900, 3000, Some(Severity::Ok)),
+        ] {
+            let node = Node::new("n", total, used);
+            assert_eq!(
+                descriptors(&node, missing).map(|f| f.severity),
+                expected,
+                "{used} of {total}, {missing} missing"
+            );
+        }
+    }
+
+    #[test]
+    fn a_policys_key_is_judged_by_what_the_queue_is_for() {
+        use Severity::{Harmful, Warning};
+        let hold =
+            Held { full_batches: Duration::from_secs(61), single_events: Duration::from_secs(600) };
+        for (part, key, value, expected) in [
+            (Part::Main("a"), "max-length", json!(10), Some(Harmful)),
+            (Part::Retry("a"), "max-length-bytes", json!(10), Some(Harmful)),
+            (Part::Dead("a"), "max-length", json!(10), Some(Harmful)),
+            (Part::Level(3), "max-length", json!(10), Some(Harmful)),
+            (Part::State, "max-length-bytes", json!(10), Some(Warning)),
+            (Part::State, "max-age", json!("7D"), Some(Warning)),
+            (Part::Main("a"), "message-ttl", json!(1000), Some(Warning)),
+            (Part::Dead("a"), "message-ttl", json!(1000), Some(Harmful)),
+            (Part::Orphans, "message-ttl", json!(1000), Some(Harmful)),
+            (Part::Level(3), "message-ttl", json!(7999), Some(Warning)),
+            (Part::Level(3), "message-ttl", json!(8000), None),
+            (Part::Level(3), "expires", json!(1000), Some(Harmful)),
+            (Part::Main("a"), "delivery-limit", json!(5), Some(Harmful)),
+            (Part::Dead("a"), "delivery-limit", json!(20), Some(Harmful)),
+            (Part::Main("a"), "delivery-limit", json!(DELIVERY_LIMIT), None),
+            (Part::Level(3), "delivery-limit", json!(5), None),
+            (Part::Level(3), "dead-letter-routing-key", json!("x"), Some(Harmful)),
+            // Arguments win over these.
+            (Part::Main("a"), "dead-letter-routing-key", json!("x"), None),
+            (Part::Main("a"), "overflow", json!("drop-head"), None),
+            (Part::Main("a"), "dead-letter-strategy", json!("at-most-once"), None),
+            (Part::Main("a"), "queue-leader-locator", json!("balanced"), None),
+            (Part::Main("a"), "consumer-timeout", json!(60_999), Some(Harmful)),
+            (Part::Main("a"), "consumer-timeout", json!(61_000), Some(Warning)),
+            (Part::Main("a"), "consumer-timeout", json!(600_000), None),
+            (Part::Dead("a"), "consumer-timeout", json!(1), None),
+        ] {
+            let found = judge(part, key, &value, hold);
+            assert_eq!(found.map(|(severity, _)| severity), expected, "{part:?} {key} {value}");
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! Publishes new events.
+
+use super::{
+    message::{self, Message},
+    publisher::Fate,
+    restore::bind_again,
+    shared::Shared,
+};
+use crate::{
+    config::Intake,
+    queue::{NewEvent, Published, QueueError},
+};
+
+pub(super) async fn publish(
+    shared: &Shared,
+    events: Vec<NewEvent>,
+) -> Result<Vec<Published>, QueueError> {
+    let message = |NewEvent { event_type, message_id, body, traceparent }| {
+        let (body, properties) =
+            message::event(body, message_id.as_deref(), traceparent.as_deref());
+        match shared.topology.intake() {
+            Intake::Exchange(exchange) => {
+                Message { exchange: exchange.clone(), routing_key: event_type, body, properties }
+            }
+            Intake::SourceQueue(queue) => Message::to_queue(queue.clone(), body, properties),
+        }
+    };
+    let messages: Vec<Message> = events.into_iter().map(message).collect();
+    let publisher = shared.publisher();
+    publisher.ready().await?;
+    let published = publisher.publish(messages.clone()).await;
+    if published.is_err() {
+        // The exchange may be gone, which costs the channel.
+        shared.unbound.notify_one();
+    }
+    let mut fates = published?;
+    publish_again(shared, &messages, &mut fates).await?;
+    let published = |fate| match fate {
+        Fate::Stored => Published::Stored,
+        Fate::Unroutable => Published::Unmatched,
+        Fate::Refused => Published::Refused,
+    };
+    Ok(fates.into_iter().map(published).collect())
+}
+
+/// What no queue has taken is in none, and can be published again once what should be bound is.
+async fn publish_again(
+    shared: &Shared,
+    messages: &[Message],
+    fates: &mut [Fate],
+) -> Result<(), QueueError> {
+    let is_event = |m: &Message| m.exchange == shared.topology.events();
+    let lost: Vec<usize> = (0..fates.len())
+        .filter(|n| fates[*n] == Fate::Unroutable && messages.get(*n).is_some_and(is_event))
+        .collect();
+    let types = lost.iter().map(|n| messages[*n].routing_key.clone()).collect();
+    if lost.is_empty() || !bind_again(shared, &types).await? {
+        return Ok(());
+    }
+    let again =
+        shared.publisher().publish(lost.iter().map(|n| messages[*n].clone()).collect()).await?;
+    lost.into_iter().zip(again).for_each(|(n, fate)| fates[n] = fate);
+    Ok(())
+}

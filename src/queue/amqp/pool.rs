@@ -1,0 +1,185 @@
+//! Channels on shared connections, a bounded number on each.
+
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use futures_util::future::join_all;
+use lapin::{Channel, Connection};
+use tokio::sync::{Mutex, MutexGuard, watch};
+
+use super::{
+    broker_error::answer,
+    connection::{Dialer, Role, close},
+};
+use crate::{
+    queue::QueueError,
+    telemetry::{metrics::OpenConnection, outage::ReportedOutage, troubles::Troubles},
+};
+
+/// A connection's frame loop looks at every channel for each frame: more of them slow all down.
+pub(super) const CHANNELS_PER_CONNECTION: usize = 100;
+
+/// A channel, and its share in the connection that it is on.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub(super) channel: Channel,
+    _seat: Seat,
+}
+
+/// A connection that is shared by channels. It ends with the last of them, unless it is the newest.
+#[derive(Debug)]
+struct Slot {
+    connection: Connection,
+    open: AtomicUsize,
+    /// In all. A channel's number is not used twice: an error that the broker closed a channel with
+    /// stays with its number in lapin, and would answer the requests of the next that gets it.
+    opened: AtomicUsize,
+    numbers: usize,
+    _counted: OpenConnection,
+}
+
+impl Slot {
+    fn new((connection, counted): (Connection, OpenConnection)) -> Arc<Self> {
+        let numbers = match connection.configuration().channel_max() {
+            0 => usize::from(u16::MAX),
+            max => max.into(),
+        };
+        Arc::new(Self {
+            connection,
+            open: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
+            numbers,
+            _counted: counted,
+        })
+    }
+
+    /// A place for one more channel, if there is one. Called by one task at a time.
+    fn seat(self: &Arc<Self>) -> Option<Seat> {
+        let free = self.open.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION
+            && self.opened.load(Ordering::Relaxed) < self.numbers;
+        free.then(|| {
+            self.open.fetch_add(1, Ordering::Relaxed);
+            self.opened.fetch_add(1, Ordering::Relaxed);
+            Seat(self.clone())
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Seat(Arc<Slot>);
+
+impl Seat {
+    async fn open(self) -> Result<Lease, QueueError> {
+        match answer(self.0.connection.create_channel()).await {
+            Ok(channel) => Ok(Lease { channel, _seat: self }),
+            Err(why) => Err(QueueError::new(format!("the broker opens no channel: {why}"))),
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Connections for one purpose, made when they are needed: channels are leased from them.
+#[derive(Debug)]
+pub(super) struct Pool {
+    dialer: Dialer,
+    role: Role,
+    state: Mutex<PoolState>,
+}
+
+#[derive(Debug)]
+struct PoolState {
+    slots: Vec<Weak<Slot>>,
+    /// Stays when no channel is on it: somebody will soon want one again.
+    newest: Option<Arc<Slot>>,
+    connecting: ReportedOutage,
+}
+
+/// Somebody waits for a connection. When nobody does any more, that there is none is no trouble.
+struct Trying<'p>(MutexGuard<'p, PoolState>);
+
+impl Drop for Trying<'_> {
+    fn drop(&mut self) {
+        self.0.connecting.end();
+    }
+}
+
+impl Pool {
+    pub(super) fn new(dialer: Dialer, role: Role, troubles: &watch::Sender<Troubles>) -> Self {
+        let connecting = role.outage(troubles);
+        Self {
+            dialer,
+            role,
+            state: Mutex::new(PoolState { slots: Vec::new(), newest: None, connecting }),
+        }
+    }
+
+    /// A channel on a shared connection. Waits for the broker without end.
+    pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
+        self.seat().await.open().await
+    }
+
+    async fn seat(&self) -> Seat {
+        // The lock is held while connecting: whoever comes meanwhile needs that connection too.
+        let mut trying = Trying(self.state.lock().await);
+        let state = &mut *trying.0;
+        state.slots.retain(|s| s.upgrade().is_some_and(|s| s.connection.status().connected()));
+        let free = state.slots.iter().filter_map(Weak::upgrade).find_map(|s| s.seat());
+        if let Some(seat) = free {
+            return seat;
+        }
+        loop {
+            let connected = self.quarantine().await.and_then(|q| q.seat().map(|seat| (q, seat)));
+            match connected {
+                Ok((Quarantine(slot), seat)) => {
+                    state.connecting.recovered();
+                    state.slots.push(Arc::downgrade(&slot));
+                    state.newest = Some(slot);
+                    return seat;
+                }
+                Err(e) => state.connecting.failed(&e).await,
+            }
+        }
+    }
+
+    /// A connection that is not shared with others, for a queue that may take it down.
+    pub(super) async fn quarantine(&self) -> Result<Quarantine, QueueError> {
+        Ok(Quarantine(Slot::new(self.dialer.connect(self.role).await?)))
+    }
+
+    /// Says goodbye on those connections that are still in use.
+    pub(super) async fn close(&self) {
+        // Whoever holds the lock is connecting, and has nothing to say goodbye to.
+        let Ok(mut state) = self.state.try_lock() else { return };
+        let slots: Vec<_> = state.slots.drain(..).filter_map(|s| s.upgrade()).collect();
+        join_all(slots.iter().map(|s| close(&s.connection))).await;
+    }
+}
+
+/// A connection for one subscriber alone.
+#[derive(Debug)]
+pub(super) struct Quarantine(Arc<Slot>);
+
+impl Quarantine {
+    pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
+        self.seat()?.open().await
+    }
+
+    pub(super) async fn close(self) {
+        close(&self.0.connection).await;
+    }
+
+    fn seat(&self) -> Result<Seat, QueueError> {
+        self.0.seat().ok_or_else(|| {
+            QueueError::new(
+                "the broker allows no channel on a new connection; raise its channel_max",
+            )
+        })
+    }
+}

@@ -1,0 +1,248 @@
+//! What the queue's parts share: connections, the publisher, and what this daemon knows.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use futures_util::FutureExt as _;
+use tokio::sync::{Notify, watch};
+
+use super::{
+    connection::{Dialer, Role},
+    pool::{Lease, Pool},
+    prefetch::Sizes,
+    publisher::Publisher,
+    record::Patterns,
+    redelivery::Remembered,
+    requests::Broker,
+    topology::Topology,
+};
+use crate::{
+    clock,
+    config::AmqpConfig,
+    delivery::{Standing, Standings, SubscriberName},
+    policy::retry::Waits,
+    queue::{QueueError, Removals},
+    telemetry::{
+        metrics::Metrics,
+        outage::ReportedOutage,
+        troubles::{Harms, Troubles},
+    },
+};
+
+/// The broker counts a consumer within this time; until then another daemon's may be taken for this
+/// one's own.
+const COUNTED: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) topology: Topology,
+    pub(super) dialer: Dialer,
+    pub(super) consuming: Pool,
+    pub(super) declaring: Arc<Pool>,
+    pub(super) publisher: OnceLock<Publisher>,
+    pub(super) standings: watch::Sender<Option<Standings>>,
+    /// What this daemon has recorded of whom, until it has read that: it counts already.
+    pub(super) recorded: Mutex<HashMap<SubscriberName, Standing>>,
+    pub(super) removals: Removals,
+    /// Subscribers that the record says were removed.
+    pub(super) removed: watch::Sender<BTreeSet<SubscriberName>>,
+    /// The patterns of those for whom this was made ready last: what they want is not unbound.
+    pub(super) prepared: tokio::sync::Mutex<HashMap<SubscriberName, BTreeSet<String>>>,
+    /// The record is followed, so nobody has to read it.
+    pub(super) follows: AtomicBool,
+    /// How often this daemon consumes the queue of a subscriber now.
+    pub(super) consumers: Mutex<HashMap<SubscriberName, u32>>,
+    /// When the latest of these consumers began.
+    pub(super) consuming_since: Mutex<Option<Instant>>,
+    /// Subscribers whose queue took its connection down when it was consumed: they get one of their
+    /// own.
+    pub(super) suspects: Mutex<HashSet<SubscriberName>>,
+    /// By subscriber.
+    pub(super) remembered: Mutex<HashMap<SubscriberName, Arc<Remembered>>>,
+    /// By subscriber.
+    pub(super) sizes: Mutex<HashMap<SubscriberName, Arc<Mutex<Sizes>>>>,
+    pub(super) troubles: watch::Sender<Troubles>,
+    /// What the record says that is bound to the exchange of the events, once a daemon has read it;
+    /// of a command what it is configured with.
+    pub(super) bound: Mutex<Patterns>,
+    /// Whether the witness was there at the start.
+    pub(super) witnessed: OnceLock<bool>,
+    /// When all that should be bound was last seen to.
+    pub(super) sound: Mutex<Option<SystemTime>>,
+    /// A message found no queue, or a lane no exchange.
+    pub(super) unbound: Notify,
+    /// A settlement found no queue, and that could not be put right at once.
+    pub(super) damaged: watch::Sender<bool>,
+    /// Held by whoever puts back what is missing.
+    pub(super) mending: tokio::sync::Mutex<()>,
+}
+
+impl Shared {
+    pub(super) fn new(config: AmqpConfig, metrics: Metrics) -> Self {
+        let dialer = Dialer::new(config.url.clone(), metrics);
+        let troubles = watch::Sender::default();
+        Self {
+            consuming: Pool::new(dialer.clone(), Role::Consuming, &troubles),
+            declaring: Arc::new(Pool::new(dialer.clone(), Role::Declaring, &troubles)),
+            dialer,
+            topology: Topology::new(config),
+            publisher: OnceLock::new(),
+            standings: watch::Sender::new(None),
+            recorded: Mutex::default(),
+            removals: Removals::default(),
+            removed: watch::Sender::default(),
+            prepared: tokio::sync::Mutex::default(),
+            follows: AtomicBool::new(false),
+            consumers: Mutex::default(),
+            consuming_since: Mutex::default(),
+            suspects: Mutex::default(),
+            remembered: Mutex::default(),
+            sizes: Mutex::default(),
+            troubles,
+            bound: Mutex::default(),
+            witnessed: OnceLock::new(),
+            sound: Mutex::default(),
+            unbound: Notify::new(),
+            damaged: watch::Sender::new(false),
+            mending: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// For requests that the broker may refuse.
+    pub(super) fn broker(&self) -> Broker<'_> {
+        Broker::new(&self.declaring)
+    }
+
+    /// Connects by itself when it is first asked for.
+    pub(super) fn publisher(&self) -> &Publisher {
+        self.publisher.get_or_init(|| self.new_publisher(Role::Publishing))
+    }
+
+    pub(super) fn new_publisher(&self, role: Role) -> Publisher {
+        Publisher::start(
+            self.topology.clone(),
+            self.dialer.clone(),
+            self.declaring.clone(),
+            role,
+            &self.troubles,
+        )
+    }
+
+    pub(super) fn outage(&self, what: impl Into<String>) -> ReportedOutage {
+        ReportedOutage::new(what, Harms::Queue, &self.troubles)
+    }
+
+    pub(super) fn bound(&self) -> MutexGuard<'_, Patterns> {
+        self.bound.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is a daemon, which follows the record.
+    pub(super) fn follows(&self) -> bool {
+        self.follows.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn recorded(&self) -> MutexGuard<'_, HashMap<SubscriberName, Standing>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A consumer is about to begin, or to begin again.
+    pub(super) fn begins_to_consume(&self) {
+        *self.consuming_since.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(clock::instant());
+    }
+
+    /// Whether the broker has counted all of this daemon's consumers by now.
+    pub(super) fn consumers_are_counted(&self) -> bool {
+        let since = *self.consuming_since.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_none_or(|since| clock::instant() - since >= COUNTED)
+    }
+
+    pub(super) fn consumers(&self) -> MutexGuard<'_, HashMap<SubscriberName, u32>> {
+        self.consumers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What its lost sessions have left.
+    pub(super) fn remembered(&self, subscriber: &SubscriberName) -> Arc<Remembered> {
+        let mut all = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = clock::instant();
+        all.retain(|_, left| Arc::strong_count(left) > 1 || !left.is_empty(now));
+        all.entry(subscriber.clone()).or_default().clone()
+    }
+
+    /// What is known of the sizes of its messages.
+    pub(super) fn sizes(&self, subscriber: &SubscriberName) -> Arc<Mutex<Sizes>> {
+        self.sizes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(subscriber.clone())
+            .or_default()
+            .clone()
+    }
+
+    /// How often it does now.
+    pub(super) fn consumers_of(&self, subscriber: &str) -> u32 {
+        self.consumers().get(subscriber).copied().unwrap_or(0)
+    }
+
+    /// Two channels for a subscriber's two queues.
+    pub(super) async fn leases(&self, suspect: bool) -> Result<[Lease; 2], QueueError> {
+        if suspect {
+            let own = self.consuming.quarantine().await?;
+            return Ok([own.lease().await?, own.lease().await?]);
+        }
+        Ok([self.consuming.lease().await?, self.consuming.lease().await?])
+    }
+
+    /// Until the guard is dropped, this daemon consumes the queue of a subscriber.
+    pub(super) fn consumes(self: &Arc<Self>, subscriber: &SubscriberName) -> Consumes {
+        *self.consumers().entry(subscriber.clone()).or_default() += 1;
+        self.begins_to_consume();
+        Consumes { shared: self.clone(), subscriber: subscriber.clone() }
+    }
+}
+
+/// Counts as a consumer of a subscriber's queue.
+#[derive(Debug)]
+pub(super) struct Consumes {
+    pub(super) shared: Arc<Shared>,
+    subscriber: SubscriberName,
+}
+
+impl Consumes {
+    /// Another consumer takes the place of the one before.
+    pub(super) fn begin_again(&self) {
+        self.shared.begins_to_consume();
+    }
+}
+
+impl Drop for Consumes {
+    fn drop(&mut self) {
+        let mut consumers = self.shared.consumers();
+        if let Some(n) = consumers.get_mut(&self.subscriber) {
+            *n -= 1;
+            if *n == 0 {
+                consumers.remove(&self.subscriber);
+            }
+        }
+    }
+}
+
+pub(super) async fn stopped(mut stopping: watch::Receiver<bool>) {
+    stopping.wait_for(|stops| *stops).await.ok();
+}
+
+/// Runs a background task, and restarts it after a panic.
+pub(super) async fn supervised<F: Future<Output = ()>>(what: &str, task: impl Fn() -> F) {
+    let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
+    while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
+        tracing::error!("{what} panicked and restarts");
+        tokio::time::sleep(waits.grow()).await;
+    }
+}

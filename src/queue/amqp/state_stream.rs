@@ -1,0 +1,200 @@
+//! Reads and writes the state stream once, as commands do; a daemon follows it (`follow`).
+
+use std::{collections::BTreeSet, time::Duration};
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use lapin::{BasicProperties, Consumer, message::Delivery, options::BasicAckOptions};
+use tokio::time::timeout;
+
+use super::{
+    broker_error::{BrokerError, RPC_TIMEOUT, answer},
+    message::Message,
+    pool::{Lease, Pool},
+    publisher::{Fate, Publisher},
+    record::{OWNER_REPLY_TIMEOUT, Patterns, Record, Recorded, now},
+    requests::Broker,
+    shared::Shared,
+    snapshot::{self, Opened},
+    topology::Topology,
+};
+use crate::{
+    clock,
+    delivery::{Standing, SubscriberName},
+    failpoint::{Step, reached},
+    queue::QueueError,
+};
+
+/// Records are acked in groups: an ack for each makes a long record five times as slow to read.
+pub(super) const ACK_EVERY: u64 = 200;
+
+/// The stream counts as read to its end after this long without a record.
+pub(super) const STREAM_IDLE: Duration = Duration::from_secs(5);
+
+/// Records that a subscriber is paused or resumed; returns when that is confirmed.
+pub(super) async fn record(
+    topology: &Topology,
+    publisher: &Publisher,
+    subscriber: &SubscriberName,
+    standing: &Standing,
+) -> Result<(), QueueError> {
+    write(topology, publisher, &Record::of(subscriber, standing)).await
+}
+
+/// Records that a removed subscriber's queues are no more.
+pub(super) async fn forget(
+    topology: &Topology,
+    publisher: &Publisher,
+    subscriber: &SubscriberName,
+) -> Result<(), QueueError> {
+    let pruned =
+        Record::Removed { subscriber: subscriber.clone(), removed: true, pruned: true, at: now() };
+    write(topology, publisher, &pruned).await
+}
+
+/// Reads the stream for who was removed and not pruned; for commands, which do not follow it.
+pub(super) async fn removed(shared: &Shared) -> Result<BTreeSet<SubscriberName>, QueueError> {
+    Ok(read(shared).await?.removed)
+}
+
+/// Reads the stream for who is bound; for commands, which do not follow it.
+pub(super) async fn all_bound(shared: &Shared) -> Result<BTreeSet<SubscriberName>, QueueError> {
+    Ok(read(shared).await?.bindings.into_keys().collect())
+}
+
+/// What daemons that follow the record say of themselves.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// All subscribers that the record tells of.
+    pub(super) known: BTreeSet<SubscriberName>,
+    /// One for which a daemon works now.
+    pub(super) works: Option<SubscriberName>,
+}
+
+/// Asks every daemon whether it works for one of those that are bound, and waits a little for an
+/// answer.
+pub(super) async fn who_works(shared: &Shared) -> Result<Asked, QueueError> {
+    let topology = &shared.topology;
+    if Broker::new(&shared.declaring).depth(&topology.state()).await?.is_none() {
+        return Ok(Asked::default());
+    }
+    let mut opened = snapshot::open(&shared.declaring, topology).await?;
+    read_to_end(shared, &mut opened).await?;
+    let Opened { lease, mut records, recorded, .. } = opened;
+    for name in recorded.bindings.keys() {
+        write(topology, shared.publisher(), &Record::Asked { asked: name.clone() }).await?;
+    }
+    let answered = async {
+        while let Ok(delivery) = next_record(topology, &lease, &mut records).await {
+            if let Ok(Record::Bound { subscriber, .. }) = serde_json::from_slice(&delivery.data) {
+                return Some(subscriber);
+            }
+        }
+        None
+    };
+    let works = timeout(2 * OWNER_REPLY_TIMEOUT, answered).await.ok().flatten();
+    let mut known: BTreeSet<SubscriberName> = recorded.bindings.into_keys().collect();
+    known.extend(recorded.removed);
+    known.extend(recorded.standings.keys().cloned());
+    Ok(Asked { known, works })
+}
+
+/// Reads the stream for what is bound to the exchange of the events; for commands, which do not
+/// follow it.
+pub(super) async fn bound(shared: &Shared) -> Result<Patterns, QueueError> {
+    Ok(read(shared).await?.bound_to(&shared.topology.events()))
+}
+
+async fn read(shared: &Shared) -> Result<Recorded, QueueError> {
+    let topology = &shared.topology;
+    if Broker::new(&shared.declaring).depth(&topology.state()).await?.is_none() {
+        return Ok(Recorded::default());
+    }
+    let mut opened = snapshot::open(&shared.declaring, topology).await?;
+    read_to_end(shared, &mut opened).await?;
+    Ok(opened.recorded)
+}
+
+async fn next_record(
+    topology: &Topology,
+    lease: &Lease,
+    records: &mut Consumer,
+) -> Result<Delivery, QueueError> {
+    let delivery = match timeout(RPC_TIMEOUT, records.next()).await.ok().flatten() {
+        Some(Ok(delivery)) => delivery,
+        Some(Err(e)) => return Err(error(topology, &BrokerError::from(e))),
+        None => return Err(error(topology, "the broker sent no more records before the last one")),
+    };
+    ack(lease, delivery.delivery_tag, false).await.map_err(|why| error(topology, &why))?;
+    Ok(delivery)
+}
+
+/// Acks a record and those before it, if that is due, and returns whether it was.
+pub(super) async fn ack(lease: &Lease, tag: u64, at_once: bool) -> Result<bool, BrokerError> {
+    let due = at_once || tag.is_multiple_of(ACK_EVERY);
+    if due {
+        answer(lease.channel.basic_ack(tag, BasicAckOptions { multiple: true })).await?;
+    }
+    Ok(due)
+}
+
+async fn read_to_end(shared: &Shared, opened: &mut Opened) -> Result<(), QueueError> {
+    let topology = &shared.topology;
+    let mark = clock::batch_id();
+    write(topology, shared.publisher(), &Record::Mark { mark: mark.clone() }).await?;
+    loop {
+        let delivery = next_record(topology, &opened.lease, &mut opened.records).await?;
+        match serde_json::from_slice::<Record>(&delivery.data) {
+            Ok(Record::Mark { mark: found }) if found == mark => return Ok(()),
+            Ok(record) => drop(opened.recorded.apply(record, &topology.events())),
+            // One of a later version, which says something else.
+            Err(_) => {}
+        }
+    }
+}
+
+pub(super) fn error(topology: &Topology, why: &(impl std::fmt::Display + ?Sized)) -> QueueError {
+    QueueError::new(format!("stream `{}`: {why}", topology.state()))
+}
+
+pub(super) async fn write(
+    topology: &Topology,
+    publisher: &Publisher,
+    record: &Record,
+) -> Result<(), QueueError> {
+    let body = serde_json::to_vec(record).map_err(|e| error(topology, &e))?;
+    let properties = BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_content_type("application/json".into());
+    let message = Message::to_queue(topology.state(), Bytes::from(body), properties);
+    publisher.ready().await?;
+    match publisher.publish(vec![message]).await?[..] {
+        [Fate::Stored] => {
+            reached(Step::Recorded);
+            Ok(())
+        }
+        _ => Err(error(topology, "the broker did not take a record")),
+    }
+}
+
+/// All subscribers whose bindings are recorded, or were since the newest snapshot, for an
+/// inspection that writes nothing: it reads the record up to `records`, or until no more come.
+pub(super) async fn ever_bound(
+    topology: &Topology,
+    pool: &Pool,
+    records: u32,
+) -> Result<BTreeSet<SubscriberName>, QueueError> {
+    let Opened { lease, records: mut consumer, recorded, passed } =
+        snapshot::open(pool, topology).await?;
+    let mut found: BTreeSet<SubscriberName> =
+        recorded.bindings.into_keys().chain(recorded.removed).collect();
+    for _ in passed..u64::from(records) {
+        let Ok(Some(next)) = timeout(STREAM_IDLE, consumer.next()).await else { break };
+        let delivery = next.map_err(|e| error(topology, &BrokerError::from(e)))?;
+        ack(&lease, delivery.delivery_tag, false).await.map_err(|why| error(topology, &why))?;
+        if let Ok(Record::Bound { subscriber, .. }) = serde_json::from_slice(&delivery.data) {
+            found.insert(subscriber);
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,86 @@
+//! Queues that cannot be consumed, and how that is tried.
+
+use std::time::Duration;
+
+use lapin::{
+    options::{BasicConsumeOptions, BasicQosOptions},
+    types::FieldTable,
+};
+
+use super::{
+    broker_error::{BrokerError, INTERNAL_ERROR, answer},
+    pool::Lease,
+    shared::Shared,
+};
+use crate::{policy::retry::Waits, queue::QueueError};
+
+/// A queue that cannot be consumed.
+#[derive(Debug)]
+pub(super) struct Unusable {
+    pub(super) queue: String,
+    pub(super) why: BrokerError,
+}
+
+impl Unusable {
+    /// The broker has lost the use of the queue. It closes the whole connection of who consumes it,
+    /// at once or after a minute without an answer.
+    pub(super) fn is_broken(&self) -> bool {
+        self.why.silent || self.why.code == Some(INTERNAL_ERROR)
+    }
+
+    pub(super) fn into_error(self, subscriber: &str) -> QueueError {
+        let remedy = if self.is_broken() {
+            format!(
+                "; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` declares it anew"
+            )
+        } else {
+            String::new()
+        };
+        QueueError::new(format!("queue `{}` cannot be consumed: {}{remedy}", self.queue, self.why))
+    }
+}
+
+/// Whether a queue can be consumed; takes nothing out of it.
+pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusable> {
+    let consume = async {
+        lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
+        // Held until the channel is closed: dropped before, it is cancelled, and a channel that
+        // closes takes that for an error.
+        let _consumer = lease
+            .channel
+            .basic_consume(
+                queue.into(),
+                "".into(),
+                BasicConsumeOptions::default(),
+                FieldTable::default(),
+            )
+            .await?;
+        lease.channel.close(200, "tried".into()).await
+    };
+    answer(consume).await.map_err(|why| Unusable { queue: queue.to_owned(), why })
+}
+
+/// Whether a queue can be consumed, tried on a connection of its own. Broken is what is broken
+/// more than once: a queue whose process is just being restarted is not.
+pub(super) async fn usable(
+    shared: &Shared,
+    queue: &str,
+) -> Result<Result<(), Unusable>, QueueError> {
+    let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(1));
+    let mut tries = 2;
+    loop {
+        tries -= 1;
+        match try_once(shared, queue).await? {
+            Err(e) if e.is_broken() && tries > 0 => tokio::time::sleep(waits.grow()).await,
+            tried => return Ok(tried),
+        }
+    }
+}
+
+pub(super) async fn try_once(
+    shared: &Shared,
+    queue: &str,
+) -> Result<Result<(), Unusable>, QueueError> {
+    let lease = shared.consuming.quarantine().await?.lease().await?;
+    Ok(try_consume(&lease, queue).await)
+}

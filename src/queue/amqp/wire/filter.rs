@@ -1,0 +1,532 @@
+//! Makes of every message one that lapin can take.
+
+use std::sync::{Arc, OnceLock};
+
+use lapin::types::FieldTable;
+
+/// Deeper tables and arrays are shown to lapin as byte arrays.
+const MAX_DEPTH: u32 = 32;
+
+/// Bytes asked of the socket at once.
+const READ: usize = 64 * 1024;
+
+/// What the broker said first: the method `connection.start`, which lapin reads and does not hand
+/// out.
+#[derive(Debug, Clone, Default)]
+pub(in crate::queue::amqp) struct Greeting(Arc<OnceLock<Vec<u8>>>);
+
+impl Greeting {
+    /// Such as product and version.
+    pub(in crate::queue::amqp) fn server_properties(&self) -> Option<FieldTable> {
+        let arguments = self.0.get()?.get(4..)?; // behind class and method
+        lapin::protocol::connection::parse_start(arguments)
+            .ok()
+            .map(|(_, start)| start.server_properties)
+    }
+
+    fn heard(&self, payload: &[u8]) {
+        if payload.starts_with(&[0, 10, 0, 10]) {
+            self.0.set(payload.to_vec()).ok(); // it is said once
+        }
+    }
+}
+
+/// Incoming bytes: given away up to `given`, looked through up to `clean`, there up to `there`.
+pub(in crate::queue::amqp) struct Filter {
+    /// The longest frame that lapin takes.
+    frame_max: usize,
+    bytes: Vec<u8>,
+    given: usize,
+    clean: usize,
+    there: usize,
+    /// Bytes to come that need no look: the rest of a body.
+    skip: usize,
+    greeting: Greeting,
+}
+
+/// Longer frames are not waited for: lapin refuses them.
+const MAX_LOOK: usize = 1 << 20;
+
+/// Of a frame: its type, channel and length before the payload, and the end mark behind it.
+pub(in crate::queue::amqp) const FRAME_HEADER: usize = 7;
+pub(in crate::queue::amqp) const FRAME_END: usize = 1;
+
+impl Filter {
+    /// Keeps what the broker says first.
+    pub(super) fn hearing(self, greeting: Greeting) -> Self {
+        Self { greeting, ..self }
+    }
+
+    pub(in crate::queue::amqp) fn new(frame_max: usize) -> Self {
+        Self {
+            frame_max,
+            bytes: Vec::new(),
+            given: 0,
+            clean: 0,
+            there: 0,
+            skip: 0,
+            greeting: Greeting::default(),
+        }
+    }
+
+    /// Hands out what has been looked through.
+    pub(in crate::queue::amqp) fn give(&mut self, out: &mut [u8]) -> usize {
+        let n = out.len().min(self.clean - self.given);
+        out[..n].copy_from_slice(&self.bytes[self.given..self.given + n]);
+        self.given += n;
+        n
+    }
+
+    /// Where the next bytes go; only when everything clean was given away.
+    pub(in crate::queue::amqp) fn room(&mut self) -> &mut [u8] {
+        self.bytes.copy_within(self.clean..self.there, 0);
+        self.there -= self.clean;
+        (self.given, self.clean) = (0, 0);
+        if self.bytes.len() < self.there + READ {
+            self.bytes.resize(self.there + READ, 0);
+        }
+        &mut self.bytes[self.there..]
+    }
+
+    pub(in crate::queue::amqp) fn filled(&mut self, n: usize) {
+        self.there += n;
+        loop {
+            let skipped = self.skip.min(self.there - self.clean);
+            self.skip -= skipped;
+            self.clean += skipped;
+            let rest = &mut self.bytes[self.clean..self.there];
+            let [kind, _, _, a, b, c, d, ..] = *rest else { return };
+            let payload = u32::from_be_bytes([a, b, c, d]) as usize;
+            let frame = payload + FRAME_HEADER + FRAME_END;
+            match kind {
+                1 | 2 if frame > MAX_LOOK => self.skip = frame,
+                1 | 2 if rest.len() < frame => return,
+                1 => {
+                    if let Some(agreed) = method(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]) {
+                        self.frame_max = self.frame_max.min(agreed);
+                    }
+                    self.greeting.heard(&rest[FRAME_HEADER..FRAME_HEADER + payload]);
+                    self.clean += frame;
+                }
+                2 => {
+                    content_header(&mut rest[FRAME_HEADER..FRAME_HEADER + payload]);
+                    let left = if frame > self.frame_max {
+                        without_headers(&mut rest[..frame])
+                    } else {
+                        frame
+                    };
+                    self.bytes.copy_within(self.clean + frame..self.there, self.clean + left);
+                    self.there -= frame - left;
+                    self.clean += left;
+                }
+                3 | 8 => self.skip = frame,  // body, heartbeat
+                _ => self.skip = usize::MAX, // not AMQP 0-9-1 after all: for lapin to say
+            }
+        }
+    }
+
+    /// Nothing more comes: what is held back is a broken frame, and lapin may have it.
+    pub(in crate::queue::amqp) fn end(&mut self) {
+        self.clean = self.there;
+    }
+}
+
+/// The methods that carry a short string of somebody else's: a name or key of a producer's, or a
+/// text of the broker's, which cuts it at 255 bytes and not at a character. Returns the broker's
+/// longest frame when it says that.
+fn method(payload: &mut [u8]) -> Option<usize> {
+    let mut at = Cursor(payload);
+    let (class, method) = (at.u16()?, at.u16()?);
+    let (fixed, strings) = match (class, method) {
+        (10, 50) | (20, 40) => (2, 1), // close of the connection, of a channel: code; text
+        (10, 60) => (0, 1),            // blocked: reason
+        (10, 10) => {
+            // start: version; table of whatever answers at the broker's address
+            at.take(2)?;
+            at.table(0);
+            return None;
+        }
+        (10, 30) => {
+            // tune: channels, longest frame (0: any), heartbeat
+            at.u16()?;
+            let max = u32::from_be_bytes(at.take(4)?.try_into().ok()?);
+            return (max > 0).then_some(max as usize);
+        }
+        (60, 50) => (2, 3), // return: code; text, exchange, key
+        (60, 60) => {
+            // deliver: the consumer's tag; number, redelivered; exchange, key
+            at.short_string();
+            (9, 2)
+        }
+        (60, 71) => (9, 2), // get-ok: number, redelivered; exchange, key
+        _ => return None,
+    };
+    at.take(fixed)?;
+    for _ in 0..strings {
+        at.short_string()?;
+    }
+    None
+}
+
+/// Takes the table of headers out of a frame that is too long for lapin, as RabbitMQ makes it when
+/// it adds headers of its own to a message that had the longest there may be; returns the frame's
+/// new length.
+fn without_headers(frame: &mut [u8]) -> usize {
+    let length = frame.len();
+    let mut at = Cursor(&mut frame[FRAME_HEADER..length - FRAME_END]);
+    let found = (|| {
+        at.take(12)?;
+        let flags = at.u16()?;
+        // Content type and encoding stand before it.
+        for bit in [1 << 15, 1 << 14] {
+            if flags & bit != 0 {
+                at.short_string()?;
+            }
+        }
+        let table = at.0.len();
+        at.long()?;
+        (flags & HEADERS != 0).then_some((flags & !HEADERS, table, at.0.len()))
+    })();
+    let Some((flags, before, after)) = found else { return length };
+    let end = length - FRAME_END;
+    frame.copy_within(end - after.., end - before);
+    let left = length - (before - after);
+    frame[FRAME_HEADER + 12..FRAME_HEADER + 14].copy_from_slice(&flags.to_be_bytes());
+    let payload = u32::try_from(left - FRAME_HEADER - FRAME_END).unwrap_or(0);
+    frame[3..7].copy_from_slice(&payload.to_be_bytes());
+    left
+}
+
+/// The flag of the property `headers`.
+const HEADERS: u16 = 1 << 13;
+
+fn content_header(payload: &mut [u8]) {
+    let mut at = Cursor(payload);
+    at.take(12); // class, weight, body size
+    let Some(flags) = at.u16() else { return };
+    // In the order of the flags, from the highest bit.
+    for (n, property) in "sstbbsssslssss".chars().enumerate() {
+        if flags & (1 << (15 - n)) == 0 {
+            continue;
+        }
+        match property {
+            's' => drop(at.short_string()),
+            'b' => drop(at.take(1)),
+            'l' => drop(at.take(8)),
+            _ => drop(at.table(0)),
+        }
+    }
+}
+
+/// Reads on; `None` when the bytes are no AMQP, which is for lapin to say.
+struct Cursor<'a>(&'a mut [u8]);
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, n: usize) -> Option<&'a mut [u8]> {
+        let (taken, rest) = std::mem::take(&mut self.0).split_at_mut_checked(n)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        Some(u16::from_be_bytes(self.take(2)?.try_into().ok()?))
+    }
+
+    fn long(&mut self) -> Option<&'a mut [u8]> {
+        let n = u32::from_be_bytes(self.take(4)?.try_into().ok()?);
+        self.take(n as usize)
+    }
+
+    fn short_string(&mut self) -> Option<()> {
+        let n = self.take(1)?[0];
+        let mut rest = self.take(n.into())?;
+        while let Err(e) = std::str::from_utf8(rest) {
+            let bad = e.valid_up_to()..e.error_len().map_or(rest.len(), |n| e.valid_up_to() + n);
+            rest[bad.clone()].fill(b'?');
+            rest = &mut rest[bad.end..];
+        }
+        Some(())
+    }
+
+    fn table(&mut self, depth: u32) -> Option<()> {
+        let mut entries = Cursor(self.long()?);
+        while !entries.0.is_empty() {
+            entries.short_string()?;
+            entries.value(depth)?;
+        }
+        Some(())
+    }
+
+    fn array(&mut self, depth: u32) -> Option<()> {
+        let mut values = Cursor(self.long()?);
+        while !values.0.is_empty() {
+            values.value(depth)?;
+        }
+        Some(())
+    }
+
+    fn value(&mut self, depth: u32) -> Option<()> {
+        let kind = self.take(1)?;
+        match kind[0] {
+            b'F' | b'A' if depth == MAX_DEPTH => {
+                kind[0] = b'x';
+                self.long().map(drop)
+            }
+            b'F' => self.table(depth + 1),
+            b'A' => self.array(depth + 1),
+            b'S' | b'x' => self.long().map(drop),
+            fixed => {
+                let size = match fixed {
+                    b'V' => 0,
+                    b't' | b'b' | b'B' => 1,
+                    b's' | b'U' | b'u' => 2,
+                    b'I' | b'i' | b'f' => 4,
+                    b'D' => 5,
+                    b'L' | b'l' | b'd' | b'T' => 8,
+                    _ => return None,
+                };
+                self.take(size).map(drop)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::amqp::fuzzing::through as limited;
+    use lapin::{protocol::basic, types::AMQPValue};
+    use proptest::prelude::*;
+
+    fn short(text: &[u8]) -> Vec<u8> {
+        [&[u8::try_from(text.len()).expect("short")], text].concat()
+    }
+
+    fn long(bytes: &[u8]) -> Vec<u8> {
+        [&u32::try_from(bytes.len()).expect("long").to_be_bytes(), bytes].concat()
+    }
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        [&[kind, 0, 1][..], &long(payload), &[0xce]].concat()
+    }
+
+    fn header_frame(properties: &[u8]) -> Vec<u8> {
+        frame(2, &[&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5], properties].concat())
+    }
+
+    fn parsed(frame: &[u8]) -> lapin::BasicProperties {
+        let properties = &frame[FRAME_HEADER + 12..frame.len() - FRAME_END];
+        let (rest, properties) = basic::parse_properties(properties).expect("lapin reads them");
+        assert!(rest.is_empty());
+        properties
+    }
+
+    /// What comes out when the bytes come in pieces of these sizes.
+    fn through(bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
+        limited(usize::MAX, bytes, pieces, out)
+    }
+
+    fn nested(depth: usize, kinds: &[u8]) -> Vec<u8> {
+        let mut value = b"V".to_vec();
+        for n in 0..depth {
+            let kind = kinds[n % kinds.len()];
+            let inner = if kind == b'F' { [short(b"k"), value].concat() } else { value };
+            value = [vec![kind], long(&inner)].concat();
+        }
+        value
+    }
+
+    #[test]
+    fn a_table_that_is_too_deep_becomes_a_byte_array() {
+        for (kinds, deep) in [(&b"F"[..], 9_000), (b"A", 9_000), (b"FA", 9_000), (b"F", 33)] {
+            let table =
+                [short(b"deep"), nested(deep, kinds), short(b"after"), b"t\x01".to_vec()].concat();
+            let frame = header_frame(&[vec![0x20, 0], long(&table)].concat());
+            let headers = parsed(&through(&frame, &[1000], 64)).headers().clone().expect("headers");
+            assert_eq!(headers.inner().get("after"), Some(&AMQPValue::Boolean(true)));
+            let mut levels = 0;
+            let mut value = headers.inner()["deep"].clone();
+            loop {
+                value = match value {
+                    AMQPValue::FieldTable(t) => t.inner()["k"].clone(),
+                    AMQPValue::FieldArray(a) => a.as_slice()[0].clone(),
+                    AMQPValue::ByteArray(_) => break,
+                    other => panic!("{other:?}"),
+                };
+                levels += 1;
+            }
+            assert_eq!(levels, MAX_DEPTH);
+        }
+        let shallow = header_frame(
+            &[vec![0x20, 0], long(&[short(b"k"), nested(32, b"FA")].concat())].concat(),
+        );
+        assert_eq!(through(&shallow, &[7], 64), shallow);
+    }
+
+    #[test]
+    fn a_greeting_that_is_too_deep_does_not_end_the_process() {
+        let table =
+            [short(b"deep"), nested(9_000, b"F"), short(b"product"), b"S".to_vec(), long(b"R")]
+                .concat();
+        let start = frame(
+            1,
+            &[&[0, 10, 0, 10, 0, 9][..], &long(&table), &long(b"PLAIN"), &long(b"en_US")].concat(),
+        );
+        let mut filter = Filter::new(usize::MAX);
+        filter.room()[..start.len()].copy_from_slice(&start);
+        filter.filled(start.len());
+        let properties = filter.greeting.server_properties().expect("lapin reads them");
+        assert_eq!(properties.inner().get("product"), Some(&AMQPValue::LongString("R".into())));
+    }
+
+    #[test]
+    fn a_header_frame_that_lapin_would_refuse_loses_its_headers_and_nothing_else() {
+        let tune = |max: u32| {
+            frame(1, &[&[0, 10, 0, 30, 0, 9][..], &max.to_be_bytes(), &[0, 10]].concat())
+        };
+        for pad in [0, 150, 151, 400] {
+            let table = long(&[short(b"pad"), b"S".to_vec(), long(&vec![b'x'; pad])].concat());
+            let header =
+                header_frame(&[vec![0xa0, 0x80], short(b"a/b"), table, short(b"the id")].concat());
+            let stream = [tune(200), header.clone(), frame(3, b"body"), header.clone()].concat();
+            let found = limited(4096, &stream, &[7], 64);
+            let at = tune(200).len();
+            let length = if header.len() > 200 {
+                header_frame(&[vec![0x80, 0x80], short(b"a/b"), short(b"the id")].concat()).len()
+            } else {
+                header.len()
+            };
+            let first = &found[at..at + length];
+            let properties = parsed(first);
+            assert_eq!(
+                (
+                    properties.content_type().as_ref().map(|t| t.as_str()),
+                    properties.message_id().as_ref().map(|t| t.as_str())
+                ),
+                (Some("a/b"), Some("the id"))
+            );
+            assert_eq!(properties.headers().is_some(), header.len() <= 200, "{}", header.len());
+            assert_eq!(found[at + length..], [&frame(3, b"body")[..], first].concat());
+        }
+    }
+
+    #[test]
+    fn the_strings_of_methods_are_made_utf_8() {
+        for (ids, fixed_1, strings_1, fixed_2, strings_2) in [
+            ([60, 60], 0, 1, 9, 2),
+            ([60, 71], 9, 2, 4, 0),
+            ([60, 50], 2, 3, 0, 0),
+            ([20, 40], 2, 1, 4, 0),
+            ([10, 50], 2, 1, 4, 0),
+            ([10, 60], 0, 1, 0, 0),
+        ] {
+            let build = |text: &[u8]| {
+                let strings = |n| short(text).repeat(n);
+                let ids = [0, ids[0], 0, ids[1]];
+                frame(
+                    1,
+                    &[
+                        ids.to_vec(),
+                        vec![0xff; fixed_1],
+                        strings(strings_1),
+                        vec![0xff; fixed_2],
+                        strings(strings_2),
+                    ]
+                    .concat(),
+                )
+            };
+            assert_eq!(through(&build(b"a\xffb\xe2\x82"), &[5], 64), build(b"a?b??"), "{ids:?}");
+            assert_eq!(
+                through(&build("é€".as_bytes()), &[5], 64),
+                build("é€".as_bytes()),
+                "{ids:?}"
+            );
+        }
+    }
+
+    fn value() -> impl Strategy<Value = Vec<u8>> {
+        let bytes = prop::collection::vec(any::<u8>(), 0..20);
+        let fixed = prop::sample::select(vec![
+            (b't', 1),
+            (b'b', 1),
+            (b'B', 1),
+            (b's', 2),
+            (b'u', 2),
+            (b'I', 4),
+            (b'f', 4),
+            (b'D', 5),
+            (b'l', 8),
+            (b'd', 8),
+            (b'T', 8),
+            (b'V', 0),
+        ]);
+        let leaf = prop_oneof![
+            (fixed, prop::collection::vec(any::<u8>(), 8)).prop_map(|((kind, n), bytes)| [
+                &[kind],
+                &bytes[..n]
+            ]
+            .concat()),
+            (prop::sample::select(vec![b'S', b'x']), bytes).prop_map(|(kind, bytes)| [
+                vec![kind],
+                long(&bytes)
+            ]
+            .concat()),
+        ];
+        leaf.prop_recursive(40, 60, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(|values| [
+                    b"A".to_vec(),
+                    long(&values.concat())
+                ]
+                .concat()),
+                prop::collection::vec((prop::collection::vec(any::<u8>(), 0..9), inner), 0..4)
+                    .prop_map(|entries| {
+                        let entries: Vec<u8> = entries
+                            .into_iter()
+                            .flat_map(|(k, v)| [short(&k), v].concat())
+                            .collect();
+                        [b"F".to_vec(), long(&entries)].concat()
+                    }),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn lapin_reads_whatever_a_producer_may_send(
+            flags in any::<u16>(),
+            texts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..30), 14),
+            entries in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..9), value()), 0..5),
+            pieces in prop::collection::vec(1_usize..50, 1..9),
+            body in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut properties = flags.to_be_bytes().to_vec();
+            for (n, kind) in "sstbbsssslssss".chars().enumerate().filter(|(n, _)| flags & (1 << (15 - n)) != 0) {
+                properties.extend(match kind {
+                    's' => short(&texts[n]),
+                    'b' => vec![7],
+                    'l' => vec![0xff; 8],
+                    _ => long(&entries.iter().flat_map(|(k, v)| [short(k), v.clone()].concat()).collect::<Vec<_>>()),
+                });
+            }
+            let header = header_frame(&properties);
+            let stream = [&frame(3, &body)[..], &header, &frame(8, b""), &frame(3, &body), &header].concat();
+            let found = through(&stream, &pieces, 33);
+            prop_assert_eq!(found.len(), stream.len());
+            let at = frame(3, &body).len();
+            parsed(&found[at..at + header.len()]);
+            prop_assert_eq!(&found[..at], &stream[..at]);
+            prop_assert_eq!(&found[found.len() - header.len()..], &found[at..at + header.len()]);
+        }
+
+        #[test]
+        fn bytes_that_are_no_amqp_neither_panic_nor_get_lost(
+            bytes in prop::collection::vec(any::<u8>(), 0..600),
+            kind in 1_u8..9,
+            pieces in prop::collection::vec(1_usize..50, 1..9),
+        ) {
+            let stream = [frame(kind, &bytes), bytes].concat();
+            prop_assert_eq!(through(&stream, &pieces, 33).len(), stream.len());
+        }
+    }
+}
