@@ -88,7 +88,7 @@ struct Reading {
 enum Next {
     /// The mark was written, or not.
     Mark(Result<(), QueueError>),
-    Record(Option<lapin::Result<Delivery>>),
+    Record(Option<Box<lapin::Result<Delivery>>>),
     Configured,
     Upkeep,
     Check,
@@ -142,7 +142,7 @@ impl<'a> Follower<'a> {
             };
             let next = tokio::select! {
                 wrote = &mut marking, if !reading.is_marked => Next::Mark(wrote),
-                next = records.next() => Next::Record(next),
+                next = records.next() => Next::Record(next.map(Box::new)),
                 Ok(()) = self.configured.changed(), if up_to_date => Next::Configured,
                 () = self.upkeep.due(), if up_to_date => Next::Upkeep,
                 () = check_due, if up_to_date => Next::Check,
