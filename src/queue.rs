@@ -209,12 +209,35 @@ pub const MAX_TRACEPARENT: usize = 256;
 /// How many events are best published in one call: they become durable together.
 pub const MAX_GROUP: usize = 1000;
 
-/// What became of published events.
+/// What the queue says of a published event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Published {
     Stored,
-    /// No pattern matches its type, so nobody gets it.
+    /// No queue is bound for its type.
     Unmatched,
+    Refused,
+}
+
+impl Published {
+    /// What became of the event; `is_wanted`: a pattern of the configuration matches its type.
+    pub const fn arrival(self, is_wanted: bool) -> Arrival {
+        match self {
+            Self::Refused => Arrival::Refused,
+            Self::Unmatched if is_wanted => Arrival::Unbound,
+            Self::Stored if is_wanted => Arrival::Stored,
+            Self::Stored | Self::Unmatched => Arrival::Unmatched,
+        }
+    }
+}
+
+/// What became of a published event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    Stored,
+    /// Published, and no subscriber wants it.
+    Unmatched,
+    /// A subscriber wants it and did not get it: the broker has lost a binding, or has none yet.
+    Unbound,
     Refused,
 }
 
@@ -476,3 +499,22 @@ impl std::error::Error for QueueError {}
 
 #[cfg(test)]
 pub(crate) mod fake;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_published_event_that_is_wanted_and_reached_no_queue_is_unbound() {
+        for (published, is_wanted, arrival) in [
+            (Published::Stored, true, Arrival::Stored),
+            (Published::Stored, false, Arrival::Unmatched),
+            (Published::Unmatched, true, Arrival::Unbound),
+            (Published::Unmatched, false, Arrival::Unmatched),
+            (Published::Refused, true, Arrival::Refused),
+            (Published::Refused, false, Arrival::Refused),
+        ] {
+            assert_eq!(published.arrival(is_wanted), arrival, "{published:?} {is_wanted}");
+        }
+    }
+}

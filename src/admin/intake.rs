@@ -39,7 +39,7 @@ use crate::{
         inflate::{Broken, gunzip},
     },
     failpoint::{Step, reached},
-    queue::{MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
+    queue::{Arrival, MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
     supervisor::fleet::Phase,
     telemetry::metrics::Metrics,
     wording::{agreed, counted},
@@ -200,9 +200,9 @@ impl<Q: Queue> Intake<Q> {
             // Asked before the configuration is, which is in use by the time that this is no more
             // so.
             let others_may_be_bound = self.queue.removals().others_may_be_bound();
-            let matched: Vec<bool> = group.iter().map(|e| self.matches(&e.event_type)).collect();
-            let fates = match self.queue.publish(group).await {
-                Ok(fates) => fates,
+            let wanted: Vec<bool> = group.iter().map(|e| self.wants(&e.event_type)).collect();
+            let published = match self.queue.publish(group).await {
+                Ok(published) => published,
                 Err(e) => {
                     if !self.failing.swap(true, Ordering::Relaxed) {
                         tracing::warn!(error = %e, "events cannot be stored; producers are answered 503");
@@ -215,13 +215,13 @@ impl<Q: Queue> Intake<Q> {
                     )));
                 }
             };
-            for (fate, matched) in fates.into_iter().zip(matched) {
-                match fate {
-                    Published::Refused => refused += 1,
-                    // The broker has lost a binding, or has none yet.
-                    Published::Unmatched if matched => unbound += 1,
-                    Published::Stored if matched || others_may_be_bound => stored += 1,
-                    Published::Stored | Published::Unmatched => {
+            for (published, is_wanted) in published.into_iter().zip(wanted) {
+                let by_others = others_may_be_bound && published == Published::Stored;
+                match published.arrival(is_wanted || by_others) {
+                    Arrival::Refused => refused += 1,
+                    Arrival::Unbound => unbound += 1,
+                    Arrival::Stored => stored += 1,
+                    Arrival::Unmatched => {
                         stored += 1;
                         unmatched += 1;
                     }
@@ -244,8 +244,8 @@ impl<Q: Queue> Intake<Q> {
         Ok(Accepted { accepted: stored, unmatched })
     }
 
-    fn matches(&self, event_type: &str) -> bool {
-        self.subscribers.borrow().iter().any(|s| s.events.iter().any(|p| p.matches(event_type)))
+    fn wants(&self, event_type: &str) -> bool {
+        self.subscribers.borrow().iter().any(|s| s.wants(event_type))
     }
 }
 

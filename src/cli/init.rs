@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::failed::Failed;
-use crate::config;
+use crate::{config, telemetry::finding::shell_word};
 
 /// The file may come to hold secrets; who else is to read it is for its owner to say.
 const MODE: u32 = 0o600;
@@ -32,7 +32,7 @@ pub(super) fn run(args: Args, configured: &Path) -> Result<(), Failed> {
         )),
         _ => Failed::Runtime(format!("{} cannot be written: {e}", path.display())),
     })?;
-    let it = quoted(path);
+    let it = shell_word(&path.to_string_lossy());
     println!(
         "wrote {path}, every key with its default and what it means; only you can read it
 
@@ -72,14 +72,6 @@ fn fill(file: &mut File) -> io::Result<()> {
     file.sync_all()
 }
 
-/// As a shell reads it.
-fn quoted(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    let plain = !text.is_empty()
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c));
-    if plain { text.into_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,17 +98,5 @@ mod tests {
             "nothing is left beside it"
         );
         config::load_with(&path, &|_| None).expect("it is valid as it is");
-    }
-
-    #[test]
-    fn a_path_is_shown_as_a_shell_reads_it() {
-        for (path, shown) in [
-            ("config/h.toml", "config/h.toml"),
-            ("my dir/h", "'my dir/h'"),
-            ("it's", r"'it'\''s'"),
-            ("$(x)", "'$(x)'"),
-        ] {
-            assert_eq!(quoted(Path::new(path)), shown);
-        }
     }
 }

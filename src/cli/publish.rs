@@ -21,7 +21,7 @@ use crate::{
     config::{Backend, Config},
     event::{InvalidEvent, event_type},
     policy::batching::BatchPolicy,
-    queue::{MAX_GROUP, NewEvent, Published, Queue, embedded::EmbeddedQueue},
+    queue::{Arrival, MAX_GROUP, NewEvent, Queue, embedded::EmbeddedQueue},
     supervisor::signal::{self, Stops},
     wording::counted,
 };
@@ -401,20 +401,19 @@ async fn flush(
 ) -> Result<(), Failed> {
     let types: Vec<String> = group.iter().map(|e| e.event_type.clone()).collect();
     let count = group.len();
-    let fates = queue.publish(group).await.map_err(|e| {
+    let published = queue.publish(group).await.map_err(|e| {
         Failed::Runtime(format!(
             "{e}; {} confirmed before, it is not known of the next {count} whether the broker took them: publishing those again may repeat them",
             counted(tally.stored, "event(s) (was|were)")
         ))
     })?;
-    for (event_type, fate) in types.into_iter().zip(fates) {
-        let matched =
-            config.subscribers.iter().any(|s| s.events.iter().any(|p| p.matches(&event_type)));
-        match fate {
-            Published::Refused => tally.refused += 1,
-            Published::Unmatched if matched => *tally.unbound.entry(event_type).or_default() += 1,
-            Published::Stored if matched => tally.stored += 1,
-            Published::Stored | Published::Unmatched => {
+    for (event_type, published) in types.into_iter().zip(published) {
+        let is_wanted = config.subscribers.iter().any(|s| s.wants(&event_type));
+        match published.arrival(is_wanted) {
+            Arrival::Refused => tally.refused += 1,
+            Arrival::Unbound => *tally.unbound.entry(event_type).or_default() += 1,
+            Arrival::Stored => tally.stored += 1,
+            Arrival::Unmatched => {
                 tally.stored += 1;
                 *tally.unmatched.entry(event_type).or_default() += 1;
             }

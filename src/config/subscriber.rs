@@ -39,6 +39,11 @@ pub struct HttpPolicy {
 }
 
 impl Subscriber {
+    /// Whether one of its patterns matches an event's type.
+    pub fn wants(&self, event_type: &str) -> bool {
+        self.events.iter().any(|pattern| pattern.matches(event_type))
+    }
+
     /// The longest that an attempt takes. Over HTTP/2, where the receiver allows fewer requests at
     /// once, one may wait for a place on the connection as long as those before it take; its own
     /// time begins then. Over HTTP/1.1 it waits only for a connection.

@@ -142,7 +142,7 @@ pub fn summarized(findings: Vec<Finding>) -> Vec<Finding> {
 /// runs.
 pub fn shell_word(text: &str) -> String {
     let plain = !text.is_empty()
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./:@%+".contains(&b))
         && !text.starts_with('-');
     if plain { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
@@ -180,7 +180,9 @@ mod tests {
     fn a_name_that_others_chose_stays_one_word_of_a_command() {
         assert_eq!(shell_word("hooktrail.sub-a_1"), "hooktrail.sub-a_1");
         for (text, word) in [
-            ("/", "'/'"),
+            ("/", "/"),
+            ("my dir/h", "'my dir/h'"),
+            ("$(x)", "'$(x)'"),
             ("", "''"),
             ("-p", "'-p'"),
             ("a; rm -rf $HOME", "'a; rm -rf $HOME'"),

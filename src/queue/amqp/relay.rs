@@ -230,11 +230,7 @@ impl Relay<'_> {
                 }
                 continue;
             }
-            let wanting = || {
-                subscribers
-                    .iter()
-                    .filter(|s| s.events.iter().any(|p| p.matches(&message.routing_key)))
-            };
+            let wanting = || subscribers.iter().filter(|s| s.wants(&message.routing_key));
             match (fate, wanting().next()) {
                 (Fate::Stored, _) => {}
                 (Fate::Unroutable, None) => unmatched += 1,
