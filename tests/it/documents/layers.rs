@@ -317,7 +317,7 @@ fn each_protocol_is_known_in_one_place() {
         ("clap::", &["src/cli"]),
         ("flate2", &["src/event/inflate.rs"]),
         ("sd_notify::", &["src/supervisor/systemd.rs"]),
-        ("prometheus_client", &["src/telemetry/metrics.rs"]),
+        ("prometheus_client", &["src/telemetry/metrics"]),
     ] {
         let mut users = 0;
         for (_, path, code) in modules() {

@@ -52,7 +52,7 @@ fn every_metric_that_alerts_and_dashboard_name_exists() {
         let unknown: Vec<_> = named.difference(&known).collect();
         assert!(
             unknown.is_empty(),
-            "{path} names what is not in src/telemetry/metrics.rs: {unknown:?}"
+            "{path} names what is not in src/telemetry/metrics/definitions.rs: {unknown:?}"
         );
         assert!(named.len() >= least, "{path}: only {} were found", named.len());
     }

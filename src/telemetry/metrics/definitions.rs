@@ -1,0 +1,285 @@
+//! The one list of metrics: the exposition, docs/metrics.md, the shipped alerts and the dashboard
+//! are held to it by tests. Units are base units (seconds, bytes); no label holds a URL or a
+//! secret.
+
+use std::fmt::Write as _;
+
+/// Before each name.
+pub const PREFIX: &str = "hooktrail_";
+
+/// What kind of metric it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only rises, from 0 at each start; exposed as `NAME_total`.
+    Counter,
+    Gauge,
+    /// Exposed as `NAME_bucket`, `NAME_sum` and `NAME_count`.
+    Histogram,
+}
+
+impl Kind {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+        }
+    }
+}
+
+/// A metric's definition.
+#[derive(Debug, Clone, Copy)]
+pub struct Definition {
+    /// Without [`PREFIX`], and of a counter without `_total`.
+    pub name: &'static str,
+    pub kind: Kind,
+    pub labels: &'static [&'static str],
+    pub help: &'static str,
+}
+
+impl Definition {
+    /// As it stands in the exposition; of a histogram without the suffixes.
+    pub fn exposed(&self) -> String {
+        let total = if self.kind == Kind::Counter { "_total" } else { "" };
+        format!("{PREFIX}{}{total}", self.name)
+    }
+}
+
+const fn counter(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Definition {
+    Definition { name, kind: Kind::Counter, labels, help }
+}
+
+const fn gauge(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Definition {
+    Definition { name, kind: Kind::Gauge, labels, help }
+}
+
+const fn histogram(
+    name: &'static str,
+    labels: &'static [&'static str],
+    help: &'static str,
+) -> Definition {
+    Definition { name, kind: Kind::Histogram, labels, help }
+}
+
+const SUBSCRIBER: &[&str] = &["subscriber"];
+
+/// All there are, in the order of the documentation.
+pub const ALL: &[Definition] = &[
+    counter(
+        "events_received",
+        SUBSCRIBER,
+        "Events taken from the subscriber's queue; one that is given back and taken again counts again",
+    ),
+    counter("events_delivered", SUBSCRIBER, "Events that the receiver has accepted"),
+    counter(
+        "events_recognised",
+        SUBSCRIBER,
+        "Events that came again after a lost connection to the broker and were acked without a request: the receiver had accepted them, and only the ack was lost",
+    ),
+    counter(
+        "attempts",
+        &["subscriber", "outcome"],
+        "Attempts by what they came to: delivered, retry, split, dead_letter, paused",
+    ),
+    counter(
+        "attempt_failures",
+        &["subscriber", "failure"],
+        "Failed attempts by why: status (any answer that is no success), dns, address_blocked, connect, tls, timeout, reset, bad_answer, internal",
+    ),
+    counter(
+        "unsent_requests",
+        SUBSCRIBER,
+        "Requests of which nothing could be sent, for a lack of this machine's own (file descriptors, ports) or because over HTTP/2 no stream got free; they are no attempts",
+    ),
+    histogram(
+        "attempt_duration_seconds",
+        SUBSCRIBER,
+        "From the beginning of an attempt to its outcome",
+    ),
+    histogram("batch_events", SUBSCRIBER, "Events in the batch of an attempt"),
+    histogram("batch_bytes", SUBSCRIBER, "Bytes of the request body of an attempt"),
+    histogram(
+        "delivery_lag_seconds",
+        SUBSCRIBER,
+        "From the field `timestamp` of a batch's first event to the answer that accepted the batch",
+    ),
+    histogram(
+        "delivery_duration_seconds",
+        SUBSCRIBER,
+        "From the arrival of a batch's first event (its publication where the queue tells that, else when the daemon took it) to the answer that accepted the batch",
+    ),
+    counter(
+        "dead_letters",
+        &["subscriber", "reason"],
+        "Dead letters written by this daemon: exhausted, refused, invalid_event, too_large",
+    ),
+    gauge("requests_in_flight", SUBSCRIBER, "Requests to the receiver that are under way"),
+    gauge(
+        "circuit_state",
+        &["subscriber", "state"],
+        "1 for the state that the circuit breaker is in, else 0: closed, open, half_open",
+    ),
+    gauge(
+        "circuit_opened_timestamp_seconds",
+        SUBSCRIBER,
+        "Since when the circuit has not been closed, in Unix seconds; 0 while it is",
+    ),
+    gauge("paused", SUBSCRIBER, "1 while the subscriber is paused, else 0"),
+    gauge(
+        "lane_up",
+        SUBSCRIBER,
+        "1 while the lane has its queue, or does without it because it is paused or waits; 0 while the queue fails, its bindings or the ways of its retries are missing",
+    ),
+    counter("lane_panics", SUBSCRIBER, "Panics of the lane; it is restarted each time"),
+    gauge(
+        "retries_waiting",
+        SUBSCRIBER,
+        "Batches that wait for their next attempt, as far as this daemon knows",
+    ),
+    gauge(
+        "next_retry_timestamp_seconds",
+        SUBSCRIBER,
+        "When the next of those is due, in Unix seconds; 0 without any",
+    ),
+    gauge(
+        "oldest_event_timestamp_seconds",
+        SUBSCRIBER,
+        "When the oldest event that this daemon holds undelivered arrived, in Unix seconds; 0 without any",
+    ),
+    gauge(
+        "queue_messages",
+        &["subscriber", "queue"],
+        "Messages in the subscriber's queues, without those that a lane has taken: main, retry (due), dead",
+    ),
+    gauge(
+        "delayed_retries",
+        &[],
+        "Batches of all subscribers whose time to be tried again has not come",
+    ),
+    gauge(
+        "orphans",
+        &[],
+        "Messages in the queue of orphans: retries without their subscriber's queue, and what is no event in a source queue",
+    ),
+    gauge(
+        "removed_subscriber_messages",
+        SUBSCRIBER,
+        "What still waits in the queues of a subscriber that is not configured any more, until `hooktrail prune`",
+    ),
+    gauge(
+        "queue_up",
+        &[],
+        "1 while the queue takes what is published and gives what waits, else 0",
+    ),
+    gauge(
+        "broker_connections",
+        &["role"],
+        "Open connections to the broker: consuming, publishing, relaying, declaring",
+    ),
+    counter(
+        "broker_connects",
+        &["role", "result"],
+        "Connections to the broker that were tried: ok, failed",
+    ),
+    counter(
+        "events_accepted",
+        &["matched"],
+        "Events taken over HTTP that are durable, by whether a subscriber's pattern matches them: true, false",
+    ),
+    counter(
+        "events_relayed",
+        &["result"],
+        "Events of the source queue: routed, unmatched (no pattern matches them), invalid",
+    ),
+    counter("config_reloads", &["result"], "Reloads of the configuration: success, failure"),
+    gauge(
+        "config_last_reload_successful",
+        &[],
+        "1 if the configuration was right when it was last read, else 0: then the one before it is in use",
+    ),
+    gauge(
+        "config_last_reload_success_timestamp_seconds",
+        &[],
+        "When the configuration in use was read, in Unix seconds",
+    ),
+    gauge("subscribers", &[], "Subscribers that are configured"),
+    gauge(
+        "held_removals",
+        &[],
+        "Subscribers that the configuration does not have any more and that are served or bound all the same: so many are not removed by a changed file or a start, but by a reload that an operator asks for",
+    ),
+    counter(
+        "log_lines_dropped",
+        &[],
+        "Lines of the log that nobody has read in time; one that says how many is logged when somebody reads again",
+    ),
+    gauge("process_start_time_seconds", &[], "When the process started, in Unix seconds"),
+    counter("process_cpu_seconds", &[], "Time of CPUs that the process has used, user and system"),
+    gauge("process_resident_memory_bytes", &[], "Memory that the process holds"),
+    gauge("process_open_fds", &[], "File descriptors that the process has open"),
+    gauge("process_threads", &[], "Threads of the process"),
+    gauge("build_info", &["version"], "Always 1; the version is its label"),
+];
+
+/// The page docs/metrics.md.
+pub fn reference() -> String {
+    let mut page = String::from(
+        "# Metrics\n\n`GET /metrics` of `[admin] listen` answers in the text format of Prometheus (OpenMetrics 1.0). No token is needed; no label holds a URL\n\
+         or a secret. Counters begin at 0 at each start. Time is in seconds, points in time are Unix seconds. This page is made from the list in\n\
+         `src/telemetry/metrics/definitions.rs`, and a test holds it to that.\n\n| metric | type | labels | |\n|---|---|---|---|\n",
+    );
+    for d in ALL {
+        let labels: Vec<String> = d.labels.iter().map(|l| format!("`{l}`")).collect();
+        // Writing to a string cannot fail.
+        writeln!(
+            page,
+            "| `{}` | {} | {} | {} |",
+            d.exposed(),
+            d.kind.name(),
+            labels.join(", "),
+            d.help
+        )
+        .ok();
+    }
+    page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_of_the_documentation_is_made_of_this_list() {
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md"))
+            .expect("the page");
+        assert_eq!(
+            page,
+            reference(),
+            "write what `metrics::reference` returns into docs/metrics.md"
+        );
+    }
+
+    #[test]
+    fn names_are_in_base_units_and_labels_hold_nothing_secret() {
+        for d in ALL {
+            let lower = d.name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
+            assert!(
+                lower
+                    && !d.name.ends_with("_total")
+                    && !d.name.contains("_ms")
+                    && !d.help.ends_with('.'),
+                "{}",
+                d.name
+            );
+            assert!(d.labels.iter().all(|l| !["url", "secret", "error"].contains(l)), "{}", d.name);
+        }
+    }
+}
