@@ -1,113 +1,148 @@
 //! The worker of one subscriber: take, batch, splice, sign, send, settle.
 //!
 //! A lane works in sessions. A session opens the queue, and ends when the lane drains, the circuit
-//! opens, the queue is lost, or what it was opened with is configured anew; before it ends it waits
-//! for its requests in flight and settles what it can. What it has not settled is in the queue and
-//! comes again.
+//! opens, the subscriber is paused, the queue fails, or a setting changes that the session was
+//! opened with. Before it ends, it waits for its requests in flight and settles what it can. What it
+//! has not settled is in the queue and is delivered again.
 //!
-//! Everything else that is configured anew is used from the next attempt on, in the same session.
+//! Every other change of the configuration is used from the next attempt on, in the same session.
 
 mod in_flight;
 mod session;
+mod signals;
+mod sorting;
 mod state;
-mod trouble;
-mod waits;
 
 use std::time::Duration;
 
-use tokio::{sync::watch, time::sleep_until};
+use tokio::{
+    sync::watch,
+    time::{sleep, sleep_until},
+};
 
-pub use self::state::Served;
+pub use self::state::LaneConfig;
 use self::{
     session::{End, Session},
+    signals::{changed, drained, paused_or_resumed},
     state::State,
-    waits::{changed, drained, spoken},
 };
 use crate::{
     clock,
-    policy::{circuit_breaker::Permit, retry::Waits},
+    policy::{circuit_breaker::Permit, retry::Backoff},
     queue::Queue,
-    telemetry::{resources, status::LaneStatus},
+    telemetry::{lane_event::LaneEvent, status::LaneReporter},
 };
 
-/// Between two sessions when the queue fails.
-const FIRST_WAIT: Duration = Duration::from_millis(200);
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// The shortest and the longest wait between two sessions while the queue fails.
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// The lane of a subscriber.
 #[derive(Debug)]
 pub struct Lane<Q>(State<Q>);
 
+/// What follows a session.
+enum Next {
+    Ended,
+    Session,
+    /// A session after the backoff; `writable`: when the queue can be written to.
+    Recovery {
+        writable: bool,
+    },
+}
+
 impl<Q: Queue> Lane<Q> {
-    pub fn new(configured: watch::Receiver<Served>, queue: Q, status: LaneStatus) -> Self {
-        Self(State::new(configured, queue, status))
+    pub fn new(configured: watch::Receiver<LaneConfig>, queue: Q, reporter: LaneReporter) -> Self {
+        Self(State::new(configured, queue, reporter))
     }
 
     /// Works until `drain` becomes true and what is in flight is settled.
-    pub async fn run(self, mut drain: watch::Receiver<bool>) {
-        let mut lane = self.0;
-        let mut waits = Waits::new(FIRST_WAIT, LONGEST_WAIT);
+    pub async fn run(mut self, mut drain: watch::Receiver<bool>) {
+        let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
         loop {
             tokio::select! {
-                () = lane.allowed() => {}
+                () = self.0.unpaused() => {}
                 () = drained(&mut drain) => return,
             }
-            let permit = lane.breaker.permit(clock::instant());
-            lane.tell_circuit();
+            let permit = self.0.breaker.permit(clock::instant());
+            self.0.report_circuit();
             if let Permit::Wait(until) = permit {
-                let spoken = spoken(lane.standings.clone(), lane.subscriber.clone(), lane.resumed);
                 tokio::select! {
-                    () = sleep_until(until.into()) => continue,
-                    () = changed(&mut lane.configured) => continue,
-                    () = spoken => continue,
-                    () = changed(&mut lane.tries) => {
-                        tracing::info!(subscriber = lane.subscriber.name.as_str(), "an operator wants a retry now: one batch is tried");
-                        lane.breaker.try_now();
-                        continue;
-                    }
+                    () = self.waited(until) => continue,
                     () = drained(&mut drain) => return,
                 }
             }
-            let opened = tokio::select! {
-                opened = lane.queue.open(&lane.subscriber, lane.window()) => opened,
-                () = drained(&mut drain) => return,
+            let writable = match self.session(&mut backoff, &mut drain).await {
+                Next::Ended => return,
+                Next::Session => continue,
+                Next::Recovery { writable } => writable,
             };
-            let end = match opened {
-                Ok((source, settler)) => {
-                    let mut session = Session::new(&mut lane, settler);
-                    let end = session.run(source, &mut drain).await;
-                    if session.settled {
-                        waits.reset();
-                    }
-                    lane.status.gave_back();
-                    end
-                }
-                Err(e) => End::Lost(e),
-            };
-            let unsettled = matches!(end, End::Unsettled(_));
-            match end {
-                End::Drained => return lane.trouble.is_over(),
-                End::Circuit | End::Paused | End::Configured => {
-                    lane.trouble.is_over();
-                    continue;
-                }
-                End::Lost(e) => lane.trouble.is(&e),
-                End::Unsettled(why) => lane.trouble.is(&why),
-                End::Unsent(why) => {
-                    resources::report(&lane.subscriber.name, &why, clock::instant())
-                }
-            }
-            let recover = async {
-                tokio::time::sleep(waits.grow()).await;
-                if unsettled {
-                    // Attempts whose failure cannot be written down would only be made again.
-                    lane.queue.writable().await;
+            let recovered = async {
+                sleep(backoff.grow()).await;
+                if writable {
+                    self.0.queue.writable().await;
                 }
             };
             tokio::select! {
-                () = recover => {}
+                () = recovered => {}
                 () = drained(&mut drain) => return,
             }
+        }
+    }
+
+    /// Waits while nothing may be sent: until the time is over, or something happens that may change
+    /// it.
+    async fn waited(&mut self, until: std::time::Instant) {
+        let lane = &mut self.0;
+        let name = lane.subscriber.name.clone();
+        tokio::select! {
+            () = sleep_until(until.into()) => {}
+            () = changed(&mut lane.configured) => {}
+            () = paused_or_resumed(lane.standings.clone(), &name, lane.resumed) => {}
+            () = changed(&mut lane.retry_requests) => {
+                lane.report(&LaneEvent::RetryRequested);
+                lane.breaker.try_now();
+            }
+        }
+    }
+
+    async fn session(&mut self, backoff: &mut Backoff, drain: &mut watch::Receiver<bool>) -> Next {
+        let lane = &mut self.0;
+        let opened = tokio::select! {
+            opened = lane.queue.open(&lane.subscriber, lane.window()) => opened,
+            () = drained(drain) => return Next::Ended,
+        };
+        let end = match opened {
+            Ok((source, settler)) => {
+                let mut session = Session::new(lane, settler);
+                let end = session.run(source, drain).await;
+                if session.settled {
+                    backoff.reset();
+                }
+                lane.report(&LaneEvent::SessionEnded);
+                end
+            }
+            Err(e) => End::Lost(e),
+        };
+        match end {
+            End::Drained => {
+                lane.queue_works();
+                Next::Ended
+            }
+            End::Circuit | End::Paused | End::Configured => {
+                lane.queue_works();
+                Next::Session
+            }
+            End::Lost(e) => {
+                lane.queue_failed(&e.to_string());
+                Next::Recovery { writable: false }
+            }
+            End::Unsettled(why) => {
+                lane.queue_failed(&why);
+                // Attempts whose failure cannot be stored would only be repeated.
+                Next::Recovery { writable: true }
+            }
+            End::Unsent => Next::Recovery { writable: false },
         }
     }
 }

@@ -46,7 +46,7 @@
 //!              keys/ · key · show
 //!              loader/ · files · queue · daemon · policies · signing · endpoint
 //! telemetry/                what the daemon says of itself
-//!              · finding · troubles · outage · metrics · status · log · resources
+//!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQLite
 //!              · removals · waiting · queue · fake · embedded · amqp
@@ -58,7 +58,7 @@
 //! endpoint/                 one attempt, the only place that sends requests to receivers
 //!              · webhook · inspect · test_event
 //! lane/                     the worker of one subscriber
-//!              · waits · trouble · in_flight · state · session · lane
+//!              · signals · in_flight · sorting · state · session · lane
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
@@ -78,8 +78,8 @@
 //!
 //! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite?
 //!   [`queue::embedded`].
-//! - Why was this dead-lettered? [`policy::verdict::decide`]; of what was never attempted: `sort`
-//!   in [`lane`].
+//! - Why was this dead-lettered? [`policy::verdict::decide`]; without an attempt: `Sorted` in
+//!   `lane/sorting.rs`.
 //! - Which batch is sent next? [`policy::turn::Turns::choose`].
 //! - When is a batch tried again? [`policy::retry::RetryPolicy::next`]; the broker holds it:
 //!   `queue/amqp/ladder.rs`.
@@ -92,7 +92,8 @@
 //!   bindings in `queue/amqp/ownership.rs`. The start goes the same way.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How
 //!   many may connect, and for how long? `admin/connections.rs`.
-//! - What is counted, and what is it called? [`telemetry::metrics`], all of it.
+//! - What is counted, and what is it called? [`telemetry::metrics`], all of it. What does a lane
+//!   report? [`telemetry::lane_event`].
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire/filter.rs`.
 //! - Who may do what, and what keeps everybody else from it? SECURITY.md.
 //!

@@ -1,6 +1,7 @@
 //! What the daemon says of itself: metrics, log, status, and what was found wrong.
 
 pub mod finding;
+pub mod lane_event;
 pub mod log;
 pub mod metrics;
 pub mod outage;

@@ -36,7 +36,10 @@ use crate::{
         fleet::Phase,
         reload::{Because, Reloader, Unchanged},
     },
-    telemetry::status::{self, Board, Looked, View},
+    telemetry::{
+        lane_event,
+        status::{self, Board, Polled, View},
+    },
 };
 
 /// The longest body, and so about the longest reason.
@@ -305,7 +308,7 @@ impl<Q: Queue> Control<Q> {
         let config = self.reloader.config();
         let subscribers =
             config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
-        let depths = looked.as_ref().and_then(|l| l.found.as_ref().ok());
+        let depths = looked.as_ref().and_then(|l| l.depths.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
         let found = Overview {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -336,10 +339,10 @@ impl<Q: Queue> Control<Q> {
     fn subscriber_view(
         &self,
         subscriber: &Subscriber,
-        looked: Option<&Looked>,
+        looked: Option<&Polled>,
     ) -> view::Subscriber {
         let name = &subscriber.name;
-        let depths = looked.and_then(|l| l.found.as_ref().ok());
+        let depths = looked.and_then(|l| l.depths.as_ref().ok());
         let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
         // On RabbitMQ those whose time has not come are counted for all subscribers together.
         let counts_all = depths.is_some_and(|d| d.delayed.is_none());
@@ -447,7 +450,7 @@ impl<Q: Queue> Control<Q> {
         view.is_some_and(|view| match view.state {
             status::State::Paused(_) => false,
             status::State::Held { .. } => true,
-            _ => view.circuit != status::Circuit::Closed,
+            _ => view.circuit != lane_event::Circuit::Closed,
         })
     }
 }
@@ -462,8 +465,8 @@ fn paused(view: &View) -> Option<Paused> {
 fn lane(view: View, depth: Option<Depth>, counts_all: bool) -> Lane {
     let now = clock::now();
     let until = match view.circuit {
-        status::Circuit::Open { until } => Some(Time(until)),
-        status::Circuit::Closed | status::Circuit::HalfOpen => None,
+        lane_event::Circuit::Open { until } => Some(Time(until)),
+        lane_event::Circuit::Closed | lane_event::Circuit::HalfOpen => None,
     };
     let last_error = view.last_error.as_ref().map(|e| LastError {
         at: Time(e.at),
@@ -486,7 +489,7 @@ fn lane(view: View, depth: Option<Depth>, counts_all: bool) -> Lane {
             _ => None,
         },
         backlog: depth.map(|d| d.events),
-        in_hand: view.in_hand,
+        in_hand: view.unsettled,
         in_retry,
         next_retry_at: view.next_retry_at.map(Time),
         dead: depth.map(|d| d.dead),

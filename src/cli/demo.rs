@@ -10,9 +10,7 @@ mod stage;
 
 use std::time::Duration;
 
-use self::{
-    home::Home, narrator::tap, play::Play, receiver::Receiver, sample::REFUSED, stage::Stage,
-};
+use self::{home::Home, play::Play, receiver::Receiver, sample::REFUSED, stage::Stage};
 use super::{failed::Failed, open::reach};
 use crate::{config::Backend, queue::embedded::EmbeddedQueue};
 
@@ -33,7 +31,6 @@ pub(super) struct Args {
 
 pub(super) async fn run(args: Args) -> Result<(), Failed> {
     let stage = Stage::new();
-    let notices = tap();
     let secret = super::secret::new_secret();
     let siem = Receiver::start("siem", &secret, stage.clone(), |_, _| 200).await?;
     let crm = Receiver::start("crm", &secret, stage.clone(), |elapsed, body| {
@@ -59,11 +56,11 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
         Play { stage, config: &config, receivers: [&siem, &crm], publish_for: args.publish_for };
     match &config.queue.backend {
         Backend::Embedded => {
-            Box::pin(play.run(EmbeddedQueue::for_daemon(&config.queue.embedded)?, notices)).await
+            Box::pin(play.run(EmbeddedQueue::for_daemon(&config.queue.embedded)?)).await
         }
         Backend::Amqp(amqp) => {
             let queue = reach(amqp).await?;
-            let played = Box::pin(play.run(queue.clone(), notices)).await;
+            let played = Box::pin(play.run(queue.clone())).await;
             queue.remove(config.subscribers.iter().map(|s| &s.name), true).await?;
             played
         }

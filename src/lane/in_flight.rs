@@ -1,4 +1,4 @@
-//! What a session has under way.
+//! The batches of a session that are in flight.
 
 use std::time::{Duration, SystemTime};
 
@@ -20,31 +20,34 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) event: Event,
-    /// Its field `timestamp`.
+    /// The field `timestamp`.
     pub(super) happened_at: Option<SystemTime>,
     pub(super) arrived_at: SystemTime,
 }
 
-/// A batch under way, and what its attempt needs beside it.
+/// A batch in flight, with what its attempt needs.
 #[derive(Debug)]
 pub(super) struct InFlight {
-    /// This attempt counts among its attempts. Its story has the failed ones before this, and this
-    /// one when it has failed.
+    /// This attempt counts among its attempts. Its log has the failed attempts, this one included
+    /// once it has failed.
     pub(super) batch: Batch,
     pub(super) receipts: Vec<Receipt>,
     /// The field `timestamp` of the first event.
     pub(super) happened_at: Option<SystemTime>,
-    /// When the first event arrived, as far as the queue tells.
+    /// When the first event arrived, as far as the queue knows.
     pub(super) arrived_at: SystemTime,
     pub(super) turn: Turn,
 }
 
 impl InFlight {
-    /// The attempt that has just been made, before its result is in the story.
+    /// The attempt that has just ended, before its result is in the attempt log.
     pub(super) fn as_attempt(&self, now: SystemTime) -> Attempt {
         let batch = &self.batch;
         let last = batch.story.last();
-        let was_reset = last.is_some_and(|a| matches!(&a.result, AttemptResult::Failure(name) if name == FailureKind::Reset.name()));
+        let was_reset = last.is_some_and(|a| match &a.result {
+            AttemptResult::Failure(name) => name == FailureKind::Reset.name(),
+            AttemptResult::Status(_) => false,
+        });
         let origin = match self.turn {
             Turn::First => Origin::First,
             Turn::Retry => {
@@ -69,7 +72,7 @@ impl InFlight {
     }
 }
 
-/// What a task of the session has done.
+/// The result of a task of the session.
 #[derive(Debug)]
 pub(super) enum Done {
     Attempted { number: u64, in_flight: Box<InFlight>, outcome: Outcome, took: Duration },
@@ -78,9 +81,9 @@ pub(super) enum Done {
 
 /// An attempt whose outcome is not known.
 #[derive(Debug)]
-pub(super) struct UnderWay {
+pub(super) struct Started {
     pub(super) events: u64,
-    /// Of the first event.
+    /// When the first event arrived.
     pub(super) arrived_at: SystemTime,
     pub(super) generation: u64,
     pub(super) begun: Begun,
@@ -109,7 +112,7 @@ pub(super) fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: us
     InFlight { batch, receipts, happened_at, arrived_at, turn: Turn::First }
 }
 
-/// A time far beyond every clock is none.
+/// The time of a field `timestamp`; `None` if it is beyond every clock.
 pub(super) fn happened_at(timestamp: Option<u64>) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(timestamp?))
 }

@@ -1,5 +1,5 @@
-//! What a lane knows of its subscriber, whatever session it is in: how it is configured, whether it
-//! is paused, its circuit and the health of its endpoint.
+//! The state of a lane that outlasts its sessions: its configuration, whether it is paused, its
+//! circuit and the health of its endpoint.
 
 use std::{
     sync::Arc,
@@ -8,64 +8,79 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{
-    trouble::Trouble,
-    waits::{changed, pause_of, wait_for},
-};
+use super::signals::{changed, pause_of, wait_for};
 use crate::{
     clock,
     config::{Subscriber, changes::Differences, keys::Affects},
-    delivery::{Pause, Standing, Standings},
+    delivery::{Outcome, Pause, Standing, Standings},
     endpoint::webhook::Webhook,
     policy::{
         answer::Health,
         circuit_breaker::{self, CircuitBreaker, Permit},
+        turn::Slots,
+        verdict::{self, Attempt, Verdict},
     },
     queue::{Queue, Window},
-    telemetry::status::{Circuit, LaneStatus},
+    telemetry::{
+        lane_event::{Circuit, LaneEvent},
+        outage::Outage,
+        status::LaneReporter,
+    },
 };
 
-/// After so long it is told that the lane waits for the record of pauses.
-const STATE_IS_LATE: Duration = Duration::from_secs(10);
+/// The time for which a lane waits for the pause states before it says so.
+const PAUSE_STATE_LATE: Duration = Duration::from_secs(10);
+
+/// Why a subscriber is paused that has `paused = true`.
+const CONFIGURED_PAUSE: &str = "`paused = true` in the configuration";
+
+/// The `by` of that pause.
+const BY_CONFIGURATION: &str = "configuration";
 
 /// A subscriber as it is configured, and its endpoint.
 #[derive(Debug, Clone)]
-pub struct Served {
+pub struct LaneConfig {
     pub subscriber: Arc<Subscriber>,
     pub webhook: Webhook,
 }
 
-/// What a lane knows over all its sessions.
+/// The state of a lane over all its sessions.
 #[derive(Debug)]
 pub(super) struct State<Q> {
-    pub(super) configured: watch::Receiver<Served>,
-    /// What was configured when the lane last looked.
+    pub(super) configured: watch::Receiver<LaneConfig>,
+    /// The configuration in use, as the next two are.
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) webhook: Webhook,
     pub(super) queue: Q,
     pub(super) breaker: CircuitBreaker,
     pub(super) health: Health,
-    /// Counts what requests are made of: an answer to one of before says nothing of those that are
-    /// made now.
+    /// The number of changes of what requests are made of. Answers to attempts of an older
+    /// generation say nothing of the health of the endpoint.
     pub(super) generation: u64,
     pub(super) standings: watch::Receiver<Option<Standings>>,
-    /// The pause that was last logged.
-    pub(super) pause: Option<Pause>,
+    /// The pause that was last reported.
+    pause: Option<Pause>,
     /// When the subscriber was last resumed, as far as the lane has acted on it.
     pub(super) resumed: Option<SystemTime>,
-    /// An operator wants it tried now. A wish from before the circuit opened, or before a probe
-    /// began, counts as seen.
-    pub(super) tries: watch::Receiver<u64>,
-    pub(super) trouble: Trouble,
-    pub(super) status: LaneStatus,
+    /// Retries that an operator requests. A request from before the circuit opened, or before a
+    /// probe began, counts as seen.
+    pub(super) retry_requests: watch::Receiver<u64>,
+    /// The time in which the queue fails. A queue that can be opened may still fail: some open each
+    /// time and fail at the first use.
+    outage: Outage,
+    reporter: LaneReporter,
 }
 
 impl<Q: Queue> State<Q> {
-    pub(super) fn new(configured: watch::Receiver<Served>, queue: Q, status: LaneStatus) -> Self {
-        let Served { subscriber, webhook } = configured.borrow().clone();
+    pub(super) fn new(
+        configured: watch::Receiver<LaneConfig>,
+        queue: Q,
+        reporter: LaneReporter,
+    ) -> Self {
+        let LaneConfig { subscriber, webhook } = configured.borrow().clone();
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
-        let trouble = Trouble::new(subscriber.name.clone(), status.clone());
-        let (standings, tries) = (queue.standings(), status.tries());
+        let standings = queue.standings();
+        let retry_requests = reporter.retry_requests();
         Self {
             configured,
             subscriber,
@@ -77,117 +92,126 @@ impl<Q: Queue> State<Q> {
             standings,
             pause: None,
             resumed: None,
-            tries,
-            trouble,
-            status,
+            retry_requests,
+            outage: Outage::default(),
+            reporter,
         }
     }
 
-    /// Takes over what is configured now. Returns whether a session has to be opened anew for it.
+    pub(super) fn report(&self, event: &LaneEvent<'_>) {
+        self.reporter.report(event);
+    }
+
+    /// For a task of the lane.
+    pub(super) fn reporter(&self) -> LaneReporter {
+        self.reporter.clone()
+    }
+
+    /// Puts the latest configuration into use. Returns whether it needs a new session.
     pub(super) fn adopt(&mut self) -> bool {
-        let Served { subscriber, webhook } = self.configured.borrow_and_update().clone();
+        let LaneConfig { subscriber, webhook } = self.configured.borrow_and_update().clone();
         let old = std::mem::replace(&mut self.subscriber, subscriber);
         self.webhook = webhook;
         let new = &self.subscriber;
         let differences = Differences::between(&old, new);
         if differences.affect(Affects::Requests) {
-            // A receiver that refuses them now may mean the new secret, and no event.
+            // A receiver that refuses requests now may refuse the new secret, and no event.
             self.generation += 1;
             self.health = Health::default();
         }
         if old.url != new.url {
-            // What was known of the endpoint is of another one.
+            // What was known is of another endpoint.
             self.breaker = CircuitBreaker::new(new.circuit_breaker.clone());
         } else if old.circuit_breaker != new.circuit_breaker {
             self.breaker.set_policy(new.circuit_breaker.clone(), clock::instant());
         }
-        self.tell_circuit();
+        self.report_circuit();
         differences.affect(Affects::Session)
     }
 
     /// Waits until it is known that the subscriber is not paused.
-    pub(super) async fn allowed(&mut self) {
+    pub(super) async fn unpaused(&mut self) {
         loop {
             self.adopt();
-            let name = self.subscriber.name.clone();
             if self.subscriber.paused {
-                let why = "`paused = true` in the configuration".to_owned();
-                let since = self
-                    .pause
-                    .as_ref()
-                    .filter(|p| p.why == why)
-                    .map_or_else(clock::now, |p| p.since);
-                self.is_paused(Pause { why, since, by: "configuration".to_owned() });
+                self.pause_by_configuration();
                 changed(&mut self.configured).await;
                 continue;
             }
-            let known = wait_for(&mut self.standings, |all| all.is_some());
-            if tokio::time::timeout(STATE_IS_LATE, known).await.is_err() {
-                tracing::warn!(
-                    subscriber = name.as_str(),
-                    "nothing is sent before the queue has told whether the subscriber is paused"
-                );
-            }
-            let found = wait_for(&mut self.standings, |all| all.is_some()).await;
-            let Some(pause) = found.as_ref().and_then(|all| pause_of(all, &name)).cloned() else {
-                break;
+            let Some(pause) = self.recorded_pause().await else { break };
+            self.paused(pause.clone());
+            let name = self.subscriber.name.clone();
+            let is_other = |all: &Option<Standings>| {
+                all.as_ref().is_some_and(|all| pause_of(all, &name) != Some(&pause))
             };
-            self.is_paused(pause.clone());
             tokio::select! {
-                // Resumed, or for another reason than before.
-                _ = wait_for(&mut self.standings, |all| all.as_ref().is_some_and(|all| pause_of(all, &name) != Some(&pause))) => {}
+                _ = wait_for(&mut self.standings, is_other) => {}
                 () = changed(&mut self.configured) => {}
             }
         }
-        self.status.paused(None);
+        self.resume();
+    }
+
+    fn pause_by_configuration(&mut self) {
+        let before = self.pause.as_ref().filter(|p| p.why == CONFIGURED_PAUSE);
+        let since = before.map_or_else(clock::now, |p| p.since);
+        let (why, by) = (CONFIGURED_PAUSE.to_owned(), BY_CONFIGURATION.to_owned());
+        self.paused(Pause { why, since, by });
+    }
+
+    /// The pause that is recorded, once the record is known.
+    async fn recorded_pause(&mut self) -> Option<Pause> {
+        let known = wait_for(&mut self.standings, |all| all.is_some());
+        if tokio::time::timeout(PAUSE_STATE_LATE, known).await.is_err() {
+            self.report(&LaneEvent::PauseStateLate);
+        }
+        let all = wait_for(&mut self.standings, |all| all.is_some()).await;
+        all.as_ref().and_then(|all| pause_of(all, &self.subscriber.name)).cloned()
+    }
+
+    fn resume(&mut self) {
         let resumed = self.resumed_at();
         let is_new = std::mem::replace(&mut self.resumed, resumed) != resumed;
         if let Some(pause) = self.pause.take() {
-            // What is recorded only an operator takes back.
-            let by = if pause.by == "configuration" { "configuration" } else { "operator" };
-            tracing::info!(
-                subscriber = self.subscriber.name.as_str(),
-                by,
-                paused_by = pause.by,
-                "resumed"
-            );
-            // What was known of the endpoint is of another time.
+            // A recorded pause is ended by operators only.
+            let by = if pause.by == BY_CONFIGURATION { BY_CONFIGURATION } else { "operator" };
+            self.report(&LaneEvent::Resumed { by, paused_by: &pause.by });
+            // What was known of the endpoint is out of date.
             self.breaker = CircuitBreaker::new(self.subscriber.circuit_breaker.clone());
             self.health = Health::default();
         } else if is_new && self.breaker.permit(clock::instant()) != Permit::Flow {
-            tracing::info!(
-                subscriber = self.subscriber.name.as_str(),
-                "resumed: one batch is tried now"
-            );
+            self.report(&LaneEvent::ResumedUnpaused);
             self.breaker.try_now();
         }
     }
 
-    pub(super) fn is_paused(&mut self, pause: Pause) {
-        self.status.paused(Some(pause.clone()));
-        // Read back from its record it is a little older: times are kept there less exactly.
-        let is_logged = self
-            .pause
-            .as_ref()
-            .is_some_and(|last| (&last.why, &last.by) == (&pause.why, &pause.by));
-        if !is_logged {
-            let (name, why, by) = (&self.subscriber.name, &pause.why, &pause.by);
-            let until = if by == "configuration" {
-                "that is taken out of it".to_owned()
-            } else {
-                format!("`hooktrail resume {name}`")
-            };
-            tracing::warn!(
-                subscriber = name.as_str(),
-                why,
-                by,
-                "paused: its events wait in the queue until {until}"
-            );
+    pub(super) fn paused(&mut self, pause: Pause) {
+        // Read back from its record a pause has a slightly older time: the record keeps fewer
+        // digits.
+        let known =
+            self.pause.as_ref().is_some_and(|last| last.why == pause.why && last.by == pause.by);
+        self.report(&LaneEvent::Paused { pause: &pause, known });
+        if !known {
             self.pause = Some(pause);
         }
     }
 
-    pub(super) fn tell_circuit(&self) {
+    pub(super) fn queue_failed(&mut self, why: &str) {
+        let news = self.outage.failed(why);
+        self.report(&LaneEvent::QueueFailed { why, news });
+    }
+
+    pub(super) fn queue_fails(&self) -> bool {
+        self.outage.is_open()
+    }
+
+    pub(super) fn queue_works(&mut self) {
+        if self.outage.end() {
+            self.report(&LaneEvent::QueueRestored);
+        }
+    }
+
+    pub(super) fn report_circuit(&self) {
         let (now, time) = (clock::instant(), clock::now());
         let at = |until: Instant| time + until.saturating_duration_since(now);
         let circuit = match self.breaker.state() {
@@ -197,11 +221,44 @@ impl<Q: Queue> State<Q> {
                 Circuit::HalfOpen
             }
         };
-        self.status.circuit(circuit, time);
-        self.status.held(self.breaker.held_until().map(at));
+        let hold_until = self.breaker.held_until().map(at);
+        self.report(&LaneEvent::CircuitIs { circuit, hold_until });
     }
 
-    /// Batches first attempted before then begin anew.
+    /// The number of requests that may be in flight; `None` if the circuit allows none.
+    pub(super) fn slots(&mut self) -> Option<Slots> {
+        match self.breaker.permit(clock::instant()) {
+            Permit::Flow => {
+                let all = self.subscriber.http.concurrency;
+                Some(Slots::Flow(self.breaker.ramp().map_or(all, |ramp| ramp.requests(all))))
+            }
+            Permit::Probe => Some(Slots::Probe),
+            Permit::Wait(_) => None,
+        }
+    }
+
+    /// The most events and bytes of a first attempt. While the ramp lasts they are fewer than
+    /// configured.
+    pub(super) fn batch_limits(&self) -> (usize, usize) {
+        let batch = &self.subscriber.batch;
+        self.breaker.ramp().map_or((batch.max_events, batch.max_bytes), |ramp| {
+            (ramp.batch(batch.max_events), ramp.batch(batch.max_bytes))
+        })
+    }
+
+    /// The verdict on an attempt. `current`: requests are still made as this one was.
+    pub(super) fn decide(
+        &self,
+        attempt: &Attempt,
+        outcome: &Outcome,
+        current: bool,
+        now: SystemTime,
+    ) -> Verdict {
+        let retry = &self.subscriber.retry;
+        verdict::decide(attempt, outcome, current, &self.health, retry, now, clock::random())
+    }
+
+    /// The last resume. Batches first attempted before it start over.
     pub(super) fn resumed_at(&self) -> Option<SystemTime> {
         match self.standings.borrow().as_ref()?.get(&self.subscriber.name)? {
             Standing::Resumed { at } => Some(*at),
@@ -209,10 +266,14 @@ impl<Q: Queue> State<Q> {
         }
     }
 
-    /// How much to take.
-    ///
-    /// The same for a probe: a queue puts what it is given back behind all that it was given back
-    /// before, so a probe that took less would change the order of the backlog.
+    /// Whether a pause of the subscriber is recorded.
+    pub(super) fn pause_is_recorded(&self) -> bool {
+        let all = self.standings.borrow();
+        all.as_ref().is_some_and(|all| pause_of(all, &self.subscriber.name).is_some())
+    }
+
+    /// The window of a session; a probe has the same. A queue puts a requeued message behind those
+    /// requeued before it, so a smaller window would change the order of the backlog.
     pub(super) fn window(&self) -> Window {
         Window::of(&self.subscriber)
     }

@@ -210,9 +210,9 @@ impl Default for RetryPolicy {
 
 /// Growing waits between attempts that are made without end: to reach a broker, to restart a lane.
 #[derive(Debug)]
-pub struct Waits(ExponentialBackoff);
+pub struct Backoff(ExponentialBackoff);
 
-impl Waits {
+impl Backoff {
     pub fn new(first: Duration, longest: Duration) -> Self {
         let mut policy = ExponentialBackoff {
             initial_interval: first,
@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn waits_grow_without_end_and_begin_anew() {
-        let mut waits = Waits::new(secs(1), secs(10));
+        let mut waits = Backoff::new(secs(1), secs(10));
         for _ in 0..2 {
             let grown: Vec<f64> = (0..20).map(|_| waits.grow().as_secs_f64()).collect();
             for (n, wait) in grown.iter().enumerate() {

@@ -41,7 +41,7 @@ use crate::{
     config::{EmbeddedConfig, Subscriber, Subscribers},
     delivery::{BatchId, Depth, Depths, Pause, Standing, Standings, SubscriberName},
     event::Pattern,
-    policy::retry::Waits,
+    policy::retry::Backoff,
     queue::{
         Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
         Window,
@@ -231,7 +231,7 @@ impl EmbeddedQueue {
                 changed = subscribers.changed() => if changed.is_err() { return },
                 Ok(()) = removals.changed() => {}
             }
-            let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
+            let mut waits = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
             loop {
                 let current = subscribers.borrow_and_update().clone();
                 match self.bind(&current, false).await {
@@ -390,7 +390,7 @@ impl Queue for EmbeddedQueue {
     }
 
     async fn writable(&self) {
-        let mut waits = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut waits = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         // A page that is written and taken back: what a full disk refuses.
         let probe = |db: &Connection| {
             db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe")

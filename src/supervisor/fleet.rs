@@ -24,10 +24,13 @@ use crate::{
     crypto::tls::SystemRoots,
     delivery::SubscriberName,
     endpoint::webhook::Webhook,
-    lane::{Lane, Served},
-    policy::retry::Waits,
+    lane::{Lane, LaneConfig},
+    policy::retry::Backoff,
     queue::{Queue, QueueError},
-    telemetry::status::{Board, LaneStatus},
+    telemetry::{
+        lane_event::LaneEvent,
+        status::{Board, LaneReporter},
+    },
 };
 
 /// How long a change waits for the queue. Lanes and chores do what is left to do when it is there
@@ -217,8 +220,8 @@ pub async fn run<Q: Queue>(
 
 /// For whoever watches it end: what it is that takes the time, how long at most, and how to have it
 /// shorter.
-fn say_what_is_waited_for(in_flight: &BTreeMap<SubscriberName, u32>, shutdown_timeout: Duration) {
-    let requests: u32 = in_flight.values().sum();
+fn say_what_is_waited_for(in_flight: &BTreeMap<SubscriberName, usize>, shutdown_timeout: Duration) {
+    let requests: usize = in_flight.values().sum();
     let deadline = clock::now().checked_add(shutdown_timeout).map(clock::rfc3339_seconds);
     tracing::info!(
         timeout_s = shutdown_timeout.as_secs_f64(),
@@ -246,15 +249,15 @@ struct Fleet<Q> {
 
 /// A lane and what it is told.
 struct Running {
-    configured: watch::Sender<Served>,
+    configured: watch::Sender<LaneConfig>,
     drain: watch::Sender<bool>,
     /// It drains because its subscriber was removed, and was configured again before that was done.
-    again: Option<Served>,
+    again: Option<LaneConfig>,
 }
 
 /// What is made ready before anything is changed: the endpoints of subscribers that are new or
 /// changed.
-type Endpoints = BTreeMap<SubscriberName, Served>;
+type Endpoints = BTreeMap<SubscriberName, LaneConfig>;
 
 impl<Q: Queue> Fleet<Q> {
     fn new(queue: Q, board: Board) -> Result<Self, QueueError> {
@@ -285,7 +288,7 @@ impl<Q: Queue> Fleet<Q> {
             };
             let webhook = webhook
                 .map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
-            endpoints.insert(s.name.clone(), Served { subscriber: s.clone(), webhook });
+            endpoints.insert(s.name.clone(), LaneConfig { subscriber: s.clone(), webhook });
         }
         Ok(endpoints)
     }
@@ -345,7 +348,7 @@ impl<Q: Queue> Fleet<Q> {
         self.subscribers.send_replace(subscribers);
     }
 
-    fn start(&mut self, name: SubscriberName, served: Served) {
+    fn start(&mut self, name: SubscriberName, served: LaneConfig) {
         let (configured, drain) = (watch::Sender::new(served), watch::Sender::new(false));
         self.keepers.spawn(keep(
             name.clone(),
@@ -377,22 +380,21 @@ impl<Q: Queue> Fleet<Q> {
 /// Runs a lane, and runs it again after a panic. Returns the subscriber's name.
 async fn keep<Q: Queue>(
     name: SubscriberName,
-    configured: watch::Receiver<Served>,
+    configured: watch::Receiver<LaneConfig>,
     queue: Q,
-    status: LaneStatus,
+    reporter: LaneReporter,
     mut drain: watch::Receiver<bool>,
 ) -> SubscriberName {
-    let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut waits = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
     loop {
-        let lane = Lane::new(configured.clone(), queue.clone(), status.clone());
+        let lane = Lane::new(configured.clone(), queue.clone(), reporter.clone());
         // A set of one: when the keeper is stopped at the deadline, so is the lane.
         let mut task = JoinSet::new();
         task.spawn(lane.run(drain.clone()));
         match task.join_next().await {
             Some(Err(e)) => {
-                status.panicked();
                 let wait = waits.grow();
-                tracing::error!(subscriber = name.as_str(), error = %e, again_in_s = wait.as_secs_f64(), "the lane panicked; what it held comes again");
+                reporter.report(&LaneEvent::Panicked { error: &e.to_string(), restart_in: wait });
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
                     _ = drain.wait_for(|d| *d) => return name,
@@ -423,10 +425,10 @@ async fn look_again_and_again(
             LOOK_INTERVAL
         };
         board.metrics().set_queue_up(queue.is_reachable());
-        board.looked(clock::now(), found);
+        board.polled(clock::now(), found);
         tokio::select! {
             () = tokio::time::sleep(rest.max(LOOK_INTERVAL)) => {}
-            () = async { tokio::time::sleep(rest).await; board.wanted().await } => {}
+            () = async { tokio::time::sleep(rest).await; board.poll_wanted().await } => {}
             Ok(()) = subscribers.changed() => {}
         }
     }

@@ -303,7 +303,10 @@ impl Drop for OpenConnection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::delivery::Reason;
+    use crate::{
+        delivery::{BatchId, Reason},
+        telemetry::lane_event::{LaneEvent, Settled},
+    };
     use std::{collections::BTreeSet, time::Duration};
 
     fn metrics() -> Metrics {
@@ -358,8 +361,10 @@ mod tests {
         let m = metrics();
         for name in ["c", "a", "b,le", "d"] {
             let subscriber = m.subscriber(name);
-            subscriber.received(3);
-            subscriber.attempt_begins(7, 9);
+            subscriber.count(&LaneEvent::Taken { events: 3 });
+            let batch_id = &BatchId::from("msg_1");
+            let started = LaneEvent::AttemptStarted { number: 1, batch_id, events: 7, bytes: 9 };
+            subscriber.count(&started);
         }
         let text = m.expose_as(Exposition::Text);
         for part in [
@@ -404,7 +409,7 @@ mod tests {
         let m = metrics();
         let a = m.subscriber("a");
         m.subscriber("b");
-        a.dead(Reason::Exhausted, 2);
+        a.count(&LaneEvent::Settled(Settled::DeadLetters(vec![Reason::Exhausted; 2])));
         assert!(
             m.expose()
                 .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 2")

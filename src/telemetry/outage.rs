@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fmt, time::Duration};
 use tokio::sync::watch;
 
 use super::troubles::{Harms, Troubles};
-use crate::policy::retry::Waits;
+use crate::policy::retry::Backoff;
 
 /// Reasons of one outage that are logged; the ones after these are not.
 const MAX_REASONS: usize = 5;
@@ -19,7 +19,7 @@ pub struct Outage {
 
 /// What a failure adds to an outage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
+pub enum News {
     /// The outage begins with it.
     First,
     /// It has a reason that the outage did not have before.
@@ -29,14 +29,14 @@ pub enum Failure {
 
 impl Outage {
     /// Something has failed, for this reason.
-    pub fn failed(&mut self, why: &str) -> Failure {
+    pub fn failed(&mut self, why: &str) -> News {
         let is_first = self.reasons.is_empty();
         if self.reasons.len() >= MAX_REASONS || !self.reasons.insert(why.to_owned()) {
-            Failure::Known
+            News::Known
         } else if is_first {
-            Failure::First
+            News::First
         } else {
-            Failure::OtherReason
+            News::OtherReason
         }
     }
 
@@ -58,7 +58,7 @@ impl Outage {
 pub struct ReportedOutage {
     what: String,
     outage: Outage,
-    backoff: Waits,
+    backoff: Backoff,
     harms: Harms,
     troubles: watch::Sender<Troubles>,
 }
@@ -66,7 +66,7 @@ pub struct ReportedOutage {
 impl ReportedOutage {
     /// `what` is the grammatical subject of the log lines.
     pub fn new(what: impl Into<String>, harms: Harms, troubles: &watch::Sender<Troubles>) -> Self {
-        let backoff = Waits::new(Duration::from_millis(200), Duration::from_secs(10));
+        let backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         let outage = Outage::default();
         Self { what: what.into(), outage, backoff, harms, troubles: troubles.clone() }
     }
@@ -81,11 +81,11 @@ impl ReportedOutage {
     pub fn fails(&mut self, why: &(dyn fmt::Display + Sync)) {
         let why = why.to_string();
         match self.outage.failed(&why) {
-            Failure::First => {
-                tracing::warn!(error = why, "{} fails; it is retried indefinitely", self.what)
+            News::First => {
+                tracing::warn!(error = %why, "{} fails; it is retried indefinitely", self.what)
             }
-            Failure::OtherReason | Failure::Known => {
-                tracing::debug!(error = why, "{} still fails", self.what)
+            News::OtherReason | News::Known => {
+                tracing::debug!(error = %why, "{} still fails", self.what)
             }
         }
         self.troubles.send_if_modified(|all| all.begins(&self.what, self.harms.clone(), why));
@@ -125,18 +125,18 @@ mod tests {
     fn each_reason_of_an_outage_counts_once_until_it_ends() {
         let mut outage = Outage::default();
         for (why, expected) in [
-            ("reset", Failure::First),
-            ("refused", Failure::OtherReason),
-            ("refused", Failure::Known),
-            ("reset", Failure::Known),
-            ("broken", Failure::OtherReason),
+            ("reset", News::First),
+            ("refused", News::OtherReason),
+            ("refused", News::Known),
+            ("reset", News::Known),
+            ("broken", News::OtherReason),
         ] {
             assert_eq!(outage.failed(why), expected, "{why}");
         }
         assert!(outage.is_open() && outage.end() && !outage.end());
-        assert_eq!(outage.failed("reset"), Failure::First);
+        assert_eq!(outage.failed("reset"), News::First);
         for n in 0..2 * MAX_REASONS {
-            let expected = if n + 1 < MAX_REASONS { Failure::OtherReason } else { Failure::Known };
+            let expected = if n + 1 < MAX_REASONS { News::OtherReason } else { News::Known };
             assert_eq!(outage.failed(&n.to_string()), expected, "reason {n}");
         }
     }

@@ -61,7 +61,7 @@ impl<Q: Queue> Control<Q> {
         };
         let tried_now = (which.try_only || done.moved + done.due > 0) && self.waits(name);
         if tried_now {
-            self.board.try_now(name);
+            self.board.request_retry(name);
         }
         Ok(Retried::new(name, done, (state, paused), tried_now))
     }

@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use serde_json::{Map, Value};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
@@ -17,7 +16,10 @@ use crate::{
     config::Config,
     queue::{DeadLetters as _, NewEvent, Queue},
     supervisor::fleet::{self, Controls, Phase},
-    telemetry::{metrics::Metrics, status::Board},
+    telemetry::{
+        metrics::Metrics,
+        status::{Board, Observer},
+    },
     wording::counted,
 };
 
@@ -33,20 +35,18 @@ pub(super) struct Play<'p> {
 }
 
 impl Play<'_> {
-    pub(super) async fn run<Q: Queue>(
-        &self,
-        queue: Q,
-        mut notices: mpsc::UnboundedReceiver<Map<String, Value>>,
-    ) -> Result<(), Failed> {
+    pub(super) async fn run<Q: Queue>(&self, queue: Q) -> Result<(), Failed> {
         queue.ensure(&self.config.subscribers).await?;
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async move { drop(stopped.await) };
         let phase = watch::Sender::new(Phase::Starting);
         let nothing = std::future::ready(());
+        let stage = self.stage.clone();
+        let observer = Observer::new(move |subscriber, event| narrate(&stage, subscriber, event));
         let controls = Controls {
             phase: &phase,
             changes: mpsc::channel(1).1, // nobody changes anything
-            board: Board::new(Metrics::new(clock::now())),
+            board: Board::observed(Metrics::new(clock::now()), observer),
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
             hurry: Box::pin(std::future::pending()),
         };
@@ -63,16 +63,7 @@ impl Play<'_> {
             stop.send(()).ok(); // the daemon may have ended in an error, which is told below
             Ok::<_, Failed>((published, dead))
         };
-        let narrator = async {
-            while let Some(notice) = notices.recv().await {
-                narrate(&self.stage, &notice);
-            }
-        };
-        let both = async { tokio::join!(daemon, show) };
-        let (ended, shown) = tokio::select! {
-            done = both => done,
-            () = narrator => return Err(Failed::Runtime("the log ended before the demo".to_owned())),
-        };
+        let (ended, shown) = tokio::join!(daemon, show);
         self.stage.end();
         ended?;
         let (published, dead) = shown?;

@@ -27,7 +27,7 @@ use crate::{
     clock,
     config::AmqpConfig,
     delivery::{Standing, Standings, SubscriberName},
-    policy::retry::Waits,
+    policy::retry::Backoff,
     queue::{QueueError, Removals},
     telemetry::{
         metrics::Metrics,
@@ -240,7 +240,7 @@ pub(super) async fn stopped(mut stopping: watch::Receiver<bool>) {
 
 /// Runs a background task, and restarts it after a panic.
 pub(super) async fn supervised<F: Future<Output = ()>>(what: &str, task: impl Fn() -> F) {
-    let mut waits = Waits::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut waits = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
     while AssertUnwindSafe(task()).catch_unwind().await.is_err() {
         tracing::error!("{what} panicked and restarts");
         tokio::time::sleep(waits.grow()).await;

@@ -12,7 +12,7 @@ use super::{
     pool::Lease,
     shared::Shared,
 };
-use crate::{policy::retry::Waits, queue::QueueError};
+use crate::{policy::retry::Backoff, queue::QueueError};
 
 /// A queue that cannot be consumed.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ pub(super) async fn usable(
     shared: &Shared,
     queue: &str,
 ) -> Result<Result<(), Unusable>, QueueError> {
-    let mut waits = Waits::new(Duration::from_millis(500), Duration::from_secs(1));
+    let mut waits = Backoff::new(Duration::from_millis(500), Duration::from_secs(1));
     let mut tries = 2;
     loop {
         tries -= 1;

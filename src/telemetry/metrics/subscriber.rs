@@ -1,9 +1,6 @@
 //! The metrics of one subscriber.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, SystemTime},
-};
+use std::{collections::BTreeMap, time::SystemTime};
 
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 
@@ -11,6 +8,7 @@ use super::{Float, Metrics, unix};
 use crate::{
     delivery::{DispositionKind, FailureKind, Reason},
     policy::circuit_breaker::CircuitState,
+    telemetry::lane_event::{AttemptEnded, LaneEvent, Settled},
 };
 
 /// The handles of one subscriber.
@@ -82,94 +80,109 @@ impl SubscriberMetrics {
         }
     }
 
-    pub fn received(&self, events: u64) {
-        self.received.inc_by(events);
+    /// Counts an event; gauges follow the lane's status.
+    pub(in crate::telemetry) fn count(&self, event: &LaneEvent<'_>) {
+        match event {
+            LaneEvent::Taken { events } => {
+                self.received.inc_by(*events);
+            }
+            LaneEvent::AttemptStarted { events, bytes, .. } => {
+                self.batch_events.observe(f64::from(*events));
+                self.batch_bytes.observe(*bytes as f64);
+            }
+            LaneEvent::AttemptEnded(ended) => self.attempt_ended(ended),
+            LaneEvent::Unsent { .. } => {
+                self.unsent.inc();
+            }
+            LaneEvent::Delivered { events, lag, since_arrival } => {
+                self.delivered.inc_by(u64::from(*events));
+                if let Some(lag) = lag {
+                    self.lag.observe(lag.as_secs_f64());
+                }
+                if let Some(took) = since_arrival {
+                    self.delivery_duration.observe(took.as_secs_f64());
+                }
+            }
+            LaneEvent::Settled(settled) => self.settled(settled),
+            LaneEvent::Panicked { .. } => {
+                self.panics.inc();
+            }
+            LaneEvent::Recognised { .. }
+            | LaneEvent::Undeliverable { .. }
+            | LaneEvent::Unsettled { .. }
+            | LaneEvent::SessionEnded
+            | LaneEvent::CircuitIs { .. }
+            | LaneEvent::CircuitChanged(_)
+            | LaneEvent::RetryRequested
+            | LaneEvent::PauseStateLate
+            | LaneEvent::Paused { .. }
+            | LaneEvent::Resumed { .. }
+            | LaneEvent::ResumedUnpaused
+            | LaneEvent::QueueFailed { .. }
+            | LaneEvent::QueueRestored => {}
+        }
     }
 
-    pub fn recognised(&self, events: u64) {
-        self.recognised.inc_by(events);
+    fn attempt_ended(&self, ended: &AttemptEnded<'_>) {
+        self.attempt_duration.observe(ended.took.as_secs_f64());
+        if let Some(disposition) = ended.disposition.kind() {
+            self.attempts[&disposition].inc();
+        }
+        if let Some(failure) = ended.outcome.failure() {
+            self.failures[&failure.kind()].inc();
+        }
     }
 
-    pub fn attempt_begins(&self, events: u32, bytes: usize) {
-        self.in_flight.inc();
-        self.batch_events.observe(f64::from(events));
-        self.batch_bytes.observe(bytes as f64);
+    fn settled(&self, settled: &Settled) {
+        match settled {
+            Settled::Recognised { events } => {
+                self.recognised.inc_by(*events);
+            }
+            // What RabbitMQ gives up is not among the reasons, and not counted.
+            Settled::DeadLetters(reasons) => {
+                for counter in reasons.iter().filter_map(|reason| self.dead_letters.get(reason)) {
+                    counter.inc();
+                }
+            }
+            Settled::Delivered | Settled::Retries { .. } => {}
+        }
     }
 
-    pub fn attempt_ends(
+    pub(in crate::telemetry) fn set_in_flight(&self, requests: usize) {
+        self.in_flight.set(requests as f64);
+    }
+
+    /// `opened_at`: when a circuit that is not closed was opened.
+    pub(in crate::telemetry) fn set_circuit(
         &self,
-        disposition: DispositionKind,
-        failure: Option<FailureKind>,
-        took: Duration,
+        state: CircuitState,
+        opened_at: Option<SystemTime>,
     ) {
-        self.in_flight.dec();
-        self.attempt_duration.observe(took.as_secs_f64());
-        self.attempts[&disposition].inc();
-        if let Some(failure) = failure {
-            self.failures[&failure].inc();
-        }
-    }
-
-    /// An attempt that had begun, and of which nothing was sent.
-    pub fn attempt_was_none(&self) {
-        self.in_flight.dec();
-        self.unsent.inc();
-    }
-
-    /// An attempt that nobody will hear the outcome of: its lane is gone.
-    pub fn attempts_are_gone(&self) {
-        self.in_flight.set(0.0);
-    }
-
-    /// A batch was accepted, so long after its first event's timestamp and its arrival.
-    pub fn delivered(&self, events: u32, lag: Option<Duration>, since_arrival: Option<Duration>) {
-        self.delivered.inc_by(u64::from(events));
-        if let Some(lag) = lag {
-            self.lag.observe(lag.as_secs_f64());
-        }
-        if let Some(took) = since_arrival {
-            self.delivery_duration.observe(took.as_secs_f64());
-        }
-    }
-
-    /// `reason` is one of [`Reason::OWN`]: what the broker gives up is not counted.
-    pub fn dead(&self, reason: Reason, letters: u64) {
-        if let Some(counter) = self.dead_letters.get(&reason) {
-            counter.inc_by(letters);
-        }
-    }
-
-    /// `since`: when a circuit that is not closed was opened.
-    pub fn circuit(&self, state: CircuitState, since: Option<SystemTime>) {
         for (of, gauge) in &self.circuit {
             gauge.set(f64::from(*of == state));
         }
-        self.circuit_opened.set(since.map_or(0.0, unix));
+        self.circuit_opened.set(opened_at.map_or(0.0, unix));
     }
 
-    pub fn paused(&self, paused: bool) {
+    pub(in crate::telemetry) fn set_paused(&self, paused: bool) {
         self.paused.set(f64::from(paused));
     }
 
-    pub fn up(&self, up: bool) {
+    pub(in crate::telemetry) fn set_up(&self, up: bool) {
         self.up.set(f64::from(up));
     }
 
-    pub fn panicked(&self) {
-        self.panics.inc();
-    }
-
-    pub fn retries(&self, waiting: usize, next: Option<SystemTime>) {
+    pub(in crate::telemetry) fn set_retries(&self, waiting: usize, next: Option<SystemTime>) {
         self.retries_waiting.set(waiting as f64);
         self.next_retry.set(next.map_or(0.0, unix));
     }
 
-    pub fn oldest(&self, arrived: Option<SystemTime>) {
-        self.oldest.set(arrived.map_or(0.0, unix));
+    pub(in crate::telemetry) fn set_oldest(&self, arrived_at: Option<SystemTime>) {
+        self.oldest.set(arrived_at.map_or(0.0, unix));
     }
 
     /// Messages in the main, the retry and the dead queue.
-    pub fn queues(&self, messages: [u64; 3]) {
+    pub(in crate::telemetry) fn set_queues(&self, messages: [u64; 3]) {
         for (gauge, messages) in self.queues.iter().zip(messages) {
             gauge.set(messages as f64);
         }

@@ -1,20 +1,17 @@
-//! What a lane waits for besides its queue and its requests.
+//! The signals that a lane waits for besides its queue and its requests.
 
-use std::{sync::Arc, time::SystemTime};
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::{
-    config::Subscriber,
-    delivery::{Pause, Standing, Standings},
-};
+use crate::delivery::{Pause, Standing, Standings};
 
 pub(super) fn pause_of<'s>(standings: &'s Standings, subscriber: &str) -> Option<&'s Pause> {
     standings.get(subscriber).and_then(Standing::pause)
 }
 
-/// What the record says when it says what was waited for. If nobody writes it any more, nobody is
-/// left to work for.
+/// Waits for pause states that are `wanted`, and returns them. Never completes after their writer
+/// is gone: the daemon is ending then.
 pub(super) async fn wait_for(
     standings: &mut watch::Receiver<Option<Standings>>,
     wanted: impl FnMut(&Option<Standings>) -> bool,
@@ -26,15 +23,14 @@ pub(super) async fn wait_for(
     }
 }
 
-/// Completes when something else is configured, or wanted. If nobody is left to do that, that is
-/// never.
-pub(super) async fn changed<T>(what: &mut watch::Receiver<T>) {
-    if what.changed().await.is_err() {
+/// Completes when the value changes. Never completes after its writer is gone.
+pub(super) async fn changed<T>(value: &mut watch::Receiver<T>) {
+    if value.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
 }
 
-/// Completes when the subscriber is paused, and says why.
+/// Completes when the subscriber is paused; returns the pause.
 pub(super) async fn paused(
     mut standings: watch::Receiver<Option<Standings>>,
     subscriber: &str,
@@ -51,21 +47,20 @@ pub(super) async fn paused(
 }
 
 /// Completes when the subscriber is paused, or resumed at another time than `known`.
-pub(super) async fn spoken(
+pub(super) async fn paused_or_resumed(
     mut standings: watch::Receiver<Option<Standings>>,
-    subscriber: Arc<Subscriber>,
+    subscriber: &str,
     known: Option<SystemTime>,
 ) {
-    let is_news =
-        |all: &Option<Standings>| match all.as_ref().and_then(|all| all.get(&subscriber.name)) {
-            Some(Standing::Paused(_)) => true,
-            Some(Standing::Resumed { at }) => Some(*at) != known,
-            None => false,
-        };
+    let is_news = |all: &Option<Standings>| match all.as_ref().and_then(|all| all.get(subscriber)) {
+        Some(Standing::Paused(_)) => true,
+        Some(Standing::Resumed { at }) => Some(*at) != known,
+        None => false,
+    };
     wait_for(&mut standings, is_news).await;
 }
 
-/// Completes when the lane is to end. If the sender is gone, nobody is left to work for.
+/// Completes when the lane is to end, or the fleet is gone.
 pub(super) async fn drained(drain: &mut watch::Receiver<bool>) {
     drain.wait_for(|d| *d).await.ok();
 }
