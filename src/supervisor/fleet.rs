@@ -1,5 +1,5 @@
-//! Wires lanes to a queue, gives them what is configured anew, restarts those that panic, drains
-//! them at the end.
+//! Runs the lanes: starts them, gives them each new configuration, restarts those that panic, and
+//! drains them at the end.
 //!
 //! The start is a change from nothing: both go through [`Fleet::reconcile`].
 
@@ -14,7 +14,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::{JoinError, JoinSet},
+    task::{AbortHandle, JoinError, JoinSet},
     time::timeout,
 };
 
@@ -33,36 +33,36 @@ use crate::{
     },
 };
 
-/// How long a change waits for the queue. Lanes and chores do what is left to do when it is there
-/// again.
+/// The longest that a change waits for the queue. Lanes and background tasks do the rest once the
+/// queue is there again.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long at most the end of a daemon waits for what is done beside its lanes.
-const CHORES_GOODBYE: Duration = Duration::from_secs(5);
+/// The longest that the end of a daemon waits for its background tasks.
+const BACKGROUND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// And the queue's goodbye, when somebody is in a hurry.
-const HURRIED_GOODBYE: Duration = Duration::from_secs(1);
+/// The longest that the queue may take to close after a second signal.
+const HURRIED_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often the queues are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// The time between two polls of the queues' depths.
+const POLL_INTERVAL: Duration = Duration::from_secs(10);
 
-/// For one look.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that one poll may take.
+const POLL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A look that takes long is not repeated at once: at most this part of the time is spent looking.
-const LOOK_SHARE: u32 = 20;
+/// A poll that took long is followed by a pause of this many times its duration.
+const POLL_PAUSE_FACTOR: u32 = 20;
 
-/// And the longest rest: it may have waited for a broker that was away, which says nothing of the
-/// next look.
-const LOOK_REST: Duration = Duration::from_secs(60);
+/// The longest of these pauses: a poll that was slow because the broker was away says nothing of
+/// the next one.
+const MAX_POLL_PAUSE: Duration = Duration::from_secs(60);
 
-/// How far a run is.
+/// The phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// The queue is being made ready.
+    /// The queue is being prepared.
     Starting,
     Running,
-    /// Nothing new is begun.
+    /// Nothing new is started.
     Draining,
 }
 
@@ -76,32 +76,33 @@ impl Phase {
     }
 }
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
     /// Everything in flight was settled.
     Drained,
-    /// These subscribers still had requests in flight at the deadline, or when somebody was in a
-    /// hurry; they are delivered again.
+    /// These subscribers still had requests in flight at the deadline, or at a second signal; their
+    /// events are delivered again.
     Deadline(BTreeSet<SubscriberName>),
 }
 
-/// Other subscribers than before, and whom to tell when they are served.
+/// A change of the subscribers.
 #[derive(Debug)]
 pub struct Change {
     pub subscribers: Subscribers,
-    /// Who of them is not bound yet; an error means that nothing was changed.
+    /// Gets the names of those that are not bound yet; an error means that nothing was changed.
     pub done: oneshot::Sender<Result<BTreeSet<SubscriberName>, QueueError>>,
 }
 
-/// What a run is given from outside.
+/// The connections of a run to the rest of the daemon.
 pub struct Controls<'a> {
     pub phase: &'a watch::Sender<Phase>,
     pub changes: mpsc::Receiver<Change>,
     pub board: Board,
-    /// For requests in flight at the end; what it says then counts.
+    /// The longest that a drain waits for requests in flight; its value at the begin of the drain
+    /// counts.
     pub shutdown_timeout: watch::Receiver<Duration>,
-    /// Ends the drain at once, whatever is in flight.
+    /// Completes when the drain is to end at once, whatever is in flight.
     pub hurry: BoxFuture<'a, ()>,
 }
 
@@ -114,27 +115,28 @@ impl fmt::Debug for Controls<'_> {
 /// Runs a lane for each subscriber until `shutdown` completes, then drains them for at most
 /// `shutdown_timeout`.
 ///
-/// `beside` is whatever else uses the queue, told by `phase` what to do: the queue stays open until
-/// it completes.
+/// `alongside` is everything else that uses the queue, and follows `phase`: the queue stays open
+/// until it completes.
 ///
 /// # Errors
-/// The queue is of no use and will not change by itself, or https cannot be spoken.
+/// The queue is unusable until an operator acts, or TLS cannot be set up.
 pub async fn run<Q: Queue>(
     queue: Q,
     subscribers: Subscribers,
     shutdown: impl Future<Output = ()>,
     controls: Controls<'_>,
-    beside: impl Future<Output = ()>,
+    alongside: impl Future<Output = ()>,
 ) -> Result<Ended, QueueError> {
-    let Controls { phase, mut changes, board, shutdown_timeout, mut hurry } = controls;
+    let Controls { phase, mut changes, board, shutdown_timeout, hurry } = controls;
     let mut fleet = Fleet::new(queue.clone(), board.clone())?;
     let mut shutdown = std::pin::pin!(shutdown);
     let plan = fleet.plan(&subscribers)?;
-    // Told before it is known to be up: a daemon that never gets its queue is one to alert of.
+    // Reported before it is known to be up: there has to be an alert of a daemon that never gets
+    // its queue.
     board.metrics().set_queue_up(false);
     board.follow(queue.troubles());
     tokio::select! {
-        // Who is not ready is in the log, and its lane tells of it.
+        // A subscriber that is not ready is in the log, and its lane reports it.
         ready = queue.prepare(&subscribers) => drop(ready?),
         () = &mut shutdown => {
             tracing::info!("stopping: the queue was not ready yet, and nothing was begun");
@@ -146,81 +148,19 @@ pub async fn run<Q: Queue>(
     fleet.reconcile(subscribers, plan);
     phase.send_replace(Phase::Running);
     tracing::info!(subscribers = fleet.lanes.len(), "running");
-    let mut chores = JoinSet::new();
-    let (doing, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
-    let (stop, stopping) = watch::channel(false);
-    chores.spawn(async move { doing.chores(subscribers, stopping).await });
-    let (looking, subscribers) = (queue.clone(), fleet.subscribers.subscribe());
-    let seen = board.clone();
-    let look =
-        chores.spawn(async move { look_again_and_again(&looking, subscribers, &seen).await });
-
-    loop {
-        tokio::select! {
-            () = &mut shutdown => break,
-            Some(ended) = chores.join_next() => {
-                if let Err(e) = ended {
-                    tracing::error!(error = %e, "a chore beside the lanes panicked and is not done any more until a restart");
-                }
-            }
-            Some(ended) = fleet.keepers.join_next() => fleet.ended(ended.unwrap_or_else(resume)),
-            Some(Change { subscribers, done }) = changes.recv() => {
-                let changed = tokio::select! {
-                    changed = fleet.change(subscribers) => changed,
-                    () = &mut shutdown => break,
-                };
-                // Who asked may be gone; the change stays.
-                drop(done.send(changed));
-            }
-        }
+    let mut background = Background::start(&fleet);
+    tokio::select! {
+        () = &mut shutdown => {}
+        () = fleet.serve(&mut changes, &mut background) => {}
     }
     let shutdown_timeout = *shutdown_timeout.borrow();
-    say_what_is_waited_for(&board.in_flight(), shutdown_timeout);
+    log_drain(&board.in_flight(), shutdown_timeout);
     phase.send_replace(Phase::Draining);
-    stop.send_replace(true);
-    look.abort();
-    let chores_end = async { while chores.join_next().await.is_some() {} };
-    let mut busy = fleet.drain();
-    let lanes = async {
-        while let Some(ended) = fleet.keepers.join_next().await {
-            busy.remove(&ended.unwrap_or_else(resume));
-        }
-    };
-    let drained = async {
-        tokio::join!(
-            async {
-                timeout(shutdown_timeout, async { tokio::join!(lanes, beside) }).await.is_ok()
-            },
-            timeout(shutdown_timeout.min(CHORES_GOODBYE), chores_end)
-        )
-    };
-    let (in_time, hurried) = tokio::select! {
-        biased;
-        (in_time, _) = drained => (in_time, false),
-        () = &mut hurry => (false, true),
-    };
-    chores.shutdown().await;
-    if !in_time {
-        fleet.keepers.shutdown().await;
-    }
-    if hurried {
-        // A broker that is away does not hold it up.
-        timeout(HURRIED_GOODBYE, queue.close()).await.ok();
-        tracing::warn!(subscribers = ?busy, "stopped at once, by a second signal, with requests in flight; their events are delivered again, producers without an answer must send again");
-        return Ok(Ended::Deadline(busy));
-    }
-    queue.close().await;
-    if in_time {
-        tracing::info!("stopped");
-        return Ok(Ended::Drained);
-    }
-    tracing::warn!(subscribers = ?busy, "stopped at the deadline with requests in flight; their events are delivered again, producers without an answer must send again");
-    Ok(Ended::Deadline(busy))
+    Ok(fleet.shut_down(background, alongside, hurry, shutdown_timeout).await)
 }
 
-/// For whoever watches it end: what it is that takes the time, how long at most, and how to have it
-/// shorter.
-fn say_what_is_waited_for(in_flight: &BTreeMap<SubscriberName, usize>, shutdown_timeout: Duration) {
+/// Logs what a drain waits for, for how long at most, and how to have it shorter.
+fn log_drain(in_flight: &BTreeMap<SubscriberName, usize>, shutdown_timeout: Duration) {
     let requests: usize = in_flight.values().sum();
     let deadline = clock::now().checked_add(shutdown_timeout).map(clock::rfc3339_seconds);
     tracing::info!(
@@ -232,32 +172,74 @@ fn say_what_is_waited_for(in_flight: &BTreeMap<SubscriberName, usize>, shutdown_
     );
 }
 
-/// A keeper holds no code that panics; if it does, so does the process.
+/// The tasks of a run besides its lanes: those of the queue, and the poll of its depths.
+struct Background {
+    tasks: JoinSet<()>,
+    stop: watch::Sender<bool>,
+    poll: AbortHandle,
+}
+
+impl Background {
+    fn start<Q: Queue>(fleet: &Fleet<Q>) -> Self {
+        let mut tasks = JoinSet::new();
+        let (stop, stopping) = watch::channel(false);
+        let (queue, subscribers) = (fleet.queue.clone(), fleet.subscribers.subscribe());
+        tasks.spawn(async move { queue.chores(subscribers, stopping).await });
+        let (queue, subscribers) = (fleet.queue.clone(), fleet.subscribers.subscribe());
+        let board = fleet.board.clone();
+        let poll = tasks.spawn(async move { poll_depths(&queue, subscribers, &board).await });
+        Self { tasks, stop, poll }
+    }
+
+    /// Completes when a task ended; pending while there is none.
+    async fn ended(&mut self) {
+        match self.tasks.join_next().await {
+            Some(Ok(())) => {}
+            Some(Err(e)) => tracing::error!(
+                error = %e,
+                "a background task panicked; it stays off until the daemon is restarted"
+            ),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn stop(&self) {
+        self.stop.send_replace(true);
+        self.poll.abort();
+    }
+
+    async fn all_ended(&mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Passes on a panic of a supervising task, which has no code of its own that panics.
 fn resume(e: JoinError) -> SubscriberName {
     std::panic::resume_unwind(e.into_panic())
 }
 
-/// The lanes that run.
+/// The running lanes.
 struct Fleet<Q> {
     queue: Q,
     tls: SystemRoots,
     board: Board,
     subscribers: watch::Sender<Subscribers>,
     lanes: BTreeMap<SubscriberName, Running>,
-    keepers: JoinSet<SubscriberName>,
+    /// Each ends with its lane, and returns the subscriber's name.
+    supervisors: JoinSet<SubscriberName>,
 }
 
-/// A lane and what it is told.
+/// The controls of a lane.
 struct Running {
     configured: watch::Sender<LaneConfig>,
     drain: watch::Sender<bool>,
-    /// It drains because its subscriber was removed, and was configured again before that was done.
+    /// The lane drains because its subscriber was removed, and the subscriber was configured again
+    /// meanwhile.
     again: Option<LaneConfig>,
 }
 
-/// What is made ready before anything is changed: the endpoints of subscribers that are new or
-/// changed.
-type Endpoints = BTreeMap<SubscriberName, LaneConfig>;
+/// The lanes that are new or have changed, made ready before anything is changed.
+type Plan = BTreeMap<SubscriberName, LaneConfig>;
 
 impl<Q: Queue> Fleet<Q> {
     fn new(queue: Q, board: Board) -> Result<Self, QueueError> {
@@ -268,13 +250,13 @@ impl<Q: Queue> Fleet<Q> {
             board,
             subscribers: watch::Sender::new(Subscribers::default()),
             lanes: BTreeMap::new(),
-            keepers: JoinSet::new(),
+            supervisors: JoinSet::new(),
         })
     }
 
-    /// What these subscribers need that those before did not.
-    fn plan(&self, subscribers: &[Arc<Subscriber>]) -> Result<Endpoints, QueueError> {
-        let mut endpoints = Endpoints::new();
+    /// What these subscribers need that the current ones do not have.
+    fn plan(&self, subscribers: &[Arc<Subscriber>]) -> Result<Plan, QueueError> {
+        let mut plan = Plan::new();
         for s in subscribers {
             let old = self
                 .lanes
@@ -288,24 +270,39 @@ impl<Q: Queue> Fleet<Q> {
             };
             let webhook = webhook
                 .map_err(|e| QueueError::needs_operator(format!("subscriber `{}`: {e}", s.name)))?;
-            endpoints.insert(s.name.clone(), LaneConfig { subscriber: s.clone(), webhook });
+            plan.insert(s.name.clone(), LaneConfig { subscriber: s.clone(), webhook });
         }
-        Ok(endpoints)
+        Ok(plan)
     }
 
-    /// Returns who is not bound yet, as far as that is known.
+    /// Runs the lanes, and applies each change of the subscribers.
+    async fn serve(&mut self, changes: &mut mpsc::Receiver<Change>, background: &mut Background) {
+        loop {
+            tokio::select! {
+                () = background.ended() => {}
+                Some(ended) = self.supervisors.join_next() => {
+                    self.ended(ended.unwrap_or_else(resume));
+                }
+                Some(Change { subscribers, done }) = changes.recv() => {
+                    let changed = self.change(subscribers).await;
+                    // The caller may be gone; the change stays.
+                    drop(done.send(changed));
+                }
+            }
+        }
+    }
+
+    /// Returns the subscribers that are not bound yet, as far as that is known.
     async fn change(
         &mut self,
         subscribers: Subscribers,
     ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let plan = self.plan(&subscribers)?;
-        // What is bound anew is bound before anything is unbound, which is a chore.
+        // This binds the new patterns. A background task unbinds the old ones later.
         let not_bound = match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
             Ok(ready) => ready?,
             Err(_) => {
-                tracing::warn!(
-                    "the queue does not get ready; what is configured anew is bound when it does"
-                );
+                tracing::warn!("the queue is not ready; new patterns are bound when it is");
                 self.to_be_bound(&subscribers)
             }
         };
@@ -313,7 +310,7 @@ impl<Q: Queue> Fleet<Q> {
         Ok(not_bound)
     }
 
-    /// Those who are new, or want other events than before.
+    /// The subscribers that are new, or have other patterns than before.
     fn to_be_bound(&self, subscribers: &[Arc<Subscriber>]) -> BTreeSet<SubscriberName> {
         let before = self.subscribers.borrow();
         let is_same = |old: &Subscriber, s: &Subscriber| {
@@ -324,8 +321,8 @@ impl<Q: Queue> Fleet<Q> {
         subscribers.iter().filter(|s| !is_bound(s)).map(|s| s.name.clone()).collect()
     }
 
-    /// Makes the lanes those of `subscribers`. A lane without a part in `endpoints` is not touched.
-    fn reconcile(&mut self, subscribers: Subscribers, endpoints: Endpoints) {
+    /// Makes the lanes those of `subscribers`. A lane that is not in `plan` is not touched.
+    fn reconcile(&mut self, subscribers: Subscribers, plan: Plan) {
         let names: BTreeSet<&str> = subscribers.iter().map(|s| s.name.as_str()).collect();
         for (name, lane) in &mut self.lanes {
             if !names.contains(name.as_str()) {
@@ -338,7 +335,7 @@ impl<Q: Queue> Fleet<Q> {
                 }
             }
         }
-        for (name, served) in endpoints {
+        for (name, served) in plan {
             match self.lanes.get_mut(&name) {
                 Some(lane) if *lane.drain.borrow() => lane.again = Some(served),
                 Some(lane) => drop(lane.configured.send_replace(served)),
@@ -350,7 +347,7 @@ impl<Q: Queue> Fleet<Q> {
 
     fn start(&mut self, name: SubscriberName, served: LaneConfig) {
         let (configured, drain) = (watch::Sender::new(served), watch::Sender::new(false));
-        self.keepers.spawn(keep(
+        self.supervisors.spawn(supervise(
             name.clone(),
             configured.subscribe(),
             self.queue.clone(),
@@ -363,12 +360,55 @@ impl<Q: Queue> Fleet<Q> {
     /// A lane has drained.
     fn ended(&mut self, name: SubscriberName) {
         match self.lanes.remove(&name).and_then(|lane| lane.again) {
-            Some(served) => self.start(name, served),
+            Some(config) => self.start(name, config),
             None => self.board.forget(&name),
         }
     }
 
-    /// Tells all lanes to come to an end; returns whose they are.
+    /// Drains the lanes, ends the background tasks, and closes the queue.
+    async fn shut_down(
+        mut self,
+        mut background: Background,
+        alongside: impl Future<Output = ()>,
+        mut hurry: BoxFuture<'_, ()>,
+        limit: Duration,
+    ) -> Ended {
+        background.stop();
+        let mut busy = self.drain();
+        let lanes = async {
+            while let Some(ended) = self.supervisors.join_next().await {
+                busy.remove(&ended.unwrap_or_else(resume));
+            }
+        };
+        let work = async { timeout(limit, async { tokio::join!(lanes, alongside) }).await.is_ok() };
+        let background_limit = limit.min(BACKGROUND_TIMEOUT);
+        let drained =
+            async { tokio::join!(work, timeout(background_limit, background.all_ended())) };
+        let (in_time, hurried) = tokio::select! {
+            biased;
+            (in_time, _) = drained => (in_time, false),
+            () = &mut hurry => (false, true),
+        };
+        background.tasks.shutdown().await;
+        if !in_time {
+            self.supervisors.shutdown().await;
+        }
+        if hurried {
+            // A broker that is away does not delay it.
+            timeout(HURRIED_CLOSE_TIMEOUT, self.queue.close()).await.ok();
+            tracing::warn!(subscribers = ?busy, "stopped at once, by a second signal, with requests in flight; their events are delivered again, producers without an answer must send again");
+            return Ended::Deadline(busy);
+        }
+        self.queue.close().await;
+        if in_time {
+            tracing::info!("stopped");
+            return Ended::Drained;
+        }
+        tracing::warn!(subscribers = ?busy, "stopped at the deadline with requests in flight; their events are delivered again, producers without an answer must send again");
+        Ended::Deadline(busy)
+    }
+
+    /// Has all lanes drain; returns their subscribers.
     fn drain(&self) -> BTreeSet<SubscriberName> {
         for lane in self.lanes.values() {
             lane.drain.send_replace(true);
@@ -377,36 +417,32 @@ impl<Q: Queue> Fleet<Q> {
     }
 }
 
-/// Runs a lane, and runs it again after a panic. Returns the subscriber's name.
-async fn keep<Q: Queue>(
+/// Runs a lane, and restarts it after a panic. Returns the subscriber's name.
+async fn supervise<Q: Queue>(
     name: SubscriberName,
     configured: watch::Receiver<LaneConfig>,
     queue: Q,
     reporter: LaneReporter,
     mut drain: watch::Receiver<bool>,
 ) -> SubscriberName {
-    let mut waits = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
     loop {
         let lane = Lane::new(configured.clone(), queue.clone(), reporter.clone());
-        // A set of one: when the keeper is stopped at the deadline, so is the lane.
+        // A set of one: it ends the lane when this task is ended at the deadline.
         let mut task = JoinSet::new();
         task.spawn(lane.run(drain.clone()));
-        match task.join_next().await {
-            Some(Err(e)) => {
-                let wait = waits.grow();
-                reporter.report(&LaneEvent::Panicked { error: &e.to_string(), restart_in: wait });
-                tokio::select! {
-                    () = tokio::time::sleep(wait) => {}
-                    _ = drain.wait_for(|d| *d) => return name,
-                }
-            }
-            Some(Ok(())) | None => return name,
+        let Some(Err(e)) = task.join_next().await else { return name };
+        let restart_in = backoff.grow();
+        reporter.report(&LaneEvent::Panicked { error: &e.to_string(), restart_in });
+        tokio::select! {
+            () = tokio::time::sleep(restart_in) => {}
+            _ = drain.wait_for(|d| *d) => return name,
         }
     }
 }
 
-/// Looks at the queues now and then, and puts what it sees on the board.
-async fn look_again_and_again(
+/// Polls the queues' depths and puts them on the board.
+async fn poll_depths(
     queue: &impl Queue,
     mut subscribers: watch::Receiver<Subscribers>,
     board: &Board,
@@ -414,21 +450,22 @@ async fn look_again_and_again(
     loop {
         let begun = clock::instant();
         let current = subscribers.borrow_and_update().clone();
-        // A broker that is away is waited for without end.
-        let found = timeout(LOOK_TIMEOUT, queue.depths(&current)).await;
-        let late = || format!("the queue did not answer within {} s", LOOK_TIMEOUT.as_secs());
-        let found = found.map_err(|_| late()).and_then(|found| found.map_err(|e| e.to_string()));
+        // A broker that is away is awaited indefinitely.
+        let polled = timeout(POLL_TIMEOUT, queue.depths(&current)).await;
+        let late = || format!("the queue did not answer within {} s", POLL_TIMEOUT.as_secs());
+        let depths =
+            polled.map_err(|_| late()).and_then(|polled| polled.map_err(|e| e.to_string()));
         // Without an answer it cost nothing but time.
-        let rest = if found.is_ok() {
-            ((clock::instant() - begun) * LOOK_SHARE).min(LOOK_REST)
+        let pause = if depths.is_ok() {
+            ((clock::instant() - begun) * POLL_PAUSE_FACTOR).min(MAX_POLL_PAUSE)
         } else {
-            LOOK_INTERVAL
+            POLL_INTERVAL
         };
         board.metrics().set_queue_up(queue.is_reachable());
-        board.polled(clock::now(), found);
+        board.polled(clock::now(), depths);
         tokio::select! {
-            () = tokio::time::sleep(rest.max(LOOK_INTERVAL)) => {}
-            () = async { tokio::time::sleep(rest).await; board.poll_wanted().await } => {}
+            () = tokio::time::sleep(pause.max(POLL_INTERVAL)) => {}
+            () = async { tokio::time::sleep(pause).await; board.poll_wanted().await } => {}
             Ok(()) = subscribers.changed() => {}
         }
     }
