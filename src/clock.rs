@@ -1,4 +1,5 @@
-//! The one place that asks what time it is and draws random numbers; everything else is told.
+//! Time and random numbers. No other file reads a clock or draws a number: functions get both as
+//! arguments.
 #![allow(
     clippy::disallowed_methods,
     reason = "policies take `now` as an argument, and this is where it comes from"
@@ -6,35 +7,35 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-/// For intervals on this machine.
+/// The monotonic time, for intervals on this machine.
 pub fn instant() -> Instant {
     Instant::now()
 }
 
-/// For points in time that other machines see.
+/// The time of day, for points in time that other machines see.
 pub fn now() -> SystemTime {
     SystemTime::now()
 }
 
-/// Seconds since 1970-01-01T00:00:00Z.
+/// Seconds since 1970-01-01T00:00:00Z; 0 before it.
 pub fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// The last millisecond that RFC 3339 has a text for: the end of the year 9999.
+/// The last Unix millisecond that RFC 3339 can write: the end of the year 9999.
 const LAST_MILLISECOND: Duration = Duration::from_millis(253_402_300_799_999);
 
-/// No other clock is ahead by more.
+/// The most that another machine's clock is believed to be ahead.
 const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
-/// A point in time as RFC 3339 writes it, to the millisecond. What is before 1970 or beyond the
-/// year 9999 is written as the nearest time that can be: the library panics at those, and a time
-/// can come from anybody.
+/// A point in time as RFC 3339, to the millisecond. A time before 1970 or after the year 9999 is
+/// written as the nearest valid one: the library panics at those, and anyone may have sent the
+/// time.
 pub fn rfc3339(at: SystemTime) -> String {
     humantime::format_rfc3339_millis(writable(at)).to_string()
 }
 
-/// As [`rfc3339`], to the second.
+/// A point in time as RFC 3339, to the second; see [`rfc3339`].
 pub fn rfc3339_seconds(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(writable(at)).to_string()
 }
@@ -43,33 +44,32 @@ fn writable(at: SystemTime) -> SystemTime {
     at.clamp(SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH + LAST_MILLISECOND)
 }
 
-/// A point in time that somebody else has written down, in Unix seconds. One that cannot be meant
-/// is none: 0, as clients write it that set no time; one that is more than a day ahead of `now`,
-/// such as one in milliseconds; one beyond every clock.
+/// The point in time of another machine's timestamp, in Unix seconds. `None` for a timestamp that
+/// cannot be meant: 0, which clients write that set no time; more than a day ahead of `now`, such
+/// as one in milliseconds; beyond what a clock can hold.
 pub fn sane(unix_seconds: u64, now: SystemTime) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH
         .checked_add(Duration::from_secs(unix_seconds))
         .filter(|at| is_sane(*at, now))
 }
 
-/// As [`sane`] judges.
+/// Filters a time as [`sane`] does.
 pub fn is_sane(at: SystemTime, now: SystemTime) -> bool {
     at > SystemTime::UNIX_EPOCH && at <= now + AHEAD
 }
 
-/// From `0.0..1.0`.
+/// A random number from `0.0..1.0`.
 pub fn random() -> f64 {
     rand::random()
 }
 
-/// A new identifier of an event, for one that its producer gave none: `evt_` and 32 hexadecimal
-/// digits.
+/// A new id for an event without one: `evt_` and 32 hexadecimal digits.
 pub fn event_id() -> String {
     format!("evt_{:032x}", rand::random::<u128>())
 }
 
-/// A new identifier with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which
-/// Standard Webhooks uses as a separator.
+/// A new id with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which Standard
+/// Webhooks uses as a separator.
 pub fn batch_id() -> String {
     format!("msg_{:032x}", rand::random::<u128>())
 }

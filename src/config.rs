@@ -1,4 +1,4 @@
-//! The configuration file: raw TOML in, checked policies out, all mistakes at once.
+//! The configuration file: raw TOML in, checked values out, all mistakes at once.
 
 pub mod changes;
 mod document;
@@ -36,15 +36,14 @@ use crate::{delivery::SubscriberName, wording::counted};
 /// The commented default configuration, every key in it.
 pub const DEFAULT: &str = include_str!("../config/hooktrail.toml");
 
-/// Where the configuration is looked for when neither `--config` nor `$HOOKTRAIL_CONFIG` names a
-/// file.
+/// The path of the configuration when neither `--config` nor `$HOOKTRAIL_CONFIG` names one.
 pub const DEFAULT_PATH: &str = "config/hooktrail.toml";
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug)]
 pub struct ConfigError {
     pub problems: Vec<Problem>,
-    /// As far as they were read; see [`Config::files`].
+    /// The files that were read until then; see [`Config::files`].
     pub files: Vec<PathBuf>,
 }
 
@@ -66,26 +65,26 @@ impl std::error::Error for ConfigError {}
 /// Reads and checks the configuration at `path`, its includes, and the secret files they name.
 ///
 /// # Errors
-/// All that is wrong, each with file, line, column, key and what would be right.
+/// All mistakes, each with file, line, column, key and what would be right.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
     load_with(path, &|name| std::env::var(name).ok())
 }
 
-/// As [`load`], for a daemon that runs: its subscribers came from these
+/// Does what [`load`] does, for a running daemon whose subscribers came from these
 /// [`folders`](Config::folders).
 ///
 /// # Errors
-/// As [`load`]; and one of the folders is not there, which at a first start would be nothing to
-/// complain of.
+/// Those of [`load`]; and one of the folders is absent, which is no error at a first
+/// start.
 pub fn load_again(path: &Path, folders: &[PathBuf]) -> Result<Config, ConfigError> {
     let env = |name: &str| std::env::var(name).ok();
     checked(&read(path)?, Reader::after(&env, folders))
 }
 
-/// As [`load`], with the environment given.
+/// Does what [`load`] does, with the environment given.
 ///
 /// # Errors
-/// As [`load`].
+/// Those of [`load`].
 pub fn load_with(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
     checked(&read(path)?, Reader::new(env))
 }
@@ -99,10 +98,10 @@ fn read(path: &Path) -> Result<Source, ConfigError> {
     Ok(Source { path: path.to_owned(), text })
 }
 
-/// A configuration `text` whose only other files are `files`: what it names cannot be on the disk.
+/// Reads and checks `text`, whose only other files are `files`; nothing is read from the disk.
 ///
 /// # Errors
-/// As [`load`].
+/// Those of [`load`].
 #[cfg(any(test, fuzzing))]
 pub(crate) fn from_text(
     text: &str,
@@ -126,8 +125,8 @@ fn checked(source: &Source, reader: Reader<'_>) -> Result<Config, ConfigError> {
     }
 }
 
-/// What `[admin]` says, in a configuration that has mistakes elsewhere: the daemon that runs, with
-/// the one before, is reached there all the same.
+/// The `[admin]` table of a configuration that has mistakes elsewhere: the daemon that runs with
+/// the previous configuration is probably reached there.
 pub fn admin_of(path: &Path) -> Option<AdminConfig> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
@@ -135,14 +134,14 @@ pub fn admin_of(path: &Path) -> Option<AdminConfig> {
     let document = reader.parse(&source);
     let whole = reader.is_clean();
     let root = reader.root(&source, &document, keys::ROOT);
-    // Where a part cannot be read, what is not found may stand there.
+    // In a part that cannot be parsed there may be an `[admin]`.
     if !whole && root.get("admin").is_none() {
         return None;
     }
     loader::admin(&reader, &root)
 }
 
-/// What `[log]` says, in a configuration that has mistakes elsewhere; the defaults where that is
+/// The `[log]` table of a configuration that has mistakes elsewhere; the defaults if that table is
 /// wrong too.
 pub fn log_of(path: &Path) -> LogConfig {
     let default = LogConfig { json: false, level: tracing::Level::INFO };
@@ -153,8 +152,7 @@ pub fn log_of(path: &Path) -> LogConfig {
     loader::log(&reader, &reader.root(&source, &document, keys::ROOT)).unwrap_or(default)
 }
 
-/// The subscribers' names, as far as they can be read: a secret that is not there, as every other
-/// mistake, does not matter.
+/// The subscribers' names that can be read; missing secrets and other mistakes do not matter.
 pub fn names_of(path: &Path) -> Vec<SubscriberName> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
@@ -162,7 +160,7 @@ pub fn names_of(path: &Path) -> Vec<SubscriberName> {
     names.into_iter().map(|(name, _)| name).collect()
 }
 
-/// The file that has the table of a subscriber: that at `path`, or one that it includes.
+/// The file with the subscriber's table: `path`, or one that it includes.
 pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
@@ -170,7 +168,7 @@ pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
     names.into_iter().find(|(name, _)| *name == subscriber).map(|(_, file)| file)
 }
 
-/// What to do about a configuration that cannot be read.
+/// The remedy for a configuration that cannot be read.
 fn way_out(why: std::io::ErrorKind) -> &'static str {
     match why {
         std::io::ErrorKind::PermissionDenied => {
@@ -182,5 +180,7 @@ fn way_out(why: std::io::ErrorKind) -> &'static str {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

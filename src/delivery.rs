@@ -1,6 +1,5 @@
-//! The nouns of delivery, each defined once: what is sent, what an attempt came to, what follows
-//! from it, and what is kept of what cannot be delivered. Logs, metrics, the API and both queues
-//! take their names from here.
+//! The nouns of delivery, each defined once: batches, outcomes of attempts, dispositions, and dead
+//! letters. Logs, metrics, the API and both queues take their names from here.
 
 mod attempt_log;
 mod batch;

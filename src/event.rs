@@ -1,8 +1,8 @@
-//! What counts as an audit event.
+//! The definition of an audit event, and topic patterns.
 //!
-//! An event is passed on with the bytes it was published with, so this looks at them without
+//! An event is delivered with the bytes that it was published with, so they are checked without
 //! building a value: numbers such as 2^64-1 or 1e400 and escapes keep their spelling, because
-//! nobody ever parses and prints them again.
+//! nothing parses and prints them.
 
 pub mod inflate;
 pub mod payload;
@@ -12,16 +12,16 @@ use std::{borrow::Cow, fmt};
 use serde::de::{Deserialize as _, Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// The deepest nesting of objects and arrays that is passed on.
+/// The deepest nesting of objects and arrays in an event, in levels.
 ///
 /// Receivers parse recursively; common parsers stop at depths between 100 and 1,000.
 pub const MAX_DEPTH: usize = 128;
 
-/// The longest event type in bytes: it travels as an AMQP routing key, which is a short string.
+/// The longest event type, in bytes: it is an AMQP routing key, which is a short string.
 pub const MAX_TYPE_LEN: usize = 255;
 
-/// Why a message body is not an event. The text is a whole sentence: it ends up in the dead letter,
-/// for an operator to read.
+/// The reason why a message body is not an event. Its text is a whole sentence, which an operator
+/// reads in the dead letter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InvalidEvent {
     Empty,
@@ -60,29 +60,29 @@ impl fmt::Display for InvalidEvent {
 
 impl std::error::Error for InvalidEvent {}
 
-/// What is to be known of an event.
+/// The fields of an event that delivery needs.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Head<'e> {
-    /// Its type, the string field `event`.
+    /// The type: the string field `event`.
     pub event_type: Cow<'e, str>,
-    /// When it happened: the field `timestamp` in Unix seconds, if it is a whole number.
+    /// The time: the field `timestamp` in Unix seconds, if it is a whole number.
     pub timestamp: Option<u64>,
 }
 
 /// Checks that `body` is one event and returns its type.
 ///
 /// # Errors
-/// As [`head`].
+/// Those of [`head`].
 pub fn event_type(body: &[u8]) -> Result<Cow<'_, str>, InvalidEvent> {
     head(body).map(|head| head.event_type)
 }
 
 /// Checks that `body` is one event.
 ///
-/// Of several fields of one name the last one counts, as it does for common parsers.
+/// If several fields have one name, the last one counts, as for common parsers.
 ///
 /// # Errors
-/// Says what is wrong with the first thing found wrong.
+/// The first mistake.
 pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err(InvalidEvent::ByteOrderMark);
@@ -113,7 +113,7 @@ pub fn head(body: &[u8]) -> Result<Head<'_>, InvalidEvent> {
     }
 }
 
-/// The text of a JSON string; `None` if the value is of another type.
+/// The text of a JSON string; `None` if the value has another type.
 fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
     let text = json.strip_prefix('"')?.strip_suffix('"')?;
     Some(if text.contains('\\') {
@@ -127,8 +127,8 @@ fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
 const ID_FIELD: &str = "event_id";
 const ID_FIELDS: &[&str] = &[ID_FIELD];
 
-/// The event with a last field `event_id` that holds `id`; `None` if it has a field of that name,
-/// or is no event. All other bytes stay as they are.
+/// Appends a field `event_id` with `id`; `None` if the event has a field of that name, or is no
+/// event. All other bytes stay as they are.
 pub fn with_id(body: &[u8], id: &str) -> Option<Vec<u8>> {
     let text = std::str::from_utf8(body).ok()?;
     let has_id =
@@ -138,8 +138,8 @@ pub fn with_id(body: &[u8], id: &str) -> Option<Vec<u8>> {
     Some([&text[..end], ",\"", ID_FIELD, "\":", &id, &text[end..]].concat().into_bytes())
 }
 
-/// Whether brackets outside strings nest deeper than `limit`. Exact for valid JSON; for anything
-/// else the answer does not matter, the parser refuses it.
+/// Whether brackets outside strings nest deeper than `limit`. Exact for valid JSON; the parser
+/// refuses everything else anyway.
 fn deeper_than(body: &[u8], limit: usize) -> bool {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     for &b in body {
@@ -167,7 +167,7 @@ fn deeper_than(body: &[u8], limit: usize) -> bool {
     false
 }
 
-/// Walks over the fields of the object and keeps only the last `event` and the last `timestamp`.
+/// Visits the fields of the object and keeps only the last `event` and the last `timestamp`.
 struct HeadFields;
 
 impl<'de> Visitor<'de> for HeadFields {
@@ -180,8 +180,8 @@ impl<'de> Visitor<'de> for HeadFields {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let (mut event_type, mut timestamp) = (None, None);
         while let Some(which) = map.next_key_seed(WhichKey(&["event", "timestamp"]))? {
-            // Raw: any JSON may stand there, numbers that are no number to Rust included, and be
-            // followed by what counts.
+            // Raw: the value may be any JSON, even a number that Rust cannot represent, and a later
+            // field may be the one that counts.
             match which {
                 Some(0) => event_type = Some(map.next_value()?),
                 Some(_) => timestamp = Some(map.next_value()?),
@@ -194,7 +194,7 @@ impl<'de> Visitor<'de> for HeadFields {
     }
 }
 
-/// Walks over the fields of the object and tells whether one has such a name.
+/// Visits the fields of the object and returns whether one has this name.
 struct HasKey(&'static [&'static str]);
 
 impl<'de> Visitor<'de> for HasKey {
@@ -214,13 +214,13 @@ impl<'de> Visitor<'de> for HasKey {
     }
 }
 
-/// A key as it stands in an object. One with half of a surrogate pair, which not everybody can
-/// read, is JSON all the same (RFC 8259, 8.2), as such a value is.
+/// A key as written in an object. A key with half of a surrogate pair is valid JSON too (RFC 8259,
+/// section 8.2), though not every parser reads it.
 #[derive(Debug)]
 pub struct Key<'e>(&'e RawValue);
 
 impl Key<'_> {
-    /// Whether it is this one; it may be written with escapes.
+    /// Whether it is this key; it may be written with escapes.
     pub fn is(&self, name: &str) -> bool {
         let text = self.0.get();
         if text.contains('\\') {
@@ -236,7 +236,7 @@ impl<'de: 'e, 'e> serde::Deserialize<'de> for Key<'e> {
     }
 }
 
-/// Finds a key among some.
+/// Reads a key, and returns its index among these names.
 struct WhichKey(&'static [&'static str]);
 
 impl<'de> serde::de::DeserializeSeed<'de> for WhichKey {
@@ -247,7 +247,8 @@ impl<'de> serde::de::DeserializeSeed<'de> for WhichKey {
     }
 }
 
-/// An AMQP topic pattern: words between dots, `*` for exactly one word, `#` for any number of them.
+/// An AMQP topic pattern: words separated by dots, `*` for exactly one word, `#` for any number of
+/// words.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pattern(String);
 
@@ -258,7 +259,8 @@ impl Pattern {
     }
 
     /// # Errors
-    /// Says what is wrong: the broker would take `user*` as a literal word and match nothing.
+    /// Says what is wrong. For example, a broker would take `user*` as a literal word and
+    /// match nothing.
     pub fn try_new(text: &str) -> Result<Self, String> {
         if text.is_empty() {
             return Err("an empty pattern matches only an empty event type".to_owned());
@@ -280,11 +282,11 @@ impl Pattern {
 
     /// Whether the broker would route an event of this type to a queue bound with this pattern.
     pub fn matches(&self, event_type: &str) -> bool {
-        // To a broker an empty key has no word, not one that is empty.
+        // For a broker an empty key has no word, rather than an empty one.
         let words: Vec<&str> =
             if event_type.is_empty() { Vec::new() } else { event_type.split('.').collect() };
-        // Whether the pattern as far as it was read matches the first so many words: all ways are
-        // followed at once, for to try one after the other costs exponential time with many `#`.
+        // `reached[n]`: the pattern, as far as it was read, matches the first n words. All ways are
+        // followed at once; one after the other takes exponential time with many `#`.
         let mut reached = vec![false; words.len() + 1];
         reached[0] = true;
         for part in self.0.split('.') {

@@ -1,33 +1,33 @@
 //! Named steps between one durable fact and the next, at which a test can end the process as a
-//! power cut there would. Only a debug build knows them: a release build has no code for it, and
-//! does not read the variable.
+//! power cut would. A release build has no code for them, and does not read the variable.
 
-/// A step of the way of an event, or of what is kept beside it.
+/// A step in the way of an event or of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// The broker has answered a request about its queues, exchanges or bindings.
     Declared,
     /// A request is about to be sent.
     Attempting,
-    /// A request was answered, or failed; nothing of that is written down.
+    /// A request was answered, or failed; nothing of that is durable yet.
     Answered,
-    /// A group of messages was handed to the broker, and none of them is confirmed.
+    /// A group of messages was sent to the broker, and none of them is confirmed.
     Published,
-    /// An envelope or dead letter is confirmed, and what it stands for is not acked.
+    /// An envelope or dead letter is confirmed, and the messages that it replaces are not acked.
     Confirmed,
-    /// An ack was handed to the broker.
+    /// An ack was sent to the broker.
     Acked,
     /// Events of the source queue are confirmed in the subscribers' queues, and not acked.
     Relayed,
-    /// Orphans, dead letters or retries are confirmed where they go, and not acked where they were.
+    /// Orphans, dead letters or retries are confirmed in their new queue, and not acked in the old
+    /// one.
     Moved,
-    /// A record about a subscriber is confirmed, and whoever asked for it does not know.
+    /// A record about a subscriber is confirmed, and its caller has not been answered.
     Recorded,
     /// A transaction of the embedded queue is complete but for its commit.
     Committing,
-    /// A transaction of the embedded queue is on the disk, and nobody knows.
+    /// A transaction of the embedded queue is on the disk, and its callers have not been answered.
     Committed,
-    /// Events that came over HTTP are durable, and not answered for.
+    /// Events from an HTTP request are durable, and the request is not answered.
     Stored,
 }
 
@@ -48,11 +48,11 @@ impl Step {
     ];
 }
 
-/// The variable that names a step and how often it is passed before: `Confirmed:3` ends the process
-/// at the fourth.
+/// The environment variable that names a step, and how often it passes before: `Confirmed:3` ends
+/// the process at the fourth time.
 pub const VARIABLE: &str = "HOOKTRAIL_DIE_AT";
 
-/// A step is reached. In a release build this is nothing.
+/// Ends the process if the variable names this step. Does nothing in a release build.
 #[inline]
 pub fn reached(step: Step) {
     #[cfg(debug_assertions)]
@@ -97,7 +97,7 @@ mod armed {
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
             .is_ok();
         if !passed {
-            // No destructor, no goodbye to anybody, as in a crash.
+            // No destructor runs and no connection is closed, as in a crash.
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
                 .expect("a process may end itself");
         }

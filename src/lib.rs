@@ -71,7 +71,8 @@
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json
 //!              status/ · words · table · story
-//! fuzzing.rs                what must hold for bytes of strangers; not part of the program
+//! fuzzing/                  properties that must hold for untrusted bytes; not part of the program
+//!              · json · events · intake · broker · receiver · configuration · fuzzing
 //! ```
 //!
 //! # Where to look

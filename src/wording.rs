@@ -1,9 +1,9 @@
-//! Numbers and the nouns that go with them: the one place that knows the plural.
+//! Numbers with their units and nouns, in singular and plural.
 
 use std::{fmt, time::Duration};
 
-/// A time as a configuration has it: in the largest unit that it is a whole number of, `7d` and
-/// `72h`, `90s` and `1500ms`.
+/// A duration as a configuration writes it: a whole number of the largest possible unit, such as
+/// `7d`, `72h`, `90s` and `1500ms`.
 pub fn span(d: Duration) -> String {
     const DAY: u128 = 86_400_000_000_000;
     let ns = d.as_nanos();
@@ -15,7 +15,7 @@ pub fn span(d: Duration) -> String {
         (1_000_000, "ms"),
         (1000, "us"),
     ];
-    // Up to a week hours are what people write.
+    // Below a week people write hours.
     let fits = |unit: u128| ns > 0 && ns.is_multiple_of(unit) && (unit < DAY || ns >= 7 * DAY);
     match units.into_iter().find(|(unit, _)| fits(*unit)) {
         Some((unit, name)) => format!("{}{name}", ns / unit),
@@ -24,7 +24,7 @@ pub fn span(d: Duration) -> String {
     }
 }
 
-/// A number of bytes as a configuration has it: `1MiB`, `64KiB`, `1500B`.
+/// A number of bytes as a configuration writes it: `1MiB`, `64KiB`, `1500B`.
 pub fn size(bytes: usize) -> String {
     let fits = |unit: &(usize, &str)| bytes > 0 && bytes.is_multiple_of(unit.0);
     match [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")].into_iter().find(fits) {
@@ -33,16 +33,15 @@ pub fn size(bytes: usize) -> String {
     }
 }
 
-/// A number with what it counts: `counted(1, "event(s)")` is `1 event`, `counted(3, "batch(es) to
+/// A number with its noun: `counted(1, "event(s)")` is `1 event`, `counted(3, "batch(es) to
 /// retry")` is `3 batches to retry`.
 pub fn counted<N: fmt::Display + PartialEq + From<u8>>(n: N, what: &str) -> String {
     let what = agreed(&n, what);
     format!("{n} {what}")
 }
 
-/// A text as it goes with a number that stands elsewhere. `(s)` and `(es)` are there for all
-/// numbers but one; of `(is|are)` one has the first word, all others the second. Other parentheses
-/// stay.
+/// A text that agrees with a number: `(s)` and `(es)` stand for the plural's ending, and `(is|are)`
+/// for the word of the singular and of the plural. Other parentheses stay.
 pub fn agreed<N: PartialEq + From<u8>>(n: &N, text: &str) -> String {
     let one = *n == N::from(1);
     let mut out = String::with_capacity(text.len());

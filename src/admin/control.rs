@@ -535,11 +535,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn config(dir: &tempfile::TempDir, names: &[&str]) -> Config {
-        let table = |name: &&str| {
-            format!(
-                "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n"
-            )
-        };
+        let table = |name: &&str| config::testing::table(name, "");
         let text = "[queue]\nurl = \"embedded\"\n".to_owned()
             + &names.iter().map(table).collect::<String>();
         let path = dir.path().join("hooktrail.toml");

@@ -295,6 +295,7 @@ fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::testing;
 
     #[test]
     fn what_is_printed_is_a_configuration_that_means_the_same_and_shows_no_secret() {
@@ -347,16 +348,7 @@ mod tests {
             assert_eq!(own(about, Some("h")).as_deref(), of_amqp, "{about}");
             assert_eq!(own(about, None).as_deref(), of_embedded, "{about}");
         }
-        let text = |name: &str| {
-            format!(
-                "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\n"
-            )
-        };
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("h.toml");
-        std::fs::write(&path, format!("[queue]\nurl = \"embedded\"\n{}{}", text("a"), text("b")))
-            .expect("writes");
-        let config = config::load(&path).expect("valid");
+        let config = testing::embedded(&["a", "b"].map(|name| testing::table(name, "")).concat());
         let mut of_both = Finding::warning("subscriber `a`", "is odd");
         of_both.about.push("subscriber `b`".to_owned());
         let for_all = Finding::harmful("subscriber `b`", "stops the ladder").harming_all(true);

@@ -1,4 +1,4 @@
-//! What is different between two configurations: keys, never values.
+//! The differences between two configurations: keys, never values.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,18 +29,18 @@ impl Differences {
         self.0.is_empty()
     }
 
-    /// Whether one of them affects this.
+    /// Whether one of the changed keys affects this.
     pub fn affect(&self, what: Affects) -> bool {
         self.0.iter().any(|(_, affects)| affects.contains(&what))
     }
 
-    /// Their full names, groups as in `retry.max_interval`.
+    /// The full names of the keys, such as `retry.max_interval`.
     pub fn paths(&self) -> Vec<&'static str> {
         self.0.iter().map(|(path, _)| *path).collect()
     }
 }
 
-/// The keys of no subscriber whose values differ, and what a running daemon does about it.
+/// The changed keys outside of subscribers, and what a running daemon does about each.
 fn global_differences(old: &Config, new: &Config) -> Vec<(&'static str, Reloaded)> {
     let group = |key: &'static Key| match (&key.place, &key.shape) {
         (Place::Read, Shape::Table(group)) => *group,
@@ -53,23 +53,23 @@ fn global_differences(old: &Config, new: &Config) -> Vec<(&'static str, Reloaded
     ROOT.iter().flat_map(group).filter_map(differing).collect()
 }
 
-/// What a reload changes, or would.
+/// The changes that a reload makes, or would make.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Changes {
-    /// By name.
+    /// Sorted by subscriber.
     pub changes: Vec<Change>,
-    /// Keys of no subscriber whose new values are used.
+    /// Keys outside of subscribers whose new values are used.
     pub settings: Vec<&'static str>,
-    /// Keys whose new values are not used before a restart.
+    /// Keys whose new values are used after a restart only.
     pub needs_restart: Vec<&'static str>,
 }
 
-/// What happens to one subscriber.
+/// The change of one subscriber.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Change {
     pub subscriber: SubscriberName,
     pub change: Kind,
-    /// Of one that is changed: which keys are, groups as in `retry.max_interval`.
+    /// The changed keys of a changed subscriber, such as `retry.max_interval`.
     pub keys: Vec<&'static str>,
 }
 
@@ -91,13 +91,13 @@ impl Kind {
     }
 }
 
-/// From how many subscribers on the loss of more than half of them is one that somebody has to ask
-/// for.
+/// The number of subscribers from which on the removal of more than half of them needs an
+/// operator's order.
 const FEW: usize = 4;
 
-/// Whether so many subscribers go at once that it looks like files that are away rather than like a
-/// wish: all of them, or more than half of at least four. A lone one that another takes the place
-/// of was given another name.
+/// Whether so many subscribers disappear at once that missing files are a likelier cause than an
+/// intention: all of them, or more than half of at least [`FEW`]. A single subscriber that another
+/// replaces was renamed.
 pub fn is_drastic(before: &BTreeSet<SubscriberName>, after: &BTreeSet<SubscriberName>) -> bool {
     let gone = before.difference(after).count();
     let all = gone > 0 && gone == before.len() && (gone > 1 || after.is_empty());
@@ -105,7 +105,7 @@ pub fn is_drastic(before: &BTreeSet<SubscriberName>, after: &BTreeSet<Subscriber
 }
 
 impl Changes {
-    /// Who would be removed.
+    /// The subscribers that are removed.
     pub fn removed(&self) -> BTreeSet<SubscriberName> {
         self.changes
             .iter()
@@ -116,15 +116,15 @@ impl Changes {
 }
 
 impl Config {
-    /// By name.
+    /// The subscribers' names.
     pub fn names(&self) -> BTreeSet<SubscriberName> {
         self.subscribers.iter().map(|s| s.name.clone()).collect()
     }
 
-    /// From this one to `new`.
+    /// Compares this configuration with `new`.
     ///
     /// # Errors
-    /// Keys that a running daemon cannot change, because its queues hang on them.
+    /// The changed keys that its queues depend on, which a running daemon cannot change.
     pub fn changes_to(&self, new: &Self) -> Result<Changes, Vec<&'static str>> {
         let global = global_differences(self, new);
         let those = |what: Reloaded| {
@@ -184,14 +184,10 @@ mod tests {
     "#;
 
     fn load(text: &str) -> Config {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("h.toml");
-        std::fs::write(&path, text).expect("writes");
-        super::super::load(&path).unwrap_or_else(|e| panic!("{e}"))
+        crate::config::testing::config(text)
     }
 
-    /// Of a configuration with these lines in its subscriber, and with these in place of those
-    /// before.
+    /// The changed keys when this line is added to the subscriber, or replaces its own.
     fn keys(lines: &str) -> Vec<&'static str> {
         let before = load(BEFORE);
         let key = lines.split([' ', '=']).next().expect("a key");
@@ -214,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn each_key_of_a_subscriber_is_told_when_it_changes_and_no_other() {
+    fn each_changed_key_of_a_subscriber_is_reported_and_no_other() {
         let samples = [
             ("url", "\"https://example.com/two\""),
             ("events", "[\"a.*\"]"),
@@ -261,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn who_loses_all_subscribers_or_most_of_many_has_to_be_asked() {
+    fn the_loss_of_all_subscribers_or_of_most_of_many_is_drastic() {
         let names =
             |text: &str| text.split_whitespace().map(SubscriberName::from).collect::<BTreeSet<_>>();
         for (before, after, drastic) in [
@@ -283,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_and_goes_is_told_and_what_needs_a_restart() {
+    fn added_and_removed_subscribers_and_what_needs_a_restart_are_reported() {
         let before = load(BEFORE);
         let other = BEFORE.replace("name = \"a\"", "name = \"b\"");
         let other =
@@ -293,9 +289,9 @@ mod tests {
                 "admin.listen = \"127.0.0.1:1\"\nlog.format = \"json\"\n{other}"
             )))
             .expect("can be");
-        let told: Vec<_> =
+        let reported: Vec<_> =
             found.changes.iter().map(|c| (c.subscriber.as_str(), c.change)).collect();
-        assert_eq!(told, [("a", Kind::Removed), ("b", Kind::Added)]);
+        assert_eq!(reported, [("a", Kind::Removed), ("b", Kind::Added)]);
         assert_eq!(found.needs_restart, ["queue.management_url", "admin.listen", "log.format"]);
         let json = serde_json::to_value(&found).expect("prints");
         assert_eq!(json["changes"][1]["change"], "added");
@@ -309,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_queues_hang_on_cannot_be_changed() {
+    fn keys_that_the_queues_depend_on_cannot_be_changed() {
         let before = load(BEFORE);
         for (line, key) in [
             ("prefix = \"p\"", "queue.prefix"),

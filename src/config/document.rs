@@ -1,4 +1,4 @@
-//! The parts of a configuration as they are written, each with its place.
+//! The parsed parts of a configuration, each with its place in a file.
 
 use std::{
     fmt,
@@ -12,10 +12,10 @@ use toml::de::{DeTable, DeValue};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     pub file: PathBuf,
-    /// Line and column, from 1; none for a file that cannot be read.
+    /// Line and column, from 1; `None` if the file cannot be read.
     pub place: Option<(usize, usize)>,
     pub key: String,
-    /// What is wrong and what would be right; never a secret's value.
+    /// What is wrong and what would be right, without secrets.
     pub message: String,
 }
 
@@ -46,7 +46,7 @@ impl Source {
         (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
     }
 
-    /// A path that this file names: relative ones are relative to it.
+    /// Resolves a path that this file names, relative to the file's folder.
     pub(super) fn relative(&self, path: &str) -> PathBuf {
         self.folder().join(path)
     }
@@ -56,7 +56,7 @@ impl Source {
     }
 }
 
-/// A table and the keys it may have.
+/// A table.
 #[derive(Clone)]
 pub(super) struct Section<'d> {
     pub(super) source: &'d Source,
@@ -65,7 +65,7 @@ pub(super) struct Section<'d> {
     pub(super) table: &'d DeTable<'d>,
 }
 
-/// A value, its place and its full key.
+/// A value with its place and its full key.
 #[derive(Clone)]
 pub(super) struct Value<'d> {
     pub(super) source: &'d Source,
@@ -74,7 +74,8 @@ pub(super) struct Value<'d> {
     pub(super) value: &'d DeValue<'d>,
 }
 
-/// A group of a subscriber over that of its preset over the group of the same name at top level.
+/// A group of a subscriber, in layers: its own keys win over its preset's, those over the top-level
+/// group.
 pub(super) struct Layers<'d> {
     pub(super) own: Option<Section<'d>>,
     pub(super) preset: Option<Section<'d>>,
@@ -87,7 +88,7 @@ impl<'d> Layers<'d> {
         of(&self.own).or_else(|| of(&self.preset)).or_else(|| of(&self.base))
     }
 
-    /// Which of them the value of a key is from.
+    /// The layer that a key's value is from.
     pub(super) fn layer(&self, key: &str) -> Layer {
         let has = |s: &Option<Section<'d>>| s.as_ref().is_some_and(|s| s.get(key).is_some());
         match () {
@@ -99,7 +100,7 @@ impl<'d> Layers<'d> {
     }
 }
 
-/// Where a value is from, the nearest to the subscriber first.
+/// The origin of a value, nearest to the subscriber first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Layer {
     Own,
@@ -109,7 +110,7 @@ pub(super) enum Layer {
 }
 
 impl Value<'_> {
-    /// Its file, line and column, as a problem there has it.
+    /// File, line and column, as a [`Problem`] prints them.
     pub(super) fn place(&self) -> String {
         let (line, column) = self.source.position(self.span.start);
         format!("{}:{line}:{column}", self.source.path.display())

@@ -1,8 +1,7 @@
-//! Which files an `include` pattern names.
+//! The files that a pattern of `include` matches.
 //!
-//! The walk of the crate `glob` takes a folder that cannot be read for one with nothing in it, and
-//! a subscriber that is not found is one that is removed. Here every error but "there is no such
-//! file" is one.
+//! The crate `glob` treats an unreadable folder as an empty one, and a subscriber that is not found
+//! is removed. Here every error but "no such file" is reported.
 
 use std::{
     io,
@@ -11,7 +10,7 @@ use std::{
 
 use glob::{MatchOptions, Pattern};
 
-/// `*` does not match the files that editors and other systems put beside a file: `.#a.toml`,
+/// `*` does not match files that editors and other systems put next to a file: `.#a.toml`,
 /// `._a.toml`.
 const OPTIONS: MatchOptions = MatchOptions {
     case_sensitive: true,
@@ -19,29 +18,29 @@ const OPTIONS: MatchOptions = MatchOptions {
     require_literal_leading_dot: true,
 };
 
-/// What there is for a pattern.
+/// The result for one pattern.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// In the order of their names.
+    /// Sorted by name.
     pub(super) files: Vec<PathBuf>,
-    /// Where a file that comes or goes changes the result.
+    /// Folders in which a new or a deleted file changes the result.
     pub(super) folders: Vec<PathBuf>,
     /// The folder before the first wildcard.
     pub(super) prefix: PathBuf,
     pub(super) prefix_is_absent: bool,
-    /// What could not be looked into.
+    /// Folders that could not be read.
     pub(super) errors: Vec<(PathBuf, io::Error)>,
 }
 
-/// Whether it stands for any number of files. What has no wildcard is the name of one.
+/// Whether it has a wildcard; without one it is the name of a single file.
 pub(super) fn is_wild(pattern: &str) -> bool {
     pattern.contains(['*', '?', '['])
 }
 
-/// Looks for the files that `pattern` matches; a relative one is relative to `base`.
+/// Finds the files that `pattern` matches; a relative pattern is relative to `base`.
 ///
 /// # Errors
-/// It is not a pattern.
+/// The text is not a pattern.
 pub(super) fn find(base: &Path, pattern: &str) -> Result<Found, glob::PatternError> {
     Pattern::new(pattern)?;
     let parts: Vec<&str> =
@@ -52,7 +51,7 @@ pub(super) fn find(base: &Path, pattern: &str) -> Result<Found, glob::PatternErr
     let parts =
         parts[wild..].iter().map(|part| Pattern::new(part)).collect::<Result<Vec<_>, _>>()?;
     let mut found = Found { prefix: prefix.clone(), ..Found::default() };
-    // The folder of the working directory has no name.
+    // The working directory has an empty path here.
     let there = if prefix.as_os_str().is_empty() { Path::new(".") } else { &prefix };
     match std::fs::read_dir(there) {
         Ok(_) => found.walk(&prefix, &parts),
@@ -80,7 +79,7 @@ impl Found {
         if first.as_str() == "**" {
             self.walk(at, rest);
             for (name, path) in self.list(at) {
-                // Through no link: it may lead back here.
+                // Symbolic links are not followed: one may lead back here.
                 let is_folder = path.symlink_metadata().is_ok_and(|m| m.is_dir());
                 if is_folder && !name.starts_with('.') {
                     self.walk(&path, parts);
@@ -101,7 +100,7 @@ impl Found {
         }
     }
 
-    /// Goes on below a path, if that is a folder where one is needed.
+    /// Continues below a path, if the pattern goes on and the path is a folder.
     fn enter(&mut self, path: PathBuf, rest: &[Pattern]) {
         if rest.is_empty() {
             self.files.push(path);
@@ -114,7 +113,7 @@ impl Found {
         }
     }
 
-    /// The names in a folder, and the paths.
+    /// Lists a folder: names and paths.
     fn list(&mut self, folder: &Path) -> Vec<(String, PathBuf)> {
         self.folders.push(folder.to_owned());
         let there = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
@@ -134,7 +133,7 @@ impl Found {
         }
     }
 
-    /// What is not there, or has just gone, is no mistake.
+    /// Records an error; a path that does not exist, or was just deleted, is none.
     fn failed(&mut self, path: PathBuf, e: io::Error) {
         if e.kind() != io::ErrorKind::NotFound {
             self.errors.push((path, e));

@@ -631,9 +631,6 @@ mod tests {
     /// for it.
     #[test]
     fn each_field_of_a_subscriber_has_a_row() {
-        let text = "[queue]\nurl = \"embedded\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
-        let config =
-            crate::config::from_text(text, &|_| None, &[]).unwrap_or_else(|e| panic!("{e}"));
         let Subscriber {
             name: _,
             url: _,
@@ -659,7 +656,7 @@ mod tests {
             circuit_breaker: BreakerPolicy { failures: _, open_for: _, max_open_for: _ },
             event_ids: _,
             paused: _,
-        } = &*config.subscribers[0];
+        } = &crate::config::testing::subscriber("a", "");
         let RetryOptions {
             initial_interval: _,
             multiplier: _,

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-/// The longest `[http] timeout`: a slot works through at most two prefetched batches, one after the
-/// other, and the broker closes the channel of a consumer that holds a message for 30 minutes.
+/// The longest `http.timeout` and `http.connect_timeout`: a slot sends at most two prefetched
+/// batches, one after the other, and RabbitMQ closes the channel of a consumer that does not settle
+/// a message within 30 minutes.
 pub(super) const MAX_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 pub(super) const MAX_WAIT: Duration = Duration::from_secs(2 * 60);
 pub(super) const MAX_CONCURRENCY: i64 = 100;

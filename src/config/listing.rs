@@ -1,4 +1,4 @@
-//! A checked configuration as TOML, the defaults among its values.
+//! A checked configuration as TOML, with its defaults.
 
 use std::fmt::Write as _;
 
@@ -8,8 +8,7 @@ use super::{
     subscriber::Subscriber,
 };
 
-/// The keys of no subscriber with their values, the defaults among them, as TOML; secrets are left
-/// out.
+/// The keys outside of subscribers as TOML, with their defaults and without secrets.
 pub fn global_as_toml(config: &Config) -> String {
     let mut out = String::new();
     let mut line = |text: std::fmt::Arguments<'_>| {
@@ -37,8 +36,7 @@ pub fn global_as_toml(config: &Config) -> String {
     out
 }
 
-/// A subscriber with the values of all its keys, the defaults among them, as TOML; secrets are left
-/// out.
+/// A subscriber's keys as TOML, with their defaults and without secrets.
 pub fn subscriber_as_toml(s: &Subscriber) -> String {
     let mut out = String::from("\n[[subscriber]]\n");
     for (path, value) in fields().filter_map(|(path, field)| Some((path, (field.show)(s)?))) {

@@ -25,8 +25,8 @@ use crate::{
     event::{Pattern, payload::Format},
 };
 
-/// `preset = "mailtrap"`: what the hosted service does, between a subscriber's own keys and the
-/// top-level groups.
+/// The keys of `preset = "mailtrap"`, as Mailtrap's service sends; a subscriber's own keys win over
+/// them, they over the top-level groups.
 const MAILTRAP: &str = r#"
 signatures = ["mailtrap"]
 batch = { max_events = 500, max_wait = "30s" }
@@ -48,7 +48,7 @@ struct Defaults<'d> {
     http: Option<Section<'d>>,
     retry: Option<Section<'d>>,
     circuit_breaker: Option<Section<'d>>,
-    /// The one preset there is.
+    /// The only preset.
     mailtrap: Section<'d>,
 }
 
@@ -70,7 +70,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         retry: group("retry", keys::RETRY),
         circuit_breaker: group("circuit_breaker", keys::BREAKER),
     };
-    // A mistake in a default is one even if no subscriber uses it.
+    // A wrong default is reported even if no subscriber uses it.
     let alone = |base: &Option<_>| Layers { own: None, preset: None, base: base.clone() };
     policies::batch(reader, &alone(&defaults.batch));
     policies::http(reader, &alone(&defaults.http));
@@ -110,7 +110,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     })
 }
 
-/// Each with the file that has its table.
+/// The subscribers' names, each with the file that has its table.
 pub(super) fn all_names(reader: &Reader<'_>, source: &Source) -> Vec<(SubscriberName, PathBuf)> {
     let document = reader.parse(source);
     let root = reader.root(source, &document, keys::ROOT);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{document::Value, reader::Reader};
 
 impl Reader<'_> {
-    /// One of a few words; the first is the default.
+    /// The meaning of one of these words; the first is the default.
     pub(super) fn one_of<T: Copy>(
         &self,
         value: Option<Value<'_>>,
@@ -33,7 +33,7 @@ impl Reader<'_> {
         }
     }
 
-    /// As [`duration_or`](Self::duration_or), and longer than zero.
+    /// A duration that is longer than zero.
     pub(super) fn positive_duration_or(
         &self,
         value: Option<Value<'_>>,

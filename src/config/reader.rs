@@ -23,12 +23,12 @@ use super::{
     variables::interpolate,
 };
 
-/// Collects the problems and knows the environment.
+/// Reads values, and collects the problems.
 pub(super) struct Reader<'e> {
     env: &'e dyn Fn(&str) -> Option<String>,
-    /// Where there is no disk: the files that there are.
+    /// The only files that exist, instead of those on the disk.
     memory: Option<&'e [(&'e str, &'e str)]>,
-    /// Folders that subscribers in use came from.
+    /// Folders that the current subscribers came from.
     before: &'e [PathBuf],
     problems: RefCell<Vec<Problem>>,
     files: RefCell<BTreeSet<PathBuf>>,
@@ -47,12 +47,12 @@ impl<'e> Reader<'e> {
         }
     }
 
-    /// For a daemon whose subscribers came from these folders.
+    /// A reader for a running daemon whose subscribers came from these folders.
     pub(super) fn after(env: &'e dyn Fn(&str) -> Option<String>, before: &'e [PathBuf]) -> Self {
         Self { before, ..Self::new(env) }
     }
 
-    /// For a configuration that a stranger wrote, whose paths may name anything.
+    /// A reader for an untrusted configuration, whose paths may name any file.
     #[cfg(any(test, fuzzing))]
     pub(super) fn without_disk(
         env: &'e dyn Fn(&str) -> Option<String>,
@@ -65,7 +65,7 @@ impl<'e> Reader<'e> {
         self.memory.is_none()
     }
 
-    /// A file that the configuration is made of.
+    /// Reads a file that the configuration depends on.
     pub(super) fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         self.depends_on(path);
         let Some(files) = self.memory else { return std::fs::read(path) };
@@ -76,28 +76,28 @@ impl<'e> Reader<'e> {
             .ok_or(io::ErrorKind::NotFound.into())
     }
 
-    /// As [`read`](Self::read).
+    /// Does what [`read`](Self::read) does, for UTF-8.
     pub(super) fn read_to_string(&self, path: &Path) -> io::Result<String> {
         String::from_utf8(self.read(path)?)
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
     }
 
-    /// Notes that the configuration is made of this file, or of what is in this folder.
+    /// Records that the configuration depends on this file, or on the files in this folder.
     pub(super) fn depends_on(&self, path: &Path) {
         self.files.borrow_mut().insert(path.to_owned());
     }
 
-    /// Whether subscribers in use came from this folder.
+    /// Whether current subscribers came from this folder.
     pub(super) fn is_in_use(&self, folder: &Path) -> bool {
         self.before.iter().any(|f| f == folder)
     }
 
-    /// Notes that subscribers come from this folder.
+    /// Records that subscribers come from this folder.
     pub(super) fn uses(&self, folder: &Path) {
         self.folders.borrow_mut().insert(folder.to_owned());
     }
 
-    /// What [`uses`](Self::uses) has noted.
+    /// The folders that [`uses`](Self::uses) recorded.
     pub(super) fn used(&self) -> Vec<PathBuf> {
         self.folders.borrow().iter().cloned().collect()
     }
@@ -106,7 +106,7 @@ impl<'e> Reader<'e> {
         self.problems.borrow().is_empty()
     }
 
-    /// The problems, and the files it depends on.
+    /// Returns the problems, and the files that the configuration depends on.
     pub(super) fn finish(self) -> (Vec<Problem>, Vec<PathBuf>) {
         let files = self.files.take().into_iter().collect();
         (self.into_problems(), files)
@@ -115,7 +115,7 @@ impl<'e> Reader<'e> {
     fn into_problems(self) -> Vec<Problem> {
         let mut seen: Vec<Problem> = Vec::new();
         for p in self.problems.into_inner() {
-            // A mistake in a default is met again by every subscriber that it applies to.
+            // Every subscriber that uses a wrong default finds it again.
             if !seen
                 .iter()
                 .any(|s| s.file == p.file && s.place == p.place && s.message == p.message)
@@ -123,7 +123,7 @@ impl<'e> Reader<'e> {
                 seen.push(p);
             }
         }
-        // Found in the order of the keys' meaning; read in the order of the files' lines.
+        // The loader finds them key by key; a person reads them line by line.
         let files: Vec<PathBuf> = seen.iter().map(|p| p.file.clone()).collect();
         seen.sort_by_key(|p| (files.iter().position(|f| *f == p.file), p.place));
         seen
@@ -152,15 +152,15 @@ impl<'e> Reader<'e> {
         );
     }
 
-    /// What the environment holds is shown by the name of its variable: it may be a secret that
-    /// stands where it does not belong.
+    /// Shows values of the environment as their variables' names: one may be a secret in the wrong
+    /// place.
     fn as_written(&self, value: &Value<'_>, message: String) -> String {
         let Some(written) = value.value.as_str().filter(|text| text.contains("${")) else {
             return message;
         };
         let Ok(meant) = interpolate(written, self.env) else { return message };
         let message = message.replace(&format!("`{meant}`"), &format!("`{written}`"));
-        // What is shorter is no secret, and may be a word of the message.
+        // A shorter value is hardly a secret, and may be a word of the message.
         if meant.len() < 8 { message } else { message.replace(&meant, written) }
     }
 
@@ -168,7 +168,7 @@ impl<'e> Reader<'e> {
         self.report_at(section.source, section.span.start, section.key_of(key), message.to_owned());
     }
 
-    /// Parses a file; syntax errors are reported, what could be parsed is returned.
+    /// Parses a file: reports syntax errors, and returns the parts that could be parsed.
     pub(super) fn parse<'d>(&self, source: &'d Source) -> Spanned<DeTable<'d>> {
         let (table, errors) = DeTable::parse_recoverable(&source.text);
         for e in errors {
@@ -195,7 +195,7 @@ impl<'e> Reader<'e> {
         section
     }
 
-    /// Reports every key that the section may not have.
+    /// Reports every unknown key of the section.
     fn check_keys(&self, section: &Section<'_>, keys: &[Key]) {
         let keys: Vec<&str> = keys.iter().map(Key::name).collect();
         for name in section.table.keys().filter(|k| !keys.contains(&k.get_ref().as_ref())) {
@@ -233,7 +233,7 @@ impl<'e> Reader<'e> {
         Some(section)
     }
 
-    /// The keys and values of a table whose keys are free.
+    /// The entries of a table whose keys are free.
     pub(super) fn entries<'d>(&self, value: &Value<'d>) -> Option<Vec<(&'d str, Value<'d>)>> {
         let Some(table) = value.value.as_table() else {
             self.report(value, format!("must be a table, not {}", a(value.value)));
@@ -263,8 +263,8 @@ impl<'e> Reader<'e> {
         Some(array.iter().enumerate().map(item).collect())
     }
 
-    /// The table of a subscriber, with its name in its key instead of its number, which counts anew
-    /// in each file.
+    /// A subscriber's table with the name in its key instead of the index, which starts at 0 in
+    /// each file.
     pub(super) fn named<'d>(&self, table: &Value<'d>) -> Value<'d> {
         let name = table
             .value
@@ -278,7 +278,7 @@ impl<'e> Reader<'e> {
         }
     }
 
-    /// A string with its `${…}` replaced by the environment's.
+    /// A string, with each `${…}` replaced by the environment's value.
     pub(super) fn string(&self, value: &Value<'_>) -> Option<String> {
         let Some(text) = value.value.as_str() else {
             self.report(value, format!("must be a string, not {}", a(value.value)));
@@ -404,7 +404,7 @@ impl<'e> Reader<'e> {
     }
 }
 
-/// The type of a TOML value with its article.
+/// The name of a TOML value's type, with its article.
 fn a(value: &DeValue<'_>) -> String {
     let kind = value.type_str();
     let article = if kind.starts_with(['a', 'i', 'o']) { "an" } else { "a" };

@@ -5,11 +5,10 @@ use serde_json::{Value, json};
 use super::keys::{Key, Place, ROOT, Shape};
 use crate::wording::span;
 
-/// The JSON Schema (draft 7, which editors know) of the configuration and of the files that it
-/// includes.
+/// The JSON Schema (draft 7, which editors support) of the configuration and of included files.
 ///
-/// The defaults are those of the shipped file. A string may hold `${VAR}` instead of what it is
-/// for.
+/// The defaults are those of the shipped file. Any string may contain `${VAR}` instead of its
+/// value.
 pub fn schema() -> serde_json::Value {
     let shipped = toml::from_str(super::DEFAULT).unwrap_or_default();
     let mut schema = object(ROOT, &shipped);
@@ -27,11 +26,11 @@ fn object(keys: &[Key], shipped: &Value) -> Value {
             }
             _ => key.what.into(),
         };
-        // Inside a subscriber a group's default is what the top level says.
+        // In a subscriber the default of a group's key is the top level's value.
         let pointer = format!("/{}", key.path.replace('.', "/"));
         match shipped.pointer(&pointer) {
-            // What is only read, such as `include`, is written in the shipped file and nothing
-            // without it.
+            // A key without a value of its own, such as `include`, has no default, though the
+            // shipped file shows it.
             Some(default) if !key.required && !matches!(key.place, Place::Read) => {
                 schema["default"] = default.clone()
             }

@@ -1,4 +1,4 @@
-//! A checked configuration, and what of it belongs to no subscriber.
+//! A checked configuration and its parts that belong to no subscriber.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -9,71 +9,71 @@ use crate::crypto::secret::{Secret, SecretUrl};
 #[derive(Debug, Clone)]
 pub struct Config {
     pub path: PathBuf,
-    /// All that was read for it: the file, its includes and the folders they are looked for in,
+    /// Every path that was read: the file, its includes and the folders that are searched for them,
     /// secrets, certificates.
     pub files: Vec<PathBuf>,
-    /// Those of the folders in which a pattern of `include` has found a file.
+    /// The folders in which a pattern of `include` found a file.
     pub folders: Vec<PathBuf>,
-    /// For requests in flight when the daemon is told to stop.
+    /// The longest time that requests in flight get when the daemon stops.
     pub shutdown_timeout: Duration,
     pub queue: QueueConfig,
     pub admin: AdminConfig,
     pub log: LogConfig,
-    /// In the order of the file.
+    /// In the order of the files.
     pub subscribers: Subscribers,
 }
 
-/// From `[queue]`.
+/// The table `[queue]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueConfig {
     pub backend: Backend,
-    /// Whatever the backend: events may be left there from before a change.
+    /// Set for every backend: after a change of `url`, events may still wait in the embedded queue.
     pub embedded: EmbeddedConfig,
 }
 
-/// Which queue `[queue] url` names.
+/// The queue that `queue.url` names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     Embedded,
     Amqp(AmqpConfig),
 }
 
-/// Of `[queue]` what the embedded queue needs.
+/// The keys of `[queue]` for the embedded queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmbeddedConfig {
     pub data_dir: PathBuf,
-    /// Of events that every subscriber is done with.
+    /// The time for which settled events are kept.
     pub retention: Duration,
 }
 
-/// Of `[queue]` what RabbitMQ needs.
+/// The keys of `[queue]` for RabbitMQ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AmqpConfig {
     pub url: SecretUrl,
     pub intake: Intake,
     pub prefix: String,
-    /// Of the management plugin's HTTP API, for a look at what AMQP does not show.
+    /// The URL of the management plugin's API, for inspections of what AMQP does not show.
     pub management_url: Option<Box<SecretUrl>>,
 }
 
-/// Where events come from.
+/// The source of events.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Intake {
     /// Producers publish to this topic exchange.
     Exchange(String),
-    /// An existing queue that a relay takes events from.
+    /// The relay takes events from this existing queue.
     SourceQueue(String),
 }
 
-/// From `[admin]`.
+/// The table `[admin]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdminConfig {
     pub listen: SocketAddr,
-    /// Of whoever uses `/api`; never `None` where others than this machine's can connect.
+    /// The bearer token of `/api`; never `None` if other machines can connect.
     pub token: Option<Secret>,
 }
 
-/// From `[log]`.
+/// The table `[log]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogConfig {
     pub json: bool,

@@ -1,12 +1,12 @@
-//! Words that are nearly right.
+//! Suggestions for mistyped words.
 
-/// The number of letters by which they differ, if `text` can be a mistyped `word`.
+/// The number of letters by which they differ, if `text` can be `word` mistyped.
 pub(crate) fn nearness(text: &str, word: &str) -> Option<usize> {
     let is_near = |letters: &usize| *letters <= 2;
     (text.len().abs_diff(word.len()) <= 2).then(|| distance(word, text)).filter(is_near)
 }
 
-/// Levenshtein's.
+/// The Levenshtein distance.
 pub(super) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

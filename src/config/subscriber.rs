@@ -19,22 +19,22 @@ use crate::{
     },
 };
 
-/// Those that are configured, in the order of the file.
+/// The configured subscribers, in the order of the files.
 pub type Subscribers = Arc<[Arc<Subscriber>]>;
 
-/// From `[http]`.
+/// The group `http` of a subscriber.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpPolicy {
-    /// From when a request is on a connection until its answer's status; see
+    /// The longest time from a request's start on a connection to its answer's status; see
     /// [`Subscriber::longest_attempt`].
     pub timeout: Duration,
     pub connect_timeout: Duration,
-    /// Requests in flight to the subscriber.
+    /// The most requests in flight.
     pub concurrency: usize,
     pub success: Success,
     pub allow_http: bool,
     pub addresses: AddressPolicy,
-    /// Then it decides about the addresses of names.
+    /// With a proxy, the proxy resolves names and decides which addresses are allowed.
     pub proxy: Option<SecretUrl>,
 }
 
@@ -44,12 +44,12 @@ impl Subscriber {
         self.events.iter().any(|pattern| pattern.matches(event_type))
     }
 
-    /// The longest that an attempt takes. Over HTTP/2, where the receiver allows fewer requests at
-    /// once, one may wait for a place on the connection as long as those before it take; its own
-    /// time begins then. Over HTTP/1.1 it waits only for a connection.
+    /// The longest that an attempt takes. Over HTTP/2, if the receiver allows fewer concurrent
+    /// requests, one may wait for a stream as long as those before it take, and its own timeout
+    /// starts after that. Over HTTP/1.1 it waits only for a connection.
     pub fn longest_attempt(&self) -> Duration {
         let HttpPolicy { timeout, connect_timeout, proxy, .. } = &self.http;
-        // HTTP/2 is agreed on within TLS.
+        // HTTP/2 is negotiated in the TLS handshake only.
         let over_http_1 = self.url.expose().scheme() == "http" && proxy.is_none();
         let wait = if over_http_1 { *connect_timeout.min(timeout) } else { *timeout };
         wait + *timeout + HttpPolicy::MARGIN
@@ -57,17 +57,17 @@ impl Subscriber {
 }
 
 impl HttpPolicy {
-    /// What an attempt may take beyond its times: that its own limits come first, and that the text
-    /// of an answer is read.
+    /// The time that an attempt may take beyond its timeouts: for its own timeouts to fire first,
+    /// and to read the answer's body.
     pub const MARGIN: Duration = Duration::from_secs(2);
 }
 
-/// How a request says whom it is from, from `auth`.
+/// The key `auth`: how a request authenticates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Auth {
-    /// RFC 7617.
+    /// HTTP Basic, RFC 7617.
     Basic { username: String, password: Secret },
-    /// RFC 6750.
+    /// A bearer token, RFC 6750.
     Bearer(Secret),
 }
 
@@ -84,7 +84,7 @@ impl Auth {
     }
 }
 
-/// One `[[subscriber]]` with its groups' defaults filled in.
+/// One `[[subscriber]]`, with the defaults of its groups filled in.
 #[derive(Debug, Clone)]
 pub struct Subscriber {
     pub name: SubscriberName,
@@ -93,7 +93,7 @@ pub struct Subscriber {
     pub format: Format,
     pub secrets: Vec<Secret>,
     pub signer: Signer,
-    /// What the configuration adds to each request; the values may be secrets.
+    /// Headers added to each request; the values may be secrets.
     pub headers: Vec<(HeaderName, Secret)>,
     pub auth: Option<Auth>,
     pub tls: TlsPolicy,
@@ -101,8 +101,8 @@ pub struct Subscriber {
     pub http: HttpPolicy,
     pub retry: RetryPolicy,
     pub circuit_breaker: BreakerPolicy,
-    /// Events that have no field `event_id` get one: the producer's message id.
+    /// Whether events without a field `event_id` get one, the producer's message id.
     pub event_ids: bool,
-    /// Whatever the queue's record says.
+    /// Paused by the configuration, whatever the queue has recorded.
     pub paused: bool,
 }

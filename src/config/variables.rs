@@ -1,4 +1,4 @@
-//! The environment's variables in strings.
+//! Environment variables in strings.
 
 /// Replaces `${VAR}` and `${VAR:-default}`; `$${` is a literal `${`.
 pub(super) fn interpolate(

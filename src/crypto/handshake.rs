@@ -1,10 +1,9 @@
-//! How a command and a daemon find out that both know the same `[admin] token` before either sends
-//! it.
+//! The proof that a command and a daemon know the same `admin.token`, before either sends it.
 //!
-//! The command proves it first, so that nobody without the token gets from a daemon what a token
-//! could be guessed with; the daemon proves it in its answer, so that whoever took its port gets no
-//! token. Both are an HMAC-SHA256 (RFC 2104) over the side, the command's challenge and the port,
-//! with the token as the key. The port keeps a proof of a daemon elsewhere from being passed on.
+//! The command proves it first: a process without the token gets no proof from a daemon, from which
+//! it could guess the token. The daemon proves it in its answer: a process that took its port gets
+//! no token. Each proof is an HMAC-SHA256 (RFC 2104) over the side, the command's challenge and the
+//! port, keyed with the token. With the port in it, a proof of another daemon cannot be passed on.
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
@@ -18,26 +17,25 @@ pub const PROOF: &str = "x-hooktrail-proof";
 /// The longest challenge that is answered, in bytes.
 const MAX_CHALLENGE: usize = 128;
 
-/// Who proves it: what one side sends is of no use to pass for the other.
+/// The side that proves it: one side's proof is not valid for the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     Command,
     Daemon,
 }
 
-/// A challenge that was never used before.
+/// A new random challenge.
 pub fn challenge() -> String {
     hex(&rand::random::<[u8; 32]>())
 }
 
-/// What `side` sends, in lowercase hexadecimal digits. `port` is the one that the daemon listens
-/// on.
+/// The proof that `side` sends, in lowercase hexadecimal digits. `port` is the daemon's.
 pub fn proof(token: &Secret, side: Side, challenge: &str, port: u16) -> String {
     hex(&mac(token, side, challenge, port).finalize().into_bytes())
 }
 
-/// Whether `given` is the proof of somebody who knows the token; compared in constant time. An
-/// empty challenge, and one that is longer than any of [`challenge`], proves nothing.
+/// Whether `given` proves knowledge of the token; compared in constant time. An empty challenge, or
+/// one longer than those of [`challenge`], proves nothing.
 pub fn is_proven(token: &Secret, side: Side, challenge: &str, port: u16, given: &str) -> bool {
     let bytes: Option<Vec<u8>> =
         given.is_ascii().then(|| given.as_bytes().chunks(2).map(byte).collect()).flatten();
@@ -53,7 +51,7 @@ fn mac(token: &Secret, side: Side, challenge: &str, port: u16) -> Hmac<Sha256> {
         Side::Command => "command",
         Side::Daemon => "daemon",
     };
-    // No header holds a line break, so no two of these are the same text.
+    // No header contains a line break, so two different inputs never give the same text.
     mac.update(format!("hooktrail {side}\n{port}\n{challenge}").as_bytes());
     mac
 }

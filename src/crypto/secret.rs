@@ -4,8 +4,8 @@ use std::fmt;
 
 use url::Url;
 
-/// A secret text. It has no `Display` and no `Serialize`, and its `Debug` shows nothing of it, so
-/// that a log line, an error or a dump of the configuration cannot contain it.
+/// A secret text. It has no `Display` and no `Serialize`, and its `Debug` hides it, so that no log
+/// line, error or dump of the configuration contains it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -14,7 +14,7 @@ impl Secret {
         Self(value.into())
     }
 
-    /// The value itself. Whoever calls this answers for where it goes.
+    /// The value itself. The caller is responsible for where it goes.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -26,8 +26,8 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A URL that may carry secrets in its userinfo, path or query. What it shows of itself is the
-/// origin alone: scheme, host and port.
+/// A URL that may contain secrets in its userinfo, path or query. It prints as its origin alone:
+/// scheme, host and port.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SecretUrl(Url);
 
@@ -36,13 +36,13 @@ impl SecretUrl {
         Self(url)
     }
 
-    /// The whole URL. Whoever calls this answers for where it goes.
+    /// The whole URL. The caller is responsible for where it goes.
     pub fn expose(&self) -> &Url {
         &self.0
     }
 
-    /// The origin and the path, for who asked for this one URL: without userinfo, query and
-    /// fragment, and of the path without what looks like a token, since some services have theirs
+    /// The origin and the path, for commands about this one URL. Userinfo, query and fragment are
+    /// left out, and the parts of the path that may be tokens, since some services put theirs
     /// there.
     pub fn with_path(&self) -> String {
         let path: Vec<&str> = self
@@ -60,11 +60,11 @@ impl SecretUrl {
     }
 }
 
-/// A part of a path with this many characters can be a token. Shorter ones can be guessed, so
-/// nobody sane makes them.
+/// The least characters of a part of a path that may be a token; a shorter token could be guessed.
 const TOKEN: usize = 16;
 
-/// Whether a part of a path is something else than short words: `hooks`, `audit-events`, `v1`.
+/// Whether a part of a path may be a token, unlike short words such as `hooks`, `audit-events` and
+/// `v1`.
 fn may_be_token(part: &str) -> bool {
     let word = |w: &str| w.len() < TOKEN && w.bytes().all(|b| b.is_ascii_lowercase());
     part.len() >= TOKEN && !part.split(['-', '_', '.']).all(word)

@@ -11,19 +11,20 @@ use sha2::Sha256;
 
 use crate::crypto::secret::Secret;
 
-/// What a `whsec_` secret may hold, from the specification: 24 to 64 bytes.
+/// The length of the key in a `whsec_` secret, 24 to 64 bytes by the specification.
 pub const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 
-/// Of HMAC-SHA256.
+/// Bytes of an HMAC-SHA256.
 const MAC_BYTES: usize = 32;
 
-/// The seconds by which a receiver should let a timestamp differ from its own clock.
+/// The seconds by which a timestamp may differ from the receiver's clock, as Standard Webhooks
+/// advises.
 pub const TOLERANCE_SECONDS: u64 = 5 * 60;
 
-/// How a MAC is spelled in a header.
+/// The encoding of a MAC in a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// Lowercase.
+    /// Lowercase digits.
     Hex,
     /// RFC 4648, section 4, with padding.
     Base64,
@@ -52,9 +53,11 @@ impl Scheme {
 #[derive(Clone)]
 pub struct Signer {
     schemes: Vec<Scheme>,
-    /// One keyed state per secret, the current one first; empty unless `standard-webhooks` is used.
+    /// One keyed HMAC for each secret, the current one first; empty unless `standard-webhooks` is
+    /// used.
     standard: Vec<Hmac<Sha256>>,
-    /// Of the current secret, its bytes as written; absent if there is no secret.
+    /// The HMAC keyed with the bytes of the current secret as written; `None` if there is no
+    /// secret.
     plain: Option<Hmac<Sha256>>,
 }
 
@@ -159,16 +162,16 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Why a request is not to be trusted.
+/// The reason why a request is not verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unverified {
     MissingHeader(&'static str),
     BadTimestamp,
     OldTimestamp,
     FutureTimestamp,
-    /// The one who verifies has a secret that this scheme cannot have.
+    /// The verifier's secret is not valid for this scheme.
     BadSecret(&'static str),
-    /// The header holds nothing that could be a signature.
+    /// The header contains nothing that could be a signature.
     BadSignature(&'static str),
     NoMatch,
 }
@@ -252,8 +255,8 @@ pub fn verify<'a>(
     }
 }
 
-/// Compares in a time that depends on the lengths alone, so that it does not tell how far a guess
-/// was right.
+/// Compares in a time that depends on the lengths alone, so that it does not reveal how much of a
+/// guess is right.
 fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0_u8, |diff, (x, y)| diff | (x ^ y)) == 0
 }

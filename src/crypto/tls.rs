@@ -1,4 +1,4 @@
-//! Whom an https connection trusts, and as whom it presents itself.
+//! The authorities that an https connection trusts, and the client certificate that it presents.
 
 use std::{
     path::PathBuf,
@@ -17,15 +17,15 @@ use rustls::{
     server::ParsedCertificate,
 };
 
-/// What ALPN (RFC 7301) offers; the receiver chooses.
+/// The protocols offered by ALPN (RFC 7301); the receiver chooses.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// Certificates that are trusted: as authorities, and each as the server's own too.
+/// Trusted certificates: as authorities, and each also as a server's own.
 #[derive(Debug)]
 pub struct Roots {
     authorities: Arc<RootCertStore>,
-    /// As they were read. An authority's certificate is accepted of a server only if it is one of
-    /// these byte for byte.
+    /// The certificates as read. A server may present an authority's certificate only if it is one
+    /// of these, byte for byte.
     certificates: Vec<CertificateDer<'static>>,
 }
 
@@ -37,18 +37,18 @@ impl Roots {
     }
 }
 
-/// Accepts what an authority has signed, and a self-signed certificate that is trusted itself.
-/// `openssl req -x509` marks those as authorities (CA:TRUE), and webpki refuses every authority as
-/// a server.
+/// Accepts certificates that an authority has signed, and a self-signed certificate that is trusted
+/// itself. `openssl req -x509` marks those as authorities (CA:TRUE), and webpki refuses every
+/// authority as a server.
 #[derive(Debug)]
 struct Verifier {
     signed: Arc<WebPkiServerVerifier>,
     roots: Arc<Roots>,
 }
 
-/// webpki's own error, which rustls hands on without a type to compare it with. It is found after
-/// the dates were checked (`check_issuer_independent_properties` in webpki's `verify_cert.rs`), and
-/// before the name is.
+/// The text of webpki's error, which rustls passes on without a type to compare with. webpki
+/// returns it after it checked the dates (`check_issuer_independent_properties` in its
+/// `verify_cert.rs`), and before it checks the name.
 fn is_authority(e: &rustls::Error) -> bool {
     matches!(e, rustls::Error::InvalidCertificate(CertificateError::Other(other)) if format!("{other:?}").contains("CaUsedAsEndEntity"))
 }
@@ -115,13 +115,13 @@ impl SystemRoots {
     }
 }
 
-/// From `tls` of a subscriber.
+/// The key `tls` of a subscriber.
 #[derive(Debug, Clone, Default)]
 pub struct TlsPolicy {
-    /// Trusted instead of the system's.
+    /// The roots that are trusted instead of the system's.
     pub roots: Option<Arc<Roots>>,
     pub identity: Option<Identity>,
-    /// The keys that named files, and the files.
+    /// The keys that name files, with the files.
     pub files: Vec<(&'static str, PathBuf)>,
 }
 
@@ -174,10 +174,10 @@ pub enum BadIdentity {
 }
 
 impl Identity {
-    /// From a chain of certificates, the client's own first, and its key.
+    /// Reads a chain of certificates, the client's own first, and its key.
     ///
     /// # Errors
-    /// Says which of the two is wrong, and nothing of the key.
+    /// Says which of the two is wrong, without the key.
     pub fn try_new(chain: &[u8], key: &[u8]) -> Result<Self, BadIdentity> {
         let chain = certificates(chain).map_err(BadIdentity::Certificate)?;
         let no_key =
@@ -199,7 +199,7 @@ impl Identity {
         }
     }
 
-    /// Whether a connection could present it.
+    /// Checks that a connection could present it.
     fn checked(&self) -> Result<(), rustls::Error> {
         let Self(own) = self;
         let nobody = ClientConfig::builder().with_root_certificates(RootCertStore::empty());
@@ -207,7 +207,8 @@ impl Identity {
     }
 }
 
-/// Why a client's own certificate is of no use. rustls words its errors for certificates of a peer.
+/// The reason why a client's own certificate is unusable. rustls words its errors for a peer's
+/// certificates.
 fn unusable(e: &CertificateError) -> String {
     if format!("{e:?}").contains("UnsupportedCertVersion") {
         let remedy = "sign it as version 3: `openssl x509 -req` does so if an extension is given, for example with \
@@ -235,16 +236,15 @@ impl TlsPolicy {
     }
 
     /// # Errors
-    /// The identity is of no use.
+    /// The identity is unusable.
     pub fn client_config(&self, system: &SystemRoots) -> Result<ClientConfig, String> {
         self.checked(&system.0).map_err(|e| e.to_string())
     }
 
-    /// Whether a chain that a server presents, its own certificate first, will do at a point in
-    /// time.
+    /// Verifies the chain that a server presents, its own certificate first, as of a point in time.
     ///
     /// # Errors
-    /// It will not, and why.
+    /// The reason why the chain is refused.
     pub fn verify_at(
         &self,
         system: &SystemRoots,
@@ -263,7 +263,7 @@ impl TlsPolicy {
 
     fn checked(&self, system: &Arc<Roots>) -> Result<ClientConfig, rustls::Error> {
         let verifier = self.roots.as_ref().unwrap_or(system).verifier()?;
-        // As strict as rustls' own; it is called dangerous because it could be less.
+        // As strict as rustls' own verifier; the name warns of ones that are not.
         let builder = ClientConfig::builder()
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier));

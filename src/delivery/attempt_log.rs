@@ -1,4 +1,4 @@
-//! The failed attempts of a batch, as they are kept with it.
+//! The failed attempts of a batch, which are stored with it.
 
 use std::{
     fmt,
@@ -7,8 +7,7 @@ use std::{
 
 use super::outcome::Failure;
 
-/// The failed attempts of a batch, the first and the last of them: enough to see how it went, and
-/// bounded.
+/// The failed attempts of a batch: the first and the last of them, a bounded number.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AttemptLog {
     attempts: Vec<FailedAttempt>,
@@ -17,15 +16,15 @@ pub struct AttemptLog {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailedAttempt {
-    /// As the request told it: begins anew with a replay or a resume, and for the parts of a split
-    /// batch.
+    /// The number in the request; it starts from 1 again after a replay or a resume, and for the
+    /// parts of a split batch.
     pub number: u32,
-    /// When it was over.
+    /// The time when it ended.
     pub at: SystemTime,
     pub result: AttemptResult,
 }
 
-/// What a failed attempt came to.
+/// The result of a failed attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AttemptResult {
     Status(u16),
@@ -49,11 +48,12 @@ impl fmt::Display for AttemptResult {
 }
 
 impl AttemptLog {
-    /// So many from the beginning are kept, and so many from the end.
+    /// The number of attempts that are kept from the beginning.
     pub const FIRST: usize = 5;
+    /// The number of attempts that are kept from the end.
     pub const LAST: usize = 45;
 
-    /// A failure's name may have as many bytes.
+    /// The longest name of a failure, in bytes.
     const MAX_NAME: usize = 32;
 
     pub fn add(&mut self, attempt: FailedAttempt) {
@@ -64,7 +64,7 @@ impl AttemptLog {
         self.attempts.push(attempt);
     }
 
-    /// The first and the last attempts, and how many are left out between them.
+    /// The first attempts, the number of those left out, and the last attempts.
     pub fn parts(&self) -> (&[FailedAttempt], u32, &[FailedAttempt]) {
         let (first, last) = self.attempts.split_at(self.attempts.len().min(Self::FIRST));
         (first, self.left_out, last)
@@ -79,8 +79,9 @@ impl AttemptLog {
         self.attempts.last()
     }
 
-    /// As both queues keep it, at most 3 KiB: `1@1735830138123=503,2@1735830143127=timeout`, times
-    /// in Unix milliseconds, and `+7` where seven are left out.
+    /// The text that both queues store, at most 3 KiB:
+    /// `1@1735830138123=503,2@1735830143127=timeout`, with times in Unix milliseconds, and `+7`
+    /// where seven attempts are left out.
     pub(crate) fn to_text(&self) -> String {
         let (first, left_out, last) = self.parts();
         let one = |a: &FailedAttempt| {
@@ -91,25 +92,25 @@ impl AttemptLog {
         first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect::<Vec<_>>().join(",")
     }
 
-    /// What cannot be read is no part of it: a story is for looking at, and must not keep its batch
-    /// from being sent.
+    /// Reads the stored text and skips what it cannot read: the log is for people, and must not
+    /// keep its batch from being sent.
     pub(crate) fn from_text(text: &str) -> Self {
-        let mut story = Self::default();
+        let mut log = Self::default();
         for part in text.split(',') {
             if let Some(left_out) = part.strip_prefix('+').and_then(|n| n.parse::<u32>().ok()) {
-                story.left_out = story.left_out.saturating_add(left_out);
+                log.left_out = log.left_out.saturating_add(left_out);
             } else if let Some(attempt) = Self::attempt(part) {
-                story.add(attempt);
+                log.add(attempt);
             }
         }
-        // Nothing is left out between no attempts.
-        if story.is_empty() { Self::default() } else { story }
+        // Without attempts, none can be left out.
+        if log.is_empty() { Self::default() } else { log }
     }
 
     fn attempt(text: &str) -> Option<FailedAttempt> {
         let (number, rest) = text.split_once('@')?;
         let (at, result) = rest.split_once('=')?;
-        // As far as RFC 3339 goes: a later time could not be shown.
+        // Times that RFC 3339 can write: a later one could not be shown.
         let at = at.parse().ok().filter(|ms| *ms < 253_402_300_800_000)?;
         let is_name = !result.is_empty()
             && result.len() <= Self::MAX_NAME
@@ -140,34 +141,34 @@ mod tests {
     }
 
     #[test]
-    fn a_story_keeps_the_first_and_the_last_attempts_however_many_there_are() {
-        let mut story = AttemptLog::default();
+    fn the_first_and_the_last_attempts_are_kept_however_many_there_are() {
+        let mut log = AttemptLog::default();
         for n in 1..=50 {
-            story.add(attempt(n, AttemptResult::Status(503)));
+            log.add(attempt(n, AttemptResult::Status(503)));
         }
-        assert_eq!((story.parts().1, story.parts().2.len()), (0, 45));
+        assert_eq!((log.parts().1, log.parts().2.len()), (0, 45));
         for n in 51..=u32::from(u16::MAX) {
-            story.add(attempt(n, AttemptResult::Failure("address_blocked".to_owned())));
+            log.add(attempt(n, AttemptResult::Failure("address_blocked".to_owned())));
         }
-        let (first, left_out, last) = story.parts();
+        let (first, left_out, last) = log.parts();
         let numbers =
             |attempts: &[FailedAttempt]| attempts.iter().map(|a| a.number).collect::<Vec<_>>();
         assert_eq!(numbers(first), [1, 2, 3, 4, 5]);
         assert_eq!(left_out, 65_535 - 50);
         assert_eq!(numbers(last), (65_491..=65_535).collect::<Vec<_>>());
-        assert!(story.to_text().len() < 3 * 1024, "{} bytes", story.to_text().len());
-        assert_eq!(AttemptLog::from_text(&story.to_text()), story);
+        assert!(log.to_text().len() < 3 * 1024, "{} bytes", log.to_text().len());
+        assert_eq!(AttemptLog::from_text(&log.to_text()), log);
     }
 
     #[test]
-    fn of_a_story_that_somebody_else_wrote_only_what_can_be_read_is_taken() {
+    fn unreadable_parts_of_a_foreign_attempt_log_are_skipped() {
         let text = "1@1735830138001=503,,2@x=503,3@1735830138003=timeout,4@5=\u{1b}[2J,5@5,+x,6@5=A,7@253402300800000=500,+4294967295,+9,-1@5=503";
-        let story = AttemptLog::from_text(text);
+        let log = AttemptLog::from_text(text);
         let expected = [
             attempt(1, AttemptResult::Status(503)),
             attempt(3, AttemptResult::Failure("timeout".to_owned())),
         ];
-        assert_eq!(story.parts(), (&expected[..], u32::MAX, &[][..]));
+        assert_eq!(log.parts(), (&expected[..], u32::MAX, &[][..]));
         assert_eq!(AttemptLog::from_text(""), AttemptLog::default());
         assert_eq!(AttemptLog::from_text("+7,x"), AttemptLog::default());
         let many: String = (1..100_000).map(|n| format!("{n}@1=500,")).collect();

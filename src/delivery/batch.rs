@@ -1,4 +1,4 @@
-//! The batch: the events of one POST, and everything that makes the next attempt the same request.
+//! The batch: the events of one request body, and everything that makes a retry the same request.
 
 use std::{fmt, time::SystemTime};
 
@@ -7,14 +7,14 @@ use bytes::Bytes;
 use super::attempt_log::AttemptLog;
 use crate::{clock, event::payload::Format};
 
-/// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. Half
-/// of a batch has its parent's id, `_`, and a 0 or 1 for each time that it was halved, such as
-/// `msg_…_01`; so the same half always has the same id.
+/// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. The id
+/// of a part is the whole batch's id, `_`, and a 0 or 1 for each split, such as `msg_…_01`; so the
+/// same part always has the same id.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BatchId(String);
 
 impl BatchId {
-    /// A new one, with 128 random bits. It has no dot, which Standard Webhooks uses as a separator.
+    /// A new id with 128 random bits. It has no dot, which Standard Webhooks uses as a separator.
     pub fn random() -> Self {
         Self(clock::batch_id())
     }
@@ -23,13 +23,13 @@ impl BatchId {
         &self.0
     }
 
-    /// Whether this is a part of a batch that was split.
+    /// Whether this is the id of a part.
     pub fn is_half(&self) -> bool {
         let is_path = |path: &str| path.bytes().all(|b| matches!(b, b'0' | b'1'));
         self.0.rsplit_once('_').is_some_and(|(parent, path)| parent.contains('_') && is_path(path))
     }
 
-    /// The ids of the two halves.
+    /// The ids of the two parts.
     #[must_use]
     pub fn halves(&self) -> [Self; 2] {
         let separator = if self.is_half() { "" } else { "_" };
@@ -43,7 +43,7 @@ impl fmt::Display for BatchId {
     }
 }
 
-/// An id that was kept with its batch.
+/// An id that was stored with its batch.
 impl From<String> for BatchId {
     fn from(id: String) -> Self {
         Self(id)
@@ -56,7 +56,7 @@ impl From<&str> for BatchId {
     }
 }
 
-/// A batch. Its bytes and its id never change; a queue keeps it as one message, the envelope.
+/// A batch. Its bytes and its id never change; a queue stores it as one message, the envelope.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     pub id: BatchId,
@@ -64,20 +64,20 @@ pub struct Batch {
     pub body: Bytes,
     pub format: Format,
     pub events: u32,
-    /// Attempts begun; 0 after a replay.
+    /// The number of attempts begun; 0 after a replay.
     pub attempts: u32,
-    /// When the first attempt began; `None` before it.
+    /// The time when the first attempt began; `None` before it.
     pub first_attempt_at: Option<SystemTime>,
-    /// W3C Trace Context, from the producer of the first event.
+    /// The W3C Trace Context of the first event's producer.
     pub traceparent: Option<String>,
     pub story: AttemptLog,
-    /// An operator has replayed it: it was a dead letter once.
+    /// Whether an operator replayed it: it was a dead letter before.
     pub replay: bool,
 }
 
 impl Batch {
-    /// Splits the batch into two that were never attempted, though their time runs from the first
-    /// attempt of the whole one; `None` for a single event.
+    /// Splits the batch into two parts without attempts; their time runs from the whole batch's
+    /// first attempt. `None` for a single event.
     pub fn halves(&self) -> Option<Vec<Self>> {
         let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
         let (first, second) = events.split_at(events.len().div_ceil(2));

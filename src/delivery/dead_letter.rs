@@ -1,4 +1,4 @@
-//! What could not be delivered, and why.
+//! Dead letters: what could not be delivered, and why.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::event::payload::Format;
 
-/// What a message holds.
+/// The content of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MessageKind {
     Event,
@@ -27,17 +27,17 @@ impl MessageKind {
     }
 }
 
-/// Why something was given up.
+/// The reason why something became a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     Exhausted,
-    /// The receiver does not accept it, and accepts others.
+    /// The receiver refuses it, and accepts other batches.
     Refused,
     InvalidEvent,
     TooLarge,
-    /// The broker's own doing: more deliveries than a policy allows.
+    /// By the broker itself: more deliveries than a policy allows.
     DeliveryLimit,
-    /// The broker's own doing: a policy's time to live.
+    /// By the broker itself: a policy's time to live passed.
     Expired,
 }
 
@@ -51,7 +51,8 @@ impl Reason {
         Self::Expired,
     ];
 
-    /// Those of hooktrail's own, which it counts; it does not see what the broker gives up.
+    /// The reasons of hooktrail's own dead letters, which it counts; it does not see those of the
+    /// broker.
     pub const OWN: [Self; 4] = [Self::Exhausted, Self::Refused, Self::InvalidEvent, Self::TooLarge];
 
     pub const fn name(self) -> &'static str {
@@ -70,7 +71,7 @@ impl Reason {
     }
 }
 
-/// A batch or an event that could not be delivered, and why.
+/// A batch or an event that was given up, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetter {
     pub kind: MessageKind,
@@ -78,15 +79,16 @@ pub struct DeadLetter {
     /// The exact request body of a batch, or the event as it was published.
     pub body: Bytes,
     pub content_type: Option<String>,
-    /// Of an event that is still as its producer encoded it, in the producer's words.
+    /// The encoding of an event that is stored as its producer encoded it, as the producer named
+    /// it.
     pub content_encoding: Option<String>,
     /// The batch's id, or the producer's message id of an event.
     pub id: Option<String>,
     pub events: u32,
     pub attempts: u32,
-    /// The last answer's.
+    /// The status of the last answer.
     pub status: Option<u16>,
-    /// For an operator to read; cut to [`MAX_ERROR_LEN`].
+    /// A text for operators, cut to [`MAX_ERROR_LEN`].
     pub error: String,
     pub first_attempt_at: Option<SystemTime>,
     pub died_at: Option<SystemTime>,
@@ -94,8 +96,8 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// A batch that is given up after an attempt. `shortened`: the receiver asked for this wait,
-    /// which the schedule did not grant.
+    /// The dead letter of a batch after an attempt. `shortened` is a `Retry-After` of the receiver
+    /// that the schedule did not grant.
     pub fn of_batch(
         batch: Batch,
         reason: Reason,
@@ -128,7 +130,7 @@ impl DeadLetter {
         }
     }
 
-    /// An event that is given up without an attempt. `id` is its producer's message id.
+    /// The dead letter of an event without an attempt. `id` is its producer's message id.
     pub fn of_event(
         body: Bytes,
         content_type: Option<String>,
@@ -154,7 +156,7 @@ impl DeadLetter {
         }
     }
 
-    /// A message among the retries that is no batch.
+    /// The dead letter of a message in a retry queue that is no batch.
     pub fn not_a_batch(
         body: Bytes,
         content_type: Option<String>,
@@ -166,15 +168,15 @@ impl DeadLetter {
         Self { kind: MessageKind::Batch, content_type, events: 0, ..event }
     }
 
-    /// How the events stand in the body of a batch, if its content type says so.
+    /// The format of a batch's body, by its content type.
     pub fn format(&self) -> Option<Format> {
         [Format::Json, Format::JsonLines]
             .into_iter()
             .find(|f| self.content_type.as_deref() == Some(f.content_type()))
     }
 
-    /// The batch to replay: with its id, its attempts and elapsed time counted from zero, and
-    /// marked as a replay.
+    /// The batch to replay: with its id, attempts and elapsed time counted from zero, and marked as
+    /// a replay.
     pub(crate) fn to_batch(&self) -> Batch {
         Batch {
             id: self.id.clone().map_or_else(BatchId::random, BatchId::from),
@@ -190,10 +192,10 @@ impl DeadLetter {
     }
 }
 
-/// The longest error that a dead letter carries, in bytes.
+/// The longest error of a dead letter, in bytes.
 pub const MAX_ERROR_LEN: usize = 1024;
 
-/// Cuts a text to [`MAX_ERROR_LEN`] at a character's border.
+/// Cuts a text to [`MAX_ERROR_LEN`] between two characters.
 pub fn cut_error(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_ERROR_LEN)]
 }

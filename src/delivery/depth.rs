@@ -1,17 +1,17 @@
-//! How much there is in the queues.
+//! The number of messages in the queues.
 
 use std::collections::BTreeMap;
 
 use super::subscriber_name::SubscriberName;
 
-/// How much a subscriber has in its queues, without what lanes have taken.
+/// The number of messages in a subscriber's queues, without those that lanes have taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Depth {
     /// Events to deliver.
     pub events: u64,
-    /// Batches whose time to be tried again has come.
+    /// Batches whose retry is due.
     pub retries: u64,
-    /// Batches whose time has not come. 0 on RabbitMQ, where they are counted for all subscribers
+    /// Batches whose retry is not due. 0 on RabbitMQ, which counts them for all subscribers
     /// together.
     pub delayed: u64,
     pub dead: u64,
@@ -22,22 +22,22 @@ impl Depth {
         self == Self::default()
     }
 
-    /// Batches to be tried again, as far as they are counted for the subscriber alone.
+    /// Batches that wait for a retry, if they are counted for the subscriber alone.
     pub const fn batches(self) -> u64 {
         self.retries + self.delayed
     }
 }
 
-/// How much there is in the queues.
+/// The number of messages in the queues.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Depths {
-    /// By subscriber; those without queues are not there.
+    /// By subscriber; those without queues are left out.
     pub subscribers: BTreeMap<SubscriberName, Depth>,
-    /// Of subscribers that are not configured any more and were not pruned.
+    /// By removed subscriber that was not pruned.
     pub removed: BTreeMap<SubscriberName, Depth>,
-    /// Batches of all subscribers whose time to be tried again has not come; `None` where they are
-    /// counted for [each](Depth::delayed).
+    /// Batches of all subscribers whose retry is not due; `None` if they are counted for
+    /// [each](Depth::delayed).
     pub delayed: Option<u64>,
-    /// What could not be routed back.
+    /// The number of orphans.
     pub orphans: u64,
 }

@@ -1,29 +1,29 @@
-//! What becomes of a batch after an attempt.
+//! The decision about a batch that follows from an attempt.
 
 use std::time::Duration;
 
 use super::dead_letter::Reason;
 
-/// What becomes of a batch after an attempt.
+/// The decision about a batch that follows from an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
     Delivered,
-    /// The same request again.
+    /// The same request is sent again.
     Retry {
         delay: Duration,
     },
-    /// Each half as a batch of its own.
+    /// Each part is sent as a batch of its own.
     Split {
         delay: Duration,
     },
     DeadLetter(Reason),
-    /// The batch is kept, and the subscriber gets nothing until it is resumed.
+    /// The batch stays in the queue, and the subscriber gets nothing until it is resumed.
     Paused(PauseCause),
-    /// Nothing was sent, so that it was no attempt: the batch goes back to the queue unchanged.
+    /// Nothing was sent, so it was no attempt: the batch is requeued unchanged.
     GivenBack,
 }
 
-/// Why an attempt pauses its subscriber.
+/// The reason why an attempt pauses its subscriber.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PauseCause {
     /// The receiver answered 410 Gone.
@@ -58,7 +58,7 @@ impl DispositionKind {
 }
 
 impl Disposition {
-    /// Without its details; `None` if there was no attempt.
+    /// The kind; `None` if there was no attempt.
     pub const fn kind(self) -> Option<DispositionKind> {
         match self {
             Self::Delivered => Some(DispositionKind::Delivered),
@@ -70,7 +70,7 @@ impl Disposition {
         }
     }
 
-    /// How long until the next attempt.
+    /// The delay before the retry.
     pub const fn delay(self) -> Option<Duration> {
         match self {
             Self::Retry { delay } | Self::Split { delay } => Some(delay),

@@ -1,8 +1,8 @@
-//! What an attempt came to.
+//! The outcome of an attempt.
 
 use std::{fmt, time::Duration};
 
-/// What an attempt came to.
+/// The outcome of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     Delivered {
@@ -12,21 +12,21 @@ pub enum Outcome {
         failure: Failure,
         retry_after: Option<Duration>,
     },
-    /// The endpoint asks to be left alone.
+    /// The endpoint answered that it will take no more requests (410 Gone).
     Gone {
         failure: Failure,
     },
-    /// The batch, or its one event, is more than the receiver takes at once.
+    /// The batch, or its one event, is larger than the receiver accepts.
     TooLarge {
         failure: Failure,
         retry_after: Option<Duration>,
     },
-    /// Something in the batch is not accepted, or nothing is.
+    /// The receiver refuses something in the batch, or every batch.
     Refused {
         failure: Failure,
         retry_after: Option<Duration>,
     },
-    /// Nothing of the request was sent, for a lack of this daemon's own: it was no attempt.
+    /// Nothing was sent because this daemon lacks a resource: it was no attempt.
     Unsent {
         why: String,
     },
@@ -44,10 +44,10 @@ impl Outcome {
     }
 }
 
-/// Why an attempt failed.
+/// The failure of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// An answer that is not a success, and the beginning of its text, on one line.
+    /// An answer that is no success, with the beginning of its text on one line.
     Status {
         status: u16,
         excerpt: String,
@@ -63,7 +63,7 @@ pub enum Failure {
         /// The body was still being sent.
         while_sending: bool,
     },
-    /// What came is not HTTP.
+    /// The answer is not HTTP.
     BadAnswer(String),
     /// The attempt could not be made at all.
     Internal(String),
@@ -95,8 +95,8 @@ impl Failure {
         }
     }
 
-    /// What this side found out about it: nothing that the receiver wrote, so that it may be
-    /// logged.
+    /// The details that this side found out. They contain nothing that the receiver wrote, so they
+    /// may be logged.
     pub fn cause(&self) -> Option<&str> {
         match self {
             Self::Status { .. } | Self::Timeout => None,
@@ -111,7 +111,7 @@ impl Failure {
     }
 }
 
-/// With all details, for a dead letter: the receiver's text included.
+/// The failure with all details, the receiver's text included, for a dead letter.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())?;

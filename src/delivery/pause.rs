@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use super::subscriber_name::SubscriberName;
 
-/// Of each subscriber that was ever paused, what was recorded last.
+/// The last record of each subscriber that was ever paused.
 pub type Standings = Arc<BTreeMap<SubscriberName, Standing>>;
 
-/// Whether a subscriber gets what waits for it.
+/// Whether a subscriber is paused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
     Paused(Pause),
-    /// Attempts and elapsed time of batches from before then begin anew.
+    /// Batches from before `at` count attempts and elapsed time from zero.
     Resumed {
         at: SystemTime,
     },
@@ -26,10 +26,10 @@ impl Standing {
     }
 }
 
-/// Why a subscriber gets nothing until it is resumed.
+/// The pause of a subscriber, which gets nothing until it is resumed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pause {
-    /// For an operator to read.
+    /// The reason, for operators.
     pub why: String,
     pub since: SystemTime,
     /// `receiver`, `retry.on_exhausted` or `operator`.

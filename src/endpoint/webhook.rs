@@ -357,7 +357,7 @@ mod tests {
         resolver::{Blocked, GuardedResolver, ResolveError, permitted},
         *,
     };
-    use crate::policy::address::AddressPolicy;
+    use crate::{config::testing, policy::address::AddressPolicy};
     use reqwest::dns::{Name, Resolve as _};
     use std::{
         collections::VecDeque,
@@ -410,14 +410,10 @@ mod tests {
     /// A subscriber with this URL that may connect to what `http` allows.
     fn subscriber(url: &str, http: &str) -> Subscriber {
         rustls::crypto::ring::default_provider().install_default().ok();
-        let text = format!(
-            "[queue]\nurl = \"amqp://unused\"\n[[subscriber]]\nname = \"a\"\nurl = \"{url}\"\nsignatures = []\nhttp = {{ allow_http = true, {http} }}\n"
-        );
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("h.toml");
-        std::fs::write(&path, text).expect("writes");
-        let config = crate::config::load(&path).unwrap_or_else(|e| panic!("{e}"));
-        Subscriber::clone(&config.subscribers[0])
+        testing::subscriber(
+            "a",
+            &format!("url = \"{url}\"\nhttp = {{ allow_http = true, {http} }}"),
+        )
     }
 
     fn request() -> Request {

@@ -1,32 +1,30 @@
-//! Bodies that come compressed, over HTTP and in messages.
+//! Compressed bodies, of HTTP requests and of messages.
 
 use std::io::Read;
 
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 
-/// What a producer says of how a body is encoded.
+/// The encoding of a body, as its producer declares it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Coding {
     Plain,
-    /// By gzip or deflate; which of them the bytes tell, for some clients write one and mean the
-    /// other.
+    /// gzip or deflate; the bytes show which, since some clients declare one and send the other.
     Compressed,
-    /// What nothing here can undo.
+    /// An encoding that is not supported.
     Unknown,
 }
 
-/// Charsets and transfer encodings that leave JSON as it is. Clients write them as the content
-/// encoding of a message too.
+/// Charsets and transfer encodings that do not change JSON. Clients declare them as the content
+/// encoding of a message, too.
 const HARMLESS: [&str; 9] =
     ["", "identity", "utf-8", "utf8", "us-ascii", "ascii", "binary", "8bit", "7bit"];
 
-/// With what kombu writes into its header `compression`.
+/// The names that kombu writes into its header `compression`.
 const COMPRESSED: [&str; 6] =
     ["gzip", "x-gzip", "deflate", "zlib", "application/x-gzip", "application/x-zlib"];
 
 impl Coding {
-    /// Of a content encoding such as `gzip`, `gzip:UTF-8` (as Spring writes it) or `utf-8` (as
-    /// kombu does).
+    /// Reads a content encoding such as `gzip`, `gzip:UTF-8` (Spring) or `utf-8` (kombu).
     pub fn of(text: &str) -> Self {
         let text = text.to_ascii_lowercase();
         let mut codings =
@@ -39,30 +37,30 @@ impl Coding {
     }
 }
 
-/// Why there is no plain body.
+/// The reason why a body cannot be inflated.
 #[derive(Debug)]
 pub enum Broken {
     TooLong,
-    /// It is not what it is said to be.
+    /// The bytes are not of the declared encoding.
     Bytes(std::io::Error),
 }
 
-/// A body that was compressed by gzip.
+/// Inflates a body that was compressed by gzip.
 ///
 /// # Errors
-/// It is not gzip, or inflates to more than `most` bytes.
+/// The body is not gzip, or inflates to more than `most` bytes.
 pub fn gunzip(body: &[u8], most: usize) -> Result<Vec<u8>, Broken> {
     read(MultiGzDecoder::new(body), most)
 }
 
-/// A body that was [compressed](Coding::Compressed).
+/// Inflates a [compressed](Coding::Compressed) body.
 ///
 /// # Errors
-/// As [`gunzip`].
+/// Those of [`gunzip`].
 pub fn inflate(body: &[u8], most: usize) -> Result<Vec<u8>, Broken> {
     match *body {
         [0x1f, 0x8b, ..] => gunzip(body, most),
-        // RFC 1950, 2.2: the method, and a checksum over the first two bytes.
+        // RFC 1950, section 2.2: the method, and a checksum over the first two bytes.
         [a, b, ..] if a & 0x0f == 8 && u16::from_be_bytes([a, b]).is_multiple_of(31) => {
             read(ZlibDecoder::new(body), most)
         }

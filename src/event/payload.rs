@@ -1,6 +1,6 @@
-//! The request body: events spliced together with the bytes they were published with.
+//! The request body: events spliced together, with the bytes that they were published with.
 
-/// How the events of a batch stand in the request body.
+/// The format of the request body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `{"events":[…]}`, `application/json`.
@@ -21,7 +21,7 @@ impl Format {
         }
     }
 
-    /// The name that the config file has for it.
+    /// The name in the configuration.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Json => "json",
@@ -29,9 +29,9 @@ impl Format {
         }
     }
 
-    /// An upper bound of the bytes of a body with `events` events of `bytes` bytes in all.
+    /// An upper bound for the bytes of a body with `events` events of `bytes` bytes in total.
     ///
-    /// Exact for JSON; JSON Lines may drop line breaks and end up shorter.
+    /// Exact for JSON; JSON Lines may drop line breaks and be shorter.
     pub const fn body_len(self, events: usize, bytes: usize) -> usize {
         match self {
             Self::Json => HEAD.len() + TAIL.len() + bytes + events.saturating_sub(1),
@@ -59,8 +59,8 @@ impl Format {
             }
             Self::JsonLines => {
                 for event in events {
-                    // JSON has no raw line break inside a string, so each one stands between tokens
-                    // and can go without changing a value.
+                    // JSON has no raw line break inside a string, so each one is between tokens and
+                    // can be dropped without changing a value.
                     for part in event.split(|b| matches!(b, b'\n' | b'\r')) {
                         body.extend_from_slice(part);
                     }
@@ -85,7 +85,7 @@ impl Format {
         }
     }
 
-    /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` of any
+    /// The events of a body that [`splice`](Self::splice) made, each with its bytes; `None` for any
     /// other body.
     pub fn events(self, body: &[u8]) -> Option<Vec<&[u8]>> {
         match self {
@@ -95,8 +95,8 @@ impl Format {
     }
 }
 
-/// What stands between the commas that are in no string, object or array; `None` if brackets do not
-/// match.
+/// The parts between commas that are outside of strings, objects and arrays; `None` if brackets do
+/// not match.
 fn between_commas(text: &[u8]) -> Option<Vec<&[u8]>> {
     let mut parts = Vec::new();
     let (mut start, mut depth, mut in_string, mut escaped) = (0, 0_usize, false, false);

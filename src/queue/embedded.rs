@@ -803,7 +803,10 @@ fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::queue::{Receipt, Settlement, Settler as _, Source as _, Taken};
+    use crate::{
+        config::testing,
+        queue::{Receipt, Settlement, Settler as _, Source as _, Taken},
+    };
 
     const WINDOW: Window = Window { events: 1000, envelopes: 10 };
 
@@ -812,16 +815,10 @@ mod tests {
     }
 
     fn subscribers(of: &[(&str, &str)]) -> Subscribers {
-        let file = tempfile::NamedTempFile::new().expect("a file");
         let table = |(name, pattern): &(&str, &str)| {
-            format!(
-                "[[subscriber]]\nname = \"{name}\"\nurl = \"https://example.com/\"\nsignatures = []\nevents = [\"{pattern}\"]\n"
-            )
+            testing::table(name, &format!("events = [\"{pattern}\"]"))
         };
-        let text =
-            "[queue]\nurl = \"embedded\"\n".to_owned() + &of.iter().map(table).collect::<String>();
-        std::fs::write(file.path(), text).expect("writes");
-        crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}")).subscribers
+        testing::embedded(&of.iter().map(table).collect::<String>()).subscribers
     }
 
     async fn publish(queue: &EmbeddedQueue, event_type: &str, count: usize) -> Vec<Published> {

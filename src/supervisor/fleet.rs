@@ -475,7 +475,7 @@ async fn poll_depths(
 mod tests {
     use super::*;
     use crate::{
-        config::{self, Config},
+        config::{Config, testing},
         queue::{SettleError, fake::Fake},
         telemetry::metrics::Metrics,
     };
@@ -501,19 +501,12 @@ mod tests {
     }
 
     fn config(names: &[&str], url: &str) -> Config {
-        let dir = tempfile::tempdir().expect("a directory");
-        let subscriber = |n: &&str| {
-            format!(
-                "[[subscriber]]\nname = \"{n}\"\nurl = \"{url}\"\nsignatures = []\nbatch.max_wait = \"0s\"\nhttp = {{ allow_http = true, allow_private_addresses = true }}\n"
-            )
-        };
-        let text = format!(
-            "[queue]\nurl = \"amqp://unused\"\n{}",
-            names.iter().map(subscriber).collect::<String>()
+        let lines = format!(
+            "url = \"{url}\"\nbatch.max_wait = \"0s\"\nhttp = {{ allow_http = true, allow_private_addresses = true }}"
         );
-        let path = dir.path().join("h.toml");
-        std::fs::write(&path, text).expect("writes");
-        config::load(&path).unwrap_or_else(|e| panic!("{e}"))
+        testing::embedded(
+            &names.iter().map(|name| testing::table(name, &lines)).collect::<String>(),
+        )
     }
 
     async fn until(what: &str, condition: impl Fn() -> bool) {

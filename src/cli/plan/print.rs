@@ -252,19 +252,13 @@ mod tests {
     use super::*;
     use crate::{
         cli::daemon::Answer,
-        config::{self, Backend},
+        config::{Backend, testing},
         queue::amqp,
     };
     use serde_json::json;
 
     fn loaded(more: &str, subscriber: &str) -> Config {
-        let dir = tempfile::tempdir().expect("a directory");
-        let path = dir.path().join("h.toml");
-        let text = format!(
-            "{more}\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com\"\nsignatures = []\n{subscriber}\n"
-        );
-        std::fs::write(&path, text).expect("writes");
-        config::load(&path).unwrap_or_else(|e| panic!("{e}"))
+        testing::config(&format!("{more}\n{}", testing::table("a", subscriber)))
     }
 
     const AMQP: &str = "[queue]\nurl = \"amqp://127.0.0.1\"";

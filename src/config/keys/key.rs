@@ -4,31 +4,31 @@ use std::time::Duration;
 
 use crate::config::{settings::Config, subscriber::Subscriber};
 
-/// One key: its full name, what it says, and which values it takes.
+/// One key of the configuration.
 #[derive(Debug)]
 pub struct Key {
-    /// With the tables that it is in, `retry.max_interval`; those of a subscriber begin inside
+    /// The name with its tables, such as `retry.max_interval`; of a subscriber's key, inside
     /// `[[subscriber]]`.
     pub path: &'static str,
-    /// One sentence, for editors.
+    /// One sentence, shown by editors.
     pub what: &'static str,
     pub shape: Shape,
     pub required: bool,
     pub(in crate::config) place: Place,
 }
 
-/// Which values a key takes. In each string `${VAR}` stands for the environment's.
+/// The values that a key takes. Each string may contain `${VAR}`.
 #[derive(Debug)]
 pub enum Shape {
     Text,
     Flag,
-    /// An integer from the first to the second.
+    /// An integer: least and most.
     Whole(i64, i64),
-    /// A number from the first to the second.
+    /// A number: least and most.
     Number(f64, f64),
-    /// At most this long.
+    /// A duration, at most this long.
     Duration(Option<Duration>),
-    /// A number of bytes with its unit.
+    /// A number of bytes, with its unit.
     Size,
     Word(&'static [&'static str]),
     List(&'static Self),
@@ -39,11 +39,11 @@ pub enum Shape {
     Either(&'static [Self]),
 }
 
-/// Where a key's value is in a checked configuration.
+/// The place of a key's value in a checked configuration.
 #[derive(Debug)]
 pub(in crate::config) enum Place {
-    /// Nowhere by itself: it is a part of another key's value, names other files, or fills in other
-    /// keys.
+    /// No place of its own: it is a part of another key's value, names other files, or fills in
+    /// other keys.
     Read,
     Config(Field<Config, Reloaded>),
     Subscriber(Field<Subscriber, &'static [Affects]>),
@@ -53,34 +53,34 @@ pub(in crate::config) enum Place {
 pub(in crate::config) struct Field<T, A> {
     pub(in crate::config) affects: A,
     pub(in crate::config) differs: fn(&T, &T) -> bool,
-    /// As TOML, with `[redacted]` for secrets; none where it is not set and has no default.
+    /// The value as TOML, with `[redacted]` for secrets; `None` if it is not set and has no
+    /// default.
     pub(in crate::config) show: fn(&T) -> Option<String>,
 }
 
-/// What a changed value of a subscriber's key means for what is under way.
+/// What a change of a subscriber's key affects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Affects {
-    /// What a request is, or whom it reaches: answers to requests of before say nothing of those
-    /// that follow.
+    /// The request or its destination: answers to earlier requests say nothing about later ones.
     Requests,
-    /// What connections to the endpoint are made of.
+    /// The connections to the endpoint.
     Connections,
-    /// What a lane's session with its queue is opened with.
+    /// The session of the lane with its queue, which is opened again.
     Session,
-    /// Which events the subscriber's queue gets.
+    /// The events that the subscriber's queue gets.
     Bindings,
-    /// A decision that is made each time it is needed.
+    /// Decisions, each made with the value of that moment.
     Decisions,
 }
 
-/// What a running daemon does about a changed key that is not a subscriber's.
+/// What a running daemon does when a key outside of subscribers changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reloaded {
     /// The new value is used.
     Used,
     /// The new value is used after a restart.
     AfterRestart,
-    /// The whole reload is refused: the queues depend on it.
+    /// The whole reload is refused: the queues depend on the key.
     Refused,
 }
 
@@ -123,7 +123,7 @@ pub(super) const fn subscriber(
 }
 
 impl Key {
-    /// Its name in its table.
+    /// The name inside its table.
     pub fn name(&self) -> &'static str {
         self.path.rsplit('.').next().unwrap_or(self.path)
     }

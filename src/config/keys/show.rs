@@ -15,7 +15,7 @@ use crate::{
 pub(super) const REDACTED: &str = "[redacted]";
 
 pub(super) fn quoted(text: &str) -> String {
-    // What JSON escapes, TOML does too, in the same way.
+    // TOML has all escapes of JSON.
     Value::from(text).to_string().replace("${", "$${")
 }
 

@@ -31,7 +31,7 @@ pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Optio
     let token = match get("token") {
         None => Some(None),
         Some(v) => reader.string(&v).and_then(|text| {
-            // It is not quoted: it is a secret, also when it is a bad one.
+            // Not quoted: a rejected token is a secret too.
             let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
             if !ok {
                 reader.report(&v, "must be one or more visible ASCII characters without spaces, which is what a header can carry; leave the key out for no token");

@@ -1,4 +1,4 @@
-//! A subscriber's name, where its requests go, and as whom.
+//! A subscriber's name, the URL of its requests, and their authentication.
 
 use std::collections::HashMap;
 
@@ -49,8 +49,8 @@ pub(super) fn name(
     Some(name)
 }
 
-/// Of the `http` group only what the URL depends on is asked, so that no other mistake there
-/// hides one here.
+/// Reads only those keys of the group `http` that the URL depends on: other mistakes there do not
+/// hide one here.
 pub(super) fn url(
     reader: &Reader<'_>,
     section: &Section<'_>,
@@ -64,7 +64,7 @@ pub(super) fn url(
         );
         return None;
     };
-    // No message quotes the URL: its userinfo, path and query may be secrets.
+    // No message quotes the URL: userinfo, path and query may be secrets.
     let url = match reader.string(&value)?.parse::<Url>() {
         Ok(url) => url,
         Err(url::ParseError::RelativeUrlWithoutBase) => {
@@ -78,7 +78,7 @@ pub(super) fn url(
     };
     let scheme_ok = match url.scheme() {
         "https" => true,
-        // Where `allow_http` itself is wrong, nothing more can be said.
+        // If `allow_http` itself is wrong, only that is reported.
         "http" => reader.flag(http.get("allow_http")).is_none_or(|allowed| {
             if !allowed {
                 reader.report(&value, "plain http sends events unencrypted; use https, or set `http.allow_http = true` for this subscriber");
@@ -228,7 +228,7 @@ pub(super) fn tls(reader: &Reader<'_>, value: &Value<'_>) -> Option<TlsPolicy> {
     Some(TlsPolicy { roots: roots?, identity: identity?, files })
 }
 
-/// Of two headers of one name the later would silently take the place of the first.
+/// Checks that no two sources set the same header: the later would silently replace the first.
 pub(super) fn agree_on_headers(
     reader: &Reader<'_>,
     section: &Section<'_>,

@@ -17,8 +17,8 @@ pub(super) fn included(reader: &Reader<'_>, root: &Section<'_>) -> Vec<PathBuf> 
         if include::is_wild(&pattern) {
             files.extend(matching(reader, &item, &pattern, root.source.folder()));
         } else {
-            // That it is not there is a mistake, reported when it is read. A file that comes or
-            // goes is a change of its folder.
+            // A missing file is reported when it is read. A file that appears or disappears is a
+            // change of its folder.
             let path = root.source.relative(&pattern);
             path.parent().into_iter().for_each(|folder| reader.depends_on(folder));
             files.push(path);
@@ -29,8 +29,8 @@ pub(super) fn included(reader: &Reader<'_>, root: &Section<'_>) -> Vec<PathBuf> 
     files
 }
 
-/// What a pattern of `include` matches. That it matches nothing is fine, unless a folder is
-/// away that the configuration in use came from: all of its subscribers would be removed.
+/// The files that a pattern of `include` matches. None is fine, unless a folder is absent that the
+/// current configuration came from: all of its subscribers would be removed.
 fn matching(reader: &Reader<'_>, item: &Value<'_>, pattern: &str, base: &Path) -> Vec<PathBuf> {
     if !reader.has_disk() {
         return Vec::new();

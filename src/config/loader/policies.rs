@@ -58,14 +58,14 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
     })
 }
 
-/// An empty one takes back that of the top level.
+/// The proxy; an empty text overrides the top level's with none.
 fn proxy(reader: &Reader<'_>, http: &Layers<'_>) -> Option<Option<SecretUrl>> {
     let Some(value) = http.get("proxy") else { return Some(None) };
     let text = reader.string(&value)?;
     if text.is_empty() {
         return Some(None);
     }
-    // The URL is not quoted: it may hold a password.
+    // Not quoted: the URL may contain a password.
     let url = text
         .parse::<Url>()
         .ok()
@@ -123,8 +123,7 @@ pub(super) fn retry(reader: &Reader<'_>, group: &Layers<'_>) -> Option<RetryPoli
         group.get("on_exhausted"),
         &[("dead_letter", Exhausted::DeadLetter), ("pause", Exhausted::Pause)],
     );
-    // What could not be read is reported already; for it stands a value that agrees with every
-    // other.
+    // An unreadable value is reported already, and replaced by one that fits every other.
     let options = RetryOptions {
         initial_interval: initial_interval.unwrap_or(Duration::from_nanos(1)),
         multiplier: multiplier.unwrap_or(d.multiplier),
@@ -140,7 +139,7 @@ pub(super) fn retry(reader: &Reader<'_>, group: &Layers<'_>) -> Option<RetryPoli
     for (key, why) in checked.as_ref().err().into_iter().flatten() {
         match group.get(key).filter(|_| *key != "max_interval") {
             Some(value) => reader.report(&value, *why),
-            // It is not longer than 72 h, as was seen above: it is shorter than the other.
+            // It is at most 72 h, as checked above: so it is shorter than the other.
             None => report_pair(reader, group, ends),
         }
     }
@@ -164,9 +163,8 @@ pub(super) fn breaker(reader: &Reader<'_>, group: &Layers<'_>) -> Option<Breaker
     })
 }
 
-/// Reports that the first of two times is longer than the second: at the one that stands nearer
-/// to the subscriber, whose other keys may come from elsewhere, with the other and where that
-/// is from.
+/// Reports that the first of two durations is longer than the second. The report stands at the key
+/// that is nearer to the subscriber, and names the other key with its origin.
 fn report_pair(reader: &Reader<'_>, group: &Layers<'_>, [shorter, longer]: [(&str, Duration); 2]) {
     let is_own = group.layer(shorter.0) < group.layer(longer.0);
     let (at, (other, time)) = if is_own { (shorter.0, longer) } else { (longer.0, shorter) };

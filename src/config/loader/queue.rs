@@ -43,7 +43,7 @@ pub(super) fn queue(reader: &Reader<'_>, root: &Section<'_>) -> Option<QueueConf
     Some(QueueConfig { backend, embedded })
 }
 
-/// RabbitMQ's URL; none for the embedded queue.
+/// The URL of RabbitMQ; `Some(None)` for the embedded queue.
 fn url(reader: &Reader<'_>, section: &Section<'_>) -> Option<Option<SecretUrl>> {
     let Some(value) = section.get("url") else {
         reader.report_missing(section, "url", MISSING);
@@ -59,11 +59,11 @@ fn url(reader: &Reader<'_>, section: &Section<'_>) -> Option<Option<SecretUrl>> 
     if let Some(url) = text.parse().ok().filter(is_amqp) {
         return Some(Some(SecretUrl::new(url)));
     }
-    // The text is not quoted: it may hold a password.
+    // Not quoted: the text may contain a password.
     let why = if text.is_empty() {
         "is empty; give \"embedded\", or the URL of a RabbitMQ, amqp://… or amqps://…"
     } else if nearness(&text, "embedded").is_some() {
-        // So near to the word that it can hold no password.
+        // A text this close to the word has no room for a password.
         "is neither \"embedded\" nor an amqp:// or amqps:// URL with a host; did you mean \"embedded\"?"
     } else {
         "is neither \"embedded\" nor an amqp:// or amqps:// URL with a host"
@@ -125,7 +125,7 @@ fn management_url(reader: &Reader<'_>, value: &Value<'_>) -> Option<SecretUrl> {
             && url.fragment().is_none()
     });
     if found.is_none() {
-        // The text is not quoted: it may hold a password.
+        // Not quoted: the text may contain a password.
         reader.report(value, "is not the URL of a RabbitMQ's management plugin; write one such as \"http://127.0.0.1:15672\"");
     }
     found.map(SecretUrl::new)

@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// Headers of a request that only hooktrail sets.
+/// The headers of a request that only hooktrail sets.
 pub(super) const RESERVED_HEADERS: &[&str] = &[
     "content-type",
     "content-length",
@@ -83,7 +83,7 @@ pub(super) fn signing<'d>(
 pub(super) fn secret(reader: &Reader<'_>, item: &Value<'_>) -> Option<Secret> {
     let text = reader.string(item)?;
     let secret = match text.strip_prefix("file:") {
-        // The name of a variable, and no secret: a shell would put in what it holds.
+        // A variable's name instead of a secret: a shell would have replaced it.
         None if is_variable(&text) => {
             let name = text.trim_start_matches('$');
             reader.report(
@@ -129,7 +129,7 @@ fn schemes(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<Scheme>> {
             all = false;
             continue;
         };
-        // The later of two headers of one name would silently take the place of the first.
+        // The later of two headers with one name would silently replace the first.
         if let Some((_, first)) =
             schemes.iter().find(|(s, _)| s.header().eq_ignore_ascii_case(scheme.header()))
         {
@@ -143,7 +143,7 @@ fn schemes(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<Scheme>> {
     all.then(|| schemes.into_iter().map(|(scheme, _)| scheme).collect())
 }
 
-/// A scheme and the place of its header.
+/// A scheme, and the place that names its header.
 fn scheme<'d>(reader: &Reader<'_>, item: &Value<'d>) -> Option<(Scheme, Value<'d>)> {
     if Reader::is_string(item) {
         let n = match reader.string(item)?.as_str() {
@@ -201,7 +201,7 @@ fn scheme<'d>(reader: &Reader<'_>, item: &Value<'d>) -> Option<(Scheme, Value<'d
     Some((Scheme::Custom { header: name?, prefix: prefix?, encoding: encoding? }, header?))
 }
 
-/// Whether a text is a variable as shells write it.
+/// Whether a text is a variable in a shell's syntax, `$NAME`.
 fn is_variable(text: &str) -> bool {
     let name = text.strip_prefix('$').unwrap_or_default();
     !name.is_empty()

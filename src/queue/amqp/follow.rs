@@ -586,13 +586,12 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::{delivery::Pause, telemetry::metrics::Metrics};
+    use crate::{config::testing, delivery::Pause, telemetry::metrics::Metrics};
 
     fn without_a_broker() -> (Shared, watch::Receiver<Subscribers>) {
-        let text = "[queue]\nurl = \"amqp://nobody.invalid\"\n[[subscriber]]\nname = \"a\"\nurl = \"https://example.com/\"\nsignatures = []\n";
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        std::fs::write(file.path(), text).expect("writes");
-        let config = crate::config::load(file.path()).unwrap_or_else(|e| panic!("{e}"));
+        let config = testing::config(
+            &("[queue]\nurl = \"amqp://nobody.invalid\"\n".to_owned() + &testing::table("a", "")),
+        );
         let crate::config::Backend::Amqp(amqp) = config.queue.backend else {
             panic!("another queue")
         };

@@ -66,11 +66,13 @@ fn sources(below: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// The module that a file belongs to, and its text without the tests at its end.
+/// The module that a file belongs to, and its text without the tests at its end. Files that are
+/// only for tests are left out.
 fn modules() -> Vec<(String, PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&root, &mut files);
+    files.retain(|path| !path.ends_with("tests.rs") && !path.ends_with("testing.rs"));
     let module = |path: PathBuf| {
         let name = path
             .strip_prefix(&root)

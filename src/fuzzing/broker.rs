@@ -1,0 +1,42 @@
+//! Bytes from the broker.
+
+use crate::{clock, delivery::AttemptLog, queue::amqp};
+
+/// Input: the length of a message's properties in two bytes, the properties, then the body.
+pub fn message(bytes: &[u8]) {
+    let Some(([a, b], rest)) = bytes.split_first_chunk() else { return };
+    let (properties, body) =
+        rest.split_at(usize::from(u16::from_be_bytes([*a, *b])).min(rest.len()));
+    amqp::fuzzing::message(properties, body);
+}
+
+/// Input: the longest frame in two bytes (0: any), the number of bytes per read, four sizes of
+/// pieces, then the bytes from the broker.
+pub fn wire(bytes: &[u8]) {
+    let Some(([a, b, at_once, pieces @ ..], sent)) = bytes.split_first_chunk::<7>() else { return };
+    let frame_max = match u16::from_be_bytes([*a, *b]) {
+        0 => usize::MAX,
+        n => n.into(),
+    };
+    amqp::fuzzing::wire(frame_max, sent, &pieces.map(usize::from), usize::from(*at_once).max(1));
+}
+
+/// An attempt log read from a text is written as a short text that reads as the same log.
+pub fn story(bytes: &[u8]) {
+    let log = AttemptLog::from_text(&String::from_utf8_lossy(bytes));
+    let (first, _, last) = log.parts();
+    assert!(first.len() <= AttemptLog::FIRST && last.len() <= AttemptLog::LAST);
+    let text = log.to_text();
+    assert!(
+        text.len() < 3 * 1024 && text.bytes().all(|b| b.is_ascii_graphic()),
+        "{} bytes",
+        text.len()
+    );
+    assert_eq!(AttemptLog::from_text(&text), log);
+    for attempt in first.iter().chain(last) {
+        assert!(
+            humantime::parse_rfc3339(&clock::rfc3339(attempt.at)).is_ok(),
+            "its time can be shown"
+        );
+    }
+}
