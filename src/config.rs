@@ -172,7 +172,7 @@ pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
 fn way_out(why: std::io::ErrorKind) -> &'static str {
     match why {
         std::io::ErrorKind::PermissionDenied => {
-            "run this as a user who may, such as the service's (sudo -u hooktrail …)"
+            "run this as a user who may read it, such as the service's (sudo -u hooktrail …)"
         }
         _ => {
             "name a configuration with --config FILE or $HOOKTRAIL_CONFIG, or write one with `hooktrail init`"

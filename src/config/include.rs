@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_pattern_names_what_is_there_and_no_dot_file_unless_it_is_written() {
         let dir = dir();
-        // A folder whose own name looks like a pattern.
+        // A folder whose own name could be a pattern.
         let odd = dir.path().join("[x]*");
         std::fs::create_dir(&odd).expect("makes");
         std::fs::write(odd.join("z.toml"), "").expect("writes");
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_looked_into_is_an_error_and_what_is_not_there_is_not() {
+    fn an_unreadable_path_is_an_error_and_an_absent_one_is_not() {
         let dir = dir();
         symlink("loop", dir.path().join("loop")).expect("links");
         symlink("nowhere", dir.path().join("dangling")).expect("links");

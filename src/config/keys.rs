@@ -1,8 +1,8 @@
 //! Every key of the configuration, one row each.
 //!
-//! A key that is not here is refused as unknown when a configuration is read. From these rows come
-//! the differences between two configurations and what each difference affects, what `check`
-//! prints, and the JSON Schema that `schema config` prints.
+//! Any other key is refused as unknown. From these rows come the differences between two
+//! configurations and what each affects, the listing of `check`, and the JSON Schema of
+//! `schema config`.
 
 mod key;
 mod show;
@@ -44,7 +44,7 @@ pub static ROOT: &[Key] = &[
     ),
     global(
         "shutdown_timeout",
-        "How long requests in flight may still take after SIGTERM or SIGINT.",
+        "The longest time that requests in flight get after SIGTERM or SIGINT.",
         Shape::Duration(Some(MAX_SHUTDOWN_TIMEOUT)),
         Used,
         differs!(shutdown_timeout),
@@ -52,29 +52,25 @@ pub static ROOT: &[Key] = &[
     ),
     read(
         "queue",
-        "Where events come from and wait; required, but not in a file that `include` names.",
+        "The queue of the events; required, but not in a file that `include` names.",
         Shape::Table(QUEUE),
     ),
     read(
         "admin",
-        "The HTTP listener: intake of events, health, metrics, API.",
+        "The HTTP listener for events, health, metrics and the API.",
         Shape::Table(ADMIN),
     ),
-    read("log", "What the log looks like.", Shape::Table(LOG)),
-    read(
-        "batch",
-        "Which events go into one request: the defaults of each subscriber.",
-        Shape::Table(BATCH),
-    ),
+    read("log", "The format and the level of the log.", Shape::Table(LOG)),
+    read("batch", "The size of a batch: the defaults of each subscriber.", Shape::Table(BATCH)),
     read("http", "How requests are sent: the defaults of each subscriber.", Shape::Table(HTTP)),
     read(
         "retry",
-        "When a failed batch is tried again: the defaults of each subscriber.",
+        "When failed batches are retried: the defaults of each subscriber.",
         Shape::Table(RETRY),
     ),
     read(
         "circuit_breaker",
-        "When a failing subscriber is left alone: the defaults of each subscriber.",
+        "When requests to a failing endpoint stop: the defaults of each subscriber.",
         Shape::Table(BREAKER),
     ),
     SUBSCRIBERS,
@@ -83,8 +79,7 @@ pub static ROOT: &[Key] = &[
 /// The keys of a file that `include` names.
 pub(super) static INCLUDED: &[Key] = &[SUBSCRIBERS];
 
-const SUBSCRIBERS: Key =
-    read("subscriber", "The receivers of events.", Shape::List(&ONE_SUBSCRIBER));
+const SUBSCRIBERS: Key = read("subscriber", "The subscribers.", Shape::List(&ONE_SUBSCRIBER));
 
 static ONE_SUBSCRIBER: Shape = Shape::Table(SUBSCRIBER);
 
@@ -107,7 +102,7 @@ pub(super) static QUEUE: &[Key] = &[
     .required(),
     global(
         "queue.data_dir",
-        "Where the embedded queue keeps its files.",
+        "The directory of the embedded queue's files.",
         Shape::Text,
         Refused,
         |a, b| both_embedded(a, b) && a.queue.embedded.data_dir != b.queue.embedded.data_dir,
@@ -115,7 +110,7 @@ pub(super) static QUEUE: &[Key] = &[
     ),
     global(
         "queue.retention",
-        "How long the embedded queue keeps events that every subscriber is done with.",
+        "How long the embedded queue keeps events that are settled for every subscriber.",
         Shape::Duration(None),
         Refused,
         |a, b| both_embedded(a, b) && a.queue.embedded.retention != b.queue.embedded.retention,
@@ -129,7 +124,7 @@ pub(super) static QUEUE: &[Key] = &[
     ),
     global(
         "queue.exchange",
-        "The topic exchange that producers publish to, routing key = event type; declared (durable) if absent.",
+        "The topic exchange that producers publish to, routing key = event type; declared as durable if absent.",
         Shape::Text,
         Refused,
         |a, b| intakes(a, b).is_some_and(|(a, b)| a != b && matches!(b, Intake::Exchange(_))),
@@ -140,7 +135,7 @@ pub(super) static QUEUE: &[Key] = &[
     ),
     global(
         "queue.source_queue",
-        "Instead of `exchange`: an existing queue to take events from.",
+        "An existing queue that events are taken from, instead of `exchange`.",
         Shape::Text,
         Refused,
         |a, b| intakes(a, b).is_some_and(|(a, b)| a != b && matches!(b, Intake::SourceQueue(_))),
@@ -159,7 +154,7 @@ pub(super) static QUEUE: &[Key] = &[
     ),
     global(
         "queue.management_url",
-        "The URL of RabbitMQ's management plugin, which shows `check --connect` what AMQP does not.",
+        "The URL of RabbitMQ's management plugin, from which `check --connect` reads what AMQP does not show.",
         Shape::Text,
         AfterRestart,
         |a, b| management_url(a) != management_url(b),
@@ -170,7 +165,7 @@ pub(super) static QUEUE: &[Key] = &[
 pub(super) static ADMIN: &[Key] = &[
     global(
         "admin.listen",
-        "An IP address and a port; port 0 takes a free one.",
+        "An IP address and a port; port 0 means any free port.",
         Shape::Text,
         AfterRestart,
         differs!(admin.listen),
@@ -178,7 +173,7 @@ pub(super) static ADMIN: &[Key] = &[
     ),
     global(
         "admin.token",
-        "The bearer token of /api; required where `listen` is not a loopback address.",
+        "The bearer token of /api; required if `listen` is not a loopback address.",
         Shape::Text,
         AfterRestart,
         differs!(admin.token),
@@ -189,7 +184,7 @@ pub(super) static ADMIN: &[Key] = &[
 pub(super) static LOG: &[Key] = &[
     global(
         "log.format",
-        "Text or JSON, one object a line.",
+        "Text, or one JSON object a line.",
         Shape::Word(&["text", "json"]),
         AfterRestart,
         differs!(log.json),
@@ -208,7 +203,7 @@ pub(super) static LOG: &[Key] = &[
 pub(super) static BATCH: &[Key] = &[
     subscriber(
         "batch.max_events",
-        "The most events of a request.",
+        "The most events in a request.",
         Shape::Whole(1, BatchPolicy::MAX_EVENTS),
         &[Session],
         differs!(batch.max_events),
@@ -216,7 +211,7 @@ pub(super) static BATCH: &[Key] = &[
     ),
     subscriber(
         "batch.max_bytes",
-        "The most bytes of a request's body.",
+        "The most bytes in a request's body.",
         Shape::Size,
         &[Session],
         differs!(batch.max_bytes),
@@ -224,7 +219,7 @@ pub(super) static BATCH: &[Key] = &[
     ),
     subscriber(
         "batch.max_wait",
-        "The longest that an event waits for others; \"0s\" sends as soon as a request slot is free.",
+        "The longest time that an event waits for others; with \"0s\" it is sent as soon as a request slot is free.",
         Shape::Duration(Some(MAX_WAIT)),
         &[Session],
         differs!(batch.max_wait),
@@ -235,7 +230,7 @@ pub(super) static BATCH: &[Key] = &[
 pub(super) static HTTP: &[Key] = &[
     subscriber(
         "http.timeout",
-        "How long an attempt may take, from when the request begins to be sent to the answer.",
+        "The longest time from the start of a request to its answer.",
         Shape::Duration(Some(MAX_TIMEOUT)),
         &[Connections],
         differs!(http.timeout),
@@ -243,7 +238,7 @@ pub(super) static HTTP: &[Key] = &[
     ),
     subscriber(
         "http.connect_timeout",
-        "How long a connection may take to be made.",
+        "The longest time to open a connection.",
         Shape::Duration(Some(MAX_TIMEOUT)),
         &[Connections],
         differs!(http.connect_timeout),
@@ -259,7 +254,7 @@ pub(super) static HTTP: &[Key] = &[
     ),
     subscriber(
         "http.success",
-        "Which statuses mean that the batch was accepted.",
+        "The statuses that mean success.",
         Shape::Word(&["2xx", "200"]),
         &[Requests],
         differs!(http.success),
@@ -267,7 +262,7 @@ pub(super) static HTTP: &[Key] = &[
     ),
     subscriber(
         "http.allow_http",
-        "Whether URLs may be plain http://.",
+        "Whether plain http:// URLs are allowed.",
         Shape::Flag,
         &[Decisions],
         differs!(http.allow_http),
@@ -275,7 +270,7 @@ pub(super) static HTTP: &[Key] = &[
     ),
     subscriber(
         "http.allow_private_addresses",
-        "Whether addresses may be connected to that are not public: loopback, link-local, RFC 1918 and others.",
+        "Whether addresses that are not public are allowed: loopback, link-local, RFC 1918 and others.",
         Shape::Flag,
         &[Connections],
         differs!(http.addresses.allow_private),
@@ -283,7 +278,7 @@ pub(super) static HTTP: &[Key] = &[
     ),
     subscriber(
         "http.allow_addresses",
-        "Networks that may be connected to although they are not public, such as \"10.1.0.0/16\".",
+        "Networks that are allowed although they are not public, such as \"10.1.0.0/16\".",
         Shape::List(&Shape::Text),
         &[Connections],
         differs!(http.addresses.allow),
@@ -291,7 +286,7 @@ pub(super) static HTTP: &[Key] = &[
     ),
     subscriber(
         "http.proxy",
-        "The URL of a proxy, which then decides about the addresses of names; \"\" takes back that of the top level.",
+        "The URL of a proxy, which then resolves names and decides about their addresses; \"\" overrides the top level's with none.",
         Shape::Text,
         &[Requests, Connections],
         differs!(http.proxy),
@@ -302,7 +297,7 @@ pub(super) static HTTP: &[Key] = &[
 pub(super) static RETRY: &[Key] = &[
     subscriber(
         "retry.initial_interval",
-        "The wait after the first failed attempt.",
+        "The delay after the first failed attempt.",
         Shape::Duration(Some(MAX_DELAY)),
         &[Decisions],
         differs!(retry.options().initial_interval),
@@ -310,7 +305,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.multiplier",
-        "Each wait is so many times the one before.",
+        "The factor from one delay to the next.",
         Shape::Number(1.0, 1000.0),
         &[Decisions],
         differs!(retry.options().multiplier),
@@ -318,7 +313,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.randomization_factor",
-        "How far a wait is spread to both sides, as a share of it: 0.2 is ±20 %.",
+        "The random spread of a delay, as a share of it: 0.2 is ±20 %.",
         Shape::Number(0.0, 1.0),
         &[Decisions],
         differs!(retry.options().randomization_factor),
@@ -326,7 +321,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.max_interval",
-        "The longest wait, before it is spread.",
+        "The longest delay, before the random spread.",
         Shape::Duration(Some(MAX_DELAY)),
         &[Decisions],
         differs!(retry.options().max_interval),
@@ -334,7 +329,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.max_attempts",
-        "The most attempts, the first one included; 0: no limit.",
+        "The most attempts, including the first one; 0: no limit.",
         Shape::Whole(0, MAX_ATTEMPTS),
         &[Decisions],
         differs!(retry.options().max_attempts),
@@ -342,7 +337,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.max_elapsed_time",
-        "How long after the first attempt a batch may still be tried; \"0s\": no limit.",
+        "The longest time from the first attempt to a retry; \"0s\": no limit.",
         Shape::Duration(None),
         &[Decisions],
         differs!(retry.options().max_elapsed_time),
@@ -350,7 +345,7 @@ pub(super) static RETRY: &[Key] = &[
     ),
     subscriber(
         "retry.on_exhausted",
-        "What becomes of a batch when no attempt is left: a dead letter, or kept while the subscriber is paused.",
+        "What happens after the last attempt: the batch becomes a dead letter, or stays and pauses the subscriber.",
         Shape::Word(&["dead_letter", "pause"]),
         &[Decisions],
         differs!(retry.options().on_exhausted),
@@ -361,7 +356,7 @@ pub(super) static RETRY: &[Key] = &[
 pub(super) static BREAKER: &[Key] = &[
     subscriber(
         "circuit_breaker.failures",
-        "How many failed attempts in a row open the circuit; 0: never.",
+        "The number of consecutive failed attempts that open the circuit; 0: never.",
         Shape::Whole(0, MAX_FAILURES),
         &[Decisions],
         differs!(circuit_breaker.failures),
@@ -369,7 +364,7 @@ pub(super) static BREAKER: &[Key] = &[
     ),
     subscriber(
         "circuit_breaker.open_for",
-        "How long the circuit is open before the first probe; doubled after each failed one.",
+        "The time that the circuit is open before the first probe; doubled after each failed probe.",
         Shape::Duration(Some(MAX_OPEN_FOR)),
         &[Decisions],
         differs!(circuit_breaker.open_for),
@@ -377,7 +372,7 @@ pub(super) static BREAKER: &[Key] = &[
     ),
     subscriber(
         "circuit_breaker.max_open_for",
-        "The longest that it is open between two probes, and that a Retry-After holds up all of a subscriber.",
+        "The longest time between two probes, and the longest hold by a Retry-After.",
         Shape::Duration(Some(MAX_OPEN_FOR)),
         &[Decisions],
         differs!(circuit_breaker.max_open_for),
@@ -392,12 +387,12 @@ pub static SUBSCRIBER: &[Key] = &[
         "1 to 64 of a-z, 0-9 and `-`, unique; names the subscriber's queues.",
         Shape::Text,
         &[],
-        // Of another name is another subscriber.
+        // A subscriber with another name is another one.
         |_, _| false,
         |s| word(&s.name),
     )
     .required(),
-    subscriber("url", "Where batches are sent to.", Shape::Text, &[Requests], differs!(url), |s| {
+    subscriber("url", "The URL of the requests.", Shape::Text, &[Requests], differs!(url), |s| {
         url(&s.url)
     })
     .required(),
@@ -411,7 +406,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "format",
-        "The body: {\"events\":[…]}, or one event a line.",
+        "The request body: {\"events\":[…]}, or one event a line.",
         Shape::Word(&["json", "jsonl"]),
         &[Requests, Session],
         differs!(format),
@@ -419,7 +414,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "secrets",
-        "What requests are signed with, the current secret first; \"file:PATH\" reads a file.",
+        "The secrets that sign requests, the current one first; \"file:PATH\" reads a file.",
         Shape::List(&Shape::Text),
         &[Requests],
         differs!(secrets),
@@ -427,7 +422,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "signatures",
-        "How requests are signed; [] signs nothing.",
+        "The signatures of a request; [] for none.",
         Shape::List(&Shape::Either(&[
             Shape::Word(&["standard-webhooks", "mailtrap"]),
             Shape::Table(SIGNATURE),
@@ -451,7 +446,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "auth",
-        "How a request says whom it is from.",
+        "The authentication of requests.",
         Shape::Table(AUTH),
         &[Requests],
         differs!(auth),
@@ -470,7 +465,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "tls",
-        "Whom to trust, and who this is.",
+        "Trusted authorities, and the client certificate.",
         Shape::Table(TLS),
         &[Requests, Connections],
         |a, b| !a.tls.is_same(&b.tls),
@@ -483,7 +478,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "event_ids",
-        "Whether events that have no \"event_id\" get one: the producer's message id.",
+        "Whether events without \"event_id\" get one, the producer's message id.",
         Shape::Flag,
         &[Requests, Session],
         differs!(event_ids),
@@ -491,7 +486,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     subscriber(
         "paused",
-        "Whether nothing is sent and events wait in the queue.",
+        "Whether the subscriber is paused: nothing is sent, and events wait in the queue.",
         Shape::Flag,
         &[Session],
         differs!(paused),
@@ -499,7 +494,7 @@ pub static SUBSCRIBER: &[Key] = &[
     ),
     read(
         "preset",
-        "What a known receiver expects; the subscriber's own keys win over it.",
+        "The settings for a known receiver; the subscriber's own keys win over them.",
         Shape::Word(&["mailtrap"]),
     ),
     read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
@@ -514,24 +509,25 @@ pub(super) static AUTH: &[Key] = &[
 ];
 
 pub(super) static BASIC: &[Key] = &[
-    read("auth.basic.username", "Without `:`.", Shape::Text).required(),
-    read("auth.basic.password", "\"file:PATH\" reads a file.", Shape::Text).required(),
+    read("auth.basic.username", "The user, without `:`.", Shape::Text).required(),
+    read("auth.basic.password", "The password; \"file:PATH\" reads a file.", Shape::Text)
+        .required(),
 ];
 
 pub(super) static TLS: &[Key] = &[
-    read("tls.ca_file", "The only authorities that are trusted, as PEM.", Shape::Text),
+    read("tls.ca_file", "The only trusted authorities, as PEM.", Shape::Text),
     read("tls.client_cert_file", "The client's certificate and its chain, as PEM.", Shape::Text),
     read("tls.client_key_file", "The client's private key, as PEM.", Shape::Text),
 ];
 
 pub(super) static SIGNATURE: &[Key] = &[
     read("signatures.header", "The header that carries the signature.", Shape::Text).required(),
+    read("signatures.prefix", "The text before the signature, such as \"sha256=\".", Shape::Text),
     read(
-        "signatures.prefix",
-        "What stands in front of the signature, such as \"sha256=\".",
-        Shape::Text,
+        "signatures.encoding",
+        "The encoding of the HMAC-SHA256.",
+        Shape::Word(&["hex", "base64"]),
     ),
-    read("signatures.encoding", "How the HMAC-SHA256 is written.", Shape::Word(&["hex", "base64"])),
 ];
 
 fn amqp(config: &Config) -> Option<&AmqpConfig> {
@@ -557,7 +553,7 @@ fn management_url(config: &Config) -> Option<&SecretUrl> {
     amqp(config)?.management_url.as_deref()
 }
 
-/// The fields of a subscriber, its groups' among them, in the order in which they are shown.
+/// The keys of a subscriber and its groups, in the order in which they are shown.
 pub(super) fn fields()
 -> impl Iterator<Item = (&'static str, &'static Field<Subscriber, &'static [Affects]>)> {
     let of = |key: &'static Key| match &key.place {
@@ -570,7 +566,7 @@ pub(super) fn fields()
     })
 }
 
-/// The full names of a subscriber's keys that mean something by themselves.
+/// The full names of a subscriber's keys that have a value of their own.
 #[cfg(test)]
 pub(super) fn paths() -> impl Iterator<Item = &'static str> {
     fields().map(|(path, _)| path)
@@ -627,8 +623,7 @@ mod tests {
         assert!(fields().all(|(path, field)| path == "name" || !field.affects.is_empty()));
     }
 
-    /// A field that is added to one of these is named here when it has its row: the compiler asks
-    /// for it.
+    /// The compiler asks for each new field here; name it when it has its row.
     #[test]
     fn each_field_of_a_subscriber_has_a_row() {
         let Subscriber {

@@ -370,7 +370,7 @@ fn endpoints_are_checked_and_show_no_secret() {
         ),
         (
             "headers = { authorization = \"x\" }\nauth = { bearer = \"y\" }",
-            "cannot stand beside `Authorization`",
+            "cannot be combined with `Authorization`",
         ),
         ("auth = {}", "must be either"),
         (
@@ -397,10 +397,10 @@ fn endpoints_are_checked_and_show_no_secret() {
         ),
         ("http.proxy = \"socks5://hunter2\"", "is not the URL of a proxy"),
     ] {
-        let told = load(bad).expect_err(bad);
+        let found = load(bad).expect_err(bad);
         assert!(
-            told.contains(part) && told.contains("1 problem in") && !told.contains("hunter2"),
-            "{bad}: {told}"
+            found.contains(part) && found.contains("1 problem in") && !found.contains("hunter2"),
+            "{bad}: {found}"
         );
     }
     let in_url =
@@ -409,7 +409,7 @@ fn endpoints_are_checked_and_show_no_secret() {
         load_text(&in_url)
             .expect_err("two")
             .concat()
-            .contains("cannot stand beside a user or password in `url`")
+            .contains("cannot be combined with a user or password in `url`")
     );
 }
 
@@ -513,7 +513,7 @@ fn a_url_with_an_address_that_is_not_public_is_refused_however_it_is_spelled() {
         "https://16843009/",
         "https://[2606:4700::1111]/",
         "https://[64:ff9b::1.1.1.1]/",
-        // Names: what they resolve to is looked at when they are connected to.
+        // Names: their addresses are checked when a connection is opened.
         "https://localhost/",
         "https://127.0.0.1.nip.io/",
         "https://metadata.google.internal/",
@@ -534,7 +534,7 @@ fn the_queue_is_required_and_never_guessed() {
         ("[queue]\nurl = \"http://x\"\n", "nor an amqp:// or amqps:// URL"),
         (
             "[queue]\nurl = \"amqp://x\"\nexchange = \"a\"\nsource_queue = \"b\"\n",
-            "queue.source_queue: cannot stand beside",
+            "queue.source_queue: cannot be combined with",
         ),
         ("[queue]\nurl = \"amqp://x\"\nprefix = \"a b\"\n", "queue.prefix: must be"),
         (
@@ -552,7 +552,7 @@ fn the_queue_is_required_and_never_guessed() {
 }
 
 #[test]
-fn whoever_can_connect_from_elsewhere_needs_a_token() {
+fn a_listener_that_other_machines_reach_needs_a_token() {
     let with = |admin: &str| load_text(&format!("{QUEUE}[admin]\n{admin}\n")).map(|c| c.admin);
     let default = load_text(QUEUE).expect("valid").admin;
     assert_eq!((default.listen.to_string(), &default.token), ("127.0.0.1:8787".to_owned(), &None));

@@ -152,7 +152,7 @@ pub(super) fn auth(reader: &Reader<'_>, value: &Value<'_>) -> Option<Auth> {
                     reader.report_missing(
                         &basic,
                         key,
-                        "is required beside the other of `username` and `password`",
+                        "is required together with the other one of `username` and `password`",
                     );
                 }
                 found
@@ -201,10 +201,8 @@ pub(super) fn tls(reader: &Reader<'_>, value: &Value<'_>) -> Option<TlsPolicy> {
     let identity = match (section.get("client_cert_file"), section.get("client_key_file")) {
         (None, None) => Some(None),
         (Some(v), None) | (None, Some(v)) => {
-            reader.report(
-                &v,
-                "needs the other of `client_cert_file` and `client_key_file` beside it",
-            );
+            reader
+                .report(&v, "needs the other one of `client_cert_file` and `client_key_file`, too");
             None
         }
         (Some(cert), Some(key)) => read(&cert).zip(read(&key)).and_then(|(chain, secret)| {
@@ -244,14 +242,14 @@ pub(super) fn agree_on_headers(
     match (section.get("auth"), section.get("headers")) {
         (Some(auth), _) if in_url => reader.report(
             &auth,
-            "cannot stand beside a user or password in `url`; remove one of the two",
+            "cannot be combined with a user or password in `url`; remove one of the two",
         ),
         (Some(auth), _) if own => reader.report(
             &auth,
-            "cannot stand beside `Authorization` in `headers`; remove one of the two",
+            "cannot be combined with `Authorization` in `headers`; remove one of the two",
         ),
         (None, Some(headers)) if own && in_url => {
-            reader.report(&headers, "cannot have `Authorization` beside a user or password in `url`; remove one of the two");
+            reader.report(&headers, "cannot have `Authorization` together with a user or password in `url`; remove one of the two");
         }
         _ => {}
     }

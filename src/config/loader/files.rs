@@ -43,15 +43,15 @@ fn matching(reader: &Reader<'_>, item: &Value<'_>, pattern: &str, base: &Path) -
         }
     };
     found.folders.iter().for_each(|folder| reader.depends_on(folder));
-    let remedy = "put it right, or take the pattern out of `include`";
+    let remedy = "restore it, or remove the pattern from `include`";
     for (path, why) in &found.errors {
-        reader.report(item, format!("cannot look into {}: {why}; {remedy}", path.display()));
+        reader.report(item, format!("cannot read the folder {}: {why}; {remedy}", path.display()));
     }
     if found.prefix_is_absent && reader.is_in_use(&found.prefix) {
         reader.report(
             item,
             format!(
-                "the folder {} is not there, and subscribers in use come from it; {remedy}",
+                "the folder {} is absent, and current subscribers come from it; {remedy}",
                 found.prefix.display()
             ),
         );

@@ -83,7 +83,7 @@ fn intake(reader: &Reader<'_>, section: &Section<'_>) -> Option<Intake> {
     };
     match (section.get("exchange"), section.get("source_queue")) {
         (Some(_), Some(v)) => {
-            reader.report(&v, "cannot stand beside `exchange`; remove one of the two");
+            reader.report(&v, "cannot be combined with `exchange`; remove one of the two");
             None
         }
         (None, Some(v)) => name(&v).map(Intake::SourceQueue),

@@ -88,9 +88,7 @@ pub(super) fn secret(reader: &Reader<'_>, item: &Value<'_>) -> Option<Secret> {
             let name = text.trim_start_matches('$');
             reader.report(
                 item,
-                format!(
-                    "is the text `{text}`; the environment's variable is written \"${{{name}}}\""
-                ),
+                format!("is the text `{text}`; for the environment variable write \"${{{name}}}\""),
             );
             return None;
         }

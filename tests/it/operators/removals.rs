@@ -134,7 +134,7 @@ async fn a_folder_that_is_moved_away_removes_no_subscriber(queue: Queue) {
     for part in [
         "hooktrail.toml:1:12: include[0]",
         &world.folder().display().to_string(),
-        "take the pattern out",
+        "remove the pattern",
     ] {
         assert!(line.contains(part), "{part} is not in {line}");
     }
