@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_or_missing_timestamp_is_told() {
+    fn an_old_or_missing_timestamp_is_reported_as_that() {
         let headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(
             SPEC_ID,
             SPEC_TIMESTAMP,
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_signature_or_no_secret_is_told_apart_from_one_that_does_not_match() {
+    fn no_signature_and_no_secret_are_other_errors_than_a_wrong_signature() {
         let mut headers = signer(&[Scheme::StandardWebhooks], &[SPEC_SECRET]).headers(
             SPEC_ID,
             SPEC_TIMESTAMP,

@@ -202,8 +202,8 @@ impl Identity {
     /// Checks that a connection could present it.
     fn checked(&self) -> Result<(), rustls::Error> {
         let Self(own) = self;
-        let nobody = ClientConfig::builder().with_root_certificates(RootCertStore::empty());
-        nobody.with_client_auth_cert(own.chain.clone(), own.key.clone_key()).map(drop)
+        let config = ClientConfig::builder().with_root_certificates(RootCertStore::empty());
+        config.with_client_auth_cert(own.chain.clone(), own.key.clone_key()).map(drop)
     }
 }
 
