@@ -3,7 +3,7 @@
     clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "tests look at the real clock, tell what they measured and show a failed daemon's log"
+    reason = "tests read the real clock, print measurements and show a failed daemon's log"
 )]
 
 /// The fate of an event: batches, retries, dead letters, crashes.

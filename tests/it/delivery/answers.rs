@@ -162,7 +162,7 @@ async fn who_begins_to_refuse_everything_costs_no_event(queue: Queue) {
     assert_eq!(
         queue.dead("a").await,
         0,
-        "nobody accepts anything, so nothing says that it is the events"
+        "nothing was accepted, so it may not be the events"
     );
     receiver.now(|_, _| status(200));
     eventually("all accepted", async || receiver.accepted().len() == 301).await;
@@ -223,7 +223,7 @@ async fn a_410_pauses_the_subscriber_over_restarts_until_it_is_resumed(queue: Qu
     gone.wait_all(12).await;
     let again = &gone.requests()[2];
     assert_eq!((again.id(), &again.body), (first[0].id(), &first[0].body), "the same batch");
-    assert_eq!(again.attempt(), 1, "its attempts begin anew");
+    assert_eq!(again.attempt(), 1, "its attempts count from 1");
     assert_eq!(accepted_once(&gone).len(), 12);
     assert!(setup.ok(&["resume", "gone"]).contains("was not paused"));
 }
@@ -250,7 +250,7 @@ async fn an_exhausted_batch_can_pause_the_subscriber_instead(queue: Queue) {
     assert_eq!(
         requests[3..].iter().map(Request::attempt).collect::<Vec<_>>(),
         [1, 2, 3],
-        "attempts begin anew"
+        "attempts count from 1"
     );
     assert_eq!(requests.iter().map(Request::id).collect::<HashSet<_>>().len(), 1);
     eventually("paused again", async || {

@@ -315,7 +315,7 @@ async fn without_a_name_the_list_says_how_many_each_has_and_why(queue: Queue) {
             "{command}: whose is to be said"
         );
     }
-    assert_eq!(setup.dead("a").len(), 3, "what was looked at is still there");
+    assert_eq!(setup.dead("a").len(), 3, "the letters that were read are still there");
     assert!(daemon.stop().await.success());
 }
 

@@ -245,7 +245,7 @@ async fn an_exhausted_batch_is_a_dead_letter_with_its_story_and_can_be_replayed(
     assert_eq!(
         (again.id(), &again.body, again.attempt()),
         (first.id(), &first.body, 1),
-        "the same request, attempts begun anew"
+        "the same request, attempts counted from 1"
     );
     queue.wait_dead("a", 0).await;
 }
@@ -315,7 +315,7 @@ async fn purge_deletes_only_what_is_chosen_and_only_when_told(queue: Queue) {
     setup.ok(&["dead", "show", "a", "@1"]);
     assert_eq!(setup.ok(&["dead", "list", "a"]), order, "looking changes no order");
     let refused = setup.run(&["dead", "purge", "a"]);
-    assert_eq!(refused.status.code(), Some(2), "nobody to ask");
+    assert_eq!(refused.status.code(), Some(2), "no terminal to ask at");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
     assert!(
         setup
@@ -393,7 +393,7 @@ async fn a_hanging_subscriber_does_not_slow_another(queue: Queue) {
     good.wait_all(400).await;
     assert!(
         start.elapsed() < Duration::from_secs(5),
-        "took {:?} beside a receiver that never answers",
+        "took {:?} next to a receiver that never answers",
         start.elapsed()
     );
     assert_eq!(good.accepted(), numbers(0..400));

@@ -53,7 +53,7 @@ async fn address(daemon: &Daemon) -> String {
         let rest = log.split("admin listening addr=").nth(1)?;
         rest.contains('\n').then(|| rest.split_whitespace().next().expect("an address").to_owned())
     };
-    eventually("the daemon tells its address", async || reported().is_some()).await;
+    eventually("the daemon logs its address", async || reported().is_some()).await;
     reported().expect("just seen")
 }
 
@@ -149,7 +149,7 @@ async fn events_of_every_format_are_delivered_byte_for_byte(queue: Queue) {
     receiver.wait_all(2603).await;
     let mut accepted = receiver.accepted();
     accepted.sort_unstable();
-    assert!(accepted.iter().copied().eq(0..2603), "each once and nobody's to nobody");
+    assert!(accepted.iter().copied().eq(0..2603), "each once, and the unmatched one not at all");
     assert!(
         receiver.requests().iter().any(|r| r.body.windows(odd.len()).any(|w| w == odd.as_bytes()))
     );
@@ -284,7 +284,7 @@ async fn with_a_token_no_request_without_it_publishes(queue: Queue) {
     assert_eq!(
         get(&addr, "/api/v1/nothing").await.status,
         401,
-        "nothing is told about what there is"
+        "the answer says nothing about what exists"
     );
     assert_taken(
         &answer(request(&addr, JSON, event(0)).header("authorization", "bearer hunter2")).await,

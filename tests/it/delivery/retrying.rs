@@ -200,7 +200,7 @@ async fn a_batch_that_is_to_be_sent_now_is_the_same_request_and_its_attempts_go_
         assert_eq!(first.1, second.1, "the same bytes under the same id");
     }
     assert_eq!(a.count(), 10);
-    assert_eq!(times(&waiting(&setup, "b")), others, "nobody else's has changed");
+    assert_eq!(times(&waiting(&setup, "b")), others, "no other subscriber's has changed");
     assert_eq!(b.count(), 5);
 }
 
@@ -257,7 +257,7 @@ async fn what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage(queue: 
     a.wait_requests(3).await;
     assert_eq!(times(&wait_waiting(&setup, "a", 1).await)[0], own[1], "what was found was sent");
     let of_another = setup.run(&["retry", "now", "b", &own[1].0]);
-    assert_eq!(of_another.status.code(), Some(1), "it is nobody else's: {of_another:?}");
+    assert_eq!(of_another.status.code(), Some(1), "it belongs to no other subscriber: {of_another:?}");
     for command in [&["retry", "list", "nobody"][..], &["retry", "now", "nobody"]] {
         let output = setup.run(command);
         assert!(output.status.code() == Some(1) && err(&output).contains("`nobody`"), "{output:?}");
@@ -529,18 +529,18 @@ async fn where_nothing_is_named_or_found_nothing_is_tried(queue: Queue) {
         .await;
     wait_waiting(&setup, "a", 1).await;
     let path = "/api/v1/subscribers/a/retry";
-    for nobody in
+    for no_batch in
         [r#"{"ids":["msg_nobody"]}"#, r#"{"ids":[]}"#, r#"{"ids":["msg_nobody"],"try_only":false}"#]
     {
-        let answered = api.post(path, nobody).await.json();
+        let answered = api.post(path, no_batch).await.json();
         assert_eq!(
             json!([answered["moved"], answered["already_due"], answered["tried_now"]]),
             json!([0, 0, false]),
-            "{nobody}"
+            "{no_batch}"
         );
     }
-    let nobody = setup.run(&["retry", "now", "a", "msg_nobody"]);
-    assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
+    let unknown = setup.run(&["retry", "now", "a", "msg_unknown"]);
+    assert_eq!(unknown.status.code(), Some(1), "{unknown:?}");
     // The batches found are tried; so are those that another program has made due.
     for n in [2, 3] {
         assert_eq!(api.post(path, "{}").await.json()["tried_now"], true);
@@ -732,10 +732,10 @@ fn what_is_inspected_over_and_over_comes_due_in_its_order_and_at_its_time() {
         let published = Instant::now();
         let sixteen = Duration::from_secs(16);
         // Repeated while there is time.
-        let mut looks = 0;
-        while looks < 3 || published.elapsed() < Duration::from_secs(8) {
+        let mut polls = 0;
+        while polls < 3 || published.elapsed() < Duration::from_secs(8) {
             setup.ok(&["retry", "list", "b"]);
-            looks += 1;
+            polls += 1;
         }
         let moved: Value =
             serde_json::from_str(&setup.ok(&["retry", "now", "a", "--json"])).expect("JSON");
@@ -757,7 +757,7 @@ fn what_is_inspected_over_and_over_comes_due_in_its_order_and_at_its_time() {
             (0..60).filter(|n| n % 3 != 0).map(|n| n.to_string().into_bytes()).collect();
         assert_eq!(broker.take_all("sub.b.retry").await, expected);
         println!(
-            "the first after {first:?}, the last after {:?}, {looks} looks, moved in time: {in_time}",
+            "the first after {first:?}, the last after {:?}, {polls} polls, moved in time: {in_time}",
             begun.elapsed()
         );
     });

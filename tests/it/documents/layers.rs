@@ -335,7 +335,7 @@ fn each_protocol_is_known_in_one_place() {
             let at_home = allowed.iter().any(|a| path.to_string_lossy().contains(a));
             assert!(at_home, "{} uses {name}, which belongs to {allowed:?}", path.display());
         }
-        assert!(users > 0, "nobody uses {name}");
+        assert!(users > 0, "no file uses {name}");
     }
 }
 

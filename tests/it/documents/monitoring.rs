@@ -162,7 +162,7 @@ fn a_daemon_that_never_had_its_queue_is_one_to_alert_of() {
         ));
         let daemon = setup.spawn();
         daemon.wait_log("admin listening").await;
-        eventually("the queue is told to be away", async || {
+        eventually("the queue is reported as away", async || {
             api.metric("hooktrail_queue_up").await == Some(0.0)
         })
         .await;

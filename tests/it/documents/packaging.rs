@@ -40,7 +40,7 @@ fn shutdown_timeout(config: &str) -> Duration {
     let default = "shutdown_timeout = \"35s\"";
     assert!(
         hooktrail::config::DEFAULT.contains(default),
-        "the default is another one now: tell it here and in docs/operations.md"
+        "the default has changed: change it here and in docs/operations.md"
     );
     let line = config.lines().find(|l| l.starts_with("shutdown_timeout")).unwrap_or(default);
     duration(line.split('"').nth(1).expect("a value in quotes"))
@@ -98,7 +98,7 @@ fn the_service_manager_is_notified_when_the_daemon_is_ready_alive_and_stopping()
             loop {
                 let length = socket
                     .recv(&mut buffer)
-                    .unwrap_or_else(|e| panic!("never told `{what}`, but {all:?}: {e}"));
+                    .unwrap_or_else(|e| panic!("never reported `{what}`, but {all:?}: {e}"));
                 let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
                 let found = text.lines().any(|l| l == what);
                 all.push(text);

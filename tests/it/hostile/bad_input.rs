@@ -611,7 +611,7 @@ fn an_envelope_at_its_limits_is_sent_and_one_beyond_them_is_a_dead_letter_that_n
         broker.wait_depth("sub.a.dead", junk as u32).await;
         assert!(
             setup.ok(&["dead", "show", "a", &format!("@{junk}")]).ends_with("\njunk\n"),
-            "the number that was told"
+            "the number that was printed"
         );
         assert!(daemon.stop().await.success());
         assert_eq!(receiver.count(), 5);

@@ -405,8 +405,8 @@ fn whatever_is_done_over_http_2_the_attempt_ends_in_time() {
             ("garbage", b"HTTP/1.1 200 OK\r\n\r\n", b"", &["bad_answer", "reset"]),
             ("going away", GOAWAY, b"", &["bad_answer", "reset", "timeout"]),
             ("a refused stream", REFUSED, b"", &["bad_answer", "reset"]),
-            ("headers without end", OPEN_HEADERS, CONTINUATION, &["bad_answer", "reset"]),
-            ("pings without end", SETTINGS, PING, &["timeout", "bad_answer", "reset"]),
+            ("endless headers", OPEN_HEADERS, CONTINUATION, &["bad_answer", "reset"]),
+            ("endless pings", SETTINGS, PING, &["timeout", "bad_answer", "reset"]),
         ] {
             let outcome = over_http_2(bytes, rest).await;
             println!("{what}: {outcome}");
@@ -861,7 +861,7 @@ fn twenty_hostile_subscribers_together_leave_a_good_one_its_pace() {
         waits.sort_unstable();
         let (median, p99) = (waits[50], waits[98]);
         println!(
-            "beside 20 hostile subscribers: median {median:?}, p99 {p99:?}, peak {:.0} MiB",
+            "next to 20 hostile subscribers: median {median:?}, p99 {p99:?}, peak {:.0} MiB",
             daemon.peak_mib()
         );
         // With as many threads as cores the median was 400 ms: those that flood take turns with the

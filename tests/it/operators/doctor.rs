@@ -139,7 +139,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
         let before = Inspection::at(&setup);
         assert_eq!(before.code, Some(0));
         before.expect("note", "sub.a.retry", "not there yet; `run` declares it");
-        assert_eq!(broker.depth("sub.a").await, None, "a look declares nothing");
+        assert_eq!(broker.depth("sub.a").await, None, "an inspection declares nothing");
 
         let daemon = setup.start().await;
         broker.publish("a.b", [event(0)]).await;
@@ -175,7 +175,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
                 && reported.contains("# Nothing harmful was found."),
             "{reported}"
         );
-        assert_eq!(receiver.requests().len(), 1, "a look sends no request");
+        assert_eq!(receiver.requests().len(), 1, "an inspection sends no request");
         assert!(!daemon.log().contains("a look at the queue found"), "{}", daemon.log());
         assert!(daemon.stop().await.success());
     });
@@ -389,7 +389,7 @@ fn a_user_without_permissions_learns_which_are_missing_and_the_command_that_gran
 }
 
 async fn look_is_sound(setup: &Setup) {
-    eventually("a look finds nothing harmful", async || Inspection::at(setup).code == Some(0))
+    eventually("an inspection finds nothing harmful", async || Inspection::at(setup).code == Some(0))
         .await;
 }
 
@@ -502,9 +502,9 @@ fn an_api_that_does_not_answer_is_reported_and_what_amqp_shows_is_shown() {
         let broker = Broker::shared();
         let rest = format!("{QUICK}{}", subscriber("a", "http://127.0.0.1:9/", ""));
         let at = |url: &str| Setup::new(&broker, &format!("management_url = \"{url}\"\n{rest}"));
-        let nobody = format!("http://u:hunter2@127.0.0.1:{}", free_port());
+        let refusing = format!("http://u:hunter2@127.0.0.1:{}", free_port());
         let stranger = Receiver::accepting().await;
-        for url in [nobody, stranger.url.clone()] {
+        for url in [refusing, stranger.url.clone()] {
             let inspection = Inspection::at(&at(&url));
             let unseen = inspection.expect(
                 "warning",
@@ -555,7 +555,7 @@ fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
         let plain = Receiver::accepting().await;
         let ours = "tls = { ca_file = \"ca.pem\" }";
         let https = |port: u16| format!("https://127.0.0.1:{port}/hook");
-        let nobody = free_port();
+        let refusing = free_port();
         let rest = [
             subscriber("good", &https(good.port), ours),
             subscriber("expired", &https(expired.port), ours),
@@ -568,7 +568,7 @@ fn what_is_wrong_with_an_endpoint_is_found_without_a_request() {
                 "http = { allow_private_addresses = false }",
             ),
             subscriber("unknown", "https://nobody.invalid/hook", ""),
-            subscriber("away", &https(nobody), ours),
+            subscriber("away", &https(refusing), ours),
         ];
         let setup = Setup::new(&queue, &(QUICK.to_owned() + &rest.concat()));
         setup.write("ca.pem", &authority.pem);
@@ -649,7 +649,7 @@ fn the_embedded_queue_is_inspected_alongside_its_daemon_and_damage_is_harmful() 
         let before = Inspection::at(&setup);
         assert_eq!(before.code, Some(0));
         before.expect("note", "data_dir", "`run` makes it");
-        assert!(!queue.data_dir().exists(), "a look makes nothing");
+        assert!(!queue.data_dir().exists(), "an inspection creates nothing");
 
         let daemon = setup.start().await;
         let large = format!(r#"{{"event":"a.b","pad":"{}"}}"#, "x".repeat(3000));
@@ -826,12 +826,12 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
             ]);
         }
         // Whatever is published passes all queues of the exchange.
-        eventually("what harms all is told", async || {
+        eventually("findings that harm all are reported", async || {
             Inspection::of(&setup, &["a"]).find("harmful", "sub.b`", "sets max-length").is_some()
         })
         .await;
         let of_b = "sub.b.dead`";
-        eventually("all is told of b", async || {
+        eventually("every finding about b is reported", async || {
             Inspection::of(&setup, &["b"]).find("harmful", of_b, "sets max-length").is_some()
         })
         .await;

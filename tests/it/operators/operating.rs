@@ -99,10 +99,10 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     let looked_at =
         async || api.get("/api/v1/subscribers").await.json()["queue"]["looked_at"].clone();
     let before = looked_at().await;
-    eventually("a look", async || looked_at().await != before).await;
+    eventually("a poll", async || looked_at().await != before).await;
     queue.publish(TYPE, (5..8).map(event)).await;
     let reported = api.wait("paused", "what came since", |s| s["backlog"] == 8);
-    tokio::time::timeout(Duration::from_secs(5), reported).await.expect("it is told soon");
+    tokio::time::timeout(Duration::from_secs(5), reported).await.expect("it is reported soon");
     assert!(daemon.stop().await.success());
     let alone = setup.run(&["status"]);
     assert!(
@@ -286,7 +286,7 @@ fn a_daemon_whose_configuration_was_given_a_mistake_is_still_asked_and_told() {
                 String::from_utf8_lossy(&paused.stderr).contains("the configuration has mistakes"),
                 "{paused:?}"
             );
-            eventually("the mistake is told", async || {
+            eventually("the mistake is reported", async || {
                 setup.ok(&["status"]).contains("The configuration was not reloaded")
             })
             .await;

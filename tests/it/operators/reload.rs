@@ -264,7 +264,7 @@ async fn a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed(queue: Q
         assert_ne!(wrong, right);
         let before = daemon.log().matches("the configuration was not reloaded").count();
         replace(&setup, &wrong);
-        eventually("it is told", async || {
+        eventually("it is reported", async || {
             daemon.log().matches("the configuration was not reloaded").count() > before
         })
         .await;
@@ -274,12 +274,12 @@ async fn a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed(queue: Q
         assert!(
             api.get("/api/v1/subscribers").await.json()["config"]["problem"]
                 .as_str()
-                .expect("told")
+                .expect("reported")
                 .contains(part)
         );
         let answer = api.post("/api/v1/reload", "{}").await;
         assert!(
-            answer.status == 422 && answer.json()["error"].as_str().expect("told").contains(part),
+            answer.status == 422 && answer.json()["error"].as_str().expect("reported").contains(part),
             "{answer:?}"
         );
         assert_eq!(api.get("/api/v1/reload").await.status, 422);
@@ -287,7 +287,7 @@ async fn a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed(queue: Q
     queue.publish(TYPE, (0..3).map(event)).await;
     receiver.wait_all(3).await;
     replace(&setup, &right.replace("max_wait = \"100ms\"", "max_wait = \"200ms\""));
-    eventually("it is mended", async || api.get("/readyz").await.text == "ready\n").await;
+    eventually("it is fixed", async || api.get("/readyz").await.text == "ready\n").await;
     assert_eq!(api.metric("hooktrail_config_last_reload_successful").await, Some(1.0));
     assert!(api.metric("hooktrail_config_reloads_total{result=\"failure\"}").await >= Some(1.0));
     let preview = api.get("/api/v1/reload").await.json();

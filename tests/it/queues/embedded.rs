@@ -289,7 +289,7 @@ fn events_are_refused_when_the_file_is_deleted_under_the_daemon_and_what_it_hold
                 "{command:?}: {reported}"
             );
         }
-        assert!(!queue.file().exists(), "no new file beside the daemon's");
+        assert!(!queue.file().exists(), "no new file next to the daemon's");
 
         // The text of the log, and of the page that it names.
         let log = daemon.log();

@@ -170,10 +170,10 @@ fn a_client_certificate_is_presented_and_without_it_the_receiver_refuses() {
 async fn proxy(to: u16) -> (u16, mpsc::UnboundedReceiver<String>) {
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = socket.local_addr().expect("an address").port();
-    let (tell, reported) = mpsc::unbounded_channel();
+    let (send, reported) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Ok((stream, _)) = socket.accept().await {
-            let tell = tell.clone();
+            let send = send.clone();
             tokio::spawn(async move {
                 let mut stream = BufReader::new(stream);
                 let mut head = String::new();
@@ -186,7 +186,7 @@ async fn proxy(to: u16) -> (u16, mpsc::UnboundedReceiver<String>) {
                 } else {
                     target.write_all(head.as_bytes()).await?;
                 }
-                tell.send(head).ok();
+                send.send(head).ok();
                 copy_bidirectional(&mut stream, &mut target).await
             });
         }

@@ -382,7 +382,7 @@ fn libraries_that_others_wrote_accept_what_is_sent_and_nothing_else() {
         ] {
             assert!(
                 names.iter().any(|n| n.starts_with(library)),
-                "{library} has looked at nothing: {names:?}"
+                "{library} has verified nothing: {names:?}"
             );
         }
     });

@@ -289,8 +289,8 @@ impl Daemon {
     }
 
     /// From now on its log has no reader, or has one again.
-    pub(crate) fn leave_log_unread(&self, nobody: bool) {
-        self.reader.as_ref().expect("a pipe").stands.set(nobody);
+    pub(crate) fn leave_log_unread(&self, unread: bool) {
+        self.reader.as_ref().expect("a pipe").stands.set(unread);
     }
 
     /// The bytes of its log that are not read yet.

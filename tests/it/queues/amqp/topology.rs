@@ -348,7 +348,7 @@ fn what_another_daemon_has_paused_stays_bound_and_gets_every_event() {
         has_not.write("hooktrail.toml", text);
         assert_eq!(there.post("/api/v1/reload", "{}").await.status, 200);
         // They are inspected by their names.
-        eventually("one that nobody has is removed", async || {
+        eventually("one that no daemon has is removed", async || {
             logged("was unbound; its backlog stays", "zz") == 1
         })
         .await;

@@ -377,7 +377,7 @@ fn what_may_not_be_unbound_any_more_holds_up_no_other_and_writes_no_marks() {
                 .filter(|l| l.contains("its bindings cannot be put right") && l.contains(&name))
                 .count()
         };
-        eventually("each is told of", async || ["a", "b", "gone"].iter().all(|n| reported(n) >= 1))
+        eventually("each is reported", async || ["a", "b", "gone"].iter().all(|n| reported(n) >= 1))
             .await;
         // The others go on: one that is removed now is unbound, a pause is heard, and the new
         // exchange delivers.
@@ -481,7 +481,7 @@ fn a_stream_is_no_source_queue_for_a_user_who_may_only_read_it_either() {
         let says_why = |all: &Value| {
             all["queue"]["error"].as_str().is_some_and(|t| t.contains("`log` is a stream"))
         };
-        eventually("it is told, when the first comes", async || {
+        eventually("it is reported when the first one arrives", async || {
             broker.put("", "log", event(0).as_bytes(), Default::default()).await;
             says_why(&api.get("/api/v1/subscribers").await.json())
         })
@@ -553,16 +553,16 @@ fn the_cause_stands_in_the_status_when_the_broker_refuses_the_password_or_is_awa
                 .unwrap_or_default()
                 .to_owned()
         };
-        eventually("it is told", async || error().await.contains("refused user name or password"))
+        eventually("it is reported", async || error().await.contains("refused user name or password"))
             .await;
-        api.wait("a", "tells it too", |s| {
+        api.wait("a", "reports it too", |s| {
             s["queue_error"].as_str().is_some_and(|t| t.contains("refused user name or password"))
         })
         .await;
         broker.node().ctl(&["change_password", "guest", "guest"]);
         api.wait("a", "is well again", |s| s["state"] == "ok" && s["queue_error"].is_null()).await;
         broker.node().kill().await;
-        eventually("it is told", async || error().await.contains("Connection refused")).await;
+        eventually("it is reported", async || error().await.contains("Connection refused")).await;
         let shown = setup.ok(&["status"]);
         assert!(
             shown.contains("Connection refused") && shown.contains("cannot connect to the broker"),
