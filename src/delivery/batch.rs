@@ -70,7 +70,7 @@ pub struct Batch {
     pub first_attempt_at: Option<SystemTime>,
     /// The W3C Trace Context of the first event's producer.
     pub traceparent: Option<String>,
-    pub story: AttemptLog,
+    pub attempt_log: AttemptLog,
     /// Whether an operator replayed it: it was a dead letter before.
     pub replay: bool,
 }

@@ -92,7 +92,7 @@ pub struct DeadLetter {
     pub error: String,
     pub first_attempt_at: Option<SystemTime>,
     pub died_at: Option<SystemTime>,
-    pub story: AttemptLog,
+    pub attempt_log: AttemptLog,
 }
 
 impl DeadLetter {
@@ -126,7 +126,7 @@ impl DeadLetter {
             ),
             first_attempt_at: batch.first_attempt_at,
             died_at: Some(now),
-            story: batch.story,
+            attempt_log: batch.attempt_log,
         }
     }
 
@@ -152,7 +152,7 @@ impl DeadLetter {
             error,
             first_attempt_at: None,
             died_at: Some(now),
-            story: AttemptLog::default(),
+            attempt_log: AttemptLog::default(),
         }
     }
 
@@ -186,7 +186,7 @@ impl DeadLetter {
             attempts: 0,
             first_attempt_at: None,
             traceparent: None,
-            story: self.story.clone(),
+            attempt_log: self.attempt_log.clone(),
             replay: true,
         }
     }

@@ -43,7 +43,7 @@ impl InFlight {
     /// The attempt that has just ended, before its result is in the attempt log.
     pub(super) fn as_attempt(&self, now: SystemTime) -> Attempt {
         let batch = &self.batch;
-        let last = batch.story.last();
+        let last = batch.attempt_log.last();
         let was_reset = last.is_some_and(|a| match &a.result {
             AttemptResult::Failure(name) => name == FailureKind::Reset.name(),
             AttemptResult::Status(_) => false,
@@ -64,7 +64,7 @@ impl InFlight {
     }
 
     pub(super) fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
-        self.batch.story.add(FailedAttempt {
+        self.batch.attempt_log.add(FailedAttempt {
             number: self.batch.attempts,
             at,
             result: failure.into(),
@@ -105,7 +105,7 @@ pub(super) fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: us
         attempts: 1,
         first_attempt_at: Some(now),
         traceparent,
-        story: AttemptLog::default(),
+        attempt_log: AttemptLog::default(),
         replay: false,
     };
     let receipts = events.iter().map(|e| e.event.receipt).collect();

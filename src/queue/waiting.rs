@@ -26,7 +26,7 @@ impl Waiting {
             batch_id: batch.id.clone(),
             events: batch.events,
             attempts: batch.attempts,
-            last: batch.story.last().cloned(),
+            last: batch.attempt_log.last().cloned(),
             first_attempt_at: batch.first_attempt_at,
             due,
             bytes: batch.body.len(),

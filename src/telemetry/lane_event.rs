@@ -369,7 +369,7 @@ mod tests {
             attempts: 2,
             first_attempt_at: None,
             traceparent: Some("00-1".to_owned()),
-            story: AttemptLog::default(),
+            attempt_log: AttemptLog::default(),
             replay: false,
         }
     }

@@ -268,7 +268,7 @@ mod tests {
                 attempts: 1,
                 first_attempt_at: None,
                 traceparent: None,
-                story: Default::default(),
+                attempt_log: Default::default(),
                 replay: false,
             };
             let outcome = &outcome;

@@ -432,7 +432,7 @@ mod tests {
             error: String::new(),
             first_attempt_at: None,
             died_at: Some(at("2026-03-01T12:00:00Z")),
-            story: crate::delivery::AttemptLog::default(),
+            attempt_log: crate::delivery::AttemptLog::default(),
         }
     }
 

@@ -386,7 +386,7 @@ mod tests {
             error: String::new(),
             first_attempt_at: None,
             died_at: None,
-            story: AttemptLog::default(),
+            attempt_log: AttemptLog::default(),
         }
     }
 }

@@ -90,7 +90,7 @@ fn for_reading(number: usize, held: &Held) -> String {
             .iter()
             .map(|encoding| format!("{:<17} {}", "content encoding", visible(encoding))),
     );
-    let (first, left_out, last) = l.story.parts();
+    let (first, left_out, last) = l.attempt_log.parts();
     if !first.is_empty() {
         lines.extend([String::new(), "the failed attempts:".to_owned()]);
     }
@@ -106,10 +106,10 @@ fn for_reading(number: usize, held: &Held) -> String {
     lines.join("\n")
 }
 
-/// With the story and the body.
+/// With the attempt log and the body.
 fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
     let mut value = json!(DeadLetter::new(number, held));
-    value["story"] = story_as_json(&held.letter.story);
+    value["story"] = attempts_as_json(&held.letter.attempt_log);
     match std::str::from_utf8(&held.letter.body) {
         Ok(text) => value["body"] = text.into(),
         Err(_) => value["body_base64"] = BASE64.encode(&held.letter.body).into(),
@@ -118,7 +118,7 @@ fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
 }
 
 /// The failed attempts; where some are left out there is one element that says how many.
-fn story_as_json(story: &AttemptLog) -> serde_json::Value {
+fn attempts_as_json(log: &AttemptLog) -> serde_json::Value {
     let one = |a: &FailedAttempt| match &a.result {
         AttemptResult::Status(status) => {
             json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status })
@@ -127,7 +127,7 @@ fn story_as_json(story: &AttemptLog) -> serde_json::Value {
             json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name })
         }
     };
-    let (first, left_out, last) = story.parts();
+    let (first, left_out, last) = log.parts();
     let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
     first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect()
 }

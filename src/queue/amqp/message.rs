@@ -35,7 +35,7 @@ const TRACEPARENT: &str = "traceparent";
 /// Where kombu says how it compressed a body; its `content_encoding` is the charset.
 const COMPRESSION: &str = "compression";
 /// See [`AttemptLog::to_text`].
-const STORY: &str = "x-hooktrail-story";
+const ATTEMPT_LOG: &str = "x-hooktrail-story";
 /// `true` in what an operator has sent again; otherwise absent.
 const REPLAY: &str = "x-hooktrail-replay";
 /// When the ladder gives a retry back, in Unix milliseconds; not in envelopes of earlier versions.
@@ -147,8 +147,8 @@ pub(super) fn envelope(e: &Batch) -> (Bytes, BasicProperties) {
     if let Some(trace) = &e.traceparent {
         h.insert(TRACEPARENT.into(), text(trace));
     }
-    if !e.story.is_empty() {
-        h.insert(STORY.into(), text(&e.story.to_text()));
+    if !e.attempt_log.is_empty() {
+        h.insert(ATTEMPT_LOG.into(), text(&e.attempt_log.to_text()));
     }
     if e.replay {
         h.insert(REPLAY.into(), text("true"));
@@ -187,8 +187,8 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     if let Some(at) = d.died_at {
         h.insert(DIED_AT.into(), time(at));
     }
-    if !d.story.is_empty() {
-        h.insert(STORY.into(), text(&d.story.to_text()));
+    if !d.attempt_log.is_empty() {
+        h.insert(ATTEMPT_LOG.into(), text(&d.attempt_log.to_text()));
     }
     let p = properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h);
     (d.body.clone(), encoded(p, d.content_encoding.as_deref()))
@@ -287,8 +287,12 @@ impl Headers<'_> {
     }
 
     /// Of an earlier version's message there is none.
-    fn story(&self) -> AttemptLog {
-        self.text(STORY).ok().flatten().map(|text| AttemptLog::from_text(&text)).unwrap_or_default()
+    fn attempt_log(&self) -> AttemptLog {
+        self.text(ATTEMPT_LOG)
+            .ok()
+            .flatten()
+            .map(|text| AttemptLog::from_text(&text))
+            .unwrap_or_default()
     }
 }
 
@@ -365,7 +369,7 @@ impl Undecoded {
             error: self.error,
             first_attempt_at: None,
             died_at: Some(clock::now()),
-            story: AttemptLog::default(),
+            attempt_log: AttemptLog::default(),
         }
     }
 }
@@ -414,7 +418,7 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
                 error: format!("a message in the retry queue is not an envelope: {why}"),
                 first_attempt_at: None,
                 died_at: Some(clock::now()),
-                story: AttemptLog::default(),
+                attempt_log: AttemptLog::default(),
             };
             Taken::Unusable(letter, receipt)
         }
@@ -446,7 +450,7 @@ fn read_envelope(d: &Delivery) -> Result<Batch, String> {
         attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
         first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
         traceparent: traceparent(&d.properties),
-        story: h.story(),
+        attempt_log: h.attempt_log(),
         replay: h.text(REPLAY).ok().flatten().as_deref() == Some("true"),
     })
 }
@@ -484,7 +488,7 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
         status: h.integer(STATUS).ok().flatten().and_then(|n| u16::try_from(n).ok()),
         first_attempt_at: h.time(FIRST_ATTEMPT_AT).ok().flatten(),
         died_at: h.time(DIED_AT).ok().flatten().or(death.at),
-        story: h.story(),
+        attempt_log: h.attempt_log(),
         body: d.data.into(),
     }
 }
@@ -572,17 +576,17 @@ mod tests {
     use crate::delivery::{AttemptResult, FailedAttempt};
 
     /// As long as one can be.
-    fn a_story() -> AttemptLog {
+    fn an_attempt_log() -> AttemptLog {
         let at = SystemTime::UNIX_EPOCH + Duration::from_millis(253_402_300_799_999);
-        let mut story = AttemptLog::default();
+        let mut log = AttemptLog::default();
         for n in 0..100 {
-            story.add(FailedAttempt {
+            log.add(FailedAttempt {
                 number: u32::MAX - n,
                 at,
                 result: AttemptResult::Failure("a_failure_of_thirty_two_letters_".to_owned()),
             });
         }
-        story
+        log
     }
 
     fn delivery(body: &[u8], properties: BasicProperties) -> Delivery {
@@ -602,7 +606,7 @@ mod tests {
                 SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
             ),
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
-            story: a_story(),
+            attempt_log: an_attempt_log(),
             replay: true,
         }
     }
@@ -628,7 +632,7 @@ mod tests {
         assert_eq!(found, Waiting::new(&e, Some(due)));
         assert_eq!(
             (found.batch_id.as_str(), found.attempts, found.last.as_ref()),
-            ("msg_1", 2, e.story.last())
+            ("msg_1", 2, e.attempt_log.last())
         );
         let (sent, properties) = due_now(delivery(&body, told));
         assert_eq!((&sent, &properties), (&body, &plain), "but for the time it is the same");
@@ -650,16 +654,16 @@ mod tests {
 
     #[test]
     fn an_envelope_of_an_earlier_version_has_no_story_and_one_that_cannot_be_read_is_none() {
-        let e = Batch { story: AttemptLog::default(), replay: false, ..an_envelope() };
+        let e = Batch { attempt_log: AttemptLog::default(), replay: false, ..an_envelope() };
         let (body, properties) = envelope(&e);
         let mut h = properties.headers().clone().expect("headers");
         assert!(
-            !h.contains_key(STORY) && !h.contains_key(REPLAY),
+            !h.contains_key(ATTEMPT_LOG) && !h.contains_key(REPLAY),
             "as the earlier version wrote it"
         );
         for value in [None, Some(AMQPValue::Boolean(true)), Some(text("what is this"))] {
             if let Some(value) = value {
-                h.insert(STORY.into(), value.clone());
+                h.insert(ATTEMPT_LOG.into(), value.clone());
                 h.insert(REPLAY.into(), value);
             }
             match taken_envelope(delivery(&body, properties.clone().with_headers(h.clone()))) {
@@ -726,7 +730,7 @@ mod tests {
             error: "e".repeat(5000),
             first_attempt_at: Some(SystemTime::UNIX_EPOCH),
             died_at: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(9)),
-            story: a_story(),
+            attempt_log: an_attempt_log(),
         };
         let (body, properties) = dead_letter(&letter);
         let value =

@@ -338,7 +338,7 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
                 error: why.to_string(),
                 first_attempt_at: None,
                 died_at: Some(clock::now()),
-                story: AttemptLog::default(),
+                attempt_log: AttemptLog::default(),
             };
             orphan(topology, &letter)
         }

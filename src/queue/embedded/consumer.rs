@@ -466,7 +466,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
         row.get(5)?,
         Bytes::from(row.get::<_, Vec<u8>>(7)?),
     );
-    let (story, replay) = (read_story(row, 8)?, row.get(9)?);
+    let (attempt_log, replay) = (read_attempt_log(row, 8)?, row.get(9)?);
     Ok(match format {
         Some(format) => Ok(Batch {
             id: id.into(),
@@ -475,7 +475,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
             events,
             attempts,
             first_attempt_at,
-            story,
+            attempt_log,
             replay,
             traceparent: row.get(10)?,
         }),
@@ -494,18 +494,18 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
             status: None,
             first_attempt_at,
             died_at: Some(clock::now()),
-            story,
+            attempt_log,
         }),
     })
 }
 
-/// A story that was kept with a batch or a dead letter.
-pub(super) fn read_story(row: &Row<'_>, column: usize) -> rusqlite::Result<AttemptLog> {
+/// The attempt log that was stored with a batch or a dead letter.
+pub(super) fn read_attempt_log(row: &Row<'_>, column: usize) -> rusqlite::Result<AttemptLog> {
     Ok(row.get_ref(column)?.as_str_or_null()?.map(AttemptLog::from_text).unwrap_or_default())
 }
 
-fn story_text(story: &AttemptLog) -> Option<String> {
-    (!story.is_empty()).then(|| story.to_text())
+fn attempt_log_text(log: &AttemptLog) -> Option<String> {
+    (!log.is_empty()).then(|| log.to_text())
 }
 
 /// Looks through a segment; true if that brought it to the segment's end.
@@ -663,7 +663,7 @@ pub(super) fn insert_retry(
         e.attempts,
         e.first_attempt_at.map(millis),
         &e.body[..],
-        story_text(&e.story),
+        attempt_log_text(&e.attempt_log),
         e.replay,
         e.traceparent,
         now
@@ -689,7 +689,7 @@ fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::R
         l.first_attempt_at.map(millis),
         l.died_at.map(millis),
         &l.body[..],
-        story_text(&l.story)
+        attempt_log_text(&l.attempt_log)
     ])?;
     Ok(())
 }

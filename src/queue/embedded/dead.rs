@@ -4,7 +4,7 @@ use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::{
-    consumer::{insert_retry, read_story},
+    consumer::{insert_retry, read_attempt_log},
     from_millis, millis,
     store::Store,
 };
@@ -157,7 +157,7 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
         first_attempt_at: time(9)?,
         died_at: time(10)?,
         body: Bytes::from(row.get::<_, Vec<u8>>(11)?),
-        story: read_story(row, 12)?,
+        attempt_log: read_attempt_log(row, 12)?,
     };
     Ok(Held {
         letter,

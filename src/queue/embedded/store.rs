@@ -770,7 +770,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_an_earlier_version_wrote_is_read_without_a_story() {
+    async fn what_an_earlier_version_wrote_is_read_without_an_attempt_log() {
         let dir = tempfile::tempdir().expect("a directory");
         let old = connect(&dir.path().join(FILE)).expect("opens");
         old.execute_batch(&MIGRATIONS[..2].concat()).expect("the schema of then");

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{EmbeddedQueue, consumer::read_story, from_millis, millis};
+use super::{EmbeddedQueue, consumer::read_attempt_log, from_millis, millis};
 use crate::{
     clock,
     delivery::BatchId,
@@ -34,7 +34,7 @@ pub(super) async fn list(
                         first_attempt_at: row.get::<_, Option<i64>>(3)?.map(from_millis),
                         due: Some(from_millis(row.get(4)?)),
                         bytes: usize::try_from(row.get::<_, i64>(5)?).unwrap_or_default(),
-                        last: read_story(row, 6)?.last().cloned(),
+                        last: read_attempt_log(row, 6)?.last().cloned(),
                     })
                 })?
                 .collect::<rusqlite::Result<Vec<_>>>()?;

@@ -159,11 +159,7 @@ async fn who_begins_to_refuse_everything_costs_no_event(queue: Queue) {
     receiver.wait_requests(1).await;
     queue.publish(TYPE, (0..300).map(event)).await;
     daemon.wait_log("outcome=\"retry\"").await;
-    assert_eq!(
-        queue.dead("a").await,
-        0,
-        "nothing was accepted, so it may not be the events"
-    );
+    assert_eq!(queue.dead("a").await, 0, "nothing was accepted, so it may not be the events");
     receiver.now(|_, _| status(200));
     eventually("all accepted", async || receiver.accepted().len() == 301).await;
     assert_eq!(accepted_once(&receiver).len(), 301);

@@ -257,7 +257,11 @@ async fn what_is_not_found_is_said_and_a_wrong_name_is_a_matter_of_usage(queue: 
     a.wait_requests(3).await;
     assert_eq!(times(&wait_waiting(&setup, "a", 1).await)[0], own[1], "what was found was sent");
     let of_another = setup.run(&["retry", "now", "b", &own[1].0]);
-    assert_eq!(of_another.status.code(), Some(1), "it belongs to no other subscriber: {of_another:?}");
+    assert_eq!(
+        of_another.status.code(),
+        Some(1),
+        "it belongs to no other subscriber: {of_another:?}"
+    );
     for command in [&["retry", "list", "nobody"][..], &["retry", "now", "nobody"]] {
         let output = setup.run(command);
         assert!(output.status.code() == Some(1) && err(&output).contains("`nobody`"), "{output:?}");

@@ -389,8 +389,10 @@ fn a_user_without_permissions_learns_which_are_missing_and_the_command_that_gran
 }
 
 async fn look_is_sound(setup: &Setup) {
-    eventually("an inspection finds nothing harmful", async || Inspection::at(setup).code == Some(0))
-        .await;
+    eventually("an inspection finds nothing harmful", async || {
+        Inspection::at(setup).code == Some(0)
+    })
+    .await;
 }
 
 fn a_node_that_is_lost_is_reported_and_what_the_broker_cannot_hand_over_meanwhile() {

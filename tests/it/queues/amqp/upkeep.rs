@@ -377,8 +377,10 @@ fn what_may_not_be_unbound_any_more_holds_up_no_other_and_writes_no_marks() {
                 .filter(|l| l.contains("its bindings cannot be put right") && l.contains(&name))
                 .count()
         };
-        eventually("each is reported", async || ["a", "b", "gone"].iter().all(|n| reported(n) >= 1))
-            .await;
+        eventually("each is reported", async || {
+            ["a", "b", "gone"].iter().all(|n| reported(n) >= 1)
+        })
+        .await;
         // The others go on: one that is removed now is unbound, a pause is heard, and the new
         // exchange delivers.
         std::fs::write(after.config(), section + &rest(&["a", "b"])).expect("writes");
@@ -553,8 +555,10 @@ fn the_cause_stands_in_the_status_when_the_broker_refuses_the_password_or_is_awa
                 .unwrap_or_default()
                 .to_owned()
         };
-        eventually("it is reported", async || error().await.contains("refused user name or password"))
-            .await;
+        eventually("it is reported", async || {
+            error().await.contains("refused user name or password")
+        })
+        .await;
         api.wait("a", "reports it too", |s| {
             s["queue_error"].as_str().is_some_and(|t| t.contains("refused user name or password"))
         })
