@@ -38,7 +38,7 @@ fn embedded(rest: &str) -> Setup {
     Setup::with_text(&format!("[queue]\nurl = \"embedded\"\n{rest}"))
 }
 
-/// A subscriber of `activity_log.#`, and what else is given.
+/// A subscriber of `activity_log.#`, with more lines.
 async fn subscribed(queue: &Queue, more: &str) -> (Setup, Receiver) {
     let receiver = Receiver::accepting().await;
     let rest =
@@ -243,7 +243,7 @@ async fn head(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// Sends the head of a request with a body of so many bytes, and nothing of that.
+/// Sends the head of a request that announces a body of this many bytes, and no body.
 async fn begin(addr: &str, length: usize) -> TcpStream {
     let mut stream = TcpStream::connect(addr).await.expect("connects");
     let head = format!(

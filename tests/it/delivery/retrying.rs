@@ -97,7 +97,7 @@ fn err(output: &std::process::Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Two subscribers whose receiver fails, a daemon, and so many batches of each that wait for an
+/// Two subscribers whose receiver fails, a daemon, and this many batches of each that wait for an
 /// hour.
 async fn failing(
     queue: &Queue,
@@ -168,7 +168,7 @@ async fn what_waits_is_listed_with_its_attempts_its_last_answer_and_its_time(que
     for part in ["@1 ", " 503 ", &ids(&listed)[0]] {
         assert!(first.contains(part), "{part} is not in {first}");
     }
-    // Without a daemon it is the same, and looking changes nothing.
+    // Without a daemon it is the same, and listing changes nothing.
     assert!(daemon.stop().await.success());
     assert_eq!(waiting(&setup, "a"), listed);
     assert_eq!(waiting(&setup, "a"), listed);

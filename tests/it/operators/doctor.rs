@@ -1,5 +1,4 @@
-//! `check --connect` as a doctor: what it finds, what it says can go wrong, and the command that
-//! mends it.
+//! `check --connect`: its findings, their risks, and the commands that fix them.
 
 use std::process::Command;
 

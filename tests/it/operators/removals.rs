@@ -1,5 +1,4 @@
-//! Files of the configuration that are away, and what would be lost if their subscribers were taken
-//! for removed ones.
+//! Absent files of the configuration, whose subscribers must not be treated as removed.
 
 use std::{
     fs,
@@ -77,7 +76,7 @@ impl World {
         fs::rename(self.away(), self.folder()).expect("moves");
     }
 
-    /// Publishes this one, and waits until all of so many subscribers have got it.
+    /// Publishes this event, and waits until this many subscribers have got it.
     async fn reaches(&self, n: u64, subscribers: usize) {
         self.queue.publish(TYPE, [event(n)]).await;
         self.arrives(n, subscribers).await;

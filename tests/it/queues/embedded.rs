@@ -1,4 +1,4 @@
-//! Promises of the embedded queue alone: one daemon, one file, and the fate of both.
+//! Promises of the embedded queue only: one daemon and one file.
 
 use std::{
     fs::Permissions,
@@ -363,7 +363,7 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
         );
         assert_eq!(queue.backlog("a").await, 0, "all or nothing");
 
-        // Delivered, and that cannot be written down: they are not delivered over and over.
+        // They are delivered, which cannot be recorded: they are not delivered over and over.
         let before = receiver.count();
         setup.ok(&publish);
         daemon.wait_log("lost its queue").await;

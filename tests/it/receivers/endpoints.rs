@@ -1,5 +1,4 @@
-//! Whatever endpoint a customer has: its authentication, its certificates, a proxy on the way,
-//! HTTP/2.
+//! Endpoints of every kind: authentication, certificates, a proxy, HTTP/2.
 
 use axum::http::Version;
 use tokio::{
@@ -19,7 +18,7 @@ use crate::support::{
 
 const TYPE: &str = "a.b";
 
-/// Nothing of what is secret here is shown anywhere.
+/// The secrets of this test, which are shown nowhere.
 fn assert_silent(setup: &Setup, daemon: &Daemon) {
     let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", daemon.pid()))
         .expect("the daemon runs");

@@ -1,4 +1,4 @@
-//! `test` and `listen`: trying it out, without a queue and without a daemon.
+//! `test` and `listen`, which need no queue and no daemon.
 
 use std::process::{Child, Command, Stdio};
 
@@ -332,7 +332,7 @@ fn what_listen_refuses_is_halved_until_it_is_alone() {
             &(QUICK.to_owned() + &subscriber("a", &listen.1, "batch = { max_events = 4 }")),
         );
         let daemon = setup.start().await;
-        // Only of who accepts others a refusal is about the events.
+        // A refusal is about the events only if the receiver accepts others.
         queue.publish("user.created", [r#"{"event":"user.created","n":0}"#]).await;
         daemon.wait_log("outcome=\"delivered\"").await;
         let events: Vec<String> = (1..5)

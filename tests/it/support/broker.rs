@@ -81,7 +81,7 @@ impl Broker {
         Self::at(node.url(), Some(node))
     }
 
-    /// A name of its own on a node, which the test gets at by [`node`](Self::node).
+    /// A name of its own on a node, which [`node`](Self::node) returns.
     pub(crate) fn on(node: Node) -> Self {
         Self::at(node.url(), Some(Arc::new(node)))
     }
@@ -217,7 +217,7 @@ impl Broker {
         found
     }
 
-    /// Waits until a queue of hooktrail's holds so many.
+    /// Waits until a queue of hooktrail's has this many messages.
     pub(crate) async fn wait_depth(&self, rest: &str, expected: u32) {
         eventually(&format!("{expected} messages in {rest}"), async || {
             self.depth(rest).await == Some(expected)
@@ -508,8 +508,8 @@ impl Node {
         assert!(started.success(), "rabbitmq-server -detached: {started}");
         let url = self.url();
         eventually("the private broker answers", async || {
-            // A node that is still booting can take a connection and say nothing; lapin would wait
-            // without end.
+            // A node that is still booting can accept a connection and say nothing; lapin would
+            // wait indefinitely.
             let connecting = Connection::connect(&url, ConnectionProperties::default());
             let connected = tokio::time::timeout(Duration::from_secs(3), connecting).await;
             matches!(connected, Ok(Ok(_))) && self.pid().is_some()

@@ -241,8 +241,8 @@ impl Queue {
         .await;
     }
 
-    /// Waits until so many batches of a subscriber wait for their time: on a broker, at this level
-    /// of its ladder.
+    /// Waits until this many batches of a subscriber are delayed; on a broker, at this level of the
+    /// ladder.
     pub(crate) async fn wait_retries(&self, subscriber: &str, level: u8, expected: u32) {
         eventually(
             &format!("{expected} batches of {subscriber} wait for their time"),
@@ -256,7 +256,7 @@ impl Queue {
         .await;
     }
 
-    /// Waits until so many batches of a subscriber wait to be taken.
+    /// Waits until this many batches of a subscriber are due.
     pub(crate) async fn wait_retries_ready(&self, subscriber: &str, expected: u32) {
         match self {
             Self::Amqp(broker) => {

@@ -14,7 +14,7 @@ pub(crate) fn long(bytes: &[u8]) -> Vec<u8> {
     [&u32::try_from(bytes.len()).expect("a long string").to_be_bytes(), bytes].concat()
 }
 
-/// A table within a table, so many times, as a value.
+/// A table with this many tables nested in it, as a value.
 pub(crate) fn deep_table(levels: usize) -> Vec<u8> {
     (0..levels).fold(b"V".to_vec(), |value, _| {
         [b"F".to_vec(), long(&[short(b"k"), value].concat())].concat()

@@ -39,7 +39,7 @@ pub(crate) const CANCEL: u32 = 8;
 /// The treatment of a complete request.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Reaction {
-    /// 200, after so long.
+    /// 200, after this time.
     Accept(Duration),
     /// RST_STREAM with this reason.
     Reset(u32),

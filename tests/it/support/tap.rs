@@ -53,7 +53,7 @@ impl Tap {
         &self.url
     }
 
-    /// Waits until a client has come so far.
+    /// Waits until a client has sent the method.
     pub(crate) async fn reached(&self) {
         tokio::time::timeout(super::PATIENCE, self.reached.acquire())
             .await

@@ -420,8 +420,8 @@ fn what_is_finished_behind_a_batch_that_waits_is_finished_for_good() {
         let daemon = setup.start().await;
         broker.publish("a.b", [event(0)]).await;
         daemon.wait_log("circuit open").await;
-        // While the circuit is probed with one batch, the others wait, and what is behind them is
-        // for nobody.
+        // While the circuit is probed with one batch, the others wait, and no subscriber wants the
+        // events behind them.
         let large = format!(r#"{{"event":"a.b","pad":"{}"}}"#, "x".repeat(2000));
         broker.publish("a.b", (1..9).map(event).chain([large])).await; // as many as are taken at once
         receiver.wait_requests(6).await;
