@@ -1,4 +1,4 @@
-//! The process around the lanes: start, reload, restart after a panic, drain.
+//! The daemon around the lanes: start, reload, restart after a panic, drain.
 
 pub mod fleet;
 pub mod reload;

@@ -1,4 +1,4 @@
-//! What the daemon says of itself: metrics, log, status, and what was found wrong.
+//! The daemon's reports: metrics, log, status, and findings of inspections.
 
 pub mod finding;
 pub mod lane_event;

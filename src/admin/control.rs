@@ -357,7 +357,7 @@ impl<Q: Queue> Control<Q> {
     async fn test(&self, name: &str) -> Result<Tested, Refusal> {
         let subscriber = self.subscriber(name)?;
         let _one = self.testing.lock().await;
-        let report = test_event::rehearse(&subscriber).await;
+        let report = test_event::send(&subscriber).await;
         report
             .map(|report| Tested::from(&report))
             .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))

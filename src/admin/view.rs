@@ -352,9 +352,9 @@ pub struct Tested {
 
 impl From<&Report> for Tested {
     fn from(report: &Report) -> Self {
-        let headers = report.rehearsal.headers.iter();
+        let headers = report.attempt.headers.iter();
         let shown = |value: &Option<String>| value.as_deref().unwrap_or("[redacted]").into();
-        let (answer, failure) = (report.rehearsal.answer.as_ref(), report.failure());
+        let (answer, failure) = (report.attempt.answer.as_ref(), report.failure());
         Self {
             subscriber: report.subscriber.to_string(),
             url: report.url.clone(),

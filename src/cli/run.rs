@@ -114,7 +114,7 @@ async fn deliver(
     let (phase, phases) = watch::channel(Phase::Starting);
     let told = tokio::spawn(systemd::follow(phases.clone()));
     let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
-    startup_check::look_once(queue.clone(), &subscribers, phase.subscribe());
+    startup_check::inspect_once(queue.clone(), &subscribers, phase.subscribe());
     let mut asking = JoinSet::new();
     asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
     asking.spawn(reload_when_files_change(reloader.clone()));

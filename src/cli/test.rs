@@ -11,7 +11,7 @@ use super::{
 use crate::{
     admin::view::Tested,
     config::Config,
-    endpoint::test_event::{Report, rehearse},
+    endpoint::test_event::{Report, send},
 };
 
 #[derive(Debug, clap::Args)]
@@ -26,7 +26,7 @@ pub(super) struct Args {
 
 pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     let subscriber = find(config, &args.subscriber)?;
-    let report = rehearse(subscriber).await.map_err(Failed::Runtime)?;
+    let report = send(subscriber).await.map_err(Failed::Runtime)?;
     if args.json {
         println!("{}", as_json(&Tested::from(&report)));
     } else {
@@ -40,18 +40,18 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
 }
 
 fn as_text(report: &Report) -> String {
-    let rehearsal = &report.rehearsal;
+    let attempt = &report.attempt;
     let mut out = String::new();
     let mut line = |text: String| writeln!(out, "{text}").unwrap_or_default();
     line(format!("POST {}", report.url));
-    for (name, value) in &rehearsal.headers {
+    for (name, value) in &attempt.headers {
         line(format!(
             "{name}: {}",
             value.as_deref().map_or_else(|| "[redacted]".to_owned(), visible)
         ));
     }
     line(format!("\n{}\n", visible(String::from_utf8_lossy(&report.body).trim_end())));
-    match (&rehearsal.answer, report.failure()) {
+    match (&attempt.answer, report.failure()) {
         (Some((status, text)), _) if text.is_empty() => line(format!("answer:  {status}")),
         (Some((status, text)), _) => line(format!("answer:  {status}  {}", visible(text))),
         (None, failure) => line(format!(

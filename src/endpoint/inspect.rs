@@ -1,5 +1,5 @@
-//! A look at a subscriber's endpoint, as far as it goes without a request: name, addresses,
-//! connection, certificate.
+//! An inspection of a subscriber's endpoint without a request: name, addresses, connection,
+//! certificate.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -19,33 +19,34 @@ use url::{Host, Url};
 
 use crate::{clock, config::Subscriber, crypto::tls::SystemRoots, telemetry::finding::Finding};
 
-/// Endpoints looked at at once.
-const AT_ONCE: usize = 16;
+/// Endpoints inspected at the same time.
+const MAX_CONCURRENT: usize = 16;
 
-/// A certificate that is good for less is told of.
-const SOON: Duration = Duration::from_secs(30 * 24 * 3600);
+/// A certificate that expires sooner than this is a finding.
+const EXPIRY_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// After so long without an answer the next address is tried as well (RFC 8305, section 8).
+/// The wait for an answer after which the next address is tried as well (RFC 8305, section 8).
 const STAGGER: Duration = Duration::from_millis(250);
 
 const EXCEPTIONS: &str =
     "if that is where it shall go: http.allow_addresses or http.allow_private_addresses";
 const FATE: &str = "each attempt fails, and its events become dead letters when [retry] ends";
 
-/// Looks at all of them. Each takes at most three times its `http.connect_timeout`.
+/// Inspects all endpoints. Each takes at most three times its `http.connect_timeout`.
 pub async fn inspect(subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
     let roots = SystemRoots::load();
     let roots = roots.as_ref().map_err(String::as_str);
-    let looks = subscribers.iter().map(|s| async move { Endpoint::of(s).inspect(roots).await });
-    stream::iter(looks).buffered(AT_ONCE).flat_map(stream::iter).collect().await
+    let inspections =
+        subscribers.iter().map(|s| async move { Endpoint::of(s).inspect(roots).await });
+    stream::iter(inspections).buffered(MAX_CONCURRENT).flat_map(stream::iter).collect().await
 }
 
-/// Where requests go, or a proxy's part of that.
+/// An endpoint during its inspection.
 struct Endpoint<'s> {
     subscriber: &'s Subscriber,
     about: String,
     url: &'s Url,
-    /// For each of the steps.
+    /// The longest that each step may take.
     limit: Duration,
 }
 
@@ -65,13 +66,13 @@ impl<'s> Endpoint<'s> {
             return self.through(proxy.expose(), &proxy.to_string()).await;
         }
         let mut findings = Vec::new();
-        let looked = self.look(roots, &mut findings).await;
-        findings.push(looked.unwrap_or_else(|e| e));
+        let last = self.steps(roots, &mut findings).await;
+        findings.push(last.unwrap_or_else(|e| e));
         findings
     }
 
-    /// What is good about it at last, or what is bad.
-    async fn look(
+    /// Takes the steps until one finds something bad; returns the last finding.
+    async fn steps(
         &self,
         roots: Result<&SystemRoots, &str>,
         findings: &mut Vec<Finding>,
@@ -94,7 +95,7 @@ impl<'s> Endpoint<'s> {
         ))
     }
 
-    /// The proxy decides about the rest, and asking it would be a request.
+    /// Inspects the way to the proxy. The proxy decides about the rest, and only a request shows it.
     async fn through(&self, proxy: &Url, shown: &str) -> Vec<Finding> {
         let reached = async { self.connect(&self.addresses(proxy).await?).await };
         let reached = match reached.await {
@@ -120,7 +121,7 @@ impl<'s> Endpoint<'s> {
             None => "",
         };
         let unknown = |why: String| {
-            // A resolver can be away as a receiver can.
+            // A resolver can be away for a time, as a receiver can.
             Finding::warning(&self.about, format!("the name `{name}` is not resolved: {why}"))
                 .risking(FATE)
                 .mended(format!("correct the URL or the DNS: getent ahosts {name}"))
@@ -141,7 +142,7 @@ impl<'s> Endpoint<'s> {
         }
     }
 
-    /// Those that requests may go to.
+    /// The addresses that requests may go to.
     fn allowed(
         &self,
         found: &[SocketAddr],
@@ -167,7 +168,7 @@ impl<'s> Endpoint<'s> {
         Ok(allowed)
     }
 
-    /// A receiver that is away now may come back, so this is no more than a warning.
+    /// A receiver may be away for a time, so no connection is only a warning.
     async fn connect(&self, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Finding> {
         let no_answer =
             || format!("no connection within {}", humantime::format_duration(self.limit));
@@ -176,7 +177,7 @@ impl<'s> Endpoint<'s> {
         connected.map_err(|why| {
             Finding::warning(&self.about, why)
                 .risking("attempts fail and are made again as [retry] says, until that ends")
-                .mended("look at the receiver and what is between; `hooktrail test SUBSCRIBER` sends a request")
+                .mended("check the receiver and the network between; `hooktrail test SUBSCRIBER` sends a request")
         })
     }
 
@@ -211,13 +212,13 @@ impl<'s> Endpoint<'s> {
     }
 
     fn broken(&self, why: &str) -> Finding {
-        let look = "does it speak TLS at this port? See the receiver's log";
+        let remedy = "check that it speaks TLS at this port, and the receiver's log";
         Finding::warning(&self.about, format!("the TLS handshake broke: {why}"))
             .risking(FATE)
-            .mended(look)
+            .mended(remedy)
     }
 
-    /// Why a chain is not trusted, or a handshake not made, in an operator's words.
+    /// Explains to an operator why a chain is not trusted, or a handshake not made.
     fn refused(&self, e: &rustls::Error) -> Finding {
         let (found, remedy) = match e {
             rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. }) => (
@@ -245,7 +246,7 @@ impl<'s> Endpoint<'s> {
         Finding::harmful(&self.about, found).risking(FATE).mended(remedy)
     }
 
-    /// Good now, as the handshake has shown; good in a month?
+    /// The handshake has shown that the certificate is valid now; checks it for a month from now.
     fn certificate(
         &self,
         stream: &TlsStream<TcpStream>,
@@ -254,13 +255,14 @@ impl<'s> Endpoint<'s> {
     ) -> Result<(), Finding> {
         let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let now = clock::now();
-        let expires = match self.subscriber.tls.verify_at(roots, chain, server, now + SOON) {
-            Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
-                not_after,
-                ..
-            })) => not_after.as_secs(),
-            _ => return Ok(()),
-        };
+        let expires =
+            match self.subscriber.tls.verify_at(roots, chain, server, now + EXPIRY_WARNING) {
+                Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
+                    not_after,
+                    ..
+                })) => not_after.as_secs(),
+                _ => return Ok(()),
+            };
         let days = expires.saturating_sub(clock::unix_seconds(now)) / (24 * 3600);
         let found = format!(
             "its certificate, or one that it hangs on, expires in {days} days, at {}",
@@ -272,7 +274,7 @@ impl<'s> Endpoint<'s> {
     }
 }
 
-/// What to do about a handshake that failed for another reason than the receiver's certificate.
+/// The remedy for a handshake that failed for another reason than the receiver's certificate.
 const fn handshake_remedy(e: &rustls::Error, has_identity: bool) -> &'static str {
     match e {
         // In TLS 1.2 some servers say the same when a client certificate is missing.
@@ -398,7 +400,7 @@ mod tests {
                 timeout(Duration::from_secs(60), first_of(addresses)).await.expect("in time");
             assert_eq!(first.map(|(_, address)| address), Ok(good), "{addresses:?}");
         }
-        let why = first_of(&[refuses]).await.expect_err("nobody listens there");
+        let why = first_of(&[refuses]).await.expect_err("no process listens there");
         assert!(why.contains(&refuses.to_string()), "{why}");
     }
 }

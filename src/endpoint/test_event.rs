@@ -1,4 +1,4 @@
-//! One signed test event to a subscriber, at once, and what the daemon would make of the answer.
+//! One signed test event to a subscriber, and the verdict of a daemon on the answer.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::{
     delivery::{
         BatchId, Disposition, DispositionKind, Failure, Outcome, PauseCause, Reason, SubscriberName,
     },
-    endpoint::webhook::{Rehearsal, Request, Webhook},
+    endpoint::webhook::{Request, TestAttempt, Webhook},
     event,
     policy::{
         answer::Health,
@@ -20,26 +20,25 @@ use crate::{
     wording::counted,
 };
 
-/// What came of it.
+/// The result of a test event.
 #[derive(Debug)]
 pub struct Report {
     pub subscriber: SubscriberName,
-    /// Its origin and path, without what looks like a token.
+    /// The origin and path, without anything that may be a token.
     pub url: String,
     pub body: Vec<u8>,
-    pub rehearsal: Rehearsal,
+    pub attempt: TestAttempt,
     pub took: Duration,
-    /// What the daemon would make of it, in one word and for people.
+    /// The verdict of a daemon: in one word, and for people.
     pub outcome: &'static str,
     pub verdict: String,
 }
 
-/// Sends an event `hooktrail.test` as the daemon would send a batch of it, without queue and
-/// without daemon.
+/// Sends an event `hooktrail.test` as a daemon would send a batch with it, without queue and daemon.
 ///
 /// # Errors
-/// It cannot even be tried.
-pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
+/// It cannot be tried.
+pub async fn send(subscriber: &Subscriber) -> Result<Report, String> {
     let webhook = Webhook::try_new(subscriber, &SystemRoots::load()?)?;
     let body = body(subscriber);
     let request = Request {
@@ -50,14 +49,14 @@ pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
         replay: false,
     };
     let started = clock::instant();
-    let rehearsal = webhook.rehearse(request).await;
+    let attempt = webhook.test(request).await;
     let took = clock::instant() - started;
-    let (outcome, verdict) = verdict(subscriber, &rehearsal.outcome, body.len());
+    let (outcome, verdict) = verdict(subscriber, &attempt.outcome, body.len());
     Ok(Report {
         subscriber: subscriber.name.clone(),
         url: subscriber.url.with_path(),
         body,
-        rehearsal,
+        attempt,
         took,
         outcome,
         verdict,
@@ -66,15 +65,15 @@ pub async fn rehearse(subscriber: &Subscriber) -> Result<Report, String> {
 
 impl Report {
     pub fn is_delivered(&self) -> bool {
-        matches!(self.rehearsal.outcome, Outcome::Delivered { .. })
+        matches!(self.attempt.outcome, Outcome::Delivered { .. })
     }
 
     pub fn failure(&self) -> Option<&Failure> {
-        self.rehearsal.outcome.failure()
+        self.attempt.outcome.failure()
     }
 }
 
-/// A batch of one event, as the daemon would make it.
+/// The body of a batch with one event.
 fn body(subscriber: &Subscriber) -> Vec<u8> {
     let event = json!({
         "event": "hooktrail.test",
@@ -89,8 +88,7 @@ fn body(subscriber: &Subscriber) -> Vec<u8> {
     subscriber.format.splice([event.as_slice()].into_iter(), event.len())
 }
 
-/// What the daemon would make of it, in one word and for people: what it decides of a first attempt
-/// with one event.
+/// The verdict of a daemon on a first attempt with one event: in one word, and for people.
 fn verdict(
     subscriber: &Subscriber,
     outcome: &Outcome,
@@ -101,7 +99,7 @@ fn verdict(
         Attempt { number: 1, first_attempt_at: now, events: 1, body_bytes, origin: Origin::First };
     let decided = decide(&attempt, outcome, true, &Health::default(), &subscriber.retry, now, 0.5);
     let word = match outcome {
-        // They depend on what else the endpoint answers, so the answer has the word.
+        // Their verdict depends on the endpoint's other answers, so the answer is named.
         Outcome::TooLarge { .. } => "too_large",
         Outcome::Refused { .. } => "refused",
         _ => decided.disposition.kind().map_or("given_back", DispositionKind::name),

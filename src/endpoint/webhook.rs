@@ -1,4 +1,4 @@
-//! One attempt: a signed request to a receiver, and what came of it. Nothing else knows reqwest.
+//! One attempt: a signed request to a receiver, and its outcome. Nothing else knows reqwest.
 
 mod body;
 mod connections;
@@ -36,11 +36,11 @@ use crate::{
     },
 };
 
-/// The most of an answer's body that is read, in bytes; what follows is not waited for.
+/// Bytes of an answer's body that are read; the rest is not awaited.
 const MAX_ANSWER: usize = 64 * 1024;
 
-/// How long an answer's body is waited for. Its status has said all that counts; the rest is for
-/// the connection, which can be used again then, and for a dead letter's reader.
+/// The longest wait for an answer's body. The status has decided the outcome; the body is read so
+/// that the connection can be reused, and for the reader of a dead letter.
 const BODY_TIME: Duration = Duration::from_secs(1);
 
 const _: () = assert!(
@@ -48,7 +48,7 @@ const _: () = assert!(
     "what an attempt may take"
 );
 
-/// What of an answer's text is kept for a dead letter, in bytes.
+/// Bytes of an answer's text that are kept for a dead letter.
 const MAX_EXCERPT: usize = 1024;
 
 const NO_STREAM: &str = "over HTTP/2 the receiver allows fewer requests at once, and none of them ended within http.timeout: \
@@ -56,7 +56,7 @@ const NO_STREAM: &str = "over HTTP/2 the receiver allows fewer requests at once,
 
 const EXCEPTIONS: &str = "see http.allow_addresses and http.allow_private_addresses";
 
-/// What is sent in one attempt.
+/// The request of one attempt.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub batch_id: BatchId,
@@ -64,40 +64,41 @@ pub struct Request {
     pub attempt: u32,
     pub format: Format,
     pub body: Bytes,
-    /// An operator has sent the batch again.
+    /// An operator replayed the batch.
     pub replay: bool,
 }
 
-/// What came back.
+/// An answer.
 struct Response {
     status: u16,
     retry_after: Option<Duration>,
-    /// Its beginning.
+    /// The beginning of its text.
     text: Vec<u8>,
 }
 
-/// An attempt as an operator looks at it.
+/// An attempt with everything that an operator wants to see of it.
 #[derive(Debug)]
-pub struct Rehearsal {
-    /// What was sent; `None` is a secret.
+pub struct TestAttempt {
+    /// The headers that were sent; the value of a secret one is `None`.
     pub headers: Vec<(String, Option<String>)>,
     /// The status, and the beginning of the text on one line.
     pub answer: Option<(u16, String)>,
     pub outcome: Outcome,
 }
 
-/// A subscriber's endpoint: its own connections, so that no other's requests wait for them.
+/// A subscriber's endpoint. It has its own connections, so that no other subscriber's requests wait
+/// for them.
 #[derive(Debug, Clone)]
 pub struct Webhook {
     connections: Arc<Connections>,
     url: Url,
-    /// Those that the configuration names, `authorization` among them.
+    /// The headers of the configuration, `authorization` among them.
     own_headers: HeaderMap,
     signer: Signer,
     success: Success,
     timeout: Duration,
-    /// A literal address is not resolved, so the resolver never sees it. The configuration refuses
-    /// one that is not allowed; this is for a subscriber that came another way.
+    /// A literal address is not resolved, so the resolver cannot refuse it. The configuration refuses
+    /// one that is not allowed; this is for subscribers from anywhere else.
     literal_blocked: Option<&'static str>,
 }
 
@@ -109,8 +110,8 @@ impl Webhook {
         Self::with_lookup(subscriber, system, Lookup::of_system())
     }
 
-    /// The same endpoint under another configuration. Where that leaves alone what connections are
-    /// made of, they are kept.
+    /// The same endpoint under another configuration. Its connections are kept if no setting of
+    /// theirs has changed.
     ///
     /// # Errors
     /// As [`try_new`](Self::try_new).
@@ -161,12 +162,12 @@ impl Webhook {
         }
     }
 
-    /// As [`send`](Self::send), and tells what was sent and what came back.
-    pub async fn rehearse(&self, request: Request) -> Rehearsal {
+    /// As [`send`](Self::send), and returns what was sent and answered.
+    pub async fn test(&self, request: Request) -> TestAttempt {
         let headers = match self.request(&request) {
             Ok(headers) => headers,
             Err(failure) => {
-                return Rehearsal { headers: Vec::new(), answer: None, outcome: retry(failure) };
+                return TestAttempt { headers: Vec::new(), answer: None, outcome: retry(failure) };
             }
         };
         let shown = |(name, value): (&HeaderName, &HeaderValue)| {
@@ -177,10 +178,13 @@ impl Webhook {
         let sent = headers.iter().map(shown).collect();
         let result = self.exchange(headers, request.body, clock::instant()).await;
         let answer = result.as_ref().ok().map(|r| (r.status, excerpt(&r.text)));
-        Rehearsal { headers: sent, answer, outcome: self.judge(result) }
+        TestAttempt { headers: sent, answer, outcome: self.judge(result) }
     }
 
-    /// The headers of an attempt that is made now, if it may be made at all.
+    /// The headers of an attempt now.
+    ///
+    /// # Errors
+    /// The attempt may not be made.
     fn request(&self, request: &Request) -> Result<HeaderMap, Failure> {
         if let Some(what) = self.literal_blocked {
             return Err(Failure::AddressBlocked(format!(
@@ -190,8 +194,8 @@ impl Webhook {
         self.headers(request, clock::now()).map_err(Failure::Internal)
     }
 
-    /// Sends a request and reads the answer: waits for a place on a connection, and then for the
-    /// answer, each within the timeout.
+    /// Sends a request and reads the answer. The waits for a place on a connection and for the answer
+    /// have the timeout each.
     async fn exchange(
         &self,
         headers: HeaderMap,
@@ -219,8 +223,8 @@ impl Webhook {
         })
     }
 
-    /// The answer as far as its headers. A request that the receiver has not processed is sent
-    /// again at once, on a connection of its own.
+    /// Returns the answer once its headers are read. A request that the receiver did not process is
+    /// resent at once, on a connection of its own.
     async fn answer(
         &self,
         headers: HeaderMap,
@@ -295,7 +299,7 @@ impl Webhook {
     }
 }
 
-/// The headers that every request of a subscriber has. Marked as sensitive, so that they are not
+/// The headers of every request of a subscriber. They are marked as sensitive, so that they are not
 /// printed, and HTTP/2 does not put them into its table.
 fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
     let authorization = subscriber.auth.as_ref().map(|auth| (AUTHORIZATION, auth.header()));
@@ -309,9 +313,8 @@ fn own_headers(subscriber: &Subscriber) -> Result<HeaderMap, String> {
     Ok(headers)
 }
 
-/// The beginning of an answer's body. It is read to its end, so that the connection can be used
-/// again, but only so far and for so long. Whatever goes wrong there costs the connection and
-/// nothing else: the status was said before.
+/// Reads the beginning of an answer's body. A short body is read to its end, so that the connection
+/// can be reused. A failure costs the connection and nothing else: the status has decided before.
 async fn beginning(mut response: reqwest::Response) -> Vec<u8> {
     let mut text = Vec::new();
     let reading = async {
@@ -331,17 +334,18 @@ fn retry(failure: Failure) -> Outcome {
     Outcome::Retry { failure, retry_after: None }
 }
 
-/// Readable on one line, whatever the receiver sent.
+/// The text on one line, without control characters.
 fn excerpt(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>().trim().to_owned()
 }
 
-/// RFC 9110, section 10.2.3: a number of seconds or a date. At most [`MAX_DELAY`].
+/// Reads `Retry-After` (RFC 9110, section 10.2.3): a number of seconds, or a date. Returns at most
+/// [`MAX_DELAY`].
 pub fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     let wait = if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
-        // More digits than a number holds are still a wish to wait long.
+        // More digits than a number holds still mean a long wait.
         value.parse().map_or(MAX_DELAY, Duration::from_secs)
     } else {
         httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()
@@ -603,7 +607,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lookups_that_hang_use_up_no_more_than_their_share_of_threads_whoever_still_waits_for_them()
+    async fn lookups_that_hang_occupy_no_more_than_their_share_of_threads_even_when_nothing_waits_for_them()
      {
         let (asked, answers) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
         let (counts, waits) = (asked.clone(), answers.clone());

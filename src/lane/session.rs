@@ -141,7 +141,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 () = sleep_until(gathering.unwrap_or_else(clock::instant).into()), if gathering.is_some() => gathering = None,
                 result = source.take(&mut taken, TAKE), if take => {
                     self.took(taken.drain(..));
-                    self.batcher.expects_company(!source.is_full());
+                    self.batcher.expects_more(!source.is_full());
                     let now = clock::instant();
                     let gather =
                         gathers && self.retries.is_empty() && !self.batcher.ready(now);

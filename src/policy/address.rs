@@ -1,7 +1,7 @@
-//! Which addresses a request may go to.
+//! The addresses that a request may go to.
 //!
-//! A subscriber's URL is often somebody else's input: without this a receiver's owner could have
-//! the daemon talk to the machine it runs on, to its network, or to a cloud's metadata service.
+//! A subscriber's URL is often a stranger's input: without this, a receiver's owner could have the
+//! daemon talk to the machine it runs on, to its network, or to a cloud's metadata service.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,9 +11,9 @@ use url::{Host, Url};
 /// The decision for one subscriber, from `[http]`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AddressPolicy {
-    /// Every address may be connected to.
+    /// Requests may go to every address.
     pub allow_private: bool,
-    /// Exceptions: networks that may be connected to although they are not public.
+    /// Exceptions: networks that requests may go to although they are not public.
     pub allow: Vec<IpNet>,
 }
 
@@ -45,12 +45,12 @@ const BLOCKED_V4: &[(Ipv4Net, &str)] = &[
     (v4(240, 0, 0, 0, 4), "reserved"),
 ];
 
-/// All that is assigned as global unicast (IANA, Internet Protocol Version 6 Address Space). What
-/// is outside of it, the forms that carry a public IPv4 address aside, leads nowhere or into
-/// somebody's own network.
+/// Everything that is assigned as global unicast (IANA, Internet Protocol Version 6 Address Space).
+/// Other addresses lead nowhere or into a private network, except those that carry a public IPv4
+/// address.
 const GLOBAL_V6: Ipv6Net = v6(0x2000, 0, 0, 0, 0, 3);
 
-/// The same for IPv6; forms that carry an IPv4 address are judged by that one first.
+/// The same for IPv6. Addresses that carry an IPv4 address are judged by that one first.
 const BLOCKED_V6: &[(Ipv6Net, &str)] = &[
     (v6(0, 0, 0, 0, 0, 128), "unspecified"),
     (v6(0, 0, 0, 0, 1, 128), "loopback"),
@@ -67,7 +67,7 @@ const BLOCKED_V6: &[(Ipv6Net, &str)] = &[
     (v6(0xff00, 0, 0, 0, 0, 8), "multicast"),
 ];
 
-/// The IPv4 address that packets to `ip` end up at, where the form carries one.
+/// The IPv4 address that `ip` carries, to which its packets go.
 fn embedded_v4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let s = ip.segments();
     let of = |hi: u16, lo: u16| Ipv4Addr::from((u32::from(hi) << 16) | u32::from(lo));
@@ -80,7 +80,7 @@ fn embedded_v4(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// What kind of non-public address `ip` is, or `None` if it is a public one.
+/// The kind of non-public address that `ip` is; `None` if it is public.
 pub fn not_public(ip: IpAddr) -> Option<&'static str> {
     match ip {
         IpAddr::V4(ip) => {
@@ -101,7 +101,7 @@ impl AddressPolicy {
     /// Whether a request may go to `ip`.
     ///
     /// # Errors
-    /// Says what kind of address it is.
+    /// The kind of address that it is.
     pub fn check(&self, ip: IpAddr) -> Result<(), &'static str> {
         let Some(what) = not_public(ip) else { return Ok(()) };
         let embedded = match ip {
@@ -112,8 +112,8 @@ impl AddressPolicy {
         if self.allow_private || self.allow.iter().any(named) { Ok(()) } else { Err(what) }
     }
 
-    /// Whether a request may go to the literal address of `url`. A name passes here: the addresses
-    /// that it resolves to are checked when they are connected to.
+    /// Whether a request may go to the literal address of `url`. A name passes: the addresses that it
+    /// resolves to are checked before a connection.
     ///
     /// # Errors
     /// As [`check`](Self::check).

@@ -1,8 +1,8 @@
-//! What a receiver's answer means for the batch.
+//! The meaning of a receiver's answer for the batch.
 
 use std::time::SystemTime;
 
-/// Which statuses mean that the batch was accepted.
+/// The statuses that mean that the batch was accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Success {
     Any2xx,
@@ -25,17 +25,17 @@ impl Success {
     }
 }
 
-/// What a status asks for.
+/// The meaning of a status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     Accepted,
-    /// The same batch again later.
+    /// The same batch has to be sent again later.
     Later,
-    /// 410: the endpoint is gone and wants nothing more (RFC 9110, section 15.5.11).
+    /// 410: the endpoint is gone (RFC 9110, section 15.5.11).
     Gone,
-    /// 413: less at once (RFC 9110, section 15.5.14).
+    /// 413: the batch has to be smaller (RFC 9110, section 15.5.14).
     TooLarge,
-    /// 400 or 422: the receiver cannot take what is in the batch, or says so of everything.
+    /// 400 or 422: the receiver refuses this batch, or refuses everything.
     Refused,
 }
 
@@ -51,24 +51,24 @@ impl Answer {
     }
 }
 
-/// What is known of an endpoint, and what of its answers is believed for it.
+/// The health of an endpoint, which decides whether its refusals are believed.
 ///
-/// Healthy is one that has accepted something since it last failed in another way than by a
-/// refusal; after a start nobody knows.
+/// An endpoint is healthy if it accepted something since it last failed in another way than by a
+/// refusal. After a start it is not known to be.
 #[derive(Debug, Default)]
 pub struct Health {
     healthy: bool,
-    /// Refusals since it last accepted something.
+    /// Refusals since the endpoint last accepted something.
     refusals: u32,
-    /// Single events that it called too large since it last accepted something.
+    /// Single events that were too large for it since it last accepted something.
     too_large: u32,
     accepted_at: Option<SystemTime>,
 }
 
 impl Health {
-    /// An endpoint that was healthy and now refuses everything is found out by this many refusals
-    /// in a row: fewer would stop at a batch with as many bad events in places apart, more would
-    /// condemn more events that are good. The same for single events that are too large.
+    /// The number of refusals in a row after which an endpoint is taken to refuse everything. Fewer
+    /// would stop at a batch with as many bad events in different places, more would give up more
+    /// good events. The same holds for single events that are too large.
     pub const MAX_REFUSALS: u32 = 64;
 
     pub fn on_accepted(&mut self, at: SystemTime) {
@@ -99,7 +99,7 @@ impl Health {
         self.too_large < Self::MAX_REFUSALS
     }
 
-    /// Whether it accepted something after `at`; what is not known is no.
+    /// Whether it accepted something after `at`; false if that is not known.
     pub fn accepted_since(&self, at: Option<SystemTime>) -> bool {
         self.accepted_at.zip(at).is_some_and(|(accepted, at)| accepted > at)
     }

@@ -1,4 +1,4 @@
-//! Which events go into one POST: as many as wait, up to a number, a size and a time.
+//! The events of one POST: as many as wait, up to a number, a size and a time.
 
 use std::{
     collections::VecDeque,
@@ -10,17 +10,16 @@ use crate::event::payload::Format;
 /// The limits of a batch, from `[batch]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchPolicy {
-    /// Most events in a batch, at least 1.
+    /// The most events in a batch, at least 1.
     pub max_events: usize,
-    /// Most bytes of a request body.
+    /// The most bytes of a request body.
     pub max_bytes: usize,
-    /// Longest that an event waits for company.
+    /// The longest that an event waits for others.
     pub max_wait: Duration,
 }
 
 impl BatchPolicy {
-    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and holds at least a
-    /// batch.
+    /// The largest `max_events`: a consumer's prefetch is a 16-bit number and must allow a batch.
     pub const MAX_EVENTS: i64 = 65_535;
     /// The smallest `max_bytes`: less holds no event at all.
     pub const MIN_BYTES: u64 = 64;
@@ -33,15 +32,15 @@ impl BatchPolicy {
 #[derive(Debug)]
 pub struct Batcher<T> {
     policy: BatchPolicy,
-    /// Most events and bytes of the batches now, within the policy.
+    /// The most events and bytes of a batch now, within the policy.
     limits: (usize, usize),
     format: Format,
     waiting: VecDeque<(T, usize, Instant)>,
-    /// How many of `waiting` make the front batch, and their bytes.
+    /// The number of `waiting` items in the front batch, and their bytes.
     front: (usize, usize),
     /// Whether the next item would not fit into the front batch.
     front_is_full: bool,
-    /// Nothing more comes before something of what waits has gone.
+    /// No item can arrive before a batch is cut.
     alone: bool,
 }
 
@@ -59,8 +58,8 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// From now on batches have at most so many events and bytes, where the policy allows more. An
-    /// event that has more bytes, and [`fits`](Self::fits), is a batch of its own.
+    /// Limits batches to these events and bytes, where the policy allows more. A larger event that
+    /// [`fits`](Self::fits) is a batch of its own.
     pub fn limit(&mut self, max_events: usize, max_bytes: usize) {
         let limits =
             (max_events.clamp(1, self.policy.max_events), max_bytes.min(self.policy.max_bytes));
@@ -70,8 +69,8 @@ impl<T> Batcher<T> {
         }
     }
 
-    /// Whether more can come before a batch has gone; if not, there is no company to wait for.
-    pub fn expects_company(&mut self, expects: bool) {
+    /// Says whether more items can arrive before a batch is cut; if not, none waits for others.
+    pub fn expects_more(&mut self, expects: bool) {
         self.alone = !expects;
     }
 
@@ -86,7 +85,7 @@ impl<T> Batcher<T> {
         self.extend_front(bytes);
     }
 
-    /// How many items wait.
+    /// The number of items that wait.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
@@ -95,7 +94,7 @@ impl<T> Batcher<T> {
         self.waiting.is_empty()
     }
 
-    /// The item that came first of those that wait.
+    /// The oldest item that waits.
     pub fn front(&self) -> Option<&T> {
         self.waiting.front().map(|(item, ..)| item)
     }
@@ -106,7 +105,7 @@ impl<T> Batcher<T> {
         self.waiting.front().map(|(_, _, arrived)| *arrived + wait)
     }
 
-    /// Whether a batch may go now: it is full, or its oldest event has waited long enough.
+    /// Whether a batch may be cut: it is full, or its oldest event has waited long enough.
     pub fn ready(&self, now: Instant) -> bool {
         self.front_is_full || self.due().is_some_and(|due| due <= now)
     }
@@ -136,7 +135,7 @@ impl<T> Batcher<T> {
         }
         let (events, sum) = (self.front.0 + 1, self.front.1 + bytes);
         let fits = self.format.body_len(events, sum) <= self.limits.1;
-        // The first item always belongs to the front: nothing may get stuck here.
+        // The first item always belongs to the front: nothing may be stuck.
         if fits || self.front.0 == 0 {
             self.front = (events, sum);
         }
@@ -161,9 +160,9 @@ mod tests {
         let (mut b, t0) = (batcher(3, 1000, 100), crate::clock::instant());
         b.push(1, 1, t0);
         assert!(!b.ready(t0));
-        b.expects_company(false);
+        b.expects_more(false);
         assert!(b.ready(t0) && b.due() == Some(t0));
-        b.expects_company(true);
+        b.expects_more(true);
         assert!(!b.ready(t0));
     }
 

@@ -1,27 +1,26 @@
 //! Stops sending to a subscriber that keeps failing.
 //!
 //! Closed: attempts flow. Open: nothing is sent, the backlog stays in the queue. Half-open: one
-//! probe of one batch decides which of the two comes next. A wait that a receiver asked for with
-//! `Retry-After` holds a circuit of any state; an operator can end it, and then too one probe
-//! decides.
+//! probe decides which of the two comes next. In any state, a hold that a receiver asked for with
+//! `Retry-After` stops attempts; an operator can end it, and then one probe decides as well.
 //!
 //! When it closes, a backlog waits, and the receiver may have just started: a ramp leads from one
 //! small batch at a time to all that is configured.
 
 use std::time::{Duration, Instant};
 
-/// From `[circuit_breaker]`.
+/// The settings of `[circuit_breaker]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BreakerPolicy {
-    /// Consecutive failed attempts that open the circuit; 0: never.
+    /// Consecutive failed attempts that open the circuit; 0: it never opens.
     pub failures: u32,
-    /// How long it stays open the first time; doubled after each failed probe.
+    /// The time that it stays open at first; doubled after each failed probe.
     pub open_for: Duration,
     /// The longest that it stays open between two probes.
     pub max_open_for: Duration,
 }
 
-/// What the circuit is, however long a receiver asked to be left alone.
+/// The state of the circuit, whatever hold a receiver asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     Closed {
@@ -34,8 +33,8 @@ pub enum State {
     HalfOpen {
         open_for: Duration,
     },
-    /// Closed, but an operator ended a wait that the receiver had asked for. Half-open for all who
-    /// ask from outside: one probe decides whether attempts flow, or the wait counts again.
+    /// Closed, but an operator ended a hold. Shown as half-open: one probe decides whether attempts
+    /// flow, or the hold counts again.
     Tried {
         failures: u32,
         held_until: Instant,
@@ -62,25 +61,24 @@ impl CircuitState {
     }
 }
 
-/// What the lane may do now.
+/// What a lane may send now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit {
-    /// Send as configured.
+    /// As many requests as configured.
     Flow,
-    /// Send one batch and wait for its outcome.
+    /// One batch, and nothing else before its outcome.
     Probe,
-    /// Send nothing until then.
+    /// Nothing before then.
     Wait(Instant),
 }
 
-/// What an attempt was when it began.
+/// The kind of an attempt when it began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begun {
-    /// By [`Permit::Probe`]. Only such an attempt decides what follows on half-open: one from
-    /// before the circuit opened says nothing of the endpoint after that.
+    /// Allowed by [`Permit::Probe`]. Only a probe decides what follows half-open: an attempt from
+    /// before the circuit opened says nothing of the endpoint now.
     pub probe: bool,
-    /// Of events that were never attempted before. A batch that has failed before may fail for a
-    /// reason of its own.
+    /// A first attempt. A batch that has failed before may fail for a reason of its own.
     pub first: bool,
 }
 
@@ -92,14 +90,14 @@ pub enum Change {
     Closed,
 }
 
-/// Where a ramp begins: the largest batch is an eighth of what is configured. Three successes lead
-/// to all of it, as they do with eight requests at once, so that what is in flight grows by four
-/// each time and not by more; and a batch of the default 500 events begins at 63, which costs a
-/// receiver that is still slow little to refuse.
+/// The divisor of the largest batch at the begin of a ramp: an eighth of what is configured. Three
+/// successes lead to all of it, as they do with eight requests at once, so that events in flight
+/// grow fourfold each time and not more. A batch of the default 500 events begins at 63, which costs
+/// a receiver that is still slow little to refuse.
 const SMALLEST: usize = 8;
 
-/// How much of what is configured may be used after the circuit was open: what may be in flight,
-/// and in a batch, doubles with each success.
+/// The share of the configured limits that counts after the circuit was open: the requests in flight
+/// and the size of a batch double with each success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ramp {
     doublings: u32,
@@ -108,12 +106,12 @@ pub struct Ramp {
 impl Ramp {
     const BEGIN: Self = Self { doublings: 0 };
 
-    /// Requests in flight, of those that are configured.
+    /// The limit of requests in flight, of the configured `all`.
     pub fn requests(self, all: usize) -> usize {
         self.part(1, all)
     }
 
-    /// A limit of a batch, its events or bytes, of what is configured.
+    /// The limit of a batch in events or bytes, of the configured `whole`.
     pub fn batch(self, whole: usize) -> usize {
         self.part(whole.div_ceil(SMALLEST), whole)
     }
@@ -122,8 +120,8 @@ impl Ramp {
         2_usize.checked_pow(self.doublings).map_or(whole, |n| first.saturating_mul(n)).min(whole)
     }
 
-    /// After a success; `None` at its end, when as many requests as are configured may be in
-    /// flight, and batches are whole.
+    /// The ramp after a success; `None` once all configured requests may be in flight and batches
+    /// are whole.
     fn next(self, requests: usize) -> Option<Self> {
         let next = Self { doublings: self.doublings + 1 };
         (next.requests(requests) < requests || next.requests(SMALLEST) < SMALLEST).then_some(next)
@@ -134,9 +132,9 @@ impl Ramp {
 pub struct CircuitBreaker {
     policy: BreakerPolicy,
     state: State,
-    /// Since it was opened, until it was closed for long enough.
+    /// Set when the circuit opens, and until enough succeeded after it closed.
     ramp: Option<Ramp>,
-    /// Asked for by the receiver with `Retry-After`; independent of failures.
+    /// The end of the hold; independent of failures.
     hold_until: Option<Instant>,
 }
 
@@ -145,8 +143,8 @@ impl CircuitBreaker {
         Self { policy, state: State::Closed { failures: 0 }, ramp: None, hold_until: None }
     }
 
-    /// Goes on under another policy: a circuit that would not have opened closes, one that would be
-    /// open for less is.
+    /// Goes on under another policy: a circuit that it would not have opened closes, and one that it
+    /// would open for a shorter time is shortened.
     pub fn set_policy(&mut self, policy: BreakerPolicy, now: Instant) {
         let longest = now + policy.max_open_for;
         if policy.failures == 0 {
@@ -175,17 +173,17 @@ impl CircuitBreaker {
         self.state
     }
 
-    /// How much of what is configured may be used; `None`: all of it.
+    /// The ramp; `None`: everything that is configured may be used.
     pub fn ramp(&self) -> Option<Ramp> {
         self.ramp
     }
 
-    /// Until when the receiver asked to be left alone, as far as that counts.
+    /// The end of the hold, as far as it counts.
     pub fn held_until(&self) -> Option<Instant> {
         self.hold_until
     }
 
-    /// What may be sent at `now`. An open circuit whose time is over becomes half-open.
+    /// What may be sent at `now`. An open circuit becomes half-open when its time ends.
     pub fn permit(&mut self, now: Instant) -> Permit {
         if let Some(until) = self.hold_until {
             if now < until {
@@ -204,16 +202,15 @@ impl CircuitBreaker {
         }
     }
 
-    /// Sends nothing before `now + wait`, at most `max_open_for`, because the receiver asked for
-    /// it.
+    /// Holds the endpoint for `wait`, at most `max_open_for`, because the receiver asked for it.
     pub fn hold(&mut self, now: Instant, wait: Duration) {
         let until = now + wait.min(self.policy.max_open_for);
         self.hold_until = Some(self.hold_until.map_or(until, |u| u.max(until)));
     }
 
-    /// Has one batch tried at once, whatever keeps the lane from that, because an operator says
-    /// that the endpoint works again. Only an accepted batch changes more: if it fails, the wait is
-    /// what it would have been without the operator, doubled as after any probe.
+    /// Allows one batch at once, although the circuit is open or the endpoint held, because an
+    /// operator requests it. Only an accepted batch changes more: if it fails, the wait is the one
+    /// without the operator, doubled as after any probe.
     pub fn try_now(&mut self) {
         let held_until = self.hold_until.take();
         self.state = match (self.state, held_until) {
@@ -225,7 +222,7 @@ impl CircuitBreaker {
         };
     }
 
-    /// `requests`: how many may be in flight as it is configured.
+    /// `requests`: the configured number of requests in flight.
     pub fn on_success(&mut self, begun: Begun, requests: usize) -> Option<Change> {
         match self.state {
             State::Closed { .. } => {
@@ -245,9 +242,9 @@ impl CircuitBreaker {
         }
     }
 
-    /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint; a
-    /// probe that fails opens the circuit again all the same, so that there is one in each
-    /// interval, and for twice as long only if it was a first attempt.
+    /// An attempt failed. If it does not `count`, it says more of its batch than of the endpoint. A
+    /// failed probe opens the circuit again all the same, so that there is one probe in each
+    /// interval, and for twice the time only if it was a first attempt.
     pub fn on_failure(&mut self, begun: Begun, counts: bool, now: Instant) -> Option<Change> {
         if let State::Tried { failures, held_until } = self.state {
             if !begun.probe {
@@ -357,7 +354,7 @@ mod tests {
         assert_eq!(
             b.on_failure(FLOW, true, t),
             Some(Change::Opened { failures: 1, open_for: secs(30) }),
-            "the wait begins anew"
+            "the wait starts over"
         );
     }
 

@@ -1,4 +1,4 @@
-//! When a failed batch is tried again.
+//! The retry schedule of failed batches, and the backoff of everything else that is retried.
 
 use std::time::{Duration, SystemTime};
 
@@ -19,7 +19,7 @@ pub struct RetryPolicy {
     on_exhausted: Exhausted,
 }
 
-/// What becomes of a batch when no attempt is left.
+/// What follows when a batch has no attempt left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
     DeadLetter,
@@ -28,7 +28,7 @@ pub enum Exhausted {
 }
 
 impl Exhausted {
-    /// The name that the config file has for it.
+    /// The value in the configuration.
     pub const fn name(self) -> &'static str {
         match self {
             Self::DeadLetter => "dead_letter",
@@ -40,9 +40,9 @@ impl Exhausted {
 /// What follows a failed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// Try again, not before this long from now.
+    /// A retry, not before this time has passed.
     After(Duration),
-    /// A limit is reached: no attempt more.
+    /// A limit is reached: no further attempt.
     Exhausted,
 }
 
@@ -51,12 +51,12 @@ pub enum Next {
 pub struct RetryOptions {
     pub initial_interval: Duration,
     pub multiplier: f64,
-    /// 0 to 1: an interval is spread by this share of itself to both sides.
+    /// From 0 to 1: the share by which an interval is spread to both sides.
     pub randomization_factor: f64,
     pub max_interval: Duration,
-    /// The first attempt included; 0: no limit.
+    /// Attempts of a batch, the first included; 0: no limit.
     pub max_attempts: u32,
-    /// Since the first attempt; zero: no limit.
+    /// The time from the first attempt; zero: no limit.
     pub max_elapsed_time: Duration,
     pub on_exhausted: Exhausted,
 }
@@ -77,7 +77,7 @@ impl Default for RetryOptions {
 
 impl RetryPolicy {
     /// # Errors
-    /// Names each key that is out of its range, and what would be right.
+    /// Each key that is out of its range, with its range.
     pub fn try_new(o: RetryOptions) -> Result<Self, Vec<(&'static str, &'static str)>> {
         let checks = [
             (
@@ -136,13 +136,13 @@ impl RetryPolicy {
 
     /// The interval after failed attempt `attempt` (from 1), before jitter.
     pub fn interval(&self, attempt: u32) -> Duration {
-        // In one step, however many attempts there were: their number comes from a message.
+        // In one step whatever the number of attempts, which comes from a message.
         let growth = self.multiplier.powf(f64::from(attempt.max(1) - 1));
         let grown =
             (self.initial_interval.as_secs_f64() * growth).min(self.max_interval.as_secs_f64());
         let current = Duration::from_secs_f64(grown);
-        // The crate's own jitter draws from a global generator and may pass `max_interval`; this
-        // policy takes its randomness as an argument, so the crate does without.
+        // The crate's own jitter draws from a global generator and may exceed `max_interval`. This
+        // policy takes its randomness as an argument instead.
         let mut backoff = ExponentialBackoff {
             current_interval: current,
             initial_interval: self.initial_interval,
@@ -153,16 +153,16 @@ impl RetryPolicy {
             ..ExponentialBackoff::default()
         };
         let interval = backoff.next_backoff().unwrap_or(self.max_interval);
-        // The crate adds up to a nanosecond at random even without jitter; an interval is always
-        // the same.
+        // The crate adds up to a nanosecond at random even without jitter; rounding makes the
+        // interval the same each time.
         let micros = u64::try_from((interval.as_nanos() + 500) / 1000).unwrap_or(u64::MAX).max(1);
         Duration::from_micros(micros).min(self.max_interval)
     }
 
     /// What follows failed attempt `attempt` (from 1) of a batch first tried at `first_attempt_at`.
     ///
-    /// `retry_after` is what the receiver asked for: it makes the delay longer, never shorter, and
-    /// never ends the schedule, so that the next attempt may come earlier than it asked for.
+    /// `retry_after` is the receiver's wish: it makes the delay longer, never shorter, and never ends
+    /// the schedule, so the next attempt may be earlier than the receiver wished.
     /// `random` is drawn from `0.0..1.0`.
     pub fn next(
         &self,
@@ -183,7 +183,7 @@ impl RetryPolicy {
         }
     }
 
-    /// How much of a wish to wait is granted: at most [`MAX_DELAY`] and what is left of
+    /// The part of a receiver's wish that is granted: at most [`MAX_DELAY`] and the rest of
     /// `max_elapsed_time`.
     pub fn granted(
         &self,
@@ -195,7 +195,7 @@ impl RetryPolicy {
         retry_after.unwrap_or_default().min(left).min(MAX_DELAY)
     }
 
-    /// What is left of `max_elapsed_time`; `None` without a limit.
+    /// The rest of `max_elapsed_time`; `None` without a limit.
     fn time_left(&self, first_attempt_at: SystemTime, now: SystemTime) -> Option<Duration> {
         let elapsed = now.duration_since(first_attempt_at).unwrap_or_default();
         (!self.max_elapsed_time.is_zero()).then(|| self.max_elapsed_time.saturating_sub(elapsed))
@@ -208,7 +208,7 @@ impl Default for RetryPolicy {
     }
 }
 
-/// Growing waits between attempts that are made without end: to reach a broker, to restart a lane.
+/// Growing intervals between tries that are made indefinitely: to reach a broker, to restart a lane.
 #[derive(Debug)]
 pub struct Backoff(ExponentialBackoff);
 
@@ -226,12 +226,12 @@ impl Backoff {
         Self(policy)
     }
 
-    /// The next one.
+    /// The next interval.
     pub fn grow(&mut self) -> Duration {
         self.0.next_backoff().unwrap_or(self.0.max_interval)
     }
 
-    /// Begins anew, after a success.
+    /// Starts over, after a success.
     pub fn reset(&mut self) {
         self.0.reset();
     }
@@ -392,14 +392,14 @@ mod tests {
 
     #[test]
     fn waits_grow_without_end_and_begin_anew() {
-        let mut waits = Backoff::new(secs(1), secs(10));
+        let mut backoff = Backoff::new(secs(1), secs(10));
         for _ in 0..2 {
-            let grown: Vec<f64> = (0..20).map(|_| waits.grow().as_secs_f64()).collect();
+            let grown: Vec<f64> = (0..20).map(|_| backoff.grow().as_secs_f64()).collect();
             for (n, wait) in grown.iter().enumerate() {
                 let plain = f64::from(1 << n.min(10)).min(10.0);
                 assert!((plain * 0.79..=plain * 1.21).contains(wait), "{grown:?}");
             }
-            waits.reset();
+            backoff.reset();
         }
     }
 

@@ -1,36 +1,35 @@
-//! What a free request slot of a subscriber gets: events that were never attempted, or the next
-//! retry.
+//! Who gets a free request slot of a subscriber: a first attempt, or the next retry.
 //!
 //! Retries that always fail must not keep first attempts away: a batch that hangs until its timeout
-//! takes a slot for as long, and a batch that the receiver can never accept says nothing of the
-//! others.
+//! occupies a slot for that time, and a batch that the receiver can never accept says nothing of
+//! the others.
 
 use std::time::{Duration, Instant};
 
-/// How long a probe waits for its preferred kind of batch before it takes the other.
+/// The longest that a probe waits for its preferred kind of batch before it takes the other.
 pub const PROBE_WAIT: Duration = Duration::from_secs(1);
 
-/// What an attempt is made of.
+/// The kind of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
     /// Events of the main queue, never attempted before.
     First,
-    /// A batch that failed before, a part of one, or one that an operator has sent again.
+    /// A batch that failed before, a part of one, or one that an operator replayed.
     Retry,
 }
 
-/// How many requests may be in flight now.
+/// The requests that may be in flight now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Slots {
     Flow(usize),
-    /// One, to find out whether the endpoint is well.
+    /// One, to learn whether the endpoint works.
     Probe,
 }
 
-/// What could be attempted.
+/// The batches that wait for an attempt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Waiting {
-    /// When the front batch of new events may go; `None` if there are no new events.
+    /// When the front batch of new events is due; `None` without new events.
     pub first_due: Option<Instant>,
     pub retries: bool,
 }
@@ -43,16 +42,15 @@ impl Waiting {
 
 /// Shares the slots of one session between first attempts and retries.
 ///
-/// In the flow first attempts get at least half of the slot time as long as any waits: what retries
-/// take beyond that they owe, and none begins before it is made good. A probe is a first attempt
-/// where there is one within [`PROBE_WAIT`]: a batch that has failed before may fail for a reason
-/// of its own.
+/// With a closed circuit, first attempts get at least half of the slot time as long as any waits.
+/// Retries owe what they take beyond that, and none starts before the debt is paid. A probe is a
+/// first attempt where there is one within [`PROBE_WAIT`]: a batch that has failed before may fail
+/// for a reason of its own.
 #[derive(Debug, Default)]
 pub struct Turns {
     firsts: u32,
     retries: u32,
-    /// Slot time that retries have taken more than first attempts since a first attempt began to
-    /// wait.
+    /// The slot time that retries took more than first attempts, since a first attempt began to wait.
     owed: Duration,
     counted_to: Option<Instant>,
     probe: Option<Probe>,
@@ -65,7 +63,7 @@ struct Probe {
 }
 
 impl Turns {
-    /// What to begin now, if anything; call [`begun`](Self::begun) if it is begun.
+    /// The attempt to start now, if any; call [`begun`](Self::begun) once it is started.
     pub fn choose(&mut self, slots: Slots, waiting: Waiting, now: Instant) -> Option<Turn> {
         self.count(now);
         let running = (self.firsts + self.retries) as usize;
@@ -86,7 +84,7 @@ impl Turns {
             self.owed = Duration::ZERO;
             return waiting.retries.then_some(Turn::Retry);
         }
-        // Half of the slots at once, or the one that there is.
+        // Half of the slots at once, or the only one.
         let has_room = (self.retries as usize + 1) * 2 <= slots.max(2);
         if waiting.retries && self.owed.is_zero() && has_room {
             Some(Turn::Retry)
@@ -95,8 +93,8 @@ impl Turns {
         }
     }
 
-    /// When [`choose`](Self::choose) may say something else although nothing happened; `None`: not
-    /// before something happens.
+    /// When [`choose`](Self::choose) may return something else although nothing happens before;
+    /// `None`: not before something happens.
     pub fn wakes_at(&self, slots: Slots, waiting: Waiting, now: Instant) -> Option<Instant> {
         let running = (self.firsts + self.retries) as usize;
         match (slots, self.probe) {
@@ -117,8 +115,8 @@ impl Turns {
         *running = running.saturating_sub(1);
     }
 
-    /// A probe found the endpoint alive and its batch too large or wrong in a part: one of the
-    /// parts tells more than another whole batch, which would be split as well.
+    /// A probe found the endpoint alive, and its batch too large or wrong in a part. A part is a
+    /// better next probe than another whole batch, which would be split as well.
     pub fn probe_was_split(&mut self, now: Instant) {
         self.probe = Some(Probe { since: now, prefers: Turn::Retry });
     }
@@ -146,7 +144,7 @@ impl Probe {
         let first = waiting.first_is_ready(now).then_some(Turn::First);
         let retry = waiting.retries.then_some(Turn::Retry);
         match self.prefers {
-            // Events that wait for company are a first attempt soon.
+            // Events that wait for others are a first attempt soon.
             Turn::First if patient || waiting.first_due.is_some() => first,
             Turn::First => retry,
             Turn::Retry if patient => retry,
@@ -155,10 +153,10 @@ impl Probe {
     }
 
     fn wakes_at(self, waiting: Waiting, now: Instant) -> Option<Instant> {
-        let loses_patience = Some(self.since + PROBE_WAIT).filter(|at| now < *at);
+        let gives_up_at = Some(self.since + PROBE_WAIT).filter(|at| now < *at);
         match self.prefers {
-            Turn::First => waiting.first_due.or(loses_patience.filter(|_| waiting.retries)),
-            Turn::Retry => loses_patience.or(waiting.first_due),
+            Turn::First => waiting.first_due.or(gives_up_at.filter(|_| waiting.retries)),
+            Turn::Retry => gives_up_at.or(waiting.first_due),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What follows from the outcome of an attempt, decided without doing any of it.
+//! Decides what follows from the outcome of an attempt; others do it.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,12 +10,12 @@ use crate::{
     },
 };
 
-/// A body of more bytes than this may be what a receiver cannot take, if it ends the connection
-/// while the body is being sent. RFC 9110, section 15.5.14, allows it to end the connection instead
-/// of reading on, and the reset can overtake its answer.
+/// Bytes of a body above which it may be too large for a receiver that ends the connection while the
+/// body is being sent. RFC 9110, section 15.5.14, allows a receiver to end the connection instead of
+/// reading on, and the reset can overtake its answer.
 const LARGE_BODY: usize = 256 * 1024;
 
-/// An attempt that has ended, as far as what follows depends on it.
+/// An attempt that has ended, with everything that the verdict depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attempt {
     /// From 1.
@@ -26,12 +26,12 @@ pub struct Attempt {
     pub origin: Origin,
 }
 
-/// Where the batch of an attempt comes from.
+/// The origin of an attempt's batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// Of events that were never attempted.
+    /// A first attempt.
     First,
-    /// It has failed before, as a whole or as a part of a larger one.
+    /// The batch failed before, as a whole or as a part of a larger one.
     Again {
         /// A part of a batch that was split.
         part: bool,
@@ -42,33 +42,33 @@ pub enum Origin {
     },
 }
 
-/// What is to be done.
+/// The disposition of a batch, with what the attempt says of the endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
     pub disposition: Disposition,
     pub evidence: Evidence,
-    /// Send nothing to this subscriber for so long: the receiver asked for it.
+    /// The hold that the receiver asked for.
     pub hold: Option<Duration>,
-    /// The receiver asked for a longer wait than it gets, because `max_elapsed_time` ends before
-    /// that: for so long.
+    /// The hold that the receiver asked for, if it gets a shorter one because `max_elapsed_time`
+    /// ends before.
     pub shortened: Option<Duration>,
 }
 
-/// What an attempt says of the endpoint.
+/// The evidence of an attempt about its endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Evidence {
     Accepted,
-    /// `counts`: it is the endpoint that fails, as far as can be known, and not this batch alone.
+    /// `counts`: the endpoint fails, as far as can be known, and not this batch alone.
     Failed {
         counts: bool,
     },
-    /// Nothing of whether it is well.
+    /// It says nothing about whether the endpoint works.
     None,
 }
 
 /// Decides what follows. `current`: requests are still made as this one was; a failure of an
-/// endpoint or with a secret that is not configured any more says nothing of the one that is.
-/// `health` is what was known before this attempt; `random` is drawn from `0.0..1.0`.
+/// endpoint or a secret that is not configured any more says nothing of the current one. `health`
+/// is the one before this attempt; `random` is drawn from `0.0..1.0`.
 pub fn decide(
     attempt: &Attempt,
     outcome: &Outcome,
@@ -106,7 +106,7 @@ pub fn decide(
     }
 }
 
-/// What the endpoint's answer adds to what is known of it.
+/// Updates the endpoint's health by its answer.
 pub fn learn(health: &mut Health, attempt: &Attempt, outcome: &Outcome, now: SystemTime) {
     match outcome {
         Outcome::Delivered { .. } => health.on_accepted(now),
@@ -125,7 +125,7 @@ fn dead(reason: Reason, hold: Option<Duration>) -> Verdict {
     Verdict { hold, ..plain(Disposition::DeadLetter(reason), Evidence::None) }
 }
 
-/// What all decisions about one attempt need.
+/// The facts for all decisions about one attempt.
 struct Case<'a> {
     attempt: &'a Attempt,
     health: &'a Health,
@@ -139,8 +139,8 @@ impl Case<'_> {
         matches!(self.attempt.origin, Origin::Again { part: true, .. })
     }
 
-    /// A batch that failed before may fail for a reason of its own: if the endpoint has accepted
-    /// something meanwhile, it does.
+    /// Whether a failure counts against the endpoint. If the endpoint accepted something since the
+    /// batch last failed, the batch fails for a reason of its own.
     fn counts(&self) -> bool {
         match self.attempt.origin {
             Origin::First => true,
@@ -177,7 +177,7 @@ impl Case<'_> {
         }
     }
 
-    /// Twice in a row the receiver ended the connection while a large body was being sent.
+    /// Whether the receiver ended the connection twice in a row while a large body was being sent.
     fn is_cut_off(&self, failure: &Failure) -> bool {
         let was_reset = matches!(self.attempt.origin, Origin::Again { was_reset: true, .. });
         let large = self.attempt.events > 1 && self.attempt.body_bytes > LARGE_BODY;
@@ -198,8 +198,8 @@ impl Case<'_> {
         }
     }
 
-    /// An ordinary retry, and nothing else. If the old endpoint had the last attempt, the one that
-    /// is configured now gets one all the same.
+    /// An ordinary retry. If the old endpoint had the last attempt, the current one gets an attempt
+    /// all the same.
     fn of_another_endpoint(&self) -> Verdict {
         let delay = match self.next(None) {
             Next::After(delay) => delay,

@@ -335,18 +335,18 @@ impl<Q: Queue> Fleet<Q> {
                 }
             }
         }
-        for (name, served) in plan {
+        for (name, config) in plan {
             match self.lanes.get_mut(&name) {
-                Some(lane) if *lane.drain.borrow() => lane.again = Some(served),
-                Some(lane) => drop(lane.configured.send_replace(served)),
-                None => self.start(name, served),
+                Some(lane) if *lane.drain.borrow() => lane.again = Some(config),
+                Some(lane) => drop(lane.configured.send_replace(config)),
+                None => self.start(name, config),
             }
         }
         self.subscribers.send_replace(subscribers);
     }
 
-    fn start(&mut self, name: SubscriberName, served: LaneConfig) {
-        let (configured, drain) = (watch::Sender::new(served), watch::Sender::new(false));
+    fn start(&mut self, name: SubscriberName, config: LaneConfig) {
+        let (configured, drain) = (watch::Sender::new(config), watch::Sender::new(false));
         self.supervisors.spawn(supervise(
             name.clone(),
             configured.subscribe(),
@@ -579,14 +579,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_queue_that_opens_and_fails_again_and_again_is_told_once_when_it_fails_and_once_when_it_works()
+    async fn a_queue_that_opens_and_fails_repeatedly_is_logged_once_when_it_fails_and_once_when_it_works()
      {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let writer = std::sync::Mutex::new(file.reopen().expect("opens"));
         let _logging = tracing::subscriber::set_default(
             tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish(),
         );
-        let told = |what: &str| {
+        let logged = |what: &str| {
             std::fs::read_to_string(file.path()).expect("the log").matches(what).count()
         };
         let (lost, again) = ("the lane lost its queue", "the lane has its queue again");
@@ -599,16 +599,16 @@ mod tests {
                     queue.answer_next(SettleError::Unconfirmed("no confirm".to_owned()));
                 }
                 queue.put("a", &[r#"{"event":"a"}"#]);
-                until("it is delivered", || queue.is_empty() && told(again) == round).await;
+                until("it is delivered", || queue.is_empty() && logged(again) == round).await;
                 assert_eq!(
-                    (told(lost), queue.opened() - opened),
+                    (logged(lost), queue.opened() - opened),
                     (round, if round == 1 { 4 } else { 3 })
                 );
             }
             assert_eq!(requests.load(Ordering::SeqCst), 8);
         })
         .await;
-        assert_eq!((told(lost), told(again)), (2, 2));
+        assert_eq!((logged(lost), logged(again)), (2, 2));
     }
 
     #[tokio::test]

@@ -1,5 +1,4 @@
-//! Reads the configuration again and hands it to the supervisor; whatever asks for it goes through
-//! here.
+//! Reads the configuration again and passes it to the fleet, for every request of a reload.
 
 use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
@@ -18,10 +17,10 @@ use crate::{
     wording::{agreed, counted},
 };
 
-/// Of each kind of change so many subscribers are named in the line about a reload.
+/// The subscribers of each kind of change that the line about a reload names.
 const SHOWN: usize = 10;
 
-/// What is configured, and how that is changed. Clones are the same.
+/// The configuration in use, and its changes. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct Reloader(Arc<Inner>);
 
@@ -30,26 +29,26 @@ struct Inner {
     current: watch::Sender<Arc<Config>>,
     subscribers: watch::Sender<Subscribers>,
     shutdown_timeout: watch::Sender<Duration>,
-    /// What the configuration in use, and the last one that was wrong, are made of.
+    /// The files of the configuration in use, and of the last one that was wrong.
     files: watch::Sender<Vec<PathBuf>>,
-    /// What was wrong with the configuration when it was last read, unless it was right.
+    /// The mistakes of the configuration when it was last read; `None` if it was right.
     problem: watch::Sender<Option<String>>,
-    /// What would be removed if an operator asked for it.
+    /// The removals that wait for an operator.
     held: watch::Sender<Option<Held>>,
     removals: Removals,
     level: log::Level,
     changes: mpsc::Sender<Change>,
     metrics: Metrics,
-    /// One after the other.
+    /// Held during a reload: there is one at a time.
     reloading: Mutex<()>,
 }
 
-/// Who asks for a reload; the text is for the log.
+/// The cause of a reload; the text is for the log.
 #[derive(Debug, Clone, Copy)]
 pub enum Because {
-    /// A file has changed, and may be one of many that are on their way.
+    /// A file has changed, possibly the first of many.
     Files(&'static str),
-    /// An operator wants what the files say now.
+    /// An operator requests it.
     Operator(&'static str),
 }
 
@@ -61,32 +60,32 @@ impl Because {
     }
 }
 
-/// Removals that wait for an operator's word.
+/// Removals that wait for an operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    /// Whose.
+    /// The subscribers to remove.
     pub subscribers: BTreeSet<SubscriberName>,
-    /// What waits, and what makes it happen.
+    /// The reason, with the remedy.
     pub why: String,
 }
 
-/// What a reload has changed.
+/// The changes of a reload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reloaded {
     pub changes: Changes,
-    /// Subscribers whose queue could not be bound: that is tried again without end, and events of
-    /// an exchange pass it by until then.
+    /// Subscribers whose queue could not be bound. That is retried indefinitely; until then it gets no
+    /// events of an exchange.
     pub not_bound: BTreeSet<SubscriberName>,
 }
 
 /// Why the configuration was not changed.
 #[derive(Debug)]
 pub enum Unchanged {
-    /// It is wrong, or what it wants cannot be had without a restart.
+    /// It is wrong, or needs a restart.
     Wrong(String),
-    /// It would remove so many subscribers that an operator has to ask for it.
+    /// It would remove so many subscribers that an operator has to request it.
     Held(Held),
-    /// The daemon does not take changes now.
+    /// The daemon takes no changes now.
     Stopping,
 }
 
@@ -117,8 +116,8 @@ impl From<QueueError> for Unchanged {
 }
 
 impl Reloader {
-    /// With the configuration that the daemon starts with; the supervisor takes what comes out of
-    /// the receiver.
+    /// Begins with the configuration that the daemon starts with. The fleet takes the changes from the
+    /// receiver.
     pub fn new(
         config: Config,
         metrics: Metrics,
@@ -159,13 +158,12 @@ impl Reloader {
         self.0.files.subscribe()
     }
 
-    /// What was wrong when the configuration was last read.
+    /// The mistakes of the configuration when it was last read.
     pub fn problem(&self) -> Option<String> {
         self.0.problem.borrow().clone()
     }
 
-    /// Who was not removed, because nobody has asked for the removal of so many: by a reload, or by
-    /// the start.
+    /// The removals that a reload or the start held, because no operator has requested so many.
     pub fn held(&self) -> Option<Held> {
         let by_reload = self.0.held.borrow().clone();
         by_reload.or_else(|| {
@@ -176,10 +174,10 @@ impl Reloader {
         })
     }
 
-    /// What a reload would change now, and whether a changed file alone would not do it.
+    /// What a reload would change now, and whether a changed file alone would not be enough.
     ///
     /// # Errors
-    /// It would change nothing, and why.
+    /// The reload would be refused, and why.
     pub async fn preview(&self) -> Result<(Changes, bool), Unchanged> {
         let new = self.read().await?;
         let changes = self.compare(&new)?;
@@ -189,8 +187,8 @@ impl Reloader {
     /// Reads the configuration and puts it into use.
     ///
     /// # Errors
-    /// Nothing was changed, and why; [`problem`](Self::problem) or [`held`](Self::held) tells it
-    /// until that is put right.
+    /// Nothing was changed, and why. [`problem`](Self::problem) or [`held`](Self::held) has the reason
+    /// until a reload succeeds.
     pub async fn reload(&self, because: Because) -> Result<Reloaded, Unchanged> {
         let _one = self.0.reloading.lock().await;
         let reloaded = self.try_reload(because).await;
@@ -201,7 +199,7 @@ impl Reloader {
                 self.0.held.send_replace(None);
                 self.0.metrics.reloaded(true);
                 self.0.metrics.configured(self.config().subscribers.len(), clock::now());
-                tell(changes, not_bound, because);
+                log_changes(changes, not_bound, because);
             }
             Err(Unchanged::Wrong(why)) => {
                 self.0.problem.send_replace(Some(why.clone()));
@@ -225,7 +223,7 @@ impl Reloader {
         let new = match self.read().await {
             Ok(new) => new,
             Err(e) => {
-                // So that it is noticed when one of these is put right.
+                // A fix of one of them has to be noticed.
                 self.watch_files(e.files.clone());
                 return Err(e.into());
             }
@@ -249,7 +247,7 @@ impl Reloader {
         };
         self.0.level.set(new.log.level);
         let old = self.config();
-        // What is not used before a restart stays as it is, so that it is reported each time.
+        // Settings that need a restart stay as they are, so that each reload reports them.
         let log = LogConfig { level: new.log.level, ..old.log };
         let new = Config { queue: old.queue.clone(), admin: old.admin.clone(), log, ..new };
         self.0.files.send_replace(new.files.clone());
@@ -260,7 +258,7 @@ impl Reloader {
         Ok(Reloaded { changes, not_bound })
     }
 
-    /// Gives the supervisor other subscribers; returns who is not bound yet.
+    /// Passes the subscribers to the fleet; returns those that are not bound yet.
     async fn change(
         &self,
         subscribers: Subscribers,
@@ -276,11 +274,11 @@ impl Reloader {
             config::load_again(&current.path, &current.folders)
         })
         .await;
-        // A panic while reading is one of the caller.
+        // A panic of the reader is one of the caller.
         reading.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
     }
 
-    /// Whether so many subscribers would go that it may be files that are away.
+    /// The removals, if they are so many that files may be missing.
     fn is_drastic(&self, new: &Config) -> Option<Held> {
         let (before, after) = (self.config().names(), new.names());
         let subscribers = &before - &after;
@@ -300,7 +298,7 @@ impl Reloader {
         let changed = self.config().changes_to(new);
         changed.map_err(|keys| {
             Unchanged::Wrong(format!(
-                "{}: the {} changed, which needs a restart: events wait in the queues of before; nothing of the new configuration is in use",
+                "{}: the {} changed, which needs a restart: events are waiting in the queues of the previous configuration; nothing of the new one is in use",
                 keys.join(", "),
                 agreed(&keys.len(), "key(s) (has|have)")
             ))
@@ -315,8 +313,8 @@ impl Reloader {
     }
 }
 
-/// A line for each reload, however many subscribers it is about.
-fn tell(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because: &str) {
+/// Logs a reload: one line, whatever the number of subscribers.
+fn log_changes(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because: &str) {
     let Changes { changes, settings, needs_restart } = changes;
     if changes.is_empty() && settings.is_empty() {
         tracing::info!(because, "the configuration was read again; it means the same");
@@ -351,7 +349,7 @@ fn tell(changes: &Changes, not_bound: &BTreeSet<SubscriberName>, because: &str) 
         tracing::error!(
             because,
             subscriber = subscriber.as_str(),
-            "not bound yet, which is tried again without end: until then events of an exchange pass it by, and a relay waits"
+            "not bound yet, which is retried indefinitely: until then it gets no events of an exchange, and a relay waits"
         );
     }
     if !needs_restart.is_empty() {

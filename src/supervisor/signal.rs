@@ -1,4 +1,4 @@
-//! What tells the daemon to do something: signals of the system, and files that change.
+//! The daemon's inputs besides its queue: signals of the system, and changes of files.
 
 use std::{
     collections::BTreeMap, io, os::unix::fs::MetadataExt as _, path::PathBuf, time::Duration,
@@ -9,22 +9,22 @@ use tokio::{
     sync::watch,
 };
 
-/// How often the files are looked at. What changed has to look the same twice: an editor or a
+/// The time between two polls of the files. A change has to look the same twice: an editor or a
 /// deployment writes more than once.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What has shrunk, or is gone, has to look the same for so long: a slow copy that begins with an
-/// empty file can rest just between two subscribers, which is valid and takes the others away.
-const SHRUNK: Duration = Duration::from_secs(10);
+/// The time for which a file that shrank or is gone has to stay the same. A slow copy that begins
+/// with an empty file can pause between two subscribers; that is valid and would remove the others.
+const SHRUNK_SETTLES: Duration = Duration::from_secs(10);
 
-/// How often the process was asked to end, by SIGTERM or SIGINT. Clones are the same.
+/// The number of SIGTERMs and SIGINTs. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct Stops(watch::Receiver<u32>);
 
-/// Listens from now on: neither signal ends the process by itself any more.
+/// Listens for both signals; neither ends the process by itself any more.
 ///
 /// # Errors
-/// The system does not let it listen.
+/// The system refuses it.
 pub fn stop() -> io::Result<Stops> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (count, stops) = watch::channel(0);
@@ -41,37 +41,37 @@ pub fn stop() -> io::Result<Stops> {
 }
 
 impl Stops {
-    /// Completes when the process was asked so often.
+    /// Completes at the `n`-th signal.
     pub fn times(&self, n: u32) -> impl Future<Output = ()> + use<> {
         let mut stops = self.0.clone();
         async move {
             if stops.wait_for(|count| *count >= n).await.is_err() {
-                std::future::pending().await // nobody asks any more
+                std::future::pending().await // the listening task is gone
             }
         }
     }
 
-    /// Whether the process was asked.
+    /// Whether there was a signal.
     pub fn is_asked(&self) -> bool {
         *self.0.borrow() > 0
     }
 
-    /// Nobody ever asks.
+    /// Without any signal, ever.
     #[cfg(test)]
     pub(crate) fn never() -> Self {
         Self(watch::channel(0).1)
     }
 }
 
-/// Asked to read the configuration again, by SIGHUP.
+/// SIGHUPs, each a request of a reload.
 #[derive(Debug)]
 pub struct Hangups(tokio::signal::unix::Signal);
 
 impl Hangups {
-    /// From now on the signal does not end the process.
+    /// Listens for the signal; it does not end the process any more.
     ///
     /// # Errors
-    /// The system does not let it listen.
+    /// The system refuses it.
     pub fn listen() -> io::Result<Self> {
         Ok(Self(signal(SignalKind::hangup())?))
     }
@@ -83,23 +83,22 @@ impl Hangups {
     }
 }
 
-/// Looks at files and folders by their names, links followed: so it notices an editor that puts a
-/// new file in the place of the old one, and the swapped link of a Kubernetes volume, on any file
-/// system.
+/// Polls files and folders by their names, links followed. So it notices an editor that replaces a
+/// file, and the swapped link of a Kubernetes volume, on any file system.
 #[derive(Debug)]
 pub struct Files {
     names: watch::Receiver<Vec<PathBuf>>,
-    seen: Look,
-    /// How each of `names` was when it was there last: one that is gone and comes back in parts is
-    /// shorter than that for a while.
-    present: Look,
+    seen: Snapshot,
+    /// How each of `names` was when it last existed. A file that is gone and comes back in parts is
+    /// shorter for a while.
+    present: Snapshot,
 }
 
-/// What tells one content of a file from another, as far as the file system does.
-type Look = BTreeMap<PathBuf, Option<(i64, i64, u64, u64, u64)>>;
+/// What distinguishes two contents of a file, as far as the file system knows; `None` is no file.
+type Snapshot = BTreeMap<PathBuf, Option<(i64, i64, u64, u64, u64)>>;
 
-/// Whether a file is gone, or shorter than when it was there last.
-fn has_shrunk(before: &Look, present: &Look, now: &Look) -> bool {
+/// Whether a file is gone, or shorter than when it last existed.
+fn has_shrunk(before: &Snapshot, present: &Snapshot, now: &Snapshot) -> bool {
     now.iter().any(|(path, now)| match now {
         None => matches!(before.get(path), Some(Some(_))),
         Some((_, _, now, ..)) => {
@@ -108,14 +107,15 @@ fn has_shrunk(before: &Look, present: &Look, now: &Look) -> bool {
     })
 }
 
-fn only_present(look: &Look) -> Look {
-    look.iter()
+fn only_present(snapshot: &Snapshot) -> Snapshot {
+    snapshot
+        .iter()
         .filter(|(_, found)| found.is_some())
         .map(|(path, found)| (path.clone(), *found))
         .collect()
 }
 
-fn look(names: &[PathBuf]) -> Look {
+fn poll(names: &[PathBuf]) -> Snapshot {
     let of = |path: &PathBuf| {
         let found = std::fs::metadata(path).ok();
         (path.clone(), found.map(|m| (m.mtime(), m.mtime_nsec(), m.len(), m.ino(), m.dev())))
@@ -124,23 +124,23 @@ fn look(names: &[PathBuf]) -> Look {
 }
 
 impl Files {
-    /// As they are now.
+    /// Begins with the files as they are now.
     pub fn new(mut names: watch::Receiver<Vec<PathBuf>>) -> Self {
-        let seen = look(&names.borrow_and_update());
+        let seen = poll(&names.borrow_and_update());
         let present = only_present(&seen);
         Self { names, seen, present }
     }
 
-    /// Waits until a file is another than when this was asked last, and has been left alone for a
-    /// moment; for longer if it has shrunk.
+    /// Completes when a file differs from the last completion and has stayed the same for a moment;
+    /// for longer if it shrank.
     pub async fn changed(&mut self) {
         let mut change = Change::default();
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             let names = self.names.borrow_and_update().clone();
             // A file system can take its time.
-            let Ok(now) = tokio::task::spawn_blocking(move || look(&names)).await else { continue };
-            // Of files that are looked at for the first time it is not known how they were.
+            let Ok(now) = tokio::task::spawn_blocking(move || poll(&names)).await else { continue };
+            // A file that is polled for the first time has not changed.
             self.seen.retain(|path, _| now.contains_key(path));
             self.present.retain(|path, _| now.contains_key(path));
             if change.last.is_none() {
@@ -148,7 +148,7 @@ impl Files {
                     self.seen.entry(path.clone()).or_insert(*found);
                 }
             }
-            if change.is_over(&self.seen, &self.present, &now) {
+            if change.has_ended(&self.seen, &self.present, &now) {
                 self.present.extend(only_present(&now));
                 self.seen = now;
                 return;
@@ -157,30 +157,30 @@ impl Files {
     }
 }
 
-/// A change that may still go on.
+/// A change that may not have ended.
 #[derive(Debug, Default)]
 struct Change {
-    /// Where something was another than before it.
-    last: Option<Look>,
-    /// So long it has looked like that.
-    alone_for: Duration,
-    /// Something was, at any time of it.
+    /// The latest poll that differed from the state before the change.
+    last: Option<Snapshot>,
+    /// The time for which the polls have been the same.
+    same_for: Duration,
+    /// A file shrank at any time of the change.
     shrunk: bool,
 }
 
 impl Change {
-    /// Called with each look, [`LOOK`] apart: how the files were, how each was when it was there
-    /// last, and how they are.
-    fn is_over(&mut self, before: &Look, present: &Look, now: &Look) -> bool {
+    /// Takes each poll, [`POLL_INTERVAL`] apart: the files before the change, each as it last existed,
+    /// and now. Returns whether the change has ended.
+    fn has_ended(&mut self, before: &Snapshot, present: &Snapshot, now: &Snapshot) -> bool {
         if now == before {
             *self = Self::default();
             return false;
         }
         self.shrunk |= has_shrunk(before, present, now);
         let same = self.last.as_ref() == Some(now);
-        self.alone_for = if same { self.alone_for + LOOK } else { Duration::ZERO };
+        self.same_for = if same { self.same_for + POLL_INTERVAL } else { Duration::ZERO };
         self.last = Some(now.clone());
-        self.alone_for >= if self.shrunk { SHRUNK } else { LOOK }
+        self.same_for >= if self.shrunk { SHRUNK_SETTLES } else { POLL_INTERVAL }
     }
 }
 
@@ -207,20 +207,21 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_has_shrunk_is_a_change_when_it_has_been_left_alone_for_a_while() {
+    fn a_file_that_shrank_is_a_change_after_it_stayed_the_same_for_a_while() {
         let of = |bytes: Option<u64>| {
-            Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))])
+            Snapshot::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))])
         };
-        // After so many looks at these lengths; `None` is no file.
-        let after = |before: Option<u64>, looks: Vec<Option<u64>>| {
+        // The number of polls with these lengths after which the change has ended.
+        let after = |before: Option<u64>, polls: Vec<Option<u64>>| {
             let mut change = Change::default();
             let present = only_present(&of(before));
-            looks
+            polls
                 .into_iter()
-                .position(|now| change.is_over(&of(before), &present, &of(now)))
+                .position(|now| change.has_ended(&of(before), &present, &of(now)))
                 .map(|n| n + 1)
         };
-        let rests = usize::try_from(SHRUNK.as_secs() / LOOK.as_secs()).expect("small");
+        let rests =
+            usize::try_from(SHRUNK_SETTLES.as_secs() / POLL_INTERVAL.as_secs()).expect("small");
         let for_ever = |bytes| vec![bytes; 1000];
         assert_eq!(after(Some(10), for_ever(Some(11))), Some(2), "one that has grown");
         assert_eq!(after(None, for_ever(Some(11))), Some(2), "one that has come");
@@ -247,24 +248,25 @@ mod tests {
     #[test]
     fn a_file_that_is_gone_for_long_and_comes_back_in_parts_has_shrunk() {
         let of = |bytes: Option<u64>| {
-            Look::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))])
+            Snapshot::from([(PathBuf::from("x"), bytes.map(|bytes| (0, 0, bytes, 0, 0)))])
         };
-        // That it is gone was accepted: how it was when it was there is known all the same.
+        // Its absence was accepted as a change; its last length is known all the same.
         let (present, mut change) = (of(Some(10)), Change::default());
-        let looks = [Some(3); 3].into_iter().chain([Some(10); 1000]);
-        let over = looks.into_iter().position(|now| change.is_over(&of(None), &present, &of(now)));
+        let polls = [Some(3); 3].into_iter().chain([Some(10); 1000]);
+        let over =
+            polls.into_iter().position(|now| change.has_ended(&of(None), &present, &of(now)));
         assert!(over.is_some_and(|n| n > 3), "{over:?}");
-        // What was taken out for good holds up no other change.
+        // A file that was removed for good delays no other change.
         let two = |x: Option<u64>, y: u64| {
             let file = |name: &str, bytes: Option<u64>| {
                 (PathBuf::from(name), bytes.map(|bytes| (0, 0, bytes, 0, 0)))
             };
-            Look::from([file("x", x), file("y", Some(y))])
+            Snapshot::from([file("x", x), file("y", Some(y))])
         };
         let mut change = Change::default();
         let over = [5, 5]
             .into_iter()
-            .position(|y| change.is_over(&two(None, 4), &two(Some(10), 4), &two(None, y)));
+            .position(|y| change.has_ended(&two(None, 4), &two(Some(10), 4), &two(None, y)));
         assert_eq!(over, Some(1));
     }
 
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn files_that_are_written_replaced_linked_anew_added_or_gone_are_noticed_once_each() {
+    async fn files_that_are_written_replaced_relinked_added_or_gone_are_noticed_once_each() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = |name: &str| dir.path().join(name);
         for (folder, text) in [("one", "1"), ("two", "1")] {

@@ -1,6 +1,5 @@
-//! The look that a daemon takes at its queue, once after its start. What is bad goes into the log;
-//! delivery neither waits for it nor notices. The same look, and one at the endpoints, is `check
-//! --connect`.
+//! The inspection of the queue by a daemon, once after its start. Warnings go into the log; delivery
+//! does not wait for it. `check --connect` makes the same inspection, and one of the endpoints.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,12 +12,11 @@ use crate::{
     telemetry::finding::{Finding, Severity},
 };
 
-/// Then the look is given up: a broker that cannot be asked is told of elsewhere.
-const PATIENCE: Duration = Duration::from_secs(180);
+/// The longest that the inspection may take. A broker that does not answer is reported elsewhere.
+const INSPECTION_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Looks in the background, when the queue has been made ready, and not when the daemon is told to
-/// stop before.
-pub fn look_once<Q: Queue>(
+/// Inspects the queue in the background, once it is prepared; not if the daemon stops before.
+pub fn inspect_once<Q: Queue>(
     queue: Q,
     subscribers: &[Arc<Subscriber>],
     mut phases: watch::Receiver<Phase>,
@@ -30,11 +28,11 @@ pub fn look_once<Q: Queue>(
         }
         let ended = async { phases.wait_for(|p| *p == Phase::Draining).await.map(drop) };
         tokio::select! {
-            _ = ended => {} // or there is nobody left to end it
-            looked = tokio::time::timeout(PATIENCE, queue.inspect(&subscribers)) => match looked {
+            _ = ended => {} // or the run is gone
+            inspected = tokio::time::timeout(INSPECTION_TIMEOUT, queue.inspect(&subscribers)) => match inspected {
                 Ok(Ok(findings)) => findings.iter().for_each(log),
-                Ok(Err(e)) => tracing::debug!(error = %e, "the queue could not be looked at"),
-                Err(_) => tracing::debug!("the queue could not be looked at in time"),
+                Ok(Err(e)) => tracing::debug!(error = %e, "the queue could not be inspected"),
+                Err(_) => tracing::debug!("the queue could not be inspected in time"),
             },
         }
     });
@@ -51,9 +49,9 @@ fn log(f: &Finding) {
             found,
             risk,
             remedy,
-            "a look at the queue found what can go wrong; `check --connect` looks again"
+            "an inspection of the queue found a risk; `hooktrail check --connect` inspects it again"
         );
     } else {
-        tracing::debug!(severity, about, found, risk, remedy, "a look at the queue");
+        tracing::debug!(severity, about, found, risk, remedy, "an inspection of the queue");
     }
 }

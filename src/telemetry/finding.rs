@@ -1,17 +1,17 @@
-//! What a look at a queue or an endpoint found, and what is to be done about it.
+//! The findings of an inspection of a queue or an endpoint, with their remedies.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// How bad it is, best first.
+/// The severity of a finding, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     Ok,
-    /// For an operator to know; what could not be looked at is among these.
+    /// For an operator to know; what could not be inspected is a note too.
     Note,
-    /// It can become harmful, or delivers later or more than is wanted.
+    /// It can become harmful, or makes events arrive late or more than once.
     Warning,
     /// Events can be lost, or cannot be delivered.
     Harmful,
@@ -28,28 +28,28 @@ impl Severity {
     }
 }
 
-/// One thing that was found. The texts may name what others chose: a queue, a policy.
+/// One result of an inspection. Its texts may hold names that others chose: of a queue, a policy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     pub severity: Severity,
-    /// It was not looked at, so that what could be wrong with it is not known.
+    /// It was not inspected: its risks are unknown.
     #[serde(skip)]
     pub(crate) unseen: bool,
-    /// What can go wrong harms all subscribers, although it is about what belongs to one.
+    /// The risk is one for all subscribers, although the subject belongs to one.
     #[serde(skip)]
     pub(crate) for_all: bool,
-    /// Of what it was found; of several where it is the same.
+    /// The subjects of the finding; several where it is the same.
     pub about: Vec<String>,
     pub found: String,
     /// What can go wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub risk: Option<String>,
-    /// What mends it: a command where there is one.
+    /// What fixes it: a command where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 
-/// So many names of what a finding is about are shown; the number of the others is.
+/// The subjects of a finding that are shown by name; of the others the number is.
 const SHOWN: usize = 3;
 
 impl Finding {
@@ -78,21 +78,21 @@ impl Finding {
         Self { severity: Severity::Harmful, ..Self::ok(about, found) }
     }
 
-    /// What could not be looked at, and why; `look` says how an operator can.
+    /// A note that `about` could not be inspected, and why; `remedy` says how an operator can.
     pub fn unseen(
-        what: impl Into<String>,
+        about: impl Into<String>,
         why: impl fmt::Display,
-        look: impl Into<String>,
+        remedy: impl Into<String>,
     ) -> Self {
-        Self { unseen: true, ..Self::note(what, format!("not looked at: {why}")).mended(look) }
+        Self { unseen: true, ..Self::note(about, format!("not looked at: {why}")).mended(remedy) }
     }
 
-    /// Whether it says that something was not looked at.
+    /// Whether the finding says that something was not inspected.
     pub fn is_unseen(&self) -> bool {
         self.unseen
     }
 
-    /// Whether the harm is for all subscribers.
+    /// Says whether the risk is one for all subscribers.
     #[must_use]
     pub fn harming_all(self, for_all: bool) -> Self {
         Self { for_all, ..self }
@@ -108,7 +108,7 @@ impl Finding {
         Self { remedy: Some(remedy.into()), ..self }
     }
 
-    /// The names of what it is about, the first few of many.
+    /// The subjects, the first few of many.
     pub fn names(&self) -> String {
         let shown =
             self.about.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -119,8 +119,8 @@ impl Finding {
     }
 }
 
-/// Makes one of those that say the same of several things, and puts the worst last, where a
-/// reader's eye is.
+/// Joins findings that say the same of several subjects, and puts the worst last, where a reader
+/// sees them first.
 pub fn summarized(findings: Vec<Finding>) -> Vec<Finding> {
     let mut all: Vec<Finding> = Vec::new();
     for f in findings {
@@ -138,8 +138,7 @@ pub fn summarized(findings: Vec<Finding>) -> Vec<Finding> {
     all
 }
 
-/// A word for a shell, whatever is in it: whoever names a policy must not choose what an operator
-/// runs.
+/// The text as one word for a shell: the name of a policy must not decide what an operator runs.
 pub fn shell_word(text: &str) -> String {
     let plain = !text.is_empty()
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./:@%+".contains(&b))
@@ -152,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_found_of_many_is_told_once_and_the_worst_last() {
+    fn a_finding_of_many_subjects_is_shown_once_and_the_worst_last() {
         let bad = |about: &str| Finding::harmful(about, "is bad").risking("loss").mended("mend it");
         let findings = vec![
             bad("a"),

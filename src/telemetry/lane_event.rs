@@ -177,7 +177,7 @@ impl LaneEvent<'_> {
             }
             Self::PauseStateLate => tracing::warn!(
                 subscriber,
-                "nothing is sent before the queue has told whether the subscriber is paused"
+                "nothing is sent before it is known whether the subscriber is paused"
             ),
             Self::Paused { pause, known: false } => log_pause(subscriber, pause),
             Self::Resumed { by, paused_by } => {
@@ -192,7 +192,7 @@ impl LaneEvent<'_> {
                 subscriber,
                 %error,
                 again_in_s = restart_in.as_secs_f64(),
-                "the lane panicked; what it held comes again"
+                "the lane panicked; what it had taken is delivered again"
             ),
             Self::Taken { .. }
             | Self::AttemptStarted { .. }
@@ -620,7 +620,7 @@ mod tests {
             (
                 vec![],
                 LaneEvent::PauseStateLate,
-                r#"WARN nothing is sent before the queue has told whether the subscriber is paused subscriber="a""#.to_owned(),
+                r#"WARN nothing is sent before it is known whether the subscriber is paused subscriber="a""#.to_owned(),
                 &[],
             ),
             (
@@ -650,7 +650,7 @@ mod tests {
             (
                 vec![paused(), failed(News::First), started(&BatchId::from("msg_1"))],
                 LaneEvent::Panicked { error: "e", restart_in: SECOND },
-                r#"ERROR the lane panicked; what it held comes again subscriber="a" error=e again_in_s=1.0"#.to_owned(),
+                r#"ERROR the lane panicked; what it had taken is delivered again subscriber="a" error=e again_in_s=1.0"#.to_owned(),
                 &["lane_panics_total 1", "lane_up 1.0", "paused 0.0", "requests_in_flight 0.0"],
             ),
         ] {

@@ -1,8 +1,8 @@
-//! The log: what it looks like, how much of it there is, and who writes it.
+//! The log: its formats, its level, and the thread that writes it.
 //!
-//! The daemon's lines are written by a thread of their own, behind a bounded queue: when nobody
-//! reads them, as with a container runtime that hangs or a paused terminal, lines are dropped and
-//! counted, and nothing that delivers events waits.
+//! The daemon's lines are written by a thread of their own, behind a bounded queue. When they are
+//! not read, as with a container runtime that hangs or a paused terminal, lines are dropped and
+//! counted, and delivery does not wait.
 
 use std::{
     collections::VecDeque,
@@ -30,19 +30,19 @@ use tracing_subscriber::{
 
 use crate::config::LogConfig;
 
-/// So many bytes of lines wait to be written, at most; about 20,000 lines.
+/// The most bytes of lines that wait to be written; about 20,000 lines.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
 
-/// What a line takes beside its text.
-const OF_A_LINE: usize = 64;
+/// Bytes that a waiting line takes besides its text.
+const LINE_OVERHEAD: usize = 64;
 
-/// How long at most the end of the daemon waits for its last lines to be read.
-const GOODBYE: Duration = Duration::from_secs(1);
+/// The longest that the end of the daemon waits for its last lines to be written.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Who writes to a terminal that somebody else has made non-blocking tries again after so long.
-const AGAIN: Duration = Duration::from_millis(10);
+/// The pause before the next write to a terminal that another program made non-blocking.
+const WRITE_RETRY: Duration = Duration::from_millis(10);
 
-/// How much is logged; can be changed while the program runs. Clones are the same, and the default
+/// The log level; can be changed while the program runs. Clones are the same, and the default
 /// changes nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Level(Option<reload::Handle<Targets, Registry>>);
@@ -50,18 +50,18 @@ pub struct Level(Option<reload::Handle<Targets, Registry>>);
 impl Level {
     pub fn set(&self, level: tracing::Level) {
         if let Some(handle) = &self.0 {
-            // It fails when the log is gone, and its level with it.
+            // It fails when the log is gone, and then there is no level.
             handle.reload(targets(level)).ok();
         }
     }
 }
 
-/// Only hooktrail's own: its libraries log whole messages, bodies included.
+/// Only hooktrail's own events: its libraries log whole messages, bodies included.
 fn targets(level: tracing::Level) -> Targets {
     Targets::new().with_target("hooktrail", level)
 }
 
-/// Log events go to stderr, and who logs waits until they are written. For commands.
+/// Writes log events to stderr, each before the program goes on. For commands.
 pub fn to_stderr(level: tracing::Level) {
     install(LogConfig { json: false, level }, io::stderr);
 }
@@ -74,8 +74,8 @@ pub struct Log {
 }
 
 impl Log {
-    /// Log events go to stderr, and nobody waits for that. So does what a panic says. `dropped` is
-    /// given numbers of lines that were not written.
+    /// Writes log events and panics to stderr, in a thread of its own. `dropped` gets numbers of
+    /// lines that were not written.
     ///
     /// # Errors
     /// The system has no thread to write with.
@@ -105,8 +105,8 @@ impl Log {
         Ok((Self { lines, json: config.json }, level))
     }
 
-    /// The last thing that is said of a run that failed: a log event where machines read, else
-    /// `text` as a command prints it.
+    /// Writes the last line of a run that failed: a log event where the log is JSON, else `text`
+    /// as a command prints it.
     pub fn fatal(&self, error: &str, text: &str) {
         if self.json {
             tracing::error!(error, "hooktrail ends");
@@ -115,14 +115,14 @@ impl Log {
         }
     }
 
-    /// Waits until what was logged is written, but not for long: whoever does not read it keeps
-    /// nothing from its end.
+    /// Waits until everything logged is written, but not for long: a log that is not read must not
+    /// keep the daemon from its end.
     pub fn finish(self) {
-        self.lines.wait_written(GOODBYE);
+        self.lines.wait_written(FINISH_TIMEOUT);
     }
 }
 
-/// The first one in a process stays, which only tests notice.
+/// The first log of a process stays, which only tests notice.
 fn install<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(
     config: LogConfig,
     writer: W,
@@ -142,17 +142,15 @@ fn install<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(
     Level(installed.is_ok().then_some(level))
 }
 
-/// Whether what is written to stderr comes into the journal of systemd, as systemd.exec(5) tells of
-/// `$JOURNAL_STREAM`.
+/// Whether stderr leads into systemd's journal, by `$JOURNAL_STREAM` (systemd.exec(5)).
 fn is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
-    // What is inherited may be of another process, whose stderr this one's is not.
+    // An inherited variable may be of another process with another stderr.
     std::fs::metadata("/proc/self/fd/2")
         .is_ok_and(|stderr| stream == format!("{}:{}", stderr.dev(), stderr.ino()))
 }
 
-/// Lines that begin with their priority as sd-daemon(3) has it, which the journal shows and filters
-/// by.
+/// Begins each line with its priority (sd-daemon(3)), which the journal shows and filters by.
 struct Prioritized<F>(F);
 
 impl<S, N, F> FormatEvent<S, N> for Prioritized<F>
@@ -178,10 +176,10 @@ where
     }
 }
 
-/// Lines on their way to whoever reads them.
+/// Lines that wait for the writing thread.
 struct Lines {
     state: Mutex<Waiting>,
-    /// There is something to write, or all is written.
+    /// Notified when there is something to write, and when everything is written.
     changed: Condvar,
     dropped: Box<dyn Fn(u64) + Send + Sync>,
 }
@@ -190,9 +188,9 @@ struct Lines {
 struct Waiting {
     lines: VecDeque<Vec<u8>>,
     bytes: usize,
-    /// Since somebody was told of them.
+    /// Lines dropped since the last report of it.
     dropped: u64,
-    /// Some were taken and are not written yet.
+    /// Lines were taken and are not written yet.
     writing: bool,
 }
 
@@ -218,11 +216,11 @@ impl Lines {
 
     fn push(&self, line: Vec<u8>) {
         let mut state = self.state();
-        if state.bytes + line.len() + OF_A_LINE > MAX_WAITING {
+        if state.bytes + line.len() + LINE_OVERHEAD > MAX_WAITING {
             self.drop_lines(&mut state, 1);
             return;
         }
-        state.bytes += line.len() + OF_A_LINE;
+        state.bytes += line.len() + LINE_OVERHEAD;
         state.lines.push_back(line);
         self.changed.notify_all();
     }
@@ -238,7 +236,8 @@ impl Lines {
         std::mem::take(&mut state.lines)
     }
 
-    /// So many of those that were taken could not be written. Returns how many are to be told of.
+    /// Ends the writing of what was taken; `lost` lines of it failed. Returns how many dropped lines
+    /// are to be reported.
     fn written(&self, lost: u64) -> u64 {
         let mut state = self.state();
         if lost > 0 {
@@ -255,16 +254,16 @@ impl Lines {
         drop(self.changed.wait_timeout_while(self.state(), at_most, unwritten));
     }
 
-    /// Writes without end.
+    /// Writes indefinitely.
     fn write_to(&self, to: &mut impl Write) {
         loop {
             let lines = self.take();
             let lost = lines.into_iter().filter(|line| write_line(to, line).is_err()).count();
-            let untold = self.written(lost as u64);
-            if untold > 0 {
+            let unreported = self.written(lost as u64);
+            if unreported > 0 {
                 tracing::warn!(
-                    lines = untold,
-                    "lines of the log were dropped: nobody read it, or it could not be written"
+                    lines = unreported,
+                    "lines of the log were dropped: they were not read, or could not be written"
                 );
             }
         }
@@ -277,7 +276,7 @@ fn write_line(to: &mut impl Write, mut line: &[u8]) -> io::Result<()> {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => line = &line[n..],
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::park_timeout(AGAIN),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::park_timeout(WRITE_RETRY),
             Err(e) => return Err(e),
         }
     }
@@ -306,7 +305,7 @@ mod tests {
         mpsc,
     };
 
-    /// Writes a line when it is told to, or fails.
+    /// Writes a line when the test says so, or fails.
     struct Reader {
         go_on: mpsc::Receiver<io::Result<()>>,
         read: mpsc::Sender<usize>,
@@ -325,23 +324,23 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_nobody_reads_are_dropped_and_counted_and_nobody_waits_for_them() {
+    fn lines_that_are_not_read_are_dropped_and_counted_and_delay_nothing() {
         let counted = Arc::new(AtomicU64::new(0));
         let counter = counted.clone();
         let lines = Arc::new(Lines::new(move |n| {
             counter.fetch_add(n, Ordering::SeqCst);
         }));
-        let (go_on, told) = mpsc::channel();
+        let (go_on, wait) = mpsc::channel();
         let (read, seen) = mpsc::channel();
         let writing = lines.clone();
-        thread::spawn(move || writing.write_to(&mut Reader { go_on: told, read }));
-        let line = || vec![b'x'; 1024 - OF_A_LINE];
+        thread::spawn(move || writing.write_to(&mut Reader { go_on: wait, read }));
+        let line = || vec![b'x'; 1024 - LINE_OVERHEAD];
         let room = MAX_WAITING / 1024;
         for _ in 0..2 * room + 100 {
             lines.push(line());
         }
         let dropped = counted.load(Ordering::SeqCst);
-        // What the writer took before it stood still has made room; at most that is as much again.
+        // The writer took some lines before it stopped, at most as many again: that made room.
         let most = room as u64 + 100;
         assert!((100..=most).contains(&dropped), "{dropped}");
         lines.wait_written(Duration::from_millis(1));

@@ -48,7 +48,7 @@ impl MetricConstructor<Histogram> for Buckets {
 
 const SECONDS: Buckets =
     Buckets(&[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]);
-/// A retry can be days late.
+/// A retry can be days later.
 const LONG_SECONDS: Buckets = Buckets(&[
     0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0, 259_200.0,
 ]);
@@ -76,7 +76,7 @@ impl Buckets {
     }
 }
 
-/// Everything that is counted. Clones are the same.
+/// All metrics of a process. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct Metrics(Arc<Inner>);
 
@@ -87,7 +87,7 @@ struct Inner {
     gauges: BTreeMap<&'static str, Family<Labels, Float>>,
     histograms: BTreeMap<&'static str, Family<Labels, Histogram, Buckets>>,
     cpu: Counter<f64, AtomicU64>,
-    /// The series of each subscriber, so that they can end with it.
+    /// The series of each subscriber, which end with it.
     series: Mutex<BTreeMap<String, Vec<(&'static str, Labels)>>>,
 }
 
@@ -138,7 +138,7 @@ impl Metrics {
         if format == Exposition::OpenMetrics { text } else { as_plain_text(&text) }
     }
 
-    /// In the text format of OpenMetrics, in any order.
+    /// All metrics in the text format of OpenMetrics, in any order.
     pub fn expose(&self) -> String {
         self.report_process();
         let mut text = String::new();
@@ -163,8 +163,7 @@ impl Metrics {
         }
     }
 
-    /// What still waits for subscribers that are not configured any more; those that are not named
-    /// are no more.
+    /// The messages of subscribers that are not configured any more; the series of all others end.
     pub fn set_removed(&self, removed: &BTreeMap<SubscriberName, u64>) {
         let family = &self.0.gauges["removed_subscriber_messages"];
         family.clear();
@@ -197,7 +196,7 @@ impl Metrics {
         self.gauge("queue_up", &[]).set(f64::from(up));
     }
 
-    /// A connection of this role is open until the guard is dropped.
+    /// Counts a connection of this role as open until the guard is dropped.
     pub fn connection(&self, role: &'static str) -> OpenConnection {
         let open = self.gauge("broker_connections", &[("role", role)]);
         open.inc();
@@ -212,7 +211,7 @@ impl Metrics {
         .inc();
     }
 
-    /// Events taken over HTTP, of which some match nobody's patterns.
+    /// Counts events taken over HTTP, by whether a subscriber's pattern matches them.
     pub fn accepted(&self, matched: u64, unmatched: u64) {
         self.counter("events_accepted", &[("matched", "true")]).inc_by(matched);
         self.counter("events_accepted", &[("matched", "false")]).inc_by(unmatched);
@@ -222,14 +221,14 @@ impl Metrics {
         self.counter("events_relayed", &[("result", result)]).inc_by(events);
     }
 
-    /// The configuration was read: at the start, or again.
+    /// The configuration was read, at the start or by a reload.
     pub fn configured(&self, subscribers: usize, now: SystemTime) {
         self.gauge("subscribers", &[]).set(subscribers as f64);
         self.gauge("config_last_reload_successful", &[]).set(1.0);
         self.gauge("config_last_reload_success_timestamp_seconds", &[]).set(unix(now));
     }
 
-    /// It was read again, and whether it was right.
+    /// Counts a reload; `ok`: its configuration was right.
     pub fn reloaded(&self, ok: bool) {
         self.counter("config_reloads", &[("result", if ok { "success" } else { "failure" })]).inc();
         self.gauge("config_last_reload_successful", &[]).set(f64::from(ok));
@@ -313,7 +312,7 @@ mod tests {
         Metrics::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000))
     }
 
-    /// The names in an exposition, by the lines that tell their types.
+    /// The names in an exposition, from the lines with their types.
     fn exposed(text: &str) -> BTreeSet<String> {
         text.lines()
             .filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next().map(str::to_owned))

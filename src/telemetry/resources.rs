@@ -1,5 +1,4 @@
-//! What the system lets this process have: its file descriptors, ports and buffers. A lack of them
-//! is no receiver's failure.
+//! The process's file descriptors, ports and buffers. A lack of them is no receiver's failure.
 
 use std::{
     collections::BTreeMap,
@@ -14,8 +13,8 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-/// Between two lines of the log about the same lack.
-const QUIET: Duration = Duration::from_secs(60);
+/// The shortest time between two log lines about the same lack.
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Raises the limit of open files to what the system allows this process. Many start with 1,024,
 /// which a few hundred receivers use up. Returns the limit, or `None` if there is none.
@@ -29,7 +28,7 @@ pub fn raise_open_files() -> Option<u64> {
     maximum
 }
 
-/// What this process or its machine lacks, if that is what an error of a socket says.
+/// What this process or its machine lacks, if that is the cause of a socket's error.
 pub fn lacking(e: &Error) -> Option<&'static str> {
     let errno = Errno::from_raw_os_error(e.raw_os_error()?);
     let what = match errno {
@@ -48,20 +47,21 @@ pub fn lacking(e: &Error) -> Option<&'static str> {
     Some(what)
 }
 
-/// Whether no further file can be opened now. A resolver that could open no socket says no more
-/// than that it failed.
+/// What is lacking to open a file now. A resolver that could open no socket reports only that it
+/// failed.
 pub fn without_descriptors() -> Option<&'static str> {
     lacking(&std::io::stderr().as_fd().try_clone_to_owned().err()?)
 }
 
-/// When each reason was logged last. There are a few of them.
+/// When each of the few reasons was logged last.
 #[derive(Debug, Default)]
 struct Reports(BTreeMap<String, Instant>);
 
 impl Reports {
-    /// Whether it is to be logged now.
+    /// Whether the reason is to be logged now.
     fn is_due(&mut self, what: &str, now: Instant) -> bool {
-        let due = self.0.get(what).is_none_or(|at| now.saturating_duration_since(*at) >= QUIET);
+        let due =
+            self.0.get(what).is_none_or(|at| now.saturating_duration_since(*at) >= REPORT_INTERVAL);
         if due {
             self.0.insert(what.to_owned(), now);
         }
@@ -69,8 +69,8 @@ impl Reports {
     }
 }
 
-/// Logs why requests cannot be sent, each reason once a minute however many requests and
-/// subscribers it concerns. The status has it of each subscriber.
+/// Logs why requests cannot be sent, each reason once a minute for all requests and subscribers
+/// together. The status has it for each subscriber.
 pub fn report(subscriber: &str, what: &str, now: Instant) {
     static REPORTS: Mutex<Reports> = Mutex::new(Reports(BTreeMap::new()));
     if REPORTS.lock().unwrap_or_else(PoisonError::into_inner).is_due(what, now) {
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lack_of_this_process_is_told_from_what_a_receiver_does() {
+    fn a_lack_of_this_process_is_distinguished_from_what_a_receiver_does() {
         for (errno, part) in [
             (Errno::MFILE, "EMFILE"),
             (Errno::NFILE, "ENFILE"),
@@ -105,9 +105,14 @@ mod tests {
     #[test]
     fn each_lack_is_logged_once_a_minute() {
         let (mut reports, now) = (Reports::default(), crate::clock::instant());
-        assert!(reports.is_due("EMFILE", now) && !reports.is_due("EMFILE", now + QUIET / 2));
-        assert!(reports.is_due("no stream", now + QUIET / 2), "another reason");
-        assert!(reports.is_due("EMFILE", now + QUIET) && !reports.is_due("no stream", now + QUIET));
+        assert!(
+            reports.is_due("EMFILE", now) && !reports.is_due("EMFILE", now + REPORT_INTERVAL / 2)
+        );
+        assert!(reports.is_due("no stream", now + REPORT_INTERVAL / 2), "another reason");
+        assert!(
+            reports.is_due("EMFILE", now + REPORT_INTERVAL)
+                && !reports.is_due("no stream", now + REPORT_INTERVAL)
+        );
     }
 
     #[test]

@@ -1,18 +1,18 @@
-//! What keeps a queue from its work.
+//! The troubles of a queue: what keeps it from its work.
 
 use std::collections::BTreeMap;
 
 use crate::delivery::SubscriberName;
 
-/// What keeps a queue from its work, by what it is about, each with its cause. It ends by itself or
-/// needs an operator; whoever asks how the daemon is has to see it either way.
+/// The troubles of a queue by their subject, each with its cause. A trouble ends by itself or needs
+/// an operator; the status shows it either way.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Troubles(BTreeMap<String, (Harms, String)>);
 
-/// What a trouble keeps from being done.
+/// What a trouble harms.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Harms {
-    /// Something beside delivery, such as taking events in.
+    /// Work other than delivery, such as the intake of events.
     Queue,
     /// Every lane.
     Lanes,
@@ -20,19 +20,19 @@ pub enum Harms {
 }
 
 impl Troubles {
-    /// Returns whether that is new.
+    /// Returns whether the trouble is new, or has a new cause.
     pub fn begins(&mut self, about: &str, harms: Harms, why: String) -> bool {
         self.0
             .insert(about.to_owned(), (harms, why.clone()))
             .is_none_or(|(_, before)| before != why)
     }
 
-    /// Returns whether there was one.
+    /// Returns whether there was such a trouble.
     pub fn ends(&mut self, about: &str) -> bool {
         self.0.remove(about).is_some()
     }
 
-    /// Forgets those that are about something else.
+    /// Forgets the troubles about anything else. Returns whether there were any.
     pub fn retain(&mut self, wanted: impl Fn(&str) -> bool) -> bool {
         let before = self.0.len();
         self.0.retain(|about, _| wanted(about));
@@ -43,7 +43,7 @@ impl Troubles {
         self.0.contains_key(about)
     }
 
-    /// Why the queue as a whole does not work as it should; what harms delivery comes first.
+    /// Why the queue as a whole does not work; what harms delivery comes first.
     pub fn of_queue(&self) -> Option<String> {
         let of = |wanted: Harms| {
             self.0.values().filter(move |(harms, _)| *harms == wanted).map(|(_, why)| why.as_str())
@@ -58,7 +58,7 @@ impl Troubles {
         (!all.is_empty()).then(|| all.join("; "))
     }
 
-    /// Why a subscriber does not get what it should.
+    /// Why a subscriber does not get its events.
     pub fn of_subscriber(&self, name: &str) -> Option<&str> {
         let find = |concerns: &dyn Fn(&Harms) -> bool| {
             self.0.values().find(|(harms, _)| concerns(harms)).map(|(_, why)| why.as_str())

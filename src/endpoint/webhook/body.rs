@@ -1,4 +1,4 @@
-//! The body of a request, and how far it got on its way.
+//! The body of a request, and how much of it was sent.
 
 use std::{
     convert::Infallible,
@@ -15,27 +15,27 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::{sync::Notify, time};
 
-/// What is handed to the connection at once, in bytes. HTTP/1.1 buffers up to 16 of them: the less
-/// that is, the better it is known how far a body got.
+/// Bytes that the connection gets at once. HTTP/1.1 buffers up to 16 pieces: the smaller they are,
+/// the better it is known how much of a body was sent.
 const PIECE: usize = 16 * 1024;
 
-/// How long after the time of an attempt it is still waited for the connection: its own limit is at
-/// most that time, and is to be what is told.
+/// The wait for a connection beyond the time of an attempt. The connection's own limit is at most
+/// that time, and its error is the one to report.
 pub(super) const GRACE: Duration = Duration::from_secs(1);
 
-/// How far a request got: told by its body.
+/// The progress of a request, as its body sees it.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     begun: AtomicBool,
-    /// Wakes who waits for that.
+    /// Notified when it begins.
     beginning: Notify,
     whole: AtomicBool,
 }
 
-/// Why an attempt is over although nothing came.
+/// Why an attempt ends without an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Late {
-    /// The client has a connection and had no place on it.
+    /// The client has a connection and no place on it.
     Unsent,
     Unanswered,
 }
@@ -53,7 +53,7 @@ impl Progress {
         self.has_begun() && !self.whole.load(Ordering::Acquire)
     }
 
-    /// The same request is sent again from its beginning. Its time goes on.
+    /// The same request is resent from its beginning. Its time goes on.
     pub(super) fn again(&self) {
         self.whole.store(false, Ordering::Release);
     }
@@ -64,8 +64,8 @@ impl Progress {
         }
     }
 
-    /// Completes when the time of the attempt is over: `limit` from when the request began, which
-    /// has to be within that, too.
+    /// Completes when the time of the attempt ends: `limit` after the request began, which has to
+    /// begin within `limit` and [`GRACE`].
     pub(super) async fn late(&self, limit: Duration) -> Late {
         if time::timeout(limit + GRACE, self.beginning.notified()).await.is_err() {
             return Late::Unsent;
@@ -75,7 +75,7 @@ impl Progress {
     }
 }
 
-/// A body that tells how far it got.
+/// A body that reports its progress.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     rest: Bytes,

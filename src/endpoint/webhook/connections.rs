@@ -1,4 +1,4 @@
-//! The connections to an endpoint: how long they live, and which of them have answered before.
+//! The connections to an endpoint: their age, and which of them have answered before.
 
 use std::{
     collections::HashSet,
@@ -21,14 +21,14 @@ use crate::{
     crypto::tls::SystemRoots,
 };
 
-/// No request goes over a connection that is older: a name that leads elsewhere by then is
-/// followed, also under steady traffic. As long as the TTL of many names.
+/// The age from which a connection gets no further request, so that a name that leads elsewhere by
+/// then is followed, also under steady traffic. It is the TTL of many names.
 pub(super) const MAX_AGE: Duration = Duration::from_secs(5 * 60);
 
-/// Connections of which it is kept that they have answered; with more, that is forgotten of all.
+/// The most connections that are remembered to have answered; with more, all are forgotten.
 const MAX_ANSWERED: usize = 4096;
 
-/// What connections are made of, and those that there are.
+/// The settings of connections, and the current ones.
 #[derive(Debug)]
 pub(super) struct Connections {
     tls: rustls::ClientConfig,
@@ -42,7 +42,7 @@ pub(super) struct Connections {
 #[derive(Debug)]
 enum Route {
     Direct(Arc<GuardedResolver>),
-    /// It alone is resolved here, and where it leads is its own decision.
+    /// Only the proxy's name is resolved here; the proxy decides where it connects to.
     Through(Box<Proxy>),
 }
 
@@ -75,8 +75,7 @@ impl Connections {
         Ok(Self { tls, http, route, kept, single: OnceLock::new() })
     }
 
-    /// A client none of whose connections is older than [`MAX_AGE`]. Requests that are under way
-    /// keep the one they have.
+    /// A client without connections older than [`MAX_AGE`]. Requests in flight keep theirs.
     ///
     /// # Errors
     /// As [`try_new`](Self::try_new).
@@ -89,7 +88,7 @@ impl Connections {
         Ok(kept.clone())
     }
 
-    /// Whether all addresses of an endpoint are of IPv4, as far as that is known.
+    /// Whether an endpoint has only IPv4 addresses, as far as that is known.
     pub(super) fn only_v4(&self, url: &Url) -> bool {
         match (&self.route, url.host()) {
             (Route::Direct(_), Some(Host::Ipv4(_))) => true,
@@ -122,19 +121,17 @@ fn client(
     let HttpPolicy { timeout, connect_timeout, .. } = http;
     let client = Client::builder()
         .tls_backend_preconfigured(tls.clone())
-        // Within the time of an attempt, so that what waits longer is known to wait for something
-        // else.
+        // Within the time of an attempt, so that a longer wait is known to be for something else.
         .connect_timeout(*connect_timeout.min(timeout))
         .pool_max_idle_per_host(idle)
         .pool_idle_timeout(Duration::from_secs(30))
         .tcp_keepalive(Duration::from_secs(30))
-        // Over HTTP/2 one connection is all there is: one that died in silence is not to be waited
-        // for twice.
+        // HTTP/2 has only one connection: one that died in silence must not cost two waits.
         .http2_keep_alive_interval(Some(*timeout / 3))
         .http2_keep_alive_timeout(*connect_timeout)
         // A receiver that has accepted a batch must not be refused for how its proxy writes headers
         // (RFC 9112, sections 5.1 and 5.2, lets a user agent read them so). Not
-        // `http1_max_headers`: with any number of its own hyper fills a list of so many for each
+        // `http1_max_headers`: with any number set, hyper fills a list of that length for each
         // `100 Continue`, and with 1,000 a flood of those took 47 s of a thread.
         .http1_allow_obsolete_multiline_headers_in_responses(true)
         .http1_allow_spaces_after_header_name_in_responses(true)
@@ -152,8 +149,8 @@ fn client(
 /// The two ends of a connection.
 type Ends = (SocketAddr, SocketAddr);
 
-/// Connections that have answered, so that a request on one of them was not its first. The next
-/// request may meet the receiver's closing it.
+/// Connections that have answered. The next request on one of them may cross the receiver's closing
+/// it.
 #[derive(Debug, Default)]
 pub(super) struct Answered(Mutex<HashSet<Ends>>);
 
@@ -172,7 +169,7 @@ impl Answered {
         answered.insert(ends);
     }
 
-    /// Whether it was one of them that a request failed on.
+    /// Whether a request failed on one of them.
     pub(super) fn has(&self, e: &legacy::Error) -> bool {
         let mut known = http::Extensions::new();
         if let Some(connected) = e.connect_info() {

@@ -1,4 +1,4 @@
-//! What an error of the client means.
+//! The meaning of the client's errors.
 
 use std::{error::Error, io::ErrorKind};
 
@@ -11,12 +11,12 @@ use super::{
 };
 use crate::{delivery::Failure, telemetry::resources};
 
-/// How often one attempt sends its request again because the receiver has not processed it: HTTP/2
-/// says so, and may say so of each connection. A receiver that refuses everything must not be asked
-/// without end.
+/// The most resends of a request in one attempt because the receiver did not process it. HTTP/2
+/// reports that, and may do so on each connection: a receiver that refuses everything must not get
+/// requests indefinitely.
 const MOST_REFUSED: u32 = 3;
 
-/// An error and what has caused it, down to the first cause.
+/// An error and its causes, down to the first.
 fn causes<'e>(e: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
     std::iter::successors(Some(e), |&e| e.source())
 }
@@ -25,20 +25,20 @@ fn cause<E: Error + 'static>(e: &reqwest::Error) -> Option<&E> {
     causes(e).find_map(<dyn Error>::downcast_ref)
 }
 
-/// The first cause of an error, without the URL, and without what the receiver wrote: a GOAWAY
-/// frame can hold any text.
+/// The first cause of an error, without the URL and without the receiver's text: a GOAWAY frame can
+/// hold any text.
 pub(super) fn chain(e: &reqwest::Error) -> String {
     if let Some(h2) = cause::<h2::Error>(e).filter(|h2| h2.is_remote()) {
         let ended = if h2.is_go_away() { "connection" } else { "stream" };
         let reason = h2.reason().unwrap_or(h2::Reason::PROTOCOL_ERROR);
         return format!("the receiver ended the {ended}: {}", reason.description());
     }
-    // Each level repeats the next in its own text: the last one says it best.
+    // Each level repeats the next in its own text; the last is the clearest.
     causes(e).skip(1).last().map_or_else(|| e.to_string(), ToString::to_string)
 }
 
-/// How often the same request may be sent again at once, in all, after this error of one that got
-/// so far. Receivers know the batch by its id, so that one which did process it does no harm.
+/// The number of resends at once, in all, that this error of a request with this progress allows.
+/// Receivers know the batch by its id, so a resend does no harm if the first was processed.
 pub(super) fn resends(e: &reqwest::Error, progress: &Progress, answered: &Answered) -> u32 {
     let client = cause::<legacy::Error>(e);
     if let Some(h2) = cause::<h2::Error>(e).filter(|h2| h2.is_remote()) {
@@ -53,10 +53,10 @@ pub(super) fn resends(e: &reqwest::Error, progress: &Progress, answered: &Answer
         && !progress.has_begun()
         && cause::<hyper::Error>(e).is_some_and(hyper::Error::is_canceled)
     {
-        // It waited for a stream of a connection that went away.
+        // It waited for a stream of a connection that ended.
         return MOST_REFUSED;
     }
-    // Many servers close a connection that nothing came over for some seconds, and the next request
+    // Many servers close a connection after some seconds without a request, and the next request
     // may cross that.
     u32::from(ended(e) && client.is_some_and(|client| answered.has(client)))
 }
@@ -64,13 +64,13 @@ pub(super) fn resends(e: &reqwest::Error, progress: &Progress, answered: &Answer
 /// Why there is no answer.
 #[derive(Debug)]
 pub(super) enum NotAnswered {
-    /// Nothing was sent, and not for anything of the receiver's.
+    /// Nothing was sent, and the receiver is not the cause.
     Unsent(String),
     Failed(Failure),
 }
 
-/// What an error of a request means that got so far. `only_v4`: the endpoint has no address but of
-/// IPv4.
+/// The meaning of an error of a request with this progress. `only_v4`: the endpoint has only IPv4
+/// addresses.
 pub(super) fn classify(e: reqwest::Error, progress: &Progress, only_v4: bool) -> NotAnswered {
     match own_lack(&e, only_v4) {
         Some(what) => NotAnswered::Unsent(what.to_owned()),
@@ -78,7 +78,7 @@ pub(super) fn classify(e: reqwest::Error, progress: &Progress, only_v4: bool) ->
     }
 }
 
-/// What this process lacks to connect, if that is it.
+/// What this process lacks to connect, if that is the cause.
 fn own_lack(e: &reqwest::Error, only_v4: bool) -> Option<&'static str> {
     if let Some(ResolveError(unresolved)) = cause(e) {
         return resources::lacking(unresolved).or_else(resources::without_descriptors);
@@ -87,7 +87,7 @@ fn own_lack(e: &reqwest::Error, only_v4: bool) -> Option<&'static str> {
         return None;
     }
     causes(e).filter_map(|c| c.downcast_ref::<std::io::Error>()).find_map(|io| {
-        // Of an address of IPv6 it says that this machine has no IPv6.
+        // For an IPv6 address it means that this machine has no IPv6.
         let about_the_address = io.kind() == ErrorKind::AddrNotAvailable && !only_v4;
         if about_the_address { None } else { resources::lacking(io) }
     })
@@ -126,13 +126,13 @@ pub(super) fn tls_error(e: &(dyn Error + 'static)) -> Option<String> {
     if let Some(tls) = e.downcast_ref::<rustls::Error>() {
         return Some(tls.to_string());
     }
-    // The connector puts the I/O error of the handshake into one of its own, and `source` passes by
-    // what is inside.
+    // The connector puts the I/O error of the handshake into one of its own, and `source` skips the
+    // inner one.
     tls_error(e.downcast_ref::<std::io::Error>()?.get_ref()?)
 }
 
-/// A proxy's refusal to open a tunnel. The connector knows 200 as its consent and tells 407 apart;
-/// of its error there is no more than the text.
+/// A proxy's refusal to open a tunnel. The connector knows 200 as consent and distinguishes 407; its
+/// error has nothing but the text.
 fn proxy_error(e: &(dyn Error + 'static)) -> Option<String> {
     let text = e.to_string();
     let (_, why) = text.split_once("tunnel error: ")?;
@@ -150,7 +150,7 @@ fn proxy_error(e: &(dyn Error + 'static)) -> Option<String> {
     Some(why)
 }
 
-/// Whether the connection broke while something was written to it: hyper tells that of a body.
+/// Whether the connection broke during a write: hyper reports that for a body.
 fn is_of_writing(e: &reqwest::Error) -> bool {
     causes(e)
         .filter_map(|c| c.downcast_ref::<hyper::Error>())
@@ -160,7 +160,7 @@ fn is_of_writing(e: &reqwest::Error) -> bool {
             .any(|io| io.kind() == ErrorKind::BrokenPipe)
 }
 
-/// Whether the connection or the stream ended, rather than what came over it being wrong.
+/// Whether the connection or the stream ended, and not the answer was wrong.
 fn ended(e: &reqwest::Error) -> bool {
     causes(e).skip(1).any(|c| {
         if let Some(io) = c.downcast_ref::<std::io::Error>() {

@@ -1,4 +1,4 @@
-//! Names of receivers, and the addresses that a request may go to.
+//! Resolves receivers' names into addresses that a request may go to.
 
 use std::{
     fmt,
@@ -16,13 +16,13 @@ use tokio::sync::Semaphore;
 use super::EXCEPTIONS;
 use crate::policy::address::AddressPolicy;
 
-/// Resolves names and lets through only addresses that may be connected to: those that it returns
-/// are the ones connected to, so nothing can change between the look and the connection.
+/// Resolves names and returns only permitted addresses. The client connects to the returned ones, so
+/// nothing can change between the check and the connection.
 #[derive(Debug)]
 pub(super) struct GuardedResolver {
     policy: AddressPolicy,
     lookup: Lookup,
-    /// Of the name that was asked for last: it has addresses, and none but of IPv4.
+    /// The name that was resolved last has only IPv4 addresses, and at least one.
     pub(super) only_v4: Arc<AtomicBool>,
 }
 
@@ -34,13 +34,13 @@ impl GuardedResolver {
 
 pub(super) type Found = BoxFuture<'static, std::io::Result<Vec<SocketAddr>>>;
 
-/// Asks for the addresses of a name.
+/// A lookup of a name's addresses.
 #[derive(Clone)]
 pub(super) struct Lookup(pub(super) Arc<dyn Fn(String) -> Found + Send + Sync>);
 
-/// Names that are asked for at once for a subscriber. The system's resolver has a thread for each,
-/// also when nobody waits for its answer any more; all subscribers share 512 of them, and a name
-/// server that hangs must not use them up.
+/// Concurrent lookups for a subscriber. The system's resolver has a thread for each, also when its
+/// answer is not awaited any more. All subscribers share 512 threads, and a name server that hangs
+/// must not occupy them all.
 const LOOKUPS: usize = 4;
 
 impl Lookup {
@@ -51,7 +51,7 @@ impl Lookup {
         .at_a_time(LOOKUPS)
     }
 
-    /// Each counts until it has its answer, whoever still waits for that.
+    /// Each lookup counts until it has its answer, whether that is still awaited or not.
     pub(super) fn at_a_time(self, limit: usize) -> Self {
         let room = Arc::new(Semaphore::new(limit));
         Self(Arc::new(move |name| {
@@ -75,7 +75,7 @@ impl fmt::Debug for Lookup {
     }
 }
 
-/// None of a name's addresses may be connected to.
+/// None of a name's addresses is permitted.
 #[derive(Debug)]
 pub(super) struct Blocked {
     address: std::net::IpAddr,
@@ -94,7 +94,7 @@ impl fmt::Display for Blocked {
 
 impl std::error::Error for Blocked {}
 
-/// A name has no address, or none can be had now.
+/// A name has no address, or cannot be resolved now.
 #[derive(Debug)]
 pub(super) struct ResolveError(pub(super) std::io::Error);
 
@@ -121,7 +121,7 @@ impl Resolve for GuardedResolver {
     }
 }
 
-/// The addresses that may be connected to.
+/// The permitted addresses.
 pub(super) fn permitted(
     policy: &AddressPolicy,
     found: impl Iterator<Item = SocketAddr>,

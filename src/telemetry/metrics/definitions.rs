@@ -4,13 +4,13 @@
 
 use std::fmt::Write as _;
 
-/// Before each name.
+/// The prefix of each name.
 pub const PREFIX: &str = "hooktrail_";
 
-/// What kind of metric it is.
+/// The kind of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Only rises, from 0 at each start; exposed as `NAME_total`.
+    /// Only grows, from 0 at each start; exposed as `NAME_total`.
     Counter,
     Gauge,
     /// Exposed as `NAME_bucket`, `NAME_sum` and `NAME_count`.
@@ -30,7 +30,7 @@ impl Kind {
 /// A metric's definition.
 #[derive(Debug, Clone, Copy)]
 pub struct Definition {
-    /// Without [`PREFIX`], and of a counter without `_total`.
+    /// The name without [`PREFIX`] and without the `_total` of a counter.
     pub name: &'static str,
     pub kind: Kind,
     pub labels: &'static [&'static str],
@@ -38,7 +38,7 @@ pub struct Definition {
 }
 
 impl Definition {
-    /// As it stands in the exposition; of a histogram without the suffixes.
+    /// The name in the exposition; for a histogram without the suffixes.
     pub fn exposed(&self) -> String {
         let total = if self.kind == Kind::Counter { "_total" } else { "" };
         format!("{PREFIX}{}{total}", self.name)
@@ -71,28 +71,28 @@ const fn histogram(
 
 const SUBSCRIBER: &[&str] = &["subscriber"];
 
-/// All there are, in the order of the documentation.
+/// All metrics, in the order of the documentation.
 pub const ALL: &[Definition] = &[
     counter(
         "events_received",
         SUBSCRIBER,
-        "Events taken from the subscriber's queue; one that is given back and taken again counts again",
+        "Events taken from the subscriber's queue; one that is requeued and taken again counts again",
     ),
     counter("events_delivered", SUBSCRIBER, "Events that the receiver has accepted"),
     counter(
         "events_recognised",
         SUBSCRIBER,
-        "Events that came again after a lost connection to the broker and were acked without a request: the receiver had accepted them, and only the ack was lost",
+        "Events that were redelivered after a lost connection to the broker and acked without a request: the receiver had accepted them, and only the ack was lost",
     ),
     counter(
         "attempts",
         &["subscriber", "outcome"],
-        "Attempts by what they came to: delivered, retry, split, dead_letter, paused",
+        "Attempts by their outcome: delivered, retry, split, dead_letter, paused",
     ),
     counter(
         "attempt_failures",
         &["subscriber", "failure"],
-        "Failed attempts by why: status (any answer that is no success), dns, address_blocked, connect, tls, timeout, reset, bad_answer, internal",
+        "Failed attempts by their failure: status (any answer that is no success), dns, address_blocked, connect, tls, timeout, reset, bad_answer, internal",
     ),
     counter(
         "unsent_requests",
@@ -114,7 +114,7 @@ pub const ALL: &[Definition] = &[
     histogram(
         "delivery_duration_seconds",
         SUBSCRIBER,
-        "From the arrival of a batch's first event (its publication where the queue tells that, else when the daemon took it) to the answer that accepted the batch",
+        "From the arrival of a batch's first event (its publication where the queue knows that, else when the daemon took it) to the answer that accepted the batch",
     ),
     counter(
         "dead_letters",
@@ -162,7 +162,7 @@ pub const ALL: &[Definition] = &[
     gauge(
         "delayed_retries",
         &[],
-        "Batches of all subscribers whose time to be tried again has not come",
+        "Batches of all subscribers that are not due for their retry yet",
     ),
     gauge(
         "orphans",
@@ -214,12 +214,12 @@ pub const ALL: &[Definition] = &[
     gauge(
         "held_removals",
         &[],
-        "Subscribers that the configuration does not have any more and that are served or bound all the same: so many are not removed by a changed file or a start, but by a reload that an operator asks for",
+        "Subscribers that the configuration does not have any more and that are served or bound all the same: this number is not removed by a changed file or a start, but by a reload that an operator requests",
     ),
     counter(
         "log_lines_dropped",
         &[],
-        "Lines of the log that nobody has read in time; one that says how many is logged when somebody reads again",
+        "Lines of the log that were dropped because they were not read in time; their number is logged when the log is read again",
     ),
     gauge("process_start_time_seconds", &[], "When the process started, in Unix seconds"),
     counter("process_cpu_seconds", &[], "Time of CPUs that the process has used, user and system"),

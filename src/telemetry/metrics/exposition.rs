@@ -5,15 +5,15 @@ use super::definitions::{ALL, Kind, PREFIX};
 /// The format of an exposition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposition {
-    /// The text format of Prometheus, 0.0.4, for whoever asks for nothing else.
+    /// The text format of Prometheus, 0.0.4, for clients that ask for nothing else.
     Text,
     /// OpenMetrics 1.0.
     OpenMetrics,
 }
 
 impl Exposition {
-    /// What a header `accept` asks for (RFC 9110, 12.5.1): OpenMetrics if it is named, and plain
-    /// text is not preferred.
+    /// The format that a header `accept` asks for (RFC 9110, section 12.5.1): OpenMetrics if it is
+    /// named and plain text is not preferred.
     pub fn accepted(accept: &str) -> Self {
         let quality = |range: &str| {
             let mut parts = range.split(';').map(str::trim);
@@ -42,8 +42,8 @@ impl Exposition {
     }
 }
 
-/// The lines of an exposition in a lasting order: those of a metric by their labels, the buckets of
-/// a histogram as they are.
+/// The lines of an exposition in a stable order: samples of a metric by their labels, buckets of a
+/// histogram as they are.
 pub(super) fn sorted(text: &str) -> String {
     let labels = |line: &str| {
         let all = line
@@ -71,8 +71,8 @@ pub(super) fn sorted(text: &str) -> String {
     out
 }
 
-/// OpenMetrics as the older format has it: a counter's name has its suffix in the comments too, and
-/// nothing marks the end.
+/// OpenMetrics in the older format: a counter's name has its suffix in the comments too, and nothing
+/// marks the end.
 pub(super) fn as_plain_text(open_metrics: &str) -> String {
     let mut out = String::with_capacity(open_metrics.len());
     for line in open_metrics.lines().filter(|line| *line != "# EOF") {

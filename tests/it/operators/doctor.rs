@@ -175,7 +175,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             "{reported}"
         );
         assert_eq!(receiver.requests().len(), 1, "an inspection sends no request");
-        assert!(!daemon.log().contains("a look at the queue found"), "{}", daemon.log());
+        assert!(!daemon.log().contains("an inspection of the queue found"), "{}", daemon.log());
         assert!(daemon.stop().await.success());
     });
 }

@@ -442,7 +442,7 @@ fn what_is_relayed_after_a_reload_misses_no_subscriber_that_came_with_it() {
         let unusable = queue("sub.two").await;
         let both = base + &subscriber("two", &two.url, "");
         assert_eq!(reload_to(&setup, &api, &both).await, json!(["two"]));
-        daemon.wait_log("not bound yet, which is tried again without end").await;
+        daemon.wait_log("not bound yet, which is retried indefinitely").await;
         broker.publish_to("", &source, (3..6).map(event)).await;
         daemon.wait_log(&format!("the relay from queue `{source}` fails")).await;
         channel
