@@ -3,10 +3,7 @@
 //! What it answers 202 is durable; what it refuses with another status than 503 has left no trace.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -41,7 +38,10 @@ use crate::{
     failpoint::{Step, reached},
     queue::{Arrival, MAX_GROUP, MAX_TRACEPARENT, NewEvent, Published, Queue},
     supervisor::fleet::Phase,
-    telemetry::metrics::Metrics,
+    telemetry::{
+        metrics::Metrics,
+        outage::{News, Outage},
+    },
     wording::{agreed, counted},
 };
 
@@ -74,7 +74,8 @@ pub(super) struct Intake<Q> {
     metrics: Metrics,
     room: Arc<Semaphore>,
     /// So that the log tells the beginning and the end of a failure, not each request of it.
-    failing: AtomicBool,
+    /// The time in which events cannot be stored.
+    outage: Mutex<Outage>,
 }
 
 /// How a body is to be read.
@@ -107,7 +108,7 @@ impl<Q: Queue> Intake<Q> {
         metrics: Metrics,
         room: Arc<Semaphore>,
     ) -> Self {
-        Self { queue, subscribers, phase, metrics, room, failing: AtomicBool::new(false) }
+        Self { queue, subscribers, phase, metrics, room, outage: Mutex::default() }
     }
 
     async fn take(&self, headers: &HeaderMap, body: &mut Body) -> Result<Accepted, Refusal> {
@@ -186,6 +187,10 @@ impl<Q: Queue> Intake<Q> {
         }
     }
 
+    fn outage(&self) -> MutexGuard<'_, Outage> {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns when all events are durable.
     async fn publish(&self, events: Vec<NewEvent>) -> Result<Accepted, Refusal> {
         let count = events.len();
@@ -204,7 +209,7 @@ impl<Q: Queue> Intake<Q> {
             let published = match self.queue.publish(group).await {
                 Ok(published) => published,
                 Err(e) => {
-                    if !self.failing.swap(true, Ordering::Relaxed) {
+                    if self.outage().failed(&e.to_string()) == News::First {
                         tracing::warn!(error = %e, "events cannot be stored; producers are answered 503");
                     }
                     return Err(Refusal::unavailable(format!(
@@ -229,7 +234,7 @@ impl<Q: Queue> Intake<Q> {
             }
         }
         reached(Step::Stored);
-        if self.failing.swap(false, Ordering::Relaxed) {
+        if self.outage().end() {
             tracing::info!("events are stored again");
         }
         if refused + unbound > 0 {

@@ -46,7 +46,10 @@ use crate::{
         Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
         Window,
     },
-    telemetry::finding::Finding,
+    telemetry::{
+        finding::Finding,
+        outage::{News, Outage},
+    },
 };
 
 /// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.
@@ -273,11 +276,11 @@ impl EmbeddedQueue {
     }
 
     async fn trim_again_and_again(&self) {
-        let mut failing = false;
+        let mut outage = Outage::default();
         loop {
             match self.trim().await {
-                Ok(()) => failing = false,
-                Err(e) if !std::mem::replace(&mut failing, true) => {
+                Ok(()) => drop(outage.end()),
+                Err(e) if outage.failed(&e.to_string()) == News::First => {
                     tracing::warn!(error = %e, "delivered events cannot be deleted; trying again")
                 }
                 Err(_) => {}
