@@ -405,21 +405,11 @@ pub(super) fn taken_envelope(d: Delivery) -> Taken {
     match read_envelope(&d) {
         Ok(envelope) => Taken::Batch(envelope, receipt),
         Err(why) => {
-            let letter = DeadLetter {
-                kind: MessageKind::Batch,
-                reason: Reason::InvalidEvent,
-                content_type: owned(d.properties.content_type()),
-                content_encoding: None,
-                id: owned(d.properties.message_id()),
-                body: d.data.into(),
-                events: 0,
-                attempts: 0,
-                status: None,
-                error: format!("a message in the retry queue is not an envelope: {why}"),
-                first_attempt_at: None,
-                died_at: Some(clock::now()),
-                attempt_log: AttemptLog::default(),
-            };
+            let content_type = owned(d.properties.content_type());
+            let id = owned(d.properties.message_id());
+            let error = format!("a message in the retry queue is not an envelope: {why}");
+            let body = Bytes::from(d.data);
+            let letter = DeadLetter::not_a_batch(body, content_type, id, error, clock::now());
             Taken::Unusable(letter, receipt)
         }
     }

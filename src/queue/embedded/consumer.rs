@@ -14,7 +14,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use super::{from_millis, is_for, millis, parse_patterns, store::Store};
 use crate::{
     clock,
-    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, SubscriberName, cut_error},
+    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, SubscriberName, cut_error},
     event::{Pattern, payload::Format},
     queue::{
         self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken,
@@ -479,23 +479,14 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
             replay,
             traceparent: row.get(10)?,
         }),
-        None => Err(DeadLetter {
-            kind: MessageKind::Batch,
-            reason: Reason::InvalidEvent,
-            body,
-            error: format!(
+        None => {
+            let error = format!(
                 "a retry is not an envelope: its content type `{content_type}` is not that of a batch"
-            ),
-            content_type: Some(content_type),
-            content_encoding: None,
-            id: Some(id),
-            events,
-            attempts,
-            status: None,
-            first_attempt_at,
-            died_at: Some(clock::now()),
-            attempt_log,
-        }),
+            );
+            let (content_type, now) = (Some(content_type), clock::now());
+            let letter = DeadLetter::not_a_batch(body, content_type, Some(id), error, now);
+            Err(DeadLetter { events, attempts, first_attempt_at, attempt_log, ..letter })
+        }
     })
 }
 
