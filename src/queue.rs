@@ -1,4 +1,4 @@
-//! What delivery needs of a queue, in hooktrail's words.
+//! What delivery needs of a queue.
 //!
 //! One implementation for each kind of queue; nothing outside of it knows the queue's protocol.
 
@@ -37,88 +37,87 @@ pub trait Queue: Clone + Send + Sync + 'static {
     type Settler: Settler;
     type DeadLetters: DeadLetters;
 
-    /// Makes ready what the subscribers need, at the start and each time that others are
-    /// configured; what they need no more stays until [`chores`](Self::chores) sees to it. Waits
-    /// for the queue without end. What only one subscriber needs is a concern of
-    /// [`open`](Self::open): returns the names of those who do not have it yet.
+    /// Prepares the queues of these subscribers, at the start and each time that others are
+    /// configured. What they need no more is removed by the [background tasks](Self::background).
+    /// Waits for the queue indefinitely. Returns the subscribers whose own queues are not ready:
+    /// [`open`](Self::open) declares them.
     ///
     /// # Errors
-    /// What there is cannot be used and will not change by itself.
+    /// The queue is unusable until an operator acts.
     fn prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
     ) -> impl Future<Output = Result<BTreeSet<SubscriberName>, QueueError>> + Send;
 
-    /// What is to be done beside the lanes, such as taking away what only earlier configurations
-    /// needed. Ends soon after `stopping` became true, with nothing half done that would be done
-    /// twice.
-    fn chores(
+    /// Runs the background tasks alongside the lanes, such as removing what only earlier
+    /// configurations needed. Ends soon after `stopping` became true, and leaves nothing half done
+    /// that would be done twice.
+    fn background(
         &self,
         subscribers: watch::Receiver<Subscribers>,
         stopping: watch::Receiver<bool>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// Says goodbye, when the lanes have ended.
+    /// Closes the connections, when the lanes have ended.
     fn close(&self) -> impl Future<Output = ()> + Send;
 
-    /// Begins to take from a subscriber's queue. What was taken before and not settled comes again.
+    /// Opens a subscriber's queue. Messages that were taken before and not settled are redelivered.
     fn open(
         &self,
         subscriber: &Subscriber,
         window: Window,
     ) -> impl Future<Output = Result<(Self::Source, Self::Settler), QueueError>> + Send;
 
-    /// Waits until retries and dead letters can be written again.
+    /// Waits until retries and dead letters can be written.
     fn writable(&self) -> impl Future<Output = ()> + Send;
 
-    /// Makes ready what is missing for events to wait for a daemon that has not run yet. Changes
-    /// nothing that is there.
+    /// Declares what is missing for events to wait for a daemon that has not run yet. Changes
+    /// nothing that exists.
     ///
     /// # Errors
-    /// The queue refuses, and why.
+    /// The queue refuses it.
     fn ensure(
         &self,
         subscribers: &[Arc<Subscriber>],
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Stores events for all whose patterns match them, and returns when that is durable: what
-    /// became of each, in order. At most [`MAX_GROUP`] at once.
+    /// Stores events for all subscribers whose patterns match them. Returns the outcome of each in
+    /// order, when that is durable. At most [`MAX_GROUP`] at once.
     ///
     /// # Errors
-    /// It is not known whether they are stored.
+    /// It is unknown whether they are stored.
     fn publish(
         &self,
         events: Vec<NewEvent>,
     ) -> impl Future<Output = Result<Vec<Published>, QueueError>> + Send;
 
-    /// Whether events could be stored now, as far as is known without asking.
+    /// Whether events could be stored now, as far as is known without a request.
     fn is_reachable(&self) -> bool {
         true
     }
 
-    /// What keeps the queue from its work, as far as it was noticed. One that notices nothing has
-    /// none.
+    /// The outages of the queue. A queue that notices none has none.
     fn troubles(&self) -> watch::Receiver<Troubles> {
         watch::Sender::default().subscribe()
     }
 
-    /// Whether events come faster than they are stored, so that new ones should come later.
+    /// Whether events arrive faster than they are stored, so that producers should wait.
     fn is_behind(&self) -> bool {
         false
     }
 
-    /// Who may be unbound because the configuration does not have it any more.
+    /// Decides which subscribers may be unbound because they are not configured any more.
     fn removals(&self) -> &Removals;
 
-    /// Who is paused and who was resumed, as every daemon on the same queues records it; `None`
-    /// until that is known.
+    /// The pauses and resumptions that all daemons on the same queues have recorded; `None` until
+    /// they are known.
     fn standings(&self) -> watch::Receiver<Option<Standings>>;
 
-    /// Records that a subscriber is paused or resumed, and returns when that is durable and in
+    /// Records that a subscriber is paused or resumed. Returns when that is durable and in
     /// [`standings`](Self::standings).
     ///
     /// # Errors
-    /// It is not known whether it was recorded.
+    /// It is unknown whether it was recorded.
     fn record(
         &self,
         subscriber: &SubscriberName,
@@ -126,67 +125,68 @@ pub trait Queue: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
     /// # Errors
-    /// Nothing is known of such a subscriber, or the queue cannot be reached.
+    /// The subscriber is unknown, or the queue cannot be reached.
     fn dead_letters(
         &self,
         subscriber: &str,
     ) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
 
-    /// What waits for its next attempt, what is due and not taken yet among it.
+    /// The batches that wait for their next attempt, those among them that are due and not taken
+    /// yet.
     ///
     /// # Errors
-    /// Nothing is known of such a subscriber, or the queue cannot be reached; nothing has changed.
+    /// The subscriber is unknown, or the queue cannot be reached; nothing has changed.
     fn waiting(
         &self,
         subscriber: &str,
     ) -> impl Future<Output = Result<WaitingList, QueueError>> + Send;
 
-    /// Makes the next attempt due now, of all that waits or of the batches with these ids. Bytes,
-    /// ids and attempts stay as they are; what waits for other subscribers keeps its order and its
-    /// time.
+    /// Makes the next attempt due now, of all waiting batches or of those with these ids. Bytes,
+    /// ids and numbers of attempts stay the same; batches of other subscribers keep their order and
+    /// their time.
     ///
     /// # Errors
-    /// Nothing is known of such a subscriber, or the queue was lost. What was not moved by then
-    /// still waits as it did; how many were, the error says.
+    /// The subscriber is unknown, or the queue was lost. The error says how many batches were
+    /// moved; the others still wait as they did.
     fn hasten(
         &self,
         subscriber: &str,
         ids: Option<BTreeSet<BatchId>>,
     ) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
 
-    /// How much there is in the queues of these subscribers, and what is left of others.
+    /// The depths of these subscribers' queues, and of what is left of removed subscribers.
     ///
     /// # Errors
-    /// The queue cannot be asked.
+    /// The queue cannot be reached.
     fn depths(
         &self,
         subscribers: &[Arc<Subscriber>],
     ) -> impl Future<Output = Result<Depths, QueueError>> + Send;
 
-    /// Who gets events, as the queue has it recorded: for commands, which do not know whether a
-    /// daemon runs and with which configuration.
+    /// The subscribers that get events, as the queue has recorded it: for commands, which do not
+    /// know whether a daemon runs, nor its configuration.
     ///
     /// # Errors
-    /// The queue cannot be asked.
+    /// The queue cannot be reached.
     fn bound(&self) -> impl Future<Output = Result<BTreeSet<SubscriberName>, QueueError>> + Send;
 
-    /// Deletes what there is of a subscriber that is not configured any more.
+    /// Deletes the queues of a subscriber that is not configured any more.
     ///
     /// # Errors
-    /// Somebody still works with it; or it holds something, unless `with_events` says that this is
-    /// to be lost; or the queue cannot be asked.
+    /// A daemon or a command still uses them; or they hold messages, unless `with_events` permits
+    /// their loss; or the queue cannot be reached.
     fn prune(
         &self,
         subscriber: &SubscriberName,
         with_events: bool,
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// What there is for this configuration and what can go wrong with it, without changing
-    /// anything; what could not be looked at is said. In bounded time, but for the time that a
-    /// broker takes which answers slowly.
+    /// Inspects what exists for this configuration and what can go wrong with it. Changes nothing,
+    /// and reports what it could not inspect. Takes a bounded time, unless the broker answers
+    /// slowly.
     ///
     /// # Errors
-    /// The queue cannot be asked at all.
+    /// The queue cannot be reached at all.
     fn inspect(
         &self,
         subscribers: &[Arc<Subscriber>],
@@ -206,7 +206,7 @@ pub struct NewEvent {
 /// W3C Trace Context has 55 characters; what is far longer is something else.
 pub const MAX_TRACEPARENT: usize = 256;
 
-/// How many events are best published in one call: they become durable together.
+/// Events that are best published in one call: they become durable together.
 pub const MAX_GROUP: usize = 1000;
 
 /// What the queue says of a published event.
@@ -241,37 +241,39 @@ pub enum Arrival {
     Refused,
 }
 
-/// A walk through dead letters, oldest first. What is neither replayed nor purged keeps its order.
+/// A walk through dead letters, oldest first. Those that are neither replayed nor purged keep their
+/// order.
 ///
-/// Takes no memory for what it has passed by, however many there are.
+/// Takes no memory for the dead letters that it has passed, however many there are.
 pub trait DeadLetters: Send {
-    /// How many there are still to come. Those that die during the walk are not part of it.
+    /// The number of dead letters still to be passed. Those that are added during the walk are not
+    /// part of it.
     fn left(&self) -> u32;
 
     /// # Errors
-    /// The queue was lost; nothing has gone but what was replayed or purged.
+    /// The queue was lost; only what was replayed or purged has been removed.
     fn next(&mut self) -> impl Future<Output = Result<Option<Held>, QueueError>> + Send;
 
-    /// Sends letters on their way again: durable first, and only then no dead letters any more.
-    /// Returns those whose subscriber has no queue any more: they stay where they are.
+    /// Replays dead letters: they are durable in their queue before they are removed here. Returns
+    /// those whose subscriber has no queue any more: they stay.
     ///
     /// # Errors
-    /// Those that are not on their way are still dead letters.
+    /// Those that were not replayed are still dead letters.
     fn replay(
         &mut self,
         letters: Vec<Held>,
     ) -> impl Future<Output = Result<Vec<Held>, QueueError>> + Send;
 
-    /// Deletes letters for good.
+    /// Deletes dead letters.
     ///
     /// # Errors
     /// The queue was lost; those that are not deleted are still there.
     fn purge(&mut self, letters: Vec<Held>) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Gives back what was looked at, in its order.
+    /// Requeues the dead letters that were passed, in their order.
     ///
     /// # Errors
-    /// The queue was lost before it answered; the letters are still there.
+    /// The queue was lost before it answered; the dead letters are still there.
     fn close(self) -> impl Future<Output = Result<(), QueueError>> + Send;
 }
 
@@ -279,28 +281,28 @@ pub trait DeadLetters: Send {
 #[derive(Debug)]
 pub struct Held {
     pub letter: DeadLetter,
-    /// Whose it is; of an orphan that is not always known.
+    /// Its subscriber, which is not always known of an orphan.
     pub subscriber: Option<String>,
     pub(crate) tag: u64,
 }
 
 #[cfg(test)]
 impl Held {
-    /// For a queue that needs no tag.
+    /// A dead letter of a queue that needs no tag.
     pub(crate) fn new(letter: DeadLetter, subscriber: Option<String>) -> Self {
         Self { letter, subscriber, tag: 0 }
     }
 }
 
-/// The bytes of events that a lane takes from a broker and has not settled, unless [`FEWEST`] of
-/// them are more.
+/// Bytes of events that a lane may have unsettled at a broker, unless the first [`FEWEST`] events
+/// are larger.
 pub const MOST_BYTES: u64 = 64 << 20;
 
-/// So many events are taken whatever their size: the first of a queue, whose sizes nobody knows,
+/// Events that are taken whatever their size: the first ones of a queue, whose sizes are unknown,
 /// and the largest.
 pub const FEWEST: u16 = 16;
 
-/// How much may be taken and not yet settled.
+/// The most messages that a lane may have unsettled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     pub events: u16,
@@ -308,16 +310,18 @@ pub struct Window {
 }
 
 impl Window {
-    /// Of a subscriber: for each request in flight its batch and one that fills meanwhile.
+    /// The window of a subscriber: for each request in flight its batch, and one that fills
+    /// meanwhile.
     pub fn of(subscriber: &Subscriber) -> Self {
         let slots = subscriber.http.concurrency;
         let clamp = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
         Self { events: clamp(2 * slots * subscriber.batch.max_events), envelopes: clamp(slots) }
     }
 
-    /// The longest that a message of this window is held before it is settled, if each batch has so
-    /// many events and each attempt takes [all the time it may](Subscriber::longest_attempt): its
-    /// wait for company, the attempts before its own, and that. Retries that are due come on top.
+    /// The longest time that a message of this window is unsettled, if each batch has
+    /// `events_in_a_batch` events and each attempt takes [its
+    /// longest](Subscriber::longest_attempt): the time until its batch is full, the attempts before
+    /// its own, and its own. Due retries come on top.
     pub fn longest_hold(self, subscriber: &Subscriber, events_in_a_batch: usize) -> Duration {
         let at_once = subscriber.http.concurrency * events_in_a_batch.max(1);
         let attempts = usize::from(self.events).div_ceil(at_once).max(1);
@@ -327,10 +331,10 @@ impl Window {
                 .saturating_mul(u32::try_from(attempts).unwrap_or(u32::MAX))
     }
 
-    /// With fewer events in each batch than this a message of this window could be held for longer
-    /// than `limit`; with as many as a batch may have that is not looked at.
+    /// The number of events in each batch below which a message of this window could be unsettled
+    /// for longer than `limit`. At most `max_events`, for which that is not checked.
     pub fn fewest_events(self, subscriber: &Subscriber, limit: Duration) -> usize {
-        // The more events in a batch, the fewer attempts, so that the hold only falls.
+        // The more events in a batch, the fewer attempts, so that the time only falls.
         let (mut few, mut enough) = (0, subscriber.batch.max_events);
         while enough - few > 1 {
             let middle = few + (enough - few) / 2;
@@ -346,33 +350,33 @@ impl Window {
 
 /// The taking end of a subscriber's queue.
 pub trait Source: Send {
-    /// Waits for at least one message and appends those that are there, at most about `max`,
-    /// envelopes before events. Can be dropped while it waits without losing any.
+    /// Waits for at least one message, and appends those that are there: at most about `max`,
+    /// envelopes before events. Loses none if it is dropped while it waits.
     ///
     /// # Errors
-    /// The queue is gone: whatever was taken from this source comes again from the next.
+    /// The queue is gone: what was taken from this source is redelivered by the next one.
     fn take(
         &mut self,
         into: &mut Vec<Taken>,
         max: usize,
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Nothing more is taken before something is settled, although the window would allow it: what
-    /// is held is large.
+    /// Whether nothing more is taken before something is settled, although the window would allow
+    /// it: the unsettled messages are large.
     fn is_full(&self) -> bool {
         false
     }
 
-    /// Gives back what was not settled, to the places it had.
+    /// Requeues what was not settled.
     fn close(self) -> impl Future<Output = ()> + Send;
 }
 
 /// The settling end. Clones settle for the same source.
 pub trait Settler: Clone + Send + Sync + 'static {
-    /// Makes the settlement durable, then takes the messages out of the queue.
+    /// Makes the settlement durable, then removes the messages from the queue.
     ///
     /// # Errors
-    /// The messages are still in the queue and come again.
+    /// The messages are still in the queue and are redelivered.
     fn settle(
         &self,
         receipts: Vec<Receipt>,
@@ -380,7 +384,7 @@ pub trait Settler: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), SettleError>> + Send;
 }
 
-/// Stands for a message that was taken, at the source it was taken from.
+/// A taken message's token, valid only at its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Receipt {
     pub(crate) from: MessageKind,
@@ -392,36 +396,36 @@ pub struct Receipt {
 pub enum Taken {
     Event(Event),
     Batch(Batch, Receipt),
-    /// A message that is no envelope where one should be, or no event that can be read, as the dead
-    /// letter that it becomes.
+    /// A message that is no envelope where one should be, or no readable event: as the dead letter
+    /// that it becomes.
     Unusable(DeadLetter, Receipt),
-    /// What comes again although it was settled: only its ack was lost. To be acked, and not
-    /// attempted.
-    Known {
+    /// A redelivery of a message that was settled: only its ack was lost. Ack it without an
+    /// attempt.
+    AlreadySettled {
         events: u32,
         receipt: Receipt,
     },
 }
 
-/// An event as it was published; whether it is a valid one is for the lane to say.
+/// An event as it was published. The lane decides whether it is valid.
 #[derive(Debug)]
 pub struct Event {
     pub body: Vec<u8>,
     /// The producer's, if there is one.
     pub message_id: Option<String>,
     pub content_type: Option<String>,
-    /// When it was published, where the queue tells that.
+    /// When it was published, where the queue knows that.
     pub published_at: Option<SystemTime>,
     /// The producer's, as W3C Trace Context has it.
     pub traceparent: Option<String>,
     pub receipt: Receipt,
 }
 
-/// What became of messages.
+/// What follows from the outcome of messages.
 #[derive(Debug)]
 pub enum Settlement {
     Delivered,
-    /// Comes again as envelopes, in their order, not before `delay` from now.
+    /// They come back as envelopes, in their order, not before `delay` from now.
     Retry {
         batches: Vec<Batch>,
         delay: Duration,
@@ -432,9 +436,10 @@ pub enum Settlement {
 /// Why a settlement did not happen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SettleError {
-    /// The source is gone and its messages with it: forget them, they come again.
+    /// The source is gone, and its messages with it: forget them, they are redelivered.
     Gone,
-    /// The queue did not confirm; nothing may be written for these messages until they come again.
+    /// The queue did not confirm; nothing may be written for these messages until they are
+    /// redelivered.
     Unconfirmed(String),
 }
 
@@ -449,7 +454,7 @@ impl fmt::Display for SettleError {
 
 impl std::error::Error for SettleError {}
 
-/// Something is wrong with the queue. Names the queue, says what was found and what to do.
+/// A failure of the queue. Names the queue, says what was found and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueError {
     text: String,
@@ -458,23 +463,23 @@ pub struct QueueError {
 }
 
 impl QueueError {
-    /// What may pass by itself.
+    /// A failure that may end by itself.
     pub fn new(text: impl Into<String>) -> Self {
         Self { text: text.into(), needs_operator: false, remedy: None }
     }
 
-    /// What stays until somebody changes the queue or the configuration.
+    /// A failure that stays until an operator changes the queue or the configuration.
     pub fn needs_operator(text: impl Into<String>) -> Self {
         Self { text: text.into(), needs_operator: true, remedy: None }
     }
 
-    /// With what puts it right, a command where there is one.
+    /// Adds the remedy, a command where there is one.
     #[must_use]
     pub fn remedied(self, remedy: impl Into<String>) -> Self {
         Self { remedy: Some(remedy.into()), ..self }
     }
 
-    /// What is wrong, without the remedy.
+    /// The failure, without the remedy.
     pub fn what(&self) -> &str {
         &self.text
     }

@@ -52,7 +52,7 @@ impl Sorted {
                 self.received += u64::from(receipt.from == MessageKind::Event);
                 self.dead.push((receipt, letter));
             }
-            Taken::Known { events, receipt } => {
+            Taken::AlreadySettled { events, receipt } => {
                 self.received += u64::from(receipt.from == MessageKind::Event);
                 self.recognised_events += u64::from(events);
                 self.recognised.push(receipt);

@@ -8,20 +8,22 @@
 //! - `message`: events, envelopes and dead letters as messages
 //! - `topology`: names and arguments; `requests`: requests and refusals; `declarations`: both
 //! - `publisher`: confirmed publishing from one task
-//! - `redelivery`: what was settled and comes again, because its ack was lost
+//! - `redelivery`: messages that were settled and are redelivered, because their ack was lost
 //! - `management`: the HTTP API of the management plugin
-//! - `record`: the records of the state stream; `snapshot`, `state_stream`: reading and writing them
+//! - `record`: the records of the state stream; `snapshot`, `state_stream`: reading and writing
+//!   them
 //! - `shared`: what the files below share
 //! - `unusable`: queues that cannot be consumed
-//! - `restore`: what belongs to hooktrail alone is redeclared when somebody has deleted it
+//! - `restore`: redeclares what belongs to hooktrail alone and was deleted
 //! - `walk`: a read of each message of a queue, in their order
 //! - `consumer`: source and settler of a subscriber
-//! - `ownership`: what several daemons decide about bindings; `upkeep`: bindings that somebody has
-//!   deleted; `follow`: carries both out
+//! - `ownership`: what several daemons decide about bindings; `upkeep`: bindings that were deleted;
+//!   `follow`: carries both out
 //! - `relay`: the source queue; `orphans`: their sweep; `intake`: new events
 //! - `waiting`: batches that wait for their next attempt; `dead`: dead letters and orphans
 //! - `depths`: numbers of messages; `doctor`: what can lose or hold up events
-//! - `repair`, `prune`: deletes and redeclares broken queues; deletes what nobody needs
+//! - `repair`, `prune`: deletes and redeclares broken queues; deletes queues that are not needed
+//!   any more
 
 mod broker_error;
 mod connection;
@@ -85,7 +87,7 @@ use crate::{
     telemetry::{finding::Finding, metrics::Metrics, troubles::Troubles},
 };
 
-/// The broker and what hooktrail keeps in it. Clones are the same.
+/// The broker and what hooktrail keeps in it. Clones share everything.
 #[derive(Debug, Clone)]
 pub struct AmqpQueue(Arc<Shared>);
 
@@ -107,13 +109,13 @@ impl AmqpQueue {
         Ok(())
     }
 
-    /// Deletes and redeclares those queues of a subscriber, and of the shared ones, that the broker
-    /// has lost the use of, and declares those that are missing. Sound queues are not touched; nor
-    /// is one with messages that may come back, unless `force` says so.
+    /// Deletes and redeclares the broken queues of a subscriber and the broken shared ones, and
+    /// declares those that are missing. Does not touch sound queues; nor, without `force`, a queue
+    /// whose messages may come back.
     ///
     /// # Errors
-    /// The broker cannot be reached or does not obey; or what is wrong is not for this to change,
-    /// which is said, and nothing is changed.
+    /// The broker cannot be reached or refuses; or a queue fails for another reason, and nothing
+    /// was changed.
     pub async fn repair(
         &self,
         subscriber: &Subscriber,
@@ -127,7 +129,7 @@ impl AmqpQueue {
     /// that is hooktrail's own.
     ///
     /// # Errors
-    /// The broker cannot be reached or does not obey.
+    /// The broker cannot be reached or refuses.
     pub async fn remove<S: AsRef<str>>(
         &self,
         subscribers: impl IntoIterator<Item = S>,
@@ -136,17 +138,18 @@ impl AmqpQueue {
         prune::remove(&self.0, subscribers, with_exchange).await
     }
 
-    /// What there is under this prefix, of every subscriber that the record, this configuration or
-    /// the management API knows.
+    /// The depths of all queues under this prefix: of every subscriber that the record, this
+    /// configuration or the management API knows.
     ///
     /// # Errors
-    /// The broker cannot be asked; or a daemon or a command works with the prefix: which queue, or
-    /// which subscriber, shows it.
+    /// The broker cannot be reached; or a daemon or a command works with the prefix, which the
+    /// error shows by a queue or a subscriber.
     pub async fn everything(&self, configured: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         prune::everything(&self.0, configured).await
     }
 
-    /// What could not be routed back to its subscriber, and invalid events of a source queue.
+    /// A walk through the orphans: batches that could not be routed back, and invalid events of a
+    /// source queue.
     ///
     /// # Errors
     /// The broker cannot be reached, or no daemon has run with this prefix.
@@ -154,7 +157,7 @@ impl AmqpQueue {
         DeadLetters::of_orphans(&self.0).await
     }
 
-    /// Returns whose queues are not ready.
+    /// Returns the subscribers whose queues are not ready.
     async fn try_prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
@@ -205,7 +208,7 @@ impl Queue for AmqpQueue {
         }
     }
 
-    async fn chores(
+    async fn background(
         &self,
         subscribers: watch::Receiver<Subscribers>,
         stopping: watch::Receiver<bool>,
@@ -216,12 +219,12 @@ impl Queue for AmqpQueue {
         let others = async {
             tokio::join!(
                 supervised("following the record", || follow::follow(shared, subscribers.clone())),
-                supervised("the upkeep of the delay ladder", || restore::keep_own(shared)),
+                supervised("the upkeep of the delay ladder", || restore::check_own(shared)),
                 supervised("the sweep of orphans", || orphans::sweep(shared, subscribers.clone())),
             )
         };
         tokio::select! {
-            // What is stored and not acked would be relayed again by the next daemon.
+            // Stored events that are not acked would be relayed again by the next daemon.
             _ = async { tokio::join!(relay, stopped(stopping.clone())) } => {}
             _ = others => {}
         }
@@ -243,11 +246,11 @@ impl Queue for AmqpQueue {
         let shared = &self.0;
         let name = &subscriber.name;
         let suspects = || shared.suspects.lock().unwrap_or_else(PoisonError::into_inner);
-        // With many of them it is the broker that fails, and more connections would not help it.
+        // With many of them the broker itself fails, and more connections would not help.
         let suspect =
             Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
         if let Err(e) = shared.topology.ensure_subscriber(&mut shared.broker(), subscriber).await {
-            // The exchange itself, perhaps, which no lane declares.
+            // Perhaps the exchange is missing, which no lane declares.
             shared.unbound.notify_one();
             return Err(e);
         }
@@ -268,7 +271,7 @@ impl Queue for AmqpQueue {
     async fn writable(&self) {
         let mut damaged = self.0.damaged.subscribe();
         loop {
-            // An error means that whoever tells it is gone.
+            // An error means that the sender is gone.
             damaged.wait_for(|damaged| !damaged).await.ok();
             self.0.publisher().writable().await;
             if !*damaged.borrow() {
@@ -324,7 +327,7 @@ impl Queue for AmqpQueue {
             shared.recorded().remove(subscriber);
             return Err(e);
         }
-        // What is followed brings it too, a little later.
+        // The followed record brings it too, a little later.
         shared.standings.send_modify(|all| {
             if let Some(all) = all {
                 Arc::make_mut(all).insert(subscriber.clone(), standing);

@@ -3,14 +3,14 @@
 //! knows SQLite.
 //!
 //! - `store`: the file, its schema, commits in groups
-//! - `place`: whether the files that are open still are those at their paths
-//! - `lane`: source and settler of a subscriber
-//! - `dead`: looking at dead letters
-//! - `waiting`: looking at what waits for its next attempt, and making that due now
-//! - `doctor`: what of the files can lose or hold up events
+//! - `place`: whether the open files are still those at their paths
+//! - `consumer`: source and settler of a subscriber
+//! - `dead`: a walk through dead letters
+//! - `waiting`: lists batches that wait for their next attempt, and makes them due now
+//! - `doctor`: what can lose or hold up events
 //!
-//! The log is filtered when it is read, by the patterns that were configured when the event came: a
-//! segment of the log for each time that they changed.
+//! The log is filtered when it is read, by the patterns that were configured when the event was
+//! stored: each change of them begins another segment of the log.
 
 mod consumer;
 mod dead;
@@ -52,20 +52,20 @@ use crate::{
     },
 };
 
-/// How often other processes' commits are looked for: `publish` and `dead` beside a daemon.
-const LOOK: Duration = Duration::from_millis(100);
+/// Time between two polls for commits of other processes: `publish` and `dead` alongside a daemon.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How often it is checked that the files are where they were, beside each time that events are
-/// stored.
+/// Time between two checks that the files are still at their paths; they are also checked each time
+/// that events are stored.
 const CHECK_PLACE: Duration = Duration::from_secs(10);
 
-/// Between two rounds of deleting what every subscriber is done with.
+/// Time between two rounds of deleting events that every subscriber has settled.
 const TRIM_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Events deleted in one transaction: few, so that none waits long behind them.
+/// Events deleted in one transaction: few, so that no other waits long behind them.
 const TRIM_STEP: u32 = 500;
 
-/// The database. Clones are the same.
+/// The database. Clones share it.
 #[derive(Debug, Clone)]
 pub struct EmbeddedQueue(Arc<Inner>);
 
@@ -73,20 +73,20 @@ pub struct EmbeddedQueue(Arc<Inner>);
 struct Inner {
     store: Store,
     retention: Duration,
-    /// Of all segments that have no end: as they stand in the database, and parsed.
+    /// The patterns of all open segments: as they stand in the database, and parsed.
     patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
-    /// Counts commits that may bring a lane something to do.
+    /// Counts commits that may have something for a lane.
     news: watch::Sender<u64>,
     standings: watch::Sender<Option<Standings>>,
     removals: Removals,
-    /// For whom this was made ready last.
+    /// The subscribers that were prepared last.
     prepared: Mutex<BTreeSet<SubscriberName>>,
     /// The latest session of each subscriber.
     lanes: Mutex<BTreeMap<SubscriberName, LaneRef>>,
 }
 
 impl EmbeddedQueue {
-    /// For the daemon, which has the database for itself.
+    /// Opens the database for the daemon, exclusively.
     ///
     /// # Errors
     /// It cannot be opened, or another daemon has it.
@@ -94,7 +94,7 @@ impl EmbeddedQueue {
         Self::open(config, Access::Daemon)
     }
 
-    /// For publishing, beside a daemon or without one.
+    /// Opens the database for publishing, alongside a daemon or without one.
     ///
     /// # Errors
     /// It cannot be opened.
@@ -102,7 +102,7 @@ impl EmbeddedQueue {
         Self::open(config, Access::Create)
     }
 
-    /// For looking at what there is.
+    /// Opens an existing database.
     ///
     /// # Errors
     /// It cannot be opened, or there is none.
@@ -110,10 +110,10 @@ impl EmbeddedQueue {
         Self::open(config, Access::Existing)
     }
 
-    /// Whether there is one to look at.
+    /// Whether there is a database.
     ///
     /// # Errors
-    /// Who asks may not look.
+    /// The user may not read the directory.
     pub fn exists(config: &EmbeddedConfig) -> Result<bool, QueueError> {
         store::exists(&config.data_dir)
     }
@@ -137,7 +137,7 @@ impl EmbeddedQueue {
         })))
     }
 
-    /// Whether the database in a directory holds what was not delivered, if there is one.
+    /// Whether there is a database with undelivered events.
     ///
     /// # Errors
     /// It cannot be read.
@@ -164,8 +164,8 @@ impl EmbeddedQueue {
         self.0.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Deletes the database with all that is in it. For whoever has it [for
-    /// itself](Self::for_daemon).
+    /// Deletes the database with all that is in it. It has to be open [for the
+    /// daemon](Self::for_daemon).
     ///
     /// # Errors
     /// A file cannot be deleted.
@@ -173,43 +173,19 @@ impl EmbeddedQueue {
         store::delete(self.store().path())
     }
 
-    /// How much there is for each subscriber, whether it is configured or not.
+    /// The depth of each subscriber, whether it is configured or not.
     ///
     /// # Errors
     /// The database cannot be read.
     pub async fn everything(&self) -> Result<Depths, QueueError> {
         self.store()
-            .read(|db| {
+            .read_long(|db| {
                 Ok(Depths { subscribers: depths(db, &BTreeMap::new())?, ..Depths::default() })
             })
             .await
     }
 
-    /// What there is of each kind for each subscriber, by names such as `siem: events to deliver`.
-    ///
-    /// # Errors
-    /// The database cannot be read.
-    pub async fn counts(&self) -> Result<Vec<(String, u32)>, QueueError> {
-        let count = |db: &Connection| {
-            let mut counts = backlogs(db, &BTreeMap::new())?
-                .into_iter()
-                .map(|(s, n)| (format!("{s}: events to deliver"), n))
-                .collect::<Vec<_>>();
-            for (table, what) in [("retry", "batches to try again"), ("dead", "dead letters")] {
-                let mut query = db.prepare(&format!(
-                    "SELECT subscriber, count(*) FROM {table} GROUP BY 1 ORDER BY 1"
-                ))?;
-                let rows = query.query_map([], |r| {
-                    Ok((format!("{}: {what}", r.get::<_, String>(0)?), r.get(1)?))
-                })?;
-                counts.extend(rows.collect::<rusqlite::Result<Vec<(String, u32)>>>()?);
-            }
-            Ok(counts)
-        };
-        self.store().look(count).await
-    }
-
-    /// Ends the segments of configurations that are no more and begins those of today's.
+    /// Ends the segments of former configurations and begins those of today's.
     async fn bind(
         &self,
         subscribers: &[Arc<Subscriber>],
@@ -226,7 +202,8 @@ impl EmbeddedQueue {
         Ok(())
     }
 
-    /// What was configured anew is bound already, unless the file could not be written just then.
+    /// Binds newly configured subscribers. They are bound already, unless the file could not be
+    /// written then.
     async fn bind_again(&self, mut subscribers: watch::Receiver<Subscribers>) {
         let mut removals = self.0.removals.changes();
         loop {
@@ -240,7 +217,7 @@ impl EmbeddedQueue {
                 match self.bind(&current, false).await {
                     Ok(()) => break,
                     Err(e) => {
-                        tracing::warn!(error = %e, "what is configured anew is not bound yet; trying again")
+                        tracing::warn!(error = %e, "newly configured subscribers are not bound yet; trying again")
                     }
                 }
                 tokio::time::sleep(waits.grow()).await;
@@ -248,8 +225,8 @@ impl EmbeddedQueue {
         }
     }
 
-    /// What is wanted of today's log. Another process may change that at any time, so it is asked
-    /// within the transaction that writes events.
+    /// The patterns of the open segments. Another process may change them at any time, so they are
+    /// read within the transaction that writes events.
     fn open_patterns(&self, db: &Connection) -> rusqlite::Result<Arc<[Pattern]>> {
         let texts = db
             .prepare_cached("SELECT patterns FROM segment WHERE upto IS NULL ORDER BY id")?
@@ -263,7 +240,7 @@ impl EmbeddedQueue {
         Ok(known.1.clone())
     }
 
-    /// Deletes events that every subscriber is done with, when they are older than the retention.
+    /// Deletes events that every subscriber has settled, when they are older than the retention.
     async fn trim(&self) -> Result<(), QueueError> {
         let old = clock::now().checked_sub(self.0.retention).unwrap_or(SystemTime::UNIX_EPOCH);
         let old = millis(old);
@@ -275,7 +252,7 @@ impl EmbeddedQueue {
         }
     }
 
-    async fn trim_again_and_again(&self) {
+    async fn trim_periodically(&self) {
         let mut outage = Outage::default();
         loop {
             match self.trim().await {
@@ -289,11 +266,11 @@ impl EmbeddedQueue {
         }
     }
 
-    /// Nobody has to publish anything for it to be known that the file is lost.
+    /// Checks periodically, so that a lost file is noticed without a publish.
     async fn check_place(&self) {
         loop {
             let place = self.store().place();
-            // By a thread that may wait for the disk. An error is that thread's end.
+            // On a thread that may wait for the disk. An error means that the thread has ended.
             let check = move |_: &_| {
                 drop(place.check());
                 Ok(())
@@ -304,13 +281,13 @@ impl EmbeddedQueue {
     }
 
     /// Wakes the lanes after another process's commit and after this one's.
-    async fn look_for_news(&self) {
+    async fn poll_commits(&self) {
         let mut commits = self.store().commits();
         let mut version = 0;
         loop {
             tokio::select! {
                 changed = commits.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(LOOK) => {
+                () = tokio::time::sleep(POLL_INTERVAL) => {
                     let now = self.store().read(|db| db.pragma_query_value(None, "data_version", |row| row.get::<_, i64>(0))).await;
                     match now {
                         Ok(now) if now != version => version = now,
@@ -332,7 +309,7 @@ impl Queue for EmbeddedQueue {
         &self,
         subscribers: &[Arc<Subscriber>],
     ) -> Result<BTreeSet<SubscriberName>, QueueError> {
-        // Before anything is changed: what is refused has changed nothing.
+        // Before anything is changed: a refusal has changed nothing.
         let mut found = self.store().read(standings).await?;
         self.bind(subscribers, false).await?;
         let names: BTreeSet<SubscriberName> = subscribers.iter().map(|s| s.name.clone()).collect();
@@ -342,8 +319,8 @@ impl Queue for EmbeddedQueue {
         );
         self.0.standings.send_modify(|all| match all {
             None => *all = Some(Arc::new(found)),
-            // This daemon alone changes them, but of who comes now: a command may have pruned one
-            // of that name.
+            // Only this daemon changes them, except for new subscribers: a command may have pruned
+            // one of the same name.
             Some(all) => {
                 for name in names.difference(&before) {
                     match found.remove(name) {
@@ -356,23 +333,23 @@ impl Queue for EmbeddedQueue {
         Ok(BTreeSet::new())
     }
 
-    async fn chores(
+    async fn background(
         &self,
         subscribers: watch::Receiver<Subscribers>,
         mut stopping: watch::Receiver<bool>,
     ) {
         // Each step is a transaction.
-        let chores = async {
+        let tasks = async {
             tokio::join!(
-                self.look_for_news(),
-                self.trim_again_and_again(),
+                self.poll_commits(),
+                self.trim_periodically(),
                 self.bind_again(subscribers),
                 self.check_place()
             )
         };
         tokio::select! {
             _ = stopping.wait_for(|stops| *stops) => {}
-            _ = chores => {}
+            _ = tasks => {}
         }
     }
 
@@ -394,12 +371,12 @@ impl Queue for EmbeddedQueue {
 
     async fn writable(&self) {
         let mut waits = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-        // A page that is written and taken back: what a full disk refuses.
+        // A page is written and dropped, which a full disk refuses.
         let probe = |db: &Connection| {
             db.execute_batch("CREATE TABLE probe (x); INSERT INTO probe VALUES (zeroblob(65536)); DROP TABLE probe")
         };
         while let Err(e) = self.store().write(probe).await {
-            tracing::debug!(error = %e, "the embedded queue still takes nothing");
+            tracing::debug!(error = %e, "the embedded queue still refuses writes");
             tokio::time::sleep(waits.grow()).await;
         }
     }
@@ -412,8 +389,8 @@ impl Queue for EmbeddedQueue {
         let at = millis(clock::now());
         let queue = self.clone();
         let insert = move |db: &Connection| {
-            // Lanes go on with a lost file, as long as there is a process that has it; to take more
-            // is to lose it.
+            // Lanes go on with a lost file as long as a process has it open; new events would be
+            // lost.
             if let Some(lost) = queue.store().place().check_before_storing() {
                 return Ok(Err(lost));
             }
@@ -488,21 +465,20 @@ impl Queue for EmbeddedQueue {
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let place = self.store().place();
-        // Before the database is read: what is settled meanwhile is not counted at all, and what is
-        // taken meanwhile was not taken yet.
+        // Before the database is read: messages settled meanwhile are not counted, and messages
+        // taken meanwhile count as not taken.
         let in_hand: BTreeMap<SubscriberName, Held> = self
             .lanes()
             .iter()
             .filter_map(|(name, lane)| Some((name.clone(), lane.held()?)))
             .collect();
-        let look = move |db: &Connection| {
+        let read = move |db: &Connection| {
             // One snapshot: a batch that fails meanwhile is among the events or among the retries.
             let db = db.unchecked_transaction()?;
             place.check().map_or_else(|| depths(&db, &in_hand).map(Ok), |lost| Ok(Err(lost)))
         };
-        // What was asked and not answered is told as the queue's error: status and log say the
-        // same.
-        let found = self.store().look(look).await?;
+        // A failure is reported as the queue's: status and log say the same.
+        let found = self.store().read_long(read).await?;
         let mut found = found.map_err(QueueError::needs_operator)?;
         let (mut configured, mut removed) = (BTreeMap::new(), BTreeMap::new());
         for s in subscribers {
@@ -533,7 +509,7 @@ impl Queue for EmbeddedQueue {
                 [&name],
                 |r| r.get(0),
             )?;
-            // In the same transaction: what came since somebody looked is seen.
+            // In the same transaction: newer messages are counted.
             let full = !with_events
                 && depths(db, &BTreeMap::new())?.get(&name).is_some_and(|d| !d.is_empty());
             if open || full {
@@ -549,7 +525,7 @@ impl Queue for EmbeddedQueue {
         match self.store().write(delete).await? {
             Pruned::Done => Ok(()),
             Pruned::Full => Err(QueueError::new(format!(
-                "`{subscriber}` holds something by now; nothing was deleted"
+                "`{subscriber}` has messages by now; nothing was deleted"
             ))),
             Pruned::StillOpen => Err(QueueError::new(format!(
                 "`{subscriber}` still gets events; take it out of the configuration, and start or reload the daemon once with that"
@@ -562,16 +538,16 @@ impl Queue for EmbeddedQueue {
     }
 }
 
-/// What came of deleting a subscriber's.
+/// The result of deleting a subscriber.
 enum Pruned {
     Done,
-    /// It holds something.
+    /// It has messages.
     Full,
     /// It is configured.
     StillOpen,
 }
 
-/// Of everybody who has anything, without what lanes have in hand.
+/// The depths of all subscribers with messages, without those that lanes have unsettled.
 fn depths(
     db: &Connection,
     in_hand: &BTreeMap<SubscriberName, Held>,
@@ -642,7 +618,7 @@ fn from_millis(millis: i64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(millis).unwrap_or(0))
 }
 
-/// As a JSON array: a pattern may have any character.
+/// Patterns as a JSON array: they may have any character.
 fn patterns_text(patterns: &[Pattern]) -> String {
     serde_json::Value::from(patterns.iter().map(Pattern::as_str).collect::<Vec<_>>()).to_string()
 }
@@ -652,7 +628,7 @@ fn parse_patterns(text: &str) -> Vec<Pattern> {
     texts.iter().filter_map(|p| Pattern::try_new(p).ok()).collect()
 }
 
-/// The number of the newest event there ever was.
+/// The number of the newest event, deleted ones included.
 fn newest(db: &Connection) -> rusqlite::Result<i64> {
     let seq = db
         .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'event'", [], |r| r.get(0))
@@ -660,7 +636,7 @@ fn newest(db: &Connection) -> rusqlite::Result<i64> {
     Ok(seq.unwrap_or(0))
 }
 
-/// Returns what was changed, for the log. Without `removals` only what is missing is added.
+/// Returns the changes, for the log. Without `removals` only missing segments are added.
 fn sync_segments(
     db: &Connection,
     wanted: &[(SubscriberName, String)],
@@ -703,8 +679,7 @@ fn sync_segments(
     Ok(changes)
 }
 
-/// Keeps of a segment what is still to be delivered of it: what nobody waits for must not be kept
-/// for it.
+/// Shortens a segment to its undelivered events: others must not be kept for it.
 fn end_segment(
     db: &Connection,
     id: i64,
@@ -728,7 +703,7 @@ fn end_segment(
     Ok(())
 }
 
-/// How many events each subscriber has still to get, without those that its lane has in hand.
+/// The backlog of each subscriber, without the events that its lane has unsettled.
 fn backlogs(
     db: &Connection,
     in_hand: &BTreeMap<SubscriberName, Held>,
@@ -752,8 +727,7 @@ fn backlogs(
     Ok(found)
 }
 
-/// Calls `found` with the number of each event of a segment that its subscriber has still to get,
-/// until that returns false.
+/// Calls `found` with the number of each undelivered event of a segment, until that returns false.
 fn each_waiting(
     db: &Connection,
     subscriber: &str,
@@ -793,9 +767,9 @@ fn is_for(
 }
 
 fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
-    // What nobody has a segment for, nobody waits for.
+    // An event without a segment is not needed by any subscriber.
     let done: Option<i64> = db.query_row("SELECT min(after) FROM segment", [], |r| r.get(0))?;
-    // Looks at no more than it may delete: what is kept may be much, and writers wait meanwhile.
+    // Reads no more than it may delete: many events may be kept, and writers wait meanwhile.
     let mut delete = db.prepare_cached(
         "DELETE FROM event WHERE seq IN \
          (SELECT seq FROM (SELECT seq, at FROM event WHERE seq <= ?1 ORDER BY seq LIMIT ?3) WHERE at < ?2)",
@@ -834,7 +808,7 @@ mod tests {
         queue.publish(vec![event; count]).await.expect("publishes")
     }
 
-    /// What comes within a moment.
+    /// Takes what arrives within a moment.
     async fn take(source: &mut Source) -> Vec<Receipt> {
         let mut taken = Vec::new();
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
@@ -842,12 +816,12 @@ mod tests {
             Taken::Event(e) => e.receipt,
             Taken::Batch(_, receipt)
             | Taken::Unusable(_, receipt)
-            | Taken::Known { receipt, .. } => *receipt,
+            | Taken::AlreadySettled { receipt, .. } => *receipt,
         };
         taken.iter().map(receipt).collect()
     }
 
-    /// As a reload does before it gives the queue other subscribers.
+    /// Configures as a reload does, before it gives the queue other subscribers.
     fn configure(queue: &EmbeddedQueue, subscribers: &[Arc<Subscriber>]) {
         queue.removals().configure(subscribers.iter().map(|s| s.name.clone()).collect(), true);
     }
@@ -1114,9 +1088,9 @@ mod tests {
         publish(&queue, "x", 2).await;
         // A change that was not prepared: that had taken too long.
         let configured = watch::Sender::new(both.clone());
-        let (chores, subscribers) = (queue.clone(), configured.subscribe());
+        let (tasks, current) = (queue.clone(), configured.subscribe());
         let (_stop, stopping) = watch::channel(false);
-        let chores = tokio::spawn(async move { chores.chores(subscribers, stopping).await });
+        let tasks = tokio::spawn(async move { tasks.background(current, stopping).await });
         configure(&queue, &both[..1]);
         configured.send_replace(both[..1].into());
         until("b is unbound", async || !is_bound(&queue, "b").await).await;
@@ -1142,7 +1116,7 @@ mod tests {
             queue.store().read(|db| backlogs(db, &BTreeMap::new())).await.expect("counts"),
             [("a".into(), 9), ("b".into(), 0)]
         );
-        chores.abort();
+        tasks.abort();
     }
 
     #[tokio::test]
@@ -1164,9 +1138,9 @@ mod tests {
         };
         let before = segment().await;
         let configured = watch::Sender::new(both.clone());
-        let (chores, told) = (queue.clone(), configured.subscribe());
+        let (tasks, current) = (queue.clone(), configured.subscribe());
         let (_stop, stopping) = watch::channel(false);
-        let chores = tokio::spawn(async move { chores.chores(told, stopping).await });
+        let tasks = tokio::spawn(async move { tasks.background(current, stopping).await });
         let refuse = "CREATE TRIGGER refuse BEFORE UPDATE ON segment BEGIN SELECT RAISE(ABORT, 'not now'); END";
         queue.store().write(|db| db.execute_batch(refuse)).await.expect("writes");
         let commits = queue.store().commits();
@@ -1184,7 +1158,7 @@ mod tests {
         configured.send_replace(subscribers(&[("a", "x"), ("b", "x"), ("c", "x")]));
         until("another one is bound", async || is_bound(&queue, "c").await).await;
         assert_eq!(segment().await, before);
-        chores.abort();
+        tasks.abort();
     }
 
     #[tokio::test]
@@ -1202,7 +1176,7 @@ mod tests {
         };
         rename("standing", "hidden").await;
         configure(&queue, &both[..1]);
-        queue.prepare(&both[..1]).await.expect_err("nobody knows who is paused");
+        queue.prepare(&both[..1]).await.expect_err("pauses are unknown");
         rename("hidden", "standing").await;
         publish(&queue, "x", 1).await;
         let (mut source, _settler) = queue.open(&both[1], WINDOW).await.expect("opens");
@@ -1243,13 +1217,13 @@ mod tests {
         configure(&queue, &both[..1]);
         queue.prepare(&both[..1]).await.expect("prepares");
         let before = everything().await;
-        assert!(refused(false).await.contains("holds something by now"));
+        assert!(refused(false).await.contains("has messages by now"));
         assert_eq!(everything().await, before);
         queue.prepare(&both).await.expect("prepares");
         publish(&queue, "x", 1).await;
         let (mut source, _settler) = queue.open(&both[1], WINDOW).await.expect("opens");
         let taken = take(&mut source).await.len() + take(&mut source).await.len();
-        assert_eq!(taken, 3, "it is as if nobody had asked");
+        assert_eq!(taken, 3, "it is as if no prune had been tried");
         assert_eq!(
             queue.standings().borrow().as_ref().and_then(|all| all.get("b").cloned()),
             Some(paused)

@@ -1,5 +1,4 @@
-//! A queue in memory for tests of what stands above the seam: it does as it is told, panics
-//! included.
+//! A queue in memory for tests of the rooms above: it does what a test says, panics included.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -38,15 +37,15 @@ struct State {
     unsettled: BTreeMap<u64, (SubscriberName, String)>,
     /// Subscribers whose next `take` panics.
     panics: Vec<String>,
-    /// What the next settlements answer; `Ok` when there is none left.
+    /// The answers of the next settlements; `Ok` when there is none left.
     answers: VecDeque<SettleError>,
     retries: Vec<(Batch, Duration)>,
     opened: usize,
-    /// The next record waits for it.
+    /// The hold of the next record.
     held: Option<HeldRecord>,
 }
 
-/// A record that is begun and not made before it is told to be.
+/// A record that is begun, and waits until the test lets it go on.
 #[derive(Debug, Clone)]
 pub(crate) struct HeldRecord {
     begun: Arc<Semaphore>,
@@ -86,7 +85,7 @@ impl Fake {
         self.with(|s| s.answers.push_back(answer));
     }
 
-    /// Holds up what is recorded next.
+    /// Holds up the next record.
     pub(crate) fn hold_record(&self) -> HeldRecord {
         let held =
             HeldRecord { begun: Arc::new(Semaphore::new(0)), goes_on: Arc::new(Semaphore::new(0)) };
@@ -94,7 +93,7 @@ impl Fake {
         held
     }
 
-    /// Nothing waits and nothing is held.
+    /// Whether no event waits and none is unsettled.
     pub(crate) fn is_empty(&self) -> bool {
         self.with(|s| s.unsettled.is_empty() && s.events.values().all(VecDeque::is_empty))
     }
@@ -123,7 +122,7 @@ impl Queue for Fake {
         Ok(BTreeSet::new())
     }
 
-    async fn chores(&self, _: watch::Receiver<Subscribers>, _: watch::Receiver<bool>) {}
+    async fn background(&self, _: watch::Receiver<Subscribers>, _: watch::Receiver<bool>) {}
 
     async fn close(&self) {}
 
@@ -195,7 +194,7 @@ impl Queue for Fake {
     async fn open(&self, subscriber: &Subscriber, _: Window) -> Result<(End, End), QueueError> {
         self.with(|s| {
             s.opened += 1;
-            // Whatever the last session held comes again.
+            // Events that the last session had unsettled are redelivered.
             let held: Vec<u64> = s
                 .unsettled
                 .iter()
@@ -222,7 +221,7 @@ impl Source for End {
                     .map(|n| s.panics.remove(n))
                     .is_some()
             });
-            assert!(!panics, "told to panic");
+            assert!(!panics, "panics on purpose");
             self.fake.with(|s| {
                 while let Some(body) =
                     s.events.get_mut(&self.subscriber).and_then(VecDeque::pop_front)

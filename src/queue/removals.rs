@@ -13,30 +13,30 @@ use tokio::sync::watch;
 
 use crate::{config::changes::is_drastic, delivery::SubscriberName};
 
-/// Says which subscribers a queue may unbind. Clones are the same.
+/// Decides which subscribers a queue may unbind. Clones share the decision.
 ///
-/// Events that are published while a subscriber is not bound are lost to it, and a start whose
-/// files were away looks like one whose subscribers were removed. So where a start would unbind all
-/// that are bound, or most of many, none is unbound before an operator has asked for it. What the
-/// running daemon is given later is judged by the reload.
+/// Events that are published while a subscriber is unbound are lost to it, and a start whose files
+/// are missing cannot be distinguished from one whose subscribers were removed. So where a start
+/// would unbind all bound subscribers, or most of many, none is unbound before an operator asks for
+/// it. Later changes are judged by the reload.
 #[derive(Debug, Clone, Default)]
 pub struct Removals {
     judged: Arc<watch::Sender<Judged>>,
-    /// Others are configured, and not in use yet.
+    /// Other subscribers are configured, and not in use yet.
     changing: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 enum Judged {
-    /// It is not known yet who is bound.
+    /// It is unknown yet which subscribers are bound.
     #[default]
     Not,
-    /// All may be unbound but these.
+    /// All may be unbound except these.
     Kept(BTreeSet<SubscriberName>),
     Held(HeldRemovals),
 }
 
-/// Of all that were `bound` when the daemon started, `missing` are not configured.
+/// Of the subscribers that were `bound` when the daemon started, `missing` are not configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldRemovals {
     pub bound: BTreeSet<SubscriberName>,
@@ -44,8 +44,8 @@ pub struct HeldRemovals {
 }
 
 impl Removals {
-    /// For the queue, when it knows who is bound by what came before, and each time that others are
-    /// configured.
+    /// Judges a start. The queue calls it when it knows which subscribers are bound, and each time
+    /// that others are configured.
     pub(crate) fn judge(
         &self,
         bound: &BTreeSet<SubscriberName>,
@@ -58,7 +58,7 @@ impl Removals {
                 Judged::Not => {
                     Judged::Held(HeldRemovals { bound: bound.clone(), missing: bound - wanted })
                 }
-                // Files may come back one by one: until all are there, it is as it was.
+                // Files may come back one by one: until all are there, nothing changes.
                 Judged::Held(held) if held.bound.is_subset(wanted) => Judged::Kept(wanted.clone()),
                 Judged::Held(held) => {
                     Judged::Held(HeldRemovals { missing: &held.bound - wanted, ..held.clone() })
@@ -79,18 +79,18 @@ impl Removals {
     }
 
     /// Whether subscribers that are not configured may be bound and get events: until it is known
-    /// who is bound, while removals wait for an operator, and while others are put to use.
+    /// which are bound, while removals wait for an operator, and while a change is applied.
     pub fn others_may_be_bound(&self) -> bool {
         self.changing.load(Ordering::SeqCst) || !matches!(&*self.judged.borrow(), Judged::Kept(_))
     }
 
-    /// Changes when somebody may be unbound who was not before.
+    /// Changes when a subscriber may be unbound that was not before.
     pub(crate) fn changes(&self) -> watch::Receiver<impl Sized + use<>> {
         self.judged.subscribe()
     }
 
-    /// These are configured from now on, and in use when the answer is dropped. What was held at
-    /// the start stays so unless an operator has asked for this.
+    /// Configures these subscribers; they are in use when the result is dropped. Removals that were
+    /// held at the start stay held, unless an operator has asked for this.
     pub fn configure(&self, names: BTreeSet<SubscriberName>, by_operator: bool) -> Changing {
         self.changing.store(true, Ordering::SeqCst);
         let mut before = Judged::Not;
@@ -103,7 +103,7 @@ impl Removals {
         Changing { removals: self.clone(), before }
     }
 
-    /// Who is not unbound before an operator has asked for it.
+    /// The subscribers that are not unbound before an operator asks for it.
     pub fn held(&self) -> Option<HeldRemovals> {
         match &*self.judged.borrow() {
             Judged::Held(held) => Some(held.clone()),
@@ -112,7 +112,7 @@ impl Removals {
     }
 }
 
-/// A change of [`Removals::configure`] that is under way until this is dropped.
+/// A change of [`Removals::configure`], which lasts until this is dropped.
 #[derive(Debug)]
 pub struct Changing {
     removals: Removals,
@@ -120,7 +120,7 @@ pub struct Changing {
 }
 
 impl Changing {
-    /// Undoes the change: it is not put to use after all.
+    /// Undoes the change.
     pub fn undo(mut self) {
         self.removals.judged.send_replace(std::mem::take(&mut self.before));
     }
@@ -145,7 +145,7 @@ impl fmt::Display for HeldRemovals {
     }
 }
 
-/// The first few names of many, and how many there are beside them.
+/// The first few names, and the number of the others.
 pub fn some_of(names: &BTreeSet<SubscriberName>) -> String {
     const SHOWN: usize = 5;
     let shown = names.iter().take(SHOWN).map(SubscriberName::as_str).collect::<Vec<_>>().join(", ");

@@ -11,10 +11,10 @@ pub struct Waiting {
     pub events: u32,
     /// Attempts made; 0 after a replay.
     pub attempts: u32,
-    /// The last attempt that failed, as far as the batch tells.
+    /// The last failed attempt, if the batch has one.
     pub last: Option<FailedAttempt>,
     pub first_attempt_at: Option<SystemTime>,
-    /// When the next attempt is due; `None` where the batch does not tell.
+    /// When the next attempt is due; `None` where the batch does not say.
     pub due: Option<SystemTime>,
     /// Of the request body.
     pub bytes: usize,
@@ -41,7 +41,7 @@ impl Waiting {
 /// All that waits for a subscriber's next attempts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WaitingList {
-    /// The first due first; those that do not tell when are the last.
+    /// In the order of their due times; those without one come last.
     pub batches: Vec<Waiting>,
     /// Messages, of whichever subscriber, that could not be reached in the time that a queue may be
     /// held.

@@ -184,7 +184,7 @@ impl Background {
         let mut tasks = JoinSet::new();
         let (stop, stopping) = watch::channel(false);
         let (queue, subscribers) = (fleet.queue.clone(), fleet.subscribers.subscribe());
-        tasks.spawn(async move { queue.chores(subscribers, stopping).await });
+        tasks.spawn(async move { queue.background(subscribers, stopping).await });
         let (queue, subscribers) = (fleet.queue.clone(), fleet.subscribers.subscribe());
         let board = fleet.board.clone();
         let poll = tasks.spawn(async move { poll_depths(&queue, subscribers, &board).await });

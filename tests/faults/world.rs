@@ -385,12 +385,19 @@ max_open_for = \"2s\"
         let names: Vec<String> = self.subscribers.iter().map(|s| s.kind.name()).collect();
         match &self.place {
             Place::Embedded(embedded) => {
-                let counts = embedded.open().counts().await.unwrap_or_else(|e| panic!("{e}"));
-                let ours = |name: &str| {
-                    names.iter().any(|n| name.starts_with(&format!("{n}:")))
-                        && !name.contains("dead letters")
-                };
-                left.extend(counts.into_iter().filter(|(name, count)| *count > 0 && ours(name)));
+                let depths = embedded.open().everything().await.unwrap_or_else(|e| panic!("{e}"));
+                for (name, depth) in
+                    depths.subscribers.iter().filter(|(n, _)| names.contains(&n.to_string()))
+                {
+                    for (what, count) in [
+                        ("events to deliver", depth.events),
+                        ("batches to try again", depth.batches()),
+                    ] {
+                        if count > 0 {
+                            left.push((format!("{name}: {what}"), count as u32));
+                        }
+                    }
+                }
             }
             Place::Broker { broker, source_queue, .. } => {
                 let (connection, channel) = broker.channel().await;

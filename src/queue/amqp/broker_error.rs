@@ -1,32 +1,31 @@
-//! What the broker said to a request that it did not carry out.
+//! The broker's answers to requests that it did not carry out.
 
 use std::{fmt, time::Duration};
 
 use lapin::ErrorKind;
 use tokio::time::timeout;
 
-/// For one request to the broker that it should answer at once.
+/// Timeout of one request that the broker should answer at once.
 pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What the broker said to a request, or that it said nothing.
+/// The broker's answer to a request that it did not carry out, or its silence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct BrokerError {
-    /// AMQP's reply code.
+    /// The AMQP reply code.
     pub(super) code: Option<u16>,
-    /// It did not answer in time.
+    /// The broker did not answer in time.
     pub(super) silent: bool,
     pub(super) text: String,
 }
 
-/// The reply code with which the broker closes a connection over a queue that it has lost the use
-/// of.
+/// Reply code with which the broker closes a connection over a queue that it cannot use any more.
 pub(super) const INTERNAL_ERROR: u16 = 541;
 pub(super) const NOT_FOUND: u16 = 404;
-/// Another connection has it for itself.
+/// Reply code: another connection has the queue exclusively.
 pub(super) const RESOURCE_LOCKED: u16 = 405;
 
 impl From<&lapin::Error> for BrokerError {
-    /// In the broker's words, without the URL.
+    /// Takes over the broker's words, without the URL.
     fn from(e: &lapin::Error) -> Self {
         match e.kind() {
             ErrorKind::ProtocolError(e) => Self {
@@ -56,10 +55,10 @@ impl fmt::Display for BrokerError {
 }
 
 /// Waits for the broker's answer to a request, for at most [`RPC_TIMEOUT`]: a queue without a
-/// leader answers nobody, and lapin waits without end.
+/// leader never answers, and lapin waits indefinitely.
 ///
 /// # Errors
-/// What the broker said, or that it said nothing.
+/// The broker refused, or did not answer.
 pub(super) async fn answer<T>(
     request: impl Future<Output = lapin::Result<T>>,
 ) -> Result<T, BrokerError> {

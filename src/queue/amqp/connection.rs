@@ -1,4 +1,4 @@
-//! Connections to the broker: made without end, shared by a bounded number of channels.
+//! Connects to the broker, and explains why that fails.
 
 use std::{
     sync::{
@@ -27,21 +27,21 @@ use crate::{
     },
 };
 
-/// For the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its own here.
+/// Timeout of the TCP connection, TLS and the AMQP handshake together; lapin has no limit of its
+/// own here.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Seconds. The server's default of 60 notices a dead peer after two minutes.
+/// Seconds between heartbeats. The server's default of 60 notices a dead peer after two minutes.
 const HEARTBEAT: u16 = 10;
 
-/// What a connection is for.
+/// The use of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
     Consuming,
     Publishing,
-    /// Retries and dead letters have a publishing connection without the relay's stream before
-    /// them.
+    /// Publishing of relayed events, so that retries and dead letters do not wait behind them.
     Relaying,
-    /// For requests that the broker may refuse, so that a refusal disturbs no delivery.
+    /// Requests that the broker may refuse, so that a refusal disturbs no delivery.
     Declaring,
 }
 
@@ -58,14 +58,14 @@ impl Role {
     /// The outage while there is no such connection.
     pub(super) fn outage(self, troubles: &watch::Sender<Troubles>) -> ReportedOutage {
         let harms = match self {
-            // What a lane needs to take anything: to declare its queues, and to consume them.
+            // Without these no lane takes anything: it declares its queues, and consumes them.
             Self::Consuming | Self::Declaring => Harms::Lanes,
             Self::Publishing | Self::Relaying => Harms::Queue,
         };
         ReportedOutage::new(self.connection(), harms, troubles)
     }
 
-    /// What the connection is called in logs and among the [`Troubles`].
+    /// Name of the connection in logs and among the [`Troubles`].
     pub(super) fn connection(self) -> String {
         format!("broker connection ({})", self.name())
     }
@@ -80,7 +80,7 @@ impl Role {
     }
 }
 
-/// Connects to the one broker there is, and counts. Clones count together.
+/// Connects to the broker, and counts connections. Clones count together.
 #[derive(Debug, Clone)]
 pub(super) struct Dialer {
     url: SecretUrl,
@@ -93,12 +93,13 @@ impl Dialer {
         Self { url, metrics, connects: Arc::default() }
     }
 
-    /// Connections made so far. More of them than before can mean that the broker was restarted.
+    /// Connections made since the start. More of them than before can mean that the broker was
+    /// restarted.
     pub(super) fn connects(&self) -> usize {
         self.connects.load(Ordering::Relaxed)
     }
 
-    /// One attempt. The connection counts as open as long as the second value lives.
+    /// Connects once. The connection counts as open as long as the second value lives.
     pub(super) async fn connect(
         &self,
         role: Role,
@@ -116,7 +117,7 @@ async fn connect(url: &SecretUrl, role: Role) -> Result<Connection, QueueError> 
     greeted(url, role).await.map(|(connection, _)| connection)
 }
 
-/// As [`connect`], with what the broker says of itself.
+/// Connects, and returns the broker's greeting too.
 pub(super) async fn greeted(
     url: &SecretUrl,
     role: Role,
@@ -145,7 +146,7 @@ pub(super) async fn greeted(
     match timeout(CONNECT_TIMEOUT, wire::connect(uri, properties)).await {
         Err(_) => Err(fail(Why::new(
             format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
-            "see that host and port are those of the broker and that no firewall drops them; a broker out of file descriptors, or under an \
+            "check that host and port are those of the broker and that no firewall drops them; a broker out of file descriptors, or under an \
              alarm, does not answer either: rabbitmq-diagnostics status",
         ))),
         Ok(Ok(greeted)) => Ok(greeted),
@@ -155,21 +156,21 @@ pub(super) async fn greeted(
 
 fn parsed(url: &SecretUrl) -> Option<AMQPUri> {
     let mut uri: AMQPUri = url.expose().as_str().parse().ok()?;
-    // lapin leaves out such a host, and connects, password and all, to `localhost` instead.
+    // lapin drops an IPv6 host, and connects to `localhost` instead, password included.
     if let Some(Host::Ipv6(ip)) = url.expose().host() {
         uri.authority.host = ip.to_string();
     }
     Some(uri)
 }
 
-/// Whom a connection is to, as far as that can be shown.
+/// The peer of a connection, without secrets.
 struct Whom {
     host: String,
     vhost: String,
     user: String,
 }
 
-/// Why there is no connection, and what puts that right.
+/// Why there is no connection, and the remedy.
 #[derive(Debug)]
 struct Why {
     why: String,
@@ -182,8 +183,8 @@ impl Why {
     }
 }
 
-/// What an error of connecting means and what to do. The broker's own words are kept: one code
-/// stands for several things.
+/// Explains a failed connection. The broker's own words are kept: one code stands for several
+/// causes.
 fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     let text = BrokerError::from(e).text;
     let Whom { host, vhost, user } = whom;
@@ -223,16 +224,13 @@ fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     if has(&["lookup address", "resolve"]) {
         return Why::new(
             text,
-            format!(
-                "see that the name `{host}` in [queue] url is right: getent hosts {}",
-                shell_word(host)
-            ),
+            format!("check the name `{host}` in [queue] url: getent hosts {}", shell_word(host)),
         );
     }
     if has(&["Connection refused"]) {
         return Why::new(
             text,
-            "see that the broker runs, and listens on that host and port: rabbitmqctl status",
+            "check that the broker runs, and listens on that host and port: rabbitmqctl status",
         );
     }
     let remedy = if vhost.is_empty() {
@@ -243,7 +241,7 @@ fn explain(e: &lapin::Error, whom: &Whom) -> Why {
     Why::new(text, remedy)
 }
 
-/// The broker knows the user and does not let it in: for one of several reasons.
+/// The broker knows the user and refuses the connection, for one of several reasons.
 fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
     let (v, u) = (shell_word(vhost), shell_word(user));
     if vhost.is_empty() {
@@ -275,7 +273,7 @@ fn not_allowed(text: &str, Whom { vhost, user, .. }: &Whom) -> Why {
     )
 }
 
-/// Says goodbye, so that the broker logs no broken connection; it is gone either way.
+/// Closes a connection, so that the broker logs no broken one. It is gone either way.
 pub(super) async fn close(connection: &Connection) {
     if let Ok(Err(e)) = timeout(Duration::from_secs(2), connection.close(200, "bye".into())).await {
         tracing::debug!(error = %BrokerError::from(e), "the connection was gone before it was closed");

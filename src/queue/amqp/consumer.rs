@@ -1,4 +1,4 @@
-//! A subscriber's two queues as the lane sees them: a source and its settler.
+//! The source and the settler of a subscriber's two queues.
 
 use std::{
     pin::Pin,
@@ -26,8 +26,8 @@ use super::{
     message::{self, Message},
     pool::Lease,
     prefetch::{Sizes, is_other},
-    publisher::Fate,
-    redelivery::{Mark, Remembered, Track},
+    publisher::PublishResult,
+    redelivery::{Fingerprint, Track, Unacked},
     restore,
     shared::{Consumes, Shared},
     topology::Topology,
@@ -41,21 +41,22 @@ use crate::{
     queue::{self, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
 
-/// How long the end of a session waits for a consumer that is being exchanged.
+/// Timeout, at the end of a session, of a consumer's exchange.
 const EXCHANGE_GOODBYE: Duration = Duration::from_secs(2);
 
-/// Another consumer on the same channel; `None` if there is no need of it any more.
+/// The task that begins another consumer on the same channel; `None` if that is not needed any
+/// more.
 ///
-/// A task of its own: it holds the lock over acks for a moment, and nobody may wait for that while
-/// nobody takes.
+/// A task of its own: it holds the lock over acks for a moment, and the lane must not wait for that
+/// while it takes nothing.
 type Exchange = JoinHandle<Result<Option<Consumer>, BrokerError>>;
 
-/// How many messages the consumer of a feed may have unacked. That cannot be changed but with
+/// The number of messages that the consumer of a feed may have unacked. It changes only with
 /// another consumer.
 struct Prefetch {
     now: u16,
     window: u16,
-    /// The latest tag when this consumer began.
+    /// The latest tag when this consumer was begun.
     since: u64,
     exchange: Option<(u16, Exchange)>,
 }
@@ -68,8 +69,8 @@ impl Drop for Prefetch {
     }
 }
 
-/// Both ends of one channel, so that one `ack` with `multiple` cannot settle another queue's
-/// messages.
+/// A consumer on a channel of its own, so that one `ack` with `multiple` cannot settle another
+/// queue's messages.
 struct Feed {
     lease: Arc<Lease>,
     consumer: Consumer,
@@ -97,8 +98,8 @@ impl Feed {
         }
     }
 
-    /// The next delivery if there is one. The end of the stream in any form means that the channel
-    /// is of no use any more.
+    /// The next delivery, if there is one. Any end of the stream means that the channel is
+    /// unusable.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, QueueError>> {
         Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
             Some(Ok(delivery)) => Ok(delivery),
@@ -114,11 +115,11 @@ impl Feed {
         })
     }
 
-    /// Closing gives everything back at once and in its order. Cancelling the consumer first would
-    /// not: what the broker has on its way then goes back before what was delivered earlier
-    /// (measured). Returns whether the broker has answered, and so has taken all acks before.
+    /// Closing requeues everything at once and in its order. Cancelling the consumer first would
+    /// not: messages on their way are then requeued before those delivered earlier (measured).
+    /// Returns whether the broker has answered, and so has received all acks before.
     async fn close(&self) -> bool {
-        let closed = answer(self.lease.channel.close(200, "given back".into())).await;
+        let closed = answer(self.lease.channel.close(200, "requeued".into())).await;
         if let Err(why) = &closed {
             tracing::debug!(queue = self.queue, error = %why, "the channel was gone before it was closed");
         }
@@ -166,11 +167,11 @@ impl Source {
                 events: Track::new(window.events),
                 envelopes: Track::new(window.envelopes),
             }),
-            remembered: shared.remembered(name),
+            lost_acks: shared.lost_acks(name),
             events: events.lease.clone(),
             envelopes: envelopes.lease.clone(),
         }));
-        settler.0.remembered.opened(clock::instant());
+        settler.0.lost_acks.opened(clock::instant());
         Ok((Self { events, prefetch, envelopes, settler: settler.clone(), consumes }, settler))
     }
 
@@ -180,7 +181,7 @@ impl Source {
             let exchanged = match Pin::new(exchange).poll(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(exchanged)) => exchanged,
-                // A panic of it is one of the lane.
+                // A panic of the task is one of the lane.
                 Poll::Ready(Err(e)) => std::panic::resume_unwind(e.into_panic()),
             };
             let next = *next;
@@ -188,7 +189,7 @@ impl Source {
             match exchanged {
                 Ok(Some(consumer)) => {
                     self.events.consumer = consumer;
-                    self.consumes.begin_again();
+                    self.consumes.rebegin();
                     self.prefetch.now = next;
                     self.prefetch.since = self.settler.0.tracks().events.latest();
                 }
@@ -213,12 +214,12 @@ impl Source {
         Poll::Ready(taken)
     }
 
-    /// Begins to consume with the prefetch that the sizes of the messages allow now, if that is
-    /// much more or less.
+    /// Exchanges the consumer for one with the prefetch that the sizes of the messages allow now,
+    /// if that is much more or less.
     ///
-    /// Nothing may be on its way from the broker then: it would be put behind what was given back
-    /// before. That is so when as many are unacked as the consumer may have, and no ack is written
-    /// meanwhile.
+    /// No message may be on its way from the broker then: it would be requeued behind those
+    /// requeued before. That holds when as many are unacked as the consumer may have, and no ack is
+    /// written meanwhile.
     fn fit(&mut self) {
         let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
         let inner = &self.settler.0;
@@ -234,13 +235,13 @@ impl Source {
             now,
             next,
         );
-        self.consumes.begin_again();
+        self.consumes.rebegin();
         self.prefetch.exchange = Some((next, tokio::spawn(exchange)));
     }
 }
 
-/// Cancels a consumer and begins another on the same channel: what was delivered stays with the
-/// channel, and keeps its tags.
+/// Cancels a consumer and begins another on the same channel: delivered messages stay unacked on
+/// the channel, and keep their tags.
 async fn exchange(
     inner: Arc<Inner>,
     tag: ShortString,
@@ -257,7 +258,7 @@ async fn exchange(
         }
         answer(channel.basic_cancel(tag, BasicCancelOptions::default())).await?;
     }
-    // What is in hand counts too, until there is room for it beside what comes.
+    // Unacked messages count too, until there is room for them alongside new ones.
     while next < now && inner.tracks().events.unacked_after(0) > u64::from(next) {
         inner.acked.notified().await;
     }
@@ -304,7 +305,7 @@ impl queue::Source for Source {
     }
 
     async fn close(mut self) {
-        // A consumer that is begun and not heard of is an error of the close.
+        // A consumer that is begun and not answered yet is an error of the close.
         if let Some((_, exchange)) = &mut self.prefetch.exchange
             && let Ok(Ok(Ok(Some(consumer)))) = timeout(EXCHANGE_GOODBYE, exchange).await
         {
@@ -312,13 +313,13 @@ impl queue::Source for Source {
         }
         let inner = &*self.settler.0;
         if let Err(why) = inner.ack_stragglers().await {
-            tracing::debug!(queue = self.events.queue, error = %why, "what was finished out of order comes again");
+            tracing::debug!(queue = self.events.queue, error = %why, "what was settled out of order is redelivered");
         }
         let closed = [self.envelopes.close().await, self.events.close().await];
         let tracks = inner.tracks();
         for (track, closed) in [&tracks.envelopes, &tracks.events].into_iter().zip(closed) {
             if !closed {
-                inner.remembered.add(track, clock::instant());
+                inner.lost_acks.add(track, clock::instant());
             }
         }
     }
@@ -330,14 +331,14 @@ pub struct Settler(Arc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     subscriber: SubscriberName,
-    /// The bytes that an event of it can have.
+    /// Bytes that an event can have.
     most: usize,
-    /// Held over an ack, so that acks reach the broker in rising order.
+    /// Held over an ack, so that acks reach the broker in ascending order.
     acks: Mutex<()>,
     acked: Notify,
     sizes: Arc<std::sync::Mutex<Sizes>>,
     tracks: std::sync::Mutex<Tracks>,
-    remembered: Arc<Remembered>,
+    lost_acks: Arc<Unacked>,
     events: Arc<Lease>,
     envelopes: Arc<Lease>,
 }
@@ -407,25 +408,28 @@ impl Inner {
         self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the consumer that began after a tag has all that it may have.
+    /// Whether the consumer that was begun after a tag has as many messages unacked as it may.
     fn is_exhausted(&self, since: u64, prefetch: u16) -> bool {
         self.tracks().events.unacked_after(since) >= u64::from(prefetch)
     }
 
     fn taken_event(&self, d: Delivery) -> Taken {
         let bytes = d.data.len();
-        let mark =
-            Mark::event(d.properties.message_id().as_ref().map(ShortString::as_str), &d.data);
-        let known = self.track(MessageKind::Event, d.delivery_tag, Some(mark), d.redelivered);
+        let fingerprint = Fingerprint::event(
+            d.properties.message_id().as_ref().map(ShortString::as_str),
+            &d.data,
+        );
+        let known =
+            self.track(MessageKind::Event, d.delivery_tag, Some(fingerprint), d.redelivered);
         let taken = if known {
-            Taken::Known {
+            Taken::AlreadySettled {
                 events: 1,
                 receipt: Receipt { from: MessageKind::Event, tag: d.delivery_tag },
             }
         } else {
             message::taken_event(d, self.most)
         };
-        // As it is held: what came compressed takes more.
+        // As it is kept in memory: a body that arrived compressed is larger.
         let held = if let Taken::Event(event) = &taken { event.body.len() } else { 0 };
         self.sizes().saw(bytes.max(held));
         taken
@@ -434,24 +438,33 @@ impl Inner {
     fn taken_envelope(&self, d: Delivery) -> Taken {
         let (tag, redelivered) = (d.delivery_tag, d.redelivered);
         let taken = message::taken_envelope(d);
-        let mark = match &taken {
-            Taken::Batch(batch, _) => Some(Mark::envelope(batch.id.as_str(), batch.attempts)),
+        let fingerprint = match &taken {
+            Taken::Batch(batch, _) => {
+                Some(Fingerprint::envelope(batch.id.as_str(), batch.attempts))
+            }
             _ => None,
         };
-        let known = self.track(MessageKind::Batch, tag, mark, redelivered);
+        let known = self.track(MessageKind::Batch, tag, fingerprint, redelivered);
         match taken {
-            Taken::Batch(e, receipt) if known => Taken::Known { events: e.events, receipt },
+            Taken::Batch(e, receipt) if known => {
+                Taken::AlreadySettled { events: e.events, receipt }
+            }
             other => other,
         }
     }
 
-    /// Keeps track of a delivery, whatever it is. Returns whether it was settled before and has
-    /// come again.
-    fn track(&self, from: MessageKind, tag: u64, mark: Option<Mark>, redelivered: bool) -> bool {
-        let known = mark
+    /// Tracks a delivery. Returns whether it is the redelivery of a settled one.
+    fn track(
+        &self,
+        from: MessageKind,
+        tag: u64,
+        fingerprint: Option<Fingerprint>,
+        redelivered: bool,
+    ) -> bool {
+        let known = fingerprint
             .filter(|_| redelivered)
-            .and_then(|mark| self.remembered.knows(mark, clock::instant()));
-        self.tracks().of(from).taken(tag, mark, known);
+            .and_then(|fingerprint| self.lost_acks.knows(fingerprint, clock::instant()));
+        self.tracks().of(from).taken(tag, fingerprint, known);
         known.is_some()
     }
 
@@ -482,29 +495,30 @@ impl Inner {
             .unwrap_or_default();
         let unconfirmed = |e: QueueError| SettleError::Unconfirmed(e.to_string());
         let mut left = messages;
-        for put_back in [true, false] {
-            let fates = self.shared.publisher().publish(left.clone()).await.map_err(unconfirmed)?;
-            if fates.contains(&Fate::Refused) {
+        for may_restore in [true, false] {
+            let results =
+                self.shared.publisher().publish(left.clone()).await.map_err(unconfirmed)?;
+            if results.contains(&PublishResult::Refused) {
                 return Err(SettleError::Unconfirmed(format!(
                     "the broker refuses messages for `{place}`: it is full by a policy, or unusable (hooktrail repair {})",
                     self.subscriber
                 )));
             }
-            // What came back is in no queue, so that it can be published again without becoming
-            // two.
-            let mut fates = fates.into_iter();
-            left.retain(|_| fates.next() != Some(Fate::Stored));
+            // A returned message is in no queue, so that it can be published again without a
+            // duplicate.
+            let mut results = results.into_iter();
+            left.retain(|_| results.next() != Some(PublishResult::Stored));
             if left.is_empty() {
                 return Ok(());
             }
-            if put_back {
-                restore::put_back(&self.shared, &self.subscriber).await.map_err(|e| {
+            if may_restore {
+                restore::restore_for(&self.shared, &self.subscriber).await.map_err(|e| {
                     SettleError::Unconfirmed(format!("a queue behind `{place}` does not exist any more and cannot be declared: {e}"))
                 })?;
             }
         }
         Err(SettleError::Unconfirmed(format!(
-            "what is written to `{place}` finds no queue, although all of them are there"
+            "messages for `{place}` find no queue, although all queues exist"
         )))
     }
 
@@ -518,7 +532,7 @@ impl Inner {
     async fn ack(&self, receipts: Vec<Receipt>, accepted: bool) -> Result<(), SettleError> {
         let _rising = self.acks.lock().await;
         self.settled(&receipts, accepted);
-        // To a channel that is gone no ack is written.
+        // No ack is written to a channel that is gone.
         if !self.are_alive(&receipts) {
             return Err(SettleError::Gone);
         }
@@ -535,8 +549,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Acks what is finished behind something that is not, one by one: given back it would come
-    /// again, and a dead letter would be written each time that a circuit is probed.
+    /// Acks settled deliveries that stand behind an unsettled one, one by one. Requeued, they would
+    /// be redelivered, and each probe of a circuit would write another dead letter.
     async fn ack_stragglers(&self) -> Result<(), BrokerError> {
         let _rising = self.acks.lock().await;
         let stragglers = self.tracks().events.stragglers();
@@ -554,7 +568,7 @@ async fn ack(channel: &Channel, tag: u64, multiple: bool) -> Result<(), BrokerEr
     answer(channel.basic_ack(tag, BasicAckOptions { multiple })).await
 }
 
-/// The message that brings an envelope back after `delay`; at once if that is zero.
+/// The message that brings an envelope back after `delay`, or at once if that is zero.
 pub(super) fn retry_message(
     topology: &Topology,
     subscriber: &str,

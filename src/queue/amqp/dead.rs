@@ -1,4 +1,4 @@
-//! Looks at dead letters and orphans, replays them, purges them.
+//! Walks through dead letters and orphans, replays them, purges them.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::{
     consumer::retry_message,
     ladder,
     message::{self, Message},
-    publisher::Fate,
+    publisher::PublishResult,
     shared::Shared,
     waiting,
     walk::Walk,
@@ -17,8 +17,8 @@ use crate::{
     queue::{self, Held, QueueError},
 };
 
-/// A walk through a dead queue or the orphans, oldest first. What is neither replayed nor purged
-/// keeps its order.
+/// A walk through a dead queue or the orphans, oldest first. Messages that are neither replayed nor
+/// purged keep their order.
 #[derive(Debug)]
 pub struct DeadLetters {
     shared: Arc<Shared>,
@@ -74,9 +74,9 @@ impl DeadLetters {
         Ok(Self { shared: shared.clone(), of, walk })
     }
 
-    /// A batch comes back under its id with attempts and elapsed time begun anew; an event goes
-    /// through the main queue. `None` if it is nobody's, or an orphan that is no batch: no
-    /// subscriber has asked for it.
+    /// The message that replays a dead letter. A batch returns under its id, with attempts and
+    /// elapsed time reset; an event goes through the main queue. `None` if it has no known
+    /// subscriber, or is an orphan but no batch: no subscriber's pattern was compared with it.
     fn revived(&self, held: &Held) -> Option<Message> {
         let (topology, subscriber) = (&self.shared.topology, held.subscriber.as_deref()?);
         match (held.letter.kind, &self.of) {
@@ -134,14 +134,14 @@ impl queue::DeadLetters for DeadLetters {
         }
         let publisher = self.shared.publisher();
         publisher.ready().await?;
-        let fates = publisher.publish(messages).await?;
+        let results = publisher.publish(messages).await?;
         reached(Step::Moved);
         let mut refused = None;
-        for (held, fate) in sent.into_iter().zip(fates) {
-            match (fate, &self.of) {
-                (Fate::Stored, _) => self.walk.ack(held.tag).await?,
-                (Fate::Unroutable, Of::Orphans) => left.push(held),
-                (Fate::Unroutable | Fate::Refused, _) => refused = Some(held),
+        for (held, result) in sent.into_iter().zip(results) {
+            match (result, &self.of) {
+                (PublishResult::Stored, _) => self.walk.ack(held.tag).await?,
+                (PublishResult::Unroutable, Of::Orphans) => left.push(held),
+                (PublishResult::Unroutable | PublishResult::Refused, _) => refused = Some(held),
             }
         }
         match refused {
@@ -149,7 +149,7 @@ impl queue::DeadLetters for DeadLetters {
             Some(h) => Err(QueueError::new(format!(
                 "the broker did not take `{}` back into the queue of `{}`; it stays where it is",
                 h.letter.id.as_deref().unwrap_or("an event"),
-                h.subscriber.as_deref().unwrap_or("nobody")
+                h.subscriber.as_deref().unwrap_or("an unknown subscriber")
             ))),
         }
     }

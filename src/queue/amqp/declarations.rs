@@ -19,20 +19,20 @@ use crate::{
 };
 
 impl Topology {
-    /// What belongs to no subscriber: the events' exchange, the ladder, the orphans.
+    /// Declares what all subscribers share: the exchange of the events, the ladder, the orphans.
     pub(super) async fn ensure_shared(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         self.ensure_events(broker).await?;
         self.ensure_own(broker).await
     }
 
-    /// What of that nobody else has any business with: the ladder and the orphans.
+    /// Declares what is hooktrail's alone: the ladder and the orphans.
     pub(super) async fn ensure_own(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let orphans = self.orphans();
         broker.ensure_queue(&orphans, keeping_arguments()).await?;
         broker.exchange(&orphans, ExchangeKind::Fanout, FieldTable::default()).await?;
         broker.bind(&orphans, &orphans, "").await?;
         // Without it a message for a subscriber whose retry queue is gone would stick in a level,
-        // and 32 of them wedge it.
+        // and 32 of them block it.
         broker
             .exchange(
                 &self.due(),
@@ -53,20 +53,20 @@ impl Topology {
         Ok(())
     }
 
-    /// Whether the exchange that producers publish to is there.
+    /// Whether the exchange that producers publish to exists.
     pub(super) async fn has_events(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
         broker.has_exchange(&self.events()).await
     }
 
-    /// Whether the witness is there: an exchange that nobody publishes to, bound to the one of the
-    /// events. It is deleted with its last binding, and so with that exchange: whoever deletes the
-    /// events' exchange and declares it anew takes all bindings away, and this is the only thing
-    /// that AMQP shows of it.
+    /// Whether the witness exists: an exchange without messages, bound to the exchange of the
+    /// events. It is deleted with its last binding, and so with that exchange: if an operator
+    /// deletes the exchange of the events and redeclares it, all bindings are gone, and AMQP shows
+    /// nothing else of that.
     pub(super) async fn has_witness(&self, broker: &mut Broker<'_>) -> Result<bool, QueueError> {
         broker.has_exchange(&self.witness()).await
     }
 
-    /// Declares the witness. Who may not bind it has one that never goes, and so tells nothing.
+    /// Declares the witness. If the user may not bind it, it is never deleted, and shows nothing.
     pub(super) async fn ensure_witness(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let witness = self.witness();
         let options = ExchangeDeclareOptions {
@@ -89,7 +89,7 @@ impl Topology {
         broker.bind_exchange(&self.events(), &witness, "").await
     }
 
-    /// From then on the witness is not one of that exchange any more.
+    /// Unbinds the witness from an exchange.
     pub(super) async fn release_witness(
         &self,
         broker: &mut Broker<'_>,
@@ -113,7 +113,7 @@ impl Topology {
         }
     }
 
-    /// Looks at where events come from, and declares nothing that is not there.
+    /// Checks the source of the events, and declares nothing that is missing.
     pub(super) async fn inspect_intake(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         match self.intake() {
             Intake::Exchange(_) => {
@@ -127,7 +127,7 @@ impl Topology {
         }
     }
 
-    /// Whether the source queue is there, if events come from one, and can be taken from without a
+    /// Checks that the source queue exists, if events come from one, and can be consumed without a
     /// loss.
     pub(super) async fn find_source(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let Intake::SourceQueue(queue) = self.intake() else { return Ok(()) };
@@ -153,8 +153,8 @@ impl Topology {
         })
     }
 
-    /// What a subscriber needs beside its events: where its retries and dead letters go.
-    pub(super) async fn ensure_ways_back(
+    /// Declares a subscriber's retry and dead queue.
+    pub(super) async fn ensure_retry_and_dead(
         &self,
         broker: &mut Broker<'_>,
         subscriber: &str,
@@ -166,7 +166,7 @@ impl Topology {
         self.bind_retry(broker, subscriber).await
     }
 
-    /// A subscriber's three queues and their bindings.
+    /// Declares a subscriber's three queues and their bindings.
     pub(super) async fn ensure_subscriber(
         &self,
         broker: &mut Broker<'_>,
@@ -176,7 +176,7 @@ impl Topology {
         for (queue, arguments) in self.subscriber_queues(name) {
             broker.ensure_queue(&queue, arguments).await?;
         }
-        // The retry queue is bound before anything can be sent up the ladder for it.
+        // The retry queue is bound before a batch can be published to the ladder for it.
         self.bind_retry(broker, name).await?;
         for pattern in &subscriber.events {
             broker.bind(&self.main(name), &self.events(), pattern.as_str()).await?;
@@ -184,9 +184,8 @@ impl Topology {
         Ok(())
     }
 
-    /// The same for a subscriber that had them: declares of its queues those that are missing, and
-    /// binds `patterns`.
-    pub(super) async fn put_back_subscriber(
+    /// Redeclares those queues of a subscriber that are missing, and binds `patterns`.
+    pub(super) async fn restore_subscriber(
         &self,
         broker: &mut Broker<'_>,
         name: &str,
@@ -212,7 +211,8 @@ impl Topology {
         broker.bind(&self.retry(name), &self.due(), &format!("#.{name}")).await
     }
 
-    /// From then on nothing comes back from the ladder for this subscriber.
+    /// Unbinds the retry queue: from then on nothing comes back from the ladder for this
+    /// subscriber.
     pub(super) async fn unbind_retry(
         &self,
         broker: &mut Broker<'_>,
@@ -221,7 +221,7 @@ impl Topology {
         broker.unbind(&self.retry(name), &self.due(), &format!("#.{name}")).await
     }
 
-    /// The stream of changes.
+    /// Declares the state stream.
     pub(super) async fn ensure_state(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
         let arguments = table(&[("x-queue-type", text("stream"))]);
         broker.ensure_queue(&self.state(), arguments).await.map_err(|e| {
@@ -245,8 +245,8 @@ impl Topology {
     }
 }
 
-/// A stream keeps what was taken: who comes back reads it again from its beginning, or misses what
-/// came meanwhile.
+/// The error for a source queue that is a stream. A stream keeps what was taken: a consumer that
+/// returns reads it again from its beginning, or misses what arrived meanwhile.
 pub(super) fn source_is_stream(queue: &str) -> QueueError {
     QueueError::needs_operator(format!(
         "[queue] source_queue `{queue}` is a stream: hooktrail keeps no position in it, so that what comes while no daemon reads it \
@@ -255,12 +255,13 @@ pub(super) fn source_is_stream(queue: &str) -> QueueError {
     .remedied("bind a quorum queue to the exchange that fills the stream, and name that as source_queue")
 }
 
-/// Of what all lanes share, and of a lane's ways back.
-pub(super) fn log_put_back(broker: &mut Broker<'_>) {
+/// Logs what was redeclared of the queues that all lanes share, and of a lane's retry and dead
+/// queue.
+pub(super) fn log_redeclared(broker: &mut Broker<'_>) {
     for name in broker.take_declared() {
         tracing::error!(
             name,
-            "was missing and is declared again: batches or dead letters that were in it are lost"
+            "was missing and is redeclared: batches or dead letters that were in it are lost"
         );
     }
 }

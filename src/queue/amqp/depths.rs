@@ -30,7 +30,7 @@ pub(super) async fn depths(
     Ok(depths)
 }
 
-/// Who was removed and not pruned. A daemon follows the record; a command reads it.
+/// Subscribers that were removed and not pruned. A daemon follows the record; a command reads it.
 async fn removed(shared: &Shared) -> Result<BTreeSet<SubscriberName>, QueueError> {
     if shared.follows() {
         Ok(shared.removed.borrow().clone())

@@ -15,7 +15,7 @@ use self::{inspection::Inspection, judge::in_the_clear};
 use super::{
     management::{Management, Row},
     shared::Shared,
-    topology::{Part, Topology},
+    topology::{QueueRole, Topology},
 };
 use crate::{
     config::Subscriber,
@@ -38,7 +38,7 @@ pub(super) async fn inspect(
         .as_str()
         .parse()
         .map_err(|_| QueueError::new("[queue] url is not a valid AMQP URL"))?;
-    let mut look = Inspection {
+    let mut inspection = Inspection {
         topology,
         subscribers,
         uri,
@@ -49,28 +49,28 @@ pub(super) async fn inspect(
         idle: Vec::new(),
         findings: Vec::new(),
     };
-    look.broker().await?;
-    look.findings.extend(in_the_clear(topology.url()));
-    look.permissions(&mut shared.broker()).await;
-    look.queues(&mut shared.broker()).await;
-    look.idle(shared).await;
-    look.start(shared).await;
-    let seen = look.management().await;
+    inspection.broker().await?;
+    inspection.findings.extend(in_the_clear(topology.url()));
+    inspection.permissions(&mut shared.broker()).await;
+    inspection.queues(&mut shared.broker()).await;
+    inspection.idle(shared).await;
+    inspection.start(shared).await;
+    let seen = inspection.management().await;
     if seen.is_none()
-        && let Err(e) = look.not_configured_any_more(shared).await
+        && let Err(e) = inspection.not_configured_any_more(shared).await
     {
-        look.found(Finding::unseen(
+        inspection.found(Finding::unseen(
             "queues of subscribers that are not configured any more",
             e,
-            "hooktrail prune tells of them",
+            "hooktrail prune lists them",
         ));
     }
-    look.at_least_once(seen.as_ref()).await;
-    look.hold();
-    Ok(summarized(look.findings))
+    inspection.at_least_once(seen.as_ref()).await;
+    inspection.hold();
+    Ok(summarized(inspection.findings))
 }
 
-/// Subscribers that have queues under the prefix, as far as the management API tells.
+/// Subscribers that have queues under the prefix, as far as the management API shows.
 pub(super) async fn names_below(topology: &Topology) -> BTreeSet<SubscriberName> {
     let rows = async {
         let uri = topology.url().expose().as_str().parse().ok()?;
@@ -81,8 +81,10 @@ pub(super) async fn names_below(topology: &Topology) -> BTreeSet<SubscriberName>
             .ok()
     };
     let rows = rows.await.unwrap_or_default();
-    let name = |row: &Row| match topology.part(&row.name) {
-        Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => SubscriberName::try_new(s).ok(),
+    let name = |row: &Row| match topology.role(&row.name) {
+        Some(QueueRole::Main(s) | QueueRole::Retry(s) | QueueRole::Dead(s)) => {
+            SubscriberName::try_new(s).ok()
+        }
         _ => None,
     };
     rows.iter().filter_map(name).collect()

@@ -346,7 +346,7 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// A pause was read. If this daemon has written it, it need not be remembered any more.
+    /// A pause was read. If this daemon has written it, it need not be lost_acks any more.
     fn has_read(&self, name: &SubscriberName) {
         let mut own = self.shared.recorded();
         // As they are written, which has milliseconds.
@@ -536,7 +536,7 @@ impl<'a> Follower<'a> {
         match notice {
             Notice::RecordLost => tracing::warn!(
                 stream = stream(),
-                "the record is empty, so somebody has deleted it; what is bound and who is paused is written again"
+                "the record is empty, so it was deleted; bindings and pauses are written again"
             ),
             Notice::ClaimLost(subscriber) => tracing::warn!(
                 subscriber = subscriber.as_str(),
@@ -550,7 +550,7 @@ impl<'a> Follower<'a> {
             ),
             Notice::ConsumedElsewhere(subscriber) => tracing::warn!(
                 subscriber = subscriber.as_str(),
-                "not configured here, but another daemon delivers its events: it stays bound until nobody does"
+                "not configured here, but another daemon delivers its events: it stays bound as long as it does"
             ),
             Notice::ClaimedElsewhere(subscriber) => tracing::warn!(
                 subscriber = subscriber.as_str(),

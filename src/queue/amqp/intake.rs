@@ -2,8 +2,8 @@
 
 use super::{
     message::{self, Message},
-    publisher::Fate,
-    restore::bind_again,
+    publisher::PublishResult,
+    restore::rebind,
     shared::Shared,
 };
 use crate::{
@@ -33,32 +33,34 @@ pub(super) async fn publish(
         // The exchange may be gone, which costs the channel.
         shared.unbound.notify_one();
     }
-    let mut fates = published?;
-    publish_again(shared, &messages, &mut fates).await?;
-    let published = |fate| match fate {
-        Fate::Stored => Published::Stored,
-        Fate::Unroutable => Published::Unmatched,
-        Fate::Refused => Published::Refused,
+    let mut results = published?;
+    republish_lost(shared, &messages, &mut results).await?;
+    let published = |result| match result {
+        PublishResult::Stored => Published::Stored,
+        PublishResult::Unroutable => Published::Unmatched,
+        PublishResult::Refused => Published::Refused,
     };
-    Ok(fates.into_iter().map(published).collect())
+    Ok(results.into_iter().map(published).collect())
 }
 
-/// What no queue has taken is in none, and can be published again once what should be bound is.
-async fn publish_again(
+/// Publishes events again that no queue has taken, once the missing bindings are restored.
+async fn republish_lost(
     shared: &Shared,
     messages: &[Message],
-    fates: &mut [Fate],
+    results: &mut [PublishResult],
 ) -> Result<(), QueueError> {
     let is_event = |m: &Message| m.exchange == shared.topology.events();
-    let lost: Vec<usize> = (0..fates.len())
-        .filter(|n| fates[*n] == Fate::Unroutable && messages.get(*n).is_some_and(is_event))
+    let lost: Vec<usize> = (0..results.len())
+        .filter(|n| {
+            results[*n] == PublishResult::Unroutable && messages.get(*n).is_some_and(is_event)
+        })
         .collect();
     let types = lost.iter().map(|n| messages[*n].routing_key.clone()).collect();
-    if lost.is_empty() || !bind_again(shared, &types).await? {
+    if lost.is_empty() || !rebind(shared, &types).await? {
         return Ok(());
     }
     let again =
         shared.publisher().publish(lost.iter().map(|n| messages[*n].clone()).collect()).await?;
-    lost.into_iter().zip(again).for_each(|(n, fate)| fates[n] = fate);
+    lost.into_iter().zip(again).for_each(|(n, result)| results[n] = result);
     Ok(())
 }

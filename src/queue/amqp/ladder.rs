@@ -1,21 +1,21 @@
-//! The delay ladder: any delay up to 72 h out of 19 queues with fixed times to live.
+//! The delay ladder: any delay up to 72 h, made of 19 queues with fixed times to live.
 //!
 //! Level n delays by 2^n seconds. A message's delay stands in its routing key, one word a bit, the
-//! highest first, the subscriber last: at each level a topic exchange sends it through the level's
-//! queue (bit 1) or past it (bit 0) to the next lower exchange. So that tuning retries changes no
-//! topology, and no message waits behind another with a longer time.
+//! highest first, the subscriber last: at each level a topic exchange routes it through the level's
+//! queue (bit 1) or past it (bit 0) to the next lower exchange. So a change of retry options
+//! changes no topology, and no message waits behind another one with a longer delay.
 //!
-//! An operator's look takes a level's messages and gives them back: they keep their place and their
+//! `hooktrail retry` takes a level's messages and requeues them: they keep their place and their
 //! time (measured; `waiting.rs`).
 
 use std::time::Duration;
 
 pub(super) const LEVELS: u32 = 19;
 
-/// A message takes at most this many hops; each costs the broker a confirmed republish.
+/// The most levels that a message waits in; each costs the broker a confirmed republish.
 const MAX_HOPS: u32 = 4;
 
-/// The whole seconds that the ladder delays by: at least `delay`, at most 1 s and 12.5 % more.
+/// The delay in the ladder, in whole seconds: at least `delay`, at most 1 s and 12.5 % more.
 pub(super) fn seconds(delay: Duration) -> u32 {
     let whole = delay.as_secs() + u64::from(delay.subsec_nanos() > 0);
     let mut n = u32::try_from(whole).unwrap_or(u32::MAX).clamp(1, (1 << LEVELS) - 1);
@@ -26,7 +26,7 @@ pub(super) fn seconds(delay: Duration) -> u32 {
     n
 }
 
-/// How the ladder holds a message back.
+/// What a delay costs in the ladder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hold {
     /// From the confirmed publish until the message is in the retry queue, by the levels' times to
@@ -36,7 +36,7 @@ pub struct Hold {
     pub hops: u32,
 }
 
-/// What becomes of a retry that is not due before `delay`.
+/// The path of a retry that is not due before `delay`.
 pub fn hold(delay: Duration) -> Hold {
     if delay.is_zero() {
         return Hold { delay, hops: 0 };
@@ -45,18 +45,18 @@ pub fn hold(delay: Duration) -> Hold {
     Hold { delay: Duration::from_secs(seconds.into()), hops: seconds.count_ones() }
 }
 
-/// The highest level that the message goes through, where it enters the ladder.
+/// The highest level that the message passes, where it enters the ladder.
 pub(super) fn entry_level(seconds: u32) -> u32 {
     seconds.ilog2()
 }
 
-/// Its routing key.
+/// The routing key of a delayed message.
 pub(super) fn routing_key(seconds: u32, subscriber: &str) -> String {
     let bits = (0..LEVELS).rev().map(|level| if seconds >> level & 1 == 1 { "1." } else { "0." });
     bits.chain([subscriber]).collect()
 }
 
-/// The binding key at `level` for messages that wait there (`1`) or go past (`0`).
+/// The binding key at `level` for messages that wait there (`1`) or pass it (`0`).
 pub(super) fn binding_key(level: u32, bit: char) -> String {
     format!("{}{bit}.#", "*.".repeat((LEVELS - 1 - level) as usize))
 }

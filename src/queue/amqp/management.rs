@@ -1,5 +1,5 @@
-//! The HTTP API of RabbitMQ's management plugin: what the broker knows and AMQP does not show. Only
-//! ever read.
+//! The HTTP API of RabbitMQ's management plugin: what the broker knows and AMQP does not show.
+//! Reads only.
 
 use std::{error::Error as _, fmt, time::Duration};
 
@@ -13,28 +13,28 @@ use crate::crypto::{
     tls::{SystemRoots, TlsPolicy},
 };
 
-/// For one answer, all of it.
+/// Timeout of one whole answer.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A list answers 500 when a queue on it is deleted meanwhile (seen on 3.10), and is asked for
-/// again.
+/// Tries for a list: it answers 500 when a queue on it is deleted meanwhile (seen on 3.10). And the
+/// time between two tries.
 const TRIES: u32 = 4;
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// The longest answer that is read, in bytes: far more than a page of queues.
+/// Bytes of an answer that are read: far more than a page of queues.
 const MAX_ANSWER: usize = 32 << 20;
 
-/// Queues asked for at once; the most that the API allows.
+/// Queues of one request; the most that the API allows.
 const PAGE: usize = 500;
 
 const MAX_PAGES: usize = 200;
 
-/// Why something could not be looked at.
+/// Why something could not be inspected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Unseen {
-    /// Nobody answers there who is a management plugin.
+    /// No management plugin answers at the URL.
     Unreachable(String),
-    /// It answers, but not to this question of this user.
+    /// It refuses this request of this user.
     Refused(String),
 }
 
@@ -60,12 +60,12 @@ pub(super) struct Row {
     pub(super) policy: Option<String>,
     #[serde(default)]
     pub(super) operator_policy: Option<String>,
-    /// Of both policies; `None` as long as there are no statistics.
+    /// The definitions of both policies; `None` while there are no statistics.
     #[serde(default, rename = "effective_policy_definition")]
     pub(super) definition: Option<Definition>,
     #[serde(default)]
     pub(super) arguments: Definition,
-    /// The nodes with a replica of a quorum queue, and those of them that work.
+    /// The nodes with a replica of a quorum queue, and those of them that run.
     #[serde(default)]
     pub(super) members: Vec<String>,
     #[serde(default)]
@@ -73,13 +73,14 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// What has left the queue for another one that has not taken it yet.
+    /// The number of messages that have left the queue for another one, which has not taken them
+    /// yet.
     pub(super) fn handed_over(&self) -> u64 {
         self.messages.saturating_sub(self.messages_ready + self.messages_unacknowledged)
     }
 }
 
-/// Keys and values; an empty one is a list in some versions.
+/// Keys and values. In some versions an empty definition is a list.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(from = "Value")]
 pub(super) struct Definition(pub(super) Map<String, Value>);
@@ -99,14 +100,14 @@ pub(super) struct Binding {
     pub(super) routing_key: String,
 }
 
-/// The same from the other end.
+/// A binding as its source lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Destination {
     pub(super) destination: String,
     pub(super) routing_key: String,
 }
 
-/// A node of the cluster, with its file descriptors where it tells them.
+/// A node of the cluster, with its file descriptors if it reports them.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Node {
     pub(super) name: String,
@@ -126,14 +127,14 @@ impl Node {
         Self { name: name.to_owned(), running: true, uptime: 1, fd_total, fd_used }
     }
 
-    /// Its figures are there, which come some seconds after its start; of one that is down there
-    /// are none.
+    /// Whether its figures have arrived, some seconds after its start. A node that is down has
+    /// none.
     pub(super) fn is_complete(&self) -> bool {
         !self.running || self.uptime > 0
     }
 }
 
-/// A resource that some node has too little of.
+/// A resource that a node has too little of.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct Alarm {
     pub(super) node: String,
@@ -147,12 +148,12 @@ pub(super) struct Flag {
     pub(super) state: String,
 }
 
-/// The API of one broker, about one vhost.
+/// The API of one broker, for one vhost.
 #[derive(Debug)]
 pub(super) struct Management {
     client: Client,
     base: Url,
-    /// Unless the URL has its own.
+    /// User and password, unless the URL has its own.
     user: Option<(String, Secret)>,
     vhost: String,
 }
@@ -211,7 +212,7 @@ impl Management {
         Ok(rows)
     }
 
-    /// What a queue is bound with, the default exchange left out.
+    /// The bindings of a queue, without that of the default exchange.
     pub(super) async fn bindings(&self, queue: &str) -> Result<Vec<Binding>, Unseen> {
         let mut found: Vec<Binding> = self
             .get(&["queues", &self.vhost, queue, "bindings"], &[("columns", "source,routing_key")])
@@ -220,7 +221,7 @@ impl Management {
         Ok(found)
     }
 
-    /// What is bound to an exchange.
+    /// The bindings of an exchange.
     pub(super) async fn bindings_of(&self, exchange: &str) -> Result<Vec<Destination>, Unseen> {
         let path = ["exchanges", &self.vhost, exchange, "bindings", "source"];
         self.get(&path, &[("columns", "destination,routing_key")]).await
@@ -236,17 +237,17 @@ impl Management {
         Ok(health.alarms)
     }
 
-    /// For an administrator alone.
+    /// The feature flags. Only an administrator may read them.
     pub(super) async fn feature_flags(&self) -> Result<Vec<Flag>, Unseen> {
         self.get(&["feature-flags"], &[]).await
     }
 
-    /// All nodes of the cluster; for whoever may monitor it.
+    /// All nodes of the cluster. Only a user that may monitor it may read them.
     pub(super) async fn nodes(&self) -> Result<Vec<Node>, Unseen> {
         self.get(&["nodes"], &[("columns", "name,running,uptime,fd_total,fd_used")]).await
     }
 
-    /// How many queues the vhost may have and has, if there is a limit.
+    /// The most queues that the vhost may have, and its number of queues, if there is a limit.
     pub(super) async fn queue_limit(&self) -> Result<Option<(u64, u64)>, Unseen> {
         #[derive(Deserialize)]
         struct Limits {
@@ -257,7 +258,7 @@ impl Management {
             total_count: u64,
         }
         let limits: Vec<Limits> = self.get(&["vhost-limits", &self.vhost], &[]).await?;
-        // A negative one is none.
+        // A negative limit is none.
         let Some(max) = limits.iter().find_map(|l| l.value.0.get("max-queues")?.as_u64()) else {
             return Ok(None);
         };
@@ -316,11 +317,11 @@ impl Management {
             }
             tokio::time::sleep(AGAIN).await;
         };
-        // A health check that fails says so by its status, and why in its body.
+        // A failed health check has its reason in the body.
         if status.is_success() || status == StatusCode::SERVICE_UNAVAILABLE {
             return serde_json::from_slice(&body).map_err(|_| {
                 Unseen::Unreachable(format!(
-                    "what answered ({status}) is not RabbitMQ's management plugin"
+                    "the answer ({status}) is not one of RabbitMQ's management plugin"
                 ))
             });
         }
@@ -330,13 +331,13 @@ impl Management {
         match reason {
             Some(reason) => Err(Unseen::Refused(format!("it answered {status}: {reason}"))),
             None => Err(Unseen::Unreachable(format!(
-                "what answered ({status}) is not RabbitMQ's management plugin"
+                "the answer ({status}) is not one of RabbitMQ's management plugin"
             ))),
         }
     }
 }
 
-/// The innermost cause says it best.
+/// The innermost cause, which is the clearest.
 fn cause(e: &reqwest::Error) -> String {
     let mut cause = e.source();
     let mut text = e.to_string();

@@ -1,4 +1,4 @@
-//! How events, envelopes and dead letters look as AMQP messages.
+//! Events, envelopes and dead letters as AMQP messages.
 
 use std::time::{Duration, SystemTime};
 
@@ -30,18 +30,18 @@ const ERROR: &str = "x-hooktrail-error";
 const EVENTS: &str = "x-hooktrail-events";
 const FIRST_ATTEMPT_AT: &str = "x-hooktrail-first-attempt-at";
 const DIED_AT: &str = "x-hooktrail-died-at";
-/// W3C Trace Context, as producers write it beside a message.
+/// W3C Trace Context, as producers write it into a header.
 const TRACEPARENT: &str = "traceparent";
-/// Where kombu says how it compressed a body; its `content_encoding` is the charset.
+/// Header in which kombu says how it compressed a body; its `content_encoding` is the charset.
 const COMPRESSION: &str = "compression";
-/// See [`AttemptLog::to_text`].
+/// The attempt log; see [`AttemptLog::to_text`].
 const ATTEMPT_LOG: &str = "x-hooktrail-story";
-/// `true` in what an operator has sent again; otherwise absent.
+/// `true` if an operator has replayed the message; otherwise absent.
 const REPLAY: &str = "x-hooktrail-replay";
-/// When the ladder gives a retry back, in Unix milliseconds; not in envelopes of earlier versions.
+/// When a retry leaves the ladder, in Unix milliseconds; not in envelopes of earlier versions.
 const DUE_AT: &str = "x-hooktrail-due-at";
 
-/// A message to be published, with its place.
+/// A message to be published, with its destination.
 #[derive(Debug, Clone)]
 pub(super) struct Message {
     pub(super) exchange: String,
@@ -51,14 +51,14 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// Goes straight into a queue.
+    /// A message that goes directly into a queue.
     pub(super) fn to_queue(queue: String, body: Bytes, properties: BasicProperties) -> Self {
         Self { exchange: String::new(), routing_key: queue, body, properties }
     }
 }
 
-/// Properties are always built anew: a copied `x-death`, `CC`, `expiration` or `user_id` would make
-/// the broker hold, misroute, drop or refuse the message.
+/// Properties are never copied: a copied `x-death`, `CC`, `expiration` or `user_id` would make the
+/// broker delay, misroute, drop or refuse the message.
 fn properties(content_type: Option<&str>, message_id: Option<&str>) -> BasicProperties {
     let short = |s: &str| ShortString::try_new(s).ok();
     let mut p = BasicProperties::default().with_delivery_mode(2);
@@ -95,14 +95,14 @@ pub(super) fn event(
     (body, p)
 }
 
-/// As a producer, or hooktrail, wrote it beside a message.
+/// The trace context that a producer, or hooktrail, wrote into a header.
 fn traceparent(p: &BasicProperties) -> Option<String> {
     let headers = Headers(p.headers().as_ref());
     headers.text(TRACEPARENT).ok().flatten().filter(|t| t.len() <= MAX_TRACEPARENT)
 }
 
-/// An event from a source queue for the internal exchange: content type, message id, timestamp and
-/// `traceparent`, and nothing else of what it came with.
+/// The properties of an event from a source queue, for the internal exchange: content type, message
+/// id, timestamp and `traceparent`, and nothing else.
 pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
     let id = from.message_id().as_ref().map(ShortString::as_str);
     let mut p = properties(
@@ -120,7 +120,7 @@ pub(super) fn relayed(from: &BasicProperties) -> BasicProperties {
     p
 }
 
-/// A dead event as it goes back into the main queue.
+/// A dead event as it returns into the main queue.
 pub(super) fn event_again(letter: &DeadLetter) -> (Bytes, BasicProperties) {
     let p = properties(
         Some(letter.content_type.as_deref().unwrap_or("application/json")),
@@ -156,7 +156,7 @@ pub(super) fn envelope(e: &Batch) -> (Bytes, BasicProperties) {
     (e.body.clone(), properties(Some(e.format.content_type()), Some(e.id.as_str())).with_headers(h))
 }
 
-/// Says of an envelope when it comes back.
+/// Adds to an envelope when it leaves the ladder.
 pub(super) fn with_due(properties: BasicProperties, due: SystemTime) -> BasicProperties {
     let millis = due.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
     let mut headers = properties.headers().clone().unwrap_or_default();
@@ -198,8 +198,8 @@ fn is_own(header: &str) -> bool {
     header.starts_with("x-hooktrail-") || header == TRACEPARENT
 }
 
-/// A message of hooktrail's own that goes on to another queue: its own headers and nothing of the
-/// broker's.
+/// A message of hooktrail's own that is moved to another queue: with its own headers, and without
+/// the broker's.
 pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
     let from = &d.properties;
     let short = |s: &Option<ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
@@ -214,7 +214,7 @@ pub(super) fn untouched(d: Delivery) -> (Bytes, BasicProperties) {
     (Bytes::from(d.data), p)
 }
 
-/// As [`untouched`], of a retry that is not to wait any longer.
+/// The same as [`untouched`], for a retry that is due now.
 pub(super) fn due_now(d: Delivery) -> (Bytes, BasicProperties) {
     let (body, properties) = untouched(d);
     let mut headers = FieldTable::default();
@@ -253,7 +253,7 @@ impl Headers<'_> {
         u32::try_from(n).map(Some).map_err(|_| format!("header `{name}` is {n}, out of range"))
     }
 
-    /// Any integer type of AMQP: other clients choose theirs by the value.
+    /// Reads any integer type of AMQP: other clients choose theirs by the value.
     fn any_integer(&self, name: &str) -> Result<Option<i128>, String> {
         let n: i128 = match self.get(name) {
             None => return Ok(None),
@@ -271,7 +271,7 @@ impl Headers<'_> {
         Ok(Some(n))
     }
 
-    /// As far as RFC 3339 goes: a later time could not be shown.
+    /// Reads a time that RFC 3339 can express: a later one could not be shown.
     fn unix_millis(&self, name: &str) -> Option<SystemTime> {
         let millis = u64::try_from(self.any_integer(name).ok()??)
             .ok()
@@ -286,7 +286,7 @@ impl Headers<'_> {
             .map_err(|_| format!("header `{name}` is not an RFC 3339 time"))
     }
 
-    /// Of an earlier version's message there is none.
+    /// A message of an earlier version has none.
     fn attempt_log(&self) -> AttemptLog {
         self.text(ATTEMPT_LOG)
             .ok()
@@ -300,16 +300,16 @@ fn owned(s: &Option<ShortString>) -> Option<String> {
     s.as_ref().map(|s| s.as_str().to_owned())
 }
 
-/// How a message's body is encoded, in its producer's words; `None` if it is plain.
+/// The encoding of a message's body, in its producer's words; `None` if it is plain.
 fn encoding(p: &BasicProperties) -> Option<String> {
     let property = p.content_encoding().as_ref().map(|e| e.as_str().to_owned());
     let header = || Headers(p.headers().as_ref()).text(COMPRESSION).ok().flatten();
     let is_encoded = |e: &String| Coding::of(e) != Coding::Plain;
-    // As long as the property can be: it is written there when the event is sent again.
+    // As long as the property can be: it is written there when the event is replayed.
     property.filter(is_encoded).or_else(header).filter(is_encoded).filter(|e| e.len() <= 255)
 }
 
-/// An event that is not as it is said to be encoded, or not in a way that can be undone.
+/// An event that is not encoded as its property says, or in a way that cannot be decoded.
 #[derive(Debug)]
 pub(super) struct Undecoded {
     pub(super) reason: Reason,
@@ -317,17 +317,17 @@ pub(super) struct Undecoded {
     encoding: String,
 }
 
-/// The body of an event that came compressed; `None` if it came plain.
+/// The body of an event that arrived compressed; `None` if it arrived plain.
 ///
 /// # Errors
-/// It cannot be inflated, or has more than `most` bytes then.
+/// It cannot be inflated, or is then longer than `most` bytes.
 pub(super) fn decoded(
     p: &BasicProperties,
     body: &[u8],
     most: usize,
 ) -> Result<Option<Vec<u8>>, Undecoded> {
     let Some(encoding) = encoding(p) else { return Ok(None) };
-    // A client that only says so.
+    // The producer only says that it is compressed.
     if event_type(body).is_ok() {
         return Ok(None);
     }
@@ -352,29 +352,21 @@ pub(super) fn decoded(
 }
 
 impl Undecoded {
-    /// With the body as it came.
+    /// The dead letter, with the body as it arrived.
     pub(super) fn dead_letter(self, d: Delivery) -> DeadLetter {
-        DeadLetter {
-            kind: MessageKind::Event,
-            reason: self.reason,
-            content_type: Some(
-                owned(d.properties.content_type()).unwrap_or_else(|| "application/json".to_owned()),
-            ),
-            content_encoding: Some(self.encoding),
-            id: owned(d.properties.message_id()),
-            body: d.data.into(),
-            events: 1,
-            attempts: 0,
-            status: None,
-            error: self.error,
-            first_attempt_at: None,
-            died_at: Some(clock::now()),
-            attempt_log: AttemptLog::default(),
-        }
+        let letter = DeadLetter::of_event(
+            d.data.into(),
+            owned(d.properties.content_type()),
+            owned(d.properties.message_id()),
+            self.reason,
+            self.error,
+            clock::now(),
+        );
+        DeadLetter { content_encoding: Some(self.encoding), ..letter }
     }
 }
 
-/// `most`: the bytes that an event can have.
+/// Reads an event. `most`: bytes that its body can have.
 pub(super) fn taken_event(mut d: Delivery, most: usize) -> Taken {
     match decoded(&d.properties, &d.data, most) {
         Ok(None) => {}
@@ -445,14 +437,13 @@ fn read_envelope(d: &Delivery) -> Result<Batch, String> {
     })
 }
 
-/// What an envelope tells of itself where it waits; `None` if it is none.
+/// A waiting batch by its envelope; `None` if the message is none.
 pub(super) fn waiting(d: &Delivery) -> Option<Waiting> {
     let envelope = read_envelope(d).ok()?;
     Some(Waiting::new(&envelope, Headers(d.properties.headers().as_ref()).unix_millis(DUE_AT)))
 }
 
-/// Reads whatever is in a dead queue; what the broker put there itself has no headers of
-/// hooktrail's.
+/// Reads a message of a dead queue. One that the broker put there has no headers of hooktrail's.
 pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     let h = Headers(d.properties.headers().as_ref());
     let ok = |r: Result<Option<String>, String>| r.ok().flatten();
@@ -483,14 +474,13 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     }
 }
 
-/// What the broker has written down of a message that it moved by itself.
+/// What the broker records of a message that it dead-lettered.
 #[derive(Debug, Default)]
 struct Death {
     expired: bool,
     at: Option<SystemTime>,
     queue: Option<String>,
-    /// The property `expiration` that its producer gave it, in milliseconds; the broker has taken
-    /// it off.
+    /// The property `expiration` of its producer, in milliseconds, which the broker has removed.
     expiration: Option<String>,
 }
 
@@ -516,8 +506,8 @@ impl Death {
 }
 
 impl Headers<'_> {
-    /// The latest of the header `x-death` (RabbitMQ's documentation, "Dead Lettered Effects on
-    /// Messages"), as far as it can be read.
+    /// The latest entry of the header `x-death` (RabbitMQ's documentation, "Dead Lettered Effects
+    /// on Messages"), as far as it is readable.
     fn death(&self) -> Death {
         let first_reason = self.text("x-first-death-reason").ok().flatten();
         let latest = match self.get("x-death") {
@@ -545,8 +535,7 @@ impl Headers<'_> {
     }
 }
 
-/// Reads whatever is among the orphans: batches that could not be routed back, and invalid events
-/// of a source queue.
+/// Reads an orphan: a batch that could not be routed back, or an invalid event of a source queue.
 pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
     let is_dead_letter = Headers(d.properties.headers().as_ref()).get(REASON).is_some();
     let letter = read_dead_letter(d);
@@ -554,7 +543,7 @@ pub(super) fn read_orphan(d: Delivery, subscriber: Option<&str>) -> DeadLetter {
         return letter;
     }
     let error = match subscriber {
-        Some(name) => format!("when its time came the retry queue of `{name}` was not there"),
+        Some(name) => format!("when it was due the retry queue of `{name}` did not exist"),
         None => "nothing says whose it is".to_owned(),
     };
     DeadLetter { reason: Reason::Expired, error, ..letter }
@@ -617,14 +606,14 @@ mod tests {
         let e = an_envelope();
         let due = SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123);
         let (body, plain) = envelope(&e);
-        let told = with_due(plain.clone(), due);
-        let found = waiting(&delivery(&body, told.clone())).expect("an envelope");
+        let dated = with_due(plain.clone(), due);
+        let found = waiting(&delivery(&body, dated.clone())).expect("an envelope");
         assert_eq!(found, Waiting::new(&e, Some(due)));
         assert_eq!(
             (found.batch_id.as_str(), found.attempts, found.last.as_ref()),
             ("msg_1", 2, e.attempt_log.last())
         );
-        let (sent, properties) = due_now(delivery(&body, told));
+        let (sent, properties) = due_now(delivery(&body, dated));
         assert_eq!((&sent, &properties), (&body, &plain), "but for the time it is the same");
         for odd in [
             AMQPValue::LongLongInt(-1),

@@ -1,4 +1,4 @@
-//! The sweep of orphans.
+//! The sweep of orphans: those of configured subscribers return into their retry queues.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -12,7 +12,7 @@ use super::{
     ladder,
     message::{self, Message},
     pool::Pool,
-    publisher::{Fate, Publisher},
+    publisher::{PublishResult, Publisher},
     requests::Broker,
     shared::Shared,
     topology::Topology,
@@ -32,19 +32,19 @@ struct Sweep<'a> {
     declaring: &'a Pool,
     publisher: &'a Publisher,
     configured: HashSet<SubscriberName>,
-    /// How many there were when none of them was of a configured subscriber, and how often that was
-    /// looked at.
+    /// The number of orphans when none of them belonged to a configured subscriber, and the number
+    /// of sweeps that relied on it.
     foreign: Option<(u32, u32)>,
 }
 
-/// Between two sweeps.
+/// Time between two sweeps.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// So many sweeps may rely on the number alone; the next one looks at every orphan again.
-const GLANCES: u32 = 60;
+/// Sweeps that may rely on the number alone; the next one reads every orphan again.
+const MAX_SKIPPED: u32 = 60;
 
 impl Sweep<'_> {
-    /// From now on these are configured.
+    /// Replaces the configured subscribers.
     fn configure(&mut self, subscribers: &[Arc<Subscriber>]) {
         let configured: HashSet<SubscriberName> =
             subscribers.iter().map(|s| s.name.clone()).collect();
@@ -54,24 +54,24 @@ impl Sweep<'_> {
         }
     }
 
-    /// Returns how many batches were moved.
+    /// Returns the number of batches that were moved.
     async fn run(&mut self) -> Result<usize, QueueError> {
         let orphans = self.topology.orphans();
         let Some(depth) = Broker::new(self.declaring).depth(&orphans).await? else { return Ok(0) };
         match &mut self.foreign {
             _ if depth.messages == 0 => return Ok(0),
-            Some((number, glances)) if *number == depth.messages && *glances < GLANCES => {
-                *glances += 1;
+            Some((number, skipped)) if *number == depth.messages && *skipped < MAX_SKIPPED => {
+                *skipped += 1;
                 return Ok(0);
             }
             _ => self.foreign = None,
         }
-        // A connection of its own: if the broker has lost the use of the orphans, no lane shall
-        // notice.
+        // A connection of its own: if the queue of orphans is broken, no lane is affected.
         let connection = self.consuming.quarantine().await?;
         let mut walk = Walk::new(connection, orphans, depth.messages);
         let mut moved = 0;
-        // Who does not take one now takes no other, and keeps nobody from getting theirs.
+        // A retry queue that does not take one now takes no other, and keeps no other queue from
+        // getting its own.
         let mut failed = BTreeMap::new();
         while let Some(delivery) = walk.next().await? {
             let subscriber = ladder::subscriber_of(delivery.routing_key.as_str())
@@ -89,9 +89,9 @@ impl Sweep<'_> {
                 .publish(vec![Message::to_queue(queue.clone(), body, properties)])
                 .await
             {
-                Ok(fates) if fates == [Fate::Stored] => None,
+                Ok(results) if results == [PublishResult::Stored] => None,
                 Ok(_) => Some(format!("queue `{queue}` did not take an orphan")),
-                // Nor would any other.
+                // No other would be taken either.
                 Err(e) if !self.publisher.is_writable() => return Err(e),
                 Err(e) => Some(e.to_string()),
             };
@@ -114,7 +114,7 @@ impl Sweep<'_> {
     }
 }
 
-/// Moves orphans again and again.
+/// Sweeps orphans periodically.
 pub(super) async fn sweep(shared: &Shared, mut subscribers: watch::Receiver<Subscribers>) {
     let mut sweep = Sweep {
         topology: &shared.topology,

@@ -767,7 +767,7 @@ mod tests {
             ["unbind gone x:#", "log Unbound(\"gone\")", "release gone"]
         );
         assert_eq!(world.check(RECHECK), [""; 0]);
-        // A daemon that sees no other consumer of the queues that it consumes asks nobody.
+        // A daemon that sees no other consumer of the queues that it consumes asks no other daemon.
         let mut world = World::new(&[("a", "#")], &[claimed("a", "x", "#")]);
         world.is_alone = true;
         drop(world.read(claimed("gone", "x", "#")));

@@ -18,7 +18,8 @@ use crate::{
     telemetry::{metrics::OpenConnection, outage::ReportedOutage, troubles::Troubles},
 };
 
-/// A connection's frame loop looks at every channel for each frame: more of them slow all down.
+/// Channels on one connection. Its frame loop visits every channel for each frame: more of them
+/// slow down all.
 pub(super) const CHANNELS_PER_CONNECTION: usize = 100;
 
 /// A channel, and its share in the connection that it is on.
@@ -33,8 +34,9 @@ pub(super) struct Lease {
 struct Slot {
     connection: Connection,
     open: AtomicUsize,
-    /// In all. A channel's number is not used twice: an error that the broker closed a channel with
-    /// stays with its number in lapin, and would answer the requests of the next that gets it.
+    /// Channels opened since the start. No channel number is used twice: lapin keeps the error with
+    /// which the broker closed a channel under its number, and would answer the requests of the
+    /// next channel with it.
     opened: AtomicUsize,
     numbers: usize,
     _counted: OpenConnection,
@@ -55,7 +57,7 @@ impl Slot {
         })
     }
 
-    /// A place for one more channel, if there is one. Called by one task at a time.
+    /// A seat for one more channel, if one is free. Called by one task at a time.
     fn seat(self: &Arc<Self>) -> Option<Seat> {
         let free = self.open.load(Ordering::Relaxed) < CHANNELS_PER_CONNECTION
             && self.opened.load(Ordering::Relaxed) < self.numbers;
@@ -96,12 +98,12 @@ pub(super) struct Pool {
 #[derive(Debug)]
 struct PoolState {
     slots: Vec<Weak<Slot>>,
-    /// Stays when no channel is on it: somebody will soon want one again.
+    /// Stays open without a channel: the next one is needed soon.
     newest: Option<Arc<Slot>>,
     connecting: ReportedOutage,
 }
 
-/// Somebody waits for a connection. When nobody does any more, that there is none is no trouble.
+/// A task waits for a connection. When none waits any more, a missing connection is no outage.
 struct Trying<'p>(MutexGuard<'p, PoolState>);
 
 impl Drop for Trying<'_> {
@@ -120,13 +122,14 @@ impl Pool {
         }
     }
 
-    /// A channel on a shared connection. Waits for the broker without end.
+    /// Leases a channel on a shared connection. Waits for the broker indefinitely.
     pub(super) async fn lease(&self) -> Result<Lease, QueueError> {
         self.seat().await.open().await
     }
 
     async fn seat(&self) -> Seat {
-        // The lock is held while connecting: whoever comes meanwhile needs that connection too.
+        // The lock is held while connecting: a task that arrives meanwhile needs that connection
+        // too.
         let mut trying = Trying(self.state.lock().await);
         let state = &mut *trying.0;
         state.slots.retain(|s| s.upgrade().is_some_and(|s| s.connection.status().connected()));
@@ -148,21 +151,21 @@ impl Pool {
         }
     }
 
-    /// A connection that is not shared with others, for a queue that may take it down.
+    /// Opens a connection that is not shared, for a queue that may end it.
     pub(super) async fn quarantine(&self) -> Result<Quarantine, QueueError> {
         Ok(Quarantine(Slot::new(self.dialer.connect(self.role).await?)))
     }
 
-    /// Says goodbye on those connections that are still in use.
+    /// Closes the connections that are still in use.
     pub(super) async fn close(&self) {
-        // Whoever holds the lock is connecting, and has nothing to say goodbye to.
+        // The task that holds the lock is connecting, so nothing has to be closed.
         let Ok(mut state) = self.state.try_lock() else { return };
         let slots: Vec<_> = state.slots.drain(..).filter_map(|s| s.upgrade()).collect();
         join_all(slots.iter().map(|s| close(&s.connection))).await;
     }
 }
 
-/// A connection for one subscriber alone.
+/// A connection that is not shared.
 #[derive(Debug)]
 pub(super) struct Quarantine(Arc<Slot>);
 

@@ -1,20 +1,20 @@
-//! How many events may be on their way to a lane: few until their sizes are known, for a broker
-//! counts messages, not bytes.
+//! The number of events that may be on their way to a lane: small until their sizes are known,
+//! since a broker counts messages, not bytes.
 
 use crate::queue::{FEWEST, MOST_BYTES};
 
-/// Of so many messages, at least, the largest is remembered.
+/// Messages, at least, of which the largest is lost_acks.
 const MEMORY: u64 = 2000;
 
-/// So many times as many as were seen may come next.
+/// Factor by which the prefetch may exceed the number of messages seen.
 const GROWTH: u64 = 8;
 
-/// What is known of the sizes of a subscriber's messages. It outlives a session: what the broker is
-/// given back is taken again together, or it would change its order.
+/// The known sizes of a subscriber's messages. They outlive a session: requeued messages are taken
+/// again together, or they would change their order.
 #[derive(Debug, Default)]
 pub(super) struct Sizes {
     seen: u64,
-    /// The largest of the latest, and of those before them.
+    /// The largest of the latest messages, and of those before them.
     largest: [u64; 2],
 }
 
@@ -27,8 +27,8 @@ impl Sizes {
         self.largest[0] = self.largest[0].max(bytes as u64);
     }
 
-    /// How many may be taken and not acked, at most `window`. If the next ones are as large as
-    /// those that were seen, that is at most [`MOST_BYTES`], or [`FEWEST`] messages.
+    /// The number of messages that may be unacked, at most `window`. If the next ones are as large
+    /// as those before, that is at most [`MOST_BYTES`], or [`FEWEST`] messages.
     pub(super) fn allow(&self, window: u16) -> u16 {
         let largest = self.largest.iter().copied().max().unwrap_or(0).max(1);
         let most = (MOST_BYTES / largest).min(self.seen.saturating_mul(GROWTH)).max(FEWEST.into());
@@ -36,7 +36,7 @@ impl Sizes {
     }
 }
 
-/// Whether another consumer is worth it that has `next` messages on their way, and not `now`.
+/// Whether a prefetch of `next` instead of `now` is worth another consumer.
 pub(super) const fn is_other(now: u16, next: u16, window: u16) -> bool {
     next >= now.saturating_mul(2) || next <= now / 2 || (next == window && now < window)
 }
@@ -68,7 +68,7 @@ mod tests {
         let mut sizes = after(std::iter::repeat_n(300, 500).chain([4 * mib]));
         assert_eq!(sizes.allow(1000), 16, "one is enough");
         (0..MEMORY).for_each(|_| sizes.saw(300));
-        assert_eq!(sizes.allow(1000), 16, "it is remembered for a while");
+        assert_eq!(sizes.allow(1000), 16, "it is lost_acks for a while");
         (0..MEMORY).for_each(|_| sizes.saw(300));
         assert_eq!(sizes.allow(1000), 1000, "and not for ever");
     }

@@ -1,4 +1,4 @@
-//! Deletes what only earlier configurations needed, or everything.
+//! Deletes the queues of removed subscribers, or everything under the prefix.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -25,11 +25,11 @@ pub(super) async fn prune(
     let topology = &shared.topology;
     let queues = topology.subscriber_queues(subscriber).map(|(queue, _)| queue);
     may_be_pruned(&mut broker, subscriber, &queues, with_events).await?;
-    // Retries that come due from now on become orphans instead of going with their queue; what
-    // came before is seen.
+    // Retries that are due from now on become orphans instead of being deleted with their queue;
+    // earlier ones are counted.
     topology.unbind_retry(&mut broker, subscriber).await?;
     if let Err(e) = may_be_pruned(&mut broker, subscriber, &queues, with_events).await {
-        // If this fails, whoever configures it again binds it.
+        // If this fails, the next daemon that serves it binds it.
         topology.bind_retry(&mut broker, subscriber).await.ok();
         return Err(e);
     }
@@ -41,7 +41,7 @@ pub(super) async fn prune(
     Ok(())
 }
 
-/// Whether nobody works with these queues and nothing is in them that is not meant to be lost.
+/// Checks that these queues are unused, and empty unless their messages may be lost.
 async fn may_be_pruned(
     broker: &mut Broker<'_>,
     subscriber: &str,
@@ -52,13 +52,13 @@ async fn may_be_pruned(
         let Some(depth) = broker.depth(queue).await? else { continue };
         if depth.consumers > 0 {
             return Err(QueueError::new(format!(
-                "somebody still works with queue `{queue}`; take `{subscriber}` out of every daemon's configuration first"
+                "queue `{queue}` still has a consumer; take `{subscriber}` out of every daemon's configuration first"
             )));
         }
-        // What a walk holds is not counted.
+        // Messages that a walk has taken are not counted.
         if broker.is_walked(queue).await? {
             return Err(QueueError::new(format!(
-                "a `hooktrail dead` command is looking at queue `{queue}`; wait for its end"
+                "a `hooktrail dead` command reads queue `{queue}`; wait for its end"
             )));
         }
         if depth.messages > 0 && !with_events {
@@ -71,12 +71,12 @@ async fn may_be_pruned(
     Ok(())
 }
 
-/// Deletes everything that is declared under this prefix for these subscribers. The exchange
-/// that producers publish to goes too `with_exchange`; where events come from a source queue
-/// that is hooktrail's own.
+/// Deletes everything that is declared under this prefix for these subscribers. The exchange that
+/// producers publish to goes too `with_exchange`; where events come from a source queue that is
+/// hooktrail's own.
 ///
 /// # Errors
-/// The broker cannot be reached or does not obey.
+/// The broker cannot be reached or refuses.
 pub(super) async fn remove<S: AsRef<str>>(
     shared: &Shared,
     subscribers: impl IntoIterator<Item = S>,
@@ -99,12 +99,12 @@ pub(super) async fn remove<S: AsRef<str>>(
     broker.delete_exchange(&topology.witness()).await
 }
 
-/// What there is under this prefix, of every subscriber that the record, this configuration or
-/// the management API knows.
+/// The depths of all queues under this prefix: of every subscriber that the record, this
+/// configuration or the management API knows.
 ///
 /// # Errors
-/// The broker cannot be asked; or a daemon or a command works with the prefix: which queue, or
-/// which subscriber, shows it.
+/// The broker cannot be reached; or a daemon or a command works with the prefix, which the error
+/// shows by a queue or a subscriber.
 pub(super) async fn everything(
     shared: &Shared,
     configured: &[Arc<Subscriber>],

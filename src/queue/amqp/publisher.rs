@@ -1,8 +1,8 @@
 //! Confirmed publishing, from one task on one channel of its own connection.
 //!
-//! One task, because several that publish on one channel mix up who was confirmed. A connection of
-//! its own, because the broker blocks a publishing connection as a whole (memory or disk alarm),
-//! acks on it included.
+//! One task, because several that publish on one channel mix up their confirms. A connection of its
+//! own, because the broker blocks a publishing connection as a whole (memory or disk alarm), acks
+//! on it included.
 
 use std::{collections::HashMap, fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -23,7 +23,7 @@ use tokio::{
 use super::{
     broker_error::{BrokerError, answer},
     connection::{Dialer, Role, close},
-    declarations::log_put_back,
+    declarations::log_redeclared,
     message::Message,
     pool::Pool,
     requests::Broker,
@@ -35,26 +35,26 @@ use crate::{
     telemetry::{outage::ReportedOutage, troubles::Troubles},
 };
 
-/// From handing a group over to the last of its confirms.
+/// Timeout from handing over a group to the last of its confirms.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Groups that wait to be published; more wait to be handed over. How many wait for confirms has no
-/// limit here, or one queue that answers nobody would hold up all others: the requests in flight
-/// bound it.
+/// Groups that wait to be published; more wait to be handed over. The number of groups that wait
+/// for confirms has no limit here, or one queue that never answers would hold up all others: the
+/// requests in flight bound it.
 const MAX_INBOX: usize = 64;
 
-/// A queue that never answers leaves its confirms behind; with so many of them the connection is
-/// made anew.
+/// Confirms that may be outstanding without a group that waits for them. With more, the connection
+/// is reopened: a queue that never answers leaves its confirms behind.
 const MAX_ABANDONED: usize = 10_000;
 
-/// What the broker said of one message.
+/// The result of publishing one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fate {
-    /// In every queue that it was routed to.
+pub(super) enum PublishResult {
+    /// The message is in every queue that it was routed to.
     Stored,
-    /// In no queue: nothing is bound for it.
+    /// The message is in no queue: none is bound for it.
     Unroutable,
-    /// Negatively acknowledged; a queue did not take it, others may have.
+    /// The message was negatively acknowledged: a queue did not take it, others may have.
     Refused,
 }
 
@@ -62,9 +62,9 @@ pub(super) enum Fate {
 #[derive(Debug, Clone)]
 enum State {
     Writable,
-    /// By the broker, with its reason.
+    /// The broker blocks publishing, for this reason.
     Blocked(String),
-    /// There is no connection that can be used; why, once that is known.
+    /// There is no usable connection; with the reason, once it is known.
     Away(Option<QueueError>),
 }
 
@@ -73,7 +73,7 @@ impl State {
         matches!(self, Self::Writable)
     }
 
-    /// What keeps the broker from confirming.
+    /// Why the broker does not confirm.
     fn why_not(&self) -> String {
         match self {
             Self::Blocked(why) => format!(": it blocks publishing ({why})"),
@@ -85,7 +85,7 @@ impl State {
 
 struct Group {
     messages: Vec<Message>,
-    reply: oneshot::Sender<Result<Vec<Fate>, QueueError>>,
+    reply: oneshot::Sender<Result<Vec<PublishResult>, QueueError>>,
 }
 
 /// Hands messages to the publishing task. Clones share it; the last one ends it.
@@ -107,8 +107,8 @@ impl Drop for AbortOnDrop {
 }
 
 impl Publisher {
-    /// Starts the task. On each new connection it sees first that hooktrail's own shared queues and
-    /// exchanges are there.
+    /// Starts the task. On each new connection it first declares those of hooktrail's own shared
+    /// queues and exchanges that are missing.
     pub(super) fn start(
         topology: Topology,
         dialer: Dialer,
@@ -118,7 +118,7 @@ impl Publisher {
     ) -> Self {
         let publishing = role.outage(troubles);
         let (groups, inbox) = mpsc::channel(MAX_INBOX);
-        let (tells, state) = watch::channel(State::Away(None));
+        let (sender, state) = watch::channel(State::Away(None));
         let stop = Arc::new(Notify::new());
         let task = tokio::spawn(
             Task {
@@ -127,7 +127,7 @@ impl Publisher {
                 declaring,
                 role,
                 inbox,
-                state: tells,
+                state: sender,
                 stop: stop.clone(),
                 found_own: false,
             }
@@ -136,7 +136,7 @@ impl Publisher {
         Self { groups, state, stop, task: Arc::new(AbortOnDrop(task)) }
     }
 
-    /// Says goodbye to the broker, if it is there, and ends the task. Nothing can be published
+    /// Closes the connection, if there is one, and ends the task. Nothing can be published
     /// afterwards.
     pub(super) async fn close(&self) {
         let mut state = self.state.clone();
@@ -148,19 +148,21 @@ impl Publisher {
         }
     }
 
-    /// Publishes a group, mandatory, and returns the fate of each message in order.
+    /// Publishes a group, mandatory, and returns the result of each message in order.
     ///
     /// # Errors
-    /// The fate is unknown: not confirmed in time, or the connection was lost.
-    pub(super) async fn publish(&self, messages: Vec<Message>) -> Result<Vec<Fate>, QueueError> {
+    /// The result is unknown: it was not confirmed in time, or the connection was lost.
+    pub(super) async fn publish(
+        &self,
+        messages: Vec<Message>,
+    ) -> Result<Vec<PublishResult>, QueueError> {
         debug_assert!(!self.task.0.is_finished());
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             self.groups.send(Group { messages, reply }).await.ok()?;
             answer.await.ok()
         };
-        // If this gives up first, the dropped `answer` tells the task not to publish the group any
-        // more.
+        // If this gives up first, the dropped `answer` keeps the task from publishing the group.
         match timeout(CONFIRM_TIMEOUT, exchange).await {
             Ok(Some(result)) => result,
             Ok(None) => {
@@ -178,16 +180,16 @@ impl Publisher {
         ))
     }
 
-    /// Waits until it can publish. For those who publish because somebody asked for it and waits:
-    /// what others hold is safe meanwhile, and they rather wait for an operator too.
+    /// Waits until it can publish. For callers with a client that waits; the messages of all others
+    /// are safe meanwhile, so that these wait for an operator too.
     ///
     /// # Errors
-    /// That takes an operator, or too long.
+    /// An operator has to act first, or it takes too long.
     pub(super) async fn ready(&self) -> Result<(), QueueError> {
         let refused = |s: &State| matches!(s, State::Away(Some(why)) if why.is_for_operator());
         let decided = async {
             let mut state = self.state.clone();
-            // What it was refused for a moment ago may be mended: the next try tells.
+            // The reason of the last refusal may be fixed by now: the next try shows it.
             if refused(&state.borrow_and_update()) {
                 state.changed().await.ok()?;
             }
@@ -196,7 +198,7 @@ impl Publisher {
         };
         match timeout(CONFIRM_TIMEOUT, decided).await {
             Ok(None) => Ok(()), // also when the task has ended: `publish` says so
-            // It is whoever asked that fails, not the daemon.
+            // Only this caller's request fails; the daemon goes on.
             Ok(Some(why)) => Err(QueueError::new(why.to_string())),
             Err(_) => Err(self.too_late()),
         }
@@ -209,7 +211,7 @@ impl Publisher {
 
     /// Waits until there is a connection that the broker does not block.
     pub(super) async fn writable(&self) {
-        // An error means that the task has ended, and with it whoever would wait.
+        // An error means that the task has ended, and with it all that could wait.
         self.state.clone().wait_for(State::is_writable).await.ok();
     }
 }
@@ -222,37 +224,39 @@ struct Task {
     inbox: mpsc::Receiver<Group>,
     state: watch::Sender<State>,
     stop: Arc<Notify>,
-    /// All of hooktrail's own was there before; what is missing from then on was deleted or lost.
+    /// All of hooktrail's own queues existed before; those that are missing from then on were
+    /// deleted or lost.
     found_own: bool,
 }
 
 impl Task {
-    /// Nothing is ever settled without this task, so not even a panic ends it.
+    /// Runs until it is closed. Nothing is settled without this task, so that not even a panic ends
+    /// it.
     async fn keep(mut self, mut publishing: ReportedOutage) {
         loop {
             let why = match AssertUnwindSafe(self.generation(&mut publishing)).catch_unwind().await
             {
                 Ok(Ok(())) => return,
                 Ok(Err(e)) => e,
-                Err(_) => QueueError::new(
-                    "publishing panicked; what was not confirmed is delivered again",
-                ),
+                Err(_) => {
+                    QueueError::new("publishing panicked; what was not confirmed is redelivered")
+                }
             };
             self.state.send_replace(State::Away(Some(why.clone()))); // after a panic too
             publishing.failed(&why).await;
         }
     }
 
-    /// One connection, from its beginning to its end, which is an error unless it was asked for.
+    /// Serves one connection until its end, which is an error unless it was closed.
     async fn generation(&mut self, publishing: &mut ReportedOutage) -> Result<(), QueueError> {
         let (connection, _open) = self.dialer.connect(self.role).await?;
         let ended = async {
-            // Not the producers' exchange: whoever deletes it to declare it anew must find none of
-            // ours in its place.
+            // Not the producers' exchange: a producer that deletes it to redeclare it must find
+            // none of ours in its place.
             let mut broker = Broker::new(&self.declaring);
             let ensured = self.topology.ensure_own(&mut broker).await;
             if self.found_own {
-                log_put_back(&mut broker);
+                log_redeclared(&mut broker);
             }
             ensured?;
             self.found_own = true;
@@ -282,26 +286,27 @@ impl Task {
 
 /// A group that waits for its confirms.
 struct Pending {
-    /// Exchange, routing key and message id of each message: how a returned one is recognised.
+    /// Exchange, routing key and message id of each message, by which a returned one is recognised.
     keys: Vec<(String, String, Option<String>)>,
-    fates: Vec<Option<Fate>>,
+    results: Vec<Option<PublishResult>>,
     left: usize,
-    /// A return of another group came with one of its confirms, so one of its own may be elsewhere.
+    /// A return of another group arrived with one of its confirms, so that one of its own may have
+    /// arrived with another group.
     in_doubt: bool,
-    reply: oneshot::Sender<Result<Vec<Fate>, QueueError>>,
+    reply: oneshot::Sender<Result<Vec<PublishResult>, QueueError>>,
     deadline: Instant,
 }
 
 type Confirmed = ((u64, usize), Result<Confirmation, lapin::Error>);
 
-/// The time from one connection to the next.
+/// The publishing on one connection.
 struct Generation {
     channel: Channel,
     role: Role,
     next_group: u64,
     groups: HashMap<u64, Pending>,
     confirms: FuturesUnordered<BoxFuture<'static, Confirmed>>,
-    /// Confirms that nobody waits for any more and that have not come.
+    /// Confirms that have not arrived, and for which no group waits any more.
     abandoned: usize,
 }
 
@@ -317,7 +322,7 @@ impl Generation {
         }
     }
 
-    /// Publishes what comes in until the connection fails; `None` when it was told to stop.
+    /// Publishes groups until the connection fails; `None` if it was stopped.
     async fn serve(
         mut self,
         inbox: &mut mpsc::Receiver<Group>,
@@ -371,8 +376,8 @@ impl Generation {
     }
 
     async fn publish(&mut self, group: Group) -> Result<(), lapin::Error> {
-        // Whoever asked has given up: its messages are being delivered again, a late copy would
-        // only repeat them.
+        // The caller has given up: its messages are redelivered, and a late copy would only repeat
+        // them.
         if group.reply.is_closed() {
             return Ok(());
         }
@@ -381,7 +386,7 @@ impl Generation {
         let count = group.messages.len();
         let mut pending = Pending {
             keys: Vec::with_capacity(count),
-            fates: vec![None; count],
+            results: vec![None; count],
             left: count,
             in_doubt: false,
             reply: group.reply,
@@ -409,23 +414,23 @@ impl Generation {
         Ok(())
     }
 
-    /// Takes in a confirm and all others that are there: a message's return can come attached to a
-    /// confirm that was resolved just before its own, and must be known before its group ends.
+    /// Handles a confirm and all others that have arrived: the return of a message can arrive with
+    /// a confirm that was resolved just before its own, and must be known before its group ends.
     async fn confirmed(&mut self, first: Confirmed) -> Result<(), lapin::Error> {
         let mut next = Some(first);
         let mut again = true;
         while let Some(((group, n), confirmation)) = next {
-            let (fate, returned) = match confirmation? {
-                Confirmation::Ack(returned) => (Fate::Stored, returned),
-                Confirmation::Nack(returned) => (Fate::Refused, returned),
+            let (result, returned) = match confirmation? {
+                Confirmation::Ack(returned) => (PublishResult::Stored, returned),
+                Confirmation::Nack(returned) => (PublishResult::Refused, returned),
                 // Not in confirm mode: cannot be, and if it were nothing would be known.
-                Confirmation::NotRequested => (Fate::Refused, None),
+                Confirmation::NotRequested => (PublishResult::Refused, None),
             };
             match self.groups.get_mut(&group) {
                 Some(pending) => {
                     pending.left -= 1;
-                    // A return may have settled it already.
-                    pending.fates[n].get_or_insert(fate);
+                    // A return may have decided it already.
+                    pending.results[n].get_or_insert(result);
                 }
                 None => self.abandoned = self.abandoned.saturating_sub(1),
             }
@@ -434,7 +439,8 @@ impl Generation {
             }
             next = self.confirms.next().now_or_never().flatten();
             if next.is_none() && std::mem::take(&mut again) {
-                // lapin's thread may be about to hand over the confirm that the return came with.
+                // lapin's thread may be about to hand over the confirm that the return arrived
+                // with.
                 tokio::task::yield_now().await;
                 next = self.confirms.next().now_or_never().flatten();
             }
@@ -447,27 +453,28 @@ impl Generation {
         let d = &returned.delivery;
         let id = d.properties.message_id().as_ref().map(|id| id.as_str());
         let find = |p: &Pending| {
-            let same = |(key, fate): (&(String, String, Option<String>), &Option<Fate>)| {
-                *fate != Some(Fate::Unroutable)
-                    && key.0 == d.exchange.as_str()
-                    && key.1 == d.routing_key.as_str()
-                    && key.2.as_deref() == id
-            };
-            p.keys.iter().zip(&p.fates).position(same)
+            let same =
+                |(key, result): (&(String, String, Option<String>), &Option<PublishResult>)| {
+                    *result != Some(PublishResult::Unroutable)
+                        && key.0 == d.exchange.as_str()
+                        && key.1 == d.routing_key.as_str()
+                        && key.2.as_deref() == id
+                };
+            p.keys.iter().zip(&p.results).position(same)
         };
         if let Some(pending) = self.groups.get_mut(&carrier) {
             if let Some(n) = find(pending) {
-                pending.fates[n] = Some(Fate::Unroutable);
+                pending.results[n] = Some(PublishResult::Unroutable);
                 return;
             }
             pending.in_doubt = true;
         }
         match self.groups.values_mut().find_map(|p| find(p).map(|n| (p, n))) {
-            Some((pending, n)) => pending.fates[n] = Some(Fate::Unroutable),
+            Some((pending, n)) => pending.results[n] = Some(PublishResult::Unroutable),
             None => tracing::error!(
                 exchange = d.exchange.as_str(),
                 routing_key = d.routing_key.as_str(),
-                "the broker returned a message that nobody waits for"
+                "the broker returned a message that no group waits for"
             ),
         }
     }
@@ -479,16 +486,16 @@ impl Generation {
         for id in done {
             let Some(p) = self.groups.remove(&id) else { continue };
             let result = if p.in_doubt {
-                Err(QueueError::new("the broker's answers could not be told apart"))
+                Err(QueueError::new("the broker's answers could not be assigned to their messages"))
             } else {
-                Ok(p.fates.into_iter().map(|f| f.unwrap_or(Fate::Refused)).collect())
+                Ok(p.results.into_iter().map(|f| f.unwrap_or(PublishResult::Refused)).collect())
             };
-            p.reply.send(result).ok(); // whoever asked may have given up
+            p.reply.send(result).ok(); // the caller may have given up
         }
     }
 
-    /// Gives up on groups whose time is over. The others go on: one queue without a leader answers
-    /// nobody, and must not hold up the rest.
+    /// Gives up groups whose deadline has passed. The others go on: one queue without a leader
+    /// never answers, and must not hold up the rest.
     fn expire(&mut self) {
         let now = Instant::from_std(crate::clock::instant());
         let late: Vec<u64> =

@@ -1,4 +1,4 @@
-//! The records of the stream that daemons follow, and what they say together.
+//! The records of the state stream, and the state that they fold into.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,14 +16,15 @@ use crate::{
 /// A daemon that serves a subscriber answers an [`Asked`](Record::Asked) record within this time.
 pub(super) const OWNER_REPLY_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// A record of the stream; of a subscriber's the last one counts. Fields that a later version adds
-/// are kept apart.
+/// A record of the stream. The last one of a subscriber counts. Fields that a later version adds
+/// are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(super) enum Record {
     Bound {
         subscriber: SubscriberName,
-        /// Missing in records of version 0.1.0 before the exchange was recorded: it is today's.
+        /// Missing in the first records of version 0.1.0: it is the exchange of today's
+        /// configuration.
         #[serde(default)]
         exchange: Option<String>,
         patterns: BTreeSet<String>,
@@ -44,25 +45,24 @@ pub(super) enum Record {
         why: Option<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         by: Option<String>,
-        /// Since when.
+        /// Begin of the pause, or of its end.
         #[serde(with = "rfc3339")]
         at: SystemTime,
     },
-    /// Of a daemon that is about to unbind a subscriber: who works for it answers with what it has
-    /// bound.
+    /// A daemon is about to unbind a subscriber: a daemon that serves it answers with its claim.
     Asked { asked: SubscriberName },
-    /// Written when reading begins, to know where the end is.
+    /// Written by a daemon that begins to read, to recognise the end.
     Mark { mark: String },
 }
 
-/// What a subscriber's queue is bound with.
+/// The bindings of a subscriber's queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Bound {
     pub(super) exchange: String,
     pub(super) patterns: BTreeSet<String>,
 }
 
-/// Patterns of subscribers' queues, by subscriber, as far as they are the record's.
+/// The patterns of the record, by subscriber.
 pub(super) type Patterns = BTreeMap<SubscriberName, BTreeSet<String>>;
 
 pub(super) type Bindings = BTreeMap<SubscriberName, Bound>;
@@ -81,18 +81,18 @@ impl Record {
     }
 }
 
-/// All that the stream says.
+/// The folded state stream.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Recorded {
     pub(super) bindings: Bindings,
     pub(super) standings: Standings,
-    /// Whose queues may still be there.
+    /// Removed subscribers, whose queues may still exist.
     pub(super) removed: BTreeSet<SubscriberName>,
-    /// Of whom it was asked who works for them, without an answer yet.
+    /// Subscribers of which a daemon has asked who serves them, without an answer yet.
     pub(super) asked: BTreeSet<SubscriberName>,
 }
 
-/// What a record was about.
+/// The subject of a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum About {
     Bindings(SubscriberName),
@@ -103,13 +103,13 @@ pub(super) enum About {
 }
 
 impl Recorded {
-    /// What is bound to this exchange, by subscriber.
+    /// The patterns bound to this exchange, by subscriber.
     pub(super) fn bound_to(&self, exchange: &str) -> Patterns {
         let bound = self.bindings.iter().filter(|(_, bound)| bound.exchange == exchange);
         bound.map(|(name, bound)| (name.clone(), bound.patterns.clone())).collect()
     }
 
-    /// Records that say the same, and nothing of what was before.
+    /// The fewest records that fold into this state.
     pub(super) fn records(&self) -> Vec<Record> {
         let at = now();
         let removed = |name: &SubscriberName| Record::Removed {
@@ -126,7 +126,7 @@ impl Recorded {
                 at: at.clone(),
             };
         let standings = self.standings.iter().map(|(name, standing)| Record::of(name, standing));
-        // Who answers a question takes it out of those that were asked, so that comes last.
+        // A claim answers the question of its subscriber, so that questions come last.
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
         self.removed
             .iter()
@@ -154,7 +154,7 @@ impl Recorded {
                     return About::Bindings(subscriber);
                 }
                 self.removed.remove(&subscriber);
-                // One of the same name begins from nothing.
+                // A subscriber of the same name starts without a pause.
                 Arc::make_mut(&mut self.standings).remove(&subscriber);
                 About::Pruned(subscriber)
             }
@@ -192,7 +192,7 @@ mod rfc3339 {
     }
 }
 
-/// The time as records have it.
+/// The time in the format of records.
 pub(super) fn now() -> String {
     clock::rfc3339_seconds(clock::now())
 }
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_is_recorded_beside_the_bindings_and_read_as_it_was() {
+    fn a_pause_is_recorded_alongside_the_bindings_and_read_as_it_was() {
         let since = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
         let paused =
             Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_records_of_a_whole_say_what_all_before_said() {
+    fn the_records_of_a_folded_state_fold_into_the_same_state() {
         let mut recorded = Recorded::default();
         for line in [
             r##"{"subscriber":"a","exchange":"x","patterns":["a.*","b"],"at":"2026-01-01T00:00:00Z"}"##,

@@ -1,21 +1,20 @@
-//! What was settled although its ack may not have reached the broker: known when it comes again, it
-//! is acked without a second request.
+//! Redeliveries of messages that were settled, but whose ack may not have reached the broker: they
+//! are recognised, and acked without a second attempt.
 //!
-//! Whether an ack arrived before its connection was lost cannot be asked. So of what one session
-//! leaves behind:
+//! The broker does not say whether an ack arrived before its connection was lost. So of the
+//! messages of a lost session:
 //!
-//! - What was settled while **its ack was never written** (it stood behind a slow batch, or the
-//!   answer came after the channel was gone) is in the queue still. Each of them is a settlement
-//!   that no ack has used up, and serves for one message that looks the same, whichever that is: of
-//!   equal events as many are settled as leave the queue. That holds without ids too.
-//! - What was delivered and **its ack was written** may have left the queue. An equal message that
-//!   comes again can then be another one that nobody has attempted. So it is known again only by
-//!   its producer's id: the same id and the same bytes are one event. Only an answer that accepted
-//!   it counts here, however often it was recognised since: what became a dead letter may be
-//!   replayed, and what was retried may begin anew when its subscriber is resumed, the same as
-//!   before.
+//! - Those that were settled while **their ack was never written** (it stood behind a slow batch,
+//!   or the answer arrived after the channel was gone) are still in the queue. Each such settlement
+//!   acks one redelivered message with the same fingerprint. Equal events are counted, so that as
+//!   many leave the queue as were settled. That holds without ids too.
+//! - Those that were delivered while **their ack was written** may have left the queue. An equal
+//!   redelivered message can then be another one, which was never attempted. So it is recognised
+//!   only by its producer's id: the same id and the same bytes are one event. Only an answer that
+//!   accepted it counts here, however often it was recognised since: a dead letter may be replayed,
+//!   and a retry may restart when its subscriber is resumed, with the same bytes as before.
 //!
-//! Everything else is attempted again: a repeat is allowed, a loss never.
+//! All others are attempted again: a repeat is allowed, a loss never.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -25,36 +24,36 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-/// An ack so long before the connection was found to be lost has arrived: the heartbeats after it
-/// did.
+/// An ack that was written this long before the connection was found lost has arrived: the
+/// heartbeats after it did.
 const ARRIVES: Duration = Duration::from_secs(30);
 
-/// The longest outage of a broker over which it is remembered what was settled before.
+/// The longest outage of a broker over which settlements are lost_acks.
 const OUTAGE: Duration = Duration::from_secs(3600);
 
-/// How long after the queue was opened again: the broker may notice later that the connection
-/// before is gone, and what it gives back then stands behind a window of others.
+/// How long settlements are lost_acks after the queue was reopened: the broker may notice late
+/// that the former connection is gone, and what it requeues then stands behind a window of others.
 const LATE: Duration = Duration::from_secs(300);
 
-/// Of so many sessions that were lost it is remembered what they left; of each at most two windows.
+/// Lost sessions of which the settlements are lost_acks; of each at most two windows.
 const SESSIONS: usize = 3;
 
-/// What a message is known again by.
+/// The digest by which a redelivery is recognised as already settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Mark {
+pub(super) struct Fingerprint {
     digest: u128,
-    /// It has an id.
+    /// The message has an id.
     named: bool,
 }
 
-impl Mark {
-    /// An empty id is what some clients send for none.
+impl Fingerprint {
+    /// Some clients send an empty id for none.
     pub(super) fn event(message_id: Option<&str>, body: &[u8]) -> Self {
         Self::new(b"event", message_id.filter(|id| !id.is_empty()), body)
     }
 
-    /// Both are hooktrail's own. A batch can come to an attempt of the same number again, when it
-    /// is replayed or its subscriber resumed.
+    /// The fingerprint of an envelope, by id and number of attempts. A batch can reach the same
+    /// number of attempts again, when it is replayed or its subscriber resumed.
     pub(super) fn envelope(batch_id: &str, attempts: u32) -> Self {
         Self::new(b"batch", Some(batch_id), &attempts.to_be_bytes())
     }
@@ -75,11 +74,11 @@ impl Mark {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// If it is known to have been settled before: whether it was accepted.
+    /// If it was settled before: whether it was accepted.
     Taken {
         known: Option<bool>,
     },
-    /// By an answer that accepted it, or by what was written to another queue.
+    /// Settled by an answer that accepted it, or by a message in another queue.
     Settled {
         accepted: bool,
     },
@@ -89,14 +88,14 @@ enum State {
     },
 }
 
-/// What became of the deliveries of a channel. Their tags count up from 1.
+/// The states of the deliveries of a channel. Their tags count up from 1.
 #[derive(Debug)]
 pub(super) struct Track {
     window: usize,
     /// Tags up to this one are forgotten.
     forgotten: u64,
-    /// Of the tags after `forgotten`.
-    states: VecDeque<(Option<Mark>, State)>,
+    /// The states of the tags after `forgotten`.
+    states: VecDeque<(Option<Fingerprint>, State)>,
     /// One ack with `multiple` was written for all up to this tag.
     acked: u64,
 }
@@ -106,16 +105,21 @@ impl Track {
         Self { window: window.into(), forgotten: 0, states: VecDeque::new(), acked: 0 }
     }
 
-    /// The next delivery. That the broker sends it says that all before the window were acked, so
-    /// they need not be remembered.
-    pub(super) fn taken(&mut self, tag: u64, mark: Option<Mark>, known: Option<bool>) {
-        // A delivery that was left out would have the next ones settled in one another's place.
+    /// Adds the next delivery. Since the broker sends it, all before the window were acked, and
+    /// need not be lost_acks.
+    pub(super) fn taken(
+        &mut self,
+        tag: u64,
+        fingerprint: Option<Fingerprint>,
+        known: Option<bool>,
+    ) {
+        // A missing delivery would have the next ones settled in one another's place.
         assert_eq!(
             tag,
             self.forgotten + self.states.len() as u64 + 1,
-            "each delivery of a channel is kept track of, in its order"
+            "each delivery of a channel is tracked, in its order"
         );
-        self.states.push_back((mark, State::Taken { known }));
+        self.states.push_back((fingerprint, State::Taken { known }));
         while self.states.len() > self.window
             && matches!(self.states.front(), Some((_, State::Acked { .. })))
         {
@@ -137,7 +141,8 @@ impl Track {
         }
     }
 
-    /// How many were taken after a tag and not acked, where acks are written for prefixes alone.
+    /// The number of deliveries after a tag that are unacked, where acks are written for prefixes
+    /// alone.
     pub(super) fn unacked_after(&self, tag: u64) -> u64 {
         (self.forgotten + self.states.len() as u64) - self.acked.max(tag)
     }
@@ -156,8 +161,8 @@ impl Track {
         }
     }
 
-    /// As [`acks`](Self::acks), for the longest settled prefix. Returns its last tag if it has
-    /// grown.
+    /// The same as [`acks`](Self::acks), for the longest settled prefix. Returns its last tag if it
+    /// has grown.
     pub(super) fn acks_prefix(&mut self, now: Instant) -> Option<u64> {
         let before = self.acked;
         while let Some(State::Settled { .. }) = self.at(self.acked + 1) {
@@ -167,7 +172,7 @@ impl Track {
         (self.acked > before).then_some(self.acked)
     }
 
-    /// Those that are settled behind one that is not.
+    /// The tags of settled deliveries behind an unsettled one.
     pub(super) fn stragglers(&self) -> Vec<u64> {
         (self.forgotten + 1..)
             .zip(&self.states)
@@ -176,16 +181,16 @@ impl Track {
             .collect()
     }
 
-    /// What is known again, now that the channel is lost.
-    fn left(&self, now: Instant) -> impl Iterator<Item = (Mark, bool)> {
-        self.states.iter().filter_map(move |(mark, state)| {
-            let mark = (*mark)?;
+    /// The fingerprints that are recognised, now that the channel is lost.
+    fn left(&self, now: Instant) -> impl Iterator<Item = (Fingerprint, bool)> {
+        self.states.iter().filter_map(move |(fingerprint, state)| {
+            let fingerprint = (*fingerprint)?;
             match *state {
-                State::Settled { accepted } => Some((mark, accepted)),
+                State::Settled { accepted } => Some((fingerprint, accepted)),
                 State::Acked { accepted: true, at }
-                    if mark.named && now.saturating_duration_since(at) < ARRIVES =>
+                    if fingerprint.named && now.saturating_duration_since(at) < ARRIVES =>
                 {
-                    Some((mark, true))
+                    Some((fingerprint, true))
                 }
                 State::Taken { .. } | State::Acked { .. } => None,
             }
@@ -193,49 +198,51 @@ impl Track {
     }
 }
 
-/// What the lost sessions of a subscriber have left. Of equal messages it is counted how many.
+/// The settlements that the lost sessions of a subscriber have left. Equal messages are counted.
 #[derive(Debug, Default)]
-pub(super) struct Remembered(Mutex<VecDeque<Left>>);
+pub(super) struct Unacked(Mutex<VecDeque<Left>>);
 
 #[derive(Debug)]
 struct Left {
-    /// How many, by whether they were accepted.
-    marks: HashMap<(Mark, bool), u32>,
+    /// The number of settlements, by whether they were accepted.
+    fingerprints: HashMap<(Fingerprint, bool), u32>,
     until: Instant,
 }
 
-impl Remembered {
+impl Unacked {
     /// A channel was lost.
     pub(super) fn add(&self, track: &Track, now: Instant) {
-        let mut marks = HashMap::new();
-        for mark in track.left(now) {
-            *marks.entry(mark).or_default() += 1;
+        let mut fingerprints = HashMap::new();
+        for fingerprint in track.left(now) {
+            *fingerprints.entry(fingerprint).or_default() += 1;
         }
-        if !marks.is_empty() {
+        if !fingerprints.is_empty() {
             let mut all = self.lock();
-            all.push_back(Left { marks, until: now + OUTAGE });
+            all.push_back(Left { fingerprints, until: now + OUTAGE });
             while all.len() > 2 * SESSIONS {
                 all.pop_front(); // a session has two channels
             }
         }
     }
 
-    /// The queue was opened again.
+    /// The queue was reopened.
     pub(super) fn opened(&self, now: Instant) {
         self.lock().iter_mut().for_each(|left| left.until = left.until.min(now + LATE));
     }
 
-    /// Whether a message that comes again was settled before, and accepted. Each settlement serves
-    /// once.
-    pub(super) fn knows(&self, mark: Mark, now: Instant) -> Option<bool> {
+    /// Whether a redelivered message was settled before, and if so, whether it was accepted. Each
+    /// settlement serves once.
+    pub(super) fn knows(&self, fingerprint: Fingerprint, now: Instant) -> Option<bool> {
         let mut all = self.lock();
-        all.retain(|left| left.until > now && !left.marks.is_empty());
+        all.retain(|left| left.until > now && !left.fingerprints.is_empty());
         all.iter_mut().find_map(|left| {
             [false, true].into_iter().find(|accepted| {
-                let Some(count) = left.marks.get_mut(&(mark, *accepted)) else { return false };
+                let Some(count) = left.fingerprints.get_mut(&(fingerprint, *accepted)) else {
+                    return false;
+                };
                 *count -= 1;
                 if *count == 0 {
-                    left.marks.remove(&(mark, *accepted));
+                    left.fingerprints.remove(&(fingerprint, *accepted));
                 }
                 true
             })
@@ -264,8 +271,8 @@ mod tests {
         crate::clock::instant()
     }
 
-    fn mark(n: u8) -> Mark {
-        Mark::event(Some("an id").filter(|_| n >= 2), &[n])
+    fn fingerprint(n: u8) -> Fingerprint {
+        Fingerprint::event(Some("an id").filter(|_| n >= 2), &[n])
     }
 
     proptest! {
@@ -290,12 +297,12 @@ mod tests {
         #[test]
         fn as_many_are_settled_as_leave_the_queue_whichever_acks_are_lost(steps in prop::collection::vec((0_u8..9, any::<u8>()), 0..300)) {
             let t = now();
-            let remembered = Remembered::default();
-            // Marks, and whether they come again.
+            let lost_acks = Unacked::default();
+            // Fingerprints, and whether they are redelivered.
             let mut queue: VecDeque<(u8, bool)> = VecDeque::new();
             let (mut published, mut accepted, mut settled, mut gone, mut dead) = ([0; 4], [0; 4], [0; 4], [0; 4], [0; 4]);
             let mut track = Track::new(WINDOW);
-            // By tag - 1: what the broker has not seen an ack of.
+            // By tag - 1: what the broker has received no ack of.
             let mut held: Vec<Option<u8>> = Vec::new();
             let mut open: Vec<u64> = Vec::new();
             let mut written: VecDeque<u64> = VecDeque::new();
@@ -312,8 +319,8 @@ mod tests {
                         let Some((m, again)) = queue.pop_front() else { continue };
                         held.push(Some(m));
                         let tag = held.len() as u64;
-                        let known = if again { remembered.knows(mark(m), t) } else { None };
-                        track.taken(tag, Some(mark(m)), known);
+                        let known = if again { lost_acks.knows(fingerprint(m), t) } else { None };
+                        track.taken(tag, Some(fingerprint(m)), known);
                         if known.is_some() {
                             track.settled(tag, true);
                             written.extend(track.acks_prefix(t));
@@ -334,7 +341,7 @@ mod tests {
                     6 => {
                         let Some((m, _)) = queue.pop_front() else { continue };
                         if n % 2 == 0 {
-                            queue.push_front((m, true)); // looked at and given back
+                            queue.push_front((m, true)); // taken and requeued
                         } else {
                             settled[usize::from(m)] += 1;
                             accepted[usize::from(m)] += 1;
@@ -342,7 +349,7 @@ mod tests {
                         }
                     }
                     7 => {
-                        // Answers that come when the channel is gone.
+                        // Answers that arrive when the channel is gone.
                         for tag in open.drain(..).filter(|tag| (u64::from(n) >> (tag % 8)) & 1 == 1) {
                             let m = usize::from(held[tag as usize - 1].expect("held"));
                             settled[m] += 1;
@@ -351,8 +358,8 @@ mod tests {
                         }
                         let some = usize::from(n) % (written.len() + 1);
                         written.drain(..).take(some).for_each(|ack| arrives(&mut held, &mut gone, ack));
-                        remembered.add(&track, t);
-                        remembered.opened(t);
+                        lost_acks.add(&track, t);
+                        lost_acks.opened(t);
                         held.drain(..).rev().flatten().for_each(|m| queue.push_front((m, true)));
                         track = Track::new(WINDOW);
                     }
@@ -365,27 +372,27 @@ mod tests {
                 for m in 0..4_u8 {
                     let at = usize::from(m);
                     let is_left = dead[at] > 0 || queue.iter().any(|(of, _)| *of == m) || held.iter().flatten().any(|of| *of == m);
-                    prop_assert!(is_left || published[at] == 0 || accepted[at] > 0, "{m} is gone, and nobody has accepted it");
-                    if !mark(m).named {
+                    prop_assert!(is_left || published[at] == 0 || accepted[at] > 0, "{m} is gone, and was not accepted");
+                    if !fingerprint(m).named {
                         prop_assert!(settled[at] >= gone[at], "of {} {:?} settled, {:?} gone", m, settled, gone);
                     }
                 }
-                prop_assert!(track.states.len() <= 2 * usize::from(WINDOW), "{} are remembered", track.states.len());
+                prop_assert!(track.states.len() <= 2 * usize::from(WINDOW), "{} are lost_acks", track.states.len());
             }
         }
     }
 
-    impl Remembered {
-        fn has(&self, mark: Mark, now: Instant) -> bool {
-            self.knows(mark, now).is_some()
+    impl Unacked {
+        fn has(&self, fingerprint: Fingerprint, now: Instant) -> bool {
+            self.knows(fingerprint, now).is_some()
         }
     }
 
-    /// Those of a channel that was lost, all with the same mark, by what became of each.
-    fn lost(mark: Mark, states: &[State]) -> Remembered {
+    /// The settlements of a lost channel, all with the same fingerprint.
+    fn lost(fingerprint: Fingerprint, states: &[State]) -> Unacked {
         let mut track = Track::new(100);
         for (tag, state) in (1..).zip(states) {
-            track.taken(tag, Some(mark), None);
+            track.taken(tag, Some(fingerprint), None);
             match *state {
                 State::Taken { .. } => {}
                 State::Settled { accepted } => track.settled(tag, accepted),
@@ -395,18 +402,19 @@ mod tests {
                 }
             }
         }
-        let remembered = Remembered::default();
-        remembered.add(&track, now());
-        remembered
+        let lost_acks = Unacked::default();
+        lost_acks.add(&track, now());
+        lost_acks
     }
 
     #[test]
     fn what_was_settled_and_not_acked_is_known_as_often_as_that_and_no_longer_than_it_may_come() {
-        let unnamed = Mark::event(None, b"{}");
+        let unnamed = Fingerprint::event(None, b"{}");
         let (settled, t) = (State::Settled { accepted: true }, now());
         let all = lost(unnamed, &[settled, TAKEN, State::Settled { accepted: false }, TAKEN]);
         assert!(
-            !all.has(Mark::event(Some("1"), b"{}"), t) && !all.has(Mark::event(None, b"[]"), t)
+            !all.has(Fingerprint::event(Some("1"), b"{}"), t)
+                && !all.has(Fingerprint::event(None, b"[]"), t)
         );
         assert!(all.has(unnamed, t) && all.has(unnamed, t) && !all.has(unnamed, t));
         assert!(lost(unnamed, &[settled]).has(unnamed, t + OUTAGE - LATE));
@@ -422,35 +430,36 @@ mod tests {
     fn what_was_acked_a_moment_ago_is_known_by_its_id_alone_and_only_if_it_was_accepted() {
         let t = now();
         let acked = |accepted| State::Acked { accepted, at: t };
-        let (named, unnamed) = (Mark::event(Some("1"), b"{}"), Mark::event(None, b"{}"));
+        let (named, unnamed) =
+            (Fingerprint::event(Some("1"), b"{}"), Fingerprint::event(None, b"{}"));
         assert!(lost(named, &[acked(true)]).has(named, t));
         assert!(
-            !lost(named, &[acked(true)]).has(Mark::event(Some("1"), b"[]"), t),
+            !lost(named, &[acked(true)]).has(Fingerprint::event(Some("1"), b"[]"), t),
             "the id of another event"
         );
         assert!(
             !lost(unnamed, &[acked(true)]).has(unnamed, t),
-            "a twin that nobody has attempted looks the same"
+            "a twin that was not attempted has the same fingerprint"
         );
         assert!(
             !lost(named, &[acked(false)]).has(named, t),
-            "a replayed dead letter looks the same"
+            "a replayed dead letter has the same fingerprint"
         );
         let long_ago = t.checked_sub(ARRIVES).expect("the machine runs for longer");
         assert!(
             !lost(named, &[State::Acked { accepted: true, at: long_ago }]).has(named, t),
             "its ack has arrived"
         );
-        let batch = Mark::envelope("msg_1", 1);
+        let batch = Fingerprint::envelope("msg_1", 1);
         assert!(
             lost(batch, &[acked(true)]).has(batch, t)
-                && !lost(batch, &[acked(true)]).has(Mark::envelope("msg_1", 2), t)
+                && !lost(batch, &[acked(true)]).has(Fingerprint::envelope("msg_1", 2), t)
         );
     }
 
     #[test]
     fn what_was_recognised_is_accepted_only_if_it_was_so_before() {
-        let (t, named) = (now(), Mark::event(Some("1"), b"{}"));
+        let (t, named) = (now(), Fingerprint::event(Some("1"), b"{}"));
         for accepted in [true, false] {
             let first = lost(named, &[State::Settled { accepted }]);
             assert_eq!(first.knows(named, t), Some(accepted));
@@ -458,30 +467,30 @@ mod tests {
             track.taken(1, Some(named), Some(accepted));
             track.settled(1, true);
             track.acks(1, t);
-            let second = Remembered::default();
+            let second = Unacked::default();
             second.add(&track, t);
-            // If not: what it was written to another queue as may have come back from there, and
-            // look the same.
+            // If not: what was written to another queue for it may have come back from there, with
+            // the same fingerprint.
             assert_eq!(second.knows(named, t), Some(true).filter(|_| accepted));
         }
     }
 
     #[test]
     fn an_empty_id_is_none() {
-        assert_eq!(Mark::event(Some(""), b"{}"), Mark::event(None, b"{}"));
+        assert_eq!(Fingerprint::event(Some(""), b"{}"), Fingerprint::event(None, b"{}"));
     }
 
     #[test]
     fn of_many_lost_sessions_the_last_are_remembered() {
-        let remembered = Remembered::default();
+        let lost_acks = Unacked::default();
         for n in 0..100 {
             let mut track = Track::new(1);
-            track.taken(1, Some(mark(n)), None);
+            track.taken(1, Some(fingerprint(n)), None);
             track.settled(1, true);
-            remembered.add(&track, now());
+            lost_acks.add(&track, now());
         }
         assert_eq!(
-            (0..100).filter(|n| remembered.has(mark(*n), now())).collect::<Vec<_>>(),
+            (0..100).filter(|n| lost_acks.has(fingerprint(*n), now())).collect::<Vec<_>>(),
             (94..100).collect::<Vec<_>>()
         );
     }

@@ -1,4 +1,4 @@
-//! Two chores beside the lanes: the relay from a source queue, and the sweep of orphans.
+//! The relay from a source queue.
 
 use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -20,14 +20,14 @@ use super::{
     message::{self, Message},
     pool::{Lease, Pool},
     prefetch::{Sizes, is_other},
-    publisher::{Fate, Publisher},
+    publisher::{PublishResult, Publisher},
     shared::{Shared, stopped},
     topology::Topology,
 };
 use crate::{
     clock,
     config::{Intake, Subscribers},
-    delivery::{AttemptLog, DeadLetter, MessageKind, Reason},
+    delivery::{DeadLetter, Reason},
     event::event_type,
     failpoint::{Step, reached},
     policy::batching::BatchPolicy,
@@ -39,12 +39,11 @@ use crate::{
     },
 };
 
-/// The most messages that may be on their way to the relay; how many are is for their
-/// [sizes](Sizes) to say.
+/// The most messages that may be on their way to the relay; their [sizes](Sizes) may allow fewer.
 const PREFETCH: u16 = 500;
 
-/// Messages that are published together, and their bytes: with the first that passes these no more
-/// are added.
+/// Messages that are published together, and their bytes: no more are added once these are
+/// exceeded.
 const GROUP: usize = 250;
 const GROUP_BYTES: usize = 16 << 20;
 
@@ -57,7 +56,7 @@ pub(super) struct Relay<'a> {
     pub(super) queue: &'a str,
     pub(super) subscribers: &'a watch::Receiver<Subscribers>,
     pub(super) stopping: &'a watch::Receiver<bool>,
-    /// To be told of when no queue is bound for what is wanted.
+    /// Notified when no queue is bound for a wanted event.
     pub(super) unbound: &'a Notify,
     pub(super) troubles: &'a watch::Sender<Troubles>,
 }
@@ -100,8 +99,8 @@ impl Relay<'_> {
         Ok(consumer)
     }
 
-    /// Relays until it fails, until it is to stop, or until others are configured: their queues
-    /// have to be bound before more is relayed. What it has begun to publish it acks first.
+    /// Relays until it fails, until it is stopped, or until others are configured: their queues
+    /// have to be bound before more is relayed. Acks first what it has begun to publish.
     pub(super) async fn run(
         &self,
         Opened { lease, mut consumer, mut prefetch }: Opened,
@@ -111,7 +110,7 @@ impl Relay<'_> {
     ) -> Result<(), QueueError> {
         let queue = self.queue;
         let mut is_known = false;
-        // A consumer's end comes once.
+        // A consumer's stream ends once.
         let (mut cancelled, mut ended) = (false, false);
         loop {
             if ended && !cancelled {
@@ -139,7 +138,7 @@ impl Relay<'_> {
             let mut next = Some(first);
             while let Some(delivery) = next {
                 let delivery = delivery.map_err(|e| self.error(&e.into()))?;
-                // Who may not declare the queue is told only now what it is.
+                // Where the user may not declare the queue, only a message shows what it is.
                 if !std::mem::replace(&mut is_known, true)
                     && self.is_of_stream(&lease, &delivery).await?
                 {
@@ -148,7 +147,7 @@ impl Relay<'_> {
                 last = delivery.delivery_tag;
                 sizes.saw(delivery.data.len());
                 let message = relayed(self.topology, delivery);
-                // One that came compressed is larger now.
+                // A body that arrived compressed is larger now.
                 bytes += message.body.len();
                 messages.push(message);
                 let come = if messages.len() < GROUP && bytes < GROUP_BYTES {
@@ -159,7 +158,7 @@ impl Relay<'_> {
                 ended = matches!(come, Some(None));
                 next = come.flatten();
             }
-            // Whoever was told that others are configured may have published one of these since.
+            // A client whose reload was answered may have published one of these since.
             if configured.has_changed().unwrap_or(false) {
                 return Ok(());
             }
@@ -183,7 +182,7 @@ impl Relay<'_> {
             relaying.recovered();
             if !cancelled && !ended && is_other(prefetch, sizes.allow(PREFETCH), PREFETCH) {
                 // A consumer's prefetch cannot be changed. What was delivered to this one is
-                // relayed before the next one begins: given back it would count against the queue's
+                // relayed before the next one begins: requeued it would count against the queue's
                 // delivery limit.
                 let tag = consumer.tag();
                 answer(lease.channel.basic_cancel(tag, BasicCancelOptions::default()))
@@ -194,7 +193,7 @@ impl Relay<'_> {
         }
     }
 
-    /// Whether the source is a stream: it marks each message with its place, which a shovel may
+    /// Whether the source is a stream: it marks each message with its offset, which a shovel may
     /// have copied, and the broker counts none of its consumers.
     async fn is_of_stream(&self, lease: &Lease, delivery: &Delivery) -> Result<bool, QueueError> {
         if !delivery
@@ -212,7 +211,7 @@ impl Relay<'_> {
         Ok(found.map_err(|why| self.error(&why))?.consumer_count() == 0)
     }
 
-    /// Publishes until each message is stored or nobody wants it; returns how many nobody wants.
+    /// Publishes until each message is stored or unmatched; returns the number of unmatched ones.
     ///
     /// # Errors
     /// Among others: a queue is gone.
@@ -220,31 +219,31 @@ impl Relay<'_> {
         let mut unmatched = 0;
         let mut refused = Vec::new();
         let subscribers = self.subscribers.borrow().clone();
-        let fates = self.publisher.publish(messages.clone()).await?;
-        for (message, fate) in messages.into_iter().zip(fates) {
+        let results = self.publisher.publish(messages.clone()).await?;
+        for (message, result) in messages.into_iter().zip(results) {
             if message.exchange.is_empty() {
-                match fate {
-                    Fate::Stored => {}
-                    Fate::Refused => refused.push(message),
-                    Fate::Unroutable => return Err(gone(&message)),
+                match result {
+                    PublishResult::Stored => {}
+                    PublishResult::Refused => refused.push(message),
+                    PublishResult::Unroutable => return Err(gone(&message)),
                 }
                 continue;
             }
             let wanting = || subscribers.iter().filter(|s| s.wants(&message.routing_key));
-            match (fate, wanting().next()) {
-                (Fate::Stored, _) => {}
-                (Fate::Unroutable, None) => unmatched += 1,
-                (Fate::Refused, None) => refused.push(message),
-                // Some queue has not taken it, and it is not said which; the others have. Each gets
-                // it once more by itself, and only the one that refuses again gets it more often.
-                // And if none is bound for what is wanted, what is wanted arrives all the same.
-                (Fate::Refused | Fate::Unroutable, Some(s)) => {
-                    if fate == Fate::Unroutable {
+            match (result, wanting().next()) {
+                (PublishResult::Stored, _) => {}
+                (PublishResult::Unroutable, None) => unmatched += 1,
+                (PublishResult::Refused, None) => refused.push(message),
+                // A queue has not taken it, the broker does not say which; the others have. So each
+                // gets it once more directly, and only one that refuses again gets it more often.
+                // If no queue is bound for a wanted event, it arrives all the same.
+                (PublishResult::Refused | PublishResult::Unroutable, Some(s)) => {
+                    if result == PublishResult::Unroutable {
                         self.unbound.notify_one();
                         tracing::warn!(
                             routing_key = message.routing_key,
                             subscriber = s.name.as_str(),
-                            "no queue is bound for an event that is wanted; it goes there directly"
+                            "no queue is bound for an event that a subscriber wants; it is published to the queue directly"
                         );
                     }
                     let to_each = wanting().map(|s| {
@@ -262,28 +261,28 @@ impl Relay<'_> {
         Ok(unmatched)
     }
 
-    /// Publishes what was refused until it is taken.
+    /// Publishes refused messages until they are taken.
     async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
         let mut handing_over =
             ReportedOutage::new("a queue's room for relayed events", Harms::Queue, self.troubles);
         while !refused.is_empty() {
-            let fates = self.publisher.publish(refused.clone()).await?;
+            let results = self.publisher.publish(refused.clone()).await?;
             if let Some((m, _)) = refused
                 .iter()
-                .zip(&fates)
-                .find(|(m, fate)| **fate == Fate::Unroutable && m.exchange.is_empty())
+                .zip(&results)
+                .find(|(m, result)| **result == PublishResult::Unroutable && m.exchange.is_empty())
             {
                 return Err(gone(m));
             }
             if !lease.channel.status().connected() {
-                // They are somebody else's now, or come again.
+                // They are redelivered, to this daemon or to another.
                 return Err(QueueError::new(format!(
                     "the channel of source queue `{}` was lost while another queue refused events",
                     self.queue
                 )));
             }
-            let mut fates = fates.into_iter();
-            refused.retain(|_| fates.next() == Some(Fate::Refused));
+            let mut results = results.into_iter();
+            refused.retain(|_| results.next() == Some(PublishResult::Refused));
             let Some(first) = refused.first() else { break };
             let why = format!(
                 "`{}` refuses events, and the relay waits for it, so all subscribers do: it is full by a policy, or unusable (hooktrail repair SUBSCRIBER)",
@@ -302,12 +301,13 @@ impl Relay<'_> {
 
 fn gone(message: &Message) -> QueueError {
     QueueError::new(format!(
-        "queue `{}` does not exist any more; it is declared anew",
+        "queue `{}` does not exist any more; it is redeclared",
         message.routing_key
     ))
 }
 
-/// Where a message of the source queue goes: on by its type, or to the orphans with the reason.
+/// The message that is published for one of the source queue: an event by its type, or an orphan
+/// with the reason.
 fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
     match message::decoded(&delivery.properties, &delivery.data, BatchPolicy::MAX_BYTES as usize) {
         Ok(None) => {}
@@ -325,21 +325,16 @@ fn relayed(topology: &Topology, mut delivery: Delivery) -> Message {
         Err(why) => {
             let owned =
                 |s: &Option<lapin::types::ShortString>| s.as_ref().map(|s| s.as_str().to_owned());
-            let letter = DeadLetter {
-                kind: MessageKind::Event,
-                reason: Reason::InvalidEvent,
-                content_type: owned(delivery.properties.content_type()),
-                content_encoding: None,
-                id: owned(delivery.properties.message_id()),
-                body: Bytes::from(delivery.data),
-                events: 1,
-                attempts: 0,
-                status: None,
-                error: why.to_string(),
-                first_attempt_at: None,
-                died_at: Some(clock::now()),
-                attempt_log: AttemptLog::default(),
-            };
+            let letter = DeadLetter::of_event(
+                Bytes::from(delivery.data),
+                None,
+                owned(delivery.properties.message_id()),
+                Reason::InvalidEvent,
+                why.to_string(),
+                clock::now(),
+            );
+            let content_type = owned(delivery.properties.content_type());
+            let letter = DeadLetter { content_type, ..letter };
             orphan(topology, &letter)
         }
     }
@@ -355,14 +350,14 @@ fn orphan(topology: &Topology, letter: &DeadLetter) -> Message {
     Message::to_queue(topology.orphans(), body, properties)
 }
 
-/// Relays from the source queue, if there is one, until it is to stop.
+/// Relays from the source queue, if there is one, until it is stopped.
 pub(super) async fn relay(
     shared: &Shared,
     subscribers: watch::Receiver<Subscribers>,
     stopping: watch::Receiver<bool>,
 ) {
     let Intake::SourceQueue(queue) = shared.topology.intake() else { return };
-    // A connection of its own: a subscriber's retries must not wait behind the relay's stream.
+    // A connection of its own: a subscriber's retries must not wait behind the relayed events.
     let publisher = shared.new_publisher(Role::Relaying);
     let relay = Relay {
         topology: &shared.topology,
@@ -380,7 +375,7 @@ pub(super) async fn relay(
     loop {
         let mut configured = subscribers.clone();
         let opened = async {
-            // An event relayed before a queue is bound would pass that queue by.
+            // An event that is relayed before a queue is bound would miss that queue.
             let mut broker = shared.broker();
             shared.topology.find_source(&mut broker).await?;
             shared.topology.ensure_shared(&mut broker).await?;

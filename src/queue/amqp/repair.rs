@@ -5,7 +5,7 @@ use futures_util::future::try_join_all;
 use super::{broker_error::NOT_FOUND, shared::Shared, unusable::usable};
 use crate::{config::Subscriber, queue::QueueError};
 
-/// What `repair` did with a queue.
+/// What `repair` has done with a queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Repaired {
     Sound(String),
@@ -17,13 +17,13 @@ pub enum Repaired {
     },
 }
 
-/// Deletes and redeclares those queues of a subscriber, and of the shared ones, that the broker
-/// has lost the use of, and declares those that are missing. Sound queues are not touched; nor
-/// is one with messages that may come back, unless `force` says so.
+/// Deletes and redeclares the broken queues of a subscriber and the broken shared ones, and
+/// declares those that are missing. Does not touch sound queues; nor, without `force`, a queue
+/// whose messages may come back.
 ///
 /// # Errors
-/// The broker cannot be reached or does not obey; or what is wrong is not for this to change,
-/// which is said, and nothing is changed.
+/// The broker cannot be reached or refuses; or a queue fails for another reason, and nothing was
+/// changed.
 pub(super) async fn repair(
     shared: &Shared,
     subscriber: &Subscriber,
@@ -46,19 +46,18 @@ pub(super) async fn repair(
         }
         broken.push((queue, arguments, exists, unusable.why.to_string()));
     }
-    // The broker cannot say what is in a queue that it cannot use. But when those that all
-    // subscribers share are dumb too, or it counts messages, a node is missing rather than the
-    // queue lost.
-    let shared_is_dumb = broken
+    // The broker cannot say what is in a broken queue. But if the shared queues do not answer
+    // either, or it counts messages, a node is missing rather than the queue lost.
+    let shared_is_silent = broken
         .iter()
         .any(|(queue, _, exists, _)| *exists && own_names.iter().all(|own| own != *queue));
     for (queue, _, exists, _) in &broken {
         let messages =
             if *exists { broker.depth(queue).await?.map_or(0, |d| d.messages) } else { 0 };
-        if !force && *exists && (shared_is_dumb || messages > 0) {
+        if !force && *exists && (shared_is_silent || messages > 0) {
             return Err(QueueError::new(format!(
                 "queue `{queue}` does not answer, and what is in it may come back: is a node of the cluster missing (rabbitmqctl cluster_status)? \
-                 If it is declared anew its events are lost; say --yes if that is meant. Nothing was changed"
+                 If it is redeclared its events are lost; to do so nevertheless: --yes. Nothing was changed"
             )));
         }
     }

@@ -19,14 +19,14 @@ use crate::{
     queue::QueueError,
 };
 
-/// What there is in a queue.
+/// The number of ready messages and of consumers of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Depth {
     pub(super) messages: u32,
     pub(super) consumers: u32,
 }
 
-/// Why the broker did not do what it was asked.
+/// Why the broker refused a request.
 pub(super) enum Refused {
     NotFound,
     /// It exists with another value of an argument.
@@ -85,12 +85,12 @@ fn inequivalent(message: &str) -> Option<Refused> {
     })
 }
 
-/// Requests that the broker may refuse, one after the other. A refusal closes their channel, and
-/// the next request gets another.
+/// Makes requests that the broker may refuse, one after the other. A refusal closes the channel,
+/// and the next request gets another one.
 pub(super) struct Broker<'p> {
     pool: &'p Pool,
     lease: Option<Lease>,
-    /// Queues and exchanges that were not there and are now.
+    /// Queues and exchanges that were missing and were declared.
     declared: Vec<String>,
 }
 
@@ -99,7 +99,7 @@ impl<'p> Broker<'p> {
         Self { pool, lease: None, declared: Vec::new() }
     }
 
-    /// Queues and exchanges that were declared since this was asked last.
+    /// Takes the queues and exchanges that were declared since the last call.
     pub(super) fn take_declared(&mut self) -> Vec<String> {
         std::mem::take(&mut self.declared)
     }
@@ -118,7 +118,7 @@ impl<'p> Broker<'p> {
         Ok(answer)
     }
 
-    /// What is in a queue; `None` if there is no such queue.
+    /// The counts of a queue; `None` if there is no such queue.
     pub(super) async fn depth(&mut self, queue: &str) -> Result<Option<Depth>, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         match self
@@ -131,7 +131,7 @@ impl<'p> Broker<'p> {
         }
     }
 
-    /// Whether a walk goes through a queue; see [`walk_of`].
+    /// Whether a walk reads a queue; see [`walk_of`].
     pub(super) async fn is_walked(&mut self, queue: &str) -> Result<bool, QueueError> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let walk = walk_of(queue);
@@ -148,19 +148,19 @@ impl<'p> Broker<'p> {
         }
     }
 
-    /// Whether a queue that is there is a stream: the broker says so when it is declared with a
-    /// type that does not exist, which declares nothing. Who may not declare it is not told.
+    /// Whether an existing queue is a stream: the broker says so when it is declared with a type
+    /// that does not exist, which declares nothing. A user that may not declare it gets `false`.
     pub(super) async fn is_stream(&mut self, queue: &str) -> bool {
         let asked = self.compare(queue, table(&[("x-queue-type", text("hooktrail-asks"))])).await;
         matches!(asked, Err(Refused::Inequivalent { argument, found, .. }) if argument == "x-queue-type" && found == "stream")
     }
 
-    /// How many messages are ready in a queue; `None` if there is no such queue.
+    /// The number of messages that are ready in a queue; `None` if there is no such queue.
     pub(super) async fn messages(&mut self, queue: &str) -> Result<Option<u64>, QueueError> {
         Ok(self.depth(queue).await?.map(|d| d.messages.into()))
     }
 
-    /// Declares a queue if it is absent, and compares its arguments if it is there.
+    /// Declares a queue if it is missing, and compares its arguments if it exists.
     pub(super) async fn ensure_queue(
         &mut self,
         queue: &str,
@@ -177,9 +177,9 @@ impl<'p> Broker<'p> {
                 }
                 Ok(())
             }
-            // Whoever may not declare can still use what somebody else declared.
+            // A user that may not declare can still use what was declared before.
             Err(Refused::Forbidden(_)) if existed => Ok(()),
-            // What keeps dead letters and has no limit serves as well without it.
+            // A queue that keeps dead letters and has no limit serves as well without it.
             Err(Refused::Inequivalent { argument, .. }) if keeps && argument == "x-overflow" => {
                 Ok(())
             }
@@ -187,8 +187,8 @@ impl<'p> Broker<'p> {
         }
     }
 
-    /// Whether one more queue could be declared: tried with one that only this connection has and
-    /// that is deleted at once.
+    /// Tries whether one more queue could be declared: with an exclusive one that is deleted at
+    /// once.
     pub(super) async fn try_declare(&mut self, name: &str) -> Result<(), Refused> {
         let exclusive = QueueDeclareOptions {
             exclusive: true,
@@ -202,7 +202,7 @@ impl<'p> Broker<'p> {
             .map(drop)
     }
 
-    /// Compares the arguments of a queue that is there. Whoever may not declare it cannot.
+    /// Compares the arguments of an existing queue. A user that may not declare it is refused.
     pub(super) async fn compare(
         &mut self,
         queue: &str,
@@ -212,9 +212,9 @@ impl<'p> Broker<'p> {
         self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await.map(drop)
     }
 
-    /// What the user may not do of what hooktrail does: tried with a queue and a routing key that
-    /// nobody has, so that nothing changes. RabbitMQ looks at permissions before it looks whether
-    /// there is such a thing.
+    /// What hooktrail does and the user may not: tried with a queue and a routing key that do not
+    /// exist, so that nothing changes. RabbitMQ checks permissions before it checks whether such a
+    /// queue exists.
     pub(super) async fn forbidden(&mut self, queue: &str, exchange: &str) -> Vec<String> {
         let mut forbidden = Vec::new();
         let mut refused = |what: &str, answer: Result<(), Refused>| {
@@ -287,7 +287,8 @@ impl<'p> Broker<'p> {
         }
     }
 
-    /// The exchange that producers publish to: declared if absent; otherwise only its type matters.
+    /// Declares the exchange that producers publish to if it is missing; otherwise only its type
+    /// matters.
     pub(super) async fn ensure_exchange(&mut self, name: &str) -> Result<(), Refused> {
         let existed = match self
             .declare_exchange(name, ExchangeKind::Topic, true, FieldTable::default())
@@ -304,7 +305,7 @@ impl<'p> Broker<'p> {
                 }
                 Ok(())
             }
-            // An alternate exchange, say, or one that is deleted with its last binding: the owner's
+            // It may have an alternate exchange, or be deleted with its last binding: the owner's
             // choice.
             Err(Refused::Inequivalent { argument, .. }) if existed && argument != "type" => Ok(()),
             Err(Refused::Forbidden(_)) if existed => Ok(()),
@@ -312,7 +313,7 @@ impl<'p> Broker<'p> {
         }
     }
 
-    /// An exchange of hooktrail's own.
+    /// Declares an exchange of hooktrail's own.
     pub(super) async fn exchange(
         &mut self,
         name: &str,
@@ -411,7 +412,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_brokers_word_of_a_conflict_is_understood() {
+    fn the_brokers_text_about_a_conflict_is_understood() {
         for (message, argument, wanted, found) in [
             (
                 "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'audit' in vhost '/': received 'topic' but current is 'fanout' (406)",

@@ -1,12 +1,12 @@
-//! Puts back what belongs to hooktrail alone and somebody has deleted: the ladder, the orphans, a
-//! subscriber's ways back, bindings that an event has missed.
+//! Restores what was deleted under the daemon: the ladder, the orphans, a subscriber's retry and
+//! dead queue, and bindings that an event has missed.
 
 use std::{collections::BTreeSet, sync::PoisonError, time::Duration};
 
 use tokio::time::timeout;
 
 use super::{
-    declarations::log_put_back,
+    declarations::log_redeclared,
     ladder,
     requests::Broker,
     shared::Shared,
@@ -21,23 +21,23 @@ use crate::{
     telemetry::{outage::ReportedOutage, troubles::Harms},
 };
 
-/// Between two checks when nothing seems to be missing.
+/// Time between two checks when nothing seems to be missing.
 pub(super) const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Before the ladder is checked for the first time: the lanes have their connections by then.
+/// Time until the first check of the ladder: the lanes have their connections by then.
 const FIRST_REST: Duration = Duration::from_secs(10);
 
-/// For putting back what a settlement found missing.
-const MENDING: Duration = Duration::from_secs(30);
+/// Timeout of restoring what a settlement found missing.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Declares the witness. Who may not bind it goes without.
+/// Declares the witness, if the user may bind it.
 pub(super) async fn witness(shared: &Shared, broker: &mut Broker<'_>) {
     if let Err(e) = shared.topology.ensure_witness(broker).await {
-        tracing::debug!(error = %e, "whether the exchange is deleted and declared again cannot be noticed");
+        tracing::debug!(error = %e, "a deletion of the exchange cannot be noticed");
     }
 }
 
-/// Looks at a start whether there is a witness, before anything is bound and recorded, and
+/// Checks at the start whether there is a witness, before anything is bound and recorded, and
 /// declares it.
 pub(super) async fn first_witness(shared: &Shared, broker: &mut Broker<'_>) {
     if shared.witnessed.get().is_none()
@@ -48,8 +48,8 @@ pub(super) async fn first_witness(shared: &Shared, broker: &mut Broker<'_>) {
     }
 }
 
-/// Keeps the ladder and the orphans in place.
-pub(super) async fn keep_own(shared: &Shared) {
+/// Checks the ladder and the orphans, and restores them, indefinitely.
+pub(super) async fn check_own(shared: &Shared) {
     let mut keeping = ReportedOutage::new("the delay ladder", Harms::Lanes, &shared.troubles);
     let mut damaged = shared.damaged.subscribe();
     let (mut tried_at, mut rest) = (None, FIRST_REST);
@@ -60,11 +60,11 @@ pub(super) async fn keep_own(shared: &Shared) {
         }
         rest = INTERVAL;
         loop {
-            let mut kept = mend(shared, None).await;
+            let mut kept = restore_own(shared, None).await;
             if kept.is_ok() {
                 shared.damaged.send_replace(false);
-                // A broker that nobody has connected to again was not restarted, and has lost
-                // nothing since.
+                // Without a new connection the broker was not restarted, and has lost nothing
+                // since.
                 if tried_at != Some(shared.dialer.connects()) {
                     kept = try_ladder(shared).await;
                     tried_at = Some(shared.dialer.connects()).filter(|_| kept.is_ok());
@@ -79,12 +79,12 @@ pub(super) async fn keep_own(shared: &Shared) {
     }
 }
 
-/// Consumes each level that seems to be empty, for a moment. One that the broker has lost the
-/// use of seems to be, and what other levels hand on to it waits for good: only its consumers
-/// and publishers are told.
+/// Consumes each level that seems to be empty, for a moment. A broken level seems to be empty too,
+/// and batches that other levels pass on to it wait forever: only its consumers and publishers get
+/// errors.
 async fn try_ladder(shared: &Shared) -> Result<(), QueueError> {
-    // Limits of connections and channels leave room for those that the daemon needs, and
-    // perhaps for no others.
+    // Limits of connections and channels leave room for those that the daemon needs, and perhaps
+    // for no others.
     let untried =
         |e: QueueError| tracing::debug!(error = %e, "the delay ladder could not be tried");
     let quarantine = match shared.consuming.quarantine().await {
@@ -122,53 +122,51 @@ async fn try_ladder(shared: &Shared) -> Result<(), QueueError> {
     usable(shared, &name).await?.map_err(|unusable| unusable.into_error("SUBSCRIBER"))
 }
 
-/// What a settlement is written to was not there: puts back what a subscriber shares with all
-/// others, and its own ways back.
+/// Restores what a settlement is written to: the queues that all subscribers share, and the
+/// subscriber's own retry and dead queue.
 ///
 /// # Errors
-/// It cannot be put back; from then on nothing is [`writable`](crate::queue::Queue::writable)
-/// before it can.
-pub(super) async fn put_back(shared: &Shared, subscriber: &str) -> Result<(), QueueError> {
+/// It cannot be restored. From then on the queue is not [`writable`](crate::queue::Queue::writable)
+/// until it is.
+pub(super) async fn restore_for(shared: &Shared, subscriber: &str) -> Result<(), QueueError> {
     let late = || {
         QueueError::new(format!(
             "what is missing could not be declared within {} s",
-            MENDING.as_secs()
+            RESTORE_TIMEOUT.as_secs()
         ))
     };
-    let mended =
-        timeout(MENDING, mend(shared, Some(subscriber))).await.unwrap_or_else(|_| Err(late()));
-    if mended.is_err() {
+    let restored = timeout(RESTORE_TIMEOUT, restore_own(shared, Some(subscriber)))
+        .await
+        .unwrap_or_else(|_| Err(late()));
+    if restored.is_err() {
         shared.damaged.send_replace(true);
     }
-    mended
+    restored
 }
 
-async fn mend(shared: &Shared, subscriber: Option<&str>) -> Result<(), QueueError> {
-    // One after the other: what one of many lanes declares, the others find.
-    let _one = shared.mending.lock().await;
+async fn restore_own(shared: &Shared, subscriber: Option<&str>) -> Result<(), QueueError> {
+    // One after the other: what one of many lanes has declared, the others find.
+    let _one = shared.restoring.lock().await;
     let mut broker = shared.broker();
     let topology = &shared.topology;
-    let mut mended = topology.ensure_own(&mut broker).await;
-    if let (Ok(()), Some(subscriber)) = (&mended, subscriber) {
-        mended = topology.ensure_ways_back(&mut broker, subscriber).await;
+    let mut restored = topology.ensure_own(&mut broker).await;
+    if let (Ok(()), Some(subscriber)) = (&restored, subscriber) {
+        restored = topology.ensure_retry_and_dead(&mut broker, subscriber).await;
     }
-    log_put_back(&mut broker);
-    mended
+    log_redeclared(&mut broker);
+    restored
 }
 
-/// Binds again, as the record says, what events of these types should have reached and did not;
-/// returns whether there was such a thing.
+/// Rebinds the recorded patterns that match events of these types, which reached no queue. Returns
+/// whether there were any.
 ///
 /// # Errors
-/// It cannot be bound, or the record cannot be read.
-pub(super) async fn bind_again(
-    shared: &Shared,
-    types: &BTreeSet<String>,
-) -> Result<bool, QueueError> {
+/// Binding has failed, or the record cannot be read.
+pub(super) async fn rebind(shared: &Shared, types: &BTreeSet<String>) -> Result<bool, QueueError> {
     let matches =
         |pattern: &str| Pattern::try_new(pattern).is_ok_and(|p| types.iter().any(|t| p.matches(t)));
     let mut bound = shared.bound().clone();
-    // What a command knows is what it is configured with.
+    // A command knows only its configuration.
     if !shared.follows() {
         if !bound.values().flatten().any(|p| matches(p)) {
             return Ok(false);
@@ -190,11 +188,11 @@ pub(super) async fn bind_again(
             subscriber = subscriber.as_str(),
             pattern,
             since,
-            "an event reached no queue although a pattern matches it: bindings were missing and are put back; what was published \
+            "an event reached no queue although a pattern matches it: bindings were missing and are restored; what was published \
              meanwhile may be lost"
         );
     }
-    // For what else may be missing.
+    // Others may be missing too.
     shared.unbound.notify_one();
     Ok(!wanted.is_empty())
 }

@@ -1,4 +1,4 @@
-//! What the queue's parts share: connections, the publisher, and what this daemon knows.
+//! What the files of the queue share: connections, the publisher, and what this daemon knows.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -19,7 +19,7 @@ use super::{
     prefetch::Sizes,
     publisher::Publisher,
     record::Patterns,
-    redelivery::Remembered,
+    redelivery::Unacked,
     requests::Broker,
     topology::Topology,
 };
@@ -36,8 +36,8 @@ use crate::{
     },
 };
 
-/// The broker counts a consumer within this time; until then another daemon's may be taken for this
-/// one's own.
+/// The broker counts a new consumer within this time. Until then another daemon's may be taken for
+/// this one's own.
 const COUNTED: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
@@ -48,40 +48,40 @@ pub(super) struct Shared {
     pub(super) declaring: Arc<Pool>,
     pub(super) publisher: OnceLock<Publisher>,
     pub(super) standings: watch::Sender<Option<Standings>>,
-    /// What this daemon has recorded of whom, until it has read that: it counts already.
+    /// Pauses that this daemon has recorded and not read yet: they count already.
     pub(super) recorded: Mutex<HashMap<SubscriberName, Standing>>,
     pub(super) removals: Removals,
-    /// Subscribers that the record says were removed.
+    /// Subscribers that were removed, by the record.
     pub(super) removed: watch::Sender<BTreeSet<SubscriberName>>,
-    /// The patterns of those for whom this was made ready last: what they want is not unbound.
+    /// Patterns of the subscribers that were prepared last: these are never unbound.
     pub(super) prepared: tokio::sync::Mutex<HashMap<SubscriberName, BTreeSet<String>>>,
-    /// The record is followed, so nobody has to read it.
+    /// The record is followed, so that it need not be read.
     pub(super) follows: AtomicBool,
-    /// How often this daemon consumes the queue of a subscriber now.
+    /// Number of this daemon's consumers, by subscriber.
     pub(super) consumers: Mutex<HashMap<SubscriberName, u32>>,
-    /// When the latest of these consumers began.
+    /// When the latest of these consumers was begun.
     pub(super) consuming_since: Mutex<Option<Instant>>,
-    /// Subscribers whose queue took its connection down when it was consumed: they get one of their
-    /// own.
+    /// Subscribers whose queue ended its connection when it was consumed: they get a connection of
+    /// their own.
     pub(super) suspects: Mutex<HashSet<SubscriberName>>,
     /// By subscriber.
-    pub(super) remembered: Mutex<HashMap<SubscriberName, Arc<Remembered>>>,
+    pub(super) lost_acks: Mutex<HashMap<SubscriberName, Arc<Unacked>>>,
     /// By subscriber.
     pub(super) sizes: Mutex<HashMap<SubscriberName, Arc<Mutex<Sizes>>>>,
     pub(super) troubles: watch::Sender<Troubles>,
-    /// What the record says that is bound to the exchange of the events, once a daemon has read it;
-    /// of a command what it is configured with.
+    /// What is bound to the exchange of the events: by the record, once a daemon has read it; in a
+    /// command by its configuration.
     pub(super) bound: Mutex<Patterns>,
-    /// Whether the witness was there at the start.
+    /// Whether the witness existed at the start.
     pub(super) witnessed: OnceLock<bool>,
-    /// When all that should be bound was last seen to.
+    /// When all bindings were last declared.
     pub(super) sound: Mutex<Option<SystemTime>>,
-    /// A message found no queue, or a lane no exchange.
+    /// Notified when a message found no queue, or a lane no exchange.
     pub(super) unbound: Notify,
-    /// A settlement found no queue, and that could not be put right at once.
+    /// A settlement found no queue, and restoring it has failed.
     pub(super) damaged: watch::Sender<bool>,
-    /// Held by whoever puts back what is missing.
-    pub(super) mending: tokio::sync::Mutex<()>,
+    /// Held by the task that restores what is missing.
+    pub(super) restoring: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
@@ -103,7 +103,7 @@ impl Shared {
             consumers: Mutex::default(),
             consuming_since: Mutex::default(),
             suspects: Mutex::default(),
-            remembered: Mutex::default(),
+            lost_acks: Mutex::default(),
             sizes: Mutex::default(),
             troubles,
             bound: Mutex::default(),
@@ -111,16 +111,16 @@ impl Shared {
             sound: Mutex::default(),
             unbound: Notify::new(),
             damaged: watch::Sender::new(false),
-            mending: tokio::sync::Mutex::default(),
+            restoring: tokio::sync::Mutex::default(),
         }
     }
 
-    /// For requests that the broker may refuse.
+    /// Makes requests that the broker may refuse.
     pub(super) fn broker(&self) -> Broker<'_> {
         Broker::new(&self.declaring)
     }
 
-    /// Connects by itself when it is first asked for.
+    /// The publisher, which connects at the first call.
     pub(super) fn publisher(&self) -> &Publisher {
         self.publisher.get_or_init(|| self.new_publisher(Role::Publishing))
     }
@@ -143,7 +143,7 @@ impl Shared {
         self.bound.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether this is a daemon, which follows the record.
+    /// Whether this process follows the record, as a daemon does.
     pub(super) fn follows(&self) -> bool {
         self.follows.load(Ordering::Relaxed)
     }
@@ -152,13 +152,13 @@ impl Shared {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A consumer is about to begin, or to begin again.
+    /// A consumer is about to be begun.
     pub(super) fn begins_to_consume(&self) {
         *self.consuming_since.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(clock::instant());
     }
 
-    /// Whether the broker has counted all of this daemon's consumers by now.
+    /// Whether the broker has counted all of this daemon's consumers.
     pub(super) fn consumers_are_counted(&self) -> bool {
         let since = *self.consuming_since.lock().unwrap_or_else(PoisonError::into_inner);
         since.is_none_or(|since| clock::instant() - since >= COUNTED)
@@ -168,15 +168,15 @@ impl Shared {
         self.consumers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What its lost sessions have left.
-    pub(super) fn remembered(&self, subscriber: &SubscriberName) -> Arc<Remembered> {
-        let mut all = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The settlements of a subscriber's lost sessions whose acks may be lost.
+    pub(super) fn lost_acks(&self, subscriber: &SubscriberName) -> Arc<Unacked> {
+        let mut all = self.lost_acks.lock().unwrap_or_else(PoisonError::into_inner);
         let now = clock::instant();
         all.retain(|_, left| Arc::strong_count(left) > 1 || !left.is_empty(now));
         all.entry(subscriber.clone()).or_default().clone()
     }
 
-    /// What is known of the sizes of its messages.
+    /// The sizes of a subscriber's messages.
     pub(super) fn sizes(&self, subscriber: &SubscriberName) -> Arc<Mutex<Sizes>> {
         self.sizes
             .lock()
@@ -186,12 +186,12 @@ impl Shared {
             .clone()
     }
 
-    /// How often it does now.
+    /// The number of this daemon's consumers of a subscriber.
     pub(super) fn consumers_of(&self, subscriber: &str) -> u32 {
         self.consumers().get(subscriber).copied().unwrap_or(0)
     }
 
-    /// Two channels for a subscriber's two queues.
+    /// Leases two channels for a subscriber's two queues.
     pub(super) async fn leases(&self, suspect: bool) -> Result<[Lease; 2], QueueError> {
         if suspect {
             let own = self.consuming.quarantine().await?;
@@ -200,7 +200,7 @@ impl Shared {
         Ok([self.consuming.lease().await?, self.consuming.lease().await?])
     }
 
-    /// Until the guard is dropped, this daemon consumes the queue of a subscriber.
+    /// Counts a consumer of a subscriber's queue, until the guard is dropped.
     pub(super) fn consumes(self: &Arc<Self>, subscriber: &SubscriberName) -> Consumes {
         *self.consumers().entry(subscriber.clone()).or_default() += 1;
         self.begins_to_consume();
@@ -216,8 +216,8 @@ pub(super) struct Consumes {
 }
 
 impl Consumes {
-    /// Another consumer takes the place of the one before.
-    pub(super) fn begin_again(&self) {
+    /// Another consumer replaces the one before.
+    pub(super) fn rebegin(&self) {
         self.shared.begins_to_consume();
     }
 }

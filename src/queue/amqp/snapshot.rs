@@ -1,12 +1,11 @@
-//! What the record of bindings and pauses says up to one of its marks, so that a start does not
-//! read all of a long record.
+//! Snapshots of the state stream, so that a start does not read all of a long one.
 //!
-//! A daemon that has read many records writes what they say together into a stream of its own. The
-//! next one takes the newest of these and reads the record from the mark on that it names. A
-//! snapshot is used only if that mark is where it says: it does not fit a record that was deleted
-//! and declared again. Without one that fits, the record is read from its beginning, as by versions
-//! that know no snapshots. So nothing depends on a snapshot: whatever becomes of it, a start only
-//! takes longer.
+//! A daemon that has read many records writes the state that they fold into, up to one of their
+//! marks, into a stream of its own. The next one takes the newest snapshot and reads the state
+//! stream from that mark on. A snapshot is used only if the mark is where it says: it does not fit
+//! a state stream that was deleted and redeclared. Without a fitting one the state stream is read
+//! from its beginning, as by versions without snapshots. So nothing depends on a snapshot: without
+//! it a start only takes longer.
 
 use std::time::Duration;
 
@@ -25,43 +24,42 @@ use super::{
     broker_error::{BrokerError, answer},
     message::Message,
     pool::{Lease, Pool},
-    publisher::{Fate, Publisher},
+    publisher::{PublishResult, Publisher},
     record::{Record, Recorded},
     requests::Broker,
     topology::Topology,
 };
 use crate::queue::QueueError;
 
-/// Records on their way at once.
+/// Prefetch of records.
 const PREFETCH: u16 = 1000;
 
-/// A record with fewer is read from its beginning, and after reading more a daemon writes a
-/// snapshot.
+/// Records of a state stream above which snapshots are used and written.
 pub(super) const WORTHWHILE: u64 = 10_000;
 
-/// How long the broker may take to send what a stream already holds.
+/// Timeout of a message that a stream already holds.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Snapshot {
-    /// Where in the record the mark is.
+    /// The offset of the mark in the state stream.
     offset: u64,
     mark: String,
-    /// What the record says up to there.
+    /// The records that fold into the state up to there.
     records: Vec<Record>,
 }
 
-/// The record, open for reading.
+/// The state stream, open for reading.
 pub(super) struct Opened {
     pub(super) lease: Lease,
     pub(super) records: Consumer,
-    /// What the records before the first that comes say.
+    /// The folded state of the records before the first one that arrives.
     pub(super) recorded: Recorded,
-    /// How many these are.
+    /// The number of these records.
     pub(super) passed: u64,
 }
 
-/// Opens the record at the newest snapshot that fits, or at its beginning.
+/// Opens the state stream at the newest fitting snapshot, or at its beginning.
 pub(super) async fn open(pool: &Pool, topology: &Topology) -> Result<Opened, QueueError> {
     match at_snapshot(pool, topology).await {
         Ok(Some(opened)) => return Ok(opened),
@@ -73,7 +71,7 @@ pub(super) async fn open(pool: &Pool, topology: &Topology) -> Result<Opened, Que
     open_whole(pool, topology).await
 }
 
-/// Opens the record at its beginning.
+/// Opens the state stream at its beginning.
 pub(super) async fn open_whole(pool: &Pool, topology: &Topology) -> Result<Opened, QueueError> {
     let (lease, records) =
         consume(pool, &topology.state(), AMQPValue::LongString("first".into())).await?;
@@ -89,7 +87,7 @@ async fn at_snapshot(pool: &Pool, topology: &Topology) -> Result<Option<Opened>,
     if !is_long || broker.depth(&topology.snapshot()).await?.is_none() {
         return Ok(None);
     }
-    // The last that were written together: any of them will do.
+    // The last chunk of snapshots: any of them fits.
     let (_lease, mut snapshots) =
         consume(pool, &topology.snapshot(), AMQPValue::LongString("last".into())).await?;
     let Some(newest) = next(&topology.snapshot(), &mut snapshots).await? else { return Ok(None) };
@@ -112,7 +110,7 @@ async fn at_snapshot(pool: &Pool, topology: &Topology) -> Result<Option<Opened>,
     Ok(Some(Opened { lease, records: following, recorded, passed: offset + 1 }))
 }
 
-/// Writes down what the record says up to this mark.
+/// Writes a snapshot of the state up to this mark.
 pub(super) async fn save(
     pool: &Pool,
     publisher: &Publisher,
@@ -133,12 +131,12 @@ pub(super) async fn save(
         .publish(vec![Message::to_queue(stream.clone(), Bytes::from(body), properties)])
         .await?[..]
     {
-        [Fate::Stored] => Ok(()),
+        [PublishResult::Stored] => Ok(()),
         _ => Err(error(&stream, "the broker did not take a snapshot")),
     }
 }
 
-/// Where in its stream a message is.
+/// The offset of a message in its stream.
 pub(super) fn offset_of(delivery: &Delivery) -> Option<u64> {
     match delivery.properties.headers().as_ref()?.inner().get("x-stream-offset")? {
         AMQPValue::LongLongInt(offset) => u64::try_from(*offset).ok(),

@@ -1,4 +1,4 @@
-//! Reads and writes the state stream once, as commands do; a daemon follows it (`follow`).
+//! Reads the state stream once, as commands do (a daemon follows it: `follow`), and writes records.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,7 +11,7 @@ use super::{
     broker_error::{BrokerError, RPC_TIMEOUT, answer},
     message::Message,
     pool::{Lease, Pool},
-    publisher::{Fate, Publisher},
+    publisher::{PublishResult, Publisher},
     record::{OWNER_REPLY_TIMEOUT, Patterns, Record, Recorded, now},
     requests::Broker,
     shared::Shared,
@@ -25,13 +25,13 @@ use crate::{
     queue::QueueError,
 };
 
-/// Records are acked in groups: an ack for each makes a long record five times as slow to read.
+/// Records that are acked together: an ack for each makes a long stream five times as slow to read.
 pub(super) const ACK_EVERY: u64 = 200;
 
 /// The stream counts as read to its end after this long without a record.
 pub(super) const STREAM_IDLE: Duration = Duration::from_secs(5);
 
-/// Records that a subscriber is paused or resumed; returns when that is confirmed.
+/// Writes that a subscriber is paused or resumed; returns when that is confirmed.
 pub(super) async fn record(
     topology: &Topology,
     publisher: &Publisher,
@@ -41,7 +41,7 @@ pub(super) async fn record(
     write(topology, publisher, &Record::of(subscriber, standing)).await
 }
 
-/// Records that a removed subscriber's queues are no more.
+/// Writes that a removed subscriber's queues were deleted.
 pub(super) async fn forget(
     topology: &Topology,
     publisher: &Publisher,
@@ -52,26 +52,27 @@ pub(super) async fn forget(
     write(topology, publisher, &pruned).await
 }
 
-/// Reads the stream for who was removed and not pruned; for commands, which do not follow it.
+/// Reads which subscribers were removed and not pruned; for commands, which do not follow the
+/// stream.
 pub(super) async fn removed(shared: &Shared) -> Result<BTreeSet<SubscriberName>, QueueError> {
     Ok(read(shared).await?.removed)
 }
 
-/// Reads the stream for who is bound; for commands, which do not follow it.
+/// Reads which subscribers are bound; for commands, which do not follow the stream.
 pub(super) async fn all_bound(shared: &Shared) -> Result<BTreeSet<SubscriberName>, QueueError> {
     Ok(read(shared).await?.bindings.into_keys().collect())
 }
 
-/// What daemons that follow the record say of themselves.
+/// What running daemons answer.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
-    /// All subscribers that the record tells of.
+    /// All subscribers in the record.
     pub(super) known: BTreeSet<SubscriberName>,
-    /// One for which a daemon works now.
+    /// A subscriber that a running daemon serves.
     pub(super) works: Option<SubscriberName>,
 }
 
-/// Asks every daemon whether it works for one of those that are bound, and waits a little for an
+/// Asks every daemon whether it serves one of the bound subscribers, and waits a little for an
 /// answer.
 pub(super) async fn who_works(shared: &Shared) -> Result<Asked, QueueError> {
     let topology = &shared.topology;
@@ -99,8 +100,7 @@ pub(super) async fn who_works(shared: &Shared) -> Result<Asked, QueueError> {
     Ok(Asked { known, works })
 }
 
-/// Reads the stream for what is bound to the exchange of the events; for commands, which do not
-/// follow it.
+/// Reads what is bound to the exchange of the events; for commands, which do not follow the stream.
 pub(super) async fn bound(shared: &Shared) -> Result<Patterns, QueueError> {
     Ok(read(shared).await?.bound_to(&shared.topology.events()))
 }
@@ -147,7 +147,7 @@ async fn read_to_end(shared: &Shared, opened: &mut Opened) -> Result<(), QueueEr
         match serde_json::from_slice::<Record>(&delivery.data) {
             Ok(Record::Mark { mark: found }) if found == mark => return Ok(()),
             Ok(record) => drop(opened.recorded.apply(record, &topology.events())),
-            // One of a later version, which says something else.
+            // A record of a later version.
             Err(_) => {}
         }
     }
@@ -169,7 +169,7 @@ pub(super) async fn write(
     let message = Message::to_queue(topology.state(), Bytes::from(body), properties);
     publisher.ready().await?;
     match publisher.publish(vec![message]).await?[..] {
-        [Fate::Stored] => {
+        [PublishResult::Stored] => {
             reached(Step::Recorded);
             Ok(())
         }
@@ -177,8 +177,8 @@ pub(super) async fn write(
     }
 }
 
-/// All subscribers whose bindings are recorded, or were since the newest snapshot, for an
-/// inspection that writes nothing: it reads the record up to `records`, or until no more come.
+/// All subscribers whose bindings are recorded, or were since the newest snapshot; for an
+/// inspection, which writes nothing. It reads up to `records` records, or until no more arrive.
 pub(super) async fn ever_bound(
     topology: &Topology,
     pool: &Pool,

@@ -1,4 +1,4 @@
-//! Queues, exchanges and bindings: what they are called, and how they come to be.
+//! Names of queues and exchanges, and the arguments of queues.
 
 use std::time::Duration;
 
@@ -11,36 +11,37 @@ use crate::{
     crypto::secret::SecretUrl,
 };
 
-/// More deliveries than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10, where the
-/// first requeue drops the message; and 4.x has a limit of 20 unless told otherwise.
+/// More deliveries of a message than ever happen. Off (`-1`) means the opposite on RabbitMQ 3.10,
+/// where the first requeue drops the message; and 4.x has a default limit of 20.
 pub(super) const DELIVERY_LIMIT: i64 = 1_000_000_000;
 
-/// Knows the names, and declares what is missing.
+/// The names and arguments that follow from the configuration.
 #[derive(Debug, Clone)]
 pub(super) struct Topology {
     config: AmqpConfig,
 }
 
-/// What a configuration needs of the broker.
+/// The resources that a configuration needs of the broker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footprint {
     pub queues: usize,
-    /// How many of them all subscribers share.
+    /// Of these queues, those that all subscribers share.
     pub shared: usize,
-    /// Of each node that has a copy of each queue; about.
+    /// File descriptors of each node that has a replica of each queue, approximately.
     pub descriptors: usize,
-    /// Of each daemon.
+    /// Connections of each daemon.
     pub connections: usize,
 }
 
-/// RabbitMQ's default: a consumer that holds a message for longer loses its channel.
+/// RabbitMQ's default consumer timeout: a consumer that has a message unacked for longer loses its
+/// channel.
 pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// File descriptors that a quorum queue takes of a node (measured on 3.10: about 300 queues exhaust
+/// File descriptors of a node that a quorum queue takes (measured on 3.10: about 300 queues exhaust
 /// 927).
 pub(super) const DESCRIPTORS_PER_QUEUE: usize = 3;
 
-/// What so many subscribers need of the broker; `relays`: their events come from a source queue.
+/// The resources for a number of subscribers. `relays`: their events come from a source queue.
 pub fn footprint(subscribers: usize, relays: bool) -> Footprint {
     // The ladder, the orphans, the record.
     let shared = ladder::LEVELS as usize + 2;
@@ -51,9 +52,9 @@ pub fn footprint(subscribers: usize, relays: bool) -> Footprint {
     Footprint { queues, shared, descriptors: DESCRIPTORS_PER_QUEUE * queues, connections }
 }
 
-/// What a queue is for.
+/// The role of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part<'n> {
+pub(super) enum QueueRole<'n> {
     Main(&'n str),
     Retry(&'n str),
     Dead(&'n str),
@@ -109,7 +110,7 @@ impl Topology {
         self.named("delay")
     }
 
-    /// The queue and the exchange for what could not be routed back.
+    /// The queue and the exchange of messages that could not be routed back.
     pub(super) fn orphans(&self) -> String {
         self.named("orphans")
     }
@@ -122,8 +123,8 @@ impl Topology {
         self.named("state.snapshot")
     }
 
-    /// A queue that nobody has and nobody will.
-    pub(super) fn nobodys(&self) -> String {
+    /// The name of a queue that does not exist and never will.
+    pub(super) fn unused_name(&self) -> String {
         self.named(&format!("nobodys-{}", clock::batch_id()))
     }
 
@@ -135,7 +136,7 @@ impl Topology {
         }
     }
 
-    /// The exchange of [`witness`](Self::ensure_witness).
+    /// The exchange that is the [witness](Self::ensure_witness).
     pub(super) fn witness(&self) -> String {
         self.named("witness")
     }
@@ -147,14 +148,14 @@ impl Topology {
         quorum(&[("x-message-ttl", AMQPValue::LongLongInt(ttl)), a, b, c])
     }
 
-    /// The arguments of a subscriber's main and retry queue: what a policy of the broker's owner
-    /// makes the broker throw out goes into the dead queue, at least once, instead of nowhere.
+    /// The arguments of a subscriber's main and retry queue: messages that the broker drops because
+    /// of its owner's policy go into the dead queue, at least once.
     fn working_arguments(&self, subscriber: &str) -> FieldTable {
         let [a, b, c] = at_least_once("");
         quorum(&[("x-dead-letter-routing-key", text(&self.dead(subscriber))), a, b, c])
     }
 
-    /// Every queue of a subscriber with its arguments, in the order they are to be declared.
+    /// Every queue of a subscriber with its arguments, in the order of their declaration.
     pub(super) fn subscriber_queues(&self, name: &str) -> [(String, FieldTable); 3] {
         let working = || self.working_arguments(name);
         [
@@ -170,21 +171,21 @@ impl Topology {
         std::iter::once((self.orphans(), keeping_arguments())).chain(levels).collect()
     }
 
-    /// What a queue's name says that it is for.
-    pub(super) fn part<'n>(&self, queue: &'n str) -> Option<Part<'n>> {
+    /// The role that a queue's name says.
+    pub(super) fn role<'n>(&self, queue: &'n str) -> Option<QueueRole<'n>> {
         let rest = queue.strip_prefix(&self.config.prefix)?.strip_prefix('.')?;
         match rest.split('.').collect::<Vec<_>>()[..] {
-            ["sub", name] => Some(Part::Main(name)),
-            ["sub", name, "retry"] => Some(Part::Retry(name)),
-            ["sub", name, "dead"] => Some(Part::Dead(name)),
-            ["delay", level] => level.parse().ok().map(Part::Level),
-            ["orphans"] => Some(Part::Orphans),
-            ["state"] => Some(Part::State),
+            ["sub", name] => Some(QueueRole::Main(name)),
+            ["sub", name, "retry"] => Some(QueueRole::Retry(name)),
+            ["sub", name, "dead"] => Some(QueueRole::Dead(name)),
+            ["delay", level] => level.parse().ok().map(QueueRole::Level),
+            ["orphans"] => Some(QueueRole::Orphans),
+            ["state"] => Some(QueueRole::State),
             _ => None,
         }
     }
 
-    /// Every exchange, the one that producers publish to among them.
+    /// Every exchange, including the one that producers publish to.
     pub(super) fn exchanges(&self) -> Vec<String> {
         (0..ladder::LEVELS)
             .map(|l| self.level(l))
@@ -193,14 +194,14 @@ impl Topology {
     }
 }
 
-/// An exclusive queue that lives as long as a walk through `queue`: what a walk has passed by is
-/// unacknowledged and not counted, so that the queue looks empty to everybody else.
+/// The exclusive queue that exists as long as a walk through `queue`. The messages that the walk
+/// has passed are unacked and not counted, so that the queue seems empty to all others.
 pub(super) fn walk_of(queue: &str) -> String {
     format!("{queue}.walk")
 }
 
-/// Dead-letters at least once. Without `reject-publish` the broker silently falls back to at most
-/// once.
+/// Arguments for dead-lettering at least once. Without `reject-publish` the broker silently falls
+/// back to at most once.
 pub(super) fn at_least_once(exchange: &str) -> [(&'static str, AMQPValue); 3] {
     [
         ("x-dead-letter-exchange", text(exchange)),
@@ -228,8 +229,8 @@ pub(super) fn quorum(more: &[(&str, AMQPValue)]) -> FieldTable {
     t
 }
 
-/// The arguments of a queue that keeps what it has: under a policy of the broker's owner that
-/// limits its length it takes no more, where by default it would throw out the oldest.
+/// The arguments of a queue that keeps its messages: where a policy of the broker's owner limits
+/// its length it refuses new ones, while by default it would drop the oldest.
 pub(super) fn keeping_arguments() -> FieldTable {
     quorum(&[("x-overflow", text("reject-publish"))])
 }

@@ -22,8 +22,8 @@ pub(super) struct Unusable {
 }
 
 impl Unusable {
-    /// The broker has lost the use of the queue. It closes the whole connection of who consumes it,
-    /// at once or after a minute without an answer.
+    /// Whether the broker cannot use the queue any more. It then closes the whole connection of a
+    /// consumer, at once or after a minute without an answer.
     pub(super) fn is_broken(&self) -> bool {
         self.why.silent || self.why.code == Some(INTERNAL_ERROR)
     }
@@ -31,7 +31,7 @@ impl Unusable {
     pub(super) fn into_error(self, subscriber: &str) -> QueueError {
         let remedy = if self.is_broken() {
             format!(
-                "; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` declares it anew"
+                "; if that stays so, the broker has lost the use of it, and `hooktrail repair {subscriber}` redeclares it"
             )
         } else {
             String::new()
@@ -40,7 +40,7 @@ impl Unusable {
     }
 }
 
-/// Whether a queue can be consumed; takes nothing out of it.
+/// Tries whether a queue can be consumed; takes no message.
 pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusable> {
     let consume = async {
         lease.channel.basic_qos(1, BasicQosOptions::default()).await?;
@@ -60,8 +60,8 @@ pub(super) async fn try_consume(lease: &Lease, queue: &str) -> Result<(), Unusab
     answer(consume).await.map_err(|why| Unusable { queue: queue.to_owned(), why })
 }
 
-/// Whether a queue can be consumed, tried on a connection of its own. Broken is what is broken
-/// more than once: a queue whose process is just being restarted is not.
+/// Tries on a connection of its own whether a queue can be consumed. It counts as broken if that
+/// fails twice: a queue whose process is being restarted does not.
 pub(super) async fn usable(
     shared: &Shared,
     queue: &str,

@@ -1,10 +1,10 @@
-//! What somebody deletes under the daemon is put back: bindings, the ladder, queues. Checked each
-//! minute, and at once when a message finds no queue.
+//! Restores bindings and queues of subscribers that were deleted under the daemon. They are checked
+//! each minute, and at once when a message finds no queue.
 //!
-//! AMQP tells nobody whether a binding exists, and binding what is bound changes nothing. So
-//! bindings are simply made again, and what was missing is known only where something shows it: a
-//! queue or an exchange that is not there, the witness ([`Topology::ensure_witness`]), a message
-//! that came back, or the management API.
+//! AMQP does not show whether a binding exists, and binding again changes nothing. So all bindings
+//! are declared again, and what was missing is known only where something shows it: a missing queue
+//! or exchange, the witness ([`Topology::ensure_witness`]), a returned message, or the management
+//! API.
 
 use std::{
     collections::BTreeSet,
@@ -22,42 +22,42 @@ use super::{
 };
 use crate::{clock, config::Subscriber, queue::QueueError, telemetry::troubles::Harms};
 
-/// Between two checks whatever happens.
+/// Shortest time between two checks.
 const SOONEST: Duration = Duration::from_secs(5);
 
-/// How long an exchange has to be absent before it is declared: a producer that deletes it, to
-/// declare it with other arguments, would be refused if another one were there.
-const SECOND_LOOK: Duration = Duration::from_secs(10);
+/// Time that an exchange has to be missing before it is declared: a producer that deletes it, to
+/// redeclare it with other arguments, would be refused if another one existed.
+const SECOND_CHECK: Duration = Duration::from_secs(10);
 
-/// When the next check is due, and what an absent exchange asks for.
+/// The time of the next check, and of declaring a missing exchange.
 #[derive(Debug)]
 struct Schedule {
     last: Instant,
     absent_since: Option<Instant>,
-    /// Somebody has seen that something is missing; or the last check could not put it right.
+    /// Something was found missing, or the last check could not restore it.
     soon: bool,
 }
 
 impl Schedule {
-    /// What is bound at the start counts as the first check.
+    /// A schedule, for which the start counts as the first check.
     fn new(now: Instant) -> Self {
         Self { last: now, absent_since: None, soon: false }
     }
 
     fn due(&self) -> Instant {
         let next = self.last + if self.soon { SOONEST } else { INTERVAL };
-        let second_look =
-            self.absent_since.map(|since| since + SECOND_LOOK).filter(|at| *at > self.last);
-        second_look.map_or(next, |at| at.min(next))
+        let second_check =
+            self.absent_since.map(|since| since + SECOND_CHECK).filter(|at| *at > self.last);
+        second_check.map_or(next, |at| at.min(next))
     }
 
-    fn checked(&mut self, now: Instant, well: bool) {
-        (self.last, self.soon) = (now, !well);
+    fn checked(&mut self, now: Instant, is_well: bool) {
+        (self.last, self.soon) = (now, !is_well);
     }
 
-    /// The exchange is absent. Returns whether it is to be declared now.
+    /// The exchange is missing. Returns whether to declare it now.
     fn absent(&mut self, now: Instant) -> bool {
-        now.saturating_duration_since(*self.absent_since.get_or_insert(now)) >= SECOND_LOOK
+        now.saturating_duration_since(*self.absent_since.get_or_insert(now)) >= SECOND_CHECK
     }
 
     fn present(&mut self) {
@@ -65,22 +65,22 @@ impl Schedule {
     }
 }
 
-/// Keeps subscribers' queues and bindings in place.
+/// Checks subscribers' queues and bindings, and restores them.
 pub(super) struct Upkeep<'a> {
     shared: &'a Shared,
     topology: &'a Topology,
     schedule: Schedule,
     api: Option<Management>,
-    told: BTreeSet<String>,
+    logged: BTreeSet<String>,
 }
 
-/// What a check found missing.
+/// What a check has found missing.
 #[derive(Debug, Default)]
 struct Missing {
     /// The exchange was deleted, with all its bindings.
     exchange: bool,
     declared: Vec<String>,
-    /// As the management API shows them.
+    /// Bindings, by the management API.
     bindings: Vec<String>,
 }
 
@@ -97,14 +97,14 @@ impl<'a> Upkeep<'a> {
             topology,
             schedule: Schedule::new(clock::instant()),
             api,
-            told: BTreeSet::new(),
+            logged: BTreeSet::new(),
         }
     }
 
-    /// A record that was there before tells that there were bindings, and so a witness.
+    /// The record is older than this daemon: there were bindings, and so a witness.
     pub(super) fn began_with_record(&self) {
         if self.shared.witnessed.get() == Some(&false) {
-            Missing { exchange: true, ..Missing::default() }.tell(self.topology, None);
+            Missing { exchange: true, ..Missing::default() }.log(self.topology, None);
         }
     }
 
@@ -119,8 +119,9 @@ impl<'a> Upkeep<'a> {
         }
     }
 
-    /// Sees to it that the exchange is there, and that each of these subscribers has its queues,
-    /// and `patterns` of the record bound to it. What goes wrong with one keeps this from no other.
+    /// Checks that the exchange exists, and that each of these subscribers has its queues, with the
+    /// `patterns` of the record bound to it. Restores what is missing. A failure with one
+    /// subscriber keeps this from no other.
     pub(super) async fn check(
         &mut self,
         broker: &mut Broker<'_>,
@@ -130,7 +131,7 @@ impl<'a> Upkeep<'a> {
         broker.take_declared();
         let mut missing = Missing::default();
         let exchange = self.exchange(broker, &mut missing).await;
-        let well = match exchange {
+        let is_well = match exchange {
             Ok(true) => self.subscribers(broker, subscribers, patterns, &mut missing).await,
             Ok(false) => true,
             Err(e) => {
@@ -140,14 +141,14 @@ impl<'a> Upkeep<'a> {
         };
         missing.declared = broker.take_declared();
         let mut sound = self.shared.sound.lock().unwrap_or_else(PoisonError::into_inner);
-        missing.tell(self.topology, *sound);
-        if well && self.schedule.absent_since.is_none() {
+        missing.log(self.topology, *sound);
+        if is_well && self.schedule.absent_since.is_none() {
             *sound = Some(clock::now());
         }
-        self.schedule.checked(clock::instant(), well);
+        self.schedule.checked(clock::instant(), is_well);
     }
 
-    /// Whether the exchange is there, by now.
+    /// Whether the exchange exists, or was declared now.
     async fn exchange(
         &mut self,
         broker: &mut Broker<'_>,
@@ -157,9 +158,9 @@ impl<'a> Upkeep<'a> {
         if !topology.has_events(broker).await? {
             if !self.schedule.absent(clock::instant()) {
                 let why = format!(
-                    "exchange `{}` does not exist any more, so that producers cannot publish; unless its owner declares it, that is done here in {} s",
+                    "exchange `{}` does not exist any more, so that producers cannot publish; unless its owner declares it, hooktrail does in {} s",
                     topology.events(),
-                    SECOND_LOOK.as_secs()
+                    SECOND_CHECK.as_secs()
                 );
                 self.fails("the exchange of the events", Harms::Lanes, &QueueError::new(why));
                 return Ok(false);
@@ -175,7 +176,7 @@ impl<'a> Upkeep<'a> {
         Ok(true)
     }
 
-    /// Returns whether all is in place.
+    /// Returns whether everything exists now.
     async fn subscribers(
         &mut self,
         broker: &mut Broker<'_>,
@@ -188,7 +189,7 @@ impl<'a> Upkeep<'a> {
             Some(api) => api.bindings_of(&events).await.ok(),
             None => None,
         };
-        let mut well = true;
+        let mut is_well = true;
         for s in subscribers {
             let Some(patterns) = patterns.get(&s.name) else { continue };
             if let Some(known) = &known {
@@ -199,26 +200,26 @@ impl<'a> Upkeep<'a> {
                 missing.bindings.extend(unbound.map(|p| format!("{main} <- {p}")));
             }
             let about = format!("subscriber `{}`", s.name);
-            match self.topology.put_back_subscriber(broker, &s.name, patterns).await {
+            match self.topology.restore_subscriber(broker, &s.name, patterns).await {
                 Ok(()) => self.ends(&about),
                 Err(e) => {
-                    well &= e.is_for_operator();
+                    is_well &= e.is_for_operator();
                     self.fails(&about, Harms::Subscriber(s.name.clone()), &e);
                 }
             }
         }
-        well
+        is_well
     }
 
     fn fails(&mut self, about: &str, harms: Harms, e: &QueueError) {
         self.shared.troubles.send_if_modified(|all| all.begins(about, harms, e.to_string()));
-        if self.told.insert(format!("{about}: {e}")) {
+        if self.logged.insert(format!("{about}: {e}")) {
             tracing::error!(error = %e, "{about}: not as it should be; checked again");
         }
     }
 
     fn ends(&mut self, about: &str) {
-        self.told.retain(|told| !told.starts_with(about));
+        self.logged.retain(|logged| !logged.starts_with(about));
         if self.shared.troubles.send_if_modified(|all| all.ends(about)) {
             tracing::info!("{about}: as it should be again");
         }
@@ -226,7 +227,7 @@ impl<'a> Upkeep<'a> {
 }
 
 impl Drop for Upkeep<'_> {
-    /// What nobody checks any more is not known.
+    /// What is not checked any more is unknown.
     fn drop(&mut self) {
         self.shared.troubles.send_if_modified(|all| all.retain(|about| !is_of_upkeep(about)));
     }
@@ -237,28 +238,28 @@ fn is_of_upkeep(about: &str) -> bool {
 }
 
 impl Missing {
-    fn tell(&self, topology: &Topology, sound: Option<SystemTime>) {
+    fn log(&self, topology: &Topology, sound: Option<SystemTime>) {
         let since =
             sound.map_or_else(|| "a time when no daemon ran".to_owned(), clock::rfc3339_seconds);
         if self.exchange {
             tracing::error!(
                 exchange = topology.events(),
                 since,
-                "the exchange was deleted, and its bindings with it, and declared again: they are put back; what was published meanwhile may be lost"
+                "the exchange was deleted, and its bindings with it, and redeclared: they are restored; what was published meanwhile may be lost"
             );
         } else if !self.bindings.is_empty() {
             let bindings = self.bindings.join(", ");
             tracing::error!(
                 bindings,
                 since,
-                "bindings were missing and are put back: what was published for them meanwhile is lost"
+                "bindings were missing and are restored: what was published for them meanwhile is lost"
             );
         }
         for name in &self.declared {
             tracing::error!(
                 name,
                 since,
-                "was missing and is declared again: what was in it, and what was published for it meanwhile, is lost"
+                "was missing and is redeclared: what was in it, and what was published for it meanwhile, is lost"
             );
         }
     }
@@ -269,31 +270,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_check_comes_each_minute_and_sooner_when_something_is_missing() {
+    fn a_check_is_due_each_minute_and_sooner_when_something_is_missing() {
         let now = clock::instant();
         let mut schedule = Schedule::new(now);
         assert_eq!(schedule.due(), now + INTERVAL);
-        schedule.soon = true; // a message came back
+        schedule.soon = true; // a message was returned
         assert_eq!(schedule.due(), now + SOONEST);
         schedule.checked(now + SOONEST, false);
-        assert_eq!(schedule.due(), now + 2 * SOONEST, "it could not be put right");
+        assert_eq!(schedule.due(), now + 2 * SOONEST, "it could not be restored");
         schedule.checked(now + 2 * SOONEST, true);
         assert_eq!(schedule.due(), now + 2 * SOONEST + INTERVAL);
     }
 
     #[test]
-    fn an_absent_exchange_is_declared_at_the_second_look_and_not_if_somebody_declared_it_meanwhile()
-    {
+    fn a_missing_exchange_is_declared_at_the_second_check_and_not_if_its_owner_declared_it_meanwhile()
+     {
         let now = clock::instant();
         let mut schedule = Schedule::new(now);
         assert!(!schedule.absent(now));
         schedule.checked(now, true);
-        assert_eq!(schedule.due(), now + SECOND_LOOK);
-        assert!(!schedule.absent(now + SOONEST), "somebody asked for a check in between");
-        assert!(schedule.absent(now + SECOND_LOOK));
+        assert_eq!(schedule.due(), now + SECOND_CHECK);
+        assert!(!schedule.absent(now + SOONEST), "a check in between");
+        assert!(schedule.absent(now + SECOND_CHECK));
         schedule.present();
-        schedule.checked(now + SECOND_LOOK, true);
-        assert_eq!(schedule.due(), now + SECOND_LOOK + INTERVAL);
-        assert!(!schedule.absent(now + 2 * INTERVAL), "another time, another first look");
+        schedule.checked(now + SECOND_CHECK, true);
+        assert_eq!(schedule.due(), now + SECOND_CHECK + INTERVAL);
+        assert!(!schedule.absent(now + 2 * INTERVAL), "missing once more: another first check");
     }
 }

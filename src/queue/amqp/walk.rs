@@ -1,9 +1,10 @@
-//! A look at each message of a queue in their order, however many there are.
+//! A walk: a read of all messages of a queue in their order, however many there are.
 //!
-//! A queue shows its head alone, so what was passed by stays unacknowledged until the end of the
-//! walk, at the broker: here a few messages are held, and one bit of the rest. `basic.get` would
-//! not do: for a quorum queue each is a consumer of its own, and 74,000 of them took ten minutes
-//! (measured); consumers of a few messages each, one after the other, take seconds.
+//! A queue shows only its head, so the messages that were passed stay unacked at the broker until
+//! the end of the walk; this process keeps a few messages, and one bit of each of the others.
+//! `basic.get` is no alternative: for a quorum queue each is a consumer of its own, and 74,000 of
+//! them took ten minutes (measured). Consumers of a few messages each, one after the other, take
+//! seconds.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -26,65 +27,65 @@ use super::{
 };
 use crate::queue::QueueError;
 
-/// Messages that one consumer takes: so many at first, up to so many while they are small, and
-/// never more than the last ones' size makes of [`WINDOW_BYTES`].
+/// Messages that one consumer takes: at first, and at most while they are small; never more than
+/// the size of the last ones makes of [`WINDOW_BYTES`].
 const FIRST_WINDOW: u16 = 32;
 const MAX_WINDOW: u16 = 128;
 const WINDOW_BYTES: usize = 8 * 1024 * 1024;
 
-/// Messages of one consumer that are given back in one answer. RabbitMQ 3.10 collects them in an
+/// Messages of one consumer that are requeued in one answer. RabbitMQ 3.10 collects them in an
 /// Erlang map, which is in order only while it is that small.
 const BACK: usize = 32;
 
-/// Answers that may be on their way to the queue. Beyond 32 a channel holds them back, and sends
-/// them on by consumer in whatever order (measured).
+/// Answers that may be on their way to the queue. Beyond 32 a channel delays them, and passes them
+/// on by consumer in any order (measured).
 const UNDER_WAY: usize = 16;
 
-/// The first answers of a channel that go one by one: acks may still be under way there, more than
-/// it sends on at once. When the first is through these are sent, when the second is through they
-/// have arrived.
+/// The first answers of a channel, which go one by one: more acks may still be on their way there
+/// than it passes on at once. When the first answer is through these are passed on, when the second
+/// is through they have arrived.
 const ALONE: u32 = 2;
 
-/// Acks that a channel sends on to a quorum queue before the queue has answered.
+/// Acks that a channel passes on to a quorum queue before the queue has answered.
 const SENT_ON: usize = 32;
 
-/// How long the queue may take to have back what it was given back.
+/// Timeout until the queue shows what was requeued.
 const BACK_TIME: Duration = Duration::from_secs(5);
 
-/// Messages that one channel holds: to ack one, a channel goes through all that it holds before it
-/// (measured: 14,000 acks among 100,000 took 100 s).
+/// Unacked messages of one channel: to ack one, a channel goes through all before it (measured:
+/// 14,000 acks among 100,000 took 100 s).
 const CHANNEL: u32 = 2048;
 
-/// A connection has no room for more channels than these; of larger queues a channel holds more.
+/// Channels of one connection; for larger queues each has more messages.
 const MAX_CHANNELS: u32 = 64;
 
-/// When nothing has come for so long the queue is asked whether there is anything: somebody else
-/// may hold what was counted.
+/// Time without a message after which the queue is asked for its depth: another consumer may have
+/// what was counted.
 const SILENCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Walk {
     connection: Quarantine,
-    /// Each with the number of messages that came over the ones before. Together they count up as
-    /// delivery tags do.
+    /// Each with the number of messages that arrived over the ones before. Together they count up
+    /// as delivery tags do.
     channels: Vec<(Lease, u64)>,
     each: u64,
     queue: String,
-    /// Still in the queue.
+    /// Messages still in the queue.
     left: u32,
     ready: VecDeque<Delivery>,
     window: u16,
-    /// The last message of each consumer.
+    /// The number of the last message of each consumer.
     ends: Vec<u64>,
     /// By message, from 1: whether the broker waits for an answer.
     held: Vec<bool>,
-    /// Tells others of the walk; see [`walk_of`].
+    /// The queue that shows the walk to others was declared; see [`walk_of`].
     marked: bool,
 }
 
 impl Walk {
-    /// Looks at so many messages. The connection is for this walk alone: a queue that the broker
-    /// has lost the use of takes it down.
+    /// A walk through a number of messages. The connection is for this walk alone: a broken queue
+    /// ends it.
     pub(super) fn new(connection: Quarantine, queue: String, messages: u32) -> Self {
         Self {
             connection,
@@ -100,15 +101,15 @@ impl Walk {
         }
     }
 
-    /// How many are still to come.
+    /// The number of messages still to be passed.
     pub(super) fn left(&self) -> u32 {
         self.left.saturating_add(u32::try_from(self.ready.len()).unwrap_or(u32::MAX))
     }
 
-    /// The next message; its delivery tag is that of this walk.
+    /// The next message. Its delivery tag is valid in this walk.
     ///
     /// # Errors
-    /// The queue was lost; what was not acked is still in it.
+    /// The queue was lost; the messages that were not acked are still in it.
     pub(super) async fn next(&mut self) -> Result<Option<Delivery>, QueueError> {
         if self.ready.is_empty() && self.left > 0 {
             self.fill().await?;
@@ -116,7 +117,7 @@ impl Walk {
         Ok(self.ready.pop_front())
     }
 
-    /// Takes a message out of the queue for good.
+    /// Removes a message from the queue.
     pub(super) async fn ack(&mut self, tag: u64) -> Result<(), QueueError> {
         self.set(tag, false);
         let Some((channel, tag)) = self.place(tag) else { return Ok(()) };
@@ -125,7 +126,7 @@ impl Walk {
             .map_err(|why| self.error(&why))
     }
 
-    /// The channel that a message came over, and its delivery tag there.
+    /// The channel of a message, and its delivery tag there.
     fn place(&self, tag: u64) -> Option<(&Channel, u64)> {
         let n = self.channels.partition_point(|(_, before)| *before < tag).checked_sub(1)?;
         self.channels.get(n).map(|(lease, before)| (&lease.channel, tag - before))
@@ -145,31 +146,31 @@ impl Walk {
         }
     }
 
-    /// Gives back what was looked at, in its order, and returns when it can be looked at again.
+    /// Requeues the messages in their order, and returns when they can be read again.
     ///
-    /// Walks to the end first: a quorum queue puts what it is given back behind all that it was
-    /// given back before, so a part of the messages would change places with the rest. And gives
-    /// back one consumer's messages after the other's: closing alone would shuffle the consumers
-    /// (both measured).
+    /// Walks to the end first: a quorum queue puts requeued messages behind all those requeued
+    /// before, so that a part of the messages would change places with the rest. Then requeues one
+    /// consumer's messages after the other's: closing alone would shuffle the consumers (both
+    /// measured).
     pub(super) async fn close(mut self) -> Result<(), QueueError> {
         while self.left > 0 {
             self.fill().await?;
             self.ready.clear();
         }
         if self.channels.is_empty() {
-            return Ok(()); // nothing was looked at
+            return Ok(()); // no message was taken
         }
         self.acks_arrive().await?;
         let mut expected = self.depth().await?;
         let (mut after, mut under_way, mut wait) = (0, 0, true);
-        // The channel that the last answers went over, and how many.
+        // The channel of the last answers, and their number.
         let (mut over, mut answers) = (None, 0);
         for end in &self.ends {
             let held: Vec<u64> = (after + 1..=*end).filter(|tag| self.is_held(*tag)).collect();
             after = *end;
             for part in held.chunks(BACK) {
-                // The broker closes the channel over a tag that it has an answer for, so the last
-                // one that is held.
+                // The broker closes the channel over a tag that was answered, so the last
+                // unanswered one.
                 let Some((channel, last)) = part.last().and_then(|last| self.place(*last)) else {
                     continue;
                 };
@@ -185,7 +186,7 @@ impl Walk {
                 expected = expected.saturating_add(u32::try_from(part.len()).unwrap_or(u32::MAX));
                 (answers, under_way) = (answers + 1, under_way + 1);
                 if (answers <= ALONE || under_way == UNDER_WAY) && wait {
-                    // If somebody else takes them meanwhile there is no order to keep.
+                    // If another consumer takes them meanwhile there is no order to keep.
                     wait = self.has_back(expected).await?;
                     under_way = 0;
                 }
@@ -195,17 +196,16 @@ impl Walk {
             self.has_back(expected).await?;
         }
         for (lease, _) in &self.channels {
-            answer(lease.channel.close(200, "looked at".into()))
+            answer(lease.channel.close(200, "read".into()))
                 .await
                 .map_err(|why| self.error(&why))?;
         }
         Ok(())
     }
 
-    /// Waits until the queue has every ack. A channel sends on [`SENT_ON`] at a time and drops the
-    /// rest when it is closed: what was acked would be there again. Nothing tells when they have
-    /// arrived; but a `get` is answered by the queue itself, behind what the channel had sent on by
-    /// then.
+    /// Waits until the queue has every ack. A channel passes on [`SENT_ON`] at a time and drops the
+    /// others when it is closed: their messages would be redelivered. Acks are not answered; but a
+    /// `get` is answered by the queue itself, behind what the channel had passed on by then.
     async fn acks_arrive(&self) -> Result<(), QueueError> {
         let ends =
             self.channels.iter().skip(1).map(|(_, before)| *before).chain([self.held.len() as u64]);
@@ -216,7 +216,7 @@ impl Walk {
                 let got =
                     lease.channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default());
                 if let Some(new) = answer(got).await.map_err(|why| self.error(&why))? {
-                    // The walk is at its end, so this came just now.
+                    // The walk is at its end, so this one is new.
                     let back = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
                     answer(lease.channel.basic_nack(new.delivery.delivery_tag, back))
                         .await
@@ -227,7 +227,7 @@ impl Walk {
         Ok(())
     }
 
-    /// Waits until the queue shows so many; false if it does not in time.
+    /// Waits until the queue shows this number of messages; false if it does not in time.
     async fn has_back(&self, expected: u32) -> Result<bool, QueueError> {
         let shows = async {
             while self.depth().await? < expected {
@@ -246,13 +246,14 @@ impl Walk {
         Ok(answer(asked).await.map_err(|why| self.error(&why))?.message_count())
     }
 
-    /// Gets the next few with a consumer that takes no more than these.
+    /// Takes the next few with a consumer of its own.
     async fn fill(&mut self) -> Result<(), QueueError> {
         if !std::mem::replace(&mut self.marked, true) {
             self.mark().await?;
         }
         let wanted = self.window.min(u16::try_from(self.left).unwrap_or(u16::MAX));
-        // If this process is killed the broker gives back by these names, as long as they are few.
+        // If this process is killed the broker requeues in the order of these names, as long as
+        // they are few.
         let name = format!("walk-{:08}", self.ends.len());
         let channel = self.channel().await?;
         let fail = |why: BrokerError| Self::failed(&self.queue, &why);
@@ -286,7 +287,7 @@ impl Walk {
         rest(&mut consumer, &mut came).await.map_err(|e| fail(e.into()))?;
         let found = u32::try_from(came.len()).unwrap_or(u32::MAX);
         self.left = if found < u32::from(wanted) {
-            // It may only have been slow.
+            // The queue may only have been slow.
             let got =
                 answer(channel.basic_get(self.queue.as_str().into(), BasicGetOptions::default()))
                     .await
@@ -302,8 +303,8 @@ impl Walk {
         Ok(())
     }
 
-    /// Until the connection ends. If another walk has marked the queue, or the user may not, it
-    /// goes without.
+    /// Declares the queue that shows the walk, until the connection ends. If another walk has
+    /// declared it, or the user may not, there is none.
     async fn mark(&self) -> Result<(), QueueError> {
         let lease = self.connection.lease().await?;
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
@@ -318,7 +319,7 @@ impl Walk {
         Ok(())
     }
 
-    /// Takes in what one consumer was sent.
+    /// Adds what one consumer received.
     fn take(&mut self, came: impl IntoIterator<Item = Delivery>) {
         let before = self.channels.last().map_or(0, |(_, before)| *before);
         let (mut last, mut largest) = (None, 1);
@@ -357,7 +358,7 @@ impl Walk {
     }
 }
 
-/// What the broker had sent before it heard of the cancelling; then the stream ends.
+/// Reads what the broker had sent before the cancel; then the stream ends.
 async fn rest(consumer: &mut Consumer, into: &mut Vec<Delivery>) -> lapin::Result<()> {
     while let Some(delivery) = consumer.next().await {
         into.push(delivery?);

@@ -1,10 +1,10 @@
-//! Between the socket and lapin: TLS where the URL asks for it, and makes of every message one that
-//! lapin can take.
+//! The stream between the socket and lapin: TLS where the URL asks for it, and a filter that makes
+//! of every message one that lapin can read.
 //!
 //! AMQP lets a producer put any bytes into a short string (a message id, a header's name) and nest
-//! tables as deep as a frame holds. lapin reads short strings as UTF-8 and gives up the whole
+//! tables as deep as a frame holds. lapin reads short strings as UTF-8 and closes the whole
 //! connection over one that is not; it reads tables by recursion, and about two thousand levels end
-//! the process. Either message would come again, and end the next connection too, for every
+//! the process. Either message would be redelivered, and end the next connection too, for every
 //! subscriber on it.
 //!
 //! Nothing of hooktrail's own depends on what is changed here: bodies are never touched.
@@ -39,8 +39,8 @@ use self::filter::Filter;
 pub(super) use self::filter::Greeting;
 use crate::crypto::tls::{SystemRoots, TlsPolicy};
 
-/// Connects as lapin does by itself, with TLS and the filter in between. lapin goes on by itself
-/// when whoever waits for it gives up, so that ends its socket too.
+/// Connects as lapin does by itself, with TLS and the filter in between. lapin goes on when the
+/// caller gives up, so that ends its socket too.
 pub(super) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
@@ -76,7 +76,7 @@ pub(super) async fn connect(
 }
 
 fn gone() -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, "nobody waits for this connection any more")
+    io::Error::new(io::ErrorKind::TimedOut, "no task waits for this connection any more")
 }
 
 type Socket = Either<Compat<TcpStream>, Compat<TlsStream<TcpStream>>>;
@@ -93,9 +93,9 @@ async fn dial(uri: AMQPUri, trust: Option<Trust>, runtime: &Runtime<Tokio>) -> i
     }
 }
 
-/// Whom an `amqps://` broker's certificate must be of, and who may have signed it. lapin's own TLS
-/// would be the same rustls, but brings a whole older generation of cryptography along, for key
-/// stores that nobody has here.
+/// The host that an `amqps://` broker's certificate must name, and the authorities that may have
+/// signed it. lapin's own TLS would be the same rustls, but depends on a whole older generation of
+/// cryptography, for key stores that are not used here.
 #[derive(Clone)]
 struct Trust {
     connector: TlsConnector,
@@ -115,8 +115,7 @@ impl Trust {
     }
 }
 
-/// tokio's reactor, but for the type of its streams, which is the only way to hand lapin another
-/// one.
+/// tokio's reactor with another type of streams, which is the only way to give lapin one.
 #[derive(Debug, Clone)]
 struct Filtering(Tokio);
 
@@ -148,12 +147,12 @@ impl Reactor for Filtering {
     }
 }
 
-/// A stream whose incoming frames are made harmless. It holds back at most one frame.
+/// A stream whose incoming frames are made harmless. It buffers at most one frame.
 struct Filtered<S> {
     inner: S,
     filter: Filter,
     ended: bool,
-    /// Until the handshake is over: says so, or that nobody waits for it any more.
+    /// Until the handshake has ended: reports that, or that no task waits for it any more.
     waiting: Option<oneshot::Receiver<()>>,
 }
 

@@ -1,4 +1,4 @@
-//! A subscriber's part of the database as the lane sees it: a source and its settler.
+//! The source and the settler of a subscriber's part of the database.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -22,34 +22,34 @@ use crate::{
     },
 };
 
-/// Rows of the log looked at in one query: a pattern that matches little must not hold up other
+/// Rows of the log that one query reads: a pattern that matches little must not hold up other
 /// readers.
 const SCAN: u32 = 1000;
 
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
-/// So far the cursor may lag behind what was looked at and matched nothing.
+/// Events that the stored cursor may lag behind the scan while nothing matches.
 const LAG: i64 = 10_000;
 
-/// And so long.
+/// Time that it may lag.
 const LAG_TIME: Duration = Duration::from_secs(5);
 
-/// A clock that lags so far behind was set; what is less is a correction of its pace.
+/// A difference of the clocks above which the wall clock was set; a smaller one corrects its pace.
 const CLOCK_STEP: Duration = Duration::from_secs(1);
 
-/// The bytes of events after which one look takes no more.
+/// Bytes of events after which one query takes no more.
 const LOOK_BYTES: usize = 16 << 20;
 
-/// A part of the log with the patterns that hold there.
+/// A range of the log with the patterns that hold there.
 #[derive(Debug)]
 struct Segment {
     patterns: Arc<[Pattern]>,
     after: i64,
-    /// `i64::MAX`: without an end.
+    /// `i64::MAX`: the segment is open.
     upto: i64,
 }
 
-/// What source and settler share.
+/// The state that source and settler share.
 #[derive(Debug)]
 struct Shared {
     store: Store,
@@ -60,26 +60,26 @@ struct Shared {
     room: Notify,
 }
 
-/// What was taken and is not settled.
+/// The unsettled messages.
 #[derive(Debug, Default)]
 struct InHand {
-    /// Of events, in order: whether each is finished.
+    /// The events in their order, and whether each is settled.
     events: VecDeque<(i64, bool)>,
-    /// The bytes of each event that is not, and of all of them.
+    /// The bytes of each unsettled event, and of all of them.
     open: HashMap<i64, usize>,
     open_bytes: usize,
-    /// Up to here the log was looked through.
+    /// The scan has read the log up to here.
     looked_at: i64,
-    /// What the database has.
+    /// The cursor that the database has.
     cursor: i64,
-    /// Finished beyond the cursor in earlier sessions.
+    /// Settled beyond the cursor in earlier sessions.
     ahead: Runs,
-    /// All that is finished beyond the cursor, as the database has it.
+    /// All that is settled beyond the cursor, as the database has it.
     written: Vec<RangeInclusive<i64>>,
     envelopes: HashSet<i64>,
 }
 
-/// Events that are held.
+/// The number and the bytes of unsettled events.
 #[derive(Debug, Clone, Copy, Default)]
 struct Load {
     events: usize,
@@ -93,12 +93,12 @@ impl Load {
     }
 }
 
-/// Of numbers of the log.
+/// Runs of numbers of the log, the first and the last of each.
 type Runs = Arc<[RangeInclusive<i64>]>;
 
 impl InHand {
-    /// What is finished beyond a cursor once these are: it must not come again when the session
-    /// ends. Between two events of a run there is none for this subscriber that is not finished.
+    /// The events that are settled beyond a cursor once these are: they must not be redelivered
+    /// when the session ends. A run has no unsettled event of this subscriber.
     fn runs_after(&self, finished: &BTreeSet<i64>, cursor: i64) -> Vec<RangeInclusive<i64>> {
         let mut runs: Vec<_> =
             self.ahead.iter().filter(|run| *run.end() > cursor).cloned().collect();
@@ -117,7 +117,7 @@ impl InHand {
         runs
     }
 
-    /// The cursor once these are finished too.
+    /// The cursor once these are settled too.
     fn cursor_after(&self, finished: &BTreeSet<i64>) -> i64 {
         let is_open = |(seq, done): &&(i64, bool)| !done && !finished.contains(seq);
         self.events.iter().find(is_open).map_or(self.looked_at, |(seq, _)| seq - 1).max(self.cursor)
@@ -146,19 +146,19 @@ impl InHand {
     }
 }
 
-/// What a lane has in hand, by the numbers that the database has for it.
+/// The unsettled messages of a lane, by their numbers in the database.
 #[derive(Debug, Default)]
 pub(super) struct Held {
     pub(super) events: HashSet<i64>,
     pub(super) envelopes: HashSet<i64>,
 }
 
-/// Refers to a session as long as it lasts.
+/// A reference to a session, valid as long as that lasts.
 #[derive(Debug)]
 pub(super) struct LaneRef(Weak<Shared>);
 
 impl LaneRef {
-    /// `None` once the session has ended: what it had not settled is in the queue.
+    /// `None` once the session has ended: its unsettled messages are in the queue.
     pub(super) fn held(&self) -> Option<Held> {
         let shared = self.0.upgrade()?;
         let taken = shared.taken();
@@ -180,15 +180,15 @@ pub(super) async fn open(
     window: Window,
 ) -> Result<(Source, Settler), QueueError> {
     let name = subscriber.clone();
-    // Asked where writes are done in their order: what a lane that panicked had begun to write is
-    // seen.
+    // Read on the writing thread, in the order of writes: those that a panicked lane had begun are
+    // included.
     let began = (clock::instant(), clock::now());
     let now = millis(began.1);
-    let look = move |db: &Connection| {
+    let open = move |db: &Connection| {
         reschedule(db, &name, now)?;
         Ok((segments(db, &name)?, ahead(db, &name)?))
     };
-    let (segments, runs) = store.write(look).await?;
+    let (segments, runs) = store.write(open).await?;
     let cursor = segments.first().map_or(0, |s| s.after);
     let shared = Arc::new(Shared {
         store,
@@ -209,15 +209,15 @@ pub(super) async fn open(
     ))
 }
 
-/// The clock was set back: what was scheduled by it as it was would wait for as long as it had been
-/// ahead.
+/// Reschedules retries after the clock was set back: otherwise they would wait as much longer as it
+/// was ahead.
 fn reschedule(db: &Connection, subscriber: &str, now: i64) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE retry SET due = due - (scheduled_at - ?2), scheduled_at = ?2 WHERE subscriber = ?1 AND scheduled_at > ?2")?
         .execute(params![subscriber, now])?;
     Ok(())
 }
 
-/// What a subscriber is done with beyond its cursor.
+/// The events that a subscriber has settled beyond its cursor.
 pub(super) fn ahead(
     db: &Connection,
     subscriber: &str,
@@ -240,19 +240,19 @@ pub struct Source {
     shared: Arc<Shared>,
     news: watch::Receiver<u64>,
     window: Window,
-    /// When the database's cursor began to lag behind what was looked at.
+    /// When the stored cursor began to lag behind the scan.
     behind_since: Option<Instant>,
-    /// By both clocks, of which one can be set.
+    /// The time by both clocks, of which one can be set.
     looked_last: (Instant, SystemTime),
 }
 
-/// What a look at the database brought.
+/// The result of a query.
 #[derive(Default)]
 struct Found {
     envelopes: Vec<(i64, Result<Batch, DeadLetter>)>,
     events: Vec<Event>,
     looked_at: i64,
-    /// The log may hold more than was looked at.
+    /// The log may have more than was read.
     more: bool,
     /// When the next retry is due, in Unix milliseconds.
     next_due: Option<i64>,
@@ -261,12 +261,12 @@ struct Found {
 impl queue::Source for Source {
     async fn take(&mut self, into: &mut Vec<Taken>, max: usize) -> Result<(), QueueError> {
         loop {
-            // Before looking: what comes meanwhile must wake the wait below.
+            // Before the query: a commit meanwhile must wake the wait below.
             self.news.borrow_and_update();
             let shared = self.shared.clone();
             let room = shared.room.notified();
             self.mind_the_clock().await?;
-            let found = self.look(max).await?;
+            let found = self.query(max).await?;
             let next_due = found.next_due;
             let more = found.more;
             let before = into.len();
@@ -284,7 +284,7 @@ impl queue::Source for Source {
                     None => std::future::pending().await,
                 }
             };
-            // The clock can be set, and whoever brings the news can fail: look again every few
+            // The clock can be set, and the poll for commits can fail: query again every few
             // seconds.
             let until_due =
                 next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
@@ -305,8 +305,8 @@ impl queue::Source for Source {
     }
 
     fn is_full(&self) -> bool {
-        // One look more could be too much: soon enough, for so many bytes are more than the batches
-        // under way.
+        // Another query could be too much; it comes soon enough, since that many bytes are more
+        // than the batches in flight.
         !self.shared.taken().held().allows(LOOK_BYTES)
     }
 
@@ -314,7 +314,7 @@ impl queue::Source for Source {
 }
 
 impl Source {
-    /// Nothing waits longer because the clock was set back.
+    /// Keeps retries from waiting longer because the clock was set back.
     async fn mind_the_clock(&mut self) -> Result<(), QueueError> {
         let (instant, time) = (clock::instant(), clock::now());
         let (last_instant, last_time) = self.looked_last;
@@ -326,9 +326,9 @@ impl Source {
         Ok(())
     }
 
-    /// Looks for due retries, and for events as far as there is room for them. Changes nothing, so
+    /// Queries due retries, and events as far as there is room for them. Changes nothing, so that
     /// it can be dropped while it waits.
-    async fn look(&mut self, max: usize) -> Result<Found, QueueError> {
+    async fn query(&mut self, max: usize) -> Result<Found, QueueError> {
         let (looked_at, events_room, load, held, ahead) = {
             let taken = self.shared.taken();
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
@@ -346,8 +346,8 @@ impl Source {
         self.shared
             .store
             .read(move |db| {
-                // One snapshot: patterns can change at any time, and an event is for whom it was
-                // when it came.
+                // One snapshot: patterns can change at any time, and those count that held when the
+                // event was stored.
                 let db = db.unchecked_transaction()?;
                 let mut found = Found { looked_at, ..Found::default() };
                 found.next_due = if envelopes_room > 0 {
@@ -396,13 +396,13 @@ impl Source {
         }
     }
 
-    /// Writes down how far the log was looked through when nothing of it was for this subscriber,
-    /// so that it can be trimmed. Returns when to come again, if that is still to be done.
+    /// Stores how far the log was scanned when nothing of it was for this subscriber, so that it
+    /// can be trimmed. Returns when to call it again, if that is still to be done.
     async fn advance(&mut self) -> Option<Instant> {
         let (cursor, behind) = {
             let taken = self.shared.taken();
             let cursor = taken.cursor_after(&BTreeSet::new());
-            // What is in hand moves the cursor itself when it is settled.
+            // Unsettled events move the cursor when they are settled.
             (cursor, if taken.events.is_empty() { cursor - taken.cursor } else { 0 })
         };
         if behind == 0 {
@@ -417,7 +417,7 @@ impl Source {
         let _writing = self.shared.writing.lock().await;
         let subscriber = self.shared.subscriber.clone();
         let written = self.shared.store.write(move |db| set_cursor(db, &subscriber, cursor)).await;
-        // One that fails is no reason to end a session: nothing waits for it.
+        // A failure is no reason to end a session: nothing waits for the write.
         self.behind_since = written.is_err().then_some(now);
         if written.is_ok() {
             let mut taken = self.shared.taken();
@@ -427,7 +427,7 @@ impl Source {
     }
 }
 
-/// Takes due retries, the longest due first; returns when the next one is due.
+/// Takes due retries, the longest due first. Returns when the next one is due.
 fn due(
     db: &Connection,
     subscriber: &str,
@@ -499,7 +499,7 @@ fn attempt_log_text(log: &AttemptLog) -> Option<String> {
     (!log.is_empty()).then(|| log.to_text())
 }
 
-/// Looks through a segment; true if that brought it to the segment's end.
+/// Scans a segment; true if it has reached the segment's end.
 fn scan(
     db: &Connection,
     wanted: impl Fn(i64, &str, Option<&str>) -> bool,

@@ -1,4 +1,4 @@
-//! Looks at a subscriber's dead letters, replays them, purges them.
+//! Walks through a subscriber's dead letters, replays them, purges them.
 
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
@@ -20,9 +20,9 @@ use crate::{
 pub struct DeadLetters {
     store: Store,
     subscriber: String,
-    /// The last one that was looked at.
+    /// The number of the last one that was passed.
     after: i64,
-    /// The last one of this walk.
+    /// The number of the last one of this walk.
     upto: i64,
     left: u32,
 }
@@ -81,7 +81,7 @@ impl queue::DeadLetters for DeadLetters {
         self.store
             .write(move |db| {
                 for held in &letters {
-                    // Another command may have been quicker.
+                    // Another command may have been faster.
                     if delete(db, held)? {
                         revive(db, &subscriber, &held.letter, now)?;
                     }
@@ -106,8 +106,8 @@ fn delete(db: &Connection, held: &Held) -> rusqlite::Result<bool> {
     Ok(db.prepare_cached("DELETE FROM dead WHERE id = ?1")?.execute([held.tag.cast_signed()])? > 0)
 }
 
-/// A batch comes back under its id with attempts and elapsed time begun anew; an event goes into
-/// the log again, for this subscriber alone.
+/// Replays a dead letter. A batch returns under its id, with attempts and elapsed time reset; an
+/// event goes into the log again, for this subscriber alone.
 fn revive(
     db: &Connection,
     subscriber: &str,
@@ -125,7 +125,7 @@ fn revive(
                 subscriber,
                 &letter.body[..]
             ])?;
-            // One that is not configured now gets it when it is again.
+            // A subscriber that is not configured now gets it when it is again.
             let seq = db.last_insert_rowid();
             db.prepare_cached(
                 "INSERT INTO segment (subscriber, patterns, after, upto) SELECT ?1, '[]', ?2 - 1, ?2 \

@@ -1,6 +1,8 @@
-//! A look at the embedded queue's files for what can lose or hold up events. Changes nothing.
+//! An inspection of the embedded queue's files for what can lose or hold up events. Changes
+//! nothing.
 
 use std::{
+    collections::BTreeMap,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::Path,
     sync::Arc,
@@ -13,20 +15,21 @@ use rusqlite::{Connection, ErrorCode, InterruptHandle, OpenFlags};
 use super::{EmbeddedQueue, store};
 use crate::{
     config::Subscriber,
+    delivery::{Depth, Depths, SubscriberName},
     telemetry::finding::{Finding, shell_word, summarized},
     wording::counted,
 };
 
-/// For reading the whole database: a large one is not read to its end.
+/// Timeout of reading the whole database: a large one is not read to its end.
 const CHECK: Duration = Duration::from_secs(5);
 
-/// Mistakes of the database that are told.
+/// Errors of the database that are reported.
 const MISTAKES: u32 = 3;
 
-/// Less room than that is told of, in bytes; and less than the database itself takes.
+/// Free bytes below which a warning is due; it is also due below the size of the database.
 const LITTLE: u64 = 1 << 30;
 
-/// With less the next burst of events finds no room, in bytes.
+/// Free bytes below which the next burst of events finds no room.
 const TOO_LITTLE: u64 = 64 << 20;
 
 pub(super) async fn inspect(
@@ -34,12 +37,15 @@ pub(super) async fn inspect(
     subscribers: &[Arc<Subscriber>],
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
-    match queue.counts().await {
-        Ok(counts) => {
-            for (what, n) in &counts {
-                findings.push(Finding::ok(what, n.to_string()));
+    match queue.everything().await {
+        Ok(Depths { subscribers: depths, .. }) => {
+            for Kind { name, count, .. } in &KINDS {
+                let findings_of_kind = depths.iter().map(|(subscriber, depth)| {
+                    Finding::ok(format!("{subscriber}: {name}"), count(depth).to_string())
+                });
+                findings.extend(findings_of_kind);
             }
-            findings.extend(not_configured(&counts, subscribers));
+            findings.extend(not_configured(&depths, subscribers));
         }
         Err(e) => findings.push(
             Finding::harmful("database", e.to_string())
@@ -56,40 +62,58 @@ pub(super) async fn inspect(
     summarized(findings)
 }
 
-fn not_configured(counts: &[(String, u32)], subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
-    let gone = |what: &&(String, u32)| {
-        what.1 > 0 && subscribers.iter().all(|s| what.0.split(':').next() != Some(s.name.as_str()))
-    };
-    let finding = |(what, n): &(String, u32)| {
-        let (name, what) = what.split_once(": ").unwrap_or((what, ""));
-        let what = match what {
-            "events to deliver" => "event(s) to deliver",
-            "batches to try again" => "batch(es) to try again",
-            "dead letters" => "dead letter(s)",
-            other => other,
-        };
-        let found = format!("is not configured, and the queue holds {} for it", counted(*n, what));
-        Finding::warning(format!("subscriber `{name}`"), found)
-            .risking("nobody delivers them, and they take room")
-            .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
-    };
-    // Whoever looks without subscribers does not ask about them.
+/// A kind of messages of a subscriber.
+struct Kind {
+    name: &'static str,
+    counted: &'static str,
+    count: fn(&Depth) -> u64,
+}
+
+const KINDS: [Kind; 3] = [
+    Kind { name: "events to deliver", counted: "event(s) to deliver", count: |d| d.events },
+    Kind {
+        name: "batches to try again",
+        counted: "batch(es) to try again",
+        count: |d| d.batches(),
+    },
+    Kind { name: "dead letters", counted: "dead letter(s)", count: |d| d.dead },
+];
+
+fn not_configured(
+    depths: &BTreeMap<SubscriberName, Depth>,
+    subscribers: &[Arc<Subscriber>],
+) -> Vec<Finding> {
+    // An inspection without subscribers is not about them.
     if subscribers.is_empty() {
-        Vec::new()
-    } else {
-        counts.iter().filter(gone).map(finding).collect()
+        return Vec::new();
     }
+    let finding = |name: &SubscriberName, what: String| {
+        let found = format!("is not configured, and the queue holds {what} for it");
+        Finding::warning(format!("subscriber `{name}`"), found)
+            .risking("no daemon delivers them, and they take room")
+            .mended("configure it again, or delete them: hooktrail prune")
+    };
+    let mut findings = Vec::new();
+    for kind in &KINDS {
+        for (name, depth) in depths {
+            let count = (kind.count)(depth);
+            if count > 0 && subscribers.iter().all(|s| s.name != *name) {
+                findings.push(finding(name, counted(count, kind.counted)));
+            }
+        }
+    }
+    findings
 }
 
-fn unseen(what: &str, why: impl std::fmt::Display, look: impl Into<String>) -> Finding {
-    Finding::unseen(what, why, look)
+fn unseen(what: &str, why: impl std::fmt::Display, remedy: impl Into<String>) -> Finding {
+    Finding::unseen(what, why, remedy)
 }
 
-/// Which process has the daemon's lock. Looked up, not tried: a daemon that starts at this moment
-/// would not get it.
+/// The process that has the daemon's lock. Read, not tried: a daemon that starts at this moment
+/// would not get the lock.
 fn holder(dir: &Path) -> Finding {
     let about = "data_dir";
-    let look = format!("fuser {}", shell_word(&dir.join(store::LOCK).display().to_string()));
+    let remedy = format!("fuser {}", shell_word(&dir.join(store::LOCK).display().to_string()));
     let Ok(lock) = std::fs::metadata(dir.join(store::LOCK)) else {
         return Finding::ok(about, "no daemon has run with it yet");
     };
@@ -98,12 +122,14 @@ fn holder(dir: &Path) -> Finding {
             Some(pid) => Finding::ok(about, format!("a daemon works with it: process {pid}")),
             None => Finding::ok(about, "no daemon is seen that works with it"),
         },
-        Err(e) => unseen("whether a daemon works with data_dir", format!("/proc/locks: {e}"), look),
+        Err(e) => {
+            unseen("whether a daemon works with data_dir", format!("/proc/locks: {e}"), remedy)
+        }
     }
 }
 
-/// From lines such as `1: FLOCK ADVISORY WRITE 4711 08:01:131 0 EOF`. The device is not compared:
-/// some file systems show another one there than elsewhere.
+/// Reads the holder from lines such as `1: FLOCK ADVISORY WRITE 4711 08:01:131 0 EOF`. The device
+/// is not compared: some file systems show another one there than elsewhere.
 fn lock_holder(locks: &str, inode: u64) -> Option<u32> {
     locks.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
@@ -114,30 +140,30 @@ fn lock_holder(locks: &str, inode: u64) -> Option<u32> {
 
 fn room(dir: &Path, file: &Path) -> Option<Finding> {
     let about = "disk";
-    let look = format!("df -h {}", shell_word(&dir.display().to_string()));
+    let remedy = format!("df -h {}", shell_word(&dir.display().to_string()));
     let free = match rustix::fs::statvfs(dir) {
         Ok(fs) => fs.f_bavail.saturating_mul(fs.f_frsize),
-        Err(e) => return Some(unseen("free space", e, look)),
+        Err(e) => return Some(unseen("free space", e, remedy)),
     };
     let size = |suffix: &str| {
         let mut name = file.as_os_str().to_owned();
         name.push(suffix);
         std::fs::metadata(name).map_or(0, |m| m.len())
     };
-    Some(judge_room(about, free, size("") + size("-wal"), look))
+    Some(judge_room(about, free, size("") + size("-wal"), remedy))
 }
 
-fn judge_room(about: &str, free: u64, used: u64, look: String) -> Finding {
+fn judge_room(about: &str, free: u64, used: u64, remedy: String) -> Finding {
     let show = |n: u64| ByteSize(n).display().iec().to_string();
     let found =
         format!("{} are free where the database is, which takes {}", show(free), show(used));
     let risk = "on a full disk new events are refused, and neither retries nor dead letters can be written; what is stored stays";
     if free < TOO_LITTLE {
-        Finding::harmful(about, found).risking(risk).mended(format!("make room: {look}"))
+        Finding::harmful(about, found).risking(risk).mended(format!("make room: {remedy}"))
     } else if free < LITTLE.max(used) {
         Finding::warning(about, found)
             .risking(risk)
-            .mended(format!("make room, or shorten [queue] retention: {look}"))
+            .mended(format!("make room, or shorten [queue] retention: {remedy}"))
     } else {
         Finding::ok(about, found)
     }
@@ -146,7 +172,7 @@ fn judge_room(about: &str, free: u64, used: u64, look: String) -> Finding {
 /// SQLite's write-ahead log needs memory that is shared on one machine, and locks that hold.
 fn file_system(dir: &Path) -> Option<Finding> {
     let about = "file system";
-    // Of linux/magic.h and of the file systems' own sources.
+    // From linux/magic.h and the file systems' own sources.
     let kinds: [(u64, &str, bool); 7] = [
         (0x6969, "NFS", true),
         (0x517b, "SMB", true),
@@ -185,7 +211,7 @@ fn privacy(dir: &Path, file: &Path) -> Finding {
             "data_dir",
             format!("everybody on this machine can read `{}`", file.display()),
         )
-        .risking("events and dead letters are read by whom they are not for")
+        .risking("other users can read events and dead letters")
         .mended(format!("chmod 700 {}", shell_word(&dir.display().to_string()))),
         (Ok(_), Ok(_)) => Finding::ok("data_dir", "others cannot read it"),
         (Err(e), _) | (_, Err(e)) => unseen(
@@ -196,7 +222,7 @@ fn privacy(dir: &Path, file: &Path) -> Finding {
     }
 }
 
-/// Ends a check that nobody waits for any more.
+/// Ends a check whose caller has given up.
 struct Interrupt(InterruptHandle);
 
 impl Drop for Interrupt {
@@ -205,7 +231,7 @@ impl Drop for Interrupt {
     }
 }
 
-/// On a connection of its own, so that nobody waits behind it.
+/// On a connection of its own, so that no other query waits behind it.
 async fn integrity(file: &Path) -> Finding {
     let about = "database";
     let by_hand = format!(

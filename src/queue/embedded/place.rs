@@ -1,6 +1,6 @@
-//! Whether the files that a process has open still are those at their paths. A file that was
-//! deleted or replaced under its process goes on taking what is written, and all of that is gone
-//! when the process ends.
+//! Checks that the files that a process has open are still those at their paths. A file that was
+//! deleted or replaced under its process goes on accepting writes, and all of them are lost when
+//! the process ends.
 
 use std::{
     fs::Metadata,
@@ -13,10 +13,10 @@ use std::{
 
 use crate::clock;
 
-/// What was checked so long ago is checked again before events are stored.
+/// Time after which the files are checked again before events are stored.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// What tells a file from every other one of this machine.
+/// The identity of a file on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -28,7 +28,7 @@ impl Identity {
         Self { device: file.dev(), inode: file.ino() }
     }
 
-    /// `None` where nothing is.
+    /// The identity of the file at a path; `None` if there is none.
     fn at(path: &Path) -> std::io::Result<Option<Self>> {
         match std::fs::metadata(path) {
             Ok(found) => Ok(Some(Self::of(&found))),
@@ -54,17 +54,17 @@ struct Checked {
 }
 
 impl Place {
-    /// Of those that are there now, just opened.
+    /// The files that are there now, and were just opened.
     pub(super) fn of(paths: impl IntoIterator<Item = PathBuf>) -> Self {
         let identity =
             |path: PathBuf| Identity::at(&path).ok().flatten().map(|identity| (path, identity));
         Self { files: paths.into_iter().filter_map(identity).collect(), checked: Mutex::default() }
     }
 
-    /// Which file is not at its path any more, what that means and what to do; tells the log when
-    /// that changes. Waits for the disk.
+    /// Returns which file is not at its path any more, with consequence and remedy; logs when that
+    /// changes. Waits for the disk.
     pub(super) fn check(&self) -> Option<String> {
-        let found = self.look();
+        let found = self.inspect();
         let mut checked = self.lock();
         checked.at = Some(clock::instant());
         match (&checked.lost, &found) {
@@ -81,7 +81,7 @@ impl Place {
         found
     }
 
-    /// As [`check`](Self::check), or what that has found a moment ago.
+    /// The same as [`check`](Self::check), or its result of a moment ago.
     pub(super) fn check_before_storing(&self) -> Option<String> {
         let known = {
             let checked = self.lock();
@@ -93,7 +93,7 @@ impl Place {
         known.unwrap_or_else(|| self.check())
     }
 
-    /// As it was checked last.
+    /// The result of the last check.
     pub(super) fn is_lost(&self) -> bool {
         self.lock().lost.is_some()
     }
@@ -102,13 +102,13 @@ impl Place {
         self.checked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn look(&self) -> Option<String> {
+    fn inspect(&self) -> Option<String> {
         self.files.iter().find_map(|(path, opened)| {
             let state = match Identity::at(path) {
                 Ok(Some(now)) if now == *opened => return None,
                 Ok(Some(_)) => "another file is at its path",
                 Ok(None) => "it was deleted or moved",
-                // Nothing is known; whoever writes finds out.
+                // Unknown; the next write shows it.
                 Err(_) => return None,
             };
             let copy = self.where_it_can_be_copied();
@@ -120,7 +120,7 @@ impl Place {
         })
     }
 
-    /// As the system shows a process's open files.
+    /// The open files of this process, as the system shows them.
     fn where_it_can_be_copied(&self) -> String {
         let descriptors = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
         let open: Vec<(Identity, String)> = descriptors
@@ -138,7 +138,7 @@ impl Place {
             .filter_map(|(path, opened)| {
                 let (_, fd) = open.iter().find(|(identity, _)| identity == opened)?;
                 let name = path.file_name()?.to_string_lossy();
-                // Of the others nothing has to be kept.
+                // Only these hold data.
                 (name.ends_with(".db") || name.ends_with("-wal"))
                     .then(|| format!("{name} is /proc/{pid}/fd/{fd}"))
             })
@@ -150,7 +150,7 @@ impl Place {
         }
     }
 
-    /// For [`other_than`], in a file beside them: the process, and a line for each file.
+    /// The text for [`other_than`], in another file: the process, and a line for each file.
     pub(super) fn to_text(&self) -> String {
         let line = |(path, identity): &(PathBuf, Identity)| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -160,8 +160,8 @@ impl Place {
     }
 }
 
-/// Which file in a directory is not, or not any more, the one that a process has written down as
-/// its own, and who that is.
+/// The file in a directory that is not, or not any more, the one that a process has recorded as its
+/// own, and that process.
 pub(super) fn other_than(text: &str, dir: &Path) -> Option<(PathBuf, String)> {
     let mut lines = text.lines();
     let pid = lines.next()?.strip_prefix("pid ")?.to_owned();
@@ -207,6 +207,6 @@ mod tests {
         std::fs::rename(&away, &path).expect("moves");
         assert_eq!((place.check(), place.is_lost()), (None, false));
         assert_eq!(other_than(&text, dir.path()), None);
-        assert_eq!(other_than("", dir.path()), None, "nobody has written anything down");
+        assert_eq!(other_than("", dir.path()), None, "nothing was recorded");
     }
 }

@@ -1,5 +1,5 @@
-//! The database file: opened, locked, brought to today's schema, written by one thread that commits
-//! what has gathered meanwhile in one go, read by another.
+//! The database file: opened, locked, migrated to today's schema. One thread writes, and commits
+//! all jobs that have gathered meanwhile together; another one reads.
 
 use std::{
     fs::{File, TryLockError},
@@ -40,7 +40,7 @@ impl FromSql for SubscriberName {
     }
 }
 
-/// Each takes the schema one version further; the first from an empty file. Never changed once
+/// Migrations, each by one version of the schema; the first from an empty file. Never changed once
 /// released.
 const MIGRATIONS: &[&str] = &[
     "
@@ -127,38 +127,38 @@ const MIGRATIONS: &[&str] = &[
 ",
 ];
 
-/// Marks the file as hooktrail's (`PRAGMA application_id`).
+/// Mark of hooktrail's files (`PRAGMA application_id`).
 const APPLICATION_ID: i32 = 0x686f_6f6b;
 
 const FILE: &str = "hooktrail.db";
 pub(super) const LOCK: &str = "hooktrail.lock";
 const OPENING: &str = "hooktrail.opening";
 
-/// How long one process waits for another's transaction.
+/// Timeout of waiting for another process's transaction.
 const BUSY: Duration = Duration::from_secs(10);
 
-/// How long all of opening the file waits for others.
+/// Timeout of opening the file while other processes use it.
 const OPENS_WITHIN: Duration = Duration::from_secs(20);
 
-/// How long one step of it does, before it is tried again.
+/// Timeout of one step of it, before it is tried again.
 const OPENS_STEP: Duration = Duration::from_secs(1);
 
-/// Between two attempts to open a file that another process is busy with.
+/// Time between two tries to open a file that another process uses.
 const BUSY_REST: Duration = Duration::from_millis(20);
 
-/// Jobs that wait for the writing thread; more wait in line.
+/// Jobs that wait for the writing thread; more wait before they are added.
 const JOBS: usize = 1024;
 
 /// Jobs in one transaction.
 const GROUP: usize = 256;
 
-/// How long the end waits for each thread: a query that takes longer ends with the process.
-const GOODBYE: Duration = Duration::from_secs(5);
+/// Timeout of each thread at the end: a longer query ends with the process.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// And for other processes, before the write-ahead log is left to them.
-const GOODBYE_BUSY: Duration = Duration::from_secs(1);
+/// Timeout of other processes at the end, before the write-ahead log is left to them.
+const END_BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// An open database. Clones are the same.
+/// An open database. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Store(Arc<Inner>);
 
@@ -172,30 +172,29 @@ struct Inner {
     looker: mpsc::Sender<Job<ReadJob>>,
     /// Counts the commits of this process.
     commits: watch::Receiver<u64>,
-    /// Held by the daemon.
+    /// The daemon's lock.
     lock: Option<File>,
 }
 
-/// For a thread.
+/// A message to a thread.
 enum Job<J> {
     Do(J),
-    /// Close the connection and end; what comes after it is refused.
+    /// Close the connection and end; later jobs are refused.
     End(oneshot::Sender<()>),
 }
 
 type ReadJob = Box<dyn FnOnce(&Connection) + Send>;
-/// Does its part of a transaction, and returns what is to be done once it is known whether that was
-/// committed.
+/// A part of a transaction. Returns what to do once it is known whether that was committed.
 type WriteJob = Box<dyn FnOnce(&Connection) -> Box<dyn FnOnce(Result<(), String>)> + Send>;
 
-/// What a process wants of the database.
+/// The use of the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
-    /// All of it, alone: there is one daemon.
+    /// The daemon, exclusively.
     Daemon,
-    /// To publish beside a daemon or without one.
+    /// Publishing, alongside a daemon or without one.
     Create,
-    /// To look at what is there.
+    /// Commands on an existing database.
     Existing,
 }
 
@@ -212,20 +211,19 @@ impl Store {
                 data_dir.display()
             )));
         }
-        // Events are nobody else's to read.
+        // Other users must not read events.
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|e| {
             denied(&format!("[queue] data_dir `{}` cannot be made", data_dir.display()), &e)
         })?;
-        // SQLite does not wait for another process where that makes a new file a write-ahead-logged
-        // one. And a daemon that starts has written down which files are its own before others
-        // look.
+        // SQLite does not wait for another process that turns a new file into a write-ahead-logged
+        // one. And a starting daemon has recorded which files are its own before others check.
         let _opening = opening(data_dir)?;
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
         if let (None, Some(lost)) = (&lock, lost_by_a_daemon(data_dir)) {
             return Err(lost);
         }
-        // In a directory that was there before, too. SQLite gives what it puts beside the file the
-        // same mode, and says better than this what is wrong with a file that cannot be opened.
+        // In an existing directory too. SQLite gives its other files the same mode, and explains
+        // better why a file cannot be opened.
         File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
         let error = |e: rusqlite::Error| needs_operator(&path, &e);
         let until = clock::instant() + time;
@@ -253,20 +251,21 @@ impl Store {
         })))
     }
 
-    /// Where its files were when they were opened.
+    /// Its files as they were when they were opened.
     pub(super) fn place(&self) -> Arc<Place> {
         self.0.place.clone()
     }
 
-    /// Closes the connections: what a daemon has written is in the database itself then, and not in
-    /// the log beside it. Nothing can be asked or written afterwards.
+    /// Closes the connections: all that a daemon has written is then in the database itself, and
+    /// not in the write-ahead log. Nothing can be read or written afterwards.
     pub(super) async fn close(&self) {
-        // These are its files no more; the log among them goes with the last connection to it.
+        // These are not its files any more; the write-ahead log is deleted with the last connection
+        // to it.
         if let Some(Err(e)) = self.0.lock.as_ref().map(|lock| lock.set_len(0)) {
             tracing::debug!(error = %e, "the lock still names the files");
         }
         let (reader, looker, writer) = (&self.0.reader, &self.0.looker, &self.0.writer);
-        // The writer last, so that nobody here keeps it from emptying the log.
+        // The writer last, so that no reader here keeps it from emptying the log.
         tokio::join!(end(reader), end(looker));
         end(writer).await;
     }
@@ -283,7 +282,7 @@ impl Store {
     /// Runs a part of a transaction and returns when that is on the disk.
     ///
     /// # Errors
-    /// Nothing of it is.
+    /// Nothing of it is on the disk.
     pub(super) async fn write<T: Send + 'static>(
         &self,
         part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
@@ -297,7 +296,7 @@ impl Store {
                     (Ok(_) | Err(rusqlite::Error::InvalidQuery), Err(why)) => Err(why),
                     (Err(e), _) => Err(explain(&e)),
                 };
-                reply.send(result).ok(); // whoever asked may have given up
+                reply.send(result).ok(); // the caller may have given up
             })
         });
         if self.0.writer.send(Job::Do(job)).await.is_err() {
@@ -311,7 +310,7 @@ impl Store {
         }
     }
 
-    /// Whether so many jobs wait that new events should come later.
+    /// Whether too many jobs wait, so that producers should wait.
     pub(super) fn is_behind(&self) -> bool {
         self.0.writer.capacity() < JOBS / 2
     }
@@ -323,8 +322,8 @@ impl Store {
         self.ask(&self.0.reader, query).await
     }
 
-    /// As [`read`](Self::read), for what may take long.
-    pub(super) async fn look<T: Send + 'static>(
+    /// The same as [`read`](Self::read), for long queries.
+    pub(super) async fn read_long<T: Send + 'static>(
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, QueueError> {
@@ -358,15 +357,14 @@ fn read(name: &str, db: Connection) -> mpsc::Sender<Job<ReadJob>> {
     thread(name, move || {
         while let Some(job) = inbox.blocking_recv() {
             match job {
-                // A query that panics is that query's end; whoever asked is told by the dropped
-                // reply.
+                // A panic ends only that query; the dropped reply notifies its caller.
                 Job::Do(job) => {
                     let job: ReadJob = job;
                     catch_unwind(AssertUnwindSafe(|| job(&db))).ok();
                 }
                 Job::End(ended) => {
                     drop((inbox, db));
-                    ended.send(()).ok(); // whoever asked may have given up
+                    ended.send(()).ok(); // the caller may have given up
                     return;
                 }
             }
@@ -375,7 +373,7 @@ fn read(name: &str, db: Connection) -> mpsc::Sender<Job<ReadJob>> {
     jobs
 }
 
-/// Ends a thread when it has done what it was asked before.
+/// Ends a thread when it has done all earlier jobs.
 async fn end<J>(thread: &mpsc::Sender<Job<J>>) {
     let (ended, end) = oneshot::channel();
     let ending = async {
@@ -383,38 +381,39 @@ async fn end<J>(thread: &mpsc::Sender<Job<J>>) {
             end.await.ok();
         }
     };
-    if timeout(GOODBYE, ending).await.is_err() {
+    if timeout(END_TIMEOUT, ending).await.is_err() {
         tracing::debug!("a query of the embedded queue still ran at the end");
     }
 }
 
 fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
-    // It ends with its inbox; a process that cannot start a thread cannot work at all.
+    // It ends with its inbox. A process that cannot start a thread cannot work at all.
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(body)
         .expect("a thread for the embedded queue");
 }
 
-/// Whether there is a database; also one that a daemon has and that is not at its place any more.
+/// Whether there is a database, also one that a daemon has open and that is not at its path any
+/// more.
 ///
 /// # Errors
-/// Who asks may not read it, or not even see whether it is there.
+/// The user may not read it, or not even the directory.
 pub(super) fn exists(data_dir: &Path) -> Result<bool, QueueError> {
     let file = data_dir.join(FILE);
-    // What reads it writes too: to the write-ahead log's index.
+    // Readers write too: to the index of the write-ahead log.
     let usable =
         || rustix::fs::access(&file, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK);
-    let looked = file.try_exists().and_then(|there| {
+    let found = file.try_exists().and_then(|there| {
         if there { usable().map(|()| true).map_err(Into::into) } else { Ok(false) }
     });
-    let there = looked.map_err(|e| {
+    let there = found.map_err(|e| {
         denied(&format!("the embedded queue `{}` cannot be read", file.display()), &e)
     })?;
     Ok(there || lost_by_a_daemon(data_dir).is_some())
 }
 
-/// Why a file is of no use to this process, and what to do about it.
+/// The error for a file that is unusable for this process, with the remedy.
 fn denied(what: &str, e: &std::io::Error) -> QueueError {
     let remedy = match e.kind() {
         std::io::ErrorKind::PermissionDenied => {
@@ -425,17 +424,18 @@ fn denied(what: &str, e: &std::io::Error) -> QueueError {
     QueueError::needs_operator(format!("{what}: {e}{remedy}"))
 }
 
-/// The files that are open, as they lie there now; written down in the daemon's lock for other
-/// processes.
+/// The open files as they are now; recorded in the daemon's lock for other processes.
 fn place(database: &Path, lock: Option<&File>) -> Result<Place, QueueError> {
-    let beside = |suffix: &str| {
+    let with_suffix = |suffix: &str| {
         let mut name = database.as_os_str().to_owned();
         name.push(suffix);
         PathBuf::from(name)
     };
     let lock_file = lock.map(|_| database.with_file_name(LOCK));
     let place = Place::of(
-        [database.to_owned(), beside("-wal"), beside("-shm")].into_iter().chain(lock_file),
+        [database.to_owned(), with_suffix("-wal"), with_suffix("-shm")]
+            .into_iter()
+            .chain(lock_file),
     );
     if let Some(mut lock) = lock {
         lock.set_len(0).and_then(|()| lock.write_all(place.to_text().as_bytes())).map_err(|e| {
@@ -448,14 +448,14 @@ fn place(database: &Path, lock: Option<&File>) -> Result<Place, QueueError> {
     Ok(place)
 }
 
-/// A daemon works in the directory and has other files open than those that are there: a new file
-/// beside them would take events that nobody delivers.
+/// The error if a daemon works in the directory and has other files open than those there: a new
+/// file would take events that are never delivered.
 fn lost_by_a_daemon(data_dir: &Path) -> Option<QueueError> {
     let lock = File::open(data_dir.join(LOCK)).ok()?;
     let text = std::io::read_to_string(&lock).ok()?;
     let (file, pid) = other_than(&text, data_dir)?;
-    // Without a daemon what it wrote down says nothing: its files may have been restored from a
-    // backup. Asked last: while this holds the lock, if only for a moment, no daemon gets it.
+    // Without a daemon its record says nothing: its files may have been restored from a backup.
+    // Tried last: while this holds the lock, even for a moment, no daemon gets it.
     let Err(TryLockError::WouldBlock) = lock.try_lock_shared() else { return None };
     Some(QueueError::needs_operator(format!(
         "the daemon that works on `{}` (process {pid}) has another file open than `{}`, which was deleted, moved or replaced under it; nothing was written. Its log says how to copy what it holds (docs/operations.md, \"The embedded queue's file is lost\")",
@@ -464,7 +464,7 @@ fn lost_by_a_daemon(data_dir: &Path) -> Option<QueueError> {
     )))
 }
 
-/// Waits until no other process opens the database; as long as the file lives, none does.
+/// Waits until no other process opens the database; while the returned file is open, none does.
 fn opening(data_dir: &Path) -> Result<File, QueueError> {
     let path = data_dir.join(OPENING);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
@@ -472,16 +472,21 @@ fn opening(data_dir: &Path) -> Result<File, QueueError> {
     locked.map_err(|e| denied(&format!("`{}` cannot be locked", path.display()), &e))
 }
 
-/// Deletes the database and what is beside it; the lock that keeps daemons away goes last.
+/// Deletes the database and its other files; last the lock, which keeps daemons away.
 pub(super) fn delete(path: &Path) -> Result<(), QueueError> {
-    let beside = |suffix: &str| {
+    let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_owned();
         name.push(suffix);
         PathBuf::from(name)
     };
     let dir = path.parent().unwrap_or(Path::new("."));
-    for file in [path.to_owned(), beside("-wal"), beside("-shm"), dir.join(OPENING), dir.join(LOCK)]
-    {
+    for file in [
+        path.to_owned(),
+        with_suffix("-wal"),
+        with_suffix("-shm"),
+        dir.join(OPENING),
+        dir.join(LOCK),
+    ] {
         match std::fs::remove_file(&file) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 return Err(QueueError::needs_operator(format!(
@@ -495,7 +500,7 @@ pub(super) fn delete(path: &Path) -> Result<(), QueueError> {
     Ok(())
 }
 
-/// The lock ends with the process, however that ends.
+/// The lock ends with the process, in any case.
 fn lock(data_dir: &Path) -> Result<File, QueueError> {
     let path = data_dir.join(LOCK);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
@@ -514,9 +519,12 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
     }
 }
 
-/// Tries again while another process is busy with the file: SQLite's own timeout does not hold for
-/// all that it does when it opens one that a killed daemon has left.
-#[expect(clippy::disallowed_methods, reason = "SQLite tells nobody when another process is done")]
+/// Tries again while another process uses the file: SQLite's own timeout does not hold for all
+/// steps of opening a file that a killed daemon has left.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "SQLite does not report when another process is done"
+)]
 fn patiently<T>(
     until: Instant,
     mut attempt: impl FnMut() -> rusqlite::Result<T>,
@@ -540,17 +548,17 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let db = Connection::open_with_flags(path, flags)?;
     db.busy_timeout(OPENS_STEP)?;
     db.pragma_update(None, "journal_mode", "WAL")?;
-    // Each commit is on the disk when it returns, as far as the disk keeps its word.
+    // Each commit is on the disk when it returns, if the disk does not lie.
     db.pragma_update(None, "synchronous", "FULL")?;
-    // The write-ahead log is given back after a burst.
+    // The write-ahead log shrinks after a burst.
     db.pragma_update(None, "journal_size_limit", 64 << 20)?;
     db.set_prepared_statement_cache_capacity(64);
     Ok(db)
 }
 
-/// The inner error: it is no file for this program.
+/// The inner error: the file is not one of this program.
 fn migrate(db: &mut Connection, path: &Path) -> rusqlite::Result<Result<(), QueueError>> {
-    // At once for writing: two processes may open a new file together.
+    // For writing at once: two processes may open a new file together.
     let change = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let version: u32 = change.pragma_query_value(None, "user_version", |row| row.get(0))?;
     let id: i32 = change.pragma_query_value(None, "application_id", |row| row.get(0))?;
@@ -580,8 +588,8 @@ fn migrate(db: &mut Connection, path: &Path) -> rusqlite::Result<Result<(), Queu
     change.commit().map(Ok)
 }
 
-/// Commits what has gathered, over and over. `empties`: and at the end takes the write-ahead log
-/// over into the database.
+/// Commits the jobs that have gathered, until the end. `empties`: then moves the write-ahead log
+/// into the database.
 fn write(
     db: Connection,
     mut inbox: mpsc::Receiver<Job<WriteJob>>,
@@ -598,21 +606,20 @@ fn write(
     }
     drop(inbox);
     if empties {
-        // Without it the data is there too, in the log: a process that has it open keeps this one
-        // from it.
+        // Without it the data is in the log: another process that has it open prevents this.
         let emptied = db
-            .busy_timeout(GOODBYE_BUSY)
+            .busy_timeout(END_BUSY_TIMEOUT)
             .and_then(|()| db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
         if let Err(e) = emptied {
             tracing::debug!(error = %e, "the write-ahead log stays as it is");
         }
     }
     drop(db);
-    end.and_then(|ended| ended.send(()).ok()); // whoever asked may have given up
+    end.and_then(|ended| ended.send(()).ok()); // the caller may have given up
 }
 
-/// Commits a job and what has come meanwhile in one transaction. Returns whom to tell of the end,
-/// if that was asked for.
+/// Commits a job and those that have arrived meanwhile in one transaction. Returns the sender to
+/// notify if the end was requested.
 fn write_group(
     db: &Connection,
     first: WriteJob,
@@ -627,11 +634,12 @@ fn write_group(
     while let Some(job) = next {
         match catch_unwind(AssertUnwindSafe(|| job(db))) {
             Ok(answer) => done.push(answer),
-            // It may have stopped anywhere: the group is not committed, and its asker told by the
-            // dropped reply.
+            // It may have stopped anywhere: the group is not committed, and the dropped reply
+            // notifies its caller.
             Err(_) => panicked = true,
         }
-        // A full disk can end the whole transaction: what follows must not be committed by itself.
+        // A full disk can end the whole transaction: the following parts must not be committed
+        // alone.
         let more = done.len() < GROUP && !panicked && !db.is_autocommit() && end.is_none();
         next = match more.then(|| inbox.try_recv()) {
             Some(Ok(Job::Do(job))) => Some(job),
@@ -663,13 +671,13 @@ fn write_group(
     end
 }
 
-/// A part that fails takes nothing of the others with it.
+/// Runs a part so that its failure affects no other.
 fn savepoint<T>(
     db: &Connection,
     part: impl FnOnce(&Connection) -> rusqlite::Result<T>,
 ) -> rusqlite::Result<T> {
     if db.is_autocommit() {
-        return Err(rusqlite::Error::InvalidQuery); // BEGIN failed; the group is told why
+        return Err(rusqlite::Error::InvalidQuery); // BEGIN failed; the group gets the reason
     }
     db.execute_batch("SAVEPOINT part")?;
     let done = part(db);
@@ -686,14 +694,14 @@ fn needs_operator(path: &Path, e: &rusqlite::Error) -> QueueError {
     QueueError::needs_operator(format!("embedded queue `{}`: {}", path.display(), explain(e)))
 }
 
-/// What an error of SQLite means and what to do, where that is known.
+/// Explains an error of SQLite, with the remedy where it is known.
 fn explain(e: &rusqlite::Error) -> String {
     let remedy = match e.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => {
             "the disk is full; nothing is lost, and it goes on when there is room again"
         }
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-            "the file is damaged: stop hooktrail, keep a copy, and save what can be read of it (docs/operations.md, \"Disaster recovery\"), or move it away to begin anew"
+            "the file is damaged: stop hooktrail, keep a copy, and save what can be read of it (docs/operations.md, \"Disaster recovery\"), or move it away to start with an empty one"
         }
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
             "check the permissions of the directory and its files, and run this as the service's user (sudo -u hooktrail …)"
@@ -807,8 +815,8 @@ mod tests {
         store.write(insert).await.expect("writes");
         let wal = dir.path().join("hooktrail.db-wal");
         assert!(std::fs::metadata(&wal).is_ok_and(|m| m.len() > 0));
-        // Somebody else may have it open.
-        let beside = Store::open(dir.path(), Access::Existing).expect("opens");
+        // Another process may have it open.
+        let other = Store::open(dir.path(), Access::Existing).expect("opens");
         let in_line = store.write(insert);
         tokio::join!(
             async { in_line.await.expect("what was asked before is done") },
@@ -822,9 +830,9 @@ mod tests {
                 .read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get::<_, u32>(0)))
                 .await
         };
-        assert_eq!(count(beside.clone()).await.expect("reads"), 2);
-        beside.close().await;
-        assert!(!wal.exists(), "the last one takes it away");
+        assert_eq!(count(other.clone()).await.expect("reads"), 2);
+        other.close().await;
+        assert!(!wal.exists(), "the last one deletes it");
         assert_eq!(
             count(Store::open(dir.path(), Access::Existing).expect("opens")).await.expect("reads"),
             2
@@ -835,8 +843,8 @@ mod tests {
     async fn a_part_that_panics_ends_neither_the_threads_nor_what_comes_after_it() {
         let dir = tempfile::tempdir().expect("a directory");
         let store = Store::open(dir.path(), Access::Daemon).expect("opens");
-        assert!(store.write(|_| -> rusqlite::Result<()> { panic!("told to") }).await.is_err());
-        assert!(store.read(|_| -> rusqlite::Result<()> { panic!("told to") }).await.is_err());
+        assert!(store.write(|_| -> rusqlite::Result<()> { panic!("on purpose") }).await.is_err());
+        assert!(store.read(|_| -> rusqlite::Result<()> { panic!("on purpose") }).await.is_err());
         store
             .write(|db| db.execute("INSERT INTO event (type, at, body) VALUES ('a', 0, x'')", []))
             .await

@@ -1,6 +1,5 @@
-//! What waits for its next attempt: looked at, and made due now. A row's time is all that changes,
-//! so that whatever ends this half-way has changed nothing; the lanes of a daemon see the commit as
-//! they see every other.
+//! Batches that wait for their next attempt: listed, and made due now. Only a row's time changes,
+//! in one transaction; the lanes of a daemon see that commit as any other.
 
 use std::collections::BTreeSet;
 
@@ -20,7 +19,7 @@ pub(super) async fn list(
     let name = subscriber.to_owned();
     let batches = queue
         .store()
-        .look(move |db| {
+        .read_long(move |db| {
             let batches = db
                 .prepare_cached(
                     "SELECT batch_id, events, attempts, first_attempt_at, due, length(body), story FROM retry WHERE subscriber = ?1 \
@@ -68,7 +67,7 @@ pub(super) async fn hasten(
     hastened.ok_or_else(|| unknown(subscriber))
 }
 
-/// Scheduled now too: a clock that is set back later takes them along.
+/// Scheduled now too, so that they follow a clock that is set back later.
 const DUE_NOW: &str =
     "UPDATE retry SET due = ?2, scheduled_at = ?2 WHERE subscriber = ?1 AND due > ?2";
 

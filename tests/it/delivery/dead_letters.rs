@@ -749,7 +749,7 @@ fn orphans_are_handled_as_dead_letters_are_and_only_those_with_a_queue_are_repla
         let shown = setup.ok(&["dead", "show", "--orphans", "msg_1"]);
         assert!(
             shown.contains("subscriber        gone\n")
-                && shown.contains("the retry queue of `gone` was not there"),
+                && shown.contains("the retry queue of `gone` did not exist"),
             "{shown}"
         );
         assert!(setup.ok(&["dead", "show", "gone", "@3", "--orphans"]).contains("msg_3"));

@@ -533,8 +533,7 @@ fn a_queue_is_not_pruned_while_a_command_reads_its_dead_letters() {
         let refused = setup.run(&["prune", "gone", "--with-events", "--yes"]);
         let reported = String::from_utf8_lossy(&refused.stderr).into_owned();
         // Whichever is seen first: the walk's consumer, or its mark.
-        let seen =
-            reported.contains("is looking at queue") || reported.contains("still works with queue");
+        let seen = reported.contains("reads queue") || reported.contains("still has a consumer");
         assert!(refused.status.code() == Some(1) && seen, "{reported}");
         let printed = std::io::read_to_string(looking.stdout.take().expect("piped")).expect("text");
         assert!(looking.wait().expect("ends").success() && printed.lines().count() == 600);

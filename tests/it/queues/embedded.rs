@@ -372,7 +372,7 @@ fn when_the_disk_is_full_nothing_is_lost_and_it_goes_on_when_there_is_room() {
             log.contains("disk") && log.contains(queue.file().to_str().expect("a path")),
             "{log}"
         );
-        let tries = || daemon.log().matches("the embedded queue still takes nothing").count();
+        let tries = || daemon.log().matches("the embedded queue still refuses writes").count();
         queue.wait("it was tried again", async || tries() >= 5).await;
         assert!(
             receiver.count() - before <= 4,

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use bytes::Bytes;
 use hooktrail::{
     config::EmbeddedConfig,
+    delivery::Depth,
     queue::{DeadLetters as _, MAX_GROUP, NewEvent, Queue as _, embedded::EmbeddedQueue},
 };
 use lapin::BasicProperties;
@@ -134,10 +135,9 @@ impl Embedded {
         }
     }
 
-    /// The number that `check --connect` shows under this name.
-    pub(crate) async fn count(&self, name: &str) -> u32 {
-        let found = self.open().counts().await.unwrap_or_else(|e| panic!("{e}"));
-        found.iter().find(|(n, _)| n == name).map_or(0, |(_, count)| *count)
+    async fn depth(&self, subscriber: &str) -> Depth {
+        let depths = self.open().everything().await.unwrap_or_else(|e| panic!("{e}"));
+        depths.subscribers.get(subscriber).copied().unwrap_or_default()
     }
 
     pub(crate) async fn wait(&self, what: &str, condition: impl AsyncFnMut() -> bool) {
@@ -145,15 +145,15 @@ impl Embedded {
     }
 
     pub(crate) async fn backlog(&self, subscriber: &str) -> u32 {
-        self.count(&format!("{subscriber}: events to deliver")).await
+        self.depth(subscriber).await.events as u32
     }
 
     pub(crate) async fn retries(&self, subscriber: &str) -> u32 {
-        self.count(&format!("{subscriber}: batches to try again")).await
+        self.depth(subscriber).await.batches() as u32
     }
 
     pub(crate) async fn dead(&self, subscriber: &str) -> u32 {
-        self.count(&format!("{subscriber}: dead letters")).await
+        self.depth(subscriber).await.dead as u32
     }
 }
 

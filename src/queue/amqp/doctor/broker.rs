@@ -1,4 +1,4 @@
-//! What AMQP shows of a broker by itself.
+//! The inspection of what AMQP shows by itself.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -21,7 +21,7 @@ use crate::queue::amqp::{
     requests::{Broker, Refused},
     shared::Shared,
     state_stream,
-    topology::{CONSUMER_TIMEOUT, Part},
+    topology::{CONSUMER_TIMEOUT, QueueRole},
     unusable::try_once,
 };
 use crate::{
@@ -31,18 +31,19 @@ use crate::{
     wording::counted,
 };
 
-/// From here on streams, and with them at-least-once dead-lettering, cannot be switched off.
+/// RabbitMQ version from which streams, and with them at-least-once dead-lettering, cannot be
+/// switched off.
 const STREAMS_FOR_GOOD: (u32, u32) = (3, 12);
 
-/// For one message that the broker should confirm at once.
+/// Timeout of one message that the broker should confirm at once.
 const CONFIRM: Duration = Duration::from_secs(5);
 
-/// For trying to consume queues: one that does not work takes 20 s to say nothing.
+/// Timeout of trying to consume queues: a broken one does not answer for 20 s.
 const TRIES: Duration = Duration::from_secs(60);
 
 impl Inspection<'_> {
-    /// Which broker it is, and whether it takes messages. On a connection of its own: an alarm
-    /// blocks it.
+    /// Inspects the broker's version, and whether it accepts messages. On a connection of its own:
+    /// an alarm blocks it.
     pub(super) async fn broker(&mut self) -> Result<(), QueueError> {
         let (connection, greeting) =
             connection::greeted(self.topology.url(), Role::Declaring).await?;
@@ -54,7 +55,7 @@ impl Inspection<'_> {
         let (version, finding) = product(&text("product"), &text("version"));
         self.version = version;
         self.found(finding);
-        match take_one(&connection, &self.topology.nobodys()).await {
+        match take_one(&connection, &self.topology.unused_name()).await {
             Probe::Taken => {
                 self.found(Finding::ok("broker", "takes messages"));
                 connection::close(&connection).await;
@@ -84,7 +85,8 @@ impl Inspection<'_> {
         )
     }
 
-    /// For a user of hooktrail's own: it replaces what the user has.
+    /// The command that grants the permissions, for a user of hooktrail's own: it replaces those of
+    /// the user.
     fn grant(&self) -> String {
         let literal = |name: &str| name.replace('.', r"\.");
         let own = format!(r"^{}\.", literal(self.topology.prefix()));
@@ -105,7 +107,8 @@ impl Inspection<'_> {
     }
 
     pub(super) async fn permissions(&mut self, broker: &mut Broker<'_>) {
-        let forbidden = broker.forbidden(&self.topology.nobodys(), &self.topology.events()).await;
+        let forbidden =
+            broker.forbidden(&self.topology.unused_name(), &self.topology.events()).await;
         if forbidden.is_empty() {
             return self.found(Finding::ok(
                 format!("user `{}`", self.uri.authority.userinfo.username),
@@ -116,7 +119,7 @@ impl Inspection<'_> {
         self.found(finding);
     }
 
-    /// What AMQP shows of queues and exchange: whether they are there, and with which arguments.
+    /// Inspects whether queues and exchange exist, and with which arguments.
     pub(super) async fn queues(&mut self, broker: &mut Broker<'_>) {
         if let Err(e) = self.topology.inspect_intake(broker).await {
             let finding =
@@ -151,8 +154,8 @@ impl Inspection<'_> {
                         Ok(()) => sound += 1,
                         Err(e) => self.differs(&name, e),
                     }
-                    // One that holds something would give it out to whoever tries, and it would
-                    // come back out of its order.
+                    // A queue with messages would deliver them to this attempt, and get them back
+                    // out of order.
                     if depth.consumers == 0 && depth.messages == 0 {
                         self.idle.push(name.clone());
                     }
@@ -181,8 +184,7 @@ impl Inspection<'_> {
         }
     }
 
-    /// Of a prefix that a daemon has run with: those that it has declared and that somebody has
-    /// deleted.
+    /// Inspects the exchanges of a prefix that a daemon has run with: some may have been deleted.
     async fn exchanges(&mut self, broker: &mut Broker<'_>) {
         for name in self.topology.exchanges() {
             let about = format!("exchange `{name}`");
@@ -205,11 +207,11 @@ impl Inspection<'_> {
         }
     }
 
-    /// The broker answers all questions about a queue that it has lost the use of; only who
-    /// consumes it, or publishes to it, gets no answer. One that is consumed works.
+    /// Tries idle queues. The broker answers all requests about a broken queue; only its consumers
+    /// and publishers get no answer. A queue with a consumer works.
     pub(super) async fn idle(&mut self, shared: &Shared) {
-        // A daemon's lanes consume what it works with, and tell of it themselves. To try it beside
-        // them would take an event out of its order.
+        // A daemon's lanes consume its queues, and report their failures. Another consumer would
+        // take events out of their order.
         if !shared.prepared.lock().await.is_empty() {
             return;
         }
@@ -244,23 +246,23 @@ impl Inspection<'_> {
         }
     }
 
-    /// What can keep a daemon from starting: limits of the vhost and of the user, which show
-    /// themselves to those who come to them.
+    /// Inspects what can keep a daemon from starting: limits of the vhost and of the user, which
+    /// show only when they are reached.
     pub(super) async fn start(&mut self, shared: &Shared) {
-        // A daemon that runs has what it needs; beside it this would count what it has.
+        // A running daemon has what it needs; this would count its connections too.
         if self.consumed || !shared.prepared.lock().await.is_empty() {
             return;
         }
         if self.missing > 0
             && let Err(Refused::Other(why)) =
-                shared.broker().try_declare(&self.topology.nobodys()).await
+                shared.broker().try_declare(&self.topology.unused_name()).await
             && why.contains("limit")
         {
             let finding =
                 self.too_few_queues(format!("does not let this user declare a queue: {why}"));
             self.found(finding);
         }
-        // Together with the one that this asks on.
+        // Together with the connection of this inspection.
         let relays =
             matches!(self.topology.intake(), Intake::SourceQueue(_)).then_some(Role::Relaying);
         let mut open = Vec::new();
@@ -281,8 +283,8 @@ impl Inspection<'_> {
     }
 
     fn broken(&mut self, name: &str, why: &BrokerError) {
-        let whose = match self.topology.part(name) {
-            Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => s,
+        let whose = match self.topology.role(name) {
+            Some(QueueRole::Main(s) | QueueRole::Retry(s) | QueueRole::Dead(s)) => s,
             _ => "SUBSCRIBER, of any subscriber",
         };
         let finding = Finding::harmful(format!("queue `{name}`"), format!("cannot be consumed: {why}"))
@@ -317,14 +319,15 @@ impl Inspection<'_> {
         self.found(finding);
     }
 
-    /// A subscriber that was never seen, and a broker that is new, will get what they need from
-    /// `run`.
+    /// Reports missing queues. `run` declares those of a new subscriber, and of a new broker.
     fn absent(&mut self, absent: Vec<String>) {
-        // Any of them: a policy may have deleted all that are seldom used.
+        // Any of them: a policy may have deleted those that are seldom used.
         let has_run = !self.there.is_empty();
         for name in absent {
-            let subscriber = match self.topology.part(&name) {
-                Some(Part::Main(s) | Part::Retry(s) | Part::Dead(s)) => Some(s.to_owned()),
+            let subscriber = match self.topology.role(&name) {
+                Some(QueueRole::Main(s) | QueueRole::Retry(s) | QueueRole::Dead(s)) => {
+                    Some(s.to_owned())
+                }
                 _ => None,
             };
             let others_are_there = match &subscriber {
@@ -339,9 +342,9 @@ impl Inspection<'_> {
             }
             let about = format!("queue `{name}`");
             let missing = "is missing, while others that belong to it are there";
-            let finding = match (self.topology.part(&name), subscriber) {
-                (Some(Part::Main(_)), Some(s)) => Finding::harmful(about, missing)
-                    .risking(format!("events that are published now pass `{s}` by"))
+            let finding = match (self.topology.role(&name), subscriber) {
+                (Some(QueueRole::Main(_)), Some(s)) => Finding::harmful(about, missing)
+                    .risking(format!("events that are published now miss `{s}`"))
                     .mended(format!("hooktrail repair {s}")),
                 (_, Some(s)) => Finding::harmful(about, missing)
                     .risking("what was in it is lost; what is to be tried again, or kept as a dead letter, has no place")
@@ -354,7 +357,8 @@ impl Inspection<'_> {
         }
     }
 
-    /// The same by the daemons' own record, which the broker's list of queues would make needless.
+    /// Reports subscribers that only earlier configurations had, by the state stream. Not needed
+    /// where the management API lists the queues.
     pub(super) async fn not_configured_any_more(
         &mut self,
         shared: &Shared,
@@ -385,14 +389,14 @@ impl Inspection<'_> {
         Ok(())
     }
 
-    /// The arguments alone are not enough: without the feature flag the broker falls back to at
-    /// most once, silently.
+    /// Inspects the feature flag for at-least-once dead-lettering: without it the broker silently
+    /// falls back to at most once, whatever the arguments.
     pub(super) async fn at_least_once(&mut self, api: Option<&Management>) {
         let about = "at-least-once dead-lettering";
-        let look = "rabbitmqctl list_feature_flags; rabbitmqctl enable_feature_flag stream_queue";
+        let remedy = "rabbitmqctl list_feature_flags; rabbitmqctl enable_feature_flag stream_queue";
         let flags = match (self.version, api) {
             (Some(version), _) if version >= STREAMS_FOR_GOOD => return,
-            // The record is a stream, and there would be none without it.
+            // The state stream could not exist without it.
             _ if self.there.contains(&self.topology.state()) => {
                 return self.found(Finding::ok(about, "its feature flag is on"));
             }
@@ -400,7 +404,7 @@ impl Inspection<'_> {
                 return self.found(Finding::unseen(
                     about,
                     "there is no stream yet that would show its feature flag",
-                    look,
+                    remedy,
                 ));
             }
             (_, Some(api)) => api.feature_flags().await,
@@ -414,12 +418,12 @@ impl Inspection<'_> {
                     "a retry can be lost on its way through the ladder, and pauses are not kept",
                 )
                 .mended("rabbitmqctl enable_feature_flag stream_queue"),
-            Err(e) => Finding::unseen(about, format!("management API: {e}"), look),
+            Err(e) => Finding::unseen(about, format!("management API: {e}"), remedy),
         };
         self.found(finding);
     }
 
-    /// The nodes' own setting is shown by nothing but `rabbitmqctl`.
+    /// Reports how long messages are unacked: only `rabbitmqctl` shows the nodes' own timeout.
     pub(super) fn hold(&mut self) {
         let hold = |s: &Subscriber| Window::of(s).longest_hold(s, s.batch.max_events);
         let Some((hold, s)) =
@@ -429,7 +433,7 @@ impl Inspection<'_> {
         };
         let fewest = Window::of(s).fewest_events(s, CONSUMER_TIMEOUT);
         let mut found = format!(
-            "the nodes' own setting is shown by no API and not looked at; RabbitMQ's default is 30 min, and hooktrail holds a message for at \
+            "the nodes' own setting is shown by no API and was not checked; RabbitMQ's default is 30 min, and hooktrail has a message unacked for at \
              most {} with full batches",
             humantime::format_duration(hold)
         );
@@ -438,14 +442,14 @@ impl Inspection<'_> {
                 "; with fewer than {fewest} events in each, and attempts as slow as they may be, for longer than that default"
             );
         }
-        let look = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
-        let mut finding = Finding::note("consumer_timeout", found).mended(look);
+        let remedy = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
+        let mut finding = Finding::note("consumer_timeout", found).mended(remedy);
         finding.about.push(format!("subscriber `{}`", s.name));
         self.found(finding);
     }
 }
 
-/// What became of a message.
+/// The outcome of a test message.
 enum Probe {
     Taken,
     Blocked(String),
@@ -453,9 +457,8 @@ enum Probe {
     Silent,
 }
 
-/// Publishes messages that go nowhere: an alarm shows itself to those who publish, and to nobody
-/// else.
-async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
+/// Publishes messages that no queue gets: an alarm shows only to publishers.
+async fn take_one(connection: &Connection, routing_key: &str) -> Probe {
     let mut blocked = std::pin::pin!(connection.events_listener().filter_map(|event| {
         ready(match event {
             Event::ConnectionBlocked(why) => Some(why),
@@ -470,7 +473,7 @@ async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
             channel
                 .basic_publish(
                     "".into(),
-                    to_nobody.into(),
+                    routing_key.into(),
                     BasicPublishOptions::default(),
                     b"",
                     properties,
@@ -478,7 +481,8 @@ async fn take_one(connection: &Connection, to_nobody: &str) -> Probe {
                 .await?
                 .await
         };
-        // An alarm takes effect with the first, which may still be confirmed; the second is not.
+        // An alarm takes effect with the first message, which may still be confirmed; the second is
+        // not.
         one().await?;
         one().await
     };

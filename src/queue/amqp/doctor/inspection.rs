@@ -1,4 +1,4 @@
-//! What an inspection has found, and what all its parts need.
+//! The state of an inspection.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,7 +7,7 @@ use std::{
 
 use lapin::uri::AMQPUri;
 
-use crate::queue::amqp::topology::{Part, Topology};
+use crate::queue::amqp::topology::{QueueRole, Topology};
 use crate::{
     config::Subscriber,
     delivery::SubscriberName,
@@ -23,13 +23,13 @@ pub(super) struct Inspection<'a> {
     pub(super) subscribers: &'a [Arc<Subscriber>],
     pub(super) uri: AMQPUri,
     pub(super) version: Option<(u32, u32)>,
-    /// Queues that were found, of those that there should be.
+    /// The expected queues that exist.
     pub(super) there: BTreeSet<String>,
-    /// How many were not found.
+    /// The number of expected queues that are missing.
     pub(super) missing: usize,
-    /// Somebody consumes one of them.
+    /// A consumer has one of them.
     pub(super) consumed: bool,
-    /// Those of them that nobody consumes and in which nothing is.
+    /// Existing queues without consumers and without messages.
     pub(super) idle: Vec<String>,
     pub(super) findings: Vec<Finding>,
 }
@@ -52,13 +52,13 @@ impl Inspection<'_> {
             ))
     }
 
-    /// Whether a queue of one subscriber that takes nothing harms the others: producers get no
-    /// confirm, or the delay ladder cannot hand over what comes after.
+    /// Whether a queue of one subscriber that accepts nothing harms the others: producers get no
+    /// confirm, or the delay ladder cannot pass on the batches behind.
     pub(super) fn holds_up_all(&self, name: &str) -> bool {
-        matches!(self.topology.part(name), Some(Part::Main(_) | Part::Retry(_)))
+        matches!(self.topology.role(name), Some(QueueRole::Main(_) | QueueRole::Retry(_)))
     }
 
-    /// Events, batches and dead letters of each.
+    /// Reports events, batches and dead letters of subscribers that are not configured.
     pub(super) fn left(&mut self, left: BTreeMap<SubscriberName, [u64; 3]>) {
         let findings = left.into_iter().map(|(name, [events, batches, dead])| {
             let about = format!("subscriber `{name}`");
@@ -73,8 +73,8 @@ impl Inspection<'_> {
                 counted(dead, "dead letter(s)")
             );
             Finding::warning(about, found)
-                .risking("nobody delivers them, and if they are still bound they grow")
-                .mended("configure it again, or `hooktrail prune`, which deletes them when told to")
+                .risking("no daemon delivers them, and if they are still bound they grow")
+                .mended("configure it again, or delete them: hooktrail prune")
         });
         self.findings.extend(findings);
     }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::queue::amqp::{
     management::Node,
-    topology::{DELIVERY_LIMIT, DESCRIPTORS_PER_QUEUE, Part},
+    topology::{DELIVERY_LIMIT, DESCRIPTORS_PER_QUEUE, QueueRole},
 };
 use crate::{
     config::Subscriber,
@@ -18,19 +18,19 @@ use crate::{
 /// The oldest RabbitMQ whose quorum queues dead-letter at least once.
 const OLDEST: (u32, u32) = (3, 10);
 
-/// For an operator to know, who may have a network that nobody else is on.
+/// A note only: the network may be the operator's alone.
 pub(super) fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
     let url = url.expose();
     let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
     (url.scheme() == "amqp" && !here).then(|| {
         Finding::note("connection", "goes to another machine, and is not encrypted")
-            .risking("who is on the network between can read password and events")
+            .risking("anyone on the network between can read password and events")
             .mended("amqps://… as [queue] url, where the broker has TLS")
     })
 }
 
-/// What a broker says that it is.
+/// Judges the product and the version of a broker.
 pub(super) fn product(product: &str, version: &str) -> (Option<(u32, u32)>, Finding) {
     let mut numbers = version.split('.').map(str::parse);
     let number = match (product, numbers.next(), numbers.next()) {
@@ -65,14 +65,14 @@ pub(super) fn resource(name: &str) -> &str {
     if name == "disk" { "disk space" } else { name }
 }
 
-/// The longest that lanes hold a message.
+/// The longest time that lanes have a message unacked.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Held {
+pub(super) struct Unsettled {
     pub(super) full_batches: Duration,
     pub(super) single_events: Duration,
 }
 
-impl Held {
+impl Unsettled {
     pub(super) fn longest(subscribers: &[Arc<Subscriber>]) -> Self {
         let longest = |events: fn(&Subscriber) -> usize| {
             subscribers
@@ -85,7 +85,7 @@ impl Held {
     }
 }
 
-/// Whether a node has file descriptors for the queues that are missing, if it tells.
+/// Judges whether a node has file descriptors for the missing queues, if it reports them.
 pub(super) fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
     let Node { name, fd_total, fd_used, .. } = node;
     if *fd_total == 0 {
@@ -96,54 +96,54 @@ pub(super) fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
         (format!("node {name}"), format!("uses {fd_used} of {fd_total} file descriptors"));
     let risk =
         "a broker without file descriptors answers no new connection, to anybody, and logs nothing";
-    let mend = "raise the limit of the broker's process (LimitNOFILE in its unit, ulimit -n where it is started) and restart it; \
-        docs/operations.md tells how many are needed";
+    let remedy = "raise the limit of the broker's process (LimitNOFILE in its unit, ulimit -n where it is started) and restart it; \
+        docs/operations.md says how many are needed";
     if fd_used + needed >= *fd_total {
         let found =
             format!("{found}; the {missing} queues that are to be declared take about {needed}");
-        return Some(Finding::harmful(about, found).risking(risk).mended(mend));
+        return Some(Finding::harmful(about, found).risking(risk).mended(remedy));
     }
     if (fd_used + needed) * 5 > fd_total * 4 {
-        return Some(Finding::warning(about, found).risking(risk).mended(mend));
+        return Some(Finding::warning(about, found).risking(risk).mended(remedy));
     }
     Some(Finding::ok(about, found))
 }
 
-/// What a policy's key does to a queue, if that is bad. Arguments win over policies, but for
-/// numbers, where the smaller wins: so the keys that hooktrail's arguments hold do nothing.
+/// Judges a policy's key by its effect on a queue. Arguments win over policies, except for numbers,
+/// where the smaller wins: so the keys that hooktrail's arguments set have no effect.
 pub(super) fn judge(
-    part: Part<'_>,
+    part: QueueRole<'_>,
     key: &str,
     value: &Value,
-    held: Held,
+    unsettled: Unsettled,
 ) -> Option<(Severity, String)> {
     use Severity::{Harmful, Warning};
     let number = value.as_i64().unwrap_or(i64::MAX);
-    let works = matches!(part, Part::Main(_) | Part::Retry(_));
-    let keeps = matches!(part, Part::Dead(_) | Part::Orphans);
+    let works = matches!(part, QueueRole::Main(_) | QueueRole::Retry(_));
+    let keeps = matches!(part, QueueRole::Dead(_) | QueueRole::Orphans);
     let (severity, risk) = match key {
         "max-length" | "max-length-bytes" => match part {
-            Part::Main(_) => (
+            QueueRole::Main(_) => (
                 Harmful,
                 "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them",
             ),
-            Part::Retry(_) => (
+            QueueRole::Retry(_) => (
                 Harmful,
-                "when it is full failed batches cannot be written down, and the ladder behind it stops for all subscribers",
+                "when it is full failed batches cannot be stored, and the ladder behind it stops for all subscribers",
             ),
-            Part::Level(_) => (
+            QueueRole::Level(_) => (
                 Harmful,
                 "when it is full no batch can wait for its next attempt, of any subscriber",
             ),
-            Part::Dead(_) | Part::Orphans => (
+            QueueRole::Dead(_) | QueueRole::Orphans => (
                 Harmful,
                 "when it is full what is in it is dropped, or what should go into it has no place",
             ),
-            Part::State => {
+            QueueRole::State => {
                 (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
             }
         },
-        "max-age" if part == Part::State => {
+        "max-age" if part == QueueRole::State => {
             (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
         }
         "message-ttl" if works => (
@@ -151,40 +151,38 @@ pub(super) fn judge(
             "what is not delivered by then becomes a dead letter (`expired`), that of a paused subscriber too",
         ),
         "message-ttl" if keeps => (Harmful, "what is in it is dropped then"),
-        "message-ttl" if matches!(part, Part::Level(level) if number < 1000 << level) => {
+        "message-ttl" if matches!(part, QueueRole::Level(level) if number < 1000 << level) => {
             (Warning, "batches are tried again too early")
         }
         "expires" => {
-            (Harmful, "a queue that nobody uses for so long is deleted with all that is in it")
+            (Harmful, "a queue that is unused for that time is deleted with all its messages")
         }
         "delivery-limit" if number >= DELIVERY_LIMIT => return None,
         "delivery-limit" if works => (
             Harmful,
-            "events that were given back so often, as in crashes, become dead letters without one attempt",
+            "events that were requeued more often, as in crashes, become dead letters without an attempt",
         ),
-        "delivery-limit" if keeps => {
-            (Harmful, "a dead letter that was looked at so often is dropped")
-        }
-        // Levels have no key of their own: theirs is the message's way.
-        "dead-letter-routing-key" if matches!(part, Part::Level(_)) => {
+        "delivery-limit" if keeps => (Harmful, "a dead letter that was read more often is dropped"),
+        // Levels have no key of their own: the message's key is its way through the ladder.
+        "dead-letter-routing-key" if matches!(part, QueueRole::Level(_)) => {
             (Harmful, "batches lose their way through the ladder")
         }
         "consumer-timeout" if works => {
             let limit = Duration::from_millis(u64::try_from(number).unwrap_or(0));
-            let told = |hold, which| {
+            let risk_of = |hold, which| {
                 let hold = humantime::format_duration(hold);
                 format!(
-                    "hooktrail holds a message for up to {hold} {which}: the broker takes it back meanwhile, and it is sent again and again"
+                    "hooktrail has a message unacked for up to {hold} {which}: the broker requeues it meanwhile, and it is sent repeatedly"
                 )
             };
-            if limit < held.full_batches {
-                return Some((Harmful, told(held.full_batches, "with full batches")));
+            if limit < unsettled.full_batches {
+                return Some((Harmful, risk_of(unsettled.full_batches, "with full batches")));
             }
-            if limit < held.single_events {
+            if limit < unsettled.single_events {
                 return Some((
                     Warning,
-                    told(
-                        held.single_events,
+                    risk_of(
+                        unsettled.single_events,
                         "when batches are of single events and attempts as slow as they may be",
                     ),
                 ));
@@ -202,7 +200,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_broker_that_is_too_old_is_harmful_and_another_product_is_told_of() {
+    fn a_broker_that_is_too_old_is_harmful_and_another_product_is_a_warning() {
         for (name, version, expected) in [
             ("RabbitMQ", "3.10.8", (Some((3, 10)), Severity::Ok)),
             ("RabbitMQ", "4.1.0-rc.1", (Some((4, 1)), Severity::Ok)),
@@ -216,8 +214,8 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_in_the_clear_to_another_machine_is_told_of() {
-        for (url, told) in [
+    fn a_connection_in_the_clear_to_another_machine_is_noted() {
+        for (url, is_noted) in [
             ("amqp://u:p@127.0.0.1:5672/v", false),
             ("amqp://localhost", false),
             ("amqp://[::1]", false),
@@ -227,14 +225,14 @@ mod tests {
             ("amqps://u:p@broker.example/v", false),
         ] {
             let found = in_the_clear(&SecretUrl::new(url.parse().expect("a URL")));
-            assert_eq!(found.is_some_and(|f| f.severity == Severity::Note), told, "{url}");
+            assert_eq!(found.is_some_and(|f| f.severity == Severity::Note), is_noted, "{url}");
         }
     }
 
     #[test]
     fn a_node_whose_file_descriptors_do_not_suffice_is_named() {
         for (total, used, missing, expected) in [
-            (0, 0, 300, None), // it does not tell
+            (0, 0, 300, None), // it does not report them
             (927, 30, 10, Some(Severity::Ok)),
             (927, 30, 298, Some(Severity::Warning)),
             (927, 30, 299, Some(Severity::Harmful)),
@@ -253,35 +251,37 @@ mod tests {
     #[test]
     fn a_policys_key_is_judged_by_what_the_queue_is_for() {
         use Severity::{Harmful, Warning};
-        let hold =
-            Held { full_batches: Duration::from_secs(61), single_events: Duration::from_secs(600) };
+        let hold = Unsettled {
+            full_batches: Duration::from_secs(61),
+            single_events: Duration::from_secs(600),
+        };
         for (part, key, value, expected) in [
-            (Part::Main("a"), "max-length", json!(10), Some(Harmful)),
-            (Part::Retry("a"), "max-length-bytes", json!(10), Some(Harmful)),
-            (Part::Dead("a"), "max-length", json!(10), Some(Harmful)),
-            (Part::Level(3), "max-length", json!(10), Some(Harmful)),
-            (Part::State, "max-length-bytes", json!(10), Some(Warning)),
-            (Part::State, "max-age", json!("7D"), Some(Warning)),
-            (Part::Main("a"), "message-ttl", json!(1000), Some(Warning)),
-            (Part::Dead("a"), "message-ttl", json!(1000), Some(Harmful)),
-            (Part::Orphans, "message-ttl", json!(1000), Some(Harmful)),
-            (Part::Level(3), "message-ttl", json!(7999), Some(Warning)),
-            (Part::Level(3), "message-ttl", json!(8000), None),
-            (Part::Level(3), "expires", json!(1000), Some(Harmful)),
-            (Part::Main("a"), "delivery-limit", json!(5), Some(Harmful)),
-            (Part::Dead("a"), "delivery-limit", json!(20), Some(Harmful)),
-            (Part::Main("a"), "delivery-limit", json!(DELIVERY_LIMIT), None),
-            (Part::Level(3), "delivery-limit", json!(5), None),
-            (Part::Level(3), "dead-letter-routing-key", json!("x"), Some(Harmful)),
+            (QueueRole::Main("a"), "max-length", json!(10), Some(Harmful)),
+            (QueueRole::Retry("a"), "max-length-bytes", json!(10), Some(Harmful)),
+            (QueueRole::Dead("a"), "max-length", json!(10), Some(Harmful)),
+            (QueueRole::Level(3), "max-length", json!(10), Some(Harmful)),
+            (QueueRole::State, "max-length-bytes", json!(10), Some(Warning)),
+            (QueueRole::State, "max-age", json!("7D"), Some(Warning)),
+            (QueueRole::Main("a"), "message-ttl", json!(1000), Some(Warning)),
+            (QueueRole::Dead("a"), "message-ttl", json!(1000), Some(Harmful)),
+            (QueueRole::Orphans, "message-ttl", json!(1000), Some(Harmful)),
+            (QueueRole::Level(3), "message-ttl", json!(7999), Some(Warning)),
+            (QueueRole::Level(3), "message-ttl", json!(8000), None),
+            (QueueRole::Level(3), "expires", json!(1000), Some(Harmful)),
+            (QueueRole::Main("a"), "delivery-limit", json!(5), Some(Harmful)),
+            (QueueRole::Dead("a"), "delivery-limit", json!(20), Some(Harmful)),
+            (QueueRole::Main("a"), "delivery-limit", json!(DELIVERY_LIMIT), None),
+            (QueueRole::Level(3), "delivery-limit", json!(5), None),
+            (QueueRole::Level(3), "dead-letter-routing-key", json!("x"), Some(Harmful)),
             // Arguments win over these.
-            (Part::Main("a"), "dead-letter-routing-key", json!("x"), None),
-            (Part::Main("a"), "overflow", json!("drop-head"), None),
-            (Part::Main("a"), "dead-letter-strategy", json!("at-most-once"), None),
-            (Part::Main("a"), "queue-leader-locator", json!("balanced"), None),
-            (Part::Main("a"), "consumer-timeout", json!(60_999), Some(Harmful)),
-            (Part::Main("a"), "consumer-timeout", json!(61_000), Some(Warning)),
-            (Part::Main("a"), "consumer-timeout", json!(600_000), None),
-            (Part::Dead("a"), "consumer-timeout", json!(1), None),
+            (QueueRole::Main("a"), "dead-letter-routing-key", json!("x"), None),
+            (QueueRole::Main("a"), "overflow", json!("drop-head"), None),
+            (QueueRole::Main("a"), "dead-letter-strategy", json!("at-most-once"), None),
+            (QueueRole::Main("a"), "queue-leader-locator", json!("balanced"), None),
+            (QueueRole::Main("a"), "consumer-timeout", json!(60_999), Some(Harmful)),
+            (QueueRole::Main("a"), "consumer-timeout", json!(61_000), Some(Warning)),
+            (QueueRole::Main("a"), "consumer-timeout", json!(600_000), None),
+            (QueueRole::Dead("a"), "consumer-timeout", json!(1), None),
         ] {
             let found = judge(part, key, &value, hold);
             assert_eq!(found.map(|(severity, _)| severity), expected, "{part:?} {key} {value}");

@@ -1,4 +1,4 @@
-//! What only the management API shows of a broker.
+//! The inspection of what only the management API shows.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,11 +7,11 @@ use tokio::time::sleep;
 
 use super::{
     inspection::{AT_ONCE, Inspection},
-    judge::{Held, blocked, descriptors, judge, resource},
+    judge::{Unsettled, blocked, descriptors, judge, resource},
 };
 use crate::queue::amqp::{
     management::{Binding, Management, Node, Row, Unseen},
-    topology::Part,
+    topology::QueueRole,
 };
 use crate::{
     clock,
@@ -21,14 +21,15 @@ use crate::{
     wording::counted,
 };
 
-/// The broker's statistics, policies among them, come some seconds after a queue is declared.
+/// Timeout of the broker's statistics, policies included, which arrive some seconds after a queue
+/// is declared.
 const STATISTICS: Duration = Duration::from_secs(20);
 
 const NOT_SEEN: &str =
     "policies, bindings, alarms of other nodes, replicas, file descriptors of nodes";
 
 impl Inspection<'_> {
-    /// What the management API shows; `None` when it shows nothing at all.
+    /// Inspects what the management API shows; `None` if it shows nothing.
     pub(super) async fn management(&mut self) -> Option<Management> {
         let Some(url) = self.topology.management_url() else {
             let set = "set it to the URL of the management plugin: rabbitmq-plugins enable rabbitmq_management";
@@ -37,15 +38,15 @@ impl Inspection<'_> {
         };
         let api = Management::try_new(url, &self.uri);
         let seen = match &api {
-            Ok(api) => self.look_through(api).await,
+            Ok(api) => self.inspect_all(api).await,
             Err(e) => Err(e.clone()),
         };
         match seen {
             Ok(()) => api.ok(),
             Err(e) => {
-                let why = format!("[queue] management_url {url} is of no use: {e}");
+                let why = format!("[queue] management_url {url} is unusable: {e}");
                 let user = shell_word(&self.uri.authority.userinfo.username);
-                let mend = match e {
+                let remedy = match e {
                     Unseen::Unreachable(_) => {
                         "rabbitmq-plugins enable rabbitmq_management; or correct the URL".to_owned()
                     }
@@ -55,7 +56,7 @@ impl Inspection<'_> {
                 };
                 self.found(Finding {
                     severity: Severity::Warning,
-                    ..Finding::unseen(NOT_SEEN, why, mend)
+                    ..Finding::unseen(NOT_SEEN, why, remedy)
                 });
                 None
             }
@@ -63,9 +64,9 @@ impl Inspection<'_> {
     }
 
     /// # Errors
-    /// Nothing can be asked. What alone cannot be looked at becomes a finding.
-    async fn look_through(&mut self, api: &Management) -> Result<(), Unseen> {
-        // Whoever may not ask this may ask nothing.
+    /// No request is answered. A single refusal becomes a finding.
+    async fn inspect_all(&mut self, api: &Management) -> Result<(), Unseen> {
+        // A user that may not read alarms may read nothing.
         for a in api.alarms().await? {
             self.found(blocked(&format!(
                 "has an alarm: too little {} on node {}",
@@ -76,14 +77,14 @@ impl Inspection<'_> {
         let rows = match self.rows(api).await {
             Ok(rows) => rows,
             Err(e) => {
-                let look = format!(
+                let remedy = format!(
                     "rabbitmqctl list_queues -p {} name policy effective_policy_definition",
                     self.vhost()
                 );
                 self.refused(
                     "policies of queues, queues of subscribers that are not configured",
                     e,
-                    &look,
+                    &remedy,
                 )?;
                 Vec::new()
             }
@@ -101,21 +102,21 @@ impl Inspection<'_> {
         self.bindings(api).await
     }
 
-    fn refused(&mut self, what: &str, why: Unseen, look: &str) -> Result<(), Unseen> {
+    fn refused(&mut self, what: &str, why: Unseen, remedy: &str) -> Result<(), Unseen> {
         match why {
             Unseen::Unreachable(_) => Err(why),
             Unseen::Refused(why) => {
                 self.found(Finding::unseen(
                     what,
                     format!("management API: {why}"),
-                    format!("{look}; or give the user the tag that it asks for"),
+                    format!("{remedy}; or give the user the tag that it asks for"),
                 ));
                 Ok(())
             }
         }
     }
 
-    /// The queues with their statistics, which are waited for a little.
+    /// The queues with their statistics, for which this waits a little.
     async fn rows(&self, api: &Management) -> Result<Vec<Row>, Unseen> {
         let begun = clock::instant();
         loop {
@@ -129,7 +130,7 @@ impl Inspection<'_> {
         }
     }
 
-    /// What the nodes and the vhost have left for the queues that are still to be declared.
+    /// Inspects what nodes and vhost have left for the queues that are still to be declared.
     async fn room(&mut self, api: &Management) -> Result<(), Unseen> {
         match api.queue_limit().await {
             Ok(Some((max, now))) if now.saturating_add(self.missing as u64) > max => {
@@ -159,12 +160,11 @@ impl Inspection<'_> {
     }
 
     fn policies(&mut self, rows: &[Row]) {
-        let mut looked_at = 0;
-        let longest = Held::longest(self.subscribers);
+        let mut inspected = 0;
+        let longest = Unsettled::longest(self.subscribers);
         for row in rows {
-            let Some(part) = self.topology.part(&row.name) else { continue };
-            // A limit on how long a message may be held can be an argument too, of a queue that was
-            // declared by hand.
+            let Some(part) = self.topology.role(&row.name) else { continue };
+            // A consumer timeout can be an argument too, of a queue that was declared by hand.
             let by_argument = row
                 .arguments
                 .0
@@ -179,7 +179,7 @@ impl Inspection<'_> {
                 });
             }
             let Some(definition) = &row.definition else { continue };
-            looked_at += 1;
+            inspected += 1;
             for (key, value) in &definition.0 {
                 let Some((severity, risk)) = judge(part, key, value, longest) else { continue };
                 let (whose, remedy) = self.policy(row);
@@ -199,25 +199,25 @@ impl Inspection<'_> {
         let missing =
             rows.iter().filter(|r| r.definition.is_none() && self.there.contains(&r.name)).count();
         if missing > 0 {
-            let look = format!(
-                "ask again; rabbitmqctl list_queues -p {} name policy effective_policy_definition",
+            let remedy = format!(
+                "run it again; rabbitmqctl list_queues -p {} name policy effective_policy_definition",
                 self.vhost()
             );
             self.found(Finding::unseen(
                 "policies",
                 format!("the broker has no statistics of {} yet", counted(missing, "queue(s)")),
-                look,
+                remedy,
             ));
         }
-        if looked_at > 0 {
+        if inspected > 0 {
             self.found(Finding::ok(
                 "policies",
-                format!("looked at on {}", counted(looked_at, "queue(s)")),
+                format!("checked on {}", counted(inspected, "queue(s)")),
             ));
         }
     }
 
-    /// Which policy it is that a queue has, and how to be rid of it.
+    /// The policy of a queue, and the remedy.
     fn policy(&self, row: &Row) -> (String, String) {
         let vhost = self.vhost();
         let named = |name: &Option<String>| name.clone().filter(|n| !n.is_empty());
@@ -251,14 +251,14 @@ impl Inspection<'_> {
         }
     }
 
-    /// Of subscribers that only earlier configurations had.
+    /// Reports subscribers that only earlier configurations had.
     fn not_configured(&mut self, rows: &[Row]) {
         let mut left: BTreeMap<SubscriberName, [u64; 3]> = BTreeMap::new();
         for row in rows {
-            let (name, kind) = match self.topology.part(&row.name) {
-                Some(Part::Main(s)) => (s, 0),
-                Some(Part::Retry(s)) => (s, 1),
-                Some(Part::Dead(s)) => (s, 2),
+            let (name, kind) = match self.topology.role(&row.name) {
+                Some(QueueRole::Main(s)) => (s, 0),
+                Some(QueueRole::Retry(s)) => (s, 1),
+                Some(QueueRole::Dead(s)) => (s, 2),
                 _ => continue,
             };
             let Ok(name) = SubscriberName::try_new(name) else { continue };
@@ -288,16 +288,16 @@ impl Inspection<'_> {
                 .mended("rabbitmqctl cluster_status; bring the node back")
                 .harming_all(self.holds_up_all(&row.name));
             self.found(finding);
-            // With all nodes there that is a matter of milliseconds.
+            // With all nodes this takes milliseconds.
             let held_back = row.handed_over();
-            if held_back > 0 && matches!(self.topology.part(&row.name), Some(Part::Level(_))) {
+            if held_back > 0 && matches!(self.topology.role(&row.name), Some(QueueRole::Level(_))) {
                 let found = format!(
                     "RabbitMQ cannot hand over {} to the next queue",
                     counted(held_back, "due batch(es)")
                 );
                 let finding = Finding::warning(format!("queue `{}`", row.name), found)
                     .risking("retries come late: RabbitMQ 3 can hold them back as long as a node is lost")
-                    .mended("bring the node back; docs/operations.md tells how to do without it");
+                    .mended("bring the node back; docs/operations.md says how to do without it");
                 self.found(finding);
             }
         }
@@ -344,8 +344,8 @@ impl Inspection<'_> {
                     self.findings.extend(findings);
                 }
                 (Err(e), _) | (_, Err(e)) => {
-                    let look = format!("rabbitmqctl list_bindings -p {}", self.vhost());
-                    self.refused(&format!("bindings of `{}`", s.name), e, &look)?;
+                    let remedy = format!("rabbitmqctl list_bindings -p {}", self.vhost());
+                    self.refused(&format!("bindings of `{}`", s.name), e, &remedy)?;
                 }
             }
         }
@@ -372,10 +372,7 @@ impl Inspection<'_> {
             );
             findings.push(
                 Finding::harmful(about(self.topology.main(&s.name)), found)
-                    .risking(format!(
-                        "events that match it pass `{}` by and are lost for it",
-                        s.name
-                    ))
+                    .risking(format!("events that match it miss `{}` and are lost for it", s.name))
                     .mended(format!("hooktrail repair {}", s.name)),
             );
         }
@@ -407,7 +404,7 @@ impl Inspection<'_> {
     }
 }
 
-/// The nodes with their figures, which are waited for a little.
+/// The nodes with their figures, for which this waits a little.
 async fn nodes(api: &Management) -> Result<Vec<Node>, Unseen> {
     let begun = clock::instant();
     loop {

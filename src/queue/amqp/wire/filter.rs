@@ -1,22 +1,21 @@
-//! Makes of every message one that lapin can take.
+//! The filter that makes of every message one that lapin can read.
 
 use std::sync::{Arc, OnceLock};
 
 use lapin::types::FieldTable;
 
-/// Deeper tables and arrays are shown to lapin as byte arrays.
+/// Levels of tables and arrays; deeper ones are given to lapin as byte arrays.
 const MAX_DEPTH: u32 = 32;
 
-/// Bytes asked of the socket at once.
+/// Bytes of one read from the socket.
 const READ: usize = 64 * 1024;
 
-/// What the broker said first: the method `connection.start`, which lapin reads and does not hand
-/// out.
+/// The broker's first method, `connection.start`, which lapin reads and does not give out.
 #[derive(Debug, Clone, Default)]
 pub(in crate::queue::amqp) struct Greeting(Arc<OnceLock<Vec<u8>>>);
 
 impl Greeting {
-    /// Such as product and version.
+    /// The server's properties, such as product and version.
     pub(in crate::queue::amqp) fn server_properties(&self) -> Option<FieldTable> {
         let arguments = self.0.get()?.get(4..)?; // behind class and method
         lapin::protocol::connection::parse_start(arguments)
@@ -31,28 +30,28 @@ impl Greeting {
     }
 }
 
-/// Incoming bytes: given away up to `given`, looked through up to `clean`, there up to `there`.
+/// Incoming bytes: given out up to `given`, filtered up to `clean`, received up to `there`.
 pub(in crate::queue::amqp) struct Filter {
-    /// The longest frame that lapin takes.
+    /// Bytes of the longest frame that lapin accepts.
     frame_max: usize,
     bytes: Vec<u8>,
     given: usize,
     clean: usize,
     there: usize,
-    /// Bytes to come that need no look: the rest of a body.
+    /// Bytes to come that need no filtering: the rest of a body.
     skip: usize,
     greeting: Greeting,
 }
 
-/// Longer frames are not waited for: lapin refuses them.
+/// Bytes of the longest frame that is buffered: lapin refuses longer ones.
 const MAX_LOOK: usize = 1 << 20;
 
-/// Of a frame: its type, channel and length before the payload, and the end mark behind it.
+/// Bytes of a frame before its payload (type, channel, length) and behind it (the end mark).
 pub(in crate::queue::amqp) const FRAME_HEADER: usize = 7;
 pub(in crate::queue::amqp) const FRAME_END: usize = 1;
 
 impl Filter {
-    /// Keeps what the broker says first.
+    /// Keeps the broker's greeting.
     pub(super) fn hearing(self, greeting: Greeting) -> Self {
         Self { greeting, ..self }
     }
@@ -69,7 +68,7 @@ impl Filter {
         }
     }
 
-    /// Hands out what has been looked through.
+    /// Gives out filtered bytes.
     pub(in crate::queue::amqp) fn give(&mut self, out: &mut [u8]) -> usize {
         let n = out.len().min(self.clean - self.given);
         out[..n].copy_from_slice(&self.bytes[self.given..self.given + n]);
@@ -77,7 +76,7 @@ impl Filter {
         n
     }
 
-    /// Where the next bytes go; only when everything clean was given away.
+    /// The room for the next bytes; only when everything clean was given out.
     pub(in crate::queue::amqp) fn room(&mut self) -> &mut [u8] {
         self.bytes.copy_within(self.clean..self.there, 0);
         self.there -= self.clean;
@@ -125,15 +124,15 @@ impl Filter {
         }
     }
 
-    /// Nothing more comes: what is held back is a broken frame, and lapin may have it.
+    /// The stream has ended: what is buffered is a broken frame, and lapin may have it.
     pub(in crate::queue::amqp) fn end(&mut self) {
         self.clean = self.there;
     }
 }
 
-/// The methods that carry a short string of somebody else's: a name or key of a producer's, or a
-/// text of the broker's, which cuts it at 255 bytes and not at a character. Returns the broker's
-/// longest frame when it says that.
+/// Filters the methods that carry a foreign short string: a producer's name or key, or a text of
+/// the broker, which cuts it at 255 bytes and not at a character. Returns the broker's longest
+/// frame if the method says it.
 fn method(payload: &mut [u8]) -> Option<usize> {
     let mut at = Cursor(payload);
     let (class, method) = (at.u16()?, at.u16()?);
@@ -141,7 +140,7 @@ fn method(payload: &mut [u8]) -> Option<usize> {
         (10, 50) | (20, 40) => (2, 1), // close of the connection, of a channel: code; text
         (10, 60) => (0, 1),            // blocked: reason
         (10, 10) => {
-            // start: version; table of whatever answers at the broker's address
+            // start: version; table of the peer at the broker's address
             at.take(2)?;
             at.table(0);
             return None;
@@ -168,9 +167,9 @@ fn method(payload: &mut [u8]) -> Option<usize> {
     None
 }
 
-/// Takes the table of headers out of a frame that is too long for lapin, as RabbitMQ makes it when
-/// it adds headers of its own to a message that had the longest there may be; returns the frame's
-/// new length.
+/// Removes the table of headers from a frame that is too long for lapin. RabbitMQ makes such a
+/// frame when it adds headers of its own to a message whose headers are as long as possible.
+/// Returns the frame's new length.
 fn without_headers(frame: &mut [u8]) -> usize {
     let length = frame.len();
     let mut at = Cursor(&mut frame[FRAME_HEADER..length - FRAME_END]);
@@ -218,7 +217,7 @@ fn content_header(payload: &mut [u8]) {
     }
 }
 
-/// Reads on; `None` when the bytes are no AMQP, which is for lapin to say.
+/// Reads values; `None` when the bytes are no AMQP, which lapin reports.
 struct Cursor<'a>(&'a mut [u8]);
 
 impl<'a> Cursor<'a> {
@@ -321,7 +320,7 @@ mod tests {
         properties
     }
 
-    /// What comes out when the bytes come in pieces of these sizes.
+    /// The filtered bytes, when they arrive in pieces of these sizes.
     fn through(bytes: &[u8], pieces: &[usize], out: usize) -> Vec<u8> {
         limited(usize::MAX, bytes, pieces, out)
     }

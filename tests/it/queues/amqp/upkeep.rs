@@ -206,7 +206,7 @@ fn an_exchange_that_is_gone_is_reported_and_declared_only_after_its_owner_had_ti
         api.wait("a", "is well again", |s| s["state"] == "ok" && s["queue_error"].is_null()).await;
         broker.publish("x.1", [of_type("x.1", 1)]).await;
         receiver.wait_requests(1).await;
-        assert!(daemon.log().contains("was missing and is declared again"), "{}", daemon.log());
+        assert!(daemon.log().contains("was missing and is redeclared"), "{}", daemon.log());
     });
 }
 
@@ -235,7 +235,7 @@ fn what_a_new_connection_finds_missing_of_the_ladder_is_put_back_and_said() {
         daemon.wait_log("broker connection (publishing) works again").await;
         let log = daemon.log();
         let said = |l: &str| {
-            l.contains("was missing and is declared again")
+            l.contains("was missing and is redeclared")
                 && l.contains(&format!("{}.delay.05", broker.prefix))
         };
         assert!(log.lines().any(said), "{log}");
@@ -267,7 +267,7 @@ fn a_level_of_the_ladder_that_was_deleted_is_put_back_before_a_batch_is_written_
         let log = daemon.log();
         let line = log
             .lines()
-            .find(|l| l.contains("was missing and is declared again"))
+            .find(|l| l.contains("was missing and is redeclared"))
             .unwrap_or_else(|| panic!("{log}"));
         assert!(line.contains("delay.00") && line.contains("ERROR"), "{line}");
         assert!(!log.contains("the lane lost its queue"), "{log}");
@@ -591,7 +591,7 @@ fn a_record_that_is_deleted_is_written_again_and_blamed_on_no_other_daemon() {
         eventually("both are recorded", async || broker.depth("state").await >= Some(3)).await;
         setup.ok(&["pause", "b", "--why", "a test"]);
         delete_queue(&broker, "state").await;
-        daemon.wait_log("somebody has deleted it").await;
+        daemon.wait_log("it was deleted; bindings and pauses are written again").await;
         // A mark, who is bound, who is paused.
         eventually("it is written again", async || broker.depth("state").await >= Some(4)).await;
         assert!(!daemon.log().contains("another daemon"), "{}", daemon.log());
