@@ -1,10 +1,10 @@
-//! The admin listener: whether the daemon is alive and ready, its metrics, what an operator asks of
-//! it (`control`), and the intake of events (`intake`).
+//! The admin listener: health, metrics, the requests of operators (`control`), and the intake of
+//! events (`intake`).
 //!
-//! Nothing is changed by a GET. No web page can use a listener on its visitor's machine: what comes
-//! from another site is refused, what changes something needs a `content-type` that a browser does
-//! not send there without asking first, and where there is no token, a name that somebody else made
-//! lead here is not answered either.
+//! A GET changes nothing. No web page can use a listener on its visitor's machine: requests from
+//! another site are refused; a request that changes something needs a `content-type` that a browser
+//! does not send there without asking first; and without a token, requests by a name that could be
+//! another's are refused, since its owner can make it lead here.
 
 mod answer;
 mod connections;
@@ -46,15 +46,15 @@ use crate::{
     telemetry::{metrics, status::Board},
 };
 
-/// A client that keeps its connection between requests asks at least that often, a scrape of
-/// Prometheus each minute.
+/// The limits of connections. A client that keeps its connection sends a request at least that
+/// often: Prometheus scrapes each minute.
 const BOUNDS: Bounds =
     Bounds { at_a_time: 256, head_within: Duration::from_secs(75), read_within: READ_TIMEOUT };
 
-/// How long the last answers may take to leave.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// The time for the last answers to leave, at the end of the daemon.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
-/// The listener, bound and not yet serving.
+/// The listener, bound and not serving yet.
 #[derive(Debug)]
 pub struct Admin {
     socket: TcpListener,
@@ -64,8 +64,8 @@ pub struct Admin {
 
 impl Admin {
     /// # Errors
-    /// The address cannot be listened on. No other one takes its place: commands would then ask,
-    /// and give the token to, whoever has it.
+    /// The address cannot be listened on. No other one takes its place: commands would ask the
+    /// program that has it, and send it the token.
     pub async fn bind(config: &AdminConfig) -> std::io::Result<Self> {
         let socket = TcpListener::bind(config.listen).await?;
         let listens = socket.local_addr()?;
@@ -73,7 +73,7 @@ impl Admin {
         Ok(Self { socket, port: listens.port(), token: config.token.clone() })
     }
 
-    /// Serves from now on, and takes events for `queue` while `phase` is [`Phase::Running`].
+    /// Serves, and takes events for `queue` while `phase` is [`Phase::Running`].
     pub fn serve<Q: Queue>(
         self,
         queue: Q,
@@ -149,11 +149,11 @@ pub struct Serving {
 }
 
 impl Serving {
-    /// Completes when the daemon drains and no request has anything more to ask of the queue.
+    /// Completes when the daemon drains and no request needs the queue any more.
     pub fn done_with_the_queue(&self) -> impl Future<Output = ()> + use<> {
         let (room, mut phase) = (self.room.clone(), self.phase.clone());
         async move {
-            // Errors mean that whoever tells the phase, or the listener, has ended.
+            // An error means that the sender of the phase, or the listener, has ended.
             phase.wait_for(|p| *p == Phase::Draining).await.ok();
             room.acquire_many(ROOM).await.ok();
         }
@@ -162,14 +162,14 @@ impl Serving {
     /// Lets the last answers leave and ends.
     pub async fn close(self) {
         drop(self.close);
-        if timeout(GOODBYE, self.server).await.is_err() {
+        if timeout(LAST_ANSWERS, self.server).await.is_err() {
             tracing::debug!("admin connections were still open at the end");
         }
     }
 }
 
-/// A configuration that is wrong is no reason to take the daemon out of service: it works with the
-/// one before.
+/// The answer of `/readyz`. Mistakes in the configuration do not take the daemon out of service: it
+/// works with the one before.
 fn ready(phase: Phase, reachable: bool, reloads: &Reloader) -> (StatusCode, String) {
     let (status, word) = readiness(phase, reachable);
     let problem = reloads
@@ -221,12 +221,12 @@ mod tests {
             assert!(
                 reloader.reload(crate::supervisor::reload::Because::Files("test")).await.is_err()
             );
-            let (status, told) = ready(Phase::Running, true, &reloader);
+            let (status, text) = ready(Phase::Running, true, &reloader);
             assert!(
                 status == StatusCode::OK
-                    && told.starts_with("ready\n")
-                    && parts.iter().all(|p| told.contains(p)),
-                "{told}"
+                    && text.starts_with("ready\n")
+                    && parts.iter().all(|p| text.contains(p)),
+                "{text}"
             );
         }
         assert_eq!(readiness(Phase::Running, false).0, StatusCode::SERVICE_UNAVAILABLE);

@@ -1,4 +1,4 @@
-//! The command line: one file a group of commands. What is printed is printed here.
+//! The command line: a file or a folder for each group of commands. All printing is done here.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the command line prints")]
 
 mod arguments;
@@ -50,8 +50,8 @@ pub struct Cli {
 enum Command {
     /// Run the daemon until SIGTERM or SIGINT, then let requests in flight finish
     Run {
-        /// Also when the embedded queue holds undelivered events and [queue] url is a RabbitMQ:
-        /// they stay there
+        /// Start with RabbitMQ although the embedded queue holds undelivered events, which stay
+        /// there
         #[arg(long)]
         force: bool,
     },
@@ -65,22 +65,23 @@ enum Command {
     Init(init::Args),
     /// Publish events, one JSON object a line, and wait until the broker has confirmed all of them
     Publish(publish::Args),
-    /// A receiver for trying things out: verifies signatures, prints events, fails on request
+    /// Run a receiver for trying things out: it verifies signatures, prints events, fails on
+    /// request
     Listen(listen::Args),
-    /// Send one signed event to a subscriber at once, without queue or daemon, and show what comes
-    /// of it
+    /// Send one signed event to a subscriber at once, without queue or daemon, and show the answer
+    /// and what the daemon would do
     Test(test::Args),
-    /// Make a secret for signing and print it
+    /// Make a signing secret and print it
     Secret,
-    /// Print a JSON Schema: of what receivers get, or of the configuration, which editors complete
-    /// and check with it
+    /// Print a JSON Schema: of what receivers get, or of the configuration, for editors that
+    /// complete and check it
     Schema {
-        /// Of one event, of the body of a request, or of the configuration
+        /// The schema of one event, of a request body, or of the configuration
         of: Schema,
     },
     /// Print the completions of a shell for this program
     Completions {
-        /// Whose
+        /// The shell
         shell: clap_complete::Shell,
     },
     /// Print the manual page, for packages
@@ -94,7 +95,7 @@ enum Command {
     Pause {
         #[command(flatten)]
         whom: pause::Whom,
-        /// For whoever asks later
+        /// The reason, which `hooktrail status` shows
         #[arg(long, value_name = "TEXT")]
         why: Option<String>,
     },
@@ -103,30 +104,30 @@ enum Command {
         #[command(flatten)]
         whom: pause::Whom,
     },
-    /// Ask the running daemon to read its configuration again, and print what that has changed
+    /// Ask the running daemon to reload its configuration, and print what has changed
     ///
-    /// Unlike a file that changes, this also removes all subscribers, or most of many.
+    /// Unlike a changed file, this also removes all subscribers, or most of many.
     Reload,
     /// Delete the queues of subscribers that are not configured any more
     Prune(prune::Args),
-    /// Delete and declare anew the queues that the broker has lost the use of; sound ones are not
+    /// Delete and redeclare the queues that the broker cannot use any more; sound ones are not
     /// touched
     Repair {
         /// The subscriber's name
         #[arg(add = complete::subscribers())]
         subscriber: String,
-        /// Also those whose events may come back, because the broker still counts some or a node of
-        /// the cluster seems to be missing: they are lost
+        /// Also repair queues whose events may come back, because the broker still counts some or a
+        /// node of the cluster seems to be missing; those events are lost
         #[arg(long)]
         yes: bool,
     },
-    /// The whole thing on this machine with no set-up: a queue, two receivers, events, retries,
-    /// dead letters
+    /// Run everything on this machine with no set-up: a queue, two receivers, events, retries, dead
+    /// letters
     Demo(demo::Args),
-    /// Look at what waits for its next attempt, and make that due now
+    /// List the batches that wait for a retry, and make retries due now
     #[command(subcommand)]
     Retry(retry::Command),
-    /// Look at dead letters, send them again, delete them
+    /// List, show, export, replay and purge dead letters
     #[command(subcommand)]
     Dead(dead::Command),
 }
@@ -141,7 +142,7 @@ enum Schema {
 impl Schema {
     fn text(self) -> String {
         match self {
-            // As they stand in the documents.
+            // The files that the documents link to.
             Self::Event => include_str!("../docs/schema/event.json").to_owned(),
             Self::Payload => include_str!("../docs/schema/payload.json").to_owned(),
             Self::Config => format!("{:#}\n", config::schema()),
@@ -149,8 +150,8 @@ impl Schema {
     }
 }
 
-/// Answers a shell that asks what it can complete; false if none does. To be called before there is
-/// any other thread: the variable that it asks by is taken out of the environment.
+/// Answers a shell that asks for completions; false if none asks. Must be called before there is
+/// another thread: it removes the variable by which the shell asks from the environment.
 ///
 /// # Errors
 /// The shell is not known, or does not read the answer.
@@ -162,7 +163,7 @@ impl Cli {
     /// Runs the command.
     ///
     /// # Errors
-    /// The reason that is to be told, with its exit code.
+    /// The reason, with its exit code.
     pub async fn run(self) -> Result<(), Failed> {
         let load = || config::load(&self.config).map_err(Failed::Config);
         match self.command {

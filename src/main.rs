@@ -7,10 +7,10 @@ use std::{io::Write as _, process::ExitCode};
 use clap::Parser as _;
 use hooktrail::cli::{self, Cli, Failed};
 
-/// The least number of the runtime's threads. A receiver that floods its connection, with 1xx
-/// answers say, keeps a thread busy for as long as a hundred reads take: as many of them as there
-/// are threads would hold up every other subscriber. The system shares the cores among threads
-/// fairly, so there are more threads than cores.
+/// The least number of the runtime's threads. A receiver that floods its connection, for example
+/// with 1xx answers, keeps a thread busy for as long as a hundred reads take. As many of them as
+/// there are threads would hold up every other subscriber. The system shares the cores among
+/// threads fairly, so there are more threads than cores.
 const WORKERS: usize = 8;
 
 fn main() -> ExitCode {
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         Ok(true) => return ExitCode::SUCCESS,
         Err(why) => return fail(&Failed::Usage(why)),
     }
-    // One TLS stack for broker and receivers; whoever connects first expects it to be there.
+    // One TLS stack for broker and receivers; the first connection needs it.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         unreachable!("nothing was installed before the first line of main");
     }
@@ -34,9 +34,8 @@ fn main() -> ExitCode {
         Err(e) => return fail(&Failed::Runtime(format!("the runtime does not start: {e}"))),
     };
     let ended = runtime.block_on(cli.run());
-    // All that counts is done. What is left of it ends with the process: a runtime that is dropped
-    // cancels tasks, and the thread of a connection to the broker that was not closed yet panics
-    // over its own.
+    // Everything durable is done, and the rest ends with the process. A runtime that is dropped
+    // would cancel tasks, and the thread of a broker connection that is still open would panic.
     std::mem::forget(runtime);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -45,9 +44,9 @@ fn main() -> ExitCode {
 }
 
 fn fail(failed: &Failed) -> ExitCode {
-    // A reader of the log that hangs must not hold up the end of the daemon.
+    // A hanging reader of the log must not delay the end of the daemon.
     if !matches!(failed, Failed::Logged(_)) {
-        // Nor does one that has left change the exit code.
+        // A reader that has left must not change the exit code.
         writeln!(std::io::stderr(), "{failed}").ok();
     }
     ExitCode::from(failed.exit_code())

@@ -1,4 +1,4 @@
-//! What the listener answers when it refuses, and what all of it reads of a request.
+//! Refusals, and the parts of a request that all of the listener reads.
 
 use std::time::Duration;
 
@@ -15,20 +15,20 @@ use tokio::time::timeout;
 use super::view::{BadEvent, Refused};
 use crate::{policy::batching::BatchPolicy, supervisor::fleet::Phase};
 
-/// The longest body in bytes, inflated or not: that of a request to a receiver, so that no event is
-/// taken that nobody could ever get.
+/// The longest body in bytes, inflated or not: as long as a request to a receiver, so that each
+/// event that is taken can be delivered.
 pub const MAX_BODY: usize = BatchPolicy::MAX_BYTES as usize;
 
 /// The most events of one request.
 pub const MAX_EVENTS: usize = 50_000;
 
-/// How long a body may take to come: less than the time that a drain has by default.
+/// The timeout of a body: less than the time that a drain has by default.
 pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How much of the body of a refused request is read, so that its client gets to see the answer.
+/// The bytes of a refused request's body that are read, so that its client sees the answer.
 pub(super) const MAX_DISCARDED: usize = 64 * 1024 * 1024;
 
-/// When to come again, in seconds.
+/// Values of `retry-after`, in seconds.
 pub(super) const AGAIN_SOON: u32 = 1;
 pub(super) const AGAIN_LATER: u32 = 5;
 
@@ -45,7 +45,7 @@ pub(super) fn header_text(headers: &HeaderMap, name: HeaderName) -> &str {
     headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
 }
 
-/// Without its parameters, in lower case.
+/// The content type without its parameters, in lower case.
 pub(super) fn media_type(headers: &HeaderMap) -> String {
     header_text(headers, header::CONTENT_TYPE)
         .split(';')
@@ -59,8 +59,8 @@ pub(super) fn is_json(headers: &HeaderMap) -> bool {
     media_type(headers) == "application/json"
 }
 
-/// Reads a body that nobody wants: a client that still sends when the connection closes may never
-/// see the answer. One that asked before sending is not told to send.
+/// Reads the body of a refused request: a client that still sends when the connection closes may
+/// never see the answer. A client that asked before sending (`expect`) does not send it.
 pub(super) async fn discard(headers: &HeaderMap, body: Body) {
     if headers.contains_key(header::EXPECT) {
         return;
@@ -78,13 +78,13 @@ pub(super) async fn discard(headers: &HeaderMap, body: Body) {
     timeout(READ_TIMEOUT, reading).await.ok();
 }
 
-/// Why a request's events were not taken.
+/// The refusal of a request.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
     pub(super) why: String,
     pub(super) retry_after: Option<u32>,
-    /// The first bad events, and how many there are.
+    /// The first invalid events, and the number of all.
     pub(super) invalid: Option<(Vec<BadEvent>, usize)>,
 }
 

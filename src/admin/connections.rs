@@ -1,5 +1,5 @@
-//! Serves connections: so many at a time, and none for ever. Whoever can reach the listener cannot
-//! take the descriptors that the daemon delivers with.
+//! Serves a bounded number of connections, each for a bounded time, so that no client can take the
+//! file descriptors that deliveries need.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,15 +14,16 @@ use tokio::{net::TcpListener, sync::Semaphore};
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
-    /// Further ones wait in the system's queue until one of these ends.
+    /// The most connections at a time; further ones wait in the system's queue.
     pub(super) at_a_time: usize,
-    /// From the start of a connection, or its last answer, to the end of the next request's head.
+    /// The longest time from the start of a connection, or its last answer, to the end of the next
+    /// request's head.
     pub(super) head_within: Duration,
-    /// An answer that its client does not read moves on at least this often.
+    /// The longest time for which a client may read nothing of its answer.
     pub(super) read_within: Duration,
 }
 
-/// Until `closing`; then it accepts no more and waits for the answers of the requests that it has.
+/// Serves until `closing`, then accepts no more and waits for the answers of open requests.
 pub(super) async fn serve(
     mut socket: TcpListener,
     app: Router,
@@ -36,23 +37,24 @@ pub(super) async fn serve(
     loop {
         let next = async {
             let permit = room.clone().acquire_owned().await;
-            // It waits a moment by itself when the process has no descriptor left.
+            // It waits by itself while the process has no descriptor left.
             (permit, axum::serve::Listener::accept(&mut socket).await.0)
         };
         let (permit, stream) = tokio::select! {
             _ = &mut closing => break,
             next = next => next,
         };
-        // Of Linux (RFC 5482 has the idea): also where the client's window stays closed.
+        // TCP_USER_TIMEOUT (Linux, see RFC 5482) also ends connections whose receive window stays
+        // at zero.
         let stalls = u32::try_from(bounds.read_within.as_millis()).unwrap_or(u32::MAX);
         if let Err(e) = rustix::net::sockopt::set_tcp_user_timeout(&stream, stalls) {
-            tracing::debug!(error = %e, "a connection that is not read from is not ended by itself");
+            tracing::debug!(error = %e, "a connection whose client reads nothing does not end by itself");
         }
         let connection =
             http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
         let connection = open.watch(connection);
         tokio::spawn(async move {
-            // It is the client's to say what went wrong with it.
+            // Errors of a connection are the client's to report.
             connection.await.ok();
             drop(permit);
         });
@@ -92,7 +94,7 @@ mod tests {
         stream
     }
 
-    /// All that comes until the connection is closed.
+    /// Reads until the connection is closed.
     async fn rest(mut stream: TcpStream) -> String {
         let mut text = String::new();
         timeout(PATIENCE, stream.read_to_string(&mut text))
@@ -111,7 +113,7 @@ mod tests {
         for send in [&b""[..], b"GET / HT", b"GET / HTTP/1.1\r\nhost: localhost\r\nx: "] {
             assert!(!rest(connect(port, send).await).await.contains("hello"), "{send:?}");
         }
-        // One that is idle after its answer is closed too.
+        // A connection that is idle after its answer is closed too.
         assert_eq!(rest(connect(port, REQUEST).await).await.matches("hello").count(), 1);
     }
 
@@ -126,7 +128,7 @@ mod tests {
         )
         .await;
         let _unread = connect(port, REQUEST).await;
-        // There is room for one, so that this one is served when the other is gone.
+        // There is room for one connection, so this one is served when the other has ended.
         let mut next =
             connect(port, b"GET /small HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
                 .await;

@@ -1,5 +1,5 @@
-//! What an operator asks of the running daemon: how the subscribers are, to pause and resume them,
-//! to send a test event, to look at dead letters, to read the configuration again.
+//! The requests of operators: report subscribers, pause and resume them, send a test event, list
+//! dead letters and retries, reload the configuration.
 
 mod waiting;
 
@@ -42,20 +42,19 @@ use crate::{
     },
 };
 
-/// The longest body, and so about the longest reason.
+/// The longest body in bytes, and so about the longest reason.
 const MAX_REQUEST: usize = 4096;
 
-/// After a start the queue has to tell who is paused before that can be changed.
+/// The timeout for the queue's list of pauses, which is not known at once after a start.
 const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
 
-/// Who pauses by a request.
+/// The author of a pause by a request.
 const OPERATOR: &str = "operator";
 
-/// Requests that go on when their clients have gone; further ones come again later. A client that
-/// leaves at once costs nothing.
+/// The most requests at a time that go on when their clients have left; further ones are refused.
 const MOST_TO_THEIR_END: usize = 32;
 
-/// Dead letters in one answer, unless fewer are asked for.
+/// The most dead letters in one answer.
 const MAX_DEAD: usize = 100;
 
 struct Control<Q> {
@@ -63,20 +62,19 @@ struct Control<Q> {
     reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
-    /// A look at dead letters holds all of them for a moment, so there is one at a time; so with
-    /// test events.
-    looking: Mutex<()>,
+    /// One walk through dead letters at a time: it holds all of them for a moment.
+    walking: Mutex<()>,
     to_their_end: Arc<Semaphore>,
     testing: Mutex<()>,
-    /// So with what waits for its next attempt.
+    /// One read of the waiting batches at a time.
     retrying: Mutex<()>,
 }
 
-/// The body of a request that may change something.
+/// The body of a request that can change something.
 trait Asked: serde::de::DeserializeOwned + Default {
-    /// Bytes.
+    /// The longest body in bytes.
     const MAX: usize;
-    /// For whoever sent another.
+    /// The shape of a valid body, for the error.
     const SHAPE: &'static str;
 }
 
@@ -85,7 +83,7 @@ impl Asked for Wish {
     const SHAPE: &'static str = "{}, or for a pause {\"why\":\"…\"}";
 }
 
-/// Which dead letters.
+/// The query of a list.
 #[derive(Debug, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Selection {
@@ -104,7 +102,7 @@ pub(super) fn routes<Q: Queue>(
         reloader,
         board,
         phase,
-        looking: Mutex::default(),
+        walking: Mutex::default(),
         testing: Mutex::default(),
         retrying: Mutex::default(),
         to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
@@ -215,7 +213,7 @@ fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {
     }
 }
 
-/// Goes on when the client has gone: what is half done would be worse.
+/// Does the work to its end, even if the client leaves: half of it would be worse.
 async fn to_its_end<A: Send + 'static>(
     room: &Arc<Semaphore>,
     work: impl Future<Output = Result<A, Refusal>> + Send + 'static,
@@ -230,7 +228,7 @@ async fn to_its_end<A: Send + 'static>(
     let gave_up = |_| {
         Refusal::new(
             StatusCode::INTERNAL_SERVER_ERROR,
-            "it was given up, by a panic or at the end".to_owned(),
+            "the work was given up, by a panic or because the daemon ends".to_owned(),
         )
     };
     tokio::spawn(work).await.map_err(gave_up)?
@@ -253,13 +251,14 @@ fn queue_fails(e: &QueueError) -> Refusal {
     Refusal::unavailable(e.to_string())
 }
 
-/// To the millisecond.
+/// Seconds, to the millisecond.
 fn seconds(d: Duration) -> f64 {
     d.as_millis() as f64 / 1000.0
 }
 
 impl<Q: Queue> Control<Q> {
-    /// Does what a request asks for that may change something.
+    /// Reads the body of a request that can change something, and answers with the result of
+    /// `does`.
     async fn wished<W: Asked, A: Serialize>(
         &self,
         headers: &HeaderMap,
@@ -304,11 +303,11 @@ impl<Q: Queue> Control<Q> {
     }
 
     async fn all(&self) -> Response {
-        let looked = self.board.depths(clock::now()).await;
+        let polled = self.board.depths(clock::now()).await;
         let config = self.reloader.config();
         let subscribers =
-            config.subscribers.iter().map(|s| self.subscriber_view(s, looked.as_ref())).collect();
-        let depths = looked.as_ref().and_then(|l| l.depths.as_ref().ok());
+            config.subscribers.iter().map(|s| self.subscriber_view(s, polled.as_ref())).collect();
+        let depths = polled.as_ref().and_then(|l| l.depths.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
         let found = Overview {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -320,7 +319,7 @@ impl<Q: Queue> Control<Q> {
             },
             queue: QueueState {
                 up: self.queue.is_reachable(),
-                looked_at: looked.as_ref().map(|l| Time(l.at)),
+                looked_at: polled.as_ref().map(|l| Time(l.at)),
                 error: self.board.queue_error(),
                 delayed_retries: depths.and_then(|d| d.delayed),
                 orphans: depths.map(|d| d.orphans),
@@ -339,12 +338,12 @@ impl<Q: Queue> Control<Q> {
     fn subscriber_view(
         &self,
         subscriber: &Subscriber,
-        looked: Option<&Polled>,
+        polled: Option<&Polled>,
     ) -> view::Subscriber {
         let name = &subscriber.name;
-        let depths = looked.and_then(|l| l.depths.as_ref().ok());
+        let depths = polled.and_then(|l| l.depths.as_ref().ok());
         let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
-        // On RabbitMQ those whose time has not come are counted for all subscribers together.
+        // RabbitMQ counts retries that are not due for all subscribers together.
         let counts_all = depths.is_some_and(|d| d.delayed.is_none());
         let view = self.board.view(name, clock::instant(), clock::now());
         view::Subscriber {
@@ -363,10 +362,10 @@ impl<Q: Queue> Control<Q> {
             .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))
     }
 
-    /// The oldest ones. To read some is to walk to the end of the queue, which keeps their order.
+    /// The oldest dead letters. The walk is closed afterwards, which keeps their order.
     async fn dead(&self, name: &str, limit: usize) -> Result<DeadLetters, Refusal> {
         self.subscriber(name)?;
-        let _one = self.looking.lock().await;
+        let _one = self.walking.lock().await;
         let mut letters = self.queue.dead_letters(name).await.map_err(|e| queue_fails(&e))?;
         let dead = letters.left();
         let mut found = Vec::new();
@@ -384,13 +383,14 @@ impl<Q: Queue> Control<Q> {
         Ok(DeadLetters { subscriber: name.to_owned(), dead, letters: found })
     }
 
-    /// As the status has it.
+    /// The state that the status shows.
     fn state(&self, name: &str) -> State {
         let view = self.board.view(name, clock::instant(), clock::now());
         view.map_or(State::Starting, |view| State::from(&view.state))
     }
 
-    /// The lane may not have noticed yet that it is resumed, and begins as one without failures.
+    /// The state after a resume: the lane may not have noticed it yet, and then starts without
+    /// failures.
     fn resumed_state(&self, name: &str) -> State {
         match self.state(name) {
             State::Paused => State::Ok,
@@ -409,14 +409,14 @@ impl<Q: Queue> Control<Q> {
         let known = timeout(WAIT_FOR_STANDINGS, standings.wait_for(Option::is_some)).await;
         let Some(known) = known.ok().and_then(Result::ok).and_then(|known| known.clone()) else {
             return Err(Refusal::unavailable(
-                "who is paused is not known yet; try again".to_owned(),
+                "it is not known yet which subscribers are paused; try again".to_owned(),
             ));
         };
         let before = known.get(name).and_then(delivery::Standing::pause).cloned();
         let changed = before.is_some() != pause || (!pause && self.waits(name));
         let now = clock::now();
         let after = match (pause, before.clone()) {
-            // An operator's own reason can be replaced; what a receiver said stays.
+            // An operator's reason can be replaced; a receiver's stays.
             (true, Some(before)) if before.by == OPERATOR => {
                 Some(Pause { why: wish.why.unwrap_or(before.why), ..before })
             }
@@ -443,8 +443,8 @@ impl<Q: Queue> Control<Q> {
         })
     }
 
-    /// It is not paused, and its circuit is open, or the receiver asked to be left alone: an
-    /// operator who resumes it wants it tried now.
+    /// Whether its circuit is open, or its receiver asked for a hold, and it is not paused: a
+    /// resume then tries it now.
     fn waits(&self, name: &str) -> bool {
         let view = self.board.view(name, clock::instant(), clock::now());
         view.is_some_and(|view| match view.state {
@@ -531,7 +531,7 @@ mod tests {
         telemetry::{log, metrics::Metrics},
     };
 
-    /// Long enough for any machine.
+    /// The timeout of these tests, long enough for any machine.
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn config(dir: &tempfile::TempDir, names: &[&str]) -> Config {
@@ -543,7 +543,7 @@ mod tests {
         config::load(&path).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// The API on a port of its own; tells of each request that nobody works on any more.
+    /// The API on a port; `ended` gets a message for each request whose handler was dropped.
     struct Served {
         queue: Fake,
         reloader: Reloader,
@@ -552,7 +552,7 @@ mod tests {
         ended: mpsc::UnboundedReceiver<()>,
     }
 
-    /// Tells when it goes.
+    /// Sends a message when it is dropped.
     struct Ends(mpsc::UnboundedSender<()>);
 
     impl Drop for Ends {
@@ -592,7 +592,7 @@ mod tests {
             client
         }
 
-        /// The client goes away while its request is worked on, and that is noticed.
+        /// Drops the client during its request, and waits until the server has noticed.
         async fn goes_away(&mut self, client: TcpStream) {
             drop(client);
             timeout(PATIENCE, self.ended.recv()).await.expect("it is noticed").expect("a request");
@@ -633,7 +633,7 @@ mod tests {
         });
         assert!(
             timeout(Duration::from_millis(1), held).await.is_err(),
-            "it goes on although nobody waits for it"
+            "it goes on without a client"
         );
         let refused = timeout(PATIENCE, to_its_end(&room, async { Ok(()) }))
             .await
@@ -660,7 +660,7 @@ mod tests {
             .await
             .expect("it is made to its end")
             .expect("the reloader is there");
-        // Whoever asks next is answered with what is in use.
+        // The next request is answered with the configuration in use.
         let mut client = served.post("/v1/subscribers/b/pause").await;
         let mut answer = [0; 15];
         client.read_exact(&mut answer).await.expect("an answer");

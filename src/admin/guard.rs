@@ -1,4 +1,4 @@
-//! Who is let through: what carries the token, and what no web page has sent.
+//! Lets through requests that carry the token and that no web page has sent.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -13,7 +13,7 @@ use subtle::ConstantTimeEq as _;
 use super::answer::{discard, forbidden, header_text, unauthorized};
 use crate::crypto::secret::Secret;
 
-/// Why a request is taken for one that a web page made somebody's browser send.
+/// The reason to refuse a request as one that a web page made a browser send.
 pub(super) fn from_elsewhere(headers: &HeaderMap, has_token: bool) -> Option<&'static str> {
     let text = |name| header_text(headers, name);
     if !matches!(text(HeaderName::from_static("sec-fetch-site")), "" | "none" | "same-origin") {
@@ -26,14 +26,16 @@ pub(super) fn from_elsewhere(headers: &HeaderMap, has_token: bool) -> Option<&'s
     {
         return Some("it comes from a page of another origin");
     }
-    // Any name can be made to lead to this machine, and a page of that name is then of this origin.
+    // The owner of any name can make it lead to this machine, and a page of that name is then of
+    // this origin.
     if !has_token && !is_of_this_machine(host) {
         return Some("without [admin] token only an IP address or `localhost` is answered to");
     }
     None
 }
 
-/// Whether a header `host` names no name that somebody else gives addresses to.
+/// Whether a header `host` has an IP address or `localhost`, which no other party can make lead
+/// here.
 pub(super) fn is_of_this_machine(host: &str) -> bool {
     let without_port = host
         .rsplit_once(':')
@@ -43,7 +45,7 @@ pub(super) fn is_of_this_machine(host: &str) -> bool {
     host.is_empty() || name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
 }
 
-/// Lets through what carries the token, if there is one, and what no web page has sent.
+/// Lets through requests with the token, if there is one, that no web page has sent.
 pub(super) async fn authorized(
     State(token): State<Option<Arc<Secret>>>,
     request: Request,

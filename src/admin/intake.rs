@@ -1,6 +1,7 @@
 //! The intake: events over HTTP.
 //!
-//! What it answers 202 is durable; what it refuses with another status than 503 has left no trace.
+//! Events of a request that is answered 202 are durable; a request that is refused with another
+//! status than 503 has left no trace.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -45,40 +46,40 @@ use crate::{
     wording::{agreed, counted},
 };
 
-/// The bad events that an answer lists.
+/// The most invalid events that an answer lists.
 const MAX_REPORTED: usize = 100;
 
-/// Bodies that are held at once, in units of 1 KiB.
+/// The most memory for bodies, in units of 1 KiB.
 pub(super) const ROOM: u32 = 64 * 1024;
 
-/// What even a small request counts for, in the same units: its events cost more than their bytes.
+/// The least that a request counts for, in the same units: events take more than their bytes.
 const LEAST_ROOM: u32 = 16;
 
-/// What an event takes beside the bytes that it came in: its type, its id, and what holds them.
+/// Bytes that an event takes in addition to its own: its type, its id, and their allocations.
 const EVENT_COST: usize = 256;
 
-/// How long a request waits for room before it is told to come again.
+/// The timeout of the wait for room, after which the client is asked to try again.
 const WAIT_FOR_ROOM: Duration = Duration::from_secs(1);
 
-/// How long a request waits for a queue that cannot be reached: it may be about to come back.
+/// The timeout of the wait for a queue that cannot be reached: it may be about to return.
 const WAIT_FOR_QUEUE: Duration = Duration::from_secs(1);
 
-/// Bodies that are looked at in place; longer ones would hold up others on the same thread.
+/// The longest body in bytes that is parsed in place; longer ones would delay other work of the
+/// thread.
 const QUICK: usize = 64 * 1024;
 
-/// What takes events.
+/// The intake of events.
 pub(super) struct Intake<Q> {
     queue: Q,
     subscribers: watch::Receiver<Subscribers>,
     phase: watch::Receiver<Phase>,
     metrics: Metrics,
     room: Arc<Semaphore>,
-    /// So that the log tells the beginning and the end of a failure, not each request of it.
-    /// The time in which events cannot be stored.
+    /// The time in which events cannot be stored: its begin and its end are logged, not each request.
     outage: Mutex<Outage>,
 }
 
-/// How a body is to be read.
+/// The encoding of a body.
 #[derive(Debug, Clone, Copy)]
 struct Encoding {
     lines: bool,
@@ -100,7 +101,7 @@ pub(super) async fn take_events<Q: Queue>(
 }
 
 impl<Q: Queue> Intake<Q> {
-    /// Whoever has all the [`ROOM`] knows that nothing is being taken.
+    /// `room`: while all of the [`ROOM`] is free, nothing is being taken.
     pub(super) fn new(
         queue: Q,
         subscribers: watch::Receiver<Subscribers>,
@@ -118,7 +119,7 @@ impl<Q: Queue> Intake<Q> {
             return Err(Refusal::too_large());
         }
         let room = self.room(length, encoding).await?;
-        // Looked at with the room taken: a drain waits for what came before it.
+        // Read after the room is taken: a drain waits for requests that have room.
         let mut phase = self.phase.clone();
         let running = *phase.borrow_and_update();
         if running != Phase::Running {
@@ -154,8 +155,8 @@ impl<Q: Queue> Intake<Q> {
         self.publish(with_trace(events, headers)).await
     }
 
-    /// Many small events take more than the bytes that they came in. Nobody waits for that while
-    /// holding room that others wait for.
+    /// Takes more room for many small events, which need more than their bytes. It does not wait:
+    /// other requests wait for the room that this one has.
     fn room_of(
         &self,
         events: &[NewEvent],
@@ -201,9 +202,9 @@ impl<Q: Queue> Intake<Q> {
             if group.is_empty() {
                 break;
             }
-            // Their patterns are not in the configuration: what the queue says of them counts.
-            // Asked before the configuration is, which is in use by the time that this is no more
-            // so.
+            // Other subscribers' patterns are not in this configuration, so the queue's answer
+            // counts. Read before the configuration: when it becomes false, the new configuration
+            // is in use.
             let others_may_be_bound = self.queue.removals().others_may_be_bound();
             let wanted: Vec<bool> = group.iter().map(|e| self.wants(&e.event_type)).collect();
             let published = match self.queue.publish(group).await {
@@ -285,7 +286,7 @@ impl Encoding {
     }
 }
 
-/// The request is what the producer's trace knows of each of its events.
+/// Gives each event the request's `traceparent`.
 fn with_trace(mut events: Vec<NewEvent>, headers: &HeaderMap) -> Vec<NewEvent> {
     let trace = header_text(headers, HeaderName::from_static("traceparent"));
     if !trace.is_empty() && trace.len() <= MAX_TRACEPARENT {
@@ -296,13 +297,14 @@ fn with_trace(mut events: Vec<NewEvent>, headers: &HeaderMap) -> Vec<NewEvent> {
 }
 
 async fn read(body: &mut Body, length: Option<usize>) -> Result<Bytes, Refusal> {
-    // Not all at once: who only says that much is coming gets no memory for it.
+    // Content-Length is not trusted for the allocation: announcing a large body must not reserve
+    // memory.
     let mut bytes = BytesMut::with_capacity(length.unwrap_or(0).min(QUICK));
     let mut chunks = std::mem::take(body).into_data_stream();
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|e| Refusal::bad(format!("the body ended early: {e}")))?;
         if bytes.len() + chunk.len() > MAX_BODY {
-            // The rest is for whoever discards it.
+            // The rest is discarded by the caller.
             *body = Body::from_stream(chunks);
             return Err(Refusal::too_large());
         }
@@ -324,7 +326,7 @@ fn inflated(body: Bytes, encoding: Encoding) -> Result<Bytes, Refusal> {
     }
 }
 
-/// The events of a body, each with its bytes as they came.
+/// The events of a body, each with its exact bytes.
 fn events_of(body: &Bytes, encoding: Encoding) -> Result<Vec<NewEvent>, Refusal> {
     let mut found = Found::default();
     if encoding.lines {
@@ -345,8 +347,7 @@ fn events_of(body: &Bytes, encoding: Encoding) -> Result<Vec<NewEvent>, Refusal>
     found.into_events()
 }
 
-/// Without the white space around it: JSON's (RFC 8259, section 2), which is less than that of
-/// ASCII.
+/// Trims white space of JSON (RFC 8259, section 2), which is less than that of ASCII.
 fn trimmed(mut text: &[u8]) -> &[u8] {
     while let [b' ' | b'\t' | b'\n' | b'\r', rest @ ..]
     | [rest @ .., b' ' | b'\t' | b'\n' | b'\r'] = text
@@ -375,7 +376,7 @@ impl Found {
                     self.bad.push(BadEvent { index, line, reason: why.to_string() });
                 }
             }
-            // What is not taken is not kept.
+            // Events of a refused request are not kept.
             Ok(_) if self.bad_count > 0 || index >= MAX_EVENTS => self.events.clear(),
             Ok(event_type) => {
                 let event_type = event_type.into_owned();
@@ -408,18 +409,18 @@ impl Found {
     }
 }
 
-/// What a JSON body is.
+/// The kinds of a JSON body.
 enum Shape<'a> {
     Event,
     Events(Elements<'a>),
 }
 
-/// What has a field `event` is an event, whatever its other fields.
+/// An object with a field `event` is an event, whatever its other fields.
 fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
     if body.starts_with(b"\xef\xbb\xbf") {
         return Err(Refusal::bad(InvalidEvent::ByteOrderMark.to_string()));
     }
-    // What stands around the events is JSON too, though nobody looks at it.
+    // The bytes around the events must be UTF-8 too, though they are not used.
     let text = std::str::from_utf8(body)
         .map_err(|e| Refusal::bad(format!("the body is not UTF-8 at byte {}", e.valid_up_to())))?;
     let mut json = serde_json::Deserializer::from_str(text);
@@ -434,7 +435,7 @@ fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
             Ok(events) => Ok(Shape::Events(events)),
             Err(_) => Err(Refusal::bad("the field `events` is not an array")),
         },
-        // To take one of them would be to lose the other's.
+        // Taking one of them would lose the events of the other.
         [_, _, ..] => Err(Refusal::bad("there are two fields `events`")),
         [] => Err(Refusal::bad(
             "the body has neither a field `event`, as an event has, nor `events`, an array of events",
@@ -468,7 +469,7 @@ impl<'de> Visitor<'de> for Fields<'de> {
     }
 }
 
-/// At most [`MAX_EVENTS`] of an array's elements, and how many it has.
+/// At most [`MAX_EVENTS`] elements of an array, and the number of all.
 struct Elements<'a>(Vec<&'a RawValue>, usize);
 
 impl<'de: 'a, 'a> serde::Deserialize<'de> for Elements<'a> {
@@ -495,8 +496,8 @@ impl<'de: 'a, 'a> Visitor<'de> for Elements<'a> {
     }
 }
 
-/// A body as it was inflated, and what is read of it: the events, or the status of the refusal and
-/// the places of the bad ones.
+/// An inflated body, and the result: its events, or the refusal's status and the places of invalid
+/// events.
 #[cfg(any(test, fuzzing))]
 pub(crate) type Read = (Bytes, Result<Vec<NewEvent>, (u16, Vec<usize>)>);
 
@@ -595,29 +596,29 @@ mod tests {
             refusal(b"{\"events\":[{\"event\":\"a\"}],\"by\":\"\xff\"}", JSON).why,
             "the body is not UTF-8 at byte 32"
         );
-        let told = refusal("{\"event\":\"a\"}\n\x0c{\"event\":\"b\"}\x0c\n", LINES)
+        let invalid = refusal("{\"event\":\"a\"}\n\x0c{\"event\":\"b\"}\x0c\n", LINES)
             .invalid
             .expect("a list");
         assert_eq!(
-            told.0.iter().map(|b| b.line).collect::<Vec<_>>(),
+            invalid.0.iter().map(|b| b.line).collect::<Vec<_>>(),
             [Some(2)],
             "a form feed is no white space of JSON"
         );
-        let told = refusal(r#"{"events":[{"event":"a"},{"x":1},7,{"event":"b"}]}"#, JSON)
+        let invalid = refusal(r#"{"events":[{"event":"a"},{"x":1},7,{"event":"b"}]}"#, JSON)
             .invalid
             .expect("a list");
         assert_eq!(
-            told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(),
+            invalid.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(),
             [(1, None), (2, None)]
         );
-        let told = refusal("{\"event\":\"a\"}\n\nnonsense\n{\"event\":\"\u{0}\"}", LINES)
+        let invalid = refusal("{\"event\":\"a\"}\n\nnonsense\n{\"event\":\"\u{0}\"}", LINES)
             .invalid
             .expect("a list");
         assert_eq!(
-            told.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(),
+            invalid.0.iter().map(|b| (b.index, b.line)).collect::<Vec<_>>(),
             [(1, Some(3)), (2, Some(4))]
         );
-        assert!(told.0[0].reason.contains("not JSON"), "{told:?}");
+        assert!(invalid.0[0].reason.contains("not JSON"), "{invalid:?}");
         let one = refusal(r#"{"event":7}"#, JSON).invalid.expect("a list");
         assert_eq!((one.0[0].index, one.1), (0, 1));
         let many = refusal("x\n".repeat(MAX_EVENTS), LINES).invalid.expect("a list");
@@ -636,8 +637,9 @@ mod tests {
     async fn what_the_queue_does_not_take_is_answered_with_what_may_have_happened() {
         let (_phase, phase) = watch::channel(Phase::Running);
         let room = Arc::new(Semaphore::new(ROOM as usize));
-        let nobody = watch::Sender::new(Subscribers::default()).subscribe();
-        let intake = Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room);
+        let no_subscribers = watch::Sender::new(Subscribers::default()).subscribe();
+        let intake =
+            Intake::new(Fake::default(), no_subscribers, phase, Metrics::new(clock::now()), room);
         let mut headers = HeaderMap::new();
         headers.insert(
             header::CONTENT_TYPE,
@@ -664,9 +666,14 @@ mod tests {
     async fn many_small_events_count_for_what_they_take_in_memory() {
         let (_phase, phase) = watch::channel(Phase::Running);
         let room = Arc::new(Semaphore::new(ROOM as usize));
-        let nobody = watch::Sender::new(Subscribers::default()).subscribe();
-        let intake =
-            Intake::new(Fake::default(), nobody, phase, Metrics::new(clock::now()), room.clone());
+        let no_subscribers = watch::Sender::new(Subscribers::default()).subscribe();
+        let intake = Intake::new(
+            Fake::default(),
+            no_subscribers,
+            phase,
+            Metrics::new(clock::now()),
+            room.clone(),
+        );
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/jsonl"));
         let lines = "{\"event\":\"a\"}\n".repeat(MAX_EVENTS);

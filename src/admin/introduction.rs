@@ -1,5 +1,5 @@
-//! Which daemon this is, for commands: they compare the configuration's path, and give the token
-//! only to who has shown to know it.
+//! The introduction of this daemon to commands, which compare the configuration's path, and send
+//! the token only to a daemon that has shown to know it.
 
 use std::{path::Path, sync::Arc};
 
@@ -24,12 +24,12 @@ use crate::crypto::{
 struct Introduction {
     token: Option<Arc<Secret>>,
     port: u16,
-    /// Absolute, links not followed: where a folder's content is swapped by a link, the path stays
-    /// the same.
+    /// The configuration's path, absolute, links not followed: it stays the same where a link swaps
+    /// the content of a folder.
     config: String,
 }
 
-/// Not behind the token: a command that has none to show yet asks here whom it would show it to.
+/// The route, which does not need the token: a command asks here before it sends the token.
 pub(super) fn routes(token: Option<Arc<Secret>>, port: u16, config: &Path) -> Router {
     let config =
         std::path::absolute(config).unwrap_or_else(|_| config.to_owned()).display().to_string();

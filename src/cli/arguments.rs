@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-/// The configuration's file, by `--config` or by the environment.
+/// Checks the configuration's path, from `--config` or the environment.
 pub(super) fn file_name(text: &str) -> Result<PathBuf, &'static str> {
     if text.is_empty() {
         return Err(
@@ -12,7 +12,7 @@ pub(super) fn file_name(text: &str) -> Result<PathBuf, &'static str> {
     Ok(text.into())
 }
 
-/// What each command has that deletes something.
+/// The flags of each command that deletes something.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub(super) struct Destructive {
     /// Say what would be deleted, and do nothing
@@ -26,7 +26,7 @@ pub(super) struct Destructive {
     pub(super) json: bool,
 }
 
-/// A length of time as it is written on the command line: a number alone is of seconds.
+/// Parses a duration of the command line: a number alone is in seconds.
 pub(super) fn duration(text: &str) -> Result<Duration, &'static str> {
     const EXPECTED: &str =
         "write seconds, such as 2 or 0.5, or a time with its unit, such as 500ms, 10s or 1m 30s";

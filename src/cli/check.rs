@@ -1,5 +1,5 @@
-//! `check`: what can go wrong with the queue and the endpoints that a configuration names, and what
-//! it means.
+//! `check`: the findings of a configuration, of its queue and of its endpoints; and the
+//! configuration with all defaults.
 
 use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
 
@@ -18,23 +18,22 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only these subscribers, and what all of them share; left out: all
+    /// Only these subscribers, and what all of them share; by default all
     #[arg(value_name = "SUBSCRIBER", add = complete::subscribers())]
     subscribers: Vec<String>,
-    /// Also look at the queue and at each subscriber's endpoint, without sending a request: what
-    /// can go wrong, and what mends it; exit code 1 if something is harmful
+    /// Also inspect the queue and each subscriber's endpoint, without sending a request: what can
+    /// go wrong, and its remedy; exit code 1 if something is harmful
     #[arg(long)]
     connect: bool,
     /// Print only what can go wrong, and nothing if all is well
     #[arg(long, short)]
     quiet: bool,
-    /// Print what is found as JSON, one finding a line, and nothing else: also each mistake of a
-    /// configuration
+    /// Print only the findings, as JSON, one a line: also each mistake of the configuration
     #[arg(long)]
     json: bool,
 }
 
-/// For all that a queue is asked; a thousand subscribers take some seconds.
+/// The timeout of a queue's inspection; a thousand subscribers take some seconds.
 const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
@@ -48,9 +47,9 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
         }
     };
     let chosen = chosen(&config, &args.subscribers)?;
-    let mut findings = if args.connect { looked_at(&config, &chosen).await } else { Vec::new() };
+    let mut findings = if args.connect { inspected(&config, &chosen).await } else { Vec::new() };
     let harmful = findings.iter().filter(|f| f.severity == Severity::Harmful).count();
-    // The worst first: what is printed below it is long.
+    // The worst first: a long text is printed below.
     findings.reverse();
     if args.json {
         findings.push(valid(&config, &chosen));
@@ -61,7 +60,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     if args.json {
         as_json(&findings)?;
     } else {
-        findings.iter().for_each(tell);
+        findings.iter().for_each(print);
         if args.connect && !args.quiet {
             if harmful == 0 {
                 print_out(&nothing_harmful(&findings));
@@ -82,7 +81,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     }
 }
 
-/// The subscribers that are meant, in the order of the configuration.
+/// The chosen subscribers, in the order of the configuration.
 fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Failed> {
     names.iter().try_for_each(|name| find(config, name).map(drop))?;
     Ok(config
@@ -93,11 +92,11 @@ fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Fai
         .collect())
 }
 
-/// What queue and endpoints show, the worst last.
-async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
-    // Of all subscribers, whoever is meant: they share what the broker allows, and one that runs
-    // shows that there is a daemon.
-    let (mut findings, endpoints) = tokio::join!(look(config), inspect::inspect(chosen));
+/// Inspects the queue and the endpoints; the worst findings are last.
+async fn inspected(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
+    // Inspects the queue for all subscribers, whichever were chosen: they share the broker's
+    // limits, and any that is consumed shows that a daemon runs.
+    let (mut findings, endpoints) = tokio::join!(inspect_queue(config), inspect::inspect(chosen));
     if chosen.len() < config.subscribers.len() {
         findings = without_others(findings, config, chosen);
     }
@@ -105,7 +104,7 @@ async fn looked_at(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> 
     summarized(findings)
 }
 
-/// Leaves out what is found of other subscribers only, unless it harms all.
+/// Removes findings about other subscribers only, unless they harm all.
 fn without_others(
     findings: Vec<Finding>,
     config: &Config,
@@ -127,7 +126,7 @@ fn without_others(
     findings.into_iter().filter_map(keep).collect()
 }
 
-/// Whose it is, of what a finding is about.
+/// The subscriber that a finding is about, if it names one.
 fn subscriber_of<'a>(about: &'a str, prefix: Option<&str>) -> Option<&'a str> {
     let quoted = |what: &str| {
         about
@@ -157,7 +156,7 @@ fn nothing_harmful(findings: &[Finding]) -> String {
     }
     let unseen = visible(&unseen.join("; "));
     format!(
-        "# Nothing harmful was found in what was looked at. Not looked at, so not known: {unseen}."
+        "# Nothing harmful was found in what was inspected. Not inspected, so not known: {unseen}."
     )
 }
 
@@ -168,7 +167,7 @@ fn valid(config: &Config, chosen: &[Arc<Subscriber>]) -> Finding {
     )
 }
 
-/// Each mistake is about its place.
+/// Each mistake as a finding about its place.
 fn mistakes(problems: &ConfigError) -> Vec<Finding> {
     let of = |p: &config::Problem| {
         let place = p.place.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
@@ -186,7 +185,8 @@ fn as_json(findings: &[Finding]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A reader that reads no further, as `head`, has what comes first; the exit code says the rest.
+/// Prints a line. A reader that stops early, such as `head`, has the first lines; the exit code
+/// says the rest.
 fn print_out(line: &str) {
     writeln!(std::io::stdout(), "{line}").ok();
 }
@@ -195,10 +195,10 @@ fn print_err(line: &str) {
     writeln!(std::io::stderr(), "{line}").ok();
 }
 
-/// What is good is a comment, as all is that is not the configuration; what is bad goes to stderr.
-fn tell(finding: &Finding) {
+/// Prints a finding: good ones as comments, since stdout is a configuration; bad ones to stderr.
+fn print(finding: &Finding) {
     let mut text = format!("{}: {}: {}", finding.severity.name(), finding.names(), finding.found);
-    for (what, more) in [("risk", &finding.risk), ("mend", &finding.remedy)] {
+    for (what, more) in [("risk", &finding.risk), ("remedy", &finding.remedy)] {
         if let Some(more) = more {
             text += &format!("\n  {what}: {more}");
         }
@@ -211,7 +211,7 @@ fn tell(finding: &Finding) {
     }
 }
 
-async fn look(config: &Config) -> Vec<Finding> {
+async fn inspect_queue(config: &Config) -> Vec<Finding> {
     match &config.queue.backend {
         Backend::Amqp(amqp) => {
             inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), &config.subscribers)
@@ -231,7 +231,8 @@ async fn look(config: &Config) -> Vec<Finding> {
                     )];
                 }
                 Err(e) => {
-                    let risk = "nothing of it was looked at, so it is not known whether events can be lost";
+                    let risk =
+                        "it was not inspected, so it is not known whether events can be lost";
                     return vec![Finding::harmful("data_dir", e.to_string()).risking(risk)];
                 }
             }
@@ -264,7 +265,7 @@ fn no_queue(e: &QueueError) -> Finding {
     }
 }
 
-/// How many subscribers, and which of them are meant if not all are.
+/// The number of subscribers, and of those chosen if not all are.
 fn of_them(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
     let all = counted(config.subscribers.len(), "subscriber(s)");
     if chosen.len() == config.subscribers.len() {
@@ -273,8 +274,8 @@ fn of_them(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
     format!("{all}, of which {} asked for", counted(chosen.len(), "(is|are)"))
 }
 
-/// The configuration with all defaults filled in, as TOML, secrets left out; of some subscribers
-/// only theirs.
+/// The configuration with all defaults, as TOML without secrets; of some subscribers only their
+/// part.
 fn effective(config: &Config, chosen: &[Arc<Subscriber>]) -> String {
     let subscribers: String = chosen.iter().map(|s| config::subscriber_as_toml(s)).collect();
     if chosen.len() < config.subscribers.len() {

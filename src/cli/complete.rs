@@ -1,9 +1,9 @@
-//! What a shell completes: commands and options, the names of subscribers, reasons and other values
-//! of which there are few.
+//! Completions for a shell: commands, options, names of subscribers, reasons, and other values of
+//! short lists.
 //!
-//! The shell's script asks the program itself, by a variable of the environment, so the names are
-//! those of the configuration as it is at that moment. Only its files are read: nobody is asked,
-//! and what is wrong with them is no matter here.
+//! The shell's script runs this program with a variable in the environment, so names are those of
+//! the configuration at that moment. Only its files are read: no daemon and no broker is asked, and
+//! mistakes in them are ignored.
 
 use std::{ffi::OsString, io, path::PathBuf};
 
@@ -15,20 +15,20 @@ use clap_complete::{
 
 use crate::config;
 
-/// Set by the script of a shell, to the shell's name. `COMPLETE`, which is usual, could stand in
-/// anybody's environment.
+/// The variable that a shell's script sets to the shell's name. The usual `COMPLETE` could be set
+/// for another program.
 const VARIABLE: &str = "HOOKTRAIL_COMPLETE";
 
 const PROGRAM: &str = "hooktrail";
 
-/// Answers a shell that asks for completions of `command`; false if none does.
+/// Answers a shell that asks for completions of `command`; false if none asks.
 pub(super) fn answered(command: impl Fn() -> clap::Command) -> Result<bool, String> {
     let env = CompleteEnv::with_factory(command).var(VARIABLE).bin(PROGRAM).completer(PROGRAM);
     let folder = std::env::current_dir().ok();
     env.try_complete(std::env::args_os(), folder.as_deref()).map_err(|e| e.to_string())
 }
 
-/// The script that has a shell ask.
+/// The script with which a shell asks for completions.
 pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
     let mut script = Vec::new();
     let known = Shells::builtins();
@@ -37,7 +37,7 @@ pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
         .ok_or_else(|| io::Error::other(format!("{shell} is not known")))?;
     asks.write_registration(VARIABLE, PROGRAM, PROGRAM, PROGRAM, &mut script)?;
     if shell == Shell::Zsh {
-        // As a file in `fpath` it is run when the first completion is wanted, and has to give it.
+        // As a file in `fpath` it runs at the first completion, and must answer that one.
         script.extend_from_slice(
             b"[[ $funcstack[1] == _hooktrail ]] && _clap_dynamic_completer_hooktrail\n",
         );
@@ -45,7 +45,7 @@ pub(super) fn script(shell: Shell) -> io::Result<Vec<u8>> {
     Ok(script)
 }
 
-/// For an argument that is a subscriber's name.
+/// Completes an argument that is a subscriber's name.
 pub(super) fn subscribers() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         let words: Vec<OsString> =
@@ -57,8 +57,8 @@ pub(super) fn subscribers() -> ArgValueCandidates {
     })
 }
 
-/// The file that a command with these words would read, once the shell has put `home` for the `~`
-/// at the begin of a word. A completer gets the words as they were typed.
+/// The configuration that a command with these words would read. A completer gets the words as they
+/// were typed, so `~` at the begin of a word is replaced by `home`.
 fn configuration(words: &[OsString], home: Option<OsString>) -> PathBuf {
     let expanded =
         |word: &OsString| match (word.to_str().and_then(|word| word.strip_prefix("~/")), &home) {
@@ -91,7 +91,7 @@ mod tests {
             (&["hooktrail", "--config", "~/e.toml"], "/home/e/e.toml"),
             (&["hooktrail", "-c", "~/f/f.toml", "pause"], "/home/e/f/f.toml"),
             (&["hooktrail", "-c", "~other/f.toml"], "~other/f.toml"),
-            // No shell expands it there.
+            // No shell expands `~` there.
             (&["hooktrail", "--config=~/g.toml"], "~/g.toml"),
         ] {
             let words: Vec<OsString> = words.iter().map(OsString::from).collect();

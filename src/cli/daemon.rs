@@ -1,4 +1,4 @@
-//! What is asked of the running daemon, over its admin listener.
+//! Requests to the running daemon, over its admin listener.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -16,21 +16,21 @@ use crate::{
     crypto::handshake::{self, Side},
 };
 
-/// The daemon says at once who it is.
+/// The timeout of an introduction, which a daemon answers at once.
 const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longer than the daemon waits for a broker's confirm.
+/// The timeout of a request: longer than the daemon waits for a broker's confirm.
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-/// Whose daemon a command asks: what its configuration says of it, and which file that is.
+/// The daemon that a command asks, as its configuration describes it, and the file of that.
 #[derive(Debug)]
 pub(super) struct Asked {
     pub(super) admin: AdminConfig,
     pub(super) config: PathBuf,
 }
 
-/// Where the daemon is asked. One that runs goes on when its configuration is given a mistake, and
-/// that is no time to be out of reach.
+/// Reads where the daemon listens, also from a configuration with mistakes: a running daemon goes
+/// on with the one before, and must stay reachable.
 pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed> {
     let of = |admin| Asked { admin, config: path.to_owned() };
     let problems = match config::load(path) {
@@ -40,7 +40,7 @@ pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed
         }
         Err(problems) => problems,
     };
-    // What a name is made of; the rest of the check is the daemon's.
+    // Only the characters of a name; the daemon checks the rest.
     let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     match config::admin_of(path).filter(|_| subscribers.iter().all(|name| is_name(name))) {
         Some(admin) => {
@@ -59,7 +59,7 @@ pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What a reload has changed, a line for each.
+/// The changes of a reload, a line for each.
 fn reloaded(answer: &Reloaded) -> String {
     let changes = &answer.changes;
     let mut lines = Vec::new();
@@ -79,26 +79,26 @@ fn reloaded(answer: &Reloaded) -> String {
     }
     if !answer.not_bound.is_empty() {
         lines.push(format!(
-            "Not bound yet, which is tried again without end; the log says why: {}",
+            "Not bound yet, and retried until it succeeds; the log says why: {}",
             listed(&answer.not_bound)
         ));
     }
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-/// Texts of the daemon, as they can be shown.
+/// Texts of the daemon, safe to show.
 pub(super) fn listed<'t>(texts: impl IntoIterator<Item = &'t String>) -> String {
     texts.into_iter().map(|text| visible(text)).collect::<Vec<_>>().join(", ")
 }
 
-/// An answer as it is read, and as it came: a newer daemon may say more.
+/// An answer as it is read, and as it arrived: a newer daemon may say more.
 #[derive(Debug)]
 pub(super) struct Answer<A> {
     pub(super) read: A,
     pub(super) raw: Value,
 }
 
-/// The running daemon of a configuration, as far as one answers.
+/// The running daemon of a configuration.
 #[derive(Debug)]
 pub(super) struct Daemon<'c> {
     asked: &'c Asked,
@@ -106,11 +106,11 @@ pub(super) struct Daemon<'c> {
     client: reqwest::Client,
 }
 
-/// Why nothing is asked of what listens there.
+/// The reason not to ask the program that listens there.
 enum Stranger {
     /// Nothing answers.
     Absent(String),
-    /// It is another one.
+    /// It is another program, or the daemon of another configuration.
     Other(String),
 }
 
@@ -125,7 +125,7 @@ impl<'c> Daemon<'c> {
         Ok(Self { asked, address, client })
     }
 
-    /// What there is at a path below `/api/v1/`.
+    /// Gets a path below `/api/v1/`.
     pub(super) async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<Answer<A>, Failed> {
         let raw = self.ask(self.client.get(self.url(path))).await?;
         Ok(Answer { read: self.read(&raw)?, raw })
@@ -169,8 +169,8 @@ impl<'c> Daemon<'c> {
         Err(Failed::Runtime(format!("the daemon at {} answered {status}: {why}", self.address)))
     }
 
-    /// Makes sure that what listens there is the daemon of this configuration. Before that nothing
-    /// is asked of it, and it is not given the token.
+    /// Makes sure that the daemon of this configuration listens there. Before that nothing is asked
+    /// of it, and the token is not sent.
     async fn meet(&self) -> Result<(), Stranger> {
         let address = self.address;
         let other = |why: &str| {
@@ -215,7 +215,7 @@ impl<'c> Daemon<'c> {
         ))
     }
 
-    /// Asks what listens there which daemon it is, without telling it the token.
+    /// Asks the listener which daemon it is, without sending the token.
     async fn introduced(
         &self,
         challenge: &str,
@@ -230,8 +230,8 @@ impl<'c> Daemon<'c> {
         Ok((status, serde_json::from_value(answer).ok()))
     }
 
-    /// What the daemon answers to a request with the token, whatever that is; else what is in the
-    /// way. Only after [`meet`](Self::meet).
+    /// Sends a request with the token, only after [`meet`](Self::meet), and returns any answer; an
+    /// error if there is none.
     async fn authorized(
         &self,
         mut request: reqwest::RequestBuilder,
@@ -245,7 +245,7 @@ impl<'c> Daemon<'c> {
 
 async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {
     let answer = request.send().await.map_err(|e| {
-        // "error sending request" says nothing; what is behind it does.
+        // "error sending request" says nothing; its innermost cause does.
         let e = e.without_url();
         let mut why: &dyn std::error::Error = &e;
         while let Some(cause) = why.source() {
@@ -260,7 +260,7 @@ async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, 
     ))
 }
 
-/// Why the daemon refused.
+/// The reason of a refusal.
 fn error(answer: &Value) -> Option<String> {
     Refused::deserialize(answer).ok().map(|refused| refused.error)
 }
@@ -275,7 +275,7 @@ fn is_same_file(ours: &Path, theirs: &Path) -> bool {
             .is_ok_and(|ours| std::fs::canonicalize(theirs).is_ok_and(|theirs| ours == theirs))
 }
 
-/// Why a daemon cannot listen where its configuration says: who is there already, and what to do.
+/// The error for an address that a daemon cannot listen on: which program has it, and the remedy.
 pub(super) async fn cannot_listen(config: &Config, why: &std::io::Error) -> Failed {
     let listen = config.admin.listen;
     let who = if why.kind() == std::io::ErrorKind::AddrInUse {
@@ -290,7 +290,7 @@ pub(super) async fn cannot_listen(config: &Config, why: &std::io::Error) -> Fail
     ))
 }
 
-/// Who has the address of a configuration.
+/// The program that listens at the address of a configuration.
 async fn holder(config: &Config) -> String {
     let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
     let program =
@@ -314,11 +314,11 @@ async fn holder(config: &Config) -> String {
 
 fn no_daemon(address: SocketAddr, why: &dyn std::fmt::Display) -> Failed {
     Failed::Runtime(format!(
-        "no daemon answers at {address} ([admin] listen), and only a running one can tell or do this: {why}"
+        "no daemon answers at {address} ([admin] listen), and this needs a running one: {why}"
     ))
 }
 
-/// Where a listener on this machine is reached.
+/// The address by which a listener is reached on this machine.
 fn reachable(listen: SocketAddr) -> Result<SocketAddr, Failed> {
     if listen.port() == 0 {
         let why = "[admin] listen has port 0, so the daemon's port is known to its log alone; give it a port of its own";
@@ -332,21 +332,21 @@ fn reachable(listen: SocketAddr) -> Result<SocketAddr, Failed> {
     Ok(SocketAddr::new(ip, listen.port()))
 }
 
-/// Nothing is waited for but the reading of some files.
+/// The timeout of a foreseen reload: the daemon only reads some files.
 const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a reload of the running daemon would do.
+/// The effect that a reload of the running daemon would have.
 pub(super) enum Foreseen {
     Changes {
         address: SocketAddr,
         answer: Answer<view::Foreseen>,
     },
-    /// The daemon says what is wrong with its configuration.
+    /// The daemon's configuration has mistakes.
     Refused {
         address: SocketAddr,
         error: String,
     },
-    /// No daemon tells.
+    /// No daemon answers.
     Unknown {
         why: String,
     },

@@ -1,4 +1,4 @@
-//! `dead`: dead letters and orphans, one at a time, so that a hundred thousand of them need no
+//! `dead`: dead letters and orphans, read one at a time, so that a hundred thousand of them need no
 //! memory.
 
 pub(super) mod choice;
@@ -30,8 +30,8 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a dead letter, oldest first, each with its number, such as @2; without a name how
-    /// many each subscriber has, and why
+    /// List dead letters, oldest first, each with its number, such as @2; without a name, count
+    /// those of each subscriber by reason
     List {
         #[command(flatten)]
         which: Which,
@@ -39,7 +39,7 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Everything about one dead letter: the story of its attempts, and its body
+    /// Show one dead letter with its failed attempts and its body
     Show {
         /// The subscriber's name; with --orphans it may be left out
         #[arg(add = complete::subscribers())]
@@ -47,7 +47,8 @@ pub(super) enum Command {
         /// Its id, or `@2` for the second of `list`
         #[arg(required_unless_present = "orphans")]
         letter: Option<Name>,
-        /// One of what could not be routed back to its subscriber (RabbitMQ only)
+        /// The letter is an orphan, which could not be routed back to its subscriber (RabbitMQ
+        /// only)
         #[arg(long)]
         orphans: bool,
         /// As a JSON object
@@ -59,18 +60,18 @@ pub(super) enum Command {
     Export {
         #[command(flatten)]
         which: Which,
-        /// As the other commands have it; an export is JSON Lines without it too
+        /// Accepted as by the other commands; an export is always JSON Lines
         #[arg(long)]
         json: bool,
     },
-    /// Send dead letters again: a batch with the same bytes under the same id, attempts begun anew
+    /// Send dead letters again: a batch keeps its bytes and its id, and its attempts count from 1
     ///
-    /// Interrupted it finishes what it is at, and leaves the rest as it was; run it again for that.
-    /// After a crash in the middle at most 50 letters come twice, under the same ids.
+    /// When interrupted it finishes the letters at hand and leaves the rest in place; run it again
+    /// for those. After a crash at most 50 letters are sent twice, under the same ids.
     Replay {
         #[command(flatten)]
         which: Which,
-        /// At most so many letters a second, each one request; less than 1 is fine
+        /// The most letters a second, each one request; less than 1 is allowed
         #[arg(long, value_name = "N", value_parser = parse_rate)]
         rate: Option<f64>,
         /// Say what would be replayed, and do nothing
@@ -94,7 +95,7 @@ fn parse_rate(text: &str) -> Result<f64, String> {
     rate.ok_or_else(|| "a number of letters a second, from 0.001 to 100000".to_owned())
 }
 
-/// What is to be done with the letters that are meant.
+/// The work on the chosen dead letters.
 enum Task {
     List { json: bool },
     Show { json: bool },
@@ -181,7 +182,7 @@ async fn walk<D: DeadLetters>(
                 .unwrap_or_default();
             letters = open().await?;
         }
-        // Of nothing there is nothing to ask; the walk says what was not found.
+        // Without any there is nothing to confirm; the walk reports names that were not found.
         if most > 0
             && let Err(kept) = confirm_purge(most, which)
         {

@@ -1,5 +1,5 @@
-//! `demo`: the whole thing on this machine with no set-up. A real daemon, a real queue, two real
-//! receivers, one of which has a bad day; and at the end every event is accounted for.
+//! `demo`: everything on this machine with no set-up. A daemon, a queue and two receivers, one of
+//! which fails for a while; at the end every event is accounted for.
 
 mod home;
 mod narrator;
@@ -14,17 +14,18 @@ use self::{home::Home, play::Play, receiver::Receiver, sample::REFUSED, stage::S
 use super::{failed::Failed, open::reach};
 use crate::{config::Backend, queue::embedded::EmbeddedQueue};
 
-/// The receiver with the bad day is down from the fourth to the ninth second of each of these.
-const DAY: Duration = Duration::from_secs(40);
+/// The period of the failing receiver's outages: it is down from the fourth to the ninth second of
+/// each.
+const PERIOD: Duration = Duration::from_secs(40);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// How long events come, such as 10m
+    /// How long to publish events, such as 10m
     #[arg(long = "for", value_name = "DURATION", value_parser = super::arguments::duration, default_value = "15s")]
     publish_for: Duration,
-    /// Through a RabbitMQ instead of the embedded queue; what the demo declares there it deletes at
-    /// its end. Others on this machine can see the command line: a URL with a password of worth
-    /// belongs into the variable
+    /// Use this RabbitMQ instead of the embedded queue; the demo deletes at its end what it
+    /// declared there. Other users of this machine can see the command line: put a URL with a real
+    /// password into the variable
     #[arg(long, value_name = "URL", env = "HOOKTRAIL_DEMO_AMQP_URL", hide_env_values = true)]
     amqp: Option<String>,
 }
@@ -34,7 +35,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
     let secret = super::secret::new_secret();
     let siem = Receiver::start("siem", &secret, stage.clone(), |_, _| 200).await?;
     let crm = Receiver::start("crm", &secret, stage.clone(), |elapsed, body| {
-        let second = elapsed.as_secs_f64() % DAY.as_secs_f64();
+        let second = elapsed.as_secs_f64() % PERIOD.as_secs_f64();
         match () {
             () if (4.0..9.0).contains(&second) => 503,
             () if body.windows(REFUSED.len()).any(|w| w == REFUSED.as_bytes()) => 422,

@@ -1,11 +1,11 @@
-//! Why a command fails, and with which exit code.
+//! The errors of commands, with their exit codes.
 
 use std::fmt;
 
 use super::text::visible;
 use crate::{config::ConfigError, queue::QueueError};
 
-/// Why a command did not do what it was asked.
+/// The error of a command.
 #[derive(Debug)]
 pub enum Failed {
     /// Exit code 2.
@@ -14,12 +14,12 @@ pub enum Failed {
     Config(ConfigError),
     /// Exit code 1.
     Runtime(String),
-    /// It is said already, in the log or in what was printed; with this exit code.
+    /// Already reported, in the log or in the output; with this exit code.
     Logged(u8),
 }
 
 impl Failed {
-    /// 2 for usage and configuration, 1 for what failed at run time.
+    /// 2 for usage and configuration, 1 for failures at run time.
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Config(_) => 2,
@@ -29,7 +29,7 @@ impl Failed {
     }
 }
 
-/// As it is printed; nothing of what is said already.
+/// The printed text; empty if it was already reported.
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -42,7 +42,7 @@ impl fmt::Display for Failed {
 
 impl From<QueueError> for Failed {
     fn from(e: QueueError) -> Self {
-        // It may name what others chose: a message's id, a type of event.
+        // The text may quote names that others chose: a message's id, a type of event.
         Self::Runtime(visible(&e.to_string()))
     }
 }

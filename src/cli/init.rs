@@ -1,4 +1,4 @@
-//! `init`: the commented default configuration as a file of one's own.
+//! `init`: writes the commented default configuration to a file.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -10,15 +10,15 @@ use std::{
 use super::failed::Failed;
 use crate::{config, telemetry::finding::shell_word};
 
-/// The file may come to hold secrets; who else is to read it is for its owner to say.
+/// The file's permissions: it may get secrets, so only its owner reads it.
 const MODE: u32 = 0o600;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Where to write it; left out: where --config points
+    /// The file to write; by default the one of --config
     #[arg(value_name = "PATH", value_hint = clap::ValueHint::FilePath)]
     path: Option<PathBuf>,
-    /// Also when there is a file: it is replaced
+    /// Replace an existing file
     #[arg(long)]
     force: bool,
 }
@@ -38,8 +38,8 @@ pub(super) fn run(args: Args, configured: &Path) -> Result<(), Failed> {
 
 Next:
   1. Describe a subscriber: the end of the file shows one. `hooktrail secret` makes its secret.
-  2. hooktrail --config {it} check       tells everything that is wrong with it
-  3. hooktrail --config {it} plan        tells what it would do: retries, memory, dead letters
+  2. hooktrail --config {it} check       reports every mistake in it
+  3. hooktrail --config {it} plan        shows what it would do: retries, memory, dead letters
   4. hooktrail --config {it} test NAME   sends one signed event to a subscriber
   5. hooktrail --config {it} run         the daemon",
         path = path.display(),
@@ -47,24 +47,23 @@ Next:
     Ok(())
 }
 
-/// A daemon that watches the file never sees a part of it.
+/// Writes the file in one step, so that a daemon that watches it never reads a part.
 fn write(path: &Path, force: bool) -> io::Result<()> {
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
-        // As a kind of its own: a file in the way of a directory is not the file that was asked
-        // for.
+        // Another kind of error: a file in the place of a directory is not the file to be written.
         made.map_err(|e| io::Error::other(format!("the directory {}: {e}", parent.display())))?;
     }
     if !force {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
         return fill(&mut file).inspect_err(|_| drop(fs::remove_file(path)));
     }
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".{}.new", std::process::id()));
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(&beside)?;
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}.new", std::process::id()));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(&temporary)?;
     fill(&mut file)
-        .and_then(|()| fs::rename(&beside, path))
-        .inspect_err(|_| drop(fs::remove_file(&beside)))
+        .and_then(|()| fs::rename(&temporary, path))
+        .inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
 fn fill(file: &mut File) -> io::Result<()> {
@@ -95,7 +94,7 @@ mod tests {
         assert_eq!(
             fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(),
             1,
-            "nothing is left beside it"
+            "no other file is left"
         );
         config::load_with(&path, &|_| None).expect("it is valid as it is");
     }

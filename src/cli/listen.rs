@@ -32,15 +32,15 @@ use crate::{
     wording::counted,
 };
 
-/// Larger than any request that hooktrail sends.
+/// The longest body in bytes, longer than any request of hooktrail.
 const MAX_BODY: usize = 16 * 1024 * 1024;
 
-/// Ids remembered, to tell a repeat.
+/// The number of ids that are remembered, to recognise a repeat.
 const MAX_IDS: usize = 100_000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Where to listen; port 0 takes a free one
+    /// The address to listen on; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:9000", value_parser = parse_addr, value_name = "HOST:PORT")]
     addr: String,
     /// The secret to verify with, or `file:PATH` to keep it out of the process list; twice for a
@@ -56,24 +56,24 @@ pub(super) struct Args {
     /// Answer 503 to this share of the requests, from 0 to 1
     #[arg(long, default_value_t = 0.0, value_parser = parse_share, value_name = "P")]
     fail_rate: f64,
-    /// Refuse, with 422, each request that has an event of such a type, an AMQP topic pattern such
-    /// as `user.*`; as often as wanted. Of an endpoint that accepts others the daemon halves such a
-    /// batch until the refused events are alone
+    /// Refuse, with 422, each request with an event whose type matches this AMQP topic pattern,
+    /// such as `user.*`; may be given more than once. If other events are accepted, the daemon
+    /// halves a refused batch until the refused events are alone
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::try_new)]
     refuse: Vec<Pattern>,
-    /// Wait so long before each answer
+    /// The wait before each answer
     #[arg(long, default_value = "0s", value_parser = super::arguments::duration, value_name = "DURATION")]
     delay: Duration,
-    /// Ask for a pause of so long, by `Retry-After`, in each answer that is no success
+    /// The `Retry-After` of each answer that is not a success
     #[arg(long, value_parser = super::arguments::duration, value_name = "DURATION")]
     retry_after: Option<Duration>,
-    /// A header of each answer, such as `x-request-id=7`; as often as wanted
+    /// A header of each answer, such as `x-request-id=7`; may be given more than once
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
     header: Vec<(HeaderName, HeaderValue)>,
     /// One JSON object a request instead of text
     #[arg(long)]
     json: bool,
-    /// Print nothing of each request, and at the end how many there were
+    /// Print only the number of requests, at the end
     #[arg(long, short)]
     quiet: bool,
 }
@@ -113,14 +113,14 @@ struct Listener {
     totals: Mutex<Totals>,
 }
 
-/// What `--quiet` tells at the end.
+/// The counts that `--quiet` prints at the end.
 #[derive(Debug, Default, serde::Serialize)]
 struct Totals {
     requests: u64,
-    /// Those whose id was seen before.
+    /// Requests whose id was seen before.
     repeats: u64,
     events: u64,
-    /// How many got which status.
+    /// The number of answers by status.
     statuses: BTreeMap<u16, u64>,
 }
 
@@ -179,8 +179,7 @@ pub(super) async fn run(args: Args) -> Result<(), Failed> {
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    // Not gracefully: the daemon keeps connections open, and a receiver for trying out stops at
-    // once.
+    // Not a graceful stop, which would wait for the connections that the daemon keeps open.
     tokio::select! {
         served = axum::serve(socket, app) => served.map_err(Failed::from),
         () = stop => {
@@ -197,7 +196,7 @@ fn read_secret(given: &str) -> Result<Secret, Failed> {
             let text = std::fs::read_to_string(Path::new(path));
             let text = text
                 .map_err(|e| Failed::Usage(format!("--secret file {path} cannot be read: {e}")))?;
-            // As the daemon reads it.
+            // Trimmed as the daemon does.
             let text =
                 text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
             (text.to_owned(), format!("--secret file {path}"))
@@ -250,12 +249,12 @@ async fn receive(
     (status, args.answer_headers(status))
 }
 
-/// What a request was, and what became of it.
+/// A request and its answer.
 struct Seen {
     /// `None` without a secret.
     verified: Option<Result<&'static str, Unverified>>,
     events: Result<Vec<Box<RawValue>>, String>,
-    /// The types of the events that `--refuse` is about, by the events' places.
+    /// The types of the refused events, by their places.
     refused: BTreeMap<usize, String>,
     status: u16,
 }
@@ -276,7 +275,7 @@ impl Args {
             headers.append(name, value.clone());
         }
         if let Some(wait) = self.retry_after.filter(|_| !status.is_success()) {
-            // Whole seconds are all that it can say.
+            // The header has whole seconds.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
@@ -289,7 +288,7 @@ fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
 }
 
 impl Listener {
-    /// `None` without a secret. With several any one of them will do.
+    /// Verifies a request with any of the secrets; `None` without a secret.
     fn verify(&self, headers: &HeaderMap, body: &[u8]) -> Option<Result<&'static str, Unverified>> {
         let now = clock::unix_seconds(clock::now());
         let mut results = self
@@ -372,7 +371,7 @@ impl Listener {
         *totals.statuses.entry(status).or_default() += 1;
     }
 
-    /// At the end, where nothing was told before.
+    /// Prints the counts, if requests were not printed.
     fn sum_up(&self) {
         if !self.args.quiet {
             return;
@@ -385,7 +384,7 @@ impl Listener {
         }
     }
 
-    /// Whether the id is new.
+    /// Remembers an id; false if it was seen before.
     fn remember(&self, id: &str) -> bool {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.len() >= MAX_IDS {
@@ -395,7 +394,7 @@ impl Listener {
     }
 }
 
-/// A request as `--json` prints it; the events with the bytes they came with.
+/// A request as `--json` prints it, with the exact bytes of its events.
 #[derive(serde::Serialize)]
 struct Line<'a> {
     at: &'a str,
@@ -414,7 +413,7 @@ struct Line<'a> {
     events: Option<&'a Vec<Box<RawValue>>>,
 }
 
-/// The events of a body with their bytes as they came.
+/// The events of a body, each with its exact bytes.
 fn events_of(body: &[u8], content_type: &str) -> Result<Vec<Box<RawValue>>, String> {
     #[derive(serde::Deserialize)]
     struct Payload {
@@ -427,7 +426,7 @@ fn events_of(body: &[u8], content_type: &str) -> Result<Vec<Box<RawValue>>, Stri
     serde_json::from_slice::<Payload>(body).map(|p| p.events).map_err(|e| e.to_string())
 }
 
-/// What a person wants to know of an audit event; anything else as it is.
+/// An audit event for people; anything else unchanged.
 fn one_line(event: &str) -> String {
     #[derive(serde::Deserialize)]
     struct Named {
@@ -445,7 +444,7 @@ fn one_line(event: &str) -> String {
             let resource = a.resource.map(|r| format!(" ({})", r.name)).unwrap_or_default();
             visible(&format!("{:<40} {} {}{resource}", a.event, a.actor.name, a.description))
         }
-        // A line break here stands between tokens.
+        // A line break stands between tokens here.
         Err(_) => visible(&event.replace(['\n', '\r'], " ")),
     }
 }
@@ -466,7 +465,7 @@ mod tests {
             one_line("{\"event\":\n18446744073709551616}"),
             "{\"event\": 18446744073709551616}"
         );
-        // Escaped or raw, nobody's event drives the terminal.
+        // No event drives the terminal, escaped or raw.
         let hostile = audit.replace("John Doe", r"\u001b[2JJohn\nDoe");
         assert_eq!(
             one_line(&hostile),

@@ -1,4 +1,4 @@
-//! `man`: the manual page, for packages: made of the same definitions as `--help`.
+//! `man`: the manual page for packages, made from the definitions of `--help`.
 
 use std::io::Write as _;
 
@@ -25,8 +25,8 @@ fn commands(of: &clap::Command, path: &str, out: &mut Vec<u8>) -> std::io::Resul
             command.clone().disable_help_flag(true).term_width(72).render_long_help().to_string();
         writeln!(out, ".SH \"{}\"\n.nf", path.to_uppercase())?;
         for line in help.lines() {
-            // What begins with a dot or a quote would be a request of the formatter; `\\&` is
-            // nothing.
+            // A line that begins with a dot or a quote would be a request of the formatter; `\\&`
+            // is nothing.
             writeln!(out, "\\&{}", line.replace('\\', "\\e").replace('-', "\\-"))?;
         }
         writeln!(out, ".fi")?;

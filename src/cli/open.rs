@@ -1,4 +1,4 @@
-//! What a command works with: the broker, and the subscriber that it names.
+//! Opens the broker, and finds the subscriber that a command names.
 
 use super::{
     failed::Failed,
@@ -11,7 +11,8 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The broker, after a look whether it can be reached: a command must not wait for it without end.
+/// Connects to the broker; an error if it cannot be reached, since a command must not wait for it
+/// indefinitely.
 pub(super) async fn reach(config: &AmqpConfig) -> Result<AmqpQueue, Failed> {
     let queue = AmqpQueue::new(config.clone(), Metrics::new(clock::now()));
     queue.ping().await?;

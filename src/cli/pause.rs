@@ -11,7 +11,7 @@ use crate::{
     wording::counted,
 };
 
-/// Whom it is about.
+/// The subscribers to pause or resume.
 #[derive(Debug, clap::Args)]
 pub(super) struct Whom {
     /// The subscribers' names
@@ -44,7 +44,7 @@ pub(super) async fn pause(asked: &Asked, whom: &Whom, why: Option<String>) -> Re
     failures.end("paused")
 }
 
-/// `wanted`: the reason that was given.
+/// Prints the pause; `wanted` is the reason on the command line.
 fn say_paused(name: &str, answer: &Standing, wanted: Option<&str>) {
     let already = if answer.changed { "is paused" } else { "was paused already" };
     let Some(Paused { why, since, by }) = &answer.paused else { return };
@@ -71,7 +71,7 @@ pub(super) async fn resume(asked: &Asked, whom: &Whom) -> Result<(), Failed> {
         match daemon.post::<Standing>(&path, &Wish::default()).await {
             Ok(answer) if answer.changed => {
                 println!(
-                    "`{name}` is resumed; attempts and elapsed time of the batches that it has begin anew."
+                    "`{name}` is resumed; attempts and elapsed time of its batches start again from zero."
                 );
             }
             Ok(_) => println!("`{name}` was not paused."),
@@ -89,7 +89,7 @@ pub(super) async fn resume(asked: &Asked, whom: &Whom) -> Result<(), Failed> {
     failures.end("resumed")
 }
 
-/// The names of the running daemon's subscribers of a kind.
+/// The names of the running daemon's subscribers that `is_meant` selects.
 async fn of_all(
     daemon: &Daemon<'_>,
     is_meant: impl Fn(&Subscriber) -> bool,
@@ -98,7 +98,8 @@ async fn of_all(
     Ok(found.subscribers.into_iter().filter(is_meant).map(|s| s.subscriber).collect())
 }
 
-/// Of several subscribers one that cannot be changed does not keep the others from it.
+/// Counts failures: of several subscribers, one that cannot be changed does not keep the others
+/// from it.
 struct Failures {
     of: usize,
     count: usize,

@@ -1,5 +1,4 @@
-//! `plan`: what a configuration would do. Computed by the policies that the daemon works by, not
-//! tried.
+//! `plan`: the effects of a configuration, computed by the policies of the daemon.
 
 mod forecast;
 mod json;
@@ -17,7 +16,7 @@ use crate::config::{Backend, Config, Subscriber};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only this subscriber; left out: all
+    /// Only this subscriber; by default all
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// As one JSON object

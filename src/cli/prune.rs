@@ -1,4 +1,4 @@
-//! `prune`: deletes what is left of subscribers that are not configured any more, or everything.
+//! `prune`: deletes the queues of removed subscribers, or everything.
 
 use serde_json::json;
 
@@ -14,14 +14,14 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only these; without any name all that are not configured any more
+    /// Only these; without names, all that are not configured any more
     #[arg(value_name = "SUBSCRIBER")]
     subscribers: Vec<String>,
-    /// Everything that hooktrail has made for this configuration, also of subscribers that are
-    /// configured: to be rid of it. No daemon may run. The exchange that producers publish to stays
+    /// Delete everything that hooktrail has made for this configuration, configured subscribers
+    /// included. No daemon may run. The exchange that producers publish to stays
     #[arg(long, conflicts_with_all = ["subscribers", "with_events"])]
     all: bool,
-    /// Also those that still hold events, retries or dead letters: they are lost
+    /// Also delete those that still hold events, retries or dead letters, which are lost
     #[arg(long)]
     with_events: bool,
     #[command(flatten)]
@@ -56,7 +56,7 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     }
 }
 
-/// Of a prefix in RabbitMQ.
+/// Deletes everything under a prefix in RabbitMQ.
 async fn all_of_broker(queue: &AmqpQueue, config: &Config, args: &Args) -> Result<(), Failed> {
     let Backend::Amqp(AmqpConfig { prefix, intake, .. }) = &config.queue.backend else {
         return Ok(());
@@ -73,7 +73,7 @@ async fn all_of_broker(queue: &AmqpQueue, config: &Config, args: &Args) -> Resul
     Ok(())
 }
 
-/// Of an embedded queue.
+/// Deletes an embedded queue.
 async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
     let embedded = &config.queue.embedded;
     let dir = visible(&embedded.data_dir.display().to_string());
@@ -82,7 +82,7 @@ async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
             "there is no embedded queue in {dir}; nothing was deleted"
         )));
     }
-    // As a daemon does, so that there is none.
+    // Opened as by a daemon, so that no daemon can run.
     let queue = EmbeddedQueue::for_daemon(embedded)?;
     let depths = queue.everything().await?;
     if say_what_goes(&depths, &format!("the embedded queue in {dir}"), args)? {
@@ -91,12 +91,12 @@ async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Shows what would be lost, and asks. Returns whether it is to be deleted.
+/// Shows what would be lost, and asks. Returns whether to delete it.
 fn say_what_goes(depths: &Depths, what: &str, args: &Args) -> Result<bool, Failed> {
     let delete = !args.how.dry_run;
     if !args.how.json {
         for (name, depth) in &depths.subscribers {
-            println!("{name}: {}", told(*depth));
+            println!("{name}: {}", contents(*depth));
         }
         for (number, of) in [
             (depths.delayed.unwrap_or(0), "batch(es) that wait(s) for (its|their) next attempt"),
@@ -149,10 +149,10 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
         if args.with_events { empty.iter().chain(&full).collect() } else { empty.iter().collect() };
     if !args.how.json {
         for (name, depth) in &delete {
-            println!("{name}: {}", told(**depth));
+            println!("{name}: {}", contents(**depth));
         }
         for (name, depth) in full.iter().filter(|_| !args.with_events) {
-            println!("{name}: kept, it holds {}", told(**depth));
+            println!("{name}: kept, it holds {}", contents(**depth));
         }
     }
     let ask = !args.how.dry_run && !args.how.yes && !delete.is_empty();
@@ -190,7 +190,7 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     }
     if !kept.is_empty() {
         return Err(Failed::Runtime(format!(
-            "{} kept, with events: {}; configure again to deliver, look with `hooktrail dead list NAME`, or say --with-events to lose them",
+            "{} kept, with events: {}; configure again to deliver, inspect with `hooktrail dead list NAME`, or use --with-events to lose them",
             counted(kept.len(), "subscriber(s) (was|were)"),
             kept.join(", ")
         )));
@@ -198,7 +198,7 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     Ok(())
 }
 
-/// Nobody has unbound it yet.
+/// The error for a removed subscriber whose queue is still bound.
 fn still_bound(names: &str) -> String {
     format!(
         "`{names}`: not configured here, and still gets events: a daemon has to let go first. Reload or start one with this configuration; \
@@ -206,7 +206,7 @@ fn still_bound(names: &str) -> String {
     )
 }
 
-fn told(depth: Depth) -> String {
+fn contents(depth: Depth) -> String {
     let (events, batches) =
         (counted(depth.events, "event(s)"), counted(depth.batches(), "batch(es) to retry"));
     format!("{events}, {batches}, {}", counted(depth.dead, "dead letter(s)"))

@@ -1,8 +1,8 @@
 //! `publish`: hands events to the broker and returns when all are confirmed.
 //!
-//! A thread of its own reads, so that a signal is heard while nothing comes. It hands over what it
-//! has read before it waits for more: few events at a time where they come slowly, a thousand where
-//! they are all there.
+//! A thread reads, so that signals are handled while no input arrives. It hands over the events
+//! that it has read before it waits for more: few at a time from a slow input, a thousand from a
+//! file.
 
 use std::{
     collections::BTreeMap,
@@ -26,16 +26,16 @@ use crate::{
     wording::counted,
 };
 
-/// The longest line in bytes: no request body holds a larger event, so nobody could ever get it.
+/// The longest line in bytes: no request body holds a larger event.
 const MAX_LINE: u64 = BatchPolicy::MAX_BYTES;
 
-/// The bytes of a group; its confirms are awaited together.
+/// The most bytes of a group, whose confirms are awaited together.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
 
-/// Read at once, in bytes: of a file about as many events as go together.
+/// Bytes read at once, about the events of one group.
 const BUFFER: usize = 1024 * 1024;
 
-/// So many bad lines of a file are shown.
+/// The most bad lines that are shown of a file.
 const SHOWN: usize = 20;
 
 #[derive(Debug, clap::Args)]
@@ -51,19 +51,19 @@ struct Tally {
     stored: usize,
     refused: usize,
     bad_lines: usize,
-    /// By type: events that no pattern of the configuration matches.
+    /// Events that no pattern of the configuration matches, by type.
     unmatched: BTreeMap<String, usize>,
-    /// By type: events that a pattern matches but no queue took.
+    /// Events that a pattern matches and no queue took, by type.
     unbound: BTreeMap<String, usize>,
 }
 
-/// What was read since the group before.
+/// Events read since the previous group.
 #[derive(Debug, Default)]
 struct Group {
     events: Vec<NewEvent>,
     bytes: usize,
     bad_lines: usize,
-    /// The line that it ends with, as `FILE:LINE`.
+    /// The last line of the group, as `FILE:LINE`.
     upto: String,
 }
 
@@ -97,7 +97,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
     }
     let (groups, read) = mpsc::channel(1);
     let files = files.to_vec();
-    // It may wait for input that never comes; it ends with the process.
+    // The thread may wait for input indefinitely; it ends with the process.
     std::thread::Builder::new()
         .name("hooktrail-input".to_owned())
         .spawn(move || Input::new(groups).files(&files))?;
@@ -114,7 +114,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
             let upto = if upto.is_empty() {
                 "before anything was read".to_owned()
             } else {
-                format!("after {upto}; begin again behind it")
+                format!("after {upto}; continue after it")
             };
             let why = format!("interrupted {upto}");
             Err(Failed::Runtime(match report(&tally) {
@@ -130,8 +130,8 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
     }
 }
 
-/// Publishes what is read until there is no more, or until somebody asks to stop; then what was
-/// handed over is finished, and the last line of that is returned.
+/// Publishes groups until the input ends. If interrupted, publishes those already handed over and
+/// returns their last line.
 async fn take(
     queue: &impl Queue,
     config: &Config,
@@ -176,7 +176,7 @@ async fn take(
     Ok(interrupted.then_some(upto))
 }
 
-/// An error for what can be seen not to be readable before anything is published.
+/// An error if a file cannot be read, found before anything is published.
 fn unusable(file: &Path) -> std::io::Result<()> {
     if file.as_os_str() == "-" {
         return Ok(());
@@ -185,11 +185,11 @@ fn unusable(file: &Path) -> std::io::Result<()> {
     if found.is_dir() {
         return Err(std::io::ErrorKind::IsADirectory.into());
     }
-    // A pipe is opened once: whoever writes into it would see it end.
+    // A pipe is opened only once: its writer would see it end.
     if found.is_file() { std::fs::File::open(file).map(drop) } else { Ok(()) }
 }
 
-/// Reads files, and says of each line that is no event why.
+/// Reads files, and reports each line that is not an event.
 struct Input {
     groups: mpsc::Sender<Result<Group, String>>,
     group: Group,
@@ -200,7 +200,7 @@ impl Input {
         Self { groups, group: Group::default() }
     }
 
-    /// Whoever takes the groups ends this by taking no more.
+    /// Reads all files, until the receiver of the groups is dropped.
     fn files(mut self, files: &[PathBuf]) {
         for file in files {
             match self.file(file) {
@@ -208,7 +208,7 @@ impl Input {
                 Ok(false) => return,
                 Err(why) => {
                     if self.hand_over() {
-                        self.groups.blocking_send(Err(why)).ok(); // nobody takes any more
+                        self.groups.blocking_send(Err(why)).ok(); // the receiver was dropped
                     }
                     return;
                 }
@@ -217,7 +217,7 @@ impl Input {
         self.hand_over();
     }
 
-    /// False when nobody takes any more.
+    /// False if the receiver of the groups was dropped.
     fn file(&mut self, file: &Path) -> Result<bool, String> {
         let is_stdin = file.as_os_str() == "-";
         let name = if is_stdin { "stdin".to_owned() } else { visible(&file.display().to_string()) };
@@ -257,7 +257,7 @@ impl Input {
                 }
             }
             let full = self.group.events.len() >= MAX_GROUP || self.group.bytes >= MAX_GROUP_BYTES;
-            // What comes next may be long in coming.
+            // The next line may take long to arrive.
             let waits = !input.buffer().contains(&b'\n');
             if (full || waits) && !self.hand_over() {
                 return Ok(false);
@@ -265,7 +265,7 @@ impl Input {
         }
     }
 
-    /// Takes the events of a line; what of it is none.
+    /// Adds the events of a line to the group; returns the parts that are not events.
     fn line(&mut self, line: &[u8]) -> Vec<Unpublished> {
         if line.iter().all(u8::is_ascii_whitespace) {
             return Vec::new();
@@ -327,13 +327,13 @@ impl Input {
         });
     }
 
-    /// Hands over what there is, when there is room for it.
+    /// Hands over the group, as soon as there is room for it.
     fn hand_over(&mut self) -> bool {
         self.groups.blocking_send(Ok(std::mem::take(&mut self.group))).is_ok()
     }
 }
 
-/// What of a line is not published.
+/// A part of a line that is not published.
 struct Unpublished {
     why: String,
     /// It is the beginning of JSON that goes on in the next line.
@@ -345,7 +345,7 @@ impl From<&InvalidEvent> for Unpublished {
         let text = match why {
             InvalidEvent::ByteOrderMark => format!("{why}; save the file without one"),
             InvalidEvent::NotUtf8 { .. } => format!("{why}; save the file as UTF-8"),
-            // It was read alone, so its line is always the first.
+            // The line was parsed alone, so its number is always 1.
             InvalidEvent::NotJson(found) => match found.rsplit_once(" at line 1 column ") {
                 Some((what, column)) => format!("not JSON at column {column}: {what}"),
                 None => why.to_string(),
@@ -359,7 +359,7 @@ impl From<&InvalidEvent> for Unpublished {
     }
 }
 
-/// The events of an array, or of `{"events":[…]}`, each with the bytes that it has there.
+/// The events of an array, or of `{"events":[…]}`, each with its exact bytes.
 fn several(line: &[u8]) -> Option<Vec<&RawValue>> {
     #[derive(serde::Deserialize)]
     struct Payload<'l> {
@@ -369,22 +369,22 @@ fn several(line: &[u8]) -> Option<Vec<&RawValue>> {
     let text = std::str::from_utf8(line).ok()?;
     match text.trim_start().starts_with('[') {
         true => serde_json::from_str(text).ok(),
-        // Of two fields `events` neither is meant.
+        // Two fields `events` are ambiguous.
         false => serde_json::from_str::<Payload<'_>>(text).ok().map(|p| p.events),
     }
 }
 
-/// Where a part of a line stands in it.
+/// The place of a part in its line.
 fn place(line: &[u8], part: &[u8]) -> std::ops::Range<usize> {
     let begin = part.as_ptr() as usize - line.as_ptr() as usize;
     begin..begin + part.len()
 }
 
-/// The next line, of a longer one only its beginning: a file without line breaks may be larger than
-/// the memory.
+/// Reads the next line, and of one that is too long only the beginning: a file without line breaks
+/// may be larger than the memory.
 fn read_line(input: &mut (impl BufRead + ?Sized), line: &mut Vec<u8>) -> std::io::Result<usize> {
     line.clear();
-    // One byte more than fits, and the two of its end.
+    // One byte more than is allowed, and two for the line's end.
     let most = MAX_LINE + 3;
     let read = input.take(most).read_until(b'\n', line)?;
     if read as u64 == most && !line.ends_with(b"\n") {
@@ -462,7 +462,7 @@ fn report(tally: &Tally) -> Result<(), Failed> {
 mod tests {
     use super::*;
 
-    /// What is taken of a line, and what is said of the rest.
+    /// The events of a line, and the reports on the rest.
     fn taken(line: &str) -> (Vec<(String, String)>, Vec<String>) {
         let mut input = Input::new(mpsc::channel(1).0);
         let unpublished = input.line(line.as_bytes());
@@ -487,7 +487,7 @@ mod tests {
         ] {
             assert_eq!(taken(&line), (both(), Vec::new()), "{line}");
         }
-        // What has a type is an event, whatever else it has.
+        // An object with a type is an event, whatever else it has.
         assert_eq!(taken(r#"{"events":[],"event":"c"}"#).0.len(), 1);
         let (events, bad) = taken(&format!("[{a},1,{b}]"));
         assert_eq!(events, both());

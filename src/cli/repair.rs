@@ -1,4 +1,4 @@
-//! `hooktrail repair`.
+//! `repair`: deletes and redeclares broken queues.
 
 use super::{
     failed::Failed,
@@ -26,7 +26,7 @@ pub(super) async fn run(config: &Config, name: &str, force: bool) -> Result<(), 
             Repaired::Declared(queue) => println!("{queue}: declared; it was missing"),
             Repaired::Redeclared { queue, why } => {
                 println!(
-                    "{queue}: deleted and declared anew, since the broker had lost the use of it: {why}"
+                    "{queue}: deleted and redeclared, because the broker could not use it: {why}"
                 )
             }
         }

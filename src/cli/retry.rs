@@ -1,4 +1,4 @@
-//! `retry`: what waits for its next attempt, and the next attempt now.
+//! `retry`: lists the batches that wait for a retry, and makes retries due now.
 
 use std::{
     collections::BTreeSet,
@@ -26,16 +26,16 @@ use crate::{
     wording::counted,
 };
 
-/// So many ids that nothing has are named.
+/// The most unknown ids that an error names.
 const NAMED: usize = 10;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// One line a batch that waits for its next attempt, the first due first, each with its number,
-    /// such as @2
+    /// List the batches that wait for a retry, the first due first, each with its number, such as
+    /// @2
     ///
-    /// On RabbitMQ the queues in which retries wait are looked through, each for 10 s at most,
-    /// while none of its batches comes due.
+    /// On RabbitMQ this reads each queue in which retries wait, for at most 10 s; meanwhile none of
+    /// its batches becomes due.
     List {
         /// The subscriber's name; one that is not configured any more is fine
         #[arg(add = complete::subscribers())]
@@ -44,15 +44,15 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Make the next attempt due now: of all batches that wait, or of some. Bytes, ids and attempts
-    /// stay as they are
+    /// Make retries due now: of all batches that wait, or of some. Bytes, ids and attempts stay as
+    /// they are
     ///
-    /// Works with or without a daemon; the running one sends them at once, and without one nothing
-    /// is sent until one runs. If the subscriber's circuit is open, or its receiver asked to be
-    /// left alone, one batch is tried as soon as no request is under way, and the rest follows when
-    /// that is accepted; if it fails, the wait goes on. A paused one gets nothing before `hooktrail
-    /// resume`, or before `paused = true` is taken out of the configuration. After a crash in the
-    /// middle some may come twice, under the same ids; run it again for the rest.
+    /// Works with or without a daemon: a running one sends them at once, and without one they are
+    /// sent when one runs. If the subscriber's circuit is open, or its receiver asked for a hold by
+    /// `Retry-After`, one batch is tried as soon as no request is in flight. When that is accepted
+    /// the rest follows; if it fails, the wait goes on. A paused subscriber gets nothing before
+    /// `hooktrail resume`, or before `paused = true` is removed from the configuration. After a
+    /// crash some batches may be sent twice, under the same ids; run it again for the rest.
     Now {
         /// The subscriber's name; one that is not configured any more is fine
         #[arg(add = complete::subscribers())]
@@ -97,14 +97,14 @@ pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed>
     }
 }
 
-/// A queue that is left half looked through can lose its order: one Ctrl-C or SIGTERM lets the work
-/// go on to its end, a second ends it.
+/// Does the work to its end, or until a second Ctrl-C or SIGTERM: a walk that stops half-way can
+/// change the order of a queue.
 async fn to_its_end(work: impl Future<Output = Result<(), Failed>>) -> Result<(), Failed> {
     let stops = signal::stop()?;
     let interrupted = async {
         stops.times(1).await;
         eprintln!(
-            "interrupted: it goes on to its end, so that no batch loses its place; once more ends it at once"
+            "interrupted: the work goes on to its end, so that no batch loses its place; interrupt again to stop at once"
         );
         stops.times(2).await;
     };
@@ -125,14 +125,14 @@ async fn on(queue: &impl Queue, config: &Config, command: Command) -> Result<(),
     }
 }
 
-/// How long it is until then.
+/// The time until then.
 fn until(due: Option<SystemTime>, now: SystemTime) -> String {
     let Some(due) = due else { return "unknown".to_owned() };
     let left = due.duration_since(now).unwrap_or_default();
     if left.is_zero() {
         return "now".to_owned();
     }
-    // Rounded up: it is not due before.
+    // Rounded up, so that it is due by then.
     span(Duration::from_secs(left.as_secs() + u64::from(left.subsec_nanos() > 0)))
 }
 
@@ -141,8 +141,8 @@ fn unseen(n: u64, subscriber: &str) -> Result<(), Failed> {
         return Ok(());
     }
     Err(Failed::Runtime(format!(
-        "{} of all subscribers could not be looked at in the time for which a queue of retries may be held, and there may be some of \
-         `{subscriber}` among them",
+        "{} of all subscribers could not be read in the time for which a queue of retries may be held, and some of `{subscriber}` may be \
+         among them",
         counted(n, "message(s)")
     )))
 }
@@ -199,7 +199,7 @@ impl Now {
         let ids = (!names.is_empty()).then_some(ids);
         let mut hastened = match (&list, &ids) {
             (Some(list), _) if self.dry_run => foreseen(list, ids.as_ref()),
-            // Every number was one too many.
+            // No number was found.
             (_, Some(ids)) if ids.is_empty() => Hastened::default(),
             _ => queue.hasten(&self.subscriber, ids).await?,
         };
@@ -209,18 +209,18 @@ impl Now {
         } else {
             Some(self.tried(config).await)
         };
-        self.tell(config, &hastened, &missing, tried.as_ref());
+        self.report(config, &hastened, &missing, tried.as_ref());
         if !missing.is_empty() {
             return Err(self.not_found(&missing));
         }
         unseen(hastened.unseen, &self.subscriber)
     }
 
-    /// Has the daemon try the subscriber whatever keeps it from that, but for a pause; else why
-    /// that is not known.
+    /// Asks the daemon to try the subscriber now, also with an open circuit or a hold; the error
+    /// says why that is not known.
     async fn tried(&self, config: &Config) -> Result<Retried, String> {
         let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
-        // What is to be sent is due already.
+        // The batches are due already.
         let wish = RetryNow { ids: None, try_only: true };
         let answer = async {
             Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await
@@ -231,7 +231,7 @@ impl Now {
         })
     }
 
-    fn tell(
+    fn report(
         &self,
         config: &Config,
         done: &Hastened,
@@ -282,7 +282,7 @@ impl Now {
             }
             Some(Ok(answer)) if answer.tried_now => {
                 let why = if answer.state == State::Held {
-                    "its receiver had asked to be left alone"
+                    "its receiver had asked for a hold by Retry-After"
                 } else {
                     "its circuit was open"
                 };
@@ -311,7 +311,7 @@ impl Now {
     }
 }
 
-/// Where its table is, for a person.
+/// The file that has the subscriber's table.
 fn file_of(config: &Config, subscriber: &str) -> String {
     config::file_of(&config.path, subscriber)
         .unwrap_or_else(|| config.path.clone())
@@ -319,7 +319,7 @@ fn file_of(config: &Config, subscriber: &str) -> String {
         .to_string()
 }
 
-/// The ids that are meant, and the numbers that nothing has.
+/// The chosen ids, and the numbers that were not found.
 fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<BatchId>, Vec<String>) {
     let (mut ids, mut missing) = (BTreeSet::new(), Vec::new());
     for name in names {
@@ -334,7 +334,7 @@ fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<BatchId>, Ve
     (ids, missing)
 }
 
-/// What would come of it.
+/// The result of a dry run.
 fn foreseen(list: &WaitingList, ids: Option<&BTreeSet<BatchId>>) -> Hastened {
     let now = clock::now();
     let meant: Vec<&Waiting> =

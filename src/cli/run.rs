@@ -25,8 +25,7 @@ use crate::{
 };
 
 pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
-    // First of all: a signal that comes while the daemon starts must not end it in another way than
-    // later.
+    // First of all: a signal during the start must have the same effect as later.
     let signals = (signal::stop()?, Hangups::listen()?);
     let config = config::load(path);
     let format = config.as_ref().map_or_else(|_| config::log_of(path), |config| config.log);
@@ -36,7 +35,7 @@ pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
         Ok(config) => start(config, level, metrics, force, signals).await,
         Err(e) => Err(Failed::Config(e)),
     };
-    // Not printed: nothing may wait for a log that nobody reads.
+    // Not printed: the daemon must not wait for a log without a reader.
     let ended = ended.map_err(|failed| {
         let error = match &failed {
             Failed::Usage(why) | Failed::Runtime(why) => why.clone(),
@@ -112,12 +111,12 @@ async fn deliver(
     let subscribers = config.subscribers.clone();
     let (reloader, changes) = Reloader::new(config, metrics, queue.removals().clone(), level);
     let (phase, phases) = watch::channel(Phase::Starting);
-    let told = tokio::spawn(systemd::follow(phases.clone()));
+    let notifying = tokio::spawn(systemd::follow(phases.clone()));
     let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
     startup_check::inspect_once(queue.clone(), &subscribers, phase.subscribe());
-    let mut asking = JoinSet::new();
-    asking.spawn(reload_when_told(reloader.clone(), hangups, phases));
-    asking.spawn(reload_when_files_change(reloader.clone()));
+    let mut reloading = JoinSet::new();
+    reloading.spawn(reload_on_hangup(reloader.clone(), hangups, phases));
+    reloading.spawn(reload_when_files_change(reloader.clone()));
     let controls = Controls {
         phase: &phase,
         changes,
@@ -125,18 +124,18 @@ async fn deliver(
         shutdown_timeout: reloader.shutdown_timeout(),
         hurry: Box::pin(stops.times(2)),
     };
-    let beside = serving.done_with_the_queue();
-    fleet::run(queue, subscribers, stops.times(1), controls, beside).await?;
+    let queue_unused = serving.done_with_the_queue();
+    fleet::run(queue, subscribers, stops.times(1), controls, queue_unused).await?;
     tokio::select! {
         () = serving.close() => {}
         () = stops.times(2) => {}
     }
-    // It ends when it has told the last phase.
+    // The task ends after it has reported the last phase.
     drop(phase);
-    told.await.map_err(|e| Failed::Runtime(e.to_string()))
+    notifying.await.map_err(|e| Failed::Runtime(e.to_string()))
 }
 
-async fn reload_when_told(
+async fn reload_on_hangup(
     reloader: Reloader,
     mut hangups: Hangups,
     phases: watch::Receiver<Phase>,
@@ -148,7 +147,7 @@ async fn reload_when_told(
         if running {
             systemd::reloading();
         }
-        // The log has told what came of it.
+        // The reload has logged its result.
         drop(reloader.reload(Because::Operator("SIGHUP")).await);
         if running && is_running() {
             systemd::ready();

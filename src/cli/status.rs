@@ -1,4 +1,4 @@
-//! `status`: how each subscriber is, in one table, or one of them with its story.
+//! `status`: all subscribers in a table, or one of them in detail.
 
 mod story;
 mod table;
@@ -24,23 +24,22 @@ use crate::{admin::view::Overview, delivery::SubscriberName};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Only this subscriber: since when it is so, and why, what waits, the last error, and what to
-    /// do
+    /// Only this subscriber, with its last error, what waits, and what to do
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
-    /// What the daemon answers, as one JSON object
+    /// The daemon's answer, as one JSON object
     #[arg(long)]
     json: bool,
-    /// Ask again and again, every so often
+    /// Repeat at this interval
     #[arg(long, value_name = "EVERY", num_args = 0..=1, default_missing_value = "2s", value_parser = watch)]
     watch: Option<Watch>,
 }
 
-/// What stands behind `--watch`.
+/// The value of `--watch`.
 #[derive(Debug, Clone)]
 enum Watch {
     Every(Duration),
-    /// No time: it is the subscriber's name, and the time is the usual one.
+    /// A subscriber's name instead of an interval, which is then [`EVERY`].
     Of(String),
 }
 
@@ -54,7 +53,7 @@ fn watch(text: &str) -> Result<Watch, String> {
     }
 }
 
-/// How often `--watch` alone asks.
+/// The interval of `--watch` without a value.
 const EVERY: Duration = Duration::from_secs(2);
 
 pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
@@ -74,18 +73,18 @@ pub(super) async fn run(asked: &Asked, args: &Args) -> Result<(), Failed> {
         let answer = daemon.get::<Overview>("subscribers").await;
         let shown = match &answer {
             Ok(found) => shown(found, name, args.json)?,
-            // Who watches waits for the daemon to come back.
+            // While watching, wait for the daemon to return.
             Err(Failed::Runtime(why)) if every.is_some() => format!("{why}\n"),
             Err(_) => return answer.map(drop),
         };
         if every.is_some() && !args.json && std::io::stdout().is_terminal() {
-            // From the top, and what was there before goes.
+            // Clears the screen and starts at its top.
             print!("\u{1b}[H\u{1b}[2J");
         }
         let shown =
             std::io::stdout().write_all(shown.as_bytes()).and_then(|()| std::io::stdout().flush());
         if shown.is_err() {
-            return Ok(()); // nobody reads any more, as with `| head`
+            return Ok(()); // the reader has left, as with `| head`
         }
         let Some(every) = every else { return Ok(()) };
         tokio::time::sleep(every.max(Duration::from_millis(100))).await;
@@ -127,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_not_there_is_told_with_those_that_are() {
+    fn an_unknown_subscriber_is_reported_with_those_that_are_known() {
         let raw = json!({ "phase": "running", "queue": { "up": true }, "subscribers": [{ "subscriber": "a", "state": "ok" }] });
         let found = Answer { read: serde_json::from_value(raw.clone()).expect("an overview"), raw };
         assert_eq!(shown(&found, Some(&"a".to_owned()), false).expect("it is there"), "a: ok\n");

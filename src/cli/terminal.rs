@@ -1,17 +1,16 @@
-//! How wide a terminal is, text that fits it, and a question on it.
+//! The terminal's width, text that fits it, and questions on it.
 
 use std::io::IsTerminal as _;
 
 use super::failed::Failed;
 
-/// What is taken where nobody says how wide it is.
+/// Columns of a terminal whose width is not known.
 pub(super) const USUAL: usize = 80;
 
-/// Narrower than this nothing can be read.
+/// The fewest columns; a narrower text is not readable.
 const LEAST: usize = 40;
 
-/// Columns: those that `$COLUMNS` says, else those of the terminal that is standard output; `None`
-/// where it is neither.
+/// Columns by `$COLUMNS`, else of the terminal on standard output; `None` without either.
 pub(super) fn width() -> Option<usize> {
     let said = std::env::var("COLUMNS").ok().and_then(|n| n.parse().ok());
     let is = || {
@@ -20,14 +19,14 @@ pub(super) fn width() -> Option<usize> {
     said.or_else(is).filter(|columns| *columns > 0).map(|columns| columns.max(LEAST))
 }
 
-/// Broken between words so that no line is longer than `width`; what is left of the line before
-/// stands two columns further in.
+/// Breaks a text between words so that no line is longer than `width`; continued lines are indented
+/// by two more columns.
 pub(super) fn wrapped(text: &str, width: usize) -> String {
     let words = text.trim_start_matches(' ');
     hanging(text, width, text.len() - words.len() + 2)
 }
 
-/// As [`wrapped`], with what is left of a line at column `further`.
+/// As [`wrapped`], with continued lines at column `further`.
 pub(super) fn hanging(text: &str, width: usize, further: usize) -> String {
     let words = text.trim_start_matches(' ');
     let indent = text.len() - words.len();
@@ -50,13 +49,13 @@ pub(super) fn hanging(text: &str, width: usize, further: usize) -> String {
     out
 }
 
-/// An error where `command` cannot ask before it deletes something.
+/// An error if `command` cannot ask before it deletes something.
 pub(super) fn can_ask(command: &str) -> Result<(), Failed> {
     if std::io::stdin().is_terminal() {
         return Ok(());
     }
     Err(Failed::Usage(format!(
-        "{command} deletes for good and cannot ask here; say --yes if that is meant, or look first with --dry-run"
+        "{command} deletes for good and cannot ask here; use --yes to delete, or --dry-run to see what would be deleted"
     )))
 }
 

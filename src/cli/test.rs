@@ -1,4 +1,4 @@
-//! `test`: one event to one subscriber, at once, and what the daemon would make of the answer.
+//! `test`: sends one event to one subscriber at once, and shows what the daemon would do.
 
 use std::fmt::Write as _;
 

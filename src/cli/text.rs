@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::{clock, config};
 
-/// A text as it can be shown: control characters could drive the terminal, so each is spelled out.
+/// Makes a text safe to show: control characters, which could drive the terminal, are spelled out.
 pub(super) fn visible(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -19,7 +19,7 @@ pub(super) fn visible(text: &str) -> String {
     out
 }
 
-/// Prints a line; false when nobody reads any more, as with `| head`.
+/// Prints a line; false if the reader has left, as with `| head`.
 pub(super) fn print(line: &str) -> bool {
     writeln!(std::io::stdout(), "{line}").is_ok()
 }
@@ -30,7 +30,7 @@ pub(super) fn as_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_else(|e| e.to_string())
 }
 
-/// A point in time to the second, or what stands for none.
+/// A point in time to the second, or `none`.
 pub(super) fn time(at: Option<SystemTime>, none: &str) -> String {
     at.map_or_else(|| none.to_owned(), clock::rfc3339_seconds)
 }
@@ -40,7 +40,7 @@ pub(super) fn size(bytes: u64) -> String {
     ByteSize::b(bytes).display().iec().to_string()
 }
 
-/// With commas between thousands.
+/// A number with commas between thousands.
 pub(super) fn grouped(n: impl Into<u64>) -> String {
     let digits = n.into().to_string();
     let mut out = String::with_capacity(digits.len() + digits.len() / 3);
@@ -66,10 +66,10 @@ pub(super) fn span(d: Duration) -> String {
             (_, rest) => format!("{}.{rest}s", tenths / 10),
         };
     }
-    // (seconds of a unit, its letter): the largest that the time holds, and the next one below it.
+    // Seconds of a unit, and its letter.
     const UNITS: [(u64, char); 4] = [(86_400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')];
     let round = |unit: u64| (d.as_secs_f64() / unit as f64).round() as u64 * unit;
-    // Days only where hours are hard to read; the retry schedules are spoken of in hours.
+    // Days only from 100 hours: retry schedules are usually given in hours.
     let from = if round(3600) >= 100 * 3600 { 0 } else { 1 };
     for (n, (unit, letter)) in UNITS.iter().enumerate().skip(from) {
         let Some((below, small)) = UNITS.get(n + 1) else { break };
@@ -86,7 +86,7 @@ pub(super) fn span(d: Duration) -> String {
     format!("{}s", round(1))
 }
 
-/// What may have been meant by a name that nobody has, and which names there are.
+/// The name most like an unknown one, and all known names.
 pub(super) fn there_are(name: &str, names: &[&str]) -> String {
     const SHOWN: usize = 20;
     if names.is_empty() {
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_nobody_has_is_answered_with_the_one_that_may_be_meant() {
+    fn an_unknown_name_is_answered_with_the_most_similar_known_one() {
         assert_eq!(
             there_are("seim", &["crm", "siem"]),
             "did you mean `siem`? there are: crm, siem"
@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(there_are("b", &[]), "there is none");
         let many: Vec<String> = (0..1000).map(|n| format!("s{n:03}")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
-        let said = there_are("nobody", &many);
+        let said = there_are("unknown", &many);
         assert!(said.len() < 200 && said.ends_with("s019 and 980 more"), "{said}");
     }
 
@@ -134,8 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn durations_are_told_by_their_two_largest_units() {
-        for (ms, told) in [
+    fn durations_are_shown_by_their_two_largest_units() {
+        for (ms, text) in [
             (0, "0s"),
             (3, "3ms"),
             (1500, "1.5s"),
@@ -147,7 +147,7 @@ mod tests {
             (168_000_000, "46h 40m"),
             (900_000_000, "10d 10h"),
         ] {
-            assert_eq!(span(Duration::from_millis(ms)), told);
+            assert_eq!(span(Duration::from_millis(ms)), text);
         }
         assert_eq!(
             (grouped(1_u32), grouped(1000_u32), grouped(51_841_u64)),

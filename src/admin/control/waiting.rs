@@ -1,4 +1,4 @@
-//! What waits for its next attempt: listed, and sent now.
+//! Batches that wait for a retry: listed, and made due now.
 
 use super::{Asked, Control, paused, queue_fails};
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
     queue::{Hastened, Queue},
 };
 
-/// Batches in one answer, unless fewer are asked for.
+/// The most batches in one answer.
 const MAX_LISTED: usize = 100;
 
 impl Asked for RetryNow {
@@ -21,7 +21,7 @@ impl Asked for RetryNow {
 }
 
 impl<Q: Queue> Control<Q> {
-    /// The first due first.
+    /// Lists the waiting batches, the first due first.
     pub(super) async fn waiting(
         &self,
         name: &str,
@@ -40,8 +40,9 @@ impl<Q: Queue> Control<Q> {
         })
     }
 
-    /// Who wants it now means that the receiver is there again: one batch is tried whatever keeps
-    /// the lane from that, but for a pause. Without a batch that is due there is nothing to try.
+    /// Makes retries due now. The operator believes that the receiver works again, so one batch is
+    /// tried in spite of an open circuit or a hold, but not of a pause. Without a due batch there
+    /// is nothing to try.
     pub(super) async fn retry_now(&self, name: &str, which: RetryNow) -> Result<Retried, Refusal> {
         self.subscriber(name)?;
         let view = self.board.view(name, clock::instant(), clock::now());
@@ -67,10 +68,8 @@ impl<Q: Queue> Control<Q> {
     }
 }
 
-/// On RabbitMQ a look holds queues for seconds, so those who ask meanwhile are not kept waiting in
-/// a line.
+/// Refuses a second request: on RabbitMQ the first one holds queues for seconds, and requests must
+/// not wait in a line.
 fn busy() -> Refusal {
-    Refusal::unavailable(
-        "another request looks at what waits for its next attempt; try again".to_owned(),
-    )
+    Refusal::unavailable("another request reads the batches that wait; try again".to_owned())
 }

@@ -1,4 +1,4 @@
-//! Which letters of a walk are meant.
+//! The choice of dead letters in a walk: by name, number and filter.
 
 use std::{
     convert::Infallible,
@@ -18,7 +18,8 @@ use crate::{
     wording,
 };
 
-/// All of a subscriber's, unless names or filters narrow them down.
+/// The dead letters that a command works on: all of a subscriber's, or those with these names that
+/// pass the filters.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Which {
     /// The subscriber's name; one that is not configured any more is fine. With --orphans, and for
@@ -30,13 +31,13 @@ pub(in crate::cli) struct Which {
     letters: Vec<Name>,
     #[command(flatten)]
     filters: Filters,
-    /// Instead of dead letters what could not be routed back to its subscriber, and invalid events
-    /// of a source queue (RabbitMQ only)
+    /// Orphans instead of dead letters: messages that could not be routed back to their subscriber,
+    /// and invalid events of a source queue (RabbitMQ only)
     #[arg(long)]
     orphans: bool,
 }
 
-/// Letters that all of them let through are meant.
+/// Filters; a dead letter must pass all of them.
 #[derive(Debug, Default, clap::Args)]
 struct Filters {
     /// Only those with this reason
@@ -45,29 +46,29 @@ struct Filters {
     /// Only those whose last answer had this status, such as 503, or one of its class, such as 5xx
     #[arg(long)]
     status: Option<Statuses>,
-    /// Only those with an event of such a type, an AMQP topic pattern such as `user.*`
+    /// Only those with an event whose type matches this AMQP topic pattern, such as `user.*`
     #[arg(long = "type", value_name = "PATTERN", value_parser = Pattern::try_new)]
     event_type: Option<Pattern>,
-    /// Only those that died then or later: so long ago, such as 2h, a day (UTC), such as
-    /// 2026-01-31, or an RFC 3339 time
+    /// Only those that died then or later: an age, such as 2h, a day (UTC), such as 2026-01-31, or
+    /// an RFC 3339 time
     #[arg(long, value_name = "TIME", value_parser = parse_since)]
     since: Option<SystemTime>,
-    /// Only those that died then or earlier; a day is one to its end
+    /// Only those that died then or earlier; a day counts to its end
     #[arg(long, value_name = "TIME", value_parser = parse_until)]
     until: Option<SystemTime>,
 }
 
-/// Their names, for help and completions too.
+/// Parses a reason; its names appear in help and completions.
 fn reasons() -> impl TypedValueParser<Value = Reason> {
     PossibleValuesParser::new(Reason::ALL.map(Reason::name))
         .try_map(|name| Reason::from_name(&name).ok_or("not a reason"))
 }
 
-/// A status, or all of a class.
+/// One status, or a class of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Statuses {
     One(u16),
-    /// By its first digit.
+    /// The first digit.
     Class(u16),
 }
 
@@ -118,9 +119,9 @@ fn day(text: &str) -> Option<SystemTime> {
     humantime::parse_rfc3339(&format!("{text}T00:00:00Z")).ok().filter(|_| text.len() == 10)
 }
 
-/// A point in time, or how long before `now` it was; nothing died before 1970.
+/// Parses a point in time, or an age before `now`; nothing died before 1970.
 fn time_before(text: &str, now: SystemTime) -> Result<SystemTime, String> {
-    const EXPECTED: &str = "it is neither so long ago, such as 2h or 3days, nor a day such as 2026-01-31, nor a time such as 2026-01-31T08:00:00Z";
+    const EXPECTED: &str = "write an age, such as 2h or 3days, a day, such as 2026-01-31, or a time, such as 2026-01-31T08:00:00Z";
     if let Some(day) = day(text) {
         return Ok(day);
     }
@@ -130,7 +131,7 @@ fn time_before(text: &str, now: SystemTime) -> Result<SystemTime, String> {
             .unwrap_or(SystemTime::UNIX_EPOCH)
             .max(SystemTime::UNIX_EPOCH));
     }
-    // RFC 3339 with an offset is the local time: what the clock would show at UTC is earlier by it.
+    // RFC 3339 with an offset is a local time: UTC is earlier by the offset.
     let digits = |at: usize| text.get(at..at + 2).and_then(|n| n.parse::<u64>().ok());
     let offset = text.len().checked_sub(6).filter(|at| text.is_char_boundary(*at) && *at > 10);
     let sign = offset
@@ -158,7 +159,7 @@ impl Filters {
             && self.event_type.as_ref().is_none_or(|pattern| has_event(letter, pattern))
     }
 
-    /// In words, for what nothing was found of.
+    /// The filters in words, for a message that nothing was found.
     fn describe(&self) -> String {
         let time = |at: &SystemTime| clock::rfc3339_seconds(*at);
         let all = [
@@ -178,7 +179,7 @@ impl Filters {
     }
 }
 
-/// Whether an event of the letter has a type that the pattern matches.
+/// Whether the pattern matches the type of an event in the dead letter.
 fn has_event(letter: &DeadLetter, pattern: &Pattern) -> bool {
     let matches = |event: &[u8]| event_type(event).is_ok_and(|t| pattern.matches(&t));
     match letter.kind {
@@ -190,7 +191,8 @@ fn has_event(letter: &DeadLetter, pattern: &Pattern) -> bool {
     }
 }
 
-/// How a letter is named: an id may be any text, digits too, so a number has a sign of its own.
+/// The name of a dead letter on the command line. An id may be any text, digits too, so a number
+/// begins with `@`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::cli) enum Name {
     Number(usize),
@@ -216,7 +218,7 @@ impl Name {
 }
 
 impl Which {
-    /// One letter, for a command that takes no filters. With `--orphans` the first word may be the
+    /// One dead letter, for a command without filters. With `--orphans` the first word may be the
     /// letter.
     pub(super) fn one(first: String, second: Option<Name>, orphans: bool) -> Result<Self, Failed> {
         let (subscriber, letters) = match second {
@@ -244,10 +246,10 @@ impl Which {
         Ok(self)
     }
 
-    /// For what is done with the letters of one subscriber alone, or with orphans.
+    /// For commands that need one subscriber, or orphans.
     pub(super) fn of_one(self) -> Result<Self, Failed> {
         if self.subscriber.is_none() && !self.orphans {
-            let why = "whose dead letters? name a subscriber; `hooktrail dead list` shows who has any, and --orphans are those of nobody";
+            let why = "name a subscriber, `hooktrail dead list` shows which have dead letters; or use --orphans, for those of no subscriber";
             return Err(Failed::Usage(why.to_owned()));
         }
         self.checked()
@@ -265,21 +267,21 @@ impl Which {
         !self.letters.is_empty()
     }
 
-    /// Whether all letters of the walk are meant.
+    /// Whether all letters of the walk are chosen.
     pub(super) fn all(&self) -> bool {
         self.letters.is_empty()
             && self.filters.are_none()
             && !(self.orphans && self.subscriber.is_some())
     }
 
-    /// What so many are, in words: `dead letters of ‘a’`.
+    /// The noun for `n` of them: ``dead letters of `a` ``.
     pub(super) fn what(&self, n: usize) -> String {
         let what = if self.orphans { "orphan(s)" } else { "dead letter(s)" };
         let what = wording::agreed(&n, what);
         self.subscriber.as_ref().map_or_else(|| what.clone(), |name| format!("{what} of `{name}`"))
     }
 
-    /// What follows `hooktrail dead list`.
+    /// The arguments that follow `hooktrail dead list`.
     pub(super) fn arguments(&self) -> String {
         let orphans = self.orphans.then_some("--orphans");
         self.subscriber.as_deref().into_iter().chain(orphans).collect::<Vec<_>>().join(" ")
@@ -288,25 +290,25 @@ impl Which {
     fn not_found(&self, names: &[&Name]) -> Failed {
         let (what, with) =
             (if self.orphans { "orphan" } else { "dead letter" }, self.filters.describe());
-        let told = names.iter().map(|name| match name {
+        let missing = names.iter().map(|name| match name {
             Name::Number(n) => format!("no {what}{with} is @{n}"),
             Name::Id(id) => format!("no {what}{with} has the id `{}`", visible(id)),
         });
-        let told: Vec<String> = told.collect();
+        let missing: Vec<String> = missing.collect();
         let hint = "shows ids and numbers; a number is written @2";
         Failed::Runtime(format!(
             "{}; `hooktrail dead list {}` {hint}",
-            told.join(", "),
+            missing.join(", "),
             self.arguments()
         ))
     }
 }
 
-/// Picks what is meant out of a walk, and knows which names it has not met.
+/// Picks the chosen letters out of a walk, and knows which names were not found.
 pub(super) struct Choice<'w> {
     pub(super) which: &'w Which,
     met: Vec<bool>,
-    /// Letters seen, so the number of the last one.
+    /// The number of letters seen, which is the number of the last one.
     pub(super) number: usize,
 }
 
@@ -315,7 +317,7 @@ impl<'w> Choice<'w> {
         Self { which, met: vec![false; which.letters.len()], number: 0 }
     }
 
-    /// Whether the next letter of the walk is meant.
+    /// Whether the next letter of the walk is chosen.
     pub(super) fn includes(&mut self, held: &Held) -> bool {
         self.number += 1;
         let which = self.which;
@@ -335,7 +337,7 @@ impl<'w> Choice<'w> {
         named
     }
 
-    /// After the walk: an error if a name was not met.
+    /// Ends the walk: an error if a name was not found.
     pub(super) fn complete(&self) -> Result<(), Failed> {
         let names = self
             .which

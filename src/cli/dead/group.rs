@@ -1,11 +1,10 @@
 //! Dead letters that are replayed or purged together.
 
-/// Letters that are replayed together, one confirm for all: whichever is reached first.
+/// The most letters, and the most bytes, that are replayed together, with one confirm for all.
 pub(super) const GROUP_LETTERS: usize = 50;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
-/// Collects what goes together, so that large letters are held one at a time and small ones are
-/// quick.
+/// Collects letters that are settled together: large ones one at a time, small ones many at once.
 pub(super) struct Group<T> {
     pub(super) items: Vec<T>,
     bytes: usize,
@@ -17,7 +16,7 @@ impl<T> Group<T> {
         Self { items: Vec::new(), bytes: 0, most }
     }
 
-    /// Adds an item; returns those that go first, if the item does not belong with them.
+    /// Adds an item; returns the full group before it, if it does not fit into that.
     pub(super) fn push(&mut self, item: T, bytes: usize) -> Option<Vec<T>> {
         let full = self.items.len() == self.most || self.bytes + bytes > GROUP_BYTES;
         let before = if full { self.take() } else { Vec::new() };

@@ -22,7 +22,7 @@ pub(super) async fn list(
 ) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut head = !json;
-    // Whose an orphan is, is a column; of dead letters it was said.
+    // Orphans have a column for their subscriber; the subscriber of dead letters is an argument.
     let whose = |text: &str| if which.orphans() { format!("{text:<16}  ") } else { String::new() };
     let row = |number: usize, held: &Held| {
         if json {

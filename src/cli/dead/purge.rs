@@ -12,7 +12,7 @@ use crate::{
     supervisor::signal::Stops,
 };
 
-/// At most `most` of them: what died since they were counted was not asked about.
+/// Purges at most `most`: letters that died after the count were not confirmed.
 pub(super) async fn purge(
     mut letters: impl DeadLetters,
     which: &Which,

@@ -19,19 +19,19 @@ use crate::{
     wording::counted,
 };
 
-/// So many groups of a replay with a rate go in a second at most, as long as a group has room.
+/// The most groups a second of a replay with a rate, as long as a group has room.
 const GROUPS_A_SECOND: f64 = 20.0;
 
-/// After so long a slow replay gives back what it has passed by and begins anew: a broker closes
-/// the channel of who holds a message for half an hour.
+/// The duration after which a slow replay requeues the letters that it has passed by and starts
+/// another walk: RabbitMQ closes a channel that holds a message for half an hour.
 const ROUND: Duration = Duration::from_secs(600);
 
-/// So many letters that cannot be replayed are told one by one.
-const TOLD: usize = 100;
+/// The most letters that cannot be replayed and are shown one by one.
+const MOST_SHOWN: usize = 100;
 
-/// Why a letter cannot be sent at all, if that is so. What came into the retry queue without being
-/// an envelope was never put together by hooktrail: as a batch it would be a request that no
-/// receiver understands.
+/// The reason why a letter cannot be sent at all. A message of the retry queue that is not an
+/// envelope was not made by hooktrail: as a batch it would be a request that no receiver
+/// understands.
 fn cannot_be_replayed(held: &Held, orphans: bool) -> Option<&'static str> {
     match (held.letter.kind, held.letter.reason) {
         (MessageKind::Batch, Reason::InvalidEvent) => Some("it never was a batch of hooktrail's"),
@@ -41,7 +41,7 @@ fn cannot_be_replayed(held: &Held, orphans: bool) -> Option<&'static str> {
     }
 }
 
-/// When the next letters may go.
+/// The pace of a replay with a rate.
 struct Pace {
     rate: f64,
     next: Instant,
@@ -59,14 +59,14 @@ pub(super) struct Replay<'r> {
     stops: &'r Stops,
     dry_run: bool,
     pace: Option<Pace>,
-    /// How long a round may take.
+    /// The longest duration of a walk.
     round: Duration,
     group: Group<Held>,
     bar: ProgressBar,
-    /// Those of the letters seen that were meant and can go.
+    /// Letters that were chosen and can be sent.
     chosen: usize,
     replayed: usize,
-    /// Those that were meant and stay.
+    /// Letters that were chosen and stay.
     skipped: usize,
 }
 
@@ -77,7 +77,7 @@ impl<'r> Replay<'r> {
         dry_run: bool,
         stops: &'r Stops,
     ) -> Self {
-        // What goes together is no burst: one letter, or as many as are due within a twentieth of a
+        // A group must not be a burst: one letter, or as many as are due within a twentieth of a
         // second.
         let most = rate.map_or(GROUP_LETTERS, |rate| {
             ((rate / GROUPS_A_SECOND) as usize).clamp(1, GROUP_LETTERS)
@@ -142,20 +142,20 @@ impl<'r> Replay<'r> {
         }
     }
 
-    /// Goes on where the last round ended; true if there is to be another one.
+    /// Goes on where the last walk ended; true if another one must follow.
     async fn round(
         &mut self,
         letters: &mut impl DeadLetters,
         total: usize,
     ) -> Result<bool, QueueError> {
         let end = self.pace.as_ref().map(|_| clock::instant() + self.round);
-        // What the rounds before have passed by comes first again.
+        // The letters that earlier walks have passed by come first.
         for _ in 0..self.choice.number - self.replayed {
             letters.next().await?;
         }
         let before = self.choice.number;
         while self.choice.number < total && !self.stops.is_asked() {
-            // Each round looks at one letter at least.
+            // Each walk handles at least one letter.
             if self.choice.number > before && end.is_some_and(|end| clock::instant() >= end) {
                 let rest = self.group.take();
                 self.send(letters, rest).await?;
@@ -168,7 +168,7 @@ impl<'r> Replay<'r> {
             }
             if let Some(why) = cannot_be_replayed(&held, self.choice.which.orphans()) {
                 self.skipped += 1;
-                self.tell(&held, why);
+                self.report(&held, why);
                 continue;
             }
             self.chosen += 1;
@@ -185,7 +185,7 @@ impl<'r> Replay<'r> {
         Ok(false)
     }
 
-    /// Sends a group when its time has come, unless it is to stop before.
+    /// Sends a group when it is due, unless the replay is interrupted before.
     async fn send(
         &mut self,
         letters: &mut impl DeadLetters,
@@ -211,17 +211,17 @@ impl<'r> Replay<'r> {
         self.replayed += count - left.len();
         for held in left {
             self.skipped += 1;
-            self.tell(&held, "its subscriber has no retry queue any more: when it is configured again its daemon takes it back");
+            self.report(&held, "its subscriber has no retry queue any more: when it is configured again its daemon takes it back");
         }
         Ok(())
     }
 
-    /// Says of a letter that it stays, and by which number.
-    fn tell(&self, held: &Held, why: &str) {
-        if self.skipped > TOLD {
-            if self.skipped == TOLD + 1 {
+    /// Reports a letter that stays, with the number that it has then.
+    fn report(&self, held: &Held, why: &str) {
+        if self.skipped > MOST_SHOWN {
+            if self.skipped == MOST_SHOWN + 1 {
                 self.bar.suspend(|| {
-                    eprintln!("more such letters follow, which are counted and not told")
+                    eprintln!("more such letters follow; they are counted and not shown")
                 });
             }
             return;
@@ -232,7 +232,7 @@ impl<'r> Replay<'r> {
         if which.orphans() {
             let name = held.letter.id.as_deref().map_or_else(|| format!("@{number}"), visible);
             self.bar.suspend(|| {
-                eprintln!("`{name}` is not replayed: {why} ({error}); look at it with `hooktrail dead show {arguments} {name}`, delete it with `hooktrail dead purge {arguments} {name}`");
+                eprintln!("`{name}` is not replayed: {why} ({error}); inspect it with `hooktrail dead show {arguments} {name}`, delete it with `hooktrail dead purge {arguments} {name}`");
             });
             return;
         }
@@ -240,7 +240,7 @@ impl<'r> Replay<'r> {
         let moved = if left == number { String::new() } else { format!(" (@{left} from now on)") };
         self.bar.suspend(|| {
             eprintln!(
-                "@{number}{moved} is not replayed, {why}: {error}; look at it with `hooktrail dead show {arguments} @{left}`, then delete it with `hooktrail dead purge {arguments} @{left}`"
+                "@{number}{moved} is not replayed, {why}: {error}; inspect it with `hooktrail dead show {arguments} @{left}`, then delete it with `hooktrail dead purge {arguments} @{left}`"
             );
         });
     }
@@ -262,7 +262,7 @@ mod tests {
         },
     };
 
-    /// Dead letters in memory: those of a walk are what there was when it began.
+    /// Dead letters in memory: a walk has those that were there when it began.
     struct Fake {
         queue: Arc<Mutex<Vec<DeadLetter>>>,
         sent: Arc<Mutex<Vec<String>>>,
@@ -296,12 +296,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_slow_replay_begins_anew_again_and_again_and_goes_on_where_it_was() {
+    async fn a_slow_replay_walks_many_times_and_each_walk_goes_on_where_the_last_ended() {
         let queue = Arc::new(Mutex::new((1..=20).map(letter).collect::<Vec<_>>()));
         let sent = Arc::new(Mutex::new(Vec::new()));
         let opened = AtomicU16::new(0);
         let open = async || {
-            // More of them die meanwhile; they are not of this walk.
+            // More letters die meanwhile; they are not part of this walk.
             let n = opened.fetch_add(1, Ordering::Relaxed);
             queue.lock().expect("not poisoned").extend((n > 0).then(|| letter(99 + 2 * n)));
             let walk = queue.lock().expect("not poisoned").clone().into();
@@ -325,7 +325,7 @@ mod tests {
         let (which, _) = command.split().expect("sound");
         let mut replay = Replay::new(&which, Some(100_000.0), false, &stops);
         replay.round = Duration::ZERO;
-        // One that is named is let through by no filter.
+        // One of the named letters passes no filter.
         let done = replay.run(open().await.expect("opens"), open, true).await;
         assert!(
             matches!(done, Err(Failed::Runtime(why)) if why.contains("no dead letter with status 501 is @4;"))

@@ -1,4 +1,4 @@
-//! What a replay or a purge shows while it works, and at its end.
+//! The progress bar and the result of a replay or a purge.
 
 use std::io::IsTerminal as _;
 
@@ -8,7 +8,7 @@ use serde_json::json;
 use super::choice::Choice;
 use crate::cli::text::print;
 
-/// Shown when stderr is a terminal.
+/// A progress bar, visible if stderr is a terminal.
 pub(super) fn progress(total: u32) -> ProgressBar {
     let target = if std::io::stderr().is_terminal() {
         ProgressDrawTarget::stderr()
@@ -39,7 +39,7 @@ pub(super) fn finished(
         return;
     }
     let verb = match (what, dry_run) {
-        // What comes of it the receiver says later.
+        // The receiver answers later.
         ("replay", false) => "queued",
         ("replay", true) => "would queue",
         (_, false) => "purged",

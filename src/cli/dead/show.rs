@@ -41,7 +41,7 @@ pub(super) async fn show(
 ) -> Result<(), Failed> {
     let mut choice = Choice::new(which);
     let mut found = None;
-    // Of several with one id it is the first.
+    // The first of several with the same id.
     let keep = |number, held: &Held| {
         found = Some(if json {
             let mut value = all_as_json(number, held);
@@ -106,7 +106,7 @@ fn for_reading(number: usize, held: &Held) -> String {
     lines.join("\n")
 }
 
-/// With the attempt log and the body.
+/// The letter as JSON, with its failed attempts and its body.
 fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
     let mut value = json!(DeadLetter::new(number, held));
     value["story"] = attempts_as_json(&held.letter.attempt_log);
@@ -117,7 +117,7 @@ fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
     value
 }
 
-/// The failed attempts; where some are left out there is one element that says how many.
+/// The failed attempts as JSON; one element stands for those that are left out, with their number.
 fn attempts_as_json(log: &AttemptLog) -> serde_json::Value {
     let one = |a: &FailedAttempt| match &a.result {
         AttemptResult::Status(status) => {
@@ -147,8 +147,8 @@ fn readable(body: &[u8]) -> String {
     out
 }
 
-/// `{"events":[…]}` with a line break before each event and nothing else changed: what would be
-/// parsed and printed again loses the spelling of numbers and all but the last of two fields.
+/// Inserts a line break before each event of `{"events":[…]}` and changes nothing else: parsing and
+/// printing would lose the spelling of numbers, and repeated fields.
 fn event_a_line(body: &str) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Payload<'b> {

@@ -1,4 +1,5 @@
-//! `dead list` without a name: of whom there are dead letters, how many, why and since when.
+//! `dead list` without a name: the number of dead letters of each subscriber, by reason, with the
+//! oldest and newest.
 
 use std::{collections::BTreeMap, time::SystemTime};
 
@@ -20,7 +21,7 @@ use crate::{
     wording::counted,
 };
 
-/// The dead letters of one subscriber that the filters let through.
+/// The dead letters of one subscriber that pass the filters.
 struct Tally {
     subscriber: String,
     configured: bool,
@@ -30,8 +31,7 @@ struct Tally {
     newest: Option<SystemTime>,
 }
 
-/// Walks through the dead letters of all subscribers, one after the other, those not configured any
-/// more included.
+/// Walks through the dead letters of all subscribers one after the other, also of removed ones.
 pub(super) async fn list(
     queue: impl Queue,
     config: &Config,

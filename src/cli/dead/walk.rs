@@ -7,13 +7,13 @@ use crate::{
     supervisor::signal::Stops,
 };
 
-/// After a walk, which heeds a wish to stop between two letters, so that it can give back in order
-/// what it has passed by: an error if it ended early.
+/// An error if a walk was interrupted. A walk stops between two letters, so that it can requeue in
+/// order those that it has passed by.
 pub(super) fn to_its_end(stops: &Stops) -> Result<(), Failed> {
     if stops.is_asked() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
 }
 
-/// Gives the letters back, also after a walk that failed half-way: without that they would change
+/// Requeues the letters, also after a walk that failed half-way: otherwise they would change
 /// places.
 pub(super) async fn close<T>(
     letters: impl DeadLetters,
@@ -25,8 +25,8 @@ pub(super) async fn close<T>(
     Ok(walked)
 }
 
-/// Shows each letter that is meant by a function that returns false when nobody reads any more; how
-/// many were shown, or `None` of a walk that ended early.
+/// Shows each chosen letter with `show`, which returns false if the reader has left. Returns the
+/// number shown, or `None` if the reader left early.
 pub(super) async fn each<D: DeadLetters>(
     mut letters: D,
     choice: &mut Choice<'_>,

@@ -10,14 +10,14 @@ use crate::{
     config::{self, Config},
 };
 
-/// A directory that goes with the demo.
+/// A directory that is removed at the end of the demo.
 pub(super) struct Home(pub(super) std::path::PathBuf);
 
 impl Home {
     pub(super) fn new() -> Result<Self, Failed> {
         let path =
             std::env::temp_dir().join(format!("hooktrail-demo-{:08x}", rand::random::<u32>()));
-        // The URL of a RabbitMQ is written there, its password included.
+        // The directory gets the URL of a RabbitMQ, password included.
         std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(|e| {
             Failed::Runtime(format!("{} cannot be made: {e}; set TMPDIR", path.display()))
         })?;
@@ -32,7 +32,7 @@ impl Home {
         receivers: &[&Receiver],
     ) -> Result<Config, Failed> {
         let name = self.0.file_name().unwrap_or_default().to_string_lossy();
-        // What JSON escapes, TOML does too, in the same way.
+        // TOML has the escapes of JSON.
         let url = json!(amqp.unwrap_or("embedded")).to_string().replace("${", "$${");
         let mut text = format!(
             "[queue]\nurl = {url}\nexchange = \"{name}\"\nprefix = \"{name}\"\n\
@@ -71,7 +71,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     #[test]
-    fn nobody_else_reads_the_url_that_the_demo_writes_down() {
+    fn no_other_user_can_read_the_url_that_the_demo_stores() {
         let home = Home::new().expect("makes a directory");
         assert_eq!(std::fs::metadata(&home.0).expect("is there").mode() & 0o777, 0o700);
         let path = home.0.clone();

@@ -23,7 +23,7 @@ use crate::{
     wording::counted,
 };
 
-/// For what is under way when no more events come; with the default of `--for` all ends within 30
+/// The time for deliveries after the last event; with the default `--for` the demo ends within 30
 /// s.
 const DRAINING: Duration = Duration::from_secs(13);
 
@@ -70,7 +70,7 @@ impl Play<'_> {
         self.account(&published, &dead)
     }
 
-    /// Publishes for a while, or until somebody presses Ctrl-C; the ids of all events.
+    /// Publishes for `publish_for`, or until Ctrl-C; returns the ids of all events.
     async fn publish(&self, queue: &impl Queue) -> Result<BTreeSet<String>, Failed> {
         self.stage.begin();
         let mut published = BTreeSet::new();
@@ -106,7 +106,7 @@ impl Play<'_> {
             self.stage.status(self.counts(published.len()));
         }
         self.stage.say(&format!(
-            "{:>5.1}s  no more events; what is under way is delivered",
+            "{:>5.1}s  no more events; the rest is delivered",
             self.stage.elapsed().as_secs_f64()
         ));
         Ok(published)
@@ -117,7 +117,7 @@ impl Play<'_> {
         format!("published {published}, accepted: {a}, {b}")
     }
 
-    /// Waits until every event is accepted or dead, or the time is over.
+    /// Waits until every event is accepted or dead, for at most [`DRAINING`].
     async fn drain(&self, queue: &impl Queue, published: &BTreeSet<String>) -> Result<(), Failed> {
         let deadline = clock::instant() + DRAINING;
         while clock::instant() < deadline {
@@ -129,7 +129,7 @@ impl Play<'_> {
                 return Ok(());
             }
             self.stage.status(format!(
-                "{}; {} under way",
+                "{}; {} to come",
                 self.counts(published.len()),
                 counted(left, "deliver(y|ies)")
             ));

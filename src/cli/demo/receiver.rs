@@ -1,4 +1,4 @@
-//! The demo's receivers: each one end of a webhook, as its owner would write it.
+//! The demo's receivers, as a receiver's owner would write them.
 
 use std::{
     collections::BTreeMap,
@@ -26,7 +26,7 @@ use crate::{
     wording::counted,
 };
 
-/// One end of a webhook, as its owner would write it: verifies, then stores.
+/// A receiver: verifies, then stores.
 pub(super) struct Receiver {
     pub(super) name: &'static str,
     pub(super) url: String,
@@ -64,7 +64,7 @@ impl Receiver {
         Ok(Self { name, url, accepted, server })
     }
 
-    /// How often each event was accepted.
+    /// The number of times that each event was accepted.
     pub(super) fn accepted(&self) -> BTreeMap<String, usize> {
         self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -4,11 +4,10 @@ use serde_json::{Value, json};
 
 use crate::{clock, queue::NewEvent};
 
-/// Of this type it refuses every event.
+/// The type of events that `crm` refuses.
 pub(super) const REFUSED: &str = "activity_log.export.requested";
 
-/// What comes beside the everyday: refused by `crm`, larger than a request may be, not an event at
-/// all.
+/// Events that become dead letters: refused by `crm`, larger than a request may be, invalid.
 pub(super) const ODD: [fn(usize) -> NewEvent; 3] = [refused_event, large_event, invalid_event];
 
 fn new_event(event_type: &str, id: usize, body: &Value) -> NewEvent {

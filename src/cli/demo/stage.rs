@@ -1,4 +1,4 @@
-//! What is shown of the demo: lines, and on a terminal a last line that changes.
+//! The demo's output: lines, and on a terminal a last line that changes.
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::clock;
 
-/// What is shown: lines, and on a terminal a last line that changes.
+/// Prints lines, and on a terminal a last line that changes.
 #[derive(Clone)]
 pub(super) struct Stage {
     /// When the first event was published.
@@ -42,13 +42,12 @@ impl Stage {
         Self { begin: Arc::default(), bar, colours: terminal }
     }
 
-    /// The first event is published now.
+    /// Starts the time, at the first event.
     pub(super) fn begin(&self) {
         self.begin.get_or_init(clock::instant);
     }
 
-    /// Since the first event: a broker that takes its time must not take the receiver's outage with
-    /// it.
+    /// The time since the first event: a slow broker must not use up the receiver's outage.
     pub(super) fn elapsed(&self) -> Duration {
         self.begin.get().map_or(Duration::ZERO, |begin| clock::instant() - *begin)
     }
@@ -56,7 +55,7 @@ impl Stage {
     pub(super) fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            // Nobody may read any more, as with `| head`.
+            // The reader may have left, as with `| head`.
             None => drop(writeln!(std::io::stdout(), "{line}")),
         }
     }

@@ -1,4 +1,4 @@
-//! What becomes of a subscriber's batches, computed by the policies of the daemon.
+//! The forecast for a subscriber's batches, computed by the policies of the daemon.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,22 +15,22 @@ use crate::{
     },
 };
 
-/// An interval that still grows after so many attempts is not followed further.
+/// The number of attempts after which a growing interval is not computed further.
 pub(super) const MAX_RAMP: u32 = 2000;
 
 /// Rows at the begin and at the end of a timeline that is shown without its middle.
 const HEAD: u32 = 12;
 const TAIL: u32 = 3;
 
-/// When all first attempts are made; a plan knows no other time.
+/// The time of all first attempts in a plan.
 const FIRST: SystemTime = SystemTime::UNIX_EPOCH;
 
-/// What becomes of a subscriber's batches, and what they can cost.
+/// The attempts of a subscriber's batch, and the most that they cost.
 pub(super) struct Plan<'c> {
     pub(super) subscriber: &'c Subscriber,
     /// Retries wait in RabbitMQ's delay ladder.
     pub(super) ladder: bool,
-    /// Its jitter in the middle, at its shortest, at its longest.
+    /// The attempts with a jitter in the middle, at its shortest, at its longest.
     pub(super) courses: [Course<'c>; 3],
     pub(super) bounds: Bounds,
 }
@@ -48,8 +48,7 @@ pub(super) struct Course<'c> {
     policy: &'c RetryPolicy,
     hold: fn(Duration) -> Hold,
     random: f64,
-    /// The first attempt and on, until the interval grows no more; then the last one repeats
-    /// itself.
+    /// The first attempts, until the interval grows no more; then the last interval repeats.
     ramp: Vec<Attempt>,
     pub(super) last: Last,
 }
@@ -57,7 +56,7 @@ pub(super) struct Course<'c> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Attempt {
     pub(super) number: u32,
-    /// Since the attempt before it.
+    /// The delay after the previous attempt.
     pub(super) after: Duration,
     pub(super) hops: u32,
     pub(super) since_first: Duration,
@@ -67,7 +66,7 @@ pub(super) struct Attempt {
 pub(super) enum Last {
     Number(u32),
     Never,
-    /// Its interval still grows where the computing ends.
+    /// The interval still grows at [`MAX_RAMP`].
     Beyond,
 }
 
@@ -90,7 +89,7 @@ impl<'c> Course<'c> {
         course
     }
 
-    /// An attempt, if those before it leave one to be made.
+    /// The attempt with this number, if the schedule reaches it.
     pub(super) fn attempt(&self, number: u32) -> Attempt {
         let known = number.min(u32::try_from(self.ramp.len()).unwrap_or(u32::MAX));
         let attempt = self.ramp[known as usize - 1];
@@ -98,7 +97,7 @@ impl<'c> Course<'c> {
         Attempt { number, since_first: attempt.since_first.saturating_add(more), ..attempt }
     }
 
-    /// What follows the failure of an attempt.
+    /// The attempt after this one has failed.
     fn following(&self, number: u32) -> Option<Attempt> {
         let at = self.attempt(number).since_first;
         match self.policy.next(number, FIRST, FIRST + at, None, self.random) {
@@ -110,7 +109,8 @@ impl<'c> Course<'c> {
         }
     }
 
-    /// Once the interval is always the same, an attempt that is not made is followed by none.
+    /// The last attempt, once the interval stays the same: found by bisection, since after one that
+    /// is not made there is none.
     fn last_of_the_steady(&self) -> Last {
         let (mut made, mut not_made) =
             (u32::try_from(self.ramp.len()).unwrap_or(u32::MAX), u32::MAX);
@@ -128,7 +128,7 @@ impl<'c> Course<'c> {
         Last::Number(made)
     }
 
-    /// The last attempt there is, if it is known.
+    /// The last attempt, if it is known.
     pub(super) fn end(&self) -> Option<Attempt> {
         match self.last {
             Last::Number(number) => Some(self.attempt(number)),
@@ -136,9 +136,9 @@ impl<'c> Course<'c> {
         }
     }
 
-    /// The shortest and the longest that jitter makes of the interval before an attempt.
+    /// The shortest and the longest interval before an attempt, by its jitter.
     pub(super) fn spread(&self, number: u32) -> (Duration, Duration) {
-        // Without its limits: they end a schedule, they shorten no interval of it.
+        // Without limits, which end a schedule and shorten no interval.
         let unlimited = RetryOptions {
             max_attempts: 0,
             max_elapsed_time: Duration::ZERO,
@@ -152,7 +152,7 @@ impl<'c> Course<'c> {
         (held(0.0), held(1.0))
     }
 
-    /// The numbers of the attempts worth a row, at most `whole` of them if there is an end.
+    /// The numbers of the attempts that get a row, at most `whole` of them if there is an end.
     pub(super) fn rows(&self, whole: u32) -> Vec<u32> {
         let ramp = u32::try_from(self.ramp.len()).unwrap_or(u32::MAX);
         match self.last {
@@ -167,20 +167,20 @@ impl<'c> Course<'c> {
     }
 }
 
-/// What a subscriber can cost the daemon.
+/// The most memory, requests and time that a subscriber takes.
 pub(super) struct Bounds {
     pub(super) window: Window,
-    /// Requests open at once.
+    /// The most requests open at once.
     pub(super) requests: usize,
-    /// Bytes held while events are so small that batches are full: of each slot the batch that is
-    /// under way and the one that fills, and the failed batches that wait.
+    /// Bytes held with small events, whose batches are full: for each slot the batch in flight and
+    /// the one that fills, and the failed batches that wait.
     pub(super) usual: u64,
     /// Bytes held when each event is as large as a request body may be.
     pub(super) worst: u64,
-    /// The longest that a message is held without an answer to the queue, with full batches.
+    /// The longest time that a message stays unacked, with full batches.
     pub(super) hold: Duration,
-    /// With fewer events in a batch than this, and each attempt at its limit, a message could be
-    /// held for longer than RabbitMQ allows.
+    /// The fewest events in a batch with which, and with each attempt at its limit, no message
+    /// stays unacked for longer than RabbitMQ allows.
     pub(super) fewest: usize,
 }
 
@@ -200,8 +200,8 @@ impl Bounds {
     }
 }
 
-/// How long a circuit stays open: the first time, after a failed probe, after another, until it is
-/// always as long.
+/// The durations for which a circuit stays open: the first time, after one failed probe, after
+/// another, until they repeat.
 pub(super) fn open_times(policy: &BreakerPolicy) -> Vec<Duration> {
     if policy.failures == 0 {
         return Vec::new();
@@ -228,12 +228,12 @@ pub(super) enum Limit {
     Elapsed,
 }
 
-/// Which limit makes an attempt the last one.
+/// The limit that makes an attempt the last one.
 pub(super) fn limit(retry: &RetryOptions, last: u32) -> Limit {
     if retry.max_attempts == last { Limit::Attempts } else { Limit::Elapsed }
 }
 
-/// What the whole configuration needs of a RabbitMQ.
+/// The queues and connections that the configuration needs of a RabbitMQ.
 pub(super) fn footprint(config: &Config) -> Option<Footprint> {
     match &config.queue.backend {
         Backend::Amqp(amqp) => Some(amqp::footprint(

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::forecast::{Limit, Plan, footprint, limit, open_times};
 use crate::{cli::daemon::Foreseen, config::Config};
 
-/// No more rows than this go into JSON.
+/// The most attempts in JSON.
 const MAX_ROWS: u32 = 1000;
 
 pub(super) fn as_json(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) -> Value {

@@ -15,7 +15,7 @@ use crate::{
     wording::{agreed, counted},
 };
 
-/// A longer timeline is shown without its middle.
+/// Rows of a timeline that is shown whole; a longer one is shown without its middle.
 const WHOLE: u32 = 20;
 
 pub(super) fn as_text(
@@ -84,7 +84,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
         before = number;
         let a = middle.attempt(number);
         let after = if number == 1 { String::new() } else { interval(middle, &a) };
-        // A table is not broken between its words.
+        // Lines of a table are not wrapped.
         line(format!("  {:>7}  {after:<28}  {:>15}", grouped(number), span(a.since_first)));
     }
     if *ladder {
@@ -124,8 +124,8 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     }
 }
 
-/// How long RabbitMQ can have to wait for the answer about a message, and what follows if that is
-/// too long.
+/// The longest time that a message can stay unacked in RabbitMQ, and what follows if that is too
+/// long.
 fn hold(bounds: &Bounds) -> String {
     let (longest, allowed) = (span(bounds.hold), span(CONSUMER_TIMEOUT));
     let held = format!(
@@ -136,13 +136,13 @@ fn hold(bounds: &Bounds) -> String {
         0 | 1 => held,
         fewest => format!(
             "{held}. With fewer than {} events in each batch, and attempts that slow, it can wait for longer: then RabbitMQ closes the \
-             channel, and what it held comes again",
+             channel, and delivers what it held again",
             grouped(fewest as u64)
         ),
     }
 }
 
-/// The time before an attempt, with the range of its jitter.
+/// The delay before an attempt, with the range of its jitter.
 fn interval(course: &Course<'_>, attempt: &Attempt) -> String {
     let (shortest, longest) = course.spread(attempt.number);
     if shortest == longest {
@@ -152,7 +152,7 @@ fn interval(course: &Course<'_>, attempt: &Attempt) -> String {
     }
 }
 
-/// What follows the last attempt, when, and by which limit.
+/// The end of the attempts: what follows, when, and by which limit.
 fn ending(plan: &Plan<'_>) -> String {
     let retry = plan.subscriber.retry.options();
     let what = match retry.on_exhausted {
@@ -188,7 +188,7 @@ fn ending(plan: &Plan<'_>) -> String {
             format!("{what}, {} after the first attempt{range}: {why}", span(end.since_first))
         }
         (Last::Beyond, _) => format!("… and so on; where the interval grows so slowly, only {} attempts are computed", grouped(MAX_RAMP)),
-        _ => "and so on without end: neither retry.max_attempts nor retry.max_elapsed_time is set, so no batch is given up".to_owned(),
+        _ => "and so on indefinitely: neither retry.max_attempts nor retry.max_elapsed_time is set, so no batch is given up".to_owned(),
     }
 }
 
@@ -264,7 +264,7 @@ mod tests {
     const AMQP: &str = "[queue]\nurl = \"amqp://127.0.0.1\"";
     const EMBEDDED: &str = "[queue]\nurl = \"embedded\"";
 
-    /// One space between two words.
+    /// The text with one space between two words.
     fn text(config: &Config) -> String {
         plain(config).split_whitespace().collect::<Vec<_>>().join(" ")
     }
@@ -273,7 +273,7 @@ mod tests {
         let ladder = matches!(config.queue.backend, Backend::Amqp(_));
         let plans: Vec<Plan<'_>> =
             config.subscribers.iter().map(|s| Plan::new(s, ladder)).collect();
-        as_text(config, &plans, &Foreseen::Unknown { why: "nobody was asked".to_owned() }, 80)
+        as_text(config, &plans, &Foreseen::Unknown { why: "no daemon was asked".to_owned() }, 80)
     }
 
     #[test]
@@ -296,7 +296,7 @@ mod tests {
             "with full batches a message waits at most 2m 5s",
             "With fewer than 35 events in each batch",
             "consumer_timeout is 30m",
-            "is not known: nobody was asked",
+            "is not known: no daemon was asked",
         ] {
             assert!(text.contains(part), "`{part}` is not in\n{text}");
         }
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_needs_of_the_broker_is_told() {
+    fn what_it_needs_of_the_broker_is_shown() {
         let one = text(&loaded(AMQP, ""));
         assert!(
             one.contains("in RabbitMQ: 24 queues (3 for each of 1 subscriber, 21 for all), which take about 72 file descriptors"),
@@ -338,11 +338,11 @@ mod tests {
     }
 
     #[test]
-    fn a_timeline_without_end_or_with_very_many_attempts_is_shown_without_its_middle() {
+    fn an_endless_timeline_or_with_very_many_attempts_is_shown_without_its_middle() {
         let endless =
             plain(&loaded(EMBEDDED, "retry = { max_attempts = 0, max_elapsed_time = \"0s\" }"));
         assert!(
-            endless.contains("and so on without end") && endless.lines().count() < 40,
+            endless.contains("and so on indefinitely") && endless.lines().count() < 40,
             "{endless}"
         );
         let config = loaded(
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reload_would_change_is_told_key_by_key() {
+    fn what_a_reload_would_change_is_shown_key_by_key() {
         let answer = json!({
             "changes": [
                 { "subscriber": "a", "change": "changed", "keys": ["retry.max_interval", "secrets"] },
@@ -400,20 +400,20 @@ mod tests {
             read: serde_json::from_value(raw.clone()).expect("an answer"),
             raw,
         };
-        let told = |foreseen| {
+        let shown = |foreseen| {
             let mut out = String::new();
             foreseen_as_text(&foreseen, &mut |l| out += &(l + "\n"));
             out
         };
-        let text = told(Foreseen::Changes { address, answer: answered(answer) });
+        let text = shown(Foreseen::Changes { address, answer: answered(answer) });
         assert_eq!(
             text,
             "a reload of the daemon at 127.0.0.1:8787 would change:\n  a: changed: retry.max_interval, secrets\n  b\\u{1b}[2J: added\n  only a restart changes: queue.url\n"
         );
         let many = json!({ "changes": [{ "subscriber": "a", "change": "removed", "keys": [] }], "waits_for_operator": true });
-        let text = told(Foreseen::Changes { address, answer: answered(many) });
+        let text = shown(Foreseen::Changes { address, answer: answered(many) });
         assert!(text.contains("  a: removed\n  (it removes all subscribers, or more than half of them: the changed file alone"), "{text}");
-        let nothing = told(Foreseen::Changes {
+        let nothing = shown(Foreseen::Changes {
             address,
             answer: answered(json!({ "changes": [], "needs_restart": [] })),
         });

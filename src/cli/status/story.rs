@@ -1,4 +1,4 @@
-//! `status NAME`: the story behind one line of the table, and what to do about it.
+//! `status NAME`: one subscriber in detail, with what to do.
 
 use std::fmt::Write as _;
 
@@ -11,10 +11,10 @@ use crate::{
     wording::counted,
 };
 
-/// Where the right column begins.
+/// The column in which values begin.
 const COLUMN: usize = 13;
 
-/// Everything that is known of a subscriber, as the daemon answers it.
+/// All that the daemon reports of a subscriber.
 pub(super) fn story(s: &Subscriber, width: usize) -> String {
     let name = visible(&s.subscriber);
     let mut out = format!("{}\n", hanging(&format!("{name}: {}", state(s)), width, 4));
@@ -63,7 +63,7 @@ fn last_error(e: &LastError) -> String {
 fn circuit(lane: &Lane) -> String {
     match (lane.circuit.state(), lane.circuit.until, lane.held_until) {
         (_, _, Some(held)) => {
-            format!("the receiver asked by Retry-After to be left alone{}", still(held))
+            format!("the receiver asked for a hold by Retry-After{}", still(held))
         }
         (Some(CircuitState::Open), Some(at), _) => {
             format!("open: nothing is sent; one batch is tried {}", until(at))
@@ -87,31 +87,31 @@ fn waiting(lane: &Lane) -> String {
 }
 
 fn delivered(lane: &Lane) -> String {
-    let mut told = format!(
+    let mut text = format!(
         "{} since this daemon started, {:.1}/s in the last minute",
         counted(lane.delivered, "event(s)"),
         lane.delivered_per_s
     );
     if let Some(at) = lane.last_delivered_at {
-        told += &format!(", the last ones {}", ago(at));
+        text += &format!(", the last ones {}", ago(at));
     }
     if let Some(share) = lane.success_rate {
         let took = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), seconds);
-        told += &format!(
+        text += &format!(
             "; of the latest attempts {:.1} % were accepted, half of them within {}, 99 % within {}",
             share * 100.0,
             took(lane.p50_s),
             took(lane.p99_s)
         );
     }
-    told
+    text
 }
 
 fn ago(at: Time) -> String {
     format!("{} ago ({at})", words::since(at))
 }
 
-/// What an operator can do, if anything.
+/// The operator's next step, if there is one.
 fn to_do(state: &State, lane: &Lane, name: &str) -> String {
     match state {
         State::Paused => match lane.paused.as_ref() {
@@ -136,17 +136,17 @@ fn to_do(state: &State, lane: &Lane, name: &str) -> String {
             if lane.dead.is_some_and(|n| n > 0) =>
         {
             format!(
-                "look at the dead letters; when their cause is gone: hooktrail dead replay {name}"
+                "inspect the dead letters; when their cause is gone: hooktrail dead replay {name}"
             )
         }
         State::Starting | State::Ok | State::Waiting | State::Other(_) => String::new(),
     }
 }
 
-/// Where the failure itself says too little.
+/// The remedy where the failure itself says too little.
 const OWNERS_LOG: &str = "its owner's log says more";
 
-/// By what the last attempt came to.
+/// The remedy for a failure.
 fn remedy(e: &LastError) -> &'static str {
     use FailureKind::{
         AddressBlocked, BadAnswer, Connect, Dns, Internal, Reset, Status, Timeout, Tls,
@@ -156,7 +156,7 @@ fn remedy(e: &LastError) -> &'static str {
         (Some(AddressBlocked), _) => {
             "its address is not public: allow it with http.allow_addresses, if that is meant"
         }
-        (Some(Connect), _) => "nobody listens there, or a firewall is in the way",
+        (Some(Connect), _) => "nothing listens there, or a firewall is in the way",
         (Some(Tls), _) => {
             "its certificate is not trusted, has expired or is another name's: hooktrail check --connect says more"
         }
@@ -164,7 +164,7 @@ fn remedy(e: &LastError) -> &'static str {
             "it takes longer than http.timeout: make that longer, or batches smaller"
         }
         (Some(Status), Some(401 | 403)) => {
-            "it does not accept who sends: compare secrets, auth and headers with its own"
+            "it does not accept the sender: compare secrets, auth and headers with its own"
         }
         (Some(Status), Some(404 | 405)) => {
             "its url leads to nothing that takes a POST: correct the path"
@@ -188,10 +188,10 @@ mod tests {
     use serde_json::{Value, json};
 
     fn words(s: Value, width: usize) -> String {
-        let told = story(&words::subscriber(s), width);
-        assert!(told.lines().all(|l| l.chars().count() <= width.max(30)), "{told}");
-        assert!(!told.contains('\u{1b}'), "{told}");
-        told.split_whitespace().collect::<Vec<_>>().join(" ")
+        let text = story(&words::subscriber(s), width);
+        assert!(text.lines().all(|l| l.chars().count() <= width.max(30)), "{text}");
+        assert!(!text.contains('\u{1b}'), "{text}");
+        text.split_whitespace().collect::<Vec<_>>().join(" ")
     }
 
     #[test]
@@ -204,7 +204,7 @@ mod tests {
             "last_error": { "at": "2020-01-01T00:00:00.000Z", "failure": "connect", "status": null, "cause": "refused \u{1b}[2J" },
         });
         for width in [60, 80, 140] {
-            let told = words(open.clone(), width);
+            let text = words(open.clone(), width);
             for part in [
                 "siem: circuit open, probe now",
                 "it accepted the last batch",
@@ -212,11 +212,11 @@ mod tests {
                 "one batch is tried now",
                 "120 events in the queue, 1 event in hand, 4 batches to retry, the next one now",
                 "1 dead letter: hooktrail dead list siem",
-                "nobody listens there",
+                "nothing listens there",
                 "hooktrail test siem",
                 "half of them within 12ms",
             ] {
-                assert!(told.contains(part), "{part:?} is not in:\n{told}");
+                assert!(text.contains(part), "{part:?} is not in:\n{text}");
             }
         }
     }

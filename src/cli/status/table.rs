@@ -14,7 +14,7 @@ use crate::{
     wording::counted,
 };
 
-/// What is wrong with the daemon itself.
+/// The problems of the daemon itself.
 pub(super) fn preface(found: &Overview) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
@@ -51,7 +51,7 @@ pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
         .chain(found.subscribers.iter().map(row))
         .collect();
     let fit = Fit::of(&rows, width);
-    // A long reason would push the figures off the screen; it is told below.
+    // A long reason would push the figures off the screen; it is printed below.
     let mut long = Vec::new();
     for row in &rows {
         if row[1].chars().count() > fit.widths[1] {
@@ -73,11 +73,11 @@ pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
     if found.subscribers.is_empty() {
         line("no subscriber is configured");
     }
-    // A look at many queues, or at a broker that is away, takes its time.
+    // An inspection of many queues, or of a broker that is away, takes time.
     let age = found.queue.looked_at.map(|at| at.ago(clock::now()));
     if let Some(age) = age.filter(|age| *age >= OLD) {
         line(&format!(
-            "\nBACKLOG and DEAD are of {} ago: the queues have not been looked at since.",
+            "\nBACKLOG and DEAD are from {} ago: the queues have not been inspected since.",
             span(age)
         ));
     }
@@ -116,25 +116,25 @@ const COLUMNS: [&str; 12] = [
 
 type Row = [String; COLUMNS.len()];
 
-/// More of a state is not in the table.
+/// The most columns of a state in the table.
 const STATE_WIDTH: usize = 50;
 
-/// So much of a state is, before figures are left out.
+/// The fewest columns of a state, before figures are left out.
 const STATE_LEAST: usize = 20;
 
-/// So much of a name is, before figures are left out.
+/// The fewest columns of a name, before figures are left out.
 const NAME_LEAST: usize = 24;
 
-/// Which columns are left out of a table that is too wide, the first ones first.
+/// The columns that are left out of a table that is too wide, in this order.
 const LEFT_OUT: [&str; 7] =
     ["P99", "P50", "SUCCESS", "IN HAND", "DELIVERED/S", "NEXT DUE", "OLDEST"];
 
-/// A table in the width that there is.
+/// The layout of the table in the available width.
 struct Fit {
-    /// Of each column; 0 of one that is left out.
+    /// The width of each column; 0 if it is left out.
     widths: [usize; COLUMNS.len()],
     left_out: Vec<&'static str>,
-    /// A name that is too long is cut, where that leaves it another than all others.
+    /// Whether long names are cut, which needs that all differ afterwards.
     cuts_names: bool,
 }
 
@@ -181,7 +181,7 @@ impl Fit {
             let is_long = text.chars().count() > width;
             cells.push(match n {
                 0 if is_long && self.cuts_names => shortened(text, width),
-                // Cut it would be another's.
+                // Cut, it would equal another name.
                 0 if is_long => {
                     lines.push(text.clone());
                     " ".repeat(width)
@@ -196,8 +196,7 @@ impl Fit {
     }
 }
 
-/// A text in so many columns, at least 3; what is left out is of its middle: names differ at their
-/// ends.
+/// Shortens a text to `width` columns, at least 3, in its middle: names differ at their ends.
 fn shortened(text: &str, width: usize) -> String {
     let count = text.chars().count();
     if count <= width {
@@ -207,7 +206,7 @@ fn shortened(text: &str, width: usize) -> String {
     text.chars().take(head).chain(['…']).chain(text.chars().skip(count - tail)).collect()
 }
 
-/// From this age on what is told of the queues is told with its age.
+/// The age from which figures of the queues are shown with their age.
 const OLD: Duration = Duration::from_secs(3);
 
 const NUMBERS: [&str; 9] =
@@ -241,7 +240,7 @@ mod tests {
     use crate::cli::status::words::subscriber;
     use serde_json::{Value, json};
 
-    /// As JSON describes it, what is not of interest filled in.
+    /// An overview from JSON, the figures of lanes filled in.
     fn overview(mut value: Value) -> Overview {
         let Value::Object(all) = &mut value else { unreachable!("an object") };
         let subscribers = all.remove("subscribers");
@@ -292,7 +291,7 @@ mod tests {
             "last attempt failed (timeout)",
             "g           paused by operator: they are migrating to another… ",
             "\n`g`: paused by operator: they are migrating to another region this week\n",
-            "BACKLOG and DEAD are of ",
+            "BACKLOG and DEAD are from ",
             "`gone` is not configured any more; there are left 5 events",
             "2 orphans",
         ] {
@@ -346,7 +345,7 @@ mod tests {
         for wide in [table(&found, Some(200)), table(&found, None)] {
             assert!(!wide.contains("not shown") && wide.contains(&format!("\n{long}  ")), "{wide}");
         }
-        // Two that differ in the middle alone would be the same.
+        // Two names that differ only in the middle are not cut.
         let [one, other] = ["1", "2"].map(|n| format!("{}{n}{}", "a".repeat(30), "b".repeat(30)));
         let found = overview(json!({ "phase": "running", "queue": { "up": true },
             "subscribers": [{ "subscriber": one, "state": "ok" }, { "subscriber": other, "state": "ok" }] }));

@@ -20,7 +20,7 @@ pub(super) fn state(s: &Subscriber) -> String {
             let since = lane.waiting_since.map(since);
             format!("waiting for an answer, {}", since.as_deref().unwrap_or("-"))
         }
-        // Its batch was given up, or another daemon has it.
+        // The batch was given up, or another daemon has it.
         State::Retrying if lane.in_retry == Some(0) && lane.in_hand == 0 => {
             format!("last attempt failed{}", last_error())
         }

@@ -434,7 +434,7 @@ fn a_queue_that_the_broker_has_lost_the_use_of_is_named_and_harms_no_other_until
             return;
         }
         assert!(
-            report.contains("sub.two") && report.contains("deleted and declared anew"),
+            report.contains("sub.two") && report.contains("deleted and redeclared"),
             "{report}"
         );
         let inspected = String::from_utf8_lossy(&inspected.stderr).into_owned();

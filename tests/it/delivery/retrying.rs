@@ -516,7 +516,10 @@ async fn after_a_wait_that_the_receiver_asked_for_one_batch_is_tried_and_the_res
     }
     a.now(|_, _| status(200));
     let said = setup.ok(&["retry", "now", "a"]);
-    assert!(said.contains("its receiver had asked to be left alone: one batch is tried"), "{said}");
+    assert!(
+        said.contains("its receiver had asked for a hold by Retry-After: one batch is tried"),
+        "{said}"
+    );
     api.wait("a", "it is held no more", |s| s["state"] == "ok").await;
     setup.ok(&["retry", "now", "a"]);
     a.wait_all(17).await;

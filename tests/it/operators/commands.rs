@@ -309,7 +309,10 @@ async fn check_of_one_subscriber_says_nothing_of_another_and_what_is_found_comes
 
     let (code, out, err) = texts(&["check", "--connect", "-q"]);
     assert_eq!((code, &out[..]), (Some(0), ""), "a receiver that is away is no harm yet");
-    assert!(err.starts_with("warning: endpoint of `crm`: ") && err.contains("\n  mend: "), "{err}");
+    assert!(
+        err.starts_with("warning: endpoint of `crm`: ") && err.contains("\n  remedy: "),
+        "{err}"
+    );
 
     let (code, out, _) = texts(&["check", "--json"]);
     let found: serde_json::Value = serde_json::from_str(&out).expect("one JSON line");

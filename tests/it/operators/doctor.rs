@@ -238,7 +238,7 @@ fn policies_that_lose_events_are_named_with_the_command_that_takes_them_away_and
         let reported = String::from_utf8_lossy(&alone.stderr).into_owned();
         assert!(
             reported.contains("sets max-length = 10\n  risk: ")
-                && reported.contains("\n  mend: rabbitmqctl clear_policy"),
+                && reported.contains("\n  remedy: rabbitmqctl clear_policy"),
             "{reported}"
         );
         obey(&broker, &text(full, "remedy"));
@@ -873,7 +873,7 @@ fn all_shared_queues_gone_is_harmful_although_none_of_them_is_there() {
         setup.ok(&["repair", "a"]);
         let reported = setup.ok(&["check", "--connect"]);
         assert!(
-            reported.contains("Not looked at, so not known")
+            reported.contains("Not inspected, so not known")
                 && reported.contains("bindings")
                 && !reported.contains("Nothing harmful was found.\n"),
             "{reported}"
