@@ -90,13 +90,15 @@ struct Selection {
     limit: Option<usize>,
 }
 
+/// The state of a request's handler.
+type This<Q> = extract::State<Arc<Control<Q>>>;
+
 pub(super) fn routes<Q: Queue>(
     queue: Q,
     reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
 ) -> Router {
-    type This<Q> = extract::State<Arc<Control<Q>>>;
     let control = Arc::new(Control {
         queue,
         reloader,
@@ -107,103 +109,124 @@ pub(super) fn routes<Q: Queue>(
         retrying: Mutex::default(),
         to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
     });
-    let all = async |extract::State(control): This<Q>| control.all().await;
-    let one = async |extract::State(control): This<Q>, Path(name): Path<String>| {
-        answer(control.one(&name).await)
-    };
-    let dead = async |extract::State(control): This<Q>,
-                      Path(name): Path<String>,
-                      Query(some): Query<Selection>| {
-        let room = control.to_their_end.clone();
-        answer(
-            to_its_end(
-                &room,
-                async move { control.dead(&name, some.limit.unwrap_or(MAX_DEAD)).await },
-            )
-            .await,
-        )
-    };
-    let pause = async |extract::State(control): This<Q>,
-                       Path(name): Path<String>,
-                       headers: HeaderMap,
-                       body: Body| {
-        let changing = control.clone();
-        control
-            .wished(&headers, body, async |wish| {
-                to_its_end(&control.to_their_end, async move {
-                    changing.change(&name, wish, true).await
-                })
-                .await
-            })
-            .await
-    };
-    let resume = async |extract::State(control): This<Q>,
-                        Path(name): Path<String>,
-                        headers: HeaderMap,
-                        body: Body| {
-        let changing = control.clone();
-        control
-            .wished(&headers, body, async |wish| {
-                to_its_end(&control.to_their_end, async move {
-                    changing.change(&name, wish, false).await
-                })
-                .await
-            })
-            .await
-    };
-    let test = async |extract::State(control): This<Q>,
-                      Path(name): Path<String>,
-                      headers: HeaderMap,
-                      body: Body| {
-        control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
-    };
-    let waiting = async |extract::State(control): This<Q>,
-                         Path(name): Path<String>,
-                         Query(some): Query<Selection>| {
-        let room = control.to_their_end.clone();
-        answer(to_its_end(&room, async move { control.waiting(&name, some.limit).await }).await)
-    };
-    let retry = async |extract::State(control): This<Q>,
-                       Path(name): Path<String>,
-                       headers: HeaderMap,
-                       body: Body| {
-        let moving = control.clone();
-        control
-            .wished(&headers, body, async |which| {
-                to_its_end(
-                    &control.to_their_end,
-                    async move { moving.retry_now(&name, which).await },
-                )
-                .await
-            })
-            .await
-    };
-    let preview = async |extract::State(control): This<Q>| {
-        answer(control.reloader.preview().await.map(foreseen).map_err(unchanged))
-    };
-    let reload = async |extract::State(control): This<Q>, headers: HeaderMap, body: Body| {
-        let reloader = control.reloader.clone();
-        let reload = async move {
-            reloader
-                .reload(Because::Operator("the API"))
-                .await
-                .map(view::Reloaded::from)
-                .map_err(unchanged)
-        };
-        control
-            .wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await)
-            .await
-    };
     Router::new()
-        .route("/v1/subscribers", get(all))
-        .route("/v1/subscribers/{name}", get(one))
+        .route("/v1/subscribers", get(report_all))
+        .route("/v1/subscribers/{name}", get(report_one))
         .route("/v1/subscribers/{name}/pause", post(pause))
         .route("/v1/subscribers/{name}/resume", post(resume))
-        .route("/v1/subscribers/{name}/test", post(test))
-        .route("/v1/subscribers/{name}/retry", get(waiting).post(retry))
-        .route("/v1/subscribers/{name}/dead", get(dead))
+        .route("/v1/subscribers/{name}/test", post(send_test))
+        .route("/v1/subscribers/{name}/retry", get(list_waiting).post(retry_now))
+        .route("/v1/subscribers/{name}/dead", get(list_dead))
         .route("/v1/reload", get(preview).post(reload))
         .with_state(control)
+}
+
+async fn report_all<Q: Queue>(extract::State(control): This<Q>) -> Response {
+    control.all().await
+}
+
+async fn report_one<Q: Queue>(
+    extract::State(control): This<Q>,
+    Path(name): Path<String>,
+) -> Response {
+    answer(control.one(&name).await)
+}
+
+async fn list_dead<Q: Queue>(
+    extract::State(control): This<Q>,
+    Path(name): Path<String>,
+    Query(selection): Query<Selection>,
+) -> Response {
+    let room = control.to_their_end.clone();
+    let limit = selection.limit.unwrap_or(MAX_DEAD);
+    answer(to_its_end(&room, async move { control.dead(&name, limit).await }).await)
+}
+
+async fn pause<Q: Queue>(
+    state: This<Q>,
+    name: Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    change(state, name, headers, body, true).await
+}
+
+async fn resume<Q: Queue>(
+    state: This<Q>,
+    name: Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    change(state, name, headers, body, false).await
+}
+
+async fn change<Q: Queue>(
+    extract::State(control): This<Q>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+    pause: bool,
+) -> Response {
+    let changing = control.clone();
+    control
+        .wished(&headers, body, async |wish| {
+            let change = async move { changing.change(&name, wish, pause).await };
+            to_its_end(&control.to_their_end, change).await
+        })
+        .await
+}
+
+async fn send_test<Q: Queue>(
+    extract::State(control): This<Q>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
+}
+
+async fn list_waiting<Q: Queue>(
+    extract::State(control): This<Q>,
+    Path(name): Path<String>,
+    Query(selection): Query<Selection>,
+) -> Response {
+    let room = control.to_their_end.clone();
+    let list = async move { control.waiting(&name, selection.limit).await };
+    answer(to_its_end(&room, list).await)
+}
+
+async fn retry_now<Q: Queue>(
+    extract::State(control): This<Q>,
+    Path(name): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let moving = control.clone();
+    control
+        .wished(&headers, body, async |which| {
+            let retry = async move { moving.retry_now(&name, which).await };
+            to_its_end(&control.to_their_end, retry).await
+        })
+        .await
+}
+
+async fn preview<Q: Queue>(extract::State(control): This<Q>) -> Response {
+    answer(control.reloader.preview().await.map(foreseen).map_err(unchanged))
+}
+
+async fn reload<Q: Queue>(
+    extract::State(control): This<Q>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let reloader = control.reloader.clone();
+    let reload = async move {
+        let reloaded = reloader.reload(Because::Operator("the API")).await;
+        reloaded.map(view::Reloaded::from).map_err(unchanged)
+    };
+    control
+        .wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await)
+        .await
 }
 
 fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {

@@ -1,5 +1,7 @@
 //! `prune`: deletes the queues of removed subscribers, or everything.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde_json::json;
 
 use super::{
@@ -128,14 +130,7 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
     let removed = queue.depths(&config.subscribers).await?.removed;
     let mut bound = queue.bound().await?;
     bound.retain(|name| config.subscribers.iter().all(|s| s.name != *name));
-    if let Some(name) = args.subscribers.iter().find(|name| bound.contains(name.as_str())) {
-        return Err(Failed::Runtime(still_bound(name)));
-    }
-    if let Some(name) = args.subscribers.iter().find(|name| !removed.contains_key(name.as_str())) {
-        return Err(Failed::Runtime(format!(
-            "there is nothing of a removed subscriber `{name}`; nothing was deleted"
-        )));
-    }
+    check_names(&args.subscribers, &bound, &removed)?;
     let is_meant = |name: &SubscriberName| {
         if args.subscribers.is_empty() {
             !bound.contains(name)
@@ -193,6 +188,23 @@ async fn prune(queue: impl Queue, config: &Config, args: &Args) -> Result<(), Fa
             "{} kept, with events: {}; configure again to deliver, inspect with `hooktrail dead list NAME`, or use --with-events to lose them",
             counted(kept.len(), "subscriber(s) (was|were)"),
             kept.join(", ")
+        )));
+    }
+    Ok(())
+}
+
+/// An error if one of these subscribers cannot be pruned.
+fn check_names(
+    names: &[String],
+    bound: &BTreeSet<SubscriberName>,
+    removed: &BTreeMap<SubscriberName, Depth>,
+) -> Result<(), Failed> {
+    if let Some(name) = names.iter().find(|name| bound.contains(name.as_str())) {
+        return Err(Failed::Runtime(still_bound(name)));
+    }
+    if let Some(name) = names.iter().find(|name| !removed.contains_key(name.as_str())) {
+        return Err(Failed::Runtime(format!(
+            "there is nothing of a removed subscriber `{name}`; nothing was deleted"
         )));
     }
     Ok(())

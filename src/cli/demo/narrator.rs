@@ -15,7 +15,7 @@ use crate::{
 /// Shows a lane's event, if a spectator should see it.
 pub(super) fn narrate(stage: &Stage, subscriber: &str, event: &LaneEvent<'_>) {
     if let Some((tone, text)) = line(event) {
-        stage.tell(subscriber, tone, &visible(&text));
+        stage.report(subscriber, tone, &visible(&text));
     }
 }
 

@@ -45,7 +45,7 @@ impl Play<'_> {
         let observer = Observer::new(move |subscriber, event| narrate(&stage, subscriber, event));
         let controls = Controls {
             phase: &phase,
-            changes: mpsc::channel(1).1, // nobody changes anything
+            changes: mpsc::channel(1).1, // no changes
             board: Board::observed(Metrics::new(clock::now()), observer),
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
             hurry: Box::pin(std::future::pending()),
@@ -60,7 +60,7 @@ impl Play<'_> {
             for r in self.receivers {
                 dead.push(dead_ids(&queue, r.name).await?);
             }
-            stop.send(()).ok(); // the daemon may have ended in an error, which is told below
+            stop.send(()).ok(); // the daemon may have ended in an error, which is returned below
             Ok::<_, Failed>((published, dead))
         };
         let (ended, shown) = tokio::join!(daemon, show);
@@ -76,7 +76,7 @@ impl Play<'_> {
         let mut published = BTreeSet::new();
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
-        let (mut told_at, mut since_told) = (Duration::ZERO, 0);
+        let (mut shown_at, mut since_shown) = (Duration::ZERO, 0);
         let mut odd = ODD.iter().cycle();
         let mut next_odd = Duration::from_secs(2);
         while self.stage.elapsed() < self.publish_for {
@@ -91,17 +91,17 @@ impl Play<'_> {
                 let make = odd.next().copied().unwrap_or(refused_event);
                 events.push(make(published.len() + events.len()));
             }
-            since_told += events.len();
+            since_shown += events.len();
             published.extend(events.iter().filter_map(|e| e.message_id.clone()));
             queue.publish(events).await?;
-            if self.stage.elapsed() >= told_at + Duration::from_secs(1) {
-                told_at = self.stage.elapsed();
+            if self.stage.elapsed() >= shown_at + Duration::from_secs(1) {
+                shown_at = self.stage.elapsed();
                 self.stage.say(&format!(
                     "{:>5.1}s  {} published",
-                    told_at.as_secs_f64(),
-                    counted(since_told, "event(s)")
+                    shown_at.as_secs_f64(),
+                    counted(since_shown, "event(s)")
                 ));
-                since_told = 0;
+                since_shown = 0;
             }
             self.stage.status(self.counts(published.len()));
         }

@@ -92,7 +92,7 @@ async fn receive(State(e): State<Arc<Endpoint>>, headers: HeaderMap, body: Bytes
             counted(ids.len(), "event(s)"),
             ByteSize(body.len() as u64)
         );
-        e.stage.tell(e.name, Tone::Good, &what);
+        e.stage.report(e.name, Tone::Good, &what);
         let mut accepted = e.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         for id in ids {
             *accepted.entry(id).or_default() += 1;

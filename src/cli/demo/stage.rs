@@ -60,7 +60,7 @@ impl Stage {
         }
     }
 
-    pub(super) fn tell(&self, who: &str, tone: Tone, what: &str) {
+    pub(super) fn report(&self, who: &str, tone: Tone, what: &str) {
         let (on, off) = match (self.colours, tone) {
             (false, _) => ("", ""),
             (true, Tone::Good) => ("\u{1b}[32m", "\u{1b}[0m"),
