@@ -45,8 +45,10 @@
 //!              · optional · include · loader · changes · listing · schema · config
 //!              keys/ · key · show
 //!              loader/ · files · queue · daemon · policies · signing · endpoint
-//! telemetry/                what the daemon says of itself
+//! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
+//!              metrics/ · definitions · exposition · process · registry · subscriber
+//!              status/ · view · scheduled · lane
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQLite
 //!              · removals · waiting · queue · fake · embedded · amqp
@@ -89,8 +91,8 @@
 //! - What can be wrong with a queue, and what fixes it? `queue/amqp/doctor.rs` and
 //!   `queue/embedded/doctor.rs`; with an endpoint: [`endpoint::inspect`].
 //! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`], then `Fleet::reconcile` in
-//!   [`supervisor::fleet`]; each lane takes over what is new in `Lane::adopt`, the broker's
-//!   bindings in `queue/amqp/ownership.rs`. The start goes the same way.
+//!   [`supervisor::fleet`]; each lane adopts it in `lane/state.rs`, the broker's bindings follow in
+//!   `queue/amqp/ownership.rs`. The start goes the same way.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How
 //!   many may connect, and for how long? `admin/connections.rs`.
 //! - What is counted, and what is it called? [`telemetry::metrics`], all of it. What does a lane

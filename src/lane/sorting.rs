@@ -114,3 +114,73 @@ fn prepare(
     }
     Ok(timestamp)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::testing::subscriber;
+    use std::time::Duration;
+
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn event(body: &str) -> Event {
+        Event {
+            body: body.into(),
+            message_id: Some("id-1".to_owned()),
+            content_type: None,
+            published_at: None,
+            traceparent: None,
+            receipt: receipt(MessageKind::Event),
+        }
+    }
+
+    fn receipt(from: MessageKind) -> Receipt {
+        Receipt { from, tag: 1 }
+    }
+
+    fn sorted(subscriber: &Subscriber, taken: Vec<Taken>) -> Sorted {
+        let batcher = Batcher::new(subscriber.batch.clone(), subscriber.format);
+        Sorted::new(taken.into_iter(), subscriber, &batcher, NOW)
+    }
+
+    #[test]
+    fn an_event_goes_into_a_batch_or_becomes_a_dead_letter_as_it_was_published() {
+        let plain = subscriber("a", "batch.max_bytes = \"64B\"");
+        let with_ids = subscriber("a", "batch.max_bytes = \"64B\"\nevent_ids = true");
+        let short = r#"{"event":"a","timestamp":7}"#;
+        let long = format!(r#"{{"event":"{}"}}"#, "a".repeat(64));
+        let tight = format!(r#"{{"event":"{}"}}"#, "a".repeat(30));
+        for (subscriber, body, body_or_reason) in [
+            (&plain, short, Ok(short.to_owned())),
+            (&plain, &long, Err(Reason::TooLarge)),
+            (&plain, "no JSON", Err(Reason::InvalidEvent)),
+            (&plain, &tight, Ok(tight.clone())),
+            (&with_ids, &tight, Err(Reason::TooLarge)),
+            (&with_ids, r#"{"event":"a"}"#, Ok(r#"{"event":"a","event_id":"id-1"}"#.to_owned())),
+        ] {
+            let sorted = sorted(subscriber, vec![Taken::Event(event(body))]);
+            assert_eq!(sorted.received, 1, "{body}");
+            match body_or_reason {
+                Ok(expected) => {
+                    let admitted = &sorted.events[0];
+                    assert_eq!(admitted.event.body, expected.as_bytes(), "{body}");
+                    assert_eq!(admitted.arrived_at, NOW, "the queue does not know it");
+                }
+                Err(reason) => {
+                    let (_, letter) = &sorted.dead[0];
+                    assert_eq!((letter.reason, &letter.body[..]), (reason, body.as_bytes()));
+                }
+            }
+        }
+        let sorted = sorted(&plain, vec![Taken::Event(event(short))]);
+        assert_eq!(sorted.events[0].happened_at, Some(NOW + Duration::from_secs(7)));
+    }
+
+    #[test]
+    fn a_redelivery_counts_its_events_and_only_events_count_as_received() {
+        let known = |from, events| Taken::AlreadySettled { events, receipt: receipt(from) };
+        let taken = vec![known(MessageKind::Event, 1), known(MessageKind::Batch, 5)];
+        let sorted = sorted(&subscriber("a", ""), taken);
+        assert_eq!((sorted.recognised.len(), sorted.recognised_events, sorted.received), (2, 6, 1));
+    }
+}

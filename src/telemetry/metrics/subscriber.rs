@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 
-use super::{Float, Metrics, unix};
+use super::registry::{Float, Metrics, unix};
 use crate::{
     delivery::{DispositionKind, FailureKind, Reason},
     policy::circuit_breaker::CircuitState,
@@ -38,8 +38,15 @@ pub struct SubscriberMetrics {
     queues: [Float; 3],
 }
 
+impl Metrics {
+    /// The handles of a subscriber. Its series begin, at 0.
+    pub fn subscriber(&self, name: &str) -> SubscriberMetrics {
+        SubscriberMetrics::new(self, name)
+    }
+}
+
 impl SubscriberMetrics {
-    pub(super) fn new(metrics: &Metrics, name: &str) -> Self {
+    fn new(metrics: &Metrics, name: &str) -> Self {
         let of = [("subscriber", name)];
         let outcome = |o: DispositionKind| {
             (o, metrics.counter("attempts", &[("subscriber", name), ("outcome", o.name())]))

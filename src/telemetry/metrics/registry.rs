@@ -1,0 +1,430 @@
+//! The registry of all metrics, with the handles of those that belong to no subscriber.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    time::SystemTime,
+};
+
+use prometheus_client::{
+    encoding::text,
+    metrics::{
+        counter::Counter,
+        family::{Family, MetricConstructor},
+        gauge::Gauge,
+        histogram::Histogram,
+    },
+    registry::Registry,
+};
+
+use super::{
+    definitions::{ALL, Kind, PREFIX},
+    exposition::{Exposition, as_plain_text, sorted},
+    process::Usage,
+};
+use crate::delivery::SubscriberName;
+
+type Labels = Vec<(&'static str, String)>;
+pub(super) type Float = Gauge<f64, AtomicU64>;
+
+/// The upper bounds of a histogram's buckets.
+#[derive(Debug, Clone, Copy)]
+struct Buckets(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+const SECONDS: Buckets =
+    Buckets(&[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]);
+/// A retry can be days later.
+const LONG_SECONDS: Buckets = Buckets(&[
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0, 259_200.0,
+]);
+const EVENTS: Buckets = Buckets(&[1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]);
+const BYTES: Buckets = Buckets(&[
+    256.0,
+    1024.0,
+    4096.0,
+    16_384.0,
+    65_536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    12_582_912.0,
+]);
+
+impl Buckets {
+    fn of(name: &str) -> Self {
+        match name {
+            "batch_events" => EVENTS,
+            "batch_bytes" => BYTES,
+            "attempt_duration_seconds" => SECONDS,
+            _ => LONG_SECONDS,
+        }
+    }
+}
+
+/// All metrics of a process. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    counters: BTreeMap<&'static str, Family<Labels, Counter>>,
+    gauges: BTreeMap<&'static str, Family<Labels, Float>>,
+    histograms: BTreeMap<&'static str, Family<Labels, Histogram, Buckets>>,
+    cpu: Counter<f64, AtomicU64>,
+    /// The series of each subscriber, which end with it.
+    series: Mutex<BTreeMap<String, Vec<(&'static str, Labels)>>>,
+}
+
+const CPU: &str = "process_cpu_seconds";
+
+impl Metrics {
+    /// `started` is when the process did.
+    pub fn new(started: SystemTime) -> Self {
+        let mut registry = Registry::with_prefix(PREFIX.trim_end_matches('_'));
+        let (mut counters, mut gauges, mut histograms) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let cpu = Counter::default();
+        for d in ALL {
+            match d.kind {
+                Kind::Counter if d.name == CPU => registry.register(d.name, d.help, cpu.clone()),
+                Kind::Counter => {
+                    let family = Family::default();
+                    registry.register(d.name, d.help, family.clone());
+                    counters.insert(d.name, family);
+                }
+                Kind::Gauge => {
+                    let family = Family::default();
+                    registry.register(d.name, d.help, family.clone());
+                    gauges.insert(d.name, family);
+                }
+                Kind::Histogram => {
+                    let family = Family::new_with_constructor(Buckets::of(d.name));
+                    registry.register(d.name, d.help, family.clone());
+                    histograms.insert(d.name, family);
+                }
+            }
+        }
+        let metrics = Self(Arc::new(Inner {
+            registry,
+            counters,
+            gauges,
+            histograms,
+            cpu,
+            series: Mutex::default(),
+        }));
+        metrics.gauge("build_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
+        metrics.gauge("process_start_time_seconds", &[]).set(unix(started));
+        metrics
+    }
+
+    pub fn expose_as(&self, format: Exposition) -> String {
+        let text = sorted(&self.expose());
+        if format == Exposition::OpenMetrics { text } else { as_plain_text(&text) }
+    }
+
+    /// All metrics in the text format of OpenMetrics, in any order.
+    pub fn expose(&self) -> String {
+        self.report_process();
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        text::encode(&mut text, &self.0.registry).ok();
+        text
+    }
+
+    /// Ends the series of a subscriber.
+    pub fn forget(&self, subscriber: &str) {
+        for (name, labels) in self.series().remove(subscriber).unwrap_or_default() {
+            let Inner { counters, gauges, histograms, .. } = &*self.0;
+            // In the one map that has it.
+            counters.get(name).map(|f| f.remove(&labels));
+            gauges.get(name).map(|f| f.remove(&labels));
+            histograms.get(name).map(|f| f.remove(&labels));
+        }
+    }
+
+    /// The messages of subscribers that are not configured any more; the series of all others end.
+    pub fn set_removed(&self, removed: &BTreeMap<SubscriberName, u64>) {
+        let family = &self.0.gauges["removed_subscriber_messages"];
+        family.clear();
+        for (name, messages) in removed {
+            family.get_or_create(&vec![("subscriber", name.to_string())]).set(*messages as f64);
+        }
+    }
+
+    pub fn set_delayed_retries(&self, batches: u64) {
+        self.gauge("delayed_retries", &[]).set(batches as f64);
+    }
+
+    pub fn set_orphans(&self, messages: u64) {
+        self.gauge("orphans", &[]).set(messages as f64);
+    }
+
+    pub fn set_held_removals(&self, subscribers: usize) {
+        self.gauge("held_removals", &[]).set(subscribers as f64);
+    }
+
+    /// Counts lines of the log that were dropped.
+    pub fn dropped_lines(&self) -> impl Fn(u64) + Send + Sync + use<> {
+        let dropped = self.counter("log_lines_dropped", &[]);
+        move |lines| {
+            dropped.inc_by(lines);
+        }
+    }
+
+    pub fn set_queue_up(&self, up: bool) {
+        self.gauge("queue_up", &[]).set(f64::from(up));
+    }
+
+    /// Counts a connection of this role as open until the guard is dropped.
+    pub fn connection(&self, role: &'static str) -> OpenConnection {
+        let open = self.gauge("broker_connections", &[("role", role)]);
+        open.inc();
+        OpenConnection(open)
+    }
+
+    pub fn connected(&self, role: &'static str, ok: bool) {
+        self.counter(
+            "broker_connects",
+            &[("role", role), ("result", if ok { "ok" } else { "failed" })],
+        )
+        .inc();
+    }
+
+    /// Counts events taken over HTTP, by whether a subscriber's pattern matches them.
+    pub fn accepted(&self, matched: u64, unmatched: u64) {
+        self.counter("events_accepted", &[("matched", "true")]).inc_by(matched);
+        self.counter("events_accepted", &[("matched", "false")]).inc_by(unmatched);
+    }
+
+    pub fn relayed(&self, result: &'static str, events: u64) {
+        self.counter("events_relayed", &[("result", result)]).inc_by(events);
+    }
+
+    /// The configuration was read, at the start or by a reload.
+    pub fn configured(&self, subscribers: usize, now: SystemTime) {
+        self.gauge("subscribers", &[]).set(subscribers as f64);
+        self.gauge("config_last_reload_successful", &[]).set(1.0);
+        self.gauge("config_last_reload_success_timestamp_seconds", &[]).set(unix(now));
+    }
+
+    /// Counts a reload; `ok`: its configuration was right.
+    pub fn reloaded(&self, ok: bool) {
+        self.counter("config_reloads", &[("result", if ok { "success" } else { "failure" })]).inc();
+        self.gauge("config_last_reload_successful", &[]).set(f64::from(ok));
+    }
+
+    fn series(&self) -> MutexGuard<'_, BTreeMap<String, Vec<(&'static str, Labels)>>> {
+        self.0.series.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn labels(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Labels {
+        debug_assert!(
+            ALL.iter().any(|d| d.name == name && d.labels.iter().eq(labels.iter().map(|(l, _)| l))),
+            "{name} is not defined with {labels:?}"
+        );
+        let set: Labels =
+            labels.iter().map(|(label, value)| (*label, (*value).to_owned())).collect();
+        if let [("subscriber", subscriber), ..] = labels {
+            let mut series = self.series();
+            let own = series.entry((*subscriber).to_owned()).or_default();
+            if !own.iter().any(|(n, s)| *n == name && *s == set) {
+                own.push((name, set.clone()));
+            }
+        }
+        set
+    }
+
+    pub(super) fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
+        self.0.counters[name].get_or_create_owned(&self.labels(name, labels))
+    }
+
+    pub(super) fn gauge(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Float {
+        self.0.gauges[name].get_or_create_owned(&self.labels(name, labels))
+    }
+
+    pub(super) fn histogram(
+        &self,
+        name: &'static str,
+        labels: &[(&'static str, &str)],
+    ) -> Histogram {
+        self.0.histograms[name].get_or_create_owned(&self.labels(name, labels))
+    }
+
+    fn report_process(&self) {
+        let Usage { cpu_seconds, resident_bytes, threads, open_fds } = Usage::now();
+        if let Some(seconds) = cpu_seconds {
+            self.0.cpu.inc_by((seconds - self.0.cpu.get()).max(0.0));
+        }
+        for (name, value) in [
+            ("process_resident_memory_bytes", resident_bytes),
+            ("process_threads", threads),
+            ("process_open_fds", open_fds),
+        ] {
+            if let Some(value) = value {
+                self.gauge(name, &[]).set(value);
+            }
+        }
+    }
+}
+
+/// Unix seconds.
+pub(super) fn unix(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Counts a connection as open.
+#[derive(Debug)]
+pub struct OpenConnection(Float);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        delivery::{BatchId, Reason},
+        telemetry::lane_event::{LaneEvent, Settled},
+    };
+    use std::{collections::BTreeSet, time::Duration};
+
+    fn metrics() -> Metrics {
+        Metrics::new(SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000))
+    }
+
+    /// The names in an exposition, from the lines with their types.
+    fn exposed(text: &str) -> BTreeSet<String> {
+        text.lines()
+            .filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next().map(str::to_owned))
+            .collect()
+    }
+
+    #[test]
+    fn every_metric_is_exposed_once_it_is_used_and_no_other() {
+        let m = metrics();
+        m.subscriber("a");
+        m.set_removed(&[("gone".into(), 3)].into());
+        m.set_delayed_retries(1);
+        m.set_orphans(2);
+        m.set_queue_up(true);
+        let open = m.connection("publishing");
+        assert!(m.expose().contains("hooktrail_broker_connections{role=\"publishing\"} 1"));
+        drop(open);
+        m.connected("publishing", true);
+        m.accepted(1, 2);
+        m.relayed("routed", 1);
+        m.set_held_removals(1);
+        m.dropped_lines()(1);
+        m.configured(1, SystemTime::UNIX_EPOCH);
+        m.reloaded(false);
+        let text = m.expose();
+        assert!(text.contains("hooktrail_broker_connections{role=\"publishing\"} 0"));
+        assert_eq!(exposed(&text), ALL.iter().map(|d| format!("{PREFIX}{}", d.name)).collect());
+        for d in ALL {
+            assert!(
+                text.contains(&format!("\n{}", d.exposed())) || text.starts_with(&d.exposed()),
+                "{}",
+                d.exposed()
+            );
+            assert!(text.contains(&format!("# HELP {PREFIX}{} {}", d.name, d.help)), "{}", d.name);
+        }
+        assert!(
+            text.contains("hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 3"),
+            "{text}"
+        );
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn plain_text_names_counters_as_their_samples_and_both_formats_are_in_a_lasting_order() {
+        let m = metrics();
+        for name in ["c", "a", "b,le", "d"] {
+            let subscriber = m.subscriber(name);
+            subscriber.count(&LaneEvent::Taken { events: 3 });
+            let batch_id = &BatchId::from("msg_1");
+            let started = LaneEvent::AttemptStarted { number: 1, batch_id, events: 7, bytes: 9 };
+            subscriber.count(&started);
+        }
+        let text = m.expose_as(Exposition::Text);
+        for part in [
+            "# TYPE hooktrail_events_received_total counter\n",
+            "# HELP hooktrail_events_received_total Events taken",
+            "\nhooktrail_events_received_total{subscriber=\"a\"} 3\nhooktrail_events_received_total{subscriber=\"b,le\"} 3\n\
+             hooktrail_events_received_total{subscriber=\"c\"} 3\n",
+            "# TYPE hooktrail_batch_events histogram\n",
+            "# TYPE hooktrail_paused gauge\n",
+        ] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+        assert!(!text.contains("# EOF"));
+        assert!(m.expose_as(Exposition::OpenMetrics).ends_with("# EOF\n"));
+        let buckets: Vec<&str> =
+            text.lines().filter_map(|l| l.strip_prefix("hooktrail_batch_events_bucket{")).collect();
+        let order: Vec<(String, f64)> = buckets
+            .iter()
+            .map(|line| {
+                let (bound, subscriber) = line
+                    .strip_prefix("le=\"")
+                    .and_then(|rest| rest.split_once('"'))
+                    .expect("a bound");
+                (
+                    subscriber.split('}').next().expect("labels").to_owned(),
+                    bound.replace("+Inf", "inf").parse().expect("a number"),
+                )
+            })
+            .collect();
+        assert_eq!(order.len(), 4 * 11);
+        assert!(order.is_sorted(), "{order:?}");
+        let names = |text: &str| {
+            text.lines()
+                .map(|l| l.split(' ').next().unwrap_or_default().to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(&m.expose_as(Exposition::Text)), names(&text));
+    }
+
+    #[test]
+    fn the_series_of_a_subscriber_end_with_it() {
+        let m = metrics();
+        let a = m.subscriber("a");
+        m.subscriber("b");
+        a.count(&LaneEvent::Settled(Settled::DeadLetters(vec![Reason::Exhausted; 2])));
+        assert!(
+            m.expose()
+                .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 2")
+        );
+        m.forget("a");
+        let text = m.expose();
+        assert!(!text.contains("subscriber=\"a\"") && text.contains("subscriber=\"b\""), "{text}");
+        m.subscriber("a");
+        assert!(
+            m.expose()
+                .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 0")
+        );
+    }
+
+    #[test]
+    fn the_process_is_exposed_with_its_usage() {
+        let text = metrics().expose();
+        let value = |name: &str| {
+            let line = text
+                .lines()
+                .find_map(|l| l.strip_prefix(name))
+                .unwrap_or_else(|| panic!("{name}: {text}"));
+            line.trim().parse::<f64>().expect("a number")
+        };
+        assert!(value("hooktrail_process_resident_memory_bytes ") > 1e6);
+        assert!(value("hooktrail_process_open_fds ") >= 3.0);
+        assert_eq!(value("hooktrail_process_start_time_seconds "), 1_700_000_000.0);
+    }
+}
