@@ -91,7 +91,7 @@ pub fn load_with(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Co
 
 fn read(path: &Path) -> Result<Source, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|e| {
-        let message = format!("cannot be read: {e}; {}", way_out(e.kind()));
+        let message = format!("cannot be read: {e}; {}", remedy_of(e.kind()));
         let problem = Problem { file: path.to_owned(), place: None, key: String::new(), message };
         ConfigError { problems: vec![problem], files: vec![path.to_owned()] }
     })?;
@@ -169,8 +169,8 @@ pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
 }
 
 /// The remedy for a configuration that cannot be read.
-fn way_out(why: std::io::ErrorKind) -> &'static str {
-    match why {
+fn remedy_of(error: std::io::ErrorKind) -> &'static str {
+    match error {
         std::io::ErrorKind::PermissionDenied => {
             "run this as a user who may read it, such as the service's (sudo -u hooktrail …)"
         }

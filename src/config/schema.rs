@@ -22,9 +22,9 @@ fn object(keys: &[Key], shipped: &Value) -> Value {
         let mut schema = key.shape.schema(shipped);
         schema["description"] = match key.shape {
             Shape::Duration(Some(most)) => {
-                format!("{} At most \"{}\".", key.what, span(most)).into()
+                format!("{} At most \"{}\".", key.summary, span(most)).into()
             }
-            _ => key.what.into(),
+            _ => key.summary.into(),
         };
         // In a subscriber the default of a group's key is the top level's value.
         let pointer = format!("/{}", key.path.replace('.', "/"));

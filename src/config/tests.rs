@@ -670,7 +670,7 @@ fn a_file_that_is_not_there_or_not_toml_says_so() {
     let found = problems("include = [\"gone.toml\"]\n[queue]\nurl = \"amqp://x\"\n");
     assert!(found[0].starts_with("gone.toml: cannot be read"), "{found:?}");
     // Root, who runs tests in a container, may read everything.
-    assert!(way_out(std::io::ErrorKind::PermissionDenied).contains("sudo -u hooktrail"));
+    assert!(remedy_of(std::io::ErrorKind::PermissionDenied).contains("sudo -u hooktrail"));
 }
 
 #[test]

@@ -11,7 +11,7 @@ pub struct Key {
     /// `[[subscriber]]`.
     pub path: &'static str,
     /// One sentence, shown by editors.
-    pub what: &'static str,
+    pub summary: &'static str,
     pub shape: Shape,
     pub required: bool,
     pub(in crate::config) place: Place,
@@ -84,13 +84,13 @@ pub enum Reloaded {
     Refused,
 }
 
-pub(super) const fn read(path: &'static str, what: &'static str, shape: Shape) -> Key {
-    Key { path, what, shape, required: false, place: Place::Read }
+pub(super) const fn read(path: &'static str, summary: &'static str, shape: Shape) -> Key {
+    Key { path, summary, shape, required: false, place: Place::Read }
 }
 
 pub(super) const fn global(
     path: &'static str,
-    what: &'static str,
+    summary: &'static str,
     shape: Shape,
     affects: Reloaded,
     differs: fn(&Config, &Config) -> bool,
@@ -98,7 +98,7 @@ pub(super) const fn global(
 ) -> Key {
     Key {
         path,
-        what,
+        summary,
         shape,
         required: false,
         place: Place::Config(Field { affects, differs, show }),
@@ -107,7 +107,7 @@ pub(super) const fn global(
 
 pub(super) const fn subscriber(
     path: &'static str,
-    what: &'static str,
+    summary: &'static str,
     shape: Shape,
     affects: &'static [Affects],
     differs: fn(&Subscriber, &Subscriber) -> bool,
@@ -115,7 +115,7 @@ pub(super) const fn subscriber(
 ) -> Key {
     Key {
         path,
-        what,
+        summary,
         shape,
         required: false,
         place: Place::Subscriber(Field { affects, differs, show }),
