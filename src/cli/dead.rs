@@ -19,7 +19,7 @@ use self::{
     purge::{confirm_purge, purge},
     replay::Replay,
     show::{export, show},
-    walk::{close, each},
+    walk::{close, each, until_second_interrupt},
 };
 use super::{arguments::Destructive, complete, failed::Failed, open::reach, terminal::can_ask};
 use crate::{
@@ -201,8 +201,5 @@ async fn walk<D: DeadLetters>(
             Task::Purge(how) => purge(letters, which, how, most, &stops).await,
         }
     };
-    tokio::select! {
-        walked = walked => walked,
-        () = stops.times(2) => Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
-    }
+    until_second_interrupt(&stops, walked).await
 }

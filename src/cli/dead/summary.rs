@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     choice::{Choice, Which},
-    walk::each,
+    walk::{each, until_second_interrupt},
 };
 use crate::{
     cli::{
@@ -48,10 +48,7 @@ pub(super) async fn list(
     let mut tallies = Vec::new();
     for ((name, _), configured) in all.filter(|((_, depth), _)| depth.dead > 0) {
         let tally = tally(&queue, name, configured, which, &stops);
-        let tally = tokio::select! {
-            tally = tally => tally?,
-            () = stops.times(2) => return Err(Failed::Runtime("interrupted twice: nothing is lost, but the order may have changed".to_owned())),
-        };
+        let tally = until_second_interrupt(&stops, tally).await?;
         tallies.extend((tally.letters > 0).then_some(tally));
     }
     queue.close().await;

@@ -52,3 +52,16 @@ pub(super) async fn each<D: DeadLetters>(
     to_its_end(stops)?;
     Ok(shown)
 }
+
+/// Does the work to its end, or until the second interrupt.
+pub(super) async fn until_second_interrupt<T>(
+    stops: &Stops,
+    work: impl Future<Output = Result<T, Failed>>,
+) -> Result<T, Failed> {
+    tokio::select! {
+        done = work => done,
+        () = stops.times(2) => Err(Failed::Runtime(
+            "interrupted twice: nothing is lost, but the order may have changed".to_owned(),
+        )),
+    }
+}
