@@ -112,12 +112,12 @@ impl Refusal {
     }
 
     pub(super) fn behind() -> Self {
-        let why = "more events come than can be stored now; nothing of this request was taken, send it again later".to_owned();
+        let why = "more events arrive than can be stored now; nothing of this request was taken, send it again later".to_owned();
         Self { retry_after: Some(AGAIN_SOON), ..Self::new(StatusCode::TOO_MANY_REQUESTS, why) }
     }
 
     pub(super) fn busy() -> Self {
-        let why = "too many such requests are worked on already; send it again later".to_owned();
+        let why = "too many of these requests are in progress; send it again later".to_owned();
         Self { retry_after: Some(AGAIN_SOON), ..Self::new(StatusCode::TOO_MANY_REQUESTS, why) }
     }
 
@@ -147,7 +147,7 @@ impl IntoResponse for Refusal {
 pub(super) fn json_answer(status: StatusCode, body: &impl Serialize) -> Response {
     let body = match serde_json::to_string(body) {
         Ok(body) => body,
-        // Not for any answer of today: each is plain data.
+        // Cannot happen with today's answers, which are plain data.
         Err(e) => return (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     };
     (status, [(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()

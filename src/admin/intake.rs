@@ -75,7 +75,8 @@ pub(super) struct Intake<Q> {
     phase: watch::Receiver<Phase>,
     metrics: Metrics,
     room: Arc<Semaphore>,
-    /// The time in which events cannot be stored: its begin and its end are logged, not each request.
+    /// The time in which events cannot be stored: its begin and its end are logged, not each
+    /// request.
     outage: Mutex<Outage>,
 }
 
@@ -214,7 +215,7 @@ impl<Q: Queue> Intake<Q> {
                         tracing::warn!(error = %e, "events cannot be stored; producers are answered 503");
                     }
                     return Err(Refusal::unavailable(format!(
-                        "{e}; {stored} of {} {} stored before, and of the rest a part may have been: \
+                        "{e}; {stored} of {} {} stored before, and a part of the rest may have been: \
                          send the request again later, which may repeat events",
                         counted(count, "event(s)"),
                         agreed(&stored, "(was|were)")
@@ -445,7 +446,7 @@ fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
 
 struct Fields<'a> {
     event: bool,
-    /// At most two.
+    /// At most two fields `events`.
     events: Vec<&'a RawValue>,
 }
 
@@ -656,7 +657,7 @@ mod tests {
         assert!(
             refusal
                 .why
-                .contains("0 of 1 event were stored before, and of the rest a part may have been"),
+                .contains("0 of 1 event were stored before, and a part of the rest may have been"),
             "{}",
             refusal.why
         );

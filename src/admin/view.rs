@@ -99,7 +99,7 @@ pub struct Introduction {
     /// The path of its configuration, absolute.
     pub config: String,
     pub pid: u32,
-    /// That it knows the token, if it was asked by a proof.
+    /// Shows that the daemon knows the token; present if the request had a proof.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proof: Option<String>,
 }
@@ -115,7 +115,7 @@ pub struct Overview {
     pub queue: QueueState,
     #[serde(default)]
     pub subscribers: Vec<Subscriber>,
-    /// What is left of subscribers that are not configured any more.
+    /// Removed subscribers whose queues are not pruned yet.
     #[serde(default)]
     pub removed: Vec<Removed>,
 }
@@ -151,7 +151,7 @@ pub struct QueueState {
     pub orphans: Option<u64>,
 }
 
-/// What a subscriber that is not configured any more has left in its queues.
+/// The contents of a removed subscriber's queues.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Removed {
     pub subscriber: String,
@@ -184,7 +184,7 @@ impl Subscriber {
     }
 }
 
-/// What an operator has to know first of a subscriber.
+/// The state of a subscriber: of several, the one that an operator has to know first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -231,7 +231,7 @@ impl From<&status::State> for State {
     }
 }
 
-/// What a lane reports of itself and its queues.
+/// The figures of a lane and its queues.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Lane {
     pub paused: Option<Paused>,
@@ -338,7 +338,7 @@ pub struct Standing {
 pub struct Tested {
     pub subscriber: String,
     pub url: String,
-    /// Those that were sent, in their order; secrets are redacted.
+    /// The headers that were sent, in their order; secrets are redacted.
     pub headers: Map<String, Value>,
     pub body: String,
     pub status: Option<u16>,
@@ -514,17 +514,17 @@ impl DeadLetter {
     }
 }
 
-/// What a reload would change.
+/// The changes that a reload would make.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Foreseen {
     #[serde(flatten)]
     pub changes: Changes,
-    /// A changed file alone does not do it: so many subscribers are removed by an operator only.
+    /// A changed file alone does not do it: only an operator removes this many subscribers.
     #[serde(default)]
     pub waits_for_operator: bool,
 }
 
-/// What a reload has changed.
+/// The changes that a reload has made.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Reloaded {
     #[serde(flatten)]

@@ -75,7 +75,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
         0 => Ok(()),
         _ if args.quiet => Err(Failed::Logged(1)),
         harmful => Err(Failed::Runtime(format!(
-            "{}: events can be lost, or cannot be delivered; each says what to do",
+            "{}: events can be lost, or cannot be delivered; each has its remedy",
             counted(harmful, "harmful finding(s)")
         ))),
     }

@@ -174,7 +174,7 @@ impl<'c> Daemon<'c> {
     async fn meet(&self) -> Result<(), Stranger> {
         let address = self.address;
         let other = |why: &str| {
-            Err(Stranger::Other(format!("what listens at {address} ([admin] listen) {why}")))
+            Err(Stranger::Other(format!("the program at {address} ([admin] listen) {why}")))
         };
         let challenge = handshake::challenge();
         let (status, answer) = self.introduced(&challenge).await.map_err(Stranger::Absent)?;
@@ -388,7 +388,7 @@ pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> 
                 |e| visible(&e),
             );
             Foreseen::Unknown {
-                why: format!("what listens at {address} answered {status}: {error}"),
+                why: format!("the program at {address} answered {status}: {error}"),
             }
         }
     })

@@ -126,7 +126,7 @@ impl Failures {
             return Ok(());
         }
         Err(Failed::Runtime(format!(
-            "{} not {what}; above is why",
+            "{} not {what}; see above",
             counted(self.count, "subscriber(s) (was|were)")
         )))
     }

@@ -42,7 +42,7 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     }
     match foreseen {
         Foreseen::Refused { .. } => Err(Failed::Runtime(
-            "the daemon would refuse a reload; it goes on with what it has until the file is right"
+            "the daemon would refuse a reload; it keeps its configuration until the file is fixed"
                 .to_owned(),
         )),
         Foreseen::Unknown { .. } | Foreseen::Changes { .. } => Ok(()),

@@ -213,7 +213,7 @@ fn check_names(
 /// The error for a removed subscriber whose queue is still bound.
 fn still_bound(names: &str) -> String {
     format!(
-        "`{names}`: not configured here, and still gets events: a daemon has to let go first. Reload or start one with this configuration; \
+        "`{names}`: not configured here, and still gets events: a daemon must unbind it first. Reload or start one with this configuration; \
          within seconds its log says `was unbound`, and then prune deletes what is left"
     )
 }

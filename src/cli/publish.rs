@@ -124,7 +124,7 @@ async fn publish(queue: impl Queue, config: &Config, files: &[PathBuf]) -> Resul
         }
         Some(Err(failed)) => Err(failed),
         None => Err(Failed::Runtime(format!(
-            "interrupted twice: {} published and confirmed, it is not known of those after them whether they were taken",
+            "interrupted twice: {} published and confirmed, whether later ones were taken is not known",
             counted(tally.stored, "event(s) (was|were)")
         ))),
     }
@@ -336,7 +336,7 @@ impl Input {
 /// A part of a line that is not published.
 struct Unpublished {
     why: String,
-    /// It is the beginning of JSON that goes on in the next line.
+    /// Whether JSON begins here and goes on in the next line.
     goes_on: bool,
 }
 
@@ -403,7 +403,7 @@ async fn flush(
     let count = group.len();
     let published = queue.publish(group).await.map_err(|e| {
         Failed::Runtime(format!(
-            "{e}; {} confirmed before, it is not known of the next {count} whether the broker took them: publishing those again may repeat them",
+            "{e}; {} confirmed before, whether the broker took the next {count} is not known: publishing those again may repeat them",
             counted(tally.stored, "event(s) (was|were)")
         ))
     })?;
@@ -442,7 +442,7 @@ fn report(tally: &Tally) -> Result<(), Failed> {
     let mut failed = Vec::new();
     if tally.bad_lines > 0 {
         failed.push(format!(
-            "{} not published; above is why, line by line",
+            "{} not published; see above for each line",
             counted(tally.bad_lines, "line(s) (was|were)")
         ));
     }

@@ -79,7 +79,7 @@ async fn start(
             let holds_undelivered = async || {
                 let held = EmbeddedQueue::holds_undelivered(&config.queue.embedded).await;
                 held.map_err(|e| {
-                    Failed::Runtime(format!("{e}; whether it holds undelivered events is not known, --force starts without asking"))
+                    Failed::Runtime(format!("{e}; it is not known whether it holds undelivered events; --force starts without that check"))
                 })
             };
             if !force && holds_undelivered().await? {

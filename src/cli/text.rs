@@ -26,7 +26,7 @@ pub(super) fn print(line: &str) -> bool {
 
 /// A line of JSON.
 pub(super) fn as_json(value: &impl Serialize) -> String {
-    // Not for any value of today: each is plain data.
+    // Cannot fail with today's values, which are plain data.
     serde_json::to_string(value).unwrap_or_else(|e| e.to_string())
 }
 

@@ -246,7 +246,7 @@ impl Which {
         Ok(self)
     }
 
-    /// For commands that need one subscriber, or orphans.
+    /// Checks that one subscriber, or orphans, are chosen.
     pub(super) fn of_one(self) -> Result<Self, Failed> {
         if self.subscriber.is_none() && !self.orphans {
             let why = "name a subscriber, `hooktrail dead list` shows which have dead letters; or use --orphans, for those of no subscriber";

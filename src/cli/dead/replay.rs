@@ -125,7 +125,7 @@ impl<'r> Replay<'r> {
         self.choice.complete()?;
         if self.skipped > 0 && self.choice.which.has_names() {
             return Err(Failed::Runtime(format!(
-                "{} cannot be replayed; above is what to do",
+                "{} cannot be replayed; see above for the remedy",
                 counted(self.skipped, "letter(s)")
             )));
         }

@@ -13,7 +13,7 @@ use crate::clock;
 /// Prints lines, and on a terminal a last line that changes.
 #[derive(Clone)]
 pub(super) struct Stage {
-    /// When the first event was published.
+    /// The time of the first event.
     begin: Arc<OnceLock<Instant>>,
     bar: Option<ProgressBar>,
     colours: bool,

@@ -213,9 +213,7 @@ fn circuit(policy: &BreakerPolicy) -> String {
 
 fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
     match foreseen {
-        Foreseen::Unknown { why } => {
-            line(format!("what a reload would change is not known: {why}"))
-        }
+        Foreseen::Unknown { why } => line(format!("the effect of a reload is not known: {why}")),
         Foreseen::Refused { address, error } => {
             line(format!("the daemon at {address} would refuse a reload of its configuration:"));
             error.lines().for_each(|l| line(format!("  {}", visible(l))));

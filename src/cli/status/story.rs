@@ -34,7 +34,7 @@ pub(super) fn story(s: &Subscriber, width: usize) -> String {
     line("last error", lane.last_error.as_ref().map(last_error).unwrap_or_default());
     line("circuit", circuit(lane));
     line("waiting", waiting(lane));
-    let oldest = lane.oldest_event_at.map(|at| format!("an event that came {}", ago(at)));
+    let oldest = lane.oldest_event_at.map(|at| format!("an event that arrived {}", ago(at)));
     line("oldest", oldest.unwrap_or_default());
     line("delivered", delivered(lane));
     let dead = lane.dead.filter(|n| *n > 0);
@@ -123,9 +123,7 @@ fn to_do(state: &State, lane: &Lane, name: &str) -> String {
             ),
             _ => format!("when the reason is gone: hooktrail resume {name}"),
         },
-        State::QueueFails => {
-            "hooktrail check --connect says what is in the way of the queue".to_owned()
-        }
+        State::QueueFails => "hooktrail check --connect finds the cause".to_owned(),
         State::Retrying | State::CircuitOpen | State::Held => {
             let remedy = lane.last_error.as_ref().map_or(OWNERS_LOG, remedy);
             format!(

@@ -38,7 +38,7 @@ pub(super) fn preface(found: &Overview) -> String {
             "The queue cannot be used{why}\nNothing is taken in or given up meanwhile; it goes on by itself when the queue can be used again.\n"
         ));
     } else if !why.is_empty() {
-        line(&format!("The queue is not as it should be{why}\n"));
+        line(&format!("The queue has a problem{why}\n"));
     }
     out
 }

@@ -56,18 +56,18 @@ pub(super) fn seconds(seconds: f64) -> String {
     span(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
-/// How long ago.
+/// The time since then.
 pub(super) fn since(at: Time) -> String {
     span(at.ago(clock::now()))
 }
 
-/// How long from now.
+/// The time until then, in words.
 pub(super) fn until(at: Time) -> String {
     let left = at.left(clock::now());
     if left.is_zero() { "now".to_owned() } else { format!("in {}", span(left)) }
 }
 
-/// For how long from now.
+/// The duration until then, in words.
 pub(super) fn still(until: Time) -> String {
     let left = until.left(clock::now());
     if left.is_zero() { String::new() } else { format!(" for another {}", span(left)) }
