@@ -571,7 +571,7 @@ async fn prune_says_that_a_daemon_has_to_let_go_first(queue: Queue) {
         assert!(
             refused.status.code() == Some(1)
                 && reported.contains("`gone`")
-                && reported.contains("let go"),
+                && reported.contains("must unbind it first"),
             "{reported}"
         );
     }
