@@ -1,4 +1,4 @@
-//! What delivery needs of a queue.
+//! The traits of a queue, as delivery needs them.
 //!
 //! One implementation for each kind of queue; nothing outside of it knows the queue's protocol.
 
@@ -203,13 +203,13 @@ pub struct NewEvent {
     pub traceparent: Option<Arc<str>>,
 }
 
-/// W3C Trace Context has 55 characters; what is far longer is something else.
+/// Bytes of a trace context; W3C Trace Context has 55 characters.
 pub const MAX_TRACEPARENT: usize = 256;
 
 /// Events that are best published in one call: they become durable together.
 pub const MAX_GROUP: usize = 1000;
 
-/// What the queue says of a published event.
+/// The queue's answer for a published event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Published {
     Stored,
@@ -219,7 +219,7 @@ pub enum Published {
 }
 
 impl Published {
-    /// What became of the event; `is_wanted`: a pattern of the configuration matches its type.
+    /// The arrival of the event. `is_wanted`: a pattern of the configuration matches its type.
     pub const fn arrival(self, is_wanted: bool) -> Arrival {
         match self {
             Self::Refused => Arrival::Refused,
@@ -230,7 +230,7 @@ impl Published {
     }
 }
 
-/// What became of a published event.
+/// The arrival of a published event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
     Stored,
@@ -421,7 +421,7 @@ pub struct Event {
     pub receipt: Receipt,
 }
 
-/// What follows from the outcome of messages.
+/// The result of settled messages.
 #[derive(Debug)]
 pub enum Settlement {
     Delivered,

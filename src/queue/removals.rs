@@ -36,7 +36,8 @@ enum Judged {
     Held(HeldRemovals),
 }
 
-/// Of the subscribers that were `bound` when the daemon started, `missing` are not configured.
+/// The subscribers that were `bound` when the daemon started, and those of them that are `missing`
+/// in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldRemovals {
     pub bound: BTreeSet<SubscriberName>,

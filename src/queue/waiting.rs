@@ -1,4 +1,4 @@
-//! What waits for its next attempt, as an operator sees it.
+//! Batches that wait for their next attempt, as an operator sees them.
 
 use std::time::SystemTime;
 
@@ -16,7 +16,7 @@ pub struct Waiting {
     pub first_attempt_at: Option<SystemTime>,
     /// When the next attempt is due; `None` where the batch does not say.
     pub due: Option<SystemTime>,
-    /// Of the request body.
+    /// Bytes of the request body.
     pub bytes: usize,
 }
 
@@ -38,25 +38,25 @@ impl Waiting {
     }
 }
 
-/// All that waits for a subscriber's next attempts.
+/// All batches of a subscriber that wait for their next attempts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WaitingList {
     /// In the order of their due times; those without one come last.
     pub batches: Vec<Waiting>,
-    /// Messages, of whichever subscriber, that could not be reached in the time that a queue may be
-    /// held.
+    /// Messages of any subscriber that could not be reached in the time that a pass through a queue
+    /// may take.
     pub unseen: u64,
 }
 
-/// What came of asking for the next attempts now.
+/// The result of making next attempts due now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hastened {
     /// Batches whose next attempt is due now and was not before.
     pub moved: u64,
-    /// Those that were due already.
+    /// Batches that were due already.
     pub due: u64,
     /// Ids that were asked for and that nothing has that waits.
     pub missing: Vec<String>,
-    /// As of a [`WaitingList`].
+    /// The same as in a [`WaitingList`].
     pub unseen: u64,
 }

@@ -84,7 +84,7 @@ struct Reading {
     checked: Instant,
 }
 
-/// What following waited for.
+/// An event that following waits for.
 enum Next {
     /// The mark was written, or not.
     Mark(Result<(), QueueError>),
@@ -346,7 +346,7 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// A pause was read. If this daemon has written it, it need not be lost_acks any more.
+    /// A pause was read. If this daemon has written it, it need not be remembered any more.
     fn has_read(&self, name: &SubscriberName) {
         let mut own = self.shared.recorded();
         // As they are written, which has milliseconds.
@@ -476,7 +476,8 @@ impl<'a> Follower<'a> {
         self.succeeded(name, unbound)
     }
 
-    /// Whether another daemon consumes the queue of a subscriber; `None` if the broker does not say.
+    /// Whether another daemon consumes the queue of a subscriber; `None` if the broker does not
+    /// say.
     async fn is_consumed_elsewhere(
         &mut self,
         broker: &mut Broker<'_>,
@@ -493,9 +494,9 @@ impl<'a> Follower<'a> {
         }
     }
 
-    /// Whether no other daemon seems to run. The broker does not say who reads a stream, but another
-    /// daemon consumes the queues that this one consumes. If this one consumes none, as when all
-    /// receivers are down, that says nothing.
+    /// Whether no other daemon seems to run. The broker does not say who reads a stream, but
+    /// another daemon consumes the queues that this one consumes. If this one consumes none, as
+    /// when all receivers are down, that says nothing.
     async fn is_alone(&self, broker: &mut Broker<'_>) -> bool {
         if !self.shared.consumers_are_counted() {
             return false;
@@ -571,7 +572,7 @@ impl<'a> Follower<'a> {
     }
 }
 
-/// What a configuration binds.
+/// The bindings of a configuration.
 fn wanted(topology: &Topology, subscribers: &Subscribers) -> Bindings {
     let exchange = topology.events();
     let bound = |patterns| Bound { exchange: exchange.clone(), patterns };

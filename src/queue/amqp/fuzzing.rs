@@ -1,4 +1,4 @@
-//! What must hold for bytes that a broker sends; see `src/fuzzing.rs`.
+//! Properties that hold for any bytes that a broker sends; see `src/fuzzing.rs`.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,8 +16,7 @@ use super::{
 use crate::delivery::{Batch, DeadLetter, MessageKind, Reason, cut_error};
 use crate::queue::{MAX_TRACEPARENT, Taken};
 
-/// What comes out of the filter when the bytes come in pieces of these sizes, and are asked for so
-/// many at once.
+/// The filtered bytes, when they arrive in pieces of these sizes, and are read `at_once` at a time.
 pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) -> Vec<u8> {
     let mut filter = Filter::new(frame_max);
     let mut found = Vec::new();
@@ -46,7 +45,7 @@ pub(super) fn through(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once:
     }
 }
 
-/// The frames that are whole, and what comes behind them.
+/// The whole frames, and the bytes behind them.
 fn frames(mut bytes: &[u8]) -> (Vec<&[u8]>, &[u8]) {
     let mut frames = Vec::new();
     while let [1 | 2 | 3 | 8, _, _, a, b, c, d, ..] = *bytes {
@@ -58,8 +57,7 @@ fn frames(mut bytes: &[u8]) -> (Vec<&[u8]>, &[u8]) {
     (frames, bytes)
 }
 
-/// In whatever pieces bytes come, the same goes on to lapin, which reads it or refuses it and does
-/// not fall over it.
+/// However the bytes are divided, lapin gets the same, and reads or refuses it without a panic.
 pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: usize) {
     let whole = through(frame_max, bytes, &[usize::MAX], bytes.len().max(1));
     assert_eq!(
@@ -98,7 +96,7 @@ pub(crate) fn wire(frame_max: usize, bytes: &[u8], pieces: &[usize], at_once: us
     }
 }
 
-/// The bytes of an event here.
+/// Bytes that an event can have here.
 const MOST: usize = 64 * 1024;
 
 fn delivery(body: &[u8], properties: &BasicProperties) -> Delivery {
@@ -107,7 +105,7 @@ fn delivery(body: &[u8], properties: &BasicProperties) -> Delivery {
     d
 }
 
-/// As precise as a time is written.
+/// A time in the precision in which it is written.
 fn in_millis(time: SystemTime) -> SystemTime {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     SystemTime::UNIX_EPOCH
@@ -125,9 +123,8 @@ fn headers_len(properties: &BasicProperties) -> usize {
         .sum()
 }
 
-/// Properties as they stand in a content header, and a body: whatever queue of hooktrail's such a
-/// message lies in, it is read as something, with its bytes, and what is written of that is read as
-/// the same.
+/// Takes the properties of a content header, and a body. In each queue of hooktrail the message is
+/// read as something, with its bytes, and what is written for that is read as the same.
 pub(crate) fn message(properties: &[u8], body: &[u8]) {
     let header = [&[0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], properties].concat();
     let Ok(length) = u32::try_from(header.len()) else { return };
@@ -138,14 +135,26 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
     else {
         return;
     };
-    let came = || delivery(body, &properties);
+    let arrived = || delivery(body, &properties);
+    in_main_queue(body, &properties);
+    in_retry_queue(body, &properties);
+    for letter in [
+        read_dead_letter(arrived()),
+        message::read_orphan(arrived(), Some("a")),
+        message::read_orphan(arrived(), None),
+    ] {
+        assert_eq!(letter.body, body);
+        keeps(letter);
+    }
+}
 
-    match message::taken_event(came(), MOST) {
+fn in_main_queue(body: &[u8], properties: &BasicProperties) {
+    match message::taken_event(delivery(body, properties), MOST) {
         Taken::Event(event) => {
-            let as_decoded = message::decoded(&properties, body, MOST).ok().flatten();
+            let as_decoded = message::decoded(properties, body, MOST).ok().flatten();
             assert_eq!(event.body, as_decoded.as_deref().unwrap_or(body));
             let Taken::Event(again) =
-                message::taken_event(delivery(&event.body, &message::relayed(&properties)), MOST)
+                message::taken_event(delivery(&event.body, &message::relayed(properties)), MOST)
             else {
                 panic!("what is relayed is plain")
             };
@@ -167,10 +176,12 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
         }
         other => panic!("in a main queue: {other:?}"),
     }
+}
 
-    let (kept, own) = message::untouched(came());
+fn in_retry_queue(body: &[u8], properties: &BasicProperties) {
+    let (kept, own) = message::untouched(delivery(body, properties));
     assert_eq!(kept, body);
-    match taken_envelope(came()) {
+    match taken_envelope(delivery(body, properties)) {
         Taken::Batch(envelope, _) => {
             assert_eq!(
                 read(taken_envelope(delivery(&kept, &own))),
@@ -192,15 +203,6 @@ pub(crate) fn message(properties: &[u8], body: &[u8]) {
         }
         other => panic!("in a retry queue: {other:?}"),
     }
-
-    for letter in [
-        read_dead_letter(came()),
-        message::read_orphan(came(), Some("a")),
-        message::read_orphan(came(), None),
-    ] {
-        assert_eq!(letter.body, body);
-        keeps(letter);
-    }
 }
 
 fn read(taken: Taken) -> Batch {
@@ -212,7 +214,7 @@ fn read(taken: Taken) -> Batch {
 
 fn keeps(letter: DeadLetter) {
     let (body, properties) = dead_letter(&letter);
-    // Of a batch, hooktrail's own id comes in a header, which may be longer than one of its own.
+    // The id of a batch stands in a header, and may be longer than one of hooktrail's own.
     let long_id = letter.id.as_ref().is_some_and(|id| id.len() > 255);
     assert!(
         long_id || headers_len(&properties) < 16 * 1024,

@@ -26,7 +26,7 @@ pub(super) fn seconds(delay: Duration) -> u32 {
     n
 }
 
-/// What a delay costs in the ladder.
+/// The cost of a delay in the ladder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hold {
     /// From the confirmed publish until the message is in the retry queue, by the levels' times to

@@ -474,7 +474,7 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     }
 }
 
-/// What the broker records of a message that it dead-lettered.
+/// The broker's record of a message that it dead-lettered.
 #[derive(Debug, Default)]
 struct Death {
     expired: bool,
@@ -554,7 +554,7 @@ mod tests {
     use super::*;
     use crate::delivery::{AttemptResult, FailedAttempt};
 
-    /// As long as one can be.
+    /// An attempt log that is as long as possible.
     fn an_attempt_log() -> AttemptLog {
         let at = SystemTime::UNIX_EPOCH + Duration::from_millis(253_402_300_799_999);
         let mut log = AttemptLog::default();

@@ -89,8 +89,8 @@ pub(super) enum Purpose {
     Reclaim,
 }
 
-/// What a daemon does. Actions are carried out in their order, and those that follow from the result
-/// of one before the next one.
+/// A step of a daemon. Actions are carried out in their order, and those that follow from the
+/// result of one before the next one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Action {
     /// Declare the queues of a subscriber and bind the patterns of its configuration.
@@ -151,10 +151,10 @@ pub(super) enum Notice {
     PatternUnbound { subscriber: SubscriberName, exchange: String, pattern: String },
 }
 
-/// What a daemon knows of one subscriber, besides the record.
+/// The knowledge of a daemon about one subscriber, besides the record.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Share {
-    /// What its configuration binds, if this daemon serves the subscriber.
+    /// The bindings of its configuration, if this daemon serves the subscriber.
     wanted: Option<Bound>,
     /// Claims that this daemon has written and not read yet.
     echoes: u32,
@@ -181,10 +181,10 @@ pub(super) struct Ownership {
     removals: Removals,
     recorded: Recorded,
     shares: BTreeMap<SubscriberName, Share>,
-    /// What is configured now was compared with the record, and bound. From then on another
-    /// daemon's record is no earlier configuration.
+    /// The configuration was compared with the record, and bound. From then on another daemon's
+    /// record is no earlier configuration.
     is_reconciled: bool,
-    /// Of the reconciling that goes on: all has succeeded up to now.
+    /// Every step of the current reconciling has succeeded.
     all_succeeded: bool,
     /// No other daemon seemed to run at the latest check.
     is_alone: bool,
@@ -532,8 +532,8 @@ impl Ownership {
         Vec::new()
     }
 
-    /// No other daemon consumes a subscriber. One that serves it consumes nothing while the receiver
-    /// is down, or the subscriber paused: so it is asked.
+    /// No other daemon consumes a subscriber. One that serves it consumes nothing while the
+    /// receiver is down, or the subscriber paused: so it is asked.
     fn is_idle(&mut self, name: SubscriberName, now: Instant) -> Vec<Action> {
         if !self.is_alone {
             let asked = &mut self.share(&name).asked;

@@ -3,7 +3,7 @@
 
 use crate::queue::{FEWEST, MOST_BYTES};
 
-/// Messages, at least, of which the largest is lost_acks.
+/// Messages, at least, of which the largest is remembered.
 const MEMORY: u64 = 2000;
 
 /// Factor by which the prefetch may exceed the number of messages seen.
@@ -68,7 +68,7 @@ mod tests {
         let mut sizes = after(std::iter::repeat_n(300, 500).chain([4 * mib]));
         assert_eq!(sizes.allow(1000), 16, "one is enough");
         (0..MEMORY).for_each(|_| sizes.saw(300));
-        assert_eq!(sizes.allow(1000), 16, "it is lost_acks for a while");
+        assert_eq!(sizes.allow(1000), 16, "it is remembered for a while");
         (0..MEMORY).for_each(|_| sizes.saw(300));
         assert_eq!(sizes.allow(1000), 1000, "and not for ever");
     }

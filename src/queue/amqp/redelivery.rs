@@ -28,14 +28,14 @@ use sha2::{Digest as _, Sha256};
 /// heartbeats after it did.
 const ARRIVES: Duration = Duration::from_secs(30);
 
-/// The longest outage of a broker over which settlements are lost_acks.
+/// The longest outage of a broker over which settlements are remembered.
 const OUTAGE: Duration = Duration::from_secs(3600);
 
-/// How long settlements are lost_acks after the queue was reopened: the broker may notice late
+/// How long settlements are remembered after the queue was reopened: the broker may notice late
 /// that the former connection is gone, and what it requeues then stands behind a window of others.
 const LATE: Duration = Duration::from_secs(300);
 
-/// Lost sessions of which the settlements are lost_acks; of each at most two windows.
+/// Lost sessions of which the settlements are remembered; of each at most two windows.
 const SESSIONS: usize = 3;
 
 /// The digest by which a redelivery is recognised as already settled.
@@ -106,7 +106,7 @@ impl Track {
     }
 
     /// Adds the next delivery. Since the broker sends it, all before the window were acked, and
-    /// need not be lost_acks.
+    /// need not be remembered.
     pub(super) fn taken(
         &mut self,
         tag: u64,
@@ -297,7 +297,7 @@ mod tests {
         #[test]
         fn as_many_are_settled_as_leave_the_queue_whichever_acks_are_lost(steps in prop::collection::vec((0_u8..9, any::<u8>()), 0..300)) {
             let t = now();
-            let lost_acks = Unacked::default();
+            let remembered = Unacked::default();
             // Fingerprints, and whether they are redelivered.
             let mut queue: VecDeque<(u8, bool)> = VecDeque::new();
             let (mut published, mut accepted, mut settled, mut gone, mut dead) = ([0; 4], [0; 4], [0; 4], [0; 4], [0; 4]);
@@ -319,7 +319,7 @@ mod tests {
                         let Some((m, again)) = queue.pop_front() else { continue };
                         held.push(Some(m));
                         let tag = held.len() as u64;
-                        let known = if again { lost_acks.knows(fingerprint(m), t) } else { None };
+                        let known = if again { remembered.knows(fingerprint(m), t) } else { None };
                         track.taken(tag, Some(fingerprint(m)), known);
                         if known.is_some() {
                             track.settled(tag, true);
@@ -358,8 +358,8 @@ mod tests {
                         }
                         let some = usize::from(n) % (written.len() + 1);
                         written.drain(..).take(some).for_each(|ack| arrives(&mut held, &mut gone, ack));
-                        lost_acks.add(&track, t);
-                        lost_acks.opened(t);
+                        remembered.add(&track, t);
+                        remembered.opened(t);
                         held.drain(..).rev().flatten().for_each(|m| queue.push_front((m, true)));
                         track = Track::new(WINDOW);
                     }
@@ -377,7 +377,7 @@ mod tests {
                         prop_assert!(settled[at] >= gone[at], "of {} {:?} settled, {:?} gone", m, settled, gone);
                     }
                 }
-                prop_assert!(track.states.len() <= 2 * usize::from(WINDOW), "{} are lost_acks", track.states.len());
+                prop_assert!(track.states.len() <= 2 * usize::from(WINDOW), "{} are remembered", track.states.len());
             }
         }
     }
@@ -402,9 +402,9 @@ mod tests {
                 }
             }
         }
-        let lost_acks = Unacked::default();
-        lost_acks.add(&track, now());
-        lost_acks
+        let remembered = Unacked::default();
+        remembered.add(&track, now());
+        remembered
     }
 
     #[test]
@@ -482,15 +482,15 @@ mod tests {
 
     #[test]
     fn of_many_lost_sessions_the_last_are_remembered() {
-        let lost_acks = Unacked::default();
+        let remembered = Unacked::default();
         for n in 0..100 {
             let mut track = Track::new(1);
             track.taken(1, Some(fingerprint(n)), None);
             track.settled(1, true);
-            lost_acks.add(&track, now());
+            remembered.add(&track, now());
         }
         assert_eq!(
-            (0..100).filter(|n| lost_acks.has(fingerprint(*n), now())).collect::<Vec<_>>(),
+            (0..100).filter(|n| remembered.has(fingerprint(*n), now())).collect::<Vec<_>>(),
             (94..100).collect::<Vec<_>>()
         );
     }

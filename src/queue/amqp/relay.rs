@@ -68,6 +68,15 @@ pub(super) struct Opened {
     prefetch: u16,
 }
 
+/// Messages that are published together.
+struct Group {
+    messages: Vec<Message>,
+    /// Tag of the last one.
+    tag: u64,
+    /// The consumer's stream has ended behind them.
+    is_last: bool,
+}
+
 impl Relay<'_> {
     fn error(&self, why: &BrokerError) -> QueueError {
         QueueError::new(format!("source queue `{}` cannot be consumed: {why}", self.queue))
@@ -121,7 +130,7 @@ impl Relay<'_> {
             if ended {
                 prefetch = sizes.allow(PREFETCH);
                 consumer = self.consume(&lease, prefetch).await?;
-                (cancelled, ended) = (false, false);
+                cancelled = false;
             }
             let first = tokio::select! {
                 biased;
@@ -133,52 +142,18 @@ impl Relay<'_> {
                 ended = true;
                 continue;
             };
-            let (mut last, mut bytes) = (0, 0);
-            let mut messages = Vec::new();
-            let mut next = Some(first);
-            while let Some(delivery) = next {
-                let delivery = delivery.map_err(|e| self.error(&e.into()))?;
-                // Where the user may not declare the queue, only a message shows what it is.
-                if !std::mem::replace(&mut is_known, true)
-                    && self.is_of_stream(&lease, &delivery).await?
-                {
-                    return Err(source_is_stream(queue));
-                }
-                last = delivery.delivery_tag;
-                sizes.saw(delivery.data.len());
-                let message = relayed(self.topology, delivery);
-                // A body that arrived compressed is larger now.
-                bytes += message.body.len();
-                messages.push(message);
-                let come = if messages.len() < GROUP && bytes < GROUP_BYTES {
-                    consumer.next().now_or_never()
-                } else {
-                    None
-                };
-                ended = matches!(come, Some(None));
-                next = come.flatten();
+            let first = first.map_err(|e| self.error(&e.into()))?;
+            // Where the user may not declare the queue, only a message shows what it is.
+            if !std::mem::replace(&mut is_known, true) && self.is_of_stream(&lease, &first).await? {
+                return Err(source_is_stream(queue));
             }
+            let group = self.take(first, &mut consumer, sizes)?;
+            ended = group.is_last;
             // A client whose reload was answered may have published one of these since.
             if configured.has_changed().unwrap_or(false) {
                 return Ok(());
             }
-            let (all, invalid) =
-                (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
-            let unmatched = self.publish(&lease, messages).await?;
-            self.metrics.relayed("invalid", invalid as u64);
-            self.metrics.relayed("unmatched", unmatched as u64);
-            self.metrics.relayed("routed", (all - invalid - unmatched) as u64);
-            if unmatched > 0 {
-                tracing::info!(
-                    queue,
-                    events = unmatched,
-                    "events that no subscriber's pattern matches"
-                );
-            }
-            reached(Step::Relayed);
-            answer(lease.channel.basic_ack(last, BasicAckOptions { multiple: true }))
-                .await
-                .map_err(|why| self.error(&why))?;
+            self.relay(&lease, group).await?;
             relaying.recovered();
             if !cancelled && !ended && is_other(prefetch, sizes.allow(PREFETCH), PREFETCH) {
                 // A consumer's prefetch cannot be changed. What was delivered to this one is
@@ -191,6 +166,56 @@ impl Relay<'_> {
                 cancelled = true;
             }
         }
+    }
+
+    /// Takes the first message and those that have arrived with it.
+    fn take(
+        &self,
+        first: Delivery,
+        consumer: &mut Consumer,
+        sizes: &mut Sizes,
+    ) -> Result<Group, QueueError> {
+        let mut group = Group { messages: Vec::new(), tag: 0, is_last: false };
+        let (mut next, mut bytes) = (Some(first), 0);
+        while let Some(delivery) = next {
+            group.tag = delivery.delivery_tag;
+            sizes.saw(delivery.data.len());
+            let message = relayed(self.topology, delivery);
+            // A body that arrived compressed is larger now.
+            bytes += message.body.len();
+            group.messages.push(message);
+            let arrived = if group.messages.len() < GROUP && bytes < GROUP_BYTES {
+                consumer.next().now_or_never()
+            } else {
+                None
+            };
+            group.is_last = matches!(arrived, Some(None));
+            next = arrived.flatten().transpose().map_err(|e| self.error(&e.into()))?;
+        }
+        Ok(group)
+    }
+
+    /// Publishes a group, counts it, and acks it.
+    async fn relay(&self, lease: &Lease, group: Group) -> Result<(), QueueError> {
+        let Group { messages, tag, .. } = group;
+        let (all, invalid) =
+            (messages.len(), messages.iter().filter(|m| m.exchange.is_empty()).count());
+        let unmatched = self.publish(lease, messages).await?;
+        self.metrics.relayed("invalid", invalid as u64);
+        self.metrics.relayed("unmatched", unmatched as u64);
+        self.metrics.relayed("routed", (all - invalid - unmatched) as u64);
+        if unmatched > 0 {
+            let queue = self.queue;
+            tracing::info!(
+                queue,
+                events = unmatched,
+                "events that no subscriber's pattern matches"
+            );
+        }
+        reached(Step::Relayed);
+        answer(lease.channel.basic_ack(tag, BasicAckOptions { multiple: true }))
+            .await
+            .map_err(|why| self.error(&why))
     }
 
     /// Whether the source is a stream: it marks each message with its offset, which a shovel may

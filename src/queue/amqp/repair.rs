@@ -5,7 +5,7 @@ use futures_util::future::try_join_all;
 use super::{broker_error::NOT_FOUND, shared::Shared, unusable::usable};
 use crate::{config::Subscriber, queue::QueueError};
 
-/// What `repair` has done with a queue.
+/// The result of `repair` for a queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Repaired {
     Sound(String),

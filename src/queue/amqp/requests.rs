@@ -212,9 +212,9 @@ impl<'p> Broker<'p> {
         self.ask(async |c| c.queue_declare(queue.into(), durable, arguments).await).await.map(drop)
     }
 
-    /// What hooktrail does and the user may not: tried with a queue and a routing key that do not
-    /// exist, so that nothing changes. RabbitMQ checks permissions before it checks whether such a
-    /// queue exists.
+    /// The actions of hooktrail that the user may not do: tried with a queue and a routing key that
+    /// do not exist, so that nothing changes. RabbitMQ checks permissions before it checks whether
+    /// such a queue exists.
     pub(super) async fn forbidden(&mut self, queue: &str, exchange: &str) -> Vec<String> {
         let mut forbidden = Vec::new();
         let mut refused = |what: &str, answer: Result<(), Refused>| {

@@ -1,4 +1,5 @@
-//! What the files of the queue share: connections, the publisher, and what this daemon knows.
+//! The state that the files of the queue share: connections, the publisher, and what this daemon
+//! knows.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -69,8 +70,8 @@ pub(super) struct Shared {
     /// By subscriber.
     pub(super) sizes: Mutex<HashMap<SubscriberName, Arc<Mutex<Sizes>>>>,
     pub(super) troubles: watch::Sender<Troubles>,
-    /// What is bound to the exchange of the events: by the record, once a daemon has read it; in a
-    /// command by its configuration.
+    /// The patterns bound to the exchange of the events: by the record, once a daemon has read it;
+    /// in a command by its configuration.
     pub(super) bound: Mutex<Patterns>,
     /// Whether the witness existed at the start.
     pub(super) witnessed: OnceLock<bool>,

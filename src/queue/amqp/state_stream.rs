@@ -63,7 +63,7 @@ pub(super) async fn all_bound(shared: &Shared) -> Result<BTreeSet<SubscriberName
     Ok(read(shared).await?.bindings.into_keys().collect())
 }
 
-/// What running daemons answer.
+/// The answer of the running daemons.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
     /// All subscribers in the record.

@@ -25,7 +25,7 @@ pub(super) struct Topology {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footprint {
     pub queues: usize,
-    /// Of these queues, those that all subscribers share.
+    /// The queues among them that all subscribers share.
     pub shared: usize,
     /// File descriptors of each node that has a replica of each queue, approximately.
     pub descriptors: usize,

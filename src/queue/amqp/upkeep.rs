@@ -74,7 +74,7 @@ pub(super) struct Upkeep<'a> {
     logged: BTreeSet<String>,
 }
 
-/// What a check has found missing.
+/// The result of a check.
 #[derive(Debug, Default)]
 struct Missing {
     /// The exchange was deleted, with all its bindings.
@@ -227,7 +227,7 @@ impl<'a> Upkeep<'a> {
 }
 
 impl Drop for Upkeep<'_> {
-    /// What is not checked any more is unknown.
+    /// Forgets the failures: what is not checked any more is unknown.
     fn drop(&mut self) {
         self.shared.troubles.send_if_modified(|all| all.retain(|about| !is_of_upkeep(about)));
     }

@@ -61,10 +61,11 @@ use crate::{
 /// its place: about 70,000 messages.
 const PASS: Duration = Duration::from_secs(10);
 
-/// Of [`PASS`], the time for taking messages; the rest is for requeueing the others.
+/// The time for taking messages within [`PASS`]; the rest is for requeueing the others.
 const TAKE: Duration = Duration::from_secs(7);
 
-/// Of [`PASS`], the time for moving messages: those behind are only passed, which is far quicker.
+/// The time for moving messages within [`PASS`]: those behind are only passed, which is far
+/// quicker.
 const MOVE: Duration = Duration::from_secs(5);
 
 /// The part of [`PASS`] that is left for requeueing after the slowest publish.

@@ -112,38 +112,18 @@ pub(super) fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
 /// Judges a policy's key by its effect on a queue. Arguments win over policies, except for numbers,
 /// where the smaller wins: so the keys that hooktrail's arguments set have no effect.
 pub(super) fn judge(
-    part: QueueRole<'_>,
+    role: QueueRole<'_>,
     key: &str,
     value: &Value,
     unsettled: Unsettled,
 ) -> Option<(Severity, String)> {
     use Severity::{Harmful, Warning};
     let number = value.as_i64().unwrap_or(i64::MAX);
-    let works = matches!(part, QueueRole::Main(_) | QueueRole::Retry(_));
-    let keeps = matches!(part, QueueRole::Dead(_) | QueueRole::Orphans);
+    let works = matches!(role, QueueRole::Main(_) | QueueRole::Retry(_));
+    let keeps = matches!(role, QueueRole::Dead(_) | QueueRole::Orphans);
     let (severity, risk) = match key {
-        "max-length" | "max-length-bytes" => match part {
-            QueueRole::Main(_) => (
-                Harmful,
-                "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them",
-            ),
-            QueueRole::Retry(_) => (
-                Harmful,
-                "when it is full failed batches cannot be stored, and the ladder behind it stops for all subscribers",
-            ),
-            QueueRole::Level(_) => (
-                Harmful,
-                "when it is full no batch can wait for its next attempt, of any subscriber",
-            ),
-            QueueRole::Dead(_) | QueueRole::Orphans => (
-                Harmful,
-                "when it is full what is in it is dropped, or what should go into it has no place",
-            ),
-            QueueRole::State => {
-                (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
-            }
-        },
-        "max-age" if part == QueueRole::State => {
+        "max-length" | "max-length-bytes" => judge_limit(role),
+        "max-age" if role == QueueRole::State => {
             (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
         }
         "message-ttl" if works => (
@@ -151,7 +131,7 @@ pub(super) fn judge(
             "what is not delivered by then becomes a dead letter (`expired`), that of a paused subscriber too",
         ),
         "message-ttl" if keeps => (Harmful, "what is in it is dropped then"),
-        "message-ttl" if matches!(part, QueueRole::Level(level) if number < 1000 << level) => {
+        "message-ttl" if matches!(role, QueueRole::Level(level) if number < 1000 << level) => {
             (Warning, "batches are tried again too early")
         }
         "expires" => {
@@ -164,34 +144,59 @@ pub(super) fn judge(
         ),
         "delivery-limit" if keeps => (Harmful, "a dead letter that was read more often is dropped"),
         // Levels have no key of their own: the message's key is its way through the ladder.
-        "dead-letter-routing-key" if matches!(part, QueueRole::Level(_)) => {
+        "dead-letter-routing-key" if matches!(role, QueueRole::Level(_)) => {
             (Harmful, "batches lose their way through the ladder")
         }
         "consumer-timeout" if works => {
             let limit = Duration::from_millis(u64::try_from(number).unwrap_or(0));
-            let risk_of = |hold, which| {
-                let hold = humantime::format_duration(hold);
-                format!(
-                    "hooktrail has a message unacked for up to {hold} {which}: the broker requeues it meanwhile, and it is sent repeatedly"
-                )
-            };
-            if limit < unsettled.full_batches {
-                return Some((Harmful, risk_of(unsettled.full_batches, "with full batches")));
-            }
-            if limit < unsettled.single_events {
-                return Some((
-                    Warning,
-                    risk_of(
-                        unsettled.single_events,
-                        "when batches are of single events and attempts as slow as they may be",
-                    ),
-                ));
-            }
-            return None;
+            return judge_consumer_timeout(limit, unsettled);
         }
         _ => return None,
     };
     Some((severity, risk.to_owned()))
+}
+
+/// Judges a limit of a queue's length.
+fn judge_limit(role: QueueRole<'_>) -> (Severity, &'static str) {
+    use Severity::{Harmful, Warning};
+    match role {
+        QueueRole::Main(_) => (
+            Harmful,
+            "when it is full it refuses events, for all subscribers of the exchange; a producer without confirms loses them",
+        ),
+        QueueRole::Retry(_) => (
+            Harmful,
+            "when it is full failed batches cannot be stored, and the ladder behind it stops for all subscribers",
+        ),
+        QueueRole::Level(_) => {
+            (Harmful, "when it is full no batch can wait for its next attempt, of any subscriber")
+        }
+        QueueRole::Dead(_) | QueueRole::Orphans => (
+            Harmful,
+            "when it is full what is in it is dropped, or what should go into it has no place",
+        ),
+        QueueRole::State => {
+            (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
+        }
+    }
+}
+
+/// Judges a consumer timeout by the longest time that lanes have a message unacked.
+fn judge_consumer_timeout(limit: Duration, unsettled: Unsettled) -> Option<(Severity, String)> {
+    let Unsettled { full_batches, single_events } = unsettled;
+    let (severity, time, which) = if limit < full_batches {
+        (Severity::Harmful, full_batches, "with full batches")
+    } else if limit < single_events {
+        let which = "when batches are of single events and attempts as slow as they may be";
+        (Severity::Warning, single_events, which)
+    } else {
+        return None;
+    };
+    let risk = format!(
+        "hooktrail has a message unacked for up to {} {which}: the broker requeues it meanwhile, and it is sent repeatedly",
+        humantime::format_duration(time)
+    );
+    Some((severity, risk))
 }
 
 #[cfg(test)]
