@@ -77,53 +77,59 @@
 //!              · json · events · intake · broker · receiver · configuration · fuzzing
 //! ```
 //!
-//! # Where to look
+//! # Questions, and where the answer is
 //!
-//! - What do we say to the broker? [`queue::amqp`], one file a concern. To SQLite?
-//!   [`queue::embedded`].
 //! - Why was this dead-lettered? [`policy::verdict::decide`]; without an attempt: `Sorted` in
 //!   `lane/sorting.rs`.
 //! - Which batch is sent next? [`policy::turn::Turns::choose`].
-//! - When is a batch tried again? [`policy::retry::RetryPolicy::next`]; the broker holds it:
-//!   `queue/amqp/ladder.rs`.
-//! - What happens when the broker goes away? The source ends, the lane's session ends and opens
-//!   another; publishing has its own loop in `queue/amqp/publisher.rs`.
+//! - When is a batch retried? [`policy::retry::RetryPolicy::next`] chooses the delay, and the
+//!   broker keeps the batch for that long: `queue/amqp/ladder.rs`.
+//! - What may a lane touch? Its [`queue::Source`] and [`queue::Settler`], one
+//!   [`endpoint::webhook`], and the [`telemetry::lane_event`]s that it reports. No other lane, no
+//!   file, no connection of its own.
+//! - What do we say to the broker? [`queue::amqp`], one file a concern; requests in
+//!   `queue/amqp/requests.rs`, declarations in `declarations.rs`. To SQLite? [`queue::embedded`].
+//! - What happens when the broker goes away? The source ends, so the lane's session ends, and the
+//!   lane opens another. Publishing reconnects by itself in `queue/amqp/publisher.rs`.
 //! - What can be wrong with a queue, and what fixes it? `queue/amqp/doctor.rs` and
 //!   `queue/embedded/doctor.rs`; with an endpoint: [`endpoint::inspect`].
-//! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`], then `Fleet::reconcile` in
-//!   [`supervisor::fleet`]; each lane adopts it in `lane/state.rs`, the broker's bindings follow in
-//!   `queue/amqp/ownership.rs`. The start goes the same way.
-//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`. How
-//!   many may connect, and for how long? `admin/connections.rs`.
-//! - What is counted, and what is it called? [`telemetry::metrics`], all of it. What does a lane
-//!   report? [`telemetry::lane_event`].
+//! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`] reads and compares, then
+//!   `Fleet::reconcile` in [`supervisor::fleet`] starts, changes and stops lanes. Each lane takes
+//!   its new configuration in `Lane::adopt`; the bindings follow in `queue/amqp/ownership.rs`. A
+//!   start goes the same way.
+//! - How do I add a configuration key? A row in `config/keys.rs`; CONTRIBUTING.md has the steps,
+//!   and those for a test and a metric.
+//! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`, in
+//!   the types of [`admin::view`]. How many may connect, and for how long? `admin/connections.rs`.
+//! - What is counted, and under which name? [`telemetry::metrics`]. What does a lane log?
+//!   [`telemetry::lane_event`].
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire/filter.rs`.
-//! - Who may do what, and what keeps everybody else from it? SECURITY.md.
+//! - Who may do what, and what prevents everything else? SECURITY.md.
 //!
 //! # What always holds
 //!
 //! 1. A message is acked only after the next durable fact: a success answer, or a confirmed publish
 //!    of its envelope or dead letter ([`queue::Settler::settle`]).
-//! 2. What was taken from a source is settled at that source or not at all: when the channel is
-//!    gone, the batch is forgotten and comes again. Nothing survives a reconnect by its tag; what
-//!    was settled without its ack is known again by what it is, where that is sure:
+//! 2. A message is settled at the source that it was taken from, or not at all: when the channel is
+//!    lost, its batch is forgotten and the broker redelivers it. No receipt outlives a reconnect. A
+//!    redelivery of a settled message is recognised by its content, where that is certain:
 //!    `queue/amqp/redelivery.rs`.
-//! 3. While a settlement waits for its confirm the lane begins nothing: a failure that cannot be
-//!    written down must not be made again and again.
-//! 4. Publishing is done by one task on one channel of a connection that does not consume.
+//! 3. While a settlement waits for its confirm the lane begins no attempt: a failure that cannot be
+//!    recorded must not be repeated.
+//! 4. One task publishes, on one channel of a connection that does not consume.
 //! 5. Policies take `now` and randomness as arguments.
-//! 6. Everything is bounded: prefetch, requests in flight, time per attempt, bytes of an answer,
-//!    names asked for at once, bodies taken in, connections of the admin listener.
-//! 7. Secrets are of types that do not print themselves; no error quotes a URL or a secret.
-//! 8. An event's bytes are never parsed and printed again.
+//! 6. Everything is bounded: prefetch, requests in flight, the time of an attempt, the bytes of an
+//!    answer, concurrent name lookups, request bodies and connections of the admin listener.
+//! 7. Secrets have types that do not print themselves; no error quotes a URL or a secret.
+//! 8. The bytes of an event are never parsed and printed again.
 //!
 //! # What is not here, on purpose
 //!
-//! - No dispatcher: the broker fans out, by one queue and its bindings for each subscriber.
-//! - No timers for retries: their times live in the broker.
-//! - No automatic recovery of lapin: after a forced close it acks messages nobody has processed.
-//! - No filter after the queue: what is in a subscriber's queue is delivered.
-//! - No database beside the broker: the embedded queue is one or the other.
+//! - No dispatcher: the broker fans out, with one queue and its bindings for each subscriber.
+//! - No timers for retries: their due times are in the broker.
+//! - No automatic recovery of lapin: after a forced close it acks messages that were not processed.
+//! - No filter behind the queue: everything in a subscriber's queue is delivered.
+//! - No database next to the broker: a daemon has either RabbitMQ or the embedded queue.
 
 #![forbid(unsafe_code)]
 

@@ -260,7 +260,7 @@ async fn inspect(queue: impl Queue, subscribers: &[Arc<Subscriber>]) -> Vec<Find
 fn no_queue(e: &QueueError) -> Finding {
     let finding = Finding::harmful("queue", e.what()).risking("nothing is taken in or delivered");
     match e.remedy() {
-        Some(remedy) => finding.mended(remedy),
+        Some(remedy) => finding.with_remedy(remedy),
         None => finding,
     }
 }

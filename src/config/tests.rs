@@ -775,7 +775,7 @@ signatures = ["md5"]
 }
 
 #[test]
-fn the_url_is_checked_beside_a_mistake_in_the_same_http_group() {
+fn the_url_is_checked_next_to_a_mistake_in_the_same_http_group() {
     let with = |http: &str| {
         load_text(&format!(
             "{QUEUE}[[subscriber]]\nname = \"a\"\nurl = \"http://10.0.0.1/\"\nsignatures = []\nhttp = {{ concurrency = 0, {http} }}\n"

@@ -198,7 +198,7 @@ impl std::fmt::Display for Unverified {
     }
 }
 
-/// Verifies a request as a receiver does that knows `secret`. `header` looks a header up by its
+/// Verifies a request as a receiver does that knows `secret`. `header` finds a header by its
 /// lowercase name; `now` is in Unix seconds.
 ///
 /// Takes the scheme from the headers: `webhook-signature` first, else `mailtrap-signature`.

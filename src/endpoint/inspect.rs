@@ -103,7 +103,7 @@ impl<'s> Endpoint<'s> {
                 &self.about,
                 format!("its proxy {shown} takes connections at {address}"),
             ),
-            Err(e) => e.mended("see http.proxy of this subscriber"),
+            Err(e) => e.with_remedy("see http.proxy of this subscriber"),
         };
         let rest = "what is behind the proxy: only a request would show it";
         vec![
@@ -124,7 +124,7 @@ impl<'s> Endpoint<'s> {
             // A resolver can be away for a time, as a receiver can.
             Finding::warning(&self.about, format!("the name `{name}` is not resolved: {why}"))
                 .risking(FATE)
-                .mended(format!("correct the URL or the DNS: getent ahosts {name}"))
+                .with_remedy(format!("correct the URL or the DNS: getent ahosts {name}"))
         };
         match timeout(self.limit, tokio::net::lookup_host((name, port))).await {
             Err(_) => {
@@ -159,12 +159,12 @@ impl<'s> Endpoint<'s> {
         if allowed.is_empty() {
             let found =
                 format!("leads to {ip}, which is not a public address ({what}) and not allowed");
-            return Err(Finding::harmful(&self.about, found).risking(FATE).mended(EXCEPTIONS));
+            return Err(Finding::harmful(&self.about, found).risking(FATE).with_remedy(EXCEPTIONS));
         }
         let found = format!(
             "leads to {ip} too, which is not a public address ({what}) and is never connected to"
         );
-        findings.push(Finding::note(&self.about, found).mended(EXCEPTIONS));
+        findings.push(Finding::note(&self.about, found).with_remedy(EXCEPTIONS));
         Ok(allowed)
     }
 
@@ -177,7 +177,7 @@ impl<'s> Endpoint<'s> {
         connected.map_err(|why| {
             Finding::warning(&self.about, why)
                 .risking("attempts fail and are made again as [retry] says, until that ends")
-                .mended("check the receiver and the network between; `hooktrail test SUBSCRIBER` sends a request")
+                .with_remedy("check the receiver and the network between; `hooktrail test SUBSCRIBER` sends a request")
         })
     }
 
@@ -215,7 +215,7 @@ impl<'s> Endpoint<'s> {
         let remedy = "check that it speaks TLS at this port, and the receiver's log";
         Finding::warning(&self.about, format!("the TLS handshake broke: {why}"))
             .risking(FATE)
-            .mended(remedy)
+            .with_remedy(remedy)
     }
 
     /// Explains to an operator why a chain is not trusted, or a handshake not made.
@@ -243,7 +243,7 @@ impl<'s> Endpoint<'s> {
             rustls::Error::InvalidCertificate(_) => (format!("its certificate is not accepted: {e}"), "the receiver must renew it"),
             _ => (format!("the TLS handshake failed: {e}"), handshake_remedy(e, self.subscriber.tls.identity.is_some())),
         };
-        Finding::harmful(&self.about, found).risking(FATE).mended(remedy)
+        Finding::harmful(&self.about, found).risking(FATE).with_remedy(remedy)
     }
 
     /// The handshake has shown that the certificate is valid now; checks it for a month from now.
@@ -270,7 +270,7 @@ impl<'s> Endpoint<'s> {
         );
         Err(Finding::warning(&self.about, found)
             .risking(format!("from then on {FATE}"))
-            .mended("the receiver must renew it"))
+            .with_remedy("the receiver must renew it"))
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::{
     sync::watch,
 };
 
-/// The time between two polls of the files. A change has to look the same twice: an editor or a
+/// The time between two polls of the files. A change must read the same twice: an editor or a
 /// deployment writes more than once.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 

@@ -84,7 +84,10 @@ impl Finding {
         why: impl fmt::Display,
         remedy: impl Into<String>,
     ) -> Self {
-        Self { unseen: true, ..Self::note(about, format!("not looked at: {why}")).mended(remedy) }
+        Self {
+            unseen: true,
+            ..Self::note(about, format!("not inspected: {why}")).with_remedy(remedy)
+        }
     }
 
     /// Whether the finding says that something was not inspected.
@@ -104,7 +107,7 @@ impl Finding {
     }
 
     #[must_use]
-    pub fn mended(self, remedy: impl Into<String>) -> Self {
+    pub fn with_remedy(self, remedy: impl Into<String>) -> Self {
         Self { remedy: Some(remedy.into()), ..self }
     }
 
@@ -152,7 +155,8 @@ mod tests {
 
     #[test]
     fn a_finding_of_many_subjects_is_shown_once_and_the_worst_last() {
-        let bad = |about: &str| Finding::harmful(about, "is bad").risking("loss").mended("mend it");
+        let bad =
+            |about: &str| Finding::harmful(about, "is bad").risking("loss").with_remedy("fix it");
         let findings = vec![
             bad("a"),
             Finding::ok("x", "is fine"),
@@ -171,8 +175,8 @@ mod tests {
         ];
         assert_eq!(order, expected);
         assert_eq!(found[2].about.len(), 5, "none is left out where machines read");
-        let other = summarized(vec![bad("a"), bad("b").mended("mend it in another way")]);
-        assert_eq!(other.len(), 2, "what is mended in another way is another finding");
+        let other = summarized(vec![bad("a"), bad("b").with_remedy("fix it in another way")]);
+        assert_eq!(other.len(), 2, "another remedy makes another finding");
     }
 
     #[test]

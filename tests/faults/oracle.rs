@@ -450,8 +450,8 @@ fn the_oracle_sees_what_is_lost_or_comes_again_without_a_fault() {
 }
 
 #[test]
-fn the_oracle_sees_failed_attempts_of_who_is_always_heard_and_what_is_lost_beside_a_deleted_queue()
-{
+fn the_oracle_sees_failed_attempts_of_receivers_that_always_answer_and_losses_next_to_a_deleted_queue()
+ {
     let begun = SystemTime::now() - Duration::from_secs(1000);
     let at = |second| begun + Duration::from_secs(second);
     let request = |second: u64, id: &str, status: u16, attempt: u32, numbers: &[u64]| {

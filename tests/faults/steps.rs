@@ -77,7 +77,7 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
     run(async {
         let broker = impatient_broker().await;
         for after in [3, 30, 50] {
-            let fresh = Arc::new(broker.beside());
+            let fresh = Arc::new(broker.sibling());
             dies_at(
                 "rabbitmq",
                 Place::Broker { broker: fresh, source_queue: false, others: Arc::default() },
@@ -96,7 +96,7 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
         for step in ON_A_BROKER {
             dies_at("rabbitmq", place(), step, passed(step)).await;
         }
-        let second = Arc::new(broker.beside());
+        let second = Arc::new(broker.sibling());
         let place =
             || Place::Broker { broker: second.clone(), source_queue: true, others: Arc::default() };
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;

@@ -91,7 +91,7 @@ fn not_configured(
         let found = format!("is not configured, and the queue holds {what} for it");
         Finding::warning(format!("subscriber `{name}`"), found)
             .risking("no daemon delivers them, and they take room")
-            .mended("configure it again, or delete them: hooktrail prune")
+            .with_remedy("configure it again, or delete them: hooktrail prune")
     };
     let mut findings = Vec::new();
     for kind in &KINDS {
@@ -159,11 +159,11 @@ fn judge_room(about: &str, free: u64, used: u64, remedy: String) -> Finding {
         format!("{} are free where the database is, which takes {}", show(free), show(used));
     let risk = "on a full disk new events are refused, and neither retries nor dead letters can be written; what is stored stays";
     if free < TOO_LITTLE {
-        Finding::harmful(about, found).risking(risk).mended(format!("make room: {remedy}"))
+        Finding::harmful(about, found).risking(risk).with_remedy(format!("make room: {remedy}"))
     } else if free < LITTLE.max(used) {
         Finding::warning(about, found)
             .risking(risk)
-            .mended(format!("make room, or shorten [queue] retention: {remedy}"))
+            .with_remedy(format!("make room, or shorten [queue] retention: {remedy}"))
     } else {
         Finding::ok(about, found)
     }
@@ -200,7 +200,7 @@ fn file_system(dir: &Path) -> Option<Finding> {
     Some(
         finding
             .risking("SQLite's write-ahead log and its locks are for one machine's own disk: the database can be damaged")
-            .mended("stop hooktrail, move [queue] data_dir to a local disk, or use a RabbitMQ"),
+            .with_remedy("stop hooktrail, move [queue] data_dir to a local disk, or use a RabbitMQ"),
     )
 }
 
@@ -212,7 +212,7 @@ fn privacy(dir: &Path, file: &Path) -> Finding {
             format!("everybody on this machine can read `{}`", file.display()),
         )
         .risking("other users can read events and dead letters")
-        .mended(format!("chmod 700 {}", shell_word(&dir.display().to_string()))),
+        .with_remedy(format!("chmod 700 {}", shell_word(&dir.display().to_string()))),
         (Ok(_), Ok(_)) => Finding::ok("data_dir", "others cannot read it"),
         (Err(e), _) | (_, Err(e)) => unseen(
             "permissions of data_dir",
@@ -270,7 +270,7 @@ async fn integrity(file: &Path) -> Finding {
 }
 
 fn damaged(about: &str, why: &str, file: &Path) -> Finding {
-    Finding::harmful(about, format!("its pages are damaged: {why}")).risking("events in the damaged part cannot be delivered").mended(
+    Finding::harmful(about, format!("its pages are damaged: {why}")).risking("events in the damaged part cannot be delivered").with_remedy(
         format!("stop hooktrail, keep a copy of {}, and save what can be read (docs/operations.md, \"Disaster recovery\")", file.display()),
     )
 }

@@ -373,7 +373,7 @@ fn a_user_without_permissions_learns_which_are_missing_and_the_command_that_gran
         let inspection = Inspection::at(&setup);
         assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
         inspection.expect("ok", &user, "may do what hooktrail does");
-        inspection.expect_of_streams("note", "not looked at");
+        inspection.expect_of_streams("note", "not inspected");
         // These permissions suffice for the daemon.
         let daemon = setup.start().await;
         broker.wait_depth("sub.a", 0).await;

@@ -87,7 +87,7 @@ impl Broker {
     }
 
     /// Another name of its own on the same private node.
-    pub(crate) fn beside(&self) -> Self {
+    pub(crate) fn sibling(&self) -> Self {
         Self::at(self.url.clone(), self.node.clone())
     }
 

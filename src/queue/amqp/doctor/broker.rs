@@ -64,11 +64,11 @@ impl Inspection<'_> {
             Probe::Silent => self.found(
                 Finding::warning("broker", format!("does not confirm a message within {} s", CONFIRM.as_secs()))
                     .risking("retries and dead letters cannot be written; the events stay in their queues meanwhile")
-                    .mended("rabbitmq-diagnostics check_local_alarms; rabbitmq-diagnostics status"),
+                    .with_remedy("rabbitmq-diagnostics check_local_alarms; rabbitmq-diagnostics status"),
             ),
             Probe::Forbidden => {
                 let grant = self.grant();
-                self.found(self.may_not("write to exchange `amq.default`").mended(grant));
+                self.found(self.may_not("write to exchange `amq.default`").with_remedy(grant));
                 connection::close(&connection).await;
             }
         }
@@ -115,7 +115,7 @@ impl Inspection<'_> {
                 "may do what hooktrail does",
             ));
         }
-        let finding = self.may_not(&forbidden.join(", ")).mended(self.grant());
+        let finding = self.may_not(&forbidden.join(", ")).with_remedy(self.grant());
         self.found(finding);
     }
 
@@ -125,7 +125,7 @@ impl Inspection<'_> {
             let finding =
                 Finding::harmful("[queue]", e.what()).risking("no event comes in from there");
             self.found(match e.remedy() {
-                Some(remedy) => finding.mended(remedy),
+                Some(remedy) => finding.with_remedy(remedy),
                 None => finding,
             });
         }
@@ -139,7 +139,7 @@ impl Inspection<'_> {
                 Err(e) => self.found(
                     Finding::harmful(format!("queue `{name}`"), format!("does not answer: {e}"))
                         .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
-                        .mended("rabbitmqctl cluster_status; if no node is missing: hooktrail repair SUBSCRIBER")
+                        .with_remedy("rabbitmqctl cluster_status; if no node is missing: hooktrail repair SUBSCRIBER")
                         .harming_all(self.holds_up_all(&name)),
                 ),
                 Ok(Some(depth)) => {
@@ -193,12 +193,12 @@ impl Inspection<'_> {
                 Ok(false) if name == self.topology.events() => self.found(
                     Finding::harmful(about, "is missing, while a daemon has run with it")
                         .risking("producers cannot publish, or what they publish is lost")
-                        .mended("let its owner declare it; a running daemon does after 10 s, `hooktrail repair SUBSCRIBER` at once"),
+                        .with_remedy("let its owner declare it; a running daemon does after 10 s, `hooktrail repair SUBSCRIBER` at once"),
                 ),
                 Ok(false) => self.found(
                     Finding::harmful(about, "is missing, while others that belong to it are there")
                         .risking("batches that wait for their next attempt have no way")
-                        .mended(
+                        .with_remedy(
                             "a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber",
                         ),
                 ),
@@ -272,7 +272,7 @@ impl Inspection<'_> {
                 Err(e) => {
                     let finding = Finding::harmful(role.connection(), e.what())
                         .risking("a daemon needs one to publish, one to declare, one to consume, and one to relay, at the same time");
-                    self.found(finding.mended(e.remedy().unwrap_or("see the broker's log")));
+                    self.found(finding.with_remedy(e.remedy().unwrap_or("see the broker's log")));
                     break;
                 }
             }
@@ -289,7 +289,7 @@ impl Inspection<'_> {
         };
         let finding = Finding::harmful(format!("queue `{name}`"), format!("cannot be consumed: {why}"))
             .risking("what is in it is not delivered; if events are routed to it, producers get no confirm")
-            .mended(format!("rabbitmqctl cluster_status; if no node is missing and it stays so: hooktrail repair {whose}"))
+            .with_remedy(format!("rabbitmqctl cluster_status; if no node is missing and it stays so: hooktrail repair {whose}"))
             .harming_all(self.holds_up_all(name));
         self.found(finding);
     }
@@ -300,7 +300,7 @@ impl Inspection<'_> {
                 let vhost = self.vhost();
                 Finding::harmful(format!("queue `{name}`"), format!("exists with {argument} = {found}, where hooktrail needs {wanted}"))
                     .risking("with that it can lose events")
-                    .mended(format!(
+                    .with_remedy(format!(
                         "when it is empty: rabbitmqctl delete_queue -p {vhost} {} --if-empty; or choose another [queue] prefix",
                         shell_word(name)
                     ))
@@ -345,13 +345,13 @@ impl Inspection<'_> {
             let finding = match (self.topology.role(&name), subscriber) {
                 (Some(QueueRole::Main(_)), Some(s)) => Finding::harmful(about, missing)
                     .risking(format!("events that are published now miss `{s}`"))
-                    .mended(format!("hooktrail repair {s}")),
+                    .with_remedy(format!("hooktrail repair {s}")),
                 (_, Some(s)) => Finding::harmful(about, missing)
                     .risking("what was in it is lost; what is to be tried again, or kept as a dead letter, has no place")
-                    .mended(format!("a running daemon declares it within a minute; without one: hooktrail repair {s}")),
+                    .with_remedy(format!("a running daemon declares it within a minute; without one: hooktrail repair {s}")),
                 (_, None) => Finding::harmful(about, missing)
                     .risking("what was in it is lost, and batches that wait for their next attempt have no place")
-                    .mended("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
+                    .with_remedy("a running daemon declares it within a minute; without one: hooktrail repair SUBSCRIBER, of any subscriber"),
             };
             self.found(finding);
         }
@@ -417,7 +417,7 @@ impl Inspection<'_> {
                 .risking(
                     "a retry can be lost on its way through the ladder, and pauses are not kept",
                 )
-                .mended("rabbitmqctl enable_feature_flag stream_queue"),
+                .with_remedy("rabbitmqctl enable_feature_flag stream_queue"),
             Err(e) => Finding::unseen(about, format!("management API: {e}"), remedy),
         };
         self.found(finding);
@@ -443,7 +443,7 @@ impl Inspection<'_> {
             );
         }
         let remedy = "rabbitmqctl eval 'application:get_env(rabbit, consumer_timeout).'";
-        let mut finding = Finding::note("consumer_timeout", found).mended(remedy);
+        let mut finding = Finding::note("consumer_timeout", found).with_remedy(remedy);
         finding.about.push(format!("subscriber `{}`", s.name));
         self.found(finding);
     }

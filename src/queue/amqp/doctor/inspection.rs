@@ -46,7 +46,7 @@ impl Inspection<'_> {
     pub(super) fn too_few_queues(&self, found: String) -> Finding {
         Finding::harmful(format!("vhost `{}`", self.uri.vhost), found)
             .risking("hooktrail cannot declare what it needs, and does not start")
-            .mended(format!(
+            .with_remedy(format!(
                 "rabbitmqctl list_vhost_limits -p {0}; rabbitmqctl set_vhost_limits -p {0} '{{\"max-queues\":N}}'",
                 self.vhost()
             ))
@@ -64,7 +64,7 @@ impl Inspection<'_> {
             let about = format!("subscriber `{name}`");
             if events + batches + dead == 0 {
                 return Finding::note(about, "is not configured; its queues are empty")
-                    .mended("hooktrail prune deletes them");
+                    .with_remedy("hooktrail prune deletes them");
             }
             let found = format!(
                 "is not configured, and its queues hold {}, {} and {}",
@@ -74,7 +74,7 @@ impl Inspection<'_> {
             );
             Finding::warning(about, found)
                 .risking("no daemon delivers them, and if they are still bound they grow")
-                .mended("configure it again, or delete them: hooktrail prune")
+                .with_remedy("configure it again, or delete them: hooktrail prune")
         });
         self.findings.extend(findings);
     }

@@ -26,7 +26,7 @@ pub(super) fn in_the_clear(url: &SecretUrl) -> Option<Finding> {
     (url.scheme() == "amqp" && !here).then(|| {
         Finding::note("connection", "goes to another machine, and is not encrypted")
             .risking("anyone on the network between can read password and events")
-            .mended("amqps://… as [queue] url, where the broker has TLS")
+            .with_remedy("amqps://… as [queue] url, where the broker has TLS")
     })
 }
 
@@ -42,7 +42,7 @@ pub(super) fn product(product: &str, version: &str) -> (Option<(u32, u32)>, Find
         Some(_) => {
             Finding::harmful("broker", format!("RabbitMQ {version}; 3.10 or later is supported"))
                 .risking("its queues dead-letter at most once: a retry can be lost with a node")
-                .mended("upgrade RabbitMQ")
+                .with_remedy("upgrade RabbitMQ")
         }
         None => Finding::warning(
             "broker",
@@ -58,7 +58,7 @@ pub(super) fn product(product: &str, version: &str) -> (Option<(u32, u32)>, Find
 pub(super) fn blocked(found: &str) -> Finding {
     Finding::harmful("broker", found)
         .risking("no event, retry or dead letter can be written until it ends; producers wait")
-        .mended("rabbitmq-diagnostics check_alarms; give it memory or disk, or deliver or purge what fills it")
+        .with_remedy("rabbitmq-diagnostics check_alarms; give it memory or disk, or deliver or purge what fills it")
 }
 
 pub(super) fn resource(name: &str) -> &str {
@@ -101,10 +101,10 @@ pub(super) fn descriptors(node: &Node, missing: usize) -> Option<Finding> {
     if fd_used + needed >= *fd_total {
         let found =
             format!("{found}; the {missing} queues that are to be declared take about {needed}");
-        return Some(Finding::harmful(about, found).risking(risk).mended(remedy));
+        return Some(Finding::harmful(about, found).risking(risk).with_remedy(remedy));
     }
     if (fd_used + needed) * 5 > fd_total * 4 {
-        return Some(Finding::warning(about, found).risking(risk).mended(remedy));
+        return Some(Finding::warning(about, found).risking(risk).with_remedy(remedy));
     }
     Some(Finding::ok(about, found))
 }

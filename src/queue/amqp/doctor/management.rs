@@ -188,7 +188,7 @@ impl Inspection<'_> {
                     severity,
                     ..Finding::ok(format!("queue `{}`", row.name), found)
                         .risking(risk)
-                        .mended(remedy)
+                        .with_remedy(remedy)
                 };
                 self.found(
                     finding
@@ -285,7 +285,7 @@ impl Inspection<'_> {
             );
             let finding = Finding::warning(format!("queue `{}`", row.name), found)
                 .risking("with fewer than half of them it takes and gives nothing")
-                .mended("rabbitmqctl cluster_status; bring the node back")
+                .with_remedy("rabbitmqctl cluster_status; bring the node back")
                 .harming_all(self.holds_up_all(&row.name));
             self.found(finding);
             // With all nodes this takes milliseconds.
@@ -297,7 +297,7 @@ impl Inspection<'_> {
                 );
                 let finding = Finding::warning(format!("queue `{}`", row.name), found)
                     .risking("retries come late: RabbitMQ 3 can hold them back as long as a node is lost")
-                    .mended("bring the node back; docs/operations.md says how to do without it");
+                    .with_remedy("bring the node back; docs/operations.md says how to do without it");
                 self.found(finding);
             }
         }
@@ -315,7 +315,7 @@ impl Inspection<'_> {
                 format!("has one replica, in a cluster of {} nodes", nodes.len()),
             )
             .risking("what is in it is lost with that node")
-            .mended(format!(
+            .with_remedy(format!(
                 "rabbitmq-queues grow NODE all --vhost-pattern {} --queue-pattern {}",
                 self.vhost(),
                 shell_word(&row.name)
@@ -373,7 +373,7 @@ impl Inspection<'_> {
             findings.push(
                 Finding::harmful(about(self.topology.main(&s.name)), found)
                     .risking(format!("events that match it miss `{}` and are lost for it", s.name))
-                    .mended(format!("hooktrail repair {}", s.name)),
+                    .with_remedy(format!("hooktrail repair {}", s.name)),
             );
         }
         for b in main {
@@ -387,7 +387,7 @@ impl Inspection<'_> {
             findings.push(
                 Finding::warning(about(self.topology.main(&s.name)), found)
                     .risking(format!("`{}` gets events that its configuration does not ask for", s.name))
-                    .mended("take it away in the management UI, or restart the daemon if it stands in an earlier configuration; daemons with different configurations do this too"),
+                    .with_remedy("take it away in the management UI, or restart the daemon if it stands in an earlier configuration; daemons with different configurations do this too"),
             );
         }
         if !has(retry, &due, &format!("#.{}", s.name)) {
@@ -397,7 +397,7 @@ impl Inspection<'_> {
                     format!("is not bound to exchange `{due}`"),
                 )
                 .risking("batches that are due again end among the orphans")
-                .mended(format!("hooktrail repair {}", s.name)),
+                .with_remedy(format!("hooktrail repair {}", s.name)),
             );
         }
         findings
