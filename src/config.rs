@@ -26,15 +26,13 @@ pub use self::{
     listing::{global_as_toml, subscriber_as_toml},
     schema::schema,
     settings::{
-        AdminConfig, AmqpConfig, Backend, Config, EmbeddedConfig, Intake, LogConfig, QueueConfig,
+        AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, Intake, LogConfig,
+        QueueConfig,
     },
     subscriber::{Auth, HttpPolicy, Subscriber, Subscribers},
 };
 use self::{document::Source, reader::Reader};
 use crate::{delivery::SubscriberName, wording::counted};
-
-/// The commented default configuration, every key in it.
-pub const DEFAULT: &str = include_str!("../config/hooktrail.toml");
 
 /// The path of the configuration when neither `--config` nor `$HOOKTRAIL_CONFIG` names one.
 pub const DEFAULT_PATH: &str = "config/hooktrail.toml";

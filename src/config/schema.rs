@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::keys::{Key, Place, ROOT, Shape};
+use super::{
+    keys::{Key, Place, ROOT, Shape},
+    settings::DEFAULT,
+};
 use crate::wording::span;
 
 /// The JSON Schema (draft 7, which editors support) of the configuration and of included files.
@@ -10,7 +13,7 @@ use crate::wording::span;
 /// The defaults are those of the shipped file. Any string may contain `${VAR}` instead of its
 /// value.
 pub fn schema() -> serde_json::Value {
-    let shipped = toml::from_str(super::DEFAULT).unwrap_or_default();
+    let shipped = toml::from_str(DEFAULT).unwrap_or_default();
     let mut schema = object(ROOT, &shipped);
     schema["$schema"] = "http://json-schema.org/draft-07/schema#".into();
     schema["title"] = "The configuration of hooktrail".into();

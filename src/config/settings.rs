@@ -5,6 +5,9 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use super::subscriber::Subscribers;
 use crate::crypto::secret::{Secret, SecretUrl};
 
+/// The commented default configuration, every key in it.
+pub const DEFAULT: &str = include_str!("../../config/hooktrail.toml");
+
 /// A checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
