@@ -14,7 +14,7 @@ use super::{
     dead::choice::Name,
     failed::Failed,
     open::reach,
-    text::{as_json, print, span, time, visible},
+    text::{as_json, print, rounded, time, visible},
 };
 use crate::{
     admin::view::{Paused, Retried, RetryNow, State, WaitingBatch},
@@ -133,7 +133,7 @@ fn until(due: Option<SystemTime>, now: SystemTime) -> String {
         return "now".to_owned();
     }
     // Rounded up, so that it is due by then.
-    span(Duration::from_secs(left.as_secs() + u64::from(left.subsec_nanos() > 0)))
+    rounded(Duration::from_secs(left.as_secs() + u64::from(left.subsec_nanos() > 0)))
 }
 
 fn unseen(n: u64, subscriber: &str) -> Result<(), Failed> {

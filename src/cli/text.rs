@@ -36,7 +36,7 @@ pub(super) fn time(at: Option<SystemTime>, none: &str) -> String {
 }
 
 /// A number of bytes in units of 1024.
-pub(super) fn size(bytes: u64) -> String {
+pub(super) fn rounded_size(bytes: u64) -> String {
     ByteSize::b(bytes).display().iec().to_string()
 }
 
@@ -54,7 +54,7 @@ pub(super) fn grouped(n: impl Into<u64>) -> String {
 }
 
 /// A duration as its two largest units, rounded: `46h 34m`, `2m 15s`, `1.5s`.
-pub(super) fn span(d: Duration) -> String {
+pub(super) fn rounded(d: Duration) -> String {
     if d.is_zero() {
         return "0s".to_owned();
     }
@@ -147,7 +147,7 @@ mod tests {
             (168_000_000, "46h 40m"),
             (900_000_000, "10d 10h"),
         ] {
-            assert_eq!(span(Duration::from_millis(ms)), text);
+            assert_eq!(rounded(Duration::from_millis(ms)), text);
         }
         assert_eq!(
             (grouped(1_u32), grouped(1000_u32), grouped(51_841_u64)),

@@ -7,7 +7,7 @@ use crate::{
     cli::{
         daemon::{Foreseen, listed},
         terminal::wrapped,
-        text::{grouped, size, span, visible},
+        text::{grouped, rounded, rounded_size, visible},
     },
     config::Config,
     policy::{circuit_breaker::BreakerPolicy, retry::Exhausted},
@@ -37,7 +37,7 @@ pub(super) fn as_text(
         line(String::new());
     }
     if plans.len() > 1 {
-        let sum = |of: fn(&Bounds) -> u64| size(plans.iter().map(|p| of(&p.bounds)).sum());
+        let sum = |of: fn(&Bounds) -> u64| rounded_size(plans.iter().map(|p| of(&p.bounds)).sum());
         let requests: usize = plans.iter().map(|p| p.bounds.requests).sum();
         line(format!(
             "all {} subscribers together: {requests} requests open at once; memory for events: {} with full batches, {} at worst",
@@ -85,7 +85,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
         let a = middle.attempt(number);
         let after = if number == 1 { String::new() } else { interval(middle, &a) };
         // Lines of a table are not wrapped.
-        line(format!("  {:>7}  {after:<28}  {:>15}", grouped(number), span(a.since_first)));
+        line(format!("  {:>7}  {after:<28}  {:>15}", grouped(number), rounded(a.since_first)));
     }
     if *ladder {
         line(
@@ -97,8 +97,8 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
         let longest = s.longest_attempt();
         line(format!(
             "  each attempt itself can take up to {} more (http.timeout, after a wait for a place on a connection), all of them together {}",
-            span(longest),
-            span(longest.saturating_mul(end.number))
+            rounded(longest),
+            rounded(longest.saturating_mul(end.number))
         ));
     }
     line(format!("  {}", circuit(&s.circuit_breaker)));
@@ -111,13 +111,13 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
     line(format!(
         "  memory: {} with full batches. It takes up to {} {} and {} {} at once: {} if each is as large as a body may be \
          (batch.max_bytes = {}). Of events it takes no more than 64 MiB, or 16 if those are larger{larger}",
-        size(bounds.usual),
+        rounded_size(bounds.usual),
         grouped(bounds.window.events),
         agreed(&bounds.window.events, "event(s)"),
         grouped(bounds.window.envelopes),
         agreed(&bounds.window.envelopes, "failed batch(es)"),
-        size(bounds.worst),
-        size(s.batch.max_bytes as u64),
+        rounded_size(bounds.worst),
+        rounded_size(s.batch.max_bytes as u64),
     ));
     if *ladder {
         line(format!("  {}", hold(bounds)));
@@ -127,7 +127,7 @@ fn subscriber_as_text(plan: &Plan<'_>, line: &mut dyn FnMut(String)) {
 /// The longest time that a message can stay unacked in RabbitMQ, and what follows if that is too
 /// long.
 fn hold(bounds: &Bounds) -> String {
-    let (longest, allowed) = (span(bounds.hold), span(CONSUMER_TIMEOUT));
+    let (longest, allowed) = (rounded(bounds.hold), rounded(CONSUMER_TIMEOUT));
     let held = format!(
         "hold: with full batches a message waits at most {longest} for its ack, when each attempt takes as long as it may. \
          RabbitMQ's consumer_timeout is {allowed}, unless it was changed"
@@ -146,9 +146,9 @@ fn hold(bounds: &Bounds) -> String {
 fn interval(course: &Course<'_>, attempt: &Attempt) -> String {
     let (shortest, longest) = course.spread(attempt.number);
     if shortest == longest {
-        span(attempt.after)
+        rounded(attempt.after)
     } else {
-        format!("{} ({} to {})", span(attempt.after), span(shortest), span(longest))
+        format!("{} ({} to {})", rounded(attempt.after), rounded(shortest), rounded(longest))
     }
 }
 
@@ -170,7 +170,7 @@ fn ending(plan: &Plan<'_>) -> String {
             let why = match limit(&retry, number) {
                 Limit::Attempts => format!("retry.max_attempts = {} is reached", grouped(retry.max_attempts)),
                 Limit::Elapsed => {
-                    format!("another would come later than retry.max_elapsed_time = {}", span(retry.max_elapsed_time))
+                    format!("another would come later than retry.max_elapsed_time = {}", rounded(retry.max_elapsed_time))
                 }
             };
             let range = match (shortest.end(), longest.end()) {
@@ -181,11 +181,11 @@ fn ending(plan: &Plan<'_>) -> String {
                     } else {
                         format!(", with {} to {} attempts", grouped(a.number.min(b.number)), grouped(a.number.max(b.number)))
                     };
-                    format!(" ({} to {} by the jitter{numbers})", span(first), span(last))
+                    format!(" ({} to {} by the jitter{numbers})", rounded(first), rounded(last))
                 }
                 _ => String::new(),
             };
-            format!("{what}, {} after the first attempt{range}: {why}", span(end.since_first))
+            format!("{what}, {} after the first attempt{range}: {why}", rounded(end.since_first))
         }
         (Last::Beyond, _) => format!("… and so on; where the interval grows so slowly, only {} attempts are computed", grouped(MAX_RAMP)),
         _ => "and so on indefinitely: neither retry.max_attempts nor retry.max_elapsed_time is set, so no batch is given up".to_owned(),
@@ -200,14 +200,14 @@ fn circuit(policy: &BreakerPolicy) -> String {
     let longer = if first == last {
         "If that fails too, it stays open as long again".to_owned()
     } else {
-        format!("If that fails too, it stays open for twice as long, up to {}", span(*last))
+        format!("If that fails too, it stays open for twice as long, up to {}", rounded(*last))
     };
     format!(
         "circuit: opens after {} {} in a row. Then nothing is sent for {}, and after that one batch is tried. {longer}. Meanwhile \
          batches that are due wait, on top of the times above; none is given up while it waits",
         grouped(policy.failures),
         agreed(&policy.failures, "failed attempt(s)"),
-        span(*first)
+        rounded(*first)
     )
 }
 

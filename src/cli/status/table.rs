@@ -7,7 +7,7 @@ use crate::{
     admin::view::{Lane, Overview, Subscriber},
     cli::{
         terminal::{self, wrapped},
-        text::{span, visible},
+        text::{rounded, visible},
     },
     clock,
     supervisor::fleet::Phase,
@@ -78,7 +78,7 @@ pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
     if let Some(age) = age.filter(|age| *age >= OLD) {
         line(&format!(
             "\nBACKLOG and DEAD are from {} ago: the queues have not been inspected since.",
-            span(age)
+            rounded(age)
         ));
     }
     for r in &found.removed {

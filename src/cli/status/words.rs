@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     admin::view::{LastError, State, Subscriber, Time},
-    cli::text::{span, visible},
+    cli::text::{rounded, visible},
     clock,
 };
 
@@ -53,24 +53,24 @@ pub(super) fn failure(e: &LastError) -> String {
 
 /// A duration that is given in seconds.
 pub(super) fn seconds(seconds: f64) -> String {
-    span(Duration::try_from_secs_f64(seconds).unwrap_or_default())
+    rounded(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
 /// The time since then.
 pub(super) fn since(at: Time) -> String {
-    span(at.ago(clock::now()))
+    rounded(at.ago(clock::now()))
 }
 
 /// The time until then, in words.
 pub(super) fn until(at: Time) -> String {
     let left = at.left(clock::now());
-    if left.is_zero() { "now".to_owned() } else { format!("in {}", span(left)) }
+    if left.is_zero() { "now".to_owned() } else { format!("in {}", rounded(left)) }
 }
 
 /// The duration until then, in words.
 pub(super) fn still(until: Time) -> String {
     let left = until.left(clock::now());
-    if left.is_zero() { String::new() } else { format!(" for another {}", span(left)) }
+    if left.is_zero() { String::new() } else { format!(" for another {}", rounded(left)) }
 }
 
 /// A subscriber as JSON describes it, the figures of its lane filled in.
