@@ -29,7 +29,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use tokio::sync::watch;
 
 use self::{
-    consumer::{Held, LaneRef},
+    consumer::{LaneRef, Unsettled},
     store::{Access, Store},
 };
 pub use self::{
@@ -467,7 +467,7 @@ impl Queue for EmbeddedQueue {
         let place = self.store().place();
         // Before the database is read: messages settled meanwhile are not counted, and messages
         // taken meanwhile count as not taken.
-        let in_hand: BTreeMap<SubscriberName, Held> = self
+        let unsettled: BTreeMap<SubscriberName, Unsettled> = self
             .lanes()
             .iter()
             .filter_map(|(name, lane)| Some((name.clone(), lane.held()?)))
@@ -475,7 +475,7 @@ impl Queue for EmbeddedQueue {
         let read = move |db: &Connection| {
             // One snapshot: a batch that fails meanwhile is among the events or among the retries.
             let db = db.unchecked_transaction()?;
-            place.check().map_or_else(|| depths(&db, &in_hand).map(Ok), |lost| Ok(Err(lost)))
+            place.check().map_or_else(|| depths(&db, &unsettled).map(Ok), |lost| Ok(Err(lost)))
         };
         // A failure is reported as the queue's: status and log say the same.
         let found = self.store().read_long(read).await?;
@@ -550,10 +550,10 @@ enum Pruned {
 /// The depths of all subscribers with messages, without those that lanes have unsettled.
 fn depths(
     db: &Connection,
-    in_hand: &BTreeMap<SubscriberName, Held>,
+    unsettled: &BTreeMap<SubscriberName, Unsettled>,
 ) -> rusqlite::Result<BTreeMap<SubscriberName, Depth>> {
     let mut depths: BTreeMap<SubscriberName, Depth> = BTreeMap::new();
-    for (name, events) in backlogs(db, in_hand)? {
+    for (name, events) in backlogs(db, unsettled)? {
         depths.entry(name).or_default().events = events.into();
     }
     let now = millis(clock::now());
@@ -561,7 +561,7 @@ fn depths(
     let mut rows = query.query([now])?;
     while let Some(row) = rows.next()? {
         let (name, id): (SubscriberName, i64) = (row.get(0)?, row.get(1)?);
-        let is_held = in_hand.get(&name).is_some_and(|held| held.envelopes.contains(&id));
+        let is_held = unsettled.get(&name).is_some_and(|held| held.envelopes.contains(&id));
         let depth = depths.entry(name).or_default();
         match (is_held, row.get(2)?) {
             (true, _) => {}
@@ -706,7 +706,7 @@ fn end_segment(
 /// The backlog of each subscriber, without the events that its lane has unsettled.
 fn backlogs(
     db: &Connection,
-    in_hand: &BTreeMap<SubscriberName, Held>,
+    unsettled: &BTreeMap<SubscriberName, Unsettled>,
 ) -> rusqlite::Result<Vec<(SubscriberName, u32)>> {
     let mut found: Vec<(SubscriberName, u32)> = Vec::new();
     let segments = db
@@ -714,7 +714,7 @@ fn backlogs(
         .query_map([], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?)))?
         .collect::<rusqlite::Result<Vec<(SubscriberName, String, i64, i64)>>>()?;
     for (subscriber, patterns, after, upto) in segments {
-        let (mut waiting, held) = (0, in_hand.get(&subscriber).map(|held| &held.events));
+        let (mut waiting, held) = (0, unsettled.get(&subscriber).map(|held| &held.events));
         each_waiting(db, &subscriber, &parse_patterns(&patterns), after, upto, |seq| {
             waiting += u32::from(!held.is_some_and(|held| held.contains(&seq)));
             true

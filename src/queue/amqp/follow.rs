@@ -319,7 +319,7 @@ impl<'a> Follower<'a> {
             if is_first {
                 tracing::warn!(
                     stream = self.topology().state(),
-                    "the broker takes no messages now; who is paused is taken from the records that have come"
+                    "the broker takes no messages now; who is paused is taken from the records that have arrived"
                 );
                 *known = Some(self.ownership.recorded().standings.clone());
             }

@@ -26,19 +26,19 @@ use crate::{
 /// readers.
 const SCAN: u32 = 1000;
 
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
+const QUERY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Events that the stored cursor may lag behind the scan while nothing matches.
-const LAG: i64 = 10_000;
+const MAX_CURSOR_LAG: i64 = 10_000;
 
 /// Time that it may lag.
-const LAG_TIME: Duration = Duration::from_secs(5);
+const MAX_CURSOR_AGE: Duration = Duration::from_secs(5);
 
 /// A difference of the clocks above which the wall clock was set; a smaller one corrects its pace.
 const CLOCK_STEP: Duration = Duration::from_secs(1);
 
 /// Bytes of events after which one query takes no more.
-const LOOK_BYTES: usize = 16 << 20;
+const QUERY_BYTES: usize = 16 << 20;
 
 /// A range of the log with the patterns that hold there.
 #[derive(Debug)]
@@ -54,22 +54,22 @@ struct Segment {
 struct Shared {
     store: Store,
     subscriber: SubscriberName,
-    taken: Mutex<InHand>,
-    /// Held over a write, so that the cursor only rises.
+    taken: Mutex<TakenMessages>,
+    /// Unsettled over a write, so that the cursor only rises.
     writing: AsyncMutex<()>,
     room: Notify,
 }
 
 /// The unsettled messages.
 #[derive(Debug, Default)]
-struct InHand {
+struct TakenMessages {
     /// The events in their order, and whether each is settled.
     events: VecDeque<(i64, bool)>,
     /// The bytes of each unsettled event, and of all of them.
     open: HashMap<i64, usize>,
     open_bytes: usize,
     /// The scan has read the log up to here.
-    looked_at: i64,
+    scanned: i64,
     /// The cursor that the database has.
     cursor: i64,
     /// Settled beyond the cursor in earlier sessions.
@@ -96,7 +96,7 @@ impl Load {
 /// Runs of numbers of the log, the first and the last of each.
 type Runs = Arc<[RangeInclusive<i64>]>;
 
-impl InHand {
+impl TakenMessages {
     /// The events that are settled beyond a cursor once these are: they must not be redelivered
     /// when the session ends. A run has no unsettled event of this subscriber.
     fn runs_after(&self, finished: &BTreeSet<i64>, cursor: i64) -> Vec<RangeInclusive<i64>> {
@@ -120,7 +120,7 @@ impl InHand {
     /// The cursor once these are settled too.
     fn cursor_after(&self, finished: &BTreeSet<i64>) -> i64 {
         let is_open = |(seq, done): &&(i64, bool)| !done && !finished.contains(seq);
-        self.events.iter().find(is_open).map_or(self.looked_at, |(seq, _)| seq - 1).max(self.cursor)
+        self.events.iter().find(is_open).map_or(self.scanned, |(seq, _)| seq - 1).max(self.cursor)
     }
 
     fn take(&mut self, event: &Event) {
@@ -148,7 +148,7 @@ impl InHand {
 
 /// The unsettled messages of a lane, by their numbers in the database.
 #[derive(Debug, Default)]
-pub(super) struct Held {
+pub(super) struct Unsettled {
     pub(super) events: HashSet<i64>,
     pub(super) envelopes: HashSet<i64>,
 }
@@ -159,16 +159,16 @@ pub(super) struct LaneRef(Weak<Shared>);
 
 impl LaneRef {
     /// `None` once the session has ended: its unsettled messages are in the queue.
-    pub(super) fn held(&self) -> Option<Held> {
+    pub(super) fn held(&self) -> Option<Unsettled> {
         let shared = self.0.upgrade()?;
         let taken = shared.taken();
         let events = taken.open.keys().copied().collect();
-        Some(Held { events, envelopes: taken.envelopes.clone() })
+        Some(Unsettled { events, envelopes: taken.envelopes.clone() })
     }
 }
 
 impl Shared {
-    fn taken(&self) -> std::sync::MutexGuard<'_, InHand> {
+    fn taken(&self) -> std::sync::MutexGuard<'_, TakenMessages> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -193,12 +193,12 @@ pub(super) async fn open(
     let shared = Arc::new(Shared {
         store,
         subscriber: subscriber.clone(),
-        taken: Mutex::new(InHand {
-            looked_at: cursor,
+        taken: Mutex::new(TakenMessages {
+            scanned: cursor,
             cursor,
             ahead: runs.clone().into(),
             written: runs,
-            ..InHand::default()
+            ..TakenMessages::default()
         }),
         writing: AsyncMutex::default(),
         room: Notify::new(),
@@ -251,7 +251,7 @@ pub struct Source {
 struct Found {
     envelopes: Vec<(i64, Result<Batch, DeadLetter>)>,
     events: Vec<Event>,
-    looked_at: i64,
+    scanned: i64,
     /// The log may have more than was read.
     more: bool,
     /// When the next retry is due, in Unix milliseconds.
@@ -289,7 +289,7 @@ impl queue::Source for Source {
             let until_due =
                 next_due.map(|at| from_millis(at).duration_since(clock::now()).unwrap_or_default());
             let due = tokio::time::sleep(
-                until_due.unwrap_or(LOOK_AGAIN).clamp(Duration::from_millis(5), LOOK_AGAIN),
+                until_due.unwrap_or(QUERY_INTERVAL).clamp(Duration::from_millis(5), QUERY_INTERVAL),
             );
             tokio::select! {
                 changed = self.news.changed() => {
@@ -307,7 +307,7 @@ impl queue::Source for Source {
     fn is_full(&self) -> bool {
         // Another query could be too much; it comes soon enough, since that many bytes are more
         // than the batches in flight.
-        !self.shared.taken().held().allows(LOOK_BYTES)
+        !self.shared.taken().held().allows(QUERY_BYTES)
     }
 
     async fn close(self) {}
@@ -329,11 +329,11 @@ impl Source {
     /// Queries due retries, and events as far as there is room for them. Changes nothing, so that
     /// it can be dropped while it waits.
     async fn query(&mut self, max: usize) -> Result<Found, QueueError> {
-        let (looked_at, events_room, load, held, ahead) = {
+        let (scanned, events_room, load, held, ahead) = {
             let taken = self.shared.taken();
             let room = usize::from(self.window.events).saturating_sub(taken.events.len());
             (
-                taken.looked_at,
+                taken.scanned,
                 room.min(max),
                 taken.held(),
                 taken.envelopes.iter().copied().collect::<Vec<_>>(),
@@ -349,14 +349,14 @@ impl Source {
                 // One snapshot: patterns can change at any time, and those count that held when the
                 // event was stored.
                 let db = db.unchecked_transaction()?;
-                let mut found = Found { looked_at, ..Found::default() };
+                let mut found = Found { scanned, ..Found::default() };
                 found.next_due = if envelopes_room > 0 {
                     due(&db, &subscriber, now, &held, envelopes_room, &mut found.envelopes)?
                 } else {
                     None
                 };
                 let mut segments =
-                    segments(&db, &subscriber)?.into_iter().filter(|s| looked_at < s.upto);
+                    segments(&db, &subscriber)?.into_iter().filter(|s| scanned < s.upto);
                 if let (Some(Segment { patterns, after, upto }), 1..) =
                     (segments.next(), events_room)
                 {
@@ -367,7 +367,7 @@ impl Source {
                     let end = scan(
                         &db,
                         wanted,
-                        after.max(looked_at),
+                        after.max(scanned),
                         upto,
                         (events_room, load),
                         &mut found,
@@ -381,7 +381,7 @@ impl Source {
 
     fn hand_over(&mut self, found: Found, into: &mut Vec<Taken>) {
         let mut taken = self.shared.taken();
-        taken.looked_at = taken.looked_at.max(found.looked_at);
+        taken.scanned = taken.scanned.max(found.scanned);
         for (id, envelope) in found.envelopes {
             taken.envelopes.insert(id);
             let receipt = Receipt { from: MessageKind::Batch, tag: id.unsigned_abs() };
@@ -410,8 +410,8 @@ impl Source {
             return None;
         }
         let now = clock::instant();
-        let due = *self.behind_since.get_or_insert(now) + LAG_TIME;
-        if behind <= LAG && now < due {
+        let due = *self.behind_since.get_or_insert(now) + MAX_CURSOR_AGE;
+        if behind <= MAX_CURSOR_LAG && now < due {
             return Some(due);
         }
         let _writing = self.shared.writing.lock().await;
@@ -423,7 +423,7 @@ impl Source {
             let mut taken = self.shared.taken();
             taken.cursor = taken.cursor.max(cursor);
         }
-        self.behind_since.map(|since| since + LAG_TIME)
+        self.behind_since.map(|since| since + MAX_CURSOR_AGE)
     }
 }
 
@@ -512,13 +512,13 @@ fn scan(
         "SELECT seq, type, message_id, only_for, body, at, traceparent FROM event WHERE seq > ?1 AND seq <= ?2 ORDER BY seq LIMIT ?3",
     )?;
     let mut rows = query.query(params![after, upto, SCAN])?;
-    let mut looked_at = 0;
+    let mut scanned = 0;
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
-        if found.events.len() == room || bytes >= LOOK_BYTES {
+        if found.events.len() == room || bytes >= QUERY_BYTES {
             return Ok(false);
         }
-        looked_at += 1;
+        scanned += 1;
         let seq: i64 = row.get(0)?;
         let event_type = row.get_ref(1)?.as_str()?;
         let only_for = row.get_ref(3)?.as_str_or_null()?;
@@ -526,7 +526,7 @@ fn scan(
         if is_wanted && !load.allows(row.get_ref(4)?.as_blob()?.len()) {
             return Ok(false);
         }
-        found.looked_at = seq;
+        found.scanned = seq;
         if is_wanted {
             let body: Vec<u8> = row.get(4)?;
             bytes += body.len();
@@ -542,9 +542,9 @@ fn scan(
             });
         }
     }
-    found.more = looked_at == SCAN;
+    found.more = scanned == SCAN;
     if !found.more && upto != i64::MAX {
-        found.looked_at = found.looked_at.max(upto); // the segment has an end, and this is it
+        found.scanned = found.scanned.max(upto); // the segment has an end, and this is it
     }
     Ok(!found.more)
 }
@@ -693,7 +693,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_cursor_never_passes_what_is_not_finished(order in Just((1_i64..=40).map(|n| n * 3).collect::<Vec<_>>()).prop_shuffle(), sizes in prop::collection::vec(1_usize..6, 40)) {
-            let mut hand = InHand { looked_at: 130, ..InHand::default() };
+            let mut hand = TakenMessages { scanned: 130, ..TakenMessages::default() };
             hand.events = (1..=40).map(|n| (n * 3, false)).collect();
             let mut left: BTreeSet<i64> = order.iter().copied().collect();
             let mut rest = &order[..];
