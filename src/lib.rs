@@ -19,13 +19,13 @@
 //! answer.
 //!
 //! A first attempt is made from memory. A failed batch becomes ONE message, the envelope: the exact
-//! body, the batch id, the number of attempts. From then on bytes and id never change.
+//! body, the batch id, the number of attempts. From then on bytes and id never change, unless the
+//! batch is split: each half is a batch with an id of its own.
 //!
 //! # The rooms
 //!
-//! A room imports only from rooms above it in this list, and a file of a room or of a folder in it
-//! only from files named before it; the file of the folder itself comes last. `tests/it` holds the
-//! code to it.
+//! A room imports only from rooms above it. Inside a room, or a folder that is drawn here, a file
+//! imports only from files to its left. `tests/it/documents/layers.rs` holds the code to that.
 //!
 //! ```text
 //! clock.rs                  time, randomness, ids
@@ -79,24 +79,35 @@
 //!
 //! # Questions, and where the answer is
 //!
-//! - Why was this dead-lettered? [`policy::verdict::decide`]; without an attempt: `Sorted` in
-//!   `lane/sorting.rs`.
+//! - Why was this dead-lettered? [`delivery::Reason`] lists the reasons. After an attempt
+//!   [`policy::verdict::decide`] chooses one, and [`policy::answer`] says which status is a
+//!   refusal. Without an attempt: `Sorted` in `lane/sorting.rs`; by the broker:
+//!   `queue/amqp/message.rs`. An operator sees it in `hooktrail dead list`: docs/operations.md,
+//!   *Dead letters*.
 //! - Which batch is sent next? [`policy::turn::Turns::choose`].
-//! - When is a batch retried? [`policy::retry::RetryPolicy::next`] chooses the delay, and the
-//!   broker keeps the batch for that long: `queue/amqp/ladder.rs`.
-//! - What may a lane touch? Its [`queue::Source`] and [`queue::Settler`], one
-//!   [`endpoint::webhook`], and the [`telemetry::lane_event`]s that it reports. No other lane, no
-//!   file, no connection of its own.
-//! - What do we say to the broker? [`queue::amqp`], one file a concern; requests in
-//!   `queue/amqp/requests.rs`, declarations in `declarations.rs`. To SQLite? [`queue::embedded`].
+//! - When is a batch retried? [`policy::retry::RetryPolicy::next`] chooses the delay. RabbitMQ
+//!   keeps the batch for that long (`queue/amqp/ladder.rs`), the embedded queue its due time.
+//! - What may a lane touch? The [`queue::Queue`]: it opens its [`queue::Source`] and
+//!   [`queue::Settler`], reads who is paused, and records its own pause. Besides, one
+//!   [`endpoint::webhook`] with its connections, and the [`telemetry::lane_event`]s that it
+//!   reports. No other lane, and no file.
+//! - What do we say to the broker? Names and arguments are in `queue/amqp/topology.rs`,
+//!   declarations in `declarations.rs`, all requests that can be refused in `requests.rs`, messages
+//!   in `message.rs`, publishes in `publisher.rs`, acks in `consumer.rs`. Reference:
+//!   docs/rabbitmq.md. To SQLite? [`queue::embedded`].
 //! - What happens when the broker goes away? The source ends, so the lane's session ends, and the
 //!   lane opens another. Publishing reconnects by itself in `queue/amqp/publisher.rs`.
 //! - What can be wrong with a queue, and what fixes it? `queue/amqp/doctor.rs` and
 //!   `queue/embedded/doctor.rs`; with an endpoint: [`endpoint::inspect`].
-//! - What happens on SIGHUP? [`supervisor::reload::Reloader::reload`] reads and compares, then
-//!   `Fleet::reconcile` in [`supervisor::fleet`] starts, changes and stops lanes. Each lane takes
-//!   its new configuration in `Lane::adopt`; the bindings follow in `queue/amqp/ownership.rs`. A
-//!   start goes the same way.
+//! - What happens on SIGHUP? `cli/run.rs` asks [`supervisor::reload::Reloader::reload`], which
+//!   reads and compares, and [`supervisor::fleet`] prepares the queue (new patterns are bound),
+//!   then starts, changes and stops lanes. A lane takes its new configuration in `lane/state.rs`.
+//!   Former patterns are unbound afterwards: `queue/amqp/ownership.rs` decides, `follow.rs` does
+//!   it. As an operator's request it also makes removals that a changed file alone may not.
+//! - What happens on SIGTERM? [`supervisor`] drains: no lane takes more, requests in flight end, to
+//!   a deadline.
+//! - Where is a pause recorded? In the state stream of the queue: `queue/amqp/state_stream.rs`.
+//! - How does a command reach the daemon? `cli/daemon.rs`, over the listener of [`admin`].
 //! - How do I add a configuration key? A row in `config/keys.rs`; CONTRIBUTING.md has the steps,
 //!   and those for a test and a metric.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`, in
@@ -116,17 +127,19 @@
 //!    `queue/amqp/redelivery.rs`.
 //! 3. While a settlement waits for its confirm the lane begins no attempt: a failure that cannot be
 //!    recorded must not be repeated.
-//! 4. One task publishes, on one channel of a connection that does not consume.
+//! 4. One task publishes, on one channel of a connection that does not consume. (The relay of a
+//!    source queue has a second one: retries must not wait behind its events.)
 //! 5. Policies take `now` and randomness as arguments.
 //! 6. Everything is bounded: prefetch, requests in flight, the time of an attempt, the bytes of an
 //!    answer, concurrent name lookups, request bodies and connections of the admin listener.
-//! 7. Secrets have types that do not print themselves; no error quotes a URL or a secret.
+//! 7. Secrets have types that do not print themselves; no error quotes a full URL or a secret.
 //! 8. The bytes of an event are never parsed and printed again.
 //!
 //! # What is not here, on purpose
 //!
-//! - No dispatcher: the broker fans out, with one queue and its bindings for each subscriber.
-//! - No timers for retries: their due times are in the broker.
+//! - No dispatcher on RabbitMQ: the broker fans out, with a queue and its bindings for each
+//!   subscriber.
+//! - No retry in a daemon's memory: due times are in the queue, and outlive the daemon.
 //! - No automatic recovery of lapin: after a forced close it acks messages that were not processed.
 //! - No filter behind the queue: everything in a subscriber's queue is delivered.
 //! - No database next to the broker: a daemon has either RabbitMQ or the embedded queue.
