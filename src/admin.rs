@@ -84,9 +84,9 @@ impl Admin {
         let room = Arc::new(Semaphore::new(ROOM as usize));
         let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
-        let (exposed, looked_at, holds) = (board.clone(), queue.clone(), reloader.clone());
+        let (exposed, polled, holds) = (board.clone(), queue.clone(), reloader.clone());
         let expose = move |format| {
-            exposed.metrics().set_queue_up(looked_at.is_reachable());
+            exposed.metrics().set_queue_up(polled.is_reachable());
             exposed
                 .metrics()
                 .set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));

@@ -366,13 +366,13 @@ impl<Q: Queue> Control<Q> {
         let name = &subscriber.name;
         let depths = polled.and_then(|l| l.depths.as_ref().ok());
         let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
-        // RabbitMQ counts retries that are not due for all subscribers together.
-        let counts_all = depths.is_some_and(|d| d.delayed.is_none());
+        // RabbitMQ counts the delayed retries of all subscribers together.
+        let counted_per_subscriber = depths.is_some_and(|d| d.delayed.is_none());
         let view = self.board.view(name, clock::instant(), clock::now());
         view::Subscriber {
             subscriber: name.to_string(),
             state: view.as_ref().map_or(State::Starting, |view| State::from(&view.state)),
-            lane: view.map(|view| lane(view, depth, counts_all)),
+            lane: view.map(|view| lane(view, depth, counted_per_subscriber)),
         }
     }
 
@@ -485,7 +485,7 @@ fn paused(view: &View) -> Option<Paused> {
     }
 }
 
-fn lane(view: View, depth: Option<Depth>, counts_all: bool) -> Lane {
+fn lane(view: View, depth: Option<Depth>, counted_per_subscriber: bool) -> Lane {
     let now = clock::now();
     let until = match view.circuit {
         lane_event::Circuit::Open { until } => Some(Time(until)),
@@ -498,7 +498,8 @@ fn lane(view: View, depth: Option<Depth>, counts_all: bool) -> Lane {
         cause: e.cause.clone(),
     });
     let scheduled = view.retries_scheduled as u64;
-    let in_retry = depth.map(|d| if counts_all { d.batches() } else { d.retries + scheduled });
+    let in_retry =
+        depth.map(|d| if counted_per_subscriber { d.batches() } else { d.retries + scheduled });
     let thousandths = |n: u64| n as f64 / 1000.0;
     Lane {
         paused: paused(&view),

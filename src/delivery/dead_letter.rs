@@ -96,16 +96,16 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// The dead letter of a batch after an attempt. `shortened` is a `Retry-After` of the receiver
+    /// The dead letter of a batch after an attempt. `shortened_from` is a `Retry-After` of the receiver
     /// that the schedule did not grant.
     pub fn of_batch(
         batch: Batch,
         reason: Reason,
         failure: &Failure,
-        shortened: Option<Duration>,
+        shortened_from: Option<Duration>,
         now: SystemTime,
     ) -> Self {
-        let note = shortened.map(|wish| {
+        let note = shortened_from.map(|wish| {
             format!("; its Retry-After of {} s ends after retry.max_elapsed_time", wish.as_secs())
         });
         let note = note.unwrap_or_default();

@@ -117,7 +117,7 @@ fn verdict(
         Outcome::Delivered { .. } | Outcome::Retry { .. } | Outcome::Gone { .. } => {}
     }
     let for_humans = |d: Duration| humantime::format_duration(d).to_string();
-    if let Some(wish) = decided.shortened {
+    if let Some(wish) = decided.shortened_from {
         write!(
             text,
             "; Retry-After asked for {}, which is past retry.max_elapsed_time",

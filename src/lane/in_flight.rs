@@ -63,7 +63,7 @@ impl InFlight {
         }
     }
 
-    pub(super) fn has_failed(&mut self, failure: &Failure, at: SystemTime) {
+    pub(super) fn add_failure(&mut self, failure: &Failure, at: SystemTime) {
         self.batch.attempt_log.add(FailedAttempt {
             number: self.batch.attempts,
             at,

@@ -372,7 +372,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let now = clock::now();
         let mut attempt = in_flight.as_attempt(now);
         if let Some(failure) = outcome.failure() {
-            in_flight.has_failed(failure, now);
+            in_flight.add_failure(failure, now);
         }
         let mut verdict = self.lane.decide(&attempt, &outcome, current, now);
         let mut halves = None;
@@ -398,7 +398,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
             batch: &in_flight.batch,
             outcome: &outcome,
             disposition: verdict.disposition,
-            shortened_from: verdict.shortened,
+            shortened_from: verdict.shortened_from,
             took,
         }));
         let flowed = self.lane.breaker.permit(clock::instant()) == Permit::Flow;
@@ -452,9 +452,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
             Disposition::DeadLetter(reason) => {
                 // Only a failed batch is given up.
                 let Some(failure) = outcome.failure() else { return };
-                let (shortened, now) = (verdict.shortened, clock::now());
+                let (shortened_from, now) = (verdict.shortened_from, clock::now());
                 let InFlight { batch, receipts, .. } = in_flight;
-                let letter = DeadLetter::of_batch(batch, reason, failure, shortened, now);
+                let letter = DeadLetter::of_batch(batch, reason, failure, shortened_from, now);
                 let settled = Settled::DeadLetters(vec![reason]);
                 self.settle(receipts, Settlement::Dead(vec![letter]), settled);
             }

@@ -51,7 +51,7 @@ pub struct Verdict {
     pub hold: Option<Duration>,
     /// The hold that the receiver asked for, if it gets a shorter one because `max_elapsed_time`
     /// ends before.
-    pub shortened: Option<Duration>,
+    pub shortened_from: Option<Duration>,
 }
 
 /// The evidence of an attempt about its endpoint.
@@ -118,7 +118,7 @@ pub fn learn(health: &mut Health, attempt: &Attempt, outcome: &Outcome, now: Sys
 }
 
 fn plain(disposition: Disposition, evidence: Evidence) -> Verdict {
-    Verdict { disposition, evidence, hold: None, shortened: None }
+    Verdict { disposition, evidence, hold: None, shortened_from: None }
 }
 
 fn dead(reason: Reason, hold: Option<Duration>) -> Verdict {
@@ -168,12 +168,13 @@ impl Case<'_> {
                 Exhausted::Pause => Disposition::Paused(PauseCause::Exhausted),
             },
         };
-        let shortened = retry_after.filter(|wish| *wish > disposition.delay().unwrap_or(granted));
+        let shortened_from =
+            retry_after.filter(|wish| *wish > disposition.delay().unwrap_or(granted));
         Verdict {
             disposition,
             evidence: Evidence::Failed { counts: self.counts() },
             hold: retry_after,
-            shortened,
+            shortened_from,
         }
     }
 
@@ -189,12 +190,12 @@ impl Case<'_> {
 
     fn split(&self, retry_after: Option<Duration>) -> Verdict {
         let delay = self.retry.granted(self.attempt.first_attempt_at, self.now, retry_after);
-        let shortened = retry_after.filter(|wish| *wish > delay);
+        let shortened_from = retry_after.filter(|wish| *wish > delay);
         Verdict {
             disposition: Disposition::Split { delay },
             evidence: Evidence::None,
             hold: retry_after,
-            shortened,
+            shortened_from,
         }
     }
 
@@ -396,24 +397,24 @@ mod tests {
         let week = Some(secs(7 * 86_400));
         let verdict = decided(&first(1), &status_after(503, week), &Health::default());
         assert_eq!(verdict.disposition, Disposition::Retry { delay: secs(72 * 3600 - 1) });
-        assert_eq!((verdict.hold, verdict.shortened), (week, week));
+        assert_eq!((verdict.hold, verdict.shortened_from), (week, week));
         let minute = Some(secs(60));
         let verdict = decided(&first(1), &status_after(503, minute), &Health::default());
         assert_eq!(
-            (verdict.disposition, verdict.hold, verdict.shortened),
+            (verdict.disposition, verdict.hold, verdict.shortened_from),
             (Disposition::Retry { delay: secs(60) }, minute, None)
         );
         let last = Attempt { number: 16, ..first(1) };
         let verdict = decided(&last, &status_after(503, week), &Health::default());
         assert_eq!(
-            (verdict.disposition, verdict.shortened),
+            (verdict.disposition, verdict.shortened_from),
             (Disposition::DeadLetter(Reason::Exhausted), week)
         );
         let verdict = decided(&last, &status_after(503, minute), &Health::default());
-        assert_eq!(verdict.shortened, None, "the number of attempts ended it, not the time");
+        assert_eq!(verdict.shortened_from, None, "the number of attempts ended it, not the time");
         let verdict = decided(&first(9), &status_after(413, week), &Health::default());
         assert_eq!(
-            (verdict.disposition.delay(), verdict.shortened),
+            (verdict.disposition.delay(), verdict.shortened_from),
             (Some(secs(72 * 3600 - 1)), week)
         );
     }

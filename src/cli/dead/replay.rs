@@ -24,7 +24,7 @@ const GROUPS_A_SECOND: f64 = 20.0;
 
 /// The duration after which a slow replay requeues the letters that it has passed by and starts
 /// another walk: RabbitMQ closes a channel that holds a message for half an hour.
-const ROUND: Duration = Duration::from_secs(600);
+const MAX_ROUND: Duration = Duration::from_secs(600);
 
 /// The most letters that cannot be replayed and are shown one by one.
 const MOST_SHOWN: usize = 100;
@@ -59,8 +59,8 @@ pub(super) struct Replay<'r> {
     stops: &'r Stops,
     dry_run: bool,
     pace: Option<Pace>,
-    /// The longest duration of a walk.
-    round: Duration,
+    /// The longest duration of a round.
+    max_round: Duration,
     group: Group<Held>,
     bar: ProgressBar,
     /// Letters that were chosen and can be sent.
@@ -89,7 +89,7 @@ impl<'r> Replay<'r> {
             stops,
             dry_run,
             pace,
-            round: ROUND,
+            max_round: MAX_ROUND,
             group,
             bar: ProgressBar::hidden(),
             chosen: 0,
@@ -148,7 +148,7 @@ impl<'r> Replay<'r> {
         letters: &mut impl DeadLetters,
         total: usize,
     ) -> Result<bool, QueueError> {
-        let end = self.pace.as_ref().map(|_| clock::instant() + self.round);
+        let end = self.pace.as_ref().map(|_| clock::instant() + self.max_round);
         // The letters that earlier walks have passed by come first.
         for _ in 0..self.choice.number - self.replayed {
             letters.next().await?;
@@ -324,7 +324,7 @@ mod tests {
         let crate::cli::Command::Dead(command) = command.command else { unreachable!("parsed") };
         let (which, _) = command.split().expect("sound");
         let mut replay = Replay::new(&which, Some(100_000.0), false, &stops);
-        replay.round = Duration::ZERO;
+        replay.max_round = Duration::ZERO;
         // One of the named letters passes no filter.
         let done = replay.run(open().await.expect("opens"), open, true).await;
         assert!(

@@ -27,7 +27,7 @@ use super::{
     pool::Lease,
     prefetch::{Sizes, is_other},
     publisher::PublishResult,
-    redelivery::{Fingerprint, Track, Unacked},
+    redelivery::{Fingerprint, LostAcks, Track},
     restore,
     shared::{Consumes, Shared},
     topology::Topology,
@@ -41,15 +41,15 @@ use crate::{
     queue::{self, QueueError, Receipt, SettleError, Settlement, Taken, Window},
 };
 
-/// Timeout, at the end of a session, of a consumer's exchange.
-const EXCHANGE_GOODBYE: Duration = Duration::from_secs(2);
+/// Timeout of a replacement of the consumer at the end of a session.
+const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The task that begins another consumer on the same channel; `None` if that is not needed any
 /// more.
 ///
 /// A task of its own: it holds the lock over acks for a moment, and the lane must not wait for that
 /// while it takes nothing.
-type Exchange = JoinHandle<Result<Option<Consumer>, BrokerError>>;
+type Replacement = JoinHandle<Result<Option<Consumer>, BrokerError>>;
 
 /// The number of messages that the consumer of a feed may have unacked. It changes only with
 /// another consumer.
@@ -58,13 +58,13 @@ struct Prefetch {
     window: u16,
     /// The latest tag when this consumer was begun.
     since: u64,
-    exchange: Option<(u16, Exchange)>,
+    replacement: Option<(u16, Replacement)>,
 }
 
 impl Drop for Prefetch {
     fn drop(&mut self) {
-        if let Some((_, exchange)) = &self.exchange {
-            exchange.abort();
+        if let Some((_, replacement)) = &self.replacement {
+            replacement.abort();
         }
     }
 }
@@ -154,7 +154,7 @@ impl Source {
         let envelopes = Feed::open(for_envelopes, topology.retry(name), window.envelopes).await?;
         let sizes = shared.sizes(name);
         let now = sizes.lock().unwrap_or_else(PoisonError::into_inner).allow(window.events);
-        let prefetch = Prefetch { now, window: window.events, since: 0, exchange: None };
+        let prefetch = Prefetch { now, window: window.events, since: 0, replacement: None };
         let events = Feed::open(for_events, topology.main(name), now).await?;
         let settler = Settler(Arc::new(Inner {
             shared: shared.clone(),
@@ -177,16 +177,16 @@ impl Source {
 
     /// The next event if there is one, and room for it.
     fn poll_events(&mut self, cx: &mut Context<'_>) -> Poll<Result<Taken, QueueError>> {
-        if let Some((next, exchange)) = &mut self.prefetch.exchange {
-            let exchanged = match Pin::new(exchange).poll(cx) {
+        if let Some((next, replacement)) = &mut self.prefetch.replacement {
+            let replaced = match Pin::new(replacement).poll(cx) {
                 Poll::Pending => return Poll::Pending,
-                Poll::Ready(Ok(exchanged)) => exchanged,
+                Poll::Ready(Ok(replaced)) => replaced,
                 // A panic of the task is one of the lane.
                 Poll::Ready(Err(e)) => std::panic::resume_unwind(e.into_panic()),
             };
             let next = *next;
-            self.prefetch.exchange = None;
-            match exchanged {
+            self.prefetch.replacement = None;
+            match replaced {
                 Ok(Some(consumer)) => {
                     self.events.consumer = consumer;
                     self.consumes.rebegin();
@@ -214,7 +214,7 @@ impl Source {
         Poll::Ready(taken)
     }
 
-    /// Exchanges the consumer for one with the prefetch that the sizes of the messages allow now,
+    /// Replaces the consumer by one with the prefetch that the sizes of the messages allow now,
     /// if that is much more or less.
     ///
     /// No message may be on its way from the broker then: it would be requeued behind those
@@ -227,7 +227,7 @@ impl Source {
         if !is_other(now, next, window) || !inner.is_exhausted(since, now) {
             return;
         }
-        let exchange = exchange(
+        let replacement = replace(
             inner.clone(),
             self.events.consumer.tag(),
             self.events.queue.clone(),
@@ -236,13 +236,13 @@ impl Source {
             next,
         );
         self.consumes.rebegin();
-        self.prefetch.exchange = Some((next, tokio::spawn(exchange)));
+        self.prefetch.replacement = Some((next, tokio::spawn(replacement)));
     }
 }
 
 /// Cancels a consumer and begins another on the same channel: delivered messages stay unacked on
 /// the channel, and keep their tags.
-async fn exchange(
+async fn replace(
     inner: Arc<Inner>,
     tag: ShortString,
     queue: String,
@@ -300,14 +300,14 @@ impl queue::Source for Source {
 
     fn is_full(&self) -> bool {
         let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
-        let grows = self.prefetch.exchange.as_ref().is_some_and(|(next, _)| *next > now);
+        let grows = self.prefetch.replacement.as_ref().is_some_and(|(next, _)| *next > now);
         now < window && !grows && self.settler.0.is_exhausted(since, now)
     }
 
     async fn close(mut self) {
         // A consumer that is begun and not answered yet is an error of the close.
-        if let Some((_, exchange)) = &mut self.prefetch.exchange
-            && let Ok(Ok(Ok(Some(consumer)))) = timeout(EXCHANGE_GOODBYE, exchange).await
+        if let Some((_, replacement)) = &mut self.prefetch.replacement
+            && let Ok(Ok(Ok(Some(consumer)))) = timeout(REPLACEMENT_TIMEOUT, replacement).await
         {
             self.events.consumer = consumer;
         }
@@ -338,7 +338,7 @@ struct Inner {
     acked: Notify,
     sizes: Arc<std::sync::Mutex<Sizes>>,
     tracks: std::sync::Mutex<Tracks>,
-    lost_acks: Arc<Unacked>,
+    lost_acks: Arc<LostAcks>,
     events: Arc<Lease>,
     envelopes: Arc<Lease>,
 }
@@ -463,7 +463,7 @@ impl Inner {
     ) -> bool {
         let known = fingerprint
             .filter(|_| redelivered)
-            .and_then(|fingerprint| self.lost_acks.knows(fingerprint, clock::instant()));
+            .and_then(|fingerprint| self.lost_acks.recognise(fingerprint, clock::instant()));
         self.tracks().of(from).taken(tag, fingerprint, known);
         known.is_some()
     }

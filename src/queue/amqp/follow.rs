@@ -246,7 +246,7 @@ impl<'a> Follower<'a> {
         };
         let about = self.ownership.apply(record);
         if let About::Standing(name) = &about {
-            self.has_read(name);
+            self.forget_own(name);
         }
         if !reading.is_up_to_date {
             return Ok(());
@@ -347,7 +347,7 @@ impl<'a> Follower<'a> {
     }
 
     /// A pause was read. If this daemon has written it, it need not be remembered any more.
-    fn has_read(&self, name: &SubscriberName) {
+    fn forget_own(&self, name: &SubscriberName) {
         let mut own = self.shared.recorded();
         // As they are written, which has milliseconds.
         let text = |standing: &Standing| serde_json::to_string(&Record::of(name, standing)).ok();
@@ -435,7 +435,7 @@ impl<'a> Follower<'a> {
             return false;
         };
         let bound = self.topology().ensure_subscriber(broker, &s).await;
-        self.succeeded(name, bound)
+        self.log_failure(name, bound)
     }
 
     /// Returns the patterns that are still bound.
@@ -473,7 +473,7 @@ impl<'a> Follower<'a> {
         }
         let unbound = broker.unbind(&self.topology().main(name), exchange, pattern).await;
         drop(prepared);
-        self.succeeded(name, unbound)
+        self.log_failure(name, unbound)
     }
 
     /// Whether another daemon consumes the queue of a subscriber; `None` if the broker does not
@@ -488,7 +488,7 @@ impl<'a> Follower<'a> {
         match broker.depth(&self.topology().main(name)).await {
             Ok(depth) => Some(depth.is_some_and(|d| d.consumers > own)),
             Err(e) => {
-                self.succeeded(name, Err(e));
+                self.log_failure(name, Err(e));
                 None
             }
         }
@@ -515,7 +515,7 @@ impl<'a> Follower<'a> {
     }
 
     /// Logs a failure, once for each reason.
-    fn succeeded(&mut self, subscriber: &SubscriberName, done: Result<(), QueueError>) -> bool {
+    fn log_failure(&mut self, subscriber: &SubscriberName, done: Result<(), QueueError>) -> bool {
         if let Err(e) = &done
             && self.logged.insert(format!("{subscriber}: {e}"))
         {
@@ -612,7 +612,7 @@ mod tests {
         let mut read = |standing: &Standing| {
             let line = serde_json::to_string(&Record::of(&"a".into(), standing)).expect("prints");
             follower.ownership.apply(serde_json::from_str(&line).expect("a record"));
-            follower.has_read(&"a".into());
+            follower.forget_own(&"a".into());
             follower.report_pauses();
             shared.standings.borrow().clone().expect("known").get("a").cloned().expect("a standing")
         };

@@ -200,7 +200,7 @@ impl Track {
 
 /// The settlements that the lost sessions of a subscriber have left. Equal messages are counted.
 #[derive(Debug, Default)]
-pub(super) struct Unacked(Mutex<VecDeque<Left>>);
+pub(super) struct LostAcks(Mutex<VecDeque<Left>>);
 
 #[derive(Debug)]
 struct Left {
@@ -209,7 +209,7 @@ struct Left {
     until: Instant,
 }
 
-impl Unacked {
+impl LostAcks {
     /// A channel was lost.
     pub(super) fn add(&self, track: &Track, now: Instant) {
         let mut fingerprints = HashMap::new();
@@ -232,7 +232,7 @@ impl Unacked {
 
     /// Whether a redelivered message was settled before, and if so, whether it was accepted. Each
     /// settlement serves once.
-    pub(super) fn knows(&self, fingerprint: Fingerprint, now: Instant) -> Option<bool> {
+    pub(super) fn recognise(&self, fingerprint: Fingerprint, now: Instant) -> Option<bool> {
         let mut all = self.lock();
         all.retain(|left| left.until > now && !left.fingerprints.is_empty());
         all.iter_mut().find_map(|left| {
@@ -297,7 +297,7 @@ mod tests {
         #[test]
         fn as_many_are_settled_as_leave_the_queue_whichever_acks_are_lost(steps in prop::collection::vec((0_u8..9, any::<u8>()), 0..300)) {
             let t = now();
-            let remembered = Unacked::default();
+            let remembered = LostAcks::default();
             // Fingerprints, and whether they are redelivered.
             let mut queue: VecDeque<(u8, bool)> = VecDeque::new();
             let (mut published, mut accepted, mut settled, mut gone, mut dead) = ([0; 4], [0; 4], [0; 4], [0; 4], [0; 4]);
@@ -319,7 +319,7 @@ mod tests {
                         let Some((m, again)) = queue.pop_front() else { continue };
                         held.push(Some(m));
                         let tag = held.len() as u64;
-                        let known = if again { remembered.knows(fingerprint(m), t) } else { None };
+                        let known = if again { remembered.recognise(fingerprint(m), t) } else { None };
                         track.taken(tag, Some(fingerprint(m)), known);
                         if known.is_some() {
                             track.settled(tag, true);
@@ -382,14 +382,14 @@ mod tests {
         }
     }
 
-    impl Unacked {
+    impl LostAcks {
         fn has(&self, fingerprint: Fingerprint, now: Instant) -> bool {
-            self.knows(fingerprint, now).is_some()
+            self.recognise(fingerprint, now).is_some()
         }
     }
 
     /// The settlements of a lost channel, all with the same fingerprint.
-    fn lost(fingerprint: Fingerprint, states: &[State]) -> Unacked {
+    fn lost(fingerprint: Fingerprint, states: &[State]) -> LostAcks {
         let mut track = Track::new(100);
         for (tag, state) in (1..).zip(states) {
             track.taken(tag, Some(fingerprint), None);
@@ -402,7 +402,7 @@ mod tests {
                 }
             }
         }
-        let remembered = Unacked::default();
+        let remembered = LostAcks::default();
         remembered.add(&track, now());
         remembered
     }
@@ -462,16 +462,16 @@ mod tests {
         let (t, named) = (now(), Fingerprint::event(Some("1"), b"{}"));
         for accepted in [true, false] {
             let first = lost(named, &[State::Settled { accepted }]);
-            assert_eq!(first.knows(named, t), Some(accepted));
+            assert_eq!(first.recognise(named, t), Some(accepted));
             let mut track = Track::new(1);
             track.taken(1, Some(named), Some(accepted));
             track.settled(1, true);
             track.acks(1, t);
-            let second = Unacked::default();
+            let second = LostAcks::default();
             second.add(&track, t);
             // If not: what was written to another queue for it may have come back from there, with
             // the same fingerprint.
-            assert_eq!(second.knows(named, t), Some(true).filter(|_| accepted));
+            assert_eq!(second.recognise(named, t), Some(true).filter(|_| accepted));
         }
     }
 
@@ -482,7 +482,7 @@ mod tests {
 
     #[test]
     fn of_many_lost_sessions_the_last_are_remembered() {
-        let remembered = Unacked::default();
+        let remembered = LostAcks::default();
         for n in 0..100 {
             let mut track = Track::new(1);
             track.taken(1, Some(fingerprint(n)), None);

@@ -20,7 +20,7 @@ use super::{
     prefetch::Sizes,
     publisher::Publisher,
     record::Patterns,
-    redelivery::Unacked,
+    redelivery::LostAcks,
     requests::Broker,
     topology::Topology,
 };
@@ -66,7 +66,7 @@ pub(super) struct Shared {
     /// their own.
     pub(super) suspects: Mutex<HashSet<SubscriberName>>,
     /// By subscriber.
-    pub(super) lost_acks: Mutex<HashMap<SubscriberName, Arc<Unacked>>>,
+    pub(super) lost_acks: Mutex<HashMap<SubscriberName, Arc<LostAcks>>>,
     /// By subscriber.
     pub(super) sizes: Mutex<HashMap<SubscriberName, Arc<Mutex<Sizes>>>>,
     pub(super) troubles: watch::Sender<Troubles>,
@@ -170,7 +170,7 @@ impl Shared {
     }
 
     /// The settlements of a subscriber's lost sessions whose acks may be lost.
-    pub(super) fn lost_acks(&self, subscriber: &SubscriberName) -> Arc<Unacked> {
+    pub(super) fn lost_acks(&self, subscriber: &SubscriberName) -> Arc<LostAcks> {
         let mut all = self.lost_acks.lock().unwrap_or_else(PoisonError::into_inner);
         let now = clock::instant();
         all.retain(|_, left| Arc::strong_count(left) > 1 || !left.is_empty(now));
