@@ -17,6 +17,6 @@ pub use self::{
     depth::{Depth, Depths},
     disposition::{Disposition, DispositionKind, PauseCause},
     outcome::{Failure, FailureKind, Outcome},
-    pause::{Pause, Standing, Standings},
+    pause::{Pause, PauseState, PauseStates},
     subscriber_name::{NotAName, SubscriberName},
 };

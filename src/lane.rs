@@ -98,7 +98,7 @@ impl<Q: Queue> Lane<Q> {
         tokio::select! {
             () = sleep_until(until.into()) => {}
             () = changed(&mut lane.configured) => {}
-            () = paused_or_resumed(lane.standings.clone(), &name, lane.resumed) => {}
+            () = paused_or_resumed(lane.pause_states.clone(), &name, lane.resumed) => {}
             () = changed(&mut lane.retry_requests) => {
                 lane.report(&LaneEvent::RetryRequested);
                 lane.breaker.try_now();

@@ -25,7 +25,7 @@ pub use self::{
 use crate::{
     config::{Subscriber, Subscribers},
     delivery::{
-        Batch, BatchId, DeadLetter, Depths, MessageKind, Standing, Standings, SubscriberName,
+        Batch, BatchId, DeadLetter, Depths, MessageKind, PauseState, PauseStates, SubscriberName,
     },
     telemetry::finding::Finding,
     telemetry::troubles::Troubles,
@@ -111,17 +111,17 @@ pub trait Queue: Clone + Send + Sync + 'static {
 
     /// The pauses and resumptions that all daemons on the same queues have recorded; `None` until
     /// they are known.
-    fn standings(&self) -> watch::Receiver<Option<Standings>>;
+    fn pause_states(&self) -> watch::Receiver<Option<PauseStates>>;
 
     /// Records that a subscriber is paused or resumed. Returns when that is durable and in
-    /// [`standings`](Self::standings).
+    /// [`pause_states`](Self::pause_states).
     ///
     /// # Errors
     /// It is unknown whether it was recorded.
     fn record(
         &self,
         subscriber: &SubscriberName,
-        standing: Standing,
+        pause_state: PauseState,
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
     /// # Errors

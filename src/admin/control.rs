@@ -22,8 +22,8 @@ use tokio::{
 use super::{
     answer::{READ_TIMEOUT, Refusal, discard, is_json, json_answer},
     view::{
-        self, Circuit, DeadLetter, DeadLetters, Foreseen, Lane, LastError, Overview, Paused,
-        QueueState, Removed, Standing, State, Tested, Time, Wish,
+        self, ChangeRequest, Circuit, DeadLetter, DeadLetters, Lane, LastError, Overview,
+        PauseChange, Paused, QueueState, ReloadPreview, Removed, State, Tested, Time,
     },
 };
 use crate::{
@@ -46,7 +46,7 @@ use crate::{
 const MAX_REQUEST: usize = 4096;
 
 /// The timeout for the queue's list of pauses, which is not known at once after a start.
-const WAIT_FOR_STANDINGS: Duration = Duration::from_secs(10);
+const WAIT_FOR_PAUSE_STATES: Duration = Duration::from_secs(10);
 
 /// The author of a pause by a request.
 const OPERATOR: &str = "operator";
@@ -78,7 +78,7 @@ trait Asked: serde::de::DeserializeOwned + Default {
     const SHAPE: &'static str;
 }
 
-impl Asked for Wish {
+impl Asked for ChangeRequest {
     const MAX: usize = MAX_REQUEST;
     const SHAPE: &'static str = "{}, or for a pause {\"why\":\"…\"}";
 }
@@ -169,8 +169,8 @@ async fn change<Q: Queue>(
 ) -> Response {
     let changing = control.clone();
     control
-        .wished(&headers, body, async |wish| {
-            let change = async move { changing.change(&name, wish, pause).await };
+        .requested(&headers, body, async |wanted| {
+            let change = async move { changing.change(&name, wanted, pause).await };
             to_its_end(&control.to_their_end, change).await
         })
         .await
@@ -182,7 +182,7 @@ async fn send_test<Q: Queue>(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    control.wished(&headers, body, async |_: Wish| control.test(&name).await).await
+    control.requested(&headers, body, async |_: ChangeRequest| control.test(&name).await).await
 }
 
 async fn list_waiting<Q: Queue>(
@@ -203,7 +203,7 @@ async fn retry_now<Q: Queue>(
 ) -> Response {
     let moving = control.clone();
     control
-        .wished(&headers, body, async |which| {
+        .requested(&headers, body, async |which| {
             let retry = async move { moving.retry_now(&name, which).await };
             to_its_end(&control.to_their_end, retry).await
         })
@@ -211,7 +211,7 @@ async fn retry_now<Q: Queue>(
 }
 
 async fn preview<Q: Queue>(extract::State(control): This<Q>) -> Response {
-    answer(control.reloader.preview().await.map(foreseen).map_err(unchanged))
+    answer(control.reloader.preview().await.map(reload_preview).map_err(unchanged))
 }
 
 async fn reload<Q: Queue>(
@@ -225,7 +225,9 @@ async fn reload<Q: Queue>(
         reloaded.map(view::Reloaded::from).map_err(unchanged)
     };
     control
-        .wished(&headers, body, async |_: Wish| to_its_end(&control.to_their_end, reload).await)
+        .requested(&headers, body, async |_: ChangeRequest| {
+            to_its_end(&control.to_their_end, reload).await
+        })
         .await
 }
 
@@ -257,8 +259,8 @@ async fn to_its_end<A: Send + 'static>(
     tokio::spawn(work).await.map_err(gave_up)?
 }
 
-fn foreseen((changes, waits_for_operator): (Changes, bool)) -> Foreseen {
-    Foreseen { changes: changes.into(), waits_for_operator }
+fn reload_preview((changes, waits_for_operator): (Changes, bool)) -> ReloadPreview {
+    ReloadPreview { changes: changes.into(), waits_for_operator }
 }
 
 fn unchanged(why: Unchanged) -> Refusal {
@@ -282,14 +284,14 @@ fn seconds(d: Duration) -> f64 {
 impl<Q: Queue> Control<Q> {
     /// Reads the body of a request that can change something, and answers with the result of
     /// `does`.
-    async fn wished<W: Asked, A: Serialize>(
+    async fn requested<W: Asked, A: Serialize>(
         &self,
         headers: &HeaderMap,
         mut body: Body,
         does: impl AsyncFnOnce(W) -> Result<A, Refusal>,
     ) -> Response {
-        let done = match self.wish(headers, &mut body).await {
-            Ok(wish) => does(wish).await,
+        let done = match self.parsed(headers, &mut body).await {
+            Ok(wanted) => does(wanted).await,
             Err(refusal) => Err(refusal),
         };
         if done.is_err() {
@@ -298,7 +300,7 @@ impl<Q: Queue> Control<Q> {
         answer(done)
     }
 
-    async fn wish<W: Asked>(&self, headers: &HeaderMap, body: &mut Body) -> Result<W, Refusal> {
+    async fn parsed<W: Asked>(&self, headers: &HeaderMap, body: &mut Body) -> Result<W, Refusal> {
         // A browser does not send this to another origin without asking first.
         if !is_json(headers) {
             let why =
@@ -310,8 +312,8 @@ impl<Q: Queue> Control<Q> {
             Refusal::bad(format!("the body has more than {} bytes, or did not come whole", W::MAX))
         };
         let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
-        let wish = if body.is_empty() { Ok(W::default()) } else { serde_json::from_slice(&body) };
-        wish.map_err(|e| Refusal::bad(format!("the body is not {}: {e}", W::SHAPE)))
+        let wanted = if body.is_empty() { Ok(W::default()) } else { serde_json::from_slice(&body) };
+        wanted.map_err(|e| Refusal::bad(format!("the body is not {}: {e}", W::SHAPE)))
     }
 
     fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
@@ -421,44 +423,49 @@ impl<Q: Queue> Control<Q> {
         }
     }
 
-    async fn change(&self, name: &str, wish: Wish, pause: bool) -> Result<Standing, Refusal> {
+    async fn change(
+        &self,
+        name: &str,
+        wanted: ChangeRequest,
+        pause: bool,
+    ) -> Result<PauseChange, Refusal> {
         let subscriber = self.subscriber(name)?;
         if subscriber.paused && !pause {
             let why =
                 format!("`{name}` is paused by the configuration; take `paused = true` out of it");
             return Err(Refusal::new(StatusCode::CONFLICT, why));
         }
-        let mut standings = self.queue.standings();
-        let known = timeout(WAIT_FOR_STANDINGS, standings.wait_for(Option::is_some)).await;
+        let mut pause_states = self.queue.pause_states();
+        let known = timeout(WAIT_FOR_PAUSE_STATES, pause_states.wait_for(Option::is_some)).await;
         let Some(known) = known.ok().and_then(Result::ok).and_then(|known| known.clone()) else {
             return Err(Refusal::unavailable(
                 "it is not known yet which subscribers are paused; try again".to_owned(),
             ));
         };
-        let before = known.get(name).and_then(delivery::Standing::pause).cloned();
+        let before = known.get(name).and_then(delivery::PauseState::pause).cloned();
         let changed = before.is_some() != pause || (!pause && self.waits(name));
         let now = clock::now();
         let after = match (pause, before.clone()) {
             // An operator's reason can be replaced; a receiver's stays.
             (true, Some(before)) if before.by == OPERATOR => {
-                Some(Pause { why: wish.why.unwrap_or(before.why), ..before })
+                Some(Pause { why: wanted.why.unwrap_or(before.why), ..before })
             }
             (true, Some(before)) => Some(before),
             (true, None) => {
-                let why = wish.why.unwrap_or_else(|| "an operator asked for it".to_owned());
+                let why = wanted.why.unwrap_or_else(|| "an operator asked for it".to_owned());
                 Some(Pause { why, since: now, by: OPERATOR.to_owned() })
             }
             (false, _) => None,
         };
         if changed || after != before {
-            let resumed = delivery::Standing::Resumed { at: now };
-            let standing = after.clone().map_or(resumed, delivery::Standing::Paused);
+            let resumed = delivery::PauseState::Resumed { at: now };
+            let pause_state = after.clone().map_or(resumed, delivery::PauseState::Paused);
             self.queue
-                .record(&subscriber.name, standing)
+                .record(&subscriber.name, pause_state)
                 .await
                 .map_err(|e| Refusal::unavailable(format!("it could not be recorded: {e}")))?;
         }
-        Ok(Standing {
+        Ok(PauseChange {
             subscriber: name.to_owned(),
             state: if after.is_some() { State::Paused } else { self.resumed_state(name) },
             changed,
@@ -627,7 +634,7 @@ mod tests {
     async fn a_pause_and_a_resume_are_made_although_the_client_has_gone() {
         let dir = tempfile::tempdir().expect("a directory");
         let mut served = serve(config(&dir, &["a"])).await;
-        let mut standings = served.queue.standings();
+        let mut pause_states = served.queue.pause_states();
         for (path, paused) in
             [("/v1/subscribers/a/pause", true), ("/v1/subscribers/a/resume", false)]
         {
@@ -637,11 +644,11 @@ mod tests {
             served.goes_away(client).await;
             recording.go_on();
             let is_made = |all: &Option<_>| {
-                all.as_ref().and_then(|all: &crate::delivery::Standings| {
+                all.as_ref().and_then(|all: &crate::delivery::PauseStates| {
                     all.get("a").map(|s| s.pause().is_some())
                 }) == Some(paused)
             };
-            timeout(PATIENCE, standings.wait_for(is_made))
+            timeout(PATIENCE, pause_states.wait_for(is_made))
                 .await
                 .expect("it is made to its end")
                 .expect("the queue is there");

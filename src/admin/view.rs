@@ -317,14 +317,14 @@ impl LastError {
 /// The body of a request to pause or resume a subscriber, to test it, or to reload.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wish {
+pub struct ChangeRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
 
 /// A subscriber after a pause or a resume.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Standing {
+pub struct PauseChange {
     pub subscriber: String,
     pub state: State,
     /// False if it was so before.
@@ -516,7 +516,7 @@ impl DeadLetter {
 
 /// The changes that a reload would make.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Foreseen {
+pub struct ReloadPreview {
     #[serde(flatten)]
     pub changes: Changes,
     /// A changed file alone does not do it: only an operator removes this many subscribers.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{failed::Failed, open::find, text::visible};
 use crate::{
-    admin::view::{self, Introduction, Refused, Reloaded, Wish},
+    admin::view::{self, ChangeRequest, Introduction, Refused, Reloaded},
     config::{self, AdminConfig, Config},
     crypto::handshake::{self, Side},
 };
@@ -54,7 +54,7 @@ pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed
 }
 
 pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {
-    let answer = Daemon::of(asked)?.post("reload", &Wish::default()).await?;
+    let answer = Daemon::of(asked)?.post("reload", &ChangeRequest::default()).await?;
     print!("{}", reloaded(&answer));
     Ok(())
 }
@@ -134,11 +134,11 @@ impl<'c> Daemon<'c> {
     pub(super) async fn post<A: DeserializeOwned>(
         &self,
         path: &str,
-        wish: &impl Serialize,
+        wanted: &impl Serialize,
     ) -> Result<A, Failed> {
-        let wish = serde_json::to_string(wish).map_err(|e| Failed::Runtime(e.to_string()))?;
+        let wanted = serde_json::to_string(wanted).map_err(|e| Failed::Runtime(e.to_string()))?;
         let request = self.client.post(self.url(path)).header("content-type", "application/json");
-        self.read(&self.ask(request.body(wish)).await?)
+        self.read(&self.ask(request.body(wanted)).await?)
     }
 
     fn read<A: DeserializeOwned>(&self, answer: &Value) -> Result<A, Failed> {
@@ -332,14 +332,14 @@ fn reachable(listen: SocketAddr) -> Result<SocketAddr, Failed> {
     Ok(SocketAddr::new(ip, listen.port()))
 }
 
-/// The timeout of a foreseen reload: the daemon only reads some files.
+/// The timeout of a preview of a reload: the daemon only reads some files.
 const PLAN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The effect that a reload of the running daemon would have.
-pub(super) enum Foreseen {
+pub(super) enum ReloadPreview {
     Changes {
         address: SocketAddr,
-        answer: Answer<view::Foreseen>,
+        answer: Answer<view::ReloadPreview>,
     },
     /// The daemon's configuration has mistakes.
     Refused {
@@ -353,21 +353,21 @@ pub(super) enum Foreseen {
 }
 
 /// Asks the daemon what a reload would change; it changes nothing.
-pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> {
+pub(super) async fn preview_reload(config: &Config) -> Result<ReloadPreview, Failed> {
     let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
     let daemon = match Daemon::of(&asked) {
         Ok(daemon) => daemon,
-        Err(Failed::Usage(why)) => return Ok(Foreseen::Unknown { why }),
+        Err(Failed::Usage(why)) => return Ok(ReloadPreview::Unknown { why }),
         Err(other) => return Err(other),
     };
     let address = daemon.address;
-    let absent = |why: String| Foreseen::Unknown {
+    let absent = |why: String| ReloadPreview::Unknown {
         why: format!("no daemon answers at {address} ([admin] listen): {why}"),
     };
     match daemon.meet().await {
         Ok(()) => {}
         Err(Stranger::Absent(why)) => return Ok(absent(why)),
-        Err(Stranger::Other(why)) => return Ok(Foreseen::Unknown { why }),
+        Err(Stranger::Other(why)) => return Ok(ReloadPreview::Unknown { why }),
     }
     let (status, answer) = match daemon
         .authorized(daemon.client.get(daemon.url("reload")).timeout(PLAN_TIMEOUT))
@@ -376,18 +376,18 @@ pub(super) async fn foresee_reload(config: &Config) -> Result<Foreseen, Failed> 
         Ok(answered) => answered,
         Err(why) => return Ok(absent(why)),
     };
-    let (error, read) = (error(&answer), view::Foreseen::deserialize(&answer));
+    let (error, read) = (error(&answer), view::ReloadPreview::deserialize(&answer));
     Ok(match (status.as_u16(), error, read) {
         (200, None, Ok(read)) => {
-            Foreseen::Changes { address, answer: Answer { read, raw: answer } }
+            ReloadPreview::Changes { address, answer: Answer { read, raw: answer } }
         }
-        (422, Some(error), _) => Foreseen::Refused { address, error },
+        (422, Some(error), _) => ReloadPreview::Refused { address, error },
         (status, error, _) => {
             let error = error.map_or_else(
                 || "it is no hooktrail, or one of another version, perhaps".to_owned(),
                 |e| visible(&e),
             );
-            Foreseen::Unknown {
+            ReloadPreview::Unknown {
                 why: format!("the program at {address} answered {status}: {error}"),
             }
         }

@@ -7,7 +7,7 @@ use super::{
     text::visible,
 };
 use crate::{
-    admin::view::{Overview, Paused, Standing, State, Subscriber, Wish},
+    admin::view::{ChangeRequest, Overview, PauseChange, Paused, State, Subscriber},
     wording::counted,
 };
 
@@ -24,12 +24,12 @@ pub(super) struct Whom {
 
 pub(super) async fn pause(asked: &Asked, whom: &Whom, why: Option<String>) -> Result<(), Failed> {
     let daemon = Daemon::of(asked)?;
-    let wish = Wish { why };
+    let wanted = ChangeRequest { why };
     let names = if whom.all { of_all(&daemon, |_| true).await? } else { whom.subscribers.clone() };
     let mut failures = Failures::of(&names);
     for name in &names {
-        match daemon.post::<Standing>(&format!("subscribers/{name}/pause"), &wish).await {
-            Ok(answer) => say_paused(name, &answer, wish.why.as_deref()),
+        match daemon.post::<PauseChange>(&format!("subscribers/{name}/pause"), &wanted).await {
+            Ok(answer) => say_paused(name, &answer, wanted.why.as_deref()),
             Err(e) => failures.add(name, e)?,
         }
     }
@@ -45,7 +45,7 @@ pub(super) async fn pause(asked: &Asked, whom: &Whom, why: Option<String>) -> Re
 }
 
 /// Prints the pause; `wanted` is the reason on the command line.
-fn say_paused(name: &str, answer: &Standing, wanted: Option<&str>) {
+fn say_paused(name: &str, answer: &PauseChange, wanted: Option<&str>) {
     let already = if answer.changed { "is paused" } else { "was paused already" };
     let Some(Paused { why, since, by }) = &answer.paused else { return };
     println!("`{name}` {already}, since {since}, by {}: {}", visible(by), visible(why));
@@ -68,7 +68,7 @@ pub(super) async fn resume(asked: &Asked, whom: &Whom) -> Result<(), Failed> {
     let mut failures = Failures::of(&names);
     for name in &names {
         let path = format!("subscribers/{name}/resume");
-        match daemon.post::<Standing>(&path, &Wish::default()).await {
+        match daemon.post::<PauseChange>(&path, &ChangeRequest::default()).await {
             Ok(answer) if answer.changed => {
                 println!(
                     "`{name}` is resumed; attempts and elapsed time of its batches start again from zero."

@@ -7,7 +7,7 @@ mod print;
 use self::{forecast::Plan, json::as_json, print::as_text};
 use super::{
     complete,
-    daemon::{self, Foreseen},
+    daemon::{self, ReloadPreview},
     failed::Failed,
     open::find,
     terminal,
@@ -31,20 +31,20 @@ pub(super) async fn run(config: &Config, args: &Args) -> Result<(), Failed> {
     };
     let ladder = matches!(config.queue.backend, Backend::Amqp(_));
     let plans: Vec<Plan<'_>> = subscribers.into_iter().map(|s| Plan::new(s, ladder)).collect();
-    let foreseen = daemon::foresee_reload(config).await?;
+    let preview = daemon::preview_reload(config).await?;
     if args.json {
-        println!("{:#}", as_json(config, &plans, &foreseen));
+        println!("{:#}", as_json(config, &plans, &preview));
     } else {
         print!(
             "{}",
-            as_text(config, &plans, &foreseen, terminal::width().unwrap_or(terminal::USUAL))
+            as_text(config, &plans, &preview, terminal::width().unwrap_or(terminal::USUAL))
         );
     }
-    match foreseen {
-        Foreseen::Refused { .. } => Err(Failed::Runtime(
+    match preview {
+        ReloadPreview::Refused { .. } => Err(Failed::Runtime(
             "the daemon would refuse a reload; it keeps its configuration until the file is fixed"
                 .to_owned(),
         )),
-        Foreseen::Unknown { .. } | Foreseen::Changes { .. } => Ok(()),
+        ReloadPreview::Unknown { .. } | ReloadPreview::Changes { .. } => Ok(()),
     }
 }

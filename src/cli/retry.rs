@@ -198,7 +198,7 @@ impl Now {
         let (ids, mut missing) = resolve(names, list.as_ref());
         let ids = (!names.is_empty()).then_some(ids);
         let mut hastened = match (&list, &ids) {
-            (Some(list), _) if self.dry_run => foreseen(list, ids.as_ref()),
+            (Some(list), _) if self.dry_run => expected(list, ids.as_ref()),
             // No number was found.
             (_, Some(ids)) if ids.is_empty() => Hastened::default(),
             _ => queue.hasten(&self.subscriber, ids).await?,
@@ -221,9 +221,11 @@ impl Now {
     async fn tried(&self, config: &Config) -> Result<Retried, String> {
         let asked = Asked { admin: config.admin.clone(), config: config.path.clone() };
         // The batches are due already.
-        let wish = RetryNow { ids: None, try_only: true };
+        let wanted = RetryNow { ids: None, try_only: true };
         let answer = async {
-            Daemon::of(&asked)?.post(&format!("subscribers/{}/retry", self.subscriber), &wish).await
+            Daemon::of(&asked)?
+                .post(&format!("subscribers/{}/retry", self.subscriber), &wanted)
+                .await
         };
         answer.await.map_err(|e| match e {
             Failed::Usage(why) | Failed::Runtime(why) => why,
@@ -335,7 +337,7 @@ fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<BatchId>, Ve
 }
 
 /// The result of a dry run.
-fn foreseen(list: &WaitingList, ids: Option<&BTreeSet<BatchId>>) -> Hastened {
+fn expected(list: &WaitingList, ids: Option<&BTreeSet<BatchId>>) -> Hastened {
     let now = clock::now();
     let meant: Vec<&Waiting> =
         list.batches.iter().filter(|w| ids.is_none_or(|ids| ids.contains(&w.batch_id))).collect();
@@ -375,9 +377,9 @@ mod tests {
         let (ids, missing) = resolve(&names(&["@2", "c", "@0", "@4", "b", "x"]), Some(&list));
         assert_eq!(ids, ["b", "c", "x"].map(BatchId::from).into());
         assert_eq!(missing, ["@0", "@4"]);
-        let some = foreseen(&list, Some(&ids));
+        let some = expected(&list, Some(&ids));
         assert_eq!((some.moved, some.due, some.missing), (2, 0, vec!["x".to_owned()]));
-        let all = foreseen(&list, None);
+        let all = expected(&list, None);
         assert_eq!((all.moved, all.due, all.missing), (2, 1, Vec::new()));
     }
 

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 use super::subscriber_name::SubscriberName;
 
 /// The last record of each subscriber that was ever paused.
-pub type Standings = Arc<BTreeMap<SubscriberName, Standing>>;
+pub type PauseStates = Arc<BTreeMap<SubscriberName, PauseState>>;
 
 /// Whether a subscriber is paused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Standing {
+pub enum PauseState {
     Paused(Pause),
     /// Batches from before `at` count attempts and elapsed time from zero.
     Resumed {
@@ -17,7 +17,7 @@ pub enum Standing {
     },
 }
 
-impl Standing {
+impl PauseState {
     pub fn pause(&self) -> Option<&Pause> {
         match self {
             Self::Paused(pause) => Some(pause),

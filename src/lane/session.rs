@@ -16,7 +16,7 @@ use super::{
 use crate::{
     clock,
     delivery::{
-        Batch, BatchId, DeadLetter, Disposition, Outcome, Pause, PauseCause, Reason, Standing,
+        Batch, BatchId, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState, Reason,
     },
     endpoint::webhook::Request,
     event::head,
@@ -106,7 +106,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let mut gathering = None;
         let opened = clock::instant();
         let subscriber = self.lane.subscriber.clone();
-        let mut paused = std::pin::pin!(paused(self.lane.standings.clone(), &subscriber.name));
+        let mut paused = std::pin::pin!(paused(self.lane.pause_states.clone(), &subscriber.name));
         let mut is_paused = false;
         loop {
             self.begin();
@@ -501,7 +501,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let is_recorded = self.lane.pause_is_recorded();
         let name = self.lane.subscriber.name.clone();
         let (queue, settler) = (self.lane.queue.clone(), self.settler.clone());
-        let pause = Standing::Paused(Pause { why, since: clock::now(), by: by.to_owned() });
+        let pause = PauseState::Paused(Pause { why, since: clock::now(), by: by.to_owned() });
         let kept = Settlement::Retry { batches: vec![in_flight.batch], delay: Duration::ZERO };
         self.settling += 1;
         self.tasks.spawn(async move {

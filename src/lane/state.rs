@@ -12,7 +12,7 @@ use super::signals::{changed, pause_of, wait_for};
 use crate::{
     clock,
     config::{Subscriber, changes::Differences, keys::Affects},
-    delivery::{Outcome, Pause, Standing, Standings},
+    delivery::{Outcome, Pause, PauseState, PauseStates},
     endpoint::webhook::Webhook,
     policy::{
         answer::Health,
@@ -57,7 +57,7 @@ pub(super) struct State<Q> {
     /// The number of changes of what requests are made of. Answers to attempts of an older
     /// generation say nothing of the health of the endpoint.
     pub(super) generation: u64,
-    pub(super) standings: watch::Receiver<Option<Standings>>,
+    pub(super) pause_states: watch::Receiver<Option<PauseStates>>,
     /// The pause that was last reported.
     pause: Option<Pause>,
     /// When the subscriber was last resumed, as far as the lane has acted on it.
@@ -79,7 +79,7 @@ impl<Q: Queue> State<Q> {
     ) -> Self {
         let LaneConfig { subscriber, webhook } = configured.borrow().clone();
         let breaker = CircuitBreaker::new(subscriber.circuit_breaker.clone());
-        let standings = queue.standings();
+        let pause_states = queue.pause_states();
         let retry_requests = reporter.retry_requests();
         Self {
             configured,
@@ -89,7 +89,7 @@ impl<Q: Queue> State<Q> {
             breaker,
             health: Health::default(),
             generation: 0,
-            standings,
+            pause_states,
             pause: None,
             resumed: None,
             retry_requests,
@@ -141,11 +141,11 @@ impl<Q: Queue> State<Q> {
             let Some(pause) = self.recorded_pause().await else { break };
             self.paused(pause.clone());
             let name = self.subscriber.name.clone();
-            let is_other = |all: &Option<Standings>| {
+            let is_other = |all: &Option<PauseStates>| {
                 all.as_ref().is_some_and(|all| pause_of(all, &name) != Some(&pause))
             };
             tokio::select! {
-                _ = wait_for(&mut self.standings, is_other) => {}
+                _ = wait_for(&mut self.pause_states, is_other) => {}
                 () = changed(&mut self.configured) => {}
             }
         }
@@ -161,11 +161,11 @@ impl<Q: Queue> State<Q> {
 
     /// The pause that is recorded, once the record is known.
     async fn recorded_pause(&mut self) -> Option<Pause> {
-        let known = wait_for(&mut self.standings, |all| all.is_some());
+        let known = wait_for(&mut self.pause_states, |all| all.is_some());
         if tokio::time::timeout(PAUSE_STATE_LATE, known).await.is_err() {
             self.report(&LaneEvent::PauseStateLate);
         }
-        let all = wait_for(&mut self.standings, |all| all.is_some()).await;
+        let all = wait_for(&mut self.pause_states, |all| all.is_some()).await;
         all.as_ref().and_then(|all| pause_of(all, &self.subscriber.name)).cloned()
     }
 
@@ -260,15 +260,15 @@ impl<Q: Queue> State<Q> {
 
     /// The last resume. Batches first attempted before it start over.
     pub(super) fn resumed_at(&self) -> Option<SystemTime> {
-        match self.standings.borrow().as_ref()?.get(&self.subscriber.name)? {
-            Standing::Resumed { at } => Some(*at),
-            Standing::Paused(_) => None,
+        match self.pause_states.borrow().as_ref()?.get(&self.subscriber.name)? {
+            PauseState::Resumed { at } => Some(*at),
+            PauseState::Paused(_) => None,
         }
     }
 
     /// Whether a pause of the subscriber is recorded.
     pub(super) fn pause_is_recorded(&self) -> bool {
-        let all = self.standings.borrow();
+        let all = self.pause_states.borrow();
         all.as_ref().is_some_and(|all| pause_of(all, &self.subscriber.name).is_some())
     }
 

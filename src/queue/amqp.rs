@@ -82,7 +82,7 @@ pub use self::{
 use crate::{
     clock,
     config::{AmqpConfig, Subscriber, Subscribers},
-    delivery::{BatchId, Depths, Standing, Standings, SubscriberName},
+    delivery::{BatchId, Depths, PauseState, PauseStates, SubscriberName},
     queue::{Hastened, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
     telemetry::{finding::Finding, metrics::Metrics, troubles::Troubles},
 };
@@ -310,27 +310,27 @@ impl Queue for AmqpQueue {
         &self.0.removals
     }
 
-    fn standings(&self) -> watch::Receiver<Option<Standings>> {
-        self.0.standings.subscribe()
+    fn pause_states(&self) -> watch::Receiver<Option<PauseStates>> {
+        self.0.pause_states.subscribe()
     }
 
     async fn record(
         &self,
         subscriber: &SubscriberName,
-        standing: Standing,
+        pause_state: PauseState,
     ) -> Result<(), QueueError> {
         let shared = &*self.0;
-        shared.recorded().insert(subscriber.clone(), standing.clone());
+        shared.recorded().insert(subscriber.clone(), pause_state.clone());
         let recorded =
-            state_stream::record(&shared.topology, shared.publisher(), subscriber, &standing);
+            state_stream::record(&shared.topology, shared.publisher(), subscriber, &pause_state);
         if let Err(e) = recorded.await {
             shared.recorded().remove(subscriber);
             return Err(e);
         }
         // The followed record brings it too, a little later.
-        shared.standings.send_modify(|all| {
+        shared.pause_states.send_modify(|all| {
             if let Some(all) = all {
-                Arc::make_mut(all).insert(subscriber.clone(), standing);
+                Arc::make_mut(all).insert(subscriber.clone(), pause_state);
             }
         });
         Ok(())

@@ -39,7 +39,7 @@ pub use self::{
 use crate::{
     clock,
     config::{EmbeddedConfig, Subscriber, Subscribers},
-    delivery::{BatchId, Depth, Depths, Pause, Standing, Standings, SubscriberName},
+    delivery::{BatchId, Depth, Depths, Pause, PauseState, PauseStates, SubscriberName},
     event::Pattern,
     policy::retry::Backoff,
     queue::{
@@ -77,7 +77,7 @@ struct Inner {
     patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
     /// Counts commits that may have something for a lane.
     news: watch::Sender<u64>,
-    standings: watch::Sender<Option<Standings>>,
+    pause_states: watch::Sender<Option<PauseStates>>,
     removals: Removals,
     /// The subscribers that were prepared last.
     prepared: Mutex<BTreeSet<SubscriberName>>,
@@ -123,14 +123,14 @@ impl EmbeddedQueue {
         let news = watch::Sender::new(0);
         let patterns = Mutex::new((Vec::new(), Arc::from([])));
         let retention = config.retention;
-        let (standings, removals) = (watch::Sender::new(None), Removals::default());
+        let (pause_states, removals) = (watch::Sender::new(None), Removals::default());
         let (prepared, lanes) = (Mutex::default(), Mutex::default());
         Ok(Self(Arc::new(Inner {
             store,
             retention,
             patterns,
             news,
-            standings,
+            pause_states,
             removals,
             prepared,
             lanes,
@@ -310,21 +310,23 @@ impl Queue for EmbeddedQueue {
         subscribers: &[Arc<Subscriber>],
     ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         // Before anything is changed: a refusal has changed nothing.
-        let mut found = self.store().read(standings).await?;
+        let mut found = self.store().read(pause_states).await?;
         self.bind(subscribers, false).await?;
         let names: BTreeSet<SubscriberName> = subscribers.iter().map(|s| s.name.clone()).collect();
         let before = std::mem::replace(
             &mut *self.0.prepared.lock().unwrap_or_else(PoisonError::into_inner),
             names.clone(),
         );
-        self.0.standings.send_modify(|all| match all {
+        self.0.pause_states.send_modify(|all| match all {
             None => *all = Some(Arc::new(found)),
             // Only this daemon changes them, except for new subscribers: a command may have pruned
             // one of the same name.
             Some(all) => {
                 for name in names.difference(&before) {
                     match found.remove(name) {
-                        Some(standing) => drop(Arc::make_mut(all).insert(name.clone(), standing)),
+                        Some(pause_state) => {
+                            drop(Arc::make_mut(all).insert(name.clone(), pause_state))
+                        }
                         None => drop(Arc::make_mut(all).remove(name)),
                     }
                 }
@@ -430,19 +432,19 @@ impl Queue for EmbeddedQueue {
         &self.0.removals
     }
 
-    fn standings(&self) -> watch::Receiver<Option<Standings>> {
-        self.0.standings.subscribe()
+    fn pause_states(&self) -> watch::Receiver<Option<PauseStates>> {
+        self.0.pause_states.subscribe()
     }
 
     async fn record(
         &self,
         subscriber: &SubscriberName,
-        standing: Standing,
+        pause_state: PauseState,
     ) -> Result<(), QueueError> {
-        let (name, stands) = (subscriber.clone(), standing.clone());
-        self.store().write(move |db: &Connection| set_standing(db, &name, &stands)).await?;
-        self.0.standings.send_modify(|all| {
-            drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.clone(), standing))
+        let (name, stands) = (subscriber.clone(), pause_state.clone());
+        self.store().write(move |db: &Connection| set_pause_state(db, &name, &stands)).await?;
+        self.0.pause_states.send_modify(|all| {
+            drop(Arc::make_mut(all.get_or_insert_default()).insert(subscriber.clone(), pause_state))
         });
         Ok(())
     }
@@ -577,32 +579,36 @@ fn depths(
     Ok(depths)
 }
 
-fn standings(db: &Connection) -> rusqlite::Result<BTreeMap<SubscriberName, Standing>> {
+fn pause_states(db: &Connection) -> rusqlite::Result<BTreeMap<SubscriberName, PauseState>> {
     let mut query =
         db.prepare_cached("SELECT subscriber, why, by, since, resumed_at FROM standing")?;
     let rows = query.query_map([], |r| {
-        let standing = match r.get::<_, Option<i64>>(4)? {
-            Some(at) => Standing::Resumed { at: from_millis(at) },
-            None => Standing::Paused(Pause {
+        let pause_state = match r.get::<_, Option<i64>>(4)? {
+            Some(at) => PauseState::Resumed { at: from_millis(at) },
+            None => PauseState::Paused(Pause {
                 why: r.get(1)?,
                 by: r.get(2)?,
                 since: from_millis(r.get(3)?),
             }),
         };
-        Ok((r.get(0)?, standing))
+        Ok((r.get(0)?, pause_state))
     })?;
     rows.collect()
 }
 
-fn set_standing(db: &Connection, subscriber: &str, standing: &Standing) -> rusqlite::Result<()> {
+fn set_pause_state(
+    db: &Connection,
+    subscriber: &str,
+    pause_state: &PauseState,
+) -> rusqlite::Result<()> {
     let mut set =
         db.prepare_cached("INSERT OR REPLACE INTO standing (subscriber, why, by, since, resumed_at) VALUES (?1, ?2, ?3, ?4, ?5)")?;
     let none = None::<i64>;
-    match standing {
-        Standing::Paused(Pause { why, by, since }) => {
+    match pause_state {
+        PauseState::Paused(Pause { why, by, since }) => {
             set.execute(params![subscriber, why, by, millis(*since), none])?
         }
-        Standing::Resumed { at } => {
+        PauseState::Resumed { at } => {
             set.execute(params![subscriber, none, none, none, millis(*at)])?
         }
     };
@@ -1031,7 +1037,7 @@ mod tests {
         let store = queue.store().clone();
         let holding = tokio::spawn(async move { store.write(move |_| Ok(held.recv().ok())).await });
         let paused = |by: &str| {
-            Standing::Paused(Pause {
+            PauseState::Paused(Pause {
                 why: "asked".to_owned(),
                 since: SystemTime::UNIX_EPOCH,
                 by: by.to_owned(),
@@ -1051,9 +1057,9 @@ mod tests {
         holding.await.expect("does not panic").expect("writes");
         b.await.expect("is recorded");
         a.await.expect("is recorded");
-        let known = queue.standings().borrow().clone().expect("known");
+        let known = queue.pause_states().borrow().clone().expect("known");
         assert_eq!(*known, [("a".into(), paused("one")), ("b".into(), paused("two"))].into());
-        assert_eq!(queue.store().read(standings).await.expect("reads"), *known);
+        assert_eq!(queue.store().read(pause_states).await.expect("reads"), *known);
     }
 
     /// Whether a subscriber gets events that come now.
@@ -1191,7 +1197,7 @@ mod tests {
         let both = subscribers(&[("a", "x"), ("b", "x")]);
         queue.prepare(&both).await.expect("prepares");
         publish(&queue, "x", 2).await;
-        let paused = Standing::Paused(Pause {
+        let paused = PauseState::Paused(Pause {
             why: "asked".to_owned(),
             since: SystemTime::UNIX_EPOCH,
             by: "operator".to_owned(),
@@ -1203,7 +1209,7 @@ mod tests {
                 Ok((
                     db.query_row(segments, [], |r| r.get::<_, String>(0))?,
                     backlogs(db, &BTreeMap::new())?,
-                    standings(db)?,
+                    pause_states(db)?,
                 ))
             };
             queue.store().read(all).await.expect("reads")
@@ -1225,7 +1231,7 @@ mod tests {
         let taken = take(&mut source).await.len() + take(&mut source).await.len();
         assert_eq!(taken, 3, "it is as if no prune had been tried");
         assert_eq!(
-            queue.standings().borrow().as_ref().and_then(|all| all.get("b").cloned()),
+            queue.pause_states().borrow().as_ref().and_then(|all| all.get("b").cloned()),
             Some(paused)
         );
     }

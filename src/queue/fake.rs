@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::{
     config::{Subscriber, Subscribers},
-    delivery::{Batch, BatchId, Depths, MessageKind, Standing, Standings, SubscriberName},
+    delivery::{Batch, BatchId, Depths, MessageKind, PauseState, PauseStates, SubscriberName},
     telemetry::finding::Finding,
 };
 
@@ -24,14 +24,14 @@ pub(crate) struct Fake(Arc<Mutex<State>>, Removals);
 impl Default for Fake {
     fn default() -> Self {
         let state = State::default();
-        state.standings.send_replace(Some(Standings::default()));
+        state.pause_states.send_replace(Some(PauseStates::default()));
         Self(Arc::new(Mutex::new(state)), Removals::default())
     }
 }
 
 #[derive(Debug, Default)]
 struct State {
-    standings: watch::Sender<Option<Standings>>,
+    pause_states: watch::Sender<Option<PauseStates>>,
     next_tag: u64,
     events: BTreeMap<SubscriberName, VecDeque<String>>,
     unsettled: BTreeMap<u64, (SubscriberName, String)>,
@@ -140,23 +140,23 @@ impl Queue for Fake {
         &self.1
     }
 
-    fn standings(&self) -> watch::Receiver<Option<Standings>> {
-        self.with(|s| s.standings.subscribe())
+    fn pause_states(&self) -> watch::Receiver<Option<PauseStates>> {
+        self.with(|s| s.pause_states.subscribe())
     }
 
     async fn record(
         &self,
         subscriber: &SubscriberName,
-        standing: Standing,
+        pause_state: PauseState,
     ) -> Result<(), QueueError> {
         if let Some(held) = self.with(|s| s.held.take()) {
             held.begun.add_permits(1);
             held.goes_on.acquire().await.expect("is not closed").forget();
         }
         self.with(|s| {
-            s.standings.send_modify(|all| {
+            s.pause_states.send_modify(|all| {
                 Arc::make_mut(all.get_or_insert_default())
-                    .insert(subscriber.clone(), standing)
+                    .insert(subscriber.clone(), pause_state)
                     .map_or((), drop)
             })
         });

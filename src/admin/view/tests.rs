@@ -80,8 +80,8 @@ fn overview(lane: Option<Lane>) -> Overview {
     }
 }
 
-fn standing(paused: Option<Paused>) -> Standing {
-    Standing { subscriber: text(), state: State::Paused, changed: true, paused }
+fn pause_state(paused: Option<Paused>) -> PauseChange {
+    PauseChange { subscriber: text(), state: State::Paused, changed: true, paused }
 }
 
 fn refused(line: Option<usize>) -> Refused {
@@ -156,8 +156,8 @@ fn changes() -> Changes {
     Changes { changes: vec![change], settings: vec![text()], needs_restart: vec![text()] }
 }
 
-fn foreseen() -> Foreseen {
-    Foreseen { changes: changes(), waits_for_operator: true }
+fn preview() -> ReloadPreview {
+    ReloadPreview { changes: changes(), waits_for_operator: true }
 }
 
 fn reloaded() -> Reloaded {
@@ -168,7 +168,7 @@ fn reloaded() -> Reloaded {
 fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
     let accepted = Accepted { accepted: 1, unmatched: 1 };
     let one = || sample(subscriber(Some(lane())), subscriber(None));
-    let changed = || sample(standing(Some(paused())), standing(None));
+    let changed = || sample(pause_state(Some(paused())), pause_state(None));
     let bare = Refused { error: text(), ..Refused::default() };
     vec![
         ("/api/v1/events", "post", "202", sample(accepted, accepted)),
@@ -182,7 +182,7 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
         ("/api/v1/subscribers/{name}/retry", "get", "200", sample(waiting_list(), waiting_list())),
         ("/api/v1/subscribers/{name}/retry", "post", "200", sample(retried(), retried())),
         ("/api/v1/subscribers/{name}/dead", "get", "200", sample(dead_letters(), dead_letters())),
-        ("/api/v1/reload", "get", "200", sample(foreseen(), foreseen())),
+        ("/api/v1/reload", "get", "200", sample(preview(), preview())),
         ("/api/v1/reload", "post", "200", sample(reloaded(), reloaded())),
     ]
 }
@@ -346,5 +346,6 @@ fn a_daemon_of_another_version_is_understood() {
     assert!(older.removed.is_empty() && older.subscribers[0].lane.is_some());
     let older: Reloaded = serde_json::from_value(json!({ "changes": [] })).expect("it is read");
     assert!(older.not_bound.is_empty() && older.changes.needs_restart.is_empty());
-    serde_json::from_value::<Foreseen>(json!({ "error": "x" })).expect_err("it has no changes");
+    serde_json::from_value::<ReloadPreview>(json!({ "error": "x" }))
+        .expect_err("it has no changes");
 }

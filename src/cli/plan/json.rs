@@ -5,18 +5,18 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::forecast::{Limit, Plan, footprint, limit, open_times};
-use crate::{cli::daemon::Foreseen, config::Config};
+use crate::{cli::daemon::ReloadPreview, config::Config};
 
 /// The most attempts in JSON.
 const MAX_ROWS: u32 = 1000;
 
-pub(super) fn as_json(config: &Config, plans: &[Plan<'_>], foreseen: &Foreseen) -> Value {
-    let daemon = match foreseen {
-        Foreseen::Unknown { why } => json!({ "reload": null, "why": why }),
-        Foreseen::Refused { address, error } => {
+pub(super) fn as_json(config: &Config, plans: &[Plan<'_>], preview: &ReloadPreview) -> Value {
+    let daemon = match preview {
+        ReloadPreview::Unknown { why } => json!({ "reload": null, "why": why }),
+        ReloadPreview::Refused { address, error } => {
             json!({ "address": address.to_string(), "reload": { "error": error } })
         }
-        Foreseen::Changes { address, answer } => {
+        ReloadPreview::Changes { address, answer } => {
             json!({ "address": address.to_string(), "reload": answer.raw })
         }
     };

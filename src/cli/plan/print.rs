@@ -5,7 +5,7 @@ use super::forecast::{
 };
 use crate::{
     cli::{
-        daemon::{Foreseen, listed},
+        daemon::{ReloadPreview, listed},
         terminal::wrapped,
         text::{grouped, rounded, rounded_size, visible},
     },
@@ -21,7 +21,7 @@ const WHOLE: u32 = 20;
 pub(super) fn as_text(
     config: &Config,
     plans: &[Plan<'_>],
-    foreseen: &Foreseen,
+    preview: &ReloadPreview,
     width: usize,
 ) -> String {
     let mut out = String::new();
@@ -51,7 +51,7 @@ pub(super) fn as_text(
         line(in_the_broker(footprint, config.subscribers.len()));
         line(String::new());
     }
-    foreseen_as_text(foreseen, &mut line);
+    preview_as_text(preview, &mut line);
     out
 }
 
@@ -211,14 +211,16 @@ fn circuit(policy: &BreakerPolicy) -> String {
     )
 }
 
-fn foreseen_as_text(foreseen: &Foreseen, line: &mut dyn FnMut(String)) {
-    match foreseen {
-        Foreseen::Unknown { why } => line(format!("the effect of a reload is not known: {why}")),
-        Foreseen::Refused { address, error } => {
+fn preview_as_text(preview: &ReloadPreview, line: &mut dyn FnMut(String)) {
+    match preview {
+        ReloadPreview::Unknown { why } => {
+            line(format!("the effect of a reload is not known: {why}"))
+        }
+        ReloadPreview::Refused { address, error } => {
             line(format!("the daemon at {address} would refuse a reload of its configuration:"));
             error.lines().for_each(|l| line(format!("  {}", visible(l))));
         }
-        Foreseen::Changes { address, answer } => {
+        ReloadPreview::Changes { address, answer } => {
             let (changes, restart) =
                 (&answer.read.changes.changes, &answer.read.changes.needs_restart);
             if changes.is_empty() && restart.is_empty() {
@@ -271,7 +273,12 @@ mod tests {
         let ladder = matches!(config.queue.backend, Backend::Amqp(_));
         let plans: Vec<Plan<'_>> =
             config.subscribers.iter().map(|s| Plan::new(s, ladder)).collect();
-        as_text(config, &plans, &Foreseen::Unknown { why: "no daemon was asked".to_owned() }, 80)
+        as_text(
+            config,
+            &plans,
+            &ReloadPreview::Unknown { why: "no daemon was asked".to_owned() },
+            80,
+        )
     }
 
     #[test]
@@ -398,20 +405,20 @@ mod tests {
             read: serde_json::from_value(raw.clone()).expect("an answer"),
             raw,
         };
-        let shown = |foreseen| {
+        let shown = |preview| {
             let mut out = String::new();
-            foreseen_as_text(&foreseen, &mut |l| out += &(l + "\n"));
+            preview_as_text(&preview, &mut |l| out += &(l + "\n"));
             out
         };
-        let text = shown(Foreseen::Changes { address, answer: answered(answer) });
+        let text = shown(ReloadPreview::Changes { address, answer: answered(answer) });
         assert_eq!(
             text,
             "a reload of the daemon at 127.0.0.1:8787 would change:\n  a: changed: retry.max_interval, secrets\n  b\\u{1b}[2J: added\n  only a restart changes: queue.url\n"
         );
         let many = json!({ "changes": [{ "subscriber": "a", "change": "removed", "keys": [] }], "waits_for_operator": true });
-        let text = shown(Foreseen::Changes { address, answer: answered(many) });
+        let text = shown(ReloadPreview::Changes { address, answer: answered(many) });
         assert!(text.contains("  a: removed\n  (it removes all subscribers, or more than half of them: the changed file alone"), "{text}");
-        let nothing = shown(Foreseen::Changes {
+        let nothing = shown(ReloadPreview::Changes {
             address,
             answer: answered(json!({ "changes": [], "needs_restart": [] })),
         });

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     clock,
     config::Subscribers,
-    delivery::{Standing, SubscriberName},
+    delivery::{PauseState, SubscriberName},
     queue::QueueError,
     telemetry::outage::ReportedOutage,
 };
@@ -245,7 +245,7 @@ impl<'a> Follower<'a> {
             }
         };
         let about = self.ownership.apply(record);
-        if let About::Standing(name) = &about {
+        if let About::PauseState(name) = &about {
             self.forget_own(name);
         }
         if !reading.is_up_to_date {
@@ -255,11 +255,11 @@ impl<'a> Follower<'a> {
             About::Bindings(_) => self.report_removed(),
             About::Pruned(name) => {
                 self.report_removed();
-                self.shared.standings.send_modify(|all| {
+                self.shared.pause_states.send_modify(|all| {
                     drop(all.as_mut().map(|all| Arc::make_mut(all).remove(name)))
                 });
             }
-            About::Standing(name) => self.report_pause(name),
+            About::PauseState(name) => self.report_pause(name),
             About::Asked(_) | About::Nothing => {}
         }
         self.on(broker, Event::Read(about)).await
@@ -279,7 +279,7 @@ impl<'a> Follower<'a> {
         if let Some(offset) = snapshot::offset_of(mark).filter(|_| records > snapshot::WORTHWHILE) {
             self.save(&reading.mark, offset).await;
         }
-        let known = self.shared.standings.borrow().clone().unwrap_or_default();
+        let known = self.shared.pause_states.borrow().clone().unwrap_or_default();
         self.on(broker, Event::ReadToEnd { known }).await?;
         reading.checked = clock::instant();
         Ok(())
@@ -314,14 +314,14 @@ impl<'a> Follower<'a> {
         if !is_quiet || !reading.lease.channel.status().connected() {
             return;
         }
-        self.shared.standings.send_if_modified(|known| {
+        self.shared.pause_states.send_if_modified(|known| {
             let is_first = known.is_none();
             if is_first {
                 tracing::warn!(
                     stream = self.topology().state(),
                     "the broker takes no messages now; who is paused is taken from the records that have arrived"
                 );
-                *known = Some(self.ownership.recorded().standings.clone());
+                *known = Some(self.ownership.recorded().pause_states.clone());
             }
             is_first
         });
@@ -329,19 +329,19 @@ impl<'a> Follower<'a> {
 
     /// Reports all pauses. A pause that this daemon has recorded and not read yet counts already.
     fn report_pauses(&self) {
-        let mut all = self.ownership.recorded().standings.clone();
-        for (name, standing) in self.shared.recorded().iter() {
-            Arc::make_mut(&mut all).insert(name.clone(), standing.clone());
+        let mut all = self.ownership.recorded().pause_states.clone();
+        for (name, pause_state) in self.shared.recorded().iter() {
+            Arc::make_mut(&mut all).insert(name.clone(), pause_state.clone());
         }
-        self.shared.standings.send_replace(Some(all));
+        self.shared.pause_states.send_replace(Some(all));
     }
 
     /// Reports one pause alone: of another subscriber this daemon may have recorded something that
     /// it has not read yet.
     fn report_pause(&self, name: &SubscriberName) {
-        if let Some(standing) = self.ownership.recorded().standings.get(name).cloned() {
-            self.shared.standings.send_modify(|all| {
-                drop(Arc::make_mut(all.get_or_insert_default()).insert(name.clone(), standing))
+        if let Some(pause_state) = self.ownership.recorded().pause_states.get(name).cloned() {
+            self.shared.pause_states.send_modify(|all| {
+                drop(Arc::make_mut(all.get_or_insert_default()).insert(name.clone(), pause_state))
             });
         }
     }
@@ -350,8 +350,9 @@ impl<'a> Follower<'a> {
     fn forget_own(&self, name: &SubscriberName) {
         let mut own = self.shared.recorded();
         // As they are written, which has milliseconds.
-        let text = |standing: &Standing| serde_json::to_string(&Record::of(name, standing)).ok();
-        let read = self.ownership.recorded().standings.get(name);
+        let text =
+            |pause_state: &PauseState| serde_json::to_string(&Record::of(name, pause_state)).ok();
+        let read = self.ownership.recorded().pause_states.get(name);
         if own.get(name).is_some_and(|own| text(own) == read.and_then(text)) {
             own.remove(name);
         }
@@ -415,8 +416,8 @@ impl<'a> Follower<'a> {
                 self.write(&Record::Removed { subscriber, removed, pruned, at: now() }).await?;
             }
             Action::Ask(asked) => self.write(&Record::Asked { asked }).await?,
-            Action::RecordPause { subscriber, standing } => {
-                self.write(&Record::of(&subscriber, &standing)).await?;
+            Action::RecordPause { subscriber, pause_state } => {
+                self.write(&Record::of(&subscriber, &pause_state)).await?;
             }
             Action::ReportState => {
                 self.report_removed();
@@ -607,22 +608,30 @@ mod tests {
         let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
         let (paused, resumed) = (
             Pause { why: "410".to_owned(), since: at, by: "receiver".to_owned() },
-            Standing::Resumed { at },
+            PauseState::Resumed { at },
         );
-        let mut read = |standing: &Standing| {
-            let line = serde_json::to_string(&Record::of(&"a".into(), standing)).expect("prints");
+        let mut read = |pause_state: &PauseState| {
+            let line =
+                serde_json::to_string(&Record::of(&"a".into(), pause_state)).expect("prints");
             follower.ownership.apply(serde_json::from_str(&line).expect("a record"));
             follower.forget_own(&"a".into());
             follower.report_pauses();
-            shared.standings.borrow().clone().expect("known").get("a").cloned().expect("a standing")
+            shared
+                .pause_states
+                .borrow()
+                .clone()
+                .expect("known")
+                .get("a")
+                .cloned()
+                .expect("a standing")
         };
         read(&resumed);
         // It is confirmed, and stands behind the mark.
-        shared.recorded().insert("a".into(), Standing::Paused(paused.clone()));
-        assert_eq!(read(&resumed), Standing::Paused(paused.clone()));
-        assert!(matches!(read(&Standing::Paused(paused)), Standing::Paused(_)));
+        shared.recorded().insert("a".into(), PauseState::Paused(paused.clone()));
+        assert_eq!(read(&resumed), PauseState::Paused(paused.clone()));
+        assert!(matches!(read(&PauseState::Paused(paused)), PauseState::Paused(_)));
         assert!(
-            matches!(read(&resumed), Standing::Resumed { .. }),
+            matches!(read(&resumed), PauseState::Resumed { .. }),
             "another daemon's, written later"
         );
     }

@@ -10,7 +10,7 @@
 //! | `Bound`, the claim | by a daemon that serves the subscriber, after it has bound; and as the answer to `Asked` | and serves the subscriber: compares, and claims its own patterns too if they are missing; and does not: unbinds nothing for [`OWNER_CLAIM_TTL`] |
 //! | `Removed` | by a daemon that does not serve the subscriber, after it has unbound it; by `prune`, after it has deleted the queues | and serves the subscriber: binds and claims it |
 //! | `Asked` | by a daemon that would unbind a subscriber which no other daemon seems to consume | and serves the subscriber: writes `Bound` at once, within [`OWNER_REPLY_TIMEOUT`]; the other daemons stay silent |
-//! | `Standing` | by the daemon that pauses or resumes the subscriber | passes it on to its lanes; nothing here depends on it |
+//! | `PauseState` | by the daemon that pauses or resumes the subscriber | passes it on to its lanes; nothing here depends on it |
 //! | `Mark` | by each daemon when it begins to read | nothing, but for its writer: the records before it are the past |
 //!
 //! ```text
@@ -39,7 +39,7 @@ use std::{
 
 use super::record::{About, Bindings, Bound, OWNER_REPLY_TIMEOUT, Patterns, Record, Recorded};
 use crate::{
-    delivery::{Standing, Standings, SubscriberName},
+    delivery::{PauseState, PauseStates, SubscriberName},
     queue::Removals,
 };
 
@@ -58,7 +58,7 @@ pub(super) enum Event {
     /// These subscribers are configured, instead of those before.
     Configured(Bindings),
     /// The stream was read up to this daemon's own mark. `known`: what this daemon knew of pauses.
-    ReadToEnd { known: Standings },
+    ReadToEnd { known: PauseStates },
     /// A record was read behind the mark, and [applied](Ownership::apply).
     Read(About),
     /// The time of [`next_check`](Ownership::next_check) has passed, or removals were permitted.
@@ -118,10 +118,10 @@ pub(super) enum Action {
     Release(SubscriberName),
     /// Write an `Asked` record.
     Ask(SubscriberName),
-    /// Write a `Standing` record.
+    /// Write a `PauseState` record.
     RecordPause {
         subscriber: SubscriberName,
-        standing: Standing,
+        pause_state: PauseState,
     },
     /// Pass on to the lanes who is paused, and who was removed.
     ReportState,
@@ -257,7 +257,7 @@ impl Ownership {
             Event::Read(About::Bindings(name)) => self.on_binding(&name, now),
             Event::Read(About::Pruned(name)) => self.compare(&name, Unrecorded::Removed),
             Event::Read(About::Asked(name)) => self.answer(&name).into_iter().collect(),
-            Event::Read(About::Standing(_) | About::Nothing) => Vec::new(),
+            Event::Read(About::PauseState(_) | About::Nothing) => Vec::new(),
             Event::CheckDue if self.is_reconciled => self.check_removed(now),
             Event::CheckDue | Event::Reconcile => self.reconcile(),
             Event::Bound { subscriber, purpose, succeeded } => match (purpose, succeeded) {
@@ -322,7 +322,7 @@ impl Ownership {
 
     /// Where the stream was deleted and redeclared, this daemon is the one that knows its content.
     /// The claims are written when they are reconciled.
-    fn read_to_end(&mut self, known: Standings) -> Vec<Action> {
+    fn read_to_end(&mut self, known: PauseStates) -> Vec<Action> {
         let mut actions = Vec::new();
         let had_read = std::mem::replace(&mut self.has_read, true);
         let is_empty = self.recorded.bindings.is_empty();
@@ -331,12 +331,12 @@ impl Ownership {
         }
         if had_read && is_empty && self.served().next().is_some() {
             actions.push(Action::Log(Notice::RecordLost));
-            for (name, standing) in known.iter() {
-                if !self.recorded.standings.contains_key(name) {
-                    Arc::make_mut(&mut self.recorded.standings)
-                        .insert(name.clone(), standing.clone());
-                    let (subscriber, standing) = (name.clone(), standing.clone());
-                    actions.push(Action::RecordPause { subscriber, standing });
+            for (name, pause_state) in known.iter() {
+                if !self.recorded.pause_states.contains_key(name) {
+                    Arc::make_mut(&mut self.recorded.pause_states)
+                        .insert(name.clone(), pause_state.clone());
+                    let (subscriber, pause_state) = (name.clone(), pause_state.clone());
+                    actions.push(Action::RecordPause { subscriber, pause_state });
                 }
             }
         }
@@ -635,11 +635,11 @@ mod tests {
                 is_consumed: false,
                 done: Vec::new(),
             };
-            new.reopen(recorded, Standings::default());
+            new.reopen(recorded, PauseStates::default());
             new
         }
 
-        fn reopen(&mut self, records: &[Record], known: Standings) {
+        fn reopen(&mut self, records: &[Record], known: PauseStates) {
             self.daemon.reopened(Recorded::default());
             for record in records {
                 self.daemon.apply(record.clone());
@@ -707,8 +707,8 @@ mod tests {
                 }
                 Action::Release(name) => (format!("release {name}"), None),
                 Action::Ask(name) => (format!("ask {name}"), None),
-                Action::RecordPause { subscriber, standing } => {
-                    let is_paused = matches!(standing, Standing::Paused(_));
+                Action::RecordPause { subscriber, pause_state } => {
+                    let is_paused = matches!(pause_state, PauseState::Paused(_));
                     (format!("pause {subscriber} {is_paused}"), None)
                 }
             };
@@ -812,7 +812,7 @@ mod tests {
         assert_eq!(world.daemon.next_check(), RECHECK, "another daemon's");
         // A connection that is lost may lose echoes too.
         let mut world = World::new(&[("gone", "#")], &[]);
-        world.reopen(&[claimed("gone", "x", "#")], Standings::default());
+        world.reopen(&[claimed("gone", "x", "#")], PauseStates::default());
         world.configure(&[]);
         world.read(claimed("gone", "x", "#"));
         assert_eq!(world.daemon.next_check(), RECHECK);
@@ -874,7 +874,7 @@ mod tests {
         assert_eq!(world.done(), done);
         let mut world = World::new(&[], &[]);
         world.refuses_unbinding = true;
-        world.reopen(&recorded, Standings::default());
+        world.reopen(&recorded, PauseStates::default());
         world.done();
         let tried = ["bind a", "unbind a former:p", "release witness former"];
         assert_eq!(world.configure(&[("a", "p")]), tried);
@@ -899,8 +899,8 @@ mod tests {
         let mut world = World::new(&[("a", "#"), ("b", "#")], &[]);
         assert_eq!(world.done().len(), 4, "an empty record is no lost one at the start");
         let at = SystemTime::UNIX_EPOCH;
-        let known: Standings =
-            Arc::new([("b".into(), Standing::Resumed { at })].into_iter().collect());
+        let known: PauseStates =
+            Arc::new([("b".into(), PauseState::Resumed { at })].into_iter().collect());
         world.reopen(&[], known.clone());
         assert_eq!(
             world.done(),
@@ -915,7 +915,7 @@ mod tests {
                 "claim b x:#",
             ]
         );
-        assert_eq!(world.daemon.recorded().standings, known);
+        assert_eq!(world.daemon.recorded().pause_states, known);
         // A part of it.
         world.reopen(&[claimed("a", "x", "#")], known.clone());
         assert_eq!(world.done(), ["log ClaimLost(\"b\")", "bind b", "claim b x:#"]);
@@ -930,7 +930,7 @@ mod tests {
         assert_eq!(world.read(asked("a")), ["claim a x:p"]);
         assert_eq!(world.read(asked("b")), [""; 0]);
         // Also if it was asked while it did not read.
-        world.reopen(&[claimed("a", "x", "p"), asked("a"), asked("b")], Standings::default());
+        world.reopen(&[claimed("a", "x", "p"), asked("a"), asked("b")], PauseStates::default());
         assert_eq!(world.done(), ["claim a x:p"]);
         // The answer has the patterns of both daemons.
         world.read(claimed("a", "x", "p q"));

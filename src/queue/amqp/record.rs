@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock,
-    delivery::{Pause, Standing, Standings, SubscriberName},
+    delivery::{Pause, PauseState, PauseStates, SubscriberName},
 };
 
 /// A daemon that serves a subscriber answers an [`Asked`](Record::Asked) record within this time.
@@ -38,7 +38,7 @@ pub(super) enum Record {
         pruned: bool,
         at: String,
     },
-    Standing {
+    PauseState {
         subscriber: SubscriberName,
         paused: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -68,14 +68,18 @@ pub(super) type Patterns = BTreeMap<SubscriberName, BTreeSet<String>>;
 pub(super) type Bindings = BTreeMap<SubscriberName, Bound>;
 
 impl Record {
-    pub(super) fn of(subscriber: &SubscriberName, standing: &Standing) -> Self {
+    pub(super) fn of(subscriber: &SubscriberName, pause_state: &PauseState) -> Self {
         let subscriber = subscriber.clone();
-        match standing.clone() {
-            Standing::Paused(Pause { why, since, by }) => {
-                Self::Standing { subscriber, paused: true, why: Some(why), by: Some(by), at: since }
-            }
-            Standing::Resumed { at } => {
-                Self::Standing { subscriber, paused: false, why: None, by: None, at }
+        match pause_state.clone() {
+            PauseState::Paused(Pause { why, since, by }) => Self::PauseState {
+                subscriber,
+                paused: true,
+                why: Some(why),
+                by: Some(by),
+                at: since,
+            },
+            PauseState::Resumed { at } => {
+                Self::PauseState { subscriber, paused: false, why: None, by: None, at }
             }
         }
     }
@@ -85,7 +89,7 @@ impl Record {
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Recorded {
     pub(super) bindings: Bindings,
-    pub(super) standings: Standings,
+    pub(super) pause_states: PauseStates,
     /// Removed subscribers, whose queues may still exist.
     pub(super) removed: BTreeSet<SubscriberName>,
     /// Subscribers of which a daemon has asked who serves them, without an answer yet.
@@ -97,7 +101,7 @@ pub(super) struct Recorded {
 pub(super) enum About {
     Bindings(SubscriberName),
     Pruned(SubscriberName),
-    Standing(SubscriberName),
+    PauseState(SubscriberName),
     Asked(SubscriberName),
     Nothing,
 }
@@ -125,14 +129,15 @@ impl Recorded {
                 patterns: patterns.clone(),
                 at: at.clone(),
             };
-        let standings = self.standings.iter().map(|(name, standing)| Record::of(name, standing));
+        let pause_states =
+            self.pause_states.iter().map(|(name, pause_state)| Record::of(name, pause_state));
         // A claim answers the question of its subscriber, so that questions come last.
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
         self.removed
             .iter()
             .map(removed)
             .chain(self.bindings.iter().map(bound))
-            .chain(standings)
+            .chain(pause_states)
             .chain(asked)
             .collect()
     }
@@ -155,19 +160,19 @@ impl Recorded {
                 }
                 self.removed.remove(&subscriber);
                 // A subscriber of the same name starts without a pause.
-                Arc::make_mut(&mut self.standings).remove(&subscriber);
+                Arc::make_mut(&mut self.pause_states).remove(&subscriber);
                 About::Pruned(subscriber)
             }
-            Record::Standing { subscriber, paused, why, by, at } => {
+            Record::PauseState { subscriber, paused, why, by, at } => {
                 let pause = || Pause {
                     why: why.unwrap_or_default(),
                     since: at,
                     by: by.unwrap_or_default(),
                 };
-                let standing =
-                    if paused { Standing::Paused(pause()) } else { Standing::Resumed { at } };
-                Arc::make_mut(&mut self.standings).insert(subscriber.clone(), standing);
-                About::Standing(subscriber)
+                let pause_state =
+                    if paused { PauseState::Paused(pause()) } else { PauseState::Resumed { at } };
+                Arc::make_mut(&mut self.pause_states).insert(subscriber.clone(), pause_state);
+                About::PauseState(subscriber)
             }
             Record::Asked { asked } => {
                 self.asked.insert(asked.clone());
@@ -228,8 +233,8 @@ mod tests {
     fn a_pause_is_recorded_alongside_the_bindings_and_read_as_it_was() {
         let since = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123);
         let paused =
-            Standing::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
-        let resumed = Standing::Resumed { at: since };
+            PauseState::Paused(Pause { why: "410".to_owned(), since, by: "receiver".to_owned() });
+        let resumed = PauseState::Resumed { at: since };
         let mut recorded = Recorded::default();
         recorded.apply(
             serde_json::from_str(
@@ -238,15 +243,16 @@ mod tests {
             .expect("a record"),
             "x",
         );
-        for (name, standing) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
-            let line = serde_json::to_string(&Record::of(&name.into(), standing)).expect("prints");
+        for (name, pause_state) in [("a", &paused), ("b", &paused), ("b", &resumed)] {
+            let line =
+                serde_json::to_string(&Record::of(&name.into(), pause_state)).expect("prints");
             assert_eq!(
                 recorded.apply(serde_json::from_str(&line).expect("a record"), "x"),
-                About::Standing(name.into()),
+                About::PauseState(name.into()),
                 "{line}"
             );
         }
-        assert_eq!(*recorded.standings, [("a".into(), paused), ("b".into(), resumed)].into());
+        assert_eq!(*recorded.pause_states, [("a".into(), paused), ("b".into(), resumed)].into());
         assert_eq!(recorded.bindings.len(), 1);
     }
 

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     clock,
     config::AmqpConfig,
-    delivery::{Standing, Standings, SubscriberName},
+    delivery::{PauseState, PauseStates, SubscriberName},
     policy::retry::Backoff,
     queue::{QueueError, Removals},
     telemetry::{
@@ -48,9 +48,9 @@ pub(super) struct Shared {
     pub(super) consuming: Pool,
     pub(super) declaring: Arc<Pool>,
     pub(super) publisher: OnceLock<Publisher>,
-    pub(super) standings: watch::Sender<Option<Standings>>,
+    pub(super) pause_states: watch::Sender<Option<PauseStates>>,
     /// Pauses that this daemon has recorded and not read yet: they count already.
-    pub(super) recorded: Mutex<HashMap<SubscriberName, Standing>>,
+    pub(super) recorded: Mutex<HashMap<SubscriberName, PauseState>>,
     pub(super) removals: Removals,
     /// Subscribers that were removed, by the record.
     pub(super) removed: watch::Sender<BTreeSet<SubscriberName>>,
@@ -95,7 +95,7 @@ impl Shared {
             dialer,
             topology: Topology::new(config),
             publisher: OnceLock::new(),
-            standings: watch::Sender::new(None),
+            pause_states: watch::Sender::new(None),
             recorded: Mutex::default(),
             removals: Removals::default(),
             removed: watch::Sender::default(),
@@ -149,7 +149,7 @@ impl Shared {
         self.follows.load(Ordering::Relaxed)
     }
 
-    pub(super) fn recorded(&self) -> MutexGuard<'_, HashMap<SubscriberName, Standing>> {
+    pub(super) fn recorded(&self) -> MutexGuard<'_, HashMap<SubscriberName, PauseState>> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

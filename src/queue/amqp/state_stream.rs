@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     clock,
-    delivery::{Standing, SubscriberName},
+    delivery::{PauseState, SubscriberName},
     failpoint::{Step, reached},
     queue::QueueError,
 };
@@ -36,9 +36,9 @@ pub(super) async fn record(
     topology: &Topology,
     publisher: &Publisher,
     subscriber: &SubscriberName,
-    standing: &Standing,
+    pause_state: &PauseState,
 ) -> Result<(), QueueError> {
-    write(topology, publisher, &Record::of(subscriber, standing)).await
+    write(topology, publisher, &Record::of(subscriber, pause_state)).await
 }
 
 /// Writes that a removed subscriber's queues were deleted.
@@ -96,7 +96,7 @@ pub(super) async fn who_works(shared: &Shared) -> Result<Asked, QueueError> {
     let works = timeout(2 * OWNER_REPLY_TIMEOUT, answered).await.ok().flatten();
     let mut known: BTreeSet<SubscriberName> = recorded.bindings.into_keys().collect();
     known.extend(recorded.removed);
-    known.extend(recorded.standings.keys().cloned());
+    known.extend(recorded.pause_states.keys().cloned());
     Ok(Asked { known, works })
 }
 
