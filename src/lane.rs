@@ -1,9 +1,10 @@
 //! The worker of one subscriber: take, batch, splice, sign, send, settle.
 //!
 //! A lane works in sessions. A session opens the queue, and ends when the lane drains, the circuit
-//! opens, the subscriber is paused, the queue fails, or a setting changes that the session was
-//! opened with. Before it ends, it waits for its requests in flight and settles what it can. What it
-//! has not settled is in the queue and is delivered again.
+//! opens, a `Retry-After` holds the endpoint, the subscriber is paused, the queue fails, a request
+//! could not be sent, or a setting changes that the session was opened with. Before it ends, it
+//! waits for its requests in flight and settles what it can. What it has not settled is in the
+//! queue and is delivered again.
 //!
 //! Every other change of the configuration is used from the next attempt on, in the same session.
 

@@ -131,8 +131,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
         subscriber: &str,
     ) -> impl Future<Output = Result<Self::DeadLetters, QueueError>> + Send;
 
-    /// The batches that wait for their next attempt, those among them that are due and not taken
-    /// yet.
+    /// The batches that wait for their next attempt, including those that are due and not taken yet.
     ///
     /// # Errors
     /// The subscriber is unknown, or the queue cannot be reached; nothing has changed.
@@ -361,8 +360,7 @@ pub trait Source: Send {
         max: usize,
     ) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Whether nothing more is taken before something is settled, although the window would allow
-    /// it: the unsettled messages are large.
+    /// Whether the byte limit, not the window, stops further takes.
     fn is_full(&self) -> bool {
         false
     }
@@ -396,8 +394,8 @@ pub struct Receipt {
 pub enum Taken {
     Event(Event),
     Batch(Batch, Receipt),
-    /// A message that is no envelope where one should be, or no readable event: as the dead letter
-    /// that it becomes.
+    /// A message of the retry queue that is not an envelope, or an unreadable event; already as its
+    /// dead letter.
     Unusable(DeadLetter, Receipt),
     /// A redelivery of a message that was settled: only its ack was lost. Ack it without an
     /// attempt.

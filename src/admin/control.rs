@@ -51,7 +51,7 @@ const WAIT_FOR_PAUSE_STATES: Duration = Duration::from_secs(10);
 /// The author of a pause by a request.
 const OPERATOR: &str = "operator";
 
-/// The most requests at a time that go on when their clients have left; further ones are refused.
+/// Concurrent requests that are completed even if the client disconnects; further ones are refused.
 const MOST_TO_THEIR_END: usize = 32;
 
 /// The most dead letters in one answer.

@@ -133,7 +133,7 @@ impl Found {
         }
     }
 
-    /// Records an error; a path that does not exist, or was just deleted, is none.
+    /// Records an error; a path that does not exist, or not any more, is none.
     fn failed(&mut self, path: PathBuf, e: io::Error) {
         if e.kind() != io::ErrorKind::NotFound {
             self.errors.push((path, e));

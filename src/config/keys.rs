@@ -364,7 +364,7 @@ pub(super) static BREAKER: &[Key] = &[
     ),
     subscriber(
         "circuit_breaker.open_for",
-        "The time that the circuit is open before the first probe; doubled after each failed probe.",
+        "The time that the circuit is open before the first probe; doubled when a probe fails that was a first attempt, not a retry.",
         Shape::Duration(Some(MAX_OPEN_FOR)),
         &[Decisions],
         differs!(circuit_breaker.open_for),

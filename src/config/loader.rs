@@ -25,8 +25,8 @@ use crate::{
     event::{Pattern, payload::Format},
 };
 
-/// The keys of `preset = "mailtrap"`, as Mailtrap's service sends; a subscriber's own keys win over
-/// them, they over the top-level groups.
+/// The keys of `preset = "mailtrap"`, as Mailtrap's service sends. Precedence: subscriber, preset,
+/// top level.
 const MAILTRAP: &str = r#"
 signatures = ["mailtrap"]
 batch = { max_events = 500, max_wait = "30s" }

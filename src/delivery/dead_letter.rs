@@ -35,9 +35,10 @@ pub enum Reason {
     Refused,
     InvalidEvent,
     TooLarge,
-    /// By the broker itself: more deliveries than a policy allows.
+    /// By the broker itself: any other limit of a policy.
     DeliveryLimit,
-    /// By the broker itself: a policy's time to live passed.
+    /// By the broker itself: the time to live passed, of a policy or of the producer's `expiration`.
+    /// Also an orphan that was not a dead letter.
     Expired,
 }
 
@@ -96,8 +97,8 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// The dead letter of a batch after an attempt. `shortened_from` is a `Retry-After` of the receiver
-    /// that the schedule did not grant.
+    /// The dead letter of a batch after an attempt. `shortened_from` is a `Retry-After` of the
+    /// receiver that the schedule did not grant.
     pub fn of_batch(
         batch: Batch,
         reason: Reason,

@@ -1,4 +1,5 @@
-//! One attempt: a signed request to a receiver, and its outcome. Nothing else knows reqwest.
+//! One attempt: a signed request to a receiver, and its outcome. No other module sends requests to
+//! receivers.
 
 mod body;
 mod connections;
@@ -194,8 +195,8 @@ impl Webhook {
         self.headers(request, clock::now()).map_err(Failure::Internal)
     }
 
-    /// Sends a request and reads the answer. The waits for a place on a connection and for the answer
-    /// have the timeout each.
+    /// Sends a request and reads the answer. `http.timeout` applies once to getting a connection and
+    /// once to the answer.
     async fn exchange(
         &self,
         headers: HeaderMap,

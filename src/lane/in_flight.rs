@@ -28,8 +28,7 @@ pub(super) struct Admitted {
 /// A batch in flight, with what its attempt needs.
 #[derive(Debug)]
 pub(super) struct InFlight {
-    /// This attempt counts among its attempts. Its log has the failed attempts, this one included
-    /// once it has failed.
+    /// `attempts` includes this one. The log gets it only if it fails.
     pub(super) batch: Batch,
     pub(super) receipts: Vec<Receipt>,
     /// The field `timestamp` of the first event.
@@ -40,7 +39,7 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
-    /// The attempt that has just ended, before its result is in the attempt log.
+    /// The attempt that has ended, before its result is in the attempt log.
     pub(super) fn as_attempt(&self, now: SystemTime) -> Attempt {
         let batch = &self.batch;
         let last = batch.attempt_log.last();

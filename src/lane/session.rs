@@ -35,8 +35,8 @@ use crate::{
 /// finished attempts in between.
 const TAKE: usize = 256;
 
-/// The time that events may gather after a take that made no batch ready. A wake-up for each event
-/// costs more than the event; a batch that may wait at all may wait this long.
+/// The time that a take waits for more events. Batches with a `max_wait` can afford it; a wake-up
+/// per event costs more.
 const GATHER: Duration = Duration::from_millis(1);
 
 /// The time after which a session without work counts as proof that the queue works.
@@ -54,7 +54,8 @@ pub(super) enum End {
     Lost(QueueError),
     /// A settlement was not confirmed: why.
     Unsettled(String),
-    /// A request could not be sent, for a lack of this machine's own.
+    /// A request could not be sent, because this machine lacks file descriptors or ports, or over
+    /// HTTP/2 no stream got free.
     Unsent,
 }
 
@@ -159,9 +160,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.end.take().unwrap_or(End::Drained)
     }
 
-    /// The number of requests that may be in flight; `None` if none may be started. While a
-    /// settlement is not confirmed none may: the queue may be failing, and attempts would be made
-    /// that have to be repeated.
+    /// The number of requests that may be in flight; `None` if none may be started. `None` while a
+    /// settlement is unconfirmed: if it fails, those attempts would be repeated.
     fn slots(&mut self) -> Option<Slots> {
         if self.end.is_some() || self.settling > 0 { None } else { self.lane.slots() }
     }
@@ -171,7 +171,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         Waiting { first_due, retries: !self.retries.is_empty() }
     }
 
-    /// When an attempt may start although nothing happens before.
+    /// The next time at which an attempt may start by time alone.
     fn wakes_at(&mut self) -> Option<Instant> {
         let (slots, now) = (self.slots()?, clock::instant());
         self.turns.wakes_at(slots, self.waiting(now), now)
@@ -348,7 +348,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
         }
     }
 
-    /// Whatever else ends the session: the next one has to wait for the queue.
+    /// An unconfirmed settlement replaces a gentler end, so that the next session waits for the
+    /// queue.
     fn unconfirmed(&mut self, why: String) {
         match self.end {
             None | Some(End::Circuit | End::Paused | End::Configured) => {
@@ -468,7 +469,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 );
                 self.pause(in_flight, why, "retry.on_exhausted");
             }
-            // What was not sent has ended the session.
+            // An unsent request has already ended the session.
             Disposition::GivenBack => {}
         }
     }

@@ -48,14 +48,14 @@ pub struct LaneConfig {
 #[derive(Debug)]
 pub(super) struct State<Q> {
     pub(super) configured: watch::Receiver<LaneConfig>,
-    /// The configuration in use, as the next two are.
+    /// `subscriber` and `webhook` are the configuration in use.
     pub(super) subscriber: Arc<Subscriber>,
     pub(super) webhook: Webhook,
     pub(super) queue: Q,
     pub(super) breaker: CircuitBreaker,
     pub(super) health: Health,
-    /// The number of changes of what requests are made of. Answers to attempts of an older
-    /// generation say nothing of the health of the endpoint.
+    /// Incremented when a setting of requests changes. Answers to attempts of an older generation
+    /// say nothing of the health of the endpoint.
     pub(super) generation: u64,
     pub(super) pause_states: watch::Receiver<Option<PauseStates>>,
     /// The pause that was last reported.
@@ -115,7 +115,7 @@ impl<Q: Queue> State<Q> {
         let new = &self.subscriber;
         let differences = Differences::between(&old, new);
         if differences.affect(Affects::Requests) {
-            // A receiver that refuses requests now may refuse the new secret, and no event.
+            // A refusal now may be about the new secret, not the event.
             self.generation += 1;
             self.health = Health::default();
         }

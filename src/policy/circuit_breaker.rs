@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 pub struct BreakerPolicy {
     /// Consecutive failed attempts that open the circuit; 0: it never opens.
     pub failures: u32,
-    /// The time that it stays open at first; doubled after each failed probe.
+    /// The time that it stays open at first; doubled after each failed probe that was a first
+    /// attempt.
     pub open_for: Duration,
     /// The longest that it stays open between two probes.
     pub max_open_for: Duration,
@@ -209,8 +210,9 @@ impl CircuitBreaker {
     }
 
     /// Allows one batch at once, although the circuit is open or the endpoint held, because an
-    /// operator requests it. Only an accepted batch changes more: if it fails, the wait is the one
-    /// without the operator, doubled as after any probe.
+    /// operator requests it. Only an accepted batch changes more: if it fails, a hold counts again,
+    /// and the circuit opens again as after any failed probe: for twice the time if the probe was a
+    /// first attempt.
     pub fn try_now(&mut self) {
         let held_until = self.hold_until.take();
         self.state = match (self.state, held_until) {

@@ -93,8 +93,8 @@ impl Turns {
         }
     }
 
-    /// When [`choose`](Self::choose) may return something else although nothing happens before;
-    /// `None`: not before something happens.
+    /// The next time at which an attempt may start by time alone; `None`: not before something
+    /// happens.
     pub fn wakes_at(&self, slots: Slots, waiting: Waiting, now: Instant) -> Option<Instant> {
         let running = (self.firsts + self.retries) as usize;
         match (slots, self.probe) {

@@ -1,4 +1,4 @@
-//! Decides what follows from the outcome of an attempt; others do it.
+//! Decides what follows from the outcome of an attempt. The session carries it out.
 
 use std::time::{Duration, SystemTime};
 
@@ -49,8 +49,7 @@ pub struct Verdict {
     pub evidence: Evidence,
     /// The hold that the receiver asked for.
     pub hold: Option<Duration>,
-    /// The hold that the receiver asked for, if it gets a shorter one because `max_elapsed_time`
-    /// ends before.
+    /// The `Retry-After` that was asked for, when only a shorter one is granted.
     pub shortened_from: Option<Duration>,
 }
 
@@ -66,9 +65,9 @@ pub enum Evidence {
     None,
 }
 
-/// Decides what follows. `current`: requests are still made as this one was; a failure of an
-/// endpoint or a secret that is not configured any more says nothing of the current one. `health`
-/// is the one before this attempt; `random` is drawn from `0.0..1.0`.
+/// Decides what follows. `current`: the configuration of requests has not changed since this
+/// attempt began. Otherwise its failure does not count. `health` is the endpoint's before this
+/// attempt; `random` is drawn from `0.0..1.0`.
 pub fn decide(
     attempt: &Attempt,
     outcome: &Outcome,

@@ -6,7 +6,8 @@
 //! - `broker_error`: what the broker says to a request that it does not carry out
 //! - `connection`, `pool`: connecting indefinitely, channels shared among connections
 //! - `message`: events, envelopes and dead letters as messages
-//! - `topology`: names and arguments; `requests`: requests and refusals; `declarations`: both
+//! - `topology`: names and arguments; `requests`: requests and refusals; `declarations`: declares
+//!   and binds what `topology` names
 //! - `publisher`: confirmed publishing from one task
 //! - `redelivery`: messages that were settled and are redelivered, because their ack was lost
 //! - `management`: the HTTP API of the management plugin

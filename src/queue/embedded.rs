@@ -185,7 +185,7 @@ impl EmbeddedQueue {
             .await
     }
 
-    /// Ends the segments of former configurations and begins those of today's.
+    /// Ends the segments of former configurations and begins segments for the current ones.
     async fn bind(
         &self,
         subscribers: &[Arc<Subscriber>],
@@ -202,8 +202,7 @@ impl EmbeddedQueue {
         Ok(())
     }
 
-    /// Binds newly configured subscribers. They are bound already, unless the file could not be
-    /// written then.
+    /// Binds newly configured subscribers. `prepare` has bound them, unless the write failed.
     async fn bind_again(&self, mut subscribers: watch::Receiver<Subscribers>) {
         let mut removals = self.0.removals.changes();
         loop {

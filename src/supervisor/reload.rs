@@ -31,7 +31,8 @@ struct Inner {
     shutdown_timeout: watch::Sender<Duration>,
     /// The files of the configuration in use, and of the last one that was wrong.
     files: watch::Sender<Vec<PathBuf>>,
-    /// The mistakes of the configuration when it was last read; `None` if it was right.
+    /// The mistakes of the configuration when it was last read, or the queue's refusal of it; `None`
+    /// without either.
     problem: watch::Sender<Option<String>>,
     /// The removals that wait for an operator.
     held: watch::Sender<Option<Held>>,
@@ -81,7 +82,7 @@ pub struct Reloaded {
 /// Why the configuration was not changed.
 #[derive(Debug)]
 pub enum Unchanged {
-    /// It is wrong, or needs a restart.
+    /// It is wrong or needs a restart, or the queue (such as the broker) refused it.
     Wrong(String),
     /// It would remove so many subscribers that an operator has to request it.
     Held(Held),
@@ -158,7 +159,7 @@ impl Reloader {
         self.0.files.subscribe()
     }
 
-    /// The mistakes of the configuration when it was last read.
+    /// The mistakes of the configuration when it was last read, or the queue's refusal of it.
     pub fn problem(&self) -> Option<String> {
         self.0.problem.borrow().clone()
     }
@@ -253,7 +254,7 @@ impl Reloader {
         self.0.files.send_replace(new.files.clone());
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
-        drop(changing); // not before: the patterns of both are those of bound subscribers
+        drop(changing); // Until here both configurations' patterns count as bound.
         self.0.current.send_replace(Arc::new(new));
         Ok(Reloaded { changes, not_bound })
     }
@@ -284,10 +285,11 @@ impl Reloader {
         let subscribers = &before - &after;
         is_drastic(&before, &after).then(|| Held {
             why: format!(
-                "it has {} of the {} subscribers in use no more ({}). A changed file alone does not remove so many: if it is meant, run \
+                "{} of the {} current subscribers {} missing from it ({}). A changed file alone does not remove so many: if it is meant, run \
                  `hooktrail reload`, or send SIGHUP or POST /api/v1/reload; until then the configuration before it stays in use",
                 subscribers.len(),
                 before.len(),
+                agreed(&subscribers.len(), "(is|are)"),
                 some_of(&subscribers)
             ),
             subscribers,

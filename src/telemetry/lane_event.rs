@@ -34,7 +34,8 @@ pub enum LaneEvent<'a> {
         bytes: usize,
     },
     AttemptEnded(AttemptEnded<'a>),
-    /// Nothing of a request was sent, for a lack of this machine's own: it was no attempt.
+    /// Nothing of a request was sent, because this machine lacks file descriptors or ports, or over
+    /// HTTP/2 no stream got free: it was no attempt.
     Unsent {
         number: u64,
         why: &'a str,

@@ -29,8 +29,7 @@ use crate::{
     },
 };
 
-/// The age from which depths are polled again for the one that asks for them, unless the poll takes
-/// longer than this.
+/// Older depths are polled again on request. The request waits this long at most.
 const MAX_DEPTHS_AGE: Duration = Duration::from_secs(1);
 
 /// Everything that is known of the lanes and the queue. Clones are the same.

@@ -26,7 +26,7 @@ const GROUPS_A_SECOND: f64 = 20.0;
 /// another walk: RabbitMQ closes a channel that holds a message for half an hour.
 const MAX_ROUND: Duration = Duration::from_secs(600);
 
-/// The most letters that cannot be replayed and are shown one by one.
+/// Skipped letters that are listed; the rest are only counted.
 const MOST_SHOWN: usize = 100;
 
 /// The reason why a letter cannot be sent at all. A message of the retry queue that is not an

@@ -217,9 +217,8 @@ impl Source {
     /// Replaces the consumer by one with the prefetch that the sizes of the messages allow now,
     /// if that is much more or less.
     ///
-    /// No message may be on its way from the broker then: it would be requeued behind those
-    /// requeued before. That holds when as many are unacked as the consumer may have, and no ack is
-    /// written meanwhile.
+    /// Only when the prefetch is exhausted and no ack is being written: a message on its way would
+    /// be requeued behind later ones.
     fn fit(&mut self) {
         let (now, window, since) = (self.prefetch.now, self.prefetch.window, self.prefetch.since);
         let inner = &self.settler.0;
@@ -305,7 +304,7 @@ impl queue::Source for Source {
     }
 
     async fn close(mut self) {
-        // A consumer that is begun and not answered yet is an error of the close.
+        // Closing the channel fails while a `basic.consume` is unanswered.
         if let Some((_, replacement)) = &mut self.prefetch.replacement
             && let Ok(Ok(Ok(Some(consumer)))) = timeout(REPLACEMENT_TIMEOUT, replacement).await
         {

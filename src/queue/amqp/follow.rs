@@ -39,9 +39,9 @@ use crate::{
 /// consumer that keeps one for its consumer timeout, which is 30 minutes by default.
 const ACK_WITHIN: Duration = Duration::from_secs(1);
 
-/// Follows the state stream: who is paused, and what only earlier configurations had, which is
-/// removed. Alongside the lanes, because it has to publish, and a broker that blocks publishing can
-/// still be consumed.
+/// Follows the state stream: passes on pauses, and unbinds patterns that only earlier
+/// configurations had. Alongside the lanes, because it has to publish, and a broker that blocks
+/// publishing can still be consumed.
 pub(super) async fn follow(shared: &Shared, subscribers: watch::Receiver<Subscribers>) {
     shared.follows.store(true, Ordering::Relaxed);
     let mut follower = Follower::new(shared, subscribers);
@@ -307,8 +307,8 @@ impl<'a> Follower<'a> {
         );
     }
 
-    /// A broker that blocks publishing takes no mark, and still sends what it has: after a silence
-    /// that is all. Otherwise a daemon that starts meanwhile would deliver nothing.
+    /// A broker that blocks publishing takes no mark. When it has sent nothing for [`STREAM_IDLE`],
+    /// everything has been read. Otherwise a daemon that starts meanwhile would deliver nothing.
     fn without_mark(&self, reading: &Reading) {
         let is_quiet = clock::instant() - reading.latest > STREAM_IDLE;
         if !is_quiet || !reading.lease.channel.status().connected() {
@@ -455,8 +455,8 @@ impl<'a> Follower<'a> {
         left
     }
 
-    /// Unbinds a pattern, unless it is just being bound: a reload that wants it again may have been
-    /// answered before it is read here.
+    /// Unbinds a pattern. A pattern in `prepared` stays: a reload has bound it, and this task has
+    /// not seen that reload yet.
     async fn unbind_one(
         &mut self,
         broker: &mut Broker<'_>,
@@ -515,7 +515,7 @@ impl<'a> Follower<'a> {
         consumes
     }
 
-    /// Logs a failure, once for each reason.
+    /// Logs a failure, once for each reason. Returns whether there was none.
     fn log_failure(&mut self, subscriber: &SubscriberName, done: Result<(), QueueError>) -> bool {
         if let Err(e) = &done
             && self.logged.insert(format!("{subscriber}: {e}"))

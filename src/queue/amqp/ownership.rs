@@ -5,13 +5,13 @@
 //! reads what the others write. All read the same records in the same order, and of a subscriber
 //! the last one counts. A daemon *serves* the subscribers of its own configuration.
 //!
-//! | record | is written | a daemon that reads it |
-//! |---|---|---|
-//! | `Bound`, the claim | by a daemon that serves the subscriber, after it has bound; and as the answer to `Asked` | and serves the subscriber: compares, and claims its own patterns too if they are missing; and does not: unbinds nothing for [`OWNER_CLAIM_TTL`] |
-//! | `Removed` | by a daemon that does not serve the subscriber, after it has unbound it; by `prune`, after it has deleted the queues | and serves the subscriber: binds and claims it |
-//! | `Asked` | by a daemon that would unbind a subscriber which no other daemon seems to consume | and serves the subscriber: writes `Bound` at once, within [`OWNER_REPLY_TIMEOUT`]; the other daemons stay silent |
-//! | `PauseState` | by the daemon that pauses or resumes the subscriber | passes it on to its lanes; nothing here depends on it |
-//! | `Mark` | by each daemon when it begins to read | nothing, but for its writer: the records before it are the past |
+//! | record | writer | reader that serves it | other reader |
+//! |---|---|---|---|
+//! | `Bound`, the claim | a daemon that serves the subscriber, after it has bound; and as the answer to `Asked` | compares, and claims its own patterns too if they are missing | unbinds nothing for [`OWNER_CLAIM_TTL`] |
+//! | `Removed` | a daemon that does not serve the subscriber, after it has unbound it; `prune`, after it has deleted the queues | binds and claims it | forgets its bindings |
+//! | `Asked` | a daemon that would unbind a subscriber which no other daemon seems to consume | writes `Bound` at once, within [`OWNER_REPLY_TIMEOUT`] | stays silent |
+//! | `PauseState` | the daemon that pauses or resumes the subscriber | passes it on to its lane; nothing here depends on it | the same |
+//! | `Mark` | each daemon when it begins to read | its writer: the records before it are the past | ignores it |
 //!
 //! ```text
 //! daemon A, restarted without `x`     state stream     daemon B: serves `x`, but consumes nothing,

@@ -9,10 +9,13 @@
 //!   acks one redelivered message with the same fingerprint. Equal events are counted, so that as
 //!   many leave the queue as were settled. That holds without ids too.
 //! - Those that were delivered while **their ack was written** may have left the queue. An equal
-//!   redelivered message can then be another one, which was never attempted. So it is recognised
-//!   only by its producer's id: the same id and the same bytes are one event. Only an answer that
-//!   accepted it counts here, however often it was recognised since: a dead letter may be replayed,
-//!   and a retry may restart when its subscriber is resumed, with the same bytes as before.
+//!   redelivered event can then be another one, which was never attempted. So an event is
+//!   recognised only by its producer's id and its bytes, and an envelope by its batch's id and
+//!   number of attempts.
+//! - Those that became an envelope or a dead letter while **their ack was written** are not
+//!   recognised: a dead letter may be replayed, and a retry may restart when its subscriber is
+//!   resumed, with the same bytes as before. The first settlement decides, however often the
+//!   message was recognised since.
 //!
 //! All others are attempted again: a repeat is allowed, a loss never.
 

@@ -72,7 +72,7 @@ fn inequivalent(message: &str) -> Option<Refused> {
     let (argument, rest) = rest.split_once('\'')?;
     let (_, rest) = rest.split_once("received ")?;
     let (wanted, found) = rest.split_once(" but current is ")?;
-    // "none", or "the value 'X' of type 'longstr'", or just "'X'".
+    // "none", or "the value 'X' of type 'longstr'", or "'X'".
     let value =
         |s: &str| match s.split('\'').nth(1).unwrap_or(s.split_whitespace().next().unwrap_or(s)) {
             "" => "\"\"".to_owned(), // the default exchange

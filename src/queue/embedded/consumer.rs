@@ -26,6 +26,7 @@ use crate::{
 /// readers.
 const SCAN: u32 = 1000;
 
+/// The longest time between two queries.
 const QUERY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Events that the stored cursor may lag behind the scan while nothing matches.
@@ -204,7 +205,7 @@ pub(super) async fn open(
         room: Notify::new(),
     });
     Ok((
-        Source { shared: shared.clone(), news, window, behind_since: None, looked_last: began },
+        Source { shared: shared.clone(), news, window, behind_since: None, clocks_read: began },
         Settler(shared),
     ))
 }
@@ -243,7 +244,7 @@ pub struct Source {
     /// When the stored cursor began to lag behind the scan.
     behind_since: Option<Instant>,
     /// The time by both clocks, of which one can be set.
-    looked_last: (Instant, SystemTime),
+    clocks_read: (Instant, SystemTime),
 }
 
 /// The result of a query.
@@ -317,12 +318,12 @@ impl Source {
     /// Keeps retries from waiting longer because the clock was set back.
     async fn mind_the_clock(&mut self) -> Result<(), QueueError> {
         let (instant, time) = (clock::instant(), clock::now());
-        let (last_instant, last_time) = self.looked_last;
+        let (last_instant, last_time) = self.clocks_read;
         if time + CLOCK_STEP < last_time + (instant - last_instant) {
             let subscriber = self.shared.subscriber.clone();
             self.shared.store.write(move |db| reschedule(db, &subscriber, millis(time))).await?;
         }
-        self.looked_last = (instant, time);
+        self.clocks_read = (instant, time);
         Ok(())
     }
 

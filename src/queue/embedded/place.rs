@@ -54,7 +54,7 @@ struct Checked {
 }
 
 impl Place {
-    /// The files that are there now, and were just opened.
+    /// The files that exist now, as they were opened.
     pub(super) fn of(paths: impl IntoIterator<Item = PathBuf>) -> Self {
         let identity =
             |path: PathBuf| Identity::at(&path).ok().flatten().map(|identity| (path, identity));

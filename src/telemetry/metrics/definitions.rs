@@ -82,7 +82,7 @@ pub const ALL: &[Definition] = &[
     counter(
         "events_recognised",
         SUBSCRIBER,
-        "Events that were redelivered after a lost connection to the broker and acked without a request: the receiver had accepted them, and only the ack was lost",
+        "Events that were redelivered after a lost connection to the broker and acked without a request: they were settled before (delivered, stored for a retry, or dead letters), and only the ack was lost",
     ),
     counter(
         "attempts",
@@ -97,7 +97,7 @@ pub const ALL: &[Definition] = &[
     counter(
         "unsent_requests",
         SUBSCRIBER,
-        "Requests of which nothing could be sent, for a lack of this machine's own (file descriptors, ports) or because over HTTP/2 no stream got free; they are no attempts",
+        "Requests of which nothing could be sent, because this machine lacks file descriptors or ports, or because over HTTP/2 no stream got free; they are no attempts",
     ),
     histogram(
         "attempt_duration_seconds",
