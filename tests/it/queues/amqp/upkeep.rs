@@ -303,8 +303,9 @@ fn while_a_level_cannot_be_put_back_no_batch_is_attempted_again_and_everybody_is
         );
         let daemon = setup.start().await;
         eventually("all is declared", async || broker.depth("state").await >= Some(2)).await;
-        delete_queue(&broker, "delay.00").await;
+        // In this order: between the two the daemon would redeclare the level.
         broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":1}"#]);
+        delete_queue(&broker, "delay.00").await;
         broker.publish("a.b", [event(0)]).await;
         let says_why = |text: &Value| text.as_str().is_some_and(|t| t.contains("queue limit"));
         api.wait("a", "is not well", |s| {
