@@ -8,6 +8,7 @@ mod depth;
 mod disposition;
 mod outcome;
 mod pause;
+mod print;
 mod subscriber_name;
 
 pub use self::{
@@ -18,5 +19,6 @@ pub use self::{
     disposition::{Disposition, DispositionKind, PauseCause},
     outcome::{Failure, FailureKind, Outcome},
     pause::{Pause, PauseState, PauseStates},
+    print::{Print, Prints},
     subscriber_name::{NotAName, SubscriberName},
 };

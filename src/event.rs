@@ -4,6 +4,7 @@
 //! building a value: numbers such as 2^64-1 or 1e400 and escapes keep their spelling, because
 //! nothing parses and prints them.
 
+pub mod details;
 pub mod inflate;
 pub mod payload;
 

@@ -34,10 +34,10 @@
 //! crypto/                   values that cannot be printed; signing; whom to trust
 //!              · secret · signature · tls · handshake
 //! event/                    what an event is, topic patterns; the request body
-//!              · inflate · payload · event
+//!              · details · inflate · payload · event
 //! delivery/                 the nouns, each defined once
-//!              · subscriber_name · outcome · attempt_log · batch · dead_letter · disposition
-//!              · depth · pause · delivery
+//!              · subscriber_name · outcome · attempt_log · print · batch · dead_letter
+//!              · disposition · depth · pause · delivery
 //! policy/                   decisions without I/O
 //!              · address · retry · batching · circuit_breaker · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
@@ -49,6 +49,8 @@
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber
 //!              status/ · view · scheduled · lane
+//! store/                    what hooktrail remembers of events and deliveries, behind one trait
+//!              · row · filter · delivery · store
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQLite
 //!              · removals · waiting · queue · fake · embedded · amqp
@@ -160,6 +162,7 @@ pub mod fuzzing;
 pub mod lane;
 pub mod policy;
 pub mod queue;
+pub mod store;
 pub mod supervisor;
 pub mod telemetry;
 pub mod wording;

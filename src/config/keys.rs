@@ -22,7 +22,7 @@ use super::{
         MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
         MAX_TIMEOUT, MAX_WAIT,
     },
-    settings::{AmqpConfig, Backend, Config, Intake},
+    settings::{AmqpConfig, Backend, Config, Intake, StoreConfig},
     subscriber::{Auth, Subscriber},
 };
 use crate::{
@@ -54,6 +54,12 @@ pub static ROOT: &[Key] = &[
         "queue",
         "The queue of the events; required, but not in a file that `include` names.",
         Shape::Table(QUEUE),
+    ),
+    read("store", "What hooktrail remembers, besides the queue.", Shape::Table(STORE)),
+    read(
+        "history",
+        "The events and deliveries that are kept to be searched and sent again.",
+        Shape::Table(HISTORY),
     ),
     read(
         "admin",
@@ -159,6 +165,47 @@ pub(super) static QUEUE: &[Key] = &[
         AfterRestart,
         |a, b| management_url(a) != management_url(b),
         |c| url(management_url(c)?),
+    ),
+];
+
+pub(super) static STORE: &[Key] = &[global(
+    "store.url",
+    "\"sqlite\": the files store.db and history.db in queue.data_dir; or \"none\": nothing is remembered.",
+    Shape::Word(&["sqlite", "none"]),
+    AfterRestart,
+    differs!(store),
+    |c| {
+        word(match c.store {
+            StoreConfig::Sqlite => "sqlite",
+            StoreConfig::None => "none",
+        })
+    },
+)];
+
+pub(super) static HISTORY: &[Key] = &[
+    global(
+        "history.retention",
+        "How long events and deliveries are kept; with \"0s\" none are.",
+        Shape::Duration(None),
+        AfterRestart,
+        differs!(history.retention),
+        |c| duration(c.history.retention),
+    ),
+    global(
+        "history.max_bytes",
+        "The most bytes of history.db: the oldest events and deliveries give way.",
+        Shape::Size,
+        AfterRestart,
+        differs!(history.max_bytes),
+        |c| plain(format_args!("\"{}\"", size(c.history.max_bytes as usize))),
+    ),
+    global(
+        "history.bodies",
+        "Whether events are kept with all their bytes; false: their fields alone, and nothing can be sent again from history.",
+        Shape::Flag,
+        AfterRestart,
+        differs!(history.bodies),
+        |c| plain(c.history.bodies),
     ),
 ];
 

@@ -58,6 +58,8 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     let shutdown_timeout =
         reader.duration_or(root.get("shutdown_timeout"), 35, Some(MAX_SHUTDOWN_TIMEOUT));
     let queue = queue::queue(reader, &root);
+    let store = daemon::store(reader, &root);
+    let history = daemon::history(reader, &root);
     let admin = daemon::admin(reader, &root);
     let log = daemon::log(reader, &root);
     let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
@@ -104,6 +106,8 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         folders: Vec::new(),
         shutdown_timeout: shutdown_timeout?,
         queue: queue?,
+        store: store?,
+        history: history?,
         admin: admin?,
         log: log?,
         subscribers: subscribers.into(),

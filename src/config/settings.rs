@@ -20,10 +20,19 @@ pub struct Config {
     /// The longest time that requests in flight get when the daemon stops.
     pub shutdown_timeout: Duration,
     pub queue: QueueConfig,
+    pub store: StoreConfig,
+    pub history: HistoryConfig,
     pub admin: AdminConfig,
     pub log: LogConfig,
     /// In the order of the files.
     pub subscribers: Subscribers,
+}
+
+impl Config {
+    /// Whether events and deliveries are kept.
+    pub fn keeps_history(&self) -> bool {
+        self.store != StoreConfig::None && !self.history.retention.is_zero()
+    }
 }
 
 /// The table `[queue]`.
@@ -66,6 +75,25 @@ pub enum Intake {
     Exchange(String),
     /// The relay takes events from this existing queue.
     SourceQueue(String),
+}
+
+/// The table `[store]`: what hooktrail remembers, in `[queue] data_dir`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreConfig {
+    /// The files `store.db` and `history.db`.
+    Sqlite,
+    None,
+}
+
+/// The table `[history]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HistoryConfig {
+    /// The time for which events and deliveries are kept; zero: none are.
+    pub retention: Duration,
+    /// Bytes of `history.db`.
+    pub max_bytes: u64,
+    /// Whether events are kept with their bytes.
+    pub bodies: bool,
 }
 
 /// The table `[admin]`.

@@ -79,6 +79,7 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
         (
             shipped.shutdown_timeout,
             shipped.log,
+            (shipped.store, shipped.history),
             shipped.admin.listen,
             &shipped.admin.token,
             &shipped.queue.backend,
@@ -87,6 +88,7 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
         (
             bare.shutdown_timeout,
             bare.log,
+            (bare.store, bare.history),
             bare.admin.listen,
             &bare.admin.token,
             &Backend::Embedded,

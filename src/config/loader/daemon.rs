@@ -1,16 +1,52 @@
-//! `[admin]` and `[log]`.
+//! `[store]`, `[history]`, `[admin]` and `[log]`.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use crate::{
     config::{
         document::Section,
         keys,
         reader::Reader,
-        settings::{AdminConfig, LogConfig},
+        settings::{AdminConfig, HistoryConfig, LogConfig, StoreConfig},
     },
     crypto::secret::Secret,
 };
+
+const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+
+const DEFAULT_HISTORY_BYTES: u64 = 2 << 30;
+
+/// Less would hold no more than minutes of events.
+const LEAST_HISTORY_BYTES: u64 = 16 << 20;
+
+const MOST_HISTORY_BYTES: u64 = 64 << 40;
+
+pub(in crate::config) fn store(reader: &Reader<'_>, root: &Section<'_>) -> Option<StoreConfig> {
+    let section = match root.get("store") {
+        Some(v) => Some(reader.section(&v, keys::STORE)?),
+        None => None,
+    };
+    let url = section.as_ref().and_then(|s| s.get("url"));
+    reader.one_of(url, &[("sqlite", StoreConfig::Sqlite), ("none", StoreConfig::None)])
+}
+
+pub(in crate::config) fn history(reader: &Reader<'_>, root: &Section<'_>) -> Option<HistoryConfig> {
+    let section = match root.get("history") {
+        Some(v) => Some(reader.section(&v, keys::HISTORY)?),
+        None => None,
+    };
+    let get = |key| section.as_ref().and_then(|s| s.get(key));
+    let retention = reader.duration_or(get("retention"), DEFAULT_RETENTION.as_secs(), None);
+    let max_bytes = match get("max_bytes") {
+        None => Some(DEFAULT_HISTORY_BYTES),
+        Some(v) => reader.size(&v, LEAST_HISTORY_BYTES..=MOST_HISTORY_BYTES),
+    };
+    let bodies = get("bodies").map_or(Some(true), |v| reader.bool(&v));
+    Some(HistoryConfig { retention: retention?, max_bytes: max_bytes?, bodies: bodies? })
+}
 
 pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Option<AdminConfig> {
     let section = match root.get("admin") {

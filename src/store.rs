@@ -1,0 +1,226 @@
+//! The store: what hooktrail remembers of events and deliveries, behind one trait.
+//!
+//! Delivery never depends on it. A store that is away, slow or full costs history, which then has a
+//! [`Gap`], and nothing else.
+
+mod delivery;
+mod filter;
+mod row;
+
+use std::{
+    fmt,
+    future::Future,
+    time::{Duration, SystemTime},
+};
+
+pub use self::{
+    delivery::{
+        AttemptEnd, Change, Contents, Delivery, DeliveryAttempt, DeliveryChange, DeliveryState,
+    },
+    filter::{By, DeliveryFilter, EventFilter},
+    row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
+};
+use crate::{delivery::SubscriberName, event::Pattern};
+
+/// The most rows that one answer has, and one transaction reads.
+pub const MAX_ROWS: usize = 500;
+
+/// The most events that [`Store::append`] takes at once.
+pub const MAX_APPEND: usize = 1000;
+
+/// What a daemon remembers. Clones share it.
+///
+/// Every call answers in a bounded time, also while the store is away. Nothing of what an
+/// implementation is made of is visible through it.
+pub trait Store: Clone + Send + Sync + 'static {
+    /// Adds events, oldest first, and returns when they are durable. A row without a number gets the
+    /// next one. Skips repeats: a redelivered event with the message id and the bytes of a row among
+    /// the latest 100,000.
+    ///
+    /// # Errors
+    /// None of them is stored.
+    fn append(
+        &self,
+        events: Vec<NewRow>,
+    ) -> impl Future<Output = Result<Appended, StoreError>> + Send;
+
+    /// Lists events that a filter selects, newest row first, before the row `before`; as far as that
+    /// can be read within `time`.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn events(
+        &self,
+        filter: &EventFilter,
+        before: Option<EventNumber>,
+        limit: usize,
+        time: Duration,
+    ) -> impl Future<Output = Result<Page<EventRow>, StoreError>> + Send;
+
+    /// The event with a number.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn event(
+        &self,
+        number: EventNumber,
+    ) -> impl Future<Output = Result<Option<EventRow>, StoreError>> + Send;
+
+    /// The events with an id, newest first: a message id, or `sha256-` with the SHA-256 of an
+    /// event's bytes in hexadecimal digits. At most [`MAX_ROWS`].
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn events_with_id(
+        &self,
+        id: &str,
+    ) -> impl Future<Output = Result<Vec<EventRow>, StoreError>> + Send;
+
+    /// Rows in their order, after the row `after` and up to `upto`: at most `limit`, and no more
+    /// than about `bytes` of bodies.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn rows(
+        &self,
+        after: EventNumber,
+        upto: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> impl Future<Output = Result<Vec<EventRow>, StoreError>> + Send;
+
+    /// Takes changes of deliveries, oldest first.
+    ///
+    /// # Errors
+    /// None of them is stored.
+    fn record(
+        &self,
+        changes: Vec<DeliveryChange>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Lists deliveries that a filter selects, the latest begun first, before the row `before`.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn deliveries(
+        &self,
+        filter: &DeliveryFilter,
+        before: Option<i64>,
+        limit: usize,
+        time: Duration,
+    ) -> impl Future<Output = Result<Page<Delivery>, StoreError>> + Send;
+
+    /// The delivery of the batch with an id.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn delivery(
+        &self,
+        id: &str,
+    ) -> impl Future<Output = Result<Option<Delivery>, StoreError>> + Send;
+
+    /// Records which patterns each subscriber has from now on. One that is not among them has none.
+    ///
+    /// # Errors
+    /// Nothing has changed.
+    fn subscribed(
+        &self,
+        patterns: Vec<(SubscriberName, Vec<Pattern>)>,
+        now: SystemTime,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// The patterns of all subscribers with the times from and until which they held, as far as
+    /// history reaches.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn subscriptions(&self) -> impl Future<Output = Result<Vec<Subscription>, StoreError>> + Send;
+
+    /// Records a time of which history may lack events or deliveries.
+    ///
+    /// # Errors
+    /// It is not recorded.
+    fn add_gap(&self, gap: Gap) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// How far history reaches back, and what it lacks.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn reach(&self) -> impl Future<Output = Result<Reach, StoreError>> + Send;
+
+    /// Removes a little of what is older than the retention, or more than fits; true if there is
+    /// more to remove.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    fn trim(&self, now: SystemTime) -> impl Future<Output = Result<bool, StoreError>> + Send;
+
+    /// Completes what is begun, and closes.
+    fn close(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// A log that keeps the events' bytes itself, so that the store does not keep them twice: that of
+/// the embedded queue. Its numbers are those of history.
+///
+/// Calls block for a read of a disk; each thread has a log of its own.
+pub trait EventLog: Send {
+    /// The events with these numbers, as far as they are there, in the order of the numbers.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    fn get(&mut self, numbers: &[EventNumber]) -> Result<Vec<NewRow>, StoreError>;
+
+    /// The first events after a number: at most `limit`, and no more than about `bytes` of bodies
+    /// unless one alone has more.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    fn after(
+        &mut self,
+        number: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<NewRow>, StoreError>;
+
+    /// The last events before a number, the latest first: at most `limit`.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    fn before(&mut self, number: EventNumber, limit: usize) -> Result<Vec<NewRow>, StoreError>;
+
+    /// The numbers of the first and the last event; `None` if there is none.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    fn bounds(&mut self) -> Result<Option<(EventNumber, EventNumber)>, StoreError>;
+}
+
+/// A failure of the store: what was found, and the remedy where there is one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreError {
+    text: String,
+    is_away: bool,
+}
+
+impl StoreError {
+    pub fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), is_away: false }
+    }
+
+    /// The store is not open: it is off, or could not be opened yet.
+    pub fn away(text: impl Into<String>) -> Self {
+        Self { text: text.into(), is_away: true }
+    }
+
+    pub const fn is_away(&self) -> bool {
+        self.is_away
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for StoreError {}

@@ -1,0 +1,108 @@
+//! Events as history has them, and what an answer says of what it lacks.
+
+use std::{fmt, time::SystemTime};
+
+use bytes::Bytes;
+
+use crate::{delivery::SubscriberName, event::Pattern};
+
+/// The number of an event in history. Numbers grow; a message id is an attribute that several
+/// events may share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EventNumber(pub i64);
+
+impl fmt::Display for EventNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// An event on its way into history, or in the log of the embedded queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewRow {
+    /// `None` if the store is to number it.
+    pub number: Option<EventNumber>,
+    /// Its AMQP timestamp, if that is sane; otherwise when hooktrail first saw it.
+    pub at: SystemTime,
+    pub event_type: String,
+    pub message_id: Option<String>,
+    pub body: Bytes,
+    /// The queue delivered it once before, or more often.
+    pub redelivered: bool,
+}
+
+/// An event of history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRow {
+    pub number: EventNumber,
+    pub at: SystemTime,
+    pub event_type: String,
+    pub message_id: Option<String>,
+    /// The published bytes; `None` if history keeps fields alone.
+    pub body: Option<Bytes>,
+    /// The number of published bytes.
+    pub bytes: u64,
+    /// The SHA-256 of the published bytes.
+    pub sha256: [u8; 32],
+    pub details: crate::event::details::Details,
+}
+
+/// What [`append`](super::Store::append) did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Appended {
+    pub events: usize,
+    /// Redeliveries of events that were there.
+    pub repeats: usize,
+    /// The number of the last row.
+    pub last: Option<EventNumber>,
+}
+
+/// A part of a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page<T> {
+    pub rows: Vec<T>,
+    /// The list goes on before this row; `None` at its end.
+    pub next: Option<i64>,
+    /// The time was over when the search had come this far back.
+    pub searched_back_to: Option<SystemTime>,
+}
+
+/// A time of which history may lack something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gap {
+    pub from: SystemTime,
+    pub until: SystemTime,
+    /// `events` or `deliveries`.
+    pub what: &'static str,
+    pub why: String,
+    /// How many are missing, where that is known.
+    pub missing: Option<u64>,
+}
+
+/// How far history reaches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reach {
+    /// The oldest event that an answer can have; `None` if there is none.
+    pub events_from: Option<SystemTime>,
+    pub deliveries_from: Option<SystemTime>,
+    /// Why it begins there, in words for a reader.
+    pub why: String,
+    /// The last event that is in history.
+    pub last: Option<(EventNumber, SystemTime)>,
+    /// Oldest first.
+    pub gaps: Vec<Gap>,
+    /// Bytes on the disk.
+    pub bytes: u64,
+    pub events: u64,
+    pub deliveries: u64,
+}
+
+/// The patterns of a subscriber for a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subscription {
+    pub subscriber: SubscriberName,
+    pub patterns: Vec<Pattern>,
+    pub from: SystemTime,
+    /// `None` if they hold today.
+    pub until: Option<SystemTime>,
+}
