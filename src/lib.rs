@@ -33,6 +33,8 @@
 //! wording.rs                numbers and their nouns
 //! crypto/                   values that cannot be printed; signing; whom to trust
 //!              · secret · signature · tls · handshake
+//! sqlite/                   a SQLite file: opened, migrated, written in groups, read
+//!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
 //!              · details · inflate · payload · event
 //! delivery/                 the nouns, each defined once
@@ -52,7 +54,7 @@
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
 //!              · row · filter · delivery · store
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
-//!                           alone SQLite
+//!                           alone SQL
 //!              · removals · waiting · queue · fake · embedded · amqp
 //!              amqp/ · wire · ladder · prefetch · broker_error · connection · pool · message
 //!              · topology · requests · declarations · publisher · redelivery · management
@@ -96,7 +98,8 @@
 //! - What do we say to the broker? Names and arguments are in `queue/amqp/topology.rs`,
 //!   declarations in `declarations.rs`, all requests that can be refused in `requests.rs`, messages
 //!   in `message.rs`, publishes in `publisher.rs`, acks in `consumer.rs`. Reference:
-//!   docs/rabbitmq.md. To SQLite? [`queue::embedded`].
+//!   docs/rabbitmq.md. To SQLite? [`queue::embedded`]; how its file is opened and written:
+//!   [`sqlite`].
 //! - What happens when the broker goes away? The source ends, so the lane's session ends, and the
 //!   lane opens another. Publishing reconnects by itself in `queue/amqp/publisher.rs`.
 //! - What can be wrong with a queue, and what fixes it? `queue/amqp/doctor.rs` and
@@ -162,6 +165,7 @@ pub mod fuzzing;
 pub mod lane;
 pub mod policy;
 pub mod queue;
+pub mod sqlite;
 pub mod store;
 pub mod supervisor;
 pub mod telemetry;

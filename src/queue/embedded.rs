@@ -1,8 +1,7 @@
 //! The embedded queue: one ordered log of events for all subscribers, a cursor for each, retries
-//! with their due times and dead letters, in one SQLite database. Nothing outside of this module
-//! knows SQLite.
+//! with their due times and dead letters, in one SQLite database.
 //!
-//! - `store`: the file, its schema, commits in groups
+//! - `store`: the file, its schema and its lock
 //! - `place`: whether the open files are still those at their paths
 //! - `consumer`: source and settler of a subscriber
 //! - `dead`: a walk through dead letters

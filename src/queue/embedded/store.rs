@@ -1,32 +1,33 @@
-//! The database file: opened, locked, migrated to today's schema. One thread writes, and commits
-//! all jobs that have gathered meanwhile together; another one reads.
+//! The database file with its schema, its lock, and its place.
 
 use std::{
     fs::{File, TryLockError},
     io::Write as _,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    os::unix::fs::DirBuilderExt as _,
+    path::Path,
     sync::Arc,
-    time::{Duration, Instant},
 };
 
 use rusqlite::{
-    Connection, ErrorCode, OpenFlags, ToSql, TransactionBehavior,
+    Connection, ToSql,
     types::{FromSql, FromSqlError, FromSqlResult, ToSqlOutput, ValueRef},
 };
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    time::timeout,
-};
+use tokio::sync::watch;
 
 use super::place::{Place, other_than};
 use crate::{
-    clock,
     delivery::SubscriberName,
-    failpoint::{Step, reached},
+    failpoint::Step,
     queue::QueueError,
+    sqlite::{self, Database, Schema, with_suffix},
 };
+
+impl From<sqlite::Error> for QueueError {
+    fn from(e: sqlite::Error) -> Self {
+        let text = e.to_string();
+        if e.is_for_operator() { Self::needs_operator(text) } else { Self::new(text) }
+    }
+}
 
 impl ToSql for SubscriberName {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
@@ -134,29 +135,15 @@ const FILE: &str = "hooktrail.db";
 pub(super) const LOCK: &str = "hooktrail.lock";
 const OPENING: &str = "hooktrail.opening";
 
-/// Timeout of waiting for another process's transaction.
-const BUSY: Duration = Duration::from_secs(10);
-
-/// Timeout of opening the file while other processes use it.
-const OPENS_WITHIN: Duration = Duration::from_secs(20);
-
-/// Timeout of one step of it, before it is tried again.
-const OPENS_STEP: Duration = Duration::from_secs(1);
-
-/// Time between two tries to open a file that another process uses.
-const BUSY_REST: Duration = Duration::from_millis(20);
-
-/// Jobs that wait for the writing thread; more wait before they are added.
-const JOBS: usize = 1024;
-
-/// Jobs in one transaction.
-const GROUP: usize = 256;
-
-/// Timeout of each thread at the end: a longer query ends with the process.
-const END_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Timeout of other processes at the end, before the write-ahead log is left to them.
-const END_BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+/// The options of the file, for a daemon or for commands.
+const fn options(is_daemon: bool) -> sqlite::Options {
+    let schema = Schema { application_id: APPLICATION_ID, migrations: MIGRATIONS };
+    sqlite::Options {
+        empties_log: is_daemon,
+        steps: Some([Step::Committing, Step::Committed]),
+        ..sqlite::Options::new("embedded queue", "hooktrail", schema)
+    }
+}
 
 /// An open database. Clones share it.
 #[derive(Debug, Clone)]
@@ -164,28 +151,11 @@ pub(super) struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    path: PathBuf,
+    database: Database,
     place: Arc<Place>,
-    writer: mpsc::Sender<Job<WriteJob>>,
-    reader: mpsc::Sender<Job<ReadJob>>,
-    /// For queries that may take long: no lane waits behind them.
-    looker: mpsc::Sender<Job<ReadJob>>,
-    /// Counts the commits of this process.
-    commits: watch::Receiver<u64>,
     /// The daemon's lock.
     lock: Option<File>,
 }
-
-/// A message to a thread.
-enum Job<J> {
-    Do(J),
-    /// Close the connection and end; later jobs are refused.
-    End(oneshot::Sender<()>),
-}
-
-type ReadJob = Box<dyn FnOnce(&Connection) + Send>;
-/// A part of a transaction. Returns what to do once it is known whether that was committed.
-type WriteJob = Box<dyn FnOnce(&Connection) -> Box<dyn FnOnce(Result<(), String>)> + Send>;
 
 /// The use of the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -200,10 +170,6 @@ pub(super) enum Access {
 
 impl Store {
     pub(super) fn open(data_dir: &Path, access: Access) -> Result<Self, QueueError> {
-        Self::open_within(OPENS_WITHIN, data_dir, access)
-    }
-
-    fn open_within(time: Duration, data_dir: &Path, access: Access) -> Result<Self, QueueError> {
         let path = data_dir.join(FILE);
         if access == Access::Existing && !exists(data_dir)? {
             return Err(QueueError::needs_operator(format!(
@@ -215,40 +181,15 @@ impl Store {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|e| {
             denied(&format!("[queue] data_dir `{}` cannot be made", data_dir.display()), &e)
         })?;
-        // SQLite does not wait for another process that turns a new file into a write-ahead-logged
-        // one. And a starting daemon has recorded which files are its own before others check.
-        let _opening = opening(data_dir)?;
+        // A starting daemon has recorded which files are its own before others check.
+        let opening = sqlite::opening(&path)?;
         let lock = if access == Access::Daemon { Some(lock(data_dir)?) } else { None };
         if let (None, Some(lost)) = (&lock, lost_by_a_daemon(data_dir)) {
             return Err(lost);
         }
-        // In an existing directory too. SQLite gives its other files the same mode, and explains
-        // better why a file cannot be opened.
-        File::options().create(true).truncate(false).write(true).mode(0o600).open(&path).ok();
-        let error = |e: rusqlite::Error| needs_operator(&path, &e);
-        let until = clock::instant() + time;
-        let connect = || patiently(until, || connect(&path)).map_err(error);
-        let mut writer = connect()?;
-        patiently(until, || migrate(&mut writer, &path)).map_err(error)??;
-        let (reader, looker) = (connect()?, connect()?);
-        for db in [&writer, &reader, &looker] {
-            db.busy_timeout(BUSY).map_err(error)?;
-        }
-        let place = place(&path, lock.as_ref())?;
-        let (write_jobs, inbox) = mpsc::channel(JOBS);
-        let (commits, committed) = watch::channel(0);
-        let empties = access == Access::Daemon;
-        thread("hooktrail-writer", move || write(writer, inbox, &commits, empties));
-        let (reader, looker) = (read("hooktrail-reader", reader), read("hooktrail-looker", looker));
-        Ok(Self(Arc::new(Inner {
-            path,
-            place: Arc::new(place),
-            writer: write_jobs,
-            reader,
-            looker,
-            commits: committed,
-            lock,
-        })))
+        let database = Database::open_during(&opening, &path, &options(access == Access::Daemon))?;
+        let place = Arc::new(place(&path, lock.as_ref())?);
+        Ok(Self(Arc::new(Inner { database, place, lock })))
     }
 
     /// Its files as they were when they were opened.
@@ -264,19 +205,16 @@ impl Store {
         if let Some(Err(e)) = self.0.lock.as_ref().map(|lock| lock.set_len(0)) {
             tracing::debug!(error = %e, "the lock still names the files");
         }
-        let (reader, looker, writer) = (&self.0.reader, &self.0.looker, &self.0.writer);
-        // The writer last, so that no reader here keeps it from emptying the log.
-        tokio::join!(end(reader), end(looker));
-        end(writer).await;
+        self.0.database.close().await;
     }
 
     pub(super) fn path(&self) -> &Path {
-        &self.0.path
+        self.0.database.path()
     }
 
     /// Counts this process's commits.
     pub(super) fn commits(&self) -> watch::Receiver<u64> {
-        self.0.commits.clone()
+        self.0.database.commits()
     }
 
     /// Runs a part of a transaction and returns when that is on the disk.
@@ -287,39 +225,19 @@ impl Store {
         &self,
         part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, QueueError> {
-        let (reply, answer) = oneshot::channel();
-        let job: WriteJob = Box::new(move |db| {
-            let done = savepoint(db, part);
-            Box::new(move |committed| {
-                let result = match (done, committed) {
-                    (Ok(value), Ok(())) => Ok(value),
-                    (Ok(_) | Err(rusqlite::Error::InvalidQuery), Err(why)) => Err(why),
-                    (Err(e), _) => Err(explain(&e)),
-                };
-                reply.send(result).ok(); // the caller may have given up
-            })
-        });
-        if self.0.writer.send(Job::Do(job)).await.is_err() {
-            return Err(self.error("its writing thread has ended"));
-        }
-        match answer.await {
-            Ok(result) => result.map_err(|why| self.error(&why)),
-            Err(_) => Err(self.error(
-                "the change was given up, by a panic or at the end; nothing of it is stored",
-            )),
-        }
+        Ok(self.0.database.write(part).await?)
     }
 
     /// Whether too many jobs wait, so that producers should wait.
     pub(super) fn is_behind(&self) -> bool {
-        self.0.writer.capacity() < JOBS / 2
+        self.0.database.is_behind()
     }
 
     pub(super) async fn read<T: Send + 'static>(
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, QueueError> {
-        self.ask(&self.0.reader, query).await
+        Ok(self.0.database.read(query).await?)
     }
 
     /// The same as [`read`](Self::read), for long queries.
@@ -327,71 +245,13 @@ impl Store {
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, QueueError> {
-        self.ask(&self.0.looker, query).await
-    }
-
-    async fn ask<T: Send + 'static>(
-        &self,
-        thread: &mpsc::Sender<Job<ReadJob>>,
-        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
-    ) -> Result<T, QueueError> {
-        let (reply, answer) = oneshot::channel();
-        let job: ReadJob = Box::new(move |db| drop(reply.send(query(db))));
-        if thread.send(Job::Do(job)).await.is_err() {
-            return Err(self.error("its reading thread has ended"));
-        }
-        match answer.await {
-            Ok(result) => result.map_err(|e| self.error(&explain(&e))),
-            Err(_) => Err(self.error("the query was given up, by a panic or at the end")),
-        }
-    }
-
-    fn error(&self, why: &str) -> QueueError {
-        QueueError::new(format!("embedded queue `{}`: {why}", self.0.path.display()))
+        Ok(self.0.database.read_long(query).await?)
     }
 }
 
-/// Starts a thread that answers queries, one after the other.
-fn read(name: &str, db: Connection) -> mpsc::Sender<Job<ReadJob>> {
-    let (jobs, mut inbox) = mpsc::channel(JOBS);
-    thread(name, move || {
-        while let Some(job) = inbox.blocking_recv() {
-            match job {
-                // A panic ends only that query; the dropped reply notifies its caller.
-                Job::Do(job) => {
-                    let job: ReadJob = job;
-                    catch_unwind(AssertUnwindSafe(|| job(&db))).ok();
-                }
-                Job::End(ended) => {
-                    drop((inbox, db));
-                    ended.send(()).ok(); // the caller may have given up
-                    return;
-                }
-            }
-        }
-    });
-    jobs
-}
-
-/// Ends a thread when it has done all earlier jobs.
-async fn end<J>(thread: &mpsc::Sender<Job<J>>) {
-    let (ended, end) = oneshot::channel();
-    let ending = async {
-        if thread.send(Job::End(ended)).await.is_ok() {
-            end.await.ok();
-        }
-    };
-    if timeout(END_TIMEOUT, ending).await.is_err() {
-        tracing::debug!("a query of the embedded queue still ran at the end");
-    }
-}
-
-fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
-    // It ends with its inbox. A process that cannot start a thread cannot work at all.
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(body)
-        .expect("a thread for the embedded queue");
+/// The error for a file that is unusable for this process, with the remedy.
+fn denied(what: &str, e: &std::io::Error) -> QueueError {
+    sqlite::denied(what, e).into()
 }
 
 /// Whether there is a database, also one that a daemon has open and that is not at its path any
@@ -413,27 +273,11 @@ pub(super) fn exists(data_dir: &Path) -> Result<bool, QueueError> {
     Ok(there || lost_by_a_daemon(data_dir).is_some())
 }
 
-/// The error for a file that is unusable for this process, with the remedy.
-fn denied(what: &str, e: &std::io::Error) -> QueueError {
-    let remedy = match e.kind() {
-        std::io::ErrorKind::PermissionDenied => {
-            "; run this as the service's user (sudo -u hooktrail …)"
-        }
-        _ => "",
-    };
-    QueueError::needs_operator(format!("{what}: {e}{remedy}"))
-}
-
 /// The open files as they are now; recorded in the daemon's lock for other processes.
 fn place(database: &Path, lock: Option<&File>) -> Result<Place, QueueError> {
-    let with_suffix = |suffix: &str| {
-        let mut name = database.as_os_str().to_owned();
-        name.push(suffix);
-        PathBuf::from(name)
-    };
     let lock_file = lock.map(|_| database.with_file_name(LOCK));
     let place = Place::of(
-        [database.to_owned(), with_suffix("-wal"), with_suffix("-shm")]
+        [database.to_owned(), with_suffix(database, "-wal"), with_suffix(database, "-shm")]
             .into_iter()
             .chain(lock_file),
     );
@@ -464,26 +308,13 @@ fn lost_by_a_daemon(data_dir: &Path) -> Option<QueueError> {
     )))
 }
 
-/// Waits until no other process opens the database; while the returned file is open, none does.
-fn opening(data_dir: &Path) -> Result<File, QueueError> {
-    let path = data_dir.join(OPENING);
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let locked = file.and_then(|file| file.lock().map(|()| file));
-    locked.map_err(|e| denied(&format!("`{}` cannot be locked", path.display()), &e))
-}
-
 /// Deletes the database and its other files; last the lock, which keeps daemons away.
 pub(super) fn delete(path: &Path) -> Result<(), QueueError> {
-    let with_suffix = |suffix: &str| {
-        let mut name = path.as_os_str().to_owned();
-        name.push(suffix);
-        PathBuf::from(name)
-    };
     let dir = path.parent().unwrap_or(Path::new("."));
     for file in [
         path.to_owned(),
-        with_suffix("-wal"),
-        with_suffix("-shm"),
+        with_suffix(path, "-wal"),
+        with_suffix(path, "-shm"),
         dir.join(OPENING),
         dir.join(LOCK),
     ] {
@@ -519,248 +350,9 @@ fn lock(data_dir: &Path) -> Result<File, QueueError> {
     }
 }
 
-/// Tries again while another process uses the file: SQLite's own timeout does not hold for all
-/// steps of opening a file that a killed daemon has left.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "SQLite does not report when another process is done"
-)]
-fn patiently<T>(
-    until: Instant,
-    mut attempt: impl FnMut() -> rusqlite::Result<T>,
-) -> rusqlite::Result<T> {
-    loop {
-        match attempt() {
-            Err(e) if is_busy(&e) && clock::instant() < until => std::thread::sleep(BUSY_REST),
-            done => return done,
-        }
-    }
-}
-
-fn is_busy(e: &rusqlite::Error) -> bool {
-    matches!(e.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
-}
-
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
-        | OpenFlags::SQLITE_OPEN_CREATE
-        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let db = Connection::open_with_flags(path, flags)?;
-    db.busy_timeout(OPENS_STEP)?;
-    db.pragma_update(None, "journal_mode", "WAL")?;
-    // Each commit is on the disk when it returns, if the disk does not lie.
-    db.pragma_update(None, "synchronous", "FULL")?;
-    // The write-ahead log shrinks after a burst.
-    db.pragma_update(None, "journal_size_limit", 64 << 20)?;
-    db.set_prepared_statement_cache_capacity(64);
-    Ok(db)
-}
-
-/// The inner error: the file is not one of this program.
-fn migrate(db: &mut Connection, path: &Path) -> rusqlite::Result<Result<(), QueueError>> {
-    // For writing at once: two processes may open a new file together.
-    let change = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let version: u32 = change.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    let id: i32 = change.pragma_query_value(None, "application_id", |row| row.get(0))?;
-    let is_empty: bool =
-        change
-            .query_row("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)", [], |row| row.get(0))?;
-    if id != APPLICATION_ID && (version > 0 || id != 0 || !is_empty) {
-        return Ok(Err(QueueError::needs_operator(format!(
-            "`{}` is a database of another program; choose another [queue] data_dir",
-            path.display()
-        ))));
-    }
-    let known = u32::try_from(MIGRATIONS.len()).unwrap_or(u32::MAX);
-    if version > known {
-        return Ok(Err(QueueError::needs_operator(format!(
-            "`{}` was written by a later version of hooktrail (schema {version}; this one knows {known}); run that version, or a newer one",
-            path.display()
-        ))));
-    }
-    if version < known {
-        for migration in &MIGRATIONS[version as usize..] {
-            change.execute_batch(migration)?;
-        }
-        change.pragma_update(None, "user_version", known)?;
-        change.pragma_update(None, "application_id", APPLICATION_ID)?;
-    }
-    change.commit().map(Ok)
-}
-
-/// Commits the jobs that have gathered, until the end. `empties`: then moves the write-ahead log
-/// into the database.
-fn write(
-    db: Connection,
-    mut inbox: mpsc::Receiver<Job<WriteJob>>,
-    commits: &watch::Sender<u64>,
-    empties: bool,
-) {
-    let mut end = None;
-    while end.is_none() {
-        match inbox.blocking_recv() {
-            Some(Job::Do(first)) => end = write_group(&db, first, &mut inbox, commits),
-            Some(Job::End(ended)) => end = Some(ended),
-            None => return,
-        }
-    }
-    drop(inbox);
-    if empties {
-        // Without it the data is in the log: another process that has it open prevents this.
-        let emptied = db
-            .busy_timeout(END_BUSY_TIMEOUT)
-            .and_then(|()| db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())));
-        if let Err(e) = emptied {
-            tracing::debug!(error = %e, "the write-ahead log stays as it is");
-        }
-    }
-    drop(db);
-    end.and_then(|ended| ended.send(()).ok()); // the caller may have given up
-}
-
-/// Commits a job and those that have arrived meanwhile in one transaction. Returns the sender to
-/// notify if the end was requested.
-fn write_group(
-    db: &Connection,
-    first: WriteJob,
-    inbox: &mut mpsc::Receiver<Job<WriteJob>>,
-    commits: &watch::Sender<u64>,
-) -> Option<oneshot::Sender<()>> {
-    let mut end = None;
-    let begun = db.execute_batch("BEGIN IMMEDIATE").map_err(|e| explain(&e));
-    let mut done = Vec::new();
-    let mut next = Some(first);
-    let mut panicked = false;
-    while let Some(job) = next {
-        match catch_unwind(AssertUnwindSafe(|| job(db))) {
-            Ok(answer) => done.push(answer),
-            // It may have stopped anywhere: the group is not committed, and the dropped reply
-            // notifies its caller.
-            Err(_) => panicked = true,
-        }
-        // A full disk can end the whole transaction: the following parts must not be committed
-        // alone.
-        let more = done.len() < GROUP && !panicked && !db.is_autocommit() && end.is_none();
-        next = match more.then(|| inbox.try_recv()) {
-            Some(Ok(Job::Do(job))) => Some(job),
-            Some(Ok(Job::End(ended))) => {
-                end = Some(ended);
-                None
-            }
-            Some(Err(_)) | None => None,
-        };
-    }
-    let committed = begun.and_then(|()| {
-        if panicked || db.is_autocommit() {
-            return Err("the transaction was rolled back".to_owned());
-        }
-        reached(Step::Committing);
-        let committed = db.execute_batch("COMMIT").map_err(|e| explain(&e));
-        reached(Step::Committed);
-        committed
-    });
-    if committed.is_err() && !db.is_autocommit() {
-        db.execute_batch("ROLLBACK").ok(); // if that fails too, the next BEGIN says so
-    }
-    for answer in done {
-        answer(committed.clone());
-    }
-    if committed.is_ok() {
-        commits.send_modify(|n| *n += 1);
-    }
-    end
-}
-
-/// Runs a part so that its failure affects no other.
-fn savepoint<T>(
-    db: &Connection,
-    part: impl FnOnce(&Connection) -> rusqlite::Result<T>,
-) -> rusqlite::Result<T> {
-    if db.is_autocommit() {
-        return Err(rusqlite::Error::InvalidQuery); // BEGIN failed; the group gets the reason
-    }
-    db.execute_batch("SAVEPOINT part")?;
-    let done = part(db);
-    if done.is_err() && !db.is_autocommit() {
-        db.execute_batch("ROLLBACK TO part")?;
-    }
-    if !db.is_autocommit() {
-        db.execute_batch("RELEASE part")?;
-    }
-    done
-}
-
-fn needs_operator(path: &Path, e: &rusqlite::Error) -> QueueError {
-    QueueError::needs_operator(format!("embedded queue `{}`: {}", path.display(), explain(e)))
-}
-
-/// Explains an error of SQLite, with the remedy where it is known.
-fn explain(e: &rusqlite::Error) -> String {
-    let remedy = match e.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => {
-            "the disk is full; nothing is lost, and it goes on when there is room again"
-        }
-        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-            "the file is damaged: stop hooktrail, keep a copy, and save what can be read of it (docs/operations.md, \"Disaster recovery\"), or move it away to start with an empty one"
-        }
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
-            "check the permissions of the directory and its files, and run this as the service's user (sudo -u hooktrail …)"
-        }
-        Some(ErrorCode::SystemIoFailure) => "the disk failed or is full; check it",
-        _ if is_busy(e) => {
-            "another process holds it: wait until that is done; `fuser hooktrail.db` in that directory shows which one it is. If it is the \
-             running hooktrail daemon, do not end it"
-        }
-        _ => return e.to_string(),
-    };
-    format!("{e}: {remedy}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_file_that_another_process_is_busy_with_is_tried_again() {
-        let failed = |code| rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None);
-        let mut left = 3;
-        let until = clock::instant() + OPENS_WITHIN;
-        let opened = patiently(until, || {
-            left -= 1;
-            if left > 0 { Err(failed(rusqlite::ffi::SQLITE_BUSY_RECOVERY)) } else { Ok("opened") }
-        });
-        assert_eq!(opened, Ok("opened"));
-        let mut tried = 0;
-        let damaged = patiently(until, || {
-            tried += 1;
-            Err::<(), _>(failed(rusqlite::ffi::SQLITE_CORRUPT))
-        });
-        assert!(damaged.is_err() && tried == 1, "nothing else is");
-    }
-
-    #[test]
-    fn all_of_opening_has_one_time_and_its_error_ends_no_daemon() {
-        let dir = tempfile::tempdir().expect("a directory");
-        drop(Store::open(dir.path(), Access::Create).expect("opens"));
-        let other = connect(&dir.path().join(FILE)).expect("opens");
-        other.execute_batch("BEGIN IMMEDIATE").expect("holds it");
-        let begun = clock::instant();
-        let time = OPENS_STEP * 2;
-        let error = Store::open_within(time, dir.path(), Access::Create)
-            .expect_err("it is held")
-            .to_string();
-        let waited = clock::instant() - begun;
-        assert!(
-            waited >= time && waited < BUSY,
-            "{waited:?}: a step that fails is tried again, but not for longer"
-        );
-        assert!(
-            error.contains("wait until that is done") && error.contains("do not end it"),
-            "{error}"
-        );
-        other.execute_batch("ROLLBACK").expect("is done");
-        Store::open_within(Duration::ZERO, dir.path(), Access::Create).expect("opens");
-    }
 
     #[test]
     fn many_may_open_a_new_file_at_once() {
@@ -780,7 +372,7 @@ mod tests {
     #[tokio::test]
     async fn what_an_earlier_version_wrote_is_read_without_an_attempt_log() {
         let dir = tempfile::tempdir().expect("a directory");
-        let old = connect(&dir.path().join(FILE)).expect("opens");
+        let old = Connection::open(dir.path().join(FILE)).expect("opens");
         old.execute_batch(&MIGRATIONS[..2].concat()).expect("the schema of then");
         old.pragma_update(None, "user_version", 2).expect("sets");
         old.pragma_update(None, "application_id", APPLICATION_ID).expect("sets");
