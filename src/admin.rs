@@ -12,6 +12,7 @@ mod control;
 mod guard;
 mod intake;
 mod introduction;
+mod query;
 pub mod view;
 
 use std::{future::Future, sync::Arc, time::Duration};

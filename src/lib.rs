@@ -31,6 +31,7 @@
 //! clock.rs                  time, randomness, ids
 //! failpoint.rs              where a debug build can be killed
 //! wording.rs                numbers and their nouns
+//! page.rs                   pages of long lists, and the cursors between them
 //! crypto/                   values that cannot be printed; signing; whom to trust
 //!              · secret · signature · tls · handshake
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
@@ -68,7 +69,8 @@
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
-//!              · view · answer · guard · connections · introduction · intake · control · admin
+//!              · view · answer · query · guard · connections · introduction · intake · control
+//!              · admin
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · check · dead · demo · init · listen · man · pause · plan · prune · publish
@@ -163,6 +165,7 @@ pub mod failpoint;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod lane;
+pub mod page;
 pub mod policy;
 pub mod queue;
 pub mod sqlite;

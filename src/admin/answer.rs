@@ -12,7 +12,7 @@ use futures_util::StreamExt as _;
 use serde::Serialize;
 use tokio::time::timeout;
 
-use super::view::{BadEvent, Refused};
+use super::view::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
 use crate::{policy::batching::BatchPolicy, supervisor::fleet::Phase};
 
 /// The longest body in bytes, inflated or not: as long as a request to a receiver, so that each
@@ -31,15 +31,6 @@ pub(super) const MAX_DISCARDED: usize = 64 * 1024 * 1024;
 /// Values of `retry-after`, in seconds.
 pub(super) const AGAIN_SOON: u32 = 1;
 pub(super) const AGAIN_LATER: u32 = 5;
-
-pub(super) fn unauthorized() -> Response {
-    let why = "give the token of [admin] token, as `authorization: Bearer TOKEN`";
-    let mut answer = Refusal::new(StatusCode::UNAUTHORIZED, why.to_owned()).into_response();
-    answer
-        .headers_mut()
-        .insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
-    answer
-}
 
 pub(super) fn header_text(headers: &HeaderMap, name: HeaderName) -> &str {
     headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
@@ -82,19 +73,50 @@ pub(super) async fn discard(headers: &HeaderMap, body: Body) {
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
+    pub(super) kind: ProblemKind,
     pub(super) why: String,
     pub(super) retry_after: Option<u32>,
+    /// The parameters or fields at fault.
+    pub(super) fields: Vec<FieldError>,
     /// The first invalid events, and the number of all.
     pub(super) invalid: Option<(Vec<BadEvent>, usize)>,
 }
 
 impl Refusal {
     pub(super) fn new(status: StatusCode, why: String) -> Self {
-        Self { status, why, retry_after: None, invalid: None }
+        let (kind, fields) = (ProblemKind::Status, Vec::new());
+        Self { status, kind, why, retry_after: None, fields, invalid: None }
+    }
+
+    pub(super) fn of_kind(status: StatusCode, kind: ProblemKind, why: impl Into<String>) -> Self {
+        Self { kind, ..Self::new(status, why.into()) }
     }
 
     pub(super) fn bad(why: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, why.into())
+    }
+
+    /// Refuses a request for one parameter of its query, or one field of its body.
+    pub(super) fn field(field: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self::fields(vec![FieldError { field: field.into(), detail: detail.into() }])
+    }
+
+    pub(super) fn fields(fields: Vec<FieldError>) -> Self {
+        let each = fields.iter().map(|e| format!("`{}` {}", e.field, e.detail));
+        let why = each.collect::<Vec<_>>().join("; ");
+        let kind = ProblemKind::Field;
+        Self { fields, ..Self::of_kind(StatusCode::BAD_REQUEST, kind, why) }
+    }
+
+    pub(super) fn unauthorized() -> Self {
+        let why = "give a token of this daemon's configuration, as `authorization: Bearer TOKEN`: [admin] token, or one of [[admin.tokens]]";
+        Self::of_kind(StatusCode::UNAUTHORIZED, ProblemKind::Token, why)
+    }
+
+    /// Refuses a request that a web page may have sent.
+    pub(super) fn from_elsewhere(why: &str) -> Self {
+        let why = format!("this request is refused: {why}");
+        Self::of_kind(StatusCode::FORBIDDEN, ProblemKind::Origin, why)
     }
 
     pub(super) fn too_large() -> Self {
@@ -136,25 +158,41 @@ impl Refusal {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (events, invalid) = self.invalid.unzip();
-        let mut answer = json_answer(self.status, &Refused { error: self.why, invalid, events });
+        let title = self.kind.title().or(self.status.canonical_reason());
+        let problem = Problem {
+            kind: self.kind,
+            title: title.unwrap_or_default().to_owned(),
+            status: self.status.as_u16(),
+            detail: self.why,
+            field: self.fields.first().map(|e| e.field.clone()),
+            errors: (!self.fields.is_empty()).then_some(self.fields),
+            invalid,
+            events,
+        };
+        let mut answer = json(self.status, PROBLEM_JSON, &problem);
+        let headers = answer.headers_mut();
         if let Some(seconds) = self.retry_after {
-            answer.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+            headers.insert(header::RETRY_AFTER, seconds.into());
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            // RFC 9110, section 11.6.1: each such answer has it.
+            headers.insert(header::WWW_AUTHENTICATE, header::HeaderValue::from_static("Bearer"));
         }
         answer
     }
 }
 
 pub(super) fn json_answer(status: StatusCode, body: &impl Serialize) -> Response {
+    json(status, "application/json", body)
+}
+
+fn json(status: StatusCode, media_type: &'static str, body: &impl Serialize) -> Response {
     let body = match serde_json::to_string(body) {
         Ok(body) => body,
         // Cannot happen with today's answers, which are plain data.
         Err(e) => return (StatusCode::INTERNAL_SERVER_ERROR, e.to_string()).into_response(),
     };
-    (status, [(header::CONTENT_TYPE, "application/json")], format!("{body}\n")).into_response()
-}
-
-pub(super) fn forbidden(why: &str) -> Response {
-    Refusal::new(StatusCode::FORBIDDEN, format!("this request is refused: {why}")).into_response()
+    (status, [(header::CONTENT_TYPE, media_type)], format!("{body}\n")).into_response()
 }
 
 pub(super) async fn not_found() -> Refusal {

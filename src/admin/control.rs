@@ -8,12 +8,13 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    extract::{self, Path, Query},
+    extract,
     http::{HeaderMap, StatusCode},
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
 use serde::Serialize;
+use serde_json::{Map, Value};
 use tokio::{
     sync::{Mutex, Semaphore, watch},
     time::timeout,
@@ -21,9 +22,11 @@ use tokio::{
 
 use super::{
     answer::{READ_TIMEOUT, Refusal, discard, is_json, json_answer},
+    query::{FromQuery, Name, Parameters, Query},
     view::{
-        self, ChangeRequest, Circuit, DeadLetter, DeadLetters, Lane, LastError, Overview,
-        PauseChange, Paused, QueueState, ReloadPreview, Removed, State, Tested, Time,
+        self, ChangeRequest, Circuit, DeadLetter, DeadLetters, FieldError, Lane, LastError,
+        Overview, PauseChange, Paused, ProblemKind, QueueState, ReloadPreview, Removed, State,
+        Tested, Time,
     },
 };
 use crate::{
@@ -54,8 +57,8 @@ const OPERATOR: &str = "operator";
 /// Concurrent requests that are completed even if the client disconnects; further ones are refused.
 const MOST_TO_THEIR_END: usize = 32;
 
-/// The most dead letters in one answer.
-const MAX_DEAD: usize = 100;
+/// The most dead letters, or waiting batches, in one answer.
+const MAX_LISTED: usize = 100;
 
 struct Control<Q> {
     queue: Q,
@@ -83,11 +86,16 @@ impl Asked for ChangeRequest {
     const SHAPE: &'static str = "{}, or for a pause {\"why\":\"…\"}";
 }
 
-/// The query of a list.
-#[derive(Debug, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
+/// The query of a list that has one page, its first rows.
 struct Selection {
-    limit: Option<usize>,
+    limit: usize,
+}
+
+impl FromQuery for Selection {
+    fn from_query(given: &mut Parameters) -> Self {
+        // A limit of 0 asks for the numbers alone.
+        Self { limit: given.number("limit", 0..=MAX_LISTED).unwrap_or(MAX_LISTED) }
+    }
 }
 
 /// The state of a request's handler.
@@ -121,48 +129,38 @@ pub(super) fn routes<Q: Queue>(
         .with_state(control)
 }
 
-async fn report_all<Q: Queue>(extract::State(control): This<Q>) -> Response {
+async fn report_all<Q: Queue>(extract::State(control): This<Q>, Query(()): Query<()>) -> Response {
     control.all().await
 }
 
 async fn report_one<Q: Queue>(
     extract::State(control): This<Q>,
-    Path(name): Path<String>,
+    Name(name): Name,
+    Query(()): Query<()>,
 ) -> Response {
     answer(control.one(&name).await)
 }
 
 async fn list_dead<Q: Queue>(
     extract::State(control): This<Q>,
-    Path(name): Path<String>,
+    Name(name): Name,
     Query(selection): Query<Selection>,
 ) -> Response {
     let room = control.to_their_end.clone();
-    let limit = selection.limit.unwrap_or(MAX_DEAD);
-    answer(to_its_end(&room, async move { control.dead(&name, limit).await }).await)
+    answer(to_its_end(&room, async move { control.dead(&name, selection.limit).await }).await)
 }
 
-async fn pause<Q: Queue>(
-    state: This<Q>,
-    name: Path<String>,
-    headers: HeaderMap,
-    body: Body,
-) -> Response {
+async fn pause<Q: Queue>(state: This<Q>, name: Name, headers: HeaderMap, body: Body) -> Response {
     change(state, name, headers, body, true).await
 }
 
-async fn resume<Q: Queue>(
-    state: This<Q>,
-    name: Path<String>,
-    headers: HeaderMap,
-    body: Body,
-) -> Response {
+async fn resume<Q: Queue>(state: This<Q>, name: Name, headers: HeaderMap, body: Body) -> Response {
     change(state, name, headers, body, false).await
 }
 
 async fn change<Q: Queue>(
     extract::State(control): This<Q>,
-    Path(name): Path<String>,
+    Name(name): Name,
     headers: HeaderMap,
     body: Body,
     pause: bool,
@@ -178,7 +176,7 @@ async fn change<Q: Queue>(
 
 async fn send_test<Q: Queue>(
     extract::State(control): This<Q>,
-    Path(name): Path<String>,
+    Name(name): Name,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
@@ -187,7 +185,7 @@ async fn send_test<Q: Queue>(
 
 async fn list_waiting<Q: Queue>(
     extract::State(control): This<Q>,
-    Path(name): Path<String>,
+    Name(name): Name,
     Query(selection): Query<Selection>,
 ) -> Response {
     let room = control.to_their_end.clone();
@@ -197,7 +195,7 @@ async fn list_waiting<Q: Queue>(
 
 async fn retry_now<Q: Queue>(
     extract::State(control): This<Q>,
-    Path(name): Path<String>,
+    Name(name): Name,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
@@ -210,7 +208,7 @@ async fn retry_now<Q: Queue>(
         .await
 }
 
-async fn preview<Q: Queue>(extract::State(control): This<Q>) -> Response {
+async fn preview<Q: Queue>(extract::State(control): This<Q>, Query(()): Query<()>) -> Response {
     answer(control.reloader.preview().await.map(reload_preview).map_err(unchanged))
 }
 
@@ -236,6 +234,16 @@ fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {
         Ok(found) => json_answer(StatusCode::OK, &found),
         Err(refusal) => refusal.into_response(),
     }
+}
+
+/// The first field of a body that alone is not valid either. It works for types whose fields can
+/// all be left out, as those of requests can.
+fn field_at_fault<W: Asked>(body: &[u8]) -> Option<String> {
+    let fields: Map<String, Value> = serde_json::from_slice(body).ok()?;
+    let is_wrong = |(name, value): &(String, Value)| {
+        W::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())]))).is_err()
+    };
+    fields.into_iter().find(is_wrong).map(|(name, _)| name)
 }
 
 /// Does the work to its end, even if the client leaves: half of it would be worse.
@@ -266,7 +274,8 @@ fn reload_preview((changes, waits_for_operator): (Changes, bool)) -> ReloadPrevi
 fn unchanged(why: Unchanged) -> Refusal {
     match why {
         Unchanged::Wrong(_) | Unchanged::Held(_) => {
-            Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, why.to_string())
+            let (status, kind) = (StatusCode::UNPROCESSABLE_ENTITY, ProblemKind::Configuration);
+            Refusal::of_kind(status, kind, why.to_string())
         }
         Unchanged::Stopping => Refusal::unavailable(why.to_string()),
     }
@@ -313,17 +322,21 @@ impl<Q: Queue> Control<Q> {
         };
         let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
         let wanted = if body.is_empty() { Ok(W::default()) } else { serde_json::from_slice(&body) };
-        wanted.map_err(|e| Refusal::bad(format!("the body is not {}: {e}", W::SHAPE)))
+        wanted.map_err(|e| {
+            let why = format!("the body is not {}: {e}", W::SHAPE);
+            let detail = e.to_string();
+            let field = field_at_fault::<W>(&body).map(|field| FieldError { field, detail });
+            let (status, kind) = (StatusCode::BAD_REQUEST, ProblemKind::Field);
+            Refusal { fields: field.into_iter().collect(), ..Refusal::of_kind(status, kind, why) }
+        })
     }
 
     fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
         let config = self.reloader.config();
         let found = config.subscribers.iter().find(|s| s.name == name).cloned();
         found.ok_or_else(|| {
-            Refusal::new(
-                StatusCode::NOT_FOUND,
-                "no subscriber of that name is configured".to_owned(),
-            )
+            let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
+            Refusal::of_kind(status, kind, "no subscriber of that name is configured")
         })
     }
 
@@ -395,7 +408,7 @@ impl<Q: Queue> Control<Q> {
         let dead = letters.left();
         let mut found = Vec::new();
         let walk = async {
-            while found.len() < limit.min(MAX_DEAD)
+            while found.len() < limit
                 && let Some(held) = letters.next().await?
             {
                 found.push(DeadLetter::new(found.len() + 1, &held));

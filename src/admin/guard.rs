@@ -6,11 +6,11 @@ use axum::{
     extract::{Request, State},
     http::{HeaderMap, HeaderName, header},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse as _, Response},
 };
 use subtle::ConstantTimeEq as _;
 
-use super::answer::{discard, forbidden, header_text, unauthorized};
+use super::answer::{Refusal, discard, header_text};
 use crate::crypto::secret::Secret;
 
 /// The reason to refuse a request as one that a web page made a browser send.
@@ -54,7 +54,7 @@ pub(super) async fn authorized(
     if let Some(why) = from_elsewhere(request.headers(), token.is_some()) {
         let (parts, body) = request.into_parts();
         discard(&parts.headers, body).await;
-        return forbidden(why);
+        return Refusal::from_elsewhere(why).into_response();
     }
     let Some(token) = token else { return next.run(request).await };
     if carries(request.headers(), &token) {
@@ -62,7 +62,7 @@ pub(super) async fn authorized(
     }
     let (parts, body) = request.into_parts();
     discard(&parts.headers, body).await;
-    unauthorized()
+    Refusal::unauthorized().into_response()
 }
 
 /// Whether a request has the token; compared in constant time.

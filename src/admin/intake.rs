@@ -27,7 +27,7 @@ use super::{
     answer::{
         MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type,
     },
-    view::{Accepted, BadEvent},
+    view::{Accepted, BadEvent, ProblemKind},
 };
 use crate::{
     clock,
@@ -401,7 +401,11 @@ impl Found {
                 "{bad} of {all} {} not valid; nothing of this request was taken",
                 agreed(&bad, "(is|are)")
             );
-            return Err(Refusal { invalid: Some((self.bad, self.bad_count)), ..Refusal::bad(why) });
+            let (status, kind) = (StatusCode::BAD_REQUEST, ProblemKind::Events);
+            return Err(Refusal {
+                invalid: Some((self.bad, self.bad_count)),
+                ..Refusal::of_kind(status, kind, why)
+            });
         }
         if self.events.is_empty() {
             return Err(Refusal::bad("there is no event in the body"));
@@ -434,10 +438,10 @@ fn shape(body: &[u8]) -> Result<Shape<'_>, Refusal> {
         [events] => match serde_json::from_str::<Elements<'_>>(events.get()) {
             Ok(events) if events.1 > MAX_EVENTS => Err(Refusal::too_many(events.1)),
             Ok(events) => Ok(Shape::Events(events)),
-            Err(_) => Err(Refusal::bad("the field `events` is not an array")),
+            Err(_) => Err(Refusal::field("events", "is not an array")),
         },
         // Taking one of them would lose the events of the other.
-        [_, _, ..] => Err(Refusal::bad("there are two fields `events`")),
+        [_, _, ..] => Err(Refusal::field("events", "is there twice")),
         [] => Err(Refusal::bad(
             "the body has neither a field `event`, as an event has, nor `events`, an array of events",
         )),
@@ -586,7 +590,7 @@ mod tests {
             ("{}", "neither a field `event`"),
             ("{\"events\":{}}", "not an array"),
             ("{\"events\":[]}", "no event in the body"),
-            ("{\"events\":[{\"event\":\"a\"}],\"events\":[]}", "two fields `events`"),
+            ("{\"events\":[{\"event\":\"a\"}],\"events\":[]}", "`events` is there twice"),
             ("{\"events\":[{\"event\":\"a\"},]}", "not a JSON object"),
             ("\u{feff}{\"event\":\"a\"}", "byte-order mark"),
         ] {

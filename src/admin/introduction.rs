@@ -7,12 +7,12 @@ use axum::{
     Router,
     extract::State,
     http::{HeaderMap, HeaderName, StatusCode},
-    response::Response,
+    response::{IntoResponse as _, Response},
     routing::get,
 };
 
 use super::{
-    answer::{forbidden, header_text, json_answer, unauthorized, wrong_method},
+    answer::{Refusal, header_text, json_answer, wrong_method},
     guard::{carries, from_elsewhere},
     view,
 };
@@ -41,7 +41,7 @@ pub(super) fn routes(token: Option<Arc<Secret>>, port: u16, config: &Path) -> Ro
 
 async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> Response {
     if let Some(why) = from_elsewhere(&headers, me.token.is_some()) {
-        return forbidden(why);
+        return Refusal::from_elsewhere(why).into_response();
     }
     let mut answer = view::Introduction {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -55,7 +55,7 @@ async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> R
         let proven =
             handshake::is_proven(token, Side::Command, challenge, me.port, given(handshake::PROOF));
         if !proven && !carries(&headers, token) {
-            return unauthorized();
+            return Refusal::unauthorized().into_response();
         }
         if proven {
             answer.proof = Some(handshake::proof(token, Side::Daemon, challenge, me.port));

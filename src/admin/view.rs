@@ -5,6 +5,8 @@
 //! and a field that is added later gets `#[serde(default)]`. `docs/admin.yaml` describes the same;
 //! a test compares the two.
 
+mod problem;
+
 use std::{
     borrow::Cow,
     collections::BTreeSet,
@@ -15,6 +17,7 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value};
 
+pub use self::problem::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
 use crate::{
     clock,
     config::changes,
@@ -59,29 +62,6 @@ impl<'de> Deserialize<'de> for Time {
         let text = Cow::<str>::deserialize(from)?;
         humantime::parse_rfc3339(&text).map(Self).map_err(D::Error::custom)
     }
-}
-
-/// A refusal, with the reason.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Refused {
-    pub error: String,
-    /// The number of invalid events in a request to the intake.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub invalid: Option<usize>,
-    /// The first of them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub events: Option<Vec<BadEvent>>,
-}
-
-/// An event that is not valid.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct BadEvent {
-    /// In the order of the request, from 0.
-    pub index: usize,
-    /// The line of JSON Lines, from 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub line: Option<usize>,
-    pub reason: String,
 }
 
 /// Events that are durable.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{failed::Failed, open::find, text::visible};
 use crate::{
-    admin::view::{self, ChangeRequest, Introduction, Refused, Reloaded},
+    admin::view::{self, ChangeRequest, Introduction, Problem, Reloaded},
     config::{self, AdminConfig, Config},
     crypto::handshake::{self, Side},
 };
@@ -262,7 +262,7 @@ async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, 
 
 /// The reason of a refusal.
 fn error(answer: &Value) -> Option<String> {
-    Refused::deserialize(answer).ok().map(|refused| refused.error)
+    Problem::deserialize(answer).ok().map(|problem| problem.detail)
 }
 
 /// Whether two paths name the same configuration: as they are written, or by where their links

@@ -38,6 +38,7 @@ mod hostile {
 
 /// Commands, configuration, log, status.
 mod operators {
+    mod api;
     mod commands;
     mod demo;
     mod doctor;

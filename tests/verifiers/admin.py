@@ -61,7 +61,7 @@ def wrong(exchange):
     if media not in content:
         yield f"{method} {pattern}: {status} is {media}"
         return
-    body = json.loads(exchange["text"]) if media == "application/json" else exchange["text"]
+    body = json.loads(exchange["text"]) if media.endswith("json") else exchange["text"]
     schema = content[media]["schema"]
     validator = jsonschema.Draft202012Validator(schema, registry=registry, _resolver=registry.resolver(""))
     yield from (f"{e.json_path}: {e.message}" for e in validator.iter_errors(body))

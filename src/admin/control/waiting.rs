@@ -11,9 +11,6 @@ use crate::{
     queue::{Hastened, Queue},
 };
 
-/// The most batches in one answer.
-const MAX_LISTED: usize = 100;
-
 impl Asked for RetryNow {
     /// About 25,000 ids.
     const MAX: usize = 1 << 20;
@@ -22,15 +19,11 @@ impl Asked for RetryNow {
 
 impl<Q: Queue> Control<Q> {
     /// Lists the waiting batches, the first due first.
-    pub(super) async fn waiting(
-        &self,
-        name: &str,
-        limit: Option<usize>,
-    ) -> Result<WaitingList, Refusal> {
+    pub(super) async fn waiting(&self, name: &str, limit: usize) -> Result<WaitingList, Refusal> {
         self.subscriber(name)?;
         let _one = self.retrying.try_lock().map_err(|_| busy())?;
         let found = self.queue.waiting(name).await.map_err(|e| queue_fails(&e))?;
-        let shown = found.batches.iter().take(limit.unwrap_or(MAX_LISTED).min(MAX_LISTED));
+        let shown = found.batches.iter().take(limit);
         let batches = shown.enumerate().map(|(n, waiting)| WaitingBatch::new(n + 1, waiting));
         Ok(WaitingList {
             subscriber: name.to_owned(),
@@ -50,7 +43,7 @@ impl<Q: Queue> Control<Q> {
         let paused = view.as_ref().and_then(paused);
         let done = match which.ids {
             Some(_) if which.try_only => {
-                return Err(Refusal::bad("`ids` and `try_only` exclude each other".to_owned()));
+                return Err(Refusal::field("try_only", "excludes `ids`"));
             }
             Some(ids) if ids.is_empty() => Hastened::default(),
             None if which.try_only => Hastened::default(),

@@ -84,9 +84,20 @@ fn pause_state(paused: Option<Paused>) -> PauseChange {
     PauseChange { subscriber: text(), state: State::Paused, changed: true, paused }
 }
 
-fn refused(line: Option<usize>) -> Refused {
+fn problem(line: Option<usize>) -> Problem {
     let event = BadEvent { index: 0, line, reason: text() };
-    Refused { error: text(), invalid: Some(1), events: Some(vec![event]) }
+    let error = FieldError { field: text(), detail: text() };
+    Problem {
+        field: Some(text()),
+        errors: Some(vec![error]),
+        invalid: Some(1),
+        events: Some(vec![event]),
+        ..bare_problem()
+    }
+}
+
+fn bare_problem() -> Problem {
+    Problem { title: text(), status: 400, detail: text(), ..Problem::default() }
 }
 
 fn introduction(proof: Option<String>) -> Introduction {
@@ -169,10 +180,8 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
     let accepted = Accepted { accepted: 1, unmatched: 1 };
     let one = || sample(subscriber(Some(lane())), subscriber(None));
     let changed = || sample(pause_state(Some(paused())), pause_state(None));
-    let bare = Refused { error: text(), ..Refused::default() };
     vec![
         ("/api/v1/events", "post", "202", sample(accepted, accepted)),
-        ("/api/v1/events", "post", "400", sample(refused(Some(1)), bare)),
         ("/api/v1/daemon", "get", "200", sample(introduction(Some(text())), introduction(None))),
         ("/api/v1/subscribers", "get", "200", sample(overview(Some(lane())), overview(None))),
         ("/api/v1/subscribers/{name}", "get", "200", one()),
@@ -279,21 +288,44 @@ fn the_document_of_the_api_and_its_types_have_the_same_fields() {
                 let response = resolved(&document, response);
                 let schema = &response["content"]["application/json"]["schema"];
                 let at = format!("{method} {path} {status}");
-                let is_error = schema["$ref"] == "#/components/schemas/Error";
                 assert!(
-                    schema.is_null() || is_error || compared.contains(&at),
+                    schema.is_null() || compared.contains(&at),
                     "{at} is in the document, and no type of it is compared"
                 );
             }
         }
     }
-    let error = json!(Refused { error: text(), ..Refused::default() });
-    compare(&document, &document["components"]["schemas"]["Error"], &error, Some(&error), "Error");
-    let [full, least] = [Some(1), None].map(|line| json!(refused(line)));
-    let schema = "/paths/~1api~1v1~1events/post/responses/400/content/application~1json/schema\
-                  /properties/events/items";
-    let schema = document.pointer(schema).expect("a schema");
+    let sample = sample(problem(Some(1)), bare_problem());
+    let schema = &document["components"]["schemas"]["Problem"];
+    compare(&document, schema, &sample.full, Some(&sample.least), "Problem");
+    let [full, least] = [Some(1), None].map(|line| json!(problem(line)));
+    let schema = &schema["properties"]["events"]["items"];
     compare(&document, schema, &full["events"][0], Some(&least["events"][0]), "an invalid event");
+}
+
+#[test]
+fn each_refusal_in_the_document_is_a_problem_whose_types_it_explains() {
+    let document = document();
+    for (path, methods) in document["paths"].as_object().expect("paths") {
+        let below_api = path.starts_with("/api/");
+        for (method, operation) in methods.as_object().expect("methods") {
+            for (status, response) in operation["responses"].as_object().into_iter().flatten() {
+                let content = &resolved(&document, response)["content"];
+                let is_problem = content["application/problem+json"]["schema"]["$ref"]
+                    == "#/components/schemas/Problem";
+                let is_refusal = below_api && !status.starts_with('2');
+                assert_eq!(is_problem, is_refusal, "{method} {path} {status}");
+            }
+        }
+    }
+    let kind = &document["components"]["schemas"]["Problem"]["properties"]["type"];
+    let explained = kind["description"].as_str().expect("a description");
+    let listed: Vec<&str> =
+        kind["enum"].as_array().expect("a list").iter().filter_map(Value::as_str).collect();
+    assert_eq!(listed, ProblemKind::ALL.map(ProblemKind::uri));
+    for uri in listed {
+        assert!(explained.contains(&format!("`{uri}`")), "{uri} is not explained");
+    }
 }
 
 #[test]
@@ -346,6 +378,11 @@ fn a_daemon_of_another_version_is_understood() {
     assert!(older.removed.is_empty() && older.subscribers[0].lane.is_some());
     let older: Reloaded = serde_json::from_value(json!({ "changes": [] })).expect("it is read");
     assert!(older.not_bound.is_empty() && older.changes.needs_restart.is_empty());
+    let older: Problem = serde_json::from_value(json!({ "error": "why" })).expect("it is read");
+    assert_eq!((older.detail.as_str(), older.kind), ("why", ProblemKind::Status));
+    let newer = json!({ "type": "/problems/moon", "title": "t", "status": 418, "detail": "why" });
+    let newer: Problem = serde_json::from_value(newer).expect("it is read");
+    assert_eq!((newer.detail.as_str(), newer.kind), ("why", ProblemKind::Status));
     serde_json::from_value::<ReloadPreview>(json!({ "error": "x" }))
         .expect_err("it has no changes");
 }

@@ -105,7 +105,7 @@ fn assert_taken(answer: &Answer, accepted: u64, unmatched: u64) {
 #[track_caller]
 fn assert_refused(answer: &Answer, status: u16, part: &str) {
     assert!(
-        answer.status == status && answer.body["error"].as_str().is_some_and(|e| e.contains(part)),
+        answer.status == status && answer.body["detail"].as_str().is_some_and(|e| e.contains(part)),
         "{}: {}",
         answer.status,
         answer.body

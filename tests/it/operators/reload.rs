@@ -280,7 +280,7 @@ async fn a_wrong_file_changes_nothing_and_is_reported_until_it_is_fixed(queue: Q
         let answer = api.post("/api/v1/reload", "{}").await;
         assert!(
             answer.status == 422
-                && answer.json()["error"].as_str().expect("reported").contains(part),
+                && answer.json()["detail"].as_str().expect("reported").contains(part),
             "{answer:?}"
         );
         assert_eq!(api.get("/api/v1/reload").await.status, 422);

@@ -289,7 +289,10 @@ fn plan_needs_no_daemon_and_says_when_there_is_none() {
         reported.contains(&format!("no daemon answers at {free} ([admin] listen)")),
         "{reported}"
     );
-    let (_daemon, answering) = daemon_that_answers(500, r#"{"error":"out of order"}"#);
+    let (_daemon, answering) = daemon_that_answers(
+        500,
+        r#"{"type":"about:blank","title":"Internal Server Error","status":500,"detail":"out of order"}"#,
+    );
     let reported = plan(&answering);
     assert!(reported.contains("answered 500") && reported.contains("out of order"), "{reported}");
     assert!(plan(&setup("127.0.0.1:0")).contains("port 0"));
