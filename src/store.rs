@@ -16,11 +16,15 @@ use std::{
 pub use self::{
     delivery::{
         AttemptEnd, Change, Contents, Delivery, DeliveryAttempt, DeliveryChange, DeliveryState,
+        WithEvent,
     },
     filter::{By, DeliveryFilter, EventFilter},
     row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
 };
-use crate::{delivery::SubscriberName, event::Pattern};
+use crate::{
+    delivery::{Print, SubscriberName},
+    event::Pattern,
+};
 
 /// The most rows that one answer has, and one transaction reads.
 pub const MAX_ROWS: usize = 500;
@@ -118,6 +122,21 @@ pub trait Store: Clone + Send + Sync + 'static {
         &self,
         id: &str,
     ) -> impl Future<Output = Result<Option<Delivery>, StoreError>> + Send;
+
+    /// The deliveries to a subscriber, begun from `since` on and before `until`, whose batches hold
+    /// an event with this print; as far as that can be read within `time`. Oldest first, at most
+    /// [`MAX_ROWS`].
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn deliveries_with(
+        &self,
+        subscriber: &str,
+        print: Print,
+        since: SystemTime,
+        until: SystemTime,
+        time: Duration,
+    ) -> impl Future<Output = Result<WithEvent, StoreError>> + Send;
 
     /// Records which patterns each subscriber has from now on. One that is not among them has none.
     ///

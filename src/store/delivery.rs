@@ -120,6 +120,16 @@ pub struct Delivery {
     pub attempts: Vec<DeliveryAttempt>,
 }
 
+/// The deliveries whose batches hold an event.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WithEvent {
+    pub deliveries: Vec<Delivery>,
+    /// Deliveries of that time whose batches' prints are not known.
+    pub without_prints: u64,
+    /// The time was over when the search had come this far; later deliveries were not read.
+    pub searched_until: Option<SystemTime>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeliveryAttempt {
     /// From 1.

@@ -26,7 +26,7 @@ pub struct EventFilter {
 /// The time that `since` and `until` mean.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum By {
-    /// [`EventRow::at`](super::EventRow::at).
+    /// The time that history has for it: see `EventRow::at`.
     #[default]
     At,
     /// The event's own field `timestamp`. An event without a readable one is not selected.

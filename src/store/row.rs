@@ -47,7 +47,7 @@ pub struct EventRow {
     pub details: crate::event::details::Details,
 }
 
-/// What [`append`](super::Store::append) did.
+/// What became of appended events.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Appended {
     pub events: usize,
