@@ -8,7 +8,7 @@ pub mod details;
 pub mod inflate;
 pub mod payload;
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, fmt, ops::Range};
 
 use serde::de::{Deserialize as _, Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -128,15 +128,25 @@ fn string(json: &str) -> Option<serde_json::Result<Cow<'_, str>>> {
 const ID_FIELD: &str = "event_id";
 const ID_FIELDS: &[&str] = &[ID_FIELD];
 
+/// An event with a field that was not published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WithId {
+    pub body: Vec<u8>,
+    /// The bytes of the field; without them the body is as it was published.
+    pub added: Range<usize>,
+}
+
 /// Appends a field `event_id` with `id`; `None` if the event has a field of that name, or is no
 /// event. All other bytes stay as they are.
-pub fn with_id(body: &[u8], id: &str) -> Option<Vec<u8>> {
+pub fn with_id(body: &[u8], id: &str) -> Option<WithId> {
     let text = std::str::from_utf8(body).ok()?;
     let has_id =
         serde_json::Deserializer::from_str(text).deserialize_map(HasKey(ID_FIELDS)).ok()?;
     let end = text.rfind('}').filter(|_| !has_id)?;
     let id = serde_json::Value::from(id).to_string();
-    Some([&text[..end], ",\"", ID_FIELD, "\":", &id, &text[end..]].concat().into_bytes())
+    let body = [&text[..end], ",\"", ID_FIELD, "\":", &id, &text[end..]].concat().into_bytes();
+    let added = end..end + body.len() - text.len();
+    Some(WithId { body, added })
 }
 
 /// Whether brackets outside strings nest deeper than `limit`. Exact for valid JSON; the parser
@@ -414,8 +424,8 @@ mod tests {
                 Some(r#"{"event":"a","\ud800":"\ud800","event_id":"x\"\\é"}"#),
             ),
         ] {
-            let found =
-                with_id(body.as_bytes(), "x\"\\é").map(|b| String::from_utf8(b).expect("utf-8"));
+            let found = with_id(body.as_bytes(), "x\"\\é")
+                .map(|e| String::from_utf8(e.body).expect("utf-8"));
             assert_eq!(found.as_deref(), expected, "{body}");
         }
     }

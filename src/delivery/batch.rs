@@ -4,7 +4,10 @@ use std::{fmt, time::SystemTime};
 
 use bytes::Bytes;
 
-use super::attempt_log::AttemptLog;
+use super::{
+    attempt_log::AttemptLog,
+    print::{Print, Prints},
+};
 use crate::{clock, event::payload::Format};
 
 /// The id of a batch, which receivers get as `webhook-id`: `msg_` and 32 hexadecimal digits. The id
@@ -71,6 +74,7 @@ pub struct Batch {
     /// The W3C Trace Context of the first event's producer.
     pub traceparent: Option<String>,
     pub attempt_log: AttemptLog,
+    pub prints: Prints,
     /// Whether an operator replayed it: it was a dead letter before.
     pub replay: bool,
 }
@@ -81,7 +85,8 @@ impl Batch {
     pub fn halves(&self) -> Option<Vec<Self>> {
         let events = self.format.events(&self.body).filter(|events| events.len() > 1)?;
         let (first, second) = events.split_at(events.len().div_ceil(2));
-        let half = |id: BatchId, events: &[&[u8]]| Self {
+        let prints = Print::split(&self.prints, first.len(), events.len());
+        let half = |id: BatchId, events: &[&[u8]], prints: Prints| Self {
             id,
             body: self
                 .format
@@ -89,16 +94,44 @@ impl Batch {
                 .into(),
             events: u32::try_from(events.len()).unwrap_or(u32::MAX),
             attempts: 0,
+            prints,
             ..self.clone()
         };
         let [first_id, second_id] = self.id.halves();
-        Some(vec![half(first_id, first), half(second_id, second)])
+        let [first_prints, second_prints] = prints;
+        Some(vec![half(first_id, first, first_prints), half(second_id, second, second_prints)])
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_half_has_the_prints_of_its_events_unless_the_body_has_another_number_of_them() {
+        let events = [&br#"{"event":"a"}"#[..], br#"{"event":"b"}"#, br#"{"event":"c"}"#];
+        let prints: Vec<Print> = events.iter().map(|e| Print::of(e)).collect();
+        for format in [Format::Json, Format::JsonLines] {
+            let whole = Batch {
+                id: BatchId::from("msg_1"),
+                body: format.splice(events.into_iter(), 39).into(),
+                format,
+                events: 3,
+                attempts: 2,
+                first_attempt_at: None,
+                traceparent: None,
+                attempt_log: AttemptLog::default(),
+                prints: Some(prints.clone().into()),
+                replay: false,
+            };
+            let halves = |batch: &Batch| -> Vec<Prints> {
+                batch.halves().expect("three events").into_iter().map(|half| half.prints).collect()
+            };
+            assert_eq!(halves(&whole), [Some(prints[..2].into()), Some(prints[2..].into())]);
+            let others = Batch { prints: Some(prints[..2].into()), ..whole };
+            assert_eq!(halves(&others), [None, None]);
+        }
+    }
 
     #[test]
     fn the_id_of_a_half_is_always_the_same_and_is_known_as_one() {

@@ -8,6 +8,7 @@ use super::{
     attempt_log::AttemptLog,
     batch::{Batch, BatchId},
     outcome::Failure,
+    print::{Print, Prints},
 };
 use crate::event::payload::Format;
 
@@ -94,6 +95,7 @@ pub struct DeadLetter {
     pub first_attempt_at: Option<SystemTime>,
     pub died_at: Option<SystemTime>,
     pub attempt_log: AttemptLog,
+    pub prints: Prints,
 }
 
 impl DeadLetter {
@@ -128,10 +130,12 @@ impl DeadLetter {
             first_attempt_at: batch.first_attempt_at,
             died_at: Some(now),
             attempt_log: batch.attempt_log,
+            prints: batch.prints,
         }
     }
 
-    /// The dead letter of an event without an attempt. `id` is its producer's message id.
+    /// The dead letter of an event without an attempt. `id` is its producer's message id. An event
+    /// that could not be decoded has the print of its encoded bytes.
     pub fn of_event(
         body: Bytes,
         content_type: Option<String>,
@@ -143,6 +147,7 @@ impl DeadLetter {
         Self {
             kind: MessageKind::Event,
             reason,
+            prints: Some([Print::of(&body)].into()),
             body,
             content_type: Some(content_type.unwrap_or_else(|| "application/json".to_owned())),
             content_encoding: None,
@@ -166,7 +171,8 @@ impl DeadLetter {
         now: SystemTime,
     ) -> Self {
         let event = Self::of_event(body, None, id, Reason::InvalidEvent, error, now);
-        Self { kind: MessageKind::Batch, content_type, events: 0, ..event }
+        let (kind, prints) = (MessageKind::Batch, None);
+        Self { kind, content_type, events: 0, prints, ..event }
     }
 
     /// The format of a batch's body, by its content type.
@@ -188,6 +194,7 @@ impl DeadLetter {
             first_attempt_at: None,
             traceparent: None,
             attempt_log: self.attempt_log.clone(),
+            prints: self.prints.clone(),
             replay: true,
         }
     }

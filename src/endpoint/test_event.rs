@@ -84,7 +84,7 @@ fn body(subscriber: &Subscriber) -> Vec<u8> {
     let plain = event.to_string().into_bytes();
     let with_id =
         if subscriber.event_ids { event::with_id(&plain, &clock::event_id()) } else { None };
-    let event = with_id.unwrap_or(plain);
+    let event = with_id.map_or(plain, |with_id| with_id.body);
     subscriber.format.splice([event.as_slice()].into_iter(), event.len())
 }
 

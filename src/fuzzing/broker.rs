@@ -1,6 +1,10 @@
 //! Bytes from the broker.
 
-use crate::{clock, delivery::AttemptLog, queue::amqp};
+use crate::{
+    clock,
+    delivery::{AttemptLog, Print},
+    queue::amqp,
+};
 
 /// Input: the length of a message's properties in two bytes, the properties, then the body.
 pub fn message(bytes: &[u8]) {
@@ -8,6 +12,20 @@ pub fn message(bytes: &[u8]) {
     let (properties, body) =
         rest.split_at(usize::from(u16::from_be_bytes([*a, *b])).min(rest.len()));
     amqp::fuzzing::message(properties, body);
+    prints(body);
+}
+
+/// Prints that are read are one for each event, and are written as the text that was read.
+fn prints(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let events = u32::try_from(bytes.len() / 4 * 3 / Print::LEN).unwrap_or(u32::MAX);
+    for events in [events, events.saturating_add(1)] {
+        let prints = Print::read_text(&text, events);
+        if let Some(known) = &prints {
+            assert!(events > 0 && known.len() == events as usize);
+            assert_eq!(Print::to_text(&prints).as_deref(), Some(&*text));
+        }
+    }
 }
 
 /// Input: the longest frame in two bytes (0: any), the number of bytes per read, four sizes of

@@ -22,7 +22,7 @@ pub fn event(bytes: &[u8]) {
 fn with_id(bytes: &[u8], head: &event::Head<'_>) {
     let fields = Fields::of(bytes).expect("an event");
     let id = "\u{1b}\"\\é";
-    let Some(new) = event::with_id(bytes, id) else {
+    let Some(event::WithId { body: new, added }) = event::with_id(bytes, id) else {
         assert!(fields.last("event_id").is_some());
         return;
     };
@@ -30,6 +30,7 @@ fn with_id(bytes: &[u8], head: &event::Head<'_>) {
     assert_eq!(event::head(&new).as_ref(), Ok(head));
     let kept = bytes.iter().rposition(|b| *b == b'}').expect("an object");
     assert!(new.starts_with(&bytes[..kept]) && new.ends_with(&bytes[kept..]));
+    assert_eq!([&new[..added.start], &new[added.end..]].concat(), bytes, "as it was published");
     let new_fields = Fields::of(&new).expect("an event");
     assert_eq!(new_fields.0.len(), fields.0.len() + 1);
     assert_eq!(

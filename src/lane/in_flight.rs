@@ -1,11 +1,15 @@
 //! The batches of a session that are in flight.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    ops::Range,
+    time::{Duration, SystemTime},
+};
 
 use crate::{
     clock,
     delivery::{
         AttemptLog, AttemptResult, Batch, BatchId, FailedAttempt, Failure, FailureKind, Outcome,
+        Print,
     },
     event::payload::Format,
     policy::{
@@ -20,9 +24,19 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) event: Event,
+    /// The bytes of its body that were not published: the field `event_id`.
+    pub(super) added: Option<Range<usize>>,
     /// The field `timestamp`.
     pub(super) happened_at: Option<SystemTime>,
     pub(super) arrived_at: SystemTime,
+}
+
+impl Admitted {
+    fn print(&self) -> Print {
+        let body = &self.event.body;
+        let added = self.added.clone().unwrap_or_default();
+        Print::of_parts([&body[..added.start], &body[added.end..]])
+    }
 }
 
 /// A batch in flight, with what its attempt needs.
@@ -105,6 +119,7 @@ pub(super) fn first_attempt(format: Format, mut events: Vec<Admitted>, bytes: us
         first_attempt_at: Some(now),
         traceparent,
         attempt_log: AttemptLog::default(),
+        prints: Some(events.iter().map(Admitted::print).collect()),
         replay: false,
     };
     let receipts = events.iter().map(|e| e.event.receipt).collect();

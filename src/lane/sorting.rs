@@ -1,12 +1,12 @@
 //! What each taken message is: an event for a batch, a retry, a dead letter, or a redelivery.
 
-use std::time::SystemTime;
+use std::{ops::Range, time::SystemTime};
 
 use super::in_flight::{Admitted, happened_at};
 use crate::{
     config::Subscriber,
     delivery::{Batch, DeadLetter, MessageKind, Reason},
-    event::{head, with_id},
+    event::{WithId, head, with_id},
     policy::batching::Batcher,
     queue::{Event, Receipt, Taken},
 };
@@ -74,10 +74,10 @@ impl Sorted {
         now: SystemTime,
     ) {
         match prepare(&mut event, subscriber, batcher) {
-            Ok(timestamp) => {
+            Ok(Prepared { timestamp, added }) => {
                 let arrived_at = event.published_at.unwrap_or(now);
                 let happened_at = happened_at(timestamp);
-                self.events.push(Admitted { event, happened_at, arrived_at });
+                self.events.push(Admitted { event, added, happened_at, arrived_at });
             }
             Err((reason, error)) => {
                 let Event { body, content_type, message_id, receipt, .. } = event;
@@ -89,12 +89,19 @@ impl Sorted {
     }
 }
 
-/// Puts the event's id into its body where that is configured. Returns its timestamp.
+struct Prepared {
+    /// The field `timestamp`.
+    timestamp: Option<u64>,
+    /// The bytes of the body that were not published.
+    added: Option<Range<usize>>,
+}
+
+/// Puts the event's id into its body where that is configured.
 fn prepare(
     event: &mut Event,
     subscriber: &Subscriber,
     batcher: &Batcher<Admitted>,
-) -> Result<Option<u64>, (Reason, String)> {
+) -> Result<Prepared, (Reason, String)> {
     let too_large = || {
         format!(
             "its request body would have more than batch.max_bytes = {} bytes",
@@ -106,19 +113,22 @@ fn prepare(
     }
     let timestamp = head(&event.body).map_err(|e| (Reason::InvalidEvent, e.to_string()))?.timestamp;
     let id = event.message_id.as_deref().filter(|_| subscriber.event_ids);
-    if let Some(body) = id.and_then(|id| with_id(&event.body, id)) {
+    let mut added = None;
+    if let Some(with_id) = id.and_then(|id| with_id(&event.body, id)) {
+        let WithId { body, added: field } = with_id;
         if !batcher.fits(body.len()) {
             return Err((Reason::TooLarge, format!("with its event_id {}", too_large())));
         }
         event.body = body;
+        added = Some(field);
     }
-    Ok(timestamp)
+    Ok(Prepared { timestamp, added })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::testing::subscriber;
+    use crate::{config::testing::subscriber, delivery::Print, lane::in_flight::first_attempt};
     use std::time::Duration;
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
@@ -174,6 +184,20 @@ mod tests {
         }
         let sorted = sorted(&plain, vec![Taken::Event(event(short))]);
         assert_eq!(sorted.events[0].happened_at, Some(NOW + Duration::from_secs(7)));
+    }
+
+    #[test]
+    fn a_print_is_that_of_the_published_bytes_whatever_is_sent() {
+        let body = "{ \"event\":\n\"a\" }\n";
+        for settings in ["", "event_ids = true", "format = \"jsonl\"\nevent_ids = true"] {
+            let subscriber = subscriber("a", settings);
+            let sorted = sorted(&subscriber, vec![Taken::Event(event(body))]);
+            let batch = first_attempt(subscriber.format, sorted.events, 100).batch;
+            assert_eq!(batch.prints, Some([Print::of(body.as_bytes())].into()));
+        }
+        let sorted = sorted(&subscriber("a", ""), vec![Taken::Event(event("no JSON"))]);
+        let (_, letter) = &sorted.dead[0];
+        assert_eq!(letter.prints, Some([Print::of(b"no JSON")].into()));
     }
 
     #[test]

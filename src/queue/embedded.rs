@@ -786,7 +786,9 @@ mod tests {
     use super::*;
     use crate::{
         config::testing,
-        queue::{Receipt, Settlement, Settler as _, Source as _, Taken},
+        delivery::{AttemptLog, Batch, DeadLetter, Failure, Print, Prints, Reason},
+        event::payload::Format,
+        queue::{DeadLetters as _, Receipt, Settlement, Settler as _, Source as _, Taken},
     };
 
     const WINDOW: Window = Window { events: 1000, envelopes: 10 };
@@ -943,6 +945,51 @@ mod tests {
         assert_eq!(rows, 0, "nothing is ahead of the cursor any more");
         let (mut source, _) = queue.open(&a[0], WINDOW).await.expect("opens");
         assert_eq!(take(&mut source).await.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_batch_keeps_its_prints_as_a_retry_and_as_a_dead_letter_if_they_are_not_too_many() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue = EmbeddedQueue::for_daemon(&config(&dir, Duration::ZERO)).expect("opens");
+        let a = subscribers(&[("a", "x")]);
+        queue.prepare(&a).await.expect("prepares");
+        let most = Print::MAX_STORED;
+        for (printed, events, kept) in
+            [(2, 2, true), (most, most, true), (most + 1, most + 1, false), (2, 3, false)]
+        {
+            let prints: Prints = Some(vec![Print::of(b"{}"); printed].into());
+            let kept = prints.clone().filter(|_| kept);
+            publish(&queue, "x", 1).await;
+            let batch = Batch {
+                id: "msg_1".into(),
+                body: "{}".into(),
+                format: Format::Json,
+                events: events.try_into().expect("few"),
+                attempts: 1,
+                first_attempt_at: None,
+                traceparent: None,
+                attempt_log: AttemptLog::default(),
+                prints,
+                replay: false,
+            };
+            let (mut source, settler) = queue.open(&a[0], WINDOW).await.expect("opens");
+            let receipts = take(&mut source).await;
+            let retry = Settlement::Retry { batches: vec![batch.clone()], delay: Duration::ZERO };
+            settler.settle(receipts, retry).await.expect("settles");
+            let mut taken = Vec::new();
+            source.take(&mut taken, 1).await.expect("takes");
+            let Some(Taken::Batch(found, receipt)) = taken.pop() else { panic!("no retry") };
+            assert_eq!(found, Batch { prints: kept.clone(), ..batch.clone() }, "{events}");
+            let now = clock::now();
+            let letter =
+                DeadLetter::of_batch(batch, Reason::Exhausted, &Failure::Timeout, None, now);
+            let dead = Settlement::Dead(vec![letter]);
+            settler.settle(vec![receipt], dead).await.expect("settles");
+            let mut letters = queue.dead_letters("a").await.expect("opens");
+            let held = letters.next().await.expect("reads").expect("one");
+            assert_eq!(held.letter.prints, kept, "{events}");
+            letters.purge(vec![held]).await.expect("purges");
+        }
     }
 
     #[tokio::test]

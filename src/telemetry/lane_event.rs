@@ -371,6 +371,7 @@ mod tests {
             first_attempt_at: None,
             traceparent: Some("00-1".to_owned()),
             attempt_log: AttemptLog::default(),
+            prints: None,
             replay: false,
         }
     }

@@ -268,6 +268,7 @@ mod tests {
                 first_attempt_at: None,
                 traceparent: None,
                 attempt_log: Default::default(),
+                prints: Default::default(),
                 replay: false,
             };
             let outcome = &outcome;

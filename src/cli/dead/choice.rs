@@ -435,6 +435,7 @@ mod tests {
             first_attempt_at: None,
             died_at: Some(at("2026-03-01T12:00:00Z")),
             attempt_log: crate::delivery::AttemptLog::default(),
+            prints: None,
         }
     }
 

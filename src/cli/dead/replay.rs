@@ -387,6 +387,7 @@ mod tests {
             first_attempt_at: None,
             died_at: None,
             attempt_log: AttemptLog::default(),
+            prints: None,
         }
     }
 }

@@ -11,7 +11,7 @@ use lapin::{
 
 use crate::{
     clock,
-    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Reason, cut_error},
+    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, Print, Prints, Reason, cut_error},
     event::{
         event_type,
         inflate::{Broken, Coding, inflate},
@@ -36,6 +36,8 @@ const TRACEPARENT: &str = "traceparent";
 const COMPRESSION: &str = "compression";
 /// The attempt log; see [`AttemptLog::to_text`].
 const ATTEMPT_LOG: &str = "x-hooktrail-story";
+/// The prints of the events; see [`Print::to_text`]. Absent where they are unknown or too many.
+const PRINTS: &str = "x-hooktrail-event-prints";
 /// `true` if an operator has replayed the message; otherwise absent.
 const REPLAY: &str = "x-hooktrail-replay";
 /// When a retry leaves the ladder, in Unix milliseconds; not in envelopes of earlier versions.
@@ -150,6 +152,9 @@ pub(super) fn envelope(e: &Batch) -> (Bytes, BasicProperties) {
     if !e.attempt_log.is_empty() {
         h.insert(ATTEMPT_LOG.into(), text(&e.attempt_log.to_text()));
     }
+    if let Some(prints) = Print::to_text(&e.prints) {
+        h.insert(PRINTS.into(), text(&prints));
+    }
     if e.replay {
         h.insert(REPLAY.into(), text("true"));
     }
@@ -189,6 +194,9 @@ pub(super) fn dead_letter(d: &DeadLetter) -> (Bytes, BasicProperties) {
     }
     if !d.attempt_log.is_empty() {
         h.insert(ATTEMPT_LOG.into(), text(&d.attempt_log.to_text()));
+    }
+    if let Some(prints) = Print::to_text(&d.prints) {
+        h.insert(PRINTS.into(), text(&prints));
     }
     let p = properties(d.content_type.as_deref(), d.id.as_deref()).with_headers(h);
     (d.body.clone(), encoded(p, d.content_encoding.as_deref()))
@@ -293,6 +301,11 @@ impl Headers<'_> {
             .flatten()
             .map(|text| AttemptLog::from_text(&text))
             .unwrap_or_default()
+    }
+
+    /// A message of an earlier version has none.
+    fn prints(&self, events: u32) -> Prints {
+        self.text(PRINTS).ok().flatten().and_then(|text| Print::read_text(&text, events))
     }
 }
 
@@ -423,16 +436,18 @@ fn read_envelope(d: &Delivery) -> Result<Batch, String> {
     let content_type = d.properties.content_type().as_ref().map_or("", ShortString::as_str);
     let format =
         [Format::Json, Format::JsonLines].into_iter().find(|f| f.content_type() == content_type);
+    let events = h.integer(EVENTS)?.unwrap_or(0);
     Ok(Batch {
         id: batch_id.into(),
         body: Bytes::copy_from_slice(&d.data),
         format: format
             .ok_or_else(|| format!("its content type `{content_type}` is not that of a batch"))?,
-        events: h.integer(EVENTS)?.unwrap_or(0),
+        events,
         attempts: h.integer(ATTEMPTS)?.ok_or_else(|| format!("it has no header `{ATTEMPTS}`"))?,
         first_attempt_at: h.time(FIRST_ATTEMPT_AT)?,
         traceparent: traceparent(&d.properties),
         attempt_log: h.attempt_log(),
+        prints: h.prints(events),
         replay: h.text(REPLAY).ok().flatten().as_deref() == Some("true"),
     })
 }
@@ -456,6 +471,7 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
     };
     let reason = ok(h.text(REASON)).and_then(|r| Reason::from_name(&r));
     let death = if reason.is_none() { h.death() } else { Death::default() };
+    let events = h.integer(EVENTS).ok().flatten().unwrap_or(1);
     DeadLetter {
         kind,
         error: ok(h.text(ERROR))
@@ -464,12 +480,13 @@ pub(super) fn read_dead_letter(d: Delivery) -> DeadLetter {
         content_type: owned(d.properties.content_type()),
         content_encoding: ok(h.text(CONTENT_ENCODING)).or_else(|| encoding(&d.properties)),
         id: batch_id.or_else(|| owned(d.properties.message_id())),
-        events: h.integer(EVENTS).ok().flatten().unwrap_or(1),
+        events,
         attempts: h.integer(ATTEMPTS).ok().flatten().unwrap_or(0),
         status: h.integer(STATUS).ok().flatten().and_then(|n| u16::try_from(n).ok()),
         first_attempt_at: h.time(FIRST_ATTEMPT_AT).ok().flatten(),
         died_at: h.time(DIED_AT).ok().flatten().or(death.at),
         attempt_log: h.attempt_log(),
+        prints: h.prints(events),
         body: d.data.into(),
     }
 }
@@ -568,6 +585,10 @@ mod tests {
         log
     }
 
+    fn prints(n: usize) -> Prints {
+        Some(vec![Print::of(b"{}"); n].into())
+    }
+
     fn delivery(body: &[u8], properties: BasicProperties) -> Delivery {
         let mut d = Delivery::mock(7, "".into(), "".into(), false, body.to_vec());
         d.properties = properties;
@@ -586,6 +607,7 @@ mod tests {
             ),
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
             attempt_log: an_attempt_log(),
+            prints: prints(3),
             replay: true,
         }
     }
@@ -632,17 +654,25 @@ mod tests {
     }
 
     #[test]
-    fn an_envelope_of_an_earlier_version_has_no_story_and_one_that_cannot_be_read_is_none() {
-        let e = Batch { attempt_log: AttemptLog::default(), replay: false, ..an_envelope() };
+    fn an_envelope_of_an_earlier_version_has_no_story_and_no_prints_and_what_cannot_be_read_is_none()
+     {
+        let attempt_log = AttemptLog::default();
+        let e = Batch { attempt_log, prints: None, replay: false, ..an_envelope() };
         let (body, properties) = envelope(&e);
         let mut h = properties.headers().clone().expect("headers");
         assert!(
-            !h.contains_key(ATTEMPT_LOG) && !h.contains_key(REPLAY),
+            [ATTEMPT_LOG, PRINTS, REPLAY].iter().all(|name| !h.contains_key(name)),
             "as the earlier version wrote it"
         );
-        for value in [None, Some(AMQPValue::Boolean(true)), Some(text("what is this"))] {
+        for value in [
+            None,
+            Some(AMQPValue::Boolean(true)),
+            Some(text("what is this")),
+            Some(text(&Print::to_text(&prints(1)).expect("one"))),
+        ] {
             if let Some(value) = value {
                 h.insert(ATTEMPT_LOG.into(), value.clone());
+                h.insert(PRINTS.into(), value.clone());
                 h.insert(REPLAY.into(), value);
             }
             match taken_envelope(delivery(&body, properties.clone().with_headers(h.clone()))) {
@@ -703,13 +733,14 @@ mod tests {
             content_type: Some("application/json".into()),
             content_encoding: Some("e".repeat(255)),
             id: Some("m".repeat(255)),
-            events: 3,
+            events: 768,
             attempts: 16,
             status: Some(503),
             error: "e".repeat(5000),
             first_attempt_at: Some(SystemTime::UNIX_EPOCH),
             died_at: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(9)),
             attempt_log: an_attempt_log(),
+            prints: prints(Print::MAX_STORED),
         };
         let (body, properties) = dead_letter(&letter);
         let value =
@@ -720,7 +751,7 @@ mod tests {
             .flat_map(FieldTable::inner)
             .map(|(k, v)| k.as_str().len() + 6 + value(v))
             .sum();
-        assert!(headers < 8 * 1024, "{headers} bytes");
+        assert!(headers < 16 * 1024, "{headers} bytes");
         let found = read_dead_letter(delivery(&body, properties));
         assert_eq!(found, DeadLetter { error: "e".repeat(1024), ..letter });
     }
@@ -739,6 +770,7 @@ mod tests {
             (MessageKind::Batch, Reason::DeliveryLimit, Some("msg_1"), 2)
         );
         assert!(found.error.contains("policy"));
+        assert_eq!(found.prints, prints(3), "the envelope had them");
     }
 
     #[test]

@@ -14,7 +14,9 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use super::{from_millis, is_for, millis, parse_patterns, store::Store};
 use crate::{
     clock,
-    delivery::{AttemptLog, Batch, DeadLetter, MessageKind, SubscriberName, cut_error},
+    delivery::{
+        AttemptLog, Batch, DeadLetter, MessageKind, Print, Prints, SubscriberName, cut_error,
+    },
     event::{Pattern, payload::Format},
     queue::{
         self, Event, FEWEST, MOST_BYTES, QueueError, Receipt, SettleError, Settlement, Taken,
@@ -438,7 +440,7 @@ fn due(
     into: &mut Vec<(i64, Result<Batch, DeadLetter>)>,
 ) -> rusqlite::Result<Option<i64>> {
     let mut query = db.prepare_cached(
-        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent \
+        "SELECT id, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, prints \
          FROM retry WHERE subscriber = ?1 ORDER BY due, id",
     )?;
     let mut rows = query.query([subscriber])?;
@@ -468,6 +470,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
         Bytes::from(row.get::<_, Vec<u8>>(7)?),
     );
     let (attempt_log, replay) = (read_attempt_log(row, 8)?, row.get(9)?);
+    let prints = read_prints(row, 11, events)?;
     Ok(match format {
         Some(format) => Ok(Batch {
             id: id.into(),
@@ -477,6 +480,7 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
             attempts,
             first_attempt_at,
             attempt_log,
+            prints,
             replay,
             traceparent: row.get(10)?,
         }),
@@ -494,6 +498,12 @@ fn envelope(row: &Row<'_>) -> rusqlite::Result<Result<Batch, DeadLetter>> {
 /// The attempt log that was stored with a batch or a dead letter.
 pub(super) fn read_attempt_log(row: &Row<'_>, column: usize) -> rusqlite::Result<AttemptLog> {
     Ok(row.get_ref(column)?.as_str_or_null()?.map(AttemptLog::from_text).unwrap_or_default())
+}
+
+/// The prints that were stored with a batch or a dead letter of `events` events.
+pub(super) fn read_prints(row: &Row<'_>, column: usize, events: u32) -> rusqlite::Result<Prints> {
+    let stored = row.get_ref(column)?.as_blob().ok();
+    Ok(stored.and_then(|bytes| Print::read_bytes(bytes, events)))
 }
 
 fn attempt_log_text(log: &AttemptLog) -> Option<String> {
@@ -644,7 +654,7 @@ pub(super) fn insert_retry(
 ) -> rusqlite::Result<()> {
     db.prepare_cached(
         "INSERT INTO retry (subscriber, due, batch_id, content_type, events, attempts, first_attempt_at, body, story, replay, traceparent, \
-         scheduled_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+         scheduled_at, prints) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
     )?
     .execute(params![
         subscriber,
@@ -658,15 +668,16 @@ pub(super) fn insert_retry(
         attempt_log_text(&e.attempt_log),
         e.replay,
         e.traceparent,
-        now
+        now,
+        Print::to_bytes(&e.prints)
     ])?;
     Ok(())
 }
 
 fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::Result<()> {
     db.prepare_cached(
-        "INSERT INTO dead (subscriber, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+        "INSERT INTO dead (subscriber, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story, \
+         prints) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
     )?
     .execute(params![
         subscriber,
@@ -681,7 +692,8 @@ fn insert_dead(db: &Connection, subscriber: &str, l: &DeadLetter) -> rusqlite::R
         l.first_attempt_at.map(millis),
         l.died_at.map(millis),
         &l.body[..],
-        attempt_log_text(&l.attempt_log)
+        attempt_log_text(&l.attempt_log),
+        Print::to_bytes(&l.prints)
     ])?;
     Ok(())
 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::{
-    consumer::{insert_retry, read_attempt_log},
+    consumer::{insert_retry, read_attempt_log, read_prints},
     from_millis, millis,
     store::Store,
 };
@@ -61,7 +61,7 @@ impl queue::DeadLetters for DeadLetters {
         let (subscriber, after, upto) = (self.subscriber.clone(), self.after, self.upto);
         let found = self.store.read(move |db| {
             db.prepare_cached(
-                "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story \
+                "SELECT id, kind, reason, letter_id, content_type, events, attempts, status, error, first_attempt_at, died_at, body, story, prints \
                  FROM dead WHERE subscriber = ?1 AND id > ?2 AND id <= ?3 ORDER BY id LIMIT 1",
             )?
             .query_row(params![subscriber, after, upto], |row| read(row, &subscriber))
@@ -139,6 +139,7 @@ fn revive(
 
 fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
     let (kind, reason): (String, String) = (row.get(1)?, row.get(2)?);
+    let events = row.get(5)?;
     let time = |n| row.get::<_, Option<i64>>(n).map(|t| t.map(from_millis));
     let letter = DeadLetter {
         kind: if kind == MessageKind::Batch.name() {
@@ -150,7 +151,7 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
         id: row.get(3)?,
         content_type: row.get(4)?,
         content_encoding: None, // what comes here has none
-        events: row.get(5)?,
+        events,
         attempts: row.get(6)?,
         status: row.get(7)?,
         error: row.get(8)?,
@@ -158,6 +159,7 @@ fn read(row: &Row<'_>, subscriber: &str) -> rusqlite::Result<Held> {
         died_at: time(10)?,
         body: Bytes::from(row.get::<_, Vec<u8>>(11)?),
         attempt_log: read_attempt_log(row, 12)?,
+        prints: read_prints(row, 13, events)?,
     };
     Ok(Held {
         letter,

@@ -126,6 +126,11 @@ const MIGRATIONS: &[&str] = &[
     -- Unix milliseconds; NULL of those from before this version. Later than now: the clock was set back since.
     ALTER TABLE retry ADD COLUMN scheduled_at INTEGER;
 ",
+    "
+    -- 8 bytes for each event, in their order; NULL where they are unknown or too many.
+    ALTER TABLE retry ADD COLUMN prints BLOB;
+    ALTER TABLE dead ADD COLUMN prints BLOB;
+",
 ];
 
 /// Mark of hooktrail's files (`PRAGMA application_id`).
@@ -370,7 +375,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_an_earlier_version_wrote_is_read_without_an_attempt_log() {
+    async fn what_an_earlier_version_wrote_is_read_without_an_attempt_log_and_without_prints() {
         let dir = tempfile::tempdir().expect("a directory");
         let old = Connection::open(dir.path().join(FILE)).expect("opens");
         old.execute_batch(&MIGRATIONS[..2].concat()).expect("the schema of then");
@@ -384,17 +389,20 @@ mod tests {
         drop(old);
         let store = Store::open(dir.path(), Access::Existing).expect("opens");
         let query = |db: &Connection| {
-            let retry: (u32, Option<String>, bool) =
-                db.query_row("SELECT attempts, story, replay FROM retry", [], |r| {
-                    Ok((r.get(0)?, r.get(1)?, r.get(2)?))
+            let retry: (u32, Option<String>, bool, Option<Vec<u8>>) =
+                db.query_row("SELECT attempts, story, replay, prints FROM retry", [], |r| {
+                    Ok((r.get(0)?, r.get(1)?, r.get(2)?, r.get(3)?))
                 })?;
-            let dead: (u32, Option<String>) =
-                db.query_row("SELECT attempts, story FROM dead", [], |r| {
-                    Ok((r.get(0)?, r.get(1)?))
+            let dead: (u32, Option<String>, Option<Vec<u8>>) =
+                db.query_row("SELECT attempts, story, prints FROM dead", [], |r| {
+                    Ok((r.get(0)?, r.get(1)?, r.get(2)?))
                 })?;
             Ok((retry, dead))
         };
-        assert_eq!(store.read(query).await.expect("reads"), ((3, None, false), (3, None)));
+        assert_eq!(
+            store.read(query).await.expect("reads"),
+            ((3, None, false, None), (3, None, None))
+        );
     }
 
     #[tokio::test]
