@@ -36,12 +36,11 @@ pub(crate) use self::intake::read_all;
 use self::{
     answer::{READ_TIMEOUT, header_text, not_found, wrong_method},
     connections::Bounds,
-    guard::authorized,
+    guard::{Tokens, authorized},
     intake::{Intake, ROOM},
 };
 use crate::{
     config::AdminConfig,
-    crypto::secret::Secret,
     queue::Queue,
     supervisor::{fleet::Phase, reload::Reloader},
     telemetry::{metrics, status::Board},
@@ -60,7 +59,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 pub struct Admin {
     socket: TcpListener,
     port: u16,
-    token: Option<Secret>,
+    tokens: Tokens,
 }
 
 impl Admin {
@@ -71,7 +70,14 @@ impl Admin {
         let socket = TcpListener::bind(config.listen).await?;
         let listens = socket.local_addr()?;
         tracing::info!(addr = %listens, "admin listening");
-        Ok(Self { socket, port: listens.port(), token: config.token.clone() })
+        let tokens = Tokens::new(config.all_tokens());
+        if tokens.is_empty() {
+            tracing::info!(
+                remedy = "set [admin] token; `hooktrail init` writes a configuration with one",
+                "without a token the API shows no events, deliveries and operations, and manages no subscribers"
+            );
+        }
+        Ok(Self { socket, port: listens.port(), tokens })
     }
 
     /// Serves, and takes events for `queue` while `phase` is [`Phase::Running`].
@@ -83,7 +89,6 @@ impl Admin {
         phase: watch::Receiver<Phase>,
     ) -> Serving {
         let room = Arc::new(Semaphore::new(ROOM as usize));
-        let token = self.token.map(Arc::new);
         let (readiness, asked, reloads) = (phase.clone(), queue.clone(), reloader.clone());
         let (exposed, polled, holds) = (board.clone(), queue.clone(), reloader.clone());
         let expose = move |format| {
@@ -93,7 +98,8 @@ impl Admin {
                 .set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));
             exposed.expose_as(format)
         };
-        let introduction = introduction::routes(token.clone(), self.port, &reloader.config().path);
+        let introduction =
+            introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
         let control =
             control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
         let intake = Intake::new(
@@ -109,7 +115,7 @@ impl Admin {
             .merge(control)
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
-            .layer(middleware::from_fn_with_state(token, authorized))
+            .layer(middleware::from_fn_with_state(self.tokens, authorized))
             .merge(introduction);
         let app = Router::new()
             .route("/healthz", get(async || "ok\n"))

@@ -27,7 +27,7 @@ pub use self::{
     schema::schema,
     settings::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, Intake, LogConfig,
-        QueueConfig,
+        QueueConfig, Role, Token,
     },
     subscriber::{Auth, HttpPolicy, Subscriber, Subscribers},
 };

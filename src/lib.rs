@@ -47,7 +47,7 @@
 //!              · limits · subscriber · settings · keys · spelling · variables · document · reader
 //!              · optional · include · loader · changes · listing · schema · config
 //!              keys/ · key · show
-//!              loader/ · files · queue · daemon · policies · signing · endpoint
+//!              loader/ · files · queue · tokens · daemon · policies · signing · endpoint
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber

@@ -179,12 +179,17 @@ impl<'c> Daemon<'c> {
         let challenge = handshake::challenge();
         let (status, answer) = self.introduced(&challenge).await.map_err(Stranger::Absent)?;
         if status == reqwest::StatusCode::UNAUTHORIZED {
-            return other(match self.asked.admin.token {
+            return other(match self.asked.admin.command_token() {
                 Some(_) => {
                     "has another token than [admin] token of this configuration; a daemon uses a changed token after a restart. \
                      The token was not sent"
                 }
-                None => "asks for a token; set [admin] token to that of its daemon",
+                None if self.asked.admin.tokens.is_empty() => {
+                    "asks for a token; set [admin] token to that of its daemon"
+                }
+                None => {
+                    "asks for a token that commands may use: set [admin] token, or one of [[admin.tokens]] with the role `admin`"
+                }
             });
         }
         let Some(it) = answer.filter(|_| status.is_success()) else {
@@ -193,7 +198,7 @@ impl<'c> Daemon<'c> {
                  this configuration another [admin] listen",
             );
         };
-        if let Some(token) = &self.asked.admin.token
+        if let Some(token) = self.asked.admin.command_token()
             && !it.proof.is_some_and(|proof| {
                 handshake::is_proven(token, Side::Daemon, &challenge, address.port(), &proof)
             })
@@ -221,7 +226,7 @@ impl<'c> Daemon<'c> {
         challenge: &str,
     ) -> Result<(reqwest::StatusCode, Option<Introduction>), String> {
         let mut request = self.client.get(self.url("daemon")).timeout(INTRODUCTION_TIMEOUT);
-        if let Some(token) = &self.asked.admin.token {
+        if let Some(token) = self.asked.admin.command_token() {
             let proof = handshake::proof(token, Side::Command, challenge, self.address.port());
             request =
                 request.header(handshake::CHALLENGE, challenge).header(handshake::PROOF, proof);
@@ -236,7 +241,7 @@ impl<'c> Daemon<'c> {
         &self,
         mut request: reqwest::RequestBuilder,
     ) -> Result<(reqwest::StatusCode, Value), String> {
-        if let Some(token) = &self.asked.admin.token {
+        if let Some(token) = self.asked.admin.command_token() {
             request = request.bearer_auth(token.expose());
         }
         send(request).await

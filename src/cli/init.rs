@@ -1,4 +1,4 @@
-//! `init`: writes the commented default configuration to a file.
+//! `init`: writes the commented default configuration to a file, with a new token.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -7,11 +7,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::failed::Failed;
+use super::{failed::Failed, secret::new_token};
 use crate::{config, telemetry::finding::shell_word};
 
-/// The file's permissions: it may get secrets, so only its owner reads it.
+/// The file's permissions: it has a token and may get secrets, so only its owner reads it.
 const MODE: u32 = 0o600;
+
+/// The line of the default configuration in whose place the new token stands.
+const WITHOUT_TOKEN: &str = "\n# token = \"${HOOKTRAIL_ADMIN_TOKEN}\"\n";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -34,7 +37,7 @@ pub(super) fn run(args: Args, configured: &Path) -> Result<(), Failed> {
     })?;
     let it = shell_word(&path.to_string_lossy());
     println!(
-        "wrote {path}, every key with its default and what it means; only you can read it
+        "wrote {path}, every key with its default and what it means, and a new [admin] token; only you can read it
 
 Next:
   1. Describe a subscriber: the end of the file shows one. `hooktrail secret` makes its secret.
@@ -67,8 +70,14 @@ fn write(path: &Path, force: bool) -> io::Result<()> {
 }
 
 fn fill(file: &mut File) -> io::Result<()> {
-    file.write_all(config::DEFAULT.as_bytes())?;
+    file.write_all(text().as_bytes())?;
     file.sync_all()
+}
+
+/// The default configuration with a new token.
+fn text() -> String {
+    let token = format!("\ntoken = \"{}\"\n", new_token());
+    config::DEFAULT.replacen(WITHOUT_TOKEN, &token, 1)
 }
 
 #[cfg(test)]
@@ -81,7 +90,13 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("a/b/h.toml");
         write(&path, false).expect("writes");
-        assert_eq!(fs::read_to_string(&path).expect("text"), config::DEFAULT);
+        let is_written = || {
+            let text = fs::read_to_string(&path).expect("text");
+            let (before, rest) =
+                config::DEFAULT.split_once(WITHOUT_TOKEN).expect("it has the line");
+            text.starts_with(before) && text.ends_with(rest) && text.contains("\ntoken = \"hook")
+        };
+        assert!(is_written(), "the default with a token");
         assert_eq!(fs::metadata(&path).expect("it is there").permissions().mode() & 0o777, 0o600);
         fs::write(&path, "mine").expect("writes");
         assert_eq!(
@@ -90,12 +105,15 @@ mod tests {
         );
         assert_eq!(fs::read_to_string(&path).expect("text"), "mine");
         write(&path, true).expect("replaces");
-        assert_eq!(fs::read_to_string(&path).expect("text"), config::DEFAULT);
+        assert!(is_written(), "the default with a token");
         assert_eq!(
             fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(),
             1,
             "no other file is left"
         );
-        config::load_with(&path, &|_| None).expect("it is valid as it is");
+        let first = config::load_with(&path, &|_| None).expect("it is valid as it is").admin.token;
+        write(&path, true).expect("replaces");
+        let second = config::load_with(&path, &|_| None).expect("it is valid as it is").admin.token;
+        assert!(first.is_some() && first != second, "each file has a token of its own");
     }
 }

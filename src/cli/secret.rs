@@ -1,10 +1,18 @@
-//! A new signing secret.
+//! A new signing secret, and a new token of the admin API.
 
-use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD as BASE64, URL_SAFE_NO_PAD},
+};
 
 /// `whsec_` and the base64 of 32 random bytes.
 pub(super) fn new_secret() -> String {
     format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
+}
+
+/// `hooktrail_` and 32 random bytes: scanners for secrets can find it by its beginning.
+pub(super) fn new_token() -> String {
+    format!("hooktrail_{}", URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>()))
 }
 
 #[cfg(test)]
@@ -17,5 +25,12 @@ mod tests {
         let (a, b) = (new_secret(), new_secret());
         assert_ne!(a, b);
         assert_eq!(signature::standard_key(&Secret::new(a)).expect("valid").len(), 32);
+    }
+
+    #[test]
+    fn a_new_token_is_safe_in_a_header_and_in_a_configuration() {
+        let (a, b) = (new_token(), new_token());
+        assert!(a != b && a.len() == 53, "{a}");
+        assert!(a.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')), "{a}");
     }
 }

@@ -22,7 +22,7 @@ use super::{
         MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
         MAX_TIMEOUT, MAX_WAIT,
     },
-    settings::{AmqpConfig, Backend, Config, Intake, StoreConfig},
+    settings::{AmqpConfig, Backend, Config, Intake, StoreConfig, Token},
     subscriber::{Auth, Subscriber},
 };
 use crate::{
@@ -226,6 +226,35 @@ pub(super) static ADMIN: &[Key] = &[
         differs!(admin.token),
         |c| c.admin.token.as_ref().and_then(|_| redacted()),
     ),
+    global(
+        "admin.tokens",
+        "More bearer tokens of /api, each with a name and a role.",
+        Shape::List(&ONE_TOKEN),
+        AfterRestart,
+        differs!(admin.tokens),
+        |c| {
+            let entry = |t: &Token| {
+                let (name, role) = (quoted(&t.name), quoted(t.role.name()));
+                let token = quoted(REDACTED);
+                table([format!("name = {name}, token = {token}, role = {role}")].into_iter())
+            };
+            let any = !c.admin.tokens.is_empty();
+            any.then(|| list(c.admin.tokens.iter().map(entry))).flatten()
+        },
+    ),
+];
+
+static ONE_TOKEN: Shape = Shape::Table(TOKEN);
+
+pub(super) static TOKEN: &[Key] = &[
+    read("tokens.name", "A unique name; operations are recorded with it.", Shape::Text).required(),
+    read("tokens.token", "The token itself, unique too.", Shape::Text).required(),
+    read(
+        "tokens.role",
+        "\"admin\" may do all, \"read\" only what changes nothing, \"intake\" only publish events.",
+        Shape::Word(&["admin", "read", "intake"]),
+    )
+    .required(),
 ];
 
 pub(super) static LOG: &[Key] = &[

@@ -7,6 +7,7 @@ mod files;
 mod policies;
 mod queue;
 mod signing;
+mod tokens;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 

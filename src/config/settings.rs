@@ -1,6 +1,6 @@
 //! A checked configuration and its parts that belong to no subscriber.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use super::subscriber::Subscribers;
 use crate::crypto::secret::{Secret, SecretUrl};
@@ -100,8 +100,64 @@ pub struct HistoryConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdminConfig {
     pub listen: SocketAddr,
-    /// The bearer token of `/api`; never `None` if other machines can connect.
+    /// The value of `token`. If other machines can connect there is this token, or one of `tokens`.
     pub token: Option<Secret>,
+    /// The tables `[[admin.tokens]]`.
+    pub tokens: Vec<Token>,
+}
+
+impl AdminConfig {
+    /// The name of the token `[admin] token`, which no other token has.
+    pub const TOKEN: &str = "token";
+
+    /// Every token, that of `[admin] token` first.
+    pub fn all_tokens(&self) -> Vec<Token> {
+        let name = Self::TOKEN.into();
+        let own = self.token.clone().map(|secret| Token { name, secret, role: Role::Admin });
+        own.into_iter().chain(self.tokens.iter().cloned()).collect()
+    }
+
+    /// The token that commands send: `[admin] token`, or else the first one of role `admin`.
+    pub fn command_token(&self) -> Option<&Secret> {
+        let first = self.tokens.iter().find(|token| token.role == Role::Admin);
+        self.token.as_ref().or_else(|| first.map(|token| &token.secret))
+    }
+}
+
+/// A bearer token of `/api`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Token {
+    /// Unique. Operations are recorded with it.
+    pub name: Arc<str>,
+    /// Unique too.
+    pub secret: Secret,
+    pub role: Role,
+}
+
+/// The requests that a token may make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// All requests.
+    Admin,
+    /// Requests that change nothing.
+    Read,
+    /// Publishing events, and nothing else.
+    Intake,
+}
+
+impl Role {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Read => "read",
+            Self::Intake => "intake",
+        }
+    }
+
+    /// Whether a token of this role may make a request that needs `needed`.
+    pub fn may(self, needed: Self) -> bool {
+        self == Self::Admin || self == needed
+    }
 }
 
 /// The table `[log]`.

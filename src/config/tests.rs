@@ -62,9 +62,14 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
     for key in names(keys::ROOT) {
         let found = DEFAULT.lines().any(|l| {
             let l = l.trim_start_matches("# ");
-            [format!("{key} = "), format!("[{key}]"), format!("[[{key}]]")]
-                .iter()
-                .any(|start| l.starts_with(start))
+            [
+                format!("{key} = "),
+                format!("[{key}]"),
+                format!("[[{key}]]"),
+                format!("[[admin.{key}]]"),
+            ]
+            .iter()
+            .any(|start| l.starts_with(start))
                 || l.contains(&format!("{{ {key} = "))
                 || l.contains(&format!(", {key} = "))
                 || (["batch", "http", "circuit_breaker"].contains(&key)
@@ -581,6 +586,64 @@ fn a_listener_that_other_machines_reach_needs_a_token() {
         ("tokn = \"x\"", "did you mean `token`?"),
     ] {
         let found = with(admin).expect_err("refused");
+        assert!(
+            found.len() == 1 && found[0].contains(part) && !found[0].contains("hunter"),
+            "{admin}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn tokens_have_unique_names_and_values_and_a_role() {
+    let with = |admin: &str| load_text(&format!("{QUEUE}[admin]\n{admin}\n")).map(|c| c.admin);
+    let token = |name: &str, token: &str, role: &str| {
+        format!("[[admin.tokens]]\nname = \"{name}\"\ntoken = \"{token}\"\nrole = \"{role}\"\n")
+    };
+    let some = token("ci", "hunter-ci", "intake") + &token("me", "${SECRET}", "admin");
+    // A token of any role keeps other machines from publishing.
+    let open = with(&format!("listen = \"0.0.0.0:1\"\n{some}")).expect("valid");
+    let all: Vec<_> = open.all_tokens().iter().map(|t| (t.name.to_string(), t.role)).collect();
+    assert_eq!(all, [("ci".to_owned(), Role::Intake), ("me".to_owned(), Role::Admin)]);
+    assert_eq!(open.command_token(), Some(&open.tokens[1].secret), "the first of role admin");
+    let own = with(&format!("token = \"hunter\"\n{some}")).expect("valid");
+    assert_eq!((&*own.all_tokens()[0].name, own.all_tokens().len()), ("token", 3));
+    assert_eq!(own.command_token(), own.token.as_ref());
+    assert!(with(&token("ci", "x", "read")).expect("valid").command_token().is_none());
+    let shown = load_text(&format!("{QUEUE}[admin]\n{some}")).expect("valid");
+    let toml = global_as_toml(&shown);
+    assert!(
+        toml.contains(r#"{ name = "ci", token = "[redacted]", role = "intake" }"#)
+            && !format!("{toml}{shown:?}").contains("hunter"),
+        "{toml}"
+    );
+    let many: String = (0..101).map(|n| token(&format!("t{n}"), &n.to_string(), "read")).collect();
+    for (admin, part) in [
+        (
+            token("ci", "hunter", "root"),
+            "tokens[0].role: must be \"admin\" or \"read\" or \"intake\"",
+        ),
+        (token("C I", "hunter", "read"), "tokens[0].name: must be 1 to 64"),
+        (token("token", "hunter", "read"), "is the name of the key `token`"),
+        (token("ci", "", "read"), "tokens[0].token: must be one or more visible"),
+        (token("a", "hunter", "read") + &token("a", "x", "read"), "tokens[1].name: `a` is already"),
+        (token("a", "hunter", "read") + &token("b", "hunter", "read"), "the same as the token `a`"),
+        (format!("token = \"hunter\"\n{}", token("a", "hunter", "read")), "the token `token`"),
+        (
+            "[[admin.tokens]]\nname = \"a\"\nrole = \"read\"".to_owned(),
+            "tokens[0].token: is required",
+        ),
+        (
+            "[[admin.tokens]]\ntoken = \"hunter\"\nrole = \"read\"".to_owned(),
+            "tokens[0].name: is required",
+        ),
+        (
+            "[[admin.tokens]]\nname = \"a\"\ntoken = \"hunter\"".to_owned(),
+            "tokens[0].role: is required",
+        ),
+        ("tokens = \"hunter\"".to_owned(), "tokens: must be an array"),
+        (many, "at most 100 tokens"),
+    ] {
+        let found = with(&admin).expect_err("refused");
         assert!(
             found.len() == 1 && found[0].contains(part) && !found[0].contains("hunter"),
             "{admin}: {found:?}"

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::receiver::Receiver;
 use crate::{
-    cli::failed::Failed,
+    cli::{failed::Failed, secret::new_token},
     config::{self, Config},
 };
 
@@ -34,8 +34,10 @@ impl Home {
         let name = self.0.file_name().unwrap_or_default().to_string_lossy();
         // TOML has the escapes of JSON.
         let url = json!(amqp.unwrap_or("embedded")).to_string().replace("${", "$${");
+        let token = new_token();
         let mut text = format!(
-            "[queue]\nurl = {url}\nexchange = \"{name}\"\nprefix = \"{name}\"\n\
+            "[admin]\nlisten = \"127.0.0.1:0\"\ntoken = \"{token}\"\n\
+             [queue]\nurl = {url}\nexchange = \"{name}\"\nprefix = \"{name}\"\n\
              [batch]\nmax_events = 50\nmax_bytes = \"32KiB\"\nmax_wait = \"400ms\"\n\
              [http]\nallow_http = true\nallow_private_addresses = true\ntimeout = \"5s\"\n\
              [retry]\ninitial_interval = \"500ms\"\nmultiplier = 1.5\nmax_interval = \"2s\"\nmax_attempts = 6\n\

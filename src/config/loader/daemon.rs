@@ -5,14 +5,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    config::{
-        document::Section,
-        keys,
-        reader::Reader,
-        settings::{AdminConfig, HistoryConfig, LogConfig, StoreConfig},
-    },
-    crypto::secret::Secret,
+use super::tokens;
+use crate::config::{
+    document::Section,
+    keys,
+    reader::Reader,
+    settings::{AdminConfig, HistoryConfig, LogConfig, StoreConfig},
 };
 
 const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -66,23 +64,21 @@ pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Optio
     };
     let token = match get("token") {
         None => Some(None),
-        Some(v) => reader.string(&v).and_then(|text| {
-            // Not quoted: a rejected token is a secret too.
-            let ok = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
-            if !ok {
-                reader.report(&v, "must be one or more visible ASCII characters without spaces, which is what a header can carry; leave the key out for no token");
-            }
-            ok.then(|| Some(Secret::new(text)))
-        }),
+        Some(v) => tokens::secret(reader, &v).map(Some),
     };
-    let (listen, token) = (listen?, token?);
-    if let (None, Some(v)) =
-        (&token, get("listen").filter(|_| !listen.ip().to_canonical().is_loopback()))
+    let tokens = match get("tokens") {
+        None => Some(Vec::new()),
+        Some(v) => tokens::tokens(reader, &v, token.as_ref().and_then(Option::as_ref)),
+    };
+    let (listen, token, tokens) = (listen?, token?, tokens?);
+    if token.is_none()
+        && tokens.is_empty()
+        && let Some(v) = get("listen").filter(|_| !listen.ip().to_canonical().is_loopback())
     {
         reader.report(&v, format!("{listen} is not a loopback address, so others could publish events; set `token`, such as \"${{HOOKTRAIL_ADMIN_TOKEN}}\", or listen on \"127.0.0.1:8787\""));
         return None;
     }
-    Some(AdminConfig { listen, token })
+    Some(AdminConfig { listen, token, tokens })
 }
 
 pub(in crate::config) fn log(reader: &Reader<'_>, root: &Section<'_>) -> Option<LogConfig> {

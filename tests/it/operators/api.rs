@@ -97,3 +97,117 @@ fn each_refusal_is_a_problem_of_rfc_9457_that_names_the_field_at_fault() {
         problem(&api.post("/api/v1/reload", "{}").await, 422, "configuration");
     });
 }
+
+/// Tokens of three roles, and [admin] token.
+const TOKENS: &str = "token = \"quite-secret\"\n\
+    [[admin.tokens]]\nname = \"eye\"\ntoken = \"eye-secret\"\nrole = \"read\"\n\
+    [[admin.tokens]]\nname = \"app\"\ntoken = \"app-secret\"\nrole = \"intake\"\n\
+    [[admin.tokens]]\nname = \"ops\"\ntoken = \"ops-secret\"\nrole = \"admin\"\n";
+
+#[test]
+fn each_role_may_do_what_it_is_for_and_nothing_else() {
+    run(async {
+        let api = Api::new();
+        let setup = setup(&api, TOKENS);
+        let daemon = setup.start().await;
+        let reads = [
+            "/api/v1/daemon",
+            "/api/v1/subscribers",
+            "/api/v1/subscribers/a",
+            "/api/v1/subscribers/a/dead",
+            "/api/v1/subscribers/a/retry",
+            "/api/v1/reload",
+        ];
+        let event = ("/api/v1/events", "{\"event\":\"x.y\"}");
+        let changes = ["pause", "resume", "retry", "test"]
+            .map(|what| format!("/api/v1/subscribers/a/{what}"))
+            .into_iter()
+            .chain(["/api/v1/reload".to_owned()]);
+        let mut requests: Vec<(&str, String, &str, &str)> =
+            changes.map(|path| ("POST", path, "{}", "admin")).collect();
+        requests.extend(reads.map(|path| ("GET", path.to_owned(), "", "read")));
+        requests.push(("POST", event.0.to_owned(), event.1, "intake"));
+        for (method, path, body, needed) in requests {
+            for (token, name, role) in [
+                ("quite-secret", "token", "admin"),
+                ("ops-secret", "ops", "admin"),
+                ("eye-secret", "eye", "read"),
+                ("app-secret", "app", "intake"),
+            ] {
+                let given = format!("Bearer {token}");
+                let answer =
+                    api.send(method, &path, &[JSON, ("authorization", &given)], body).await;
+                if role == "admin" || role == needed {
+                    assert!((200..300).contains(&answer.status), "{name} {path}: {answer:?}");
+                } else {
+                    let detail = problem(&answer, 403, "role")["detail"].to_string();
+                    for part in [
+                        format!("the token `{name}` has the role `{role}`"),
+                        format!("one of role `{needed}`"),
+                    ] {
+                        assert!(detail.contains(&part), "{detail}");
+                    }
+                }
+            }
+            for given in ["", "Bearer quite", "Bearer quite-secret-", "Basic quite-secret"] {
+                let headers = [JSON, ("authorization", given)];
+                problem(&api.send(method, &path, &headers, body).await, 401, "token");
+            }
+        }
+        assert!(!daemon.log().contains("without a token the API"), "{}", daemon.log());
+    });
+}
+
+#[test]
+fn what_a_token_of_role_read_sees_has_no_path_header_or_password_of_an_endpoint() {
+    run(async {
+        let api = Api::new();
+        let more = "auth = { bearer = \"hunter2-bearer\" }\nheaders = { X-Key = \"hunter2-key\" }\n\
+            http = { allow_http = true, allow_private_addresses = true }\nretry = { max_attempts = 1 }";
+        let subscriber = subscriber("a", "http://127.0.0.1:9/hunter2-path?k=hunter2-query", more);
+        let setup = Setup::new(&Queue::embedded(), &(api.section() + TOKENS + &subscriber));
+        let _daemon = setup.start().await;
+        let admin = [JSON, ("authorization", "Bearer quite-secret")];
+        api.send("POST", "/api/v1/events", &admin, "{\"event\":\"x.y\"}").await;
+        let read = [("authorization", "Bearer eye-secret")];
+        let mut dead = Value::Null;
+        crate::support::eventually("a dead letter", async || {
+            dead = api.send("GET", "/api/v1/subscribers/a/dead", &read, "").await.json();
+            dead["dead"] == 1
+        })
+        .await;
+        // A changed URL: what a reload would do is shown without it.
+        let text = std::fs::read_to_string(setup.config()).expect("text");
+        setup.write("hooktrail.toml", text.replace("hunter2-path", "hunter2-other"));
+        for path in [
+            "subscribers",
+            "subscribers/a",
+            "subscribers/a/dead",
+            "subscribers/a/retry",
+            "reload",
+            "daemon",
+        ] {
+            let answer = api.send("GET", &format!("/api/v1/{path}"), &read, "").await;
+            assert!(answer.status == 200 && !answer.text.contains("hunter2"), "{answer:?}");
+        }
+    });
+}
+
+#[test]
+fn a_daemon_without_a_token_logs_once_what_is_off_and_how_to_get_one() {
+    run(async {
+        let api = Api::new();
+        let setup = setup(&api, "");
+        let daemon = setup.start().await;
+        let log = daemon.log();
+        let lines: Vec<&str> =
+            log.lines().filter(|line| line.contains("without a token the API")).collect();
+        assert!(
+            lines.len() == 1
+                && lines[0].contains("INFO")
+                && lines[0].contains("hooktrail init")
+                && lines[0].contains("[admin] token"),
+            "{log}"
+        );
+    });
+}

@@ -578,6 +578,9 @@ fn the_api_is_as_its_document_describes_it() {
             "/api/v1/subscribers/nobody/retry",
             "/api/v1/subscribers/open/retry",
             "/api/v1/subscribers/a/retry?limit=many",
+            "/api/v1/subscribers?limit=1",
+            "/api/v1/subscribers/a?limit=1",
+            "/api/v1/reload?limit=1",
         ] {
             api.get(path).await;
         }

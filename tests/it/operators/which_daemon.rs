@@ -25,6 +25,11 @@ fn setup(admin: &str) -> Setup {
     ))
 }
 
+/// A configuration's only token, of a role.
+fn one_token(role: &str) -> String {
+    format!("[[admin.tokens]]\nname = \"ops\"\ntoken = \"{TOKEN}\"\nrole = \"{role}\"\n")
+}
+
 /// On one line: where it breaks is of no interest here.
 fn reported(output: &Output) -> String {
     let both = [&output.stdout[..], &output.stderr[..]].concat();
@@ -65,23 +70,50 @@ fn a_program_that_took_the_daemons_port_does_not_get_the_token_and_is_not_believ
             true => introduces(head, port),
             false => (200, everything.clone()),
         });
-        let setup =
-            setup(&format!("[admin]\nlisten = \"{}\"\ntoken = \"{TOKEN}\"\n", impostor.address()));
-        for (command, code) in COMMANDS {
-            let output = setup.run(command);
-            let reported = reported(&output);
-            assert!(
-                output.status.code() == Some(code) && reported.contains(why),
-                "{command:?}: {why}: {reported}"
-            );
+        let own = format!("token = \"{TOKEN}\"\n");
+        for tokens in [&own, &one_token("admin")] {
+            let address = impostor.address();
+            let setup = setup(&format!("[admin]\nlisten = \"{address}\"\n{tokens}"));
+            for (command, code) in COMMANDS {
+                let output = setup.run(command);
+                let reported = reported(&output);
+                assert!(
+                    output.status.code() == Some(code) && reported.contains(why),
+                    "{command:?}: {why}: {reported}"
+                );
+            }
         }
         let asked = impostor.asked();
-        assert_eq!(asked.len(), COMMANDS.len(), "nothing but who it is was asked: {asked:?}");
+        assert_eq!(asked.len(), 2 * COMMANDS.len(), "nothing but who it is was asked: {asked:?}");
         assert!(
             asked.iter().all(|head| !head.contains(TOKEN) && !head.contains("authorization")),
             "{asked:?}"
         );
     }
+}
+
+#[test]
+fn commands_use_the_first_token_of_role_admin_if_admin_has_none_of_its_own() {
+    run(async {
+        let api = Api::new();
+        let first = "[[admin.tokens]]\nname = \"eye\"\ntoken = \"other\"\nrole = \"read\"\n";
+        let setup = setup(&(api.section() + first + &one_token("admin")));
+        let _daemon = setup.start().await;
+        for (command, _) in COMMANDS {
+            let output = setup.run(command);
+            assert!(output.status.success(), "{command:?}: {}", reported(&output));
+        }
+        // Without one they cannot ask, and say what is missing.
+        let text = std::fs::read_to_string(setup.config()).expect("text");
+        setup.write("hooktrail.toml", text.replace("\"admin\"", "\"read\""));
+        let output = setup.run(&["status"]);
+        assert!(
+            output.status.code() == Some(1)
+                && reported(&output).contains("one of [[admin.tokens]] with the role `admin`"),
+            "{}",
+            reported(&output)
+        );
+    });
 }
 
 #[test]
