@@ -32,6 +32,14 @@ impl BatchId {
         self.0.rsplit_once('_').is_some_and(|(parent, path)| parent.contains('_') && is_path(path))
     }
 
+    /// The id of the batch that this is a half of; `None` if it is whole.
+    #[must_use]
+    pub fn parent(&self) -> Option<Self> {
+        let is_half = Some(&self.0).filter(|_| self.is_half());
+        let shorter = is_half.map(|id| &id[..id.len() - 1]);
+        shorter.map(|id| Self(id.strip_suffix('_').unwrap_or(id).to_owned()))
+    }
+
     /// The ids of the two parts.
     #[must_use]
     pub fn halves(&self) -> [Self; 2] {
@@ -141,6 +149,10 @@ mod tests {
         assert_eq!((first.as_str(), second.as_str()), ("msg_0123_0", "msg_0123_1"));
         assert!(first.is_half() && second.is_half());
         assert_eq!(second.halves().map(|id| id.to_string()), ["msg_0123_10", "msg_0123_11"]);
+        for id in [&whole, &first, &second] {
+            assert_eq!(id.halves().map(|half| half.parent()), [Some(id.clone()), Some(id.clone())]);
+        }
+        assert_eq!(whole.parent(), None);
         assert!(!BatchId::random().is_half() && !BatchId::from("0_1").is_half());
     }
 }

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use sha2::{Digest as _, Sha256};
+
 use crate::{
     clock,
     delivery::{
@@ -74,6 +76,11 @@ impl InFlight {
             body_bytes: batch.body.len(),
             origin,
         }
+    }
+
+    /// The SHA-256 of the body.
+    pub(super) fn digest(&self) -> [u8; 32] {
+        Sha256::digest(&self.batch.body).into()
     }
 
     pub(super) fn add_failure(&mut self, failure: &Failure, at: SystemTime) {

@@ -15,9 +15,7 @@ use super::{
 };
 use crate::{
     clock,
-    delivery::{
-        Batch, BatchId, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState, Reason,
-    },
+    delivery::{Batch, BatchId, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState},
     endpoint::webhook::Request,
     event::head,
     failpoint::{Step, reached},
@@ -28,7 +26,10 @@ use crate::{
         verdict::{self, Evidence, Verdict},
     },
     queue::{Queue, QueueError, Receipt, SettleError, Settlement, Settler, Source, Taken},
-    telemetry::lane_event::{AttemptEnded, LaneEvent, Settled},
+    telemetry::{
+        lane_event::{AttemptEnded, Died, LaneEvent, Settled},
+        status::LaneReporter,
+    },
 };
 
 /// Messages taken from the source at once: enough to make a wake-up cheap, few enough to handle
@@ -241,13 +242,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
         self.tasks.spawn(async move {
             let in_flight = in_flight.await;
             let batch = &in_flight.batch;
+            let is_first = batch.attempts == 1;
+            let sha256 = (is_first && reporter.wants_digests()).then(|| in_flight.digest());
             let started = clock::instant();
-            reporter.report(&LaneEvent::AttemptStarted {
-                number,
-                batch_id: &batch.id,
-                events: batch.events,
-                bytes: batch.body.len(),
-            });
+            reporter.report(&LaneEvent::AttemptStarted { number, batch, sha256 });
             let Batch { attempts: attempt, format, replay, .. } = *batch;
             let request = Request {
                 batch_id: batch.id.clone(),
@@ -268,16 +266,13 @@ impl<'l, Q: Queue> Session<'l, Q> {
         });
     }
 
-    /// Settles in a task, which reports what was `settled` once it is durable.
+    /// Settles in a task, which reports what was `settled` once it is durable, or has failed.
     fn settle(&mut self, receipts: Vec<Receipt>, settlement: Settlement, settled: Settled) {
         let (settler, reporter) = (self.settler.clone(), self.lane.reporter());
         self.settling += 1;
         self.tasks.spawn(async move {
             let result = settler.settle(receipts, settlement).await;
-            if result.is_ok() {
-                reporter.report(&LaneEvent::Settled(settled));
-            }
-            Done::Settled(result)
+            Done::Settled(reported(&reporter, result, settled))
         });
     }
 
@@ -317,9 +312,9 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 reason: first.reason,
                 error: &first.error,
             });
-            let reasons: Vec<Reason> = dead.iter().map(|(_, letter)| letter.reason).collect();
+            let died = dead.iter().map(|(_, letter)| Died::of(letter)).collect();
             let (receipts, letters) = dead.into_iter().unzip();
-            self.settle(receipts, Settlement::Dead(letters), Settled::DeadLetters(reasons));
+            self.settle(receipts, Settlement::Dead(letters), Settled::DeadLetters(died));
         }
     }
 
@@ -390,7 +385,8 @@ impl<'l, Q: Queue> Session<'l, Q> {
             verdict::learn(&mut self.lane.health, &attempt, &outcome, now);
         }
         if let Outcome::Unsent { why } = outcome {
-            self.lane.report(&LaneEvent::Unsent { number, why: &why });
+            let batch_id = &in_flight.batch.id;
+            self.lane.report(&LaneEvent::Unsent { number, batch_id, why: &why });
             self.end.get_or_insert(End::Unsent);
             return;
         }
@@ -456,7 +452,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
                 let (shortened_from, now) = (verdict.shortened_from, clock::now());
                 let InFlight { batch, receipts, .. } = in_flight;
                 let letter = DeadLetter::of_batch(batch, reason, failure, shortened_from, now);
-                let settled = Settled::DeadLetters(vec![reason]);
+                let settled = Settled::DeadLetters(vec![Died::of(&letter)]);
                 self.settle(receipts, Settlement::Dead(vec![letter]), settled);
             }
             Disposition::Paused(PauseCause::Exhausted) => {
@@ -489,9 +485,10 @@ impl<'l, Q: Queue> Session<'l, Q> {
     /// Schedules the batch, or its halves, for a retry after `delay`.
     fn again(&mut self, in_flight: InFlight, halves: Option<Vec<Batch>>, delay: Duration) {
         let InFlight { batch, receipts, arrived_at, .. } = in_flight;
+        let split = halves.as_ref().map(|_| batch.id.clone());
         let batches = halves.unwrap_or_else(|| vec![batch]);
         let ids: Vec<BatchId> = batches.iter().map(|batch| batch.id.clone()).collect();
-        let settled = Settled::Retries { batches: ids, delay, arrived_at };
+        let settled = Settled::Retries { batches: ids, split, delay, arrived_at };
         self.settle(receipts, Settlement::Retry { batches, delay }, settled);
     }
 
@@ -503,13 +500,30 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let name = self.lane.subscriber.name.clone();
         let (queue, settler) = (self.lane.queue.clone(), self.settler.clone());
         let pause = PauseState::Paused(Pause { why, since: clock::now(), by: by.to_owned() });
+        let settled = Settled::Paused(in_flight.batch.id.clone());
         let kept = Settlement::Retry { batches: vec![in_flight.batch], delay: Duration::ZERO };
+        let reporter = self.lane.reporter();
         self.settling += 1;
         self.tasks.spawn(async move {
-            if !is_recorded && let Err(e) = queue.record(&name, pause).await {
-                return Done::Settled(Err(SettleError::Unconfirmed(e.to_string())));
-            }
-            Done::Settled(settler.settle(in_flight.receipts, kept).await)
+            let recorded = if is_recorded { Ok(()) } else { queue.record(&name, pause).await };
+            let result = match recorded {
+                Ok(()) => settler.settle(in_flight.receipts, kept).await,
+                Err(e) => Err(SettleError::Unconfirmed(e.to_string())),
+            };
+            Done::Settled(reported(&reporter, result, settled))
         });
     }
+}
+
+/// Reports the result of a settlement.
+fn reported(
+    reporter: &LaneReporter,
+    result: Result<(), SettleError>,
+    settled: Settled,
+) -> Result<(), SettleError> {
+    reporter.report(&match result {
+        Ok(()) => LaneEvent::Settled(settled),
+        Err(_) => LaneEvent::NotSettled(settled),
+    });
+    result
 }

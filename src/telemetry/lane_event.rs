@@ -4,7 +4,11 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
-    delivery::{Batch, BatchId, Disposition, Failure, Outcome, Pause, Reason},
+    delivery::{
+        Batch, BatchId, DeadLetter, Disposition, Failure, MessageKind, Outcome, Pause, Prints,
+        Reason,
+    },
+    event::payload::Format,
     policy::circuit_breaker::{Change, CircuitState},
     telemetry::{outage::News, resources},
 };
@@ -26,18 +30,19 @@ pub enum LaneEvent<'a> {
         reason: Reason,
         error: &'a str,
     },
-    /// `number` counts the attempts of the session.
+    /// `number` counts the attempts of the session. `sha256`: that of the body, at the batch's first
+    /// attempt and if an observer wants it.
     AttemptStarted {
         number: u64,
-        batch_id: &'a BatchId,
-        events: u32,
-        bytes: usize,
+        batch: &'a Batch,
+        sha256: Option<[u8; 32]>,
     },
     AttemptEnded(AttemptEnded<'a>),
     /// Nothing of a request was sent, because this machine lacks file descriptors or ports, or over
     /// HTTP/2 no stream got free: it was no attempt.
     Unsent {
         number: u64,
+        batch_id: &'a BatchId,
         why: &'a str,
     },
     /// The receiver accepted a batch, `lag` after the timestamp of its first event and
@@ -49,6 +54,8 @@ pub enum LaneEvent<'a> {
     },
     /// A settlement is durable.
     Settled(Settled),
+    /// A settlement failed: its messages are delivered again.
+    NotSettled(Settled),
     /// The events that are taken and not settled, and when the oldest of them arrived.
     Unsettled {
         events: u64,
@@ -110,13 +117,45 @@ pub enum Settled {
     Recognised {
         events: u64,
     },
-    DeadLetters(Vec<Reason>),
-    /// Batches that are due in `delay`; their first event had arrived at `arrived_at`.
+    DeadLetters(Vec<Died>),
+    /// Batches that are due in `delay`; their first event had arrived at `arrived_at`. `split`: the
+    /// batch that they are the halves of.
     Retries {
         batches: Vec<BatchId>,
+        split: Option<BatchId>,
         delay: Duration,
         arrived_at: SystemTime,
     },
+    /// The batch waits until its subscriber is resumed.
+    Paused(BatchId),
+}
+
+/// A message that became a dead letter, without its body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Died {
+    pub reason: Reason,
+    /// `None` of an event, and of a message that was never attempted as a batch.
+    pub batch_id: Option<BatchId>,
+    /// The format of a batch's body.
+    pub format: Option<Format>,
+    pub events: u32,
+    pub bytes: usize,
+    pub prints: Prints,
+}
+
+impl Died {
+    pub fn of(letter: &DeadLetter) -> Self {
+        let is_batch = letter.kind == MessageKind::Batch;
+        let id = letter.id.clone().filter(|_| is_batch && letter.attempts > 0);
+        Self {
+            reason: letter.reason,
+            batch_id: id.map(BatchId::from),
+            format: letter.format().filter(|_| is_batch),
+            events: letter.events,
+            bytes: letter.body.len(),
+            prints: letter.prints.clone(),
+        }
+    }
 }
 
 /// The circuit as an operator sees it.
@@ -199,6 +238,7 @@ impl LaneEvent<'_> {
             | Self::AttemptStarted { .. }
             | Self::Delivered { .. }
             | Self::Settled(_)
+            | Self::NotSettled(_)
             | Self::Unsettled { .. }
             | Self::SessionEnded
             | Self::CircuitIs { .. }
@@ -282,8 +322,7 @@ mod tests {
     use super::*;
     use crate::{
         clock,
-        delivery::{AttemptLog, PauseCause},
-        event::payload::Format,
+        delivery::{AttemptLog, PauseCause, Print},
         telemetry::{metrics::Metrics, status::Board},
     };
     use std::{
@@ -376,8 +415,12 @@ mod tests {
         }
     }
 
-    fn started(id: &BatchId) -> LaneEvent<'_> {
-        LaneEvent::AttemptStarted { number: 7, batch_id: id, events: 3, bytes: 2 }
+    fn started(batch: &Batch) -> LaneEvent<'_> {
+        LaneEvent::AttemptStarted { number: 7, batch, sha256: None }
+    }
+
+    fn died(reason: Reason) -> Died {
+        Died { reason, batch_id: None, format: None, events: 1, bytes: 2, prints: None }
     }
 
     fn ended<'a>(
@@ -398,7 +441,7 @@ mod tests {
     #[test]
     fn an_attempt_has_one_line_and_counts_by_disposition_and_failure() {
         let batch = batch();
-        let before = [started(&batch.id)];
+        let before = [started(&batch)];
         check(
             &before[0],
             "",
@@ -477,7 +520,7 @@ mod tests {
             let samples: Vec<&str> = samples.iter().map(String::as_str).collect();
             check_after(&before, &ended(&batch, outcome, disposition), &line, &samples);
         }
-        let unsent = LaneEvent::Unsent { number: 7, why: "no port is left" };
+        let unsent = LaneEvent::Unsent { number: 7, batch_id: &batch.id, why: "no port is left" };
         check_after(
             &before,
             &unsent,
@@ -487,11 +530,35 @@ mod tests {
     }
 
     #[test]
+    fn a_dead_letter_is_reported_with_the_id_of_its_batch_if_that_was_attempted() {
+        let batch = Batch { prints: Some([Print::of(b"{}")].into()), ..batch() };
+        let prints = batch.prints.clone();
+        let letter = DeadLetter::of_batch(batch, Reason::Refused, &Failure::Timeout, None, T0);
+        let expected = Died {
+            reason: Reason::Refused,
+            batch_id: Some(BatchId::from("msg_1")),
+            format: Some(Format::Json),
+            events: 3,
+            bytes: 2,
+            prints: prints.clone(),
+        };
+        assert_eq!(Died::of(&letter), expected);
+        let (id, why) = (Some("msg_1".to_owned()), String::new());
+        let event =
+            DeadLetter::of_event("{}".into(), None, id.clone(), Reason::TooLarge, why.clone(), T0);
+        assert_eq!(Died::of(&event), Died { prints, ..died(Reason::TooLarge) });
+        let content_type = Some("application/json".to_owned());
+        let foreign = Died::of(&DeadLetter::not_a_batch("{}".into(), content_type, id, why, T0));
+        assert_eq!((foreign.batch_id, foreign.prints), (None, None), "any client can write an id");
+    }
+
+    #[test]
     fn what_is_taken_delivered_and_settled_is_counted() {
         let delivered =
             LaneEvent::Delivered { events: 3, lag: Some(SECOND), since_arrival: Some(SECOND * 2) };
         let retries = Settled::Retries {
             batches: vec![BatchId::from("msg_1")],
+            split: None,
             delay: SECOND,
             arrived_at: T0 + SECOND,
         };
@@ -518,8 +585,8 @@ mod tests {
             ),
             (
                 LaneEvent::Settled(Settled::DeadLetters(vec![
-                    Reason::InvalidEvent,
-                    Reason::TooLarge,
+                    died(Reason::InvalidEvent),
+                    died(Reason::TooLarge),
                 ])),
                 "",
                 &[
@@ -539,6 +606,8 @@ mod tests {
                 ],
             ),
             (LaneEvent::Settled(Settled::Delivered), "", &[]),
+            (LaneEvent::Settled(Settled::Paused(BatchId::from("msg_1"))), "", &[]),
+            (LaneEvent::NotSettled(Settled::DeadLetters(vec![died(Reason::TooLarge)])), "", &[]),
             (
                 LaneEvent::Unsettled { events: 2, oldest_arrived_at: Some(T0 + SECOND) },
                 "",
@@ -586,6 +655,7 @@ mod tests {
         let (operator, configured) = (pause("operator"), pause("configuration"));
         let paused = || LaneEvent::Paused { pause: &operator, known: false };
         let failed = |news| LaneEvent::QueueFailed { why: "reset", news };
+        let batch = batch();
         let line = r#"subscriber="a" why="w" by="#;
         for (before, event, log, samples) in [
             (
@@ -650,7 +720,7 @@ mod tests {
                 &["lane_up 1.0"],
             ),
             (
-                vec![paused(), failed(News::First), started(&BatchId::from("msg_1"))],
+                vec![paused(), failed(News::First), started(&batch)],
                 LaneEvent::Panicked { error: "e", restart_in: SECOND },
                 r#"ERROR the lane panicked; what it had taken is delivered again subscriber="a" error=e again_in_s=1.0"#.to_owned(),
                 &["lane_panics_total 1", "lane_up 1.0", "paused 0.0", "requests_in_flight 0.0"],

@@ -39,7 +39,7 @@ pub struct Board(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     metrics: Metrics,
-    observer: Option<Observer>,
+    observers: Arc<[Observer]>,
     lanes: Mutex<BTreeMap<SubscriberName, LaneReporter>>,
     depths: watch::Sender<Option<Polled>>,
     poll_wanted: Notify,
@@ -60,18 +60,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Board {
     pub fn new(metrics: Metrics) -> Self {
-        Self::with(metrics, None)
+        Self::observed(metrics, [])
     }
 
-    /// A board whose lanes report each event to `observer` too.
-    pub fn observed(metrics: Metrics, observer: Observer) -> Self {
-        Self::with(metrics, Some(observer))
-    }
-
-    fn with(metrics: Metrics, observer: Option<Observer>) -> Self {
+    /// A board whose lanes report each event to `observers` too, in their order.
+    pub fn observed(metrics: Metrics, observers: impl Into<Arc<[Observer]>>) -> Self {
         Self(Arc::new(Inner {
             metrics,
-            observer,
+            observers: observers.into(),
             lanes: Mutex::default(),
             depths: watch::Sender::default(),
             poll_wanted: Notify::new(),
@@ -87,7 +83,7 @@ impl Board {
     pub fn lane(&self, subscriber: &SubscriberName) -> LaneReporter {
         let new = || {
             let metrics = self.0.metrics.subscriber(subscriber);
-            LaneReporter::new(subscriber.clone(), metrics, self.0.observer.clone())
+            LaneReporter::new(subscriber.clone(), metrics, self.0.observers.clone())
         };
         lock(&self.0.lanes).entry(subscriber.clone()).or_insert_with(new).clone()
     }
@@ -219,6 +215,21 @@ mod tests {
         Duration::from_secs(n)
     }
 
+    fn batch() -> Batch {
+        Batch {
+            id: BatchId::from("msg_1"),
+            body: "{}".into(),
+            format: Format::Json,
+            events: 1,
+            attempts: 1,
+            first_attempt_at: None,
+            traceparent: None,
+            attempt_log: Default::default(),
+            prints: None,
+            replay: false,
+        }
+    }
+
     /// A lane, and the board with it, at a moment that tests move.
     struct Fixture {
         board: Board,
@@ -246,8 +257,8 @@ mod tests {
         }
 
         fn starts(&self, passed: Duration, number: u64, id: &str) {
-            let batch_id = &BatchId::from(id);
-            let event = LaneEvent::AttemptStarted { number, batch_id, events: 1, bytes: 1 };
+            let batch = &Batch { id: BatchId::from(id), ..batch() };
+            let event = LaneEvent::AttemptStarted { number, batch, sha256: None };
             self.report_after(passed, &event);
         }
 
@@ -259,18 +270,7 @@ mod tests {
                 let failure = Failure::Status { status: 503, excerpt: String::new() };
                 (Outcome::Retry { failure, retry_after: None }, Disposition::Retry { delay: took })
             };
-            let batch = &Batch {
-                id: BatchId::from("msg_1"),
-                body: "{}".into(),
-                format: Format::Json,
-                events: 1,
-                attempts: 1,
-                first_attempt_at: None,
-                traceparent: None,
-                attempt_log: Default::default(),
-                prints: Default::default(),
-                replay: false,
-            };
+            let batch = &batch();
             let outcome = &outcome;
             let shortened_from = None;
             let ended = AttemptEnded { number, batch, outcome, disposition, shortened_from, took };
@@ -327,7 +327,10 @@ mod tests {
         assert_eq!(f.board.in_flight(), [("a".into(), 2)].into());
         f.ends(secs(2), 2, true, secs(1));
         assert_eq!(state(secs(18)), State::Ok, "others are accepted");
-        f.report_after(secs(3), &LaneEvent::Unsent { number: 1, why: "no port" });
+        f.report_after(
+            secs(3),
+            &LaneEvent::Unsent { number: 1, batch_id: &batch().id, why: "no port" },
+        );
         assert_eq!(f.board.in_flight(), [].into(), "an unsent request is not in flight");
         f.starts(secs(20), 3, "msg_3");
         assert_eq!(state(secs(30)), State::Waiting { since: time + secs(20) });
@@ -364,7 +367,7 @@ mod tests {
         let has = |part: &str| f.board.metrics().expose().contains(part);
         let retry = |id: &str, delay, arrived_at| {
             let batches = vec![BatchId::from(id)];
-            LaneEvent::Settled(Settled::Retries { batches, delay, arrived_at })
+            LaneEvent::Settled(Settled::Retries { batches, split: None, delay, arrived_at })
         };
         let unsettled =
             |events, oldest_arrived_at| LaneEvent::Unsettled { events, oldest_arrived_at };
@@ -422,15 +425,27 @@ mod tests {
     }
 
     #[test]
-    fn an_observer_gets_each_event_with_its_subscriber() {
+    fn observers_get_each_event_with_its_subscriber_and_digests_if_one_wants_them() {
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let into = seen.clone();
-        let observer = Observer::new(move |subscriber, event| {
-            lock(&into).push(format!("{subscriber}: {event:?}"));
-        });
-        let board = Board::observed(Metrics::new(SystemTime::UNIX_EPOCH), observer);
+        let observer = |name: &'static str| {
+            let into = seen.clone();
+            Observer::new(move |subscriber, event| {
+                lock(&into).push(format!("{name} {subscriber}: {event:?}"));
+            })
+        };
+        let metrics = Metrics::new(SystemTime::UNIX_EPOCH);
+        let board = Board::observed(metrics.clone(), [observer("1"), observer("2")]);
+        assert!(!board.lane(&"a".into()).wants_digests());
         board.lane(&"a".into()).report(&LaneEvent::QueueRestored);
         board.lane(&"b".into()).report(&LaneEvent::Taken { events: 3 });
-        assert_eq!(*lock(&seen), ["a: QueueRestored", "b: Taken { events: 3 }"]);
+        let expected = [
+            "1 a: QueueRestored",
+            "2 a: QueueRestored",
+            "1 b: Taken { events: 3 }",
+            "2 b: Taken { events: 3 }",
+        ];
+        assert_eq!(*lock(&seen), expected);
+        let board = Board::observed(metrics, [observer("1"), observer("2").with_digests()]);
+        assert!(board.lane(&"a".into()).wants_digests());
     }
 }

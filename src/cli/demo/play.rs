@@ -46,7 +46,7 @@ impl Play<'_> {
         let controls = Controls {
             phase: &phase,
             changes: mpsc::channel(1).1, // no changes
-            board: Board::observed(Metrics::new(clock::now()), observer),
+            board: Board::observed(Metrics::new(clock::now()), [observer]),
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
             hurry: Box::pin(std::future::pending()),
         };

@@ -293,8 +293,9 @@ impl Drop for OpenConnection {
 mod tests {
     use super::*;
     use crate::{
-        delivery::{BatchId, Reason},
-        telemetry::lane_event::{LaneEvent, Settled},
+        delivery::{AttemptLog, Batch, BatchId, Reason},
+        event::payload::Format,
+        telemetry::lane_event::{Died, LaneEvent, Settled},
     };
     use std::{collections::BTreeSet, time::Duration};
 
@@ -351,8 +352,19 @@ mod tests {
         for name in ["c", "a", "b,le", "d"] {
             let subscriber = m.subscriber(name);
             subscriber.count(&LaneEvent::Taken { events: 3 });
-            let batch_id = &BatchId::from("msg_1");
-            let started = LaneEvent::AttemptStarted { number: 1, batch_id, events: 7, bytes: 9 };
+            let batch = Batch {
+                id: BatchId::from("msg_1"),
+                body: "{}".into(),
+                format: Format::Json,
+                events: 7,
+                attempts: 1,
+                first_attempt_at: None,
+                traceparent: None,
+                attempt_log: AttemptLog::default(),
+                prints: None,
+                replay: false,
+            };
+            let started = LaneEvent::AttemptStarted { number: 1, batch: &batch, sha256: None };
             subscriber.count(&started);
         }
         let text = m.expose_as(Exposition::Text);
@@ -398,7 +410,15 @@ mod tests {
         let m = metrics();
         let a = m.subscriber("a");
         m.subscriber("b");
-        a.count(&LaneEvent::Settled(Settled::DeadLetters(vec![Reason::Exhausted; 2])));
+        let died = Died {
+            reason: Reason::Exhausted,
+            batch_id: None,
+            format: None,
+            events: 1,
+            bytes: 2,
+            prints: None,
+        };
+        a.count(&LaneEvent::Settled(Settled::DeadLetters(vec![died; 2])));
         assert!(
             m.expose()
                 .contains("hooktrail_dead_letters_total{subscriber=\"a\",reason=\"exhausted\"} 2")

@@ -93,9 +93,9 @@ impl SubscriberMetrics {
             LaneEvent::Taken { events } => {
                 self.received.inc_by(*events);
             }
-            LaneEvent::AttemptStarted { events, bytes, .. } => {
-                self.batch_events.observe(f64::from(*events));
-                self.batch_bytes.observe(*bytes as f64);
+            LaneEvent::AttemptStarted { batch, .. } => {
+                self.batch_events.observe(f64::from(batch.events));
+                self.batch_bytes.observe(batch.body.len() as f64);
             }
             LaneEvent::AttemptEnded(ended) => self.attempt_ended(ended),
             LaneEvent::Unsent { .. } => {
@@ -116,6 +116,7 @@ impl SubscriberMetrics {
             }
             LaneEvent::Recognised { .. }
             | LaneEvent::Undeliverable { .. }
+            | LaneEvent::NotSettled(_)
             | LaneEvent::Unsettled { .. }
             | LaneEvent::SessionEnded
             | LaneEvent::CircuitIs { .. }
@@ -146,12 +147,12 @@ impl SubscriberMetrics {
                 self.recognised.inc_by(*events);
             }
             // What RabbitMQ gives up is not among the reasons, and not counted.
-            Settled::DeadLetters(reasons) => {
-                for counter in reasons.iter().filter_map(|reason| self.dead_letters.get(reason)) {
+            Settled::DeadLetters(died) => {
+                for counter in died.iter().filter_map(|d| self.dead_letters.get(&d.reason)) {
                     counter.inc();
                 }
             }
-            Settled::Delivered | Settled::Retries { .. } => {}
+            Settled::Delivered | Settled::Retries { .. } | Settled::Paused(_) => {}
         }
     }
 

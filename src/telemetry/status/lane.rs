@@ -37,13 +37,22 @@ const LONG_WAIT: Duration = Duration::from_secs(5);
 
 /// Gets each event of each lane with the subscriber's name, in the lane's own task.
 #[derive(Clone)]
-pub struct Observer(Arc<Observe>);
+pub struct Observer {
+    observe: Arc<Observe>,
+    wants_digests: bool,
+}
 
 type Observe = dyn Fn(&str, &LaneEvent<'_>) + Send + Sync;
 
 impl Observer {
     pub fn new(observe: impl Fn(&str, &LaneEvent<'_>) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(observe))
+        Self { observe: Arc::new(observe), wants_digests: false }
+    }
+
+    /// Has the lanes compute the SHA-256 of each body.
+    #[must_use]
+    pub fn with_digests(self) -> Self {
+        Self { wants_digests: true, ..self }
     }
 }
 
@@ -70,7 +79,7 @@ struct Lane {
     subscriber: SubscriberName,
     metrics: SubscriberMetrics,
     status: Mutex<LaneStatus>,
-    observer: Option<Observer>,
+    observers: Arc<[Observer]>,
     /// The number of retries that operators have requested.
     retry_requests: watch::Sender<u64>,
 }
@@ -79,7 +88,7 @@ impl LaneReporter {
     pub(super) fn new(
         subscriber: SubscriberName,
         metrics: SubscriberMetrics,
-        observer: Option<Observer>,
+        observers: Arc<[Observer]>,
     ) -> Self {
         metrics.set_circuit(CircuitState::Closed, None);
         metrics.set_up(true);
@@ -87,7 +96,7 @@ impl LaneReporter {
             subscriber,
             metrics,
             status: Mutex::default(),
-            observer,
+            observers,
             retry_requests: watch::Sender::new(0),
         }))
     }
@@ -101,9 +110,14 @@ impl LaneReporter {
         event.log(&self.0.subscriber);
         self.0.metrics.count(event);
         self.status().apply(event, &self.0.metrics, now);
-        if let Some(Observer(observe)) = &self.0.observer {
-            observe(&self.0.subscriber, event);
+        for observer in &*self.0.observers {
+            (observer.observe)(&self.0.subscriber, event);
         }
+    }
+
+    /// Whether an observer wants the SHA-256 of each body.
+    pub fn wants_digests(&self) -> bool {
+        self.0.observers.iter().any(|observer| observer.wants_digests)
     }
 
     /// Changes when an operator requests a retry.
@@ -181,10 +195,10 @@ impl LaneStatus {
     /// Changes the status, and the gauges that show it.
     fn apply(&mut self, event: &LaneEvent<'_>, metrics: &SubscriberMetrics, now: Moment) {
         match event {
-            LaneEvent::AttemptStarted { number, batch_id, .. } => {
+            LaneEvent::AttemptStarted { number, batch, .. } => {
                 self.in_flight.insert(*number, now.instant);
                 metrics.set_in_flight(self.in_flight.len());
-                self.scheduled.remove(batch_id);
+                self.scheduled.remove(&batch.id);
                 self.show_retries(metrics);
             }
             LaneEvent::AttemptEnded(ended) => {
@@ -192,7 +206,7 @@ impl LaneStatus {
                 metrics.set_in_flight(self.in_flight.len());
                 self.attempt_ended(ended, now);
             }
-            LaneEvent::Unsent { number, why } => {
+            LaneEvent::Unsent { number, why, .. } => {
                 self.in_flight.remove(number);
                 metrics.set_in_flight(self.in_flight.len());
                 self.last_error = Some(LastError {
@@ -203,7 +217,7 @@ impl LaneStatus {
                 });
             }
             LaneEvent::Delivered { events, .. } => self.delivered(u64::from(*events), now),
-            LaneEvent::Settled(Settled::Retries { batches, delay, arrived_at }) => {
+            LaneEvent::Settled(Settled::Retries { batches, delay, arrived_at, .. }) => {
                 self.scheduled.forget_missed(now.time);
                 for id in batches {
                     self.scheduled.insert(id, now.time + *delay, *arrived_at);
@@ -243,6 +257,7 @@ impl LaneStatus {
             | LaneEvent::Recognised { .. }
             | LaneEvent::Undeliverable { .. }
             | LaneEvent::Settled(_)
+            | LaneEvent::NotSettled(_)
             | LaneEvent::CircuitChanged(_)
             | LaneEvent::RetryRequested
             | LaneEvent::PauseStateLate
