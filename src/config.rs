@@ -26,8 +26,8 @@ pub use self::{
     listing::{global_as_toml, subscriber_as_toml},
     schema::schema,
     settings::{
-        AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, Intake, LogConfig,
-        QueueConfig, Role, Token,
+        AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
+        LogConfig, QueueConfig, Role, Token,
     },
     subscriber::{Auth, HttpPolicy, Subscriber, Subscribers},
 };

@@ -204,23 +204,9 @@ impl Database {
     /// It is [missing](Kind::Missing), or its schema is not this version's, or the user may not
     /// read it.
     pub fn open_read_only(path: &Path, options: &Options) -> Result<Self, Error> {
-        let about = options.about(path);
-        must_exist(path, options)?;
-        let until = clock::instant() + options.opens_within;
-        // Readers write as well: to the index of the write-ahead log, not to the file.
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connect = || {
-            let db = Connection::open_with_flags(path, flags)?;
-            db.busy_timeout(OPENS_STEP)?;
-            set_cache(&db, options)?;
-            let expected = options.schema.expect(&db, path)?;
-            db.busy_timeout(options.busy)?;
-            Ok(expected.map(|()| db))
-        };
-        let connect = || patiently(until, connect).map_err(|e| about.unopened(&e)).flatten();
-        let connections = [connect()?, connect()?];
+        let connections = [Reader::open(path, options)?.db, Reader::open(path, options)?.db];
         let (_, never) = watch::channel(0);
-        Ok(Self::new(about, None, connections, never, options))
+        Ok(Self::new(options.about(path), None, connections, never, options))
     }
 
     fn new(
@@ -339,6 +325,51 @@ impl Database {
 
     fn given_up(&self, why: &str) -> Error {
         self.0.about.error(Fault::new(Kind::Other, why))
+    }
+}
+
+/// A connection for one thread, which reads an existing file and blocks meanwhile.
+pub struct Reader {
+    about: About,
+    db: Connection,
+}
+
+impl std::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader").field("path", &self.about.path).finish_non_exhaustive()
+    }
+}
+
+impl Reader {
+    /// # Errors
+    /// The same as those of [`Database::open_read_only`].
+    pub fn open(path: &Path, options: &Options) -> Result<Self, Error> {
+        let about = options.about(path);
+        must_exist(path, options)?;
+        let until = clock::instant() + options.opens_within;
+        // Readers write as well: to the index of the write-ahead log, not to the file.
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connect = || {
+            let db = Connection::open_with_flags(path, flags)?;
+            db.busy_timeout(OPENS_STEP)?;
+            set_cache(&db, options)?;
+            let expected = options.schema.expect(&db, path)?;
+            db.busy_timeout(options.busy)?;
+            Ok(expected.map(|()| db))
+        };
+        let db = patiently(until, connect).map_err(|e| about.unopened(&e))??;
+        Ok(Self { about, db })
+    }
+
+    /// Answers a query.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read<T>(
+        &mut self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, Error> {
+        query(&self.db).map_err(|e| self.about.error(self.about.explain(&e)))
     }
 }
 

@@ -201,6 +201,13 @@ pub trait EventLog: Send {
         bytes: usize,
     ) -> Result<Vec<NewRow>, StoreError>;
 
+    /// The time of which the last answer of [`after`](Self::after) lacks events, because they were
+    /// deleted before; `None` if it lacks none. It begins with the event before them that this log
+    /// has read, or at the epoch: the caller knows the last event that it has.
+    fn gap(&self) -> Option<Gap> {
+        None
+    }
+
     /// The last events before a number, the latest first: at most `limit`.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use super::{
     keys,
     limits::MAX_SHUTDOWN_TIMEOUT,
     reader::Reader,
-    settings::Config,
+    settings::{Config, HistoryConfig},
     subscriber::Subscriber,
 };
 use crate::{
@@ -101,7 +101,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         let root = reader.root(&included, &document, keys::INCLUDED);
         subscribers.extend(subscribers_in(reader, &root, &defaults, &mut names));
     }
-    Some(Config {
+    let mut config = Config {
         path: source.path.clone(),
         files: Vec::new(),
         folders: Vec::new(),
@@ -112,7 +112,11 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         admin: admin?,
         log: log?,
         subscribers: subscribers.into(),
-    })
+    };
+    let retention = config.history_retention();
+    config.queue.embedded.history = (config.keeps_history() && !retention.is_zero())
+        .then_some(HistoryConfig { retention, ..config.history });
+    Some(config)
 }
 
 /// The subscribers' names, each with the file that has its table.

@@ -33,6 +33,15 @@ impl Config {
     pub fn keeps_history(&self) -> bool {
         self.store != StoreConfig::None && !self.history.retention.is_zero()
     }
+
+    /// The time for which events are kept in history: on the embedded queue, which has their bytes,
+    /// no longer than it keeps them.
+    pub fn history_retention(&self) -> Duration {
+        match self.queue.backend {
+            Backend::Embedded => self.history.retention.min(self.queue.embedded.retention),
+            Backend::Amqp(_) => self.history.retention,
+        }
+    }
 }
 
 /// The table `[queue]`.
@@ -56,6 +65,8 @@ pub struct EmbeddedConfig {
     pub data_dir: PathBuf,
     /// The time for which settled events are kept.
     pub retention: Duration,
+    /// What history needs of its events; `None` if there is none.
+    pub history: Option<HistoryConfig>,
 }
 
 /// The keys of `[queue]` for RabbitMQ.

@@ -6,38 +6,46 @@
 //! - `consumer`: source and settler of a subscriber
 //! - `dead`: a walk through dead letters
 //! - `waiting`: lists batches that wait for their next attempt, and makes them due now
+//! - `trim`: deletes what nothing needs any more
+//! - `history`: the log as the source of history
 //! - `doctor`: what can lose or hold up events
 //!
 //! The log is filtered when it is read, by the patterns that were configured when the event was
-//! stored: each change of them begins another segment of the log.
+//! stored: each change of them begins another segment of the log. An event that matches no
+//! subscriber is stored for history alone, if there is one.
 
 mod consumer;
 mod dead;
 mod doctor;
+mod history;
 mod place;
 mod store;
+mod trim;
 mod waiting;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use rusqlite::{Connection, OptionalExtension as _, params};
-use tokio::sync::watch;
+use tokio::sync::{Mutex as AsyncMutex, watch};
 
 use self::{
     consumer::{LaneRef, Unsettled},
+    history::{NOBODY, Untaken},
     store::{Access, Store},
 };
 pub use self::{
     consumer::{Settler, Source},
     dead::DeadLetters,
+    history::{HistoryPosition, Log},
 };
 use crate::{
     clock,
-    config::{EmbeddedConfig, Subscriber, Subscribers},
+    config::{EmbeddedConfig, HistoryConfig, Subscriber, Subscribers},
     delivery::{BatchId, Depth, Depths, Pause, PauseState, PauseStates, SubscriberName},
     event::Pattern,
     policy::retry::Backoff,
@@ -45,10 +53,7 @@ use crate::{
         Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
         Window,
     },
-    telemetry::{
-        finding::Finding,
-        outage::{News, Outage},
-    },
+    telemetry::finding::Finding,
 };
 
 /// Time between two polls for commits of other processes: `publish` and `dead` alongside a daemon.
@@ -58,12 +63,6 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// that events are stored.
 const CHECK_PLACE: Duration = Duration::from_secs(10);
 
-/// Time between two rounds of deleting events that every subscriber has settled.
-const TRIM_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Events deleted in one transaction: few, so that no other waits long behind them.
-const TRIM_STEP: u32 = 500;
-
 /// The database. Clones share it.
 #[derive(Debug, Clone)]
 pub struct EmbeddedQueue(Arc<Inner>);
@@ -72,6 +71,10 @@ pub struct EmbeddedQueue(Arc<Inner>);
 struct Inner {
     store: Store,
     retention: Duration,
+    history: Option<HistoryConfig>,
+    history_position: HistoryPosition,
+    /// What history has not taken, as far as it was counted.
+    untaken: AsyncMutex<Untaken>,
     /// The patterns of all open segments: as they stand in the database, and parsed.
     patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
     /// Counts commits that may have something for a lane.
@@ -121,12 +124,16 @@ impl EmbeddedQueue {
         let store = Store::open(&config.data_dir, access)?;
         let news = watch::Sender::new(0);
         let patterns = Mutex::new((Vec::new(), Arc::from([])));
-        let retention = config.retention;
+        let (retention, history) = (config.retention, config.history);
+        let (history_position, untaken) = (HistoryPosition::default(), AsyncMutex::default());
         let (pause_states, removals) = (watch::Sender::new(None), Removals::default());
         let (prepared, lanes) = (Mutex::default(), Mutex::default());
         Ok(Self(Arc::new(Inner {
             store,
             retention,
+            history,
+            history_position,
+            untaken,
             patterns,
             news,
             pause_states,
@@ -184,6 +191,25 @@ impl EmbeddedQueue {
             .await
     }
 
+    /// The log as the source of history, for one thread.
+    ///
+    /// # Errors
+    /// The file is lost, or cannot be opened.
+    pub fn event_log(&self) -> Result<Log, QueueError> {
+        Log::open(self.store().path().parent().unwrap_or(Path::new(".")))
+    }
+
+    /// Where the recorder of history reports how far it has taken the log: what it has not taken is
+    /// kept, up to `max_bytes` of `[history]`.
+    pub fn history_position(&self) -> HistoryPosition {
+        self.0.history_position.clone()
+    }
+
+    /// Counts changes that may be events, of this process and, within 100 ms, of others.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.news.subscribe()
+    }
+
     /// Ends the segments of former configurations and begins segments for the current ones.
     async fn bind(
         &self,
@@ -236,32 +262,6 @@ impl EmbeddedQueue {
             known.0 = texts;
         }
         Ok(known.1.clone())
-    }
-
-    /// Deletes events that every subscriber has settled, when they are older than the retention.
-    async fn trim(&self) -> Result<(), QueueError> {
-        let old = clock::now().checked_sub(self.0.retention).unwrap_or(SystemTime::UNIX_EPOCH);
-        let old = millis(old);
-        loop {
-            let deleted = self.store().write(move |db| trim_step(db, old)).await?;
-            if deleted < TRIM_STEP as usize {
-                return Ok(());
-            }
-        }
-    }
-
-    async fn trim_periodically(&self) {
-        let mut outage = Outage::default();
-        loop {
-            match self.trim().await {
-                Ok(()) => drop(outage.end()),
-                Err(e) if outage.failed(&e.to_string()) == News::First => {
-                    tracing::warn!(error = %e, "delivered events cannot be deleted; trying again")
-                }
-                Err(_) => {}
-            }
-            tokio::time::sleep(TRIM_INTERVAL).await;
-        }
     }
 
     /// Checks periodically, so that a lost file is noticed without a publish.
@@ -396,11 +396,12 @@ impl Queue for EmbeddedQueue {
             }
             let patterns = queue.open_patterns(db)?;
             let mut insert =
-                db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent) VALUES (?1, ?2, ?3, ?4, ?5)")?;
+                db.prepare_cached("INSERT INTO event (type, message_id, at, body, traceparent, only_for) VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?;
+            let for_history = queue.0.history.is_some();
             let mut fates = Vec::with_capacity(events.len());
             for e in &events {
                 let matched = patterns.iter().any(|p| p.matches(&e.event_type));
-                if matched {
+                if matched || for_history {
                     let traceparent =
                         e.traceparent.as_deref().filter(|t| t.len() <= MAX_TRACEPARENT);
                     insert.execute(params![
@@ -408,7 +409,8 @@ impl Queue for EmbeddedQueue {
                         e.message_id,
                         at,
                         &e.body[..],
-                        traceparent
+                        traceparent,
+                        (!matched).then_some(NOBODY)
                     ])?;
                 }
                 fates.push(if matched { Published::Stored } else { Published::Unmatched });
@@ -770,17 +772,6 @@ fn is_for(
         .map_or_else(|| patterns.iter().any(|p| p.matches(event_type)), |only| only == subscriber)
 }
 
-fn trim_step(db: &Connection, old: i64) -> rusqlite::Result<usize> {
-    // An event without a segment is not needed by any subscriber.
-    let done: Option<i64> = db.query_row("SELECT min(after) FROM segment", [], |r| r.get(0))?;
-    // Reads no more than it may delete: many events may be kept, and writers wait meanwhile.
-    let mut delete = db.prepare_cached(
-        "DELETE FROM event WHERE seq IN \
-         (SELECT seq FROM (SELECT seq, at FROM event WHERE seq <= ?1 ORDER BY seq LIMIT ?3) WHERE at < ?2)",
-    )?;
-    delete.execute(params![done.unwrap_or(i64::MAX), old, TRIM_STEP])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -791,20 +782,24 @@ mod tests {
         queue::{DeadLetters as _, Receipt, Settlement, Settler as _, Source as _, Taken},
     };
 
-    const WINDOW: Window = Window { events: 1000, envelopes: 10 };
+    pub(super) const WINDOW: Window = Window { events: 1000, envelopes: 10 };
 
-    fn config(dir: &tempfile::TempDir, retention: Duration) -> EmbeddedConfig {
-        EmbeddedConfig { data_dir: dir.path().to_owned(), retention }
+    pub(super) fn config(dir: &tempfile::TempDir, retention: Duration) -> EmbeddedConfig {
+        EmbeddedConfig { data_dir: dir.path().to_owned(), retention, history: None }
     }
 
-    fn subscribers(of: &[(&str, &str)]) -> Subscribers {
+    pub(super) fn subscribers(of: &[(&str, &str)]) -> Subscribers {
         let table = |(name, pattern): &(&str, &str)| {
             testing::table(name, &format!("events = [\"{pattern}\"]"))
         };
         testing::embedded(&of.iter().map(table).collect::<String>()).subscribers
     }
 
-    async fn publish(queue: &EmbeddedQueue, event_type: &str, count: usize) -> Vec<Published> {
+    pub(super) async fn publish(
+        queue: &EmbeddedQueue,
+        event_type: &str,
+        count: usize,
+    ) -> Vec<Published> {
         let event = NewEvent {
             event_type: event_type.to_owned(),
             message_id: None,
@@ -815,7 +810,7 @@ mod tests {
     }
 
     /// Takes what arrives within a moment.
-    async fn take(source: &mut Source) -> Vec<Receipt> {
+    pub(super) async fn take(source: &mut Source) -> Vec<Receipt> {
         let mut taken = Vec::new();
         tokio::time::timeout(Duration::from_millis(300), source.take(&mut taken, 100)).await.ok();
         let receipt = |t: &Taken| match t {
@@ -832,7 +827,7 @@ mod tests {
         queue.removals().configure(subscribers.iter().map(|s| s.name.clone()).collect(), true);
     }
 
-    async fn stored(queue: &EmbeddedQueue) -> u32 {
+    pub(super) async fn stored(queue: &EmbeddedQueue) -> u32 {
         queue
             .store()
             .read(|db| db.query_row("SELECT count(*) FROM event", [], |r| r.get(0)))
@@ -1117,7 +1112,7 @@ mod tests {
             .expect("reads")
     }
 
-    async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    pub(super) async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
         let waiting = async {
             while !condition().await {
                 tokio::time::sleep(Duration::from_millis(5)).await;

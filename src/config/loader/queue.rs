@@ -31,7 +31,7 @@ pub(super) fn queue(reader: &Reader<'_>, root: &Section<'_>) -> Option<QueueConf
         None => Some(Duration::from_secs(7 * 24 * 3600)),
         Some(v) => reader.duration(&v, None),
     };
-    let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention? };
+    let embedded = EmbeddedConfig { data_dir: data_dir?, retention: retention?, history: None };
     let management_url = match section.get("management_url") {
         None => Some(None),
         Some(v) => management_url(reader, &v).map(|url| Some(Box::new(url))),

@@ -19,7 +19,7 @@ use crate::{
     delivery::SubscriberName,
     failpoint::Step,
     queue::QueueError,
-    sqlite::{self, Database, Schema, with_suffix},
+    sqlite::{self, Database, Reader, Schema, with_suffix},
 };
 
 impl From<sqlite::Error> for QueueError {
@@ -51,7 +51,7 @@ const MIGRATIONS: &[&str] = &[
         message_id TEXT,
         -- Unix milliseconds.
         at INTEGER NOT NULL,
-        -- Replayed for one subscriber, whatever its patterns.
+        -- Replayed for one subscriber, whatever its patterns; '': it matched no subscriber.
         only_for TEXT,
         body BLOB NOT NULL
     );
@@ -130,6 +130,10 @@ const MIGRATIONS: &[&str] = &[
     -- 8 bytes for each event, in their order; NULL where they are unknown or too many.
     ALTER TABLE retry ADD COLUMN prints BLOB;
     ALTER TABLE dead ADD COLUMN prints BLOB;
+",
+    "
+    -- Events that matched no subscriber: history alone has them.
+    CREATE INDEX event_unmatched ON event (seq, at) WHERE only_for = '';
 ",
 ];
 
@@ -252,6 +256,14 @@ impl Store {
     ) -> Result<T, QueueError> {
         Ok(self.0.database.read_long(query).await?)
     }
+}
+
+/// Opens the file of an existing queue to read it on one thread.
+pub(super) fn open_reader(data_dir: &Path) -> Result<Reader, QueueError> {
+    if let Some(lost) = lost_by_a_daemon(data_dir) {
+        return Err(lost);
+    }
+    Ok(Reader::open(&data_dir.join(FILE), &options(false))?)
 }
 
 /// The error for a file that is unusable for this process, with the remedy.

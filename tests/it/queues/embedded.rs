@@ -142,6 +142,39 @@ fn a_backlog_keeps_the_patterns_under_which_it_came_and_a_gap_stays_a_gap() {
 }
 
 #[test]
+fn an_event_that_matches_no_subscriber_is_stored_if_there_is_history_and_survives_a_kill() {
+    run(async {
+        let receiver = Receiver::accepting().await;
+        for (history, stored) in [("", 3_u32), ("[history]\nretention = \"0s\"\n", 0)] {
+            let queue = Embedded::new();
+            let a = subscriber("a", &receiver.url, "events = [\"x.*\"]");
+            let api = Api::new();
+            let setup = Setup::new(&queue, &(history.to_owned() + &api.section() + QUICK + &a));
+            let pad = "y".repeat(5000);
+            let unmatched = format!("{{\"event\":\"y.1\",\"pad\":\"{pad}\"}}");
+            let post = async || {
+                let answer = api.post("/api/v1/events", &unmatched).await;
+                assert_eq!(answer.status, 202, "{}", answer.text);
+                assert_eq!(answer.json()["unmatched"], 1);
+            };
+            let daemon = setup.start().await;
+            post().await;
+            let file = setup.write("event", &unmatched);
+            setup.ok(&["publish", file.to_str().expect("a path")]);
+            daemon.kill();
+            let daemon = setup.start().await;
+            post().await;
+            let db = Connection::open(queue.file()).expect("opens");
+            let rows = "SELECT count(*) FROM event WHERE only_for = '' AND length(body) > 5000";
+            assert_eq!(db.query_row(rows, [], |r| r.get(0)), Ok(stored), "{history}");
+            assert_eq!(queue.backlog("a").await, 0, "it waits for nobody");
+            assert!(daemon.stop().await.success());
+        }
+        assert_eq!(receiver.accepted(), [0; 0], "nor is it delivered to anyone");
+    });
+}
+
+#[test]
 fn a_damaged_file_is_named_and_what_to_do_is_told() {
     run(async {
         let queue = Embedded::new();

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use hooktrail::{
-    config::EmbeddedConfig,
+    config::{EmbeddedConfig, HistoryConfig},
     delivery::Depth,
     queue::{DeadLetters as _, MAX_GROUP, NewEvent, Queue as _, embedded::EmbeddedQueue},
 };
@@ -97,7 +97,15 @@ impl Embedded {
     }
 
     pub(crate) fn config(&self) -> EmbeddedConfig {
-        EmbeddedConfig { data_dir: self.data_dir(), retention: Duration::from_secs(3600) }
+        EmbeddedConfig {
+            data_dir: self.data_dir(),
+            retention: Duration::from_secs(3600),
+            history: Some(HistoryConfig {
+                retention: Duration::from_secs(3600),
+                max_bytes: 2 << 30,
+                bodies: true,
+            }),
+        }
     }
 
     /// Takes away a subscriber's dead letters; their bodies.
