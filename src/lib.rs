@@ -53,7 +53,7 @@
 //!              metrics/ · definitions · exposition · process · registry · subscriber
 //!              status/ · view · scheduled · lane
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
-//!              · row · filter · delivery · store
+//!              · row · filter · delivery · store · fake
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL
 //!              · removals · waiting · queue · fake · embedded · amqp
@@ -66,6 +66,8 @@
 //!              · webhook · inspect · test_event
 //! lane/                     the worker of one subscriber
 //!              · signals · in_flight · sorting · state · session · lane
+//! history/                  what fills the store, and what answers from it
+//!              · whereabouts · history
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
@@ -164,6 +166,7 @@ pub mod event;
 pub mod failpoint;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod history;
 pub mod lane;
 pub mod page;
 pub mod policy;

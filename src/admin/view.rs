@@ -5,6 +5,7 @@
 //! and a field that is added later gets `#[serde(default)]`. `docs/admin.yaml` describes the same;
 //! a test compares the two.
 
+mod history;
 mod problem;
 
 use std::{
@@ -17,6 +18,9 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value};
 
+pub use self::history::{
+    Attempt, Delivery, DeliveryList, Event, EventList, EventWhere, Gap, Party, Reach, Whereabouts,
+};
 pub use self::problem::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
 use crate::{
     clock,

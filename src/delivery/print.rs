@@ -35,8 +35,13 @@ impl Print {
     pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let mut hash = Sha256::new();
         parts.into_iter().for_each(|part| hash.update(part));
+        Self::from_sha256(&hash.finalize().into())
+    }
+
+    /// The print of an event with this SHA-256.
+    pub fn from_sha256(digest: &[u8; 32]) -> Self {
         let mut print = [0; Self::LEN];
-        print.copy_from_slice(&hash.finalize()[..Self::LEN]);
+        print.copy_from_slice(&digest[..Self::LEN]);
         Self(print)
     }
 

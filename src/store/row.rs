@@ -47,6 +47,16 @@ pub struct EventRow {
     pub details: crate::event::details::Details,
 }
 
+impl EventRow {
+    /// The message id; an event without one has `sha256-` and the SHA-256 of its bytes.
+    pub fn id(&self) -> String {
+        self.message_id.clone().unwrap_or_else(|| {
+            let digits = self.sha256.iter().map(|byte| format!("{byte:02x}"));
+            format!("sha256-{}", digits.collect::<String>())
+        })
+    }
+}
+
 /// What became of appended events.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Appended {

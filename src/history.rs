@@ -1,0 +1,3 @@
+//! History: what fills the store, and what answers from it.
+
+pub mod whereabouts;

@@ -1,0 +1,523 @@
+//! Where an event went: the answer to "did event X reach Y?".
+//!
+//! It comes from the store's deliveries, whose batches have a print of each event, and from the
+//! queue's own place. It says *unknown*, with the reason, wherever these do not decide.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
+
+use crate::{
+    delivery::{BatchId, FailureKind, Pause, Print, Reason, SubscriberName},
+    event::Pattern,
+    store::{
+        Delivery, DeliveryAttempt, DeliveryState, EventRow, Gap, Reach, Store, StoreError,
+        Subscription, WithEvent,
+    },
+};
+
+/// The time that one subscriber's deliveries are read for.
+const READ_TIME: Duration = Duration::from_millis(200);
+
+/// An event's time has whole seconds, if its producer set it, and another machine's clock. A change
+/// of patterns or a delivery that is this close to it may be before it or after it.
+const BLUR: Duration = Duration::from_secs(5);
+
+/// The most that a producer's clock is believed to be ahead, as for every timestamp.
+const AHEAD: Duration = Duration::from_secs(24 * 3600);
+
+/// What the queue knows of an event and a subscriber.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The event is still in the subscriber's queue, or was taken and has no attempt yet.
+    Waits,
+    /// The subscriber's queue is past the event.
+    Passed,
+    /// The queue keeps no such place.
+    Unknown,
+}
+
+/// What a subscriber's lane and queue say.
+#[derive(Debug, Clone, Default)]
+pub struct Lane {
+    pub paused: Option<Pause>,
+    /// `None` if it was not asked.
+    pub progress: Option<Progress>,
+}
+
+/// Where an event went for one subscriber.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Whereabouts {
+    pub subscriber: SubscriberName,
+    /// Whether the subscriber is configured today.
+    pub configured: bool,
+    pub fate: Fate,
+    /// The deliveries whose batches have the event, the decisive one first.
+    pub deliveries: Vec<BatchId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    Delivered {
+        at: SystemTime,
+        last: Last,
+    },
+    /// A request is under way, and has no answer yet.
+    InFlight {
+        last: Last,
+    },
+    Retrying {
+        due: SystemTime,
+        last: Last,
+    },
+    /// It waits for its subscriber to be resumed.
+    Paused {
+        last: Last,
+    },
+    Dead {
+        reason: Reason,
+        last: Last,
+    },
+    /// It is in the queue. `paused`: its subscriber is.
+    Waiting {
+        paused: Option<Pause>,
+    },
+    /// The subscriber had these patterns then; none if it was not configured.
+    NotMatched {
+        patterns: Vec<Pattern>,
+    },
+    Unknown {
+        why: String,
+    },
+}
+
+/// The batch of a fate and its last attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Last {
+    pub batch: BatchId,
+    /// The number of the last attempt; 0 of a dead letter without one.
+    pub attempt: u32,
+    pub status: Option<u16>,
+    pub failure: Option<FailureKind>,
+}
+
+impl Last {
+    fn of(delivery: &Delivery) -> Self {
+        let answered = |a: &&DeliveryAttempt| a.end.is_some();
+        let end = delivery.attempts.iter().rev().find(answered).and_then(|a| a.end.as_ref());
+        Self {
+            batch: delivery.id.clone(),
+            attempt: delivery.attempts.last().map_or(0, |a| a.number),
+            status: end.and_then(|(_, end)| end.status),
+            failure: end.and_then(|(_, end)| end.failure),
+        }
+    }
+}
+
+impl Fate {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Delivered { .. } => "delivered",
+            Self::InFlight { .. } => "in_flight",
+            Self::Retrying { .. } => "retrying",
+            Self::Paused { .. } => "paused",
+            Self::Dead { .. } => "dead",
+            Self::Waiting { .. } => "waiting",
+            Self::NotMatched { .. } => "not_matched",
+            Self::Unknown { .. } => "unknown",
+        }
+    }
+
+    /// Whether the subscriber has the event, or was not to get it.
+    pub const fn is_settled(&self) -> bool {
+        matches!(self, Self::Delivered { .. } | Self::NotMatched { .. })
+    }
+}
+
+/// Where an event went, for each subscriber that history or the configuration knows. `lane` is
+/// called for a subscriber that wants the event and has no record of it.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn of_event<S: Store>(
+    store: &S,
+    event: &EventRow,
+    configured: &BTreeMap<SubscriberName, Vec<Pattern>>,
+    lane: impl AsyncFn(&SubscriberName) -> Lane,
+    now: SystemTime,
+) -> Result<Vec<Whereabouts>, StoreError> {
+    let (reach, mut spans) = (store.reach().await?, by_subscriber(store.subscriptions().await?));
+    for name in configured.keys() {
+        spans.entry(name.clone()).or_default();
+    }
+    let print = Print::from_sha256(&event.sha256);
+    let mut found = Vec::with_capacity(spans.len());
+    for (subscriber, spans) in spans {
+        let wish = wish(event, &spans, configured.get(&subscriber));
+        let configured = configured.contains_key(&subscriber);
+        if let Wish::Not(patterns) = wish {
+            let fate = Fate::NotMatched { patterns };
+            found.push(Whereabouts { subscriber, configured, fate, deliveries: Vec::new() });
+            continue;
+        }
+        let with_event = deliveries(store, &subscriber, print, event.at).await?;
+        let (mut fate, deliveries) = decided(&with_event.deliveries);
+        if fate.is_none() && configured {
+            fate = undelivered(lane(&subscriber).await);
+        }
+        let fate = fate.unwrap_or_else(|| match wish {
+            Wish::Unclear(why) => Fate::Unknown { why },
+            _ => Fate::Unknown { why: why_unknown(event, &with_event, &reach, now) },
+        });
+        found.push(Whereabouts { subscriber, configured, fate, deliveries });
+    }
+    Ok(found)
+}
+
+fn by_subscriber(spans: Vec<Subscription>) -> BTreeMap<SubscriberName, Vec<Subscription>> {
+    let mut all = BTreeMap::<_, Vec<_>>::new();
+    for span in spans {
+        all.entry(span.subscriber.clone()).or_default().push(span);
+    }
+    all
+}
+
+/// Whether a subscriber was to get an event.
+enum Wish {
+    Matched,
+    Not(Vec<Pattern>),
+    /// That is not known: why.
+    Unclear(String),
+}
+
+/// Decides by the patterns that held at the event's time.
+fn wish(event: &EventRow, spans: &[Subscription], today: Option<&Vec<Pattern>>) -> Wish {
+    let is_for = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches(&event.event_type));
+    let held = |s: &&Subscription, at: SystemTime, blur: Duration| {
+        s.from <= at + blur && s.until.is_none_or(|until| until + blur > at)
+    };
+    let near: Vec<&Subscription> = spans.iter().filter(|s| held(s, event.at, BLUR)).collect();
+    let Some(first) = spans.iter().map(|s| s.from).min() else {
+        // Configured today, and history has not recorded it: it is off, or was away since.
+        return match today {
+            Some(patterns) if is_for(patterns) => Wish::Matched,
+            _ => Wish::Unclear("its patterns of that time are not recorded".to_owned()),
+        };
+    };
+    if near.is_empty() {
+        return if event.at < first {
+            Wish::Unclear("its patterns of that time are not recorded".to_owned())
+        } else {
+            Wish::Not(Vec::new())
+        };
+    }
+    let matched = near.iter().filter(|s| is_for(&s.patterns)).count();
+    let then = near.iter().find(|s| held(s, event.at, Duration::ZERO));
+    match (matched, then) {
+        (0, then) => Wish::Not(then.map(|s| s.patterns.clone()).unwrap_or_default()),
+        (n, Some(_)) if n == near.len() => Wish::Matched,
+        _ => Wish::Unclear(
+            "its patterns changed within seconds of the event, and one of them does not match"
+                .to_owned(),
+        ),
+    }
+}
+
+/// Reads the deliveries from the event's time on; without any, also those before it, for a producer
+/// whose clock is ahead.
+async fn deliveries<S: Store>(
+    store: &S,
+    subscriber: &SubscriberName,
+    print: Print,
+    at: SystemTime,
+) -> Result<WithEvent, StoreError> {
+    let before = |time: Duration| at.checked_sub(time).unwrap_or(SystemTime::UNIX_EPOCH);
+    let far = at + Duration::from_secs(100 * 365 * 24 * 3600);
+    let found =
+        store.deliveries_with(subscriber.as_str(), print, before(BLUR), far, READ_TIME).await?;
+    if !found.deliveries.is_empty() {
+        return Ok(found);
+    }
+    let earlier = store
+        .deliveries_with(subscriber.as_str(), print, before(AHEAD), before(BLUR), READ_TIME)
+        .await?;
+    // What the later ones lack decides why nothing is known.
+    let (without_prints, searched_until) = (found.without_prints, found.searched_until);
+    Ok(WithEvent { deliveries: earlier.deliveries, without_prints, searched_until })
+}
+
+/// The fate by the recorded deliveries, the decisive one first; `None` if they do not decide.
+fn decided(with_event: &[Delivery]) -> (Option<Fate>, Vec<BatchId>) {
+    let rank = |d: &Delivery| match d.state {
+        DeliveryState::Delivered { .. } => 0,
+        DeliveryState::InFlight => 1,
+        DeliveryState::Retrying { .. } => 2,
+        DeliveryState::Paused => 3,
+        DeliveryState::Dead { .. } => 4,
+        DeliveryState::Split | DeliveryState::Interrupted => 5,
+    };
+    let mut all: Vec<&Delivery> = with_event.iter().collect();
+    // Of the same rank the latest, but the first that delivered it.
+    all.sort_by_key(|d| (rank(d), if rank(d) == 0 { d.row } else { -d.row }));
+    let fate = all.first().and_then(|d| {
+        let last = Last::of(d);
+        match d.state {
+            DeliveryState::Delivered { at } => Some(Fate::Delivered { at, last }),
+            DeliveryState::InFlight => Some(Fate::InFlight { last }),
+            DeliveryState::Retrying { due } => Some(Fate::Retrying { due, last }),
+            DeliveryState::Paused => Some(Fate::Paused { last }),
+            DeliveryState::Dead { reason } => Some(Fate::Dead { reason, last }),
+            DeliveryState::Split | DeliveryState::Interrupted => None,
+        }
+    });
+    (fate, all.into_iter().map(|d| d.id.clone()).collect())
+}
+
+/// The fate of an event of which no delivery is recorded, if the queue decides it.
+fn undelivered(lane: Lane) -> Option<Fate> {
+    (lane.progress == Some(Progress::Waits)).then_some(Fate::Waiting { paused: lane.paused })
+}
+
+/// Why nothing is known of an event that the subscriber was to get.
+fn why_unknown(event: &EventRow, found: &WithEvent, reach: &Reach, now: SystemTime) -> String {
+    let time = crate::clock::rfc3339_seconds;
+    let is_of_deliveries = |gap: &&Gap| gap.what == "deliveries";
+    let overlaps = |gap: &&Gap| gap.until + BLUR >= event.at && gap.from <= now;
+    if let Some(gap) = reach.gaps.iter().filter(is_of_deliveries).find(overlaps) {
+        let (from, until) = (time(gap.from), time(gap.until));
+        return format!("history lacks deliveries from {from} to {until}: {}", gap.why);
+    }
+    match reach.deliveries_from {
+        None => return "history has no deliveries yet".to_owned(),
+        Some(from) if from > event.at + BLUR => {
+            return format!(
+                "history has deliveries from {} on, and the event is older: {}",
+                time(from),
+                reach.why
+            );
+        }
+        Some(_) => {}
+    }
+    if let Some(until) = found.searched_until {
+        return format!("its deliveries were searched up to {}", time(until));
+    }
+    match found.without_prints {
+        0 => {}
+        1 => {
+            return "1 delivery of that time does not record which events it had".to_owned();
+        }
+        n => return format!("{n} deliveries of that time do not record which events they had"),
+    }
+    "no delivery of it is recorded, and the queue does not say whether it still waits".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        delivery::Outcome,
+        store::{AttemptEnd, Change, Contents, DeliveryChange, NewRow, fake::FakeStore},
+    };
+
+    const EVENT: &[u8] = br#"{"event":"user.login"}"#;
+    const BEGIN: SystemTime = SystemTime::UNIX_EPOCH;
+
+    fn at(seconds: u64) -> SystemTime {
+        BEGIN + Duration::from_secs(seconds)
+    }
+
+    fn patterns(text: &str) -> Vec<Pattern> {
+        text.split(' ').map(|p| Pattern::try_new(p).expect("a pattern")).collect()
+    }
+
+    /// A store with the event at 1,000 s, and subscriber `a`, which has wanted everything from 10 s
+    /// on.
+    struct Fixture {
+        store: FakeStore,
+        configured: BTreeMap<SubscriberName, Vec<Pattern>>,
+        lane: Lane,
+    }
+
+    impl Fixture {
+        async fn new() -> Self {
+            let store = FakeStore::default();
+            let event = NewRow {
+                number: None,
+                at: at(1000),
+                event_type: "user.login".to_owned(),
+                message_id: None,
+                body: EVENT.into(),
+                redelivered: false,
+            };
+            store.append(vec![event]).await.expect("appends");
+            let configured = BTreeMap::from([("a".into(), patterns("#"))]);
+            let fixture = Self { store, configured, lane: Lane::default() };
+            fixture.subscribed("#", 10).await;
+            fixture
+        }
+
+        async fn subscribed(&self, text: &str, seconds: u64) {
+            let all = vec![("a".into(), patterns(text))];
+            self.store.subscribed(all, at(seconds)).await.expect("records");
+        }
+
+        async fn record(&self, id: &str, seconds: u64, changes: Vec<Change>) {
+            let changes = changes.into_iter().enumerate().map(|(n, change)| DeliveryChange {
+                id: id.into(),
+                subscriber: "a".into(),
+                at: at(seconds + n as u64),
+                change,
+            });
+            self.store.record(changes.collect()).await.expect("records");
+        }
+
+        async fn fate(&self) -> Fate {
+            let event = self.store.memory().events[0].clone();
+            let lane = async |_: &SubscriberName| self.lane.clone();
+            let found = of_event(&self.store, &event, &self.configured, lane, at(5000)).await;
+            found.expect("answers").remove(0).fate
+        }
+
+        async fn unknown(&self) -> String {
+            match self.fate().await {
+                Fate::Unknown { why } => why,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn started(attempt: u32) -> Change {
+        started_with(attempt, Some(Arc::from([Print::of(b"{}"), Print::of(EVENT)])))
+    }
+
+    fn started_with(attempt: u32, prints: crate::delivery::Prints) -> Change {
+        let contents = Contents {
+            format: Some(crate::event::payload::Format::Json),
+            events: 2,
+            bytes: 10,
+            sha256: None,
+            prints,
+            replay: false,
+            parent: None,
+        };
+        Change::Started { attempt, contents, by: "here".to_owned() }
+    }
+
+    fn ended(attempt: u32, status: u16) -> Change {
+        let outcome = if status < 300 {
+            Outcome::Delivered { status }
+        } else {
+            let failure = crate::delivery::Failure::Status { status, excerpt: "no".to_owned() };
+            Outcome::Retry { failure, retry_after: None }
+        };
+        let end = AttemptEnd::of(&outcome).expect("an end");
+        Change::Ended { attempt, took: Duration::from_secs(1), end }
+    }
+
+    fn last(batch: &str, attempt: u32, status: u16) -> Last {
+        let failure = (status >= 300).then_some(FailureKind::Status);
+        Last { batch: batch.into(), attempt, status: Some(status), failure }
+    }
+
+    #[tokio::test]
+    async fn the_fate_is_what_the_deliveries_say_and_a_delivered_one_decides() {
+        let f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1)]).await;
+        let none = Last { batch: "m1".into(), attempt: 1, status: None, failure: None };
+        assert_eq!(f.fate().await, Fate::InFlight { last: none });
+        f.record("m1", 1003, vec![ended(1, 503), Change::Retrying { due: at(2000) }]).await;
+        assert_eq!(f.fate().await, Fate::Retrying { due: at(2000), last: last("m1", 1, 503) });
+        let dead = || Change::Dead { reason: Reason::Exhausted, contents: None };
+        f.record("m1", 2000, vec![started(2), ended(2, 500), dead()]).await;
+        let reason = Reason::Exhausted;
+        assert_eq!(f.fate().await, Fate::Dead { reason, last: last("m1", 2, 500) });
+        f.record("m2", 3000, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        f.record("m3", 4000, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        assert_eq!(f.fate().await, Fate::Delivered { at: at(3002), last: last("m2", 1, 200) });
+        assert!(f.fate().await.is_settled());
+    }
+
+    #[tokio::test]
+    async fn a_split_batch_is_as_its_halves_are_and_an_interrupted_one_decides_nothing() {
+        let mut f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1), ended(1, 413), Change::Split]).await;
+        assert!(f.unknown().await.contains("no delivery of it"));
+        f.record("m1_0", 1010, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        assert_eq!(f.fate().await.name(), "delivered");
+        f.store.memory().deliveries.truncate(1);
+        f.store.memory().deliveries[0].state = DeliveryState::Interrupted;
+        f.lane.progress = Some(Progress::Waits);
+        assert_eq!(f.fate().await, Fate::Waiting { paused: None });
+    }
+
+    #[tokio::test]
+    async fn a_producers_clock_that_is_ahead_hides_no_delivery() {
+        let f = Fixture::new().await;
+        f.record("m1", 400, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        assert_eq!(f.fate().await.name(), "delivered");
+    }
+
+    #[tokio::test]
+    async fn patterns_of_the_events_time_decide_whether_it_was_wanted() {
+        let f = Fixture::new().await;
+        f.subscribed("report.#", 500).await;
+        let not = Fate::NotMatched { patterns: patterns("report.#") };
+        assert_eq!(f.fate().await, not);
+        assert!(not.is_settled());
+        f.subscribed("#", 1003).await;
+        assert!(f.unknown().await.contains("changed within seconds"));
+        f.store.memory().subscriptions.clear();
+        f.subscribed("#", 2000).await;
+        assert!(f.unknown().await.contains("not recorded"));
+        f.store.memory().subscriptions[0].from = at(1);
+        f.store.memory().subscriptions[0].until = Some(at(900));
+        assert_eq!(f.fate().await, Fate::NotMatched { patterns: Vec::new() }, "it was removed");
+    }
+
+    #[tokio::test]
+    async fn it_waits_only_if_the_queue_says_so() {
+        let mut f = Fixture::new().await;
+        for (progress, waits) in [
+            (Some(Progress::Waits), true),
+            (Some(Progress::Passed), false),
+            (Some(Progress::Unknown), false),
+            (None, false),
+        ] {
+            f.lane.progress = progress;
+            assert_eq!(matches!(f.fate().await, Fate::Waiting { .. }), waits, "{progress:?}");
+        }
+        let pause = Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() };
+        f.lane = Lane { paused: Some(pause.clone()), progress: Some(Progress::Waits) };
+        assert_eq!(f.fate().await, Fate::Waiting { paused: Some(pause) });
+        f.configured.clear();
+        assert_eq!(f.fate().await.name(), "unknown", "a removed subscriber has no lane");
+    }
+
+    #[tokio::test]
+    async fn unknown_says_what_history_lacks() {
+        let f = Fixture::new().await;
+        assert!(f.unknown().await.contains("no deliveries yet"));
+        f.record("m0", 1500, vec![started_with(1, Some(Arc::from([])))]).await;
+        let why = f.unknown().await;
+        assert!(why.contains("1970-01-01T00:25:00Z on") && why.contains("the retention"), "{why}");
+        f.store.memory().deliveries[0].begun_at = at(900);
+        f.record("m1", 1500, vec![started_with(1, None)]).await;
+        let why = f.unknown().await;
+        assert!(why.contains("1 delivery of that time does not record"), "{why}");
+        let gap = |from, until| Gap {
+            from: at(from),
+            until: at(until),
+            what: "deliveries",
+            why: "the store was away".to_owned(),
+            missing: None,
+        };
+        f.store.memory().gaps.push(gap(100, 200));
+        assert!(!f.unknown().await.contains("was away"), "the gap was before the event");
+        f.store.memory().gaps.push(gap(1100, 1200));
+        let why = f.unknown().await;
+        assert!(why.contains("from 1970-01-01T00:18:20Z to 1970-01-01T00:20:00Z"), "{why}");
+    }
+}

@@ -1,0 +1,252 @@
+//! A store in memory, for tests of what uses one. Reads everything for each answer.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Gap,
+    NewRow, Page, Reach, Store, StoreError, Subscription, WithEvent,
+};
+use crate::{
+    delivery::{Print, SubscriberName},
+    event::{Pattern, details::Details},
+};
+
+/// Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct FakeStore(Arc<Mutex<Memory>>);
+
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    /// Every call fails with it, once set.
+    pub(crate) away: Option<StoreError>,
+    pub(crate) events: Vec<EventRow>,
+    pub(crate) deliveries: Vec<Delivery>,
+    pub(crate) subscriptions: Vec<Subscription>,
+    pub(crate) gaps: Vec<Gap>,
+}
+
+impl FakeStore {
+    pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open(&self) -> Result<MutexGuard<'_, Memory>, StoreError> {
+        let memory = self.memory();
+        match memory.away.clone() {
+            Some(away) => Err(away),
+            None => Ok(memory),
+        }
+    }
+}
+
+fn row(number: EventNumber, new: NewRow) -> EventRow {
+    EventRow {
+        number,
+        at: new.at,
+        event_type: new.event_type,
+        message_id: new.message_id,
+        bytes: new.body.len() as u64,
+        sha256: Sha256::digest(&new.body).into(),
+        details: Details::of(&new.body),
+        body: Some(new.body),
+    }
+}
+
+/// Selects by everything but text.
+fn selects(filter: &EventFilter, event: &EventRow) -> bool {
+    let is_party = |party: &crate::event::details::Party, wanted: &Option<String>| {
+        wanted.is_none() || party.id == *wanted || party.name == *wanted
+    };
+    filter.event_type.as_ref().is_none_or(|p| p.matches(&event.event_type))
+        && is_party(&event.details.actor, &filter.actor)
+        && is_party(&event.details.resource, &filter.resource)
+        && filter.id.as_ref().is_none_or(|id| event.id() == *id)
+        && filter.since.is_none_or(|since| event.at >= since)
+        && filter.until.is_none_or(|until| event.at < until)
+}
+
+fn page<T: Clone>(mut found: Vec<T>, number: impl Fn(&T) -> i64, limit: usize) -> Page<T> {
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let next = if more { found.last().map(number) } else { None };
+    Page { rows: found, next, searched_back_to: None }
+}
+
+impl Store for FakeStore {
+    async fn append(&self, events: Vec<NewRow>) -> Result<Appended, StoreError> {
+        let mut memory = self.open()?;
+        let mut appended = Appended::default();
+        for new in events {
+            let next = memory.events.last().map_or(1, |last| last.number.0 + 1);
+            let number = new.number.unwrap_or(EventNumber(next));
+            let redelivered = new.redelivered;
+            let event = row(number, new);
+            let is_repeat = |e: &&EventRow| {
+                e.message_id.is_some() && e.message_id == event.message_id && e.body == event.body
+            };
+            if redelivered && memory.events.iter().find(is_repeat).is_some() {
+                appended.repeats += 1;
+                continue;
+            }
+            memory.events.push(event);
+            appended.events += 1;
+        }
+        appended.last = memory.events.last().map(|e| e.number);
+        Ok(appended)
+    }
+
+    async fn events(
+        &self,
+        filter: &EventFilter,
+        before: Option<EventNumber>,
+        limit: usize,
+        _time: Duration,
+    ) -> Result<Page<EventRow>, StoreError> {
+        let memory = self.open()?;
+        let rows = memory.events.iter().rev();
+        let rows = rows.filter(|e| before.is_none_or(|b| e.number < b) && selects(filter, e));
+        Ok(page(rows.cloned().collect(), |e| e.number.0, limit))
+    }
+
+    async fn event(&self, number: EventNumber) -> Result<Option<EventRow>, StoreError> {
+        Ok(self.open()?.events.iter().find(|e| e.number == number).cloned())
+    }
+
+    async fn events_with_id(&self, id: &str) -> Result<Vec<EventRow>, StoreError> {
+        let memory = self.open()?;
+        Ok(memory.events.iter().rev().filter(|e| e.id() == id).cloned().collect())
+    }
+
+    async fn rows(
+        &self,
+        after: EventNumber,
+        upto: EventNumber,
+        limit: usize,
+        _bytes: usize,
+    ) -> Result<Vec<EventRow>, StoreError> {
+        let memory = self.open()?;
+        let rows = memory.events.iter().filter(|e| e.number > after && e.number <= upto);
+        Ok(rows.take(limit).cloned().collect())
+    }
+
+    async fn record(&self, changes: Vec<DeliveryChange>) -> Result<(), StoreError> {
+        let mut memory = self.open()?;
+        for change in changes {
+            match memory.deliveries.iter_mut().find(|d| d.id == change.id) {
+                Some(delivery) => delivery.apply(&change),
+                None => {
+                    let row = memory.deliveries.last().map_or(1, |last| last.row + 1);
+                    memory.deliveries.extend(Delivery::begin(row, &change));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn deliveries(
+        &self,
+        filter: &DeliveryFilter,
+        before: Option<i64>,
+        limit: usize,
+        _time: Duration,
+    ) -> Result<Page<Delivery>, StoreError> {
+        let memory = self.open()?;
+        let rows = memory.deliveries.iter().rev().filter(|d| {
+            before.is_none_or(|b| d.row < b)
+                && filter.subscriber.as_ref().is_none_or(|s| d.subscriber.as_str() == s)
+                && filter.state.as_ref().is_none_or(|s| d.state.name() == s)
+                && filter.since.is_none_or(|since| d.begun_at >= since)
+                && filter.until.is_none_or(|until| d.begun_at < until)
+        });
+        Ok(page(rows.cloned().collect(), |d| d.row, limit))
+    }
+
+    async fn delivery(&self, id: &str) -> Result<Option<Delivery>, StoreError> {
+        Ok(self.open()?.deliveries.iter().find(|d| d.id.as_str() == id).cloned())
+    }
+
+    async fn deliveries_with(
+        &self,
+        subscriber: &str,
+        print: Print,
+        since: SystemTime,
+        until: SystemTime,
+        _time: Duration,
+    ) -> Result<WithEvent, StoreError> {
+        let memory = self.open()?;
+        let mut found = WithEvent::default();
+        for d in &memory.deliveries {
+            if d.subscriber.as_str() != subscriber || d.begun_at < since || d.begun_at >= until {
+                continue;
+            }
+            match &d.contents.prints {
+                Some(prints) if prints.contains(&print) => found.deliveries.push(d.clone()),
+                Some(_) => {}
+                None => found.without_prints += 1,
+            }
+        }
+        Ok(found)
+    }
+
+    async fn subscribed(
+        &self,
+        patterns: Vec<(SubscriberName, Vec<Pattern>)>,
+        now: SystemTime,
+    ) -> Result<(), StoreError> {
+        let mut memory = self.open()?;
+        let is_current = |s: &Subscription| {
+            patterns.iter().any(|(name, p)| *name == s.subscriber && *p == s.patterns)
+        };
+        for open in memory.subscriptions.iter_mut().filter(|s| s.until.is_none()) {
+            if !is_current(open) {
+                open.until = Some(now);
+            }
+        }
+        for (subscriber, patterns) in patterns {
+            let is_open = |s: &Subscription| s.until.is_none() && s.subscriber == subscriber;
+            if !memory.subscriptions.iter().any(is_open) {
+                memory.subscriptions.push(Subscription {
+                    subscriber,
+                    patterns,
+                    from: now,
+                    until: None,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<Subscription>, StoreError> {
+        Ok(self.open()?.subscriptions.clone())
+    }
+
+    async fn add_gap(&self, gap: Gap) -> Result<(), StoreError> {
+        self.open()?.gaps.push(gap);
+        Ok(())
+    }
+
+    async fn reach(&self) -> Result<Reach, StoreError> {
+        let memory = self.open()?;
+        Ok(Reach {
+            events_from: memory.events.first().map(|e| e.at),
+            deliveries_from: memory.deliveries.first().map(|d| d.begun_at),
+            why: "the retention".to_owned(),
+            last: memory.events.last().map(|e| (e.number, e.at)),
+            gaps: memory.gaps.clone(),
+            bytes: 0,
+            events: memory.events.len() as u64,
+            deliveries: memory.deliveries.len() as u64,
+        })
+    }
+
+    async fn trim(&self, _now: SystemTime) -> Result<bool, StoreError> {
+        self.open().map(|_| false)
+    }
+
+    async fn close(&self) {}
+}
