@@ -321,7 +321,12 @@ impl<Q: Queue> Control<Q> {
             Refusal::bad(format!("the body has more than {} bytes, or did not come whole", W::MAX))
         };
         let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
-        let wanted = if body.is_empty() { Ok(W::default()) } else { serde_json::from_slice(&body) };
+        let wanted: Result<W, serde_json::Error> = match body.trim_ascii_start() {
+            [] if body.is_empty() => Ok(W::default()),
+            [b'{', ..] => serde_json::from_slice(&body),
+            // A derived type is read from an array too, field by field.
+            _ => Err(serde::de::Error::custom("it is no JSON object")),
+        };
         wanted.map_err(|e| {
             let why = format!("the body is not {}: {e}", W::SHAPE);
             let detail = e.to_string();

@@ -411,11 +411,17 @@ impl WaitingBatch {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RetryNow {
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Not `null`: that could be meant for none as well as for all.
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub ids: Option<BTreeSet<String>>,
     /// The caller has made batches due in the queue itself.
     #[serde(default)]
     pub try_only: bool,
+}
+
+/// A value that may be left out, and is not `null`.
+fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
 }
 
 /// Retries that are due now.

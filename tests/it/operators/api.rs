@@ -1,13 +1,21 @@
 //! The admin API: refusals, and who may do what.
 
+use std::process::Command;
+
 use serde_json::Value;
 
-use crate::support::{
-    api::{Answered, Api},
-    daemon::{Setup, subscriber},
-    queue::Queue,
-    run,
+use crate::{
+    receivers::verifiers::{repository, verifiers},
+    support::{
+        api::{Answered, Api},
+        daemon::{QUICK, Setup, subscriber},
+        queue::Queue,
+        receiver::{Receiver, Request, status},
+        run, tests_that_need,
+    },
 };
+
+tests_that_need!(tools: whatever_a_client_sends_the_answer_is_one_that_the_document_describes);
 
 const JSON: (&str, &str) = ("content-type", "application/json");
 
@@ -62,6 +70,9 @@ fn each_refusal_is_a_problem_of_rfc_9457_that_names_the_field_at_fault() {
         }
         for (path, body, status, kind, field) in [
             ("/api/v1/subscribers/a/pause", "[", 400, "field", ""),
+            ("/api/v1/subscribers/a/pause", "[\"why\"]", 400, "field", ""),
+            ("/api/v1/subscribers/a/retry", "null", 400, "field", ""),
+            ("/api/v1/subscribers/a/retry", "{\"ids\":null}", 400, "field", "ids"),
             ("/api/v1/subscribers/a/pause", "{\"why\":7}", 400, "field", "why"),
             ("/api/v1/subscribers/a/pause", "{\"why\":\"x\",\"who\":1}", 400, "field", "who"),
             ("/api/v1/subscribers/a/retry", "{\"ids\":7}", 400, "field", "ids"),
@@ -209,5 +220,59 @@ fn a_daemon_without_a_token_logs_once_what_is_off_and_how_to_get_one() {
                 && lines[0].contains("[admin] token"),
             "{log}"
         );
+    });
+}
+
+/// Sends requests that docs/admin.yaml allows, and others, to a daemon. The error says which answers
+/// the document does not describe. The requests are the same in each run.
+fn examine(api: &Api, token: Option<&str>) -> Result<(), String> {
+    let folder = tempfile::tempdir().expect("a directory");
+    let mut command = Command::new(verifiers().join("python/bin/schemathesis"));
+    command
+        .arg("--config-file")
+        .arg(repository().join("tests/verifiers/schemathesis.toml"))
+        .arg("run")
+        .arg(repository().join("docs/admin.yaml"))
+        .args(["--url", &format!("http://127.0.0.1:{}", api.port)])
+        .args(["--phases", "examples,coverage,fuzzing", "--checks", "all"])
+        .args(["--seed", "1", "--max-examples", "40", "--continue-on-failure", "--no-color"])
+        .args(["--request-timeout", "60", "--suppress-health-check", "all"])
+        // It stores examples there.
+        .current_dir(folder.path());
+    if let Some(token) = token {
+        command.args(["--header", &format!("authorization: Bearer {token}")]);
+    }
+    let output = command.output().expect("it runs");
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = |name: &str| -> Option<u32> {
+        let rest = printed.split(name).nth(1)?.trim_start();
+        rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    };
+    assert!(
+        number("Tested:") >= Some(15) && number("Test cases:") >= Some(500),
+        "it tested next to nothing: {printed}"
+    );
+    if output.status.success() { Ok(()) } else { Err(printed) }
+}
+
+fn whatever_a_client_sends_the_answer_is_one_that_the_document_describes() {
+    run(async {
+        // It refuses events and fails, so that there are dead letters and retries to list.
+        let receiver = Receiver::start(|request: &Request, _| {
+            status(if request.body.len().is_multiple_of(2) { 422 } else { 503 })
+        })
+        .await;
+        for token in [None, Some("quite-secret")] {
+            let api = Api::new();
+            let tokens = if token.is_some() { TOKENS } else { "" };
+            let siem = subscriber("siem", &receiver.url, "retry = { max_attempts = 2 }");
+            let setup = Setup::new(&Queue::embedded(), &(api.section() + tokens + QUICK + &siem));
+            let mut daemon = setup.start().await;
+            let examined = tokio::task::block_in_place(|| examine(&api, token));
+            assert!(daemon.is_running(), "{}", daemon.log());
+            if let Err(printed) = examined {
+                panic!("with the token {token:?}: {printed}");
+            }
+        }
     });
 }
