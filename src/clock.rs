@@ -68,6 +68,11 @@ pub fn event_id() -> String {
     format!("evt_{:032x}", rand::random::<u128>())
 }
 
+/// A new id for a store: `store_` and 32 hexadecimal digits.
+pub fn store_id() -> String {
+    format!("store_{:032x}", rand::random::<u128>())
+}
+
 /// A new id with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which Standard
 /// Webhooks uses as a separator.
 pub fn batch_id() -> String {

@@ -27,7 +27,7 @@ pub use self::{
     schema::schema,
     settings::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
-        LogConfig, QueueConfig, Role, Token,
+        LogConfig, QueueConfig, Role, StoreConfig, Token,
     },
     subscriber::{Auth, HttpPolicy, Subscriber, Subscribers},
 };

@@ -53,7 +53,10 @@
 //!              metrics/ · definitions · exposition · process · registry · subscriber
 //!              status/ · view · scheduled · lane
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
-//!              · row · filter · delivery · store · fake
+//!              · words · row · filter · delivery · state · store · fake
+//!              · sqlite
+//!              sqlite/ · fault · schema · tokens · chunk · source · append · search
+//!              · deliveries · around · open · upkeep
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL
 //!              · removals · waiting · queue · fake · embedded · amqp

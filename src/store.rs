@@ -6,6 +6,11 @@
 mod delivery;
 mod filter;
 mod row;
+pub mod sqlite;
+mod state;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod words;
 
 use std::{
     fmt,
@@ -18,8 +23,9 @@ pub use self::{
         AttemptEnd, Change, Contents, Delivery, DeliveryAttempt, DeliveryChange, DeliveryState,
         WithEvent,
     },
-    filter::{By, DeliveryFilter, EventFilter},
+    filter::{By, DeliveryFilter, EventFilter, event_time},
     row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
+    state::{HistoryState, StoreState},
 };
 use crate::{
     delivery::{Print, SubscriberName},

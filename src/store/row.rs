@@ -55,6 +55,18 @@ impl EventRow {
             format!("sha256-{}", digits.collect::<String>())
         })
     }
+
+    /// Whether an id is this event's: its message id, or `sha256-` with the digest of its bytes in
+    /// hexadecimal digits.
+    pub fn has_id(&self, id: &str) -> bool {
+        let is_digest = |digits: &str| {
+            digits.len() == 2 * self.sha256.len()
+                && self.sha256.iter().enumerate().all(|(n, byte)| {
+                    digits.get(2 * n..2 * n + 2).is_some_and(|d| d == format!("{byte:02x}"))
+                })
+        };
+        self.message_id.as_deref() == Some(id) || id.strip_prefix("sha256-").is_some_and(is_digest)
+    }
 }
 
 /// What became of appended events.

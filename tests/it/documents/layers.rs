@@ -297,7 +297,7 @@ fn a_room_imports_only_from_those_above_it_on_the_map_and_a_file_from_those_befo
 fn each_protocol_is_known_in_one_place() {
     for (name, allowed) in [
         ("lapin", &["src/queue/amqp"][..]),
-        ("rusqlite", &["src/sqlite", "src/queue/embedded"]),
+        ("rusqlite", &["src/sqlite", "src/queue/embedded", "src/store/sqlite"]),
         // The command line asks the daemon with it, and the inspection a broker's management API.
         ("reqwest", &["src/endpoint/webhook", "src/cli/daemon.rs", "src/queue/amqp/management.rs"]),
         ("tokio_rustls", &["src/endpoint/inspect.rs", "src/queue/amqp/wire.rs"]),
@@ -309,6 +309,7 @@ fn each_protocol_is_known_in_one_place() {
             &[
                 "src/queue/embedded",
                 "src/sqlite/threads.rs",
+                "src/store/sqlite/upkeep.rs",
                 "src/failpoint.rs",
                 "src/admin/connections.rs",
                 "src/cli/terminal.rs",

@@ -1,0 +1,298 @@
+//! The store in two SQLite files: `history.db`, which may be deleted, and `store.db`, which is
+//! precious.
+//!
+//! A background task opens them, and again whenever they cannot be used: nothing waits for it. It
+//! also notices that the file was deleted or damaged, and that the disk is almost full.
+
+mod append;
+mod around;
+mod chunk;
+mod deliveries;
+mod fault;
+mod open;
+mod schema;
+mod search;
+mod source;
+#[cfg(test)]
+mod tests;
+mod tokens;
+mod upkeep;
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use rusqlite::Connection;
+use tokio::sync::watch;
+
+pub use self::open::{OpenLog, SqliteConfig};
+use self::{
+    append::Manner,
+    chunk::{Limits, MAX_EVENTS},
+    fault::{Fault, millis, span},
+    open::{By, Open, lock},
+    search::Search,
+    source::Source,
+    upkeep::{Disk, Shared, free_and_all},
+};
+use super::{
+    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Gap,
+    MAX_APPEND, MAX_ROWS, NewRow, Page, Reach, Store, StoreError, StoreState, Subscription,
+    WithEvent,
+};
+use crate::{
+    clock,
+    delivery::{Print, SubscriberName},
+    event::Pattern,
+};
+
+/// Parts of a history that one chunk has at most: so much is removed at once.
+const PARTS: u32 = 16;
+
+/// The store. Clones share it.
+#[derive(Debug, Clone)]
+pub struct SqliteStore(Arc<Shared>);
+
+impl SqliteStore {
+    /// Starts the store of a daemon. Returns at once: the files are opened in the background, and
+    /// until then requests are answered with an error that [is away](StoreError::is_away).
+    ///
+    /// Must be called in a tokio runtime.
+    pub fn start(config: SqliteConfig) -> Self {
+        Self::start_with(config, MAX_EVENTS, free_and_all)
+    }
+
+    fn start_with(config: SqliteConfig, chunk_events: i64, disk: Disk) -> Self {
+        let store = Self::new(config, chunk_events, disk);
+        store.0.keep();
+        store
+    }
+
+    /// Opens history to read it, also without a daemon or while one writes it. Blocks its thread.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn read_only(config: SqliteConfig) -> Result<Self, StoreError> {
+        let open = open::open_to_read(&config)?;
+        let store = Self::new(config, MAX_EVENTS, free_and_all);
+        store.0.use_to_read(open);
+        Ok(store)
+    }
+
+    fn new(config: SqliteConfig, chunk_events: i64, disk: Disk) -> Self {
+        let history = &config.history;
+        let limits = Limits {
+            events: chunk_events,
+            bytes: i64::try_from(history.max_bytes / u64::from(PARTS)).unwrap_or(i64::MAX),
+            span: span(history.retention / PARTS),
+        };
+        Self(Arc::new(Shared::new(config, limits, disk)))
+    }
+
+    /// The state of the store, for status and health.
+    pub fn state(&self) -> watch::Receiver<StoreState> {
+        self.0.state.subscribe()
+    }
+
+    /// The oldest time that is shown, in Unix milliseconds.
+    fn horizon(&self) -> i64 {
+        around::horizon(&self.0.config.history, clock::now())
+    }
+
+    /// Reads, with the source of the events' bytes.
+    async fn read<T: Send + 'static>(
+        &self,
+        by: By,
+        query: impl FnOnce(&Connection, &mut Source<'_>) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let open = self.0.open()?;
+        let with = open.clone();
+        let query =
+            move |db: &Connection| Fault::apart(with.with_source(by, |source| query(db, source)));
+        let answer = match by {
+            By::Looker => open.history.read_long(query).await,
+            By::Writer | By::Reader => open.history.read(query).await,
+        };
+        answer.map_err(|e| self.0.failed(&open, &e)).flatten()
+    }
+
+    async fn write<T: Send + 'static>(
+        &self,
+        open: &Arc<Open>,
+        part: impl FnOnce(&Connection, &Open) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let with = open.clone();
+        let part = move |db: &Connection| Fault::apart(part(db, &with));
+        open.history.write(part).await.map_err(|e| self.0.failed(open, &e)).flatten()
+    }
+
+    /// Writes without more than the connection.
+    async fn change(
+        &self,
+        part: impl FnOnce(&Connection) -> rusqlite::Result<()> + Send + 'static,
+    ) -> Result<(), StoreError> {
+        let open = self.0.writable()?;
+        self.write(&open, move |db, _| Ok(part(db)?)).await
+    }
+}
+
+impl Store for SqliteStore {
+    async fn append(&self, events: Vec<NewRow>) -> Result<Appended, StoreError> {
+        if events.len() > MAX_APPEND {
+            return Err(StoreError::new(format!("more than {MAX_APPEND} events at once")));
+        }
+        let open = self.0.writable()?;
+        let events: Arc<[NewRow]> = events.into();
+        let (limits, has_bodies) = (self.0.limits, self.0.config.history.bodies);
+        loop {
+            let events = events.clone();
+            let append = move |db: &Connection, open: &Open| {
+                let manner = Manner {
+                    has_rows: open.has_rows(),
+                    has_bodies,
+                    limits,
+                    now: millis(clock::now()),
+                    numbers: (open.first, open.last.load(Ordering::Relaxed)),
+                };
+                append::append(db, &mut lock(&open.memory), &manner, &events)
+            };
+            match self.write(&open, append).await? {
+                Some(appended) => return Ok(appended),
+                None => open.reserve().await?,
+            }
+        }
+    }
+
+    async fn events(
+        &self,
+        filter: &EventFilter,
+        before: Option<EventNumber>,
+        limit: usize,
+        time: Duration,
+    ) -> Result<Page<EventRow>, StoreError> {
+        let horizon = self.horizon();
+        let (filter, limit) = (filter.clone(), limit.min(MAX_ROWS));
+        // A list without a filter does not wait behind searches.
+        let by = if filter.is_all() { By::Reader } else { By::Looker };
+        let search = move |db: &Connection, source: &mut Source<'_>| {
+            let deadline = clock::instant() + time;
+            search::events(db, source, &Search { filter, before, limit, deadline, horizon })
+        };
+        self.read(by, search).await
+    }
+
+    async fn event(&self, number: EventNumber) -> Result<Option<EventRow>, StoreError> {
+        let horizon = self.horizon();
+        self.read(By::Reader, move |db, source| search::event(db, source, number, horizon)).await
+    }
+
+    async fn events_with_id(&self, id: &str) -> Result<Vec<EventRow>, StoreError> {
+        let filter = EventFilter { id: Some(id.to_owned()), ..EventFilter::default() };
+        Ok(self.events(&filter, None, MAX_ROWS, ID_TIME).await?.rows)
+    }
+
+    async fn rows(
+        &self,
+        after: EventNumber,
+        upto: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<EventRow>, StoreError> {
+        let rows = move |db: &Connection, source: &mut Source<'_>| {
+            search::rows(db, source, (after, upto), limit, bytes)
+        };
+        self.read(By::Reader, rows).await
+    }
+
+    async fn record(&self, changes: Vec<DeliveryChange>) -> Result<(), StoreError> {
+        self.change(move |db| deliveries::record(db, &changes)).await
+    }
+
+    async fn deliveries(
+        &self,
+        filter: &DeliveryFilter,
+        before: Option<i64>,
+        limit: usize,
+        time: Duration,
+    ) -> Result<Page<Delivery>, StoreError> {
+        let (filter, horizon, limit) = (filter.clone(), self.horizon(), limit.min(MAX_ROWS));
+        let list = move |db: &Connection, _: &mut Source<'_>| {
+            let deadline = clock::instant() + time;
+            Ok(deliveries::list(db, &filter, before, limit, deadline, horizon)?)
+        };
+        self.read(By::Looker, list).await
+    }
+
+    async fn deliveries_with(
+        &self,
+        subscriber: &str,
+        print: Print,
+        since: SystemTime,
+        until: SystemTime,
+        time: Duration,
+    ) -> Result<WithEvent, StoreError> {
+        let subscriber = subscriber.to_owned();
+        let times = (millis(since), millis(until));
+        let find = move |db: &Connection, _: &mut Source<'_>| {
+            let deadline = clock::instant() + time;
+            Ok(deliveries::with_event(db, &subscriber, print, times, deadline)?)
+        };
+        self.read(By::Looker, find).await
+    }
+
+    async fn delivery(&self, id: &str) -> Result<Option<Delivery>, StoreError> {
+        let id = id.to_owned();
+        self.read(By::Reader, move |db, _| Ok(deliveries::one(db, &id)?)).await
+    }
+
+    async fn subscribed(
+        &self,
+        patterns: Vec<(SubscriberName, Vec<Pattern>)>,
+        now: SystemTime,
+    ) -> Result<(), StoreError> {
+        self.change(move |db| around::subscribed(db, &patterns, millis(now))).await
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<Subscription>, StoreError> {
+        let horizon = self.horizon();
+        self.read(By::Reader, move |db, _| Ok(around::subscriptions(db, horizon)?)).await
+    }
+
+    async fn add_gap(&self, gap: Gap) -> Result<(), StoreError> {
+        self.change(move |db| around::add_gap(db, &gap)).await
+    }
+
+    async fn reach(&self) -> Result<Reach, StoreError> {
+        let (history, horizon) = (self.0.config.history, self.horizon());
+        let reach = move |db: &Connection, source: &mut Source<'_>| {
+            around::reach(db, source, &history, horizon)
+        };
+        self.read(By::Reader, reach).await
+    }
+
+    async fn trim(&self, now: SystemTime) -> Result<bool, StoreError> {
+        // Also while history has stopped: it makes room.
+        let open = self.0.open()?;
+        let history = self.0.config.history;
+        let trim = move |db: &Connection, open: &Open| {
+            open.with_source(By::Writer, |source| around::trim(db, source, &history, now))
+        };
+        self.write(&open, trim).await
+    }
+
+    async fn close(&self) {
+        self.0.close().await;
+    }
+}
+
+/// The longest time of a search by id.
+const ID_TIME: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+impl SqliteStore {
+    /// Closes the files as the end of a process does.
+    async fn crash(&self) {
+        self.0.crash().await;
+    }
+}

@@ -1,0 +1,411 @@
+//! The files: opened, set aside, begun again.
+
+use std::{
+    fs::{File, TryLockError},
+    io::ErrorKind,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use rusqlite::Connection;
+
+use super::{
+    append::Memory,
+    around,
+    chunk::{self, Chunk},
+    deliveries,
+    fault::{Fault, millis},
+    schema::{self, HISTORY_FILE, LOCK, STORE_FILE},
+    source::Source,
+};
+use crate::{
+    clock,
+    config::HistoryConfig,
+    sqlite::{self, Database, Kind, with_suffix},
+    store::{EventLog, Gap, StoreError},
+};
+
+/// Opens the log of the events, for one thread.
+pub type OpenLog = Arc<dyn Fn() -> Result<Box<dyn EventLog>, StoreError> + Send + Sync>;
+
+/// What a store needs to be opened.
+#[derive(Clone)]
+pub struct SqliteConfig {
+    /// The directory of the files.
+    pub data_dir: PathBuf,
+    pub history: HistoryConfig,
+    /// The log of the events, where they are kept in one; otherwise they are kept here.
+    pub log: Option<OpenLog>,
+}
+
+impl std::fmt::Debug for SqliteConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { data_dir, history, log } = self;
+        f.debug_struct("SqliteConfig")
+            .field("data_dir", data_dir)
+            .field("history", history)
+            .field("has_log", &log.is_some())
+            .finish()
+    }
+}
+
+impl SqliteConfig {
+    pub(super) fn history_path(&self) -> PathBuf {
+        self.data_dir.join(HISTORY_FILE)
+    }
+}
+
+/// Numbers that are reserved at once. A history that was deleted, or lost its last events in a power
+/// cut, goes on behind them: no number is given twice.
+pub(super) const RESERVED: i64 = 1_000_000;
+
+/// Damaged files that are kept.
+const KEPT: usize = 3;
+
+/// A thread that reads the log.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum By {
+    Writer = 0,
+    Reader = 1,
+    Looker = 2,
+}
+
+/// The open files.
+pub(super) struct Open {
+    pub(super) history: Database,
+    /// The file that is open; `None` if that is not known.
+    identity: Option<(u64, u64)>,
+    /// `None` if it cannot be opened, or was opened for reading only.
+    pub(super) store: Option<Database>,
+    pub(super) memory: Mutex<Memory>,
+    /// The first number that this process may give, and the last one so far.
+    pub(super) first: i64,
+    pub(super) last: AtomicI64,
+    pub(super) is_damaged: AtomicBool,
+    log: Option<OpenLog>,
+    /// One for each thread, opened when it is first needed.
+    logs: [Mutex<Option<Box<dyn EventLog>>>; 3],
+}
+
+impl std::fmt::Debug for Open {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Open").field("history", &self.history).finish_non_exhaustive()
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Open {
+    fn new(
+        config: &SqliteConfig,
+        history: Database,
+        store: Option<Database>,
+        numbers: (i64, i64),
+    ) -> Self {
+        Self {
+            history,
+            identity: identity(&config.history_path()),
+            store,
+            memory: Mutex::default(),
+            first: numbers.0,
+            last: AtomicI64::new(numbers.1),
+            is_damaged: AtomicBool::new(false),
+            log: config.log.clone(),
+            logs: Default::default(),
+        }
+    }
+
+    /// The events are stored here, and not in a log of their own.
+    pub(super) fn has_rows(&self) -> bool {
+        self.log.is_none()
+    }
+
+    /// Whether its file is still at its path.
+    pub(super) fn is_at(&self, path: &Path) -> bool {
+        self.identity.is_none() || identity(path) == self.identity
+    }
+
+    /// Calls `with` with the source of the events' bytes.
+    pub(super) fn with_source<T>(
+        &self,
+        by: By,
+        with: impl FnOnce(&mut Source<'_>) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        let Some(open) = &self.log else { return with(&mut Source::Tables) };
+        let mut log = lock(&self.logs[by as usize]);
+        let log = match &mut *log {
+            Some(log) => log,
+            None => log.insert(open()?),
+        };
+        with(&mut Source::Log(&mut **log))
+    }
+
+    /// Reserves more numbers.
+    pub(super) async fn reserve(&self) -> Result<(), StoreError> {
+        let Some(store) = &self.store else {
+            // Nothing remembers them: the jump at the next start does.
+            self.last.fetch_add(RESERVED, Ordering::Relaxed);
+            return Ok(());
+        };
+        let upto = self.last.load(Ordering::Relaxed).saturating_add(RESERVED);
+        let reserve = move |db: &Connection| around::set(db, "numbers", upto);
+        store.write(reserve).await.map_err(|e| StoreError::new(e.to_string()))?;
+        self.last.fetch_max(upto, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Closes the files. `is_sound`: the numbers that were not given can be given later.
+    pub(super) async fn close(&self, is_sound: bool) {
+        let last = match is_sound {
+            true => self.history.read(chunk::last_event).await.ok(),
+            false => None,
+        };
+        self.history.close().await;
+        let Some(store) = &self.store else { return };
+        if let Some(last) = last.filter(|_| self.has_rows()) {
+            let last = last.max(self.first - 1);
+            let given = store.write(move |db| around::set(db, "numbers", last)).await;
+            if let Err(e) = given {
+                tracing::debug!(error = %e, "the reserved numbers of events are skipped");
+            }
+        }
+        store.close().await;
+    }
+}
+
+/// The device and the inode of the file at a path.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// Locks the store for this daemon. The lock ends with the process, in any case.
+pub(super) fn lock_store(data_dir: &Path) -> Result<File, StoreError> {
+    let away = |what: String| StoreError::away(what);
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|e| {
+        away(
+            sqlite::denied(
+                &format!("[queue] data_dir `{}` cannot be made", data_dir.display()),
+                &e,
+            )
+            .to_string(),
+        )
+    })?;
+    let path = data_dir.join(LOCK);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let locked = file.map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+    locked.map_err(|e| match e {
+        TryLockError::WouldBlock => away(format!(
+            "another daemon has the store in `{}`: each needs a [queue] data_dir of its own",
+            data_dir.display()
+        )),
+        TryLockError::Error(e) => {
+            away(sqlite::denied(&format!("`{}` cannot be locked", path.display()), &e).to_string())
+        }
+    })
+}
+
+/// The files of a daemon, as they were opened.
+pub(super) struct Files {
+    history: Database,
+    store: Option<Database>,
+    /// Why history begins again, if it does.
+    because: Option<String>,
+    warning: Option<String>,
+}
+
+/// Opens the files of a daemon; blocks its thread. `because`: why history begins again, if it does.
+pub(super) fn open_files(
+    config: &SqliteConfig,
+    mut because: Option<String>,
+) -> Result<Files, StoreError> {
+    let (store, warning) = open_store(config)?;
+    let path = config.history_path();
+    let history = match open_history(&path, &mut because) {
+        Err(e) if e.kind() == Kind::Damaged => {
+            because = Some(set_aside(&path)?);
+            open_history(&path, &mut because)
+        }
+        opened => opened,
+    };
+    let history = history.map_err(|e| StoreError::away(e.to_string()))?;
+    Ok(Files { history, store, because, warning })
+}
+
+fn open_store(config: &SqliteConfig) -> Result<(Option<Database>, Option<String>), StoreError> {
+    let path = config.data_dir.join(STORE_FILE);
+    match Database::open(&path, &schema::store()) {
+        Ok(store) => Ok((Some(store), None)),
+        Err(e) if e.kind() == Kind::Later => Err(StoreError::away(e.to_string())),
+        Err(e) => Ok((None, Some(e.to_string()))),
+    }
+}
+
+fn open_history(path: &Path, because: &mut Option<String>) -> Result<Database, sqlite::Error> {
+    if !path.exists() {
+        // A log without its file would be applied to the next file.
+        let mut left = false;
+        for suffix in ["-wal", "-shm"] {
+            left |= std::fs::remove_file(with_suffix(path, suffix)).is_ok();
+        }
+        if left && because.is_none() {
+            *because = Some("the file before it was deleted".to_owned());
+        }
+    }
+    Database::open(path, &schema::history())
+}
+
+/// Moves a damaged history away, and returns why history begins again.
+pub(super) fn set_aside(path: &Path) -> Result<String, StoreError> {
+    let now = clock::rfc3339_seconds(clock::now());
+    let stamp: String = now.chars().filter(|c| c.is_ascii_alphanumeric()).collect();
+    let aside = with_suffix(path, &format!(".damaged-{stamp}"));
+    for suffix in ["", "-wal", "-shm"] {
+        match std::fs::rename(with_suffix(path, suffix), with_suffix(&aside, suffix)) {
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                let what = format!("`{}` is damaged and cannot be set aside", path.display());
+                return Err(StoreError::away(sqlite::denied(&what, &e).to_string()));
+            }
+            _ => {}
+        }
+    }
+    tracing::error!(
+        file = %path.display(), set_aside = %aside.display(),
+        "history is damaged; it was set aside and begins again"
+    );
+    remove_oldest_aside(path);
+    Ok(format!(
+        "the file before it was damaged, and set aside as `{}`",
+        aside.file_name().unwrap_or_default().to_string_lossy()
+    ))
+}
+
+/// A disk that damages file after file must not be filled by them.
+fn remove_oldest_aside(path: &Path) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!("{name}.damaged-");
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut aside: Vec<String> = names
+        .filter(|name| {
+            name.starts_with(&prefix) && !name.contains("-wal") && !name.contains("-shm")
+        })
+        .collect();
+    aside.sort_unstable();
+    for name in aside.iter().rev().skip(KEPT) {
+        for suffix in ["", "-wal", "-shm"] {
+            std::fs::remove_file(with_suffix(&dir.join(name), suffix)).ok(); // it may have none
+        }
+    }
+}
+
+/// Makes opened files this daemon's. Also returns what is wrong besides; `None`, and the files are
+/// closed, if history is damaged.
+pub(super) async fn adopt(
+    config: &SqliteConfig,
+    files: Files,
+) -> Result<Option<(Open, Option<String>)>, StoreError> {
+    let Files { history, store, because, warning } = files;
+    let log_end = match config.log.clone() {
+        Some(open) => {
+            let bounds = tokio::task::spawn_blocking(move || open()?.bounds()).await;
+            let bounds = bounds.map_err(|e| StoreError::away(e.to_string()))??;
+            Some(bounds.map_or(0, |(_, last)| last.0))
+        }
+        None => None,
+    };
+    let (now, retention) = (clock::now(), config.history.retention);
+    let adopt = move |db: &Connection| {
+        if around::get(db, "begun")?.is_none() {
+            begin(db, because.as_deref(), now, retention)?;
+        }
+        deliveries::interrupt(db)?;
+        adopt_events(db, log_end, now)
+    };
+    let away = |e: sqlite::Error| StoreError::away(e.to_string());
+    let last = match history.write(adopt).await {
+        Err(e) if e.kind() == Kind::Damaged => {
+            // The write-ahead log is deleted with the last connection, by its name.
+            history.close().await;
+            return Ok(None);
+        }
+        adopted => adopted.map_err(away)?,
+    };
+    let numbers = match (&store, log_end) {
+        (_, Some(_)) => (1, i64::MAX),
+        (None, None) => {
+            let first = last.saturating_add(RESERVED);
+            (first, first.saturating_add(RESERVED))
+        }
+        (Some(store), None) => {
+            store.write(move |db| reserve_first(db, last)).await.map_err(away)?
+        }
+    };
+    Ok(Some((Open::new(config, history, store, numbers), warning)))
+}
+
+/// Begins a history, with the gap that it has if there was one before it.
+fn begin(
+    db: &Connection,
+    because: Option<&str>,
+    now: SystemTime,
+    retention: Duration,
+) -> rusqlite::Result<()> {
+    around::set(db, "begun", millis(now))?;
+    let Some(because) = because else { return Ok(()) };
+    around::set(db, "begun_because", because)?;
+    let from = now.checked_sub(retention).unwrap_or(now);
+    for what in ["events", "deliveries"] {
+        let why = format!("history began again: {because}");
+        around::add_gap(db, &Gap { from, until: now, what, why, missing: None })?;
+    }
+    Ok(())
+}
+
+/// Reserves numbers behind all that were reserved before, and makes the store's id if it has none.
+/// Returns the first and the last of them.
+fn reserve_first(db: &Connection, last: i64) -> rusqlite::Result<(i64, i64)> {
+    if around::get_text(db, "id")?.is_none() {
+        around::set(db, "id", clock::store_id())?;
+    }
+    let given = around::get(db, "numbers")?.unwrap_or(0).max(last);
+    let upto = given.saturating_add(RESERVED);
+    around::set(db, "numbers", upto)?;
+    Ok((given + 1, upto))
+}
+
+/// Removes events that were numbered by another queue than today's. Returns the last number.
+fn adopt_events(db: &Connection, log_end: Option<i64>, now: SystemTime) -> rusqlite::Result<i64> {
+    let has_log = i64::from(log_end.is_some());
+    let had_log = around::get(db, "has_log")?.unwrap_or(has_log);
+    let last = chunk::last_event(db)?;
+    // A log that ends before it is another one.
+    if had_log != has_log || log_end.is_some_and(|end| end < last) {
+        for chunk in Chunk::list(db)? {
+            chunk.remove(db)?;
+        }
+        db.execute("DELETE FROM meta WHERE key = 'last_event'", [])?;
+        around::set(db, "begun", millis(now))?;
+        around::set(
+            db,
+            "begun_because",
+            "the queue's log began again, or another queue took its place",
+        )?;
+    }
+    around::set(db, "has_log", has_log)?;
+    chunk::last_event(db)
+}
+
+/// Opens the files to read them, also without a daemon, or while one writes them.
+pub(super) fn open_to_read(config: &SqliteConfig) -> Result<Open, StoreError> {
+    let history = Database::open_read_only(&config.history_path(), &schema::history())
+        .map_err(|e| StoreError::away(e.to_string()))?;
+    Ok(Open::new(config, history, None, (0, 0)))
+}

@@ -1,0 +1,115 @@
+//! The schemas of the two files.
+
+use crate::sqlite::{Options, Schema, Synchronous};
+
+/// May be deleted: events, deliveries, and what belongs to them.
+const HISTORY: &[&str] = &["
+    -- Single values: when and why this file was begun, the last number of removed events.
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+    -- Runs of events; each has a table event_ID, unless the events are in a log of their own, and a
+    -- full-text index word_ID. Times in Unix milliseconds.
+    CREATE TABLE chunk (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        begun INTEGER NOT NULL,
+        first INTEGER NOT NULL,
+        last INTEGER NOT NULL,
+        events INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        min_at INTEGER NOT NULL,
+        max_at INTEGER NOT NULL,
+        types INTEGER NOT NULL
+    );
+    CREATE TABLE chunk_type (
+        chunk INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        type TEXT NOT NULL,
+        PRIMARY KEY (chunk, number)
+    ) WITHOUT ROWID;
+    CREATE TABLE delivery (
+        row INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL,
+        subscriber TEXT NOT NULL,
+        -- As in DeliveryState::NAMES.
+        state INTEGER NOT NULL,
+        -- When a retry is due, or when it was delivered.
+        state_at INTEGER,
+        reason TEXT,
+        begun_at INTEGER NOT NULL,
+        changed_at INTEGER NOT NULL,
+        -- 0: JSON, 1: JSON Lines.
+        format INTEGER,
+        events INTEGER NOT NULL,
+        bytes INTEGER NOT NULL,
+        sha256 BLOB,
+        replay INTEGER NOT NULL,
+        parent TEXT,
+        attempts TEXT NOT NULL,
+        prints BLOB
+    );
+    CREATE UNIQUE INDEX delivery_id ON delivery (id);
+    CREATE INDEX delivery_subscriber ON delivery (subscriber, row);
+    -- All but those that are delivered, which are most.
+    CREATE INDEX delivery_state ON delivery (state, row) WHERE state <> 2;
+    -- Every some hundred rows: all rows before this one were begun at this time at the latest.
+    CREATE TABLE delivery_mark (row INTEGER PRIMARY KEY, begun_at INTEGER NOT NULL);
+    CREATE TABLE subscription (
+        id INTEGER PRIMARY KEY,
+        subscriber TEXT NOT NULL,
+        -- A JSON array.
+        patterns TEXT NOT NULL,
+        since INTEGER NOT NULL,
+        -- NULL: they hold today.
+        until INTEGER
+    );
+    CREATE TABLE gap (
+        id INTEGER PRIMARY KEY,
+        what TEXT NOT NULL,
+        since INTEGER NOT NULL,
+        until INTEGER NOT NULL,
+        why TEXT NOT NULL,
+        missing INTEGER
+    );
+"];
+
+/// Precious: what cannot be made again.
+const STORE: &[&str] = &["
+    -- Single values: the id of the store, and the last number that was reserved for events.
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+"];
+
+pub(super) const HISTORY_FILE: &str = "history.db";
+pub(super) const STORE_FILE: &str = "store.db";
+pub(super) const LOCK: &str = "store.lock";
+
+/// Bytes of a page of history. An event of 400 bytes and its words take 511 bytes of the file with
+/// it (measured).
+const PAGE: u32 = 8192;
+
+/// Bytes of pages that each connection to history keeps.
+const CACHE: usize = 16 << 20;
+
+/// Niceness of the thread that writes history: deliveries go first.
+const NICE: i32 = 10;
+
+pub(super) const fn history() -> Options {
+    let schema = Schema { application_id: 0x6869_7374, migrations: HISTORY };
+    Options {
+        synchronous: Synchronous::Normal,
+        page_size: Some(PAGE),
+        cache: Some(CACHE),
+        empties_log: true,
+        nice: NICE,
+        damaged: "it is set aside, and history begins again",
+        ..Options::new("history", "history", schema)
+    }
+}
+
+pub(super) const fn store() -> Options {
+    let schema = Schema { application_id: 0x7374_6f72, migrations: STORE };
+    Options {
+        empties_log: true,
+        backs_up: true,
+        damaged: "stop hooktrail, keep a copy, and put a backup in its place, or move it away",
+        ..Options::new("store", "store", schema)
+    }
+}

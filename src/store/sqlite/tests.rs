@@ -1,0 +1,669 @@
+//! The store's files: what is found, numbered, removed, set aside.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+};
+
+use proptest::prelude::*;
+
+use super::{fault::time, *};
+use crate::{
+    clock::now,
+    config::HistoryConfig,
+    delivery::{BatchId, Reason},
+    event::payload::Format,
+    store::{
+        AttemptEnd, Change, Contents, DeliveryState, EventLog, HistoryState,
+        testing::{all_pages, any_event, any_filter, finds_what_a_scan_finds, new_row},
+    },
+};
+
+const LONG: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3600);
+
+const HISTORY: HistoryConfig =
+    HistoryConfig { retention: Duration::from_secs(7 * 86_400), max_bytes: 64 << 20, bodies: true };
+
+fn config(dir: &Path) -> SqliteConfig {
+    SqliteConfig { data_dir: dir.to_owned(), history: HISTORY, log: None }
+}
+
+fn roomy(_: &Path) -> Option<(u64, u64)> {
+    Some((u64::MAX, u64::MAX))
+}
+
+/// A store with chunks of seven events.
+async fn start(config: SqliteConfig) -> SqliteStore {
+    opened(SqliteStore::start_with(config, 7, roomy)).await
+}
+
+async fn opened(store: SqliteStore) -> SqliteStore {
+    in_state(&store, |state| matches!(state.history, HistoryState::Open)).await;
+    store
+}
+
+async fn in_state(store: &SqliteStore, is: impl FnMut(&StoreState) -> bool) -> StoreState {
+    let mut state = store.state();
+    let waited = tokio::time::timeout(Duration::from_secs(20), state.wait_for(is)).await;
+    waited.expect("in time").expect("it lives").clone()
+}
+
+fn event(n: u32) -> NewRow {
+    NewRow {
+        number: None,
+        at: time(millis(now())),
+        event_type: format!("type.{}", n % 3),
+        message_id: Some(format!("id-{n}")),
+        body: format!(
+            r#"{{"event":"type.{}","actor":{{"id":{n},"name":"Ann"}},"description":"The {n}th <b>","timestamp":{n}}}"#,
+            n % 3
+        )
+        .into(),
+        redelivered: false,
+    }
+}
+
+async fn append(store: &SqliteStore, numbers: std::ops::Range<u32>) -> Appended {
+    store.append(numbers.map(event).collect()).await.expect("appends")
+}
+
+async fn numbers(store: &SqliteStore, filter: &EventFilter) -> Vec<i64> {
+    all_pages(store, filter, 10).await.iter().map(|row| row.number.0).collect()
+}
+
+fn by_text(text: &str) -> EventFilter {
+    EventFilter { text: Some(text.to_owned()), ..EventFilter::default() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_search_finds_what_a_scan_finds(
+        events in proptest::collection::vec(any_event(), 1..40),
+        filters in proptest::collection::vec(any_filter(), 12),
+        limit in 1..6_usize,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(async {
+            let dir = tempfile::tempdir().expect("a directory");
+            let store = start(config(dir.path())).await;
+            let events: Vec<NewRow> = events.iter().map(new_row).collect();
+            finds_what_a_scan_finds(&store, &events, &filters, limit).await;
+            store.close().await;
+        });
+    }
+}
+
+#[tokio::test]
+async fn an_event_comes_back_as_it_was_added() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let appended = append(&store, 0..20).await;
+    assert_eq!((appended.events, appended.last), (20, Some(EventNumber(20))));
+    let sent = event(11);
+    let row = store.event(EventNumber(12)).await.expect("reads").expect("is there");
+    assert_eq!((row.number, &row.event_type), (EventNumber(12), &sent.event_type));
+    assert_eq!((row.body.as_ref(), row.bytes), (Some(&sent.body), sent.body.len() as u64));
+    assert_eq!(row.details.actor.id.as_deref(), Some("11"));
+    assert_eq!(
+        store.events_with_id("id-11").await.expect("reads").as_slice(),
+        std::slice::from_ref(&row)
+    );
+    let mut digest = "sha256-".to_owned();
+    tokens::push_hex(&row.sha256, &mut digest);
+    assert_eq!(store.events_with_id(&digest).await.expect("reads"), [row]);
+    assert_eq!(store.event(EventNumber(21)).await.expect("reads"), None);
+    let range = store.rows(EventNumber(5), EventNumber(16), 500, 1 << 20).await.expect("reads");
+    assert_eq!(range.iter().map(|r| r.number.0).collect::<Vec<_>>(), (6..=16).collect::<Vec<_>>());
+    let range = store.rows(EventNumber(5), EventNumber(16), 500, 1).await.expect("reads");
+    assert_eq!(range.len(), 1, "one however large");
+    assert_eq!(numbers(&store, &EventFilter::default()).await, (1..=20).rev().collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn hostile_text_finds_nothing_and_breaks_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    append(&store, 0..9).await;
+    let long = "x ".repeat(5 * 1024);
+    for text in [
+        "\"",
+        "\"\"\"",
+        "*",
+        "a*",
+        "NEAR(a b, 2)",
+        "words:ann",
+        "^ann",
+        "ann AND",
+        "{words}:x",
+        "'; DROP TABLE chunk; --",
+        "\0",
+        "a\0b",
+        "🙂",
+        "%",
+        "_aann",
+        "-ann nothing",
+        &long,
+        ")(",
+    ] {
+        for filter in [
+            by_text(text),
+            EventFilter { actor: Some(text.to_owned()), ..EventFilter::default() },
+            EventFilter { resource: Some(text.to_owned()), ..EventFilter::default() },
+            EventFilter { id: Some(text.to_owned()), ..EventFilter::default() },
+        ] {
+            let is_word = matches!(text, "a*" | "^ann") && filter.text.is_some();
+            let found = numbers(&store, &filter).await.len();
+            assert_eq!(found, if is_word { 9 } else { 0 }, "{filter:?}");
+        }
+    }
+    let hostile = NewRow {
+        event_type: "\"; DROP TABLE chunk; --".to_owned(),
+        message_id: Some("'\0\u{202e}".to_owned()),
+        body: b"\xff\0 not JSON"[..].into(),
+        ..event(0)
+    };
+    store.append(vec![hostile]).await.expect("appends");
+    assert_eq!(numbers(&store, &by_text("json not")).await, [10]);
+    assert_eq!(store.events_with_id("'\0\u{202e}").await.expect("reads").len(), 1);
+}
+
+#[tokio::test]
+async fn a_search_whose_time_is_over_says_how_far_it_came_and_goes_on() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    append(&store, 0..50).await;
+    let filter = by_text("7th");
+    let (mut found, mut before, mut pages) = (Vec::new(), None, 0);
+    loop {
+        let page = store.events(&filter, before, 10, Duration::ZERO).await.expect("searches");
+        found.extend(page.rows.iter().map(|row| row.number.0));
+        pages += 1;
+        let Some(next) = page.next else { break };
+        assert!(page.searched_back_to.is_some());
+        assert!(before.is_none_or(|before| EventNumber(next) < before), "each goes on");
+        before = Some(EventNumber(next));
+    }
+    assert_eq!((found, pages), (vec![8], 8), "a chunk of seven each");
+}
+
+#[tokio::test]
+async fn only_a_redelivery_of_the_same_bytes_is_a_repeat() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    append(&store, 0..10).await;
+    let again = NewRow { redelivered: true, ..event(3) };
+    let other = NewRow { body: b"{}"[..].into(), ..again.clone() };
+    let nameless = NewRow { message_id: None, ..again.clone() };
+    let appended = store
+        .append(vec![again.clone(), event(3), other.clone(), nameless, other, event(20)])
+        .await
+        .expect("appends");
+    assert_eq!((appended.events, appended.repeats), (4, 2));
+    assert_eq!(store.events_with_id("id-3").await.expect("reads").len(), 3);
+}
+
+#[tokio::test]
+async fn numbers_never_go_back() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let last = async |numbers: std::ops::Range<u32>| {
+        let store = start(config(dir.path())).await;
+        let last = append(&store, numbers).await.last.expect("a number").0;
+        (store, last)
+    };
+    let (store, number) = last(0..10).await;
+    store.close().await;
+    assert_eq!(number, 10);
+    let (store, number) = last(10..12).await;
+    assert_eq!(number, 12, "closed: they go on");
+    store.close().await;
+    std::fs::remove_file(dir.path().join("history.db")).expect("deletes");
+    let (store, number) = last(0..1).await;
+    assert_eq!(number, 13, "history was deleted");
+    store.crash().await;
+    let (store, number) = last(0..1).await;
+    assert_eq!(number, open::RESERVED + 13, "it crashed: the last ones may be lost");
+    store.close().await;
+    std::fs::write(dir.path().join("store.db"), vec![7; 8192]).expect("damages");
+    let store = start(config(dir.path())).await;
+    let state = store.state().borrow().clone();
+    assert!(state.warning.is_some_and(|why| why.contains("store.db")), "it says so");
+    let number = append(&store, 0..1).await.last.expect("a number").0;
+    assert_eq!(number, 2 * open::RESERVED + 13, "without store.db");
+}
+
+#[tokio::test]
+async fn more_numbers_are_reserved_when_they_are_used_up() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let open = store.0.open().expect("is open");
+    open.last.store(3, Ordering::Relaxed);
+    assert_eq!(append(&store, 0..10).await.last, Some(EventNumber(10)));
+    assert_eq!(open.last.load(Ordering::Relaxed), open::RESERVED + 3);
+}
+
+#[tokio::test]
+async fn without_bodies_fields_alone_are_kept_and_found() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let history = HistoryConfig { bodies: false, ..HISTORY };
+    let store = start(SqliteConfig { history, ..config(dir.path()) }).await;
+    let row = NewRow {
+        body: br#"{"event":"a","actor":{"id":"x"},"description":"kept","secret":"hidden"}"#[..]
+            .into(),
+        ..event(0)
+    };
+    store.append(vec![row.clone()]).await.expect("appends");
+    let kept = store.event(EventNumber(1)).await.expect("reads").expect("is there");
+    assert_eq!((kept.body, kept.bytes), (None, row.body.len() as u64));
+    assert_eq!(kept.details.description.as_deref(), Some("kept"));
+    assert_eq!(numbers(&store, &by_text("kept")).await, [1]);
+    assert_eq!(numbers(&store, &by_text("hidden")).await, [0; 0]);
+    let again = NewRow { redelivered: true, ..row };
+    assert_eq!(store.append(vec![again]).await.expect("appends").repeats, 1);
+}
+
+#[tokio::test]
+async fn what_is_too_old_or_too_much_is_removed_by_chunks_and_never_shown() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let old = |n| NewRow { at: now() - HISTORY.retention - HOUR, ..event(n) };
+    store.append((0..14).map(old).collect()).await.expect("appends");
+    append(&store, 14..20).await;
+    assert_eq!(numbers(&store, &EventFilter::default()).await, (15..=20).rev().collect::<Vec<_>>());
+    assert_eq!(numbers(&store, &by_text("ann")).await.len(), 6);
+    assert_eq!(store.event(EventNumber(3)).await.expect("reads"), None);
+    let mut trims = 0;
+    while store.trim(now()).await.expect("trims") {
+        trims += 1;
+    }
+    assert_eq!(trims, 2);
+    let reach = store.reach().await.expect("reads");
+    assert_eq!((reach.events, reach.last.map(|(n, _)| n)), (6, Some(EventNumber(20))));
+    while store.trim(now() + HISTORY.retention + HOUR).await.expect("trims") {}
+    assert_eq!(store.reach().await.expect("reads").events, 0);
+    assert_eq!(append(&store, 20..21).await.last, Some(EventNumber(21)), "numbers go on");
+}
+
+#[tokio::test]
+async fn a_history_that_is_full_gives_the_oldest_chunks_away() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let history = HistoryConfig { max_bytes: 16 << 20, ..HISTORY };
+    let store = start(SqliteConfig { history, ..config(dir.path()) }).await;
+    let large = |n: u32| NewRow { body: vec![b'x'; 100_000].into(), ..event(n) };
+    for round in 0..30 {
+        let rows = (round * 10..round * 10 + 10).map(large).collect();
+        store.append(rows).await.expect("appends");
+        while store.trim(now()).await.expect("trims") {}
+    }
+    let reach = store.reach().await.expect("reads");
+    assert!(reach.bytes <= 16 << 20, "{reach:?}");
+    assert!((100..160).contains(&reach.events), "{reach:?}");
+    assert_eq!(reach.why, "max_bytes of 16MiB");
+    assert_eq!(reach.last.map(|(n, _)| n), Some(EventNumber(300)));
+}
+
+#[tokio::test]
+async fn a_damaged_history_is_set_aside_and_begun_again() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("history.db");
+    let store = start(config(dir.path())).await;
+    append(&store, 0..10).await;
+    store.close().await;
+    std::fs::write(&path, vec![7; 30_000]).expect("damages");
+    let store = start(config(dir.path())).await;
+    let reach = store.reach().await.expect("reads");
+    assert!(reach.why.contains("damaged, and set aside as `history.db.damaged-"), "{reach:?}");
+    assert_eq!((reach.events, reach.gaps.len()), (0, 2));
+    assert_eq!(append(&store, 0..1).await.last, Some(EventNumber(11)));
+    store.close().await;
+}
+
+#[tokio::test]
+async fn damage_that_a_query_meets_is_set_aside_too() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("history.db");
+    let store = opened(SqliteStore::start_with(config(dir.path()), 5000, roomy)).await;
+    for n in 0..40 {
+        append(&store, n * 20..n * 20 + 20).await;
+    }
+    store.close().await;
+    // All but the first pages, which hold the schema and what is read first.
+    let mut bytes = std::fs::read(&path).expect("reads");
+    bytes[24 * 8192..].fill(0x5a);
+    std::fs::write(&path, bytes).expect("damages");
+    let store = start(config(dir.path())).await;
+    let mut state = store.state();
+    state.mark_unchanged();
+    let found = store.events(&by_text("ann"), None, 500, LONG).await;
+    let error = found.expect_err("it is damaged");
+    assert!(error.is_away() && error.to_string().contains("damaged"), "{error}");
+    state.changed().await.expect("it is closed");
+    opened(store.clone()).await;
+    assert!(store.reach().await.expect("reads").why.contains("set aside"));
+    append(&store, 0..1).await;
+}
+
+#[tokio::test]
+async fn a_deleted_history_begins_again() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    append(&store, 0..10).await;
+    std::fs::remove_file(dir.path().join("history.db")).expect("deletes");
+    in_state(&store, |state| state.history == HistoryState::Opening).await;
+    opened(store.clone()).await;
+    let reach = store.reach().await.expect("reads");
+    assert!(reach.why.contains("deleted or moved"), "{reach:?}");
+    assert!(append(&store, 0..1).await.last > Some(EventNumber(10)));
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_be_opened_is_away_until_it_can() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let first = start(config(dir.path())).await;
+    let second = SqliteStore::start_with(config(dir.path()), 7, roomy);
+    let error = second.append(vec![event(0)]).await.expect_err("is away");
+    assert!(error.is_away());
+    let away = |state: &StoreState| matches!(&state.history, HistoryState::Away(why) if why.contains("another daemon"));
+    in_state(&second, away).await;
+    first.close().await;
+    assert!(first.append(vec![event(0)]).await.is_err_and(|e| e.is_away()));
+    opened(second.clone()).await;
+    append(&second, 0..1).await;
+    second.close().await;
+    let later = rusqlite::Connection::open(dir.path().join("history.db")).expect("opens");
+    later.pragma_update(None, "user_version", 99).expect("writes");
+    drop(later);
+    let store = SqliteStore::start_with(config(dir.path()), 7, roomy);
+    in_state(
+        &store,
+        |state| matches!(&state.history, HistoryState::Away(why) if why.contains("later version")),
+    )
+    .await;
+}
+
+static FREE: AtomicU64 = AtomicU64::new(u64::MAX);
+
+#[tokio::test]
+async fn history_stops_while_the_disk_is_almost_full() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let disk = |_: &Path| Some((FREE.load(Ordering::Relaxed), 1 << 40));
+    let store = opened(SqliteStore::start_with(config(dir.path()), 7, disk)).await;
+    append(&store, 0..3).await;
+    FREE.store((1 << 30) - 1, Ordering::Relaxed);
+    let stopped = |state: &StoreState| matches!(&state.history, HistoryState::Stopped(why) if why.contains("1023MiB are free"));
+    in_state(&store, stopped).await;
+    assert!(store.append(vec![event(3)]).await.is_err_and(|e| e.is_away()));
+    assert_eq!(numbers(&store, &EventFilter::default()).await.len(), 3, "it can be read");
+    store.trim(now()).await.expect("room is made");
+    FREE.store(1 << 30, Ordering::Relaxed);
+    opened(store.clone()).await;
+    append(&store, 3..4).await;
+    let gaps = store.reach().await.expect("reads").gaps;
+    assert!(matches!(&gaps[..], [gap] if gap.why == "the disk was almost full"), "{gaps:?}");
+}
+
+#[tokio::test]
+async fn a_command_reads_without_a_daemon_and_alongside_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    assert!(SqliteStore::read_only(config(dir.path())).is_err_and(|e| e.is_away()));
+    let store = start(config(dir.path())).await;
+    append(&store, 0..10).await;
+    let command = SqliteStore::read_only(config(dir.path())).expect("opens");
+    assert_eq!(numbers(&command, &by_text("ann")).await.len(), 10);
+    append(&store, 10..20).await;
+    assert_eq!(numbers(&command, &by_text("ann")).await.len(), 20);
+    assert!(command.append(vec![event(0)]).await.is_err());
+    command.close().await;
+    store.close().await;
+    let command = SqliteStore::read_only(config(dir.path())).expect("opens");
+    assert_eq!(command.reach().await.expect("reads").events, 20);
+}
+
+/// A log of events in memory.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<BTreeMap<i64, NewRow>>>);
+
+impl Log {
+    fn add(&self, numbers: std::ops::Range<u32>) -> Vec<NewRow> {
+        let row = |n: u32| NewRow { number: Some(EventNumber(n.into())), ..event(n) };
+        let rows: Vec<NewRow> = numbers.map(row).collect();
+        let with_key = |row: &NewRow| (row.number.expect("one").0, row.clone());
+        lock(&self.0).extend(rows.iter().map(with_key));
+        rows
+    }
+
+    fn config(&self, dir: &Path) -> SqliteConfig {
+        let log = self.clone();
+        let open: OpenLog = Arc::new(move || Ok(Box::new(log.clone())));
+        SqliteConfig { log: Some(open), ..config(dir) }
+    }
+}
+
+impl EventLog for Log {
+    fn get(&mut self, numbers: &[EventNumber]) -> Result<Vec<NewRow>, StoreError> {
+        let rows = lock(&self.0);
+        Ok(numbers.iter().filter_map(|n| rows.get(&n.0).cloned()).collect())
+    }
+
+    fn after(&mut self, n: EventNumber, limit: usize, _: usize) -> Result<Vec<NewRow>, StoreError> {
+        Ok(lock(&self.0).range(n.0 + 1..).take(limit).map(|(_, row)| row.clone()).collect())
+    }
+
+    fn before(&mut self, n: EventNumber, limit: usize) -> Result<Vec<NewRow>, StoreError> {
+        Ok(lock(&self.0).range(..n.0).rev().take(limit).map(|(_, row)| row.clone()).collect())
+    }
+
+    fn bounds(&mut self) -> Result<Option<(EventNumber, EventNumber)>, StoreError> {
+        let rows = lock(&self.0);
+        let (first, last) = (rows.first_key_value(), rows.last_key_value());
+        Ok(first.zip(last).map(|((first, _), (last, _))| (EventNumber(*first), EventNumber(*last))))
+    }
+}
+
+#[tokio::test]
+async fn events_of_a_log_are_read_from_there() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = Log::default();
+    let store = start(log.config(dir.path())).await;
+    let rows = log.add(5..40);
+    assert_eq!(store.append(rows.clone()).await.expect("appends").events, 35);
+    assert_eq!(store.append(rows).await.expect("appends").repeats, 35, "each number once");
+    log.add(40..45);
+    assert_eq!(numbers(&store, &EventFilter::default()).await, (5..40).rev().collect::<Vec<_>>());
+    assert_eq!(numbers(&store, &by_text("17th")).await, [17]);
+    let by_type = EventFilter {
+        event_type: Some(Pattern::try_new("type.1").expect("a pattern")),
+        ..EventFilter::default()
+    };
+    assert_eq!(
+        numbers(&store, &by_type).await,
+        (5..40).rev().filter(|n| n % 3 == 1).collect::<Vec<_>>()
+    );
+    assert!(store.event(EventNumber(20)).await.expect("reads").is_some());
+    // The log removes some.
+    lock(&log.0).retain(|n, _| *n >= 20);
+    while store.trim(now()).await.expect("trims") {}
+    assert_eq!(numbers(&store, &by_text("ann")).await, (20..40).rev().collect::<Vec<_>>());
+    assert!(store.reach().await.expect("reads").why.contains("embedded queue"));
+    store.close().await;
+    // Another log takes its place, and its numbers begin again.
+    let log = Log::default();
+    let rows = log.add(1..10);
+    let store = start(log.config(dir.path())).await;
+    assert_eq!(store.reach().await.expect("reads").events, 0);
+    assert_eq!(store.append(rows).await.expect("appends").events, 9);
+}
+
+fn change(id: &str, change: Change) -> DeliveryChange {
+    let subscriber = SubscriberName::try_new("siem").expect("a name");
+    DeliveryChange { id: BatchId::from(id), subscriber, at: now(), change }
+}
+
+fn contents() -> Contents {
+    Contents {
+        format: Some(Format::JsonLines),
+        events: 2,
+        bytes: 77,
+        sha256: Some([7; 32]),
+        prints: Some([Print::of(b"a"), Print::of(b"b")].into()),
+        replay: false,
+        parent: Some(BatchId::from("msg_0")),
+    }
+}
+
+fn started(id: &str) -> DeliveryChange {
+    change(id, Change::Started { attempt: 1, contents: contents(), by: "host:1".to_owned() })
+}
+
+#[tokio::test]
+async fn a_delivery_is_what_its_changes_made_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let end = AttemptEnd {
+        status: Some(503),
+        failure: Some(crate::delivery::FailureKind::Status),
+        excerpt: "busy \"now\"\0".to_owned(),
+    };
+    let ended = Change::Ended { attempt: 1, took: Duration::from_millis(12), end };
+    let due = time(millis(now())) + HOUR;
+    let changes = [
+        started("msg_1"),
+        change("msg_1", ended),
+        change("msg_1", Change::Retrying { due }),
+        change("msg_2", Change::Dead { reason: Reason::InvalidEvent, contents: Some(contents()) }),
+        change("msg_3", Change::Delivered),
+        started("msg_4"),
+    ];
+    let (first, second) = changes.split_at(1);
+    store.record(first.to_vec()).await.expect("records");
+    store.record(second.to_vec()).await.expect("records");
+    let one = store.delivery("msg_1").await.expect("reads").expect("is there");
+    let mut expected = Delivery::begin(one.row, &changes[0]).expect("begins");
+    expected.apply(&changes[1]);
+    expected.apply(&changes[2]);
+    let whole = |at: SystemTime| time(millis(at));
+    expected.begun_at = whole(expected.begun_at);
+    expected.changed_at = whole(expected.changed_at);
+    expected.attempts[0].at = whole(expected.attempts[0].at);
+    assert_eq!(one, expected);
+    assert_eq!(store.delivery("msg_3").await.expect("reads"), None, "its begin is not known");
+    let listed = async |state: Option<&str>| {
+        let filter = DeliveryFilter { state: state.map(str::to_owned), ..Default::default() };
+        let page = store.deliveries(&filter, None, 10, LONG).await.expect("lists");
+        page.rows.iter().map(|d| d.id.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(None).await, ["msg_4", "msg_2", "msg_1"]);
+    assert_eq!(listed(Some("dead")).await, ["msg_2"]);
+    assert_eq!(listed(Some("in_flight")).await, ["msg_4"]);
+    assert_eq!(listed(Some("delivered")).await, [""; 0]);
+    assert_eq!(listed(Some("no such state")).await, [""; 0]);
+    let (since, until) = (now() - HOUR, now() + HOUR);
+    let found = store.deliveries_with("siem", Print::of(b"b"), since, until, LONG).await;
+    assert_eq!(found.expect("finds").deliveries.len(), 3);
+    let found = store.deliveries_with("siem", Print::of(b"c"), since, until, LONG).await;
+    assert_eq!(found.expect("finds"), WithEvent::default());
+    store.close().await;
+    let store = start(config(dir.path())).await;
+    let state = store.delivery("msg_4").await.expect("reads").map(|d| d.state);
+    assert_eq!(state, Some(DeliveryState::Interrupted), "its daemon has ended");
+}
+
+#[tokio::test]
+async fn deliveries_are_listed_in_pages_and_removed_when_they_are_old() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let old = now() - HISTORY.retention - HOUR;
+    let begin = |n: u32| DeliveryChange {
+        at: if n < 1500 { old } else { now() },
+        ..started(&format!("msg_{n}"))
+    };
+    let delivered = |n: u32| DeliveryChange {
+        change: Change::Delivered,
+        // One that is old has changed today.
+        at: if n == 7 { now() } else { begin(n).at },
+        ..begin(n)
+    };
+    store
+        .record((0..3000).flat_map(|n| [begin(n), delivered(n)]).collect())
+        .await
+        .expect("records");
+    let filter = DeliveryFilter { subscriber: Some("siem".to_owned()), ..Default::default() };
+    let first = store.deliveries(&filter, None, 2, LONG).await.expect("lists");
+    assert_eq!(first.rows.iter().map(|d| d.row).collect::<Vec<_>>(), [3000, 2999]);
+    let second = store.deliveries(&filter, first.next, 500, LONG).await.expect("lists");
+    assert_eq!((second.rows.len(), second.rows[0].row), (500, 2998));
+    let late = store.deliveries(&filter, Some(1510), 500, LONG).await.expect("lists");
+    assert_eq!((late.rows.len(), late.next), (9, None), "older ones are not shown");
+    let cut = store.deliveries(&filter, None, 500, Duration::ZERO).await.expect("lists");
+    assert!(cut.next == Some(3000) && cut.searched_back_to.is_some());
+    let mut trims = 0;
+    while store.trim(now()).await.expect("trims") {
+        trims += 1;
+    }
+    assert_eq!(trims, 2, "some at once");
+    assert!(store.delivery("msg_7").await.expect("reads").is_some());
+    assert!(store.delivery("msg_8").await.expect("reads").is_none());
+    // Those after the last mark go with the next one.
+    assert!(store.delivery("msg_1022").await.expect("reads").is_none());
+}
+
+#[tokio::test]
+async fn patterns_are_kept_with_the_times_in_which_they_held() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let name = |name| SubscriberName::try_new(name).expect("a name");
+    let patterns = |all: &[&str]| {
+        all.iter().map(|p| Pattern::try_new(p).expect("a pattern")).collect::<Vec<_>>()
+    };
+    let at = |hours: u32| time(millis(now() - HOUR * (10 - hours)));
+    let times = [at(1), at(2), at(3)];
+    let all = [
+        vec![(name("a"), patterns(&["#"])), (name("b"), patterns(&["x.*", "y"]))],
+        vec![(name("a"), patterns(&["#"])), (name("b"), patterns(&["y"]))],
+        vec![(name("b"), patterns(&["y"]))],
+    ];
+    for (wanted, at) in all.into_iter().zip(times) {
+        store.subscribed(wanted.clone(), at).await.expect("records");
+        store.subscribed(wanted, at + HOUR / 2).await.expect("nothing changes");
+    }
+    let found = store.subscriptions().await.expect("reads");
+    let found: Vec<_> =
+        found.iter().map(|s| (&*s.subscriber, s.patterns.len(), s.from, s.until)).collect();
+    assert_eq!(
+        found,
+        [
+            ("a", 1, times[0], Some(times[2])),
+            ("b", 2, times[0], Some(times[1])),
+            ("b", 1, times[1], None)
+        ]
+    );
+}
+
+#[tokio::test]
+async fn gaps_that_adjoin_are_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let base = time(millis(now() - HOUR));
+    let gap = |from: u64, until: u64, why: &str| Gap {
+        from: base + Duration::from_secs(from),
+        until: base + Duration::from_secs(until),
+        what: "deliveries",
+        why: why.to_owned(),
+        missing: Some(2),
+    };
+    for gap in [gap(0, 5, "full"), gap(100, 110, "full"), gap(5, 20, "other"), gap(8, 95, "full")] {
+        store.add_gap(gap).await.expect("records");
+    }
+    let gaps = store.reach().await.expect("reads").gaps;
+    let expected = [Gap { missing: Some(6), ..gap(0, 110, "full") }, gap(5, 20, "other")];
+    assert_eq!(gaps, expected);
+    for n in 0..300 {
+        store.add_gap(gap(1000 + n, 1000 + n, &n.to_string())).await.expect("records");
+    }
+    let gaps = store.reach().await.expect("reads").gaps;
+    assert_eq!(gaps.len(), 200);
+    assert_eq!((gaps[0].from, gaps[0].missing), (base, None), "none is lost");
+}

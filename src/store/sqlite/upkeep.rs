@@ -1,0 +1,304 @@
+//! The background task of a store: opens its files, checks them, and begins history again when they
+//! were deleted or damaged.
+
+use std::{
+    fs::File,
+    path::Path,
+    sync::{Arc, Mutex, Weak, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::{Notify, watch};
+
+use super::{
+    around,
+    chunk::Limits,
+    open::{self, Open, SqliteConfig, lock},
+};
+use crate::{
+    clock,
+    sqlite::{self, Kind},
+    store::{Gap, HistoryState, StoreError, StoreState},
+    wording,
+};
+
+/// Time between two checks of the files and the disk, and between two tries to open them.
+const CHECK: Duration = Duration::from_secs(3);
+
+/// Bytes of a disk that must be free, unless a tenth of it is less.
+const MUST_BE_FREE: u64 = 1 << 30;
+
+/// The free bytes of a disk that this user may write, and all its bytes.
+pub(super) type Disk = fn(&Path) -> Option<(u64, u64)>;
+
+/// What the clones of a store share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) config: SqliteConfig,
+    pub(super) limits: Limits,
+    pub(super) state: watch::Sender<StoreState>,
+    disk: Disk,
+    open: Mutex<Option<Arc<Open>>>,
+    /// The files have to be checked now.
+    wake: Arc<Notify>,
+    /// The daemon's.
+    store_lock: Mutex<Option<File>>,
+    /// Held while files are opened or closed.
+    changing: tokio::sync::Mutex<Changing>,
+}
+
+#[derive(Debug, Default)]
+struct Changing {
+    is_closed: bool,
+    /// Why history begins again when it is opened next.
+    because: Option<String>,
+    /// When it stopped because of the disk.
+    stopped: Option<SystemTime>,
+}
+
+impl Shared {
+    pub(super) fn new(config: SqliteConfig, limits: Limits, disk: Disk) -> Self {
+        Self {
+            config,
+            limits,
+            state: watch::Sender::default(),
+            disk,
+            open: Mutex::default(),
+            wake: Arc::default(),
+            store_lock: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Checks the files now and again, until the store is closed or dropped.
+    pub(super) fn keep(self: &Arc<Self>) {
+        let (shared, wake) = (Arc::downgrade(self), self.wake.clone());
+        tokio::spawn(keep(shared, wake));
+    }
+
+    /// Uses files that were opened for reading only.
+    pub(super) fn use_to_read(&self, open: Open) {
+        *lock(&self.open) = Some(Arc::new(open));
+        self.set(HistoryState::Open, None);
+    }
+
+    /// The files, if they may be read.
+    pub(super) fn open(&self) -> Result<Arc<Open>, StoreError> {
+        let open = lock(&self.open).clone();
+        if let Some(open) = open.filter(|open| !open.is_damaged.load(Ordering::Relaxed)) {
+            return Ok(open);
+        }
+        Err(StoreError::away(match &self.state.borrow().history {
+            HistoryState::Opening | HistoryState::Open => "history is being opened".to_owned(),
+            HistoryState::Stopped(why) | HistoryState::Away(why) => why.clone(),
+            HistoryState::Closed => "history is closed".to_owned(),
+        }))
+    }
+
+    /// The files, if they may be written.
+    pub(super) fn writable(&self) -> Result<Arc<Open>, StoreError> {
+        if let HistoryState::Stopped(why) = &self.state.borrow().history {
+            return Err(StoreError::away(why.clone()));
+        }
+        self.open()
+    }
+
+    /// The error of a request. A damaged file is not used any more.
+    pub(super) fn failed(&self, open: &Open, e: &sqlite::Error) -> StoreError {
+        match e.kind() {
+            Kind::Damaged => {
+                open.is_damaged.store(true, Ordering::Relaxed);
+                self.wake.notify_one();
+                StoreError::away(e.to_string())
+            }
+            Kind::Closed => StoreError::away(e.to_string()),
+            _ => StoreError::new(e.to_string()),
+        }
+    }
+
+    /// Completes what is begun, and closes the files.
+    pub(super) async fn close(&self) {
+        let mut changing = self.changing.lock().await;
+        changing.is_closed = true;
+        let open = lock(&self.open).take();
+        if let Some(open) = open {
+            open.close(!open.is_damaged.load(Ordering::Relaxed)).await;
+        }
+        lock(&self.store_lock).take();
+        self.set(HistoryState::Closed, None);
+        self.wake.notify_one();
+    }
+
+    /// Logs a state when it begins and when it ends.
+    fn set(&self, history: HistoryState, warning: Option<String>) {
+        let before = self.state.borrow().clone();
+        let now = StoreState { history, warning };
+        if before == now {
+            return;
+        }
+        match (&before.history, &now.history) {
+            (_, HistoryState::Away(why)) => {
+                tracing::error!(error = why, "history is away; deliveries go on");
+            }
+            (_, HistoryState::Stopped(why)) => {
+                tracing::error!(error = why, "history has stopped; deliveries go on");
+            }
+            (HistoryState::Away(_) | HistoryState::Stopped(_), HistoryState::Open) => {
+                tracing::info!("history goes on");
+            }
+            _ => {}
+        }
+        if let Some(warning) = now.warning.as_ref().filter(|_| now.warning != before.warning) {
+            tracing::error!(error = warning, "the store is not sound; history goes on without it");
+        }
+        self.state.send_replace(now);
+    }
+
+    /// Opens the files, or checks them; false once the store is closed.
+    async fn step(&self) -> bool {
+        let mut changing = self.changing.lock().await;
+        if changing.is_closed {
+            return false;
+        }
+        let open = lock(&self.open).clone();
+        match open {
+            None => self.open_files(&mut changing).await,
+            Some(open) => self.check(&open, &mut changing).await,
+        }
+        true
+    }
+
+    async fn open_files(&self, changing: &mut Changing) {
+        let opened = match self.lock_store() {
+            Ok(()) => self.try_open(changing.because.clone()).await,
+            Err(e) => Err(e),
+        };
+        match opened {
+            Ok((open, warning)) => {
+                changing.because = None;
+                *lock(&self.open) = Some(Arc::new(open));
+                self.set(HistoryState::Open, warning);
+            }
+            Err(e) => self.set(HistoryState::Away(e.to_string()), None),
+        }
+    }
+
+    fn lock_store(&self) -> Result<(), StoreError> {
+        let mut held = lock(&self.store_lock);
+        if held.is_none() {
+            *held = Some(open::lock_store(&self.config.data_dir)?);
+        }
+        Ok(())
+    }
+
+    async fn try_open(
+        &self,
+        mut because: Option<String>,
+    ) -> Result<(Open, Option<String>), StoreError> {
+        let path = self.config.history_path();
+        for _ in 0..2 {
+            let (config, because_of) = (self.config.clone(), because.take());
+            let open = move || open::open_files(&config, because_of);
+            let files = tokio::task::spawn_blocking(open).await;
+            let files = files.map_err(|e| StoreError::away(e.to_string()))??;
+            match open::adopt(&self.config, files).await? {
+                Some(open) => return Ok(open),
+                None => because = Some(open::set_aside(&path)?),
+            }
+        }
+        let text =
+            format!("`{}` was damaged as soon as it was made; check the disk", path.display());
+        Err(StoreError::away(text))
+    }
+
+    async fn check(&self, open: &Arc<Open>, changing: &mut Changing) {
+        let path = self.config.history_path();
+        let is_damaged = open.is_damaged.load(Ordering::Relaxed);
+        if !is_damaged && open.is_at(&path) {
+            self.check_disk(open, changing).await;
+            return;
+        }
+        lock(&self.open).take();
+        self.set(HistoryState::Opening, None);
+        open.close(false).await;
+        let why = if is_damaged {
+            open::set_aside(&path)
+        } else {
+            tracing::error!(file = %path.display(), "history was deleted or moved; it begins again");
+            Ok("the file before it was deleted or moved".to_owned())
+        };
+        match why {
+            Ok(because) => {
+                changing.because = Some(because);
+                self.open_files(changing).await;
+            }
+            Err(e) => self.set(HistoryState::Away(e.to_string()), None),
+        }
+    }
+
+    async fn check_disk(&self, open: &Open, changing: &mut Changing) {
+        let Some((free, all)) = (self.disk)(&self.config.data_dir) else { return };
+        let least = (all / 10).min(MUST_BE_FREE);
+        let warning = self.state.borrow().warning.clone();
+        if free < least {
+            changing.stopped.get_or_insert_with(clock::now);
+            let bytes =
+                |n: u64| wording::size(usize::try_from(n >> 20 << 20).unwrap_or(usize::MAX));
+            let why = format!(
+                "the disk of `{}` is almost full: {} are free, and history needs {}; make room, or lower [history] max_bytes",
+                self.config.data_dir.display(),
+                bytes(free),
+                bytes(least)
+            );
+            // The figures change; the first ones stay.
+            if !matches!(self.state.borrow().history, HistoryState::Stopped(_)) {
+                self.set(HistoryState::Stopped(why), warning);
+            }
+            return;
+        }
+        let Some(from) = changing.stopped else { return };
+        let gap = Gap {
+            from,
+            until: clock::now(),
+            what: "deliveries",
+            why: "the disk was almost full".to_owned(),
+            missing: None,
+        };
+        let told = open.history.write(move |db| around::add_gap(db, &gap)).await;
+        match told {
+            Ok(()) => {
+                changing.stopped = None;
+                self.set(HistoryState::Open, warning);
+            }
+            Err(e) => drop(self.failed(open, &e)),
+        }
+    }
+}
+
+/// Checks the files until the store is closed or dropped.
+async fn keep(shared: Weak<Shared>, wake: Arc<Notify>) {
+    while let Some(shared) = shared.upgrade() {
+        if !shared.step().await {
+            return;
+        }
+        drop(shared);
+        // Early, if a request has found damage.
+        drop(tokio::time::timeout(CHECK, wake.notified()).await);
+    }
+}
+
+/// The free and all bytes of the disk of a directory.
+pub(super) fn free_and_all(dir: &Path) -> Option<(u64, u64)> {
+    let disk = rustix::fs::statvfs(dir).ok()?;
+    Some((disk.f_bavail.saturating_mul(disk.f_frsize), disk.f_blocks.saturating_mul(disk.f_frsize)))
+}
+
+#[cfg(test)]
+impl Shared {
+    pub(super) async fn crash(&self) {
+        self.changing.lock().await.is_closed = true;
+        let open = lock(&self.open).take().expect("is open");
+        open.close(false).await;
+        lock(&self.store_lock).take();
+    }
+}

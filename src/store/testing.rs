@@ -1,0 +1,191 @@
+//! What every implementation of the store must hold, checked over its trait.
+
+use std::time::{Duration, SystemTime};
+
+use proptest::{prelude::*, sample::select};
+use serde_json::Value;
+
+use super::{EventFilter, EventNumber, EventRow, NewRow, Store};
+use crate::event::Pattern;
+
+/// The time of a search that is not to be cut.
+const LONG: Duration = Duration::from_secs(60);
+
+const TYPES: [&str; 6] = ["a.b", "a.c", "A.b", "user.updated", "user", "x_y.z"];
+const VALUES: [&str; 10] =
+    ["7", "u-1", "Jane Doe", "jane doe", "\"x\" OR \"y\"", "é_é", "", "%", "_aseven", "NULL"];
+const TEXTS: [&str; 12] = [
+    "Updated the profile",
+    "ÜBER die Straße",
+    "a\u{0}b; DROP TABLE chunk--",
+    "word:word NEAR(the, 2) *",
+    "x AND NOT y",
+    "東京 2026",
+    "up",
+    "7",
+    "the the",
+    "🙂 only",
+    "e1f3-4a5b_c",
+    "ΟΔΟΣ",
+];
+
+/// A random event, for the given time.
+pub(crate) fn any_event() -> impl Strategy<Value = (Value, Option<String>, u64)> {
+    (
+        select(&TYPES[..]),
+        proptest::option::of(select(&VALUES[..])),
+        proptest::option::of(select(&VALUES[..])),
+        select(&TEXTS[..]),
+        proptest::option::of(0..4_u8),
+        0..100_000_u64,
+    )
+        .prop_map(|(event_type, id, name, text, message, age)| {
+            let event = serde_json::json!({
+                "event": event_type,
+                "actor": {"id": id, "name": name},
+                "resource": {"id": name, "type": "thing", "name": id},
+                "description": text,
+                "changes": {"title": {"from": 7, "to": [text, true, -1.5]}},
+                "timestamp": 1_700_000_000 + age,
+            });
+            (event, message.map(|m| format!("id-{m}")), age)
+        })
+}
+
+pub(crate) fn any_filter() -> impl Strategy<Value = EventFilter> {
+    let pattern = select(vec!["#", "a.*", "*.b", "user.#", "a.b", "A.b", "none", "*.*"]);
+    let value = || proptest::option::weighted(0.3, select(&VALUES[..]));
+    let text = select(vec![
+        "the",
+        "upd",
+        "profile updated",
+        "7",
+        "über",
+        "STRASSE",
+        "die straße",
+        "drop",
+        "OR y",
+        "東",
+        "οδος",
+        "e1f3",
+        "c",
+        "x y",
+        "near 2",
+    ]);
+    let since = proptest::option::weighted(0.3, 0..100_000_u64);
+    (
+        proptest::option::weighted(0.4, pattern),
+        value(),
+        value(),
+        proptest::option::weighted(0.3, select(vec!["id-0", "id-1", "id-9"])),
+        proptest::option::weighted(0.4, text),
+        since.clone(),
+        since,
+    )
+        .prop_map(|(pattern, actor, resource, id, text, since, until)| {
+            let at = |ms| SystemTime::UNIX_EPOCH + base() + Duration::from_millis(ms);
+            EventFilter {
+                event_type: pattern.map(|p| Pattern::try_new(p).expect("a pattern")),
+                actor: actor.map(str::to_owned),
+                resource: resource.map(str::to_owned),
+                id: id.map(str::to_owned),
+                text: text.map(str::to_owned),
+                since: since.map(at),
+                until: until.map(at),
+                ..EventFilter::default()
+            }
+        })
+}
+
+/// The time of random events: an hour ago, to the second.
+pub(crate) fn base() -> Duration {
+    static BASE: std::sync::OnceLock<Duration> = std::sync::OnceLock::new();
+    *BASE
+        .get_or_init(|| Duration::from_secs(crate::clock::unix_seconds(crate::clock::now()) - 3600))
+}
+
+pub(crate) fn new_row((event, message_id, age): &(Value, Option<String>, u64)) -> NewRow {
+    NewRow {
+        number: None,
+        at: SystemTime::UNIX_EPOCH + base() + Duration::from_millis(*age),
+        event_type: event["event"].as_str().expect("a type").to_owned(),
+        message_id: message_id.clone(),
+        body: event.to_string().into(),
+        redelivered: false,
+    }
+}
+
+/// Whether a filter selects an event, in other words than the program's.
+fn selects(filter: &EventFilter, row: &NewRow) -> bool {
+    let event: Value = serde_json::from_slice(&row.body).expect("JSON");
+    let is_party = |party: &Value, wanted: &Option<String>| {
+        wanted.as_ref().is_none_or(|w| party["id"] == **w || party["name"] == **w)
+    };
+    filter.event_type.as_ref().is_none_or(|p| p.matches(&row.event_type))
+        && is_party(&event["actor"], &filter.actor)
+        && is_party(&event["resource"], &filter.resource)
+        && filter.id.is_none() | (row.message_id == filter.id)
+        && filter.since.is_none_or(|since| row.at >= since)
+        && filter.until.is_none_or(|until| row.at < until)
+        && filter.text.as_ref().is_none_or(|text| {
+            let mut words = Vec::new();
+            collect(&event, &mut words);
+            let wanted = split(text);
+            let (last, whole) = wanted.split_last().expect("a word");
+            whole.iter().all(|w| words.contains(w)) && words.iter().any(|w| w.starts_with(last))
+        })
+}
+
+fn split(text: &str) -> Vec<String> {
+    let lower = text.to_lowercase().replace('ς', "σ");
+    let words = lower.split(|c: char| !c.is_alphanumeric());
+    words.filter(|w| !w.is_empty()).map(str::to_owned).collect()
+}
+
+fn collect(value: &Value, words: &mut Vec<String>) {
+    match value {
+        Value::String(text) => words.extend(split(text)),
+        Value::Number(n) => words.extend(split(&n.to_string())),
+        Value::Array(all) => all.iter().for_each(|v| collect(v, words)),
+        Value::Object(all) => all.values().for_each(|v| collect(v, words)),
+        Value::Null | Value::Bool(_) => {}
+    }
+}
+
+/// A list of all pages together.
+pub(crate) async fn all_pages(
+    store: &impl Store,
+    filter: &EventFilter,
+    limit: usize,
+) -> Vec<EventRow> {
+    let (mut rows, mut before) = (Vec::new(), None);
+    loop {
+        let page = store.events(filter, before, limit, LONG).await.expect("lists");
+        assert!(page.rows.len() <= limit && page.searched_back_to.is_none());
+        rows.extend(page.rows);
+        match page.next {
+            Some(next) => before = Some(EventNumber(next)),
+            None => return rows,
+        }
+    }
+}
+
+/// Adds events to an empty store and compares each filter's list with a scan of all of them.
+pub(crate) async fn finds_what_a_scan_finds(
+    store: &impl Store,
+    events: &[NewRow],
+    filters: &[EventFilter],
+    limit: usize,
+) {
+    for group in events.chunks(5) {
+        let appended = store.append(group.to_vec()).await.expect("appends");
+        assert_eq!((appended.events, appended.repeats), (group.len(), 0));
+    }
+    for filter in filters {
+        let found = all_pages(store, filter, limit).await;
+        let found: Vec<_> = found.iter().map(|row| row.body.clone().expect("a body")).collect();
+        let expected = events.iter().rev().filter(|row| selects(filter, row));
+        let expected: Vec<_> = expected.map(|row| row.body.clone()).collect();
+        assert_eq!(found, expected, "{filter:?}");
+    }
+}
