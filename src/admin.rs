@@ -7,6 +7,7 @@
 //! another's are refused, since its owner can make it lead here.
 
 mod answer;
+mod body;
 mod connections;
 mod control;
 mod guard;

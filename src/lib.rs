@@ -74,7 +74,7 @@
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
-//!              · view · answer · query · guard · connections · introduction · intake · control
+//!              · view · answer · query · body · guard · connections · introduction · intake · control
 //!              · admin
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon

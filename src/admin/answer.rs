@@ -126,6 +126,15 @@ impl Refusal {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, why)
     }
 
+    pub(super) fn late() -> Self {
+        let why = format!("the body did not come within {} s", READ_TIMEOUT.as_secs());
+        Self::new(StatusCode::REQUEST_TIMEOUT, why)
+    }
+
+    pub(super) fn ended_early(why: &axum::Error) -> Self {
+        Self::bad(format!("the body ended early: {why}"))
+    }
+
     pub(super) fn too_many(events: usize) -> Self {
         let why = format!(
             "{events} events are more than the {MAX_EVENTS} of one request; send fewer at once"

@@ -14,19 +14,18 @@ use axum::{
     routing::{get, post},
 };
 use serde::Serialize;
-use serde_json::{Map, Value};
 use tokio::{
     sync::{Mutex, Semaphore, watch},
     time::timeout,
 };
 
 use super::{
-    answer::{READ_TIMEOUT, Refusal, discard, is_json, json_answer},
+    answer::{Refusal, discard, json_answer},
+    body::{self, FromBody},
     query::{FromQuery, Name, Parameters, Query},
     view::{
-        self, ChangeRequest, Circuit, DeadLetter, DeadLetters, FieldError, Lane, LastError,
-        Overview, PauseChange, Paused, ProblemKind, QueueState, ReloadPreview, Removed, State,
-        Tested, Time,
+        self, ChangeRequest, Circuit, DeadLetter, DeadLetters, Lane, LastError, Overview,
+        PauseChange, Paused, ProblemKind, QueueState, ReloadPreview, Removed, State, Tested, Time,
     },
 };
 use crate::{
@@ -73,15 +72,7 @@ struct Control<Q> {
     retrying: Mutex<()>,
 }
 
-/// The body of a request that can change something.
-trait Asked: serde::de::DeserializeOwned + Default {
-    /// The longest body in bytes.
-    const MAX: usize;
-    /// The shape of a valid body, for the error.
-    const SHAPE: &'static str;
-}
-
-impl Asked for ChangeRequest {
+impl FromBody for ChangeRequest {
     const MAX: usize = MAX_REQUEST;
     const SHAPE: &'static str = "{}, or for a pause {\"why\":\"…\"}";
 }
@@ -236,16 +227,6 @@ fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {
     }
 }
 
-/// The first field of a body that alone is not valid either. It works for types whose fields can
-/// all be left out, as those of requests can.
-fn field_at_fault<W: Asked>(body: &[u8]) -> Option<String> {
-    let fields: Map<String, Value> = serde_json::from_slice(body).ok()?;
-    let is_wrong = |(name, value): &(String, Value)| {
-        W::deserialize(Value::Object(Map::from_iter([(name.clone(), value.clone())]))).is_err()
-    };
-    fields.into_iter().find(is_wrong).map(|(name, _)| name)
-}
-
 /// Does the work to its end, even if the client leaves: half of it would be worse.
 async fn to_its_end<A: Send + 'static>(
     room: &Arc<Semaphore>,
@@ -293,13 +274,13 @@ fn seconds(d: Duration) -> f64 {
 impl<Q: Queue> Control<Q> {
     /// Reads the body of a request that can change something, and answers with the result of
     /// `does`.
-    async fn requested<W: Asked, A: Serialize>(
+    async fn requested<W: FromBody, A: Serialize>(
         &self,
         headers: &HeaderMap,
         mut body: Body,
         does: impl AsyncFnOnce(W) -> Result<A, Refusal>,
     ) -> Response {
-        let done = match self.parsed(headers, &mut body).await {
+        let done = match body::json(headers, &mut body).await {
             Ok(wanted) => does(wanted).await,
             Err(refusal) => Err(refusal),
         };
@@ -307,33 +288,6 @@ impl<Q: Queue> Control<Q> {
             discard(headers, body).await;
         }
         answer(done)
-    }
-
-    async fn parsed<W: Asked>(&self, headers: &HeaderMap, body: &mut Body) -> Result<W, Refusal> {
-        // A browser does not send this to another origin without asking first.
-        if !is_json(headers) {
-            let why =
-                format!("the content-type must be application/json; the body is {}", W::SHAPE);
-            return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
-        }
-        let reading = timeout(READ_TIMEOUT, axum::body::to_bytes(std::mem::take(body), W::MAX));
-        let too_long = || {
-            Refusal::bad(format!("the body has more than {} bytes, or did not come whole", W::MAX))
-        };
-        let body = reading.await.ok().and_then(Result::ok).ok_or_else(too_long)?;
-        let wanted: Result<W, serde_json::Error> = match body.trim_ascii_start() {
-            [] if body.is_empty() => Ok(W::default()),
-            [b'{', ..] => serde_json::from_slice(&body),
-            // A derived type is read from an array too, field by field.
-            _ => Err(serde::de::Error::custom("it is no JSON object")),
-        };
-        wanted.map_err(|e| {
-            let why = format!("the body is not {}: {e}", W::SHAPE);
-            let detail = e.to_string();
-            let field = field_at_fault::<W>(&body).map(|field| FieldError { field, detail });
-            let (status, kind) = (StatusCode::BAD_REQUEST, ProblemKind::Field);
-            Refusal { fields: field.into_iter().collect(), ..Refusal::of_kind(status, kind, why) }
-        })
     }
 
     fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {

@@ -14,8 +14,7 @@ use axum::{
     http::{HeaderMap, HeaderName, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use bytes::{Bytes, BytesMut};
-use futures_util::StreamExt as _;
+use bytes::Bytes;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use tokio::{
@@ -27,6 +26,7 @@ use super::{
     answer::{
         MAX_BODY, MAX_EVENTS, READ_TIMEOUT, Refusal, discard, header_text, json_answer, media_type,
     },
+    body::{self, Unread},
     view::{Accepted, BadEvent, ProblemKind},
 };
 use crate::{
@@ -133,9 +133,11 @@ impl<Q: Queue> Intake<Q> {
             return Err(Refusal::unavailable(why.to_owned()));
         }
         let body = tokio::select! {
-            body = timeout(READ_TIMEOUT, read(body, length)) => {
-                let late = || Refusal::new(StatusCode::REQUEST_TIMEOUT, format!("the body did not come within {} s", READ_TIMEOUT.as_secs()));
-                body.map_err(|_| late())??
+            body = timeout(READ_TIMEOUT, body::read(body, length, MAX_BODY)) => {
+                body.map_err(|_| Refusal::late())?.map_err(|why| match why {
+                    Unread::TooLong => Refusal::too_large(),
+                    Unread::EndedEarly(e) => Refusal::ended_early(&e),
+                })?
             }
             _ = phase.wait_for(|p| *p != Phase::Running) => return Err(Refusal::not_running(Phase::Draining)),
         };
@@ -295,23 +297,6 @@ fn with_trace(mut events: Vec<NewEvent>, headers: &HeaderMap) -> Vec<NewEvent> {
         events.iter_mut().for_each(|e| e.traceparent = Some(trace.clone()));
     }
     events
-}
-
-async fn read(body: &mut Body, length: Option<usize>) -> Result<Bytes, Refusal> {
-    // Content-Length is not trusted for the allocation: announcing a large body must not reserve
-    // memory.
-    let mut bytes = BytesMut::with_capacity(length.unwrap_or(0).min(QUICK));
-    let mut chunks = std::mem::take(body).into_data_stream();
-    while let Some(chunk) = chunks.next().await {
-        let chunk = chunk.map_err(|e| Refusal::bad(format!("the body ended early: {e}")))?;
-        if bytes.len() + chunk.len() > MAX_BODY {
-            // The rest is discarded by the caller.
-            *body = Body::from_stream(chunks);
-            return Err(Refusal::too_large());
-        }
-        bytes.extend_from_slice(&chunk);
-    }
-    Ok(bytes.freeze())
 }
 
 fn inflated(body: Bytes, encoding: Encoding) -> Result<Bytes, Refusal> {

@@ -1,9 +1,10 @@
 //! Batches that wait for a retry: listed, and made due now.
 
-use super::{Asked, Control, paused, queue_fails};
+use super::{Control, paused, queue_fails};
 use crate::{
     admin::{
         answer::Refusal,
+        body::FromBody,
         view::{Retried, RetryNow, State, WaitingBatch, WaitingList},
     },
     clock,
@@ -11,7 +12,7 @@ use crate::{
     queue::{Hastened, Queue},
 };
 
-impl Asked for RetryNow {
+impl FromBody for RetryNow {
     /// About 25,000 ids.
     const MAX: usize = 1 << 20;
     const SHAPE: &'static str = "{}, or {\"ids\":[\"…\"]} for some batches, or {\"try_only\":true}";

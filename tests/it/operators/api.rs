@@ -101,6 +101,8 @@ fn each_refusal_is_a_problem_of_rfc_9457_that_names_the_field_at_fault() {
             let elsewhere = [JSON, ("origin", "http://evil.example")];
             problem(&api.send("POST", path, &elsewhere, "{}").await, 403, "origin");
         }
+        let large = "x".repeat(5000);
+        problem(&api.post("/api/v1/subscribers/a/pause", &large).await, 413, "blank");
         let large = "x".repeat(13 * 1024 * 1024);
         problem(&api.post("/api/v1/events", &large).await, 413, "blank");
         setup.write("hooktrail.toml", "nonsense");

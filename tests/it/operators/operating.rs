@@ -598,6 +598,7 @@ fn the_api_is_as_its_document_describes_it() {
             api.send("POST", path, &[json, ("origin", "http://evil.example")], "{}").await;
             api.send("POST", path, &[("content-type", "text/plain")], "{}").await;
             api.post(path, "[").await;
+            api.post(path, &"x".repeat(2 << 20)).await;
             api.post(path, if path.ends_with("events") { r#"{"event":"x.y"}"# } else { "{}" })
                 .await;
             api.post(&path.replace("/a/", "/nobody/"), "{}").await;
