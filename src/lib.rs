@@ -59,12 +59,13 @@
 //!              · deliveries · around · open · upkeep
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL
-//!              · removals · waiting · queue · fake · embedded · amqp
+//!              · removals · waiting · queue · history · fake · embedded · amqp
 //!              amqp/ · wire · ladder · prefetch · broker_error · connection · pool · message
 //!              · topology · requests · declarations · publisher · redelivery · management
-//!              · record · snapshot · shared · state_stream · unusable · restore · walk
-//!              · consumer · ownership · upkeep · follow · relay · orphans · intake · waiting
-//!              · dead · depths · doctor · repair · prune · fuzzing
+//!              · record · matching · snapshot · history_state · shared · state_stream
+//!              · unusable · restore · walk · consumer · ownership · upkeep · follow
+//!              · history_queue · history_feed · relay · orphans · intake · waiting · dead
+//!              · depths · doctor · repair · prune · fuzzing
 //! endpoint/                 one attempt, the only place that sends requests to receivers
 //!              · webhook · inspect · test_event
 //! lane/                     the worker of one subscriber

@@ -4,6 +4,7 @@
 
 pub mod amqp;
 pub mod embedded;
+mod history;
 mod removals;
 mod waiting;
 
@@ -19,6 +20,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 pub use self::{
+    history::{GROUP_BYTES, HistorySource, HistoryStart, NoHistory},
     removals::{Changing, HeldRemovals, Removals, some_of},
     waiting::{Hastened, Waiting, WaitingList},
 };
@@ -36,6 +38,7 @@ pub trait Queue: Clone + Send + Sync + 'static {
     type Source: Source;
     type Settler: Settler;
     type DeadLetters: DeadLetters;
+    type History: HistorySource;
 
     /// Prepares the queues of these subscribers, at the start and each time that others are
     /// configured. What they need no more is removed by the [background tasks](Self::background).
@@ -67,6 +70,15 @@ pub trait Queue: Clone + Send + Sync + 'static {
         subscriber: &Subscriber,
         window: Window,
     ) -> impl Future<Output = Result<(Self::Source, Self::Settler), QueueError>> + Send;
+
+    /// Opens the source of history. Waits for the queue indefinitely.
+    ///
+    /// # Errors
+    /// The queue cannot be read; or another store has its history, until an operator moves it.
+    fn history(
+        &self,
+        start: HistoryStart,
+    ) -> impl Future<Output = Result<Self::History, QueueError>> + Send;
 
     /// Waits until retries and dead letters can be written.
     fn writable(&self) -> impl Future<Output = ()> + Send;

@@ -17,7 +17,7 @@ use super::{
     keys,
     limits::MAX_SHUTDOWN_TIMEOUT,
     reader::Reader,
-    settings::{Config, HistoryConfig},
+    settings::{Backend, Config, HistoryConfig},
     subscriber::Subscriber,
 };
 use crate::{
@@ -116,6 +116,10 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     let retention = config.history_retention();
     config.queue.embedded.history = (config.keeps_history() && !retention.is_zero())
         .then_some(HistoryConfig { retention, ..config.history });
+    let keeps_history = config.keeps_history();
+    if let Backend::Amqp(amqp) = &mut config.queue.backend {
+        amqp.keeps_history = keeps_history;
+    }
     Some(config)
 }
 

@@ -77,6 +77,8 @@ pub struct AmqpConfig {
     pub prefix: String,
     /// The URL of the management plugin's API, for inspections of what AMQP does not show.
     pub management_url: Option<Box<SecretUrl>>,
+    /// Whether events are kept in history, which has a queue of its own there.
+    pub keeps_history: bool,
 }
 
 /// The source of events.

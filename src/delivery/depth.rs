@@ -40,4 +40,6 @@ pub struct Depths {
     pub delayed: Option<u64>,
     /// The number of orphans.
     pub orphans: u64,
+    /// Events in RabbitMQ that wait for history; `None` if there is no such queue.
+    pub history: Option<u64>,
 }

@@ -13,6 +13,7 @@
 //! - `management`: the HTTP API of the management plugin
 //! - `record`: the records of the state stream; `snapshot`, `state_stream`: reading and writing
 //!   them
+//! - `matching`: which events find a subscriber; `history_state`: what the tasks of history share
 //! - `shared`: what the files below share
 //! - `unusable`: queues that cannot be consumed
 //! - `restore`: redeclares what belongs to hooktrail alone and was deleted
@@ -20,6 +21,8 @@
 //! - `consumer`: source and settler of a subscriber
 //! - `ownership`: what several daemons decide about bindings; `upkeep`: bindings that were deleted;
 //!   `follow`: carries both out
+//! - `history_queue`: keeps the queue of all events, and unbinds it where it would hold up
+//!   producers; `history_feed`: takes from it
 //! - `relay`: the source queue; `orphans`: their sweep; `intake`: new events
 //! - `waiting`: batches that wait for their next attempt; `dead`: dead letters and orphans
 //! - `depths`: numbers of messages; `doctor`: what can lose or hold up events
@@ -36,9 +39,13 @@ mod doctor;
 mod follow;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod history_feed;
+mod history_queue;
+mod history_state;
 mod intake;
 mod ladder;
 mod management;
+mod matching;
 mod message;
 mod orphans;
 mod ownership;
@@ -63,7 +70,7 @@ mod walk;
 mod wire;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, PoisonError},
 };
 
@@ -71,11 +78,13 @@ use tokio::sync::watch;
 
 use self::{
     connection::Role,
+    record::Patterns,
     shared::{Shared, stopped, supervised},
 };
 pub use self::{
     consumer::{Settler, Source},
     dead::DeadLetters,
+    history_feed::History,
     ladder::{Hold, hold},
     repair::Repaired,
     topology::{CONSUMER_TIMEOUT, Footprint, footprint},
@@ -84,7 +93,10 @@ use crate::{
     clock,
     config::{AmqpConfig, Subscriber, Subscribers},
     delivery::{BatchId, Depths, PauseState, PauseStates, SubscriberName},
-    queue::{Hastened, NewEvent, Published, Queue, QueueError, Removals, WaitingList, Window},
+    queue::{
+        Hastened, HistoryStart, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
+        Window,
+    },
     telemetry::{finding::Finding, metrics::Metrics, troubles::Troubles},
 };
 
@@ -158,13 +170,33 @@ impl AmqpQueue {
         DeadLetters::of_orphans(&self.0).await
     }
 
+    /// The id of the store that has history, by the record; for commands.
+    ///
+    /// # Errors
+    /// The broker cannot be reached.
+    pub async fn history_store(&self) -> Result<Option<String>, QueueError> {
+        state_stream::store(&self.0).await
+    }
+
+    /// Gives history to this store, whichever had it before: the daemon of that one ends its
+    /// history, and goes on delivering.
+    ///
+    /// # Errors
+    /// It is unknown whether it was recorded.
+    pub async fn adopt_history(&self, store: &str) -> Result<(), QueueError> {
+        self.0.topology.ensure_state(&mut self.0.broker()).await?;
+        state_stream::adopt(&self.0, store).await
+    }
+
     /// Returns the subscribers whose queues are not ready.
     async fn try_prepare(
         &self,
         subscribers: &[Arc<Subscriber>],
     ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let shared = &*self.0;
-        *shared.prepared.lock().await = patterns(subscribers);
+        let prepared: HashMap<_, BTreeSet<String>> = patterns(subscribers);
+        shared.matches_by(|matching| matching.with_own(prepared.values().flatten()));
+        *shared.prepared.lock().await = prepared;
         let mut broker = shared.broker();
         shared.topology.find_source(&mut broker).await?;
         shared.topology.ensure_shared(&mut broker).await?;
@@ -194,6 +226,7 @@ impl Queue for AmqpQueue {
     type Source = Source;
     type Settler = Settler;
     type DeadLetters = DeadLetters;
+    type History = History;
 
     async fn prepare(
         &self,
@@ -222,6 +255,7 @@ impl Queue for AmqpQueue {
                 supervised("following the record", || follow::follow(shared, subscribers.clone())),
                 supervised("the upkeep of the delay ladder", || restore::check_own(shared)),
                 supervised("the sweep of orphans", || orphans::sweep(shared, subscribers.clone())),
+                supervised("the upkeep of the queue of history", || history_queue::keep(shared)),
             )
         };
         tokio::select! {
@@ -269,6 +303,10 @@ impl Queue for AmqpQueue {
         }
     }
 
+    async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {
+        History::open(&self.0, start).await
+    }
+
     async fn writable(&self) {
         let mut damaged = self.0.damaged.subscribe();
         loop {
@@ -283,7 +321,8 @@ impl Queue for AmqpQueue {
 
     async fn ensure(&self, subscribers: &[Arc<Subscriber>]) -> Result<(), QueueError> {
         let topology = &self.0.topology;
-        *self.0.bound() = patterns(subscribers);
+        let configured: Patterns = patterns(subscribers);
+        *self.0.bound() = configured.clone();
         let mut broker = self.0.broker();
         topology.ensure_shared(&mut broker).await?;
         for s in subscribers {
@@ -291,6 +330,15 @@ impl Queue for AmqpQueue {
                 topology.ensure_subscriber(&mut broker, s).await?;
             }
         }
+        // With history no event is returned: only the record says which ones find a subscriber.
+        let has_history = broker.depth(&topology.history()).await?.is_some();
+        let (recorded, removed) =
+            if has_history { state_stream::bound(&self.0).await? } else { Default::default() };
+        let unrecorded = configured
+            .iter()
+            .filter(|(name, _)| !recorded.contains_key(*name) && !removed.contains(*name));
+        let own = unrecorded.flat_map(|(_, patterns)| patterns);
+        self.0.matches_by(|matching| matching.with_recorded(&recorded).with_own(own));
         Ok(())
     }
 

@@ -50,8 +50,8 @@ use crate::{
     event::Pattern,
     policy::retry::Backoff,
     queue::{
-        Hastened, MAX_TRACEPARENT, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
-        Window,
+        Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, NoHistory, Published, Queue, QueueError,
+        Removals, WaitingList, Window,
     },
     telemetry::finding::Finding,
 };
@@ -302,6 +302,7 @@ impl Queue for EmbeddedQueue {
     type Source = Source;
     type Settler = Settler;
     type DeadLetters = DeadLetters;
+    type History = NoHistory;
 
     async fn prepare(
         &self,
@@ -367,6 +368,10 @@ impl Queue for EmbeddedQueue {
                 .await?;
         self.lanes().insert(subscriber.name.clone(), settler.lane());
         Ok((source, settler))
+    }
+
+    async fn history(&self, _: HistoryStart) -> Result<NoHistory, QueueError> {
+        Err(QueueError::needs_operator("the embedded queue hands out no history yet"))
     }
 
     async fn writable(&self) {
@@ -487,7 +492,7 @@ impl Queue for EmbeddedQueue {
             configured.insert(s.name.clone(), found.remove(&s.name).unwrap_or_default());
         }
         removed.extend(found.into_iter().filter(|(_, depth)| !depth.is_empty()));
-        Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0 })
+        Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0, history: None })
     }
 
     async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {

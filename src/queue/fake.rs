@@ -7,8 +7,9 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Event, Hastened, Held, NewEvent, Published, Queue, QueueError, Receipt, Removals,
-    SettleError, Settlement, Settler, Source, Taken, WaitingList, Window,
+    DeadLetters, Event, Hastened, Held, HistoryStart, NewEvent, NoHistory, Published, Queue,
+    QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, WaitingList,
+    Window,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -117,6 +118,7 @@ impl Queue for Fake {
     type Source = End;
     type Settler = End;
     type DeadLetters = End;
+    type History = NoHistory;
 
     async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<BTreeSet<SubscriberName>, QueueError> {
         Ok(BTreeSet::new())
@@ -125,6 +127,10 @@ impl Queue for Fake {
     async fn background(&self, _: watch::Receiver<Subscribers>, _: watch::Receiver<bool>) {}
 
     async fn close(&self) {}
+
+    async fn history(&self, _: HistoryStart) -> Result<NoHistory, QueueError> {
+        Err(QueueError::new("not part of this fake"))
+    }
 
     async fn writable(&self) {}
 

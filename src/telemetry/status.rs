@@ -164,6 +164,9 @@ impl Board {
             let of_each = || depths.subscribers.values().map(|d| d.delayed).sum();
             metrics.set_delayed_retries(depths.delayed.unwrap_or_else(of_each));
             metrics.set_orphans(depths.orphans);
+            if let Some(messages) = depths.history {
+                metrics.set_history_queue(messages);
+            }
             metrics.set_removed(
                 &depths
                     .removed
@@ -402,6 +405,7 @@ mod tests {
             removed: [("gone".into(), depth)].into(),
             delayed: Some(7),
             orphans: 4,
+            history: Some(6),
         };
         board.polled(clock::now(), Ok(depths.clone()));
         let text = board.metrics().expose();
@@ -411,6 +415,7 @@ mod tests {
             "hooktrail_removed_subscriber_messages{subscriber=\"gone\"} 11",
             "hooktrail_delayed_retries 7",
             "hooktrail_orphans 4",
+            "hooktrail_history_queue_messages 6",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }

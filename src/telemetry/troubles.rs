@@ -16,6 +16,8 @@ pub enum Harms {
     Queue,
     /// Every lane.
     Lanes,
+    /// What is remembered of events: no delivery, and no intake.
+    History,
     Subscriber(SubscriberName),
 }
 
@@ -56,6 +58,12 @@ impl Troubles {
             }
         }
         (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// Why events are not remembered.
+    pub fn of_history(&self) -> Option<&str> {
+        let mut all = self.0.values().filter(|(harms, _)| *harms == Harms::History);
+        all.next().map(|(_, why)| why.as_str())
     }
 
     /// Why a subscriber does not get its events.

@@ -55,6 +55,7 @@ mod operators {
 mod queues {
     /// Each of these needs a broker: see `tests_that_need`.
     mod amqp {
+        mod history;
         mod topology;
         mod upkeep;
     }

@@ -239,6 +239,7 @@ pub(super) fn footprint(config: &Config) -> Option<Footprint> {
         Backend::Amqp(amqp) => Some(amqp::footprint(
             config.subscribers.len(),
             matches!(amqp.intake, Intake::SourceQueue(_)),
+            amqp.keeps_history,
         )),
         Backend::Embedded => None,
     }

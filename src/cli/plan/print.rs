@@ -312,14 +312,14 @@ mod tests {
     fn what_it_needs_of_the_broker_is_shown() {
         let one = text(&loaded(AMQP, ""));
         assert!(
-            one.contains("in RabbitMQ: 24 queues (3 for each of 1 subscriber, 21 for all), which take about 72 file descriptors"),
+            one.contains("in RabbitMQ: 25 queues (3 for each of 1 subscriber, 22 for all), which take about 75 file descriptors"),
             "{one}"
         );
         assert!(one.contains("3 connections of each daemon"), "{one}");
-        let footprint = amqp::footprint(300, true);
+        let footprint = amqp::footprint(300, true, true);
         assert_eq!(
             (footprint.queues, footprint.descriptors, footprint.connections),
-            (921, 2763, 10)
+            (922, 2766, 10)
         );
         assert!(!text(&loaded(EMBEDDED, "")).contains("RabbitMQ: "));
     }

@@ -38,7 +38,9 @@ pub(super) fn queue(reader: &Reader<'_>, root: &Section<'_>) -> Option<QueueConf
     };
     let (intake, prefix, management_url) = (intake?, prefix?, management_url?);
     let backend = url?.map_or(Backend::Embedded, |url| {
-        Backend::Amqp(AmqpConfig { url, intake, prefix, management_url })
+        // Known once all tables are read.
+        let keeps_history = false;
+        Backend::Amqp(AmqpConfig { url, intake, prefix, management_url, keeps_history })
     });
     Some(QueueConfig { backend, embedded })
 }

@@ -18,6 +18,9 @@ use crate::{
     queue::QueueError,
 };
 
+/// The pattern that matches every event.
+pub(super) const EVERYTHING: &str = "#";
+
 impl Topology {
     /// Declares what all subscribers share: the exchange of the events, the ladder, the orphans.
     pub(super) async fn ensure_shared(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
@@ -232,6 +235,20 @@ impl Topology {
             };
             QueueError::new(format!("{e}{hint}"))
         })
+    }
+
+    /// Declares the queue of history, without its binding.
+    pub(super) async fn ensure_history(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        broker.ensure_queue(&self.history(), self.history_arguments()).await
+    }
+
+    /// Binds the queue of history to all events.
+    pub(super) async fn bind_history(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        broker.bind(&self.history(), &self.events(), EVERYTHING).await
+    }
+
+    pub(super) async fn unbind_history(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        broker.unbind(&self.history(), &self.events(), EVERYTHING).await
     }
 
     pub(super) async fn ensure_snapshot(&self, broker: &mut Broker<'_>) -> Result<(), QueueError> {

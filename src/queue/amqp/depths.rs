@@ -71,5 +71,6 @@ pub(super) async fn shared_depths(
     }
     depths.delayed = Some(delayed);
     depths.orphans = broker.messages(&shared.topology.orphans()).await?.unwrap_or(0);
+    depths.history = broker.messages(&shared.topology.history()).await?;
     Ok(())
 }

@@ -19,7 +19,7 @@ use super::{
     broker_error::{BrokerError, RPC_TIMEOUT},
     ownership::{Action, Event, Notice, Ownership},
     pool::Lease,
-    record::{About, Bindings, Bound, Record, now},
+    record::{About, Bindings, Bound, Patterns, Record, now},
     requests::Broker,
     shared::Shared,
     snapshot::{self, Opened},
@@ -62,6 +62,8 @@ struct Follower<'a> {
     /// Reasons why something cannot be bound or unbound that were logged.
     logged: BTreeSet<String>,
     upkeep: Upkeep<'a>,
+    /// The recorded patterns that were reported last.
+    matched: Option<Patterns>,
 }
 
 /// The state stream from one opening to the next.
@@ -111,6 +113,7 @@ impl<'a> Follower<'a> {
             ownership,
             logged: BTreeSet::new(),
             upkeep: Upkeep::new(shared),
+            matched: None,
         }
     }
 
@@ -129,7 +132,7 @@ impl<'a> Follower<'a> {
         let mut removals = self.shared.removals.changes();
         loop {
             if reading.is_up_to_date {
-                *self.shared.bound() = self.ownership.to_be_bound();
+                self.report_bindings();
             }
             let up_to_date = reading.is_up_to_date;
             // Records that commands write, one after the other, must not put a check off.
@@ -356,6 +359,26 @@ impl<'a> Follower<'a> {
         if own.get(name).is_some_and(|own| text(own) == read.and_then(text)) {
             own.remove(name);
         }
+    }
+
+    /// Reports what has to be bound, the patterns that events are compared with, and the store that
+    /// has history.
+    fn report_bindings(&mut self) {
+        *self.shared.bound() = self.ownership.to_be_bound();
+        let recorded = self.ownership.recorded();
+        let patterns = recorded.bound_to(&self.topology().events());
+        if self.matched.as_ref() != Some(&patterns) {
+            self.shared.matches_by(|matching| matching.with_recorded(&patterns));
+        }
+        let store = Some(recorded.store.clone());
+        self.shared.history.recorded.send_if_modified(|known| {
+            let is_new = *known != store;
+            if is_new {
+                *known = store;
+            }
+            is_new
+        });
+        self.matched = Some(patterns);
     }
 
     fn report_removed(&self) {

@@ -33,14 +33,22 @@ pub(super) async fn publish(
         // The exchange may be gone, which costs the channel.
         shared.unbound.notify_one();
     }
+    if !matches!(&published, Ok(results) if !results.contains(&PublishResult::Refused)) {
+        // Perhaps the queue of history cannot take them.
+        shared.history.suspect();
+    }
     let mut results = published?;
     republish_lost(shared, &messages, &mut results).await?;
-    let published = |result| match result {
-        PublishResult::Stored => Published::Stored,
-        PublishResult::Unroutable => Published::Unmatched,
+    let matching = shared.matching();
+    // History takes what no subscriber wants. (What the relay finds in the source queue it compares
+    // itself.)
+    let is_wanted = |m: &Message| m.exchange.is_empty() || matching.matches(&m.routing_key);
+    let published = |(result, message): (PublishResult, &Message)| match result {
+        PublishResult::Stored if is_wanted(message) => Published::Stored,
+        PublishResult::Stored | PublishResult::Unroutable => Published::Unmatched,
         PublishResult::Refused => Published::Refused,
     };
-    Ok(results.into_iter().map(published).collect())
+    Ok(results.into_iter().zip(&messages).map(published).collect())
 }
 
 /// Publishes events again that no queue has taken, once the missing bindings are restored.

@@ -88,6 +88,7 @@ pub(super) async fn remove<S: AsRef<str>>(
     for (queue, _) in own.chain(topology.shared_queues()) {
         broker.delete_queue(&queue).await?;
     }
+    broker.delete_queue(&topology.history()).await?;
     broker.delete_queue(&topology.state()).await?;
     broker.delete_queue(&topology.snapshot()).await?;
     let is_own = with_exchange || matches!(topology.intake(), Intake::SourceQueue(_));

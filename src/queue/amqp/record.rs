@@ -53,6 +53,13 @@ pub(super) enum Record {
     Asked { asked: SubscriberName },
     /// Written by a daemon that begins to read, to recognise the end.
     Mark { mark: String },
+    /// A store has the history of this prefix: the first that is recorded, unless one is `adopted`.
+    Store {
+        store: String,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        adopted: bool,
+        at: String,
+    },
 }
 
 /// The bindings of a subscriber's queue.
@@ -94,6 +101,8 @@ pub(super) struct Recorded {
     pub(super) removed: BTreeSet<SubscriberName>,
     /// Subscribers of which a daemon has asked who serves them, without an answer yet.
     pub(super) asked: BTreeSet<SubscriberName>,
+    /// The store that has history.
+    pub(super) store: Option<String>,
 }
 
 /// The subject of a record.
@@ -132,12 +141,18 @@ impl Recorded {
         let pause_states =
             self.pause_states.iter().map(|(name, pause_state)| Record::of(name, pause_state));
         // A claim answers the question of its subscriber, so that questions come last.
+        let store = self.store.iter().map(|store| Record::Store {
+            store: store.clone(),
+            adopted: false,
+            at: at.clone(),
+        });
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
         self.removed
             .iter()
             .map(removed)
             .chain(self.bindings.iter().map(bound))
             .chain(pause_states)
+            .chain(store)
             .chain(asked)
             .collect()
     }
@@ -177,6 +192,12 @@ impl Recorded {
             Record::Asked { asked } => {
                 self.asked.insert(asked.clone());
                 About::Asked(asked)
+            }
+            Record::Store { store, adopted, .. } => {
+                if adopted || self.store.is_none() {
+                    self.store = Some(store);
+                }
+                About::Nothing
             }
             Record::Mark { .. } => About::Nothing,
         }
@@ -257,6 +278,41 @@ mod tests {
     }
 
     #[test]
+    fn the_first_store_has_history_until_another_one_is_adopted() {
+        let mut recorded = Recorded::default();
+        for (line, store) in [
+            (r#"{"store":"a","at":"2026-01-01T00:00:00Z"}"#, "a"),
+            (r#"{"store":"b","at":"2026-01-01T00:00:01Z"}"#, "a"),
+            (r#"{"store":"c","adopted":true,"at":"2026-01-01T00:00:02Z"}"#, "c"),
+            (r#"{"store":"a","at":"2026-01-01T00:00:03Z"}"#, "c"),
+        ] {
+            recorded.apply(serde_json::from_str(line).expect("a record"), "x");
+            assert_eq!(recorded.store.as_deref(), Some(store), "{line}");
+        }
+    }
+
+    /// The records of the versions before there was a store.
+    #[derive(Debug, Deserialize)]
+    #[serde(untagged)]
+    #[expect(dead_code, reason = "it is only parsed")]
+    enum Before {
+        Bound { subscriber: String, patterns: BTreeSet<String>, at: String },
+        Removed { subscriber: String, removed: bool, at: String },
+        PauseState { subscriber: String, paused: bool, at: String },
+        Asked { asked: String },
+        Mark { mark: String },
+    }
+
+    #[test]
+    fn an_earlier_version_does_not_take_the_record_of_a_store_for_another() {
+        let store = Record::Store { store: "a".to_owned(), adopted: true, at: now() };
+        let line = serde_json::to_string(&store).expect("prints");
+        assert!(serde_json::from_str::<Before>(&line).is_err(), "{line}");
+        assert_eq!(serde_json::from_str::<Record>(&line).expect("a record"), store);
+        assert!(serde_json::from_str::<Record>(r#"{"later":"kind"}"#).is_err());
+    }
+
+    #[test]
     fn the_records_of_a_folded_state_fold_into_the_same_state() {
         let mut recorded = Recorded::default();
         for line in [
@@ -268,6 +324,7 @@ mod tests {
             r#"{"subscriber":"b","paused":false,"at":"2026-01-02T00:00:00Z"}"#,
             r#"{"asked":"a"}"#,
             r#"{"asked":"b"}"#,
+            r#"{"store":"s","at":"2026-01-02T00:00:00Z"}"#,
         ] {
             recorded.apply(serde_json::from_str(line).expect("a record"), "x");
         }

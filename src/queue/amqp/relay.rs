@@ -59,6 +59,7 @@ pub(super) struct Relay<'a> {
     /// Notified when no queue is bound for a wanted event.
     pub(super) unbound: &'a Notify,
     pub(super) troubles: &'a watch::Sender<Troubles>,
+    pub(super) shared: &'a Shared,
 }
 
 /// A consumer of the source queue.
@@ -244,7 +245,8 @@ impl Relay<'_> {
         let mut unmatched = 0;
         let mut refused = Vec::new();
         let subscribers = self.subscribers.borrow().clone();
-        let results = self.publisher.publish(messages.clone()).await?;
+        let results = self.published(&messages).await?;
+        let matching = self.shared.matching();
         for (message, result) in messages.into_iter().zip(results) {
             if message.exchange.is_empty() {
                 match result {
@@ -256,6 +258,10 @@ impl Relay<'_> {
             }
             let wanting = || subscribers.iter().filter(|s| s.wants(&message.routing_key));
             match (result, wanting().next()) {
+                // Stored for history alone.
+                (PublishResult::Stored, None) if !matching.matches(&message.routing_key) => {
+                    unmatched += 1
+                }
                 (PublishResult::Stored, _) => {}
                 (PublishResult::Unroutable, None) => unmatched += 1,
                 (PublishResult::Refused, None) => refused.push(message),
@@ -286,12 +292,22 @@ impl Relay<'_> {
         Ok(unmatched)
     }
 
+    /// Publishes messages once.
+    async fn published(&self, messages: &[Message]) -> Result<Vec<PublishResult>, QueueError> {
+        let published = self.publisher.publish(messages.to_vec()).await;
+        if !matches!(&published, Ok(results) if !results.contains(&PublishResult::Refused)) {
+            // Perhaps the queue of history cannot take them.
+            self.shared.history.suspect();
+        }
+        published
+    }
+
     /// Publishes refused messages until they are taken.
     async fn insist(&self, lease: &Lease, mut refused: Vec<Message>) -> Result<(), QueueError> {
         let mut handing_over =
             ReportedOutage::new("a queue's room for relayed events", Harms::Queue, self.troubles);
         while !refused.is_empty() {
-            let results = self.publisher.publish(refused.clone()).await?;
+            let results = self.published(&refused).await?;
             if let Some((m, _)) = refused
                 .iter()
                 .zip(&results)
@@ -394,6 +410,7 @@ pub(super) async fn relay(
         stopping: &stopping,
         unbound: &shared.unbound,
         troubles: &shared.troubles,
+        shared,
     };
     let mut relaying = shared.outage(format!("the relay from queue `{queue}`"));
     let mut sizes = Sizes::default();

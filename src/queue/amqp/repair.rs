@@ -32,7 +32,12 @@ pub(super) async fn repair(
     let mut broker = shared.broker();
     let own = shared.topology.subscriber_queues(&subscriber.name);
     let own_names = own.clone().map(|(queue, _)| queue);
-    let queues: Vec<_> = own.into_iter().chain(shared.topology.shared_queues()).collect();
+    // A daemon declares the queue of history, and binds it once it is old enough.
+    let history = shared.topology.history();
+    let has_history = broker.depth(&history).await?.is_some();
+    let history = has_history.then(|| (history, shared.topology.history_arguments()));
+    let queues: Vec<_> =
+        own.into_iter().chain(shared.topology.shared_queues()).chain(history).collect();
     let states = try_join_all(queues.iter().map(|(queue, _)| usable(shared, queue))).await?;
     let mut broken = Vec::new();
     for ((queue, arguments), state) in queues.iter().zip(states) {

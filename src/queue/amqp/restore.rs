@@ -171,7 +171,7 @@ pub(super) async fn rebind(shared: &Shared, types: &BTreeSet<String>) -> Result<
         if !bound.values().flatten().any(|p| matches(p)) {
             return Ok(false);
         }
-        bound = state_stream::bound(shared).await?;
+        bound = state_stream::bound(shared).await?.0;
     }
     let wanted: Vec<(&SubscriberName, &String)> = bound
         .iter()

@@ -16,6 +16,8 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     connection::{Dialer, Role},
+    history_state::HistoryState,
+    matching::Matching,
     pool::{Lease, Pool},
     prefetch::Sizes,
     publisher::Publisher,
@@ -81,6 +83,10 @@ pub(super) struct Shared {
     pub(super) unbound: Notify,
     /// A settlement found no queue, and restoring it has failed.
     pub(super) damaged: watch::Sender<bool>,
+    pub(super) history: HistoryState,
+    /// The patterns that are bound to the exchange of the events, of all daemons: by the record,
+    /// and those that this process has bound and not recorded yet.
+    pub(super) matching: Mutex<Arc<Matching>>,
     /// Held by the task that restores what is missing.
     pub(super) restoring: tokio::sync::Mutex<()>,
 }
@@ -112,6 +118,8 @@ impl Shared {
             sound: Mutex::default(),
             unbound: Notify::new(),
             damaged: watch::Sender::new(false),
+            history: HistoryState::default(),
+            matching: Mutex::default(),
             restoring: tokio::sync::Mutex::default(),
         }
     }
@@ -142,6 +150,16 @@ impl Shared {
 
     pub(super) fn bound(&self) -> MutexGuard<'_, Patterns> {
         self.bound.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the patterns that an event is compared with.
+    pub(super) fn matches_by(&self, change: impl FnOnce(&Matching) -> Matching) {
+        let mut matching = self.matching.lock().unwrap_or_else(PoisonError::into_inner);
+        *matching = Arc::new(change(&matching));
+    }
+
+    pub(super) fn matching(&self) -> Arc<Matching> {
+        self.matching.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether this process follows the record, as a daemon does.

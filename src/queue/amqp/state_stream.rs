@@ -100,9 +100,24 @@ pub(super) async fn who_works(shared: &Shared) -> Result<Asked, QueueError> {
     Ok(Asked { known, works })
 }
 
-/// Reads what is bound to the exchange of the events; for commands, which do not follow the stream.
-pub(super) async fn bound(shared: &Shared) -> Result<Patterns, QueueError> {
-    Ok(read(shared).await?.bound_to(&shared.topology.events()))
+/// Reads what is bound to the exchange of the events, and which subscribers were removed; for
+/// commands, which do not follow the stream.
+pub(super) async fn bound(
+    shared: &Shared,
+) -> Result<(Patterns, BTreeSet<SubscriberName>), QueueError> {
+    let recorded = read(shared).await?;
+    Ok((recorded.bound_to(&shared.topology.events()), recorded.removed))
+}
+
+/// Reads which store has history; for commands, which do not follow the stream.
+pub(super) async fn store(shared: &Shared) -> Result<Option<String>, QueueError> {
+    Ok(read(shared).await?.store)
+}
+
+/// Writes that a store has history from now on, whichever had it before.
+pub(super) async fn adopt(shared: &Shared, store: &str) -> Result<(), QueueError> {
+    let adopted = Record::Store { store: store.to_owned(), adopted: true, at: now() };
+    write(&shared.topology, shared.publisher(), &adopted).await
 }
 
 async fn read(shared: &Shared) -> Result<Recorded, QueueError> {

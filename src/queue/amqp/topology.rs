@@ -15,6 +15,9 @@ use crate::{
 /// where the first requeue drops the message; and 4.x has a default limit of 20.
 pub(super) const DELIVERY_LIMIT: i64 = 1_000_000_000;
 
+/// Bytes of events that wait in the queue of history, at most; the oldest give way.
+pub(super) const MAX_HISTORY: u64 = 1 << 30;
+
 /// The names and arguments that follow from the configuration.
 #[derive(Debug, Clone)]
 pub(super) struct Topology {
@@ -42,11 +45,13 @@ pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 pub(super) const DESCRIPTORS_PER_QUEUE: usize = 3;
 
 /// The resources for a number of subscribers. `relays`: their events come from a source queue.
-pub fn footprint(subscribers: usize, relays: bool) -> Footprint {
+/// `history`: events are kept.
+pub fn footprint(subscribers: usize, relays: bool, history: bool) -> Footprint {
     // The ladder, the orphans, the record.
-    let shared = ladder::LEVELS as usize + 2;
+    let shared = ladder::LEVELS as usize + 2 + usize::from(history);
     let queues = 3 * subscribers + shared;
-    let consuming = (2 * subscribers + usize::from(relays)).div_ceil(CHANNELS_PER_CONNECTION);
+    let channels = 2 * subscribers + usize::from(relays) + usize::from(history);
+    let consuming = channels.div_ceil(CHANNELS_PER_CONNECTION);
     // One to publish, one to declare.
     let connections = 2 + usize::from(relays) + consuming;
     Footprint { queues, shared, descriptors: DESCRIPTORS_PER_QUEUE * queues, connections }
@@ -61,6 +66,7 @@ pub(super) enum QueueRole<'n> {
     Level(u32),
     Orphans,
     State,
+    History,
 }
 
 impl Topology {
@@ -82,6 +88,11 @@ impl Topology {
 
     pub(super) fn intake(&self) -> &Intake {
         &self.config.intake
+    }
+
+    /// Whether events are kept in history.
+    pub(super) fn keeps_history(&self) -> bool {
+        self.config.keeps_history
     }
 
     fn named(&self, rest: &str) -> String {
@@ -117,6 +128,11 @@ impl Topology {
 
     pub(super) fn state(&self) -> String {
         self.named("state")
+    }
+
+    /// The queue of all events, for history.
+    pub(super) fn history(&self) -> String {
+        self.named("history")
     }
 
     pub(super) fn snapshot(&self) -> String {
@@ -171,6 +187,17 @@ impl Topology {
         std::iter::once((self.orphans(), keeping_arguments())).chain(levels).collect()
     }
 
+    /// The arguments of the queue of history: one daemon at a time takes from it, and when nobody
+    /// does it drops its oldest events, so that it never refuses one.
+    pub(super) fn history_arguments(&self) -> FieldTable {
+        let bytes = i64::try_from(MAX_HISTORY).unwrap_or(i64::MAX);
+        quorum(&[
+            ("x-single-active-consumer", AMQPValue::Boolean(true)),
+            ("x-max-length-bytes", AMQPValue::LongLongInt(bytes)),
+            ("x-overflow", text("drop-head")),
+        ])
+    }
+
     /// The role that a queue's name says.
     pub(super) fn role<'n>(&self, queue: &'n str) -> Option<QueueRole<'n>> {
         let rest = queue.strip_prefix(&self.config.prefix)?.strip_prefix('.')?;
@@ -181,6 +208,7 @@ impl Topology {
             ["delay", level] => level.parse().ok().map(QueueRole::Level),
             ["orphans"] => Some(QueueRole::Orphans),
             ["state"] => Some(QueueRole::State),
+            ["history"] => Some(QueueRole::History),
             _ => None,
         }
     }

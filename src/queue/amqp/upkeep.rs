@@ -13,6 +13,7 @@ use std::{
 };
 
 use super::{
+    declarations::EVERYTHING,
     management::Management,
     record::Patterns,
     requests::Broker,
@@ -132,7 +133,10 @@ impl<'a> Upkeep<'a> {
         let mut missing = Missing::default();
         let exchange = self.exchange(broker, &mut missing).await;
         let is_well = match exchange {
-            Ok(true) => self.subscribers(broker, subscribers, patterns, &mut missing).await,
+            Ok(true) => {
+                self.subscribers(broker, subscribers, patterns, &mut missing).await
+                    & self.history(broker, &mut missing).await
+            }
             Ok(false) => true,
             Err(e) => {
                 self.fails("the exchange of the events", Harms::Lanes, &e);
@@ -209,6 +213,38 @@ impl<'a> Upkeep<'a> {
             }
         }
         is_well
+    }
+
+    /// Binds the queue of history, if it can be used; after the subscribers': as long as it is not
+    /// bound, an event that finds none of them shows that. Returns whether it is bound.
+    async fn history(&mut self, broker: &mut Broker<'_>, missing: &mut Missing) -> bool {
+        let history = &self.shared.history;
+        if !history.is_bound() {
+            return true;
+        }
+        let queue = self.topology.history();
+        let was_unbound = match &self.api {
+            Some(api) => api.bindings_of(&self.topology.events()).await.is_ok_and(|known| {
+                !known.iter().any(|b| b.destination == queue && b.routing_key == EVERYTHING)
+            }),
+            None => false,
+        };
+        if was_unbound {
+            missing.bindings.push(format!("{queue} <- {EVERYTHING}"));
+        }
+        match self.topology.bind_history(broker).await {
+            Ok(()) => {
+                if was_unbound || missing.exchange {
+                    history.lacks(None, clock::now(), "its queue in RabbitMQ was not bound");
+                }
+                true
+            }
+            // Its own task logs why.
+            Err(_) => {
+                history.suspect();
+                false
+            }
+        }
     }
 
     fn fails(&mut self, about: &str, harms: Harms, e: &QueueError) {

@@ -180,6 +180,16 @@ pub const ALL: &[Definition] = &[
         "1 while the queue takes what is published and gives what waits, else 0",
     ),
     gauge(
+        "history_bound",
+        &[],
+        "On RabbitMQ 1 while the queue of history gets every event; 0 while it is off, young or unusable, and history has a gap",
+    ),
+    gauge(
+        "history_queue_messages",
+        &[],
+        "Events in RabbitMQ that wait for history, without those that a daemon has taken",
+    ),
+    gauge(
         "broker_connections",
         &["role"],
         "Open connections to the broker: consuming, publishing, relaying, declaring",

@@ -162,6 +162,14 @@ impl Metrics {
         self.gauge("delayed_retries", &[]).set(batches as f64);
     }
 
+    pub fn set_history_bound(&self, is_bound: bool) {
+        self.gauge("history_bound", &[]).set(f64::from(u8::from(is_bound)));
+    }
+
+    pub fn set_history_queue(&self, messages: u64) {
+        self.gauge("history_queue_messages", &[]).set(messages as f64);
+    }
+
     pub fn set_orphans(&self, messages: u64) {
         self.gauge("orphans", &[]).set(messages as f64);
     }
@@ -317,6 +325,8 @@ mod tests {
         m.set_removed(&[("gone".into(), 3)].into());
         m.set_delayed_retries(1);
         m.set_orphans(2);
+        m.set_history_bound(true);
+        m.set_history_queue(3);
         m.set_queue_up(true);
         let open = m.connection("publishing");
         assert!(m.expose().contains("hooktrail_broker_connections{role=\"publishing\"} 1"));

@@ -296,8 +296,9 @@ impl Drop for Broker {
                 [format!("sub.{s}"), format!("sub.{s}.retry"), format!("sub.{s}.dead")]
             });
             let levels: Vec<String> = (0..19).map(|n| format!("delay.{n:02}")).collect();
-            for queue in
-                own.chain(levels.iter().cloned()).chain(["orphans".to_owned(), "state".to_owned()])
+            for queue in own
+                .chain(levels.iter().cloned())
+                .chain(["orphans", "state", "history"].map(str::to_owned))
             {
                 channel
                     .queue_delete(

@@ -130,7 +130,11 @@ impl Inspection<'_> {
             });
         }
         let own = self.subscribers.iter().flat_map(|s| self.topology.subscriber_queues(&s.name));
-        let expected: Vec<_> = own.chain(self.topology.shared_queues()).collect();
+        let history = self
+            .topology
+            .keeps_history()
+            .then(|| (self.topology.history(), self.topology.history_arguments()));
+        let expected: Vec<_> = own.chain(self.topology.shared_queues()).chain(history).collect();
         let mut absent = Vec::new();
         let mut sound = 0;
         for (name, arguments) in expected {
@@ -336,6 +340,11 @@ impl Inspection<'_> {
                 }
                 None => has_run,
             };
+            if others_are_there && self.topology.role(&name) == Some(QueueRole::History) {
+                let found = "is not there: no daemon keeps history, or none has begun to";
+                self.found(Finding::note(format!("queue `{name}`"), found));
+                continue;
+            }
             if !others_are_there {
                 self.found(Finding::note(name, "not there yet; `run` declares it"));
                 continue;

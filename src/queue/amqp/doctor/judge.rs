@@ -134,6 +134,9 @@ pub(super) fn judge(
         "message-ttl" if matches!(role, QueueRole::Level(level) if number < 1000 << level) => {
             (Warning, "batches are tried again too early")
         }
+        "message-ttl" if role == QueueRole::History => {
+            (Warning, "events that wait for longer are dropped before history has them")
+        }
         "expires" => {
             (Harmful, "a queue that is unused for that time is deleted with all its messages")
         }
@@ -177,6 +180,9 @@ fn judge_limit(role: QueueRole<'_>) -> (Severity, &'static str) {
         ),
         QueueRole::State => {
             (Warning, "the record is cut: patterns stay bound and pauses are forgotten")
+        }
+        QueueRole::History => {
+            (Warning, "when it is full, events are dropped before history has them")
         }
     }
 }
@@ -266,6 +272,8 @@ mod tests {
             (QueueRole::Dead("a"), "max-length", json!(10), Some(Harmful)),
             (QueueRole::Level(3), "max-length", json!(10), Some(Harmful)),
             (QueueRole::State, "max-length-bytes", json!(10), Some(Warning)),
+            (QueueRole::History, "max-length-bytes", json!(10), Some(Warning)),
+            (QueueRole::History, "message-ttl", json!(1000), Some(Warning)),
             (QueueRole::State, "max-age", json!("7D"), Some(Warning)),
             (QueueRole::Main("a"), "message-ttl", json!(1000), Some(Warning)),
             (QueueRole::Dead("a"), "message-ttl", json!(1000), Some(Harmful)),

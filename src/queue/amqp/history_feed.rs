@@ -1,0 +1,346 @@
+//! The source of history: takes every event from the queue of history.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::Poll,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use futures_util::{Stream as _, StreamExt as _};
+use lapin::{
+    Consumer,
+    message::Delivery,
+    options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
+    types::{FieldTable, ShortString},
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
+
+use super::{
+    broker_error::{BrokerError, answer},
+    history_state::{Backlog, QueueState},
+    message,
+    pool::Lease,
+    prefetch::is_other,
+    record::{Record, now},
+    shared::Shared,
+    state_stream,
+    topology::MAX_HISTORY,
+    unusable::try_once,
+};
+use crate::{
+    clock,
+    event::event_type,
+    policy::batching::BatchPolicy,
+    queue::{GROUP_BYTES, HistorySource, HistoryStart, QueueError},
+    store::{Gap, NewRow},
+};
+
+/// The most events that may be unacked; their sizes may allow fewer.
+const PREFETCH: u16 = 5000;
+
+/// Time between two checks whether the queue has come to its limit.
+const RECOUNT: Duration = Duration::from_secs(60);
+
+/// Timeout of consuming the queue on trial, before it is consumed on a connection that lanes share.
+const TRIAL: Duration = Duration::from_secs(5);
+
+/// Time without a message after which the queue has no more to give.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+
+pub struct History {
+    shared: Arc<Shared>,
+    lease: Lease,
+    consumer: Consumer,
+    queue: String,
+    prefetch: u16,
+    /// Delivered to an earlier consumer.
+    before: VecDeque<Delivery>,
+    /// The latest tags that were delivered, taken, and acked.
+    delivered: u64,
+    taken: u64,
+    acked: u64,
+    /// The time of the latest event that was taken.
+    at: Option<SystemTime>,
+    backlog: Backlog,
+    counted: Instant,
+    store: String,
+    recorded: watch::Receiver<Option<Option<String>>>,
+}
+
+impl std::fmt::Debug for History {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("History").field("queue", &self.queue).finish_non_exhaustive()
+    }
+}
+
+/// Waits until the record was read, and returns whether this store has history. Records it if no
+/// store has.
+async fn claim(shared: &Shared, store: &str) -> Result<(), QueueError> {
+    let mut recorded = shared.history.recorded.subscribe();
+    loop {
+        let found = recorded.wait_for(Option::is_some).await;
+        // An error means that everything ends.
+        let found = found.map_err(|_| closed())?.clone().flatten();
+        match found {
+            Some(found) if found == store => return Ok(()),
+            Some(_) => return Err(another_store(shared)),
+            None => {
+                let record = Record::Store { store: store.to_owned(), adopted: false, at: now() };
+                state_stream::write(&shared.topology, shared.publisher(), &record).await?;
+                recorded.wait_for(|found| found.as_ref().is_some_and(Option::is_some)).await.ok();
+            }
+        }
+    }
+}
+
+fn closed() -> QueueError {
+    QueueError::new("the queue is closed")
+}
+
+/// The error of a daemon whose store has no history.
+fn another_store(shared: &Shared) -> QueueError {
+    QueueError::needs_operator(format!(
+        "another store has the history of [queue] prefix `{}`: this daemon delivers, and keeps none",
+        shared.topology.prefix()
+    ))
+    .remedied("give each daemon a prefix of its own, or move history to this store: hooktrail store adopt")
+}
+
+impl History {
+    pub(super) async fn open(
+        shared: &Arc<Shared>,
+        start: HistoryStart,
+    ) -> Result<Self, QueueError> {
+        if !shared.topology.keeps_history() {
+            return Err(QueueError::needs_operator("history is off in the configuration"));
+        }
+        let HistoryStart { store, last } = start;
+        if let Err(e) = claim(shared, &store).await {
+            shared.history.wanted.send_replace(false);
+            return Err(e);
+        }
+        if let Some((_, at)) = last {
+            shared.history.stored(at);
+        }
+        shared.history.wanted.send_replace(true);
+        let mut state = shared.history.queue.subscribe();
+        state.wait_for(|state| *state == QueueState::Bound).await.map_err(|_| closed())?;
+        Self::consume(shared, store).await.inspect_err(|_| shared.history.suspect())
+    }
+
+    async fn consume(shared: &Arc<Shared>, store: String) -> Result<Self, QueueError> {
+        let queue = shared.topology.history();
+        // On a connection of its own: one on which a broken queue is consumed ends.
+        match timeout(TRIAL, try_once(shared, &queue)).await {
+            Ok(tried) => tried?.map_err(|e| failed(&queue, &e.why))?,
+            Err(_) => {
+                return Err(QueueError::new(format!(
+                    "queue `{queue}` cannot be consumed: no answer"
+                )));
+            }
+        }
+        let mut broker = shared.broker();
+        let ready = broker.depth(&queue).await?.map_or(0, |depth| depth.messages);
+        let since = shared.history.last_stored();
+        let lease = shared.consuming.lease().await?;
+        let prefetch = shared.history.sizes().allow(PREFETCH);
+        let consumer = begin(&lease, &queue, prefetch).await.map_err(|why| failed(&queue, &why))?;
+        Ok(Self {
+            shared: shared.clone(),
+            lease,
+            consumer,
+            prefetch,
+            before: VecDeque::new(),
+            delivered: 0,
+            taken: 0,
+            acked: 0,
+            at: None,
+            backlog: Backlog::new(ready, MAX_HISTORY, since),
+            counted: Instant::from_std(clock::instant()),
+            store,
+            recorded: shared.history.recorded.subscribe(),
+            queue,
+        })
+    }
+
+    /// Adds a delivery to the events that were taken; returns the bytes of its body.
+    fn add(&mut self, delivery: Delivery, into: &mut Vec<NewRow>) -> usize {
+        self.taken = delivery.delivery_tag;
+        let published = delivery.data.len();
+        let row = row(delivery, clock::now());
+        let history = &self.shared.history;
+        history.sizes().saw(row.body.len());
+        if let Some((since, until)) = self.backlog.arrived(published as u64, row.at) {
+            history.lacks(
+                since,
+                until,
+                "its queue in RabbitMQ had reached its limit of 1 GiB, and dropped the oldest events",
+            );
+        }
+        self.at = Some(row.at);
+        let bytes = row.body.len();
+        into.push(row);
+        bytes
+    }
+
+    /// The next delivery, if there is one.
+    fn poll(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Result<Delivery, QueueError>> {
+        if let Some(delivery) = self.before.pop_front() {
+            return Poll::Ready(Ok(delivery));
+        }
+        Pin::new(&mut self.consumer).poll_next(cx).map(|next| match next {
+            Some(Ok(delivery)) => {
+                self.delivered = delivery.delivery_tag;
+                Ok(delivery)
+            }
+            Some(Err(e)) => Err(failed(&self.queue, &e.into())),
+            None => Err(QueueError::new(format!(
+                "the broker cancelled the consumer of queue `{}`: it was deleted or moved",
+                self.queue
+            ))),
+        })
+    }
+
+    /// Waits a little until the consumer has as many messages unacked as it may. Only then may it be
+    /// cancelled: a message on its way would be requeued behind later ones.
+    async fn exhaust(&mut self) -> Result<bool, BrokerError> {
+        while self.delivered - self.acked < u64::from(self.prefetch) {
+            match timeout(EXHAUSTED, self.consumer.next()).await {
+                Ok(Some(delivery)) => self.deliver_later(delivery?),
+                Ok(None) | Err(_) => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    fn deliver_later(&mut self, delivery: Delivery) {
+        self.delivered = delivery.delivery_tag;
+        self.before.push_back(delivery);
+    }
+
+    async fn cancel(&mut self) -> Result<(), BrokerError> {
+        let tag = self.consumer.tag();
+        answer(self.lease.channel.basic_cancel(tag, BasicCancelOptions::default())).await?;
+        while let Some(delivery) = self.consumer.next().await {
+            self.deliver_later(delivery?);
+        }
+        Ok(())
+    }
+
+    /// Acks what was taken, and replaces the consumer if the sizes of the events allow a much larger
+    /// or smaller prefetch.
+    async fn ack(&mut self) -> Result<(), BrokerError> {
+        let next = self.shared.history.sizes().allow(PREFETCH);
+        let replaces = is_other(self.prefetch, next, PREFETCH) && self.exhaust().await?;
+        if replaces {
+            self.cancel().await?;
+        }
+        let multiple = BasicAckOptions { multiple: true };
+        answer(self.lease.channel.basic_ack(self.taken, multiple)).await?;
+        self.acked = self.taken;
+        if replaces {
+            self.consumer = begin(&self.lease, &self.queue, next).await?;
+            self.prefetch = next;
+        }
+        Ok(())
+    }
+
+    /// Counts what is ready, to notice when the queue comes to its limit while it is read.
+    async fn recount(&mut self) -> Result<(), QueueError> {
+        let ready = self.shared.broker().messages(&self.queue).await?;
+        let ready = u32::try_from(ready.unwrap_or(0)).unwrap_or(u32::MAX);
+        self.backlog = Backlog::new(ready, MAX_HISTORY, self.shared.history.last_stored());
+        self.counted = Instant::from_std(clock::instant());
+        Ok(())
+    }
+}
+
+async fn begin(lease: &Lease, queue: &str, prefetch: u16) -> Result<Consumer, BrokerError> {
+    answer(async {
+        lease.channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+        let options = BasicConsumeOptions::default();
+        lease.channel.basic_consume(queue.into(), "".into(), options, FieldTable::default()).await
+    })
+    .await
+}
+
+fn failed(queue: &str, why: &BrokerError) -> QueueError {
+    QueueError::new(format!("queue `{queue}` cannot be consumed: {why}"))
+}
+
+impl HistorySource for History {
+    async fn take(&mut self, into: &mut Vec<NewRow>, max: usize) -> Result<(), QueueError> {
+        let (mut recorded, store) = (self.recorded.clone(), self.store.clone());
+        let moved =
+            recorded.wait_for(|found| matches!(found, Some(Some(found)) if *found != store));
+        let before = into.len();
+        let mut bytes = 0;
+        let taking = poll_fn(|cx| {
+            while into.len() - before < max && bytes < GROUP_BYTES {
+                match self.poll(cx) {
+                    Poll::Ready(Ok(delivery)) => bytes += self.add(delivery, into),
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                    Poll::Pending if into.len() == before => return Poll::Pending,
+                    Poll::Pending => break,
+                }
+            }
+            Poll::Ready(Ok(()))
+        });
+        tokio::select! {
+            biased;
+            Ok(_) = moved => {}
+            taken = taking => return taken.inspect_err(|_| self.shared.history.suspect()),
+        }
+        self.shared.history.wanted.send_replace(false);
+        Err(another_store(&self.shared))
+    }
+
+    async fn stored(&mut self) -> Result<(), QueueError> {
+        if self.taken > self.acked {
+            self.ack().await.map_err(|why| failed(&self.queue, &why))?;
+        }
+        if let Some(at) = self.at {
+            self.shared.history.stored(at);
+        }
+        if self.backlog.is_read() && clock::instant() >= self.counted.into_std() + RECOUNT {
+            self.recount().await?;
+        }
+        Ok(())
+    }
+
+    fn gaps(&mut self) -> Vec<Gap> {
+        self.shared.history.take_gaps()
+    }
+
+    async fn close(self) {
+        let closed = answer(self.lease.channel.close(200, "requeued".into())).await;
+        if let Err(why) = closed {
+            tracing::debug!(queue = self.queue, error = %why, "the channel was gone before it was closed");
+        }
+    }
+}
+
+/// An event as history has it.
+fn row(delivery: Delivery, now: SystemTime) -> NewRow {
+    let properties = &delivery.properties;
+    let plain = message::decoded(properties, &delivery.data, BatchPolicy::MAX_BYTES as usize)
+        .ok()
+        .flatten();
+    let at = properties.timestamp().and_then(|t| clock::sane(t, now)).unwrap_or(now);
+    let message_id = properties.message_id().as_ref().map(ShortString::as_str).map(str::to_owned);
+    let routing_key = delivery.routing_key.as_str().to_owned();
+    let body = Bytes::from(plain.unwrap_or(delivery.data));
+    let event_type = if routing_key.is_empty() {
+        event_type(&body).map(|t| t.into_owned()).unwrap_or_default()
+    } else {
+        routing_key
+    };
+    NewRow { number: None, at, event_type, message_id, body, redelivered: delivery.redelivered }
+}

@@ -1,0 +1,244 @@
+//! The queue of history: declares it, binds it to every event once it is sound, and unbinds it when
+//! it is not.
+//!
+//! A queue that cannot take a message makes the broker refuse the publish as a whole, for each
+//! producer of the exchange. A broker that is killed within a second or two of declaring a quorum
+//! queue leaves it in that state. So it is bound only when it is older than that and was consumed on
+//! trial, and unbound at the first sign that it cannot be used: history has a gap then, and
+//! producers go on.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::{sleep, sleep_until, timeout};
+
+use super::{
+    history_state::QueueState,
+    requests::Broker,
+    restore::INTERVAL,
+    shared::Shared,
+    topology::Topology,
+    unusable::{Unusable, try_once},
+};
+use crate::{
+    clock,
+    queue::QueueError,
+    telemetry::{outage::ReportedOutage, troubles::Harms},
+};
+
+/// Age at which a quorum queue outlives a killed broker. Measured: declared 0.5 s before it is lost,
+/// 2 s before it is not.
+const GROWN: Duration = Duration::from_secs(2);
+
+/// Timeout of consuming the queue on trial. A broken queue does not answer at all, and as long as it
+/// is bound it holds up producers.
+const TRIAL: Duration = Duration::from_secs(5);
+
+/// Time for which the queue has to be unusable, alone among the queues, before it is deleted with
+/// what may be in it.
+const GIVEN_UP: Duration = Duration::from_secs(30);
+
+/// Shortest time between two trials of a queue that is bound.
+const SOONEST: Duration = Duration::from_secs(5);
+
+/// What the outage is called.
+const ABOUT: &str = "the queue of history";
+
+/// Keeps the queue of history bound while this daemon has history, and unbinds it when it cannot be
+/// used; deletes it where no history is configured.
+pub(super) async fn keep(shared: &Shared) {
+    let mut keeping = ReportedOutage::new(ABOUT, Harms::History, &shared.troubles);
+    if !shared.topology.keeps_history() {
+        while let Err(e) = remove(shared).await {
+            keeping.failed(&e).await;
+        }
+        return;
+    }
+    let mut keeper = Keeper::new(shared);
+    let mut wanted = shared.history.wanted.subscribe();
+    loop {
+        let is_wanted = *wanted.borrow_and_update();
+        let checked = keeper.check(is_wanted).await;
+        let tried = clock::instant();
+        let again = async {
+            match &checked {
+                Ok(()) => {
+                    keeping.recovered();
+                    tokio::select! {
+                        () = shared.history.suspected.notified() => {
+                            keeper.tried = None;
+                            sleep_until((tried + SOONEST).into()).await;
+                        }
+                        () = sleep(INTERVAL) => {}
+                    }
+                }
+                Err(e) => keeping.failed(e).await,
+            }
+        };
+        tokio::select! {
+            () = again => {}
+            // An error means that the sender is gone, and everything with it.
+            _ = wanted.changed() => {}
+        }
+    }
+}
+
+/// Unbinds and deletes the queue, unless a daemon takes from it: that one keeps history.
+async fn remove(shared: &Shared) -> Result<(), QueueError> {
+    let mut broker = shared.broker();
+    let queue = shared.topology.history();
+    let Some(depth) = broker.depth(&queue).await? else { return Ok(()) };
+    if depth.consumers > 0 {
+        tracing::warn!(
+            queue,
+            "history is off in this configuration, and another daemon takes its events: the queue stays"
+        );
+        return Ok(());
+    }
+    shared.topology.unbind_history(&mut broker).await?;
+    broker.delete_queue(&queue).await?;
+    tracing::info!(queue, "history is off: its queue is unbound and deleted");
+    Ok(())
+}
+
+struct Keeper<'a> {
+    shared: &'a Shared,
+    topology: &'a Topology,
+    /// When this daemon declared the queue, or first found it.
+    found: Option<Instant>,
+    is_bound: bool,
+    /// This daemon declared it and has never bound it: nothing is in it.
+    is_empty: bool,
+    /// Since when it cannot be used.
+    broken: Option<Instant>,
+    /// Why history lacks what is published now.
+    lacking: Option<&'static str>,
+    /// Connections that had been made when it was last tried: without another one the broker was
+    /// not restarted.
+    tried: Option<usize>,
+}
+
+impl<'a> Keeper<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self {
+            shared,
+            topology: &shared.topology,
+            found: None,
+            is_bound: false,
+            is_empty: false,
+            broken: None,
+            lacking: None,
+            tried: None,
+        }
+    }
+
+    /// Tries the queue, and unbinds it if it cannot be used. If it `is_wanted`, declares it where it
+    /// is missing, and binds it as soon as it is sound and old enough.
+    async fn check(&mut self, is_wanted: bool) -> Result<(), QueueError> {
+        let mut broker = self.shared.broker();
+        if !is_wanted {
+            self.unbound();
+            // Another daemon may have bound it.
+            let queue = self.topology.history();
+            return match broker.depth(&queue).await? {
+                Some(_) => self.try_if_reconnected(&mut broker).await,
+                None => Ok(()),
+            };
+        }
+        self.topology.ensure_history(&mut broker).await?;
+        if broker.take_declared().contains(&self.topology.history()) {
+            if self.found.is_some() || self.shared.history.last_stored().is_some() {
+                self.lacking = Some("its queue in RabbitMQ was deleted");
+            }
+            (self.found, self.is_empty) = (Some(clock::instant()), true);
+            self.unbound();
+        } else {
+            self.try_if_reconnected(&mut broker).await?;
+        }
+        let found = *self.found.get_or_insert_with(clock::instant);
+        if !self.is_bound {
+            sleep_until((found + GROWN).into()).await;
+            // The broker may have been killed meanwhile.
+            self.tried = None;
+            self.try_if_reconnected(&mut broker).await?;
+            self.topology.bind_history(&mut broker).await?;
+            self.bound();
+        }
+        Ok(())
+    }
+
+    /// Tries the queue, unless it was found sound and no connection was made since: then the broker
+    /// was not restarted.
+    async fn try_if_reconnected(&mut self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        if self.tried != Some(self.shared.dialer.connects()) {
+            self.tried = None;
+            self.try_queue(broker).await?;
+            self.tried = Some(self.shared.dialer.connects());
+        }
+        Ok(())
+    }
+
+    async fn try_queue(&mut self, broker: &mut Broker<'_>) -> Result<(), QueueError> {
+        let queue = self.topology.history();
+        let why = match timeout(TRIAL, try_once(self.shared, &queue)).await {
+            Ok(Ok(Ok(()))) => {
+                self.broken = None;
+                return Ok(());
+            }
+            // The broker cannot be reached, which says nothing of the queue.
+            Ok(Err(e)) => return Err(e),
+            Ok(Ok(Err(unusable))) => unusable_because(&unusable),
+            Err(_) => format!("the broker does not answer within {} s", TRIAL.as_secs()),
+        };
+        self.topology.unbind_history(broker).await?;
+        if std::mem::take(&mut self.is_bound) {
+            tracing::warn!(
+                queue,
+                error = why,
+                "the queue of history cannot be used: it is unbound, so that it does not hold up producers"
+            );
+        }
+        self.unbound();
+        self.lacking = Some("its queue in RabbitMQ could not be used");
+        let broken = *self.broken.get_or_insert_with(clock::instant);
+        let is_over = self.is_empty || clock::instant() - broken >= GIVEN_UP;
+        if is_over && self.others_work().await {
+            broker.delete_queue(&queue).await?;
+            (self.found, self.broken) = (None, None);
+            tracing::warn!(
+                queue,
+                "the queue of history cannot be used: it is deleted and redeclared"
+            );
+        }
+        Err(QueueError::new(format!(
+            "queue `{queue}` cannot be consumed: {why}; events are not kept meanwhile"
+        )))
+    }
+
+    /// Whether another queue can be used: otherwise a node is missing, and what is in the queue may
+    /// come back.
+    async fn others_work(&self) -> bool {
+        let other = self.topology.orphans();
+        matches!(timeout(TRIAL, try_once(self.shared, &other)).await, Ok(Ok(Ok(()))))
+    }
+
+    fn bound(&mut self) {
+        (self.is_bound, self.is_empty) = (true, false);
+        let history = &self.shared.history;
+        if let Some(why) = self.lacking.take() {
+            history.lacks(None, clock::now(), why);
+        }
+        history.queue.send_replace(QueueState::Bound);
+        self.shared.dialer.metrics.set_history_bound(true);
+        tracing::info!(queue = self.topology.history(), "every event goes into history");
+    }
+
+    fn unbound(&mut self) {
+        self.is_bound = false;
+        self.shared.history.queue.send_replace(QueueState::Unbound);
+        self.shared.dialer.metrics.set_history_bound(false);
+    }
+}
+
+fn unusable_because(unusable: &Unusable) -> String {
+    unusable.why.to_string()
+}

@@ -1,0 +1,385 @@
+//! The queue of history: it gets every event, one store has it, and it never stops a producer.
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use hooktrail::{
+    clock,
+    config::{Backend, Config, load},
+    queue::{
+        HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError,
+        amqp::{AmqpQueue, History},
+    },
+    store::{EventNumber, NewRow},
+    telemetry::metrics::Metrics,
+};
+use lapin::{
+    BasicProperties,
+    options::{BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable},
+};
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::support::{
+    PATIENCE,
+    broker::{Broker, SETTLING},
+    daemon::{QUICK, Setup, subscriber},
+    eventually, run,
+};
+
+/// The queue of a daemon, with its background tasks.
+struct Running {
+    queue: AmqpQueue,
+    stop: watch::Sender<bool>,
+    tasks: Option<JoinHandle<()>>,
+    metrics: Metrics,
+    /// Its folder.
+    _setup: Setup,
+}
+
+/// `[history]` and one subscriber, which wants `wanted.#`.
+fn configured(broker: &Broker, more: &str) -> (Setup, Config) {
+    let receiver = "http://127.0.0.1:9/";
+    let setup = Setup::new(
+        broker,
+        &(QUICK.to_owned() + more + &subscriber("a", receiver, "events = [\"wanted.#\"]")),
+    );
+    let config = load(&setup.config()).unwrap_or_else(|e| panic!("{e}"));
+    (setup, config)
+}
+
+async fn started(broker: &Broker, more: &str) -> Running {
+    let (setup, config) = configured(broker, more);
+    let Backend::Amqp(amqp) = config.queue.backend else { panic!("another queue") };
+    let metrics = Metrics::new(clock::now());
+    let queue = AmqpQueue::new(amqp, metrics.clone());
+    queue.prepare(&config.subscribers).await.unwrap_or_else(|e| panic!("{e}"));
+    let (stop, stopping) = watch::channel(false);
+    let subscribers = watch::Sender::new(Arc::clone(&config.subscribers)).subscribe();
+    let tasks = tokio::spawn({
+        let queue = queue.clone();
+        async move { Box::pin(queue.background(subscribers, stopping)).await }
+    });
+    Running { queue, stop, tasks: Some(tasks), metrics, _setup: setup }
+}
+
+impl Running {
+    async fn history(&self, store: &str) -> Result<History, QueueError> {
+        self.history_after(store, None).await
+    }
+
+    async fn history_after(
+        &self,
+        store: &str,
+        last: Option<Duration>,
+    ) -> Result<History, QueueError> {
+        let last = last.map(|ago| (EventNumber(1), clock::now() - ago));
+        let start = HistoryStart { store: store.to_owned(), last };
+        tokio::time::timeout(PATIENCE, self.queue.history(start)).await.expect("an answer")
+    }
+
+    async fn publish(&self, event_type: &str, body: &str) -> Published {
+        let event = NewEvent {
+            event_type: event_type.to_owned(),
+            message_id: Some(clock::event_id()),
+            body: Bytes::copy_from_slice(body.as_bytes()),
+            traceparent: None,
+        };
+        self.queue.publish(vec![event]).await.unwrap_or_else(|e| panic!("{e}"))[0]
+    }
+
+    async fn close(mut self) {
+        self.stop.send_replace(true);
+        if let Some(tasks) = self.tasks.take() {
+            tasks.await.expect("ends");
+        }
+        self.queue.close().await;
+    }
+}
+
+/// Takes until there are this many events, and stores them.
+async fn take(history: &mut History, count: usize) -> Vec<NewRow> {
+    let mut rows = Vec::new();
+    while rows.len() < count {
+        let taking = history.take(&mut rows, 1000);
+        tokio::time::timeout(PATIENCE, taking)
+            .await
+            .unwrap_or_else(|_| panic!("events"))
+            .unwrap_or_else(|e| panic!("{e}"));
+        history.stored().await.unwrap_or_else(|e| panic!("{e}"));
+    }
+    rows
+}
+
+fn body(n: usize) -> String {
+    format!(r#"{{"event":"x.y","n":{n}}}"#)
+}
+
+#[test]
+fn every_event_comes_into_history_in_its_order_and_is_gone_from_the_queue_when_it_is_stored() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(history.gaps(), [], "history begins here");
+        let bodies: Vec<String> = (0..3000).map(body).collect();
+        broker.publish("nobody.wants", &bodies).await;
+        let at = clock::unix_seconds(clock::now()) - 60;
+        let properties =
+            BasicProperties::default().with_message_id("id-1".into()).with_timestamp(at);
+        broker.put(&broker.exchange, "wanted.one", b"not JSON", properties).await;
+        let rows = take(&mut history, 3001).await;
+        assert_eq!(rows.len(), 3001);
+        for (row, body) in rows.iter().zip(&bodies) {
+            assert_eq!((row.event_type.as_str(), &row.body[..]), ("nobody.wants", body.as_bytes()));
+            assert!(row.number.is_none() && !row.redelivered && row.message_id.is_none());
+        }
+        let last = rows.last().expect("an event");
+        assert_eq!(
+            (last.event_type.as_str(), last.message_id.as_deref(), clock::unix_seconds(last.at)),
+            ("wanted.one", Some("id-1"), at)
+        );
+        history.close().await;
+        broker.wait_depth("history", 0).await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn events_that_were_taken_and_not_stored_are_given_again_as_redelivered() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(0)]).await;
+        take(&mut history, 1).await;
+        broker.publish("a.b", [body(1), body(2)]).await;
+        let mut rows = Vec::new();
+        while rows.len() < 2 {
+            history.take(&mut rows, 1).await.unwrap_or_else(|e| panic!("{e}"));
+        }
+        history.close().await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        let again = take(&mut history, 2).await;
+        assert!(again.iter().all(|row| row.redelivered));
+        // What a channel gives back as it closes comes in any order.
+        let bodies = |rows: &[NewRow]| rows.iter().map(|r| r.body.clone()).collect::<BTreeSet<_>>();
+        assert_eq!(bodies(&again), bodies(&rows));
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn it_is_bound_when_it_is_old_enough_and_what_no_subscriber_wants_is_unmatched_all_the_same() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        assert_eq!(broker.depth("history").await, None, "no daemon has asked for history");
+        assert_eq!(daemon.publish("other", &body(0)).await, Published::Unmatched);
+        let opening = daemon.history("store-1");
+        let declared = async {
+            eventually("it is declared", async || broker.depth("history").await.is_some()).await;
+            let declared = Instant::now();
+            assert!(!daemon.metrics.expose().contains("hooktrail_history_bound 1"));
+            declared
+        };
+        let (history, declared) = tokio::join!(async { (opening.await, Instant::now()) }, declared);
+        let (history, opened) = history;
+        let mut history = history.unwrap_or_else(|e| panic!("{e}"));
+        // It was declared a little before that was seen.
+        assert!(opened - declared >= Duration::from_millis(1800), "{:?}", opened - declared);
+        assert!(daemon.metrics.expose().contains("hooktrail_history_bound 1"));
+        assert_eq!(daemon.publish("other", &body(1)).await, Published::Unmatched);
+        assert_eq!(daemon.publish("wanted.one", &body(2)).await, Published::Stored);
+        assert_eq!(take(&mut history, 2).await.len(), 2);
+        assert_eq!(broker.depth("sub.a").await, Some(1));
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn one_store_has_history_until_another_adopts_it() {
+    run(async {
+        let broker = Broker::shared();
+        let (first, second) = (started(&broker, "").await, started(&broker, "").await);
+        let mut history = first.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        let refused = second.history("store-2").await.expect_err("another store has it");
+        assert!(
+            refused.is_for_operator() && refused.to_string().contains("store adopt"),
+            "{refused}"
+        );
+        assert_eq!(
+            second.queue.history_store().await.as_ref().map(Option::as_deref),
+            Ok(Some("store-1"))
+        );
+        second.queue.adopt_history("store-2").await.unwrap_or_else(|e| panic!("{e}"));
+        let mut rows = Vec::new();
+        let ended = tokio::time::timeout(PATIENCE, history.take(&mut rows, 10)).await;
+        let ended = ended.expect("an answer").expect_err("it is the other's now");
+        assert!(ended.is_for_operator() && rows.is_empty(), "{ended}");
+        history.close().await;
+        let mut history = second.history("store-2").await.unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(0)]).await;
+        assert_eq!(take(&mut history, 1).await.len(), 1);
+        assert!(first.history("store-1").await.is_err());
+        history.close().await;
+        first.close().await;
+        second.close().await;
+    });
+}
+
+#[test]
+fn without_history_its_queue_is_deleted_unless_another_daemon_reads_it() {
+    run(async {
+        let broker = Broker::shared();
+        let on = started(&broker, "").await;
+        let history = on.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        let off = started(&broker, "[history]\nretention = \"0s\"\n").await;
+        assert!(off.history("store-2").await.is_err_and(|e| e.is_for_operator()));
+        broker.publish("a.b", [body(0)]).await;
+        assert!(broker.depth("history").await.is_some(), "another daemon has history");
+        history.close().await;
+        on.close().await;
+        off.close().await;
+        let off = started(&broker, "[store]\nurl = \"none\"\n").await;
+        eventually("it is deleted", async || broker.depth("history").await.is_none()).await;
+        assert_eq!(off.publish("other", &body(1)).await, Published::Unmatched);
+        off.close().await;
+    });
+}
+
+#[test]
+fn a_queue_that_is_deleted_is_declared_again_and_history_has_a_gap() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(0)]).await;
+        let before = take(&mut history, 1).await;
+        let (connection, channel) = broker.channel().await;
+        let name = format!("{}.history", broker.prefix);
+        channel.queue_delete(name.as_str().into(), Default::default()).await.expect("deletes");
+        connection.close(200, "done".into()).await.expect("closes");
+        let mut rows = Vec::new();
+        let ended = tokio::time::timeout(PATIENCE, history.take(&mut rows, 10)).await;
+        assert!(ended.expect("an answer").is_err());
+        drop(history);
+        eventually("it is declared again", async || broker.depth("history").await.is_some()).await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        // It is bound a little later.
+        let mut rows = Vec::new();
+        while rows.is_empty() {
+            broker.publish("a.b", [body(1)]).await;
+            let taking = history.take(&mut rows, 10);
+            if let Ok(taken) = tokio::time::timeout(Duration::from_millis(200), taking).await {
+                taken.unwrap_or_else(|e| panic!("{e}"));
+            }
+        }
+        let gaps = history.gaps();
+        let [gap] = &gaps[..] else { panic!("{gaps:?}") };
+        assert!(gap.what == "events" && gap.why.contains("deleted"), "{gap:?}");
+        assert!(gap.from == before[0].at && gap.until > gap.from, "{gap:?}");
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+/// Whether the broker confirms an event of another program's.
+async fn is_taken(broker: &Broker) -> bool {
+    let (connection, channel) = broker.channel().await;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+    let sent = channel
+        .basic_publish(
+            broker.exchange.as_str().into(),
+            "a.b".into(),
+            BasicPublishOptions::default(),
+            body(7).as_bytes(),
+            BasicProperties::default().with_delivery_mode(2),
+        )
+        .await
+        .expect("publishes");
+    let confirmed = tokio::time::timeout(Duration::from_secs(3), sent).await;
+    connection.close(200, "done".into()).await.ok();
+    matches!(confirmed, Ok(Ok(lapin::Confirmation::Ack(None))))
+}
+
+#[test]
+fn a_node_that_is_killed_while_the_queue_is_young_stops_no_producer() {
+    run(async {
+        let broker = Broker::private().await;
+        let daemon = started(&broker, "").await;
+        // The subscribers' queues outlive it.
+        tokio::time::sleep(SETTLING).await;
+        let opening = tokio::spawn({
+            let queue = daemon.queue.clone();
+            let start = HistoryStart { store: "store-1".to_owned(), last: None };
+            async move { queue.history(start).await }
+        });
+        eventually("it is declared", async || broker.depth("history").await.is_some()).await;
+        broker.node().restart_after_kill().await;
+        assert!(is_taken(&broker).await, "the producers go on at once");
+        let history = tokio::time::timeout(PATIENCE, opening).await.expect("an answer");
+        let mut history = history.expect("ends").unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(1)]).await;
+        take(&mut history, 1).await;
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
+    run(async {
+        let broker = Broker::private().await;
+        let daemon = started(&broker, "").await;
+        tokio::time::sleep(SETTLING).await;
+        daemon.close().await;
+        // Another program has declared and bound it, a moment before the node is killed.
+        let (_connection, channel) = broker.channel().await;
+        let mut arguments = FieldTable::default();
+        for (key, value) in [
+            ("x-queue-type", AMQPValue::LongString("quorum".into())),
+            ("x-delivery-limit", AMQPValue::LongLongInt(1_000_000_000)),
+            ("x-single-active-consumer", AMQPValue::Boolean(true)),
+            ("x-max-length-bytes", AMQPValue::LongLongInt(1 << 30)),
+            ("x-overflow", AMQPValue::LongString("drop-head".into())),
+        ] {
+            arguments.insert(key.into(), value);
+        }
+        let name = format!("{}.history", broker.prefix);
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(name.as_str().into(), durable, arguments).await.expect("declares");
+        let exchange = broker.exchange.as_str();
+        channel
+            .queue_bind(
+                name.as_str().into(),
+                exchange.into(),
+                "#".into(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await
+            .expect("binds");
+        broker.node().restart_after_kill().await;
+        assert!(!is_taken(&broker).await, "the queue is dead, and every publish is refused");
+        let daemon = started(&broker, "").await;
+        let opening = tokio::spawn({
+            let queue = daemon.queue.clone();
+            let start = HistoryStart { store: "store-1".to_owned(), last: None };
+            async move { queue.history(start).await }
+        });
+        eventually("producers go on", async || is_taken(&broker).await).await;
+        let history = tokio::time::timeout(PATIENCE, opening).await.expect("an answer");
+        let mut history = history.expect("ends").unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(1)]).await;
+        take(&mut history, 1).await;
+        history.close().await;
+        daemon.close().await;
+    });
+}
