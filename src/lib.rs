@@ -125,6 +125,10 @@
 //!   and those for a test and a metric.
 //! - What does a producer get for its POST? `admin/intake.rs`. An operator? `admin/control.rs`, in
 //!   the types of [`admin::view`]. How many may connect, and for how long? `admin/connections.rs`.
+//! - How do I add a request to the API? A route in [`admin`], behind `guard::with_token` if it is not
+//!   open on loopback; its role follows from method and path. `admin/query.rs` shows how parameters
+//!   are read, `admin/body.rs` how a body is. Refusals are made in `admin/answer.rs`. Then
+//!   docs/admin.yaml, to which `operators::api` in tests/it holds the running daemon.
 //! - What is counted, and under which name? [`telemetry::metrics`]. What does a lane log?
 //!   [`telemetry::lane_event`].
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire/filter.rs`.

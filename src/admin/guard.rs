@@ -65,6 +65,16 @@ fn digest(text: &str) -> [u8; 32] {
 pub(super) struct Caller {
     /// The name of the token that the request carries; `None` where no token is configured.
     pub(super) token: Option<Arc<str>>,
+    role: Role,
+}
+
+impl Caller {
+    /// Whether an answer may have the whole URL of an endpoint, its headers and its authentication
+    /// (without secrets). For others it has scheme and host alone.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the first answer with a URL asks it"))]
+    pub(super) fn sees_endpoints(&self) -> bool {
+        self.role == Role::Admin
+    }
 }
 
 /// The role that a request needs. Any request that is not known to be less needs `admin`.
@@ -145,11 +155,13 @@ pub(super) fn caller(
         return Err(Refusal::from_elsewhere(why));
     }
     if tokens.is_empty() {
-        return Ok(Caller { token: None });
+        return Ok(Caller { token: None, role: Role::Admin });
     }
     match tokens.carried(headers) {
         None => Err(Refusal::unauthorized()),
-        Some(token) if token.role.may(needed) => Ok(Caller { token: Some(token.name.clone()) }),
+        Some(token) if token.role.may(needed) => {
+            Ok(Caller { token: Some(token.name.clone()), role: token.role })
+        }
         Some(token) => Err(too_small(token, needed)),
     }
 }
@@ -207,7 +219,12 @@ mod tests {
 
     fn app(tokens: Tokens) -> Router {
         let name = async |Extension(caller): Extension<Caller>| {
-            caller.token.map_or_else(|| "nobody".to_owned(), |name| name.to_string())
+            let name = caller.token.as_deref().unwrap_or("nobody");
+            if caller.sees_endpoints() {
+                format!("{name}, sees endpoints")
+            } else {
+                name.to_owned()
+            }
         };
         let guarded =
             Router::new().route("/v1/operations", any(name)).layer(middleware::from_fn(with_token));
@@ -232,6 +249,7 @@ mod tests {
                     assert_eq!(status, if may { 200 } else { 403 }, "{method} {path} {name}");
                     match (may, method) {
                         (_, "HEAD") => {}
+                        (true, _) if name == "token" => assert_eq!(text, "token, sees endpoints"),
                         (true, _) => assert_eq!(text, name),
                         (false, _) => assert!(
                             text.contains(&format!("the token `{name}` has the role"))
@@ -252,7 +270,8 @@ mod tests {
     async fn without_a_configured_token_only_routes_that_need_none_are_open() {
         let app = app(Tokens::new(Vec::new()));
         for path in ["/v1/events", "/v1/reload"] {
-            assert_eq!(answered(&app, "POST", path, "").await, (200, "nobody".to_owned()));
+            let nobody = (200, "nobody, sees endpoints".to_owned());
+            assert_eq!(answered(&app, "POST", path, "").await, nobody);
         }
         for given in ["", "Bearer ", "Bearer secret-token"] {
             let (status, text) = answered(&app, "GET", "/v1/operations", given).await;
