@@ -1,3 +1,4 @@
 //! History: what fills the store, and what answers from it.
 
+pub mod deliveries;
 pub mod whereabouts;

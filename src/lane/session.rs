@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     clock,
-    delivery::{Batch, BatchId, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState},
+    delivery::{Batch, DeadLetter, Disposition, Outcome, Pause, PauseCause, PauseState},
     endpoint::webhook::Request,
     event::head,
     failpoint::{Step, reached},
@@ -487,8 +487,7 @@ impl<'l, Q: Queue> Session<'l, Q> {
         let InFlight { batch, receipts, arrived_at, .. } = in_flight;
         let split = halves.as_ref().map(|_| batch.id.clone());
         let batches = halves.unwrap_or_else(|| vec![batch]);
-        let ids: Vec<BatchId> = batches.iter().map(|batch| batch.id.clone()).collect();
-        let settled = Settled::Retries { batches: ids, split, delay, arrived_at };
+        let settled = Settled::Retries { batches: batches.clone(), split, delay, arrived_at };
         self.settle(receipts, Settlement::Retry { batches, delay }, settled);
     }
 

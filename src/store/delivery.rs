@@ -41,7 +41,7 @@ pub enum Change {
     },
     /// The receiver accepted it.
     Delivered,
-    /// It was given up; durable. `contents` of one that had no attempt.
+    /// It was given up; durable. With the contents, since it may have had no attempt.
     Dead {
         reason: Reason,
         contents: Option<Contents>,
@@ -50,6 +50,14 @@ pub enum Change {
     Paused,
     /// Its halves go on, each a batch; durable.
     Split,
+    /// It is a half of a batch that was split, and waits for its first attempt; durable.
+    Half {
+        due: SystemTime,
+        contents: Contents,
+    },
+    /// Nothing was sent, or what followed could not be stored: its events are delivered again,
+    /// perhaps in another batch.
+    Interrupted,
 }
 
 /// What a batch is made of.
@@ -155,8 +163,8 @@ pub enum DeliveryState {
     },
     Paused,
     Split,
-    /// The daemon ended before the answer. Its events are delivered again, perhaps in another
-    /// batch.
+    /// The daemon ended before the answer, or could not store what followed. Its events are
+    /// delivered again, perhaps in another batch.
     Interrupted,
 }
 
@@ -181,8 +189,9 @@ impl Delivery {
     /// The delivery that a first change begins; `None` if it does not say what the batch is made
     /// of.
     pub fn begin(row: i64, change: &DeliveryChange) -> Option<Self> {
-        let (Change::Started { contents, .. } | Change::Dead { contents: Some(contents), .. }) =
-            &change.change
+        let (Change::Started { contents, .. }
+        | Change::Half { contents, .. }
+        | Change::Dead { contents: Some(contents), .. }) = &change.change
         else {
             return None;
         };
@@ -234,11 +243,14 @@ impl Delivery {
                 }
                 return;
             }
-            Change::Retrying { due } => DeliveryState::Retrying { due: *due },
+            Change::Retrying { due } | Change::Half { due, .. } => {
+                DeliveryState::Retrying { due: *due }
+            }
             Change::Delivered => DeliveryState::Delivered { at },
             Change::Dead { reason, .. } => DeliveryState::Dead { reason: *reason },
             Change::Paused => DeliveryState::Paused,
             Change::Split => DeliveryState::Split,
+            Change::Interrupted => DeliveryState::Interrupted,
         };
     }
 }

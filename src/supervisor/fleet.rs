@@ -476,10 +476,14 @@ mod tests {
     use super::*;
     use crate::{
         config::{Config, testing},
+        delivery::Print,
+        history::deliveries::recording,
         queue::{SettleError, fake::Fake},
+        store::{Delivery, fake::FakeStore},
         telemetry::metrics::Metrics,
     };
     use axum::{Router, http::StatusCode, routing::post};
+    use sha2::{Digest as _, Sha256};
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::sync::oneshot;
 
@@ -500,13 +504,15 @@ mod tests {
         (url, count)
     }
 
-    fn config(names: &[&str], url: &str) -> Config {
+    fn table(name: &str, url: &str) -> String {
         let lines = format!(
             "url = \"{url}\"\nbatch.max_wait = \"0s\"\nhttp = {{ allow_http = true, allow_private_addresses = true }}"
         );
-        testing::embedded(
-            &names.iter().map(|name| testing::table(name, &lines)).collect::<String>(),
-        )
+        testing::table(name, &lines)
+    }
+
+    fn config(names: &[&str], url: &str) -> Config {
+        testing::embedded(&names.iter().map(|name| table(name, url)).collect::<String>())
     }
 
     async fn until(what: &str, condition: impl Fn() -> bool) {
@@ -521,11 +527,19 @@ mod tests {
     }
 
     async fn while_running<F: Future<Output = ()>>(queue: Fake, config: Config, test: F) {
+        while_observed(Board::new(Metrics::new(clock::now())), queue, config, test).await;
+    }
+
+    async fn while_observed<F: Future<Output = ()>>(
+        board: Board,
+        queue: Fake,
+        config: Config,
+        test: F,
+    ) {
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let shutdown = async { drop(stopped.await) };
             let (phase, changes) = (watch::Sender::new(Phase::Starting), mpsc::channel(1).1);
-            let board = Board::new(Metrics::new(clock::now()));
             let shutdown_timeout = watch::Sender::new(Duration::from_secs(10)).subscribe();
             let controls = Controls {
                 phase: &phase,
@@ -609,6 +623,79 @@ mod tests {
         })
         .await;
         assert_eq!((logged(lost), logged(again)), (2, 2));
+    }
+
+    /// The deliveries of a subscriber that are in the store, in their order.
+    fn deliveries(store: &FakeStore, subscriber: &str) -> Vec<Delivery> {
+        let memory = store.memory();
+        memory.deliveries.iter().filter(|d| d.subscriber == *subscriber).cloned().collect()
+    }
+
+    fn states(deliveries: &[Delivery]) -> Vec<&'static str> {
+        deliveries.iter().map(|d| d.state.name()).collect()
+    }
+
+    #[tokio::test]
+    async fn whatever_becomes_of_a_batch_is_recorded_as_its_delivery() {
+        type Status = fn(usize) -> u16;
+        let answers: [(&str, Status); 4] =
+            [("accepts", |_| 200), ("fails", |_| 503), ("halves", |_| 413), ("gone", |_| 410)];
+        let (queue, mut tables) = (Fake::default(), String::new());
+        let (a, b) = (r#"{"event":"a"}"#, r#"{"event":"b"}"#);
+        for (name, status) in answers {
+            tables += &table(name, &receiver(status).await.0);
+            queue.put(name, &[a, b]);
+        }
+        queue.put("accepts", &["no JSON"]);
+        let metrics = Metrics::new(clock::now());
+        let (observer, recorder) = recording("here", &metrics);
+        let board = Board::observed(metrics, [observer]);
+        while_observed(board, queue.clone(), testing::embedded(&tables), async {
+            let is_settled = || queue.is_empty() && queue.retries().len() == 4;
+            until("all are settled", is_settled).await;
+        })
+        .await;
+        let store = FakeStore::default();
+        recorder.run(store.clone(), std::future::ready(())).await;
+        let prints = |events: &[&str]| events.iter().map(|e| Print::of(e.as_bytes())).collect();
+        let mut accepted = deliveries(&store, "accepts");
+        accepted.sort_by_key(|d| d.state.name());
+        assert_eq!(states(&accepted), ["dead", "delivered"]);
+        assert_eq!(accepted[0].contents.prints, Some(prints(&["no JSON"])));
+        let contents = &accepted[1].contents;
+        let body = format!(r#"{{"events":[{a},{b}]}}"#);
+        assert_eq!(contents.sha256, Some(Sha256::digest(&body).into()));
+        assert_eq!((contents.events, contents.bytes), (2, body.len() as u64));
+        assert_eq!(contents.prints, Some(prints(&[a, b])));
+        let attempt = &accepted[1].attempts[0];
+        let status = attempt.end.as_ref().and_then(|(_, end)| end.status);
+        assert_eq!((attempt.number, attempt.by.as_str(), status), (1, "here", Some(200)));
+        assert_eq!(states(&deliveries(&store, "fails")), ["retrying"]);
+        assert_eq!(states(&deliveries(&store, "gone")), ["paused"]);
+        let halved = deliveries(&store, "halves");
+        assert_eq!(states(&halved), ["split", "retrying", "retrying"]);
+        for (half, event) in halved[1..].iter().zip([a, b]) {
+            assert_eq!(half.contents.parent.as_ref(), Some(&halved[0].id));
+            assert_eq!(half.contents.prints, Some(prints(&[event])));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_delivery_whose_failure_cannot_be_written_down_is_recorded_as_interrupted() {
+        let (url, _) = receiver(|n| if n == 0 { 500 } else { 200 }).await;
+        let queue = Fake::default();
+        queue.answer_next(SettleError::Unconfirmed("no confirm".to_owned()));
+        queue.put("a", &[r#"{"event":"a"}"#]);
+        let metrics = Metrics::new(clock::now());
+        let (observer, recorder) = recording("here", &metrics);
+        let board = Board::observed(metrics, [observer]);
+        while_observed(board, queue.clone(), config(&["a"], &url), async {
+            until("it is delivered in another batch", || queue.is_empty()).await;
+        })
+        .await;
+        let store = FakeStore::default();
+        recorder.run(store.clone(), std::future::ready(())).await;
+        assert_eq!(states(&deliveries(&store, "a")), ["interrupted", "delivered"]);
     }
 
     #[tokio::test]

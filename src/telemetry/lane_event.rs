@@ -121,7 +121,7 @@ pub enum Settled {
     /// Batches that are due in `delay`; their first event had arrived at `arrived_at`. `split`: the
     /// batch that they are the halves of.
     Retries {
-        batches: Vec<BatchId>,
+        batches: Vec<Batch>,
         split: Option<BatchId>,
         delay: Duration,
         arrived_at: SystemTime,
@@ -557,7 +557,7 @@ mod tests {
         let delivered =
             LaneEvent::Delivered { events: 3, lag: Some(SECOND), since_arrival: Some(SECOND * 2) };
         let retries = Settled::Retries {
-            batches: vec![BatchId::from("msg_1")],
+            batches: vec![batch()],
             split: None,
             delay: SECOND,
             arrived_at: T0 + SECOND,

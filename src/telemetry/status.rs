@@ -369,7 +369,7 @@ mod tests {
         let oldest = "hooktrail_oldest_event_timestamp_seconds{subscriber=\"a\"} 0";
         let has = |part: &str| f.board.metrics().expose().contains(part);
         let retry = |id: &str, delay, arrived_at| {
-            let batches = vec![BatchId::from(id)];
+            let batches = vec![Batch { id: BatchId::from(id), ..batch() }];
             LaneEvent::Settled(Settled::Retries { batches, split: None, delay, arrived_at })
         };
         let unsettled =

@@ -231,6 +231,11 @@ pub const ALL: &[Definition] = &[
         &[],
         "Lines of the log that were dropped because they were not read in time; their number is logged when the log is read again",
     ),
+    counter(
+        "history_dropped",
+        &["what"],
+        "What history lacks because the store did not take it in time: deliveries (changes of them)",
+    ),
     gauge("process_start_time_seconds", &[], "When the process started, in Unix seconds"),
     counter("process_cpu_seconds", &[], "Time of CPUs that the process has used, user and system"),
     gauge("process_resident_memory_bytes", &[], "Memory that the process holds"),

@@ -186,6 +186,14 @@ impl Metrics {
         }
     }
 
+    /// Counts what history lacks: `deliveries`.
+    pub fn dropped_history(&self, what: &'static str) -> impl Fn(u64) + Send + Sync + use<> {
+        let dropped = self.counter("history_dropped", &[("what", what)]);
+        move |number| {
+            dropped.inc_by(number);
+        }
+    }
+
     pub fn set_queue_up(&self, up: bool) {
         self.gauge("queue_up", &[]).set(f64::from(up));
     }
@@ -336,6 +344,7 @@ mod tests {
         m.relayed("routed", 1);
         m.set_held_removals(1);
         m.dropped_lines()(1);
+        m.dropped_history("deliveries")(1);
         m.configured(1, SystemTime::UNIX_EPOCH);
         m.reloaded(false);
         let text = m.expose();

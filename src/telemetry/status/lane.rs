@@ -42,10 +42,10 @@ pub struct Observer {
     wants_digests: bool,
 }
 
-type Observe = dyn Fn(&str, &LaneEvent<'_>) + Send + Sync;
+type Observe = dyn Fn(&SubscriberName, &LaneEvent<'_>) + Send + Sync;
 
 impl Observer {
-    pub fn new(observe: impl Fn(&str, &LaneEvent<'_>) + Send + Sync + 'static) -> Self {
+    pub fn new(observe: impl Fn(&SubscriberName, &LaneEvent<'_>) + Send + Sync + 'static) -> Self {
         Self { observe: Arc::new(observe), wants_digests: false }
     }
 
@@ -219,8 +219,8 @@ impl LaneStatus {
             LaneEvent::Delivered { events, .. } => self.delivered(u64::from(*events), now),
             LaneEvent::Settled(Settled::Retries { batches, delay, arrived_at, .. }) => {
                 self.scheduled.forget_missed(now.time);
-                for id in batches {
-                    self.scheduled.insert(id, now.time + *delay, *arrived_at);
+                for batch in batches {
+                    self.scheduled.insert(&batch.id, now.time + *delay, *arrived_at);
                 }
                 self.show_retries(metrics);
             }
