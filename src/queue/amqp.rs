@@ -170,6 +170,14 @@ impl AmqpQueue {
         DeadLetters::of_orphans(&self.0).await
     }
 
+    /// Names the store of this process, so that an [inspection](Queue::inspect) compares it with the
+    /// one that has history.
+    #[must_use]
+    pub fn with_store(self, store: String) -> Self {
+        self.0.history.own.get_or_init(|| store);
+        self
+    }
+
     /// The id of the store that has history, by the record; for commands.
     ///
     /// # Errors

@@ -65,6 +65,9 @@ pub(super) async fn inspect(
             "hooktrail prune lists them",
         ));
     }
+    if let Err(e) = inspection.history_store(shared).await {
+        inspection.found(Finding::unseen("which store has history", e, "run it again"));
+    }
     inspection.at_least_once(seen.as_ref()).await;
     inspection.hold();
     Ok(summarized(inspection.findings))

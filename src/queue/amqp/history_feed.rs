@@ -122,6 +122,7 @@ impl History {
             return Err(QueueError::needs_operator("history is off in the configuration"));
         }
         let HistoryStart { store, last } = start;
+        shared.history.own.get_or_init(|| store.clone());
         if let Err(e) = claim(shared, &store).await {
             shared.history.wanted.send_replace(false);
             return Err(e);

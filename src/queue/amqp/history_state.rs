@@ -1,7 +1,7 @@
 //! What the tasks of history share: the queue's state, the store that has it, and what was lost.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::SystemTime,
 };
 
@@ -24,6 +24,8 @@ pub(super) enum QueueState {
 pub(super) struct HistoryState {
     /// The store that has history, by the record; `None` until that was read.
     pub(super) recorded: watch::Sender<Option<Option<String>>>,
+    /// The id of the store of this process, where it is known.
+    pub(super) own: OnceLock<String>,
     /// This daemon's store has history: its queue is to be bound.
     pub(super) wanted: watch::Sender<bool>,
     pub(super) queue: watch::Sender<QueueState>,

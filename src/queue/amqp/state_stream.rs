@@ -192,24 +192,27 @@ pub(super) async fn write(
     }
 }
 
-/// All subscribers whose bindings are recorded, or were since the newest snapshot; for an
-/// inspection, which writes nothing. It reads up to `records` records, or until no more arrive.
-pub(super) async fn ever_bound(
+/// The state of the record, and all subscribers whose bindings are recorded, or were since the
+/// newest snapshot; for an inspection, which writes nothing. It reads up to `records` records, or
+/// until no more arrive.
+pub(super) async fn inspected(
     topology: &Topology,
     pool: &Pool,
     records: u32,
-) -> Result<BTreeSet<SubscriberName>, QueueError> {
-    let Opened { lease, records: mut consumer, recorded, passed } =
+) -> Result<(Recorded, BTreeSet<SubscriberName>), QueueError> {
+    let Opened { lease, records: mut consumer, mut recorded, passed } =
         snapshot::open(pool, topology).await?;
     let mut found: BTreeSet<SubscriberName> =
-        recorded.bindings.into_keys().chain(recorded.removed).collect();
+        recorded.bindings.keys().chain(&recorded.removed).cloned().collect();
     for _ in passed..u64::from(records) {
         let Ok(Some(next)) = timeout(STREAM_IDLE, consumer.next()).await else { break };
         let delivery = next.map_err(|e| error(topology, &BrokerError::from(e)))?;
         ack(&lease, delivery.delivery_tag, false).await.map_err(|why| error(topology, &why))?;
-        if let Ok(Record::Bound { subscriber, .. }) = serde_json::from_slice(&delivery.data) {
-            found.insert(subscriber);
+        let Ok(record) = serde_json::from_slice::<Record>(&delivery.data) else { continue };
+        if let Record::Bound { subscriber, .. } = &record {
+            found.insert(subscriber.clone());
         }
+        recorded.apply(record, &topology.events());
     }
-    Ok(found)
+    Ok((recorded, found))
 }

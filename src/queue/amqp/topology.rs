@@ -52,8 +52,8 @@ pub fn footprint(subscribers: usize, relays: bool, history: bool) -> Footprint {
     let queues = 3 * subscribers + shared;
     let channels = 2 * subscribers + usize::from(relays) + usize::from(history);
     let consuming = channels.div_ceil(CHANNELS_PER_CONNECTION);
-    // One to publish, one to declare.
-    let connections = 2 + usize::from(relays) + consuming;
+    // One to publish, one to declare; for moments one on which history's queue is tried.
+    let connections = 2 + usize::from(relays) + usize::from(history) + consuming;
     Footprint { queues, shared, descriptors: DESCRIPTORS_PER_QUEUE * queues, connections }
 }
 

@@ -91,7 +91,7 @@ async fn the_example_over_amqp_works() {
     let program = program.replace("\"audit\"", &format!("\"{}\"", broker.exchange));
     let mut python = Command::new(verifiers().join("python/bin/python"));
     let printed = output(python.args(["-c", &program]).stdin(Stdio::null()));
-    assert_eq!(printed, "confirmed\nno subscriber wants weather.rain\n");
+    assert_eq!(printed, "confirmed\n");
     let request = receiver.wait_requests(1).await.remove(0);
     assert_eq!(request.events()[0]["event_id"], "evt_0c6fd3b1a9f44ce6a0b5f0e8d2c7a913");
     assert_eq!(types(&receiver), ["activity_log.user.login"]);

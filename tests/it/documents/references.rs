@@ -256,6 +256,14 @@ async fn what_the_reference_lists_is_what_a_daemon_declares_and_writes() {
         bound.iter().any(|b| b["source_name"] == format!("{}.witness", broker.prefix))
     })
     .await;
+    eventually("history is bound", async || {
+        let bound = listed(&broker, &["list_bindings", "source_name", "destination_name"]);
+        let queue = format!("{}.history", broker.prefix);
+        let is_it =
+            |b: &Value| b["destination_name"] == queue && b["source_name"] == broker.exchange;
+        bound.iter().any(is_it)
+    })
+    .await;
 
     let queues: BTreeMap<String, _> = table("## Queues")
         .iter()
@@ -271,7 +279,7 @@ async fn what_the_reference_lists_is_what_a_daemon_declares_and_writes() {
         .map(|q| (q["name"].as_str().expect("a name").to_owned(), as_arguments(&q["arguments"])))
         .collect();
     assert_eq!(found, queues);
-    assert_eq!(queues.len(), 3 + 19 + 2);
+    assert_eq!(queues.len(), 3 + 19 + 3);
 
     let exchanges: BTreeMap<String, _> = table("## Exchanges")
         .iter()

@@ -144,6 +144,7 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
         broker.publish("a.b", [event(0)]).await;
         receiver.wait_all(1).await;
         eventually("the record is there", async || broker.depth("state").await.is_some()).await;
+        eventually("history is there", async || broker.depth("history").await.is_some()).await;
         let inspection = Inspection::at(&setup);
         assert_eq!(inspection.code, Some(0), "{:#?}", inspection.findings);
         inspection.none("harmful");
@@ -153,8 +154,8 @@ fn nothing_harmful_is_found_in_a_sound_topology_and_what_was_not_seen_is_said() 
             ("broker", "takes messages"),
             ("user `guest`", "may do what hooktrail does"),
             ("sub.a", "0 messages, 1 consumer"),
-            ("queues", "23 have the arguments"),
-            ("policies", "checked on 24 queues"),
+            ("queues", "24 have the arguments"),
+            ("policies", "checked on 25 queues"),
             ("bindings", "those of 1 subscriber are as configured"),
             ("endpoint of `a`", "takes connections, without TLS"),
         ] {
@@ -756,11 +757,11 @@ fn limits_that_keep_a_daemon_from_starting_are_reported_before_it_is_started() {
         broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":10}"#]);
         let by_api = Inspection::at(&by_api);
         assert_eq!(by_api.code, Some(1));
-        // 3 of the subscriber, 19 levels, the orphans, the record.
+        // 3 of the subscriber, 19 levels, the orphans, the record, history.
         let few = by_api.expect(
             "harmful",
             "vhost `/`",
-            "may have 10 queues and has 0; 24 more are needed",
+            "may have 10 queues and has 0; 25 more are needed",
         );
         assert!(text(few, "remedy").contains("list_vhost_limits"), "{few}");
         broker.node().ctl(&["set_vhost_limits", r#"{"max-queues":0}"#]);
@@ -794,7 +795,7 @@ fn a_look_for_one_subscriber_judges_what_all_share_by_all_of_them() {
         inspection.expect(
             "harmful",
             "vhost `/`",
-            "may have 25 queues and has 0; 27 more are needed",
+            "may have 25 queues and has 0; 28 more are needed",
         );
         inspection.expect("note", "sub.a.retry", "not there yet");
         assert!(inspection.find("note", "sub.b", "").is_none(), "{:#?}", inspection.findings);

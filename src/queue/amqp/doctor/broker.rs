@@ -281,6 +281,16 @@ impl Inspection<'_> {
                 }
             }
         }
+        if open.len() == 2 + usize::from(relays.is_some()) && self.topology.keeps_history() {
+            match connection::greeted(self.topology.url(), Role::Consuming).await {
+                Ok((connection, _)) => open.push(connection),
+                Err(e) => {
+                    let finding = Finding::warning(Role::Consuming.connection(), e.what())
+                        .risking("history begins only where one more can be opened for a moment: without it no event is kept, and deliveries go on");
+                    self.found(finding.with_remedy(e.remedy().unwrap_or("see the broker's log")));
+                }
+            }
+        }
         for connection in open {
             connection::close(&connection).await;
         }
@@ -366,6 +376,32 @@ impl Inspection<'_> {
         }
     }
 
+    /// Compares the store of this process, if it is known, with the one that has history by the
+    /// state stream.
+    pub(super) async fn history_store(&mut self, shared: &Shared) -> Result<(), QueueError> {
+        let Some(own) = shared.history.own.get() else { return Ok(()) };
+        if !self.topology.keeps_history() {
+            return Ok(());
+        }
+        let Some(record) = shared.broker().depth(&self.topology.state()).await? else {
+            return Ok(());
+        };
+        let inspected =
+            state_stream::inspected(self.topology, &shared.declaring, record.messages).await?;
+        let about = "history";
+        self.found(match inspected.0.store {
+            Some(store) if store != *own => Finding::harmful(
+                about,
+                format!("another store has the history of prefix `{}`", self.topology.prefix()),
+            )
+            .risking("this daemon delivers, and keeps no history")
+            .with_remedy("give each daemon a [queue] prefix of its own; or move history here: hooktrail store adopt"),
+            Some(_) => Finding::ok(about, "this store has that of the prefix"),
+            None => Finding::ok(about, "no store has that of the prefix yet"),
+        });
+        Ok(())
+    }
+
     /// Reports subscribers that only earlier configurations had, by the state stream. Not needed
     /// where the management API lists the queues.
     pub(super) async fn not_configured_any_more(
@@ -375,9 +411,9 @@ impl Inspection<'_> {
         let mut broker = shared.broker();
         let Some(record) = broker.depth(&self.topology.state()).await? else { return Ok(()) };
         let mut left = BTreeMap::new();
-        for name in
-            state_stream::ever_bound(self.topology, &shared.declaring, record.messages).await?
-        {
+        let inspected =
+            state_stream::inspected(self.topology, &shared.declaring, record.messages).await?;
+        for name in inspected.1 {
             if self.subscribers.iter().any(|s| s.name == name) {
                 continue;
             }
