@@ -254,3 +254,141 @@ impl Delivery {
         };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delivery::Print;
+
+    fn at(second: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(second)
+    }
+
+    fn change(second: u64, change: Change) -> DeliveryChange {
+        let subscriber = SubscriberName::try_new("siem").expect("a name");
+        DeliveryChange { id: BatchId::from("msg_1"), subscriber, at: at(second), change }
+    }
+
+    fn contents() -> Contents {
+        Contents {
+            format: Some(Format::Json),
+            events: 2,
+            bytes: 77,
+            sha256: None,
+            prints: None,
+            replay: false,
+            parent: None,
+        }
+    }
+
+    fn started(attempt: u32) -> Change {
+        Change::Started { attempt, contents: contents(), by: "host:1".to_owned() }
+    }
+
+    fn ended(attempt: u32, status: u16) -> Change {
+        let failure = (status >= 300).then_some(FailureKind::Status);
+        let end = AttemptEnd { status: Some(status), failure, excerpt: String::new() };
+        Change::Ended { attempt, took: Duration::from_millis(5), end }
+    }
+
+    /// A delivery after these changes, one a second.
+    fn after(changes: impl IntoIterator<Item = Change>) -> Delivery {
+        let mut changes = changes.into_iter().zip(10..).map(|(c, second)| change(second, c));
+        let mut delivery = Delivery::begin(1, &changes.next().expect("one")).expect("begins");
+        changes.for_each(|change| delivery.apply(&change));
+        delivery
+    }
+
+    #[test]
+    fn each_change_makes_the_next_state() {
+        let due = at(99);
+        let reason = Reason::Exhausted;
+        for (changes, state) in [
+            (vec![], DeliveryState::InFlight),
+            (vec![ended(1, 200)], DeliveryState::InFlight),
+            (vec![ended(1, 200), Change::Delivered], DeliveryState::Delivered { at: at(12) }),
+            (vec![ended(1, 503), Change::Retrying { due }], DeliveryState::Retrying { due }),
+            (vec![Change::Retrying { due }, started(2)], DeliveryState::InFlight),
+            (vec![ended(1, 410), Change::Paused], DeliveryState::Paused),
+            (vec![ended(1, 413), Change::Split], DeliveryState::Split),
+            (vec![Change::Dead { reason, contents: None }], DeliveryState::Dead { reason }),
+            (vec![Change::Dead { reason, contents: None }, started(1)], DeliveryState::InFlight),
+        ] {
+            let count = changes.len() as u64;
+            let delivery = after([started(1)].into_iter().chain(changes));
+            assert_eq!(delivery.state, state);
+            assert_eq!((delivery.begun_at, delivery.changed_at), (at(10), at(10 + count)));
+        }
+    }
+
+    #[test]
+    fn only_a_change_that_has_the_contents_begins_a_delivery() {
+        let reason = Reason::InvalidEvent;
+        let dead = |contents| change(10, Change::Dead { reason, contents });
+        let begun = Delivery::begin(3, &dead(Some(contents()))).expect("begins");
+        assert_eq!((begun.row, begun.attempts.len()), (3, 0));
+        assert_eq!(begun.state, DeliveryState::Dead { reason });
+        for other in [Change::Delivered, Change::Paused, Change::Split, ended(1, 200)] {
+            assert_eq!(Delivery::begin(1, &change(10, other)), None);
+        }
+        assert_eq!(Delivery::begin(1, &dead(None)), None);
+    }
+
+    #[test]
+    fn an_attempt_ends_once_and_the_latest_of_its_number() {
+        let retried = [started(1), ended(1, 503), started(1), ended(1, 200), ended(1, 500)];
+        let ends = |d: &Delivery| {
+            let end = |a: &DeliveryAttempt| a.end.as_ref().and_then(|(_, end)| end.status);
+            d.attempts.iter().map(end).collect::<Vec<_>>()
+        };
+        assert_eq!(ends(&after(retried)), [Some(503), Some(200)]);
+        assert_eq!(ends(&after([started(1), ended(2, 503)])), [None], "it is not known");
+    }
+
+    #[test]
+    fn the_first_attempt_and_the_latest_are_kept() {
+        let delivery = after((1..=250).map(started));
+        let numbers: Vec<u32> = delivery.attempts.iter().map(|a| a.number).collect();
+        assert_eq!(numbers.len(), MAX_ATTEMPTS);
+        assert_eq!((numbers[0], numbers[1], numbers[99]), (1, 152, 250));
+    }
+
+    #[test]
+    fn later_contents_add_what_was_not_known() {
+        let known = Contents {
+            sha256: Some([7; 32]),
+            prints: Some([Print::of(b"a")].into()),
+            replay: true,
+            ..contents()
+        };
+        let again = |contents| Change::Started { attempt: 1, contents, by: String::new() };
+        let delivery = after([started(1), again(known.clone()), started(2)]);
+        assert_eq!(delivery.contents, known);
+    }
+
+    #[test]
+    fn the_end_of_an_attempt_has_the_begin_of_the_answer() {
+        let answer = Failure::Status { status: 503, excerpt: "é".repeat(600) };
+        let end = AttemptEnd::of(&Outcome::Retry { failure: answer, retry_after: None });
+        let end = end.expect("it was sent");
+        assert_eq!((end.status, end.excerpt.len()), (Some(503), MAX_EXCERPT));
+        assert_eq!(AttemptEnd::of(&Outcome::Unsent { why: "no sockets".to_owned() }), None);
+        let accepted = AttemptEnd::of(&Outcome::Delivered { status: 204 }).expect("it was sent");
+        assert_eq!((accepted.status, accepted.failure), (Some(204), None));
+    }
+
+    #[test]
+    fn a_state_has_one_of_the_names() {
+        let (at, due, reason) = (at(1), at(2), Reason::Refused);
+        let states = [
+            DeliveryState::InFlight,
+            DeliveryState::Retrying { due },
+            DeliveryState::Delivered { at },
+            DeliveryState::Dead { reason },
+            DeliveryState::Paused,
+            DeliveryState::Split,
+            DeliveryState::Interrupted,
+        ];
+        assert_eq!(states.map(|s| s.name()), DeliveryState::NAMES);
+    }
+}

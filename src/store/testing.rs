@@ -5,11 +5,14 @@ use std::time::{Duration, SystemTime};
 use proptest::{prelude::*, sample::select};
 use serde_json::Value;
 
-use super::{EventFilter, EventNumber, EventRow, NewRow, Store};
+use super::{By, EventFilter, EventNumber, EventRow, NewRow, Store};
 use crate::event::Pattern;
 
 /// The time of a search that is not to be cut.
 const LONG: Duration = Duration::from_secs(60);
+
+/// The earliest field `timestamp` of a random event.
+const FIELD: u64 = 1_700_000_000;
 
 const TYPES: [&str; 6] = ["a.b", "a.c", "A.b", "user.updated", "user", "x_y.z"];
 const VALUES: [&str; 10] =
@@ -46,7 +49,7 @@ pub(crate) fn any_event() -> impl Strategy<Value = (Value, Option<String>, u64)>
                 "resource": {"id": name, "type": "thing", "name": id},
                 "description": text,
                 "changes": {"title": {"from": 7, "to": [text, true, -1.5]}},
-                "timestamp": 1_700_000_000 + age,
+                "timestamp": FIELD + age,
             });
             (event, message.map(|m| format!("id-{m}")), age)
         })
@@ -81,9 +84,16 @@ pub(crate) fn any_filter() -> impl Strategy<Value = EventFilter> {
         proptest::option::weighted(0.4, text),
         since.clone(),
         since,
+        select(vec![By::At, By::At, By::EventTime]),
     )
-        .prop_map(|(pattern, actor, resource, id, text, since, until)| {
-            let at = |ms| SystemTime::UNIX_EPOCH + base() + Duration::from_millis(ms);
+        .prop_map(|(pattern, actor, resource, id, text, since, until, by)| {
+            let at = |age| {
+                SystemTime::UNIX_EPOCH
+                    + match by {
+                        By::At => base() + Duration::from_millis(age),
+                        By::EventTime => Duration::from_secs(FIELD + age),
+                    }
+            };
             EventFilter {
                 event_type: pattern.map(|p| Pattern::try_new(p).expect("a pattern")),
                 actor: actor.map(str::to_owned),
@@ -92,7 +102,7 @@ pub(crate) fn any_filter() -> impl Strategy<Value = EventFilter> {
                 text: text.map(str::to_owned),
                 since: since.map(at),
                 until: until.map(at),
-                ..EventFilter::default()
+                by,
             }
         })
 }
@@ -121,12 +131,19 @@ fn selects(filter: &EventFilter, row: &NewRow) -> bool {
     let is_party = |party: &Value, wanted: &Option<String>| {
         wanted.as_ref().is_none_or(|w| party["id"] == **w || party["name"] == **w)
     };
+    let at = match filter.by {
+        By::At => row.at,
+        By::EventTime => {
+            let seconds = event["timestamp"].as_u64().expect("a number");
+            SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+        }
+    };
     filter.event_type.as_ref().is_none_or(|p| p.matches(&row.event_type))
         && is_party(&event["actor"], &filter.actor)
         && is_party(&event["resource"], &filter.resource)
-        && filter.id.is_none() | (row.message_id == filter.id)
-        && filter.since.is_none_or(|since| row.at >= since)
-        && filter.until.is_none_or(|until| row.at < until)
+        && (filter.id.is_none() || row.message_id == filter.id)
+        && filter.since.is_none_or(|since| at >= since)
+        && filter.until.is_none_or(|until| at < until)
         && filter.text.as_ref().is_none_or(|text| {
             let mut words = Vec::new();
             collect(&event, &mut words);

@@ -154,7 +154,7 @@ impl<'d> Adding<'d> {
     ) -> rusqlite::Result<()> {
         let details = Details::of(&event.body);
         let sha256: [u8; 32] = Sha256::digest(&event.body).into();
-        let has_body = manner.has_bodies || !manner.has_rows;
+        let has_body = manner.has_bodies;
         let listed = memory.listed(db, &mut self.chunk, &event.event_type)?;
         let at = millis(event.at);
         let mut bytes = ROW_BYTES;

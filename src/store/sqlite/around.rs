@@ -253,7 +253,7 @@ pub(super) fn trim(
 ) -> Result<bool, Fault> {
     let horizon = horizon(config, now);
     let log_from = match log {
-        Source::Log(log) => log.bounds()?.map(|(first, _)| first),
+        Source::Log(log, _) => log.bounds()?.map(|(first, _)| first),
         Source::Tables => None,
     };
     let oldest = Chunk::oldest(db)?;

@@ -87,6 +87,7 @@ pub(super) struct Open {
     pub(super) first: i64,
     pub(super) last: AtomicI64,
     pub(super) is_damaged: AtomicBool,
+    has_bodies: bool,
     log: Option<OpenLog>,
     /// One for each thread, opened when it is first needed.
     logs: [Mutex<Option<Box<dyn EventLog>>>; 3],
@@ -117,6 +118,7 @@ impl Open {
             first: numbers.0,
             last: AtomicI64::new(numbers.1),
             is_damaged: AtomicBool::new(false),
+            has_bodies: config.history.bodies,
             log: config.log.clone(),
             logs: Default::default(),
         }
@@ -144,7 +146,7 @@ impl Open {
             Some(log) => log,
             None => log.insert(open()?),
         };
-        with(&mut Source::Log(&mut **log))
+        with(&mut Source::Log(&mut **log, self.has_bodies))
     }
 
     /// Reserves more numbers.

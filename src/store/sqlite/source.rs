@@ -26,20 +26,22 @@ const AT_ONCE: usize = 64;
 /// Where the events' bytes are.
 pub(super) enum Source<'l> {
     Tables,
-    Log(&'l mut dyn EventLog),
+    /// With or without their bodies.
+    Log(&'l mut dyn EventLog, bool),
 }
 
 /// An event that a query has come to; read as far as that is asked for.
 pub(super) enum Found<'f> {
     Row(&'f Row<'f>, &'f Types),
-    Logged(&'f NewRow),
+    /// With or without its body.
+    Logged(&'f NewRow, bool),
 }
 
 impl Found<'_> {
     pub(super) fn number(&self) -> rusqlite::Result<i64> {
         match self {
             Self::Row(row, _) => row.get(0),
-            Self::Logged(row) => Ok(row.number.map_or(0, |n| n.0)),
+            Self::Logged(row, _) => Ok(row.number.map_or(0, |n| n.0)),
         }
     }
 
@@ -47,7 +49,7 @@ impl Found<'_> {
     pub(super) fn at(&self) -> rusqlite::Result<i64> {
         match self {
             Self::Row(row, _) => row.get(1),
-            Self::Logged(row) => Ok(millis(row.at)),
+            Self::Logged(row, _) => Ok(millis(row.at)),
         }
     }
 
@@ -57,16 +59,18 @@ impl Found<'_> {
                 ValueRef::Integer(number) => Ok(types.name(number).unwrap_or_default()),
                 listed => Ok(listed.as_str()?),
             },
-            Self::Logged(row) => Ok(&row.event_type),
+            Self::Logged(row, _) => Ok(&row.event_type),
         }
     }
 
     pub(super) fn to_row(&self) -> rusqlite::Result<EventRow> {
         let row = match self {
-            Self::Logged(row) => {
+            Self::Logged(row, has_body) => {
                 let number = row.number.unwrap_or(EventNumber(0));
-                let (body, at) = (row.body.clone(), row.at);
-                return Ok(with_body(number, at, &row.event_type, row.message_id.clone(), body));
+                let (body, id) = (row.body.clone(), row.message_id.clone());
+                let mut found = with_body(number, row.at, &row.event_type, id, body);
+                found.body.take_if(|_| !has_body);
+                return Ok(found);
             }
             Self::Row(row, _) => row,
         };
@@ -169,7 +173,7 @@ impl Source<'_> {
         before: i64,
         each: &mut Each<'_>,
     ) -> Result<ControlFlow<()>, Fault> {
-        let log = match self {
+        let (log, has_bodies) = match self {
             Self::Tables => {
                 let sql = format!(
                     "SELECT {COLUMNS} FROM {} WHERE number < ?1 ORDER BY number DESC",
@@ -184,7 +188,7 @@ impl Source<'_> {
                 }
                 return Ok(ControlFlow::Continue(()));
             }
-            Self::Log(log) => log,
+            Self::Log(log, has_bodies) => (log, *has_bodies),
         };
         let mut before = EventNumber(before.min(chunk.last.saturating_add(1)));
         loop {
@@ -196,7 +200,7 @@ impl Source<'_> {
                 if row.number.is_none_or(|n| n.0 < chunk.first) {
                     return Ok(ControlFlow::Continue(()));
                 }
-                if each(Found::Logged(row))?.is_break() {
+                if each(Found::Logged(row, has_bodies))?.is_break() {
                     return Ok(ControlFlow::Break(()));
                 }
             }
@@ -219,7 +223,7 @@ impl Source<'_> {
         );
         let mut statement = db.prepare_cached(&sql)?;
         let mut numbers = statement.query((query, before))?;
-        let log = match self {
+        let (log, has_bodies) = match self {
             Self::Tables => {
                 let mut one = one(db, chunk)?;
                 while let Some(found) = numbers.next()? {
@@ -231,7 +235,7 @@ impl Source<'_> {
                 }
                 return Ok(ControlFlow::Continue(()));
             }
-            Self::Log(log) => log,
+            Self::Log(log, has_bodies) => (log, *has_bodies),
         };
         loop {
             let mut batch = Vec::with_capacity(AT_ONCE);
@@ -245,7 +249,7 @@ impl Source<'_> {
             }
             batch.reverse();
             for row in log.get(&batch)?.iter().rev() {
-                if each(Found::Logged(row))?.is_break() {
+                if each(Found::Logged(row, has_bodies))?.is_break() {
                     return Ok(ControlFlow::Break(()));
                 }
             }
@@ -265,9 +269,10 @@ impl Source<'_> {
                 let read = |row: &Row<'_>| Found::Row(row, &types).to_row();
                 Ok(one(db, chunk)?.query_row([number], read).optional()?)
             }
-            Self::Log(log) => {
+            Self::Log(log, has_bodies) => {
                 let rows = log.get(&[EventNumber(number)])?;
-                Ok(rows.first().map(|row| Found::Logged(row).to_row()).transpose()?)
+                let row = rows.first().map(|row| Found::Logged(row, *has_bodies).to_row());
+                Ok(row.transpose()?)
             }
         }
     }
@@ -280,7 +285,7 @@ impl Source<'_> {
         (first, last): (i64, i64),
         each: &mut Each<'_>,
     ) -> Result<ControlFlow<()>, Fault> {
-        let log = match self {
+        let (log, has_bodies) = match self {
             Self::Tables => {
                 let types = Types::of(db, chunk)?;
                 let sql = format!(
@@ -296,7 +301,7 @@ impl Source<'_> {
                 }
                 return Ok(ControlFlow::Continue(()));
             }
-            Self::Log(log) => log,
+            Self::Log(log, has_bodies) => (log, *has_bodies),
         };
         let mut after = EventNumber(first - 1);
         loop {
@@ -308,7 +313,7 @@ impl Source<'_> {
                 if row.number.is_none_or(|n| n.0 > last) {
                     return Ok(ControlFlow::Continue(()));
                 }
-                if each(Found::Logged(row))?.is_break() {
+                if each(Found::Logged(row, has_bodies))?.is_break() {
                     return Ok(ControlFlow::Break(()));
                 }
             }

@@ -307,18 +307,23 @@ async fn a_history_that_is_full_gives_the_oldest_chunks_away() {
 
 #[tokio::test]
 async fn a_damaged_history_is_set_aside_and_begun_again() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let path = dir.path().join("history.db");
-    let store = start(config(dir.path())).await;
-    append(&store, 0..10).await;
-    store.close().await;
-    std::fs::write(&path, vec![7; 30_000]).expect("damages");
-    let store = start(config(dir.path())).await;
-    let reach = store.reach().await.expect("reads");
-    assert!(reach.why.contains("damaged, and set aside as `history.db.damaged-"), "{reach:?}");
-    assert_eq!((reach.events, reach.gaps.len()), (0, 2));
-    assert_eq!(append(&store, 0..1).await.last, Some(EventNumber(11)));
-    store.close().await;
+    // All of it, or all but the schema.
+    for sound in [0, 8192] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("history.db");
+        let store = start(config(dir.path())).await;
+        append(&store, 0..5).await;
+        store.close().await;
+        let mut bytes = std::fs::read(&path).expect("reads");
+        bytes[sound..].fill(0x5a);
+        std::fs::write(&path, bytes).expect("damages");
+        let store = start(config(dir.path())).await;
+        let reach = store.reach().await.expect("reads");
+        assert!(reach.why.contains("damaged, and set aside as `history.db.damaged-"), "{reach:?}");
+        assert_eq!((reach.events, reach.gaps.len()), (0, 2), "{sound}");
+        assert_eq!(append(&store, 0..1).await.last, Some(EventNumber(6)));
+        store.close().await;
+    }
 }
 
 #[tokio::test]
@@ -488,6 +493,14 @@ async fn events_of_a_log_are_read_from_there() {
     while store.trim(now()).await.expect("trims") {}
     assert_eq!(numbers(&store, &by_text("ann")).await, (20..40).rev().collect::<Vec<_>>());
     assert!(store.reach().await.expect("reads").why.contains("embedded queue"));
+    store.close().await;
+    // Fields alone are shown and searched.
+    let history = HistoryConfig { bodies: false, ..HISTORY };
+    let store = start(SqliteConfig { history, ..log.config(dir.path()) }).await;
+    store.append(log.add(45..50)).await.expect("appends");
+    let row = store.event(EventNumber(47)).await.expect("reads").expect("is there");
+    assert_eq!((row.body, row.bytes), (None, event(47).body.len() as u64));
+    assert_eq!(numbers(&store, &by_text("47th")).await, [47]);
     store.close().await;
     // Another log takes its place, and its numbers begin again.
     let log = Log::default();

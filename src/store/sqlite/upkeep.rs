@@ -162,8 +162,14 @@ impl Shared {
         }
         let open = lock(&self.open).clone();
         match open {
-            None => self.open_files(&mut changing).await,
             Some(open) => self.check(&open, &mut changing).await,
+            None => {
+                self.open_files(&mut changing).await;
+                let open = lock(&self.open).clone();
+                if let Some(open) = open {
+                    self.check_disk(&open, &mut changing).await;
+                }
+            }
         }
         true
     }
