@@ -36,7 +36,7 @@ use hooktrail::{
 const BYTES_AN_EVENT: u64 = 540;
 
 /// Events that are added at once.
-const GROUP: u64 = 500;
+const GROUP: u64 = 1000;
 
 /// The time that a search may take.
 const SEARCH: Duration = Duration::from_millis(200);
