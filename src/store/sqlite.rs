@@ -108,8 +108,13 @@ impl SqliteStore {
     ) -> Result<T, StoreError> {
         let open = self.0.open()?;
         let with = open.clone();
-        let query =
-            move |db: &Connection| Fault::apart(with.with_source(by, |source| query(db, source)));
+        let query = move |db: &Connection| {
+            // One view of the file: a chunk may be removed meanwhile.
+            let view = db.unchecked_transaction()?;
+            let answer = Fault::apart(with.with_source(by, |source| query(&view, source)))?;
+            view.finish()?;
+            Ok(answer)
+        };
         let answer = match by {
             By::Looker => open.history.read_long(query).await,
             By::Writer | By::Reader => open.history.read(query).await,

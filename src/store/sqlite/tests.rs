@@ -287,6 +287,31 @@ async fn what_is_too_old_or_too_much_is_removed_by_chunks_and_never_shown() {
     assert_eq!(append(&store, 20..21).await.last, Some(EventNumber(21)), "numbers go on");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_search_does_not_notice_that_chunks_are_removed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let writer = store.clone();
+    let writing = tokio::spawn(async move {
+        for n in 0..60 {
+            let at = now() - HISTORY.retention + HOUR;
+            let rows = (n * 7..n * 7 + 7).map(|n| NewRow { at, ..event(n) }).collect();
+            writer.append(rows).await.expect("appends");
+            if n > 30 {
+                writer.trim(now() + HOUR * 2).await.expect("trims");
+            }
+        }
+    });
+    while !writing.is_finished() {
+        let found = store.events(&by_text("ann"), None, 500, LONG).await.expect("searches");
+        store.events(&EventFilter::default(), None, 500, LONG).await.expect("lists");
+        store.reach().await.expect("reads");
+        let numbers: Vec<i64> = found.rows.iter().map(|row| row.number.0).collect();
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] - 1), "{numbers:?}");
+    }
+    writing.await.expect("it has written all");
+}
+
 #[tokio::test]
 async fn a_history_that_is_full_gives_the_oldest_chunks_away() {
     let dir = tempfile::tempdir().expect("a directory");
