@@ -164,7 +164,7 @@ impl Store for SqliteStore {
             };
             match self.write(&open, append).await? {
                 Some(appended) => return Ok(appended),
-                None => open.reserve().await?,
+                None => open.reserve().await,
             }
         }
     }

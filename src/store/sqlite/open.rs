@@ -149,18 +149,16 @@ impl Open {
         with(&mut Source::Log(&mut **log, self.has_bodies))
     }
 
-    /// Reserves more numbers.
-    pub(super) async fn reserve(&self) -> Result<(), StoreError> {
-        let Some(store) = &self.store else {
-            // Nothing remembers them: the jump at the next start does.
-            self.last.fetch_add(RESERVED, Ordering::Relaxed);
-            return Ok(());
-        };
+    /// Reserves more numbers. If they cannot be recorded, those that history has are.
+    pub(super) async fn reserve(&self) {
         let upto = self.last.load(Ordering::Relaxed).saturating_add(RESERVED);
-        let reserve = move |db: &Connection| around::set(db, "numbers", upto);
-        store.write(reserve).await.map_err(|e| StoreError::new(e.to_string()))?;
+        if let Some(store) = &self.store {
+            let reserve = move |db: &Connection| around::set(db, "numbers", upto);
+            if let Err(e) = store.write(reserve).await {
+                tracing::warn!(error = %e, "the numbers of events are not recorded; history goes on");
+            }
+        }
         self.last.fetch_max(upto, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Closes the files. `is_sound`: the numbers that were not given can be given later.
