@@ -170,7 +170,7 @@ impl<'t> Choice<'t> {
     }
 }
 
-/// The chunks that a number may be in.
+/// The chunk that a number is in.
 fn chunk_of(db: &Connection, number: i64) -> rusqlite::Result<Option<Chunk>> {
     let holds = |chunk: &Chunk| (chunk.first..=chunk.last).contains(&number);
     Ok(Chunk::list(db)?.into_iter().find(holds))
