@@ -11,6 +11,7 @@ mod body;
 mod connections;
 mod control;
 mod guard;
+mod history;
 mod intake;
 mod introduction;
 mod query;
@@ -43,6 +44,7 @@ use self::{
 use crate::{
     config::AdminConfig,
     queue::Queue,
+    store::Store,
     supervisor::{fleet::Phase, reload::Reloader},
     telemetry::{metrics, status::Board},
 };
@@ -82,9 +84,10 @@ impl Admin {
     }
 
     /// Serves, and takes events for `queue` while `phase` is [`Phase::Running`].
-    pub fn serve<Q: Queue>(
+    pub fn serve<Q: Queue, S: Store>(
         self,
         queue: Q,
+        store: S,
         reloader: &Reloader,
         board: &Board,
         phase: watch::Receiver<Phase>,
@@ -103,6 +106,7 @@ impl Admin {
             introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
         let control =
             control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
+        let history = history::routes(queue.clone(), store, reloader.clone());
         let intake = Intake::new(
             queue,
             reloader.subscribers(),
@@ -114,6 +118,7 @@ impl Admin {
             .route("/v1/events", post(intake::take_events::<Q>))
             .with_state(Arc::new(intake))
             .merge(control)
+            .merge(history)
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
             .layer(middleware::from_fn_with_state(self.tokens, authorized))

@@ -6,16 +6,20 @@ mod check;
 mod complete;
 mod daemon;
 mod dead;
+mod deliveries;
 mod demo;
 mod failed;
+mod history;
 mod init;
 mod listen;
 mod man;
+mod moment;
 mod open;
 mod pause;
 mod plan;
 mod prune;
 mod publish;
+mod remembered;
 mod repair;
 mod retry;
 mod run;
@@ -24,6 +28,7 @@ mod status;
 mod terminal;
 mod test;
 mod text;
+mod whereabouts;
 
 use std::path::PathBuf;
 
@@ -124,6 +129,16 @@ enum Command {
     /// Run everything on this machine with no set-up: a queue, two receivers, events, retries, dead
     /// letters
     Demo(demo::Args),
+    /// List the events that hooktrail remembers, newest first: who did what, and when
+    ///
+    /// Asks the running daemon; without one it reads the store's files.
+    History(history::Args),
+    /// Say for each subscriber whether it has an event, and if not, why
+    ///
+    /// Exit code 0 only if each subscriber that was to get the event has it.
+    Where(whereabouts::Args),
+    /// List the batches that were sent and what became of each, or show one with its attempts
+    Deliveries(deliveries::Args),
     /// List the batches that wait for a retry, and make retries due now
     #[command(subcommand)]
     Retry(retry::Command),
@@ -208,6 +223,15 @@ impl Cli {
                     Command::Prune(args) => prune::run(&config, &args).await,
                     Command::Retry(command) => retry::run(&config, command).await,
                     Command::Dead(command) => dead::run(&config, command).await,
+                    Command::History(args) => {
+                        history::run(&config, &asked(&self.config, &[])?, &args).await
+                    }
+                    Command::Where(args) => {
+                        whereabouts::run(&config, &asked(&self.config, &[])?, &args).await
+                    }
+                    Command::Deliveries(args) => {
+                        deliveries::run(&config, &asked(&self.config, &[])?, &args).await
+                    }
                     Command::Run { .. }
                     | Command::Check(_)
                     | Command::Demo(_)

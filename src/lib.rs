@@ -71,16 +71,17 @@
 //! lane/                     the worker of one subscriber
 //!              · signals · in_flight · sorting · state · session · lane
 //! history/                  what fills the store, and what answers from it
-//!              · deliveries · whereabouts · history
+//!              · events · deliveries · whereabouts · history
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
-//!              · view · answer · query · body · guard · connections · introduction · intake · control
-//!              · admin
+//!              · view · answer · query · body · guard · connections · introduction · intake
+//!              · history · control · admin
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
-//!              · check · dead · demo · init · listen · man · pause · plan · prune · publish
-//!              · repair · retry · run · status · test · cli
+//!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
+//!              · init · listen · man · pause · plan · prune · publish · repair · retry · run
+//!              · status · test · cli
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json

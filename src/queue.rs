@@ -29,6 +29,7 @@ use crate::{
     delivery::{
         Batch, BatchId, DeadLetter, Depths, MessageKind, PauseState, PauseStates, SubscriberName,
     },
+    store::EventNumber,
     telemetry::finding::Finding,
     telemetry::troubles::Troubles,
 };
@@ -174,6 +175,18 @@ pub trait Queue: Clone + Send + Sync + 'static {
         subscribers: &[Arc<Subscriber>],
     ) -> impl Future<Output = Result<Depths, QueueError>> + Send;
 
+    /// What the queue knows of an event of history that a subscriber was to get.
+    ///
+    /// # Errors
+    /// The queue cannot be read.
+    fn progress(
+        &self,
+        _subscriber: &SubscriberName,
+        _event: EventNumber,
+    ) -> impl Future<Output = Result<Progress, QueueError>> + Send {
+        std::future::ready(Ok(Progress::Unknown))
+    }
+
     /// The subscribers that get events, as the queue has recorded it: for commands, which do not
     /// know whether a daemon runs, nor its configuration.
     ///
@@ -202,6 +215,18 @@ pub trait Queue: Clone + Send + Sync + 'static {
         &self,
         subscribers: &[Arc<Subscriber>],
     ) -> impl Future<Output = Result<Vec<Finding>, QueueError>> + Send;
+}
+
+/// What the queue knows of an event and a subscriber.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Progress {
+    /// The event is still in the subscriber's queue, or was taken and has no attempt yet.
+    Waits,
+    /// The subscriber's queue is past the event.
+    Passed,
+    /// The queue keeps no such place.
+    #[default]
+    Unknown,
 }
 
 /// An event on its way into the queue.

@@ -180,6 +180,12 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// The store cannot be written.
     fn trim(&self, now: SystemTime) -> impl Future<Output = Result<bool, StoreError>> + Send;
 
+    /// The id of the store, made once; a history belongs to one store.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn id(&self) -> impl Future<Output = Result<String, StoreError>> + Send;
+
     /// Completes what is begun, and closes.
     fn close(&self) -> impl Future<Output = ()> + Send;
 }

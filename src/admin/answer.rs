@@ -195,6 +195,14 @@ pub(super) fn json_answer(status: StatusCode, body: &impl Serialize) -> Response
     json(status, "application/json", body)
 }
 
+/// The answer of a request with a result.
+pub(super) fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {
+    match result {
+        Ok(found) => json_answer(StatusCode::OK, &found),
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
 fn json(status: StatusCode, media_type: &'static str, body: &impl Serialize) -> Response {
     let body = match serde_json::to_string(body) {
         Ok(body) => body,

@@ -10,7 +10,7 @@ use axum::{
     body::Body,
     extract,
     http::{HeaderMap, StatusCode},
-    response::{IntoResponse as _, Response},
+    response::Response,
     routing::{get, post},
 };
 use serde::Serialize;
@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    answer::{Refusal, discard, json_answer},
+    answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
     query::{FromQuery, Name, Parameters, Query},
     view::{
@@ -218,13 +218,6 @@ async fn reload<Q: Queue>(
             to_its_end(&control.to_their_end, reload).await
         })
         .await
-}
-
-fn answer<A: Serialize>(result: Result<A, Refusal>) -> Response {
-    match result {
-        Ok(found) => json_answer(StatusCode::OK, &found),
-        Err(refusal) => refusal.into_response(),
-    }
 }
 
 /// Does the work to its end, even if the client leaves: half of it would be worse.

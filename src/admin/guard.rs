@@ -168,7 +168,6 @@ pub(super) fn caller(
 
 /// Lets through requests with a token, behind [`authorized`]: for routes that are not open on
 /// loopback without one.
-#[cfg_attr(not(test), expect(dead_code, reason = "the first route that needs a token uses it"))]
 pub(super) async fn with_token(request: Request, next: Next) -> Response {
     let caller = request.extensions().get::<Caller>();
     if caller.is_some_and(|caller| caller.token.is_some()) {

@@ -105,13 +105,11 @@ impl Parameters {
     }
 
     /// Takes `limit`, the number of rows of a page.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the first list with pages calls it"))]
     pub(super) fn limit(&mut self) -> usize {
         self.number("limit", 1..=MAX_LIMIT).unwrap_or(DEFAULT_LIMIT)
     }
 
     /// Takes `cursor`, the place at which the page before ended.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the first list with pages calls it"))]
     pub(super) fn cursor(&mut self, list: List) -> Option<Cursor> {
         self.take("cursor", |text| Cursor::parse(text, list))
     }

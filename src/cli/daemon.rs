@@ -106,6 +106,14 @@ pub(super) struct Daemon<'c> {
     client: reqwest::Client,
 }
 
+/// Whether the daemon of a configuration runs.
+#[derive(Debug)]
+pub(super) enum Found<'c> {
+    Daemon(Daemon<'c>),
+    /// Nothing answers, for this reason.
+    Absent(String),
+}
+
 /// The reason not to ask the program that listens there.
 enum Stranger {
     /// Nothing answers.
@@ -129,6 +137,28 @@ impl<'c> Daemon<'c> {
     pub(super) async fn get<A: DeserializeOwned>(&self, path: &str) -> Result<Answer<A>, Failed> {
         let raw = self.ask(self.client.get(self.url(path))).await?;
         Ok(Answer { read: self.read(&raw)?, raw })
+    }
+
+    /// Gets a path below `/api/v1/`; `None` if the daemon says that there is no such thing.
+    pub(super) async fn get_if_there<A: DeserializeOwned>(
+        &self,
+        path: &str,
+    ) -> Result<Option<Answer<A>>, Failed> {
+        let (status, body) = self.answered(self.client.get(self.url(path))).await?;
+        if status == reqwest::StatusCode::NOT_FOUND && error(&body).is_some() {
+            return Ok(None);
+        }
+        let raw = self.successful(status, body)?;
+        Ok(Some(Answer { read: self.read(&raw)?, raw }))
+    }
+
+    /// The daemon, if one listens there. An error if another program does.
+    pub(super) async fn find(self) -> Result<Found<'c>, Failed> {
+        match self.meet().await {
+            Ok(()) => Ok(Found::Daemon(self)),
+            Err(Stranger::Absent(why)) => Ok(Found::Absent(why)),
+            Err(Stranger::Other(why)) => Err(Failed::Runtime(why)),
+        }
     }
 
     pub(super) async fn post<A: DeserializeOwned>(
@@ -155,12 +185,23 @@ impl<'c> Daemon<'c> {
     }
 
     async fn ask(&self, request: reqwest::RequestBuilder) -> Result<Value, Failed> {
+        let (status, body) = self.answered(request).await?;
+        self.successful(status, body)
+    }
+
+    /// Sends a request to the daemon of this configuration, and returns any answer.
+    async fn answered(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<(reqwest::StatusCode, Value), Failed> {
         self.meet().await.map_err(|stranger| match stranger {
             Stranger::Absent(why) => no_daemon(self.address, &why),
             Stranger::Other(why) => Failed::Runtime(why),
         })?;
-        let (status, body) =
-            self.authorized(request).await.map_err(|e| no_daemon(self.address, &e))?;
+        self.authorized(request).await.map_err(|e| no_daemon(self.address, &e))
+    }
+
+    fn successful(&self, status: reqwest::StatusCode, body: Value) -> Result<Value, Failed> {
         if status.is_success() {
             return Ok(body);
         }

@@ -6,8 +6,12 @@ use super::{
 };
 use crate::{
     clock,
-    config::{AmqpConfig, Config, Subscriber},
-    queue::amqp::AmqpQueue,
+    config::{AmqpConfig, Backend, Config, HistoryConfig, Subscriber},
+    queue::{amqp::AmqpQueue, embedded::Log},
+    store::{
+        EventLog, StoreError,
+        sqlite::{OpenLog, SqliteConfig},
+    },
     telemetry::metrics::Metrics,
 };
 
@@ -29,4 +33,25 @@ pub(super) fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber,
             there_are(name, &names)
         ))
     })
+}
+
+/// What the store of a configuration needs to be opened.
+pub(super) fn store_of(config: &Config) -> SqliteConfig {
+    let embedded = &config.queue.embedded;
+    let history = HistoryConfig {
+        retention: match config.queue.backend {
+            // Older events are not in the log.
+            Backend::Embedded => config.history.retention.min(embedded.retention),
+            Backend::Amqp(_) => config.history.retention,
+        },
+        ..config.history
+    };
+    let log = matches!(config.queue.backend, Backend::Embedded).then(|| -> OpenLog {
+        let data_dir = embedded.data_dir.clone();
+        std::sync::Arc::new(move || {
+            let log = Log::open(&data_dir).map_err(|e| StoreError::new(e.to_string()))?;
+            Ok(Box::new(log) as Box<dyn EventLog>)
+        })
+    });
+    SqliteConfig { data_dir: embedded.data_dir.clone(), history, log }
 }

@@ -4,12 +4,17 @@ use std::path::Path;
 
 use tokio::{sync::watch, task::JoinSet};
 
-use super::{daemon, failed::Failed};
+use super::{daemon, failed::Failed, open::store_of};
 use crate::{
     admin::Admin,
     clock,
-    config::{self, Backend, Config},
+    config::{self, Backend, Config, StoreConfig},
+    history::{
+        Keeper,
+        deliveries::{Recorder, recording},
+    },
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    store::sqlite::SqliteStore,
     supervisor::{
         fleet::{self, Controls, Phase},
         reload::{Because, Reloader},
@@ -20,7 +25,7 @@ use crate::{
         log::{Level, Log},
         metrics::Metrics,
         resources,
-        status::Board,
+        status::{Board, Observer},
     },
 };
 
@@ -107,12 +112,14 @@ async fn deliver(
         Ok(admin) => admin,
         Err(why) => return Err(daemon::cannot_listen(&config, &why).await),
     };
-    let board = Board::new(metrics.clone());
+    let history = History::start(&config, &metrics);
+    let board = Board::observed(metrics.clone(), history.observers.clone());
     let subscribers = config.subscribers.clone();
     let (reloader, changes) = Reloader::new(config, metrics, queue.removals().clone(), level);
     let (phase, phases) = watch::channel(Phase::Starting);
     let notifying = tokio::spawn(systemd::follow(phases.clone()));
-    let serving = admin.serve(queue.clone(), &reloader, &board, phases.clone());
+    let serving =
+        admin.serve(queue.clone(), history.store.clone(), &reloader, &board, phases.clone());
     startup_check::inspect_once(queue.clone(), &subscribers, phase.subscribe());
     let mut reloading = JoinSet::new();
     reloading.spawn(reload_on_hangup(reloader.clone(), hangups, phases));
@@ -124,8 +131,19 @@ async fn deliver(
         shutdown_timeout: reloader.shutdown_timeout(),
         hurry: Box::pin(stops.times(2)),
     };
-    let queue_unused = serving.done_with_the_queue();
-    fleet::run(queue, subscribers, stops.times(1), controls, queue_unused).await?;
+    let mut keeper = history.keep(&queue, &reloader);
+    let queue_unused = async {
+        let drains = serving.done_with_the_queue();
+        match &mut keeper {
+            Some(keeper) => keeper.done_with_the_queue(drains).await,
+            None => drains.await,
+        }
+    };
+    let ended = fleet::run(queue, subscribers, stops.times(1), controls, queue_unused).await;
+    if let Some(keeper) = keeper {
+        keeper.close().await;
+    }
+    ended?;
     tokio::select! {
         () = serving.close() => {}
         () = stops.times(2) => {}
@@ -133,6 +151,37 @@ async fn deliver(
     // The task ends after it has reported the last phase.
     drop(phase);
     notifying.await.map_err(|e| Failed::Runtime(e.to_string()))
+}
+
+/// The history of a daemon.
+struct History {
+    store: SqliteStore,
+    observers: Vec<Observer>,
+    /// `None` if none is kept.
+    recorder: Option<Recorder>,
+}
+
+impl History {
+    fn start(config: &Config, metrics: &Metrics) -> Self {
+        if !config.keeps_history() {
+            let why = match config.store {
+                StoreConfig::None => "nothing is remembered: [store] url is \"none\"",
+                StoreConfig::Sqlite => "no history is kept: [history] retention is \"0s\"",
+            };
+            let store = SqliteStore::off(store_of(config), why);
+            return Self { store, observers: Vec::new(), recorder: None };
+        }
+        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let (observer, recorder) = recording(&name, metrics);
+        let store = SqliteStore::start(store_of(config));
+        Self { store, observers: vec![observer], recorder: Some(recorder) }
+    }
+
+    /// Begins to fill the store.
+    fn keep(self, queue: &impl Queue, reloader: &Reloader) -> Option<Keeper> {
+        let recorder = self.recorder?;
+        Some(Keeper::start(queue.clone(), self.store, recorder, reloader.subscribers()))
+    }
 }
 
 async fn reload_on_hangup(

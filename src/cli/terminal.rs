@@ -2,6 +2,8 @@
 
 use std::io::IsTerminal as _;
 
+use indicatif::{ProgressBar, ProgressDrawTarget};
+
 use super::failed::Failed;
 
 /// Columns of a terminal whose width is not known.
@@ -47,6 +49,15 @@ pub(super) fn hanging(text: &str, width: usize, further: usize) -> String {
         column += length;
     }
     out
+}
+
+/// A sign on standard error that something goes on; on a terminal only.
+pub(super) fn progress(what: &'static str) -> ProgressBar {
+    // Hides itself where standard error is no terminal.
+    let bar = ProgressBar::new_spinner().with_message(what);
+    bar.set_draw_target(ProgressDrawTarget::stderr());
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    bar
 }
 
 /// An error if `command` cannot ask before it deletes something.

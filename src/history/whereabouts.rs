@@ -9,11 +9,12 @@ use std::{
 };
 
 use crate::{
-    delivery::{BatchId, FailureKind, Pause, Print, Reason, SubscriberName},
+    delivery::{BatchId, FailureKind, Pause, PauseStates, Print, Reason, SubscriberName},
     event::Pattern,
+    queue::{Progress, Queue},
     store::{
-        Delivery, DeliveryAttempt, DeliveryState, EventRow, Gap, Reach, Store, StoreError,
-        Subscription, WithEvent,
+        Delivery, DeliveryAttempt, DeliveryState, EventNumber, EventRow, Gap, Reach, Store,
+        StoreError, Subscription, WithEvent,
     },
 };
 
@@ -27,23 +28,39 @@ const BLUR: Duration = Duration::from_secs(5);
 /// The most that a producer's clock is believed to be ahead, as for every timestamp.
 const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
-/// What the queue knows of an event and a subscriber.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// The event is still in the subscriber's queue, or was taken and has no attempt yet.
-    Waits,
-    /// The subscriber's queue is past the event.
-    Passed,
-    /// The queue keeps no such place.
-    Unknown,
-}
-
 /// What a subscriber's lane and queue say.
 #[derive(Debug, Clone, Default)]
 pub struct Lane {
     pub paused: Option<Pause>,
-    /// `None` if it was not asked.
-    pub progress: Option<Progress>,
+    pub progress: Progress,
+}
+
+/// Answers for the lanes.
+pub trait Lanes: Sync {
+    fn lane(
+        &self,
+        subscriber: &SubscriberName,
+        event: EventNumber,
+    ) -> impl Future<Output = Lane> + Send;
+}
+
+/// The lanes of a queue, by what that knows.
+#[derive(Debug)]
+pub struct LanesOf<Q> {
+    /// `None` if it cannot be asked.
+    pub queue: Option<Q>,
+    pub pauses: PauseStates,
+}
+
+impl<Q: Queue> Lanes for LanesOf<Q> {
+    async fn lane(&self, subscriber: &SubscriberName, event: EventNumber) -> Lane {
+        let progress = match &self.queue {
+            Some(queue) => queue.progress(subscriber, event).await.unwrap_or_default(),
+            None => Progress::Unknown,
+        };
+        let paused = self.pauses.get(subscriber).and_then(|state| state.pause().cloned());
+        Lane { paused, progress }
+    }
 }
 
 /// Where an event went for one subscriber.
@@ -135,8 +152,8 @@ impl Fate {
     }
 }
 
-/// Where an event went, for each subscriber that history or the configuration knows. `lane` is
-/// called for a subscriber that wants the event and has no record of it.
+/// Where an event went, for each subscriber that history or the configuration knows. `lanes` are
+/// asked for subscribers that want the event and have no record of it.
 ///
 /// # Errors
 /// The store cannot be read.
@@ -144,7 +161,7 @@ pub async fn of_event<S: Store>(
     store: &S,
     event: &EventRow,
     configured: &BTreeMap<SubscriberName, Vec<Pattern>>,
-    lane: impl AsyncFn(&SubscriberName) -> Lane,
+    lanes: &impl Lanes,
     now: SystemTime,
 ) -> Result<Vec<Whereabouts>, StoreError> {
     let (reach, mut spans) = (store.reach().await?, by_subscriber(store.subscriptions().await?));
@@ -164,7 +181,7 @@ pub async fn of_event<S: Store>(
         let with_event = deliveries(store, &subscriber, print, event.at).await?;
         let (mut fate, deliveries) = decided(&with_event.deliveries);
         if fate.is_none() && configured {
-            fate = undelivered(lane(&subscriber).await);
+            fate = undelivered(lanes.lane(&subscriber, event.number).await);
         }
         let fate = fate.unwrap_or_else(|| match wish {
             Wish::Unclear(why) => Fate::Unknown { why },
@@ -276,7 +293,7 @@ fn decided(with_event: &[Delivery]) -> (Option<Fate>, Vec<BatchId>) {
 
 /// The fate of an event of which no delivery is recorded, if the queue decides it.
 fn undelivered(lane: Lane) -> Option<Fate> {
-    (lane.progress == Some(Progress::Waits)).then_some(Fate::Waiting { paused: lane.paused })
+    (lane.progress == Progress::Waits).then_some(Fate::Waiting { paused: lane.paused })
 }
 
 /// Why nothing is known of an event that the subscriber was to get.
@@ -341,6 +358,12 @@ mod tests {
         lane: Lane,
     }
 
+    impl Lanes for Fixture {
+        async fn lane(&self, _: &SubscriberName, _: EventNumber) -> Lane {
+            self.lane.clone()
+        }
+    }
+
     impl Fixture {
         async fn new() -> Self {
             let store = FakeStore::default();
@@ -376,8 +399,7 @@ mod tests {
 
         async fn fate(&self) -> Fate {
             let event = self.store.memory().events[0].clone();
-            let lane = async |_: &SubscriberName| self.lane.clone();
-            let found = of_event(&self.store, &event, &self.configured, lane, at(5000)).await;
+            let found = of_event(&self.store, &event, &self.configured, self, at(5000)).await;
             found.expect("answers").remove(0).fate
         }
 
@@ -449,7 +471,7 @@ mod tests {
         assert_eq!(f.fate().await.name(), "delivered");
         f.store.memory().deliveries.truncate(1);
         f.store.memory().deliveries[0].state = DeliveryState::Interrupted;
-        f.lane.progress = Some(Progress::Waits);
+        f.lane.progress = Progress::Waits;
         assert_eq!(f.fate().await, Fate::Waiting { paused: None });
     }
 
@@ -480,17 +502,14 @@ mod tests {
     #[tokio::test]
     async fn it_waits_only_if_the_queue_says_so() {
         let mut f = Fixture::new().await;
-        for (progress, waits) in [
-            (Some(Progress::Waits), true),
-            (Some(Progress::Passed), false),
-            (Some(Progress::Unknown), false),
-            (None, false),
-        ] {
+        for (progress, waits) in
+            [(Progress::Waits, true), (Progress::Passed, false), (Progress::Unknown, false)]
+        {
             f.lane.progress = progress;
             assert_eq!(matches!(f.fate().await, Fate::Waiting { .. }), waits, "{progress:?}");
         }
         let pause = Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() };
-        f.lane = Lane { paused: Some(pause.clone()), progress: Some(Progress::Waits) };
+        f.lane = Lane { paused: Some(pause.clone()), progress: Progress::Waits };
         assert_eq!(f.fate().await, Fate::Waiting { paused: Some(pause) });
         f.configured.clear();
         assert_eq!(f.fate().await.name(), "unknown", "a removed subscriber has no lane");

@@ -7,7 +7,7 @@
 //! - `dead`: a walk through dead letters
 //! - `waiting`: lists batches that wait for their next attempt, and makes them due now
 //! - `trim`: deletes what nothing needs any more
-//! - `history`: the log as the source of history
+//! - `history`: the log as the source of history; `feed`: hands its events over
 //! - `doctor`: what can lose or hold up events
 //!
 //! The log is filtered when it is read, by the patterns that were configured when the event was
@@ -17,6 +17,7 @@
 mod consumer;
 mod dead;
 mod doctor;
+mod feed;
 mod history;
 mod place;
 mod store;
@@ -41,6 +42,7 @@ use self::{
 pub use self::{
     consumer::{Settler, Source},
     dead::DeadLetters,
+    feed::History,
     history::{HistoryPosition, Log},
 };
 use crate::{
@@ -50,9 +52,10 @@ use crate::{
     event::Pattern,
     policy::retry::Backoff,
     queue::{
-        Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, NoHistory, Published, Queue, QueueError,
+        Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, Progress, Published, Queue, QueueError,
         Removals, WaitingList, Window,
     },
+    store::EventNumber,
     telemetry::finding::Finding,
 };
 
@@ -205,6 +208,14 @@ impl EmbeddedQueue {
         self.0.history_position.clone()
     }
 
+    /// The pauses that are recorded, for a command without a daemon.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub async fn recorded_pauses(&self) -> Result<PauseStates, QueueError> {
+        self.store().read(pause_states).await.map(Arc::new)
+    }
+
     /// Counts changes that may be events, of this process and, within 100 ms, of others.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.0.news.subscribe()
@@ -302,7 +313,7 @@ impl Queue for EmbeddedQueue {
     type Source = Source;
     type Settler = Settler;
     type DeadLetters = DeadLetters;
-    type History = NoHistory;
+    type History = History;
 
     async fn prepare(
         &self,
@@ -370,8 +381,8 @@ impl Queue for EmbeddedQueue {
         Ok((source, settler))
     }
 
-    async fn history(&self, _: HistoryStart) -> Result<NoHistory, QueueError> {
-        Err(QueueError::needs_operator("the embedded queue hands out no history yet"))
+    async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {
+        Ok(History::open(self, &start))
     }
 
     async fn writable(&self) {
@@ -493,6 +504,25 @@ impl Queue for EmbeddedQueue {
         }
         removed.extend(found.into_iter().filter(|(_, depth)| !depth.is_empty()));
         Ok(Depths { subscribers: configured, removed, delayed: None, orphans: 0, history: None })
+    }
+
+    async fn progress(
+        &self,
+        subscriber: &SubscriberName,
+        event: EventNumber,
+    ) -> Result<Progress, QueueError> {
+        let name = subscriber.clone();
+        let waits = move |db: &Connection| {
+            let in_segment: bool = db.query_row(
+                "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND after < ?2 AND coalesce(upto, ?2) >= ?2)",
+                params![name, event.0],
+                |r| r.get(0),
+            )?;
+            let ahead = consumer::ahead(db, &name)?;
+            Ok(in_segment && !ahead.iter().any(|run| run.contains(&event.0)))
+        };
+        let waits = self.store().read(waits).await?;
+        Ok(if waits { Progress::Waits } else { Progress::Passed })
     }
 
     async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {

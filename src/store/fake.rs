@@ -248,5 +248,9 @@ impl Store for FakeStore {
         self.open().map(|_| false)
     }
 
+    async fn id(&self) -> Result<String, StoreError> {
+        self.open().map(|_| "fake".to_owned())
+    }
+
     async fn close(&self) {}
 }

@@ -38,8 +38,8 @@ use self::{
 };
 use super::{
     Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Gap,
-    MAX_APPEND, MAX_ROWS, NewRow, Page, Reach, Store, StoreError, StoreState, Subscription,
-    WithEvent,
+    HistoryState, MAX_APPEND, MAX_ROWS, NewRow, Page, Reach, Store, StoreError, StoreState,
+    Subscription, WithEvent,
 };
 use crate::{
     clock,
@@ -66,6 +66,16 @@ impl SqliteStore {
     fn start_with(config: SqliteConfig, chunk_events: i64, disk: Disk) -> Self {
         let store = Self::new(config, chunk_events, disk);
         store.0.keep();
+        store
+    }
+
+    /// A store that keeps nothing, for this reason.
+    pub fn off(config: SqliteConfig, why: &str) -> Self {
+        let store = Self::new(config, MAX_EVENTS, free_and_all);
+        store.0.state.send_replace(StoreState {
+            history: HistoryState::Away(why.to_owned()),
+            warning: None,
+        });
         store
     }
 
@@ -284,6 +294,13 @@ impl Store for SqliteStore {
             open.with_source(By::Writer, |source| around::trim(db, source, &history, now))
         };
         self.write(&open, trim).await
+    }
+
+    async fn id(&self) -> Result<String, StoreError> {
+        let open = self.0.open()?;
+        let missing = || StoreError::new("the store's id is not known: store.db cannot be used");
+        let store = open.store.as_ref().ok_or_else(missing)?;
+        store.write(around::store_id).await.map_err(|e| StoreError::new(e.to_string()))
     }
 
     async fn close(&self) {

@@ -42,6 +42,7 @@ mod operators {
     mod commands;
     mod demo;
     mod doctor;
+    mod history;
     mod log;
     mod operating;
     mod printed;

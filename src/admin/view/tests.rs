@@ -175,6 +175,110 @@ fn reloaded() -> Reloaded {
     Reloaded { changes: changes(), not_bound: [text()].into() }
 }
 
+fn history_event() -> Event {
+    let party = || Party { id: Some(text()), kind: Some(text()), name: Some(text()) };
+    Event {
+        number: 1,
+        at: time(),
+        event: text(),
+        id: text(),
+        message_id: Some(text()),
+        timestamp: Some(text()),
+        actor: party(),
+        resource: party(),
+        description: Some(text()),
+        bytes: 1,
+    }
+}
+
+fn reach() -> Reach {
+    let (from, until) = (time(), time());
+    let gap = Gap { from, until, what: "events".to_owned(), why: text(), missing: Some(1) };
+    Reach {
+        events_from: Some(time()),
+        deliveries_from: Some(time()),
+        why: text(),
+        last_event_at: Some(time()),
+        gaps: vec![gap],
+    }
+}
+
+fn event_list(more: bool) -> EventList {
+    EventList {
+        events: vec![history_event()],
+        next: more.then(text),
+        searched_back_to: more.then(time),
+        history: reach(),
+    }
+}
+
+fn whereabouts(full: bool) -> Whereabouts {
+    Whereabouts {
+        subscriber: text(),
+        configured: true,
+        state: "delivered".to_owned(),
+        delivered_at: full.then(time),
+        next_attempt_at: full.then(time),
+        batch: full.then(text),
+        attempt: full.then_some(1),
+        status: full.then_some(503),
+        failure: full.then(text),
+        reason: full.then(text),
+        subscriber_paused: full.then(paused),
+        patterns: full.then(|| vec![text()]),
+        why: full.then(text),
+        batches: vec![text()],
+    }
+}
+
+fn event_where(full: bool) -> EventWhere {
+    EventWhere {
+        event: history_event(),
+        body: Some(text()),
+        body_base64: full.then(text),
+        went: vec![whereabouts(full)],
+        history: reach(),
+    }
+}
+
+fn delivery() -> Delivery {
+    let attempt = Attempt {
+        number: 1,
+        at: time(),
+        duration_ms: Some(1),
+        status: Some(503),
+        failure: Some("status".to_owned()),
+        excerpt: Some(text()),
+        by: text(),
+    };
+    Delivery {
+        id: text(),
+        subscriber: text(),
+        format: Some("json".to_owned()),
+        state: "retrying".to_owned(),
+        delivered_at: Some(time()),
+        next_attempt_at: Some(time()),
+        reason: Some(text()),
+        parent: Some(text()),
+        events: 1,
+        bytes: 1,
+        sha256: Some(text()),
+        replay: true,
+        begun_at: time(),
+        changed_at: time(),
+        attempts: vec![attempt],
+    }
+}
+
+fn delivery_list(more: bool) -> DeliveryList {
+    DeliveryList {
+        deliveries: vec![delivery()],
+        next: more.then(text),
+        searched_back_to: more.then(time),
+        history: reach(),
+    }
+}
+
 /// Each answer of the API by its request and status.
 fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
     let accepted = Accepted { accepted: 1, unmatched: 1 };
@@ -182,6 +286,10 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
     let changed = || sample(pause_state(Some(paused())), pause_state(None));
     vec![
         ("/api/v1/events", "post", "202", sample(accepted, accepted)),
+        ("/api/v1/events", "get", "200", sample(event_list(true), event_list(false))),
+        ("/api/v1/events/{number}", "get", "200", sample(event_where(true), event_where(false))),
+        ("/api/v1/deliveries", "get", "200", sample(delivery_list(true), delivery_list(false))),
+        ("/api/v1/deliveries/{id}", "get", "200", sample(delivery(), delivery())),
         ("/api/v1/daemon", "get", "200", sample(introduction(Some(text())), introduction(None))),
         ("/api/v1/subscribers", "get", "200", sample(overview(Some(lane())), overview(None))),
         ("/api/v1/subscribers/{name}", "get", "200", one()),
@@ -346,6 +454,8 @@ fn the_words_of_the_document_are_those_of_the_types() {
     assert_eq!(circuit, CircuitState::ALL.map(CircuitState::name));
     let failures = listed("/components/schemas/Failure/enum");
     assert_eq!(failures, FailureKind::ALL.map(FailureKind::name));
+    let deliveries = listed("/components/schemas/Delivery/properties/state/enum");
+    assert_eq!(deliveries, crate::store::DeliveryState::NAMES);
     let lane_states = [
         status::State::Ok,
         status::State::Waiting { since: SystemTime::UNIX_EPOCH },

@@ -32,6 +32,16 @@ pub(super) fn get(db: &Connection, key: &str) -> rusqlite::Result<Option<i64>> {
         .optional()
 }
 
+/// The id of the store, which is made when it is first asked for.
+pub(super) fn store_id(db: &Connection) -> rusqlite::Result<String> {
+    if let Some(id) = get_text(db, "id")? {
+        return Ok(id);
+    }
+    let id = clock::store_id();
+    set(db, "id", &id)?;
+    Ok(id)
+}
+
 pub(super) fn get_text(db: &Connection, key: &str) -> rusqlite::Result<Option<String>> {
     db.prepare_cached("SELECT value FROM meta WHERE key = ?1")?
         .query_row([key], |row| row.get(0))

@@ -369,12 +369,9 @@ fn begin(
     Ok(())
 }
 
-/// Reserves numbers behind all that were reserved before, and makes the store's id if it has none.
-/// Returns the first and the last of them.
+/// Reserves numbers behind all that were reserved before. Returns the first and the last of them.
 fn reserve_first(db: &Connection, last: i64) -> rusqlite::Result<(i64, i64)> {
-    if around::get_text(db, "id")?.is_none() {
-        around::set(db, "id", clock::store_id())?;
-    }
+    around::store_id(db)?;
     let given = around::get(db, "numbers")?.unwrap_or(0).max(last);
     let upto = given.saturating_add(RESERVED);
     around::set(db, "numbers", upto)?;

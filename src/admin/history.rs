@@ -1,0 +1,236 @@
+//! What history answers: events, one event with where it went, deliveries.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use axum::{
+    Router,
+    extract::{self, FromRequestParts, Path},
+    http::{StatusCode, request::Parts},
+    middleware,
+    response::Response,
+    routing::get,
+};
+
+use super::{
+    answer::{Refusal, answer},
+    guard::with_token,
+    query::{FromQuery, Parameters, Query},
+    view::{Delivery, DeliveryList, EventList, EventWhere},
+};
+use crate::{
+    clock,
+    delivery::{PauseStates, SubscriberName},
+    event::Pattern,
+    history::whereabouts::{self, LanesOf},
+    page::List,
+    queue::Queue,
+    store::{
+        By, DeliveryFilter, DeliveryState, EventFilter, EventNumber, EventRow, Store, StoreError,
+    },
+    supervisor::reload::Reloader,
+};
+
+/// The time that a list is searched for, before it answers how far it has come.
+const SEARCH_TIME: Duration = Duration::from_millis(200);
+
+/// The longest value of a filter, in bytes.
+const MAX_VALUE: usize = 10 * 1024;
+
+struct History<Q, S> {
+    queue: Q,
+    store: S,
+    reloader: Reloader,
+}
+
+type This<Q, S> = extract::State<Arc<History<Q, S>>>;
+
+/// The routes of history. Each needs a token.
+pub(super) fn routes<Q: Queue, S: Store>(queue: Q, store: S, reloader: Reloader) -> Router {
+    Router::new()
+        .route("/v1/events", get(list_events::<Q, S>))
+        .route("/v1/events/{number}", get(show_event::<Q, S>))
+        .route("/v1/deliveries", get(list_deliveries::<Q, S>))
+        .route("/v1/deliveries/{id}", get(show_delivery::<Q, S>))
+        .route_layer(middleware::from_fn(with_token))
+        .with_state(Arc::new(History { queue, store, reloader }))
+}
+
+/// The query of a list of events.
+struct Events {
+    filter: EventFilter,
+    limit: usize,
+    before: Option<EventNumber>,
+}
+
+impl FromQuery for Events {
+    fn from_query(given: &mut Parameters) -> Self {
+        let by = given.take("by", |text| match text {
+            "at" => Ok(By::At),
+            "event-time" => Ok(By::EventTime),
+            _ => Err("must be `at` or `event-time`"),
+        });
+        let filter = EventFilter {
+            event_type: given.take("type", Pattern::try_new),
+            actor: given.take("actor", value),
+            resource: given.take("resource", value),
+            id: given.take("id", value),
+            text: given.take("text", text),
+            since: given.take("since", time),
+            until: given.take("until", time),
+            by: by.unwrap_or_default(),
+        };
+        let before = given.cursor(List::Events).map(|cursor| EventNumber(cursor.row));
+        Self { filter, limit: given.limit(), before }
+    }
+}
+
+/// The query of a list of deliveries.
+struct Deliveries {
+    filter: DeliveryFilter,
+    limit: usize,
+    before: Option<i64>,
+}
+
+impl FromQuery for Deliveries {
+    fn from_query(given: &mut Parameters) -> Self {
+        let filter = DeliveryFilter {
+            subscriber: given.take("subscriber", value),
+            state: given.take("state", |text| {
+                let known = DeliveryState::NAMES.contains(&text);
+                let names = DeliveryState::NAMES.join("`, `");
+                if known { Ok(text.to_owned()) } else { Err(format!("must be one of `{names}`")) }
+            }),
+            since: given.take("since", time),
+            until: given.take("until", time),
+        };
+        let before = given.cursor(List::Deliveries).map(|cursor| cursor.row);
+        Self { filter, limit: given.limit(), before }
+    }
+}
+
+fn value(text: &str) -> Result<String, String> {
+    match text.len() {
+        0 => Err("is empty; leave it out to select everything".to_owned()),
+        1..=MAX_VALUE => Ok(text.to_owned()),
+        _ => Err(format!("has more than {MAX_VALUE} bytes")),
+    }
+}
+
+/// Words to search for.
+fn text(text: &str) -> Result<String, String> {
+    let text = value(text)?;
+    if text.chars().any(char::is_alphanumeric) {
+        return Ok(text);
+    }
+    Err("has no word: words are letters and digits".to_owned())
+}
+
+fn time(text: &str) -> Result<SystemTime, &'static str> {
+    humantime::parse_rfc3339(text)
+        .map_err(|_| "must be a time of RFC 3339 in UTC, such as 2026-01-31T12:00:00Z")
+}
+
+/// The number of an event in a path.
+struct Number(EventNumber);
+
+impl<S: Send + Sync> FromRequestParts<S> for Number {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let number = path.ok().and_then(|Path(text)| {
+            text.parse().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()))
+        });
+        let wrong = "must be the number of an event; `GET /api/v1/events?id=` finds a message id";
+        number.map(|n| Self(EventNumber(n))).ok_or_else(|| Refusal::field("number", wrong))
+    }
+}
+
+/// The id of a batch in a path.
+struct Id(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Id {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        path.map(|Path(id)| Self(id)).map_err(|_| Refusal::field("id", "must be UTF-8"))
+    }
+}
+
+async fn list_events<Q: Queue, S: Store>(
+    extract::State(history): This<Q, S>,
+    Query(Events { filter, limit, before }): Query<Events>,
+) -> Response {
+    let store = &history.store;
+    let list = async {
+        let page = store.events(&filter, before, limit, SEARCH_TIME).await?;
+        Ok(EventList::new(page, store.reach().await?))
+    };
+    answer(list.await.map_err(away))
+}
+
+async fn show_event<Q: Queue, S: Store>(
+    extract::State(history): This<Q, S>,
+    Number(number): Number,
+    Query(()): Query<()>,
+) -> Response {
+    answer(history.event(number).await)
+}
+
+async fn list_deliveries<Q: Queue, S: Store>(
+    extract::State(history): This<Q, S>,
+    Query(Deliveries { filter, limit, before }): Query<Deliveries>,
+) -> Response {
+    let store = &history.store;
+    let list = async {
+        let page = store.deliveries(&filter, before, limit, SEARCH_TIME).await?;
+        Ok(DeliveryList::new(page, store.reach().await?))
+    };
+    answer(list.await.map_err(away))
+}
+
+async fn show_delivery<Q: Queue, S: Store>(
+    extract::State(history): This<Q, S>,
+    Id(id): Id,
+    Query(()): Query<()>,
+) -> Response {
+    let found = history.store.delivery(&id).await.map_err(away);
+    answer(found.and_then(|found| match found {
+        Some(delivery) => Ok(Delivery::new(&delivery)),
+        None => Err(missing("history has no delivery with this id".to_owned())),
+    }))
+}
+
+impl<Q: Queue, S: Store> History<Q, S> {
+    async fn event(&self, number: EventNumber) -> Result<EventWhere, Refusal> {
+        let found = self.store.event(number).await.map_err(away)?;
+        let event =
+            found.ok_or_else(|| missing(format!("history has no event with number {number}")))?;
+        let went = self.went(&event).await.map_err(away)?;
+        let reach = self.store.reach().await.map_err(away)?;
+        Ok(EventWhere::new(&event, &went, reach))
+    }
+
+    async fn went(&self, event: &EventRow) -> Result<Vec<whereabouts::Whereabouts>, StoreError> {
+        let subscribers = self.reloader.subscribers().borrow().clone();
+        let configured: BTreeMap<SubscriberName, Vec<Pattern>> =
+            subscribers.iter().map(|s| (s.name.clone(), s.events.clone())).collect();
+        let pauses: PauseStates = self.queue.pause_states().borrow().clone().unwrap_or_default();
+        let lanes = LanesOf { queue: Some(self.queue.clone()), pauses };
+        whereabouts::of_event(&self.store, event, &configured, &lanes, clock::now()).await
+    }
+}
+
+/// The refusal of a request while the store cannot be read.
+fn away(e: StoreError) -> Refusal {
+    Refusal::unavailable(e.to_string())
+}
+
+fn missing(why: String) -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, why)
+}
