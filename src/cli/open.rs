@@ -38,14 +38,7 @@ pub(super) fn find<'c>(config: &'c Config, name: &str) -> Result<&'c Subscriber,
 /// What the store of a configuration needs to be opened.
 pub(super) fn store_of(config: &Config) -> SqliteConfig {
     let embedded = &config.queue.embedded;
-    let history = HistoryConfig {
-        retention: match config.queue.backend {
-            // Older events are not in the log.
-            Backend::Embedded => config.history.retention.min(embedded.retention),
-            Backend::Amqp(_) => config.history.retention,
-        },
-        ..config.history
-    };
+    let history = HistoryConfig { retention: config.history_retention(), ..config.history };
     let log = matches!(config.queue.backend, Backend::Embedded).then(|| -> OpenLog {
         let data_dir = embedded.data_dir.clone();
         std::sync::Arc::new(move || {
