@@ -73,6 +73,11 @@ pub fn store_id() -> String {
     format!("store_{:032x}", rand::random::<u128>())
 }
 
+/// A new id for a replay: `rpl_` and 32 hexadecimal digits.
+pub fn replay_id() -> String {
+    format!("rpl_{:032x}", rand::random::<u128>())
+}
+
 /// A new id with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which Standard
 /// Webhooks uses as a separator.
 pub fn batch_id() -> String {

@@ -2,6 +2,7 @@
 
 pub mod deliveries;
 mod events;
+pub mod replay;
 pub mod whereabouts;
 
 use std::{future::Future, time::Duration};

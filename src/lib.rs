@@ -53,10 +53,10 @@
 //!              metrics/ · definitions · exposition · process · registry · subscriber
 //!              status/ · view · scheduled · lane
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
-//!              · words · row · filter · delivery · state · store · fake
-//!              · sqlite
+//!              · words · row · filter · delivery · replay · state · store
+//!              · fake · sqlite
 //!              sqlite/ · fault · schema · tokens · chunk · source · append · search
-//!              · deliveries · around · open · upkeep
+//!              · deliveries · around · replays · open · upkeep
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL
 //!              · removals · waiting · queue · history · fake · embedded · amqp
@@ -71,7 +71,8 @@
 //! lane/                     the worker of one subscriber
 //!              · signals · in_flight · sorting · state · session · lane
 //! history/                  what fills the store, and what answers from it
-//!              · events · deliveries · whereabouts · history
+//!              · events · deliveries · whereabouts · replay · history
+//!              replay/ · filling
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events

@@ -166,6 +166,17 @@ pub trait Queue: Clone + Send + Sync + 'static {
         ids: Option<BTreeSet<BatchId>>,
     ) -> impl Future<Output = Result<Hastened, QueueError>> + Send;
 
+    /// Adds batches to those that wait for an attempt, due now; durable when it returns. One whose
+    /// id waits already is not added where the queue sees that. Events are not taken before them.
+    ///
+    /// # Errors
+    /// The subscriber has no queue, or the queue was lost: some may have been added.
+    fn enqueue(
+        &self,
+        subscriber: &SubscriberName,
+        batches: Vec<Batch>,
+    ) -> impl Future<Output = Result<(), QueueError>> + Send;
+
     /// The depths of these subscribers' queues, and of what is left of removed subscribers.
     ///
     /// # Errors

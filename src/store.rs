@@ -5,6 +5,7 @@
 
 mod delivery;
 mod filter;
+mod replay;
 mod row;
 pub mod sqlite;
 mod state;
@@ -24,6 +25,10 @@ pub use self::{
         WithEvent,
     },
     filter::{By, DeliveryFilter, EventFilter, event_time},
+    replay::{
+        Extent, MAX_OPERATIONS, NewOperation, Operation, Replay, ReplayChange, ReplayOrder,
+        ReplayProgress, ReplayState,
+    },
     row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
     state::{HistoryState, StoreState},
 };
@@ -173,6 +178,87 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// The store cannot be read.
     fn reach(&self) -> impl Future<Output = Result<Reach, StoreError>> + Send;
 
+    /// The rows that may have events from `since` on and before `until`; `None` if there are none.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn extent(
+        &self,
+        since: SystemTime,
+        until: Option<SystemTime>,
+    ) -> impl Future<Output = Result<Option<Extent>, StoreError>> + Send;
+
+    /// Stores a new replay; durable when it returns.
+    ///
+    /// # Errors
+    /// It is not stored, or it is unknown whether it is.
+    fn add_replay(&self, replay: Replay) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Changes a replay as [`Replay::apply`] does; durable when it returns. Returns the replay as it
+    /// is now, and whether it has changed; `None` if there is no such replay.
+    ///
+    /// # Errors
+    /// It has not changed, or that is unknown.
+    fn change_replay(
+        &self,
+        id: &str,
+        change: ReplayChange,
+        now: SystemTime,
+    ) -> impl Future<Output = Result<Option<(Replay, bool)>, StoreError>> + Send;
+
+    /// Lists replays, the latest first, before the row `before`.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn replays(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> impl Future<Output = Result<Page<Replay>, StoreError>> + Send;
+
+    /// The replay with an id.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn replay(&self, id: &str) -> impl Future<Output = Result<Option<Replay>, StoreError>> + Send;
+
+    /// All replays that run, oldest first. What they have still to read is not trimmed.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn running_replays(&self) -> impl Future<Output = Result<Vec<Replay>, StoreError>> + Send;
+
+    /// Records that a subscriber exists, and stores its first replay, both or none; false, and
+    /// nothing has changed, if the subscriber was recorded before.
+    ///
+    /// # Errors
+    /// Nothing has changed, or that is unknown.
+    fn introduce(
+        &self,
+        subscriber: &SubscriberName,
+        replay: Option<Replay>,
+        now: SystemTime,
+    ) -> impl Future<Output = Result<bool, StoreError>> + Send;
+
+    /// Records an operation; durable when it returns. Only the latest [`MAX_OPERATIONS`] are kept.
+    ///
+    /// # Errors
+    /// It is not recorded.
+    fn add_operation(
+        &self,
+        operation: NewOperation,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Lists operations, the latest first, before the row `before`.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn operations(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> impl Future<Output = Result<Page<Operation>, StoreError>> + Send;
+
     /// Removes a little of what is older than the retention, or more than fits; true if there is
     /// more to remove.
     ///
@@ -265,3 +351,6 @@ impl std::error::Error for StoreError {}
 
 #[cfg(test)]
 pub(crate) mod fake;
+
+#[cfg(test)]
+pub(crate) use self::replay::tests as replays_for_tests;

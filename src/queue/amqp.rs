@@ -92,7 +92,7 @@ pub use self::{
 use crate::{
     clock,
     config::{AmqpConfig, Subscriber, Subscribers},
-    delivery::{BatchId, Depths, PauseState, PauseStates, SubscriberName},
+    delivery::{Batch, BatchId, Depths, PauseState, PauseStates, SubscriberName},
     queue::{
         Hastened, HistoryStart, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
         Window,
@@ -407,6 +407,14 @@ impl Queue for AmqpQueue {
         ids: Option<BTreeSet<BatchId>>,
     ) -> Result<Hastened, QueueError> {
         waiting::hasten(&self.0, subscriber, ids).await
+    }
+
+    async fn enqueue(
+        &self,
+        subscriber: &SubscriberName,
+        batches: Vec<Batch>,
+    ) -> Result<(), QueueError> {
+        waiting::enqueue(&self.0, subscriber, &batches).await
     }
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {

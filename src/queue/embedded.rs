@@ -48,7 +48,7 @@ pub use self::{
 use crate::{
     clock,
     config::{EmbeddedConfig, HistoryConfig, Subscriber, Subscribers},
-    delivery::{BatchId, Depth, Depths, Pause, PauseState, PauseStates, SubscriberName},
+    delivery::{Batch, BatchId, Depth, Depths, Pause, PauseState, PauseStates, SubscriberName},
     event::Pattern,
     policy::retry::Backoff,
     queue::{
@@ -481,6 +481,14 @@ impl Queue for EmbeddedQueue {
         waiting::hasten(self, subscriber, ids).await
     }
 
+    async fn enqueue(
+        &self,
+        subscriber: &SubscriberName,
+        batches: Vec<Batch>,
+    ) -> Result<(), QueueError> {
+        waiting::enqueue(self, subscriber, batches).await
+    }
+
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         let place = self.store().place();
         // Before the database is read: messages settled meanwhile are not counted, and messages
@@ -812,7 +820,7 @@ mod tests {
     use super::*;
     use crate::{
         config::testing,
-        delivery::{AttemptLog, Batch, DeadLetter, Failure, Print, Prints, Reason},
+        delivery::{AttemptLog, DeadLetter, Failure, Print, Prints, Reason},
         event::payload::Format,
         queue::{DeadLetters as _, Receipt, Settlement, Settler as _, Source as _, Taken},
     };
@@ -1020,6 +1028,46 @@ mod tests {
             assert_eq!(held.letter.prints, kept, "{events}");
             letters.purge(vec![held]).await.expect("purges");
         }
+    }
+
+    #[tokio::test]
+    async fn an_enqueued_batch_is_taken_before_events_and_waits_once() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let queue =
+            EmbeddedQueue::for_daemon(&config(&dir, Duration::from_secs(60))).expect("opens");
+        let subscribers = subscribers(&[("a", "x")]);
+        queue.prepare(&subscribers).await.expect("prepares");
+        publish(&queue, "x", 1).await;
+        let batch = |id: &str| Batch {
+            id: id.into(),
+            body: "{\"events\":[{}]}".into(),
+            format: Format::Json,
+            events: 1,
+            attempts: 0,
+            first_attempt_at: None,
+            traceparent: None,
+            attempt_log: AttemptLog::default(),
+            prints: None,
+            replay: true,
+        };
+        let name = &subscribers[0].name;
+        for batches in [vec![batch("msg_1"), batch("msg_2")], vec![batch("msg_1")]] {
+            queue.enqueue(name, batches).await.expect("enqueues");
+        }
+        assert!(queue.enqueue(&"b".into(), vec![batch("msg_3")]).await.is_err(), "is unknown");
+        let (mut source, _settler) = queue.open(&subscribers[0], WINDOW).await.expect("opens");
+        let mut taken = Vec::new();
+        while taken.len() < 3 {
+            source.take(&mut taken, 10).await.expect("takes");
+        }
+        let ids: Vec<Option<Batch>> = taken
+            .into_iter()
+            .map(|taken| match taken {
+                Taken::Batch(batch, _) => Some(batch),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(ids, [Some(batch("msg_1")), Some(batch("msg_2")), None]);
     }
 
     #[tokio::test]

@@ -8,8 +8,8 @@ use std::{
 
 use super::{
     DeadLetters, Event, Hastened, Held, HistoryStart, NewEvent, NoHistory, Published, Queue,
-    QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, WaitingList,
-    Window,
+    QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, Waiting,
+    WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -42,6 +42,12 @@ struct State {
     answers: VecDeque<SettleError>,
     retries: Vec<(Batch, Duration)>,
     opened: usize,
+    /// The batches that were enqueued and that a test has not taken.
+    waiting: BTreeMap<SubscriberName, Vec<Batch>>,
+    /// All batches that were enqueued.
+    enqueued: Vec<Batch>,
+    /// The answer to what is enqueued, once set.
+    refuses: Option<QueueError>,
     /// The hold of the next record.
     held: Option<HeldRecord>,
 }
@@ -101,6 +107,21 @@ impl Fake {
 
     pub(crate) fn retries(&self) -> Vec<(Batch, Duration)> {
         self.with(|s| s.retries.clone())
+    }
+
+    /// All batches that were enqueued, in their order.
+    pub(crate) fn enqueued(&self) -> Vec<Batch> {
+        self.with(|s| s.enqueued.clone())
+    }
+
+    /// Takes the enqueued batches of a subscriber, as a lane that delivers them.
+    pub(crate) fn take_enqueued(&self, subscriber: &str) -> Vec<Batch> {
+        self.with(|s| s.waiting.remove(subscriber).unwrap_or_default())
+    }
+
+    /// Fails what is enqueued with this error, or not any more.
+    pub(crate) fn refuse(&self, with: Option<QueueError>) {
+        self.with(|s| s.refuses = with);
     }
 
     pub(crate) fn opened(&self) -> usize {
@@ -173,12 +194,35 @@ impl Queue for Fake {
         Err(QueueError::new("not part of this fake"))
     }
 
-    async fn waiting(&self, _: &str) -> Result<WaitingList, QueueError> {
-        Ok(WaitingList::default())
+    async fn waiting(&self, subscriber: &str) -> Result<WaitingList, QueueError> {
+        let waiting = self.with(|s| s.waiting.get(subscriber).cloned());
+        let batches = waiting.into_iter().flatten();
+        let batches = batches.map(|batch| Waiting::new(&batch, None)).collect();
+        Ok(WaitingList { batches, unseen: 0 })
     }
 
     async fn hasten(&self, _: &str, _: Option<BTreeSet<BatchId>>) -> Result<Hastened, QueueError> {
         Err(QueueError::new("not part of this fake"))
+    }
+
+    async fn enqueue(
+        &self,
+        subscriber: &SubscriberName,
+        batches: Vec<Batch>,
+    ) -> Result<(), QueueError> {
+        self.with(|s| {
+            if let Some(e) = s.refuses.clone() {
+                return Err(e);
+            }
+            let waiting = s.waiting.entry(subscriber.clone()).or_default();
+            for batch in batches {
+                if waiting.iter().all(|b| b.id != batch.id) {
+                    waiting.push(batch.clone());
+                }
+                s.enqueued.push(batch);
+            }
+            Ok(())
+        })
     }
 
     async fn depths(&self, _: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {

@@ -8,8 +8,9 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Gap,
-    NewRow, Page, Reach, Store, StoreError, Subscription, WithEvent,
+    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Extent,
+    Gap, NewOperation, NewRow, Operation, Page, Reach, Replay, ReplayChange, ReplayState, Store,
+    StoreError, Subscription, WithEvent,
 };
 use crate::{
     delivery::{Print, SubscriberName},
@@ -28,6 +29,9 @@ pub(crate) struct Memory {
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) subscriptions: Vec<Subscription>,
     pub(crate) gaps: Vec<Gap>,
+    pub(crate) replays: Vec<Replay>,
+    pub(crate) introduced: Vec<SubscriberName>,
+    pub(crate) operations: Vec<Operation>,
 }
 
 impl FakeStore {
@@ -242,6 +246,93 @@ impl Store for FakeStore {
             events: memory.events.len() as u64,
             deliveries: memory.deliveries.len() as u64,
         })
+    }
+
+    async fn extent(
+        &self,
+        since: SystemTime,
+        until: Option<SystemTime>,
+    ) -> Result<Option<Extent>, StoreError> {
+        let memory = self.open()?;
+        let is_in = |e: &&EventRow| e.at >= since && until.is_none_or(|until| e.at < until);
+        let numbers = || memory.events.iter().filter(is_in).map(|e| e.number.0);
+        let Some((first, last)) = numbers().min().zip(numbers().max()) else { return Ok(None) };
+        let between = memory.events.iter().filter(|e| (first..=last).contains(&e.number.0));
+        Ok(Some(Extent {
+            after: EventNumber(first - 1),
+            upto: EventNumber(last),
+            rows: between.count() as u64,
+        }))
+    }
+
+    async fn add_replay(&self, replay: Replay) -> Result<(), StoreError> {
+        let mut memory = self.open()?;
+        let row = memory.replays.len() as i64 + 1;
+        memory.replays.push(Replay { row, ..replay });
+        Ok(())
+    }
+
+    async fn change_replay(
+        &self,
+        id: &str,
+        change: ReplayChange,
+        now: SystemTime,
+    ) -> Result<Option<(Replay, bool)>, StoreError> {
+        let mut memory = self.open()?;
+        let found = memory.replays.iter_mut().find(|r| r.id == id);
+        Ok(found.map(|replay| {
+            let changed = replay.apply(change, now);
+            (replay.clone(), changed)
+        }))
+    }
+
+    async fn replays(&self, before: Option<i64>, limit: usize) -> Result<Page<Replay>, StoreError> {
+        let memory = self.open()?;
+        let rows = memory.replays.iter().rev().filter(|r| before.is_none_or(|b| r.row < b));
+        Ok(page(rows.cloned().collect(), |r| r.row, limit))
+    }
+
+    async fn replay(&self, id: &str) -> Result<Option<Replay>, StoreError> {
+        Ok(self.open()?.replays.iter().find(|r| r.id == id).cloned())
+    }
+
+    async fn running_replays(&self) -> Result<Vec<Replay>, StoreError> {
+        let memory = self.open()?;
+        let running = memory.replays.iter().filter(|r| r.state == ReplayState::Running);
+        Ok(running.cloned().collect())
+    }
+
+    async fn introduce(
+        &self,
+        subscriber: &SubscriberName,
+        replay: Option<Replay>,
+        _now: SystemTime,
+    ) -> Result<bool, StoreError> {
+        let mut memory = self.open()?;
+        if memory.introduced.contains(subscriber) {
+            return Ok(false);
+        }
+        memory.introduced.push(subscriber.clone());
+        let row = memory.replays.len() as i64 + 1;
+        memory.replays.extend(replay.map(|replay| Replay { row, ..replay }));
+        Ok(true)
+    }
+
+    async fn add_operation(&self, operation: NewOperation) -> Result<(), StoreError> {
+        let mut memory = self.open()?;
+        let row = memory.operations.len() as i64 + 1;
+        memory.operations.push(Operation { row, new: operation });
+        Ok(())
+    }
+
+    async fn operations(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Page<Operation>, StoreError> {
+        let memory = self.open()?;
+        let rows = memory.operations.iter().rev().filter(|o| before.is_none_or(|b| o.row < b));
+        Ok(page(rows.cloned().collect(), |o| o.row, limit))
     }
 
     async fn trim(&self, _now: SystemTime) -> Result<bool, StoreError> {

@@ -10,6 +10,7 @@ mod chunk;
 mod deliveries;
 mod fault;
 mod open;
+mod replays;
 mod schema;
 mod search;
 mod source;
@@ -37,9 +38,9 @@ use self::{
     upkeep::{Disk, Shared, free_and_all},
 };
 use super::{
-    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Gap,
-    HistoryState, MAX_APPEND, MAX_ROWS, NewRow, Page, Reach, Store, StoreError, StoreState,
-    Subscription, WithEvent,
+    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Extent,
+    Gap, HistoryState, MAX_APPEND, MAX_ROWS, NewOperation, NewRow, Operation, Page, Reach, Replay,
+    ReplayChange, Store, StoreError, StoreState, Subscription, WithEvent,
 };
 use crate::{
     clock,
@@ -149,6 +150,24 @@ impl SqliteStore {
     ) -> Result<(), StoreError> {
         let open = self.0.writable()?;
         self.write(&open, move |db, _| Ok(part(db)?)).await
+    }
+}
+
+impl SqliteStore {
+    /// Reads the precious file.
+    async fn read_precious<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.0.open()?.precious()?.read(query).await.map_err(|e| StoreError::new(e.to_string()))
+    }
+
+    /// Writes the precious file.
+    async fn precious<T: Send + 'static>(
+        &self,
+        part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.0.open()?.precious()?.write(part).await.map_err(|e| StoreError::new(e.to_string()))
     }
 }
 
@@ -286,12 +305,76 @@ impl Store for SqliteStore {
         self.read(By::Reader, reach).await
     }
 
+    async fn extent(
+        &self,
+        since: SystemTime,
+        until: Option<SystemTime>,
+    ) -> Result<Option<Extent>, StoreError> {
+        self.read(By::Reader, move |db, _| Ok(replays::extent(db, since, until)?)).await
+    }
+
+    async fn add_replay(&self, replay: Replay) -> Result<(), StoreError> {
+        self.precious(move |db| replays::add(db, &replay)).await
+    }
+
+    async fn change_replay(
+        &self,
+        id: &str,
+        change: ReplayChange,
+        now: SystemTime,
+    ) -> Result<Option<(Replay, bool)>, StoreError> {
+        let id = id.to_owned();
+        self.precious(move |db| replays::change(db, &id, change, now)).await
+    }
+
+    async fn replays(&self, before: Option<i64>, limit: usize) -> Result<Page<Replay>, StoreError> {
+        let limit = limit.min(MAX_ROWS);
+        self.read_precious(move |db| replays::list(db, before, limit)).await
+    }
+
+    async fn replay(&self, id: &str) -> Result<Option<Replay>, StoreError> {
+        let id = id.to_owned();
+        self.read_precious(move |db| replays::one(db, &id)).await
+    }
+
+    async fn running_replays(&self) -> Result<Vec<Replay>, StoreError> {
+        self.read_precious(replays::running).await
+    }
+
+    async fn introduce(
+        &self,
+        subscriber: &SubscriberName,
+        replay: Option<Replay>,
+        now: SystemTime,
+    ) -> Result<bool, StoreError> {
+        let name = subscriber.clone();
+        self.precious(move |db| replays::introduce(db, &name, replay.as_ref(), now)).await
+    }
+
+    async fn add_operation(&self, operation: NewOperation) -> Result<(), StoreError> {
+        self.precious(move |db| replays::add_operation(db, &operation)).await
+    }
+
+    async fn operations(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Page<Operation>, StoreError> {
+        let limit = limit.min(MAX_ROWS);
+        self.read_precious(move |db| replays::operations(db, before, limit)).await
+    }
+
     async fn trim(&self, now: SystemTime) -> Result<bool, StoreError> {
         // Also while history has stopped: it makes room.
         let open = self.0.open()?;
         let history = self.0.config.history;
+        let replayed = match &open.store {
+            Some(store) => store.read(replays::floor).await,
+            None => Ok(None),
+        };
+        let spared = replayed.map_err(|e| StoreError::new(e.to_string()))?;
         let trim = move |db: &Connection, open: &Open| {
-            open.with_source(By::Writer, |source| around::trim(db, source, &history, now))
+            open.with_source(By::Writer, |source| around::trim(db, source, &history, spared, now))
         };
         self.write(&open, trim).await
     }

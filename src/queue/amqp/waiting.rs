@@ -42,6 +42,7 @@ use tokio::time::{timeout, timeout_at};
 
 use super::{
     broker_error::{BrokerError, RESOURCE_LOCKED, answer},
+    consumer::retry_message,
     ladder,
     message::{self, Message},
     pool::{Lease, Quarantine},
@@ -51,7 +52,7 @@ use super::{
 };
 use crate::{
     clock,
-    delivery::BatchId,
+    delivery::{Batch, BatchId, SubscriberName},
     failpoint::{Step, reached},
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
@@ -171,6 +172,29 @@ pub(super) async fn hasten(
         hastened.missing = missing.into_iter().map(BatchId::to_string).collect();
     }
     Ok(hastened)
+}
+
+/// Adds batches to the retry queue, due now. The broker does not see whether one waits already.
+pub(super) async fn enqueue(
+    shared: &Shared,
+    subscriber: &SubscriberName,
+    batches: &[Batch],
+) -> Result<(), QueueError> {
+    let message =
+        |batch| retry_message(&shared.topology, subscriber.as_str(), batch, Duration::ZERO);
+    let publisher = shared.publisher();
+    publisher.ready().await?;
+    let results = publisher.publish(batches.iter().map(message).collect()).await?;
+    if results.iter().all(|result| *result == PublishResult::Stored) {
+        return Ok(());
+    }
+    let name = shared.topology.retry(subscriber.as_str());
+    Err(QueueError::new(match results.contains(&PublishResult::Unroutable) {
+        true => format!(
+            "queue `{name}` does not exist: the daemon has never run with a subscriber `{subscriber}`"
+        ),
+        false => format!("queue `{name}` did not take a batch"),
+    }))
 }
 
 /// The number of batches that are due and not taken.

@@ -5,10 +5,14 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{EmbeddedQueue, consumer::read_attempt_log, from_millis, millis};
+use super::{
+    EmbeddedQueue,
+    consumer::{insert_retry, read_attempt_log},
+    from_millis, millis,
+};
 use crate::{
     clock,
-    delivery::BatchId,
+    delivery::{Batch, BatchId, SubscriberName},
     queue::{Hastened, QueueError, Waiting, WaitingList},
 };
 
@@ -65,6 +69,31 @@ pub(super) async fn hasten(
         })
         .await?;
     hastened.ok_or_else(|| unknown(subscriber))
+}
+
+pub(super) async fn enqueue(
+    queue: &EmbeddedQueue,
+    subscriber: &SubscriberName,
+    batches: Vec<Batch>,
+) -> Result<(), QueueError> {
+    let name = subscriber.clone();
+    let now = millis(clock::now());
+    let enqueue = move |db: &Connection| {
+        if !is_known(db, name.as_str())? {
+            return Ok(false);
+        }
+        let waits = "SELECT EXISTS (SELECT 1 FROM retry WHERE subscriber = ?1 AND batch_id = ?2)";
+        for batch in &batches {
+            let waits: bool = db
+                .prepare_cached(waits)?
+                .query_row(params![name, batch.id.as_str()], |r| r.get(0))?;
+            if !waits {
+                insert_retry(db, name.as_str(), batch, now, now)?;
+            }
+        }
+        Ok(true)
+    };
+    if queue.store().write(enqueue).await? { Ok(()) } else { Err(unknown(subscriber.as_str())) }
 }
 
 /// Scheduled now too, so that they follow a clock that is set back later.

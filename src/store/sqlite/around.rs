@@ -254,11 +254,13 @@ pub(super) fn file_bytes(db: &Connection) -> rusqlite::Result<(i64, i64)> {
     Ok((pages.saturating_mul(size), (pages - free).saturating_mul(size)))
 }
 
-/// Removes a little of what is too old or too much; true if there may be more.
+/// Removes a little of what is too old or too much; true if there may be more. Events after
+/// `spared` are not too old, and may be twice as many.
 pub(super) fn trim(
     db: &Connection,
     log: &mut Source<'_>,
     config: &HistoryConfig,
+    spared: Option<i64>,
     now: SystemTime,
 ) -> Result<bool, Fault> {
     let horizon = horizon(config, now);
@@ -269,13 +271,17 @@ pub(super) fn trim(
     let oldest = Chunk::oldest(db)?;
     if let Some(chunk) = &oldest {
         let is_gone = log_from.is_some_and(|EventNumber(first)| chunk.last < first);
-        if chunk.max_at < horizon || is_gone {
+        let is_spared = spared.is_some_and(|after| chunk.last > after);
+        if (chunk.max_at < horizon && !is_spared) || is_gone {
             chunk.remove(db)?;
             return Ok(true);
         }
     }
     let (_, used) = file_bytes(db)?;
+    // A replay keeps its rows beyond the limit, but not without a limit: it may wait for long.
+    let replayed = oldest.as_ref().zip(spared).is_some_and(|(chunk, after)| chunk.last > after);
     let max = i64::try_from(config.max_bytes).unwrap_or(i64::MAX);
+    let max = if replayed { max.saturating_mul(2) } else { max };
     // A chunk's worth of room: the file must not grow beyond its limit until the next call.
     if used > max - max / 16 {
         let (begun, _) = deliveries::extent(db)?;

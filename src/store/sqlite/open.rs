@@ -129,6 +129,13 @@ impl Open {
         self.log.is_none()
     }
 
+    /// The precious file.
+    pub(super) fn precious(&self) -> Result<&Database, StoreError> {
+        self.store.as_ref().ok_or_else(|| {
+            StoreError::away(format!("`{STORE_FILE}` is not open: the log of the daemon says why"))
+        })
+    }
+
     /// Whether its file is still at its path.
     pub(super) fn is_at(&self, path: &Path) -> bool {
         self.identity.is_none() || identity(path) == self.identity

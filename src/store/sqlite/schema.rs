@@ -72,10 +72,41 @@ const HISTORY: &[&str] = &["
 "];
 
 /// Precious: what cannot be made again.
-const STORE: &[&str] = &["
+const STORE: &[&str] = &[
+    "
     -- Single values: the id of the store, and the last number that was reserved for events.
     CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
-"];
+",
+    "
+    -- What operators have done. Times in Unix milliseconds, here and below.
+    CREATE TABLE operation (
+        row INTEGER PRIMARY KEY AUTOINCREMENT,
+        at INTEGER NOT NULL,
+        by TEXT NOT NULL,
+        what TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        details TEXT NOT NULL
+    );
+    CREATE TABLE replay (
+        row INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        subscriber TEXT NOT NULL,
+        -- As ReplayState::name has it.
+        state TEXT NOT NULL,
+        why TEXT,
+        created_at INTEGER NOT NULL,
+        changed_at INTEGER NOT NULL,
+        -- The last row of history that was enqueued.
+        position INTEGER NOT NULL,
+        -- JSON: what is frozen, and how far it has come.
+        ordered TEXT NOT NULL,
+        progress TEXT NOT NULL
+    );
+    CREATE INDEX replay_running ON replay (row) WHERE state = 'running';
+    -- The subscribers that were ever configured, and since when.
+    CREATE TABLE subscriber (name TEXT PRIMARY KEY, since INTEGER NOT NULL) WITHOUT ROWID;
+",
+];
 
 pub(super) const HISTORY_FILE: &str = "history.db";
 pub(super) const STORE_FILE: &str = "store.db";

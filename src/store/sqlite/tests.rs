@@ -705,3 +705,63 @@ async fn gaps_that_adjoin_are_one() {
     assert_eq!(gaps.len(), 200);
     assert_eq!((gaps[0].from, gaps[0].missing), (base, None), "none is lost");
 }
+
+#[tokio::test]
+async fn replays_operations_and_known_subscribers_are_in_the_precious_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let first = crate::store::replays_for_tests::replay("rpl_1", "a");
+    let second = Replay { id: "rpl_2".to_owned(), ..first.clone() };
+    assert!(store.introduce(&"a".into(), Some(first.clone()), now()).await.expect("writes"));
+    assert!(!store.introduce(&"a".into(), Some(second.clone()), now()).await.expect("writes"));
+    store.add_replay(second.clone()).await.expect("writes");
+    let (change, at) = (ReplayChange::Failed("gone".to_owned()), time(millis(now())));
+    let (changed, is_changed) =
+        store.change_replay("rpl_1", change.clone(), at).await.expect("writes").expect("is there");
+    assert!(is_changed && changed.changed_at == at);
+    assert_eq!(store.change_replay("rpl_3", change, at).await, Ok(None));
+    for what in ["pause", "resume", "replay"] {
+        let (by, subject) = ("ops".to_owned(), "a".to_owned());
+        let new = NewOperation { at, by, what, subject, details: String::new() };
+        store.add_operation(new).await.expect("writes");
+    }
+    store.close().await;
+    std::fs::remove_file(dir.path().join("history.db")).expect("it may be deleted");
+    let store = start(config(dir.path())).await;
+    let page = store.replays(None, 1).await.expect("reads");
+    assert_eq!((&page.rows[..], page.next), (&[Replay { row: 2, ..second }][..], Some(2)));
+    let failed = &store.replays(page.next, 9).await.expect("reads").rows[0];
+    assert_eq!(*failed, changed);
+    assert_eq!(store.replay("rpl_1").await, Ok(Some(changed)));
+    let running = store.running_replays().await.expect("reads");
+    assert_eq!(running.iter().map(|r| r.id.as_str()).collect::<Vec<_>>(), ["rpl_2"]);
+    let page = store.operations(None, 2).await.expect("reads");
+    let whats: Vec<_> = page.rows.iter().map(|o| o.new.what).collect();
+    assert_eq!((whats, page.next), (vec!["replay", "resume"], Some(2)));
+    assert_eq!(store.operations(page.next, 2).await.expect("reads").rows.len(), 1);
+}
+
+#[tokio::test]
+async fn the_rows_of_a_running_replay_outlive_the_retention_and_are_known_by_their_time() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let history = HistoryConfig { retention: HOUR, ..HISTORY };
+    let store = start(SqliteConfig { history, ..config(dir.path()) }).await;
+    append(&store, 0..21).await;
+    let (since, later) = (now() - HOUR, now() + 2 * HOUR);
+    let extent = store.extent(since, None).await.expect("reads").expect("has rows");
+    let last = store.reach().await.expect("reads").last.expect("has rows").0;
+    assert_eq!((extent.upto, extent.rows), (last, 21));
+    assert_eq!(store.extent(since, Some(since)).await, Ok(None));
+    assert_eq!(store.extent(later, None).await, Ok(None));
+    let mut replay = crate::store::replays_for_tests::replay("rpl_1", "a");
+    // Two of three chunks are still to be read.
+    replay.progress.position = EventNumber(extent.after.0 + 8);
+    store.add_replay(replay).await.expect("writes");
+    let rows = async || {
+        while store.trim(later).await.expect("trims") {}
+        store.rows(extent.after, last, MAX_ROWS, usize::MAX).await.expect("reads").len()
+    };
+    assert_eq!(rows().await, 14);
+    store.change_replay("rpl_1", ReplayChange::Cancelled, now()).await.expect("writes");
+    assert_eq!(rows().await, 0);
+}

@@ -1,0 +1,694 @@
+//! Replays: rows of history go to a subscriber again, in batches of their own.
+//!
+//! One task runs all replays of a daemon. It puts few batches at a time into a subscriber's queue,
+//! so that retries and new events go on between them. What it does is in the store before the next
+//! step: a daemon that is killed repeats at most one batch, under the same id and with the same
+//! bytes.
+
+mod filling;
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep,
+};
+
+use self::filling::{Filled, Filling, Pace};
+use crate::{
+    clock,
+    config::{Subscriber, Subscribers},
+    delivery::{BatchId, PauseState, SubscriberName},
+    policy::retry::Backoff,
+    queue::{Queue, QueueError},
+    store::{
+        Delivery, DeliveryState, EventNumber, MAX_ROWS, Replay, ReplayChange, ReplayProgress,
+        Store, StoreError,
+    },
+    telemetry::outage::{News, Outage},
+};
+
+/// Batches of a replay in a subscriber's queue, or in flight.
+pub const MAX_UNFINISHED: usize = 8;
+
+/// Bytes of events that are read at once.
+const READ_BYTES: usize = 4 << 20;
+
+/// The time between two polls while a replay waits: for batches to be finished, a pause to end, its
+/// rate.
+const POLL: Duration = Duration::from_millis(200);
+
+/// The time between two polls while no replay runs. A new one is noticed at once.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// The shortest and the longest time between two tries with the store or a queue.
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+
+/// The time for which the store may lack a batch, or its end, before the queue is asked. That costs
+/// a broker a pass through all retries.
+const ASK_QUEUE_AFTER: Duration = Duration::from_secs(60);
+
+/// The time that history must be past a subscriber's binding: an event may be published just before
+/// it, and have a later time.
+const BOUND_MARGIN: Duration = Duration::from_secs(10);
+
+/// The time after a binding at which history that gets no events is taken to be past it.
+const BOUND_IDLE: Duration = Duration::from_secs(60);
+
+/// The task's other end: says that replays were made or changed. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Replays(Arc<Notify>);
+
+impl Replays {
+    /// Says that a replay was made, or goes on.
+    pub fn changed(&self) {
+        self.0.notify_one();
+    }
+
+    /// Runs the replays of a daemon, until it is dropped.
+    pub async fn run<Q: Queue, S: Store>(
+        self,
+        queue: Q,
+        store: S,
+        subscribers: watch::Receiver<Subscribers>,
+    ) {
+        let mut runner = Runner { queue, store, subscribers, works: HashMap::new() };
+        let mut outage = Outage::default();
+        let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
+        loop {
+            let wait = match runner.round().await {
+                Ok(wait) => {
+                    outage.end();
+                    backoff.reset();
+                    wait
+                }
+                Err(e) => {
+                    // Away: that is logged by the code that found it.
+                    if outage.failed(&e.to_string()) == News::First && !e.is_away() {
+                        tracing::warn!(error = %e, "replays wait for the store");
+                    }
+                    backoff.grow()
+                }
+            };
+            tokio::select! {
+                () = sleep(wait) => {}
+                () = self.0.notified() => {}
+            }
+        }
+    }
+}
+
+struct Runner<Q, S> {
+    queue: Q,
+    store: S,
+    subscribers: watch::Receiver<Subscribers>,
+    /// By the id of the replay.
+    works: HashMap<String, Work>,
+}
+
+/// A running replay in memory.
+struct Work {
+    filling: Filling,
+    /// The last row that was read.
+    read_to: EventNumber,
+    /// No row is left, as far as is known.
+    is_at_end: bool,
+    /// The last row was published after the subscriber was bound.
+    is_past_binding: bool,
+    ready: VecDeque<Filled>,
+    /// The batches in the subscriber's queue, and since when that is known here.
+    unfinished: Vec<(BatchId, Instant)>,
+    /// When the queue was asked last, and which batches it did not have.
+    asked: Option<(Instant, HashSet<BatchId>)>,
+    pace: Pace,
+    outage: Outage,
+    /// When to try the queue again.
+    retry_at: Option<Instant>,
+    backoff: Backoff,
+}
+
+impl Work {
+    fn new(replay: &Replay, now: Instant) -> Self {
+        let unfinished = replay.progress.unfinished.iter();
+        Self {
+            filling: Filling::new(replay),
+            read_to: replay.progress.position,
+            is_at_end: false,
+            is_past_binding: false,
+            ready: VecDeque::new(),
+            unfinished: unfinished.map(|id| (id.clone(), now)).collect(),
+            asked: None,
+            pace: Pace::new(replay.order.rate),
+            outage: Outage::default(),
+            retry_at: None,
+            backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
+        }
+    }
+
+    /// A progress with the batches that are unfinished now.
+    fn with_unfinished(&self, progress: &ReplayProgress) -> ReplayProgress {
+        let unfinished = self.unfinished.iter().map(|(id, _)| id.clone()).collect();
+        ReplayProgress { unfinished, ..progress.clone() }
+    }
+}
+
+/// The result of a step.
+enum Stepped {
+    /// There may be more to do at once.
+    On,
+    Waits,
+    /// The replay is not running any more.
+    Ended,
+}
+
+impl<Q: Queue, S: Store> Runner<Q, S> {
+    /// One step of each subscriber's oldest replay. Returns the time until the next round.
+    async fn round(&mut self) -> Result<Duration, StoreError> {
+        let running = self.store.running_replays().await?;
+        self.works.retain(|id, _| running.iter().any(|replay| replay.id == *id));
+        let mut wait = if running.is_empty() { IDLE } else { POLL };
+        let mut begun: HashSet<&SubscriberName> = HashSet::new();
+        for replay in &running {
+            if !begun.insert(&replay.subscriber) {
+                continue;
+            }
+            match self.step(replay).await? {
+                Stepped::On => wait = Duration::ZERO,
+                Stepped::Waits => {}
+                Stepped::Ended => {
+                    self.works.remove(&replay.id);
+                    wait = Duration::ZERO;
+                }
+            }
+        }
+        Ok(wait)
+    }
+
+    async fn step(&mut self, replay: &Replay) -> Result<Stepped, StoreError> {
+        let name = &replay.subscriber;
+        let configured = self.subscribers.borrow().iter().find(|s| s.name == *name).cloned();
+        let Some(subscriber) = configured else {
+            let why = format!("subscriber `{name}` is not configured any more");
+            return self.fail(replay, why).await;
+        };
+        if is_paused(&self.queue, &subscriber) {
+            return Ok(Stepped::Waits);
+        }
+        let now = clock::instant();
+        let work = self.works.entry(replay.id.clone()).or_insert_with(|| Work::new(replay, now));
+        forget_finished(&self.queue, &self.store, &subscriber, work).await?;
+        let waits = work.unfinished.len() >= MAX_UNFINISHED
+            || !work.pace.wait(now).is_zero()
+            || work.retry_at.is_some_and(|at| at > now);
+        if waits {
+            return Ok(Stepped::Waits);
+        }
+        if work.ready.is_empty() && !work.is_at_end {
+            read(&self.store, work).await?;
+            return Ok(Stepped::On);
+        }
+        match work.ready.front() {
+            Some(_) => self.enqueue(replay).await,
+            None => self.end(replay).await,
+        }
+    }
+
+    /// Puts the next batch into the queue, then records that.
+    async fn enqueue(&mut self, replay: &Replay) -> Result<Stepped, StoreError> {
+        let Some(work) = self.works.get_mut(&replay.id) else { return Ok(Stepped::On) };
+        let Some(next) = work.ready.front() else { return Ok(Stepped::On) };
+        let (id, events) = (next.batch.id.clone(), next.batch.events);
+        let name = &replay.subscriber;
+        let now = clock::instant();
+        // The daemon may have been killed after the batch was enqueued, and before that was recorded.
+        let is_known = self.store.delivery(id.as_str()).await?.is_some();
+        if !is_known && let Err(e) = self.queue.enqueue(name, vec![next.batch.clone()]).await {
+            work.retry_at = Some(now + work.backoff.grow());
+            log_outage(&mut work.outage, replay, &e);
+            return Ok(Stepped::Waits);
+        }
+        work.outage.end();
+        work.backoff.reset();
+        work.retry_at = None;
+        let mut progress = next.progress.clone();
+        let unfinished = work.unfinished.iter().map(|(id, _)| id.clone());
+        progress.unfinished = unfinished.chain([id.clone()]).collect();
+        let change = ReplayChange::Progressed(progress);
+        let changed = self.store.change_replay(&replay.id, change, clock::now()).await?;
+        if changed.is_none_or(|(_, changed)| !changed) {
+            return Ok(Stepped::Ended);
+        }
+        work.ready.pop_front();
+        work.unfinished.push((id, now));
+        work.pace.spend(events, now);
+        Ok(Stepped::On)
+    }
+
+    /// There are no more rows: adds those that history has got meanwhile, or completes.
+    async fn end(&mut self, replay: &Replay) -> Result<Stepped, StoreError> {
+        let Some(work) = self.works.get_mut(&replay.id) else { return Ok(Stepped::On) };
+        let upto = work.filling.progress().upto;
+        if let Some(bound_at) = replay.order.bound_at.filter(|_| !work.is_past_binding) {
+            let last = self.store.reach().await?.last;
+            work.is_past_binding = last.is_some_and(|(_, at)| at >= bound_at + BOUND_MARGIN);
+            match follow(last, upto, bound_at, clock::now()) {
+                Follow::Completes => {}
+                Follow::Waits => return Ok(Stepped::Waits),
+                Follow::GoesOn(upto) => {
+                    work.filling.extend(upto);
+                    let progress = work.with_unfinished(work.filling.progress());
+                    let change = ReplayChange::Progressed(progress);
+                    let changed =
+                        self.store.change_replay(&replay.id, change, clock::now()).await?;
+                    work.is_at_end = false;
+                    let runs = changed.is_some_and(|(_, changed)| changed);
+                    return Ok(if runs { Stepped::On } else { Stepped::Ended });
+                }
+            }
+        }
+        let progress = work.with_unfinished(work.filling.progress());
+        let completed = ReplayChange::Completed(ReplayProgress { position: upto, ..progress });
+        if let Some((ended, true)) =
+            self.store.change_replay(&replay.id, completed, clock::now()).await?
+        {
+            let ReplayProgress { enqueued, batches, missing, unusable, .. } = ended.progress;
+            tracing::info!(
+                replay = replay.id,
+                subscriber = replay.subscriber.as_str(),
+                enqueued,
+                batches,
+                missing,
+                unusable,
+                "replay done"
+            );
+        }
+        Ok(Stepped::Ended)
+    }
+
+    async fn fail(&self, replay: &Replay, why: String) -> Result<Stepped, StoreError> {
+        tracing::warn!(
+            replay = replay.id,
+            subscriber = replay.subscriber.as_str(),
+            why,
+            "replay failed"
+        );
+        self.store.change_replay(&replay.id, ReplayChange::Failed(why), clock::now()).await?;
+        Ok(Stepped::Ended)
+    }
+}
+
+fn is_paused<Q: Queue>(queue: &Q, subscriber: &Subscriber) -> bool {
+    let states = queue.pause_states();
+    let states = states.borrow();
+    // Not known yet: as if it were.
+    subscriber.paused
+        || states
+            .as_ref()
+            .is_none_or(|states| states.get(&subscriber.name).and_then(PauseState::pause).is_some())
+}
+
+/// Reads the next rows into batches.
+async fn read<S: Store>(store: &S, work: &mut Work) -> Result<(), StoreError> {
+    let upto = work.filling.progress().upto;
+    let rows = store.rows(work.read_to, upto, MAX_ROWS, READ_BYTES).await?;
+    work.is_at_end = rows.is_empty();
+    if work.is_at_end {
+        work.ready.extend(work.filling.end());
+    }
+    for row in &rows {
+        work.read_to = row.number;
+        work.ready.extend(work.filling.add(row));
+    }
+    Ok(())
+}
+
+/// Forgets the batches that are in the subscriber's queue no more.
+async fn forget_finished<Q: Queue, S: Store>(
+    queue: &Q,
+    store: &S,
+    subscriber: &Subscriber,
+    work: &mut Work,
+) -> Result<(), StoreError> {
+    let now = clock::instant();
+    let mut overdue = HashSet::new();
+    let mut kept = Vec::new();
+    for (id, since) in std::mem::take(&mut work.unfinished) {
+        let delivery = match store.delivery(id.as_str()).await {
+            Ok(delivery) => delivery,
+            Err(e) => {
+                kept.push((id, since));
+                work.unfinished.append(&mut kept);
+                return Err(e);
+            }
+        };
+        match place(delivery.as_ref(), clock::now(), subscriber.longest_attempt()) {
+            Place::Finished => continue,
+            Place::Unknown if now.saturating_duration_since(since) > ASK_QUEUE_AFTER => {
+                overdue.insert(id.clone());
+            }
+            Place::Unknown | Place::Unfinished => {}
+        }
+        kept.push((id, since));
+    }
+    work.unfinished = kept;
+    let is_time = work
+        .asked
+        .as_ref()
+        .is_none_or(|(at, _)| now.saturating_duration_since(*at) > ASK_QUEUE_AFTER);
+    if overdue.is_empty() || !is_time {
+        return Ok(());
+    }
+    // A batch in flight is in no list; twice in a row none is.
+    let before = work.asked.take().map(|(_, absent)| absent).unwrap_or_default();
+    let absent = match queue.waiting(&subscriber.name).await {
+        Ok(list) if list.unseen == 0 => {
+            let waiting: HashSet<&BatchId> = list.batches.iter().map(|w| &w.batch_id).collect();
+            overdue.into_iter().filter(|id| !waiting.contains(id)).collect()
+        }
+        _ => HashSet::new(),
+    };
+    work.unfinished.retain(|(id, _)| !(absent.contains(id) && before.contains(id)));
+    work.asked = Some((now, absent));
+    Ok(())
+}
+
+/// Where an enqueued batch is, as the store has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Finished,
+    Unfinished,
+    /// The store may lack the batch, or its end.
+    Unknown,
+}
+
+fn place(delivery: Option<&Delivery>, now: SystemTime, longest_attempt: Duration) -> Place {
+    let Some(delivery) = delivery else { return Place::Unknown };
+    let ends_by = match &delivery.state {
+        DeliveryState::Delivered { .. } | DeliveryState::Dead { .. } | DeliveryState::Split => {
+            return Place::Finished;
+        }
+        DeliveryState::Retrying { due } => *due,
+        DeliveryState::InFlight | DeliveryState::Paused | DeliveryState::Interrupted => {
+            delivery.changed_at
+        }
+    };
+    if now > ends_by + longest_attempt { Place::Unknown } else { Place::Unfinished }
+}
+
+/// What follows when a replay from a subscriber's begin has read all its rows.
+#[derive(Debug, PartialEq, Eq)]
+enum Follow {
+    Completes,
+    GoesOn(EventNumber),
+    Waits,
+}
+
+/// `last`: the last event in history; `upto`: the last row of the replay.
+fn follow(
+    last: Option<(EventNumber, SystemTime)>,
+    upto: EventNumber,
+    bound_at: SystemTime,
+    now: SystemTime,
+) -> Follow {
+    match last {
+        Some((number, _)) if number > upto => Follow::GoesOn(number),
+        Some((_, at)) if at >= bound_at + BOUND_MARGIN => Follow::Completes,
+        _ if now >= bound_at + BOUND_IDLE => Follow::Completes,
+        _ => Follow::Waits,
+    }
+}
+
+fn log_outage(outage: &mut Outage, replay: &Replay, e: &QueueError) {
+    let (id, subscriber) = (replay.id.as_str(), replay.subscriber.as_str());
+    match outage.failed(&e.to_string()) {
+        News::Known => {
+            tracing::debug!(replay = id, subscriber, error = %e, "replay still waits for the queue");
+        }
+        News::First | News::OtherReason => {
+            tracing::warn!(replay = id, subscriber, error = %e, "replay waits for the queue");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{
+        config::testing,
+        delivery::Pause,
+        queue::fake::Fake,
+        store::{
+            Change, Contents, DeliveryChange, NewRow, fake::FakeStore, replays_for_tests::replay,
+        },
+    };
+
+    /// A daemon with history and one subscriber.
+    struct World {
+        queue: Fake,
+        store: FakeStore,
+        subscribers: watch::Sender<Subscribers>,
+    }
+
+    impl World {
+        /// History has this many events, of which every second one is chosen.
+        async fn with_events(events: u32) -> Self {
+            let world = Self {
+                queue: Fake::default(),
+                store: FakeStore::default(),
+                subscribers: watch::Sender::new(Vec::new().into()),
+            };
+            world.configure(&["a"]);
+            world.append(events).await;
+            world
+        }
+
+        fn configure(&self, names: &[&str]) {
+            let all = names.iter().map(|name| Arc::new(testing::subscriber(name, "")));
+            self.subscribers.send_replace(all.collect());
+        }
+
+        async fn append(&self, events: u32) {
+            let event = |n: u32| {
+                let event_type = if n.is_multiple_of(2) { "user.a" } else { "other.a" };
+                NewRow {
+                    number: None,
+                    at: replay("", "a").created_at,
+                    event_type: event_type.to_owned(),
+                    message_id: None,
+                    body: format!(r#"{{"event":"{event_type}","n":{n}}}"#).into(),
+                    redelivered: false,
+                }
+            };
+            self.store.append((0..events).map(event).collect()).await.expect("appends");
+        }
+
+        /// Adds a replay of the first rows.
+        async fn add(&self, id: &str, rows: u32) {
+            let mut new = replay(id, "a");
+            new.order.rate = None;
+            new.order.bound_at = None;
+            new.order.event_ids = false;
+            new.progress.unfinished.clear();
+            new.progress.upto = EventNumber(rows.into());
+            new.progress.rows = rows.into();
+            self.store.add_replay(new).await.expect("adds");
+        }
+
+        fn daemon(&self) -> Runner<Fake, FakeStore> {
+            Runner {
+                queue: self.queue.clone(),
+                store: self.store.clone(),
+                subscribers: self.subscribers.subscribe(),
+                works: HashMap::new(),
+            }
+        }
+
+        /// Delivers what is in the queue of the subscriber. Returns the number of batches.
+        async fn deliver(&self) -> usize {
+            let batches = self.queue.take_enqueued("a");
+            for batch in &batches {
+                let contents = Contents {
+                    format: Some(batch.format),
+                    events: batch.events,
+                    bytes: batch.body.len() as u64,
+                    sha256: None,
+                    prints: batch.prints.clone(),
+                    replay: batch.replay,
+                    parent: None,
+                };
+                let started = Change::Started { attempt: 1, contents, by: "me".to_owned() };
+                let change = |change| DeliveryChange {
+                    id: batch.id.clone(),
+                    subscriber: "a".into(),
+                    at: clock::now(),
+                    change,
+                };
+                let changes = vec![change(started), change(Change::Delivered)];
+                self.store.record(changes).await.expect("records");
+            }
+            batches.len()
+        }
+
+        async fn replay(&self, id: &str) -> Replay {
+            self.store.replay(id).await.expect("reads").expect("is there")
+        }
+
+        async fn until_state(
+            &self,
+            daemon: &mut Runner<Fake, FakeStore>,
+            id: &str,
+            state: &str,
+        ) -> Replay {
+            for _ in 0..1000 {
+                settle(daemon).await;
+                let replay = self.replay(id).await;
+                if replay.state.name() == state {
+                    return replay;
+                }
+                if self.deliver().await == 0 {
+                    // It waits until it tries the queue again.
+                    sleep(Duration::from_millis(10)).await;
+                }
+            }
+            panic!("it is never {state}");
+        }
+    }
+
+    /// Lets the daemon do all that it can do without others.
+    async fn settle(daemon: &mut Runner<Fake, FakeStore>) {
+        while daemon.round().await.is_ok_and(|wait| wait.is_zero()) {}
+    }
+
+    #[tokio::test]
+    async fn a_replay_puts_a_few_batches_at_a_time_into_the_queue_and_ends_with_all_of_them() {
+        let world = World::with_events(200).await;
+        world.add("rpl_1", 200).await;
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        assert_eq!(world.queue.enqueued().len(), MAX_UNFINISHED);
+        assert_eq!(world.replay("rpl_1").await.progress.unfinished.len(), MAX_UNFINISHED);
+        assert_eq!(world.deliver().await, MAX_UNFINISHED);
+        settle(&mut daemon).await;
+        assert_eq!(world.queue.enqueued().len(), 2 * MAX_UNFINISHED);
+        let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
+        assert_eq!((done.read, done.matched, done.enqueued), (200, 100, 100));
+        assert_eq!((done.batches, done.missing, done.position), (34, 0, EventNumber(200)));
+        let all = world.queue.enqueued();
+        assert!(all.iter().all(|batch| batch.replay));
+        let ids: BTreeSet<&BatchId> = all.iter().map(|batch| &batch.id).collect();
+        assert_eq!((ids.len(), all.len()), (34, 34));
+        assert!(all[0].body.starts_with(br#"{"event":"user.a","n":0}"#));
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_was_killed_goes_on_where_it_was_and_repeats_no_batch() {
+        let world = World::with_events(100).await;
+        world.add("rpl_1", 100).await;
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        drop(daemon);
+        world.deliver().await;
+        // Killed between the queue's answer and the record of it.
+        let recorded = world.replay("rpl_1").await.progress;
+        world.store.memory().replays[0].progress.position = EventNumber(36);
+        world.store.memory().replays[0].progress.enqueued -= 6;
+        assert_eq!(recorded.position, EventNumber(47), "eight batches of three");
+        let mut daemon = world.daemon();
+        world.until_state(&mut daemon, "rpl_1", "done").await;
+        let all = world.queue.enqueued();
+        let ids: BTreeSet<&BatchId> = all.iter().map(|batch| &batch.id).collect();
+        assert_eq!((ids.len(), all.len()), (17, 17));
+    }
+
+    #[tokio::test]
+    async fn a_replay_waits_for_a_paused_subscriber_the_queue_and_the_store() {
+        let world = World::with_events(10).await;
+        let pause = Pause { why: String::new(), since: clock::now(), by: "operator".to_owned() };
+        world.queue.record(&"a".into(), PauseState::Paused(pause)).await.expect("records");
+        world.add("rpl_1", 10).await;
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        assert!(world.queue.enqueued().is_empty(), "paused");
+        world.queue.refuse(Some(QueueError::new("away")));
+        let resumed = PauseState::Resumed { at: clock::now() };
+        world.queue.record(&"a".into(), resumed).await.expect("records");
+        settle(&mut daemon).await;
+        assert!(world.queue.enqueued().is_empty(), "the queue is away");
+        world.store.memory().away = Some(StoreError::away("away"));
+        world.queue.refuse(None);
+        settle(&mut daemon).await;
+        assert!(world.queue.enqueued().is_empty(), "the store is away");
+        world.store.memory().away = None;
+        world.until_state(&mut daemon, "rpl_1", "done").await;
+        assert_eq!(world.queue.enqueued().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_removed_subscriber_fails_its_replay_and_a_cancelled_one_goes_on_when_continued() {
+        let world = World::with_events(100).await;
+        world.add("rpl_1", 100).await;
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        let change = |change| world.store.change_replay("rpl_1", change, clock::now());
+        change(ReplayChange::Cancelled).await.expect("changes");
+        settle(&mut daemon).await;
+        world.deliver().await;
+        settle(&mut daemon).await;
+        assert_eq!(world.queue.enqueued().len(), MAX_UNFINISHED);
+        world.configure(&["b"]);
+        change(ReplayChange::Continued).await.expect("changes");
+        let failed = world.until_state(&mut daemon, "rpl_1", "failed").await;
+        assert!(failed.state.why().is_some_and(|why| why.contains("not configured")));
+        world.configure(&["a"]);
+        change(ReplayChange::Continued).await.expect("changes");
+        let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
+        assert_eq!((done.enqueued, world.queue.enqueued().len()), (50, 17));
+    }
+
+    #[tokio::test]
+    async fn rows_that_retention_removed_are_reported_missing() {
+        let world = World::with_events(100).await;
+        world.store.memory().events.retain(|row| !(10..30).contains(&row.number.0));
+        world.add("rpl_1", 100).await;
+        let mut daemon = world.daemon();
+        let done = world.until_state(&mut daemon, "rpl_1", "done").await.progress;
+        assert_eq!((done.missing, done.read, done.enqueued), (20, 80, 40));
+    }
+
+    #[tokio::test]
+    async fn of_two_replays_of_a_subscriber_the_later_one_waits() {
+        let world = World::with_events(100).await;
+        world.add("rpl_1", 100).await;
+        world.add("rpl_2", 100).await;
+        let mut daemon = world.daemon();
+        settle(&mut daemon).await;
+        assert_eq!(world.queue.enqueued().len(), MAX_UNFINISHED);
+        world.until_state(&mut daemon, "rpl_2", "done").await;
+        let all = world.queue.enqueued();
+        let ids: BTreeSet<&BatchId> = all.iter().map(|batch| &batch.id).collect();
+        assert_eq!(ids.len(), 34, "batches of both");
+    }
+
+    #[test]
+    fn a_replay_from_a_begin_follows_history_until_it_is_past_the_binding() {
+        let bound = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        let after = |seconds| bound + Duration::from_secs(seconds);
+        let (old, new) = (EventNumber(5), EventNumber(9));
+        for (last, now, follows) in [
+            (None, after(1), Follow::Waits),
+            (None, after(60), Follow::Completes),
+            (Some((old, bound)), after(1), Follow::Waits),
+            (Some((old, after(10))), after(11), Follow::Completes),
+            (Some((new, bound)), after(90), Follow::GoesOn(new)),
+        ] {
+            assert_eq!(follow(last, old, bound, now), follows, "{last:?}");
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Replays and operations: what operators have asked for, and how far it has come.
+
+use std::time::SystemTime;
+
+use super::row::EventNumber;
+use crate::{
+    delivery::{BatchId, SubscriberName},
+    event::{Pattern, payload::Format},
+};
+
+/// The most operations that are kept: the latest.
+pub const MAX_OPERATIONS: i64 = 100_000;
+
+/// What an operator has done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operation {
+    /// Its row: later ones were recorded later.
+    pub row: i64,
+    pub new: NewOperation,
+}
+
+/// An operation on its way into the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewOperation {
+    pub at: SystemTime,
+    /// The name of the token; empty where a request needs none.
+    pub by: String,
+    /// `pause`, `replay` …
+    pub what: &'static str,
+    /// The subscriber, or an id; empty of an operation on all.
+    pub subject: String,
+    /// A short text without a secret, a header, or the path of a URL.
+    pub details: String,
+}
+
+impl NewOperation {
+    /// All operations.
+    pub const NAMES: [&'static str; 9] = [
+        "pause",
+        "resume",
+        "retry",
+        "test",
+        "reload",
+        "resend",
+        "replay",
+        "continue_replay",
+        "cancel_replay",
+    ];
+}
+
+/// Rows of history that are sent to a subscriber again, in batches of their own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replay {
+    /// Its row: later ones were made later; 0 before it is stored.
+    pub row: i64,
+    /// `rpl_` and 32 hexadecimal digits.
+    pub id: String,
+    pub subscriber: SubscriberName,
+    pub order: ReplayOrder,
+    pub progress: ReplayProgress,
+    pub state: ReplayState,
+    pub created_at: SystemTime,
+    pub changed_at: SystemTime,
+}
+
+/// What is replayed. It never changes, so that a batch that is made twice has the same bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplayOrder {
+    /// The name of the token; the configuration's key for `start_from`.
+    pub by: String,
+    /// From this time on.
+    pub since: SystemTime,
+    /// Before this time; `None`: up to the start of the replay.
+    pub until: Option<SystemTime>,
+    /// The subscriber's patterns when the replay was made.
+    pub patterns: Vec<Pattern>,
+    /// Of these events those whose type matches it too.
+    pub events: Option<Pattern>,
+    /// The rows begin after this one.
+    pub after: EventNumber,
+    /// Events in a second, at most.
+    pub rate: Option<u32>,
+    pub format: Format,
+    /// The most events of a batch.
+    pub max_events: usize,
+    /// The most bytes of a request body.
+    pub max_bytes: usize,
+    /// Whether events without a field `event_id` get one.
+    pub event_ids: bool,
+    /// The subscriber was bound at this time: rows are added until history has passed it.
+    pub bound_at: Option<SystemTime>,
+}
+
+/// How far a replay has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplayProgress {
+    /// The last row whose events are in the subscriber's queue.
+    pub position: EventNumber,
+    /// The last row of the replay.
+    pub upto: EventNumber,
+    /// The rows that history had between the first and the last when the replay was made.
+    pub rows: u64,
+    /// Rows up to the position that were there.
+    pub read: u64,
+    /// Events that were chosen.
+    pub matched: u64,
+    /// Events that are in the subscriber's queue, or were.
+    pub enqueued: u64,
+    pub batches: u64,
+    /// Chosen events that cannot be sent: invalid, too large, or kept without their bytes.
+    pub unusable: u64,
+    /// Rows that retention removed first; known at the end.
+    pub missing: u64,
+    /// The batches that are in the subscriber's queue, as far as is known.
+    pub unfinished: Vec<BatchId>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReplayState {
+    Running,
+    /// All batches are in the subscriber's queue.
+    Done,
+    Cancelled,
+    /// It cannot go on, for this reason.
+    Failed(String),
+}
+
+impl ReplayState {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Cancelled => "cancelled",
+            Self::Failed(_) => "failed",
+        }
+    }
+
+    /// The reason of a failure.
+    pub fn why(&self) -> Option<&str> {
+        match self {
+            Self::Failed(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    /// Reads a stored state; `None` for an unknown name.
+    pub fn read(name: &str, why: Option<String>) -> Option<Self> {
+        let states = [Self::Running, Self::Done, Self::Cancelled];
+        let failed = || Self::Failed(why.unwrap_or_default());
+        let found = states.into_iter().find(|state| state.name() == name);
+        found.or_else(|| (name == "failed").then(failed))
+    }
+}
+
+/// A change of a replay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReplayChange {
+    Progressed(ReplayProgress),
+    Completed(ReplayProgress),
+    Failed(String),
+    Cancelled,
+    Continued,
+}
+
+impl Replay {
+    /// Changes the replay; false, and nothing has changed, if its state forbids that. A replay that
+    /// was cancelled takes no progress of who has not heard of that.
+    pub fn apply(&mut self, change: ReplayChange, now: SystemTime) -> bool {
+        let is_running = self.state == ReplayState::Running;
+        let can_go_on = matches!(self.state, ReplayState::Cancelled | ReplayState::Failed(_));
+        match change {
+            ReplayChange::Progressed(progress) if is_running => self.progress = progress,
+            ReplayChange::Completed(progress) if is_running => {
+                let rows = progress.rows.max(progress.read);
+                self.progress = ReplayProgress { missing: rows - progress.read, ..progress };
+                self.state = ReplayState::Done;
+            }
+            ReplayChange::Failed(why) if is_running => self.state = ReplayState::Failed(why),
+            ReplayChange::Cancelled if is_running => self.state = ReplayState::Cancelled,
+            ReplayChange::Continued if can_go_on => self.state = ReplayState::Running,
+            _ => return false,
+        }
+        self.changed_at = now;
+        true
+    }
+}
+
+/// The rows of a span of time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// They begin after this row.
+    pub after: EventNumber,
+    /// The last of them.
+    pub upto: EventNumber,
+    /// Their number, a few outside of the span of time included.
+    pub rows: u64,
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A replay of all events from the first 100 rows.
+    pub(crate) fn replay(id: &str, subscriber: &str) -> Replay {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+        Replay {
+            row: 0,
+            id: id.to_owned(),
+            subscriber: subscriber.into(),
+            order: ReplayOrder {
+                by: "ops".to_owned(),
+                since: at - Duration::from_secs(3600),
+                until: None,
+                patterns: vec![Pattern::all()],
+                events: Some(Pattern::try_new("user.*").expect("a pattern")),
+                after: EventNumber(0),
+                rate: Some(7),
+                format: Format::JsonLines,
+                max_events: 3,
+                max_bytes: 1000,
+                event_ids: true,
+                bound_at: Some(at),
+            },
+            progress: ReplayProgress {
+                position: EventNumber(0),
+                upto: EventNumber(100),
+                rows: 100,
+                read: 0,
+                matched: 0,
+                enqueued: 0,
+                batches: 0,
+                unusable: 0,
+                missing: 0,
+                unfinished: vec!["msg_1".into()],
+            },
+            state: ReplayState::Running,
+            created_at: at,
+            changed_at: at,
+        }
+    }
+
+    #[test]
+    fn a_cancelled_replay_takes_no_progress_and_goes_on_where_it_was() {
+        let mut replay = replay("rpl_1", "a");
+        let now = replay.created_at + Duration::from_secs(1);
+        let at = |position, read| ReplayProgress {
+            position: EventNumber(position),
+            read,
+            ..self::replay("", "a").progress
+        };
+        assert!(replay.apply(ReplayChange::Progressed(at(10, 10)), now));
+        assert!(!replay.apply(ReplayChange::Continued, now), "it runs");
+        assert!(replay.apply(ReplayChange::Cancelled, now));
+        for change in [
+            ReplayChange::Progressed(at(20, 20)),
+            ReplayChange::Completed(at(100, 100)),
+            ReplayChange::Failed(String::new()),
+            ReplayChange::Cancelled,
+        ] {
+            let before = replay.clone();
+            assert!(!replay.apply(change, now + Duration::from_secs(1)));
+            assert_eq!(replay, before);
+        }
+        assert_eq!(replay.progress.position, EventNumber(10));
+        assert!(replay.apply(ReplayChange::Continued, now));
+        assert!(replay.apply(ReplayChange::Completed(at(100, 60)), now));
+        assert_eq!((replay.state.name(), replay.progress.missing), ("done", 40));
+        assert!(!replay.apply(ReplayChange::Continued, now), "it is done");
+    }
+
+    #[test]
+    fn states_are_read_by_their_names() {
+        let why = "removed".to_owned();
+        for state in [
+            ReplayState::Running,
+            ReplayState::Done,
+            ReplayState::Cancelled,
+            ReplayState::Failed(why),
+        ] {
+            let read = ReplayState::read(state.name(), state.why().map(str::to_owned));
+            assert_eq!(read, Some(state));
+        }
+        assert_eq!(ReplayState::read("other", None), None);
+    }
+}

@@ -1,0 +1,320 @@
+//! Replays, operations, and which subscribers were ever configured: in the precious file.
+
+use std::time::SystemTime;
+
+use rusqlite::{Connection, OptionalExtension as _, Row, params, types::Type};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    chunk::Chunk,
+    fault::{millis, time},
+};
+use crate::{
+    delivery::{BatchId, SubscriberName},
+    event::{Pattern, payload::Format},
+    store::{
+        EventNumber, Extent, MAX_OPERATIONS, NewOperation, Operation, Page, Replay, ReplayChange,
+        ReplayOrder, ReplayProgress, ReplayState,
+    },
+};
+
+/// A [`ReplayOrder`] as it is stored.
+#[derive(Serialize, Deserialize)]
+struct StoredOrder {
+    by: String,
+    since: i64,
+    until: Option<i64>,
+    patterns: Vec<String>,
+    events: Option<String>,
+    after: i64,
+    rate: Option<u32>,
+    is_lines: bool,
+    max_events: usize,
+    max_bytes: usize,
+    event_ids: bool,
+    bound_at: Option<i64>,
+}
+
+impl From<&ReplayOrder> for StoredOrder {
+    fn from(o: &ReplayOrder) -> Self {
+        let text = |pattern: &Pattern| pattern.as_str().to_owned();
+        Self {
+            by: o.by.clone(),
+            since: millis(o.since),
+            until: o.until.map(millis),
+            patterns: o.patterns.iter().map(text).collect(),
+            events: o.events.as_ref().map(text),
+            after: o.after.0,
+            rate: o.rate,
+            is_lines: o.format == Format::JsonLines,
+            max_events: o.max_events,
+            max_bytes: o.max_bytes,
+            event_ids: o.event_ids,
+            bound_at: o.bound_at.map(millis),
+        }
+    }
+}
+
+impl TryFrom<StoredOrder> for ReplayOrder {
+    /// A pattern that is none.
+    type Error = String;
+
+    fn try_from(o: StoredOrder) -> Result<Self, String> {
+        let patterns: Result<_, _> = o.patterns.iter().map(|text| Pattern::try_new(text)).collect();
+        Ok(Self {
+            by: o.by,
+            since: time(o.since),
+            until: o.until.map(time),
+            patterns: patterns?,
+            events: o.events.map(|text| Pattern::try_new(&text)).transpose()?,
+            after: EventNumber(o.after),
+            rate: o.rate,
+            format: if o.is_lines { Format::JsonLines } else { Format::Json },
+            max_events: o.max_events,
+            max_bytes: o.max_bytes,
+            event_ids: o.event_ids,
+            bound_at: o.bound_at.map(time),
+        })
+    }
+}
+
+/// A [`ReplayProgress`] as it is stored.
+#[derive(Serialize, Deserialize)]
+struct StoredProgress {
+    position: i64,
+    upto: i64,
+    rows: u64,
+    read: u64,
+    matched: u64,
+    enqueued: u64,
+    batches: u64,
+    unusable: u64,
+    missing: u64,
+    unfinished: Vec<String>,
+}
+
+impl From<&ReplayProgress> for StoredProgress {
+    fn from(p: &ReplayProgress) -> Self {
+        Self {
+            position: p.position.0,
+            upto: p.upto.0,
+            rows: p.rows,
+            read: p.read,
+            matched: p.matched,
+            enqueued: p.enqueued,
+            batches: p.batches,
+            unusable: p.unusable,
+            missing: p.missing,
+            unfinished: p.unfinished.iter().map(|id| id.as_str().to_owned()).collect(),
+        }
+    }
+}
+
+impl From<StoredProgress> for ReplayProgress {
+    fn from(p: StoredProgress) -> Self {
+        Self {
+            position: EventNumber(p.position),
+            upto: EventNumber(p.upto),
+            rows: p.rows,
+            read: p.read,
+            matched: p.matched,
+            enqueued: p.enqueued,
+            batches: p.batches,
+            unusable: p.unusable,
+            missing: p.missing,
+            unfinished: p.unfinished.into_iter().map(BatchId::from).collect(),
+        }
+    }
+}
+
+const COLUMNS: &str = "row, id, subscriber, state, why, created_at, changed_at, ordered, progress";
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Replay> {
+    let unreadable = |n: usize, why: String| {
+        rusqlite::Error::FromSqlConversionFailure(n, Type::Text, why.into())
+    };
+    let texts: (String, String, String, String) =
+        (row.get(2)?, row.get(3)?, row.get(7)?, row.get(8)?);
+    let (name, state, order, progress) = texts;
+    let order: StoredOrder =
+        serde_json::from_str(&order).map_err(|e| unreadable(7, e.to_string()))?;
+    let progress: StoredProgress =
+        serde_json::from_str(&progress).map_err(|e| unreadable(8, e.to_string()))?;
+    Ok(Replay {
+        row: row.get(0)?,
+        id: row.get(1)?,
+        subscriber: SubscriberName::try_new(&name).map_err(|e| unreadable(2, e.to_string()))?,
+        state: ReplayState::read(&state, row.get(4)?)
+            .ok_or_else(|| unreadable(3, format!("no state is called `{state}`")))?,
+        created_at: time(row.get(5)?),
+        changed_at: time(row.get(6)?),
+        order: order.try_into().map_err(|why| unreadable(7, why))?,
+        progress: progress.into(),
+    })
+}
+
+fn json(value: &impl Serialize) -> rusqlite::Result<String> {
+    serde_json::to_string(value).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))
+}
+
+pub(super) fn add(db: &Connection, replay: &Replay) -> rusqlite::Result<()> {
+    db.prepare_cached(
+        "INSERT INTO replay (id, subscriber, state, why, created_at, changed_at, position, ordered, progress) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+    )?
+    .execute(params![
+        replay.id,
+        replay.subscriber.as_str(),
+        replay.state.name(),
+        replay.state.why(),
+        millis(replay.created_at),
+        millis(replay.changed_at),
+        replay.progress.position.0,
+        json(&StoredOrder::from(&replay.order))?,
+        json(&StoredProgress::from(&replay.progress))?
+    ])
+    .map(drop)
+}
+
+pub(super) fn change(
+    db: &Connection,
+    id: &str,
+    change: ReplayChange,
+    now: SystemTime,
+) -> rusqlite::Result<Option<(Replay, bool)>> {
+    let Some(mut replay) = one(db, id)? else { return Ok(None) };
+    if !replay.apply(change, now) {
+        return Ok(Some((replay, false)));
+    }
+    db.prepare_cached(
+        "UPDATE replay SET state = ?2, why = ?3, changed_at = ?4, position = ?5, progress = ?6 WHERE id = ?1",
+    )?
+    .execute(params![
+        id,
+        replay.state.name(),
+        replay.state.why(),
+        millis(replay.changed_at),
+        replay.progress.position.0,
+        json(&StoredProgress::from(&replay.progress))?
+    ])?;
+    Ok(Some((replay, true)))
+}
+
+pub(super) fn one(db: &Connection, id: &str) -> rusqlite::Result<Option<Replay>> {
+    db.prepare_cached(&format!("SELECT {COLUMNS} FROM replay WHERE id = ?1"))?
+        .query_row([id], read)
+        .optional()
+}
+
+pub(super) fn list(
+    db: &Connection,
+    before: Option<i64>,
+    limit: usize,
+) -> rusqlite::Result<Page<Replay>> {
+    let sql = format!("SELECT {COLUMNS} FROM replay WHERE row < ?1 ORDER BY row DESC LIMIT ?2");
+    let rows = db
+        .prepare_cached(&sql)?
+        .query_map(params![before.unwrap_or(i64::MAX), ask_for(limit)], read)?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    Ok(page(rows, limit, |replay| replay.row))
+}
+
+pub(super) fn running(db: &Connection) -> rusqlite::Result<Vec<Replay>> {
+    db.prepare_cached(&format!(
+        "SELECT {COLUMNS} FROM replay WHERE state = 'running' ORDER BY row"
+    ))?
+    .query_map([], read)?
+    .collect()
+}
+
+/// The number of the last row that no running replay has still to read; `None` if none runs.
+pub(super) fn floor(db: &Connection) -> rusqlite::Result<Option<i64>> {
+    db.prepare_cached("SELECT min(position) FROM replay WHERE state = 'running'")?
+        .query_row([], |row| row.get(0))
+}
+
+pub(super) fn introduce(
+    db: &Connection,
+    name: &SubscriberName,
+    replay: Option<&Replay>,
+    now: SystemTime,
+) -> rusqlite::Result<bool> {
+    let is_new = db
+        .prepare_cached("INSERT OR IGNORE INTO subscriber (name, since) VALUES (?1, ?2)")?
+        .execute(params![name.as_str(), millis(now)])?
+        > 0;
+    if let Some(replay) = replay.filter(|_| is_new) {
+        add(db, replay)?;
+    }
+    Ok(is_new)
+}
+
+pub(super) fn add_operation(db: &Connection, new: &NewOperation) -> rusqlite::Result<()> {
+    let NewOperation { at, by, what, subject, details } = new;
+    db.prepare_cached(
+        "INSERT INTO operation (at, by, what, subject, details) VALUES (?1, ?2, ?3, ?4, ?5)",
+    )?
+    .execute(params![millis(*at), by, what, subject, details])?;
+    let oldest = db.last_insert_rowid() - MAX_OPERATIONS;
+    db.prepare_cached("DELETE FROM operation WHERE row <= ?1")?.execute([oldest]).map(drop)
+}
+
+pub(super) fn operations(
+    db: &Connection,
+    before: Option<i64>,
+    limit: usize,
+) -> rusqlite::Result<Page<Operation>> {
+    let read = |row: &Row<'_>| {
+        let stored: String = row.get(3)?;
+        // One of a later version has no name here.
+        let what = NewOperation::NAMES.into_iter().find(|name| *name == stored);
+        let new = NewOperation {
+            at: time(row.get(1)?),
+            by: row.get(2)?,
+            what: what.unwrap_or("other"),
+            subject: row.get(4)?,
+            details: row.get(5)?,
+        };
+        Ok(Operation { row: row.get(0)?, new })
+    };
+    let rows = db
+        .prepare_cached(
+            "SELECT row, at, by, what, subject, details FROM operation WHERE row < ?1 ORDER BY row DESC LIMIT ?2",
+        )?
+        .query_map(params![before.unwrap_or(i64::MAX), ask_for(limit)], read)?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    Ok(page(rows, limit, |operation| operation.row))
+}
+
+/// One more than the limit, to see whether there are more.
+fn ask_for(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1)
+}
+
+fn page<T>(mut rows: Vec<T>, limit: usize, row: impl Fn(&T) -> i64) -> Page<T> {
+    let more = rows.len() > limit;
+    rows.truncate(limit);
+    let next = if more { rows.last().map(row) } else { None };
+    Page { rows, next, searched_back_to: None }
+}
+
+/// The chunks that may have events of a span of time.
+pub(super) fn extent(
+    db: &Connection,
+    since: SystemTime,
+    until: Option<SystemTime>,
+) -> rusqlite::Result<Option<Extent>> {
+    let (since, until) = (millis(since), until.map_or(i64::MAX, millis));
+    let all = Chunk::list(db)?;
+    let is_in = |chunk: &&Chunk| chunk.max_at >= since && chunk.min_at <= until && chunk.events > 0;
+    let first = all.iter().filter(is_in).map(|chunk| chunk.first).min();
+    let last = all.iter().filter(is_in).map(|chunk| chunk.last).max();
+    Ok(first.zip(last).map(|(first, last)| {
+        let between = all.iter().filter(|chunk| chunk.first >= first && chunk.last <= last);
+        Extent {
+            after: EventNumber(first - 1),
+            upto: EventNumber(last),
+            rows: between.map(|chunk| chunk.events.unsigned_abs()).sum(),
+        }
+    }))
+}
