@@ -14,7 +14,9 @@ mod guard;
 mod history;
 mod intake;
 mod introduction;
+mod operations;
 mod query;
+mod replays;
 pub mod view;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -43,6 +45,7 @@ use self::{
 };
 use crate::{
     config::AdminConfig,
+    history::replay::Replays,
     queue::Queue,
     store::Store,
     supervisor::{fleet::Phase, reload::Reloader},
@@ -88,6 +91,7 @@ impl Admin {
         self,
         queue: Q,
         store: S,
+        replays: Replays,
         reloader: &Reloader,
         board: &Board,
         phase: watch::Receiver<Phase>,
@@ -106,7 +110,9 @@ impl Admin {
             introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
         let control =
             control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
-        let history = history::routes(queue.clone(), store, reloader.clone());
+        let history = history::routes(queue.clone(), store.clone(), reloader.clone());
+        let again = replays::routes(queue.clone(), store.clone(), reloader.clone(), replays);
+        let operations = operations::routes(store.clone());
         let intake = Intake::new(
             queue,
             reloader.subscribers(),
@@ -119,6 +125,9 @@ impl Admin {
             .with_state(Arc::new(intake))
             .merge(control)
             .merge(history)
+            .merge(again)
+            .merge(operations)
+            .layer(middleware::from_fn_with_state(store, operations::recorded::<S>))
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
             .layer(middleware::from_fn_with_state(self.tokens, authorized))

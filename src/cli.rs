@@ -21,6 +21,7 @@ mod prune;
 mod publish;
 mod remembered;
 mod repair;
+mod replay;
 mod retry;
 mod run;
 mod secret;
@@ -139,6 +140,15 @@ enum Command {
     Where(whereabouts::Args),
     /// List the batches that were sent and what became of each, or show one with its attempts
     Deliveries(deliveries::Args),
+    /// Send a batch that was delivered again, with the same id and bytes
+    ///
+    /// A receiver that remembers ids ignores it: `hooktrail replay` makes new batches.
+    Resend(replay::ResendArgs),
+    /// Send the events of a time to a subscriber again, in new batches; list, continue and cancel
+    /// replays
+    ///
+    /// The running daemon does it, a few batches at a time, between new events.
+    Replay(replay::Args),
     /// List the batches that wait for a retry, and make retries due now
     #[command(subcommand)]
     Retry(retry::Command),
@@ -202,6 +212,8 @@ impl Cli {
             Command::Pause { whom, why } => {
                 pause::pause(&asked(&self.config, &whom.subscribers)?, &whom, why).await
             }
+            Command::Resend(args) => replay::resend(&asked(&self.config, &[])?, &args).await,
+            Command::Replay(args) => replay::run(&asked(&self.config, &[])?, &args).await,
             Command::Check(args) => {
                 log::to_stderr(tracing::Level::WARN);
                 check::run(&self.config, &args).await
@@ -243,6 +255,8 @@ impl Cli {
                     | Command::Status(_)
                     | Command::Pause { .. }
                     | Command::Reload
+                    | Command::Resend(_)
+                    | Command::Replay(_)
                     | Command::Resume { .. }
                     | Command::Schema { .. } => unreachable!("handled above"),
                 }

@@ -3,6 +3,7 @@
 pub mod deliveries;
 mod events;
 pub mod replay;
+pub mod resend;
 pub mod whereabouts;
 
 use std::{future::Future, time::Duration};
@@ -39,17 +40,31 @@ impl Keeper {
         store: S,
         recorder: deliveries::Recorder,
         subscribers: watch::Receiver<Subscribers>,
+        replays: replay::Replays,
     ) -> Self {
         let (stop, stops) = watch::channel(Stop::No);
+        let replaying = replays.run(queue.clone(), store.clone(), subscribers.clone());
         let events = {
             let (store, stops) = (store.clone(), stops.clone());
             tokio::spawn(async move {
                 events::record(&queue, &store, reached(stops, Stop::Events)).await
             })
         };
+        let mut draining = stop.subscribe();
         let others = tokio::spawn(async move {
+            let replaying = async {
+                tokio::select! {
+                    () = replaying => {}
+                    // The queue is not used afterwards.
+                    _ = draining.wait_for(|reached| *reached >= Stop::Events) => {}
+                }
+            };
             let upkeep = async {
-                tokio::join!(events::trim(&store), events::record_patterns(&store, subscribers));
+                tokio::join!(
+                    replaying,
+                    events::trim(&store),
+                    events::record_patterns(&store, subscribers)
+                );
             };
             tokio::select! {
                 () = recorder.run(store.clone(), reached(stops, Stop::All)) => {}

@@ -71,18 +71,18 @@
 //! lane/                     the worker of one subscriber
 //!              · signals · in_flight · sorting · state · session · lane
 //! history/                  what fills the store, and what answers from it
-//!              · events · deliveries · whereabouts · replay · history
+//!              · events · deliveries · whereabouts · replay · resend · history
 //!              replay/ · filling
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · connections · introduction · intake
-//!              · history · control · admin
+//!              · history · operations · replays · control · admin
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
-//!              · init · listen · man · pause · plan · prune · publish · repair · retry · run
-//!              · status · test · cli
+//!              · init · listen · man · pause · plan · prune · publish · repair · replay · retry
+//!              · run · status · test · cli
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json

@@ -23,10 +23,12 @@ pub enum List {
     Deliveries,
     Operations,
     Subscribers,
+    Replays,
 }
 
 impl List {
-    const ALL: [Self; 4] = [Self::Events, Self::Deliveries, Self::Operations, Self::Subscribers];
+    const ALL: [Self; 5] =
+        [Self::Events, Self::Deliveries, Self::Operations, Self::Subscribers, Self::Replays];
 
     /// Numbers are public: they stand in cursors that clients keep.
     const fn number(self) -> u8 {
@@ -35,6 +37,7 @@ impl List {
             Self::Deliveries => 2,
             Self::Operations => 3,
             Self::Subscribers => 4,
+            Self::Replays => 5,
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod history;
 mod problem;
+mod replay;
 
 use std::{
     borrow::Cow,
@@ -22,6 +23,9 @@ pub use self::history::{
     Attempt, Delivery, DeliveryList, Event, EventList, EventWhere, Gap, Party, Reach, Whereabouts,
 };
 pub use self::problem::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
+pub use self::replay::{
+    Operation, OperationList, Replay, ReplayList, ReplayPreview, ReplayRequest, Resent,
+};
 use crate::{
     clock,
     config::changes,

@@ -12,6 +12,7 @@ use crate::{
     history::{
         Keeper,
         deliveries::{Recorder, recording},
+        replay::Replays,
     },
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     store::sqlite::SqliteStore,
@@ -118,8 +119,15 @@ async fn deliver(
     let (reloader, changes) = Reloader::new(config, metrics, queue.removals().clone(), level);
     let (phase, phases) = watch::channel(Phase::Starting);
     let notifying = tokio::spawn(systemd::follow(phases.clone()));
-    let serving =
-        admin.serve(queue.clone(), history.store.clone(), &reloader, &board, phases.clone());
+    let replays = Replays::default();
+    let serving = admin.serve(
+        queue.clone(),
+        history.store.clone(),
+        replays.clone(),
+        &reloader,
+        &board,
+        phases.clone(),
+    );
     startup_check::inspect_once(queue.clone(), &subscribers, phase.subscribe());
     let mut reloading = JoinSet::new();
     reloading.spawn(reload_on_hangup(reloader.clone(), hangups, phases));
@@ -131,7 +139,7 @@ async fn deliver(
         shutdown_timeout: reloader.shutdown_timeout(),
         hurry: Box::pin(stops.times(2)),
     };
-    let mut keeper = history.keep(&queue, &reloader);
+    let mut keeper = history.keep(&queue, &reloader, replays);
     let queue_unused = async {
         let drains = serving.done_with_the_queue();
         match &mut keeper {
@@ -178,9 +186,9 @@ impl History {
     }
 
     /// Begins to fill the store.
-    fn keep(self, queue: &impl Queue, reloader: &Reloader) -> Option<Keeper> {
+    fn keep(self, queue: &impl Queue, reloader: &Reloader, replays: Replays) -> Option<Keeper> {
         let recorder = self.recorder?;
-        Some(Keeper::start(queue.clone(), self.store, recorder, reloader.subscribers()))
+        Some(Keeper::start(queue.clone(), self.store, recorder, reloader.subscribers(), replays))
     }
 }
 

@@ -73,13 +73,15 @@ pub(super) fn can_ask(command: &str) -> Result<(), Failed> {
 /// Asks whether `command` is to delete something; an error if the answer is no.
 pub(super) fn confirm(command: &str, question: &str) -> Result<(), Failed> {
     can_ask(command)?;
+    if ask(question)? { Ok(()) } else { Err(Failed::Usage("nothing was deleted".to_owned())) }
+}
+
+/// Asks, and returns whether the answer is yes.
+pub(super) fn ask(question: &str) -> Result<bool, Failed> {
     eprint!("{question} [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
-    if matches!(answer.trim(), "y" | "Y" | "yes") {
-        return Ok(());
-    }
-    Err(Failed::Usage("nothing was deleted".to_owned()))
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 #[cfg(test)]

@@ -18,16 +18,18 @@ use tokio::{
     time::sleep,
 };
 
-use self::filling::{Filled, Filling, Pace};
+pub(super) use self::filling::as_sent;
+use self::filling::{Filled, Filling, Pace, is_chosen};
 use crate::{
     clock,
     config::{Subscriber, Subscribers},
     delivery::{BatchId, PauseState, SubscriberName},
+    event::Pattern,
     policy::retry::Backoff,
     queue::{Queue, QueueError},
     store::{
-        Delivery, DeliveryState, EventNumber, MAX_ROWS, Replay, ReplayChange, ReplayProgress,
-        Store, StoreError,
+        Delivery, DeliveryState, EventNumber, Extent, MAX_ROWS, Replay, ReplayChange, ReplayOrder,
+        ReplayProgress, ReplayState, Store, StoreError,
     },
     telemetry::outage::{News, Outage},
 };
@@ -99,6 +101,97 @@ impl Replays {
                 () = sleep(wait) => {}
                 () = self.0.notified() => {}
             }
+        }
+    }
+}
+
+/// What a replay is asked to send.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    pub since: SystemTime,
+    pub until: Option<SystemTime>,
+    /// Of the subscriber's events those whose type matches it.
+    pub events: Option<Pattern>,
+    /// Events in a second, at most.
+    pub rate: Option<u32>,
+    /// When the subscriber was bound, of a replay that is its first.
+    pub bound_at: Option<SystemTime>,
+}
+
+/// A new replay, with all that is frozen at its start. It is not stored yet.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn new<S: Store>(
+    store: &S,
+    subscriber: &Subscriber,
+    wanted: Wanted,
+    by: &str,
+    now: SystemTime,
+) -> Result<Replay, StoreError> {
+    let extent = store.extent(wanted.since, wanted.until).await?;
+    let extent = match extent {
+        Some(extent) => extent,
+        // Nothing yet.
+        None => {
+            let last = store.reach().await?.last.map_or(EventNumber(0), |(number, _)| number);
+            Extent { after: last, upto: last, rows: 0 }
+        }
+    };
+    Ok(Replay {
+        row: 0,
+        id: clock::replay_id(),
+        subscriber: subscriber.name.clone(),
+        order: ReplayOrder {
+            by: by.to_owned(),
+            since: wanted.since,
+            until: wanted.until,
+            patterns: subscriber.events.clone(),
+            events: wanted.events,
+            after: extent.after,
+            rate: wanted.rate,
+            format: subscriber.format,
+            max_events: subscriber.batch.max_events,
+            max_bytes: subscriber.batch.max_bytes,
+            event_ids: subscriber.event_ids,
+            bound_at: wanted.bound_at,
+        },
+        progress: ReplayProgress {
+            position: extent.after,
+            upto: extent.upto,
+            rows: extent.rows,
+            read: 0,
+            matched: 0,
+            enqueued: 0,
+            batches: 0,
+            unusable: 0,
+            missing: 0,
+            unfinished: Vec::new(),
+        },
+        state: ReplayState::Running,
+        created_at: now,
+        changed_at: now,
+    })
+}
+
+/// Counts the events that a replay would send. Also returns whether all were counted before the
+/// deadline.
+///
+/// # Errors
+/// The store cannot be read.
+pub async fn count<S: Store>(
+    store: &S,
+    replay: &Replay,
+    deadline: Instant,
+) -> Result<(u64, bool), StoreError> {
+    let (mut after, mut events) = (replay.progress.position, 0);
+    loop {
+        let rows = store.rows(after, replay.progress.upto, MAX_ROWS, READ_BYTES).await?;
+        let Some(last) = rows.last() else { return Ok((events, true)) };
+        after = last.number;
+        events += rows.iter().filter(|row| is_chosen(&replay.order, row)).count() as u64;
+        if clock::instant() >= deadline {
+            return Ok((events, false));
         }
     }
 }

@@ -48,6 +48,7 @@ mod operators {
     mod printed;
     mod reload;
     mod removals;
+    mod replays;
     mod setting_up;
     mod which_daemon;
 }

@@ -279,6 +279,54 @@ fn delivery_list(more: bool) -> DeliveryList {
     }
 }
 
+fn replay(full: bool) -> Replay {
+    Replay {
+        id: text(),
+        subscriber: text(),
+        state: "failed".to_owned(),
+        why: full.then(text),
+        by: text(),
+        created_at: time(),
+        changed_at: time(),
+        since: time(),
+        until: full.then(time),
+        events: full.then(text),
+        rate: full.then_some(1),
+        rows: 1,
+        read: 1,
+        matched: 1,
+        enqueued: 1,
+        unusable: 1,
+        batches: 1,
+        unfinished: 1,
+        missing: 1,
+        start_from: full,
+    }
+}
+
+fn replay_list(more: bool) -> ReplayList {
+    ReplayList { replays: vec![replay(more)], next: more.then(text) }
+}
+
+fn replay_preview() -> ReplayPreview {
+    ReplayPreview { subscriber: text(), events: 1, complete: true, history: reach() }
+}
+
+fn resent() -> Resent {
+    Resent { id: text(), subscriber: text(), events: 1, bytes: 1 }
+}
+
+fn operations(more: bool) -> OperationList {
+    let operation = Operation {
+        at: time(),
+        by: more.then(text),
+        what: "pause".to_owned(),
+        subject: more.then(text),
+        details: more.then(text),
+    };
+    OperationList { operations: vec![operation], next: more.then(text) }
+}
+
 /// Each answer of the API by its request and status.
 fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
     let accepted = Accepted { accepted: 1, unmatched: 1 };
@@ -290,6 +338,19 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
         ("/api/v1/events/{number}", "get", "200", sample(event_where(true), event_where(false))),
         ("/api/v1/deliveries", "get", "200", sample(delivery_list(true), delivery_list(false))),
         ("/api/v1/deliveries/{id}", "get", "200", sample(delivery(), delivery())),
+        ("/api/v1/deliveries/{id}/resend", "post", "202", sample(resent(), resent())),
+        ("/api/v1/subscribers/{name}/replay", "post", "202", sample(replay(true), replay(false))),
+        (
+            "/api/v1/subscribers/{name}/replay",
+            "post",
+            "200",
+            sample(replay_preview(), replay_preview()),
+        ),
+        ("/api/v1/replays", "get", "200", sample(replay_list(true), replay_list(false))),
+        ("/api/v1/replays/{id}", "get", "200", sample(replay(true), replay(false))),
+        ("/api/v1/replays/{id}/continue", "post", "200", sample(replay(true), replay(false))),
+        ("/api/v1/replays/{id}/cancel", "post", "200", sample(replay(true), replay(false))),
+        ("/api/v1/operations", "get", "200", sample(operations(true), operations(false))),
         ("/api/v1/daemon", "get", "200", sample(introduction(Some(text())), introduction(None))),
         ("/api/v1/subscribers", "get", "200", sample(overview(Some(lane())), overview(None))),
         ("/api/v1/subscribers/{name}", "get", "200", one()),

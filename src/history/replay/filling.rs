@@ -125,7 +125,7 @@ impl Filling {
 }
 
 /// Whether an event is one of the replay's.
-fn is_chosen(order: &ReplayOrder, row: &EventRow) -> bool {
+pub(super) fn is_chosen(order: &ReplayOrder, row: &EventRow) -> bool {
     row.at >= order.since
         && order.until.is_none_or(|until| row.at < until)
         && order.patterns.iter().any(|pattern| pattern.matches(&row.event_type))
@@ -141,7 +141,7 @@ fn sendable(order: &ReplayOrder, row: &EventRow) -> Option<Bytes> {
 }
 
 /// An event with its id as its field `event_id`, if it has none.
-fn as_sent(body: &Bytes, id: Option<&str>) -> Bytes {
+pub(in crate::history) fn as_sent(body: &Bytes, id: Option<&str>) -> Bytes {
     let with_id = id.and_then(|id| with_id(body, id));
     with_id.map_or_else(|| body.clone(), |with_id| with_id.body.into())
 }

@@ -36,14 +36,14 @@ randomization_factor = 0.0
 failures = 0
 ";
 
-const TOKEN: &str = "the-token-of-the-tests";
+pub(super) const TOKEN: &str = "the-token-of-the-tests";
 
-fn admin(api: &Api) -> String {
+pub(super) fn admin(api: &Api) -> String {
     format!("{}token = \"{TOKEN}\"\n", api.section())
 }
 
 /// A daemon whose history gets each event that is published from now on.
-async fn remembering(queue: &Queue, setup: &Setup) -> Daemon {
+pub(super) async fn remembering(queue: &Queue, setup: &Setup) -> Daemon {
     let daemon = setup.start().await;
     if matches!(queue, Queue::Amqp(_)) {
         eventually("history gets events", async || {
@@ -54,7 +54,7 @@ async fn remembering(queue: &Queue, setup: &Setup) -> Daemon {
     daemon
 }
 
-fn asked(setup: &Setup, arguments: &[&str]) -> Value {
+pub(super) fn asked(setup: &Setup, arguments: &[&str]) -> Value {
     let text = setup.ok(arguments);
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{arguments:?}: {e}: {text}"))
 }
@@ -77,7 +77,7 @@ fn states(answer: &Value) -> Vec<(String, String)> {
     went.map(|w| (text(w, "subscriber"), text(w, "state"))).collect()
 }
 
-async fn wait_for_events(setup: &Setup, number: usize) -> Vec<Value> {
+pub(super) async fn wait_for_events(setup: &Setup, number: usize) -> Vec<Value> {
     let mut events = Vec::new();
     eventually(&format!("{number} events are in history"), async || {
         let found = asked(setup, &["history", "--json", "--limit", "500"]);

@@ -1,0 +1,136 @@
+//! The operations of operators over this API: each that succeeds is recorded, as far as the store
+//! can be written. No request waits for that, or fails because of it.
+
+use axum::{
+    Router,
+    extract::{Request, State},
+    http::Method,
+    middleware::{self, Next},
+    response::Response,
+    routing::get,
+};
+
+use super::{
+    answer::{Refusal, answer},
+    guard::{Caller, with_token},
+    query::{FromQuery, Parameters, Query},
+    view::OperationList,
+};
+use crate::{
+    clock,
+    page::List,
+    store::{NewOperation, Store},
+};
+
+/// The most characters of a subject that are recorded.
+const MAX_SUBJECT: usize = 128;
+
+/// What a handler adds to the record of its operation: a short text without secrets.
+#[derive(Debug, Clone)]
+pub(super) struct Details(pub(super) String);
+
+pub(super) fn routes<S: Store>(store: S) -> Router {
+    Router::new()
+        .route("/v1/operations", get(list::<S>))
+        .route_layer(middleware::from_fn(with_token))
+        .with_state(store)
+}
+
+struct Part {
+    limit: usize,
+    before: Option<i64>,
+}
+
+impl FromQuery for Part {
+    fn from_query(given: &mut Parameters) -> Self {
+        let before = given.cursor(List::Operations).map(|cursor| cursor.row);
+        Self { limit: given.limit(), before }
+    }
+}
+
+async fn list<S: Store>(
+    State(store): State<S>,
+    Query(Part { limit, before }): Query<Part>,
+) -> Response {
+    let page = store.operations(before, limit).await;
+    answer(page.map(OperationList::new).map_err(|e| Refusal::unavailable(e.to_string())))
+}
+
+/// The operation of a request, and its subject.
+fn operation_of(method: &Method, path: &str) -> Option<(&'static str, String)> {
+    if method != Method::POST {
+        return None;
+    }
+    let mut parts = path.strip_prefix("/v1/")?.split('/');
+    let (what, subject) = match (parts.next()?, parts.next(), parts.next(), parts.next()) {
+        ("reload", None, None, None) => ("reload", ""),
+        ("subscribers", Some(name), Some(what), None) => (
+            ["pause", "resume", "retry", "test", "replay"]
+                .into_iter()
+                .find(|known| *known == what)?,
+            name,
+        ),
+        ("deliveries", Some(id), Some("resend"), None) => ("resend", id),
+        ("replays", Some(id), Some("continue"), None) => ("continue_replay", id),
+        ("replays", Some(id), Some("cancel"), None) => ("cancel_replay", id),
+        _ => return None,
+    };
+    Some((what, subject.chars().take(MAX_SUBJECT).collect()))
+}
+
+/// Records the operations behind it that have succeeded.
+pub(super) async fn recorded<S: Store>(
+    State(store): State<S>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let operation = operation_of(request.method(), request.uri().path());
+    let caller = request.extensions().get::<Caller>().and_then(|caller| caller.token.clone());
+    let response = next.run(request).await;
+    if let Some((what, subject)) = operation.filter(|_| response.status().is_success()) {
+        let details = response.extensions().get::<Details>().cloned();
+        let new = NewOperation {
+            at: clock::now(),
+            by: caller.map(|name| name.to_string()).unwrap_or_default(),
+            what,
+            subject,
+            details: details.map(|Details(text)| text).unwrap_or_default(),
+        };
+        tokio::spawn(async move {
+            if let Err(e) = store.add_operation(new).await {
+                tracing::debug!(error = %e, what, "an operation is not recorded");
+            }
+        });
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_operation_has_its_name_and_nothing_else_is_one() {
+        let mut known = Vec::new();
+        for (path, subject) in [
+            ("/v1/subscribers/a/pause", "a"),
+            ("/v1/subscribers/a/resume", "a"),
+            ("/v1/subscribers/a/retry", "a"),
+            ("/v1/subscribers/a/test", "a"),
+            ("/v1/reload", ""),
+            ("/v1/deliveries/msg_1/resend", "msg_1"),
+            ("/v1/subscribers/a/replay", "a"),
+            ("/v1/replays/rpl_1/continue", "rpl_1"),
+            ("/v1/replays/rpl_1/cancel", "rpl_1"),
+        ] {
+            let (what, found) = operation_of(&Method::POST, path).expect(path);
+            assert_eq!(found, subject);
+            assert_eq!(operation_of(&Method::GET, path), None);
+            known.push(what);
+        }
+        assert_eq!(known, NewOperation::NAMES);
+        for path in ["/v1/events", "/v1/subscribers/a/dead", "/v1/replays/a", "/v1/reload/x", "/"] {
+            assert_eq!(operation_of(&Method::POST, path), None, "{path}");
+        }
+    }
+}

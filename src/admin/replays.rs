@@ -1,0 +1,306 @@
+//! Replays of history, and resends of single batches. Each request needs a token.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Extension, Router,
+    body::Body,
+    extract,
+    http::{HeaderMap, StatusCode},
+    middleware,
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
+
+use super::{
+    answer::{Refusal, answer, discard, json_answer},
+    body::{self, FromBody},
+    guard::{Caller, with_token},
+    operations::Details,
+    query::{FromQuery, Name, Parameters, Query},
+    view::{
+        ChangeRequest, FieldError, ProblemKind, Replay, ReplayList, ReplayPreview, ReplayRequest,
+        Resent,
+    },
+};
+use crate::{
+    clock,
+    config::Subscriber,
+    event::Pattern,
+    history::{
+        replay::{self, Replays},
+        resend::{self, NotResent},
+    },
+    page::List,
+    queue::Queue,
+    store::{self, ReplayChange, Store, StoreError},
+    supervisor::reload::Reloader,
+    wording::counted,
+};
+
+/// The longest time for which the events of a replay are counted.
+const COUNT_TIME: Duration = Duration::from_secs(5);
+
+/// The largest rate, in events in a second.
+const MAX_RATE: u32 = 100_000;
+
+struct Again<Q, S> {
+    queue: Q,
+    store: S,
+    reloader: Reloader,
+    replays: Replays,
+}
+
+type This<Q, S> = extract::State<Arc<Again<Q, S>>>;
+
+pub(super) fn routes<Q: Queue, S: Store>(
+    queue: Q,
+    store: S,
+    reloader: Reloader,
+    replays: Replays,
+) -> Router {
+    Router::new()
+        .route("/v1/subscribers/{name}/replay", post(replay_to::<Q, S>))
+        .route("/v1/replays", get(list::<Q, S>))
+        .route("/v1/replays/{id}", get(show::<Q, S>))
+        .route("/v1/replays/{id}/continue", post(go_on::<Q, S>))
+        .route("/v1/replays/{id}/cancel", post(cancel::<Q, S>))
+        .route("/v1/deliveries/{id}/resend", post(resend::<Q, S>))
+        .route_layer(middleware::from_fn(with_token))
+        .with_state(Arc::new(Again { queue, store, reloader, replays }))
+}
+
+impl FromBody for ReplayRequest {
+    const MAX: usize = 4096;
+    const SHAPE: &'static str = "{\"since\":\"2026-01-31T12:00:00Z\"}, with `until`, `events`, `rate` and `dry_run` as you need them";
+}
+
+struct Part {
+    limit: usize,
+    before: Option<i64>,
+}
+
+impl FromQuery for Part {
+    fn from_query(given: &mut Parameters) -> Self {
+        let before = given.cursor(List::Replays).map(|cursor| cursor.row);
+        Self { limit: given.limit(), before }
+    }
+}
+
+async fn list<Q: Queue, S: Store>(
+    extract::State(this): This<Q, S>,
+    Query(Part { limit, before }): Query<Part>,
+) -> Response {
+    let page = this.store.replays(before, limit).await;
+    answer(page.map(|page| ReplayList::new(&page)).map_err(away))
+}
+
+async fn show<Q: Queue, S: Store>(
+    extract::State(this): This<Q, S>,
+    Name(id): Name,
+    Query(()): Query<()>,
+) -> Response {
+    let found = this.store.replay(&id).await.map_err(away);
+    answer(found.and_then(|found| {
+        found.as_ref().map(Replay::new).ok_or_else(|| missing("there is no replay with this id"))
+    }))
+}
+
+async fn replay_to<Q: Queue, S: Store>(
+    extract::State(this): This<Q, S>,
+    Extension(caller): Extension<Caller>,
+    Name(name): Name,
+    headers: HeaderMap,
+    mut body: Body,
+) -> Response {
+    let work = async {
+        let wanted: ReplayRequest = body::json(&headers, &mut body).await?;
+        let subscriber = this.subscriber(&name)?;
+        let is_dry = wanted.dry_run;
+        let new = this.order(&subscriber, wanted, &caller).await?;
+        if is_dry {
+            let preview = this.preview(&new).await.map_err(away)?;
+            return Ok(json_answer(StatusCode::OK, &preview));
+        }
+        this.store.add_replay(new.clone()).await.map_err(away)?;
+        this.replays.changed();
+        let mut made = json_answer(StatusCode::ACCEPTED, &Replay::new(&new));
+        let since = clock::rfc3339_seconds(new.order.since);
+        made.extensions_mut().insert(Details(format!("{} since {since}", new.id)));
+        Ok(made)
+    };
+    done(work.await, &headers, body).await
+}
+
+async fn go_on<Q: Queue, S: Store>(
+    state: This<Q, S>,
+    name: Name,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    change(state, name, headers, body, ReplayChange::Continued).await
+}
+
+async fn cancel<Q: Queue, S: Store>(
+    state: This<Q, S>,
+    name: Name,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    change(state, name, headers, body, ReplayChange::Cancelled).await
+}
+
+async fn change<Q: Queue, S: Store>(
+    extract::State(this): This<Q, S>,
+    Name(id): Name,
+    headers: HeaderMap,
+    mut body: Body,
+    change: ReplayChange,
+) -> Response {
+    let work = async {
+        let _: ChangeRequest = body::json(&headers, &mut body).await?;
+        let changed = this.store.change_replay(&id, change, clock::now()).await.map_err(away)?;
+        let (replay, changed) =
+            changed.ok_or_else(|| missing("there is no replay with this id"))?;
+        if !changed {
+            let why = format!("the replay is {}", replay.state.name());
+            return Err(Refusal::new(StatusCode::CONFLICT, why));
+        }
+        this.replays.changed();
+        Ok(json_answer(StatusCode::OK, &Replay::new(&replay)))
+    };
+    done(work.await, &headers, body).await
+}
+
+async fn resend<Q: Queue, S: Store>(
+    extract::State(this): This<Q, S>,
+    Name(id): Name,
+    headers: HeaderMap,
+    mut body: Body,
+) -> Response {
+    let work = async {
+        let _: ChangeRequest = body::json(&headers, &mut body).await?;
+        let delivery = this.store.delivery(&id).await.map_err(away)?;
+        let delivery = delivery.ok_or_else(|| missing("history has no delivery with this id"))?;
+        let subscriber = this.subscriber(&delivery.subscriber)?;
+        let batch = resend::rebuild(&this.store, &delivery, subscriber.event_ids).await;
+        let batch = batch.map_err(|why| not_resent(why, &delivery.subscriber))?;
+        let resent = Resent {
+            id: batch.id.to_string(),
+            subscriber: delivery.subscriber.to_string(),
+            events: batch.events,
+            bytes: batch.body.len() as u64,
+        };
+        let enqueued = this.queue.enqueue(&delivery.subscriber, vec![batch]).await;
+        enqueued.map_err(|e| Refusal::unavailable(e.to_string()))?;
+        let mut made = json_answer(StatusCode::ACCEPTED, &resent);
+        let details = format!("to {}, {}", resent.subscriber, counted(resent.events, "event(s)"));
+        made.extensions_mut().insert(Details(details));
+        Ok(made)
+    };
+    done(work.await, &headers, body).await
+}
+
+async fn done(result: Result<Response, Refusal>, headers: &HeaderMap, body: Body) -> Response {
+    match result {
+        Ok(response) => response,
+        Err(refusal) => {
+            discard(headers, body).await;
+            refusal.into_response()
+        }
+    }
+}
+
+fn away(e: StoreError) -> Refusal {
+    Refusal::unavailable(e.to_string())
+}
+
+fn missing(why: &str) -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, why.to_owned())
+}
+
+fn not_resent(why: NotResent, subscriber: &str) -> Refusal {
+    let why = match why {
+        NotResent::Store(e) => return away(e),
+        NotResent::StillUnderWay(why) => {
+            format!(
+                "it is not sent again: {why}; `hooktrail retry now {subscriber}` makes retries due"
+            )
+        }
+        NotResent::NotTheSame(why) => format!(
+            "it cannot be sent again with the same bytes: {why}; \
+             `hooktrail replay {subscriber}` sends the events of a time in new batches"
+        ),
+    };
+    Refusal::new(StatusCode::CONFLICT, why)
+}
+
+impl<Q: Queue, S: Store> Again<Q, S> {
+    fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
+        let config = self.reloader.config();
+        let found = config.subscribers.iter().find(|s| s.name == name).cloned();
+        found.ok_or_else(|| {
+            let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
+            Refusal::of_kind(status, kind, "no subscriber of that name is configured")
+        })
+    }
+
+    /// The replay that a request asks for.
+    async fn order(
+        &self,
+        subscriber: &Subscriber,
+        wanted: ReplayRequest,
+        caller: &Caller,
+    ) -> Result<store::Replay, Refusal> {
+        let checked = checked(&wanted)?;
+        if !self.reloader.config().history.bodies {
+            let why =
+                "history keeps fields alone, not the bytes of events: [history] bodies is false";
+            return Err(Refusal::new(StatusCode::CONFLICT, why.to_owned()));
+        }
+        let by = caller.token.as_deref().unwrap_or_default();
+        replay::new(&self.store, subscriber, checked, by, clock::now()).await.map_err(away)
+    }
+
+    async fn preview(&self, new: &store::Replay) -> Result<ReplayPreview, StoreError> {
+        let (events, complete) =
+            replay::count(&self.store, new, clock::instant() + COUNT_TIME).await?;
+        Ok(ReplayPreview {
+            subscriber: new.subscriber.to_string(),
+            events,
+            complete,
+            history: self.store.reach().await?.into(),
+        })
+    }
+}
+
+fn checked(wanted: &ReplayRequest) -> Result<replay::Wanted, Refusal> {
+    let mut errors = Vec::new();
+    let mut wrong = |field: &str, detail: &str| {
+        errors.push(FieldError { field: field.to_owned(), detail: detail.to_owned() });
+    };
+    let since = wanted.since.map(|time| time.0);
+    if since.is_none() {
+        wrong("since", "is required: a time of RFC 3339, such as 2026-01-31T12:00:00Z");
+    }
+    let until = wanted.until.map(|time| time.0);
+    if since.zip(until).is_some_and(|(since, until)| until <= since) {
+        wrong("until", "must be after `since`");
+    }
+    if wanted.rate.is_some_and(|rate| !(1..=MAX_RATE).contains(&rate)) {
+        wrong("rate", &format!("must be from 1 to {MAX_RATE} events in a second"));
+    }
+    let events = match wanted.events.as_deref().map(Pattern::try_new).transpose() {
+        Ok(events) => events,
+        Err(why) => {
+            wrong("events", &why);
+            None
+        }
+    };
+    match since {
+        Some(since) if errors.is_empty() => {
+            Ok(replay::Wanted { since, until, events, rate: wanted.rate, bound_at: None })
+        }
+        _ => Err(Refusal::fields(errors)),
+    }
+}

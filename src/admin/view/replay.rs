@@ -1,0 +1,166 @@
+//! Replays, resends and operations as the API answers with them.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Reach, Time};
+use crate::{
+    page::{Cursor, List},
+    store::{self, Page},
+};
+
+/// The body of a request to replay history to a subscriber.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplayRequest {
+    /// Events from this time on; required.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<Time>,
+    /// Events before this time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until: Option<Time>,
+    /// A pattern: of the subscriber's events those whose type matches it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub events: Option<String>,
+    /// Events in a second, at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u32>,
+    /// Only counts.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// The events that a replay would send.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ReplayPreview {
+    pub subscriber: String,
+    /// Events that were chosen.
+    pub events: u64,
+    /// False if the time was over before all were counted: there are more.
+    pub complete: bool,
+    pub history: Reach,
+}
+
+/// A replay.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Replay {
+    pub id: String,
+    pub subscriber: String,
+    /// `running`, `done`, `cancelled`, `failed`.
+    pub state: String,
+    /// Why it failed.
+    pub why: Option<String>,
+    pub by: String,
+    pub created_at: Time,
+    pub changed_at: Time,
+    pub since: Time,
+    pub until: Option<Time>,
+    pub events: Option<String>,
+    pub rate: Option<u32>,
+    /// Rows of history that it reads, and has read.
+    pub rows: u64,
+    pub read: u64,
+    /// Events that were chosen; in the subscriber's queue, or were; cannot be sent.
+    pub matched: u64,
+    pub enqueued: u64,
+    pub unusable: u64,
+    pub batches: u64,
+    /// Batches that are not finished, as far as is known.
+    pub unfinished: usize,
+    /// Rows that were removed before they were read; known at the end.
+    pub missing: u64,
+    /// It is the first of a new subscriber: `start_from`.
+    pub start_from: bool,
+}
+
+impl Replay {
+    pub fn new(replay: &store::Replay) -> Self {
+        let store::Replay { order, progress, .. } = replay;
+        Self {
+            id: replay.id.clone(),
+            subscriber: replay.subscriber.as_str().to_owned(),
+            state: replay.state.name().to_owned(),
+            why: replay.state.why().map(str::to_owned),
+            by: order.by.clone(),
+            created_at: Time(replay.created_at),
+            changed_at: Time(replay.changed_at),
+            since: Time(order.since),
+            until: order.until.map(Time),
+            events: order.events.as_ref().map(|pattern| pattern.as_str().to_owned()),
+            rate: order.rate,
+            rows: progress.rows,
+            read: progress.read,
+            matched: progress.matched,
+            enqueued: progress.enqueued,
+            unusable: progress.unusable,
+            batches: progress.batches,
+            unfinished: progress.unfinished.len(),
+            missing: progress.missing,
+            start_from: order.bound_at.is_some(),
+        }
+    }
+}
+
+/// A part of the list of replays, the latest first.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ReplayList {
+    pub replays: Vec<Replay>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+impl ReplayList {
+    pub fn new(page: &Page<store::Replay>) -> Self {
+        Self {
+            replays: page.rows.iter().map(Replay::new).collect(),
+            next: next(List::Replays, page.next),
+        }
+    }
+}
+
+/// A delivery that is sent again.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Resent {
+    pub id: String,
+    pub subscriber: String,
+    pub events: u32,
+    pub bytes: u64,
+}
+
+/// A part of the list of operations, the latest first.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct OperationList {
+    pub operations: Vec<Operation>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+/// What an operator has done over the API.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Operation {
+    pub at: Time,
+    /// The name of the token; null where none was needed.
+    pub by: Option<String>,
+    pub what: String,
+    /// The subscriber, or an id; null of one on all.
+    pub subject: Option<String>,
+    pub details: Option<String>,
+}
+
+impl OperationList {
+    pub fn new(page: Page<store::Operation>) -> Self {
+        let some = |text: String| Some(text).filter(|text| !text.is_empty());
+        let operation = |operation: store::Operation| {
+            let store::NewOperation { at, by, what, subject, details } = operation.new;
+            let (by, subject, details) = (some(by), some(subject), some(details));
+            Operation { at: Time(at), by, what: what.to_owned(), subject, details }
+        };
+        Self {
+            next: next(List::Operations, page.next),
+            operations: page.rows.into_iter().map(operation).collect(),
+        }
+    }
+}
+
+fn next(list: List, row: Option<i64>) -> Option<String> {
+    row.map(|row| Cursor { list, row }.to_string())
+}
