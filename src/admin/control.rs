@@ -22,6 +22,7 @@ use tokio::{
 use super::{
     answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
+    operations::DryRun,
     query::{FromQuery, Name, Parameters, Query},
     view::{
         self, ChangeRequest, Circuit, DeadLetter, DeadLetters, Lane, LastError, Overview,
@@ -191,12 +192,17 @@ async fn retry_now<Q: Queue>(
     body: Body,
 ) -> Response {
     let moving = control.clone();
-    control
-        .requested(&headers, body, async |which| {
-            let retry = async move { moving.retry_now(&name, which).await };
-            to_its_end(&control.to_their_end, retry).await
-        })
-        .await
+    let mut is_dry = false;
+    let retried = control.requested(&headers, body, async |which: view::RetryNow| {
+        is_dry = which.try_only;
+        let retry = async move { moving.retry_now(&name, which).await };
+        to_its_end(&control.to_their_end, retry).await
+    });
+    let mut response = retried.await;
+    if is_dry {
+        response.extensions_mut().insert(DryRun);
+    }
+    response
 }
 
 async fn preview<Q: Queue>(extract::State(control): This<Q>, Query(()): Query<()>) -> Response {

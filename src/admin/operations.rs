@@ -29,6 +29,10 @@ const MAX_SUBJECT: usize = 128;
 #[derive(Debug, Clone)]
 pub(super) struct Details(pub(super) String);
 
+/// Marks the answer of a request that changed nothing: it only counted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DryRun;
+
 pub(super) fn routes<S: Store>(store: S) -> Router {
     Router::new()
         .route("/v1/operations", get(list::<S>))
@@ -87,7 +91,8 @@ pub(super) async fn recorded<S: Store>(
     let operation = operation_of(request.method(), request.uri().path());
     let caller = request.extensions().get::<Caller>().and_then(|caller| caller.token.clone());
     let response = next.run(request).await;
-    if let Some((what, subject)) = operation.filter(|_| response.status().is_success()) {
+    let is_done = response.status().is_success() && response.extensions().get::<DryRun>().is_none();
+    if let Some((what, subject)) = operation.filter(|_| is_done) {
         let details = response.extensions().get::<Details>().cloned();
         let new = NewOperation {
             at: clock::now(),

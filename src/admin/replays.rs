@@ -16,7 +16,7 @@ use super::{
     answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
     guard::{Caller, with_token},
-    operations::Details,
+    operations::{Details, DryRun},
     query::{FromQuery, Name, Parameters, Query},
     view::{
         ChangeRequest, FieldError, ProblemKind, Replay, ReplayList, ReplayPreview, ReplayRequest,
@@ -120,7 +120,9 @@ async fn replay_to<Q: Queue, S: Store>(
         let new = this.order(&subscriber, wanted, &caller).await?;
         if is_dry {
             let preview = this.preview(&new).await.map_err(away)?;
-            return Ok(json_answer(StatusCode::OK, &preview));
+            let mut counted = json_answer(StatusCode::OK, &preview);
+            counted.extensions_mut().insert(DryRun);
+            return Ok(counted);
         }
         this.store.add_replay(new.clone()).await.map_err(away)?;
         this.replays.changed();
