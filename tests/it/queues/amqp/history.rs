@@ -224,7 +224,14 @@ fn one_store_has_history_until_another_adopts_it() {
         let ended = ended.expect("an answer").expect_err("it is the other's now");
         assert!(ended.is_for_operator() && rows.is_empty(), "{ended}");
         history.close().await;
-        let mut history = second.history("store-2").await.unwrap_or_else(|e| panic!("{e}"));
+        // Its daemon reads that a little later.
+        let mut opened = None;
+        eventually("it has history", async || {
+            opened = second.history("store-2").await.ok();
+            opened.is_some()
+        })
+        .await;
+        let mut history = opened.expect("just seen");
         broker.publish("a.b", [body(0)]).await;
         assert_eq!(take(&mut history, 1).await.len(), 1);
         assert!(first.history("store-1").await.is_err());
