@@ -26,6 +26,7 @@ mod retry;
 mod run;
 mod secret;
 mod status;
+mod store;
 mod terminal;
 mod test;
 mod text;
@@ -152,6 +153,9 @@ enum Command {
     /// List the batches that wait for a retry, and make retries due now
     #[command(subcommand)]
     Retry(retry::Command),
+    /// Say which store has the history of a RabbitMQ
+    #[command(subcommand)]
+    Store(store::Command),
     /// List, show, export, replay and purge dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -235,6 +239,7 @@ impl Cli {
                     Command::Prune(args) => prune::run(&config, &args).await,
                     Command::Retry(command) => retry::run(&config, command).await,
                     Command::Dead(command) => dead::run(&config, command).await,
+                    Command::Store(command) => store::run(&config, command).await,
                     Command::History(args) => {
                         history::run(&config, &asked(&self.config, &[])?, &args).await
                     }

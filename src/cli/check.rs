@@ -9,6 +9,7 @@ use crate::{
     config::{self, Backend, Config, ConfigError, Subscriber},
     endpoint::inspect,
     queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    store::sqlite::recorded_id,
     telemetry::{
         finding::{Finding, Severity, summarized},
         metrics::Metrics,
@@ -214,8 +215,14 @@ fn print(finding: &Finding) {
 async fn inspect_queue(config: &Config) -> Vec<Finding> {
     match &config.queue.backend {
         Backend::Amqp(amqp) => {
-            inspect(AmqpQueue::new(amqp.clone(), Metrics::new(clock::now())), &config.subscribers)
-                .await
+            let mut queue = AmqpQueue::new(amqp.clone(), Metrics::new(clock::now()));
+            // Without a store of its own there is nothing to compare: no daemon has run here yet.
+            if config.keeps_history()
+                && let Ok(id) = recorded_id(&config.queue.embedded.data_dir).await
+            {
+                queue = queue.with_store(id);
+            }
+            inspect(queue, &config.subscribers).await
         }
         Backend::Embedded => {
             let embedded = &config.queue.embedded;

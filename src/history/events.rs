@@ -12,7 +12,7 @@ use crate::{
     config::Subscribers,
     policy::retry::Backoff,
     queue::{HistorySource, HistoryStart, Queue, QueueError},
-    store::{MAX_APPEND, NewRow, Store, StoreError},
+    store::{Gap, MAX_APPEND, NewRow, Store, StoreError},
     telemetry::outage::{News, Outage},
 };
 
@@ -31,7 +31,7 @@ pub(super) async fn record<Q: Queue, S: Store>(
     stopped: impl Future<Output = ()>,
 ) {
     let mut stopped = std::pin::pin!(stopped);
-    let mut outages = (Outage::default(), Outage::default());
+    let (mut outages, mut gaps) = ((Outage::default(), Outage::default()), Vec::new());
     let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
     loop {
         let opening = async {
@@ -45,7 +45,8 @@ pub(super) async fn record<Q: Queue, S: Store>(
         };
         let ended = match opened {
             Ok(source) => {
-                match session(source, store, &mut outages, &mut backoff, stopped.as_mut()).await {
+                let noted = (&mut outages, &mut gaps);
+                match session(source, store, noted, &mut backoff, stopped.as_mut()).await {
                     Some(ended) => ended,
                     None => return,
                 }
@@ -98,7 +99,7 @@ impl From<StoreError> for Ended {
 async fn session<S: Store>(
     mut source: impl HistorySource,
     store: &S,
-    outages: &mut (Outage, Outage),
+    (outages, gaps): (&mut (Outage, Outage), &mut Vec<Gap>),
     backoff: &mut Backoff,
     mut stopped: Pin<&mut impl Future<Output = ()>>,
 ) -> Option<Ended> {
@@ -111,7 +112,7 @@ async fn session<S: Store>(
         // To its end, also when the daemon ends: what is stored and not removed from the queue would
         // be stored again.
         let stored = match took {
-            Ok(()) => keep(&mut source, store, std::mem::take(&mut taken)).await,
+            Ok(()) => keep(&mut source, store, gaps, std::mem::take(&mut taken)).await,
             Err(e) => Err(e.into()),
         };
         match stored {
@@ -133,6 +134,7 @@ async fn session<S: Store>(
 async fn keep<S: Store>(
     source: &mut impl HistorySource,
     store: &S,
+    gaps: &mut Vec<Gap>,
     taken: Vec<NewRow>,
 ) -> Result<(), Ended> {
     for gap in source.gaps() {
@@ -142,7 +144,12 @@ async fn keep<S: Store>(
             why = gap.why,
             "history lacks events"
         );
-        store.add_gap(gap).await?;
+        gaps.push(gap);
+    }
+    // The queue names a gap once, so it is kept until the store has it.
+    while let Some(gap) = gaps.last() {
+        store.add_gap(gap.clone()).await?;
+        gaps.pop();
     }
     store.append(taken).await?;
     source.stored().await?;

@@ -20,6 +20,7 @@ mod tokens;
 mod upkeep;
 
 use std::{
+    path::Path,
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
@@ -33,6 +34,7 @@ use self::{
     chunk::{Limits, MAX_EVENTS},
     fault::{Fault, millis, span},
     open::{By, Open, lock},
+    schema::STORE_FILE,
     search::Search,
     source::Source,
     upkeep::{Disk, Shared, free_and_all},
@@ -46,6 +48,7 @@ use crate::{
     clock,
     delivery::{Print, SubscriberName},
     event::Pattern,
+    sqlite::Database,
 };
 
 /// Parts of a history that one chunk has at most: so much is removed at once.
@@ -169,6 +172,19 @@ impl SqliteStore {
     ) -> Result<T, StoreError> {
         self.0.open()?.precious()?.write(part).await.map_err(|e| StoreError::new(e.to_string()))
     }
+}
+
+/// The id of the store in a directory, also while a daemon has it open.
+///
+/// # Errors
+/// There is none, or it cannot be read.
+pub async fn recorded_id(data_dir: &Path) -> Result<String, StoreError> {
+    let path = data_dir.join(STORE_FILE);
+    let failed = |e: crate::sqlite::Error| StoreError::new(e.to_string());
+    let store = Database::open_read_only(&path, &schema::store()).map_err(failed)?;
+    let id = store.read(|db| around::get_text(db, "id")).await.map_err(failed);
+    store.close().await;
+    id?.ok_or_else(|| StoreError::new(format!("`{}` has no id yet", path.display())))
 }
 
 impl Store for SqliteStore {

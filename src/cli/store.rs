@@ -1,0 +1,52 @@
+//! `store`: what hooktrail remembers, and which store has the history of a RabbitMQ.
+
+use super::{failed::Failed, open::reach, text::visible};
+use crate::{
+    config::{Backend, Config},
+    store::sqlite::recorded_id,
+};
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Give the history of this RabbitMQ prefix to this configuration's store
+    ///
+    /// One store has the history of a prefix: the first one, or the one that was adopted last. The
+    /// daemon of the other goes on delivering, and keeps no more history.
+    Adopt,
+}
+
+pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
+    match command {
+        Command::Adopt => adopt(config).await,
+    }
+}
+
+async fn adopt(config: &Config) -> Result<(), Failed> {
+    let Backend::Amqp(amqp) = &config.queue.backend else {
+        let why = "the embedded queue's history is in its own files: there is nothing to adopt";
+        return Err(Failed::Usage(why.to_owned()));
+    };
+    if !config.keeps_history() {
+        let why = "this configuration keeps no history: see [store] url and [history] retention";
+        return Err(Failed::Usage(why.to_owned()));
+    }
+    let data_dir = &config.queue.embedded.data_dir;
+    let id = recorded_id(data_dir).await.map_err(|e| {
+        Failed::Runtime(format!(
+            "{}; a daemon of this configuration makes the store when it runs for the first time",
+            visible(&e.to_string())
+        ))
+    })?;
+    let queue = reach(amqp).await?;
+    if queue.history_store().await?.as_ref() == Some(&id) {
+        println!("This store has the history of `{}` already.", amqp.prefix);
+        return Ok(());
+    }
+    queue.adopt_history(&id).await?;
+    println!(
+        "The history of `{}` goes to the store in `{}` from now on.",
+        amqp.prefix,
+        data_dir.display()
+    );
+    Ok(())
+}
