@@ -82,7 +82,7 @@
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
 //!              · init · listen · man · pause · plan · prune · publish · repair · replay · retry
-//!              · run · status · test · cli
+//!              · run · status · store · test · cli
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json

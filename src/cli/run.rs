@@ -179,8 +179,7 @@ impl History {
             let store = SqliteStore::off(store_of(config), why);
             return Self { store, observers: Vec::new(), recorder: None };
         }
-        let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        let (observer, recorder) = recording(&name, metrics);
+        let (observer, recorder) = recording(&resources::host_name(), metrics);
         let store = SqliteStore::start(store_of(config));
         Self { store, observers: vec![observer], recorder: Some(recorder) }
     }

@@ -16,6 +16,11 @@ use rustix::{
 /// The shortest time between two log lines about the same lack.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// The name of this machine, by which deliveries say which daemon made an attempt.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 /// Raises the limit of open files to what the system allows this process. Many start with 1,024,
 /// which a few hundred receivers use up. Returns the limit, or `None` if there is none.
 pub fn raise_open_files() -> Option<u64> {
