@@ -11,6 +11,7 @@ use crate::{
     config::{AmqpConfig, Backend, Config, Intake},
     delivery::{Depth, Depths, SubscriberName},
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    store::sqlite::delete_store,
     wording::{agreed, counted},
 };
 
@@ -87,8 +88,11 @@ async fn all_of_file(config: &Config, args: &Args) -> Result<(), Failed> {
     // Opened as by a daemon, so that no daemon can run.
     let queue = EmbeddedQueue::for_daemon(embedded)?;
     let depths = queue.everything().await?;
-    if say_what_goes(&depths, &format!("the embedded queue in {dir}"), args)? {
+    let what = format!("the embedded queue in {dir}, its history, and the store");
+    if say_what_goes(&depths, &what, args)? {
         queue.delete()?;
+        // History without the queue's log has no events.
+        delete_store(&embedded.data_dir)?;
     }
     Ok(())
 }

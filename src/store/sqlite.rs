@@ -34,7 +34,7 @@ use self::{
     chunk::{Limits, MAX_EVENTS},
     fault::{Fault, millis, span},
     open::{By, Open, lock},
-    schema::STORE_FILE,
+    schema::{HISTORY_FILE, LOCK, STORE_FILE},
     search::Search,
     source::Source,
     upkeep::{Disk, Shared, free_and_all},
@@ -185,6 +185,30 @@ pub async fn recorded_id(data_dir: &Path) -> Result<String, StoreError> {
     let id = store.read(|db| around::get_text(db, "id")).await.map_err(failed);
     store.close().await;
     id?.ok_or_else(|| StoreError::new(format!("`{}` has no id yet", path.display())))
+}
+
+/// Deletes the files of a store that nothing uses: history, what was set aside of it, and the
+/// precious part.
+///
+/// # Errors
+/// A file cannot be deleted.
+pub fn delete_store(data_dir: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(data_dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let is_ours = |name: &str| {
+            let of = |file: &str| name == file || name.starts_with(&format!("{file}-"));
+            of(HISTORY_FILE)
+                || of(STORE_FILE)
+                || [LOCK, "history.opening", "store.opening"].contains(&name)
+                || name.starts_with(&format!("{HISTORY_FILE}.damaged-"))
+                || name.starts_with(&format!("{STORE_FILE}.before-"))
+        };
+        if name.to_str().is_some_and(is_ours) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 impl Store for SqliteStore {

@@ -17,6 +17,7 @@ use tokio::{
 
 use super::{
     broker_error::{BrokerError, RPC_TIMEOUT},
+    declarations::EVERYTHING,
     ownership::{Action, Event, Notice, Ownership},
     pool::Lease,
     record::{About, Bindings, Bound, Patterns, Record, now},
@@ -428,6 +429,11 @@ impl<'a> Follower<'a> {
             Action::ReleaseWitness(exchange) => {
                 if let Err(e) = self.topology().release_witness(broker, &exchange).await {
                     tracing::debug!(exchange, error = %e, "the witness stays bound to an exchange that is not configured any more");
+                }
+                // Its events are not delivered any more, so history does not get them either.
+                let history = self.topology().history();
+                if let Err(e) = broker.unbind(&history, &exchange, EVERYTHING).await {
+                    tracing::debug!(exchange, error = %e, "history stays bound to an exchange that is not configured any more");
                 }
             }
             Action::Claim { subscriber, bound: Bound { exchange, patterns } } => {

@@ -285,6 +285,7 @@ fn a_dead_letter_on_the_broker_is_the_body_with_the_promised_headers() {
             "batch-id",
             "died-at",
             "error",
+            "event-prints",
             "events",
             "first-attempt-at",
             "kind",

@@ -249,7 +249,9 @@ async fn the_api_answers_what_it_is_asked_and_nothing_to_web_pages(queue: Queue)
         "/api/v1/subscribers/a/test",
         "/api/v1/events",
     ] {
-        assert_eq!(api.get(path).await.status, 405, "{path}");
+        // A GET of events is another request, which needs a token.
+        let refused = if path == "/api/v1/events" { 403 } else { 405 };
+        assert_eq!(api.get(path).await.status, refused, "{path}");
         let json = ("content-type", "application/json");
         for headers in [
             &[json, ("origin", "http://evil.example")][..],
@@ -548,6 +550,108 @@ fn status_watches() {
     });
 }
 
+const JSON: (&str, &str) = ("content-type", "application/json");
+
+/// Requests of history and replays, with each answer that the document has: of a daemon without a
+/// token, of one with two subscribers, the second without a receiver, and of one whose history has no
+/// bodies.
+async fn ask_for_history(open: &Api, with_token: &Api, fields: &Api) {
+    let token = ("authorization", "Bearer t");
+    let get = async |path: &str| with_token.send("GET", path, &[token], "").await;
+    let post =
+        async |path: &str, body: &str| with_token.send("POST", path, &[token, JSON], body).await;
+    assert_eq!(post("/api/v1/events", r#"{"event":"x.y"}"#).await.status, 202);
+    let mut ids = [String::new(), String::new()];
+    for (id, state) in ids.iter_mut().zip(["delivered", "retrying"]) {
+        eventually(&format!("a delivery is {state}"), async || {
+            let found = get(&format!("/api/v1/deliveries?state={state}")).await.json();
+            let first = found["deliveries"][0]["id"].as_str();
+            first.inspect(|first| (*first).clone_into(id)).is_some()
+        })
+        .await;
+    }
+    let mut number = None;
+    eventually("the event is in history", async || {
+        number = get("/api/v1/events").await.json()["events"][0]["number"].as_i64();
+        number.is_some()
+    })
+    .await;
+    let [delivered, retrying] = ids;
+    post("/api/v1/subscribers/a/pause", "{}").await;
+    let since = r#"{"since":"2000-01-01T00:00:00Z"}"#;
+    let dry = r#"{"since":"2000-01-01T00:00:00Z","dry_run":true}"#;
+    let replay = "/api/v1/subscribers/a/replay";
+    assert_eq!(post(replay, dry).await.status, 200);
+    let begun = post(replay, since).await;
+    assert_eq!(begun.status, 202, "{begun:?}");
+    let id = begun.json()["id"].as_str().expect("an id").to_owned();
+    for (change, status) in [("cancel", 200), ("cancel", 409), ("continue", 200), ("continue", 409)]
+    {
+        let answer = post(&format!("/api/v1/replays/{id}/{change}"), "{}").await;
+        assert_eq!(answer.status, status, "{change}: {answer:?}");
+    }
+    for (id, status) in [(&delivered, 202), (&retrying, 409)] {
+        let answer = post(&format!("/api/v1/deliveries/{id}/resend"), "{}").await;
+        assert_eq!(answer.status, status, "{answer:?}");
+    }
+    let number = number.expect("a number");
+    let gets = [
+        (format!("/api/v1/events/{number}"), 200),
+        ("/api/v1/events/999999".to_owned(), 404),
+        ("/api/v1/events/x".to_owned(), 400),
+        ("/api/v1/events?limit=0".to_owned(), 400),
+        (format!("/api/v1/deliveries/{delivered}"), 200),
+        ("/api/v1/deliveries/none".to_owned(), 404),
+        ("/api/v1/deliveries/%FF".to_owned(), 400),
+        ("/api/v1/deliveries?limit=0".to_owned(), 400),
+        (format!("/api/v1/replays/{id}"), 200),
+        ("/api/v1/replays/none".to_owned(), 404),
+        ("/api/v1/replays/%FF".to_owned(), 400),
+        ("/api/v1/replays".to_owned(), 200),
+        ("/api/v1/replays?limit=0".to_owned(), 400),
+        ("/api/v1/operations".to_owned(), 200),
+        ("/api/v1/operations?limit=0".to_owned(), 400),
+    ];
+    for (path, status) in &gets {
+        let answer = get(path).await;
+        assert_eq!(answer.status, *status, "{path}: {answer:?}");
+        assert_eq!(with_token.get(path).await.status, 401, "{path}");
+        assert_eq!(open.get(path).await.status, 403, "{path}");
+    }
+    for path in ["/api/v1/events", "/api/v1/deliveries"] {
+        assert_eq!(with_token.get(path).await.status, 401);
+        assert_eq!(open.get(path).await.status, 403);
+    }
+    let posts = [
+        replay.to_owned(),
+        format!("/api/v1/replays/{id}/continue"),
+        format!("/api/v1/replays/{id}/cancel"),
+        format!("/api/v1/deliveries/{delivered}/resend"),
+    ];
+    for path in &posts {
+        let unknown =
+            path.replace("/a/", "/nobody/").replace(&id, "none").replace(&delivered, "none");
+        let plain = ("content-type", "text/plain");
+        for (answer, status) in [
+            (post(path, "[").await, 400),
+            (post(path, &"x".repeat(2 << 20)).await, 413),
+            (post(&unknown, since_or_nothing(path, since)).await, 404),
+            (with_token.send("POST", path, &[token, plain], "{}").await, 415),
+            (with_token.post(path, "{}").await, 401),
+            (open.post(path, "{}").await, 403),
+        ] {
+            assert_eq!(answer.status, status, "{path}: {answer:?}");
+        }
+    }
+    let without_bodies = fields.send("POST", replay, &[token, JSON], since).await;
+    assert_eq!(without_bodies.status, 409, "{without_bodies:?}");
+}
+
+/// The body of a valid request.
+fn since_or_nothing<'b>(path: &str, since: &'b str) -> &'b str {
+    if path.ends_with("/replay") { since } else { "{}" }
+}
+
 fn the_api_is_as_its_document_describes_it() {
     run(async {
         let queue = Queue::embedded();
@@ -624,18 +728,31 @@ fn the_api_is_as_its_document_describes_it() {
         api.get("/api/v1/subscribers").await;
         api.get("/readyz").await;
 
-        let with_token = Api::new();
+        let (with_token, fields) = (Api::new(), Api::new());
+        let accepting = Receiver::accepting().await;
         let guarded = Setup::new(
             &Queue::embedded(),
-            &(with_token.section()
+            &(QUICK.to_owned()
+                + &with_token.section()
                 + "token = \"t\"\n"
+                + &subscriber("a", &accepting.url, "")
                 + &subscriber(
-                    "a",
-                    &receiver.url,
-                    "http = { allow_http = true, allow_private_addresses = true }",
+                    "b",
+                    "http://127.0.0.1:9/",
+                    "retry = { initial_interval = \"1h\", max_interval = \"1h\" }",
                 )),
         );
         let _guarded = guarded.start().await;
+        let of_fields = Setup::new(
+            &Queue::embedded(),
+            &("[history]\nbodies = false\n".to_owned()
+                + QUICK
+                + &fields.section()
+                + "token = \"t\"\n"
+                + &subscriber("a", &accepting.url, "")),
+        );
+        let _of_fields = of_fields.start().await;
+        ask_for_history(&api, &with_token, &fields).await;
         for path in [
             "/api/v1/subscribers",
             "/api/v1/subscribers/a",
@@ -680,6 +797,7 @@ fn the_api_is_as_its_document_describes_it() {
 
         let mut exchanges = api.exchanges.lock().expect("not poisoned").clone();
         exchanges.append(&mut with_token.exchanges.lock().expect("not poisoned"));
+        exchanges.append(&mut fields.exchanges.lock().expect("not poisoned"));
         let file = setup.write("exchanges.json", serde_json::Value::from(exchanges).to_string());
         let script = repository().join("tests/verifiers/admin.py");
         let reported = output(

@@ -389,18 +389,18 @@ fn after_a_change_of_the_exchange_the_old_one_brings_nothing_any_more() {
         let (connection, channel) = broker.channel().await;
         channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
         let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        let sent = channel.basic_publish(
-            broker.exchange.as_str().into(),
-            "a.b".into(),
-            mandatory,
-            b"{}",
-            BasicProperties::default(),
-        );
-        let confirmed = sent.await.expect("publishes").await.expect("confirmed");
-        assert!(
-            matches!(confirmed, Confirmation::Ack(Some(_))),
-            "the old exchange still has a queue: {confirmed:?}"
-        );
+        let unroutable = async || {
+            let sent = channel.basic_publish(
+                broker.exchange.as_str().into(),
+                "a.b".into(),
+                mandatory,
+                b"{}",
+                BasicProperties::default(),
+            );
+            let confirmed = sent.await.expect("publishes").await.expect("confirmed");
+            matches!(confirmed, Confirmation::Ack(Some(_)))
+        };
+        eventually("the old exchange has no queue any more", unroutable).await;
         channel
             .exchange_delete(new.as_str().into(), ExchangeDeleteOptions::default())
             .await
