@@ -242,7 +242,7 @@ fn examine(api: &Api, token: Option<&str>) -> Result<(), String> {
         .arg("run")
         .arg(repository().join("docs/admin.yaml"))
         .args(["--url", &format!("http://127.0.0.1:{}", api.port)])
-        .args(["--phases", "examples,coverage,fuzzing", "--checks", "all"])
+        .args(["--phases", "examples,coverage,fuzzing"])
         .args(["--seed", "1", "--max-examples", "40", "--continue-on-failure", "--no-color"])
         .args(["--request-timeout", "60", "--suppress-health-check", "all"])
         // It stores examples there.
