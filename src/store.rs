@@ -317,6 +317,15 @@ pub trait EventLog: Send {
     /// # Errors
     /// The log cannot be read.
     fn bounds(&mut self) -> Result<Option<(EventNumber, EventNumber)>, StoreError>;
+
+    /// The last number that was ever given, also of an event that is not there any more; 0 if none
+    /// was.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    fn end(&mut self) -> Result<EventNumber, StoreError> {
+        Ok(self.bounds()?.map_or(EventNumber(0), |(_, last)| last))
+    }
 }
 
 /// A failure of the store: what was found, and the remedy where there is one.

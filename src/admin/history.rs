@@ -7,7 +7,7 @@ use std::{
 };
 
 use axum::{
-    Router,
+    Extension, Router,
     extract::{self, FromRequestParts, Path},
     http::{StatusCode, request::Parts},
     middleware,
@@ -17,7 +17,7 @@ use axum::{
 
 use super::{
     answer::{Refusal, answer},
-    guard::with_token,
+    guard::{Caller, with_token},
     query::{FromQuery, Parameters, Query},
     view::{Delivery, DeliveryList, EventList, EventWhere},
 };
@@ -184,24 +184,31 @@ async fn show_event<Q: Queue, S: Store>(
 
 async fn list_deliveries<Q: Queue, S: Store>(
     extract::State(history): This<Q, S>,
+    Extension(caller): Extension<Caller>,
     Query(Deliveries { filter, limit, before }): Query<Deliveries>,
 ) -> Response {
     let store = &history.store;
     let list = async {
         let page = store.deliveries(&filter, before, limit, SEARCH_TIME).await?;
-        Ok(DeliveryList::new(page, store.reach().await?))
+        let mut list = DeliveryList::new(page, store.reach().await?);
+        if !caller.sees_endpoints() {
+            list.deliveries = list.deliveries.into_iter().map(Delivery::without_excerpts).collect();
+        }
+        Ok(list)
     };
     answer(list.await.map_err(away))
 }
 
 async fn show_delivery<Q: Queue, S: Store>(
     extract::State(history): This<Q, S>,
+    Extension(caller): Extension<Caller>,
     Id(id): Id,
     Query(()): Query<()>,
 ) -> Response {
     let found = history.store.delivery(&id).await.map_err(away);
     answer(found.and_then(|found| match found {
-        Some(delivery) => Ok(Delivery::new(&delivery)),
+        Some(delivery) if caller.sees_endpoints() => Ok(Delivery::new(&delivery)),
+        Some(delivery) => Ok(Delivery::new(&delivery).without_excerpts()),
         None => Err(missing("history has no delivery with this id".to_owned())),
     }))
 }

@@ -101,7 +101,7 @@ pub(super) fn write(text: &str) -> Result<(), Failed> {
 }
 
 /// Reads as many parts as it takes.
-async fn all(
+pub(super) async fn all(
     remembered: &Remembered<'_>,
     filter: &EventFilter,
     limit: usize,

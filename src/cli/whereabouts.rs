@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{
     daemon::Asked,
     failed::Failed,
-    history::{lines, reach, write},
+    history::{all, lines, reach, write},
     moment::Zone,
     remembered::Remembered,
     terminal,
@@ -45,7 +45,7 @@ struct Answer<'e> {
 pub(super) async fn run(config: &Config, asked: &Asked, args: &Args) -> Result<(), Failed> {
     let remembered = Remembered::open(config, asked).await?;
     let filter = EventFilter { id: Some(args.id.clone()), ..EventFilter::default() };
-    let found = remembered.events(&filter, MAX_LIMIT, None).await?;
+    let found = all(&remembered, &filter, MAX_LIMIT).await?;
     let mut numbers: Vec<i64> = found.events.iter().map(|event| event.number).collect();
     // An id may be digits alone, as a number is.
     let is_number = args.id.bytes().all(|b| b.is_ascii_digit());

@@ -216,6 +216,8 @@ struct Work {
     ready: VecDeque<Filled>,
     /// The batches in the subscriber's queue, and since when that is known here.
     unfinished: Vec<(BatchId, Instant)>,
+    /// The batch that is in the queue already, and not recorded yet.
+    enqueued: Option<BatchId>,
     /// When the queue was asked last, and which batches it did not have.
     asked: Option<(Instant, HashSet<BatchId>)>,
     pace: Pace,
@@ -235,6 +237,7 @@ impl Work {
             is_past_binding: false,
             ready: VecDeque::new(),
             unfinished: unfinished.map(|id| (id.clone(), now)).collect(),
+            enqueued: None,
             asked: None,
             pace: Pace::new(replay.order.rate),
             outage: Outage::default(),
@@ -319,12 +322,15 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
         let name = &replay.subscriber;
         let now = clock::instant();
         // The daemon may have been killed after the batch was enqueued, and before that was recorded.
-        let is_known = self.store.delivery(id.as_str()).await?.is_some();
+        let is_known = work.enqueued.as_ref() == Some(&id)
+            || self.store.delivery(id.as_str()).await?.is_some();
         if !is_known && let Err(e) = self.queue.enqueue(name, vec![next.batch.clone()]).await {
             work.retry_at = Some(now + work.backoff.grow());
             log_outage(&mut work.outage, replay, &e);
             return Ok(Stepped::Waits);
         }
+        // A record that fails is tried again alone: the queue has the batch.
+        work.enqueued = Some(id.clone());
         work.outage.end();
         work.backoff.reset();
         work.retry_at = None;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    clock,
     delivery::{BatchId, FailureKind, Pause, PauseStates, Print, Reason, SubscriberName},
     event::Pattern,
     queue::{Progress, Queue},
@@ -20,6 +21,9 @@ use crate::{
 
 /// The time that one subscriber's deliveries are read for.
 const READ_TIME: Duration = Duration::from_millis(200);
+
+/// The time that the deliveries of all subscribers are read for that were not to get the event.
+const NOT_MATCHED_TIME: Duration = Duration::from_secs(1);
 
 /// An event's time has whole seconds, if its producer set it, and another machine's clock. A change
 /// of patterns or a delivery that is this close to it may be before it or after it.
@@ -169,17 +173,22 @@ pub async fn of_event<S: Store>(
         spans.entry(name.clone()).or_default();
     }
     let print = Print::from_sha256(&event.sha256);
-    let mut found = Vec::with_capacity(spans.len());
+    let (mut found, mut spare) = (Vec::with_capacity(spans.len()), NOT_MATCHED_TIME);
     for (subscriber, spans) in spans {
         let wish = wish(event, &spans, configured.get(&subscriber));
         let configured = configured.contains_key(&subscriber);
-        if let Wish::Not(patterns) = wish {
-            let fate = Fate::NotMatched { patterns };
-            found.push(Whereabouts { subscriber, configured, fate, deliveries: Vec::new() });
-            continue;
+        // A replay may have sent it all the same, by other patterns. Those that were not to get it may
+        // be many, so that they share a time.
+        let begun = clock::instant();
+        let with_event = match &wish {
+            Wish::Not(_) if spare.is_zero() => WithEvent::default(),
+            _ => deliveries(store, &subscriber, print, event.at).await?,
+        };
+        let (mut fate, deliveries) = decided(&with_event, &reach.gaps);
+        if let Wish::Not(patterns) = &wish {
+            spare = spare.saturating_sub(clock::instant() - begun);
+            fate = Some(fate.unwrap_or(Fate::NotMatched { patterns: patterns.clone() }));
         }
-        let with_event = deliveries(store, &subscriber, print, event.at).await?;
-        let (mut fate, deliveries) = decided(&with_event.deliveries);
         if fate.is_none() && configured {
             fate = undelivered(lanes.lane(&subscriber, event.number).await);
         }
@@ -264,9 +273,26 @@ async fn deliveries<S: Store>(
     Ok(WithEvent { deliveries: earlier.deliveries, without_prints, searched_until })
 }
 
-/// The fate by the recorded deliveries, the decisive one first; `None` if they do not decide.
-fn decided(with_event: &[Delivery]) -> (Option<Fate>, Vec<BatchId>) {
+/// When the receiver accepted a delivery, and by which attempt. A batch that was sent again keeps
+/// that, whatever became of it later.
+fn accepted(d: &Delivery) -> Option<(SystemTime, Last)> {
+    let by = d.attempts.iter().find_map(|a| {
+        let (took, end) = a.end.as_ref().filter(|(_, end)| end.failure.is_none())?;
+        let batch = d.id.clone();
+        let last = Last { batch, attempt: a.number, status: end.status, failure: None };
+        Some((a.at + *took, last))
+    });
+    match d.state {
+        DeliveryState::Delivered { at } => Some(by.unwrap_or_else(|| (at, Last::of(d)))),
+        _ => by,
+    }
+}
+
+/// The fate by the recorded deliveries, the decisive one first; `None` if they do not decide: a
+/// later delivery may not have been read, or a change is missing.
+fn decided(with_event: &WithEvent, gaps: &[Gap]) -> (Option<Fate>, Vec<BatchId>) {
     let rank = |d: &Delivery| match d.state {
+        _ if accepted(d).is_some() => 0,
         DeliveryState::Delivered { .. } => 0,
         DeliveryState::InFlight => 1,
         DeliveryState::Retrying { .. } => 2,
@@ -274,18 +300,27 @@ fn decided(with_event: &[Delivery]) -> (Option<Fate>, Vec<BatchId>) {
         DeliveryState::Dead { .. } => 4,
         DeliveryState::Split | DeliveryState::Interrupted => 5,
     };
-    let mut all: Vec<&Delivery> = with_event.iter().collect();
+    let mut all: Vec<&Delivery> = with_event.deliveries.iter().collect();
     // Of the same rank the latest, but the first that delivered it.
     all.sort_by_key(|d| (rank(d), if rank(d) == 0 { d.row } else { -d.row }));
+    let is_cut = with_event.searched_until.is_some();
+    let may_have_changed =
+        |d: &Delivery| gaps.iter().any(|gap| gap.what == "deliveries" && gap.until >= d.changed_at);
     let fate = all.first().and_then(|d| {
+        if let Some((at, last)) = accepted(d) {
+            return Some(Fate::Delivered { at, last });
+        }
         let last = Last::of(d);
         match d.state {
-            DeliveryState::Delivered { at } => Some(Fate::Delivered { at, last }),
+            DeliveryState::InFlight | DeliveryState::Retrying { .. } if may_have_changed(d) => None,
+            _ if is_cut => None,
             DeliveryState::InFlight => Some(Fate::InFlight { last }),
             DeliveryState::Retrying { due } => Some(Fate::Retrying { due, last }),
             DeliveryState::Paused => Some(Fate::Paused { last }),
             DeliveryState::Dead { reason } => Some(Fate::Dead { reason, last }),
-            DeliveryState::Split | DeliveryState::Interrupted => None,
+            DeliveryState::Delivered { .. } | DeliveryState::Split | DeliveryState::Interrupted => {
+                None
+            }
         }
     });
     (fate, all.into_iter().map(|d| d.id.clone()).collect())
@@ -298,7 +333,7 @@ fn undelivered(lane: Lane) -> Option<Fate> {
 
 /// Why nothing is known of an event that the subscriber was to get.
 fn why_unknown(event: &EventRow, found: &WithEvent, reach: &Reach, now: SystemTime) -> String {
-    let time = crate::clock::rfc3339_seconds;
+    let time = clock::rfc3339_seconds;
     let is_of_deliveries = |gap: &&Gap| gap.what == "deliveries";
     let overlaps = |gap: &&Gap| gap.until + BLUR >= event.at && gap.from <= now;
     if let Some(gap) = reach.gaps.iter().filter(is_of_deliveries).find(overlaps) {
@@ -458,8 +493,43 @@ mod tests {
         assert_eq!(f.fate().await, Fate::Dead { reason, last: last("m1", 2, 500) });
         f.record("m2", 3000, vec![started(1), ended(1, 200), Change::Delivered]).await;
         f.record("m3", 4000, vec![started(1), ended(1, 200), Change::Delivered]).await;
-        assert_eq!(f.fate().await, Fate::Delivered { at: at(3002), last: last("m2", 1, 200) });
+        assert_eq!(f.fate().await, Fate::Delivered { at: at(3001), last: last("m2", 1, 200) });
         assert!(f.fate().await.is_settled());
+    }
+
+    #[tokio::test]
+    async fn what_was_accepted_stays_so_when_it_is_sent_again_and_refused() {
+        let f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        f.record("m1", 2000, vec![started(1), ended(1, 500), Change::Retrying { due: at(9000) }])
+            .await;
+        // The attempt began at 1001 s and took a second.
+        assert_eq!(f.fate().await, Fate::Delivered { at: at(1002), last: last("m1", 1, 200) });
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_is_unknown_if_a_later_change_may_be_missing() {
+        let f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1)]).await;
+        f.store.memory().gaps.push(Gap {
+            from: at(1100),
+            until: at(1200),
+            what: "deliveries",
+            why: "the store was away".to_owned(),
+            missing: None,
+        });
+        assert!(f.unknown().await.contains("the store was away"));
+    }
+
+    #[tokio::test]
+    async fn a_replay_by_other_patterns_is_seen_although_the_event_was_not_wanted_then() {
+        let f = Fixture::new().await;
+        f.subscribed("report.#", 500).await;
+        f.subscribed("#", 2000).await;
+        assert_eq!(f.fate().await, Fate::NotMatched { patterns: patterns("report.#") });
+        f.record("m1", 3000, vec![started(1), ended(1, 500), Change::Retrying { due: at(9000) }])
+            .await;
+        assert_eq!(f.fate().await, Fate::Retrying { due: at(9000), last: last("m1", 1, 500) });
     }
 
     #[tokio::test]

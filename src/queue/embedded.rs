@@ -521,11 +521,20 @@ impl Queue for EmbeddedQueue {
     ) -> Result<Progress, QueueError> {
         let name = subscriber.clone();
         let waits = move |db: &Connection| {
-            let in_segment: bool = db.query_row(
-                "SELECT EXISTS (SELECT 1 FROM segment WHERE subscriber = ?1 AND after < ?2 AND coalesce(upto, ?2) >= ?2)",
-                params![name, event.0],
-                |r| r.get(0),
-            )?;
+            let row = db
+                .prepare_cached("SELECT type, only_for FROM event WHERE seq = ?1")?
+                .query_row([event.0], |r| {
+                    Ok((r.get::<_, String>(0)?, r.get::<_, Option<String>>(1)?))
+                })
+                .optional()?;
+            let Some((event_type, only_for)) = row else { return Ok(false) };
+            let segments = db
+                .prepare_cached("SELECT patterns FROM segment WHERE subscriber = ?1 AND after < ?2 AND coalesce(upto, ?2) >= ?2")?
+                .query_map(params![name, event.0], |r| r.get(0))?
+                .collect::<rusqlite::Result<Vec<String>>>()?;
+            let in_segment = segments
+                .iter()
+                .any(|text| is_for(&name, &parse_patterns(text), &event_type, only_for.as_deref()));
             let ahead = consumer::ahead(db, &name)?;
             Ok(in_segment && !ahead.iter().any(|run| run.contains(&event.0)))
         };

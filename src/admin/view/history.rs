@@ -366,6 +366,14 @@ impl Delivery {
     }
 }
 
+impl Delivery {
+    /// Without what receivers have answered, which may be what they were sent: a URL's path.
+    pub(in crate::admin) fn without_excerpts(mut self) -> Self {
+        self.attempts.iter_mut().for_each(|attempt| attempt.excerpt = None);
+        self
+    }
+}
+
 impl Attempt {
     fn new(of: &store::DeliveryAttempt) -> Self {
         let end = of.end.as_ref();

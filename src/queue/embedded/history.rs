@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
-use super::{from_millis, store};
+use super::{from_millis, newest, store};
 use crate::{
     queue::QueueError,
     sqlite::{self, Reader},
@@ -289,6 +289,10 @@ impl EventLog for Log {
             }).collect())
         });
         found.map_err(|e| unreadable(&e))
+    }
+
+    fn end(&mut self) -> Result<EventNumber, StoreError> {
+        self.reader.read(newest).map(EventNumber).map_err(|e| unreadable(&e))
     }
 
     fn bounds(&mut self) -> Result<Option<(EventNumber, EventNumber)>, StoreError> {

@@ -322,9 +322,8 @@ pub(super) async fn adopt(
     let Files { history, store, because, warning } = files;
     let log_end = match config.log.clone() {
         Some(open) => {
-            let bounds = tokio::task::spawn_blocking(move || open()?.bounds()).await;
-            let bounds = bounds.map_err(|e| StoreError::away(e.to_string()))??;
-            Some(bounds.map_or(0, |(_, last)| last.0))
+            let end = tokio::task::spawn_blocking(move || open()?.end()).await;
+            Some(end.map_err(|e| StoreError::away(e.to_string()))??.0)
         }
         None => None,
     };
