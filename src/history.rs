@@ -47,18 +47,13 @@ impl Keeper {
         let events = {
             let (store, stops) = (store.clone(), stops.clone());
             tokio::spawn(async move {
-                events::record(&queue, &store, reached(stops, Stop::Events)).await
+                events::record(&queue, &store, reached(stops, Stop::Events)).await;
+                store.leave_the_queue().await;
             })
         };
         let mut draining = stop.subscribe();
         let others = tokio::spawn(async move {
-            let replaying = async {
-                tokio::select! {
-                    () = replaying => {}
-                    // The queue is not used afterwards.
-                    _ = draining.wait_for(|reached| *reached >= Stop::Events) => {}
-                }
-            };
+            // All of these read the queue.
             let upkeep = async {
                 tokio::join!(
                     replaying,
@@ -66,10 +61,13 @@ impl Keeper {
                     events::record_patterns(&store, subscribers)
                 );
             };
-            tokio::select! {
-                () = recorder.run(store.clone(), reached(stops, Stop::All)) => {}
-                () = upkeep => {}
-            }
+            let upkeep = async {
+                tokio::select! {
+                    () = upkeep => {}
+                    _ = draining.wait_for(|reached| *reached >= Stop::Events) => {}
+                }
+            };
+            tokio::join!(recorder.run(store.clone(), reached(stops, Stop::All)), upkeep);
             store.close().await;
         });
         Self { stop, events, others }

@@ -272,6 +272,9 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// It cannot be read.
     fn id(&self) -> impl Future<Output = Result<String, StoreError>> + Send;
 
+    /// Closes what it has open of the queue, after which only its own files are read.
+    fn leave_the_queue(&self) -> impl Future<Output = ()> + Send;
+
     /// Completes what is begun, and closes.
     fn close(&self) -> impl Future<Output = ()> + Send;
 }

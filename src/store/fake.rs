@@ -343,5 +343,7 @@ impl Store for FakeStore {
         self.open().map(|_| "fake".to_owned())
     }
 
+    async fn leave_the_queue(&self) {}
+
     async fn close(&self) {}
 }

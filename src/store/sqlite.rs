@@ -426,6 +426,14 @@ impl Store for SqliteStore {
         store.write(around::store_id).await.map_err(|e| StoreError::new(e.to_string()))
     }
 
+    async fn leave_the_queue(&self) {
+        let Ok(open) = self.0.open() else { return };
+        // Without it the log's last reader keeps the queue from emptying its write-ahead log.
+        if let Err(e) = tokio::task::spawn_blocking(move || open.leave_log()).await {
+            tracing::debug!(error = %e, "the log was not closed");
+        }
+    }
+
     async fn close(&self) {
         self.0.close().await;
     }

@@ -89,6 +89,8 @@ pub(super) struct Open {
     pub(super) is_damaged: AtomicBool,
     has_bodies: bool,
     log: Option<OpenLog>,
+    /// The log is not opened any more.
+    has_left_log: AtomicBool,
     /// One for each thread, opened when it is first needed.
     logs: [Mutex<Option<Box<dyn EventLog>>>; 3],
 }
@@ -120,6 +122,7 @@ impl Open {
             is_damaged: AtomicBool::new(false),
             has_bodies: config.history.bodies,
             log: config.log.clone(),
+            has_left_log: AtomicBool::new(false),
             logs: Default::default(),
         }
     }
@@ -151,9 +154,20 @@ impl Open {
         let mut log = lock(&self.logs[by as usize]);
         let log = match &mut *log {
             Some(log) => log,
+            None if self.has_left_log.load(Ordering::Relaxed) => {
+                return Err(StoreError::away("the daemon is stopping".to_owned()).into());
+            }
             None => log.insert(open()?),
         };
         with(&mut Source::Log(&mut **log, self.has_bodies))
+    }
+
+    /// Closes the log, when its readers have answered. Blocks its thread.
+    pub(super) fn leave_log(&self) {
+        self.has_left_log.store(true, Ordering::Relaxed);
+        for log in &self.logs {
+            drop(lock(log).take());
+        }
     }
 
     /// Reserves more numbers. If they cannot be recorded, those that history has are.
