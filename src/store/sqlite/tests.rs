@@ -533,6 +533,11 @@ async fn events_of_a_log_are_read_from_there() {
     let store = start(log.config(dir.path())).await;
     assert_eq!(store.reach().await.expect("reads").events, 0);
     assert_eq!(store.append(rows).await.expect("appends").events, 9);
+    assert!(store.event(EventNumber(3)).await.expect("reads").is_some());
+    let open = Arc::strong_count(&log.0);
+    store.leave_the_queue().await;
+    assert!(Arc::strong_count(&log.0) < open, "its readers are closed");
+    assert!(store.event(EventNumber(3)).await.is_err_and(|e| e.is_away()), "none is opened");
 }
 
 fn change(id: &str, change: Change) -> DeliveryChange {
