@@ -30,7 +30,7 @@
 //! ```text
 //! clock.rs                  time, randomness, ids
 //! failpoint.rs              where a debug build can be killed
-//! wording.rs                numbers and their nouns
+//! wording.rs                text for people: numbers and their nouns, what strangers wrote
 //! page.rs                   pages of long lists, and the cursors between them
 //! crypto/                   values that cannot be printed; signing; whom to trust
 //!              · secret · signature · tls · handshake
@@ -86,7 +86,7 @@
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json
-//!              status/ · words · table · story
+//!              status/ · table · story
 //! fuzzing/                  properties that must hold for untrusted bytes; not part of the program
 //!              · json · events · intake · broker · receiver · configuration · fuzzing
 //! ```

@@ -1,6 +1,8 @@
-//! Numbers with their units and nouns, in singular and plural.
+//! Text for people: numbers with their units and nouns, and what strangers wrote.
 
 use std::{fmt, time::Duration};
+
+use bytesize::ByteSize;
 
 /// A duration as a configuration writes it: a whole number of the largest possible unit, such as
 /// `7d`, `72h`, `90s` and `1500ms`.
@@ -66,6 +68,68 @@ pub fn agreed<N: PartialEq + From<u8>>(n: &N, text: &str) -> String {
     out + rest
 }
 
+/// Makes a text safe to show: control characters, which could drive a terminal, are spelled out, and
+/// so are those that turn the direction of what follows (Unicode Standard Annex #9, section 2).
+pub fn visible(text: &str) -> String {
+    let turns = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() || turns(c) { out.extend(c.escape_unicode()) } else { out.push(c) }
+    }
+    out
+}
+
+/// A number of bytes in units of 1024.
+pub fn rounded_size(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
+}
+
+/// A number with commas between thousands.
+pub fn grouped(n: impl Into<u64>) -> String {
+    let digits = n.into().to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, c) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// A duration as its two largest units, rounded: `46h 34m`, `2m 15s`, `1.5s`.
+pub fn rounded(d: Duration) -> String {
+    if d.is_zero() {
+        return "0s".to_owned();
+    }
+    if d < Duration::from_millis(9950) {
+        let tenths = (d.as_millis() + 50) / 100;
+        return match (tenths, tenths % 10) {
+            (0, _) => format!("{}ms", d.as_millis().max(1)),
+            (_, 0) => format!("{}s", tenths / 10),
+            (_, rest) => format!("{}.{rest}s", tenths / 10),
+        };
+    }
+    // Seconds of a unit, and its letter.
+    const UNITS: [(u64, char); 4] = [(86_400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')];
+    let round = |unit: u64| (d.as_secs_f64() / unit as f64).round() as u64 * unit;
+    // Days only from 100 hours: retry schedules are usually given in hours.
+    let from = if round(3600) >= 100 * 3600 { 0 } else { 1 };
+    for (n, (unit, letter)) in UNITS.iter().enumerate().skip(from) {
+        let Some((below, small)) = UNITS.get(n + 1) else { break };
+        let rounded = round(*below);
+        if rounded >= *unit {
+            let rest = rounded % unit / below;
+            return if rest == 0 {
+                format!("{}{letter}", rounded / unit)
+            } else {
+                format!("{}{letter} {rest}{small}", rounded / unit)
+            };
+        }
+    }
+    format!("{}s", round(1))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,5 +173,36 @@ mod tests {
         assert_eq!(agreed(&2_u8, text), "the keys have changed (f(x), all)");
         assert_eq!(agreed(&1_u8, "no end ("), "no end (");
         assert_eq!(agreed(&1_u8, ""), "");
+    }
+
+    #[test]
+    fn nothing_that_is_shown_drives_the_terminal_or_turns_what_follows() {
+        assert_eq!(
+            visible("é \u{1b}[2J\u{7f}\u{9b}1m\t\r\n"),
+            r"é \u{1b}[2J\u{7f}\u{9b}1m\u{9}\u{d}\u{a}"
+        );
+        assert_eq!(visible("exe.\u{202e}fdp \u{2067}x"), r"exe.\u{202e}fdp \u{2067}x");
+    }
+
+    #[test]
+    fn durations_are_shown_by_their_two_largest_units() {
+        for (ms, text) in [
+            (0, "0s"),
+            (3, "3ms"),
+            (1500, "1.5s"),
+            (9999, "10s"),
+            (59_600, "1m"),
+            (135_000, "2m 15s"),
+            (3_599_900, "1h"),
+            (21_600_000, "6h"),
+            (168_000_000, "46h 40m"),
+            (900_000_000, "10d 10h"),
+        ] {
+            assert_eq!(rounded(Duration::from_millis(ms)), text);
+        }
+        assert_eq!(
+            (grouped(1_u32), grouped(1000_u32), grouped(51_841_u64)),
+            ("1".to_owned(), "1,000".to_owned(), "51,841".to_owned())
+        );
     }
 }

@@ -8,6 +8,7 @@
 mod history;
 mod problem;
 mod replay;
+pub mod words;
 
 use std::{
     borrow::Cow,

@@ -2,7 +2,6 @@
 
 mod story;
 mod table;
-mod words;
 
 use std::{
     io::{IsTerminal as _, Write as _},

@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 
-use super::words::{self, failure, seconds, state, still, until};
 use crate::{
-    admin::view::{Lane, LastError, Paused, State, Subscriber, Time},
+    admin::view::{
+        Lane, LastError, Paused, State, Subscriber, Time,
+        words::{self, failure, seconds, state, still, until},
+    },
     cli::{terminal::hanging, text::visible},
     delivery::FailureKind,
     policy::circuit_breaker::CircuitState,

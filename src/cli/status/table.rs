@@ -2,9 +2,11 @@
 
 use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
-use super::words::{seconds, state, until};
 use crate::{
-    admin::view::{Lane, Overview, Subscriber},
+    admin::view::{
+        Lane, Overview, Subscriber,
+        words::{seconds, state, until},
+    },
     cli::{
         terminal::{self, wrapped},
         text::{rounded, visible},
@@ -237,7 +239,7 @@ fn row(s: &Subscriber) -> Row {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::status::words::subscriber;
+    use crate::admin::view::words::subscriber;
     use serde_json::{Value, json};
 
     /// An overview from JSON, the figures of lanes filled in.

@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
+use super::{LastError, State, Subscriber, Time};
 use crate::{
-    admin::view::{LastError, State, Subscriber, Time},
-    cli::text::{rounded, visible},
     clock,
+    wording::{rounded, visible},
 };
 
 /// The state with what explains it.
-pub(super) fn state(s: &Subscriber) -> String {
+pub fn state(s: &Subscriber) -> String {
     let Some(lane) = &s.lane else { return visible(s.state.name()) };
     let last_error = || {
         let error = lane.last_error.as_ref();
@@ -45,37 +45,37 @@ pub(super) fn state(s: &Subscriber) -> String {
 }
 
 /// The failure with its status and its cause.
-pub(super) fn failure(e: &LastError) -> String {
+pub fn failure(e: &LastError) -> String {
     let status = e.status.map(|n| format!(" {n}")).unwrap_or_default();
     let cause = e.cause.as_ref().map(|c| format!(": {}", visible(c))).unwrap_or_default();
     format!("{}{status}{cause}", visible(&e.failure))
 }
 
 /// A duration that is given in seconds.
-pub(super) fn seconds(seconds: f64) -> String {
+pub fn seconds(seconds: f64) -> String {
     rounded(Duration::try_from_secs_f64(seconds).unwrap_or_default())
 }
 
 /// The time since then.
-pub(super) fn since(at: Time) -> String {
+pub fn since(at: Time) -> String {
     rounded(at.ago(clock::now()))
 }
 
 /// The time until then, in words.
-pub(super) fn until(at: Time) -> String {
+pub fn until(at: Time) -> String {
     let left = at.left(clock::now());
     if left.is_zero() { "now".to_owned() } else { format!("in {}", rounded(left)) }
 }
 
 /// The duration until then, in words.
-pub(super) fn still(until: Time) -> String {
+pub fn still(until: Time) -> String {
     let left = until.left(clock::now());
     if left.is_zero() { String::new() } else { format!(" for another {}", rounded(left)) }
 }
 
 /// A subscriber as JSON describes it, the figures of its lane filled in.
 #[cfg(test)]
-pub(super) fn subscriber(mut value: serde_json::Value) -> Subscriber {
+pub(crate) fn subscriber(mut value: serde_json::Value) -> Subscriber {
     if value["state"] != "starting" && value.get("in_hand").is_none() {
         value["in_hand"] = 0.into();
     }
