@@ -78,6 +78,11 @@ pub fn replay_id() -> String {
     format!("rpl_{:032x}", rand::random::<u128>())
 }
 
+/// A new key for a request that may be sent again.
+pub fn request_key() -> String {
+    format!("req_{:032x}", rand::random::<u128>())
+}
+
 /// A new id with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which Standard
 /// Webhooks uses as a separator.
 pub fn batch_id() -> String {

@@ -26,8 +26,9 @@ pub use self::{
     },
     filter::{By, DeliveryFilter, EventFilter, event_time},
     replay::{
-        Extent, MAX_OPERATIONS, NewOperation, Operation, Replay, ReplayChange, ReplayOrder,
-        ReplayProgress, ReplayState,
+        Added, Changed, Extent, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING, NewOperation, Operation,
+        Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress, ReplayState, RequestKey,
+        UnreadableReplay,
     },
     row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
     state::{HistoryState, StoreState},
@@ -188,14 +189,19 @@ pub trait Store: Clone + Send + Sync + 'static {
         until: Option<SystemTime>,
     ) -> impl Future<Output = Result<Option<Extent>, StoreError>> + Send;
 
-    /// Stores a new replay; durable when it returns.
+    /// Stores a new replay; durable when it returns. With a key only once: it is kept as long as the
+    /// replay. Of the replays that have ended only the latest [`MAX_REPLAYS`] are kept.
     ///
     /// # Errors
     /// It is not stored, or it is unknown whether it is.
-    fn add_replay(&self, replay: Replay) -> impl Future<Output = Result<(), StoreError>> + Send;
+    fn add_replay(
+        &self,
+        replay: Replay,
+        key: Option<RequestKey>,
+    ) -> impl Future<Output = Result<Added, StoreError>> + Send;
 
     /// Changes a replay as [`Replay::apply`] does; durable when it returns. Returns the replay as it
-    /// is now, and whether it has changed; `None` if there is no such replay.
+    /// is now; `None` if there is no such replay.
     ///
     /// # Errors
     /// It has not changed, or that is unknown.
@@ -204,7 +210,7 @@ pub trait Store: Clone + Send + Sync + 'static {
         id: &str,
         change: ReplayChange,
         now: SystemTime,
-    ) -> impl Future<Output = Result<Option<(Replay, bool)>, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Option<Changed>, StoreError>> + Send;
 
     /// Lists replays, the latest first, before the row `before`.
     ///
@@ -214,19 +220,20 @@ pub trait Store: Clone + Send + Sync + 'static {
         &self,
         before: Option<i64>,
         limit: usize,
-    ) -> impl Future<Output = Result<Page<Replay>, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Page<Recorded>, StoreError>> + Send;
 
     /// The replay with an id.
     ///
     /// # Errors
     /// The store cannot be read.
-    fn replay(&self, id: &str) -> impl Future<Output = Result<Option<Replay>, StoreError>> + Send;
+    fn replay(&self, id: &str)
+    -> impl Future<Output = Result<Option<Recorded>, StoreError>> + Send;
 
     /// All replays that run, oldest first. What they have still to read is not trimmed.
     ///
     /// # Errors
     /// The store cannot be read.
-    fn running_replays(&self) -> impl Future<Output = Result<Vec<Replay>, StoreError>> + Send;
+    fn running_replays(&self) -> impl Future<Output = Result<Vec<Recorded>, StoreError>> + Send;
 
     /// Records that a subscriber exists, and stores its first replay, both or none; false, and
     /// nothing has changed, if the subscriber was recorded before.

@@ -6,11 +6,13 @@ use axum::{
     Extension, Router,
     body::Body,
     extract,
-    http::{HeaderMap, StatusCode},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode},
     middleware,
     response::{IntoResponse as _, Response},
     routing::{get, post},
 };
+
+use sha2::{Digest as _, Sha256};
 
 use super::{
     answer::{Refusal, answer, discard, json_answer},
@@ -33,7 +35,9 @@ use crate::{
     },
     page::List,
     queue::Queue,
-    store::{self, ReplayChange, Store, StoreError},
+    store::{
+        self, Added, Changed, MAX_RUNNING, Recorded, ReplayChange, RequestKey, Store, StoreError,
+    },
     supervisor::reload::Reloader,
     wording::counted,
 };
@@ -43,6 +47,16 @@ const COUNT_TIME: Duration = Duration::from_secs(5);
 
 /// The largest rate, in events in a second.
 const MAX_RATE: u32 = 100_000;
+
+/// The header by which a client may send a request again: draft-ietf-httpapi-idempotency-key-header.
+const KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// The most characters of a key.
+const MAX_KEY: usize = 255;
+
+/// Marks the answer of the first request with a key, when it is given again.
+const REPLAYED: (HeaderName, HeaderValue) =
+    (HeaderName::from_static("idempotent-replayed"), HeaderValue::from_static("true"));
 
 struct Again<Q, S> {
     queue: Q,
@@ -102,7 +116,8 @@ async fn show<Q: Queue, S: Store>(
 ) -> Response {
     let found = this.store.replay(&id).await.map_err(away);
     answer(found.and_then(|found| {
-        found.as_ref().map(Replay::new).ok_or_else(|| missing("there is no replay with this id"))
+        let found = found.as_ref().map(Replay::recorded);
+        found.ok_or_else(|| missing("there is no replay with this id"))
     }))
 }
 
@@ -115,6 +130,7 @@ async fn replay_to<Q: Queue, S: Store>(
 ) -> Response {
     let work = async {
         let wanted: ReplayRequest = body::json(&headers, &mut body).await?;
+        let key = request_key(&headers, &name, &wanted, &caller)?;
         let subscriber = this.subscriber(&name)?;
         let is_dry = wanted.dry_run;
         let new = this.order(&subscriber, wanted, &caller).await?;
@@ -124,7 +140,25 @@ async fn replay_to<Q: Queue, S: Store>(
             counted.extensions_mut().insert(DryRun);
             return Ok(counted);
         }
-        this.store.add_replay(new.clone()).await.map_err(away)?;
+        match this.store.add_replay(new.clone(), key).await.map_err(away)? {
+            Added::New => {}
+            Added::Before(Ok(made)) => {
+                let mut again = json_answer(StatusCode::ACCEPTED, &Replay::new(&made.as_made()));
+                again.headers_mut().extend([REPLAYED]);
+                again.extensions_mut().insert(DryRun);
+                return Ok(again);
+            }
+            Added::Before(Err(unreadable)) => {
+                let why = format!("this request has made {}: {}", unreadable.id, unreadable.why);
+                return Err(Refusal::new(StatusCode::CONFLICT, why));
+            }
+            Added::OtherRequest => {
+                let why = "another request was sent with this `Idempotency-Key` before; a request of its own needs a key of its own";
+                let status = StatusCode::UNPROCESSABLE_ENTITY;
+                return Err(Refusal::of_kind(status, ProblemKind::Key, why));
+            }
+            Added::TooMany(running) => return Err(too_many(&running)),
+        }
         this.replays.changed();
         let mut made = json_answer(StatusCode::ACCEPTED, &Replay::new(&new));
         let since = clock::rfc3339_seconds(new.order.since);
@@ -162,16 +196,65 @@ async fn change<Q: Queue, S: Store>(
     let work = async {
         let _: ChangeRequest = body::json(&headers, &mut body).await?;
         let changed = this.store.change_replay(&id, change, clock::now()).await.map_err(away)?;
-        let (replay, changed) =
-            changed.ok_or_else(|| missing("there is no replay with this id"))?;
-        if !changed {
-            let why = format!("the replay is {}", replay.state.name());
-            return Err(Refusal::new(StatusCode::CONFLICT, why));
-        }
+        let changed = changed.ok_or_else(|| missing("there is no replay with this id"))?;
+        let replay = match changed {
+            Changed::Yes(replay) => Replay::recorded(&replay),
+            Changed::No(replay) => {
+                let Replay { state, why, .. } = Replay::recorded(&replay);
+                let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                let why = format!("the replay is {state}{why}");
+                return Err(Refusal::new(StatusCode::CONFLICT, why));
+            }
+            Changed::TooMany(running) => return Err(too_many(&running)),
+        };
         this.replays.changed();
-        Ok(json_answer(StatusCode::OK, &Replay::new(&replay)))
+        Ok(json_answer(StatusCode::OK, &replay))
     };
     done(work.await, &headers, body).await
+}
+
+/// The key of a request, if it has one.
+fn request_key(
+    headers: &HeaderMap,
+    subscriber: &str,
+    wanted: &ReplayRequest,
+    caller: &Caller,
+) -> Result<Option<RequestKey>, Refusal> {
+    let wrong = |why: &str| Err(Refusal::field("Idempotency-Key", why));
+    let mut given = headers.get_all(KEY).iter();
+    let Some(value) = given.next() else { return Ok(None) };
+    if given.next().is_some() {
+        return wrong("is there more than once");
+    }
+    // A string of RFC 9651 in quotes, as the draft has it, or its characters alone.
+    let text = value.to_str().unwrap_or_default();
+    let key = text.strip_prefix('"').map_or(Some(text), |rest| rest.strip_suffix('"'));
+    let key = key.filter(|key| (1..=MAX_KEY).contains(&key.len()) && !key.contains(['"', '\\']));
+    let Some(key) = key else {
+        return wrong(&format!(
+            "must have 1 to {MAX_KEY} visible ASCII characters without quotes and backslashes, such as a UUID"
+        ));
+    };
+    // Whatever the order of its fields: the same request.
+    let requested = serde_json::to_vec(wanted).unwrap_or_default();
+    let sha256 = Sha256::new().chain_update(subscriber).chain_update("\n").chain_update(requested);
+    let by = caller.token.as_deref().unwrap_or_default().to_owned();
+    Ok(Some(RequestKey { by, key: key.to_owned(), sha256: sha256.finalize().into() }))
+}
+
+fn too_many(running: &[Recorded]) -> Refusal {
+    let named = running.iter().map(|recorded| {
+        let Replay { id, subscriber, .. } = Replay::recorded(recorded);
+        format!("{id} to `{subscriber}`")
+    });
+    let named: Vec<_> = named.take(MAX_RUNNING).collect();
+    let why = format!(
+        "{} run already, and no more than {MAX_RUNNING} at a time: {}; wait until one is done, or end one with \
+         `hooktrail replay cancel ID`",
+        counted(running.len(), "replay(s)"),
+        named.join(", ")
+    );
+    Refusal::new(StatusCode::CONFLICT, why)
 }
 
 async fn resend<Q: Queue, S: Store>(

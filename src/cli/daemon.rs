@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::{failed::Failed, open::find, text::visible};
 use crate::{
     admin::view::{self, ChangeRequest, Introduction, Problem, Reloaded},
+    clock,
     config::{self, AdminConfig, Config},
     crypto::handshake::{self, Side},
 };
@@ -21,6 +22,10 @@ const INTRODUCTION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The timeout of a request: longer than the daemon waits for a broker's confirm.
 const TIMEOUT: Duration = Duration::from_secs(45);
+
+/// How often a request with a key is sent, and the time between two of them.
+const TRIES: u32 = 3;
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// The daemon that a command asks, as its configuration describes it, and the file of that.
 #[derive(Debug)]
@@ -171,6 +176,50 @@ impl<'c> Daemon<'c> {
         self.read(&self.ask(request.body(wanted)).await?)
     }
 
+    /// Posts with a key by which the daemon knows the request again, so that it is sent again if its
+    /// answer is lost. `see`: the command that shows what it has made.
+    pub(super) async fn post_once<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        wanted: &impl Serialize,
+        see: &str,
+    ) -> Result<A, Failed> {
+        let wanted = serde_json::to_string(wanted).map_err(|e| Failed::Runtime(e.to_string()))?;
+        let key = clock::request_key();
+        let mut tries = 0;
+        loop {
+            let request = self
+                .client
+                .post(self.url(path))
+                .header("content-type", "application/json")
+                .header("idempotency-key", format!("\"{key}\""))
+                .body(wanted.clone());
+            let lost = match self.meet().await {
+                Ok(()) => match self.authorized(request).await {
+                    Ok((status, body)) => return self.read(&self.successful(status, body)?),
+                    Err(why) => why,
+                },
+                Err(Stranger::Absent(why)) if tries > 0 => why,
+                Err(stranger) => return Err(self.not_met(stranger)),
+            };
+            tries += 1;
+            if tries == TRIES {
+                return Err(Failed::Runtime(format!(
+                    "the answer of the daemon at {} is lost ({lost}), so that it is not known whether the request was done: see `{see}`",
+                    self.address
+                )));
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    fn not_met(&self, stranger: Stranger) -> Failed {
+        match stranger {
+            Stranger::Absent(why) => no_daemon(self.address, &why),
+            Stranger::Other(why) => Failed::Runtime(why),
+        }
+    }
+
     fn read<A: DeserializeOwned>(&self, answer: &Value) -> Result<A, Failed> {
         A::deserialize(answer).map_err(|e| {
             Failed::Runtime(format!(
@@ -194,10 +243,7 @@ impl<'c> Daemon<'c> {
         &self,
         request: reqwest::RequestBuilder,
     ) -> Result<(reqwest::StatusCode, Value), Failed> {
-        self.meet().await.map_err(|stranger| match stranger {
-            Stranger::Absent(why) => no_daemon(self.address, &why),
-            Stranger::Other(why) => Failed::Runtime(why),
-        })?;
+        self.meet().await.map_err(|stranger| self.not_met(stranger))?;
         self.authorized(request).await.map_err(|e| no_daemon(self.address, &e))
     }
 

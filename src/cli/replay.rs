@@ -154,7 +154,8 @@ async fn start(daemon: &Daemon<'_>, args: &Start) -> Result<(), Failed> {
             return Err(Failed::Usage("nothing was sent".to_owned()));
         }
     }
-    let made = daemon.post::<Replay>(&path, &ReplayRequest { dry_run: false, ..wanted }).await?;
+    let wanted = ReplayRequest { dry_run: false, ..wanted };
+    let made = daemon.post_once::<Replay>(&path, &wanted, "hooktrail replay list").await?;
     if !args.json {
         write(&format!(
             "{count} go to `{}` again, in new batches with `x-hooktrail-replay: true`: replay {}\n",
@@ -205,7 +206,7 @@ fn story(replay: &Replay) -> String {
         counted(replay.batches, "batch(es)")
     );
     if let Some(why) = &replay.why {
-        out.push_str(&format!("it failed: {}\n", visible(why)));
+        out.push_str(&format!("why: {}\n", visible(why)));
     }
     if replay.missing > 0 {
         let missing = counted(replay.missing, "event(s) of all subscribers (was|were)");
@@ -226,7 +227,7 @@ fn table(list: &ReplayList, zone: &Zone) -> String {
             zone.show(r.created_at.0),
             visible(&r.subscriber),
             visible(&r.state),
-            zone.show(r.since.0),
+            r.since.map_or_else(String::new, |since| zone.show(since.0)),
             format!("{} of {}", r.enqueued, r.matched),
             r.missing.to_string(),
             visible(&r.by),
@@ -236,8 +237,14 @@ fn table(list: &ReplayList, zone: &Zone) -> String {
     if rows.is_empty() {
         return "no replay\n".to_owned();
     }
-    let more = if list.next.is_some() { "\nthere are more: raise --limit\n" } else { "" };
-    lines(&columns, &rows, None) + more
+    let mut out = lines(&columns, &rows, None);
+    for (r, why) in list.replays.iter().filter_map(|r| r.why.as_ref().map(|why| (r, why))) {
+        out.push_str(&format!("\n{} is {}: {}\n", visible(&r.id), visible(&r.state), visible(why)));
+    }
+    if list.next.is_some() {
+        out.push_str("\nthere are more: raise --limit\n");
+    }
+    out
 }
 
 pub(super) async fn resend(asked: &Asked, args: &ResendArgs) -> Result<(), Failed> {

@@ -28,8 +28,8 @@ use crate::{
     policy::retry::Backoff,
     queue::{Queue, QueueError},
     store::{
-        Delivery, DeliveryState, EventNumber, Extent, MAX_ROWS, Replay, ReplayChange, ReplayOrder,
-        ReplayProgress, ReplayState, Store, StoreError,
+        Changed, Delivery, DeliveryState, EventNumber, Extent, MAX_ROWS, Replay, ReplayChange,
+        ReplayOrder, ReplayProgress, ReplayState, Store, StoreError, UnreadableReplay,
     },
     telemetry::outage::{News, Outage},
 };
@@ -79,7 +79,7 @@ impl Replays {
         store: S,
         subscribers: watch::Receiver<Subscribers>,
     ) {
-        let mut runner = Runner { queue, store, subscribers, works: HashMap::new() };
+        let mut runner = Runner::new(queue, store, subscribers);
         let mut outage = Outage::default();
         let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
         loop {
@@ -156,18 +156,7 @@ pub async fn new<S: Store>(
             event_ids: subscriber.event_ids,
             bound_at: wanted.bound_at,
         },
-        progress: ReplayProgress {
-            position: extent.after,
-            upto: extent.upto,
-            rows: extent.rows,
-            read: 0,
-            matched: 0,
-            enqueued: 0,
-            batches: 0,
-            unusable: 0,
-            missing: 0,
-            unfinished: Vec::new(),
-        },
+        progress: ReplayProgress::begin(extent.after, extent.upto, extent.rows),
         state: ReplayState::Running,
         created_at: now,
         changed_at: now,
@@ -202,6 +191,8 @@ struct Runner<Q, S> {
     subscribers: watch::Receiver<Subscribers>,
     /// By the id of the replay.
     works: HashMap<String, Work>,
+    /// The ids of the replays whose records cannot be read, which the log has.
+    unreadable: HashSet<String>,
 }
 
 /// A running replay in memory.
@@ -263,9 +254,36 @@ enum Stepped {
 }
 
 impl<Q: Queue, S: Store> Runner<Q, S> {
+    fn new(queue: Q, store: S, subscribers: watch::Receiver<Subscribers>) -> Self {
+        Self { queue, store, subscribers, works: HashMap::new(), unreadable: HashSet::new() }
+    }
+
+    /// The replays that run and can be read. The others must not keep them from running.
+    async fn running(&mut self) -> Result<Vec<Replay>, StoreError> {
+        let (mut running, mut unreadable) = (Vec::new(), HashSet::new());
+        for recorded in self.store.running_replays().await? {
+            match recorded {
+                Ok(replay) => running.push(replay),
+                Err(UnreadableReplay { id, subscriber, why, .. }) => {
+                    if !self.unreadable.contains(&id) {
+                        tracing::error!(
+                            replay = id,
+                            subscriber,
+                            error = why,
+                            "replay does not run"
+                        );
+                    }
+                    unreadable.insert(id);
+                }
+            }
+        }
+        self.unreadable = unreadable;
+        Ok(running)
+    }
+
     /// One step of each subscriber's oldest replay. Returns the time until the next round.
     async fn round(&mut self) -> Result<Duration, StoreError> {
-        let running = self.store.running_replays().await?;
+        let running = self.running().await?;
         self.works.retain(|id, _| running.iter().any(|replay| replay.id == *id));
         let mut wait = if running.is_empty() { IDLE } else { POLL };
         let mut begun: HashSet<&SubscriberName> = HashSet::new();
@@ -339,7 +357,7 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
         progress.unfinished = unfinished.chain([id.clone()]).collect();
         let change = ReplayChange::Progressed(progress);
         let changed = self.store.change_replay(&replay.id, change, clock::now()).await?;
-        if changed.is_none_or(|(_, changed)| !changed) {
+        if !matches!(changed, Some(Changed::Yes(_))) {
             return Ok(Stepped::Ended);
         }
         work.ready.pop_front();
@@ -365,14 +383,14 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
                     let changed =
                         self.store.change_replay(&replay.id, change, clock::now()).await?;
                     work.is_at_end = false;
-                    let runs = changed.is_some_and(|(_, changed)| changed);
+                    let runs = matches!(changed, Some(Changed::Yes(_)));
                     return Ok(if runs { Stepped::On } else { Stepped::Ended });
                 }
             }
         }
         let progress = work.with_unfinished(work.filling.progress());
         let completed = ReplayChange::Completed(ReplayProgress { position: upto, ..progress });
-        if let Some((ended, true)) =
+        if let Some(Changed::Yes(Ok(ended))) =
             self.store.change_replay(&replay.id, completed, clock::now()).await?
         {
             let ReplayProgress { enqueued, batches, missing, unusable, .. } = ended.progress;
@@ -544,7 +562,8 @@ mod tests {
         delivery::Pause,
         queue::fake::Fake,
         store::{
-            Change, Contents, DeliveryChange, NewRow, fake::FakeStore, replays_for_tests::replay,
+            Added, Change, Contents, DeliveryChange, NewRow, fake::FakeStore,
+            replays_for_tests::replay,
         },
     };
 
@@ -597,16 +616,11 @@ mod tests {
             new.progress.unfinished.clear();
             new.progress.upto = EventNumber(rows.into());
             new.progress.rows = rows.into();
-            self.store.add_replay(new).await.expect("adds");
+            assert_eq!(self.store.add_replay(new, None).await, Ok(Added::New));
         }
 
         fn daemon(&self) -> Runner<Fake, FakeStore> {
-            Runner {
-                queue: self.queue.clone(),
-                store: self.store.clone(),
-                subscribers: self.subscribers.subscribe(),
-                works: HashMap::new(),
-            }
+            Runner::new(self.queue.clone(), self.store.clone(), self.subscribers.subscribe())
         }
 
         /// Delivers what is in the queue of the subscriber. Returns the number of batches.
@@ -636,7 +650,7 @@ mod tests {
         }
 
         async fn replay(&self, id: &str) -> Replay {
-            self.store.replay(id).await.expect("reads").expect("is there")
+            self.store.replay(id).await.expect("reads").expect("is there").expect("can be read")
         }
 
         async fn until_state(
@@ -696,8 +710,12 @@ mod tests {
         world.deliver().await;
         // Killed between the queue's answer and the record of it.
         let recorded = world.replay("rpl_1").await.progress;
-        world.store.memory().replays[0].progress.position = EventNumber(36);
-        world.store.memory().replays[0].progress.enqueued -= 6;
+        {
+            let mut memory = world.store.memory();
+            let replay = memory.replays[0].as_mut().expect("can be read");
+            replay.progress.position = EventNumber(36);
+            replay.progress.enqueued -= 6;
+        }
         assert_eq!(recorded.position, EventNumber(47), "eight batches of three");
         let mut daemon = world.daemon();
         world.until_state(&mut daemon, "rpl_1", "done").await;
@@ -773,6 +791,30 @@ mod tests {
         let all = world.queue.enqueued();
         let ids: BTreeSet<&BatchId> = all.iter().map(|batch| &batch.id).collect();
         assert_eq!(ids.len(), 34, "batches of both");
+    }
+
+    #[tokio::test]
+    async fn a_replay_whose_record_cannot_be_read_keeps_no_other_from_running() {
+        let world = World::with_events(10).await;
+        let recorded = |state: &str| UnreadableReplay {
+            row: 1,
+            id: "rpl_1".to_owned(),
+            subscriber: "a".to_owned(),
+            state: state.to_owned(),
+            created_at: clock::now(),
+            changed_at: clock::now(),
+            why: "of a later version".to_owned(),
+        };
+        world.store.memory().replays.push(Err(recorded("running")));
+        world.add("rpl_2", 10).await;
+        let mut daemon = world.daemon();
+        world.until_state(&mut daemon, "rpl_2", "done").await;
+        assert!(daemon.unreadable.contains("rpl_1"));
+        let cancelled =
+            world.store.change_replay("rpl_1", ReplayChange::Cancelled, clock::now()).await;
+        assert!(matches!(cancelled, Ok(Some(Changed::Yes(Err(_))))), "{cancelled:?}");
+        settle(&mut daemon).await;
+        assert!(daemon.unreadable.is_empty());
     }
 
     #[test]

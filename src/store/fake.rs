@@ -8,9 +8,10 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Extent,
-    Gap, NewOperation, NewRow, Operation, Page, Reach, Replay, ReplayChange, ReplayState, Store,
-    StoreError, Subscription, WithEvent,
+    Added, Appended, Changed, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber,
+    EventRow, Extent, Gap, MAX_RUNNING, NewOperation, NewRow, Operation, Page, Reach, Recorded,
+    Replay, ReplayChange, ReplayState, RequestKey, Store, StoreError, Subscription,
+    UnreadableReplay, WithEvent,
 };
 use crate::{
     delivery::{Print, SubscriberName},
@@ -29,7 +30,9 @@ pub(crate) struct Memory {
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) subscriptions: Vec<Subscription>,
     pub(crate) gaps: Vec<Gap>,
-    pub(crate) replays: Vec<Replay>,
+    pub(crate) replays: Vec<Recorded>,
+    /// With the ids of the replays that were made.
+    pub(crate) keys: Vec<(RequestKey, String)>,
     pub(crate) introduced: Vec<SubscriberName>,
     pub(crate) operations: Vec<Operation>,
 }
@@ -45,6 +48,28 @@ impl FakeStore {
             Some(away) => Err(away),
             None => Ok(memory),
         }
+    }
+}
+
+impl Memory {
+    fn running(&self) -> Vec<Recorded> {
+        let runs = |r: &&Recorded| match r {
+            Ok(replay) => replay.state == ReplayState::Running,
+            Err(unreadable) => unreadable.state == "running",
+        };
+        self.replays.iter().filter(runs).cloned().collect()
+    }
+}
+
+fn id_of(recorded: &Recorded) -> &str {
+    match recorded {
+        Ok(Replay { id, .. }) | Err(UnreadableReplay { id, .. }) => id,
+    }
+}
+
+const fn row_of(recorded: &Recorded) -> i64 {
+    match recorded {
+        Ok(Replay { row, .. }) | Err(UnreadableReplay { row, .. }) => *row,
     }
 }
 
@@ -265,11 +290,28 @@ impl Store for FakeStore {
         }))
     }
 
-    async fn add_replay(&self, replay: Replay) -> Result<(), StoreError> {
+    async fn add_replay(
+        &self,
+        replay: Replay,
+        key: Option<RequestKey>,
+    ) -> Result<Added, StoreError> {
         let mut memory = self.open()?;
+        if let Some(key) = key {
+            let is_it = |known: &RequestKey| known.by == key.by && known.key == key.key;
+            if let Some((known, id)) = memory.keys.iter().find(|(known, _)| is_it(known)) {
+                let made = memory.replays.iter().find(|r| id_of(r) == id).cloned();
+                let made = made.filter(|_| known.sha256 == key.sha256);
+                return Ok(made.map_or(Added::OtherRequest, Added::Before));
+            }
+            memory.keys.push((key, replay.id.clone()));
+        }
+        let running = memory.running();
+        if running.len() >= MAX_RUNNING {
+            return Ok(Added::TooMany(running));
+        }
         let row = memory.replays.len() as i64 + 1;
-        memory.replays.push(Replay { row, ..replay });
-        Ok(())
+        memory.replays.push(Ok(Replay { row, ..replay }));
+        Ok(Added::New)
     }
 
     async fn change_replay(
@@ -277,29 +319,48 @@ impl Store for FakeStore {
         id: &str,
         change: ReplayChange,
         now: SystemTime,
-    ) -> Result<Option<(Replay, bool)>, StoreError> {
+    ) -> Result<Option<Changed>, StoreError> {
         let mut memory = self.open()?;
-        let found = memory.replays.iter_mut().find(|r| r.id == id);
-        Ok(found.map(|replay| {
-            let changed = replay.apply(change, now);
-            (replay.clone(), changed)
+        let running = memory.running();
+        let Some(found) = memory.replays.iter_mut().find(|r| id_of(r) == id) else {
+            return Ok(None);
+        };
+        let goes_on = change == ReplayChange::Continued;
+        let mut changed = found.clone();
+        let is_changed = match &mut changed {
+            Ok(replay) => replay.apply(change, now),
+            Err(it) if change == ReplayChange::Cancelled && it.state == "running" => {
+                it.state = "cancelled".to_owned();
+                true
+            }
+            Err(_) => false,
+        };
+        Ok(Some(match is_changed {
+            false => Changed::No(changed),
+            true if goes_on && running.len() >= MAX_RUNNING => Changed::TooMany(running),
+            true => {
+                *found = changed.clone();
+                Changed::Yes(changed)
+            }
         }))
     }
 
-    async fn replays(&self, before: Option<i64>, limit: usize) -> Result<Page<Replay>, StoreError> {
+    async fn replays(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Page<Recorded>, StoreError> {
         let memory = self.open()?;
-        let rows = memory.replays.iter().rev().filter(|r| before.is_none_or(|b| r.row < b));
-        Ok(page(rows.cloned().collect(), |r| r.row, limit))
+        let rows = memory.replays.iter().rev().filter(|r| before.is_none_or(|b| row_of(r) < b));
+        Ok(page(rows.cloned().collect(), row_of, limit))
     }
 
-    async fn replay(&self, id: &str) -> Result<Option<Replay>, StoreError> {
-        Ok(self.open()?.replays.iter().find(|r| r.id == id).cloned())
+    async fn replay(&self, id: &str) -> Result<Option<Recorded>, StoreError> {
+        Ok(self.open()?.replays.iter().find(|r| id_of(r) == id).cloned())
     }
 
-    async fn running_replays(&self) -> Result<Vec<Replay>, StoreError> {
-        let memory = self.open()?;
-        let running = memory.replays.iter().filter(|r| r.state == ReplayState::Running);
-        Ok(running.cloned().collect())
+    async fn running_replays(&self) -> Result<Vec<Recorded>, StoreError> {
+        Ok(self.open()?.running())
     }
 
     async fn introduce(
@@ -314,7 +375,7 @@ impl Store for FakeStore {
         }
         memory.introduced.push(subscriber.clone());
         let row = memory.replays.len() as i64 + 1;
-        memory.replays.extend(replay.map(|replay| Replay { row, ..replay }));
+        memory.replays.extend(replay.map(|replay| Ok(Replay { row, ..replay })));
         Ok(true)
     }
 

@@ -11,6 +11,12 @@ use crate::{
 /// The most operations that are kept: the latest.
 pub const MAX_OPERATIONS: i64 = 100_000;
 
+/// The most replays that are kept beside those that run: the latest.
+pub const MAX_REPLAYS: i64 = 10_000;
+
+/// The most replays that run when one is added or continued.
+pub const MAX_RUNNING: usize = 10;
+
 /// What an operator has done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operation {
@@ -61,6 +67,57 @@ pub struct Replay {
     pub state: ReplayState,
     pub created_at: SystemTime,
     pub changed_at: SystemTime,
+}
+
+/// A replay whose record cannot be read: of a later version, or damaged. It does not run, and can
+/// only be cancelled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadableReplay {
+    pub row: i64,
+    pub id: String,
+    /// As recorded; perhaps no valid name.
+    pub subscriber: String,
+    /// As recorded: `running`, or the name of an end.
+    pub state: String,
+    pub created_at: SystemTime,
+    pub changed_at: SystemTime,
+    /// What cannot be read, and the remedy.
+    pub why: String,
+}
+
+/// A replay as it is recorded.
+pub type Recorded = Result<Replay, UnreadableReplay>;
+
+/// The key that a client gave to its request: it may send the request again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestKey {
+    /// The client: the name of its token. Clients do not share their keys.
+    pub by: String,
+    pub key: String,
+    /// SHA-256 of what was requested.
+    pub sha256: [u8; 32],
+}
+
+/// The result of adding a replay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Added {
+    New,
+    /// The same request with the same key has made this one before.
+    Before(Recorded),
+    /// The key was given to another request before.
+    OtherRequest,
+    /// These run already: [`MAX_RUNNING`] or more.
+    TooMany(Vec<Recorded>),
+}
+
+/// The result of changing a replay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Changed {
+    Yes(Recorded),
+    /// Its state forbids the change, or its record cannot be read.
+    No(Recorded),
+    /// It does not go on, since these run already: [`MAX_RUNNING`] or more.
+    TooMany(Vec<Recorded>),
 }
 
 /// What is replayed. It never changes, so that a batch that is made twice has the same bytes.
@@ -115,6 +172,24 @@ pub struct ReplayProgress {
     pub unfinished: Vec<BatchId>,
 }
 
+impl ReplayProgress {
+    /// The progress of a replay of so many rows, after one and up to another, that has read none.
+    pub const fn begin(after: EventNumber, upto: EventNumber, rows: u64) -> Self {
+        Self {
+            position: after,
+            upto,
+            rows,
+            read: 0,
+            matched: 0,
+            enqueued: 0,
+            batches: 0,
+            unusable: 0,
+            missing: 0,
+            unfinished: Vec::new(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReplayState {
     Running,
@@ -163,6 +238,18 @@ pub enum ReplayChange {
 }
 
 impl Replay {
+    /// The replay as it was when it was made.
+    #[must_use]
+    pub fn as_made(&self) -> Self {
+        let ReplayProgress { upto, rows, .. } = self.progress;
+        Self {
+            progress: ReplayProgress::begin(self.order.after, upto, rows),
+            state: ReplayState::Running,
+            changed_at: self.created_at,
+            ..self.clone()
+        }
+    }
+
     /// Changes the replay; false, and nothing has changed, if its state forbids that. A replay that
     /// was cancelled takes no progress of who has not heard of that.
     pub fn apply(&mut self, change: ReplayChange, now: SystemTime) -> bool {

@@ -40,9 +40,10 @@ use self::{
     upkeep::{Disk, Shared, free_and_all},
 };
 use super::{
-    Appended, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber, EventRow, Extent,
-    Gap, HistoryState, MAX_APPEND, MAX_ROWS, NewOperation, NewRow, Operation, Page, Reach, Replay,
-    ReplayChange, Store, StoreError, StoreState, Subscription, WithEvent,
+    Added, Appended, Changed, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber,
+    EventRow, Extent, Gap, HistoryState, MAX_APPEND, MAX_ROWS, NewOperation, NewRow, Operation,
+    Page, Reach, Recorded, Replay, ReplayChange, RequestKey, Store, StoreError, StoreState,
+    Subscription, WithEvent,
 };
 use crate::{
     clock,
@@ -353,8 +354,12 @@ impl Store for SqliteStore {
         self.read(By::Reader, move |db, _| Ok(replays::extent(db, since, until)?)).await
     }
 
-    async fn add_replay(&self, replay: Replay) -> Result<(), StoreError> {
-        self.precious(move |db| replays::add(db, &replay)).await
+    async fn add_replay(
+        &self,
+        replay: Replay,
+        key: Option<RequestKey>,
+    ) -> Result<Added, StoreError> {
+        self.precious(move |db| replays::add(db, &replay, key.as_ref())).await
     }
 
     async fn change_replay(
@@ -362,22 +367,26 @@ impl Store for SqliteStore {
         id: &str,
         change: ReplayChange,
         now: SystemTime,
-    ) -> Result<Option<(Replay, bool)>, StoreError> {
+    ) -> Result<Option<Changed>, StoreError> {
         let id = id.to_owned();
         self.precious(move |db| replays::change(db, &id, change, now)).await
     }
 
-    async fn replays(&self, before: Option<i64>, limit: usize) -> Result<Page<Replay>, StoreError> {
+    async fn replays(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<Page<Recorded>, StoreError> {
         let limit = limit.min(MAX_ROWS);
         self.read_precious(move |db| replays::list(db, before, limit)).await
     }
 
-    async fn replay(&self, id: &str) -> Result<Option<Replay>, StoreError> {
+    async fn replay(&self, id: &str) -> Result<Option<Recorded>, StoreError> {
         let id = id.to_owned();
         self.read_precious(move |db| replays::one(db, &id)).await
     }
 
-    async fn running_replays(&self) -> Result<Vec<Replay>, StoreError> {
+    async fn running_replays(&self) -> Result<Vec<Recorded>, StoreError> {
         self.read_precious(replays::running).await
     }
 

@@ -66,10 +66,11 @@ pub enum ProblemKind {
     Role,
     Subscriber,
     Configuration,
+    Key,
 }
 
 impl ProblemKind {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Status,
         Self::Field,
         Self::Events,
@@ -78,6 +79,7 @@ impl ProblemKind {
         Self::Role,
         Self::Subscriber,
         Self::Configuration,
+        Self::Key,
     ];
 
     pub fn uri(self) -> &'static str {
@@ -90,6 +92,7 @@ impl ProblemKind {
             Self::Role => "/problems/role",
             Self::Subscriber => "/problems/subscriber",
             Self::Configuration => "/problems/configuration",
+            Self::Key => "/problems/idempotency-key",
         }
     }
 
@@ -104,6 +107,7 @@ impl ProblemKind {
             Self::Role => Some("The token's role is too small"),
             Self::Subscriber => Some("There is no such subscriber"),
             Self::Configuration => Some("The configuration was not reloaded"),
+            Self::Key => Some("The idempotency key belongs to another request"),
         }
     }
 }

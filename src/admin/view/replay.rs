@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Reach, Time};
 use crate::{
     page::{Cursor, List},
-    store::{self, Page},
+    store::{self, Page, Recorded, ReplayState, UnreadableReplay},
 };
 
 /// The body of a request to replay history to a subscriber.
@@ -45,14 +45,16 @@ pub struct ReplayPreview {
 pub struct Replay {
     pub id: String,
     pub subscriber: String,
-    /// `running`, `done`, `cancelled`, `failed`.
+    /// `running`, `done`, `cancelled`, `failed`; `unreadable` if it would run, and its record cannot
+    /// be read.
     pub state: String,
-    /// Why it failed.
+    /// Why it failed, or what of its record cannot be read: then the numbers are 0.
     pub why: Option<String>,
     pub by: String,
     pub created_at: Time,
     pub changed_at: Time,
-    pub since: Time,
+    /// Null if the record cannot be read.
+    pub since: Option<Time>,
     pub until: Option<Time>,
     pub events: Option<String>,
     pub rate: Option<u32>,
@@ -73,6 +75,39 @@ pub struct Replay {
 }
 
 impl Replay {
+    pub fn recorded(recorded: &Recorded) -> Self {
+        match recorded {
+            Ok(replay) => Self::new(replay),
+            Err(unreadable) => Self::unreadable(unreadable),
+        }
+    }
+
+    fn unreadable(it: &UnreadableReplay) -> Self {
+        let ended = ReplayState::read(&it.state, None).filter(|s| *s != ReplayState::Running);
+        Self {
+            id: it.id.clone(),
+            subscriber: it.subscriber.clone(),
+            state: ended.as_ref().map_or("unreadable", ReplayState::name).to_owned(),
+            why: Some(it.why.clone()),
+            by: String::new(),
+            created_at: Time(it.created_at),
+            changed_at: Time(it.changed_at),
+            since: None,
+            until: None,
+            events: None,
+            rate: None,
+            rows: 0,
+            read: 0,
+            matched: 0,
+            enqueued: 0,
+            unusable: 0,
+            batches: 0,
+            unfinished: 0,
+            missing: 0,
+            start_from: false,
+        }
+    }
+
     pub fn new(replay: &store::Replay) -> Self {
         let store::Replay { order, progress, .. } = replay;
         Self {
@@ -83,7 +118,7 @@ impl Replay {
             by: order.by.clone(),
             created_at: Time(replay.created_at),
             changed_at: Time(replay.changed_at),
-            since: Time(order.since),
+            since: Some(Time(order.since)),
             until: order.until.map(Time),
             events: order.events.as_ref().map(|pattern| pattern.as_str().to_owned()),
             rate: order.rate,
@@ -109,9 +144,9 @@ pub struct ReplayList {
 }
 
 impl ReplayList {
-    pub fn new(page: &Page<store::Replay>) -> Self {
+    pub fn new(page: &Page<Recorded>) -> Self {
         Self {
-            replays: page.rows.iter().map(Replay::new).collect(),
+            replays: page.rows.iter().map(Replay::recorded).collect(),
             next: next(List::Replays, page.next),
         }
     }

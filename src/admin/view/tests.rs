@@ -288,7 +288,7 @@ fn replay(full: bool) -> Replay {
         by: text(),
         created_at: time(),
         changed_at: time(),
-        since: time(),
+        since: full.then(time),
         until: full.then(time),
         events: full.then(text),
         rate: full.then_some(1),

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use rusqlite::{Connection, OptionalExtension as _, Row, params, types::Type};
+use rusqlite::{Connection, OptionalExtension as _, Row, params, types::FromSql};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -13,8 +13,9 @@ use crate::{
     delivery::{BatchId, SubscriberName},
     event::{Pattern, payload::Format},
     store::{
-        EventNumber, Extent, MAX_OPERATIONS, NewOperation, Operation, Page, Replay, ReplayChange,
-        ReplayOrder, ReplayProgress, ReplayState,
+        Added, Changed, EventNumber, Extent, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING,
+        NewOperation, Operation, Page, Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress,
+        ReplayState, RequestKey, UnreadableReplay,
     },
 };
 
@@ -129,35 +130,97 @@ impl From<StoredProgress> for ReplayProgress {
 
 const COLUMNS: &str = "row, id, subscriber, state, why, created_at, changed_at, ordered, progress";
 
-fn read(row: &Row<'_>) -> rusqlite::Result<Replay> {
-    let unreadable = |n: usize, why: String| {
-        rusqlite::Error::FromSqlConversionFailure(n, Type::Text, why.into())
+/// Reads a record. One that cannot be read must not hide the others.
+fn read(row: &Row<'_>) -> rusqlite::Result<Recorded> {
+    let why = match readable(row) {
+        Ok(replay) => return Ok(Ok(replay)),
+        Err(why) => why,
     };
-    let texts: (String, String, String, String) =
-        (row.get(2)?, row.get(3)?, row.get(7)?, row.get(8)?);
-    let (name, state, order, progress) = texts;
-    let order: StoredOrder =
-        serde_json::from_str(&order).map_err(|e| unreadable(7, e.to_string()))?;
-    let progress: StoredProgress =
-        serde_json::from_str(&progress).map_err(|e| unreadable(8, e.to_string()))?;
-    Ok(Replay {
+    fn get<T: FromSql + Default>(row: &Row<'_>, n: usize) -> T {
+        row.get(n).unwrap_or_default()
+    }
+    let id: String = get(row, 1);
+    let why = format!(
+        "its record cannot be read: {why}; if a later version of hooktrail made it, start that one; \
+         `hooktrail replay cancel {id}` ends it"
+    );
+    Ok(Err(UnreadableReplay {
         row: row.get(0)?,
-        id: row.get(1)?,
-        subscriber: SubscriberName::try_new(&name).map_err(|e| unreadable(2, e.to_string()))?,
-        state: ReplayState::read(&state, row.get(4)?)
-            .ok_or_else(|| unreadable(3, format!("no state is called `{state}`")))?,
-        created_at: time(row.get(5)?),
-        changed_at: time(row.get(6)?),
-        order: order.try_into().map_err(|why| unreadable(7, why))?,
+        id,
+        subscriber: get(row, 2),
+        state: get(row, 3),
+        created_at: time(get(row, 5)),
+        changed_at: time(get(row, 6)),
+        why,
+    }))
+}
+
+fn readable(row: &Row<'_>) -> Result<Replay, String> {
+    fn get<T: FromSql>(row: &Row<'_>, n: usize) -> Result<T, String> {
+        row.get(n).map_err(|e| e.to_string())
+    }
+    let [name, state, order, progress]: [String; 4] =
+        [get(row, 2)?, get(row, 3)?, get(row, 7)?, get(row, 8)?];
+    let order: StoredOrder = serde_json::from_str(&order).map_err(|e| format!("order: {e}"))?;
+    let progress: StoredProgress =
+        serde_json::from_str(&progress).map_err(|e| format!("progress: {e}"))?;
+    Ok(Replay {
+        row: get(row, 0)?,
+        id: get(row, 1)?,
+        subscriber: SubscriberName::try_new(&name).map_err(|e| format!("subscriber: {e}"))?,
+        state: ReplayState::read(&state, get(row, 4)?)
+            .ok_or_else(|| format!("no state is called `{state}`"))?,
+        created_at: time(get(row, 5)?),
+        changed_at: time(get(row, 6)?),
+        order: order.try_into()?,
         progress: progress.into(),
     })
+}
+
+const fn row_of(recorded: &Recorded) -> i64 {
+    match recorded {
+        Ok(Replay { row, .. }) | Err(UnreadableReplay { row, .. }) => *row,
+    }
 }
 
 fn json(value: &impl Serialize) -> rusqlite::Result<String> {
     serde_json::to_string(value).map_err(|e| rusqlite::Error::ToSqlConversionFailure(e.into()))
 }
 
-pub(super) fn add(db: &Connection, replay: &Replay) -> rusqlite::Result<()> {
+pub(super) fn add(
+    db: &Connection,
+    replay: &Replay,
+    key: Option<&RequestKey>,
+) -> rusqlite::Result<Added> {
+    if let Some(key) = key
+        && let Some(before) = made_with(db, key)?
+    {
+        return Ok(before);
+    }
+    let running = running(db)?;
+    if running.len() >= MAX_RUNNING {
+        return Ok(Added::TooMany(running));
+    }
+    insert(db, replay)?;
+    if let Some(RequestKey { by, key, sha256 }) = key {
+        db.prepare_cached("INSERT INTO request (by, key, sha256, replay) VALUES (?1, ?2, ?3, ?4)")?
+            .execute(params![by, key, sha256, replay.id])?;
+    }
+    Ok(Added::New)
+}
+
+/// The result of a request whose key was given before.
+fn made_with(db: &Connection, key: &RequestKey) -> rusqlite::Result<Option<Added>> {
+    let known: Option<(Vec<u8>, String)> = db
+        .prepare_cached("SELECT sha256, replay FROM request WHERE by = ?1 AND key = ?2")?
+        .query_row([&key.by, &key.key], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?;
+    let Some((sha256, id)) = known else { return Ok(None) };
+    let made = one(db, &id)?.filter(|_| sha256 == key.sha256);
+    Ok(Some(made.map_or(Added::OtherRequest, Added::Before)))
+}
+
+fn insert(db: &Connection, replay: &Replay) -> rusqlite::Result<()> {
     db.prepare_cached(
         "INSERT INTO replay (id, subscriber, state, why, created_at, changed_at, position, ordered, progress) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
@@ -172,8 +235,14 @@ pub(super) fn add(db: &Connection, replay: &Replay) -> rusqlite::Result<()> {
         replay.progress.position.0,
         json(&StoredOrder::from(&replay.order))?,
         json(&StoredProgress::from(&replay.progress))?
-    ])
-    .map(drop)
+    ])?;
+    let oldest = db.last_insert_rowid() - MAX_REPLAYS;
+    let ended = "row <= ?1 AND state <> 'running'";
+    db.prepare_cached(&format!(
+        "DELETE FROM request WHERE replay IN (SELECT id FROM replay WHERE {ended})"
+    ))?
+    .execute([oldest])?;
+    db.prepare_cached(&format!("DELETE FROM replay WHERE {ended}"))?.execute([oldest]).map(drop)
 }
 
 pub(super) fn change(
@@ -181,10 +250,26 @@ pub(super) fn change(
     id: &str,
     change: ReplayChange,
     now: SystemTime,
-) -> rusqlite::Result<Option<(Replay, bool)>> {
-    let Some(mut replay) = one(db, id)? else { return Ok(None) };
+) -> rusqlite::Result<Option<Changed>> {
+    let Some(found) = one(db, id)? else { return Ok(None) };
+    let mut replay = match found {
+        Ok(replay) => replay,
+        Err(unreadable) if change == ReplayChange::Cancelled && unreadable.state == "running" => {
+            db.prepare_cached("UPDATE replay SET state = ?2, changed_at = ?3 WHERE id = ?1")?
+                .execute(params![id, ReplayState::Cancelled.name(), millis(now)])?;
+            return Ok(one(db, id)?.map(Changed::Yes));
+        }
+        Err(unreadable) => return Ok(Some(Changed::No(Err(unreadable)))),
+    };
+    let goes_on = change == ReplayChange::Continued;
     if !replay.apply(change, now) {
-        return Ok(Some((replay, false)));
+        return Ok(Some(Changed::No(Ok(replay))));
+    }
+    if goes_on {
+        let running = running(db)?;
+        if running.len() >= MAX_RUNNING {
+            return Ok(Some(Changed::TooMany(running)));
+        }
     }
     db.prepare_cached(
         "UPDATE replay SET state = ?2, why = ?3, changed_at = ?4, position = ?5, progress = ?6 WHERE id = ?1",
@@ -197,10 +282,10 @@ pub(super) fn change(
         replay.progress.position.0,
         json(&StoredProgress::from(&replay.progress))?
     ])?;
-    Ok(Some((replay, true)))
+    Ok(Some(Changed::Yes(Ok(replay))))
 }
 
-pub(super) fn one(db: &Connection, id: &str) -> rusqlite::Result<Option<Replay>> {
+pub(super) fn one(db: &Connection, id: &str) -> rusqlite::Result<Option<Recorded>> {
     db.prepare_cached(&format!("SELECT {COLUMNS} FROM replay WHERE id = ?1"))?
         .query_row([id], read)
         .optional()
@@ -210,16 +295,16 @@ pub(super) fn list(
     db: &Connection,
     before: Option<i64>,
     limit: usize,
-) -> rusqlite::Result<Page<Replay>> {
+) -> rusqlite::Result<Page<Recorded>> {
     let sql = format!("SELECT {COLUMNS} FROM replay WHERE row < ?1 ORDER BY row DESC LIMIT ?2");
     let rows = db
         .prepare_cached(&sql)?
         .query_map(params![before.unwrap_or(i64::MAX), ask_for(limit)], read)?
         .collect::<rusqlite::Result<Vec<_>>>()?;
-    Ok(page(rows, limit, |replay| replay.row))
+    Ok(page(rows, limit, row_of))
 }
 
-pub(super) fn running(db: &Connection) -> rusqlite::Result<Vec<Replay>> {
+pub(super) fn running(db: &Connection) -> rusqlite::Result<Vec<Recorded>> {
     db.prepare_cached(&format!(
         "SELECT {COLUMNS} FROM replay WHERE state = 'running' ORDER BY row"
     ))?
@@ -244,7 +329,7 @@ pub(super) fn introduce(
         .execute(params![name.as_str(), millis(now)])?
         > 0;
     if let Some(replay) = replay.filter(|_| is_new) {
-        add(db, replay)?;
+        insert(db, replay)?;
     }
     Ok(is_new)
 }

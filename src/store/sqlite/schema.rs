@@ -106,6 +106,18 @@ const STORE: &[&str] = &[
     -- The subscribers that were ever configured, and since when.
     CREATE TABLE subscriber (name TEXT PRIMARY KEY, since INTEGER NOT NULL) WITHOUT ROWID;
 ",
+    "
+    -- The requests that clients may send again: whose, its key, the SHA-256 of what was requested,
+    -- and the replay that it made.
+    CREATE TABLE request (
+        by TEXT NOT NULL,
+        key TEXT NOT NULL,
+        sha256 BLOB NOT NULL,
+        replay TEXT NOT NULL,
+        PRIMARY KEY (by, key)
+    ) WITHOUT ROWID;
+    CREATE INDEX request_replay ON request (replay);
+",
 ];
 
 pub(super) const HISTORY_FILE: &str = "history.db";

@@ -15,7 +15,8 @@ use crate::{
     delivery::{BatchId, Reason},
     event::payload::Format,
     store::{
-        AttemptEnd, Change, Contents, DeliveryState, EventLog, HistoryState,
+        AttemptEnd, Change, Contents, DeliveryState, EventLog, HistoryState, MAX_REPLAYS,
+        MAX_RUNNING,
         testing::{all_pages, any_event, any_filter, finds_what_a_scan_finds, new_row},
     },
 };
@@ -719,11 +720,11 @@ async fn replays_operations_and_known_subscribers_are_in_the_precious_file() {
     let second = Replay { id: "rpl_2".to_owned(), ..first.clone() };
     assert!(store.introduce(&"a".into(), Some(first.clone()), now()).await.expect("writes"));
     assert!(!store.introduce(&"a".into(), Some(second.clone()), now()).await.expect("writes"));
-    store.add_replay(second.clone()).await.expect("writes");
+    assert_eq!(store.add_replay(second.clone(), None).await, Ok(Added::New));
     let (change, at) = (ReplayChange::Failed("gone".to_owned()), time(millis(now())));
-    let (changed, is_changed) =
-        store.change_replay("rpl_1", change.clone(), at).await.expect("writes").expect("is there");
-    assert!(is_changed && changed.changed_at == at);
+    let changed = store.change_replay("rpl_1", change.clone(), at).await.expect("writes");
+    let Some(Changed::Yes(Ok(changed))) = changed else { panic!("{changed:?}") };
+    assert!(changed.changed_at == at);
     assert_eq!(store.change_replay("rpl_3", change, at).await, Ok(None));
     for what in ["pause", "resume", "replay"] {
         let (by, subject) = ("ops".to_owned(), "a".to_owned());
@@ -734,16 +735,123 @@ async fn replays_operations_and_known_subscribers_are_in_the_precious_file() {
     std::fs::remove_file(dir.path().join("history.db")).expect("it may be deleted");
     let store = start(config(dir.path())).await;
     let page = store.replays(None, 1).await.expect("reads");
-    assert_eq!((&page.rows[..], page.next), (&[Replay { row: 2, ..second }][..], Some(2)));
+    let second = Ok(Replay { row: 2, ..second });
+    assert_eq!((&page.rows[..], page.next), (&[second.clone()][..], Some(2)));
     let failed = &store.replays(page.next, 9).await.expect("reads").rows[0];
-    assert_eq!(*failed, changed);
-    assert_eq!(store.replay("rpl_1").await, Ok(Some(changed)));
-    let running = store.running_replays().await.expect("reads");
-    assert_eq!(running.iter().map(|r| r.id.as_str()).collect::<Vec<_>>(), ["rpl_2"]);
+    assert_eq!(*failed, Ok(changed.clone()));
+    assert_eq!(store.replay("rpl_1").await, Ok(Some(Ok(changed))));
+    assert_eq!(store.running_replays().await, Ok(vec![second]));
     let page = store.operations(None, 2).await.expect("reads");
     let whats: Vec<_> = page.rows.iter().map(|o| o.new.what).collect();
     assert_eq!((whats, page.next), (vec!["replay", "resume"], Some(2)));
     assert_eq!(store.operations(page.next, 2).await.expect("reads").rows.len(), 1);
+}
+
+#[tokio::test]
+async fn a_replay_that_cannot_be_read_is_listed_with_a_remedy_hides_no_other_and_can_be_cancelled()
+{
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    for id in ["rpl_1", "rpl_2", "rpl_3", "rpl_4", "rpl_5"] {
+        let new = crate::store::replays_for_tests::replay(id, "a");
+        assert_eq!(store.add_replay(new, None).await, Ok(Added::New));
+    }
+    store.close().await;
+    let file = Connection::open(dir.path().join("store.db")).expect("opens");
+    for sql in [
+        "UPDATE replay SET progress = '{}' WHERE id = 'rpl_1'",
+        "UPDATE replay SET ordered = 'no JSON', created_at = 'never' WHERE id = 'rpl_2'",
+        "UPDATE replay SET subscriber = 'no name!' WHERE id = 'rpl_3'",
+        "UPDATE replay SET state = 'resting' WHERE id = 'rpl_4'",
+    ] {
+        assert_eq!(file.execute(sql, []).expect("writes"), 1);
+    }
+    drop(file);
+    let store = start(config(dir.path())).await;
+    let all = store.replays(None, 9).await.expect("reads").rows;
+    assert!(matches!(&all[0], Ok(replay) if replay.id == "rpl_5"), "{all:?}");
+    for (recorded, part) in all[1..].iter().zip([
+        "no state is called `resting`",
+        "subscriber: must be 1 to 64",
+        "order: expected",
+        "progress: missing field",
+    ]) {
+        let it = recorded.as_ref().expect_err(part);
+        let remedy = format!("`hooktrail replay cancel {}` ends it", it.id);
+        assert!(it.why.contains(part) && it.why.contains(&remedy), "{it:?}");
+    }
+    let running = store.running_replays().await.expect("reads");
+    assert_eq!(running.iter().filter(|r| r.is_ok()).count(), 1, "the others run: {running:?}");
+    let change = async |change| store.change_replay("rpl_1", change, now()).await.expect("writes");
+    let progressed =
+        ReplayChange::Progressed(crate::store::replays_for_tests::replay("rpl_1", "a").progress);
+    for forbidden in [progressed, ReplayChange::Continued] {
+        assert!(matches!(change(forbidden).await, Some(Changed::No(Err(_)))));
+    }
+    let cancelled = change(ReplayChange::Cancelled).await;
+    let Some(Changed::Yes(Err(it))) = cancelled else { panic!("{cancelled:?}") };
+    assert_eq!(it.state, "cancelled");
+    assert!(matches!(change(ReplayChange::Cancelled).await, Some(Changed::No(Err(_)))));
+    assert_eq!(store.running_replays().await.expect("reads").len(), 3);
+}
+
+#[tokio::test]
+async fn a_request_with_a_key_makes_one_replay_and_its_key_is_kept_as_long() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let new = |id: &str| crate::store::replays_for_tests::replay(id, "a");
+    let key = |by: &str, key: &str, sha256| {
+        Some(RequestKey { by: by.to_owned(), key: key.to_owned(), sha256: [sha256; 32] })
+    };
+    assert_eq!(store.add_replay(new("rpl_1"), key("ops", "k", 1)).await, Ok(Added::New));
+    store.close().await;
+    let store = start(config(dir.path())).await;
+    let again = store.add_replay(new("rpl_2"), key("ops", "k", 1)).await;
+    let Ok(Added::Before(Ok(before))) = again else { panic!("{again:?}") };
+    assert_eq!((before.id.as_str(), before.row), ("rpl_1", 1));
+    let other = store.add_replay(new("rpl_2"), key("ops", "k", 2)).await;
+    assert_eq!(other, Ok(Added::OtherRequest));
+    assert_eq!(store.replays(None, 9).await.expect("reads").rows.len(), 1);
+    for (id, key) in [("rpl_2", key("dev", "k", 2)), ("rpl_3", key("ops", "l", 1))] {
+        assert_eq!(store.add_replay(new(id), key).await, Ok(Added::New), "{id}");
+    }
+    let cancel = async |id| store.change_replay(id, ReplayChange::Cancelled, now()).await;
+    assert!(matches!(cancel("rpl_1").await, Ok(Some(Changed::Yes(_)))));
+    store.close().await;
+    let file = Connection::open(dir.path().join("store.db")).expect("opens");
+    let sql = format!("UPDATE sqlite_sequence SET seq = {MAX_REPLAYS} WHERE name = 'replay'");
+    assert_eq!(file.execute(&sql, []).expect("writes"), 1);
+    drop(file);
+    let store = start(config(dir.path())).await;
+    assert_eq!(store.add_replay(new("rpl_9"), None).await, Ok(Added::New));
+    assert_eq!(store.replay("rpl_1").await, Ok(None), "it has ended, and many came later");
+    assert!(matches!(store.replay("rpl_2").await, Ok(Some(Ok(_)))), "it runs");
+    assert_eq!(store.add_replay(new("rpl_10"), key("ops", "k", 2)).await, Ok(Added::New));
+}
+
+#[tokio::test]
+async fn so_many_replays_run_and_no_more() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let new = |n: usize| crate::store::replays_for_tests::replay(&format!("rpl_{n}"), "a");
+    for n in 0..MAX_RUNNING {
+        assert_eq!(store.add_replay(new(n), None).await, Ok(Added::New));
+    }
+    let refused = store.add_replay(new(99), None).await;
+    let Ok(Added::TooMany(running)) = refused else { panic!("{refused:?}") };
+    assert_eq!(running.len(), MAX_RUNNING);
+    let change = async |id, change| {
+        store.change_replay(id, change, now()).await.expect("writes").expect("is there")
+    };
+    assert!(matches!(change("rpl_3", ReplayChange::Cancelled).await, Changed::Yes(_)));
+    assert_eq!(store.add_replay(new(99), None).await, Ok(Added::New));
+    let refused = change("rpl_3", ReplayChange::Continued).await;
+    assert!(matches!(&refused, Changed::TooMany(all) if all.len() == MAX_RUNNING), "{refused:?}");
+    assert!(matches!(change("rpl_5", ReplayChange::Cancelled).await, Changed::Yes(_)));
+    assert!(matches!(change("rpl_3", ReplayChange::Continued).await, Changed::Yes(_)));
+    // A first replay of a new subscriber is the configuration's, and is not refused.
+    assert_eq!(store.introduce(&"b".into(), Some(new(100)), now()).await, Ok(true));
+    assert_eq!(store.running_replays().await.expect("reads").len(), MAX_RUNNING + 1);
 }
 
 #[tokio::test]
@@ -761,7 +869,7 @@ async fn the_rows_of_a_running_replay_outlive_the_retention_and_are_known_by_the
     let mut replay = crate::store::replays_for_tests::replay("rpl_1", "a");
     // Two of three chunks are still to be read.
     replay.progress.position = EventNumber(extent.after.0 + 8);
-    store.add_replay(replay).await.expect("writes");
+    store.add_replay(replay, None).await.expect("writes");
     let rows = async || {
         while store.trim(later).await.expect("trims") {}
         store.rows(extent.after, last, MAX_ROWS, usize::MAX).await.expect("reads").len()

@@ -582,9 +582,15 @@ async fn ask_for_history(open: &Api, with_token: &Api, fields: &Api) {
     let dry = r#"{"since":"2000-01-01T00:00:00Z","dry_run":true}"#;
     let replay = "/api/v1/subscribers/a/replay";
     assert_eq!(post(replay, dry).await.status, 200);
-    let begun = post(replay, since).await;
+    let keyed = async |body: &str| {
+        let key = ("idempotency-key", "\"a-key\"");
+        with_token.send("POST", replay, &[token, JSON, key], body).await
+    };
+    let begun = keyed(since).await;
     assert_eq!(begun.status, 202, "{begun:?}");
     let id = begun.json()["id"].as_str().expect("an id").to_owned();
+    assert_eq!(keyed(since).await.json()["id"], id.as_str());
+    assert_eq!(keyed(r#"{"since":"2001-01-01T00:00:00Z"}"#).await.status, 422);
     for (change, status) in [("cancel", 200), ("cancel", 409), ("continue", 200), ("continue", 409)]
     {
         let answer = post(&format!("/api/v1/replays/{id}/{change}"), "{}").await;

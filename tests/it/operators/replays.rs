@@ -5,15 +5,17 @@ use std::{
     time::Duration,
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::history::{admin, asked, remembering, wait_for_events};
 use crate::support::{
     api::Api,
     daemon::{QUICK, Setup, subscriber},
     eventually,
+    impostor::{Impostor, introduction},
     queue::{Queue, on_both_queues},
     receiver::{Receiver, Request, event, status},
+    run,
 };
 
 on_both_queues!(
@@ -187,4 +189,159 @@ async fn a_cancelled_replay_goes_on_where_it_was_and_operations_are_listed(queue
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(2) && text.contains(part), "{arguments:?}: {text}");
     }
+}
+
+#[test]
+fn a_request_that_is_sent_again_makes_no_second_replay_and_no_more_than_ten_run() {
+    run(async {
+        let api = Api::new();
+        let receiver = Receiver::accepting().await;
+        let setup = Setup::with_text(
+            &("[queue]\nurl = \"embedded\"\ndata_dir = \"data\"\n".to_owned()
+                + QUICK
+                + &subscriber("a", &receiver.url, "")
+                + &subscriber("b", &receiver.url, "")
+                + &admin(&api)),
+        );
+        let daemon = setup.start().await;
+        let token = format!("Bearer {}", super::history::TOKEN);
+        let json = ("content-type", "application/json");
+        eventually("the store is open", async || setup.run(&["replay", "list"]).status.success())
+            .await;
+        setup.ok(&["pause", "a"]);
+        setup.ok(&["pause", "b"]);
+        let ask = async |name: &str, key: &str, body: &str| {
+            let headers = [("authorization", token.as_str()), json, ("idempotency-key", key)];
+            api.send("POST", &format!("/api/v1/subscribers/{name}/replay"), &headers, body).await
+        };
+        let since = r#"{"since":"2026-01-01T00:00:00Z","rate":5}"#;
+        let first = ask("a", "\"key-1\"", since).await;
+        assert_eq!((first.status, first.header("idempotent-replayed")), (202, ""), "{first:?}");
+        let again = r#"{ "rate": 5, "since": "2026-01-01T00:00:00.000Z" }"#;
+        for key in ["\"key-1\"", "key-1"] {
+            let again = ask("a", key, again).await;
+            assert_eq!((again.status, again.header("idempotent-replayed")), (202, "true"));
+            assert_eq!(again.text, first.text, "the first one's answer");
+        }
+        for (name, body) in [("a", r#"{"since":"2026-01-01T00:00:00Z"}"#), ("b", since)] {
+            let other = ask(name, "key-1", body).await;
+            assert_eq!(other.status, 422, "{other:?}");
+            assert_eq!(other.json()["type"], "/problems/idempotency-key");
+        }
+        let long = "x".repeat(256);
+        for key in ["", "\"", "\"\"", "a\"b", "\"a", "back\\slash", &long] {
+            let wrong = ask("a", key, since).await;
+            assert_eq!((wrong.status, &wrong.json()["field"]), (400, &"Idempotency-Key".into()));
+        }
+        let all = asked(&setup, &["replay", "list", "--json"]);
+        assert_eq!(all["replays"].as_array().map(Vec::len), Some(1), "{all}");
+        let id = first.json()["id"].as_str().expect("an id").to_owned();
+
+        for n in 2..=10 {
+            assert_eq!(ask("b", &format!("key-{n}"), since).await.status, 202, "{n}");
+        }
+        let refused = ask("b", "key-11", since).await;
+        let why = refused.json()["detail"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(refused.status, 409, "{refused:?}");
+        let remedy = "one with `hooktrail replay cancel ID`";
+        assert!(why.contains(&format!("{id} to `a`")) && why.ends_with(remedy), "{why}");
+        assert_eq!(why.matches("rpl_").count(), 10, "{why}");
+        let output = setup.run(&["replay", "b", "--since", "1h", "--yes"]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains(remedy), "{text}");
+        assert_eq!(ask("a", "key-1", since).await.text, first.text, "it is no eleventh");
+        setup.ok(&["replay", "cancel", &id]);
+        assert_eq!(ask("b", "key-11", since).await.status, 202, "a refused one kept no key");
+        let output = setup.run(&["replay", "continue", &id]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains(remedy), "{text}");
+
+        daemon.stop().await;
+        let file = setup.config().with_file_name("data").join("store.db");
+        let file = rusqlite::Connection::open(file).expect("opens");
+        let sql = "UPDATE replay SET ordered = '{}' WHERE subscriber = 'b' AND state = 'running'";
+        assert_eq!(file.execute(sql, []).expect("writes"), 10);
+        drop(file);
+        let daemon = setup.start().await;
+        let mut list = Value::Null;
+        eventually("the list of replays", async || {
+            let output = setup.run(&["replay", "list", "--json"]);
+            list = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            output.status.success()
+        })
+        .await;
+        let one = &list["replays"][0];
+        assert_eq!((&one["state"], &one["since"]), (&"unreadable".into(), &Value::Null), "{one}");
+        let unreadable = one["id"].as_str().expect("an id");
+        let remedy = format!("`hooktrail replay cancel {unreadable}` ends it");
+        assert!(setup.ok(&["replay", "list"]).contains(&remedy));
+        eventually("the log says it", async || daemon.log().contains(&remedy)).await;
+        let output = setup.run(&["replay", "continue", unreadable]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && text.contains("is unreadable"), "{text}");
+        setup.ok(&["replay", "cancel", unreadable]);
+        assert_eq!(wait_for_state(&setup, unreadable, "cancelled").await["enqueued"], 0);
+        setup.ok(&["replay", "continue", &id]);
+        setup.ok(&["resume", "a"]);
+        wait_for_state(&setup, &id, "done").await;
+    });
+}
+
+#[test]
+fn a_lost_answer_is_asked_for_again_with_the_same_key() {
+    run(async {
+        let files = tempfile::tempdir().expect("a directory");
+        let path = files.path().join("hooktrail.toml");
+        let preview = json!({
+            "subscriber": "a", "events": 1, "complete": true,
+            "history": { "events_from": null, "deliveries_from": null, "why": "", "last_event_at": null, "gaps": [] }
+        });
+        let at = "2026-01-01T00:00:00Z";
+        let made = json!({
+            "id": "rpl_1", "subscriber": "a", "state": "running", "why": null, "by": "token", "created_at": at, "changed_at": at,
+            "since": at, "until": null, "events": null, "rate": null, "rows": 0, "read": 0, "matched": 0, "enqueued": 0,
+            "unusable": 0, "batches": 0, "unfinished": 0, "missing": 0, "start_from": false
+        });
+        for lost in [1, 3] {
+            let (config, preview, made) = (path.clone(), preview.clone(), made.clone());
+            let mut left = lost;
+            let daemon = Impostor::start(move |head, port| {
+                if head.starts_with("GET /api/v1/daemon ") {
+                    (200, introduction(head, port, &config, super::history::TOKEN))
+                } else if !head.contains("idempotency-key: ") {
+                    (200, preview.clone())
+                } else if left > 0 {
+                    left -= 1;
+                    (0, Value::Null)
+                } else {
+                    (202, made.clone())
+                }
+            });
+            let text = format!(
+                "[queue]\nurl = \"embedded\"\n[admin]\nlisten = \"{}\"\ntoken = \"{}\"\n{}",
+                daemon.address(),
+                super::history::TOKEN,
+                subscriber("a", "https://example.com/", "")
+            );
+            std::fs::write(&path, text).expect("writes");
+            let output = std::process::Command::new(env!("CARGO_BIN_EXE_hooktrail"))
+                .args(["replay", "a", "--since", "1h", "--yes", "--config"])
+                .arg(&path)
+                .output()
+                .expect("runs");
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            let is_known = lost < 3;
+            assert_eq!(output.status.success(), is_known, "{said}");
+            assert!(is_known || said.contains("see `hooktrail replay list`"), "{said}");
+            let heads = daemon.asked();
+            let keys: Vec<&str> = heads
+                .iter()
+                .filter_map(|head| head.lines().find(|l| l.starts_with("idempotency-key: ")))
+                .collect();
+            assert!(
+                keys.len() == lost.min(2) + 1 && keys.iter().all(|k| *k == keys[0]),
+                "{keys:?}"
+            );
+        }
+    });
 }

@@ -18,10 +18,16 @@ pub(crate) struct Api {
 pub(crate) struct Answered {
     pub(crate) status: u16,
     pub(crate) content_type: String,
+    headers: reqwest::header::HeaderMap,
     pub(crate) text: String,
 }
 
 impl Answered {
+    /// The value of a header; empty if there is none.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+    }
+
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
@@ -57,18 +63,15 @@ impl Api {
             request = request.header(*name, *value);
         }
         let answer = request.send().await.expect("an answer");
-        let content_type = answer
-            .headers()
-            .get("content-type")
-            .and_then(|v| v.to_str().ok())
-            .unwrap_or_default()
-            .to_owned();
+        let headers = answer.headers().clone();
+        let content_type = headers.get("content-type").and_then(|v| v.to_str().ok());
         let answered = Answered {
             status: answer.status().as_u16(),
-            content_type,
+            content_type: content_type.unwrap_or_default().to_owned(),
             text: answer.text().await.expect("a body"),
+            headers,
         };
-        let Answered { status, content_type, text } = &answered;
+        let Answered { status, content_type, text, .. } = &answered;
         let exchange = json!({ "method": method, "path": path, "status": status, "content_type": content_type, "text": text });
         self.exchanges.lock().expect("not poisoned").push(exchange);
         answered

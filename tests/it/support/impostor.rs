@@ -1,7 +1,7 @@
 //! A stranger that listens where a daemon is expected, and answers as it likes.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener},
     path::Path,
     sync::{Arc, Mutex},
@@ -19,7 +19,8 @@ pub(crate) struct Impostor {
 }
 
 impl Impostor {
-    /// `answers` gets the head of each request and the port, and gives the status and the body.
+    /// `answers` gets the head of each request and the port, and gives the status and the body; with
+    /// the status 0 the connection is closed instead.
     pub(crate) fn start(
         mut answers: impl FnMut(&str, u16) -> (u16, Value) + Send + 'static,
     ) -> Self {
@@ -35,8 +36,15 @@ impl Impostor {
                 while !head.ends_with("\r\n\r\n") && lines.read_line(&mut head).is_ok_and(|n| n > 0)
                 {
                 }
+                // A connection that is closed before its body is read is reset.
+                let length = head.lines().find_map(|l| l.strip_prefix("content-length: "));
+                let mut body = vec![0; length.and_then(|n| n.parse().ok()).unwrap_or(0)];
+                lines.read_exact(&mut body).ok(); // the client may be gone
                 let (status, body) = answers(&head, address.port());
                 heard.lock().expect("not poisoned").push(head);
+                if status == 0 {
+                    continue;
+                }
                 let (body, kind) = (body.to_string(), "content-type: application/json");
                 let answer = format!(
                     "HTTP/1.1 {status} x\r\n{kind}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
