@@ -140,6 +140,8 @@ enum Command {
     /// Exit code 0 only if each subscriber that was to get the event has it.
     Where(whereabouts::Args),
     /// List the batches that were sent and what became of each, or show one with its attempts
+    ///
+    /// --since and --until mean when a batch was begun: its first attempt, not its last one.
     Deliveries(deliveries::Args),
     /// Send a batch that was delivered again, with the same id and bytes
     ///

@@ -3,7 +3,7 @@
 //!
 //! A list declares its filters as a type:
 //!
-//! ```ignore
+//! ```text
 //! struct Filters { subscriber: Option<SubscriberName>, limit: usize, after: Option<Cursor> }
 //!
 //! impl FromQuery for Filters {

@@ -142,16 +142,7 @@ async fn replay_to<Q: Queue, S: Store>(
         }
         match this.store.add_replay(new.clone(), key).await.map_err(away)? {
             Added::New => {}
-            Added::Before(Ok(made)) => {
-                let mut again = json_answer(StatusCode::ACCEPTED, &Replay::new(&made.as_made()));
-                again.headers_mut().extend([REPLAYED]);
-                again.extensions_mut().insert(DryRun);
-                return Ok(again);
-            }
-            Added::Before(Err(unreadable)) => {
-                let why = format!("this request has made {}: {}", unreadable.id, unreadable.why);
-                return Err(Refusal::new(StatusCode::CONFLICT, why));
-            }
+            Added::Before(made) => return made_before(*made),
             Added::OtherRequest => {
                 let why = "another request was sent with this `Idempotency-Key` before; a request of its own needs a key of its own";
                 let status = StatusCode::UNPROCESSABLE_ENTITY;
@@ -211,6 +202,18 @@ async fn change<Q: Queue, S: Store>(
         Ok(json_answer(StatusCode::OK, &replay))
     };
     done(work.await, &headers, body).await
+}
+
+/// The answer to a request that was sent again: that of the first one.
+fn made_before(made: Recorded) -> Result<Response, Refusal> {
+    let made = made.map_err(|unreadable| {
+        let why = format!("this request has made {}: {}", unreadable.id, unreadable.why);
+        Refusal::new(StatusCode::CONFLICT, why)
+    })?;
+    let mut again = json_answer(StatusCode::ACCEPTED, &Replay::new(&made.as_made()));
+    again.headers_mut().extend([REPLAYED]);
+    again.extensions_mut().insert(DryRun);
+    Ok(again)
 }
 
 /// The key of a request, if it has one.

@@ -6,7 +6,7 @@ use super::{
     complete,
     daemon::Asked,
     failed::Failed,
-    history::{lines, reach, write},
+    history::{lines, more, reach, write},
     moment::{Span, Zone},
     remembered::Remembered,
     terminal,
@@ -92,6 +92,9 @@ async fn list(remembered: &Remembered<'_>, args: &List) -> Result<(), Failed> {
     while found.deliveries.len() < limit
         && let Some(next) = found.next.take()
     {
+        if let Some(back_to) = found.searched_back_to {
+            progress.set_message(format!("searched back to {back_to}"));
+        }
         let left = (limit - found.deliveries.len()).min(MAX_LIMIT);
         let mut more = remembered.deliveries(&filter, left, Some(&next)).await?;
         more.deliveries.splice(0..0, found.deliveries);
@@ -121,9 +124,7 @@ fn table(found: &DeliveryList, zone: &Zone, width: Option<usize>) -> String {
     let rows: Vec<[String; 7]> = found.deliveries.iter().map(row).collect();
     let mut out =
         if rows.is_empty() { "no delivery\n".to_owned() } else { lines(&COLUMNS, &rows, width) };
-    if found.next.is_some() {
-        out.push_str("\nthere are more: raise --limit, or give --until\n");
-    }
+    out.push_str(&more(found.searched_back_to, found.next.is_some(), zone));
     out + &reach(&found.history, "deliveries", zone)
 }
 

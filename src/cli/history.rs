@@ -11,7 +11,7 @@ use super::{
     text::{as_json, visible},
 };
 use crate::{
-    admin::view::{Event, EventList, Party, Reach},
+    admin::view::{Event, EventList, Party, Reach, Time},
     clock,
     config::Config,
     event::Pattern,
@@ -195,13 +195,21 @@ fn cut(text: &str, width: usize) -> String {
 }
 
 fn footer(found: &EventList, zone: &Zone) -> String {
-    let mut out = String::new();
-    if let Some(back_to) = found.searched_back_to {
-        out.push_str(&format!("\nsearched back to {}; there may be more\n", zone.show(back_to.0)));
-    } else if found.next.is_some() {
-        out.push_str("\nthere are more: raise --limit, or give --until\n");
+    let more = more(found.searched_back_to, found.next.is_some(), zone);
+    more + &reach(&found.history, "events", zone)
+}
+
+/// How far a list was searched, and how to go on.
+pub(super) fn more(searched_back_to: Option<Time>, there_is: bool, zone: &Zone) -> String {
+    // Shown times are cut to the second: with the next one nothing is left out.
+    let shown = |Time(at)| (zone.show(at), zone.show(at + std::time::Duration::from_secs(1)));
+    match searched_back_to.map(shown) {
+        Some((at, next)) => format!(
+            "\nsearched back to {at}; there may be more: raise --limit, or give --until {next}\n"
+        ),
+        None if there_is => "\nthere are more: raise --limit, or give --until\n".to_owned(),
+        None => String::new(),
     }
-    out + &reach(&found.history, "events", zone)
 }
 
 /// How far history reaches, and what it lacks.
@@ -283,6 +291,20 @@ mod tests {
             assert_eq!(cell(text), expected, "{text:?}");
         }
         assert_eq!(CSV_HEAD.split(',').count(), 13);
+    }
+
+    #[test]
+    fn a_search_that_ended_early_says_how_far_it_came_and_how_to_go_on() {
+        let zone = Zone::new(false);
+        let at = Some(Time(std::time::SystemTime::UNIX_EPOCH));
+        let early = more(at, true, &zone);
+        assert!(
+            early.contains("searched back to 1970-01-01T00:00:00Z")
+                && early.contains("--until 1970-01-01T00:00:01Z"),
+            "{early}"
+        );
+        assert!(more(None, true, &zone).contains("raise --limit"));
+        assert_eq!(more(None, false, &zone), "");
     }
 
     #[test]

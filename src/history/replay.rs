@@ -264,7 +264,8 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
         for recorded in self.store.running_replays().await? {
             match recorded {
                 Ok(replay) => running.push(replay),
-                Err(UnreadableReplay { id, subscriber, why, .. }) => {
+                Err(it) => {
+                    let UnreadableReplay { id, subscriber, why, .. } = *it;
                     if !self.unreadable.contains(&id) {
                         tracing::error!(
                             replay = id,
@@ -390,8 +391,9 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
         }
         let progress = work.with_unfinished(work.filling.progress());
         let completed = ReplayChange::Completed(ReplayProgress { position: upto, ..progress });
-        if let Some(Changed::Yes(Ok(ended))) =
+        if let Some(Changed::Yes(ended)) =
             self.store.change_replay(&replay.id, completed, clock::now()).await?
+            && let Ok(ended) = *ended
         {
             let ReplayProgress { enqueued, batches, missing, unusable, .. } = ended.progress;
             tracing::info!(
@@ -805,14 +807,14 @@ mod tests {
             changed_at: clock::now(),
             why: "of a later version".to_owned(),
         };
-        world.store.memory().replays.push(Err(recorded("running")));
+        world.store.memory().replays.push(Err(Box::new(recorded("running"))));
         world.add("rpl_2", 10).await;
         let mut daemon = world.daemon();
         world.until_state(&mut daemon, "rpl_2", "done").await;
         assert!(daemon.unreadable.contains("rpl_1"));
         let cancelled =
             world.store.change_replay("rpl_1", ReplayChange::Cancelled, clock::now()).await;
-        assert!(matches!(cancelled, Ok(Some(Changed::Yes(Err(_))))), "{cancelled:?}");
+        assert!(matches!(&cancelled, Ok(Some(Changed::Yes(it))) if it.is_err()), "{cancelled:?}");
         settle(&mut daemon).await;
         assert!(daemon.unreadable.is_empty());
     }

@@ -1,7 +1,7 @@
 //! A resend: the body of a delivery is made again from the rows of history, and compared.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -11,9 +11,11 @@ use sha2::{Digest as _, Sha256};
 use super::replay::as_sent;
 use crate::{
     clock,
-    delivery::{AttemptLog, Batch, Print},
+    delivery::{AttemptLog, Batch, Print, Reason},
+    event::payload::Format,
     store::{
-        Delivery, DeliveryState, EventFilter, EventNumber, EventRow, MAX_ROWS, Store, StoreError,
+        Delivery, DeliveryState, EventFilter, EventNumber, EventRow, Gap, MAX_ROWS, Store,
+        StoreError,
     },
 };
 
@@ -25,6 +27,10 @@ const PART_TIME: Duration = Duration::from_millis(500);
 
 /// History may see an event for the first time this long after the event was sent.
 const LATE: Duration = Duration::from_secs(60);
+
+/// The most rows that are kept of a search, and the most bytes of bodies that are hashed in it.
+const MAX_CANDIDATES: usize = 10_000;
+const MAX_HASHED: usize = 64 << 20;
 
 /// Why a delivery is not sent again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,52 +67,197 @@ pub async fn rebuild<S: Store>(
         | DeliveryState::Dead { .. }
         | DeliveryState::Interrupted => {}
     }
-    let not_the_same = |why: &str| NotResent::NotTheSame(why.to_owned());
     let contents = &delivery.contents;
-    let prints = contents.prints.as_ref().ok_or_else(|| {
-        not_the_same("history does not know its events: they are too many for their prints")
-    })?;
-    let (format, sha256) = contents
-        .format
-        .zip(contents.sha256)
-        .ok_or_else(|| not_the_same("history does not know its bytes: it had no attempt"))?;
-    let rows = find(store, delivery, prints, clock::instant() + SEARCH_TIME).await?;
-    // What was configured when it was sent is not known; the digest decides.
-    for event_ids in [event_ids, !event_ids] {
-        let bodies: Vec<Bytes> =
-            prints.iter().filter_map(|p| sent(rows.get(p)?, event_ids)).collect();
-        if bodies.len() < prints.len() {
-            break;
+    let Some(prints) = contents.prints.as_ref() else {
+        let why = "history does not know its events: they are too many for their prints";
+        return Err(NotResent::NotTheSame(why.to_owned()));
+    };
+    let Some((format, sha256)) = contents.format.zip(contents.sha256) else {
+        return Err(NotResent::NotTheSame(unseen(store, delivery).await?));
+    };
+    let mut hunt = Hunt::new(prints, format, sha256, event_ids);
+    let body = hunt.search(store, delivery, clock::instant() + SEARCH_TIME).await?;
+    Ok(Batch {
+        id: delivery.id.clone(),
+        body: body.ok_or_else(|| NotResent::NotTheSame(hunt.why_not()))?.into(),
+        format,
+        events: contents.events,
+        attempts: 0,
+        first_attempt_at: None,
+        traceparent: None,
+        attempt_log: AttemptLog::default(),
+        prints: contents.prints.clone(),
+        replay: true,
+    })
+}
+
+/// Why history does not know the bytes of a delivery.
+async fn unseen<S: Store>(store: &S, delivery: &Delivery) -> Result<String, StoreError> {
+    if delivery.contents.format.is_none() {
+        return Ok("it never became a batch: one event was given up alone".to_owned());
+    }
+    let time = clock::rfc3339_seconds;
+    let had_attempts = matches!(
+        delivery.state,
+        DeliveryState::Delivered { .. }
+            | DeliveryState::Dead { reason: Reason::Exhausted | Reason::Refused }
+    );
+    let either = if had_attempts { "they" } else { "it had none, or they" };
+    let reach = store.reach().await?;
+    let is_before = |gap: &&Gap| gap.what == "deliveries" && gap.from <= delivery.begun_at;
+    let lacks = match (reach.gaps.iter().rfind(is_before), reach.deliveries_from) {
+        (Some(gap), _) => {
+            format!("lacks deliveries from {} to {} ({})", time(gap.from), time(gap.until), gap.why)
         }
-        let bytes = bodies.iter().map(Bytes::len).sum();
-        let body = format.splice(bodies.iter().map(|body| &body[..]), bytes);
-        if <[u8; 32]>::from(Sha256::digest(&body)) == sha256 {
-            return Ok(Batch {
-                id: delivery.id.clone(),
-                body: body.into(),
-                format,
-                events: contents.events,
-                attempts: 0,
-                first_attempt_at: None,
-                traceparent: None,
-                attempt_log: AttemptLog::default(),
-                prints: contents.prints.clone(),
-                replay: true,
-            });
+        (None, Some(from)) => format!("has deliveries from {} on ({})", time(from), reach.why),
+        (None, None) => format!("has no deliveries yet ({})", reach.why),
+    };
+    Ok(format!(
+        "history has none of its attempts, so that its bytes are not known. Either {either} were made before: history {lacks}; \
+         or by another daemon, whose store has them"
+    ))
+}
+
+/// The search for the events of a delivery. There is no index of prints.
+struct Hunt<'p> {
+    prints: &'p [Print],
+    format: Format,
+    sha256: [u8; 32],
+    event_ids: bool,
+    /// The rows with these prints, the latest first.
+    rows: Vec<EventRow>,
+    /// The latest row of each print.
+    found: HashMap<Print, usize>,
+    /// The first of the rows at which no run was tried.
+    untried: usize,
+    /// Bytes that may still be hashed.
+    budget: usize,
+}
+
+impl<'p> Hunt<'p> {
+    fn new(prints: &'p [Print], format: Format, sha256: [u8; 32], event_ids: bool) -> Self {
+        Self {
+            prints,
+            format,
+            sha256,
+            event_ids,
+            rows: Vec::new(),
+            found: HashMap::new(),
+            untried: 0,
+            budget: MAX_HASHED,
         }
     }
-    let found = prints.iter().filter(|print| rows.contains_key(print)).count();
-    Err(NotResent::NotTheSame(match prints.len() - found {
-        0 if rows.values().any(|row| row.body.is_none()) => {
-            "history keeps fields alone, not the bytes of events".to_owned()
+
+    /// Goes back from the begin of the delivery until the body is found, or cannot be.
+    async fn search<S: Store>(
+        &mut self,
+        store: &S,
+        delivery: &Delivery,
+        deadline: Instant,
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        let wanted: HashSet<&Print> = self.prints.iter().collect();
+        let until = delivery.begun_at.checked_add(LATE);
+        let filter = EventFilter { until, ..EventFilter::default() };
+        let mut before = None;
+        loop {
+            let was_complete = self.found.len() == wanted.len();
+            let page = store.events(&filter, before, MAX_ROWS, PART_TIME).await?;
+            for row in page.rows {
+                let print = Print::from_sha256(&row.sha256);
+                if wanted.contains(&print) {
+                    self.found.entry(print).or_insert(self.rows.len());
+                    self.rows.push(row);
+                }
+            }
+            if self.found.len() == wanted.len() {
+                let latest = if was_complete { None } else { self.of_latest() };
+                if let Some(body) = latest.or_else(|| self.of_runs()) {
+                    return Ok(Some(body));
+                }
+                if !self.depends_on_ids() {
+                    return Ok(None);
+                }
+            }
+            let is_enough = self.budget == 0 || self.rows.len() > MAX_CANDIDATES;
+            let Some(next) = page.next.filter(|_| !is_enough && clock::instant() < deadline) else {
+                return Ok(None);
+            };
+            before = Some(EventNumber(next));
         }
-        0 => "its events make other bytes than those that were sent".to_owned(),
-        missing => format!(
-            "history has {found} of its {} events: {missing} were removed, or not found in {} s",
-            prints.len(),
-            SEARCH_TIME.as_secs()
-        ),
-    }))
+    }
+
+    /// The body, made of the latest row of each print, with and without ids: what was configured
+    /// when it was sent is not known, and the digest decides.
+    fn of_latest(&mut self) -> Option<Vec<u8>> {
+        let latest = |print: &Print| self.rows.get(*self.found.get(print)?);
+        let rows: Vec<EventRow> = self.prints.iter().filter_map(latest).cloned().collect();
+        let is_it = |body: &Vec<u8>| <[u8; 32]>::from(Sha256::digest(body)) == self.sha256;
+        [self.event_ids, !self.event_ids]
+            .into_iter()
+            .find_map(|event_ids| self.body(rows.iter(), event_ids).filter(is_it))
+    }
+
+    /// The body, made of rows in a run. Equal events have different ids, which are in the body: a
+    /// batch is a run of the events that its subscriber gets.
+    fn of_runs(&mut self) -> Option<Vec<u8>> {
+        let length = self.prints.len();
+        while self.untried + length <= self.rows.len() {
+            let run = &self.rows[self.untried..self.untried + length];
+            self.untried += 1;
+            let is_run = run
+                .iter()
+                .rev()
+                .zip(self.prints)
+                .all(|(row, p)| Print::from_sha256(&row.sha256) == *p);
+            if !is_run {
+                continue;
+            }
+            let body = self.body(run.iter().rev(), true)?;
+            self.budget = self.budget.saturating_sub(body.len());
+            if <[u8; 32]>::from(Sha256::digest(&body)) == self.sha256 {
+                return Some(body);
+            }
+            if self.budget == 0 {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// `None` if bytes are missing.
+    fn body<'r>(
+        &self,
+        rows: impl Iterator<Item = &'r EventRow>,
+        event_ids: bool,
+    ) -> Option<Vec<u8>> {
+        let bodies = rows.map(|row| sent(row, event_ids)).collect::<Option<Vec<Bytes>>>()?;
+        let bytes = bodies.iter().map(Bytes::len).sum();
+        Some(self.format.splice(bodies.iter().map(|body| &body[..]), bytes))
+    }
+
+    /// Whether other rows with the same prints can make another body.
+    fn depends_on_ids(&self) -> bool {
+        self.found.values().any(|row| {
+            let row = &self.rows[*row];
+            row.body.is_some() && sent(row, true) != row.body
+        })
+    }
+
+    /// Why there is no body.
+    fn why_not(&self) -> String {
+        let found = self.prints.iter().filter(|print| self.found.contains_key(print)).count();
+        match self.prints.len() - found {
+            0 if self.rows.iter().any(|row| row.body.is_none()) => {
+                "history keeps fields alone, not the bytes of events".to_owned()
+            }
+            0 => "its events make other bytes than those that were sent".to_owned(),
+            missing => format!(
+                "history has {found} of its {} events: {missing} were removed, or not found in {} s",
+                self.prints.len(),
+                SEARCH_TIME.as_secs()
+            ),
+        }
+    }
 }
 
 fn sent(row: &EventRow, event_ids: bool) -> Option<Bytes> {
@@ -114,40 +265,12 @@ fn sent(row: &EventRow, event_ids: bool) -> Option<Bytes> {
     Some(as_sent(row.body.as_ref()?, id))
 }
 
-/// The rows with these prints, back from the begin of the delivery.
-async fn find<S: Store>(
-    store: &S,
-    delivery: &Delivery,
-    prints: &[Print],
-    deadline: Instant,
-) -> Result<HashMap<Print, EventRow>, StoreError> {
-    let wanted: std::collections::HashSet<&Print> = prints.iter().collect();
-    let filter =
-        EventFilter { until: delivery.begun_at.checked_add(LATE), ..EventFilter::default() };
-    let (mut found, mut before) = (HashMap::new(), None);
-    while found.len() < wanted.len() && clock::instant() < deadline {
-        let page = store.events(&filter, before, MAX_ROWS, PART_TIME).await?;
-        for row in page.rows {
-            let print = Print::from_sha256(&row.sha256);
-            if wanted.contains(&print) {
-                found.entry(print).or_insert(row);
-            }
-        }
-        let Some(next) = page.next else { break };
-        before = Some(EventNumber(next));
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::{
-        event::payload::Format,
-        store::{Change, Contents, DeliveryChange, NewRow, fake::FakeStore},
-    };
+    use crate::store::{Change, Contents, DeliveryChange, NewRow, fake::FakeStore};
 
     const EVENTS: [&str; 3] =
         [r#"{"event":"user.a","n":1}"#, "{ \"event\":\n\"user.b\" }", r#"{"event":"user.c"}"#];
@@ -172,12 +295,23 @@ mod tests {
             .collect();
         store.append(rows).await.expect("appends");
         let body = format.splice(bodies.iter().map(|b| &b[..]), 0);
+        let prints = EVENTS.iter().map(|e| Print::of(e.as_bytes())).collect();
+        (delivery(store, format, &body, prints).await, body)
+    }
+
+    /// A delivery of a body with these events.
+    async fn delivery(
+        store: &FakeStore,
+        format: Format,
+        body: &[u8],
+        prints: Vec<Print>,
+    ) -> Delivery {
         let contents = Contents {
             format: Some(format),
-            events: 3,
+            events: u32::try_from(prints.len()).expect("a few"),
             bytes: body.len() as u64,
-            sha256: Some(Sha256::digest(&body).into()),
-            prints: Some(EVENTS.iter().map(|e| Print::of(e.as_bytes())).collect()),
+            sha256: Some(Sha256::digest(body).into()),
+            prints: Some(prints.into()),
             replay: false,
             parent: None,
         };
@@ -189,8 +323,7 @@ mod tests {
         };
         let started = Change::Started { attempt: 1, contents, by: "me".to_owned() };
         store.record(vec![change(started), change(Change::Delivered)]).await.expect("records");
-        let delivery = store.delivery("msg_1").await.expect("reads").expect("is there");
-        (delivery, body)
+        store.delivery("msg_1").await.expect("reads").expect("is there")
     }
 
     #[tokio::test]
@@ -205,6 +338,80 @@ mod tests {
                 assert!(batch.replay && batch.attempts == 0 && batch.events == 3);
             }
         }
+    }
+
+    #[tokio::test]
+    async fn equal_events_with_ids_of_their_own_are_told_apart_by_the_bytes_that_were_sent() {
+        let twin = r#"{"event":"user.twin"}"#;
+        let other = r#"{"event":"user.a"}"#;
+        // Rows 1 to 8; the batch had rows 3 to 5.
+        let bodies = [twin, other, twin, twin, other, twin, twin, other];
+        for of in [2..5, 2..3, 3..4, 6..7, 0..2] {
+            let store = FakeStore::default();
+            let rows: Vec<NewRow> = bodies.iter().zip(1..).map(|(b, n)| new(b, n)).collect();
+            let sent: Vec<Bytes> = rows[of.clone()]
+                .iter()
+                .map(|row| as_sent(&row.body, row.message_id.as_deref()))
+                .collect();
+            let prints: Vec<Print> =
+                bodies[of.clone()].iter().map(|b| Print::of(b.as_bytes())).collect();
+            store.append(rows).await.expect("appends");
+            let body = Format::Json.splice(sent.iter().map(|b| &b[..]), 0);
+            let delivery = delivery(&store, Format::Json, &body, prints).await;
+            let batch = rebuild(&store, &delivery, true).await;
+            let batch = batch.unwrap_or_else(|e| panic!("{of:?}: {e:?}"));
+            assert_eq!(batch.body, body, "{of:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn attempts_that_history_has_not_seen_are_not_said_to_be_none() {
+        let store = FakeStore::default();
+        let contents = |format| Contents {
+            format,
+            events: 1,
+            bytes: 7,
+            sha256: None,
+            prints: Some([Print::of(b"{}")].into()),
+            replay: false,
+            parent: None,
+        };
+        let why = async |reason, format| {
+            let change = Change::Dead { reason, contents: Some(contents(format)) };
+            let id = crate::delivery::BatchId::random();
+            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
+            let change = DeliveryChange { id: id.clone(), subscriber: "a".into(), at, change };
+            store.record(vec![change]).await.expect("records");
+            let delivery = store.delivery(id.as_str()).await.expect("reads").expect("is there");
+            match rebuild(&store, &delivery, false).await {
+                Err(NotResent::NotTheSame(why)) => why,
+                other => panic!("{other:?}"),
+            }
+        };
+        let json = Some(Format::Json);
+        let older = why(Reason::Exhausted, json).await;
+        assert!(
+            older.contains("Either they were made before: history has deliveries from 1970-01-01T00:01:40Z on (the retention)")
+                && older.contains("or by another daemon"),
+            "{older}"
+        );
+        assert!(why(Reason::TooLarge, json).await.contains("Either it had none, or they"));
+        assert!(why(Reason::InvalidEvent, None).await.contains("never became a batch"));
+        let gap = |what, from| Gap {
+            from: SystemTime::UNIX_EPOCH + Duration::from_secs(from),
+            until: SystemTime::UNIX_EPOCH + Duration::from_secs(200),
+            what,
+            why: "a test".to_owned(),
+            missing: None,
+        };
+        for gap in [gap("events", 10), gap("deliveries", 101)] {
+            store.add_gap(gap).await.expect("records");
+            assert_eq!(why(Reason::Exhausted, json).await, older);
+        }
+        store.add_gap(gap("deliveries", 50)).await.expect("records");
+        let lacks =
+            "history lacks deliveries from 1970-01-01T00:00:50Z to 1970-01-01T00:03:20Z (a test)";
+        assert!(why(Reason::Exhausted, json).await.contains(lacks));
     }
 
     #[tokio::test]

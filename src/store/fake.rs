@@ -10,8 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::{
     Added, Appended, Changed, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber,
     EventRow, Extent, Gap, MAX_RUNNING, NewOperation, NewRow, Operation, Page, Reach, Recorded,
-    Replay, ReplayChange, ReplayState, RequestKey, Store, StoreError, Subscription,
-    UnreadableReplay, WithEvent,
+    Replay, ReplayChange, ReplayState, RequestKey, Store, StoreError, Subscription, WithEvent,
 };
 use crate::{
     delivery::{Print, SubscriberName},
@@ -63,13 +62,15 @@ impl Memory {
 
 fn id_of(recorded: &Recorded) -> &str {
     match recorded {
-        Ok(Replay { id, .. }) | Err(UnreadableReplay { id, .. }) => id,
+        Ok(replay) => &replay.id,
+        Err(unreadable) => &unreadable.id,
     }
 }
 
 const fn row_of(recorded: &Recorded) -> i64 {
     match recorded {
-        Ok(Replay { row, .. }) | Err(UnreadableReplay { row, .. }) => *row,
+        Ok(replay) => replay.row,
+        Err(unreadable) => unreadable.row,
     }
 }
 
@@ -301,7 +302,7 @@ impl Store for FakeStore {
             if let Some((known, id)) = memory.keys.iter().find(|(known, _)| is_it(known)) {
                 let made = memory.replays.iter().find(|r| id_of(r) == id).cloned();
                 let made = made.filter(|_| known.sha256 == key.sha256);
-                return Ok(made.map_or(Added::OtherRequest, Added::Before));
+                return Ok(made.map_or(Added::OtherRequest, |made| Added::Before(Box::new(made))));
             }
             memory.keys.push((key, replay.id.clone()));
         }
@@ -336,11 +337,11 @@ impl Store for FakeStore {
             Err(_) => false,
         };
         Ok(Some(match is_changed {
-            false => Changed::No(changed),
+            false => Changed::No(Box::new(changed)),
             true if goes_on && running.len() >= MAX_RUNNING => Changed::TooMany(running),
             true => {
                 *found = changed.clone();
-                Changed::Yes(changed)
+                Changed::Yes(Box::new(changed))
             }
         }))
     }

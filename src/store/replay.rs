@@ -86,7 +86,7 @@ pub struct UnreadableReplay {
 }
 
 /// A replay as it is recorded.
-pub type Recorded = Result<Replay, UnreadableReplay>;
+pub type Recorded = Result<Replay, Box<UnreadableReplay>>;
 
 /// The key that a client gave to its request: it may send the request again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,7 +103,7 @@ pub struct RequestKey {
 pub enum Added {
     New,
     /// The same request with the same key has made this one before.
-    Before(Recorded),
+    Before(Box<Recorded>),
     /// The key was given to another request before.
     OtherRequest,
     /// These run already: [`MAX_RUNNING`] or more.
@@ -113,9 +113,9 @@ pub enum Added {
 /// The result of changing a replay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Changed {
-    Yes(Recorded),
+    Yes(Box<Recorded>),
     /// Its state forbids the change, or its record cannot be read.
-    No(Recorded),
+    No(Box<Recorded>),
     /// It does not go on, since these run already: [`MAX_RUNNING`] or more.
     TooMany(Vec<Recorded>),
 }

@@ -144,7 +144,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Recorded> {
         "its record cannot be read: {why}; if a later version of hooktrail made it, start that one; \
          `hooktrail replay cancel {id}` ends it"
     );
-    Ok(Err(UnreadableReplay {
+    Ok(Err(Box::new(UnreadableReplay {
         row: row.get(0)?,
         id,
         subscriber: get(row, 2),
@@ -152,7 +152,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Recorded> {
         created_at: time(get(row, 5)),
         changed_at: time(get(row, 6)),
         why,
-    }))
+    })))
 }
 
 fn readable(row: &Row<'_>) -> Result<Replay, String> {
@@ -179,7 +179,8 @@ fn readable(row: &Row<'_>) -> Result<Replay, String> {
 
 const fn row_of(recorded: &Recorded) -> i64 {
     match recorded {
-        Ok(Replay { row, .. }) | Err(UnreadableReplay { row, .. }) => *row,
+        Ok(replay) => replay.row,
+        Err(unreadable) => unreadable.row,
     }
 }
 
@@ -217,7 +218,7 @@ fn made_with(db: &Connection, key: &RequestKey) -> rusqlite::Result<Option<Added
         .optional()?;
     let Some((sha256, id)) = known else { return Ok(None) };
     let made = one(db, &id)?.filter(|_| sha256 == key.sha256);
-    Ok(Some(made.map_or(Added::OtherRequest, Added::Before)))
+    Ok(Some(made.map_or(Added::OtherRequest, |made| Added::Before(Box::new(made)))))
 }
 
 fn insert(db: &Connection, replay: &Replay) -> rusqlite::Result<()> {
@@ -257,13 +258,13 @@ pub(super) fn change(
         Err(unreadable) if change == ReplayChange::Cancelled && unreadable.state == "running" => {
             db.prepare_cached("UPDATE replay SET state = ?2, changed_at = ?3 WHERE id = ?1")?
                 .execute(params![id, ReplayState::Cancelled.name(), millis(now)])?;
-            return Ok(one(db, id)?.map(Changed::Yes));
+            return Ok(one(db, id)?.map(|it| Changed::Yes(Box::new(it))));
         }
-        Err(unreadable) => return Ok(Some(Changed::No(Err(unreadable)))),
+        Err(unreadable) => return Ok(Some(Changed::No(Box::new(Err(unreadable))))),
     };
     let goes_on = change == ReplayChange::Continued;
     if !replay.apply(change, now) {
-        return Ok(Some(Changed::No(Ok(replay))));
+        return Ok(Some(Changed::No(Box::new(Ok(replay)))));
     }
     if goes_on {
         let running = running(db)?;
@@ -282,7 +283,7 @@ pub(super) fn change(
         replay.progress.position.0,
         json(&StoredProgress::from(&replay.progress))?
     ])?;
-    Ok(Some(Changed::Yes(Ok(replay))))
+    Ok(Some(Changed::Yes(Box::new(Ok(replay)))))
 }
 
 pub(super) fn one(db: &Connection, id: &str) -> rusqlite::Result<Option<Recorded>> {

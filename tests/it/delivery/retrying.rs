@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::support::{
     api::Api,
     broker::{Broker, headers, text},
-    daemon::{Setup, subscriber},
+    daemon::{SLOW, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, Request, event, status},
@@ -44,23 +44,6 @@ tests_that_need!(
 );
 
 const TYPE: &str = "activity_log.user.updated";
-
-/// A failed batch of one event waits for an hour.
-const SLOW: &str = "
-[batch]
-max_events = 1
-max_wait = \"0s\"
-[http]
-allow_http = true
-allow_private_addresses = true
-[retry]
-initial_interval = \"1h\"
-max_interval = \"1h\"
-multiplier = 1.0
-randomization_factor = 0.0
-[circuit_breaker]
-failures = 0
-";
 
 fn waiting(setup: &Setup, subscriber: &str) -> Vec<Value> {
     let listed = setup.ok(&["retry", "list", subscriber, "--json"]);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     api::Api,
-    daemon::{Daemon, QUICK, Setup, subscriber},
+    daemon::{Daemon, QUICK, SLOW, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
     receiver::{Receiver, event, status},
@@ -18,23 +18,6 @@ on_both_queues!(
 );
 
 const TYPE: &str = "activity_log.user.updated";
-
-/// A batch of one event that fails waits for an hour.
-const SLOW: &str = "
-[batch]
-max_events = 1
-max_wait = \"0s\"
-[http]
-allow_http = true
-allow_private_addresses = true
-[retry]
-initial_interval = \"1h\"
-max_interval = \"1h\"
-multiplier = 1.0
-randomization_factor = 0.0
-[circuit_breaker]
-failures = 0
-";
 
 pub(super) const TOKEN: &str = "the-token-of-the-tests";
 

@@ -365,3 +365,20 @@ randomization_factor = 0.0
 [circuit_breaker]
 failures = 0
 ";
+
+/// A batch has one event, and one that has failed waits for an hour.
+pub(crate) const SLOW: &str = "
+[batch]
+max_events = 1
+max_wait = \"0s\"
+[http]
+allow_http = true
+allow_private_addresses = true
+[retry]
+initial_interval = \"1h\"
+max_interval = \"1h\"
+multiplier = 1.0
+randomization_factor = 0.0
+[circuit_breaker]
+failures = 0
+";
