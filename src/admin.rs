@@ -12,6 +12,7 @@ mod connections;
 mod control;
 mod guard;
 mod history;
+mod history_health;
 mod intake;
 mod introduction;
 mod operations;
@@ -41,6 +42,7 @@ use self::{
     answer::{READ_TIMEOUT, header_text, not_found, wrong_method},
     connections::Bounds,
     guard::{Tokens, authorized},
+    history_health::Health,
     intake::{Intake, ROOM},
 };
 use crate::{
@@ -106,10 +108,17 @@ impl Admin {
                 .set_held_removals(holds.held().map_or(0, |held| held.subscribers.len()));
             exposed.expose_as(format)
         };
+        let health = Health::new(&store, board.clone());
+        let (remembers, measured) = (health.clone(), health.clone());
         let introduction =
             introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
-        let control =
-            control::routes(queue.clone(), reloader.clone(), board.clone(), phase.clone());
+        let control = control::routes(
+            queue.clone(),
+            reloader.clone(),
+            board.clone(),
+            phase.clone(),
+            health.clone(),
+        );
         let history = history::routes(queue.clone(), store.clone(), reloader.clone());
         let again = replays::routes(queue.clone(), store.clone(), reloader.clone(), replays);
         let operations = operations::routes(store.clone());
@@ -137,12 +146,15 @@ impl Admin {
             .route(
                 "/readyz",
                 get(move || {
-                    std::future::ready(ready(*readiness.borrow(), asked.is_reachable(), &reloads))
+                    let history = remembers.trouble();
+                    let (phase, up) = (*readiness.borrow(), asked.is_reachable());
+                    std::future::ready(ready(phase, up, &reloads, history))
                 }),
             )
             .route(
                 "/metrics",
                 get(async move |headers: HeaderMap| {
+                    measured.measure().await;
                     let format =
                         metrics::Exposition::accepted(header_text(&headers, header::ACCEPT));
                     ([(header::CONTENT_TYPE, format.content_type())], expose(format))
@@ -191,8 +203,13 @@ impl Serving {
 }
 
 /// The answer of `/readyz`. Mistakes in the configuration do not take the daemon out of service: it
-/// works with the one before.
-fn ready(phase: Phase, reachable: bool, reloads: &Reloader) -> (StatusCode, String) {
+/// works with the one before. Nor does what is wrong with history: deliveries do not need it.
+fn ready(
+    phase: Phase,
+    reachable: bool,
+    reloads: &Reloader,
+    history: Option<String>,
+) -> (StatusCode, String) {
     let (status, word) = readiness(phase, reachable);
     let problem = reloads
         .problem()
@@ -202,7 +219,8 @@ fn ready(phase: Phase, reachable: bool, reloads: &Reloader) -> (StatusCode, Stri
         .held()
         .map(|held| format!("removals wait for an operator: {}\n", held.why))
         .unwrap_or_default();
-    (status, format!("{word}\n{problem}{held}"))
+    let history = history.map(|why| format!("{why}\n")).unwrap_or_default();
+    (status, format!("{word}\n{problem}{held}{history}"))
 }
 
 fn readiness(phase: Phase, reachable: bool) -> (StatusCode, &'static str) {
@@ -235,7 +253,11 @@ mod tests {
             crate::queue::Removals::default(),
             crate::telemetry::log::Level::default(),
         );
-        assert_eq!(ready(Phase::Running, true, &reloader), (StatusCode::OK, "ready\n".to_owned()));
+        let ok = (StatusCode::OK, "ready\n".to_owned());
+        assert_eq!(ready(Phase::Running, true, &reloader, None), ok);
+        let away = Some("history is away: x".to_owned());
+        let ok = (StatusCode::OK, "ready\nhistory is away: x\n".to_owned());
+        assert_eq!(ready(Phase::Running, true, &reloader, away), ok);
         for (text, parts) in
             [("[x]\n", ["not reloaded", "h.toml:3:2: x"]), ("", ["wait for an operator", "(a)"])]
         {
@@ -243,7 +265,7 @@ mod tests {
             assert!(
                 reloader.reload(crate::supervisor::reload::Because::Files("test")).await.is_err()
             );
-            let (status, text) = ready(Phase::Running, true, &reloader);
+            let (status, text) = ready(Phase::Running, true, &reloader, None);
             assert!(
                 status == StatusCode::OK
                     && text.starts_with("ready\n")

@@ -77,7 +77,7 @@
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · connections · introduction · intake
-//!              · history · operations · replays · control · admin
+//!              · history · history_health · operations · replays · control · admin
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries

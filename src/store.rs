@@ -282,6 +282,9 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// Closes what it has open of the queue, after which only its own files are read.
     fn leave_the_queue(&self) -> impl Future<Output = ()> + Send;
 
+    /// The state of the store now, for status and health.
+    fn condition(&self) -> StoreState;
+
     /// Completes what is begun, and closes.
     fn close(&self) -> impl Future<Output = ()> + Send;
 }

@@ -22,6 +22,7 @@ use tokio::{
 use super::{
     answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
+    history_health::Health,
     operations::DryRun,
     query::{FromQuery, Name, Parameters, Query},
     view::{
@@ -62,6 +63,7 @@ const MAX_LISTED: usize = 100;
 
 struct Control<Q> {
     queue: Q,
+    history: Health,
     reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
@@ -98,8 +100,10 @@ pub(super) fn routes<Q: Queue>(
     reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
+    history: Health,
 ) -> Router {
     let control = Arc::new(Control {
+        history,
         queue,
         reloader,
         board,
@@ -299,7 +303,7 @@ impl<Q: Queue> Control<Q> {
     }
 
     async fn all(&self) -> Response {
-        let polled = self.board.depths(clock::now()).await;
+        let (polled, history) = tokio::join!(self.board.depths(clock::now()), self.history.read());
         let config = self.reloader.config();
         let subscribers =
             config.subscribers.iter().map(|s| self.subscriber_view(s, polled.as_ref())).collect();
@@ -320,6 +324,7 @@ impl<Q: Queue> Control<Q> {
                 delayed_retries: depths.and_then(|d| d.delayed),
                 orphans: depths.map(|d| d.orphans),
             },
+            history: Some(history),
             subscribers,
             removed: removed.map(|(name, depth)| Removed::new(name, *depth)).collect(),
         };
@@ -576,8 +581,9 @@ mod tests {
                 next.run(request).await
             }
         });
-        let app =
-            routes(queue.clone(), reloader.clone(), Board::new(metrics), phase).layer(watched);
+        let board = Board::new(metrics);
+        let history = Health::new(&crate::store::fake::FakeStore::default(), board.clone());
+        let app = routes(queue.clone(), reloader.clone(), board, phase, history).layer(watched);
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let listens = socket.local_addr().expect("an address");
         tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });

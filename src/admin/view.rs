@@ -102,6 +102,9 @@ pub struct Overview {
     #[serde(default)]
     pub config: Configuration,
     pub queue: QueueState,
+    /// Absent from a daemon of an earlier version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryHealth>,
     #[serde(default)]
     pub subscribers: Vec<Subscriber>,
     /// Removed subscribers whose queues are not pruned yet.
@@ -138,6 +141,26 @@ pub struct QueueState {
     /// Retries of all subscribers that are not due; `None` where each subscriber has its own.
     pub delayed_retries: Option<u64>,
     pub orphans: Option<u64>,
+}
+
+/// Whether events and deliveries are remembered.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct HistoryHealth {
+    /// `kept`; `incomplete`: events do not come into it; `opening`; `stopped`: it can be read alone;
+    /// `away`; `off` by the configuration.
+    pub state: String,
+    /// Why it is not kept, or is incomplete.
+    pub why: Option<String>,
+    /// What is wrong with the store besides.
+    pub warning: Option<String>,
+    /// Where it begins; `None` if it has none, or cannot be read now.
+    pub events_from: Option<Time>,
+    pub deliveries_from: Option<Time>,
+    /// Why it begins there.
+    pub begins_there: Option<String>,
+    pub last_event_at: Option<Time>,
+    /// Bytes of its file.
+    pub bytes: Option<u64>,
 }
 
 /// The contents of a removed subscriber's queues.

@@ -10,7 +10,8 @@ use sha2::{Digest as _, Sha256};
 use super::{
     Added, Appended, Changed, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber,
     EventRow, Extent, Gap, MAX_RUNNING, NewOperation, NewRow, Operation, Page, Reach, Recorded,
-    Replay, ReplayChange, ReplayState, RequestKey, Store, StoreError, Subscription, WithEvent,
+    Replay, ReplayChange, ReplayState, RequestKey, Store, StoreError, StoreState, Subscription,
+    WithEvent,
 };
 use crate::{
     delivery::{Print, SubscriberName},
@@ -23,6 +24,7 @@ pub(crate) struct FakeStore(Arc<Mutex<Memory>>);
 
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
+    pub(crate) state: StoreState,
     /// Every call fails with it, once set.
     pub(crate) away: Option<StoreError>,
     pub(crate) events: Vec<EventRow>,
@@ -406,6 +408,10 @@ impl Store for FakeStore {
     }
 
     async fn leave_the_queue(&self) {}
+
+    fn condition(&self) -> StoreState {
+        self.memory().state.clone()
+    }
 
     async fn close(&self) {}
 }

@@ -77,10 +77,10 @@ impl SqliteStore {
     /// A store that keeps nothing, for this reason.
     pub fn off(config: SqliteConfig, why: &str) -> Self {
         let store = Self::new(config, MAX_EVENTS, free_and_all);
-        store.0.state.send_replace(StoreState {
-            history: HistoryState::Away(why.to_owned()),
-            warning: None,
-        });
+        store
+            .0
+            .state
+            .send_replace(StoreState { history: HistoryState::Off(why.to_owned()), warning: None });
         store
     }
 
@@ -441,6 +441,10 @@ impl Store for SqliteStore {
         if let Err(e) = tokio::task::spawn_blocking(move || open.leave_log()).await {
             tracing::debug!(error = %e, "the log was not closed");
         }
+    }
+
+    fn condition(&self) -> StoreState {
+        self.0.state.borrow().clone()
     }
 
     async fn close(&self) {

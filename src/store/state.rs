@@ -19,4 +19,6 @@ pub enum HistoryState {
     /// It can be neither read nor written, for this reason. It is opened again and again.
     Away(String),
     Closed,
+    /// None is kept, for this reason: the configuration's.
+    Off(String),
 }

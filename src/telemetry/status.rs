@@ -121,6 +121,11 @@ impl Board {
             .or_else(|| self.0.depths.borrow().as_ref()?.depths.as_ref().err().cloned())
     }
 
+    /// Why events do not come into history.
+    pub fn history_error(&self) -> Option<String> {
+        self.troubles().of_history().map(str::to_owned)
+    }
+
     /// `now` and `time` are the same moment on the monotonic and the wall clock: durations are
     /// measured by the one, and points in time are shown by the other.
     pub fn view(&self, subscriber: &str, now: Instant, time: SystemTime) -> Option<View> {

@@ -75,8 +75,22 @@ fn overview(lane: Option<Lane>) -> Overview {
             delayed_retries: Some(1),
             orphans: Some(1),
         },
+        history: Some(history_health(lane.is_some())),
         subscribers: vec![subscriber(lane)],
         removed: vec![Removed { subscriber: text(), events: 1, retries: 1, dead: 1 }],
+    }
+}
+
+fn history_health(reaches: bool) -> HistoryHealth {
+    HistoryHealth {
+        state: "kept".to_owned(),
+        why: reaches.then(text),
+        warning: reaches.then(text),
+        events_from: reaches.then(time),
+        deliveries_from: reaches.then(time),
+        begins_there: reaches.then(text),
+        last_event_at: reaches.then(time),
+        bytes: reaches.then_some(1),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 
 use crate::{
     admin::view::{
-        Lane, Overview, Subscriber,
+        HistoryHealth, Lane, Overview, Subscriber, Time,
         words::{seconds, state, until},
     },
     cli::{
@@ -42,7 +42,41 @@ pub(super) fn preface(found: &Overview) -> String {
     } else if !why.is_empty() {
         line(&format!("The queue has a problem{why}\n"));
     }
+    let Some(history) = &found.history else { return out };
+    let state = match history.state.as_str() {
+        "stopped" => "History has stopped, and can only be read",
+        "away" => "History is away",
+        "incomplete" => "History lacks what is published now",
+        _ => "",
+    };
+    if let Some(why) = history.why.as_ref().filter(|_| !state.is_empty()) {
+        line(&format!("{state}: {}\nDeliveries go on.\n", visible(why)));
+    }
+    if let Some(warning) = &history.warning {
+        line(&format!("The store is not sound: {}\n", visible(warning)));
+    }
     out
+}
+
+/// How far history reaches, or that there is none.
+fn history(of: &HistoryHealth) -> String {
+    let why = |why: &Option<String>| {
+        why.as_ref().map_or_else(String::new, |why| format!(" ({})", visible(why)))
+    };
+    let from = |at: Option<Time>, what: &str| {
+        at.map(|at| format!("{what} from {} on", clock::rfc3339_seconds(at.0)))
+    };
+    let (events, deliveries) =
+        (from(of.events_from, "events"), from(of.deliveries_from, "deliveries"));
+    let reaches: Vec<String> = events.into_iter().chain(deliveries).collect();
+    match of.state.as_str() {
+        "off" => format!("history is off{}", why(&of.why)),
+        "opening" => "history is being opened".to_owned(),
+        // It is above all the rest.
+        "away" => String::new(),
+        _ if reaches.is_empty() => format!("history has nothing yet{}", why(&of.begins_there)),
+        _ => format!("history has {}{}", reaches.join(", "), why(&of.begins_there)),
+    }
 }
 
 pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
@@ -74,6 +108,10 @@ pub(super) fn table(found: &Overview, width: Option<usize>) -> String {
     }
     if found.subscribers.is_empty() {
         line("no subscriber is configured");
+    }
+    let remembered = found.history.as_ref().map(history).filter(|text| !text.is_empty());
+    if let Some(text) = remembered {
+        line(&wrapped(&format!("\n{text}"), width.unwrap_or(usize::MAX)));
     }
     // An inspection of many queues, or of a broker that is away, takes time.
     let age = found.queue.looked_at.map(|at| at.ago(clock::now()));

@@ -40,6 +40,7 @@ use crate::{
     policy::batching::BatchPolicy,
     queue::{GROUP_BYTES, HistorySource, HistoryStart, QueueError},
     store::{Gap, NewRow},
+    telemetry::troubles::Harms,
 };
 
 /// The most events that may be unacked; their sizes may allow fewer.
@@ -79,6 +80,9 @@ impl std::fmt::Debug for History {
         f.debug_struct("History").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
+
+/// The trouble of a daemon whose store has no history.
+const ABOUT: &str = "the store of history";
 
 /// Waits until the record was read, and returns whether this store has history. Records it if no
 /// store has.
@@ -125,8 +129,12 @@ impl History {
         shared.history.own.get_or_init(|| store.clone());
         if let Err(e) = claim(shared, &store).await {
             shared.history.wanted.send_replace(false);
+            shared
+                .troubles
+                .send_if_modified(|all| all.begins(ABOUT, Harms::History, e.to_string()));
             return Err(e);
         }
+        shared.troubles.send_if_modified(|all| all.ends(ABOUT));
         if let Some((_, at)) = last {
             shared.history.stored(at);
         }

@@ -90,7 +90,9 @@ impl Shared {
         }
         Err(StoreError::away(match &self.state.borrow().history {
             HistoryState::Opening | HistoryState::Open => "history is being opened".to_owned(),
-            HistoryState::Stopped(why) | HistoryState::Away(why) => why.clone(),
+            HistoryState::Stopped(why) | HistoryState::Away(why) | HistoryState::Off(why) => {
+                why.clone()
+            }
             HistoryState::Closed => "history is closed".to_owned(),
         }))
     }

@@ -180,6 +180,22 @@ pub const ALL: &[Definition] = &[
         "1 while the queue takes what is published and gives what waits, else 0",
     ),
     gauge(
+        "history_up",
+        &[],
+        "1 while events and deliveries go into history, else 0: the status says why; absent where none is kept",
+    ),
+    gauge(
+        "history_first_event_timestamp_seconds",
+        &[],
+        "The time of the oldest event in history, in Unix seconds; 0 without any",
+    ),
+    gauge(
+        "history_last_event_timestamp_seconds",
+        &[],
+        "The time of the last event in history, in Unix seconds; 0 without any",
+    ),
+    gauge("history_size_bytes", &[], "Bytes of the file of history"),
+    gauge(
         "history_bound",
         &[],
         "On RabbitMQ 1 while the queue of history gets every event; 0 while it is off, young or unusable, and history has a gap",

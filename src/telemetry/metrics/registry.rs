@@ -166,6 +166,23 @@ impl Metrics {
         self.gauge("history_bound", &[]).set(f64::from(u8::from(is_bound)));
     }
 
+    pub fn set_history_up(&self, up: bool) {
+        self.gauge("history_up", &[]).set(f64::from(u8::from(up)));
+    }
+
+    /// The times of the first and the last event in history, and the bytes of it.
+    pub fn set_history_extent(
+        &self,
+        first: Option<SystemTime>,
+        last: Option<SystemTime>,
+        bytes: u64,
+    ) {
+        let time = |at: Option<SystemTime>| at.map_or(0.0, unix);
+        self.gauge("history_first_event_timestamp_seconds", &[]).set(time(first));
+        self.gauge("history_last_event_timestamp_seconds", &[]).set(time(last));
+        self.gauge("history_size_bytes", &[]).set(bytes as f64);
+    }
+
     pub fn set_history_queue(&self, messages: u64) {
         self.gauge("history_queue_messages", &[]).set(messages as f64);
     }
@@ -335,6 +352,8 @@ mod tests {
         m.set_orphans(2);
         m.set_history_bound(true);
         m.set_history_queue(3);
+        m.set_history_up(true);
+        m.set_history_extent(None, None, 1);
         m.set_queue_up(true);
         let open = m.connection("publishing");
         assert!(m.expose().contains("hooktrail_broker_connections{role=\"publishing\"} 1"));

@@ -7,7 +7,13 @@ use serde_json::Value;
 
 use crate::{
     documents::packaging::{anchors, file, yaml},
-    support::{api::Api, daemon::Setup, eventually, free_port, run},
+    support::{
+        api::Api,
+        daemon::{QUICK, Setup, subscriber},
+        eventually, free_port,
+        receiver::{Receiver, event},
+        run,
+    },
 };
 
 /// The names of series that a text mentions.
@@ -166,5 +172,75 @@ fn a_daemon_that_never_had_its_queue_is_one_to_alert_of() {
             api.metric("hooktrail_queue_up").await == Some(0.0)
         })
         .await;
+    });
+}
+
+#[test]
+fn whether_history_is_kept_is_in_the_status_the_metrics_and_the_answer_of_readyz() {
+    run(async {
+        let (api, receiver) = (Api::new(), Receiver::accepting().await);
+        let text = |more: &str| {
+            format!(
+                "[queue]\nurl = \"embedded\"\ndata_dir = \"data\"\n{more}{QUICK}{}{}",
+                subscriber("a", &receiver.url, ""),
+                api.section()
+            )
+        };
+        let setup = Setup::with_text(&text(""));
+        let file = setup.config().with_file_name("data").join("history.db");
+        std::fs::create_dir_all(&file).expect("a folder in its place");
+        let daemon = setup.start().await;
+        let health = async || api.get("/api/v1/subscribers").await.json()["history"].clone();
+        let is = async |state: &str| {
+            eventually(&format!("history is {state}"), async || health().await["state"] == state)
+                .await;
+        };
+        is("away").await;
+        let (health_then, ready) = (health().await, api.get("/readyz").await);
+        let why = health_then["why"].as_str().expect("a reason").to_owned();
+        assert!(why.contains("history.db"), "{why}");
+        assert_eq!(ready.status, 200, "deliveries do not need it");
+        assert_eq!(ready.text, format!("ready\nhistory is away: {why}\n"));
+        assert_eq!(api.metric("hooktrail_history_up").await, Some(0.0));
+        let status = setup.ok(&["status"]);
+        assert!(
+            status.starts_with(&format!("History is away: {why}\nDeliveries go on.\n")),
+            "{status}"
+        );
+        api.post("/api/v1/events", &event(0)).await;
+        receiver.wait_all(1).await;
+
+        std::fs::remove_dir(&file).expect("it is empty");
+        is("kept").await;
+        api.post("/api/v1/events", &event(1)).await;
+        receiver.wait_all(2).await;
+        eventually("both are in history", async || {
+            let found = health().await;
+            let begins = ["events_from", "deliveries_from", "last_event_at", "bytes"];
+            begins.iter().all(|key| !found[key].is_null())
+        })
+        .await;
+        assert_eq!(api.metric("hooktrail_history_up").await, Some(1.0));
+        for name in ["first_event_timestamp_seconds", "last_event_timestamp_seconds", "size_bytes"]
+        {
+            let value = api.metric(&format!("hooktrail_history_{name}")).await;
+            assert!(value.is_some_and(|value| value > 1000.0), "{name}: {value:?}");
+        }
+        let status = setup.ok(&["status"]);
+        let line = status.lines().find(|l| l.starts_with("history has events from 2"));
+        assert!(line.is_some_and(|l| l.contains(" on, deliveries from 2")), "{status}");
+        assert_eq!(api.get("/readyz").await.text, "ready\n");
+        assert!(daemon.stop().await.success());
+
+        std::fs::write(setup.config(), text("[store]\nurl = \"none\"\n")).expect("writes");
+        let _daemon = setup.start().await;
+        is("off").await;
+        let status = setup.ok(&["status"]);
+        assert!(
+            status.contains("\nhistory is off (") && status.contains("[store] url"),
+            "{status}"
+        );
+        assert_eq!(api.metric("hooktrail_history_up").await, None);
+        assert_eq!(api.get("/readyz").await.text, "ready\n");
     });
 }

@@ -49,7 +49,9 @@ async fn status_says_how_each_subscriber_is_and_why(queue: Queue) {
     let held = Receiver::start(|_, _| status(429).header("retry-after", "60")).await;
     let dying = Receiver::start(|_, _| status(500)).await;
     let api = Api::new();
+    // Where history begins depends on the queue: that has a test of its own.
     let text = QUICK.to_owned()
+        + "[store]\nurl = \"none\"\n"
         + &api.section()
         + &subscriber("good", &good.url, "")
         + &subscriber(
