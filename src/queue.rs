@@ -235,6 +235,8 @@ pub enum Progress {
     Waits,
     /// The subscriber's queue is past the event.
     Passed,
+    /// So many events are in the subscriber's queue; whether it is one of them is not known.
+    Among(u64),
     /// The queue keeps no such place.
     #[default]
     Unknown,

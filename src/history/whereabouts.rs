@@ -8,6 +8,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tokio::time::timeout;
+
 use crate::{
     clock,
     delivery::{BatchId, FailureKind, Pause, PauseStates, Print, Reason, SubscriberName},
@@ -17,6 +19,7 @@ use crate::{
         Delivery, DeliveryAttempt, DeliveryState, EventNumber, EventRow, Gap, Reach, Store,
         StoreError, Subscription, WithEvent,
     },
+    wording::counted,
 };
 
 /// The time that one subscriber's deliveries are read for.
@@ -24,6 +27,9 @@ const READ_TIME: Duration = Duration::from_millis(200);
 
 /// The time that the deliveries of all subscribers are read for that were not to get the event.
 const NOT_MATCHED_TIME: Duration = Duration::from_secs(1);
+
+/// The longest time for which a queue is asked for one subscriber.
+const ASK_TIME: Duration = Duration::from_secs(1);
 
 /// An event's time has whole seconds, if its producer set it, and another machine's clock. A change
 /// of patterns or a delivery that is this close to it may be before it or after it.
@@ -59,7 +65,10 @@ pub struct LanesOf<Q> {
 impl<Q: Queue> Lanes for LanesOf<Q> {
     async fn lane(&self, subscriber: &SubscriberName, event: EventNumber) -> Lane {
         let progress = match &self.queue {
-            Some(queue) => queue.progress(subscriber, event).await.unwrap_or_default(),
+            Some(queue) => {
+                let asked = timeout(ASK_TIME, queue.progress(subscriber, event)).await;
+                asked.ok().and_then(Result::ok).unwrap_or_default()
+            }
             None => Progress::Unknown,
         };
         let paused = self.pauses.get(subscriber).and_then(|state| state.pause().cloned());
@@ -189,12 +198,17 @@ pub async fn of_event<S: Store>(
             spare = spare.saturating_sub(clock::instant() - begun);
             fate = Some(fate.unwrap_or(Fate::NotMatched { patterns: patterns.clone() }));
         }
+        let mut lane = Lane::default();
         if fate.is_none() && configured {
-            fate = undelivered(lanes.lane(&subscriber, event.number).await);
+            lane = lanes.lane(&subscriber, event.number).await;
+            fate = undelivered(&lane);
         }
         let fate = fate.unwrap_or_else(|| match wish {
             Wish::Unclear(why) => Fate::Unknown { why },
-            _ => Fate::Unknown { why: why_unknown(event, &with_event, &reach, now) },
+            _ => {
+                let why = why_unknown(event, &with_event, &reach, now);
+                Fate::Unknown { why: why + &in_queue(&lane) }
+            }
         });
         found.push(Whereabouts { subscriber, configured, fate, deliveries });
     }
@@ -327,8 +341,8 @@ fn decided(with_event: &WithEvent, gaps: &[Gap]) -> (Option<Fate>, Vec<BatchId>)
 }
 
 /// The fate of an event of which no delivery is recorded, if the queue decides it.
-fn undelivered(lane: Lane) -> Option<Fate> {
-    (lane.progress == Progress::Waits).then_some(Fate::Waiting { paused: lane.paused })
+fn undelivered(lane: &Lane) -> Option<Fate> {
+    (lane.progress == Progress::Waits).then(|| Fate::Waiting { paused: lane.paused.clone() })
 }
 
 /// Why nothing is known of an event that the subscriber was to get.
@@ -361,7 +375,23 @@ fn why_unknown(event: &EventRow, found: &WithEvent, reach: &Reach, now: SystemTi
         }
         n => return format!("{n} deliveries of that time do not record which events they had"),
     }
-    "no delivery of it is recorded, and the queue does not say whether it still waits".to_owned()
+    "no delivery of it is recorded, and the queue does not say whether it still has it".to_owned()
+}
+
+/// What the subscriber's queue says of an event that may be in it.
+fn in_queue(lane: &Lane) -> String {
+    let mut text = match lane.progress {
+        Progress::Among(0) => "; nothing waits in the queue".to_owned(),
+        Progress::Among(n) => format!(
+            "; {} in the queue, and it may be among them",
+            counted(n, "event(s) (waits|wait)")
+        ),
+        Progress::Waits | Progress::Passed | Progress::Unknown => String::new(),
+    };
+    if lane.paused.is_some() {
+        text.push_str("; the subscriber is paused");
+    }
+    text
 }
 
 #[cfg(test)]
@@ -583,6 +613,30 @@ mod tests {
         assert_eq!(f.fate().await, Fate::Waiting { paused: Some(pause) });
         f.configured.clear();
         assert_eq!(f.fate().await.name(), "unknown", "a removed subscriber has no lane");
+    }
+
+    #[tokio::test]
+    async fn an_event_that_may_wait_is_unknown_with_the_number_of_those_that_wait() {
+        let mut f = Fixture::new().await;
+        f.record("m1", 1500, vec![started_with(1, Some(Arc::from([])))]).await;
+        f.store.memory().deliveries[0].begun_at = at(900);
+        for (waiting, part) in [
+            (
+                0,
+                "recorded, and the queue does not say whether it still has it; nothing waits in the queue",
+            ),
+            (1, "; 1 event waits in the queue, and it may be among them"),
+            (7, "; 7 events wait in the queue, and it may be among them"),
+        ] {
+            f.lane.progress = Progress::Among(waiting);
+            let why = f.unknown().await;
+            assert!(why.ends_with(part), "{why}");
+        }
+        f.lane.paused =
+            Some(Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() });
+        assert!(f.unknown().await.ends_with("; the subscriber is paused"));
+        f.record("m2", 1001, vec![started(1), ended(1, 200), Change::Delivered]).await;
+        assert_eq!(f.fate().await.name(), "delivered");
     }
 
     #[tokio::test]

@@ -94,9 +94,10 @@ use crate::{
     config::{AmqpConfig, Subscriber, Subscribers},
     delivery::{Batch, BatchId, Depths, PauseState, PauseStates, SubscriberName},
     queue::{
-        Hastened, HistoryStart, NewEvent, Published, Queue, QueueError, Removals, WaitingList,
-        Window,
+        Hastened, HistoryStart, NewEvent, Progress, Published, Queue, QueueError, Removals,
+        WaitingList, Window,
     },
+    store::EventNumber,
     telemetry::{finding::Finding, metrics::Metrics, troubles::Troubles},
 };
 
@@ -419,6 +420,16 @@ impl Queue for AmqpQueue {
 
     async fn depths(&self, subscribers: &[Arc<Subscriber>]) -> Result<Depths, QueueError> {
         depths::depths(&self.0, subscribers).await
+    }
+
+    async fn progress(
+        &self,
+        subscriber: &SubscriberName,
+        _event: EventNumber,
+    ) -> Result<Progress, QueueError> {
+        // A queue of RabbitMQ can be read only by taking from it.
+        let waiting = self.0.broker().messages(&self.0.topology.main(subscriber)).await?;
+        Ok(waiting.map_or(Progress::Unknown, Progress::Among))
     }
 
     async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {
