@@ -9,6 +9,7 @@
 mod answer;
 mod body;
 mod connections;
+mod console;
 mod control;
 mod guard;
 mod history;
@@ -41,7 +42,9 @@ pub(crate) use self::intake::read_all;
 use self::{
     answer::{READ_TIMEOUT, header_text, not_found, wrong_method},
     connections::Bounds,
+    control::Control,
     guard::{Tokens, authorized},
+    history::History,
     history_health::Health,
     intake::{Intake, ROOM},
 };
@@ -112,14 +115,17 @@ impl Admin {
         let (remembers, measured) = (health.clone(), health.clone());
         let introduction =
             introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
-        let control = control::routes(
+        let control = Control::new(
             queue.clone(),
             reloader.clone(),
             board.clone(),
             phase.clone(),
             health.clone(),
         );
-        let history = history::routes(queue.clone(), store.clone(), reloader.clone());
+        let control = Arc::new(control);
+        let history = History::new(queue.clone(), store.clone(), reloader.clone());
+        let history = Arc::new(history);
+        let console = console::routes(self.tokens.clone(), control.clone(), history.clone());
         let again = replays::routes(queue.clone(), store.clone(), reloader.clone(), replays);
         let operations = operations::routes(store.clone());
         let intake = Intake::new(
@@ -132,8 +138,8 @@ impl Admin {
         let api = Router::new()
             .route("/v1/events", post(intake::take_events::<Q>))
             .with_state(Arc::new(intake))
-            .merge(control)
-            .merge(history)
+            .merge(control::routes(control))
+            .merge(history::routes(history))
             .merge(again)
             .merge(operations)
             .layer(middleware::from_fn_with_state(store, operations::recorded::<S>))
@@ -161,6 +167,7 @@ impl Admin {
                 }),
             )
             .nest("/api", api)
+            .merge(console)
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method);
         let (close, closing) = oneshot::channel::<()>();

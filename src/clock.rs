@@ -83,6 +83,11 @@ pub fn request_key() -> String {
     format!("req_{:032x}", rand::random::<u128>())
 }
 
+/// A new id for a session: 32 hexadecimal digits.
+pub fn session_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
 /// A new id with 128 random bits: `msg_` and 32 hexadecimal digits. It has no dot, which Standard
 /// Webhooks uses as a separator.
 pub fn batch_id() -> String {

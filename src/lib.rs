@@ -77,7 +77,9 @@
 //!              · signal · fleet · systemd · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · connections · introduction · intake
-//!              · history · history_health · operations · replays · control · admin
+//!              · history · history_health · operations · replays · control · console · admin
+//!              console/ · session · assets · page · form · sign_in · overview · events
+//!              · deliveries · dead_letters · console
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries

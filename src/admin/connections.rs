@@ -1,16 +1,25 @@
 //! Serves a bounded number of connections, each for a bounded time, so that no client can take the
 //! file descriptors that deliveries need.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use axum::Router;
-use hyper::server::conn::http1;
+use hyper::{
+    Request,
+    body::Incoming,
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore};
+
+/// The address of a request's client, or of the proxy before it: among the request's extensions.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer(pub(super) IpAddr);
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Bounds {
@@ -38,9 +47,9 @@ pub(super) async fn serve(
         let next = async {
             let permit = room.clone().acquire_owned().await;
             // It waits by itself while the process has no descriptor left.
-            (permit, axum::serve::Listener::accept(&mut socket).await.0)
+            (permit, axum::serve::Listener::accept(&mut socket).await)
         };
-        let (permit, stream) = tokio::select! {
+        let (permit, (stream, address)) = tokio::select! {
             _ = &mut closing => break,
             next = next => next,
         };
@@ -50,8 +59,12 @@ pub(super) async fn serve(
         if let Err(e) = rustix::net::sockopt::set_tcp_user_timeout(&stream, stalls) {
             tracing::debug!(error = %e, "a connection whose client reads nothing does not end by itself");
         }
-        let connection =
-            http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
+        let app = TowerToHyperService::new(app.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(Peer(address.ip()));
+            app.call(request)
+        });
+        let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = open.watch(connection);
         tokio::spawn(async move {
             // Errors of a connection are the client's to report.

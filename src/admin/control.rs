@@ -59,9 +59,10 @@ const OPERATOR: &str = "operator";
 const MOST_TO_THEIR_END: usize = 32;
 
 /// The most dead letters, or waiting batches, in one answer.
-const MAX_LISTED: usize = 100;
+pub(super) const MAX_LISTED: usize = 100;
 
-struct Control<Q> {
+/// What operators ask of a daemon.
+pub(super) struct Control<Q> {
     queue: Q,
     history: Health,
     reloader: Reloader,
@@ -95,24 +96,7 @@ impl FromQuery for Selection {
 /// The state of a request's handler.
 type This<Q> = extract::State<Arc<Control<Q>>>;
 
-pub(super) fn routes<Q: Queue>(
-    queue: Q,
-    reloader: Reloader,
-    board: Board,
-    phase: watch::Receiver<Phase>,
-    history: Health,
-) -> Router {
-    let control = Arc::new(Control {
-        history,
-        queue,
-        reloader,
-        board,
-        phase,
-        walking: Mutex::default(),
-        testing: Mutex::default(),
-        retrying: Mutex::default(),
-        to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
-    });
+pub(super) fn routes<Q: Queue>(control: Arc<Control<Q>>) -> Router {
     Router::new()
         .route("/v1/subscribers", get(report_all))
         .route("/v1/subscribers/{name}", get(report_one))
@@ -126,7 +110,7 @@ pub(super) fn routes<Q: Queue>(
 }
 
 async fn report_all<Q: Queue>(extract::State(control): This<Q>, Query(()): Query<()>) -> Response {
-    control.all().await
+    json_answer(StatusCode::OK, &control.overview().await)
 }
 
 async fn report_one<Q: Queue>(
@@ -142,8 +126,7 @@ async fn list_dead<Q: Queue>(
     Name(name): Name,
     Query(selection): Query<Selection>,
 ) -> Response {
-    let room = control.to_their_end.clone();
-    answer(to_its_end(&room, async move { control.dead(&name, selection.limit).await }).await)
+    answer(control.oldest_dead(name, selection.limit).await)
 }
 
 async fn pause<Q: Queue>(state: This<Q>, name: Name, headers: HeaderMap, body: Body) -> Response {
@@ -275,6 +258,26 @@ fn seconds(d: Duration) -> f64 {
 }
 
 impl<Q: Queue> Control<Q> {
+    pub(super) fn new(
+        queue: Q,
+        reloader: Reloader,
+        board: Board,
+        phase: watch::Receiver<Phase>,
+        history: Health,
+    ) -> Self {
+        Self {
+            queue,
+            history,
+            reloader,
+            board,
+            phase,
+            walking: Mutex::default(),
+            testing: Mutex::default(),
+            retrying: Mutex::default(),
+            to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
+        }
+    }
+
     /// Reads the body of a request that can change something, and answers with the result of
     /// `does`.
     async fn requested<W: FromBody, A: Serialize>(
@@ -302,14 +305,19 @@ impl<Q: Queue> Control<Q> {
         })
     }
 
-    async fn all(&self) -> Response {
+    /// The names of the configured subscribers.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.reloader.config().subscribers.iter().map(|s| s.name.to_string()).collect()
+    }
+
+    pub(super) async fn overview(&self) -> Overview {
         let (polled, history) = tokio::join!(self.board.depths(clock::now()), self.history.read());
         let config = self.reloader.config();
         let subscribers =
             config.subscribers.iter().map(|s| self.subscriber_view(s, polled.as_ref())).collect();
         let depths = polled.as_ref().and_then(|l| l.depths.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
-        let found = Overview {
+        Overview {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             phase: self.phase.borrow().name().to_owned(),
             config: view::Configuration {
@@ -327,8 +335,7 @@ impl<Q: Queue> Control<Q> {
             history: Some(history),
             subscribers,
             removed: removed.map(|(name, depth)| Removed::new(name, *depth)).collect(),
-        };
-        json_answer(StatusCode::OK, &found)
+        }
     }
 
     async fn one(&self, name: &str) -> Result<view::Subscriber, Refusal> {
@@ -361,6 +368,16 @@ impl<Q: Queue> Control<Q> {
         report
             .map(|report| Tested::from(&report))
             .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))
+    }
+
+    /// The oldest dead letters of a subscriber, at most `limit`.
+    pub(super) async fn oldest_dead(
+        self: Arc<Self>,
+        name: String,
+        limit: usize,
+    ) -> Result<DeadLetters, Refusal> {
+        let room = self.to_their_end.clone();
+        to_its_end(&room, async move { self.dead(&name, limit).await }).await
     }
 
     /// The oldest dead letters. The walk is closed afterwards, which keeps their order.
@@ -583,7 +600,8 @@ mod tests {
         });
         let board = Board::new(metrics);
         let history = Health::new(&crate::store::fake::FakeStore::default(), board.clone());
-        let app = routes(queue.clone(), reloader.clone(), board, phase, history).layer(watched);
+        let control = Control::new(queue.clone(), reloader.clone(), board, phase, history);
+        let app = routes(Arc::new(control)).layer(watched);
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let listens = socket.local_addr().expect("an address");
         tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });

@@ -38,13 +38,18 @@ impl Tokens {
         self.0.iter().map(|(token, _)| token)
     }
 
-    /// The token that a request carries. It is compared with all of them, and digests with digests,
-    /// so that the time says nothing about a token or its length.
+    /// The token that a request carries.
     pub(super) fn carried(&self, headers: &HeaderMap) -> Option<&Token> {
         let given = header_text(headers, header::AUTHORIZATION).split_once(' ');
         let given = given
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
             .map_or("", |(_, given)| given.trim());
+        self.known(given)
+    }
+
+    /// The token with this text. It is compared with all of them, and digests with digests, so that
+    /// the time says nothing about a token or its length.
+    pub(super) fn known(&self, given: &str) -> Option<&Token> {
         let given = digest(given);
         let mut found = None;
         for (token, digest) in self.0.iter() {
@@ -69,6 +74,11 @@ pub(super) struct Caller {
 }
 
 impl Caller {
+    /// One who has shown to know a token.
+    pub(super) fn of(token: &Token) -> Self {
+        Self { token: Some(token.name.clone()), role: token.role }
+    }
+
     /// Whether an answer may have the whole URL of an endpoint, its headers and its authentication
     /// (without secrets). For others it has scheme and host alone.
     pub(super) fn sees_endpoints(&self) -> bool {

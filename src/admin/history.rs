@@ -40,7 +40,8 @@ const SEARCH_TIME: Duration = Duration::from_millis(200);
 /// The longest value of a filter, in bytes.
 const MAX_VALUE: usize = 10 * 1024;
 
-struct History<Q, S> {
+/// What history answers, and what is asked for that.
+pub(super) struct History<Q, S> {
     queue: Q,
     store: S,
     reloader: Reloader,
@@ -49,18 +50,18 @@ struct History<Q, S> {
 type This<Q, S> = extract::State<Arc<History<Q, S>>>;
 
 /// The routes of history. Each needs a token.
-pub(super) fn routes<Q: Queue, S: Store>(queue: Q, store: S, reloader: Reloader) -> Router {
+pub(super) fn routes<Q: Queue, S: Store>(history: Arc<History<Q, S>>) -> Router {
     Router::new()
         .route("/v1/events", get(list_events::<Q, S>))
         .route("/v1/events/{number}", get(show_event::<Q, S>))
         .route("/v1/deliveries", get(list_deliveries::<Q, S>))
         .route("/v1/deliveries/{id}", get(show_delivery::<Q, S>))
         .route_layer(middleware::from_fn(with_token))
-        .with_state(Arc::new(History { queue, store, reloader }))
+        .with_state(history)
 }
 
 /// The query of a list of events.
-struct Events {
+pub(super) struct Events {
     filter: EventFilter,
     limit: usize,
     before: Option<EventNumber>,
@@ -89,7 +90,7 @@ impl FromQuery for Events {
 }
 
 /// The query of a list of deliveries.
-struct Deliveries {
+pub(super) struct Deliveries {
     filter: DeliveryFilter,
     limit: usize,
     before: Option<i64>,
@@ -135,7 +136,7 @@ fn time(text: &str) -> Result<SystemTime, &'static str> {
 }
 
 /// The number of an event in a path.
-struct Number(EventNumber);
+pub(super) struct Number(pub(super) EventNumber);
 
 impl<S: Send + Sync> FromRequestParts<S> for Number {
     type Rejection = Refusal;
@@ -164,14 +165,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
 
 async fn list_events<Q: Queue, S: Store>(
     extract::State(history): This<Q, S>,
-    Query(Events { filter, limit, before }): Query<Events>,
+    Query(wanted): Query<Events>,
 ) -> Response {
-    let store = &history.store;
-    let list = async {
-        let page = store.events(&filter, before, limit, SEARCH_TIME).await?;
-        Ok(EventList::new(page, store.reach().await?))
-    };
-    answer(list.await.map_err(away))
+    answer(history.events(wanted).await)
 }
 
 async fn show_event<Q: Queue, S: Store>(
@@ -185,18 +181,9 @@ async fn show_event<Q: Queue, S: Store>(
 async fn list_deliveries<Q: Queue, S: Store>(
     extract::State(history): This<Q, S>,
     Extension(caller): Extension<Caller>,
-    Query(Deliveries { filter, limit, before }): Query<Deliveries>,
+    Query(wanted): Query<Deliveries>,
 ) -> Response {
-    let store = &history.store;
-    let list = async {
-        let page = store.deliveries(&filter, before, limit, SEARCH_TIME).await?;
-        let mut list = DeliveryList::new(page, store.reach().await?);
-        if !caller.sees_endpoints() {
-            list.deliveries = list.deliveries.into_iter().map(Delivery::without_excerpts).collect();
-        }
-        Ok(list)
-    };
-    answer(list.await.map_err(away))
+    answer(history.deliveries(wanted, &caller).await)
 }
 
 async fn show_delivery<Q: Queue, S: Store>(
@@ -205,16 +192,47 @@ async fn show_delivery<Q: Queue, S: Store>(
     Id(id): Id,
     Query(()): Query<()>,
 ) -> Response {
-    let found = history.store.delivery(&id).await.map_err(away);
-    answer(found.and_then(|found| match found {
-        Some(delivery) if caller.sees_endpoints() => Ok(Delivery::new(&delivery)),
-        Some(delivery) => Ok(Delivery::new(&delivery).without_excerpts()),
-        None => Err(missing("history has no delivery with this id".to_owned())),
-    }))
+    answer(history.delivery(&id, &caller).await)
+}
+
+impl<Q, S> History<Q, S> {
+    pub(super) fn new(queue: Q, store: S, reloader: Reloader) -> Self {
+        Self { queue, store, reloader }
+    }
 }
 
 impl<Q: Queue, S: Store> History<Q, S> {
-    async fn event(&self, number: EventNumber) -> Result<EventWhere, Refusal> {
+    pub(super) async fn events(
+        &self,
+        Events { filter, limit, before }: Events,
+    ) -> Result<EventList, Refusal> {
+        let page = self.store.events(&filter, before, limit, SEARCH_TIME).await.map_err(away)?;
+        Ok(EventList::new(page, self.store.reach().await.map_err(away)?))
+    }
+
+    pub(super) async fn deliveries(
+        &self,
+        Deliveries { filter, limit, before }: Deliveries,
+        caller: &Caller,
+    ) -> Result<DeliveryList, Refusal> {
+        let page =
+            self.store.deliveries(&filter, before, limit, SEARCH_TIME).await.map_err(away)?;
+        let mut list = DeliveryList::new(page, self.store.reach().await.map_err(away)?);
+        if !caller.sees_endpoints() {
+            list.deliveries = list.deliveries.into_iter().map(Delivery::without_excerpts).collect();
+        }
+        Ok(list)
+    }
+
+    pub(super) async fn delivery(&self, id: &str, caller: &Caller) -> Result<Delivery, Refusal> {
+        match self.store.delivery(id).await.map_err(away)? {
+            Some(delivery) if caller.sees_endpoints() => Ok(Delivery::new(&delivery)),
+            Some(delivery) => Ok(Delivery::new(&delivery).without_excerpts()),
+            None => Err(missing("history has no delivery with this id".to_owned())),
+        }
+    }
+
+    pub(super) async fn event(&self, number: EventNumber) -> Result<EventWhere, Refusal> {
         let found = self.store.event(number).await.map_err(away)?;
         let event =
             found.ok_or_else(|| missing(format!("history has no event with number {number}")))?;

@@ -61,7 +61,10 @@ pub(super) struct Parameters {
 
 impl Parameters {
     fn new(query: &str) -> Self {
-        let given = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+        Self::of(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
+    }
+
+    pub(super) fn of(given: Vec<(String, String)>) -> Self {
         Self { given, taken: Vec::new(), errors: Vec::new() }
     }
 
@@ -114,7 +117,7 @@ impl Parameters {
         self.take("cursor", |text| Cursor::parse(text, list))
     }
 
-    fn read<F: FromQuery>(mut self) -> Result<F, Refusal> {
+    pub(super) fn read<F: FromQuery>(mut self) -> Result<F, Refusal> {
         let found = F::from_query(&mut self);
         let is_unknown = |name: &String| !self.taken.iter().any(|taken| taken == name);
         let mut unknown: Vec<String> =

@@ -40,6 +40,7 @@ mod hostile {
 mod operators {
     mod api;
     mod commands;
+    mod console;
     mod demo;
     mod doctor;
     mod history;

@@ -1,0 +1,220 @@
+//! *Deliveries*: the batches, and one of them with its attempts.
+
+use axum::{http::StatusCode, response::Response};
+use maud::{Markup, html};
+
+use super::{
+    form::Form,
+    page::{Page, Place, Tone, mistake, number, path_to, query, reach, state, text, time},
+    session::Session,
+};
+use crate::{
+    admin::{
+        answer::Refusal,
+        view::{Attempt, Delivery, DeliveryList},
+    },
+    store::DeliveryState,
+    wording::{counted, rounded, rounded_size},
+};
+
+fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
+    Page { session, place: Place::Deliveries, title: title.to_owned(), refresh: None }
+}
+
+pub(super) fn list(
+    session: &Session,
+    form: &Form,
+    subscribers: &[String],
+    found: Result<DeliveryList, Refusal>,
+) -> Response {
+    let refusal = found.as_ref().err();
+    let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
+    page(session, "Deliveries").answer_with(status, html! {
+        div.head { h1 { "Deliveries" } }
+        section.card aria-label="Deliveries" {
+            (filters(form, subscribers, refusal))
+            @match &found {
+                Err(refusal) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
+                Err(_) => {},
+                Ok(list) => (rows(form, list)),
+            }
+        }
+        @if let Ok(list) = &found { div.head {} (reach(&list.history, "deliveries")) }
+    })
+}
+
+fn filters(form: &Form, subscribers: &[String], refusal: Option<&Refusal>) -> Markup {
+    let chosen = form.get("subscriber");
+    let is_other = !chosen.is_empty() && !subscribers.iter().any(|name| name == chosen);
+    let option = |value: &str, shown: &str, chosen: &str| {
+        html! {
+            option value=(value) selected[value == chosen] { (text(shown)) }
+        }
+    };
+    html! {
+        form.filters method="get" action=(Place::Deliveries.path()) role="search" {
+            div.field {
+                label for="subscriber" { "Subscriber" }
+                select id="subscriber" name="subscriber" {
+                    (option("", "all", chosen))
+                    @if is_other { (option(chosen, chosen, chosen)) }
+                    @for name in subscribers { (option(name, name, chosen)) }
+                }
+            }
+            div.field {
+                label for="state" { "State" }
+                select id="state" name="state" {
+                    (option("", "all", form.get("state")))
+                    @for name in DeliveryState::NAMES { (option(name, &name.replace('_', " "), form.get("state"))) }
+                }
+                @if let Some(wrong) = mistake(refusal, "state") { span.wrong { (text(wrong)) } }
+            }
+            @for (name, label) in [("since", "Begun since (UTC)"), ("until", "Begun until (UTC)")] {
+                div.field {
+                    label for=(name) { (label) }
+                    input id=(name) name=(name) value=(form.get(name)) placeholder="2026-01-31T12:00"
+                        aria-invalid=[mistake(refusal, name).map(|_| "true")];
+                    @if let Some(wrong) = mistake(refusal, name) { span.wrong { (text(wrong)) } }
+                }
+            }
+            div.deeds {
+                button.first { "Show" }
+                @if form.is_filled() { a.button href=(Place::Deliveries.path()) { "Clear" } }
+            }
+            @if let Some(wrong) = mistake(refusal, "cursor") { p.wrong { "This place in the list is not known: `cursor` " (text(wrong)) "." } }
+        }
+    }
+}
+
+fn rows(form: &Form, list: &DeliveryList) -> Markup {
+    html! {
+        @if list.deliveries.is_empty() {
+            div.empty {
+                @if form.is_filled() { p { "No delivery fits." } } @else { p { "Nothing was delivered yet." } }
+            }
+        } @else {
+            div.scroll role="region" aria-label="Deliveries" tabindex="0" {
+                table {
+                    thead {
+                        tr {
+                            th scope="col" { "Begun" }
+                            th scope="col" { "Subscriber" }
+                            th scope="col" { "State" }
+                            th.number scope="col" { "Events" }
+                            th.number scope="col" { "Size" }
+                            th.number scope="col" { "Attempts" }
+                            th scope="col" { "Last answer" }
+                            th scope="col" { "Batch" }
+                        }
+                    }
+                    tbody { @for one in &list.deliveries { (row(one)) } }
+                }
+            }
+        }
+        div.pager {
+            @if !form.get("cursor").is_empty() { a href=(form.link(Place::Deliveries.path(), None)) { "Newest" } }
+            @if let Some(next) = &list.next { a rel="next" href=(form.link(Place::Deliveries.path(), Some(next))) { "Older" } }
+            @match (&list.searched_back_to, &list.next) {
+                (Some(at), _) => span.muted { "Searched back to " (time(*at)) "; Older searches on." },
+                (None, None) => span.muted { "This is the end of history." },
+                (None, Some(_)) => {},
+            }
+        }
+    }
+}
+
+fn row(one: &Delivery) -> Markup {
+    let last = one.attempts.last();
+    html! {
+        tr {
+            td { a href=(path_to(Place::Deliveries.path(), &one.id)) { (time(one.begun_at)) } }
+            td.wide { a href=(query(Place::Deliveries.path(), &[("subscriber", &one.subscriber)])) { (text(&one.subscriber)) } }
+            td { (became(one)) }
+            td.number { (number(one.events)) }
+            td.number { (rounded_size(one.bytes)) }
+            td.number { @match last { Some(last) => (last.number), None => "0" } }
+            td { @if let Some(last) = last { (answered(last)) } }
+            td.mono.nowrap { (text(&one.id)) }
+        }
+    }
+}
+
+fn became(one: &Delivery) -> Markup {
+    html! {
+        (state(Tone::of_state(&one.state), &one.state))
+        @if let Some(at) = one.next_attempt_at { span.sub { "next " (time(at)) } }
+        @if let Some(reason) = &one.reason { span.sub { (text(&reason.replace('_', " "))) } }
+    }
+}
+
+/// The answer of an attempt, or why there is none.
+fn answered(attempt: &Attempt) -> Markup {
+    html! {
+        @match (attempt.status, &attempt.failure) {
+            (Some(status), _) => (status),
+            (None, Some(failure)) => (text(&failure.replace('_', " "))),
+            (None, None) => span.muted { "none yet" },
+        }
+    }
+}
+
+/// A page with one batch.
+pub(super) fn one(session: &Session, found: Result<Delivery, Refusal>) -> Response {
+    let one = match found {
+        Ok(one) => one,
+        Err(refusal) => return page(session, "Delivery").refused(&refusal),
+    };
+    let title = format!("{} for {}", counted(one.events, "event(s)"), text(&one.subscriber));
+    page(session, &title).answer(html! {
+        div.head { h1 { (title) } (became(&one)) }
+        section.card.pad aria-label="Batch" {
+            dl.facts {
+                dt { "Batch" } dd.mono { (text(&one.id)) span.sub { "the receiver got it as " code { "webhook-id" } } }
+                dt { "Subscriber" } dd { a href=(query(Place::Deliveries.path(), &[("subscriber", &one.subscriber)])) { (text(&one.subscriber)) } }
+                @if let Some(parent) = &one.parent { dt { "A half of" } dd.mono { a href=(path_to(Place::Deliveries.path(), parent)) { (text(parent)) } } }
+                @if let Some(format) = &one.format { dt { "Format" } dd { (text(format)) } }
+                dt { "Size" } dd { (rounded_size(one.bytes)) }
+                @if let Some(sha256) = &one.sha256 { dt { "SHA-256" } dd.mono { (text(sha256)) } }
+                @if one.replay { dt { "Replay" } dd { "an operator sent it again" } }
+                dt { "Begun" } dd { (time(one.begun_at)) }
+                @if let Some(at) = one.delivered_at { dt { "Delivered" } dd { (time(at)) } }
+                @if let Some(at) = one.next_attempt_at { dt { "Next attempt" } dd { (time(at)) } }
+            }
+        }
+        h2 { "Attempts" }
+        section.card.pad aria-label="Attempts" {
+            @if one.attempts.is_empty() { p.muted { "None is known." } }
+            ol.line { @for attempt in &one.attempts { (attempt_of(attempt)) } }
+        }
+        h2 { "In a shell" }
+        pre tabindex="0" { "hooktrail deliveries show " (text(&one.id)) "\nhooktrail resend " (text(&one.id)) }
+    })
+}
+
+fn attempt_of(attempt: &Attempt) -> Markup {
+    let is_good = attempt.failure.is_none() && attempt.status.is_some();
+    let tone = match (attempt.duration_ms, is_good) {
+        (None, _) => Tone::Quiet,
+        (Some(_), true) => Tone::Good,
+        (Some(_), false) => Tone::Bad,
+    };
+    html! {
+        li.(tone.class()) {
+            span.what {
+                "Attempt " (attempt.number) ": "
+                @match (attempt.status, &attempt.failure, attempt.duration_ms) {
+                    (Some(status), _, _) => { "answered " (status) },
+                    (None, Some(failure), _) => (text(&failure.replace('_', " "))),
+                    (None, None, Some(_)) => "no answer",
+                    (None, None, None) => "under way, or its end is not known",
+                }
+            }
+            span.sub {
+                (time(attempt.at))
+                @if let Some(ms) = attempt.duration_ms { " · took " (rounded(std::time::Duration::from_millis(ms))) }
+                " · by " (text(&attempt.by))
+            }
+            @if let Some(excerpt) = &attempt.excerpt { pre tabindex="0" { (text(excerpt)) } }
+        }
+    }
+}

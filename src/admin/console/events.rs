@@ -1,0 +1,274 @@
+//! *Audit Log*: the events, newest first, and one of them with where it went.
+
+use axum::{http::StatusCode, response::Response};
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::{
+    form::Form,
+    page::{
+        Page, Place, Tone, mistake, number, party, path_to, query, reach, short, state, text, time,
+    },
+    session::Session,
+};
+use crate::{
+    admin::{
+        answer::Refusal,
+        view::{Event, EventList, EventWhere, Whereabouts},
+    },
+    wording::rounded_size,
+};
+
+/// The filters of the page: a parameter, its label, and an example.
+const FILTERS: [(&str, &str, &str); 5] = [
+    ("type", "Type", "user.*"),
+    ("actor", "Actor", "id, type or name"),
+    ("resource", "Resource", "id, type or name"),
+    ("since", "Since (UTC)", "2026-01-31T12:00"),
+    ("until", "Until (UTC)", "2026-01-31T13:00"),
+];
+
+fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
+    Page { session, place: Place::Events, title: title.to_owned(), refresh: None }
+}
+
+pub(super) fn list(session: &Session, form: &Form, found: Result<EventList, Refusal>) -> Response {
+    let refusal = found.as_ref().err();
+    let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
+    page(session, "Audit Log").answer_with(status, html! {
+        div.head { h1 { "Audit Log" } }
+        section.card aria-label="Events" {
+            (filters(form, refusal))
+            @match &found {
+                Err(refusal) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
+                Err(_) => {},
+                Ok(list) => (rows(form, list)),
+            }
+        }
+        @if let Ok(list) = &found { div.head {} (reach(&list.history, "events")) }
+    })
+}
+
+fn filters(form: &Form, refusal: Option<&Refusal>) -> Markup {
+    html! {
+        form.filters method="get" action=(Place::Events.path()) role="search" {
+            div.field.grow {
+                label for="text" { "Search" }
+                input id="text" name="text" type="search" value=(form.get("text")) placeholder="words, all of which must occur"
+                    aria-invalid=[mistake(refusal, "text").map(|_| "true")];
+                @if let Some(wrong) = mistake(refusal, "text") { span.wrong { (text(wrong)) } }
+            }
+            @for (name, label, example) in FILTERS {
+                div.field {
+                    label for=(name) { (label) }
+                    input id=(name) name=(name) value=(form.get(name)) placeholder=(example)
+                        aria-invalid=[mistake(refusal, name).map(|_| "true")];
+                    @if let Some(wrong) = mistake(refusal, name) { span.wrong { (text(wrong)) } }
+                }
+            }
+            div.deeds {
+                button.first { "Search" }
+                @if form.is_filled() { a.button href=(Place::Events.path()) { "Clear" } }
+            }
+            @if let Some(wrong) = mistake(refusal, "cursor") { p.wrong { "This place in the list is not known: `cursor` " (text(wrong)) "." } }
+        }
+    }
+}
+
+fn rows(form: &Form, list: &EventList) -> Markup {
+    html! {
+        @if list.events.is_empty() {
+            div.empty {
+                @if form.is_filled() { p { "No event fits." } } @else { p { "No event is in history yet." } }
+            }
+        } @else {
+            div.scroll role="region" aria-label="Events" tabindex="0" {
+                table {
+                    thead {
+                        tr {
+                            th scope="col" { "Date" }
+                            th scope="col" { "Actor" }
+                            th scope="col" { "Description" }
+                            th scope="col" { "Resource" }
+                        }
+                    }
+                    tbody { @for event in &list.events { (row(event)) } }
+                }
+            }
+        }
+        div.pager {
+            @if !form.get("cursor").is_empty() { a href=(form.link(Place::Events.path(), None)) { "Newest" } }
+            @if let Some(next) = &list.next { a rel="next" href=(form.link(Place::Events.path(), Some(next))) { "Older" } }
+            @match (&list.searched_back_to, &list.next) {
+                (Some(at), _) => span.muted { "Searched back to " (time(*at)) "; Older searches on." },
+                (None, None) => span.muted { "This is the end of history." },
+                (None, Some(_)) => {},
+            }
+        }
+    }
+}
+
+fn row(event: &Event) -> Markup {
+    let path = path_to(Place::Events.path(), &event.number.to_string());
+    html! {
+        tr {
+            td { a href=(path) { (time(event.at)) } }
+            td.wide { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
+            td.main { (description(event)) }
+            td.wide { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
+        }
+    }
+}
+
+/// What happened, in the event's own words or as its type.
+fn description(event: &Event) -> Markup {
+    let by_type = query(Place::Events.path(), &[("type", &event.event)]);
+    html! {
+        @if let Some(description) = &event.description { (short(description)) " " }
+        a.sub.mono href=(by_type) { (short(&event.event)) }
+    }
+}
+
+/// A page with one event.
+pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Response {
+    let found = match found {
+        Ok(found) => found,
+        Err(refusal) => return page(session, "Event").refused(&refusal),
+    };
+    let event = &found.event;
+    let title = event.description.as_deref().unwrap_or(&event.event);
+    let body: Option<Value> =
+        found.body.as_deref().and_then(|body| serde_json::from_str(body).ok());
+    page(session, &short(title)).answer(html! {
+        div.head { h1 { (text(title)) } }
+        section.card.pad aria-label="Event" { (facts(event)) }
+        h2 { "Where it went" }
+        section.card aria-label="Where it went" { (went(&found.went)) }
+        @if let Some(changes) = body.as_ref().and_then(|body| body.get("changes")?.as_object()) {
+            h2 { "Changes" }
+            section.card {
+                div.scroll role="region" aria-label="Changes" tabindex="0" {
+                    table {
+                        thead { tr { th scope="col" { "Field" } th scope="col" { "From" } th scope="col" { "To" } } }
+                        tbody {
+                            @for (field, change) in changes {
+                                tr {
+                                    th scope="row" { (short(field)) }
+                                    td.wide.gone { (value(change.get("from"))) }
+                                    td.wide.came { (value(change.get("to"))) }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        h2 { "Published bytes" }
+        @match (&found.body, &found.body_base64) {
+            (Some(body), _) => pre tabindex="0" { (lines(body)) },
+            (None, Some(base64)) => { p.muted { "These are not UTF-8; in base64:" } pre tabindex="0" { (text(base64)) } },
+            (None, None) => p.muted { "Not kept: " code { "[history] bodies" } " is false." },
+        }
+        h2 { "In a shell" }
+        pre tabindex="0" { "hooktrail where " (event.number) }
+        div.head {} (reach(&found.history, "deliveries"))
+    })
+}
+
+/// A text with its line breaks.
+fn lines(body: &str) -> String {
+    body.split('\n').map(text).collect::<Vec<_>>().join("\n")
+}
+
+fn value(of: Option<&Value>) -> Markup {
+    match of {
+        None => html! { span.muted { "absent" } },
+        Some(Value::String(given)) => html! { (short(given)) },
+        Some(other) => html! { code { (short(&other.to_string())) } },
+    }
+}
+
+fn facts(event: &Event) -> Markup {
+    let by_id = query(Place::Events.path(), &[("id", &event.id)]);
+    html! {
+        dl.facts {
+            dt { "At" } dd { (time(event.at)) }
+            dt { "Type" } dd.mono { (text(&event.event)) }
+            dt { "Actor" } dd { (party(&event.actor, Some((Place::Events.path(), "actor")))) }
+            dt { "Resource" } dd { (party(&event.resource, Some((Place::Events.path(), "resource")))) }
+            @if let Some(description) = &event.description { dt { "Description" } dd { (text(description)) } }
+            @if let Some(timestamp) = &event.timestamp { dt { "Its own time" } dd { (text(timestamp)) } }
+            dt { "Message id" } dd.mono { a href=(by_id) { (text(&event.id)) } }
+            dt { "Number" } dd { (event.number) }
+            dt { "Size" } dd { (rounded_size(event.bytes)) }
+        }
+    }
+}
+
+fn went(to: &[Whereabouts]) -> Markup {
+    if to.is_empty() {
+        return html! { div.empty { p { "No subscriber was or is configured." } } };
+    }
+    html! {
+        div.scroll role="region" aria-label="Where it went" tabindex="0" {
+            table {
+                thead {
+                    tr {
+                        th scope="col" { "Subscriber" }
+                        th scope="col" { "State" }
+                        th scope="col" { "When" }
+                        th scope="col" { "Last attempt" }
+                        th scope="col" { "Batch" }
+                    }
+                }
+                tbody { @for one in to { (went_to(one)) } }
+            }
+        }
+    }
+}
+
+fn went_to(one: &Whereabouts) -> Markup {
+    let reason = one.reason.as_deref().or(one.why.as_deref()).map(text);
+    let patterns = one.patterns.as_ref().map(|patterns| match patterns.as_slice() {
+        [] => "it was not configured then".to_owned(),
+        patterns => format!("its patterns: {}", text(&patterns.join(", "))),
+    });
+    let paused =
+        one.subscriber_paused.as_ref().map(|pause| format!("paused: {}", text(&pause.why)));
+    html! {
+        tr {
+            th scope="row" {
+                (text(&one.subscriber))
+                @if !one.configured { span.sub { "not configured today" } }
+            }
+            td.wide {
+                (state(Tone::of_state(&one.state), &one.state))
+                @for more in [reason, patterns, paused].into_iter().flatten() { span.sub { (more) } }
+            }
+            td {
+                @match (one.delivered_at, one.next_attempt_at) {
+                    (Some(at), _) => (time(at)),
+                    (None, Some(at)) => { "next " (time(at)) },
+                    (None, None) => {},
+                }
+            }
+            td { (last_attempt(one.attempt, one.status, one.failure.as_deref())) }
+            td.mono.wide {
+                @if let Some(batch) = &one.batch { a href=(path_to(Place::Deliveries.path(), batch)) { (text(batch)) } }
+                @if one.batches.len() > 1 { span.sub { "and " (number(one.batches.len() as u64 - 1)) " more" } }
+            }
+        }
+    }
+}
+
+/// The number of an attempt with its answer or its failure.
+fn last_attempt(attempt: Option<u32>, status: Option<u16>, failure: Option<&str>) -> Markup {
+    html! {
+        @if let Some(n) = attempt { "#" (n) " " }
+        @match (status, failure) {
+            (Some(status), _) => (status),
+            (None, Some(failure)) => (text(failure)),
+            (None, None) => {},
+        }
+    }
+}

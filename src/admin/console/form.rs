@@ -1,0 +1,84 @@
+//! The state of a page, which is in its URL.
+
+use url::form_urlencoded;
+
+use super::page::query;
+use crate::admin::{
+    answer::Refusal,
+    query::{FromQuery, Parameters},
+};
+
+/// The query of a page. Fields of its form that were left empty are not there.
+#[derive(Debug, Default)]
+pub(super) struct Form(Vec<(String, String)>);
+
+impl Form {
+    pub(super) fn of(query: &str) -> Self {
+        let pairs = form_urlencoded::parse(query.as_bytes()).into_owned();
+        Self(pairs.map(|(k, v)| (k, v.trim().to_owned())).filter(|(_, v)| !v.is_empty()).collect())
+    }
+
+    /// A field as it was typed; empty if it was not.
+    pub(super) fn get(&self, name: &str) -> &str {
+        self.0.iter().find(|(given, _)| given == name).map_or("", |(_, value)| value)
+    }
+
+    /// Whether anything but the place in the list was chosen.
+    pub(super) fn is_filled(&self) -> bool {
+        self.0.iter().any(|(name, _)| name != "cursor")
+    }
+
+    /// The same page at another place in the list.
+    pub(super) fn link(&self, path: &str, cursor: Option<&str>) -> String {
+        let kept = self.0.iter().filter(|(name, _)| name != "cursor");
+        let kept = kept.map(|(name, value)| (name.as_str(), value.as_str()));
+        query(path, &kept.chain(cursor.map(|c| ("cursor", c))).collect::<Vec<_>>())
+    }
+
+    /// The query of the API that selects the same.
+    pub(super) fn read<F: FromQuery>(&self) -> Result<F, Refusal> {
+        let pair = |(name, value): &(String, String)| {
+            let value = match name.as_str() {
+                "since" | "until" => in_utc(value),
+                _ => value.clone(),
+            };
+            (name.clone(), value)
+        };
+        Parameters::of(self.0.iter().map(pair).collect()).read()
+    }
+}
+
+/// A time as people type it, in UTC, as the API reads it. What is no time stays, and is refused
+/// there.
+fn in_utc(typed: &str) -> String {
+    let typed = typed.replacen(' ', "T", 1);
+    match typed.len() {
+        10 => format!("{typed}T00:00:00Z"),
+        16 => format!("{typed}:00Z"),
+        19 => format!("{typed}Z"),
+        _ => typed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_form_keeps_what_was_typed_and_leaves_out_what_was_not() {
+        let form = Form::of("text=a+b&type=&actor=+&since=2026-01-31&cursor=x");
+        assert_eq!((form.get("text"), form.get("type"), form.get("actor")), ("a b", "", ""));
+        assert!(form.is_filled() && !Form::of("cursor=x&text=").is_filled());
+        assert_eq!(form.link("/p", Some("y")), "/p?text=a+b&since=2026-01-31&cursor=y");
+        assert_eq!(form.link("/p", None), "/p?text=a+b&since=2026-01-31");
+        for (typed, read) in [
+            ("2026-01-31", "2026-01-31T00:00:00Z"),
+            ("2026-01-31 12:00", "2026-01-31T12:00:00Z"),
+            ("2026-01-31T12:00:05", "2026-01-31T12:00:05Z"),
+            ("2026-01-31T12:00:05Z", "2026-01-31T12:00:05Z"),
+            ("yesterday", "yesterday"),
+        ] {
+            assert_eq!(in_utc(typed), read);
+        }
+    }
+}

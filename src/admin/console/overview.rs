@@ -1,0 +1,157 @@
+//! *Overview*: a row for each subscriber.
+
+use axum::response::Response;
+use maud::{Markup, html};
+
+use super::{
+    page::{Page, Place, Tone, number, path_to, query, state, text, time},
+    session::Session,
+};
+use crate::{
+    admin::view::{Lane, Overview, State, Subscriber, words},
+    wording::counted,
+};
+
+/// Seconds between two looks at the page.
+const REFRESH: u32 = 5;
+
+pub(super) fn answer(session: &Session, found: &Overview) -> Response {
+    let page = Page {
+        session,
+        place: Place::Overview,
+        title: "Overview".to_owned(),
+        refresh: Some(REFRESH),
+    };
+    page.answer(html! {
+        div.head { h1 { "Overview" } }
+        div id="overview" data-live {
+            (banners(found))
+            section.card aria-label="Subscribers" {
+                @if found.subscribers.is_empty() {
+                    div.empty {
+                        p { "No subscriber is configured." }
+                        p { "Add a " code { "[[subscriber]]" } " to " code { (text(&found.config.file)) } ", then run " code { "hooktrail reload" } "." }
+                    }
+                } @else {
+                    (table(&found.subscribers))
+                }
+            }
+            (removed(found))
+        }
+    })
+}
+
+fn banners(found: &Overview) -> Markup {
+    html! {
+        @if !found.queue.up {
+            div.note.bad role="alert" {
+                p { strong { "The queue is away. " } "Nothing is delivered until it is back; nothing is lost." }
+                @if let Some(why) = &found.queue.error { p { (text(why)) } }
+            }
+        } @else if let Some(why) = &found.queue.error {
+            div.note.warn { p { strong { "The queue has a problem. " } (text(why)) } }
+        }
+        @if found.phase != "running" {
+            div.note.warn { p { "This daemon is " (text(&found.phase)) "." } }
+        }
+        @if let Some(problem) = &found.config.problem {
+            div.note.bad {
+                p { strong { "The configuration was not reloaded. " } "The one before is in use." }
+                pre { (text(problem).replace("\\u{a}", "\n")) }
+            }
+        }
+        @if let Some(held) = &found.config.held {
+            div.note.warn { p { strong { "Removals wait for an operator. " } (text(&held.why)) } }
+        }
+    }
+}
+
+fn table(subscribers: &[Subscriber]) -> Markup {
+    html! {
+        div.scroll role="region" aria-label="Subscribers" tabindex="0" {
+            table {
+                thead {
+                    tr {
+                        th scope="col" { "Subscriber" }
+                        th scope="col" { "State" }
+                        th.number scope="col" { "Backlog" }
+                        th.number scope="col" { "Oldest" }
+                        th.number scope="col" { "Retrying" }
+                        th.number scope="col" { "Dead" }
+                        th.number scope="col" { "Events/s" }
+                        th.number scope="col" { "Accepted" }
+                        th scope="col" { "Last delivered" }
+                    }
+                }
+                tbody { @for s in subscribers { (row(s)) } }
+            }
+        }
+    }
+}
+
+fn row(s: &Subscriber) -> Markup {
+    let name = s.subscriber.as_str();
+    let deliveries = Place::Deliveries.path();
+    html! {
+        tr {
+            th scope="row" { a href=(query(deliveries, &[("subscriber", name)])) { (text(name)) } }
+            td { (state(tone(&s.state), &words::state(s))) }
+            @match &s.lane {
+                None => td colspan="7" {},
+                Some(lane) => (figures(name, lane)),
+            }
+        }
+    }
+}
+
+fn figures(name: &str, lane: &Lane) -> Markup {
+    let none = html! { span.muted { "–" } };
+    let linked = |n: Option<u64>, path: String| match n {
+        None => none.clone(),
+        Some(0) => html! { "0" },
+        Some(n) => html! { a href=(path) { (number(n)) } },
+    };
+    let retrying = query(Place::Deliveries.path(), &[("subscriber", name), ("state", "retrying")]);
+    html! {
+        td.number { @match lane.backlog { Some(n) => (number(n + lane.in_hand)), None => (none) } }
+        td.number { @match lane.oldest_event_age_s { Some(age) => (words::seconds(age)), None => (none) } }
+        td.number { (linked(lane.in_retry, retrying)) }
+        td.number { (linked(lane.dead, path_to(Place::DeadLetters.path(), name))) }
+        td.number { (format!("{:.1}", lane.delivered_per_s)) }
+        td.number { @match lane.success_rate { Some(rate) => { (format!("{:.1}", rate * 100.0)) " %" }, None => (none) } }
+        td { @match lane.last_delivered_at { Some(at) => (time(at)), None => (none) } }
+    }
+}
+
+fn tone(of: &State) -> Tone {
+    match of {
+        State::Ok => Tone::Good,
+        State::Waiting | State::Retrying | State::Held => Tone::Warn,
+        State::CircuitOpen | State::QueueFails => Tone::Bad,
+        State::Starting | State::Paused | State::Other(_) => Tone::Quiet,
+    }
+}
+
+fn removed(found: &Overview) -> Markup {
+    html! {
+        @if !found.removed.is_empty() {
+            h2 { "Removed subscribers with a backlog" }
+            section.card {
+                div.scroll role="region" aria-label="Removed subscribers" tabindex="0" {
+                    table {
+                        thead { tr { th scope="col" { "Subscriber" } th scope="col" { "Left behind" } } }
+                        tbody {
+                            @for r in &found.removed {
+                                tr {
+                                    th scope="row" { (text(&r.subscriber)) }
+                                    td { (counted(r.events, "event(s)")) ", " (counted(r.retries, "batch(es) to retry")) ", " (counted(r.dead, "dead letter(s)")) }
+                                }
+                            }
+                        }
+                    }
+                }
+                p.pad.muted.small { "Configure the subscriber again to deliver it, or delete it with " code { "hooktrail prune" } "." }
+            }
+        }
+    }
+}

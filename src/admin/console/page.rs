@@ -1,0 +1,301 @@
+//! The frame of all pages, and the parts that they share.
+
+use axum::{
+    http::{HeaderName, HeaderValue, StatusCode, header},
+    response::{Html, IntoResponse, Response},
+};
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use super::{
+    assets::{ICON, MODULE, STYLE},
+    session::Session,
+};
+use crate::{
+    admin::{
+        answer::Refusal,
+        view::{Party, Reach, Time},
+    },
+    wording::{self, counted, grouped},
+};
+
+/// What a browser may do with a page: nothing but show it with its own assets, and send its forms
+/// back. <https://www.w3.org/TR/CSP3/>
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+
+/// The most characters of a stranger's text in a list, and under another one.
+const SHOWN: usize = 200;
+const SHOWN_UNDER: usize = 60;
+
+/// The pages of the navigation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    Overview,
+    Events,
+    Deliveries,
+    DeadLetters,
+}
+
+impl Place {
+    const ALL: [Self; 4] = [Self::Overview, Self::Events, Self::Deliveries, Self::DeadLetters];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Overview => "Overview",
+            Self::Events => "Audit Log",
+            Self::Deliveries => "Deliveries",
+            Self::DeadLetters => "Dead letters",
+        }
+    }
+
+    pub(super) fn path(self) -> &'static str {
+        match self {
+            Self::Overview => "/console/",
+            Self::Events => "/console/events",
+            Self::Deliveries => "/console/deliveries",
+            Self::DeadLetters => "/console/dead-letters",
+        }
+    }
+}
+
+/// A page for a signed-in browser.
+pub(super) struct Page<'a> {
+    pub(super) session: &'a Session,
+    pub(super) place: Place,
+    pub(super) title: String,
+    /// Seconds between two looks at what is marked as live; `None` if nothing is.
+    pub(super) refresh: Option<u32>,
+}
+
+impl Page<'_> {
+    pub(super) fn answer(self, content: Markup) -> Response {
+        self.answer_with(StatusCode::OK, content)
+    }
+
+    pub(super) fn answer_with(self, status: StatusCode, content: Markup) -> Response {
+        let bar = html! {
+            header.bar {
+                div.bar-in {
+                    a.brand href=(Place::Overview.path()) { (logo()) "hooktrail" }
+                    nav aria-label="Pages" {
+                        ul {
+                            @for place in Place::ALL {
+                                li { a href=(place.path()) aria-current=[(place == self.place).then_some("page")] { (place.name()) } }
+                            }
+                        }
+                    }
+                    form.who method="post" action="/console/sign-out" {
+                        (form_key(self.session))
+                        @if let Some(name) = &self.session.caller.token { span { (text(name)) } }
+                        button.plain { "Sign out" }
+                    }
+                }
+            }
+        };
+        answer(status, frame(&self.title, self.refresh, bar, content))
+    }
+
+    /// The page of a request that cannot be answered.
+    pub(super) fn refused(self, refusal: &Refusal) -> Response {
+        let heading = match refusal.status {
+            StatusCode::NOT_FOUND => "There is nothing here",
+            StatusCode::SERVICE_UNAVAILABLE => "This cannot be shown now",
+            _ => "This cannot be shown",
+        };
+        let content = html! {
+            div.head { h1 { (heading) } }
+            div.note.bad { p { (text(&refusal.why)) } }
+        };
+        self.answer_with(refusal.status, content)
+    }
+}
+
+/// The hidden field that a form needs.
+pub(super) fn form_key(session: &Session) -> Markup {
+    html! { input type="hidden" name="form_key" value=(session.form_key); }
+}
+
+/// A page without a session.
+pub(super) fn outside(status: StatusCode, title: &str, content: Markup) -> Response {
+    answer(status, frame(title, None, html! {}, content))
+}
+
+fn frame(title: &str, refresh: Option<u32>, bar: Markup, content: Markup) -> Markup {
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { (text(title)) " · hooktrail" }
+                link rel="icon" href=(ICON.path);
+                link rel="stylesheet" href=(STYLE.path);
+                script type="module" src=(MODULE.path) {}
+            }
+            body data-refresh=[refresh] {
+                a.skip href="#main" { "To the content" }
+                (bar)
+                main id="main" { (content) }
+            }
+        }
+    }
+}
+
+fn answer(status: StatusCode, page: Markup) -> Response {
+    const HEADERS: [(HeaderName, HeaderValue); 4] = [
+        (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
+        (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+        // `no-referrer` would have browsers send forms with `origin: null`.
+        (header::REFERRER_POLICY, HeaderValue::from_static("same-origin")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
+    ];
+    (status, HEADERS, Html(page.into_string())).into_response()
+}
+
+pub(super) fn logo() -> Markup {
+    // Our own file, and no text of anybody else's.
+    PreEscaped(include_str!("assets/icon.svg").replacen("<svg ", "<svg aria-hidden=\"true\" ", 1))
+}
+
+/// A stranger's text: what would turn the direction of the page, or is not to be seen, is spelled
+/// out.
+pub(super) fn text(text: &str) -> String {
+    wording::visible(text)
+}
+
+/// The same, cut for a list.
+pub(super) fn short(given: &str) -> String {
+    cut(given, SHOWN)
+}
+
+fn cut(given: &str, most: usize) -> String {
+    match given.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", text(&given[..end])),
+        None => text(given),
+    }
+}
+
+pub(super) fn number(n: impl Into<u64>) -> String {
+    grouped(n)
+}
+
+/// A time in UTC to the second.
+pub(super) fn time(at: Time) -> Markup {
+    let exact = at.to_string();
+    // `2026-01-31T12:00:00.000Z`
+    let shown = match (exact.get(..10), exact.get(11..19)) {
+        (Some(day), Some(time)) => format!("{day} {time} UTC"),
+        _ => exact.clone(),
+    };
+    html! { time.nowrap datetime=(exact) { (shown) } }
+}
+
+/// The name of an actor or a resource, with its id and type under it.
+pub(super) fn party(party: &Party, link: Option<(&str, &str)>) -> Markup {
+    let Party { id, kind, name } = party;
+    let Some(first) = name.as_deref().or(id.as_deref()).or(kind.as_deref()) else {
+        return html! { span.muted { "none" } };
+    };
+    let second = [kind, id].into_iter().flatten().filter(|part| part.as_str() != first);
+    let second = second.map(|part| cut(part, SHOWN_UNDER)).collect::<Vec<_>>().join(" · ");
+    html! {
+        @match (id, link) {
+            (Some(id), Some((path, parameter))) => a href=(query(path, &[(parameter, id)])) { (short(first)) },
+            _ => (short(first)),
+        }
+        @if !second.is_empty() { span.sub { (second) } }
+    }
+}
+
+/// A path with a query.
+pub(super) fn query(path: &str, pairs: &[(&str, &str)]) -> String {
+    let pairs = pairs.iter().filter(|(_, value)| !value.is_empty());
+    let text = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish();
+    if text.is_empty() { path.to_owned() } else { format!("{path}?{text}") }
+}
+
+/// A path that ends with a stranger's text.
+pub(super) fn path_to(base: &str, last: &str) -> String {
+    let mut url = url::Url::parse("http://localhost").expect("a URL");
+    url.path_segments_mut().expect("it has a path").push(last);
+    format!("{base}{}", url.path())
+}
+
+/// How urgent a word is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tone {
+    Good,
+    Warn,
+    Bad,
+    Quiet,
+}
+
+impl Tone {
+    pub(super) fn class(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Warn => "warn",
+            Self::Bad => "bad",
+            Self::Quiet => "quiet",
+        }
+    }
+
+    /// That of a state of a delivery, or of an event for one subscriber.
+    pub(super) fn of_state(state: &str) -> Self {
+        match state {
+            "delivered" => Self::Good,
+            "retrying" | "interrupted" | "unknown" => Self::Warn,
+            "dead" => Self::Bad,
+            _ => Self::Quiet,
+        }
+    }
+}
+
+pub(super) fn state(tone: Tone, word: &str) -> Markup {
+    html! { span.state.(tone.class()) { (text(&word.replace('_', " "))) } }
+}
+
+/// A mistake in a form's field, for its `name`.
+pub(super) fn mistake<'r>(refusal: Option<&'r Refusal>, name: &str) -> Option<&'r str> {
+    let fields = &refusal?.fields;
+    fields.iter().find(|e| e.field == name).map(|e| e.detail.as_str())
+}
+
+/// How far history reaches, and what it lacks.
+pub(super) fn reach(reach: &Reach, what: &str) -> Markup {
+    let begins = if what == "events" { reach.events_from } else { reach.deliveries_from };
+    html! {
+        @for gap in reach.gaps.iter().filter(|gap| gap.what == what) {
+            div.note.warn {
+                p {
+                    "Some " (what) " from " (time(gap.from)) " to " (time(gap.until)) " are missing"
+                    @if let Some(n) = gap.missing { " (" (counted(n, "row(s)")) ")" }
+                    ": " (text(&gap.why)) "."
+                }
+            }
+        }
+        p.muted.small {
+            @match begins {
+                Some(at) => { "History of " (what) " begins at " (time(at)) ": " (text(&reach.why)) "." },
+                None => { "History has no " (what) " yet." },
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_strangers_wrote_is_inert() {
+        let hostile = "<script>alert(1)</script>\u{202e}\"'";
+        let found = html! { a title=(text(hostile)) href=(path_to("/console/x", "../y?z#é")) { (text(hostile)) } }
+            .into_string();
+        assert!(!found.contains("<script") && !found.contains('\u{202e}'), "{found}");
+        assert!(found.contains("\\u{202e}") && found.contains("&quot;"), "{found}");
+        assert!(found.contains("/console/x/..%2Fy%3Fz%23%C3%A9"), "{found}");
+        let long = short(&"é".repeat(1000));
+        assert!(long.ends_with('…') && long.chars().count() == SHOWN + 1);
+        assert_eq!(query("/p", &[("a", "x y&z"), ("b", "")]), "/p?a=x+y%26z");
+    }
+}

@@ -1,0 +1,172 @@
+//! Sign-in: a token becomes a cookie, which is valid while the token is.
+//!
+//! Nothing is kept of a session. Its keys are derived from the token that signed in, so a token that
+//! is changed or taken away ends its sessions, and the role is the one that the token has now.
+
+use std::time::Duration;
+
+use axum::http::{HeaderMap, HeaderValue, header};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+use hkdf::Hkdf;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+
+use crate::{
+    admin::{
+        answer::header_text,
+        guard::{Caller, Tokens},
+    },
+    clock,
+    config::{Role, Token},
+};
+
+/// The longest time of a session. A browser that is closed ends it earlier.
+const LASTS: Duration = Duration::from_secs(12 * 60 * 60);
+
+/// The name of the cookie. Cookies are shared by all ports of a host.
+const COOKIE: &str = "hooktrail_session";
+
+/// The path of the pages, to which alone the cookie is sent.
+pub(super) const PATH: &str = "/console";
+
+/// The use of a derived key (RFC 5869, section 3.2).
+const SESSION: &[u8] = b"hooktrail console: session, 1";
+const FORM: &[u8] = b"hooktrail console: form, 1";
+
+/// A session of a signed-in browser.
+#[derive(Debug, Clone)]
+pub(super) struct Session {
+    pub(super) caller: Caller,
+    /// The field of each form that changes something: no other site knows it.
+    pub(super) form_key: String,
+}
+
+/// Begins a session for a token. Returns the header that sets the cookie.
+pub(super) fn begin(token: &Token) -> HeaderValue {
+    let until = clock::unix_seconds(clock::now() + LASTS);
+    let content = content(&token.name, until, &clock::session_id());
+    let seal = BASE64.encode(tag(token, SESSION, content.as_bytes()));
+    cookie(&format!("{content}.{seal}"), LASTS)
+}
+
+/// The header that ends a session in the browser.
+pub(super) fn end() -> HeaderValue {
+    cookie("", Duration::ZERO)
+}
+
+/// The session of a request; `None` if there is none, it is over, or its token is not valid now.
+pub(super) fn of(headers: &HeaderMap, tokens: &Tokens) -> Option<Session> {
+    let value = cookies(headers).find_map(|(name, value)| (name == COOKIE).then_some(value))?;
+    let (content, seal) = value.rsplit_once('.')?;
+    let mut parts = content.split('.');
+    let name = BASE64.decode(parts.next()?).ok()?;
+    let until: u64 = parts.next()?.parse().ok()?;
+    let token = tokens.iter().find(|token| token.name.as_bytes() == name)?;
+    let is_sealed =
+        mac(token, SESSION, content.as_bytes()).verify_slice(&BASE64.decode(seal).ok()?).is_ok();
+    if !is_sealed || until <= clock::unix_seconds(clock::now()) || !token.role.may(Role::Read) {
+        return None;
+    }
+    let form_key = BASE64.encode(tag(token, FORM, value.as_bytes()));
+    Some(Session { caller: Caller::of(token), form_key })
+}
+
+fn content(name: &str, until: u64, nonce: &str) -> String {
+    format!("{}.{until}.{nonce}", BASE64.encode(name))
+}
+
+fn cookie(value: &str, lasts: Duration) -> HeaderValue {
+    let text = format!(
+        "{COOKIE}={value}; Path={PATH}; Max-Age={}; HttpOnly; SameSite=Strict",
+        lasts.as_secs()
+    );
+    HeaderValue::from_str(&text).expect("letters, digits and signs of ASCII")
+}
+
+fn cookies(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
+    let pairs = header_text(headers, header::COOKIE).split(';');
+    pairs.filter_map(|pair| pair.trim().split_once('='))
+}
+
+/// The code of a text under a key of the token's.
+fn mac(token: &Token, usage: &[u8], text: &[u8]) -> Hmac<Sha256> {
+    let mut key = [0; 32];
+    Hkdf::<Sha256>::new(None, token.secret.expose().as_bytes())
+        .expand(usage, &mut key)
+        .expect("32 bytes are no more than HKDF gives");
+    let mut mac = Hmac::<Sha256>::new_from_slice(&key).expect("any length is a key");
+    mac.update(text);
+    mac
+}
+
+fn tag(token: &Token, usage: &[u8], text: &[u8]) -> [u8; 32] {
+    mac(token, usage, text).finalize().into_bytes().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crypto::secret::Secret;
+
+    fn token(name: &str, secret: &str, role: Role) -> Token {
+        Token { name: name.into(), secret: Secret::new(secret), role }
+    }
+
+    fn request(cookie: &HeaderValue) -> HeaderMap {
+        let text = cookie.to_str().expect("text");
+        let (pair, _) = text.split_once(';').expect("attributes");
+        let pair = HeaderValue::from_str(&format!("a=b; {pair}")).expect("a header");
+        HeaderMap::from_iter([(header::COOKIE, pair)])
+    }
+
+    #[test]
+    fn a_session_is_its_tokens_and_ends_with_it() {
+        let ann = token("ann.b", "one", Role::Admin);
+        let tokens = Tokens::new(vec![token("ci", "two", Role::Intake), ann.clone()]);
+        let cookie = begin(&ann);
+        let text = cookie.to_str().expect("text");
+        for attribute in ["; HttpOnly", "; SameSite=Strict", "; Path=/console", "; Max-Age=43200"] {
+            assert!(text.contains(attribute), "{text}");
+        }
+        let session = of(&request(&cookie), &tokens).expect("a session");
+        assert_eq!(session.caller.token.as_deref(), Some("ann.b"));
+        assert!(session.caller.sees_endpoints());
+        let again = of(&request(&begin(&ann)), &tokens).expect("a session");
+        assert_ne!(session.form_key, again.form_key, "each session has its own");
+
+        // The role is the token's of now.
+        let read = Tokens::new(vec![token("ann.b", "one", Role::Read)]);
+        assert!(of(&request(&cookie), &read).is_some_and(|s| !s.caller.sees_endpoints()));
+        for without in [
+            vec![token("ann.b", "other", Role::Admin)],
+            vec![token("ann", "one", Role::Admin)],
+            vec![token("ann.b", "one", Role::Intake)],
+            vec![],
+        ] {
+            assert!(of(&request(&cookie), &Tokens::new(without)).is_none());
+        }
+    }
+
+    #[test]
+    fn a_cookie_that_was_changed_or_is_over_is_none() {
+        let ann = token("ann", "one", Role::Admin);
+        let tokens = Tokens::new(vec![ann.clone()]);
+        let over = content("ann", clock::unix_seconds(clock::now()) - 1, "x");
+        let sealed = |content: &str| {
+            format!("{content}.{}", BASE64.encode(tag(&ann, SESSION, content.as_bytes())))
+        };
+        let to_come = content("ann", clock::unix_seconds(clock::now()) + 60, "x");
+        let good = sealed(&to_come);
+        let header = |value: &str| {
+            let value = HeaderValue::from_str(&format!("{COOKIE}={value}")).expect("a header");
+            HeaderMap::from_iter([(header::COOKIE, value)])
+        };
+        assert!(of(&header(&good), &tokens).is_some());
+        let later = good.replacen(&to_come, &content("ann", u64::MAX, "x"), 1);
+        for wrong in [sealed(&over), later, to_come, String::new(), ".".into(), "a.b.c.d".into()] {
+            assert!(of(&header(&wrong), &tokens).is_none(), "{wrong}");
+        }
+        assert!(of(&HeaderMap::new(), &tokens).is_none());
+        assert!(of(&request(&end()), &tokens).is_none());
+    }
+}

@@ -1,0 +1,178 @@
+//! The page where a token is given, and what slows wrong ones down.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::Response,
+};
+use maud::html;
+use tokio::sync::Semaphore;
+
+use super::page::{logo, outside};
+use crate::clock;
+
+/// The wait after the first wrong token of an address. Each further one doubles it.
+const FIRST_WAIT: Duration = Duration::from_millis(250);
+const LONGEST_WAIT: Duration = Duration::from_secs(8);
+
+/// The time after which an address begins anew.
+const FORGOTTEN: Duration = Duration::from_secs(600);
+
+/// The most addresses that are remembered, and the most answers that wait.
+const ADDRESSES: usize = 1024;
+const WAITING: usize = 16;
+
+/// Slows wrong tokens down, each address by itself. A valid token never waits.
+#[derive(Debug)]
+pub(super) struct Doorman {
+    wrong: Mutex<HashMap<IpAddr, (u32, Instant)>>,
+    waiting: Semaphore,
+}
+
+impl Default for Doorman {
+    fn default() -> Self {
+        Self { wrong: Mutex::default(), waiting: Semaphore::new(WAITING) }
+    }
+}
+
+impl Doorman {
+    /// Waits after a wrong token; false if too many wait already.
+    pub(super) async fn wait(&self, address: IpAddr) -> bool {
+        let wait = self.next_wait(address, clock::instant());
+        let Ok(_place) = self.waiting.try_acquire() else { return false };
+        tokio::time::sleep(wait).await;
+        true
+    }
+
+    fn next_wait(&self, address: IpAddr, now: Instant) -> Duration {
+        let mut wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        if wrong.len() >= ADDRESSES {
+            wrong.retain(|_, (_, at)| now.saturating_duration_since(*at) < FORGOTTEN);
+        }
+        if wrong.len() >= ADDRESSES && !wrong.contains_key(&address) {
+            return LONGEST_WAIT;
+        }
+        let (before, at) = wrong.entry(address).or_insert((0, now));
+        if now.saturating_duration_since(*at) >= FORGOTTEN {
+            *before = 0;
+        }
+        let wait = FIRST_WAIT.saturating_mul(1 << (*before).min(16)).min(LONGEST_WAIT);
+        (*before, *at) = (before.saturating_add(1), now);
+        wait
+    }
+}
+
+/// What the page says of the last try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Said {
+    Nothing,
+    Wrong,
+    /// The token is one that may only publish.
+    MayNotLook,
+    TooMany,
+    Elsewhere,
+}
+
+/// The page; `to` is where the browser wanted to go.
+pub(super) fn page(said: Said, to: &str) -> Response {
+    let (status, why) = match said {
+        Said::Nothing => (StatusCode::UNAUTHORIZED, None),
+        Said::Wrong => {
+            (StatusCode::UNAUTHORIZED, Some("This is no token of this daemon's configuration."))
+        }
+        Said::MayNotLook => (
+            StatusCode::FORBIDDEN,
+            Some("This token has the role `intake`: it may publish events, and look at nothing."),
+        ),
+        Said::TooMany => (
+            StatusCode::TOO_MANY_REQUESTS,
+            Some("Too many wrong tokens are being tried. Try again in a few seconds."),
+        ),
+        Said::Elsewhere => {
+            (StatusCode::FORBIDDEN, Some("This came from a page of another site. Sign in here."))
+        }
+    };
+    let mut answer = outside(
+        status,
+        "Sign in",
+        html! {
+            section.card.pad.sign-in {
+                div.head { span.brand { (logo()) "hooktrail" } }
+                h1 { "Sign in" }
+                form method="post" action="/console/sign-in" {
+                    input type="hidden" name="to" value=(to);
+                    // Password managers ask for a name to keep it under.
+                    input.hidden type="text" name="username" value="hooktrail" autocomplete="username" tabindex="-1" aria-hidden="true" readonly;
+                    div.field {
+                        label for="token" { "Token" }
+                        input id="token" name="token" type="password" autocomplete="current-password" required autofocus
+                            aria-invalid=[why.map(|_| "true")] aria-describedby="hint";
+                        @if let Some(why) = why { span.wrong role="alert" { (why) } }
+                        span.sub id="hint" { code { "[admin] token" } " of the configuration, or one of " code { "[[admin.tokens]]" } " with the role " code { "admin" } " or " code { "read" } "." }
+                    }
+                    button.first { "Sign in" }
+                }
+            }
+        },
+    );
+    if status == StatusCode::UNAUTHORIZED {
+        // RFC 9110, section 11.6.1: each such answer has it. No browser asks for it by itself.
+        let scheme = HeaderValue::from_static("Bearer");
+        answer.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+    }
+    answer
+}
+
+/// The page of a daemon without a token.
+pub(super) fn needs_a_token() -> Response {
+    outside(
+        StatusCode::FORBIDDEN,
+        "The console needs a token",
+        html! {
+            section.card.pad.sign-in {
+                div.head { span.brand { (logo()) "hooktrail" } }
+                h1 { "The console needs a token" }
+                p { "Events and deliveries are shown to who has a token, on this machine too, and this daemon's configuration has none." }
+                p { "Add one, and start the daemon again:" }
+                pre tabindex="0" { "[admin]\ntoken = \"${HOOKTRAIL_ADMIN_TOKEN}\"" }
+                p.muted.small { code { "hooktrail init" } " writes a configuration with a new token; " code { "openssl rand -hex 32" } " makes one." }
+            }
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_wrong_token_of_an_address_waits_longer_and_others_do_not() {
+        let doorman = Doorman::default();
+        let now = clock::instant();
+        let (one, other) = (IpAddr::from([127, 0, 0, 1]), IpAddr::from([127, 0, 0, 2]));
+        let waits: Vec<u128> = (0..8).map(|_| doorman.next_wait(one, now).as_millis()).collect();
+        assert_eq!(waits, [250, 500, 1000, 2000, 4000, 8000, 8000, 8000]);
+        assert_eq!(doorman.next_wait(other, now), FIRST_WAIT);
+        assert_eq!(doorman.next_wait(one, now + FORGOTTEN), FIRST_WAIT);
+        for n in 0..2 * ADDRESSES as u32 {
+            doorman.next_wait(IpAddr::from(n.to_be_bytes()), now + FORGOTTEN);
+        }
+        let known = doorman.wrong.lock().expect("no panic").len();
+        assert!(known <= ADDRESSES, "{known}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_more_than_some_answers_wait_at_a_time() {
+        let doorman = Doorman::default();
+        let tries = (0..WAITING as u8 + 4).map(|n| doorman.wait(IpAddr::from([127, 0, 0, n])));
+        let waited = futures_util::future::join_all(tries).await;
+        assert_eq!(waited.iter().filter(|waited| **waited).count(), WAITING);
+        assert!(doorman.wait(IpAddr::from([127, 0, 0, 1])).await, "there is room again");
+    }
+}

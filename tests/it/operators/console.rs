@@ -1,0 +1,388 @@
+//! The console, as a browser without scripts sees it.
+
+use std::collections::BTreeSet;
+
+use serde_json::json;
+
+use super::history::TOKEN;
+use crate::support::{
+    api::Api,
+    daemon::{Daemon, Setup, subscriber},
+    eventually,
+    queue::Embedded,
+    receiver::{Answer, Receiver, status},
+    run,
+};
+
+/// The configuration's tokens beside [`TOKEN`].
+const OTHERS: &str = "
+[[admin.tokens]]
+name = \"looker\"
+token = \"the-token-that-reads\"
+role = \"read\"
+[[admin.tokens]]
+name = \"producer\"
+token = \"the-token-that-publishes\"
+role = \"intake\"
+";
+
+/// Texts that must be shown, and do nothing.
+const HOSTILE: [&str; 12] = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)>",
+    "' onmouseover='alert(1)",
+    "<svg/onload=alert(1)>",
+    "<style>*{display:none}</style>",
+    "</textarea></title><base href=//evil.example>",
+    "javascript:alert(1)",
+    "{{7*7}}${7*7}<%= 7*7 %>",
+    "=cmd|' /C calc'!A0",
+    "evil\u{202e}gpj.exe",
+    "\u{0}\u{1b}[2J",
+    "&lt;b&gt; &amp;amp; &#x3c;",
+];
+
+/// A browser that keeps the cookie and follows nothing.
+struct Browser {
+    port: u16,
+    client: reqwest::Client,
+    cookie: Option<String>,
+}
+
+struct Seen {
+    status: u16,
+    headers: reqwest::header::HeaderMap,
+    text: String,
+}
+
+impl Seen {
+    fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default()
+    }
+}
+
+impl Browser {
+    fn new(api: &Api) -> Self {
+        let client = reqwest::Client::builder().no_proxy();
+        let client = client.redirect(reqwest::redirect::Policy::none()).build().expect("a client");
+        Self { port: api.port, client, cookie: None }
+    }
+
+    async fn signed_in(api: &Api, token: &str) -> Self {
+        let mut browser = Self::new(api);
+        let seen = browser.sign_in(token, "/console/events?text=a").await;
+        assert_eq!((seen.status, seen.header("location")), (303, "/console/events?text=a"));
+        browser.cookie = Some(seen.header("set-cookie").split(';').next().expect("one").to_owned());
+        browser
+    }
+
+    async fn sign_in(&self, token: &str, to: &str) -> Seen {
+        self.post("/console/sign-in", &[("token", token), ("to", to)], &[]).await
+    }
+
+    async fn send(&self, mut request: reqwest::RequestBuilder) -> Seen {
+        if let Some(cookie) = &self.cookie {
+            request = request.header("cookie", cookie);
+        }
+        let answer = request.send().await.expect("an answer");
+        let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+        Seen { status, headers, text: answer.text().await.expect("a body") }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
+    async fn get(&self, path: &str) -> Seen {
+        self.send(self.client.get(self.url(path))).await
+    }
+
+    async fn post(&self, path: &str, form: &[(&str, &str)], headers: &[(&str, &str)]) -> Seen {
+        let body = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(form).finish();
+        let mut request = self.client.post(self.url(path)).body(body);
+        request = request.header("content-type", "application/x-www-form-urlencoded");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.send(request).await
+    }
+
+    /// A page that must be there, and as every page is.
+    async fn page(&self, path: &str) -> String {
+        let seen = self.get(path).await;
+        assert_eq!(seen.status, 200, "{path}: {}", seen.text);
+        assert_headers(&seen, path);
+        assert_inert(&seen.text, path);
+        seen.text
+    }
+}
+
+fn assert_headers(seen: &Seen, path: &str) {
+    let policy = seen.header("content-security-policy");
+    for part in
+        ["default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'"]
+    {
+        assert!(policy.contains(part), "{path}: {policy}");
+    }
+    assert!(!policy.contains("unsafe"), "{path}: {policy}");
+    assert_eq!(seen.header("x-content-type-options"), "nosniff", "{path}");
+    assert_eq!(seen.header("referrer-policy"), "same-origin", "{path}");
+    assert_eq!(seen.header("cache-control"), "no-store", "{path}");
+}
+
+/// All that begins with `<`, as a browser would read it: nothing but our own elements.
+fn assert_inert(page: &str, path: &str) {
+    for tag in page.split('<').skip(1) {
+        let tag = tag.split('>').next().unwrap_or_default();
+        let name: String =
+            tag.trim_start_matches('/').chars().take_while(char::is_ascii_alphanumeric).collect();
+        assert!(
+            !matches!(name.as_str(), "img" | "style" | "base" | "iframe" | "object" | "textarea"),
+            "{path}: <{tag}>"
+        );
+        if name == "script" && !tag.starts_with('/') {
+            assert!(tag.contains("type=\"module\" src=\"/console/assets/"), "{path}: <{tag}>");
+        }
+        let attributes = tag.split('"').step_by(2);
+        for attribute in attributes {
+            let attribute = attribute.trim();
+            assert!(
+                !attribute.starts_with("on") && !attribute.starts_with("style="),
+                "{path}: <{tag}>"
+            );
+        }
+        assert!(!tag.contains("href=\"javascript:"), "{path}: <{tag}>");
+    }
+    assert!(
+        !page.contains(['\u{202e}', '\u{0}', '\u{1b}']),
+        "{path}: control characters are spelled out"
+    );
+}
+
+/// The addresses that a page leads to.
+fn links(page: &str) -> BTreeSet<String> {
+    let found = page.split("href=\"").skip(1).filter_map(|rest| rest.split('"').next());
+    found
+        .map(|link| link.replace("&amp;", "&"))
+        .filter(|link| link.starts_with("/console/"))
+        .collect()
+}
+
+fn hostile(n: usize, text: &str) -> String {
+    let event = json!({
+        "event": "user.changed",
+        "description": format!("{n} {text}"),
+        "actor": { "id": text, "type": text, "name": text },
+        "resource": { "id": text, "type": text, "name": text },
+        "timestamp": text,
+        "changes": { text: { "from": text, "to": [text] } },
+    });
+    event.to_string()
+}
+
+/// A daemon whose receiver answers with each hostile text.
+async fn stage(api: &Api, admin: &str) -> (Embedded, Receiver, Setup, Daemon) {
+    let queue = Embedded::new();
+    const ANSWER: &str = "<script>alert('answer')</script> the path of a URL";
+    let receiver = Receiver::start(|_, _| Answer { body: ANSWER, ..status(500) }).await;
+    let text = api.section() + admin + SETTINGS + &subscriber("siem", &receiver.url, "");
+    let setup = Setup::new(&queue, &text);
+    let daemon = setup.start().await;
+    (queue, receiver, setup, daemon)
+}
+
+const SETTINGS: &str = "
+[http]
+allow_http = true
+allow_private_addresses = true
+[retry]
+max_attempts = 1
+";
+
+#[test]
+fn every_page_is_there_for_who_has_signed_in_and_what_strangers_wrote_is_inert() {
+    run(async {
+        let api = Api::new();
+        let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
+        let (_queue, _receiver, _setup, _daemon) = stage(&api, &admin).await;
+        let bearer = format!("Bearer {TOKEN}");
+        let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
+        for (n, text) in HOSTILE.iter().enumerate() {
+            let answer = api.send("POST", "/api/v1/events", &headers, &hostile(n, text)).await;
+            assert_eq!(answer.status, 202, "{answer:?}");
+        }
+        let browser = Browser::signed_in(&api, TOKEN).await;
+        eventually("all are shown, and their batch is dead", async || {
+            let events = browser.get("/console/events").await.text;
+            let dead = browser.get("/console/deliveries?state=dead").await.text;
+            (0..HOSTILE.len()).all(|n| events.contains(&format!(">{n} "))) && dead.contains("msg_")
+        })
+        .await;
+
+        // Every link of every page leads to a page.
+        let mut seen = BTreeSet::from(["/console/".to_owned()]);
+        let mut next: Vec<String> = seen.iter().cloned().collect();
+        while let Some(path) = next.pop() {
+            if path.starts_with("/console/assets/") {
+                let asset = browser.get(&path).await;
+                assert_eq!(asset.status, 200, "{path}");
+                assert!(asset.header("cache-control").contains("immutable"), "{path}");
+                continue;
+            }
+            let page = browser.page(&path).await;
+            next.extend(links(&page).into_iter().filter(|link| seen.insert(link.clone())));
+        }
+        for path in ["/console/", "/console/events", "/console/deliveries", "/console/dead-letters"]
+        {
+            assert!(seen.contains(path), "{path} is not linked to: {seen:?}");
+        }
+        let events = seen.iter().filter(|path| path.starts_with("/console/events/")).count();
+        assert_eq!(events, HOSTILE.len(), "a page for each event: {seen:?}");
+        assert!(seen.contains("/console/dead-letters/siem"), "{seen:?}");
+
+        let first = browser.page("/console/events?text=0+script").await;
+        let event = links(&first).into_iter().find(|l| l.starts_with("/console/events/"));
+        let event = browser.page(&event.expect("a link to the event")).await;
+        for shown in ["&lt;script&gt;alert(1)&lt;/script&gt;", "exhausted", "Changes", "siem"] {
+            assert!(event.contains(shown), "{shown}: {event}");
+        }
+
+        // What was typed stays, and the mistake stands beside it.
+        let wrong = browser.get("/console/events?since=yesterday&type=a.%23&actor=%22%3E").await;
+        assert_eq!(wrong.status, 400);
+        assert_inert(&wrong.text, "a wrong filter");
+        for part in [
+            "value=\"yesterday\"",
+            "aria-invalid=\"true\"",
+            "value=\"a.#\"",
+            "value=\"&quot;&gt;\"",
+            "RFC 3339",
+        ] {
+            assert!(wrong.text.contains(part), "{part}: {}", wrong.text);
+        }
+        for (path, status) in [
+            ("/console/nothing", 404),
+            ("/console/events/999999", 404),
+            ("/console/events/x", 400),
+            ("/console/deliveries/%3Cscript%3E", 404),
+            ("/console/dead-letters/%3Cscript%3E", 404),
+            ("/console/deliveries?state=odd", 400),
+            ("/console/events?cursor=garbage", 400),
+        ] {
+            let seen = browser.get(path).await;
+            assert_eq!(seen.status, status, "{path}: {}", seen.text);
+            assert_headers(&seen, path);
+            assert_inert(&seen.text, path);
+        }
+    });
+}
+
+#[test]
+fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
+    run(async {
+        let api = Api::new();
+        let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
+        let (_queue, _receiver, setup, daemon) = stage(&api, &admin).await;
+        let bearer = [
+            ("content-type", "application/json"),
+            ("authorization", "Bearer the-token-that-publishes"),
+        ];
+        let answer = api.send("POST", "/api/v1/events", &bearer, &hostile(0, "secret")).await;
+        assert_eq!(answer.status, 202, "{answer:?}");
+
+        let stranger = Browser::new(&api);
+        for path in ["/console/", "/console/events", "/console/events/1", "/console/nothing"] {
+            let seen = stranger.get(path).await;
+            assert_eq!((seen.status, seen.header("www-authenticate")), (401, "Bearer"), "{path}");
+            assert_headers(&seen, path);
+            assert!(
+                seen.text.contains("name=\"token\"") && !seen.text.contains("secret"),
+                "{path}"
+            );
+            assert!(seen.text.contains(&format!("name=\"to\" value=\"{path}\"")), "{}", seen.text);
+        }
+        for (token, status) in [("wrong", 401), ("", 401), ("the-token-that-publishes", 403)] {
+            let seen = stranger.sign_in(token, "/console/").await;
+            assert_eq!((seen.status, seen.header("set-cookie")), (status, ""), "{token}");
+            assert!(seen.text.contains("aria-invalid"), "{}", seen.text);
+        }
+        let form = [("token", TOKEN), ("to", "/console/")];
+        let elsewhere =
+            stranger.post("/console/sign-in", &form, &[("origin", "https://evil.example")]).await;
+        assert_eq!((elsewhere.status, elsewhere.header("set-cookie")), (403, ""));
+        // No other site is gone to afterwards.
+        for to in
+            ["//evil.example", "https://evil.example", "/console/\\evil", "/api/v1/reload", ""]
+        {
+            assert_eq!(stranger.sign_in(TOKEN, to).await.header("location"), "/console/", "{to}");
+        }
+        let cookie = stranger.sign_in(TOKEN, "").await.header("set-cookie").to_owned();
+        assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+
+        // The role is that of the token: a receiver's answers may tell the path of its URL.
+        let (admin, looker) = (
+            Browser::signed_in(&api, TOKEN).await,
+            Browser::signed_in(&api, "the-token-that-reads").await,
+        );
+        let mut delivery = String::new();
+        eventually("it has failed", async || {
+            let dead = links(&admin.page("/console/deliveries?state=dead").await);
+            delivery = dead
+                .into_iter()
+                .find(|l| l.starts_with("/console/deliveries/msg_"))
+                .unwrap_or_default();
+            !delivery.is_empty()
+        })
+        .await;
+        assert!(admin.page(&delivery).await.contains("the path of a URL"));
+        let seen = looker.page(&delivery).await;
+        assert!(seen.contains("answered 500") && !seen.contains("the path of a URL"), "{seen}");
+
+        // Only a form of the session's own page signs it out.
+        let key = |page: &str| {
+            let (_, rest) = page.split_once("name=\"form_key\" value=\"").expect("a key");
+            rest.split('"').next().expect("a value").to_owned()
+        };
+        let (own, others) =
+            (key(&admin.page("/console/").await), key(&looker.page("/console/").await));
+        for (form, headers) in [
+            (vec![], vec![]),
+            (vec![("form_key", others.as_str())], vec![]),
+            (vec![("form_key", own.as_str())], vec![("origin", "https://evil.example")]),
+            (vec![("form_key", own.as_str())], vec![("sec-fetch-site", "cross-site")]),
+        ] {
+            let seen = admin.post("/console/sign-out", &form, &headers).await;
+            assert_eq!((seen.status, seen.header("set-cookie")), (403, ""), "{form:?} {headers:?}");
+        }
+        let seen = admin.post("/console/sign-out", &[("form_key", &own)], &[]).await;
+        assert_eq!((seen.status, seen.header("location")), (303, "/console/sign-in"));
+        assert!(seen.header("set-cookie").contains("hooktrail_session=; Path=/console; Max-Age=0"));
+
+        // A token that is changed ends its sessions.
+        assert!(daemon.stop().await.success());
+        let text = std::fs::read_to_string(setup.config()).expect("reads");
+        setup.write("hooktrail.toml", text.replace(TOKEN, "another-token-of-the-tests"));
+        let _daemon = setup.start().await;
+        assert_eq!(admin.get("/console/").await.status, 401);
+        assert_eq!(looker.get("/console/").await.status, 200, "its token is the same");
+    });
+}
+
+#[test]
+fn without_a_token_the_console_says_how_to_get_one() {
+    run(async {
+        let api = Api::new();
+        let (_queue, _receiver, _setup, _daemon) = stage(&api, "").await;
+        let browser = Browser::new(&api);
+        for path in ["/console/", "/console/events", "/console/sign-in"] {
+            let seen = browser.get(path).await;
+            assert_eq!(seen.status, 403, "{path}");
+            assert!(
+                seen.text.contains("[admin]") && seen.text.contains("hooktrail init"),
+                "{path}"
+            );
+        }
+        assert_eq!(browser.sign_in("", "").await.status, 403);
+        assert_eq!(browser.get("/console").await.header("location"), "/console/");
+    });
+}
