@@ -153,8 +153,12 @@ fn assert_inert(page: &str, path: &str) {
         }
         assert!(!tag.contains("href=\"javascript:"), "{path}: <{tag}>");
     }
+    // A field keeps what was typed, and turns nothing outside of it.
+    let outside =
+        page.split(" value=\"").map(|part| part.split_once('"').map_or(part, |(_, rest)| rest));
+    let shown: String = outside.collect();
     assert!(
-        !page.contains(['\u{202e}', '\u{0}', '\u{1b}']),
+        !shown.contains(['\u{202e}', '\u{0}', '\u{1b}']),
         "{path}: control characters are spelled out"
     );
 }
