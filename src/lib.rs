@@ -133,6 +133,8 @@
 //!   open on loopback; its role follows from method and path. `admin/query.rs` shows how parameters
 //!   are read, `admin/body.rs` how a body is. Refusals are made in `admin/answer.rs`. Then
 //!   docs/admin.yaml, to which `operators::api` in tests/it holds the running daemon.
+//! - How do I add a page? A file in `admin/console/` that renders an answer of the API, and a route in
+//!   `admin/console.rs`; docs/console.md.
 //! - What is counted, and under which name? [`telemetry::metrics`]. What does a lane log?
 //!   [`telemetry::lane_event`].
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire/filter.rs`.

@@ -1,6 +1,6 @@
 //! The console: pages for people, under `/console/`. What they show is what the API answers.
 //!
-//! Every page needs a session, which begins with a token ([`session`]). A page is rendered here and
+//! Every page needs a browser session, which begins with a token ([`session`]). A page is rendered here and
 //! works without its module; its whole state is in its URL.
 
 mod assets;
