@@ -79,7 +79,7 @@
 //!              · view · answer · query · body · guard · connections · introduction · intake
 //!              · history · history_health · operations · replays · control · console · admin
 //!              console/ · session · assets · page · form · sign_in · overview · events
-//!              · deliveries · dead_letters · console
+//!              · deliveries · dead_letters
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
