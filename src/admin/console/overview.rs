@@ -51,6 +51,20 @@ fn banners(found: &Overview) -> Markup {
         } @else if let Some(why) = &found.queue.error {
             div.note.warn { p { strong { "The queue has a problem. " } (text(why)) } }
         }
+        @if let Some(history) = &found.history {
+            @match (history.state.as_str(), &history.why) {
+                ("kept" | "opening" | "off", _) => {},
+                (state, why) => {
+                    div.note.warn role="alert" {
+                        p {
+                            strong { "History is " (text(state)) ". " } "Deliveries go on."
+                            @if let Some(why) = why { " " (text(why)) }
+                        }
+                    }
+                },
+            }
+            @if let Some(warning) = &history.warning { div.note.warn { p { (text(warning)) } } }
+        }
         @if found.phase != "running" {
             div.note.warn { p { "This daemon is " (text(&found.phase)) "." } }
         }

@@ -167,7 +167,7 @@ mod tests {
         assert!(known <= ADDRESSES, "{known}");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn no_more_than_some_answers_wait_at_a_time() {
         let doorman = Doorman::default();
         let tries = (0..WAITING as u8 + 4).map(|n| doorman.wait(IpAddr::from([127, 0, 0, n])));
