@@ -131,8 +131,9 @@ fn text(text: &str) -> Result<String, String> {
 }
 
 fn time(text: &str) -> Result<SystemTime, &'static str> {
-    humantime::parse_rfc3339(text)
-        .map_err(|_| "must be a time of RFC 3339 in UTC, such as 2026-01-31T12:00:00Z")
+    text.parse::<jiff::Timestamp>().and_then(SystemTime::try_from).map_err(|_| {
+        "must be a time of RFC 3339 with its zone, such as 2026-01-31T12:00:00Z; in a query a plus sign is written %2B"
+    })
 }
 
 /// The number of an event in a path.

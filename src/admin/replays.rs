@@ -372,6 +372,9 @@ fn checked(wanted: &ReplayRequest) -> Result<replay::Wanted, Refusal> {
         wrong("since", "is required: a time of RFC 3339, such as 2026-01-31T12:00:00Z");
     }
     let until = wanted.until.map(|time| time.0);
+    if since.is_some_and(|since| since > clock::now()) {
+        wrong("since", "is yet to come");
+    }
     if since.zip(until).is_some_and(|(since, until)| until <= since) {
         wrong("until", "must be after `since`");
     }

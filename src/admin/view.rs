@@ -69,7 +69,8 @@ impl Serialize for Time {
 impl<'de> Deserialize<'de> for Time {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let text = Cow::<str>::deserialize(from)?;
-        humantime::parse_rfc3339(&text).map(Self).map_err(D::Error::custom)
+        let at: jiff::Timestamp = text.parse().map_err(D::Error::custom)?;
+        at.try_into().map(Self).map_err(D::Error::custom)
     }
 }
 

@@ -8,6 +8,7 @@ use std::{
 
 use serde::{Deserialize as _, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use url::form_urlencoded;
 
 use super::{failed::Failed, open::find, text::visible};
 use crate::{
@@ -352,6 +353,16 @@ async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, 
     ))
 }
 
+/// A text of an operator's as one part of a path: it selects no other request.
+pub(super) fn segment(text: &str) -> String {
+    let encoded: String = form_urlencoded::byte_serialize(text.as_bytes()).collect();
+    // In a path a plus sign is no space, and dots alone lead elsewhere.
+    match encoded.as_str() {
+        "." | ".." => format!("{encoded}%20"),
+        _ => encoded.replace('+', "%20"),
+    }
+}
+
 /// The reason of a refusal.
 fn error(answer: &Value) -> Option<String> {
     Problem::deserialize(answer).ok().map(|problem| problem.detail)
@@ -484,4 +495,20 @@ pub(super) async fn preview_reload(config: &Config) -> Result<ReloadPreview, Fai
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_path_leads_nowhere_else() {
+        for text in ["a/../b", "../x", "..", ".", "a?b=c#d", "a b+c", "%2e%2e", "ä😀"] {
+            let url =
+                reqwest::Url::parse(&format!("http://a/v1/{}/end", segment(text))).expect("a URL");
+            let parts: Vec<&str> = url.path().split('/').collect();
+            assert!(parts.len() == 4 && (parts[1], parts[3]) == ("v1", "end"), "{text}: {url}");
+        }
+        assert_eq!(segment("msg_1-x.y"), "msg_1-x.y");
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::io::{IsTerminal as _, Write as _};
 
+use clap::builder::NonEmptyStringValueParser;
+
 use super::{
     daemon::Asked,
     failed::Failed,
@@ -26,13 +28,13 @@ pub(super) struct Args {
     #[arg(long = "type", value_name = "PATTERN", value_parser = Pattern::try_new)]
     event_type: Option<Pattern>,
     /// Events whose actor has this id or name
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     actor: Option<String>,
     /// Events whose resource has this id or name
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     resource: Option<String>,
     /// Events with this message id, or `sha256-` and the digest of their bytes
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = NonEmptyStringValueParser::new())]
     id: Option<String>,
     /// Events that have all of these words; the last one may be the begin of a word
     #[arg(long, value_name = "WORDS")]

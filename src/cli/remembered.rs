@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use url::form_urlencoded;
 
 use super::{
-    daemon::{Asked, Daemon, Found},
+    daemon::{Asked, Daemon, Found, segment},
     failed::Failed,
     open::store_of,
     text::visible,
@@ -142,9 +142,7 @@ impl<'c> Remembered<'c> {
     pub(super) async fn delivery(&self, id: &str) -> Result<Option<Delivery>, Failed> {
         match self {
             Self::Daemon(daemon) => {
-                let id: String = form_urlencoded::byte_serialize(id.as_bytes()).collect();
-                // In a path a plus sign is no space.
-                let path = format!("deliveries/{}", id.replace('+', "%20"));
+                let path = format!("deliveries/{}", segment(id));
                 Ok(daemon.get_if_there(&path).await?.map(|answer| answer.read))
             }
             Self::Files { store, .. } => {

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{
     complete,
-    daemon::{Asked, Daemon},
+    daemon::{Asked, Daemon, segment},
     failed::Failed,
     history::{lines, reach, write},
     moment::{Span, Zone},
@@ -133,7 +133,7 @@ async fn start(daemon: &Daemon<'_>, args: &Start) -> Result<(), Failed> {
         rate: args.rate,
         dry_run: true,
     };
-    let path = format!("subscribers/{name}/replay");
+    let path = format!("subscribers/{}/replay", segment(name));
     let progress = terminal::progress("counting");
     let preview = daemon.post::<ReplayPreview>(&path, &wanted).await?;
     progress.finish_and_clear();
@@ -179,7 +179,7 @@ async fn wait(daemon: &Daemon<'_>, made: &Replay, events: u64) -> Result<Replay,
         bar.set_style(style);
     }
     loop {
-        let found = daemon.get::<Replay>(&format!("replays/{}", made.id)).await?.read;
+        let found = daemon.get::<Replay>(&format!("replays/{}", segment(&made.id))).await?.read;
         bar.set_length(events.max(found.enqueued));
         bar.set_position(found.enqueued);
         if found.state != "running" {
@@ -191,7 +191,7 @@ async fn wait(daemon: &Daemon<'_>, made: &Replay, events: u64) -> Result<Replay,
 }
 
 async fn change(daemon: &Daemon<'_>, id: &str, what: &str, json: bool) -> Result<(), Failed> {
-    let path = format!("replays/{id}/{what}");
+    let path = format!("replays/{}/{what}", segment(id));
     let replay = daemon.post::<Replay>(&path, &ChangeRequest::default()).await?;
     write(&if json { as_json(&replay) + "\n" } else { story(&replay) })
 }
@@ -249,7 +249,7 @@ fn table(list: &ReplayList, zone: &Zone) -> String {
 
 pub(super) async fn resend(asked: &Asked, args: &ResendArgs) -> Result<(), Failed> {
     let daemon = Daemon::of(asked)?;
-    let path = format!("deliveries/{}/resend", args.id);
+    let path = format!("deliveries/{}/resend", segment(&args.id));
     let resent = daemon.post::<Resent>(&path, &ChangeRequest::default()).await?;
     write(&if args.json {
         as_json(&resent) + "\n"

@@ -22,6 +22,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The number of an event in history, its message id, or `sha256-` and the digest of its bytes
+    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
     id: String,
     /// The answer as one JSON object
     #[arg(long)]

@@ -135,8 +135,23 @@ async fn an_event_is_found_and_said_where_it_went(queue: Queue) {
     let text = String::from_utf8(setup.run(&["where", "evt/1 ä"]).stdout).expect("text");
     assert!(text.contains("retrying") && text.contains("matches no pattern of 1 other"), "{text}");
 
+    for (arguments, expected) in [
+        (&["good"][..], 3),
+        (&["good", "--state", "retrying"], 0),
+        (&["--state", "delivered"], 3),
+        (&["good", "--since", "1h"], 3),
+        (&["good", "--until", "1h"], 0),
+        (&["good", "--limit", "2"], 2),
+        (&["bad", "--state", "retrying"], 3),
+    ] {
+        // The other two events may be on their way still.
+        eventually(&format!("{arguments:?}: {expected}"), async || {
+            let found = asked(&setup, &[&["deliveries", "--json"], arguments].concat());
+            found["deliveries"].as_array().map(Vec::len) == Some(expected)
+        })
+        .await;
+    }
     let found = asked(&setup, &["deliveries", "bad", "--state", "retrying", "--json"]);
-    assert_eq!(found["deliveries"].as_array().map(Vec::len), Some(3), "{found}");
     let id = found["deliveries"][0]["id"].as_str().expect("an id").to_owned();
     let shown = asked(&setup, &["deliveries", "show", &id, "--json"]);
     assert_eq!(shown["attempts"][0]["excerpt"], "out of order");
@@ -269,6 +284,8 @@ fn a_question_that_cannot_be_meant_is_a_matter_of_usage() {
             (&["history", "--type", ""], "--type"),
             (&["history", "--json", "--csv"], "cannot be used with"),
             (&["deliveries", "--state", "lost"], "in_flight"),
+            (&["history", "--actor", ""], "--actor"),
+            (&["where", ""], "ID"),
         ] {
             let output = setup.run(arguments);
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -280,7 +297,24 @@ fn a_question_that_cannot_be_meant_is_a_matter_of_usage() {
         let output = setup.run(&["deliveries", "show", "msg/../x?y"]);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.code() == Some(1) && text.contains("has no delivery"), "{text}");
+        for (arguments, part) in [
+            (&["resend", "a/../../reload"][..], "has no delivery"),
+            (&["replay", "cancel", "a/b"], "there is no replay"),
+            (
+                &["replay", "x/../../reload", "--since", "1h", "--dry-run"],
+                "no subscriber of that name",
+            ),
+        ] {
+            let output = setup.run(arguments);
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(
+                output.status.code() == Some(1) && text.contains(part),
+                "{arguments:?}: {text}"
+            );
+        }
         let token = format!("Bearer {TOKEN}");
+        let zoned = "/api/v1/events?since=2026-01-31T12:00:00%2B02:00";
+        assert_eq!(api.send("GET", zoned, &[("authorization", &token)], "").await.status, 200);
         for (query, field) in [
             ("limit=0", "limit"),
             ("limit=501", "limit"),

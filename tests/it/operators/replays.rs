@@ -228,6 +228,10 @@ fn a_request_that_is_sent_again_makes_no_second_replay_and_no_more_than_ten_run(
             assert_eq!(other.status, 422, "{other:?}");
             assert_eq!(other.json()["type"], "/problems/idempotency-key");
         }
+        let future = ask("a", "key-0", r#"{"since":"2999-01-01T00:00:00Z"}"#).await;
+        assert_eq!((future.status, &future.json()["field"]), (400, &"since".into()), "{future:?}");
+        let zoned = r#"{"since":"2026-01-31T12:00:00+02:00","dry_run":true}"#;
+        assert_eq!(ask("a", "key-0", zoned).await.status, 200);
         let long = "x".repeat(256);
         for key in ["", "\"", "\"\"", "a\"b", "\"a", "back\\slash", &long] {
             let wrong = ask("a", key, since).await;

@@ -145,6 +145,13 @@ fn every_event_comes_into_history_in_its_order_and_is_gone_from_the_queue_when_i
         );
         history.close().await;
         broker.wait_depth("history", 0).await;
+        // A channel that closes requeues what was not acked, perhaps a moment later.
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("nobody.wants", [body(9999)]).await;
+        let next = take(&mut history, 1).await;
+        let found: Vec<&[u8]> = next.iter().map(|row| &row.body[..]).collect();
+        assert_eq!(found, [body(9999).as_bytes()], "nothing comes again");
+        history.close().await;
         daemon.close().await;
     });
 }
