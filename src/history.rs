@@ -10,7 +10,12 @@ use std::{future::Future, time::Duration};
 
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
-use crate::{config::Subscribers, queue::Queue, store::Store};
+pub use self::events::Keeps;
+use crate::{
+    config::Subscribers,
+    queue::{Queue, ReplayFloor},
+    store::Store,
+};
 
 /// The time that the end of a daemon has for what is still to be recorded.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,11 +48,17 @@ impl Keeper {
         replays: replay::Replays,
     ) -> Self {
         let (stop, stops) = watch::channel(Stop::No);
+        let asked = store.clone();
+        queue.keep_for_replays(ReplayFloor::new(move || {
+            let store = asked.clone();
+            async move { store.replay_floor().await }
+        }));
         let replaying = replays.run(queue.clone(), store.clone(), subscribers.clone());
+        let (keeps, kept) = watch::channel(Keeps::Unknown);
         let events = {
             let (store, stops) = (store.clone(), stops.clone());
             tokio::spawn(async move {
-                events::record(&queue, &store, reached(stops, Stop::Events)).await;
+                events::record(&queue, &store, &keeps, reached(stops, Stop::Events)).await;
                 store.leave_the_queue().await;
             })
         };
@@ -67,7 +78,7 @@ impl Keeper {
                     _ = draining.wait_for(|reached| *reached >= Stop::Events) => {}
                 }
             };
-            tokio::join!(recorder.run(store.clone(), reached(stops, Stop::All)), upkeep);
+            tokio::join!(recorder.run(store.clone(), kept, reached(stops, Stop::All)), upkeep);
             store.close().await;
         });
         Self { stop, events, others }

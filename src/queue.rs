@@ -20,7 +20,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 pub use self::{
-    history::{GROUP_BYTES, HistorySource, HistoryStart, NoHistory},
+    history::{GROUP_BYTES, HistorySource, HistoryStart, ReplayFloor},
     removals::{Changing, HeldRemovals, Removals, some_of},
     waiting::{Hastened, Waiting, WaitingList},
 };
@@ -80,6 +80,10 @@ pub trait Queue: Clone + Send + Sync + 'static {
         &self,
         start: HistoryStart,
     ) -> impl Future<Output = Result<Self::History, QueueError>> + Send;
+
+    /// Sets whom to ask for the floor of running replays, before events are deleted that they may
+    /// have to read. Of no effect in a queue that keeps no event for history.
+    fn keep_for_replays(&self, _floor: ReplayFloor) {}
 
     /// Waits until retries and dead letters can be written.
     fn writable(&self) -> impl Future<Output = ()> + Send;
@@ -196,6 +200,19 @@ pub trait Queue: Clone + Send + Sync + 'static {
         _event: EventNumber,
     ) -> impl Future<Output = Result<Progress, QueueError>> + Send {
         std::future::ready(Ok(Progress::Unknown))
+    }
+
+    /// Whether a batch waits for an attempt, or is in flight; `None` if the queue would have to be read
+    /// for that.
+    ///
+    /// # Errors
+    /// The queue cannot be read.
+    fn has_batch(
+        &self,
+        _subscriber: &SubscriberName,
+        _id: &BatchId,
+    ) -> impl Future<Output = Result<Option<bool>, QueueError>> + Send {
+        std::future::ready(Ok(None))
     }
 
     /// The subscribers that get events, as the queue has recorded it: for commands, which do not
@@ -507,18 +524,24 @@ impl std::error::Error for SettleError {}
 pub struct QueueError {
     text: String,
     needs_operator: bool,
+    is_of_another_store: bool,
     remedy: Option<String>,
 }
 
 impl QueueError {
     /// A failure that may end by itself.
     pub fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), needs_operator: false, remedy: None }
+        Self { text: text.into(), needs_operator: false, is_of_another_store: false, remedy: None }
     }
 
     /// A failure that stays until an operator changes the queue or the configuration.
     pub fn needs_operator(text: impl Into<String>) -> Self {
-        Self { text: text.into(), needs_operator: true, remedy: None }
+        Self { needs_operator: true, ..Self::new(text) }
+    }
+
+    /// Another store has the history of the queue, until an operator moves it.
+    pub fn another_store(text: impl Into<String>) -> Self {
+        Self { is_of_another_store: true, ..Self::needs_operator(text) }
     }
 
     /// Adds the remedy, a command where there is one.
@@ -538,6 +561,11 @@ impl QueueError {
 
     pub fn is_for_operator(&self) -> bool {
         self.needs_operator
+    }
+
+    /// Whether history has no events because those of the queue go to another store.
+    pub fn is_of_another_store(&self) -> bool {
+        self.is_of_another_store
     }
 }
 

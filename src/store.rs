@@ -46,9 +46,16 @@ pub const MAX_APPEND: usize = 1000;
 
 /// What a daemon remembers. Clones share it.
 ///
-/// Every call answers in a bounded time, also while the store is away. Nothing of what an
-/// implementation is made of is visible through it.
+/// Every call but [`writable`](Self::writable) answers in a bounded time, also while the store is
+/// away. Nothing of what an implementation is made of is visible through it.
 pub trait Store: Clone + Send + Sync + 'static {
+    /// Waits until the store is open to be written, however long that takes, and tries a write that a
+    /// full disk refuses.
+    ///
+    /// # Errors
+    /// It is refused, or the store was closed.
+    fn writable(&self) -> impl Future<Output = Result<(), StoreError>> + Send;
+
     /// Adds events, oldest first, and returns when they are durable. A row without a number gets the
     /// next one. Skips repeats: a redelivered event with the message id and the bytes of a row among
     /// the latest 100,000.
@@ -235,6 +242,13 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// The store cannot be read.
     fn running_replays(&self) -> impl Future<Output = Result<Vec<Recorded>, StoreError>> + Send;
 
+    /// The number of the last row that no running replay has still to read, one that cannot be read
+    /// included; `None` if none runs.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn replay_floor(&self) -> impl Future<Output = Result<Option<EventNumber>, StoreError>> + Send;
+
     /// Records that a subscriber exists, and stores its first replay, both or none; false, and
     /// nothing has changed, if the subscriber was recorded before.
     ///
@@ -294,11 +308,17 @@ pub trait Store: Clone + Send + Sync + 'static {
 ///
 /// Calls block for a read of a disk; each thread has a log of its own.
 pub trait EventLog: Send {
-    /// The events with these numbers, as far as they are there, in the order of the numbers.
+    /// The events with these numbers, as far as they are there, in the order of the numbers, and how
+    /// many of the numbers were looked up: no more than about `bytes` of bodies are returned, unless
+    /// one alone has more.
     ///
     /// # Errors
     /// The log cannot be read.
-    fn get(&mut self, numbers: &[EventNumber]) -> Result<Vec<NewRow>, StoreError>;
+    fn get(
+        &mut self,
+        numbers: &[EventNumber],
+        bytes: usize,
+    ) -> Result<(Vec<NewRow>, usize), StoreError>;
 
     /// The first events after a number: at most `limit`, and no more than about `bytes` of bodies
     /// unless one alone has more.
@@ -319,11 +339,23 @@ pub trait EventLog: Send {
         None
     }
 
-    /// The last events before a number, the latest first: at most `limit`.
+    /// The last events before a number, the latest first: at most `limit`, and no more than about
+    /// `bytes` of bodies unless one alone has more.
     ///
     /// # Errors
     /// The log cannot be read.
-    fn before(&mut self, number: EventNumber, limit: usize) -> Result<Vec<NewRow>, StoreError>;
+    fn before(
+        &mut self,
+        number: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<NewRow>, StoreError>;
+
+    /// The number of events after a number and up to another that are there.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    fn count(&mut self, after: EventNumber, upto: EventNumber) -> Result<u64, StoreError>;
 
     /// The numbers of the first and the last event; `None` if there is none.
     ///

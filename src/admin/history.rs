@@ -101,9 +101,10 @@ impl FromQuery for Deliveries {
         let filter = DeliveryFilter {
             subscriber: given.take("subscriber", value),
             state: given.take("state", |text| {
-                let known = DeliveryState::NAMES.contains(&text);
+                let known = DeliveryState::NAMES.contains(&text) || text == DeliveryState::UNKNOWN;
                 let names = DeliveryState::NAMES.join("`, `");
-                if known { Ok(text.to_owned()) } else { Err(format!("must be one of `{names}`")) }
+                let wrong = || format!("must be one of `{names}`, `{}`", DeliveryState::UNKNOWN);
+                if known { Ok(text.to_owned()) } else { Err(wrong()) }
             }),
             since: given.take("since", time),
             until: given.take("until", time),
@@ -218,7 +219,8 @@ impl<Q: Queue, S: Store> History<Q, S> {
     ) -> Result<DeliveryList, Refusal> {
         let page =
             self.store.deliveries(&filter, before, limit, SEARCH_TIME).await.map_err(away)?;
-        let mut list = DeliveryList::new(page, self.store.reach().await.map_err(away)?);
+        let mut list =
+            DeliveryList::new(page, self.store.reach().await.map_err(away)?, clock::now());
         if !caller.sees_endpoints() {
             list.deliveries = list.deliveries.into_iter().map(Delivery::without_excerpts).collect();
         }
@@ -227,8 +229,8 @@ impl<Q: Queue, S: Store> History<Q, S> {
 
     pub(super) async fn delivery(&self, id: &str, caller: &Caller) -> Result<Delivery, Refusal> {
         match self.store.delivery(id).await.map_err(away)? {
-            Some(delivery) if caller.sees_endpoints() => Ok(Delivery::new(&delivery)),
-            Some(delivery) => Ok(Delivery::new(&delivery).without_excerpts()),
+            Some(delivery) if caller.sees_endpoints() => Ok(Delivery::new(&delivery, clock::now())),
+            Some(delivery) => Ok(Delivery::new(&delivery, clock::now()).without_excerpts()),
             None => Err(missing("history has no delivery with this id".to_owned())),
         }
     }

@@ -51,7 +51,7 @@ struct List {
     #[arg(add = complete::subscribers())]
     subscriber: Option<String>,
     /// Only those in this state
-    #[arg(long, value_parser = DeliveryState::NAMES)]
+    #[arg(long, value_parser = states())]
     state: Option<String>,
     #[command(flatten)]
     span: Span,
@@ -61,6 +61,12 @@ struct List {
     /// The deliveries and how far history reaches, as one JSON object
     #[arg(long)]
     json: bool,
+}
+
+fn states() -> clap::builder::PossibleValuesParser {
+    clap::builder::PossibleValuesParser::new(
+        DeliveryState::NAMES.into_iter().chain([DeliveryState::UNKNOWN]),
+    )
 }
 
 pub(super) async fn run(config: &Config, asked: &Asked, args: &Args) -> Result<(), Failed> {
@@ -151,6 +157,9 @@ fn answer(d: &Delivery) -> String {
 fn story(d: &Delivery, zone: &Zone) -> String {
     let mut out =
         format!("delivery {} to {}: {}\n", visible(&d.id), visible(&d.subscriber), state(d, zone));
+    if let Some(why) = &d.why {
+        out.push_str(&format!("{}\n", visible(why)));
+    }
     let format = d.format.as_deref().map_or(String::new(), |f| format!(", {}", visible(f)));
     out.push_str(&format!(
         "{}, {}{format}\n",

@@ -133,7 +133,7 @@ impl<'c> Remembered<'c> {
                 let before = row(cursor, List::Deliveries)?;
                 let page =
                     store.deliveries(filter, before, limit, READ_TIME).await.map_err(away)?;
-                Ok(DeliveryList::new(page, store.reach().await.map_err(away)?))
+                Ok(DeliveryList::new(page, store.reach().await.map_err(away)?, clock::now()))
             }
         }
     }
@@ -147,7 +147,7 @@ impl<'c> Remembered<'c> {
             }
             Self::Files { store, .. } => {
                 let found = store.delivery(id).await.map_err(away)?;
-                Ok(found.as_ref().map(Delivery::new))
+                Ok(found.as_ref().map(|found| Delivery::new(found, clock::now())))
             }
         }
     }

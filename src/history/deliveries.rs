@@ -2,7 +2,8 @@
 //!
 //! An observer of the lanes makes [`DeliveryChange`]s of their events, and puts them into a bounded
 //! channel: no lane ever waits for the store. A task, [`Recorder::run`], hands them to the store in
-//! groups. Changes for which there is no room are dropped, counted, and recorded as a [`Gap`].
+//! groups. Changes for which there is no room are dropped, counted, and recorded as a [`Gap`]. While
+//! another store has history they are dropped alone: this one keeps none.
 
 use std::{
     fmt,
@@ -22,6 +23,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use super::events::Keeps;
 use crate::{
     clock,
     delivery::{Batch, BatchId, Disposition},
@@ -45,7 +47,7 @@ const MAX_WAITING: usize = 8192;
 /// but one without its end would seem to be in flight.
 const FOR_ENDS: usize = MAX_WAITING / 4;
 
-/// Bytes of the changes that wait, about.
+/// Bytes of the changes that wait, about, those included that the store is being handed.
 const MAX_WAITING_BYTES: usize = 16 << 20;
 
 /// The most changes that the store gets at once.
@@ -207,7 +209,7 @@ fn weight(change: &DeliveryChange) -> usize {
 
 /// What the observer and the task share.
 struct Shared {
-    /// Bytes of what waits.
+    /// Bytes of what waits, and of what the store is being handed.
     bytes: AtomicUsize,
     /// A whole group waits.
     enough: Notify,
@@ -322,9 +324,14 @@ impl fmt::Debug for Recorder {
 impl Recorder {
     /// Works until `ended` completes, at the earliest when all lanes have ended; then hands over
     /// what waits, as far as the store takes it within 2 s.
-    pub async fn run<S: Store>(self, store: S, ended: impl Future<Output = ()>) {
+    pub async fn run<S: Store>(
+        self,
+        store: S,
+        keeps: watch::Receiver<Keeps>,
+        ended: impl Future<Output = ()>,
+    ) {
         let (stop, stopped) = watch::channel(false);
-        let mut work = std::pin::pin!(self.work(store, stopped));
+        let mut work = std::pin::pin!(self.work(store, keeps, stopped));
         tokio::select! {
             () = &mut work => return,
             () = ended => {}
@@ -337,7 +344,12 @@ impl Recorder {
         }
     }
 
-    async fn work<S: Store>(mut self, store: S, mut stopped: watch::Receiver<bool>) {
+    async fn work<S: Store>(
+        mut self,
+        store: S,
+        mut keeps: watch::Receiver<Keeps>,
+        mut stopped: watch::Receiver<bool>,
+    ) {
         let mut group = Vec::with_capacity(GROUP);
         loop {
             tokio::select! {
@@ -346,9 +358,13 @@ impl Recorder {
             }
             let end = *stopped.borrow();
             while self.fill(&mut group) {
-                self.hand_over(&store, &mut group, &mut stopped).await;
+                self.hand_over(&store, &mut keeps, &group, &mut stopped).await;
+                let bytes = group.drain(..).map(|change| weight(&change)).sum();
+                self.shared.bytes.fetch_sub(bytes, Ordering::Relaxed);
             }
-            self.record_gap(&store, end).await;
+            if *keeps.borrow() != Keeps::Elsewhere {
+                self.record_gap(&store, end).await;
+            }
             if end {
                 return;
             }
@@ -362,7 +378,7 @@ impl Recorder {
         let first = if is_losing { timeout(QUIET, first).await.ok() } else { Some(first.await) };
         match first {
             Some(Some(change)) => {
-                self.take(change, group);
+                group.push(change);
                 timeout(GATHER, self.shared.enough.notified()).await.ok();
             }
             // No lane is left, and only the end is to come.
@@ -371,46 +387,57 @@ impl Recorder {
         }
     }
 
-    fn take(&self, change: DeliveryChange, group: &mut Vec<DeliveryChange>) {
-        self.shared.bytes.fetch_sub(weight(&change), Ordering::Relaxed);
-        group.push(change);
-    }
-
     /// Fills a group with what waits; false if nothing does.
     fn fill(&mut self, group: &mut Vec<DeliveryChange>) -> bool {
         while group.len() < GROUP {
             match self.inbox.try_recv() {
-                Ok(change) => self.take(change, group),
+                Ok(change) => group.push(change),
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
             }
         }
         !group.is_empty()
     }
 
-    /// Hands a group to the store, and empties it. A group that the store does not take is lost in
-    /// the end.
+    /// Hands a group to the store. A group that the store does not take is lost in the end.
     async fn hand_over<S: Store>(
         &mut self,
         store: &S,
-        group: &mut Vec<DeliveryChange>,
+        keeps: &mut watch::Receiver<Keeps>,
+        group: &[DeliveryChange],
         stopped: &mut watch::Receiver<bool>,
     ) {
         let give_up = clock::instant() + GIVE_UP;
-        while let Err(e) = store.record(group.clone()).await {
-            self.failed(&e.to_string());
+        loop {
+            let kept = *keeps.borrow_and_update();
+            let handed = match kept {
+                // The recorder of events adds the gap of that time.
+                Keeps::Elsewhere => return,
+                // Nothing is recorded, and a store that is away says why.
+                Keeps::Unknown => Vec::new(),
+                Keeps::Here => group.to_vec(),
+            };
+            let why = match store.record(handed).await {
+                Ok(()) if kept == Keeps::Here => break,
+                Ok(()) => "it is not known yet which store has history".to_owned(),
+                Err(e) => e.to_string(),
+            };
+            // At the start of a daemon it is usual for a moment that nothing is known.
+            if kept == Keeps::Here || clock::instant() >= give_up {
+                self.failed(&why);
+            }
             if *stopped.borrow() || clock::instant() >= give_up {
                 let at = || group.iter().map(|change| change.at);
                 if let (Some(from), Some(until)) = (at().min(), at().max()) {
                     self.shared.lose(from, until, group.len() as u64);
                 }
-                return group.clear();
+                return;
             }
             tokio::select! {
                 () = sleep(self.backoff.grow()) => {}
                 () = until(stopped) => {}
+                Ok(()) = keeps.changed() => {}
             }
         }
-        group.clear();
         self.backoff.reset();
         self.shared.losses().works();
         if self.outage.end() {
@@ -453,7 +480,7 @@ async fn until(stopped: &mut watch::Receiver<bool>) {
 mod tests {
     use super::*;
     use crate::{
-        delivery::{AttemptLog, Failure, FailureKind, Outcome, PauseCause, Print, Reason},
+        delivery::{AttemptLog, Failure, FailureKind, Outcome, PauseCause, Print, Prints, Reason},
         event::payload::Format,
         store::{DeliveryState, StoreError, fake::FakeStore},
         telemetry::status::{Board, LaneReporter},
@@ -624,6 +651,10 @@ mod tests {
         each_change(&event, "here", NOW, |id, _| panic!("{id} was never attempted"));
     }
 
+    fn here() -> watch::Receiver<Keeps> {
+        watch::Sender::new(Keeps::Here).subscribe()
+    }
+
     /// A lane with a recorder of its events.
     struct Fixture {
         board: Board,
@@ -648,11 +679,19 @@ mod tests {
         }
 
         fn dropped(&self) -> u64 {
-            let text = self.board.metrics().expose();
-            let sample = "hooktrail_history_dropped_total{what=\"deliveries\"} ";
-            let value = text.lines().find_map(|line| line.strip_prefix(sample)).expect("exposed");
-            value.parse().expect("a number")
+            dropped(&self.board)
         }
+    }
+
+    fn dropped(board: &Board) -> u64 {
+        let text = board.metrics().expose();
+        let sample = "hooktrail_history_dropped_total{what=\"deliveries\"} ";
+        let value = text.lines().find_map(|line| line.strip_prefix(sample)).expect("exposed");
+        value.parse().expect("a number")
+    }
+
+    fn ended_with<'a>(batch: &'a Batch, outcome: &'a Outcome) -> LaneEvent<'a> {
+        ended(batch, outcome, Disposition::Delivered)
     }
 
     async fn eventually(what: &str, is_so: impl Fn() -> bool) {
@@ -671,7 +710,7 @@ mod tests {
             fixture.delivered(&format!("msg_{n}"));
         }
         let (store, dropped) = (fixture.store.clone(), fixture.dropped());
-        fixture.recorder.run(store.clone(), std::future::ready(())).await;
+        fixture.recorder.run(store.clone(), here(), std::future::ready(())).await;
         let memory = store.memory();
         let is_whole = |d: &crate::store::Delivery| {
             matches!(d.state, DeliveryState::Delivered { .. })
@@ -695,7 +734,7 @@ mod tests {
         }
         assert_eq!(fixture.dropped(), 2 * FOR_ENDS as u64, "two changes each");
         let store = fixture.store.clone();
-        fixture.recorder.run(store.clone(), std::future::ready(())).await;
+        fixture.recorder.run(store.clone(), here(), std::future::ready(())).await;
         let memory = store.memory();
         assert_eq!(memory.deliveries.len(), MAX_WAITING - FOR_ENDS);
         let [gap] = &memory.gaps[..] else { panic!("{:?}", memory.gaps) };
@@ -716,7 +755,7 @@ mod tests {
         let store = fixture.store.clone();
         let (recorder, shared) = (fixture.recorder, fixture.lane);
         let bytes = recorder.shared.clone();
-        recorder.run(store.clone(), std::future::ready(())).await;
+        recorder.run(store.clone(), here(), std::future::ready(())).await;
         drop(shared);
         assert_eq!(store.memory().deliveries.len() as u64, most);
         assert_eq!(bytes.bytes.load(Ordering::Relaxed), 0, "there is room again");
@@ -730,7 +769,7 @@ mod tests {
         let shared = fixture.recorder.shared.clone();
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let Fixture { board, lane, recorder, store: given } = fixture;
-        let running = tokio::spawn(recorder.run(given, async { drop(ended.await) }));
+        let running = tokio::spawn(recorder.run(given, here(), async { drop(ended.await) }));
         let report = |id: &str| {
             let (batch, outcome) = (batch(id), Outcome::Delivered { status: 200 });
             lane.report(&started(&batch));
@@ -750,6 +789,105 @@ mod tests {
         let text = board.metrics().expose();
         let lost = "hooktrail_history_dropped_total{what=\"deliveries\"} 3\n";
         assert!(text.contains(lost), "what cannot be recorded at the end is counted: {text}");
+    }
+
+    #[tokio::test]
+    async fn while_the_store_is_away_a_limited_number_of_changes_is_held_and_the_others_are_a_gap()
+    {
+        const DELIVERIES: usize = 100_000;
+        let fixture = Fixture::new();
+        let (store, shared) = (fixture.store.clone(), fixture.recorder.shared.clone());
+        store.memory().away = Some(StoreError::away("the disk is almost full"));
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let running =
+            tokio::spawn(fixture.recorder.run(store.clone(), here(), async { drop(ended.await) }));
+        let (whole, outcome) = (batch("msg_1"), Outcome::Delivered { status: 200 });
+        let one = weight(&DeliveryChange {
+            id: whole.id.clone(),
+            subscriber: "a".into(),
+            at: NOW,
+            change: Change::Delivered,
+        });
+        for n in 0..DELIVERIES {
+            // The recorder takes what it may hold meanwhile.
+            if n % 1000 == 0 {
+                tokio::task::yield_now().await;
+            }
+            fixture.lane.report(&started(&whole));
+            fixture.lane.report(&ended_with(&whole, &outcome));
+        }
+        let held = shared.bytes.load(Ordering::Relaxed);
+        assert!(held <= MAX_WAITING_BYTES && held >= MAX_WAITING / 2 * one, "{held} bytes");
+        let dropped = dropped(&fixture.board);
+        let waiting = 3 * DELIVERIES as u64 - dropped;
+        assert!(waiting <= (MAX_WAITING + GROUP) as u64, "{waiting} wait");
+        store.memory().away = None;
+        eventually("what waited is recorded", || store.memory().changes as u64 == waiting).await;
+        drop(end);
+        running.await.expect("ends");
+        let gaps = store.memory().gaps.clone();
+        let [gap] = &gaps[..] else { panic!("{gaps:?}") };
+        assert_eq!((gap.what, gap.missing), ("deliveries", Some(dropped)));
+        assert!(gap.why.contains("the disk is almost full"), "{}", gap.why);
+        assert_eq!(shared.bytes.load(Ordering::Relaxed), 0, "nothing is held any more");
+    }
+
+    #[tokio::test]
+    async fn what_the_store_is_being_handed_counts_as_held() {
+        let fixture = Fixture::new();
+        let (store, shared) = (fixture.store.clone(), fixture.recorder.shared.clone());
+        store.memory().away = Some(StoreError::away("it is not open"));
+        let prints: Prints = Some(vec![Print::of(b"a"); 100_000].into());
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let running =
+            tokio::spawn(fixture.recorder.run(store.clone(), here(), async { drop(ended.await) }));
+        let report = |n: usize| {
+            let batch = batch(&format!("msg_{n}"));
+            fixture.lane.report(&started(&Batch { prints: prints.clone(), ..batch }));
+        };
+        (0..50).for_each(report);
+        eventually("the store is found away", || shared.losses().outage.is_some()).await;
+        (50..100).for_each(report);
+        let most = (MAX_WAITING_BYTES / (100_000 * Print::LEN)) as u64;
+        assert_eq!(dropped(&fixture.board), 100 - most);
+        store.memory().away = None;
+        drop(end);
+        running.await.expect("ends");
+        assert_eq!(store.memory().changes as u64, most);
+    }
+
+    #[tokio::test]
+    async fn deliveries_are_recorded_only_where_history_is() {
+        let fixture = Fixture::new();
+        let (store, shared) = (fixture.store.clone(), fixture.recorder.shared.clone());
+        let keeps = watch::Sender::new(Keeps::Unknown);
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let running = tokio::spawn(
+            fixture.recorder.run(store.clone(), keeps.subscribe(), async { drop(ended.await) }),
+        );
+        let outcome = Outcome::Delivered { status: 200 };
+        let report = |id: &str| {
+            let batch = batch(id);
+            fixture.lane.report(&started(&batch));
+            fixture.lane.report(&ended_with(&batch, &outcome));
+        };
+        let recorded =
+            || store.memory().deliveries.iter().map(|d| d.id.clone()).collect::<Vec<_>>();
+        report("msg_1");
+        eventually("it is tried", || store.memory().records > 0).await;
+        assert!(recorded().is_empty(), "it is not known yet");
+        keeps.send_replace(Keeps::Here);
+        eventually("it is recorded", || recorded() == ["msg_1".into()]).await;
+        keeps.send_replace(Keeps::Elsewhere);
+        report("msg_2");
+        eventually("it is dropped", || shared.bytes.load(Ordering::Relaxed) == 0).await;
+        keeps.send_replace(Keeps::Here);
+        report("msg_3");
+        eventually("it is recorded", || recorded() == ["msg_1".into(), "msg_3".into()]).await;
+        drop(end);
+        running.await.expect("ends");
+        // The recorder of events adds the gap of the other store's time.
+        assert_eq!((dropped(&fixture.board), store.memory().gaps.len()), (0, 0));
     }
 
     #[test]

@@ -59,6 +59,9 @@ pub async fn rebuild<S: Store>(
     event_ids: bool,
 ) -> Result<Batch, NotResent> {
     match delivery.state {
+        // It may have ended; a receiver that remembers ids takes it once in any case.
+        DeliveryState::InFlight | DeliveryState::Retrying { .. }
+            if delivery.doubt(clock::now()).is_some() => {}
         DeliveryState::InFlight | DeliveryState::Retrying { .. } | DeliveryState::Paused => {
             return Err(NotResent::StillUnderWay("it waits for an attempt, or for its answer"));
         }
@@ -431,6 +434,13 @@ mod tests {
         assert!(why(&delivery).await.contains("fields alone"));
         store.memory().events.remove(1);
         assert!(why(&delivery).await.contains("has 2 of its 3 events: 1 were removed"));
+        let due = |at: std::time::SystemTime| DeliveryState::Retrying { due: at };
+        let waits = Delivery { state: due(clock::now()), ..delivery.clone() };
+        let waits = rebuild(&store, &waits, false).await;
+        assert!(matches!(waits, Err(NotResent::StillUnderWay(_))), "{waits:?}");
+        let overdue = Delivery { state: due(delivery.changed_at), ..delivery.clone() };
+        let overdue = rebuild(&store, &overdue, false).await;
+        assert!(matches!(overdue, Err(NotResent::NotTheSame(_))), "it may be resent: {overdue:?}");
         let waits = Delivery { state: DeliveryState::Paused, ..delivery };
         let waits = rebuild(&store, &waits, false).await;
         assert!(matches!(waits, Err(NotResent::StillUnderWay(_))), "{waits:?}");

@@ -52,6 +52,13 @@ pub trait Lanes: Sync {
         subscriber: &SubscriberName,
         event: EventNumber,
     ) -> impl Future<Output = Lane> + Send;
+
+    /// Whether the subscriber's queue has a batch; `None` if that is not known.
+    fn has_batch(
+        &self,
+        subscriber: &SubscriberName,
+        id: &BatchId,
+    ) -> impl Future<Output = Option<bool>> + Send;
 }
 
 /// The lanes of a queue, by what that knows.
@@ -73,6 +80,11 @@ impl<Q: Queue> Lanes for LanesOf<Q> {
         };
         let paused = self.pauses.get(subscriber).and_then(|state| state.pause().cloned());
         Lane { paused, progress }
+    }
+
+    async fn has_batch(&self, subscriber: &SubscriberName, id: &BatchId) -> Option<bool> {
+        let asked = timeout(ASK_TIME, self.queue.as_ref()?.has_batch(subscriber, id)).await;
+        asked.ok().and_then(Result::ok).flatten()
     }
 }
 
@@ -194,6 +206,15 @@ pub async fn of_event<S: Store>(
             _ => deliveries(store, &subscriber, print, event.at).await?,
         };
         let (mut fate, deliveries) = decided(&with_event, &reach.gaps);
+        if let Some(known) = &fate {
+            let decisive = deliveries.first();
+            let decisive = with_event.deliveries.iter().find(|d| Some(&d.id) == decisive);
+            if let Some(delivery) = decisive
+                && let Some(why) = doubt(known, delivery, configured, lanes, event, now).await
+            {
+                fate = Some(Fate::Unknown { why });
+            }
+        }
         if let Wish::Not(patterns) = &wish {
             spare = spare.saturating_sub(clock::instant() - begun);
             fate = Some(fate.unwrap_or(Fate::NotMatched { patterns: patterns.clone() }));
@@ -340,6 +361,36 @@ fn decided(with_event: &WithEvent, gaps: &[Gap]) -> (Option<Fate>, Vec<BatchId>)
     (fate, all.into_iter().map(|d| d.id.clone()).collect())
 }
 
+/// Why a recorded fate may not hold any more. The queue knows better where it can be asked.
+async fn doubt(
+    fate: &Fate,
+    delivery: &Delivery,
+    configured: bool,
+    lanes: &impl Lanes,
+    event: &EventRow,
+    now: SystemTime,
+) -> Option<String> {
+    match fate {
+        Fate::InFlight { .. } | Fate::Retrying { .. } => {
+            let why = delivery.doubt(now)?;
+            match lanes.has_batch(&delivery.subscriber, &delivery.id).await {
+                Some(true) => None,
+                Some(false) => Some(format!(
+                    "the queue does not have it any more, and its end is not recorded: {why}"
+                )),
+                None => Some(why),
+            }
+        }
+        // Another daemon may have resumed and delivered it.
+        Fate::Paused { .. } if configured => {
+            let lane = lanes.lane(&delivery.subscriber, event.number).await;
+            let why = "it waited for its subscriber to be resumed, which is not known to be paused any more";
+            lane.paused.is_none().then(|| why.to_owned())
+        }
+        _ => None,
+    }
+}
+
 /// The fate of an event of which no delivery is recorded, if the queue decides it.
 fn undelivered(lane: &Lane) -> Option<Fate> {
     (lane.progress == Progress::Waits).then(|| Fate::Waiting { paused: lane.paused.clone() })
@@ -421,11 +472,17 @@ mod tests {
         store: FakeStore,
         configured: BTreeMap<SubscriberName, Vec<Pattern>>,
         lane: Lane,
+        has_batch: Option<bool>,
+        now: SystemTime,
     }
 
     impl Lanes for Fixture {
         async fn lane(&self, _: &SubscriberName, _: EventNumber) -> Lane {
             self.lane.clone()
+        }
+
+        async fn has_batch(&self, _: &SubscriberName, _: &BatchId) -> Option<bool> {
+            self.has_batch
         }
     }
 
@@ -442,7 +499,8 @@ mod tests {
             };
             store.append(vec![event]).await.expect("appends");
             let configured = BTreeMap::from([("a".into(), patterns("#"))]);
-            let fixture = Self { store, configured, lane: Lane::default() };
+            let (lane, has_batch, now) = (Lane::default(), None, at(1500));
+            let fixture = Self { store, configured, lane, has_batch, now };
             fixture.subscribed("#", 10).await;
             fixture
         }
@@ -464,7 +522,7 @@ mod tests {
 
         async fn fate(&self) -> Fate {
             let event = self.store.memory().events[0].clone();
-            let found = of_event(&self.store, &event, &self.configured, self, at(5000)).await;
+            let found = of_event(&self.store, &event, &self.configured, self, self.now).await;
             found.expect("answers").remove(0).fate
         }
 
@@ -560,6 +618,44 @@ mod tests {
         f.record("m1", 3000, vec![started(1), ended(1, 500), Change::Retrying { due: at(9000) }])
             .await;
         assert_eq!(f.fate().await, Fate::Retrying { due: at(9000), last: last("m1", 1, 500) });
+    }
+
+    #[tokio::test]
+    async fn a_retry_that_is_long_overdue_is_unknown_unless_the_queue_has_it() {
+        let mut f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1), ended(1, 503), Change::Retrying { due: at(1083) }])
+            .await;
+        // Five minutes, and an eighth of 80 s.
+        f.now = at(1083 + 300 + 10);
+        let retrying = Fate::Retrying { due: at(1083), last: last("m1", 1, 503) };
+        assert_eq!(f.fate().await, retrying);
+        f.now = at(1083 + 300 + 11);
+        let why = f.unknown().await;
+        assert!(why.contains("1970-01-01T00:18:03Z") && why.contains("another daemon"), "{why}");
+        f.has_batch = Some(true);
+        assert_eq!(f.fate().await, retrying);
+        f.has_batch = Some(false);
+        assert!(f.unknown().await.contains("its end is not recorded"));
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_never_ended_is_unknown_in_the_end() {
+        let mut f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1)]).await;
+        f.now = at(1001 + 900);
+        assert_eq!(f.fate().await.name(), "in_flight");
+        f.now = at(1001 + 901);
+        assert!(f.unknown().await.contains("has no end in history"));
+    }
+
+    #[tokio::test]
+    async fn a_batch_waits_for_a_resumption_only_while_its_subscriber_is_paused() {
+        let mut f = Fixture::new().await;
+        f.record("m1", 1001, vec![started(1), ended(1, 503), Change::Paused]).await;
+        assert!(f.unknown().await.contains("resumed"));
+        let pause = Pause { why: "w".to_owned(), since: at(1), by: "operator".to_owned() };
+        f.lane.paused = Some(pause);
+        assert_eq!(f.fate().await, Fate::Paused { last: last("m1", 1, 503) });
     }
 
     #[tokio::test]

@@ -38,6 +38,7 @@ use self::{
     consumer::{LaneRef, Unsettled},
     history::{NOBODY, Untaken},
     store::{Access, Store},
+    trim::Replayed,
 };
 pub use self::{
     consumer::{Settler, Source},
@@ -53,7 +54,7 @@ use crate::{
     policy::retry::Backoff,
     queue::{
         Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, Progress, Published, Queue, QueueError,
-        Removals, WaitingList, Window,
+        Removals, ReplayFloor, WaitingList, Window,
     },
     store::EventNumber,
     telemetry::finding::Finding,
@@ -78,6 +79,8 @@ struct Inner {
     history_position: HistoryPosition,
     /// What history has not taken, as far as it was counted.
     untaken: AsyncMutex<Untaken>,
+    replay_floor: Mutex<Option<ReplayFloor>>,
+    replayed: AsyncMutex<Replayed>,
     /// The patterns of all open segments: as they stand in the database, and parsed.
     patterns: Mutex<(Vec<String>, Arc<[Pattern]>)>,
     /// Counts commits that may have something for a lane.
@@ -137,6 +140,8 @@ impl EmbeddedQueue {
             history,
             history_position,
             untaken,
+            replay_floor: Mutex::default(),
+            replayed: AsyncMutex::default(),
             patterns,
             news,
             pause_states,
@@ -385,6 +390,10 @@ impl Queue for EmbeddedQueue {
         Ok(History::open(self, &start))
     }
 
+    fn keep_for_replays(&self, floor: ReplayFloor) {
+        *self.0.replay_floor.lock().unwrap_or_else(PoisonError::into_inner) = Some(floor);
+    }
+
     async fn writable(&self) {
         let mut waits = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         // A page is written and dropped, which a full disk refuses.
@@ -540,6 +549,21 @@ impl Queue for EmbeddedQueue {
         };
         let waits = self.store().read(waits).await?;
         Ok(if waits { Progress::Waits } else { Progress::Passed })
+    }
+
+    async fn has_batch(
+        &self,
+        subscriber: &SubscriberName,
+        id: &BatchId,
+    ) -> Result<Option<bool>, QueueError> {
+        let (name, id) = (subscriber.clone(), id.clone());
+        let has = move |db: &Connection| {
+            db.prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM retry WHERE subscriber = ?1 AND batch_id = ?2)",
+            )?
+            .query_row(params![name, id.as_str()], |r| r.get(0))
+        };
+        self.store().read(has).await.map(Some)
     }
 
     async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {

@@ -7,12 +7,13 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Event, Hastened, Held, HistoryStart, NewEvent, NoHistory, Published, Queue,
+    DeadLetters, Event, Hastened, Held, HistorySource, HistoryStart, NewEvent, Published, Queue,
     QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, Waiting,
     WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
 
+use crate::store::{Gap, NewRow};
 use crate::{
     config::{Subscriber, Subscribers},
     delivery::{Batch, BatchId, Depths, MessageKind, PauseState, PauseStates, SubscriberName},
@@ -50,6 +51,60 @@ struct State {
     refuses: Option<QueueError>,
     /// The hold of the next record.
     held: Option<HeldRecord>,
+    history: History,
+}
+
+/// What history gets of it.
+#[derive(Debug, Default)]
+struct History {
+    events: VecDeque<NewRow>,
+    /// Each source finds it with its first events.
+    gap: Option<Gap>,
+    opened: usize,
+    /// The events that its sources have given, those given again included.
+    given: usize,
+    is_elsewhere: bool,
+}
+
+/// The source of history: gives events again that were not stored.
+#[derive(Debug)]
+pub(crate) struct FakeHistory {
+    fake: Fake,
+    taken: usize,
+    gap: Option<Gap>,
+}
+
+impl HistorySource for FakeHistory {
+    async fn take(&mut self, into: &mut Vec<NewRow>, max: usize) -> Result<(), QueueError> {
+        loop {
+            let rows: Vec<NewRow> = self.fake.with(|s| {
+                let rest = s.history.events.iter().skip(self.taken).take(max);
+                rest.cloned().collect()
+            });
+            if !rows.is_empty() {
+                if self.taken == 0 {
+                    self.gap = self.fake.with(|s| s.history.gap.clone());
+                }
+                self.taken += rows.len();
+                self.fake.with(|s| s.history.given += rows.len());
+                into.extend(rows);
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn stored(&mut self) -> Result<(), QueueError> {
+        self.fake.with(|s| drop(s.history.events.drain(..self.taken)));
+        self.taken = 0;
+        Ok(())
+    }
+
+    fn gaps(&mut self) -> Vec<Gap> {
+        self.gap.take().into_iter().collect()
+    }
+
+    async fn close(self) {}
 }
 
 /// A record that is begun, and waits until the test lets it go on.
@@ -127,6 +182,36 @@ impl Fake {
     pub(crate) fn opened(&self) -> usize {
         self.with(|s| s.opened)
     }
+
+    /// Adds events for history.
+    pub(crate) fn put_history(&self, events: impl IntoIterator<Item = NewRow>) {
+        self.with(|s| s.history.events.extend(events));
+    }
+
+    /// The events that history has not stored.
+    pub(crate) fn history_waits(&self) -> usize {
+        self.with(|s| s.history.events.len())
+    }
+
+    /// The events that history was given, those given again included.
+    pub(crate) fn given_to_history(&self) -> usize {
+        self.with(|s| s.history.given)
+    }
+
+    /// Lacks events of this time from now on.
+    pub(crate) fn lack(&self, gap: Option<Gap>) {
+        self.with(|s| s.history.gap = gap);
+    }
+
+    /// Gives its history to another store, or to any.
+    pub(crate) fn give_history_away(&self, is_elsewhere: bool) {
+        self.with(|s| s.history.is_elsewhere = is_elsewhere);
+    }
+
+    /// The sources of history that were opened.
+    pub(crate) fn opened_history(&self) -> usize {
+        self.with(|s| s.history.opened)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -139,7 +224,7 @@ impl Queue for Fake {
     type Source = End;
     type Settler = End;
     type DeadLetters = End;
-    type History = NoHistory;
+    type History = FakeHistory;
 
     async fn prepare(&self, _: &[Arc<Subscriber>]) -> Result<BTreeSet<SubscriberName>, QueueError> {
         Ok(BTreeSet::new())
@@ -149,8 +234,14 @@ impl Queue for Fake {
 
     async fn close(&self) {}
 
-    async fn history(&self, _: HistoryStart) -> Result<NoHistory, QueueError> {
-        Err(QueueError::new("not part of this fake"))
+    async fn history(&self, _: HistoryStart) -> Result<FakeHistory, QueueError> {
+        self.with(|s| {
+            if s.history.is_elsewhere {
+                return Err(QueueError::another_store("another store has it"));
+            }
+            s.history.opened += 1;
+            Ok(FakeHistory { fake: self.clone(), taken: 0, gap: None })
+        })
     }
 
     async fn writable(&self) {}

@@ -1,15 +1,18 @@
 //! The events of history, as a queue hands them out.
 
-use std::{future::Future, time::SystemTime};
+use std::{fmt, future::Future, sync::Arc, time::SystemTime};
+
+use futures_util::future::BoxFuture;
 
 use super::QueueError;
-use crate::store::{EventNumber, Gap, NewRow};
+use crate::store::{EventNumber, Gap, NewRow, StoreError};
 
 /// The store that a queue hands its events to, and how far it has come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HistoryStart {
-    /// The id of the store. On RabbitMQ one store alone has the history of a prefix.
-    pub store: String,
+    /// The id of the store; `None` if it is not known. On RabbitMQ one store alone has the history of
+    /// a prefix.
+    pub store: Option<String>,
     /// The number and the time of the last event in the store.
     pub last: Option<(EventNumber, SystemTime)>,
 }
@@ -49,24 +52,30 @@ pub trait HistorySource: Send {
 /// Bytes of bodies that one [`take`](HistorySource::take) returns, approximately.
 pub const GROUP_BYTES: usize = 8 << 20;
 
-/// The source of a queue that hands out no events.
-#[derive(Debug)]
-pub enum NoHistory {}
+/// Asks for the number of the last event that no running replay has still to read; `None` if no
+/// replay runs.
+#[derive(Clone)]
+pub struct ReplayFloor(Arc<dyn Fn() -> Floor + Send + Sync>);
 
-impl HistorySource for NoHistory {
-    async fn take(&mut self, _: &mut Vec<NewRow>, _: usize) -> Result<(), QueueError> {
-        match *self {}
+type Floor = BoxFuture<'static, Result<Option<EventNumber>, StoreError>>;
+
+impl ReplayFloor {
+    pub fn new<F>(ask: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Result<Option<EventNumber>, StoreError>> + Send + 'static,
+    {
+        Self(Arc::new(move || Box::pin(ask())))
     }
 
-    async fn stored(&mut self) -> Result<(), QueueError> {
-        match *self {}
+    /// # Errors
+    /// The store cannot be read.
+    pub(super) async fn ask(&self) -> Result<Option<EventNumber>, StoreError> {
+        (self.0)().await
     }
+}
 
-    fn gaps(&mut self) -> Vec<Gap> {
-        match *self {}
-    }
-
-    async fn close(self) {
-        match self {}
+impl fmt::Debug for ReplayFloor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplayFloor").finish_non_exhaustive()
     }
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use crate::{
+    clock,
     delivery::{BatchId, Failure, FailureKind, Outcome, Prints, Reason, SubscriberName},
     event::payload::Format,
 };
@@ -12,6 +13,12 @@ const MAX_EXCERPT: usize = 1024;
 
 /// The most attempts that are kept of a delivery: the first and the latest.
 const MAX_ATTEMPTS: usize = 100;
+
+/// The time by which an attempt may be late, an eighth of its delay apart: its turn may come later.
+const LATE: Duration = Duration::from_secs(5 * 60);
+
+/// The time by which the end of an attempt is recorded; no attempt takes as long.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(15 * 60);
 
 /// Something that happened to a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,6 +179,9 @@ impl DeliveryState {
     pub const NAMES: [&'static str; 7] =
         ["in_flight", "retrying", "delivered", "dead", "paused", "split", "interrupted"];
 
+    /// The name of a state that is not known any more, as [`Delivery::doubt`] says.
+    pub const UNKNOWN: &'static str = "unknown";
+
     pub const fn name(&self) -> &'static str {
         match self {
             Self::InFlight => "in_flight",
@@ -186,6 +196,32 @@ impl DeliveryState {
 }
 
 impl Delivery {
+    /// Why the recorded state may not hold any more: what followed long ago is not recorded. Another
+    /// daemon may have made it, whose deliveries are not in this history, or it was lost with a
+    /// process.
+    pub fn doubt(&self, now: SystemTime) -> Option<String> {
+        let time = clock::rfc3339_seconds;
+        match &self.state {
+            DeliveryState::Retrying { due } => {
+                let delay = due.duration_since(self.changed_at).unwrap_or_default();
+                (now > *due + LATE + delay / 8).then(|| {
+                    format!(
+                        "its next attempt was due at {}, and none is recorded: it may still wait, or another daemon may have made it",
+                        time(*due)
+                    )
+                })
+            }
+            DeliveryState::InFlight => (now > self.changed_at + LONGEST_ATTEMPT)
+                .then(|| format!("its attempt of {} has no end in history", time(self.changed_at))),
+            _ => None,
+        }
+    }
+
+    /// The name of the state, as far as it is known.
+    pub fn known_state(&self, now: SystemTime) -> &'static str {
+        self.doubt(now).map_or(self.state.name(), |_| DeliveryState::UNKNOWN)
+    }
+
     /// The delivery that a first change begins; `None` if it does not say what the batch is made
     /// of.
     pub fn begin(row: i64, change: &DeliveryChange) -> Option<Self> {

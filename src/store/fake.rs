@@ -27,6 +27,14 @@ pub(crate) struct Memory {
     pub(crate) state: StoreState,
     /// Every call fails with it, once set.
     pub(crate) away: Option<StoreError>,
+    /// What is recorded fails with it, once set; a try of a write succeeds.
+    pub(crate) refuses: Option<StoreError>,
+    /// How often it was tried whether it can be written.
+    pub(crate) tried: usize,
+    /// The number of changes of deliveries that were recorded.
+    pub(crate) changes: usize,
+    /// The number of calls that recorded them.
+    pub(crate) records: usize,
     pub(crate) events: Vec<EventRow>,
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) subscriptions: Vec<Subscription>,
@@ -41,6 +49,15 @@ pub(crate) struct Memory {
 impl FakeStore {
     pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To write.
+    fn recording(&self) -> Result<MutexGuard<'_, Memory>, StoreError> {
+        let memory = self.open()?;
+        match memory.refuses.clone() {
+            Some(refuses) => Err(refuses),
+            None => Ok(memory),
+        }
     }
 
     fn open(&self) -> Result<MutexGuard<'_, Memory>, StoreError> {
@@ -110,8 +127,24 @@ fn page<T: Clone>(mut found: Vec<T>, number: impl Fn(&T) -> i64, limit: usize) -
 }
 
 impl Store for FakeStore {
+    async fn writable(&self) -> Result<(), StoreError> {
+        loop {
+            let away = {
+                let mut memory = self.memory();
+                memory.tried += 1;
+                memory.away.clone()
+            };
+            match away {
+                // What is not away can be tried.
+                Some(e) if !e.is_away() => return Err(e),
+                Some(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+                None => return Ok(()),
+            }
+        }
+    }
+
     async fn append(&self, events: Vec<NewRow>) -> Result<Appended, StoreError> {
-        let mut memory = self.open()?;
+        let mut memory = self.recording()?;
         let mut appended = Appended::default();
         for new in events {
             let next = memory.events.last().map_or(1, |last| last.number.0 + 1);
@@ -167,7 +200,9 @@ impl Store for FakeStore {
     }
 
     async fn record(&self, changes: Vec<DeliveryChange>) -> Result<(), StoreError> {
-        let mut memory = self.open()?;
+        let mut memory = self.recording()?;
+        memory.changes += changes.len();
+        memory.records += 1;
         for change in changes {
             match memory.deliveries.iter_mut().find(|d| d.id == change.id) {
                 Some(delivery) => delivery.apply(&change),
@@ -191,7 +226,7 @@ impl Store for FakeStore {
         let rows = memory.deliveries.iter().rev().filter(|d| {
             before.is_none_or(|b| d.row < b)
                 && filter.subscriber.as_ref().is_none_or(|s| d.subscriber.as_str() == s)
-                && filter.state.as_ref().is_none_or(|s| d.state.name() == s)
+                && filter.state.as_ref().is_none_or(|s| d.known_state(crate::clock::now()) == s)
                 && filter.since.is_none_or(|since| d.begun_at >= since)
                 && filter.until.is_none_or(|until| d.begun_at < until)
         });
@@ -258,7 +293,7 @@ impl Store for FakeStore {
     }
 
     async fn add_gap(&self, gap: Gap) -> Result<(), StoreError> {
-        self.open()?.gaps.push(gap);
+        self.recording()?.gaps.push(gap);
         Ok(())
     }
 
@@ -364,6 +399,11 @@ impl Store for FakeStore {
 
     async fn running_replays(&self) -> Result<Vec<Recorded>, StoreError> {
         Ok(self.open()?.running())
+    }
+
+    async fn replay_floor(&self) -> Result<Option<EventNumber>, StoreError> {
+        let running = self.open()?.running();
+        Ok(running.iter().flatten().map(|replay| replay.progress.position).min())
     }
 
     async fn introduce(

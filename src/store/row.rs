@@ -109,7 +109,8 @@ pub struct Reach {
     pub deliveries_from: Option<SystemTime>,
     /// Why it begins there, in words for a reader.
     pub why: String,
-    /// The last event that is in history.
+    /// The last event that was ever added to history, with its time; of one that was removed the
+    /// latest that it can have.
     pub last: Option<(EventNumber, SystemTime)>,
     /// Oldest first.
     pub gaps: Vec<Gap>,

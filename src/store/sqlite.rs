@@ -213,6 +213,16 @@ pub fn delete_store(data_dir: &Path) -> std::io::Result<()> {
 }
 
 impl Store for SqliteStore {
+    async fn writable(&self) -> Result<(), StoreError> {
+        let is_settled =
+            |s: &StoreState| matches!(s.history, HistoryState::Open | HistoryState::Closed);
+        // An error means that the store is gone; the write says so.
+        self.state().wait_for(is_settled).await.ok();
+        // What is added and removed in one transaction needs no room.
+        self.change(|db| db.execute(PROBE, []).map(drop)).await?;
+        self.change(|db| db.execute("DELETE FROM meta WHERE key = 'probe'", []).map(drop)).await
+    }
+
     async fn append(&self, events: Vec<NewRow>) -> Result<Appended, StoreError> {
         if events.len() > MAX_APPEND {
             return Err(StoreError::new(format!("more than {MAX_APPEND} events at once")));
@@ -351,7 +361,11 @@ impl Store for SqliteStore {
         since: SystemTime,
         until: Option<SystemTime>,
     ) -> Result<Option<Extent>, StoreError> {
-        self.read(By::Reader, move |db, _| Ok(replays::extent(db, since, until)?)).await
+        let extent = move |db: &Connection, source: &mut Source<'_>| {
+            let deadline = clock::instant() + COUNT_TIME;
+            replays::extent(db, source, (since, until), deadline)
+        };
+        self.read(By::Looker, extent).await
     }
 
     async fn add_replay(
@@ -388,6 +402,10 @@ impl Store for SqliteStore {
 
     async fn running_replays(&self) -> Result<Vec<Recorded>, StoreError> {
         self.read_precious(replays::running).await
+    }
+
+    async fn replay_floor(&self) -> Result<Option<EventNumber>, StoreError> {
+        Ok(self.read_precious(replays::floor).await?.map(EventNumber))
     }
 
     async fn introduce(
@@ -451,6 +469,12 @@ impl Store for SqliteStore {
         self.0.close().await;
     }
 }
+
+/// Writes 64 KiB, to try whether there is room.
+const PROBE: &str = "INSERT OR REPLACE INTO meta (key, value) VALUES ('probe', zeroblob(65536))";
+
+/// The time for which the rows of a new replay are counted.
+const COUNT_TIME: Duration = Duration::from_secs(1);
 
 /// The longest time of a search by id.
 const ID_TIME: Duration = Duration::from_secs(2);

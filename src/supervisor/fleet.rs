@@ -477,7 +477,7 @@ mod tests {
     use crate::{
         config::{Config, testing},
         delivery::Print,
-        history::deliveries::recording,
+        history::{Keeps, deliveries::recording},
         queue::{SettleError, fake::Fake},
         store::{Delivery, fake::FakeStore},
         telemetry::metrics::Metrics,
@@ -656,7 +656,9 @@ mod tests {
         })
         .await;
         let store = FakeStore::default();
-        recorder.run(store.clone(), std::future::ready(())).await;
+        recorder
+            .run(store.clone(), watch::Sender::new(Keeps::Here).subscribe(), std::future::ready(()))
+            .await;
         let prints = |events: &[&str]| events.iter().map(|e| Print::of(e.as_bytes())).collect();
         let mut accepted = deliveries(&store, "accepts");
         accepted.sort_by_key(|d| d.state.name());
@@ -694,7 +696,9 @@ mod tests {
         })
         .await;
         let store = FakeStore::default();
-        recorder.run(store.clone(), std::future::ready(())).await;
+        recorder
+            .run(store.clone(), watch::Sender::new(Keeps::Here).subscribe(), std::future::ready(()))
+            .await;
         assert_eq!(states(&deliveries(&store, "a")), ["interrupted", "delivered"]);
     }
 

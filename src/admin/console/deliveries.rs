@@ -65,7 +65,7 @@ fn filters(form: &Form, subscribers: &[String], refusal: Option<&Refusal>) -> Ma
                 label for="state" { "State" }
                 select id="state" name="state" {
                     (option("", "all", form.get("state")))
-                    @for name in DeliveryState::NAMES { (option(name, &name.replace('_', " "), form.get("state"))) }
+                    @for name in DeliveryState::NAMES.into_iter().chain([DeliveryState::UNKNOWN]) { (option(name, &name.replace('_', " "), form.get("state"))) }
                 }
                 @if let Some(wrong) = mistake(refusal, "state") { span.wrong { (text(wrong)) } }
             }
@@ -142,7 +142,11 @@ fn row(one: &Delivery) -> Markup {
 fn became(one: &Delivery) -> Markup {
     html! {
         (state(Tone::of_state(&one.state), &one.state))
-        @if let Some(at) = one.next_attempt_at { span.sub { "next " (time(at)) } }
+        @match (&one.why, one.next_attempt_at) {
+            (Some(why), _) => span.sub { (text(why)) },
+            (None, Some(at)) => span.sub { "next " (time(at)) },
+            (None, None) => {},
+        }
         @if let Some(reason) = &one.reason { span.sub { (text(&reason.replace('_', " "))) } }
     }
 }
@@ -178,7 +182,7 @@ pub(super) fn one(session: &Session, found: Result<Delivery, Refusal>) -> Respon
                 @if one.replay { dt { "Replay" } dd { "an operator sent it again" } }
                 dt { "Begun" } dd { (time(one.begun_at)) }
                 @if let Some(at) = one.delivered_at { dt { "Delivered" } dd { (time(at)) } }
-                @if let Some(at) = one.next_attempt_at { dt { "Next attempt" } dd { (time(at)) } }
+                @if let Some(at) = one.next_attempt_at { dt { "Next attempt due" } dd { (time(at)) } }
             }
         }
         h2 { "Attempts" }

@@ -131,7 +131,7 @@ impl From<store::Reach> for Reach {
             events_from: reach.events_from.map(Time),
             deliveries_from: reach.deliveries_from.map(Time),
             why: reach.why,
-            last_event_at: reach.last.map(|(_, at)| Time(at)),
+            last_event_at: reach.last.filter(|_| reach.events > 0).map(|(_, at)| Time(at)),
             gaps: reach.gaps.into_iter().map(gap).collect(),
         }
     }
@@ -282,11 +282,11 @@ pub struct DeliveryList {
 }
 
 impl DeliveryList {
-    pub fn new(page: Page<store::Delivery>, reach: store::Reach) -> Self {
+    pub fn new(page: Page<store::Delivery>, reach: store::Reach, now: SystemTime) -> Self {
         Self {
             next: next(List::Deliveries, page.next),
             searched_back_to: page.searched_back_to.map(Time),
-            deliveries: page.rows.iter().map(Delivery::new).collect(),
+            deliveries: page.rows.iter().map(|of| Delivery::new(of, now)).collect(),
             history: reach.into(),
         }
     }
@@ -299,8 +299,11 @@ pub struct Delivery {
     pub subscriber: String,
     /// `json` or `jsonl`; `None` of a single event that never became a batch.
     pub format: Option<String>,
-    /// `in_flight`, `retrying`, `delivered`, `dead`, `paused`, `split`, `interrupted`.
+    /// `in_flight`, `retrying`, `delivered`, `dead`, `paused`, `split`, `interrupted`, `unknown`.
     pub state: String,
+    /// Why the state is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     pub delivered_at: Option<Time>,
     pub next_attempt_at: Option<Time>,
     /// Why it is a dead letter.
@@ -336,7 +339,7 @@ pub struct Attempt {
 }
 
 impl Delivery {
-    pub fn new(of: &store::Delivery) -> Self {
+    pub fn new(of: &store::Delivery, now: SystemTime) -> Self {
         let contents = &of.contents;
         let hex = |digest: [u8; 32]| digest.iter().map(|b| format!("{b:02x}")).collect::<String>();
         let time = |at: &SystemTime| Some(Time(*at));
@@ -350,7 +353,8 @@ impl Delivery {
             id: of.id.to_string(),
             subscriber: of.subscriber.to_string(),
             format: contents.format.map(|format| format.name().to_owned()),
-            state: of.state.name().to_owned(),
+            state: of.known_state(now).to_owned(),
+            why: of.doubt(now),
             delivered_at,
             next_attempt_at,
             reason,

@@ -255,7 +255,7 @@ fn event_where(full: bool) -> EventWhere {
     }
 }
 
-fn delivery() -> Delivery {
+fn delivery(full: bool) -> Delivery {
     let attempt = Attempt {
         number: 1,
         at: time(),
@@ -270,6 +270,7 @@ fn delivery() -> Delivery {
         subscriber: text(),
         format: Some("json".to_owned()),
         state: "retrying".to_owned(),
+        why: full.then(text),
         delivered_at: Some(time()),
         next_attempt_at: Some(time()),
         reason: Some(text()),
@@ -286,7 +287,7 @@ fn delivery() -> Delivery {
 
 fn delivery_list(more: bool) -> DeliveryList {
     DeliveryList {
-        deliveries: vec![delivery()],
+        deliveries: vec![delivery(more)],
         next: more.then(text),
         searched_back_to: more.then(time),
         history: reach(),
@@ -351,7 +352,7 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
         ("/api/v1/events", "get", "200", sample(event_list(true), event_list(false))),
         ("/api/v1/events/{number}", "get", "200", sample(event_where(true), event_where(false))),
         ("/api/v1/deliveries", "get", "200", sample(delivery_list(true), delivery_list(false))),
-        ("/api/v1/deliveries/{id}", "get", "200", sample(delivery(), delivery())),
+        ("/api/v1/deliveries/{id}", "get", "200", sample(delivery(true), delivery(false))),
         ("/api/v1/deliveries/{id}/resend", "post", "202", sample(resent(), resent())),
         ("/api/v1/subscribers/{name}/replay", "post", "202", sample(replay(true), replay(false))),
         (
@@ -530,7 +531,9 @@ fn the_words_of_the_document_are_those_of_the_types() {
     let failures = listed("/components/schemas/Failure/enum");
     assert_eq!(failures, FailureKind::ALL.map(FailureKind::name));
     let deliveries = listed("/components/schemas/Delivery/properties/state/enum");
-    assert_eq!(deliveries, crate::store::DeliveryState::NAMES);
+    let names = crate::store::DeliveryState::NAMES;
+    let unknown = crate::store::DeliveryState::UNKNOWN;
+    assert_eq!(deliveries, names.into_iter().chain([unknown]).collect::<Vec<_>>());
     let lane_states = [
         status::State::Ok,
         status::State::Waiting { since: SystemTime::UNIX_EPOCH },

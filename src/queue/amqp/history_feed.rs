@@ -110,7 +110,7 @@ fn closed() -> QueueError {
 
 /// The error of a daemon whose store has no history.
 fn another_store(shared: &Shared) -> QueueError {
-    QueueError::needs_operator(format!(
+    QueueError::another_store(format!(
         "another store has the history of [queue] prefix `{}`: this daemon delivers, and keeps none",
         shared.topology.prefix()
     ))
@@ -126,9 +126,12 @@ impl History {
             return Err(QueueError::needs_operator("history is off in the configuration"));
         }
         let HistoryStart { store, last } = start;
+        let store = store.ok_or_else(|| {
+            QueueError::new("the id of the store is not known, and one store alone gets events")
+        })?;
         shared.history.own.get_or_init(|| store.clone());
         if let Err(e) = claim(shared, &store).await {
-            shared.history.wanted.send_replace(false);
+            shared.history.want(false);
             shared
                 .troubles
                 .send_if_modified(|all| all.begins(ABOUT, Harms::History, e.to_string()));
@@ -138,7 +141,7 @@ impl History {
         if let Some((_, at)) = last {
             shared.history.stored(at);
         }
-        shared.history.wanted.send_replace(true);
+        shared.history.want(true);
         let mut state = shared.history.queue.subscribe();
         state.wait_for(|state| *state == QueueState::Bound).await.map_err(|_| closed())?;
         Self::consume(shared, store).await.inspect_err(|_| shared.history.suspect())
@@ -307,7 +310,7 @@ impl HistorySource for History {
             Ok(_) = moved => {}
             taken = taking => return taken.inspect_err(|_| self.shared.history.suspect()),
         }
-        self.shared.history.wanted.send_replace(false);
+        self.shared.history.want(false);
         Err(another_store(&self.shared))
     }
 

@@ -56,6 +56,12 @@ impl HistoryState {
         self.suspected.notify_one();
     }
 
+    /// This daemon's store has history, or has none.
+    pub(super) fn want(&self, wants: bool) {
+        // Only a change wakes the upkeep, which asks the broker.
+        self.wanted.send_if_modified(|wanted| std::mem::replace(wanted, wants) != wants);
+    }
+
     fn lost(&self) -> MutexGuard<'_, Lost> {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }

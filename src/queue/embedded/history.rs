@@ -18,7 +18,6 @@ use crate::{
     queue::QueueError,
     sqlite::{self, Reader},
     store::{EventLog, EventNumber, Gap, NewRow, StoreError},
-    wording::counted,
 };
 
 /// `only_for` of an event that matched no subscriber: history alone has it.
@@ -30,10 +29,28 @@ const CHUNK: u32 = 1000;
 /// How far history has taken the log, as its recorder reports it. Clones share it.
 ///
 /// Until then nothing is known, and the log keeps everything back that history could still want.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct HistoryPosition(Arc<AtomicI64>);
 
+/// How far history has taken the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TakenTo {
+    /// Its recorder has not reported yet: the store may be away.
+    Unknown,
+    /// The number of the last event that it has taken.
+    Event(i64),
+    /// It takes none.
+    Off,
+}
+
+impl Default for HistoryPosition {
+    fn default() -> Self {
+        Self(Arc::new(AtomicI64::new(Self::UNKNOWN)))
+    }
+}
+
 impl HistoryPosition {
+    const UNKNOWN: i64 = -1;
     const OFF: i64 = i64::MAX;
 
     /// Reports the last event that is durable in history, or that it will never take.
@@ -46,41 +63,50 @@ impl HistoryPosition {
         self.0.store(Self::OFF, Ordering::Relaxed);
     }
 
-    /// The number of the last event that history has taken; `None` if it takes none.
-    pub(super) fn get(&self) -> Option<i64> {
-        Some(self.0.load(Ordering::Relaxed)).filter(|taken| *taken != Self::OFF)
+    pub(super) fn get(&self) -> TakenTo {
+        match self.0.load(Ordering::Relaxed) {
+            Self::UNKNOWN => TakenTo::Unknown,
+            Self::OFF => TakenTo::Off,
+            taken => TakenTo::Event(taken),
+        }
     }
 }
 
-/// The part of the log that history has not taken, counted as far as that was needed.
+/// A part of the log that is kept for history, counted as far as that was needed: what it has not
+/// taken, or what replays have still to read.
 #[derive(Debug, Default)]
 pub(super) struct Untaken {
     /// Bytes of runs of events, each with the number of its last one; the first run begins after
     /// `counted_from`.
     runs: VecDeque<(i64, u64)>,
     counted_from: i64,
-    /// It has more than `max_bytes`, so that events are deleted that history has not taken.
-    overflows: bool,
+    /// The last event that was deleted although history had not taken it, until it is past that.
+    lost_upto: Option<i64>,
 }
 
 impl Untaken {
-    /// Logs when events begin to be deleted untaken, and when that ends.
-    pub(super) fn overflow(&mut self, overflows: bool) {
-        match (self.overflows, overflows) {
-            (false, true) => tracing::warn!(
-                "history is more than `max_bytes` of [history] behind: the embedded queue deletes events that it has not taken"
-            ),
-            (true, false) => {
-                tracing::info!("history has caught up with what the embedded queue deletes")
+    /// Logs when events begin to be deleted untaken, up to `upto`, and when history is past them.
+    pub(super) fn lose(&mut self, position: i64, upto: Option<i64>) {
+        if upto.is_some() {
+            if self.lost_upto.is_none() {
+                tracing::warn!(
+                    "history is more than `max_bytes` of [history] behind: the embedded queue deletes events that it has not taken"
+                );
             }
-            _ => {}
+            self.lost_upto = upto;
+        } else if self.lost_upto.is_some_and(|lost| position >= lost) {
+            tracing::info!("history has caught up with what the embedded queue deletes");
+            self.lost_upto = None;
         }
-        self.overflows = overflows;
     }
 
     /// Forgets what history has taken meanwhile. Returns the number after which is still to be
     /// counted.
     pub(super) fn taken(&mut self, position: i64) -> i64 {
+        // Of an earlier begin nothing was counted: a replay of older events was made.
+        if position < self.counted_from {
+            self.runs.clear();
+        }
         while self.runs.front().is_some_and(|(upto, _)| *upto <= position) {
             self.counted_from = self.runs.pop_front().map_or(0, |(upto, _)| upto);
         }
@@ -88,6 +114,11 @@ impl Untaken {
             self.counted_from = position;
         }
         self.runs.back().map_or(self.counted_from, |(upto, _)| *upto)
+    }
+
+    #[cfg(test)]
+    pub(super) const fn loses(&self) -> bool {
+        self.lost_upto.is_some()
     }
 
     pub(super) fn add(&mut self, (upto, bytes): (i64, u64)) {
@@ -118,17 +149,24 @@ pub(super) fn first_untaken(
     .optional()
 }
 
-/// The last number of the next run of events, and their bytes; `None` at the end of the log.
-pub(super) fn next_run(db: &Connection, after: i64) -> rusqlite::Result<Option<(i64, u64)>> {
+/// The last number of the next run of events, and their bytes; `None` at the end of the log, or if
+/// one of them was stored at `before` or later.
+pub(super) fn next_run(
+    db: &Connection,
+    after: i64,
+    before: i64,
+) -> rusqlite::Result<Option<(i64, u64)>> {
     // Of a body that is not read, only the length; the rest is about what a row takes besides.
     db.prepare_cached(
-        "SELECT max(seq), sum(bytes) FROM \
-         (SELECT seq, length(body) + length(type) + 64 AS bytes FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2)",
+        "SELECT max(seq), sum(bytes), max(at) FROM \
+         (SELECT seq, at, length(body) + length(type) + 64 AS bytes FROM event WHERE seq > ?1 ORDER BY seq LIMIT ?2)",
     )?
     .query_row(params![after, CHUNK], |r| {
         let upto: Option<i64> = r.get(0)?;
         let bytes: Option<i64> = r.get(1)?;
-        Ok(upto.zip(bytes).map(|(upto, bytes)| (upto, bytes.unsigned_abs())))
+        let is_before = r.get::<_, Option<i64>>(2)?.is_some_and(|at| at < before);
+        let run = upto.zip(bytes).filter(|_| is_before);
+        Ok(run.map(|(upto, bytes)| (upto, bytes.unsigned_abs())))
     })
 }
 
@@ -184,7 +222,6 @@ struct Holes {
     last: (i64, i64),
     /// When the row before the first hole and that after the last one were stored.
     found: Option<(i64, i64)>,
-    deleted: i64,
 }
 
 impl Holes {
@@ -193,7 +230,6 @@ impl Holes {
         if seq > before + 1 {
             let from = self.found.map_or(stored, |(from, _)| from);
             self.found = Some((from, at));
-            self.deleted += seq - before - 1;
         }
         self.last = (seq, at);
     }
@@ -205,27 +241,33 @@ impl Holes {
             from: at(from),
             until: at(until),
             what: "events",
-            why: format!(
-                "the embedded queue deleted up to {} before history had taken them",
-                counted(self.deleted.unsigned_abs(), "event(s)")
-            ),
-            // Replays of dead letters are among the numbers.
+            why: "the embedded queue deleted events before history had taken them".to_owned(),
+            // Replays of dead letters are among the numbers that are missing.
             missing: None,
         })
     }
 }
 
 impl EventLog for Log {
-    fn get(&mut self, numbers: &[EventNumber]) -> Result<Vec<NewRow>, StoreError> {
+    fn get(
+        &mut self,
+        numbers: &[EventNumber],
+        bytes: usize,
+    ) -> Result<(Vec<NewRow>, usize), StoreError> {
         let found = self.reader.read(|db| {
             let mut query = db.prepare_cached(&format!("{COLUMNS} WHERE seq = ?1"))?;
             let mut rows = Vec::with_capacity(numbers.len());
-            for number in numbers {
+            let mut size = 0;
+            for (looked_up, number) in numbers.iter().enumerate() {
                 if let Some(Read::Event(row)) = query.query_row([number.0], read).optional()? {
+                    size += row.body.len();
+                    if size > bytes && !rows.is_empty() {
+                        return Ok((rows, looked_up));
+                    }
                     rows.push(row);
                 }
             }
-            Ok(rows)
+            Ok((rows, numbers.len()))
         });
         found.map_err(|e| unreadable(&e))
     }
@@ -240,7 +282,7 @@ impl EventLog for Log {
         let skips = (from..=upto).contains(&number.0);
         let start = if skips { upto } else { number.0 };
         let stored = if self.last.0 == start { self.last.1 } else { 0 };
-        let mut holes = Holes { last: (start, stored), found: None, deleted: 0 };
+        let mut holes = Holes { last: (start, stored), found: None };
         let found = self.reader.read(|db| {
             let mut query = db.prepare_cached(&format!("{COLUMNS} WHERE seq > ?1 ORDER BY seq"))?;
             let (mut rows, mut taken) = (Vec::new(), 0);
@@ -274,21 +316,42 @@ impl EventLog for Log {
         self.gap.clone()
     }
 
-    fn before(&mut self, number: EventNumber, limit: usize) -> Result<Vec<NewRow>, StoreError> {
+    fn before(
+        &mut self,
+        number: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<NewRow>, StoreError> {
         let found = self.reader.read(|db| {
             let sql = format!(
                 "{COLUMNS} WHERE seq < ?1 AND (only_for IS NULL OR only_for = ?2) ORDER BY seq DESC LIMIT ?3"
             );
             let limit = i64::try_from(limit).unwrap_or(i64::MAX);
             let mut query = db.prepare_cached(&sql)?;
-            let rows = query.query_map(params![number.0, NOBODY, limit], read)?;
-            let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
-            Ok(rows.into_iter().filter_map(|row| match row {
-                Read::Event(row) => Some(row),
-                Read::Replay => None,
-            }).collect())
+            let mut found = query.query(params![number.0, NOBODY, limit])?;
+            let (mut rows, mut size) = (Vec::new(), 0);
+            while let Some(row) = found.next()? {
+                let Read::Event(row) = read(row)? else { continue };
+                size += row.body.len();
+                if size > bytes && !rows.is_empty() {
+                    break;
+                }
+                rows.push(row);
+            }
+            Ok(rows)
         });
         found.map_err(|e| unreadable(&e))
+    }
+
+    fn count(&mut self, after: EventNumber, upto: EventNumber) -> Result<u64, StoreError> {
+        let found = self.reader.read(|db| {
+            // Reads no body that has pages of its own.
+            db.prepare_cached(
+                "SELECT count(*) FROM event WHERE seq > ?1 AND seq <= ?2 AND (only_for IS NULL OR only_for = ?3)",
+            )?
+            .query_row(params![after.0, upto.0, NOBODY], |r| r.get::<_, i64>(0))
+        });
+        found.map(i64::unsigned_abs).map_err(|e| unreadable(&e))
     }
 
     fn end(&mut self) -> Result<EventNumber, StoreError> {
@@ -370,9 +433,10 @@ mod tests {
             redelivered: false,
         };
         assert_eq!(rows[0], expected);
-        assert_eq!(numbers(&log.get(&[n(4), n(2), n(1), n(99)]).expect("reads")), [4, 1]);
-        assert_eq!(numbers(&log.before(n(4), 100).expect("reads")), [3, 1]);
-        assert_eq!(numbers(&log.before(n(7), 2).expect("reads")), [4, 3]);
+        assert_eq!(numbers(&log.get(&[n(4), n(2), n(1), n(99)], 99).expect("reads").0), [4, 1]);
+        assert_eq!(numbers(&log.before(n(4), 100, usize::MAX).expect("reads")), [3, 1]);
+        assert_eq!(numbers(&log.before(n(7), 2, usize::MAX).expect("reads")), [4, 3]);
+        assert_eq!((log.count(n(0), n(6)), log.count(n(1), n(3))), (Ok(3), Ok(1)));
         assert_eq!(log.bounds(), Ok(Some((n(1), n(4)))));
         for _ in 0..2 {
             assert_eq!(log.after(n(4), 100, usize::MAX), Ok(Vec::new()));
@@ -388,8 +452,16 @@ mod tests {
     async fn an_answer_has_as_many_bytes_as_it_may_or_one_event() {
         let dir = tempfile::tempdir().expect("a directory");
         let (_queue, mut log) = log(&dir, &["event"; 5]).await;
-        let mut after = |bytes| numbers(&log.after(EventNumber(0), 100, bytes).expect("reads"));
+        let n = EventNumber;
+        let mut after = |bytes| numbers(&log.after(n(0), 100, bytes).expect("reads"));
         assert_eq!((after(1), after(5)), (vec![1], vec![1, 2]));
+        let mut before = |bytes| numbers(&log.before(n(6), 100, bytes).expect("reads"));
+        assert_eq!((before(1), before(5)), (vec![5], vec![5, 4]));
+        let mut get = |bytes| {
+            let (rows, looked_up) = log.get(&[n(9), n(4), n(2), n(1)], bytes).expect("reads");
+            (numbers(&rows), looked_up)
+        };
+        assert_eq!((get(1), get(5), get(6)), ((vec![4], 2), (vec![4, 2], 3), (vec![4, 2, 1], 4)));
     }
 
     #[tokio::test]
@@ -406,7 +478,6 @@ mod tests {
         let (_, found) = gap(1);
         let found = found.expect("some are missing");
         assert_eq!((found.from, found.until), (SystemTime::UNIX_EPOCH, from_millis(7000)));
-        assert!(found.why.contains("up to 3 events"), "{}", found.why);
         assert_eq!(gap(8), (vec![9], None));
         assert_eq!(gap(9), (vec![], None));
     }
@@ -425,5 +496,9 @@ mod tests {
         assert_eq!((untaken.floor(2010, 100), untaken.floor(2010, 99)), (2010, 3010));
         assert_eq!(untaken.taken(5000), 5000);
         assert_eq!(untaken.floor(5000, 0), 5000);
+        untaken.add((6000, 100));
+        assert_eq!(untaken.taken(4000), 4000, "an earlier begin is counted from there");
+        untaken.add((5000, 100));
+        assert_eq!((untaken.floor(4000, 100), untaken.floor(4000, 99)), (4000, 5000));
     }
 }

@@ -178,15 +178,11 @@ pub(super) fn reach(
     horizon: i64,
 ) -> Result<Reach, Fault> {
     let mut chunks = Chunk::list(db)?;
+    let last = last(db, source, chunks.first(), horizon)?;
     chunks.retain(|chunk| chunk.max_at >= horizon);
     let oldest = match chunks.last() {
         Some(chunk) => first_event(db, source, chunk)?,
         None => None,
-    };
-    let last = chunk::last_event(db)?;
-    let last = match chunks.first() {
-        Some(chunk) if chunk.last == last => source.event(db, chunk, last)?,
-        _ => None,
     };
     let (deliveries_from, deliveries) = deliveries::extent(db)?;
     let shown = |at: i64| time(at.max(horizon));
@@ -194,12 +190,31 @@ pub(super) fn reach(
         events_from: oldest.map(|(at, _)| shown(at)),
         deliveries_from: deliveries_from.map(shown),
         why: why(db, config, horizon, oldest.is_some_and(|(_, is_first)| !is_first))?,
-        last: last.map(|row| (row.number, row.at)),
+        last,
         gaps: gaps(db, horizon)?,
         bytes: u64::try_from(file_bytes(db)?.0).unwrap_or(0),
         events: u64::try_from(chunks.iter().map(|chunk| chunk.events).sum::<i64>()).unwrap_or(0),
         deliveries,
     })
+}
+
+/// The last event that was ever added, also if it was removed: then the latest time that it can have.
+fn last(
+    db: &Connection,
+    source: &mut Source<'_>,
+    latest: Option<&Chunk>,
+    horizon: i64,
+) -> Result<Option<(EventNumber, SystemTime)>, Fault> {
+    let last = chunk::last_event(db)?;
+    let at = match latest.filter(|chunk| chunk.last == last) {
+        Some(chunk) => match source.event(db, chunk, last)? {
+            Some(row) => row.at,
+            // The log has deleted it.
+            None => time(chunk.max_at),
+        },
+        None => time(horizon),
+    };
+    Ok((last > 0).then_some((EventNumber(last), at)))
 }
 
 /// The time of the first event of a chunk that is still there, and whether it is the chunk's first.

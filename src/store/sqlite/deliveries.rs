@@ -151,11 +151,13 @@ pub(super) fn list(
     horizon: i64,
 ) -> rusqlite::Result<Page<Delivery>> {
     let mut page = Page { rows: Vec::new(), next: None, searched_back_to: None };
-    let state = filter.state.as_deref().map(state_number);
+    // Those of an unknown state are stored with the state that they had.
+    let is_unknown = filter.state.as_deref() == Some(DeliveryState::UNKNOWN);
+    let state = filter.state.as_deref().filter(|_| !is_unknown).map(state_number);
     if limit == 0 || state == Some(None) {
         return Ok(page);
     }
-    let state = state.flatten();
+    let (state, now) = (state.flatten(), clock::now());
     let since = filter.since.map_or(horizon, |since| millis(since).max(horizon));
     let mut sql = format!("SELECT {COLUMNS} FROM delivery WHERE row < ?1 AND row >= ?2");
     sql.push_str(match &filter.subscriber {
@@ -163,6 +165,7 @@ pub(super) fn list(
         None => " AND ?3 IS NULL",
     });
     sql.push_str(match state {
+        None if is_unknown => " AND ?4 IS NULL AND state < 2 AND state <> 2",
         None => " AND ?4 IS NULL",
         // The index has no others.
         Some(DELIVERED) => " AND state = ?4",
@@ -177,7 +180,10 @@ pub(super) fn list(
         let (number, begun): (i64, i64) = (row.get(0)?, row.get(6)?);
         let begun_at = time(begun);
         let is_selected = begun >= since && filter.until.is_none_or(|until| begun < millis(until));
-        if is_selected && let Some(delivery) = read(row)? {
+        if is_selected
+            && let Some(delivery) = read(row)?
+            && filter.state.as_ref().is_none_or(|wanted| delivery.known_state(now) == wanted)
+        {
             if page.rows.len() == limit {
                 page.next = page.rows.last().map(|d| d.row);
                 return Ok(page);

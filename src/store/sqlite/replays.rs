@@ -1,15 +1,17 @@
 //! Replays, operations, and which subscribers were ever configured: in the precious file.
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params, types::FromSql};
 use serde::{Deserialize, Serialize};
 
 use super::{
     chunk::Chunk,
-    fault::{millis, time},
+    fault::{Fault, millis, time},
+    source::Source,
 };
 use crate::{
+    clock,
     delivery::{BatchId, SubscriberName},
     event::{Pattern, payload::Format},
     store::{
@@ -384,23 +386,26 @@ fn page<T>(mut rows: Vec<T>, limit: usize, row: impl Fn(&T) -> i64) -> Page<T> {
     Page { rows, next, searched_back_to: None }
 }
 
-/// The chunks that may have events of a span of time.
+/// The chunks that may have events of a span of time. Their rows are counted until the deadline;
+/// behind it a chunk's own number is taken, which has those too that a log has deleted. They are the
+/// oldest, so these are counted first.
 pub(super) fn extent(
     db: &Connection,
-    since: SystemTime,
-    until: Option<SystemTime>,
-) -> rusqlite::Result<Option<Extent>> {
+    source: &mut Source<'_>,
+    (since, until): (SystemTime, Option<SystemTime>),
+    deadline: Instant,
+) -> Result<Option<Extent>, Fault> {
     let (since, until) = (millis(since), until.map_or(i64::MAX, millis));
-    let all = Chunk::list(db)?;
+    let mut all = Chunk::list(db)?;
     let is_in = |chunk: &&Chunk| chunk.max_at >= since && chunk.min_at <= until && chunk.events > 0;
     let first = all.iter().filter(is_in).map(|chunk| chunk.first).min();
     let last = all.iter().filter(is_in).map(|chunk| chunk.last).max();
-    Ok(first.zip(last).map(|(first, last)| {
-        let between = all.iter().filter(|chunk| chunk.first >= first && chunk.last <= last);
-        Extent {
-            after: EventNumber(first - 1),
-            upto: EventNumber(last),
-            rows: between.map(|chunk| chunk.events.unsigned_abs()).sum(),
-        }
-    }))
+    let Some((first, last)) = first.zip(last) else { return Ok(None) };
+    all.retain(|chunk| chunk.first >= first && chunk.last <= last);
+    let mut rows = 0;
+    for chunk in all.iter().rev() {
+        let is_late = clock::instant() >= deadline;
+        rows += if is_late { chunk.events.unsigned_abs() } else { source.count(chunk)? };
+    }
+    Ok(Some(Extent { after: EventNumber(first - 1), upto: EventNumber(last), rows }))
 }

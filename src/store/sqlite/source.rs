@@ -20,8 +20,9 @@ use crate::{
     store::{EventLog, EventNumber, EventRow, NewRow},
 };
 
-/// Events that are read from a log at once.
+/// Events that are read from a log at once, and bytes of their bodies, approximately.
 const AT_ONCE: usize = 64;
+const AT_ONCE_BYTES: usize = 4 << 20;
 
 /// Where the events' bytes are.
 pub(super) enum Source<'l> {
@@ -192,7 +193,7 @@ impl Source<'_> {
         };
         let mut before = EventNumber(before.min(chunk.last.saturating_add(1)));
         loop {
-            let rows = log.before(before, AT_ONCE)?;
+            let rows = log.before(before, AT_ONCE, AT_ONCE_BYTES)?;
             let Some(last) = rows.last().and_then(|row| row.number) else {
                 return Ok(ControlFlow::Continue(()));
             };
@@ -247,11 +248,15 @@ impl Source<'_> {
             if batch.is_empty() {
                 return Ok(ControlFlow::Continue(()));
             }
-            batch.reverse();
-            for row in log.get(&batch)?.iter().rev() {
-                if each(Found::Logged(row, has_bodies))?.is_break() {
-                    return Ok(ControlFlow::Break(()));
+            let mut left = &batch[..];
+            while !left.is_empty() {
+                let (rows, looked_up) = log.get(left, AT_ONCE_BYTES)?;
+                for row in &rows {
+                    if each(Found::Logged(row, has_bodies))?.is_break() {
+                        return Ok(ControlFlow::Break(()));
+                    }
                 }
+                left = left.get(looked_up.max(1)..).unwrap_or_default();
             }
         }
     }
@@ -270,9 +275,20 @@ impl Source<'_> {
                 Ok(one(db, chunk)?.query_row([number], read).optional()?)
             }
             Self::Log(log, has_bodies) => {
-                let rows = log.get(&[EventNumber(number)])?;
+                let rows = log.get(&[EventNumber(number)], AT_ONCE_BYTES)?.0;
                 let row = rows.first().map(|row| Found::Logged(row, *has_bodies).to_row());
                 Ok(row.transpose()?)
+            }
+        }
+    }
+
+    /// The number of a chunk's events that are there: of the chunk's own number a log may have
+    /// deleted some.
+    pub(super) fn count(&mut self, chunk: &Chunk) -> Result<u64, Fault> {
+        match self {
+            Self::Tables => Ok(chunk.events.unsigned_abs()),
+            Self::Log(log, _) => {
+                Ok(log.count(EventNumber(chunk.first - 1), EventNumber(chunk.last))?)
             }
         }
     }
@@ -305,7 +321,7 @@ impl Source<'_> {
         };
         let mut after = EventNumber(first - 1);
         loop {
-            let rows = log.after(after, AT_ONCE, 4 << 20)?;
+            let rows = log.after(after, AT_ONCE, AT_ONCE_BYTES)?;
             let Some(end) = rows.last().and_then(|row| row.number) else {
                 return Ok(ControlFlow::Continue(()));
             };

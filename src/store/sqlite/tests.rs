@@ -3,7 +3,10 @@
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::{Arc, Mutex, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, AtomicUsize},
+    },
 };
 
 use proptest::prelude::*;
@@ -429,11 +432,27 @@ async fn history_stops_while_the_disk_is_almost_full() {
     assert!(store.append(vec![event(3)]).await.is_err_and(|e| e.is_away()));
     assert_eq!(numbers(&store, &EventFilter::default()).await.len(), 3, "it can be read");
     store.trim(now()).await.expect("room is made");
+    // The daemon is killed before there is room again.
+    store.crash().await;
+    let store = SqliteStore::start_with(config(dir.path()), 7, disk);
+    in_state(&store, stopped).await;
+    let is_told = |gaps: &[Gap]| matches!(gaps, [gap] if gap.why == "the disk was almost full");
+    let gaps = store.reach().await.expect("reads").gaps;
+    assert!(is_told(&gaps), "{gaps:?}");
+    let waiting = tokio::spawn({
+        let store = store.clone();
+        async move { store.writable().await }
+    });
+    assert!(store.append(vec![event(3)]).await.is_err_and(|e| e.is_away()));
+    assert!(!waiting.is_finished());
     FREE.store(1 << 30, Ordering::Relaxed);
     opened(store.clone()).await;
+    waiting.await.expect("ends").expect("it can be written");
     append(&store, 3..4).await;
     let gaps = store.reach().await.expect("reads").gaps;
-    assert!(matches!(&gaps[..], [gap] if gap.why == "the disk was almost full"), "{gaps:?}");
+    assert!(is_told(&gaps), "{gaps:?}");
+    store.close().await;
+    assert!(store.writable().await.is_err_and(|e| e.is_away()), "it is closed");
 }
 
 #[tokio::test]
@@ -453,9 +472,9 @@ async fn a_command_reads_without_a_daemon_and_alongside_one() {
     assert_eq!(command.reach().await.expect("reads").events, 20);
 }
 
-/// A log of events in memory.
+/// A log of events in memory, and the most bytes of bodies that one of its answers had.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<BTreeMap<i64, NewRow>>>);
+struct Log(Arc<Mutex<BTreeMap<i64, NewRow>>>, Arc<AtomicUsize>);
 
 impl Log {
     fn add(&self, numbers: std::ops::Range<u32>) -> Vec<NewRow> {
@@ -466,6 +485,20 @@ impl Log {
         rows
     }
 
+    /// The first of these rows that fit, and notes their bytes.
+    fn fitting<'r>(&self, rows: impl Iterator<Item = &'r NewRow>, bytes: usize) -> Vec<NewRow> {
+        let (mut found, mut size) = (Vec::new(), 0);
+        for row in rows {
+            if size + row.body.len() > bytes && !found.is_empty() {
+                break;
+            }
+            size += row.body.len();
+            found.push(row.clone());
+        }
+        self.1.fetch_max(size, Ordering::Relaxed);
+        found
+    }
+
     fn config(&self, dir: &Path) -> SqliteConfig {
         let log = self.clone();
         let open: OpenLog = Arc::new(move || Ok(Box::new(log.clone())));
@@ -474,17 +507,39 @@ impl Log {
 }
 
 impl EventLog for Log {
-    fn get(&mut self, numbers: &[EventNumber]) -> Result<Vec<NewRow>, StoreError> {
+    fn get(
+        &mut self,
+        numbers: &[EventNumber],
+        bytes: usize,
+    ) -> Result<(Vec<NewRow>, usize), StoreError> {
         let rows = lock(&self.0);
-        Ok(numbers.iter().filter_map(|n| rows.get(&n.0).cloned()).collect())
+        let found: Vec<&NewRow> = numbers.iter().filter_map(|n| rows.get(&n.0)).collect();
+        let fitting = self.fitting(found.iter().copied(), bytes);
+        let cut = found.get(fitting.len()).and_then(|next| next.number);
+        let looked_up = numbers.iter().position(|n| Some(*n) == cut).unwrap_or(numbers.len());
+        Ok((fitting, looked_up))
     }
 
-    fn after(&mut self, n: EventNumber, limit: usize, _: usize) -> Result<Vec<NewRow>, StoreError> {
-        Ok(lock(&self.0).range(n.0 + 1..).take(limit).map(|(_, row)| row.clone()).collect())
+    fn after(
+        &mut self,
+        n: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<NewRow>, StoreError> {
+        Ok(self.fitting(lock(&self.0).range(n.0 + 1..).take(limit).map(|(_, row)| row), bytes))
     }
 
-    fn before(&mut self, n: EventNumber, limit: usize) -> Result<Vec<NewRow>, StoreError> {
-        Ok(lock(&self.0).range(..n.0).rev().take(limit).map(|(_, row)| row.clone()).collect())
+    fn before(
+        &mut self,
+        n: EventNumber,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<Vec<NewRow>, StoreError> {
+        Ok(self.fitting(lock(&self.0).range(..n.0).rev().take(limit).map(|(_, row)| row), bytes))
+    }
+
+    fn count(&mut self, after: EventNumber, upto: EventNumber) -> Result<u64, StoreError> {
+        Ok(lock(&self.0).range(after.0 + 1..=upto.0).count() as u64)
     }
 
     fn bounds(&mut self) -> Result<Option<(EventNumber, EventNumber)>, StoreError> {
@@ -518,7 +573,15 @@ async fn events_of_a_log_are_read_from_there() {
     lock(&log.0).retain(|n, _| *n >= 20);
     while store.trim(now()).await.expect("trims") {}
     assert_eq!(numbers(&store, &by_text("ann")).await, (20..40).rev().collect::<Vec<_>>());
-    assert!(store.reach().await.expect("reads").why.contains("embedded queue"));
+    let reach = store.reach().await.expect("reads");
+    assert!(reach.why.contains("embedded queue"));
+    // And all of them, of which history knows that it had them.
+    let all = std::mem::take(&mut *lock(&log.0));
+    let last = async || store.reach().await.expect("reads").last.expect("is known");
+    assert_eq!(last().await, reach.last.expect("is known"));
+    while store.trim(now() + 8 * 24 * HOUR).await.expect("trims") {}
+    assert_eq!((last().await.0, store.reach().await.expect("reads").events), (EventNumber(39), 0));
+    lock(&log.0).extend(all);
     store.close().await;
     // Fields alone are shown and searched.
     let history = HistoryConfig { bodies: false, ..HISTORY };
@@ -539,6 +602,38 @@ async fn events_of_a_log_are_read_from_there() {
     store.leave_the_queue().await;
     assert!(Arc::strong_count(&log.0) < open, "its readers are closed");
     assert!(store.event(EventNumber(3)).await.is_err_and(|e| e.is_away()), "none is opened");
+}
+
+#[tokio::test]
+async fn large_events_of_a_log_are_read_a_few_at_a_time() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = Log::default();
+    let store = start(log.config(dir.path())).await;
+    for n in 1..13 {
+        let [mut row] = <[_; 1]>::try_from(log.add(n..n + 1)).expect("one");
+        row.body = format!(r#"{{"description":"large","x":"{}"}}"#, "x".repeat(1 << 20)).into();
+        lock(&log.0).insert(n.into(), row.clone());
+        store.append(vec![row]).await.expect("appends");
+    }
+    log.1.store(0, Ordering::Relaxed);
+    let all: Vec<i64> = (1..13).rev().collect();
+    assert_eq!(numbers(&store, &EventFilter::default()).await, all);
+    assert_eq!(numbers(&store, &by_text("large")).await, all);
+    let most = log.1.load(Ordering::Relaxed);
+    assert!((1 << 20..=4 << 20).contains(&most), "{most} bytes");
+}
+
+#[tokio::test]
+async fn what_a_log_had_deleted_before_a_replay_is_not_among_its_rows() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = Log::default();
+    let store = start(log.config(dir.path())).await;
+    store.append(log.add(1..31)).await.expect("appends");
+    // The begin of the oldest chunk, and single events of others.
+    lock(&log.0).retain(|n, _| *n > 4 && *n % 9 > 0);
+    let extent = store.extent(now() - HOUR, None).await.expect("reads").expect("has rows");
+    let rows = store.rows(extent.after, extent.upto, MAX_ROWS, usize::MAX).await.expect("reads");
+    assert_eq!((extent.rows, rows.len()), (23, 23));
 }
 
 fn change(id: &str, change: Change) -> DeliveryChange {
@@ -652,6 +747,39 @@ async fn deliveries_are_listed_in_pages_and_removed_when_they_are_old() {
     assert!(store.delivery("msg_8").await.expect("reads").is_none());
     // Those after the last mark go with the next one.
     assert!(store.delivery("msg_1022").await.expect("reads").is_none());
+}
+
+#[tokio::test]
+async fn deliveries_are_listed_by_the_state_that_is_known() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let at = |id: &str, before: Duration, what: Change| DeliveryChange {
+        at: now() - before,
+        ..change(id, what)
+    };
+    let begun = |id: &str, before| DeliveryChange { at: now() - before, ..started(id) };
+    let due = |before| Change::Retrying { due: now() - before };
+    let (long, short) = (HOUR, Duration::from_secs(5));
+    let changes = vec![
+        begun("msg_overdue", long),
+        at("msg_overdue", long, due(long)),
+        begun("msg_retrying", short),
+        at("msg_retrying", short, due(short)),
+        begun("msg_endless", long),
+        begun("msg_in_flight", short),
+        begun("msg_delivered", long),
+        at("msg_delivered", long, Change::Delivered),
+    ];
+    store.record(changes).await.expect("records");
+    let ids = async |state: &str| {
+        let filter = DeliveryFilter { state: Some(state.to_owned()), ..Default::default() };
+        let found = store.deliveries(&filter, None, 10, LONG).await.expect("lists").rows;
+        found.iter().map(|d| d.id.as_str().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(ids("retrying").await, ["msg_retrying"]);
+    assert_eq!(ids("in_flight").await, ["msg_in_flight"]);
+    assert_eq!(ids("unknown").await, ["msg_endless", "msg_overdue"]);
+    assert_eq!(ids("delivered").await, ["msg_delivered"]);
 }
 
 #[tokio::test]

@@ -249,7 +249,11 @@ impl Shared {
         let least = (all / 10).min(MUST_BE_FREE);
         let warning = self.state.borrow().warning.clone();
         if free < least {
-            changing.stopped.get_or_insert_with(clock::now);
+            // Also before it ends: the daemon may be stopped until then.
+            let from = *changing.stopped.get_or_insert_with(clock::now);
+            if let Err(e) = self.lack(open, from).await {
+                tracing::debug!(error = %e, "the gap of a full disk is not recorded yet");
+            }
             let bytes =
                 |n: u64| wording::size(usize::try_from(n >> 20 << 20).unwrap_or(usize::MAX));
             let why = format!(
@@ -265,6 +269,17 @@ impl Shared {
             return;
         }
         let Some(from) = changing.stopped else { return };
+        match self.lack(open, from).await {
+            Ok(()) => {
+                changing.stopped = None;
+                self.set(HistoryState::Open, warning);
+            }
+            Err(e) => drop(self.failed(open, &e)),
+        }
+    }
+
+    /// Records that deliveries may be missing from a time until now.
+    async fn lack(&self, open: &Open, from: SystemTime) -> Result<(), sqlite::Error> {
         let gap = Gap {
             from,
             until: clock::now(),
@@ -272,14 +287,7 @@ impl Shared {
             why: "the disk was almost full".to_owned(),
             missing: None,
         };
-        let told = open.history.write(move |db| around::add_gap(db, &gap)).await;
-        match told {
-            Ok(()) => {
-                changing.stopped = None;
-                self.set(HistoryState::Open, warning);
-            }
-            Err(e) => drop(self.failed(open, &e)),
-        }
+        open.history.write(move |db| around::add_gap(db, &gap)).await
     }
 }
 

@@ -34,6 +34,10 @@ pub(super) async fn remembering(queue: &Queue, setup: &Setup) -> Daemon {
         })
         .await;
     }
+    eventually("the store is open", async || {
+        setup.run(&["history", "--limit", "1"]).status.success()
+    })
+    .await;
     daemon
 }
 

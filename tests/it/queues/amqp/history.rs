@@ -78,7 +78,7 @@ impl Running {
         last: Option<Duration>,
     ) -> Result<History, QueueError> {
         let last = last.map(|ago| (EventNumber(1), clock::now() - ago));
-        let start = HistoryStart { store: store.to_owned(), last };
+        let start = HistoryStart { store: Some(store.to_owned()), last };
         tokio::time::timeout(PATIENCE, self.queue.history(start)).await.expect("an answer")
     }
 
@@ -218,7 +218,7 @@ fn one_store_has_history_until_another_adopts_it() {
         let mut history = first.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
         let refused = second.history("store-2").await.expect_err("another store has it");
         assert!(
-            refused.is_for_operator() && refused.to_string().contains("store adopt"),
+            refused.is_of_another_store() && refused.to_string().contains("store adopt"),
             "{refused}"
         );
         assert_eq!(
@@ -332,7 +332,7 @@ fn a_node_that_is_killed_while_the_queue_is_young_stops_no_producer() {
         tokio::time::sleep(SETTLING).await;
         let opening = tokio::spawn({
             let queue = daemon.queue.clone();
-            let start = HistoryStart { store: "store-1".to_owned(), last: None };
+            let start = HistoryStart { store: Some("store-1".to_owned()), last: None };
             async move { queue.history(start).await }
         });
         eventually("it is declared", async || broker.depth("history").await.is_some()).await;
@@ -385,7 +385,7 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
         let daemon = started(&broker, "").await;
         let opening = tokio::spawn({
             let queue = daemon.queue.clone();
-            let start = HistoryStart { store: "store-1".to_owned(), last: None };
+            let start = HistoryStart { store: Some("store-1".to_owned()), last: None };
             async move { queue.history(start).await }
         });
         eventually("producers go on", async || is_taken(&broker).await).await;
