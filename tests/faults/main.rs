@@ -12,6 +12,7 @@ mod environment;
 mod fault;
 mod front;
 mod inflict;
+mod memory;
 mod oracle;
 mod proxy;
 mod round;
