@@ -69,12 +69,18 @@ pub fn agreed<N: PartialEq + From<u8>>(n: &N, text: &str) -> String {
 }
 
 /// Makes a text safe to show: control characters, which could drive a terminal, are spelled out, and
-/// so are those that turn the direction of what follows (Unicode Standard Annex #9, section 2).
+/// so are those that turn the direction of what follows (Unicode Standard Annex #9, section 2) and
+/// those that nobody sees. What emoji and scripts need to join or not to join stays.
 pub fn visible(text: &str) -> String {
     let turns = |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_unseen = |c| matches!(c, '\u{ad}' | '\u{115f}' | '\u{1160}' | '\u{180e}' | '\u{200b}' | '\u{2028}' | '\u{2029}' | '\u{2060}'..='\u{2064}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}' | '\u{e0000}'..='\u{e007f}');
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() || turns(c) { out.extend(c.escape_unicode()) } else { out.push(c) }
+        if c.is_control() || turns(c) || is_unseen(c) {
+            out.extend(c.escape_unicode())
+        } else {
+            out.push(c)
+        }
     }
     out
 }
@@ -182,6 +188,8 @@ mod tests {
             r"é \u{1b}[2J\u{7f}\u{9b}1m\u{9}\u{d}\u{a}"
         );
         assert_eq!(visible("exe.\u{202e}fdp \u{2067}x"), r"exe.\u{202e}fdp \u{2067}x");
+        assert_eq!(visible("ad\u{200b}min\u{feff}"), r"ad\u{200b}min\u{feff}");
+        assert_eq!(visible("👩\u{200d}🔧 می\u{200c}خواهم"), "👩\u{200d}🔧 می\u{200c}خواهم");
     }
 
     #[test]

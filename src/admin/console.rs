@@ -18,11 +18,12 @@ use std::{net::IpAddr, sync::Arc};
 use axum::{
     Extension, Router,
     body::Body,
-    extract::{self, FromRequestParts, Path},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, request::Parts},
+    extract::{self, FromRequestParts},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header, request::Parts},
     response::{IntoResponse as _, Redirect, Response},
     routing::{get, post},
 };
+use maud::html;
 use tokio::time::timeout;
 
 use self::{
@@ -32,12 +33,13 @@ use self::{
     sign_in::{Doorman, Said},
 };
 use super::{
-    answer::{READ_TIMEOUT, Refusal},
+    answer::{READ_TIMEOUT, Refusal, header_text},
     body,
     connections::Peer,
     control::{Control, MAX_LISTED},
     guard::{Tokens, from_elsewhere},
-    history::{Deliveries, Events, History, Number},
+    history::{Deliveries, Events, History, Id, Number},
+    query::Name,
 };
 use crate::{config::Role, queue::Queue, store::Store};
 
@@ -69,7 +71,7 @@ pub(super) fn routes<Q: Queue, S: Store>(
         .route(Place::DeadLetters.path(), get(summarise_dead::<Q, S>))
         .route("/console/dead-letters/{name}", get(list_dead::<Q, S>))
         .route("/console/sign-in", get(ask::<Q, S>).post(sign_in::<Q, S>))
-        .route("/console/sign-out", post(sign_out::<Q, S>))
+        .route("/console/sign-out", post(sign_out::<Q, S>).get(nothing::<Q, S>))
         .route("/console/{*elsewhere}", get(nothing::<Q, S>))
         .with_state(console)
         .merge(assets::routes())
@@ -88,9 +90,17 @@ impl<Q: Queue, S: Store> FromRequestParts<Arc<Console<Q, S>>> for SignedIn {
         if console.tokens.is_empty() {
             return Err(sign_in::needs_a_token());
         }
-        let to = parts.uri.path_and_query().map_or("", |to| to.as_str());
+        let is_get = parts.method == Method::GET || parts.method == Method::HEAD;
+        let to = parts.uri.path_and_query().filter(|_| is_get).map_or("", |to| to.as_str());
+        let header = |name| header_text(&parts.headers, HeaderName::from_static(name));
+        let is_own = matches!(header("sec-fetch-site"), "" | "none" | "same-origin");
+        // Another site's page may lead here, and may not have the browser fetch a page unseen.
+        if !is_own && header("sec-fetch-mode") != "navigate" {
+            return Err(sign_in::page(Said::Elsewhere, to));
+        }
+        let said = if is_own { Said::Nothing } else { Said::FromALink };
         let found = session::of(&parts.headers, &console.tokens);
-        found.map(Self).ok_or_else(|| sign_in::page(Said::Nothing, to))
+        found.map(Self).ok_or_else(|| sign_in::page(said, to))
     }
 }
 
@@ -142,9 +152,13 @@ async fn list_deliveries<Q: Queue, S: Store>(
 async fn show_delivery<Q: Queue, S: Store>(
     extract::State(console): This<Q, S>,
     SignedIn(session): SignedIn,
-    Path(id): Path<String>,
+    id: Result<Id, Refusal>,
 ) -> Response {
-    deliveries::one(&session, console.history.delivery(&id, &session.caller).await)
+    let found = match id {
+        Ok(Id(id)) => console.history.delivery(&id, &session.caller).await,
+        Err(refusal) => Err(refusal),
+    };
+    deliveries::one(&session, found)
 }
 
 async fn summarise_dead<Q: Queue, S: Store>(
@@ -157,9 +171,16 @@ async fn summarise_dead<Q: Queue, S: Store>(
 async fn list_dead<Q: Queue, S: Store>(
     extract::State(console): This<Q, S>,
     SignedIn(session): SignedIn,
-    Path(name): Path<String>,
+    name: Result<Name, Refusal>,
 ) -> Response {
-    let found = console.control.clone().oldest_dead(name.clone(), MAX_LISTED).await;
+    let (name, found) = match name {
+        Ok(Name(name)) => {
+            let control = console.control.clone();
+            let found = control.oldest_dead(name.clone(), MAX_LISTED, &session.caller).await;
+            (name, found)
+        }
+        Err(refusal) => (String::new(), Err(refusal)),
+    };
     dead_letters::of_one(&session, &name, found)
 }
 
@@ -200,7 +221,7 @@ async fn sign_in<Q: Queue, S: Store>(
     }
     let form = match posted(body).await {
         Ok(form) => form,
-        Err(refusal) => return refusal.into_response(),
+        Err(refusal) => return not_taken(&refusal),
     };
     let to = form.get("to");
     if from_elsewhere(&headers, true).is_some() {
@@ -212,7 +233,9 @@ async fn sign_in<Q: Queue, S: Store>(
     if !token.role.may(Role::Read) {
         return sign_in::page(Said::MayNotLook, to);
     }
-    moved(own_page(to), session::begin(token))
+    // A proxy before this listener has the TLS; the browser names the scheme that it sees.
+    let encrypted = header_text(&headers, header::ORIGIN).starts_with("https://");
+    moved(own_page(to), session::begin(token, encrypted))
 }
 
 async fn wrong_token(doorman: &Doorman, address: IpAddr, to: &str) -> Response {
@@ -227,8 +250,8 @@ async fn sign_out<Q: Queue, S: Store>(
     body: Body,
 ) -> Response {
     match changing(&session, &headers, body).await {
-        Ok(_) => moved("/console/sign-in", session::end()),
-        Err(refusal) => refusal.into_response(),
+        Ok(_) => moved("/console/sign-in", session::end(&session)),
+        Err(refusal) => not_taken(&refusal),
     }
 }
 
@@ -254,9 +277,27 @@ async fn posted(mut body: Body) -> Result<Form, Refusal> {
     Ok(Form::of(&String::from_utf8_lossy(&bytes)))
 }
 
-/// A path of a page here; that of the overview for any other text.
+/// The answer to a form that is not taken.
+fn not_taken(refusal: &Refusal) -> Response {
+    page::outside(
+        refusal.status,
+        "Not taken",
+        html! {
+            section.card.pad.sign-in {
+                h1 { "This form was not taken" }
+                p { (page::text(&refusal.why)) }
+                p { a href=(Place::Overview.path()) { "To the overview" } }
+            }
+        },
+    )
+}
+
+/// The path of a page here; that of the overview for any other text.
 fn own_page(to: &str) -> &str {
-    let is_page = to.starts_with("/console/") && !to.contains(['\\', '\r', '\n']);
+    let is_page = to.starts_with("/console/")
+        && !to.starts_with("/console/sign-")
+        && to.bytes().all(|b| b.is_ascii_graphic() && b != b'\\')
+        && !to.split(['/', '?']).any(|part| matches!(part, "." | ".."));
     if is_page { to } else { Place::Overview.path() }
 }
 

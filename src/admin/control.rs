@@ -6,7 +6,7 @@ mod waiting;
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    Router,
+    Extension, Router,
     body::Body,
     extract,
     http::{HeaderMap, StatusCode},
@@ -22,6 +22,7 @@ use tokio::{
 use super::{
     answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
+    guard::Caller,
     history_health::Health,
     operations::DryRun,
     query::{FromQuery, Name, Parameters, Query},
@@ -124,9 +125,10 @@ async fn report_one<Q: Queue>(
 async fn list_dead<Q: Queue>(
     extract::State(control): This<Q>,
     Name(name): Name,
+    Extension(caller): Extension<Caller>,
     Query(selection): Query<Selection>,
 ) -> Response {
-    answer(control.oldest_dead(name, selection.limit).await)
+    answer(control.oldest_dead(name, selection.limit, &caller).await)
 }
 
 async fn pause<Q: Queue>(state: This<Q>, name: Name, headers: HeaderMap, body: Body) -> Response {
@@ -375,9 +377,14 @@ impl<Q: Queue> Control<Q> {
         self: Arc<Self>,
         name: String,
         limit: usize,
+        caller: &Caller,
     ) -> Result<DeadLetters, Refusal> {
         let room = self.to_their_end.clone();
-        to_its_end(&room, async move { self.dead(&name, limit).await }).await
+        let mut found = to_its_end(&room, async move { self.dead(&name, limit).await }).await?;
+        if !caller.sees_endpoints() {
+            found.letters = found.letters.into_iter().map(DeadLetter::without_answer).collect();
+        }
+        Ok(found)
     }
 
     /// The oldest dead letters. The walk is closed afterwards, which keeps their order.

@@ -74,7 +74,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    /// One who has shown to know a token.
+    /// The client that has shown to know a token.
     pub(super) fn of(token: &Token) -> Self {
         Self { token: Some(token.name.clone()), role: token.role }
     }

@@ -154,7 +154,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Number {
 }
 
 /// The id of a batch in a path.
-struct Id(String);
+pub(super) struct Id(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Id {
     type Rejection = Refusal;

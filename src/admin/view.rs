@@ -531,6 +531,14 @@ impl DeadLetter {
             bytes: letter.body.len(),
         }
     }
+
+    /// Without what the receiver has answered, which may be what it was sent: a URL's path.
+    pub(in crate::admin) fn without_answer(mut self) -> Self {
+        if let Some(status) = self.status {
+            self.error = format!("status {status}");
+        }
+        self
+    }
 }
 
 /// The changes that a reload would make.

@@ -4,39 +4,47 @@ use axum::response::Response;
 use maud::html;
 
 use super::{
-    page::{Page, Place, number, path_to, short, text, time},
+    page::{Page, Place, number, path_to, query, short, text, time},
     session::Session,
 };
 use crate::admin::{
     answer::Refusal,
-    view::{DeadLetter, DeadLetters, Overview},
+    view::{DeadLetter, DeadLetters, Overview, Removed, Subscriber},
 };
 
 fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
     Page { session, place: Place::DeadLetters, title: title.to_owned(), refresh: None }
 }
 
-/// The page with all subscribers that have some.
+/// The page with the number of each subscriber.
 pub(super) fn summary(session: &Session, found: &Overview) -> Response {
-    let dead = found.subscribers.iter().filter_map(|s| {
-        let n = s.lane.as_ref()?.dead.filter(|n| *n > 0)?;
-        Some((s.subscriber.as_str(), n))
-    });
-    let dead: Vec<(&str, u64)> = dead.collect();
+    let known = |s: &Subscriber| s.lane.as_ref().and_then(|lane| lane.dead);
+    let dead = found.subscribers.iter().filter(|s| known(s) != Some(0));
+    let dead: Vec<&Subscriber> = dead.collect();
+    let removed: Vec<&Removed> = found.removed.iter().filter(|r| r.dead > 0).collect();
     page(session, "Dead letters").answer(html! {
         div.head { h1 { "Dead letters" } }
+        @if let Some(why) = &found.queue.error {
+            div.note.warn { p { strong { "The queue has a problem. " } (text(why)) } }
+        }
         section.card {
-            @if dead.is_empty() {
-                div.empty { p { "There is none: everything was accepted, or will be tried again." } }
+            @if dead.is_empty() && removed.is_empty() {
+                div.empty { p { "No dead letters." } }
             } @else {
                 div.scroll role="region" aria-label="Subscribers" tabindex="0" {
                     table {
                         thead { tr { th scope="col" { "Subscriber" } th.number scope="col" { "Dead letters" } } }
                         tbody {
-                            @for (name, n) in &dead {
+                            @for s in &dead {
                                 tr {
-                                    th scope="row" { a href=(path_to(Place::DeadLetters.path(), name)) { (text(name)) } }
-                                    td.number { (number(*n)) }
+                                    th scope="row" { a href=(path_to(Place::DeadLetters.path(), &s.subscriber)) { (text(&s.subscriber)) } }
+                                    td.number { @match known(s) { Some(n) => (number(n)), None => span.muted { "not known yet" } } }
+                                }
+                            }
+                            @for r in &removed {
+                                tr {
+                                    th scope="row" { (text(&r.subscriber)) span.sub { "removed from the configuration" } }
+                                    td.number { (number(r.dead)) }
                                 }
                             }
                         }
@@ -47,7 +55,7 @@ pub(super) fn summary(session: &Session, found: &Overview) -> Response {
     })
 }
 
-/// The page with those of one subscriber.
+/// The page of one subscriber.
 pub(super) fn of_one(
     session: &Session,
     name: &str,
@@ -73,7 +81,7 @@ pub(super) fn of_one(
                                 th.number scope="col" { "Events" }
                                 th.number scope="col" { "Attempts" }
                                 th.number scope="col" { "Size" }
-                                th scope="col" { "Batch" }
+                                th scope="col" { "Batch or event" }
                             }
                         }
                         tbody { @for letter in &found.letters { (row(letter)) } }
@@ -85,7 +93,7 @@ pub(super) fn of_one(
             }
         }
         h2 { "In a shell" }
-        pre tabindex="0" { "hooktrail dead show " (text(name)) " 1\nhooktrail dead replay " (text(name)) }
+        pre tabindex="0" aria-label="Commands" { "hooktrail dead show " (text(name)) " 1\nhooktrail dead replay " (text(name)) }
     })
 }
 
@@ -101,8 +109,10 @@ fn row(letter: &DeadLetter) -> maud::Markup {
             td.number { (number(letter.events)) }
             td.number { (number(letter.attempts)) }
             td.number { (crate::wording::rounded_size(letter.bytes as u64)) }
-            td.mono.nowrap {
+            td.mono.wide {
                 @match &letter.id {
+                    // An event that never became a batch has the id that its producer gave it.
+                    Some(id) if letter.kind == "event" => a href=(query(Place::Events.path(), &[("id", id)])) { (short(id)) },
                     Some(id) => a href=(path_to(Place::Deliveries.path(), id)) { (text(id)) },
                     None => span.muted { "none" },
                 }

@@ -5,7 +5,7 @@ use maud::{Markup, html};
 
 use super::{
     form::Form,
-    page::{Page, Place, Tone, mistake, number, path_to, query, reach, state, text, time},
+    page::{Mistakes, Page, Place, Tone, number, path_to, query, reach, state, text, time},
     session::Session,
 };
 use crate::{
@@ -31,8 +31,8 @@ pub(super) fn list(
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
     page(session, "Deliveries").answer_with(status, html! {
         div.head { h1 { "Deliveries" } }
-        section.card aria-label="Deliveries" {
-            (filters(form, subscribers, refusal))
+        section.card {
+            (filters(form, subscribers, &Mistakes(refusal)))
             @match &found {
                 Err(refusal) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
                 Err(_) => {},
@@ -43,7 +43,8 @@ pub(super) fn list(
     })
 }
 
-fn filters(form: &Form, subscribers: &[String], refusal: Option<&Refusal>) -> Markup {
+fn filters(form: &Form, subscribers: &[String], mistakes: &Mistakes<'_>) -> Markup {
+    const SHOWN: [&str; 4] = ["subscriber", "state", "since", "until"];
     let chosen = form.get("subscriber");
     let is_other = !chosen.is_empty() && !subscribers.iter().any(|name| name == chosen);
     let option = |value: &str, shown: &str, chosen: &str| {
@@ -55,33 +56,35 @@ fn filters(form: &Form, subscribers: &[String], refusal: Option<&Refusal>) -> Ma
         form.filters method="get" action=(Place::Deliveries.path()) role="search" {
             div.field {
                 label for="subscriber" { "Subscriber" }
-                select id="subscriber" name="subscriber" {
+                select id="subscriber" name="subscriber" aria-invalid=[mistakes.is_wrong("subscriber")] aria-describedby=[mistakes.described_by("subscriber")] {
                     (option("", "all", chosen))
                     @if is_other { (option(chosen, chosen, chosen)) }
                     @for name in subscribers { (option(name, name, chosen)) }
                 }
+                (mistakes.beside("subscriber"))
             }
             div.field {
                 label for="state" { "State" }
-                select id="state" name="state" {
+                select id="state" name="state" aria-invalid=[mistakes.is_wrong("state")] aria-describedby=[mistakes.described_by("state")] {
                     (option("", "all", form.get("state")))
                     @for name in DeliveryState::NAMES.into_iter().chain([DeliveryState::UNKNOWN]) { (option(name, &name.replace('_', " "), form.get("state"))) }
                 }
-                @if let Some(wrong) = mistake(refusal, "state") { span.wrong { (text(wrong)) } }
+                (mistakes.beside("state"))
             }
             @for (name, label) in [("since", "Begun since (UTC)"), ("until", "Begun until (UTC)")] {
                 div.field {
                     label for=(name) { (label) }
                     input id=(name) name=(name) value=(form.get(name)) placeholder="2026-01-31T12:00"
-                        aria-invalid=[mistake(refusal, name).map(|_| "true")];
-                    @if let Some(wrong) = mistake(refusal, name) { span.wrong { (text(wrong)) } }
+                        aria-invalid=[mistakes.is_wrong(name)] aria-describedby=[mistakes.described_by(name)];
+                    (mistakes.beside(name))
                 }
             }
             div.deeds {
                 button.first { "Show" }
                 @if form.is_filled() { a.button href=(Place::Deliveries.path()) { "Clear" } }
             }
-            @if let Some(wrong) = mistake(refusal, "cursor") { p.wrong { "This place in the list is not known: `cursor` " (text(wrong)) "." } }
+            (mistakes.of_others(&SHOWN))
+            (form.others(&SHOWN))
         }
     }
 }
@@ -116,7 +119,7 @@ fn rows(form: &Form, list: &DeliveryList) -> Markup {
             @if let Some(next) = &list.next { a rel="next" href=(form.link(Place::Deliveries.path(), Some(next))) { "Older" } }
             @match (&list.searched_back_to, &list.next) {
                 (Some(at), _) => span.muted { "Searched back to " (time(*at)) "; Older searches on." },
-                (None, None) => span.muted { "This is the end of history." },
+                (None, None) => span.muted { "Nothing older." },
                 (None, Some(_)) => {},
             }
         }
@@ -189,9 +192,12 @@ pub(super) fn one(session: &Session, found: Result<Delivery, Refusal>) -> Respon
         section.card.pad aria-label="Attempts" {
             @if one.attempts.is_empty() { p.muted { "None is known." } }
             ol.line { @for attempt in &one.attempts { (attempt_of(attempt)) } }
+            @if one.attempts.windows(2).any(|two| two[1].number > two[0].number + 1) {
+                p.muted.small { "Not all attempts are kept: the first is, and the latest." }
+            }
         }
         h2 { "In a shell" }
-        pre tabindex="0" { "hooktrail deliveries show " (text(&one.id)) "\nhooktrail resend " (text(&one.id)) }
+        pre tabindex="0" aria-label="Commands" { "hooktrail deliveries show " (text(&one.id)) "\nhooktrail resend " (text(&one.id)) }
     })
 }
 
@@ -218,7 +224,7 @@ fn attempt_of(attempt: &Attempt) -> Markup {
                 @if let Some(ms) = attempt.duration_ms { " · took " (rounded(std::time::Duration::from_millis(ms))) }
                 " · by " (text(&attempt.by))
             }
-            @if let Some(excerpt) = &attempt.excerpt { pre tabindex="0" { (text(excerpt)) } }
+            @if let Some(excerpt) = &attempt.excerpt { pre tabindex="0" aria-label="Answer" { (text(excerpt)) } }
         }
     }
 }

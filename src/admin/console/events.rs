@@ -1,13 +1,16 @@
 //! *Audit Log*: the events, newest first, and one of them with where it went.
 
+use std::collections::BTreeMap;
+
 use axum::{http::StatusCode, response::Response};
 use maud::{Markup, html};
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::{
     form::Form,
     page::{
-        Page, Place, Tone, mistake, number, party, path_to, query, reach, short, state, text, time,
+        Mistakes, Page, Place, Tone, number, party, path_to, query, reach, short, state, text, time,
     },
     session::Session,
 };
@@ -16,6 +19,7 @@ use crate::{
         answer::Refusal,
         view::{Event, EventList, EventWhere, Whereabouts},
     },
+    event::Pattern,
     wording::rounded_size,
 };
 
@@ -37,8 +41,8 @@ pub(super) fn list(session: &Session, form: &Form, found: Result<EventList, Refu
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
     page(session, "Audit Log").answer_with(status, html! {
         div.head { h1 { "Audit Log" } }
-        section.card aria-label="Events" {
-            (filters(form, refusal))
+        section.card {
+            (filters(form, &Mistakes(refusal)))
             @match &found {
                 Err(refusal) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
                 Err(_) => {},
@@ -49,28 +53,30 @@ pub(super) fn list(session: &Session, form: &Form, found: Result<EventList, Refu
     })
 }
 
-fn filters(form: &Form, refusal: Option<&Refusal>) -> Markup {
+fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
+    const SHOWN: [&str; 6] = ["text", "type", "actor", "resource", "since", "until"];
     html! {
         form.filters method="get" action=(Place::Events.path()) role="search" {
             div.field.grow {
                 label for="text" { "Search" }
                 input id="text" name="text" type="search" value=(form.get("text")) placeholder="words, all of which must occur"
-                    aria-invalid=[mistake(refusal, "text").map(|_| "true")];
-                @if let Some(wrong) = mistake(refusal, "text") { span.wrong { (text(wrong)) } }
+                    aria-invalid=[mistakes.is_wrong("text")] aria-describedby=[mistakes.described_by("text")];
+                (mistakes.beside("text"))
             }
             @for (name, label, example) in FILTERS {
                 div.field {
                     label for=(name) { (label) }
                     input id=(name) name=(name) value=(form.get(name)) placeholder=(example)
-                        aria-invalid=[mistake(refusal, name).map(|_| "true")];
-                    @if let Some(wrong) = mistake(refusal, name) { span.wrong { (text(wrong)) } }
+                        aria-invalid=[mistakes.is_wrong(name)] aria-describedby=[mistakes.described_by(name)];
+                    (mistakes.beside(name))
                 }
             }
             div.deeds {
                 button.first { "Search" }
                 @if form.is_filled() { a.button href=(Place::Events.path()) { "Clear" } }
             }
-            @if let Some(wrong) = mistake(refusal, "cursor") { p.wrong { "This place in the list is not known: `cursor` " (text(wrong)) "." } }
+            (mistakes.of_others(&SHOWN))
+            (form.others(&SHOWN))
         }
     }
 }
@@ -101,7 +107,7 @@ fn rows(form: &Form, list: &EventList) -> Markup {
             @if let Some(next) = &list.next { a rel="next" href=(form.link(Place::Events.path(), Some(next))) { "Older" } }
             @match (&list.searched_back_to, &list.next) {
                 (Some(at), _) => span.muted { "Searched back to " (time(*at)) "; Older searches on." },
-                (None, None) => span.muted { "This is the end of history." },
+                (None, None) => span.muted { "Nothing older." },
                 (None, Some(_)) => {},
             }
         }
@@ -120,12 +126,16 @@ fn row(event: &Event) -> Markup {
     }
 }
 
-/// What happened, in the event's own words or as its type.
+/// The event in its own words, and its type.
 fn description(event: &Event) -> Markup {
     let by_type = query(Place::Events.path(), &[("type", &event.event)]);
+    // As a pattern, a type with these words selects others.
+    let is_exact =
+        Pattern::try_new(event.event.as_str()).is_ok() && !event.event.contains(['*', '#']);
     html! {
         @if let Some(description) = &event.description { (short(description)) " " }
-        a.sub.mono href=(by_type) { (short(&event.event)) }
+        @if is_exact { a.sub.mono href=(by_type) { (short(&event.event)) } }
+        @else { span.sub.mono { (short(&event.event)) } }
     }
 }
 
@@ -137,40 +147,22 @@ pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Resp
     };
     let event = &found.event;
     let title = event.description.as_deref().unwrap_or(&event.event);
-    let body: Option<Value> =
-        found.body.as_deref().and_then(|body| serde_json::from_str(body).ok());
+    let body = found.body.as_deref();
+    let body = body.and_then(|body| serde_json::from_str::<Published>(body).ok());
     page(session, &short(title)).answer(html! {
         div.head { h1 { (text(title)) } }
         section.card.pad aria-label="Event" { (facts(event)) }
         h2 { "Where it went" }
-        section.card aria-label="Where it went" { (went(&found.went)) }
-        @if let Some(changes) = body.as_ref().and_then(|body| body.get("changes")?.as_object()) {
-            h2 { "Changes" }
-            section.card {
-                div.scroll role="region" aria-label="Changes" tabindex="0" {
-                    table {
-                        thead { tr { th scope="col" { "Field" } th scope="col" { "From" } th scope="col" { "To" } } }
-                        tbody {
-                            @for (field, change) in changes {
-                                tr {
-                                    th scope="row" { (short(field)) }
-                                    td.wide.gone { (value(change.get("from"))) }
-                                    td.wide.came { (value(change.get("to"))) }
-                                }
-                            }
-                        }
-                    }
-                }
-            }
-        }
+        section.card { (went(&found.went)) }
+        @if let Some(changes) = body.and_then(|body| body.changes) { (changed(&changes)) }
         h2 { "Published bytes" }
         @match (&found.body, &found.body_base64) {
-            (Some(body), _) => pre tabindex="0" { (lines(body)) },
-            (None, Some(base64)) => { p.muted { "These are not UTF-8; in base64:" } pre tabindex="0" { (text(base64)) } },
+            (Some(body), _) => pre tabindex="0" aria-label="Published bytes" { (lines(body)) },
+            (None, Some(base64)) => { p.muted { "These are not UTF-8; in base64:" } pre tabindex="0" aria-label="Published bytes in base64" { (text(base64)) } },
             (None, None) => p.muted { "Not kept: " code { "[history] bodies" } " is false." },
         }
         h2 { "In a shell" }
-        pre tabindex="0" { "hooktrail where " (event.number) }
+        pre tabindex="0" aria-label="Command" { "hooktrail where " (event.number) }
         div.head {} (reach(&found.history, "deliveries"))
     })
 }
@@ -180,11 +172,50 @@ fn lines(body: &str) -> String {
     body.split('\n').map(text).collect::<Vec<_>>().join("\n")
 }
 
-fn value(of: Option<&Value>) -> Markup {
-    match of {
-        None => html! { span.muted { "absent" } },
-        Some(Value::String(given)) => html! { (short(given)) },
-        Some(other) => html! { code { (short(&other.to_string())) } },
+/// The part of an event that is shown from its own bytes, so that each number is spelled as it was.
+#[derive(Deserialize)]
+struct Published {
+    changes: Option<BTreeMap<String, Box<RawValue>>>,
+}
+
+#[derive(Deserialize)]
+struct Change {
+    from: Option<Box<RawValue>>,
+    to: Option<Box<RawValue>>,
+}
+
+fn changed(changes: &BTreeMap<String, Box<RawValue>>) -> Markup {
+    html! {
+        h2 { "Changes" }
+        section.card {
+            div.scroll role="region" aria-label="Changes" tabindex="0" {
+                table {
+                    thead { tr { th scope="col" { "Field" } th scope="col" { "From" } th scope="col" { "To" } } }
+                    tbody {
+                        @for (field, change) in changes {
+                            tr {
+                                th scope="row" { (short(field)) }
+                                @match serde_json::from_str::<Change>(change.get()) {
+                                    Ok(change) if change.from.is_some() || change.to.is_some() => {
+                                        td.wide.gone { (value(change.from.as_deref())) }
+                                        td.wide.came { (value(change.to.as_deref())) }
+                                    },
+                                    _ => td.wide colspan="2" { (value(Some(change))) },
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn value(of: Option<&RawValue>) -> Markup {
+    let Some(of) = of else { return html! { span.muted { "absent" } } };
+    match serde_json::from_str::<String>(of.get()) {
+        Ok(given) => html! { (short(&given)) },
+        Err(_) => html! { code { (short(of.get())) } },
     }
 }
 
@@ -228,7 +259,7 @@ fn went(to: &[Whereabouts]) -> Markup {
 }
 
 fn went_to(one: &Whereabouts) -> Markup {
-    let reason = one.reason.as_deref().or(one.why.as_deref()).map(text);
+    let reason = one.reason.as_deref().map(|reason| reason.replace('_', " ")).or(one.why.clone());
     let patterns = one.patterns.as_ref().map(|patterns| match patterns.as_slice() {
         [] => "it was not configured then".to_owned(),
         patterns => format!("its patterns: {}", text(&patterns.join(", "))),
@@ -243,7 +274,7 @@ fn went_to(one: &Whereabouts) -> Markup {
             }
             td.wide {
                 (state(Tone::of_state(&one.state), &one.state))
-                @for more in [reason, patterns, paused].into_iter().flatten() { span.sub { (more) } }
+                @for more in [reason, patterns, paused].into_iter().flatten() { span.sub { (short(&more)) } }
             }
             td {
                 @match (one.delivered_at, one.next_attempt_at) {

@@ -1,8 +1,9 @@
 //! The state of a page, which is in its URL.
 
+use maud::{Markup, html};
 use url::form_urlencoded;
 
-use super::page::query;
+use super::page::{query, short};
 use crate::admin::{
     answer::Refusal,
     query::{FromQuery, Parameters},
@@ -15,7 +16,7 @@ pub(super) struct Form(Vec<(String, String)>);
 impl Form {
     pub(super) fn of(query: &str) -> Self {
         let pairs = form_urlencoded::parse(query.as_bytes()).into_owned();
-        Self(pairs.map(|(k, v)| (k, v.trim().to_owned())).filter(|(_, v)| !v.is_empty()).collect())
+        Self(pairs.filter(|(_, v)| !v.trim().is_empty()).collect())
     }
 
     /// A field as it was typed; empty if it was not.
@@ -35,11 +36,26 @@ impl Form {
         query(path, &kept.chain(cursor.map(|c| ("cursor", c))).collect::<Vec<_>>())
     }
 
+    /// The filters that have no field of the form, shown, and kept when it is sent.
+    pub(super) fn others(&self, shown: &[&str]) -> Markup {
+        let others = self.0.iter();
+        let others = others.filter(|(name, _)| name != "cursor" && !shown.contains(&name.as_str()));
+        html! {
+            @for (name, value) in others {
+                p.small {
+                    input type="hidden" name=(name) value=(value);
+                    "And " code { (short(name)) } " is " code { (short(value)) } "."
+                }
+            }
+        }
+    }
+
     /// The query of the API that selects the same.
     pub(super) fn read<F: FromQuery>(&self) -> Result<F, Refusal> {
         let pair = |(name, value): &(String, String)| {
             let value = match name.as_str() {
-                "since" | "until" => in_utc(value),
+                "since" | "until" => in_utc(value.trim()),
+                "text" | "type" => value.trim().to_owned(),
                 _ => value.clone(),
             };
             (name.clone(), value)

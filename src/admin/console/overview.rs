@@ -4,7 +4,7 @@ use axum::response::Response;
 use maud::{Markup, html};
 
 use super::{
-    page::{Page, Place, Tone, number, path_to, query, state, text, time},
+    page::{Page, Place, Tone, number, path_to, query, short, state, text, time},
     session::Session,
 };
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     wording::counted,
 };
 
-/// Seconds between two looks at the page.
+/// Seconds between two refreshes of the page.
 const REFRESH: u32 = 5;
 
 pub(super) fn answer(session: &Session, found: &Overview) -> Response {
@@ -24,9 +24,9 @@ pub(super) fn answer(session: &Session, found: &Overview) -> Response {
     };
     page.answer(html! {
         div.head { h1 { "Overview" } }
+        div id="banners" data-live role="status" { (banners(found)) }
         div id="overview" data-live {
-            (banners(found))
-            section.card aria-label="Subscribers" {
+            section.card {
                 @if found.subscribers.is_empty() {
                     div.empty {
                         p { "No subscriber is configured." }
@@ -44,7 +44,7 @@ pub(super) fn answer(session: &Session, found: &Overview) -> Response {
 fn banners(found: &Overview) -> Markup {
     html! {
         @if !found.queue.up {
-            div.note.bad role="alert" {
+            div.note.bad {
                 p { strong { "The queue is away. " } "Nothing is delivered until it is back; nothing is lost." }
                 @if let Some(why) = &found.queue.error { p { (text(why)) } }
             }
@@ -55,7 +55,7 @@ fn banners(found: &Overview) -> Markup {
             @match (history.state.as_str(), &history.why) {
                 ("kept" | "opening" | "off", _) => {},
                 (state, why) => {
-                    div.note.warn role="alert" {
+                    div.note.warn {
                         p {
                             strong { "History is " (text(state)) ". " } "Deliveries go on."
                             @if let Some(why) = why { " " (text(why)) }
@@ -109,7 +109,10 @@ fn row(s: &Subscriber) -> Markup {
     html! {
         tr {
             th scope="row" { a href=(query(deliveries, &[("subscriber", name)])) { (text(name)) } }
-            td { (state(tone(&s.state), &words::state(s))) }
+            td.wide {
+                (state(tone(&s.state), s.state.name()))
+                @if words::state(s) != s.state.name() { span.sub { (short(&words::state(s))) } }
+            }
             @match &s.lane {
                 None => td colspan="7" {},
                 Some(lane) => (figures(name, lane)),

@@ -15,7 +15,7 @@ use crate::{
         answer::Refusal,
         view::{Party, Reach, Time},
     },
-    wording::{self, counted, grouped},
+    wording::{self, grouped},
 };
 
 /// What a browser may do with a page: nothing but show it with its own assets, and send its forms
@@ -141,12 +141,21 @@ fn frame(title: &str, refresh: Option<u32>, bar: Markup, content: Markup) -> Mar
 }
 
 fn answer(status: StatusCode, page: Markup) -> Response {
-    const HEADERS: [(HeaderName, HeaderValue); 4] = [
+    const HEADERS: [(HeaderName, HeaderValue); 6] = [
         (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
         // `no-referrer` would have browsers send forms with `origin: null`.
         (header::REFERRER_POLICY, HeaderValue::from_static("same-origin")),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-store")),
+        // Pages of other sites, and of other ports here, neither load nor reach into a page.
+        (
+            HeaderName::from_static("cross-origin-resource-policy"),
+            HeaderValue::from_static("same-origin"),
+        ),
+        (
+            HeaderName::from_static("cross-origin-opener-policy"),
+            HeaderValue::from_static("same-origin"),
+        ),
     ];
     (status, HEADERS, Html(page.into_string())).into_response()
 }
@@ -156,8 +165,7 @@ pub(super) fn logo() -> Markup {
     PreEscaped(include_str!("assets/icon.svg").replacen("<svg ", "<svg aria-hidden=\"true\" ", 1))
 }
 
-/// A stranger's text: what would turn the direction of the page, or is not to be seen, is spelled
-/// out.
+/// A stranger's text, with what turns the direction of the page, and what nobody sees, spelled out.
 pub(super) fn text(text: &str) -> String {
     wording::visible(text)
 }
@@ -191,11 +199,14 @@ pub(super) fn time(at: Time) -> Markup {
 
 /// The name of an actor or a resource, with its id and type under it.
 pub(super) fn party(party: &Party, link: Option<(&str, &str)>) -> Markup {
-    let Party { id, kind, name } = party;
-    let Some(first) = name.as_deref().or(id.as_deref()).or(kind.as_deref()) else {
+    fn seen(part: &Option<String>) -> Option<&str> {
+        part.as_deref().filter(|text| !text.trim().is_empty())
+    }
+    let (id, kind) = (seen(&party.id), seen(&party.kind));
+    let Some(first) = seen(&party.name).or(id).or(kind) else {
         return html! { span.muted { "none" } };
     };
-    let second = [kind, id].into_iter().flatten().filter(|part| part.as_str() != first);
+    let second = [kind, id].into_iter().flatten().filter(|part| *part != first);
     let second = second.map(|part| cut(part, SHOWN_UNDER)).collect::<Vec<_>>().join(" · ");
     html! {
         @match (id, link) {
@@ -220,7 +231,7 @@ pub(super) fn path_to(base: &str, last: &str) -> String {
     format!("{base}{}", url.path())
 }
 
-/// How urgent a word is.
+/// The urgency of a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tone {
     Good,
@@ -239,7 +250,7 @@ impl Tone {
         }
     }
 
-    /// That of a state of a delivery, or of an event for one subscriber.
+    /// The tone of a state of a delivery, or of an event for one subscriber.
     pub(super) fn of_state(state: &str) -> Self {
         match state {
             "delivered" => Self::Good,
@@ -254,10 +265,38 @@ pub(super) fn state(tone: Tone, word: &str) -> Markup {
     html! { span.state.(tone.class()) { (text(&word.replace('_', " "))) } }
 }
 
-/// A mistake in a form's field, for its `name`.
-pub(super) fn mistake<'r>(refusal: Option<&'r Refusal>, name: &str) -> Option<&'r str> {
-    let fields = &refusal?.fields;
-    fields.iter().find(|e| e.field == name).map(|e| e.detail.as_str())
+/// The mistakes of a form, each beside its field.
+pub(super) struct Mistakes<'r>(pub(super) Option<&'r Refusal>);
+
+impl Mistakes<'_> {
+    fn of(&self, name: &str) -> Option<&str> {
+        let fields = &self.0?.fields;
+        fields.iter().find(|e| e.field == name).map(|e| e.detail.as_str())
+    }
+
+    /// The value of `aria-invalid`.
+    pub(super) fn is_wrong(&self, name: &str) -> Option<&'static str> {
+        self.of(name).map(|_| "true")
+    }
+
+    /// The value of `aria-describedby`.
+    pub(super) fn described_by(&self, name: &str) -> Option<String> {
+        self.of(name).map(|_| format!("wrong-{name}"))
+    }
+
+    /// The text below a field.
+    pub(super) fn beside(&self, name: &str) -> Markup {
+        html! { @if let Some(wrong) = self.of(name) { span.wrong id=(format!("wrong-{name}")) { (text(wrong)) } } }
+    }
+
+    /// The mistakes in parameters that have no field among `shown`.
+    pub(super) fn of_others(&self, shown: &[&str]) -> Markup {
+        let fields = self.0.iter().flat_map(|refusal| &refusal.fields);
+        let others = fields.filter(|e| !shown.contains(&e.field.as_str()));
+        html! {
+            @for e in others { p.wrong role="alert" { code { (short(&e.field)) } " in the address " (text(&e.detail)) "." } }
+        }
+    }
 }
 
 /// How far history reaches, and what it lacks.
@@ -267,8 +306,8 @@ pub(super) fn reach(reach: &Reach, what: &str) -> Markup {
         @for gap in reach.gaps.iter().filter(|gap| gap.what == what) {
             div.note.warn {
                 p {
-                    "Some " (what) " from " (time(gap.from)) " to " (time(gap.until)) " are missing"
-                    @if let Some(n) = gap.missing { " (" (counted(n, "row(s)")) ")" }
+                    "From " (time(gap.from)) " to " (time(gap.until)) " some " (what) " may be missing"
+                    @if let Some(n) = gap.missing { " (" (number(n)) " of them)" }
                     ": " (text(&gap.why)) "."
                 }
             }

@@ -12,19 +12,13 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
 use crate::{
-    admin::{
-        answer::header_text,
-        guard::{Caller, Tokens},
-    },
+    admin::guard::{Caller, Tokens},
     clock,
     config::{Role, Token},
 };
 
-/// The longest time of a session. A browser that is closed ends it earlier.
+/// The longest time of a session.
 const LASTS: Duration = Duration::from_secs(12 * 60 * 60);
-
-/// The name of the cookie. Cookies are shared by all ports of a host.
-const COOKIE: &str = "hooktrail_session";
 
 /// The path of the pages, to which alone the cookie is sent.
 pub(super) const PATH: &str = "/console";
@@ -32,6 +26,7 @@ pub(super) const PATH: &str = "/console";
 /// The use of a derived key (RFC 5869, section 3.2).
 const SESSION: &[u8] = b"hooktrail console: session, 1";
 const FORM: &[u8] = b"hooktrail console: form, 1";
+const NAME: &[u8] = b"hooktrail console: name of the cookie, 1";
 
 /// A session of a signed-in browser.
 #[derive(Debug, Clone)]
@@ -39,53 +34,71 @@ pub(super) struct Session {
     pub(super) caller: Caller,
     /// The field of each form that changes something: no other site knows it.
     pub(super) form_key: String,
+    token: Token,
 }
 
-/// Begins a session for a token. Returns the header that sets the cookie.
-pub(super) fn begin(token: &Token) -> HeaderValue {
+/// Begins a session for a token. Returns the header that sets the cookie. `encrypted`: the browser
+/// came over TLS, and is to send the cookie over nothing else.
+pub(super) fn begin(token: &Token, encrypted: bool) -> HeaderValue {
     let until = clock::unix_seconds(clock::now() + LASTS);
-    let content = content(&token.name, until, &clock::session_id());
+    let content = content(until, &clock::session_id());
     let seal = BASE64.encode(tag(token, SESSION, content.as_bytes()));
-    cookie(&format!("{content}.{seal}"), LASTS)
+    cookie(token, &format!("{content}.{seal}"), LASTS, encrypted)
 }
 
 /// The header that ends a session in the browser.
-pub(super) fn end() -> HeaderValue {
-    cookie("", Duration::ZERO)
+pub(super) fn end(session: &Session) -> HeaderValue {
+    cookie(&session.token, "", Duration::ZERO, false)
 }
 
 /// The session of a request; `None` if there is none, it is over, or its token is not valid now.
 pub(super) fn of(headers: &HeaderMap, tokens: &Tokens) -> Option<Session> {
-    let value = cookies(headers).find_map(|(name, value)| (name == COOKIE).then_some(value))?;
-    let (content, seal) = value.rsplit_once('.')?;
-    let mut parts = content.split('.');
-    let name = BASE64.decode(parts.next()?).ok()?;
-    let until: u64 = parts.next()?.parse().ok()?;
-    let token = tokens.iter().find(|token| token.name.as_bytes() == name)?;
-    let is_sealed =
-        mac(token, SESSION, content.as_bytes()).verify_slice(&BASE64.decode(seal).ok()?).is_ok();
-    if !is_sealed || until <= clock::unix_seconds(clock::now()) || !token.role.may(Role::Read) {
-        return None;
-    }
-    let form_key = BASE64.encode(tag(token, FORM, value.as_bytes()));
-    Some(Session { caller: Caller::of(token), form_key })
+    let given: Vec<(&str, &str)> = cookies(headers).collect();
+    tokens.iter().filter(|token| token.role.may(Role::Read)).find_map(|token| {
+        let name = name(token);
+        // One of a longer path, which another program at this host has set, comes before it.
+        let mut own = given.iter().filter(|(given, _)| *given == name).map(|(_, value)| *value);
+        let value = own.find(|value| is_valid(token, value))?;
+        let form_key = BASE64.encode(tag(token, FORM, value.as_bytes()));
+        Some(Session { caller: Caller::of(token), form_key, token: token.clone() })
+    })
 }
 
-fn content(name: &str, until: u64, nonce: &str) -> String {
-    format!("{}.{until}.{nonce}", BASE64.encode(name))
+fn is_valid(token: &Token, value: &str) -> bool {
+    let Some((content, seal)) = value.rsplit_once('.') else { return false };
+    let until = content.split('.').next().and_then(|until| until.parse::<u64>().ok());
+    let Ok(seal) = BASE64.decode(seal) else { return false };
+    let is_sealed = mac(token, SESSION, content.as_bytes()).verify_slice(&seal).is_ok();
+    is_sealed && until.is_some_and(|until| until > clock::unix_seconds(clock::now()))
 }
 
-fn cookie(value: &str, lasts: Duration) -> HeaderValue {
+fn content(until: u64, nonce: &str) -> String {
+    format!("{until}.{nonce}")
+}
+
+/// The name of a token's cookie. The ports of a host share their cookies, so that each daemon there
+/// needs a name of its own.
+fn name(token: &Token) -> String {
+    let digits =
+        tag(token, NAME, b"").iter().take(6).map(|b| format!("{b:02x}")).collect::<String>();
+    format!("hooktrail_{digits}")
+}
+
+fn cookie(token: &Token, value: &str, lasts: Duration, encrypted: bool) -> HeaderValue {
+    let secure = if encrypted { "; Secure" } else { "" };
     let text = format!(
-        "{COOKIE}={value}; Path={PATH}; Max-Age={}; HttpOnly; SameSite=Strict",
+        "{}={value}; Path={PATH}; Max-Age={}; HttpOnly; SameSite=Strict{secure}",
+        name(token),
         lasts.as_secs()
     );
     HeaderValue::from_str(&text).expect("letters, digits and signs of ASCII")
 }
 
+/// The cookies of a request. Those of others may have any bytes.
 fn cookies(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
-    let pairs = header_text(headers, header::COOKIE).split(';');
-    pairs.filter_map(|pair| pair.trim().split_once('='))
+    let lines = headers.get_all(header::COOKIE).iter();
+    let pairs = lines.flat_map(|line| line.as_bytes().split(|b| *b == b';'));
+    pairs.filter_map(|pair| std::str::from_utf8(pair).ok()?.trim().split_once('='))
 }
 
 /// The code of a text under a key of the token's.
@@ -115,7 +128,8 @@ mod tests {
     fn request(cookie: &HeaderValue) -> HeaderMap {
         let text = cookie.to_str().expect("text");
         let (pair, _) = text.split_once(';').expect("attributes");
-        let pair = HeaderValue::from_str(&format!("a=b; {pair}")).expect("a header");
+        let pair = [b"a=\xff; ", pair.as_bytes()].concat();
+        let pair = HeaderValue::from_bytes(&pair).expect("a header");
         HeaderMap::from_iter([(header::COOKIE, pair)])
     }
 
@@ -123,7 +137,7 @@ mod tests {
     fn a_session_is_its_tokens_and_ends_with_it() {
         let ann = token("ann.b", "one", Role::Admin);
         let tokens = Tokens::new(vec![token("ci", "two", Role::Intake), ann.clone()]);
-        let cookie = begin(&ann);
+        let cookie = begin(&ann, false);
         let text = cookie.to_str().expect("text");
         for attribute in ["; HttpOnly", "; SameSite=Strict", "; Path=/console", "; Max-Age=43200"] {
             assert!(text.contains(attribute), "{text}");
@@ -131,7 +145,9 @@ mod tests {
         let session = of(&request(&cookie), &tokens).expect("a session");
         assert_eq!(session.caller.token.as_deref(), Some("ann.b"));
         assert!(session.caller.sees_endpoints());
-        let again = of(&request(&begin(&ann)), &tokens).expect("a session");
+        assert!(!text.contains("Secure"), "{text}");
+        assert!(begin(&ann, true).to_str().expect("text").ends_with("; Secure"));
+        let again = of(&request(&begin(&ann, true)), &tokens).expect("a session");
         assert_ne!(session.form_key, again.form_key, "each session has its own");
 
         // The role is the token's of now.
@@ -139,7 +155,6 @@ mod tests {
         assert!(of(&request(&cookie), &read).is_some_and(|s| !s.caller.sees_endpoints()));
         for without in [
             vec![token("ann.b", "other", Role::Admin)],
-            vec![token("ann", "one", Role::Admin)],
             vec![token("ann.b", "one", Role::Intake)],
             vec![],
         ] {
@@ -151,22 +166,25 @@ mod tests {
     fn a_cookie_that_was_changed_or_is_over_is_none() {
         let ann = token("ann", "one", Role::Admin);
         let tokens = Tokens::new(vec![ann.clone()]);
-        let over = content("ann", clock::unix_seconds(clock::now()) - 1, "x");
+        let over = content(clock::unix_seconds(clock::now()) - 1, "x");
         let sealed = |content: &str| {
             format!("{content}.{}", BASE64.encode(tag(&ann, SESSION, content.as_bytes())))
         };
-        let to_come = content("ann", clock::unix_seconds(clock::now()) + 60, "x");
+        let to_come = content(clock::unix_seconds(clock::now()) + 60, "x");
         let good = sealed(&to_come);
         let header = |value: &str| {
-            let value = HeaderValue::from_str(&format!("{COOKIE}={value}")).expect("a header");
+            // Another program's cookie of the same name comes first.
+            let value = format!("{0}=x; {0}={value}", name(&ann));
+            let value = HeaderValue::from_str(&value).expect("a header");
             HeaderMap::from_iter([(header::COOKIE, value)])
         };
         assert!(of(&header(&good), &tokens).is_some());
-        let later = good.replacen(&to_come, &content("ann", u64::MAX, "x"), 1);
+        let later = good.replacen(&to_come, &content(u64::MAX, "x"), 1);
         for wrong in [sealed(&over), later, to_come, String::new(), ".".into(), "a.b.c.d".into()] {
             assert!(of(&header(&wrong), &tokens).is_none(), "{wrong}");
         }
         assert!(of(&HeaderMap::new(), &tokens).is_none());
-        assert!(of(&request(&end()), &tokens).is_none());
+        let session = of(&header(&good), &tokens).expect("a session");
+        assert!(of(&request(&end(&session)), &tokens).is_none());
     }
 }

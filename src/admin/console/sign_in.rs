@@ -28,7 +28,8 @@ const FORGOTTEN: Duration = Duration::from_secs(600);
 const ADDRESSES: usize = 1024;
 const WAITING: usize = 16;
 
-/// Slows wrong tokens down, each address by itself. A valid token never waits.
+/// Slows wrong tokens down, each address by itself. A valid token never waits. It is the length of a
+/// token that keeps it from being found: this only keeps people and simple programs from trying.
 #[derive(Debug)]
 pub(super) struct Doorman {
     wrong: Mutex<HashMap<IpAddr, (u32, Instant)>>,
@@ -68,7 +69,7 @@ impl Doorman {
     }
 }
 
-/// What the page says of the last try.
+/// The page's word on the last try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Said {
     Nothing,
@@ -77,6 +78,8 @@ pub(super) enum Said {
     MayNotLook,
     TooMany,
     Elsewhere,
+    /// A link on another site led here: the browser sends no cookie with the first request.
+    FromALink,
 }
 
 /// The page; `to` is where the browser wanted to go.
@@ -88,7 +91,7 @@ pub(super) fn page(said: Said, to: &str) -> Response {
         }
         Said::MayNotLook => (
             StatusCode::FORBIDDEN,
-            Some("This token has the role `intake`: it may publish events, and look at nothing."),
+            Some("This token has the role `intake`: it may publish events, and nothing else."),
         ),
         Said::TooMany => (
             StatusCode::TOO_MANY_REQUESTS,
@@ -97,6 +100,7 @@ pub(super) fn page(said: Said, to: &str) -> Response {
         Said::Elsewhere => {
             (StatusCode::FORBIDDEN, Some("This came from a page of another site. Sign in here."))
         }
+        Said::FromALink => (StatusCode::UNAUTHORIZED, None),
     };
     let mut answer = outside(
         status,
@@ -105,6 +109,9 @@ pub(super) fn page(said: Said, to: &str) -> Response {
             section.card.pad.sign-in {
                 div.head { span.brand { (logo()) "hooktrail" } }
                 h1 { "Sign in" }
+                @if said == Said::FromALink && !to.is_empty() {
+                    p { "A link on another site led here. If this browser is signed in: " a href=(to) { "open the page" } "." }
+                }
                 form method="post" action="/console/sign-in" {
                     input type="hidden" name="to" value=(to);
                     // Password managers ask for a name to keep it under.
@@ -112,8 +119,8 @@ pub(super) fn page(said: Said, to: &str) -> Response {
                     div.field {
                         label for="token" { "Token" }
                         input id="token" name="token" type="password" autocomplete="current-password" required autofocus
-                            aria-invalid=[why.map(|_| "true")] aria-describedby="hint";
-                        @if let Some(why) = why { span.wrong role="alert" { (why) } }
+                            aria-invalid=[why.map(|_| "true")] aria-describedby=(if why.is_some() { "wrong hint" } else { "hint" });
+                        @if let Some(why) = why { span.wrong id="wrong" { (why) } }
                         span.sub id="hint" { code { "[admin] token" } " of the configuration, or one of " code { "[[admin.tokens]]" } " with the role " code { "admin" } " or " code { "read" } "." }
                     }
                     button.first { "Sign in" }
@@ -138,9 +145,9 @@ pub(super) fn needs_a_token() -> Response {
             section.card.pad.sign-in {
                 div.head { span.brand { (logo()) "hooktrail" } }
                 h1 { "The console needs a token" }
-                p { "Events and deliveries are shown to who has a token, on this machine too, and this daemon's configuration has none." }
+                p { "Events and deliveries are shown only with a token, on this machine too, and this daemon's configuration has none." }
                 p { "Add one, and start the daemon again:" }
-                pre tabindex="0" { "[admin]\ntoken = \"${HOOKTRAIL_ADMIN_TOKEN}\"" }
+                pre tabindex="0" aria-label="Lines of the configuration" { "[admin]\ntoken = \"${HOOKTRAIL_ADMIN_TOKEN}\"" }
                 p.muted.small { code { "hooktrail init" } " writes a configuration with a new token; " code { "openssl rand -hex 32" } " makes one." }
             }
         },
