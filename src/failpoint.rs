@@ -29,10 +29,23 @@ pub enum Step {
     Committed,
     /// Events from an HTTP request are durable, and the request is not answered.
     Stored,
+    /// A transaction of history is complete but for its commit.
+    HistoryCommitting,
+    /// A transaction of history is committed, and its callers have not been answered.
+    HistoryCommitted,
+    /// Events are in history, and the queue still keeps them for it.
+    Remembered,
+    /// The queue keeps events no longer that history has.
+    Released,
+    /// A transaction of the store's precious file is complete but for its commit.
+    StoreCommitting,
+    /// A transaction of the store's precious file is on the disk, and its callers have not been
+    /// answered.
+    StoreCommitted,
 }
 
 impl Step {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 18] = [
         Self::Declared,
         Self::Attempting,
         Self::Answered,
@@ -45,6 +58,12 @@ impl Step {
         Self::Committing,
         Self::Committed,
         Self::Stored,
+        Self::HistoryCommitting,
+        Self::HistoryCommitted,
+        Self::Remembered,
+        Self::Released,
+        Self::StoreCommitting,
+        Self::StoreCommitted,
     ];
 }
 

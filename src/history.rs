@@ -78,8 +78,9 @@ impl Keeper {
                     _ = draining.wait_for(|reached| *reached >= Stop::Events) => {}
                 }
             };
-            tokio::join!(recorder.run(store.clone(), kept, reached(stops, Stop::All)), upkeep);
-            store.close().await;
+            let recording = recorder.run(store.clone(), kept, reached(stops, Stop::All));
+            let (complete, ()) = tokio::join!(recording, upkeep);
+            store.close(complete).await;
         });
         Self { stop, events, others }
     }

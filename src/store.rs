@@ -299,8 +299,9 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// The state of the store now, for status and health.
     fn condition(&self) -> StoreState;
 
-    /// Completes what is begun, and closes.
-    fn close(&self) -> impl Future<Output = ()> + Send;
+    /// Completes what is begun, and closes. `complete`: every change of a delivery was recorded or is
+    /// in a gap; otherwise the next process records one.
+    fn close(&self, complete: bool) -> impl Future<Output = ()> + Send;
 }
 
 /// A log that keeps the events' bytes itself, so that the store does not keep them twice: that of

@@ -323,25 +323,30 @@ impl fmt::Debug for Recorder {
 
 impl Recorder {
     /// Works until `ended` completes, at the earliest when all lanes have ended; then hands over
-    /// what waits, as far as the store takes it within 2 s.
+    /// what waits, as far as the store takes it within 2 s. Returns whether the store has all of it,
+    /// or the gap that it leaves.
     pub async fn run<S: Store>(
         self,
         store: S,
         keeps: watch::Receiver<Keeps>,
         ended: impl Future<Output = ()>,
-    ) {
+    ) -> bool {
         let (stop, stopped) = watch::channel(false);
+        let shared = self.shared.clone();
         let mut work = std::pin::pin!(self.work(store, keeps, stopped));
         tokio::select! {
-            () = &mut work => return,
+            () = &mut work => return shared.losses().span.is_none(),
             () = ended => {}
         }
         stop.send_replace(true);
-        if timeout(FLUSH, work).await.is_err() {
+        let is_done = timeout(FLUSH, work).await.is_ok();
+        let complete = is_done && shared.losses().span.is_none();
+        if !complete {
             tracing::warn!(
                 "history lacks the last deliveries: the store did not take them in time"
             );
         }
+        complete
     }
 
     async fn work<S: Store>(

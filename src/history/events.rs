@@ -10,6 +10,7 @@ use tokio::{sync::watch, time::sleep};
 use crate::{
     clock,
     config::Subscribers,
+    failpoint::{Step, reached},
     policy::retry::Backoff,
     queue::{HistorySource, HistoryStart, Queue, QueueError},
     store::{Gap, MAX_APPEND, NewRow, Reach, Store, StoreError},
@@ -230,7 +231,9 @@ impl<Q: Queue, S: Store> Recorder<'_, Q, S> {
         self.take_gaps(source);
         self.gaps.record(self.store).await?;
         self.store.append(taken).await?;
+        reached(Step::Remembered);
         source.stored().await?;
+        reached(Step::Released);
         Ok(())
     }
 

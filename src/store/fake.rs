@@ -453,5 +453,5 @@ impl Store for FakeStore {
         self.memory().state.clone()
     }
 
-    async fn close(&self) {}
+    async fn close(&self, _: bool) {}
 }

@@ -465,8 +465,8 @@ impl Store for SqliteStore {
         self.0.state.borrow().clone()
     }
 
-    async fn close(&self) {
-        self.0.close().await;
+    async fn close(&self, complete: bool) {
+        self.0.close(complete).await;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fs::{File, TryLockError},
     io::ErrorKind,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -63,6 +63,9 @@ impl SqliteConfig {
 /// Numbers that are reserved at once. A history that was deleted, or lost its last events in a power
 /// cut, goes on behind them: no number is given twice.
 pub(super) const RESERVED: i64 = 1_000_000;
+
+/// The key, in the precious file, of whether there ever was a history.
+const HAD_HISTORY: &str = "had_history";
 
 /// Damaged files that are kept.
 const KEPT: usize = 3;
@@ -206,8 +209,26 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
-/// Locks the store for this daemon. The lock ends with the process, in any case.
-pub(super) fn lock_store(data_dir: &Path) -> Result<File, StoreError> {
+/// The daemon's lock of the store. It ends with the process, in any case. The file has a text while
+/// a process may know of deliveries that the store lacks.
+#[derive(Debug)]
+pub(super) struct StoreLock {
+    file: File,
+    /// The process before has left nothing unrecorded.
+    pub(super) ended_well: bool,
+}
+
+impl StoreLock {
+    /// This process leaves nothing unrecorded.
+    pub(super) fn ends_well(&self) {
+        if let Err(e) = self.file.set_len(0) {
+            tracing::debug!(error = %e, "the next start records a gap of deliveries");
+        }
+    }
+}
+
+/// Locks the store for this daemon.
+pub(super) fn lock_store(data_dir: &Path) -> Result<StoreLock, StoreError> {
     let away = |what: String| StoreError::away(what);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(|e| {
         away(
@@ -220,7 +241,12 @@ pub(super) fn lock_store(data_dir: &Path) -> Result<File, StoreError> {
     })?;
     let path = data_dir.join(LOCK);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let locked = file.map_err(TryLockError::Error).and_then(|file| file.try_lock().map(|()| file));
+    let locked = file.map_err(TryLockError::Error).and_then(|file| {
+        file.try_lock()?;
+        let ended_well = file.metadata().map_err(TryLockError::Error)?.len() == 0;
+        file.write_all_at(b"open\n", 0).map_err(TryLockError::Error)?;
+        Ok(StoreLock { file, ended_well })
+    });
     locked.map_err(|e| match e {
         TryLockError::WouldBlock => away(format!(
             "another daemon has the store in `{}`: each needs a [queue] data_dir of its own",
@@ -328,12 +354,20 @@ fn remove_oldest_aside(path: &Path) {
 }
 
 /// Makes opened files this daemon's. Also returns what is wrong besides; `None`, and the files are
-/// closed, if history is damaged.
+/// closed, if history is damaged. `lacks`: why a history that goes on lacks the last deliveries.
 pub(super) async fn adopt(
     config: &SqliteConfig,
     files: Files,
+    lacks: Option<String>,
 ) -> Result<Option<(Open, Option<String>)>, StoreError> {
-    let Files { history, store, because, warning } = files;
+    let Files { history, store, mut because, warning } = files;
+    let had_history = match &store {
+        Some(store) => store.read(|db| around::get(db, HAD_HISTORY)).await.unwrap_or_default(),
+        None => None,
+    };
+    if had_history.is_some() {
+        because.get_or_insert_with(|| "the file before it was deleted or emptied".to_owned());
+    }
     let log_end = match config.log.clone() {
         Some(open) => {
             let end = tokio::task::spawn_blocking(move || open()?.end()).await;
@@ -345,6 +379,8 @@ pub(super) async fn adopt(
     let adopt = move |db: &Connection| {
         if around::get(db, "begun")?.is_none() {
             begin(db, because.as_deref(), now, retention)?;
+        } else if let Some(lacks) = lacks {
+            deliveries::lack_the_last(db, lacks, now)?;
         }
         deliveries::interrupt(db)?;
         adopt_events(db, log_end, now)
@@ -358,6 +394,12 @@ pub(super) async fn adopt(
         }
         adopted => adopted.map_err(away)?,
     };
+    if let Some(store) = store.as_ref().filter(|_| had_history.is_none()) {
+        // Not needed for history itself: a later start tries it again.
+        if let Err(e) = store.write(|db| around::set(db, HAD_HISTORY, 1)).await {
+            tracing::debug!(error = %e, "it is not recorded that there is a history");
+        }
+    }
     let numbers = match (&store, log_end) {
         (_, Some(_)) => (1, i64::MAX),
         (None, None) => {

@@ -1,6 +1,9 @@
 //! The schemas of the two files.
 
-use crate::sqlite::{Options, Schema, Synchronous};
+use crate::{
+    failpoint::Step,
+    sqlite::{Options, Schema, Synchronous},
+};
 
 /// May be deleted: events, deliveries, and what belongs to them.
 const HISTORY: &[&str] = &["
@@ -142,6 +145,7 @@ pub(super) const fn history() -> Options {
         cache: Some(CACHE),
         empties_log: true,
         nice: NICE,
+        steps: Some([Step::HistoryCommitting, Step::HistoryCommitted]),
         damaged: "it is set aside, and history begins again",
         ..Options::new("history", "history", schema)
     }
@@ -152,6 +156,7 @@ pub(super) const fn store() -> Options {
     Options {
         empties_log: true,
         backs_up: true,
+        steps: Some([Step::StoreCommitting, Step::StoreCommitted]),
         damaged: "stop hooktrail, keep a copy, and put a backup in its place, or move it away",
         ..Options::new("store", "store", schema)
     }

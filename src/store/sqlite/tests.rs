@@ -96,7 +96,7 @@ proptest! {
             let store = start(config(dir.path())).await;
             let events: Vec<NewRow> = events.iter().map(new_row).collect();
             finds_what_a_scan_finds(&store, &events, &filters, limit).await;
-            store.close().await;
+            store.close(true).await;
         });
     }
 }
@@ -219,18 +219,18 @@ async fn numbers_never_go_back() {
         (store, last)
     };
     let (store, number) = last(0..10).await;
-    store.close().await;
+    store.close(true).await;
     assert_eq!(number, 10);
     let (store, number) = last(10..12).await;
     assert_eq!(number, 12, "closed: they go on");
-    store.close().await;
+    store.close(true).await;
     std::fs::remove_file(dir.path().join("history.db")).expect("deletes");
     let (store, number) = last(0..1).await;
     assert_eq!(number, 13, "history was deleted");
     store.crash().await;
     let (store, number) = last(0..1).await;
     assert_eq!(number, open::RESERVED + 13, "it crashed: the last ones may be lost");
-    store.close().await;
+    store.close(true).await;
     std::fs::write(dir.path().join("store.db"), vec![7; 8192]).expect("damages");
     let store = start(config(dir.path())).await;
     let state = store.state().borrow().clone();
@@ -342,7 +342,7 @@ async fn a_damaged_history_is_set_aside_and_begun_again() {
         let path = dir.path().join("history.db");
         let store = start(config(dir.path())).await;
         append(&store, 0..5).await;
-        store.close().await;
+        store.close(true).await;
         let mut bytes = std::fs::read(&path).expect("reads");
         bytes[sound..].fill(0x5a);
         std::fs::write(&path, bytes).expect("damages");
@@ -351,7 +351,7 @@ async fn a_damaged_history_is_set_aside_and_begun_again() {
         assert!(reach.why.contains("damaged, and set aside as `history.db.damaged-"), "{reach:?}");
         assert_eq!((reach.events, reach.gaps.len()), (0, 2), "{sound}");
         assert_eq!(append(&store, 0..1).await.last, Some(EventNumber(6)));
-        store.close().await;
+        store.close(true).await;
     }
 }
 
@@ -363,7 +363,7 @@ async fn damage_that_a_query_meets_is_set_aside_too() {
     for n in 0..40 {
         append(&store, n * 20..n * 20 + 20).await;
     }
-    store.close().await;
+    store.close(true).await;
     // All but the first pages, which hold the schema and what is read first.
     let mut bytes = std::fs::read(&path).expect("reads");
     bytes[24 * 8192..].fill(0x5a);
@@ -402,11 +402,11 @@ async fn a_store_that_cannot_be_opened_is_away_until_it_can() {
     assert!(error.is_away());
     let away = |state: &StoreState| matches!(&state.history, HistoryState::Away(why) if why.contains("another daemon"));
     in_state(&second, away).await;
-    first.close().await;
+    first.close(true).await;
     assert!(first.append(vec![event(0)]).await.is_err_and(|e| e.is_away()));
     opened(second.clone()).await;
     append(&second, 0..1).await;
-    second.close().await;
+    second.close(true).await;
     let later = rusqlite::Connection::open(dir.path().join("history.db")).expect("opens");
     later.pragma_update(None, "user_version", 99).expect("writes");
     drop(later);
@@ -416,6 +416,101 @@ async fn a_store_that_cannot_be_opened_is_away_until_it_can() {
         |state| matches!(&state.history, HistoryState::Away(why) if why.contains("later version")),
     )
     .await;
+}
+
+async fn gaps(store: &SqliteStore) -> Vec<Gap> {
+    store.reach().await.expect("reads").gaps
+}
+
+#[tokio::test]
+async fn a_process_that_did_not_record_all_leaves_a_gap_and_one_that_did_leaves_none() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let change = started("msg_1");
+    let recorded = time(millis(change.at));
+    store.record(vec![change]).await.expect("records");
+    store.close(true).await;
+    let store = start(config(dir.path())).await;
+    assert_eq!(gaps(&store).await, []);
+    store.crash().await;
+    let killed = now();
+    let store = start(config(dir.path())).await;
+    let [gap] = &gaps(&store).await[..] else { panic!("{:?}", gaps(&store).await) };
+    assert_eq!((gap.what, gap.from), ("deliveries", recorded));
+    assert!(gap.until >= time(millis(killed)) && gap.why.contains("killed"), "{gap:?}");
+    // What is recorded later is no part of the next one.
+    store.record(vec![started("msg_2")]).await.expect("records");
+    store.close(false).await;
+    let store = start(config(dir.path())).await;
+    let all = gaps(&store).await;
+    assert!(all.last().is_some_and(|gap| gap.until > killed), "{all:?}");
+    store.close(true).await;
+    let store = start(config(dir.path())).await;
+    assert_eq!(gaps(&store).await, all);
+}
+
+#[tokio::test]
+async fn a_process_that_never_had_history_open_leaves_a_gap_unless_it_ends_well() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (path, aside) = (dir.path().join("history.db"), dir.path().join("aside"));
+    let store = start(config(dir.path())).await;
+    store.record(vec![started("msg_1")]).await.expect("records");
+    store.close(true).await;
+    for (complete, number) in [(true, 0), (false, 1)] {
+        std::fs::rename(&path, &aside).expect("renames");
+        std::fs::create_dir(&path).expect("is in its place");
+        let store = SqliteStore::start_with(config(dir.path()), 7, roomy);
+        in_state(&store, |state| matches!(state.history, HistoryState::Away(_))).await;
+        store.close(complete).await;
+        std::fs::remove_dir(&path).expect("removes");
+        std::fs::rename(&aside, &path).expect("renames");
+        let store = start(config(dir.path())).await;
+        assert_eq!(gaps(&store).await.len(), number, "{complete}");
+        store.close(true).await;
+    }
+}
+
+#[tokio::test]
+async fn a_history_that_is_put_back_lacks_what_was_recorded_meanwhile() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (path, aside) = (dir.path().join("history.db"), dir.path().join("aside"));
+    let store = start(config(dir.path())).await;
+    store.record(vec![started("msg_1")]).await.expect("records");
+    store.close(true).await;
+    std::fs::copy(&path, &aside).expect("copies");
+    let store = start(config(dir.path())).await;
+    store.record(vec![started("msg_2")]).await.expect("records");
+    std::fs::rename(&aside, &path).expect("renames");
+    in_state(&store, |state| state.history == HistoryState::Opening).await;
+    opened(store.clone()).await;
+    assert!(store.delivery("msg_2").await.expect("reads").is_none());
+    let all = gaps(&store).await;
+    assert!(matches!(&all[..], [gap] if gap.what == "deliveries"), "{all:?}");
+    store.close(true).await;
+}
+
+#[tokio::test]
+async fn a_history_that_was_deleted_or_emptied_between_two_daemons_has_a_gap() {
+    for emptied in [false, true] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("history.db");
+        let store = start(config(dir.path())).await;
+        append(&store, 0..10).await;
+        assert_eq!(gaps(&store).await, [], "the first of all begins here");
+        store.close(true).await;
+        match emptied {
+            true => std::fs::write(&path, "").expect("writes"),
+            false => std::fs::remove_file(&path).expect("removes"),
+        }
+        let store = start(config(dir.path())).await;
+        let reach = store.reach().await.expect("reads");
+        assert!(reach.why.contains("deleted or emptied"), "{reach:?}");
+        assert_eq!(
+            reach.gaps.iter().map(|gap| gap.what).collect::<Vec<_>>(),
+            ["events", "deliveries"]
+        );
+        store.close(true).await;
+    }
 }
 
 static FREE: AtomicU64 = AtomicU64::new(u64::MAX);
@@ -466,8 +561,8 @@ async fn a_command_reads_without_a_daemon_and_alongside_one() {
     append(&store, 10..20).await;
     assert_eq!(numbers(&command, &by_text("ann")).await.len(), 20);
     assert!(command.append(vec![event(0)]).await.is_err());
-    command.close().await;
-    store.close().await;
+    command.close(true).await;
+    store.close(true).await;
     let command = SqliteStore::read_only(config(dir.path())).expect("opens");
     assert_eq!(command.reach().await.expect("reads").events, 20);
 }
@@ -582,7 +677,7 @@ async fn events_of_a_log_are_read_from_there() {
     while store.trim(now() + 8 * 24 * HOUR).await.expect("trims") {}
     assert_eq!((last().await.0, store.reach().await.expect("reads").events), (EventNumber(39), 0));
     lock(&log.0).extend(all);
-    store.close().await;
+    store.close(true).await;
     // Fields alone are shown and searched.
     let history = HistoryConfig { bodies: false, ..HISTORY };
     let store = start(SqliteConfig { history, ..log.config(dir.path()) }).await;
@@ -590,7 +685,7 @@ async fn events_of_a_log_are_read_from_there() {
     let row = store.event(EventNumber(47)).await.expect("reads").expect("is there");
     assert_eq!((row.body, row.bytes), (None, event(47).body.len() as u64));
     assert_eq!(numbers(&store, &by_text("47th")).await, [47]);
-    store.close().await;
+    store.close(true).await;
     // Another log takes its place, and its numbers begin again.
     let log = Log::default();
     let rows = log.add(1..10);
@@ -704,7 +799,7 @@ async fn a_delivery_is_what_its_changes_made_it() {
     assert_eq!(found.expect("finds").deliveries.len(), 3);
     let found = store.deliveries_with("siem", Print::of(b"c"), since, until, LONG).await;
     assert_eq!(found.expect("finds"), WithEvent::default());
-    store.close().await;
+    store.close(true).await;
     let store = start(config(dir.path())).await;
     let state = store.delivery("msg_4").await.expect("reads").map(|d| d.state);
     assert_eq!(state, Some(DeliveryState::Interrupted), "its daemon has ended");
@@ -860,7 +955,7 @@ async fn replays_operations_and_known_subscribers_are_in_the_precious_file() {
         let new = NewOperation { at, by, what, subject, details: String::new() };
         store.add_operation(new).await.expect("writes");
     }
-    store.close().await;
+    store.close(true).await;
     std::fs::remove_file(dir.path().join("history.db")).expect("it may be deleted");
     let store = start(config(dir.path())).await;
     let page = store.replays(None, 1).await.expect("reads");

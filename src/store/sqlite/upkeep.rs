@@ -2,7 +2,6 @@
 //! were deleted or damaged.
 
 use std::{
-    fs::File,
     path::Path,
     sync::{Arc, Mutex, Weak, atomic::Ordering},
     time::{Duration, SystemTime},
@@ -13,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use super::{
     around,
     chunk::Limits,
-    open::{self, Open, SqliteConfig, lock},
+    open::{self, Open, SqliteConfig, StoreLock, lock},
 };
 use crate::{
     clock,
@@ -42,7 +41,7 @@ pub(super) struct Shared {
     /// The files have to be checked now.
     wake: Arc<Notify>,
     /// The daemon's.
-    store_lock: Mutex<Option<File>>,
+    store_lock: Mutex<Option<StoreLock>>,
     /// Held while files are opened or closed.
     changing: tokio::sync::Mutex<Changing>,
 }
@@ -52,6 +51,8 @@ struct Changing {
     is_closed: bool,
     /// Why history begins again when it is opened next.
     because: Option<String>,
+    /// It was open before.
+    was_open: bool,
     /// When it stopped because of the disk.
     stopped: Option<SystemTime>,
 }
@@ -118,15 +119,19 @@ impl Shared {
         }
     }
 
-    /// Completes what is begun, and closes the files.
-    pub(super) async fn close(&self) {
+    /// Completes what is begun, and closes the files. `complete`: nothing of deliveries is
+    /// unrecorded.
+    pub(super) async fn close(&self, complete: bool) {
         let mut changing = self.changing.lock().await;
         changing.is_closed = true;
         let open = lock(&self.open).take();
         if let Some(open) = open {
             open.close(!open.is_damaged.load(Ordering::Relaxed)).await;
         }
-        lock(&self.store_lock).take();
+        let held = lock(&self.store_lock).take();
+        if let Some(held) = held.filter(|held| complete && (changing.was_open || held.ended_well)) {
+            held.ends_well();
+        }
         self.set(HistoryState::Closed, None);
         self.wake.notify_one();
     }
@@ -178,12 +183,21 @@ impl Shared {
 
     async fn open_files(&self, changing: &mut Changing) {
         let opened = match self.lock_store() {
-            Ok(()) => self.try_open(changing.because.clone()).await,
+            Ok(ended_well) => {
+                let lacks = match (changing.was_open, ended_well) {
+                    (true, _) => Some("the file was away meanwhile".to_owned()),
+                    (false, false) => Some(
+                        "the daemon was killed, or the store was away when it ended".to_owned(),
+                    ),
+                    (false, true) => None,
+                };
+                self.try_open(changing.because.clone(), lacks).await
+            }
             Err(e) => Err(e),
         };
         match opened {
             Ok((open, warning)) => {
-                changing.because = None;
+                (changing.because, changing.was_open) = (None, true);
                 *lock(&self.open) = Some(Arc::new(open));
                 self.set(HistoryState::Open, warning);
             }
@@ -191,17 +205,20 @@ impl Shared {
         }
     }
 
-    fn lock_store(&self) -> Result<(), StoreError> {
+    /// Whether the process before has left nothing unrecorded.
+    fn lock_store(&self) -> Result<bool, StoreError> {
         let mut held = lock(&self.store_lock);
-        if held.is_none() {
-            *held = Some(open::lock_store(&self.config.data_dir)?);
-        }
-        Ok(())
+        let held = match &mut *held {
+            Some(held) => held,
+            none => none.insert(open::lock_store(&self.config.data_dir)?),
+        };
+        Ok(held.ended_well)
     }
 
     async fn try_open(
         &self,
         mut because: Option<String>,
+        lacks: Option<String>,
     ) -> Result<(Open, Option<String>), StoreError> {
         let path = self.config.history_path();
         for _ in 0..2 {
@@ -209,7 +226,7 @@ impl Shared {
             let open = move || open::open_files(&config, because_of);
             let files = tokio::task::spawn_blocking(open).await;
             let files = files.map_err(|e| StoreError::away(e.to_string()))??;
-            match open::adopt(&self.config, files).await? {
+            match open::adopt(&self.config, files, lacks.clone()).await? {
                 Some(open) => return Ok(open),
                 None => because = Some(open::set_aside(&path)?),
             }
