@@ -20,6 +20,11 @@ struct control {
     volatile int64_t jump_s;   /* what the clock is ahead, in seconds */
     volatile int32_t count;
     int32_t unused;
+    /* The same for the files of history and store, and what each of their writes takes longer, in microseconds. */
+    volatile int32_t store_error;
+    volatile int32_t store_one_in;
+    volatile int32_t store_count;
+    volatile int32_t store_slow_us;
 };
 
 static struct control *control;
@@ -33,18 +38,24 @@ __attribute__((constructor)) static void begin(void) {
     if (map != MAP_FAILED) control = map;
 }
 
-/* Only files of the embedded queue fail. */
+static int is_this_one(int32_t error, int32_t one_in, volatile int32_t *count) {
+    if (!error || __sync_add_and_fetch(count, 1) % (one_in + 1)) return 0;
+    errno = error;
+    return 1;
+}
+
+/* Only files of the embedded queue, of history and of the store fail. */
 static int fails(int fd) {
-    if (!control || !control->error) return 0;
+    if (!control || !(control->error || control->store_error || control->store_slow_us)) return 0;
     char link[64], path[512];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t n = readlink(link, path, sizeof path - 1);
     if (n <= 0) return 0;
     path[n] = 0;
-    if (!strstr(path, "hooktrail.db")) return 0;
-    if (__sync_add_and_fetch(&control->count, 1) % (control->one_in + 1)) return 0;
-    errno = control->error;
-    return 1;
+    if (strstr(path, "/hooktrail.db")) return is_this_one(control->error, control->one_in, &control->count);
+    if (!strstr(path, "/history.db") && !strstr(path, "/store.db")) return 0;
+    if (control->store_slow_us) usleep(control->store_slow_us);
+    return is_this_one(control->store_error, control->store_one_in, &control->store_count);
 }
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::OnceLock,
+    time::Duration,
 };
 
 /// As `errno` has them.
@@ -38,7 +39,7 @@ pub(crate) struct Environment {
 impl Environment {
     pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        std::fs::write(dir.path().join("control"), [0; 24]).expect("writes");
+        std::fs::write(dir.path().join("control"), [0; 40]).expect("writes");
         let control =
             File::options().write(true).read(true).open(dir.path().join("control")).expect("opens");
         Self { dir, control }
@@ -61,6 +62,23 @@ impl Environment {
 
     pub(crate) fn disk_works(&self) {
         self.disk_fails(0, 0);
+    }
+
+    /// Writes to history and the store fail with `error`, but for so many between two of them.
+    pub(crate) fn store_fails(&self, error: i32, one_in: i32) {
+        self.control.write_all_at(&one_in.to_ne_bytes(), 28).expect("writes");
+        self.control.write_all_at(&error.to_ne_bytes(), 24).expect("writes");
+    }
+
+    /// Each write to history and the store takes so much longer.
+    pub(crate) fn store_is_slow(&self, each: Duration) {
+        let each = i32::try_from(each.as_micros()).expect("short");
+        self.control.write_all_at(&each.to_ne_bytes(), 36).expect("writes");
+    }
+
+    pub(crate) fn store_works(&self) {
+        self.store_fails(0, 0);
+        self.store_is_slow(Duration::ZERO);
     }
 
     /// The clock is so many seconds ahead, or behind.

@@ -55,6 +55,19 @@ pub(crate) enum Fault {
     // The embedded queue.
     DiskFails,
     Locked,
+    // What remembers.
+    /// Another process locks a file of the store.
+    StoreLocked,
+    StoreDiskFails,
+    StoreSlow,
+    /// While the daemon runs.
+    HistoryDeleted,
+    /// Deleted, emptied, overwritten or cut while the daemon does not run.
+    HistoryDamaged,
+    /// A file of the store cannot be opened for some seconds.
+    StoreAway,
+    /// The node is killed when history's queue has just been declared.
+    HistoryQueueYoung,
 }
 
 impl Fault {
@@ -76,7 +89,7 @@ impl Fault {
         Self::LogUnread,
     ];
     /// After none of these may anything come again that a subscriber has answered for.
-    pub(crate) const CALM: [Self; 13] = [
+    pub(crate) const CALM: [Self; 19] = [
         Self::StopDaemon,
         Self::StopDaemon,
         Self::Mood,
@@ -90,6 +103,21 @@ impl Fault {
         Self::FolderGone,
         Self::FileCut,
         Self::LogUnread,
+        Self::StoreLocked,
+        Self::StoreDiskFails,
+        Self::StoreSlow,
+        Self::HistoryDeleted,
+        Self::HistoryDamaged,
+        Self::StoreAway,
+    ];
+    /// Faults of what remembers: a round has one at its begin, and others later.
+    const STORE: [Self; 6] = [
+        Self::HistoryDamaged,
+        Self::StoreAway,
+        Self::StoreLocked,
+        Self::HistoryDeleted,
+        Self::StoreDiskFails,
+        Self::StoreSlow,
     ];
     const BROKER: [Self; 20] = [
         Self::TakeOver,
@@ -130,7 +158,11 @@ impl Fault {
     /// The faults that a round of this seed begins with; `wanted` names others instead.
     pub(crate) fn dealt(place: &Place, calm: bool, seed: u64, wanted: Option<&str>) -> Vec<Self> {
         if let Some(wanted) = wanted {
-            let all = || Self::COMMON.into_iter().chain(Self::BROKER).chain(Self::EMBEDDED);
+            let all = || {
+                let common = Self::COMMON.into_iter().chain(Self::STORE);
+                let more = [Self::KillBroker, Self::HistoryQueueYoung];
+                common.chain(Self::BROKER).chain(Self::EMBEDDED).chain(more)
+            };
             let named = |name: &str| {
                 all()
                     .find(|f| format!("{f:?}") == name)
@@ -148,7 +180,9 @@ impl Fault {
         let at = |n: u64| {
             all[usize::try_from((2 * seed + first + n) % all.len() as u64).expect("small")]
         };
-        vec![at(0), at(1)]
+        let stores = Self::STORE.len() as u64;
+        let store = Self::STORE[usize::try_from(seed % stores).expect("small")];
+        vec![at(0), at(1), store]
     }
 
     pub(crate) fn draw(place: &Place, rng: &mut StdRng) -> Self {
@@ -161,7 +195,11 @@ impl Fault {
             _ => 0.3,
         };
         if rng.random_bool(often) {
-            return Self::KillBroker;
+            let young = place.nodes().len() == 1 && rng.random_bool(0.4);
+            return if young { Self::HistoryQueueYoung } else { Self::KillBroker };
+        }
+        if rng.random_bool(0.15) {
+            return *pick(&Self::STORE, rng);
         }
         if rng.random_bool(0.5) { *pick(&Self::COMMON, rng) } else { *pick(own, rng) }
     }
@@ -182,6 +220,8 @@ pub(crate) enum Heal {
     Disk,
     Folder,
     Log,
+    StoreDisk,
+    StoreAway,
 }
 
 pub(crate) struct Lasting {

@@ -5,6 +5,7 @@ mod configuration;
 mod daemons;
 mod disk;
 mod receivers;
+mod store;
 mod topology;
 
 use std::time::SystemTime;
@@ -56,6 +57,15 @@ impl Round<'_> {
             Fault::QueueDeleted => return self.delete_empty_queue(producer).await,
             Fault::DiskFails => return self.have_the_disk_fail(),
             Fault::Locked => return self.lock_the_database(),
+            Fault::StoreLocked => return self.lock_history(),
+            Fault::StoreDiskFails => return self.have_the_stores_disk_fail(),
+            Fault::StoreSlow => return self.slow_the_stores_disk_down(),
+            Fault::HistoryDeleted => return self.delete_history(),
+            Fault::HistoryDamaged => return self.damage_history().await,
+            Fault::StoreAway => return self.take_the_store_away().await,
+            Fault::HistoryQueueYoung => {
+                return self.kill_the_node_while_historys_queue_is_young(producer).await;
+            }
         }
         true
     }
@@ -63,7 +73,15 @@ impl Round<'_> {
     /// Whether queue and daemons are as they should be, whatever the receivers do.
     fn is_quiet(&mut self) -> bool {
         let harmless = |l: &Lasting| {
-            matches!(l.heal, Heal::Mood(_) | Heal::ReceiverWeather(_) | Heal::Clock | Heal::Log)
+            matches!(
+                l.heal,
+                Heal::Mood(_)
+                    | Heal::ReceiverWeather(_)
+                    | Heal::Clock
+                    | Heal::Log
+                    | Heal::StoreDisk
+                    | Heal::StoreAway
+            )
         };
         self.lasting.iter().all(harmless) && self.world.all_run()
     }

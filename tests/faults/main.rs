@@ -8,6 +8,7 @@
     reason = "tests read the real clock, and print what they measured"
 )]
 
+mod away;
 mod environment;
 mod fault;
 mod front;
@@ -15,6 +16,7 @@ mod inflict;
 mod memory;
 mod oracle;
 mod proxy;
+mod remembered;
 mod round;
 mod soak;
 mod steps;
@@ -161,7 +163,13 @@ async fn impatient_broker() -> Arc<Broker> {
 }
 
 async fn on_a_broker(what: &str, broker: Arc<Broker>, others: Arc<Vec<Node>>, source_queue: bool) {
-    let place = || Place::Broker { broker: broker.clone(), source_queue, others: others.clone() };
+    let stores = Arc::new(tempfile::tempdir().expect("a directory"));
+    let place = || Place::Broker {
+        broker: broker.clone(),
+        source_queue,
+        others: others.clone(),
+        stores: stores.clone(),
+    };
     prepare(place(), &mut StdRng::seed_from_u64(0)).await;
     rounds(what, count(), async |_| place()).await;
     let left = broker.node().ctl(&["list_connections", "client_properties"]);
@@ -188,6 +196,7 @@ async fn prepare(place: Place, rng: &mut StdRng) {
     .await;
     world.spawn(0, None);
     world.wait_running(0).await;
+    world.wait_remembering(0).await;
     tokio::time::sleep(SETTLING).await;
     world.stop(0).await;
 }

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
+    ops::RangeInclusive,
     time::{Duration, SystemTime},
 };
 
@@ -22,9 +23,29 @@ pub(crate) struct Ledger {
     /// By subscriber: what was published while its binding was taken away, and may have passed it
     /// by.
     pub(crate) not_for: BTreeMap<String, BTreeSet<u64>>,
+    /// The groups in which events were published: the first and the last, from when until when.
+    pub(crate) groups: Vec<(RangeInclusive<u64>, SystemTime, SystemTime)>,
 }
 
 impl Ledger {
+    /// These events were published together.
+    pub(crate) fn published(
+        &mut self,
+        group: RangeInclusive<u64>,
+        from: SystemTime,
+        to: SystemTime,
+    ) {
+        self.groups.push((group, from, to));
+    }
+
+    /// From when until when an event was being published.
+    pub(crate) fn when(&self, n: u64) -> (SystemTime, SystemTime) {
+        let group = self.groups.partition_point(|(group, ..)| *group.end() < n);
+        self.groups
+            .get(group)
+            .map_or((SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH), |(_, from, to)| (*from, *to))
+    }
+
     /// The events that a subscriber must have got.
     pub(crate) fn is_for(&self, subscriber: &str) -> impl Iterator<Item = u64> {
         let passed_by = self.not_for.get(subscriber);
@@ -48,7 +69,7 @@ pub(crate) struct Disturbance {
 
 /// The longest time before a fault in which an event can be accepted and not yet acked: behind a
 /// request that takes all of its time.
-const UNACKED: Duration = Duration::from_secs(6);
+pub(crate) const UNACKED: Duration = Duration::from_secs(6);
 
 /// The evidence of one subscriber.
 #[derive(Debug, Default)]

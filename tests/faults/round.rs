@@ -3,10 +3,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
+    path::PathBuf,
     time::{Duration, Instant, SystemTime},
 };
 
-use hooktrail::{clock, failpoint::Step};
+use hooktrail::{clock, failpoint::Step, store::StoreError};
 use rand::{RngExt as _, rngs::StdRng};
 
 use crate::{
@@ -16,6 +17,7 @@ use crate::{
         numbers_in,
     },
     proxy::Weather,
+    remembered::{Known, Remembered, Repeats},
     subscribers::{Kind, Subscriber, pick},
     support::{broker::kill, eventually, peak_mib, receiver::Request},
     world::{Place, World},
@@ -44,6 +46,14 @@ pub(crate) struct Round<'w> {
     /// When a daemon has declared a queue last, as far as a fault had it do so.
     pub(crate) declared: Option<Instant>,
     pub(crate) complaints: Vec<String>,
+    /// The file of a store that is away.
+    pub(crate) away: Option<PathBuf>,
+    /// History was damaged: what is still damaged of it is noticed when it is read.
+    pub(crate) history_damaged: bool,
+    /// How wrong the daemons' clock was at most.
+    pub(crate) blur: Duration,
+    /// The number of the first event.
+    first_event: u64,
 }
 
 /// The result.
@@ -83,6 +93,16 @@ const STARVED: Duration = Duration::from_secs(120);
 /// The time within which the faults at the begin are inflicted, or left out.
 const DEALT_WITHIN: Duration = Duration::from_secs(20);
 
+/// The difference between the clock of history and the test's, when it is not set.
+const BLUR: Duration = Duration::from_secs(1);
+
+/// History has taken all events so long after the last of them was delivered. A lock on it may last
+/// for 14 s, and what was unbound is bound again within a minute.
+const CAUGHT_UP: Duration = Duration::from_secs(90);
+
+/// Events of a round of which it is asked where they went.
+const ASKED: usize = 4;
+
 /// Everything must have arrived so long after the last fault.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 
@@ -106,6 +126,10 @@ impl<'w> Round<'w> {
             retries_deleted: Vec::new(),
             declared: None,
             complaints: Vec::new(),
+            away: None,
+            history_damaged: false,
+            blur: BLUR,
+            first_event: 0,
         }
     }
 
@@ -134,6 +158,8 @@ impl<'w> Round<'w> {
             self.bad_mood();
         }
         self.began_bound = true;
+        self.first_event = first_event;
+        self.world.wait_remembering(0).await;
         let producer = self.world.producer(first_event);
         let mut faults = BTreeMap::new();
         for fault in std::mem::take(&mut self.dealt) {
@@ -201,7 +227,13 @@ impl<'w> Round<'w> {
             subscriber.good_mood();
         }
         self.peace().await;
-        let producer = producer.unwrap_or_else(|| self.world.producer(0));
+        let producer = match producer {
+            Some(producer) => producer,
+            None => {
+                self.world.wait_remembering(0).await;
+                self.world.producer(0)
+            }
+        };
         tokio::time::sleep(Duration::from_millis(300)).await; // some more come while all goes well
         let ledger = producer.finish().await;
         let (dead, drained_in, complaint) = self.drain(&ledger).await;
@@ -294,6 +326,12 @@ impl<'w> Round<'w> {
             Heal::Disk => self.world.environment.disk_works(),
             Heal::Folder => self.world.folder_is_away(false),
             Heal::Log => self.world.leave_logs_unread(false),
+            Heal::StoreDisk => self.world.environment.store_works(),
+            Heal::StoreAway => {
+                if let Some(path) = self.away.take() {
+                    self.world.store_is_away(&path, false);
+                }
+            }
         }
         if one.disturbs {
             self.disturbed(&one.what, one.from, noticed);
@@ -460,6 +498,7 @@ impl<'w> Round<'w> {
                 ));
             }
         }
+        complaints.extend(self.history_catches_up(&ledger).await);
         for n in 0..self.world.daemons.len() {
             self.world.stop(n).await;
         }
@@ -476,10 +515,11 @@ impl<'w> Round<'w> {
         if let Some(line) = log.lines().find(|l| l.contains("panicked")) {
             complaints.push(format!("a panic: {line}"));
         }
-        let mut verdicts = Vec::new();
-        for (n, dead) in dead.into_iter().enumerate() {
-            verdicts.push(judge(&ledger, &self.seen(n, dead), &self.disturbances));
-        }
+        let seen: Vec<Seen> =
+            dead.into_iter().enumerate().map(|(n, dead)| self.seen(n, dead)).collect();
+        let mut verdicts: Vec<Verdict> =
+            seen.iter().map(|seen| judge(&ledger, seen, &self.disturbances)).collect();
+        complaints.extend(self.judge_history(&ledger, &seen).await);
         if let Some(first) = ledger.unmatched.first().filter(|_| self.began_bound) {
             let count = ledger.unmatched.len();
             complaints.push(format!("{count} events from {first} on reached no subscriber, though no binding had been taken away"));
@@ -493,6 +533,82 @@ impl<'w> Round<'w> {
                 .expect("a string");
         }
         Outcome { verdicts, story: self.story, ledger, drained_in, faults, left, complaints }
+    }
+
+    /// What the store of a daemon has of this round.
+    async fn remembered(&self, daemon: usize, seen: &[Seen]) -> Result<Remembered, StoreError> {
+        let is_log = matches!(self.world.place, Place::Embedded(_));
+        let accepted = seen.iter().flat_map(|s| &s.requests).filter(|r| r.status < 300);
+        let ids: BTreeSet<&str> = accepted.map(Request::id).collect();
+        let data_dir = self.world.data_dir(daemon);
+        Remembered::read(&data_dir, is_log, self.first_event, ids.into_iter()).await
+    }
+
+    /// Waits until each confirmed event is in history, or history says that it lacks it.
+    async fn history_catches_up(&mut self, ledger: &Ledger) -> Option<String> {
+        let begun = Instant::now();
+        loop {
+            self.look_after().await;
+            let lacks = match self.remembered(0, &[]).await {
+                Ok(found) => match found.missing(ledger, self.blur)[..] {
+                    [] => {
+                        let took = begun.elapsed().as_secs_f64();
+                        self.log(&format!("history has all after {took:.1} s"));
+                        return None;
+                    }
+                    [first, ..] => format!("event {first} and others are missing"),
+                },
+                Err(e) => e.to_string(),
+            };
+            if begun.elapsed() > CAUGHT_UP {
+                if self.history_damaged && lacks.contains("damaged") {
+                    self.log(&format!("history is damaged, and is not read: {lacks}"));
+                    return None;
+                }
+                return Some(format!("history has not caught up in {CAUGHT_UP:?}: {lacks}"));
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    }
+
+    /// What is wrong in history, when all daemons have ended.
+    async fn judge_history(&mut self, ledger: &Ledger, seen: &[Seen]) -> Vec<String> {
+        let mut stores = Vec::new();
+        for daemon in 0..self.world.daemons.len() {
+            match self.remembered(daemon, seen).await {
+                Ok(store) => stores.push(store),
+                Err(e) if self.history_damaged && e.to_string().contains("damaged") => {
+                    return Vec::new();
+                }
+                Err(e) => return vec![format!("the store of daemon {daemon} cannot be read: {e}")],
+            }
+        }
+        let repeats = match &self.world.place {
+            Place::Embedded(_) => Repeats::No,
+            Place::Broker { .. } if self.disturbances.is_empty() => Repeats::No,
+            Place::Broker { source_queue: true, .. } => Repeats::All,
+            Place::Broker { .. } => Repeats::WithoutId,
+        };
+        let disturbances = std::mem::take(&mut self.disturbances);
+        let known = Known { ledger, seen, disturbances: &disturbances, repeats, blur: self.blur };
+        let mut wrong = known.judge(&stores);
+        let there: Vec<u64> = stores[0].rows.keys().copied().collect();
+        for _ in 0..ASKED.min(there.len()) {
+            let n = *pick(&there, &mut self.rng);
+            let id = stores[0].id_of(n).unwrap_or_default().to_owned();
+            let output = tokio::task::block_in_place(|| {
+                self.world.command(0, "", &["where", &id, "--json"])
+            });
+            match serde_json::from_slice(&output.stdout) {
+                Ok(answer) => {
+                    let is_alone = stores.len() == 1;
+                    wrong.extend(known.judge_where(n, &answer, &stores[0], is_alone));
+                }
+                Err(e) => wrong.push(format!("where {id}: {e}: {output:?}")),
+            }
+        }
+        self.disturbances = disturbances;
+        wrong
     }
 
     /// Batches that always fail do not keep others from being tried: waits until each event was,

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -190,10 +191,12 @@ fn at_a_steady_rate_with_faults_nothing_is_lost_and_nothing_grows() {
         let seed = setting("HOOKTRAIL_FAULTS_SEED", SEED);
         let mut rng = StdRng::seed_from_u64(seed);
         let broker = impatient_broker().await;
+        let stores = Arc::new(tempfile::tempdir().expect("a directory"));
         let place = || Place::Broker {
             broker: broker.clone(),
             source_queue: false,
-            others: std::sync::Arc::default(),
+            others: Arc::default(),
+            stores: stores.clone(),
         };
         prepare(place(), &mut rng).await;
         let shape = Shape { concurrency: 4, max_events: 100, daemons: 1, rate };

@@ -28,7 +28,7 @@ tests_that_need!(
 );
 
 /// At these a daemon on a broker can be killed, without a source queue.
-const ON_A_BROKER: [Step; 7] = [
+const ON_A_BROKER: [Step; 13] = [
     Step::Attempting,
     Step::Answered,
     Step::Published,
@@ -36,10 +36,27 @@ const ON_A_BROKER: [Step; 7] = [
     Step::Acked,
     Step::Recorded,
     Step::Stored,
+    Step::HistoryCommitting,
+    Step::HistoryCommitted,
+    Step::Remembered,
+    Step::Released,
+    Step::StoreCommitting,
+    Step::StoreCommitted,
 ];
 
-pub(crate) const EMBEDDED: [Step; 5] =
-    [Step::Attempting, Step::Answered, Step::Committing, Step::Committed, Step::Stored];
+pub(crate) const EMBEDDED: [Step; 11] = [
+    Step::Attempting,
+    Step::Answered,
+    Step::Committing,
+    Step::Committed,
+    Step::Stored,
+    Step::HistoryCommitting,
+    Step::HistoryCommitted,
+    Step::Remembered,
+    Step::Released,
+    Step::StoreCommitting,
+    Step::StoreCommitted,
+];
 
 const SHAPE: Shape = Shape { concurrency: 3, max_events: 10, daemons: 1, rate: 300 };
 
@@ -69,7 +86,20 @@ async fn dies_at(what: &str, place: Place, step: Step, after: u32) {
 fn passed(step: Step) -> u32 {
     match step {
         Step::Recorded | Step::Stored | Step::Relayed => 0,
+        Step::StoreCommitting | Step::StoreCommitted => 0,
         _ => rand::random_range(0..6),
+    }
+}
+
+/// Rounds on this broker that share their stores.
+fn on(broker: &Arc<Broker>, source_queue: bool) -> impl Fn() -> Place {
+    let broker = broker.clone();
+    let stores = Arc::new(tempfile::tempdir().expect("a directory"));
+    move || Place::Broker {
+        broker: broker.clone(),
+        source_queue,
+        others: Arc::default(),
+        stores: stores.clone(),
     }
 }
 
@@ -78,27 +108,16 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
         let broker = impatient_broker().await;
         for after in [3, 30, 50] {
             let fresh = Arc::new(broker.sibling());
-            dies_at(
-                "rabbitmq",
-                Place::Broker { broker: fresh, source_queue: false, others: Arc::default() },
-                Step::Declared,
-                after,
-            )
-            .await;
+            dies_at("rabbitmq", on(&fresh, false)(), Step::Declared, after).await;
         }
-        let place = || Place::Broker {
-            broker: broker.clone(),
-            source_queue: false,
-            others: Arc::default(),
-        };
+        let place = on(&broker, false);
         // An event is for those whose queues are bound when it is published.
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;
         for step in ON_A_BROKER {
             dies_at("rabbitmq", place(), step, passed(step)).await;
         }
         let second = Arc::new(broker.sibling());
-        let place =
-            || Place::Broker { broker: second.clone(), source_queue: true, others: Arc::default() };
+        let place = on(&second, true);
         prepare(place(), &mut StdRng::seed_from_u64(0)).await;
         dies_at("rabbitmq", place(), Step::Relayed, passed(Step::Relayed)).await;
     });

@@ -9,7 +9,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use lapin::{
     types::FieldTable,
 };
 use rand::{RngExt as _, rngs::StdRng};
+use tempfile::TempDir;
 use tokio::{sync::RwLock, task::JoinHandle, time::timeout};
 
 use crate::{
@@ -48,6 +49,8 @@ pub(crate) enum Place {
         broker: Arc<Broker>,
         source_queue: bool,
         others: Arc<Vec<Node>>,
+        /// The folders of the daemons' stores, which outlive a round: the first one has history.
+        stores: Arc<TempDir>,
     },
     Embedded(Embedded),
 }
@@ -136,10 +139,21 @@ impl World {
 
     /// Runs a command alongside daemon `n`, to its end.
     pub(crate) fn command(&self, n: usize, variables: &str, arguments: &[&str]) -> Output {
-        self.setup.run_as(
-            &format!("PORT={} {variables}exec timeout -k 5 120 \"$0\" \"$@\"", self.ports[n]),
-            arguments,
-        )
+        let line = format!("{} {variables}exec timeout -k 5 120 \"$0\" \"$@\"", self.own(n));
+        self.setup.run_as(&line, arguments)
+    }
+
+    /// The variables of a daemon's own configuration.
+    fn own(&self, n: usize) -> String {
+        format!("PORT={} DATA={}", self.ports[n], self.data_dir(n).display())
+    }
+
+    /// The folder of a daemon's store.
+    pub(crate) fn data_dir(&self, n: usize) -> PathBuf {
+        match &self.place {
+            Place::Broker { stores, .. } => stores.path().join(n.to_string()),
+            Place::Embedded(embedded) => embedded.data_dir(),
+        }
     }
 
     /// Writes the configuration, in the place of that before.
@@ -153,9 +167,7 @@ impl World {
 
     fn write_configuration(&self, multiplier: f64, without: Option<Kind>, more: &str) {
         let queue = match (&self.place, &self.network) {
-            (Place::Embedded(e), _) => {
-                format!("url = \"embedded\"\ndata_dir = \"{}\"\n", e.data_dir().display())
-            }
+            (Place::Embedded(_), _) => "url = \"embedded\"\n".to_owned(),
             (Place::Broker { broker, source_queue, .. }, Some(network)) => {
                 let intake = if *source_queue {
                     "source_queue = \"source\"".to_owned()
@@ -176,6 +188,7 @@ impl World {
             "include = [\"{INCLUDED}/*.toml\"]
 [queue]
 {queue}
+data_dir = \"${{DATA}}\"
 [admin]
 listen = \"127.0.0.1:${{PORT}}\"
 [log]
@@ -243,13 +256,36 @@ max_open_for = \"2s\"
         let dies = dies_at
             .map(|(step, after)| format!("{}={step:?}:{after} ", failpoint::VARIABLE))
             .unwrap_or_default();
-        let line = format!(
-            "{dies}PORT={} {} exec \"$0\" \"$@\"",
-            self.ports[n],
-            self.environment.variables()
-        );
+        let line =
+            format!("{dies}{} {} exec \"$0\" \"$@\"", self.own(n), self.environment.variables());
         let before = self.daemons[n].replace(self.setup.spawn_piped(&line));
         self.keep_log(before);
+    }
+
+    /// Something else is in the place of a store's file, or the file is back.
+    pub(crate) fn store_is_away(&self, path: &Path, away: bool) {
+        let aside = path.with_extension("aside");
+        if away {
+            std::fs::create_dir(&aside).expect("a folder");
+        }
+        let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+        for suffix in ["", "-wal", "-shm"] {
+            let name = format!("{name}{suffix}");
+            let (at, elsewhere) = (path.with_file_name(&name), aside.join(&name));
+            if away {
+                std::fs::rename(at, elsewhere).ok(); // it may have no log
+            } else if elsewhere.exists() {
+                if suffix.is_empty() {
+                    std::fs::remove_dir(&at).expect("the folder in its place");
+                }
+                std::fs::rename(elsewhere, at).expect("renames");
+            }
+        }
+        if away {
+            std::fs::create_dir(path).expect("a folder in its place");
+        } else {
+            std::fs::remove_dir(aside).expect("an empty folder");
+        }
     }
 
     /// The reader of the logs stops, or goes on.
@@ -278,6 +314,14 @@ max_open_for = \"2s\"
             daemon.log().contains("running")
         })
         .await;
+    }
+
+    /// Waits until history gets each event that is published from now on.
+    pub(crate) async fn wait_remembering(&mut self, n: usize) {
+        let Some(daemon) = self.daemons[n].as_ref().filter(|_| self.network.is_some()) else {
+            return;
+        };
+        daemon.wait_log("every event goes into history").await;
     }
 
     pub(crate) fn kill(&mut self, n: usize) {
@@ -406,7 +450,7 @@ max_open_for = \"2s\"
                     .flat_map(|n| [format!("sub.{n}"), format!("sub.{n}.retry")])
                     .collect();
                 queues.extend((0..4).map(|n| format!("delay.{n:02}")));
-                queues.push("orphans".to_owned());
+                queues.extend(["orphans".to_owned(), "history".to_owned()]);
                 let mut queues: Vec<String> =
                     queues.iter().map(|q| format!("{}.{q}", broker.prefix)).collect();
                 if *source_queue {
@@ -556,20 +600,24 @@ impl Publish {
                 self.next += due;
                 turn += 1;
                 let passed_by = self.passed_by.lock().expect("not poisoned").clone();
+                let from = SystemTime::now();
                 let fates = if !self.ports.is_empty() && turn.is_multiple_of(3) {
                     let port = self.ports[turn / 3 % self.ports.len()];
                     over_http(&client, port, &group).await
                 } else {
                     self.directly(&group).await
                 };
-                self.note(&group, &fates, &passed_by);
+                self.note(&group, &fates, &passed_by, from);
             }
             tokio::time::sleep(TICK).await;
         }
     }
 
-    fn note(&self, group: &[u64], fates: &[Fate], passed_by: &BTreeSet<String>) {
+    fn note(&self, group: &[u64], fates: &[Fate], passed_by: &BTreeSet<String>, from: SystemTime) {
         let mut ledger = self.ledger.lock().expect("not poisoned");
+        if let (Some(first), Some(last)) = (group.first(), group.last()) {
+            ledger.published(*first..=*last, from, SystemTime::now());
+        }
         for (n, fate) in group.iter().zip(fates) {
             match fate {
                 Fate::Confirmed => ledger.confirmed.insert(*n),

@@ -74,6 +74,7 @@ impl Round<'_> {
         }
         let seconds = *pick(&[-86_400, -3600, -30, 30, 3600, 86_400], &mut self.rng);
         self.world.environment.clock_is_ahead(seconds);
+        self.blur = self.blur.max(Duration::from_secs(seconds.unsigned_abs()) * 2);
         self.lasts(Heal::Clock, format!("the clock is {seconds} s ahead"), false, 5000);
         true
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 
+use super::store::lock;
 use crate::{
     environment::{EIO, ENOSPC},
     fault::Heal,
@@ -36,21 +37,7 @@ impl Round<'_> {
         let file = embedded.file();
         let holds = Duration::from_millis(self.rng.random_range(100..3000));
         self.log(&format!("another process locks the database for {holds:?}"));
-        // A thread of its own, not a task: while a daemon opens the queue under its lock, the round
-        // waits for that lock on the runtime's threads, and a task there could not end the fault.
-        std::thread::spawn(move || {
-            let Ok(db) = rusqlite::Connection::open(file) else { return };
-            let locked = db
-                .busy_timeout(Duration::from_secs(5))
-                .and_then(|()| db.execute_batch("BEGIN IMMEDIATE"));
-            if locked.is_ok() {
-                #[allow(
-                    clippy::disallowed_methods,
-                    reason = "its own thread, and the fault itself"
-                )]
-                std::thread::sleep(holds); // the drop rolls back
-            }
-        });
+        lock(file, holds);
         self.disturbances.push(Disturbance {
             what: "locked".to_owned(),
             whom: None,
