@@ -40,9 +40,9 @@ allow_private_addresses = true
 const BYTES: u64 = 4000;
 
 /// Mebibytes that a daemon may take more than before its first event: 16 of changes of deliveries
-/// that wait for the store, 8 of a group of events on their way into it, 16 each of what lanes have
-/// taken and of the requests in flight, and as much again for what the allocator keeps of them.
-const ROOM: f64 = 112.0;
+/// that wait for the store, 8 of a group of events on their way into it, and 12 of what the lane has
+/// taken, of requests in flight, and of what the allocator keeps. All events have more than that.
+const ROOM: f64 = 36.0;
 
 /// Events that are ahead of their deliveries at most: the receiver's test does not keep them all.
 const AHEAD: u64 = 20_000;
@@ -78,7 +78,7 @@ impl Load<'_> {
         let upto = upto.min(self.published + MAX_GROUP as u64);
         // No words: they would take the time of the test to be indexed afterwards.
         let body = |n| {
-            let text = format!("{{\"n\":{n},\"pad\":\"");
+            let text = format!("{{\"event\":\"{TYPE}\",\"n\":{n},\"pad\":\"");
             let pad = self.bytes.saturating_sub(text.len() + 2);
             text + &"-".repeat(pad) + "\"}"
         };

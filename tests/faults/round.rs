@@ -565,7 +565,12 @@ impl<'w> Round<'w> {
                     self.log(&format!("history is damaged, and is not read: {lacks}"));
                     return None;
                 }
-                return Some(format!("history has not caught up in {CAUGHT_UP:?}: {lacks}"));
+                let columns = ["name", "messages_ready", "messages_unacknowledged", "consumers"];
+                let queues = self.ctl(&[&["list_queues", "--quiet"][..], &columns].concat()).await;
+                let queue = queues.lines().find(|l| l.contains(".history\t")).unwrap_or_default();
+                return Some(format!(
+                    "history has not caught up in {CAUGHT_UP:?}: {lacks}; its queue (ready, unacked, consumers): {queue}"
+                ));
             }
             tokio::time::sleep(Duration::from_millis(300)).await;
         }

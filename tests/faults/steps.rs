@@ -24,11 +24,12 @@ use crate::{
 tests_that_need!(
     broker:
     a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing,
+    a_daemon_that_is_killed_at_any_step_of_its_store_on_a_broker_loses_nothing_and_history_says_what_it_lacks,
     a_replay_that_is_killed_when_the_broker_has_confirmed_it_loses_nothing_and_sends_the_same_ids_again,
 );
 
 /// At these a daemon on a broker can be killed, without a source queue.
-const ON_A_BROKER: [Step; 13] = [
+const ON_A_BROKER: [Step; 7] = [
     Step::Attempting,
     Step::Answered,
     Step::Published,
@@ -36,20 +37,13 @@ const ON_A_BROKER: [Step; 13] = [
     Step::Acked,
     Step::Recorded,
     Step::Stored,
-    Step::HistoryCommitting,
-    Step::HistoryCommitted,
-    Step::Remembered,
-    Step::Released,
-    Step::StoreCommitting,
-    Step::StoreCommitted,
 ];
 
-pub(crate) const EMBEDDED: [Step; 11] = [
-    Step::Attempting,
-    Step::Answered,
-    Step::Committing,
-    Step::Committed,
-    Step::Stored,
+pub(crate) const EMBEDDED: [Step; 5] =
+    [Step::Attempting, Step::Answered, Step::Committing, Step::Committed, Step::Stored];
+
+/// At these a daemon with a store can be killed, on either queue.
+pub(crate) const OF_THE_STORE: [Step; 6] = [
     Step::HistoryCommitting,
     Step::HistoryCommitted,
     Step::Remembered,
@@ -127,6 +121,28 @@ fn a_daemon_that_is_killed_at_any_step_on_a_broker_loses_nothing() {
 fn a_daemon_that_is_killed_at_any_step_on_the_embedded_queue_loses_nothing() {
     run(async {
         for step in EMBEDDED {
+            dies_at("embedded", Place::Embedded(Embedded::new()), step, passed(step)).await;
+        }
+    });
+}
+
+fn a_daemon_that_is_killed_at_any_step_of_its_store_on_a_broker_loses_nothing_and_history_says_what_it_lacks()
+ {
+    run(async {
+        let broker = impatient_broker().await;
+        let place = on(&broker, false);
+        prepare(place(), &mut StdRng::seed_from_u64(0)).await;
+        for step in OF_THE_STORE {
+            dies_at("rabbitmq", place(), step, passed(step)).await;
+        }
+    });
+}
+
+#[test]
+fn a_daemon_that_is_killed_at_any_step_of_its_store_on_the_embedded_queue_loses_nothing_and_history_says_what_it_lacks()
+ {
+    run(async {
+        for step in OF_THE_STORE {
             dies_at("embedded", Place::Embedded(Embedded::new()), step, passed(step)).await;
         }
     });

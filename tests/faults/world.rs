@@ -401,6 +401,10 @@ max_open_for = \"2s\"
         std::fs::copy(self.setup.config(), dir.join("hooktrail.toml")).expect("copies");
         std::fs::write(dir.join("included.toml"), self.tables(None)).expect("writes");
         std::fs::write(dir.join("story"), story).expect("writes");
+        for name in ["history.db", "history.db-wal", "store.db", "store.db-wal"] {
+            let file = self.data_dir(0).join(name);
+            std::fs::copy(file, dir.join(name)).ok(); // it may have no log
+        }
         for subscriber in &self.subscribers {
             let line = |r: &crate::support::receiver::Request| {
                 format!(

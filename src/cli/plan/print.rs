@@ -315,11 +315,11 @@ mod tests {
             one.contains("in RabbitMQ: 25 queues (3 for each of 1 subscriber, 22 for all), which take about 75 file descriptors"),
             "{one}"
         );
-        assert!(one.contains("4 connections of each daemon"), "{one}");
+        assert!(one.contains("5 connections of each daemon"), "{one}");
         let footprint = amqp::footprint(300, true, true);
         assert_eq!(
             (footprint.queues, footprint.descriptors, footprint.connections),
-            (922, 2766, 11)
+            (922, 2766, 12)
         );
         assert!(!text(&loaded(EMBEDDED, "")).contains("RabbitMQ: "));
     }

@@ -26,13 +26,12 @@ use super::{
     broker_error::{BrokerError, answer},
     history_state::{Backlog, QueueState},
     message,
-    pool::Lease,
+    pool::{Lease, Quarantine},
     prefetch::is_other,
     record::{Record, now},
     shared::Shared,
     state_stream,
     topology::MAX_HISTORY,
-    unusable::try_once,
 };
 use crate::{
     clock,
@@ -49,14 +48,17 @@ const PREFETCH: u16 = 5000;
 /// Time between two checks whether the queue has come to its limit.
 const RECOUNT: Duration = Duration::from_secs(60);
 
-/// Timeout of consuming the queue on trial, before it is consumed on a connection that lanes share.
-const TRIAL: Duration = Duration::from_secs(5);
+/// Timeout of consuming the queue: one that is broken does not answer at all.
+const CONSUMED: Duration = Duration::from_secs(5);
 
 /// Time without a message after which the queue has no more to give.
 const EXHAUSTED: Duration = Duration::from_millis(100);
 
 pub struct History {
     shared: Arc<Shared>,
+    /// Its own: a consumer that is too late for the broker, or a broken queue, can end the whole
+    /// connection, and lanes would lose theirs with it.
+    connection: Quarantine,
     lease: Lease,
     consumer: Consumer,
     queue: String,
@@ -149,23 +151,23 @@ impl History {
 
     async fn consume(shared: &Arc<Shared>, store: String) -> Result<Self, QueueError> {
         let queue = shared.topology.history();
-        // On a connection of its own: one on which a broken queue is consumed ends.
-        match timeout(TRIAL, try_once(shared, &queue)).await {
-            Ok(tried) => tried?.map_err(|e| failed(&queue, &e.why))?,
+        let mut broker = shared.broker();
+        let ready = broker.depth(&queue).await?.map_or(0, |depth| depth.messages);
+        let since = shared.history.last_stored();
+        let connection = shared.consuming.quarantine().await?;
+        let lease = connection.lease().await?;
+        let prefetch = shared.history.sizes().allow(PREFETCH);
+        let consumer = match timeout(CONSUMED, begin(&lease, &queue, prefetch)).await {
+            Ok(begun) => begun.map_err(|why| failed(&queue, &why))?,
             Err(_) => {
                 return Err(QueueError::new(format!(
                     "queue `{queue}` cannot be consumed: no answer"
                 )));
             }
-        }
-        let mut broker = shared.broker();
-        let ready = broker.depth(&queue).await?.map_or(0, |depth| depth.messages);
-        let since = shared.history.last_stored();
-        let lease = shared.consuming.lease().await?;
-        let prefetch = shared.history.sizes().allow(PREFETCH);
-        let consumer = begin(&lease, &queue, prefetch).await.map_err(|why| failed(&queue, &why))?;
+        };
         Ok(Self {
             shared: shared.clone(),
+            connection,
             lease,
             consumer,
             prefetch,
@@ -336,6 +338,7 @@ impl HistorySource for History {
         if let Err(why) = closed {
             tracing::debug!(queue = self.queue, error = %why, "the channel was gone before it was closed");
         }
+        self.connection.close().await;
     }
 }
 

@@ -50,10 +50,11 @@ pub fn footprint(subscribers: usize, relays: bool, history: bool) -> Footprint {
     // The ladder, the orphans, the record.
     let shared = ladder::LEVELS as usize + 2 + usize::from(history);
     let queues = 3 * subscribers + shared;
-    let channels = 2 * subscribers + usize::from(relays) + usize::from(history);
+    let channels = 2 * subscribers + usize::from(relays);
     let consuming = channels.div_ceil(CHANNELS_PER_CONNECTION);
-    // One to publish, one to declare; for moments one on which history's queue is tried.
-    let connections = 2 + usize::from(relays) + usize::from(history) + consuming;
+    // One to publish, one to declare; one for history, and for moments one on which its queue is
+    // tried.
+    let connections = 2 + usize::from(relays) + 2 * usize::from(history) + consuming;
     Footprint { queues, shared, descriptors: DESCRIPTORS_PER_QUEUE * queues, connections }
 }
 

@@ -9,6 +9,7 @@ use rand::RngExt as _;
 use crate::{
     fault::{Heal, Lasting},
     round::{NOTICED, Round},
+    steps::{EMBEDDED, OF_THE_STORE},
     subscribers::{Kind, pick},
     support::daemon::Daemon,
 };
@@ -51,8 +52,8 @@ impl Round<'_> {
     }
 
     pub(super) fn have_it_die_at_a_step(&mut self, daemon: usize) {
-        let steps: &[Step] =
-            if self.world.network.is_none() { &crate::steps::EMBEDDED } else { &Step::ALL };
+        let embedded = [&EMBEDDED[..], &OF_THE_STORE].concat();
+        let steps: &[Step] = if self.world.network.is_none() { &embedded } else { &Step::ALL };
         let (step, after) = (*pick(steps, &mut self.rng), self.rng.random_range(0..30));
         self.log(&format!(
             "daemon {daemon} is killed and its successor dies at {step:?} after {after}"

@@ -11,7 +11,7 @@ use hooktrail::{
     clock,
     config::{Backend, Config, load},
     queue::{
-        HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError,
+        HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError, Window,
         amqp::{AmqpQueue, History},
     },
     store::{EventNumber, NewRow},
@@ -210,6 +210,32 @@ fn it_is_bound_when_it_is_old_enough_and_what_no_subscriber_wants_is_unmatched_a
     });
 }
 
+/// What ends the connection, such as a consumer that is too late for the broker, ends no lane's.
+#[test]
+fn history_takes_events_on_a_connection_of_its_own() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let connections = || {
+            let text = daemon.metrics.expose();
+            let sample = "hooktrail_broker_connections{role=\"consuming\"} ";
+            let value = text.lines().find_map(|line| line.strip_prefix(sample)).expect("exposed");
+            value.parse::<usize>().expect("a number")
+        };
+        let config = configured(&broker, "").1;
+        let window = Window::of(&config.subscribers[0]);
+        let lane = daemon.queue.open(&config.subscribers[0], window).await;
+        let _lane = lane.unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(connections(), 1);
+        let history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        // One on which its queue was tried may take a moment to end.
+        eventually("history has its own", async || connections() == 2).await;
+        history.close().await;
+        eventually("it ends with history", async || connections() == 1).await;
+        daemon.close().await;
+    });
+}
+
 #[test]
 fn one_store_has_history_until_another_adopts_it() {
     run(async {
@@ -304,6 +330,15 @@ fn a_queue_that_is_deleted_is_declared_again_and_history_has_a_gap() {
     });
 }
 
+/// The queues that have a binding to the exchange of the events.
+fn bindings(broker: &Broker) -> BTreeSet<String> {
+    let columns = ["source_name", "destination_name"];
+    let arguments = [&["list_bindings", "--quiet", "--no-table-headers"][..], &columns].concat();
+    let all = tokio::task::block_in_place(|| broker.node().ctl(&arguments));
+    let bound = all.lines().filter_map(|line| line.split_once('\t'));
+    bound.filter(|(from, _)| *from == broker.exchange).map(|(_, to)| to.to_owned()).collect()
+}
+
 /// Whether the broker confirms an event of another program's.
 async fn is_taken(broker: &Broker) -> bool {
     let (connection, channel) = broker.channel().await;
@@ -336,8 +371,13 @@ fn a_node_that_is_killed_while_the_queue_is_young_stops_no_producer() {
             async move { queue.history(start).await }
         });
         eventually("it is declared", async || broker.depth("history").await.is_some()).await;
+        let bound = bindings(&broker);
+        assert!(bound.contains(&format!("{}.sub.a", broker.prefix)), "{bound:?}");
         broker.node().restart_after_kill().await;
         assert!(is_taken(&broker).await, "the producers go on at once");
+        assert!(bindings(&broker).is_superset(&bound), "no subscriber's queue lost its binding");
+        broker.publish("wanted.one", [body(0)]).await;
+        broker.wait_depth("sub.a", 1).await;
         let history = tokio::time::timeout(PATIENCE, opening).await.expect("an answer");
         let mut history = history.expect("ends").unwrap_or_else(|e| panic!("{e}"));
         broker.publish("a.b", [body(1)]).await;
@@ -380,6 +420,7 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
             )
             .await
             .expect("binds");
+        let bound = bindings(&broker);
         broker.node().restart_after_kill().await;
         assert!(!is_taken(&broker).await, "the queue is dead, and every publish is refused");
         let daemon = started(&broker, "").await;
@@ -389,6 +430,8 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
             async move { queue.history(start).await }
         });
         eventually("producers go on", async || is_taken(&broker).await).await;
+        let lost: Vec<String> = bound.difference(&bindings(&broker)).cloned().collect();
+        assert!(lost.iter().all(|queue| *queue == name), "of subscribers: {lost:?}");
         let history = tokio::time::timeout(PATIENCE, opening).await.expect("an answer");
         let mut history = history.expect("ends").unwrap_or_else(|e| panic!("{e}"));
         broker.publish("a.b", [body(1)]).await;
