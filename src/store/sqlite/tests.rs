@@ -980,7 +980,7 @@ async fn a_replay_that_cannot_be_read_is_listed_with_a_remedy_hides_no_other_and
         let new = crate::store::replays_for_tests::replay(id, "a");
         assert_eq!(store.add_replay(new, None).await, Ok(Added::New));
     }
-    store.close().await;
+    store.close(true).await;
     let file = Connection::open(dir.path().join("store.db")).expect("opens");
     for sql in [
         "UPDATE replay SET progress = '{}' WHERE id = 'rpl_1'",
@@ -1028,7 +1028,7 @@ async fn a_request_with_a_key_makes_one_replay_and_its_key_is_kept_as_long() {
         Some(RequestKey { by: by.to_owned(), key: key.to_owned(), sha256: [sha256; 32] })
     };
     assert_eq!(store.add_replay(new("rpl_1"), key("ops", "k", 1)).await, Ok(Added::New));
-    store.close().await;
+    store.close(true).await;
     let store = start(config(dir.path())).await;
     let again = store.add_replay(new("rpl_2"), key("ops", "k", 1)).await;
     let Ok(Added::Before(before)) = again else { panic!("{again:?}") };
@@ -1042,7 +1042,7 @@ async fn a_request_with_a_key_makes_one_replay_and_its_key_is_kept_as_long() {
     }
     let cancel = async |id| store.change_replay(id, ReplayChange::Cancelled, now()).await;
     assert!(matches!(cancel("rpl_1").await, Ok(Some(Changed::Yes(_)))));
-    store.close().await;
+    store.close(true).await;
     let file = Connection::open(dir.path().join("store.db")).expect("opens");
     let sql = format!("UPDATE sqlite_sequence SET seq = {MAX_REPLAYS} WHERE name = 'replay'");
     assert_eq!(file.execute(&sql, []).expect("writes"), 1);
