@@ -161,7 +161,7 @@ async fn measure(kept: u64) {
     queries(&store, last, reach.events, "under load").await;
     stopping.store(true, Ordering::Relaxed);
     println!("\nthe load: {:.0} events/s", load.await.expect("joins"));
-    store.close().await;
+    store.close(true).await;
 }
 
 /// CPU seconds of making events, to be subtracted.

@@ -103,6 +103,17 @@ pub(super) fn subscriptions(db: &Connection, horizon: i64) -> rusqlite::Result<V
     .collect()
 }
 
+/// Records a gap from the latest change of a delivery on: the process that made the later ones has
+/// not recorded them.
+pub(super) fn lack_the_last(db: &Connection, why: String, now: SystemTime) -> rusqlite::Result<()> {
+    let since = match get(db, deliveries::RECORDED)? {
+        Some(recorded) => recorded,
+        None => get(db, "begun")?.unwrap_or(0),
+    };
+    let (from, until) = (time(since).min(now), now);
+    add_gap(db, &Gap { from, until, what: "deliveries", why, missing: None })
+}
+
 /// Adds a gap; one that adjoins others of its cause becomes one with them.
 pub(super) fn add_gap(db: &Connection, gap: &Gap) -> rusqlite::Result<()> {
     let (mut since, mut until) = (millis(gap.from), millis(gap.until).max(millis(gap.from)));

@@ -2,23 +2,20 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Value, json};
 
-use super::{
-    around,
-    fault::{millis, span, time},
-};
+use super::fault::{millis, span, time};
 use crate::{
     clock,
     delivery::{BatchId, FailureKind, Print, Prints, Reason, SubscriberName},
     event::payload::Format,
     store::{
         AttemptEnd, Contents, Delivery, DeliveryAttempt, DeliveryChange, DeliveryFilter,
-        DeliveryState, Gap, MAX_ROWS, Page, WithEvent,
+        DeliveryState, MAX_ROWS, Page, WithEvent,
     },
 };
 
@@ -33,7 +30,7 @@ const COLUMNS: &str = "row, id, subscriber, state, state_at, reason, begun_at, c
 const DELIVERED: i64 = 2;
 
 /// The key of the time of the latest change.
-const RECORDED: &str = "recorded";
+pub(super) const RECORDED: &str = "recorded";
 
 /// Takes changes, oldest first. A change of a batch that is not known, and does not say what the
 /// batch is made of, is skipped: its row was removed.
@@ -62,20 +59,12 @@ pub(super) fn record(db: &Connection, changes: &[DeliveryChange]) -> rusqlite::R
         }
     }
     match changes.iter().map(|change| millis(change.at)).max() {
-        Some(at) => around::set(db, RECORDED, at),
+        Some(at) => db
+            .prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)")?
+            .execute(params![RECORDED, at])
+            .map(drop),
         None => Ok(()),
     }
-}
-
-/// Records a gap from the latest change on: the process that made the later ones has not recorded
-/// them.
-pub(super) fn lack_the_last(db: &Connection, why: String, now: SystemTime) -> rusqlite::Result<()> {
-    let since = match around::get(db, RECORDED)? {
-        Some(recorded) => recorded,
-        None => around::get(db, "begun")?.unwrap_or(0),
-    };
-    let (from, until) = (time(since).min(now), now);
-    around::add_gap(db, &Gap { from, until, what: "deliveries", why, missing: None })
 }
 
 /// The delivery of the batch with an id.

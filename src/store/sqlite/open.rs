@@ -380,7 +380,7 @@ pub(super) async fn adopt(
         if around::get(db, "begun")?.is_none() {
             begin(db, because.as_deref(), now, retention)?;
         } else if let Some(lacks) = lacks {
-            deliveries::lack_the_last(db, lacks, now)?;
+            around::lack_the_last(db, lacks, now)?;
         }
         deliveries::interrupt(db)?;
         adopt_events(db, log_end, now)

@@ -220,18 +220,18 @@ fn history_takes_events_on_a_connection_of_its_own() {
             let text = daemon.metrics.expose();
             let sample = "hooktrail_broker_connections{role=\"consuming\"} ";
             let value = text.lines().find_map(|line| line.strip_prefix(sample)).expect("exposed");
-            value.parse::<usize>().expect("a number")
+            value.parse::<f64>().expect("a number")
         };
         let config = configured(&broker, "").1;
         let window = Window::of(&config.subscribers[0]);
         let lane = daemon.queue.open(&config.subscribers[0], window).await;
         let _lane = lane.unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(connections(), 1);
+        assert_eq!(connections(), 1.0);
         let history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
         // One on which its queue was tried may take a moment to end.
-        eventually("history has its own", async || connections() == 2).await;
+        eventually("history has its own", async || connections() == 2.0).await;
         history.close().await;
-        eventually("it ends with history", async || connections() == 1).await;
+        eventually("it ends with history", async || connections() == 1.0).await;
         daemon.close().await;
     });
 }
@@ -365,14 +365,15 @@ fn a_node_that_is_killed_while_the_queue_is_young_stops_no_producer() {
         let daemon = started(&broker, "").await;
         // The subscribers' queues outlive it.
         tokio::time::sleep(SETTLING).await;
+        // Before the queue is young: this takes seconds.
+        let bound = bindings(&broker);
+        assert!(bound.contains(&format!("{}.sub.a", broker.prefix)), "{bound:?}");
         let opening = tokio::spawn({
             let queue = daemon.queue.clone();
             let start = HistoryStart { store: Some("store-1".to_owned()), last: None };
             async move { queue.history(start).await }
         });
         eventually("it is declared", async || broker.depth("history").await.is_some()).await;
-        let bound = bindings(&broker);
-        assert!(bound.contains(&format!("{}.sub.a", broker.prefix)), "{bound:?}");
         broker.node().restart_after_kill().await;
         assert!(is_taken(&broker).await, "the producers go on at once");
         assert!(bindings(&broker).is_superset(&bound), "no subscriber's queue lost its binding");
@@ -394,6 +395,8 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
         let daemon = started(&broker, "").await;
         tokio::time::sleep(SETTLING).await;
         daemon.close().await;
+        // This takes seconds, so that it is done before the queue is young.
+        let bound = bindings(&broker);
         // Another program has declared and bound it, a moment before the node is killed.
         let (_connection, channel) = broker.channel().await;
         let mut arguments = FieldTable::default();
@@ -420,7 +423,6 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
             )
             .await
             .expect("binds");
-        let bound = bindings(&broker);
         broker.node().restart_after_kill().await;
         assert!(!is_taken(&broker).await, "the queue is dead, and every publish is refused");
         let daemon = started(&broker, "").await;
