@@ -546,7 +546,7 @@ async fn history_stops_while_the_disk_is_almost_full() {
     append(&store, 3..4).await;
     let gaps = store.reach().await.expect("reads").gaps;
     assert!(is_told(&gaps), "{gaps:?}");
-    store.close().await;
+    store.close(true).await;
     assert!(store.writable().await.is_err_and(|e| e.is_away()), "it is closed");
 }
 
