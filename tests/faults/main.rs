@@ -35,6 +35,7 @@ use lapin::{options::QueueDeclareOptions, types::FieldTable};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use fault::Fault;
+use remembered::NUMBERS;
 use round::Round;
 use subscribers::Kind;
 use support::{
@@ -95,7 +96,7 @@ async fn rounds(what: &str, count: u64, mut place: impl AsyncFnMut(&mut StdRng) 
         let outcome = Round::new(&mut world, rng)
             .calm(calm)
             .begins_with(dealt)
-            .run(number * 1_000_000, length)
+            .run(number * NUMBERS, length)
             .await;
         let sum =
             |of: fn(&oracle::Verdict) -> usize| outcome.verdicts.iter().map(of).sum::<usize>();
@@ -176,8 +177,12 @@ async fn on_a_broker(what: &str, broker: Arc<Broker>, others: Arc<Vec<Node>>, so
     assert!(!left.contains("hooktrail"), "{left}");
 }
 
+/// An event of no round.
+const FIRST: u64 = 999 * NUMBERS;
+
 /// Declares what there is to declare, and waits: queues that are younger may not survive a kill -9
-/// of the broker, whatever anybody does.
+/// of the broker, whatever anybody does. And history begins: of what was before its first event it
+/// says nothing.
 async fn prepare(place: Place, rng: &mut StdRng) {
     if let Place::Broker { broker, source_queue: true, .. } = &place {
         let (connection, channel) = broker.channel().await;
@@ -198,6 +203,18 @@ async fn prepare(place: Place, rng: &mut StdRng) {
     world.wait_running(0).await;
     world.wait_remembering(0).await;
     tokio::time::sleep(SETTLING).await;
+    if let Place::Broker { broker, source_queue, .. } = &world.place {
+        let (exchange, key) =
+            if *source_queue { ("", "source") } else { (&*broker.exchange, world::TYPE) };
+        broker.publish_to(exchange, key, [support::receiver::event(FIRST)]).await;
+    }
+    for subscriber in &world.subscribers {
+        subscriber.receiver.wait_requests(1).await;
+    }
+    support::eventually("history begins", async || {
+        remembered::reach(&world.data_dir(0), false).await.is_ok_and(|reach| reach.events > 0)
+    })
+    .await;
     world.stop(0).await;
 }
 

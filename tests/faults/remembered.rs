@@ -28,6 +28,9 @@ use crate::{
 /// The time that one page may take to be read.
 const PAGE_TIME: Duration = Duration::from_secs(20);
 
+/// The numbers of the events of one round, at most.
+pub(crate) const NUMBERS: u64 = 1_000_000;
+
 /// Around the request for a delivery, the time in which its attempt can have begun and its end can
 /// have been recorded.
 const ATTEMPT: Duration = Duration::from_secs(6);
@@ -57,6 +60,11 @@ impl Remembered {
     ) -> Result<Self, StoreError> {
         let store = SqliteStore::read_only(config(data_dir, is_log))?;
         let mut this = Self { gaps: store.reach().await?.gaps, ..Self::default() };
+        // A daemon whose store has no history keeps no deliveries either, until that ends: the gap is
+        // extended now and then.
+        for gap in this.gaps.iter_mut().filter(|gap| gap.why.contains("another store had")) {
+            gap.until = SystemTime::now();
+        }
         this.read_events(&store, first).await?;
         for id in batches {
             if let Some(delivery) = store.delivery(id).await? {
@@ -77,7 +85,7 @@ impl Remembered {
                 let body = row.body.as_deref().unwrap_or_default();
                 let Some(n) = number(body) else { continue };
                 // Rounds that share a store have numbers of their own, the later ones larger ones.
-                if n < first {
+                if !(first..first + NUMBERS).contains(&n) {
                     continue;
                 }
                 is_older = false;

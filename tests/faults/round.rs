@@ -209,14 +209,16 @@ impl<'w> Round<'w> {
 
     /// The daemon ends itself at a step, and another goes on. That it never came to that step is a
     /// complaint too.
-    pub(crate) async fn dies_at(mut self, step: Step, after: u32) -> Outcome {
+    pub(crate) async fn dies_at(mut self, step: Step, after: u32, first_event: u64) -> Outcome {
+        self.first_event = first_event;
         for subscriber in &self.world.subscribers {
             subscriber.bad_mood(&mut self.rng);
         }
         self.log(&format!("the daemon dies at {step:?} after {after}"));
         self.world.spawn(0, Some((step, after)));
         // A topology that was never there takes no events.
-        let producer = if step == Step::Declared { None } else { Some(self.world.producer(0)) };
+        let producer =
+            if step == Step::Declared { None } else { Some(self.world.producer(first_event)) };
         let begun = Instant::now();
         while !self.world.has_ended(0) && begun.elapsed() < Duration::from_secs(30) {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -231,7 +233,7 @@ impl<'w> Round<'w> {
             Some(producer) => producer,
             None => {
                 self.world.wait_remembering(0).await;
-                self.world.producer(0)
+                self.world.producer(first_event)
             }
         };
         tokio::time::sleep(Duration::from_millis(300)).await; // some more come while all goes well

@@ -8,6 +8,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use crate::{
     environment::Environment,
     impatient_broker, prepare,
+    remembered::NUMBERS,
     round::Round,
     subscribers::Kind,
     support::{
@@ -57,7 +58,9 @@ const SHAPE: Shape = Shape { concurrency: 3, max_events: 10, daemons: 1, rate: 3
 async fn dies_at(what: &str, place: Place, step: Step, after: u32) {
     let mut rng = StdRng::seed_from_u64(7);
     let mut world = World::new(place, SHAPE, &Kind::ALL, &mut rng).await;
-    let outcome = Round::new(&mut world, rng).dies_at(step, after).await;
+    // Those that share a store have numbers of their own.
+    let number = Step::ALL.iter().position(|s| *s == step).unwrap_or_default() as u64;
+    let outcome = Round::new(&mut world, rng).dies_at(step, after, number * NUMBERS).await;
     let verdicts: Vec<String> = outcome.verdicts.iter().map(ToString::to_string).collect();
     println!(
         "{what}: killed at {step:?} after {after}: {} events; {verdicts:#?}",
