@@ -285,6 +285,11 @@ pub(super) fn open_files(
     Ok(Files { history, store, because, warning })
 }
 
+/// Whether the precious file, which could not be opened, can be now; blocks its thread.
+pub(super) fn is_store_back(config: &SqliteConfig) -> bool {
+    matches!(open_store(config), Ok((Some(_), _)))
+}
+
 fn open_store(config: &SqliteConfig) -> Result<(Option<Database>, Option<String>), StoreError> {
     let path = config.data_dir.join(STORE_FILE);
     match Database::open(&path, &schema::store()) {

@@ -737,6 +737,25 @@ async fn what_a_log_had_deleted_before_a_replay_is_not_among_its_rows() {
     assert_eq!((extent.rows, rows.len()), (23, 23));
 }
 
+#[tokio::test]
+async fn the_precious_file_is_opened_as_soon_as_it_can_be() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.db");
+    std::fs::create_dir(&path).expect("something else is there");
+    let store = start(config(dir.path())).await;
+    append(&store, 0..10).await;
+    assert!(store.id().await.is_err() && store.state().borrow().warning.is_some());
+    std::fs::remove_dir(&path).expect("it is not there any more");
+    let mut states = store.state();
+    let is_sound =
+        |state: &StoreState| matches!(state.history, HistoryState::Open) && state.warning.is_none();
+    states.wait_for(is_sound).await.expect("it is kept");
+    assert!(store.id().await.is_ok());
+    append(&store, 10..20).await;
+    assert_eq!(numbers(&store, &by_text("ann")).await.len(), 20);
+    store.close(true).await;
+}
+
 fn change(id: &str, change: Change) -> DeliveryChange {
     let subscriber = SubscriberName::try_new("siem").expect("a name");
     DeliveryChange { id: BatchId::from(id), subscriber, at: now(), change }

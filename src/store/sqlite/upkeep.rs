@@ -161,14 +161,30 @@ impl Shared {
         self.state.send_replace(now);
     }
 
-    /// Opens the files, or checks them; false once the store is closed.
-    async fn step(&self) -> bool {
+    /// Whether `store.db`, without which history is open, can be opened now. Waits for it without
+    /// holding up [`close`](Self::close).
+    async fn is_store_back(&self) -> bool {
+        let lacks_it = lock(&self.open).as_ref().is_some_and(|open| open.store.is_none());
+        let config = self.config.clone();
+        let try_it = move || open::is_store_back(&config);
+        lacks_it && tokio::task::spawn_blocking(try_it).await.unwrap_or(false)
+    }
+
+    /// Opens the files, or checks them; false once the store is closed. `anew`: they are closed
+    /// before.
+    async fn step(&self, anew: bool) -> bool {
         let mut changing = self.changing.lock().await;
         if changing.is_closed {
             return false;
         }
         let open = lock(&self.open).clone();
         match open {
+            Some(open) if anew => {
+                tracing::info!("`store.db` can be opened again");
+                lock(&self.open).take();
+                open.close(!open.is_damaged.load(Ordering::Relaxed)).await;
+                self.open_files(&mut changing).await;
+            }
             Some(open) => self.check(&open, &mut changing).await,
             None => {
                 self.open_files(&mut changing).await;
@@ -311,7 +327,8 @@ impl Shared {
 /// Checks the files until the store is closed or dropped.
 async fn keep(shared: Weak<Shared>, wake: Arc<Notify>) {
     while let Some(shared) = shared.upgrade() {
-        if !shared.step().await {
+        let anew = shared.is_store_back().await;
+        if !shared.step(anew).await {
             return;
         }
         drop(shared);
