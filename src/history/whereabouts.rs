@@ -339,8 +339,15 @@ fn decided(with_event: &WithEvent, gaps: &[Gap]) -> (Option<Fate>, Vec<BatchId>)
     // Of the same rank the latest, but the first that delivered it.
     all.sort_by_key(|d| (rank(d), if rank(d) == 0 { d.row } else { -d.row }));
     let is_cut = with_event.searched_until.is_some();
-    let may_have_changed =
-        |d: &Delivery| gaps.iter().any(|gap| gap.what == "deliveries" && gap.until >= d.changed_at);
+    // A batch that was not due yet has changed only if an operator had it tried meanwhile; then a
+    // later attempt says so, or it is overdue.
+    let may_have_changed = |d: &Delivery| {
+        let since = match d.state {
+            DeliveryState::Retrying { due } => due.max(d.changed_at),
+            _ => d.changed_at,
+        };
+        gaps.iter().any(|gap| gap.what == "deliveries" && gap.until >= since)
+    };
     let fate = all.first().and_then(|d| {
         if let Some((at, last)) = accepted(d) {
             return Some(Fate::Delivered { at, last });
@@ -606,6 +613,11 @@ mod tests {
             why: "the store was away".to_owned(),
             missing: None,
         });
+        assert!(f.unknown().await.contains("the store was away"));
+        // In the gap the batch was not due.
+        f.record("m1", 1001, vec![ended(1, 503), Change::Retrying { due: at(1201) }]).await;
+        assert_eq!(f.fate().await, Fate::Retrying { due: at(1201), last: last("m1", 1, 503) });
+        f.record("m1", 1001, vec![Change::Retrying { due: at(1150) }]).await;
         assert!(f.unknown().await.contains("the store was away"));
     }
 

@@ -392,6 +392,13 @@ impl World {
         }
     }
 
+    /// Whether a state is another true one: a daemon that is killed between the copy of a batch and
+    /// its ack leaves the batch twice, with one id, and one may retry while the other is dead.
+    fn is_of_the_other_copy(&self, id: &str, state: &Value) -> bool {
+        let is_twice = self.in_queue.retrying.contains(id) && self.in_queue.dead.contains(id);
+        self.kill.is_some() && is_twice && (state == "retrying" || state == "dead")
+    }
+
     /// Holds one answer of `where` for a subscriber against the receiver's record.
     fn judge(&self, n: u64, went: &Value) -> Judged {
         let subscriber = went["subscriber"].as_str().unwrap_or_default();
@@ -420,7 +427,8 @@ impl World {
         let is_right = decisive.iter().any(|request| {
             let all: Vec<&Request> =
                 requests.iter().copied().filter(|r| r.id() == request.id()).collect();
-            state == self.state_of(&all)
+            (state == self.state_of(&all)
+                || self.is_of_the_other_copy(request.id(), &went["state"]))
                 && went["batch"] == request.id()
                 && went["status"] == request.status
                 && went["attempt"] == request.attempt()
@@ -516,7 +524,10 @@ impl World {
             let (mut wrong, mut lost) = (Vec::new(), 0);
             for (id, requests) in self.recorder(subscriber).by_batch() {
                 let found = by_id.remove(id);
-                let expected = self.expected(&requests);
+                let mut expected = self.expected(&requests);
+                if let Some(found) = found.filter(|d| self.is_of_the_other_copy(id, &d["state"])) {
+                    expected["state"] = found["state"].clone();
+                }
                 if found.map(as_recorded) == Some(expected.clone()) {
                     continue;
                 }
