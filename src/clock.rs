@@ -63,6 +63,11 @@ pub fn random() -> f64 {
     rand::random()
 }
 
+/// Bytes that nobody can guess: of a key, or of a nonce.
+pub fn secret_bytes<const N: usize>() -> [u8; N] {
+    rand::random()
+}
+
 /// A new id for an event without one: `evt_` and 32 hexadecimal digits.
 pub fn event_id() -> String {
     format!("evt_{:032x}", rand::random::<u128>())

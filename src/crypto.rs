@@ -1,5 +1,6 @@
-//! Secrets, signatures and certificates.
+//! Secrets, what seals them, signatures and certificates.
 
+pub mod seal;
 pub mod secret;
 pub mod signature;
 pub mod tls;

@@ -32,8 +32,8 @@
 //! failpoint.rs              where a debug build can be killed
 //! wording.rs                text for people: numbers and their nouns, what strangers wrote
 //! page.rs                   pages of long lists, and the cursors between them
-//! crypto/                   values that cannot be printed; signing; whom to trust
-//!              · secret · signature · tls · handshake
+//! crypto/                   values that cannot be printed; sealing; signing; whom to trust
+//!              · secret · seal · signature · tls · handshake
 //! sqlite/                   a SQLite file: opened, migrated, written in groups, read
 //!              · error · schema · threads · sqlite
 //! event/                    what an event is, topic patterns; the request body
@@ -47,16 +47,16 @@
 //!              · limits · subscriber · settings · keys · spelling · variables · document · reader
 //!              · optional · include · loader · changes · listing · schema · config
 //!              keys/ · key · show
-//!              loader/ · files · queue · tokens · daemon · policies · signing · endpoint
+//!              loader/ · files · queue · tokens · signing · daemon · policies · endpoint
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber
 //!              status/ · view · scheduled · lane
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
-//!              · words · row · filter · delivery · replay · state · store
+//!              · words · row · filter · delivery · replay · subscriber · state · store
 //!              · fake · sqlite
 //!              sqlite/ · fault · schema · tokens · chunk · source · append · search
-//!              · deliveries · around · replays · open · upkeep
+//!              · deliveries · around · replays · sealed · keyring · copy · open · kept · upkeep
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL
 //!              · removals · waiting · queue · history · fake · embedded · amqp

@@ -249,7 +249,7 @@ impl Database {
     /// nothing, and no other part.
     ///
     /// # Errors
-    /// Nothing of it is on the disk.
+    /// Nothing of it is on the disk, or that [is unknown](Error::is_unknown).
     pub async fn write<T: Send + 'static>(
         &self,
         part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,

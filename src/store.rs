@@ -9,6 +9,7 @@ mod replay;
 mod row;
 pub mod sqlite;
 mod state;
+mod subscriber;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod words;
@@ -32,8 +33,12 @@ pub use self::{
     },
     row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
     state::{HistoryState, StoreState},
+    subscriber::{Deleted, KeptSubscriber, KeptSubscribers, Put, Stamp, StoredSubscriber},
 };
+use tokio::sync::watch;
+
 use crate::{
+    crypto::secret::Secret,
     delivery::{Print, SubscriberName},
     event::Pattern,
 };
@@ -261,6 +266,40 @@ pub trait Store: Clone + Send + Sync + 'static {
         now: SystemTime,
     ) -> impl Future<Output = Result<bool, StoreError>> + Send;
 
+    /// The subscribers made over the API. With the store away, or if it lacks some that were not
+    /// deleted, it is the last set that is known: only [`delete_subscriber`](Self::delete_subscriber)
+    /// removes one. Waits some seconds for a store that is being opened.
+    fn subscribers(&self) -> impl Future<Output = KeptSubscribers> + Send;
+
+    /// Changes whenever [`subscribers`](Self::subscribers) may answer otherwise although nothing was
+    /// put or deleted: the store came back or was replaced, or the fate of a change was unknown.
+    fn subscribers_to_read(&self) -> watch::Receiver<u64>;
+
+    /// Stores a subscriber made over the API, and the operation; durable when it returns. `expected`
+    /// is the version that it must have; `None`: there must be none of the name.
+    ///
+    /// # Errors
+    /// It is not stored, or that [is unknown](StoreError::is_unknown).
+    fn put_subscriber(
+        &self,
+        name: &SubscriberName,
+        document: Secret,
+        expected: Option<u64>,
+        operation: NewOperation,
+    ) -> impl Future<Output = Result<Put, StoreError>> + Send;
+
+    /// Deletes a subscriber made over the API if it has this version, and records the operation;
+    /// durable when it returns.
+    ///
+    /// # Errors
+    /// It is not deleted, or that [is unknown](StoreError::is_unknown).
+    fn delete_subscriber(
+        &self,
+        name: &SubscriberName,
+        expected: u64,
+        operation: NewOperation,
+    ) -> impl Future<Output = Result<Deleted, StoreError>> + Send;
+
     /// Records an operation; durable when it returns. Only the latest [`MAX_OPERATIONS`] are kept.
     ///
     /// # Errors
@@ -378,21 +417,38 @@ pub trait EventLog: Send {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreError {
     text: String,
-    is_away: bool,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Away,
+    Unknown,
+    Other,
 }
 
 impl StoreError {
     pub fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), is_away: false }
+        Self { text: text.into(), kind: Kind::Other }
     }
 
     /// The store is not open: it is off, or could not be opened yet.
     pub fn away(text: impl Into<String>) -> Self {
-        Self { text: text.into(), is_away: true }
+        Self { text: text.into(), kind: Kind::Away }
     }
 
-    pub const fn is_away(&self) -> bool {
-        self.is_away
+    /// It is unknown whether the store has made a change.
+    pub fn unknown(text: impl Into<String>) -> Self {
+        Self { text: text.into(), kind: Kind::Unknown }
+    }
+
+    pub fn is_away(&self) -> bool {
+        self.kind == Kind::Away
+    }
+
+    /// Whether the change may be stored all the same.
+    pub fn is_unknown(&self) -> bool {
+        self.kind == Kind::Unknown
     }
 }
 

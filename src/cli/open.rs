@@ -46,5 +46,10 @@ pub(super) fn store_of(config: &Config) -> SqliteConfig {
             Ok(Box::new(log) as Box<dyn EventLog>)
         })
     });
-    SqliteConfig { data_dir: embedded.data_dir.clone(), history, log }
+    SqliteConfig {
+        data_dir: embedded.data_dir.clone(),
+        history,
+        log,
+        keys: config.store_keys.clone(),
+    }
 }

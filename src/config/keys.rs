@@ -168,19 +168,32 @@ pub(super) static QUEUE: &[Key] = &[
     ),
 ];
 
-pub(super) static STORE: &[Key] = &[global(
-    "store.url",
-    "\"sqlite\": the files store.db and history.db in queue.data_dir; or \"none\": nothing is remembered.",
-    Shape::Word(&["sqlite", "none"]),
-    AfterRestart,
-    differs!(store),
-    |c| {
-        word(match c.store {
-            StoreConfig::Sqlite => "sqlite",
-            StoreConfig::None => "none",
-        })
-    },
-)];
+pub(super) static STORE: &[Key] = &[
+    global(
+        "store.url",
+        "\"sqlite\": the files store.db and history.db in queue.data_dir; or \"none\": nothing is remembered.",
+        Shape::Word(&["sqlite", "none"]),
+        AfterRestart,
+        differs!(store),
+        |c| {
+            word(match c.store {
+                StoreConfig::Sqlite => "sqlite",
+                StoreConfig::None => "none",
+            })
+        },
+    ),
+    global(
+        "store.keys",
+        "The keys that seal subscribers made over the API: the first seals, all open; \"file:PATH\" reads a file. Without it store.key in queue.data_dir is made.",
+        Shape::List(&Shape::Text),
+        AfterRestart,
+        differs!(store_keys),
+        |c| match c.store_keys.is_empty() {
+            true => None,
+            false => list(c.store_keys.iter().map(|_| quoted(REDACTED))),
+        },
+    ),
+];
 
 pub(super) static HISTORY: &[Key] = &[
     global(

@@ -101,13 +101,15 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         let root = reader.root(&included, &document, keys::INCLUDED);
         subscribers.extend(subscribers_in(reader, &root, &defaults, &mut names));
     }
+    let (store, store_keys) = store?;
     let mut config = Config {
         path: source.path.clone(),
         files: Vec::new(),
         folders: Vec::new(),
         shutdown_timeout: shutdown_timeout?,
         queue: queue?,
-        store: store?,
+        store,
+        store_keys,
         history: history?,
         admin: admin?,
         log: log?,

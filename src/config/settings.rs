@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use super::subscriber::Subscribers;
-use crate::crypto::secret::{Secret, SecretUrl};
+use crate::crypto::{
+    seal::SealKey,
+    secret::{Secret, SecretUrl},
+};
 
 /// The commented default configuration, every key in it.
 pub const DEFAULT: &str = include_str!("../../config/hooktrail.toml");
@@ -21,6 +24,8 @@ pub struct Config {
     pub shutdown_timeout: Duration,
     pub queue: QueueConfig,
     pub store: StoreConfig,
+    /// The keys of `[store] keys`, the one that seals first. If there is none, one is made.
+    pub store_keys: Vec<SealKey>,
     pub history: HistoryConfig,
     pub admin: AdminConfig,
     pub log: LogConfig,

@@ -13,6 +13,7 @@ pub struct Error {
     text: String,
     kind: Kind,
     for_operator: bool,
+    is_unknown: bool,
 }
 
 /// The kind of a failure, where a caller may want to act on it.
@@ -39,11 +40,16 @@ pub enum Kind {
 
 impl Error {
     pub(super) fn for_operator(kind: Kind, text: String) -> Self {
-        Self { text, kind, for_operator: true }
+        Self { text, kind, for_operator: true, is_unknown: false }
     }
 
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Whether the change may be on the disk all the same: its commit has failed half-way.
+    pub fn is_unknown(&self) -> bool {
+        self.is_unknown
     }
 
     /// Whether the failure stays until an operator changes something.
@@ -84,11 +90,12 @@ pub(super) struct About {
 pub(super) struct Fault {
     why: String,
     kind: Kind,
+    is_unknown: bool,
 }
 
 impl Fault {
     pub(super) fn new(kind: Kind, why: &str) -> Self {
-        Self { why: why.to_owned(), kind }
+        Self { why: why.to_owned(), kind, is_unknown: false }
     }
 }
 
@@ -99,13 +106,13 @@ impl About {
 
     /// The error of a request to an open database.
     pub(super) fn error(&self, fault: Fault) -> Error {
-        let Fault { why, kind } = fault;
-        Error { text: self.text(&why), kind, for_operator: false }
+        let Fault { why, kind, is_unknown } = fault;
+        Error { text: self.text(&why), kind, for_operator: false, is_unknown }
     }
 
     /// The error of opening it.
     pub(super) fn unopened(&self, e: &rusqlite::Error) -> Error {
-        let Fault { why, kind } = self.explain(e);
+        let Fault { why, kind, .. } = self.explain(e);
         Error::for_operator(kind, self.text(&why))
     }
 
@@ -139,9 +146,15 @@ impl About {
                 );
                 (Kind::Busy, remedy)
             }
-            _ => return Fault { why: e.to_string(), kind: Kind::Other },
+            _ => return Fault::new(Kind::Other, &e.to_string()),
         };
-        Fault { why: format!("{e}: {remedy}"), kind }
+        Fault::new(kind, &format!("{e}: {remedy}"))
+    }
+
+    /// Explains why a commit failed. Where the disk has failed it may have taken all of it.
+    pub(super) fn explain_commit(&self, e: &rusqlite::Error) -> Fault {
+        let is_unknown = e.sqlite_error_code() == Some(ErrorCode::SystemIoFailure);
+        Fault { is_unknown, ..self.explain(e) }
     }
 }
 

@@ -163,7 +163,7 @@ impl Writer {
                 return Err(Fault::new(Kind::Other, "the transaction was rolled back"));
             }
             self.steps.inspect(|[before, _]| reached(*before));
-            let committed = db.execute_batch("COMMIT").map_err(|e| self.about.explain(&e));
+            let committed = db.execute_batch("COMMIT").map_err(|e| self.about.explain_commit(&e));
             self.steps.inspect(|[_, after]| reached(*after));
             committed
         });

@@ -6,14 +6,17 @@ use std::{
 };
 
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 
 use super::{
-    Added, Appended, Changed, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber,
-    EventRow, Extent, Gap, MAX_RUNNING, NewOperation, NewRow, Operation, Page, Reach, Recorded,
-    Replay, ReplayChange, ReplayState, RequestKey, Store, StoreError, StoreState, Subscription,
-    WithEvent,
+    Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
+    EventNumber, EventRow, Extent, Gap, KeptSubscriber, KeptSubscribers, MAX_RUNNING, NewOperation,
+    NewRow, Operation, Page, Put, Reach, Recorded, Replay, ReplayChange, ReplayState, RequestKey,
+    Stamp, Store, StoreError, StoreState, StoredSubscriber, Subscription, WithEvent,
+    subscriber::next_version,
 };
 use crate::{
+    crypto::secret::Secret,
     delivery::{Print, SubscriberName},
     event::{Pattern, details::Details},
 };
@@ -44,6 +47,11 @@ pub(crate) struct Memory {
     pub(crate) keys: Vec<(RequestKey, String)>,
     pub(crate) introduced: Vec<SubscriberName>,
     pub(crate) operations: Vec<Operation>,
+    /// Those made over the API, as they are read also while the store is away.
+    pub(crate) kept: KeptSubscribers,
+    /// The versions of those that were deleted.
+    pub(crate) deleted: Vec<(SubscriberName, u64)>,
+    pub(crate) to_read: watch::Sender<u64>,
 }
 
 impl FakeStore {
@@ -70,6 +78,27 @@ impl FakeStore {
 }
 
 impl Memory {
+    /// The place of a subscriber, and the version after its last one; the inner error is its version.
+    fn next_of(
+        &self,
+        name: &SubscriberName,
+        expected: Option<u64>,
+        now: SystemTime,
+    ) -> Result<(Result<usize, usize>, u64), Option<u64>> {
+        let at = self.kept.all.binary_search_by(|kept| kept.name().cmp(name));
+        let version = at.ok().map(|at| self.kept.all[at].version());
+        if version != expected {
+            return Err(version);
+        }
+        let deleted = self.deleted.iter().filter(|(of, _)| of == name).map(|(_, version)| *version);
+        Ok((at, next_version(version.into_iter().chain(deleted).max(), now)))
+    }
+
+    fn add_operation(&mut self, new: NewOperation) {
+        let row = self.operations.len() as i64 + 1;
+        self.operations.push(Operation { row, new });
+    }
+
     fn running(&self) -> Vec<Recorded> {
         let runs = |r: &&Recorded| match r {
             Ok(replay) => replay.state == ReplayState::Running,
@@ -422,10 +451,65 @@ impl Store for FakeStore {
         Ok(true)
     }
 
+    async fn subscribers(&self) -> KeptSubscribers {
+        let memory = self.memory();
+        let away = memory.away.iter().map(ToString::to_string);
+        let mut kept = memory.kept.clone();
+        kept.problems.extend(away);
+        kept
+    }
+
+    fn subscribers_to_read(&self) -> watch::Receiver<u64> {
+        self.memory().to_read.subscribe()
+    }
+
+    async fn put_subscriber(
+        &self,
+        name: &SubscriberName,
+        document: Secret,
+        expected: Option<u64>,
+        operation: NewOperation,
+    ) -> Result<Put, StoreError> {
+        let mut memory = self.recording()?;
+        let (at, version) = match memory.next_of(name, expected, operation.at) {
+            Ok(next) => next,
+            Err(version) => return Ok(Put::Differs(version)),
+        };
+        let changed = Stamp { at: operation.at, by: operation.by.clone() };
+        let created = match at.map(|at| &memory.kept.all[at]) {
+            Ok(KeptSubscriber::Open(before)) => before.created.clone(),
+            Ok(KeptSubscriber::Locked { .. }) | Err(_) => changed.clone(),
+        };
+        let stored = StoredSubscriber { name: name.clone(), version, document, created, changed };
+        let kept = KeptSubscriber::Open(stored.clone());
+        match at {
+            Ok(at) => memory.kept.all[at] = kept,
+            Err(at) => memory.kept.all.insert(at, kept),
+        }
+        memory.add_operation(operation);
+        Ok(Put::Stored(stored))
+    }
+
+    async fn delete_subscriber(
+        &self,
+        name: &SubscriberName,
+        expected: u64,
+        operation: NewOperation,
+    ) -> Result<Deleted, StoreError> {
+        let mut memory = self.recording()?;
+        match memory.next_of(name, Some(expected), operation.at) {
+            Ok((at, version)) => {
+                at.map(|at| memory.kept.all.remove(at)).ok(); // it is there: it has a version
+                memory.deleted.push((name.clone(), version));
+                memory.add_operation(operation);
+                Ok(Deleted::Yes)
+            }
+            Err(version) => Ok(Deleted::Differs(version)),
+        }
+    }
+
     async fn add_operation(&self, operation: NewOperation) -> Result<(), StoreError> {
-        let mut memory = self.open()?;
-        let row = memory.operations.len() as i64 + 1;
-        memory.operations.push(Operation { row, new: operation });
+        self.open()?.add_operation(operation);
         Ok(())
     }
 
@@ -454,4 +538,9 @@ impl Store for FakeStore {
     }
 
     async fn close(&self, _: bool) {}
+}
+
+#[tokio::test]
+async fn subscribers_are_changed_by_who_knows_their_version() {
+    super::testing::subscribers_are_changed_by_who_knows_their_version(&FakeStore::default()).await;
 }

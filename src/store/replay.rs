@@ -41,7 +41,7 @@ pub struct NewOperation {
 
 impl NewOperation {
     /// All operations.
-    pub const NAMES: [&'static str; 9] = [
+    pub const NAMES: [&'static str; 13] = [
         "pause",
         "resume",
         "retry",
@@ -51,6 +51,10 @@ impl NewOperation {
         "replay",
         "continue_replay",
         "cancel_replay",
+        "add_subscriber",
+        "change_subscriber",
+        "delete_subscriber",
+        "rotate_secret",
     ];
 }
 

@@ -7,11 +7,15 @@
 mod append;
 mod around;
 mod chunk;
+mod copy;
 mod deliveries;
 mod fault;
+mod kept;
+mod keyring;
 mod open;
 mod replays;
 mod schema;
+mod sealed;
 mod search;
 mod source;
 #[cfg(test)]
@@ -34,19 +38,20 @@ use self::{
     chunk::{Limits, MAX_EVENTS},
     fault::{Fault, millis, span},
     open::{By, Open, lock},
-    schema::{HISTORY_FILE, LOCK, STORE_FILE},
+    schema::{COPY_FILE, HISTORY_FILE, KEY_FILE, LOCK, STORE_FILE},
     search::Search,
     source::Source,
     upkeep::{Disk, Shared, free_and_all},
 };
 use super::{
-    Added, Appended, Changed, Delivery, DeliveryChange, DeliveryFilter, EventFilter, EventNumber,
-    EventRow, Extent, Gap, HistoryState, MAX_APPEND, MAX_ROWS, NewOperation, NewRow, Operation,
-    Page, Reach, Recorded, Replay, ReplayChange, RequestKey, Store, StoreError, StoreState,
-    Subscription, WithEvent,
+    Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
+    EventNumber, EventRow, Extent, Gap, HistoryState, KeptSubscribers, MAX_APPEND, MAX_ROWS,
+    NewOperation, NewRow, Operation, Page, Put, Reach, Recorded, Replay, ReplayChange, RequestKey,
+    Store, StoreError, StoreState, Subscription, WithEvent,
 };
 use crate::{
     clock,
+    crypto::secret::Secret,
     delivery::{Print, SubscriberName},
     event::Pattern,
     sqlite::Database,
@@ -163,7 +168,7 @@ impl SqliteStore {
         &self,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.0.open()?.precious()?.read(query).await.map_err(|e| StoreError::new(e.to_string()))
+        self.0.precious()?.read(query).await.map_err(|e| StoreError::new(e.to_string()))
     }
 
     /// Writes the precious file.
@@ -171,7 +176,7 @@ impl SqliteStore {
         &self,
         part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
-        self.0.open()?.precious()?.write(part).await.map_err(|e| StoreError::new(e.to_string()))
+        self.0.precious()?.write(part).await.map_err(|e| StoreError::new(e.to_string()))
     }
 }
 
@@ -201,7 +206,7 @@ pub fn delete_store(data_dir: &Path) -> std::io::Result<()> {
             let of = |file: &str| name == file || name.starts_with(&format!("{file}-"));
             of(HISTORY_FILE)
                 || of(STORE_FILE)
-                || [LOCK, "history.opening", "store.opening"].contains(&name)
+                || [LOCK, "history.opening", "store.opening", COPY_FILE, KEY_FILE].contains(&name)
                 || name.starts_with(&format!("{HISTORY_FILE}.damaged-"))
                 || name.starts_with(&format!("{STORE_FILE}.before-"))
         };
@@ -418,6 +423,37 @@ impl Store for SqliteStore {
         self.precious(move |db| replays::introduce(db, &name, replay.as_ref(), now)).await
     }
 
+    async fn subscribers(&self) -> KeptSubscribers {
+        self.0.kept.read(self.0.precious()).await
+    }
+
+    fn subscribers_to_read(&self) -> watch::Receiver<u64> {
+        self.0.kept.to_read.subscribe()
+    }
+
+    async fn put_subscriber(
+        &self,
+        name: &SubscriberName,
+        document: Secret,
+        expected: Option<u64>,
+        operation: NewOperation,
+    ) -> Result<Put, StoreError> {
+        let change = sealed::Change { name: name.clone(), expected, operation };
+        let (shared, db) = (self.0.clone(), self.0.precious()?);
+        whole(async move { shared.kept.put(&db, change, document).await }).await
+    }
+
+    async fn delete_subscriber(
+        &self,
+        name: &SubscriberName,
+        expected: u64,
+        operation: NewOperation,
+    ) -> Result<Deleted, StoreError> {
+        let change = sealed::Change { name: name.clone(), expected: Some(expected), operation };
+        let (shared, db) = (self.0.clone(), self.0.precious()?);
+        whole(async move { shared.kept.delete(&db, change).await }).await
+    }
+
     async fn add_operation(&self, operation: NewOperation) -> Result<(), StoreError> {
         self.precious(move |db| replays::add_operation(db, &operation)).await
     }
@@ -468,6 +504,13 @@ impl Store for SqliteStore {
     async fn close(&self, complete: bool) {
         self.0.close(complete).await;
     }
+}
+
+/// Makes a change of a subscriber to its end, also if its caller has gone: the copy must follow.
+async fn whole<T: Send + 'static>(
+    change: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::spawn(change).await.unwrap_or_else(|e| Err(StoreError::unknown(e.to_string())))
 }
 
 /// Writes 64 KiB, to try whether there is room.

@@ -5,8 +5,11 @@ use std::time::{Duration, SystemTime};
 use proptest::{prelude::*, sample::select};
 use serde_json::Value;
 
-use super::{By, EventFilter, EventNumber, EventRow, NewRow, Store};
-use crate::event::Pattern;
+use super::{
+    By, Deleted, EventFilter, EventNumber, EventRow, KeptSubscriber, KeptSubscribers, NewOperation,
+    NewRow, Put, Stamp, Store, StoredSubscriber,
+};
+use crate::{crypto::secret::Secret, delivery::SubscriberName, event::Pattern};
 
 /// The time of a search that is not to be cut.
 const LONG: Duration = Duration::from_secs(60);
@@ -205,4 +208,91 @@ pub(crate) async fn finds_what_a_scan_finds(
         let expected: Vec<_> = expected.map(|row| row.body.clone()).collect();
         assert_eq!(found, expected, "{filter:?}");
     }
+}
+
+/// An operation on a subscriber, at a second.
+pub(crate) fn operation(what: &'static str, name: &str, second: u64) -> NewOperation {
+    NewOperation {
+        at: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + second),
+        by: format!("ops-{second}"),
+        what,
+        subject: name.to_owned(),
+        details: "https://example.com".to_owned(),
+    }
+}
+
+/// Puts a subscriber that must be stored.
+pub(crate) async fn put(
+    store: &impl Store,
+    name: &str,
+    document: &str,
+    expected: Option<u64>,
+    second: u64,
+) -> StoredSubscriber {
+    let new = operation("add_subscriber", name, second);
+    match store.put_subscriber(&name.into(), Secret::new(document), expected, new).await {
+        Ok(Put::Stored(stored)) => stored,
+        other => panic!("{name} was not stored: {other:?}"),
+    }
+}
+
+/// The subscribers of a store with which all is well.
+pub(crate) async fn open_subscribers(store: &impl Store) -> Vec<StoredSubscriber> {
+    let KeptSubscribers { all, may_lack, problems } = store.subscribers().await;
+    assert!(!may_lack && problems.is_empty(), "{problems:?}");
+    let open = all.into_iter().map(|kept| match kept {
+        KeptSubscriber::Open(stored) => stored,
+        KeptSubscriber::Locked { name, why, .. } => panic!("{name} is locked: {why}"),
+    });
+    open.collect()
+}
+
+/// A subscriber is changed only by who knows its version, and no version is used twice.
+pub(crate) async fn subscribers_are_changed_by_who_knows_their_version(store: &impl Store) {
+    let b = put(store, "b", "{\"n\":1}", None, 1).await;
+    let a = put(store, "a", "{\"n\":2}", None, 2).await;
+    let at = |second| operation("", "", second).at;
+    let stamp = |second: u64| Stamp { at: at(second), by: format!("ops-{second}") };
+    assert_eq!((&b.created, &b.changed), (&stamp(1), &stamp(1)));
+    assert_eq!(open_subscribers(store).await, [a.clone(), b.clone()], "in the order of names");
+
+    let name: SubscriberName = "b".into();
+    let wrong = [None, Some(b.version + 1), Some(0)];
+    for expected in wrong {
+        let change = operation("change_subscriber", "b", 3);
+        let put = store.put_subscriber(&name, Secret::new("{}"), expected, change).await;
+        assert_eq!(put, Ok(Put::Differs(Some(b.version))), "{expected:?}");
+    }
+    let change = operation("delete_subscriber", "b", 3);
+    let deleted = store.delete_subscriber(&name, b.version + 1, change.clone()).await;
+    assert_eq!(deleted, Ok(Deleted::Differs(Some(b.version))));
+    let none = store.delete_subscriber(&"c".into(), 1, change.clone()).await;
+    assert_eq!(none, Ok(Deleted::Differs(None)));
+    let none = store.put_subscriber(&"c".into(), Secret::new("{}"), Some(1), change).await;
+    assert_eq!(none, Ok(Put::Differs(None)));
+    assert_eq!(open_subscribers(store).await, [a.clone(), b.clone()], "nothing has changed");
+
+    // In the same second as the change before.
+    let changed = put(store, "b", "{\"n\":3}", Some(b.version), 1).await;
+    assert!(changed.version > b.version);
+    assert_eq!((&changed.created, &changed.changed), (&stamp(1), &stamp(1)));
+    let again = put(store, "b", "{\"n\":4}", Some(changed.version), 5).await;
+    assert_eq!((&again.created, &again.changed), (&stamp(1), &stamp(5)));
+    let change = operation("delete_subscriber", "b", 1);
+    assert_eq!(store.delete_subscriber(&name, again.version, change).await, Ok(Deleted::Yes));
+    assert_eq!(open_subscribers(store).await, std::slice::from_ref(&a));
+    let anew = put(store, "b", "{\"n\":5}", None, 1).await;
+    assert!(anew.version > again.version + 1, "the deletion has a version too");
+    assert_eq!(anew.created, stamp(1), "it is another one");
+    assert_eq!(open_subscribers(store).await, [a, anew]);
+
+    // What was not done is not recorded.
+    let operations = store.operations(None, 100).await.expect("lists").rows;
+    let whats: Vec<_> = operations.iter().rev().map(|o| (o.new.what, &*o.new.by)).collect();
+    let put = |second| ("add_subscriber", second);
+    let deleted = ("delete_subscriber", "ops-1");
+    assert_eq!(
+        whats,
+        [put("ops-1"), put("ops-2"), put("ops-1"), put("ops-5"), deleted, put("ops-1")]
+    );
 }

@@ -5,13 +5,19 @@ use std::{
     time::Duration,
 };
 
-use super::tokens;
-use crate::config::{
-    document::Section,
-    keys,
-    reader::Reader,
-    settings::{AdminConfig, HistoryConfig, LogConfig, StoreConfig},
+use super::{signing, tokens};
+use crate::{
+    config::{
+        document::{Section, Value},
+        keys,
+        reader::Reader,
+        settings::{AdminConfig, HistoryConfig, LogConfig, StoreConfig},
+    },
+    crypto::seal::SealKey,
 };
+
+/// The most keys of the store: one seals, and the others are on their way out.
+const MAX_STORE_KEYS: usize = 10;
 
 const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -22,13 +28,37 @@ const LEAST_HISTORY_BYTES: u64 = 16 << 20;
 
 const MOST_HISTORY_BYTES: u64 = 64 << 40;
 
-pub(in crate::config) fn store(reader: &Reader<'_>, root: &Section<'_>) -> Option<StoreConfig> {
+/// Reads `[store]`: its kind, and its keys.
+pub(in crate::config) fn store(
+    reader: &Reader<'_>,
+    root: &Section<'_>,
+) -> Option<(StoreConfig, Vec<SealKey>)> {
     let section = match root.get("store") {
         Some(v) => Some(reader.section(&v, keys::STORE)?),
         None => None,
     };
-    let url = section.as_ref().and_then(|s| s.get("url"));
-    reader.one_of(url, &[("sqlite", StoreConfig::Sqlite), ("none", StoreConfig::None)])
+    let get = |key| section.as_ref().and_then(|s| s.get(key));
+    let url =
+        reader.one_of(get("url"), &[("sqlite", StoreConfig::Sqlite), ("none", StoreConfig::None)]);
+    let keys = match get("keys") {
+        None => Some(Vec::new()),
+        Some(v) => store_keys(reader, &v),
+    };
+    Some((url?, keys?))
+}
+
+fn store_keys(reader: &Reader<'_>, value: &Value<'_>) -> Option<Vec<SealKey>> {
+    let items = reader.array(value)?;
+    if items.is_empty() || items.len() > MAX_STORE_KEYS {
+        reader.report(value, format!("must have 1 to {MAX_STORE_KEYS} keys, the one that seals first; leave it out, and one is made"));
+        return None;
+    }
+    let read = |item: &Value<'_>| {
+        let text = signing::secret(reader, item)?;
+        SealKey::try_new(&text).map_err(|why| reader.report(item, why)).ok()
+    };
+    let keys: Vec<_> = items.iter().filter_map(read).collect();
+    (keys.len() == items.len()).then_some(keys)
 }
 
 pub(in crate::config) fn history(reader: &Reader<'_>, root: &Section<'_>) -> Option<HistoryConfig> {

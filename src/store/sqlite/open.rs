@@ -26,6 +26,7 @@ use super::{
 use crate::{
     clock,
     config::HistoryConfig,
+    crypto::seal::SealKey,
     sqlite::{self, Database, Kind, with_suffix},
     store::{EventLog, Gap, StoreError},
 };
@@ -41,15 +42,18 @@ pub struct SqliteConfig {
     pub history: HistoryConfig,
     /// The log of the events, where they are kept in one; otherwise they are kept here.
     pub log: Option<OpenLog>,
+    /// The keys that seal subscribers, the first one first; without one a key in a file.
+    pub keys: Vec<SealKey>,
 }
 
 impl std::fmt::Debug for SqliteConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { data_dir, history, log } = self;
+        let Self { data_dir, history, log, keys } = self;
         f.debug_struct("SqliteConfig")
             .field("data_dir", data_dir)
             .field("history", history)
             .field("has_log", &log.is_some())
+            .field("keys", keys)
             .finish()
     }
 }

@@ -121,11 +121,31 @@ const STORE: &[&str] = &[
     ) WITHOUT ROWID;
     CREATE INDEX request_replay ON request (replay);
 ",
+    "
+    -- Subscribers made over the API, sealed. A row without is one that was deleted: only such a row
+    -- says so, and it keeps the version from being given again.
+    CREATE TABLE sealed_subscriber (
+        name TEXT PRIMARY KEY,
+        version INTEGER NOT NULL,
+        -- The id of the key.
+        key TEXT,
+        sealed BLOB,
+        created_at INTEGER NOT NULL,
+        created_by TEXT NOT NULL,
+        changed_at INTEGER NOT NULL,
+        changed_by TEXT NOT NULL
+    );
+    CREATE INDEX sealed_subscriber_deleted ON sealed_subscriber (version) WHERE sealed IS NULL;
+",
 ];
 
 pub(super) const HISTORY_FILE: &str = "history.db";
 pub(super) const STORE_FILE: &str = "store.db";
 pub(super) const LOCK: &str = "store.lock";
+/// The last known subscribers made over the API, sealed as they are in the store.
+pub(super) const COPY_FILE: &str = "subscribers.sealed";
+/// The key that seals them, unless others are configured.
+pub(super) const KEY_FILE: &str = "store.key";
 
 /// Bytes of a page of history. An event of 400 bytes and its words take 511 bytes of the file with
 /// it (measured).

@@ -31,7 +31,7 @@ const HISTORY: HistoryConfig =
     HistoryConfig { retention: Duration::from_secs(7 * 86_400), max_bytes: 64 << 20, bodies: true };
 
 fn config(dir: &Path) -> SqliteConfig {
-    SqliteConfig { data_dir: dir.to_owned(), history: HISTORY, log: None }
+    SqliteConfig { data_dir: dir.to_owned(), history: HISTORY, log: None, keys: Vec::new() }
 }
 
 fn roomy(_: &Path) -> Option<(u64, u64)> {
@@ -1128,3 +1128,6 @@ async fn the_rows_of_a_running_replay_outlive_the_retention_and_are_known_by_the
     store.change_replay("rpl_1", ReplayChange::Cancelled, now()).await.expect("writes");
     assert_eq!(rows().await, 0);
 }
+
+#[path = "kept/tests.rs"]
+mod subscribers;

@@ -12,11 +12,12 @@ use tokio::sync::{Notify, watch};
 use super::{
     around,
     chunk::Limits,
+    kept::Kept,
     open::{self, Open, SqliteConfig, StoreLock, lock},
 };
 use crate::{
     clock,
-    sqlite::{self, Kind},
+    sqlite::{self, Database, Kind},
     store::{Gap, HistoryState, StoreError, StoreState},
     wording,
 };
@@ -36,6 +37,7 @@ pub(super) struct Shared {
     pub(super) config: SqliteConfig,
     pub(super) limits: Limits,
     pub(super) state: watch::Sender<StoreState>,
+    pub(super) kept: Kept,
     disk: Disk,
     open: Mutex<Option<Arc<Open>>>,
     /// The files have to be checked now.
@@ -60,6 +62,7 @@ struct Changing {
 impl Shared {
     pub(super) fn new(config: SqliteConfig, limits: Limits, disk: Disk) -> Self {
         Self {
+            kept: Kept::new(&config),
             config,
             limits,
             state: watch::Sender::default(),
@@ -96,6 +99,11 @@ impl Shared {
             }
             HistoryState::Closed => "history is closed".to_owned(),
         }))
+    }
+
+    /// The precious file, if it is open.
+    pub(super) fn precious(&self) -> Result<Database, StoreError> {
+        self.open()?.precious().cloned()
     }
 
     /// The files, if they may be written.
