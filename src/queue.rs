@@ -72,10 +72,22 @@ pub trait Queue: Clone + Send + Sync + 'static {
         window: Window,
     ) -> impl Future<Output = Result<(Self::Source, Self::Settler), QueueError>> + Send;
 
-    /// Opens the source of history. Waits for the queue indefinitely.
+    /// Waits until it is known that this store has the history of the queue; claims it if no store
+    /// has.
     ///
     /// # Errors
-    /// The queue cannot be read; or another store has its history, until an operator moves it.
+    /// Another store has it, until an operator moves it; or it cannot be claimed.
+    fn claim_history(
+        &self,
+        _start: &HistoryStart,
+    ) -> impl Future<Output = Result<(), QueueError>> + Send {
+        std::future::ready(Ok(()))
+    }
+
+    /// Opens the source of history, [claimed](Self::claim_history). Waits for the queue indefinitely.
+    ///
+    /// # Errors
+    /// The queue cannot be read; or another store has its history.
     fn history(
         &self,
         start: HistoryStart,

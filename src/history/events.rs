@@ -151,15 +151,18 @@ impl<Q: Queue, S: Store> Recorder<'_, Q, S> {
         let reach = self.store.reach().await?;
         // Without it history goes on where the queue allows that.
         let start = HistoryStart { store: self.store.id().await.ok(), last: reach.last };
-        let opened = self.queue.history(start).await;
-        let keeps = match &opened {
-            Ok(_) => Keeps::Here,
+        let claimed = self.queue.claim_history(&start).await;
+        let keeps = match &claimed {
+            Ok(()) => Keeps::Here,
             Err(e) if e.is_of_another_store() => Keeps::Elsewhere,
-            Err(_) => return opened.map_err(Ended::from),
+            Err(e) => return Err(e.clone().into()),
         };
+        // Before the queue is open: on RabbitMQ it is bound first, which can take a minute, and
+        // deliveries would be dropped meanwhile.
         self.keeps.send_if_modified(|known| std::mem::replace(known, keeps) != keeps);
         self.add_elsewhere(&reach, keeps);
-        opened.map_err(Ended::from)
+        claimed?;
+        Ok(self.queue.history(start).await?)
     }
 
     /// Adds the time in which another store has had history: from when that is found, and again until
@@ -450,6 +453,22 @@ mod tests {
         };
         record(&queue, &store, &keeps, stopped).await;
         assert_eq!(store.memory().gaps, [gap("events", 9, "deleted")]);
+    }
+
+    #[tokio::test]
+    async fn this_store_has_history_although_its_queue_is_not_open_yet() {
+        let (queue, store) = (Fake::default(), FakeStore::default());
+        let keeps = watch::Sender::new(Keeps::Unknown);
+        queue.hold_history(true);
+        let mut recorder = recorder(&queue, &store, &keeps);
+        let mut known = keeps.subscribe();
+        let known = known.wait_for(|keeps| *keeps == Keeps::Here);
+        tokio::select! {
+            _ = recorder.open() => panic!("it is not open"),
+            known = timeout(Duration::from_secs(60), known) => drop(known.expect("in time")),
+        }
+        queue.hold_history(false);
+        assert!(recorder.open().await.is_ok());
     }
 
     #[tokio::test]

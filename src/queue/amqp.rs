@@ -312,6 +312,10 @@ impl Queue for AmqpQueue {
         }
     }
 
+    async fn claim_history(&self, start: &HistoryStart) -> Result<(), QueueError> {
+        history_feed::claim(&self.0, start).await.map(drop)
+    }
+
     async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {
         History::open(&self.0, start).await
     }

@@ -64,6 +64,8 @@ struct History {
     /// The events that its sources have given, those given again included.
     given: usize,
     is_elsewhere: bool,
+    /// Its source is not opened.
+    is_held: bool,
 }
 
 /// The source of history: gives events again that were not stored.
@@ -208,6 +210,11 @@ impl Fake {
         self.with(|s| s.history.is_elsewhere = is_elsewhere);
     }
 
+    /// Opens no source of history, or does so again.
+    pub(crate) fn hold_history(&self, is_held: bool) {
+        self.with(|s| s.history.is_held = is_held);
+    }
+
     /// The sources of history that were opened.
     pub(crate) fn opened_history(&self) -> usize {
         self.with(|s| s.history.opened)
@@ -234,11 +241,18 @@ impl Queue for Fake {
 
     async fn close(&self) {}
 
+    async fn claim_history(&self, _: &HistoryStart) -> Result<(), QueueError> {
+        if self.with(|s| s.history.is_elsewhere) {
+            return Err(QueueError::another_store("another store has it"));
+        }
+        Ok(())
+    }
+
     async fn history(&self, _: HistoryStart) -> Result<FakeHistory, QueueError> {
+        while self.with(|s| s.history.is_held) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.with(|s| {
-            if s.history.is_elsewhere {
-                return Err(QueueError::another_store("another store has it"));
-            }
             s.history.opened += 1;
             Ok(FakeHistory { fake: self.clone(), taken: 0, gap: None })
         })

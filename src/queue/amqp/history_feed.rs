@@ -86,9 +86,30 @@ impl std::fmt::Debug for History {
 /// The trouble of a daemon whose store has no history.
 const ABOUT: &str = "the store of history";
 
+/// Claims history for a store; returns its id.
+///
+/// # Errors
+/// Another store has it; or it is off, or cannot be recorded.
+pub(super) async fn claim(shared: &Shared, start: &HistoryStart) -> Result<String, QueueError> {
+    if !shared.topology.keeps_history() {
+        return Err(QueueError::needs_operator("history is off in the configuration"));
+    }
+    let store = start.store.clone().ok_or_else(|| {
+        QueueError::new("the id of the store is not known, and one store alone gets events")
+    })?;
+    shared.history.own.get_or_init(|| store.clone());
+    if let Err(e) = claim_for(shared, &store).await {
+        shared.history.want(false);
+        shared.troubles.send_if_modified(|all| all.begins(ABOUT, Harms::History, e.to_string()));
+        return Err(e);
+    }
+    shared.troubles.send_if_modified(|all| all.ends(ABOUT));
+    Ok(store)
+}
+
 /// Waits until the record was read, and returns whether this store has history. Records it if no
 /// store has.
-async fn claim(shared: &Shared, store: &str) -> Result<(), QueueError> {
+async fn claim_for(shared: &Shared, store: &str) -> Result<(), QueueError> {
     let mut recorded = shared.history.recorded.subscribe();
     loop {
         let found = recorded.wait_for(Option::is_some).await;
@@ -104,6 +125,11 @@ async fn claim(shared: &Shared, store: &str) -> Result<(), QueueError> {
             }
         }
     }
+}
+
+/// Whether the record says that another store has history.
+fn is_of_another(recorded: &Option<Option<String>>, store: &str) -> bool {
+    matches!(recorded, Some(Some(found)) if found != store)
 }
 
 fn closed() -> QueueError {
@@ -124,28 +150,20 @@ impl History {
         shared: &Arc<Shared>,
         start: HistoryStart,
     ) -> Result<Self, QueueError> {
-        if !shared.topology.keeps_history() {
-            return Err(QueueError::needs_operator("history is off in the configuration"));
-        }
-        let HistoryStart { store, last } = start;
-        let store = store.ok_or_else(|| {
-            QueueError::new("the id of the store is not known, and one store alone gets events")
-        })?;
-        shared.history.own.get_or_init(|| store.clone());
-        if let Err(e) = claim(shared, &store).await {
-            shared.history.want(false);
-            shared
-                .troubles
-                .send_if_modified(|all| all.begins(ABOUT, Harms::History, e.to_string()));
-            return Err(e);
-        }
-        shared.troubles.send_if_modified(|all| all.ends(ABOUT));
-        if let Some((_, at)) = last {
+        let store = claim(shared, &start).await?;
+        if let Some((_, at)) = start.last {
             shared.history.stored(at);
         }
         shared.history.want(true);
-        let mut state = shared.history.queue.subscribe();
-        state.wait_for(|state| *state == QueueState::Bound).await.map_err(|_| closed())?;
+        let (mut state, mut recorded) =
+            (shared.history.queue.subscribe(), shared.history.recorded.subscribe());
+        tokio::select! {
+            bound = state.wait_for(|state| *state == QueueState::Bound) => drop(bound.map_err(|_| closed())?),
+            Ok(_) = recorded.wait_for(|found| is_of_another(found, &store)) => {
+                shared.history.want(false);
+                return Err(another_store(shared));
+            }
+        }
         Self::consume(shared, store).await.inspect_err(|_| shared.history.suspect())
     }
 
@@ -292,8 +310,7 @@ fn failed(queue: &str, why: &BrokerError) -> QueueError {
 impl HistorySource for History {
     async fn take(&mut self, into: &mut Vec<NewRow>, max: usize) -> Result<(), QueueError> {
         let (mut recorded, store) = (self.recorded.clone(), self.store.clone());
-        let moved =
-            recorded.wait_for(|found| matches!(found, Some(Some(found)) if *found != store));
+        let moved = recorded.wait_for(|found| is_of_another(found, &store));
         let before = into.len();
         let mut bytes = 0;
         let taking = poll_fn(|cx| {
