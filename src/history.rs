@@ -8,17 +8,25 @@ pub mod whereabouts;
 
 use std::{future::Future, time::Duration};
 
-use tokio::{sync::watch, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
 
 pub use self::events::Keeps;
 use crate::{
+    clock,
     config::Subscribers,
     queue::{Queue, ReplayFloor},
     store::Store,
 };
 
-/// The time that the end of a daemon has for what is still to be recorded.
+/// The longest that the end of a daemon waits for history; a shorter drain's limit counts instead.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The longest that history may take after a second signal: a sound store needs less.
+const HURRIED_END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The tasks that fill the store of a daemon, and keep it within its limits.
 #[derive(Debug)]
@@ -26,6 +34,8 @@ pub struct Keeper {
     stop: watch::Sender<Stop>,
     events: JoinHandle<()>,
     others: JoinHandle<()>,
+    /// The part of the end's time that the events have used.
+    spent: Duration,
 }
 
 /// How far the end has come.
@@ -82,26 +92,49 @@ impl Keeper {
             let (complete, ()) = tokio::join!(recording, upkeep);
             store.close(complete).await;
         });
-        Self { stop, events, others }
+        Self { stop, events, others, spent: Duration::ZERO }
     }
 
     /// Takes no more events, once `drains` completes, and completes when the queue is not used any
-    /// more.
-    pub async fn done_with_the_queue(&mut self, drains: impl Future<Output = ()>) {
+    /// more. A store or a queue that hangs gets half of the end's time, of which `limit` is the most.
+    pub async fn done_with_the_queue(
+        &mut self,
+        drains: impl Future<Output = ()>,
+        limit: &watch::Receiver<Duration>,
+    ) {
         drains.await;
+        let limit = *limit.borrow();
         self.stop.send_replace(Stop::Events);
+        let begun = clock::instant();
         // A panic is in the log; the queue is not used after it either.
-        (&mut self.events).await.ok();
-    }
-
-    /// Records what is still to be recorded, and closes the store.
-    pub async fn close(self) {
-        self.stop.send_replace(Stop::All);
-        if timeout(END_TIMEOUT, self.others).await.is_err() {
+        if timeout(limit.min(END_TIMEOUT) / 2, &mut self.events).await.is_err() {
+            self.events.abort();
             tracing::warn!(
-                "the store was not closed in time; the last deliveries may be missing in history"
+                "history did not end in time; events that are not stored yet wait in the queue"
             );
         }
+        self.spent = clock::instant() - begun;
+    }
+
+    /// Records what is still to be recorded, and closes the store: within the end's time, of which
+    /// `limit` is the most, or at once when `hurry` completes.
+    pub async fn close(self, limit: Duration, hurry: impl Future<Output = ()>) {
+        self.events.abort();
+        self.stop.send_replace(Stop::All);
+        let left = limit.min(END_TIMEOUT).saturating_sub(self.spent);
+        let hurried = async {
+            hurry.await;
+            sleep(HURRIED_END_TIMEOUT).await;
+        };
+        let why = tokio::select! {
+            biased;
+            _ = self.others => return,
+            () = sleep(left) => "in time",
+            () = hurried => "before a second signal ended the daemon",
+        };
+        tracing::warn!(
+            "the store was not closed {why}; the last deliveries may be missing in history"
+        );
     }
 }
 

@@ -140,16 +140,17 @@ async fn deliver(
         hurry: Box::pin(stops.times(2)),
     };
     let mut keeper = history.keep(&queue, &reloader, replays);
+    let limit = reloader.shutdown_timeout();
     let queue_unused = async {
         let drains = serving.done_with_the_queue();
         match &mut keeper {
-            Some(keeper) => keeper.done_with_the_queue(drains).await,
+            Some(keeper) => keeper.done_with_the_queue(drains, &limit).await,
             None => drains.await,
         }
     };
     let ended = fleet::run(queue, subscribers, stops.times(1), controls, queue_unused).await;
     if let Some(keeper) = keeper {
-        keeper.close().await;
+        keeper.close(*limit.borrow(), stops.times(2)).await;
     }
     ended?;
     tokio::select! {

@@ -1129,5 +1129,37 @@ async fn the_rows_of_a_running_replay_outlive_the_retention_and_are_known_by_the
     assert_eq!(rows().await, 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_complete_says_so_before_its_files_are_closed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let (begun, has_begun) = std::sync::mpsc::channel::<()>();
+    let (end, ends) = std::sync::mpsc::channel::<()>();
+    let open = store.0.open().expect("is open");
+    let long = tokio::spawn(async move {
+        let query = move |_: &Connection| {
+            drop(begun);
+            ends.recv().ok();
+            Ok(())
+        };
+        open.history.read_long(query).await.expect("reads");
+    });
+    tokio::task::spawn_blocking(move || has_begun.recv().ok()).await.expect("begins");
+    let closing = tokio::spawn({
+        let store = store.clone();
+        async move { store.close(true).await }
+    });
+    let is_complete = async {
+        while std::fs::metadata(dir.path().join(LOCK)).expect("a lock").len() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(LONG, is_complete).await.expect("in time");
+    assert!(!closing.is_finished(), "the query still runs");
+    drop(end);
+    long.await.expect("ends");
+    closing.await.expect("ends");
+}
+
 #[path = "kept/tests.rs"]
 mod subscribers;

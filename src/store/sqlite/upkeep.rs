@@ -132,14 +132,20 @@ impl Shared {
     pub(super) async fn close(&self, complete: bool) {
         let mut changing = self.changing.lock().await;
         changing.is_closed = true;
+        let held = lock(&self.store_lock).take();
+        // What was recorded is committed. Closing the files can take longer than the end of a daemon,
+        // which would look like a kill.
+        if let Some(held) = &held
+            && complete
+            && (changing.was_open || held.ended_well)
+        {
+            held.ends_well();
+        }
         let open = lock(&self.open).take();
         if let Some(open) = open {
             open.close(!open.is_damaged.load(Ordering::Relaxed)).await;
         }
-        let held = lock(&self.store_lock).take();
-        if let Some(held) = held.filter(|held| complete && (changing.was_open || held.ended_well)) {
-            held.ends_well();
-        }
+        drop(held);
         self.set(HistoryState::Closed, None);
         self.wake.notify_one();
     }

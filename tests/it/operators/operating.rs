@@ -875,3 +875,42 @@ fn a_stop_says_what_it_waits_for_and_a_second_signal_ends_it_at_once() {
         assert_eq!(queue.backlog("slow").await, 1);
     });
 }
+
+/// The store must not hold up a stop: neither with work that does not end, nor as it is closed.
+#[test]
+fn a_store_that_hangs_holds_up_a_stop_no_longer_than_its_limit_and_a_second_signal_ends_it_at_once()
+{
+    for (limit, signals, said) in
+        [("4s", 1, "was not closed in time"), ("4m", 2, "before a second signal ended the daemon")]
+    {
+        run(async {
+            let (queue, api) = (Queue::embedded(), Api::new());
+            let receiver = Receiver::accepting().await;
+            let section = crate::support::queue::Section::section(&queue, &["a"]);
+            let setup = Setup::with_text(
+                &(format!("shutdown_timeout = \"{limit}\"\n")
+                    + &section
+                    + QUICK
+                    + &subscriber("a", &receiver.url, "")
+                    + &super::history::admin(&api)),
+            );
+            let mut daemon = super::history::remembering(&queue, &setup).await;
+            let Queue::Embedded(embedded) = &queue else { panic!("another queue") };
+            // Another process that writes, and does not come to an end.
+            let file = embedded.file().with_file_name("history.db");
+            let other = rusqlite::Connection::open(file).expect("opens");
+            other.execute_batch("BEGIN IMMEDIATE").expect("locks");
+            queue.publish(TYPE, [event(0)]).await;
+            receiver.wait_requests(1).await;
+            daemon.terminate();
+            daemon.wait_log("stopping").await;
+            for _ in 1..signals {
+                daemon.terminate();
+            }
+            let begun = std::time::Instant::now();
+            assert!(daemon.wait().await.success());
+            assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+            assert!(daemon.log().contains(said), "{}", daemon.log());
+        });
+    }
+}
