@@ -371,6 +371,8 @@ impl<'a> Follower<'a> {
         if self.matched.as_ref() != Some(&patterns) {
             self.shared.matches_by(|matching| matching.with_recorded(&patterns));
         }
+        // Before the store: its queue is bound once that is known.
+        self.shared.history.report_lack(recorded.history_lacks.as_deref());
         let store = Some(recorded.store.clone());
         self.shared.history.recorded.send_if_modified(|known| {
             let is_new = *known != store;
@@ -452,7 +454,10 @@ impl<'a> Follower<'a> {
                 self.report_removed();
                 self.report_pauses();
             }
-            Action::ExpectWitness => self.upkeep.began_with_record(),
+            Action::ExpectWitness => {
+                let has_store = self.ownership.recorded().store.is_some();
+                self.upkeep.began_with_record(has_store).await;
+            }
             Action::Log(notice) => self.log(&notice),
         }
         Ok(None)

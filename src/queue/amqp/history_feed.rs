@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     future::poll_fn,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::Poll,
     time::{Duration, SystemTime},
 };
@@ -337,8 +337,12 @@ impl HistorySource for History {
         if self.taken > self.acked {
             self.ack().await.map_err(|why| failed(&self.queue, &why))?;
         }
+        let history = &self.shared.history;
         if let Some(at) = self.at {
-            self.shared.history.stored(at);
+            history.stored(at);
+        }
+        if history.has_stored_lack() && !state_stream::record_lack(&self.shared, None).await {
+            history.owes_end_of_lack.store(true, Ordering::Relaxed);
         }
         if self.backlog.is_read() && clock::instant() >= self.counted.into_std() + RECOUNT {
             self.recount().await?;

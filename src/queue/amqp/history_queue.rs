@@ -7,15 +7,22 @@
 //! trial, and unbound at the first sign that it cannot be used: history has a gap then, and
 //! producers go on.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, sleep_until, timeout},
+};
 
 use super::{
     history_state::QueueState,
     requests::Broker,
     restore::INTERVAL,
     shared::Shared,
+    state_stream,
     topology::Topology,
     unusable::{Unusable, try_once},
 };
@@ -55,6 +62,7 @@ pub(super) async fn keep(shared: &Shared) {
     }
     let mut keeper = Keeper::new(shared);
     let mut wanted = shared.history.wanted.subscribe();
+    let mut lack = shared.history.recorded_lack.subscribe();
     loop {
         let is_wanted = *wanted.borrow_and_update();
         let checked = keeper.check(is_wanted).await;
@@ -78,6 +86,8 @@ pub(super) async fn keep(shared: &Shared) {
             () = again => {}
             // An error means that the sender is gone, and everything with it.
             _ = wanted.changed() => {}
+            // Another daemon has found that the queue is not bound.
+            _ = lack.changed() => {}
         }
     }
 }
@@ -115,6 +125,8 @@ struct Keeper<'a> {
     /// Connections that had been made when it was last tried: without another one the broker was
     /// not restarted.
     tried: Option<usize>,
+    /// Why history lacks events, by the record.
+    recorded: watch::Receiver<Option<String>>,
 }
 
 impl<'a> Keeper<'a> {
@@ -128,6 +140,7 @@ impl<'a> Keeper<'a> {
             broken: None,
             lacking: None,
             tried: None,
+            recorded: shared.history.recorded_lack.subscribe(),
         }
     }
 
@@ -147,7 +160,7 @@ impl<'a> Keeper<'a> {
         self.topology.ensure_history(&mut broker).await?;
         if broker.take_declared().contains(&self.topology.history()) {
             if self.found.is_some() || self.shared.history.last_stored().is_some() {
-                self.lacking = Some("its queue in RabbitMQ was deleted");
+                self.lack("its queue in RabbitMQ was deleted").await;
             }
             (self.found, self.is_empty) = (Some(clock::instant()), true);
             self.unbound();
@@ -162,8 +175,33 @@ impl<'a> Keeper<'a> {
             self.try_if_reconnected(&mut broker).await?;
             self.topology.bind_history(&mut broker).await?;
             self.bound();
+        } else if self.recorded.has_changed().is_ok_and(|changed| changed)
+            && self.recorded.borrow_and_update().is_some()
+        {
+            // Another daemon has found that it is not. It may have unbound a broken one.
+            self.tried = None;
+            self.try_if_reconnected(&mut broker).await?;
+            self.topology.bind_history(&mut broker).await?;
+            self.report_lack();
         }
         Ok(())
+    }
+
+    /// History lacks what is published from now on. That is recorded: if this daemon ends before the
+    /// queue is bound, the next one reports it.
+    async fn lack(&mut self, why: &'static str) {
+        if self.lacking.replace(why) != Some(why) {
+            state_stream::record_lack(self.shared, Some(why)).await;
+        }
+    }
+
+    /// The queue is bound: reports what history lacks, as this daemon or the record knows it.
+    fn report_lack(&mut self) {
+        let recorded = self.recorded.borrow_and_update().clone();
+        if let Some(why) = self.lacking.take().or(recorded.as_deref()) {
+            self.shared.history.lacks(None, clock::now(), why);
+            self.shared.history.owes_end_of_lack.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Tries the queue, unless it was found sound and no connection was made since: then the broker
@@ -198,7 +236,7 @@ impl<'a> Keeper<'a> {
             );
         }
         self.unbound();
-        self.lacking = Some("its queue in RabbitMQ could not be used");
+        self.lack("its queue in RabbitMQ could not be used").await;
         let broken = *self.broken.get_or_insert_with(clock::instant);
         let is_over = self.is_empty || clock::instant() - broken >= GIVEN_UP;
         if is_over && self.others_work().await {
@@ -223,10 +261,8 @@ impl<'a> Keeper<'a> {
 
     fn bound(&mut self) {
         (self.is_bound, self.is_empty) = (true, false);
+        self.report_lack();
         let history = &self.shared.history;
-        if let Some(why) = self.lacking.take() {
-            history.lacks(None, clock::now(), why);
-        }
         history.queue.send_replace(QueueState::Bound);
         self.shared.dialer.metrics.set_history_bound(true);
         tracing::info!(queue = self.topology.history(), "every event goes into history");

@@ -1,7 +1,10 @@
 //! What the tasks of history share: the queue's state, the store that has it, and what was lost.
 
 use std::{
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::SystemTime,
 };
 
@@ -29,6 +32,10 @@ pub(super) struct HistoryState {
     /// This daemon's store has history: its queue is to be bound.
     pub(super) wanted: watch::Sender<bool>,
     pub(super) queue: watch::Sender<QueueState>,
+    /// Why history lacks events, by the record: until this daemon's store has that gap.
+    pub(super) recorded_lack: watch::Sender<Option<String>>,
+    /// A gap was reported that is still in the record.
+    pub(super) owes_end_of_lack: AtomicBool,
     /// Notified when something shows that the queue may be unusable: a publish was refused, or it
     /// cannot be consumed.
     pub(super) suspected: Notify,
@@ -49,6 +56,17 @@ const MAX_GAPS: usize = 16;
 impl HistoryState {
     pub(super) fn is_bound(&self) -> bool {
         *self.queue.borrow() == QueueState::Bound
+    }
+
+    /// The record says that history lacks events, or does not any more.
+    pub(super) fn report_lack(&self, why: Option<&str>) {
+        self.recorded_lack.send_if_modified(|known| {
+            let is_new = known.as_deref() != why;
+            if is_new {
+                *known = why.map(str::to_owned);
+            }
+            is_new
+        });
     }
 
     /// The queue may be unusable: it is tried at once.
@@ -99,6 +117,12 @@ impl HistoryState {
                 });
             }
         }
+    }
+
+    /// Everything that was taken is in the store. Returns whether a gap that is still in the record is
+    /// there as well; true once.
+    pub(super) fn has_stored_lack(&self) -> bool {
+        self.lost().gaps.is_empty() && self.owes_end_of_lack.swap(false, Ordering::Relaxed)
     }
 
     pub(super) fn take_gaps(&self) -> Vec<Gap> {

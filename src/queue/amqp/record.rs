@@ -53,6 +53,9 @@ pub(super) enum Record {
     Asked { asked: SubscriberName },
     /// Written by a daemon that begins to read, to recognise the end.
     Mark { mark: String },
+    /// The queue of history misses events: why; empty once the store has that gap. Not an option: any
+    /// record would have that.
+    Unbound { history_lacks: String, at: String },
     /// A store has the history of this prefix: the first that is recorded, unless one is `adopted`.
     Store {
         store: String,
@@ -103,6 +106,8 @@ pub(super) struct Recorded {
     pub(super) asked: BTreeSet<SubscriberName>,
     /// The store that has history.
     pub(super) store: Option<String>,
+    /// Why history lacks events, until its store has that gap.
+    pub(super) history_lacks: Option<String>,
 }
 
 /// The subject of a record.
@@ -146,6 +151,10 @@ impl Recorded {
             adopted: false,
             at: at.clone(),
         });
+        let lacks = self
+            .history_lacks
+            .iter()
+            .map(|why| Record::Unbound { history_lacks: why.clone(), at: at.clone() });
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
         self.removed
             .iter()
@@ -153,6 +162,7 @@ impl Recorded {
             .chain(self.bindings.iter().map(bound))
             .chain(pause_states)
             .chain(store)
+            .chain(lacks)
             .chain(asked)
             .collect()
     }
@@ -197,6 +207,10 @@ impl Recorded {
                 if adopted || self.store.is_none() {
                     self.store = Some(store);
                 }
+                About::Nothing
+            }
+            Record::Unbound { history_lacks, .. } => {
+                self.history_lacks = Some(history_lacks).filter(|why| !why.is_empty());
                 About::Nothing
             }
             Record::Mark { .. } => About::Nothing,
@@ -304,11 +318,16 @@ mod tests {
     }
 
     #[test]
-    fn an_earlier_version_does_not_take_the_record_of_a_store_for_another() {
-        let store = Record::Store { store: "a".to_owned(), adopted: true, at: now() };
-        let line = serde_json::to_string(&store).expect("prints");
-        assert!(serde_json::from_str::<Before>(&line).is_err(), "{line}");
-        assert_eq!(serde_json::from_str::<Record>(&line).expect("a record"), store);
+    fn an_earlier_version_does_not_take_a_record_of_history_for_another() {
+        for record in [
+            Record::Store { store: "a".to_owned(), adopted: true, at: now() },
+            Record::Unbound { history_lacks: "x".to_owned(), at: now() },
+            Record::Unbound { history_lacks: String::new(), at: now() },
+        ] {
+            let line = serde_json::to_string(&record).expect("prints");
+            assert!(serde_json::from_str::<Before>(&line).is_err(), "{line}");
+            assert_eq!(serde_json::from_str::<Record>(&line).expect("a record"), record);
+        }
         assert!(serde_json::from_str::<Record>(r#"{"later":"kind"}"#).is_err());
     }
 
@@ -325,6 +344,7 @@ mod tests {
             r#"{"asked":"a"}"#,
             r#"{"asked":"b"}"#,
             r#"{"store":"s","at":"2026-01-02T00:00:00Z"}"#,
+            r#"{"history_lacks":"not bound","at":"2026-01-02T00:00:00Z"}"#,
         ] {
             recorded.apply(serde_json::from_str(line).expect("a record"), "x");
         }
@@ -335,5 +355,11 @@ mod tests {
         }
         assert_eq!(again, recorded);
         assert_eq!(again.asked.len(), 2);
+        let ended = r#"{"history_lacks":"","at":"2026-01-02T00:00:00Z"}"#;
+        again.apply(serde_json::from_str(ended).expect("a record"), "x");
+        assert_eq!(
+            (again.history_lacks, recorded.history_lacks.as_deref()),
+            (None, Some("not bound"))
+        );
     }
 }

@@ -120,6 +120,19 @@ pub(super) async fn adopt(shared: &Shared, store: &str) -> Result<(), QueueError
     write(&shared.topology, shared.publisher(), &adopted).await
 }
 
+/// Records that history lacks events, for the daemon that has it now or later; or, without a reason,
+/// that its store has that gap. Returns whether it was recorded; a failure is logged.
+pub(super) async fn record_lack(shared: &Shared, why: Option<&str>) -> bool {
+    let record = Record::Unbound { history_lacks: why.unwrap_or_default().to_owned(), at: now() };
+    let late = || error(&shared.topology, "the broker takes no records");
+    let write = write(&shared.topology, shared.publisher(), &record);
+    let recorded = timeout(STREAM_IDLE, write).await.unwrap_or_else(|_| Err(late()));
+    if let Err(e) = &recorded {
+        tracing::debug!(error = %e, "it is not recorded what history lacks");
+    }
+    recorded.is_ok()
+}
+
 async fn read(shared: &Shared) -> Result<Recorded, QueueError> {
     let topology = &shared.topology;
     if Broker::new(&shared.declaring).depth(&topology.state()).await?.is_none() {

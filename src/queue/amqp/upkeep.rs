@@ -19,6 +19,7 @@ use super::{
     requests::Broker,
     restore::{INTERVAL, witness},
     shared::Shared,
+    state_stream,
     topology::Topology,
 };
 use crate::{clock, config::Subscriber, queue::QueueError, telemetry::troubles::Harms};
@@ -29,6 +30,9 @@ const SOONEST: Duration = Duration::from_secs(5);
 /// Time that an exchange has to be missing before it is declared: a producer that deletes it, to
 /// redeclare it with other arguments, would be refused if another one existed.
 const SECOND_CHECK: Duration = Duration::from_secs(10);
+
+/// Why history lacks events after its binding was deleted.
+const UNBOUND: &str = "its queue in RabbitMQ was not bound";
 
 /// The time of the next check, and of declaring a missing exchange.
 #[derive(Debug)]
@@ -103,9 +107,18 @@ impl<'a> Upkeep<'a> {
     }
 
     /// The record is older than this daemon: there were bindings, and so a witness.
-    pub(super) fn began_with_record(&self) {
+    pub(super) async fn began_with_record(&self, has_store: bool) {
         if self.shared.witnessed.get() == Some(&false) {
             Missing { exchange: true, ..Missing::default() }.log(self.topology, None);
+            self.report_to_history(has_store).await;
+        }
+    }
+
+    /// The exchange was redeclared: another daemon, which has history, has to bind its queue. It cannot
+    /// notice that itself any more: this one has restored the witness.
+    async fn report_to_history(&self, has_store: bool) {
+        if has_store && !*self.shared.history.wanted.borrow() {
+            state_stream::record_lack(self.shared, Some(UNBOUND)).await;
         }
     }
 
@@ -143,6 +156,10 @@ impl<'a> Upkeep<'a> {
                 false
             }
         };
+        if missing.exchange {
+            let has_store = matches!(&*self.shared.history.recorded.borrow(), Some(Some(_)));
+            self.report_to_history(has_store).await;
+        }
         missing.declared = broker.take_declared();
         let mut sound = self.shared.sound.lock().unwrap_or_else(PoisonError::into_inner);
         missing.log(self.topology, *sound);
@@ -235,7 +252,7 @@ impl<'a> Upkeep<'a> {
         match self.topology.bind_history(broker).await {
             Ok(()) => {
                 if was_unbound || missing.exchange {
-                    history.lacks(None, clock::now(), "its queue in RabbitMQ was not bound");
+                    history.lacks(None, clock::now(), UNBOUND);
                 }
                 true
             }

@@ -14,7 +14,7 @@ use hooktrail::{
         HistorySource as _, HistoryStart, NewEvent, Published, Queue as _, QueueError, Window,
         amqp::{AmqpQueue, History},
     },
-    store::{EventNumber, NewRow},
+    store::{EventNumber, Gap, NewRow},
     telemetry::metrics::Metrics,
 };
 use lapin::{
@@ -24,6 +24,7 @@ use lapin::{
 };
 use tokio::{sync::watch, task::JoinHandle};
 
+use super::upkeep::{declare_exchange, delete_exchange};
 use crate::support::{
     PATIENCE,
     broker::{Broker, SETTLING},
@@ -440,5 +441,61 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
         take(&mut history, 1).await;
         history.close().await;
         daemon.close().await;
+    });
+}
+
+/// The exchange is redeclared, and a daemon that keeps no history is the first to restore bindings.
+async fn restore_by_another(broker: &Broker, other: &Running) {
+    delete_exchange(broker).await;
+    declare_exchange(broker).await;
+    // It finds no queue, so that the bindings are checked.
+    eventually("the other has bound its subscriber", async || {
+        other.publish("wanted.one", &body(0)).await == Published::Stored
+    })
+    .await;
+}
+
+#[test]
+fn a_binding_that_another_daemon_finds_missing_is_restored_and_history_has_a_gap() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        let other = started(&broker, "[history]\nretention = \"0s\"\n").await;
+        broker.publish("a.b", [body(0)]).await;
+        let last = take(&mut history, 1).await.remove(0).at;
+        restore_by_another(&broker, &other).await;
+        let mut gaps = Vec::new();
+        eventually("the gap is reported", async || {
+            gaps.extend(history.gaps());
+            !gaps.is_empty()
+        })
+        .await;
+        assert!(gaps[0].from == last && gaps[0].why.contains("not bound"), "{gaps:?}");
+        broker.publish("nobody.wants", [body(1)]).await;
+        let rows = take(&mut history, 1).await;
+        assert!(rows.iter().any(|row| row.body == body(1)), "{rows:?}");
+        history.close().await;
+        daemon.close().await;
+
+        // Once more, and no daemon with history runs: the next one reports it, until it is stored.
+        restore_by_another(&broker, &other).await;
+        for (lacks, is_stored) in [(true, false), (true, true), (false, false)] {
+            let daemon = started(&broker, "").await;
+            let ago = Some(Duration::from_secs(60));
+            let history = daemon.history_after("store-1", ago).await;
+            let mut history = history.unwrap_or_else(|e| panic!("{e}"));
+            let is_lacking = |gaps: &[Gap]| gaps.iter().any(|gap| gap.why.contains("not bound"));
+            broker.publish("a.b", [body(2)]).await;
+            let mut rows = Vec::new();
+            history.take(&mut rows, 1000).await.unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(is_lacking(&history.gaps()), lacks);
+            if is_stored {
+                history.stored().await.unwrap_or_else(|e| panic!("{e}"));
+            }
+            history.close().await;
+            daemon.close().await;
+        }
+        other.close().await;
     });
 }

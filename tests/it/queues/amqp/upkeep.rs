@@ -32,7 +32,7 @@ async fn delete_queue(broker: &Broker, rest: &str) {
     connection.close(200, "done".into()).await.expect("closes");
 }
 
-async fn delete_exchange(broker: &Broker) {
+pub(super) async fn delete_exchange(broker: &Broker) {
     let (connection, channel) = broker.channel().await;
     channel
         .exchange_delete(broker.exchange.as_str().into(), Default::default())
@@ -41,7 +41,7 @@ async fn delete_exchange(broker: &Broker) {
     connection.close(200, "done".into()).await.expect("closes");
 }
 
-async fn declare_exchange(broker: &Broker) {
+pub(super) async fn declare_exchange(broker: &Broker) {
     let (connection, channel) = broker.channel().await;
     let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
     channel
