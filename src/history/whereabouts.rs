@@ -210,7 +210,12 @@ pub async fn of_event<S: Store>(
             let decisive = deliveries.first();
             let decisive = with_event.deliveries.iter().find(|d| Some(&d.id) == decisive);
             if let Some(delivery) = decisive
-                && let Some(why) = doubt(known, delivery, configured, lanes, event, now).await
+                && let Some(why) = doubt(
+                    known,
+                    &Known { delivery, configured, gaps: &reach.gaps, event, now },
+                    lanes,
+                )
+                .await
             {
                 fate = Some(Fate::Unknown { why });
             }
@@ -339,22 +344,14 @@ fn decided(with_event: &WithEvent, gaps: &[Gap]) -> (Option<Fate>, Vec<BatchId>)
     // Of the same rank the latest, but the first that delivered it.
     all.sort_by_key(|d| (rank(d), if rank(d) == 0 { d.row } else { -d.row }));
     let is_cut = with_event.searched_until.is_some();
-    // A batch that was not due yet has changed only if an operator had it tried meanwhile; then a
-    // later attempt says so, or it is overdue.
-    let may_have_changed = |d: &Delivery| {
-        let since = match d.state {
-            DeliveryState::Retrying { due } => due.max(d.changed_at),
-            _ => d.changed_at,
-        };
-        gaps.iter().any(|gap| gap.what == "deliveries" && gap.until >= since)
-    };
+    let may_have_ended = |d: &Delivery| lacks_since(gaps, d.changed_at).is_some();
     let fate = all.first().and_then(|d| {
         if let Some((at, last)) = accepted(d) {
             return Some(Fate::Delivered { at, last });
         }
         let last = Last::of(d);
         match d.state {
-            DeliveryState::InFlight | DeliveryState::Retrying { .. } if may_have_changed(d) => None,
+            DeliveryState::InFlight if may_have_ended(d) => None,
             _ if is_cut => None,
             DeliveryState::InFlight => Some(Fate::InFlight { last }),
             DeliveryState::Retrying { due } => Some(Fate::Retrying { due, last }),
@@ -368,24 +365,41 @@ fn decided(with_event: &WithEvent, gaps: &[Gap]) -> (Option<Fate>, Vec<BatchId>)
     (fate, all.into_iter().map(|d| d.id.clone()).collect())
 }
 
-/// Why a recorded fate may not hold any more. The queue knows better where it can be asked.
-async fn doubt(
-    fate: &Fate,
-    delivery: &Delivery,
+/// The last gap of deliveries that reaches beyond a time.
+fn lacks_since(gaps: &[Gap], since: SystemTime) -> Option<&Gap> {
+    gaps.iter().rfind(|gap| gap.what == "deliveries" && gap.until >= since)
+}
+
+/// A recorded delivery, and what else is known.
+struct Known<'a> {
+    delivery: &'a Delivery,
     configured: bool,
-    lanes: &impl Lanes,
-    event: &EventRow,
+    gaps: &'a [Gap],
+    event: &'a EventRow,
     now: SystemTime,
-) -> Option<String> {
+}
+
+/// Why a recorded fate may not hold any more. The queue knows better where it can be asked.
+async fn doubt(fate: &Fate, known: &Known<'_>, lanes: &impl Lanes) -> Option<String> {
+    let Known { delivery, configured, gaps, event, now } = *known;
     match fate {
         Fate::InFlight { .. } | Fate::Retrying { .. } => {
-            let why = delivery.doubt(now)?;
+            let overdue = delivery.doubt(now);
+            let lacks = |since| lacks_since(gaps, since).map(lacks_deliveries);
+            let why = overdue.clone().or_else(|| lacks(delivery.changed_at))?;
             match lanes.has_batch(&delivery.subscriber, &delivery.id).await {
                 Some(true) => None,
                 Some(false) => Some(format!(
                     "the queue does not have it any more, and its end is not recorded: {why}"
                 )),
-                None => Some(why),
+                // A batch that was not due in the gap has changed there only if an operator had it
+                // tried; then a later attempt says so, or it is overdue.
+                None => match fate {
+                    Fate::Retrying { due, .. } => {
+                        lacks((*due).max(delivery.changed_at)).or(overdue)
+                    }
+                    _ => Some(why),
+                },
             }
         }
         // Another daemon may have resumed and delivered it.
@@ -403,14 +417,18 @@ fn undelivered(lane: &Lane) -> Option<Fate> {
     (lane.progress == Progress::Waits).then(|| Fate::Waiting { paused: lane.paused.clone() })
 }
 
+fn lacks_deliveries(gap: &Gap) -> String {
+    let (from, until) = (clock::rfc3339_seconds(gap.from), clock::rfc3339_seconds(gap.until));
+    format!("history lacks deliveries from {from} to {until}: {}", gap.why)
+}
+
 /// Why nothing is known of an event that the subscriber was to get.
 fn why_unknown(event: &EventRow, found: &WithEvent, reach: &Reach, now: SystemTime) -> String {
     let time = clock::rfc3339_seconds;
     let is_of_deliveries = |gap: &&Gap| gap.what == "deliveries";
     let overlaps = |gap: &&Gap| gap.until + BLUR >= event.at && gap.from <= now;
     if let Some(gap) = reach.gaps.iter().filter(is_of_deliveries).find(overlaps) {
-        let (from, until) = (time(gap.from), time(gap.until));
-        return format!("history lacks deliveries from {from} to {until}: {}", gap.why);
+        return lacks_deliveries(gap);
     }
     match reach.deliveries_from {
         None => return "history has no deliveries yet".to_owned(),
@@ -604,7 +622,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_under_way_is_unknown_if_a_later_change_may_be_missing() {
-        let f = Fixture::new().await;
+        let mut f = Fixture::new().await;
         f.record("m1", 1001, vec![started(1)]).await;
         f.store.memory().gaps.push(Gap {
             from: at(1100),
@@ -617,7 +635,14 @@ mod tests {
         // In the gap the batch was not due.
         f.record("m1", 1001, vec![ended(1, 503), Change::Retrying { due: at(1201) }]).await;
         assert_eq!(f.fate().await, Fate::Retrying { due: at(1201), last: last("m1", 1, 503) });
+        // Unless an operator had it tried; the queue knows.
+        f.has_batch = Some(false);
+        let why = f.unknown().await;
+        assert!(why.contains("does not have it") && why.contains("the store was away"), "{why}");
         f.record("m1", 1001, vec![Change::Retrying { due: at(1150) }]).await;
+        f.has_batch = Some(true);
+        assert_eq!(f.fate().await, Fate::Retrying { due: at(1150), last: last("m1", 1, 503) });
+        f.has_batch = None;
         assert!(f.unknown().await.contains("the store was away"));
     }
 
