@@ -42,11 +42,13 @@ pub(crate) use self::intake::read_all;
 use self::{
     answer::{READ_TIMEOUT, header_text, not_found, wrong_method},
     connections::Bounds,
+    console::Console,
     control::Control,
     guard::{Tokens, authorized},
     history::History,
     history_health::Health,
     intake::{Intake, ROOM},
+    replays::Again,
 };
 use crate::{
     config::AdminConfig,
@@ -125,8 +127,17 @@ impl Admin {
         let control = Arc::new(control);
         let history = History::new(queue.clone(), store.clone(), reloader.clone());
         let history = Arc::new(history);
-        let console = console::routes(self.tokens.clone(), control.clone(), history.clone());
-        let again = replays::routes(queue.clone(), store.clone(), reloader.clone(), replays);
+        let again = Again::new(queue.clone(), store.clone(), reloader.clone(), replays);
+        let again = Arc::new(again);
+        let console = Console::new(
+            self.tokens.clone(),
+            control.clone(),
+            history.clone(),
+            again.clone(),
+            store.clone(),
+        );
+        let console = console::routes(console);
+        let again = replays::routes(again);
         let operations = operations::routes(store.clone());
         let intake = Intake::new(
             queue,

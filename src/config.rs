@@ -16,6 +16,7 @@ mod subscriber;
 mod variables;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
 };
@@ -23,7 +24,7 @@ use std::{
 pub(crate) use self::spelling::nearness;
 pub use self::{
     document::Problem,
-    listing::{global_as_toml, subscriber_as_toml},
+    listing::{global_as_toml, subscriber_as_toml, subscriber_values},
     schema::schema,
     settings::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
@@ -164,6 +165,14 @@ pub fn file_of(path: &Path, subscriber: &str) -> Option<PathBuf> {
     let reader = Reader::new(&env);
     let names = loader::all_names(&reader, &read(path).ok()?);
     names.into_iter().find(|(name, _)| *name == subscriber).map(|(_, file)| file)
+}
+
+/// Where each value of a subscriber that is set comes from: the name of a file with the line, or
+/// `preset`. A key that is not there has its default. Empty if the files cannot be read now.
+pub fn origins(path: &Path, subscriber: &str) -> BTreeMap<&'static str, String> {
+    let env = |name: &str| std::env::var(name).ok();
+    let reader = Reader::new(&env);
+    read(path).map(|source| loader::origins(&reader, &source, subscriber)).unwrap_or_default()
 }
 
 /// The remedy for a configuration that cannot be read.

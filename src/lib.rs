@@ -47,7 +47,8 @@
 //!              · limits · subscriber · settings · keys · spelling · variables · document · reader
 //!              · optional · include · loader · changes · listing · schema · config
 //!              keys/ · key · show
-//!              loader/ · files · queue · tokens · signing · daemon · policies · endpoint
+//!              loader/ · files · preset · origins · queue · tokens · signing · daemon · policies
+//!              · endpoint
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber
@@ -78,8 +79,9 @@
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · connections · introduction · intake
 //!              · history · history_health · operations · replays · control · console · admin
-//!              console/ · session · assets · page · form · sign_in · overview · events
-//!              · deliveries · dead_letters
+//!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
+//!              · actions · overview · events · deliveries · dead_letters · replays · webhooks
+//!              · health
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
@@ -134,7 +136,8 @@
 //!   are read, `admin/body.rs` how a body is. Refusals are made in `admin/answer.rs`. Then
 //!   docs/admin.yaml, to which `operators::api` in tests/it holds the running daemon.
 //! - How do I add a page? A file in `admin/console/` that renders an answer of the API, and a route in
-//!   `admin/console.rs`; docs/console.md.
+//!   `admin/console.rs`; docs/console.md. An action? A handler in `admin/console/actions.rs` that takes
+//!   `Posted`, and calls what the API calls.
 //! - What is counted, and under which name? [`telemetry::metrics`]. What does a lane log?
 //!   [`telemetry::lane_event`].
 //! - What can a message do to a connection? Nothing: `queue/amqp/wire/filter.rs`.

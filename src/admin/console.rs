@@ -3,64 +3,53 @@
 //! Every page needs a browser session, which begins with a token ([`session`]). A page is rendered here and
 //! works without its module; its whole state is in its URL.
 
+mod actions;
 mod assets;
+mod chart;
 mod dead_letters;
 mod deliveries;
+mod entry;
 mod events;
 mod form;
+mod health;
+mod notices;
 mod overview;
 mod page;
+mod replays;
 mod session;
 mod sign_in;
+mod table;
+mod webhooks;
 
 use std::{net::IpAddr, sync::Arc};
 
 use axum::{
     Extension, Router,
     body::Body,
-    extract::{self, FromRequestParts},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header, request::Parts},
+    extract,
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     response::{IntoResponse as _, Redirect, Response},
     routing::{get, post},
 };
-use maud::html;
-use tokio::time::timeout;
 
+pub(super) use self::entry::Console;
 use self::{
+    entry::{SignedIn, This, changing, not_taken, posted},
     form::Form,
     page::{Page, Place},
-    session::Session,
     sign_in::{Doorman, Said},
 };
 use super::{
-    answer::{READ_TIMEOUT, Refusal, header_text},
-    body,
+    answer::{Refusal, header_text},
     connections::Peer,
-    control::{Control, MAX_LISTED},
-    guard::{Tokens, from_elsewhere},
-    history::{Deliveries, Events, History, Id, Number},
+    control::MAX_LISTED,
+    guard::from_elsewhere,
+    history::{Deliveries, Events, Id, Number},
     query::Name,
 };
 use crate::{config::Role, queue::Queue, store::Store};
 
-/// The longest body of a form, in bytes.
-const MAX_FORM: usize = 16 * 1024;
-
-struct Console<Q, S> {
-    tokens: Tokens,
-    doorman: Doorman,
-    control: Arc<Control<Q>>,
-    history: Arc<History<Q, S>>,
-}
-
-type This<Q, S> = extract::State<Arc<Console<Q, S>>>;
-
-pub(super) fn routes<Q: Queue, S: Store>(
-    tokens: Tokens,
-    control: Arc<Control<Q>>,
-    history: Arc<History<Q, S>>,
-) -> Router {
-    let console = Arc::new(Console { tokens, doorman: Doorman::default(), control, history });
+pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
     Router::new()
         .route("/console", get(async || Redirect::permanent(Place::Overview.path())))
         .route(Place::Overview.path(), get(overview::<Q, S>))
@@ -68,40 +57,18 @@ pub(super) fn routes<Q: Queue, S: Store>(
         .route("/console/events/{number}", get(show_event::<Q, S>))
         .route(Place::Deliveries.path(), get(list_deliveries::<Q, S>))
         .route("/console/deliveries/{id}", get(show_delivery::<Q, S>))
+        .route("/console/delivery", get(show_odd_delivery::<Q, S>))
         .route(Place::DeadLetters.path(), get(summarise_dead::<Q, S>))
         .route("/console/dead-letters/{name}", get(list_dead::<Q, S>))
         .route("/console/sign-in", get(ask::<Q, S>).post(sign_in::<Q, S>))
         .route("/console/sign-out", post(sign_out::<Q, S>).get(nothing::<Q, S>))
         .route("/console/{*elsewhere}", get(nothing::<Q, S>))
-        .with_state(console)
+        .merge(webhooks::routes())
+        .merge(replays::routes())
+        .merge(health::routes())
+        .merge(actions::routes())
+        .with_state(Arc::new(console))
         .merge(assets::routes())
-}
-
-/// The session of a request for a page. Without one the answer is the page of the sign-in.
-struct SignedIn(Session);
-
-impl<Q: Queue, S: Store> FromRequestParts<Arc<Console<Q, S>>> for SignedIn {
-    type Rejection = Response;
-
-    async fn from_request_parts(
-        parts: &mut Parts,
-        console: &Arc<Console<Q, S>>,
-    ) -> Result<Self, Response> {
-        if console.tokens.is_empty() {
-            return Err(sign_in::needs_a_token());
-        }
-        let is_get = parts.method == Method::GET || parts.method == Method::HEAD;
-        let to = parts.uri.path_and_query().filter(|_| is_get).map_or("", |to| to.as_str());
-        let header = |name| header_text(&parts.headers, HeaderName::from_static(name));
-        let is_own = matches!(header("sec-fetch-site"), "" | "none" | "same-origin");
-        // Another site's page may lead here, and may not have the browser fetch a page unseen.
-        if !is_own && header("sec-fetch-mode") != "navigate" {
-            return Err(sign_in::page(Said::Elsewhere, to));
-        }
-        let said = if is_own { Said::Nothing } else { Said::FromALink };
-        let found = session::of(&parts.headers, &console.tokens);
-        found.map(Self).ok_or_else(|| sign_in::page(said, to))
-    }
 }
 
 async fn overview<Q: Queue, S: Store>(
@@ -153,12 +120,24 @@ async fn show_delivery<Q: Queue, S: Store>(
     extract::State(console): This<Q, S>,
     SignedIn(session): SignedIn,
     id: Result<Id, Refusal>,
+    uri: Uri,
 ) -> Response {
     let found = match id {
         Ok(Id(id)) => console.history.delivery(&id, &session.caller).await,
         Err(refusal) => Err(refusal),
     };
-    deliveries::one(&session, found)
+    let notice = console.notices.of(&session, uri.query());
+    deliveries::one(&session, notice, found)
+}
+
+/// A batch whose id cannot stand in a path.
+async fn show_odd_delivery<Q: Queue, S: Store>(
+    console: This<Q, S>,
+    session: SignedIn,
+    uri: Uri,
+) -> Response {
+    let form = Form::whole(uri.query().unwrap_or_default());
+    show_delivery(console, session, Ok(Id(form.get("id").to_owned())), uri).await
 }
 
 async fn summarise_dead<Q: Queue, S: Store>(
@@ -253,43 +232,6 @@ async fn sign_out<Q: Queue, S: Store>(
         Ok(_) => moved("/console/sign-in", session::end(&session)),
         Err(refusal) => not_taken(&refusal),
     }
-}
-
-/// The form of a request that changes something, which one of this session's pages has sent.
-async fn changing(session: &Session, headers: &HeaderMap, body: Body) -> Result<Form, Refusal> {
-    let form = posted(body).await?;
-    if let Some(why) = from_elsewhere(headers, true) {
-        return Err(Refusal::from_elsewhere(why));
-    }
-    if form.get("form_key") != session.form_key {
-        return Err(Refusal::from_elsewhere("its form is of another session; load the page again"));
-    }
-    Ok(form)
-}
-
-async fn posted(mut body: Body) -> Result<Form, Refusal> {
-    let reading = timeout(READ_TIMEOUT, body::read(&mut body, None, MAX_FORM));
-    let read = reading.await.map_err(|_| Refusal::late())?;
-    let bytes = read.map_err(|_| {
-        let why = format!("the form has more than {MAX_FORM} bytes, or ended early");
-        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, why)
-    })?;
-    Ok(Form::of(&String::from_utf8_lossy(&bytes)))
-}
-
-/// The answer to a form that is not taken.
-fn not_taken(refusal: &Refusal) -> Response {
-    page::outside(
-        refusal.status,
-        "Not taken",
-        html! {
-            section.card.pad.sign-in {
-                h1 { "This form was not taken" }
-                p { (page::text(&refusal.why)) }
-                p { a href=(Place::Overview.path()) { "To the overview" } }
-            }
-        },
-    )
 }
 
 /// The path of a page here; that of the overview for any other text.

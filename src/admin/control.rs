@@ -1,9 +1,13 @@
 //! The requests of operators: report subscribers, pause and resume them, send a test event, list
 //! dead letters and retries, reload the configuration.
 
+mod inspection;
 mod waiting;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Extension, Router,
@@ -16,7 +20,7 @@ use axum::{
 use serde::Serialize;
 use tokio::{
     sync::{Mutex, Semaphore, watch},
-    time::timeout,
+    time::{sleep_until, timeout},
 };
 
 use super::{
@@ -53,6 +57,9 @@ const MAX_REQUEST: usize = 4096;
 /// The timeout for the queue's list of pauses, which is not known at once after a start.
 const WAIT_FOR_PAUSE_STATES: Duration = Duration::from_secs(10);
 
+/// The time between two test events.
+const TEST_EVERY: Duration = Duration::from_secs(1);
+
 /// The author of a pause by a request.
 const OPERATOR: &str = "operator";
 
@@ -72,7 +79,11 @@ pub(super) struct Control<Q> {
     /// One walk through dead letters at a time: it holds all of them for a moment.
     walking: Mutex<()>,
     to_their_end: Arc<Semaphore>,
-    testing: Mutex<()>,
+    /// When the last test event was sent. One at a time, and one in [`TEST_EVERY`].
+    testing: Mutex<Option<Instant>>,
+    /// One inspection at a time.
+    inspecting: Mutex<()>,
+    started: Instant,
     /// One read of the waiting batches at a time.
     retrying: Mutex<()>,
 }
@@ -148,10 +159,7 @@ async fn change<Q: Queue>(
 ) -> Response {
     let changing = control.clone();
     control
-        .requested(&headers, body, async |wanted| {
-            let change = async move { changing.change(&name, wanted, pause).await };
-            to_its_end(&control.to_their_end, change).await
-        })
+        .requested(&headers, body, async |wanted| changing.change(name, wanted, pause).await)
         .await
 }
 
@@ -169,9 +177,7 @@ async fn list_waiting<Q: Queue>(
     Name(name): Name,
     Query(selection): Query<Selection>,
 ) -> Response {
-    let room = control.to_their_end.clone();
-    let list = async move { control.waiting(&name, selection.limit).await };
-    answer(to_its_end(&room, list).await)
+    answer(control.waiting(name, selection.limit).await)
 }
 
 async fn retry_now<Q: Queue>(
@@ -184,8 +190,7 @@ async fn retry_now<Q: Queue>(
     let mut is_dry = false;
     let retried = control.requested(&headers, body, async |which: view::RetryNow| {
         is_dry = which.try_only;
-        let retry = async move { moving.retry_now(&name, which).await };
-        to_its_end(&control.to_their_end, retry).await
+        moving.retry_now(name, which).await
     });
     let mut response = retried.await;
     if is_dry {
@@ -275,6 +280,8 @@ impl<Q: Queue> Control<Q> {
             phase,
             walking: Mutex::default(),
             testing: Mutex::default(),
+            inspecting: Mutex::default(),
+            started: clock::instant(),
             retrying: Mutex::default(),
             to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),
         }
@@ -298,13 +305,19 @@ impl<Q: Queue> Control<Q> {
         answer(done)
     }
 
-    fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
+    /// The subscriber as it is configured now.
+    pub(super) fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
         let config = self.reloader.config();
         let found = config.subscribers.iter().find(|s| s.name == name).cloned();
         found.ok_or_else(|| {
             let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
             Refusal::of_kind(status, kind, "no subscriber of that name is configured")
         })
+    }
+
+    /// The file of the configuration.
+    pub(super) fn file(&self) -> std::path::PathBuf {
+        self.reloader.config().path.clone()
     }
 
     /// The names of the configured subscribers.
@@ -340,7 +353,7 @@ impl<Q: Queue> Control<Q> {
         }
     }
 
-    async fn one(&self, name: &str) -> Result<view::Subscriber, Refusal> {
+    pub(super) async fn one(&self, name: &str) -> Result<view::Subscriber, Refusal> {
         let subscriber = self.subscriber(name)?;
         Ok(self.subscriber_view(&subscriber, self.board.depths(clock::now()).await.as_ref()))
     }
@@ -363,9 +376,13 @@ impl<Q: Queue> Control<Q> {
         }
     }
 
-    async fn test(&self, name: &str) -> Result<Tested, Refusal> {
+    pub(super) async fn test(&self, name: &str) -> Result<Tested, Refusal> {
         let subscriber = self.subscriber(name)?;
-        let _one = self.testing.lock().await;
+        let mut last = self.testing.lock().await;
+        if let Some(last) = *last {
+            sleep_until((last + TEST_EVERY).into()).await;
+        }
+        *last = Some(clock::instant());
         let report = test_event::send(&subscriber).await;
         report
             .map(|report| Tested::from(&report))
@@ -423,7 +440,18 @@ impl<Q: Queue> Control<Q> {
         }
     }
 
-    async fn change(
+    /// Pauses a subscriber, or resumes it.
+    pub(super) async fn change(
+        self: Arc<Self>,
+        name: String,
+        wanted: ChangeRequest,
+        pause: bool,
+    ) -> Result<PauseChange, Refusal> {
+        let room = self.to_their_end.clone();
+        to_its_end(&room, async move { self.changed(&name, wanted, pause).await }).await
+    }
+
+    async fn changed(
         &self,
         name: &str,
         wanted: ChangeRequest,

@@ -79,6 +79,11 @@ impl Caller {
         Self { token: Some(token.name.clone()), role: token.role }
     }
 
+    /// Whether it may change something.
+    pub(super) fn may_change(&self) -> bool {
+        self.role == Role::Admin
+    }
+
     /// Whether an answer may have the whole URL of an endpoint, its headers and its authentication
     /// (without secrets). For others it has scheme and host alone.
     pub(super) fn sees_endpoints(&self) -> bool {

@@ -96,6 +96,15 @@ pub(super) struct Deliveries {
     before: Option<i64>,
 }
 
+impl Deliveries {
+    /// The latest of a subscriber.
+    pub(super) fn latest(subscriber: &str, limit: usize) -> Self {
+        let subscriber = Some(subscriber.to_owned());
+        let filter = DeliveryFilter { subscriber, state: None, since: None, until: None };
+        Self { filter, limit, before: None }
+    }
+}
+
 impl FromQuery for Deliveries {
     fn from_query(given: &mut Parameters) -> Self {
         let filter = DeliveryFilter {
@@ -131,7 +140,7 @@ fn text(text: &str) -> Result<String, String> {
     Err("has no word: words are letters and digits".to_owned())
 }
 
-fn time(text: &str) -> Result<SystemTime, &'static str> {
+pub(super) fn time(text: &str) -> Result<SystemTime, &'static str> {
     text.parse::<jiff::Timestamp>().and_then(SystemTime::try_from).map_err(|_| {
         "must be a time of RFC 3339 with its zone, such as 2026-01-31T12:00:00Z; in a query a plus sign is written %2B"
     })

@@ -89,25 +89,32 @@ pub(super) async fn recorded<S: Store>(
     next: Next,
 ) -> Response {
     let operation = operation_of(request.method(), request.uri().path());
-    let caller = request.extensions().get::<Caller>().and_then(|caller| caller.token.clone());
+    let caller = request.extensions().get::<Caller>().cloned();
     let response = next.run(request).await;
     let is_done = response.status().is_success() && response.extensions().get::<DryRun>().is_none();
     if let Some((what, subject)) = operation.filter(|_| is_done) {
         let details = response.extensions().get::<Details>().cloned();
-        let new = NewOperation {
-            at: clock::now(),
-            by: caller.map(|name| name.to_string()).unwrap_or_default(),
-            what,
-            subject,
-            details: details.map(|Details(text)| text).unwrap_or_default(),
-        };
-        tokio::spawn(async move {
-            if let Err(e) = store.add_operation(new).await {
-                tracing::debug!(error = %e, what, "an operation is not recorded");
-            }
-        });
+        let details = details.map(|Details(text)| text).unwrap_or_default();
+        record(store, caller.as_ref(), what, subject, details);
     }
     response
+}
+
+/// Records an operation that has succeeded, without waiting for that.
+pub(super) fn record<S: Store>(
+    store: S,
+    by: Option<&Caller>,
+    what: &'static str,
+    subject: String,
+    details: String,
+) {
+    let by = by.and_then(|caller| caller.token.as_deref()).unwrap_or_default().to_owned();
+    let new = NewOperation { at: clock::now(), by, what, subject, details };
+    tokio::spawn(async move {
+        if let Err(e) = store.add_operation(new).await {
+            tracing::debug!(error = %e, what, "an operation is not recorded");
+        }
+    });
 }
 
 #[cfg(test)]

@@ -58,7 +58,8 @@ const MAX_KEY: usize = 255;
 const REPLAYED: (HeaderName, HeaderValue) =
     (HeaderName::from_static("idempotent-replayed"), HeaderValue::from_static("true"));
 
-struct Again<Q, S> {
+/// Replays and resends, as operators ask for them.
+pub(super) struct Again<Q, S> {
     queue: Q,
     store: S,
     reloader: Reloader,
@@ -67,12 +68,7 @@ struct Again<Q, S> {
 
 type This<Q, S> = extract::State<Arc<Again<Q, S>>>;
 
-pub(super) fn routes<Q: Queue, S: Store>(
-    queue: Q,
-    store: S,
-    reloader: Reloader,
-    replays: Replays,
-) -> Router {
+pub(super) fn routes<Q: Queue, S: Store>(again: Arc<Again<Q, S>>) -> Router {
     Router::new()
         .route("/v1/subscribers/{name}/replay", post(replay_to::<Q, S>))
         .route("/v1/replays", get(list::<Q, S>))
@@ -81,7 +77,7 @@ pub(super) fn routes<Q: Queue, S: Store>(
         .route("/v1/replays/{id}/cancel", post(cancel::<Q, S>))
         .route("/v1/deliveries/{id}/resend", post(resend::<Q, S>))
         .route_layer(middleware::from_fn(with_token))
-        .with_state(Arc::new(Again { queue, store, reloader, replays }))
+        .with_state(again)
 }
 
 impl FromBody for ReplayRequest {
@@ -89,9 +85,10 @@ impl FromBody for ReplayRequest {
     const SHAPE: &'static str = "{\"since\":\"2026-01-31T12:00:00Z\"}, with `until`, `events`, `rate` and `dry_run` as you need them";
 }
 
-struct Part {
-    limit: usize,
-    before: Option<i64>,
+/// A part of the list.
+pub(super) struct Part {
+    pub(super) limit: usize,
+    pub(super) before: Option<i64>,
 }
 
 impl FromQuery for Part {
@@ -105,8 +102,7 @@ async fn list<Q: Queue, S: Store>(
     extract::State(this): This<Q, S>,
     Query(Part { limit, before }): Query<Part>,
 ) -> Response {
-    let page = this.store.replays(before, limit).await;
-    answer(page.map(|page| ReplayList::new(&page)).map_err(away))
+    answer(this.list(before, limit).await)
 }
 
 async fn show<Q: Queue, S: Store>(
@@ -114,11 +110,7 @@ async fn show<Q: Queue, S: Store>(
     Name(id): Name,
     Query(()): Query<()>,
 ) -> Response {
-    let found = this.store.replay(&id).await.map_err(away);
-    answer(found.and_then(|found| {
-        let found = found.as_ref().map(Replay::recorded);
-        found.ok_or_else(|| missing("there is no replay with this id"))
-    }))
+    answer(this.one(&id).await)
 }
 
 async fn replay_to<Q: Queue, S: Store>(
@@ -131,29 +123,18 @@ async fn replay_to<Q: Queue, S: Store>(
     let work = async {
         let wanted: ReplayRequest = body::json(&headers, &mut body).await?;
         let key = request_key(&headers, &name, &wanted, &caller)?;
-        let subscriber = this.subscriber(&name)?;
-        let is_dry = wanted.dry_run;
-        let new = this.order(&subscriber, wanted, &caller).await?;
-        if is_dry {
-            let preview = this.preview(&new).await.map_err(away)?;
+        if wanted.dry_run {
+            let preview = this.preview(&name, wanted, &caller).await?;
             let mut counted = json_answer(StatusCode::OK, &preview);
             counted.extensions_mut().insert(DryRun);
             return Ok(counted);
         }
-        match this.store.add_replay(new.clone(), key).await.map_err(away)? {
-            Added::New => {}
-            Added::Before(made) => return made_before(*made),
-            Added::OtherRequest => {
-                let why = "another request was sent with this `Idempotency-Key` before; a request of its own needs a key of its own";
-                let status = StatusCode::UNPROCESSABLE_ENTITY;
-                return Err(Refusal::of_kind(status, ProblemKind::Key, why));
-            }
-            Added::TooMany(running) => return Err(too_many(&running)),
-        }
-        this.replays.changed();
+        let new = match this.begin(&name, wanted, &caller, key).await? {
+            Begun::Now(new) => new,
+            Begun::Before(made) => return made_before(*made),
+        };
         let mut made = json_answer(StatusCode::ACCEPTED, &Replay::new(&new));
-        let since = clock::rfc3339_seconds(new.order.since);
-        made.extensions_mut().insert(Details(format!("{} since {since}", new.id)));
+        made.extensions_mut().insert(Details(details(&new)));
         Ok(made)
     };
     done(work.await, &headers, body).await
@@ -186,20 +167,7 @@ async fn change<Q: Queue, S: Store>(
 ) -> Response {
     let work = async {
         let _: ChangeRequest = body::json(&headers, &mut body).await?;
-        let changed = this.store.change_replay(&id, change, clock::now()).await.map_err(away)?;
-        let changed = changed.ok_or_else(|| missing("there is no replay with this id"))?;
-        let replay = match changed {
-            Changed::Yes(replay) => Replay::recorded(&replay),
-            Changed::No(replay) => {
-                let Replay { state, why, .. } = Replay::recorded(&replay);
-                let why = why.map_or_else(String::new, |why| format!(": {why}"));
-                let why = format!("the replay is {state}{why}");
-                return Err(Refusal::new(StatusCode::CONFLICT, why));
-            }
-            Changed::TooMany(running) => return Err(too_many(&running)),
-        };
-        this.replays.changed();
-        Ok(json_answer(StatusCode::OK, &replay))
+        Ok(json_answer(StatusCode::OK, &this.change(&id, change).await?))
     };
     done(work.await, &headers, body).await
 }
@@ -268,22 +236,9 @@ async fn resend<Q: Queue, S: Store>(
 ) -> Response {
     let work = async {
         let _: ChangeRequest = body::json(&headers, &mut body).await?;
-        let delivery = this.store.delivery(&id).await.map_err(away)?;
-        let delivery = delivery.ok_or_else(|| missing("history has no delivery with this id"))?;
-        let subscriber = this.subscriber(&delivery.subscriber)?;
-        let batch = resend::rebuild(&this.store, &delivery, subscriber.event_ids).await;
-        let batch = batch.map_err(|why| not_resent(why, &delivery.subscriber))?;
-        let resent = Resent {
-            id: batch.id.to_string(),
-            subscriber: delivery.subscriber.to_string(),
-            events: batch.events,
-            bytes: batch.body.len() as u64,
-        };
-        let enqueued = this.queue.enqueue(&delivery.subscriber, vec![batch]).await;
-        enqueued.map_err(|e| Refusal::unavailable(e.to_string()))?;
+        let resent = this.resend(&id).await?;
         let mut made = json_answer(StatusCode::ACCEPTED, &resent);
-        let details = format!("to {}, {}", resent.subscriber, counted(resent.events, "event(s)"));
-        made.extensions_mut().insert(Details(details));
+        made.extensions_mut().insert(Details(resent.details()));
         Ok(made)
     };
     done(work.await, &headers, body).await
@@ -323,7 +278,98 @@ fn not_resent(why: NotResent, subscriber: &str) -> Refusal {
     Refusal::new(StatusCode::CONFLICT, why)
 }
 
+/// A replay that was asked for.
+pub(super) enum Begun {
+    Now(Box<store::Replay>),
+    /// The same request has made it before.
+    Before(Box<Recorded>),
+}
+
+/// What the record of an operation says of a replay.
+pub(super) fn details(new: &store::Replay) -> String {
+    format!("{} since {}", new.id, clock::rfc3339_seconds(new.order.since))
+}
+
+impl<Q, S> Again<Q, S> {
+    pub(super) fn new(queue: Q, store: S, reloader: Reloader, replays: Replays) -> Self {
+        Self { queue, store, reloader, replays }
+    }
+}
+
 impl<Q: Queue, S: Store> Again<Q, S> {
+    pub(super) async fn list(
+        &self,
+        before: Option<i64>,
+        limit: usize,
+    ) -> Result<ReplayList, Refusal> {
+        let page = self.store.replays(before, limit).await.map_err(away)?;
+        Ok(ReplayList::new(&page))
+    }
+
+    pub(super) async fn one(&self, id: &str) -> Result<Replay, Refusal> {
+        let found = self.store.replay(id).await.map_err(away)?;
+        let found = found.as_ref().map(Replay::recorded);
+        found.ok_or_else(|| missing("there is no replay with this id"))
+    }
+
+    /// Begins a replay.
+    pub(super) async fn begin(
+        &self,
+        name: &str,
+        wanted: ReplayRequest,
+        caller: &Caller,
+        key: Option<RequestKey>,
+    ) -> Result<Begun, Refusal> {
+        let new = self.order(name, wanted, caller).await?;
+        match self.store.add_replay(new.clone(), key).await.map_err(away)? {
+            Added::New => {}
+            Added::Before(made) => return Ok(Begun::Before(made)),
+            Added::OtherRequest => {
+                let why = "another request was sent with this `Idempotency-Key` before; a request of its own needs a key of its own";
+                let status = StatusCode::UNPROCESSABLE_ENTITY;
+                return Err(Refusal::of_kind(status, ProblemKind::Key, why));
+            }
+            Added::TooMany(running) => return Err(too_many(&running)),
+        }
+        self.replays.changed();
+        Ok(Begun::Now(Box::new(new)))
+    }
+
+    pub(super) async fn change(&self, id: &str, change: ReplayChange) -> Result<Replay, Refusal> {
+        let changed = self.store.change_replay(id, change, clock::now()).await.map_err(away)?;
+        let changed = changed.ok_or_else(|| missing("there is no replay with this id"))?;
+        let replay = match changed {
+            Changed::Yes(replay) => Replay::recorded(&replay),
+            Changed::No(replay) => {
+                let Replay { state, why, .. } = Replay::recorded(&replay);
+                let why = why.map_or_else(String::new, |why| format!(": {why}"));
+                let why = format!("the replay is {state}{why}");
+                return Err(Refusal::new(StatusCode::CONFLICT, why));
+            }
+            Changed::TooMany(running) => return Err(too_many(&running)),
+        };
+        self.replays.changed();
+        Ok(replay)
+    }
+
+    /// Sends a batch again, with its id and its bytes.
+    pub(super) async fn resend(&self, id: &str) -> Result<Resent, Refusal> {
+        let delivery = self.store.delivery(id).await.map_err(away)?;
+        let delivery = delivery.ok_or_else(|| missing("history has no delivery with this id"))?;
+        let subscriber = self.subscriber(&delivery.subscriber)?;
+        let batch = resend::rebuild(&self.store, &delivery, subscriber.event_ids).await;
+        let batch = batch.map_err(|why| not_resent(why, &delivery.subscriber))?;
+        let resent = Resent {
+            id: batch.id.to_string(),
+            subscriber: delivery.subscriber.to_string(),
+            events: batch.events,
+            bytes: batch.body.len() as u64,
+        };
+        let enqueued = self.queue.enqueue(&delivery.subscriber, vec![batch]).await;
+        enqueued.map_err(|e| Refusal::unavailable(e.to_string()))?;
+        Ok(resent)
+    }
+
     fn subscriber(&self, name: &str) -> Result<Arc<Subscriber>, Refusal> {
         let config = self.reloader.config();
         let found = config.subscribers.iter().find(|s| s.name == name).cloned();
@@ -336,10 +382,11 @@ impl<Q: Queue, S: Store> Again<Q, S> {
     /// The replay that a request asks for.
     async fn order(
         &self,
-        subscriber: &Subscriber,
+        name: &str,
         wanted: ReplayRequest,
         caller: &Caller,
     ) -> Result<store::Replay, Refusal> {
+        let subscriber = self.subscriber(name)?;
         let checked = checked(&wanted)?;
         if !self.reloader.config().history.bodies {
             let why =
@@ -347,18 +394,21 @@ impl<Q: Queue, S: Store> Again<Q, S> {
             return Err(Refusal::new(StatusCode::CONFLICT, why.to_owned()));
         }
         let by = caller.token.as_deref().unwrap_or_default();
-        replay::new(&self.store, subscriber, checked, by, clock::now()).await.map_err(away)
+        replay::new(&self.store, &subscriber, checked, by, clock::now()).await.map_err(away)
     }
 
-    async fn preview(&self, new: &store::Replay) -> Result<ReplayPreview, StoreError> {
-        let (events, complete) =
-            replay::count(&self.store, new, clock::instant() + COUNT_TIME).await?;
-        Ok(ReplayPreview {
-            subscriber: new.subscriber.to_string(),
-            events,
-            complete,
-            history: self.store.reach().await?.into(),
-        })
+    /// Counts the events that a replay would send.
+    pub(super) async fn preview(
+        &self,
+        name: &str,
+        wanted: ReplayRequest,
+        caller: &Caller,
+    ) -> Result<ReplayPreview, Refusal> {
+        let new = self.order(name, wanted, caller).await?;
+        let counting = replay::count(&self.store, &new, clock::instant() + COUNT_TIME);
+        let (events, complete) = counting.await.map_err(away)?;
+        let history = self.store.reach().await.map_err(away)?.into();
+        Ok(ReplayPreview { subscriber: new.subscriber.to_string(), events, complete, history })
     }
 }
 

@@ -115,6 +115,13 @@ impl Value<'_> {
         let (line, column) = self.source.position(self.span.start);
         format!("{}:{line}:{column}", self.source.path.display())
     }
+
+    /// The name of the file, and the line.
+    pub(super) fn line(&self) -> String {
+        let path = &self.source.path;
+        let name = path.file_name().map_or_else(|| path.into(), std::path::PathBuf::from);
+        format!("{}:{}", name.display(), self.source.position(self.span.start).0)
+    }
 }
 
 impl<'d> Section<'d> {

@@ -36,10 +36,15 @@ pub fn global_as_toml(config: &Config) -> String {
     out
 }
 
+/// A subscriber's keys, each with its value as TOML, without secrets.
+pub fn subscriber_values(s: &Subscriber) -> impl Iterator<Item = (&'static str, String)> {
+    fields().filter_map(move |(path, field)| Some((path, (field.show)(s)?)))
+}
+
 /// A subscriber's keys as TOML, with their defaults and without secrets.
 pub fn subscriber_as_toml(s: &Subscriber) -> String {
     let mut out = String::from("\n[[subscriber]]\n");
-    for (path, value) in fields().filter_map(|(path, field)| Some((path, (field.show)(s)?))) {
+    for (path, value) in subscriber_values(s) {
         // Writing to a string cannot fail.
         writeln!(out, "{path} = {value}").ok();
     }

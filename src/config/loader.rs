@@ -4,14 +4,20 @@
 mod daemon;
 mod endpoint;
 mod files;
+mod origins;
 mod policies;
+mod preset;
 mod queue;
 mod signing;
 mod tokens;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
-pub(super) use self::daemon::{admin, log};
+use self::preset::MAILTRAP;
+pub(super) use self::{
+    daemon::{admin, log},
+    origins::origins,
+};
 use super::{
     document::{Layers, Section, Source, Value},
     keys,
@@ -25,23 +31,6 @@ use crate::{
     delivery::SubscriberName,
     event::{Pattern, payload::Format},
 };
-
-/// The keys of `preset = "mailtrap"`, as Mailtrap's service sends. Precedence: subscriber, preset,
-/// top level.
-const MAILTRAP: &str = r#"
-signatures = ["mailtrap"]
-batch = { max_events = 500, max_wait = "30s" }
-http = { success = "200", timeout = "30s" }
-circuit_breaker = { failures = 0 }
-[retry]
-max_attempts = 41
-initial_interval = "5m"
-multiplier = 1
-randomization_factor = 0
-max_interval = "5m"
-max_elapsed_time = "0s"
-on_exhausted = "pause"
-"#;
 
 /// The top-level groups that apply to every subscriber.
 struct Defaults<'d> {

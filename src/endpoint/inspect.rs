@@ -36,8 +36,10 @@ const FATE: &str = "each attempt fails, and its events become dead letters when 
 pub async fn inspect(subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
     let roots = SystemRoots::load();
     let roots = roots.as_ref().map_err(String::as_str);
+    // Owned: a request's handler awaits this, and could not with references in the stream.
+    let subscribers = subscribers.to_vec();
     let inspections =
-        subscribers.iter().map(|s| async move { Endpoint::of(s).inspect(roots).await });
+        subscribers.into_iter().map(|s| async move { Endpoint::of(&s).inspect(roots).await });
     stream::iter(inspections).buffered(MAX_CONCURRENT).flat_map(stream::iter).collect().await
 }
 

@@ -12,3 +12,8 @@ pub use self::{
     registry::{Metrics, OpenConnection},
     subscriber::SubscriberMetrics,
 };
+
+/// The memory that this process holds, in bytes; `None` where the system does not say.
+pub fn resident_bytes() -> Option<u64> {
+    process::Usage::now().resident_bytes.map(|bytes| bytes as u64)
+}

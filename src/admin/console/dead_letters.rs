@@ -4,13 +4,26 @@ use axum::response::Response;
 use maud::html;
 
 use super::{
-    page::{Page, Place, number, path_to, query, short, text, time},
+    page::{Page, Place, delivery, number, path_to, query, short, text, time},
     session::Session,
+    table::{
+        Column::{self, Number, Text},
+        table,
+    },
 };
 use crate::admin::{
     answer::Refusal,
     view::{DeadLetter, DeadLetters, Overview, Removed, Subscriber},
 };
+
+const COLUMNS: [Column; 6] = [
+    Text("Died"),
+    Text("Reason"),
+    Number("Events"),
+    Number("Attempts"),
+    Number("Size"),
+    Text("Batch or event"),
+];
 
 fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
     Page { session, place: Place::DeadLetters, title: title.to_owned(), refresh: None }
@@ -31,25 +44,20 @@ pub(super) fn summary(session: &Session, found: &Overview) -> Response {
             @if dead.is_empty() && removed.is_empty() {
                 div.empty { p { "No dead letters." } }
             } @else {
-                div.scroll role="region" aria-label="Subscribers" tabindex="0" {
-                    table {
-                        thead { tr { th scope="col" { "Subscriber" } th.number scope="col" { "Dead letters" } } }
-                        tbody {
-                            @for s in &dead {
-                                tr {
-                                    th scope="row" { a href=(path_to(Place::DeadLetters.path(), &s.subscriber)) { (text(&s.subscriber)) } }
-                                    td.number { @match known(s) { Some(n) => (number(n)), None => span.muted { "not known yet" } } }
-                                }
-                            }
-                            @for r in &removed {
-                                tr {
-                                    th scope="row" { (text(&r.subscriber)) span.sub { "removed from the configuration" } }
-                                    td.number { (number(r.dead)) }
-                                }
-                            }
+                (table("Subscribers", &[Text("Subscriber"), Number("Dead letters")], html! {
+                    @for s in &dead {
+                        tr {
+                            th scope="row" { a href=(path_to(Place::DeadLetters.path(), &s.subscriber)) { (text(&s.subscriber)) } }
+                            td.number { @match known(s) { Some(n) => (number(n)), None => span.muted { "not known yet" } } }
                         }
                     }
-                }
+                    @for r in &removed {
+                        tr {
+                            th scope="row" { (text(&r.subscriber)) span.sub { "removed from the configuration" } }
+                            td.number { (number(r.dead)) }
+                        }
+                    }
+                }))
             }
         }
     })
@@ -72,21 +80,7 @@ pub(super) fn of_one(
             @if found.letters.is_empty() {
                 div.empty { p { "There is none." } }
             } @else {
-                div.scroll role="region" aria-label="Dead letters" tabindex="0" {
-                    table {
-                        thead {
-                            tr {
-                                th scope="col" { "Died" }
-                                th scope="col" { "Reason" }
-                                th.number scope="col" { "Events" }
-                                th.number scope="col" { "Attempts" }
-                                th.number scope="col" { "Size" }
-                                th scope="col" { "Batch or event" }
-                            }
-                        }
-                        tbody { @for letter in &found.letters { (row(letter)) } }
-                    }
-                }
+                (table("Dead letters", &COLUMNS, html! { @for letter in &found.letters { (row(letter)) } }))
                 @if found.letters.len() < found.dead as usize {
                     div.pager { span.muted { "The oldest " (number(found.letters.len() as u64)) " of " (number(found.dead)) "; " code { "hooktrail dead list" } " shows all." } }
                 }
@@ -113,7 +107,7 @@ fn row(letter: &DeadLetter) -> maud::Markup {
                 @match &letter.id {
                     // An event that never became a batch has the id that its producer gave it.
                     Some(id) if letter.kind == "event" => a href=(query(Place::Events.path(), &[("id", id)])) { (short(id)) },
-                    Some(id) => a href=(path_to(Place::Deliveries.path(), id)) { (text(id)) },
+                    Some(id) => a href=(delivery(id)) { (text(id)) },
                     None => span.muted { "none" },
                 }
             }

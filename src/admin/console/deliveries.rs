@@ -4,9 +4,16 @@ use axum::{http::StatusCode, response::Response};
 use maud::{Markup, html};
 
 use super::{
+    actions,
     form::Form,
-    page::{Mistakes, Page, Place, Tone, number, path_to, query, reach, state, text, time},
+    page::{
+        Mistakes, Page, Place, Tone, delivery, number, path_to, query, reach, state, text, time,
+    },
     session::Session,
+    table::{
+        Column::{self, Number, Text},
+        table,
+    },
 };
 use crate::{
     admin::{
@@ -96,23 +103,7 @@ fn rows(form: &Form, list: &DeliveryList) -> Markup {
                 @if form.is_filled() { p { "No delivery fits." } } @else { p { "Nothing was delivered yet." } }
             }
         } @else {
-            div.scroll role="region" aria-label="Deliveries" tabindex="0" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Begun" }
-                            th scope="col" { "Subscriber" }
-                            th scope="col" { "State" }
-                            th.number scope="col" { "Events" }
-                            th.number scope="col" { "Size" }
-                            th.number scope="col" { "Attempts" }
-                            th scope="col" { "Last answer" }
-                            th scope="col" { "Batch" }
-                        }
-                    }
-                    tbody { @for one in &list.deliveries { (row(one)) } }
-                }
-            }
+            (batches(&list.deliveries))
         }
         div.pager {
             @if !form.get("cursor").is_empty() { a href=(form.link(Place::Deliveries.path(), None)) { "Newest" } }
@@ -126,11 +117,26 @@ fn rows(form: &Form, list: &DeliveryList) -> Markup {
     }
 }
 
+/// A table of batches.
+pub(super) fn batches(of: &[Delivery]) -> Markup {
+    const COLUMNS: [Column; 8] = [
+        Text("Begun"),
+        Text("Subscriber"),
+        Text("State"),
+        Number("Events"),
+        Number("Size"),
+        Number("Attempts"),
+        Text("Last answer"),
+        Text("Batch"),
+    ];
+    table("Deliveries", &COLUMNS, html! { @for one in of { (row(one)) } })
+}
+
 fn row(one: &Delivery) -> Markup {
     let last = one.attempts.last();
     html! {
         tr {
-            td { a href=(path_to(Place::Deliveries.path(), &one.id)) { (time(one.begun_at)) } }
+            td { a href=(delivery(&one.id)) { (time(one.begun_at)) } }
             td.wide { a href=(query(Place::Deliveries.path(), &[("subscriber", &one.subscriber)])) { (text(&one.subscriber)) } }
             td { (became(one)) }
             td.number { (number(one.events)) }
@@ -166,19 +172,28 @@ fn answered(attempt: &Attempt) -> Markup {
 }
 
 /// A page with one batch.
-pub(super) fn one(session: &Session, found: Result<Delivery, Refusal>) -> Response {
+pub(super) fn one(
+    session: &Session,
+    notice: Option<Markup>,
+    found: Result<Delivery, Refusal>,
+) -> Response {
     let one = match found {
         Ok(one) => one,
         Err(refusal) => return page(session, "Delivery").refused(&refusal),
     };
     let title = format!("{} for {}", counted(one.events, "event(s)"), text(&one.subscriber));
     page(session, &title).answer(html! {
-        div.head { h1 { (title) } (became(&one)) }
+        (notice.unwrap_or_default())
+        div.head {
+            h1 { (title) }
+            (became(&one))
+            @if session.caller.may_change() { div.deeds { (actions::link(&query("/console/resend", &[("id", &one.id)]), "Resend")) } }
+        }
         section.card.pad aria-label="Batch" {
             dl.facts {
                 dt { "Batch" } dd.mono { (text(&one.id)) span.sub { "the receiver got it as " code { "webhook-id" } } }
-                dt { "Subscriber" } dd { a href=(query(Place::Deliveries.path(), &[("subscriber", &one.subscriber)])) { (text(&one.subscriber)) } }
-                @if let Some(parent) = &one.parent { dt { "A half of" } dd.mono { a href=(path_to(Place::Deliveries.path(), parent)) { (text(parent)) } } }
+                dt { "Subscriber" } dd { a href=(path_to(Place::Webhooks.path(), &one.subscriber)) { (text(&one.subscriber)) } }
+                @if let Some(parent) = &one.parent { dt { "A half of" } dd.mono { a href=(delivery(parent)) { (text(parent)) } } }
                 @if let Some(format) = &one.format { dt { "Format" } dd { (text(format)) } }
                 dt { "Size" } dd { (rounded_size(one.bytes)) }
                 @if let Some(sha256) = &one.sha256 { dt { "SHA-256" } dd.mono { (text(sha256)) } }
@@ -197,7 +212,7 @@ pub(super) fn one(session: &Session, found: Result<Delivery, Refusal>) -> Respon
             }
         }
         h2 { "In a shell" }
-        pre tabindex="0" aria-label="Commands" { "hooktrail deliveries show " (text(&one.id)) "\nhooktrail resend " (text(&one.id)) }
+        pre tabindex="0" aria-label="Commands" { "hooktrail deliveries show " (text(&actions::word(&one.id))) "\nhooktrail resend " (text(&actions::word(&one.id))) }
     })
 }
 

@@ -10,9 +10,11 @@ use serde_json::value::RawValue;
 use super::{
     form::Form,
     page::{
-        Mistakes, Page, Place, Tone, number, party, path_to, query, reach, short, state, text, time,
+        Mistakes, Page, Place, Tone, delivery, lines, number, party, path_to, query, reach, short,
+        state, text, time,
     },
     session::Session,
+    table::{Column::Text, table},
 };
 use crate::{
     admin::{
@@ -88,19 +90,11 @@ fn rows(form: &Form, list: &EventList) -> Markup {
                 @if form.is_filled() { p { "No event fits." } } @else { p { "No event is in history yet." } }
             }
         } @else {
-            div.scroll role="region" aria-label="Events" tabindex="0" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Date" }
-                            th scope="col" { "Actor" }
-                            th scope="col" { "Description" }
-                            th scope="col" { "Resource" }
-                        }
-                    }
-                    tbody { @for event in &list.events { (row(event)) } }
-                }
-            }
+            (table(
+                "Events",
+                &[Text("Date"), Text("Actor"), Text("Description"), Text("Resource")],
+                html! { @for event in &list.events { (row(event)) } },
+            ))
         }
         div.pager {
             @if !form.get("cursor").is_empty() { a href=(form.link(Place::Events.path(), None)) { "Newest" } }
@@ -167,11 +161,6 @@ pub(super) fn one(session: &Session, found: Result<EventWhere, Refusal>) -> Resp
     })
 }
 
-/// A text with its line breaks.
-fn lines(body: &str) -> String {
-    body.split('\n').map(text).collect::<Vec<_>>().join("\n")
-}
-
 /// The part of an event that is shown from its own bytes, so that each number is spelled as it was.
 #[derive(Deserialize)]
 struct Published {
@@ -188,25 +177,20 @@ fn changed(changes: &BTreeMap<String, Box<RawValue>>) -> Markup {
     html! {
         h2 { "Changes" }
         section.card {
-            div.scroll role="region" aria-label="Changes" tabindex="0" {
-                table {
-                    thead { tr { th scope="col" { "Field" } th scope="col" { "From" } th scope="col" { "To" } } }
-                    tbody {
-                        @for (field, change) in changes {
-                            tr {
-                                th scope="row" { (short(field)) }
-                                @match serde_json::from_str::<Change>(change.get()) {
-                                    Ok(change) if change.from.is_some() || change.to.is_some() => {
-                                        td.wide.gone { (value(change.from.as_deref())) }
-                                        td.wide.came { (value(change.to.as_deref())) }
-                                    },
-                                    _ => td.wide colspan="2" { (value(Some(change))) },
-                                }
-                            }
+            (table("Changes", &[Text("Field"), Text("From"), Text("To")], html! {
+                @for (field, change) in changes {
+                    tr {
+                        th scope="row" { (short(field)) }
+                        @match serde_json::from_str::<Change>(change.get()) {
+                            Ok(change) if change.from.is_some() || change.to.is_some() => {
+                                td.wide.gone { (value(change.from.as_deref())) }
+                                td.wide.came { (value(change.to.as_deref())) }
+                            },
+                            _ => td.wide colspan="2" { (value(Some(change))) },
                         }
                     }
                 }
-            }
+            }))
         }
     }
 }
@@ -241,20 +225,11 @@ fn went(to: &[Whereabouts]) -> Markup {
         return html! { div.empty { p { "No subscriber was or is configured." } } };
     }
     html! {
-        div.scroll role="region" aria-label="Where it went" tabindex="0" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "Subscriber" }
-                        th scope="col" { "State" }
-                        th scope="col" { "When" }
-                        th scope="col" { "Last attempt" }
-                        th scope="col" { "Batch" }
-                    }
-                }
-                tbody { @for one in to { (went_to(one)) } }
-            }
-        }
+        (table(
+            "Where it went",
+            &[Text("Subscriber"), Text("State"), Text("When"), Text("Last attempt"), Text("Batch")],
+            html! { @for one in to { (went_to(one)) } },
+        ))
     }
 }
 
@@ -285,7 +260,7 @@ fn went_to(one: &Whereabouts) -> Markup {
             }
             td { (last_attempt(one.attempt, one.status, one.failure.as_deref())) }
             td.mono.wide {
-                @if let Some(batch) = &one.batch { a href=(path_to(Place::Deliveries.path(), batch)) { (text(batch)) } }
+                @if let Some(batch) = &one.batch { a href=(delivery(batch)) { (text(batch)) } }
                 @if one.batches.len() > 1 { span.sub { "and " (number(one.batches.len() as u64 - 1)) " more" } }
             }
         }

@@ -15,8 +15,18 @@ pub(super) struct Form(Vec<(String, String)>);
 
 impl Form {
     pub(super) fn of(query: &str) -> Self {
-        let pairs = form_urlencoded::parse(query.as_bytes()).into_owned();
-        Self(pairs.filter(|(_, v)| !v.trim().is_empty()).collect())
+        let Self(pairs) = Self::whole(query);
+        Self(pairs.into_iter().filter(|(_, v)| !v.trim().is_empty()).collect())
+    }
+
+    /// The same with the fields that are blank: an id may be.
+    pub(super) fn whole(query: &str) -> Self {
+        Self(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
+    }
+
+    /// The form without one of its fields.
+    pub(super) fn without(self, name: &str) -> Self {
+        Self(self.0.into_iter().filter(|(given, _)| given != name).collect())
     }
 
     /// A field as it was typed; empty if it was not.
@@ -55,7 +65,7 @@ impl Form {
         let pair = |(name, value): &(String, String)| {
             let value = match name.as_str() {
                 "since" | "until" => in_utc(value.trim()),
-                "text" | "type" => value.trim().to_owned(),
+                "text" | "type" | "events" | "rate" => value.trim().to_owned(),
                 _ => value.clone(),
             };
             (name.clone(), value)

@@ -4,8 +4,12 @@ use axum::response::Response;
 use maud::{Markup, html};
 
 use super::{
-    page::{Page, Place, Tone, number, path_to, query, short, state, text, time},
+    page::{Page, Place, Tone, lines, number, path_to, query, short, state, text, time},
     session::Session,
+    table::{
+        Column::{self, Number, Text},
+        table,
+    },
 };
 use crate::{
     admin::view::{Lane, Overview, State, Subscriber, words},
@@ -33,7 +37,7 @@ pub(super) fn answer(session: &Session, found: &Overview) -> Response {
                         p { "Add a " code { "[[subscriber]]" } " to " code { (text(&found.config.file)) } ", then run " code { "hooktrail reload" } "." }
                     }
                 } @else {
-                    (table(&found.subscribers))
+                    (rows(&found.subscribers))
                 }
             }
             (removed(found))
@@ -71,7 +75,7 @@ fn banners(found: &Overview) -> Markup {
         @if let Some(problem) = &found.config.problem {
             div.note.bad {
                 p { strong { "The configuration was not reloaded. " } "The one before is in use." }
-                pre { (text(problem).replace("\\u{a}", "\n")) }
+                pre { (lines(problem)) }
             }
         }
         @if let Some(held) = &found.config.held {
@@ -80,39 +84,30 @@ fn banners(found: &Overview) -> Markup {
     }
 }
 
-fn table(subscribers: &[Subscriber]) -> Markup {
+const COLUMNS: [Column; 9] = [
+    Text("Subscriber"),
+    Text("State"),
+    Number("Backlog"),
+    Number("Oldest"),
+    Number("Retrying"),
+    Number("Dead"),
+    Number("Events/s"),
+    Number("Accepted"),
+    Text("Last delivered"),
+];
+
+fn rows(subscribers: &[Subscriber]) -> Markup {
     html! {
-        div.scroll role="region" aria-label="Subscribers" tabindex="0" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "Subscriber" }
-                        th scope="col" { "State" }
-                        th.number scope="col" { "Backlog" }
-                        th.number scope="col" { "Oldest" }
-                        th.number scope="col" { "Retrying" }
-                        th.number scope="col" { "Dead" }
-                        th.number scope="col" { "Events/s" }
-                        th.number scope="col" { "Accepted" }
-                        th scope="col" { "Last delivered" }
-                    }
-                }
-                tbody { @for s in subscribers { (row(s)) } }
-            }
-        }
+        (table("Subscribers", &COLUMNS, html! { @for s in subscribers { (row(s)) } }))
     }
 }
 
 fn row(s: &Subscriber) -> Markup {
     let name = s.subscriber.as_str();
-    let deliveries = Place::Deliveries.path();
     html! {
         tr {
-            th scope="row" { a href=(query(deliveries, &[("subscriber", name)])) { (text(name)) } }
-            td.wide {
-                (state(tone(&s.state), s.state.name()))
-                @if words::state(s) != s.state.name() { span.sub { (short(&words::state(s))) } }
-            }
+            th scope="row" { a href=(path_to(Place::Webhooks.path(), name)) { (text(name)) } }
+            td.wide { (state_of(s)) }
             @match &s.lane {
                 None => td colspan="7" {},
                 Some(lane) => (figures(name, lane)),
@@ -140,6 +135,14 @@ fn figures(name: &str, lane: &Lane) -> Markup {
     }
 }
 
+/// The state of a subscriber, and under it the reason.
+pub(super) fn state_of(s: &Subscriber) -> Markup {
+    html! {
+        (state(tone(&s.state), &words::name(s)))
+        @if let Some(reason) = words::reason(s) { span.sub { (short(&reason)) } }
+    }
+}
+
 fn tone(of: &State) -> Tone {
     match of {
         State::Ok => Tone::Good,
@@ -154,19 +157,14 @@ fn removed(found: &Overview) -> Markup {
         @if !found.removed.is_empty() {
             h2 { "Removed subscribers with a backlog" }
             section.card {
-                div.scroll role="region" aria-label="Removed subscribers" tabindex="0" {
-                    table {
-                        thead { tr { th scope="col" { "Subscriber" } th scope="col" { "Left behind" } } }
-                        tbody {
-                            @for r in &found.removed {
-                                tr {
-                                    th scope="row" { (text(&r.subscriber)) }
-                                    td { (counted(r.events, "event(s)")) ", " (counted(r.retries, "batch(es) to retry")) ", " (counted(r.dead, "dead letter(s)")) }
-                                }
-                            }
+                (table("Removed subscribers", &[Text("Subscriber"), Text("Left behind")], html! {
+                    @for r in &found.removed {
+                        tr {
+                            th scope="row" { (text(&r.subscriber)) }
+                            td { (counted(r.events, "event(s)")) ", " (counted(r.retries, "batch(es) to retry")) ", " (counted(r.dead, "dead letter(s)")) }
                         }
                     }
-                }
+                }))
                 p.pad.muted.small { "Configure the subscriber again to deliver it, or delete it with " code { "hooktrail prune" } "." }
             }
         }

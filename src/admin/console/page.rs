@@ -31,28 +31,45 @@ const SHOWN_UNDER: usize = 60;
 pub(super) enum Place {
     Overview,
     Events,
+    Webhooks,
     Deliveries,
+    Replays,
     DeadLetters,
+    Health,
 }
 
 impl Place {
-    const ALL: [Self; 4] = [Self::Overview, Self::Events, Self::Deliveries, Self::DeadLetters];
+    const ALL: [Self; 7] = [
+        Self::Overview,
+        Self::Events,
+        Self::Webhooks,
+        Self::Deliveries,
+        Self::Replays,
+        Self::DeadLetters,
+        Self::Health,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Overview => "Overview",
             Self::Events => "Audit Log",
+            Self::Webhooks => "Webhooks",
             Self::Deliveries => "Deliveries",
+            Self::Replays => "Replays",
             Self::DeadLetters => "Dead letters",
+            Self::Health => "Health",
         }
     }
 
-    pub(super) fn path(self) -> &'static str {
+    pub(super) const fn path(self) -> &'static str {
         match self {
             Self::Overview => "/console/",
             Self::Events => "/console/events",
+            Self::Webhooks => "/console/webhooks",
             Self::Deliveries => "/console/deliveries",
+            Self::Replays => "/console/replays",
             Self::DeadLetters => "/console/dead-letters",
+            Self::Health => "/console/health",
         }
     }
 }
@@ -170,7 +187,12 @@ pub(super) fn text(text: &str) -> String {
     wording::visible(text)
 }
 
-/// The same, cut for a list.
+/// The same with its line breaks.
+pub(super) fn lines(given: &str) -> String {
+    given.split('\n').map(text).collect::<Vec<_>>().join("\n")
+}
+
+/// The same in one line, cut for a list.
 pub(super) fn short(given: &str) -> String {
     cut(given, SHOWN)
 }
@@ -224,11 +246,20 @@ pub(super) fn query(path: &str, pairs: &[(&str, &str)]) -> String {
     if text.is_empty() { path.to_owned() } else { format!("{path}?{text}") }
 }
 
-/// A path that ends with a stranger's text.
+/// A path that ends with a stranger's text. It is neither blank nor a dot or two, which no path can
+/// end with: see [`delivery`].
 pub(super) fn path_to(base: &str, last: &str) -> String {
     let mut url = url::Url::parse("http://localhost").expect("a URL");
     url.path_segments_mut().expect("it has a path").push(last);
     format!("{base}{}", url.path())
+}
+
+/// The page of a batch by its id, which for an event that never became one is any text.
+pub(super) fn delivery(id: &str) -> String {
+    if id.trim().is_empty() || matches!(id, "." | "..") {
+        return query("/console/delivery", &[("id", id)]);
+    }
+    path_to(Place::Deliveries.path(), id)
 }
 
 /// The urgency of a word.
@@ -336,5 +367,10 @@ mod tests {
         let long = short(&"é".repeat(1000));
         assert!(long.ends_with('…') && long.chars().count() == SHOWN + 1);
         assert_eq!(query("/p", &[("a", "x y&z"), ("b", "")]), "/p?a=x+y%26z");
+        for (id, path) in
+            [("msg_1", "deliveries/msg_1"), (".", "delivery?id=."), (" ", "delivery?id=+")]
+        {
+            assert_eq!(delivery(id), format!("/console/{path}"));
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Batches that wait for a retry: listed, and made due now.
 
-use super::{Control, paused, queue_fails};
+use std::sync::Arc;
+
+use super::{Control, paused, queue_fails, to_its_end};
 use crate::{
     admin::{
         answer::Refusal,
@@ -20,7 +22,16 @@ impl FromBody for RetryNow {
 
 impl<Q: Queue> Control<Q> {
     /// Lists the waiting batches, the first due first.
-    pub(super) async fn waiting(&self, name: &str, limit: usize) -> Result<WaitingList, Refusal> {
+    pub(in crate::admin) async fn waiting(
+        self: Arc<Self>,
+        name: String,
+        limit: usize,
+    ) -> Result<WaitingList, Refusal> {
+        let room = self.to_their_end.clone();
+        to_its_end(&room, async move { self.listed(&name, limit).await }).await
+    }
+
+    async fn listed(&self, name: &str, limit: usize) -> Result<WaitingList, Refusal> {
         self.subscriber(name)?;
         let _one = self.retrying.try_lock().map_err(|_| busy())?;
         let found = self.queue.waiting(name).await.map_err(|e| queue_fails(&e))?;
@@ -37,7 +48,16 @@ impl<Q: Queue> Control<Q> {
     /// Makes retries due now. The operator believes that the receiver works again, so one batch is
     /// tried in spite of an open circuit or a hold, but not of a pause. Without a due batch there
     /// is nothing to try.
-    pub(super) async fn retry_now(&self, name: &str, which: RetryNow) -> Result<Retried, Refusal> {
+    pub(in crate::admin) async fn retry_now(
+        self: Arc<Self>,
+        name: String,
+        which: RetryNow,
+    ) -> Result<Retried, Refusal> {
+        let room = self.to_their_end.clone();
+        to_its_end(&room, async move { self.hastened(&name, which).await }).await
+    }
+
+    async fn hastened(&self, name: &str, which: RetryNow) -> Result<Retried, Refusal> {
         self.subscriber(name)?;
         let view = self.board.view(name, clock::instant(), clock::now());
         let state = view.as_ref().map_or(State::Starting, |view| State::from(&view.state));

@@ -6,6 +6,7 @@ use super::{Reach, Time};
 use crate::{
     page::{Cursor, List},
     store::{self, Page, Recorded, ReplayState, UnreadableReplay},
+    wording::counted,
 };
 
 /// The body of a request to replay history to a subscriber.
@@ -159,6 +160,13 @@ pub struct Resent {
     pub subscriber: String,
     pub events: u32,
     pub bytes: u64,
+}
+
+impl Resent {
+    /// What the record of the operation says of it.
+    pub(in crate::admin) fn details(&self) -> String {
+        format!("to {}, {}", self.subscriber, counted(self.events, "event(s)"))
+    }
 }
 
 /// A part of the list of operations, the latest first.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{LastError, State, Subscriber, Time};
+use super::{Lane, LastError, State, Subscriber, Time};
 use crate::{
     clock,
     wording::{rounded, visible},
@@ -10,37 +10,55 @@ use crate::{
 
 /// The state with what explains it.
 pub fn state(s: &Subscriber) -> String {
-    let Some(lane) = &s.lane else { return visible(s.state.name()) };
-    let last_error = || {
-        let error = lane.last_error.as_ref();
-        error.map_or_else(String::new, |error| format!(" ({})", failure(error)))
-    };
+    let (name, reason) = (name(s), reason(s));
+    let Some(reason) = reason else { return name };
+    match &s.state {
+        State::Retrying => format!("{name} ({reason})"),
+        State::CircuitOpen => format!("{name}, {reason}"),
+        State::QueueFails => format!("its {name}: {reason}"),
+        _ => format!("{name} {reason}"),
+    }
+}
+
+/// The state's name.
+pub fn name(s: &Subscriber) -> String {
+    let idle = |lane: &Lane| lane.in_retry == Some(0) && lane.in_hand == 0;
+    match &s.state {
+        // The batch was given up, or another daemon has it.
+        State::Retrying if s.lane.as_ref().is_some_and(idle) => "last attempt failed".to_owned(),
+        State::CircuitOpen if s.lane.is_some() => "circuit open".to_owned(),
+        State::QueueFails if s.lane.is_some() => "queue fails".to_owned(),
+        state => visible(state.name()),
+    }
+}
+
+/// What explains the state: it follows the name.
+pub fn reason(s: &Subscriber) -> Option<String> {
+    let lane = s.lane.as_ref()?;
+    let last_error = lane.last_error.as_ref().map(failure);
     match &s.state {
         State::Waiting => {
             let since = lane.waiting_since.map(since);
-            format!("waiting for an answer, {}", since.as_deref().unwrap_or("-"))
+            Some(format!("for an answer, {}", since.as_deref().unwrap_or("-")))
         }
-        // The batch was given up, or another daemon has it.
-        State::Retrying if lane.in_retry == Some(0) && lane.in_hand == 0 => {
-            format!("last attempt failed{}", last_error())
-        }
-        State::Retrying => format!("retrying{}", last_error()),
+        State::Retrying => last_error,
         State::CircuitOpen => {
             let probe = lane.circuit.until.map(until).unwrap_or_default();
-            format!("circuit open, probe {probe}{}", last_error())
+            let last_error = last_error.map_or_else(String::new, |error| format!(" ({error})"));
+            Some(format!("probe {probe}{last_error}"))
         }
         State::Held => {
-            format!("held by Retry-After{}", lane.held_until.map(still).unwrap_or_default())
+            Some(format!("by Retry-After{}", lane.held_until.map(still).unwrap_or_default()))
         }
-        State::Paused => match &lane.paused {
-            Some(pause) => format!("paused by {}: {}", visible(&pause.by), visible(&pause.why)),
-            None => "paused".to_owned(),
-        },
+        State::Paused => {
+            let pause = lane.paused.as_ref()?;
+            Some(format!("by {}: {}", visible(&pause.by), visible(&pause.why)))
+        }
         State::QueueFails => {
             let error = lane.queue_error.as_deref().map(visible);
-            format!("its queue fails: {}", error.as_deref().unwrap_or("-"))
+            Some(error.unwrap_or_else(|| "-".to_owned()))
         }
-        State::Ok | State::Starting | State::Other(_) => visible(s.state.name()),
+        State::Ok | State::Starting | State::Other(_) => None,
     }
 }
 

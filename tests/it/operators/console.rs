@@ -240,10 +240,22 @@ fn every_page_is_there_for_who_has_signed_in_and_what_strangers_wrote_is_inert()
             let page = browser.page(&path).await;
             next.extend(links(&page).into_iter().filter(|link| seen.insert(link.clone())));
         }
-        for path in ["/console/", "/console/events", "/console/deliveries", "/console/dead-letters"]
-        {
+        for path in [
+            "/console/",
+            "/console/events",
+            "/console/webhooks",
+            "/console/webhooks/siem",
+            "/console/webhooks/siem/pause",
+            "/console/webhooks/siem/replay",
+            "/console/deliveries",
+            "/console/replays",
+            "/console/dead-letters",
+            "/console/health",
+            "/console/health?inspect=now",
+        ] {
             assert!(seen.contains(path), "{path} is not linked to: {seen:?}");
         }
+        assert!(seen.iter().any(|path| path.starts_with("/console/resend?id=msg_")), "{seen:?}");
         let events = seen.iter().filter(|path| path.starts_with("/console/events/")).count();
         assert_eq!(events, HOSTILE.len(), "a page for each event: {seen:?}");
         assert!(seen.contains("/console/dead-letters/siem"), "{seen:?}");
@@ -280,6 +292,12 @@ fn every_page_is_there_for_who_has_signed_in_and_what_strangers_wrote_is_inert()
             ("/console/deliveries/%FF", 400),
             ("/console/dead-letters/%FF", 400),
             ("/console/sign-out", 404),
+            ("/console/webhooks/%3Cscript%3E", 404),
+            ("/console/webhooks/nobody/pause", 404),
+            ("/console/resend?id=.", 404),
+            ("/console/delivery?id=.", 404),
+            ("/console/replays/none/cancel", 404),
+            ("/console/replays?cursor=garbage", 400),
         ] {
             let seen = browser.get(path).await;
             assert_eq!(seen.status, status, "{path}: {}", seen.text);
@@ -376,10 +394,6 @@ fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
         );
 
         // Only a form of the session's own page signs it out.
-        let key = |page: &str| {
-            let (_, rest) = page.split_once("name=\"form_key\" value=\"").expect("a key");
-            rest.split('"').next().expect("a value").to_owned()
-        };
         let (own, others) =
             (key(&admin.page("/console/").await), key(&looker.page("/console/").await));
         for (form, headers) in [
@@ -402,6 +416,157 @@ fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
         let _daemon = setup.start().await;
         assert_eq!(admin.get("/console/").await.status, 401);
         assert_eq!(looker.get("/console/").await.status, 200, "its token is the same");
+    });
+}
+
+/// The form key of a page.
+fn key(page: &str) -> String {
+    let (_, rest) = page.split_once("name=\"form_key\" value=\"").expect("a key");
+    rest.split('"').next().expect("a value").to_owned()
+}
+
+/// An action's path, its form, and a part of the next page.
+type Action<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+
+const ACTIONS: [Action<'static>; 5] = [
+    ("/console/webhooks/siem/pause", &[("why", "<b>moving</b>")], "Paused."),
+    ("/console/webhooks/siem/resume", &[], "Resumed."),
+    ("/console/webhooks/siem/retry", &[], "due now"),
+    ("/console/webhooks/siem/test", &[], "Test: answered 500"),
+    ("/console/webhooks/siem/replay", &[("since", "2020-01-01")], "has begun"),
+];
+
+#[test]
+fn an_action_is_done_by_a_form_of_its_own_session_and_role_alone_and_is_recorded() {
+    run(async {
+        let api = Api::new();
+        let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
+        let (_queue, _receiver, _setup, _daemon) = stage(&api, &admin).await;
+        let (browser, looker) = (
+            Browser::signed_in(&api, TOKEN).await,
+            Browser::signed_in(&api, "the-token-that-reads").await,
+        );
+        let (own, others) =
+            (key(&browser.page("/console/").await), key(&looker.page("/console/").await));
+        let bearer = format!("Bearer {TOKEN}");
+        let headers = [("content-type", "application/json"), ("authorization", bearer.as_str())];
+        let answer = api.send("POST", "/api/v1/events", &headers, &hostile(0, "one")).await;
+        assert_eq!(answer.status, 202, "{answer:?}");
+        let mut delivery = String::new();
+        eventually("its batch is dead", async || {
+            let dead = links(&browser.page("/console/deliveries?state=dead").await);
+            delivery = dead.into_iter().find(|l| l.contains("/msg_")).unwrap_or_default();
+            !delivery.is_empty()
+        })
+        .await;
+        let id = delivery.rsplit('/').next().expect("an id").to_owned();
+        let resend: Action<'_> = ("/console/resend", &[("id", id.as_str())], "It is sent again");
+        let actions: Vec<Action<'_>> = ACTIONS.into_iter().chain([resend]).collect();
+
+        // Who may not, sees no link to an action, and is refused.
+        let seen = looker.page("/console/webhooks/siem").await;
+        assert!(!seen.contains("Run Test") && !seen.contains("/siem/pause"), "{seen}");
+        assert!(!looker.page(&delivery).await.contains("/console/resend"));
+        for (path, form, _) in &actions {
+            let with = |key: &'_ str| {
+                form.iter()
+                    .map(|(n, v)| (n.to_string(), v.to_string()))
+                    .chain([("form_key".to_owned(), key.to_owned())])
+                    .collect::<Vec<_>>()
+            };
+            for (from, key, headers) in [
+                (&looker, others.as_str(), vec![]),
+                (&browser, "", vec![]),
+                (&browser, others.as_str(), vec![]),
+                (&browser, own.as_str(), vec![("origin", "https://evil.example")]),
+                (&browser, own.as_str(), vec![("sec-fetch-site", "cross-site")]),
+            ] {
+                let form = with(key);
+                let form: Vec<_> = form.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+                let seen = from.post(path, &form, &headers).await;
+                assert_eq!((seen.status, seen.header("location")), (403, ""), "{path} {headers:?}");
+                assert_headers(&seen, path);
+            }
+            if !path.ends_with("/test") {
+                assert_eq!(looker.get(path).await.status, 403, "{path}");
+            }
+        }
+        let recorded = async || {
+            let list = api.send("GET", "/api/v1/operations", &headers, "").await.json();
+            let all = list["operations"].as_array().expect("operations").clone();
+            all.iter()
+                .rev()
+                .map(|o| {
+                    format!(
+                        "{} {}",
+                        o["what"].as_str().unwrap_or_default(),
+                        o["by"].as_str().unwrap_or_default()
+                    )
+                })
+                .collect::<Vec<_>>()
+        };
+        assert!(recorded().await.is_empty(), "nothing was done: {:?}", recorded().await);
+
+        // Who may: the page that asks has the number, and the next page says what was done.
+        let counted = browser.page("/console/webhooks/siem/replay?since=2020-01-01").await;
+        assert!(counted.contains(">1 event<"), "{counted}");
+        for (n, (path, form, says)) in actions.iter().enumerate() {
+            let form: Vec<_> = form.iter().copied().chain([("form_key", own.as_str())]).collect();
+            let seen = browser.post(path, &form, &[]).await;
+            assert_eq!(seen.status, 303, "{path}: {}", seen.text);
+            let to = seen.header("location").to_owned();
+            let next = browser.page(&to).await;
+            assert!(next.contains(says) && !next.contains("<b>"), "{says}: {next}");
+            // A notice is shown to its own session alone.
+            assert!(!looker.page(&to).await.contains(says), "{says}");
+            eventually("it is recorded", async || recorded().await.len() == n + 1).await;
+        }
+        let names = ["pause", "resume", "retry", "test", "replay", "resend"];
+        assert_eq!(recorded().await, names.map(|name| format!("{name} token")));
+
+        let wrong = [("since", "yesterday"), ("form_key", own.as_str())];
+        let seen = browser.post("/console/webhooks/siem/replay", &wrong, &[]).await;
+        assert!(seen.status == 400 && seen.text.contains("value=\"yesterday\""), "{}", seen.text);
+        let gone = [("form_key", own.as_str())];
+        let seen = browser.post("/console/webhooks/nobody/pause", &gone, &[]).await;
+        assert_eq!(seen.status, 404, "{}", seen.text);
+        let seen = browser.post("/console/replays/none/cancel", &gone, &[]).await;
+        assert_eq!(seen.status, 404, "{}", seen.text);
+    });
+}
+
+#[test]
+fn a_webhooks_page_has_each_value_with_its_place_and_no_secret_and_the_path_for_an_admin_alone() {
+    run(async {
+        let api = Api::new();
+        let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
+        let queue = Embedded::new();
+        let more = "headers = { \"X-Tenant\" = \"a-secret-tenant\" }\nhttp = { timeout = \"7s\" }";
+        let text = api.section()
+            + &admin
+            + SETTINGS
+            + &subscriber("siem", "http://127.0.0.1:9/hooks/in?key=a-secret-key", more);
+        let setup = Setup::new(&queue, &text);
+        let _daemon = setup.start().await;
+        let written = std::fs::read_to_string(setup.config()).expect("reads");
+        let line = |key: &str| 1 + written.lines().position(|l| l.starts_with(key)).expect(key);
+        let admin = Browser::signed_in(&api, TOKEN).await.page("/console/webhooks/siem").await;
+        let looker = Browser::signed_in(&api, "the-token-that-reads").await;
+        let looker =
+            looker.page("/console/webhooks/siem").await + &looker.page("/console/webhooks").await;
+        for (key, place) in [
+            ("url", "url = \"http"),
+            ("http.timeout", "http = "),
+            ("retry.max_attempts", "max_attempts"),
+        ] {
+            let (_, row) = admin.split_once(&format!("scope=\"row\">{key}</th>")).expect(key);
+            let row = row.split("</tr>").next().expect("a row");
+            assert!(row.contains(&format!("hooktrail.toml:{}<", line(place))), "{key}: {row}");
+        }
+        assert!(admin.contains("/hooks/in") && admin.contains("x-tenant"), "{admin}");
+        assert!(!looker.contains("/hooks") && !looker.contains("x-tenant"), "{looker}");
+        assert!(!admin.contains("a-secret") && !looker.contains("a-secret"));
+        assert!(admin.contains("<svg class=\"chart\"") && admin.contains("<title>"), "{admin}");
     });
 }
 

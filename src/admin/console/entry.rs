@@ -1,0 +1,193 @@
+//! What each request for a page goes through: its session, its role, and its form.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{FromRequest, FromRequestParts, Request, State},
+    http::{HeaderMap, HeaderName, Method, StatusCode, request::Parts},
+    response::{IntoResponse as _, Redirect, Response},
+};
+use maud::{Markup, html};
+use tokio::time::timeout;
+
+use super::{
+    form::Form,
+    notices::Notices,
+    page::{self, Place},
+    session::{self, Session},
+    sign_in::{self, Doorman, Said},
+};
+use crate::{
+    admin::{
+        answer::{READ_TIMEOUT, Refusal, header_text},
+        body,
+        control::Control,
+        guard::{Tokens, from_elsewhere},
+        history::History,
+        operations::record,
+        replays::Again,
+        view::ProblemKind,
+    },
+    queue::Queue,
+    store::Store,
+};
+
+/// The longest body of a form, in bytes.
+const MAX_FORM: usize = 16 * 1024;
+
+/// What the pages show and do.
+pub(in crate::admin) struct Console<Q, S> {
+    pub(super) tokens: Tokens,
+    pub(super) doorman: Doorman,
+    pub(super) control: Arc<Control<Q>>,
+    pub(super) history: Arc<History<Q, S>>,
+    pub(super) again: Arc<Again<Q, S>>,
+    pub(super) notices: Notices,
+    store: S,
+}
+
+pub(super) type This<Q, S> = State<Arc<Console<Q, S>>>;
+
+/// An action that succeeded: its name and its subject in the record of operations, and what that
+/// says besides.
+pub(super) struct Done {
+    pub(super) what: &'static str,
+    pub(super) subject: String,
+    pub(super) details: String,
+    /// What the next page says.
+    pub(super) notice: Markup,
+}
+
+impl<Q: Queue, S: Store> Console<Q, S> {
+    pub(in crate::admin) fn new(
+        tokens: Tokens,
+        control: Arc<Control<Q>>,
+        history: Arc<History<Q, S>>,
+        again: Arc<Again<Q, S>>,
+        store: S,
+    ) -> Self {
+        let (doorman, notices) = (Doorman::default(), Notices::default());
+        Self { tokens, doorman, control, history, again, notices, store }
+    }
+
+    /// Records an action as the API would, and leads the browser to the page that says what was
+    /// done.
+    pub(super) fn lead(&self, session: &Session, to: &str, done: Done) -> Response {
+        let Done { what, subject, details, notice } = done;
+        record(self.store.clone(), Some(&session.caller), what, subject, details);
+        self.lead_unrecorded(session, to, notice)
+    }
+
+    pub(super) fn lead_unrecorded(&self, session: &Session, to: &str, notice: Markup) -> Response {
+        Redirect::to(&self.notices.keep(session, to, notice)).into_response()
+    }
+}
+
+/// The session of a request for a page. Without one the answer is the page of the sign-in.
+pub(super) struct SignedIn(pub(super) Session);
+
+impl<Q: Queue, S: Store> FromRequestParts<Arc<Console<Q, S>>> for SignedIn {
+    type Rejection = Response;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        console: &Arc<Console<Q, S>>,
+    ) -> Result<Self, Response> {
+        if console.tokens.is_empty() {
+            return Err(sign_in::needs_a_token());
+        }
+        let is_get = parts.method == Method::GET || parts.method == Method::HEAD;
+        let to = parts.uri.path_and_query().filter(|_| is_get).map_or("", |to| to.as_str());
+        let header = |name| header_text(&parts.headers, HeaderName::from_static(name));
+        let is_own = matches!(header("sec-fetch-site"), "" | "none" | "same-origin");
+        // Another site's page may lead here, and may not have the browser fetch a page unseen.
+        if !is_own && header("sec-fetch-mode") != "navigate" {
+            return Err(sign_in::page(Said::Elsewhere, to));
+        }
+        let said = if is_own { Said::Nothing } else { Said::FromALink };
+        let found = session::of(&parts.headers, &console.tokens);
+        found.map(Self).ok_or_else(|| sign_in::page(said, to))
+    }
+}
+
+/// The session of a request for the page of an action, which needs the role `admin`.
+pub(super) struct MayChange(pub(super) Session);
+
+impl<Q: Queue, S: Store> FromRequestParts<Arc<Console<Q, S>>> for MayChange {
+    type Rejection = Response;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        console: &Arc<Console<Q, S>>,
+    ) -> Result<Self, Response> {
+        let SignedIn(session) = SignedIn::from_request_parts(parts, console).await?;
+        if session.caller.may_change() {
+            return Ok(Self(session));
+        }
+        let why = "this token has the role `read`: it may look, and change nothing";
+        Err(not_taken(&Refusal::of_kind(StatusCode::FORBIDDEN, ProblemKind::Role, why)))
+    }
+}
+
+/// The form of an action, which a page of this session has sent, and whose token has the role
+/// `admin`.
+pub(super) struct Posted {
+    pub(super) session: Session,
+    pub(super) form: Form,
+}
+
+impl<Q: Queue, S: Store> FromRequest<Arc<Console<Q, S>>> for Posted {
+    type Rejection = Response;
+
+    async fn from_request(
+        request: Request,
+        console: &Arc<Console<Q, S>>,
+    ) -> Result<Self, Response> {
+        let (mut parts, body) = request.into_parts();
+        let MayChange(session) = MayChange::from_request_parts(&mut parts, console).await?;
+        let taken = changing(&session, &parts.headers, body).await;
+        taken.map(|form| Self { session, form }).map_err(|refusal| not_taken(&refusal))
+    }
+}
+
+/// The form of a request that changes something, which one of this session's pages has sent.
+pub(super) async fn changing(
+    session: &Session,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<Form, Refusal> {
+    let form = posted(body).await?;
+    if let Some(why) = from_elsewhere(headers, true) {
+        return Err(Refusal::from_elsewhere(why));
+    }
+    if form.get("form_key") != session.form_key {
+        return Err(Refusal::from_elsewhere("its form is of another session; load the page again"));
+    }
+    Ok(form)
+}
+
+pub(super) async fn posted(mut body: Body) -> Result<Form, Refusal> {
+    let reading = timeout(READ_TIMEOUT, body::read(&mut body, None, MAX_FORM));
+    let read = reading.await.map_err(|_| Refusal::late())?;
+    let bytes = read.map_err(|_| {
+        let why = format!("the form has more than {MAX_FORM} bytes, or ended early");
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, why)
+    })?;
+    Ok(Form::whole(&String::from_utf8_lossy(&bytes)))
+}
+
+/// The answer to a form that is not taken.
+pub(super) fn not_taken(refusal: &Refusal) -> Response {
+    page::outside(
+        refusal.status,
+        "Not taken",
+        html! {
+            section.card.pad.sign-in {
+                h1 { "This form was not taken" }
+                p { (page::text(&refusal.why)) }
+                p { a href=(Place::Overview.path()) { "To the overview" } }
+            }
+        },
+    )
+}

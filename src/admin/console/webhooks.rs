@@ -1,0 +1,295 @@
+//! *Webhooks*: the subscribers, and one of them with its configuration and its actions.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use axum::{Router, extract::State, http::Uri, response::Response, routing::get};
+use maud::{Markup, html};
+
+use super::{
+    actions, chart, deliveries,
+    entry::{Console, SignedIn, This},
+    overview::state_of,
+    page::{Page, Place, delivery, form_key, number, path_to, query, short, text, time},
+    session::Session,
+    table::{
+        Column::{self, Number, Text},
+        table,
+    },
+};
+use crate::{
+    admin::{
+        answer::Refusal,
+        history::Deliveries,
+        query::Name,
+        view::{DeliveryList, Subscriber, WaitingBatch, WaitingList, words},
+    },
+    config::{self, Subscriber as Configured},
+    policy::retry::Next,
+    queue::Queue,
+    store::Store,
+    wording::{counted, rounded, rounded_size},
+};
+
+/// Rows of the last deliveries, and of the batches that wait.
+const SHOWN: usize = 10;
+
+/// Attempts of the schedule that are shown of a longer one.
+const ATTEMPTS: usize = 16;
+
+/// Keys that only the role `admin` sees.
+const OF_ADMIN: [&str; 2] = ["headers", "auth"];
+
+pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
+    Router::new()
+        .route(Place::Webhooks.path(), get(list::<Q, S>))
+        .route("/console/webhooks/{name}", get(show::<Q, S>))
+}
+
+fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
+    Page { session, place: Place::Webhooks, title: text(title), refresh: None }
+}
+
+async fn list<Q: Queue, S: Store>(
+    State(console): This<Q, S>,
+    SignedIn(session): SignedIn,
+) -> Response {
+    let found = console.control.overview().await;
+    let configured = |s: &Subscriber| console.control.subscriber(&s.subscriber).ok();
+    let page = Page { refresh: Some(5), ..page(&session, "Webhooks") };
+    page.answer(html! {
+        div.head { h1 { "Webhooks" } }
+        div id="webhooks" data-live {
+            section.card {
+                @if found.subscribers.is_empty() {
+                    div.empty { p { "No subscriber is configured." } }
+                } @else {
+                    (table("Webhooks", &[Text("Webhook"), Text("State"), Text("Events"), Text("Format")], html! {
+                        @for s in &found.subscribers { (row(&session, s, configured(s).as_deref())) }
+                    }))
+                }
+            }
+        }
+        div.head {}
+        p.muted.small { "Subscribers are made in " code { (text(&found.config.file)) } "; " code { "hooktrail reload" } " uses a change." }
+    })
+}
+
+fn row(session: &Session, s: &Subscriber, configured: Option<&Configured>) -> Markup {
+    html! {
+        tr {
+            th scope="row" {
+                a href=(path_to(Place::Webhooks.path(), &s.subscriber)) { (text(&s.subscriber)) }
+                @if let Some(configured) = configured { span.sub { (url(session, configured)) } }
+            }
+            td.wide { (state_of(s)) }
+            td.wide.mono { @if let Some(configured) = configured { (patterns(configured)) } }
+            td { @if let Some(configured) = configured { (configured.format.name()) } }
+        }
+    }
+}
+
+/// The URL as far as the caller may see it.
+fn url(session: &Session, configured: &Configured) -> String {
+    if session.caller.sees_endpoints() {
+        return text(&configured.url.with_path());
+    }
+    text(&configured.url.to_string())
+}
+
+fn patterns(configured: &Configured) -> String {
+    let all: Vec<&str> = configured.events.iter().map(|p| p.as_str()).collect();
+    short(&all.join(", "))
+}
+
+async fn show<Q: Queue, S: Store>(
+    State(console): This<Q, S>,
+    SignedIn(session): SignedIn,
+    name: Result<Name, Refusal>,
+    uri: Uri,
+) -> Response {
+    let found = match name {
+        Ok(Name(name)) => {
+            let control = &console.control;
+            match (control.subscriber(&name), control.one(&name).await) {
+                (Ok(configured), Ok(found)) => Ok((configured, found)),
+                (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
+            }
+        }
+        Err(refusal) => Err(refusal),
+    };
+    let (configured, found) = match found {
+        Ok(found) => found,
+        Err(refusal) => return page(&session, "Webhook").refused(&refusal),
+    };
+    let name = found.subscriber.clone();
+    let last = console.history.deliveries(Deliveries::latest(&name, SHOWN), &session.caller).await;
+    // On RabbitMQ the read holds every queue of retries for a moment.
+    let waits = found.lane.as_ref().and_then(|lane| lane.in_retry) != Some(0);
+    let waiting = match waits {
+        true => Some(console.control.clone().waiting(name.clone(), SHOWN).await),
+        false => None,
+    };
+    let origins = config::origins(&console.control.file(), &name);
+    page(&session, &name).answer(html! {
+        (console.notices.of(&session, uri.query()).unwrap_or_default())
+        div.head { h1 { (text(&name)) } (deeds(&session, &found)) }
+        section.card.pad aria-label="State" { (facts(&session, &found, &configured)) }
+        @if let Some(waiting) = waiting { h2 { "Retries" } (retries(&waiting)) }
+        h2 { "Last deliveries" }
+        (last_deliveries(&name, &last))
+        h2 { "When a batch that fails is tried again" }
+        (schedule(&configured))
+        h2 { "Configuration" }
+        section.card {
+            (table("Configuration", &[Text("Key"), Text("Value"), Text("From")], html! {
+                @for (key, value) in config::subscriber_values(&configured) {
+                    @if session.caller.sees_endpoints() || !OF_ADMIN.contains(&key) {
+                        tr {
+                            th.mono scope="row" { (key) }
+                            td.wide.mono { (short(&if key == "url" { url(&session, &configured) } else { value })) }
+                            td { @match origins.get(key) { Some(place) => (text(place)), None => span.muted { "default" } } }
+                        }
+                    }
+                }
+            }))
+        }
+        (actions::same(&format!("hooktrail status {name}\nhooktrail check {name}\nhooktrail plan {name}")))
+    })
+}
+
+/// The actions, for who may do them.
+fn deeds(session: &Session, s: &Subscriber) -> Markup {
+    let name = s.subscriber.as_str();
+    let action = |action: &str, label: &str| actions::link(&actions::path(name, action), label);
+    html! {
+        @if session.caller.may_change() {
+            div.deeds {
+                form method="post" action=(actions::path(name, "test")) { (form_key(session)) button { "Run Test" } }
+                @if s.paused().is_some() { (action("resume", "Resume")) } @else { (action("pause", "Pause")) }
+                (action("retry", "Retry now"))
+                (action("replay", "Replay"))
+            }
+        }
+    }
+}
+
+fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
+    let name = s.subscriber.as_str();
+    let retrying = query(Place::Deliveries.path(), &[("subscriber", name), ("state", "retrying")]);
+    html! {
+        dl.facts {
+            dt { "State" } dd { (state_of(s)) }
+            dt { "URL" } dd.mono { (url(session, configured)) }
+            dt { "Events" } dd.mono { (patterns(configured)) }
+            @if let Some(lane) = &s.lane {
+                @if let Some(backlog) = lane.backlog { dt { "Backlog" } dd { (counted(backlog + lane.in_hand, "event(s)")) @if let Some(age) = lane.oldest_event_age_s { ", the oldest " (words::seconds(age)) " old" } } }
+                @if let Some(n) = lane.in_retry { dt { "Retrying" } dd { a href=(retrying) { (counted(n, "batch(es)")) } @if let Some(at) = lane.next_retry_at { ", next " (time(at)) } } }
+                @if let Some(n) = lane.dead { dt { "Dead letters" } dd { a href=(path_to(Place::DeadLetters.path(), name)) { (number(n)) } } }
+                dt { "Delivered" } dd { (counted(lane.delivered, "event(s)")) " since the daemon started" @if let Some(at) = lane.last_delivered_at { ", last " (time(at)) } }
+                @if let (Some(p50), Some(p99)) = (lane.p50_s, lane.p99_s) { dt { "Answers take" } dd { (words::seconds(p50)) " (median), " (words::seconds(p99)) " (99 of 100)" } }
+                @if let Some(error) = &lane.last_error { dt { "Last failure" } dd { (short(&words::failure(error))) ", " (time(error.at)) } }
+            }
+        }
+    }
+}
+
+fn last_deliveries(name: &str, found: &Result<DeliveryList, Refusal>) -> Markup {
+    html! {
+        section.card {
+            @match found {
+                Err(refusal) => div.pad { p { (text(&refusal.why)) } },
+                Ok(list) if list.deliveries.is_empty() => div.empty { p { "History has none." } },
+                Ok(list) => {
+                    (deliveries::batches(&list.deliveries))
+                    div.pager { a href=(query(Place::Deliveries.path(), &[("subscriber", name)])) { "All deliveries" } }
+                },
+            }
+        }
+    }
+}
+
+fn retries(found: &Result<WaitingList, Refusal>) -> Markup {
+    const COLUMNS: [Column; 6] = [
+        Text("Due"),
+        Number("Attempts"),
+        Text("Last answer"),
+        Number("Events"),
+        Number("Size"),
+        Text("Batch"),
+    ];
+    html! {
+        section.card {
+            @match found {
+                Err(refusal) => div.pad { p { (text(&refusal.why)) } },
+                Ok(list) if list.batches.is_empty() => div.empty { p { "No batch waits for a retry." } },
+                Ok(list) => {
+                    (table("Retries", &COLUMNS, html! { @for one in &list.batches { (retry(one)) } }))
+                    @if list.waiting > list.batches.len() {
+                        div.pager { span.muted { "The first due of " (counted(list.waiting, "batch(es)")) "; " code { "hooktrail retry list" } " shows all." } }
+                    }
+                },
+            }
+        }
+    }
+}
+
+fn retry(one: &WaitingBatch) -> Markup {
+    html! {
+        tr {
+            td { @match one.due_at { Some(at) => (time(at)), None => span.muted { "unknown" } } }
+            td.number { (number(one.attempts)) }
+            td {
+                @match (one.status, &one.failure) {
+                    (Some(status), _) => (status),
+                    (None, Some(failure)) => (text(&failure.replace('_', " "))),
+                    (None, None) => {},
+                }
+            }
+            td.number { (number(one.events)) }
+            td.number { (rounded_size(one.bytes as u64)) }
+            td.mono.wide { a href=(delivery(&one.id)) { (text(&one.id)) } }
+        }
+    }
+}
+
+/// The attempts of a batch that always fails, as a picture and as a table.
+fn schedule(configured: &Configured) -> Markup {
+    let (attempts, is_whole) = attempts(configured);
+    let options = configured.retry.options();
+    html! {
+        section.card.pad {
+            div.scroll role="region" aria-label="Schedule" tabindex="0" { (chart::schedule(&attempts, is_whole)) }
+            details {
+                summary { "As a table" }
+                (table("Attempts", &[Number("Attempt"), Number("Since the first")], html! {
+                    @for (n, at) in (1_u64..).zip(&attempts) { tr { td.number { (n) } td.number { (rounded(*at)) } } }
+                }))
+            }
+            p.muted.small {
+                @if !is_whole { "It goes on beyond these. " }
+                @if options.randomization_factor > 0.0 { "Each delay differs by up to " (format!("{:.0}", options.randomization_factor * 100.0)) " %, at random. " }
+                code { "hooktrail plan " (text(configured.name.as_str())) } " has all of it."
+            }
+        }
+    }
+}
+
+/// The times of the attempts since the first, and whether these are all.
+fn attempts(configured: &Configured) -> (Vec<Duration>, bool) {
+    const FIRST: SystemTime = SystemTime::UNIX_EPOCH;
+    let (mut at, mut all) = (Duration::ZERO, vec![Duration::ZERO]);
+    while all.len() < ATTEMPTS {
+        let made = u32::try_from(all.len()).unwrap_or(u32::MAX);
+        match configured.retry.next(made, FIRST, FIRST + at, None, 0.5) {
+            Next::Exhausted => return (all, true),
+            Next::After(delay) => at += delay,
+        }
+        all.push(at);
+    }
+    let made = u32::try_from(all.len()).unwrap_or(u32::MAX);
+    let is_last = configured.retry.next(made, FIRST, FIRST + at, None, 0.5) == Next::Exhausted;
+    (all, is_last)
+}
