@@ -123,8 +123,13 @@ async fn measure(kept: u64) {
         max_bytes: kept * BYTES_AN_EVENT,
         bodies: true,
     };
-    let config =
-        SqliteConfig { data_dir: dir.path().to_owned(), history, log: None, keys: Vec::new() };
+    let config = SqliteConfig {
+        data_dir: dir.path().to_owned(),
+        history,
+        log: None,
+        keys: Vec::new(),
+        without_history: None,
+    };
     let store = SqliteStore::start(config);
     let mut state = store.state();
     state.wait_for(|s| s.history == HistoryState::Open).await.expect("opens");

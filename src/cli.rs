@@ -155,7 +155,7 @@ enum Command {
     /// List the batches that wait for a retry, and make retries due now
     #[command(subcommand)]
     Retry(retry::Command),
-    /// Say which store has the history of a RabbitMQ
+    /// Say which store has the history of a RabbitMQ, or seal it with another key
     #[command(subcommand)]
     Store(store::Command),
     /// List, show, export, replay and purge dead letters

@@ -57,7 +57,7 @@ impl Health {
     pub(super) fn trouble(&self) -> Option<String> {
         let (state, why, warning) = self.state();
         match state {
-            "off" => None,
+            "off" => warning,
             _ => why.map(|why| format!("history is {state}: {why}")).or(warning),
         }
     }
@@ -143,6 +143,9 @@ mod tests {
             };
             assert_eq!(up, expected, "{name}");
         }
+        let off = HistoryState::Off(why());
+        store.memory().state = StoreState { history: off, warning: Some("damaged".to_owned()) };
+        assert_eq!(health.trouble().as_deref(), Some("damaged"), "it has the subscribers");
         store.memory().state =
             StoreState { history: HistoryState::Open, warning: Some("damaged".to_owned()) };
         assert_eq!(health.trouble().as_deref(), Some("damaged"));

@@ -51,5 +51,7 @@ pub(super) fn store_of(config: &Config) -> SqliteConfig {
         history,
         log,
         keys: config.store_keys.clone(),
+        without_history: (!config.keeps_history())
+            .then(|| "no history is kept: [history] retention is \"0s\"".to_owned()),
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         replay::Replays,
     },
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    store::sqlite::SqliteStore,
+    store::{Store as _, sqlite::SqliteStore},
     supervisor::{
         fleet::{self, Controls, Phase},
         reload::{Because, Reloader},
@@ -139,6 +139,7 @@ async fn deliver(
         shutdown_timeout: reloader.shutdown_timeout(),
         hurry: Box::pin(stops.times(2)),
     };
+    let store = history.store.clone();
     let mut keeper = history.keep(&queue, &reloader, replays);
     let limit = reloader.shutdown_timeout();
     let queue_unused = async {
@@ -149,8 +150,9 @@ async fn deliver(
         }
     };
     let ended = fleet::run(queue, subscribers, stops.times(1), controls, queue_unused).await;
-    if let Some(keeper) = keeper {
-        keeper.close(*limit.borrow(), stops.times(2)).await;
+    match keeper {
+        Some(keeper) => keeper.close(*limit.borrow(), stops.times(2)).await,
+        None => store.close(true).await,
     }
     ended?;
     tokio::select! {
@@ -172,16 +174,16 @@ struct History {
 
 impl History {
     fn start(config: &Config, metrics: &Metrics) -> Self {
-        if !config.keeps_history() {
-            let why = match config.store {
-                StoreConfig::None => "nothing is remembered: [store] url is \"none\"",
-                StoreConfig::Sqlite => "no history is kept: [history] retention is \"0s\"",
-            };
+        if config.store == StoreConfig::None {
+            let why = "nothing is remembered: [store] url is \"none\"";
             let store = SqliteStore::off(store_of(config), why);
             return Self { store, observers: Vec::new(), recorder: None };
         }
-        let (observer, recorder) = recording(&resources::host_name(), metrics);
         let store = SqliteStore::start(store_of(config));
+        if !config.keeps_history() {
+            return Self { store, observers: Vec::new(), recorder: None };
+        }
+        let (observer, recorder) = recording(&resources::host_name(), metrics);
         Self { store, observers: vec![observer], recorder: Some(recorder) }
     }
 

@@ -1,9 +1,14 @@
 //! `store`: what hooktrail remembers, and which store has the history of a RabbitMQ.
 
-use super::{failed::Failed, open::reach, text::visible};
+use super::{
+    failed::Failed,
+    open::{reach, store_of},
+    text::visible,
+};
 use crate::{
-    config::{Backend, Config},
-    store::sqlite::recorded_id,
+    config::{Backend, Config, StoreConfig},
+    store::sqlite::{Resealed, recorded_id, seal_again},
+    wording::counted,
 };
 
 #[derive(Debug, clap::Subcommand)]
@@ -13,11 +18,40 @@ pub(super) enum Command {
     /// One store has the history of a prefix: the first one, or the one that was adopted last. The
     /// daemon of the other goes on delivering, and keeps no more history.
     Adopt,
+    /// Seal the subscribers made over the API with the first of `[store] keys`
+    ///
+    /// The daemon must be stopped. Afterwards the other keys are needed for older backups alone.
+    Rekey,
 }
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
     match command {
         Command::Adopt => adopt(config).await,
+        Command::Rekey => rekey(config).await,
+    }
+}
+
+async fn rekey(config: &Config) -> Result<(), Failed> {
+    if config.store == StoreConfig::None {
+        return Err(Failed::Usage("there is no store: [store] url is \"none\"".to_owned()));
+    }
+    let result = seal_again(&store_of(config)).await;
+    let Resealed { resealed, were, locked, problems } =
+        result.map_err(|e| Failed::Runtime(visible(&e.to_string())))?;
+    for problem in problems {
+        println!("{}", visible(&problem));
+    }
+    println!(
+        "{} sealed with the first key; {were} had it already.",
+        counted(resealed, "subscriber(s) (is|are) now")
+    );
+    match locked.is_empty() {
+        true => Ok(()),
+        false => Err(Failed::Runtime(format!(
+            "{} could not be opened, with any of the keys: {}",
+            counted(locked.len(), "subscriber(s)"),
+            visible(&locked.join(", "))
+        ))),
     }
 }
 

@@ -32,7 +32,6 @@ use std::{
 use rusqlite::Connection;
 use tokio::sync::watch;
 
-pub use self::open::{OpenLog, SqliteConfig};
 use self::{
     append::Manner,
     chunk::{Limits, MAX_EVENTS},
@@ -42,6 +41,10 @@ use self::{
     search::Search,
     source::Source,
     upkeep::{Disk, Shared, free_and_all},
+};
+pub use self::{
+    kept::{Resealed, seal_again},
+    open::{OpenLog, SqliteConfig},
 };
 use super::{
     Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
@@ -86,6 +89,7 @@ impl SqliteStore {
             .0
             .state
             .send_replace(StoreState { history: HistoryState::Off(why.to_owned()), warning: None });
+        store.0.without_precious(why);
         store
     }
 
@@ -424,7 +428,7 @@ impl Store for SqliteStore {
     }
 
     async fn subscribers(&self) -> KeptSubscribers {
-        self.0.kept.read(self.0.precious()).await
+        self.0.subscribers().await
     }
 
     fn subscribers_to_read(&self) -> watch::Receiver<u64> {
@@ -483,10 +487,7 @@ impl Store for SqliteStore {
     }
 
     async fn id(&self) -> Result<String, StoreError> {
-        let open = self.0.open()?;
-        let missing = || StoreError::new("the store's id is not known: store.db cannot be used");
-        let store = open.store.as_ref().ok_or_else(missing)?;
-        store.write(around::store_id).await.map_err(|e| StoreError::new(e.to_string()))
+        self.precious(around::store_id).await
     }
 
     async fn leave_the_queue(&self) {

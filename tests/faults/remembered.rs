@@ -141,7 +141,13 @@ fn config(data_dir: &Path, is_log: bool) -> SqliteConfig {
         bodies: true,
     };
     let log = is_log.then(|| Arc::new(open) as OpenLog);
-    SqliteConfig { data_dir: data_dir.to_owned(), history, log, keys: Vec::new() }
+    SqliteConfig {
+        data_dir: data_dir.to_owned(),
+        history,
+        log,
+        keys: Vec::new(),
+        without_history: None,
+    }
 }
 
 /// How far the history in a folder reaches, and what it lacks.

@@ -44,16 +44,19 @@ pub struct SqliteConfig {
     pub log: Option<OpenLog>,
     /// The keys that seal subscribers, the first one first; without one a key in a file.
     pub keys: Vec<SealKey>,
+    /// Why no history is kept, if none is: then only `store.db` is opened.
+    pub without_history: Option<String>,
 }
 
 impl std::fmt::Debug for SqliteConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { data_dir, history, log, keys } = self;
+        let Self { data_dir, history, log, keys, without_history } = self;
         f.debug_struct("SqliteConfig")
             .field("data_dir", data_dir)
             .field("history", history)
             .field("has_log", &log.is_some())
             .field("keys", keys)
+            .field("without_history", without_history)
             .finish()
     }
 }
@@ -139,13 +142,6 @@ impl Open {
         self.log.is_none()
     }
 
-    /// The precious file.
-    pub(super) fn precious(&self) -> Result<&Database, StoreError> {
-        self.store.as_ref().ok_or_else(|| {
-            StoreError::away(format!("`{STORE_FILE}` is not open: the log of the daemon says why"))
-        })
-    }
-
     /// Whether its file is still at its path.
     pub(super) fn is_at(&self, path: &Path) -> bool {
         self.identity.is_none() || identity(path) == self.identity
@@ -189,7 +185,7 @@ impl Open {
         self.last.fetch_max(upto, Ordering::Relaxed);
     }
 
-    /// Closes the files. `is_sound`: the numbers that were not given can be given later.
+    /// Closes history. `is_sound`: the numbers that were not given can be given later.
     pub(super) async fn close(&self, is_sound: bool) {
         let last = match is_sound {
             true => self.history.read(chunk::last_event).await.ok(),
@@ -204,7 +200,6 @@ impl Open {
                 tracing::debug!(error = %e, "the reserved numbers of events are skipped");
             }
         }
-        store.close().await;
     }
 }
 
@@ -262,21 +257,18 @@ pub(super) fn lock_store(data_dir: &Path) -> Result<StoreLock, StoreError> {
     })
 }
 
-/// The files of a daemon, as they were opened.
+/// History's file, as it was opened.
 pub(super) struct Files {
     history: Database,
-    store: Option<Database>,
     /// Why history begins again, if it does.
     because: Option<String>,
-    warning: Option<String>,
 }
 
-/// Opens the files of a daemon; blocks its thread. `because`: why history begins again, if it does.
+/// Opens history's file; blocks its thread. `because`: why history begins again, if it does.
 pub(super) fn open_files(
     config: &SqliteConfig,
     mut because: Option<String>,
 ) -> Result<Files, StoreError> {
-    let (store, warning) = open_store(config)?;
     let path = config.history_path();
     let history = match open_history(&path, &mut because) {
         Err(e) if e.kind() == Kind::Damaged => {
@@ -286,33 +278,42 @@ pub(super) fn open_files(
         opened => opened,
     };
     let history = history.map_err(|e| StoreError::away(e.to_string()))?;
-    Ok(Files { history, store, because, warning })
+    Ok(Files { history, because })
 }
 
-/// Whether the precious file, which could not be opened, can be now; blocks its thread.
-pub(super) fn is_store_back(config: &SqliteConfig) -> bool {
-    matches!(open_store(config), Ok((Some(_), _)))
+/// The precious file.
+#[derive(Debug, Clone)]
+pub(super) struct Precious {
+    pub(super) db: Database,
+    identity: Option<(u64, u64)>,
 }
 
-fn open_store(config: &SqliteConfig) -> Result<(Option<Database>, Option<String>), StoreError> {
-    let path = config.data_dir.join(STORE_FILE);
-    match Database::open(&path, &schema::store()) {
-        Ok(store) => Ok((Some(store), None)),
-        Err(e) if e.kind() == Kind::Later => Err(StoreError::away(e.to_string())),
-        Err(e) => Ok((None, Some(e.to_string()))),
+impl Precious {
+    /// Opens it; blocks its thread.
+    pub(super) fn open(config: &SqliteConfig) -> Result<Self, sqlite::Error> {
+        let path = config.data_dir.join(STORE_FILE);
+        if !path.exists() {
+            remove_logs(&path);
+        }
+        let db = Database::open(&path, &schema::store())?;
+        Ok(Self { identity: identity(&path), db })
+    }
+
+    /// Whether it is still at its path: what is written to a deleted file is lost.
+    pub(super) fn is_at_its_path(&self) -> bool {
+        self.identity.is_none() || identity(self.db.path()) == self.identity
     }
 }
 
+/// Removes what SQLite has left of a file that is missing: it would be applied to the next one.
+fn remove_logs(path: &Path) -> bool {
+    let removed = |suffix| std::fs::remove_file(with_suffix(path, suffix)).is_ok();
+    removed("-wal") | removed("-shm")
+}
+
 fn open_history(path: &Path, because: &mut Option<String>) -> Result<Database, sqlite::Error> {
-    if !path.exists() {
-        // A log without its file would be applied to the next file.
-        let mut left = false;
-        for suffix in ["-wal", "-shm"] {
-            left |= std::fs::remove_file(with_suffix(path, suffix)).is_ok();
-        }
-        if left && because.is_none() {
-            *because = Some("the file before it was deleted".to_owned());
-        }
+    if !path.exists() && remove_logs(path) && because.is_none() {
+        *because = Some("the file before it was deleted".to_owned());
     }
     Database::open(path, &schema::history())
 }
@@ -362,14 +363,15 @@ fn remove_oldest_aside(path: &Path) {
     }
 }
 
-/// Makes opened files this daemon's. Also returns what is wrong besides; `None`, and the files are
-/// closed, if history is damaged. `lacks`: why a history that goes on lacks the last deliveries.
+/// Makes an opened history this daemon's, beside the precious file; `None`, and it is closed, if it
+/// is damaged. `lacks`: why a history that goes on lacks the last deliveries.
 pub(super) async fn adopt(
     config: &SqliteConfig,
     files: Files,
+    store: Option<Database>,
     lacks: Option<String>,
-) -> Result<Option<(Open, Option<String>)>, StoreError> {
-    let Files { history, store, mut because, warning } = files;
+) -> Result<Option<Open>, StoreError> {
+    let Files { history, mut because } = files;
     let had_history = match &store {
         Some(store) => store.read(|db| around::get(db, HAD_HISTORY)).await.unwrap_or_default(),
         None => None,
@@ -419,7 +421,7 @@ pub(super) async fn adopt(
             store.write(move |db| reserve_first(db, last)).await.map_err(away)?
         }
     };
-    Ok(Some((Open::new(config, history, store, numbers), warning)))
+    Ok(Some(Open::new(config, history, store, numbers)))
 }
 
 /// Begins a history, with the gap that it has if there was one before it.

@@ -47,6 +47,25 @@ impl SealedRow {
         let sealed = self.sealed.as_ref()?;
         Some(keys.open(sealed, &Self::belongs_to(&self.name, self.version)))
     }
+
+    /// Seals the document with the first key, if another one has sealed it; whether it has changed.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(super) fn seal_again(
+        &mut self,
+        keys: &SealKeys,
+        nonce: [u8; 12],
+    ) -> Result<bool, Unopened> {
+        let is_first = |sealed: &Sealed| keys.first().is_some_and(|key| key.id() == sealed.key);
+        let Some(document) = self.open(keys).transpose()? else { return Ok(false) };
+        if self.sealed.as_ref().is_some_and(is_first) {
+            return Ok(false);
+        }
+        let belongs = Self::belongs_to(&self.name, self.version);
+        self.sealed = Some(keys.seal(&document, &belongs, nonce).ok_or(Unopened::NoKey)?);
+        Ok(true)
+    }
 }
 
 const COLUMNS: &str = "name, version, key, sealed, created_at, created_by, changed_at, changed_by";

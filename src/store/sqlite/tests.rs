@@ -31,7 +31,13 @@ const HISTORY: HistoryConfig =
     HistoryConfig { retention: Duration::from_secs(7 * 86_400), max_bytes: 64 << 20, bodies: true };
 
 fn config(dir: &Path) -> SqliteConfig {
-    SqliteConfig { data_dir: dir.to_owned(), history: HISTORY, log: None, keys: Vec::new() }
+    SqliteConfig {
+        data_dir: dir.to_owned(),
+        history: HISTORY,
+        log: None,
+        keys: Vec::new(),
+        without_history: None,
+    }
 }
 
 fn roomy(_: &Path) -> Option<(u64, u64)> {

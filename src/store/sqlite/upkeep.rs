@@ -1,5 +1,5 @@
-//! The background task of a store: opens its files, checks them, and begins history again when they
-//! were deleted or damaged.
+//! The background task of a store: opens its files, checks them, and begins history again when it
+//! was deleted or damaged.
 
 use std::{
     path::Path,
@@ -7,29 +7,50 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
 
 use super::{
     around,
     chunk::Limits,
     kept::Kept,
-    open::{self, Open, SqliteConfig, StoreLock, lock},
+    open::{self, Open, Precious, SqliteConfig, StoreLock, lock},
 };
 use crate::{
     clock,
     sqlite::{self, Database, Kind},
-    store::{Gap, HistoryState, StoreError, StoreState},
+    store::{Gap, HistoryState, KeptSubscribers, StoreError, StoreState},
     wording,
 };
 
 /// Time between two checks of the files and the disk, and between two tries to open them.
 const CHECK: Duration = Duration::from_secs(3);
 
+/// The longest time for which the subscribers wait for the precious file.
+const OPENING: Duration = Duration::from_secs(5);
+
 /// Bytes of a disk that must be free, unless a tenth of it is less.
 const MUST_BE_FREE: u64 = 1 << 30;
 
 /// The free bytes of a disk that this user may write, and all its bytes.
 pub(super) type Disk = fn(&Path) -> Option<(u64, u64)>;
+
+/// The precious file, or why it is not open.
+#[derive(Debug, Clone)]
+pub(super) enum PreciousState {
+    Opening,
+    Open(Precious),
+    /// It is opened again and again. `with_all`: nothing of the store can be opened.
+    Away {
+        why: String,
+        with_all: bool,
+    },
+    /// It is not opened, for this reason: there are no subscribers in it.
+    Off(String),
+    Closed,
+}
 
 /// What the clones of a store share.
 #[derive(Debug)]
@@ -38,6 +59,7 @@ pub(super) struct Shared {
     pub(super) limits: Limits,
     pub(super) state: watch::Sender<StoreState>,
     pub(super) kept: Kept,
+    precious: watch::Sender<PreciousState>,
     disk: Disk,
     open: Mutex<Option<Arc<Open>>>,
     /// The files have to be checked now.
@@ -66,6 +88,7 @@ impl Shared {
             config,
             limits,
             state: watch::Sender::default(),
+            precious: watch::Sender::new(PreciousState::Opening),
             disk,
             open: Mutex::default(),
             wake: Arc::default(),
@@ -83,7 +106,13 @@ impl Shared {
     /// Uses files that were opened for reading only.
     pub(super) fn use_to_read(&self, open: Open) {
         *lock(&self.open) = Some(Arc::new(open));
-        self.set(HistoryState::Open, None);
+        self.without_precious("`store.db` is open in the daemon alone");
+        self.set(HistoryState::Open);
+    }
+
+    /// The precious file is not opened, for this reason.
+    pub(super) fn without_precious(&self, why: &str) {
+        self.precious.send_replace(PreciousState::Off(why.to_owned()));
     }
 
     /// The files, if they may be read.
@@ -103,7 +132,44 @@ impl Shared {
 
     /// The precious file, if it is open.
     pub(super) fn precious(&self) -> Result<Database, StoreError> {
-        self.open()?.precious().cloned()
+        match &*self.precious.borrow() {
+            PreciousState::Open(precious) if precious.is_at_its_path() => Ok(precious.db.clone()),
+            PreciousState::Open(precious) => {
+                self.wake.notify_one();
+                let path = precious.db.path().display();
+                Err(StoreError::away(format!("`{path}` was deleted or moved, and is opened again")))
+            }
+            PreciousState::Opening => Err(StoreError::away("`store.db` is being opened")),
+            PreciousState::Away { why, .. } | PreciousState::Off(why) => {
+                Err(StoreError::away(why.clone()))
+            }
+            PreciousState::Closed => Err(StoreError::away("the store is closed")),
+        }
+    }
+
+    /// Brings the copy of the subscribers up to date, if it is behind.
+    async fn catch_up(&self) {
+        if self.kept.is_behind()
+            && let Ok(db) = self.precious()
+        {
+            // What is wrong is said to who reads them.
+            self.kept.read(Ok(db)).await;
+        }
+    }
+
+    /// The subscribers to go on with. Waits a while for a precious file that is being opened.
+    pub(super) async fn subscribers(&self) -> KeptSubscribers {
+        let mut precious = self.precious.subscribe();
+        let decided = precious.wait_for(|state| !matches!(state, PreciousState::Opening));
+        // Behind that time, or when the store is gone: as with one that is away.
+        let is_off = match timeout(OPENING, decided).await {
+            Ok(Ok(state)) => matches!(*state, PreciousState::Off(_)),
+            Ok(Err(_)) | Err(_) => false,
+        };
+        if is_off {
+            return KeptSubscribers::default();
+        }
+        self.kept.read(self.precious()).await
     }
 
     /// The files, if they may be written.
@@ -145,14 +211,21 @@ impl Shared {
         if let Some(open) = open {
             open.close(!open.is_damaged.load(Ordering::Relaxed)).await;
         }
+        self.close_precious().await;
         drop(held);
-        self.set(HistoryState::Closed, None);
+        self.set(HistoryState::Closed);
         self.wake.notify_one();
     }
 
     /// Logs a state when it begins and when it ends.
-    fn set(&self, history: HistoryState, warning: Option<String>) {
+    fn set(&self, history: HistoryState) {
         let before = self.state.borrow().clone();
+        let warning = match &*self.precious.borrow() {
+            PreciousState::Away { why, with_all } if !with_all || self.is_without_history() => {
+                Some(why.clone())
+            }
+            _ => None,
+        };
         let now = StoreState { history, warning };
         if before == now {
             return;
@@ -175,40 +248,101 @@ impl Shared {
         self.state.send_replace(now);
     }
 
-    /// Whether `store.db`, without which history is open, can be opened now. Waits for it without
-    /// holding up [`close`](Self::close).
-    async fn is_store_back(&self) -> bool {
-        let lacks_it = lock(&self.open).as_ref().is_some_and(|open| open.store.is_none());
-        let config = self.config.clone();
-        let try_it = move || open::is_store_back(&config);
-        lacks_it && tokio::task::spawn_blocking(try_it).await.unwrap_or(false)
+    fn is_without_history(&self) -> bool {
+        self.config.without_history.is_some()
     }
 
-    /// Opens the files, or checks them; false once the store is closed. `anew`: they are closed
-    /// before.
-    async fn step(&self, anew: bool) -> bool {
-        let mut changing = self.changing.lock().await;
-        if changing.is_closed {
+    /// Opens the precious file if it is not open, without holding up [`close`](Self::close): another
+    /// process may hold it for long. `None` if it is open.
+    async fn open_precious(&self) -> Option<PreciousState> {
+        let moved = match &*self.precious.borrow() {
+            PreciousState::Open(precious) if precious.is_at_its_path() => return None,
+            PreciousState::Open(precious) => Some(precious.clone()),
+            _ => None,
+        };
+        if let Some(moved) = moved {
+            tracing::error!(
+                file = %moved.db.path().display(),
+                "the store was deleted or moved while the daemon runs; it is opened again"
+            );
+            // Before the next one is opened: with its last connection a file's write-ahead log is
+            // deleted, by its name.
+            self.precious.send_replace(PreciousState::Opening);
+            moved.db.close().await;
+        }
+        let away = |why: String, with_all| Some(PreciousState::Away { why, with_all });
+        if let Err(e) = self.lock_store() {
+            return away(e.to_string(), true);
+        }
+        let config = self.config.clone();
+        match tokio::task::spawn_blocking(move || Precious::open(&config)).await {
+            Ok(Ok(precious)) => Some(PreciousState::Open(precious)),
+            Ok(Err(e)) => away(e.to_string(), e.kind() == Kind::Later),
+            Err(e) => away(e.to_string(), false),
+        }
+    }
+
+    /// Uses what was opened, if it was.
+    fn install(&self, opened: PreciousState) -> bool {
+        let is_open = matches!(opened, PreciousState::Open(_));
+        let before = self.precious.send_replace(opened);
+        if is_open {
+            if matches!(before, PreciousState::Away { .. }) {
+                tracing::info!("`store.db` can be opened again");
+            }
+            self.kept.read_again();
+        }
+        is_open
+    }
+
+    async fn close_precious(&self) {
+        let before = self.precious.send_replace(PreciousState::Closed);
+        if let PreciousState::Open(precious) = before {
+            precious.db.close().await;
+        }
+    }
+
+    /// Opens the files, or checks them; false once the store is closed.
+    async fn step(&self) -> bool {
+        if self.changing.lock().await.is_closed {
             return false;
         }
+        let opened = self.open_precious().await;
+        let mut changing = self.changing.lock().await;
+        if changing.is_closed {
+            if let Some(opened) = opened {
+                self.precious.send_replace(opened);
+            }
+            self.close_precious().await;
+            lock(&self.store_lock).take();
+            return false;
+        }
+        let anew = opened.is_some_and(|opened| self.install(opened));
+        match &self.config.without_history {
+            Some(why) => self.set(HistoryState::Off(why.clone())),
+            None => self.step_history(&mut changing, anew).await,
+        }
+        true
+    }
+
+    /// Opens history, or checks it. `anew`: it is closed before.
+    async fn step_history(&self, changing: &mut Changing, anew: bool) {
         let open = lock(&self.open).clone();
         match open {
             Some(open) if anew => {
-                tracing::info!("`store.db` can be opened again");
                 lock(&self.open).take();
                 open.close(!open.is_damaged.load(Ordering::Relaxed)).await;
-                self.open_files(&mut changing).await;
+                self.open_files(changing).await;
             }
-            Some(open) => self.check(&open, &mut changing).await,
+            Some(open) => self.check(&open, changing).await,
             None => {
-                self.open_files(&mut changing).await;
+                self.open_files(changing).await;
                 let open = lock(&self.open).clone();
                 if let Some(open) = open {
-                    self.check_disk(&open, &mut changing).await;
+                    self.check_disk(&open, changing).await;
                 }
             }
         }
-        true
     }
 
     async fn open_files(&self, changing: &mut Changing) {
@@ -226,12 +360,12 @@ impl Shared {
             Err(e) => Err(e),
         };
         match opened {
-            Ok((open, warning)) => {
+            Ok(open) => {
                 (changing.because, changing.was_open) = (None, true);
                 *lock(&self.open) = Some(Arc::new(open));
-                self.set(HistoryState::Open, warning);
+                self.set(HistoryState::Open);
             }
-            Err(e) => self.set(HistoryState::Away(e.to_string()), None),
+            Err(e) => self.set(HistoryState::Away(e.to_string())),
         }
     }
 
@@ -249,14 +383,22 @@ impl Shared {
         &self,
         mut because: Option<String>,
         lacks: Option<String>,
-    ) -> Result<(Open, Option<String>), StoreError> {
+    ) -> Result<Open, StoreError> {
+        let store = match &*self.precious.borrow() {
+            PreciousState::Open(precious) => Some(precious.db.clone()),
+            // One of a later version is refused with all that belongs to it.
+            PreciousState::Away { why, with_all: true } => {
+                return Err(StoreError::away(why.clone()));
+            }
+            _ => None,
+        };
         let path = self.config.history_path();
         for _ in 0..2 {
             let (config, because_of) = (self.config.clone(), because.take());
             let open = move || open::open_files(&config, because_of);
             let files = tokio::task::spawn_blocking(open).await;
             let files = files.map_err(|e| StoreError::away(e.to_string()))??;
-            match open::adopt(&self.config, files, lacks.clone()).await? {
+            match open::adopt(&self.config, files, store.clone(), lacks.clone()).await? {
                 Some(open) => return Ok(open),
                 None => because = Some(open::set_aside(&path)?),
             }
@@ -274,7 +416,7 @@ impl Shared {
             return;
         }
         lock(&self.open).take();
-        self.set(HistoryState::Opening, None);
+        self.set(HistoryState::Opening);
         open.close(false).await;
         let why = if is_damaged {
             open::set_aside(&path)
@@ -287,14 +429,13 @@ impl Shared {
                 changing.because = Some(because);
                 self.open_files(changing).await;
             }
-            Err(e) => self.set(HistoryState::Away(e.to_string()), None),
+            Err(e) => self.set(HistoryState::Away(e.to_string())),
         }
     }
 
     async fn check_disk(&self, open: &Open, changing: &mut Changing) {
         let Some((free, all)) = (self.disk)(&self.config.data_dir) else { return };
         let least = (all / 10).min(MUST_BE_FREE);
-        let warning = self.state.borrow().warning.clone();
         if free < least {
             // Also before it ends: the daemon may be stopped until then.
             let from = *changing.stopped.get_or_insert_with(clock::now);
@@ -311,7 +452,7 @@ impl Shared {
             );
             // The figures change; the first ones stay.
             if !matches!(self.state.borrow().history, HistoryState::Stopped(_)) {
-                self.set(HistoryState::Stopped(why), warning);
+                self.set(HistoryState::Stopped(why));
             }
             return;
         }
@@ -319,7 +460,7 @@ impl Shared {
         match self.lack(open, from).await {
             Ok(()) => {
                 changing.stopped = None;
-                self.set(HistoryState::Open, warning);
+                self.set(HistoryState::Open);
             }
             Err(e) => drop(self.failed(open, &e)),
         }
@@ -341,13 +482,13 @@ impl Shared {
 /// Checks the files until the store is closed or dropped.
 async fn keep(shared: Weak<Shared>, wake: Arc<Notify>) {
     while let Some(shared) = shared.upgrade() {
-        let anew = shared.is_store_back().await;
-        if !shared.step(anew).await {
+        if !shared.step().await {
             return;
         }
+        shared.catch_up().await;
         drop(shared);
         // Early, if a request has found damage.
-        drop(tokio::time::timeout(CHECK, wake.notified()).await);
+        drop(timeout(CHECK, wake.notified()).await);
     }
 }
 
@@ -363,6 +504,7 @@ impl Shared {
         self.changing.lock().await.is_closed = true;
         let open = lock(&self.open).take().expect("is open");
         open.close(false).await;
+        self.close_precious().await;
         lock(&self.store_lock).take();
     }
 }
