@@ -103,7 +103,7 @@ impl Keeper {
         limit: &watch::Receiver<Duration>,
     ) {
         drains.await;
-        let limit = *limit.borrow();
+        let limit = limit.borrow().max(HURRIED_END_TIMEOUT);
         self.stop.send_replace(Stop::Events);
         let begun = clock::instant();
         // A panic is in the log; the queue is not used after it either.
@@ -121,7 +121,8 @@ impl Keeper {
     pub async fn close(self, limit: Duration, hurry: impl Future<Output = ()>) {
         self.events.abort();
         self.stop.send_replace(Stop::All);
-        let left = limit.min(END_TIMEOUT).saturating_sub(self.spent);
+        let limit = limit.clamp(HURRIED_END_TIMEOUT, END_TIMEOUT);
+        let left = limit.saturating_sub(self.spent);
         let hurried = async {
             hurry.await;
             sleep(HURRIED_END_TIMEOUT).await;

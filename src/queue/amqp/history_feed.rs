@@ -341,7 +341,11 @@ impl HistorySource for History {
         if let Some(at) = self.at {
             history.stored(at);
         }
-        if history.has_stored_lack() && !state_stream::record_lack(&self.shared, None).await {
+        // While the broker blocks publishing, each group would wait for it.
+        if self.shared.publisher().is_writable()
+            && history.has_stored_lack()
+            && !state_stream::record_lack(&self.shared, None).await
+        {
             history.owes_end_of_lack.store(true, Ordering::Relaxed);
         }
         if self.backlog.is_read() && clock::instant() >= self.counted.into_std() + RECOUNT {

@@ -176,9 +176,10 @@ impl<'a> Keeper<'a> {
             self.topology.bind_history(&mut broker).await?;
             self.bound();
         } else if self.recorded.has_changed().is_ok_and(|changed| changed)
-            && self.recorded.borrow_and_update().is_some()
+            && self.recorded.borrow().is_some()
         {
-            // Another daemon has found that it is not. It may have unbound a broken one.
+            // Another daemon has found that it is not. It may have unbound a broken one. Until that
+            // is reported the record counts as unread: one of these steps may fail.
             self.tried = None;
             self.try_if_reconnected(&mut broker).await?;
             self.topology.bind_history(&mut broker).await?;
@@ -187,10 +188,11 @@ impl<'a> Keeper<'a> {
         Ok(())
     }
 
-    /// History lacks what is published from now on. That is recorded: if this daemon ends before the
-    /// queue is bound, the next one reports it.
+    /// History lacks what is published from now on. That is recorded, unless it is already: if this
+    /// daemon ends before the queue is bound, or is not the one with history, another one reports it.
     async fn lack(&mut self, why: &'static str) {
-        if self.lacking.replace(why) != Some(why) {
+        self.lacking = Some(why);
+        if self.recorded.borrow().is_none() {
             state_stream::record_lack(self.shared, Some(why)).await;
         }
     }

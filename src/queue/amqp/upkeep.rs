@@ -116,10 +116,11 @@ impl<'a> Upkeep<'a> {
 
     /// The exchange was redeclared: another daemon, which has history, has to bind its queue. It cannot
     /// notice that itself any more: this one has restored the witness.
-    async fn report_to_history(&self, has_store: bool) {
-        if has_store && !*self.shared.history.wanted.borrow() {
-            state_stream::record_lack(self.shared, Some(UNBOUND)).await;
-        }
+    /// Returns false if that could not be recorded.
+    async fn report_to_history(&self, has_store: bool) -> bool {
+        !has_store
+            || *self.shared.history.wanted.borrow()
+            || state_stream::record_lack(self.shared, Some(UNBOUND)).await
     }
 
     /// Waits until the next check is due.
@@ -156,10 +157,6 @@ impl<'a> Upkeep<'a> {
                 false
             }
         };
-        if missing.exchange {
-            let has_store = matches!(&*self.shared.history.recorded.borrow(), Some(Some(_)));
-            self.report_to_history(has_store).await;
-        }
         missing.declared = broker.take_declared();
         let mut sound = self.shared.sound.lock().unwrap_or_else(PoisonError::into_inner);
         missing.log(self.topology, *sound);
@@ -191,7 +188,11 @@ impl<'a> Upkeep<'a> {
         self.schedule.present();
         if !topology.has_witness(broker).await? {
             missing.exchange = true;
-            witness(self.shared, broker).await;
+            let has_store = matches!(&*self.shared.history.recorded.borrow(), Some(Some(_)));
+            // No daemon notices it after the witness is back.
+            if self.report_to_history(has_store).await {
+                witness(self.shared, broker).await;
+            }
         }
         self.ends("the exchange of the events");
         Ok(true)
