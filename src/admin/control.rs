@@ -51,8 +51,11 @@ use crate::{
     },
 };
 
-/// The longest body in bytes, and so about the longest reason.
+/// The longest body, in bytes.
 const MAX_REQUEST: usize = 4096;
+
+/// The longest reason of a pause, in bytes. Each daemon keeps it, and the queue's record of pauses.
+const MAX_WHY: usize = MAX_REQUEST;
 
 /// The timeout for the queue's list of pauses, which is not known at once after a start.
 const WAIT_FOR_PAUSE_STATES: Duration = Duration::from_secs(10);
@@ -458,6 +461,9 @@ impl<Q: Queue> Control<Q> {
         pause: bool,
     ) -> Result<PauseChange, Refusal> {
         let subscriber = self.subscriber(name)?;
+        if wanted.why.as_ref().is_some_and(|why| why.len() > MAX_WHY) {
+            return Err(Refusal::field("why", format!("must have at most {MAX_WHY} bytes")));
+        }
         if subscriber.paused && !pause {
             let why =
                 format!("`{name}` is paused by the configuration; take `paused = true` out of it");

@@ -52,7 +52,7 @@ const MAX_RATE: u32 = 100_000;
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// The most characters of a key.
-const MAX_KEY: usize = 255;
+pub(super) const MAX_KEY: usize = 255;
 
 /// Marks the answer of the first request with a key, when it is given again.
 const REPLAYED: (HeaderName, HeaderValue) =
@@ -206,11 +206,21 @@ fn request_key(
             "must have 1 to {MAX_KEY} visible ASCII characters without quotes and backslashes, such as a UUID"
         ));
     };
+    Ok(Some(key_of(key, subscriber, wanted, caller)))
+}
+
+/// The key that a caller gave to its request.
+pub(super) fn key_of(
+    key: &str,
+    subscriber: &str,
+    wanted: &ReplayRequest,
+    caller: &Caller,
+) -> RequestKey {
     // Whatever the order of its fields: the same request.
     let requested = serde_json::to_vec(wanted).unwrap_or_default();
     let sha256 = Sha256::new().chain_update(subscriber).chain_update("\n").chain_update(requested);
     let by = caller.token.as_deref().unwrap_or_default().to_owned();
-    Ok(Some(RequestKey { by, key: key.to_owned(), sha256: sha256.finalize().into() }))
+    RequestKey { by, key: key.to_owned(), sha256: sha256.finalize().into() }
 }
 
 fn too_many(running: &[Recorded]) -> Refusal {

@@ -20,6 +20,7 @@ use crate::{
             Tested, Time,
         },
     },
+    clock,
     queue::Queue,
     store::{ReplayChange, Store},
     wording::{counted, rounded},
@@ -28,7 +29,7 @@ use axum::{
     Router,
     extract::State,
     http::{StatusCode, Uri},
-    response::{IntoResponse as _, Redirect, Response},
+    response::{Redirect, Response},
     routing::{get, post},
 };
 use maud::{Markup, html};
@@ -432,6 +433,9 @@ const FIELDS: [(&str, &str, &str); 4] = [
     ("rate", "Events a second, at most", "no limit"),
 ];
 
+/// The field with the key of a replay's form: however often it is sent, it begins one replay.
+const REQUEST: &str = "request";
+
 /// The replay that a form asks for.
 fn wanted(form: &Form) -> Result<ReplayRequest, Refusal> {
     form.read::<ReplayRequest>()
@@ -466,17 +470,33 @@ async fn ask_replay<Q: Queue, S: Store>(
     };
     let counted = match wanted(&form) {
         Ok(_) if !form.is_filled() => None,
-        Ok(wanted) => Some(console.again.preview(&subscriber, wanted, &session.caller).await),
+        Ok(wanted) => {
+            let (bounded, wanted) = bounded(form.clone(), wanted);
+            let counted = console.again.preview(&subscriber, wanted, &session.caller).await;
+            Some(counted.map(|preview| (bounded, preview)))
+        }
         Err(refusal) => Some(Err(refusal)),
     };
     replay_page(&session, &subscriber, &form, counted)
 }
 
+/// Ends a replay at the time of the count: what comes later was not confirmed.
+fn bounded(form: Form, wanted: ReplayRequest) -> (Form, ReplayRequest) {
+    let now = Time(clock::now());
+    let is_open = wanted.until.is_none_or(|until| until.0 > now.0);
+    // A time that has not begun is refused as it was typed.
+    if !is_open || wanted.since.is_none_or(|since| since.0 >= now.0) {
+        return (form, wanted);
+    }
+    (form.with("until", now.to_string()), ReplayRequest { until: Some(now), ..wanted })
+}
+
+/// The page of a replay; with the form that was counted, and the number.
 fn replay_page(
     session: &Session,
     name: &str,
     form: &Form,
-    counted: Option<Result<ReplayPreview, Refusal>>,
+    counted: Option<Result<(Form, ReplayPreview), Refusal>>,
 ) -> Response {
     let refusal = counted.as_ref().and_then(|counted| counted.as_ref().err());
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
@@ -503,11 +523,11 @@ fn replay_page(
             }
             @match &counted {
                 Some(Err(refusal)) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
-                Some(Ok(preview)) => (confirm_replay(session, name, form, preview)),
+                Some(Ok((form, preview))) => (confirm_replay(session, name, form, preview)),
                 _ => {},
             }
         }
-        (same(&replay_command(name, form)))
+        (same(&replay_command(name, counted.as_ref().and_then(|counted| counted.as_ref().ok()).map_or(form, |(form, _)| form))))
     })
 }
 
@@ -519,11 +539,12 @@ fn confirm_replay(session: &Session, name: &str, form: &Form, preview: &ReplayPr
                     @if !preview.complete { "At least " }
                     (number(preview.events)) (if preview.events == 1 { " event" } else { " events" })
                 }
-                " will be sent."
+                " from before " (text(form.get("until"))) " will be sent."
                 @if !preview.complete { " Counting all takes longer than this page waits." }
             }
             form.deed method="post" action=(path(name, "replay")) {
                 (form_key(session))
+                input type="hidden" name=(REQUEST) value=(clock::request_key());
                 @for (field, ..) in FIELDS {
                     @if !form.get(field).is_empty() { input type="hidden" name=(field) value=(form.get(field)); }
                 }
@@ -552,23 +573,30 @@ async fn replay<Q: Queue, S: Store>(
     Posted { session, form }: Posted,
 ) -> Response {
     let name = name.map_or_else(|_| String::new(), |Name(name)| name);
-    let form = form.without("form_key");
+    let given = form.get(REQUEST).to_owned();
+    let form = form.without("form_key").without(REQUEST);
     let begun = match wanted(&form) {
+        Ok(_) if !(1..=replays::MAX_KEY).contains(&given.len()) => {
+            Err(Refusal::bad("the form has no key of its own; load its page again"))
+        }
         Ok(wanted) => {
             let wanted = ReplayRequest { dry_run: false, ..wanted };
-            console.again.begin(&name, wanted, &session.caller, None).await
+            let key = replays::key_of(&given, &name, &wanted, &session.caller);
+            console.again.begin(&name, wanted, &session.caller, Some(key)).await
         }
         Err(refusal) => Err(refusal),
     };
+    let has_begun =
+        |id: &str| good(html! { "Replay " code { (text(id)) } " to " (text(&name)) " has begun." });
     match begun {
         Ok(Begun::Now(new)) => {
-            let notice = good(
-                html! { "Replay " code { (text(&new.id)) } " to " (text(&name)) " has begun." },
-            );
+            let notice = has_begun(&new.id);
             let (what, details) = ("replay", replays::details(&new));
             console.lead(&session, REPLAYS, Done { what, subject: name, details, notice })
         }
-        Ok(Begun::Before(_)) => Redirect::to(REPLAYS).into_response(),
+        Ok(Begun::Before(made)) => {
+            console.lead_unrecorded(&session, REPLAYS, has_begun(&Replay::recorded(&made).id))
+        }
         Err(refusal) if !refusal.fields.is_empty() => {
             replay_page(&session, &name, &form, Some(Err(refusal)))
         }

@@ -126,7 +126,14 @@ impl<Q: Queue, S: Store> FromRequestParts<Arc<Console<Q, S>>> for MayChange {
             return Ok(Self(session));
         }
         let why = "this token has the role `read`: it may look, and change nothing";
-        Err(not_taken(&Refusal::of_kind(StatusCode::FORBIDDEN, ProblemKind::Role, why)))
+        let refusal = Refusal::of_kind(StatusCode::FORBIDDEN, ProblemKind::Role, why);
+        // A form was sent, or the page of an action was asked for.
+        let is_form = parts.method == Method::POST;
+        Err(if is_form {
+            not_taken(&refusal)
+        } else {
+            refused(&refusal, "This page is for admins")
+        })
     }
 }
 
@@ -179,12 +186,16 @@ pub(super) async fn posted(mut body: Body) -> Result<Form, Refusal> {
 
 /// The answer to a form that is not taken.
 pub(super) fn not_taken(refusal: &Refusal) -> Response {
+    refused(refusal, "This form was not taken")
+}
+
+fn refused(refusal: &Refusal, heading: &str) -> Response {
     page::outside(
         refusal.status,
-        "Not taken",
+        heading,
         html! {
             section.card.pad.sign-in {
-                h1 { "This form was not taken" }
+                h1 { (heading) }
                 p { (page::text(&refusal.why)) }
                 p { a href=(Place::Overview.path()) { "To the overview" } }
             }

@@ -10,7 +10,7 @@ use crate::admin::{
 };
 
 /// The query of a page. Fields of its form that were left empty are not there.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Form(Vec<(String, String)>);
 
 impl Form {
@@ -27,6 +27,13 @@ impl Form {
     /// The form without one of its fields.
     pub(super) fn without(self, name: &str) -> Self {
         Self(self.0.into_iter().filter(|(given, _)| given != name).collect())
+    }
+
+    /// The form with another value of one of its fields.
+    pub(super) fn with(self, name: &str, value: String) -> Self {
+        let Self(mut pairs) = self.without(name);
+        pairs.push((name.to_owned(), value));
+        Self(pairs)
     }
 
     /// A field as it was typed; empty if it was not.

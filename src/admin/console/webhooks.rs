@@ -1,16 +1,19 @@
 //! *Webhooks*: the subscribers, and one of them with its configuration and its actions.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use axum::{Router, extract::State, http::Uri, response::Response, routing::get};
 use maud::{Markup, html};
+use tokio::time::timeout;
 
 use super::{
     actions, chart, deliveries,
     entry::{Console, SignedIn, This},
+    form::Form,
     overview::state_of,
     page::{Page, Place, delivery, form_key, number, path_to, query, short, text, time},
     session::Session,
@@ -35,6 +38,9 @@ use crate::{
 
 /// Rows of the last deliveries, and of the batches that wait.
 const SHOWN: usize = 10;
+
+/// The longest time for which a page waits for the queue, or for the files of the configuration.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Attempts of the schedule that are shown of a longer one.
 const ATTEMPTS: usize = 16;
@@ -126,38 +132,87 @@ async fn show<Q: Queue, S: Store>(
     };
     let name = found.subscriber.clone();
     let last = console.history.deliveries(Deliveries::latest(&name, SHOWN), &session.caller).await;
-    // On RabbitMQ the read holds every queue of retries for a moment.
     let waits = found.lane.as_ref().and_then(|lane| lane.in_retry) != Some(0);
-    let waiting = match waits {
-        true => Some(console.control.clone().waiting(name.clone(), SHOWN).await),
+    let is_asked = Form::of(uri.query().unwrap_or_default()).get("retries") == "show";
+    let waiting = match waits && is_asked {
+        true => Some(waiting(&console, &name).await),
         false => None,
     };
-    let origins = config::origins(&console.control.file(), &name);
+    let origins = origins(&console, &name).await;
     page(&session, &name).answer(html! {
         (console.notices.of(&session, uri.query()).unwrap_or_default())
         div.head { h1 { (text(&name)) } (deeds(&session, &found)) }
         section.card.pad aria-label="State" { (facts(&session, &found, &configured)) }
-        @if let Some(waiting) = waiting { h2 { "Retries" } (retries(&waiting)) }
+        @if waits { h2 { "Retries" } (retries(&name, waiting.as_ref())) }
         h2 { "Last deliveries" }
         (last_deliveries(&name, &last))
         h2 { "When a batch that fails is tried again" }
         (schedule(&configured))
         h2 { "Configuration" }
+        (configuration(&session, &configured, origins.as_ref()))
+        (actions::same(&commands(&session, &name)))
+    })
+}
+
+/// The batches that wait. The read goes on without a page that waits no longer.
+async fn waiting<Q: Queue, S: Store>(
+    console: &Console<Q, S>,
+    name: &str,
+) -> Result<WaitingList, Refusal> {
+    let reading = console.control.clone().waiting(name.to_owned(), SHOWN);
+    let late = |_| {
+        let why = format!(
+            "the queue did not answer within {} s; `hooktrail retry list {name}` waits longer",
+            PATIENCE.as_secs()
+        );
+        Refusal::unavailable(why)
+    };
+    timeout(PATIENCE, reading).await.map_err(late)?
+}
+
+/// The places of the values; `None` if the files could not be read in time.
+async fn origins<Q: Queue, S: Store>(
+    console: &Console<Q, S>,
+    name: &str,
+) -> Option<BTreeMap<&'static str, String>> {
+    let (file, name) = (console.control.file(), name.to_owned());
+    let reading = tokio::task::spawn_blocking(move || config::origins(&file, &name));
+    timeout(PATIENCE, reading).await.ok()?.ok()
+}
+
+/// The commands that show the same, and those that do what a button does without a page of its own.
+fn commands(session: &Session, name: &str) -> String {
+    let shows = ["status", "check", "plan"].into_iter();
+    let all = shows.chain(session.caller.may_change().then_some("test"));
+    all.map(|command| format!("hooktrail {command} {name}")).collect::<Vec<_>>().join("\n")
+}
+
+fn configuration(
+    session: &Session,
+    configured: &Configured,
+    origins: Option<&BTreeMap<&'static str, String>>,
+) -> Markup {
+    html! {
         section.card {
             (table("Configuration", &[Text("Key"), Text("Value"), Text("From")], html! {
-                @for (key, value) in config::subscriber_values(&configured) {
+                @for (key, value) in config::subscriber_values(configured) {
                     @if session.caller.sees_endpoints() || !OF_ADMIN.contains(&key) {
                         tr {
                             th.mono scope="row" { (key) }
-                            td.wide.mono { (short(&if key == "url" { url(&session, &configured) } else { value })) }
-                            td { @match origins.get(key) { Some(place) => (text(place)), None => span.muted { "default" } } }
+                            td.wide.mono { (short(&if key == "url" { url(session, configured) } else { value })) }
+                            td {
+                                @match origins.map(|origins| origins.get(key)) {
+                                    Some(Some(place)) => (text(place)),
+                                    Some(None) => span.muted { "default" },
+                                    None => span.muted { "unknown: the files were not read in time" },
+                                }
+                            }
                         }
                     }
                 }
             }))
         }
-        (actions::same(&format!("hooktrail status {name}\nhooktrail check {name}\nhooktrail plan {name}")))
-    })
+    }
 }
 
 /// The actions, for who may do them.
@@ -211,7 +266,8 @@ fn last_deliveries(name: &str, found: &Result<DeliveryList, Refusal>) -> Markup 
     }
 }
 
-fn retries(found: &Result<WaitingList, Refusal>) -> Markup {
+/// The batches that wait, if they were asked for.
+fn retries(name: &str, found: Option<&Result<WaitingList, Refusal>>) -> Markup {
     const COLUMNS: [Column; 6] = [
         Text("Due"),
         Number("Attempts"),
@@ -223,9 +279,13 @@ fn retries(found: &Result<WaitingList, Refusal>) -> Markup {
     html! {
         section.card {
             @match found {
-                Err(refusal) => div.pad { p { (text(&refusal.why)) } },
-                Ok(list) if list.batches.is_empty() => div.empty { p { "No batch waits for a retry." } },
-                Ok(list) => {
+                None => div.pad {
+                    p { a.button href=(query(&path_to(Place::Webhooks.path(), name), &[("retries", "show")])) { "Show the batches that wait" } }
+                    p.muted.small { "With RabbitMQ this reads all delay queues, and holds the batches of all subscribers in them for a moment: one that is due meanwhile may be late by that." }
+                },
+                Some(Err(refusal)) => div.pad { p { (text(&refusal.why)) } },
+                Some(Ok(list)) if list.batches.is_empty() => div.empty { p { "No batch waits for a retry." } },
+                Some(Ok(list)) => {
                     (table("Retries", &COLUMNS, html! { @for one in &list.batches { (retry(one)) } }))
                     @if list.waiting > list.batches.len() {
                         div.pager { span.muted { "The first due of " (counted(list.waiting, "batch(es)")) "; " code { "hooktrail retry list" } " shows all." } }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::json;
+use tokio::net::TcpListener;
 
 use super::history::TOKEN;
 use crate::support::{
@@ -356,7 +357,7 @@ fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
         );
         let mut delivery = String::new();
         eventually("it has failed", async || {
-            let dead = links(&admin.page("/console/deliveries?state=dead").await);
+            let dead = links(&admin.get("/console/deliveries?state=dead").await.text);
             delivery = dead
                 .into_iter()
                 .find(|l| l.starts_with("/console/deliveries/msg_"))
@@ -421,7 +422,13 @@ fn who_has_no_session_sees_the_sign_in_alone_and_no_other_site_can_use_one() {
 
 /// The form key of a page.
 fn key(page: &str) -> String {
-    let (_, rest) = page.split_once("name=\"form_key\" value=\"").expect("a key");
+    field(page, "form_key")
+}
+
+/// The value of a hidden field.
+fn field(page: &str, name: &str) -> String {
+    let named = format!("type=\"hidden\" name=\"{name}\" value=\"");
+    let (_, rest) = page.split_once(&named).expect(name);
     rest.split('"').next().expect("a value").to_owned()
 }
 
@@ -433,7 +440,7 @@ const ACTIONS: [Action<'static>; 5] = [
     ("/console/webhooks/siem/resume", &[], "Resumed."),
     ("/console/webhooks/siem/retry", &[], "due now"),
     ("/console/webhooks/siem/test", &[], "Test: answered 500"),
-    ("/console/webhooks/siem/replay", &[("since", "2020-01-01")], "has begun"),
+    ("/console/webhooks/siem/replay", &[("since", "2020-01-01"), ("request", "r1")], "has begun"),
 ];
 
 #[test]
@@ -454,7 +461,7 @@ fn an_action_is_done_by_a_form_of_its_own_session_and_role_alone_and_is_recorded
         assert_eq!(answer.status, 202, "{answer:?}");
         let mut delivery = String::new();
         eventually("its batch is dead", async || {
-            let dead = links(&browser.page("/console/deliveries?state=dead").await);
+            let dead = links(&browser.get("/console/deliveries?state=dead").await.text);
             delivery = dead.into_iter().find(|l| l.contains("/msg_")).unwrap_or_default();
             !delivery.is_empty()
         })
@@ -488,7 +495,8 @@ fn an_action_is_done_by_a_form_of_its_own_session_and_role_alone_and_is_recorded
                 assert_headers(&seen, path);
             }
             if !path.ends_with("/test") {
-                assert_eq!(looker.get(path).await.status, 403, "{path}");
+                let seen = looker.get(path).await;
+                assert!(seen.status == 403 && !seen.text.contains("form was"), "{}", seen.text);
             }
         }
         let recorded = async || {
@@ -510,6 +518,8 @@ fn an_action_is_done_by_a_form_of_its_own_session_and_role_alone_and_is_recorded
         // Who may: the page that asks has the number, and the next page says what was done.
         let counted = browser.page("/console/webhooks/siem/replay?since=2020-01-01").await;
         assert!(counted.contains(">1 event<"), "{counted}");
+        let until = field(&counted, "until");
+        assert!(counted.contains(&format!(" from before {until} will be sent")), "{counted}");
         for (n, (path, form, says)) in actions.iter().enumerate() {
             let form: Vec<_> = form.iter().copied().chain([("form_key", own.as_str())]).collect();
             let seen = browser.post(path, &form, &[]).await;
@@ -527,6 +537,32 @@ fn an_action_is_done_by_a_form_of_its_own_session_and_role_alone_and_is_recorded
         let wrong = [("since", "yesterday"), ("form_key", own.as_str())];
         let seen = browser.post("/console/webhooks/siem/replay", &wrong, &[]).await;
         assert!(seen.status == 400 && seen.text.contains("value=\"yesterday\""), "{}", seen.text);
+
+        // A form that is sent again, as by a double click, begins nothing more.
+        let page = browser.page("/console/webhooks/siem/replay?since=2020-01-01").await;
+        let request = field(&page, "request");
+        assert_ne!(request, field(&counted, "request"), "each page has a key of its own");
+        let form = [
+            ("since", "2020-01-01"),
+            ("until", until.as_str()),
+            ("request", request.as_str()),
+            ("form_key", own.as_str()),
+        ];
+        for _ in 0..2 {
+            let seen = browser.post("/console/webhooks/siem/replay", &form, &[]).await;
+            assert_eq!(seen.status, 303, "{}", seen.text);
+            assert!(browser.page(seen.header("location")).await.contains("has begun"));
+        }
+        let replays = api.send("GET", "/api/v1/replays", &headers, "").await.json();
+        assert_eq!(replays["replays"].as_array().map(Vec::len), Some(2), "{replays}");
+        let seen = browser.post("/console/webhooks/siem/replay", &[form[0], form[3]], &[]).await;
+        assert_eq!(seen.status, 400, "without a key: {}", seen.text);
+
+        let why = "x".repeat(5000);
+        let long = [("why", why.as_str()), ("form_key", own.as_str())];
+        let seen = browser.post("/console/webhooks/siem/pause", &long, &[]).await;
+        assert!(seen.status == 400 && seen.text.contains("at most 4096 bytes"), "{}", seen.text);
+
         let gone = [("form_key", own.as_str())];
         let seen = browser.post("/console/webhooks/nobody/pause", &gone, &[]).await;
         assert_eq!(seen.status, 404, "{}", seen.text);
@@ -567,6 +603,29 @@ fn a_webhooks_page_has_each_value_with_its_place_and_no_secret_and_the_path_for_
         assert!(!looker.contains("/hooks") && !looker.contains("x-tenant"), "{looker}");
         assert!(!admin.contains("a-secret") && !looker.contains("a-secret"));
         assert!(admin.contains("<svg class=\"chart\"") && admin.contains("<title>"), "{admin}");
+    });
+}
+
+#[test]
+fn a_webhooks_page_reads_the_retries_only_when_asked_and_waits_for_no_queue() {
+    run(async {
+        let api = Api::new();
+        // It is connected to, and never answers.
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = silent.local_addr().expect("an address").port();
+        let text = format!("[queue]\nurl = \"amqp://127.0.0.1:{port}\"\n")
+            + &api.section()
+            + &format!("token = \"{TOKEN}\"\n")
+            + SETTINGS
+            + &subscriber("siem", "http://127.0.0.1:9/", "");
+        let setup = Setup::with_text(&text);
+        let daemon = setup.spawn();
+        daemon.wait_log("admin listening").await;
+        let browser = Browser::signed_in(&api, TOKEN).await;
+        let page = browser.page("/console/webhooks/siem").await;
+        let show = "/console/webhooks/siem?retries=show";
+        assert!(links(&page).contains(show) && !page.contains("did not answer"), "{page}");
+        assert!(browser.page(show).await.contains("the queue did not answer within 5 s"));
     });
 }
 
