@@ -30,7 +30,7 @@ pub use self::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
         LogConfig, QueueConfig, Role, StoreConfig, Token,
     },
-    subscriber::{Auth, HttpPolicy, Subscriber, Subscribers},
+    subscriber::{Auth, HttpPolicy, StartFrom, Subscriber, Subscribers},
 };
 use self::{document::Source, reader::Reader};
 use crate::{delivery::SubscriberName, wording::counted};

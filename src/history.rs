@@ -2,6 +2,7 @@
 
 pub mod deliveries;
 mod events;
+pub mod newcomers;
 pub mod replay;
 pub mod resend;
 pub mod whereabouts;
@@ -56,6 +57,7 @@ impl Keeper {
         recorder: deliveries::Recorder,
         subscribers: watch::Receiver<Subscribers>,
         replays: replay::Replays,
+        announced: newcomers::Announced,
     ) -> Self {
         let (stop, stops) = watch::channel(Stop::No);
         let asked = store.clone();
@@ -63,8 +65,10 @@ impl Keeper {
             let store = asked.clone();
             async move { store.replay_floor().await }
         }));
-        let replaying = replays.run(queue.clone(), store.clone(), subscribers.clone());
         let (keeps, kept) = watch::channel(Keeps::Unknown);
+        let introducing =
+            newcomers::run(announced, queue.clone(), store.clone(), kept.clone(), replays.clone());
+        let replaying = replays.run(queue.clone(), store.clone(), subscribers.clone());
         let events = {
             let (store, stops) = (store.clone(), stops.clone());
             tokio::spawn(async move {
@@ -78,6 +82,7 @@ impl Keeper {
             let upkeep = async {
                 tokio::join!(
                     replaying,
+                    introducing,
                     events::trim(&store),
                     events::record_patterns(&store, subscribers)
                 );

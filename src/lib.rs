@@ -48,7 +48,7 @@
 //!              · optional · include · loader · changes · listing · schema · config
 //!              keys/ · key · show
 //!              loader/ · files · preset · origins · queue · tokens · signing · daemon · policies
-//!              · endpoint
+//!              · endpoint · start_from
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber
@@ -63,7 +63,7 @@
 //!              · removals · waiting · queue · history · fake · embedded · amqp
 //!              amqp/ · wire · ladder · prefetch · broker_error · connection · pool · message
 //!              · topology · requests · declarations · publisher · redelivery · management
-//!              · record · matching · snapshot · history_state · shared · state_stream
+//!              · record · matching · snapshot · history_mark · history_state · shared · state_stream
 //!              · unusable · restore · walk · consumer · ownership · upkeep · follow
 //!              · history_queue · history_feed · relay · orphans · intake · waiting · dead
 //!              · depths · doctor · repair · prune · fuzzing
@@ -72,7 +72,7 @@
 //! lane/                     the worker of one subscriber
 //!              · signals · in_flight · sorting · state · session · lane
 //! history/                  what fills the store, and what answers from it
-//!              · events · deliveries · whereabouts · replay · resend · history
+//!              · events · deliveries · whereabouts · replay · newcomers · resend · history
 //!              replay/ · filling
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · reload · startup_check

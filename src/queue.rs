@@ -20,7 +20,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 pub use self::{
-    history::{GROUP_BYTES, HistorySource, HistoryStart, ReplayFloor},
+    history::{Begin, GROUP_BYTES, HistorySource, HistoryStart, ReplayFloor},
     removals::{Changing, HeldRemovals, Removals, some_of},
     waiting::{Hastened, Waiting, WaitingList},
 };
@@ -92,6 +92,16 @@ pub trait Queue: Clone + Send + Sync + 'static {
         &self,
         start: HistoryStart,
     ) -> impl Future<Output = Result<Self::History, QueueError>> + Send;
+
+    /// How far the history that this process takes has the events from before a subscriber was bound.
+    /// To be asked until it [waits](Begin::Waits) no more.
+    ///
+    /// # Errors
+    /// The queue cannot be reached.
+    fn begin(
+        &self,
+        subscriber: &SubscriberName,
+    ) -> impl Future<Output = Result<Begin, QueueError>> + Send;
 
     /// Sets whom to ask for the floor of running replays, before events are deleted that they may
     /// have to read. Of no effect in a queue that keeps no event for history.

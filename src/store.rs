@@ -15,6 +15,7 @@ pub(crate) mod testing;
 pub mod words;
 
 use std::{
+    collections::BTreeSet,
     fmt,
     future::Future,
     time::{Duration, SystemTime},
@@ -27,9 +28,9 @@ pub use self::{
     },
     filter::{By, DeliveryFilter, EventFilter, event_time},
     replay::{
-        Added, Changed, Extent, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING, NewOperation, Operation,
-        Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress, ReplayState, RequestKey,
-        UnreadableReplay,
+        Added, Changed, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING, NewOperation,
+        Newcomer, Operation, Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress,
+        ReplayState, RequestKey, UnreadableReplay,
     },
     row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
     state::{HistoryState, StoreState},
@@ -191,7 +192,8 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// The store cannot be read.
     fn reach(&self) -> impl Future<Output = Result<Reach, StoreError>> + Send;
 
-    /// The rows that may have events from `since` on and before `until`; `None` if there are none.
+    /// The rows that may have events from `since` on and before `until`, at most up to the row
+    /// `upto`; `None` if there are none.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -199,6 +201,7 @@ pub trait Store: Clone + Send + Sync + 'static {
         &self,
         since: SystemTime,
         until: Option<SystemTime>,
+        upto: Option<EventNumber>,
     ) -> impl Future<Output = Result<Option<Extent>, StoreError>> + Send;
 
     /// Stores a new replay; durable when it returns. With a key only once: it is kept as long as the
@@ -248,23 +251,36 @@ pub trait Store: Clone + Send + Sync + 'static {
     fn running_replays(&self) -> impl Future<Output = Result<Vec<Recorded>, StoreError>> + Send;
 
     /// The number of the last row that no running replay has still to read, one that cannot be read
-    /// included; `None` if none runs.
+    /// and that of a new subscriber which is not made yet included; `None` if there are none.
     ///
     /// # Errors
     /// The store cannot be read.
     fn replay_floor(&self) -> impl Future<Output = Result<Option<EventNumber>, StoreError>> + Send;
 
-    /// Records that a subscriber exists, and stores its first replay, both or none; false, and
-    /// nothing has changed, if the subscriber was recorded before.
+    /// Records subscribers, all at once, and those that were `bound` before this daemon; what is
+    /// recorded stays as it is. A subscriber with a `start_from` is new if it is recorded now and
+    /// was not bound. What was bound may be unknown: then a store in which nothing is recorded takes
+    /// none for new, as it does not know any.
     ///
     /// # Errors
     /// Nothing has changed, or that is unknown.
     fn introduce(
         &self,
-        subscriber: &SubscriberName,
-        replay: Option<Replay>,
+        newcomers: Vec<Newcomer>,
+        bound: Option<BTreeSet<SubscriberName>>,
         now: SystemTime,
-    ) -> impl Future<Output = Result<bool, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Introduced, StoreError>> + Send;
+
+    /// Stores the first replays of new subscribers, as many as may [run](MAX_RUNNING), and records
+    /// with each that it is made; without one, that there is nothing to replay. Returns the
+    /// subscribers that wait no more.
+    ///
+    /// # Errors
+    /// Nothing has changed, or that is unknown.
+    fn begin_newcomers(
+        &self,
+        replays: Vec<(SubscriberName, Option<Replay>)>,
+    ) -> impl Future<Output = Result<BTreeSet<SubscriberName>, StoreError>> + Send;
 
     /// The subscribers made over the API. With the store away, or if it lacks some that were not
     /// deleted, it is the last set that is known: only [`delete_subscriber`](Self::delete_subscriber)

@@ -450,7 +450,7 @@ fn checked(wanted: &ReplayRequest) -> Result<replay::Wanted, Refusal> {
     };
     match since {
         Some(since) if errors.is_empty() => {
-            Ok(replay::Wanted { since, until, events, rate: wanted.rate, bound_at: None })
+            Ok(replay::Wanted { since, until, events, rate: wanted.rate })
         }
         _ => Err(Refusal::fields(errors)),
     }

@@ -1,7 +1,12 @@
 //! `check`: the findings of a configuration, of its queue and of its endpoints; and the
 //! configuration with all defaults.
 
-use std::{io::Write as _, path::Path, sync::Arc, time::Duration};
+use std::{
+    io::Write as _,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use super::{complete, failed::Failed, open::find, text::visible};
 use crate::{
@@ -49,6 +54,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     };
     let chosen = chosen(&config, &args.subscribers)?;
     let mut findings = if args.connect { inspected(&config, &chosen).await } else { Vec::new() };
+    findings.splice(0..0, yet_to_come(&chosen, clock::now()));
     let harmful = findings.iter().filter(|f| f.severity == Severity::Harmful).count();
     // The worst first: a long text is printed below.
     findings.reverse();
@@ -103,6 +109,19 @@ async fn inspected(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> 
     }
     findings.extend(endpoints);
     summarized(findings)
+}
+
+/// What begins in the future. To load it is no mistake: the clock of a machine that starts may be
+/// behind.
+fn yet_to_come(chosen: &[Arc<Subscriber>], now: SystemTime) -> Vec<Finding> {
+    let of = |s: &Arc<Subscriber>| {
+        let start = s.start_from.map(|start| start.at(now)).filter(|at| *at > now)?;
+        let found = format!("start_from, {}, is yet to come", clock::rfc3339(start));
+        let finding = Finding::warning(format!("subscriber `{}`", s.name), found);
+        let finding = finding.risking("if it is new, it gets nothing from before it is bound");
+        Some(finding.with_remedy("write a time that has passed, or leave `start_from` out"))
+    };
+    chosen.iter().filter_map(of).collect()
 }
 
 /// Removes findings about other subscribers only, unless they harm all.

@@ -12,6 +12,7 @@ use crate::{
     history::{
         Keeper,
         deliveries::{Recorder, recording},
+        newcomers::{Announced, Newcomers},
         replay::Replays,
     },
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
@@ -120,6 +121,7 @@ async fn deliver(
     let (phase, phases) = watch::channel(Phase::Starting);
     let notifying = tokio::spawn(systemd::follow(phases.clone()));
     let replays = Replays::default();
+    let (newcomers, announced) = Newcomers::new();
     let serving = admin.serve(
         queue.clone(),
         history.store.clone(),
@@ -137,10 +139,11 @@ async fn deliver(
         changes,
         board,
         shutdown_timeout: reloader.shutdown_timeout(),
+        newcomers,
         hurry: Box::pin(stops.times(2)),
     };
     let store = history.store.clone();
-    let mut keeper = history.keep(&queue, &reloader, replays);
+    let mut keeper = history.keep(&queue, &reloader, replays, announced);
     let limit = reloader.shutdown_timeout();
     let queue_unused = async {
         let drains = serving.done_with_the_queue();
@@ -188,9 +191,16 @@ impl History {
     }
 
     /// Begins to fill the store.
-    fn keep(self, queue: &impl Queue, reloader: &Reloader, replays: Replays) -> Option<Keeper> {
-        let recorder = self.recorder?;
-        Some(Keeper::start(queue.clone(), self.store, recorder, reloader.subscribers(), replays))
+    fn keep(
+        self,
+        queue: &impl Queue,
+        reloader: &Reloader,
+        replays: Replays,
+        announced: Announced,
+    ) -> Option<Keeper> {
+        let (recorder, subscribers) = (self.recorder?, reloader.subscribers());
+        let (queue, store) = (queue.clone(), self.store);
+        Some(Keeper::start(queue, store, recorder, subscribers, replays, announced))
     }
 }
 

@@ -221,6 +221,7 @@ mod tests {
             ("auth", "{ bearer = \"t\" }"),
             ("event_ids", "true"),
             ("paused", "true"),
+            ("start_from", "\"-7d\""),
             ("batch.max_events", "1"),
             ("batch.max_bytes", "\"2KiB\""),
             ("batch.max_wait", "\"2s\""),

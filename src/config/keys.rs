@@ -581,6 +581,14 @@ pub static SUBSCRIBER: &[Key] = &[
         differs!(paused),
         |s| plain(s.paused),
     ),
+    subscriber(
+        "start_from",
+        "From when on a new subscriber also gets what history has: \"-7d\", or a time such as \"2026-01-31T12:00:00Z\".",
+        Shape::Text,
+        &[Decisions],
+        differs!(start_from),
+        |s| word(&s.start_from?.to_string()),
+    ),
     read(
         "preset",
         "The settings for a known receiver; the subscriber's own keys win over them.",
@@ -740,6 +748,7 @@ mod tests {
             circuit_breaker: BreakerPolicy { failures: _, open_for: _, max_open_for: _ },
             event_ids: _,
             paused: _,
+            start_from: _,
         } = &crate::config::testing::subscriber("a", "");
         let RetryOptions {
             initial_interval: _,

@@ -9,6 +9,7 @@ mod policies;
 mod preset;
 mod queue;
 mod signing;
+mod start_from;
 mod tokens;
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc};
@@ -40,6 +41,8 @@ struct Defaults<'d> {
     circuit_breaker: Option<Section<'d>>,
     /// The only preset.
     mailtrap: Section<'d>,
+    /// Why nothing of history can be sent to new subscribers, with the remedy.
+    no_replay: Option<&'static str>,
 }
 
 pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
@@ -61,6 +64,11 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         http: group("http", keys::HTTP),
         retry: group("retry", keys::RETRY),
         circuit_breaker: group("circuit_breaker", keys::BREAKER),
+        no_replay: start_from::forbidden(
+            queue.as_ref(),
+            store.as_ref().map(|(url, _)| *url),
+            history,
+        ),
     };
     // A wrong default is reported even if no subscriber uses it.
     let alone = |base: &Option<_>| Layers { own: None, preset: None, base: base.clone() };
@@ -189,6 +197,7 @@ fn subscriber<'d>(
     let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| endpoint::tls(reader, &v));
     let event_ids = reader.flag(section.get("event_ids"));
     let paused = reader.flag(section.get("paused"));
+    let start_from = start_from::start_from(reader, &section, defaults.no_replay);
     let signatures = section.get("signatures").or_else(|| preset.and_then(|p| p.get("signatures")));
     let signing = signing::signing(reader, &section, signatures);
     endpoint::agree_on_headers(
@@ -215,5 +224,6 @@ fn subscriber<'d>(
         circuit_breaker: circuit_breaker?,
         event_ids: event_ids?,
         paused: paused?,
+        start_from: start_from?,
     })
 }

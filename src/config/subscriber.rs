@@ -1,11 +1,16 @@
 //! A subscriber as it is configured.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use http::HeaderName;
 
 use crate::{
+    clock,
     crypto::{
         secret::{Secret, SecretUrl},
         signature::Signer,
@@ -17,6 +22,7 @@ use crate::{
         address::AddressPolicy, answer::Success, batching::BatchPolicy,
         circuit_breaker::BreakerPolicy, retry::RetryPolicy,
     },
+    wording::span,
 };
 
 /// The configured subscribers, in the order of the files.
@@ -84,6 +90,34 @@ impl Auth {
     }
 }
 
+/// The key `start_from`: from when on a new subscriber gets the events that history has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartFrom {
+    /// This long before it is bound.
+    Before(Duration),
+    At(SystemTime),
+}
+
+impl StartFrom {
+    /// The point in time, for a subscriber that is bound `now`.
+    pub fn at(self, now: SystemTime) -> SystemTime {
+        let epoch = SystemTime::UNIX_EPOCH;
+        match self {
+            Self::Before(ago) => now.checked_sub(ago).map_or(epoch, |at| at.max(epoch)),
+            Self::At(at) => at,
+        }
+    }
+}
+
+impl fmt::Display for StartFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Before(ago) => write!(f, "-{}", span(*ago)),
+            Self::At(at) => f.write_str(&clock::rfc3339(*at)),
+        }
+    }
+}
+
 /// One `[[subscriber]]`, with the defaults of its groups filled in.
 #[derive(Debug, Clone)]
 pub struct Subscriber {
@@ -105,4 +139,6 @@ pub struct Subscriber {
     pub event_ids: bool,
     /// Paused by the configuration, whatever the queue has recorded.
     pub paused: bool,
+    /// A subscriber that is not new has no use for it.
+    pub start_from: Option<StartFrom>,
 }

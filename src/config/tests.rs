@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::{
     keys::{Key, Shape},
@@ -125,6 +125,63 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
         (&a.batch, &a.http, &a.retry, &a.circuit_breaker),
         (&b.batch, &b.http, &b.retry, &b.circuit_breaker)
     );
+}
+
+#[test]
+fn a_begin_is_a_time_ago_or_a_point_in_time_which_may_be_yet_to_come() {
+    let start = |value: &str| {
+        let text = format!("{QUEUE}{SUBSCRIBER}start_from = \"{value}\"\n");
+        load_text(&text).map(|config| config.subscribers[0].start_from.expect("has one"))
+    };
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_735_830_138);
+    let days = |n: u64| Duration::from_secs(n * 86_400);
+    for (value, at, shown) in [
+        ("-7d", now - days(7), "-7d"),
+        ("-1d 12h", now - days(1) - days(1) / 2, "-36h"),
+        ("-0s", now, "-0s"),
+        ("-1000y", SystemTime::UNIX_EPOCH, "-365250d"),
+        ("2025-01-02T15:02:18Z", now, "2025-01-02T15:02:18.000Z"),
+        (
+            "2025-01-02T17:02:18.5+02:00",
+            now + Duration::from_millis(500),
+            "2025-01-02T15:02:18.500Z",
+        ),
+        ("2125-01-02T15:02:18Z", now + days(36_524), "2125-01-02T15:02:18.000Z"),
+    ] {
+        let found = start(value).unwrap_or_else(|e| panic!("{value}: {e:?}"));
+        assert_eq!((found.at(now), found.to_string().as_str()), (at, shown), "{value}");
+        assert_eq!(start(shown).expect("what is shown can be read").at(now), at);
+    }
+    for value in
+        ["7d", "-", "", "yesterday", "2025-01-02", "2025-01-02T15:02:18", "1969-12-31T23:59:59Z"]
+    {
+        let why = start(value).expect_err(value).join("\n");
+        assert!(why.starts_with("h.toml:7:14: subscriber[a].start_from: "), "{why}");
+        assert!(why.contains("is not a begin; write a time before"), "{why}");
+    }
+}
+
+#[test]
+fn a_begin_needs_history_with_bytes_and_the_mistake_says_what_to_set() {
+    let start = "start_from = \"-7d\"\n";
+    let embedded = "[queue]\nurl = \"embedded\"\n";
+    for (queue, tables, part) in [
+        (QUEUE, "[store]\nurl = \"none\"\n", "[store] url is \"none\"; set that to \"sqlite\""),
+        (QUEUE, "[history]\nretention = \"0s\"\n", "[history] retention is \"0s\"; set that"),
+        (embedded, "retention = \"0s\"\n", "[queue] retention is \"0s\"; set that"),
+        (QUEUE, "[history]\nbodies = false\n", "[history] bodies is false; set that to true"),
+    ] {
+        let text = format!("{queue}{tables}{SUBSCRIBER}{start}");
+        let why = load_text(&text).expect_err("refused");
+        let line = text.lines().count();
+        let place = format!("h.toml:{line}:14: subscriber[a].start_from: needs the ");
+        assert!(why.len() == 1 && why[0].starts_with(&place), "{why:?}");
+        assert!(why[0].contains(part) && why[0].ends_with("leave `start_from` out"), "{why:?}");
+        load_text(&format!("{queue}{tables}{SUBSCRIBER}")).expect("without it all is well");
+    }
+    // The embedded queue's own retention is not that of a broker.
+    let text = format!("{QUEUE}retention = \"0s\"\n{SUBSCRIBER}{start}");
+    load_text(&text).expect("valid");
 }
 
 #[test]

@@ -55,13 +55,6 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 /// a broker a pass through all retries.
 const ASK_QUEUE_AFTER: Duration = Duration::from_secs(60);
 
-/// The time that history must be past a subscriber's binding: an event may be published just before
-/// it, and have a later time.
-const BOUND_MARGIN: Duration = Duration::from_secs(10);
-
-/// The time after a binding at which history that gets no events is taken to be past it.
-const BOUND_IDLE: Duration = Duration::from_secs(60);
-
 /// The task's other end: says that replays were made or changed. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Replays(Arc<Notify>);
@@ -114,8 +107,6 @@ pub struct Wanted {
     pub events: Option<Pattern>,
     /// Events in a second, at most.
     pub rate: Option<u32>,
-    /// When the subscriber was bound, of a replay that is its first.
-    pub bound_at: Option<SystemTime>,
 }
 
 /// A new replay, with all that is frozen at its start. It is not stored yet.
@@ -129,8 +120,7 @@ pub async fn new<S: Store>(
     by: &str,
     now: SystemTime,
 ) -> Result<Replay, StoreError> {
-    let extent = store.extent(wanted.since, wanted.until).await?;
-    let extent = match extent {
+    let extent = match store.extent(wanted.since, wanted.until, None).await? {
         Some(extent) => extent,
         // Nothing yet.
         None => {
@@ -138,7 +128,33 @@ pub async fn new<S: Store>(
             Extent { after: last, upto: last, rows: 0 }
         }
     };
-    Ok(Replay {
+    Ok(replay(subscriber, wanted, by, extent, now))
+}
+
+/// The first replay of a new subscriber: what history has from a time on and up to a row. `None` if
+/// there is nothing.
+pub(super) async fn first<S: Store>(
+    store: &S,
+    subscriber: &Subscriber,
+    since: SystemTime,
+    upto: EventNumber,
+    now: SystemTime,
+) -> Result<Option<Replay>, StoreError> {
+    let Some(extent) = store.extent(since, None, Some(upto)).await? else { return Ok(None) };
+    let wanted = Wanted { since, until: None, events: None, rate: None };
+    let mut replay = replay(subscriber, wanted, "start_from", extent, now);
+    replay.order.bound_at = Some(now);
+    Ok(Some(replay))
+}
+
+fn replay(
+    subscriber: &Subscriber,
+    wanted: Wanted,
+    by: &str,
+    extent: Extent,
+    now: SystemTime,
+) -> Replay {
+    Replay {
         row: 0,
         id: clock::replay_id(),
         subscriber: subscriber.name.clone(),
@@ -154,13 +170,13 @@ pub async fn new<S: Store>(
             max_events: subscriber.batch.max_events,
             max_bytes: subscriber.batch.max_bytes,
             event_ids: subscriber.event_ids,
-            bound_at: wanted.bound_at,
+            bound_at: None,
         },
         progress: ReplayProgress::begin(extent.after, extent.upto, extent.rows),
         state: ReplayState::Running,
         created_at: now,
         changed_at: now,
-    })
+    }
 }
 
 /// Counts the events that a replay would send. Also returns whether all were counted before the
@@ -202,8 +218,6 @@ struct Work {
     read_to: EventNumber,
     /// No row is left, as far as is known.
     is_at_end: bool,
-    /// The last row was published after the subscriber was bound.
-    is_past_binding: bool,
     ready: VecDeque<Filled>,
     /// The batches in the subscriber's queue, and since when that is known here.
     unfinished: Vec<(BatchId, Instant)>,
@@ -225,7 +239,6 @@ impl Work {
             filling: Filling::new(replay),
             read_to: replay.progress.position,
             is_at_end: false,
-            is_past_binding: false,
             ready: VecDeque::new(),
             unfinished: unfinished.map(|id| (id.clone(), now)).collect(),
             enqueued: None,
@@ -367,28 +380,10 @@ impl<Q: Queue, S: Store> Runner<Q, S> {
         Ok(Stepped::On)
     }
 
-    /// There are no more rows: adds those that history has got meanwhile, or completes.
+    /// There are no more rows.
     async fn end(&mut self, replay: &Replay) -> Result<Stepped, StoreError> {
         let Some(work) = self.works.get_mut(&replay.id) else { return Ok(Stepped::On) };
         let upto = work.filling.progress().upto;
-        if let Some(bound_at) = replay.order.bound_at.filter(|_| !work.is_past_binding) {
-            let last = self.store.reach().await?.last;
-            work.is_past_binding = last.is_some_and(|(_, at)| at >= bound_at + BOUND_MARGIN);
-            match follow(last, upto, bound_at, clock::now()) {
-                Follow::Completes => {}
-                Follow::Waits => return Ok(Stepped::Waits),
-                Follow::GoesOn(upto) => {
-                    work.filling.extend(upto);
-                    let progress = work.with_unfinished(work.filling.progress());
-                    let change = ReplayChange::Progressed(progress);
-                    let changed =
-                        self.store.change_replay(&replay.id, change, clock::now()).await?;
-                    work.is_at_end = false;
-                    let runs = matches!(changed, Some(Changed::Yes(_)));
-                    return Ok(if runs { Stepped::On } else { Stepped::Ended });
-                }
-            }
-        }
         let progress = work.with_unfinished(work.filling.progress());
         let completed = ReplayChange::Completed(ReplayProgress { position: upto, ..progress });
         if let Some(Changed::Yes(ended)) =
@@ -517,29 +512,6 @@ fn place(delivery: Option<&Delivery>, now: SystemTime, longest_attempt: Duration
         }
     };
     if now > ends_by + longest_attempt { Place::Unknown } else { Place::Unfinished }
-}
-
-/// What follows when a replay from a subscriber's begin has read all its rows.
-#[derive(Debug, PartialEq, Eq)]
-enum Follow {
-    Completes,
-    GoesOn(EventNumber),
-    Waits,
-}
-
-/// `last`: the last event in history; `upto`: the last row of the replay.
-fn follow(
-    last: Option<(EventNumber, SystemTime)>,
-    upto: EventNumber,
-    bound_at: SystemTime,
-    now: SystemTime,
-) -> Follow {
-    match last {
-        Some((number, _)) if number > upto => Follow::GoesOn(number),
-        Some((_, at)) if at >= bound_at + BOUND_MARGIN => Follow::Completes,
-        _ if now >= bound_at + BOUND_IDLE => Follow::Completes,
-        _ => Follow::Waits,
-    }
 }
 
 fn log_outage(outage: &mut Outage, replay: &Replay, e: &QueueError) {
@@ -817,21 +789,5 @@ mod tests {
         assert!(matches!(&cancelled, Ok(Some(Changed::Yes(it))) if it.is_err()), "{cancelled:?}");
         settle(&mut daemon).await;
         assert!(daemon.unreadable.is_empty());
-    }
-
-    #[test]
-    fn a_replay_from_a_begin_follows_history_until_it_is_past_the_binding() {
-        let bound = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
-        let after = |seconds| bound + Duration::from_secs(seconds);
-        let (old, new) = (EventNumber(5), EventNumber(9));
-        for (last, now, follows) in [
-            (None, after(1), Follow::Waits),
-            (None, after(60), Follow::Completes),
-            (Some((old, bound)), after(1), Follow::Waits),
-            (Some((old, after(10))), after(11), Follow::Completes),
-            (Some((new, bound)), after(90), Follow::GoesOn(new)),
-        ] {
-            assert_eq!(follow(last, old, bound, now), follows, "{last:?}");
-        }
     }
 }

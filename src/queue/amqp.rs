@@ -13,7 +13,8 @@
 //! - `management`: the HTTP API of the management plugin
 //! - `record`: the records of the state stream; `snapshot`, `state_stream`: reading and writing
 //!   them
-//! - `matching`: which events find a subscriber; `history_state`: what the tasks of history share
+//! - `matching`: which events find a subscriber; `history_mark`: whether history is past
+//!   a moment; `history_state`: what its tasks share
 //! - `shared`: what the files below share
 //! - `unusable`: queues that cannot be consumed
 //! - `restore`: redeclares what belongs to hooktrail alone and was deleted
@@ -40,6 +41,7 @@ mod follow;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod history_feed;
+mod history_mark;
 mod history_queue;
 mod history_state;
 mod intake;
@@ -78,6 +80,8 @@ use tokio::sync::watch;
 
 use self::{
     connection::Role,
+    history_mark::Marked,
+    publisher::PublishResult,
     record::Patterns,
     shared::{Shared, stopped, supervised},
 };
@@ -94,7 +98,7 @@ use crate::{
     config::{AmqpConfig, Subscriber, Subscribers},
     delivery::{Batch, BatchId, Depths, PauseState, PauseStates, SubscriberName},
     queue::{
-        Hastened, HistoryStart, NewEvent, Progress, Published, Queue, QueueError, Removals,
+        Begin, Hastened, HistoryStart, NewEvent, Progress, Published, Queue, QueueError, Removals,
         WaitingList, Window,
     },
     store::EventNumber,
@@ -205,6 +209,8 @@ impl AmqpQueue {
         let shared = &*self.0;
         let prepared: HashMap<_, BTreeSet<String>> = patterns(subscribers);
         shared.matches_by(|matching| matching.with_own(prepared.values().flatten()));
+        // One that is added again is bound anew.
+        shared.bound_since().retain(|name, _| prepared.contains_key(name));
         *shared.prepared.lock().await = prepared;
         let mut broker = shared.broker();
         shared.topology.find_source(&mut broker).await?;
@@ -212,7 +218,7 @@ impl AmqpQueue {
         restore::first_witness(shared, &mut broker).await;
         let mut unready = BTreeSet::new();
         for s in subscribers {
-            if let Err(e) = shared.topology.ensure_subscriber(&mut broker, s).await {
+            if let Err(e) = shared.ensure_subscriber(&mut broker, s).await {
                 tracing::error!(subscriber = s.name.as_str(), error = %e, "its queues are not ready");
                 unready.insert(s.name.clone());
             }
@@ -293,7 +299,7 @@ impl Queue for AmqpQueue {
         // With many of them the broker itself fails, and more connections would not help.
         let suspect =
             Some(suspects()).is_some_and(|all| all.contains(name) && all.len() <= MAX_QUARANTINES);
-        if let Err(e) = shared.topology.ensure_subscriber(&mut shared.broker(), subscriber).await {
+        if let Err(e) = shared.ensure_subscriber(&mut shared.broker(), subscriber).await {
             // Perhaps the exchange is missing, which no lane declares.
             shared.unbound.notify_one();
             return Err(e);
@@ -318,6 +324,29 @@ impl Queue for AmqpQueue {
 
     async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {
         History::open(&self.0, start).await
+    }
+
+    async fn begin(&self, subscriber: &SubscriberName) -> Result<Begin, QueueError> {
+        let shared = &*self.0;
+        let bound = shared.bound_since().get(subscriber).map(|(_, since)| *since);
+        // Unbound, its queue may be broken.
+        let Some(bound) = bound.filter(|_| shared.history.is_bound()) else {
+            return Ok(Begin::Waits);
+        };
+        let id = clock::batch_id();
+        match shared.marks.check(bound, clock::instant(), &id) {
+            Marked::Passed => return Ok(Begin::Passed),
+            Marked::Waits => return Ok(Begin::Waits),
+            Marked::Send => {}
+        }
+        let mark = history_mark::message(shared.topology.history(), &id);
+        shared.publisher().ready().await?;
+        let published = shared.publisher().publish(vec![mark]).await;
+        if !matches!(published.as_deref(), Ok([PublishResult::Stored])) {
+            shared.marks.unsent(&id);
+            shared.history.suspect();
+        }
+        published.map(|_| Begin::Waits)
     }
 
     async fn writable(&self) {

@@ -36,7 +36,7 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 
 use self::{
     consumer::{LaneRef, Unsettled},
-    history::{NOBODY, Untaken},
+    history::{NOBODY, TakenTo, Untaken},
     store::{Access, Store},
     trim::Replayed,
 };
@@ -53,8 +53,8 @@ use crate::{
     event::Pattern,
     policy::retry::Backoff,
     queue::{
-        Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, Progress, Published, Queue, QueueError,
-        Removals, ReplayFloor, WaitingList, Window,
+        Begin, Hastened, HistoryStart, MAX_TRACEPARENT, NewEvent, Progress, Published, Queue,
+        QueueError, Removals, ReplayFloor, WaitingList, Window,
     },
     store::EventNumber,
     telemetry::finding::Finding,
@@ -388,6 +388,12 @@ impl Queue for EmbeddedQueue {
 
     async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {
         Ok(History::open(self, &start))
+    }
+
+    async fn begin(&self, subscriber: &SubscriberName) -> Result<Begin, QueueError> {
+        let TakenTo::Event(taken) = self.0.history_position.get() else { return Ok(Begin::Waits) };
+        let name = subscriber.clone();
+        self.store().read(move |db| history::begin(db, &name, taken)).await
     }
 
     fn keep_for_replays(&self, floor: ReplayFloor) {
@@ -743,7 +749,7 @@ fn sync_segments(
             None => {}
         }
         db.execute(
-            "INSERT INTO segment (subscriber, patterns, after) VALUES (?1, ?2, ?3)",
+            "INSERT INTO segment (subscriber, patterns, after, begun) VALUES (?1, ?2, ?3, ?3)",
             params![name, patterns, newest],
         )?;
     }

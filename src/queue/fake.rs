@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    DeadLetters, Event, Hastened, Held, HistorySource, HistoryStart, NewEvent, Published, Queue,
-    QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, Waiting,
+    Begin, DeadLetters, Event, Hastened, Held, HistorySource, HistoryStart, NewEvent, Published,
+    Queue, QueueError, Receipt, Removals, SettleError, Settlement, Settler, Source, Taken, Waiting,
     WaitingList, Window,
 };
 use tokio::sync::{Semaphore, watch};
@@ -25,7 +25,7 @@ pub(crate) struct Fake(Arc<Mutex<State>>, Removals);
 
 impl Default for Fake {
     fn default() -> Self {
-        let state = State::default();
+        let state = State { bound: Some(BTreeSet::new()), ..State::default() };
         state.pause_states.send_replace(Some(PauseStates::default()));
         Self(Arc::new(Mutex::new(state)), Removals::default())
     }
@@ -52,6 +52,9 @@ struct State {
     /// The hold of the next record.
     held: Option<HeldRecord>,
     history: History,
+    begins: BTreeMap<SubscriberName, Begin>,
+    /// What was bound before; `None` while that cannot be asked.
+    bound: Option<BTreeSet<SubscriberName>>,
 }
 
 /// What history gets of it.
@@ -185,6 +188,17 @@ impl Fake {
         self.with(|s| s.opened)
     }
 
+    /// Says how far history has the events from before a subscriber was bound.
+    pub(crate) fn begins(&self, subscriber: &str, begin: Begin) {
+        self.with(|s| s.begins.insert(subscriber.into(), begin));
+    }
+
+    /// Says which subscribers were bound before.
+    pub(crate) fn was_bound(&self, bound: Option<&[&str]>) {
+        let names = bound.map(|names| names.iter().copied().map(SubscriberName::from).collect());
+        self.with(|s| s.bound = names);
+    }
+
     /// Adds events for history.
     pub(crate) fn put_history(&self, events: impl IntoIterator<Item = NewRow>) {
         self.with(|s| s.history.events.extend(events));
@@ -256,6 +270,10 @@ impl Queue for Fake {
             s.history.opened += 1;
             Ok(FakeHistory { fake: self.clone(), taken: 0, gap: None })
         })
+    }
+
+    async fn begin(&self, subscriber: &SubscriberName) -> Result<Begin, QueueError> {
+        Ok(self.with(|s| s.begins.get(subscriber).copied().unwrap_or(Begin::Waits)))
     }
 
     async fn writable(&self) {}
@@ -335,7 +353,7 @@ impl Queue for Fake {
     }
 
     async fn bound(&self) -> Result<BTreeSet<SubscriberName>, QueueError> {
-        Ok(BTreeSet::new())
+        self.with(|s| s.bound.clone().ok_or_else(|| QueueError::new("away")))
     }
 
     async fn prune(&self, _: &SubscriberName, _: bool) -> Result<(), QueueError> {

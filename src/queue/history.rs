@@ -19,7 +19,7 @@ pub struct HistoryStart {
 
 /// The end of a queue that gives every event, whether a subscriber wants it or not, to history.
 pub trait HistorySource: Send {
-    /// Waits for at least one event, and appends those that are there, oldest first: at most `max`,
+    /// Waits for an event, and appends those that are there, oldest first: perhaps none, at most `max`,
     /// and no more than about [`GROUP_BYTES`] of bodies, unless one alone has more. Loses none if it
     /// is dropped while it waits. A queue gives a limited number of events before the first of them
     /// are [stored](Self::stored).
@@ -47,6 +47,17 @@ pub trait HistorySource: Send {
     /// Gives back what is not stored. The caller closes a source while its store is away: a queue
     /// bears unsettled events for minutes only.
     fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+/// How far history has the events from before a subscriber was bound, which are not in its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// Some may be missing still, or that is not known.
+    Waits,
+    /// It has all of them, and they end with this number.
+    After(EventNumber),
+    /// It has all of them. The latest of its events may be the subscriber's own.
+    Passed,
 }
 
 /// Bytes of bodies that one [`take`](HistorySource::take) returns, approximately.

@@ -1,6 +1,7 @@
 //! A store in memory, for tests of what uses one. Reads everything for each answer.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -10,10 +11,10 @@ use tokio::sync::watch;
 
 use super::{
     Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
-    EventNumber, EventRow, Extent, Gap, KeptSubscriber, KeptSubscribers, MAX_RUNNING, NewOperation,
-    NewRow, Operation, Page, Put, Reach, Recorded, Replay, ReplayChange, ReplayState, RequestKey,
-    Stamp, Store, StoreError, StoreState, StoredSubscriber, Subscription, WithEvent,
-    subscriber::next_version,
+    EventNumber, EventRow, Extent, Gap, Introduced, KeptSubscriber, KeptSubscribers, MAX_RUNNING,
+    NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded, Replay, ReplayChange,
+    ReplayState, RequestKey, Stamp, Store, StoreError, StoreState, StoredSubscriber, Subscription,
+    WithEvent, subscriber::next_version,
 };
 use crate::{
     crypto::secret::Secret,
@@ -45,7 +46,8 @@ pub(crate) struct Memory {
     pub(crate) replays: Vec<Recorded>,
     /// With the ids of the replays that were made.
     pub(crate) keys: Vec<(RequestKey, String)>,
-    pub(crate) introduced: Vec<SubscriberName>,
+    /// From when on those get events whose first replay is not made.
+    pub(crate) introduced: BTreeMap<SubscriberName, Option<SystemTime>>,
     pub(crate) operations: Vec<Operation>,
     /// Those made over the API, as they are read also while the store is away.
     pub(crate) kept: KeptSubscribers,
@@ -344,9 +346,13 @@ impl Store for FakeStore {
         &self,
         since: SystemTime,
         until: Option<SystemTime>,
+        upto: Option<EventNumber>,
     ) -> Result<Option<Extent>, StoreError> {
         let memory = self.open()?;
-        let is_in = |e: &&EventRow| e.at >= since && until.is_none_or(|until| e.at < until);
+        let is_in = |e: &&EventRow| {
+            let is_meant = e.at >= since && until.is_none_or(|until| e.at < until);
+            is_meant && upto.is_none_or(|upto| e.number <= upto)
+        };
         let numbers = || memory.events.iter().filter(is_in).map(|e| e.number.0);
         let Some((first, last)) = numbers().min().zip(numbers().max()) else { return Ok(None) };
         let between = memory.events.iter().filter(|e| (first..=last).contains(&e.number.0));
@@ -437,18 +443,48 @@ impl Store for FakeStore {
 
     async fn introduce(
         &self,
-        subscriber: &SubscriberName,
-        replay: Option<Replay>,
+        newcomers: Vec<Newcomer>,
+        bound: Option<BTreeSet<SubscriberName>>,
         _now: SystemTime,
-    ) -> Result<bool, StoreError> {
-        let mut memory = self.open()?;
-        if memory.introduced.contains(subscriber) {
-            return Ok(false);
+    ) -> Result<Introduced, StoreError> {
+        let mut memory = self.recording()?;
+        let is_used = !memory.introduced.is_empty();
+        let mut not_new = Vec::new();
+        for Newcomer { name, start_from } in newcomers {
+            if memory.introduced.contains_key(&name) {
+                continue;
+            }
+            let is_new = bound.as_ref().map_or(is_used, |bound| !bound.contains(&name));
+            if start_from.is_some() && !is_new {
+                not_new.push(name.clone());
+            }
+            memory.introduced.insert(name, start_from.filter(|_| is_new));
         }
-        memory.introduced.push(subscriber.clone());
-        let row = memory.replays.len() as i64 + 1;
-        memory.replays.extend(replay.map(|replay| Ok(Replay { row, ..replay })));
-        Ok(true)
+        for name in bound.into_iter().flatten() {
+            memory.introduced.entry(name).or_default();
+        }
+        let waiting =
+            memory.introduced.iter().filter_map(|(name, at)| Some((name.clone(), (*at)?)));
+        Ok(Introduced { waiting: waiting.collect(), not_new })
+    }
+
+    async fn begin_newcomers(
+        &self,
+        replays: Vec<(SubscriberName, Option<Replay>)>,
+    ) -> Result<BTreeSet<SubscriberName>, StoreError> {
+        let mut memory = self.recording()?;
+        let mut begun = BTreeSet::new();
+        for (name, replay) in replays {
+            if replay.is_some() && memory.running().len() >= MAX_RUNNING {
+                continue;
+            }
+            let waited = memory.introduced.get_mut(&name).and_then(Option::take).is_some();
+            let row = memory.replays.len() as i64 + 1;
+            let replay = replay.filter(|_| waited);
+            memory.replays.extend(replay.map(|replay| Ok(Replay { row, ..replay })));
+            begun.insert(name);
+        }
+        Ok(begun)
     }
 
     async fn subscribers(&self) -> KeptSubscribers {

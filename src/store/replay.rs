@@ -148,8 +148,26 @@ pub struct ReplayOrder {
     pub max_bytes: usize,
     /// Whether events without a field `event_id` get one.
     pub event_ids: bool,
-    /// The subscriber was bound at this time: rows are added until history has passed it.
+    /// When the subscriber was new, if it is its first replay, by `start_from`.
     pub bound_at: Option<SystemTime>,
+}
+
+/// A subscriber that is configured, and was not before, as far as this process knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newcomer {
+    pub name: SubscriberName,
+    /// From when on it also gets what history has.
+    pub start_from: Option<SystemTime>,
+}
+
+/// The result of recording subscribers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Introduced {
+    /// All new subscribers whose first replay is not made yet, with the time from which on they get
+    /// events.
+    pub waiting: Vec<(SubscriberName, SystemTime)>,
+    /// Of those that were recorded now: subscribers that have a `start_from` and are not new.
+    pub not_new: Vec<SubscriberName>,
 }
 
 /// How far a replay has come.

@@ -24,6 +24,7 @@ mod tokens;
 mod upkeep;
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
@@ -48,9 +49,9 @@ pub use self::{
 };
 use super::{
     Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
-    EventNumber, EventRow, Extent, Gap, HistoryState, KeptSubscribers, MAX_APPEND, MAX_ROWS,
-    NewOperation, NewRow, Operation, Page, Put, Reach, Recorded, Replay, ReplayChange, RequestKey,
-    Store, StoreError, StoreState, Subscription, WithEvent,
+    EventNumber, EventRow, Extent, Gap, HistoryState, Introduced, KeptSubscribers, MAX_APPEND,
+    MAX_ROWS, NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded, Replay,
+    ReplayChange, RequestKey, Store, StoreError, StoreState, Subscription, WithEvent,
 };
 use crate::{
     clock,
@@ -181,6 +182,20 @@ impl SqliteStore {
         part: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         self.0.precious()?.write(part).await.map_err(|e| StoreError::new(e.to_string()))
+    }
+}
+
+impl SqliteStore {
+    /// The number of the last event that no replay has still to read, one that is to be made for a
+    /// new subscriber included; `None` if there are none.
+    async fn spared(&self, open: &Arc<Open>, store: &Database) -> Result<Option<i64>, StoreError> {
+        let read = |db: &Connection| Ok((replays::floor(db)?, replays::earliest_start(db)?));
+        let failed = |e: crate::sqlite::Error| StoreError::new(e.to_string());
+        let (floor, since) = store.read(read).await.map_err(failed)?;
+        let Some(since) = since else { return Ok(floor) };
+        let before = open.history.read(move |db| chunk::last_before(db, since)).await;
+        let before = before.map_err(|e| self.0.failed(open, &e))?;
+        Ok(Some(floor.map_or(before, |floor| floor.min(before))))
     }
 }
 
@@ -369,10 +384,11 @@ impl Store for SqliteStore {
         &self,
         since: SystemTime,
         until: Option<SystemTime>,
+        upto: Option<EventNumber>,
     ) -> Result<Option<Extent>, StoreError> {
         let extent = move |db: &Connection, source: &mut Source<'_>| {
             let deadline = clock::instant() + COUNT_TIME;
-            replays::extent(db, source, (since, until), deadline)
+            replays::extent(db, source, (since, until), upto, deadline)
         };
         self.read(By::Looker, extent).await
     }
@@ -414,17 +430,25 @@ impl Store for SqliteStore {
     }
 
     async fn replay_floor(&self) -> Result<Option<EventNumber>, StoreError> {
-        Ok(self.read_precious(replays::floor).await?.map(EventNumber))
+        let open = self.0.open()?;
+        let store = open.precious()?;
+        Ok(self.spared(&open, store).await?.map(EventNumber))
     }
 
     async fn introduce(
         &self,
-        subscriber: &SubscriberName,
-        replay: Option<Replay>,
+        newcomers: Vec<Newcomer>,
+        bound: Option<BTreeSet<SubscriberName>>,
         now: SystemTime,
-    ) -> Result<bool, StoreError> {
-        let name = subscriber.clone();
-        self.precious(move |db| replays::introduce(db, &name, replay.as_ref(), now)).await
+    ) -> Result<Introduced, StoreError> {
+        self.precious(move |db| replays::introduce(db, &newcomers, bound.as_ref(), now)).await
+    }
+
+    async fn begin_newcomers(
+        &self,
+        replays: Vec<(SubscriberName, Option<Replay>)>,
+    ) -> Result<BTreeSet<SubscriberName>, StoreError> {
+        self.precious(move |db| replays::begin_newcomers(db, &replays)).await
     }
 
     async fn subscribers(&self) -> KeptSubscribers {
@@ -475,11 +499,10 @@ impl Store for SqliteStore {
         // Also while history has stopped: it makes room.
         let open = self.0.open()?;
         let history = self.0.config.history;
-        let replayed = match &open.store {
-            Some(store) => store.read(replays::floor).await,
-            None => Ok(None),
+        let spared = match &open.store {
+            Some(store) => self.spared(&open, store).await?,
+            None => None,
         };
-        let spared = replayed.map_err(|e| StoreError::new(e.to_string()))?;
         let trim = move |db: &Connection, open: &Open| {
             open.with_source(By::Writer, |source| around::trim(db, source, &history, spared, now))
         };

@@ -24,6 +24,7 @@ use crate::{
     crypto::tls::SystemRoots,
     delivery::SubscriberName,
     endpoint::webhook::Webhook,
+    history::newcomers::Newcomers,
     lane::{Lane, LaneConfig},
     policy::retry::Backoff,
     queue::{Queue, QueueError},
@@ -102,6 +103,8 @@ pub struct Controls<'a> {
     /// The longest that a drain waits for requests in flight; its value at the begin of the drain
     /// counts.
     pub shutdown_timeout: watch::Receiver<Duration>,
+    /// Says which subscribers are about to be bound.
+    pub newcomers: Newcomers,
     /// Completes when the drain is to end at once, whatever is in flight.
     pub hurry: BoxFuture<'a, ()>,
 }
@@ -127,8 +130,8 @@ pub async fn run<Q: Queue>(
     controls: Controls<'_>,
     alongside: impl Future<Output = ()>,
 ) -> Result<Ended, QueueError> {
-    let Controls { phase, mut changes, board, shutdown_timeout, hurry } = controls;
-    let mut fleet = Fleet::new(queue.clone(), board.clone())?;
+    let Controls { phase, mut changes, board, shutdown_timeout, newcomers, hurry } = controls;
+    let mut fleet = Fleet::new(queue.clone(), board.clone(), newcomers)?;
     let mut shutdown = std::pin::pin!(shutdown);
     let plan = fleet.plan(&subscribers)?;
     // Reported before it is known to be up: there has to be an alert of a daemon that never gets
@@ -137,7 +140,7 @@ pub async fn run<Q: Queue>(
     board.follow(queue.troubles());
     tokio::select! {
         // A subscriber that is not ready is in the log, and its lane reports it.
-        ready = queue.prepare(&subscribers) => drop(ready?),
+        ready = fleet.prepare(&subscribers) => drop(ready?),
         () = &mut shutdown => {
             tracing::info!("stopping: the queue was not ready yet, and nothing was begun");
             phase.send_replace(Phase::Draining);
@@ -223,6 +226,7 @@ struct Fleet<Q> {
     queue: Q,
     tls: SystemRoots,
     board: Board,
+    newcomers: Newcomers,
     subscribers: watch::Sender<Subscribers>,
     lanes: BTreeMap<SubscriberName, Running>,
     /// Each ends with its lane, and returns the subscriber's name.
@@ -242,16 +246,26 @@ struct Running {
 type Plan = BTreeMap<SubscriberName, LaneConfig>;
 
 impl<Q: Queue> Fleet<Q> {
-    fn new(queue: Q, board: Board) -> Result<Self, QueueError> {
+    fn new(queue: Q, board: Board, newcomers: Newcomers) -> Result<Self, QueueError> {
         let tls = SystemRoots::load().map_err(QueueError::needs_operator)?;
         Ok(Self {
             queue,
             tls,
             board,
+            newcomers,
             subscribers: watch::Sender::new(Subscribers::default()),
             lanes: BTreeMap::new(),
             supervisors: JoinSet::new(),
         })
+    }
+
+    /// Prepares the queue, after the new subscribers are recorded. Waits for it indefinitely.
+    async fn prepare(
+        &self,
+        subscribers: &Subscribers,
+    ) -> Result<BTreeSet<SubscriberName>, QueueError> {
+        self.newcomers.announce(subscribers).await;
+        self.queue.prepare(subscribers).await
     }
 
     /// What these subscribers need that the current ones do not have.
@@ -299,7 +313,7 @@ impl<Q: Queue> Fleet<Q> {
     ) -> Result<BTreeSet<SubscriberName>, QueueError> {
         let plan = self.plan(&subscribers)?;
         // This binds the new patterns. A background task unbinds the old ones later.
-        let not_bound = match timeout(PREPARE_TIMEOUT, self.queue.prepare(&subscribers)).await {
+        let not_bound = match timeout(PREPARE_TIMEOUT, self.prepare(&subscribers)).await {
             Ok(ready) => ready?,
             Err(_) => {
                 tracing::warn!("the queue is not ready; new patterns are bound when it is");
@@ -546,6 +560,7 @@ mod tests {
                 changes,
                 board,
                 shutdown_timeout,
+                newcomers: Newcomers::default(),
                 hurry: Box::pin(std::future::pending()),
             };
             run(queue, config.subscribers, shutdown, controls, std::future::ready(())).await

@@ -14,6 +14,7 @@ use crate::{
     cli::failed::Failed,
     clock,
     config::Config,
+    history::newcomers::Newcomers,
     queue::{DeadLetters as _, NewEvent, Queue},
     supervisor::fleet::{self, Controls, Phase},
     telemetry::{
@@ -48,6 +49,7 @@ impl Play<'_> {
             changes: mpsc::channel(1).1, // no changes
             board: Board::observed(Metrics::new(clock::now()), [observer]),
             shutdown_timeout: watch::Sender::new(Duration::from_secs(5)).subscribe(),
+            newcomers: Newcomers::default(),
             hurry: Box::pin(std::future::pending()),
         };
         let daemon =

@@ -85,15 +85,6 @@ impl Filling {
         self.cut()
     }
 
-    /// Adds rows behind the last one. None is missing among them.
-    pub(super) fn extend(&mut self, upto: EventNumber) {
-        let progress = &mut self.progress;
-        progress.missing += progress.rows.saturating_sub(progress.read);
-        progress.rows = progress.read;
-        progress.position = progress.upto;
-        progress.upto = upto;
-    }
-
     /// Whether an event fits into the batch. One that is too large for any is not chosen.
     fn fits(&self, bytes: usize) -> bool {
         let ReplayOrder { format, max_bytes, .. } = self.order;
@@ -303,17 +294,6 @@ mod tests {
         );
         let print = Print::of(br#"{"event":"user.a"}"#);
         assert_eq!(found[0].batch.prints, Some([print].into()));
-    }
-
-    #[test]
-    fn an_extended_replay_knows_what_was_missing_before() {
-        let mut filling = Filling::new(&replay(order()));
-        filling.add(&row(50, r#"{"event":"user.a"}"#));
-        filling.end();
-        filling.extend(EventNumber(120));
-        let progress = filling.progress();
-        assert_eq!((progress.missing, progress.rows, progress.read), (99, 1, 1));
-        assert_eq!((progress.position, progress.upto), (EventNumber(100), EventNumber(120)));
     }
 
     #[test]

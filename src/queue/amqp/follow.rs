@@ -469,7 +469,7 @@ impl<'a> Follower<'a> {
         let Some(s) = self.subscribers.iter().find(|s| s.name == *name).cloned() else {
             return false;
         };
-        let bound = self.topology().ensure_subscriber(broker, &s).await;
+        let bound = self.shared.ensure_subscriber(broker, &s).await;
         self.log_failure(name, bound)
     }
 

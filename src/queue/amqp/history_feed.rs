@@ -24,6 +24,7 @@ use tokio::{
 
 use super::{
     broker_error::{BrokerError, answer},
+    history_mark,
     history_state::{Backlog, QueueState},
     message,
     pool::{Lease, Quarantine},
@@ -69,6 +70,8 @@ pub struct History {
     delivered: u64,
     taken: u64,
     acked: u64,
+    /// The tag of the last mark that was taken, and when that was sent.
+    mark: Option<(u64, std::time::Instant)>,
     /// The time of the latest event that was taken.
     at: Option<SystemTime>,
     backlog: Backlog,
@@ -193,6 +196,7 @@ impl History {
             delivered: 0,
             taken: 0,
             acked: 0,
+            mark: None,
             at: None,
             backlog: Backlog::new(ready, MAX_HISTORY, since),
             counted: Instant::from_std(clock::instant()),
@@ -206,20 +210,31 @@ impl History {
     fn add(&mut self, delivery: Delivery, into: &mut Vec<NewRow>) -> usize {
         self.taken = delivery.delivery_tag;
         let published = delivery.data.len();
+        if let Some(id) = history_mark::id_of(&delivery) {
+            let sent_at = self.shared.marks.sent_at(id);
+            self.mark = sent_at.map(|at| (self.taken, at)).or(self.mark);
+            self.arrived(published, clock::now());
+            return 0;
+        }
         let row = row(delivery, clock::now());
+        self.shared.history.sizes().saw(row.body.len());
+        self.arrived(published, row.at);
+        self.at = Some(row.at);
+        let bytes = row.body.len();
+        into.push(row);
+        bytes
+    }
+
+    /// A message of the queue has arrived, whose body has so many bytes.
+    fn arrived(&mut self, published: usize, at: SystemTime) {
         let history = &self.shared.history;
-        history.sizes().saw(row.body.len());
-        if let Some((since, until)) = self.backlog.arrived(published as u64, row.at) {
+        if let Some((since, until)) = self.backlog.arrived(published as u64, at) {
             history.lacks(
                 since,
                 until,
                 "its queue in RabbitMQ had reached its limit of 1 GiB, and dropped the oldest events",
             );
         }
-        self.at = Some(row.at);
-        let bytes = row.body.len();
-        into.push(row);
-        bytes
     }
 
     /// The next delivery, if there is one.
@@ -311,14 +326,14 @@ impl HistorySource for History {
     async fn take(&mut self, into: &mut Vec<NewRow>, max: usize) -> Result<(), QueueError> {
         let (mut recorded, store) = (self.recorded.clone(), self.store.clone());
         let moved = recorded.wait_for(|found| is_of_another(found, &store));
-        let before = into.len();
+        let (before, taken) = (into.len(), self.taken);
         let mut bytes = 0;
         let taking = poll_fn(|cx| {
             while into.len() - before < max && bytes < GROUP_BYTES {
                 match self.poll(cx) {
                     Poll::Ready(Ok(delivery)) => bytes += self.add(delivery, into),
                     Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                    Poll::Pending if into.len() == before => return Poll::Pending,
+                    Poll::Pending if self.taken == taken => return Poll::Pending,
                     Poll::Pending => break,
                 }
             }
@@ -347,6 +362,9 @@ impl HistorySource for History {
             && !state_stream::record_lack(&self.shared, None).await
         {
             history.owes_end_of_lack.store(true, Ordering::Relaxed);
+        }
+        if let Some((_, sent_at)) = self.mark.take_if(|(tag, _)| *tag <= self.acked) {
+            self.shared.marks.passed(sent_at);
         }
         if self.backlog.is_read() && clock::instant() >= self.counted.into_std() + RECOUNT {
             self.recount().await?;

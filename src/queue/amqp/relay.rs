@@ -423,7 +423,7 @@ pub(super) async fn relay(
             shared.topology.ensure_shared(&mut broker).await?;
             let current = configured.borrow_and_update().clone();
             for s in current.iter() {
-                shared.topology.ensure_subscriber(&mut broker, s).await?;
+                shared.ensure_subscriber(&mut broker, s).await?;
             }
             drop(broker);
             relay.open(&sizes).await

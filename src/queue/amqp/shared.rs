@@ -16,6 +16,7 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     connection::{Dialer, Role},
+    history_mark::Marks,
     history_state::HistoryState,
     matching::Matching,
     pool::{Lease, Pool},
@@ -28,8 +29,9 @@ use super::{
 };
 use crate::{
     clock,
-    config::AmqpConfig,
+    config::{AmqpConfig, Subscriber},
     delivery::{PauseState, PauseStates, SubscriberName},
+    event::Pattern,
     policy::retry::Backoff,
     queue::{QueueError, Removals},
     telemetry::{
@@ -84,6 +86,9 @@ pub(super) struct Shared {
     /// A settlement found no queue, and restoring it has failed.
     pub(super) damaged: watch::Sender<bool>,
     pub(super) history: HistoryState,
+    pub(super) marks: Marks,
+    /// Since when this process knows that a subscriber's patterns are bound.
+    pub(super) bound_since: Mutex<HashMap<SubscriberName, (Vec<Pattern>, Instant)>>,
     /// The patterns that are bound to the exchange of the events, of all daemons: by the record,
     /// and those that this process has bound and not recorded yet.
     pub(super) matching: Mutex<Arc<Matching>>,
@@ -119,6 +124,8 @@ impl Shared {
             unbound: Notify::new(),
             damaged: watch::Sender::new(false),
             history: HistoryState::default(),
+            marks: Marks::default(),
+            bound_since: Mutex::default(),
             matching: Mutex::default(),
             restoring: tokio::sync::Mutex::default(),
         }
@@ -142,6 +149,27 @@ impl Shared {
             role,
             &self.troubles,
         )
+    }
+
+    /// Declares a subscriber's three queues and their bindings.
+    pub(super) async fn ensure_subscriber(
+        &self,
+        broker: &mut Broker<'_>,
+        subscriber: &Subscriber,
+    ) -> Result<(), QueueError> {
+        self.topology.ensure_subscriber(broker, subscriber).await?;
+        let mut all = self.bound_since();
+        if all.get(&subscriber.name).is_none_or(|(patterns, _)| *patterns != subscriber.events) {
+            let bound = (subscriber.events.clone(), clock::instant());
+            all.insert(subscriber.name.clone(), bound);
+        }
+        Ok(())
+    }
+
+    pub(super) fn bound_since(
+        &self,
+    ) -> MutexGuard<'_, HashMap<SubscriberName, (Vec<Pattern>, Instant)>> {
+        self.bound_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn outage(&self, what: impl Into<String>) -> ReportedOutage {

@@ -15,7 +15,8 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::{from_millis, newest, store};
 use crate::{
-    queue::QueueError,
+    delivery::SubscriberName,
+    queue::{Begin, QueueError},
     sqlite::{self, Reader},
     store::{EventLog, EventNumber, Gap, NewRow, StoreError},
 };
@@ -147,6 +148,24 @@ pub(super) fn first_untaken(
     )?
     .query_row(params![position, NOBODY], |r| Ok((r.get(0)?, r.get(1)?)))
     .optional()
+}
+
+/// Where the log begins for a subscriber, if history, which has taken it up to `taken`, has all
+/// before that.
+pub(super) fn begin(
+    db: &Connection,
+    subscriber: &SubscriberName,
+    taken: i64,
+) -> rusqlite::Result<Begin> {
+    let begun: Option<i64> = db
+        .prepare_cached(
+            "SELECT coalesce(begun, after) FROM segment WHERE subscriber = ?1 AND upto IS NULL",
+        )?
+        .query_row([subscriber], |r| r.get(0))
+        .optional()?;
+    let Some(begun) = begun else { return Ok(Begin::Waits) };
+    let has_all = first_untaken(db, taken)?.is_none_or(|(before, _)| before >= begun);
+    Ok(if has_all { Begin::After(EventNumber(begun)) } else { Begin::Waits })
 }
 
 /// The last number of the next run of events, and their bytes; `None` at the end of the log, or if
@@ -388,10 +407,10 @@ mod tests {
 
     use super::*;
     use crate::queue::{
-        Queue as _,
+        Queue as _, Settlement, Settler as _,
         embedded::{
             EmbeddedQueue,
-            tests::{config, publish, subscribers},
+            tests::{WINDOW, config, publish, subscribers, take},
         },
     };
 
@@ -410,6 +429,38 @@ mod tests {
         }
         let log = queue.event_log().expect("opens");
         (queue, log)
+    }
+
+    #[tokio::test]
+    async fn a_subscriber_begins_behind_its_binding_when_history_has_all_before_that() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (queue, _) = log(&dir, &["event", "event", "event", "a"]).await;
+        let begin = async |name: &str| queue.begin(&name.into()).await.expect("reads");
+        let pair = subscribers(&[("a", "x"), ("b", "x")]);
+        queue.prepare(&pair).await.expect("prepares");
+        assert_eq!(begin("b").await, Begin::Waits, "nothing is known");
+        queue.history_position().set(EventNumber(2));
+        assert_eq!(
+            (begin("a").await, begin("b").await),
+            (Begin::After(EventNumber(0)), Begin::Waits)
+        );
+        assert_eq!(begin("c").await, Begin::Waits, "it is not bound");
+        queue.history_position().set(EventNumber(3));
+        assert_eq!(
+            begin("b").await,
+            Begin::After(EventNumber(4)),
+            "what dead letters left is not missing"
+        );
+        publish(&queue, "x", 1).await;
+        let (mut source, settler) = queue.open(&pair[1], WINDOW).await.expect("opens");
+        settler.settle(take(&mut source).await, Settlement::Delivered).await.expect("settles");
+        publish(&queue, "x", 1).await;
+        settler.settle(take(&mut source).await, Settlement::Delivered).await.expect("settles");
+        assert_eq!(begin("b").await, Begin::After(EventNumber(4)), "whatever it has settled since");
+        queue.prepare(&subscribers(&[("b", "#")])).await.expect("prepares");
+        assert_eq!(begin("b").await, Begin::Waits, "its patterns began later");
+        queue.history_position().turn_off();
+        assert_eq!(begin("b").await, Begin::Waits);
     }
 
     fn numbers(rows: &[NewRow]) -> Vec<i64> {

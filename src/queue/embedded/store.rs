@@ -135,6 +135,10 @@ const MIGRATIONS: &[&str] = &[
     -- Events that matched no subscriber: history alone has them.
     CREATE INDEX event_unmatched ON event (seq, at) WHERE only_for = '';
 ",
+    "
+    -- `after` when the segment was begun; NULL where that was before this version.
+    ALTER TABLE segment ADD COLUMN begun INTEGER;
+",
 ];
 
 /// Mark of hooktrail's files (`PRAGMA application_id`).

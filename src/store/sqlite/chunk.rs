@@ -173,6 +173,14 @@ pub(super) fn last_event(db: &Connection) -> rusqlite::Result<i64> {
     Ok(removed.max(there).unwrap_or(0))
 }
 
+/// The number of the last event before those that may be from a time on, in Unix milliseconds.
+pub(super) fn last_before(db: &Connection, since: i64) -> rusqlite::Result<i64> {
+    let first: Option<i64> = db
+        .prepare_cached("SELECT min(first) FROM chunk WHERE max_at >= ?1")?
+        .query_row([since], |row| row.get(0))?;
+    first.map_or_else(|| last_event(db), |first| Ok(first - 1))
+}
+
 /// The listed types of a chunk.
 #[derive(Debug, Default)]
 pub(super) struct Types {

@@ -1,6 +1,9 @@
 //! Replays, operations, and which subscribers were ever configured: in the precious file.
 
-use std::time::{Instant, SystemTime};
+use std::{
+    collections::BTreeSet,
+    time::{Instant, SystemTime},
+};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params, types::FromSql};
 use serde::{Deserialize, Serialize};
@@ -15,9 +18,9 @@ use crate::{
     delivery::{BatchId, SubscriberName},
     event::{Pattern, payload::Format},
     store::{
-        Added, Changed, EventNumber, Extent, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING,
-        NewOperation, Operation, Page, Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress,
-        ReplayState, RequestKey, UnreadableReplay,
+        Added, Changed, EventNumber, Extent, Introduced, MAX_OPERATIONS, MAX_REPLAYS, MAX_RUNNING,
+        NewOperation, Newcomer, Operation, Page, Recorded, Replay, ReplayChange, ReplayOrder,
+        ReplayProgress, ReplayState, RequestKey, UnreadableReplay,
     },
 };
 
@@ -323,18 +326,64 @@ pub(super) fn floor(db: &Connection) -> rusqlite::Result<Option<i64>> {
 
 pub(super) fn introduce(
     db: &Connection,
-    name: &SubscriberName,
-    replay: Option<&Replay>,
+    newcomers: &[Newcomer],
+    bound: Option<&BTreeSet<SubscriberName>>,
     now: SystemTime,
-) -> rusqlite::Result<bool> {
-    let is_new = db
-        .prepare_cached("INSERT OR IGNORE INTO subscriber (name, since) VALUES (?1, ?2)")?
-        .execute(params![name.as_str(), millis(now)])?
-        > 0;
-    if let Some(replay) = replay.filter(|_| is_new) {
-        insert(db, replay)?;
+) -> rusqlite::Result<Introduced> {
+    let is_used: bool =
+        db.query_row("SELECT EXISTS (SELECT 1 FROM subscriber)", [], |row| row.get(0))?;
+    let mut add = db.prepare_cached(
+        "INSERT OR IGNORE INTO subscriber (name, since, start_from) VALUES (?1, ?2, ?3)",
+    )?;
+    let mut not_new = Vec::new();
+    for Newcomer { name, start_from } in newcomers {
+        let is_new = bound.map_or(is_used, |bound| !bound.contains(name));
+        let waits = start_from.filter(|_| is_new).map(millis);
+        let is_added = add.execute(params![name.as_str(), millis(now), waits])? > 0;
+        if is_added && start_from.is_some() && !is_new {
+            not_new.push(name.clone());
+        }
     }
-    Ok(is_new)
+    for name in bound.into_iter().flatten() {
+        add.execute(params![name.as_str(), millis(now), None::<i64>])?;
+    }
+    let waiting = db
+        .prepare_cached(
+            "SELECT name, start_from FROM subscriber WHERE start_from IS NOT NULL ORDER BY since, name",
+        )?
+        .query_map([], |row| Ok((row.get::<_, String>(0)?, row.get(1)?)))?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    let known = |(name, at): (String, i64)| Some((SubscriberName::try_new(&name).ok()?, time(at)));
+    Ok(Introduced { waiting: waiting.into_iter().filter_map(known).collect(), not_new })
+}
+
+/// From when on the new subscribers get events whose first replays are not made yet, in Unix
+/// milliseconds; `None` if there are none.
+pub(super) fn earliest_start(db: &Connection) -> rusqlite::Result<Option<i64>> {
+    db.prepare_cached("SELECT min(start_from) FROM subscriber")?.query_row([], |row| row.get(0))
+}
+
+pub(super) fn begin_newcomers(
+    db: &Connection,
+    replays: &[(SubscriberName, Option<Replay>)],
+) -> rusqlite::Result<BTreeSet<SubscriberName>> {
+    let mut free = MAX_RUNNING.saturating_sub(running(db)?.len());
+    let mut done = db.prepare_cached(
+        "UPDATE subscriber SET start_from = NULL WHERE name = ?1 AND start_from IS NOT NULL",
+    )?;
+    let mut begun = BTreeSet::new();
+    for (name, replay) in replays {
+        if replay.is_some() && free == 0 {
+            continue;
+        }
+        let waited = done.execute([name.as_str()])? > 0;
+        if let Some(replay) = replay.as_ref().filter(|_| waited) {
+            insert(db, replay)?;
+            free -= 1;
+        }
+        begun.insert(name.clone());
+    }
+    Ok(begun)
 }
 
 pub(super) fn add_operation(db: &Connection, new: &NewOperation) -> rusqlite::Result<()> {
@@ -393,19 +442,25 @@ pub(super) fn extent(
     db: &Connection,
     source: &mut Source<'_>,
     (since, until): (SystemTime, Option<SystemTime>),
+    upto: Option<EventNumber>,
     deadline: Instant,
 ) -> Result<Option<Extent>, Fault> {
+    let upto = upto.map_or(i64::MAX, |upto| upto.0);
     let (since, until) = (millis(since), until.map_or(i64::MAX, millis));
     let mut all = Chunk::list(db)?;
-    let is_in = |chunk: &&Chunk| chunk.max_at >= since && chunk.min_at <= until && chunk.events > 0;
+    let is_in = |chunk: &&Chunk| {
+        let is_meant = chunk.max_at >= since && chunk.min_at <= until;
+        is_meant && chunk.first <= upto && chunk.events > 0
+    };
     let first = all.iter().filter(is_in).map(|chunk| chunk.first).min();
     let last = all.iter().filter(is_in).map(|chunk| chunk.last).max();
     let Some((first, last)) = first.zip(last) else { return Ok(None) };
     all.retain(|chunk| chunk.first >= first && chunk.last <= last);
     let mut rows = 0;
     for chunk in all.iter().rev() {
-        let is_late = clock::instant() >= deadline;
-        rows += if is_late { chunk.events.unsigned_abs() } else { source.count(chunk)? };
+        let is_late = clock::instant() >= deadline && chunk.last <= upto;
+        rows +=
+            if is_late { chunk.events.unsigned_abs() } else { source.count(db, chunk, upto)? };
     }
-    Ok(Some(Extent { after: EventNumber(first - 1), upto: EventNumber(last), rows }))
+    Ok(Some(Extent { after: EventNumber(first - 1), upto: EventNumber(last.min(upto)), rows }))
 }

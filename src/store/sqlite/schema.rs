@@ -137,6 +137,10 @@ const STORE: &[&str] = &[
     );
     CREATE INDEX sealed_subscriber_deleted ON sealed_subscriber (version) WHERE sealed IS NULL;
 ",
+    "
+    -- Of a new subscriber whose first replay is not made yet: from when on it gets events.
+    ALTER TABLE subscriber ADD COLUMN start_from INTEGER;
+",
 ];
 
 pub(super) const HISTORY_FILE: &str = "history.db";

@@ -282,13 +282,24 @@ impl Source<'_> {
         }
     }
 
-    /// The number of a chunk's events that are there: of the chunk's own number a log may have
-    /// deleted some.
-    pub(super) fn count(&mut self, chunk: &Chunk) -> Result<u64, Fault> {
+    /// The number of a chunk's events up to a number that are there: of the chunk's own number a log
+    /// may have deleted some.
+    pub(super) fn count(
+        &mut self,
+        db: &Connection,
+        chunk: &Chunk,
+        upto: i64,
+    ) -> Result<u64, Fault> {
         match self {
-            Self::Tables => Ok(chunk.events.unsigned_abs()),
+            Self::Tables if chunk.last <= upto => Ok(chunk.events.unsigned_abs()),
+            Self::Tables => {
+                let sql = format!("SELECT count(*) FROM {} WHERE number <= ?1", chunk.rows());
+                let count: i64 = db.prepare_cached(&sql)?.query_row([upto], |row| row.get(0))?;
+                Ok(count.unsigned_abs())
+            }
             Self::Log(log, _) => {
-                Ok(log.count(EventNumber(chunk.first - 1), EventNumber(chunk.last))?)
+                let last = chunk.last.min(upto);
+                Ok(log.count(EventNumber(chunk.first - 1), EventNumber(last))?)
             }
         }
     }

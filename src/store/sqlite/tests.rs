@@ -1,7 +1,7 @@
 //! The store's files: what is found, numbered, removed, set aside.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{
         Arc, Mutex,
@@ -738,9 +738,11 @@ async fn what_a_log_had_deleted_before_a_replay_is_not_among_its_rows() {
     store.append(log.add(1..31)).await.expect("appends");
     // The begin of the oldest chunk, and single events of others.
     lock(&log.0).retain(|n, _| *n > 4 && *n % 9 > 0);
-    let extent = store.extent(now() - HOUR, None).await.expect("reads").expect("has rows");
+    let extent = store.extent(now() - HOUR, None, None).await.expect("reads").expect("has rows");
     let rows = store.rows(extent.after, extent.upto, MAX_ROWS, usize::MAX).await.expect("reads");
     assert_eq!((extent.rows, rows.len()), (23, 23));
+    let extent = store.extent(now() - HOUR, None, Some(EventNumber(10))).await.expect("reads");
+    assert_eq!(extent.map(|e| (e.upto, e.rows)), Some((EventNumber(10), 5)));
 }
 
 #[tokio::test]
@@ -972,8 +974,7 @@ async fn replays_operations_and_known_subscribers_are_in_the_precious_file() {
     let store = start(config(dir.path())).await;
     let first = crate::store::replays_for_tests::replay("rpl_1", "a");
     let second = Replay { id: "rpl_2".to_owned(), ..first.clone() };
-    assert!(store.introduce(&"a".into(), Some(first.clone()), now()).await.expect("writes"));
-    assert!(!store.introduce(&"a".into(), Some(second.clone()), now()).await.expect("writes"));
+    assert_eq!(store.add_replay(first.clone(), None).await, Ok(Added::New));
     assert_eq!(store.add_replay(second.clone(), None).await, Ok(Added::New));
     let (change, at) = (ReplayChange::Failed("gone".to_owned()), time(millis(now())));
     let changed = store.change_replay("rpl_1", change.clone(), at).await.expect("writes");
@@ -1105,9 +1106,99 @@ async fn so_many_replays_run_and_no_more() {
     assert!(matches!(&refused, Changed::TooMany(all) if all.len() == MAX_RUNNING), "{refused:?}");
     assert!(matches!(change("rpl_5", ReplayChange::Cancelled).await, Changed::Yes(_)));
     assert!(matches!(change("rpl_3", ReplayChange::Continued).await, Changed::Yes(_)));
-    // A first replay of a new subscriber is the configuration's, and is not refused.
-    assert_eq!(store.introduce(&"b".into(), Some(new(100)), now()).await, Ok(true));
-    assert_eq!(store.running_replays().await.expect("reads").len(), MAX_RUNNING + 1);
+}
+
+fn newcomer(name: &str, start_from: Option<SystemTime>) -> Newcomer {
+    Newcomer { name: name.into(), start_from }
+}
+
+fn names(names: &[&str]) -> BTreeSet<SubscriberName> {
+    names.iter().copied().map(SubscriberName::from).collect()
+}
+
+#[tokio::test]
+async fn a_subscriber_is_new_once_and_not_if_it_was_bound_before_it_was_recorded() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let since = time(millis(now() - HOUR));
+    let both = vec![newcomer("old", Some(since)), newcomer("new", Some(since))];
+    let all = store.introduce(both, Some(names(&["old", "off"])), now()).await.expect("writes");
+    let waiting = vec![("new".into(), since)];
+    assert_eq!(all, Introduced { waiting: waiting.clone(), not_new: vec!["old".into()] });
+    // Off was bound; a later `start_from` of new is not the one that counts.
+    let later = vec![newcomer("off", Some(now())), newcomer("new", Some(now()))];
+    let again = store.introduce(later, Some(names(&[])), now()).await.expect("writes");
+    assert_eq!(again, Introduced { waiting, not_new: Vec::new() });
+    store.close(true).await;
+    let store = start(config(dir.path())).await;
+    let replay = crate::store::replays_for_tests::replay("rpl_1", "new");
+    let done = store.begin_newcomers(vec![("new".into(), Some(replay.clone()))]).await;
+    assert_eq!(done, Ok(names(&["new"])));
+    // An answer was lost.
+    let other = Replay { id: "rpl_2".to_owned(), ..replay };
+    let done = store.begin_newcomers(vec![("new".into(), Some(other))]).await;
+    assert_eq!(done, Ok(names(&["new"])));
+    assert_eq!(store.running_replays().await.expect("reads").len(), 1);
+    let again = store.introduce(vec![newcomer("new", Some(since))], None, now()).await;
+    assert_eq!(again, Ok(Introduced::default()));
+    let later = store.introduce(vec![newcomer("b", Some(since))], None, now()).await;
+    assert_eq!(later.expect("writes").waiting, [("b".into(), since)]);
+}
+
+#[tokio::test]
+async fn a_store_without_a_record_knows_nobody_and_takes_none_for_new_where_the_queue_is_silent() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let found = store.introduce(vec![newcomer("a", Some(now()))], None, now()).await;
+    assert_eq!(found, Ok(Introduced { waiting: Vec::new(), not_new: vec!["a".into()] }));
+}
+
+#[tokio::test]
+async fn first_replays_count_among_those_that_run_and_wait_while_these_are_too_many() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = start(config(dir.path())).await;
+    let new = |n: usize| crate::store::replays_for_tests::replay(&format!("rpl_{n}"), "a");
+    for n in 2..MAX_RUNNING {
+        assert_eq!(store.add_replay(new(n), None).await, Ok(Added::New));
+    }
+    let three = ["a", "b", "c"];
+    let all = three.map(|name| newcomer(name, Some(now()))).to_vec();
+    store.introduce(all, Some(names(&[])), now()).await.expect("writes");
+    let begin = |n: usize| (SubscriberName::from(three[n]), Some(new(100 + n)));
+    let done = store.begin_newcomers(vec![begin(0), begin(1), begin(2)]).await;
+    assert_eq!(done, Ok(names(&["a", "b"])));
+    assert_eq!(store.running_replays().await.expect("reads").len(), MAX_RUNNING);
+    assert!(matches!(store.add_replay(new(1), None).await, Ok(Added::TooMany(_))));
+    let left = store.introduce(Vec::new(), None, now()).await.expect("writes").waiting;
+    assert_eq!(left.len(), 1);
+    assert_eq!(store.begin_newcomers(vec![("c".into(), None)]).await, Ok(names(&["c"])));
+    assert_eq!(store.introduce(Vec::new(), None, now()).await, Ok(Introduced::default()));
+}
+
+#[tokio::test]
+async fn the_rows_for_a_new_subscriber_outlive_the_retention_before_its_replay_is_made() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let history = HistoryConfig { retention: HOUR, ..HISTORY };
+    let store = start(SqliteConfig { history, ..config(dir.path()) }).await;
+    append(&store, 0..21).await;
+    let (since, later) = (now() - HOUR, now() + 2 * HOUR);
+    let whole = store.extent(since, None, None).await.expect("reads").expect("has rows");
+    for cut in [0, 1, 9, 20] {
+        let upto = EventNumber(whole.after.0 + cut);
+        let extent = store.extent(since, None, Some(upto)).await.expect("reads");
+        let expected = Extent { upto, rows: cut.unsigned_abs(), ..whole };
+        assert_eq!(extent, (cut > 0).then_some(expected), "{cut}");
+    }
+    let new = vec![newcomer("a", Some(since))];
+    store.introduce(new, Some(names(&[])), now()).await.expect("writes");
+    assert_eq!(store.replay_floor().await, Ok(Some(whole.after)));
+    let rows = async || {
+        while store.trim(later).await.expect("trims") {}
+        store.rows(whole.after, whole.upto, MAX_ROWS, usize::MAX).await.expect("reads").len()
+    };
+    assert_eq!(rows().await, 21);
+    store.begin_newcomers(vec![("a".into(), None)]).await.expect("writes");
+    assert_eq!((rows().await, store.replay_floor().await), (0, Ok(None)));
 }
 
 #[tokio::test]
@@ -1117,11 +1208,11 @@ async fn the_rows_of_a_running_replay_outlive_the_retention_and_are_known_by_the
     let store = start(SqliteConfig { history, ..config(dir.path()) }).await;
     append(&store, 0..21).await;
     let (since, later) = (now() - HOUR, now() + 2 * HOUR);
-    let extent = store.extent(since, None).await.expect("reads").expect("has rows");
+    let extent = store.extent(since, None, None).await.expect("reads").expect("has rows");
     let last = store.reach().await.expect("reads").last.expect("has rows").0;
     assert_eq!((extent.upto, extent.rows), (last, 21));
-    assert_eq!(store.extent(since, Some(since)).await, Ok(None));
-    assert_eq!(store.extent(later, None).await, Ok(None));
+    assert_eq!(store.extent(since, Some(since), None).await, Ok(None));
+    assert_eq!(store.extent(later, None, None).await, Ok(None));
     let mut replay = crate::store::replays_for_tests::replay("rpl_1", "a");
     // Two of three chunks are still to be read.
     replay.progress.position = EventNumber(extent.after.0 + 8);
