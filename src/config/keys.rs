@@ -759,7 +759,7 @@ mod tests {
             max_elapsed_time: _,
             on_exhausted: _,
         } = retry.options();
-        // 11 of its own, 3, 8, 7 and 3 of its groups.
-        assert_eq!(paths().count(), 11 + 3 + 8 + 7 + 3);
+        // 12 of its own, 3, 8, 7 and 3 of its groups.
+        assert_eq!(paths().count(), 12 + 3 + 8 + 7 + 3);
     }
 }

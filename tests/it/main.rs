@@ -45,6 +45,7 @@ mod operators {
     mod doctor;
     mod history;
     mod log;
+    mod newcomers;
     mod operating;
     mod printed;
     mod reload;
