@@ -32,10 +32,10 @@ use crate::{
 };
 
 /// The longest that the queue may take to say what is bound.
-const BOUND_TIMEOUT: Duration = Duration::from_secs(30);
+const BOUND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The longest that a binding waits for a store that is being opened.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest that a binding waits for the store.
+const STORE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The time between two looks whether the store is open, or history past a binding.
 const SOON: Duration = Duration::from_millis(20);
@@ -120,13 +120,17 @@ struct Task<Q, S> {
     store: S,
     keeps: watch::Receiver<Keeps>,
     replays: Replays,
-    /// The subscribers that were bound before this process; `None` inside if that cannot be known.
-    bound: Option<Option<BTreeSet<SubscriberName>>>,
+    /// The subscribers that were bound before this daemon bound any; `None` as long as the queue has
+    /// not said it.
+    bound: Option<BTreeSet<SubscriberName>>,
     configured: Subscribers,
     unrecorded: Vec<Newcomer>,
     recorded: BTreeSet<SubscriberName>,
     /// The new subscribers without their first replay, and from when on they get events.
     waiting: BTreeMap<SubscriberName, SystemTime>,
+    /// The last rows of first replays that are not stored yet. Whatever history has by the time that
+    /// one may run, the subscriber's own events begin there.
+    ends: BTreeMap<SubscriberName, EventNumber>,
     outage: Outage,
     backoff: Backoff,
 }
@@ -143,6 +147,7 @@ impl<Q: Queue, S: Store> Task<Q, S> {
             unrecorded: Vec::new(),
             recorded: BTreeSet::new(),
             waiting: BTreeMap::new(),
+            ends: BTreeMap::new(),
             outage: Outage::default(),
             backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
         }
@@ -151,8 +156,9 @@ impl<Q: Queue, S: Store> Task<Q, S> {
     /// These subscribers are about to be bound.
     async fn configure(&mut self, subscribers: Subscribers) {
         if self.bound.is_none() {
+            // A failure is not kept: a subscriber that a later reload adds may be bound.
             let bound = timeout(BOUND_TIMEOUT, self.queue.bound()).await;
-            self.bound = Some(bound.ok().and_then(Result::ok));
+            self.bound = bound.ok().and_then(Result::ok);
         }
         let now = clock::now();
         for s in subscribers.iter() {
@@ -165,28 +171,34 @@ impl<Q: Queue, S: Store> Task<Q, S> {
         }
         self.configured = subscribers;
         if self.unrecorded.iter().any(|s| s.start_from.is_some()) {
-            self.record_before_binding().await;
-        }
-    }
-
-    async fn record_before_binding(&mut self) {
-        let begun = clock::instant();
-        while let Err(e) = self.record().await {
-            let opens = self.store.condition().history == HistoryState::Opening;
-            if !opens || clock::instant() - begun >= OPEN_TIMEOUT {
+            // Delivery waits for no store. A record that is dropped here is made again.
+            let recorded = timeout(STORE_TIMEOUT, self.record_before_binding()).await;
+            let failed = recorded
+                .map_or_else(|_| Some(StoreError::away("the store does not answer")), Result::err);
+            if let Some(e) = failed {
                 tracing::warn!(
                     error = %e,
                     "it cannot be recorded yet that subscribers with `start_from` are new: what history has for them waits for the store"
                 );
-                return;
             }
-            sleep(SOON).await;
+        }
+    }
+
+    /// Waits while the store is being opened.
+    async fn record_before_binding(&mut self) -> Result<(), StoreError> {
+        loop {
+            match self.record().await {
+                Err(_) if self.store.condition().history == HistoryState::Opening => {
+                    sleep(SOON).await;
+                }
+                recorded => return recorded,
+            }
         }
     }
 
     /// Records the subscribers, and learns which ones wait for their first replay.
     async fn record(&mut self) -> Result<(), StoreError> {
-        let bound = self.bound.clone().flatten();
+        let bound = self.bound.clone();
         let found = self.store.introduce(self.unrecorded.clone(), bound, clock::now()).await?;
         self.recorded.extend(self.unrecorded.drain(..).map(|known| known.name));
         self.waiting = found.waiting.into_iter().collect();
@@ -234,6 +246,7 @@ impl<Q: Queue, S: Store> Task<Q, S> {
         };
         let mut wait = wait;
         if keeps == Keeps::Here {
+            self.find_ends().await?;
             let free = MAX_RUNNING.saturating_sub(self.store.running_replays().await?.len());
             if free == 0 {
                 wait = FULL;
@@ -257,19 +270,12 @@ impl<Q: Queue, S: Store> Task<Q, S> {
         names.map(|name| (name.clone(), None)).collect()
     }
 
-    /// The first replays of those for which history has everything, at most `free`.
-    async fn ready(
-        &self,
-        free: usize,
-    ) -> Result<Vec<(SubscriberName, Option<Replay>)>, StoreError> {
-        let mut ready = Vec::new();
-        for (name, since) in &self.waiting {
-            let Some(subscriber) =
-                self.configured.iter().find(|s| s.name == *name && s.start_from.is_some())
-            else {
-                continue;
-            };
-            let upto = match timeout(BEGIN_TIMEOUT, self.queue.begin(name)).await {
+    /// Asks how far history is for those that wait. The first answer is where a replay ends.
+    async fn find_ends(&mut self) -> Result<(), StoreError> {
+        let names: Vec<SubscriberName> =
+            self.waiting.keys().filter(|name| !self.ends.contains_key(*name)).cloned().collect();
+        for name in names {
+            let upto = match timeout(BEGIN_TIMEOUT, self.queue.begin(&name)).await {
                 Ok(Ok(Begin::After(number))) => number,
                 // Read after the answer: what history has by then, and no less.
                 Ok(Ok(Begin::Passed)) => {
@@ -281,7 +287,25 @@ impl<Q: Queue, S: Store> Task<Q, S> {
                     continue;
                 }
             };
-            let replay = replay::first(&self.store, subscriber, *since, upto, clock::now()).await?;
+            self.ends.insert(name, upto);
+        }
+        Ok(())
+    }
+
+    /// The first replays of those for which history has everything, at most `free`.
+    async fn ready(
+        &self,
+        free: usize,
+    ) -> Result<Vec<(SubscriberName, Option<Replay>)>, StoreError> {
+        let mut ready = Vec::new();
+        for (name, since) in &self.waiting {
+            let configured =
+                self.configured.iter().find(|s| s.name == *name && s.start_from.is_some());
+            let (Some(subscriber), Some(upto)) = (configured, self.ends.get(name)) else {
+                continue;
+            };
+            let now = clock::now();
+            let replay = replay::first(&self.store, subscriber, *since, *upto, now).await?;
             ready.push((name.clone(), replay));
             if ready.len() == free {
                 break;
@@ -297,6 +321,7 @@ impl<Q: Queue, S: Store> Task<Q, S> {
     ) -> Result<(), StoreError> {
         let done = self.store.begin_newcomers(begins.clone()).await?;
         for (name, replay) in begins.iter().filter(|(name, _)| done.contains(name)) {
+            self.ends.remove(name);
             let since = self.waiting.remove(name).map(clock::rfc3339_seconds);
             match replay {
                 Some(replay) => tracing::info!(
@@ -436,6 +461,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_store_that_hangs_delays_a_binding_for_a_bounded_time() {
+        let (queue, store) = (Fake::default(), with_events(5).await);
+        store.memory().hangs = true;
+        let mut task = task(&queue, &store, Keeps::Here);
+        let bounded = timeout(2 * STORE_TIMEOUT, task.configure(configuration(&[("a", START)])));
+        bounded.await.expect("the subscriber is bound although nothing is recorded");
+        store.memory().hangs = false;
+        queue.begins("a", Begin::Passed);
+        assert_eq!(task.round().await, None);
+        assert_eq!(replays(&store).await.len(), 1);
+    }
+
+    #[tokio::test]
     async fn nothing_is_replayed_where_history_is_elsewhere_or_the_configuration_wants_none_any_more()
      {
         for (keeps, configured) in [
@@ -469,6 +507,15 @@ mod tests {
         task.configure(configuration(&all)).await;
         assert_eq!(task.round().await, Some(POLL));
         assert_eq!(replays(&store).await.len(), MAX_RUNNING);
+        let row = |at| NewRow {
+            number: None,
+            at,
+            event_type: "a".to_owned(),
+            message_id: None,
+            body: r#"{"event":"a"}"#.into(),
+            redelivered: false,
+        };
+        store.append(vec![row(clock::now()); 3]).await.expect("appends");
         assert_eq!(task.round().await, Some(FULL));
         assert_eq!(replays(&store).await.len(), MAX_RUNNING);
         let ids: Vec<String> = {
@@ -480,7 +527,12 @@ mod tests {
             store.change_replay(&id, cancelled, clock::now()).await.expect("changes");
         }
         assert_eq!(task.round().await, None);
-        assert_eq!(replays(&store).await.len(), 5);
+        let late = replays(&store).await;
+        assert_eq!(late.len(), 5);
+        assert!(
+            late.iter().all(|(_, _, upto)| *upto == 7),
+            "they get the rest themselves: {late:?}"
+        );
         let made: BTreeSet<String> = {
             let all = store.memory().replays.clone().into_iter().flatten();
             all.map(|replay| replay.subscriber.to_string()).collect()

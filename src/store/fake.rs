@@ -33,6 +33,8 @@ pub(crate) struct Memory {
     pub(crate) away: Option<StoreError>,
     /// What is recorded fails with it, once set; a try of a write succeeds.
     pub(crate) refuses: Option<StoreError>,
+    /// A call that introduces subscribers never returns.
+    pub(crate) hangs: bool,
     /// How often it was tried whether it can be written.
     pub(crate) tried: usize,
     /// The number of changes of deliveries that were recorded.
@@ -447,6 +449,9 @@ impl Store for FakeStore {
         bound: Option<BTreeSet<SubscriberName>>,
         _now: SystemTime,
     ) -> Result<Introduced, StoreError> {
+        if self.memory().hangs {
+            std::future::pending::<()>().await;
+        }
         let mut memory = self.recording()?;
         let is_used = !memory.introduced.is_empty();
         let mut not_new = Vec::new();

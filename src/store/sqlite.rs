@@ -431,8 +431,8 @@ impl Store for SqliteStore {
 
     async fn replay_floor(&self) -> Result<Option<EventNumber>, StoreError> {
         let open = self.0.open()?;
-        let store = open.precious()?;
-        Ok(self.spared(&open, store).await?.map(EventNumber))
+        let store = self.0.precious()?;
+        Ok(self.spared(&open, &store).await?.map(EventNumber))
     }
 
     async fn introduce(
