@@ -122,7 +122,7 @@ impl Keeper {
     }
 
     /// Records what is still to be recorded, and closes the store: within the end's time, of which
-    /// `limit` is the most, or at once when `hurry` completes.
+    /// `limit` is the most, or soon after `hurry` completes.
     pub async fn close(self, limit: Duration, hurry: impl Future<Output = ()>) {
         self.events.abort();
         self.stop.send_replace(Stop::All);

@@ -362,17 +362,20 @@ mod tests {
 
     const START: &str = "start_from = \"-1h\"";
 
-    /// History has two old events and `recent` ones, numbered from 3 on.
-    async fn with_events(recent: u32) -> FakeStore {
-        let store = FakeStore::default();
-        let row = |at| NewRow {
+    fn row(at: SystemTime) -> NewRow {
+        NewRow {
             number: None,
             at,
             event_type: "a".to_owned(),
             message_id: None,
             body: r#"{"event":"a"}"#.into(),
             redelivered: false,
-        };
+        }
+    }
+
+    /// History has two old events and `recent` ones, numbered from 3 on.
+    async fn with_events(recent: u32) -> FakeStore {
+        let store = FakeStore::default();
         let now = clock::now();
         let old = std::iter::repeat_n(row(now - 2 * HOUR), 2);
         let rows = old.chain((0..recent).map(|_| row(now - HOUR / 2)));
@@ -507,14 +510,6 @@ mod tests {
         task.configure(configuration(&all)).await;
         assert_eq!(task.round().await, Some(POLL));
         assert_eq!(replays(&store).await.len(), MAX_RUNNING);
-        let row = |at| NewRow {
-            number: None,
-            at,
-            event_type: "a".to_owned(),
-            message_id: None,
-            body: r#"{"event":"a"}"#.into(),
-            redelivered: false,
-        };
         store.append(vec![row(clock::now()); 3]).await.expect("appends");
         assert_eq!(task.round().await, Some(FULL));
         assert_eq!(replays(&store).await.len(), MAX_RUNNING);

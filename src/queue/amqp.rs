@@ -337,10 +337,13 @@ impl Queue for AmqpQueue {
         match shared.marks.check(bound, clock::instant(), &id) {
             Marked::Passed => return Ok(Begin::Passed),
             Marked::Waits => return Ok(Begin::Waits),
-            Marked::Send => {}
+            Marked::Send if shared.publisher().is_writable() => {}
+            Marked::Send => {
+                shared.marks.unsent(&id);
+                return Ok(Begin::Waits);
+            }
         }
         let mark = history_mark::message(shared.topology.history(), &id);
-        shared.publisher().ready().await?;
         let published = shared.publisher().publish(vec![mark]).await;
         if !matches!(published.as_deref(), Ok([PublishResult::Stored])) {
             shared.marks.unsent(&id);
