@@ -257,7 +257,7 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// The store cannot be read.
     fn replay_floor(&self) -> impl Future<Output = Result<Option<EventNumber>, StoreError>> + Send;
 
-    /// Records subscribers, all at once, and those that were `bound` before this daemon; what is
+    /// Records subscribers, all at once, and those that were `bound` before them; what is
     /// recorded stays as it is. A subscriber with a `start_from` is new if it is recorded now and
     /// was not bound. What was bound may be unknown: then a store in which nothing is recorded takes
     /// none for new, as it does not know any.

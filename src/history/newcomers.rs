@@ -120,8 +120,9 @@ struct Task<Q, S> {
     store: S,
     keeps: watch::Receiver<Keeps>,
     replays: Replays,
-    /// The subscribers that were bound before this daemon bound any; `None` as long as the queue has
-    /// not said it.
+    /// The subscribers that were bound before the first one with a `start_from` came; `None` until
+    /// then, and as long as the queue has not said it. RabbitMQ is asked by a message of its own, which
+    /// other daemons are spared.
     bound: Option<BTreeSet<SubscriberName>>,
     configured: Subscribers,
     unrecorded: Vec<Newcomer>,
@@ -155,11 +156,6 @@ impl<Q: Queue, S: Store> Task<Q, S> {
 
     /// These subscribers are about to be bound.
     async fn configure(&mut self, subscribers: Subscribers) {
-        if self.bound.is_none() {
-            // A failure is not kept: a subscriber that a later reload adds may be bound.
-            let bound = timeout(BOUND_TIMEOUT, self.queue.bound()).await;
-            self.bound = bound.ok().and_then(Result::ok);
-        }
         let now = clock::now();
         for s in subscribers.iter() {
             let is_known = self.recorded.contains(&s.name)
@@ -171,6 +167,11 @@ impl<Q: Queue, S: Store> Task<Q, S> {
         }
         self.configured = subscribers;
         if self.unrecorded.iter().any(|s| s.start_from.is_some()) {
+            if self.bound.is_none() {
+                // A failure is not kept: a subscriber that a later reload adds may be bound.
+                let bound = timeout(BOUND_TIMEOUT, self.queue.bound()).await;
+                self.bound = bound.ok().and_then(Result::ok);
+            }
             // Delivery waits for no store. A record that is dropped here is made again.
             let recorded = timeout(STORE_TIMEOUT, self.record_before_binding()).await;
             let failed = recorded
@@ -426,18 +427,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_subscriber_that_comes_later_is_new_whatever_is_bound_by_then() {
-        let (queue, store) = (Fake::default(), with_events(5).await);
-        queue.was_bound(Some(&["a"]));
-        let mut task = task(&queue, &store, Keeps::Here);
-        task.configure(configuration(&[("a", "")])).await;
-        task.round().await;
-        // Another daemon was reloaded first.
-        queue.was_bound(Some(&["a", "b"]));
-        queue.begins("b", Begin::Passed);
-        task.configure(configuration(&[("a", START), ("b", START)])).await;
-        assert_eq!(task.round().await, None);
-        assert_eq!(replays(&store).await, [("b".to_owned(), 2, 7)]);
+    async fn what_is_bound_is_asked_for_when_the_first_start_from_comes_and_counts_from_then_on() {
+        for (first, replayed) in [(START, true), ("", false)] {
+            let (queue, store) = (Fake::default(), with_events(5).await);
+            queue.was_bound(Some(&["a"]));
+            let mut task = task(&queue, &store, Keeps::Here);
+            task.configure(configuration(&[("a", first)])).await;
+            task.round().await;
+            // Another daemon was reloaded first.
+            queue.was_bound(Some(&["a", "b"]));
+            queue.begins("b", Begin::Passed);
+            task.configure(configuration(&[("a", START), ("b", START)])).await;
+            assert_eq!(task.round().await, None);
+            let expected = replayed.then(|| ("b".to_owned(), 2, 7));
+            assert_eq!(replays(&store).await, expected.into_iter().collect::<Vec<_>>());
+        }
     }
 
     #[tokio::test]
