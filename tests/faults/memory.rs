@@ -392,11 +392,20 @@ impl World {
         }
     }
 
-    /// Whether a state is another true one: a daemon that is killed between the copy of a batch and
-    /// its ack leaves the batch twice, with one id, and one may retry while the other is dead.
+    /// Whether a state is another true one. A daemon that is killed between a copy of a batch and its
+    /// ack leaves the batch twice, under one id. The copies go ways of their own: seen was one that
+    /// waits for its retry, while the other was split and its halves were sent. A state is accepted
+    /// only if a copy is found where that state has it.
     fn is_of_the_other_copy(&self, id: &str, state: &Value) -> bool {
-        let is_twice = self.in_queue.retrying.contains(id) && self.in_queue.dead.contains(id);
-        self.kill.is_some() && is_twice && (state == "retrying" || state == "dead")
+        let copies = [
+            ("retrying", self.in_queue.retrying.contains(id)),
+            ("dead", self.in_queue.dead.contains(id)),
+            ("split", self.bad.batches.contains(&first_half(id))),
+        ];
+        let is_twice = copies.iter().filter(|(_, is_there)| *is_there).count() > 1;
+        self.kill.is_some()
+            && is_twice
+            && copies.iter().any(|(copy, is_there)| *is_there && state == copy)
     }
 
     /// Holds one answer of `where` for a subscriber against the receiver's record.
