@@ -592,29 +592,29 @@ fn a_queue_that_refuses_relayed_events_gets_them_later_and_the_others_no_more_th
             "queues",
         ]);
         let daemon = setup.start().await;
-        // The limit is a soft one: the broker refuses some time after it was passed.
-        let refused =
-            || daemon.log().contains("sub.full` refuses events, and the relay waits for it");
+        // The limit is a soft one: the broker refuses some time after it was passed. The first
+        // refusal may end by itself: when the lane takes its first events there is room again.
+        let logged = |text| daemon.log().matches(text).count();
+        let tried_again = || logged("room for relayed events still fails") >= 3;
         let mut sent = 0;
-        while !refused() && sent < 1000 {
+        while !tried_again() && sent < 1000 {
             broker.publish_to("", "source", (sent..sent + 10).map(event)).await;
             sent += 10;
-            eventually("relayed or refused", async || {
-                refused() || good.accepted().len() as u64 >= sent
+            eventually("relayed, or refused and tried again", async || {
+                tried_again() || good.accepted().len() as u64 >= sent
             })
             .await;
         }
-        eventually("it is tried again", async || {
-            daemon.log().matches("room for relayed events still fails").count() >= 3
-        })
-        .await;
+        assert!(tried_again(), "{sent} events were not too many:\n{}", daemon.log());
+        assert!(daemon.log().contains("sub.full` refuses events, and the relay waits for it"));
         good.wait_all(sent).await;
         full.now(|_, _| status(200));
         full.wait_all(sent).await;
         // Each event of the group with the refused one came once more; those of other groups did
         // not.
         let copies = repeated(&good);
-        assert!(copies <= 10, "{copies} of {sent} arrived again");
+        let refusals = logged("room for relayed events fails; it is retried");
+        assert!(copies <= 10 * refusals, "{copies} of {sent} arrived again, {refusals} refusals");
         broker.wait_depth("sub.full", 0).await;
         connection.close(200, "done".into()).await.expect("closes");
     });
