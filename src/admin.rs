@@ -19,6 +19,8 @@ mod introduction;
 mod operations;
 mod query;
 mod replays;
+mod subscribers;
+mod versions;
 pub mod view;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -119,6 +121,7 @@ impl Admin {
             introduction::routes(self.tokens.clone(), self.port, &reloader.config().path);
         let control = Control::new(
             queue.clone(),
+            store.clone(),
             reloader.clone(),
             board.clone(),
             phase.clone(),
@@ -149,7 +152,8 @@ impl Admin {
         let api = Router::new()
             .route("/v1/events", post(intake::take_events::<Q>))
             .with_state(Arc::new(intake))
-            .merge(control::routes(control))
+            .merge(control::routes(control.clone()))
+            .merge(subscribers::routes(control))
             .merge(history::routes(history))
             .merge(again)
             .merge(operations)
@@ -267,6 +271,7 @@ mod tests {
         let metrics = metrics::Metrics::new(crate::clock::now());
         let (reloader, _changes) = Reloader::new(
             config,
+            crate::store::KeptSubscribers::default(),
             metrics,
             crate::queue::Removals::default(),
             crate::telemetry::log::Level::default(),

@@ -7,6 +7,7 @@ pub mod keys;
 mod limits;
 mod listing;
 mod loader;
+pub mod managed;
 mod optional;
 mod reader;
 mod schema;
@@ -28,9 +29,9 @@ pub use self::{
     schema::schema,
     settings::{
         AdminConfig, AmqpConfig, Backend, Config, DEFAULT, EmbeddedConfig, HistoryConfig, Intake,
-        LogConfig, QueueConfig, Role, StoreConfig, Token,
+        LogConfig, QueueConfig, Reach, Role, StoreConfig, Token,
     },
-    subscriber::{Auth, HttpPolicy, StartFrom, Subscriber, Subscribers},
+    subscriber::{Auth, HttpPolicy, Origin, StartFrom, Subscriber, Subscribers},
 };
 use self::{document::Source, reader::Reader};
 use crate::{delivery::SubscriberName, wording::counted};
@@ -94,7 +95,7 @@ fn read(path: &Path) -> Result<Source, ConfigError> {
         let problem = Problem { file: path.to_owned(), place: None, key: String::new(), message };
         ConfigError { problems: vec![problem], files: vec![path.to_owned()] }
     })?;
-    Ok(Source { path: path.to_owned(), text })
+    Ok(Source { path: path.to_owned(), text, is_request: false })
 }
 
 /// Reads and checks `text`, whose only other files are `files`; nothing is read from the disk.
@@ -108,7 +109,7 @@ pub(crate) fn from_text(
     files: &[(&str, &str)],
 ) -> Result<Config, ConfigError> {
     checked(
-        &Source { path: PathBuf::from("hooktrail.toml"), text: text.to_owned() },
+        &Source { path: "hooktrail.toml".into(), text: text.to_owned(), is_request: false },
         Reader::without_disk(env, files),
     )
 }
@@ -129,7 +130,7 @@ fn checked(source: &Source, reader: Reader<'_>) -> Result<Config, ConfigError> {
 pub fn admin_of(path: &Path) -> Option<AdminConfig> {
     let env = |name: &str| std::env::var(name).ok();
     let reader = Reader::new(&env);
-    let source = Source { path: path.to_owned(), text: std::fs::read_to_string(path).ok()? };
+    let source = read(path).ok()?;
     let document = reader.parse(&source);
     let whole = reader.is_clean();
     let root = reader.root(&source, &document, keys::ROOT);

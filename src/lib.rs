@@ -45,8 +45,9 @@
 //!              · address · retry · batching · circuit_breaker · answer · turn · verdict
 //! config/                   raw TOML in, checked values out, all mistakes at once; one row a key
 //!              · limits · subscriber · settings · keys · spelling · variables · document · reader
-//!              · optional · include · loader · changes · listing · schema · config
+//!              · optional · include · loader · listing · managed · changes · schema · config
 //!              keys/ · key · show
+//!              managed/ · body
 //!              loader/ · files · preset · origins · queue · tokens · signing · daemon · policies
 //!              · endpoint · start_from
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
@@ -75,10 +76,11 @@
 //!              · events · deliveries · whereabouts · replay · newcomers · resend · history
 //!              replay/ · filling
 //! supervisor/               start, reload, restart after a panic, drain
-//!              · signal · fleet · systemd · reload · startup_check
+//!              · signal · fleet · systemd · managed · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
-//!              · view · answer · query · body · guard · connections · introduction · intake
-//!              · history · history_health · operations · replays · control · console · admin
+//!              · view · answer · query · body · guard · versions · connections · introduction
+//!              · intake · history · history_health · operations · replays · control · subscribers
+//!              · console · admin
 //!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
 //!              · actions · overview · events · deliveries · dead_letters · replays · webhooks
 //!              · health

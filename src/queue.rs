@@ -103,6 +103,12 @@ pub trait Queue: Clone + Send + Sync + 'static {
         subscriber: &SubscriberName,
     ) -> impl Future<Output = Result<Begin, QueueError>> + Send;
 
+    /// The id of the store that has the history of this queue; the inner `None` if no store has it, and
+    /// the outer one while that is not known. Always none where daemons cannot share the queue.
+    fn history_store(&self) -> watch::Receiver<Option<Option<String>>> {
+        watch::Sender::new(Some(None)).subscribe()
+    }
+
     /// Sets whom to ask for the floor of running replays, before events are deleted that they may
     /// have to read. Of no effect in a queue that keeps no event for history.
     fn keep_for_replays(&self, _floor: ReplayFloor) {}

@@ -46,10 +46,6 @@ pub(super) fn media_type(headers: &HeaderMap) -> String {
         .to_ascii_lowercase()
 }
 
-pub(super) fn is_json(headers: &HeaderMap) -> bool {
-    media_type(headers) == "application/json"
-}
-
 /// Reads the body of a refused request: a client that still sends when the connection closes may
 /// never see the answer. A client that asked before sending (`expect`) does not send it.
 pub(super) async fn discard(headers: &HeaderMap, body: Body) {

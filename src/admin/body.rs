@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::{
-    answer::{READ_TIMEOUT, Refusal, is_json},
+    answer::{READ_TIMEOUT, Refusal, media_type},
     view::{FieldError, ProblemKind},
 };
 
@@ -25,6 +25,8 @@ pub(super) trait FromBody: DeserializeOwned + Default {
     const MAX: usize;
     /// The shape of a valid body, for the error.
     const SHAPE: &'static str;
+    /// The content types that it may have: none that a web page can send elsewhere unasked.
+    const MEDIA_TYPES: &'static [&'static str] = &["application/json"];
 }
 
 /// The reason why a body was not read.
@@ -57,8 +59,9 @@ pub(super) async fn read(
 /// Reads a body that is a JSON object. The refusal names the field at fault.
 pub(super) async fn json<W: FromBody>(headers: &HeaderMap, body: &mut Body) -> Result<W, Refusal> {
     // A browser does not send this to another origin without asking first.
-    if !is_json(headers) {
-        let why = format!("the content-type must be application/json; the body is {}", W::SHAPE);
+    if !W::MEDIA_TYPES.contains(&media_type(headers).as_str()) {
+        let types = W::MEDIA_TYPES.join(" or ");
+        let why = format!("the content-type must be {types}; the body is {}", W::SHAPE);
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, why));
     }
     let reading = timeout(READ_TIMEOUT, read(body, None, W::MAX));

@@ -5,6 +5,7 @@ mod inspection;
 mod waiting;
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -30,6 +31,7 @@ use super::{
     history_health::Health,
     operations::DryRun,
     query::{FromQuery, Name, Parameters, Query},
+    versions::etag,
     view::{
         self, ChangeRequest, Circuit, DeadLetter, DeadLetters, Lane, LastError, Overview,
         PauseChange, Paused, ProblemKind, QueueState, ReloadPreview, Removed, State, Tested, Time,
@@ -37,12 +39,14 @@ use super::{
 };
 use crate::{
     clock,
-    config::{Subscriber, changes::Changes},
+    config::{self, Subscriber, changes::Changes},
     delivery::{self, Depth, Pause},
     endpoint::test_event,
     queue::{DeadLetters as _, Queue, QueueError},
+    store::Store,
     supervisor::{
         fleet::Phase,
+        managed::Managed,
         reload::{Because, Reloader, Unchanged},
     },
     telemetry::{
@@ -64,7 +68,7 @@ const WAIT_FOR_PAUSE_STATES: Duration = Duration::from_secs(10);
 const TEST_EVERY: Duration = Duration::from_secs(1);
 
 /// The author of a pause by a request.
-const OPERATOR: &str = "operator";
+pub(super) const OPERATOR: &str = "operator";
 
 /// Concurrent requests that are completed even if the client disconnects; further ones are refused.
 const MOST_TO_THEIR_END: usize = 32;
@@ -73,15 +77,16 @@ const MOST_TO_THEIR_END: usize = 32;
 pub(super) const MAX_LISTED: usize = 100;
 
 /// What operators ask of a daemon.
-pub(super) struct Control<Q> {
-    queue: Q,
+pub(super) struct Control<Q, S> {
+    pub(super) queue: Q,
+    pub(super) store: S,
     history: Health,
-    reloader: Reloader,
+    pub(super) reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
     /// One walk through dead letters at a time: it holds all of them for a moment.
     walking: Mutex<()>,
-    to_their_end: Arc<Semaphore>,
+    pub(super) to_their_end: Arc<Semaphore>,
     /// When the last test event was sent. One at a time, and one in [`TEST_EVERY`].
     testing: Mutex<Option<Instant>>,
     /// One inspection at a time.
@@ -109,9 +114,9 @@ impl FromQuery for Selection {
 }
 
 /// The state of a request's handler.
-type This<Q> = extract::State<Arc<Control<Q>>>;
+type This<Q, S> = extract::State<Arc<Control<Q, S>>>;
 
-pub(super) fn routes<Q: Queue>(control: Arc<Control<Q>>) -> Router {
+pub(super) fn routes<Q: Queue, S: Store>(control: Arc<Control<Q, S>>) -> Router {
     Router::new()
         .route("/v1/subscribers", get(report_all))
         .route("/v1/subscribers/{name}", get(report_one))
@@ -124,20 +129,33 @@ pub(super) fn routes<Q: Queue>(control: Arc<Control<Q>>) -> Router {
         .with_state(control)
 }
 
-async fn report_all<Q: Queue>(extract::State(control): This<Q>, Query(()): Query<()>) -> Response {
+async fn report_all<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
+    Query(()): Query<()>,
+) -> Response {
     json_answer(StatusCode::OK, &control.overview().await)
 }
 
-async fn report_one<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn report_one<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
+    Extension(caller): Extension<Caller>,
     Name(name): Name,
     Query(()): Query<()>,
 ) -> Response {
-    answer(control.one(&name).await)
+    let found = control.details(&name, &caller).await;
+    let origin =
+        found.as_ref().ok().and_then(|one| one.shadows.as_ref().or(one.status.origin.as_ref()));
+    let etag = match origin {
+        Some(view::Origin::Api { version, .. }) => etag(version),
+        Some(view::Origin::File { .. }) | None => None,
+    };
+    let mut response = answer(found);
+    response.headers_mut().extend(etag);
+    response
 }
 
-async fn list_dead<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn list_dead<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
     Name(name): Name,
     Extension(caller): Extension<Caller>,
     Query(selection): Query<Selection>,
@@ -145,16 +163,26 @@ async fn list_dead<Q: Queue>(
     answer(control.oldest_dead(name, selection.limit, &caller).await)
 }
 
-async fn pause<Q: Queue>(state: This<Q>, name: Name, headers: HeaderMap, body: Body) -> Response {
+async fn pause<Q: Queue, S: Store>(
+    state: This<Q, S>,
+    name: Name,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
     change(state, name, headers, body, true).await
 }
 
-async fn resume<Q: Queue>(state: This<Q>, name: Name, headers: HeaderMap, body: Body) -> Response {
+async fn resume<Q: Queue, S: Store>(
+    state: This<Q, S>,
+    name: Name,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
     change(state, name, headers, body, false).await
 }
 
-async fn change<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn change<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
     Name(name): Name,
     headers: HeaderMap,
     body: Body,
@@ -166,8 +194,8 @@ async fn change<Q: Queue>(
         .await
 }
 
-async fn send_test<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn send_test<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
     Name(name): Name,
     headers: HeaderMap,
     body: Body,
@@ -175,16 +203,16 @@ async fn send_test<Q: Queue>(
     control.requested(&headers, body, async |_: ChangeRequest| control.test(&name).await).await
 }
 
-async fn list_waiting<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn list_waiting<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
     Name(name): Name,
     Query(selection): Query<Selection>,
 ) -> Response {
     answer(control.waiting(name, selection.limit).await)
 }
 
-async fn retry_now<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn retry_now<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
     Name(name): Name,
     headers: HeaderMap,
     body: Body,
@@ -202,17 +230,21 @@ async fn retry_now<Q: Queue>(
     response
 }
 
-async fn preview<Q: Queue>(extract::State(control): This<Q>, Query(()): Query<()>) -> Response {
+async fn preview<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
+    Query(()): Query<()>,
+) -> Response {
     answer(control.reloader.preview().await.map(reload_preview).map_err(unchanged))
 }
 
-async fn reload<Q: Queue>(
-    extract::State(control): This<Q>,
+async fn reload<Q: Queue, S: Store>(
+    extract::State(control): This<Q, S>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let reloader = control.reloader.clone();
+    let (reloader, store) = (control.reloader.clone(), control.store.clone());
     let reload = async move {
+        reloader.read_store(&store).await;
         let reloaded = reloader.reload(Because::Operator("the API")).await;
         reloaded.map(view::Reloaded::from).map_err(unchanged)
     };
@@ -224,7 +256,7 @@ async fn reload<Q: Queue>(
 }
 
 /// Does the work to its end, even if the client leaves: half of it would be worse.
-async fn to_its_end<A: Send + 'static>(
+pub(super) async fn to_its_end<A: Send + 'static>(
     room: &Arc<Semaphore>,
     work: impl Future<Output = Result<A, Refusal>> + Send + 'static,
 ) -> Result<A, Refusal> {
@@ -258,7 +290,7 @@ fn unchanged(why: Unchanged) -> Refusal {
     }
 }
 
-fn queue_fails(e: &QueueError) -> Refusal {
+pub(super) fn queue_fails(e: &QueueError) -> Refusal {
     Refusal::unavailable(e.to_string())
 }
 
@@ -267,9 +299,10 @@ fn seconds(d: Duration) -> f64 {
     d.as_millis() as f64 / 1000.0
 }
 
-impl<Q: Queue> Control<Q> {
+impl<Q: Queue, S: Store> Control<Q, S> {
     pub(super) fn new(
         queue: Q,
+        store: S,
         reloader: Reloader,
         board: Board,
         phase: watch::Receiver<Phase>,
@@ -277,6 +310,7 @@ impl<Q: Queue> Control<Q> {
     ) -> Self {
         Self {
             queue,
+            store,
             history,
             reloader,
             board,
@@ -313,14 +347,42 @@ impl<Q: Queue> Control<Q> {
         let config = self.reloader.config();
         let found = config.subscribers.iter().find(|s| s.name == name).cloned();
         found.ok_or_else(|| {
+            let managed = self.reloader.managed();
+            if let Some(Err(why)) = managed.get(name).map(|entry| &entry.checked) {
+                return Refusal::new(StatusCode::CONFLICT, format!("it does not run: {why}"));
+            }
             let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
             Refusal::of_kind(status, kind, "no subscriber of that name is configured")
         })
     }
 
+    /// Whether the fleet takes changes.
+    pub(super) fn is_running(&self) -> bool {
+        *self.phase.borrow() == Phase::Running
+    }
+
     /// The file of the configuration.
     pub(super) fn file(&self) -> std::path::PathBuf {
         self.reloader.config().path.clone()
+    }
+
+    /// Where the values of a subscriber that was made over the API come from, by their keys. Others
+    /// are defaults. `None` if it is one of a file.
+    pub(super) fn origins_of_api(
+        &self,
+        configured: &Subscriber,
+        found: &view::Subscriber,
+    ) -> Option<BTreeMap<&'static str, String>> {
+        let origin = found.origin.as_ref().filter(|o| matches!(o, view::Origin::Api { .. }))?;
+        let managed = self.reloader.managed();
+        let document = managed.get(&found.subscriber).and_then(|entry| entry.document.as_ref());
+        let is_there = |key: &str| {
+            let (group, rest) = key.split_once('.').unwrap_or((key, ""));
+            let value = document.and_then(|document| document.get(group));
+            value.is_some_and(|value| rest.is_empty() || value.get(rest).is_some())
+        };
+        let keys = config::subscriber_values(configured).map(|(key, _)| key);
+        Some(keys.filter(|key| is_there(key)).map(|key| (key, origin.to_string())).collect())
     }
 
     /// The names of the configured subscribers.
@@ -331,10 +393,13 @@ impl<Q: Queue> Control<Q> {
     pub(super) async fn overview(&self) -> Overview {
         let (polled, history) = tokio::join!(self.board.depths(clock::now()), self.history.read());
         let config = self.reloader.config();
+        let managed = self.reloader.managed();
+        let view = |s: &Arc<Subscriber>| self.subscriber_view(s, &managed, polled.as_ref());
         let subscribers =
-            config.subscribers.iter().map(|s| self.subscriber_view(s, polled.as_ref())).collect();
+            config.subscribers.iter().map(view).chain(self.inactive(&managed)).collect();
         let depths = polled.as_ref().and_then(|l| l.depths.as_ref().ok());
         let removed = depths.iter().flat_map(|d| &d.removed);
+        let removed = removed.filter(|(name, _)| managed.get(name).is_none());
         Overview {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             phase: self.phase.borrow().name().to_owned(),
@@ -356,14 +421,64 @@ impl<Q: Queue> Control<Q> {
         }
     }
 
+    /// The subscribers that were made over the API, and do not run.
+    fn inactive(&self, managed: &Managed) -> Vec<view::Subscriber> {
+        let of_files = self.reloader.of_files().names();
+        let all = managed.iter().filter(|(name, _)| !of_files.contains(*name));
+        let inactive = all.filter_map(|(name, entry)| {
+            let why = entry.checked.as_ref().err()?.clone();
+            Some(view::Subscriber {
+                subscriber: name.to_string(),
+                state: State::Inactive,
+                origin: Some(view::Origin::of_store(&entry.kept)),
+                why: Some(why),
+                lane: None,
+            })
+        });
+        inactive.collect()
+    }
+
+    /// A subscriber that runs.
     pub(super) async fn one(&self, name: &str) -> Result<view::Subscriber, Refusal> {
         let subscriber = self.subscriber(name)?;
-        Ok(self.subscriber_view(&subscriber, self.board.depths(clock::now()).await.as_ref()))
+        let (managed, polled) = (self.reloader.managed(), self.board.depths(clock::now()).await);
+        Ok(self.subscriber_view(&subscriber, &managed, polled.as_ref()))
+    }
+
+    /// A subscriber with its configuration, as far as the caller may see it.
+    pub(super) async fn details(
+        &self,
+        name: &str,
+        caller: &Caller,
+    ) -> Result<view::SubscriberDetails, Refusal> {
+        let managed = self.reloader.managed();
+        let entry = managed.get(name);
+        let inactive = self.inactive(&managed).into_iter().find(|s| s.subscriber == name);
+        let (status, settings) = match inactive {
+            Some(status) => (status, None),
+            None => {
+                let mut settings = config::managed::settings(self.subscriber(name)?.as_ref());
+                if let Some(keys) = settings.as_object_mut().filter(|_| !caller.sees_endpoints()) {
+                    keys.retain(|key, _| key != "headers" && key != "auth" && key != "tls");
+                }
+                (self.one(name).await?, Some(settings))
+            }
+        };
+        let is_of_file = matches!(status.origin, Some(view::Origin::File { .. }));
+        let shadows = entry.filter(|_| is_of_file);
+        let document = entry.filter(|_| caller.sees_endpoints());
+        Ok(view::SubscriberDetails {
+            status,
+            settings,
+            document: document.and_then(|e| Some(e.document.as_ref()?.redacted())),
+            shadows: shadows.map(|entry| view::Origin::of_store(&entry.kept)),
+        })
     }
 
     fn subscriber_view(
         &self,
         subscriber: &Subscriber,
+        managed: &Managed,
         polled: Option<&Polled>,
     ) -> view::Subscriber {
         let name = &subscriber.name;
@@ -375,6 +490,9 @@ impl<Q: Queue> Control<Q> {
         view::Subscriber {
             subscriber: name.to_string(),
             state: view.as_ref().map_or(State::Starting, |view| State::from(&view.state)),
+            origin: view::Origin::of_file(&subscriber.origin)
+                .or_else(|| managed.get(name).map(|entry| view::Origin::of_store(&entry.kept))),
+            why: None,
             lane: view.map(|view| lane(view, depth, counted_per_subscriber)),
         }
     }
@@ -590,8 +708,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{self, Config},
+        config::Config,
         queue::fake::Fake,
+        store::KeptSubscribers,
         supervisor::fleet::Change,
         telemetry::{log, metrics::Metrics},
     };
@@ -628,8 +747,13 @@ mod tests {
 
     async fn serve(config: Config) -> Served {
         let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
-        let (reloader, changes) =
-            Reloader::new(config, metrics.clone(), queue.removals().clone(), log::Level::default());
+        let (reloader, changes) = Reloader::new(
+            config,
+            KeptSubscribers::default(),
+            metrics.clone(),
+            queue.removals().clone(),
+            log::Level::default(),
+        );
         let phase = watch::Sender::new(Phase::Running).subscribe();
         let (ends, ended) = mpsc::unbounded_channel();
         let watched = middleware::from_fn(move |request: Request, next: Next| {
@@ -640,8 +764,9 @@ mod tests {
             }
         });
         let board = Board::new(metrics);
-        let history = Health::new(&crate::store::fake::FakeStore::default(), board.clone());
-        let control = Control::new(queue.clone(), reloader.clone(), board, phase, history);
+        let store = crate::store::fake::FakeStore::default();
+        let history = Health::new(&store, board.clone());
+        let control = Control::new(queue.clone(), store, reloader.clone(), board, phase, history);
         let app = routes(Arc::new(control)).layer(watched);
         let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let listens = socket.local_addr().expect("an address");

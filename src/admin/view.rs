@@ -6,6 +6,7 @@
 //! a test compares the two.
 
 mod history;
+mod managed;
 mod problem;
 mod replay;
 pub mod words;
@@ -22,6 +23,9 @@ use serde_json::{Map, Value};
 
 pub use self::history::{
     Attempt, Delivery, DeliveryList, Event, EventList, EventWhere, Gap, Party, Reach, Whereabouts,
+};
+pub use self::managed::{
+    Origin, RotateSecret, Stamp, SubscriberChange, SubscriberDetails, SubscriberRemoval,
 };
 pub use self::problem::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
 pub use self::replay::{
@@ -185,6 +189,12 @@ impl Removed {
 pub struct Subscriber {
     pub subscriber: String,
     pub state: State,
+    /// Absent from a daemon of an earlier version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+    /// Why it is inactive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     /// `None` until its lane has started.
     #[serde(flatten)]
     pub lane: Option<Lane>,
@@ -209,6 +219,8 @@ pub enum State {
     Held,
     Paused,
     QueueFails,
+    /// Made over the API, and not able to run.
+    Inactive,
     /// One that only a newer daemon knows.
     #[serde(untagged)]
     Other(String),
@@ -225,6 +237,7 @@ impl State {
             Self::Held => "held",
             Self::Paused => "paused",
             Self::QueueFails => "queue_fails",
+            Self::Inactive => "inactive",
             Self::Other(name) => name,
         }
     }

@@ -41,13 +41,14 @@ pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed
     let of = |admin| Asked { admin, config: path.to_owned() };
     let problems = match config::load(path) {
         Ok(config) => {
-            subscribers.iter().try_for_each(|name| find(&config, name).map(drop))?;
+            // The daemon has more than the file, and says which it does not have.
+            let may_be_managed = |name: &str| config.admin.manage && is_name(name);
+            let mut of_file = subscribers.iter().filter(|name| !may_be_managed(name));
+            of_file.try_for_each(|name| find(&config, name).map(drop))?;
             return Ok(of(config.admin));
         }
         Err(problems) => problems,
     };
-    // Only the characters of a name; the daemon checks the rest.
-    let is_name = |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     match config::admin_of(path).filter(|_| subscribers.iter().all(|name| is_name(name))) {
         Some(admin) => {
             eprintln!(
@@ -57,6 +58,11 @@ pub(super) fn asked(path: &Path, subscribers: &[String]) -> Result<Asked, Failed
         }
         None => Err(Failed::Config(problems)),
     }
+}
+
+/// Whether it has the characters of a name; the daemon checks the rest.
+pub(super) fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
 pub(super) async fn reload(asked: &Asked) -> Result<(), Failed> {

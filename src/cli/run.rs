@@ -1,8 +1,8 @@
 //! `run`: the daemon.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{sync::watch, task::JoinSet, time::timeout};
 
 use super::{daemon, failed::Failed, open::store_of};
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
         replay::Replays,
     },
     queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
-    store::{Store as _, sqlite::SqliteStore},
+    store::{KeptSubscribers, Store, sqlite::SqliteStore},
     supervisor::{
         fleet::{self, Controls, Phase},
         reload::{Because, Reloader},
@@ -30,6 +30,9 @@ use crate::{
         status::{Board, Observer},
     },
 };
+
+/// The longest that a start waits for the store's subscribers; one that is sound needs no second.
+const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) async fn run(path: &Path, force: bool) -> Result<(), Failed> {
     // First of all: a signal during the start must have the same effect as later.
@@ -66,9 +69,6 @@ async fn start(
     signals: (Stops, Hangups),
 ) -> Result<(), Failed> {
     resources::raise_open_files();
-    if config.subscribers.is_empty() {
-        tracing::warn!(config = %config.path.display(), "no [[subscriber]] is configured: nothing will be delivered");
-    }
     match &config.queue.backend {
         Backend::Embedded => {
             let data_dir = config.queue.embedded.data_dir.display();
@@ -116,8 +116,12 @@ async fn deliver(
     };
     let history = History::start(&config, &metrics);
     let board = Board::observed(metrics.clone(), history.observers.clone());
-    let subscribers = config.subscribers.clone();
-    let (reloader, changes) = Reloader::new(config, metrics, queue.removals().clone(), level);
+    let kept = kept_by(&history.store).await;
+    let (reloader, changes) = Reloader::new(config, kept, metrics, queue.removals().clone(), level);
+    let subscribers = reloader.config().subscribers.clone();
+    if subscribers.is_empty() {
+        tracing::warn!(config = %reloader.config().path.display(), "no [[subscriber]] is configured: nothing will be delivered");
+    }
     let (phase, phases) = watch::channel(Phase::Starting);
     let notifying = tokio::spawn(systemd::follow(phases.clone()));
     let replays = Replays::default();
@@ -131,9 +135,8 @@ async fn deliver(
         phases.clone(),
     );
     startup_check::inspect_once(queue.clone(), &subscribers, phase.subscribe());
-    let mut reloading = JoinSet::new();
-    reloading.spawn(reload_on_hangup(reloader.clone(), hangups, phases));
-    reloading.spawn(reload_when_files_change(reloader.clone()));
+    let store = history.store.clone();
+    let _following = following(&reloader, &store, &queue, hangups, phases);
     let controls = Controls {
         phase: &phase,
         changes,
@@ -142,7 +145,6 @@ async fn deliver(
         newcomers,
         hurry: Box::pin(stops.times(2)),
     };
-    let store = history.store.clone();
     let mut keeper = history.keep(&queue, &reloader, replays, announced);
     let limit = reloader.shutdown_timeout();
     let queue_unused = async {
@@ -165,6 +167,18 @@ async fn deliver(
     // The task ends after it has reported the last phase.
     drop(phase);
     notifying.await.map_err(|e| Failed::Runtime(e.to_string()))
+}
+
+/// The subscribers that the store has. The others do not wait for one that hangs: it then counts as
+/// one that may have more, whom the queue leaves bound.
+async fn kept_by(store: &impl Store) -> KeptSubscribers {
+    timeout(STORE_TIMEOUT, store.subscribers()).await.unwrap_or_else(|_| {
+        let problem = format!(
+            "the store does not answer within {} s: subscribers made over the API get nothing until it does; send SIGHUP then",
+            STORE_TIMEOUT.as_secs()
+        );
+        KeptSubscribers { may_lack: true, problems: vec![problem], ..KeptSubscribers::default() }
+    })
 }
 
 /// The history of a daemon.
@@ -204,8 +218,32 @@ impl History {
     }
 }
 
+/// The tasks that give the reloader what changes around it.
+fn following(
+    reloader: &Reloader,
+    store: &SqliteStore,
+    queue: &impl Queue,
+    hangups: Hangups,
+    phases: watch::Receiver<Phase>,
+) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(reload_on_hangup(reloader.clone(), store.clone(), hangups, phases));
+    tasks.spawn(reload_when_files_change(reloader.clone()));
+    let (following, read) = (reloader.clone(), store.clone());
+    tasks.spawn(async move { following.follow_store(&read).await });
+    if reloader.config().admin.manage {
+        let owner = queue.history_store();
+        // Before the queue finds out whom to unbind.
+        queue.removals().share(owner.borrow().is_none());
+        let (following, of) = (reloader.clone(), store.clone());
+        tasks.spawn(async move { following.follow_owner(owner, &of).await });
+    }
+    tasks
+}
+
 async fn reload_on_hangup(
     reloader: Reloader,
+    store: impl Store,
     mut hangups: Hangups,
     phases: watch::Receiver<Phase>,
 ) {
@@ -216,6 +254,7 @@ async fn reload_on_hangup(
         if running {
             systemd::reloading();
         }
+        reloader.read_store(&store).await;
         // The reload has logged its result.
         drop(reloader.reload(Because::Operator("SIGHUP")).await);
         if running && is_running() {

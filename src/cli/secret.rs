@@ -1,14 +1,8 @@
 //! A new signing secret, and a new token of the admin API.
 
-use base64::{
-    Engine as _,
-    engine::general_purpose::{STANDARD as BASE64, URL_SAFE_NO_PAD},
-};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 
-/// `whsec_` and the base64 of 32 random bytes.
-pub(super) fn new_secret() -> String {
-    format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
-}
+pub(super) use crate::crypto::signature::new_secret;
 
 /// `hooktrail_` and 32 random bytes: scanners for secrets can find it by its beginning.
 pub(super) fn new_token() -> String {

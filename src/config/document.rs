@@ -37,6 +37,8 @@ impl fmt::Display for Problem {
 pub(super) struct Source {
     pub(super) path: PathBuf,
     pub(super) text: String,
+    /// It is a request of the API, and no file: remedies name what its client can change.
+    pub(super) is_request: bool,
 }
 
 impl Source {

@@ -20,9 +20,9 @@ use self::{
 use super::{
     limits::{
         MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_SHUTDOWN_TIMEOUT,
-        MAX_TIMEOUT, MAX_WAIT,
+        MAX_SUBSCRIBERS, MAX_TIMEOUT, MAX_WAIT,
     },
-    settings::{AmqpConfig, Backend, Config, Intake, StoreConfig, Token},
+    settings::{AmqpConfig, Backend, Config, Intake, Reach, StoreConfig, Token},
     subscriber::{Auth, Subscriber},
 };
 use crate::{
@@ -254,6 +254,54 @@ pub(super) static ADMIN: &[Key] = &[
             let any = !c.admin.tokens.is_empty();
             any.then(|| list(c.admin.tokens.iter().map(entry))).flatten()
         },
+    ),
+    global(
+        "admin.manage",
+        "Whether subscribers can be made, changed and removed over the API; needs a token and a store.",
+        Shape::Flag,
+        AfterRestart,
+        differs!(admin.manage),
+        |c| plain(c.admin.manage),
+    ),
+    global(
+        "admin.max_subscribers",
+        "The most subscribers, those of files included, up to which the API makes another; 50 on RabbitMQ, 10000 on the embedded queue.",
+        Shape::Whole(1, MAX_SUBSCRIBERS),
+        Used,
+        differs!(admin.max_subscribers),
+        |c| plain(c.max_subscribers()),
+    ),
+    global(
+        "admin.api_subscribers",
+        "The endpoints that subscribers made over the API may have; those of [http] are not theirs.",
+        Shape::Table(REACH),
+        Used,
+        differs!(admin.api_subscribers),
+        |c| {
+            let Reach { allow_http, allow_addresses, proxy } = &c.admin.api_subscribers;
+            let allowed = list(allow_addresses.iter().map(|net| quoted(&net.to_string())));
+            let proxy =
+                proxy.as_ref().map(|proxy| format!("proxy = {}", quoted(&proxy.to_string())));
+            let first = [
+                format!("allow_http = {allow_http}"),
+                format!("allow_addresses = {}", allowed.unwrap_or_default()),
+            ];
+            Some(table(first.into_iter().chain(proxy)))
+        },
+    ),
+];
+
+pub(super) static REACH: &[Key] = &[
+    read("api_subscribers.allow_http", "Whether plain http:// URLs are allowed.", Shape::Flag),
+    read(
+        "api_subscribers.allow_addresses",
+        "Networks that are allowed although they are not public, such as \"10.1.0.0/16\".",
+        Shape::List(&Shape::Text),
+    ),
+    read(
+        "api_subscribers.proxy",
+        "The URL of a proxy, which then resolves names and decides about their addresses.",
+        Shape::Text,
     ),
 ];
 
@@ -600,6 +648,41 @@ pub static SUBSCRIBER: &[Key] = &[
     read("circuit_breaker", "Overrides [circuit_breaker], key by key.", Shape::Table(BREAKER)),
 ];
 
+/// The keys of a subscriber that is made over the API.
+pub(super) static MANAGED: &[Key] = &[
+    read(
+        "name",
+        "1 to 64 of a-z, 0-9 and `-`, unique; names the subscriber's queues.",
+        Shape::Text,
+    )
+    .required(),
+    read("description", "A text for people.", Shape::Text),
+    read("url", "The URL of the requests.", Shape::Text).required(),
+    read("events", "Patterns, as of [[subscriber]].", Shape::List(&Shape::Text)),
+    read("format", "The request body, as of [[subscriber]].", Shape::Word(&["json", "jsonl"])),
+    read("secrets", "The secrets themselves, the current one first.", Shape::List(&Shape::Text)),
+    read("signatures", "The signatures of a request; [] for none.", Shape::List(&Shape::Text)),
+    read("headers", "Headers of each request.", Shape::Map(&Shape::Text)),
+    read("auth", "The authentication of requests.", Shape::Table(AUTH)),
+    read("preset", "The settings for a known receiver.", Shape::Word(&["mailtrap"])),
+    read("start_paused", "Whether it is paused when it is made.", Shape::Flag),
+    read("batch", "Overrides [batch], key by key.", Shape::Table(BATCH)),
+    read("http", "Overrides [http], key by key.", Shape::Table(MANAGED_HTTP)),
+    read("retry", "Overrides [retry], key by key.", Shape::Table(RETRY)),
+    read("circuit_breaker", "Overrides [circuit_breaker], key by key.", Shape::Table(BREAKER)),
+];
+
+/// The keys of the group `http` that a subscriber made over the API may have, and inherits.
+pub(super) static MANAGED_HTTP: &[Key] = &[
+    read(
+        "http.timeout",
+        "The longest time from the start of a request to its answer.",
+        Shape::Text,
+    ),
+    read("http.connect_timeout", "The longest time to open a connection.", Shape::Text),
+    read("http.concurrency", "The most requests in flight.", Shape::Whole(1, MAX_CONCURRENCY)),
+];
+
 pub(super) static AUTH: &[Key] = &[
     read("auth.basic", "HTTP basic authentication (RFC 7617).", Shape::Table(BASIC)),
     read("auth.bearer", "A bearer token (RFC 6750); \"file:PATH\" reads a file.", Shape::Text),
@@ -725,6 +808,8 @@ mod tests {
     fn each_field_of_a_subscriber_has_a_row() {
         let Subscriber {
             name: _,
+            // No key: where the keys are.
+            origin: _,
             url: _,
             events: _,
             format: _,

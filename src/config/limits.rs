@@ -19,6 +19,9 @@ pub(super) const MAX_ATTEMPTS: i64 = 1_000_000;
 /// The most failures before a circuit opens, `circuit_breaker.failures`.
 pub(super) const MAX_FAILURES: i64 = 1_000_000;
 
+/// The most subscribers, `admin.max_subscribers`.
+pub(super) const MAX_SUBSCRIBERS: i64 = 100_000;
+
 /// The longest `shutdown_timeout`.
 pub(super) const MAX_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3600);
 

@@ -21,28 +21,36 @@ pub(super) use self::{
 };
 use super::{
     document::{Layers, Section, Source, Value},
-    keys,
+    keys::{self, Key},
     limits::MAX_SHUTDOWN_TIMEOUT,
     reader::Reader,
-    settings::{Backend, Config, HistoryConfig},
-    subscriber::Subscriber,
+    settings::{Backend, Config, Groups, HistoryConfig},
+    subscriber::{Origin, Subscriber},
 };
 use crate::{
-    crypto::tls::TlsPolicy,
+    crypto::{secret::Secret, tls::TlsPolicy},
     delivery::SubscriberName,
     event::{Pattern, payload::Format},
 };
 
 /// The top-level groups that apply to every subscriber.
-struct Defaults<'d> {
-    batch: Option<Section<'d>>,
-    http: Option<Section<'d>>,
-    retry: Option<Section<'d>>,
-    circuit_breaker: Option<Section<'d>>,
+pub(super) struct Defaults<'d> {
+    pub(super) batch: Option<Section<'d>>,
+    pub(super) http: Option<Section<'d>>,
+    /// The keys that a subscriber may have in a group `http` of its own.
+    pub(super) own_http: &'static [Key],
+    pub(super) retry: Option<Section<'d>>,
+    pub(super) circuit_breaker: Option<Section<'d>>,
     /// The only preset.
-    mailtrap: Section<'d>,
+    pub(super) mailtrap: Section<'d>,
     /// Why nothing of history can be sent to new subscribers, with the remedy.
-    no_replay: Option<&'static str>,
+    pub(super) no_replay: Option<&'static str>,
+}
+
+/// The source of the only preset.
+pub(super) fn preset() -> Source {
+    let path = PathBuf::from("preset \"mailtrap\"");
+    Source { path, text: MAILTRAP.to_owned(), is_request: false }
 }
 
 pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
@@ -56,12 +64,13 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
     let admin = daemon::admin(reader, &root);
     let log = daemon::log(reader, &root);
     let group = |key, keys| root.get(key).and_then(|v| reader.section(&v, keys));
-    let preset = Source { path: PathBuf::from("preset \"mailtrap\""), text: MAILTRAP.to_owned() };
+    let preset = preset();
     let preset_document = reader.parse(&preset);
     let defaults = Defaults {
         mailtrap: reader.root(&preset, &preset_document, keys::SUBSCRIBER),
         batch: group("batch", keys::BATCH),
         http: group("http", keys::HTTP),
+        own_http: keys::HTTP,
         retry: group("retry", keys::RETRY),
         circuit_breaker: group("circuit_breaker", keys::BREAKER),
         no_replay: start_from::forbidden(
@@ -93,7 +102,7 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
                 continue;
             }
         };
-        let included = Source { path: file, text };
+        let included = Source { path: file, text, is_request: false };
         let document = reader.parse(&included);
         let root = reader.root(&included, &document, keys::INCLUDED);
         subscribers.extend(subscribers_in(reader, &root, &defaults, &mut names));
@@ -111,7 +120,9 @@ pub(super) fn config(reader: &Reader<'_>, source: &Source) -> Option<Config> {
         admin: admin?,
         log: log?,
         subscribers: subscribers.into(),
+        groups: Groups { path: source.path.clone(), text: Secret::new(&source.text) },
     };
+    daemon::agree_on_management(reader, &root, &config)?;
     let retention = config.history_retention();
     config.queue.embedded.history = (config.keeps_history() && !retention.is_zero())
         .then_some(HistoryConfig { retention, ..config.history });
@@ -139,7 +150,7 @@ pub(super) fn all_names(reader: &Reader<'_>, source: &Source) -> Vec<(Subscriber
     names_in(&root);
     for path in files::included(reader, &root) {
         if let Ok(text) = reader.read_to_string(&path) {
-            let included = Source { path, text };
+            let included = Source { path, text, is_request: false };
             let document = reader.parse(&included);
             names_in(&reader.root(&included, &document, keys::INCLUDED));
         }
@@ -168,23 +179,39 @@ fn subscriber<'d>(
     names: &mut HashMap<SubscriberName, String>,
 ) -> Option<Subscriber> {
     let section = reader.section(&reader.named(table), keys::SUBSCRIBER)?;
-    let name = endpoint::name(reader, &section, names);
+    of_section(reader, &section, defaults, names)
+}
+
+/// The subscriber of a table, whose keys are known to be valid here.
+pub(super) fn of_section<'d>(
+    reader: &Reader<'_>,
+    section: &Section<'d>,
+    defaults: &Defaults<'d>,
+    names: &mut HashMap<SubscriberName, String>,
+) -> Option<Subscriber> {
+    let name = endpoint::name(reader, section, names);
     let preset = section
         .get("preset")
         .and_then(|v| reader.one_of(Some(v), &[("mailtrap", &defaults.mailtrap)]));
-    let group = |key, keys, base: &Option<Section<'d>>| {
-        let of = |s: &Section<'d>| s.get(key).and_then(|v| reader.section(&v, keys));
-        Layers { own: of(&section), preset: preset.and_then(of), base: base.clone() }
+    let layer = |s: &Section<'d>, key, keys| s.get(key).and_then(|v| reader.section(&v, keys));
+    let group = |key, keys, base: &Option<Section<'d>>| Layers {
+        own: layer(section, key, keys),
+        preset: preset.and_then(|s| layer(s, key, keys)),
+        base: base.clone(),
     };
     let batch = policies::batch(reader, &group("batch", keys::BATCH, &defaults.batch));
-    let http_group = group("http", keys::HTTP, &defaults.http);
+    let http_group = Layers {
+        own: layer(section, "http", defaults.own_http),
+        preset: preset.and_then(|s| layer(s, "http", keys::HTTP)),
+        base: defaults.http.clone(),
+    };
     let http = policies::http(reader, &http_group);
     let retry = policies::retry(reader, &group("retry", keys::RETRY, &defaults.retry));
     let circuit_breaker = policies::breaker(
         reader,
         &group("circuit_breaker", keys::BREAKER, &defaults.circuit_breaker),
     );
-    let url = endpoint::url(reader, &section, &http_group);
+    let url = endpoint::url(reader, section, &http_group);
     let events = match section.get("events") {
         None => Some(vec![Pattern::all()]),
         Some(v) => endpoint::patterns(reader, &v),
@@ -197,19 +224,22 @@ fn subscriber<'d>(
     let tls = section.get("tls").map_or(Some(TlsPolicy::default()), |v| endpoint::tls(reader, &v));
     let event_ids = reader.flag(section.get("event_ids"));
     let paused = reader.flag(section.get("paused"));
-    let start_from = start_from::start_from(reader, &section, defaults.no_replay);
+    let start_from = start_from::start_from(reader, section, defaults.no_replay);
     let signatures = section.get("signatures").or_else(|| preset.and_then(|p| p.get("signatures")));
-    let signing = signing::signing(reader, &section, signatures);
+    let signing = signing::signing(reader, section, signatures);
     endpoint::agree_on_headers(
         reader,
-        &section,
+        section,
         url.as_ref(),
         headers.as_deref(),
         signing.as_ref().map(|(_, signer)| signer.schemes()),
     );
     let (secrets, signer) = signing?;
+    let (line, _) = section.source.position(section.span.start);
+    let file = Origin::File { path: section.source.path.clone(), line };
     Some(Subscriber {
         name: name?,
+        origin: if section.source.is_request { Origin::Api } else { file },
         url: url?,
         events: events?,
         format: format?,

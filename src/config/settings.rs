@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use ipnet::IpNet;
+
 use super::subscriber::Subscribers;
 use crate::crypto::{
     seal::SealKey,
@@ -10,6 +12,12 @@ use crate::crypto::{
 
 /// The commented default configuration, every key in it.
 pub const DEFAULT: &str = include_str!("../../config/hooktrail.toml");
+
+/// Each subscriber has three queues of its own on RabbitMQ, which it keeps on each node.
+const DEFAULT_MAX_ON_RABBITMQ: usize = 50;
+
+/// In the embedded queue a subscriber is a few rows.
+const DEFAULT_MAX_EMBEDDED: usize = 10_000;
 
 /// A checked configuration.
 #[derive(Debug, Clone)]
@@ -31,12 +39,29 @@ pub struct Config {
     pub log: LogConfig,
     /// In the order of the files.
     pub subscribers: Subscribers,
+    pub groups: Groups,
+}
+
+/// The file with the groups of defaults, as it was read: those of subscribers that are made later.
+#[derive(Debug, Clone)]
+pub struct Groups {
+    pub(super) path: PathBuf,
+    /// There may be secrets in it.
+    pub(super) text: Secret,
 }
 
 impl Config {
     /// Whether events and deliveries are kept.
     pub fn keeps_history(&self) -> bool {
         self.store != StoreConfig::None && !self.history.retention.is_zero()
+    }
+
+    /// The most subscribers, those of files included, up to which the API makes another.
+    pub fn max_subscribers(&self) -> usize {
+        self.admin.max_subscribers.unwrap_or(match self.queue.backend {
+            Backend::Amqp(_) => DEFAULT_MAX_ON_RABBITMQ,
+            Backend::Embedded => DEFAULT_MAX_EMBEDDED,
+        })
     }
 
     /// The time for which events are kept in history: on the embedded queue, which has their bytes,
@@ -122,6 +147,21 @@ pub struct AdminConfig {
     pub token: Option<Secret>,
     /// The tables `[[admin.tokens]]`.
     pub tokens: Vec<Token>,
+    /// Whether subscribers can be made, changed and removed over the API.
+    pub manage: bool,
+    pub max_subscribers: Option<usize>,
+    /// The endpoints that subscribers made over the API may have.
+    pub api_subscribers: Reach,
+}
+
+/// The table `[admin.api_subscribers]`: the addresses that requests may go to, which no client of the
+/// API can widen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    pub allow_http: bool,
+    /// Networks that are allowed although they are not public.
+    pub allow_addresses: Vec<IpNet>,
+    pub proxy: Option<SecretUrl>,
 }
 
 impl AdminConfig {

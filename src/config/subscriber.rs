@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -27,6 +28,15 @@ use crate::{
 
 /// The configured subscribers, in the order of the files.
 pub type Subscribers = Arc<[Arc<Subscriber>]>;
+
+/// The place where a subscriber is configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Its table begins at this line.
+    File { path: PathBuf, line: usize },
+    /// It was made over the API.
+    Api,
+}
 
 /// The group `http` of a subscriber.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +132,7 @@ impl fmt::Display for StartFrom {
 #[derive(Debug, Clone)]
 pub struct Subscriber {
     pub name: SubscriberName,
+    pub origin: Origin,
     pub url: SecretUrl,
     pub events: Vec<Pattern>,
     pub format: Format,

@@ -67,6 +67,7 @@ fn the_shipped_configuration_holds_every_key_and_the_defaults() {
                 format!("[{key}]"),
                 format!("[[{key}]]"),
                 format!("[[admin.{key}]]"),
+                format!("[admin.{key}]"),
             ]
             .iter()
             .any(|start| l.starts_with(start))

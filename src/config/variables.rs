@@ -1,5 +1,8 @@
 //! Environment variables in strings.
 
+/// The begin of a reference to a variable.
+pub(super) const REFERENCE: &str = "${";
+
 /// Replaces `${VAR}` and `${VAR:-default}`; `$${` is a literal `${`.
 pub(super) fn interpolate(
     text: &str,
@@ -7,7 +10,7 @@ pub(super) fn interpolate(
 ) -> Result<String, String> {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(at) = rest.find("${") {
+    while let Some(at) = rest.find(REFERENCE) {
         if at > 0 && rest.as_bytes()[at - 1] == b'$' {
             out.push_str(&rest[..at - 1]);
             out.push_str("${");

@@ -67,6 +67,11 @@ impl std::fmt::Debug for Signer {
     }
 }
 
+/// Makes a signing secret: `whsec_` and the base64 of 32 random bytes.
+pub fn new_secret() -> String {
+    format!("whsec_{}", BASE64.encode(rand::random::<[u8; 32]>()))
+}
+
 /// The bytes of a `whsec_…` secret.
 ///
 /// # Errors

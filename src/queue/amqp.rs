@@ -322,6 +322,10 @@ impl Queue for AmqpQueue {
         history_feed::claim(&self.0, start).await.map(drop)
     }
 
+    fn history_store(&self) -> watch::Receiver<Option<Option<String>>> {
+        self.0.history.recorded.subscribe()
+    }
+
     async fn history(&self, start: HistoryStart) -> Result<History, QueueError> {
         History::open(&self.0, start).await
     }

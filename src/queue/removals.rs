@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -24,6 +24,20 @@ pub struct Removals {
     judged: Arc<watch::Sender<Judged>>,
     /// Other subscribers are configured, and not in use yet.
     changing: Arc<AtomicBool>,
+    protected: Arc<Mutex<Protected>>,
+}
+
+/// Subscribers that were made over the API: they go on getting events although they cannot be read,
+/// or do not run.
+#[derive(Debug, Clone, Default)]
+struct Protected {
+    names: BTreeSet<SubscriberName>,
+    /// There may be others that cannot be read.
+    all: bool,
+    /// There may be others that another store has.
+    shared: bool,
+    /// Those that were deleted, which is the word of an operator.
+    released: BTreeSet<SubscriberName>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -52,6 +66,8 @@ impl Removals {
         bound: &BTreeSet<SubscriberName>,
         wanted: &BTreeSet<SubscriberName>,
     ) {
+        let Protected { names, released, .. } = self.protected().clone();
+        let (bound, wanted) = (&(bound - &released), &(wanted | &names));
         self.judged.send_if_modified(|judged| {
             let new = match judged {
                 Judged::Kept(_) => return false,
@@ -76,7 +92,60 @@ impl Removals {
 
     /// Whether a subscriber that is not configured may be unbound.
     pub(crate) fn may_unbind(&self, subscriber: &str) -> bool {
-        matches!(&*self.judged.borrow(), Judged::Kept(kept) if !kept.contains(subscriber))
+        let is_released = {
+            let Protected { names, all, shared, released } = &*self.protected();
+            if *all || *shared || names.contains(subscriber) {
+                return false;
+            }
+            released.contains(subscriber)
+        };
+        match &*self.judged.borrow() {
+            Judged::Not => false,
+            Judged::Kept(kept) => !kept.contains(subscriber),
+            Judged::Held(_) => is_released,
+        }
+    }
+
+    /// Has these subscribers go on getting events, or, with `all`, whoever gets them now: until this
+    /// is said again.
+    pub fn protect(&self, names: BTreeSet<SubscriberName>, all: bool) {
+        let mut protected = self.protected();
+        protected.released.retain(|name| !names.contains(name));
+        (protected.names, protected.all) = (names, all);
+    }
+
+    /// Lets one subscriber be unbound that was deleted over the API, also while other removals wait
+    /// for an operator.
+    pub fn release(&self, name: &SubscriberName) {
+        {
+            let mut protected = self.protected();
+            protected.names.remove(name);
+            protected.released.insert(name.clone());
+        }
+        self.judged.send_modify(|judged| {
+            if let Judged::Held(held) = judged {
+                held.bound.remove(name);
+                held.missing.remove(name);
+            }
+        });
+    }
+
+    /// Unbinds nobody while another store has the history of this queue, or that is not known yet:
+    /// that store may have subscribers of which this one knows nothing.
+    pub fn share(&self, shared: bool) {
+        let before = std::mem::replace(&mut self.protected().shared, shared);
+        if before && !shared {
+            self.judged.send_modify(|_| {});
+        }
+    }
+
+    /// Whether another store may have subscribers of this queue.
+    pub fn is_shared(&self) -> bool {
+        self.protected().shared
+    }
+
+    fn protected(&self) -> MutexGuard<'_, Protected> {
+        self.protected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether subscribers that are not configured may be bound and get events: until it is known
@@ -94,6 +163,7 @@ impl Removals {
     /// held at the start stay held, unless an operator has asked for this.
     pub fn configure(&self, names: BTreeSet<SubscriberName>, by_operator: bool) -> Changing {
         self.changing.store(true, Ordering::SeqCst);
+        self.protected().released.retain(|name| !names.contains(name));
         let mut before = Judged::Not;
         self.judged.send_modify(|judged| {
             before.clone_from(judged);
@@ -188,6 +258,40 @@ mod tests {
         assert!(!back.may_unbind("d") && back.held().expect("held").missing == names("d"));
         back.judge(&names("a b c d e x y z"), &names("a b c d e"));
         assert!(back.held().is_none() && back.may_unbind("x") && !back.may_unbind("a"));
+    }
+
+    #[test]
+    fn a_deletion_unbinds_that_one_subscriber_while_other_removals_wait() {
+        let removals = Removals::default();
+        removals.protect(names("api other"), false);
+        removals.judge(&names("a b c d api"), &names("x y"));
+        assert_eq!(removals.held().expect("held").missing, names("a b c d"));
+        removals.release(&"api".into());
+        removals.protect(names("other"), false);
+        drop(removals.configure(names("x y"), false));
+        removals.judge(&names("a b c d api x y"), &names("x y"));
+        assert!(removals.may_unbind("api") && !removals.may_unbind("a"));
+        assert_eq!(removals.held().expect("held").missing, names("a b c d"));
+        // Made again.
+        removals.protect(names("api other"), false);
+        assert!(!removals.may_unbind("api"));
+        removals.protect(names("other"), false);
+        assert!(!removals.may_unbind("api"), "no deletion: what lacks it is no operator");
+    }
+
+    #[test]
+    fn nobody_is_unbound_while_another_store_may_have_subscribers() {
+        let removals = Removals::default();
+        removals.judge(&names("a b"), &names("a b"));
+        removals.share(true);
+        drop(removals.configure(names("a"), true));
+        assert!(removals.is_shared() && !removals.may_unbind("b"));
+        let mut changes = removals.changes();
+        changes.mark_unchanged();
+        removals.share(false);
+        assert!(removals.may_unbind("b") && changes.has_changed().expect("open"));
+        removals.protect(BTreeSet::new(), true);
+        assert!(!removals.may_unbind("b"), "some cannot be read");
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Reads the configuration again and passes it to the fleet, for every request of a reload.
 
+mod managing;
+
+pub use self::managing::{ELSEWHERE, Editing, NotStored, Stored};
 use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -7,12 +10,16 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use crate::{
     clock,
     config::{
-        self, Config, ConfigError, LogConfig, Subscribers,
+        self, AdminConfig, Config, ConfigError, LogConfig, Subscribers,
         changes::{Changes, Kind, is_drastic},
     },
     delivery::SubscriberName,
     queue::{QueueError, Removals, some_of},
-    supervisor::fleet::Change,
+    store::KeptSubscribers,
+    supervisor::{
+        fleet::Change,
+        managed::{Entry, Managed},
+    },
     telemetry::{log, metrics::Metrics},
     wording::{agreed, counted},
 };
@@ -26,7 +33,11 @@ pub struct Reloader(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// With all subscribers: those of files, and those that were made over the API.
     current: watch::Sender<Arc<Config>>,
+    /// With the subscribers of files alone.
+    of_files: watch::Sender<Arc<Config>>,
+    managed: watch::Sender<Arc<Managed>>,
     subscribers: watch::Sender<Subscribers>,
     shutdown_timeout: watch::Sender<Duration>,
     /// The files of the configuration in use, and of the last one that was wrong.
@@ -117,21 +128,28 @@ impl From<QueueError> for Unchanged {
 }
 
 impl Reloader {
-    /// Begins with the configuration that the daemon starts with. The fleet takes the changes from the
-    /// receiver.
+    /// Begins with the configuration that the daemon starts with, and with the subscribers that were
+    /// made over the API. The fleet takes the changes from the receiver.
     pub fn new(
-        config: Config,
+        of_files: Config,
+        kept: KeptSubscribers,
         metrics: Metrics,
         removals: Removals,
         level: log::Level,
     ) -> (Self, mpsc::Receiver<Change>) {
         let (changes, receiver) = mpsc::channel(1);
+        let managed = Managed::new(kept, &of_files, clock::now());
+        let config = managed.compose(&of_files);
+        managed.protect(&removals);
+        log_managed(&managed, &of_files, &Managed::default());
         metrics.configured(config.subscribers.len(), clock::now());
         let inner = Inner {
             subscribers: watch::Sender::new(config.subscribers.clone()),
             shutdown_timeout: watch::Sender::new(config.shutdown_timeout),
             files: watch::Sender::new(config.files.clone()),
             current: watch::Sender::new(Arc::new(config)),
+            of_files: watch::Sender::new(Arc::new(of_files)),
+            managed: watch::Sender::new(Arc::new(managed)),
             problem: watch::Sender::new(None),
             held: watch::Sender::new(None),
             removals,
@@ -180,9 +198,10 @@ impl Reloader {
     /// # Errors
     /// The reload would be refused, and why.
     pub async fn preview(&self) -> Result<(Changes, bool), Unchanged> {
-        let new = self.read().await?;
-        let changes = self.compare(&new)?;
-        Ok((changes, self.is_drastic(&new).is_some()))
+        let files = self.read().await?;
+        let managed = self.managed().checked_again(&files, clock::now());
+        let changes = self.compare(&managed.compose(&files))?;
+        Ok((changes, self.is_drastic(&files).is_some()))
     }
 
     /// Reads the configuration and puts it into use.
@@ -230,14 +249,30 @@ impl Reloader {
             }
         };
         let by_operator = matches!(because, Because::Operator(_));
+        let managed = self.managed().checked_again(&new, clock::now());
         let held = self.is_drastic(&new).filter(|_| !by_operator).map(Unchanged::Held);
-        let changes = match self.compare(&new).and_then(|changes| held.map_or(Ok(changes), Err)) {
-            Ok(changes) => changes,
-            Err(refused) => {
-                self.watch_files(new.files);
-                return Err(refused);
-            }
-        };
+        let compared = self.compare(&managed.compose(&new));
+        if let Err(refused) = compared.and_then(|_| held.map_or(Ok(()), Err)) {
+            self.watch_files(new.files);
+            return Err(refused);
+        }
+        log_managed(&managed, &new, &self.managed());
+        let files = new.files.clone();
+        let reloaded = self.put_into_use(new, managed, by_operator).await?;
+        self.0.files.send_replace(files);
+        Ok(reloaded)
+    }
+
+    /// Puts the subscribers of files, and those that were made over the API, into use as one set.
+    async fn put_into_use(
+        &self,
+        files: Config,
+        managed: Managed,
+        by_operator: bool,
+    ) -> Result<Reloaded, Unchanged> {
+        let new = managed.compose(&files);
+        let changes = self.compare(&new)?;
+        managed.protect(&self.0.removals);
         let changing = self.0.removals.configure(new.names(), by_operator);
         let not_bound = match self.change(new.subscribers.clone()).await {
             Ok(not_bound) => not_bound,
@@ -250,11 +285,15 @@ impl Reloader {
         let old = self.config();
         // Settings that need a restart stay as they are, so that each reload reports them.
         let log = LogConfig { level: new.log.level, ..old.log };
-        let new = Config { queue: old.queue.clone(), admin: old.admin.clone(), log, ..new };
-        self.0.files.send_replace(new.files.clone());
+        let AdminConfig { max_subscribers, api_subscribers, .. } = new.admin;
+        let admin = AdminConfig { max_subscribers, api_subscribers, ..old.admin.clone() };
+        let new = Config { queue: old.queue.clone(), admin, log, ..new };
         self.0.shutdown_timeout.send_replace(new.shutdown_timeout);
         self.0.subscribers.send_replace(new.subscribers.clone());
         drop(changing); // Until here both configurations' patterns count as bound.
+        let files = Config { subscribers: files.subscribers, ..new.clone() };
+        self.0.of_files.send_replace(Arc::new(files));
+        self.0.managed.send_replace(Arc::new(managed));
         self.0.current.send_replace(Arc::new(new));
         Ok(Reloaded { changes, not_bound })
     }
@@ -281,7 +320,9 @@ impl Reloader {
 
     /// The removals, if they are so many that files may be missing.
     fn is_drastic(&self, new: &Config) -> Option<Held> {
-        let (before, after) = (self.config().names(), new.names());
+        // Those that were made over the API are in no file, so none of them can be missing there.
+        let (before, mut after) = (self.of_files().names(), new.names());
+        after.extend(&before & &self.managed().names());
         let subscribers = &before - &after;
         is_drastic(&before, &after).then(|| Held {
             why: format!(
@@ -312,6 +353,33 @@ impl Reloader {
         also.sort_unstable();
         also.dedup();
         self.0.files.send_replace(also);
+    }
+}
+
+/// Logs the subscribers made over the API that do not run, and why; not again what was so before.
+fn log_managed(managed: &Managed, files: &Config, before: &Managed) {
+    let of_files = files.names();
+    for problem in managed.problems().iter().filter(|p| !before.problems().contains(p)) {
+        tracing::error!(problem, "the store's subscribers");
+    }
+    let why = |entry: &Entry| entry.checked.as_ref().err().cloned();
+    for (name, entry) in managed.iter() {
+        let subscriber = name.as_str();
+        let is_known = before.get(subscriber).is_some_and(|before| why(before) == why(entry));
+        if of_files.contains(name) {
+            tracing::warn!(
+                subscriber,
+                "shadowed: a file has a subscriber of this name, which wins over the one made over the API"
+            );
+        } else if let Err(why) = &entry.checked
+            && !is_known
+        {
+            tracing::error!(
+                subscriber,
+                why,
+                "a subscriber made over the API does not run; its events wait"
+            );
+        }
     }
 }
 

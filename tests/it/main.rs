@@ -52,6 +52,7 @@ mod operators {
     mod removals;
     mod replays;
     mod setting_up;
+    mod subscribers;
     mod which_daemon;
 }
 

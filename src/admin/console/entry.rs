@@ -40,7 +40,7 @@ const MAX_FORM: usize = 16 * 1024;
 pub(in crate::admin) struct Console<Q, S> {
     pub(super) tokens: Tokens,
     pub(super) doorman: Doorman,
-    pub(super) control: Arc<Control<Q>>,
+    pub(super) control: Arc<Control<Q, S>>,
     pub(super) history: Arc<History<Q, S>>,
     pub(super) again: Arc<Again<Q, S>>,
     pub(super) notices: Notices,
@@ -62,7 +62,7 @@ pub(super) struct Done {
 impl<Q: Queue, S: Store> Console<Q, S> {
     pub(in crate::admin) fn new(
         tokens: Tokens,
-        control: Arc<Control<Q>>,
+        control: Arc<Control<Q, S>>,
         history: Arc<History<Q, S>>,
         again: Arc<Again<Q, S>>,
         store: S,

@@ -148,7 +148,7 @@ fn tone(of: &State) -> Tone {
         State::Ok => Tone::Good,
         State::Waiting | State::Retrying | State::Held => Tone::Warn,
         State::CircuitOpen | State::QueueFails => Tone::Bad,
-        State::Starting | State::Paused | State::Other(_) => Tone::Quiet,
+        State::Starting | State::Paused | State::Inactive | State::Other(_) => Tone::Quiet,
     }
 }
 

@@ -27,7 +27,7 @@ use crate::{
         answer::Refusal,
         history::Deliveries,
         query::Name,
-        view::{DeliveryList, Subscriber, WaitingBatch, WaitingList, words},
+        view::{DeliveryList, Origin, Subscriber, WaitingBatch, WaitingList, words},
     },
     config::{self, Subscriber as Configured},
     policy::retry::Next,
@@ -138,7 +138,10 @@ async fn show<Q: Queue, S: Store>(
         true => Some(waiting(&console, &name).await),
         false => None,
     };
-    let origins = origins(&console, &name).await;
+    let origins = match console.control.origins_of_api(&configured, &found) {
+        None => origins(&console, &name).await,
+        of_api => of_api,
+    };
     page(&session, &name).answer(html! {
         (console.notices.of(&session, uri.query()).unwrap_or_default())
         div.head { h1 { (text(&name)) } (deeds(&session, &found)) }
@@ -150,7 +153,7 @@ async fn show<Q: Queue, S: Store>(
         (schedule(&configured))
         h2 { "Configuration" }
         (configuration(&session, &configured, origins.as_ref()))
-        (actions::same(&commands(&session, &name)))
+        (actions::same(&commands(&session, &found)))
     })
 }
 
@@ -181,8 +184,11 @@ async fn origins<Q: Queue, S: Store>(
 }
 
 /// The commands that show the same, and those that do what a button does without a page of its own.
-fn commands(session: &Session, name: &str) -> String {
-    let shows = ["status", "check", "plan"].into_iter();
+fn commands(session: &Session, found: &Subscriber) -> String {
+    let name = &found.subscriber;
+    // `check` and `plan` read the files.
+    let is_of_api = matches!(found.origin, Some(Origin::Api { .. }));
+    let shows = ["status", "check", "plan"].into_iter().take(if is_of_api { 1 } else { 3 });
     let all = shows.chain(session.caller.may_change().then_some("test"));
     all.map(|command| format!("hooktrail {command} {name}")).collect::<Vec<_>>().join("\n")
 }

@@ -10,13 +10,14 @@ use crate::{
     clock,
     endpoint::inspect,
     queue::Queue,
+    store::Store,
     telemetry::finding::{Finding, summarized},
 };
 
 /// The longest time for which a page waits for the queue. A browser would wait no longer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-impl<Q: Queue> Control<Q> {
+impl<Q: Queue, S: Store> Control<Q, S> {
     /// Inspects queue and endpoints, without sending a request. The worst findings are last.
     pub(in crate::admin) async fn inspect(&self) -> Result<Vec<Finding>, Refusal> {
         let busy =

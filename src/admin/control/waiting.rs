@@ -12,6 +12,7 @@ use crate::{
     clock,
     delivery::BatchId,
     queue::{Hastened, Queue},
+    store::Store,
 };
 
 impl FromBody for RetryNow {
@@ -20,7 +21,7 @@ impl FromBody for RetryNow {
     const SHAPE: &'static str = "{}, or {\"ids\":[\"…\"]} for some batches, or {\"try_only\":true}";
 }
 
-impl<Q: Queue> Control<Q> {
+impl<Q: Queue, S: Store> Control<Q, S> {
     /// Lists the waiting batches, the first due first.
     pub(in crate::admin) async fn waiting(
         self: Arc<Self>,

@@ -67,10 +67,16 @@ pub enum ProblemKind {
     Subscriber,
     Configuration,
     Key,
+    Management,
+    Exists,
+    Limit,
+    Backlog,
+    Version,
+    UnknownOutcome,
 }
 
 impl ProblemKind {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 15] = [
         Self::Status,
         Self::Field,
         Self::Events,
@@ -80,6 +86,12 @@ impl ProblemKind {
         Self::Subscriber,
         Self::Configuration,
         Self::Key,
+        Self::Management,
+        Self::Exists,
+        Self::Limit,
+        Self::Backlog,
+        Self::Version,
+        Self::UnknownOutcome,
     ];
 
     pub fn uri(self) -> &'static str {
@@ -93,6 +105,12 @@ impl ProblemKind {
             Self::Subscriber => "/problems/subscriber",
             Self::Configuration => "/problems/configuration",
             Self::Key => "/problems/idempotency-key",
+            Self::Management => "/problems/management",
+            Self::Exists => "/problems/exists",
+            Self::Limit => "/problems/limit",
+            Self::Backlog => "/problems/backlog",
+            Self::Version => "/problems/version",
+            Self::UnknownOutcome => "/problems/unknown-outcome",
         }
     }
 
@@ -108,6 +126,12 @@ impl ProblemKind {
             Self::Subscriber => Some("There is no such subscriber"),
             Self::Configuration => Some("The configuration was not reloaded"),
             Self::Key => Some("The idempotency key belongs to another request"),
+            Self::Management => Some("Subscribers are not managed here"),
+            Self::Exists => Some("The name is that of another subscriber"),
+            Self::Limit => Some("There are as many subscribers as there may be"),
+            Self::Backlog => Some("The queues of that name hold messages"),
+            Self::Version => Some("The version is needed, or is another one"),
+            Self::UnknownOutcome => Some("It is not known whether it was done"),
         }
     }
 }

@@ -59,7 +59,48 @@ fn lane() -> Lane {
 }
 
 fn subscriber(lane: Option<Lane>) -> Subscriber {
-    Subscriber { subscriber: text(), state: State::Starting, lane }
+    let is_full = lane.is_some();
+    Subscriber {
+        subscriber: text(),
+        state: State::Starting,
+        origin: is_full.then(of_file),
+        why: is_full.then(text),
+        lane,
+    }
+}
+
+fn of_file() -> Origin {
+    Origin::File { file: text(), line: 1 }
+}
+
+fn of_api(stamp: Option<Stamp>) -> Origin {
+    Origin::Api { version: text(), created: stamp.clone(), changed: stamp }
+}
+
+fn details(lane: Option<Lane>) -> SubscriberDetails {
+    let is_full = lane.is_some();
+    SubscriberDetails {
+        status: subscriber(lane),
+        settings: is_full.then(|| json!({})),
+        document: is_full.then(|| json!({})),
+        shadows: is_full.then(of_file),
+    }
+}
+
+fn subscriber_change(full: bool) -> SubscriberChange {
+    SubscriberChange {
+        subscriber: text(),
+        version: text(),
+        bound: full,
+        active_since: full.then(time),
+        secret: full.then(|| text().into()),
+        overlap_until: full.then(time),
+        why: full.then(text),
+    }
+}
+
+fn subscriber_removal() -> SubscriberRemoval {
+    SubscriberRemoval { subscriber: text(), backlog: "kept".to_owned() }
 }
 
 fn overview(lane: Option<Lane>) -> Overview {
@@ -345,7 +386,9 @@ fn operations(more: bool) -> OperationList {
 /// Each answer of the API by its request and status.
 fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
     let accepted = Accepted { accepted: 1, unmatched: 1 };
-    let one = || sample(subscriber(Some(lane())), subscriber(None));
+    let one = || sample(details(Some(lane())), details(None));
+    let set = || sample(subscriber_change(true), subscriber_change(false));
+    let removed = || sample(subscriber_removal(), subscriber_removal());
     let changed = || sample(pause_state(Some(paused())), pause_state(None));
     vec![
         ("/api/v1/events", "post", "202", sample(accepted, accepted)),
@@ -368,7 +411,17 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
         ("/api/v1/operations", "get", "200", sample(operations(true), operations(false))),
         ("/api/v1/daemon", "get", "200", sample(introduction(Some(text())), introduction(None))),
         ("/api/v1/subscribers", "get", "200", sample(overview(Some(lane())), overview(None))),
+        ("/api/v1/subscribers", "post", "201", set()),
+        ("/api/v1/subscribers", "post", "202", set()),
         ("/api/v1/subscribers/{name}", "get", "200", one()),
+        ("/api/v1/subscribers/{name}", "put", "200", set()),
+        ("/api/v1/subscribers/{name}", "put", "202", set()),
+        ("/api/v1/subscribers/{name}", "patch", "200", set()),
+        ("/api/v1/subscribers/{name}", "patch", "202", set()),
+        ("/api/v1/subscribers/{name}", "delete", "200", removed()),
+        ("/api/v1/subscribers/{name}", "delete", "202", removed()),
+        ("/api/v1/subscribers/{name}/rotate-secret", "post", "200", set()),
+        ("/api/v1/subscribers/{name}/rotate-secret", "post", "202", set()),
         ("/api/v1/subscribers/{name}/pause", "post", "200", changed()),
         ("/api/v1/subscribers/{name}/resume", "post", "200", changed()),
         ("/api/v1/subscribers/{name}/test", "post", "200", sample(tested(), tested())),
@@ -382,6 +435,28 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
 
 fn document() -> Value {
     serde_saphyr::from_str(include_str!("../../../docs/admin.yaml")).expect("YAML")
+}
+
+/// A schema with what the schemas have that it consists of; of several alternatives the one that a
+/// value has the kind of.
+fn whole(document: &Value, schema: &Value, of: &Value) -> Value {
+    let schema = resolved(document, schema);
+    let kind = |one: &&Value| one["properties"]["from"]["const"] == of["from"];
+    if let Some(one) = schema["oneOf"].as_array().and_then(|all| all.iter().find(kind)) {
+        return one.clone();
+    }
+    let mut whole = schema.clone();
+    for part in schema["allOf"].as_array().into_iter().flatten() {
+        let part = resolved(document, part);
+        whole["type"] = part["type"].clone();
+        for (name, value) in part["properties"].as_object().into_iter().flatten() {
+            whole["properties"][name] = value.clone();
+        }
+        let mut required = whole["required"].as_array().cloned().unwrap_or_default();
+        required.extend(part["required"].as_array().into_iter().flatten().cloned());
+        whole["required"] = required.into();
+    }
+    whole
 }
 
 /// A schema of the document, its reference followed.
@@ -400,7 +475,7 @@ fn names<'v>(names: impl Iterator<Item = &'v str>) -> BTreeSet<&'v str> {
 
 /// Compares a schema with the same part of a full answer, and of a least one where that has it.
 fn compare(document: &Value, schema: &Value, full: &Value, least: Option<&Value>, at: &str) {
-    let schema = resolved(document, schema);
+    let schema = &whole(document, schema, full);
     let kinds = match &schema["type"] {
         Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).collect(),
         kind => kind.as_str().into_iter().collect::<Vec<_>>(),
@@ -447,8 +522,12 @@ fn compare(document: &Value, schema: &Value, full: &Value, least: Option<&Value>
                 "boolean" => value.is_boolean(),
                 _ => false,
             };
+            let is_it = schema["const"] == *value;
             let in_list = || schema["enum"].as_array().is_some_and(|words| words.contains(value));
-            assert!(kinds.iter().any(is) || in_list(), "{at}: {value} is none of {schema}");
+            assert!(
+                is_it || kinds.iter().any(is) || in_list(),
+                "{at}: {value} is none of {schema}"
+            );
         }
     }
 }
@@ -482,6 +561,9 @@ fn the_document_of_the_api_and_its_types_have_the_same_fields() {
     let sample = sample(problem(Some(1)), bare_problem());
     let schema = &document["components"]["schemas"]["Problem"];
     compare(&document, schema, &sample.full, Some(&sample.least), "Problem");
+    let by = Stamp { at: time(), by: text() };
+    let Sample { full, least } = self::sample(of_api(Some(by)), of_api(None));
+    compare(&document, &document["components"]["schemas"]["Origin"], &full, Some(&least), "Origin");
     let [full, least] = [Some(1), None].map(|line| json!(problem(line)));
     let schema = &schema["properties"]["events"]["items"];
     compare(&document, schema, &full["events"][0], Some(&least["events"][0]), "an invalid event");
@@ -519,14 +601,15 @@ fn the_words_of_the_document_are_those_of_the_types() {
         let words = document.pointer(place).and_then(Value::as_array).expect(place);
         words.iter().filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>()
     };
-    let states = listed("/components/schemas/Subscriber/properties/state/enum");
-    assert_eq!(states.len(), 8);
+    let states = listed("/components/schemas/SubscriberState/properties/state/enum");
+    assert_eq!(states.len(), 9);
     for word in states {
         let state: State = serde_json::from_value(json!(word)).expect("a word");
         assert!(!matches!(state, State::Other(_)) && state.name() == word, "{word}");
         assert_eq!(json!(state), json!(word));
     }
-    let circuit = listed("/components/schemas/Subscriber/properties/circuit/properties/state/enum");
+    let circuit =
+        listed("/components/schemas/SubscriberState/properties/circuit/properties/state/enum");
     assert_eq!(circuit, CircuitState::ALL.map(CircuitState::name));
     let failures = listed("/components/schemas/Failure/enum");
     assert_eq!(failures, FailureKind::ALL.map(FailureKind::name));

@@ -16,6 +16,7 @@ pub fn state(s: &Subscriber) -> String {
         State::Retrying => format!("{name} ({reason})"),
         State::CircuitOpen => format!("{name}, {reason}"),
         State::QueueFails => format!("its {name}: {reason}"),
+        State::Inactive => format!("{name}: {reason}"),
         _ => format!("{name} {reason}"),
     }
 }
@@ -34,6 +35,9 @@ pub fn name(s: &Subscriber) -> String {
 
 /// What explains the state: it follows the name.
 pub fn reason(s: &Subscriber) -> Option<String> {
+    if let Some(why) = &s.why {
+        return Some(visible(why));
+    }
     let lane = s.lane.as_ref()?;
     let last_error = lane.last_error.as_ref().map(failure);
     match &s.state {
@@ -58,7 +62,7 @@ pub fn reason(s: &Subscriber) -> Option<String> {
             let error = lane.queue_error.as_deref().map(visible);
             Some(error.unwrap_or_else(|| "-".to_owned()))
         }
-        State::Ok | State::Starting | State::Other(_) => None,
+        State::Ok | State::Starting | State::Inactive | State::Other(_) => None,
     }
 }
 

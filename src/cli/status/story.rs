@@ -132,14 +132,16 @@ fn to_do(state: &State, lane: &Lane, name: &str) -> String {
                 "{remedy}; hooktrail test {name} makes an attempt now, hooktrail plan {name} says when a batch is given up"
             )
         }
-        State::Starting | State::Ok | State::Waiting | State::Other(_)
+        State::Starting | State::Ok | State::Waiting | State::Inactive | State::Other(_)
             if lane.dead.is_some_and(|n| n > 0) =>
         {
             format!(
                 "inspect the dead letters; when their cause is gone: hooktrail dead replay {name}"
             )
         }
-        State::Starting | State::Ok | State::Waiting | State::Other(_) => String::new(),
+        State::Starting | State::Ok | State::Waiting | State::Inactive | State::Other(_) => {
+            String::new()
+        }
     }
 }
 
@@ -253,7 +255,16 @@ mod tests {
             );
         }
         assert_eq!(
-            story(&Subscriber { subscriber: "a".to_owned(), state: State::Ok, lane: None }, 80),
+            story(
+                &Subscriber {
+                    subscriber: "a".to_owned(),
+                    state: State::Ok,
+                    origin: None,
+                    why: None,
+                    lane: None
+                },
+                80
+            ),
             "a: ok\n"
         );
     }

@@ -5,13 +5,14 @@ use std::{
     time::Duration,
 };
 
-use super::{signing, tokens};
+use super::{policies, signing, tokens};
 use crate::{
     config::{
         document::{Section, Value},
         keys,
+        limits::MAX_SUBSCRIBERS,
         reader::Reader,
-        settings::{AdminConfig, HistoryConfig, LogConfig, StoreConfig},
+        settings::{AdminConfig, Config, HistoryConfig, LogConfig, Reach, StoreConfig},
     },
     crypto::seal::SealKey,
 };
@@ -100,6 +101,17 @@ pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Optio
         None => Some(Vec::new()),
         Some(v) => tokens::tokens(reader, &v, token.as_ref().and_then(Option::as_ref)),
     };
+    let manage = reader.flag(get("manage"));
+    let max_subscribers = match get("max_subscribers") {
+        None => Some(None),
+        Some(v) => {
+            reader.integer(&v, 1..=MAX_SUBSCRIBERS).and_then(|n| n.try_into().ok()).map(Some)
+        }
+    };
+    let api_subscribers = match get("api_subscribers") {
+        None => Some(Reach::default()),
+        Some(v) => policies::reach(reader, &v),
+    };
     let (listen, token, tokens) = (listen?, token?, tokens?);
     if token.is_none()
         && tokens.is_empty()
@@ -108,7 +120,36 @@ pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Optio
         reader.report(&v, format!("{listen} is not a loopback address, so others could publish events; set `token`, such as \"${{HOOKTRAIL_ADMIN_TOKEN}}\", or listen on \"127.0.0.1:8787\""));
         return None;
     }
-    Some(AdminConfig { listen, token, tokens })
+    let manage = manage?;
+    if let Some(v) = get("manage").filter(|_| manage && token.is_none() && tokens.is_empty()) {
+        reader.report(&v, "needs a token: set `token`, such as \"${HOOKTRAIL_ADMIN_TOKEN}\"");
+        return None;
+    }
+    Some(AdminConfig {
+        listen,
+        token,
+        tokens,
+        manage,
+        max_subscribers: max_subscribers?,
+        api_subscribers: api_subscribers?,
+    })
+}
+
+/// Checks that there is a store for the subscribers that are made over the API.
+pub(in crate::config) fn agree_on_management(
+    reader: &Reader<'_>,
+    root: &Section<'_>,
+    config: &Config,
+) -> Option<()> {
+    if !config.admin.manage || config.store != StoreConfig::None {
+        return Some(());
+    }
+    let admin = root.get("admin").and_then(|v| reader.section(&v, keys::ADMIN))?;
+    reader.report(
+        &admin.get("manage")?,
+        "needs a store, and [store] url is \"none\"; make that \"sqlite\"",
+    );
+    None
 }
 
 pub(in crate::config) fn log(reader: &Reader<'_>, root: &Section<'_>) -> Option<LogConfig> {

@@ -81,7 +81,12 @@ pub(super) fn url(
         // If `allow_http` itself is wrong, only that is reported.
         "http" => reader.flag(http.get("allow_http")).is_none_or(|allowed| {
             if !allowed {
-                reader.report(&value, "plain http sends events unencrypted; use https, or set `http.allow_http = true` for this subscriber");
+                let remedy = if value.source.is_request {
+                    "or set `allow_http = true` in [admin.api_subscribers] of the daemon's configuration"
+                } else {
+                    "or set `http.allow_http = true` for this subscriber"
+                };
+                reader.report(&value, format!("plain http sends events unencrypted; use https, {remedy}"));
             }
             allowed
         }),
@@ -92,7 +97,11 @@ pub(super) fn url(
     };
     let blocked = policies::addresses(reader, http).and_then(|a| a.check_literal(&url).err());
     if let Some(what) = blocked {
-        let remedy = "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`";
+        let remedy = if value.source.is_request {
+            "if it is meant, name it in `allow_addresses` of [admin.api_subscribers] in the daemon's configuration"
+        } else {
+            "if it is meant, name it in `http.allow_addresses`, or set `http.allow_private_addresses = true`"
+        };
         reader.report(&value, format!("its address is not a public one ({what}); {remedy}"));
     }
     (scheme_ok && blocked.is_none()).then(|| SecretUrl::new(url))

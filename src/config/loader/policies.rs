@@ -7,10 +7,12 @@ use url::Url;
 use crate::{
     config::{
         document::{Layer, Layers, Value},
+        keys,
         limits::{
             MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_FAILURES, MAX_OPEN_FOR, MAX_TIMEOUT, MAX_WAIT,
         },
         reader::Reader,
+        settings::Reach,
         subscriber::HttpPolicy,
     },
     crypto::secret::SecretUrl,
@@ -56,6 +58,14 @@ pub(super) fn http(reader: &Reader<'_>, group: &Layers<'_>) -> Option<HttpPolicy
         addresses: addresses?,
         proxy: proxy?,
     })
+}
+
+/// The table `[admin.api_subscribers]`.
+pub(super) fn reach(reader: &Reader<'_>, value: &Value<'_>) -> Option<Reach> {
+    let group = Layers { own: Some(reader.section(value, keys::REACH)?), preset: None, base: None };
+    let allow_http = reader.flag(group.get("allow_http"));
+    let (addresses, proxy) = (addresses(reader, &group), proxy(reader, &group));
+    Some(Reach { allow_http: allow_http?, allow_addresses: addresses?.allow, proxy: proxy? })
 }
 
 /// The proxy; an empty text overrides the top level's with none.

@@ -1,0 +1,498 @@
+//! The changes themselves, for the API and for the console.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::http::StatusCode;
+use serde_json::{Value, json};
+
+use crate::{
+    admin::{
+        answer::Refusal,
+        control::{Control, OPERATOR, queue_fails, to_its_end},
+        guard::Caller,
+        versions::Expected,
+        view::{
+            FieldError, Origin, ProblemKind, RotateSecret, SubscriberChange, SubscriberRemoval,
+            Time,
+        },
+    },
+    clock,
+    config::{
+        self,
+        managed::{Document, RETIRING, Wrong},
+    },
+    crypto::{secret::SecretUrl, signature::new_secret},
+    delivery::{Pause, PauseState, SubscriberName},
+    queue::Queue,
+    store::{NewOperation, Store},
+    supervisor::{
+        managed::Entry,
+        reload::{ELSEWHERE, Editing, NotStored, Stored, Unchanged},
+    },
+    wording::counted,
+};
+
+/// What becomes of the events, retries and dead letters of a subscriber that is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::admin) enum Backlog {
+    Keep,
+    Drop,
+    /// The request does not say it.
+    Unsaid,
+}
+
+/// The time for which a replaced secret signs on, and the longest.
+const OVERLAP: Duration = Duration::from_secs(24 * 3600);
+const MAX_OVERLAP: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The most secrets that sign at once: each is a signature in a header.
+const MAX_SECRETS: usize = 4;
+
+/// The longest that a removal waits until its queues can be deleted, and between two tries.
+const DROP_TIMEOUT: Duration = Duration::from_secs(20);
+const DROP_AGAIN: Duration = Duration::from_millis(200);
+
+impl<Q: Queue, S: Store> Control<Q, S> {
+    /// Makes a subscriber.
+    pub(in crate::admin) async fn add(
+        self: &Arc<Self>,
+        caller: &Caller,
+        document: Document,
+    ) -> Result<SubscriberChange, Refusal> {
+        self.may_manage()?;
+        let (this, by) = (self.clone(), by(caller));
+        to_its_end(&self.to_their_end, async move { this.add_now(by, document).await }).await
+    }
+
+    async fn add_now(&self, by: String, document: Document) -> Result<SubscriberChange, Refusal> {
+        let mut document = clean(&document)?;
+        let name = named(&document)?;
+        let editing = self.reloader.edit().await;
+        is_free(&editing, &name)?;
+        let secret = needs_secret(&document).then(new_secret);
+        if let Some(secret) = &secret {
+            document.set("secrets", json!([secret]));
+        }
+        editing.check(&document).map_err(not_valid)?;
+        let most = self.reloader.config().max_subscribers();
+        if editing.count() >= most {
+            let why =
+                format!("there are {most} subscribers, which is the most: [admin] max_subscribers");
+            return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Limit, why));
+        }
+        self.has_no_backlog(&name).await?;
+        let paused = document.take("start_paused") == Some(Value::Bool(true));
+        self.begin(&name, paused, &by).await?;
+        let operation = operation("add_subscriber", &name, by, details(&document, None));
+        let put = editing.put(&self.store, &name, document.text(), None, operation).await;
+        let stored = put.map_err(not_stored)?;
+        let active_since = stored.is_bound.then(|| Time(clock::now()));
+        let secret = secret.map(Into::into);
+        Ok(SubscriberChange { active_since, secret, ..change(stored) })
+    }
+
+    /// Replaces what is configured; a secret that is left out stays.
+    pub(in crate::admin) async fn replace(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        expected: Expected,
+        document: Document,
+    ) -> Result<SubscriberChange, Refusal> {
+        let replaced = move |before: &Entry| {
+            let mut document = clean(&document)?;
+            if let Some(before) = &before.document {
+                document = document.restored(before);
+                if let (None, Some(secrets)) = (document.get("secrets"), before.get("secrets")) {
+                    document.set("secrets", secrets.clone());
+                }
+            }
+            Ok(document)
+        };
+        self.edited(caller, name, Some(expected), "change_subscriber", replaced).await
+    }
+
+    /// Applies a merge patch (RFC 7396).
+    pub(in crate::admin) async fn patch(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        expected: Expected,
+        patch: Document,
+    ) -> Result<SubscriberChange, Refusal> {
+        let patched = move |before: &Entry| {
+            clean(&patch)?;
+            let before = before.document.as_ref().ok_or_else(|| cannot_be_read(before))?;
+            Ok(before.merged(&patch).restored(before))
+        };
+        self.edited(caller, name, Some(expected), "change_subscriber", patched).await
+    }
+
+    /// Makes a new signing secret. Those before it sign too for the overlap.
+    pub(in crate::admin) async fn rotate_secret(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        wanted: RotateSecret,
+    ) -> Result<SubscriberChange, Refusal> {
+        let overlap = match wanted.overlap.as_deref().map(humantime::parse_duration) {
+            None => OVERLAP,
+            Some(Ok(overlap)) if overlap <= MAX_OVERLAP => overlap,
+            Some(_) => {
+                let why = "must be a duration such as \"24h\", and at most \"30days\"";
+                return Err(Refusal::field("overlap", why));
+            }
+        };
+        let (now, secret) = (clock::now(), new_secret());
+        let until = now + overlap;
+        let new = secret.clone();
+        let rotated = move |before: &Entry| {
+            let before = before.document.as_ref().ok_or_else(|| cannot_be_read(before))?;
+            rotated(before, &new, now, until)
+        };
+        let change = self.edited(caller, name, None, "rotate_secret", rotated).await?;
+        let overlap_until = (!overlap.is_zero()).then_some(Time(until));
+        Ok(SubscriberChange { secret: Some(secret.into()), overlap_until, ..change })
+    }
+
+    /// Removes a subscriber.
+    pub(in crate::admin) async fn remove(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        expected: Expected,
+        backlog: Backlog,
+    ) -> Result<SubscriberRemoval, Refusal> {
+        self.may_manage()?;
+        if backlog == Backlog::Unsaid {
+            let why =
+                "is required: `keep`, or `drop` to delete its events, retries and dead letters too";
+            return Err(Refusal::field("backlog", why));
+        }
+        let (this, by, name) = (self.clone(), by(caller), name.to_owned());
+        let work = async move { this.remove_now(by, &name, &expected, backlog).await };
+        to_its_end(&self.to_their_end, work).await
+    }
+
+    async fn remove_now(
+        &self,
+        by: String,
+        name: &str,
+        expected: &Expected,
+        backlog: Backlog,
+    ) -> Result<SubscriberRemoval, Refusal> {
+        let editing = self.reloader.edit().await;
+        let entry = entry(&editing, name)?;
+        let version = is_expected(&entry, Some(expected))?;
+        let is_dropped = backlog == Backlog::Drop;
+        if is_dropped && let Some(of_file) = editing.of_file(name) {
+            let why = format!(
+                "its queues are those of the subscriber in {}, which wins over it; use `backlog=keep`",
+                place(&of_file.origin)
+            );
+            return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Exists, why));
+        }
+        let name = entry.kept.name().clone();
+        let details = format!("backlog {}", if is_dropped { "dropped" } else { "kept" });
+        let operation = operation("delete_subscriber", &name, by, details);
+        let deleted = editing.delete(&self.store, &name, version, operation).await;
+        deleted.map_err(not_stored)?.ok(); // It is logged, and the next change does it.
+        drop(editing);
+        let backlog = match is_dropped {
+            false => "kept",
+            true if self.dropped(&name).await => "dropped",
+            true => "dropping",
+        };
+        Ok(SubscriberRemoval { subscriber: name.to_string(), backlog: backlog.to_owned() })
+    }
+
+    /// Deletes the queues of a removed subscriber: once its lane has ended, and its queue is unbound.
+    async fn dropped(&self, name: &SubscriberName) -> bool {
+        let (queue, reloader, name) = (self.queue.clone(), self.reloader.clone(), name.clone());
+        let dropping = tokio::spawn(async move {
+            loop {
+                {
+                    // Nobody makes one of this name between the look and the deletion.
+                    let editing = reloader.edit().await;
+                    if editing.in_use(&name).is_some() || editing.entry(&name).is_some() {
+                        return false;
+                    }
+                    match queue.prune(&name, true).await {
+                        Ok(()) => return true,
+                        Err(e) => {
+                            tracing::debug!(subscriber = name.as_str(), error = %e, "its queues are not deleted yet")
+                        }
+                    }
+                }
+                tokio::time::sleep(DROP_AGAIN).await;
+            }
+        });
+        tokio::time::timeout(DROP_TIMEOUT, dropping).await.is_ok_and(|done| done.unwrap_or(false))
+    }
+
+    async fn edited(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        expected: Option<Expected>,
+        what: &'static str,
+        new: impl FnOnce(&Entry) -> Result<Document, Refusal> + Send + 'static,
+    ) -> Result<SubscriberChange, Refusal> {
+        self.may_manage()?;
+        let (this, by, name) = (self.clone(), by(caller), name.to_owned());
+        let work = async move {
+            let editing = this.reloader.edit().await;
+            let entry = entry(&editing, &name)?;
+            if let Some(of_file) = editing.of_file(&name) {
+                return Err(in_a_file(&of_file.origin));
+            }
+            let version = is_expected(&entry, expected.as_ref())?;
+            let document = new(&entry)?;
+            let document = unchanged_name(document, &entry)?;
+            editing.check(&document).map_err(not_valid)?;
+            let name = entry.kept.name().clone();
+            let operation = operation(what, &name, by, details(&document, entry.document.as_ref()));
+            let put = editing.put(&this.store, &name, document.text(), Some(version), operation);
+            Ok(change(put.await.map_err(not_stored)?))
+        };
+        to_its_end(&self.to_their_end, work).await
+    }
+
+    fn may_manage(&self) -> Result<(), Refusal> {
+        if self.reloader.config().admin.manage {
+            // Before anything is stored: a change would wait for the fleet, and so would the rest.
+            return match (self.is_running(), self.queue.removals().is_shared()) {
+                (false, _) => Err(Refusal::unavailable(Unchanged::Stopping.to_string())),
+                (true, true) => Err(Refusal::unavailable(ELSEWHERE.to_owned())),
+                (true, false) => Ok(()),
+            };
+        }
+        let why = "subscribers are not managed here: set `manage = true` in [admin] of the daemon's configuration, and restart the daemon";
+        Err(Refusal::of_kind(StatusCode::FORBIDDEN, ProblemKind::Management, why))
+    }
+
+    /// Whoever gets events of another subscriber of the same name would not expect them.
+    async fn has_no_backlog(&self, name: &SubscriberName) -> Result<(), Refusal> {
+        let current = self.reloader.config().subscribers.clone();
+        let depths = self.queue.depths(&current).await.map_err(|e| queue_fails(&e))?;
+        match depths.removed.get(name).filter(|depth| !depth.is_empty()) {
+            None => Ok(()),
+            Some(depth) => {
+                let why = format!(
+                    "the queues of an earlier subscriber `{name}` hold {}, {} and {}; delete them with `hooktrail prune {name} --with-events`, or choose another name",
+                    counted(depth.events, "event(s)"),
+                    counted(depth.batches(), "batch(es) to retry"),
+                    counted(depth.dead, "dead letter(s)")
+                );
+                Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Backlog, why))
+            }
+        }
+    }
+
+    /// Records whether a new subscriber is paused. A pause of an earlier one of its name is not its.
+    async fn begin(&self, name: &SubscriberName, paused: bool, by: &str) -> Result<(), Refusal> {
+        let now = clock::now();
+        let was_paused =
+            self.queue.pause_states().borrow().as_ref().is_some_and(|all| {
+                all.get(name.as_str()).is_some_and(|state| state.pause().is_some())
+            });
+        let state = match (paused, was_paused) {
+            (true, _) => {
+                let why = format!("made paused by `{by}`");
+                PauseState::Paused(Pause { why, since: now, by: OPERATOR.to_owned() })
+            }
+            (false, true) => PauseState::Resumed { at: now },
+            (false, false) => return Ok(()),
+        };
+        self.queue.record(name, state).await.map_err(|e| queue_fails(&e))
+    }
+}
+
+fn by(caller: &Caller) -> String {
+    caller.token.as_deref().unwrap_or_default().to_owned()
+}
+
+/// A document of a client, without nulls.
+fn clean(document: &Document) -> Result<Document, Refusal> {
+    let document = Document::default().merged(document);
+    match document.get(RETIRING) {
+        Some(_) => Err(Refusal::field(RETIRING, "unknown key")),
+        None => Ok(document),
+    }
+}
+
+fn named(document: &Document) -> Result<SubscriberName, Refusal> {
+    let Some(name) = document.name() else {
+        let why = "is required: 1 to 64 of a-z, 0-9 and `-`; it names the subscriber's queues";
+        return Err(Refusal::field("name", why));
+    };
+    SubscriberName::try_new(name).map_err(|why| Refusal::field("name", why.to_string()))
+}
+
+/// Whether its requests are to be signed, and it brings no secret.
+fn needs_secret(document: &Document) -> bool {
+    let is_empty = |key| document.get(key).map(|value| value.as_array().is_some_and(Vec::is_empty));
+    is_empty("secrets").unwrap_or(true) && !is_empty("signatures").unwrap_or(false)
+}
+
+fn is_free(editing: &Editing<'_>, name: &SubscriberName) -> Result<(), Refusal> {
+    if let Some(of_file) = editing.of_file(name) {
+        return Err(in_a_file(&of_file.origin));
+    }
+    if editing.entry(name).is_some() {
+        let why = "there is a subscriber of this name; change it with PUT or PATCH, or choose another name";
+        return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Exists, why));
+    }
+    Ok(())
+}
+
+fn in_a_file(origin: &config::Origin) -> Refusal {
+    let why =
+        format!("the subscriber of this name is configured in {}; change it there", place(origin));
+    Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Exists, why)
+}
+
+fn place(origin: &config::Origin) -> String {
+    Origin::of_file(origin).map_or_else(|| "the store".to_owned(), |origin| origin.to_string())
+}
+
+fn entry(editing: &Editing<'_>, name: &str) -> Result<Entry, Refusal> {
+    editing.entry(name).ok_or_else(|| match editing.of_file(name) {
+        Some(of_file) => in_a_file(&of_file.origin),
+        None => {
+            let (status, kind) = (StatusCode::NOT_FOUND, ProblemKind::Subscriber);
+            Refusal::of_kind(status, kind, "no subscriber of that name is configured")
+        }
+    })
+}
+
+/// The version of a subscriber, if it is one that the request takes.
+fn is_expected(entry: &Entry, expected: Option<&Expected>) -> Result<u64, Refusal> {
+    let version = entry.kept.version();
+    match expected.is_none_or(|expected| expected.includes(version)) {
+        true => Ok(version),
+        false => Err(other_version(Some(version))),
+    }
+}
+
+fn other_version(version: Option<u64>) -> Refusal {
+    let is = version.map_or_else(|| "it is gone".to_owned(), |v| format!("it is \"{v}\""));
+    let why = format!("the subscriber has another version by now, {is}; get it, and decide again");
+    Refusal::of_kind(StatusCode::PRECONDITION_FAILED, ProblemKind::Version, why)
+}
+
+fn cannot_be_read(entry: &Entry) -> Refusal {
+    let why = entry.checked.as_ref().err().cloned().unwrap_or_default();
+    let why = format!("it cannot be read: {why}; PUT replaces it whole");
+    Refusal::new(StatusCode::CONFLICT, why)
+}
+
+/// The document under the name that it has; with the secrets that sign on, if they still belong to it.
+fn unchanged_name(mut document: Document, entry: &Entry) -> Result<Document, Refusal> {
+    let name = entry.kept.name().as_str();
+    if document.get("name").is_some_and(|given| given != name) {
+        let why = "cannot be changed: queues have it; make another subscriber";
+        return Err(Refusal::field("name", why));
+    }
+    if document.get("start_paused").is_some() {
+        let why = "is for a new subscriber; use `pause` and `resume`";
+        return Err(Refusal::field("start_paused", why));
+    }
+    document.set("name", name.into());
+    if let Some(before) = &entry.document
+        && document.get(RETIRING).is_none_or(|given| before.get(RETIRING) == Some(given))
+    {
+        document.take(RETIRING);
+        match before.get(RETIRING) {
+            Some(retiring) if document.get("secrets") == before.get("secrets") => {
+                document.set(RETIRING, retiring.clone());
+            }
+            _ => {}
+        }
+    }
+    Ok(document)
+}
+
+fn rotated(
+    before: &Document,
+    new: &str,
+    now: std::time::SystemTime,
+    until: std::time::SystemTime,
+) -> Result<Document, Refusal> {
+    let old = before.get("secrets").and_then(Value::as_array).cloned().unwrap_or_default();
+    if old.is_empty() {
+        let why = "it signs nothing: set `signatures`, or leave it out, and give `secrets`";
+        return Err(Refusal::new(StatusCode::CONFLICT, why.to_owned()));
+    }
+    let old =
+        old.into_iter().map(|secret| json!({ "secret": secret, "until": clock::rfc3339(until) }));
+    let earlier = before.retiring().into_iter().filter(|retiring| retiring.until > now);
+    let earlier = earlier.map(|retiring| {
+        let until = clock::rfc3339(retiring.until);
+        json!({ "secret": retiring.secret.expose(), "until": until })
+    });
+    let retiring: Vec<Value> = old.filter(|_| until > now).chain(earlier).collect();
+    if retiring.len() >= MAX_SECRETS {
+        let why = format!(
+            "{MAX_SECRETS} secrets would sign at once; wait until the overlap of one is over"
+        );
+        return Err(Refusal::new(StatusCode::CONFLICT, why));
+    }
+    let mut document = before.clone();
+    document.set("secrets", json!([new]));
+    document.set(RETIRING, retiring.into());
+    Ok(document)
+}
+
+fn operation(
+    what: &'static str,
+    name: &SubscriberName,
+    by: String,
+    details: String,
+) -> NewOperation {
+    NewOperation { at: clock::now(), by, what, subject: name.to_string(), details }
+}
+
+/// The keys that differ; of a URL its origin too.
+fn details(document: &Document, before: Option<&Document>) -> String {
+    let (old, new) = (before.map(Document::keys).unwrap_or_default(), document.keys());
+    let differs = |key: &&String| before.and_then(|before| before.get(key)) != document.get(key);
+    let shown = |key: &String| {
+        let url = document.get("url").filter(|_| key == "url");
+        let url = url.and_then(|url| url.as_str()?.parse().ok()).map(SecretUrl::new);
+        url.map_or_else(|| key.clone(), |url| format!("url {url}"))
+    };
+    let all: std::collections::BTreeSet<String> = old.into_iter().chain(new).collect();
+    let is_own = |key: &&String| key.as_str() != RETIRING && key.as_str() != "name";
+    all.iter().filter(is_own).filter(differs).map(shown).collect::<Vec<_>>().join(", ")
+}
+
+fn change(Stored { subscriber, is_bound, problem }: Stored) -> SubscriberChange {
+    SubscriberChange {
+        subscriber: subscriber.name.to_string(),
+        version: subscriber.version.to_string(),
+        bound: is_bound,
+        active_since: None,
+        secret: None,
+        overlap_until: None,
+        why: problem,
+    }
+}
+
+fn not_valid(wrong: Vec<Wrong>) -> Refusal {
+    let error = |Wrong { field, detail }: Wrong| FieldError { field, detail };
+    Refusal::fields(wrong.into_iter().map(error).collect())
+}
+
+fn not_stored(why: NotStored) -> Refusal {
+    match why {
+        NotStored::Differs(version) => other_version(version),
+        NotStored::Store(e) if e.is_unknown() => {
+            let why =
+                format!("{e}; it is not known whether it was done: get the subscriber, and look");
+            let kind = ProblemKind::UnknownOutcome;
+            Refusal { kind, ..Refusal::unavailable(why) }
+        }
+        NotStored::Store(e) => Refusal::unavailable(format!("nothing was changed: {e}")),
+    }
+}

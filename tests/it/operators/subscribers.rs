@@ -1,0 +1,179 @@
+//! Subscribers that are made, changed and removed over the API.
+
+use serde_json::{Value, json};
+
+use crate::support::{
+    api::{Answered, Api},
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    queue::{Queue, on_both_queues},
+    receiver::{Receiver, event},
+};
+
+on_both_queues!(
+    a_subscriber_made_over_the_api_gets_events_outlives_the_daemon_and_is_changed_and_removed,
+    files_win_and_a_reload_removes_no_subscriber_of_the_api,
+);
+
+const TOKEN: &str = "Bearer quite-secret";
+
+/// A daemon that manages subscribers, whose requests may go to this machine.
+fn managing(api: &Api, more: &str) -> String {
+    api.section()
+        + "token = \"quite-secret\"\nmanage = true\n"
+        + "[admin.api_subscribers]\nallow_http = true\nallow_addresses = [\"127.0.0.0/8\"]\n"
+        + QUICK
+        + more
+}
+
+/// Sends a request with the token; `version` as its `if-match`.
+async fn send(api: &Api, method: &str, path: &str, version: &str, body: &Value) -> Answered {
+    let mut headers = vec![("authorization", TOKEN), ("content-type", "application/json")];
+    if !version.is_empty() {
+        headers.push(("if-match", version));
+    }
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let path = format!("/api/v1/subscribers{path}");
+    let mut answered = None;
+    // After a start the store is opened while the daemon delivers already.
+    eventually("the store is open", async || {
+        let answer = api.send(method, &path, &headers, &body).await;
+        let is_open = answer.status != 503;
+        answered = Some(answer);
+        is_open
+    })
+    .await;
+    answered.expect("an answer")
+}
+
+#[track_caller]
+fn refused(answer: &Answered, status: u16, kind: &str, field: &str) {
+    let problem = answer.json();
+    assert!(
+        answer.status == status
+            && problem["type"].as_str().is_some_and(|uri| uri.ends_with(kind))
+            && problem["field"].as_str().unwrap_or_default() == field,
+        "{status} {kind} {field}: {answer:?}"
+    );
+}
+
+async fn a_subscriber_made_over_the_api_gets_events_outlives_the_daemon_and_is_changed_and_removed(
+    queue: Queue,
+) {
+    let (receiver, api) = (Receiver::accepting().await, Api::new());
+    let setup = Setup::new(&queue, &managing(&api, ""));
+    let daemon = setup.start().await;
+    let made = json!({
+        "name": "siem", "url": receiver.url, "events": ["user.*"], "headers": { "X-Key": "hunter2" },
+    });
+    let answer = send(&api, "POST", "", "", &made).await;
+    assert_eq!(answer.status, 201, "{answer:?}");
+    let change = answer.json();
+    let version = answer.header("etag").to_owned();
+    assert!(
+        answer.header("location") == "/api/v1/subscribers/siem"
+            && change["secret"].as_str().is_some_and(|secret| secret.starts_with("whsec_"))
+            && change["active_since"].is_string()
+            && version == format!("\"{}\"", change["version"].as_str().expect("a version")),
+        "{answer:?}"
+    );
+    queue.publish("user.created", [event(0)]).await;
+    queue.publish("order.paid", [event(1)]).await;
+    receiver.wait_requests(1).await;
+    // A killed daemon's successor goes on with it.
+    daemon.kill();
+    let daemon = setup.start().await;
+    queue.publish("user.created", [event(2)]).await;
+    receiver.wait_requests(2).await;
+    assert_eq!(receiver.accepted(), [0, 2]);
+    let shown = send(&api, "GET", "/siem", "", &Value::Null).await;
+    assert!(shown.header("etag") == version && !shown.text.contains("hunter2"), "{shown:?}");
+    assert!(!shown.text.contains("whsec_"), "{shown:?}");
+    let one = shown.json();
+    assert_eq!(one["origin"]["from"], "api");
+    assert_eq!(one["origin"]["created"]["by"], "token");
+    // What was read can be written back, and means the same.
+    let answer = send(&api, "PUT", "/siem", &version, &one["document"]).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let answer = send(&api, "PATCH", "/siem", &version, &json!({ "events": ["order.*"] })).await;
+    refused(&answer, 412, "/version", "");
+    let version = send(&api, "GET", "/siem", "", &Value::Null).await.header("etag").to_owned();
+    let answer = send(&api, "PATCH", "/siem", &version, &json!({ "events": ["order.*"] })).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    queue.publish("order.paid", [event(3)]).await;
+    receiver.wait_requests(3).await;
+    assert_eq!(receiver.accepted(), [0, 2, 3]);
+    // Commands name it as they name one of a file.
+    assert!(setup.ok(&["test", "siem"]).contains("answer:  200"));
+    receiver.wait_requests(4).await;
+    setup.ok(&["pause", "siem"]);
+    setup.ok(&["resume", "siem"]);
+    for command in ["test", "pause", "resume"] {
+        assert!(!setup.run(&[command, "nobody"]).status.success(), "{command}");
+        assert_eq!(setup.run(&[command, "../siem"]).status.code(), Some(2), "{command}");
+    }
+    let rotated = send(&api, "POST", "/siem/rotate-secret", "", &json!({})).await;
+    assert!(rotated.status == 200 && rotated.json()["overlap_until"].is_string(), "{rotated:?}");
+    refused(
+        &send(&api, "DELETE", "/siem?backlog=drop", "", &Value::Null).await,
+        428,
+        "/version",
+        "",
+    );
+    refused(&send(&api, "DELETE", "/siem", "*", &Value::Null).await, 400, "/field", "backlog");
+    let removed = send(&api, "DELETE", "/siem?backlog=drop", "*", &Value::Null).await;
+    assert_eq!(
+        (removed.status, &removed.json()["backlog"]),
+        (200, &json!("dropped")),
+        "{removed:?}"
+    );
+    refused(&send(&api, "GET", "/siem", "", &Value::Null).await, 404, "/subscriber", "");
+    let operations = api.send("GET", "/api/v1/operations", &[("authorization", TOKEN)], "").await;
+    assert!(
+        operations.text.contains("delete_subscriber") && !operations.text.contains("hunter2"),
+        "{operations:?}"
+    );
+    drop(daemon);
+}
+
+async fn files_win_and_a_reload_removes_no_subscriber_of_the_api(queue: Queue) {
+    let (receiver, other, api) =
+        (Receiver::accepting().await, Receiver::accepting().await, Api::new());
+    let of_file = subscriber("siem", &other.url, "");
+    let setup = Setup::new(&queue, &managing(&api, ""));
+    let without = std::fs::read_to_string(setup.config()).expect("text");
+    let of_b = subscriber("b", &other.url, "events = [\"b\"]");
+    setup.write("hooktrail.toml", without.clone() + &of_b);
+    let _daemon = setup.start().await;
+    for name in ["siem", "crm"] {
+        let made = json!({ "name": name, "url": receiver.url, "events": ["a"] });
+        assert_eq!(send(&api, "POST", "", "", &made).await.status, 201);
+        refused(&send(&api, "POST", "", "", &made).await, 409, "/exists", "");
+    }
+    let b = send(&api, "POST", "", "", &json!({ "name": "b", "url": receiver.url })).await;
+    refused(&b, 409, "/exists", "");
+    let reload = async |text: &str| {
+        let new = setup.write("new.toml", format!("{without}\n{text}"));
+        std::fs::rename(new, setup.config()).expect("renames");
+        let headers = [("authorization", TOKEN), ("content-type", "application/json")];
+        let answer = api.send("POST", "/api/v1/reload", &headers, "{}").await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.json()["changes"].clone()
+    };
+    // The file's takes over, and nobody is unbound when it goes again.
+    reload(&of_file).await;
+    let shown = send(&api, "GET", "/siem", "", &Value::Null).await.json();
+    assert!(shown["origin"]["from"] == "file" && shown["shadows"]["from"] == "api", "{shown}");
+    let change = send(&api, "PATCH", "/siem", "*", &json!({ "events": ["b"] })).await;
+    refused(&change, 409, "/exists", "");
+    queue.publish("a", [event(0)]).await;
+    other.wait_requests(1).await;
+    receiver.wait_requests(1).await;
+    reload("").await;
+    queue.publish("a", [event(1)]).await;
+    receiver.wait_requests(3).await;
+    assert_eq!(other.accepted(), [0]);
+    let mut got = receiver.accepted();
+    got.sort_unstable();
+    assert_eq!(got, [0, 1, 1]);
+}
