@@ -48,7 +48,7 @@
 //!              · optional · include · loader · listing · managed · changes · schema · config
 //!              keys/ · key · show
 //!              managed/ · body
-//!              loader/ · files · preset · origins · queue · tokens · signing · daemon · policies
+//!              loader/ · files · preset · origins · queue · tokens · signing · policies · daemon
 //!              · endpoint · start_from
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log

@@ -2,10 +2,10 @@
 //! dead letters and retries, reload the configuration.
 
 mod inspection;
+mod report;
 mod waiting;
 
 use std::{
-    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -33,25 +33,24 @@ use super::{
     query::{FromQuery, Name, Parameters, Query},
     versions::etag,
     view::{
-        self, ChangeRequest, Circuit, DeadLetter, DeadLetters, Lane, LastError, Overview,
-        PauseChange, Paused, ProblemKind, QueueState, ReloadPreview, Removed, State, Tested, Time,
+        self, ChangeRequest, DeadLetter, DeadLetters, PauseChange, Paused, ProblemKind,
+        ReloadPreview, State, Tested,
     },
 };
 use crate::{
     clock,
-    config::{self, Subscriber, changes::Changes},
-    delivery::{self, Depth, Pause},
+    config::{Subscriber, changes::Changes},
+    delivery::{self, Pause},
     endpoint::test_event,
     queue::{DeadLetters as _, Queue, QueueError},
     store::Store,
     supervisor::{
         fleet::Phase,
-        managed::Managed,
         reload::{Because, Reloader, Unchanged},
     },
     telemetry::{
         lane_event,
-        status::{self, Board, Polled, View},
+        status::{self, Board},
     },
 };
 
@@ -294,11 +293,6 @@ pub(super) fn queue_fails(e: &QueueError) -> Refusal {
     Refusal::unavailable(e.to_string())
 }
 
-/// Seconds, to the millisecond.
-fn seconds(d: Duration) -> f64 {
-    d.as_millis() as f64 / 1000.0
-}
-
 impl<Q: Queue, S: Store> Control<Q, S> {
     pub(super) fn new(
         queue: Q,
@@ -366,135 +360,9 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         self.reloader.config().path.clone()
     }
 
-    /// Where the values of a subscriber that was made over the API come from, by their keys. Others
-    /// are defaults. `None` if it is one of a file.
-    pub(super) fn origins_of_api(
-        &self,
-        configured: &Subscriber,
-        found: &view::Subscriber,
-    ) -> Option<BTreeMap<&'static str, String>> {
-        let origin = found.origin.as_ref().filter(|o| matches!(o, view::Origin::Api { .. }))?;
-        let managed = self.reloader.managed();
-        let document = managed.get(&found.subscriber).and_then(|entry| entry.document.as_ref());
-        let is_there = |key: &str| {
-            let (group, rest) = key.split_once('.').unwrap_or((key, ""));
-            let value = document.and_then(|document| document.get(group));
-            value.is_some_and(|value| rest.is_empty() || value.get(rest).is_some())
-        };
-        let keys = config::subscriber_values(configured).map(|(key, _)| key);
-        Some(keys.filter(|key| is_there(key)).map(|key| (key, origin.to_string())).collect())
-    }
-
     /// The names of the configured subscribers.
     pub(super) fn names(&self) -> Vec<String> {
         self.reloader.config().subscribers.iter().map(|s| s.name.to_string()).collect()
-    }
-
-    pub(super) async fn overview(&self) -> Overview {
-        let (polled, history) = tokio::join!(self.board.depths(clock::now()), self.history.read());
-        let config = self.reloader.config();
-        let managed = self.reloader.managed();
-        let view = |s: &Arc<Subscriber>| self.subscriber_view(s, &managed, polled.as_ref());
-        let subscribers =
-            config.subscribers.iter().map(view).chain(self.inactive(&managed)).collect();
-        let depths = polled.as_ref().and_then(|l| l.depths.as_ref().ok());
-        let removed = depths.iter().flat_map(|d| &d.removed);
-        let removed = removed.filter(|(name, _)| managed.get(name).is_none());
-        Overview {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            phase: self.phase.borrow().name().to_owned(),
-            config: view::Configuration {
-                file: config.path.display().to_string(),
-                problem: self.reloader.problem(),
-                held: self.reloader.held().map(view::HeldRemovals::from),
-            },
-            queue: QueueState {
-                up: self.queue.is_reachable(),
-                looked_at: polled.as_ref().map(|l| Time(l.at)),
-                error: self.board.queue_error(),
-                delayed_retries: depths.and_then(|d| d.delayed),
-                orphans: depths.map(|d| d.orphans),
-            },
-            history: Some(history),
-            subscribers,
-            removed: removed.map(|(name, depth)| Removed::new(name, *depth)).collect(),
-        }
-    }
-
-    /// The subscribers that were made over the API, and do not run.
-    fn inactive(&self, managed: &Managed) -> Vec<view::Subscriber> {
-        let of_files = self.reloader.of_files().names();
-        let all = managed.iter().filter(|(name, _)| !of_files.contains(*name));
-        let inactive = all.filter_map(|(name, entry)| {
-            let why = entry.checked.as_ref().err()?.clone();
-            Some(view::Subscriber {
-                subscriber: name.to_string(),
-                state: State::Inactive,
-                origin: Some(view::Origin::of_store(&entry.kept)),
-                why: Some(why),
-                lane: None,
-            })
-        });
-        inactive.collect()
-    }
-
-    /// A subscriber that runs.
-    pub(super) async fn one(&self, name: &str) -> Result<view::Subscriber, Refusal> {
-        let subscriber = self.subscriber(name)?;
-        let (managed, polled) = (self.reloader.managed(), self.board.depths(clock::now()).await);
-        Ok(self.subscriber_view(&subscriber, &managed, polled.as_ref()))
-    }
-
-    /// A subscriber with its configuration, as far as the caller may see it.
-    pub(super) async fn details(
-        &self,
-        name: &str,
-        caller: &Caller,
-    ) -> Result<view::SubscriberDetails, Refusal> {
-        let managed = self.reloader.managed();
-        let entry = managed.get(name);
-        let inactive = self.inactive(&managed).into_iter().find(|s| s.subscriber == name);
-        let (status, settings) = match inactive {
-            Some(status) => (status, None),
-            None => {
-                let mut settings = config::managed::settings(self.subscriber(name)?.as_ref());
-                if let Some(keys) = settings.as_object_mut().filter(|_| !caller.sees_endpoints()) {
-                    keys.retain(|key, _| key != "headers" && key != "auth" && key != "tls");
-                }
-                (self.one(name).await?, Some(settings))
-            }
-        };
-        let is_of_file = matches!(status.origin, Some(view::Origin::File { .. }));
-        let shadows = entry.filter(|_| is_of_file);
-        let document = entry.filter(|_| caller.sees_endpoints());
-        Ok(view::SubscriberDetails {
-            status,
-            settings,
-            document: document.and_then(|e| Some(e.document.as_ref()?.redacted())),
-            shadows: shadows.map(|entry| view::Origin::of_store(&entry.kept)),
-        })
-    }
-
-    fn subscriber_view(
-        &self,
-        subscriber: &Subscriber,
-        managed: &Managed,
-        polled: Option<&Polled>,
-    ) -> view::Subscriber {
-        let name = &subscriber.name;
-        let depths = polled.and_then(|l| l.depths.as_ref().ok());
-        let depth = depths.and_then(|d| d.subscribers.get(name)).copied();
-        // RabbitMQ counts the delayed retries of all subscribers together.
-        let counted_per_subscriber = depths.is_some_and(|d| d.delayed.is_none());
-        let view = self.board.view(name, clock::instant(), clock::now());
-        view::Subscriber {
-            subscriber: name.to_string(),
-            state: view.as_ref().map_or(State::Starting, |view| State::from(&view.state)),
-            origin: view::Origin::of_file(&subscriber.origin)
-                .or_else(|| managed.get(name).map(|entry| view::Origin::of_store(&entry.kept))),
-            why: None,
-            lane: view.map(|view| lane(view, depth, counted_per_subscriber)),
-        }
     }
 
     pub(super) async fn test(&self, name: &str) -> Result<Tested, Refusal> {
@@ -637,225 +505,5 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     }
 }
 
-fn paused(view: &View) -> Option<Paused> {
-    match &view.state {
-        status::State::Paused(pause) => Some(pause.clone().into()),
-        _ => None,
-    }
-}
-
-fn lane(view: View, depth: Option<Depth>, counted_per_subscriber: bool) -> Lane {
-    let now = clock::now();
-    let until = match view.circuit {
-        lane_event::Circuit::Open { until } => Some(Time(until)),
-        lane_event::Circuit::Closed | lane_event::Circuit::HalfOpen => None,
-    };
-    let last_error = view.last_error.as_ref().map(|e| LastError {
-        at: Time(e.at),
-        failure: e.failure.name().to_owned(),
-        status: e.status,
-        cause: e.cause.clone(),
-    });
-    let scheduled = view.retries_scheduled as u64;
-    let in_retry =
-        depth.map(|d| if counted_per_subscriber { d.batches() } else { d.retries + scheduled });
-    let thousandths = |n: u64| n as f64 / 1000.0;
-    Lane {
-        paused: paused(&view),
-        circuit: Circuit { state: view.circuit.state().name().to_owned(), until },
-        held_until: match view.state {
-            status::State::Held { until } => Some(Time(until)),
-            _ => None,
-        },
-        waiting_since: match view.state {
-            status::State::Waiting { since } => Some(Time(since)),
-            _ => None,
-        },
-        backlog: depth.map(|d| d.events),
-        in_hand: view.unsettled,
-        in_retry,
-        next_retry_at: view.next_retry_at.map(Time),
-        dead: depth.map(|d| d.dead),
-        delivered: view.delivered,
-        delivered_per_s: thousandths(view.delivered_per_s_milli),
-        success_rate: view.success_milli.map(thousandths),
-        p50_s: view.p50.map(seconds),
-        p99_s: view.p99.map(seconds),
-        oldest_event_at: view.oldest_event_at.map(Time),
-        oldest_event_age_s: view.oldest_event_at.map(|at| seconds(Time(at).ago(now))),
-        last_delivered_at: view.last_delivered_at.map(Time),
-        last_error,
-        queue_error: match view.state {
-            status::State::QueueFails(why) => Some(why),
-            _ => None,
-        },
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use axum::{
-        extract::Request,
-        middleware::{self, Next},
-    };
-    use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::{TcpListener, TcpStream},
-        sync::mpsc,
-    };
-
-    use super::*;
-    use crate::{
-        config::Config,
-        queue::fake::Fake,
-        store::KeptSubscribers,
-        supervisor::fleet::Change,
-        telemetry::{log, metrics::Metrics},
-    };
-
-    /// The timeout of these tests, long enough for any machine.
-    const PATIENCE: Duration = Duration::from_secs(60);
-
-    fn config(dir: &tempfile::TempDir, names: &[&str]) -> Config {
-        let table = |name: &&str| config::testing::table(name, "");
-        let text = "[queue]\nurl = \"embedded\"\n".to_owned()
-            + &names.iter().map(table).collect::<String>();
-        let path = dir.path().join("hooktrail.toml");
-        std::fs::write(&path, text).expect("writes");
-        config::load(&path).unwrap_or_else(|e| panic!("{e}"))
-    }
-
-    /// The API on a port; `ended` gets a message for each request whose handler was dropped.
-    struct Served {
-        queue: Fake,
-        reloader: Reloader,
-        changes: mpsc::Receiver<Change>,
-        listens: std::net::SocketAddr,
-        ended: mpsc::UnboundedReceiver<()>,
-    }
-
-    /// Sends a message when it is dropped.
-    struct Ends(mpsc::UnboundedSender<()>);
-
-    impl Drop for Ends {
-        fn drop(&mut self) {
-            self.0.send(()).ok();
-        }
-    }
-
-    async fn serve(config: Config) -> Served {
-        let (queue, metrics) = (Fake::default(), Metrics::new(clock::now()));
-        let (reloader, changes) = Reloader::new(
-            config,
-            KeptSubscribers::default(),
-            metrics.clone(),
-            queue.removals().clone(),
-            log::Level::default(),
-        );
-        let phase = watch::Sender::new(Phase::Running).subscribe();
-        let (ends, ended) = mpsc::unbounded_channel();
-        let watched = middleware::from_fn(move |request: Request, next: Next| {
-            let ends = Ends(ends.clone());
-            async move {
-                let _ends = ends;
-                next.run(request).await
-            }
-        });
-        let board = Board::new(metrics);
-        let store = crate::store::fake::FakeStore::default();
-        let history = Health::new(&store, board.clone());
-        let control = Control::new(queue.clone(), store, reloader.clone(), board, phase, history);
-        let app = routes(Arc::new(control)).layer(watched);
-        let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let listens = socket.local_addr().expect("an address");
-        tokio::spawn(async move { axum::serve(socket, app).await.expect("serves") });
-        Served { queue, reloader, changes, listens, ended }
-    }
-
-    impl Served {
-        async fn post(&self, path: &str) -> TcpStream {
-            let mut client = TcpStream::connect(self.listens).await.expect("connects");
-            let request = format!(
-                "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{{}}"
-            );
-            client.write_all(request.as_bytes()).await.expect("asks");
-            client
-        }
-
-        /// Drops the client during its request, and waits until the server has noticed.
-        async fn goes_away(&mut self, client: TcpStream) {
-            drop(client);
-            timeout(PATIENCE, self.ended.recv()).await.expect("it is noticed").expect("a request");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_pause_and_a_resume_are_made_although_the_client_has_gone() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let mut served = serve(config(&dir, &["a"])).await;
-        let mut pause_states = served.queue.pause_states();
-        for (path, paused) in
-            [("/v1/subscribers/a/pause", true), ("/v1/subscribers/a/resume", false)]
-        {
-            let recording = served.queue.hold_record();
-            let client = served.post(path).await;
-            recording.begun().await;
-            served.goes_away(client).await;
-            recording.go_on();
-            let is_made = |all: &Option<_>| {
-                all.as_ref().and_then(|all: &crate::delivery::PauseStates| {
-                    all.get("a").map(|s| s.pause().is_some())
-                }) == Some(paused)
-            };
-            timeout(PATIENCE, pause_states.wait_for(is_made))
-                .await
-                .expect("it is made to its end")
-                .expect("the queue is there");
-        }
-    }
-
-    #[tokio::test]
-    async fn requests_that_go_on_without_their_clients_do_not_pile_up() {
-        let room = Arc::new(Semaphore::new(1));
-        let held = to_its_end(&room, async {
-            std::future::pending::<()>().await;
-            Ok(())
-        });
-        assert!(
-            timeout(Duration::from_millis(1), held).await.is_err(),
-            "it goes on without a client"
-        );
-        let refused = timeout(PATIENCE, to_its_end(&room, async { Ok(()) }))
-            .await
-            .expect("at once")
-            .expect_err("there is no room");
-        assert_eq!(
-            (refused.status, refused.retry_after),
-            (StatusCode::TOO_MANY_REQUESTS, Some(crate::admin::answer::AGAIN_SOON))
-        );
-    }
-
-    #[tokio::test]
-    async fn a_reload_is_made_although_the_client_has_gone() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let mut served = serve(config(&dir, &["a"])).await;
-        config(&dir, &["a", "b"]);
-        let client = served.post("/v1/reload").await;
-        let change =
-            timeout(PATIENCE, served.changes.recv()).await.expect("it begins").expect("a change");
-        served.goes_away(client).await;
-        change.done.send(Ok(BTreeSet::new())).ok(); // the lanes are as is configured now
-        let mut subscribers = served.reloader.subscribers();
-        timeout(PATIENCE, subscribers.wait_for(|all| all.len() == 2))
-            .await
-            .expect("it is made to its end")
-            .expect("the reloader is there");
-        // The next request is answered with the configuration in use.
-        let mut client = served.post("/v1/subscribers/b/pause").await;
-        let mut answer = [0; 15];
-        client.read_exact(&mut answer).await.expect("an answer");
-        assert_eq!(&answer, b"HTTP/1.1 200 OK");
-    }
-}
+mod tests;

@@ -15,6 +15,7 @@ pub use self::body::{Document, REDACTED, RETIRING, Wrong};
 use super::{
     document::{Problem, Section, Source, Value},
     keys::{self, Key},
+    listing::subscriber_as_toml,
     loader::{self, Defaults},
     reader::Reader,
     settings::Config,
@@ -158,7 +159,7 @@ pub fn as_file(name: &str, document: &Document) -> String {
 
 /// A subscriber's settings with their defaults, as JSON and without secrets.
 pub fn settings(subscriber: &Subscriber) -> Json {
-    let text = super::subscriber_as_toml(subscriber);
+    let text = subscriber_as_toml(subscriber);
     let parsed: Option<Json> = toml::from_str(&text).ok();
     let first = parsed.and_then(|all| all.get("subscriber")?.get(0).cloned());
     first.unwrap_or_default()

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Control, paused, queue_fails, to_its_end};
+use super::{Control, queue_fails, report::paused, to_its_end};
 use crate::{
     admin::{
         answer::Refusal,

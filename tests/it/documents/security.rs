@@ -247,7 +247,7 @@ fn tests_in(name: &str) -> Vec<String> {
 }
 
 /// Files by their paths, tests by theirs: `a::b` is `b` in a file a.rs or a folder a/ below tests/,
-/// `a::tests::b` in src/a.rs.
+/// `a::tests::b` in src/a.rs or src/a/tests.rs.
 fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
     let model = file(page);
     let (mut files, mut tests) = (0, 0);
@@ -259,8 +259,10 @@ fn assert_names_are_true(page: &str, least_files: usize, least_tests: usize) {
         let parts: Vec<&str> = span.split("::").collect();
         if parts.len() > 1 && parts.iter().all(|p| is_name(p) && p.len() > 1) {
             let (name, paths) = match &parts[..] {
-                ["config", "tests", name] => (name, vec!["src/config/tests.rs".to_owned()]),
-                [path @ .., "tests", name] => (name, vec![format!("src/{}.rs", path.join("/"))]),
+                [path @ .., "tests", name] => {
+                    let module = format!("src/{}", path.join("/"));
+                    (name, vec![format!("{module}.rs"), format!("{module}/tests.rs")])
+                }
                 [path, name] => (name, tests_in(path)),
                 _ => panic!("`{span}` is not the path of a test"),
             };

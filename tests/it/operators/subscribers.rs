@@ -80,7 +80,8 @@ async fn a_subscriber_made_over_the_api_gets_events_outlives_the_daemon_and_is_c
     queue.publish("user.created", [event(0)]).await;
     queue.publish("order.paid", [event(1)]).await;
     receiver.wait_requests(1).await;
-    // A killed daemon's successor goes on with it.
+    // A killed daemon's successor goes on with it. What is not settled would come again.
+    queue.wait_backlog("siem", 0).await;
     daemon.kill();
     let daemon = setup.start().await;
     queue.publish("user.created", [event(2)]).await;
