@@ -11,6 +11,7 @@ mod body;
 mod connections;
 mod console;
 mod control;
+mod export;
 mod guard;
 mod history;
 mod history_health;
@@ -46,6 +47,7 @@ use self::{
     connections::Bounds,
     console::Console,
     control::Control,
+    export::Exporter,
     guard::{Tokens, authorized},
     history::History,
     history_health::Health,
@@ -130,6 +132,7 @@ impl Admin {
         let control = Arc::new(control);
         let history = History::new(queue.clone(), store.clone(), reloader.clone());
         let history = Arc::new(history);
+        let exporter = Arc::new(Exporter::new(store.clone()));
         let again = Again::new(queue.clone(), store.clone(), reloader.clone(), replays);
         let again = Arc::new(again);
         let console = Console::new(
@@ -137,6 +140,7 @@ impl Admin {
             control.clone(),
             history.clone(),
             again.clone(),
+            exporter.clone(),
             store.clone(),
         );
         let console = console::routes(console);
@@ -155,6 +159,7 @@ impl Admin {
             .merge(control::routes(control.clone()))
             .merge(subscribers::routes(control))
             .merge(history::routes(history))
+            .merge(export::routes(exporter))
             .merge(again)
             .merge(operations)
             .layer(middleware::from_fn_with_state(store, operations::recorded::<S>))

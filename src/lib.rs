@@ -31,6 +31,7 @@
 //! clock.rs                  time, randomness, ids
 //! failpoint.rs              where a debug build can be killed
 //! wording.rs                text for people: numbers and their nouns, what strangers wrote
+//! csv.rs                    comma-separated values without formulas
 //! page.rs                   pages of long lists, and the cursors between them
 //! crypto/                   values that cannot be printed; sealing; signing; whom to trust
 //!              · secret · seal · signature · tls · handshake
@@ -79,8 +80,8 @@
 //!              · signal · fleet · systemd · managed · reload · startup_check
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · versions · connections · introduction
-//!              · intake · history · history_health · operations · replays · control · subscribers
-//!              · console · admin
+//!              · intake · history · history_health · export · operations · replays · control
+//!              · subscribers · console · admin
 //!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
 //!              · actions · overview · events · deliveries · dead_letters · replays · webhooks
 //!              · health
@@ -179,6 +180,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod crypto;
+pub mod csv;
 pub mod delivery;
 pub mod endpoint;
 pub mod event;

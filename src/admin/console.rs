@@ -43,6 +43,7 @@ use super::{
     answer::{Refusal, header_text},
     connections::Peer,
     control::MAX_LISTED,
+    export::Wanted,
     guard::from_elsewhere,
     history::{Deliveries, Events, Id, Number},
     query::Name,
@@ -54,6 +55,7 @@ pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
         .route("/console", get(async || Redirect::permanent(Place::Overview.path())))
         .route(Place::Overview.path(), get(overview::<Q, S>))
         .route(Place::Events.path(), get(list_events::<Q, S>))
+        .route("/console/events/export", get(export_events::<Q, S>))
         .route("/console/events/{number}", get(show_event::<Q, S>))
         .route(Place::Deliveries.path(), get(list_deliveries::<Q, S>))
         .route("/console/deliveries/{id}", get(show_delivery::<Q, S>))
@@ -89,6 +91,20 @@ async fn list_events<Q: Queue, S: Store>(
         Err(refusal) => Err(refusal),
     };
     events::list(&session, &form, found)
+}
+
+/// The events that the page's filters select, as a file.
+async fn export_events<Q: Queue, S: Store>(
+    extract::State(console): This<Q, S>,
+    SignedIn(session): SignedIn,
+    uri: Uri,
+) -> Response {
+    let form = Form::of(uri.query().unwrap_or_default());
+    let file = match form.read::<Wanted>() {
+        Ok(wanted) => console.exporter.file(wanted).await,
+        Err(refusal) => Err(refusal),
+    };
+    file.unwrap_or_else(|refusal| events::no_file(&session, &refusal))
 }
 
 async fn show_event<Q: Queue, S: Store>(

@@ -69,23 +69,28 @@ pub(super) struct Events {
 
 impl FromQuery for Events {
     fn from_query(given: &mut Parameters) -> Self {
-        let by = given.take("by", |text| match text {
-            "at" => Ok(By::At),
-            "event-time" => Ok(By::EventTime),
-            _ => Err("must be `at` or `event-time`"),
-        });
-        let filter = EventFilter {
-            event_type: given.take("type", Pattern::try_new),
-            actor: given.take("actor", value),
-            resource: given.take("resource", value),
-            id: given.take("id", value),
-            text: given.take("text", text),
-            since: given.take("since", time),
-            until: given.take("until", time),
-            by: by.unwrap_or_default(),
-        };
+        let filter = event_filter(given);
         let before = given.cursor(List::Events).map(|cursor| EventNumber(cursor.row));
         Self { filter, limit: given.limit(), before }
+    }
+}
+
+/// Takes the parameters that select events.
+pub(super) fn event_filter(given: &mut Parameters) -> EventFilter {
+    let by = given.take("by", |text| match text {
+        "at" => Ok(By::At),
+        "event-time" => Ok(By::EventTime),
+        _ => Err("must be `at` or `event-time`"),
+    });
+    EventFilter {
+        event_type: given.take("type", Pattern::try_new),
+        actor: given.take("actor", value),
+        resource: given.take("resource", value),
+        id: given.take("id", value),
+        text: given.take("text", text),
+        since: given.take("since", time),
+        until: given.take("until", time),
+        by: by.unwrap_or_default(),
     }
 }
 
@@ -264,7 +269,7 @@ impl<Q: Queue, S: Store> History<Q, S> {
 }
 
 /// The refusal of a request while the store cannot be read.
-fn away(e: StoreError) -> Refusal {
+pub(super) fn away(e: StoreError) -> Refusal {
     Refusal::unavailable(e.to_string())
 }
 

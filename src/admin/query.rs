@@ -92,6 +92,20 @@ impl Parameters {
         read.map_err(|detail| self.wrong(name, detail)).ok()
     }
 
+    /// Takes a parameter that must be there.
+    pub(super) fn required<T, E: Display>(
+        &mut self,
+        name: &'static str,
+        read: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        let is_there = self.given.iter().any(|(given, _)| given == name);
+        let found = self.take(name, read);
+        if !is_there {
+            self.wrong(name, "is required");
+        }
+        found
+    }
+
     /// Takes a whole number in a range.
     pub(super) fn number(
         &mut self,

@@ -22,7 +22,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value};
 
 pub use self::history::{
-    Attempt, Delivery, DeliveryList, Event, EventList, EventWhere, Gap, Party, Reach, Whereabouts,
+    Attempt, Delivery, DeliveryList, Event, EventList, EventWhere, EventWithBytes, Gap, Party,
+    Reach, Whereabouts,
 };
 pub use self::managed::{
     Origin, RotateSecret, Stamp, SubscriberChange, SubscriberDetails, SubscriberRemoval,

@@ -16,6 +16,7 @@ use crate::{
     admin::view::{Event, EventList, Party, Reach, Time},
     clock,
     config::Config,
+    csv,
     event::Pattern,
     page::MAX_LIMIT,
     store::{By, EventFilter},
@@ -236,64 +237,14 @@ pub(super) fn reach(reach: &Reach, what: &str, zone: &Zone) -> String {
     out
 }
 
-const CSV_HEAD: &str = "number,at,event,id,timestamp,actor_id,actor_type,actor_name,resource_id,resource_type,resource_name,description,bytes\r\n";
-
 fn csv(events: &[Event]) -> String {
-    let mut out = CSV_HEAD.to_owned();
-    for e in events {
-        let (number, at, bytes) = (e.number.to_string(), e.at.to_string(), e.bytes.to_string());
-        let text = |text: &Option<String>| text.clone().unwrap_or_default();
-        let parties = [&e.actor, &e.resource].map(|p| [text(&p.id), text(&p.kind), text(&p.name)]);
-        let [actor, resource] = parties;
-        let cells: Vec<String> = [number, at, e.event.clone(), e.id.clone(), text(&e.timestamp)]
-            .into_iter()
-            .chain(actor)
-            .chain(resource)
-            .chain([text(&e.description), bytes])
-            .map(|text| cell(&text))
-            .collect();
-        out.push_str(&cells.join(","));
-        out.push_str("\r\n");
-    }
-    out
-}
-
-/// A cell of CSV. A text that a spreadsheet would run as a formula begins with an apostrophe
-/// instead.
-fn cell(text: &str) -> String {
-    let runs = text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n']);
-    let text = if runs { format!("'{text}") } else { text.to_owned() };
-    let text = text.replace('\0', "\u{fffd}");
-    if text.contains([',', '"', '\r', '\n', ';', '\'']) {
-        format!("\"{}\"", text.replace('"', "\"\""))
-    } else {
-        text
-    }
+    let head = csv::line(Event::COLUMNS);
+    std::iter::once(head).chain(events.iter().map(Event::to_csv)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_cell_runs_in_no_spreadsheet_and_ends_no_line() {
-        for (text, expected) in [
-            ("plain", "plain"),
-            ("", ""),
-            ("=1+1", "\"'=1+1\""),
-            ("+1", "\"'+1\""),
-            ("-1", "\"'-1\""),
-            ("@SUM(A1)", "\"'@SUM(A1)\""),
-            ("\t=1", "\"'\t=1\""),
-            ("a,b", "\"a,b\""),
-            ("a\"b", "\"a\"\"b\""),
-            ("a\r\nb", "\"a\r\nb\""),
-            ("1=1", "1=1"),
-        ] {
-            assert_eq!(cell(text), expected, "{text:?}");
-        }
-        assert_eq!(CSV_HEAD.split(',').count(), 13);
-    }
 
     #[test]
     fn a_search_that_ended_early_says_how_far_it_came_and_how_to_go_on() {

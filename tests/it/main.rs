@@ -39,6 +39,7 @@ mod hostile {
 /// Commands, configuration, log, status.
 mod operators {
     mod api;
+    mod audit_log;
     mod commands;
     mod console;
     mod demo;

@@ -23,6 +23,7 @@ use crate::{
         answer::{READ_TIMEOUT, Refusal, header_text},
         body,
         control::Control,
+        export::Exporter,
         guard::{Tokens, from_elsewhere},
         history::History,
         operations::record,
@@ -43,6 +44,7 @@ pub(in crate::admin) struct Console<Q, S> {
     pub(super) control: Arc<Control<Q, S>>,
     pub(super) history: Arc<History<Q, S>>,
     pub(super) again: Arc<Again<Q, S>>,
+    pub(super) exporter: Arc<Exporter<S>>,
     pub(super) notices: Notices,
     store: S,
 }
@@ -65,10 +67,11 @@ impl<Q: Queue, S: Store> Console<Q, S> {
         control: Arc<Control<Q, S>>,
         history: Arc<History<Q, S>>,
         again: Arc<Again<Q, S>>,
+        exporter: Arc<Exporter<S>>,
         store: S,
     ) -> Self {
         let (doorman, notices) = (Doorman::default(), Notices::default());
-        Self { tokens, doorman, control, history, again, notices, store }
+        Self { tokens, doorman, control, history, again, exporter, notices, store }
     }
 
     /// Records an action as the API would, and leads the browser to the page that says what was

@@ -55,6 +55,26 @@ pub(super) fn list(session: &Session, form: &Form, found: Result<EventList, Refu
     })
 }
 
+/// The answer to a wish for a file that there is none of.
+pub(super) fn no_file(session: &Session, refusal: &Refusal) -> Response {
+    page(session, "Export").refused(refusal)
+}
+
+/// Links to all that the filters select, as files.
+fn exports(form: &Form) -> Markup {
+    let form = form.clone().without("limit");
+    let file = |format: &str| {
+        form.clone().with("format", format.to_owned()).link("/console/events/export", None)
+    };
+    html! {
+        span.files {
+            span.muted { "Export" @if form.is_filled() { " what fits" } }
+            a.button href=(file("csv")) download="" { "CSV" }
+            a.button href=(file("jsonl")) download="" { "JSON Lines" }
+        }
+    }
+}
+
 fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
     const SHOWN: [&str; 6] = ["text", "type", "actor", "resource", "since", "until"];
     html! {
@@ -104,6 +124,7 @@ fn rows(form: &Form, list: &EventList) -> Markup {
                 (None, None) => span.muted { "Nothing older." },
                 (None, Some(_)) => {},
             }
+            @if !list.events.is_empty() || list.next.is_some() { (exports(form)) }
         }
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Paused, Time};
 use crate::{
+    csv,
     delivery::FailureKind,
     event::details,
     history::whereabouts::{self, Fate, Last},
@@ -75,6 +76,47 @@ impl Event {
             bytes: row.bytes,
         }
     }
+
+    /// The columns of an event as comma-separated values.
+    pub const COLUMNS: [&str; 13] = [
+        "number",
+        "at",
+        "event",
+        "id",
+        "timestamp",
+        "actor_id",
+        "actor_type",
+        "actor_name",
+        "resource_id",
+        "resource_type",
+        "resource_name",
+        "description",
+        "bytes",
+    ];
+
+    /// The event as a line of comma-separated values.
+    pub fn to_csv(&self) -> String {
+        let Self { actor, resource, .. } = self;
+        let (number, at, bytes) =
+            (self.number.to_string(), self.at.to_string(), self.bytes.to_string());
+        let text = |text: &'_ Option<String>| text.clone().unwrap_or_default();
+        let cells: [String; Self::COLUMNS.len()] = [
+            number,
+            at,
+            self.event.clone(),
+            self.id.clone(),
+            text(&self.timestamp),
+            text(&actor.id),
+            text(&actor.kind),
+            text(&actor.name),
+            text(&resource.id),
+            text(&resource.kind),
+            text(&resource.name),
+            text(&self.description),
+            bytes,
+        ];
+        csv::line(cells)
+    }
 }
 
 /// An actor or a resource. A field that is no text stands here as its JSON.
@@ -137,6 +179,30 @@ impl From<store::Reach> for Reach {
     }
 }
 
+/// An event with its bytes.
+#[derive(Debug, Serialize)]
+pub struct EventWithBytes {
+    #[serde(flatten)]
+    pub event: Event,
+    /// The published bytes, if they are UTF-8.
+    pub body: Option<String>,
+    /// The published bytes in base64, if they are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body_base64: Option<String>,
+}
+
+impl EventWithBytes {
+    pub fn new(row: &store::EventRow) -> Self {
+        let text = row.body.as_ref().map(|body| std::str::from_utf8(body));
+        let (body, body_base64) = match text {
+            Some(Ok(text)) => (Some(text.to_owned()), None),
+            Some(Err(_)) => (None, row.body.as_ref().map(|body| BASE64.encode(body))),
+            None => (None, None),
+        };
+        Self { event: Event::new(row), body, body_base64 }
+    }
+}
+
 /// One event, its bytes, and where it went.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct EventWhere {
@@ -159,14 +225,9 @@ impl EventWhere {
         went: &[whereabouts::Whereabouts],
         reach: store::Reach,
     ) -> Self {
-        let text = row.body.as_ref().map(|body| std::str::from_utf8(body));
-        let (body, body_base64) = match text {
-            Some(Ok(text)) => (Some(text.to_owned()), None),
-            Some(Err(_)) => (None, row.body.as_ref().map(|body| BASE64.encode(body))),
-            None => (None, None),
-        };
+        let EventWithBytes { event, body, body_base64 } = EventWithBytes::new(row);
         Self {
-            event: Event::new(row),
+            event,
             body,
             body_base64,
             went: went.iter().map(Whereabouts::new).collect(),
