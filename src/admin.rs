@@ -87,7 +87,7 @@ impl Admin {
         let socket = TcpListener::bind(config.listen).await?;
         let listens = socket.local_addr()?;
         tracing::info!(addr = %listens, "admin listening");
-        let tokens = Tokens::new(config.all_tokens());
+        let tokens = Tokens::new(config.all_tokens()).used_at(config.public_url.clone());
         if tokens.is_empty() {
             tracing::info!(
                 remedy = "set [admin] token; `hooktrail init` writes a configuration with one",

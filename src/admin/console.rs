@@ -28,13 +28,14 @@ use axum::{
     body::Body,
     extract,
     http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    middleware,
     response::{IntoResponse as _, Redirect, Response},
     routing::{get, post},
 };
 
 pub(super) use self::entry::Console;
 use self::{
-    entry::{SignedIn, This, changing, not_taken, posted},
+    entry::{SignedIn, This, changing, not_taken, of_public_host, posted},
     form::Form,
     page::{Page, Place},
     sign_in::{Doorman, Said},
@@ -51,6 +52,7 @@ use super::{
 use crate::{config::Role, queue::Queue, store::Store};
 
 pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
+    let tokens = console.tokens.clone();
     Router::new()
         .route("/console", get(async || Redirect::permanent(Place::Overview.path())))
         .route(Place::Overview.path(), get(overview::<Q, S>))
@@ -71,6 +73,7 @@ pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
         .merge(actions::routes())
         .with_state(Arc::new(console))
         .merge(assets::routes())
+        .layer(middleware::from_fn_with_state(tokens, of_public_host))
 }
 
 async fn overview<Q: Queue, S: Store>(
@@ -219,7 +222,7 @@ async fn sign_in<Q: Queue, S: Store>(
         Err(refusal) => return not_taken(&refusal),
     };
     let to = form.get("to");
-    if from_elsewhere(&headers, true).is_some() {
+    if from_elsewhere(&headers, &console.tokens).is_some() {
         return sign_in::page(Said::Elsewhere, to);
     }
     let Some(token) = console.tokens.known(form.get("token")) else {
@@ -229,8 +232,13 @@ async fn sign_in<Q: Queue, S: Store>(
         return sign_in::page(Said::MayNotLook, to);
     }
     // A proxy before this listener has the TLS; the browser names the scheme that it sees.
-    let encrypted = header_text(&headers, header::ORIGIN).starts_with("https://");
-    moved(own_page(to), session::begin(token, encrypted))
+    let over_tls = header_text(&headers, header::ORIGIN).starts_with("https://");
+    let reach = match console.tokens.public_url() {
+        Some(_) => session::Reach::OneHost,
+        None if over_tls => session::Reach::Tls,
+        None => session::Reach::Any,
+    };
+    moved(own_page(to), session::begin(token, reach))
 }
 
 async fn wrong_token(doorman: &Doorman, address: IpAddr, to: &str) -> Response {
@@ -239,12 +247,12 @@ async fn wrong_token(doorman: &Doorman, address: IpAddr, to: &str) -> Response {
 }
 
 async fn sign_out<Q: Queue, S: Store>(
-    extract::State(_): This<Q, S>,
+    extract::State(console): This<Q, S>,
     SignedIn(session): SignedIn,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    match changing(&session, &headers, body).await {
+    match changing(&console.tokens, &session, &headers, body).await {
         Ok(_) => moved("/console/sign-in", session::end(&session)),
         Err(refusal) => not_taken(&refusal),
     }

@@ -15,11 +15,15 @@ use super::{
     answer::{Refusal, discard, header_text},
     view::ProblemKind,
 };
-use crate::config::{Role, Token};
+use crate::config::{PublicUrl, Role, Token};
 
-/// The tokens of the configuration with which the daemon started.
+/// The tokens of the configuration with which the daemon started, and where browsers use them.
 #[derive(Debug, Clone)]
-pub(super) struct Tokens(Arc<[(Token, [u8; 32])]>);
+pub(super) struct Tokens {
+    all: Arc<[(Token, [u8; 32])]>,
+    /// The address before the proxy; `None` if there is none, or it is not known.
+    public_url: Option<Arc<PublicUrl>>,
+}
 
 impl Tokens {
     pub(super) fn new(tokens: Vec<Token>) -> Self {
@@ -27,15 +31,24 @@ impl Tokens {
             let digest = digest(token.secret.expose());
             (token, digest)
         };
-        Self(tokens.into_iter().map(digested).collect())
+        Self { all: tokens.into_iter().map(digested).collect(), public_url: None }
+    }
+
+    /// The same, used by browsers at this address alone.
+    pub(super) fn used_at(self, public_url: Option<PublicUrl>) -> Self {
+        Self { public_url: public_url.map(Arc::new), ..self }
+    }
+
+    pub(super) fn public_url(&self) -> Option<&PublicUrl> {
+        self.public_url.as_deref()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all.is_empty()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Token> {
-        self.0.iter().map(|(token, _)| token)
+        self.all.iter().map(|(token, _)| token)
     }
 
     /// The token that a request carries.
@@ -52,7 +65,7 @@ impl Tokens {
     pub(super) fn known(&self, given: &str) -> Option<&Token> {
         let given = digest(given);
         let mut found = None;
-        for (token, digest) in self.0.iter() {
+        for (token, digest) in self.all.iter() {
             if bool::from(given.ct_eq(digest)) {
                 found = Some(token);
             }
@@ -112,21 +125,23 @@ fn too_small(token: &Token, needed: Role) -> Refusal {
 }
 
 /// The reason to refuse a request as one that a web page made a browser send.
-pub(super) fn from_elsewhere(headers: &HeaderMap, has_token: bool) -> Option<&'static str> {
+pub(super) fn from_elsewhere(headers: &HeaderMap, tokens: &Tokens) -> Option<&'static str> {
     let text = |name| header_text(headers, name);
     if !matches!(text(HeaderName::from_static("sec-fetch-site")), "" | "none" | "same-origin") {
         return Some("it comes from a page of another site");
     }
     let host = text(header::HOST);
     let origin = text(header::ORIGIN);
-    if !origin.is_empty()
-        && origin.split_once("://").is_none_or(|(_, o)| !o.eq_ignore_ascii_case(host))
-    {
+    let is_own = match tokens.public_url() {
+        Some(public) => origin.eq_ignore_ascii_case(&public.origin()),
+        None => origin.split_once("://").is_some_and(|(_, o)| o.eq_ignore_ascii_case(host)),
+    };
+    if !origin.is_empty() && !is_own {
         return Some("it comes from a page of another origin");
     }
     // The owner of any name can make it lead to this machine, and a page of that name is then of
     // this origin.
-    if !has_token && !is_of_this_machine(host) {
+    if tokens.is_empty() && !is_of_this_machine(host) {
         return Some("without [admin] token only an IP address or `localhost` is answered to");
     }
     None
@@ -165,7 +180,7 @@ pub(super) fn caller(
     headers: &HeaderMap,
     needed: Role,
 ) -> Result<Caller, Refusal> {
-    if let Some(why) = from_elsewhere(headers, !tokens.is_empty()) {
+    if let Some(why) = from_elsewhere(headers, tokens) {
         return Err(Refusal::from_elsewhere(why));
     }
     if tokens.is_empty() {
@@ -323,7 +338,24 @@ mod tests {
             (&[("host", "127.0.0.1:8787"), ("sec-fetch-site", "same-origin")], false, true),
             (&[("host", "127.0.0.1:8787"), ("sec-fetch-site", "none")], false, true),
         ] {
-            assert_eq!(from_elsewhere(&headers(pairs), token).is_none(), ok, "{pairs:?}");
+            let tokens = if token { tokens() } else { Tokens::new(Vec::new()) };
+            assert_eq!(from_elsewhere(&headers(pairs), &tokens).is_none(), ok, "{pairs:?}");
+        }
+        let public = PublicUrl::try_new("https://Hooks.example:8443/").expect("valid");
+        assert_eq!(
+            (public.origin().as_str(), public.host()),
+            ("https://hooks.example:8443", "hooks.example:8443")
+        );
+        let tokens = tokens().used_at(Some(public));
+        for (pairs, ok) in [
+            (&[("host", "127.0.0.1:8787")][..], true),
+            (&[("host", "127.0.0.1:8787"), ("origin", "https://hooks.example:8443")], true),
+            (&[("host", "127.0.0.1:8787"), ("origin", "http://127.0.0.1:8787")], false),
+            (&[("host", "hooks.example:8443"), ("origin", "http://hooks.example:8443")], false),
+            (&[("host", "hooks.example"), ("origin", "https://hooks.example")], false),
+            (&[("host", "evil.example"), ("origin", "https://evil.example")], false),
+        ] {
+            assert_eq!(from_elsewhere(&headers(pairs), &tokens).is_none(), ok, "{pairs:?}");
         }
     }
 }

@@ -48,7 +48,7 @@ async fn introduce(State(me): State<Arc<Introduction>>, headers: HeaderMap) -> R
 
 impl Introduction {
     fn introduced(&self, headers: &HeaderMap) -> Result<view::Introduction, Refusal> {
-        if let Some(why) = from_elsewhere(headers, !self.tokens.is_empty()) {
+        if let Some(why) = from_elsewhere(headers, &self.tokens) {
             return Err(Refusal::from_elsewhere(why));
         }
         let proof = self.proof(headers);

@@ -232,6 +232,14 @@ pub(super) static ADMIN: &[Key] = &[
         |c| word(&c.admin.listen.to_string()),
     ),
     global(
+        "admin.public_url",
+        "Where browsers find the console behind a proxy with TLS: https, host and port.",
+        Shape::Text,
+        AfterRestart,
+        differs!(admin.public_url),
+        |c| word(&c.admin.public_url.as_ref()?.origin()),
+    ),
+    global(
         "admin.token",
         "The bearer token of /api; required if `listen` is not a loopback address.",
         Shape::Text,

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
+use url::Url;
 
 use super::subscriber::Subscribers;
 use crate::crypto::{
@@ -147,6 +148,8 @@ pub struct AdminConfig {
     pub token: Option<Secret>,
     /// The tables `[[admin.tokens]]`.
     pub tokens: Vec<Token>,
+    /// Where browsers find the console, if a proxy with TLS is before it.
+    pub public_url: Option<PublicUrl>,
     /// Whether subscribers can be made, changed and removed over the API.
     pub manage: bool,
     pub max_subscribers: Option<usize>,
@@ -162,6 +165,40 @@ pub struct Reach {
     /// Networks that are allowed although they are not public.
     pub allow_addresses: Vec<IpNet>,
     pub proxy: Option<SecretUrl>,
+}
+
+/// The address at which browsers find the console: `https`, a host, and a port that is not the
+/// usual one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublicUrl(Url);
+
+impl PublicUrl {
+    /// # Errors
+    /// It has another scheme than `https`, or more than a host and a port.
+    pub fn try_new(text: &str) -> Result<Self, &'static str> {
+        const WRONG: &str = "must be https:// with a host, and a port if it is not 443: \"https://hooktrail.example.com\"";
+        let url = Url::parse(text).map_err(|_| WRONG)?;
+        let is_bare = url.path() == "/"
+            && url.query().is_none()
+            && url.fragment().is_none()
+            && url.username().is_empty()
+            && url.password().is_none();
+        if url.scheme() == "https" && url.has_host() && is_bare {
+            Ok(Self(url))
+        } else {
+            Err(WRONG)
+        }
+    }
+
+    /// Scheme, host and port, as a browser sends them in `origin`.
+    pub fn origin(&self) -> String {
+        self.0.origin().ascii_serialization()
+    }
+
+    /// Host and port, as a browser sends them in `host`.
+    pub fn host(&self) -> &str {
+        &self.0[url::Position::BeforeHost..url::Position::AfterPort]
+    }
 }
 
 impl AdminConfig {

@@ -642,6 +642,10 @@ fn a_listener_that_other_machines_reach_needs_a_token() {
         ("token = \"\"", "h.toml:4:9: admin.token: must be one or more visible"),
         ("token = \"hunter 2\"", "without spaces"),
         ("tokn = \"x\"", "did you mean `token`?"),
+        ("public_url = \"http://h.example\"", "admin.public_url: must be https:// with a host"),
+        ("public_url = \"https://h.example/console\"", "must be https:// with a host"),
+        ("public_url = \"https://hunter:2@h.example\"", "must be https:// with a host"),
+        ("public_url = \"h.example\"", "must be https:// with a host"),
     ] {
         let found = with(admin).expect_err("refused");
         assert!(

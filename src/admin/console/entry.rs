@@ -5,7 +5,8 @@ use std::sync::Arc;
 use axum::{
     body::Body,
     extract::{FromRequest, FromRequestParts, Request, State},
-    http::{HeaderMap, HeaderName, Method, StatusCode, request::Parts},
+    http::{HeaderMap, HeaderName, Method, StatusCode, header, request::Parts},
+    middleware::Next,
     response::{IntoResponse as _, Redirect, Response},
 };
 use maud::{Markup, html};
@@ -156,19 +157,20 @@ impl<Q: Queue, S: Store> FromRequest<Arc<Console<Q, S>>> for Posted {
     ) -> Result<Self, Response> {
         let (mut parts, body) = request.into_parts();
         let MayChange(session) = MayChange::from_request_parts(&mut parts, console).await?;
-        let taken = changing(&session, &parts.headers, body).await;
+        let taken = changing(&console.tokens, &session, &parts.headers, body).await;
         taken.map(|form| Self { session, form }).map_err(|refusal| not_taken(&refusal))
     }
 }
 
 /// The form of a request that changes something, which one of this session's pages has sent.
 pub(super) async fn changing(
+    tokens: &Tokens,
     session: &Session,
     headers: &HeaderMap,
     body: Body,
 ) -> Result<Form, Refusal> {
     let form = posted(body).await?;
-    if let Some(why) = from_elsewhere(headers, true) {
+    if let Some(why) = from_elsewhere(headers, tokens) {
         return Err(Refusal::from_elsewhere(why));
     }
     if form.get("form_key") != session.form_key {
@@ -201,6 +203,34 @@ fn refused(refusal: &Refusal, heading: &str) -> Response {
                 h1 { (heading) }
                 p { (page::text(&refusal.why)) }
                 p { a href=(Place::Overview.path()) { "To the overview" } }
+            }
+        },
+    )
+}
+
+/// Lets requests through by the one host at which browsers find the console, if that is configured.
+pub(super) async fn of_public_host(
+    State(tokens): State<Tokens>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let host = header_text(request.headers(), header::HOST);
+    match tokens.public_url() {
+        Some(public) if !host.eq_ignore_ascii_case(public.host()) => elsewhere(&public.origin()),
+        _ => next.run(request).await,
+    }
+}
+
+fn elsewhere(origin: &str) -> Response {
+    let link = format!("{origin}{}", Place::Overview.path());
+    page::outside(
+        StatusCode::MISDIRECTED_REQUEST,
+        "The console is at another address",
+        html! {
+            section.card.pad.sign-in {
+                h1 { "The console is at another address" }
+                p { a href=(link) { (link) } }
+                p.muted.small { "This daemon answers browsers at " code { "[admin] public_url" } " alone. A proxy must pass the header " code { "Host" } " on." }
             }
         },
     )

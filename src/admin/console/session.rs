@@ -20,9 +20,6 @@ use crate::{
 /// The longest time of a session.
 const LASTS: Duration = Duration::from_secs(12 * 60 * 60);
 
-/// The path of the pages, to which alone the cookie is sent.
-pub(super) const PATH: &str = "/console";
-
 /// The use of a derived key (RFC 5869, section 3.2).
 const SESSION: &[u8] = b"hooktrail console: session, 1";
 const FORM: &[u8] = b"hooktrail console: form, 1";
@@ -35,32 +32,60 @@ pub(super) struct Session {
     /// The field of each form that changes something: no other site knows it.
     pub(super) form_key: String,
     token: Token,
+    reach: Reach,
 }
 
-/// Begins a session for a token. Returns the header that sets the cookie. `encrypted`: the browser
-/// came over TLS, and is to send the cookie over nothing else.
-pub(super) fn begin(token: &Token, encrypted: bool) -> HeaderValue {
+/// Where a browser sends a cookie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// To the pages, over any connection.
+    Any,
+    /// The browser came over TLS, and sends the cookie over nothing else.
+    Tls,
+    /// The same, and no other host can have set it: draft-ietf-httpbis-rfc6265bis, section 4.1.3.2.
+    OneHost,
+}
+
+impl Reach {
+    /// What begins a cookie's name.
+    fn prefix(self) -> &'static str {
+        if self == Self::OneHost { "__Host-" } else { "" }
+    }
+
+    /// The attributes of a cookie. One with the prefix has this path.
+    fn attributes(self) -> &'static str {
+        match self {
+            Self::Any => "Path=/console",
+            Self::Tls => "Path=/console; Secure",
+            Self::OneHost => "Path=/; Secure",
+        }
+    }
+}
+
+/// Begins a session for a token. Returns the header that sets the cookie.
+pub(super) fn begin(token: &Token, reach: Reach) -> HeaderValue {
     let until = clock::unix_seconds(clock::now() + LASTS);
     let content = content(until, &clock::session_id());
     let seal = BASE64.encode(tag(token, SESSION, content.as_bytes()));
-    cookie(token, &format!("{content}.{seal}"), LASTS, encrypted)
+    cookie(token, &format!("{content}.{seal}"), LASTS, reach)
 }
 
 /// The header that ends a session in the browser.
 pub(super) fn end(session: &Session) -> HeaderValue {
-    cookie(&session.token, "", Duration::ZERO, false)
+    cookie(&session.token, "", Duration::ZERO, session.reach)
 }
 
 /// The session of a request; `None` if there is none, it is over, or its token is not valid now.
 pub(super) fn of(headers: &HeaderMap, tokens: &Tokens) -> Option<Session> {
     let given: Vec<(&str, &str)> = cookies(headers).collect();
+    let reach = tokens.public_url().map_or(Reach::Any, |_| Reach::OneHost);
     tokens.iter().filter(|token| token.role.may(Role::Read)).find_map(|token| {
-        let name = name(token);
+        let name = name(token, reach);
         // One of a longer path, which another program at this host has set, comes before it.
         let mut own = given.iter().filter(|(given, _)| *given == name).map(|(_, value)| *value);
         let value = own.find(|value| is_valid(token, value))?;
         let form_key = BASE64.encode(tag(token, FORM, value.as_bytes()));
-        Some(Session { caller: Caller::of(token), form_key, token: token.clone() })
+        Some(Session { caller: Caller::of(token), form_key, token: token.clone(), reach })
     })
 }
 
@@ -78,17 +103,17 @@ fn content(until: u64, nonce: &str) -> String {
 
 /// The name of a token's cookie. The ports of a host share their cookies, so that each daemon there
 /// needs a name of its own.
-fn name(token: &Token) -> String {
+fn name(token: &Token, reach: Reach) -> String {
     let digits =
         tag(token, NAME, b"").iter().take(6).map(|b| format!("{b:02x}")).collect::<String>();
-    format!("hooktrail_{digits}")
+    format!("{}hooktrail_{digits}", reach.prefix())
 }
 
-fn cookie(token: &Token, value: &str, lasts: Duration, encrypted: bool) -> HeaderValue {
-    let secure = if encrypted { "; Secure" } else { "" };
+fn cookie(token: &Token, value: &str, lasts: Duration, reach: Reach) -> HeaderValue {
     let text = format!(
-        "{}={value}; Path={PATH}; Max-Age={}; HttpOnly; SameSite=Strict{secure}",
-        name(token),
+        "{}={value}; {}; Max-Age={}; HttpOnly; SameSite=Strict",
+        name(token, reach),
+        reach.attributes(),
         lasts.as_secs()
     );
     HeaderValue::from_str(&text).expect("letters, digits and signs of ASCII")
@@ -119,7 +144,7 @@ fn tag(token: &Token, usage: &[u8], text: &[u8]) -> [u8; 32] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crypto::secret::Secret;
+    use crate::{config::PublicUrl, crypto::secret::Secret};
 
     fn token(name: &str, secret: &str, role: Role) -> Token {
         Token { name: name.into(), secret: Secret::new(secret), role }
@@ -137,7 +162,7 @@ mod tests {
     fn a_session_is_its_tokens_and_ends_with_it() {
         let ann = token("ann.b", "one", Role::Admin);
         let tokens = Tokens::new(vec![token("ci", "two", Role::Intake), ann.clone()]);
-        let cookie = begin(&ann, false);
+        let cookie = begin(&ann, Reach::Any);
         let text = cookie.to_str().expect("text");
         for attribute in ["; HttpOnly", "; SameSite=Strict", "; Path=/console", "; Max-Age=43200"] {
             assert!(text.contains(attribute), "{text}");
@@ -146,9 +171,24 @@ mod tests {
         assert_eq!(session.caller.token.as_deref(), Some("ann.b"));
         assert!(session.caller.sees_endpoints());
         assert!(!text.contains("Secure"), "{text}");
-        assert!(begin(&ann, true).to_str().expect("text").ends_with("; Secure"));
-        let again = of(&request(&begin(&ann, true)), &tokens).expect("a session");
+        assert!(
+            begin(&ann, Reach::Tls).to_str().expect("text").contains("; Path=/console; Secure")
+        );
+        let again = of(&request(&begin(&ann, Reach::Tls)), &tokens).expect("a session");
         assert_ne!(session.form_key, again.form_key, "each session has its own");
+
+        // Behind a proxy no other host can have set it, and no cookie of another kind counts.
+        let public = PublicUrl::try_new("https://hooks.example").expect("valid");
+        let behind = tokens.clone().used_at(Some(public));
+        let one_host = begin(&ann, Reach::OneHost);
+        let text = one_host.to_str().expect("text");
+        assert!(text.starts_with("__Host-hooktrail_") && !text.contains("/console"), "{text}");
+        for part in ["; Path=/;", "; Secure", "; HttpOnly", "; SameSite=Strict"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(of(&request(&cookie), &behind).is_none());
+        let session = of(&request(&one_host), &behind).expect("a session");
+        assert!(end(&session).to_str().expect("text").starts_with("__Host-hooktrail_"));
 
         // The role is the token's of now.
         let read = Tokens::new(vec![token("ann.b", "one", Role::Read)]);
@@ -174,7 +214,7 @@ mod tests {
         let good = sealed(&to_come);
         let header = |value: &str| {
             // Another program's cookie of the same name comes first.
-            let value = format!("{0}=x; {0}={value}", name(&ann));
+            let value = format!("{0}=x; {0}={value}", name(&ann, Reach::Any));
             let value = HeaderValue::from_str(&value).expect("a header");
             HeaderMap::from_iter([(header::COOKIE, value)])
         };

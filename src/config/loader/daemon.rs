@@ -12,7 +12,7 @@ use crate::{
         keys,
         limits::MAX_SUBSCRIBERS,
         reader::Reader,
-        settings::{AdminConfig, Config, HistoryConfig, LogConfig, Reach, StoreConfig},
+        settings::{AdminConfig, Config, HistoryConfig, LogConfig, PublicUrl, Reach, StoreConfig},
     },
     crypto::seal::SealKey,
 };
@@ -112,7 +112,13 @@ pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Optio
         None => Some(Reach::default()),
         Some(v) => policies::reach(reader, &v),
     };
-    let (listen, token, tokens) = (listen?, token?, tokens?);
+    let public_url = match get("public_url") {
+        None => Some(None),
+        Some(v) => reader.string(&v).and_then(|text| {
+            PublicUrl::try_new(&text).map_err(|why| reader.report(&v, why)).ok().map(Some)
+        }),
+    };
+    let (listen, token, tokens, public_url) = (listen?, token?, tokens?, public_url?);
     if token.is_none()
         && tokens.is_empty()
         && let Some(v) = get("listen").filter(|_| !listen.ip().to_canonical().is_loopback())
@@ -129,6 +135,7 @@ pub(in crate::config) fn admin(reader: &Reader<'_>, root: &Section<'_>) -> Optio
         listen,
         token,
         tokens,
+        public_url,
         manage,
         max_subscribers: max_subscribers?,
         api_subscribers: api_subscribers?,
