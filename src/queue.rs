@@ -591,6 +591,16 @@ impl QueueError {
         self.needs_operator
     }
 
+    /// The finding that the queue could not be inspected.
+    pub fn to_finding(&self) -> Finding {
+        let finding =
+            Finding::harmful("queue", self.what()).risking("nothing is taken in or delivered");
+        match self.remedy() {
+            Some(remedy) => finding.with_remedy(remedy),
+            None => finding,
+        }
+    }
+
     /// Whether history has no events because those of the queue go to another store.
     pub fn is_of_another_store(&self) -> bool {
         self.is_of_another_store

@@ -1,7 +1,7 @@
 //! The requests of operators: report subscribers, pause and resume them, send a test event, list
 //! dead letters and retries, reload the configuration.
 
-mod inspection;
+pub(super) mod inspection;
 mod report;
 mod waiting;
 
@@ -24,6 +24,7 @@ use tokio::{
     time::{sleep_until, timeout},
 };
 
+use self::inspection::Inspections;
 use super::{
     answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
@@ -88,8 +89,7 @@ pub(super) struct Control<Q, S> {
     pub(super) to_their_end: Arc<Semaphore>,
     /// When the last test event was sent. One at a time, and one in [`TEST_EVERY`].
     testing: Mutex<Option<Instant>>,
-    /// One inspection at a time.
-    inspecting: Mutex<()>,
+    inspections: Inspections,
     started: Instant,
     /// One read of the waiting batches at a time.
     retrying: Mutex<()>,
@@ -311,7 +311,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             phase,
             walking: Mutex::default(),
             testing: Mutex::default(),
-            inspecting: Mutex::default(),
+            inspections: Inspections::default(),
             started: clock::instant(),
             retrying: Mutex::default(),
             to_their_end: Arc::new(Semaphore::new(MOST_TO_THEIR_END)),

@@ -11,9 +11,9 @@ use std::{
 use super::{complete, failed::Failed, open::find, text::visible};
 use crate::{
     clock,
-    config::{self, Backend, Config, ConfigError, Subscriber},
+    config::{self, Backend, Config, ConfigError, Subscriber, Token},
     endpoint::inspect,
-    queue::{Queue, QueueError, amqp::AmqpQueue, embedded::EmbeddedQueue},
+    queue::{Queue, amqp::AmqpQueue, embedded::EmbeddedQueue},
     store::sqlite::recorded_id,
     telemetry::{
         finding::{Finding, Severity, summarized},
@@ -42,6 +42,13 @@ pub(super) struct Args {
 /// The timeout of a queue's inspection; a thousand subscribers take some seconds.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// The timeout of the endpoints' inspection. Each has its own; a thousand that are all silent take a
+/// quarter of an hour.
+const ENDPOINTS_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// The fewest characters of a token that cannot be guessed.
+const SAFE_TOKEN: usize = 16;
+
 pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     let config = match config::load(path) {
         Ok(config) => config,
@@ -55,6 +62,7 @@ pub(super) async fn run(path: &Path, args: &Args) -> Result<(), Failed> {
     let chosen = chosen(&config, &args.subscribers)?;
     let mut findings = if args.connect { inspected(&config, &chosen).await } else { Vec::new() };
     findings.splice(0..0, yet_to_come(&chosen, clock::now()));
+    findings.splice(0..0, short_tokens(&config));
     let harmful = findings.iter().filter(|f| f.severity == Severity::Harmful).count();
     // The worst first: a long text is printed below.
     findings.reverse();
@@ -103,7 +111,8 @@ fn chosen(config: &Config, names: &[String]) -> Result<Vec<Arc<Subscriber>>, Fai
 async fn inspected(config: &Config, chosen: &[Arc<Subscriber>]) -> Vec<Finding> {
     // Inspects the queue for all subscribers, whichever were chosen: they share the broker's
     // limits, and any that is consumed shows that a daemon runs.
-    let (mut findings, endpoints) = tokio::join!(inspect_queue(config), inspect::inspect(chosen));
+    let (mut findings, endpoints) =
+        tokio::join!(inspect_queue(config), inspect::inspect(chosen, ENDPOINTS_PATIENCE));
     if chosen.len() < config.subscribers.len() {
         findings = without_others(findings, config, chosen);
     }
@@ -122,6 +131,20 @@ fn yet_to_come(chosen: &[Arc<Subscriber>], now: SystemTime) -> Vec<Finding> {
         Some(finding.with_remedy("write a time that has passed, or leave `start_from` out"))
     };
     chosen.iter().filter_map(of).collect()
+}
+
+/// Tokens that are found by trying, whatever slows the trying down.
+fn short_tokens(config: &Config) -> Vec<Finding> {
+    let of = |token: Token| {
+        let is_short = token.secret.expose().len() < SAFE_TOKEN;
+        is_short.then(|| {
+            let found = format!("has fewer than {SAFE_TOKEN} characters");
+            Finding::warning(format!("token `{}` of [admin]", token.name), found)
+                .risking("whoever reaches `admin.listen` can find it by trying")
+                .with_remedy("make a longer one: `openssl rand -hex 32`")
+        })
+    };
+    config.admin.all_tokens().into_iter().filter_map(of).collect()
 }
 
 /// Removes findings about other subscribers only, unless they harm all.
@@ -264,7 +287,7 @@ async fn inspect_queue(config: &Config) -> Vec<Finding> {
             }
             match EmbeddedQueue::existing(embedded) {
                 Ok(queue) => inspect(queue, &config.subscribers).await,
-                Err(e) => vec![no_queue(&e)],
+                Err(e) => vec![e.to_finding()],
             }
         }
     }
@@ -273,7 +296,7 @@ async fn inspect_queue(config: &Config) -> Vec<Finding> {
 async fn inspect(queue: impl Queue, subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
     let findings = match tokio::time::timeout(PATIENCE, queue.inspect(subscribers)).await {
         Ok(Ok(findings)) => findings,
-        Ok(Err(e)) => vec![no_queue(&e)],
+        Ok(Err(e)) => vec![e.to_finding()],
         Err(_) => vec![Finding::harmful(
             "queue",
             format!("did not answer all questions within {} s", PATIENCE.as_secs()),
@@ -281,14 +304,6 @@ async fn inspect(queue: impl Queue, subscribers: &[Arc<Subscriber>]) -> Vec<Find
     };
     queue.close().await;
     findings
-}
-
-fn no_queue(e: &QueueError) -> Finding {
-    let finding = Finding::harmful("queue", e.what()).risking("nothing is taken in or delivered");
-    match e.remedy() {
-        Some(remedy) => finding.with_remedy(remedy),
-        None => finding,
-    }
 }
 
 /// The number of subscribers, and of those chosen if not all are.
@@ -357,6 +372,31 @@ mod tests {
             (&b.subscribers[0].batch, &b.subscribers[0].http, &b.queue.embedded, b.admin.listen)
         );
     }
+
+    #[test]
+    fn a_token_that_can_be_guessed_is_a_warning_that_does_not_show_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("h.toml");
+        let tables = |own: &str, other: &str| {
+            format!(
+                "[queue]\nurl = \"embedded\"\n[admin]\ntoken = \"{own}\"\n[[admin.tokens]]\nname = \"ci\"\ntoken = \"{other}\"\nrole = \"read\"\n"
+            )
+        };
+        let (safe, short) = ("0123456789abcdef", "0123456789abcde");
+        for (own, other, about) in [
+            (safe, "0123456789abcdeg", vec![]),
+            (short, safe, vec!["token `token` of [admin]"]),
+            (short, "x", vec!["token `token` of [admin]", "token `ci` of [admin]"]),
+        ] {
+            std::fs::write(&path, tables(own, other)).expect("writes");
+            let config = config::load(&path).unwrap_or_else(|e| panic!("{e}"));
+            let found = short_tokens(&config);
+            assert_eq!(found.iter().map(Finding::names).collect::<Vec<_>>(), about);
+            assert!(found.iter().all(|f| f.severity == Severity::Warning));
+            assert!(!format!("{found:?}").contains(short), "{found:?}");
+        }
+    }
+
     #[test]
     fn what_a_queue_says_of_subscribers_that_were_not_asked_for_is_left_out() {
         let own = |about: &str, prefix| subscriber_of(about, prefix).map(str::to_owned);

@@ -12,7 +12,7 @@ use rustls::{AlertDescription, CertificateError, PeerIncompatible, pki_types::Se
 use tokio::{
     net::TcpStream,
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{sleep, timeout, timeout_at},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use url::{Host, Url};
@@ -32,14 +32,19 @@ const EXCEPTIONS: &str =
     "if that is where it shall go: http.allow_addresses or http.allow_private_addresses";
 const FATE: &str = "each attempt fails, and its events become dead letters when [retry] ends";
 
-/// Inspects all endpoints. Each takes at most three times its `http.connect_timeout`.
-pub async fn inspect(subscribers: &[Arc<Subscriber>]) -> Vec<Finding> {
+/// Inspects all endpoints. Each takes at most three times its `http.connect_timeout`; of those that
+/// have not ended `within` a time the finding says so.
+pub async fn inspect(subscribers: &[Arc<Subscriber>], within: Duration) -> Vec<Finding> {
+    let deadline = (clock::instant() + within).into();
     let roots = SystemRoots::load();
     let roots = roots.as_ref().map_err(String::as_str);
     // Owned: a request's handler awaits this, and could not with references in the stream.
     let subscribers = subscribers.to_vec();
-    let inspections =
-        subscribers.into_iter().map(|s| async move { Endpoint::of(&s).inspect(roots).await });
+    let inspections = subscribers.into_iter().map(|s| async move {
+        let endpoint = Endpoint::of(&s);
+        let inspection = timeout_at(deadline, endpoint.inspect(roots)).await;
+        inspection.unwrap_or_else(|_| vec![endpoint.late(within)])
+    });
     stream::iter(inspections).buffered(MAX_CONCURRENT).flat_map(stream::iter).collect().await
 }
 
@@ -61,6 +66,12 @@ impl<'s> Endpoint<'s> {
             url: subscriber.url.expose(),
             limit: subscriber.http.connect_timeout,
         }
+    }
+
+    fn late(&self, within: Duration) -> Finding {
+        let remedy = format!("hooktrail check --connect {}", self.subscriber.name);
+        let why = format!("the inspection of all endpoints took more than {} s", within.as_secs());
+        Finding::unseen(&self.about, why, remedy)
     }
 
     async fn inspect(&self, roots: Result<&SystemRoots, &str>) -> Vec<Finding> {

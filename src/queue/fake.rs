@@ -43,6 +43,8 @@ struct State {
     answers: VecDeque<SettleError>,
     retries: Vec<(Batch, Duration)>,
     opened: usize,
+    /// An inspection never ends.
+    is_silent: bool,
     /// The batches that were enqueued and that a test has not taken.
     waiting: BTreeMap<SubscriberName, Vec<Batch>>,
     /// All batches that were enqueued.
@@ -229,6 +231,10 @@ impl Fake {
         self.with(|s| s.history.is_held = is_held);
     }
 
+    pub(crate) fn be_silent(&self, is_silent: bool) {
+        self.with(|s| s.is_silent = is_silent);
+    }
+
     /// The sources of history that were opened.
     pub(crate) fn opened_history(&self) -> usize {
         self.with(|s| s.history.opened)
@@ -361,6 +367,9 @@ impl Queue for Fake {
     }
 
     async fn inspect(&self, _: &[Arc<Subscriber>]) -> Result<Vec<Finding>, QueueError> {
+        if self.with(|s| s.is_silent) {
+            std::future::pending::<()>().await;
+        }
         Ok(Vec::new())
     }
 

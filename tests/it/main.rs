@@ -44,6 +44,7 @@ mod operators {
     mod console;
     mod demo;
     mod doctor;
+    mod health_page;
     mod history;
     mod log;
     mod newcomers;

@@ -2,21 +2,27 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use axum::{Router, extract::State, http::Uri, response::Response, routing::get};
+use axum::{
+    Router,
+    body::Body,
+    extract::State,
+    http::HeaderMap,
+    response::{IntoResponse as _, Redirect, Response},
+    routing::{get, post},
+};
 use maud::{Markup, html};
 
 use super::{
     actions,
-    entry::{Console, SignedIn, This},
-    form::Form,
-    page::{Page, Place, Tone, query, state, text, time},
+    entry::{Console, SignedIn, This, changing, not_taken},
+    page::{Page, Place, Tone, form_key, state, text, time},
     session::Session,
     table::{Column::Text, table},
 };
 use crate::{
     admin::{
-        answer::Refusal,
-        view::{HistoryHealth, Overview},
+        control::inspection::{INSPECT_EVERY, Inspected},
+        view::{HistoryHealth, Overview, Time},
     },
     queue::Queue,
     store::Store,
@@ -24,8 +30,13 @@ use crate::{
     wording::{rounded, rounded_size},
 };
 
+/// Where an inspection is asked for.
+const INSPECT: &str = "/console/health/inspect";
+
 pub(super) fn routes<Q: Queue, S: Store>() -> Router<Arc<Console<Q, S>>> {
-    Router::new().route(Place::Health.path(), get(show::<Q, S>))
+    Router::new()
+        .route(Place::Health.path(), get(show::<Q, S>))
+        .route(INSPECT, post(inspect::<Q, S>).get(lead_back))
 }
 
 /// The process, as it is now.
@@ -39,47 +50,71 @@ struct Process {
 async fn show<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     SignedIn(session): SignedIn,
-    uri: Uri,
 ) -> Response {
-    let form = Form::of(uri.query().unwrap_or_default());
-    // It connects to each endpoint, so it is done when somebody asks for it.
-    let findings = match form.get("inspect") {
-        "" => None,
-        _ => Some(console.control.inspect().await),
-    };
     let found = console.control.overview().await;
     let process = Process {
         config: console.control.file(),
         uptime: console.control.uptime(),
         memory: crate::telemetry::metrics::resident_bytes(),
     };
-    page(&session, &found, &process, findings)
+    page(&session, &found, &process, console.control.inspected().as_deref())
+}
+
+/// Inspects, if it is time, and leads to the result: a page that is loaded again connects to nobody.
+async fn inspect<Q: Queue, S: Store>(
+    State(console): This<Q, S>,
+    SignedIn(session): SignedIn,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    if let Err(refusal) = changing(&console.tokens, &session, &headers, body).await {
+        return not_taken(&refusal);
+    }
+    match console.control.inspect().await {
+        Ok(()) => lead_back().await,
+        Err(refusal) => health(&session).refused(&refusal),
+    }
+}
+
+async fn lead_back() -> Response {
+    Redirect::to(Place::Health.path()).into_response()
+}
+
+fn health(session: &Session) -> Page<'_> {
+    Page { session, place: Place::Health, title: "Health".to_owned(), refresh: None }
 }
 
 fn page(
     session: &Session,
     found: &Overview,
     process: &Process,
-    findings: Option<Result<Vec<Finding>, Refusal>>,
+    inspected: Option<&Inspected>,
 ) -> Response {
-    let page = Page { session, place: Place::Health, title: "Health".to_owned(), refresh: None };
-    let inspect = query(Place::Health.path(), &[("inspect", "now")]);
-    page.answer(html! {
-        div.head { h1 { "Health" } div.deeds { a.button href=(inspect) { "Inspect queue and endpoints" } } }
-        @if let Some(findings) = findings {
-            section.card {
-                @match &findings {
-                    Err(refusal) => div.pad { p { (text(&refusal.why)) } },
-                    Ok(findings) => (table("Findings", &[Text("Severity"), Text("About"), Text("Found")], html! {
-                        // The worst is last in the list of `check`, where it is read first.
-                        @for finding in findings.iter().rev() { (row(finding)) }
-                    })),
-                }
+    health(session).answer(html! {
+        div.head {
+            h1 { "Health" }
+            div.deeds {
+                form method="post" action=(INSPECT) { (form_key(session)) button { "Inspect queue and endpoints" } }
             }
-            div.head {}
         }
         section.card.pad aria-label="Daemon" { (daemon(found, process)) }
         @if let Some(history) = &found.history { h2 { "History" } section.card.pad aria-label="History" { (remembered(history)) } }
+        h2 { "What can go wrong" }
+        section.card {
+            @match inspected {
+                None => div.empty {
+                    p { "Not inspected since the daemon started." }
+                    p { "An inspection asks the queue, and connects to each endpoint without sending a request." }
+                },
+                Some(inspected) => {
+                    (table("Findings", &[Text("Severity"), Text("About"), Text("Found")], html! {
+                        // The worst is last in the list of `check`, where it is read first.
+                        @for finding in inspected.findings.iter().rev() { (row(finding)) }
+                    }))
+                    div.pager { span.muted { "Inspected at " (time(Time(inspected.at))) "; another one is made after " (rounded(INSPECT_EVERY)) " at the earliest." } }
+                },
+            }
+        }
         (actions::same("hooktrail check --connect"))
     })
 }

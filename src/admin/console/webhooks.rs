@@ -1,7 +1,7 @@
 //! *Webhooks*: the subscribers, and one of them with its configuration and its actions.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -63,7 +63,8 @@ async fn list<Q: Queue, S: Store>(
     SignedIn(session): SignedIn,
 ) -> Response {
     let found = console.control.overview().await;
-    let configured = |s: &Subscriber| console.control.subscriber(&s.subscriber).ok();
+    let all = console.control.configured();
+    let all: HashMap<&str, &Configured> = all.iter().map(|s| (s.name.as_str(), &**s)).collect();
     let page = Page { refresh: Some(5), ..page(&session, "Webhooks") };
     page.answer(html! {
         div.head { h1 { "Webhooks" } }
@@ -73,7 +74,7 @@ async fn list<Q: Queue, S: Store>(
                     div.empty { p { "No subscriber is configured." } }
                 } @else {
                     (table("Webhooks", &[Text("Webhook"), Text("State"), Text("Events"), Text("Format")], html! {
-                        @for s in &found.subscribers { (row(&session, s, configured(s).as_deref())) }
+                        @for s in &found.subscribers { (row(&session, s, all.get(s.subscriber.as_str()).copied())) }
                     }))
                 }
             }

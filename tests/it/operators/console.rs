@@ -260,11 +260,15 @@ fn every_page_is_there_for_who_has_signed_in_and_what_strangers_wrote_is_inert()
             "/console/replays",
             "/console/dead-letters",
             "/console/health",
-            "/console/health?inspect=now",
         ] {
             assert!(seen.contains(path), "{path} is not linked to: {seen:?}");
         }
         assert!(seen.iter().any(|path| path.starts_with("/console/resend?id=msg_")), "{seen:?}");
+        let form_key = key(&browser.page("/console/health").await);
+        let inspect = "/console/health/inspect";
+        let inspected = browser.post(inspect, &[("form_key", &form_key)], &[]).await;
+        assert_eq!((inspected.status, inspected.header("location")), (303, "/console/health"));
+        assert!(browser.page("/console/health").await.contains("endpoint of `siem`"));
         let events =
             seen.iter().filter(|path| path.starts_with("/console/events/") && !path.contains('?'));
         let events = events.count();
@@ -656,4 +660,59 @@ fn without_a_token_the_console_says_how_to_get_one() {
         assert_eq!(browser.sign_in("", "").await.status, 403);
         assert_eq!(browser.get("/console").await.header("location"), "/console/");
     });
+}
+
+#[test]
+fn behind_a_proxy_with_tls_one_host_and_origin_are_taken_and_the_cookie_is_its_alone() {
+    run(async {
+        let api = Api::new();
+        let admin =
+            format!("public_url = \"https://Hooks.example:8443/\"\ntoken = \"{TOKEN}\"\n{OTHERS}");
+        let (_queue, _receiver, _setup, _daemon) = stage(&api, &admin).await;
+        let mut browser = Browser::new(&api);
+        const HOST: (&str, &str) = ("host", "hooks.example:8443");
+        const ORIGIN: (&str, &str) = ("origin", "https://hooks.example:8443");
+        let direct = browser.get("/console/").await;
+        assert_eq!(direct.status, 421, "{}", direct.text);
+        assert!(links_to(&direct.text, "https://hooks.example:8443/console/"), "{}", direct.text);
+        for path in ["/console", "/console/events", "/console/sign-in", "/console/assets/x"] {
+            assert_eq!(browser.get(path).await.status, 421, "{path}");
+        }
+        let form = [("token", TOKEN), ("to", "/console/health")];
+        for origin in ["http://hooks.example:8443", "https://evil.example", "null"] {
+            let seen = browser.post("/console/sign-in", &form, &[HOST, ("origin", origin)]).await;
+            assert_eq!((seen.status, seen.header("set-cookie")), (403, ""), "{origin}");
+        }
+        let seen = browser.post("/console/sign-in", &form, &[HOST, ORIGIN]).await;
+        assert_eq!((seen.status, seen.header("location")), (303, "/console/health"));
+        let cookie = seen.header("set-cookie");
+        assert!(cookie.starts_with("__Host-hooktrail_"), "{cookie}");
+        assert!(cookie.contains("; Path=/; Secure;") && !cookie.contains("Domain"), "{cookie}");
+        browser.cookie = Some(cookie.split(';').next().expect("one").to_owned());
+        let get = |host: &str| {
+            browser.send(browser.client.get(browser.url("/console/health")).header("host", host))
+        };
+        let page = get("HOOKS.example:8443").await;
+        assert_eq!(page.status, 200, "{}", page.text);
+        for host in ["hooks.example", "hooks.example:443", "evil.example:8443"] {
+            assert_eq!(get(host).await.status, 421, "{host}");
+        }
+        let form_key = key(&page.text);
+        let inspect = "/console/health/inspect";
+        let own = [("form_key", form_key.as_str())];
+        let seen = browser.post(inspect, &own, &[HOST, ("origin", "https://a.example")]).await;
+        assert_eq!(seen.status, 403);
+        assert_eq!(browser.post(inspect, &own, &[HOST, ORIGIN]).await.status, 303);
+        let seen = browser.post("/console/sign-out", &own, &[HOST, ORIGIN]).await;
+        assert!(seen.header("set-cookie").starts_with("__Host-hooktrail_"));
+
+        // Programs on this machine, which send no origin, go on as before.
+        let bearer = format!("Bearer {TOKEN}");
+        let headers = [("authorization", bearer.as_str())];
+        assert_eq!(api.send("GET", "/api/v1/subscribers", &headers, "").await.status, 200);
+    });
+}
+
+fn links_to(page: &str, url: &str) -> bool {
+    page.contains(&format!("href=\"{url}\""))
 }
