@@ -372,7 +372,7 @@ impl<'a> Follower<'a> {
             self.shared.matches_by(|matching| matching.with_recorded(&patterns));
         }
         // Before the store: its queue is bound once that is known.
-        self.shared.history.report_lack(recorded.history_lacks.as_deref());
+        self.shared.history.report_lack(recorded.history_lacks.as_ref());
         let store = Some(recorded.store.clone());
         self.shared.history.recorded.send_if_modified(|known| {
             let is_new = *known != store;

@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     future::poll_fn,
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::Poll,
     time::{Duration, SystemTime},
 };
@@ -330,7 +330,8 @@ fn failed(queue: &str, why: &BrokerError) -> QueueError {
 
 impl HistorySource for History {
     async fn take(&mut self, into: &mut Vec<NewRow>, max: usize) -> Result<(), QueueError> {
-        let (mut recorded, store) = (self.recorded.clone(), self.store.clone());
+        let (shared, mut recorded, store) =
+            (self.shared.clone(), self.recorded.clone(), self.store.clone());
         let moved = recorded.wait_for(|found| is_of_another(found, &store));
         let (before, taken) = (into.len(), self.taken);
         let mut bytes = 0;
@@ -348,7 +349,9 @@ impl HistorySource for History {
         tokio::select! {
             biased;
             Ok(_) = moved => {}
-            taken = taking => return taken.inspect_err(|_| self.shared.history.suspect()),
+            taken = taking => return taken.inspect_err(|_| shared.history.suspect()),
+            // To be stored at once: a process that is killed knows it no more.
+            () = shared.history.gap_found.notified() => return Ok(()),
         }
         self.shared.history.want(false);
         Err(another_store(&self.shared))
@@ -364,10 +367,10 @@ impl HistorySource for History {
         }
         // While the broker blocks publishing, each group would wait for it.
         if self.shared.publisher().is_writable()
-            && history.has_stored_lack()
-            && !state_stream::record_lack(&self.shared, None).await
+            && let Some(time) = history.stored_lack()
+            && !state_stream::end_lack(&self.shared, time).await
         {
-            history.owes_end_of_lack.store(true, Ordering::Relaxed);
+            history.owes(time);
         }
         if let Some((_, sent_at)) = self.mark.take_if(|(tag, _)| *tag <= self.acked) {
             self.shared.marks.passed(sent_at);

@@ -7,10 +7,7 @@
 //! trial, and unbound at the first sign that it cannot be used: history has a gap then, and
 //! producers go on.
 
-use std::{
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio::{
     sync::watch,
@@ -19,6 +16,7 @@ use tokio::{
 
 use super::{
     history_state::QueueState,
+    record::Lack,
     requests::Broker,
     restore::INTERVAL,
     shared::Shared,
@@ -121,12 +119,12 @@ struct Keeper<'a> {
     /// Since when it cannot be used.
     broken: Option<Instant>,
     /// Why history lacks what is published now.
-    lacking: Option<&'static str>,
+    lacking: Option<Lack>,
     /// Connections that had been made when it was last tried: without another one the broker was
     /// not restarted.
     tried: Option<usize>,
-    /// Why history lacks events, by the record.
-    recorded: watch::Receiver<Option<String>>,
+    /// Events that history lacks, by the record.
+    recorded: watch::Receiver<Option<Lack>>,
 }
 
 impl<'a> Keeper<'a> {
@@ -191,18 +189,26 @@ impl<'a> Keeper<'a> {
     /// History lacks what is published from now on. That is recorded, unless it is already: if this
     /// daemon ends before the queue is bound, or is not the one with history, another one reports it.
     async fn lack(&mut self, why: &'static str) {
-        self.lacking = Some(why);
+        let since = self.shared.history.last_stored();
+        let lack = Lack { why: why.to_owned(), since, at: clock::now() };
         if self.recorded.borrow().is_none() {
-            state_stream::record_lack(self.shared, Some(why)).await;
+            state_stream::record_lack(self.shared, lack.clone()).await;
         }
+        self.lacking = Some(match self.lacking.take() {
+            Some(known) => known.joined(lack),
+            None => lack,
+        });
     }
 
     /// The queue is bound: reports what history lacks, as this daemon or the record knows it.
     fn report_lack(&mut self) {
         let recorded = self.recorded.borrow_and_update().clone();
-        if let Some(why) = self.lacking.take().or(recorded.as_deref()) {
-            self.shared.history.lacks(None, clock::now(), why);
-            self.shared.history.owes_end_of_lack.store(true, Ordering::Relaxed);
+        let lack = match (recorded, self.lacking.take()) {
+            (Some(recorded), Some(own)) => Some(recorded.joined(own)),
+            (recorded, own) => recorded.or(own),
+        };
+        if let Some(lack) = lack {
+            self.shared.history.lacked(&lack, clock::now());
         }
     }
 

@@ -1,16 +1,13 @@
 //! What the tasks of history share: the queue's state, the store that has it, and what was lost.
 
 use std::{
-    sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::SystemTime,
 };
 
 use tokio::sync::{Notify, watch};
 
-use super::prefetch::Sizes;
+use super::{prefetch::Sizes, record::Lack};
 use crate::store::Gap;
 
 /// The queue of history, as this daemon knows it.
@@ -32,10 +29,10 @@ pub(super) struct HistoryState {
     /// This daemon's store has history: its queue is to be bound.
     pub(super) wanted: watch::Sender<bool>,
     pub(super) queue: watch::Sender<QueueState>,
-    /// Why history lacks events, by the record: until this daemon's store has that gap.
-    pub(super) recorded_lack: watch::Sender<Option<String>>,
-    /// A gap was reported that is still in the record.
-    pub(super) owes_end_of_lack: AtomicBool,
+    /// Events that history lacks, by the record: until this daemon's store has that gap.
+    pub(super) recorded_lack: watch::Sender<Option<Lack>>,
+    /// Notified when a gap waits to be taken: no event has to arrive for that.
+    pub(super) gap_found: Notify,
     /// Notified when something shows that the queue may be unusable: a publish was refused, or it
     /// cannot be consumed.
     pub(super) suspected: Notify,
@@ -48,6 +45,10 @@ struct Lost {
     /// The time of the latest event that is in the store.
     stored: Option<SystemTime>,
     gaps: Vec<Gap>,
+    /// The time of gaps that were reported and are still in the record: begin and end.
+    owed: Option<(SystemTime, SystemTime)>,
+    /// The last two times at which this daemon has seen the witness, the later first.
+    witnessed: [Option<SystemTime>; 2],
 }
 
 /// Gaps that wait to be taken; the latest of more are merged.
@@ -59,14 +60,27 @@ impl HistoryState {
     }
 
     /// The record says that history lacks events, or does not any more.
-    pub(super) fn report_lack(&self, why: Option<&str>) {
+    pub(super) fn report_lack(&self, lack: Option<&Lack>) {
         self.recorded_lack.send_if_modified(|known| {
-            let is_new = known.as_deref() != why;
+            let is_new = known.as_ref() != lack;
             if is_new {
-                *known = why.map(str::to_owned);
+                *known = lack.cloned();
             }
             is_new
         });
+    }
+
+    /// The witness was there at this time: until then the exchange was not deleted.
+    pub(super) fn witnessed(&self, at: SystemTime) {
+        let mut lost = self.lost();
+        lost.witnessed = [Some(at), lost.witnessed[0]];
+    }
+
+    /// The last time at which the exchange was known to have its bindings, or else of the latest
+    /// event in the store.
+    pub(super) fn last_sound(&self) -> Option<SystemTime> {
+        let lost = self.lost();
+        lost.witnessed[0].or(lost.stored)
     }
 
     /// The queue may be unusable: it is tried at once.
@@ -104,11 +118,55 @@ impl HistoryState {
         let mut lost = self.lost();
         let Some(from) = since.or(lost.stored) else { return };
         let from = from.min(until);
-        let is_full = lost.gaps.len() >= MAX_GAPS;
-        match lost.gaps.last_mut() {
-            Some(last) if is_full || (last.why == why && last.until >= from) => last.until = until,
+        lost.add(from, until, why);
+        self.gap_found.notify_one();
+    }
+
+    /// The queue is bound now: events were lost as the record says. Its time counts: since it was
+    /// written another task may have bound the queue, and later events may be in the store.
+    pub(super) fn lacked(&self, lack: &Lack, now: SystemTime) {
+        let mut lost = self.lost();
+        let until = now.max(lack.at);
+        let before = |at: &SystemTime| *at < lack.at;
+        let unknown = || {
+            let sound = lost.witnessed.into_iter().flatten().find(before);
+            sound.or(lost.stored).unwrap_or(lack.at)
+        };
+        let from = lack.since.unwrap_or_else(unknown).min(lack.at);
+        if lost.stored.is_some() {
+            lost.add(from, until, &lack.why);
+        }
+        lost.owes((from, until));
+        self.gap_found.notify_one();
+    }
+
+    /// Everything that was taken is in the store. Returns the time of the gaps that are there as well
+    /// and still in the record: once.
+    pub(super) fn stored_lack(&self) -> Option<(SystemTime, SystemTime)> {
+        let mut lost = self.lost();
+        if lost.gaps.is_empty() { lost.owed.take() } else { None }
+    }
+
+    /// The record still has the gaps of this time.
+    pub(super) fn owes(&self, time: (SystemTime, SystemTime)) {
+        self.lost().owes(time);
+    }
+
+    pub(super) fn take_gaps(&self) -> Vec<Gap> {
+        std::mem::take(&mut self.lost().gaps)
+    }
+}
+
+impl Lost {
+    fn add(&mut self, from: SystemTime, until: SystemTime, why: &str) {
+        let is_full = self.gaps.len() >= MAX_GAPS;
+        match self.gaps.last_mut() {
+            Some(last) if is_full || (last.why == why && last.until >= from) => {
+                last.from = last.from.min(from);
+                last.until = last.until.max(until);
+            }
             _ => {
-                lost.gaps.push(Gap {
+                self.gaps.push(Gap {
                     from,
                     until,
                     what: "events",
@@ -119,14 +177,9 @@ impl HistoryState {
         }
     }
 
-    /// Everything that was taken is in the store. Returns whether a gap that is still in the record is
-    /// there as well; true once.
-    pub(super) fn has_stored_lack(&self) -> bool {
-        self.lost().gaps.is_empty() && self.owes_end_of_lack.swap(false, Ordering::Relaxed)
-    }
-
-    pub(super) fn take_gaps(&self) -> Vec<Gap> {
-        std::mem::take(&mut self.lost().gaps)
+    fn owes(&mut self, (from, until): (SystemTime, SystemTime)) {
+        let (since, end) = self.owed.unwrap_or((from, until));
+        self.owed = Some((since.min(from), end.max(until)));
     }
 }
 
@@ -213,6 +266,37 @@ mod tests {
             [(at(10), at(30), "gone".to_owned()), (at(40), at(50), "unbound".to_owned())]
         );
         assert_eq!(state.take_gaps(), []);
+    }
+
+    #[test]
+    fn the_gap_of_a_record_has_the_time_that_the_record_says_and_its_end_is_owed_once() {
+        let state = HistoryState::default();
+        let lack =
+            |since: Option<u64>| Lack { why: "x".to_owned(), since: since.map(at), at: at(100) };
+        state.lacked(&lack(Some(50)), at(110));
+        assert_eq!(state.take_gaps(), [], "history begins later");
+        assert_eq!(state.stored_lack(), Some((at(50), at(110))), "and the record ends");
+        // It was bound by another task, and an event came before the record was read.
+        state.stored(at(105));
+        let found = |lack: &Lack, now| {
+            state.lacked(lack, at(now));
+            assert_eq!(state.stored_lack(), None, "the gap is not in the store");
+            let gaps = state.take_gaps();
+            let [gap] = &gaps[..] else { panic!("{gaps:?}") };
+            assert_eq!(state.stored_lack(), Some((gap.from, gap.until)));
+            assert_eq!(state.stored_lack(), None);
+            (gap.from, gap.until)
+        };
+        assert_eq!(found(&lack(Some(50)), 110), (at(50), at(110)));
+        // Another clock is ahead.
+        assert_eq!(found(&lack(Some(50)), 90), (at(50), at(100)));
+        // Nobody has seen it begin: not after it was found, although a later event is stored.
+        assert_eq!(found(&lack(None), 110), (at(100), at(110)));
+        state.witnessed(at(60));
+        assert_eq!(found(&lack(None), 110), (at(60), at(110)));
+        state.witnessed(at(101)); // after it was restored
+        assert_eq!(found(&lack(None), 110), (at(60), at(110)));
+        assert_eq!(state.last_sound(), Some(at(101)));
     }
 
     #[test]

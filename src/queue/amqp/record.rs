@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{
     clock,
@@ -53,9 +53,21 @@ pub(super) enum Record {
     Asked { asked: SubscriberName },
     /// Written by a daemon that begins to read, to recognise the end.
     Mark { mark: String },
-    /// The queue of history misses events: why; empty once the store has that gap. Not an option: any
-    /// record would have that.
-    Unbound { history_lacks: String, at: String },
+    /// The queue of history misses events: why; empty once the store has a gap of that time. Not an
+    /// option: any record would have that.
+    Unbound {
+        history_lacks: String,
+        /// The begin of that time; missing in earlier records, and where the writer does not know it.
+        #[serde(
+            default,
+            serialize_with = "write_known",
+            deserialize_with = "read_known",
+            skip_serializing_if = "Option::is_none"
+        )]
+        since: Option<SystemTime>,
+        #[serde(with = "rfc3339")]
+        at: SystemTime,
+    },
     /// A store has the history of this prefix: the first that is recorded, unless one is `adopted`.
     Store {
         store: String,
@@ -63,6 +75,36 @@ pub(super) enum Record {
         adopted: bool,
         at: String,
     },
+}
+
+/// Events that history lacks, as a daemon has found: which store has their gap is another matter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Lack {
+    pub(super) why: String,
+    /// Before this time none were lost; `None`: that is not known.
+    pub(super) since: Option<SystemTime>,
+    /// When it was found. It lasts until the queue is bound.
+    pub(super) at: SystemTime,
+}
+
+impl Lack {
+    /// Both as one, with the cause of the later.
+    pub(super) fn joined(self, later: Self) -> Self {
+        let since = self.since.zip(later.since).map(|(a, b)| a.min(b));
+        Self { why: later.why, since, at: self.at.max(later.at) }
+    }
+
+    /// The record that a store has a gap of this time. Without a begin it is of a version that ends
+    /// every lack.
+    fn is_covered(&self, since: Option<SystemTime>, until: SystemTime) -> bool {
+        since.is_none_or(|from| until >= self.at && self.since.is_none_or(|since| from <= since))
+    }
+}
+
+impl From<Lack> for Record {
+    fn from(Lack { why, since, at }: Lack) -> Self {
+        Self::Unbound { history_lacks: why, since, at }
+    }
 }
 
 /// The bindings of a subscriber's queue.
@@ -106,8 +148,8 @@ pub(super) struct Recorded {
     pub(super) asked: BTreeSet<SubscriberName>,
     /// The store that has history.
     pub(super) store: Option<String>,
-    /// Why history lacks events, until its store has that gap.
-    pub(super) history_lacks: Option<String>,
+    /// Events that history lacks, until its store has that gap.
+    pub(super) history_lacks: Option<Lack>,
 }
 
 /// The subject of a record.
@@ -151,10 +193,7 @@ impl Recorded {
             adopted: false,
             at: at.clone(),
         });
-        let lacks = self
-            .history_lacks
-            .iter()
-            .map(|why| Record::Unbound { history_lacks: why.clone(), at: at.clone() });
+        let lacks = self.history_lacks.iter().cloned().map(Record::from);
         let asked = self.asked.iter().map(|name| Record::Asked { asked: name.clone() });
         self.removed
             .iter()
@@ -209,8 +248,13 @@ impl Recorded {
                 }
                 About::Nothing
             }
-            Record::Unbound { history_lacks, .. } => {
-                self.history_lacks = Some(history_lacks).filter(|why| !why.is_empty());
+            Record::Unbound { history_lacks: why, since, at } => {
+                let known = self.history_lacks.take();
+                self.history_lacks = match (known, why.is_empty()) {
+                    (known, true) => known.filter(|lack| !lack.is_covered(since, at)),
+                    (None, false) => Some(Lack { why, since, at }),
+                    (Some(known), false) => Some(known.joined(Lack { why, since, at })),
+                };
                 About::Nothing
             }
             Record::Mark { .. } => About::Nothing,
@@ -230,6 +274,18 @@ mod rfc3339 {
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {
         humantime::parse_rfc3339(&String::deserialize(d)?).map_err(D::Error::custom)
     }
+}
+
+/// Writes a time that a record may leave out.
+fn write_known<S: Serializer>(at: &Option<SystemTime>, s: S) -> Result<S::Ok, S::Error> {
+    match at {
+        Some(at) => rfc3339::serialize(at, s),
+        None => s.serialize_none(),
+    }
+}
+
+fn read_known<'de, D: Deserializer<'de>>(d: D) -> Result<Option<SystemTime>, D::Error> {
+    rfc3339::deserialize(d).map(Some)
 }
 
 /// The time in the format of records.
@@ -305,6 +361,44 @@ mod tests {
         }
     }
 
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    fn lack(why: &str, since: Option<u64>, found: u64) -> Lack {
+        Lack { why: why.to_owned(), since: since.map(at), at: at(found) }
+    }
+
+    #[test]
+    fn a_lack_ends_when_its_whole_time_is_in_the_store_and_not_with_the_gap_of_another() {
+        let ended = |since, until| lack("", since, until);
+        for (records, left) in [
+            (vec![lack("a", Some(10), 20), ended(Some(10), 21)], None),
+            // Another daemon has found one meanwhile.
+            (
+                vec![lack("a", Some(10), 20), lack("b", Some(30), 40), ended(Some(10), 21)],
+                Some(lack("b", Some(10), 40)),
+            ),
+            (
+                vec![lack("a", Some(10), 20), lack("b", Some(5), 20), ended(Some(10), 21)],
+                Some(lack("b", Some(5), 20)),
+            ),
+            (vec![lack("a", Some(10), 20), lack("b", Some(5), 20), ended(Some(5), 20)], None),
+            // Not known since when.
+            (vec![lack("a", None, 20), lack("b", Some(5), 20)], Some(lack("b", None, 20))),
+            (vec![lack("a", None, 20), ended(Some(19), 20)], None),
+            (vec![lack("a", None, 20), ended(Some(18), 19)], Some(lack("a", None, 20))),
+            // Of a version without times.
+            (vec![lack("a", Some(10), 20), ended(None, 1)], None),
+        ] {
+            let mut recorded = Recorded::default();
+            for record in records.clone() {
+                recorded.apply(record.into(), "x");
+            }
+            assert_eq!(recorded.history_lacks, left, "{records:?}");
+        }
+    }
+
     /// The records of the versions before there was a store.
     #[derive(Debug, Deserialize)]
     #[serde(untagged)]
@@ -321,8 +415,9 @@ mod tests {
     fn an_earlier_version_does_not_take_a_record_of_history_for_another() {
         for record in [
             Record::Store { store: "a".to_owned(), adopted: true, at: now() },
-            Record::Unbound { history_lacks: "x".to_owned(), at: now() },
-            Record::Unbound { history_lacks: String::new(), at: now() },
+            lack("x", Some(1), 2).into(),
+            lack("", Some(1), 2).into(),
+            lack("x", None, 2).into(),
         ] {
             let line = serde_json::to_string(&record).expect("prints");
             assert!(serde_json::from_str::<Before>(&line).is_err(), "{line}");
@@ -344,7 +439,7 @@ mod tests {
             r#"{"asked":"a"}"#,
             r#"{"asked":"b"}"#,
             r#"{"store":"s","at":"2026-01-02T00:00:00Z"}"#,
-            r#"{"history_lacks":"not bound","at":"2026-01-02T00:00:00Z"}"#,
+            r#"{"history_lacks":"not bound","since":"2026-01-01T23:59:00.123Z","at":"2026-01-02T00:00:00.456Z"}"#,
         ] {
             recorded.apply(serde_json::from_str(line).expect("a record"), "x");
         }
@@ -358,8 +453,8 @@ mod tests {
         let ended = r#"{"history_lacks":"","at":"2026-01-02T00:00:00Z"}"#;
         again.apply(serde_json::from_str(ended).expect("a record"), "x");
         assert_eq!(
-            (again.history_lacks, recorded.history_lacks.as_deref()),
-            (None, Some("not bound"))
+            (again.history_lacks, recorded.history_lacks.map(|lack| lack.why)),
+            (None, Some("not bound".to_owned()))
         );
     }
 }

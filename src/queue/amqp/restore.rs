@@ -44,6 +44,9 @@ pub(super) async fn first_witness(shared: &Shared, broker: &mut Broker<'_>) {
         && let Ok(there) = shared.topology.has_witness(broker).await
     {
         shared.witnessed.set(there).ok();
+        if there {
+            shared.history.witnessed(clock::now());
+        }
         witness(shared, broker).await;
     }
 }

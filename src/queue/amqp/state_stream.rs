@@ -1,6 +1,9 @@
 //! Reads the state stream once, as commands do (a daemon follows it: `follow`), and writes records.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -12,7 +15,7 @@ use super::{
     message::Message,
     pool::{Lease, Pool},
     publisher::{PublishResult, Publisher},
-    record::{OWNER_REPLY_TIMEOUT, Patterns, Record, Recorded, now},
+    record::{Lack, OWNER_REPLY_TIMEOUT, Patterns, Record, Recorded, now},
     requests::Broker,
     shared::Shared,
     snapshot::{self, Opened},
@@ -120,10 +123,20 @@ pub(super) async fn adopt(shared: &Shared, store: &str) -> Result<(), QueueError
     write(&shared.topology, shared.publisher(), &adopted).await
 }
 
-/// Records that history lacks events, for the daemon that has it now or later; or, without a reason,
-/// that its store has that gap. Returns whether it was recorded; a failure is logged.
-pub(super) async fn record_lack(shared: &Shared, why: Option<&str>) -> bool {
-    let record = Record::Unbound { history_lacks: why.unwrap_or_default().to_owned(), at: now() };
+/// Records that history lacks events, for the daemon that has it now or later. Returns whether it was
+/// recorded; a failure is logged.
+pub(super) async fn record_lack(shared: &Shared, lack: Lack) -> bool {
+    write_lack(shared, lack.into()).await
+}
+
+/// Records that the store of history has the gaps of this time. Returns whether it was recorded; a
+/// failure is logged.
+pub(super) async fn end_lack(shared: &Shared, (from, until): (SystemTime, SystemTime)) -> bool {
+    let ended = Record::Unbound { history_lacks: String::new(), since: Some(from), at: until };
+    write_lack(shared, ended).await
+}
+
+async fn write_lack(shared: &Shared, record: Record) -> bool {
     let late = || error(&shared.topology, "the broker takes no records");
     let write = write(&shared.topology, shared.publisher(), &record);
     let recorded = timeout(STREAM_IDLE, write).await.unwrap_or_else(|_| Err(late()));

@@ -15,7 +15,7 @@ use std::{
 use super::{
     declarations::EVERYTHING,
     management::Management,
-    record::Patterns,
+    record::{Lack, Patterns},
     requests::Broker,
     restore::{INTERVAL, witness},
     shared::Shared,
@@ -87,6 +87,8 @@ struct Missing {
     declared: Vec<String>,
     /// Bindings, by the management API.
     bindings: Vec<String>,
+    /// It could not be recorded that the exchange was deleted.
+    is_unrecorded: bool,
 }
 
 impl<'a> Upkeep<'a> {
@@ -110,17 +112,18 @@ impl<'a> Upkeep<'a> {
     pub(super) async fn began_with_record(&self, has_store: bool) {
         if self.shared.witnessed.get() == Some(&false) {
             Missing { exchange: true, ..Missing::default() }.log(self.topology, None);
-            self.report_to_history(has_store).await;
+            // It is not known until when the exchange had its bindings.
+            self.report_to_history(has_store, None).await;
         }
     }
 
-    /// The exchange was redeclared: another daemon, which has history, has to bind its queue. It cannot
-    /// notice that itself any more: this one has restored the witness.
+    /// The queue of history is not bound: the daemon that has it binds it and records a gap. Nobody
+    /// else can notice that any more when the witness is back, or the queue is bound. So it is
+    /// recorded before that, also if this daemon has history: it may be killed at any moment.
     /// Returns false if that could not be recorded.
-    async fn report_to_history(&self, has_store: bool) -> bool {
-        !has_store
-            || *self.shared.history.wanted.borrow()
-            || state_stream::record_lack(self.shared, Some(UNBOUND)).await
+    async fn report_to_history(&self, has_store: bool, since: Option<SystemTime>) -> bool {
+        let lack = || Lack { why: UNBOUND.to_owned(), since, at: clock::now() };
+        !has_store || state_stream::record_lack(self.shared, lack()).await
     }
 
     /// Waits until the next check is due.
@@ -172,7 +175,7 @@ impl<'a> Upkeep<'a> {
         broker: &mut Broker<'_>,
         missing: &mut Missing,
     ) -> Result<bool, QueueError> {
-        let topology = self.topology;
+        let (topology, began) = (self.topology, clock::now());
         if !topology.has_events(broker).await? {
             if !self.schedule.absent(clock::instant()) {
                 let why = format!(
@@ -189,10 +192,13 @@ impl<'a> Upkeep<'a> {
         if !topology.has_witness(broker).await? {
             missing.exchange = true;
             let has_store = matches!(&*self.shared.history.recorded.borrow(), Some(Some(_)));
-            // No daemon notices it after the witness is back.
-            if self.report_to_history(has_store).await {
+            let since = self.shared.history.last_sound();
+            missing.is_unrecorded = !self.report_to_history(has_store, since).await;
+            if !missing.is_unrecorded {
                 witness(self.shared, broker).await;
             }
+        } else {
+            self.shared.history.witnessed(began);
         }
         self.ends("the exchange of the events");
         Ok(true)
@@ -247,13 +253,17 @@ impl<'a> Upkeep<'a> {
             }),
             None => false,
         };
+        let since = history.last_stored();
         if was_unbound {
             missing.bindings.push(format!("{queue} <- {EVERYTHING}"));
+            if !missing.exchange {
+                missing.is_unrecorded = !self.report_to_history(true, since).await;
+            }
         }
         match self.topology.bind_history(broker).await {
             Ok(()) => {
-                if was_unbound || missing.exchange {
-                    history.lacks(None, clock::now(), UNBOUND);
+                if missing.is_unrecorded {
+                    history.lacks(since, clock::now(), UNBOUND);
                 }
                 true
             }

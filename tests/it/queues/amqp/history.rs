@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -24,7 +24,7 @@ use lapin::{
 };
 use tokio::{sync::watch, task::JoinHandle};
 
-use super::upkeep::{declare_exchange, delete_exchange};
+use super::upkeep::{declare_exchange, delete_exchange, exchange_is_there};
 use crate::support::{
     PATIENCE,
     broker::{Broker, SETTLING},
@@ -325,7 +325,9 @@ fn a_queue_that_is_deleted_is_declared_again_and_history_has_a_gap() {
         let gaps = history.gaps();
         let [gap] = &gaps[..] else { panic!("{gaps:?}") };
         assert!(gap.what == "events" && gap.why.contains("deleted"), "{gap:?}");
-        assert!(gap.from == before[0].at && gap.until > gap.from, "{gap:?}");
+        // As the record has it: in milliseconds.
+        assert_eq!(clock::rfc3339(gap.from), clock::rfc3339(before[0].at));
+        assert!(gap.until > gap.from, "{gap:?}");
         history.close().await;
         daemon.close().await;
     });
@@ -444,6 +446,86 @@ fn a_bound_queue_that_cannot_be_used_is_unbound_and_declared_anew() {
     });
 }
 
+/// Writes into the state stream that history lacks events of a time, as another daemon does.
+async fn record_lack(broker: &Broker, since: SystemTime, found: SystemTime) {
+    let (since, found) = (clock::rfc3339(since), clock::rfc3339(found));
+    let record = format!(r#"{{"history_lacks":"a test","since":"{since}","at":"{found}"}}"#);
+    let (connection, channel) = broker.channel().await;
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+    let stream = format!("{}.state", broker.prefix);
+    let published = channel
+        .basic_publish(
+            "".into(),
+            stream.as_str().into(),
+            BasicPublishOptions::default(),
+            record.as_bytes(),
+            BasicProperties::default(),
+        )
+        .await
+        .expect("publishes");
+    assert!(published.await.expect("is confirmed").is_ack());
+    connection.close(200, "done".into()).await.expect("closes");
+}
+
+#[test]
+fn a_gap_has_the_time_that_its_record_says_although_later_events_are_stored_and_waits_for_no_event()
+{
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(0)]).await;
+        let stored = take(&mut history, 1).await.remove(0).at;
+        let ago = |seconds| stored - Duration::from_secs(seconds);
+        record_lack(&broker, ago(100), ago(50)).await;
+        let mut rows = Vec::new();
+        let taking = history.take(&mut rows, 10);
+        tokio::time::timeout(PATIENCE, taking)
+            .await
+            .expect("no event is needed")
+            .unwrap_or_else(|e| panic!("{e}"));
+        let gaps = history.gaps();
+        let [gap] = &gaps[..] else { panic!("{gaps:?} {rows:?}") };
+        assert!(rows.is_empty() && gap.why == "a test" && gap.until >= stored, "{rows:?} {gap:?}");
+        let from = gap.from.duration_since(ago(100));
+        let from = from.unwrap_or_else(|e| e.duration());
+        assert!(from < Duration::from_millis(2), "{gap:?} begins {from:?} from what is recorded");
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
+#[test]
+fn a_gap_that_the_daemon_with_history_finds_itself_outlives_its_process() {
+    run(async {
+        let broker = Broker::shared();
+        let daemon = started(&broker, "").await;
+        let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
+        broker.publish("a.b", [body(0)]).await;
+        take(&mut history, 1).await;
+        delete_exchange(&broker).await;
+        declare_exchange(&broker).await;
+        eventually("it has bound its subscriber", async || {
+            daemon.publish("wanted.one", &body(1)).await == Published::Stored
+        })
+        .await;
+        let witness = format!("{}.witness", broker.prefix);
+        eventually("it has checked all", async || exchange_is_there(&broker, &witness).await).await;
+        // Nobody has asked for the gap: the process might as well be killed.
+        drop(history);
+        daemon.close().await;
+
+        let daemon = started(&broker, "").await;
+        let ago = Some(Duration::from_secs(60));
+        let history = daemon.history_after("store-1", ago).await;
+        let mut history = history.unwrap_or_else(|e| panic!("{e}"));
+        let gaps = history.gaps();
+        assert!(gaps.iter().any(|gap| gap.why.contains("not bound")), "{gaps:?}");
+        history.close().await;
+        daemon.close().await;
+    });
+}
+
 /// The exchange is redeclared, and a daemon that keeps no history is the first to restore bindings.
 async fn restore_by_another(broker: &Broker, other: &Running) {
     delete_exchange(broker).await;
@@ -463,15 +545,19 @@ fn a_binding_that_another_daemon_finds_missing_is_restored_and_history_has_a_gap
         let mut history = daemon.history("store-1").await.unwrap_or_else(|e| panic!("{e}"));
         let other = started(&broker, "[history]\nretention = \"0s\"\n").await;
         broker.publish("a.b", [body(0)]).await;
-        let last = take(&mut history, 1).await.remove(0).at;
+        take(&mut history, 1).await;
+        let deleted = clock::now();
         restore_by_another(&broker, &other).await;
+        let restored = clock::now();
         let mut gaps = Vec::new();
         eventually("the gap is reported", async || {
             gaps.extend(history.gaps());
             !gaps.is_empty()
         })
         .await;
-        assert!(gaps[0].from == last && gaps[0].why.contains("not bound"), "{gaps:?}");
+        let [gap] = &gaps[..] else { panic!("{gaps:?}") };
+        assert!(gap.from <= deleted && gap.until >= restored, "{gap:?}");
+        assert!(gap.why.contains("not bound"), "{gap:?}");
         broker.publish("nobody.wants", [body(1)]).await;
         let rows = take(&mut history, 1).await;
         assert!(rows.iter().any(|row| row.body == body(1)), "{rows:?}");

@@ -56,16 +56,11 @@ pub(super) async fn declare_exchange(broker: &Broker) {
     connection.close(200, "done".into()).await.expect("closes");
 }
 
-async fn exchange_is_there(broker: &Broker) -> bool {
+pub(super) async fn exchange_is_there(broker: &Broker, name: &str) -> bool {
     let (connection, channel) = broker.channel().await;
     let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
     let found = channel
-        .exchange_declare(
-            broker.exchange.as_str().into(),
-            ExchangeKind::Topic,
-            passive,
-            FieldTable::default(),
-        )
+        .exchange_declare(name.into(), ExchangeKind::Topic, passive, FieldTable::default())
         .await;
     connection.close(200, "done".into()).await.ok();
     found.is_ok()
@@ -201,7 +196,8 @@ fn an_exchange_that_is_gone_is_reported_and_declared_only_after_its_owner_had_ti
         let all = api.get("/api/v1/subscribers").await.json();
         assert!(names_it(&all["queue"]["error"]), "{all}");
         assert_eq!(api.metric("hooktrail_lane_up{subscriber=\"a\"}").await, Some(0.0));
-        eventually("it is declared", async || exchange_is_there(&broker).await).await;
+        eventually("it is declared", async || exchange_is_there(&broker, &broker.exchange).await)
+            .await;
         assert!(begun.elapsed() >= Duration::from_secs(10), "{:?}", begun.elapsed());
         api.wait("a", "is well again", |s| s["state"] == "ok" && s["queue_error"].is_null()).await;
         broker.publish("x.1", [of_type("x.1", 1)]).await;
