@@ -83,8 +83,8 @@
 //!              · intake · history · history_health · export · operations · replays · control
 //!              · subscribers · console · admin
 //!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
-//!              · actions · overview · events · deliveries · dead_letters · replays · webhooks
-//!              · health
+//!              · actions · webhook_form · overview · events · deliveries · dead_letters · replays
+//!              · webhooks · health
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries

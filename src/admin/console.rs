@@ -19,6 +19,7 @@ mod replays;
 mod session;
 mod sign_in;
 mod table;
+mod webhook_form;
 mod webhooks;
 
 use std::{net::IpAddr, sync::Arc};
@@ -68,6 +69,7 @@ pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
         .route("/console/sign-out", post(sign_out::<Q, S>).get(nothing::<Q, S>))
         .route("/console/{*elsewhere}", get(nothing::<Q, S>))
         .merge(webhooks::routes())
+        .merge(webhook_form::routes())
         .merge(replays::routes())
         .merge(health::routes())
         .merge(actions::routes())

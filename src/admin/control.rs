@@ -355,6 +355,11 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         *self.phase.borrow() == Phase::Running
     }
 
+    /// Whether subscribers can be made here, over the API and in the console.
+    pub(super) fn manages(&self) -> bool {
+        self.reloader.config().admin.manage
+    }
+
     /// The file of the configuration.
     pub(super) fn file(&self) -> std::path::PathBuf {
         self.reloader.config().path.clone()
@@ -366,13 +371,17 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     }
 
     pub(super) async fn test(&self, name: &str) -> Result<Tested, Refusal> {
-        let subscriber = self.subscriber(name)?;
+        self.send_test_event(&*self.subscriber(name)?).await
+    }
+
+    /// Sends a test event, at most one a second.
+    pub(super) async fn send_test_event(&self, subscriber: &Subscriber) -> Result<Tested, Refusal> {
         let mut last = self.testing.lock().await;
         if let Some(last) = *last {
             sleep_until((last + TEST_EVERY).into()).await;
         }
         *last = Some(clock::instant());
-        let report = test_event::send(&subscriber).await;
+        let report = test_event::send(subscriber).await;
         report
             .map(|report| Tested::from(&report))
             .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))

@@ -26,7 +26,7 @@ pub use self::history::{
     Reach, Whereabouts,
 };
 pub use self::managed::{
-    Origin, RotateSecret, Stamp, SubscriberChange, SubscriberDetails, SubscriberRemoval,
+    NewSecret, Origin, RotateSecret, Stamp, SubscriberChange, SubscriberDetails, SubscriberRemoval,
 };
 pub use self::problem::{BadEvent, FieldError, PROBLEM_JSON, Problem, ProblemKind};
 pub use self::replay::{

@@ -55,6 +55,7 @@ mod operators {
     mod replays;
     mod setting_up;
     mod subscribers;
+    mod webhook_form;
     mod which_daemon;
 }
 

@@ -117,7 +117,7 @@ fn page<'a>(session: &'a Session, place: Place, title: &str) -> Page<'a> {
 }
 
 /// The page of an action that was not done.
-fn not_done(session: &Session, place: Place, refusal: &Refusal, back: &str) -> Response {
+pub(super) fn not_done(session: &Session, place: Place, refusal: &Refusal, back: &str) -> Response {
     page(session, place, "Not done").answer_with(
         refusal.status,
         html! {
@@ -128,12 +128,12 @@ fn not_done(session: &Session, place: Place, refusal: &Refusal, back: &str) -> R
     )
 }
 
-fn good(content: Markup) -> Markup {
+pub(super) fn good(content: Markup) -> Markup {
     html! { div.note.good role="status" { p { (content) } } }
 }
 
 /// What waits for a subscriber.
-fn waits(s: &Subscriber) -> String {
+pub(super) fn waits(s: &Subscriber) -> String {
     let lane = s.lane.as_ref();
     let events = lane.and_then(|lane| lane.backlog.map(|n| n + lane.in_hand));
     let events =
@@ -351,7 +351,7 @@ async fn test<Q: Queue, S: Store>(
 }
 
 /// A test event, its answer, and what a daemon makes of it.
-fn report(tested: &Tested) -> Markup {
+pub(super) fn report(tested: &Tested) -> Markup {
     let is_good = tested.outcome == "delivered";
     let took = rounded(std::time::Duration::from_millis(tested.duration_ms));
     html! {

@@ -79,8 +79,18 @@ impl<Q: Queue, S: Store> Console<Q, S> {
     /// done.
     pub(super) fn lead(&self, session: &Session, to: &str, done: Done) -> Response {
         let Done { what, subject, details, notice } = done;
-        record(self.store.clone(), Some(&session.caller), what, subject, details);
+        self.record(session, what, subject, details);
         self.lead_unrecorded(session, to, notice)
+    }
+
+    pub(super) fn record(
+        &self,
+        session: &Session,
+        what: &'static str,
+        subject: String,
+        details: String,
+    ) {
+        record(self.store.clone(), Some(&session.caller), what, subject, details);
     }
 
     pub(super) fn lead_unrecorded(&self, session: &Session, to: &str, notice: Markup) -> Response {

@@ -21,6 +21,7 @@ use super::{
         Column::{self, Number, Text},
         table,
     },
+    webhook_form,
 };
 use crate::{
     admin::{
@@ -61,13 +62,19 @@ fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
 async fn list<Q: Queue, S: Store>(
     State(console): This<Q, S>,
     SignedIn(session): SignedIn,
+    uri: Uri,
 ) -> Response {
     let found = console.control.overview().await;
     let all = console.control.configured();
     let all: HashMap<&str, &Configured> = all.iter().map(|s| (s.name.as_str(), &**s)).collect();
+    let manages = console.control.manages();
     let page = Page { refresh: Some(5), ..page(&session, "Webhooks") };
     page.answer(html! {
-        div.head { h1 { "Webhooks" } }
+        (console.notices.of(&session, uri.query()).unwrap_or_default())
+        div.head {
+            h1 { "Webhooks" }
+            @if session.caller.may_change() && manages { div.deeds { a.button.first href=(webhook_form::NEW) { "New webhook" } } }
+        }
         div id="webhooks" data-live {
             section.card {
                 @if found.subscribers.is_empty() {
@@ -79,8 +86,10 @@ async fn list<Q: Queue, S: Store>(
                 }
             }
         }
-        div.head {}
-        p.muted.small { "Subscribers are made in " code { (text(&found.config.file)) } "; " code { "hooktrail reload" } " uses a change." }
+        p.muted.small {
+            "Webhooks are made in " code { (text(&found.config.file)) } " (" code { "hooktrail reload" } " uses a change)"
+            @if manages { ", here, and over the API." } @else { ". To make them here too: " code { "manage = true" } " in " code { "[admin]" } ", and a restart." }
+        }
     })
 }
 
@@ -145,7 +154,7 @@ async fn show<Q: Queue, S: Store>(
     };
     page(&session, &name).answer(html! {
         (console.notices.of(&session, uri.query()).unwrap_or_default())
-        div.head { h1 { (text(&name)) } (deeds(&session, &found)) }
+        div.head { h1 { (text(&name)) } (deeds(&session, &found, console.control.manages())) }
         section.card.pad aria-label="State" { (facts(&session, &found, &configured)) }
         @if waits { h2 { "Retries" } (retries(&name, waiting.as_ref())) }
         h2 { "Last deliveries" }
@@ -153,7 +162,7 @@ async fn show<Q: Queue, S: Store>(
         h2 { "When a batch that fails is tried again" }
         (schedule(&configured))
         h2 { "Configuration" }
-        (configuration(&session, &configured, origins.as_ref()))
+        (configuration(&session, &configured, origins.as_ref(), is_of_api(&found)))
         (actions::same(&commands(&session, &found)))
     })
 }
@@ -188,8 +197,7 @@ async fn origins<Q: Queue, S: Store>(
 fn commands(session: &Session, found: &Subscriber) -> String {
     let name = &found.subscriber;
     // `check` and `plan` read the files.
-    let is_of_api = matches!(found.origin, Some(Origin::Api { .. }));
-    let shows = ["status", "check", "plan"].into_iter().take(if is_of_api { 1 } else { 3 });
+    let shows = ["status", "check", "plan"].into_iter().take(if is_of_api(found) { 1 } else { 3 });
     let all = shows.chain(session.caller.may_change().then_some("test"));
     all.map(|command| format!("hooktrail {command} {name}")).collect::<Vec<_>>().join("\n")
 }
@@ -198,6 +206,7 @@ fn configuration(
     session: &Session,
     configured: &Configured,
     origins: Option<&BTreeMap<&'static str, String>>,
+    is_of_api: bool,
 ) -> Markup {
     html! {
         section.card {
@@ -210,6 +219,7 @@ fn configuration(
                             td {
                                 @match origins.map(|origins| origins.get(key)) {
                                     Some(Some(place)) => (text(place)),
+                                    Some(None) if is_of_api => span.muted { "the daemon's file, or default" },
                                     Some(None) => span.muted { "default" },
                                     None => span.muted { "unknown: the files were not read in time" },
                                 }
@@ -222,8 +232,12 @@ fn configuration(
     }
 }
 
+fn is_of_api(s: &Subscriber) -> bool {
+    matches!(s.origin, Some(Origin::Api { .. }))
+}
+
 /// The actions, for who may do them.
-fn deeds(session: &Session, s: &Subscriber) -> Markup {
+fn deeds(session: &Session, s: &Subscriber, manages: bool) -> Markup {
     let name = s.subscriber.as_str();
     let action = |action: &str, label: &str| actions::link(&actions::path(name, action), label);
     html! {
@@ -233,6 +247,7 @@ fn deeds(session: &Session, s: &Subscriber) -> Markup {
                 @if s.paused().is_some() { (action("resume", "Resume")) } @else { (action("pause", "Pause")) }
                 (action("retry", "Retry now"))
                 (action("replay", "Replay"))
+                @if manages && is_of_api(s) { (action("edit", "Edit")) (action("secret", "New secret")) (action("remove", "Remove")) }
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::{
         versions::Expected,
         view::{
             FieldError, Origin, ProblemKind, RotateSecret, SubscriberChange, SubscriberRemoval,
-            Time,
+            Tested, Time,
         },
     },
     clock,
@@ -39,6 +39,13 @@ pub(in crate::admin) enum Backlog {
     Drop,
     /// The request does not say it.
     Unsaid,
+}
+
+/// A subscriber that is not stored.
+pub(in crate::admin) enum Draft {
+    New(Document),
+    /// A merge patch of the one of this name.
+    Change(String, Document),
 }
 
 /// The time for which a replaced secret signs on, and the longest.
@@ -120,11 +127,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         expected: Expected,
         patch: Document,
     ) -> Result<SubscriberChange, Refusal> {
-        let patched = move |before: &Entry| {
-            clean(&patch)?;
-            let before = before.document.as_ref().ok_or_else(|| cannot_be_read(before))?;
-            Ok(before.merged(&patch).restored(before))
-        };
+        let patched = move |before: &Entry| patched(&patch, before);
         self.edited(caller, name, Some(expected), "change_subscriber", patched).await
     }
 
@@ -153,6 +156,30 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         let change = self.edited(caller, name, None, "rotate_secret", rotated).await?;
         let overlap_until = (!overlap.is_zero()).then_some(Time(until));
         Ok(SubscriberChange { secret: Some(secret.into()), overlap_until, ..change })
+    }
+
+    /// Sends a test event to a subscriber as it would be; nothing is stored.
+    pub(in crate::admin) async fn test_draft(&self, draft: Draft) -> Result<Tested, Refusal> {
+        self.may_manage()?;
+        let subscriber = {
+            let editing = self.reloader.edit().await;
+            let document = match draft {
+                Draft::New(document) => {
+                    let mut document = clean(&document)?;
+                    named(&document)?;
+                    if needs_secret(&document) {
+                        document.set("secrets", json!([new_secret()]));
+                    }
+                    document
+                }
+                Draft::Change(name, patch) => {
+                    let entry = entry(&editing, &name)?;
+                    patched(&patch, &entry)?
+                }
+            };
+            editing.check(&document).map_err(not_valid)?
+        };
+        self.send_test_event(&subscriber).await
     }
 
     /// Removes a subscriber.
@@ -258,7 +285,8 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         to_its_end(&self.to_their_end, work).await
     }
 
-    fn may_manage(&self) -> Result<(), Refusal> {
+    /// Whether subscribers can be changed here now.
+    pub(in crate::admin) fn may_manage(&self) -> Result<(), Refusal> {
         if self.reloader.config().admin.manage {
             // Before anything is stored: a change would wait for the fleet, and so would the rest.
             return match (self.is_running(), self.queue.removals().is_shared()) {
@@ -411,6 +439,12 @@ fn unchanged_name(mut document: Document, entry: &Entry) -> Result<Document, Ref
         }
     }
     Ok(document)
+}
+
+fn patched(patch: &Document, entry: &Entry) -> Result<Document, Refusal> {
+    clean(patch)?;
+    let before = entry.document.as_ref().ok_or_else(|| cannot_be_read(entry))?;
+    Ok(before.merged(patch).restored(before))
 }
 
 fn rotated(

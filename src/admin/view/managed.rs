@@ -117,6 +117,12 @@ pub struct SubscriberChange {
 #[serde(transparent)]
 pub struct NewSecret(String);
 
+impl NewSecret {
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
 impl From<String> for NewSecret {
     fn from(secret: String) -> Self {
         Self(secret)

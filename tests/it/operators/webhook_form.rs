@@ -1,0 +1,232 @@
+//! Webhooks that are made, changed and removed in the console.
+
+use super::{
+    console::{Browser, OTHERS, Seen, assert_inert, field, key},
+    history::TOKEN,
+};
+use crate::support::{
+    api::Api,
+    daemon::{QUICK, Setup, subscriber},
+    eventually,
+    queue::Queue,
+    receiver::{Receiver, event},
+    run,
+};
+
+/// A daemon that manages webhooks, whose requests may go to this machine.
+fn managing(api: &Api) -> String {
+    api.section()
+        + &format!("token = \"{TOKEN}\"\nmanage = true\n")
+        + "[admin.api_subscribers]\nallow_http = true\nallow_addresses = [\"127.0.0.0/8\"]\n"
+        + OTHERS
+        + QUICK
+}
+
+/// Sends a form, again while the store is not open yet.
+async fn send(browser: &Browser, path: &str, form: &[(&str, &str)]) -> Seen {
+    let mut seen = None;
+    eventually("the store is open", async || {
+        let answer = browser.post(path, form, &[]).await;
+        let is_open = answer.status != 503;
+        seen = Some(answer);
+        is_open
+    })
+    .await;
+    seen.expect("an answer")
+}
+
+/// The text of the page's secret.
+fn secret(page: &str) -> String {
+    let (_, rest) = page.split_once("aria-label=\"Signing secret\">").expect("a secret");
+    rest.split('<').next().expect("its text").to_owned()
+}
+
+#[test]
+fn a_webhook_is_tried_made_changed_given_a_new_secret_and_removed() {
+    run(async {
+        let (receiver, other, api) =
+            (Receiver::accepting().await, Receiver::accepting().await, Api::new());
+        let queue = Queue::embedded();
+        let setup = Setup::new(&queue, &managing(&api));
+        let _daemon = setup.start().await;
+        let browser = Browser::signed_in(&api, TOKEN).await;
+        let page = browser.page("/console/webhooks").await;
+        assert!(page.contains("href=\"/console/new-webhook\""), "{page}");
+        let own = key(&browser.page("/console/new-webhook").await);
+
+        // A test of what is not saved.
+        let form = [
+            ("form_key", own.as_str()),
+            ("name", "siem"),
+            ("url", receiver.url.as_str()),
+            ("format", "jsonl"),
+            ("events", "user.*\nlogin.#"),
+            ("signature", "standard-webhooks"),
+            ("description", "the <b>SOC</b>"),
+        ];
+        let seen = browser.post("/console/new-webhook/test", &form, &[]).await;
+        assert!(seen.status == 200 && seen.text.contains("Test: answered 200"), "{}", seen.text);
+        assert!(seen.text.contains("application/jsonl") && seen.text.contains("hooktrail.test"));
+        assert!(seen.text.contains("value=\"siem\""), "what was typed is kept: {}", seen.text);
+        assert_inert(&seen.text, "the test");
+        receiver.wait_requests(1).await;
+        assert!(!browser.page("/console/webhooks").await.contains("/webhooks/siem"));
+
+        // Saved: its secret is shown once.
+        let seen = send(&browser, "/console/new-webhook", &form).await;
+        assert_eq!(seen.status, 200, "{}", seen.text);
+        let first = secret(&seen.text);
+        assert!(first.starts_with("whsec_"), "{first}");
+        let page = browser.page("/console/webhooks/siem").await;
+        assert!(!page.contains(&first) && page.contains("/siem/edit"), "{page}");
+        queue.publish("user.created", [event(1)]).await;
+        receiver.wait_requests(2).await;
+
+        // The form of a change shows what is there, and no secret.
+        let edit = browser.page("/console/webhooks/siem/edit").await;
+        assert!(
+            edit.contains("value=\"jsonl\" selected")
+                && edit.contains("user.*\nlogin.#</textarea>")
+                && !edit.contains(&first),
+            "{edit}"
+        );
+        let version = field(&edit, "version");
+        let change = [
+            ("form_key", own.as_str()),
+            ("version", version.as_str()),
+            ("url", other.url.as_str()),
+            ("format", "json"),
+            ("events", "order.*"),
+            ("signature", "standard-webhooks"),
+            ("description", ""),
+        ];
+        let seen = send(&browser, "/console/webhooks/siem/edit", &change).await;
+        assert_eq!(
+            (seen.status, seen.header("location").is_empty()),
+            (303, false),
+            "{}",
+            seen.text
+        );
+        assert!(browser.page(seen.header("location")).await.contains("Saved."));
+        queue.publish("order.paid", [event(2)]).await;
+        other.wait_requests(1).await;
+
+        // Who opened the form before, overwrites nothing, and keeps what was typed.
+        let late = change
+            .map(|(name, value)| if name == "events" { (name, "late.*") } else { (name, value) });
+        let seen = browser.post("/console/webhooks/siem/edit", &late, &[]).await;
+        assert!(
+            seen.status == 412
+                && seen.text.contains("Somebody else")
+                && seen.text.contains("late.*"),
+            "{} {}",
+            seen.status,
+            seen.text
+        );
+        assert!(browser.page("/console/webhooks/siem/edit").await.contains("order.*</textarea>"));
+
+        // A new secret.
+        let rotate = [("form_key", own.as_str()), ("overlap", "1h")];
+        let seen = browser.post("/console/webhooks/siem/secret", &rotate, &[]).await;
+        assert!(seen.status == 200 && secret(&seen.text) != first, "{}", seen.text);
+
+        // Its removal says what waits, and asks what becomes of it.
+        let asked = browser.page("/console/webhooks/siem/remove").await;
+        let version = field(&asked, "version");
+        let unsaid = [("form_key", own.as_str()), ("version", version.as_str())];
+        let seen = browser.post("/console/webhooks/siem/remove", &unsaid, &[]).await;
+        assert_eq!(seen.status, 400, "{}", seen.text);
+        let drop = [unsaid[0], unsaid[1], ("backlog", "drop")];
+        let seen = browser.post("/console/webhooks/siem/remove", &drop, &[]).await;
+        assert_eq!(seen.status, 303, "{}", seen.text);
+        let page = browser.page(seen.header("location")).await;
+        assert!(page.contains("siem is removed.") && !page.contains("/webhooks/siem\""), "{page}");
+        assert_eq!(browser.get("/console/webhooks/siem").await.status, 404);
+    });
+}
+
+#[test]
+fn each_mistake_of_a_webhook_stands_beside_its_field_and_what_was_typed_is_kept() {
+    run(async {
+        let api = Api::new();
+        let text = managing(&api) + &subscriber("of-file", "http://127.0.0.1:9/", "");
+        let queue = Queue::embedded();
+        let setup = Setup::new(&queue, &text);
+        let _daemon = setup.start().await;
+        let browser = Browser::signed_in(&api, TOKEN).await;
+        let own = key(&browser.page("/console/new-webhook").await);
+        let sound = [
+            ("form_key", own.as_str()),
+            ("name", "siem"),
+            ("url", "http://127.0.0.1:9/in"),
+            ("events", "user.*"),
+        ];
+        for (wrong, value) in [
+            ("name", ""),
+            ("name", "Not A Name"),
+            ("url", ""),
+            ("url", "ftp://example.com/"),
+            ("url", "http://10.0.0.1/"),
+            ("url", "https://\"><script>alert(1)</script>"),
+            ("format", "xml"),
+            ("events", &format!("user.*,{}", "x".repeat(256))),
+            ("secret", "too-short"),
+            ("description", &"x".repeat(1001)),
+        ] {
+            let mut form: Vec<_> = sound.into_iter().filter(|(name, _)| *name != wrong).collect();
+            form.push((wrong, value));
+            for path in ["/console/new-webhook", "/console/new-webhook/test"] {
+                let seen = browser.post(path, &form, &[]).await;
+                let what = format!("{path} {wrong}={value}: {}", seen.text);
+                assert!(seen.status == 400, "{} {what}", seen.status);
+                assert!(seen.text.contains(&format!("id=\"wrong-{wrong}\"")), "{what}");
+                assert!(
+                    wrong == "secret" || seen.text.contains("value=\"siem\"") || wrong == "name",
+                    "{what}"
+                );
+                assert!(!seen.text.contains("too-short"), "a secret is never shown: {what}");
+                assert_inert(&seen.text, wrong);
+            }
+        }
+        // A password in a URL is not shown, and the form says that it is gone.
+        let form =
+            [sound[0], sound[1], ("url", "https://me:a-password@127.0.0.1/"), ("format", "xml")];
+        let seen = browser.post("/console/new-webhook", &form, &[]).await;
+        assert!(
+            seen.status == 400
+                && seen.text.contains("value=\"https://me@127.0.0.1/\"")
+                && seen.text.contains("type it again")
+                && !seen.text.contains("a-password"),
+            "{}",
+            seen.text
+        );
+        // A name that is taken, and one that a file has.
+        let taken = [sound[0], ("name", "of-file"), sound[2], sound[3]];
+        let seen = send(&browser, "/console/new-webhook", &taken).await;
+        assert!(seen.status == 409 && seen.text.contains("hooktrail.toml:"), "{}", seen.text);
+        let seen = browser.get("/console/webhooks/of-file/edit").await;
+        assert!(seen.status == 409 && seen.text.contains("change it there"), "{}", seen.text);
+        let page = browser.page("/console/webhooks/of-file").await;
+        assert!(!page.contains("/of-file/edit"), "{page}");
+
+        // Who may only look, and a form of nobody.
+        let looker = Browser::signed_in(&api, "the-token-that-reads").await;
+        assert!(!looker.page("/console/webhooks").await.contains("new-webhook"));
+        assert_eq!(looker.get("/console/new-webhook").await.status, 403);
+        let others = key(&looker.page("/console/").await);
+        for (from, key) in [(&looker, others.as_str()), (&browser, others.as_str()), (&browser, "")]
+        {
+            for path in [
+                "/console/new-webhook",
+                "/console/new-webhook/test",
+                "/console/webhooks/of-file/edit",
+                "/console/webhooks/of-file/secret",
+                "/console/webhooks/of-file/remove",
+            ] {
+                let form = [("form_key", key), sound[1], sound[2]];
+                assert_eq!(from.post(path, &form, &[]).await.status, 403, "{path}");
+            }
+        }
+        assert!(!browser.page("/console/webhooks").await.contains("/webhooks/siem"));
+    });
+}
