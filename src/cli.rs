@@ -27,6 +27,7 @@ mod run;
 mod secret;
 mod status;
 mod store;
+mod subscribers;
 mod terminal;
 mod test;
 mod text;
@@ -158,6 +159,12 @@ enum Command {
     /// Say which store has the history of a RabbitMQ, or seal it with another key
     #[command(subcommand)]
     Store(store::Command),
+    /// List all subscribers; show, make, change and remove those that are made over the API
+    ///
+    /// Asks the running daemon, whose configuration must have `[admin] manage = true`. Secrets are
+    /// read from files or standard input: others on this machine see the arguments of a command.
+    #[command(subcommand)]
+    Subscribers(subscribers::Command),
     /// List, show, export, replay and purge dead letters
     #[command(subcommand)]
     Dead(dead::Command),
@@ -218,6 +225,9 @@ impl Cli {
             Command::Pause { whom, why } => {
                 pause::pause(&asked(&self.config, &whom.subscribers)?, &whom, why).await
             }
+            Command::Subscribers(command) => {
+                subscribers::run(&asked(&self.config, &[])?, command).await
+            }
             Command::Resend(args) => replay::resend(&asked(&self.config, &[])?, &args).await,
             Command::Replay(args) => replay::run(&asked(&self.config, &[])?, &args).await,
             Command::Check(args) => {
@@ -262,6 +272,7 @@ impl Cli {
                     | Command::Status(_)
                     | Command::Pause { .. }
                     | Command::Reload
+                    | Command::Subscribers(_)
                     | Command::Resend(_)
                     | Command::Replay(_)
                     | Command::Resume { .. }

@@ -89,11 +89,12 @@
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
 //!              · init · listen · man · pause · plan · prune · publish · repair · replay · retry
-//!              · run · status · store · test · cli
+//!              · run · status · store · subscribers · test · cli
 //!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json
 //!              status/ · table · story
+//!              subscribers/ · keys · print
 //! fuzzing/                  properties that must hold for untrusted bytes; not part of the program
 //!              · json · events · intake · broker · receiver · configuration · fuzzing
 //! ```

@@ -14,7 +14,7 @@ use super::{failed::Failed, open::find, text::visible};
 use crate::{
     admin::view::{self, ChangeRequest, Introduction, Problem, Reloaded},
     clock,
-    config::{self, AdminConfig, Config},
+    config::{self, AdminConfig, Config, managed::Document},
     crypto::handshake::{self, Side},
 };
 
@@ -108,6 +108,21 @@ pub(super) fn listed<'t>(texts: impl IntoIterator<Item = &'t String>) -> String 
 pub(super) struct Answer<A> {
     pub(super) read: A,
     pub(super) raw: Value,
+}
+
+/// A change of a subscriber; `version` is the `If-Match` of one that there is.
+#[derive(Debug)]
+pub(super) enum Change<'c> {
+    Patch { patch: &'c Document, version: &'c str },
+    Remove { version: &'c str },
+}
+
+/// The end of a change.
+#[derive(Debug)]
+pub(super) enum Done<A> {
+    Done(A),
+    /// Nothing was done: the subscriber has another version by now, or is gone.
+    OtherVersion,
 }
 
 /// The running daemon of a configuration.
@@ -211,13 +226,59 @@ impl<'c> Daemon<'c> {
             };
             tries += 1;
             if tries == TRIES {
-                return Err(Failed::Runtime(format!(
-                    "the answer of the daemon at {} is lost ({lost}), so that it is not known whether the request was done: see `{see}`",
-                    self.address
-                )));
+                return Err(self.lost(&lost, see));
             }
             tokio::time::sleep(AGAIN).await;
         }
+    }
+
+    /// Makes a subscriber. `see`: the command that shows whether that was done.
+    pub(super) async fn make<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        keys: &Document,
+        see: &str,
+    ) -> Result<A, Failed> {
+        let request = self.client.post(self.url(path));
+        let (status, body) = self.once(with_keys(request, keys), see).await?;
+        self.read(&self.successful(status, body)?)
+    }
+
+    /// Changes or removes a subscriber. `see`: the command that shows whether that was done.
+    pub(super) async fn change<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        change: Change<'_>,
+        see: &str,
+    ) -> Result<Done<A>, Failed> {
+        let url = self.url(path);
+        let (request, version) = match change {
+            Change::Patch { patch, version } => (with_keys(self.client.patch(url), patch), version),
+            Change::Remove { version } => (self.client.delete(url), version),
+        };
+        let (status, body) = self.once(request.header("if-match", version), see).await?;
+        if status == reqwest::StatusCode::PRECONDITION_FAILED && error(&body).is_some() {
+            return Ok(Done::OtherVersion);
+        }
+        Ok(Done::Done(self.read(&self.successful(status, body)?)?))
+    }
+
+    /// Sends a request that must not be repeated, and returns any answer.
+    async fn once(
+        &self,
+        request: reqwest::RequestBuilder,
+        see: &str,
+    ) -> Result<(reqwest::StatusCode, Value), Failed> {
+        self.meet().await.map_err(|stranger| self.not_met(stranger))?;
+        self.authorized(request).await.map_err(|why| self.lost(&why, see))
+    }
+
+    /// The error for a request without an answer.
+    fn lost(&self, why: &str, see: &str) -> Failed {
+        Failed::Runtime(format!(
+            "the answer of the daemon at {} is lost ({why}), so that it is not known whether the request was done: see `{see}`",
+            self.address
+        ))
     }
 
     fn not_met(&self, stranger: Stranger) -> Failed {
@@ -340,6 +401,10 @@ impl<'c> Daemon<'c> {
         }
         send(request).await
     }
+}
+
+fn with_keys(request: reqwest::RequestBuilder, keys: &Document) -> reqwest::RequestBuilder {
+    request.header("content-type", "application/json").body(keys.text().expose().to_owned())
 }
 
 async fn send(request: reqwest::RequestBuilder) -> Result<(reqwest::StatusCode, Value), String> {

@@ -55,6 +55,7 @@ mod operators {
     mod replays;
     mod setting_up;
     mod subscribers;
+    mod subscribers_commands;
     mod webhook_form;
     mod which_daemon;
 }

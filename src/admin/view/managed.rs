@@ -118,6 +118,7 @@ pub struct SubscriberChange {
 pub struct NewSecret(String);
 
 impl NewSecret {
+    /// The secret, to be shown to whoever asked for it.
     pub fn expose(&self) -> &str {
         &self.0
     }

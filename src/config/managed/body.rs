@@ -47,6 +47,12 @@ impl fmt::Debug for Document {
     }
 }
 
+impl From<Map<String, Value>> for Document {
+    fn from(keys: Map<String, Value>) -> Self {
+        Self(keys)
+    }
+}
+
 impl Document {
     /// Reads a stored document; `None` if it is no JSON object.
     pub fn parse(text: &Secret) -> Option<Self> {
@@ -321,7 +327,9 @@ pub(super) fn as_file(name: &str, document: &Document) -> String {
         keys.remove(own);
     }
     let description = keys.remove("description");
-    if document.redacted().get("url") != keys.get("url") {
+    let url = document.get("url");
+    let is_shown = url.and_then(Value::as_str).is_some_and(|text| !text.contains(REDACTED));
+    if !is_shown || document.redacted().get("url") != url {
         keys.insert("url".to_owned(), variable("URL").into());
     }
     if let Some(Value::Array(secrets)) = keys.get_mut("secrets") {

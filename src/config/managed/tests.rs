@@ -216,6 +216,7 @@ fn what_is_exported_is_the_same_subscriber_in_a_file() {
     });
     let made = document(keys);
     let text = as_file("a-1", &made);
+    assert_eq!(as_file("a-1", &document(made.redacted())), text, "what is shown is enough");
     assert!(text.starts_with("# For the SIEM\n# team\n[[subscriber]]\nname = \"a-1\"\n"), "{text}");
     let env = |name: &str| {
         let value = match name {
