@@ -161,8 +161,8 @@ enum Command {
     Store(store::Command),
     /// List all subscribers; show, make, change and remove those that are made over the API
     ///
-    /// Asks the running daemon, whose configuration must have `[admin] manage = true`. Secrets are
-    /// read from files or standard input: others on this machine see the arguments of a command.
+    /// Asks the running daemon; changes need `[admin] manage = true` in its configuration. Secrets
+    /// are read from files or standard input: others on this machine see the arguments of a command.
     #[command(subcommand)]
     Subscribers(subscribers::Command),
     /// List, show, export, replay and purge dead letters

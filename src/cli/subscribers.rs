@@ -242,6 +242,9 @@ async fn remove(
             let place = format!("{}:{line}", visible(file));
             return Err(Failed::Runtime(format!("`{subscriber}` is of {place}; remove it there")));
         }
+        if version != version_of(&found) {
+            return Err(overtaken(daemon, subscriber, &version).await);
+        }
         let would = json!({ "subscriber": subscriber.as_str(), "backlog": fate, "holds": holds });
         return write(&if how.json {
             as_json(&would) + "\n"

@@ -177,6 +177,7 @@ async fn what_somebody_else_has_changed_meanwhile_is_not_overwritten(queue: Queu
     for command in [
         &["set", "siem", "--events", "c", "--if-version", &before][..],
         &["remove", "siem", "--backlog", "drop", "--yes", "--if-version", &before],
+        &["remove", "siem", "--backlog", "drop", "--dry-run", "--if-version", &before],
     ] {
         let why = fails(&setup, 1, command, "");
         for part in ["nothing was done", &now, "API, token", "hooktrail subscribers show siem"] {
