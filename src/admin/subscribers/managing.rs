@@ -18,7 +18,7 @@ use crate::{
     },
     clock,
     config::{
-        self,
+        self, Subscriber,
         managed::{Document, RETIRING, Wrong},
     },
     crypto::{secret::SecretUrl, signature::new_secret},
@@ -80,14 +80,14 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         if let Some(secret) = &secret {
             document.set("secrets", json!([secret]));
         }
-        editing.check(&document).map_err(not_valid)?;
+        let checked = editing.check(&document).map_err(not_valid)?;
         let most = self.reloader.config().max_subscribers();
         if editing.count() >= most {
             let why =
                 format!("there are {most} subscribers, which is the most: [admin] max_subscribers");
             return Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Limit, why));
         }
-        self.has_no_backlog(&name).await?;
+        self.has_no_backlog(checked).await?;
         let paused = document.take("start_paused") == Some(Value::Bool(true));
         self.begin(&name, paused, &by).await?;
         let operation = operation("add_subscriber", &name, by, details(&document, None));
@@ -300,10 +300,11 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     }
 
     /// Whoever gets events of another subscriber of the same name would not expect them.
-    async fn has_no_backlog(&self, name: &SubscriberName) -> Result<(), Refusal> {
-        let current = self.reloader.config().subscribers.clone();
-        let depths = self.queue.depths(&current).await.map_err(|e| queue_fails(&e))?;
-        match depths.removed.get(name).filter(|depth| !depth.is_empty()) {
+    async fn has_no_backlog(&self, new: Subscriber) -> Result<(), Refusal> {
+        let name = &new.name.clone();
+        // Asked for by its name: one that was removed just now is not recorded as removed yet.
+        let depths = self.queue.depths(&[Arc::new(new)]).await.map_err(|e| queue_fails(&e))?;
+        match depths.subscribers.get(name).filter(|depth| !depth.is_empty()) {
             None => Ok(()),
             Some(depth) => {
                 let why = format!(
