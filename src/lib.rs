@@ -78,6 +78,8 @@
 //!              replay/ · filling
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · managed · reload · startup_check
+//! letters/                  dead letters as operators work on them: chosen, replayed, purged
+//!              · choice · group · walk · purge · replay · letters
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · versions · connections · introduction
 //!              · intake · history · history_health · export · operations · replays · control
@@ -90,7 +92,7 @@
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries
 //!              · init · listen · man · pause · plan · prune · publish · repair · replay · retry
 //!              · run · status · store · subscribers · test · cli
-//!              dead/ · choice · walk · summary · list · show · group · report · purge · replay
+//!              dead/ · choice · walk · summary · list · show · report · purge · replay
 //!              demo/ · sample · stage · receiver · home · narrator · play
 //!              plan/ · forecast · print · json
 //!              status/ · table · story
@@ -190,6 +192,7 @@ pub mod failpoint;
 pub mod fuzzing;
 pub mod history;
 pub mod lane;
+pub mod letters;
 pub mod page;
 pub mod policy;
 pub mod queue;

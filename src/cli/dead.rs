@@ -2,7 +2,6 @@
 //! memory.
 
 pub(super) mod choice;
-mod group;
 mod list;
 mod purge;
 mod replay;
@@ -14,16 +13,17 @@ mod walk;
 use clap::Subcommand;
 
 use self::{
-    choice::{Choice, Name, Which},
+    choice::Which,
     list::list,
     purge::{confirm_purge, purge},
-    replay::Replay,
+    replay::replay,
     show::{export, show},
-    walk::{close, each, until_second_interrupt},
+    walk::{each, until_second_interrupt},
 };
 use super::{arguments::Destructive, complete, failed::Failed, open::reach, terminal::can_ask};
 use crate::{
     config::{Backend, Config},
+    letters::{Choice, Name, Selection, close},
     queue::{DeadLetters, Queue as _, QueueError, embedded::EmbeddedQueue},
     supervisor::signal,
 };
@@ -100,12 +100,12 @@ enum Task {
     List { json: bool },
     Show { json: bool },
     Export,
-    Replay { rate: Option<f64>, dry_run: bool, json: bool },
+    Replay(replay::Options),
     Purge(Destructive),
 }
 
 impl Command {
-    fn split(self) -> Result<(Which, Task), Failed> {
+    fn split(self) -> Result<(Selection, Task), Failed> {
         Ok(match self {
             Self::List { which, json } => (which.checked()?, Task::List { json }),
             Self::Show { subscriber, letter, orphans, json } => {
@@ -113,7 +113,7 @@ impl Command {
             }
             Self::Export { which, json: _ } => (which.of_one()?, Task::Export),
             Self::Replay { which, rate, dry_run, json } => {
-                (which.of_one()?, Task::Replay { rate, dry_run, json })
+                (which.of_one()?, Task::Replay(replay::Options { rate, dry_run, json }))
             }
             Self::Purge { which, how } => (which.of_one()?, Task::Purge(how)),
         })
@@ -121,44 +121,48 @@ impl Command {
 }
 
 pub(super) async fn run(config: &Config, command: Command) -> Result<(), Failed> {
-    let (which, task) = command.split()?;
-    if let (Task::List { json }, None, false) = (&task, which.subscriber(), which.orphans()) {
+    let (selection, task) = command.split()?;
+    if let (Task::List { json }, None, false) =
+        (&task, selection.subscriber.as_deref(), selection.orphans)
+    {
         return match &config.queue.backend {
-            Backend::Amqp(amqp) => summary::list(reach(amqp).await?, config, &which, *json).await,
+            Backend::Amqp(amqp) => {
+                summary::list(reach(amqp).await?, config, &selection, *json).await
+            }
             Backend::Embedded => {
                 summary::list(
                     EmbeddedQueue::existing(&config.queue.embedded)?,
                     config,
-                    &which,
+                    &selection,
                     *json,
                 )
                 .await
             }
         };
     }
-    match (&config.queue.backend, which.subscriber()) {
-        (Backend::Amqp(amqp), Some(subscriber)) if !which.orphans() => {
+    match (&config.queue.backend, selection.subscriber.as_deref()) {
+        (Backend::Amqp(amqp), Some(subscriber)) if !selection.orphans => {
             let queue = reach(amqp).await?;
-            walk(async || queue.dead_letters(subscriber).await, &which, task).await?;
+            walk(async || queue.dead_letters(subscriber).await, &selection, task).await?;
             queue.close().await;
         }
         (Backend::Amqp(amqp), _) => {
             let queue = reach(amqp).await?;
-            walk(async || queue.orphans().await, &which, task).await?;
+            walk(async || queue.orphans().await, &selection, task).await?;
             queue.close().await;
         }
-        (Backend::Embedded, Some(subscriber)) if !which.orphans() => {
+        (Backend::Embedded, Some(subscriber)) if !selection.orphans => {
             let queue = EmbeddedQueue::existing(&config.queue.embedded)?;
-            walk(async || queue.dead_letters(subscriber).await, &which, task).await?;
+            walk(async || queue.dead_letters(subscriber).await, &selection, task).await?;
         }
-        (Backend::Embedded, _) => return no_orphans(&which),
+        (Backend::Embedded, _) => return no_orphans(&selection),
     }
     Ok(())
 }
 
-fn no_orphans(which: &Which) -> Result<(), Failed> {
+fn no_orphans(selection: &Selection) -> Result<(), Failed> {
     let why = "there are no orphans: only a RabbitMQ has them, and [queue] url is \"embedded\", where nothing is routed back";
-    if which.has_names() {
+    if !selection.names.is_empty() {
         return Err(Failed::Runtime(why.to_owned()));
     }
     eprintln!("{why}");
@@ -167,7 +171,7 @@ fn no_orphans(which: &Which) -> Result<(), Failed> {
 
 async fn walk<D: DeadLetters>(
     open: impl AsyncFn() -> Result<D, QueueError>,
-    which: &Which,
+    selection: &Selection,
     task: Task,
 ) -> Result<(), Failed> {
     let mut letters = open().await?;
@@ -176,15 +180,15 @@ async fn walk<D: DeadLetters>(
     if let Task::Purge(Destructive { dry_run: false, yes: false, .. }) = task {
         can_ask("purge")?;
         most = letters.left() as usize;
-        if !which.all() {
-            most = each(letters, &mut Choice::new(which), &stops, |_, _| true)
+        if !selection.is_all() {
+            most = each(letters, &mut Choice::new(selection), &stops, |_, _| true)
                 .await?
                 .unwrap_or_default();
             letters = open().await?;
         }
         // Without any there is nothing to confirm; the walk reports names that were not found.
         if most > 0
-            && let Err(kept) = confirm_purge(most, which)
+            && let Err(kept) = confirm_purge(most, selection)
         {
             close(letters, Ok(())).await?;
             return Err(kept);
@@ -192,13 +196,11 @@ async fn walk<D: DeadLetters>(
     }
     let walked = async {
         match task {
-            Task::List { json } => list(letters, which, json, &stops).await,
-            Task::Show { json } => show(letters, which, json, &stops).await,
-            Task::Export => export(letters, which, &stops).await,
-            Task::Replay { rate, dry_run, json } => {
-                Replay::new(which, rate, dry_run, &stops).run(letters, open, json).await
-            }
-            Task::Purge(how) => purge(letters, which, how, most, &stops).await,
+            Task::List { json } => list(letters, selection, json, &stops).await,
+            Task::Show { json } => show(letters, selection, json, &stops).await,
+            Task::Export => export(letters, selection, &stops).await,
+            Task::Replay(options) => replay(letters, open, selection, options, &stops).await,
+            Task::Purge(how) => purge(letters, selection, how, most, &stops).await,
         }
     };
     until_second_interrupt(&stops, walked).await

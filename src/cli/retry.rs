@@ -11,7 +11,6 @@ use serde_json::json;
 use super::{
     complete,
     daemon::{Asked, Daemon},
-    dead::choice::Name,
     failed::Failed,
     open::reach,
     text::{as_json, print, rounded, time, visible},
@@ -21,6 +20,7 @@ use crate::{
     clock,
     config::{self, Backend, Config},
     delivery::{BatchId, SubscriberName},
+    letters::Name,
     queue::{Hastened, Queue, Waiting, WaitingList, embedded::EmbeddedQueue},
     supervisor::signal,
     wording::counted,

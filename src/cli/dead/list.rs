@@ -1,29 +1,28 @@
 //! `dead list NAME`: a line for each dead letter.
 
-use super::{
-    choice::{Choice, Which},
-    walk::each,
-};
+use super::{choice::all_found, walk::each};
 use crate::{
     admin::view::DeadLetter,
     cli::{
         failed::Failed,
         text::{as_json, print, time, visible},
     },
+    letters::{Choice, Selection},
     queue::{DeadLetters, Held},
     supervisor::signal::Stops,
 };
 
 pub(super) async fn list(
     letters: impl DeadLetters,
-    which: &Which,
+    selection: &Selection,
     json: bool,
     stops: &Stops,
 ) -> Result<(), Failed> {
-    let mut choice = Choice::new(which);
+    let mut choice = Choice::new(selection);
     let mut head = !json;
     // Orphans have a column for their subscriber; the subscriber of dead letters is an argument.
-    let whose = |text: &str| if which.orphans() { format!("{text:<16}  ") } else { String::new() };
+    let whose =
+        |text: &str| if selection.orphans { format!("{text:<16}  ") } else { String::new() };
     let row = |number: usize, held: &Held| {
         if json {
             return print(&as_json(&DeadLetter::new(number, held)));
@@ -58,9 +57,9 @@ pub(super) async fn list(
         ))
     };
     let Some(shown) = each(letters, &mut choice, stops, row).await? else { return Ok(()) };
-    choice.complete()?;
+    all_found(&choice)?;
     if shown == 0 && !json {
-        print(if which.orphans() { "no orphans" } else { "no dead letters" });
+        print(if selection.orphans { "no orphans" } else { "no dead letters" });
     }
     Ok(())
 }

@@ -1,61 +1,46 @@
 //! `dead purge`: deletes dead letters for good.
 
+use indicatif::ProgressBar;
+
 use super::{
-    choice::{Choice, Which},
-    group::{GROUP_LETTERS, Group},
+    choice::all_found,
     report::{finished, progress},
-    walk::{close, to_its_end},
+    walk::to_its_end,
 };
 use crate::{
     cli::{arguments::Destructive, failed::Failed, terminal::confirm},
+    letters::{Purge, Selection, Watcher},
     queue::DeadLetters,
     supervisor::signal::Stops,
 };
 
+impl Watcher for ProgressBar {
+    fn passed(&mut self) {
+        self.inc(1);
+    }
+}
+
 /// Purges at most `most`: letters that died after the count were not confirmed.
 pub(super) async fn purge(
-    mut letters: impl DeadLetters,
-    which: &Which,
+    letters: impl DeadLetters,
+    selection: &Selection,
     Destructive { dry_run, json, .. }: Destructive,
     most: usize,
     stops: &Stops,
 ) -> Result<(), Failed> {
     let total = letters.left() as usize;
     let bar = progress(letters.left());
-    let (mut choice, mut purged, mut group) = (Choice::new(which), 0, Group::new(GROUP_LETTERS));
-    let walk = async {
-        while !stops.is_asked()
-            && purged + group.items.len() < most
-            && let Some(held) = letters.next().await?
-        {
-            bar.inc(1);
-            if !choice.includes(&held) {
-                continue;
-            }
-            if dry_run {
-                purged += 1;
-                continue;
-            }
-            let bytes = held.letter.body.len();
-            if let Some(full) = group.push(held, bytes) {
-                purged += full.len();
-                letters.purge(full).await?;
-            }
-        }
-        let rest = group.take();
-        purged += rest.len();
-        if rest.is_empty() { Ok(()) } else { letters.purge(rest).await }
-    };
-    let walked = walk.await;
+    let mut purge = Purge::new(selection, stops, bar.clone()).dry_run(dry_run).at_most(most);
+    let done = purge.run(letters).await;
     bar.finish_and_clear();
-    close(letters, walked).await?;
-    let of = if stops.is_asked() || most < usize::MAX { total } else { choice.number };
-    finished("purge", purged, 0, of, &choice, dry_run, json);
+    let done = done?;
+    let of = if stops.is_asked() || most < usize::MAX { total } else { done.passed };
+    finished("purge", done, of, selection, dry_run, json);
     to_its_end(stops)?;
-    choice.complete()
+    all_found(purge.choice())
 }
 
-pub(super) fn confirm_purge(chosen: usize, which: &Which) -> Result<(), Failed> {
-    let all = if which.all() { "all " } else { "" };
-    confirm("purge", &format!("Delete {all}{chosen} {} for good?", which.what(chosen)))
+pub(super) fn confirm_purge(chosen: usize, selection: &Selection) -> Result<(), Failed> {
+    let all = if selection.is_all() { "all " } else { "" };
+    confirm("purge", &format!("Delete {all}{chosen} {} for good?", selection.noun(chosen)))
 }

@@ -5,8 +5,10 @@ use std::io::IsTerminal as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
-use super::choice::Choice;
-use crate::cli::text::print;
+use crate::{
+    cli::text::print,
+    letters::{Done, Selection},
+};
 
 /// A progress bar, visible if stderr is a terminal.
 pub(super) fn progress(total: u32) -> ProgressBar {
@@ -22,18 +24,16 @@ pub(super) fn progress(total: u32) -> ProgressBar {
 
 pub(super) fn finished(
     what: &str,
-    done: usize,
-    skipped: usize,
+    Done { letters, skipped, .. }: Done,
     of: usize,
-    choice: &Choice<'_>,
+    selection: &Selection,
     dry_run: bool,
     json: bool,
 ) {
-    let which = choice.which;
     if json {
         let result = json!({
-            "command": what, "subscriber": which.subscriber(), "orphans": which.orphans(), "dry_run": dry_run,
-            "chosen": done, "skipped": skipped, "of": of,
+            "command": what, "subscriber": selection.subscriber, "orphans": selection.orphans, "dry_run": dry_run,
+            "chosen": letters, "skipped": skipped, "of": of,
         });
         print(&result.to_string());
         return;
@@ -46,5 +46,5 @@ pub(super) fn finished(
         (_, true) => "would purge",
     };
     let rest = if skipped > 0 { format!(", skipped {skipped}") } else { String::new() };
-    print(&format!("{verb} {done} of {of} {}{rest}", which.what(of)));
+    print(&format!("{verb} {letters} of {of} {}{rest}", selection.noun(of)));
 }

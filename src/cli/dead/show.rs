@@ -3,10 +3,7 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde_json::{json, value::RawValue};
 
-use super::{
-    choice::{Choice, Which},
-    walk::each,
-};
+use super::{choice::all_found, walk::each};
 use crate::{
     admin::view::DeadLetter,
     cli::{
@@ -15,6 +12,7 @@ use crate::{
     },
     clock,
     delivery::{AttemptLog, AttemptResult, FailedAttempt},
+    letters::{Choice, Selection},
     queue::{DeadLetters, Held},
     supervisor::signal::Stops,
     wording::counted,
@@ -22,24 +20,24 @@ use crate::{
 
 pub(super) async fn export(
     letters: impl DeadLetters,
-    which: &Which,
+    selection: &Selection,
     stops: &Stops,
 ) -> Result<(), Failed> {
-    let mut choice = Choice::new(which);
+    let mut choice = Choice::new(selection);
     let line = |number, held: &Held| print(&all_as_json(number, held).to_string());
     match each(letters, &mut choice, stops, line).await? {
         None => Ok(()),
-        Some(_) => choice.complete(),
+        Some(_) => all_found(&choice),
     }
 }
 
 pub(super) async fn show(
     letters: impl DeadLetters,
-    which: &Which,
+    selection: &Selection,
     json: bool,
     stops: &Stops,
 ) -> Result<(), Failed> {
-    let mut choice = Choice::new(which);
+    let mut choice = Choice::new(selection);
     let mut found = None;
     // The first of several with the same id.
     let keep = |number, held: &Held| {
@@ -60,7 +58,7 @@ pub(super) async fn show(
             print(&text);
             Ok(())
         }
-        None => choice.complete(),
+        None => all_found(&choice),
     }
 }
 

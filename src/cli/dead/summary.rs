@@ -5,10 +5,7 @@ use std::{collections::BTreeMap, time::SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{
-    choice::{Choice, Which},
-    walk::{each, until_second_interrupt},
-};
+use super::walk::{each, until_second_interrupt};
 use crate::{
     cli::{
         failed::Failed,
@@ -16,6 +13,7 @@ use crate::{
     },
     clock,
     config::Config,
+    letters::{Choice, Selection},
     queue::Queue,
     supervisor::signal::{self, Stops},
     wording::counted,
@@ -35,7 +33,7 @@ struct Tally {
 pub(super) async fn list(
     queue: impl Queue,
     config: &Config,
-    which: &Which,
+    selection: &Selection,
     json: bool,
 ) -> Result<(), Failed> {
     let stops = signal::stop()?;
@@ -47,7 +45,7 @@ pub(super) async fn list(
         .chain(depths.removed.iter().map(|found| (found, false)));
     let mut tallies = Vec::new();
     for ((name, _), configured) in all.filter(|((_, depth), _)| depth.dead > 0) {
-        let tally = tally(&queue, name, configured, which, &stops);
+        let tally = tally(&queue, name, configured, selection, &stops);
         let tally = until_second_interrupt(&stops, tally).await?;
         tallies.extend((tally.letters > 0).then_some(tally));
     }
@@ -64,14 +62,14 @@ async fn tally(
     queue: &impl Queue,
     name: &str,
     configured: bool,
-    which: &Which,
+    selection: &Selection,
     stops: &Stops,
 ) -> Result<Tally, Failed> {
     let (reasons, (oldest, newest)) = (BTreeMap::new(), (None, None));
     let mut tally =
         Tally { subscriber: name.to_owned(), configured, letters: 0, reasons, oldest, newest };
     let letters = queue.dead_letters(name).await?;
-    each(letters, &mut Choice::new(which), stops, |_, held| {
+    each(letters, &mut Choice::new(selection), stops, |_, held| {
         tally.letters += 1;
         *tally.reasons.entry(held.letter.reason.name()).or_default() += 1;
         let died_at = held.letter.died_at;

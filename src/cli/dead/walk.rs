@@ -1,9 +1,9 @@
-//! A walk through dead letters, one at a time, which leaves all of them in their order.
+//! Walks that a signal ends.
 
-use super::choice::Choice;
 use crate::{
     cli::failed::Failed,
-    queue::{DeadLetters, Held, QueueError},
+    letters::{self, Choice},
+    queue::{DeadLetters, Held},
     supervisor::signal::Stops,
 };
 
@@ -13,42 +13,15 @@ pub(super) fn to_its_end(stops: &Stops) -> Result<(), Failed> {
     if stops.is_asked() { Err(Failed::Runtime("interrupted".to_owned())) } else { Ok(()) }
 }
 
-/// Requeues the letters, also after a walk that failed half-way: otherwise they would change
-/// places.
-pub(super) async fn close<T>(
-    letters: impl DeadLetters,
-    walked: Result<T, QueueError>,
-) -> Result<T, Failed> {
-    let closed = letters.close().await;
-    let walked = walked?;
-    closed?;
-    Ok(walked)
-}
-
 /// Shows each chosen letter with `show`, which returns false if the reader has left. Returns the
 /// number shown, or `None` if the reader left early.
 pub(super) async fn each<D: DeadLetters>(
-    mut letters: D,
+    letters: D,
     choice: &mut Choice<'_>,
     stops: &Stops,
-    mut show: impl FnMut(usize, &Held) -> bool,
+    show: impl FnMut(usize, &Held) -> bool + Send,
 ) -> Result<Option<usize>, Failed> {
-    let mut shown = 0;
-    let walked = async {
-        while !stops.is_asked()
-            && let Some(held) = letters.next().await?
-        {
-            if choice.includes(&held) {
-                if !show(choice.number, &held) {
-                    return Ok(None);
-                }
-                shown += 1;
-            }
-        }
-        Ok(Some(shown))
-    };
-    let walked = walked.await;
-    let shown = close(letters, walked).await?;
+    let shown = letters::each(letters, choice, stops, show).await?;
     to_its_end(stops)?;
     Ok(shown)
 }

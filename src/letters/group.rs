@@ -1,7 +1,7 @@
 //! Dead letters that are replayed or purged together.
 
 /// The most letters, and the most bytes, that are replayed together, with one confirm for all.
-pub(super) const GROUP_LETTERS: usize = 50;
+pub const GROUP_LETTERS: usize = 50;
 const GROUP_BYTES: usize = 4 * 1024 * 1024;
 
 /// Collects letters that are settled together: large ones one at a time, small ones many at once.
