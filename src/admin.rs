@@ -11,6 +11,7 @@ mod body;
 mod connections;
 mod console;
 mod control;
+mod dead;
 mod export;
 mod guard;
 mod history;
@@ -47,6 +48,7 @@ use self::{
     connections::Bounds,
     console::Console,
     control::Control,
+    dead::Letters,
     export::Exporter,
     guard::{Tokens, authorized},
     history::History,
@@ -135,12 +137,15 @@ impl Admin {
         let exporter = Arc::new(Exporter::new(store.clone()));
         let again = Again::new(queue.clone(), store.clone(), reloader.clone(), replays);
         let again = Arc::new(again);
+        let letters = Letters::new(queue.clone(), reloader.clone(), phase.clone());
+        let letters = Arc::new(letters);
         let console = Console::new(
             self.tokens.clone(),
             control.clone(),
             history.clone(),
             again.clone(),
             exporter.clone(),
+            letters.clone(),
             store.clone(),
         );
         let console = console::routes(console);
@@ -158,6 +163,7 @@ impl Admin {
             .with_state(Arc::new(intake))
             .merge(control::routes(control.clone()))
             .merge(subscribers::routes(control))
+            .merge(dead::routes(letters))
             .merge(history::routes(history))
             .merge(export::routes(exporter))
             .merge(again)

@@ -6,6 +6,7 @@
 
 mod choice;
 mod group;
+mod key;
 mod purge;
 mod replay;
 mod walk;
@@ -13,6 +14,7 @@ mod walk;
 pub use self::{
     choice::{Choice, Filters, Name, Selection, Statuses},
     group::GROUP_LETTERS,
+    key::Key,
     purge::Purge,
     replay::Replay,
     walk::{Done, Staying, Stop, Watcher, close, each},

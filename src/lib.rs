@@ -79,14 +79,14 @@
 //! supervisor/               start, reload, restart after a panic, drain
 //!              · signal · fleet · systemd · managed · reload · startup_check
 //! letters/                  dead letters as operators work on them: chosen, replayed, purged
-//!              · choice · group · walk · purge · replay · letters
+//!              · key · choice · group · walk · purge · replay · letters
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
 //!              · view · answer · query · body · guard · versions · connections · introduction
 //!              · intake · history · history_health · export · operations · replays · control
-//!              · subscribers · console · admin
+//!              · dead · subscribers · console · admin
 //!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
-//!              · actions · webhook_form · overview · events · deliveries · dead_letters · replays
-//!              · webhooks · health
+//!              · action · actions · sending · dead_actions · webhook_form · overview · events
+//!              · deliveries · dead_letters · replays · webhooks · health
 //! cli/                      the commands, and all printing; `main.rs` has the exit codes
 //!              · text · failed · arguments · terminal · secret · complete · open · daemon
 //!              · remembered · moment · check · dead · demo · history · whereabouts · deliveries

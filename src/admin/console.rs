@@ -3,9 +3,11 @@
 //! Every page needs a browser session, which begins with a token ([`session`]). A page is rendered here and
 //! works without its module; its whole state is in its URL.
 
+mod action;
 mod actions;
 mod assets;
 mod chart;
+mod dead_actions;
 mod dead_letters;
 mod deliveries;
 mod entry;
@@ -16,6 +18,7 @@ mod notices;
 mod overview;
 mod page;
 mod replays;
+mod sending;
 mod session;
 mod sign_in;
 mod table;
@@ -44,11 +47,9 @@ use self::{
 use super::{
     answer::{Refusal, header_text},
     connections::Peer,
-    control::MAX_LISTED,
     export::Wanted,
     guard::from_elsewhere,
     history::{Deliveries, Events, Id, Number},
-    query::Name,
 };
 use crate::{config::Role, queue::Queue, store::Store};
 
@@ -63,8 +64,6 @@ pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
         .route(Place::Deliveries.path(), get(list_deliveries::<Q, S>))
         .route("/console/deliveries/{id}", get(show_delivery::<Q, S>))
         .route("/console/delivery", get(show_odd_delivery::<Q, S>))
-        .route(Place::DeadLetters.path(), get(summarise_dead::<Q, S>))
-        .route("/console/dead-letters/{name}", get(list_dead::<Q, S>))
         .route("/console/sign-in", get(ask::<Q, S>).post(sign_in::<Q, S>))
         .route("/console/sign-out", post(sign_out::<Q, S>).get(nothing::<Q, S>))
         .route("/console/{*elsewhere}", get(nothing::<Q, S>))
@@ -72,7 +71,10 @@ pub(super) fn routes<Q: Queue, S: Store>(console: Console<Q, S>) -> Router {
         .merge(webhook_form::routes())
         .merge(replays::routes())
         .merge(health::routes())
+        .merge(dead_letters::routes())
         .merge(actions::routes())
+        .merge(dead_actions::routes())
+        .merge(sending::routes())
         .with_state(Arc::new(console))
         .merge(assets::routes())
         .layer(middleware::from_fn_with_state(tokens, of_public_host))
@@ -159,29 +161,6 @@ async fn show_odd_delivery<Q: Queue, S: Store>(
 ) -> Response {
     let form = Form::whole(uri.query().unwrap_or_default());
     show_delivery(console, session, Ok(Id(form.get("id").to_owned())), uri).await
-}
-
-async fn summarise_dead<Q: Queue, S: Store>(
-    extract::State(console): This<Q, S>,
-    SignedIn(session): SignedIn,
-) -> Response {
-    dead_letters::summary(&session, &console.control.overview().await)
-}
-
-async fn list_dead<Q: Queue, S: Store>(
-    extract::State(console): This<Q, S>,
-    SignedIn(session): SignedIn,
-    name: Result<Name, Refusal>,
-) -> Response {
-    let (name, found) = match name {
-        Ok(Name(name)) => {
-            let control = console.control.clone();
-            let found = control.oldest_dead(name.clone(), MAX_LISTED, &session.caller).await;
-            (name, found)
-        }
-        Err(refusal) => (String::new(), Err(refusal)),
-    };
-    dead_letters::of_one(&session, &name, found)
 }
 
 /// The answer to a path without a page.

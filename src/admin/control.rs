@@ -1,5 +1,5 @@
 //! The requests of operators: report subscribers, pause and resume them, send a test event, list
-//! dead letters and retries, reload the configuration.
+//! retries, reload the configuration.
 
 pub(super) mod inspection;
 mod report;
@@ -33,17 +33,14 @@ use super::{
     operations::DryRun,
     query::{FromQuery, Name, Parameters, Query},
     versions::etag,
-    view::{
-        self, ChangeRequest, DeadLetter, DeadLetters, PauseChange, Paused, ProblemKind,
-        ReloadPreview, State, Tested,
-    },
+    view::{self, ChangeRequest, PauseChange, Paused, ProblemKind, ReloadPreview, State, Tested},
 };
 use crate::{
     clock,
     config::{Subscriber, changes::Changes},
     delivery::{self, Pause},
     endpoint::test_event,
-    queue::{DeadLetters as _, Queue, QueueError},
+    queue::{Queue, QueueError},
     store::Store,
     supervisor::{
         fleet::Phase,
@@ -71,7 +68,7 @@ const TEST_EVERY: Duration = Duration::from_secs(1);
 pub(super) const OPERATOR: &str = "operator";
 
 /// Concurrent requests that are completed even if the client disconnects; further ones are refused.
-const MOST_TO_THEIR_END: usize = 32;
+pub(super) const MOST_TO_THEIR_END: usize = 32;
 
 /// The most dead letters, or waiting batches, in one answer.
 pub(super) const MAX_LISTED: usize = 100;
@@ -84,8 +81,6 @@ pub(super) struct Control<Q, S> {
     pub(super) reloader: Reloader,
     board: Board,
     phase: watch::Receiver<Phase>,
-    /// One walk through dead letters at a time: it holds all of them for a moment.
-    walking: Mutex<()>,
     pub(super) to_their_end: Arc<Semaphore>,
     /// When the last test event was sent. One at a time, and one in [`TEST_EVERY`].
     testing: Mutex<Option<Instant>>,
@@ -123,7 +118,6 @@ pub(super) fn routes<Q: Queue, S: Store>(control: Arc<Control<Q, S>>) -> Router 
         .route("/v1/subscribers/{name}/resume", post(resume))
         .route("/v1/subscribers/{name}/test", post(send_test))
         .route("/v1/subscribers/{name}/retry", get(list_waiting).post(retry_now))
-        .route("/v1/subscribers/{name}/dead", get(list_dead))
         .route("/v1/reload", get(preview).post(reload))
         .with_state(control)
 }
@@ -151,15 +145,6 @@ async fn report_one<Q: Queue, S: Store>(
     let mut response = answer(found);
     response.headers_mut().extend(etag);
     response
-}
-
-async fn list_dead<Q: Queue, S: Store>(
-    extract::State(control): This<Q, S>,
-    Name(name): Name,
-    Extension(caller): Extension<Caller>,
-    Query(selection): Query<Selection>,
-) -> Response {
-    answer(control.oldest_dead(name, selection.limit, &caller).await)
 }
 
 async fn pause<Q: Queue, S: Store>(
@@ -309,7 +294,6 @@ impl<Q: Queue, S: Store> Control<Q, S> {
             reloader,
             board,
             phase,
-            walking: Mutex::default(),
             testing: Mutex::default(),
             inspections: Inspections::default(),
             started: clock::instant(),
@@ -385,42 +369,6 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         report
             .map(|report| Tested::from(&report))
             .map_err(|why| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, why))
-    }
-
-    /// The oldest dead letters of a subscriber, at most `limit`.
-    pub(super) async fn oldest_dead(
-        self: Arc<Self>,
-        name: String,
-        limit: usize,
-        caller: &Caller,
-    ) -> Result<DeadLetters, Refusal> {
-        let room = self.to_their_end.clone();
-        let mut found = to_its_end(&room, async move { self.dead(&name, limit).await }).await?;
-        if !caller.sees_endpoints() {
-            found.letters = found.letters.into_iter().map(DeadLetter::without_answer).collect();
-        }
-        Ok(found)
-    }
-
-    /// The oldest dead letters. The walk is closed afterwards, which keeps their order.
-    async fn dead(&self, name: &str, limit: usize) -> Result<DeadLetters, Refusal> {
-        self.subscriber(name)?;
-        let _one = self.walking.lock().await;
-        let mut letters = self.queue.dead_letters(name).await.map_err(|e| queue_fails(&e))?;
-        let dead = letters.left();
-        let mut found = Vec::new();
-        let walk = async {
-            while found.len() < limit
-                && let Some(held) = letters.next().await?
-            {
-                found.push(DeadLetter::new(found.len() + 1, &held));
-            }
-            Ok(())
-        };
-        let walked: Result<(), QueueError> = walk.await;
-        let closed = letters.close().await;
-        walked.and(closed).map_err(|e| queue_fails(&e))?;
-        Ok(DeadLetters { subscriber: name.to_owned(), dead, letters: found })
     }
 
     /// The state that the status shows.

@@ -33,6 +33,10 @@ pub(super) struct Details(pub(super) String);
 #[derive(Debug, Clone, Copy)]
 pub(super) struct DryRun;
 
+/// Marks the answer of a request that failed when a part of it was done.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Partly;
+
 pub(super) fn routes<S: Store>(store: S) -> Router {
     Router::new()
         .route("/v1/operations", get(list::<S>))
@@ -65,24 +69,26 @@ fn operation_of(method: &Method, path: &str) -> Option<(&'static str, String)> {
     if method != Method::POST {
         return None;
     }
-    let mut parts = path.strip_prefix("/v1/")?.split('/');
-    let (what, subject) = match (parts.next()?, parts.next(), parts.next(), parts.next()) {
-        ("reload", None, None, None) => ("reload", ""),
-        ("subscribers", Some(name), Some(what), None) => (
+    let parts: Vec<&str> = path.strip_prefix("/v1/")?.split('/').collect();
+    let (what, subject) = match parts[..] {
+        ["reload"] => ("reload", ""),
+        ["subscribers", name, what] => (
             ["pause", "resume", "retry", "test", "replay"]
                 .into_iter()
                 .find(|known| *known == what)?,
             name,
         ),
-        ("deliveries", Some(id), Some("resend"), None) => ("resend", id),
-        ("replays", Some(id), Some("continue"), None) => ("continue_replay", id),
-        ("replays", Some(id), Some("cancel"), None) => ("cancel_replay", id),
+        ["subscribers", name, "dead", "replay"] => ("replay_dead", name),
+        ["subscribers", name, "dead", "purge"] => ("purge_dead", name),
+        ["deliveries", id, "resend"] => ("resend", id),
+        ["replays", id, "continue"] => ("continue_replay", id),
+        ["replays", id, "cancel"] => ("cancel_replay", id),
         _ => return None,
     };
     Some((what, subject.chars().take(MAX_SUBJECT).collect()))
 }
 
-/// Records the operations behind it that have succeeded.
+/// Records the operations behind it that have succeeded, or have done a part.
 pub(super) async fn recorded<S: Store>(
     State(store): State<S>,
     request: Request,
@@ -91,7 +97,12 @@ pub(super) async fn recorded<S: Store>(
     let operation = operation_of(request.method(), request.uri().path());
     let caller = request.extensions().get::<Caller>().cloned();
     let response = next.run(request).await;
-    let is_done = response.status().is_success() && response.extensions().get::<DryRun>().is_none();
+    let marks = response.extensions();
+    let is_done = if response.status().is_success() {
+        marks.get::<DryRun>().is_none()
+    } else {
+        marks.get::<Partly>().is_some()
+    };
     if let Some((what, subject)) = operation.filter(|_| is_done) {
         let details = response.extensions().get::<Details>().cloned();
         let details = details.map(|Details(text)| text).unwrap_or_default();
@@ -134,6 +145,8 @@ mod tests {
             ("/v1/subscribers/a/replay", "a"),
             ("/v1/replays/rpl_1/continue", "rpl_1"),
             ("/v1/replays/rpl_1/cancel", "rpl_1"),
+            ("/v1/subscribers/a/dead/replay", "a"),
+            ("/v1/subscribers/a/dead/purge", "a"),
         ] {
             let (what, found) = operation_of(&Method::POST, path).expect(path);
             assert_eq!(found, subject);
@@ -142,7 +155,14 @@ mod tests {
         }
         // The store records those of subscribers itself, with the change.
         assert_eq!(known, NewOperation::NAMES[..known.len()]);
-        for path in ["/v1/events", "/v1/subscribers/a/dead", "/v1/replays/a", "/v1/reload/x", "/"] {
+        for path in [
+            "/v1/events",
+            "/v1/subscribers/a/dead",
+            "/v1/subscribers/a/dead/x",
+            "/v1/replays/a",
+            "/v1/reload/x",
+            "/",
+        ] {
             assert_eq!(operation_of(&Method::POST, path), None, "{path}");
         }
     }

@@ -55,7 +55,7 @@ const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 pub(super) const MAX_KEY: usize = 255;
 
 /// Marks the answer of the first request with a key, when it is given again.
-const REPLAYED: (HeaderName, HeaderValue) =
+pub(super) const REPLAYED: (HeaderName, HeaderValue) =
     (HeaderName::from_static("idempotent-replayed"), HeaderValue::from_static("true"));
 
 /// Replays and resends, as operators ask for them.
@@ -122,7 +122,7 @@ async fn replay_to<Q: Queue, S: Store>(
 ) -> Response {
     let work = async {
         let wanted: ReplayRequest = body::json(&headers, &mut body).await?;
-        let key = request_key(&headers, &name, &wanted, &caller)?;
+        let key = given_key(&headers)?.map(|key| key_of(key, &name, &wanted, &caller));
         if wanted.dry_run {
             let preview = this.preview(&name, wanted, &caller).await?;
             let mut counted = json_answer(StatusCode::OK, &preview);
@@ -185,12 +185,7 @@ fn made_before(made: Recorded) -> Result<Response, Refusal> {
 }
 
 /// The key of a request, if it has one.
-fn request_key(
-    headers: &HeaderMap,
-    subscriber: &str,
-    wanted: &ReplayRequest,
-    caller: &Caller,
-) -> Result<Option<RequestKey>, Refusal> {
+pub(super) fn given_key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
     let wrong = |why: &str| Err(Refusal::field("Idempotency-Key", why));
     let mut given = headers.get_all(KEY).iter();
     let Some(value) = given.next() else { return Ok(None) };
@@ -206,12 +201,12 @@ fn request_key(
             "must have 1 to {MAX_KEY} visible ASCII characters without quotes and backslashes, such as a UUID"
         ));
     };
-    Ok(Some(key_of(key, subscriber, wanted, caller)))
+    Ok(Some(key.to_owned()))
 }
 
 /// The key that a caller gave to its request.
 pub(super) fn key_of(
-    key: &str,
+    key: String,
     subscriber: &str,
     wanted: &ReplayRequest,
     caller: &Caller,
@@ -220,7 +215,13 @@ pub(super) fn key_of(
     let requested = serde_json::to_vec(wanted).unwrap_or_default();
     let sha256 = Sha256::new().chain_update(subscriber).chain_update("\n").chain_update(requested);
     let by = caller.token.as_deref().unwrap_or_default().to_owned();
-    RequestKey { by, key: key.to_owned(), sha256: sha256.finalize().into() }
+    RequestKey { by, key, sha256: sha256.finalize().into() }
+}
+
+/// Refuses a request whose key another one had.
+pub(super) fn other_request() -> Refusal {
+    let why = "another request was sent with this `Idempotency-Key` before; a request of its own needs a key of its own";
+    Refusal::of_kind(StatusCode::UNPROCESSABLE_ENTITY, ProblemKind::Key, why)
 }
 
 fn too_many(running: &[Recorded]) -> Refusal {
@@ -334,11 +335,7 @@ impl<Q: Queue, S: Store> Again<Q, S> {
         match self.store.add_replay(new.clone(), key).await.map_err(away)? {
             Added::New => {}
             Added::Before(made) => return Ok(Begun::Before(made)),
-            Added::OtherRequest => {
-                let why = "another request was sent with this `Idempotency-Key` before; a request of its own needs a key of its own";
-                let status = StatusCode::UNPROCESSABLE_ENTITY;
-                return Err(Refusal::of_kind(status, ProblemKind::Key, why));
-            }
+            Added::OtherRequest => return Err(other_request()),
             Added::TooMany(running) => return Err(too_many(&running)),
         }
         self.replays.changed();

@@ -5,6 +5,7 @@
 //! and a field that is added later gets `#[serde(default)]`. `docs/admin.yaml` describes the same;
 //! a test compares the two.
 
+mod dead;
 mod history;
 mod managed;
 mod problem;
@@ -21,6 +22,7 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::{Map, Value};
 
+pub use self::dead::{DeadLetter, DeadLetters, LettersDone, LettersRequest, Step, WholeLetter};
 pub use self::history::{
     Attempt, Delivery, DeliveryList, Event, EventList, EventWhere, EventWithBytes, Gap, Party,
     Reach, Whereabouts,
@@ -38,7 +40,7 @@ use crate::{
     delivery::{self, AttemptResult, Depth, Failure, FailureKind, SubscriberName},
     endpoint::test_event::Report,
     policy::circuit_breaker::CircuitState,
-    queue::{self, Hastened, Held},
+    queue::{self, Hastened},
     supervisor::reload,
     telemetry::status,
 };
@@ -493,65 +495,6 @@ impl Retried {
         let Hastened { moved, due: already_due, missing: not_found, unseen } = done;
         let subscriber = subscriber.to_owned();
         Self { subscriber, moved, already_due, not_found, unseen, state, paused, tried_now }
-    }
-}
-
-/// The oldest dead letters of a subscriber.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct DeadLetters {
-    pub subscriber: String,
-    /// All that there are, listed or not.
-    pub dead: u32,
-    pub letters: Vec<DeadLetter>,
-}
-
-/// A dead letter, without its body and its attempts.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct DeadLetter {
-    /// Its place in the walk, from 1.
-    pub number: usize,
-    pub subscriber: Option<String>,
-    pub id: Option<String>,
-    pub kind: String,
-    pub reason: String,
-    pub status: Option<u16>,
-    pub error: String,
-    pub events: u32,
-    pub attempts: u32,
-    pub first_attempt_at: Option<Time>,
-    pub died_at: Option<Time>,
-    pub content_type: Option<String>,
-    pub content_encoding: Option<String>,
-    pub bytes: usize,
-}
-
-impl DeadLetter {
-    pub fn new(number: usize, held: &Held) -> Self {
-        let letter = &held.letter;
-        Self {
-            number,
-            subscriber: held.subscriber.as_ref().map(ToString::to_string),
-            id: letter.id.clone(),
-            kind: letter.kind.name().to_owned(),
-            reason: letter.reason.name().to_owned(),
-            status: letter.status,
-            error: letter.error.clone(),
-            events: letter.events,
-            attempts: letter.attempts,
-            first_attempt_at: letter.first_attempt_at.map(Time),
-            died_at: letter.died_at.map(Time),
-            content_type: letter.content_type.clone(),
-            content_encoding: letter.content_encoding.clone(),
-            bytes: letter.body.len(),
-        }
-    }
-
-    /// Without what the receiver has answered, which may be what it was sent: a URL's path.
-    pub(in crate::admin) fn without_answer(mut self) -> Self {
-        if let Some(status) = self.status {
-            self.error = format!("status {status}");
-        }
-        self
     }
 }
 

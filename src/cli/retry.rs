@@ -331,6 +331,8 @@ fn resolve(names: &[Name], list: Option<&WaitingList>) -> (BTreeSet<BatchId>, Ve
                 Some(waiting) => drop(ids.insert(waiting.batch_id.clone())),
                 None => missing.push(format!("@{n}")),
             },
+            // Of dead letters alone.
+            Name::Key(key) => missing.push(key.to_string()),
         }
     }
     (ids, missing)

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use super::key::Key;
 use crate::{
     clock,
     delivery::{DeadLetter, MessageKind, Reason},
@@ -133,6 +134,8 @@ fn has_event(letter: &DeadLetter, pattern: &Pattern) -> bool {
 pub enum Name {
     Number(usize),
     Id(String),
+    /// Not on the command line.
+    Key(Key),
 }
 
 impl FromStr for Name {
@@ -149,6 +152,7 @@ impl Name {
         match self {
             Self::Number(n) => *n == number,
             Self::Id(id) => letter.id.as_ref() == Some(id),
+            Self::Key(key) => Key::of(letter) == *key,
         }
     }
 }

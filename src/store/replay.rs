@@ -41,7 +41,7 @@ pub struct NewOperation {
 
 impl NewOperation {
     /// All operations.
-    pub const NAMES: [&'static str; 13] = [
+    pub const NAMES: [&'static str; 15] = [
         "pause",
         "resume",
         "retry",
@@ -51,6 +51,8 @@ impl NewOperation {
         "replay",
         "continue_replay",
         "cancel_replay",
+        "replay_dead",
+        "purge_dead",
         "add_subscriber",
         "change_subscriber",
         "delete_subscriber",

@@ -46,6 +46,7 @@ mod operators {
     mod doctor;
     mod health_page;
     mod history;
+    mod letters;
     mod log;
     mod newcomers;
     mod operating;

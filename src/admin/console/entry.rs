@@ -10,7 +10,7 @@ use axum::{
     response::{IntoResponse as _, Redirect, Response},
 };
 use maud::{Markup, html};
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     form::Form,
@@ -23,7 +23,8 @@ use crate::{
     admin::{
         answer::{READ_TIMEOUT, Refusal, header_text},
         body,
-        control::Control,
+        control::{Control, MOST_TO_THEIR_END, to_its_end},
+        dead::Letters,
         export::Exporter,
         guard::{Tokens, from_elsewhere},
         history::History,
@@ -46,8 +47,11 @@ pub(in crate::admin) struct Console<Q, S> {
     pub(super) history: Arc<History<Q, S>>,
     pub(super) again: Arc<Again<Q, S>>,
     pub(super) exporter: Arc<Exporter<S>>,
+    pub(super) letters: Arc<Letters<Q>>,
     pub(super) notices: Notices,
     store: S,
+    /// Forms whose work ends even if the browser leaves.
+    acting: Arc<Semaphore>,
 }
 
 pub(super) type This<Q, S> = State<Arc<Console<Q, S>>>;
@@ -69,10 +73,12 @@ impl<Q: Queue, S: Store> Console<Q, S> {
         history: Arc<History<Q, S>>,
         again: Arc<Again<Q, S>>,
         exporter: Arc<Exporter<S>>,
+        letters: Arc<Letters<Q>>,
         store: S,
     ) -> Self {
         let (doorman, notices) = (Doorman::default(), Notices::default());
-        Self { tokens, doorman, control, history, again, exporter, notices, store }
+        let acting = Arc::new(Semaphore::new(MOST_TO_THEIR_END));
+        Self { tokens, doorman, control, history, again, exporter, letters, notices, store, acting }
     }
 
     /// Records an action as the API would, and leads the browser to the page that says what was
@@ -91,6 +97,15 @@ impl<Q: Queue, S: Store> Console<Q, S> {
         details: String,
     ) {
         record(self.store.clone(), Some(&session.caller), what, subject, details);
+    }
+
+    /// Answers a form. The work ends even if the browser leaves: it would be done, and not recorded.
+    pub(super) async fn to_its_end(
+        &self,
+        work: impl Future<Output = Response> + Send + 'static,
+    ) -> Response {
+        let work = async move { Ok(work.await) };
+        to_its_end(&self.acting, work).await.unwrap_or_else(|refusal| not_taken(&refusal))
     }
 
     pub(super) fn lead_unrecorded(&self, session: &Session, to: &str, notice: Markup) -> Response {

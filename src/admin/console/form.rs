@@ -15,13 +15,17 @@ pub(super) struct Form(Vec<(String, String)>);
 
 impl Form {
     pub(super) fn of(query: &str) -> Self {
-        let Self(pairs) = Self::whole(query);
-        Self(pairs.into_iter().filter(|(_, v)| !v.trim().is_empty()).collect())
+        Self::whole(query).filled()
     }
 
     /// The same with the fields that are blank: an id may be.
     pub(super) fn whole(query: &str) -> Self {
         Self(form_urlencoded::parse(query.as_bytes()).into_owned().collect())
+    }
+
+    /// The form without the fields that are blank.
+    pub(super) fn filled(self) -> Self {
+        Self(self.0.into_iter().filter(|(_, v)| !v.trim().is_empty()).collect())
     }
 
     /// The form without one of its fields.
@@ -72,7 +76,7 @@ impl Form {
         let pair = |(name, value): &(String, String)| {
             let value = match name.as_str() {
                 "since" | "until" => in_utc(value.trim()),
-                "text" | "type" | "events" | "rate" => value.trim().to_owned(),
+                "text" | "type" | "status" | "events" | "rate" => value.trim().to_owned(),
                 _ => value.clone(),
             };
             (name.clone(), value)

@@ -239,11 +239,12 @@ pub(super) fn party(party: &Party, link: Option<(&str, &str)>) -> Markup {
     }
 }
 
-/// A path with a query.
+/// A path with a query, or with more of one.
 pub(super) fn query(path: &str, pairs: &[(&str, &str)]) -> String {
     let pairs = pairs.iter().filter(|(_, value)| !value.is_empty());
     let text = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish();
-    if text.is_empty() { path.to_owned() } else { format!("{path}?{text}") }
+    let joint = if path.contains('?') { '&' } else { '?' };
+    if text.is_empty() { path.to_owned() } else { format!("{path}{joint}{text}") }
 }
 
 /// A path that ends with a stranger's text. It is neither blank nor a dot or two, which no path can
@@ -367,6 +368,7 @@ mod tests {
         let long = short(&"é".repeat(1000));
         assert!(long.ends_with('…') && long.chars().count() == SHOWN + 1);
         assert_eq!(query("/p", &[("a", "x y&z"), ("b", "")]), "/p?a=x+y%26z");
+        assert_eq!(query("/p?a=1", &[("b", "2")]), "/p?a=1&b=2");
         for (id, path) in
             [("msg_1", "deliveries/msg_1"), (".", "delivery?id=."), (" ", "delivery?id=+")]
         {

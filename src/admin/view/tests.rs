@@ -196,9 +196,10 @@ fn retried() -> Retried {
     Retried::new("text", done, (State::Paused, Some(paused())), true)
 }
 
-fn dead_letters() -> DeadLetters {
-    let letter = DeadLetter {
+fn dead_letter() -> DeadLetter {
+    DeadLetter {
         number: 1,
+        key: text(),
         subscriber: Some(text()),
         id: Some(text()),
         kind: "batch".to_owned(),
@@ -212,8 +213,34 @@ fn dead_letters() -> DeadLetters {
         content_type: Some(text()),
         content_encoding: Some(text()),
         bytes: 1,
+    }
+}
+
+fn dead_letters() -> DeadLetters {
+    DeadLetters { subscriber: text(), dead: 1, complete: true, letters: vec![dead_letter()] }
+}
+
+fn whole_letter(more: bool) -> WholeLetter {
+    let status = more.then_some(503);
+    let step = Step {
+        attempt: more.then_some(1),
+        at: more.then(time),
+        status,
+        failure: more.then(text),
+        left_out: more.then_some(1),
     };
-    DeadLetters { subscriber: text(), dead: 1, letters: vec![letter] }
+    let body = more.then(text);
+    WholeLetter { letter: dead_letter(), story: vec![step], body: body.clone(), body_base64: body }
+}
+
+fn letters_done() -> LettersDone {
+    let done = crate::letters::Done {
+        letters: 1,
+        skipped: 1,
+        passed: 1,
+        latest: Some(SystemTime::UNIX_EPOCH),
+    };
+    LettersDone::new(("text", 1), done, true, vec![text()])
 }
 
 fn changes() -> Changes {
@@ -428,6 +455,24 @@ fn answers() -> Vec<(&'static str, &'static str, &'static str, Sample)> {
         ("/api/v1/subscribers/{name}/retry", "get", "200", sample(waiting_list(), waiting_list())),
         ("/api/v1/subscribers/{name}/retry", "post", "200", sample(retried(), retried())),
         ("/api/v1/subscribers/{name}/dead", "get", "200", sample(dead_letters(), dead_letters())),
+        (
+            "/api/v1/subscribers/{name}/dead/{key}",
+            "get",
+            "200",
+            sample(whole_letter(true), whole_letter(false)),
+        ),
+        (
+            "/api/v1/subscribers/{name}/dead/replay",
+            "post",
+            "200",
+            sample(letters_done(), letters_done()),
+        ),
+        (
+            "/api/v1/subscribers/{name}/dead/purge",
+            "post",
+            "200",
+            sample(letters_done(), letters_done()),
+        ),
         ("/api/v1/reload", "get", "200", sample(preview(), preview())),
         ("/api/v1/reload", "post", "200", sample(reloaded(), reloaded())),
     ]

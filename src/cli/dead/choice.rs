@@ -169,6 +169,7 @@ pub(super) fn all_found(choice: &Choice<'_>) -> Result<(), Failed> {
     let missing = missing.into_iter().map(|name| match name {
         Name::Number(n) => format!("no {what}{with} is @{n}"),
         Name::Id(id) => format!("no {what}{with} has the id `{}`", visible(id)),
+        Name::Key(key) => format!("no {what}{with} has the key `{key}`"),
     });
     let missing: Vec<String> = missing.collect();
     let (missing, of) = (missing.join(", "), arguments(selection));

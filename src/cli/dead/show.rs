@@ -1,17 +1,16 @@
 //! `dead show` and `dead export`: dead letters with their attempts and their body.
 
-use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use serde_json::{json, value::RawValue};
+use serde_json::value::RawValue;
 
 use super::{choice::all_found, walk::each};
 use crate::{
-    admin::view::DeadLetter,
+    admin::view::WholeLetter,
     cli::{
         failed::Failed,
-        text::{print, time, visible},
+        text::{as_json, print, time, visible},
     },
     clock,
-    delivery::{AttemptLog, AttemptResult, FailedAttempt},
+    delivery::FailedAttempt,
     letters::{Choice, Selection},
     queue::{DeadLetters, Held},
     supervisor::signal::Stops,
@@ -24,7 +23,7 @@ pub(super) async fn export(
     stops: &Stops,
 ) -> Result<(), Failed> {
     let mut choice = Choice::new(selection);
-    let line = |number, held: &Held| print(&all_as_json(number, held).to_string());
+    let line = |number, held: &Held| print(&as_json(&WholeLetter::new(number, held)));
     match each(letters, &mut choice, stops, line).await? {
         None => Ok(()),
         Some(_) => all_found(&choice),
@@ -42,11 +41,10 @@ pub(super) async fn show(
     // The first of several with the same id.
     let keep = |number, held: &Held| {
         found = Some(if json {
-            let mut value = all_as_json(number, held);
-            if value.get("body").is_none() {
-                value["body"] = String::from_utf8_lossy(&held.letter.body).into();
-            }
-            value.to_string()
+            let mut letter = WholeLetter::new(number, held);
+            let lossy = || String::from_utf8_lossy(&held.letter.body).into_owned();
+            letter.body.get_or_insert_with(lossy);
+            as_json(&letter)
         } else {
             for_reading(number, held)
         });
@@ -102,32 +100,6 @@ fn for_reading(number: usize, held: &Held) -> String {
     lines.extend(last.iter().map(one));
     lines.extend([String::new(), readable(&l.body)]);
     lines.join("\n")
-}
-
-/// The letter as JSON, with its failed attempts and its body.
-fn all_as_json(number: usize, held: &Held) -> serde_json::Value {
-    let mut value = json!(DeadLetter::new(number, held));
-    value["story"] = attempts_as_json(&held.letter.attempt_log);
-    match std::str::from_utf8(&held.letter.body) {
-        Ok(text) => value["body"] = text.into(),
-        Err(_) => value["body_base64"] = BASE64.encode(&held.letter.body).into(),
-    }
-    value
-}
-
-/// The failed attempts as JSON; one element stands for those that are left out, with their number.
-fn attempts_as_json(log: &AttemptLog) -> serde_json::Value {
-    let one = |a: &FailedAttempt| match &a.result {
-        AttemptResult::Status(status) => {
-            json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "status": status })
-        }
-        AttemptResult::Failure(name) => {
-            json!({ "attempt": a.number, "at": clock::rfc3339(a.at), "failure": name })
-        }
-    };
-    let (first, left_out, last) = log.parts();
-    let gap = (left_out > 0).then(|| json!({ "left_out": left_out }));
-    first.iter().map(one).chain(gap).chain(last.iter().map(one)).collect()
 }
 
 /// A body for reading: each token as it is stored, the events of a batch on a line each, and
