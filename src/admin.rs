@@ -12,6 +12,7 @@ mod connections;
 mod console;
 mod control;
 mod dead;
+mod ending;
 mod export;
 mod guard;
 mod history;
@@ -54,6 +55,7 @@ use self::{
     history::History,
     history_health::Health,
     intake::{Intake, ROOM},
+    operations::Recorder,
     replays::Again,
 };
 use crate::{
@@ -168,7 +170,7 @@ impl Admin {
             .merge(export::routes(exporter))
             .merge(again)
             .merge(operations)
-            .layer(middleware::from_fn_with_state(store, operations::recorded::<S>))
+            .layer(middleware::from_fn_with_state(Recorder::new(store), operations::recorded::<S>))
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
             .layer(middleware::from_fn_with_state(self.tokens, authorized))

@@ -81,9 +81,9 @@
 //! letters/                  dead letters as operators work on them: chosen, replayed, purged
 //!              · key · choice · group · walk · purge · replay · letters
 //! admin/                    the HTTP listener: health, metrics, the API, the intake of events
-//!              · view · answer · query · body · guard · versions · connections · introduction
-//!              · intake · history · history_health · export · operations · replays · control
-//!              · dead · subscribers · console · admin
+//!              · view · answer · ending · query · body · guard · versions · connections
+//!              · introduction · intake · history · history_health · export · operations · replays
+//!              · control · dead · subscribers · console · admin
 //!              console/ · session · assets · page · table · chart · form · notices · sign_in · entry
 //!              · action · actions · sending · dead_actions · webhook_form · overview · events
 //!              · deliveries · dead_letters · replays · webhooks · health

@@ -25,6 +25,7 @@ use tokio::{
 };
 
 use self::inspection::Inspections;
+pub(super) use super::ending::{MOST_TO_THEIR_END, to_its_end};
 use super::{
     answer::{Refusal, answer, discard, json_answer},
     body::{self, FromBody},
@@ -66,9 +67,6 @@ const TEST_EVERY: Duration = Duration::from_secs(1);
 
 /// The author of a pause by a request.
 pub(super) const OPERATOR: &str = "operator";
-
-/// Concurrent requests that are completed even if the client disconnects; further ones are refused.
-pub(super) const MOST_TO_THEIR_END: usize = 32;
 
 /// The most dead letters, or waiting batches, in one answer.
 pub(super) const MAX_LISTED: usize = 100;
@@ -237,27 +235,6 @@ async fn reload<Q: Queue, S: Store>(
             to_its_end(&control.to_their_end, reload).await
         })
         .await
-}
-
-/// Does the work to its end, even if the client leaves: half of it would be worse.
-pub(super) async fn to_its_end<A: Send + 'static>(
-    room: &Arc<Semaphore>,
-    work: impl Future<Output = Result<A, Refusal>> + Send + 'static,
-) -> Result<A, Refusal> {
-    let Ok(permit) = room.clone().try_acquire_owned() else {
-        return Err(Refusal::busy());
-    };
-    let work = async move {
-        let _permit = permit;
-        work.await
-    };
-    let gave_up = |_| {
-        Refusal::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "the work was given up, by a panic or because the daemon ends".to_owned(),
-        )
-    };
-    tokio::spawn(work).await.map_err(gave_up)?
 }
 
 fn reload_preview((changes, waits_for_operator): (Changes, bool)) -> ReloadPreview {

@@ -1,17 +1,22 @@
 //! The operations of operators over this API: each that succeeds is recorded, as far as the store
 //! can be written. No request waits for that, or fails because of it.
 
+use std::sync::Arc;
+
 use axum::{
     Router,
     extract::{Request, State},
     http::Method,
     middleware::{self, Next},
-    response::Response,
+    response::{IntoResponse, Response},
     routing::get,
 };
 
+use tokio::sync::Semaphore;
+
 use super::{
     answer::{Refusal, answer},
+    ending::{MOST_TO_THEIR_END, to_its_end},
     guard::{Caller, with_token},
     query::{FromQuery, Parameters, Query},
     view::OperationList,
@@ -88,13 +93,39 @@ fn operation_of(method: &Method, path: &str) -> Option<(&'static str, String)> {
     Some((what, subject.chars().take(MAX_SUBJECT).collect()))
 }
 
-/// Records the operations behind it that have succeeded, or have done a part.
+/// Records operations.
+#[derive(Clone)]
+pub(super) struct Recorder<S> {
+    store: S,
+    room: Arc<Semaphore>,
+}
+
+impl<S> Recorder<S> {
+    pub(super) fn new(store: S) -> Self {
+        Self { store, room: Arc::new(Semaphore::new(MOST_TO_THEIR_END)) }
+    }
+}
+
+/// Records the operations behind it that have succeeded, or have done a part. Each ends, and is
+/// recorded, although its client leaves.
 pub(super) async fn recorded<S: Store>(
-    State(store): State<S>,
+    State(Recorder { store, room }): State<Recorder<S>>,
     request: Request,
     next: Next,
 ) -> Response {
-    let operation = operation_of(request.method(), request.uri().path());
+    let Some(operation) = operation_of(request.method(), request.uri().path()) else {
+        return next.run(request).await;
+    };
+    let work = async move { Ok(run(store, operation, request, next).await) };
+    to_its_end(&room, work).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+async fn run<S: Store>(
+    store: S,
+    (what, subject): (&'static str, String),
+    request: Request,
+    next: Next,
+) -> Response {
     let caller = request.extensions().get::<Caller>().cloned();
     let response = next.run(request).await;
     let marks = response.extensions();
@@ -103,7 +134,7 @@ pub(super) async fn recorded<S: Store>(
     } else {
         marks.get::<Partly>().is_some()
     };
-    if let Some((what, subject)) = operation.filter(|_| is_done) {
+    if is_done {
         let details = response.extensions().get::<Details>().cloned();
         let details = details.map(|Details(text)| text).unwrap_or_default();
         record(store, caller.as_ref(), what, subject, details);
@@ -130,7 +161,47 @@ pub(super) fn record<S: Store>(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use axum::{body::Body, routing::post};
+    use hyper::service::Service as _;
+    use hyper_util::service::TowerToHyperService;
+    use tokio::{sync::Notify, time::timeout};
+
     use super::*;
+    use crate::store::fake::FakeStore;
+
+    /// The timeout of this test, long enough for any machine.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn an_operation_ends_and_is_recorded_although_its_client_leaves() {
+        let store = FakeStore::default();
+        let (began, goes_on) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (begins, waits) = (began.clone(), goes_on.clone());
+        let pause = async move || {
+            begins.notify_one();
+            waits.notified().await;
+            "paused"
+        };
+        let recorder = Recorder::new(store.clone());
+        let app = Router::new()
+            .route("/v1/subscribers/{name}/pause", post(pause))
+            .layer(middleware::from_fn_with_state(recorder, recorded::<FakeStore>));
+        let request = Request::post("/v1/subscribers/a/pause").body(Body::empty());
+        let asked = TowerToHyperService::new(app).call(request.expect("a request"));
+        tokio::select! {
+            _ = asked => panic!("it is answered before it ends"),
+            () = began.notified() => {}
+        }
+        goes_on.notify_one();
+        let recorded = async {
+            while store.operations(None, 1).await.expect("a list").rows.is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(PATIENCE, recorded).await.expect("it is recorded");
+    }
 
     #[test]
     fn each_operation_has_its_name_and_nothing_else_is_one() {
