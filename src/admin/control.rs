@@ -316,6 +316,12 @@ impl<Q: Queue, S: Store> Control<Q, S> {
         *self.phase.borrow() == Phase::Running
     }
 
+    /// Whether a lane of this name is there: also one of a removed subscriber, while its requests in
+    /// flight end.
+    pub(super) fn has_lane(&self, name: &str) -> bool {
+        self.board.view(name, clock::instant(), clock::now()).is_some()
+    }
+
     /// Whether subscribers can be made here, over the API and in the console.
     pub(super) fn manages(&self) -> bool {
         self.reloader.config().admin.manage

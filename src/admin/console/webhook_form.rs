@@ -73,7 +73,7 @@ const SIGNATURES: [(&str, &str, &[&str]); 3] = [
     ("none", "None: receivers cannot tell who sent it", &[]),
 ];
 
-/// The value of a signature that the form has no choice for.
+/// The value of what the form has no choice for, and of what a preset sets: it is left alone.
 const AS_IT_IS: &str = "as-it-is";
 
 /// The document of a new webhook.
@@ -109,8 +109,9 @@ fn patch(form: &Form) -> Document {
     let or_null = |text: &str| if text.is_empty() { Value::Null } else { text.into() };
     // A URL is not optional: an empty one is a mistake, not its removal.
     patch.set("url", form.get("url").trim().into());
-    for key in ["format", "description"] {
-        patch.set(key, or_null(form.get(key).trim()));
+    patch.set("description", or_null(form.get("description").trim()));
+    if form.get("format") != AS_IT_IS {
+        patch.set("format", or_null(form.get("format")));
     }
     let patterns = patterns(form);
     patch.set("events", if patterns.is_empty() { Value::Null } else { patterns.into() });
@@ -138,9 +139,10 @@ fn filled(document: &Value, version: &str) -> Form {
     let text = |key: &str| document.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let events = document.get("events").and_then(Value::as_array);
     let events = events.into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>();
-    let schemes = document.get("signatures");
-    let signature = match schemes {
-        None => SIGNATURES[0].0,
+    let of_preset = |or: &'static str| if document.get("preset").is_some() { AS_IT_IS } else { or };
+    let format = document.get("format").and_then(Value::as_str).unwrap_or(of_preset("json"));
+    let signature = match document.get("signatures") {
+        None => of_preset(SIGNATURES[0].0),
         Some(given) => {
             let known = SIGNATURES.iter().find(|(.., schemes)| json!(schemes) == *given);
             known.map_or(AS_IT_IS, |(value, ..)| *value)
@@ -148,7 +150,7 @@ fn filled(document: &Value, version: &str) -> Form {
     };
     Form::default()
         .with("url", text("url"))
-        .with("format", text("format"))
+        .with("format", format.to_owned())
         .with("events", events.join("\n"))
         .with("signature", signature.to_owned())
         .with("description", text("description"))
@@ -255,7 +257,8 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
         div.field {
             label for="format" { "Payload format" }
             select id="format" name="format" aria-invalid=[mistakes.is_wrong("format")] aria-describedby=[mistakes.described_by("format")] {
-                option value="json" selected[!chosen("format", "jsonl")] { "JSON: {\"events\":[…]}" }
+                @if chosen("format", AS_IT_IS) { option value=(AS_IT_IS) selected { "As it is: from its preset" } }
+                option value="json" selected[!chosen("format", AS_IT_IS) && !chosen("format", "jsonl")] { "JSON: {\"events\":[…]}" }
                 option value="jsonl" selected[chosen("format", "jsonl")] { "JSON Lines: one event a line" }
             }
             (mistakes.beside("format"))
@@ -269,7 +272,7 @@ fn fields(form: &Form, name: Option<&str>, mistakes: &Mistakes<'_>) -> Markup {
         div.field {
             label for="signature" { "Signature" }
             select id="signature" name="signature" aria-invalid=[mistakes.is_wrong("signature")] aria-describedby=[mistakes.described_by("signature")] {
-                @if chosen("signature", AS_IT_IS) { option value=(AS_IT_IS) selected { "As it is: a header of its own" } }
+                @if chosen("signature", AS_IT_IS) { option value=(AS_IT_IS) selected { "As it is: from its preset, or a header of its own" } }
                 @for (value, label, _) in SIGNATURES { option value=(value) selected[chosen("signature", value)] { (label) } }
             }
             (mistakes.beside("signature"))
@@ -378,7 +381,10 @@ fn tested<Q: Queue, S: Store>(
     came: Result<Tested, Refusal>,
 ) -> Response {
     if let Ok(tested) = &came {
-        console.record(session, "test", tested.subscriber.clone(), "not saved".to_owned());
+        // Where it went: an endpoint that was typed gets the headers that are stored.
+        let to = tested.url.parse::<Url>().map(|url| url.origin().ascii_serialization());
+        let details = format!("not saved, to {}", to.unwrap_or_default());
+        console.record(session, "test", tested.subscriber.clone(), details);
     }
     Sheet { session, name, form, came: Some(came) }.answer()
 }
@@ -621,3 +627,6 @@ fn asks(
         }
     })
 }
+
+#[cfg(test)]
+mod tests;

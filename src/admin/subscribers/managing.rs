@@ -113,6 +113,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                 if let (None, Some(secrets)) = (document.get("secrets"), before.get("secrets")) {
                     document.set("secrets", secrets.clone());
                 }
+                document = with_retiring(document, before);
             }
             Ok(document)
         };
@@ -202,7 +203,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     }
 
     async fn remove_now(
-        &self,
+        self: &Arc<Self>,
         by: String,
         name: &str,
         expected: &Expected,
@@ -234,20 +235,23 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     }
 
     /// Deletes the queues of a removed subscriber: once its lane has ended, and its queue is unbound.
-    async fn dropped(&self, name: &SubscriberName) -> bool {
-        let (queue, reloader, name) = (self.queue.clone(), self.reloader.clone(), name.clone());
+    async fn dropped(self: &Arc<Self>, name: &SubscriberName) -> bool {
+        let (this, name) = (self.clone(), name.clone());
         let dropping = tokio::spawn(async move {
             loop {
                 {
                     // Nobody makes one of this name between the look and the deletion.
-                    let editing = reloader.edit().await;
+                    let editing = this.reloader.edit().await;
                     if editing.in_use(&name).is_some() || editing.entry(&name).is_some() {
                         return false;
                     }
-                    match queue.prune(&name, true).await {
-                        Ok(()) => return true,
-                        Err(e) => {
-                            tracing::debug!(subscriber = name.as_str(), error = %e, "its queues are not deleted yet")
+                    // A request in flight that fails afterwards would store its batch again.
+                    if !this.has_lane(&name) {
+                        match this.queue.prune(&name, true).await {
+                            Ok(()) => return true,
+                            Err(e) => {
+                                tracing::debug!(subscriber = name.as_str(), error = %e, "its queues are not deleted yet")
+                            }
                         }
                     }
                 }
@@ -302,6 +306,14 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     /// Whoever gets events of another subscriber of the same name would not expect them.
     async fn has_no_backlog(&self, new: Subscriber) -> Result<(), Refusal> {
         let name = &new.name.clone();
+        let in_use =
+            |why: String| Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Backlog, why);
+        if self.has_lane(name) {
+            let why = format!(
+                "requests to an earlier subscriber `{name}` are in flight, and what fails would go to this one; try again when they have ended, or choose another name"
+            );
+            return Err(in_use(why));
+        }
         // Asked for by its name: one that was removed just now is not recorded as removed yet.
         let depths = self.queue.depths(&[Arc::new(new)]).await.map_err(|e| queue_fails(&e))?;
         match depths.subscribers.get(name).filter(|depth| !depth.is_empty()) {
@@ -313,7 +325,7 @@ impl<Q: Queue, S: Store> Control<Q, S> {
                     counted(depth.batches(), "batch(es) to retry"),
                     counted(depth.dead, "dead letter(s)")
                 );
-                Err(Refusal::of_kind(StatusCode::CONFLICT, ProblemKind::Backlog, why))
+                Err(in_use(why))
             }
         }
     }
@@ -416,7 +428,18 @@ fn cannot_be_read(entry: &Entry) -> Refusal {
     Refusal::new(StatusCode::CONFLICT, why)
 }
 
-/// The document under the name that it has; with the secrets that sign on, if they still belong to it.
+/// The document with the secrets that sign on, if they still belong to it.
+fn with_retiring(mut document: Document, before: &Document) -> Document {
+    document.take(RETIRING);
+    if let Some(retiring) = before.get(RETIRING)
+        && document.get("secrets") == before.get("secrets")
+    {
+        document.set(RETIRING, retiring.clone());
+    }
+    document
+}
+
+/// The document under the name that it has.
 fn unchanged_name(mut document: Document, entry: &Entry) -> Result<Document, Refusal> {
     let name = entry.kept.name().as_str();
     if document.get("name").is_some_and(|given| given != name) {
@@ -428,24 +451,13 @@ fn unchanged_name(mut document: Document, entry: &Entry) -> Result<Document, Ref
         return Err(Refusal::field("start_paused", why));
     }
     document.set("name", name.into());
-    if let Some(before) = &entry.document
-        && document.get(RETIRING).is_none_or(|given| before.get(RETIRING) == Some(given))
-    {
-        document.take(RETIRING);
-        match before.get(RETIRING) {
-            Some(retiring) if document.get("secrets") == before.get("secrets") => {
-                document.set(RETIRING, retiring.clone());
-            }
-            _ => {}
-        }
-    }
     Ok(document)
 }
 
 fn patched(patch: &Document, entry: &Entry) -> Result<Document, Refusal> {
     clean(patch)?;
     let before = entry.document.as_ref().ok_or_else(|| cannot_be_read(entry))?;
-    Ok(before.merged(patch).restored(before))
+    Ok(with_retiring(before.merged(patch).restored(before), before))
 }
 
 fn rotated(

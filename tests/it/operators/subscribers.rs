@@ -9,7 +9,7 @@ use crate::support::{
     daemon::{QUICK, Setup, subscriber},
     eventually,
     queue::{Queue, on_both_queues},
-    receiver::{Receiver, event},
+    receiver::{Receiver, event, status},
 };
 
 on_both_queues!(
@@ -120,6 +120,19 @@ async fn a_subscriber_made_over_the_api_gets_events_outlives_the_daemon_and_is_c
     }
     let rotated = send(&api, "POST", "/siem/rotate-secret", "", &json!({})).await;
     assert!(rotated.status == 200 && rotated.json()["overlap_until"].is_string(), "{rotated:?}");
+    // Without an overlap the one before ends at once, and the overlap that was promised goes on.
+    let rotated = send(&api, "POST", "/siem/rotate-secret", "", &json!({ "overlap": "0s" })).await;
+    assert!(rotated.status == 200 && rotated.json()["overlap_until"].is_null(), "{rotated:?}");
+    let before = receiver.requests().len();
+    setup.ok(&["test", "siem"]);
+    let signed = receiver
+        .wait_requests(before + 1)
+        .await
+        .last()
+        .expect("one")
+        .header("webhook-signature")
+        .to_owned();
+    assert_eq!(signed.split(' ').count(), 2, "{signed}");
     refused(
         &send(&api, "DELETE", "/siem?backlog=drop", "", &Value::Null).await,
         428,
@@ -182,4 +195,63 @@ async fn files_win_and_a_reload_removes_no_subscriber_of_the_api(queue: Queue) {
     let mut got = receiver.accepted();
     got.sort_unstable();
     assert_eq!(got, [0, 1, 1]);
+}
+
+#[test]
+fn what_is_in_flight_to_a_removed_subscriber_goes_to_no_other_of_its_name_and_is_dropped_with_it() {
+    crate::support::run(async {
+        let (queue, api) = (Queue::embedded(), Api::new());
+        let gate = tokio::sync::watch::Sender::new(false);
+        let held = gate.clone();
+        // It fails each request, once it may.
+        let slow = Receiver::start(move |_, _| status(500).when(&held)).await;
+        let other = Receiver::accepting().await;
+        let setup = Setup::new(&queue, &managing(&api, ""));
+        let _daemon = setup.start().await;
+        for backlog in ["keep", "drop"] {
+            let made = json!({ "name": "siem", "url": slow.url });
+            let answer = send(&api, "POST", "", "", &made).await;
+            assert_eq!(answer.status, 201, "{backlog}: {answer:?}");
+            let before = slow.requests().len();
+            queue.publish("user.created", [event(0)]).await;
+            slow.wait_requests(before + 1).await;
+            let delete = format!("/siem?backlog={backlog}");
+            let version = answer.header("etag").to_owned();
+            if backlog == "keep" {
+                let answer = send(&api, "DELETE", &delete, &version, &Value::Null).await;
+                assert_eq!(answer.status, 200, "{answer:?}");
+                // Its request in flight would fail, and come to whoever has its name.
+                let again = json!({ "name": "siem", "url": other.url });
+                let answer = send(&api, "POST", "", "", &again).await;
+                refused(&answer, 409, "/backlog", "");
+                assert!(answer.text.contains("in flight"), "{answer:?}");
+                gate.send_replace(true);
+                eventually("it has failed, and waits", async || {
+                    let answer = send(&api, "POST", "", "", &again).await;
+                    answer.status == 409 && answer.text.contains("1 batch to retry")
+                })
+                .await;
+                gate.send_replace(false);
+                let pruned = setup.run(&["prune", "siem", "--with-events", "--yes"]);
+                assert!(pruned.status.success(), "{pruned:?}");
+            } else {
+                let dropping = send(&api, "DELETE", &delete, &version, &Value::Null);
+                let opened = async {
+                    eventually("it is removed", async || {
+                        send(&api, "GET", "/siem", "", &Value::Null).await.status == 404
+                    })
+                    .await;
+                    gate.send_replace(true);
+                };
+                let (answer, ()) = tokio::join!(dropping, opened);
+                assert_eq!(answer.json()["backlog"], "dropped", "{answer:?}");
+                let again = json!({ "name": "siem", "url": other.url });
+                let answer = send(&api, "POST", "", "", &again).await;
+                assert_eq!(answer.status, 201, "{answer:?}");
+                queue.publish("user.created", [event(7)]).await;
+                other.wait_requests(1).await;
+                assert_eq!(other.accepted(), [7]);
+            }
+        }
+    });
 }
