@@ -54,11 +54,11 @@
 //! telemetry/                what the daemon reports: findings, outages, events, metrics, log
 //!              · finding · troubles · outage · resources · lane_event · metrics · status · log
 //!              metrics/ · definitions · exposition · process · registry · subscriber
-//!              status/ · view · scheduled · lane
+//!              status/ · view · scheduled · hour · lane
 //! store/                    what hooktrail remembers of events and deliveries, behind one trait
 //!              · words · row · filter · delivery · replay · subscriber · state · store
 //!              · fake · sqlite
-//!              sqlite/ · fault · schema · tokens · chunk · source · append · search
+//!              sqlite/ · fault · schema · tokens · chunk · hours · source · append · search
 //!              · deliveries · around · replays · sealed · keyring · copy · open · kept · upkeep
 //! queue/                    what delivery needs of a queue; `amqp` alone knows lapin, `embedded`
 //!                           alone SQL

@@ -32,7 +32,7 @@ pub use self::{
         Newcomer, Operation, Recorded, Replay, ReplayChange, ReplayOrder, ReplayProgress,
         ReplayState, RequestKey, UnreadableReplay,
     },
-    row::{Appended, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
+    row::{Appended, EventCounts, EventNumber, EventRow, Gap, NewRow, Page, Reach, Subscription},
     state::{HistoryState, StoreState},
     subscriber::{Deleted, KeptSubscriber, KeptSubscribers, Put, Stamp, StoredSubscriber},
 };
@@ -85,6 +85,20 @@ pub trait Store: Clone + Send + Sync + 'static {
         limit: usize,
         time: Duration,
     ) -> impl Future<Output = Result<Page<EventRow>, StoreError>> + Send;
+
+    /// Counts the events that a filter selects by `hours`, the first of which begins at `since`, as
+    /// far as that can be done within `time`. Those of the filter's own time alone, if it has one.
+    /// Without a filter it takes milliseconds, however many there are.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn count_by_hour(
+        &self,
+        filter: &EventFilter,
+        since: SystemTime,
+        hours: usize,
+        time: Duration,
+    ) -> impl Future<Output = Result<EventCounts, StoreError>> + Send;
 
     /// The event with a number.
     ///

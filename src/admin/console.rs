@@ -93,11 +93,14 @@ async fn list_events<Q: Queue, S: Store>(
     uri: Uri,
 ) -> Response {
     let form = Form::of(uri.query().unwrap_or_default());
-    let found = match form.read::<Events>() {
-        Ok(wanted) => console.history.events(wanted).await,
-        Err(refusal) => Err(refusal),
+    let (found, day) = match form.read::<Events>() {
+        Ok(wanted) => {
+            let day = console.history.day(&wanted).await;
+            (console.history.events(wanted).await, day)
+        }
+        Err(refusal) => (Err(refusal), None),
     };
-    events::list(&session, &form, found)
+    events::list(&session, &form, found, day.as_ref())
 }
 
 /// The events that the page's filters select, as a file.

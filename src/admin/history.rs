@@ -29,7 +29,8 @@ use crate::{
     page::List,
     queue::Queue,
     store::{
-        By, DeliveryFilter, DeliveryState, EventFilter, EventNumber, EventRow, Store, StoreError,
+        By, DeliveryFilter, DeliveryState, EventCounts, EventFilter, EventNumber, EventRow, Store,
+        StoreError,
     },
     supervisor::reload::Reloader,
 };
@@ -91,6 +92,54 @@ pub(super) fn event_filter(given: &mut Parameters) -> EventFilter {
         since: given.take("since", time),
         until: given.take("until", time),
         by: by.unwrap_or_default(),
+    }
+}
+
+/// The time for which the events of a day are counted where a filter selects them.
+const COUNT_TIME: Duration = Duration::from_millis(60);
+
+const HOUR: u64 = 3600;
+
+/// Hours of a [`Day`].
+const HOURS: u64 = 24;
+
+/// Events by the hours of 24 hours.
+pub(super) struct Day {
+    /// When the first hour begins.
+    pub(super) from: SystemTime,
+    pub(super) counts: EventCounts,
+    /// The time that the list is narrowed to.
+    pub(super) since: Option<SystemTime>,
+    pub(super) until: Option<SystemTime>,
+    /// Whether it ends with the hour that is now.
+    pub(super) is_latest: bool,
+}
+
+impl Day {
+    pub(super) fn hour(&self, n: u32) -> SystemTime {
+        self.from + Duration::from_secs(HOUR) * n
+    }
+
+    pub(super) fn until(&self) -> SystemTime {
+        self.from + Duration::from_secs(HOURS * HOUR)
+    }
+
+    /// The 24 hours that a list is shown with: those until now, if its time begins or ends in them,
+    /// otherwise its day (UTC).
+    fn of(filter: &EventFilter, now: SystemTime) -> (SystemTime, bool) {
+        let seconds = clock::unix_seconds(now);
+        let latest = seconds - seconds % HOUR + HOUR - HOURS * HOUR;
+        let last = |until: SystemTime| until.checked_sub(Duration::from_millis(1));
+        let [since, until] =
+            [filter.since, filter.until.and_then(last)].map(|at| at.map(clock::unix_seconds));
+        let is_latest = since.is_none() && until.is_none()
+            || [since, until].into_iter().flatten().any(|at| (latest..=seconds).contains(&at))
+            || since.is_some_and(|since| since < latest) && until.is_none();
+        let from = match since.or(until) {
+            Some(at) if !is_latest => at - at % (HOURS * HOUR),
+            _ => latest,
+        };
+        (SystemTime::UNIX_EPOCH + Duration::from_secs(from), is_latest)
     }
 }
 
@@ -226,6 +275,20 @@ impl<Q: Queue, S: Store> History<Q, S> {
         Ok(EventList::new(page, self.store.reach().await.map_err(away)?))
     }
 
+    /// The events of the list's day by the hour; `None` if they cannot be counted, or the list is not
+    /// by the [time](By::At) of history.
+    pub(super) async fn day(&self, Events { filter, .. }: &Events) -> Option<Day> {
+        if filter.by != By::At {
+            return None;
+        }
+        let (from, is_latest) = Day::of(filter, clock::now());
+        let whole = EventFilter { since: None, until: None, ..filter.clone() };
+        let counting = self.store.count_by_hour(&whole, from, HOURS as usize, COUNT_TIME);
+        let counts = counting.await.ok()?;
+        let (since, until) = (filter.since, filter.until);
+        Some(Day { from, counts, since, until, is_latest })
+    }
+
     pub(super) async fn deliveries(
         &self,
         Deliveries { filter, limit, before }: Deliveries,
@@ -275,4 +338,42 @@ pub(super) fn away(e: StoreError) -> Refusal {
 
 fn missing(why: String) -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_day_of_a_list_is_the_last_24_hours_or_the_day_that_it_is_narrowed_to() {
+        let at = |text: &str| time(text).expect("a time");
+        let now = at("2026-01-31T12:34:56Z");
+        let latest = ("2026-01-30T13:00:00Z", true);
+        for (since, until, (from, is_latest)) in [
+            (None, None, latest),
+            (Some("2026-01-31T03:00:00Z"), Some("2026-01-31T04:00:00Z"), latest),
+            (Some("2026-01-30T13:00:00Z"), Some("2026-01-30T14:00:00Z"), latest),
+            (None, Some("2026-01-30T14:00:00Z"), latest),
+            (Some("2026-01-01T00:00:00Z"), None, latest),
+            (
+                Some("2026-01-29T05:00:00Z"),
+                Some("2026-01-29T06:00:00Z"),
+                ("2026-01-29T00:00:00Z", false),
+            ),
+            (None, Some("2026-01-29T00:00:00Z"), ("2026-01-28T00:00:00Z", false)),
+            (Some("2027-01-01T12:00:00Z"), None, ("2027-01-01T00:00:00Z", false)),
+            (
+                Some("1969-01-01T12:00:00Z"),
+                Some("1970-01-01T12:00:00Z"),
+                ("1970-01-01T00:00:00Z", false),
+            ),
+        ] {
+            let filter = EventFilter {
+                since: since.map(at),
+                until: until.map(at),
+                ..EventFilter::default()
+            };
+            assert_eq!(Day::of(&filter, now), (at(from), is_latest), "{since:?} {until:?}");
+        }
+    }
 }

@@ -10,11 +10,11 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 use super::{
-    Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
-    EventNumber, EventRow, Extent, Gap, Introduced, KeptSubscriber, KeptSubscribers, MAX_RUNNING,
-    NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded, Replay, ReplayChange,
-    ReplayState, RequestKey, Stamp, Store, StoreError, StoreState, StoredSubscriber, Subscription,
-    WithEvent, subscriber::next_version,
+    Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventCounts,
+    EventFilter, EventNumber, EventRow, Extent, Gap, Introduced, KeptSubscriber, KeptSubscribers,
+    MAX_RUNNING, NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded, Replay,
+    ReplayChange, ReplayState, RequestKey, Stamp, Store, StoreError, StoreState, StoredSubscriber,
+    Subscription, WithEvent, subscriber::next_version,
 };
 use crate::{
     crypto::secret::Secret,
@@ -209,6 +209,24 @@ impl Store for FakeStore {
         let rows = memory.events.iter().rev();
         let rows = rows.filter(|e| before.is_none_or(|b| e.number < b) && selects(filter, e));
         Ok(page(rows.cloned().collect(), |e| e.number.0, limit))
+    }
+
+    async fn count_by_hour(
+        &self,
+        filter: &EventFilter,
+        since: SystemTime,
+        hours: usize,
+        _: Duration,
+    ) -> Result<EventCounts, StoreError> {
+        let mut counts = EventCounts { hours: vec![0; hours], uncounted: None };
+        for event in self.open()?.events.iter().filter(|event| selects(filter, event)) {
+            let after = event.at.duration_since(since).ok();
+            let hour = after.and_then(|after| usize::try_from(after.as_secs() / 3600).ok());
+            if let Some(count) = hour.and_then(|hour| counts.hours.get_mut(hour)) {
+                *count += 1;
+            }
+        }
+        Ok(counts)
     }
 
     async fn event(&self, number: EventNumber) -> Result<Option<EventRow>, StoreError> {

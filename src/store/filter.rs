@@ -39,6 +39,12 @@ impl EventFilter {
             && until.is_none()
     }
 
+    /// Whether it selects by nothing but the type and the [time](By::At) of history.
+    pub fn is_of_type_and_time(&self) -> bool {
+        let Self { event_type: _, actor, resource, id, text, since: _, until: _, by } = self;
+        [actor, resource, id, text].into_iter().all(Option::is_none) && *by == By::At
+    }
+
     /// Whether it selects an event. An implementation may find events by an index, but no others
     /// than these.
     pub fn selects(&self, row: &EventRow) -> bool {
@@ -62,9 +68,12 @@ impl EventFilter {
             By::At => Some(row.at),
             By::EventTime => row.details.timestamp.as_deref().and_then(event_time),
         };
-        at.is_some_and(|at| {
-            self.since.is_none_or(|since| at >= since) && self.until.is_none_or(|until| at < until)
-        })
+        at.is_some_and(|at| self.is_within(at))
+    }
+
+    /// Whether a time is from `since` on and before `until`.
+    pub fn is_within(&self, at: SystemTime) -> bool {
+        self.since.is_none_or(|since| at >= since) && self.until.is_none_or(|until| at < until)
     }
 }
 

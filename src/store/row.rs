@@ -89,6 +89,14 @@ pub struct Page<T> {
     pub searched_back_to: Option<SystemTime>,
 }
 
+/// How many events each of some hours has, the first hour first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventCounts {
+    pub hours: Vec<u64>,
+    /// The time, from and until, of which not all events are counted.
+    pub uncounted: Option<(SystemTime, SystemTime)>,
+}
+
 /// A time of which history may lack something.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {

@@ -10,6 +10,7 @@ mod chunk;
 mod copy;
 mod deliveries;
 mod fault;
+mod hours;
 mod kept;
 mod keyring;
 mod open;
@@ -48,10 +49,10 @@ pub use self::{
     open::{OpenLog, SqliteConfig},
 };
 use super::{
-    Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventFilter,
-    EventNumber, EventRow, Extent, Gap, HistoryState, Introduced, KeptSubscribers, MAX_APPEND,
-    MAX_ROWS, NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded, Replay,
-    ReplayChange, RequestKey, Store, StoreError, StoreState, Subscription, WithEvent,
+    Added, Appended, Changed, Deleted, Delivery, DeliveryChange, DeliveryFilter, EventCounts,
+    EventFilter, EventNumber, EventRow, Extent, Gap, HistoryState, Introduced, KeptSubscribers,
+    MAX_APPEND, MAX_ROWS, NewOperation, NewRow, Newcomer, Operation, Page, Put, Reach, Recorded,
+    Replay, ReplayChange, RequestKey, Store, StoreError, StoreState, Subscription, WithEvent,
 };
 use crate::{
     clock,
@@ -289,6 +290,35 @@ impl Store for SqliteStore {
             search::events(db, source, &Search { filter, before, limit, deadline, horizon })
         };
         self.read(by, search).await
+    }
+
+    async fn count_by_hour(
+        &self,
+        filter: &EventFilter,
+        since: SystemTime,
+        hours: usize,
+        time: Duration,
+    ) -> Result<EventCounts, StoreError> {
+        if filter.is_all() {
+            let count = move |db: &Connection, _: &mut Source<'_>| {
+                Ok(hours::of_all(db, millis(since), hours)?)
+            };
+            return self.read(By::Reader, count).await;
+        }
+        let (horizon, number) = (self.horizon(), u32::try_from(hours).unwrap_or(u32::MAX));
+        let until = since.checked_add(HOUR.saturating_mul(number));
+        let of = |own: Option<SystemTime>| own.filter(|_| filter.by == super::By::At);
+        let filter = EventFilter {
+            since: of(filter.since).max(Some(since)),
+            until: of(filter.until).into_iter().chain(until).min(),
+            ..filter.clone()
+        };
+        let count = move |db: &Connection, source: &mut Source<'_>| {
+            let deadline = clock::instant() + time;
+            let search = Search { filter, before: None, limit: usize::MAX, deadline, horizon };
+            search::count(db, source, &search, millis(since), hours)
+        };
+        self.read(By::Looker, count).await
     }
 
     async fn event(&self, number: EventNumber) -> Result<Option<EventRow>, StoreError> {
@@ -536,6 +566,8 @@ async fn whole<T: Send + 'static>(
 ) -> Result<T, StoreError> {
     tokio::spawn(change).await.unwrap_or_else(|e| Err(StoreError::unknown(e.to_string())))
 }
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 /// Writes 64 KiB, to try whether there is room.
 const PROBE: &str = "INSERT OR REPLACE INTO meta (key, value) VALUES ('probe', zeroblob(65536))";

@@ -4,6 +4,7 @@
 //! figures are this daemon's own: several daemons on the same queues know their own work each. One
 //! word goes the other way: an operator requests a retry now ([`Board::request_retry`]).
 
+mod hour;
 mod lane;
 mod scheduled;
 mod view;
@@ -18,6 +19,7 @@ use tokio::sync::{Notify, watch};
 
 use self::lane::Moment;
 pub use self::{
+    hour::LastHour,
     lane::{LaneReporter, Observer},
     view::{LastError, State, View},
 };
@@ -138,6 +140,12 @@ impl Board {
             view.state = State::QueueFails(why.to_owned());
         }
         Some(view)
+    }
+
+    /// What a lane has done in the last hour.
+    pub fn last_hour(&self, subscriber: &str, now: Instant) -> Option<LastHour> {
+        let lane = lock(&self.0.lanes).get(subscriber)?.clone();
+        Some(lane.last_hour(now))
     }
 
     /// All metrics in a format, as they are now.

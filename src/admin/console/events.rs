@@ -1,6 +1,9 @@
 //! *Audit Log*: the events, newest first, and one of them with where it went.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
 use axum::{http::StatusCode, response::Response};
 use maud::{Markup, html};
@@ -8,21 +11,26 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{
+    chart,
     form::Form,
     page::{
         Mistakes, Page, Place, Tone, delivery, lines, number, party, path_to, query, reach, short,
         state, text, time,
     },
     session::Session,
-    table::{Column::Text, table},
+    table::{
+        Column::{Number, Text},
+        table,
+    },
 };
 use crate::{
     admin::{
         answer::Refusal,
-        view::{Event, EventList, EventWhere, Whereabouts},
+        history::Day,
+        view::{Event, EventList, EventWhere, Time, Whereabouts},
     },
     event::Pattern,
-    wording::rounded_size,
+    wording::{agreed, rounded_size},
 };
 
 /// The filters of the page: a parameter, its label, and an example.
@@ -38,7 +46,12 @@ fn page<'a>(session: &'a Session, title: &str) -> Page<'a> {
     Page { session, place: Place::Events, title: title.to_owned(), refresh: None }
 }
 
-pub(super) fn list(session: &Session, form: &Form, found: Result<EventList, Refusal>) -> Response {
+pub(super) fn list(
+    session: &Session,
+    form: &Form,
+    found: Result<EventList, Refusal>,
+    day: Option<&Day>,
+) -> Response {
     let refusal = found.as_ref().err();
     let status = refusal.map_or(StatusCode::OK, |refusal| refusal.status);
     page(session, "Audit Log").answer_with(status, html! {
@@ -48,7 +61,10 @@ pub(super) fn list(session: &Session, form: &Form, found: Result<EventList, Refu
             @match &found {
                 Err(refusal) if refusal.fields.is_empty() => div.pad { div.note.bad role="alert" { p { (text(&refusal.why)) } } },
                 Err(_) => {},
-                Ok(list) => (rows(form, list)),
+                Ok(list) => {
+                    @if let Some(day) = day { (picture(form, day, list)) }
+                    (rows(form, list))
+                },
             }
         }
         @if let Ok(list) = &found { div.head {} (reach(&list.history, "events")) }
@@ -101,6 +117,85 @@ fn filters(form: &Form, mistakes: &Mistakes<'_>) -> Markup {
             (form.others(&SHOWN))
         }
     }
+}
+
+/// The day of the list by the hour, as a picture and as a table. Each number leads to its events.
+fn picture(form: &Form, day: &Day, list: &EventList) -> Markup {
+    let bars = hours(form, day);
+    let begins = list.history.events_from;
+    let link = |from: SystemTime, until: SystemTime| between(form, from, until);
+    let before = day.from - day_long();
+    let has_before = begins.is_some_and(|begins| begins.0 < day.from);
+    let all: u64 = day.counts.hours.iter().sum();
+    let name =
+        format!("{} from {} to {} UTC", counted_events(all), minute(day.from), minute(day.until()));
+    html! {
+        div.pad {
+            div.day-head {
+                span.muted { (name) }
+                span.deeds {
+                    @if has_before { a href=(link(before, day.from)) { "The day before" } }
+                    @if !day.is_latest { a href=(form.clone().without("since").without("until").link(Place::Events.path(), None)) { "The latest" } }
+                }
+            }
+            div.scroll role="region" aria-label="Events by the hour" tabindex="0" { (chart::bars(&name, &bars)) }
+            @if let Some((from, until)) = day.counts.uncounted {
+                p.muted.small { "Not all events from " (time(Time(from))) " to " (time(Time(until))) " are counted." }
+            }
+            @if begins.is_some_and(|begins| begins.0 > day.from && begins.0 < day.until()) {
+                p.muted.small { "History begins in this time, so the hours before have less, or nothing." }
+            }
+            details {
+                summary { "As a table" }
+                (table("Events by the hour", &[Text("Hour (UTC)"), Number("Events")], html! {
+                    @for bar in &bars {
+                        tr {
+                            td { (bar.title) }
+                            td.number { @if bar.events > 0 { a href=(bar.link) { (number(bar.events)) } } @else { "0" } }
+                        }
+                    }
+                }))
+            }
+        }
+    }
+}
+
+fn day_long() -> Duration {
+    Duration::from_secs(24 * 3600)
+}
+
+fn counted_events(n: u64) -> String {
+    format!("{} {}", number(n), agreed(&n, "event(s)"))
+}
+
+fn hours(form: &Form, day: &Day) -> Vec<chart::Bar> {
+    let bar = |(n, events): (u32, &u64)| {
+        let (from, until) = (day.hour(n), day.hour(n + 1));
+        let is_listed = day.since.is_none_or(|since| since < until)
+            && day.until.is_none_or(|until| until > from);
+        let hour = minute(from);
+        chart::Bar {
+            title: format!("{hour} to {}", minute(until).get(11..).unwrap_or_default()),
+            mark: (n % 6 == 0).then(|| hour.get(11..).unwrap_or_default().to_owned()),
+            events: *events,
+            link: between(form, from, until),
+            is_listed,
+        }
+    };
+    (0..).zip(&day.counts.hours).map(bar).collect()
+}
+
+/// The list, narrowed to a time.
+fn between(form: &Form, from: SystemTime, until: SystemTime) -> String {
+    let typed = |at| minute(at).replace(' ', "T");
+    let form = form.clone().with("since", typed(from)).with("until", typed(until));
+    form.link(Place::Events.path(), None)
+}
+
+/// A time to the minute, in UTC.
+fn minute(at: SystemTime) -> String {
+    let exact = Time(at).to_string();
+    exact.get(..16).unwrap_or(&exact).replace('T', " ")
 }
 
 fn rows(form: &Form, list: &EventList) -> Markup {

@@ -34,6 +34,7 @@ use crate::{
     policy::retry::Next,
     queue::Queue,
     store::Store,
+    telemetry::status::LastHour,
     wording::{counted, rounded, rounded_size},
 };
 
@@ -80,8 +81,8 @@ async fn list<Q: Queue, S: Store>(
                 @if found.subscribers.is_empty() {
                     div.empty { p { "No subscriber is configured." } }
                 } @else {
-                    (table("Webhooks", &[Text("Webhook"), Text("State"), Text("Events"), Text("Format")], html! {
-                        @for s in &found.subscribers { (row(&session, s, all.get(s.subscriber.as_str()).copied())) }
+                    (table("Webhooks", &[Text("Webhook"), Text("State"), Text("Last hour"), Text("Events"), Text("Format")], html! {
+                        @for s in &found.subscribers { (row(&session, s, all.get(s.subscriber.as_str()).copied(), &console.control.last_hour(&s.subscriber))) }
                     }))
                 }
             }
@@ -93,7 +94,12 @@ async fn list<Q: Queue, S: Store>(
     })
 }
 
-fn row(session: &Session, s: &Subscriber, configured: Option<&Configured>) -> Markup {
+fn row(
+    session: &Session,
+    s: &Subscriber,
+    configured: Option<&Configured>,
+    hour: &LastHour,
+) -> Markup {
     html! {
         tr {
             th scope="row" {
@@ -101,6 +107,7 @@ fn row(session: &Session, s: &Subscriber, configured: Option<&Configured>) -> Ma
                 @if let Some(configured) = configured { span.sub { (url(session, configured)) } }
             }
             td.wide { (state_of(s)) }
+            td { (chart::spark(hour)) }
             td.wide.mono { @if let Some(configured) = configured { (patterns(configured)) } }
             td { @if let Some(configured) = configured { (configured.format.name()) } }
         }
@@ -156,6 +163,8 @@ async fn show<Q: Queue, S: Store>(
         (console.notices.of(&session, uri.query()).unwrap_or_default())
         div.head { h1 { (text(&name)) } (deeds(&session, &found, console.control.manages())) }
         section.card.pad aria-label="State" { (facts(&session, &found, &configured)) }
+        h2 { "Last hour" }
+        (last_hour(&console.control.last_hour(&name)))
         @if waits { h2 { "Retries" } (retries(&name, waiting.as_ref())) }
         h2 { "Last deliveries" }
         (last_deliveries(&name, &last))
@@ -269,6 +278,27 @@ fn facts(session: &Session, s: &Subscriber, configured: &Configured) -> Markup {
                 @if let (Some(p50), Some(p99)) = (lane.p50_s, lane.p99_s) { dt { "Answers take" } dd { (words::seconds(p50)) " (median), " (words::seconds(p99)) " (99 of 100)" } }
                 @if let Some(error) = &lane.last_error { dt { "Last failure" } dd { (short(&words::failure(error))) ", " (time(error.at)) } }
             }
+        }
+    }
+}
+
+/// The last hour as a picture and as a table.
+fn last_hour(hour: &LastHour) -> Markup {
+    let minutes = || (0_u64..60).rev().zip(hour.delivered.iter().zip(&hour.failed));
+    let busy = || minutes().filter(|(_, (delivered, failed))| **delivered + **failed > 0);
+    html! {
+        section.card.pad {
+            p { (chart::spark(hour)) }
+            p { (text(&chart::in_words(hour))) "." }
+            @if busy().next().is_some() {
+                details {
+                    summary { "As a table" }
+                    (table("Last hour", &[Number("Minutes ago"), Number("Delivered events"), Number("Events of failed attempts")], html! {
+                        @for (ago, (delivered, failed)) in busy() { tr { td.number { (ago) } td.number { (number(*delivered)) } td.number { (number(*failed)) } } }
+                    }))
+                }
+            }
+            p.muted.small { "By this daemon, since it started." }
         }
     }
 }

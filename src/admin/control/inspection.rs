@@ -15,7 +15,10 @@ use crate::{
     endpoint::inspect,
     queue::Queue,
     store::Store,
-    telemetry::finding::{Finding, summarized},
+    telemetry::{
+        finding::{Finding, summarized},
+        status::LastHour,
+    },
     wording::rounded,
 };
 
@@ -96,6 +99,11 @@ impl<Q: Queue, S: Store> Control<Q, S> {
     /// All subscribers as they are configured now.
     pub(in crate::admin) fn configured(&self) -> crate::config::Subscribers {
         self.reloader.config().subscribers.clone()
+    }
+
+    /// What a subscriber's lane has done in the last hour.
+    pub(in crate::admin) fn last_hour(&self, name: &str) -> LastHour {
+        self.board.last_hour(name, clock::instant()).unwrap_or_default()
     }
 
     /// The time since the daemon started.

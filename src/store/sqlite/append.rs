@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use super::{
     chunk::{self, Chunk, Limits, MAX_TYPES, Types},
     fault::{Fault, millis},
+    hours::Hours,
     source::{Found, Source, fields_text, insert, type_column},
     tokens::{Indexed, id_query},
 };
@@ -101,7 +102,7 @@ pub(super) fn append(
             continue;
         }
         if let Some(full) = adding.take_if(|a| a.chunk.is_full(&manner.limits, manner.now)) {
-            full.complete(db)?;
+            full.save(db)?;
         }
         let to = match &mut adding {
             Some(to) => to,
@@ -113,7 +114,7 @@ pub(super) fn append(
         appended.events += 1;
     }
     if let Some(adding) = adding {
-        adding.chunk.save(db)?;
+        adding.save(db)?;
     }
     appended.last = (last > 0).then_some(EventNumber(last));
     Ok(Some(appended))
@@ -124,6 +125,7 @@ struct Adding<'d> {
     chunk: Chunk,
     row: Option<rusqlite::CachedStatement<'d>>,
     words: rusqlite::CachedStatement<'d>,
+    hours: Hours,
 }
 
 impl<'d> Adding<'d> {
@@ -141,7 +143,7 @@ impl<'d> Adding<'d> {
         memory.follow(db, &chunk)?;
         let row = manner.has_rows.then(|| insert(db, &chunk)).transpose()?;
         let words = format!("INSERT INTO {} (rowid, words) VALUES (?1, ?2)", chunk.words());
-        Ok(Self { row, words: db.prepare_cached(&words)?, chunk })
+        Ok(Self { row, words: db.prepare_cached(&words)?, chunk, hours: Hours::default() })
     }
 
     fn add(
@@ -183,11 +185,13 @@ impl<'d> Adding<'d> {
         chunk.bytes = chunk.bytes.saturating_add(i64::try_from(bytes).unwrap_or(i64::MAX));
         chunk.min_at = chunk.min_at.min(at);
         chunk.max_at = chunk.max_at.max(at);
+        self.hours.add(at);
         Ok(())
     }
 
-    /// Stores the chunk for the last time.
-    fn complete(self, db: &Connection) -> rusqlite::Result<()> {
+    /// Stores what has changed of the chunk.
+    fn save(self, db: &Connection) -> rusqlite::Result<()> {
+        self.hours.save(db, self.chunk.id)?;
         self.chunk.save(db)
     }
 }

@@ -144,6 +144,7 @@ impl Chunk {
             self.words()
         ))?;
         db.execute("DELETE FROM chunk_type WHERE chunk = ?1", [self.id])?;
+        db.execute("DELETE FROM event_hour WHERE chunk = ?1", [self.id])?;
         db.execute("DELETE FROM chunk WHERE id = ?1", [self.id])?;
         db.execute(
             "INSERT INTO meta (key, value) VALUES ('last_event', ?1) ON CONFLICT (key) DO UPDATE SET value = max(value, excluded.value)",

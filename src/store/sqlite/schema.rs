@@ -6,7 +6,8 @@ use crate::{
 };
 
 /// May be deleted: events, deliveries, and what belongs to them.
-const HISTORY: &[&str] = &["
+const HISTORY: &[&str] = &[
+    "
     -- Single values: when and why this file was begun, the last number of removed events.
     CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
     -- Runs of events; each has a table event_ID, unless the events are in a log of their own, and a
@@ -72,7 +73,18 @@ const HISTORY: &[&str] = &["
         why TEXT NOT NULL,
         missing INTEGER
     );
-"];
+",
+    "
+    -- How many events of a chunk are of an hour, in hours since 1970. What is missing to the chunk's
+    -- number was added before this table, or is of further hours.
+    CREATE TABLE event_hour (
+        chunk INTEGER NOT NULL,
+        hour INTEGER NOT NULL,
+        events INTEGER NOT NULL,
+        PRIMARY KEY (chunk, hour)
+    ) WITHOUT ROWID;
+",
+];
 
 /// Precious: what cannot be made again.
 const STORE: &[&str] = &[

@@ -7,13 +7,14 @@ use rusqlite::Connection;
 use super::{
     chunk::{Chunk, MAX_TYPES, Types},
     fault::{Fault, millis, time},
+    hours::HOUR,
     source::{Found, Source},
     tokens::{self, MAX_TERMS},
 };
 use crate::{
     clock,
     event::Pattern,
-    store::{By, EventFilter, EventNumber, EventRow, MAX_ROWS, Page, words},
+    store::{By, EventCounts, EventFilter, EventNumber, EventRow, MAX_ROWS, Page, words},
 };
 
 /// What is asked for.
@@ -30,6 +31,8 @@ pub(super) struct Search {
 /// A search on its way.
 struct Hunt<'s> {
     search: &'s Search,
+    /// What is found is counted, and not kept.
+    counter: Option<&'s mut dyn FnMut(i64)>,
     /// Unix milliseconds: from, and before.
     times: (i64, i64),
     found: Vec<EventRow>,
@@ -38,11 +41,40 @@ struct Hunt<'s> {
     is_late: bool,
 }
 
+/// Counts the events that a filter selects in some hours, the first one given in Unix milliseconds.
+pub(super) fn count(
+    db: &Connection,
+    source: &mut Source<'_>,
+    search: &Search,
+    since: i64,
+    hours: usize,
+) -> Result<EventCounts, Fault> {
+    let mut counts = EventCounts { hours: vec![0; hours], uncounted: None };
+    let mut counter = |at: i64| {
+        let hour = usize::try_from(at.saturating_sub(since) / HOUR).ok();
+        if let Some(count) = hour.and_then(|hour| counts.hours.get_mut(hour)) {
+            *count += 1;
+        }
+    };
+    let page = hunt(db, source, search, Some(&mut counter))?;
+    counts.uncounted = page.searched_back_to.map(|at| (time(since), at));
+    Ok(counts)
+}
+
 /// Lists the events that a filter selects.
 pub(super) fn events(
     db: &Connection,
     source: &mut Source<'_>,
     search: &Search,
+) -> Result<Page<EventRow>, Fault> {
+    hunt(db, source, search, None)
+}
+
+fn hunt<'s>(
+    db: &Connection,
+    source: &mut Source<'_>,
+    search: &'s Search,
+    counter: Option<&'s mut dyn FnMut(i64)>,
 ) -> Result<Page<EventRow>, Fault> {
     let filter = &search.filter;
     let ends = Page { rows: Vec::new(), next: None, searched_back_to: None };
@@ -55,6 +87,7 @@ pub(super) fn events(
     let until = by_at(filter.until).map_or(i64::MAX, |until| until.saturating_add(1));
     let mut hunt = Hunt {
         search,
+        counter,
         times: (since, until),
         found: Vec::new(),
         reached: (i64::MAX, i64::MAX),
@@ -117,11 +150,23 @@ impl Hunt<'_> {
                 None => true,
             };
         if may_be {
-            let row = found.to_row()?;
-            if filter.selects(&row) {
-                self.found.push(row);
-                if self.found.len() > self.search.limit {
-                    return Ok(ControlFlow::Break(()));
+            match &mut self.counter {
+                Some(count) if filter.is_of_type_and_time() && filter.is_within(time(at)) => {
+                    count(at);
+                }
+                Some(count) => {
+                    if filter.selects(&found.to_row()?) {
+                        count(at);
+                    }
+                }
+                None => {
+                    let row = found.to_row()?;
+                    if filter.selects(&row) {
+                        self.found.push(row);
+                    }
+                    if self.found.len() > self.search.limit {
+                        return Ok(ControlFlow::Break(()));
+                    }
                 }
             }
         }

@@ -1260,3 +1260,6 @@ async fn a_store_that_is_complete_says_so_before_its_files_are_closed() {
 
 #[path = "kept/tests.rs"]
 mod subscribers;
+
+#[path = "hours/tests.rs"]
+mod hours_of_events;

@@ -10,6 +10,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::{
+    hour::{LastHour, Minutes},
     scheduled::Scheduled,
     view::{LastError, State, View},
 };
@@ -148,6 +149,10 @@ impl LaneReporter {
         self.0.metrics.set_up(up);
     }
 
+    pub(super) fn last_hour(&self, now: Instant) -> LastHour {
+        self.status().minutes.last_hour(now)
+    }
+
     pub(super) fn view(&self, now: Moment) -> View {
         self.forget_missed(now.time);
         self.status().view(now)
@@ -178,6 +183,7 @@ struct LaneStatus {
     /// Events delivered in each of the last seconds, the latest last.
     delivered: VecDeque<(Instant, u64)>,
     delivered_in_all: u64,
+    minutes: Minutes,
     last_delivered_at: Option<SystemTime>,
     last_error: Option<LastError>,
     /// The latest attempt failed.
@@ -277,6 +283,7 @@ impl LaneStatus {
             ok: failure.is_none(),
         });
         if let Some(failure) = failure {
+            self.minutes.failed(u64::from(ended.batch.events), now.instant);
             self.last_error = Some(LastError {
                 at: now.time,
                 failure: failure.kind(),
@@ -289,6 +296,7 @@ impl LaneStatus {
     fn delivered(&mut self, events: u64, now: Moment) {
         let age = |at: Instant| now.instant.saturating_duration_since(at);
         self.delivered_in_all += events;
+        self.minutes.delivered(events, now.instant);
         self.last_delivered_at = Some(now.time);
         match self.delivered.back_mut() {
             Some((second, count)) if age(*second) < Duration::from_secs(1) => *count += events,

@@ -128,3 +128,47 @@ fn the_audit_log_is_exported_as_filtered_and_runs_nowhere() {
         assert!(wrong.status == 400 && wrong.text.contains("RFC 3339"), "{}", wrong.text);
     });
 }
+
+#[test]
+fn the_audit_log_shows_its_day_by_the_hour_and_each_number_leads_to_its_events() {
+    run(async {
+        let api = Api::new();
+        let admin = format!("token = \"{TOKEN}\"\n{OTHERS}");
+        let (_queue, _receiver, _setup, _daemon) = stage(&api, &admin).await;
+        let browser = Browser::signed_in(&api, "the-token-that-reads").await;
+        let empty = browser.page("/console/events").await;
+        assert!(empty.contains(">0 events from "), "{empty}");
+        hostile_events(&api, &browser).await;
+        let page = browser.page("/console/events").await;
+        let all = format!(">{} events from ", HOSTILE.len());
+        assert!(page.contains("<svg class=\"chart day\"") && page.contains(&all), "{page}");
+        assert!(page.contains("History begins in this time"), "{page}");
+        assert!(!page.contains("are counted"), "nothing is left out: {page}");
+        // The hours that have events, one, or two if an hour ended meanwhile, in picture and table.
+        let hours: Vec<String> =
+            links(&page).into_iter().filter(|link| link.contains("until=")).collect();
+        assert!(matches!(hours.len(), 1 | 2), "{hours:?}");
+        let mut rows = 0;
+        for hour in &hours {
+            assert_eq!(page.matches(&hour.replace('&', "&amp;")).count(), 2, "{hour}");
+            let narrowed = browser.page(hour).await;
+            assert!(narrowed.contains(&all), "the day stays: {narrowed}");
+            rows += narrowed.matches("<td class=\"main\">").count();
+        }
+        assert_eq!(rows, HOSTILE.len());
+        let one = browser.page("/console/events?text=3+script").await;
+        assert!(one.contains(">1 event from "), "{one}");
+        let before = browser.page("/console/events?until=2020-02-02").await;
+        assert!(before.contains(">0 events from 2020-02-01 00:00 to 2020-02-02 00:00 UTC<"));
+        let by_event = browser.page("/console/events?by=event-time").await;
+        assert!(!by_event.contains("<svg class=\"chart day\""), "{by_event}");
+
+        // A webhook's last hour.
+        eventually("its attempts have failed", async || {
+            browser.get("/console/webhooks").await.text.contains("in failed attempts</title>")
+        })
+        .await;
+        let one = browser.page("/console/webhooks/siem").await;
+        assert!(one.contains("<svg class=\"spark\"") && one.contains("Minutes ago"), "{one}");
+    });
+}
