@@ -35,9 +35,9 @@ const FATE: &str = "each attempt fails, and its events become dead letters when 
 /// Inspects all endpoints. Each takes at most three times its `http.connect_timeout`; of those that
 /// have not ended `within` a time the finding says so.
 pub async fn inspect(subscribers: &[Arc<Subscriber>], within: Duration) -> Vec<Finding> {
-    let deadline = (clock::instant() + within).into();
     let roots = SystemRoots::load();
     let roots = roots.as_ref().map_err(String::as_str);
+    let deadline = (clock::instant() + within).into();
     // Owned: a request's handler awaits this, and could not with references in the stream.
     let subscribers = subscribers.to_vec();
     let inspections = subscribers.into_iter().map(|s| async move {
