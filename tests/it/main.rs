@@ -44,6 +44,7 @@ mod operators {
     mod console;
     mod demo;
     mod doctor;
+    mod documented;
     mod health_page;
     mod history;
     mod letters;

@@ -39,7 +39,8 @@ def resolved(value):
 def wrong(exchange):
     """What an exchange has that the document does not allow."""
     path = exchange["path"].partition("?")[0]
-    for pattern, item in api["paths"].items():
+    # A path without a parameter comes before one with it: https://spec.openapis.org/oas/v3.1.1#paths-object
+    for pattern, item in sorted(api["paths"].items(), key=lambda entry: entry[0].count("{")):
         if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(pattern)), path):
             break
     else:
